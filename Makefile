@@ -1,0 +1,68 @@
+# `make train`, `make test` and `make check` set up what they need in .venv: a bare machine needs only Python, make and git.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALL := $(RUN) -m pip install --disable-pip-version-check --constraint constraints.txt
+CORPUS := data/stdlib
+
+# Stamps inside .venv: what was installed, no older than pyproject.toml and constraints.txt.
+CREATED := $(VENV)/.created
+TRAIN_READY := $(VENV)/.train-ready
+DEV_READY := $(VENV)/.dev-ready
+
+define CHECK_PYTHON
+import sys
+if not (3, 11) <= sys.version_info[:2] <= (3, 14):
+    sys.exit("farspan needs Python 3.11 to 3.14, and %s is %d.%d: run make PYTHON=/path/to/python3.12 with one that fits."
+        % ((sys.executable,) + sys.version_info[:2]))
+try:
+    import ensurepip, venv
+except ImportError:
+    sys.exit("%s lacks venv or ensurepip: install them (on Debian and Ubuntu, the package python%d.%d-venv)."
+        % ((sys.executable,) + sys.version_info[:2]))
+endef
+export CHECK_PYTHON
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help train test check
+
+help:
+	@echo "make train   train a small model on this machine, two processes, on Python's own sources"
+	@echo "make test    run all tests"
+	@echo "make check   format, lint, types and the layout's rules"
+
+train: $(TRAIN_READY) $(CORPUS)/train/meta.json
+	$(RUN) -m farspan.launch.cli launch local configs/demo.toml --gpus-per-node 2
+
+test: $(DEV_READY)
+	$(RUN) -m pytest tests
+
+check: $(DEV_READY)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright
+	$(RUN) -m pytest --quiet tests/test_layout.py
+
+$(CORPUS)/train/meta.json: | $(TRAIN_READY)
+	$(RUN) -m farspan.launch.cli data prepare "$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" \
+		--tokenizer bytes --suffix .py --exclude site-packages --exclude dist-packages --exclude __pycache__ \
+		--skip-unreadable --held-out 0.05 --out $(CORPUS)
+
+$(CREATED):
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: install Python 3.11 to 3.14." >&2; exit 1; }
+	@$(PYTHON) -c "$$CHECK_PYTHON"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# setuptools comes first and the build is not isolated, so that the build backend is the pinned one under any pip.
+$(TRAIN_READY): pyproject.toml constraints.txt | $(CREATED)
+	@echo "Installing farspan into $(VENV); torch is a large download the first time."
+	@$(INSTALL) --quiet setuptools
+	@$(INSTALL) --no-build-isolation --editable .
+	@touch $@
+
+$(DEV_READY): $(TRAIN_READY)
+	@echo "Installing the test and check tools into $(VENV)."
+	@$(INSTALL) --quiet --no-build-isolation --editable '.[dev]'
+	@touch $@

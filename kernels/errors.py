@@ -1,0 +1,21 @@
+"""Errors that are the user's to mend: each message is one sentence that says what to change."""
+
+
+class FarspanError(Exception):
+    """Base of every error that the command line prints as one sentence, without a traceback."""
+
+
+class ConfigError(FarspanError):
+    """A configuration value, or a combination of values, that cannot work."""
+
+
+class DataError(FarspanError):
+    """An input file or a prepared data folder that is missing, empty, truncated or corrupt."""
+
+
+class CheckpointError(FarspanError):
+    """A checkpoint that is missing, damaged or of another model."""
+
+
+class TrainingError(FarspanError):
+    """A run that cannot go on, such as one whose loss is no longer finite."""

@@ -1,0 +1,26 @@
+"""Dense attention: every query sees its whole document (arXiv 1706.03762, equation 1)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self, final
+
+from farspan.kernels.mechanism import MECHANISMS, Masked
+from farspan.kernels.visibility import Visibility
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dense(Masked):
+    """causal: later tokens are hidden, as a language model wants it."""
+
+    causal: bool = True
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        return cls(causal=True), cls(causal=False)
+
+    def visibility(self) -> Visibility:
+        return Visibility(causal=self.causal)
+
+
+MECHANISMS.add("dense", Dense)

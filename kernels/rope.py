@@ -1,0 +1,159 @@
+"""Rotary position embedding by explicit absolute position, with the rescalings that long-context models use.
+
+Legend: T tokens, H heads, D head width. Feature i turns together with feature i + D/2 (the half-split pairing of the
+Hugging Face Llama, Qwen and NeoX weights). Positions are data, one per token and in any order, so a shard cut by
+zigzag, permutation or packing needs no other code.
+
+Rotation: Su et al., RoFormer, arXiv:2104.09864, section 3.2.2, equations 15 and 34.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_TABLE_CHUNK_TOKENS = 65_536  # bounds the float64 scratch of a table: 32 MiB a tensor at D = 128
+
+
+class RopeScaling(ABC):
+    """A way to stretch the frequencies of a model trained on short text over a longer context."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def rescale(self, frequencies: Tensor, base: float) -> Tensor:
+        """Return the stretched inverse frequencies [D/2], float64 like `frequencies`."""
+
+    def table_factor(self) -> float:
+        """Return what multiplies cos and sin, hence queries and keys, so scores by its square."""
+        return 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Llama3Scaling(RopeScaling):
+    """Llama 3.1: divide the slow frequencies by `factor`, keep the fast ones, blend linearly in turns between.
+
+    A frequency that turns fewer than `low_freq_factor` times over the original context is slow; one that turns more
+    than `high_freq_factor` times is fast. The paper (arXiv:2407.21783) gives only the base; the formula is that of the
+    released model's code.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_positions: int
+
+    def __post_init__(self) -> None:
+        _check_stretch(self.factor, self.original_positions)
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor={self.low_freq_factor} must be positive and below "
+                f"high_freq_factor={self.high_freq_factor}"
+            )
+
+    def rescale(self, frequencies: Tensor, base: float) -> Tensor:
+        turns = self.original_positions * frequencies / (2 * math.pi)
+        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        return _blend(frequencies, self.factor, kept.clamp(0, 1))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class YarnScaling(RopeScaling):
+    """YaRN, Peng et al., arXiv:2309.00071: section 3.2 (by parts) for frequencies, 3.4 for the attention factor.
+
+    `beta_fast` and `beta_slow` are turns over the original context. The paper ramps linearly in turns; its released
+    code, and with it every trained model, ramps linearly in the feature index between the two indices that make
+    those turns, rounded outwards. This follows the code.
+    """
+
+    factor: float
+    original_positions: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None  # None: 0.1 ln(factor) + 1
+
+    def __post_init__(self) -> None:
+        _check_stretch(self.factor, self.original_positions)
+        if not 0 < self.beta_slow <= self.beta_fast:
+            raise ValueError(f"beta_slow={self.beta_slow} must be positive and at most beta_fast={self.beta_fast}")
+
+    def rescale(self, frequencies: Tensor, base: float) -> Tensor:
+        head_dim = 2 * len(frequencies)
+
+        def index_turning(turns: float) -> float:
+            """Return the real-valued i with original_positions · base^(-2i/D) = 2π · turns."""
+            return head_dim * math.log(self.original_positions / (2 * math.pi * turns)) / (2 * math.log(base))
+
+        first = max(math.floor(index_turning(self.beta_fast)), 0)
+        last = min(math.ceil(index_turning(self.beta_slow)), head_dim - 1)  # head_dim, not head_dim / 2: as released
+        index = torch.arange(len(frequencies), dtype=frequencies.dtype)
+        stretched = ((index - first) / (last - first if last != first else 1e-3)).clamp(0, 1)
+        return _blend(frequencies, self.factor, 1 - stretched)
+
+    def table_factor(self) -> float:
+        return 0.1 * math.log(self.factor) + 1.0 if self.attention_factor is None else self.attention_factor
+
+
+def attention_factor_of(scaling: RopeScaling | None) -> float:
+    """Return the `attention_factor` that `rotation_table` needs for `scaling`."""
+    return 1.0 if scaling is None else scaling.table_factor()
+
+
+def inverse_frequencies(head_dim: int, base: float, scaling: RopeScaling | None = None) -> Tensor:
+    """Return the angle per position of each feature pair, base^(-2i/D) and then rescaled: float64 [D/2], on the CPU."""
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim={head_dim} must be even and positive: rotary embedding turns features in pairs")
+    if base <= 1:
+        raise ValueError(f"rope base={base} must exceed 1")
+    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    return frequencies if scaling is None else scaling.rescale(frequencies, base)
+
+
+def rotation_table(
+    position: Tensor,
+    inverse_frequencies: Tensor,
+    attention_factor: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Return cos and sin [T, D/2] of position · frequency, times `attention_factor`, on the device of `position`.
+
+    Angles are float64, since a float32 angle at position 10 million is wrong by up to half a radian. The float64
+    angle is good to 2e-9 there, so a float32 table is the exact one rounded (error below 2^-24), at any position up to
+    10 million; a float64 table keeps absolute accuracy position · 2.3e-16.
+    """
+    cos = torch.empty(len(position), len(inverse_frequencies), dtype=dtype, device=position.device)  # [T, D/2]
+    sin = torch.empty_like(cos)
+    frequencies = inverse_frequencies.to(position.device, torch.float64)
+    for start in range(0, len(position), _TABLE_CHUNK_TOKENS):
+        rows = slice(start, start + _TABLE_CHUNK_TOKENS)
+        angle = position[rows, None].double() * frequencies
+        cos[rows] = angle.cos() * attention_factor
+        sin[rows] = angle.sin() * attention_factor
+    return cos, sin
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [T, H, D] by the tables [T, D/2], computing in the widest dtype given and at least float32.
+
+    The result has the dtype of `x`. The backward pass keeps the tables only, nothing of the size of `x`.
+    """
+    if x.shape[-1] != 2 * cos.shape[-1]:
+        raise ValueError(f"x has head width {x.shape[-1]} but the rotation table turns {2 * cos.shape[-1]} features")
+    compute = torch.promote_types(torch.promote_types(x.dtype, cos.dtype), torch.float32)
+    cos, sin = cos.to(compute)[:, None], sin.to(compute)[:, None]  # [T, 1, D/2]
+    first, second = x.to(compute).chunk(2, dim=-1)  # each [T, H, D/2]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def _blend(frequencies: Tensor, factor: float, kept: Tensor) -> Tensor:
+    """Return frequencies where `kept` is 1, frequencies / factor where it is 0, and the line between them."""
+    return frequencies * (kept + (1 - kept) / factor)
+
+
+def _check_stretch(factor: float, original_positions: int) -> None:
+    if factor < 1:
+        raise ValueError(f"rope scaling factor={factor} must be at least 1: it is new context / original context")
+    if original_positions < 1:
+        raise ValueError(f"rope scaling original_positions={original_positions} must be positive")

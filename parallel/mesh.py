@@ -1,0 +1,93 @@
+"""Mesh: every rank's place on the axes dp_replicate x dp_shard x context, and the groups that follow from it."""
+
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from farspan.kernels.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """How ranks share the work.
+
+    context: ranks that share one sequence.
+    dp_shard: groups of ranks with sequences of their own that share one copy of the parameters; 0 takes all that is left.
+    dp_replicate: whole copies of the parameters (HSDP).
+    strategy: how queries meet keys of other ranks; `layout`: which rank holds which tokens of a sequence.
+    """
+
+    context: int = field(default=1, metadata={"minimum": 1})
+    dp_shard: int = field(default=0, metadata={"minimum": 0})
+    dp_replicate: int = field(default=1, metadata={"minimum": 1})
+    strategy: str = "ring"
+    layout: str = "zigzag"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Degrees:
+    """Sizes of the axes; their product is the number of ranks."""
+
+    dp_replicate: int
+    dp_shard: int
+    context: int
+
+    @property
+    def data(self) -> int:
+        """How many sequences are worked on at the same time."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def shard(self) -> int:
+        """Over how many ranks parameters are sharded: a context-parallel group shares its parameters too."""
+        return self.dp_shard * self.context
+
+    @staticmethod
+    def resolve(config: ParallelConfig, num_ranks: int) -> "Degrees":
+        """Fill in `dp_shard=0`; raises ConfigError when the degrees do not multiply to the number of ranks."""
+        fixed = config.context * config.dp_replicate
+        product = fixed * (config.dp_shard or 1)
+        if num_ranks % product != 0 or (config.dp_shard and num_ranks != product):
+            shard = f" × parallel.dp_shard={config.dp_shard}" if config.dp_shard else ""
+            verb = "equal" if config.dp_shard else "divide"
+            raise ConfigError(
+                f"parallel.context={config.context} × parallel.dp_replicate={config.dp_replicate}{shard} = {product} "
+                f"must {verb} the number of ranks, {num_ranks}: change a degree or start another number of ranks."
+            )
+        dp_shard = config.dp_shard or num_ranks // fixed
+        return Degrees(dp_replicate=config.dp_replicate, dp_shard=dp_shard, context=config.context)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Mesh:
+    """The process groups of this rank and its coordinates."""
+
+    degrees: Degrees
+    world: dist.ProcessGroup
+    context: dist.ProcessGroup
+    fsdp: DeviceMesh
+    """Parameters are sharded over its last axis and, for HSDP, replicated over its first."""
+    data_rank: int
+    context_rank: int
+
+    @staticmethod
+    def build(config: ParallelConfig, device_type: str) -> "Mesh":
+        """Build the mesh of the initialised default process group; every rank has to call it."""
+        degrees = Degrees.resolve(config, dist.get_world_size())
+        ranks = init_device_mesh(device_type, (degrees.data, degrees.context), mesh_dim_names=("data", "context"))
+        if degrees.dp_replicate == 1:
+            fsdp = init_device_mesh(device_type, (degrees.shard,), mesh_dim_names=("shard",))
+        else:
+            shape = (degrees.dp_replicate, degrees.shard)
+            fsdp = init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+        world = dist.group.WORLD
+        assert world is not None
+        return Mesh(
+            degrees=degrees,
+            world=world,
+            context=ranks.get_group("context"),
+            fsdp=fsdp,
+            data_rank=ranks.get_local_rank("data"),
+            context_rank=ranks.get_local_rank("context"),
+        )

@@ -1,0 +1,56 @@
+"""This process's place among all processes of the run, and the connection to them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ranks:
+    """rank: of this process in the whole run. local_rank: among those of its node; says which GPU is its own."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+
+@contextmanager
+def connected(ranks: Ranks, device: torch.device) -> Iterator[None]:
+    """Join the default process group for the time of the block: gloo for CPU tensors, NCCL for CUDA tensors.
+
+    A run of one rank needs no address to meet at; more ranks meet at MASTER_ADDR:MASTER_PORT, as torchrun sets them.
+    """
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # One rank keeps the store to itself; None makes torch meet the others at the address in the environment.
+    store = dist.HashStore() if ranks.world_size == 1 else None
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=ranks.rank if store else -1,
+        world_size=ranks.world_size if store else -1,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def pretended(world_size: int) -> Iterator[None]:
+    """Join a default process group of `world_size` ranks that do not exist: shapes and memory, no data."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,104 @@
+"""Strategy: how queries meet the keys that other ranks hold; one file each in `context/`."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from farspan.kernels.mechanism import Mechanism
+from farspan.kernels.registry import Registry
+from farspan.parallel.comm import Channel
+from farspan.parallel.layout import Shards
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Heads:
+    """Numbers of query heads and of key/value heads; `query % kv == 0`."""
+
+    query: int
+    kv: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionShape:
+    """One rank's q `[tokens_local, Hq, head_dim]`, k and v `[tokens_local, Hk, ...]` before any exchange."""
+
+    tokens_local: int
+    heads: Heads
+    head_dim: int
+    value_dim: int
+    element_bytes: int
+    accumulation_bytes: int = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Volume:
+    """Bytes that one rank sends in one attention layer."""
+
+    forward: int
+    backward: int
+
+
+Saved = tuple[Tensor, ...]
+"""What a forward pass keeps for its backward pass; nothing in it grows with the square of the sequence."""
+
+
+class Attend(ABC):
+    """Attention over one dealt sequence, planned: called with the rows that this rank holds, differentiable."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q `[tokens_local, Hq, D]`, k `[tokens_local, Hk, D]`, v `[tokens_local, Hk, Dv]` to `[tokens_local, Hq, Dv]`."""
+        return _AttendFunction.apply(q, k, v, self)  # pyright: ignore[reportReturnType]
+
+    @abstractmethod
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
+        """Return out `[tokens_local, Hq, Dv]` in the dtype of q, and what `backward` needs."""
+
+    @abstractmethod
+    def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (dq, dk, dv) of this rank's rows, summed over all ranks, in the accumulation dtype or that of q."""
+
+    @abstractmethod
+    def lse(self, saved: Saved) -> Tensor:
+        """Return the log-sum-exp `[tokens_local, Hq]` of this rank's rows."""
+
+
+class _AttendFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
+        out, saved = attend.forward(q, k, v)
+        ctx.save_for_backward(*saved)
+        ctx.attend, ctx.dtype = attend, q.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
+        dq, dk, dv = ctx.attend.backward(dout, ctx.saved_tensors)
+        return dq.to(ctx.dtype), dk.to(ctx.dtype), dv.to(ctx.dtype), None
+
+
+class Strategy(ABC):
+    """Moves rows over a channel; every rank of the channel makes the same calls in the same order."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+
+    @classmethod
+    @abstractmethod
+    def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int) -> str | None:
+        """Return why these cannot run together, as a sentence that says what to change, or None if they can."""
+
+    @classmethod
+    @abstractmethod
+    def volume(cls, shape: AttentionShape, degree: int) -> Volume:
+        """Return the bytes that a rank sends: the strategy's formula, which a test compares with counted bytes."""
+
+    @abstractmethod
+    def prepare(self, mechanism: Mechanism, shards: Shards, heads: Heads, *, backend: str) -> Attend:
+        """Plan the attention of one dealt sequence; the result serves every layer of that mechanism."""
+
+
+STRATEGIES: Registry[type[Strategy]] = Registry("context-parallel strategy", "farspan.parallel.context")

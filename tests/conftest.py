@@ -1,0 +1,26 @@
+"""Fixtures for all tests: worlds of gloo ranks, one thread, poisoned fresh memory."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from tests.ranks import RankPool
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], RankPool]]:
+    """Return the session's pool of a given number of ranks."""
+    pools: dict[int, RankPool] = {}
+
+    def pool(world_size: int) -> RankPool:
+        return pools.setdefault(world_size, RankPool(world_size))
+
+    yield pool
+    for started in pools.values():
+        started.stop()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,93 @@
+"""Pools of real gloo ranks for tests: started once, then a test costs milliseconds.
+
+A pool of n processes is one world of n ranks. `run` sends a module-level function to every rank and returns what each
+returned. A rank that raises makes `run` raise; a rank that dies or hangs does too, and the pool is started afresh.
+"""
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+COLLECTIVE_TIMEOUT_S = 60
+PRELOAD = "tests.preload"
+
+
+class RankFailure(AssertionError):
+    """A rank raised, died or did not answer in time."""
+
+
+def _serve(rank: int, world_size: int, store: str, connection: Connection) -> None:
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout)
+    while (task := connection.recv()) is not None:
+        function, arguments = task
+        try:
+            connection.send((True, function(*arguments)))
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
+    dist.destroy_process_group()
+
+
+class RankPool:
+    """A world of gloo ranks that serves one function call at a time."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._processes: list[Any] = []
+        self._connections: list[Connection] = []
+
+    def run(self, function: Callable[..., Any], *arguments: object, timeout_s: float = 120) -> list[Any]:
+        """Call `function(*arguments)` on every rank and return the results in rank order."""
+        if not self._processes:
+            self._start()
+        for connection in self._connections:
+            connection.send((function, arguments))
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        pending = {connection: rank for rank, connection in enumerate(self._connections)}
+        while pending:
+            ready = wait(list(pending), timeout=timeout_s)
+            for connection in ready:
+                rank = pending.pop(connection)  # pyright: ignore[reportArgumentType]
+                try:
+                    succeeded, value = connection.recv()  # pyright: ignore[reportAttributeAccessIssue]
+                except EOFError:
+                    succeeded, value = False, "the process died"
+                (results if succeeded else failures)[rank] = value
+            if not ready:
+                failures.update(dict.fromkeys(pending.values(), f"no answer in {timeout_s} s"))
+            if failures:
+                # The other ranks may wait for the failed one in a collective: the world is spoilt.
+                self.stop()
+                report = "\n".join(f"--- rank {rank} of {self.world_size}\n{text}" for rank, text in failures.items())
+                raise RankFailure(report)
+        return [results[rank] for rank in range(self.world_size)]
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        for connection in self._connections:
+            connection.close()
+        self._processes, self._connections = [], []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([PRELOAD])
+        store = os.path.join(tempfile.mkdtemp(prefix="farspan-ranks-"), "store")
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.world_size, store, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._connections.append(ours)

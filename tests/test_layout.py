@@ -1,0 +1,261 @@
+"""The layout's rules, each a function that is tried on the repository and on a planted violation."""
+
+import ast
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LINKED = ("configs", "kernels", "launch", "parallel", "tools", "trainer")
+FOLDERS = (*LINKED, "tests")
+MAX_LINES = 400
+ENVIRONMENT_READER = "launch/env.py"
+ENVIRONMENT_NAMES = {"environ", "environb", "getenv", "getenvb"}
+# What each folder must not import: arrows point from launch and tools down to kernels, never up.
+ABOVE = {
+    "kernels": ("farspan.parallel", "farspan.trainer", "farspan.launch", "farspan.tools", "torch.distributed"),
+    "parallel": ("farspan.trainer", "farspan.launch", "farspan.tools"),
+    "trainer": ("farspan.launch", "farspan.tools"),
+    "launch": ("farspan.tools",),
+}
+
+
+def broken_links(root: Path) -> list[str]:
+    """Each folder is reached through a relative link in farspan/ that leads to the real folder beside it."""
+    found = []
+    for name in LINKED:
+        link = root / "farspan" / name
+        if not link.is_symlink():
+            found.append(f"farspan/{name} is not a link")
+        elif os.readlink(link) != f"../{name}":
+            found.append(f"farspan/{name} points to {os.readlink(link)}, not to ../{name}")
+        elif not link.is_dir():
+            found.append(f"farspan/{name} leads nowhere")
+    return found
+
+
+def package_files(root: Path) -> list[str]:
+    """A folder with an __init__.py would shadow another project's package of that name."""
+    return [str(path.relative_to(root)) for folder in FOLDERS for path in sorted((root / folder).rglob("__init__.py"))]
+
+
+def long_file(path: str, source: str) -> list[str]:
+    """A file that outgrew the budget holds more than one idea."""
+    count = len(source.splitlines())
+    return [f"{path} has {count} lines, over {MAX_LINES}"] if count > MAX_LINES else []
+
+
+def upward_imports(path: str, source: str) -> list[str]:
+    """Arrows point down only, and nothing but a test imports a test."""
+    folder = path.partition("/")[0]
+    above = ABOVE.get(folder, ()) + (() if folder == "tests" else ("farspan.tests", "tests"))
+    return [
+        f"{path}:{line} imports {name}"
+        for line, name in modules(ast.parse(source))
+        if any(f"{name}.".startswith(f"{upper}.") for upper in above)
+    ]
+
+
+def flat_imports(path: str, source: str) -> list[str]:
+    """Code says `from farspan.kernels…`: under a second name a module would be loaded twice."""
+    return [
+        f"{path}:{line} imports {name}"
+        for line, name in modules(ast.parse(source))
+        if name.startswith(".") or name.partition(".")[0] in LINKED
+    ]
+
+
+def environment_reads(path: str, source: str) -> list[str]:
+    """Only the launcher's reader sees the environment; all else is passed. A test may prepare one for a process."""
+    if path == ENVIRONMENT_READER or path.startswith("tests/"):
+        return []
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == "os":
+            names = {alias.name for alias in node.names}
+        elif isinstance(node, ast.Attribute) and dotted(node.value) == "os":
+            names = {node.attr}
+        else:
+            continue
+        if names & ENVIRONMENT_NAMES:
+            found.append(f"{path}:{node.lineno} reads the environment")
+    return found
+
+
+def modules(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield every module that code names: by import anywhere in it, by import_module, or as torch.distributed.x."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            # `from farspan import launch` names a module too.
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and dotted(node.func).rpartition(".")[2] in ("import_module", "__import__"):
+            for part in node.args[:1]:
+                if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                    yield node.lineno, part.value
+        elif isinstance(node, ast.Attribute) and dotted(node) == "torch.distributed":
+            yield node.lineno, "torch.distributed"
+
+
+def dotted(node: ast.AST) -> str:
+    """Return the name a.b.c of a chain of attributes, or an empty string."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and (before := dotted(node.value)):
+        return f"{before}.{node.attr}"
+    return ""
+
+
+def sources(root: Path) -> Iterator[tuple[str, str]]:
+    """Yield the path and the text of each Python file of the mandated folders."""
+    for folder in FOLDERS:
+        for path in sorted((root / folder).rglob("*.py")):
+            yield path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")
+
+
+SOURCE_RULES = [long_file, upward_imports, flat_imports, environment_reads]
+
+
+@pytest.mark.parametrize("rule", [broken_links, package_files])
+def test_repository_keeps_the_layout(rule):
+    assert rule(ROOT) == []
+
+
+@pytest.mark.parametrize("rule", SOURCE_RULES)
+def test_repository_keeps_the_rule(rule):
+    assert [violation for path, source in sources(ROOT) for violation in rule(path, source)] == []
+
+
+def test_the_rules_see_the_repository():
+    assert ("kernels/errors.py", (ROOT / "kernels/errors.py").read_text(encoding="utf-8")) in list(sources(ROOT))
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> Path:
+    """A small repository that keeps every rule, to plant a violation in."""
+    (tmp_path / "farspan").mkdir()
+    for name in FOLDERS:
+        (tmp_path / name).mkdir()
+    for name in LINKED:
+        (tmp_path / "farspan" / name).symlink_to(f"../{name}")
+    assert broken_links(tmp_path) == package_files(tmp_path) == []
+    return tmp_path
+
+
+def test_planted_links_are_found(planted):
+    links = planted / "farspan"
+    for name in ("kernels", "parallel", "tools", "trainer"):
+        (links / name).unlink()
+    (links / "parallel").mkdir()
+    (links / "tools").symlink_to(planted / "tools")
+    (links / "trainer").symlink_to("../trainer")
+    (planted / "trainer").rmdir()
+    assert broken_links(planted) == [
+        "farspan/kernels is not a link",
+        "farspan/parallel is not a link",
+        f"farspan/tools points to {planted}/tools, not to ../tools",
+        "farspan/trainer leads nowhere",
+    ]
+
+
+def test_planted_package_file_is_found(planted):
+    (planted / "kernels/backends").mkdir()
+    (planted / "kernels/backends/__init__.py").touch()
+    (planted / "tests/__init__.py").touch()
+    assert package_files(planted) == ["kernels/backends/__init__.py", "tests/__init__.py"]
+
+
+def test_planted_file_is_read(planted):
+    (planted / "parallel/context").mkdir()
+    (planted / "parallel/context/ring.py").write_text("import kernels\n", encoding="utf-8")
+    assert list(sources(planted)) == [("parallel/context/ring.py", "import kernels\n")]
+
+
+@pytest.mark.parametrize(("count", "violations"), [(400, 0), (401, 1)])
+def test_planted_long_file_is_found(count, violations):
+    assert len(long_file("kernels/rows.py", "x = 1\n" * count)) == violations
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("kernels/rows.py", "from farspan.parallel.mesh import Mesh"),
+        ("kernels/rows.py", "from farspan.parallel import mesh"),
+        ("kernels/rows.py", "import farspan.trainer.config as config"),
+        ("kernels/rows.py", "from farspan import launch"),
+        ("kernels/rows.py", "import torch.distributed as dist"),
+        ("kernels/rows.py", "import torch.distributed.tensor"),
+        ("kernels/rows.py", "from torch import distributed"),
+        ("kernels/rows.py", "from torch.distributed import ReduceOp"),
+        ("kernels/rows.py", "import torch\ntorch.distributed.get_rank()"),
+        ("kernels/backends/cpu.py", "def f():\n    from farspan.tools import bench"),
+        ("kernels/rows.py", "import importlib\nimportlib.import_module('farspan.trainer.train')"),
+        ("kernels/rows.py", "if TYPE_CHECKING:\n    from farspan.parallel.mesh import Mesh"),
+        ("parallel/context/ring.py", "from farspan.trainer.config import Config"),
+        ("parallel/mesh.py", "from farspan.launch.env import Ranks"),
+        ("trainer/train.py", "from farspan.launch.env import Ranks"),
+        ("trainer/model/moe.py", "from farspan.tools.estimate import memory"),
+        ("launch/cli.py", "from farspan.tools import matrix"),
+        ("launch/cli.py", "from tests.conftest import world"),
+        ("tools/matrix.py", "import tests.conftest"),
+    ],
+)
+def test_planted_upward_import_is_found(path, source):
+    assert len(upward_imports(path, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("kernels/rows.py", "import torch\nfrom farspan.kernels.errors import ConfigError"),
+        ("kernels/rows.py", "from torch.distributions import Normal"),
+        ("parallel/comm.py", "import torch.distributed as dist\nfrom farspan.kernels.rows import Rows"),
+        ("launch/cli.py", "from farspan.trainer.train import train\nfrom farspan.parallel.mesh import Mesh"),
+        ("tools/matrix.py", "from farspan.launch.cli import main\nfrom farspan.tools.estimate import memory"),
+        ("tests/kernels/test_rows.py", "from farspan.tools.matrix import table\nfrom tests.worlds import pool"),
+    ],
+)
+def test_downward_import_is_allowed(path, source):
+    assert upward_imports(path, source) == flat_imports(path, source) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from kernels.rows import Rows",
+        "import trainer.config",
+        "import tools",
+        "from .rows import Rows",
+        "from . import x",
+    ],
+)
+@pytest.mark.parametrize("path", ["kernels/plan.py", "tests/kernels/test_plan.py"])
+def test_planted_flat_import_is_found(path, source):
+    assert len(flat_imports(path, source)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import os\nrank = os.environ['RANK']",
+        "import os\nrank = os.environ.get('RANK')",
+        "import os\nrank = os.getenv('RANK')",
+        "from os import environ",
+        "from os import getenv as read",
+        "import os\nos.environ['RANK'] = '0'",
+    ],
+)
+def test_planted_environment_read_is_found(source):
+    assert len(environment_reads("trainer/train.py", source)) == 1
+    assert environment_reads("launch/env.py", source) == []
+
+
+def test_other_uses_of_os_are_allowed():
+    assert (
+        environment_reads("trainer/train.py", "import os\nos.replace(a, b)\nself.environ = 1\nfrom os import path")
+        == []
+    )

@@ -1,0 +1,195 @@
+"""Packing against a stream rebuilt token by token in plain Python."""
+
+import numpy as np
+import pytest
+
+from farspan.kernels.errors import ConfigError
+from farspan.trainer.data.packing import IGNORED, PADDING, PackedSequences
+from farspan.trainer.data.source import SplitWriter, TokenSource
+from farspan.trainer.data.tokenizer import ByteTokenizer
+
+END = 256
+LENGTHS = (5, 1, 0, 9, 2, 3, 17, 1)
+FIELDS = ("tokens", "labels", "position", "document")
+
+
+@pytest.fixture
+def make_source(tmp_path):
+    """Return a function that writes documents of the given lengths; no two documents share a token but END."""
+
+    def make(lengths) -> TokenSource:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        first = 0
+        with SplitWriter(folder, tokenizer=ByteTokenizer()) as writer:
+            for length in lengths:
+                writer.add(np.arange(first, first + length), num_bytes=max(length, 1))
+                first += length
+            writer.finish()
+        return TokenSource(folder)
+
+    return make
+
+
+@pytest.fixture
+def source(make_source):
+    return make_source(LENGTHS)
+
+
+def epoch_documents(source, seed, epoch, shuffle=True):
+    """Return one epoch's documents in stream order, read with sequences of one token each."""
+    packed = PackedSequences(source, sequence_tokens=1, seed=seed, shuffle=shuffle)
+    documents, current = [], []
+    for index in range(epoch * source.num_tokens, (epoch + 1) * source.num_tokens):
+        current.append(int(packed.sequence(index).tokens[0]))
+        if current[-1] == END:
+            documents.append(current)
+            current = []
+    assert current == []
+    return documents
+
+
+def expected(documents, start, stop):
+    """Walk over a list of documents and return tokens, labels, position, document of stream tokens [start, stop)."""
+    rows, at, fragment = [], 0, -1
+    for document in documents:
+        position = 0
+        for i, token in enumerate(document):
+            if start <= at < stop:
+                if position == 0:
+                    fragment += 1
+                rows.append((token, document[i + 1] if i + 1 < len(document) else IGNORED, position, fragment))
+                position += 1
+            at += 1
+    return tuple(list(column) for column in zip(*rows, strict=True))
+
+
+def as_lists(sequence):
+    return tuple(getattr(sequence, name).tolist() for name in FIELDS)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("length", [1, 2, 7, 23, 46, 100])  # an epoch is 46 tokens: also several epochs a sequence
+def test_sequences_are_the_stream_in_pieces(source, length, shuffle):
+    num_sequences = source.num_tokens // length + 3  # into the second epoch, or several epochs
+    num_epochs = -(-num_sequences * length // source.num_tokens)
+    documents = [d for epoch in range(num_epochs) for d in epoch_documents(source, 3, epoch, shuffle)]
+    packed = PackedSequences(source, sequence_tokens=length, seed=3, shuffle=shuffle)
+    for index in range(num_sequences):
+        assert as_lists(packed.sequence(index)) == expected(documents, index * length, (index + 1) * length)
+
+
+def test_an_epoch_holds_every_document_once(source):
+    whole = sorted(source.document(i).tolist() for i in range(source.num_documents))
+    for epoch in range(3):
+        assert sorted(epoch_documents(source, 3, epoch)) == whole
+
+
+def test_order_depends_on_seed_and_epoch_only(source):
+    in_file = [source.document(i).tolist() for i in range(source.num_documents)]
+    orders = [epoch_documents(source, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    for i, order in enumerate(orders):
+        assert order not in orders[:i]
+        assert order != in_file
+    assert epoch_documents(source, 1, 1) == orders[3]
+    assert epoch_documents(source, 5, 2, shuffle=False) == in_file
+
+
+def test_order_is_pinned_for_resumes_under_other_versions(source):
+    assert [document[0] for document in epoch_documents(source, 0, 0)] == [20, 6, 5, 15, 17, END, 37, 0]
+
+
+def test_types(source):
+    sequence = PackedSequences(source, sequence_tokens=7, seed=0).sequence(0)
+    assert [getattr(sequence, name).dtype.name for name in FIELDS] == ["int64", "int64", "int32", "int32"]
+    assert all(getattr(sequence, name).shape == (7,) for name in FIELDS)
+    assert (IGNORED, PADDING) == (-100, -1)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_dealing_to_any_number_of_ranks_gives_one_stream(source, world_size):
+    alone = PackedSequences(source, sequence_tokens=11, seed=7)
+    ranks = [PackedSequences(source, sequence_tokens=11, seed=7) for _ in range(world_size)]
+    for index in range(20):
+        assert as_lists(ranks[index % world_size].sequence(index)) == as_lists(alone.sequence(index))
+
+
+def test_resume_and_random_access(source):
+    packed = PackedSequences(source, sequence_tokens=11, seed=7)
+    run = [as_lists(packed.sequence(index)) for index in range(30)]
+    for index in (29, 0, 13, 13, 4, 28):
+        assert as_lists(packed.sequence(index)) == run[index]
+        assert as_lists(PackedSequences(source, sequence_tokens=11, seed=7).sequence(index)) == run[index]
+
+
+@pytest.mark.parametrize("trial", range(8))
+def test_labels_never_cross_documents(make_source, trial):
+    rng = np.random.default_rng(trial)
+    lengths = rng.integers(0, 12, size=20).tolist()
+    source = make_source(lengths)
+    owner = {token: i for i in range(20) for token in source.document(i)[:-1].tolist()}
+    packed = PackedSequences(source, sequence_tokens=int(rng.integers(1, 40)), seed=trial)
+    for index in range(12):
+        sequence = packed.sequence(index)
+        for token, label in zip(sequence.tokens.tolist(), sequence.labels.tolist(), strict=True):
+            if token == END:
+                assert label == IGNORED
+            elif label == END:
+                assert token == source.document(owner[token])[-2]
+            else:
+                assert label == token + 1
+                assert owner[label] == owner[token]
+
+
+def test_without_repeat_the_tail_is_padded(source):
+    packed = PackedSequences(source, sequence_tokens=7, seed=3, repeat=False)
+    assert len(packed) == 7  # 46 tokens: six whole sequences and four tokens
+    documents = epoch_documents(source, 3, 0)
+    for index in range(6):
+        assert as_lists(packed.sequence(index)) == expected(documents, index * 7, index * 7 + 7)
+    tokens, labels, position, document = expected(documents, 42, 46)
+    padded = (tokens + [END] * 3, labels + [IGNORED] * 3, position + [0] * 3, document + [PADDING] * 3)
+    assert as_lists(packed.sequence(6)) == padded
+    for index in (-1, 7):
+        with pytest.raises(IndexError, match=f"sequence {index} is outside"):
+            packed.sequence(index)
+
+
+@pytest.mark.parametrize(("length", "num_sequences"), [(45, 2), (46, 1), (47, 1), (500, 1)])
+def test_without_repeat_the_length_rounds_up(source, length, num_sequences):
+    packed = PackedSequences(source, sequence_tokens=length, seed=0, repeat=False)
+    assert len(packed) == num_sequences
+    real = [packed.sequence(i).document != PADDING for i in range(num_sequences)]
+    assert sum(int(mask.sum()) for mask in real) == 46
+
+
+def test_a_repeating_stream_has_no_length(source):
+    packed = PackedSequences(source, sequence_tokens=7, seed=0)
+    with pytest.raises(TypeError, match="repeating"):
+        len(packed)
+    with pytest.raises(IndexError, match="sequence -1"):
+        packed.sequence(-1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"sequence_tokens": 0, "seed": 0}, "sequence_tokens=0"), ({"sequence_tokens": 4, "seed": -1}, "seed=-1")],
+)
+def test_impossible_options_are_refused(source, options, message):
+    with pytest.raises(ConfigError, match=message):
+        PackedSequences(source, **options)
+
+
+def test_the_last_token_of_the_file_at_a_border(make_source):
+    packed = PackedSequences(make_source([3, 0]), sequence_tokens=5, seed=0, shuffle=False)
+    assert packed.sequence(0).tokens.tolist() == [0, 1, 2, END, END]
+    assert packed.sequence(0).labels.tolist() == [1, 2, END, IGNORED, IGNORED]
+    assert packed.sequence(0).document.tolist() == [0, 0, 0, 0, 1]
+
+
+def test_a_far_index_costs_one_epoch(source):
+    packed = PackedSequences(source, sequence_tokens=7, seed=3)
+    far = 10**12
+    sequence = packed.sequence(far)
+    epoch, start = divmod(far * 7, source.num_tokens)
+    documents = epoch_documents(source, 3, epoch) + epoch_documents(source, 3, epoch + 1)
+    assert as_lists(sequence) == expected(documents, start, start + 7)

@@ -1,0 +1,203 @@
+"""`prepare`: what it writes against plain Python, the split, and that it leaves a whole result or none."""
+
+import argparse
+import hashlib
+import json
+import os
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from farspan.kernels.errors import DataError
+from farspan.trainer.data.prepare import add_arguments, prepare, run
+from farspan.trainer.data.source import TokenSource
+from farspan.trainer.data.tokenizer import ByteTokenizer
+
+BYTES = ByteTokenizer()
+TEXTS = [f"document {i} says é" + "!" * (i % 5) for i in range(40)]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Return a folder with a file per text."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for i, text in enumerate(TEXTS):
+        (folder / f"{i:03}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def documents(out, split):
+    """Read a split back with nothing but json, numpy's file reader and a loop."""
+    meta = json.loads((out / split / "meta.json").read_text())
+    tokens = np.fromfile(out / split / "tokens.bin", dtype={"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]]).tolist()
+    found, current = [], []
+    for token in tokens:
+        if token == meta["end_id"]:
+            found.append(bytes(current).decode("utf-8"))
+            current = []
+        else:
+            current.append(token)
+    assert current == []  # the last document is closed
+    return found
+
+
+def parse(*arguments):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args([str(argument) for argument in arguments])
+
+
+def test_every_document_is_on_exactly_one_side_in_order(corpus, tmp_path):
+    report = prepare([corpus], tokenizer=BYTES, out=tmp_path / "out", held_out_fraction=0.3)
+    train, held_out = documents(tmp_path / "out", "train"), documents(tmp_path / "out", "held_out")
+    assert sorted(train + held_out) == sorted(TEXTS)
+    assert train == [text for text in TEXTS if text in train]
+    assert 4 <= len(held_out) <= 22  # 12 expected of 40; these bounds are more than 2.5 sigma away
+    assert report.train.num_documents == len(train)
+    assert report.held_out.num_documents == len(held_out)
+    assert report.train.num_bytes == sum(len(text.encode()) for text in train)
+    assert report.train.num_tokens == report.train.num_bytes + len(train)
+
+
+def test_files_agree_with_meta(corpus, tmp_path):
+    prepare([corpus], tokenizer=BYTES, out=tmp_path / "out", held_out_fraction=0.3)
+    folder = tmp_path / "out" / "train"
+    meta = json.loads((folder / "meta.json").read_text())
+    offsets = np.load(folder / "offsets.npy")
+    lengths = [len(text.encode()) + 1 for text in documents(tmp_path / "out", "train")]
+    assert offsets.dtype == np.int64
+    assert offsets.tolist() == [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    digest = hashlib.sha256((folder / "tokens.bin").read_bytes() + offsets.astype("<i8").tobytes()).hexdigest()
+    assert meta == {
+        "format_version": 1,
+        "tokenizer": "bytes",
+        "vocabulary_size": 257,
+        "end_id": 256,
+        "dtype": "uint16",
+        "num_documents": len(lengths),
+        "num_tokens": sum(lengths),
+        "num_bytes": sum(lengths) - len(lengths),
+        "fingerprint": digest,
+    }
+    assert sorted(path.name for path in folder.iterdir()) == ["meta.json", "offsets.npy", "tokens.bin"]
+
+
+def test_split_follows_content_not_place_or_company(corpus, tmp_path):
+    prepare([corpus], tokenizer=BYTES, out=tmp_path / "one", held_out_fraction=0.3)
+    held_out = set(documents(tmp_path / "one", "held_out"))
+    lines = tmp_path / "x.jsonl"
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS[::-1], *TEXTS, "a new one"]))
+    prepare([lines], tokenizer=BYTES, out=tmp_path / "two", held_out_fraction=0.3)
+    assert set(documents(tmp_path / "two", "held_out")) - {"a new one"} == held_out
+    assert len(documents(tmp_path / "two", "held_out")) >= 2 * len(held_out)
+
+
+def test_two_runs_write_the_same_bytes_and_a_larger_fraction_holds_out_more(corpus, tmp_path):
+    fingerprints = []
+    for name, fraction in (("a", 0.3), ("b", 0.3), ("c", 0.6)):
+        report = prepare([corpus], tokenizer=BYTES, out=tmp_path / name, held_out_fraction=fraction)
+        fingerprints.append((report.train.fingerprint, report.held_out.fingerprint))
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+    assert set(documents(tmp_path / "a", "held_out")) < set(documents(tmp_path / "c", "held_out"))
+
+
+def test_large_vocabulary_is_written_as_uint32(corpus, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    from farspan.trainer.data.tokenizer import load_tokenizer
+
+    words = {"<eos>": 70_000, "<unk>": 1, "document": 69_999}
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    raw.save(str(tmp_path / "big.json"))
+    prepare([corpus], tokenizer=load_tokenizer(str(tmp_path / "big.json")), out=tmp_path / "out", held_out_fraction=0.3)
+    source = TokenSource(tmp_path / "out" / "train")
+    assert source.tokens.dtype == np.uint32
+    assert source.document(0)[[0, 1, -1]].tolist() == [69_999, 1, 70_000]
+
+
+def test_an_encoding_failure_names_the_document(corpus, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    from farspan.trainer.data.tokenizer import load_tokenizer
+
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eos>": 0}, unk_token="<unk>")).save(str(tmp_path / "t.json"))
+    with pytest.raises(DataError, match=r"000\.txt: The tokenizer .*t\.json cannot encode"):
+        prepare([corpus], tokenizer=load_tokenizer(str(tmp_path / "t.json")), out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
+def test_a_fraction_outside_of_0_to_1_is_refused(corpus, tmp_path, fraction):
+    with pytest.raises(DataError, match=r"--held-out .* between 0 and 1"):
+        prepare([corpus], tokenizer=BYTES, out=tmp_path / "out", held_out_fraction=fraction)
+
+
+@pytest.mark.parametrize(("fraction", "side"), [(1e-9, "held_out"), (1 - 1e-9, "train")])
+def test_an_empty_side_is_refused_with_a_fraction_that_works(corpus, tmp_path, fraction, side):
+    options = {"tokenizer": BYTES, "out": tmp_path / "out"}
+    with pytest.raises(DataError, match=rf"None of the 40 documents falls into the {side} split") as caught:
+        prepare([corpus], **options, held_out_fraction=fraction)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus"]
+    advised = float(str(caught.value).split("pass --held-out ")[1].rstrip("."))
+    prepare([corpus], **options, held_out_fraction=advised)
+
+
+def test_duplicates_alone_cannot_be_split(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_text("same")
+    with pytest.raises(DataError, match=r"give more different documents"):
+        prepare([tmp_path / "a", tmp_path / "b"], tokenizer=BYTES, out=tmp_path / "out", held_out_fraction=0.5)
+
+
+def test_nothing_readable_is_refused(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").write_bytes(b"")
+    with pytest.raises(DataError, match=r"No input holds a readable document \(1 skipped\)"):
+        prepare([tmp_path / "corpus"], tokenizer=BYTES, out=tmp_path / "out", skip_unreadable=True)
+
+
+def test_the_folder_has_the_usual_permissions(corpus, tmp_path):
+    (tmp_path / "plain").mkdir()
+    prepare([corpus], tokenizer=BYTES, out=tmp_path / "out", held_out_fraction=0.3)
+    assert os.stat(tmp_path / "out").st_mode == os.stat(tmp_path / "plain").st_mode
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    def peak_bytes(num_documents: int) -> int:
+        lines = tmp_path / f"{num_documents}.jsonl"
+        with lines.open("w") as file:
+            for i in range(num_documents):
+                file.write(json.dumps({"text": f"{i} " + "x" * 20_000}) + "\n")
+        tracemalloc.start()
+        prepare([lines], tokenizer=BYTES, out=tmp_path / f"out{num_documents}", held_out_fraction=0.3)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    peak_bytes(20)  # whatever is loaded once
+    assert peak_bytes(400) < peak_bytes(100) + 300_000  # 400 documents hold 8 MB of text
+
+
+def test_command_line(corpus, tmp_path, capsys):
+    (corpus / "empty.txt").write_text("")
+    (corpus / "notes.md").write_text("not wanted")
+    (corpus / "secret.txt").write_text("not wanted either")
+    run(
+        parse(
+            *[corpus, "--tokenizer", "bytes", "--out", tmp_path / "out", "--suffix", ".txt", "--held-out", "0.3"],
+            *["--exclude", "secret.txt", "--skip-unreadable"],
+        )
+    )
+    assert sorted(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "held_out")) == sorted(TEXTS)
+    train, held_out, total = capsys.readouterr().out.splitlines()
+    num_train = len(documents(tmp_path / "out", "train"))
+    assert train.startswith(f"train     {num_train} documents, ")
+    assert held_out.startswith(f"held_out  {40 - num_train} documents, ")
+    assert "0.95 bytes per token" in train
+    assert "1 unreadable documents skipped" in total
+
+
+def test_command_line_defaults():
+    args = parse("a", "b", "--tokenizer", "t.json", "--out", "o")
+    assert (args.paths, args.held_out, args.text_key, args.suffix, args.exclude) == (["a", "b"], 0.05, "text", None, [])
+    assert (args.skip_unreadable, args.overwrite, args.end_token) == (False, False, None)

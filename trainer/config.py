@@ -1,0 +1,86 @@
+"""The whole configuration of a run: each section is the dataclass of the code that reads it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from farspan.kernels.mechanism import MECHANISMS, Mechanism
+from farspan.parallel.mesh import ParallelConfig
+from farspan.trainer.config_io import bounded, from_tree
+from farspan.trainer.model.config import ModelConfig
+from farspan.trainer.optim import OptimizerConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """folder: where everything that the run writes goes. seed: of parameters and of the order of the data."""
+
+    folder: Path
+    seed: int = bounded(0, minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionConfig:
+    """mechanism: what a query may attend to, with its options. backend: what computes it; `auto` takes the fastest."""
+
+    mechanism: str = "dense"
+    options: dict[str, Any] = field(default_factory=dict)
+    backend: str = "auto"
+
+    def build_mechanism(self) -> Mechanism:
+        """Return the mechanism; raises ConfigError for an unknown name or option."""
+        return from_tree(MECHANISMS.get(self.mechanism), self.options, "attention.options")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """folder: made by `farspan data prepare`, with `train/` and `held_out/`. sequence_tokens: the context length."""
+
+    folder: Path
+    sequence_tokens: int = bounded(minimum=2)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """steps: updates in all. sequences_per_step: the global batch; accumulation follows from it and the mesh.
+
+    compute_dtype: of activations and gathered parameters; master parameters, gradient sums and optimizer state are
+    float32 (float64 for float64). recompute: which activations are computed again instead of kept.
+    """
+
+    steps: int = bounded(minimum=1)
+    sequences_per_step: int = bounded(1, minimum=1)
+    compute_dtype: Literal["bfloat16", "float16", "float32", "float64"] = "bfloat16"
+    recompute: Literal["none", "block"] = "none"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """every_steps: how often to save; the end of the run and a stop signal save too. keep: how many to keep."""
+
+    every_steps: int = bounded(100, minimum=1)
+    keep: int = bounded(2, minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    """every_steps: how often to measure held-out loss, 0 only at the end. sequences: how many to measure it on."""
+
+    every_steps: int = bounded(100, minimum=0)
+    sequences: int = bounded(8, minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """A run; see each section."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

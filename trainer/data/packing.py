@@ -1,0 +1,141 @@
+"""Documents into sequences of one length: a stream addressed by a global cursor, the same for every world size.
+
+    epoch e    | doc 4 ......... | doc 0 .. | doc 2 ........... |        epoch e + 1  | doc 2 ...
+    sequences  [     i     ][    i + 1     ][    i + 2     ][    i + 3     ] ...
+    document    0 0 0 0 0 0  0 0 0 1 1 1 2 2  0 0 0 ...          0 0 1 1 1
+
+An epoch is all documents in an order drawn from (seed, epoch);
+sequence i is tokens [i * L, (i + 1) * L) of all epochs in a row.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from farspan.kernels.errors import ConfigError
+from farspan.trainer.data.source import TokenSource
+
+IGNORED = -100
+PADDING = -1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedSequence:
+    """One training sequence; a document cut by a border goes on in the next sequence as a fresh fragment."""
+
+    tokens: np.ndarray
+    """int64 [tokens]"""
+    labels: np.ndarray
+    """int64 [tokens]: the next token of the same document, known even past the border; IGNORED at its end token."""
+    position: np.ndarray
+    """int32 [tokens]: position inside the fragment, from 0."""
+    document: np.ndarray
+    """int32 [tokens]: 0, 1, 2 ... inside this sequence, PADDING in the tail of a source that does not repeat."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Epoch:
+    """The documents of one epoch in stream order: int64 [documents] and their stream borders, int64 [documents + 1]."""
+
+    number: int
+    order: np.ndarray
+    borders: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Span:
+    """Consecutive stream tokens of one epoch: ids, labels and position [tokens], fragment number from 0 [tokens]."""
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    position: np.ndarray
+    fragment: np.ndarray
+
+
+class PackedSequences:
+    """Sequences of `sequence_tokens` by index, with no state but a cache of the current epoch's order."""
+
+    def __init__(
+        self, source: TokenSource, *, sequence_tokens: int, seed: int, shuffle: bool = True, repeat: bool = True
+    ) -> None:
+        """Read nothing yet; raises ConfigError for a length below 1 or a negative seed."""
+        if sequence_tokens < 1:
+            raise ConfigError(f"sequence_tokens={sequence_tokens} is too small; give at least 1.")
+        if seed < 0:
+            raise ConfigError(f"seed={seed} is negative; give 0 or more.")
+        self._source = source
+        self._sequence_tokens = sequence_tokens
+        self._seed = seed
+        self._shuffle = shuffle
+        self._repeat = repeat
+        self._cached: _Epoch | None = None
+
+    def __len__(self) -> int:
+        """Number of sequences, the padded last one included; raises TypeError for a repeating source."""
+        if self._repeat:
+            raise TypeError("a repeating source has no length")
+        return -(-self._source.num_tokens // self._sequence_tokens)
+
+    def sequence(self, index: int) -> PackedSequence:
+        """Return sequence `index` of the stream; raises IndexError below 0 or past the end."""
+        if index < 0 or (not self._repeat and index >= len(self)):
+            raise IndexError(f"sequence {index} is outside of the stream")
+        length = self._sequence_tokens
+        tokens = np.full(length, self._source.end_id, dtype=np.int64)
+        labels = np.full(length, IGNORED, dtype=np.int64)
+        position = np.zeros(length, dtype=np.int32)
+        document = np.full(length, PADDING, dtype=np.int32)
+        filled = num_fragments = 0
+        while filled < length:
+            epoch, start = divmod(index * length + filled, self._source.num_tokens)
+            if epoch > 0 and not self._repeat:
+                break
+            span = self._span(self._epoch(epoch), start, min(start + length - filled, self._source.num_tokens))
+            rows = slice(filled, filled + len(span.tokens))
+            tokens[rows], labels[rows], position[rows] = span.tokens, span.labels, span.position
+            document[rows] = span.fragment + num_fragments
+            num_fragments += int(span.fragment[-1]) + 1
+            filled = rows.stop
+        return PackedSequence(tokens=tokens, labels=labels, position=position, document=document)
+
+    def _span(self, epoch: _Epoch, start: int, stop: int) -> _Span:
+        """Gather stream tokens [start, stop) of one epoch."""
+        first = int(np.searchsorted(epoch.borders, start, side="right")) - 1
+        last = int(np.searchsorted(epoch.borders, stop, side="left"))
+        borders = epoch.borders[first : last + 1]
+        begins = np.maximum(borders[:-1], start)  # [fragments], in the stream
+        lengths = np.minimum(borders[1:], stop) - begins
+        documents = epoch.order[first:last]
+        # What to add to a stream index for the index in the file: constant within a fragment.
+        shifts = self._source.offsets[documents] - borders[:-1]
+        ends = self._source.offsets[documents + 1] - 1  # file index of each fragment's end token
+
+        stream = np.arange(start, stop, dtype=np.int64)  # [tokens]
+        where = stream + np.repeat(shifts, lengths)
+        at_end = where == np.repeat(ends, lengths)
+        following = np.where(at_end, where, where + 1)  # the file's last token has no next one to read
+        return _Span(
+            tokens=self._source.tokens[where],
+            labels=np.where(at_end, IGNORED, self._source.tokens[following].astype(np.int64)),
+            position=stream - np.repeat(begins, lengths),
+            fragment=np.repeat(np.arange(last - first), lengths),
+        )
+
+    def _epoch(self, number: int) -> _Epoch:
+        cached = self._cached  # read once: another thread may replace it
+        if cached is None or cached.number != number:
+            order = self._order(number)
+            borders = np.zeros(len(order) + 1, dtype=np.int64)
+            np.cumsum(np.diff(self._source.offsets)[order], out=borders[1:])
+            cached = self._cached = _Epoch(number=number, order=order, borders=borders)
+        return cached
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Return the documents of `epoch` in stream order, int64 [documents]."""
+        num_documents = self._source.num_documents
+        if not self._shuffle:
+            return np.arange(num_documents, dtype=np.int64)
+        # numpy keeps raw bit streams the same between versions, unlike Generator.permutation: a resume under a
+        # newer numpy must see the same documents.
+        bits = np.random.PCG64(np.random.SeedSequence(self._seed, spawn_key=(epoch,)))
+        return np.argsort(np.asarray(bits.random_raw(num_documents)), kind="stable")

@@ -1,0 +1,174 @@
+"""`farspan data prepare`: documents into a memory-mappable folder of token ids, split into train and held_out."""
+
+import argparse
+import hashlib
+import math
+import secrets
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from farspan.kernels.errors import DataError
+from farspan.trainer.data.readers import DocumentReader
+from farspan.trainer.data.source import META_FILE, OFFSETS_FILE, SPLITS, TOKENS_FILE, SplitMeta, SplitWriter
+from farspan.trainer.data.tokenizer import Tokenizer, load_tokenizer
+
+HASH_BYTES = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrepareReport:
+    """What `prepare` wrote, per split, how many unreadable documents it skipped, and how long it took."""
+
+    out: Path
+    train: SplitMeta
+    held_out: SplitMeta
+    num_skipped: int
+    duration_s: float
+
+    def summary(self) -> str:
+        """Return a line per split and one for the whole."""
+        lines = [
+            f"{name:8}  {meta.num_documents:,} documents, {meta.num_tokens:,} tokens, "
+            f"{meta.num_bytes / meta.num_tokens:.2f} bytes per token"
+            for name, meta in (("train", self.train), ("held_out", self.held_out))
+        ]
+        skipped = f", {self.num_skipped:,} unreadable documents skipped" if self.num_skipped else ""
+        return "\n".join([*lines, f"written to {self.out} in {self.duration_s:.1f} s{skipped}"])
+
+
+def prepare(
+    paths: Sequence[str | Path],
+    *,
+    tokenizer: Tokenizer,
+    out: str | Path,
+    suffixes: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    held_out_fraction: float = 0.05,
+    text_key: str = "text",
+    skip_unreadable: bool = False,
+    overwrite: bool = False,
+) -> PrepareReport:
+    """Write `out`/train and `out`/held_out from the documents of `paths`, whole or not at all; raises DataError."""
+    started_s = time.perf_counter()
+    if not 0 < held_out_fraction < 1:
+        raise DataError(f"--held-out {held_out_fraction} is not a fraction; give a number between 0 and 1.")
+    out = Path(out)
+    target = out.resolve()  # `out` may be a link or end in `..`, and the folder is put in place by renaming
+    _check_target(target, overwrite)
+    reader = DocumentReader(
+        paths, suffixes=suffixes, exclude=exclude, text_key=text_key, skip_unreadable=skip_unreadable, omit=target
+    )
+    partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")  # hidden, so no reader takes it in
+    try:
+        train, held_out = _write_splits(reader, partial, tokenizer, held_out_fraction)
+        _publish(partial, target, overwrite)
+    except OSError as error:
+        raise DataError(f"{out} cannot be written: {error.strerror or error}; choose another --out.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    duration_s = time.perf_counter() - started_s
+    return PrepareReport(out=out, train=train, held_out=held_out, num_skipped=reader.num_skipped, duration_s=duration_s)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `farspan data prepare`."""
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="text, JSONL or parquet file, or folder of them")
+    parser.add_argument("--tokenizer", required=True, metavar="bytes|FILE", help="bytes, or a tokenizers JSON file")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    parser.add_argument("--suffix", nargs="+", action="extend", metavar=".py", help="take only these inside folders")
+    parser.add_argument(
+        "--exclude", nargs="+", action="extend", default=[], metavar="NAME", help="file and folder names or globs"
+    )
+    parser.add_argument("--held-out", type=float, default=0.05, metavar="FRACTION", help="documents held out (0.05)")
+    parser.add_argument("--text-key", default="text", metavar="KEY", help="JSONL key or parquet column (text)")
+    parser.add_argument(
+        "--skip-unreadable", action="store_true", help="inside folders, skip and count empty or non-UTF-8 documents"
+    )
+    parser.add_argument("--end-token", metavar="TOKEN", help="end-of-document token of the tokenizer file")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result in DIR")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run `farspan data prepare` and print a summary; raises DataError."""
+    report = prepare(
+        args.paths,
+        tokenizer=load_tokenizer(args.tokenizer, end_token=args.end_token),
+        out=args.out,
+        suffixes=args.suffix,
+        exclude=args.exclude,
+        held_out_fraction=args.held_out,
+        text_key=args.text_key,
+        skip_unreadable=args.skip_unreadable,
+        overwrite=args.overwrite,
+    )
+    print(report.summary())
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not overwrite:
+        raise DataError(f"{target} exists already; pass another --out, or --overwrite to replace it.")
+    ours = {target / split for split in SPLITS}
+    ours |= {split / name for split in ours for name in (TOKENS_FILE, OFFSETS_FILE, META_FILE)}
+    stranger = next((path for path in target.rglob("*") if path not in ours), None)
+    # --overwrite must never be able to delete a corpus.
+    if stranger is not None or not target.is_dir():
+        raise DataError(f"{stranger or target} is no result of an earlier prepare; pass another --out.")
+
+
+def _write_splits(
+    reader: DocumentReader, folder: Path, tokenizer: Tokenizer, held_out_fraction: float
+) -> tuple[SplitMeta, SplitMeta]:
+    """Stream every document to its side and return both metas; raises DataError when a side stays empty."""
+    lowest, highest = 1.0, 0.0
+    with (
+        SplitWriter(folder / SPLITS[0], tokenizer=tokenizer) as train,
+        SplitWriter(folder / SPLITS[1], tokenizer=tokenizer) as held_out,
+    ):
+        for document in reader:
+            data = document.text.encode("utf-8")
+            place = _place(data)
+            lowest, highest = min(lowest, place), max(highest, place)
+            try:
+                ids = tokenizer.encode(document.text)
+            except DataError as error:
+                raise DataError(f"{document.origin}: {error}") from error
+            (held_out if place < held_out_fraction else train).add(ids, num_bytes=len(data))
+        if train.num_documents + held_out.num_documents == 0:
+            raise DataError(f"No input holds a readable document ({reader.num_skipped} skipped); give other paths.")
+        if train.num_documents == 0 or held_out.num_documents == 0:
+            raise DataError(_empty_side(train.num_documents, held_out.num_documents, lowest, highest))
+        return train.finish(), held_out.finish()
+
+
+def _place(data: bytes) -> float:
+    """Return the place of a document's content in [0, 1]: the same on every machine, equal for duplicates."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=HASH_BYTES).digest()) / 2 ** (8 * HASH_BYTES)
+
+
+def _empty_side(num_train: int, num_held_out: int, lowest: float, highest: float) -> str:
+    """Say which side is empty and, where one exists, a fraction between the documents' places that works."""
+    side = "held_out" if num_held_out == 0 else "train"
+    # Rounded inwards: up from the lowest place, or down from the highest.
+    works = (math.floor(lowest * 1000) + 1 if num_held_out == 0 else math.ceil(highest * 1000) - 1) / 1000
+    cure = f"pass --held-out {works:g}" if lowest < works <= highest and works < 1 else "give more different documents"
+    return f"None of the {num_train + num_held_out} documents falls into the {side} split; {cure}."
+
+
+def _publish(partial: Path, target: Path, overwrite: bool) -> None:
+    """Rename `partial` to `target`, keeping an earlier result until the new one is in place; raises OSError."""
+    if not (overwrite and target.exists()):
+        partial.rename(target)  # fails if somebody else has filled `target` meanwhile
+        return
+    old = target.with_name(f".{target.name}.old-{secrets.token_hex(4)}")
+    target.rename(old)
+    try:
+        partial.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old)

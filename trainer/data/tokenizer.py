@@ -1,0 +1,135 @@
+"""Text to token ids: the built-in byte tokenizer and Hugging Face `tokenizers` files."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from types import ModuleType
+from typing import final
+
+import numpy as np
+
+from farspan.kernels.errors import DataError
+
+BYTES = "bytes"
+USUAL_END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|end▁of▁sentence|>")
+
+
+class Tokenizer(ABC):
+    """Turns text into token ids; `end_id` closes a document and never comes out of `encode`'s text."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What `load_tokenizer` was given."""
+
+    @property
+    @abstractmethod
+    def vocabulary_size(self) -> int:
+        """One more than the largest id."""
+
+    @property
+    @abstractmethod
+    def end_id(self) -> int:
+        """Id of the end-of-document token."""
+
+    @abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """Return the ids of `text`, uint32 [tokens], without any end or start token."""
+
+
+@final
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes as ids 0..255 and id 256 for the end of a document."""
+
+    @property
+    def name(self) -> str:
+        return BYTES
+
+    @property
+    def vocabulary_size(self) -> int:
+        return 257
+
+    @property
+    def end_id(self) -> int:
+        return 256
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint32)
+
+
+@final
+class FileTokenizer(Tokenizer):
+    """A Hugging Face `tokenizers` JSON file."""
+
+    def __init__(self, path: str, *, end_token: str | None = None) -> None:
+        """Read `path`; raises DataError when it cannot be read or has no end-of-document token."""
+        tokenizers = _import_tokenizers(path)
+        if not Path(path).is_file():
+            what = "is a folder; pass the tokenizer.json inside it" if Path(path).is_dir() else "does not exist"
+            raise DataError(f"The tokenizer file {path} {what} (or pass --tokenizer {BYTES}).")
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(path)
+        except Exception as error:  # the Rust side raises bare Exception
+            raise DataError(f"{path} is not a tokenizers JSON file ({error}); pass a whole tokenizer.json.") from error
+        self._name = path
+        # A file may carry its model's truncation and padding, which would cut documents without a word.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # A document that spells out a special token must not end there.
+        self._tokenizer.encode_special_tokens = True
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        # Ids may have holes, so the number of entries is not enough.
+        self._vocabulary_size = max(vocabulary.values(), default=-1) + 1
+        self._end_id = _end_id(path, vocabulary, end_token)
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self._vocabulary_size
+
+    @property
+    def end_id(self) -> int:
+        return self._end_id
+
+    def encode(self, text: str) -> np.ndarray:
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        except Exception as error:  # the Rust side raises bare Exception, such as for a missing unknown token
+            raise DataError(f"The tokenizer {self._name} cannot encode a document ({error}); use another.") from error
+        return np.array(encoding.ids, dtype=np.uint32)
+
+
+def load_tokenizer(name: str, *, end_token: str | None = None) -> Tokenizer:
+    """Return the tokenizer `name`: "bytes" or the path of a tokenizers JSON file; raises DataError."""
+    if name != BYTES:
+        return FileTokenizer(name, end_token=end_token)
+    if end_token is not None:
+        raise DataError(f"The tokenizer {BYTES!r} has its own end-of-document id; drop --end-token {end_token!r}.")
+    return ByteTokenizer()
+
+
+def _import_tokenizers(path: str) -> ModuleType:
+    try:
+        import tokenizers  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise DataError(
+            f"Reading the tokenizer file {path} needs the package tokenizers; "
+            f"`pip install tokenizers`, or pass --tokenizer {BYTES}."
+        ) from error
+    return tokenizers
+
+
+def _end_id(path: str, vocabulary: dict[str, int], end_token: str | None) -> int:
+    if end_token is not None:
+        if end_token not in vocabulary:
+            raise DataError(f"The tokenizer {path} has no token {end_token!r}; pass another --end-token.")
+        return vocabulary[end_token]
+    for token in USUAL_END_TOKENS:
+        if token in vocabulary:
+            return vocabulary[token]
+    raise DataError(
+        f"The tokenizer {path} has none of the usual end-of-document tokens ({', '.join(USUAL_END_TOKENS)}); "
+        "name its own with --end-token."
+    )

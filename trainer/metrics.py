@@ -1,0 +1,103 @@
+"""What a run shows of itself: a line a step, JSONL records, TensorBoard events; written by rank 0 alone."""
+
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+# Dense peak of the tensor cores in bfloat16, FLOP/s, from the vendors' data sheets; by a part of the device's name.
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+class MetricsWriter:
+    """Appends to `metrics.jsonl` and `tensorboard/`; records of steps after `resumed_step` are dropped first."""
+
+    def __init__(self, folder: Path, resumed_step: int) -> None:
+        self._path = folder / "metrics.jsonl"
+        if self._path.exists():
+            kept = [line for line in self._path.read_text().splitlines() if _step(line) <= resumed_step]
+            self._path.write_text("".join(f"{line}\n" for line in kept))
+        self._file = self._path.open("a", buffering=1)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Write one record, which has a `step`; numbers and tables of numbers go to TensorBoard too."""
+        self._file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if isinstance(value, dict):
+                for key, part in value.items():
+                    self._board.add_scalar(f"{name}/{key}", part, record["step"])
+            elif name != "step" and value is not None:
+                self._board.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def _step(line: str) -> float:
+    """Return the step of a record; a line cut short by a crash counts as after everything."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")
+
+
+class StepTimer:
+    """Seconds of each step and an estimate of what is left."""
+
+    def __init__(self, steps_left: int) -> None:
+        self._left = steps_left
+        self._last = time.monotonic()
+        self._mean: float | None = None
+
+    def lap(self) -> tuple[float, float]:
+        """Return (seconds since the last lap, seconds left); recent steps weigh more."""
+        now = time.monotonic()
+        seconds, self._last = now - self._last, now
+        self._mean = seconds if self._mean is None else 0.9 * self._mean + 0.1 * seconds
+        self._left -= 1
+        return seconds, self._mean * self._left
+
+    def skip(self) -> None:
+        """Leave the time since the last lap out: something other than training happened."""
+        self._last = time.monotonic()
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Return what this rank's device can do per second: from a table for GPUs, measured for CPUs."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return next((flops for part, flops in PEAK_FLOPS.items() if part in name), float("nan"))
+    size = 1024
+    left, right = (torch.ones(size, size, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory that this rank has held: allocated on a GPU, resident in RAM on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def progress_line(record: dict[str, Any], steps: int, seconds_left: float, rate: float) -> str:
+    """Return the line that a person watches."""
+    minutes, seconds = divmod(round(seconds_left), 60)
+    hours, minutes = divmod(minutes, 60)
+    mfu = record["mfu"]
+    return (
+        f"step {record['step']:>6}/{steps}  {100 * record['step'] / steps:3.0f} %  loss {record['loss']:7.4f}  "
+        f"grad {record['grad_norm']:6.3f}  lr {rate:.1e}  {record['tokens_per_s']:>9,.0f} tok/s  "
+        f"mfu {'   n/a' if mfu is None else f'{100 * mfu:4.1f} %'}  {record['peak_memory_bytes'] / 2**30:5.2f} GiB  "
+        f"{hours}:{minutes:02}:{seconds:02} left"
+    )

@@ -1,0 +1,64 @@
+"""What a decoder is made of."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from farspan.kernels.rope import Llama3Scaling, RopeScaling, YarnScaling
+from farspan.trainer.config_io import bounded
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeConfig:
+    """Rotary position embedding; the fields after `scaling` matter only to the scalings that have them.
+
+    base: longest wavelength is 2 pi base. factor: how many times longer than `original_positions` the context is.
+    low_frequency_factor, high_frequency_factor: of Llama 3; beta_fast, beta_slow: of YaRN.
+    """
+
+    base: float = bounded(10_000.0, above=1)
+    scaling: Literal["none", "llama3", "yarn"] = "none"
+    factor: float = bounded(1.0, minimum=1)
+    original_positions: int = bounded(8192, minimum=1)
+    low_frequency_factor: float = bounded(1.0, above=0)
+    high_frequency_factor: float = bounded(4.0, above=0)
+    beta_fast: float = bounded(32.0, above=0)
+    beta_slow: float = bounded(1.0, above=0)
+
+    def build_scaling(self) -> RopeScaling | None:
+        """Return the scaling that these fields describe."""
+        if self.scaling == "llama3":
+            return Llama3Scaling(
+                factor=self.factor,
+                low_freq_factor=self.low_frequency_factor,
+                high_freq_factor=self.high_frequency_factor,
+                original_positions=self.original_positions,
+            )
+        if self.scaling == "yarn":
+            return YarnScaling(
+                factor=self.factor,
+                original_positions=self.original_positions,
+                beta_fast=self.beta_fast,
+                beta_slow=self.beta_slow,
+            )
+        return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """A pre-norm decoder with grouped-query attention and SwiGLU.
+
+    width: size of the residual stream. feed_forward: inner size of SwiGLU. head_dim is free: heads * head_dim need
+    not be the width. vocabulary_size 0 takes the data's, rounded up to a multiple of 64.
+    """
+
+    layers: int = bounded(minimum=1)
+    width: int = bounded(minimum=1)
+    heads: int = bounded(minimum=1)
+    kv_heads: int = bounded(minimum=1)
+    head_dim: int = bounded(minimum=2)
+    feed_forward: int = bounded(minimum=1)
+    vocabulary_size: int = bounded(0, minimum=0)
+    norm_epsilon: float = bounded(1e-5, above=0)
+    qk_norm: bool = False
+    tied_embeddings: bool = False
+    rope: RopeConfig = field(default_factory=RopeConfig)

@@ -1,0 +1,71 @@
+"""Initial parameters: the same numbers whatever the mesh, since each is a function of (seed, name, row) alone.
+
+embedding, head                 normal, std 0.02
+query, key, value, gate, up     normal, std 1 / sqrt(fan in)
+out, down                       normal, std 1 / sqrt(fan in) / sqrt(2 layers): the residual stream keeps its size
+norms                           1
+"""
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from farspan.trainer.model.config import ModelConfig
+
+EMBEDDING_STD = 0.02
+BLOCK_ROWS = 1024
+"""Rows that share a random stream; a rank draws the streams that its shard touches, not the whole parameter."""
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Fill every parameter of a materialised model, sharded over its first dimension or not at all."""
+    for name, parameter in model.named_parameters():
+        local, first_row = _local_rows(parameter)
+        std = _std(name, parameter, config)
+        if std is None:
+            local.fill_(1.0)
+            continue
+        for start, rows in _normal_rows(f"{seed}/{name}", first_row, local.shape):
+            local[start : start + len(rows)] = (rows * std).to(local)
+
+
+def _std(name: str, parameter: Tensor, config: ModelConfig) -> float | None:
+    """Return the standard deviation, or None for a norm's weight."""
+    if parameter.dim() == 1:
+        return None
+    layer = name.split(".")[-2]
+    if layer in ("embedding", "head"):
+        return EMBEDDING_STD
+    depth = (2 * config.layers) ** -0.5 if layer in ("out", "down") else 1.0
+    return parameter.shape[1] ** -0.5 * depth
+
+
+def _local_rows(parameter: nn.Parameter) -> tuple[Tensor, int]:
+    """Return the local part of a parameter and the row of the whole at which it starts."""
+    if not isinstance(parameter, DTensor):
+        return parameter, 0
+    local, first = parameter.to_local(), 0
+    for axis, placement in enumerate(parameter.placements):
+        if isinstance(placement, Shard):
+            assert placement.dim == 0, f"initialisation knows parameters sharded over dimension 0, not {placement}"
+            # DTensor shards as torch.chunk does: equal chunks, the last ones shorter or empty.
+            chunk = -(-parameter.shape[0] // parameter.device_mesh.size(axis))
+            first = parameter.device_mesh.get_local_rank(axis) * chunk
+    return local, first
+
+
+def _normal_rows(stream: str, first_row: int, shape: torch.Size) -> Iterator[tuple[int, Tensor]]:
+    """Yield (local start, standard normal rows) that cover `shape[0]` rows of the whole from `first_row` on."""
+    row, stop = first_row, first_row + shape[0]
+    while row < stop:
+        block = row // BLOCK_ROWS
+        digest = hashlib.sha256(f"{stream}/{block}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+        until = min((block + 1) * BLOCK_ROWS, stop)
+        rows = torch.randn(until - block * BLOCK_ROWS, *shape[1:], generator=generator)
+        yield row - first_row, rows[row - block * BLOCK_ROWS :]
+        row = until

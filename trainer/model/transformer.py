@@ -1,0 +1,136 @@
+"""The decoder: embeddings, pre-norm blocks of grouped-query attention and SwiGLU, and the loss head.
+
+Legend: T local tokens of one micro-batch, C width, Hq query heads, Hk key/value heads, D head size, V vocabulary.
+Tensors are flat over tokens: a batch is one sequence of packed documents, told apart by its rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from farspan.kernels.cross_entropy import linear_cross_entropy
+from farspan.kernels.norm import rms_norm
+from farspan.kernels.rope import apply_rope, attention_factor_of, inverse_frequencies, rotation_table
+from farspan.kernels.rows import Rows
+from farspan.parallel.strategy import Attend
+from farspan.trainer.model.config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class SequenceContext:
+    """What the layers need to know of the sequence beside its tokens.
+
+    rows: of this rank's tokens. attend: attention over the whole sequence, for these rows.
+    """
+
+    rows: Rows
+    attend: Attend
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _BlockInputs:
+    """cos and sin `[T, D/2]` stay float32 whatever the compute dtype."""
+
+    cos: Tensor
+    sin: Tensor
+    attend: Attend
+
+
+class RmsNorm(nn.Module):
+    """Root-mean-square norm over the last dimension."""
+
+    def __init__(self, size: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.epsilon)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245): the only place where the model meets mechanism and strategy."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        query_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.query = nn.Linear(config.width, query_width, bias=False)
+        self.key = nn.Linear(config.width, kv_width, bias=False)
+        self.value = nn.Linear(config.width, kv_width, bias=False)
+        self.out = nn.Linear(query_width, config.width, bias=False)
+        self.query_norm = RmsNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else nn.Identity()
+        self.key_norm = RmsNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, inputs: _BlockInputs) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.query, self.key, self.value))
+        q = apply_rope(self.query_norm(q), inputs.cos, inputs.sin)  # [T, Hq, D]
+        k = apply_rope(self.key_norm(k), inputs.cos, inputs.sin)  # [T, Hk, D]
+        return self.out(inputs.attend(q, k, v).flatten(1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.width, config.feed_forward, bias=False)
+        self.up = nn.Linear(config.width, config.feed_forward, bias=False)
+        self.down = nn.Linear(config.feed_forward, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """One layer; with `recompute` its activations are computed again in the backward pass instead of kept."""
+
+    def __init__(self, config: ModelConfig, recompute: bool) -> None:
+        super().__init__()
+        self.attention_norm = RmsNorm(config.width, config.norm_epsilon)
+        self.attention = Attention(config)
+        self.feed_forward_norm = RmsNorm(config.width, config.norm_epsilon)
+        self.feed_forward = FeedForward(config)
+        self.recompute = recompute
+
+    def forward(self, x: Tensor, inputs: _BlockInputs) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._layer, x, inputs, use_reentrant=False, preserve_rng_state=False)
+        return self._layer(x, inputs)
+
+    def _layer(self, x: Tensor, inputs: _BlockInputs) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), inputs)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class Transformer(nn.Module):
+    """Tokens and labels in, the loss of each token out."""
+
+    def __init__(self, config: ModelConfig, *, recompute: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocabulary_size, config.width)
+        self.blocks = nn.ModuleList(Block(config, recompute) for _ in range(config.layers))
+        self.norm = RmsNorm(config.width, config.norm_epsilon)
+        self.head = nn.Linear(config.width, config.vocabulary_size, bias=False)
+        if config.tied_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor, labels: Tensor, context: SequenceContext) -> Tensor:
+        """tokens and labels int64 `[T]` to losses `[T]` in nats, float32 or float64; 0 where a label is ignored."""
+        x = self.embedding(tokens)  # [T, C]
+        cos, sin = self._rotation(context.rows.position, x.dtype)
+        inputs = _BlockInputs(cos, sin, context.attend)
+        for block in self.blocks:
+            x = block(x, inputs)
+        return linear_cross_entropy(self.norm(x), self.head.weight, labels)
+
+    def _rotation(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        rope = self.config.rope
+        frequencies = inverse_frequencies(self.config.head_dim, rope.base, rope.build_scaling())
+        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        factor = attention_factor_of(rope.build_scaling())
+        return rotation_table(position, frequencies.to(position.device), factor, dtype)

@@ -1,0 +1,58 @@
+"""AdamW and its learning-rate schedules; the rate is a function of the step, so nothing of it needs saving."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from farspan.trainer.config_io import bounded
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW (arXiv 1711.05101). Weight decay applies to matrices only, not to norms.
+
+    schedule: after a linear warm-up, `cosine` falls to final_fraction of the peak over the whole run; `wsd`
+    (warm-up, stable, decay; arXiv 2404.06395) stays at the peak and falls linearly over the last decay_fraction.
+    """
+
+    learning_rate: float = bounded(3e-4, above=0)
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    warmup_steps: int = bounded(100, minimum=0)
+    final_fraction: float = bounded(0.1, minimum=0, maximum=1)
+    decay_fraction: float = bounded(0.2, minimum=0, maximum=1)
+    beta1: float = bounded(0.9, minimum=0, maximum=0.999999)
+    beta2: float = bounded(0.95, minimum=0, maximum=0.999999)
+    epsilon: float = bounded(1e-8, above=0)
+    weight_decay: float = bounded(0.1, minimum=0)
+    max_gradient_norm: float = bounded(1.0, above=0)
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Return AdamW over the model's parameters, sharded as they are."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon)
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Return the rate of step `step` (from 0) of `steps`."""
+    peak, final = config.learning_rate, config.learning_rate * config.final_fraction
+    if step < config.warmup_steps:
+        return peak * (step + 1) / config.warmup_steps
+    after, total = step - config.warmup_steps, max(steps - config.warmup_steps, 1)
+    if config.schedule == "cosine":
+        return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * after / total))
+    decay_steps = max(round(steps * config.decay_fraction), 1)
+    return final + (peak - final) * min((steps - step) / decay_steps, 1.0)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Use `rate` from the next update on."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

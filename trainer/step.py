@@ -1,0 +1,73 @@
+"""One optimizer step: the mean loss over every labelled token of the global batch, and its gradient."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from farspan.kernels.errors import TrainingError
+from farspan.parallel.fsdp import clip_gradients
+from farspan.trainer.batch import MicroBatch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """loss: mean nats per labelled token of the whole batch. gradient_norm: before clipping.
+
+    visible_pairs: (query, key) pairs per head of the whole batch. stop: some rank was asked to stop; all see the same.
+    """
+
+    loss: float
+    gradient_norm: float
+    labelled_tokens: int
+    visible_pairs: int
+    stop: bool
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[MicroBatch],
+    *,
+    max_gradient_norm: float,
+    stop_requested: bool = False,
+) -> StepResult:
+    """Accumulate gradients over `batches`, clip, update. Raises TrainingError when the loss is not finite.
+
+    The loss is divided by the labelled tokens of all ranks and all micro-batches, not averaged over averages: so it
+    and its gradient do not depend on how the tokens are dealt.
+    """
+    device = batches[0].tokens.device
+    counts = [sum(b.valid_tokens for b in batches), sum(b.visible_pairs for b in batches), int(stop_requested)]
+    agreed = torch.tensor(counts, device=device)
+    dist.all_reduce(agreed)
+    labelled_tokens, visible_pairs, stops = agreed.tolist()
+    if labelled_tokens == 0:
+        raise TrainingError("no token of this batch has a label: every document of the data has a single token.")
+
+    optimizer.zero_grad()
+    # FSDP averages gradients over all ranks; what is wanted is their sum.
+    scale = dist.get_world_size() / labelled_tokens
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for batch in batches:
+        losses = model(batch.tokens, batch.labels, batch.context)
+        (losses.sum() * scale).backward()
+        total += losses.detach().sum(dtype=torch.float64)
+    dist.all_reduce(total)
+    loss = total.item() / labelled_tokens
+    norm = clip_gradients(model.parameters(), max_gradient_norm).item()
+    if not torch.isfinite(torch.tensor([loss, norm])).all():
+        raise TrainingError(
+            f"the loss is {loss} and the gradient norm {norm}: lower optimizer.learning_rate, or look at the data; "
+            "the last checkpoint is from before."
+        )
+    optimizer.step()
+    return StepResult(
+        loss=loss,
+        gradient_norm=norm,
+        labelled_tokens=labelled_tokens,
+        visible_pairs=visible_pairs,
+        stop=stops > 0,
+    )

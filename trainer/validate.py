@@ -1,0 +1,79 @@
+"""Rules between fields: each a small function that raises ConfigError with what to change."""
+
+from farspan.kernels.errors import ConfigError
+from farspan.kernels.registry import nearest_name_hint
+from farspan.parallel.layout import LAYOUTS
+from farspan.parallel.mesh import Degrees
+from farspan.parallel.strategy import STRATEGIES, Heads
+from farspan.trainer.config import Config
+
+
+def validate(config: Config, degrees: Degrees) -> None:
+    """Check everything that no single field can say; nothing has been started yet."""
+    heads_share_kv_heads(config)
+    head_dim_is_even(config)
+    rope_scalings_are_whole(config)
+    warmup_ends(config)
+    batch_divides(config, degrees)
+    layout_exists(config)
+    strategy_takes_mechanism(config, degrees)
+
+
+def heads_share_kv_heads(config: Config) -> None:
+    model = config.model
+    if model.heads % model.kv_heads:
+        raise ConfigError(
+            f"model.kv_heads={model.kv_heads} must divide model.heads={model.heads}: "
+            f"{', '.join(str(n) for n in range(1, model.heads + 1) if model.heads % n == 0)} do."
+        )
+
+
+def head_dim_is_even(config: Config) -> None:
+    if config.model.head_dim % 2:
+        raise ConfigError(f"model.head_dim={config.model.head_dim} must be even: rotary embedding turns pairs.")
+
+
+def rope_scalings_are_whole(config: Config) -> None:
+    rope = config.model.rope
+    if rope.scaling == "none" and rope.factor != 1.0:
+        raise ConfigError(f"model.rope.factor={rope.factor} needs model.rope.scaling: set it to llama3 or yarn.")
+    if rope.scaling == "llama3" and rope.low_frequency_factor >= rope.high_frequency_factor:
+        raise ConfigError(
+            f"model.rope.low_frequency_factor={rope.low_frequency_factor} must be below "
+            f"model.rope.high_frequency_factor={rope.high_frequency_factor}."
+        )
+    if rope.scaling == "yarn" and rope.beta_slow >= rope.beta_fast:
+        raise ConfigError(f"model.rope.beta_slow={rope.beta_slow} must be below model.rope.beta_fast={rope.beta_fast}.")
+
+
+def warmup_ends(config: Config) -> None:
+    if config.optimizer.warmup_steps > config.train.steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps} exceeds train.steps={config.train.steps}: "
+            "the peak learning rate would never be reached; lower it."
+        )
+
+
+def batch_divides(config: Config, degrees: Degrees) -> None:
+    sequences = config.train.sequences_per_step
+    if sequences % degrees.data:
+        nearest = -(-sequences // degrees.data) * degrees.data
+        raise ConfigError(
+            f"train.sequences_per_step={sequences} must be a multiple of the {degrees.data} data-parallel groups "
+            f"(dp_replicate × dp_shard); {nearest} is."
+        )
+
+
+def layout_exists(config: Config) -> None:
+    layout = config.parallel.layout
+    if layout not in LAYOUTS:
+        hint = nearest_name_hint(layout, list(LAYOUTS))
+        raise ConfigError(f"parallel.layout={layout!r} does not exist; choose one of {', '.join(LAYOUTS)}.{hint}")
+
+
+def strategy_takes_mechanism(config: Config, degrees: Degrees) -> None:
+    heads = Heads(query=config.model.heads, kv=config.model.kv_heads)
+    strategy = STRATEGIES.get(config.parallel.strategy)
+    refusal = strategy.refusal(config.attention.build_mechanism(), heads, degrees.context)
+    if refusal is not None:
+        raise ConfigError(f"parallel.strategy={config.parallel.strategy!r} refuses this run: {refusal}")

@@ -14,6 +14,7 @@ CUDA p (and u h) is rounded to the input dtype to be multiplied, as in any 16-bi
 Gradients of the weight are summed over chunks in float32, and all gradients rounded once.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,14 +48,14 @@ def _widens(x: Tensor) -> bool:
 
 
 def _weight_tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the rows of `weight` in `dtype`, whole where no copy is needed, else in tiles of bounded size."""
+    """Yield the rows of `weight` in `dtype`: whole where no copy is needed, else copied tile by tile to one scratch."""
     if weight.dtype == dtype:
         yield slice(None), weight
         return
     tile_rows = max(1, _TILE_BYTES // (dtype.itemsize * max(weight.shape[1], 1)))
-    for start in range(0, weight.shape[0], tile_rows):
-        rows = slice(start, start + tile_rows)
-        yield rows, weight[rows].to(dtype)
+    scratch = weight.new_empty(min(tile_rows, weight.shape[0]), weight.shape[1], dtype=dtype)
+    for rows in _chunks(weight.shape[0], tile_rows):
+        yield rows, scratch[: rows.stop - rows.start].copy_(weight[rows])
 
 
 def _write_logits(hidden: Tensor, weight: Tensor, logits: Tensor) -> None:
@@ -85,6 +86,15 @@ def _add_weight_gradient(total: Tensor, slope: Tensor, weighted: Tensor) -> None
         total.addmm_(slope.T, weighted)
 
 
+def _exp_in_place(x: Tensor) -> Tensor:
+    """Set x to exp(x), but to no less than a thousand times the smallest normal number.
+
+    Subnormal probabilities make exp and the products that follow 10 to 60 times slower on x86 (measured); raising them
+    to 1e-35 changes no sum of at least 1. NaN stays NaN.
+    """
+    return x.clamp_(min=math.log(torch.finfo(x.dtype).tiny) + 7).exp_()
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Losses of the labelled tokens `rows`, zero for the others; one logits buffer serves every chunk of a pass."""
 
@@ -102,7 +112,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             _write_logits(hidden[chosen], weight, logits)
             top = logits.amax(dim=1, keepdim=True)  # [n, 1]
             at_label = logits.gather(1, picked) - top
-            log_sum = logits.sub_(top).exp_().sum(dim=1, keepdim=True).log_()
+            log_sum = _exp_in_place(logits.sub_(top)).sum(dim=1, keepdim=True).log_()
             losses[chosen] = (log_sum - at_label)[:, 0]
             lse[chunk] = (log_sum + top)[:, 0]
         ctx.save_for_backward(hidden, weight, rows, target, lse)
@@ -124,7 +134,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part, upstream = hidden[chosen], grad_losses[chosen, None]  # [n, C], [n, 1]
             logits = buffer[: len(chosen)]
             _write_logits(part, weight, logits)
-            softmax = logits.sub_(lse[chunk, None]).exp_()
+            softmax = _exp_in_place(logits.sub_(lse[chunk, None]))
             slope = softmax.scatter_(1, picked, softmax.gather(1, picked) - 1)  # ∂loss/∂logits [n, V]
             if _widens(part):
                 slope = slope.to(part.dtype)

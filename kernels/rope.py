@@ -119,9 +119,9 @@ def rotation_table(
 ) -> tuple[Tensor, Tensor]:
     """Return cos and sin [T, D/2] of position · frequency, times `attention_factor`, on the device of `position`.
 
-    Angles are float64, since a float32 angle at position 10 million is wrong by up to half a radian. The float64
-    angle is good to 2e-9 there, so a float32 table is the exact one rounded (error below 2^-24), at any position up to
-    10 million; a float64 table keeps absolute accuracy position · 2.3e-16.
+    Angles are float64, since a float32 angle at position 10 million is wrong by more than half a radian. The float64
+    angle is good to 3e-9 there, so a float32 table is the exact one rounded (error below 2^-24), at any position up to
+    10 million; a float64 table keeps absolute accuracy position · 3e-16.
     """
     cos = torch.empty(len(position), len(inverse_frequencies), dtype=dtype, device=position.device)  # [T, D/2]
     sin = torch.empty_like(cos)

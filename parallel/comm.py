@@ -53,7 +53,8 @@ class Channel:
 
         Transfers of one tag arrive in the order they were started; transfers of different tags are independent.
         """
-        assert self.size > 1 and buffer.is_contiguous()
+        assert self.size > 1, "a ring of one rank has nobody to send to"
+        assert buffer.is_contiguous(), "a transfer reads one stretch of memory"
         received = torch.empty_like(buffer)
         ranks = dist.get_process_group_ranks(self.group)
         following, previous = ranks[(self.rank + 1) % self.size], ranks[(self.rank - 1) % self.size]

@@ -13,7 +13,7 @@ class ParallelConfig:
     """How ranks share the work.
 
     context: ranks that share one sequence.
-    dp_shard: groups of ranks with sequences of their own that share one copy of the parameters; 0 takes all that is left.
+    dp_shard: groups of ranks with sequences of their own that share one copy of the parameters; 0 takes what is left.
     dp_replicate: whole copies of the parameters (HSDP).
     strategy: how queries meet keys of other ranks; `layout`: which rank holds which tokens of a sequence.
     """
@@ -49,10 +49,10 @@ class Degrees:
         fixed = config.context * config.dp_replicate
         product = fixed * (config.dp_shard or 1)
         if num_ranks % product != 0 or (config.dp_shard and num_ranks != product):
-            shard = f" × parallel.dp_shard={config.dp_shard}" if config.dp_shard else ""
+            shard = f" x parallel.dp_shard={config.dp_shard}" if config.dp_shard else ""
             verb = "equal" if config.dp_shard else "divide"
             raise ConfigError(
-                f"parallel.context={config.context} × parallel.dp_replicate={config.dp_replicate}{shard} = {product} "
+                f"parallel.context={config.context} x parallel.dp_replicate={config.dp_replicate}{shard} = {product} "
                 f"must {verb} the number of ranks, {num_ranks}: change a degree or start another number of ranks."
             )
         dp_shard = config.dp_shard or num_ranks // fixed

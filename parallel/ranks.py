@@ -30,7 +30,7 @@ def connected(ranks: Ranks, device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # One rank keeps the store to itself; None makes torch meet the others at the address in the environment.
-    store = dist.HashStore() if ranks.world_size == 1 else None
+    store = dist.HashStore() if ranks.world_size == 1 else None  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group(
         backend,
         store=store,

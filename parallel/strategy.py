@@ -49,7 +49,7 @@ class Attend(ABC):
     """Attention over one dealt sequence, planned: called with the rows that this rank holds, differentiable."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q `[tokens_local, Hq, D]`, k `[tokens_local, Hk, D]`, v `[tokens_local, Hk, Dv]` to `[tokens_local, Hq, Dv]`."""
+        """Attend q `[tokens_local, Hq, D]` to k `[.., Hk, D]` and v `[.., Hk, Dv]`; return `[tokens_local, Hq, Dv]`."""
         return _AttendFunction.apply(q, k, v, self)  # pyright: ignore[reportReturnType]
 
     @abstractmethod
@@ -75,7 +75,7 @@ class _AttendFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         dq, dk, dv = ctx.attend.backward(dout, ctx.saved_tensors)
         return dq.to(ctx.dtype), dk.to(ctx.dtype), dv.to(ctx.dtype), None
 

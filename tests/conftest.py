@@ -22,5 +22,7 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _one_thread_poisoned_memory() -> None:
     torch.set_num_threads(1)
+    # In deterministic mode torch fills fresh memory with NaN: whoever reads what nobody wrote is found out.
+    torch.use_deterministic_algorithms(True)

@@ -6,6 +6,7 @@ returned. A rank that raises makes `run` raise; a rank that dies or hangs does t
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -17,23 +18,27 @@ import torch
 import torch.distributed as dist
 
 COLLECTIVE_TIMEOUT_S = 60
+GRACE_S = 3
 PRELOAD = "tests.preload"
 
 
-class RankFailure(AssertionError):
+class RankError(AssertionError):
     """A rank raised, died or did not answer in time."""
 
 
 def _serve(rank: int, world_size: int, store: str, connection: Connection) -> None:
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
     timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout)
     while (task := connection.recv()) is not None:
         function, arguments = task
         try:
-            connection.send((True, function(*arguments)))
+            answer = pickle.dumps((True, function(*arguments)))
         except BaseException:
-            connection.send((False, traceback.format_exc()))
+            answer = pickle.dumps((False, traceback.format_exc()))
+        # Plain pickle: torch's own way through connections would keep a file open for every tensor.
+        connection.send_bytes(answer)
     dist.destroy_process_group()
 
 
@@ -55,21 +60,23 @@ class RankPool:
         failures: dict[int, str] = {}
         pending = {connection: rank for rank, connection in enumerate(self._connections)}
         while pending:
-            ready = wait(list(pending), timeout=timeout_s)
+            # Once a rank has failed, the others may wait for it for ever; a moment lets them tell their own failures.
+            ready = wait(list(pending), timeout=GRACE_S if failures else timeout_s)
             for connection in ready:
-                rank = pending.pop(connection)  # pyright: ignore[reportArgumentType]
+                assert isinstance(connection, Connection)
+                rank = pending.pop(connection)
                 try:
-                    succeeded, value = connection.recv()  # pyright: ignore[reportAttributeAccessIssue]
+                    succeeded, value = pickle.loads(connection.recv_bytes())
                 except EOFError:
                     succeeded, value = False, "the process died"
                 (results if succeeded else failures)[rank] = value
             if not ready:
-                failures.update(dict.fromkeys(pending.values(), f"no answer in {timeout_s} s"))
-            if failures:
-                # The other ranks may wait for the failed one in a collective: the world is spoilt.
-                self.stop()
-                report = "\n".join(f"--- rank {rank} of {self.world_size}\n{text}" for rank, text in failures.items())
-                raise RankFailure(report)
+                failures |= {rank: "no answer" for rank in pending.values()}
+                break
+        if failures:
+            self.stop()
+            report = "\n".join(f"--- rank {rank} of {self.world_size}\n{text}" for rank, text in failures.items())
+            raise RankError(report)
         return [results[rank] for rank in range(self.world_size)]
 
     def stop(self) -> None:

@@ -23,6 +23,7 @@ LLAMA_31 = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, 
 LLAMA_32 = Llama3Scaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=8192)
 QWEN_3 = YarnScaling(factor=4.0, original_positions=32768)
 YARN_16 = YarnScaling(factor=16.0, original_positions=4096, beta_fast=16.0, beta_slow=2.0, attention_factor=1.25)
+YARN_LONG = YarnScaling(factor=2.0, original_positions=131_072)
 
 # transformers 5.23.0, ROPE_INIT_FUNCTIONS on torch 2.13.0 (CPU, float32): some inverse frequencies by index, and the
 # attention factor.
@@ -58,6 +59,14 @@ GOLDEN = [
         1.25,
         {0: 1.0, 1: 0.749894202, 13: 0.0212435555, 16: 0.00583333336, 20: 0.000527046272, 31: 8.3345094e-06},
         id="yarn-16-own-betas",
+    ),
+    pytest.param(
+        64,
+        10_000.0,
+        YARN_LONG,
+        1.0693147180559945,
+        {0: 1.0, 1: 0.749894202, 20: 0.00316227786, 24: 0.000923076936, 28: 0.000243252143, 31: 8.71917873e-05},
+        id="yarn-2-ramp-past-the-last-pair",
     ),
 ]
 
@@ -99,7 +108,7 @@ def test_frequencies_equal_those_of_transformers(
     assert attention_factor_of(scaling) == pytest.approx(factor, rel=1e-15)
 
 
-@pytest.mark.parametrize("scaling", [None, LLAMA_31, LLAMA_32, QWEN_3, YARN_16], ids=str)
+@pytest.mark.parametrize("scaling", [None, LLAMA_31, LLAMA_32, QWEN_3, YARN_16, YARN_LONG], ids=str)
 @pytest.mark.parametrize(("head_dim", "base"), [(128, 500_000.0), (96, 10_000.0), (2, 1e6)])
 def test_frequencies_equal_a_scalar_loop(head_dim: int, base: float, scaling: RopeScaling | None) -> None:
     expected = [scalar_frequency(i, head_dim, base, scaling) for i in range(head_dim // 2)]
@@ -109,7 +118,7 @@ def test_frequencies_equal_a_scalar_loop(head_dim: int, base: float, scaling: Ro
 
 
 def test_yarn_with_an_empty_ramp_switches_at_its_index() -> None:
-    """On a long enough original context both rounded ends are clamped to the same index."""
+    """Here both ends, rounded outwards and clamped, are index 0."""
     scaling = YarnScaling(factor=2.0, original_positions=32, beta_fast=32.0, beta_slow=32.0)
     plain = inverse_frequencies(8, 10_000.0)
     expected = plain / torch.tensor([1.0, 2.0, 2.0, 2.0], dtype=torch.float64)

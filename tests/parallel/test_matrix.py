@@ -4,9 +4,9 @@ out, lse, dq, dk, dv of the ranks, put together, equal the reference backend's o
 that were counted on the way equal the strategy's own formula.
 """
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -15,15 +15,18 @@ from torch import Tensor
 
 from farspan.kernels.attend import attend, attend_backward
 from farspan.kernels.mechanism import MECHANISMS, Masked, Mechanism
+from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.plan import Plan
 from farspan.kernels.rows import Rows
 from farspan.parallel.comm import Channel, Traffic
 from farspan.parallel.layout import LAYOUTS, Shards
 from farspan.parallel.strategy import STRATEGIES, AttentionShape, Heads
+from tests.oracle import relative_error
 from tests.ranks import RankPool
 
 # Sums of a few hundred float64 terms in another order: errors stay some ten times 1e-16 times the values.
 FLOAT64_TOLERANCE = 1e-10
+DEGREES = [1, 2, 4, 8]
 HEADS = [Heads(query=8, kv=8), Heads(query=8, kv=2), Heads(query=8, kv=1)]
 HEAD_DIM, VALUE_DIM = 16, 8
 DOCUMENTS = {
@@ -61,10 +64,14 @@ class Case:
         return q, k, v, dout
 
 
-def run_case(case: Case, degree: int) -> tuple[list[Tensor], dict[str, int]]:
-    """On each rank: return this rank's out, lse, dq, dk, dv and the bytes it sent."""
+def run_cases(chosen: list[Case]) -> list[tuple[list[Tensor], dict[str, int]]]:
+    """On each rank: return its out, lse, dq, dk, dv and the bytes that it sent, for every case."""
+    return [run_case(case) for case in chosen]
+
+
+def run_case(case: Case) -> tuple[list[Tensor], dict[str, int]]:
     channel = Channel(dist.group.WORLD, Traffic())  # pyright: ignore[reportArgumentType]
-    shards = Shards.deal(case.rows, layout=case.layout, degree=degree)
+    shards = Shards.deal(case.rows, layout=case.layout, degree=channel.size)
     planned = STRATEGIES.get(case.strategy)(channel).prepare(case.mechanism, shards, case.heads, backend="cpu")
     q, k, v, dout = (shards.shard(x, channel.rank) for x in case.inputs())
     leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -78,22 +85,26 @@ def run_case(case: Case, degree: int) -> tuple[list[Tensor], dict[str, int]]:
     return [out.detach(), lse, *gradients], counted
 
 
-def reference(case: Case) -> list[Tensor]:
+@functools.cache
+def reference(mechanism: Mechanism, documents: str, heads: Heads) -> list[Tensor]:
     """One process, the reference backend, float64."""
-    assert isinstance(case.mechanism, Masked)
-    plan = Plan.build(case.rows, case.rows, case.mechanism.visibility())
-    q, k, v, dout = (x.double() for x in case.inputs())
+    case = Case(mechanism, "single", "contiguous", documents, heads)
+    assert isinstance(mechanism, Masked)
+    plan = Plan.build(case.rows, case.rows, mechanism.visibility())
+    q, k, v, dout = case.inputs()
     out, lse = attend(q, k, v, plan, backend="reference")
     return [out, lse, *attend_backward(dout, q, k, v, out, lse, plan, backend="reference")]
 
 
-def cases(degree: int) -> list[Case]:
-    """Every pair that the registries admit at this degree."""
+def every_mechanism() -> list[Mechanism]:
+    return [example for name in MECHANISMS for example in MECHANISMS.get(name).examples()]
+
+
+def cases(strategy: str, degree: int) -> list[Case]:
+    """Everything that the registries admit at this degree."""
     return [
         Case(mechanism, strategy, layout, documents, heads)
-        for name in MECHANISMS
-        for mechanism in MECHANISMS.get(name).examples()
-        for strategy in STRATEGIES
+        for mechanism in every_mechanism()
         for layout in LAYOUTS
         for documents in DOCUMENTS
         for heads in HEADS
@@ -106,41 +117,58 @@ def label(case: Case) -> str:
     return f"{case.mechanism}-{case.strategy}-{case.layout}-{case.documents}-{heads}"
 
 
-def largest_error(got: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest absolute difference; -inf must stand in the same places and nothing may be NaN."""
-    error = 0.0
-    for a, b in zip(got, expected, strict=True):
-        assert not a.isnan().any()
-        assert torch.equal(a.isneginf(), b.isneginf())
-        error = max(error, (a - b).masked_fill(b.isneginf(), 0.0).abs().max().item())
-    return error
+def put_together(case: Case, degree: int, parts: list[list[Tensor]]) -> list[Tensor]:
+    """Return the whole sequence's tensors from every rank's list of them."""
+    shards = Shards.deal(case.rows, layout=case.layout, degree=degree)
+    return [shards.unshard(torch.stack(part)) for part in zip(*parts, strict=True)]
 
 
-@pytest.mark.parametrize("degree", [1, 2, 4, 8])
+def volume(case: Case, degree: int) -> dict[str, int]:
+    shape = AttentionShape(
+        tokens_local=Shards.deal(case.rows, layout=case.layout, degree=degree).tokens_local,
+        heads=case.heads,
+        head_dim=HEAD_DIM,
+        value_dim=VALUE_DIM,
+        element_bytes=case.dtype.itemsize,
+        accumulation_bytes=accumulation_dtype(case.dtype).itemsize,
+    )
+    stated = STRATEGIES.get(case.strategy).volume(shape, degree)
+    return {"forward": stated.forward, "backward": stated.backward}
+
+
+@pytest.mark.parametrize("degree", DEGREES)
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
 def test_equals_one_process(ranks: Callable[[int], RankPool], strategy: str, degree: int) -> None:
-    chosen = [case for case in cases(degree) if case.strategy == strategy]
-    if strategy == "single" and degree > 1:
-        assert not chosen
+    chosen = cases(strategy, degree)
+    if not chosen:
+        assert strategy == "single"
+        assert degree > 1
         return
     assert len(chosen) >= len(LAYOUTS) * len(DOCUMENTS) * len(HEADS)
-    wrong: list[str] = []
-    for case in chosen:
-        results: list[Any] = ranks(degree).run(run_case, case, degree)
-        shards = Shards.deal(case.rows, layout=case.layout, degree=degree)
-        whole = [shards.unshard(torch.stack(parts)) for parts in zip(*(tensors for tensors, _ in results), strict=True)]
-        error = largest_error(whole, reference(case))
+    results = ranks(degree).run(run_cases, chosen)
+    wrong = []
+    for number, case in enumerate(chosen):
+        whole = put_together(case, degree, [of_rank[number][0] for of_rank in results])
+        expected = reference(case.mechanism, case.documents, case.heads)
+        error = max(relative_error(a, b) for a, b in zip(whole, expected, strict=True))
         if error > FLOAT64_TOLERANCE:
             wrong.append(f"{label(case)}: {error:.1e}")
-        shape = AttentionShape(
-            tokens_local=shards.tokens_local,
-            heads=case.heads,
-            head_dim=HEAD_DIM,
-            value_dim=VALUE_DIM,
-            element_bytes=8,
-            accumulation_bytes=8,
-        )
-        volume = STRATEGIES.get(strategy).volume(shape, degree)
-        for _, counted in results:
-            assert counted == {"forward": volume.forward, "backward": volume.backward}, label(case)
+        for of_rank in results:
+            assert of_rank[number][1] == volume(case, degree), label(case)
     assert not wrong, f"{len(wrong)} of {len(chosen)} cases differ from one process:\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "single"])
+def test_bfloat16_loses_no_more_than_one_process_does(ranks: Callable[[int], RankPool], strategy: str) -> None:
+    """Partial results are merged in float32: eight ranks are within twice the error of one process in bfloat16."""
+    for mechanism in every_mechanism():
+        case = Case(mechanism, strategy, "zigzag", "ragged", HEADS[1], torch.bfloat16)
+        alone = replace(case, strategy="single")
+        expected = reference(mechanism, case.documents, case.heads)
+
+        def error(of: Case, degree: int, expected: list[Tensor] = expected) -> list[float]:
+            whole = put_together(of, degree, [parts[0][0] for parts in ranks(degree).run(run_cases, [of])])
+            return [relative_error(a, b) for a, b in zip(whole, expected, strict=True)]
+
+        for name, got, allowed in zip(("out", "lse", "dq", "dk", "dv"), error(case, 8), error(alone, 1), strict=True):
+            assert got <= 2 * allowed, f"{label(case)}: {name} {got:.1e}, one process {allowed:.1e}"

@@ -29,7 +29,7 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
         if std is None:
             local.fill_(1.0)
             continue
-        for start, rows in _normal_rows(f"{seed}/{name}", first_row, local.shape):
+        for start, rows in _normal_rows(f"{seed}/{name}", parameter.shape, first_row, local.shape[0]):
             local[start : start + len(rows)] = (rows * std).to(local)
 
 
@@ -58,14 +58,16 @@ def _local_rows(parameter: nn.Parameter) -> tuple[Tensor, int]:
     return local, first
 
 
-def _normal_rows(stream: str, first_row: int, shape: torch.Size) -> Iterator[tuple[int, Tensor]]:
-    """Yield (local start, standard normal rows) that cover `shape[0]` rows of the whole from `first_row` on."""
-    row, stop = first_row, first_row + shape[0]
+def _normal_rows(stream: str, shape: torch.Size, first_row: int, num_rows: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield (start in the shard, standard normal rows) that fill rows [first_row, first_row + num_rows) of `shape`."""
+    row, stop = first_row, first_row + num_rows
     while row < stop:
         block = row // BLOCK_ROWS
+        block_start, block_stop = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, shape[0])
         digest = hashlib.sha256(f"{stream}/{block}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
-        until = min((block + 1) * BLOCK_ROWS, stop)
-        rows = torch.randn(until - block * BLOCK_ROWS, *shape[1:], generator=generator)
-        yield row - first_row, rows[row - block * BLOCK_ROWS :]
+        # Always a whole block: what randn gives first depends on how many numbers are asked for.
+        rows = torch.randn(block_stop - block_start, *shape[1:], generator=generator)
+        until = min(block_stop, stop)
+        yield row - first_row, rows[row - block_start : until - block_start]
         row = until

@@ -1,0 +1,210 @@
+"""What every mechanism owes on every backend and in every dtype, against the row-by-row oracle in float64."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from farspan.kernels.attend import attend, attend_backward
+from farspan.kernels.backend import BACKENDS
+from farspan.kernels.mechanism import MECHANISMS, Masked, Mechanism
+from farspan.kernels.merge import accumulation_dtype, empty_partial, merge_
+from farspan.kernels.plan import Plan
+from farspan.kernels.rows import Rows
+from farspan.kernels.visibility import Visibility
+from tests import oracle
+
+CPU = torch.device("cpu")
+DTYPES = list(oracle.RELATIVE_TOLERANCE)
+ABLE = [name for name in BACKENDS if BACKENDS.get(name).refusal(CPU) is None]
+EXAMPLES = [
+    pytest.param(example, id=str(example)) for name in MECHANISMS for example in MECHANISMS.get(name).examples()
+]
+# Visibilities that no mechanism uses yet are held to the same contract.
+VISIBILITIES = [
+    *(Visibility(causal=causal, window=window) for causal in (True, False) for window in (1, 7, 40)),
+]
+
+ROWS = {
+    "one": Rows.packed([77]),
+    "ragged": Rows.packed([1, 40, 3, 33], padding=5),
+    "padding_only": Rows.packed([], padding=9),
+    "shuffled": Rows.packed([50, 30], padding=3).take(torch.randperm(83, generator=torch.Generator().manual_seed(0))),
+    "strided": Rows.packed([160]).take(torch.arange(1, 160, 2)),
+}
+HEADS = [(8, 8), (8, 2), (8, 1)]
+
+
+@dataclass(frozen=True)
+class Tensors:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+
+    @staticmethod
+    def random(
+        queries: int, keys: int, heads: tuple[int, int], head_dim: int, value_dim: int, dtype: torch.dtype
+    ) -> Any:
+        generator = torch.Generator().manual_seed(3)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        return Tensors(
+            q=draw(queries, heads[0], head_dim),
+            k=draw(keys, heads[1], head_dim),
+            v=draw(keys, heads[1], value_dim),
+            dout=draw(queries, heads[0], value_dim),
+        )
+
+
+def run(tensors: Tensors, plan: Plan, backend: str) -> list[Tensor]:
+    out, lse = attend(tensors.q, tensors.k, tensors.v, plan, backend=backend)
+    assert lse.dtype == accumulation_dtype(tensors.q.dtype)
+    assert out.dtype in (tensors.q.dtype, lse.dtype)
+    gradients = attend_backward(
+        tensors.dout, tensors.q, tensors.k, tensors.v, out.to(tensors.q.dtype), lse, plan, backend=backend
+    )
+    return [out, lse, *gradients]
+
+
+def expect(tensors: Tensors, seen: list[list[int]]) -> list[Tensor]:
+    q, k, v = (x.double().requires_grad_() for x in (tensors.q, tensors.k, tensors.v))
+    out, lse = oracle.attention(q, k, v, seen)
+    gradients = torch.autograd.grad(out, (q, k, v), tensors.dout.double(), allow_unused=True, materialize_grads=True)
+    return [out.detach(), lse.detach(), *gradients]
+
+
+def check(tensors: Tensors, queries: Rows, keys: Rows, visibility: Visibility, backend: str) -> None:
+    plan = Plan.build(queries, keys, visibility, shortest_run=8)
+    got = run(tensors, plan, backend)
+    expected = expect(tensors, oracle.visible_pairs(queries, keys, visibility))
+    tolerance = oracle.RELATIVE_TOLERANCE[tensors.q.dtype]
+    errors = {
+        name: oracle.relative_error(a, b)
+        for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, expected, strict=True)
+    }
+    assert max(errors.values()) <= tolerance, errors
+
+
+def masked(mechanism: Mechanism) -> Visibility:
+    assert isinstance(mechanism, Masked)
+    return mechanism.visibility()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ABLE)
+@pytest.mark.parametrize("mechanism", EXAMPLES)
+def test_mechanism_equals_the_formula(mechanism: Mechanism, backend: str, dtype: torch.dtype) -> None:
+    for rows in ROWS.values():
+        for heads in HEADS:
+            check(Tensors.random(len(rows), len(rows), heads, 16, 8, dtype), rows, rows, masked(mechanism), backend)
+
+
+@pytest.mark.parametrize("visibility", VISIBILITIES, ids=str)
+@pytest.mark.parametrize("backend", ABLE)
+def test_visibility_equals_the_formula(visibility: Visibility, backend: str) -> None:
+    for rows in ROWS.values():
+        for keys in (rows, ROWS["strided"]):
+            tensors = Tensors.random(len(rows), len(keys), (4, 2), 16, 16, torch.float64)
+            check(tensors, rows, keys, visibility, backend)
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(16, 16), (40, 40), (96, 64), (64, 96), (192, 128), (256, 256)])
+@pytest.mark.parametrize("backend", ABLE)
+def test_head_sizes(backend: str, head_dim: int, value_dim: int) -> None:
+    rows = ROWS["ragged"]
+    tensors = Tensors.random(len(rows), len(rows), (4, 2), head_dim, value_dim, torch.float64)
+    check(tensors, rows, rows, Visibility(), backend)
+
+
+@pytest.mark.parametrize("backend", ABLE)
+@pytest.mark.parametrize("mechanism", EXAMPLES)
+def test_parts_over_disjoint_keys_merge_and_their_gradients_add_up(mechanism: Mechanism, backend: str) -> None:
+    """The two facts that every strategy stands on."""
+    rows, visibility = Rows.packed([30, 60, 5], padding=4), masked(mechanism)
+    tensors = Tensors.random(len(rows), len(rows), (4, 2), 16, 16, torch.float64)
+    whole = run(tensors, Plan.build(rows, rows, visibility), backend)
+    # Three parts; the queries of the first document see nothing of the last.
+    parts = [torch.arange(0, 41, 2), torch.arange(1, 41, 2), torch.arange(41, len(rows))]
+    plans = [Plan.build(rows, rows.take(part), visibility, shortest_run=8) for part in parts]
+    out, lse = empty_partial(len(rows), 4, 16, like=tensors.q)
+    for part, plan in zip(parts, plans, strict=True):
+        merge_(out, lse, *attend(tensors.q, tensors.k[part], tensors.v[part], plan, backend=backend))
+    dq = torch.zeros_like(tensors.q)
+    dk, dv = torch.zeros_like(tensors.k), torch.zeros_like(tensors.v)
+    for part, plan in zip(parts, plans, strict=True):
+        mine = attend_backward(
+            tensors.dout, tensors.q, tensors.k[part], tensors.v[part], out, lse, plan, backend=backend
+        )
+        dq += mine[0]
+        dk[part], dv[part] = mine[1], mine[2]
+    for got, expected in zip((out, lse, dq, dk, dv), whole, strict=True):
+        assert oracle.relative_error(got, expected) <= oracle.RELATIVE_TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("backend", ABLE)
+@pytest.mark.parametrize("mechanism", EXAMPLES)
+def test_nothing_leaks_from_later_tokens_or_other_documents(mechanism: Mechanism, backend: str) -> None:
+    """d out_t / d (k, v)_s is exactly 0 wherever s is not visible to t: by poison, which no weight but 0 survives."""
+    rows, visibility = Rows.packed([20, 23]), masked(mechanism)
+    tensors = Tensors.random(len(rows), len(rows), (2, 1), 16, 16, torch.float64)
+    plan = Plan.build(rows, rows, visibility, shortest_run=8)
+    out, _ = attend(tensors.q, tensors.k, tensors.v, plan, backend=backend)
+    seen = oracle.visible_pairs(rows, rows, visibility)
+    for t in (0, 7, 19, 20, 30, 42):
+        hidden = [s for s in range(len(rows)) if s not in seen[t]]
+        k, v = tensors.k.clone(), tensors.v.clone()
+        k[hidden] += 3.0
+        v[hidden] -= 50.0
+        changed, _ = attend(tensors.q, k, v, plan, backend=backend)
+        assert torch.equal(changed[t], out[t])
+        only_t = torch.zeros_like(out)
+        only_t[t] = tensors.dout[t]
+        lse = attend(tensors.q, tensors.k, tensors.v, plan, backend=backend)[1]
+        _, dk, dv = attend_backward(only_t, tensors.q, tensors.k, tensors.v, out, lse, plan, backend=backend)
+        assert not dk[hidden].any()
+        assert not dv[hidden].any()
+
+
+@pytest.mark.parametrize("backend", ABLE)
+@pytest.mark.parametrize(("queries", "keys"), [(0, 5), (5, 0), (0, 0)])
+def test_no_rows_at_all(backend: str, queries: int, keys: int) -> None:
+    tensors = Tensors.random(queries, keys, (4, 2), 16, 16, torch.float32)
+    plan = Plan.build(Rows.packed([queries]), Rows.packed([keys]), Visibility())
+    out, lse, dq, dk, dv = run(tensors, plan, backend)
+    assert out.shape == (queries, 4, 16)
+    assert not out.any()
+    assert lse.isneginf().all()
+    assert not any(gradient.any() for gradient in (dq, dk, dv))
+    assert [x.shape for x in (dq, dk, dv)] == [x.shape for x in (tensors.q, tensors.k, tensors.v)]
+
+
+@pytest.mark.parametrize("backend", ABLE)
+def test_inputs_need_not_be_contiguous(backend: str) -> None:
+    """torch's CPU operator is silently wrong on an inner dimension with a stride."""
+    rows = ROWS["ragged"]
+    plain = Tensors.random(len(rows), len(rows), (4, 2), 16, 16, torch.float64)
+    strided = Tensors(*(x.transpose(0, 2).contiguous().transpose(0, 2) for x in vars(plain).values()))
+    plan = Plan.build(rows, rows, Visibility())
+    for a, b in zip(run(plain, plan, backend), run(strided, plan, backend), strict=True):
+        assert oracle.relative_error(b, a) <= oracle.RELATIVE_TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "message"),
+    [
+        ((5, 4, 16), (5, 3, 16), (5, 3, 16), "4 query heads cannot share 3"),
+        ((5, 4, 16), (5, 2, 8), (5, 2, 8), "attention wants q"),
+        ((5, 4, 16), (5, 2, 16), (4, 2, 16), "attention wants q"),
+        ((6, 4, 16), (5, 2, 16), (5, 2, 16), "the plan is for 5 queries"),
+        ((5, 64), (5, 2, 16), (5, 2, 16), "attention wants q"),
+    ],
+)
+def test_bad_shapes_are_refused(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], message: str) -> None:
+    plan = Plan.build(Rows.packed([5]), Rows.packed([5]), Visibility())
+    with pytest.raises(ValueError, match=message):
+        attend(torch.zeros(q), torch.zeros(k), torch.zeros(v), plan, backend="reference")

@@ -1,0 +1,97 @@
+"""Plans: every visible pair in exactly one region, whatever the rows."""
+
+import random
+
+import pytest
+import torch
+
+from farspan.kernels.plan import Kind, Plan
+from farspan.kernels.rows import Rows
+from farspan.kernels.visibility import Visibility
+from tests.oracle import visible_pairs
+
+
+def covered(plan: Plan) -> torch.Tensor:
+    """How many regions claim each pair, by the definition of the kinds, int32 `[queries, keys]`."""
+    count = torch.zeros(len(plan.queries), len(plan.keys), dtype=torch.int32)
+    for region in plan.regions:
+        part = count[region.queries, region.keys]
+        assert part.numel() > 0, region
+        if region.kind is Kind.MASKED:
+            part += plan.mask(region).int()
+        else:
+            ones = torch.ones_like(part)
+            part += ones if region.kind is Kind.FULL else ones.tril()
+    return count
+
+
+def true_mask(plan: Plan) -> torch.Tensor:
+    mask = torch.zeros(len(plan.queries), len(plan.keys), dtype=torch.int32)
+    for row, seen in zip(mask, visible_pairs(plan.queries, plan.keys, plan.visibility), strict=True):
+        row[seen] = 1
+    return mask
+
+
+def random_rows(rng: random.Random, rows: Rows) -> Rows:
+    """A shard as some rank of some layout would hold it, or rows in no order at all."""
+    index, degree = torch.arange(len(rows)), rng.choice([1, 2, 3, 4])
+    rank = rng.randrange(degree)
+    kind = rng.choice(["contiguous", "striped", "zigzag", "any"])
+    if kind == "contiguous":
+        index = index.tensor_split(degree)[rank]
+    elif kind == "striped":
+        index = index[rank::degree]
+    elif kind == "zigzag":
+        chunks = index.tensor_split(2 * degree)
+        index = torch.cat((chunks[rank], chunks[-1 - rank]))
+    else:
+        index = index[torch.randperm(len(rows), generator=torch.Generator().manual_seed(rng.randrange(1000)))]
+    return rows.take(index)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_regions_hold_every_visible_pair_once(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(25):
+        longest = rng.choice([5, 80, 200])
+        rows = Rows.packed([rng.randint(1, longest) for _ in range(rng.randint(1, 5))], rng.choice([0, 7]))
+        visibility = Visibility(causal=rng.random() < 0.7, window=rng.choice([None, None, 1, 3, 20, 100, 500]))
+        plan = Plan.build(
+            random_rows(rng, rows), random_rows(rng, rows), visibility, shortest_run=rng.choice([2, 8, 32])
+        )
+        expected = true_mask(plan)
+        assert torch.equal(covered(plan), expected)
+        assert plan.visible_pairs == int(expected.sum())
+
+
+def test_a_causal_document_is_one_region_and_a_zigzag_step_needs_no_mask() -> None:
+    rows = Rows.packed([4096])
+    assert [region.kind for region in Plan.build(rows, rows, Visibility()).regions] == [Kind.CAUSAL]
+    chunks = torch.arange(4096).chunk(8)
+    mine, other = rows.take(torch.cat((chunks[1], chunks[6]))), rows.take(torch.cat((chunks[0], chunks[7])))
+    for keys in (mine, other):
+        assert {region.kind for region in Plan.build(mine, keys, Visibility()).regions} <= {Kind.FULL, Kind.CAUSAL}
+
+
+def test_a_million_tokens_are_planned_by_their_runs() -> None:
+    """Work and size follow the number of documents, not of pairs: 10^12 pairs here."""
+    rows = Rows.packed([500_000, 300_000, 248_576])
+    plan = Plan.build(rows, rows, Visibility())
+    assert len(plan.regions) == 3
+    assert plan.visible_pairs == sum(n * (n + 1) // 2 for n in (500_000, 300_000, 248_576))
+
+
+def test_masks_stay_small_where_runs_do_not_match() -> None:
+    """A run of step 1 against a run of step 2 is cut into tiles: no mask grows with the square of the rows."""
+    rows = Rows.packed([4096])
+    plan = Plan.build(rows, rows.take(torch.arange(0, 4096, 2)), Visibility())
+    assert (
+        max((r.query_stop - r.query_start) * (r.key_stop - r.key_start) for r in plan.regions if r.kind is Kind.MASKED)
+        <= 128 * 128
+    )
+    assert any(region.kind is Kind.FULL for region in plan.regions)
+
+
+def test_window_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="window=0 must be at least 1"):
+        Visibility(window=0)

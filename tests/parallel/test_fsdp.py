@@ -1,0 +1,100 @@
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from farspan.parallel.comm import Traffic
+from farspan.parallel.fsdp import clip_gradients, sharding_bytes
+from farspan.parallel.mesh import Mesh, ParallelConfig
+from farspan.trainer.build import build_batches, build_model, open_data
+from farspan.trainer.config import Config
+from farspan.trainer.data.packing import PackedSequences
+from tests.ranks import RankPool
+from tests.trainer import tiny
+
+
+class CollectiveBytes(TorchDispatchMode):
+    """Bytes that this rank puts into each kind of collective, seen from under FSDP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.put_in: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func.overloadpacket.__name__
+            place = {"_allgather_base_": 1, "_reduce_scatter_base_": 1, "allreduce_": 0}.get(name)
+            if place is not None:
+                tensors = args[place] if isinstance(args[place], list) else [args[place]]
+                self.put_in[name] += sum(tensor.nbytes for tensor in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+def count_sharding(config: Config) -> tuple[int, int, dict[str, int]]:
+    mesh = Mesh.build(config.parallel, "cpu")
+    model = build_model(config, mesh, torch.device("cpu"))
+    data = PackedSequences(open_data(config)[0], sequence_tokens=config.data.sequence_tokens, seed=0)
+    batch = build_batches(config, mesh, torch.device("cpu"), Traffic()).build(data.sequence(0))
+    with CollectiveBytes() as counter:
+        model(batch.tokens, batch.labels, batch.context).sum().backward()
+    shards, replicas = mesh.degrees.shard, mesh.degrees.dp_replicate
+    sent = (
+        counter.put_in["_allgather_base_"] * (shards - 1)
+        + counter.put_in["_reduce_scatter_base_"] * (shards - 1) // shards
+        + counter.put_in["allreduce_"] * 2 * (replicas - 1) // replicas
+    )
+    return sharding_bytes(model, model.blocks, mesh, torch.float32), sent, dict(counter.put_in)
+
+
+@pytest.mark.parametrize("parallel", [ParallelConfig(context=2), ParallelConfig(context=2, dp_replicate=2)], ids=str)
+def test_bytes_of_sharding_are_as_stated(
+    tmp_path: Path, ranks: Callable[[int], RankPool], parallel: ParallelConfig
+) -> None:
+    config = tiny.config(tiny.make_data(tmp_path), tmp_path, parallel)
+    config = replace(config, train=replace(config.train, compute_dtype="float32"))
+    for stated, counted, put_in in ranks(2 * parallel.dp_replicate).run(count_sharding, config):
+        assert stated == counted, put_in
+
+
+def clip_known_gradients(parallel: ParallelConfig, max_norm: float) -> tuple[float, float, float]:
+    """Gradients whose norm is known: element i of all parameters set end to end has gradient i."""
+    config = replace(tiny.config(Path("none"), Path("none"), parallel))
+    mesh = Mesh.build(parallel, "cpu")
+    model = build_model(config, mesh, torch.device("cpu"))
+    first = 0
+    for parameter in model.parameters():
+        whole = torch.arange(first, first + parameter.numel(), dtype=torch.float64).view(parameter.shape)
+        parameter.grad = torch.distributed.tensor.distribute_tensor(whole, mesh.fsdp, parameter.placements)  # pyright: ignore
+        first += parameter.numel()
+    norm = clip_gradients(model.parameters(), max_norm).item()
+    squares = [p.grad.full_tensor().square().sum().item() for p in model.parameters()]  # pyright: ignore
+    n = first - 1
+    return norm, sum(squares) ** 0.5, (n * (n + 1) * (2 * n + 1) / 6) ** 0.5
+
+
+@pytest.mark.parametrize("parallel", [ParallelConfig(context=2), ParallelConfig(dp_replicate=2)], ids=str)
+def test_clipping_is_exact_over_the_mesh(ranks: Callable[[int], RankPool], parallel: ParallelConfig) -> None:
+    for norm, clipped, expected in ranks(4).run(clip_known_gradients, parallel, 2.5):
+        assert norm == pytest.approx(expected, rel=1e-12)
+        assert clipped == pytest.approx(2.5, rel=1e-12)
+    for norm, clipped, expected in ranks(4).run(clip_known_gradients, parallel, 1e30):
+        assert [norm, clipped] == pytest.approx([expected] * 2, rel=1e-12)
+
+
+def clip_infinite() -> tuple[float, bool]:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.tensor([1.0, torch.inf if dist.get_rank() == 0 else 2.0, 3.0])
+    norm = clip_gradients([parameter], 1.0).item()
+    return norm, bool(parameter.grad[0] == 1.0)
+
+
+def test_a_norm_that_is_not_finite_leaves_the_gradients_alone(ranks: Callable[[int], RankPool]) -> None:
+    norm, untouched = ranks(1).run(clip_infinite)[0]
+    assert norm == torch.inf
+    assert untouched

@@ -1,0 +1,58 @@
+from collections.abc import Callable
+
+import pytest
+import torch.distributed as dist
+
+from farspan.kernels.errors import ConfigError
+from farspan.parallel.mesh import Degrees, Mesh, ParallelConfig
+from tests.ranks import RankPool
+
+
+@pytest.mark.parametrize(
+    ("config", "num_ranks", "expected"),
+    [
+        (ParallelConfig(), 1, (1, 1, 1)),
+        (ParallelConfig(context=4), 8, (1, 2, 4)),
+        (ParallelConfig(context=2, dp_replicate=2), 8, (2, 2, 2)),
+        (ParallelConfig(context=2, dp_replicate=2, dp_shard=2), 8, (2, 2, 2)),
+    ],
+)
+def test_degrees_fill_the_ranks(config: ParallelConfig, num_ranks: int, expected: tuple[int, ...]) -> None:
+    degrees = Degrees.resolve(config, num_ranks)
+    assert (degrees.dp_replicate, degrees.dp_shard, degrees.context) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "num_ranks", "message"),
+    [
+        (ParallelConfig(context=3), 8, r"parallel\.context=3 x parallel\.dp_replicate=1 = 3 must divide .* ranks, 8"),
+        (ParallelConfig(dp_shard=2), 8, r"x parallel\.dp_shard=2 = 2 must equal the number of ranks, 8"),
+        (ParallelConfig(context=16), 8, r"= 16 must divide the number of ranks, 8"),
+    ],
+)
+def test_degrees_that_do_not_fit_are_refused(config: ParallelConfig, num_ranks: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Degrees.resolve(config, num_ranks)
+
+
+def places(config: ParallelConfig) -> tuple[int, int, list[int], list[str], list[int]]:
+    mesh = Mesh.build(config, "cpu")
+    names = list(mesh.fsdp.mesh_dim_names or ())
+    return (
+        mesh.data_rank,
+        mesh.context_rank,
+        dist.get_process_group_ranks(mesh.context),
+        names,
+        mesh.fsdp.mesh.flatten().tolist(),
+    )
+
+
+def test_context_groups_are_neighbours_and_parameters_are_sharded_over_all(ranks: Callable[[int], RankPool]) -> None:
+    found = ranks(4).run(places, ParallelConfig(context=2))
+    assert [place[:3] for place in found] == [(0, 0, [0, 1]), (0, 1, [0, 1]), (1, 0, [2, 3]), (1, 1, [2, 3])]
+    assert all(place[3:] == (["shard"], [0, 1, 2, 3]) for place in found)
+
+
+def test_replicas_shard_their_own_copy(ranks: Callable[[int], RankPool]) -> None:
+    found = ranks(4).run(places, ParallelConfig(context=2, dp_replicate=2))
+    assert all(place[3:] == (["replicate", "shard"], [0, 1, 2, 3]) for place in found)

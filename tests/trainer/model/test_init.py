@@ -1,0 +1,65 @@
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from farspan.parallel.mesh import Mesh, ParallelConfig
+from farspan.trainer.build import build_model
+from farspan.trainer.config import Config
+from farspan.trainer.model import init
+from farspan.trainer.model.init import initialize
+from farspan.trainer.model.transformer import Transformer
+from tests.ranks import RankPool
+from tests.trainer import tiny
+
+CONFIG = tiny.config(Path("nowhere"), Path("nowhere"), ParallelConfig())
+
+
+def whole_parameters(config: Config, block_rows: int) -> dict[str, Tensor]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(init, "BLOCK_ROWS", block_rows)
+        model = build_model(config, Mesh.build(config.parallel, "cpu"), torch.device("cpu"))
+    return {name: p.detach().full_tensor() for name, p in model.named_parameters()}  # pyright: ignore
+
+
+@pytest.mark.parametrize("block_rows", [1024, 5])
+def test_parameters_do_not_depend_on_the_sharding(ranks: Callable[[int], RankPool], block_rows: int) -> None:
+    """Shards that cut streams, and streams that cut shards; a width that 4 ranks cannot deal evenly."""
+    config = tiny.with_model(CONFIG, feed_forward=50)
+    parallel = [ParallelConfig(), ParallelConfig(context=2, dp_replicate=2)]
+    alone = ranks(1).run(whole_parameters, config, block_rows)[0]
+    for layout in parallel:
+        for dealt in ranks(4).run(whole_parameters, replace(config, parallel=layout), block_rows):
+            assert dealt.keys() == alone.keys()
+            for name, value in alone.items():
+                assert torch.equal(dealt[name], value), name
+
+
+def test_distributions_and_seeds() -> None:
+    config = tiny.with_model(CONFIG, width=256, feed_forward=512, head_dim=32, layers=3).model
+    model = Transformer(config)
+    initialize(model, config, seed=1)
+    first = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name, value in first.items():
+        expected = {
+            "embedding.weight": 0.02,
+            "head.weight": 0.02,
+            "query.weight": 256**-0.5,
+            "gate.weight": 256**-0.5,
+            "out.weight": (4 * 32) ** -0.5 / 6**0.5,
+            "down.weight": 512**-0.5 / 6**0.5,
+        }
+        for ending, std in expected.items():
+            if name.endswith(f".{ending}") or name == ending:
+                assert value.std().item() == pytest.approx(std, rel=0.05), name
+                assert abs(value.mean().item()) < std * 0.05, name
+        if "norm" in name:
+            assert torch.equal(value, torch.ones_like(value)), name
+    assert not torch.equal(first["blocks.0.feed_forward.gate.weight"], first["blocks.1.feed_forward.gate.weight"])
+    initialize(model, config, seed=2)
+    assert not torch.equal(first["head.weight"], model.head.weight)
+    initialize(model, config, seed=1)
+    assert torch.equal(first["head.weight"], model.head.weight)

@@ -1,0 +1,193 @@
+"""Ten training steps: losses and all parameters' gradients are the same however the work is dealt to ranks.
+
+The truth is a decoder written here a second time from its formulas, on whole sequences in one process, with torch's
+own cross-entropy, gradient clipping and AdamW.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from farspan.parallel.comm import Traffic
+from farspan.parallel.mesh import Mesh, ParallelConfig
+from farspan.trainer.build import build_batches, build_model, open_data
+from farspan.trainer.config import Config
+from farspan.trainer.data.packing import PackedSequence, PackedSequences
+from farspan.trainer.optim import build_optimizer, learning_rate, set_learning_rate
+from farspan.trainer.step import train_step
+from tests.ranks import RankPool
+from tests.trainer import tiny
+
+STEPS = 10
+# Ten AdamW updates let differences of 1e-16 grow to some 1e-12; the bar leaves room for another order of sums.
+TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    losses: list[float]
+    norms: list[float]
+    gradients: list[dict[str, Tensor]]
+
+
+def sequences(config: Config) -> PackedSequences:
+    source, _ = open_data(config)
+    return PackedSequences(source, sequence_tokens=config.data.sequence_tokens, seed=config.run.seed)
+
+
+def train_dealt(config: Config) -> Trajectory:
+    """On each rank: the real parts of a run; gradients are gathered whole."""
+    mesh, device = Mesh.build(config.parallel, "cpu"), torch.device("cpu")
+    model = build_model(config, mesh, device)
+    optimizer = build_optimizer(model, config.optimizer)
+    batches, data = build_batches(config, mesh, device, Traffic()), sequences(config)
+    result = Trajectory([], [], [])
+    for step in range(STEPS):
+        set_learning_rate(optimizer, learning_rate(config.optimizer, step, STEPS))
+        per_step = config.train.sequences_per_step
+        mine = range(step * per_step + mesh.data_rank, (step + 1) * per_step, mesh.degrees.data)
+        done = train_step(
+            model,
+            optimizer,
+            [batches.build(data.sequence(i)) for i in mine],
+            max_gradient_norm=config.optimizer.max_gradient_norm,
+        )
+        result.losses.append(done.loss)
+        result.norms.append(done.gradient_norm)
+        result.gradients.append({name: p.grad.full_tensor() for name, p in model.named_parameters()})  # pyright: ignore
+    return result
+
+
+def initial_parameters(config: Config) -> dict[str, Tensor]:
+    model = build_model(config, Mesh.build(config.parallel, "cpu"), torch.device("cpu"))
+    return {name: p.detach().full_tensor() for name, p in model.named_parameters()}  # pyright: ignore
+
+
+def rms(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight
+
+
+def rotate(x: Tensor, position: Tensor, base: float) -> Tensor:
+    """Rotary embedding as multiplication of complex numbers, feature i paired with feature i + D/2."""
+    half = x.shape[-1] // 2
+    angle = position[:, None] * base ** (-torch.arange(half, dtype=torch.float64) / half)
+    turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)[:, None]
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+def summed_loss(parameters: dict[str, Tensor], config: Config, sequence: PackedSequence) -> Tensor:
+    """The decoder by its formulas, over one whole sequence; the sum of the losses of its labelled tokens."""
+    model, p = config.model, parameters
+    tokens, position, document = (torch.from_numpy(x) for x in (sequence.tokens, sequence.position, sequence.document))
+    visible = (document[:, None] == document[None]) & (position[:, None] >= position[None])
+    x = p["embedding.weight"][tokens]
+    for i in range(model.layers):
+        name = f"blocks.{i}."
+        normed = rms(x, p[name + "attention_norm.weight"], model.norm_epsilon)
+        q, k, v = (
+            (normed @ p[f"{name}attention.{part}.weight"].T).unflatten(-1, (-1, model.head_dim))
+            for part in ("query", "key", "value")
+        )
+        if model.qk_norm:
+            q = rms(q, p[name + "attention.query_norm.weight"], model.norm_epsilon)
+            k = rms(k, p[name + "attention.key_norm.weight"], model.norm_epsilon)
+        q, k = (rotate(part, position, model.rope.base) for part in (q, k))
+        k, v = (part.repeat_interleave(model.heads // model.kv_heads, dim=1) for part in (k, v))
+        scores = torch.einsum("thd,shd->hts", q, k) / model.head_dim**0.5
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+        x = x + torch.einsum("hts,shd->thd", weights, v).flatten(1) @ p[name + "attention.out.weight"].T
+        normed = rms(x, p[name + "feed_forward_norm.weight"], model.norm_epsilon)
+        gate, up = (normed @ p[f"{name}feed_forward.{part}.weight"].T for part in ("gate", "up"))
+        x = x + (F.silu(gate) * up) @ p[name + "feed_forward.down.weight"].T
+    head = p["embedding.weight" if model.tied_embeddings else "head.weight"]
+    logits = rms(x, p["norm.weight"], model.norm_epsilon) @ head.T
+    return F.cross_entropy(logits, torch.from_numpy(sequence.labels), ignore_index=-100, reduction="sum")
+
+
+def train_alone(config: Config, start: dict[str, Tensor]) -> Trajectory:
+    parameters = {name: value.clone().requires_grad_() for name, value in start.items()}
+    optim = config.optimizer
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters.values() if p.dim() == 2], "weight_decay": optim.weight_decay},
+            {"params": [p for p in parameters.values() if p.dim() == 1], "weight_decay": 0.0},
+        ],
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.epsilon,
+    )
+    data, result = sequences(config), Trajectory([], [], [])
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(optim, step, STEPS)
+        batch = [
+            data.sequence(step * config.train.sequences_per_step + i) for i in range(config.train.sequences_per_step)
+        ]
+        count = sum(int((sequence.labels != -100).sum()) for sequence in batch)
+        loss = torch.stack([summed_loss(parameters, config, sequence) for sequence in batch]).sum() / count
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), optim.max_gradient_norm)
+        optimizer.step()
+        result.losses.append(loss.item())
+        result.norms.append(norm.item())
+        result.gradients.append({name: p.grad.clone() for name, p in parameters.items()})  # pyright: ignore
+    return result
+
+
+def difference(a: Trajectory, b: Trajectory) -> float:
+    """The largest difference in any loss, norm or gradient."""
+    scalars = zip(a.losses + a.norms, b.losses + b.norms, strict=True)
+    largest = max(abs(x - y) for x, y in scalars)
+    for mine, other in zip(a.gradients, b.gradients, strict=True):
+        assert mine.keys() == other.keys()
+        largest = max(largest, *((mine[name] - other[name]).abs().max().item() for name in mine))
+    return largest
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder: Path = tmp_path_factory.mktemp("equivalence")
+    return tiny.config(tiny.make_data(folder), folder / "run", ParallelConfig(strategy="single"))
+
+
+@pytest.fixture(scope="module")
+def alone(base: Config, ranks: Callable[[int], RankPool]) -> Trajectory:
+    return train_alone(base, ranks(1).run(initial_parameters, base)[0])
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ulysses"])
+@pytest.mark.parametrize("data", [1, 2])
+@pytest.mark.parametrize("context", [1, 2, 4])
+def test_ten_steps_do_not_depend_on_the_ranks(
+    base: Config, alone: Trajectory, ranks: Callable[[int], RankPool], context: int, data: int, strategy: str
+) -> None:
+    config = replace(base, parallel=ParallelConfig(context=context, dp_shard=data, strategy=strategy))
+    trajectories = ranks(context * data).run(train_dealt, config)
+    assert len(set(trajectories[0].losses)) == STEPS
+    for trajectory in trajectories:
+        assert difference(trajectory, alone) <= TOLERANCE
+
+
+VARIANTS = {
+    "replicas": lambda config: replace(config, parallel=ParallelConfig(context=2, dp_replicate=2)),
+    "striped": lambda config: replace(config, parallel=ParallelConfig(context=4, layout="striped")),
+    "recompute": lambda config: replace(
+        config, parallel=ParallelConfig(context=4), train=replace(config.train, recompute="block")
+    ),
+    "tied, no qk norm, MQA": lambda config: tiny.with_model(
+        replace(config, parallel=ParallelConfig(context=4)), tied_embeddings=True, qk_norm=False, kv_heads=1
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_variants_of_the_run(base: Config, ranks: Callable[[int], RankPool], variant: str) -> None:
+    config: Config = VARIANTS[variant](base)
+    single = replace(config, parallel=ParallelConfig(strategy="single"))
+    truth = train_alone(single, ranks(1).run(initial_parameters, single)[0])
+    assert difference(ranks(4).run(train_dealt, config)[3], truth) <= TOLERANCE

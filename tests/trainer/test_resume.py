@@ -1,0 +1,82 @@
+"""A resumed run is the same run, to the bit: real ranks under torchrun, context-parallel degree 2."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from farspan.parallel.mesh import ParallelConfig
+from farspan.trainer.config import CheckpointConfig, EvaluateConfig
+from farspan.trainer.config_io import to_toml
+from tests.trainer import tiny
+
+STEPS, RESUME_AT = 6, 3
+
+
+def launch(config_file: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "farspan.launch.cli", "train", str(config_file)], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def checkpoint(folder: Path, step: int, scratch: Path) -> Any:
+    dcp_to_torch_save(folder / "checkpoints" / f"step_{step:08d}", scratch)
+    return torch.load(scratch, weights_only=False)
+
+
+def assert_same_bits(a: Any, b: Any, where: str = "checkpoint") -> None:
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, where
+        assert torch.equal(a.view(torch.uint8) if a.dim() else a, b.view(torch.uint8) if b.dim() else b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same_bits(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_bits(x, y, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
+    config = tiny.config(tiny.make_data(tmp_path), tmp_path / "whole", ParallelConfig(context=2), steps=STEPS)
+    config = replace(
+        config,
+        train=replace(config.train, compute_dtype="float32"),
+        checkpoint=CheckpointConfig(every_steps=RESUME_AT, keep=2),
+        evaluate=EvaluateConfig(every_steps=0, sequences=3),
+    )
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    (tmp_path / "whole.toml").write_text(to_toml(config))
+    launch(tmp_path / "whole.toml")
+
+    # The folder as a run leaves it that was killed after step 3: the last checkpoint is gone, its records are not.
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoints" / f"step_{STEPS:08d}")
+    (tmp_path / "resumed.toml").write_text(to_toml(replace(config, run=replace(config.run, folder=resumed))))
+    launch(tmp_path / "resumed.toml")
+
+    before, after = records(whole), records(resumed)
+    assert (
+        [record["step"] for record in after] == [record["step"] for record in before] == [*range(1, STEPS + 1), STEPS]
+    )
+    for old, new in zip(before, after, strict=True):
+        for name in ("loss", "grad_norm", "tokens", "eval_loss", "loss_by_position"):
+            assert old.get(name) == new.get(name), (name, old["step"])
+    assert before[-2]["step_s"] != after[-2]["step_s"], "the steps after the resume were not run again"
+    assert_same_bits(checkpoint(whole, STEPS, tmp_path / "a.pt"), checkpoint(resumed, STEPS, tmp_path / "b.pt"))

@@ -71,7 +71,7 @@ class RankPool:
                     succeeded, value = False, "the process died"
                 (results if succeeded else failures)[rank] = value
             if not ready:
-                failures |= {rank: "no answer" for rank in pending.values()}
+                failures |= dict.fromkeys(pending.values(), "no answer")
                 break
         if failures:
             self.stop()

@@ -17,7 +17,7 @@ from tests.ranks import RankError, RankPool
 @pytest.mark.parametrize(
     ("strategy", "heads", "degree", "message"),
     [
-        ("ulysses", Heads(query=6, kv=2), 4, "6 query heads and 2 KV heads .* 4 ranks; these degrees work: 1, 2, 6"),
+        ("ulysses", Heads(query=6, kv=2), 4, "6 query heads and 2 KV heads .*=4 ranks; these degrees work: 1, 2, 6"),
         ("ulysses", Heads(query=8, kv=8), 16, "these degrees work: 1, 2, 4, 8"),
         ("ulysses", Heads(query=12, kv=6), 4, "these degrees work: 1, 2, 3, 6, 12"),
         ("single", Heads(query=8, kv=8), 2, r"set parallel\.context=1"),

@@ -40,6 +40,8 @@ class Registry(Generic[T]):
 
     def get(self, name: str) -> T:
         """Return the part called `name`; raises ConfigError with the nearest valid name."""
+        if name in self._parts:
+            return self._parts[name]
         parts = self.load()
         if name not in parts:
             raise ConfigError(

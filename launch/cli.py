@@ -1,44 +1,41 @@
-"""The command line: `farspan train`, `farspan launch local`, `farspan data prepare`."""
+"""The command line: `farspan train`, `farspan launch local`, `farspan data prepare`.
+
+Importing torch takes seconds, so that each command imports what it needs when it runs.
+"""
 
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from farspan.kernels.errors import ConfigError, FarspanError
 from farspan.launch.env import read_ranks
 from farspan.launch.local import LocalJob
-from farspan.parallel.ranks import Ranks
-from farspan.trainer.config import Config
-from farspan.trainer.config_io import load_config
 from farspan.trainer.data import prepare
-from farspan.trainer.dry_run import dry_run
-from farspan.trainer.train import train
+from farspan.trainer.faults import StopSignal, announce
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+log = logging.getLogger("farspan")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status: 0, or 2 for an error that the user can mend."""
-    options = _parse(arguments)
-    ranks = Ranks()
+    options = parse(arguments)
     try:
-        ranks = read_ranks()
-        _set_up_logging(ranks)
-        return options.command(options, ranks) or 0
-    except ConfigError as error:
-        # Every rank finds the same fault in the same configuration: one of them says so.
-        if ranks.rank == 0:
-            print(f"farspan: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        with _messages_on_stdout():
+            return options.command(options) or 0
     except FarspanError as error:
-        where = f"rank {ranks.rank}: " if ranks.world_size > 1 else ""
-        print(f"farspan: {where}{error}", file=sys.stderr)
+        print(f"farspan: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse arguments; overrides may stand before, between and after flags, which argparse alone cannot do."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
@@ -56,21 +53,23 @@ def _parser() -> argparse.ArgumentParser:
 
     one = commands.add_parser("train", help="train in this process, or as one rank under torchrun")
     _add_config_arguments(one)
-    one.add_argument("--ranks", type=int, help="with --dry-run: how many ranks to pretend")
+    one.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: how many ranks to pretend")
     one.set_defaults(command=_train)
 
     launch = commands.add_parser("launch", help="start the ranks of a run").add_subparsers(
         required=True, metavar="WHERE"
     )
-    local = launch.add_parser("local", help="on this machine, under torchrun")
+    local = launch.add_parser("local", help="on this machine")
     _add_config_arguments(local)
-    local.add_argument("--gpus-per-node", type=int, required=True, help="ranks to start; CPU processes without GPUs")
+    local.add_argument(
+        "--gpus-per-node", type=int, required=True, metavar="N", help="ranks to start; CPU processes without GPUs"
+    )
     local.set_defaults(command=_launch_local)
 
     data = commands.add_parser("data", help="make training data").add_subparsers(required=True, metavar="WHAT")
     prepared = data.add_parser("prepare", help="turn text into memory-mapped tokens")
     prepare.add_arguments(prepared)
-    prepared.set_defaults(command=lambda options, ranks: prepare.run(options))
+    prepared.set_defaults(command=prepare.run)
     return parser
 
 
@@ -80,32 +79,76 @@ def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print everything derived and start nothing")
 
 
-def _train(options: argparse.Namespace, ranks: Ranks) -> None:
-    config = load_config(Config, options.config, options.overrides)
+def _train(options: argparse.Namespace) -> int:
     if options.ranks is not None and not options.dry_run:
         raise ConfigError(
             f"--ranks {options.ranks} goes with --dry-run; torchrun or 'farspan launch' starts real ranks."
         )
     if options.dry_run:
-        dry_run(config, options.ranks or ranks.world_size)
-        return
-    train(config, ranks)
-
-
-def _launch_local(options: argparse.Namespace, ranks: Ranks) -> int:
-    if options.gpus_per_node < 1:
-        raise ConfigError(f"--gpus-per-node {options.gpus_per_node} must be at least 1.")
-    job = LocalJob(config=options.config, overrides=tuple(options.overrides), num_ranks=options.gpus_per_node)
-    if options.dry_run:
-        print(job.command_line())
-        dry_run(load_config(Config, options.config, options.overrides), options.gpus_per_node)
+        _dry_run(options, 1 if options.ranks is None else options.ranks, flag="--ranks")
         return 0
+    ranks = read_ranks()
+    log.setLevel(logging.INFO if ranks.rank == 0 else logging.WARNING)
+    # One rank speaks for all; under 'launch local' the launcher has spoken already.
+    announces = ranks.world_size == 1
+    with StopSignal(first=announce if announces else lambda number: None) as stop:
+        from farspan.trainer.config import Config
+        from farspan.trainer.config_io import load_config
+        from farspan.trainer.train import train
+
+        try:
+            train(load_config(Config, options.config, options.overrides), ranks, stop)
+        except FarspanError:
+            # All ranks raise the same: see `train`.
+            if ranks.rank > 0:
+                return EXIT_USER_ERROR
+            raise
+    return 0
+
+
+def _launch_local(options: argparse.Namespace) -> int:
+    num_ranks = options.gpus_per_node
+    job = LocalJob(config=options.config, overrides=tuple(options.overrides), num_ranks=num_ranks)
+    if options.dry_run:
+        _dry_run(options, num_ranks, flag="--gpus-per-node")
+        log.info("%-12s%s", "by torchrun", job.command_line())
+        return 0
+    _check_count(num_ranks, "--gpus-per-node")
+    from farspan.parallel.ranks import Ranks
+    from farspan.trainer.config import Config
+    from farspan.trainer.config_io import load_config
+    from farspan.trainer.resolve import resolve
+
+    # Here rather than in every rank, so that what is wrong is said once and at once; the last rank needs most GPUs.
+    config = load_config(Config, options.config, options.overrides)
+    resolve(config, Ranks(world_size=num_ranks, local_rank=num_ranks - 1))
     return job.run()
 
 
-def _set_up_logging(ranks: Ranks) -> None:
-    logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.WARNING)
-    logging.getLogger("farspan").setLevel(logging.INFO if ranks.rank == 0 else logging.WARNING)
+def _dry_run(options: argparse.Namespace, num_ranks: int, *, flag: str) -> None:
+    _check_count(num_ranks, flag)
+    from farspan.trainer.config import Config
+    from farspan.trainer.config_io import load_config
+    from farspan.trainer.dry_run import dry_run
+
+    dry_run(load_config(Config, options.config, options.overrides), num_ranks)
+
+
+def _check_count(num_ranks: int, flag: str) -> None:
+    if num_ranks < 1:
+        raise ConfigError(f"{flag} {num_ranks} must be at least 1.")
+
+
+@contextmanager
+def _messages_on_stdout() -> Iterator[None]:
+    """Print what the code logs, as it is, for the time of the block."""
+    handler = logging.StreamHandler(sys.stdout)
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,48 @@
-"""The environment variables that farspan reads; nothing else in the code reads any."""
+"""The environment variables that farspan reads, and those that it gives to ranks; nothing else in the code does.
+
+Importing torch takes seconds, hence not at the top of the files of this folder.
+"""
+
+from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from farspan.kernels.errors import ConfigError
-from farspan.parallel.ranks import Ranks
+
+if TYPE_CHECKING:
+    from farspan.parallel.ranks import Ranks
+
+CURE = "start ranks with torchrun or 'farspan launch', or unset RANK for a single process"
 
 
 def read_ranks() -> Ranks:
     """Return this process's ranks as torchrun has set them; a process started alone is the only rank."""
+    from farspan.parallel.ranks import Ranks
+
     if "RANK" not in os.environ:
         return Ranks()
-    try:
-        return Ranks(
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
-            local_rank=int(os.environ["LOCAL_RANK"]),
-        )
-    except (KeyError, ValueError) as error:
+    numbers: dict[str, int] = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        try:
+            numbers[name] = int(os.environ[name])
+        except KeyError:
+            raise ConfigError(f"RANK is set but {name} is not: {CURE}.") from None
+        except ValueError:
+            raise ConfigError(f"{name}={os.environ[name]!r} in the environment must be an integer: {CURE}.") from None
+    rank, world_size, local_rank = numbers.values()
+    if not 0 <= rank < world_size or local_rank < 0:
         raise ConfigError(
-            f"RANK is set but {error} is missing or not a number: start ranks with torchrun or 'farspan launch'."
-        ) from None
+            f"RANK={rank}, LOCAL_RANK={local_rank} do not fit WORLD_SIZE={world_size} in the environment: {CURE}."
+        )
+    if world_size > 1:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                raise ConfigError(f"RANK is set but {name} is not, so ranks cannot meet: {CURE}.")
+    return Ranks(rank=rank, world_size=world_size, local_rank=local_rank)
+
+
+def with_threads(num_threads: int) -> Mapping[str, str]:
+    """Return the environment for torchrun's ranks; a number of threads that the user has set stays."""
+    return {"OMP_NUM_THREADS": str(num_threads), **os.environ}

@@ -1,13 +1,20 @@
 """Ranks on this machine: torchrun in a session of its own, so that Ctrl-C reaches the ranks once and in order."""
 
+from __future__ import annotations
+
 import os
 import shlex
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+
+from farspan.launch.env import with_threads
+from farspan.trainer.faults import StopSignal, announce, stop_signals_blocked
+
+INTERRUPTED = 128 + signal.SIGINT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,51 +25,65 @@ class LocalJob:
     overrides: tuple[str, ...]
     num_ranks: int
 
-    def arguments(self) -> list[str]:
-        """Return the command that starts the ranks."""
-        torchrun = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(self.num_ranks),
-        ]
-        return [*torchrun, "-m", "farspan.launch.cli", "train", str(self.config), *self.overrides]
-
     def command_line(self) -> str:
-        """Return the command as one would type it, with its threads per rank."""
-        return f"OMP_NUM_THREADS={self.threads_per_rank()} {shlex.join(self.arguments())}"
+        """Return the command that starts the ranks, as one would type it."""
+        return f"OMP_NUM_THREADS={self.threads_per_rank()} {shlex.join(['torchrun', *self._torchrun_arguments()])}"
 
     def threads_per_rank(self) -> int:
         return max(len(os.sched_getaffinity(0)) // self.num_ranks, 1)
 
     def run(self) -> int:
-        """Start the ranks, wait for them and return torchrun's exit status.
+        """Start the ranks, wait for them and return torchrun's exit status: 0 if all of them ended well.
 
-        The first SIGINT or SIGTERM asks the ranks to save and exit; a second one ends them at once.
+        The first SIGINT or SIGTERM asks the ranks to save and exit; a second one, or one before any rank has been
+        started, ends them at once: status 130.
         """
-        process = subprocess.Popen(
-            ["env", f"OMP_NUM_THREADS={self.threads_per_rank()}", *self.arguments()], start_new_session=True
-        )
-        stopping = False
+        torchrun: subprocess.Popen[bytes] | None = None
 
-        def pass_on(number: int, frame: FrameType | None) -> None:
-            nonlocal stopping
-            if stopping:
-                os.killpg(process.pid, signal.SIGKILL)
-                return
-            stopping = True
-            print("\nstopping    after this step, with a checkpoint; Ctrl-C again to end at once", flush=True)
-            for child in _children(process.pid):
-                os.kill(child, signal.SIGINT)
+        def pass_on(number: int) -> None:
+            announce(number)
+            ranks = _children(torchrun)
+            if not ranks:
+                # torchrun has not come so far as to start any: there is nothing to save.
+                _kill(torchrun)
+            for rank in ranks:
+                with suppress(ProcessLookupError):
+                    os.kill(rank, signal.SIGINT)
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, pass_on)
-        return process.wait()
+        with StopSignal(first=pass_on, again=lambda number: _kill(torchrun)):
+            try:
+                # A signal that comes before a rank can act on it waits until it can.
+                with stop_signals_blocked():
+                    torchrun = subprocess.Popen(
+                        [sys.executable, "-m", "torch.distributed.run", *self._torchrun_arguments()],
+                        env=with_threads(self.threads_per_rank()),
+                        stdin=subprocess.DEVNULL,
+                        start_new_session=True,
+                    )
+                status = torchrun.wait()
+                return INTERRUPTED if status == -signal.SIGKILL else status
+            finally:
+                _kill(torchrun)
+
+    def _torchrun_arguments(self) -> list[str]:
+        return ["--standalone", "--nproc-per-node", str(self.num_ranks), *self._rank_arguments()]
+
+    def _rank_arguments(self) -> list[str]:
+        return ["-m", "farspan.launch.cli", "train", str(self.config), *self.overrides]
 
 
-def _children(pid: int) -> list[int]:
-    """Return the child processes of `pid`, by its threads' lists."""
-    tasks = Path(f"/proc/{pid}/task")
-    return [int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()]
+def _children(process: subprocess.Popen[bytes] | None) -> list[int]:
+    """Return the processes that `process` has started and that are left."""
+    if process is None or process.poll() is not None:
+        return []
+    with suppress(FileNotFoundError):
+        tasks = Path(f"/proc/{process.pid}/task")
+        return [int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()]
+    return []
+
+
+def _kill(torchrun: subprocess.Popen[bytes] | None) -> None:
+    """End torchrun and its ranks, each of which leads a session of its own."""
+    for pid in [*_children(torchrun), *([torchrun.pid] if torchrun and torchrun.poll() is None else [])]:
+        with suppress(ProcessLookupError):
+            os.killpg(os.getpgid(pid), signal.SIGKILL)

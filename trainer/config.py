@@ -1,8 +1,10 @@
 """The whole configuration of a run: each section is the dataclass of the code that reads it."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from farspan.kernels.mechanism import MECHANISMS, Mechanism
 from farspan.parallel.mesh import ParallelConfig
@@ -45,14 +47,19 @@ class TrainConfig:
     """steps: updates in all. sequences_per_step: the global batch; accumulation follows from it and the mesh.
 
     compute_dtype: of activations and gathered parameters; master parameters, gradient sums and optimizer state are
-    float32 (float64 for float64). recompute: which activations are computed again instead of kept.
+    float32 (float64 for float64). float16 is missing since it needs loss scaling. recompute: which activations are
+    computed again instead of kept. device: auto takes a GPU where there is one.
     """
 
     steps: int = bounded(minimum=1)
     sequences_per_step: int = bounded(1, minimum=1)
-    compute_dtype: Literal["bfloat16", "float16", "float32", "float64"] = "bfloat16"
+    compute_dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
     recompute: Literal["none", "block"] = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.compute_dtype)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,3 +91,18 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Return every setting by its dotted name, such as `model.rope.base`."""
+
+    def leaves(tree: dict[str, Any], where: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                found |= leaves(value, f"{where}{name}.")
+            else:
+                found[f"{where}{name}"] = str(value) if isinstance(value, Path) else value
+        return found
+
+    return leaves(asdict(config), "")

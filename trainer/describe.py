@@ -2,11 +2,9 @@
 
 from dataclasses import dataclass
 
-import torch
-
-from farspan.kernels.backend import choose_backend
-from farspan.kernels.cross_entropy import DEFAULT_CHUNK_BYTES
+from farspan.kernels.cross_entropy import chunk_tokens
 from farspan.kernels.merge import accumulation_dtype
+from farspan.kernels.rows import Rows
 from farspan.parallel.mesh import Degrees
 from farspan.parallel.strategy import STRATEGIES, AttentionShape, Heads
 from farspan.trainer.config import Config
@@ -15,34 +13,30 @@ from farspan.trainer.flops import total_parameters, training_flops
 GIB = 2**30
 
 
-def describe(config: Config, degrees: Degrees, device: torch.device) -> str:
-    """Return everything that is derived; raises ConfigError for a backend that cannot run on `device`."""
-    model, tokens = config.model, config.data.sequence_tokens
-    sequences = config.train.sequences_per_step
-    num_ranks = degrees.data * degrees.context
-    memory = estimate_memory(config, degrees)
-    pairs = tokens * (tokens + 1) // 2
-    per_token = training_flops(model, tokens, pairs) / tokens
-    volume = STRATEGIES.get(config.parallel.strategy).volume(attention_shape(config, degrees), degrees.context)
+def describe(config: Config, degrees: Degrees) -> str:
+    """Return everything that follows from a resolved configuration."""
+    model, parallel, tokens = config.model, config.parallel, config.data.sequence_tokens
+    sequences, shape = config.train.sequences_per_step, attention_shape(config, degrees)
+    one_document = Rows.packed([tokens])
+    mechanism = config.attention.build_mechanism()
+    flops = training_flops(model, tokens, mechanism.visible_pairs(one_document, one_document)) / tokens
+    volume = STRATEGIES.get(parallel.strategy).volume(shape, degrees.context)
     sent = model.layers * (volume.forward + volume.backward)
-    backend = config.attention.backend
-    chosen = choose_backend(backend, device)
-    because = f" (the fastest on {device.type})" if backend == "auto" else ""
-    return "\n".join(
-        f"{name:<12} {text}"
-        for name, text in (
-            ("ranks", f"{num_ranks} = dp_replicate {degrees.dp_replicate} × dp_shard {degrees.dp_shard} × context {degrees.context}"),
-            ("step", f"{sequences * tokens:,} tokens = {sequences} sequences of {tokens:,}; "
-                     f"{sequences // degrees.data} accumulated per rank, {tokens // degrees.context:,} tokens each"),
-            ("model", f"{total_parameters(model):,} parameters; {model.layers} layers, width {model.width}, "
-                      f"{model.heads}:{model.kv_heads} heads of {model.head_dim}, vocabulary {model.vocabulary_size:,}"),
-            ("compute", f"{per_token / 1e9:.3g} GFLOP per token, a document filling the sequence; "
-                        f"{config.train.compute_dtype} on {device.type}"),
-            ("attention", f"{config.attention.build_mechanism()} by {chosen}{because}"),
-            ("context", f"{config.parallel.strategy}, {config.parallel.layout}; each rank sends {sent / 2**20:,.1f} MiB per sequence"),
-            ("memory", f"{memory.total / GIB:.2f} GiB per rank (estimate): {memory}"),
-        )
-    )  # fmt: skip
+    memory = estimate_memory(config, degrees)
+    lines = {
+        "ranks": f"{degrees.data * degrees.context} = dp_replicate {degrees.dp_replicate} x dp_shard "
+        f"{degrees.dp_shard} x context {degrees.context}",
+        "step": f"{sequences * tokens:,} tokens = {sequences} x {tokens:,}; each rank holds {shape.tokens_local:,} at "
+        f"a time and accumulates {sequences // degrees.data}",
+        "model": f"{total_parameters(model):,} parameters; {model.layers} layers, width {model.width}, "
+        f"{model.heads}:{model.kv_heads} heads of {model.head_dim}, vocabulary {model.vocabulary_size:,}",
+        "compute": f"{flops / 1e9:.3g} GFLOP per token, a document filling the sequence; "
+        f"{config.train.compute_dtype} on {config.train.device}",
+        "attention": f"{mechanism}, computed by {config.attention.backend}",
+        "context": f"{parallel.strategy}, {parallel.layout}; each rank sends {sent / 2**20:,.1f} MiB per sequence",
+        "memory": f"{memory.total / GIB:.2f} GiB per rank (estimate): {memory}",
+    }
+    return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,48 +46,75 @@ class Memory:
     states: int
     gathered: int
     activations: int
-    loss: int
+    working: int
 
     @property
     def total(self) -> int:
-        return self.states + self.gathered + self.activations + self.loss
+        return self.states + self.gathered + self.activations + self.working
 
     def __str__(self) -> str:
-        parts = (
-            ("parameters, gradients, optimizer", self.states),
-            ("gathered parameters", self.gathered),
-            ("activations", self.activations),
-            ("loss", self.loss),
-        )
-        return ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts)
+        parts = {
+            "parameters, gradients, optimizer": self.states,
+            "gathered": self.gathered,
+            "activations": self.activations,
+            "working": self.working,
+        }
+        return ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
 
 
 def estimate_memory(config: Config, degrees: Degrees) -> Memory:
-    """Return what one rank holds at the peak of a step, without what torch itself and the allocator take."""
-    model = config.model
-    compute = getattr(torch, config.train.compute_dtype)
-    master = accumulation_dtype(compute).itemsize
-    parameters = total_parameters(model)
-    outside_blocks = model.width * model.vocabulary_size * (1 if model.tied_embeddings else 2)
-    block = (parameters - outside_blocks) // model.layers
-    tokens = config.data.sequence_tokens // degrees.context
-    query, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
-    # Residual stream and norm outputs twice, q, k, v and attention's out, and four tensors inside SwiGLU.
-    kept = 4 * model.width + 2 * query + 2 * kv + 4 * model.feed_forward
-    layers_kept, each = (1, model.layers * model.width) if config.train.recompute == "block" else (model.layers, 0)
+    """Return what one rank holds at the peak of a step: tensors, not what torch and its allocator take besides.
+
+    states: master parameters, gradients and AdamW's two moments, sharded.
+    gathered: whole parameters outside the blocks and of two blocks (one computed on, the next on its way); gradients
+    of the head and of one block, and the latter's copy in the dtype of the reduction.
+    activations: see `block_activations`; with recompute the blocks' inputs instead, and one block's activations.
+    working: the larger of two things that are not held together. Loss: a chunk of logits, the hidden states' gradient
+    and, for a 16-bit head, its float32 gradient. Backward of a block: gradients inside SwiGLU (three of the inner
+    size, one of the width) or of attention (out, q, k, v, accumulated).
+    """
+    model, compute = config.model, config.train.torch_dtype
+    item, master = compute.itemsize, accumulation_dtype(compute).itemsize
+    parameters, head = total_parameters(model), model.width * model.vocabulary_size
+    outside = head * (1 if model.tied_embeddings else 2)
+    block = (parameters - outside) // model.layers
+    shape = attention_shape(config, degrees)
+    tokens, query, kv = shape.tokens_local, model.heads * model.head_dim, model.kv_heads * model.head_dim
+    in_block = block_activations(config, tokens)
+    inputs = tokens * model.width * item
+    kept = model.layers * inputs + in_block if config.train.recompute == "block" else model.layers * in_block
+    logits = min(chunk_tokens(model.vocabulary_size, compute), tokens) * model.vocabulary_size * master
+    loss = logits + inputs + (head * master if item < master else 0)
+    swiglu = tokens * (3 * model.feed_forward + model.width) * item
+    attention = tokens * (2 * query * item + (query + 2 * kv) * master)
     return Memory(
-        # A parameter, its gradient and two moments of AdamW.
         states=4 * master * parameters // degrees.shard,
-        # What is outside the blocks stays gathered; of the blocks this one and the next, and one gradient.
-        gathered=(outside_blocks + 2 * block) * compute.itemsize + (outside_blocks + block) * compute.itemsize,
-        activations=tokens * (layers_kept * kept + each) * compute.itemsize,
-        loss=2 * DEFAULT_CHUNK_BYTES + outside_blocks * master,
+        gathered=(outside + 2 * block + head + block) * item + block * master,
+        # Outside the blocks: the last residual stream and its norm.
+        activations=kept + 2 * inputs,
+        working=max(loss, swiglu, attention),
     )
+
+
+def block_activations(config: Config, tokens: int) -> int:
+    """Return the bytes that one block keeps for its backward pass, for `tokens` tokens of this rank.
+
+    Per token: the residual stream before both norms and the norms' results; rotated q and k, v, out and a float32 lse;
+    gate, silu(gate), up and their product; with qk_norm q and k before it. CPU norms keep the normalised input too.
+    """
+    model = config.model
+    query, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    normed = 2 * model.width + (query + kv if model.qk_norm else 0)
+    kept = 2 * model.width + normed + 2 * query + 2 * kv + 4 * model.feed_forward
+    if config.train.device == "cpu":
+        kept += normed
+    compute = config.train.torch_dtype
+    return tokens * (kept * compute.itemsize + model.heads * accumulation_dtype(compute).itemsize)
 
 
 def attention_shape(config: Config, degrees: Degrees) -> AttentionShape:
     """Return the shape of one rank's attention inputs in one layer."""
-    compute = getattr(torch, config.train.compute_dtype)
+    compute = config.train.torch_dtype
     return AttentionShape(
         tokens_local=-(-config.data.sequence_tokens // degrees.context),
         heads=Heads(query=config.model.heads, kv=config.model.kv_heads),

@@ -1,15 +1,20 @@
 """Held-out loss: nats per token, bits per byte, and loss by how much context a token has."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from farspan.kernels.errors import DataError
+from farspan.trainer.agreement import on_any_rank
 from farspan.trainer.batch import MicroBatch
-from farspan.trainer.data.packing import IGNORED
+from farspan.trainer.data.packing import IGNORED, PackedSequence, PackedSequences
+
+FIRST_BIN_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,26 +28,55 @@ class Evaluation:
     by_position: dict[str, float]
 
     def bits_per_byte(self, bytes_per_token: float) -> float:
+        """Return the loss per byte of text, of which a labelled token stands for `bytes_per_token`."""
         return self.loss / math.log(2) / bytes_per_token
 
 
+def share(held_out: PackedSequences, sequences: int, *, data_rank: int, groups: int) -> Iterator[PackedSequence]:
+    """Yield one data-parallel group's part of the first `sequences`; every group gets equally many.
+
+    What is missing for that is made up by sequences without labels.
+    """
+    wanted = min(sequences, len(held_out))
+    for index in range(data_rank, -(-wanted // groups) * groups, groups):
+        sequence = held_out.sequence(min(index, wanted - 1))
+        if index >= wanted:
+            sequence = replace(sequence, labels=np.full_like(sequence.labels, IGNORED))
+        yield sequence
+
+
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterator[MicroBatch], sequence_tokens: int) -> Evaluation:
-    """Run `batches`, equally many on every rank, and return the same result on every rank."""
+def evaluate(
+    model: nn.Module,
+    batches: Iterator[MicroBatch],
+    *,
+    sequence_tokens: int,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Run `batches`, equally many on every rank; return the same result on every rank.
+
+    None if a rank was asked to stop meanwhile. Raises DataError when no token has a label.
+    """
     edges = _bin_edges(sequence_tokens)
-    totals: torch.Tensor | None = None
-    for batch in batches:
-        losses = model(batch.tokens, batch.labels, batch.context).double()
-        if totals is None:
-            totals = torch.zeros(2, len(edges), dtype=torch.float64, device=losses.device)
-        # A token with position p has p + 1 tokens to predict the next one from.
-        bins = torch.bucketize(batch.context.rows.position, edges.to(losses.device), right=True) - 1
-        labelled = (batch.labels != IGNORED).double()
-        totals[0].index_add_(0, bins, losses)
-        totals[1].index_add_(0, bins, labelled)
-    assert totals is not None, "no held-out sequence to evaluate on"
+    totals = torch.zeros(2, len(edges), dtype=torch.float64)
+    training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            if on_any_rank(stop_requested()):
+                return None
+            losses = model(batch.tokens, batch.labels, batch.context).double()
+            # A token at position p has p + 1 tokens to predict the next one from.
+            bins = torch.bucketize(batch.context.rows.position, edges.to(losses.device), right=True) - 1
+            labelled = (batch.labels != IGNORED).double()
+            sums = torch.zeros(totals.shape, dtype=torch.float64, device=losses.device)
+            totals += sums.index_add_(1, bins, torch.stack((losses, labelled))).cpu()
+    finally:
+        model.train(training)
     dist.all_reduce(totals)
     loss_sums, counts = totals.tolist()
+    if not sum(counts):
+        raise DataError("no token of the held-out sequences has a label: raise evaluate.sequences, or prepare others.")
     firsts = edges.tolist()
     lasts = [*(first - 1 for first in firsts[1:]), sequence_tokens - 1]
     by_position = {
@@ -55,7 +89,7 @@ def evaluate(model: nn.Module, batches: Iterator[MicroBatch], sequence_tokens: i
 
 def _bin_edges(sequence_tokens: int) -> torch.Tensor:
     """First positions of the bins: 0, 64, 128, 256, ... below `sequence_tokens`, int32."""
-    edges, edge = [0], 64
+    edges, edge = [0], FIRST_BIN_TOKENS
     while edge < sequence_tokens:
         edges.append(edge)
         edge *= 2

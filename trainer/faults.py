@@ -1,32 +1,78 @@
-"""Stop requests: a first signal asks for a save and a clean exit, a later one ends the process at once."""
+"""Stop requests: a first signal asks for a save and a clean exit, a later one ends the process at once.
 
+A launcher blocks these signals while it starts ranks and the ranks inherit that, so that one that comes before a rank
+can act on it waits instead of killing the rank.
+"""
+
+import os
 import signal
 import time
-from types import FrameType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType, TracebackType
+from typing import Any, Self
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAME_REQUEST_S = 3.0
 """A terminal and torchrun may both deliver one Ctrl-C: signals this close together are one request."""
 
+Action = Callable[[int], object]
+
+
+def announce(number: int) -> None:
+    """Say what happens next, by the one way of writing that is safe inside a signal handler."""
+    with suppress(OSError):  # The terminal may be gone.
+        os.write(2, b"\nstopping    after this step, with a checkpoint; Ctrl-C again to end at once\n")
+
+
+def end_at_once(number: int) -> None:
+    """Die of the signal, as if nothing had caught it."""
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(signal.Signals(number))
+
 
 class StopSignal:
-    """Remembers that this process was asked to stop; the ranks agree on it at the next step."""
+    """Catches SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal is gone) for the time of a `with` block.
 
-    def __init__(self) -> None:
-        self._first: float | None = None
+    SIGHUP stays ignored where it was, which is what nohup asks for.
+    first: called on the first signal. again: called on a signal that comes later than SAME_REQUEST_S.
+    """
+
+    def __init__(self, *, first: Action = announce, again: Action = end_at_once) -> None:
+        self._first, self._again = first, again
+        self._requested_at: float | None = None
+        self._before: dict[signal.Signals, Any] = {}
 
     @property
     def requested(self) -> bool:
-        return self._first is not None
+        """Whether this process was asked to stop."""
+        return self._requested_at is not None
 
-    def install(self) -> None:
-        """Catch SIGINT (Ctrl-C) and SIGTERM from now on."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._catch)
+    def __enter__(self) -> Self:
+        for number in STOP_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._catch)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self._first is None:
-            self._first = now
-        elif now - self._first > SAME_REQUEST_S:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+        if self._requested_at is None:
+            self._requested_at = now
+            self._first(number)
+        elif now - self._requested_at > SAME_REQUEST_S:
+            self._again(number)
+
+
+@contextmanager
+def stop_signals_blocked() -> Iterator[None]:
+    """Hold stop signals back for the time of the block; processes started in it go on holding them back."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,6 +1,8 @@
 """What a run shows of itself: a line a step, JSONL records, TensorBoard events; written by rank 0 alone."""
 
 import json
+import math
+import os
 import resource
 import time
 from pathlib import Path
@@ -11,22 +13,31 @@ from torch.utils.tensorboard import SummaryWriter
 
 # Dense peak of the tensor cores in bfloat16, FLOP/s, from the vendors' data sheets; by a part of the device's name.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
+EVALUATION_KEY = "eval_loss"
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl` and `tensorboard/`; records of steps after `resumed_step` are dropped first."""
+    """Appends to `metrics.jsonl` and `tensorboard/` what happens after `resumed_step`.
 
-    def __init__(self, folder: Path, resumed_step: int) -> None:
-        self._path = folder / "metrics.jsonl"
-        if self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines() if _step(line) <= resumed_step]
-            self._path.write_text("".join(f"{line}\n" for line in kept))
-        self._file = self._path.open("a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None)
+    Records of later steps, which the resumed run will write anew, and a line that a crash cut short are dropped first.
+    """
+
+    def __init__(self, folder: Path, *, resumed_step: int) -> None:
+        path = folder / "metrics.jsonl"
+        self._evaluated = _drop_records_after(path, resumed_step)
+        self._file = path.open("a", buffering=1)
+        # Tells TensorBoard to forget later steps of an earlier attempt; without one it forgets nothing.
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
+
+    def has_evaluation(self, step: int) -> bool:
+        """Return whether an evaluation of `step` is on record."""
+        return step in self._evaluated
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one record, which has a `step`; numbers and tables of numbers go to TensorBoard too."""
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        if EVALUATION_KEY in record:
+            self._evaluated.add(record["step"])
         for name, value in record.items():
             if isinstance(value, dict):
                 for key, part in value.items():
@@ -39,12 +50,25 @@ class MetricsWriter:
         self._board.close()
 
 
-def _step(line: str) -> float:
-    """Return the step of a record; a line cut short by a crash counts as after everything."""
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return float("inf")
+def _drop_records_after(path: Path, step: int) -> set[int]:
+    """Cut the file before the first record that is later or unreadable; return the steps evaluated before it."""
+    evaluated: set[int] = set()
+    if not path.exists():
+        return evaluated
+    kept_bytes = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+            # Records are in the order of steps; a line without its end was cut short, even where it reads well.
+            if record["step"] > step or not line.endswith(b"\n"):
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        if EVALUATION_KEY in record:
+            evaluated.add(record["step"])
+        kept_bytes += len(line)
+    os.truncate(path, kept_bytes)
+    return evaluated
 
 
 class StepTimer:
@@ -69,16 +93,16 @@ class StepTimer:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return what this rank's device can do per second: from a table for GPUs, measured for CPUs."""
+    """Return what this rank's device can do per second, NaN if unknown: from a table for GPUs, measured for CPUs."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        return next((flops for part, flops in PEAK_FLOPS.items() if part in name), float("nan"))
+        return next((flops for part, flops in PEAK_FLOPS.items() if part in name), math.nan)
     size = 1024
     left, right = (torch.ones(size, size, dtype=dtype) for _ in range(2))
-    best = float("inf")
+    best = math.inf
     for _ in range(3):
         start = time.perf_counter()
-        left @ right
+        torch.mm(left, right)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
@@ -90,14 +114,14 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def progress_line(record: dict[str, Any], steps: int, seconds_left: float, rate: float) -> str:
+def progress_line(record: dict[str, Any], steps: int, seconds_left: float) -> str:
     """Return the line that a person watches."""
     minutes, seconds = divmod(round(seconds_left), 60)
     hours, minutes = divmod(minutes, 60)
     mfu = record["mfu"]
     return (
         f"step {record['step']:>6}/{steps}  {100 * record['step'] / steps:3.0f} %  loss {record['loss']:7.4f}  "
-        f"grad {record['grad_norm']:6.3f}  lr {rate:.1e}  {record['tokens_per_s']:>9,.0f} tok/s  "
+        f"grad {record['grad_norm']:6.3f}  lr {record['learning_rate']:.1e}  {record['tokens_per_s']:>9,.0f} tok/s  "
         f"mfu {'   n/a' if mfu is None else f'{100 * mfu:4.1f} %'}  {record['peak_memory_bytes'] / 2**30:5.2f} GiB  "
         f"{hours}:{minutes:02}:{seconds:02} left"
     )

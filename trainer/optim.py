@@ -15,7 +15,7 @@ class OptimizerConfig:
     """AdamW (arXiv 1711.05101). Weight decay applies to matrices only, not to norms.
 
     schedule: after a linear warm-up, `cosine` falls to final_fraction of the peak over the whole run; `wsd`
-    (warm-up, stable, decay; arXiv 2404.06395) stays at the peak and falls linearly over the last decay_fraction.
+    (warm-up, stable, decay; arXiv 2404.06395) stays at the peak and falls linearly over the last decay_fraction of it.
     """
 
     learning_rate: float = bounded(3e-4, above=0)
@@ -29,6 +29,10 @@ class OptimizerConfig:
     weight_decay: float = bounded(0.1, minimum=0)
     max_gradient_norm: float = bounded(1.0, above=0)
 
+    def decay_steps(self, steps: int) -> int:
+        """Return over how many of `steps` updates `wsd` falls."""
+        return round(steps * self.decay_fraction)
+
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """Return AdamW over the model's parameters, sharded as they are."""
@@ -41,15 +45,15 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Return the rate of step `step` (from 0) of `steps`."""
+    """Return the rate of update `step` (from 0) of `steps`; the last one is a step away from the final rate."""
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
     if step < config.warmup_steps:
         return peak * (step + 1) / config.warmup_steps
     after, total = step - config.warmup_steps, max(steps - config.warmup_steps, 1)
     if config.schedule == "cosine":
         return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * after / total))
-    decay_steps = max(round(steps * config.decay_fraction), 1)
-    return final + (peak - final) * min((steps - step) / decay_steps, 1.0)
+    left, decay_steps = steps - step, config.decay_steps(steps)
+    return peak if left >= decay_steps else final + (peak - final) * left / decay_steps
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -1,6 +1,7 @@
 """TrainState: where a run stands; with parameters and optimizer state it is all that a resume needs."""
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -10,25 +11,24 @@ import torch
 class TrainState:
     """step: updates done. sequences: samples consumed, the global cursor into the data. tokens: labelled tokens seen.
 
-    seed: of every random stream. Streams are functions of (seed, step), so that none has a state of its own: see
-    `seed_step`. data_fingerprint: of the training data that the cursor points into.
+    Random streams have no state of their own: each is a function of (seed, step), see `seed_step`.
     """
 
     step: int = 0
     sequences: int = 0
     tokens: int = 0
-    seed: int = 0
-    data_fingerprint: str = ""
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__}
+        """Return the state as values that JSON can hold."""
+        return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in self.__slots__:
-            setattr(self, name, state[name])
+        """Take over a state; raises KeyError when a part of it is missing."""
+        values = {name: state[name] for name in self.__slots__}
+        for name, value in values.items():
+            setattr(self, name, value)
 
-    def seed_step(self, data_rank: int) -> None:
+    def seed_step(self, seed: int, data_rank: int) -> None:
         """Seed torch's random numbers for the next step, as a resumed run will seed them again."""
-        generator = torch.Generator().manual_seed(self.seed)
-        stream = torch.randint(2**62, (), generator=generator).item()
-        torch.manual_seed((int(stream) + self.step * 1_000_003 + data_rank * 7919) % 2**62)
+        digest = hashlib.sha256(f"{seed}/{self.step}/{data_rank}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:7]))

@@ -1,192 +1,243 @@
 """The recipe of a run: configuration, mesh, model, data, resume, loop."""
 
 import logging
-from collections.abc import Iterator
+import math
+import sys
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
+from farspan.kernels.errors import ConfigError
 from farspan.parallel.comm import Traffic
 from farspan.parallel.fsdp import sharding_bytes
-from farspan.parallel.mesh import Degrees, Mesh
+from farspan.parallel.mesh import Mesh
 from farspan.parallel.ranks import Ranks, connected
-from farspan.trainer.batch import MicroBatch
-from farspan.trainer.build import build_batches, build_model, choose_device, fill_in, open_data
+from farspan.trainer.agreement import check_same, on_any_rank, on_first_rank, together
+from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.checkpoint import Checkpointer
-from farspan.trainer.config import Config
+from farspan.trainer.config import Config, flat
 from farspan.trainer.config_io import to_toml
-from farspan.trainer.data.packing import IGNORED, PackedSequences
-from farspan.trainer.data.source import TokenSource, unigram_bits_per_byte
+from farspan.trainer.data.packing import PackedSequences
+from farspan.trainer.data.shuffle import ShuffledSequences
+from farspan.trainer.data.source import unigram_bits_per_byte
 from farspan.trainer.describe import describe
-from farspan.trainer.evaluate import evaluate
+from farspan.trainer.evaluate import evaluate, share
 from farspan.trainer.faults import StopSignal
 from farspan.trainer.flops import training_flops
+from farspan.trainer.lock import lock_folder
 from farspan.trainer.metrics import MetricsWriter, StepTimer, peak_flops, peak_memory_bytes, progress_line
 from farspan.trainer.optim import build_optimizer, learning_rate, set_learning_rate
+from farspan.trainer.resolve import Resolved, choose_device, resolve
 from farspan.trainer.state import TrainState
-from farspan.trainer.step import train_step
-from farspan.trainer.validate import validate
+from farspan.trainer.step import StepResult, train_step
 
 log = logging.getLogger("farspan")
 
 
-def train(config: Config, ranks: Ranks) -> None:
-    """Run `config` to its last step, or until a stop signal; resume where run.folder left off."""
-    degrees = Degrees.resolve(config.parallel, ranks.world_size)
-    validate(config, degrees)
-    device = choose_device(config, ranks)
-    train_source, held_out_source = open_data(config)
-    config = fill_in(config, degrees, device, train_source.vocabulary_size)
-    stop = StopSignal()
-    stop.install()
+def train(config: Config, ranks: Ranks, stop: StopSignal) -> None:
+    """Run `config` to its last step, or until a stop signal; resume where run.folder left off.
+
+    A FarspanError is raised by all ranks alike.
+    """
     with ExitStack() as stack:
-        stack.enter_context(connected(ranks, device))
-        log.info("%s", describe(config, degrees, device))
-        run = _Run(config, Mesh.build(config.parallel, device.type), device, train_source, held_out_source)
+        stack.enter_context(connected(ranks, _device_to_meet_on(config, ranks)))
+        resolved = together(lambda: resolve(config, ranks))
+        splits = {"train": resolved.train_source, "held_out": resolved.held_out_source}
+        check_same(
+            flat(resolved.config) | {f"the data of {name}/": split.fingerprint for name, split in splits.items()}
+        )
+        log.info("%s", describe(resolved.config, resolved.degrees))
+
+        def lock() -> None:
+            stack.enter_context(lock_folder(Path(config.run.folder)))
+
+        on_first_rank(lock)
+        run = _Run(resolved, stop)
         stack.callback(run.close)
-        run.loop(stop)
+        run.loop()
+
+
+def _device_to_meet_on(config: Config, ranks: Ranks) -> torch.device:
+    """Return this rank's device; the CPU for a rank that lacks its GPU, since it has to tell the others so."""
+    try:
+        return choose_device(config, ranks.local_rank)
+    except ConfigError:
+        return torch.device("cpu")
 
 
 class _Run:
     """One rank's parts of a run and the loop over steps."""
 
-    def __init__(
-        self, config: Config, mesh: Mesh, device: torch.device, train_source: TokenSource, held_out_source: TokenSource
-    ) -> None:
-        self.config, self.mesh, self.device = config, mesh, device
+    def __init__(self, resolved: Resolved, stop: StopSignal) -> None:
+        config = resolved.config
+        self.config, self.device, self.stop = config, resolved.device, stop
         self.folder = Path(config.run.folder)
+        self.mesh = Mesh.build(config.parallel, resolved.device.type)
         self.traffic = Traffic()
-        self.model = build_model(config, mesh, device)
+        self.model = build_model(config, self.mesh, resolved.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.batches = build_batches(config, mesh, device, self.traffic)
+        self.batches = build_batches(config, self.mesh, resolved.device, self.traffic)
         length, seed = config.data.sequence_tokens, config.run.seed
-        self.data = PackedSequences(train_source, sequence_tokens=length, seed=seed)
-        self.held_out = PackedSequences(held_out_source, sequence_tokens=length, seed=seed, shuffle=False, repeat=False)
-        self.bytes_per_token = held_out_source.num_bytes / (held_out_source.num_tokens - held_out_source.num_documents)
-        self.unigram_bits_per_byte = unigram_bits_per_byte(held_out_source)
-        self.state = TrainState(seed=seed, data_fingerprint=train_source.fingerprint)
+        packed = PackedSequences(resolved.train_source, sequence_tokens=length, seed=seed)
+        self.data = ShuffledSequences(packed, seed=seed)
+        held_out = resolved.held_out_source
+        self.held_out = PackedSequences(held_out, sequence_tokens=length, seed=seed, shuffle=False, repeat=False)
+        # The end token is predicted as well, but stands for no text, and the first token is not predicted.
+        self.bytes_per_token = held_out.num_bytes / (held_out.num_tokens - held_out.num_documents)
+        self.unigram_bits_per_byte = unigram_bits_per_byte(held_out)
+        self.state = TrainState()
         self.checkpoints = Checkpointer(
-            self.folder / "checkpoints", self.model, self.optimizer, keep=config.checkpoint.keep
+            self.folder / "checkpoints",
+            self.model,
+            self.optimizer,
+            identity=identity(config, resolved.train_source.fingerprint),
+            keep=config.checkpoint.keep,
         )
         self.resumed_from = self.checkpoints.load_latest(self.state)
+        self.peak_flops = peak_flops(self.device, config.train.torch_dtype) * dist.get_world_size()
+        self.sharding_bytes = sharding_bytes(self.model, self.model.blocks, self.mesh, config.train.torch_dtype)
         self.writer: MetricsWriter | None = None
         if dist.get_rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.toml").write_text(to_toml(config))
-            self.writer = MetricsWriter(self.folder, self.state.step)
-        compute_dtype = getattr(torch, config.train.compute_dtype)
-        self.peak_flops = peak_flops(device, compute_dtype) * dist.get_world_size()
-        self.sharding_bytes = sharding_bytes(self.model, self.model.blocks, mesh, compute_dtype)
+            self.writer = MetricsWriter(self.folder, resumed_step=self.state.step)
 
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
 
-    def loop(self, stop: StopSignal) -> None:
+    def loop(self) -> None:
         """Step until the last step or a stop signal; save and evaluate on the way."""
         config, state, steps = self.config, self.state, self.config.train.steps
         if self.resumed_from is not None:
-            log.info("resumed     step %d from %s", state.step, self.resumed_from)
-        timer, stopping = StepTimer(steps - state.step), False
+            log.info("resumed     at step %d from %s", state.step, self.resumed_from)
+        stopping = on_any_rank(self.stop.requested)
+        missing = self.is_evaluation_missing()
+        nothing_to_do = state.step >= steps and not missing
+        if missing and not stopping:
+            stopping = self.evaluate()
+        timer = StepTimer(steps - state.step)
         while state.step < steps and not stopping:
-            stopping = self.step(timer, stop)
-            last = state.step == steps
-            save = last or stopping or state.step % config.checkpoint.every_steps == 0
-            measure = last or (config.evaluate.every_steps and state.step % config.evaluate.every_steps == 0)
-            if measure and not stopping:
-                self.evaluate()
-            if save:
+            stopping = self.step(timer)
+            if not stopping and self.is_evaluation_due():
+                stopping = self.evaluate()
+            if stopping or state.step >= steps or state.step % config.checkpoint.every_steps == 0:
                 log.info("saved       %s", self.checkpoints.save(state))
+                stopping = on_any_rank(self.stop.requested)
             timer.skip()
-        self.say_goodbye(stopped=state.step < steps)
+        if nothing_to_do:
+            log.info("finished    already, at step %d of train.steps=%d: raise it to go on", state.step, steps)
+        elif state.step >= steps and not self.is_evaluation_missing():
+            log.info("finished    at step %d", state.step)
+        else:
+            log.info("stopped     at step %d; the same command resumes", state.step)
+        log.info("results     %s/ (config.toml, metrics.jsonl, tensorboard/, checkpoints/)", self.folder)
+        log.info("see them    %s --logdir %s/tensorboard", _command("tensorboard"), self.folder)
 
-    def step(self, timer: StepTimer, stop: StopSignal) -> bool:
+    def step(self, timer: StepTimer) -> bool:
         """Do one update and report it; return whether some rank was asked to stop."""
         config, state = self.config, self.state
         rate = learning_rate(config.optimizer, state.step, config.train.steps)
         set_learning_rate(self.optimizer, rate)
-        state.seed_step(self.mesh.data_rank)
+        state.seed_step(config.run.seed, self.mesh.data_rank)
         self.traffic.take()
         batches = [self.batches.build(self.data.sequence(i)) for i in self.my_sequences()]
-        result = train_step(
-            self.model,
-            self.optimizer,
-            batches,
-            max_gradient_norm=config.optimizer.max_gradient_norm,
-            stop_requested=stop.requested,
-        )
+        result = train_step(self.model, self.optimizer, batches, max_gradient_norm=config.optimizer.max_gradient_norm)
         state.step += 1
         state.sequences += config.train.sequences_per_step
         state.tokens += result.labelled_tokens
-        memory = torch.tensor(peak_memory_bytes(self.device))
-        dist.all_reduce(memory, dist.ReduceOp.MAX)
+        # One exchange for both: the most memory of any rank, and whether any rank was asked to stop.
+        agreed = torch.tensor([peak_memory_bytes(self.device), int(self.stop.requested)])
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        memory, stopping = agreed.tolist()
         seconds, seconds_left = timer.lap()
         if self.writer is not None:
-            tokens = config.train.sequences_per_step * config.data.sequence_tokens
-            flops = training_flops(config.model, tokens, result.visible_pairs)
-            mfu = flops / seconds / self.peak_flops
             sent = {**self.traffic.take(), "fsdp": self.sharding_bytes * len(batches)}
-            record = {
-                "step": state.step,
-                "loss": result.loss,
-                "grad_norm": result.gradient_norm,
-                "tokens_per_s": tokens / seconds,
-                "mfu": mfu if mfu == mfu else None,
-                "peak_memory_bytes": int(memory),
-                "comm_bytes": sum(sent.values()),
-                "comm_bytes_by_kind": sent,
-                "learning_rate": rate,
-                "tokens": state.tokens,
-                "step_s": seconds,
-            }
+            record = self.record(result, rate=rate, seconds=seconds, memory=memory, sent=sent)
             self.writer.write(record)
-            log.info("%s", progress_line(record, config.train.steps, seconds_left, rate))
-        return result.stop
+            log.info("%s", progress_line(record, config.train.steps, seconds_left))
+        return bool(stopping)
+
+    def record(
+        self, result: StepResult, *, rate: float, seconds: float, memory: int, sent: dict[str, int]
+    ) -> dict[str, Any]:
+        """Return what is on record of one step; `sent` is in bytes, of rank 0."""
+        config = self.config
+        tokens = config.train.sequences_per_step * config.data.sequence_tokens
+        mfu = training_flops(config.model, tokens, result.visible_pairs) / seconds / self.peak_flops
+        return {
+            "step": self.state.step,
+            "loss": result.loss,
+            "grad_norm": result.gradient_norm,
+            "tokens_per_s": tokens / seconds,
+            "mfu": mfu if math.isfinite(mfu) else None,
+            "peak_memory_bytes": memory,
+            "comm_bytes": sum(sent.values()),
+            "comm_bytes_by_kind": sent,
+            "learning_rate": rate,
+            "tokens": self.state.tokens,
+            "step_s": seconds,
+        }
 
     def my_sequences(self) -> range:
         """Return the indexes of this data-parallel group's sequences of the next step."""
         first = self.state.sequences + self.mesh.data_rank
         return range(first, self.state.sequences + self.config.train.sequences_per_step, self.mesh.degrees.data)
 
-    def evaluate(self) -> None:
-        """Measure held-out loss and report it."""
-        self.model.eval()
-        measured = evaluate(self.model, self.held_out_batches(), self.config.data.sequence_tokens)
-        self.model.train()
-        if self.writer is None:
-            return
-        bits = measured.bits_per_byte(self.bytes_per_token)
-        self.writer.write(
-            {
-                "step": self.state.step,
-                "eval_loss": measured.loss,
-                "bits_per_byte": bits,
-                "unigram_bits_per_byte": self.unigram_bits_per_byte,
-                "loss_by_position": measured.by_position,
-            }
+    def is_evaluation_due(self) -> bool:
+        step, every = self.state.step, self.config.evaluate.every_steps
+        return step >= self.config.train.steps or (every > 0 and step > 0 and step % every == 0)
+
+    def is_evaluation_missing(self) -> bool:
+        """Whether the evaluation of the step resumed from was due but a stop prevented it."""
+        return self.is_evaluation_due() and on_first_rank(
+            lambda: self.writer is not None and not self.writer.has_evaluation(self.state.step)
         )
-        log.info("held out    %.3f bits per byte (unigram entropy %.3f)", bits, self.unigram_bits_per_byte)
-        shown = "  ".join(f"{where}: {loss:.3f}" for where, loss in measured.by_position.items())
-        log.info("            loss by position  %s", shown)
 
-    def held_out_batches(self) -> Iterator[MicroBatch]:
-        """Yield this group's share of the held-out sequences; every group gets equally many."""
-        wanted, groups = min(self.config.evaluate.sequences, len(self.held_out)), self.mesh.degrees.data
-        for index in range(self.mesh.data_rank, -(-wanted // groups) * groups, groups):
-            sequence = self.held_out.sequence(min(index, wanted - 1))
-            if index >= wanted:
-                sequence = replace(sequence, labels=np.full_like(sequence.labels, IGNORED))
-            yield self.batches.build(sequence)
+    def evaluate(self) -> bool:
+        """Measure held-out loss and report it; return whether a stop signal prevented that."""
+        sequences = self.config.evaluate.sequences
+        mine = share(self.held_out, sequences, data_rank=self.mesh.data_rank, groups=self.mesh.degrees.data)
+        measured = evaluate(
+            self.model,
+            map(self.batches.build, mine),
+            sequence_tokens=self.config.data.sequence_tokens,
+            stop_requested=lambda: self.stop.requested,
+        )
+        if measured is None:
+            return True
+        if self.writer is not None:
+            bits = measured.bits_per_byte(self.bytes_per_token)
+            self.writer.write(
+                {
+                    "step": self.state.step,
+                    "eval_loss": measured.loss,
+                    "bits_per_byte": bits,
+                    "unigram_bits_per_byte": self.unigram_bits_per_byte,
+                    "loss_by_position": measured.by_position,
+                }
+            )
+            log.info("held out    %.3f bits per byte (unigram entropy %.3f)", bits, self.unigram_bits_per_byte)
+            shown = "  ".join(f"{where}: {loss:.3f}" for where, loss in measured.by_position.items())
+            log.info("            loss by position  %s", shown)
+        return False
 
-    def say_goodbye(self, *, stopped: bool) -> None:
-        folder = self.folder
-        if stopped:
-            log.info("stopped     at step %d; the same command resumes", self.state.step)
-        else:
-            log.info("finished    at step %d", self.state.step)
-        log.info("results     %s/ (config.toml, metrics.jsonl, tensorboard/, checkpoints/)", folder)
-        log.info("see them    tensorboard --logdir %s/tensorboard", folder)
+
+def _command(name: str) -> str:
+    """Return how to start a program that was installed with this one, from the current folder."""
+    installed = Path(sys.executable).parent / name
+    if not installed.exists():
+        return name
+    return str(installed.relative_to(Path.cwd()) if installed.is_relative_to(Path.cwd()) else installed)
+
+
+def identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
+    """Return what a resumed run has to share with the run that it continues, by dotted name."""
+    return {
+        "run.seed": config.run.seed,
+        "data.folder": data_fingerprint,
+        "data.sequence_tokens": config.data.sequence_tokens,
+        **{name: value for name, value in flat(config).items() if name.startswith("model.")},
+    }

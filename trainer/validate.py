@@ -14,6 +14,7 @@ def validate(config: Config, degrees: Degrees) -> None:
     head_dim_is_even(config)
     rope_scalings_are_whole(config)
     warmup_ends(config)
+    decay_follows_warmup(config)
     batch_divides(config, degrees)
     layout_exists(config)
     strategy_takes_mechanism(config, degrees)
@@ -54,13 +55,23 @@ def warmup_ends(config: Config) -> None:
         )
 
 
+def decay_follows_warmup(config: Config) -> None:
+    optimizer, steps = config.optimizer, config.train.steps
+    decay_steps = optimizer.decay_steps(steps)
+    if optimizer.schedule == "wsd" and optimizer.warmup_steps + decay_steps > steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps={optimizer.warmup_steps} and a decay over the last {decay_steps} steps "
+            f"(optimizer.decay_fraction={optimizer.decay_fraction}) overlap in train.steps={steps}: lower one of them."
+        )
+
+
 def batch_divides(config: Config, degrees: Degrees) -> None:
     sequences = config.train.sequences_per_step
     if sequences % degrees.data:
         nearest = -(-sequences // degrees.data) * degrees.data
         raise ConfigError(
             f"train.sequences_per_step={sequences} must be a multiple of the {degrees.data} data-parallel groups "
-            f"(dp_replicate × dp_shard); {nearest} is."
+            f"(dp_replicate x dp_shard); {nearest} is."
         )
 
 

@@ -64,7 +64,7 @@ class PackedSequences:
         if seed < 0:
             raise ConfigError(f"seed={seed} is negative; give 0 or more.")
         self._source = source
-        self._sequence_tokens = sequence_tokens
+        self.sequence_tokens = sequence_tokens
         self._seed = seed
         self._shuffle = shuffle
         self._repeat = repeat
@@ -74,13 +74,18 @@ class PackedSequences:
         """Number of sequences, the padded last one included; raises TypeError for a repeating source."""
         if self._repeat:
             raise TypeError("a repeating source has no length")
-        return -(-self._source.num_tokens // self._sequence_tokens)
+        return -(-self._source.num_tokens // self.sequence_tokens)
+
+    @property
+    def epoch_tokens(self) -> int:
+        """Tokens of one pass over the documents."""
+        return self._source.num_tokens
 
     def sequence(self, index: int) -> PackedSequence:
         """Return sequence `index` of the stream; raises IndexError below 0 or past the end."""
         if index < 0 or (not self._repeat and index >= len(self)):
             raise IndexError(f"sequence {index} is outside of the stream")
-        length = self._sequence_tokens
+        length = self.sequence_tokens
         tokens = np.full(length, self._source.end_id, dtype=np.int64)
         labels = np.full(length, IGNORED, dtype=np.int64)
         position = np.zeros(length, dtype=np.int32)

@@ -1,6 +1,7 @@
 """Initial parameters: the same numbers whatever the mesh, since each is a function of (seed, name, row) alone.
 
-embedding, head                 normal, std 0.02
+embedding                       normal, std 1: the residual stream starts at the size that norms keep it at
+head, and a tied embedding      normal, std 0.02: nothing is predicted with confidence before it is learnt
 query, key, value, gate, up     normal, std 1 / sqrt(fan in)
 out, down                       normal, std 1 / sqrt(fan in) / sqrt(2 layers): the residual stream keeps its size
 norms                           1
@@ -15,7 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from farspan.trainer.model.config import ModelConfig
 
-EMBEDDING_STD = 0.02
+HEAD_STD = 0.02
 BLOCK_ROWS = 1024
 """Rows that share a random stream; a rank draws the streams that its shard touches, not the whole parameter."""
 
@@ -38,8 +39,10 @@ def _std(name: str, parameter: Tensor, config: ModelConfig) -> float | None:
     if parameter.dim() == 1:
         return None
     layer = name.split(".")[-2]
+    if layer == "embedding" and not config.tied_embeddings:
+        return 1.0
     if layer in ("embedding", "head"):
-        return EMBEDDING_STD
+        return HEAD_STD
     depth = (2 * config.layers) ** -0.5 if layer in ("out", "down") else 1.0
     return parameter.shape[1] ** -0.5 * depth
 

@@ -45,7 +45,7 @@ def test_distributions_and_seeds() -> None:
     first = {name: p.detach().clone() for name, p in model.named_parameters()}
     for name, value in first.items():
         expected = {
-            "embedding.weight": 0.02,
+            "embedding.weight": 1.0,
             "head.weight": 0.02,
             "query.weight": 256**-0.5,
             "gate.weight": 256**-0.5,
@@ -63,3 +63,11 @@ def test_distributions_and_seeds() -> None:
     assert not torch.equal(first["head.weight"], model.head.weight)
     initialize(model, config, seed=1)
     assert torch.equal(first["head.weight"], model.head.weight)
+
+
+def test_a_tied_embedding_starts_as_a_head() -> None:
+    config = tiny.with_model(CONFIG, width=256, tied_embeddings=True).model
+    model = Transformer(config)
+    initialize(model, config, seed=1)
+    assert model.head.weight is model.embedding.weight
+    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.05)

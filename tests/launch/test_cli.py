@@ -1,0 +1,185 @@
+"""The command line in this process: refusals in one sentence with exit status 2, overrides, dry runs, what is slow."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from farspan.kernels.errors import DataError
+from farspan.launch import cli
+from farspan.launch.local import LocalJob
+from farspan.parallel.mesh import ParallelConfig
+from farspan.trainer.config_io import to_toml
+from tests.trainer import tiny
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    """A configuration whose data does not exist."""
+    path = tmp_path / "run.toml"
+    path.write_text(to_toml(tiny.config(tmp_path / "tokens", tmp_path / "run", ParallelConfig())))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(job: LocalJob) -> int:
+        raise AssertionError(f"{job} was started")
+
+    monkeypatch.setattr(LocalJob, "run", start)
+
+
+REFUSALS = [
+    ("train CONFIG model.layer=3", "model.layer=3 is not a known key; choose one of layers, "),
+    ("train CONFIG model.head_dim=7", "model.head_dim=7 must be even"),
+    ("train CONFIG train.compute_dtype=float16", "train.compute_dtype=\"float16\" must be one of 'bfloat16', "),
+    ("train CONFIG other.toml", "Override 'other.toml' has no key and value; write it as section.key=value."),
+    ("train CONFIG parallel.context=2", "parallel.context=2 x parallel.dp_replicate=1 = 2 must divide the number of "),
+    ("train CONFIG", "tokens/train/meta.json does not exist"),
+    ("train nowhere.toml", "nowhere.toml does not exist; name a configuration file that does."),
+    ("train CONFIG --ranks 4", "--ranks 4 goes with --dry-run; torchrun or 'farspan launch' starts real ranks."),
+    ("train CONFIG --ranks 0 --dry-run", "--ranks 0 must be at least 1."),
+    ("train CONFIG --ranks 3 --dry-run", "train.sequences_per_step=2 must be a multiple of the 3 data-parallel groups"),
+    ("launch local CONFIG --gpus-per-node 0", "--gpus-per-node 0 must be at least 1."),
+    ("launch local CONFIG --gpus-per-node 2", "tokens/train/meta.json does not exist"),
+    ("launch local CONFIG --gpus-per-node 3", "train.sequences_per_step=2 must be a multiple of the 3 data-parallel"),
+    ("launch local CONFIG --gpus-per-node 2 parallel.layout=x", "parallel.layout='x' does not exist; choose one of "),
+    ("launch local CONFIG --gpus-per-node 2 model.x=1", "model.x=1 is not a known key; choose one of layers, "),
+    ("launch local nowhere.toml --gpus-per-node 2", "nowhere.toml does not exist; name a configuration file that does"),
+    ("data prepare nowhere --tokenizer bytes --out OUT", "nowhere"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), REFUSALS, ids=[command for command, _ in REFUSALS])
+def test_a_refusal_is_one_sentence_and_status_2(
+    command: str, message: str, config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"CONFIG": str(config_file), "OUT": str(tmp_path / "out")}
+    assert cli.main([places.get(word, word) for word in command.split()]) == cli.EXIT_USER_ERROR
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("farspan: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.toml"]
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("command", ["", "train", "launch local x.toml", "train x.toml --nodes 3", "data prepare"])
+def test_wrong_usage_is_status_2(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(command.split())
+    assert exit_.value.code == 2
+    assert "usage: farspan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train CONFIG model.layers=3 run.seed=5 --dry-run --ranks 2",
+        "train CONFIG --dry-run model.layers=9 --ranks 2 model.layers=3 run.seed=5",
+        "train --ranks 2 CONFIG model.layers=3 --dry-run run.seed=5",
+        "train --dry-run --ranks 2 CONFIG model.layers=3 run.seed=5",
+    ],
+)
+def test_overrides_stand_anywhere_and_the_last_wins(
+    words: str, config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([str(config_file) if word == "CONFIG" else word for word in words.split()]) == 0
+    assert "; 3 layers, width 32" in capsys.readouterr().out
+
+
+PRESETS = {
+    ("llama3_8b_128k", 8): ("dp_shard 1 x context 8", "8,030,261,248 parameters", "sharded     1,003,782,656"),
+    ("llama3_8b_128k", 64): ("dp_shard 8 x context 8", "8,030,261,248 parameters", "sharded     125,472,832"),
+    ("qwen3_8b_128k", 8): ("dp_shard 1 x context 8", "8,190,735,360 parameters", "sharded     1,023,841,920"),
+    ("qwen3_8b_128k", 64): ("dp_shard 8 x context 8", "8,190,735,360 parameters", "sharded     127,980,"),
+}
+
+
+@pytest.mark.parametrize(("preset", "num_ranks"), list(PRESETS))
+def test_a_dry_run_of_a_preset_needs_neither_gpus_nor_data(
+    preset: str, num_ranks: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", str(CONFIGS / f"{preset}.toml"), "--dry-run", "--ranks", str(num_ranks)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert list(lines) == [
+        "ranks", "step", "model", "compute", "attention", "context", "memory", "sharded", "dry"
+    ]  # fmt: skip
+    assert lines["ranks"].startswith(f"{num_ranks} = ")
+    assert lines["step"].startswith(
+        "4,194,304 tokens = 32 x 131,072; each rank holds 16,384 at a time and accumulates "
+    )
+    assert all(part in out for part in PRESETS[preset, num_ranks])
+    assert "GFLOP per token" in lines["compute"]
+    assert lines["attention"].startswith("Dense(causal=True), computed by ")
+    assert lines["context"].startswith("ring, zigzag; each rank sends ")
+    assert " GiB per rank (estimate): " in lines["memory"]
+    assert not dist.is_initialized()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_launch_prints_the_command(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["launch", "local", str(config_file), "--gpus-per-node", "2", "--dry-run", "run.folder=with space"]
+    assert cli.main(words) == 0
+    out = capsys.readouterr().out
+    assert "ranks       2 = " in out
+    assert out.splitlines()[-1].startswith("by torchrun OMP_NUM_THREADS=")
+    assert out.endswith(
+        f"torchrun --standalone --nproc-per-node 2 -m farspan.launch.cli train {config_file} 'run.folder=with space'\n"
+    )
+
+
+def test_a_launch_starts_as_many_ranks_as_asked(
+    tmp_path: Path, config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.make_data(tmp_path)
+    started = []
+    monkeypatch.setattr(LocalJob, "run", lambda job: started.append(job) or 7)
+    assert cli.main(["launch", "local", str(config_file), "run.seed=3", "--gpus-per-node", "2"]) == 7
+    assert started == [LocalJob(config=config_file, overrides=("run.seed=3",), num_ranks=2)]
+
+
+def test_one_rank_speaks_for_all(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variables = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    said = {}
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.main(["train", str(config_file), "model.x=1"]) == cli.EXIT_USER_ERROR
+        said[rank] = capsys.readouterr().err
+    assert said["0"].startswith("farspan: model.x=1 is not a known key")
+    assert said["1"] == ""
+
+
+def test_an_error_of_a_command_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def fail(options: object) -> None:
+        logging.getLogger("farspan").info("it begins")
+        raise DataError("it is gone")
+
+    monkeypatch.setattr(cli.prepare, "run", fail)
+    assert cli.main(["data", "prepare", "x", "--tokenizer", "bytes", "--out", "y"]) == cli.EXIT_USER_ERROR
+    assert capsys.readouterr() == ("it begins\n", "farspan: it is gone\n")
+    assert logging.getLogger("farspan").handlers == []
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    program = (
+        "import sys; from farspan.launch import cli\n"
+        "try: cli.main(['launch', 'local', '--help'])\n"
+        "finally: assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--gpus-per-node" in done.stdout

@@ -1,0 +1,70 @@
+import pytest
+
+from farspan.kernels.errors import ConfigError
+from farspan.launch.env import read_ranks, with_threads
+from farspan.parallel.ranks import Ranks
+
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "node1",
+    "MASTER_PORT": "29500",
+}
+
+
+@pytest.fixture(autouse=True)
+def _bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*TORCHRUN, "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def set_all(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_process_alone_is_the_only_rank() -> None:
+    assert read_ranks() == Ranks(rank=0, world_size=1, local_rank=0)
+
+
+def test_ranks_are_as_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_all(monkeypatch, TORCHRUN)
+    assert read_ranks() == Ranks(rank=3, world_size=8, local_rank=1)
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_a_variable_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    set_all(monkeypatch, {key: value for key, value in TORCHRUN.items() if key != name})
+    with pytest.raises(ConfigError, match=rf"^RANK is set but {name} is not.*: start ranks with torchrun"):
+        read_ranks()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"RANK": "three"}, "RANK='three' in the environment must be an integer"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE='' in the environment must be an integer"),
+        ({"RANK": "8"}, "RANK=8, LOCAL_RANK=1 do not fit WORLD_SIZE=8"),
+        ({"LOCAL_RANK": "-1"}, "RANK=3, LOCAL_RANK=-1 do not fit WORLD_SIZE=8"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], message: str
+) -> None:
+    set_all(monkeypatch, TORCHRUN | changes)
+    with pytest.raises(ConfigError) as refused:
+        read_ranks()
+    assert str(refused.value).startswith(message)
+
+
+def test_ranks_get_their_threads_and_the_rest_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FARSPAN_TEST_MARKER", "kept")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    given = with_threads(3)
+    assert (given["OMP_NUM_THREADS"], given["FARSPAN_TEST_MARKER"]) == ("3", "kept")
+
+
+def test_threads_that_the_user_has_chosen_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert with_threads(3)["OMP_NUM_THREADS"] == "7"

@@ -1,0 +1,66 @@
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from farspan.trainer.data.packing import PackedSequences
+from farspan.trainer.data.shuffle import ShuffledSequences, shuffled_place
+from farspan.trainer.data.source import SplitWriter, TokenSource
+from farspan.trainer.data.tokenizer import ByteTokenizer
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> TokenSource:
+    with SplitWriter(tmp_path / "split", tokenizer=ByteTokenizer()) as writer:
+        for length in (30, 3, 11, 1, 47, 8):
+            writer.add(np.arange(length), num_bytes=length)
+        writer.finish()
+    return TokenSource(tmp_path / "split")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 16, 17, 1000])
+def test_every_place_is_taken_once(count: int) -> None:
+    assert sorted(shuffled_place(i, count, "7/0") for i in range(count)) == list(range(count))
+
+
+def test_orders_differ_and_look_random() -> None:
+    orders = [[shuffled_place(i, 1000, key) for i in range(1000)] for key in ("0/0", "0/1", "1/0")]
+    for one, other in itertools.combinations([*orders, list(range(1000))], 2):
+        # Two random orders of 1000 have on average one element in the same place.
+        assert sum(a == b for a, b in zip(one, other, strict=True)) < 10
+    for order in orders:
+        neighbours = sum(abs(a - b) == 1 for a, b in itertools.pairwise(order))
+        assert neighbours < 15
+        assert abs(np.mean(order[:500]) - 499.5) < 60
+
+
+def test_the_order_is_pinned() -> None:
+    """A resumed run reads on in the same order, whatever the versions of Python and numpy: never change this."""
+    assert [shuffled_place(i, 10, "0/0") for i in range(10)] == [9, 8, 0, 1, 7, 5, 6, 4, 2, 3]
+
+
+@pytest.mark.parametrize("length", [1, 7, 40, 101, 250])
+def test_each_epoch_has_the_sequences_that_start_in_it(source: TokenSource, length: int) -> None:
+    packed = PackedSequences(source, sequence_tokens=length, seed=3)
+    shuffled = ShuffledSequences(packed, seed=3)
+    epochs = 4
+
+    def content(sequences: PackedSequences | ShuffledSequences, index: int) -> tuple[bytes, ...]:
+        found = sequences.sequence(index)
+        return found.tokens.tobytes(), found.labels.tobytes(), found.position.tobytes(), found.document.tobytes()
+
+    first = 0
+    moved = 0
+    for epoch in range(epochs):
+        stop = first
+        while stop * length < (epoch + 1) * source.num_tokens:
+            stop += 1
+        in_order = [content(packed, i) for i in range(first, stop)]
+        dealt = [content(shuffled, i) for i in range(first, stop)]
+        assert sorted(in_order) == sorted(dealt)
+        moved += in_order != dealt
+        first = stop
+    assert moved > 0 or length > 100
+    with pytest.raises(IndexError, match="sequence -1"):
+        shuffled.sequence(-1)

@@ -1,0 +1,55 @@
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from farspan.parallel.comm import Traffic
+from farspan.parallel.layout import LAYOUTS
+from farspan.parallel.mesh import Mesh, ParallelConfig
+from farspan.trainer.batch import MicroBatch
+from farspan.trainer.build import build_batches
+from farspan.trainer.config import Config
+from farspan.trainer.data.packing import IGNORED, PackedSequence
+from tests.ranks import RankPool
+from tests.trainer import tiny
+
+SEQUENCE = PackedSequence(
+    tokens=np.arange(100, 111),
+    labels=np.array([101, 102, 103, IGNORED, 105, 106, 107, 108, 109, IGNORED, IGNORED]),
+    position=np.array([0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 0], dtype=np.int32),
+    document=np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 1, -1], dtype=np.int32),
+)
+
+
+def build(config: Config) -> tuple[list[list[int]], int, int]:
+    mesh = Mesh.build(config.parallel, "cpu")
+    batch: MicroBatch = build_batches(config, mesh, torch.device("cpu"), Traffic()).build(SEQUENCE)
+    rows = batch.context.rows
+    columns = [x.tolist() for x in (batch.tokens, batch.labels, rows.position, rows.document)]
+    return columns, batch.valid_tokens, batch.visible_pairs
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_ranks_hold_the_whole_sequence_between_them(ranks: Callable[[int], RankPool], layout: str) -> None:
+    config = tiny.config(Path("none"), Path("none"), ParallelConfig(context=2, layout=layout))
+    found = ranks(2).run(build, config)
+    held = sorted(row for columns, _, _ in found for row in zip(*columns, strict=True) if row[3] >= 0)
+    whole = zip(SEQUENCE.tokens, SEQUENCE.labels, SEQUENCE.position, SEQUENCE.document, strict=True)
+    assert held == [tuple(map(int, row)) for row in whole if row[3] >= 0]
+    # Padding, the data's and the layout's, has neither label nor document.
+    for columns, _, _ in found:
+        assert all(row[1] == IGNORED for row in zip(*columns, strict=True) if row[3] < 0)
+    assert sum(valid for _, valid, _ in found) == 8
+    # Documents of 4 and 6 tokens: 4 * 5 / 2 + 6 * 7 / 2 causal pairs.
+    assert sum(pairs for _, _, pairs in found) == 31
+
+
+def test_rank_order_is_the_layouts(ranks: Callable[[int], RankPool]) -> None:
+    config = tiny.config(Path("none"), Path("none"), ParallelConfig(context=2, layout="zigzag"))
+    config = replace(config, data=replace(config.data, sequence_tokens=11))
+    found = ranks(2).run(build, config)
+    assert found[0][0][0] == [100, 101, 102, 109, 110, 0]
+    assert found[1][0][0] == [103, 104, 105, 106, 107, 108]

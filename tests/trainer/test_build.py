@@ -1,0 +1,82 @@
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from farspan.parallel.comm import Traffic
+from farspan.parallel.mesh import Mesh, ParallelConfig
+from farspan.trainer.build import build_batches, build_model, build_on_meta
+from farspan.trainer.config import Config
+from farspan.trainer.flops import total_parameters
+from tests.ranks import RankPool
+from tests.trainer import tiny
+
+Held = dict[str, tuple[int, str, str]]
+
+
+def built(config: Config, on_meta: bool) -> tuple[Held, bool, bool]:
+    """On each rank: size, dtype and device of its shards; whether tied parameters are one; whether all are finite."""
+    mesh = Mesh.build(config.parallel, "cpu")
+    model = build_on_meta(config, mesh) if on_meta else build_model(config, mesh, torch.device("cpu"))
+    held: Held = {}
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor)
+        local = parameter.to_local()
+        held[name] = (local.numel(), str(local.dtype), local.device.type)
+    tied = model.head.weight is model.embedding.weight
+    # Memory that nobody has initialised is NaN in tests.
+    finite = on_meta or all(p.to_local().isfinite().all() for p in model.parameters() if isinstance(p, DTensor))
+    return held, tied, bool(finite)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return tiny.config(tmp_path, tmp_path, ParallelConfig(context=2))
+
+
+@pytest.mark.parametrize("on_meta", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_ranks_share_the_parameters(
+    config: Config, ranks: Callable[[int], RankPool], on_meta: bool, tied: bool
+) -> None:
+    config = tiny.with_model(config, tied_embeddings=tied)
+    sides = ranks(2).run(built, config, on_meta)
+    total = sum(size for held, _, _ in sides for size, _, _ in held.values())
+    assert total == total_parameters(config.model)
+    for held, is_tied, finite in sides:
+        assert sum(size for size, _, _ in held.values()) < 0.6 * total
+        assert {device for _, _, device in held.values()} == {"meta" if on_meta else "cpu"}
+        assert is_tied == tied
+        assert finite
+
+
+@pytest.mark.parametrize(
+    ("compute", "master"), [("float64", "float64"), ("float32", "float32"), ("bfloat16", "float32")]
+)
+def test_master_parameters_are_never_rounded(
+    config: Config, ranks: Callable[[int], RankPool], compute, master: str
+) -> None:
+    config = replace(config, train=replace(config.train, compute_dtype=compute))
+    for held, _, _ in ranks(2).run(built, config, False):
+        assert {dtype for _, dtype, _ in held.values()} == {f"torch.{master}"}
+
+
+def builder(config: Config) -> tuple[object, ...]:
+    made = build_batches(config, Mesh.build(config.parallel, "cpu"), torch.device("cpu"), Traffic())
+    channel = made.strategy.channel
+    return type(made.strategy).__name__, channel.size, channel.rank, str(made.mechanism), made.layout, made.backend
+
+
+def test_batches_follow_the_configuration(config: Config, ranks: Callable[[int], RankPool]) -> None:
+    ulysses = replace(
+        config,
+        parallel=ParallelConfig(context=2, strategy="ulysses", layout="striped"),
+        attention=replace(config.attention, options={"causal": False}, backend="reference"),
+    )
+    expected = "Dense(causal=False)", "striped", "reference"
+    assert ranks(2).run(builder, ulysses) == [("Ulysses", 2, rank, *expected) for rank in range(2)]
+    apart = replace(config, parallel=ParallelConfig(dp_shard=2))
+    assert ranks(2).run(builder, apart) == [("Ring", 1, 0, "Dense(causal=True)", "zigzag", "cpu")] * 2

@@ -1,0 +1,130 @@
+"""What is printed of a run: the memory estimate against tensors that exist, the rest against known numbers."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from farspan.parallel.comm import Traffic
+from farspan.parallel.mesh import Degrees, Mesh, ParallelConfig
+from farspan.parallel.ranks import Ranks, connected
+from farspan.trainer.build import build_batches, build_model
+from farspan.trainer.config import Config, DataConfig, RunConfig, TrainConfig
+from farspan.trainer.config_io import load_config
+from farspan.trainer.data.packing import PackedSequences
+from farspan.trainer.describe import block_activations, describe, estimate_memory
+from farspan.trainer.model.config import ModelConfig
+from farspan.trainer.model.transformer import Transformer
+from farspan.trainer.optim import build_optimizer
+from farspan.trainer.resolve import fill_in, open_data
+from tests.ranks import RankPool
+from tests.trainer import tiny
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    config = tiny.config(tiny.make_data(tmp_path), tmp_path, ParallelConfig())
+    return replace(config, train=replace(config.train, compute_dtype="float32"))
+
+
+def saved_bytes(config: Config) -> int:
+    """Bytes that autograd keeps for the backward pass of a whole forward pass, parameters left out."""
+    with connected(Ranks(), torch.device("cpu")):
+        builder = build_batches(config, Mesh.build(config.parallel, "cpu"), torch.device("cpu"), Traffic())
+        data = PackedSequences(open_data(config)[0], sequence_tokens=config.data.sequence_tokens, seed=0)
+        batch = builder.build(data.sequence(0))
+    model = Transformer(config.model, recompute=config.train.recompute == "block")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        losses = model(batch.tokens, batch.labels, batch.context)
+    assert losses.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_activations_are_what_autograd_keeps(config: Config, qk_norm: bool, recompute) -> None:
+    # Wide enough that a scalar per token is small beside what is counted.
+    config = tiny.with_model(config, width=128, head_dim=32, feed_forward=320, qk_norm=qk_norm)
+    config = replace(config, train=replace(config.train, recompute=recompute))
+    few, many = tiny.with_model(config, layers=1), tiny.with_model(config, layers=4)
+    degrees = Degrees.resolve(config.parallel, 1)
+    kept = saved_bytes(many) - saved_bytes(few)
+    estimated = estimate_memory(many, degrees).activations - estimate_memory(few, degrees).activations
+    assert kept == pytest.approx(estimated, rel=0.02)
+    if recompute == "none":
+        assert estimated == 3 * block_activations(config, tokens=config.data.sequence_tokens)
+
+
+def state_bytes(config: Config) -> int:
+    model = build_model(config, Mesh.build(config.parallel, "cpu"), torch.device("cpu"))
+    optimizer = build_optimizer(model, config.optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    held = [*model.parameters(), *(p.grad for p in model.parameters())]
+    held += [value for state in optimizer.state.values() for value in state.values()]
+    return sum(tensor.to_local().nbytes for tensor in held if isinstance(tensor, DTensor))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_states_are_what_ranks_hold(config: Config, ranks: Callable[[int], RankPool], dtype) -> None:
+    config = replace(config, parallel=ParallelConfig(context=2), train=replace(config.train, compute_dtype=dtype))
+    held = ranks(2).run(state_bytes, config)
+    assert sum(held) / 2 == estimate_memory(config, Degrees.resolve(config.parallel, 2)).states
+
+
+def test_lines(tmp_path: Path) -> None:
+    config = Config(
+        run=RunConfig(folder=tmp_path),
+        model=ModelConfig(layers=4, width=256, heads=8, kv_heads=2, head_dim=32, feed_forward=768, qk_norm=True),
+        data=DataConfig(folder=tmp_path, sequence_tokens=4096),
+        train=TrainConfig(steps=100, sequences_per_step=6, compute_dtype="float32"),
+        parallel=ParallelConfig(context=2),
+    )
+    degrees = Degrees.resolve(config.parallel, 4)
+    lines = describe(fill_in(config, degrees, torch.device("cpu"), 257), degrees).splitlines()
+    # A layer has (2 + 2 / 4) 256^2 + 3 * 256 * 768 parameters in matrices and 2 * 256 + 2 * 32 in norms; 256 more in
+    # the last norm, and two tables of 320 * 256: 3,181,056. All but norms and one table, 3,096,576, are multiplied.
+    # 6 * 3,096,576 FLOPs a token, and 12 * 4 layers * 256 features for each of 4097 / 2 visible keys: 43.75 million.
+    # Ring of 2: keys and values of 2048 tokens, 2 * 2 * 32 features, 4 bytes; once forward, three times backward.
+    assert lines[:6] == [
+        "ranks       4 = dp_replicate 1 x dp_shard 2 x context 2",
+        "step        24,576 tokens = 6 x 4,096; each rank holds 2,048 at a time and accumulates 3",
+        "model       3,181,056 parameters; 4 layers, width 256, 8:2 heads of 32, vocabulary 320",
+        "compute     0.0438 GFLOP per token, a document filling the sequence; float32 on cpu",
+        "attention   Dense(causal=True), computed by cpu",
+        "context     ring, zigzag; each rank sends 16.0 MiB per sequence",
+    ]
+    assert lines[6].startswith("memory      0.")
+    assert len(lines) == 7
+
+
+def test_estimate_of_a_large_run() -> None:
+    """Llama 3.1 8B on 8 GPUs, the parts worked out by hand in GiB."""
+    config = load_config(Config, CONFIGS / "llama3_8b_128k.toml")
+    memory = estimate_memory(config, Degrees.resolve(config.parallel, 8))
+    gib = 2**30
+    tokens, head, block = 131072 // 8, 128256 * 4096, 218_112_000
+    assert memory.states / gib == pytest.approx(8_030_261_248 * 16 / 8 / gib)
+    assert memory.gathered / gib == pytest.approx((3 * head + 3 * block) * 2 / gib + block * 4 / gib, rel=1e-3)
+    kept = 32 * 4096 * 2 + (4 * 4096 + 2 * 4096 + 2 * 1024 + 4 * 14336) * 2 + 32 * 4 + 2 * 4096 * 2
+    assert memory.activations / gib == pytest.approx(tokens * kept / gib)
+    # A chunk of logits within 128 MiB, the gradient of the hidden states, the head's gradient in float32.
+    assert memory.working / gib == pytest.approx((tokens * 4096 * 2 + head * 4) / gib + 0.125, rel=0.01)

@@ -1,0 +1,65 @@
+"""Learning rates and AdamW's updates against values worked out by hand."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from farspan.trainer.optim import OptimizerConfig, build_optimizer, learning_rate, set_learning_rate
+
+
+def rates(config: OptimizerConfig, steps: int) -> list[float]:
+    return [learning_rate(config, step, steps) for step in range(steps)]
+
+
+def test_cosine_falls_from_the_peak_to_the_final_fraction() -> None:
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=4, final_fraction=0.1, schedule="cosine")
+    found = rates(config, 12)
+    assert found[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
+    # 0.2 + 1.8 (1 + cos(pi x)) / 2 at x = 2/8, 4/8, 7/8.
+    assert [found[6], found[8], found[11]] == pytest.approx([1.736396, 1.1, 0.268508], abs=1e-6)
+    assert found[4:] == sorted(found[4:], reverse=True)
+
+
+def test_wsd_is_stable_then_falls_linearly() -> None:
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=2, final_fraction=0.2, decay_fraction=0.4, schedule="wsd")
+    # The last 4 of 10 updates fall from 1 towards 0.2 in steps of 0.2.
+    assert rates(config, 10) == pytest.approx([0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_degenerate_schedules(schedule) -> None:
+    constant = OptimizerConfig(
+        learning_rate=1.0, warmup_steps=0, final_fraction=1.0, decay_fraction=0.0, schedule=schedule
+    )
+    assert rates(constant, 5) == [1.0] * 5
+    assert rates(OptimizerConfig(learning_rate=1.0, warmup_steps=3, schedule=schedule, decay_fraction=0.0), 3) == [
+        pytest.approx(1 / 3),
+        pytest.approx(2 / 3),
+        1.0,
+    ]
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.tensor([[1.0]], dtype=torch.float64))
+        self.norm = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+
+
+def test_updates_are_adamw_with_decay_of_matrices_only() -> None:
+    config = OptimizerConfig(learning_rate=0.5, beta1=0.9, beta2=0.95, epsilon=1.0, weight_decay=0.1)
+    model = Small()
+    optimizer = build_optimizer(model, config)
+    set_learning_rate(optimizer, 0.2)
+    for gradient in (2.0, 1.0):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        optimizer.step()
+    # Both moments corrected for their start at zero: first step 2 / (sqrt(4) + 1), then m = 0.28, v = 0.24.
+    first = 0.2 * 2 / (2 + 1)
+    second = 0.2 * (0.28 / (1 - 0.9**2)) / (math.sqrt(0.24 / (1 - 0.95**2)) + 1)
+    kept = 1 - 0.2 * 0.1
+    assert model.matrix.item() == pytest.approx((kept - first) * kept - second, rel=1e-12)
+    assert model.norm.item() == pytest.approx(1 - first - second, rel=1e-12)

@@ -1,0 +1,102 @@
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from farspan.kernels.errors import TrainingError
+from farspan.trainer.batch import MicroBatch
+from farspan.trainer.data.packing import IGNORED
+from farspan.trainer.step import StepResult, train_step
+from tests.ranks import RankPool
+
+# Per rank, per micro-batch: tokens and labels. Uneven on purpose: 3, 1 and 1, 0 labelled tokens.
+TOKENS = [[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], [[7.0, 8.0, 9.0], [10.0, 11.0, 12.0]]]
+LABELS = [[[1, 1, 1], [1, IGNORED, IGNORED]], [[IGNORED, 1, IGNORED], [IGNORED] * 3]]
+
+
+class Linear(nn.Module):
+    """The loss of a labelled token is its value times the one parameter."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([weight], dtype=torch.float64))
+
+    def forward(self, tokens: Tensor, labels: Tensor, context: object) -> Tensor:
+        return torch.where(labels == IGNORED, 0.0, tokens * self.weight)
+
+
+@dataclass
+class Outcome:
+    result: StepResult | None
+    message: str
+    gradient: float
+    weight: float
+    steps_of_optimizer: int
+
+
+def run(weight: float, labels: list, max_norm: float) -> Outcome:
+    rank = dist.get_rank()
+    model = Linear(weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    batches = [
+        MicroBatch(
+            tokens=torch.tensor(t, dtype=torch.float64),
+            labels=torch.tensor(y),
+            context=SimpleNamespace(),  # pyright: ignore[reportArgumentType]
+            visible_pairs=10 * rank + i,
+        )
+        for i, (t, y) in enumerate(zip(TOKENS[rank], labels[rank], strict=True))
+    ]
+    result, message = None, ""
+    try:
+        result = train_step(model, optimizer, batches, max_gradient_norm=max_norm)
+    except TrainingError as error:
+        message = str(error)
+    gradient = model.weight.grad
+    return Outcome(
+        result,
+        message,
+        float("nan") if gradient is None else gradient.item(),
+        model.weight.item(),
+        len(optimizer.state),
+    )
+
+
+def test_the_loss_is_the_mean_over_all_labelled_tokens(ranks: Callable[[int], RankPool]) -> None:
+    outcomes = ranks(2).run(run, 2.0, LABELS, 1e9)
+    for outcome in outcomes:
+        assert outcome.result is not None
+        # 5 labelled tokens on both ranks: 1 + 2 + 3 + 4 and 8, times 2.
+        assert outcome.result.loss == pytest.approx(2 * (1 + 2 + 3 + 4 + 8) / 5)
+        assert outcome.result.labelled_tokens == 5
+        assert outcome.result.visible_pairs == 0 + 1 + 10 + 11
+    # FSDP averages over the 2 ranks, so each gradient is twice its part of the mean's.
+    assert [outcome.gradient for outcome in outcomes] == pytest.approx([2 * 10 / 5, 2 * 8 / 5])
+    assert outcomes[0].weight == pytest.approx(2.0 - 0.5 * 2 * 10 / 5)
+
+
+def test_the_gradient_is_clipped_and_its_norm_reported(ranks: Callable[[int], RankPool]) -> None:
+    outcome = ranks(2).run(run, 2.0, LABELS, 0.5)[0]
+    assert outcome.result.gradient_norm == pytest.approx(4.0)
+    assert outcome.gradient == pytest.approx(0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(
+    ranks: Callable[[int], RankPool], weight: float
+) -> None:
+    # No label on rank 1: it alone would see nothing wrong.
+    labels = [LABELS[0], [[IGNORED] * 3] * 2]
+    outcomes = ranks(2).run(run, weight, labels, 1.0)
+    for outcome in outcomes:
+        assert outcome.message.startswith(f"the loss is {weight} and the gradient norm ")
+    assert [outcome.steps_of_optimizer for outcome in outcomes] == [0, 0]
+
+
+def test_a_batch_without_labels_is_refused_by_all_ranks(ranks: Callable[[int], RankPool]) -> None:
+    outcomes = ranks(2).run(run, 2.0, [[[IGNORED] * 3] * 2] * 2, 1.0)
+    assert [outcome.message.partition(":")[0] for outcome in outcomes] == ["no token of this batch has a label"] * 2

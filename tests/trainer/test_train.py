@@ -1,0 +1,197 @@
+"""The loop, in one process: what is on record after stops and resumes, and what a rerun of a finished run does."""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from farspan.kernels.errors import CheckpointError, ConfigError, DataError
+from farspan.parallel.mesh import ParallelConfig
+from farspan.parallel.ranks import Ranks
+from farspan.trainer import train as module
+from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
+from farspan.trainer.config_io import load_config
+from farspan.trainer.faults import StopSignal
+from farspan.trainer.lock import lock_folder
+from farspan.trainer.train import train
+from tests.trainer import tiny
+
+STEPS = 4
+STEP_FIELDS = {"step", "loss", "grad_norm", "tokens_per_s", "mfu", "peak_memory_bytes", "comm_bytes"}
+EVALUATION_FIELDS = {"step", "eval_loss", "bits_per_byte", "unigram_bits_per_byte", "loss_by_position"}
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class AskedWhen(StopSignal):
+    """A stop request that comes when a condition first holds."""
+
+    def __init__(self, condition: Callable[[], bool] = lambda: False) -> None:
+        super().__init__()
+        self.condition = condition
+        self.asked = False
+
+    @property
+    def requested(self) -> bool:
+        self.asked = self.asked or self.condition()
+        return self.asked
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.setattr(module, "peak_flops", lambda device, dtype: 1e10)
+    config = tiny.config(tiny.make_data(tmp_path), tmp_path / "run", ParallelConfig(), steps=STEPS)
+    return replace(
+        config,
+        checkpoint=CheckpointConfig(every_steps=3, keep=9),
+        evaluate=EvaluateConfig(every_steps=2, sequences=2),
+    )
+
+
+def run(config: Config, stop: StopSignal | None = None) -> None:
+    torch.manual_seed(0)
+    train(config, Ranks(), stop or StopSignal())
+    assert not dist.is_initialized()
+
+
+def records(config: Config) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (config.run.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(config: Config, kind: str) -> list[int]:
+    return [record["step"] for record in records(config) if kind in record]
+
+
+def saved(config: Config) -> list[int]:
+    return sorted(int(path.name.removeprefix("step_")) for path in (config.run.folder / "checkpoints").iterdir())
+
+
+def without_times(config: Config) -> list[dict[str, Any]]:
+    vary = {"tokens_per_s", "mfu", "peak_memory_bytes", "step_s"}
+    return [{name: value for name, value in record.items() if name not in vary} for record in records(config)]
+
+
+def test_an_undisturbed_run(config: Config) -> None:
+    run(config)
+    assert steps(config, "loss") == [1, 2, 3, 4]
+    assert steps(config, "eval_loss") == [2, 4]
+    assert saved(config) == [3, 4]
+    for record in records(config):
+        fields = EVALUATION_FIELDS if "eval_loss" in record else STEP_FIELDS
+        assert fields <= record.keys()
+        assert all(value is not None for value in record.values())
+    first, last = (record for record in records(config) if record["step"] in (1, 4) and "loss" in record)
+    # Nothing is learnt before the first update: ln 264; the text is simple.
+    assert first["loss"] == pytest.approx(5.58, abs=0.2)
+    assert last["loss"] < first["loss"] - 0.3
+    # Two sequences of 101 tokens a step; the last token of a document has no label.
+    assert 160 < first["tokens"] < 202
+    assert first["tokens_per_s"] * first["step_s"] == pytest.approx(202)
+    assert first["comm_bytes"] == sum(first["comm_bytes_by_kind"].values()) == 0
+
+
+def test_a_stop_after_a_step_saves_and_a_resume_goes_on(config: Config, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="farspan")
+    undisturbed = replace(config, run=replace(config.run, folder=config.run.folder / "undisturbed"))
+    run(undisturbed)
+    metrics = config.run.folder / "metrics.jsonl"
+    run(config, AskedWhen(lambda: metrics.exists() and '"step": 1' in metrics.read_text()))
+    # Asked after the first step, noticed at the end of the second, before its evaluation.
+    assert steps(config, "loss") == [1, 2]
+    assert steps(config, "eval_loss") == []
+    assert saved(config) == [2]
+    assert "stopped     at step 2; the same command resumes" in caplog.text
+    caplog.clear()
+    run(config)
+    assert "resumed     at step 2 from" in caplog.text
+    assert steps(config, "loss") == [1, 2, 3, 4]
+    assert steps(config, "eval_loss") == [2, 4]
+    assert saved(config) == [2, 3, 4]
+    assert without_times(config) == without_times(undisturbed)
+
+
+def test_a_stop_during_the_last_evaluation_leaves_it_for_the_resume(
+    config: Config, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, logger="farspan")
+    evaluating: list[int] = []
+    evaluate = module.evaluate
+
+    def note(*arguments: Any, **named: Any) -> Any:
+        evaluating.append(1)
+        return evaluate(*arguments, **named)
+
+    monkeypatch.setattr(module, "evaluate", note)
+    run(config, AskedWhen(lambda: len(evaluating) == 2))
+    assert steps(config, "loss") == [1, 2, 3, 4]
+    assert steps(config, "eval_loss") == [2]
+    assert saved(config) == [3, 4]
+    assert "stopped     at step 4; the same command resumes" in caplog.text
+    caplog.clear()
+    run(config)
+    assert steps(config, "eval_loss") == [2, 4]
+    assert "finished    at step 4" in caplog.text
+
+
+def test_a_stop_before_the_first_step_saves_nothing(config: Config, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="farspan")
+    run(config, AskedWhen(lambda: True))
+    assert records(config) == []
+    assert not (config.run.folder / "checkpoints").exists()
+    assert "stopped     at step 0; the same command resumes" in caplog.text
+
+
+def test_a_finished_run_says_so_and_changes_nothing(config: Config, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="farspan")
+    run(config)
+    before = {
+        path: path.read_bytes()
+        for path in config.run.folder.rglob("*")
+        if path.is_file() and "tensorboard" not in path.parts
+    }
+    caplog.clear()
+    run(config)
+    assert "finished    already, at step 4 of train.steps=4: raise it to go on" in caplog.text
+    assert {path: path.read_bytes() for path in before} == before
+    run(replace(config, train=replace(config.train, steps=5)))
+    assert steps(config, "loss") == [1, 2, 3, 4, 5]
+    assert steps(config, "eval_loss") == [2, 4, 5]
+
+
+def test_the_configuration_left_in_the_folder_runs_the_same(config: Config, tmp_path: Path) -> None:
+    auto = replace(config, attention=replace(config.attention, backend="auto"))
+    run(tiny.with_model(auto, vocabulary_size=0))
+    again = load_config(Config, config.run.folder / "config.toml", [f"run.folder={tmp_path / 'again'}"])
+    assert again.model.vocabulary_size == 320
+    run(again)
+    assert without_times(again) == without_times(config)
+
+
+def test_refusals_leave_no_trace(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.head_dim=7 must be even"):
+        run(tiny.with_model(config, head_dim=7))
+    with pytest.raises(DataError, match=r"meta\.json does not exist"):
+        run(replace(config, data=replace(config.data, folder=tmp_path / "nowhere")))
+    assert not config.run.folder.exists()
+    assert not dist.is_initialized()
+
+
+def test_a_checkpoint_of_another_run_is_refused_before_anything_is_written(config: Config) -> None:
+    run(config)
+    before = (config.run.folder / "metrics.jsonl").read_bytes(), (config.run.folder / "config.toml").read_bytes()
+    with pytest.raises(CheckpointError, match=r"was trained with another run\.seed \(11, now 12\)"):
+        run(replace(config, run=replace(config.run, seed=12)))
+    after = (config.run.folder / "metrics.jsonl").read_bytes(), (config.run.folder / "config.toml").read_bytes()
+    assert after == before
+
+
+def test_two_runs_cannot_share_a_folder(config: Config) -> None:
+    with lock_folder(config.run.folder), pytest.raises(ConfigError, match="is in use by process"):
+        run(config)
+    run(config)

@@ -1,0 +1,102 @@
+"""Each rule between fields: the sentence that it says, and the neighbouring value that it accepts."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from farspan.kernels.errors import ConfigError
+from farspan.parallel.mesh import Degrees, ParallelConfig
+from farspan.trainer.config import Config
+from farspan.trainer.model.config import RopeConfig
+from farspan.trainer.validate import validate
+from tests.trainer import tiny
+
+
+def changed(config: Config, changes: dict[str, Any]) -> Config:
+    for dotted, value in changes.items():
+        section, name = dotted.split(".")
+        config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
+    return config
+
+
+def check(changes: dict[str, Any], *, num_ranks: int = 4) -> None:
+    base = tiny.config(Path("data"), Path("run"), ParallelConfig(context=2))
+    config = changed(base, changes)
+    validate(config, Degrees.resolve(config.parallel, num_ranks))
+
+
+CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "heads share KV heads": (
+        {"model.heads": 12, "model.kv_heads": 5},
+        "model.kv_heads=5 must divide model.heads=12: 1, 2, 3, 4, 6, 12 do.",
+        {"model.heads": 12, "model.kv_heads": 4},
+    ),
+    "head_dim is even": (
+        {"model.head_dim": 7},
+        "model.head_dim=7 must be even: rotary embedding turns pairs.",
+        {"model.head_dim": 6},
+    ),
+    "a factor needs a scaling": (
+        {"model.rope": RopeConfig(factor=4.0)},
+        "model.rope.factor=4.0 needs model.rope.scaling: set it to llama3 or yarn.",
+        {"model.rope": RopeConfig(factor=4.0, scaling="yarn")},
+    ),
+    "llama3's frequencies are in order": (
+        {"model.rope": RopeConfig(scaling="llama3", low_frequency_factor=4.0)},
+        "model.rope.low_frequency_factor=4.0 must be below model.rope.high_frequency_factor=4.0.",
+        {"model.rope": RopeConfig(scaling="llama3", low_frequency_factor=3.9)},
+    ),
+    "yarn's betas are in order": (
+        {"model.rope": RopeConfig(scaling="yarn", beta_slow=32.0)},
+        "model.rope.beta_slow=32.0 must be below model.rope.beta_fast=32.0.",
+        {"model.rope": RopeConfig(scaling="yarn", beta_slow=31.0)},
+    ),
+    "the warm-up ends": (
+        {"optimizer.warmup_steps": 11},
+        "optimizer.warmup_steps=11 exceeds train.steps=10: the peak learning rate would never be reached; lower it.",
+        {"optimizer.warmup_steps": 10},
+    ),
+    "the decay follows the warm-up": (
+        {"optimizer.schedule": "wsd", "optimizer.warmup_steps": 7, "optimizer.decay_fraction": 0.4},
+        "optimizer.warmup_steps=7 and a decay over the last 4 steps (optimizer.decay_fraction=0.4) overlap in "
+        "train.steps=10: lower one of them.",
+        {"optimizer.schedule": "wsd", "optimizer.warmup_steps": 6, "optimizer.decay_fraction": 0.4},
+    ),
+    "groups share the batch": (
+        {"train.sequences_per_step": 3},
+        "train.sequences_per_step=3 must be a multiple of the 2 data-parallel groups (dp_replicate x dp_shard); 4 is.",
+        {"train.sequences_per_step": 4},
+    ),
+    "the layout exists": (
+        {"parallel.layout": "zigzak"},
+        "parallel.layout='zigzak' does not exist; choose one of contiguous, zigzag, striped. Did you mean 'zigzag'?",
+        {"parallel.layout": "striped"},
+    ),
+    "the strategy takes it": (
+        {"parallel.strategy": "single"},
+        "parallel.strategy='single' refuses this run: strategy 'single' keeps the sequence on one rank: set "
+        "parallel.context=1 instead of 2.",
+        {"parallel.strategy": "single", "parallel.context": 1, "train.sequences_per_step": 4},
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", list(CASES))
+def test_rule(rule: str) -> None:
+    wrong, message, right = CASES[rule]
+    with pytest.raises(ConfigError) as refused:
+        check(wrong)
+    assert str(refused.value) == message
+    check(right)
+
+
+def test_a_strategy_that_does_not_exist() -> None:
+    with pytest.raises(ConfigError, match=r"strategy 'rings' does not exist; .* Did you mean 'ring'\?"):
+        check({"parallel.strategy": "rings"})
+
+
+def test_an_option_that_the_mechanism_does_not_have() -> None:
+    with pytest.raises(ConfigError, match=r"attention\.options\.casual=true is not a known key"):
+        check({"attention.options": {"casual": True}})

@@ -1,0 +1,77 @@
+"""Agreement of all ranks: what one of them finds out all know, so that none waits for one that has given up.
+
+Inside a run every FarspanError is raised by all ranks alike, with the same words.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from farspan.kernels.errors import ConfigError, FarspanError
+
+T = TypeVar("T")
+
+
+def together(work: Callable[[], T]) -> T:
+    """Call `work`, which waits for no other rank, on every rank; if it raises a FarspanError on one, all raise it."""
+    result: T | None = None
+    mine: FarspanError | None = None
+    try:
+        result = work()
+    except FarspanError as error:
+        mine = error
+    errors = _gather(mine)
+    failed = [rank for rank, error in enumerate(errors) if error is not None]
+    if failed:
+        error = errors[failed[0]]
+        where = "" if len({str(e) for e in errors}) == 1 else f"rank {failed[0]}: "
+        raise type(error)(f"{where}{error}") from mine
+    return result  # pyright: ignore[reportReturnType]
+
+
+def on_first_rank(work: Callable[[], T]) -> T:
+    """Call `work` on rank 0 alone; return its result, or raise its FarspanError, on every rank."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except FarspanError as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result
+
+
+def on_any_rank(flag: bool) -> bool:
+    """Return on every rank whether `flag` is true on some rank."""
+    agreed = torch.tensor(int(flag))
+    dist.all_reduce(agreed, dist.ReduceOp.MAX)
+    return bool(agreed)
+
+
+def check_same(values: Mapping[str, object]) -> None:
+    """Raise ConfigError on every rank unless each value, given by what it is, equals that of rank 0."""
+    everywhere = _gather(dict(values))
+    for rank, there in enumerate(everywhere):
+        for name in {**everywhere[0], **there}:
+            first, other = everywhere[0].get(name), there.get(name)
+            if first != other:
+                raise ConfigError(
+                    f"{name} differs between ranks, {_short(first)} on rank 0 and {_short(other)} on rank {rank}: "
+                    "start all with the same command, on like machines that hold the same files."
+                )
+
+
+def _gather(value: object) -> list[Any]:
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -208,3 +208,15 @@ def test_bad_shapes_are_refused(q: tuple[int, ...], k: tuple[int, ...], v: tuple
     plan = Plan.build(Rows.packed([5]), Rows.packed([5]), Visibility())
     with pytest.raises(ValueError, match=message):
         attend(torch.zeros(q), torch.zeros(k), torch.zeros(v), plan, backend="reference")
+
+
+@pytest.mark.parametrize("backend", ABLE)
+def test_sums_of_parts_are_float32_for_half_inputs(backend: str) -> None:
+    """A query meets its keys in dozens of parts: sums kept in bfloat16 would drown in their rounding."""
+    rows = Rows.packed([700])
+    tensors = Tensors.random(len(rows), len(rows), (2, 1), 16, 16, torch.bfloat16)
+    plan = Plan.build(rows, rows, Visibility(window=600))
+    out, _, *gradients = run(tensors, plan, backend)
+    for x in (out, *gradients):
+        assert x.dtype == torch.float32
+        assert (x != x.bfloat16().float()).float().mean() > 0.1

@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 
 from farspan.kernels.mechanisms.dense import Dense
+from farspan.kernels.rows import Rows
 from farspan.parallel.comm import Channel, Traffic
+from farspan.parallel.layout import Shards
 from farspan.parallel.strategy import STRATEGIES, AttentionShape, Heads, Volume
 from tests.ranks import RankError, RankPool
 
@@ -69,3 +71,27 @@ def two_transfers_at_once() -> list[float]:
 def test_shifts_go_round_the_ring_and_are_counted(ranks: Callable[[int], RankPool]) -> None:
     found = ranks(4).run(two_transfers_at_once)
     assert found == [[(rank - 1) % 4 * 100.0, (rank - 1) % 4 * 10.0, 12, 20] for rank in range(4)]
+
+
+def sums_of_bfloat16_parts(strategy: str) -> dict[str, bool]:
+    """Whether each gradient that leaves the strategy is float32 and holds more than bfloat16 can."""
+    channel = Channel(dist.group.WORLD, Traffic())  # pyright: ignore[reportArgumentType]
+    shards = Shards.deal(Rows.packed([160]), layout="zigzag", degree=channel.size)
+    heads = Heads(query=8, kv=2)
+    planned = STRATEGIES.get(strategy)(channel).prepare(Dense(), shards, heads, backend="cpu")
+    generator = torch.Generator().manual_seed(channel.rank)
+    q, k, v, dout = (torch.randn(shards.tokens_local, n, 16, generator=generator).bfloat16() for n in (8, 2, 2, 8))
+    _, saved = planned.forward(q, k, v)
+    gradients = planned.backward(dout, saved)
+    return {
+        name: g.dtype == torch.float32 and bool((g != g.bfloat16().float()).float().mean() > 0.1)
+        for name, g in zip(("dq", "dk", "dv"), gradients, strict=True)
+    }
+
+
+def test_sums_over_ranks_are_float32(ranks: Callable[[int], RankPool]) -> None:
+    """Ring: every gradient is a sum over chunks. Ulysses: dk and dv are sums over the replicas of a KV head."""
+    for found in ranks(4).run(sums_of_bfloat16_parts, "ring"):
+        assert found == {"dq": True, "dk": True, "dv": True}
+    for found in ranks(4).run(sums_of_bfloat16_parts, "ulysses"):
+        assert found == {"dq": False, "dk": True, "dv": True}

@@ -18,9 +18,10 @@ faults.SAME_REQUEST_S = {same_request_s}
 {before}
 with faults.StopSignal() as stop:
     print("ready", flush=True)
-    while not stop.requested:
+    give_up_at = time.monotonic() + 20
+    while not stop.requested and time.monotonic() < give_up_at:
         time.sleep(0.01)
-    print("asked", flush=True)
+    print("asked" if stop.requested else "gave up", flush=True)
     for line in sys.stdin:
         print("goes on", flush=True)
 print("ended well", flush=True)

@@ -21,13 +21,15 @@ def test_a_folder_belongs_to_one_process_until_it_ends(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "mine"
     command = [sys.executable, "-c", HOLDER, str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "locked\n"
-        with pytest.raises(ConfigError) as refused:
-            lock_folder(folder)
-        assert str(refused.value).startswith(f"run.folder='{folder}' is in use by process {holder.pid} on ")
-        # However it ends.
-        holder.kill()
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "locked\n"
+            with pytest.raises(ConfigError) as refused:
+                lock_folder(folder)
+            assert str(refused.value).startswith(f"run.folder='{folder}' is in use by process {holder.pid} on ")
+        finally:
+            # However it ends, the lock is free again.
+            holder.kill()
     with lock_folder(folder), pytest.raises(ConfigError, match="is in use by"):
         lock_folder(folder)
     lock_folder(folder).close()

@@ -33,7 +33,7 @@ class LocalJob:
         return max(len(os.sched_getaffinity(0)) // self.num_ranks, 1)
 
     def run(self) -> int:
-        """Start the ranks, wait for them and return torchrun's exit status: 0 if all of them ended well.
+        """Start the ranks, wait for them and return 0 if all ended well, else the status of the first that did not.
 
         The first SIGINT or SIGTERM asks the ranks to save and exit; a second one, or one before any rank has been
         started, ends them at once: status 130.
@@ -55,7 +55,7 @@ class LocalJob:
                 # A signal that comes before a rank can act on it waits until it can.
                 with stop_signals_blocked():
                     torchrun = subprocess.Popen(
-                        [sys.executable, "-m", "torch.distributed.run", *self._torchrun_arguments()],
+                        [sys.executable, "-m", "farspan.launch.torchrun", *self._torchrun_arguments()],
                         env=with_threads(self.threads_per_rank()),
                         stdin=subprocess.DEVNULL,
                         start_new_session=True,

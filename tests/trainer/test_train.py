@@ -17,8 +17,11 @@ from farspan.parallel.ranks import Ranks
 from farspan.trainer import train as module
 from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
 from farspan.trainer.config_io import load_config
+from farspan.trainer.data.packing import IGNORED, PackedSequences
+from farspan.trainer.data.shuffle import ShuffledSequences
 from farspan.trainer.faults import StopSignal
 from farspan.trainer.lock import lock_folder
+from farspan.trainer.resolve import open_data
 from farspan.trainer.train import train
 from tests.trainer import tiny
 
@@ -90,8 +93,13 @@ def test_an_undisturbed_run(config: Config) -> None:
     # Nothing is learnt before the first update: ln 264; the text is simple.
     assert first["loss"] == pytest.approx(5.58, abs=0.2)
     assert last["loss"] < first["loss"] - 0.3
-    # Two sequences of 101 tokens a step; the last token of a document has no label.
-    assert 160 < first["tokens"] < 202
+    # Two sequences of 101 tokens a step, each once; the last token of a document has no label.
+    packed = PackedSequences(open_data(config)[0], sequence_tokens=101, seed=config.run.seed)
+    data = ShuffledSequences(packed, seed=config.run.seed)
+    labelled = [int((data.sequence(index).labels != IGNORED).sum()) for index in range(2 * STEPS)]
+    seen = [record["tokens"] for record in records(config) if "loss" in record]
+    assert seen == [sum(labelled[: 2 * step]) for step in range(1, STEPS + 1)]
+    assert len(set(labelled)) > 2
     assert first["tokens_per_s"] * first["step_s"] == pytest.approx(202)
     assert first["comm_bytes"] == sum(first["comm_bytes_by_kind"].values()) == 0
 
@@ -114,6 +122,14 @@ def test_a_stop_after_a_step_saves_and_a_resume_goes_on(config: Config, caplog: 
     assert steps(config, "eval_loss") == [2, 4]
     assert saved(config) == [2, 3, 4]
     assert without_times(config) == without_times(undisturbed)
+
+
+def test_a_stop_is_noticed_at_the_end_of_the_step(config: Config) -> None:
+    rarely = replace(config, checkpoint=CheckpointConfig(every_steps=9), evaluate=EvaluateConfig(every_steps=0))
+    metrics = config.run.folder / "metrics.jsonl"
+    run(rarely, AskedWhen(lambda: metrics.exists() and '"step": 2' in metrics.read_text()))
+    assert steps(config, "loss") == [1, 2, 3]
+    assert saved(config) == [3]
 
 
 def test_a_stop_during_the_last_evaluation_leaves_it_for_the_resume(

@@ -1,0 +1,41 @@
+"""torchrun without its report: ranks say themselves what is wrong, and the exit status of the first is passed on."""
+
+import logging
+import signal
+import sys
+
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+USER_ERROR = 2
+"""Exit status of a rank that has said in one sentence what the user can mend."""
+KILLED = 128
+"""A process that died of signal n counts as exit status 128 + n, as shells have it."""
+
+
+def main(arguments: list[str]) -> int:
+    """Start ranks as `torchrun` does with these arguments and wait for them; return an exit status."""
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    try:
+        run.run(run.parse_args(arguments))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        return _report(rank, failure.exitcode)
+    return 0
+
+
+def _report(rank: int, status: int) -> int:
+    """Say how a rank failed, unless it has said so itself; return the exit status to pass on."""
+    if status == USER_ERROR:
+        return status
+    how = f"failed with exit status {status}"
+    if status < 0:
+        how = f"was killed by {signal.Signals(-status).name}"
+        if -status == signal.SIGKILL:
+            how += " (the system does that when memory runs out)"
+    print(f"farspan: rank {rank} {how}; the same command resumes from the last checkpoint.", file=sys.stderr)
+    return status if status > 0 else KILLED - status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -10,7 +10,6 @@ from farspan.trainer.batch import BatchBuilder
 from farspan.trainer.config import Config
 from farspan.trainer.model.init import initialize
 from farspan.trainer.model.transformer import Transformer
-from farspan.trainer.resolve import open_data as open_data
 
 
 def build_model(config: Config, mesh: Mesh, device: torch.device) -> Transformer:

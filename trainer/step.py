@@ -16,14 +16,13 @@ from farspan.trainer.batch import MicroBatch
 class StepResult:
     """loss: mean nats per labelled token of the whole batch. gradient_norm: before clipping.
 
-    visible_pairs: (query, key) pairs per head of the whole batch. stop: some rank was asked to stop; all see the same.
+    visible_pairs: (query, key) pairs per head of the whole batch.
     """
 
     loss: float
     gradient_norm: float
     labelled_tokens: int
     visible_pairs: int
-    stop: bool
 
 
 def train_step(
@@ -32,7 +31,6 @@ def train_step(
     batches: Sequence[MicroBatch],
     *,
     max_gradient_norm: float,
-    stop_requested: bool = False,
 ) -> StepResult:
     """Accumulate gradients over `batches`, clip, update. Raises TrainingError when the loss is not finite.
 
@@ -40,10 +38,10 @@ def train_step(
     and its gradient do not depend on how the tokens are dealt.
     """
     device = batches[0].tokens.device
-    counts = [sum(b.valid_tokens for b in batches), sum(b.visible_pairs for b in batches), int(stop_requested)]
-    agreed = torch.tensor(counts, device=device)
-    dist.all_reduce(agreed)
-    labelled_tokens, visible_pairs, stops = agreed.tolist()
+    counts = [sum(b.valid_tokens for b in batches), sum(b.visible_pairs for b in batches)]
+    of_all_ranks = torch.tensor(counts, device=device)
+    dist.all_reduce(of_all_ranks)
+    labelled_tokens, visible_pairs = of_all_ranks.tolist()
     if labelled_tokens == 0:
         raise TrainingError("no token of this batch has a label: every document of the data has a single token.")
 
@@ -69,5 +67,4 @@ def train_step(
         gradient_norm=norm,
         labelled_tokens=labelled_tokens,
         visible_pairs=visible_pairs,
-        stop=stops > 0,
     )

@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from farspan.parallel.comm import Traffic
 from farspan.parallel.fsdp import clip_gradients, sharding_bytes
 from farspan.parallel.mesh import Mesh, ParallelConfig
-from farspan.trainer.build import build_batches, build_model, open_data
+from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import PackedSequences
+from farspan.trainer.resolve import open_data
 from tests.ranks import RankPool
 from tests.trainer import tiny
 

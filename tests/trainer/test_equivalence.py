@@ -15,10 +15,11 @@ from torch import Tensor
 
 from farspan.parallel.comm import Traffic
 from farspan.parallel.mesh import Mesh, ParallelConfig
-from farspan.trainer.build import build_batches, build_model, open_data
+from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import PackedSequence, PackedSequences
 from farspan.trainer.optim import build_optimizer, learning_rate, set_learning_rate
+from farspan.trainer.resolve import open_data
 from farspan.trainer.step import train_step
 from tests.ranks import RankPool
 from tests.trainer import tiny

@@ -3,6 +3,7 @@
 Legend: T query rows, S key rows, Hq query heads, Hk key/value heads (Hq % Hk == 0), D head size, Dv value head size.
 """
 
+import torch
 from torch import Tensor
 
 from farspan.kernels.backend import BACKENDS
@@ -10,12 +11,14 @@ from farspan.kernels.merge import empty_partial
 from farspan.kernels.plan import Plan
 
 
+@torch.no_grad()
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, backend: str) -> tuple[Tensor, Tensor]:
     """Return (out `[T, Hq, Dv]`, lse `[T, Hq]`) of softmax(q k^T / sqrt(D)) v over the visible keys.
 
     q `[T, Hq, D]`, k `[S, Hk, D]`, v `[S, Hk, Dv]` of one dtype, float64 to float16. `out` comes in that dtype or in
     the accumulation dtype; `lse` is the natural log-sum-exp of the scaled scores in the accumulation dtype (float64
-    for float64, else float32). A row that sees no key has out 0 and lse -inf. Raises ValueError on bad shapes.
+    for float64, else float32). A row that sees no key has out 0 and lse -inf. Not differentiable by autograd: see
+    `attend_backward`. Rows of padding must be finite. Raises ValueError on bad shapes.
     """
     _check_shapes(q, k, v, plan)
     if not plan.regions:
@@ -23,6 +26,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, backend: str) -> tupl
     return BACKENDS.get(backend).forward(q, k, v, plan)
 
 
+@torch.no_grad()
 def attend_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan, *, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,6 +48,8 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if q.dim() != 3 or k.dim() != 3 or v.dim() != 3 or q.shape[2] != k.shape[2] or k.shape[:2] != v.shape[:2]:
         raise ValueError(f"attention wants q [T, Hq, D], k [S, Hk, D], v [S, Hk, Dv]; got {shapes}")
+    if min(q.shape[1], k.shape[1], q.shape[2]) < 1:
+        raise ValueError(f"attention wants at least one head of size 1; got {shapes}")
     if q.shape[1] % k.shape[1] != 0:
         raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key/value heads evenly; got {shapes}")
     if not q.dtype == k.dtype == v.dtype:

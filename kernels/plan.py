@@ -24,6 +24,8 @@ from farspan.kernels.visibility import Visibility
 
 IRREGULAR_TILE = 128
 """Rows per tile where rows form no runs."""
+MAX_CANDIDATES = 1 << 20
+"""Pairs of segments that are looked at in one go."""
 
 
 class Kind(enum.Enum):
@@ -94,7 +96,10 @@ def _slice(rows: Rows, where: slice) -> Rows:
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    """Rows [start, stop) with bounds; `step` is the constant growth of positions in a run, None where irregular."""
+    """Rows [start, stop) with the bounds of those that are not padding.
+
+    step: the constant growth of positions in a run, None where irregular. padded: some of the rows are padding.
+    """
 
     start: int
     stop: int
@@ -103,12 +108,13 @@ class _Segment:
     position_high: int
     document_low: int
     document_high: int
+    padded: bool
 
 
 def _segments(rows: Rows, shortest_run: int) -> list[_Segment]:
     """Cut rows into runs of one document and constant step, and tiles of irregular rows between them."""
     position, document = rows.position.numpy(), rows.document.numpy()
-    growth = np.diff(position)
+    growth = np.diff(position.astype(np.int64))
     step = np.where((np.diff(document) == 0) & (document[1:] >= 0) & (growth > 0), growth, 0)
     borders = np.flatnonzero(np.diff(step)) + 1
     starts = np.concatenate(([0], borders)) if len(step) else np.empty(0, dtype=np.int64)
@@ -134,34 +140,58 @@ def _irregular_tiles(position: np.ndarray, document: np.ndarray, start: int, sto
 
 
 def _segment(position: np.ndarray, document: np.ndarray, start: int, stop: int, step: int | None) -> _Segment:
-    positions, documents = position[start:stop], document[start:stop]
+    real = document[start:stop] >= 0
+    positions, documents = position[start:stop][real], document[start:stop][real]
     bounds = (int(bound) for bound in (positions.min(), positions.max(), documents.min(), documents.max()))
-    return _Segment(start, stop, step, *bounds)
+    return _Segment(start, stop, step, *bounds, padded=not real.all())
 
 
 def _regions(queries: Rows, keys: Rows, visibility: Visibility, shortest_run: int) -> Iterator[Region]:
     query_segments, key_segments = _segments(queries, shortest_run), _segments(keys, shortest_run)
-    for i, j in zip(*np.nonzero(_may_see(query_segments, key_segments, visibility)), strict=True):
+    for i, j in _may_see(query_segments, key_segments, visibility):
         yield from _pair_regions(query_segments[i], key_segments[j], visibility)
 
 
-def _may_see(queries: list[_Segment], keys: list[_Segment], visibility: Visibility) -> np.ndarray:
-    """Return bool `[query segments, key segments]`: False where the bounds rule out any visible pair."""
+def _may_see(queries: list[_Segment], keys: list[_Segment], visibility: Visibility) -> Iterator[tuple[int, int]]:
+    """Yield the pairs (query segment, key segment), in order, whose bounds do not rule out a visible pair.
 
-    def column(segments: list[_Segment], name: str) -> np.ndarray:
-        return np.array([getattr(segment, name) for segment in segments], dtype=np.int64)
+    Keys sorted by document hold the candidates of a query in one stretch, so that time and memory follow the pairs
+    of segments that share documents, not all pairs.
+    """
+    if not queries or not keys:
+        return
+    q, k = _bounds(queries), _bounds(keys)
+    order = np.argsort(k["document_low"], kind="stable")
+    # The furthest document that any key up to here reaches: sorted too, though the keys' own highs need not be.
+    reach = np.maximum.accumulate(k["document_high"][order])
+    first = np.searchsorted(reach, q["document_low"], side="left")
+    stop = np.searchsorted(k["document_low"][order], q["document_high"], side="right")
+    counts = np.maximum(stop - first, 0)
+    ends = np.cumsum(counts)
+    start = 0
+    while start < len(queries):
+        # A block of queries, at least one, with about MAX_CANDIDATES candidates.
+        limit = (ends[start - 1] if start else 0) + MAX_CANDIDATES
+        block = np.arange(start, max(start + 1, int(np.searchsorted(ends, limit, side="right"))))
+        i = np.repeat(block, counts[block])
+        nth = np.arange(len(i)) - np.repeat(np.cumsum(counts[block]) - counts[block], counts[block])
+        j = order[np.repeat(first[block], counts[block]) + nth]
+        may = k["document_high"][j] >= q["document_low"][i]
+        if visibility.causal:
+            may &= q["position_high"][i] >= k["position_low"][j]
+        if visibility.window is not None:
+            may &= q["position_low"][i] - k["position_high"][j] < visibility.window
+            may &= k["position_low"][j] - q["position_high"][i] < visibility.window
+        i, j = i[may], j[may]
+        ascending = np.lexsort((j, i))
+        yield from zip(i[ascending].tolist(), j[ascending].tolist(), strict=True)
+        start = int(block[-1]) + 1
 
-    def over(name: str) -> tuple[np.ndarray, np.ndarray]:
-        return column(queries, name)[:, None], column(keys, name)[None, :]
 
-    (q_document_low, k_document_low), (q_document_high, k_document_high) = over("document_low"), over("document_high")
-    (q_low, k_low), (q_high, k_high) = over("position_low"), over("position_high")
-    may = (q_document_low <= k_document_high) & (k_document_low <= q_document_high)
-    if visibility.causal:
-        may &= q_high >= k_low
-    if visibility.window is not None:
-        may &= (q_low - k_high < visibility.window) & (k_low - q_high < visibility.window)
-    return may
+def _bounds(segments: list[_Segment]) -> dict[str, np.ndarray]:
+    """Return each bound of all segments as int64 `[segments]`."""
+    names = ("position_low", "position_high", "document_low", "document_high")
+    return {name: np.array([getattr(segment, name) for segment in segments], dtype=np.int64) for name in names}
 
 
 def _pair_regions(query: _Segment, key: _Segment, visibility: Visibility) -> Iterator[Region]:
@@ -169,17 +199,19 @@ def _pair_regions(query: _Segment, key: _Segment, visibility: Visibility) -> Ite
         yield from _band_regions(query, key, visibility)
         return
     queries, keys = _tiles(query), _tiles(key)
-    for i, j in zip(*np.nonzero(_may_see(queries, keys, visibility)), strict=True):
+    for i, j in _may_see(queries, keys, visibility):
         kind = Kind.FULL if _all_see(queries[i], keys[j], visibility) else Kind.MASKED
         yield Region(kind, queries[i].start, queries[i].stop, keys[j].start, keys[j].stop)
 
 
 def _one_document(query: _Segment, key: _Segment) -> bool:
-    return 0 <= query.document_low == query.document_high == key.document_low == key.document_high
+    return query.document_low == query.document_high == key.document_low == key.document_high
 
 
 def _all_see(query: _Segment, key: _Segment, visibility: Visibility) -> bool:
     """Whether the bounds prove every pair visible."""
+    if query.padded or key.padded:
+        return False
     nearest, farthest = query.position_low - key.position_high, query.position_high - key.position_low
     if not _one_document(query, key) or (visibility.causal and nearest < 0):
         return False

@@ -36,11 +36,10 @@ class Rows:
 
     def take(self, index: Tensor) -> "Rows":
         """Return the rows at `index` (int64 `[n]`); an index of -1 gives a padding row."""
-        absent = index < 0
-        index = index.clamp(min=0)
+        # -1 is the last element of a column with one more: this makes padding of it, also where there are no rows.
         return Rows(
-            position=self.position[index].masked_fill(absent, 0),
-            document=self.document[index].masked_fill(absent, PADDING),
+            position=torch.cat((self.position, self.position.new_zeros(1)))[index],
+            document=torch.cat((self.document, self.document.new_full((1,), PADDING)))[index],
         )
 
     def to(self, device: torch.device | str) -> "Rows":

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from farspan.kernels.rows import Rows
 
+MAX_WINDOW = 2**31 - 1
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Visibility:
@@ -21,6 +23,10 @@ class Visibility:
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window} must be at least 1: a query always sees its own position")
+        if self.window is not None and self.window > MAX_WINDOW:
+            raise ValueError(
+                f"window={self.window} must be at most {MAX_WINDOW}, as positions are int32; None is no window"
+            )
 
     def mask(self, queries: Rows, keys: Rows) -> Tensor:
         """Return the definition itself, bool `[queries, keys]`; quadratic, for references and irregular tiles."""

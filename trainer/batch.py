@@ -17,7 +17,8 @@ from farspan.trainer.model.transformer import SequenceContext
 class MicroBatch:
     """This rank's part of one sequence; tokens and labels int64 `[tokens_local]`.
 
-    visible_pairs: (query, key) pairs per head that this rank's queries attend to.
+    visible_pairs: (query, key) pairs per head of the whole sequence; counted by the first rank of a context-parallel
+    group alone, so that a sum over ranks counts them once.
     """
 
     tokens: Tensor
@@ -55,5 +56,5 @@ class BatchBuilder:
             tokens=tokens.to(self.device),
             labels=labels.to(self.device),
             context=SequenceContext(rows=mine.to(self.device), attend=attend),
-            visible_pairs=self.mechanism.visible_pairs(mine, rows),
+            visible_pairs=self.mechanism.visible_pairs(rows, rows) if rank == 0 else 0,
         )

@@ -81,10 +81,13 @@ def _region_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, region: Region)
 def _region_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan, region: Region
 ) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value, scale = _operands(q[region.queries], k[region.keys], v[region.keys])
+    # The operator sums dk and dv over query blocks and grouped heads in the dtype of its inputs: in 16 bits their error
+    # would grow with the sequence.
+    dtype = accumulation_dtype(q.dtype)
+    query, key, value, scale = _operands(*(x.to(dtype) for x in (q[region.queries], k[region.keys], v[region.keys])))
     width = query.shape[-1]
-    grad, merged = (_heads(_widen(x[region.queries].to(q.dtype), width)) for x in (dout, out))
-    mask = _additive(_mask(plan, region), q.dtype)
+    grad, merged = (_heads(_widen(x[region.queries].to(dtype), width)) for x in (dout, out))
+    mask = _additive(_mask(plan, region), dtype)
     dq, dk, dv = _flash_backward(
         grad, query, key, value, merged, _heads_of_lse(lse[region.queries]), 0.0, region.kind is Kind.CAUSAL,
         attn_mask=mask, scale=scale,

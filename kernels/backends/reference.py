@@ -31,7 +31,7 @@ class ReferenceBackend(Backend):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """FlashAttention (arXiv 2205.14135) appendix B.2: dS = P * (dO V^T - rowsum(dO * O))."""
         scores, group = _scores(q, k, plan)
-        dtype, num_keys, kv_heads = scores.dtype, k.shape[0], k.shape[1]
+        dtype, shared = scores.dtype, (k.shape[1], group)
         probability = (scores - _finite(lse.to(dtype)).t().unsqueeze(-1)).exp()  # [Hq, T, S]
         dout, scale = dout.to(dtype), q.shape[-1] ** -0.5
         delta = (dout * out.to(dtype)).sum(dim=-1).t().unsqueeze(-1)  # [Hq, T, 1]
@@ -40,7 +40,7 @@ class ReferenceBackend(Backend):
         dq = torch.einsum("hts,shd->thd", dscores, k.to(dtype).repeat_interleave(group, dim=1))
         dk = torch.einsum("hts,thd->shd", dscores, q.to(dtype))
         dv = torch.einsum("hts,thd->shd", probability, dout)
-        return dq, dk.view(num_keys, kv_heads, group, -1).sum(2), dv.view(num_keys, kv_heads, group, -1).sum(2)
+        return dq, dk.unflatten(1, shared).sum(2), dv.unflatten(1, shared).sum(2)
 
 
 def _scores(q: Tensor, k: Tensor, plan: Plan) -> tuple[Tensor, int]:

@@ -1,12 +1,13 @@
 """Plans: every visible pair in exactly one region, whatever the rows."""
 
 import random
+import tracemalloc
 
 import pytest
 import torch
 
 from farspan.kernels.plan import Kind, Plan
-from farspan.kernels.rows import Rows
+from farspan.kernels.rows import PADDING, Rows
 from farspan.kernels.visibility import Visibility
 from tests.oracle import visible_pairs
 
@@ -92,6 +93,59 @@ def test_masks_stay_small_where_runs_do_not_match() -> None:
     assert any(region.kind is Kind.FULL for region in plan.regions)
 
 
-def test_window_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="window=0 must be at least 1"):
-        Visibility(window=0)
+def test_masks_stay_small_under_a_wide_window() -> None:
+    rows = Rows.packed([65536])
+    plan = Plan.build(rows, rows, Visibility(window=32768))
+    masked = [region for region in plan.regions if region.kind is Kind.MASKED]
+    assert max((r.query_stop - r.query_start) * (r.key_stop - r.key_start) for r in masked) <= 512 * 512
+    assert plan.visible_pairs == 32768 * 32769 // 2 + 32768 * 32768
+
+
+def test_a_million_tokens_in_tiny_documents_take_linear_time_and_memory() -> None:
+    """32,768 documents: a table of all pairs of them would have a gigabyte and take ten seconds to fill."""
+    rows = Rows.packed([32] * 32768)
+    tracemalloc.start()
+    try:
+        plan = Plan.build(rows, rows, Visibility(window=8))
+        assert tracemalloc.get_traced_memory()[1] < 250e6
+    finally:
+        tracemalloc.stop()
+    assert plan.visible_pairs == 32768 * (32 * 8 - 8 * 7 // 2)
+
+
+def test_candidates_are_found_in_small_portions_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("farspan.kernels.plan.MAX_CANDIDATES", 7)
+    rows = Rows.packed([60, 3, 50, 9, 80]).take(torch.randperm(202, generator=torch.Generator().manual_seed(0)))
+    for keys in (rows, Rows.packed([60, 3, 50, 9, 80])):
+        plan = Plan.build(rows, keys, Visibility(), shortest_run=8)
+        assert torch.equal(covered(plan), true_mask(plan))
+
+
+def test_padding_in_a_tile_does_not_widen_its_reach() -> None:
+    rows = Rows.packed([128] * 64 + [20], padding=12)
+    plan = Plan.build(rows, rows, Visibility())
+    assert len([region for region in plan.regions if region.kind is Kind.MASKED]) == 1
+
+
+@pytest.mark.parametrize("before", [0, 50])
+def test_padding_sees_nothing_even_if_its_positions_grow(before: int) -> None:
+    document = Rows.packed([before])
+    padding = torch.arange(60, dtype=torch.int32)
+    rows = Rows(
+        position=torch.cat((document.position, padding)),
+        document=torch.cat((document.document, torch.full_like(padding, PADDING))),
+    )
+    plan = Plan.build(rows, rows, Visibility(), shortest_run=8)
+    assert torch.equal(covered(plan), true_mask(plan))
+
+
+@pytest.mark.parametrize(("window", "message"), [(0, "must be at least 1"), (2**31, "must be at most 2147483647")])
+def test_a_window_has_bounds(window: int, message: str) -> None:
+    with pytest.raises(ValueError, match=f"window={window} {message}"):
+        Visibility(window=window)
+
+
+def test_the_widest_window_hides_nothing() -> None:
+    rows = Rows.packed([20])
+    for shortest_run in (4, 32):
+        assert Plan.build(rows, rows, Visibility(window=2**31 - 1), shortest_run=shortest_run).visible_pairs == 210

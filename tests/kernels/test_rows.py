@@ -14,6 +14,7 @@ def test_take_keeps_rows_together_and_makes_padding_of_minus_one() -> None:
     rows = Rows.packed([2, 3]).take(torch.tensor([4, -1, 0]))
     assert rows.position.tolist() == [2, 0, 0]
     assert rows.document.tolist() == [1, PADDING, 0]
+    assert Rows.packed([]).take(torch.tensor([-1, -1])).document.tolist() == [PADDING, PADDING]
 
 
 @pytest.mark.parametrize(

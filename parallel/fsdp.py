@@ -53,11 +53,15 @@ def sharding_bytes(model: nn.Module, units: Iterable[nn.Module], mesh: Mesh, com
     """Return the bytes that a rank sends for one micro-batch's forward and backward pass.
 
     With S shards of N bytes in all, an all-gather and a reduce-scatter send (S-1)/S N each, and an all-reduce over R
-    replicas 2 (R-1)/R of a shard. Units are gathered for each pass, what is left of the model once for both.
+    replicas 2 (R-1)/R of a shard. Units are gathered for each pass, what is left of the model once for both. Rows of
+    a parameter are padded until they divide by S.
     """
-    in_units = sum(p.numel() for unit in units for p in unit.parameters())
-    total = sum(p.numel() for p in model.parameters())
     shards, replicas = mesh.degrees.shard, mesh.degrees.dp_replicate
+
+    def padded(part: nn.Module) -> int:
+        return sum(-(-p.shape[0] // shards) * shards * p.shape[1:].numel() for p in part.parameters())
+
+    in_units, total = sum(padded(unit) for unit in units), padded(model)
     gathered = (total + in_units) * compute_dtype.itemsize * (shards - 1) // shards
     reduce_itemsize = accumulation_dtype(compute_dtype).itemsize
     scattered = total * reduce_itemsize * (shards - 1) // shards

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from farspan.kernels.errors import ConfigError
+from farspan.parallel.ranks import share_timeout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +84,9 @@ class Mesh:
             fsdp = init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
         world = dist.group.WORLD
         assert world is not None
+        for mesh in (ranks, fsdp):
+            for group in mesh.get_all_groups():
+                share_timeout(world, group)
         return Mesh(
             degrees=degrees,
             world=world,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from farspan.kernels.errors import ConfigError
 from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.registry import Registry
 from farspan.parallel.comm import Channel
@@ -30,7 +31,7 @@ class AttentionShape:
     head_dim: int
     value_dim: int
     element_bytes: int
-    accumulation_bytes: int = 4
+    accumulation_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,11 +46,19 @@ Saved = tuple[Tensor, ...]
 """What a forward pass keeps for its backward pass; nothing in it grows with the square of the sequence."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Attend(ABC):
     """Attention over one dealt sequence, planned: called with the rows that this rank holds, differentiable."""
 
+    tokens_local: int
+    heads: Heads
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend q `[tokens_local, Hq, D]` to k `[.., Hk, D]` and v `[.., Hk, Dv]`; return `[tokens_local, Hq, Dv]`."""
+        """Attend q `[tokens_local, Hq, D]` to k `[.., Hk, D]` and v `[.., Hk, Dv]`; return `[tokens_local, Hq, Dv]`.
+
+        Raises ValueError on other shapes, or on tensors of different dtypes, before anything is sent.
+        """
+        self._check(q, k, v)
         return _AttendFunction.apply(q, k, v, self)  # pyright: ignore[reportReturnType]
 
     @abstractmethod
@@ -62,7 +71,18 @@ class Attend(ABC):
 
     @abstractmethod
     def lse(self, saved: Saved) -> Tensor:
-        """Return the log-sum-exp `[tokens_local, Hq]` of this rank's rows."""
+        """Return the log-sum-exp `[tokens_local, Hq]` of this rank's rows; every rank has to ask, as this may send."""
+
+    def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        of_queries, of_keys = (self.tokens_local, self.heads.query), (self.tokens_local, self.heads.kv)
+        rows_and_heads = [x.shape[:-1] for x in (q, k, v)]
+        if rows_and_heads != [of_queries, of_keys, of_keys] or q.shape[-1] != k.shape[-1]:
+            raise ValueError(
+                f"this attention is planned for q {[*of_queries]} x D, k {[*of_keys]} x D and v {[*of_keys]} x Dv; "
+                f"got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+            )
+        if not q.dtype == k.dtype == v.dtype:
+            raise ValueError(f"attention wants q, k and v of one dtype; got {q.dtype}, {k.dtype} and {v.dtype}")
 
 
 class _AttendFunction(torch.autograd.Function):
@@ -96,9 +116,21 @@ class Strategy(ABC):
     def volume(cls, shape: AttentionShape, degree: int) -> Volume:
         """Return the bytes that a rank sends: the strategy's formula, which a test compares with counted bytes."""
 
-    @abstractmethod
     def prepare(self, mechanism: Mechanism, shards: Shards, heads: Heads, *, backend: str) -> Attend:
-        """Plan the attention of one dealt sequence; the result serves every layer of that mechanism."""
+        """Plan the attention of one dealt sequence; the result serves every layer of that mechanism.
+
+        Raises ConfigError where `refusal` has a reason, ValueError for a sequence dealt to another number of ranks.
+        """
+        reason = self.refusal(mechanism, heads, self.channel.size)
+        if reason is not None:
+            raise ConfigError(reason)
+        if shards.degree != self.channel.size:
+            raise ValueError(f"a sequence dealt to {shards.degree} ranks cannot run on {self.channel.size}")
+        return self._plan(mechanism, shards, heads, backend=backend)
+
+    @abstractmethod
+    def _plan(self, mechanism: Mechanism, shards: Shards, heads: Heads, *, backend: str) -> Attend:
+        """Do what `prepare` says, for what was checked."""
 
 
 STRATEGIES: Registry[type[Strategy]] = Registry("context-parallel strategy", "farspan.parallel.context")

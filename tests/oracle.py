@@ -60,3 +60,10 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     finite = expected.masked_fill(expected.isneginf(), 0.0)
     difference = (got.masked_fill(got.isneginf(), 0.0) - finite).abs().max().item()
     return difference / max(finite.abs().max().item(), 1.0)
+
+
+def rms_error(got: Tensor, expected: Tensor) -> float:
+    """The root mean square of the differences over that of the finite values."""
+    finite = expected.isfinite()
+    difference, expected = got[finite].double() - expected[finite].double(), expected[finite].double()
+    return (difference.square().mean() / expected.square().mean()).sqrt().item()

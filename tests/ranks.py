@@ -54,8 +54,12 @@ class RankPool:
         """Call `function(*arguments)` on every rank and return the results in rank order."""
         if not self._processes:
             self._start()
-        for connection in self._connections:
-            connection.send((function, arguments))
+        try:
+            for connection in self._connections:
+                connection.send((function, arguments))
+        except OSError as error:
+            self.stop()
+            raise RankError(f"a rank of {self.world_size} has died since the last call") from error
         results: dict[int, Any] = {}
         failures: dict[int, str] = {}
         pending = {connection: rank for rank, connection in enumerate(self._connections)}

@@ -43,13 +43,15 @@ class Ring(Strategy):
         chunks = (degree - 1) * elements * shape.element_bytes
         return Volume(forward=chunks, backward=chunks + degree * elements * shape.accumulation_bytes)
 
-    def prepare(self, mechanism: Mechanism, shards: Shards, heads: Heads, *, backend: str) -> Attend:
+    def _plan(self, mechanism: Mechanism, shards: Shards, heads: Heads, *, backend: str) -> Attend:
         assert isinstance(mechanism, Masked)
-        rank, degree = self.channel.rank, shards.degree
+        rank, degree = self.channel.rank, self.channel.size
         queries, visibility = shards.rows_of(rank), mechanism.visibility()
         owners = [(rank - step) % degree for step in range(degree)]
         plans = tuple(Plan.build(queries, shards.rows_of(owner), visibility) for owner in owners)
-        return _RingAttend(channel=self.channel, plans=plans, backend=backend)
+        return _RingAttend(
+            tokens_local=shards.tokens_local, heads=heads, channel=self.channel, plans=plans, backend=backend
+        )
 
 
 @final

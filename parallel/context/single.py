@@ -26,10 +26,11 @@ class Single(Strategy):
     def volume(cls, shape: AttentionShape, degree: int) -> Volume:
         return Volume(forward=0, backward=0)
 
-    def prepare(self, mechanism: Mechanism, shards: Shards, heads: Heads, *, backend: str) -> Attend:
+    def _plan(self, mechanism: Mechanism, shards: Shards, heads: Heads, *, backend: str) -> Attend:
         assert isinstance(mechanism, Masked)
         rows = shards.rows_of(self.channel.rank)
-        return _SingleAttend(plan=Plan.build(rows, rows, mechanism.visibility()), backend=backend)
+        plan = Plan.build(rows, rows, mechanism.visibility())
+        return _SingleAttend(tokens_local=shards.tokens_local, heads=heads, plan=plan, backend=backend)
 
 
 @final

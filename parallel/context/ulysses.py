@@ -44,17 +44,18 @@ class Ulysses(Strategy):
         part = shape.tokens_local * (query_width + kv_width) * shape.element_bytes // degree
         return Volume(forward=(degree - 1) * part, backward=(degree - 1) * part)
 
-    def prepare(self, mechanism: Mechanism, shards: Shards, heads: Heads, *, backend: str) -> Attend:
+    def _plan(self, mechanism: Mechanism, shards: Shards, heads: Heads, *, backend: str) -> Attend:
         assert isinstance(mechanism, Masked)
         # In the order of the sequence, so that documents are runs again whatever the layout.
         order = shards.order()
         rows = shards.rows.take(shards.index.flatten()[order])
         plan = Plan.build(rows, rows, mechanism.visibility())
         return _UlyssesAttend(
+            tokens_local=shards.tokens_local,
+            heads=heads,
             channel=self.channel,
             order=order,
             inverse=order.argsort(),
-            kv_heads=heads.kv,
             plan=plan,
             backend=backend,
         )
@@ -67,7 +68,6 @@ class _UlyssesAttend(Attend):
     order: Tensor
     """Place of each row of the sequence among the ranks' rows set end to end; `inverse` leads back."""
     inverse: Tensor
-    kv_heads: int
     plan: Plan
     backend: str
 
@@ -83,7 +83,7 @@ class _UlyssesAttend(Attend):
         (my_dout,) = self._gather_tokens([_heads_by_rank(dout, self.channel.size)], kind="ulysses_dout")
         gradients = attend_backward(my_dout, *saved, plan=self.plan, backend=self.backend)
         dq, dk, dv = self._scatter_tokens([g.to(dout.dtype) for g in gradients], kind="ulysses_dqkv")
-        return dq.flatten(1, 2), _sum_replicas(dk, self.kv_heads), _sum_replicas(dv, self.kv_heads)
+        return dq.flatten(1, 2), _sum_replicas(dk, self.heads.kv), _sum_replicas(dv, self.heads.kv)
 
     def lse(self, saved: Saved) -> Tensor:
         (lse,) = self._scatter_tokens([saved[-1].unsqueeze(-1)], kind="ulysses_lse")

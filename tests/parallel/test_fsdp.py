@@ -15,6 +15,7 @@ from farspan.parallel.mesh import Mesh, ParallelConfig
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import PackedSequences
+from farspan.trainer.model.transformer import Attention
 from farspan.trainer.resolve import open_data
 from tests.ranks import RankPool
 from tests.trainer import tiny
@@ -53,14 +54,49 @@ def count_sharding(config: Config) -> tuple[int, int, dict[str, int]]:
     return sharding_bytes(model, model.blocks, mesh, torch.float32), sent, dict(counter.put_in)
 
 
-@pytest.mark.parametrize("parallel", [ParallelConfig(context=2), ParallelConfig(context=2, dp_replicate=2)], ids=str)
+@pytest.mark.parametrize(
+    "parallel",
+    # Three ranks: no parameter has rows that divide by them.
+    [ParallelConfig(context=2), ParallelConfig(context=2, dp_replicate=2), ParallelConfig(context=3)],
+    ids=str,
+)
 def test_bytes_of_sharding_are_as_stated(
     tmp_path: Path, ranks: Callable[[int], RankPool], parallel: ParallelConfig
 ) -> None:
     config = tiny.config(tiny.make_data(tmp_path), tmp_path, parallel)
     config = replace(config, train=replace(config.train, compute_dtype="float32"))
-    for stated, counted, put_in in ranks(2 * parallel.dp_replicate).run(count_sharding, config):
+    for stated, counted, put_in in ranks(parallel.context * parallel.dp_replicate).run(count_sharding, config):
         assert stated == counted, put_in
+
+
+def dtypes_under_bfloat16(config: Config) -> tuple[set[torch.dtype], set[torch.dtype], float]:
+    """Return the dtypes that rotary tables and weights have in a block, and the share of gradients beyond bfloat16."""
+    mesh = Mesh.build(config.parallel, "cpu")
+    model = build_model(config, mesh, torch.device("cpu"))
+    data = PackedSequences(open_data(config)[0], sequence_tokens=config.data.sequence_tokens, seed=0)
+    batch = build_batches(config, mesh, torch.device("cpu"), Traffic()).build(data.sequence(0))
+    tables, weights = set(), set()
+
+    def look(module: Attention, args: tuple[Any, ...]) -> None:
+        tables.add(args[1].cos.dtype)
+        weights.add(module.query.weight.dtype)
+
+    for block in model.blocks:
+        block.attention.register_forward_pre_hook(look)  # pyright: ignore
+    model(batch.tokens, batch.labels, batch.context).sum().backward()
+    gradients = torch.cat([p.grad.to_local().flatten() for p in model.parameters()])  # pyright: ignore
+    beyond = gradients != gradients.bfloat16().float()
+    return tables, weights, beyond[gradients != 0].float().mean().item()
+
+
+def test_bfloat16_is_for_products_only(tmp_path: Path, ranks: Callable[[int], RankPool]) -> None:
+    """Rotary tables stay float32, and so do gradients on their way between ranks."""
+    config = tiny.config(tiny.make_data(tmp_path), tmp_path, ParallelConfig(context=2))
+    config = replace(config, train=replace(config.train, compute_dtype="bfloat16"))
+    for tables, weights, beyond in ranks(2).run(dtypes_under_bfloat16, config):
+        assert tables == {torch.float32}
+        assert weights == {torch.bfloat16}
+        assert beyond > 0.3
 
 
 def clip_known_gradients(parallel: ParallelConfig, max_norm: float) -> tuple[float, float, float]:

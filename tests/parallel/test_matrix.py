@@ -21,7 +21,7 @@ from farspan.kernels.rows import Rows
 from farspan.parallel.comm import Channel, Traffic
 from farspan.parallel.layout import LAYOUTS, Shards
 from farspan.parallel.strategy import STRATEGIES, AttentionShape, Heads
-from tests.oracle import relative_error
+from tests.oracle import relative_error, rms_error
 from tests.ranks import RankPool
 
 # Sums of a few hundred float64 terms in another order: errors stay some ten times 1e-16 times the values.
@@ -158,17 +158,23 @@ def test_equals_one_process(ranks: Callable[[int], RankPool], strategy: str, deg
     assert not wrong, f"{len(wrong)} of {len(chosen)} cases differ from one process:\n" + "\n".join(wrong)
 
 
+@pytest.mark.parametrize("layout", list(LAYOUTS))
 @pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "single"])
-def test_bfloat16_loses_no_more_than_one_process_does(ranks: Callable[[int], RankPool], strategy: str) -> None:
-    """Partial results are merged in float32: eight ranks are within twice the error of one process in bfloat16."""
+def test_bfloat16_loses_no_more_than_one_process_does(
+    ranks: Callable[[int], RankPool], strategy: str, layout: str
+) -> None:
+    """Partial results are merged in float32: the error of eight ranks is that of one process in bfloat16.
+
+    1.2: Ulysses rounds the gradients of a KV head's replicas before it sums them, which adds some 16 %.
+    """
     for mechanism in every_mechanism():
-        case = Case(mechanism, strategy, "zigzag", "ragged", HEADS[1], torch.bfloat16)
+        case = Case(mechanism, strategy, layout, "ragged", HEADS[1], torch.bfloat16)
         alone = replace(case, strategy="single")
         expected = reference(mechanism, case.documents, case.heads)
 
         def error(of: Case, degree: int, expected: list[Tensor] = expected) -> list[float]:
             whole = put_together(of, degree, [parts[0][0] for parts in ranks(degree).run(run_cases, [of])])
-            return [relative_error(a, b) for a, b in zip(whole, expected, strict=True)]
+            return [rms_error(a, b) for a, b in zip(whole, expected, strict=True)]
 
         for name, got, allowed in zip(("out", "lse", "dq", "dk", "dv"), error(case, 8), error(alone, 1), strict=True):
-            assert got <= 2 * allowed, f"{label(case)}: {name} {got:.1e}, one process {allowed:.1e}"
+            assert got <= 1.2 * allowed, f"{label(case)}: {name} {got:.1e}, one process {allowed:.1e}"

@@ -1,11 +1,12 @@
 from collections.abc import Callable
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from farspan.kernels.errors import ConfigError
 from farspan.parallel.mesh import Degrees, Mesh, ParallelConfig
-from tests.ranks import RankPool
+from tests.ranks import COLLECTIVE_TIMEOUT_S, RankPool
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,26 @@ def test_context_groups_are_neighbours_and_parameters_are_sharded_over_all(ranks
     found = ranks(4).run(places, ParallelConfig(context=2))
     assert [place[:3] for place in found] == [(0, 0, [0, 1]), (0, 1, [0, 1]), (1, 0, [2, 3]), (1, 1, [2, 3])]
     assert all(place[3:] == (["shard"], [0, 1, 2, 3]) for place in found)
+
+
+def timeouts() -> set[float]:
+    mesh = Mesh.build(ParallelConfig(context=2, dp_replicate=2), "cpu")
+    groups = [mesh.world, mesh.context, *mesh.fsdp.get_all_groups()]
+    return {g._get_backend(torch.device("cpu")).options._timeout.total_seconds() for g in groups}
+
+
+def test_no_group_waits_longer_than_the_world(ranks: Callable[[int], RankPool]) -> None:
+    """torch gives each new group half an hour of its own."""
+    assert ranks(4).run(timeouts) == [{COLLECTIVE_TIMEOUT_S}] * 4
+
+
+def test_replicas_lie_far_apart_and_shards_near(ranks: Callable[[int], RankPool]) -> None:
+    found = ranks(8).run(shape_of_parameters, ParallelConfig(context=2, dp_shard=2, dp_replicate=2))
+    assert found == [[[0, 1, 2, 3], [4, 5, 6, 7]]] * 8
+
+
+def shape_of_parameters(config: ParallelConfig) -> list[list[int]]:
+    return Mesh.build(config, "cpu").fsdp.mesh.tolist()
 
 
 def test_replicas_shard_their_own_copy(ranks: Callable[[int], RankPool]) -> None:

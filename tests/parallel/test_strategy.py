@@ -1,6 +1,8 @@
 """What strategies refuse, and how ranks fail when one of them does."""
 
+import os
 import re
+import threading
 import time
 from collections.abc import Callable
 
@@ -8,11 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from farspan.kernels.errors import ConfigError
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.rows import Rows
 from farspan.parallel.comm import Channel, Traffic
+from farspan.parallel.context import ring
 from farspan.parallel.layout import Shards
-from farspan.parallel.strategy import STRATEGIES, AttentionShape, Heads, Volume
+from farspan.parallel.strategy import STRATEGIES, Attend, AttentionShape, Heads, Volume
 from tests.ranks import RankError, RankPool
 
 
@@ -33,13 +37,146 @@ def test_what_cannot_run_is_refused_with_what_can(strategy: str, heads: Heads, d
 
 def test_volumes_by_hand() -> None:
     """64:8 heads of 128 in bfloat16, 8192 tokens on each of 8 ranks: the published comparison, in bytes."""
-    shape = AttentionShape(tokens_local=8192, heads=Heads(query=64, kv=8), head_dim=128, value_dim=128, element_bytes=2)
+    shape = AttentionShape(
+        tokens_local=8192,
+        heads=Heads(query=64, kv=8),
+        head_dim=128,
+        value_dim=128,
+        element_bytes=2,
+        accumulation_bytes=4,
+    )
     mib = 2**20
     assert STRATEGIES.get("ring").volume(shape, 8) == Volume(forward=224 * mib, backward=(224 + 512) * mib)
     assert STRATEGIES.get("ulysses").volume(shape, 8) == Volume(forward=252 * mib, backward=252 * mib)
     assert STRATEGIES.get("ulysses").volume(shape, 16).forward == 300 * mib
     for name in STRATEGIES:
         assert STRATEGIES.get(name).volume(shape, 1) == Volume(forward=0, backward=0)
+
+
+KINDS = {
+    "ring": ({"ring_kv"}, {"ring_kv", "ring_dkv"}),
+    "ulysses": ({"ulysses_qkv", "ulysses_out"}, {"ulysses_dout", "ulysses_dqkv"}),
+}
+
+
+def planned(strategy: str, degree_of_shards: int, heads: Heads) -> Attend:
+    channel = Channel(dist.group.WORLD, Traffic())  # pyright: ignore[reportArgumentType]
+    shards = Shards.deal(Rows.packed([24]), layout="contiguous", degree=degree_of_shards)
+    return STRATEGIES.get(strategy)(channel).prepare(Dense(), shards, heads, backend="cpu")
+
+
+def kinds_of_bytes(strategy: str) -> tuple[set[str], set[str]]:
+    attend = planned(strategy, 2, Heads(query=4, kv=2))
+    traffic = attend.channel.traffic  # pyright: ignore[reportAttributeAccessIssue]
+    _, saved = attend.forward(torch.ones(12, 4, 8), torch.ones(12, 2, 8), torch.ones(12, 2, 8))
+    forward = set(traffic.take())
+    attend.backward(torch.ones(12, 4, 8), saved)
+    return forward, set(traffic.take())
+
+
+@pytest.mark.parametrize("strategy", list(KINDS))
+def test_bytes_are_counted_under_what_they_carry(ranks: Callable[[int], RankPool], strategy: str) -> None:
+    assert ranks(2).run(kinds_of_bytes, strategy) == [KINDS[strategy]] * 2
+
+
+def refusals_of_inputs(strategy: str, degree: int) -> list[str]:
+    """On each rank: what the planned attention says to inputs that do not fit, and whether it sent anything."""
+    attend = planned(strategy, degree, Heads(query=4, kv=2))
+    rows = 24 // degree
+    good = {"q": torch.ones(rows, 4, 8), "k": torch.ones(rows, 2, 8), "v": torch.ones(rows, 2, 6)}
+    attend(**good)
+    bad = [
+        {"k": torch.ones(rows + 1, 2, 8), "v": torch.ones(rows + 1, 2, 6)},
+        {"v": torch.ones(rows, 1, 6)},
+        {"q": torch.ones(rows, 2, 8)},
+        {"q": torch.ones(rows, 4, 4)},
+        {"v": torch.ones(rows, 2, 6).double()},
+    ]
+    messages = []
+    for changes in bad:
+        with pytest.raises(ValueError, match="attention") as refusal:
+            attend(**(good | changes))
+        messages.append(str(refusal.value))
+    return messages
+
+
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
+def test_inputs_that_do_not_fit_the_plan_are_refused(ranks: Callable[[int], RankPool], strategy: str) -> None:
+    degree = 1 if strategy == "single" else 2
+    for messages in ranks(degree).run(refusals_of_inputs, strategy, degree):
+        for message in messages[:-1]:
+            assert message.startswith(f"this attention is planned for q [{24 // degree}, 4] x D"), message
+        assert messages[-1].startswith("attention wants q, k and v of one dtype")
+
+
+def refusal_of_shards(strategy: str) -> str:
+    try:
+        planned(strategy, 3, Heads(query=4, kv=2))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def refusal_of_heads() -> str:
+    try:
+        planned("ulysses", 2, Heads(query=3, kv=3))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_plans_that_cannot_be_made_are_refused(ranks: Callable[[int], RankPool]) -> None:
+    for strategy in ("ring", "ulysses"):
+        said = ranks(2).run(refusal_of_shards, strategy)
+        assert said == ["a sequence dealt to 3 ranks cannot run on 2"] * 2
+    assert all("these degrees work: 1, 3" in said for said in ranks(2).run(refusal_of_heads))
+
+
+class RecordingChannel:
+    """Of rank 2 of 3; nothing is sent, and what arrives is what left."""
+
+    rank, size = 2, 3
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def shift(self, buffer: torch.Tensor, *, kind: str, tag: int) -> "RecordedShift":
+        self.events.append(f"send {kind}")
+        return RecordedShift(self, buffer, kind)
+
+
+class RecordedShift:
+    def __init__(self, channel: RecordingChannel, buffer: torch.Tensor, kind: str) -> None:
+        self.channel, self.buffer, self.kind = channel, buffer, kind
+
+    def wait(self) -> torch.Tensor:
+        self.channel.events.append(f"wait {self.kind}")
+        return self.buffer
+
+
+def test_ring_computes_while_chunks_are_on_their_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    channel = RecordingChannel()
+
+    def recorded(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **options: object) -> object:
+            channel.events.append("compute")
+            return function(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(ring, "attend", recorded(ring.attend))
+    monkeypatch.setattr(ring, "attend_backward", recorded(ring.attend_backward))
+    shards = Shards.deal(Rows.packed([24]), layout="contiguous", degree=3)
+    heads = Heads(query=4, kv=2)
+    attend = ring.Ring(channel).prepare(Dense(), shards, heads, backend="cpu")  # pyright: ignore[reportArgumentType]
+    _, saved = attend.forward(torch.ones(8, 4, 8), torch.ones(8, 2, 8), torch.ones(8, 2, 8))
+    hop = ["send ring_kv", "compute", "wait ring_kv"]
+    assert channel.events == [*hop, *hop, "compute"]
+    channel.events.clear()
+    attend.backward(torch.ones(8, 4, 8), saved)
+    first = ["send ring_kv", "compute", "send ring_dkv", "wait ring_kv"]
+    second = ["send ring_kv", "compute", "wait ring_dkv", "send ring_dkv", "wait ring_kv"]
+    assert channel.events == [*first, *second, "compute", "wait ring_dkv", "send ring_dkv", "wait ring_dkv"]
 
 
 def die_before_the_shift() -> None:
@@ -55,6 +192,23 @@ def test_a_rank_that_fails_is_reported_and_the_next_test_has_a_fresh_world(ranks
         ranks(2).run(die_before_the_shift)
     assert time.monotonic() - start < 30
     assert ranks(2).run(dist.get_rank) == [0, 1]
+
+
+def die_soon() -> None:
+    if dist.get_rank() == 1:
+        threading.Timer(0.1, os._exit, args=[1]).start()
+
+
+def test_a_rank_that_dies_between_calls_is_reported_and_the_next_world_is_fresh() -> None:
+    pool = RankPool(2)
+    try:
+        pool.run(die_soon)
+        time.sleep(0.5)
+        with pytest.raises(RankError, match="died"):
+            pool.run(dist.get_rank)
+        assert pool.run(dist.get_rank) == [0, 1]
+    finally:
+        pool.stop()
 
 
 def two_transfers_at_once() -> list[float]:

@@ -21,7 +21,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, backend: str) -> tupl
     `attend_backward`. Rows of padding must be finite. Raises ValueError on bad shapes.
     """
     _check_shapes(q, k, v, plan)
-    if not plan.regions:
+    if plan.is_empty:
         return empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
     return BACKENDS.get(backend).forward(q, k, v, plan)
 
@@ -39,7 +39,7 @@ def attend_backward(
     if dout.shape != out.shape or out.shape != (*q.shape[:2], v.shape[2]) or lse.shape != q.shape[:2]:
         shapes = f"dout {list(dout.shape)}, out {list(out.shape)}, lse {list(lse.shape)}"
         raise ValueError(f"{shapes} do not fit q {list(q.shape)} and v {list(v.shape)}")
-    if not plan.regions:
+    if plan.is_empty:
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     return BACKENDS.get(backend).backward(dout, q, k, v, out, lse, plan)
 
@@ -54,5 +54,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
         raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key/value heads evenly; got {shapes}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention wants one dtype; got q {q.dtype}, k {k.dtype}, v {v.dtype}")
+    if q.shape[1] != plan.heads:
+        raise ValueError(f"the plan is for {plan.heads} query heads; got {shapes}")
     if q.shape[0] != len(plan.queries) or k.shape[0] != len(plan.keys):
         raise ValueError(f"the plan is for {len(plan.queries)} queries and {len(plan.keys)} keys; got {shapes}")

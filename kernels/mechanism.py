@@ -4,13 +4,19 @@ The base class that a mechanism derives from is the claim of what it needs, and 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
+
+from torch import Tensor
 
 from farspan.kernels.plan import Plan
 from farspan.kernels.registry import Registry
 from farspan.kernels.rows import Rows
+from farspan.kernels.selection import Selection
 from farspan.kernels.visibility import Visibility
+
+Total = Callable[[Tensor], Tensor]
+"""Turns a tensor that every holder of rows has computed from its own into the sum over all holders."""
 
 
 class Mechanism(ABC):
@@ -34,7 +40,29 @@ class Masked(Mechanism):
         """Return which rows see which."""
 
     def visible_pairs(self, queries: Rows, keys: Rows) -> int:
-        return Plan.build(queries, keys, self.visibility()).visible_pairs
+        visibility = self.visibility()
+        heads = len(visibility.window) if isinstance(visibility.window, tuple) else 1
+        return Plan.build(queries, keys, visibility, heads=heads).visible_pairs
+
+
+class Routed(Masked):
+    """Of the keys that visibility shows, each query attends to blocks that are chosen by content.
+
+    Rows may be spread over several holders, in any order. Each calls `select` with the rows that it holds; `everyone`
+    is the whole sequence, known to all, and `total` sums over the holders. So all choose alike, however rows are spread.
+    """
+
+    @abstractmethod
+    def select(self, q: Tensor, k: Tensor, held: Rows, everyone: Rows, total: Total) -> Selection:
+        """Choose blocks for the queries q `[T, Hq, D]` among all keys, of which k `[T, Hk, D]` are held here.
+
+        Nothing of the choice is differentiable: gradients flow through the chosen blocks.
+        """
+
+
+def alone(x: Tensor) -> Tensor:
+    """The total over a single holder."""
+    return x
 
 
 MECHANISMS: Registry[type[Mechanism]] = Registry("attention mechanism", "farspan.kernels.mechanisms")

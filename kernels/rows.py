@@ -42,6 +42,10 @@ class Rows:
             document=torch.cat((self.document, self.document.new_full((1,), PADDING)))[index],
         )
 
+    def slice(self, where: slice) -> "Rows":
+        """Return these rows, as views."""
+        return Rows(position=self.position[where], document=self.document[where])
+
     def to(self, device: torch.device | str) -> "Rows":
         """Return the same rows with their columns on `device`."""
         return Rows(position=self.position.to(device), document=self.document.to(device))

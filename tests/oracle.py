@@ -1,11 +1,13 @@
-"""Attention written a second time, row by row, from the definitions; it shares nothing with the code under test."""
+"""Attention written a second time, from the definitions; it shares nothing with the code under test."""
 
 import math
 
 import torch
 from torch import Tensor
 
+from farspan.kernels.neighbourhood import Neighbourhood
 from farspan.kernels.rows import Rows
+from farspan.kernels.selection import Selection
 from farspan.kernels.visibility import Visibility
 
 # Largest error relative to the largest value, by dtype. float64 and float32: some hundred roundings of sums of O(1)
@@ -13,38 +15,88 @@ from farspan.kernels.visibility import Visibility
 RELATIVE_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-def visible_pairs(queries: Rows, keys: Rows, visibility: Visibility) -> list[list[int]]:
-    """Return for each query row the key rows that it may see, by plain comparison of integers."""
+def visible_pairs(queries: Rows, keys: Rows, visibility: Visibility, head: int = 0) -> list[list[int]]:
+    """Return for each query row the key rows that it may see in a query head, by plain comparison of integers."""
+    window = visibility.window[head] if isinstance(visibility.window, tuple) else visibility.window
     key_list = list(zip(keys.position.tolist(), keys.document.tolist(), strict=True))
     pairs = []
     for position, document in zip(queries.position.tolist(), queries.document.tolist(), strict=True):
+        near = None if visibility.neighbourhood is None else neighbours(position, visibility.neighbourhood)
         seen = []
         for j, (key_position, key_document) in enumerate(key_list):
             if document < 0 or key_document != document:
                 continue
             if visibility.causal and key_position > position:
                 continue
-            if visibility.window is not None and abs(position - key_position) >= visibility.window:
+            if window is not None and abs(position - key_position) >= window and key_position >= visibility.sinks:
+                continue
+            if near is not None and key_position not in near:
                 continue
             seen.append(j)
         pairs.append(seen)
     return pairs
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, seen: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Return (out, lse) one query row at a time, differentiable by autograd."""
+def neighbours(position: int, neighbourhood: Neighbourhood) -> set[int]:
+    """Return the positions in a query's neighbourhood: a list of the coordinates of its dilation group, sliced."""
+    shape = [dimension.length for dimension in neighbourhood.dimensions]
+    grid, place = divmod(position, math.prod(shape))
+    found = [grid]
+    for number, dimension in enumerate(neighbourhood.dimensions):
+        coordinate = place // math.prod(shape[number + 1 :]) % dimension.length
+        line = list(range(coordinate % dimension.dilation, dimension.length, dimension.dilation))
+        at = line.index(coordinate)
+        stride_group = line[at - at % dimension.stride :][: dimension.stride]
+        if dimension.causal:
+            leader = line.index(stride_group[-1])
+            seen = [c for c in line[max(leader - dimension.window + 1, 0) :] if c <= coordinate]
+        else:
+            leader = min(at - at % dimension.stride + dimension.stride // 2, len(line) - 1)
+            start = min(max(leader - dimension.window // 2, 0), len(line) - dimension.window)
+            seen = line[start : start + dimension.window]
+        found = [so_far * dimension.length + c for so_far in found for c in seen]
+    return set(found)
+
+
+def visible_mask(queries: Rows, keys: Rows, visibility: Visibility, heads: int) -> Tensor:
+    """Return the same as bool `[heads, queries, keys]`."""
+    mask = torch.zeros(heads, len(queries), len(keys), dtype=torch.bool)
+    for head in range(heads if isinstance(visibility.window, tuple) else 1):
+        for row, seen in enumerate(visible_pairs(queries, keys, visibility, head)):
+            mask[head, row, seen] = True
+    return mask if isinstance(visibility.window, tuple) else mask[:1].expand(heads, -1, -1).clone()
+
+
+def selected_mask(selection: Selection, keys: Rows) -> Tensor:
+    """Return whether the block of each key is on the list of each head and query, list by list."""
+    heads, queries = selection.heads, len(selection.unit)
+    offsets, chosen = selection.offsets.tolist(), selection.chosen.tolist()
+    blocks = selection.blocks.of(keys)
+    mask = torch.zeros(heads, queries, len(keys), dtype=torch.bool)
+    for head in range(heads):
+        for row, unit in enumerate(selection.unit.tolist()):
+            if unit >= 0:
+                number = head * selection.num_units + unit
+                mine = torch.tensor(chosen[offsets[number] : offsets[number + 1]], dtype=torch.int64)
+                mask[head, row] = torch.isin(blocks, mine)
+    return mask
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) of attention where `mask` `[heads, queries, keys]` is True, differentiable by autograd."""
     group = q.shape[1] // k.shape[1]
     outs, lses = [], []
-    for row, keys in zip(q, seen, strict=True):
-        if not keys:
-            outs.append(0.0 * (row.sum() + k.sum() + v.sum()) + row.new_zeros(q.shape[1], v.shape[2]))
-            lses.append(row.new_full((q.shape[1],), -math.inf))
-            continue
-        mine_k, mine_v = (x[keys].repeat_interleave(group, dim=1) for x in (k, v))  # [keys, Hq, ...]
-        scores = (row.unsqueeze(0) * mine_k).sum(-1) / math.sqrt(q.shape[2])  # [keys, Hq]
-        outs.append((scores.softmax(dim=0).unsqueeze(-1) * mine_v).sum(0))
-        lses.append(scores.logsumexp(dim=0))
-    return torch.stack(outs), torch.stack(lses)
+    for head in range(q.shape[1]):
+        scores = q[:, head] @ k[:, head // group].t() / math.sqrt(q.shape[2])
+        weight = torch.where(mask[head], scores, -math.inf)
+        top = weight.max(dim=1, keepdim=True).values.detach() if k.shape[0] else weight.new_zeros(len(q), 1)
+        top = torch.where(top == -math.inf, 0.0, top)
+        exponential = torch.where(mask[head], torch.exp(weight - top), 0.0)
+        total = exponential.sum(dim=1, keepdim=True)
+        sees = total > 0
+        outs.append(torch.where(sees, exponential @ v[:, head // group] / torch.where(sees, total, 1.0), 0.0))
+        lses.append(torch.where(sees, torch.log(torch.where(sees, total, 1.0)) + top, -math.inf).squeeze(1))
+    return torch.stack(outs, dim=1), torch.stack(lses, dim=1)
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

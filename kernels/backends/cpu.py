@@ -1,25 +1,18 @@
-"""CPU backend: torch's flash attention for CPU, called once for each region of the plan.
-
-The operator takes float64 to bfloat16, grouped heads, unequal lengths, and in its backward an external out and lse.
-What it does badly is kept away from it: an -inf mask (fully masked rows would return lse 0, so masks are -1e30),
-empty inputs (the process dies), an inner dimension that is not contiguous (silently wrong), and value heads of
-another size (refused, so the shorter of the two is padded with zeros).
-"""
+"""CPU backend: torch's flash attention for CPU, called once for each region of a plan, or batch of its selection."""
 
 from typing import final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from farspan.kernels.backend import BACKENDS, Backend
+from farspan.kernels.cpu_flash import flash, flash_backward
 from farspan.kernels.merge import accumulation_dtype, empty_partial, merge_
-from farspan.kernels.plan import Kind, Plan, Region
+from farspan.kernels.plan import HeadPlan, Plan
+from farspan.kernels.regions import Kind, Region
+from farspan.kernels.tasks import Batch, batches
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-MASKED_SCORE = -1e30
+Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 @final
@@ -32,100 +25,155 @@ class CpuBackend(Backend):
         return None if device.type == "cpu" else "it calls torch's CPU flash attention"
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        if _is_whole(plan):
-            return _region_forward(q, k, v, plan, plan.regions[0])
+        if plan.selection is not None:
+            return _selected_forward(q, k, v, plan)
+        if len(plan.by_heads) == 1:
+            return _part_forward(q, k, v, plan, plan.by_heads[0])
         out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
-        for region in plan.regions:
-            part_out, part_lse = _region_forward(q, k, v, plan, region)
-            merge_(out[region.queries], lse[region.queries], part_out, part_lse)
+        for part in plan.by_heads:
+            heads, kv_heads = _index_of_heads(part, q, k)
+            found = _part_forward(q[:, heads], k[:, kv_heads], v[:, kv_heads], plan, part)
+            out[:, heads], lse[:, heads] = found[0].to(out.dtype), found[1]
         return out, lse
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Gradients:
         # A row that sees nothing at all has lse -inf; exp(masked score - 0) is 0 for it, where -inf would give NaN.
         lse = lse.masked_fill(lse == float("-inf"), 0.0)
-        if _is_whole(plan):
-            return _region_backward(dout, q, k, v, out, lse, plan, plan.regions[0])
-        dtype = accumulation_dtype(q.dtype)
-        dq, dk, dv = (torch.zeros(x.shape, dtype=dtype) for x in (q, k, v))
-        for region in plan.regions:
-            part_dq, part_dk, part_dv = _region_backward(dout, q, k, v, out, lse, plan, region)
-            dq[region.queries] += part_dq
-            dk[region.keys] += part_dk
-            dv[region.keys] += part_dv
+        if plan.selection is not None:
+            return _selected_backward(dout, q, k, v, out, lse, plan)
+        if len(plan.by_heads) == 1:
+            return _part_backward(dout, q, k, v, out, lse, plan, plan.by_heads[0])
+        dq, dk, dv = _zeros(q, k, v)
+        for part in plan.by_heads:
+            heads, kv_heads = _index_of_heads(part, q, k)
+            of_queries, of_keys = (x[:, heads] for x in (dout, q, out, lse)), (x[:, kv_heads] for x in (k, v))
+            (my_dout, my_q, my_out, my_lse), (my_k, my_v) = of_queries, of_keys
+            found = _part_backward(my_dout, my_q, my_k, my_v, my_out, my_lse, plan, part)
+            dq[:, heads] = found[0]
+            dk.index_add_(1, kv_heads, found[1])
+            dv.index_add_(1, kv_heads, found[2])
         return dq, dk, dv
 
 
-def _is_whole(plan: Plan) -> bool:
-    """Whether one region holds all rows, so that nothing has to be merged."""
-    if len(plan.regions) != 1:
-        return False
-    region = plan.regions[0]
-    return region.queries == slice(0, len(plan.queries)) and region.keys == slice(0, len(plan.keys))
+def _zeros(*like: Tensor) -> Gradients:
+    dq, dk, dv = (torch.zeros(x.shape, dtype=accumulation_dtype(x.dtype)) for x in like)
+    return dq, dk, dv
 
 
-def _region_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, region: Region) -> tuple[Tensor, Tensor]:
-    mask = _mask(plan, region)
-    query, key, value, scale = _operands(q[region.queries], k[region.keys], v[region.keys])
-    out, lse = _flash(
-        query, key, value, 0.0, region.kind is Kind.CAUSAL, attn_mask=_additive(mask, q.dtype), scale=scale
-    )
-    out, lse = _rows(out, v.shape[2]), lse.squeeze(0).t()
-    if mask is not None:
-        blind = ~mask.any(dim=1)
-        out, lse = out.masked_fill(blind[:, None, None], 0.0), lse.masked_fill(blind[:, None], float("-inf"))
+def _index_of_heads(part: HeadPlan, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the part's query heads and, for each, its KV head."""
+    heads = torch.tensor(part.heads)
+    return heads, heads // (q.shape[1] // k.shape[1])
+
+
+def _part_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, part: HeadPlan) -> tuple[Tensor, Tensor]:
+    if _is_whole(plan, part):
+        return _region_forward(q, k, v, plan, part, part.regions[0])
+    out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
+    for region in part.regions:
+        found = _region_forward(q, k, v, plan, part, region)
+        merge_(out[region.queries], lse[region.queries], *found)
     return out, lse
 
 
+def _part_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan, part: HeadPlan
+) -> Gradients:
+    if _is_whole(plan, part):
+        return _region_backward(dout, q, k, v, out, lse, plan, part, part.regions[0])
+    dq, dk, dv = _zeros(q, k, v)
+    for region in part.regions:
+        part_dq, part_dk, part_dv = _region_backward(dout, q, k, v, out, lse, plan, part, region)
+        dq[region.queries] += part_dq
+        dk[region.keys] += part_dk
+        dv[region.keys] += part_dv
+    return dq, dk, dv
+
+
+def _is_whole(plan: Plan, part: HeadPlan) -> bool:
+    """Whether one region holds all rows, so that nothing has to be merged."""
+    if len(part.regions) != 1:
+        return False
+    region = part.regions[0]
+    return region.queries == slice(0, len(plan.queries)) and region.keys == slice(0, len(plan.keys))
+
+
+def _region_forward(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, part: HeadPlan, region: Region
+) -> tuple[Tensor, Tensor]:
+    operands = (_by_head(x) for x in (q[region.queries], k[region.keys], v[region.keys]))
+    out, lse = flash(*operands, causal=region.kind is Kind.CAUSAL, mask=_mask(plan, part, region))
+    return out.squeeze(0).transpose(0, 1), lse.squeeze(0).t()
+
+
 def _region_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan, region: Region
-) -> tuple[Tensor, Tensor, Tensor]:
-    # The operator sums dk and dv over query blocks and grouped heads in the dtype of its inputs: in 16 bits their error
-    # would grow with the sequence.
-    dtype = accumulation_dtype(q.dtype)
-    query, key, value, scale = _operands(*(x.to(dtype) for x in (q[region.queries], k[region.keys], v[region.keys])))
-    width = query.shape[-1]
-    grad, merged = (_heads(_widen(x[region.queries].to(dtype), width)) for x in (dout, out))
-    mask = _additive(_mask(plan, region), dtype)
-    dq, dk, dv = _flash_backward(
-        grad, query, key, value, merged, _heads_of_lse(lse[region.queries]), 0.0, region.kind is Kind.CAUSAL,
-        attn_mask=mask, scale=scale,
-    )  # fmt: skip
-    return _rows(dq, q.shape[2]), _rows(dk, k.shape[2]), _rows(dv, v.shape[2])
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan, part: HeadPlan, region: Region
+) -> Gradients:
+    queries, keys = region.queries, region.keys
+    operands = (_by_head(x) for x in (dout[queries], q[queries], k[keys], v[keys], out[queries]))
+    gradients = flash_backward(
+        *operands,
+        lse[queries].t().unsqueeze(0),
+        causal=region.kind is Kind.CAUSAL,
+        mask=_mask(plan, part, region),
+    )
+    dq, dk, dv = (gradient.squeeze(0).transpose(0, 1) for gradient in gradients)
+    return dq, dk, dv
 
 
-def _mask(plan: Plan, region: Region) -> Tensor | None:
-    return plan.mask(region) if region.kind is Kind.MASKED else None
+def _mask(plan: Plan, part: HeadPlan, region: Region) -> Tensor | None:
+    return plan.region_mask(part.visibility, region) if region.kind is Kind.MASKED else None
 
 
-def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if mask is None:
-        return None
-    return torch.zeros(mask.shape, dtype=accumulation_dtype(dtype)).masked_fill_(~mask, MASKED_SCORE)
-
-
-def _operands(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Return q, k, v as `[1, heads, rows, width]` of one width, and the softmax scale of the true head size."""
-    width = max(q.shape[-1], v.shape[-1])
-    return _heads(_widen(q, width)), _heads(_widen(k, width)), _heads(_widen(v, width)), q.shape[-1] ** -0.5
-
-
-def _widen(x: Tensor, width: int) -> Tensor:
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
-
-
-def _heads(x: Tensor) -> Tensor:
+def _by_head(x: Tensor) -> Tensor:
     return x.transpose(0, 1).unsqueeze(0)
 
 
-def _heads_of_lse(lse: Tensor) -> Tensor:
-    return lse.t().unsqueeze(0)
+def _selected_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
+    queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))
+    all_out, all_lse = out.flatten(0, 1), lse.flatten()
+    for batch in batches(plan, k.shape[1]):
+        operands = (
+            _gather(x, rows) for x, rows in ((queries, batch.queries), (keys, batch.keys), (values, batch.keys))
+        )
+        part_out, part_lse = flash(*operands, causal=batch.kind is Kind.CAUSAL, mask=_batch_mask(batch))
+        index = batch.queries.flatten()
+        my_out, my_lse = all_out[index], all_lse[index]
+        merge_(my_out, my_lse, part_out.flatten(0, 2), part_lse.flatten())
+        all_out.index_copy_(0, index, my_out)
+        all_lse[index] = my_lse
+    return out, lse
 
 
-def _rows(x: Tensor, width: int) -> Tensor:
-    return x.squeeze(0).transpose(0, 1)[..., :width]
+def _selected_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan
+) -> Gradients:
+    gradients = _zeros(q, k, v)
+    totals = [gradient.flatten(0, 1) for gradient in gradients]
+    of_queries, of_keys = [x.flatten(0, 1) for x in (dout, q, out)], [x.flatten(0, 1) for x in (k, v)]
+    all_lse = lse.flatten()
+    for batch in batches(plan, k.shape[1]):
+        my_dout, my_q, my_out = (_gather(x, batch.queries) for x in of_queries)
+        my_k, my_v = (_gather(x, batch.keys) for x in of_keys)
+        my_lse = all_lse[batch.queries].unsqueeze(1)
+        found = flash_backward(
+            my_dout, my_q, my_k, my_v, my_out, my_lse, causal=batch.kind is Kind.CAUSAL, mask=_batch_mask(batch)
+        )
+        for total, rows, gradient in zip(totals, (batch.queries, batch.keys, batch.keys), found, strict=True):
+            total.index_add_(0, rows.flatten(), gradient.flatten(0, 2))
+    return gradients
+
+
+def _gather(x: Tensor, rows: Tensor) -> Tensor:
+    """Return the rows of flat `[rows x heads, width]` as `[tasks, 1, rows, width]`."""
+    return x.index_select(0, rows.flatten()).view(rows.shape[0], 1, rows.shape[1], -1)
+
+
+def _batch_mask(batch: Batch) -> Tensor | None:
+    return None if batch.mask is None else batch.mask.unsqueeze(1)
 
 
 BACKENDS.add("cpu", CpuBackend())

@@ -47,8 +47,7 @@ def _scores(q: Tensor, k: Tensor, plan: Plan) -> tuple[Tensor, int]:
     """Return scaled scores `[query heads, queries, keys]`, -inf where invisible, and the query heads per KV head."""
     dtype, group = accumulation_dtype(q.dtype), q.shape[1] // k.shape[1]
     scores = torch.einsum("thd,shd->hts", q.to(dtype), k.to(dtype).repeat_interleave(group, dim=1))
-    mask = plan.visibility.mask(plan.queries.to(q.device), plan.keys.to(q.device))
-    return (scores * q.shape[-1] ** -0.5).masked_fill(~mask, float("-inf")), group
+    return (scores * q.shape[-1] ** -0.5).masked_fill(~plan.mask().to(q.device), float("-inf")), group
 
 
 def _finite(lse: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class Ring(Strategy):
         rank, degree = self.channel.rank, self.channel.size
         queries, visibility = shards.rows_of(rank), mechanism.visibility()
         owners = [(rank - step) % degree for step in range(degree)]
-        plans = tuple(Plan.build(queries, shards.rows_of(owner), visibility) for owner in owners)
+        plans = tuple(Plan.build(queries, shards.rows_of(owner), visibility, heads=heads.query) for owner in owners)
         return _RingAttend(
             tokens_local=shards.tokens_local, heads=heads, channel=self.channel, plans=plans, backend=backend
         )
@@ -67,7 +67,7 @@ class _RingAttend(Attend):
         out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
         for step, plan in enumerate(self.plans):
             shift = self._send_on(chunk, step)
-            if plan.regions:
+            if not plan.is_empty:
                 merge_(out, lse, *attend(q, chunk.key, chunk.value, plan, backend=self.backend))
             chunk = chunk.arrive(shift)
         out = out.to(q.dtype)
@@ -82,7 +82,7 @@ class _RingAttend(Attend):
         for step, plan in enumerate(self.plans):
             shift = self._send_on(chunk, step)
             parts = None
-            if plan.regions:
+            if not plan.is_empty:
                 parts = attend_backward(dout, q, chunk.key, chunk.value, out, lse, plan, backend=self.backend)
             # The gradient of this chunk comes from the previous rank, which had the chunk one step ago.
             gradient = gradient.arrive(arriving)

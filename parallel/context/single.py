@@ -29,7 +29,7 @@ class Single(Strategy):
     def _plan(self, mechanism: Mechanism, shards: Shards, heads: Heads, *, backend: str) -> Attend:
         assert isinstance(mechanism, Masked)
         rows = shards.rows_of(self.channel.rank)
-        plan = Plan.build(rows, rows, mechanism.visibility())
+        plan = Plan.build(rows, rows, mechanism.visibility(), heads=heads.query)
         return _SingleAttend(tokens_local=shards.tokens_local, heads=heads, plan=plan, backend=backend)
 
 

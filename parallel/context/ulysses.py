@@ -49,7 +49,9 @@ class Ulysses(Strategy):
         # In the order of the sequence, so that documents are runs again whatever the layout.
         order = shards.order()
         rows = shards.rows.take(shards.index.flatten()[order])
-        plan = Plan.build(rows, rows, mechanism.visibility())
+        local = heads.query // self.channel.size
+        mine = slice(self.channel.rank * local, (self.channel.rank + 1) * local)
+        plan = Plan.build(rows, rows, mechanism.visibility().of_heads(mine), heads=local)
         return _UlyssesAttend(
             tokens_local=shards.tokens_local,
             heads=heads,

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from farspan.kernels.attend import attend, attend_backward
 from farspan.kernels.backend import BACKENDS
-from farspan.kernels.mechanism import MECHANISMS, Masked, Mechanism
+from farspan.kernels.mechanism import MECHANISMS, Masked, Mechanism, Routed, alone
 from farspan.kernels.merge import accumulation_dtype, empty_partial, merge_
+from farspan.kernels.neighbourhood import Dimension, Neighbourhood
 from farspan.kernels.plan import Plan
 from farspan.kernels.rows import Rows
+from farspan.kernels.selection import Selection
 from farspan.kernels.visibility import Visibility
 from tests import oracle
 
@@ -22,9 +24,17 @@ ABLE = [name for name in BACKENDS if BACKENDS.get(name).refusal(CPU) is None]
 EXAMPLES = [
     pytest.param(example, id=str(example)) for name in MECHANISMS for example in MECHANISMS.get(name).examples()
 ]
-# Visibilities that no mechanism uses yet are held to the same contract.
+# Visibilities that no mechanism uses are held to the same contract.
 VISIBILITIES = [
     *(Visibility(causal=causal, window=window) for causal in (True, False) for window in (1, 7, 40)),
+    Visibility(window=(3, 40, 3, 9), sinks=2),
+    Visibility(causal=False, window=(1, 2, 90, 1)),
+    Visibility(
+        causal=False,
+        neighbourhood=Neighbourhood(
+            dimensions=(Dimension(length=5, window=3), Dimension(length=8, window=4, stride=2))
+        ),
+    ),
 ]
 
 ROWS = {
@@ -71,17 +81,25 @@ def run(tensors: Tensors, plan: Plan, backend: str) -> list[Tensor]:
     return [out, lse, *gradients]
 
 
-def expect(tensors: Tensors, seen: list[list[int]]) -> list[Tensor]:
+def expect(tensors: Tensors, mask: Tensor) -> list[Tensor]:
     q, k, v = (x.double().requires_grad_() for x in (tensors.q, tensors.k, tensors.v))
-    out, lse = oracle.attention(q, k, v, seen)
+    out, lse = oracle.attention(q, k, v, mask)
     gradients = torch.autograd.grad(out, (q, k, v), tensors.dout.double(), allow_unused=True, materialize_grads=True)
     return [out.detach(), lse.detach(), *gradients]
 
 
-def check(tensors: Tensors, queries: Rows, keys: Rows, visibility: Visibility, backend: str) -> None:
-    plan = Plan.build(queries, keys, visibility, shortest_run=8)
+def check(
+    tensors: Tensors,
+    queries: Rows,
+    keys: Rows,
+    visibility: Visibility,
+    backend: str,
+    selection: Selection | None = None,
+) -> None:
+    heads = tensors.q.shape[1]
+    plan = Plan.build(queries, keys, visibility, heads=heads, selection=selection, shortest_run=8)
     got = run(tensors, plan, backend)
-    expected = expect(tensors, oracle.visible_pairs(queries, keys, visibility))
+    expected = expect(tensors, mask_of(queries, keys, visibility, heads, selection))
     tolerance = oracle.RELATIVE_TOLERANCE[tensors.q.dtype]
     errors = {
         name: oracle.relative_error(a, b)
@@ -90,9 +108,17 @@ def check(tensors: Tensors, queries: Rows, keys: Rows, visibility: Visibility, b
     assert max(errors.values()) <= tolerance, errors
 
 
-def masked(mechanism: Mechanism) -> Visibility:
+def mask_of(queries: Rows, keys: Rows, visibility: Visibility, heads: int, selection: Selection | None) -> Tensor:
+    mask = oracle.visible_mask(queries, keys, visibility, heads)
+    return mask if selection is None else mask & oracle.selected_mask(selection, keys)
+
+
+def shown(mechanism: Mechanism, tensors: Tensors, rows: Rows) -> tuple[Visibility, Selection | None]:
+    """What a mechanism lets the rows of one whole sequence see."""
     assert isinstance(mechanism, Masked)
-    return mechanism.visibility()
+    if not isinstance(mechanism, Routed):
+        return mechanism.visibility(), None
+    return mechanism.visibility(), mechanism.select(tensors.q, tensors.k, rows, rows, alone)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -101,7 +127,9 @@ def masked(mechanism: Mechanism) -> Visibility:
 def test_mechanism_equals_the_formula(mechanism: Mechanism, backend: str, dtype: torch.dtype) -> None:
     for rows in ROWS.values():
         for heads in HEADS:
-            check(Tensors.random(len(rows), len(rows), heads, 16, 8, dtype), rows, rows, masked(mechanism), backend)
+            tensors = Tensors.random(len(rows), len(rows), heads, 16, 8, dtype)
+            visibility, selection = shown(mechanism, tensors, rows)
+            check(tensors, rows, rows, visibility, backend, selection)
 
 
 @pytest.mark.parametrize("visibility", VISIBILITIES, ids=str)
@@ -125,12 +153,15 @@ def test_head_sizes(backend: str, head_dim: int, value_dim: int) -> None:
 @pytest.mark.parametrize("mechanism", EXAMPLES)
 def test_parts_over_disjoint_keys_merge_and_their_gradients_add_up(mechanism: Mechanism, backend: str) -> None:
     """The two facts that every strategy stands on."""
-    rows, visibility = Rows.packed([30, 60, 5], padding=4), masked(mechanism)
+    rows = Rows.packed([30, 60, 5], padding=4)
     tensors = Tensors.random(len(rows), len(rows), (4, 2), 16, 16, torch.float64)
-    whole = run(tensors, Plan.build(rows, rows, visibility), backend)
+    visibility, selection = shown(mechanism, tensors, rows)
+    whole = run(tensors, Plan.build(rows, rows, visibility, heads=4, selection=selection), backend)
     # Three parts; the queries of the first document see nothing of the last.
     parts = [torch.arange(0, 41, 2), torch.arange(1, 41, 2), torch.arange(41, len(rows))]
-    plans = [Plan.build(rows, rows.take(part), visibility, shortest_run=8) for part in parts]
+    plans = [
+        Plan.build(rows, rows.take(part), visibility, heads=4, selection=selection, shortest_run=8) for part in parts
+    ]
     out, lse = empty_partial(len(rows), 4, 16, like=tensors.q)
     for part, plan in zip(parts, plans, strict=True):
         merge_(out, lse, *attend(tensors.q, tensors.k[part], tensors.v[part], plan, backend=backend))
@@ -151,15 +182,17 @@ def test_parts_over_disjoint_keys_merge_and_their_gradients_add_up(mechanism: Me
 @pytest.mark.parametrize("mechanism", EXAMPLES)
 def test_nothing_leaks_from_later_tokens_or_other_documents(mechanism: Mechanism, backend: str, order: str) -> None:
     """d out_t / d (k, v)_s is exactly 0 wherever s is not visible to t, even if its score would tower over all."""
-    rows, visibility = Rows.packed([20, 23]), masked(mechanism)
+    rows = Rows.packed([20, 23])
     if order == "irregular":
         rows = rows.take(torch.randperm(43, generator=torch.Generator().manual_seed(0)))
     tensors = Tensors.random(len(rows), len(rows), (2, 1), 16, 16, torch.float64)
-    plan = Plan.build(rows, rows, visibility, shortest_run=8)
+    visibility, selection = shown(mechanism, tensors, rows)
+    plan = Plan.build(rows, rows, visibility, heads=2, selection=selection, shortest_run=8)
     out, _ = attend(tensors.q, tensors.k, tensors.v, plan, backend=backend)
-    seen = oracle.visible_pairs(rows, rows, visibility)
+    # k has a single head: what one of the query heads sees is not hidden.
+    mask = mask_of(rows, rows, visibility, 2, selection).any(dim=0)
     for t in (0, 7, 19, 20, 30, 42):
-        hidden = [s for s in range(len(rows)) if s not in seen[t]]
+        hidden = [s for s in range(len(rows)) if not mask[t, s]]
         k, v = tensors.k.clone(), tensors.v.clone()
         k[hidden] *= 1e6
         v[hidden] -= 50.0
@@ -178,7 +211,7 @@ def test_nothing_leaks_from_later_tokens_or_other_documents(mechanism: Mechanism
 def test_no_rows_at_all(backend: str, queries: int, keys: int) -> None:
     """Through `attend`, which does not bother a backend with nothing, and by each backend itself."""
     t = Tensors.random(queries, keys, (4, 2), 16, 16, torch.float32)
-    plan = Plan.build(Rows.packed([queries]), Rows.packed([keys]), Visibility())
+    plan = Plan.build(Rows.packed([queries]), Rows.packed([keys]), Visibility(), heads=4)
     if backend == "attend":
         out, lse, *gradients = run(t, plan, "reference")
     else:
@@ -197,7 +230,7 @@ def test_inputs_need_not_be_contiguous(backend: str) -> None:
     rows = ROWS["ragged"]
     plain = Tensors.random(len(rows), len(rows), (4, 2), 16, 16, torch.float64)
     strided = Tensors(*(x.transpose(0, 2).contiguous().transpose(0, 2) for x in vars(plain).values()))
-    plan = Plan.build(rows, rows, Visibility())
+    plan = Plan.build(rows, rows, Visibility(), heads=4)
     for a, b in zip(run(plain, plan, backend), run(strided, plan, backend), strict=True):
         assert oracle.relative_error(b, a) <= oracle.RELATIVE_TOLERANCE[torch.float64]
 
@@ -215,7 +248,7 @@ def test_inputs_need_not_be_contiguous(backend: str) -> None:
     ],
 )
 def test_bad_shapes_are_refused(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], message: str) -> None:
-    plan = Plan.build(Rows.packed([5]), Rows.packed([5]), Visibility())
+    plan = Plan.build(Rows.packed([5]), Rows.packed([5]), Visibility(), heads=4)
     with pytest.raises(ValueError, match=message):
         attend(torch.zeros(q), torch.zeros(k), torch.zeros(v), plan, backend="reference")
 
@@ -225,7 +258,7 @@ def test_sums_of_parts_are_float32_for_half_inputs(backend: str) -> None:
     """A query meets its keys in dozens of parts: sums kept in bfloat16 would drown in their rounding."""
     rows = Rows.packed([700])
     tensors = Tensors.random(len(rows), len(rows), (2, 1), 16, 16, torch.bfloat16)
-    plan = Plan.build(rows, rows, Visibility(window=600))
+    plan = Plan.build(rows, rows, Visibility(window=600), heads=2)
     out, _, *gradients = run(tensors, plan, backend)
     for x in (out, *gradients):
         assert x.dtype == torch.float32
@@ -239,7 +272,7 @@ def test_half_precision_gradients_do_not_get_worse_with_length(backend: str, hea
     rows = Rows.packed([2048])
     half = Tensors.random(2048, 2048, heads, 16, 16, torch.bfloat16)
     full = Tensors(*(x.float() for x in vars(half).values()))
-    plan = Plan.build(rows, rows, Visibility())
+    plan = Plan.build(rows, rows, Visibility(), heads=heads[0])
     of_half, of_full = (run(tensors, plan, backend)[2:] for tensors in (half, full))
     for name, got, expected in zip(("dq", "dk", "dv"), of_half, of_full, strict=True):
         # bfloat16 rounds to 2^-9: out once before the backward pass, the gradient once after it.
@@ -253,6 +286,8 @@ def test_autograd_does_not_look_into_attend(backend: str, window: int | None) ->
     rows = Rows.packed([96])
     tensors = Tensors.random(96, 96, (2, 1), 16, 16, torch.float64)
     q = tensors.q.requires_grad_()
-    out, lse = attend(q, tensors.k, tensors.v, Plan.build(rows, rows, Visibility(window=window)), backend=backend)
+    out, lse = attend(
+        q, tensors.k, tensors.v, Plan.build(rows, rows, Visibility(window=window), heads=2), backend=backend
+    )
     assert not out.requires_grad
     assert not lse.requires_grad

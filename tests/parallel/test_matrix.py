@@ -90,7 +90,7 @@ def reference(mechanism: Mechanism, documents: str, heads: Heads) -> list[Tensor
     """One process, the reference backend, float64."""
     case = Case(mechanism, "single", "contiguous", documents, heads)
     assert isinstance(mechanism, Masked)
-    plan = Plan.build(case.rows, case.rows, mechanism.visibility())
+    plan = Plan.build(case.rows, case.rows, mechanism.visibility(), heads=heads.query)
     q, k, v, dout = case.inputs()
     out, lse = attend(q, k, v, plan, backend="reference")
     return [out, lse, *attend_backward(dout, q, k, v, out, lse, plan, backend="reference")]

@@ -1,0 +1,78 @@
+"""MoBA, mixture of block attention (arXiv 2502.13189, section 2): each query of each head attends to its best blocks.
+
+Reference semantics: the published naive implementation. A document is cut into blocks of `block` tokens. A block's score
+for a query is the product of the query with the mean of the block's keys, both as they enter attention. The block that
+holds the query is always taken and counts as one of `top_k`; later blocks never are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self, final
+
+import torch
+from torch import Tensor
+
+from farspan.kernels.mechanism import MECHANISMS, Routed, Total
+from farspan.kernels.ranking import affinity, top
+from farspan.kernels.rows import Rows
+from farspan.kernels.selection import Partition, Selection
+from farspan.kernels.visibility import Visibility
+
+QUERIES_AT_ONCE = 1 << 13
+"""Queries whose scores are held at the same time."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoBA(Routed):
+    """block: tokens per block. top_k: blocks per query, its own included. Defaults: the paper's scaling runs at 8K."""
+
+    block: int = 512
+    top_k: int = 3
+
+    def __post_init__(self) -> None:
+        if self.block < 1 or self.top_k < 1:
+            raise ValueError(f"block={self.block} and top_k={self.top_k} must be at least 1")
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        return cls(block=8, top_k=3), cls(block=16, top_k=1), cls(block=5, top_k=100)
+
+    def visibility(self) -> Visibility:
+        return Visibility(causal=True)
+
+    @torch.no_grad()
+    def select(self, q: Tensor, k: Tensor, held: Rows, everyone: Rows, total: Total) -> Selection:
+        blocks = Partition.blocks(everyone, self.block)
+        means = block_means(k, held, everyone, blocks, total)
+        first_of_document = blocks.first[:-1].repeat_interleave(blocks.first.diff()).to(q.device)
+        own = blocks.of(held)
+        chosen = []
+        for part in torch.arange(len(held)).split(QUERIES_AT_ONCE):
+            mine = own[part].to(q.device)
+            scores = affinity(q[part], means)  # [Hq, queries, blocks]
+            block = torch.arange(blocks.count, device=q.device)
+            document_start = first_of_document[mine.clamp(min=0)] if blocks.count else mine
+            earlier = (block < mine[:, None]) & (block >= document_start[:, None])
+            scores = scores.masked_fill(~earlier, float("-inf"))
+            scores = scores.masked_fill(block == mine[:, None], float("inf"))
+            chosen.append(top(scores, self.top_k).cpu())
+        unit = torch.arange(len(held)).masked_fill(own < 0, -1)
+        if not chosen:
+            return Selection.from_lists(unit, blocks, torch.empty(q.shape[1], 0, 0, dtype=torch.int64))
+        return Selection.from_lists(unit, blocks, torch.cat(chosen, dim=1))
+
+    def visible_pairs(self, queries: Rows, keys: Rows) -> int:
+        """As many as of any choice: every earlier block is full, and each query takes min(top_k - 1, earlier) of them."""
+        position = queries.position[queries.document >= 0].long()
+        earlier = (position // self.block).clamp(max=self.top_k - 1)
+        return int((position % self.block + 1 + earlier * self.block).sum())
+
+
+def block_means(x: Tensor, held: Rows, everyone: Rows, blocks: Partition, total: Total) -> Tensor:
+    """Return the mean of `x` `[rows, heads, width]` over each block of the sequence, float32 `[blocks, ...]`."""
+    counts = blocks.sums(torch.ones(len(everyone)), everyone).to(x.device)
+    return (total(blocks.sums(x, held)) / counts.view(-1, *[1] * (x.dim() - 1))).float()
+
+
+MECHANISMS.add("moba", MoBA)

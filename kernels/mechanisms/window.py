@@ -1,0 +1,34 @@
+"""Sliding window: a query sees its neighbours and, if asked, the first tokens of its document.
+
+Longformer (arXiv 2004.05150), section 3.1; sinks: StreamingLLM (arXiv 2309.17453), section 3.2.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self, final
+
+from farspan.kernels.mechanism import MECHANISMS, Masked
+from farspan.kernels.visibility import Visibility
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Window(Masked):
+    """window: a causal query sees itself and the window - 1 tokens before it; otherwise as many on the other side too.
+
+    sinks: tokens at the start of a document that are seen from everywhere.
+    """
+
+    window: int = 1024
+    sinks: int = 0
+    causal: bool = True
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        return cls(window=40, sinks=4), cls(window=7), cls(window=20, sinks=3, causal=False)
+
+    def visibility(self) -> Visibility:
+        return Visibility(causal=self.causal, window=self.window, sinks=self.sinks)
+
+
+MECHANISMS.add("window", Window)

@@ -1,0 +1,102 @@
+"""Neighbourhood attention on a grid: which keys a query sees, per dimension, as an interval.
+
+NATTEN (arXiv 2204.07143), dilation (arXiv 2209.15001), stride (generalized neighbourhood attention, arXiv 2504.16922).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from farspan.kernels.rows import Rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dimension:
+    """One dimension of the grid.
+
+    length: tokens. window: keys that a query sees. stride: neighbouring queries that share one window; 1 is plain
+    neighbourhood attention, `window` is blocked attention. dilation: distance between the keys of a window. causal: keys
+    after the query are hidden. An even window has one key more before its centre than after it.
+    """
+
+    length: int
+    window: int
+    stride: int = 1
+    dilation: int = 1
+    causal: bool = False
+
+    def __post_init__(self) -> None:
+        if self.length < 1 or self.window < 1 or self.dilation < 1:
+            raise ValueError(f"length={self.length}, window={self.window}, dilation={self.dilation} must be at least 1")
+        if self.window * self.dilation > self.length:
+            raise ValueError(f"window={self.window} x dilation={self.dilation} must fit into length={self.length}")
+        if not 1 <= self.stride <= self.window:
+            raise ValueError(f"stride={self.stride} must be from 1 to window={self.window}")
+
+    def interval(self, coordinate: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the first and last key coordinate that each query coordinate sees; those between are `dilation` apart.
+
+        Away from the borders a query sees `window` keys around the leader of its stride group; at a border the window
+        moves inwards and keeps its size. Causal windows end at the query and shrink at the border.
+        """
+        group, x = coordinate % self.dilation, coordinate // self.dilation
+        length = self.length // self.dilation + (group < self.length % self.dilation).to(x.dtype)
+        first_of_group = x // self.stride * self.stride
+        if self.causal:
+            leader = torch.minimum(first_of_group + self.stride - 1, length - 1)
+            low, high = (leader - self.window + 1).clamp(min=0), x
+        else:
+            leader = torch.minimum(first_of_group + self.stride // 2, length - 1)
+            before = self.window // 2
+            after = self.window - 1 - before
+            centre = torch.minimum(leader.clamp(min=before), length - 1 - after)
+            low, high = centre - before, centre + after
+        return low * self.dilation + group, high * self.dilation + group
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Neighbourhood:
+    """A grid in row-major order; a document is one grid, or several after one another, which do not see each other."""
+
+    dimensions: tuple[Dimension, ...]
+
+    def __post_init__(self) -> None:
+        if not self.dimensions:
+            raise ValueError("a neighbourhood needs at least one dimension")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one grid."""
+        return math.prod(dimension.length for dimension in self.dimensions)
+
+    def coordinates(self, rows: Rows) -> Tensor:
+        """Return int32 `[rows, 1 + dimensions]`: the number of the grid in its document, then the place in it."""
+        rest, places = rows.position, []
+        for dimension in reversed(self.dimensions):
+            places.append(rest % dimension.length)
+            rest = rest // dimension.length
+        return torch.stack((rest, *reversed(places)), dim=1)
+
+    def intervals(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Return the lowest and highest coordinates that each query row sees, int32 `[rows, 1 + dimensions]` each."""
+        coordinates = self.coordinates(rows)
+        lows, highs = [coordinates[:, 0]], [coordinates[:, 0]]
+        for number, dimension in enumerate(self.dimensions, start=1):
+            low, high = dimension.interval(coordinates[:, number])
+            lows.append(low)
+            highs.append(high)
+        return torch.stack(lows, dim=1), torch.stack(highs, dim=1)
+
+    def mask(self, queries: Rows, keys: Rows) -> Tensor:
+        """Return which keys lie in which queries' neighbourhoods, bool `[queries, keys]`, whatever the document."""
+        low, high = self.intervals(queries)
+        coordinates = self.coordinates(keys)
+        visible = torch.ones(len(queries), len(keys), dtype=torch.bool, device=queries.position.device)
+        for number in range(coordinates.shape[1]):
+            key = coordinates[:, number][None, :]
+            visible &= (key >= low[:, number][:, None]) & (key <= high[:, number][:, None])
+            if number and self.dimensions[number - 1].dilation > 1:
+                visible &= (key - low[:, number][:, None]) % self.dimensions[number - 1].dilation == 0
+        return visible

@@ -1,0 +1,254 @@
+r"""Regions: rectangles of the query x key grid that together hold every visible pair, found without looking at each.
+
+Rows usually come in runs: stretches of one document whose positions grow by a constant step (1 for contiguous and
+zigzag shards, the degree for striped ones). Between two runs of the same step visibility is a band, and a band is
+cut exactly into rectangles that are seen in full and triangles aligned with their top-left corner. Only windows,
+neighbourhoods and irregular rows (many tiny documents, gathered tokens) leave rectangles whose mask has to be computed.
+
+    keys ->  0.........h..........m
+    query 0  ##########                  # full: these keys are earlier than every query of the run
+             ##########\
+          n  ##########\\               \ causal: key j of the triangle is visible to query i iff j <= i
+"""
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+
+from farspan.kernels.bounds import Bounds, all_see, may_see
+from farspan.kernels.rows import Rows
+from farspan.kernels.visibility import Visibility
+
+IRREGULAR_TILE = 128
+"""Rows per tile where rows form no runs."""
+MAX_CANDIDATES = 1 << 20
+"""Pairs of segments that are looked at in one go."""
+
+
+class Kind(enum.Enum):
+    """How the pairs of a region are visible."""
+
+    FULL = "full"  # all pairs
+    CAUSAL = "causal"  # key j of the region to query i of the region iff j <= i
+    MASKED = "masked"  # as Visibility.mask of the region's rows says
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Query rows [query_start, query_stop) against key rows [key_start, key_stop)."""
+
+    kind: Kind
+    query_start: int
+    query_stop: int
+    key_start: int
+    key_stop: int
+
+    @property
+    def queries(self) -> slice:
+        return slice(self.query_start, self.query_stop)
+
+    @property
+    def keys(self) -> slice:
+        return slice(self.key_start, self.key_stop)
+
+
+def cut_regions(queries: Rows, keys: Rows, visibility: Visibility, shortest_run: int) -> tuple[Region, ...]:
+    """Return disjoint regions that hold every visible pair; runs of fewer rows than `shortest_run` are tiled."""
+    query_segments, key_segments = (_segments(rows, visibility, shortest_run) for rows in (queries, keys))
+    if query_segments.step.any() and key_segments.step.any():
+        regions = _regions(queries, keys, query_segments, key_segments, visibility)
+    else:
+        tiles = (_tiles(rows, 0, len(rows), visibility) for rows in (queries, keys))
+        regions = _tile_regions(*tiles, visibility)
+    return tuple(_merge_full(regions))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Segments:
+    """Rows [start, stop) of each; `step` is the constant growth of positions in a run, 0 where irregular."""
+
+    start: np.ndarray
+    stop: np.ndarray
+    step: np.ndarray
+    bounds: Bounds
+
+    def edges(self, number: int) -> tuple[int, int]:
+        return int(self.start[number]), int(self.stop[number])
+
+    def run(self, number: int) -> "_Run":
+        """Return one of them; its position means nothing where rows are irregular."""
+        return _Run(*self.edges(number), int(self.step[number]), int(self.bounds.position_low[number]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Rows [start, stop) of one document, at positions `position`, `position` + step, ..."""
+
+    start: int
+    stop: int
+    step: int
+    position: int
+
+
+def _segments(rows: Rows, visibility: Visibility, shortest_run: int) -> _Segments:
+    """Cut rows into runs of one document and constant step, and tiles of irregular rows between them."""
+    position, document = rows.position.numpy().astype(np.int64), rows.document.numpy()
+    pieces: list[tuple[int, int, int]] = []
+    taken = 0
+    # Runs have edges that a band can follow; the edges of a neighbourhood are too many for that.
+    runs = _runs(position, document, shortest_run) if visibility.neighbourhood is None else []
+    for first, stop, step in runs:
+        pieces += ((tile, min(tile + IRREGULAR_TILE, first), 0) for tile in range(taken, first, IRREGULAR_TILE))
+        # Sinks have another visibility than the rest of their run.
+        border = first + min(max(-(-(visibility.sinks - int(position[first])) // step), 0), stop - first)
+        pieces += ((a, b, step) for a, b in ((first, border), (border, stop)) if a < b)
+        taken = stop
+    pieces += ((tile, min(tile + IRREGULAR_TILE, len(rows)), 0) for tile in range(taken, len(rows), IRREGULAR_TILE))
+    start, stop, step = np.array(pieces, dtype=np.int64).reshape(-1, 3).T
+    return _Segments(start, stop, step, Bounds.of(rows, start, stop, visibility))
+
+
+def _runs(position: np.ndarray, document: np.ndarray, shortest_run: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (start, stop, step) of stretches of one document whose positions grow by a constant step, in order."""
+    growth = np.diff(position)
+    step = np.where((np.diff(document) == 0) & (document[1:] >= 0) & (growth > 0), growth, 0)
+    if not len(step):
+        return
+    borders = np.flatnonzero(np.diff(step)) + 1
+    starts, stops = np.concatenate(([0], borders)), np.concatenate((borders, [len(step)]))
+    long_enough = (step[starts] > 0) & (stops - starts + 1 >= shortest_run)
+    taken = 0
+    for start, stop in zip(starts[long_enough].tolist(), stops[long_enough].tolist(), strict=True):
+        # Two stretches of steps share the row between them; it belongs to the run that came first.
+        yield max(start, taken), stop + 1, int(step[start])
+        taken = stop + 1
+
+
+def _regions(
+    queries: Rows, keys: Rows, query_segments: _Segments, key_segments: _Segments, visibility: Visibility
+) -> Iterator[Region]:
+    tiles_of_query = cache(lambda i: _tiles(queries, *query_segments.edges(i), visibility))
+    tiles_of_key = cache(lambda j: _tiles(keys, *key_segments.edges(j), visibility))
+    for i, j in _candidates(query_segments.bounds, key_segments.bounds, visibility):
+        query, key = query_segments.run(i), key_segments.run(j)
+        one_document = query_segments.bounds.document_low[i] == key_segments.bounds.document_low[j]
+        if query.step and query.step == key.step and one_document:
+            # A run of sinks is seen from everywhere; the rest of the document has none.
+            is_sink = key_segments.bounds.position_high[j] < visibility.sinks
+            window = None if is_sink else visibility.window
+            yield from _band_regions(query, key, replace(visibility, window=window, sinks=0))
+        else:
+            yield from _tile_regions(tiles_of_query(i), tiles_of_key(j), visibility)
+
+
+def _tile_regions(queries: _Segments, keys: _Segments, visibility: Visibility) -> Iterator[Region]:
+    """Regions of irregular rows, and of runs of different steps: tiles whose masks are computed unless all see all."""
+    pairs = np.array(list(_candidates(queries.bounds, keys.bounds, visibility)), dtype=np.int64).reshape(-1, 2)
+    whole = all_see(queries.bounds.take(pairs[:, 0]), keys.bounds.take(pairs[:, 1]), visibility)
+    edges = (queries.start[pairs[:, 0]], queries.stop[pairs[:, 0]], keys.start[pairs[:, 1]], keys.stop[pairs[:, 1]])
+    for is_whole, *edge in zip(whole.tolist(), *(values.tolist() for values in edges), strict=True):
+        yield Region(Kind.FULL if is_whole else Kind.MASKED, *edge)
+
+
+def _tiles(rows: Rows, start: int, stop: int, visibility: Visibility) -> _Segments:
+    """Cut rows [start, stop) into tiles, so that no mask between irregular rows grows with the square of the rows."""
+    starts = np.arange(0, stop - start, IRREGULAR_TILE)
+    stops = np.minimum(starts + IRREGULAR_TILE, stop - start)
+    bounds = Bounds.of(rows.slice(slice(start, stop)), starts, stops, visibility)
+    return _Segments(start + starts, start + stops, np.zeros_like(starts), bounds)
+
+
+def _candidates(queries: Bounds, keys: Bounds, visibility: Visibility) -> Iterator[tuple[int, int]]:
+    """Yield the pairs (query group, key group), in order, whose bounds do not rule out a visible pair.
+
+    Keys sorted by document hold the candidates of a query in one stretch, so that time and memory follow the pairs
+    of groups that share documents, not all pairs.
+    """
+    if not len(queries) or not len(keys):
+        return
+    order = np.argsort(keys.document_low, kind="stable")
+    # The furthest document that any key up to here reaches: sorted too, though the keys' own highs need not be.
+    reach = np.maximum.accumulate(keys.document_high[order])
+    first = np.searchsorted(reach, queries.document_low, side="left")
+    stop = np.searchsorted(keys.document_low[order], queries.document_high, side="right")
+    counts = np.maximum(stop - first, 0)
+    ends = np.cumsum(counts)
+    start = 0
+    while start < len(queries):
+        # A block of queries, at least one, with about MAX_CANDIDATES candidates.
+        limit = (ends[start - 1] if start else 0) + MAX_CANDIDATES
+        block = np.arange(start, max(start + 1, int(np.searchsorted(ends, limit, side="right"))))
+        i = np.repeat(block, counts[block])
+        nth = np.arange(len(i)) - np.repeat(np.cumsum(counts[block]) - counts[block], counts[block])
+        j = order[np.repeat(first[block], counts[block]) + nth]
+        may = may_see(queries.take(i), keys.take(j), visibility)
+        i, j = i[may], j[may]
+        ascending = np.lexsort((j, i))
+        yield from zip(i[ascending].tolist(), j[ascending].tolist(), strict=True)
+        start = int(block[-1]) + 1
+
+
+def _band_regions(query: _Run, key: _Run, visibility: Visibility) -> Iterator[Region]:
+    """Cut two runs of one document and one step: key j is visible to query i iff i + low <= j <= i + high."""
+    step, lead = query.step, query.position - key.position
+    num_queries, num_keys = query.stop - query.start, key.stop - key.start
+    high, low = num_keys, -num_queries
+    if visibility.window is not None:
+        # |lead + (i - j) step| < window, solved for j.
+        low = (lead - visibility.window) // step + 1
+        high = -((-lead - visibility.window) // step) - 1
+    if visibility.causal:
+        high = min(high, lead // step)
+    if low <= -(num_queries - 1):
+        yield from _below_diagonal(query.start, query.stop, key.start, key.stop, high)
+        return
+    assert visibility.window is not None
+    # Both edges of the band cut through: short query pieces keep the masked corner small.
+    piece = min(max(visibility.window // (4 * step), 64), 512)
+    for start in range(0, num_queries, piece):
+        stop = min(start + piece, num_queries)
+        # Keys from here on are inside the window of every query of the piece.
+        whole = min(max(stop - 1 + low, 0), num_keys)
+        corner = max(start + low, 0), min(whole, stop + high)
+        queries = query.start + start, query.start + stop
+        if corner[0] < corner[1]:
+            yield Region(Kind.MASKED, *queries, key.start + corner[0], key.start + corner[1])
+        yield from _below_diagonal(*queries, key.start + whole, key.stop, start + high - whole)
+
+
+def _below_diagonal(query_start: int, query_stop: int, key_start: int, key_stop: int, high: int) -> Iterator[Region]:
+    """Regions of key j visible to query i iff j <= i + high."""
+    if high < 0:
+        query_start, high = query_start - high, 0
+    if query_start >= query_stop:
+        return
+    full_stop = min(key_start + high, key_stop)
+    if high >= key_stop - key_start - 1:
+        full_stop = key_stop
+    if full_stop > key_start:
+        yield Region(Kind.FULL, query_start, query_stop, key_start, full_stop)
+    last = min(key_stop, full_stop + query_stop - query_start)
+    if full_stop < last:
+        yield Region(Kind.CAUSAL, query_start, query_stop, full_stop, last)
+
+
+def _merge_full(regions: Iterator[Region]) -> Iterator[Region]:
+    """Join full regions of the same queries whose keys follow each other."""
+    previous: Region | None = None
+    for region in regions:
+        if (
+            previous is not None
+            and previous.kind is region.kind is Kind.FULL
+            and previous.queries == region.queries
+            and previous.key_stop == region.key_start
+        ):
+            previous = Region(Kind.FULL, region.query_start, region.query_stop, previous.key_start, region.key_stop)
+            continue
+        if previous is not None:
+            yield previous
+        previous = region
+    if previous is not None:
+        yield previous

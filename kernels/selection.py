@@ -1,0 +1,133 @@
+"""Selection: which blocks of keys each query attends to, decided once from globally agreed summaries."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from farspan.kernels.rows import Rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Partition:
+    """Blocks of the rows of one whole sequence, numbered from 0 document by document.
+
+    A block is known by position: any subset of the sequence's rows, in any order, finds its blocks by itself.
+    documents: ids, ascending, int32 `[documents]`. first: first block of each and the number of all, int64
+    `[documents + 1]`. place: block inside the document of each position, int32 `[longest document]`.
+    """
+
+    documents: Tensor
+    first: Tensor
+    place: Tensor
+
+    @staticmethod
+    def build(everyone: Rows, place: Callable[[Tensor], Tensor]) -> "Partition":
+        """Partition the rows of a whole sequence; `place` gives the block in its document of int64 positions."""
+        real = everyone.document >= 0
+        documents, where = everyone.document[real].unique(return_inverse=True)
+        positions = everyone.position[real].long()
+        table = place(torch.arange(int(positions.max()) + 1 if len(positions) else 0)).int()
+        last = torch.full((len(documents),), -1, dtype=torch.int64)
+        last.scatter_reduce_(0, where, table[positions].long(), "amax")
+        first = torch.cat((torch.zeros(1, dtype=torch.int64), (last + 1).cumsum(0)))
+        return Partition(documents=documents, first=first, place=table)
+
+    @staticmethod
+    def blocks(everyone: Rows, size: int) -> "Partition":
+        """Partition each document into blocks of `size` consecutive positions; the last one may be shorter."""
+        return Partition.build(everyone, lambda position: position // size)
+
+    @property
+    def count(self) -> int:
+        return int(self.first[-1])
+
+    @property
+    def document(self) -> Tensor:
+        """The document of each block, int32 `[blocks]`."""
+        return self.documents.repeat_interleave(self.first.diff())
+
+    def of(self, rows: Rows) -> Tensor:
+        """Return the block of each row, int64 `[rows]`; -1 for padding."""
+        if not len(self.documents):
+            return torch.full((len(rows),), -1, dtype=torch.int64)
+        real = rows.document >= 0
+        document = torch.searchsorted(self.documents, rows.document.clamp(min=0)).clamp(max=len(self.documents) - 1)
+        block = self.first[document] + self.place[rows.position.clamp(max=len(self.place) - 1).long()]
+        return block.masked_fill(~real, -1)
+
+    def sums(self, x: Tensor, rows: Rows) -> Tensor:
+        """Return the sum of `x` `[rows, ...]` over the rows of each block, float64 `[blocks, ...]`.
+
+        float64, so that the order of rows and ranks does not matter once the result is rounded to float32.
+        """
+        block = self.of(rows)
+        real = block >= 0
+        total = torch.zeros(self.count, *x.shape[1:], dtype=torch.float64, device=x.device)
+        return total.index_add_(0, block[real].to(x.device), x[real.to(x.device)].double())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Selection:
+    """For each query head and each unit of query rows (a row, or a tile of them) the key blocks that it attends to.
+
+    unit: of each query row, int64 `[queries]`; -1 for rows that attend to nothing. blocks: what the ids mean.
+    offsets: int64 `[heads * units + 1]`, chosen: int32 block ids, ascending in each list (CSR); the list of head h and
+    unit u is number h * units + u.
+    """
+
+    unit: Tensor
+    num_units: int
+    heads: int
+    blocks: Partition
+    offsets: Tensor
+    chosen: Tensor
+
+    @staticmethod
+    def from_mask(unit: Tensor, blocks: Partition, mask: Tensor) -> "Selection":
+        """Select where `mask` is True, bool `[heads, units, blocks]`."""
+        heads, num_units, _ = mask.shape
+        counts = mask.sum(dim=2).flatten()
+        return Selection(
+            unit=unit,
+            num_units=num_units,
+            heads=heads,
+            blocks=blocks,
+            offsets=torch.cat((counts.new_zeros(1), counts.cumsum(0))),
+            chosen=mask.nonzero()[:, 2].int(),
+        )
+
+    @staticmethod
+    def from_lists(unit: Tensor, blocks: Partition, chosen: Tensor) -> "Selection":
+        """Select the blocks `chosen`, int `[heads, units, K]`, each at most once; -1 fills up shorter lists."""
+        heads, num_units, _ = chosen.shape
+        chosen = chosen.int().masked_fill(chosen < 0, torch.iinfo(torch.int32).max).sort(dim=2).values
+        present = chosen != torch.iinfo(torch.int32).max
+        counts = present.sum(dim=2).flatten()
+        offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+        return Selection(
+            unit=unit, num_units=num_units, heads=heads, blocks=blocks, offsets=offsets, chosen=chosen[present]
+        )
+
+    @cached_property
+    def lists(self) -> Tensor:
+        """The list of each entry of `chosen`: h * units + u, int64."""
+        return torch.arange(self.heads * self.num_units).repeat_interleave(self.offsets.diff())
+
+    def of_heads(self, heads: slice) -> "Selection":
+        """Return the lists of some consecutive heads."""
+        first, stop, _ = heads.indices(self.heads)
+        offsets = self.offsets[first * self.num_units : stop * self.num_units + 1]
+        chosen = self.chosen[int(offsets[0]) : int(offsets[-1])]
+        return replace(self, heads=stop - first, offsets=offsets - offsets[0], chosen=chosen)
+
+    def mask(self, keys: Rows) -> Tensor:
+        """Return whether each query selected the block of each key, bool `[heads, queries, keys]`; quadratic."""
+        table = torch.zeros(self.heads * self.num_units + 1, self.blocks.count + 1, dtype=torch.bool)
+        table[self.lists, self.chosen.long()] = True
+        table = table[:-1].view(self.heads, self.num_units, -1)
+        # -1 is the last column and a further row, which nobody selected.
+        table = torch.cat((table, torch.zeros_like(table[:, :1])), dim=1)
+        return table[:, self.unit][:, :, self.blocks.of(keys)]

@@ -1,0 +1,243 @@
+"""Tasks: a selection turned into gathers of query rows and key rows that see each other in full, or nearly.
+
+Where every row chooses for itself, a task is one block of keys and all rows, of all heads of the group, that chose it:
+the keys are read once. Where whole tiles of rows choose together, a task is one tile and all blocks that it chose,
+side by side: its rows need no merging. Tasks of one shape share a batch.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from farspan.kernels.bounds import Bounds, all_see, may_see
+from farspan.kernels.plan import Plan
+from farspan.kernels.regions import Kind
+from farspan.kernels.rows import Rows
+from farspan.kernels.selection import Selection
+from farspan.kernels.visibility import Visibility
+
+SHARED_ROWS = 16
+"""Rows that choose together, on average, from which on a task is made of their blocks and not of a block's rows."""
+BATCH_ROWS = 1 << 17
+"""Key rows that a batch of several tasks may gather: what bounds memory."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Tasks of one shape; a row of a head is counted as row * heads + head.
+
+    queries: int64 `[tasks, R]`, of query heads; no row occurs twice. keys: int64 `[tasks, S]`, of KV heads.
+    mask: bool `[tasks, R, S]` where kind is MASKED.
+    """
+
+    kind: Kind
+    queries: Tensor
+    keys: Tensor
+    mask: Tensor | None = None
+
+    @property
+    def visible_pairs(self) -> int:
+        tasks, queries, keys = *self.queries.shape, self.keys.shape[1]
+        if self.mask is not None:
+            return int(self.mask.sum())
+        return tasks * (queries * keys if self.kind is Kind.FULL else queries * (queries + 1) // 2)
+
+
+def batches(plan: Plan, kv_heads: int) -> Iterator[Batch]:
+    """Yield disjoint batches that hold every visible pair of a plan with a selection."""
+    assert plan.selection is not None
+    units, pieces = _Groups.of_units(plan), _Groups.of_blocks(plan)
+    if not len(units) or not len(pieces):
+        return
+    for visibility, heads in plan.visibility.by_heads(plan.heads).items():
+        entries = _Entries.find(plan.selection, heads, units, pieces)
+        yield from _Tasks(plan, visibility, units, pieces, kv_heads).of(entries)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Groups:
+    """Rows by a number that some share: rows order[start[i]:stop[i]] share `number[i]`; ascending, none empty."""
+
+    number: np.ndarray
+    order: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+    rows: Rows
+
+    @staticmethod
+    def by(number: np.ndarray, rows: Rows) -> "_Groups":
+        order = np.argsort(number, kind="stable")
+        order = order[np.searchsorted(number[order], 0) :]  # -1 belongs to no group
+        values, start = np.unique(number[order], return_index=True)
+        return _Groups(values, order, start, np.append(start[1:], len(order)), rows)
+
+    @staticmethod
+    def of_units(plan: Plan) -> "_Groups":
+        assert plan.selection is not None
+        unit = plan.selection.unit.masked_fill(plan.queries.document < 0, -1)
+        return _Groups.by(unit.numpy(), plan.queries)
+
+    @staticmethod
+    def of_blocks(plan: Plan) -> "_Groups":
+        assert plan.selection is not None
+        return _Groups.by(plan.selection.blocks.of(plan.keys).numpy(), plan.keys)
+
+    def __len__(self) -> int:
+        return len(self.number)
+
+    def bounds(self, visibility: Visibility) -> Bounds:
+        return Bounds.of(self.rows.take(torch.from_numpy(self.order)), self.start, self.stop, visibility)
+
+    def sizes(self) -> np.ndarray:
+        return self.stop - self.start
+
+    def members(self, groups: np.ndarray) -> np.ndarray:
+        """Return the rows of these groups, one group after another."""
+        return self.order[_ranges(self.start[groups], self.stop[groups])]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Entries:
+    """Which unit of which head chose which piece: index arrays of one length, in the order of heads, units, pieces."""
+
+    head: np.ndarray
+    unit: np.ndarray
+    piece: np.ndarray
+
+    @staticmethod
+    def find(selection: Selection, heads: list[int], units: _Groups, pieces: _Groups) -> "_Entries":
+        """Return the entries of these heads whose unit and block have rows here."""
+        lists, chosen = selection.lists.numpy(), selection.chosen.numpy()
+        unit_here = _inverse(units.number, selection.num_units)
+        piece_here = _inverse(pieces.number, selection.blocks.count)
+        head, unit = lists // selection.num_units, unit_here[lists % selection.num_units]
+        piece = piece_here[chosen]
+        here = (unit >= 0) & (piece >= 0)
+        if len(heads) < selection.heads:
+            here &= np.isin(head, heads)
+        return _Entries(head, unit, piece).take(here)
+
+    def take(self, index: np.ndarray) -> "_Entries":
+        return _Entries(self.head[index], self.unit[index], self.piece[index])
+
+    def __len__(self) -> int:
+        return len(self.head)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Tasks:
+    plan: Plan
+    visibility: Visibility
+    units: _Groups
+    pieces: _Groups
+    kv_heads: int
+
+    def of(self, entries: _Entries) -> Iterator[Batch]:
+        queries, keys = self.units.bounds(self.visibility), self.pieces.bounds(self.visibility)
+        i, j = entries.unit, entries.piece
+        whole = all_see(queries.take(i), keys.take(j), self.visibility)
+        partly = ~whole & may_see(queries.take(i), keys.take(j), self.visibility)
+        together = len(self.units.order) >= SHARED_ROWS * len(self.units)
+        yield from self._by_tile(entries.take(whole)) if together else self._by_block(entries.take(whole))
+        yield from self._partial(entries.take(partly))
+
+    def _by_block(self, entries: _Entries) -> Iterator[Batch]:
+        """One task per piece and KV head: all rows that chose it."""
+        group = self._kv_head(entries.head) * len(self.pieces) + entries.piece
+        for chunk in _runs_of_equal(group):
+            here = entries.take(chunk)
+            head, piece = self._kv_head(here.head[0]), here.piece[:1]
+            yield Batch(Kind.FULL, self._queries(here)[None], self._keys(piece, head)[None])
+
+    def _by_tile(self, entries: _Entries) -> Iterator[Batch]:
+        """One task per unit and head: all pieces that it chose; units of one size and one number of keys in batches."""
+        if not len(entries):
+            return
+        number = entries.head * len(self.units) + entries.unit
+        first = np.flatnonzero(np.diff(number, prepend=-1))
+        stop = np.append(first[1:], len(number))
+        keys = np.add.reduceat(self.pieces.sizes()[entries.piece], first)
+        rows = self.units.sizes()[entries.unit[first]]
+        for alike in _runs_of_equal(rows * (keys.max() + 1) + keys):
+            num_rows, num_keys = int(rows[alike[0]]), int(keys[alike[0]])
+            for part in np.array_split(alike, -(-len(alike) * num_keys // BATCH_ROWS)):
+                chosen = entries.take(_ranges(first[part], stop[part]))
+                head = np.repeat(self._kv_head(entries.head[first[part]]), keys[part])
+                key_rows = self.pieces.members(chosen.piece) * self.kv_heads + head
+                queries = self._queries(entries.take(first[part]))
+                yield Batch(
+                    Kind.FULL, queries.view(len(part), num_rows), torch.from_numpy(key_rows).view(len(part), num_keys)
+                )
+
+    def _partial(self, entries: _Entries) -> Iterator[Batch]:
+        """Pairs that see some of each other: triangles where rows and keys are the same positions, else masks."""
+        triangles: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        simple = self.visibility.causal and self.visibility.window is None and self.visibility.neighbourhood is None
+        group = entries.head * len(self.pieces) + entries.piece
+        for chunk in _runs_of_equal(group):
+            here = entries.take(chunk)
+            rows, key_rows = self.units.members(here.unit), self.pieces.members(here.piece[:1])
+            head = int(here.head[0])
+            task = (
+                torch.from_numpy(rows * self.plan.heads + head),
+                torch.from_numpy(key_rows * self.kv_heads + self._kv_head(head)),
+            )
+            queries, keys = (
+                r.take(torch.from_numpy(i)) for r, i in ((self.plan.queries, rows), (self.plan.keys, key_rows))
+            )
+            if simple and _is_triangle(queries, keys):
+                alike = triangles.setdefault(len(rows), [])
+                alike.append(task)
+                if len(alike) * len(rows) >= BATCH_ROWS:
+                    yield _stack(triangles.pop(len(rows)))
+            else:
+                yield Batch(Kind.MASKED, task[0][None], task[1][None], self.visibility.mask(queries, keys)[None])
+        for alike in triangles.values():
+            yield _stack(alike)
+
+    def _kv_head(self, head):  # noqa: ANN001, ANN202
+        return head // (self.plan.heads // self.kv_heads)
+
+    def _queries(self, entries: _Entries) -> Tensor:
+        """Return the rows of each entry's unit, in its head."""
+        head = np.repeat(entries.head, self.units.sizes()[entries.unit])
+        return torch.from_numpy(self.units.members(entries.unit) * self.plan.heads + head)
+
+    def _keys(self, piece: np.ndarray, kv_head: int) -> Tensor:
+        return torch.from_numpy(self.pieces.members(piece) * self.kv_heads + kv_head)
+
+
+def _is_triangle(queries: Rows, keys: Rows) -> bool:
+    """Whether both are the same ascending positions of one document."""
+    if len(queries) != len(keys) or not torch.equal(queries.position, keys.position):
+        return False
+    return bool((queries.position.diff() > 0).all()) and bool((queries.document == keys.document[0]).all())
+
+
+def _stack(tasks: list[tuple[Tensor, Tensor]]) -> Batch:
+    queries, keys = (torch.stack(rows) for rows in zip(*tasks, strict=True))
+    return Batch(Kind.CAUSAL, queries, keys)
+
+
+def _ranges(start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+    """Return start[0], ..., stop[0] - 1, start[1], ..., one range after another."""
+    sizes = stop - start
+    return np.arange(sizes.sum()) + np.repeat(start - np.cumsum(sizes) + sizes, sizes)
+
+
+def _inverse(number: np.ndarray, count: int) -> np.ndarray:
+    """Return int64 `[count]`: the place of each number in `number`, -1 where it is absent."""
+    place = np.full(count, -1, dtype=np.int64)
+    place[number] = np.arange(len(number))
+    return place
+
+
+def _runs_of_equal(values: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield, for each distinct value, where it stands, ascending."""
+    if not len(values):
+        return
+    order = np.argsort(values, kind="stable")
+    yield from np.split(order, np.flatnonzero(np.diff(values[order])) + 1)

@@ -71,7 +71,7 @@ def _reduce(function: np.ufunc, values: np.ndarray, starts: np.ndarray, stops: n
     """Reduce each [start, stop) of the first dimension; groups ascend and do not overlap."""
     if len(starts) == 0:
         return values[:0]
-    # reduceat works from border to border: stops that are no starts leave results between the groups, which are dropped.
+    # reduceat works from border to border; what it finds between a stop and the next start is dropped.
     borders = np.stack((starts, stops), axis=1).reshape(-1)
     padded = np.concatenate((values, values[-1:]))
     return function.reduceat(padded, borders, axis=0)[::2]

@@ -21,8 +21,8 @@ MASKED_SCORE = -1e30
 def flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return out `[N, Hq, T, Dv]` and lse `[N, Hq, T]` of q `[N, Hq, T, D]`, k `[N, Hk, S, D]`, v `[N, Hk, S, Dv]`.
 
-    causal: key j to query i iff j <= i. mask: bool `[T, S]` or `[N, 1, T, S]`, True where visible. Rows that see nothing
-    have out 0 and lse -inf. None of N, T, S may be 0.
+    causal: key j to query i iff j <= i. mask: bool `[T, S]` or `[N, 1, T, S]`, True where visible. Rows that see
+    nothing have out 0 and lse -inf. None of N, T, S may be 0.
     """
     width = max(q.shape[-1], v.shape[-1])
     out, lse = _flash(

@@ -49,7 +49,7 @@ class Routed(Masked):
     """Of the keys that visibility shows, each query attends to blocks that are chosen by content.
 
     Rows may be spread over several holders, in any order. Each calls `select` with the rows that it holds; `everyone`
-    is the whole sequence, known to all, and `total` sums over the holders. So all choose alike, however rows are spread.
+    is the whole sequence, known to all, and `total` sums over the holders: however rows are spread, all choose alike.
     """
 
     @abstractmethod
@@ -59,10 +59,21 @@ class Routed(Masked):
         Nothing of the choice is differentiable: gradients flow through the chosen blocks.
         """
 
+    @abstractmethod
+    def total_bytes(self, everyone: Rows, kv_heads: int, head_dim: int) -> int:
+        """Return the bytes of the tensors that `select` has summed over holders."""
+
 
 def alone(x: Tensor) -> Tensor:
     """The total over a single holder."""
     return x
+
+
+def choose(mechanism: Masked, plan: Plan, q: Tensor, k: Tensor) -> Plan:
+    """Return the plan of a whole sequence, all rows held here in one order, with what a routed mechanism chooses."""
+    if not isinstance(mechanism, Routed):
+        return plan
+    return plan.choosing(mechanism.select(q, k, plan.queries, plan.queries, alone))
 
 
 MECHANISMS: Registry[type[Mechanism]] = Registry("attention mechanism", "farspan.kernels.mechanisms")

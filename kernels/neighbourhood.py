@@ -17,8 +17,8 @@ class Dimension:
     """One dimension of the grid.
 
     length: tokens. window: keys that a query sees. stride: neighbouring queries that share one window; 1 is plain
-    neighbourhood attention, `window` is blocked attention. dilation: distance between the keys of a window. causal: keys
-    after the query are hidden. An even window has one key more before its centre than after it.
+    neighbourhood attention, `window` is blocked attention. dilation: distance between the keys of a window. causal:
+    keys after the query are hidden. An even window has one key more before its centre than after it.
     """
 
     length: int

@@ -1,6 +1,6 @@
 """Plan: what attention of some query rows to some key rows has to compute; made before any tensor is touched."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -31,9 +31,9 @@ class Plan:
     queries: Rows
     keys: Rows
     visibility: Visibility
-    selection: Selection | None
     heads: int
-    shortest_run: int
+    parts: tuple[HeadPlan, ...]
+    selection: Selection | None
 
     @staticmethod
     def build(
@@ -49,33 +49,26 @@ class Plan:
 
         Raises ValueError when windows or selection are for another number of heads or queries.
         """
-        visibility.by_heads(heads)
-        if selection is not None and (selection.heads != heads or len(selection.unit) != len(queries)):
-            raise ValueError(
-                f"a selection for {selection.heads} heads and {len(selection.unit)} queries cannot plan "
-                f"{heads} heads and {len(queries)} queries"
-            )
-        return Plan(
-            queries=queries,
-            keys=keys,
-            visibility=visibility,
-            selection=selection,
-            heads=heads,
-            shortest_run=shortest_run,
+        parts = tuple(
+            HeadPlan(tuple(group), uniform, cut_regions(queries, keys, uniform, shortest_run))
+            for uniform, group in visibility.by_heads(heads).items()
         )
+        plan = Plan(queries=queries, keys=keys, visibility=visibility, heads=heads, parts=parts, selection=None)
+        return plan if selection is None else plan.choosing(selection)
 
-    @cached_property
-    def by_heads(self) -> tuple[HeadPlan, ...]:
-        """The regions of each group of heads that see the same; selection is not looked at."""
-        return tuple(
-            HeadPlan(tuple(heads), visibility, cut_regions(self.queries, self.keys, visibility, self.shortest_run))
-            for visibility, heads in self.visibility.by_heads(self.heads).items()
-        )
+    def choosing(self, selection: Selection) -> "Plan":
+        """Return the same plan, of whose keys the queries see only those that `selection` chose."""
+        if selection.heads != self.heads or len(selection.unit) != len(self.queries):
+            raise ValueError(
+                f"a selection for {selection.heads} heads and {len(selection.unit)} queries cannot go with a plan for "
+                f"{self.heads} heads and {len(self.queries)} queries"
+            )
+        return replace(self, selection=selection)
 
     @property
     def is_empty(self) -> bool:
         """Whether no query sees any key, as far as visibility goes."""
-        return not any(part.regions for part in self.by_heads)
+        return not any(part.regions for part in self.parts)
 
     @cached_property
     def visible_pairs(self) -> int:
@@ -83,7 +76,7 @@ class Plan:
         if self.selection is not None:
             return int(self.mask().sum()) // self.heads
         pairs = sum(
-            self._pairs(part.visibility, region) * len(part.heads) for part in self.by_heads for region in part.regions
+            self._pairs(part.visibility, region) * len(part.heads) for part in self.parts for region in part.regions
         )
         return pairs // self.heads
 

@@ -7,6 +7,7 @@ side by side: its rows need no merging. Tasks of one shape share a batch.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,9 +53,9 @@ def batches(plan: Plan, kv_heads: int) -> Iterator[Batch]:
     units, pieces = _Groups.of_units(plan), _Groups.of_blocks(plan)
     if not len(units) or not len(pieces):
         return
-    for visibility, heads in plan.visibility.by_heads(plan.heads).items():
-        entries = _Entries.find(plan.selection, heads, units, pieces)
-        yield from _Tasks(plan, visibility, units, pieces, kv_heads).of(entries)
+    for part in plan.parts:
+        entries = _Entries.find(plan.selection, part.heads, units, pieces)
+        yield from _Tasks(plan, part.visibility, units, pieces, kv_heads).of(entries)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,7 +109,7 @@ class _Entries:
     piece: np.ndarray
 
     @staticmethod
-    def find(selection: Selection, heads: list[int], units: _Groups, pieces: _Groups) -> "_Entries":
+    def find(selection: Selection, heads: tuple[int, ...], units: _Groups, pieces: _Groups) -> "_Entries":
         """Return the entries of these heads whose unit and block have rows here."""
         lists, chosen = selection.lists.numpy(), selection.chosen.numpy()
         unit_here = _inverse(units.number, selection.num_units)
@@ -198,7 +199,8 @@ class _Tasks:
         for alike in triangles.values():
             yield _stack(alike)
 
-    def _kv_head(self, head):  # noqa: ANN001, ANN202
+    def _kv_head(self, head: Any) -> Any:
+        """Return the KV head of a query head, or of an array of them."""
         return head // (self.plan.heads // self.kv_heads)
 
     def _queries(self, entries: _Entries) -> Tensor:

@@ -67,6 +67,14 @@ class Channel:
         self.traffic.add(kind, buffer.nbytes)
         return Shift(received, buffer, works)
 
+    def all_reduce(self, x: Tensor, *, kind: str) -> Tensor:
+        """Return the sum of `x` over all ranks."""
+        if self.size > 1:
+            x = x.contiguous()
+            dist.all_reduce(x, group=self.group)
+            self.traffic.add(kind, 2 * x.nbytes * (self.size - 1) // self.size)
+        return x
+
     def all_to_all(self, buffer: Tensor, *, kind: str) -> Tensor:
         """Send part i of `buffer` `[size, ...]` to rank i and return `[size, ...]`, part i from rank i."""
         assert buffer.shape[0] == self.size

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from farspan.kernels.errors import ConfigError
 from farspan.kernels.mechanism import Mechanism
+from farspan.kernels.plan import Plan
 from farspan.kernels.registry import Registry
 from farspan.parallel.comm import Channel
 from farspan.parallel.layout import Shards
@@ -32,6 +33,8 @@ class AttentionShape:
     value_dim: int
     element_bytes: int
     accumulation_bytes: int
+    total_bytes: int = 0
+    """Of what a routed mechanism sums over all ranks to choose by."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,8 +45,15 @@ class Volume:
     backward: int
 
 
-Saved = tuple[Tensor, ...]
-"""What a forward pass keeps for its backward pass; nothing in it grows with the square of the sequence."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Saved:
+    """What a forward pass keeps for its backward pass; nothing in it grows with the square of the sequence.
+
+    plans: with what was selected, in the order in which the strategy needs them.
+    """
+
+    tensors: tuple[Tensor, ...]
+    plans: tuple[Plan, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,14 +99,14 @@ class _AttendFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
         out, saved = attend.forward(q, k, v)
-        ctx.save_for_backward(*saved)
-        ctx.attend, ctx.dtype = attend, q.dtype
+        ctx.save_for_backward(*saved.tensors)
+        ctx.attend, ctx.plans, ctx.dtype = attend, saved.plans, q.dtype
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        dq, dk, dv = ctx.attend.backward(dout, ctx.saved_tensors)
+        dq, dk, dv = ctx.attend.backward(dout, Saved(ctx.saved_tensors, ctx.plans))
         return dq.to(ctx.dtype), dk.to(ctx.dtype), dv.to(ctx.dtype), None
 
 

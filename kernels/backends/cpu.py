@@ -27,10 +27,10 @@ class CpuBackend(Backend):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         if plan.selection is not None:
             return _selected_forward(q, k, v, plan)
-        if len(plan.by_heads) == 1:
-            return _part_forward(q, k, v, plan, plan.by_heads[0])
+        if len(plan.parts) == 1:
+            return _part_forward(q, k, v, plan, plan.parts[0])
         out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
-        for part in plan.by_heads:
+        for part in plan.parts:
             heads, kv_heads = _index_of_heads(part, q, k)
             found = _part_forward(q[:, heads], k[:, kv_heads], v[:, kv_heads], plan, part)
             out[:, heads], lse[:, heads] = found[0].to(out.dtype), found[1]
@@ -43,10 +43,10 @@ class CpuBackend(Backend):
         lse = lse.masked_fill(lse == float("-inf"), 0.0)
         if plan.selection is not None:
             return _selected_backward(dout, q, k, v, out, lse, plan)
-        if len(plan.by_heads) == 1:
-            return _part_backward(dout, q, k, v, out, lse, plan, plan.by_heads[0])
+        if len(plan.parts) == 1:
+            return _part_backward(dout, q, k, v, out, lse, plan, plan.parts[0])
         dq, dk, dv = _zeros(q, k, v)
-        for part in plan.by_heads:
+        for part in plan.parts:
             heads, kv_heads = _index_of_heads(part, q, k)
             of_queries, of_keys = (x[:, heads] for x in (dout, q, out, lse)), (x[:, kv_heads] for x in (k, v))
             (my_dout, my_q, my_out, my_lse), (my_k, my_v) = of_queries, of_keys

@@ -1,8 +1,8 @@
 """MoBA, mixture of block attention (arXiv 2502.13189, section 2): each query of each head attends to its best blocks.
 
-Reference semantics: the published naive implementation. A document is cut into blocks of `block` tokens. A block's score
-for a query is the product of the query with the mean of the block's keys, both as they enter attention. The block that
-holds the query is always taken and counts as one of `top_k`; later blocks never are.
+Reference semantics: the published naive implementation. A document is cut into blocks of `block` tokens. A block's
+score for a query is the product of the query with the mean of the block's keys, both as they enter attention. The block
+that holds the query is always taken and counts as one of `top_k`; later blocks never are.
 """
 
 from collections.abc import Sequence
@@ -62,8 +62,11 @@ class MoBA(Routed):
             return Selection.from_lists(unit, blocks, torch.empty(q.shape[1], 0, 0, dtype=torch.int64))
         return Selection.from_lists(unit, blocks, torch.cat(chosen, dim=1))
 
+    def total_bytes(self, everyone: Rows, kv_heads: int, head_dim: int) -> int:
+        return Partition.blocks(everyone, self.block).count * kv_heads * head_dim * torch.float64.itemsize
+
     def visible_pairs(self, queries: Rows, keys: Rows) -> int:
-        """As many as of any choice: every earlier block is full, and each query takes min(top_k - 1, earlier) of them."""
+        """The same for any choice: every earlier block is full, and a query takes min(top_k - 1, earlier) of them."""
         position = queries.position[queries.document >= 0].long()
         earlier = (position // self.block).clamp(max=self.top_k - 1)
         return int((position % self.block + 1 + earlier * self.block).sum())

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.attend import attend, attend_backward
-from farspan.kernels.mechanism import Masked, Mechanism
+from farspan.kernels.mechanism import Masked, Mechanism, Routed
 from farspan.kernels.merge import accumulation_dtype, empty_partial, merge_
 from farspan.kernels.plan import Plan
+from farspan.kernels.rows import Rows
 from farspan.parallel.comm import Channel, Shift
 from farspan.parallel.layout import Shards
 from farspan.parallel.strategy import STRATEGIES, Attend, AttentionShape, Heads, Saved, Strategy, Volume
@@ -36,12 +37,16 @@ class Ring(Strategy):
 
     @classmethod
     def volume(cls, shape: AttentionShape, degree: int) -> Volume:
-        """Forward (P-1) hops of a chunk; backward the same and P hops of its gradient in the accumulation dtype."""
+        """Forward (P-1) hops of a chunk; backward the same and P hops of its gradient in the accumulation dtype.
+
+        What a choice is made from is summed over all ranks: 2 (P-1)/P of its bytes.
+        """
         if degree == 1:
             return Volume(forward=0, backward=0)
         elements = shape.tokens_local * shape.heads.kv * (shape.head_dim + shape.value_dim)
         chunks = (degree - 1) * elements * shape.element_bytes
-        return Volume(forward=chunks, backward=chunks + degree * elements * shape.accumulation_bytes)
+        choice = 2 * (degree - 1) * shape.total_bytes // degree
+        return Volume(forward=chunks + choice, backward=chunks + degree * elements * shape.accumulation_bytes)
 
     def _plan(self, mechanism: Mechanism, shards: Shards, heads: Heads, *, backend: str) -> Attend:
         assert isinstance(mechanism, Masked)
@@ -50,7 +55,13 @@ class Ring(Strategy):
         owners = [(rank - step) % degree for step in range(degree)]
         plans = tuple(Plan.build(queries, shards.rows_of(owner), visibility, heads=heads.query) for owner in owners)
         return _RingAttend(
-            tokens_local=shards.tokens_local, heads=heads, channel=self.channel, plans=plans, backend=backend
+            tokens_local=shards.tokens_local,
+            heads=heads,
+            channel=self.channel,
+            mechanism=mechanism,
+            everyone=shards.rows,
+            plans=plans,
+            backend=backend,
         )
 
 
@@ -58,28 +69,31 @@ class Ring(Strategy):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _RingAttend(Attend):
     channel: Channel
+    mechanism: Masked
+    everyone: Rows
     plans: tuple[Plan, ...]
     """One per step: local queries against the chunk that is here at that step."""
     backend: str
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
         chunk = _Chunk.pack(k, v)
+        plans = self._choose(q, k)
         out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
-        for step, plan in enumerate(self.plans):
+        for step, plan in enumerate(plans):
             shift = self._send_on(chunk, step)
             if not plan.is_empty:
                 merge_(out, lse, *attend(q, chunk.key, chunk.value, plan, backend=self.backend))
             chunk = chunk.arrive(shift)
         out = out.to(q.dtype)
-        return out, (q, k, v, out, lse)
+        return out, Saved((q, k, v, out, lse), plans)
 
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, out, lse = saved
+        q, k, v, out, lse = saved.tensors
         dtype = accumulation_dtype(q.dtype)
         dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
         chunk, arriving = _Chunk.pack(k, v), None
         gradient = _Chunk(torch.zeros(chunk.buffer.shape, dtype=dtype, device=q.device), k.shape, v.shape)
-        for step, plan in enumerate(self.plans):
+        for step, plan in enumerate(saved.plans):
             shift = self._send_on(chunk, step)
             parts = None
             if not plan.is_empty:
@@ -96,7 +110,17 @@ class _RingAttend(Attend):
         return dq, gradient.key, gradient.value
 
     def lse(self, saved: Saved) -> Tensor:
-        return saved[-1]
+        return saved.tensors[-1]
+
+    def _choose(self, q: Tensor, k: Tensor) -> tuple[Plan, ...]:
+        """Let a routed mechanism choose, once, from summaries of all ranks' rows."""
+        if not isinstance(self.mechanism, Routed):
+            return self.plans
+        selection = self.mechanism.select(q, k, self.plans[0].queries, self.everyone, self._total)
+        return tuple(plan.choosing(selection) for plan in self.plans)
+
+    def _total(self, x: Tensor) -> Tensor:
+        return self.channel.all_reduce(x, kind="ring_choice")
 
     def _send_on(self, chunk: "_Chunk", step: int) -> Shift | None:
         """Start sending the chunk to the next rank, unless this is its last step."""

@@ -6,7 +6,7 @@ from typing import final
 from torch import Tensor
 
 from farspan.kernels.attend import attend, attend_backward
-from farspan.kernels.mechanism import Masked, Mechanism
+from farspan.kernels.mechanism import Masked, Mechanism, choose
 from farspan.kernels.plan import Plan
 from farspan.parallel.layout import Shards
 from farspan.parallel.strategy import STRATEGIES, Attend, AttentionShape, Heads, Saved, Strategy, Volume
@@ -30,25 +30,29 @@ class Single(Strategy):
         assert isinstance(mechanism, Masked)
         rows = shards.rows_of(self.channel.rank)
         plan = Plan.build(rows, rows, mechanism.visibility(), heads=heads.query)
-        return _SingleAttend(tokens_local=shards.tokens_local, heads=heads, plan=plan, backend=backend)
+        return _SingleAttend(
+            tokens_local=shards.tokens_local, heads=heads, mechanism=mechanism, plan=plan, backend=backend
+        )
 
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _SingleAttend(Attend):
+    mechanism: Masked
     plan: Plan
     backend: str
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
-        out, lse = attend(q, k, v, self.plan, backend=self.backend)
+        plan = choose(self.mechanism, self.plan, q, k)
+        out, lse = attend(q, k, v, plan, backend=self.backend)
         out = out.to(q.dtype)
-        return out, (q, k, v, out, lse)
+        return out, Saved((q, k, v, out, lse), (plan,))
 
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
-        return attend_backward(dout, *saved, plan=self.plan, backend=self.backend)
+        return attend_backward(dout, *saved.tensors, plan=saved.plans[0], backend=self.backend)
 
     def lse(self, saved: Saved) -> Tensor:
-        return saved[-1]
+        return saved.tensors[-1]
 
 
 STRATEGIES.add("single", Single)

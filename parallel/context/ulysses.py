@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.attend import attend, attend_backward
-from farspan.kernels.mechanism import Masked, Mechanism
+from farspan.kernels.mechanism import Masked, Mechanism, choose
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.plan import Plan
 from farspan.parallel.comm import Channel
@@ -58,6 +58,7 @@ class Ulysses(Strategy):
             channel=self.channel,
             order=order,
             inverse=order.argsort(),
+            mechanism=mechanism,
             plan=plan,
             backend=backend,
         )
@@ -70,25 +71,27 @@ class _UlyssesAttend(Attend):
     order: Tensor
     """Place of each row of the sequence among the ranks' rows set end to end; `inverse` leads back."""
     inverse: Tensor
+    mechanism: Masked
     plan: Plan
     backend: str
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
         by_rank = [_heads_by_rank(x, self.channel.size) for x in (q, k, v)]
         my_q, my_k, my_v = self._gather_tokens(by_rank, kind="ulysses_qkv")
-        my_out, lse = attend(my_q, my_k, my_v, self.plan, backend=self.backend)
+        plan = choose(self.mechanism, self.plan, my_q, my_k)
+        my_out, lse = attend(my_q, my_k, my_v, plan, backend=self.backend)
         my_out = my_out.to(q.dtype)
         (out,) = self._scatter_tokens([my_out], kind="ulysses_out")
-        return out.flatten(1, 2), (my_q, my_k, my_v, my_out, lse)
+        return out.flatten(1, 2), Saved((my_q, my_k, my_v, my_out, lse), (plan,))
 
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
         (my_dout,) = self._gather_tokens([_heads_by_rank(dout, self.channel.size)], kind="ulysses_dout")
-        gradients = attend_backward(my_dout, *saved, plan=self.plan, backend=self.backend)
+        gradients = attend_backward(my_dout, *saved.tensors, plan=saved.plans[0], backend=self.backend)
         dq, dk, dv = self._scatter_tokens([g.to(dout.dtype) for g in gradients], kind="ulysses_dqkv")
         return dq.flatten(1, 2), _sum_replicas(dk, self.heads.kv), _sum_replicas(dv, self.heads.kv)
 
     def lse(self, saved: Saved) -> Tensor:
-        (lse,) = self._scatter_tokens([saved[-1].unsqueeze(-1)], kind="ulysses_lse")
+        (lse,) = self._scatter_tokens([saved.tensors[-1].unsqueeze(-1)], kind="ulysses_lse")
         return lse.flatten(1)
 
     def _gather_tokens(self, parts: list[Tensor], *, kind: str) -> list[Tensor]:

@@ -17,11 +17,11 @@ from tests.oracle import visible_pairs
 def covered(plan: Plan) -> torch.Tensor:
     """How many regions claim each pair, by the definition of the kinds, int32 `[queries, keys]`."""
     count = torch.zeros(len(plan.queries), len(plan.keys), dtype=torch.int32)
-    for region in plan.by_heads[0].regions:
+    for region in plan.parts[0].regions:
         part = count[region.queries, region.keys]
         assert part.numel() > 0, region
         if region.kind is Kind.MASKED:
-            part += plan.region_mask(plan.by_heads[0].visibility, region).int()
+            part += plan.region_mask(plan.parts[0].visibility, region).int()
         else:
             ones = torch.ones_like(part)
             part += ones if region.kind is Kind.FULL else ones.tril()
@@ -97,14 +97,14 @@ def test_far_tiles_of_a_grid_are_not_visited() -> None:
     grid = Neighbourhood(dimensions=(Dimension(length=64, window=4), Dimension(length=128, window=128)))
     rows = Rows.packed([grid.tokens])
     plan = Plan.build(rows, rows, Visibility(causal=False, neighbourhood=grid), heads=1)
-    assert {region.kind for region in plan.by_heads[0].regions} == {Kind.FULL}
+    assert {region.kind for region in plan.parts[0].regions} == {Kind.FULL}
     assert plan.visible_pairs == grid.tokens * 4 * 128
 
 
 def test_each_head_has_its_own_window() -> None:
     rows = Rows.packed([100])
     plan = Plan.build(rows, rows, Visibility(window=(5, 100, 5)), heads=3)
-    assert [part.heads for part in plan.by_heads] == [(0, 2), (1,)]
+    assert [part.heads for part in plan.parts] == [(0, 2), (1,)]
     assert plan.visible_pairs == (2 * (100 * 5 - 10) + 5050) // 3
     with pytest.raises(ValueError, match="3 windows for 4 query heads"):
         Plan.build(rows, rows, Visibility(window=(5, 100, 5)), heads=4)
@@ -112,13 +112,11 @@ def test_each_head_has_its_own_window() -> None:
 
 def test_a_causal_document_is_one_region_and_a_zigzag_step_needs_no_mask() -> None:
     rows = Rows.packed([4096])
-    assert [region.kind for region in Plan.build(rows, rows, Visibility(), heads=1).by_heads[0].regions] == [
-        Kind.CAUSAL
-    ]
+    assert [region.kind for region in Plan.build(rows, rows, Visibility(), heads=1).parts[0].regions] == [Kind.CAUSAL]
     chunks = torch.arange(4096).chunk(8)
     mine, other = rows.take(torch.cat((chunks[1], chunks[6]))), rows.take(torch.cat((chunks[0], chunks[7])))
     for keys in (mine, other):
-        assert {region.kind for region in Plan.build(mine, keys, Visibility(), heads=1).by_heads[0].regions} <= {
+        assert {region.kind for region in Plan.build(mine, keys, Visibility(), heads=1).parts[0].regions} <= {
             Kind.FULL,
             Kind.CAUSAL,
         }
@@ -128,7 +126,7 @@ def test_a_million_tokens_are_planned_by_their_runs() -> None:
     """Work and size follow the number of documents, not of pairs: 10^12 pairs here."""
     rows = Rows.packed([500_000, 300_000, 248_576])
     plan = Plan.build(rows, rows, Visibility(), heads=1)
-    assert len(plan.by_heads[0].regions) == 3
+    assert len(plan.parts[0].regions) == 3
     assert plan.visible_pairs == sum(n * (n + 1) // 2 for n in (500_000, 300_000, 248_576))
 
 
@@ -139,18 +137,18 @@ def test_masks_stay_small_where_runs_do_not_match() -> None:
     assert (
         max(
             (r.query_stop - r.query_start) * (r.key_stop - r.key_start)
-            for r in plan.by_heads[0].regions
+            for r in plan.parts[0].regions
             if r.kind is Kind.MASKED
         )
         <= 128 * 128
     )
-    assert any(region.kind is Kind.FULL for region in plan.by_heads[0].regions)
+    assert any(region.kind is Kind.FULL for region in plan.parts[0].regions)
 
 
 def test_masks_stay_small_under_a_wide_window() -> None:
     rows = Rows.packed([65536])
     plan = Plan.build(rows, rows, Visibility(window=32768), heads=1)
-    masked = [region for region in plan.by_heads[0].regions if region.kind is Kind.MASKED]
+    masked = [region for region in plan.parts[0].regions if region.kind is Kind.MASKED]
     assert max((r.query_stop - r.query_start) * (r.key_stop - r.key_start) for r in masked) <= 512 * 512
     assert plan.visible_pairs == 32768 * 32769 // 2 + 32768 * 32768
 
@@ -178,7 +176,7 @@ def test_candidates_are_found_in_small_portions_too(monkeypatch: pytest.MonkeyPa
 def test_padding_in_a_tile_does_not_widen_its_reach() -> None:
     rows = Rows.packed([128] * 64 + [20], padding=12)
     plan = Plan.build(rows, rows, Visibility(), heads=1)
-    assert len([region for region in plan.by_heads[0].regions if region.kind is Kind.MASKED]) == 1
+    assert len([region for region in plan.parts[0].regions if region.kind is Kind.MASKED]) == 1
 
 
 @pytest.mark.parametrize("before", [0, 50])

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from farspan.kernels.attend import attend, attend_backward
-from farspan.kernels.mechanism import MECHANISMS, Masked, Mechanism
+from farspan.kernels.mechanism import MECHANISMS, Masked, Mechanism, Routed, choose
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.plan import Plan
 from farspan.kernels.rows import Rows
@@ -90,8 +90,8 @@ def reference(mechanism: Mechanism, documents: str, heads: Heads) -> list[Tensor
     """One process, the reference backend, float64."""
     case = Case(mechanism, "single", "contiguous", documents, heads)
     assert isinstance(mechanism, Masked)
-    plan = Plan.build(case.rows, case.rows, mechanism.visibility(), heads=heads.query)
     q, k, v, dout = case.inputs()
+    plan = choose(mechanism, Plan.build(case.rows, case.rows, mechanism.visibility(), heads=heads.query), q, k)
     out, lse = attend(q, k, v, plan, backend="reference")
     return [out, lse, *attend_backward(dout, q, k, v, out, lse, plan, backend="reference")]
 
@@ -124,6 +124,9 @@ def put_together(case: Case, degree: int, parts: list[list[Tensor]]) -> list[Ten
 
 
 def volume(case: Case, degree: int) -> dict[str, int]:
+    total_bytes = 0
+    if isinstance(case.mechanism, Routed):
+        total_bytes = case.mechanism.total_bytes(case.rows, case.heads.kv, HEAD_DIM)
     shape = AttentionShape(
         tokens_local=Shards.deal(case.rows, layout=case.layout, degree=degree).tokens_local,
         heads=case.heads,
@@ -131,6 +134,7 @@ def volume(case: Case, degree: int) -> dict[str, int]:
         value_dim=VALUE_DIM,
         element_bytes=case.dtype.itemsize,
         accumulation_bytes=accumulation_dtype(case.dtype).itemsize,
+        total_bytes=total_bytes,
     )
     stated = STRATEGIES.get(case.strategy).volume(shape, degree)
     return {"forward": stated.forward, "backward": stated.backward}

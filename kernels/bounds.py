@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 
 import numpy as np
+import torch
 
 from farspan.kernels.rows import Rows
 from farspan.kernels.visibility import Visibility
@@ -41,9 +42,9 @@ class Bounds:
         document_low, document_high = extremes(rows.document.numpy())
         reach = place = None
         if visibility.neighbourhood is not None:
-            first, last = visibility.neighbourhood.intervals(rows)
-            reach = np.stack((*extremes(first.numpy()), *extremes(last.numpy())))
-            place = np.stack(extremes(visibility.neighbourhood.coordinates(rows).numpy()))
+            first, last = (torch.stack(x, dim=1).numpy() for x in visibility.neighbourhood.intervals(rows.position))
+            coordinates = torch.stack(visibility.neighbourhood.coordinates(rows.position), dim=1).numpy()
+            reach, place = np.stack((*extremes(first), *extremes(last))), np.stack(extremes(coordinates))
         return Bounds(
             position_low=position_low,
             position_high=position_high,

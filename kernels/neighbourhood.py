@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farspan.kernels.rows import Rows
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dimension:
@@ -71,32 +69,27 @@ class Neighbourhood:
         """Tokens of one grid."""
         return math.prod(dimension.length for dimension in self.dimensions)
 
-    def coordinates(self, rows: Rows) -> Tensor:
-        """Return int32 `[rows, 1 + dimensions]`: the number of the grid in its document, then the place in it."""
-        rest, places = rows.position, []
+    def coordinates(self, position: Tensor) -> list[Tensor]:
+        """Return the number of the grid in its document, then the place in it along each dimension."""
+        rest, places = position, []
         for dimension in reversed(self.dimensions):
             places.append(rest % dimension.length)
             rest = rest // dimension.length
-        return torch.stack((rest, *reversed(places)), dim=1)
+        return [rest, *reversed(places)]
 
-    def intervals(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Return the lowest and highest coordinates that each query row sees, int32 `[rows, 1 + dimensions]` each."""
-        coordinates = self.coordinates(rows)
-        lows, highs = [coordinates[:, 0]], [coordinates[:, 0]]
-        for number, dimension in enumerate(self.dimensions, start=1):
-            low, high = dimension.interval(coordinates[:, number])
-            lows.append(low)
-            highs.append(high)
-        return torch.stack(lows, dim=1), torch.stack(highs, dim=1)
+    def intervals(self, position: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the lowest and the highest of the coordinates that each query sees, grid and dimensions."""
+        grid, *places = self.coordinates(position)
+        intervals = [d.interval(place) for d, place in zip(self.dimensions, places, strict=True)]
+        return [grid, *(low for low, _ in intervals)], [grid, *(high for _, high in intervals)]
 
-    def mask(self, queries: Rows, keys: Rows) -> Tensor:
-        """Return which keys lie in which queries' neighbourhoods, bool `[queries, keys]`, whatever the document."""
-        low, high = self.intervals(queries)
-        coordinates = self.coordinates(keys)
-        visible = torch.ones(len(queries), len(keys), dtype=torch.bool, device=queries.position.device)
-        for number in range(coordinates.shape[1]):
-            key = coordinates[:, number][None, :]
-            visible &= (key >= low[:, number][:, None]) & (key <= high[:, number][:, None])
-            if number and self.dimensions[number - 1].dilation > 1:
-                visible &= (key - low[:, number][:, None]) % self.dimensions[number - 1].dilation == 0
+    def shows(self, position: Tensor, key_position: Tensor) -> Tensor:
+        """Return whether keys lie in the neighbourhoods of queries of the same document, broadcast together."""
+        lows, highs = self.intervals(position)
+        grid, *places = self.coordinates(key_position)
+        visible = grid == lows[0]
+        for dimension, place, low, high in zip(self.dimensions, places, lows[1:], highs[1:], strict=True):
+            visible &= (place >= low) & (place <= high)
+            if dimension.dilation > 1:
+                visible &= (place - low) % dimension.dilation == 0
         return visible

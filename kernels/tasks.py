@@ -24,6 +24,8 @@ SHARED_ROWS = 16
 """Rows that choose together, on average, from which on a task is made of their blocks and not of a block's rows."""
 BATCH_ROWS = 1 << 17
 """Key rows that a batch of several tasks may gather: what bounds memory."""
+BATCH_PAIRS = 1 << 22
+"""Pairs that a batch of several tasks may have a mask for."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -175,29 +177,51 @@ class _Tasks:
 
     def _partial(self, entries: _Entries) -> Iterator[Batch]:
         """Pairs that see some of each other: triangles where rows and keys are the same positions, else masks."""
-        triangles: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        simple = self.visibility.causal and self.visibility.window is None and self.visibility.neighbourhood is None
-        group = entries.head * len(self.pieces) + entries.piece
-        for chunk in _runs_of_equal(group):
-            here = entries.take(chunk)
-            rows, key_rows = self.units.members(here.unit), self.pieces.members(here.piece[:1])
-            head = int(here.head[0])
-            task = (
-                torch.from_numpy(rows * self.plan.heads + head),
-                torch.from_numpy(key_rows * self.kv_heads + self._kv_head(head)),
+        if not len(entries):
+            return
+        # A row that sees some of several pieces meets them in several rounds, as a batch may have it only once.
+        of_unit = np.flatnonzero(np.diff(entries.head * len(self.units) + entries.unit, prepend=-1))
+        nth = np.arange(len(entries)) - np.repeat(of_unit, np.diff(of_unit, append=len(entries)))
+        order = np.lexsort((entries.unit, entries.piece, entries.head, nth))
+        entries, nth = entries.take(order), nth[order]
+        first = np.flatnonzero(
+            np.diff((nth * self.plan.heads + entries.head) * len(self.pieces) + entries.piece, prepend=-1)
+        )
+        stop = np.append(first[1:], len(entries))
+        rows = np.add.reduceat(self.units.sizes()[entries.unit], first)
+        keys = self.pieces.sizes()[entries.piece[first]]
+        for alike in _runs_of_equal((nth[first] * (rows.max() + 1) + rows) * (keys.max() + 1) + keys):
+            shape = int(rows[alike[0]]), int(keys[alike[0]])
+            for part in np.array_split(alike, -(-len(alike) * shape[0] * shape[1] // BATCH_PAIRS)):
+                yield from self._partial_batches(entries, first[part], stop[part], *shape)
+
+    def _partial_batches(
+        self, entries: _Entries, first: np.ndarray, stop: np.ndarray, num_rows: int, num_keys: int
+    ) -> Iterator[Batch]:
+        """Tasks of entries [first, stop), each of one head and piece."""
+        row = self.units.members(entries.unit[_ranges(first, stop)]).reshape(-1, num_rows)
+        key = self.pieces.members(entries.piece[first]).reshape(-1, num_keys)
+        head = entries.head[first, None]
+        queries, keys = torch.from_numpy(row), torch.from_numpy(key)
+        position, document = self.plan.queries.position[queries], self.plan.queries.document[queries]
+        key_position, key_document = self.plan.keys.position[keys], self.plan.keys.document[keys]
+        triangle = torch.zeros(len(first), dtype=torch.bool)
+        if num_rows == num_keys and self.visibility == Visibility(causal=True):
+            ascending = (position.diff(dim=1) > 0).all(dim=1)
+            one_document = (document == key_document[:, :1]).all(dim=1) & (key_document == key_document[:, :1]).all(
+                dim=1
             )
-            queries, keys = (
-                r.take(torch.from_numpy(i)) for r, i in ((self.plan.queries, rows), (self.plan.keys, key_rows))
+            triangle = ascending & one_document & (position == key_position).all(dim=1)
+        query_index = queries * self.plan.heads + torch.from_numpy(head)
+        key_index = keys * self.kv_heads + torch.from_numpy(self._kv_head(head))
+        if triangle.any():
+            yield Batch(Kind.CAUSAL, query_index[triangle], key_index[triangle])
+        if not triangle.all():
+            edge = ~triangle
+            mask = self.visibility.shows(
+                position[edge, :, None], document[edge, :, None], key_position[edge, None], key_document[edge, None]
             )
-            if simple and _is_triangle(queries, keys):
-                alike = triangles.setdefault(len(rows), [])
-                alike.append(task)
-                if len(alike) * len(rows) >= BATCH_ROWS:
-                    yield _stack(triangles.pop(len(rows)))
-            else:
-                yield Batch(Kind.MASKED, task[0][None], task[1][None], self.visibility.mask(queries, keys)[None])
-        for alike in triangles.values():
-            yield _stack(alike)
+            yield Batch(Kind.MASKED, query_index[edge], key_index[edge], mask)
 
     def _kv_head(self, head: Any) -> Any:
         """Return the KV head of a query head, or of an array of them."""
@@ -210,18 +234,6 @@ class _Tasks:
 
     def _keys(self, piece: np.ndarray, kv_head: int) -> Tensor:
         return torch.from_numpy(self.pieces.members(piece) * self.kv_heads + kv_head)
-
-
-def _is_triangle(queries: Rows, keys: Rows) -> bool:
-    """Whether both are the same ascending positions of one document."""
-    if len(queries) != len(keys) or not torch.equal(queries.position, keys.position):
-        return False
-    return bool((queries.position.diff() > 0).all()) and bool((queries.document == keys.document[0]).all())
-
-
-def _stack(tasks: list[tuple[Tensor, Tensor]]) -> Batch:
-    queries, keys = (torch.stack(rows) for rows in zip(*tasks, strict=True))
-    return Batch(Kind.CAUSAL, queries, keys)
 
 
 def _ranges(start: np.ndarray, stop: np.ndarray) -> np.ndarray:

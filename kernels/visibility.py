@@ -64,15 +64,20 @@ class Visibility:
 
     def mask(self, queries: Rows, keys: Rows) -> Tensor:
         """Return the definition itself, bool `[queries, keys]`; quadratic, for references and irregular tiles."""
+        return self.shows(
+            queries.position[:, None], queries.document[:, None], keys.position[None, :], keys.document[None, :]
+        )
+
+    def shows(self, position: Tensor, document: Tensor, key_position: Tensor, key_document: Tensor) -> Tensor:
+        """Return whether queries see keys, bool of the shape that the four tensors have when broadcast together."""
         assert not isinstance(self.window, tuple), "every head has a mask of its own: see by_heads"
-        document = queries.document[:, None]
-        visible = (document == keys.document[None, :]) & (document >= 0)
-        distance = queries.position[:, None] - keys.position[None, :]
+        visible = (document == key_document) & (document >= 0)
+        distance = position - key_position
         if self.causal:
             visible &= distance >= 0
         if self.window is not None:
             near = distance.abs() < self.window
-            visible &= near | (keys.position < self.sinks)[None, :] if self.sinks else near
+            visible &= near | (key_position < self.sinks) if self.sinks else near
         if self.neighbourhood is not None:
-            visible &= self.neighbourhood.mask(queries, keys)
+            visible &= self.neighbourhood.shows(position, key_position)
         return visible

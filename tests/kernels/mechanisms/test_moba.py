@@ -1,0 +1,102 @@
+"""MoBA's choice against the published description, one query at a time."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from farspan.kernels.errors import ConfigError
+from farspan.kernels.mechanism import MECHANISMS, alone
+from farspan.kernels.mechanisms.moba import MoBA
+from farspan.kernels.plan import Plan
+from farspan.kernels.rows import Rows
+from farspan.kernels.selection import Selection
+from farspan.trainer.config_io import from_tree
+
+LENGTHS = [1, 40, 64, 7, 90]
+
+
+def lists(selection: Selection) -> dict[tuple[int, int], list[int]]:
+    """The blocks of each (head, query)."""
+    offsets, chosen = selection.offsets.tolist(), selection.chosen.tolist()
+    return {
+        (head, unit): chosen[
+            offsets[head * selection.num_units + unit] : offsets[head * selection.num_units + unit + 1]
+        ]
+        for head in range(selection.heads)
+        for unit in selection.unit.tolist()
+        if unit >= 0
+    }
+
+
+def expected(q: Tensor, k: Tensor, lengths: list[int], block: int, top_k: int) -> dict[tuple[int, int], list[int]]:
+    """Document by document, as the paper says it."""
+    group = q.shape[1] // k.shape[1]
+    found, first_row, first_block = {}, 0, 0
+    for length in lengths:
+        blocks = [range(start, min(start + block, length)) for start in range(0, length, block)]
+        means = [k[[first_row + t for t in rows]].mean(dim=0) for rows in blocks]
+        for t in range(length):
+            for head in range(q.shape[1]):
+                scores = [float(q[first_row + t, head] @ means[i][head // group]) for i in range(t // block)]
+                best = sorted(range(len(scores)), key=lambda i: -scores[i])[: top_k - 1]
+                found[head, first_row + t] = sorted(first_block + i for i in [*best, t // block])
+        first_row, first_block = first_row + length, first_block + len(blocks)
+    return found
+
+
+@pytest.mark.parametrize(("block", "top_k"), [(8, 3), (16, 1), (5, 100), (64, 2)])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+def test_the_best_blocks_are_chosen(block: int, top_k: int, heads: tuple[int, int]) -> None:
+    rows, generator = Rows.packed(LENGTHS, padding=6), torch.Generator().manual_seed(0)
+    q, k = (torch.randn(len(rows), n, 16, generator=generator, dtype=torch.float64) for n in heads)
+    selection = MoBA(block=block, top_k=top_k).select(q, k, rows, rows, alone)
+    assert lists(selection) == expected(q, k, LENGTHS, block, top_k)
+    plan = Plan.build(rows, rows, MoBA().visibility(), heads=heads[0], selection=selection)
+    assert plan.visible_pairs == MoBA(block=block, top_k=top_k).visible_pairs(rows, rows)
+
+
+def test_equal_scores_go_to_the_earlier_block() -> None:
+    rows = Rows.packed([80])
+    q, k = torch.zeros(80, 2, 8), torch.ones(80, 2, 8)
+    chosen = lists(MoBA(block=8, top_k=4).select(q, k, rows, rows, alone))
+    assert chosen[0, 79] == chosen[1, 75] == [0, 1, 2, 9]
+    assert chosen[0, 17] == [0, 1, 2]
+
+
+def test_the_choice_of_a_token_does_not_know_the_future() -> None:
+    rows, generator = Rows.packed([96]), torch.Generator().manual_seed(0)
+    q, k = (torch.randn(96, 2, 8, generator=generator) for _ in range(2))
+    before = lists(MoBA(block=8, top_k=3).select(q, k, rows, rows, alone))
+    q[50:], k[50:] = 7.0, -9.0
+    after = lists(MoBA(block=8, top_k=3).select(q, k, rows, rows, alone))
+    assert all(before[head, t] == after[head, t] for head in range(2) for t in range(50))
+    assert before != after
+
+
+@pytest.mark.parametrize("holders", [2, 3, 8])
+def test_holders_of_any_rows_choose_as_one_would(holders: int) -> None:
+    rows, generator = Rows.packed(LENGTHS), torch.Generator().manual_seed(0)
+    q, k = (torch.randn(len(rows), n, 16, generator=generator).bfloat16() for n in (4, 2))
+    mechanism = MoBA(block=8, top_k=3)
+    whole = lists(mechanism.select(q, k, rows, rows, alone))
+    parts = torch.randperm(len(rows), generator=generator).tensor_split(holders)
+    sums: list[Tensor] = []
+
+    def remember(x: Tensor) -> Tensor:
+        sums.append(x)
+        return x
+
+    for part in parts:
+        mechanism.select(q[part], k[part], rows.take(part), rows, remember)
+    total = torch.stack(sums).sum(dim=0)
+    for part in parts:
+        mine = lists(mechanism.select(q[part], k[part], rows.take(part), rows, lambda _: total))
+        for (head, unit), chosen in mine.items():
+            assert chosen == whole[head, int(part[unit])]
+    assert total.nbytes == mechanism.total_bytes(rows, 2, 16)
+
+
+@pytest.mark.parametrize("options", [{"block": 0}, {"top_k": 0}])
+def test_what_makes_no_sense_is_refused(options: dict[str, int]) -> None:
+    with pytest.raises((ValueError, ConfigError), match="must be at least 1"):
+        from_tree(MECHANISMS.get("moba"), options)

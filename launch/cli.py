@@ -5,6 +5,7 @@ Importing torch takes seconds, so that each command imports what it needs when i
 
 import argparse
 import logging
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from farspan.trainer.faults import StopSignal, announce
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+
+DASHED_OVERRIDE = re.compile(r"--\w+\.[\w.]+(=|$)")
 
 log = logging.getLogger("farspan")
 
@@ -41,7 +44,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options, rest = parser.parse_known_args(arguments)
     unknown = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        dashed = next((word for word in unknown if DASHED_OVERRIDE.match(word)), None)
+        hint = f"; a value is changed without dashes: {dashed.lstrip('-').partition('=')[0]}=VALUE" if dashed else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
@@ -49,16 +54,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="farspan", description="Train language models on long context.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = _add_commands(parser, "COMMAND")
 
     one = commands.add_parser("train", help="train in this process, or as one rank under torchrun")
     _add_config_arguments(one)
     one.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: how many ranks to pretend")
     one.set_defaults(command=_train)
 
-    launch = commands.add_parser("launch", help="start the ranks of a run").add_subparsers(
-        required=True, metavar="WHERE"
-    )
+    launch = _add_commands(commands.add_parser("launch", help="start the ranks of a run"), "WHERE")
     local = launch.add_parser("local", help="on this machine")
     _add_config_arguments(local)
     local.add_argument(
@@ -66,11 +69,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     local.set_defaults(command=_launch_local)
 
-    data = commands.add_parser("data", help="make training data").add_subparsers(required=True, metavar="WHAT")
+    data = _add_commands(commands.add_parser("data", help="make training data"), "WHAT")
     prepared = data.add_parser("prepare", help="turn text into memory-mapped tokens")
     prepare.add_arguments(prepared)
     prepared.set_defaults(command=prepare.run)
     return parser
+
+
+def _add_commands(parser: argparse.ArgumentParser, metavar: str) -> "argparse._SubParsersAction":
+    """Return what takes the commands below `parser`, which lists them where none is given."""
+
+    def list_commands(options: argparse.Namespace) -> int:
+        parser.print_help(sys.stderr)
+        return EXIT_USER_ERROR
+
+    parser.set_defaults(command=list_commands)
+    return parser.add_subparsers(metavar=metavar)
 
 
 def _add_config_arguments(parser: argparse.ArgumentParser) -> None:

@@ -33,7 +33,10 @@ def _report(rank: int, status: int) -> int:
         how = f"was killed by {signal.Signals(-status).name}"
         if -status == signal.SIGKILL:
             how += " (the system does that when memory runs out)"
-    print(f"farspan: rank {rank} {how}; the same command resumes from the last checkpoint.", file=sys.stderr)
+    print(
+        f"farspan: rank {rank} {how}; the same command resumes from the last checkpoint, if there is one.",
+        file=sys.stderr,
+    )
     return status if status > 0 else KILLED - status
 
 

@@ -16,7 +16,8 @@ class ParallelConfig:
     context: ranks that share one sequence.
     dp_shard: groups of ranks with sequences of their own that share one copy of the parameters; 0 takes what is left.
     dp_replicate: whole copies of the parameters (HSDP).
-    strategy: how queries meet keys of other ranks; `layout`: which rank holds which tokens of a sequence.
+    strategy: how queries meet keys of other ranks, a file of parallel/context/.
+    layout: which rank holds which tokens of a sequence: contiguous, zigzag or striped.
     """
 
     context: int = field(default=1, metadata={"minimum": 1})
@@ -52,9 +53,13 @@ class Degrees:
         if num_ranks % product != 0 or (config.dp_shard and num_ranks != product):
             shard = f" x parallel.dp_shard={config.dp_shard}" if config.dp_shard else ""
             verb = "equal" if config.dp_shard else "divide"
+            cure = "start another number of ranks"
+            if num_ranks == 1:
+                command = f"`farspan launch local CONFIG --gpus-per-node {product}`"
+                cure = f"start {product} ranks with {command} (with --dry-run: --ranks {product})"
             raise ConfigError(
                 f"parallel.context={config.context} x parallel.dp_replicate={config.dp_replicate}{shard} = {product} "
-                f"must {verb} the number of ranks, {num_ranks}: change a degree or start another number of ranks."
+                f"must {verb} the number of ranks, {num_ranks}: change a degree, or {cure}."
             )
         dp_shard = config.dp_shard or num_ranks // fixed
         return Degrees(dp_replicate=config.dp_replicate, dp_shard=dp_shard, context=config.context)

@@ -18,6 +18,8 @@ COMING = "farspan launch slurm"
 def test_the_readme_has_its_three_ways_to_start() -> None:
     assert "make train\n" in BLOCKS[0]
     assert any(command.startswith("farspan launch local") for command in COMMANDS)
+    assert "source .venv/bin/activate\n" in BLOCKS[1], "without it farspan is not found"
+    assert "farspan " not in BLOCKS[0]
     assert any(command.startswith(COMING) for command in COMMANDS)
 
 
@@ -26,6 +28,14 @@ def test_commands_are_understood(command: str) -> None:
     options = parse(shlex.split(command)[1:])
     for config in [getattr(options, "config", None)]:
         assert config is None or (ROOT / config).is_file()
+
+
+def test_commands_of_the_guide_for_contributors_run_files_that_exist() -> None:
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    commands = re.findall(r"```bash\n(.*?)```", guide, flags=re.DOTALL)
+    assert len(commands) == 2
+    for command in commands:
+        assert all((ROOT / word).is_file() for word in command.split() if word.startswith("tests/"))
 
 
 def test_what_is_coming_is_marked() -> None:

@@ -6,9 +6,10 @@ from typing import Any, Literal
 
 import torch
 
-from farspan.kernels.mechanism import MECHANISMS, Mechanism
+from farspan.kernels.errors import ConfigError
+from farspan.kernels.mechanism import MECHANISMS, Masked, Mechanism
 from farspan.parallel.mesh import ParallelConfig
-from farspan.trainer.config_io import bounded, from_tree
+from farspan.trainer.config_io import bounded, from_tree, toml_value
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.optim import OptimizerConfig
 
@@ -23,15 +24,27 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionConfig:
-    """mechanism: what a query may attend to, with its options. backend: what computes it; `auto` takes the fastest."""
+    """mechanism: what a query may attend to, a file of kernels/mechanisms/. options: the fields of that file's class.
+
+    backend: what computes it, a file of kernels/backends/; `auto` takes the fastest.
+    """
 
     mechanism: str = "dense"
     options: dict[str, Any] = field(default_factory=dict)
     backend: str = "auto"
 
     def build_mechanism(self) -> Mechanism:
-        """Return the mechanism; raises ConfigError for an unknown name or option."""
-        return from_tree(MECHANISMS.get(self.mechanism), self.options, "attention.options")
+        """Return the mechanism; raises ConfigError for an unknown name or option, or one that the mechanism refuses."""
+        try:
+            mechanism = from_tree(MECHANISMS.get(self.mechanism), self.options, "attention.options")
+            if isinstance(mechanism, Masked):
+                mechanism.visibility()
+        except ValueError as error:
+            raise ConfigError(
+                f"attention.options={toml_value(self.options)} does not suit attention.mechanism={self.mechanism!r}: "
+                f"{error}."
+            ) from error
+        return mechanism
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +61,7 @@ class TrainConfig:
 
     compute_dtype: of activations and gathered parameters; master parameters, gradient sums and optimizer state are
     float32 (float64 for float64). float16 is missing since it needs loss scaling. recompute: which activations are
-    computed again instead of kept. device: auto takes a GPU where there is one.
+    computed again instead of kept. device: `auto` takes a GPU where there is one.
     """
 
     steps: int = bounded(minimum=1)

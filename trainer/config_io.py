@@ -69,7 +69,7 @@ def from_tree(cls: type[T], tree: Tree, where: str = "") -> T:
     for name, value in tree.items():
         key = _join(where, name)
         if name not in parts:
-            _refuse_key(key, _show(value), parts)
+            _refuse_key(f"{key}={_show(value)}", name, parts)
         part, kind = parts[name]
         values[name] = _convert(kind, value, key)
         _check_bounds(part.metadata, values[name], key)
@@ -77,7 +77,9 @@ def from_tree(cls: type[T], tree: Tree, where: str = "") -> T:
         if name not in tree and part.default is MISSING and part.default_factory is MISSING:
             key = _join(where, name)
             if not is_dataclass(kind):
-                raise ConfigError(f"{key} is missing; write it in the file, or add {key}=VALUE with {_describe(kind)}.")
+                raise ConfigError(
+                    f"{key} is missing; write it in the file, or add {key}=VALUE with {describe_type(kind)}."
+                )
             values[name] = from_tree(cast(type, kind), {}, key)  # Its own defaults, or the first key that it misses.
     return cls(**values)
 
@@ -123,11 +125,13 @@ def _override(cls: Any, tree: Tree, text: str) -> None:
         section = _section_type(kind)
         where, key = ".".join(names[:depth]), ".".join(names[: depth + 1])
         if section is None:
-            raise ConfigError(f"{dotted}={value} is inside {where}, which is {_describe(kind)}; set {where} itself.")
+            raise ConfigError(
+                f"{dotted}={value} is inside {where}, which is {describe_type(kind)}; set {where} itself."
+            )
         if is_dataclass(section):
             parts = _fields(section)
             if name not in parts:
-                _refuse_key(key, value, parts)
+                _refuse_key(f"{dotted}={value}", name, parts)
             kind = parts[name][1]
         else:
             kind = get_args(section)[1] if get_args(section) else Any
@@ -186,10 +190,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if not _fits(kind, value):
         if _section_type(kind) is not None and kind is not Any:
             _refuse_section(where, value)
-        literals = [member for member in _alternatives(kind) if get_origin(member) is Literal]
-        choices = [str(choice) for member in literals for choice in get_args(member)]
-        hint = nearest_name_hint(value, choices) if isinstance(value, str) else ""
-        raise ConfigError(f"{where}={_show(value)} must be {_describe(kind)}.{hint}")
+        raise ConfigError(f"{where}={_show(value)} must be {describe_type(kind)}.")
     origin = get_origin(kind)
     if origin in (Union, UnionType):
         # An exact type comes first, so that 1 stays an integer in float | int; none stays none beside str.
@@ -227,7 +228,8 @@ def _check_bounds(rules: Mapping[str, Any], value: Any, where: str) -> None:
             raise ConfigError(f"{where}={_show(value)} must be {words} {rules[name]}.")
 
 
-def _describe(kind: Any) -> str:
+def describe_type(kind: Any) -> str:
+    """Return the words for the values that a field of type `kind` takes."""
     if kind in SCALARS:
         return SCALARS[kind][1]
     if kind is NoneType:
@@ -235,20 +237,20 @@ def _describe(kind: Any) -> str:
     origin, args = get_origin(kind), get_args(kind)
     if origin is Literal:
         return f"one of {', '.join(map(repr, args))}"
-    words = " or ".join(dict.fromkeys(_describe(part) for part in args if part is not Ellipsis))
+    words = " or ".join(dict.fromkeys(describe_type(part) for part in args if part is not Ellipsis))
     if origin is tuple:
         return f"a list in which each item is {words}"
     return words if origin in (Union, UnionType) else "a section"
 
 
 def _show(value: Any) -> str:
-    text = _toml(value)
+    text = toml_value(value)
     return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…"
 
 
-def _refuse_key(key: str, shown: str, parts: Mapping[str, Any]) -> NoReturn:
-    hint = nearest_name_hint(key.rpartition(".")[2], list(parts))
-    raise ConfigError(f"{key}={shown} is not a known key; choose one of {', '.join(parts)}.{hint}")
+def _refuse_key(shown: str, name: str, parts: Mapping[str, Any]) -> NoReturn:
+    hint = nearest_name_hint(name, list(parts))
+    raise ConfigError(f"{shown} is not a known key; choose one of {', '.join(parts)}.{hint}")
 
 
 def _refuse_section(where: str, value: Any) -> NoReturn:
@@ -269,7 +271,7 @@ def _tree(config: Any) -> Tree:
 def _sections(tree: Tree, where: str) -> list[str]:
     """Return the TOML blocks of `tree`: its own values first, then one block per section below it."""
     lines = [f"[{where}]"] if where else []
-    lines += [f"{_key(name)} = {_toml(value)}" for name, value in tree.items() if not isinstance(value, dict)]
+    lines += [f"{_key(name)} = {toml_value(value)}" for name, value in tree.items() if not isinstance(value, dict)]
     blocks = ["\n".join(lines)] if lines else []
     for name, value in tree.items():
         if isinstance(value, dict):
@@ -278,10 +280,11 @@ def _sections(tree: Tree, where: str) -> list[str]:
 
 
 def _key(name: str) -> str:
-    return name if BARE_KEY.fullmatch(name) else _toml(name)
+    return name if BARE_KEY.fullmatch(name) else toml_value(name)
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """Write one value as TOML."""
     if value is None:
         return '"none"'
     if isinstance(value, bool):
@@ -290,9 +293,9 @@ def _toml(value: Any) -> str:
         # JSON's escapes are TOML's too; TOML refuses a raw DEL besides.
         return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_toml, value))}]"
+        return f"[{', '.join(map(toml_value, value))}]"
     if is_dataclass(value):
         value = _tree(value)
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{_key(name)} = {_toml(part)}' for name, part in value.items())}}}"
+        return f"{{{', '.join(f'{_key(name)} = {toml_value(part)}' for name, part in value.items())}}}"
     return repr(value) if isinstance(value, int | float) else str(value)

@@ -32,11 +32,17 @@ def describe(config: Config, degrees: Degrees) -> str:
         f"{model.heads}:{model.kv_heads} heads of {model.head_dim}, vocabulary {model.vocabulary_size:,}",
         "compute": f"{flops / 1e9:.3g} GFLOP per token, a document filling the sequence; "
         f"{config.train.compute_dtype} on {config.train.device}",
-        "attention": f"{mechanism}, computed by {config.attention.backend}",
+        "attention": f"{mechanism}, computed by {config.attention.backend}{_warning(config.attention.backend)}",
         "context": f"{parallel.strategy}, {parallel.layout}; each rank sends {sent / 2**20:,.1f} MiB per sequence",
         "memory": f"{memory.total / GIB:.2f} GiB per rank (estimate): {memory}",
     }
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
+
+
+def _warning(backend: str) -> str:
+    if backend != "reference":
+        return ""
+    return ": for checks only, as it holds all scores, which the memory below leaves out"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,7 +25,7 @@ def dry_run(config: Config, num_ranks: int) -> None:
     degrees = Degrees.resolve(config.parallel, num_ranks)
     validate(config, degrees)
     device = torch.device("cuda" if config.train.device == "cuda" or torch.cuda.is_available() else "cpu")
-    has_data = (Path(config.data.folder) / "train").exists()
+    has_data = Path(config.data.folder).exists()
     config = fill_in(config, degrees, device, open_data(config)[0].vocabulary_size if has_data else None)
     log.info("%s", describe(config, degrees))
     with pretended(num_ranks):

@@ -19,12 +19,13 @@ FIRST_BIN_TOKENS = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """loss: mean nats per labelled token. by_position: the same for tokens by position in their document.
+    """loss: mean nats per labelled token, of which there are `tokens`. by_position: by position in their document.
 
     Keys of `by_position` are "from-to" in tokens, both included; bins double in width; empty ones are left out.
     """
 
     loss: float
+    tokens: int
     by_position: dict[str, float]
 
     def bits_per_byte(self, bytes_per_token: float) -> float:
@@ -84,7 +85,7 @@ def evaluate(
         for first, last, loss_sum, count in zip(firsts, lasts, loss_sums, counts, strict=True)
         if count
     }
-    return Evaluation(loss=sum(loss_sums) / sum(counts), by_position=by_position)
+    return Evaluation(loss=sum(loss_sums) / sum(counts), tokens=int(sum(counts)), by_position=by_position)
 
 
 def _bin_edges(sequence_tokens: int) -> torch.Tensor:

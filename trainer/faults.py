@@ -21,8 +21,9 @@ Action = Callable[[int], object]
 
 def announce(number: int) -> None:
     """Say what happens next, by the one way of writing that is safe inside a signal handler."""
+    again = f"Ctrl-C again after {SAME_REQUEST_S:g} seconds to end at once"
     with suppress(OSError):  # The terminal may be gone.
-        os.write(2, b"\nstopping    after this step, with a checkpoint; Ctrl-C again to end at once\n")
+        os.write(2, f"\nstopping    after this step, with a checkpoint; {again}\n".encode())
 
 
 def end_at_once(number: int) -> None:

@@ -12,10 +12,14 @@ from farspan.trainer.config_io import bounded
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
-    """AdamW (arXiv 1711.05101). Weight decay applies to matrices only, not to norms.
+    """AdamW (arXiv 1711.05101).
 
-    schedule: after a linear warm-up, `cosine` falls to final_fraction of the peak over the whole run; `wsd`
-    (warm-up, stable, decay; arXiv 2404.06395) stays at the peak and falls linearly over the last decay_fraction of it.
+    learning_rate: the peak. schedule: after a linear warm-up, `cosine` falls to final_fraction of the peak over the
+    whole run, `wsd` (warm-up, stable, decay; arXiv 2404.06395) stays at the peak and falls linearly at the end.
+    warmup_steps: updates until the peak. final_fraction: the last rate as a part of the peak. decay_fraction: the part
+    of all updates in which `wsd` falls. beta1, beta2: of the running means of the gradient and of its square.
+    epsilon: added to the denominator. weight_decay: of matrices, not of norms. max_gradient_norm: longer gradients of
+    all parameters together are scaled down to it.
     """
 
     learning_rate: float = bounded(3e-4, above=0)

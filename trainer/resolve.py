@@ -10,7 +10,7 @@ from farspan.kernels.errors import ConfigError, DataError
 from farspan.parallel.mesh import Degrees
 from farspan.parallel.ranks import Ranks
 from farspan.trainer.config import Config
-from farspan.trainer.data.source import TokenSource
+from farspan.trainer.data.source import META_FILE, SPLITS, TokenSource
 from farspan.trainer.validate import validate
 
 VOCABULARY_MULTIPLE = 64
@@ -61,8 +61,9 @@ def choose_device(config: Config, local_rank: int) -> torch.device:
 def open_data(config: Config) -> tuple[TokenSource, TokenSource]:
     """Return the training and the held-out documents; raises DataError when they cannot be read or used."""
     folder = Path(config.data.folder)
-    sources = TokenSource(folder / "train"), TokenSource(folder / "held_out")
-    for split, source in zip(("train", "held_out"), sources, strict=True):
+    _check_prepared(folder)
+    sources = TokenSource(folder / SPLITS[0]), TokenSource(folder / SPLITS[1])
+    for split, source in zip(SPLITS, sources, strict=True):
         if source.num_tokens == source.num_documents:
             raise DataError(f"{folder / split} has documents of one token only, which teach nothing; prepare others.")
     if sources[0].vocabulary_size != sources[1].vocabulary_size:
@@ -71,6 +72,15 @@ def open_data(config: Config) -> tuple[TokenSource, TokenSource]:
             " prepare both together."
         )
     return sources
+
+
+def _check_prepared(folder: Path) -> None:
+    if (folder / META_FILE).is_file():
+        raise DataError(f"data.folder={str(folder)!r} is one split of the data: set data.folder={folder.parent}.")
+    missing = next((f"{split}/{META_FILE}" for split in SPLITS if not (folder / split / META_FILE).is_file()), None)
+    if missing is not None:
+        state = f"has no {missing}" if folder.exists() else "does not exist"
+        raise DataError(f"data.folder={str(folder)!r} {state}: make it with `farspan data prepare`, or name another.")
 
 
 def fill_in(config: Config, degrees: Degrees, device: torch.device, vocabulary_size: int | None) -> Config:

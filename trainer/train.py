@@ -19,7 +19,6 @@ from farspan.trainer.agreement import check_same, on_any_rank, on_first_rank, to
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.checkpoint import Checkpointer
 from farspan.trainer.config import Config, flat
-from farspan.trainer.config_io import to_toml
 from farspan.trainer.data.packing import PackedSequences
 from farspan.trainer.data.shuffle import ShuffledSequences
 from farspan.trainer.data.source import unigram_bits_per_byte
@@ -30,6 +29,7 @@ from farspan.trainer.flops import training_flops
 from farspan.trainer.lock import lock_folder
 from farspan.trainer.metrics import MetricsWriter, StepTimer, peak_flops, peak_memory_bytes, progress_line
 from farspan.trainer.optim import build_optimizer, learning_rate, set_learning_rate
+from farspan.trainer.record_config import record_config
 from farspan.trainer.resolve import Resolved, choose_device, resolve
 from farspan.trainer.state import TrainState
 from farspan.trainer.step import StepResult, train_step
@@ -101,7 +101,6 @@ class _Run:
         self.sharding_bytes = sharding_bytes(self.model, self.model.blocks, self.mesh, config.train.torch_dtype)
         self.writer: MetricsWriter | None = None
         if dist.get_rank() == 0:
-            (self.folder / "config.toml").write_text(to_toml(config))
             self.writer = MetricsWriter(self.folder, resumed_step=self.state.step)
 
     def close(self) -> None:
@@ -116,6 +115,8 @@ class _Run:
         stopping = on_any_rank(self.stop.requested)
         missing = self.is_evaluation_missing()
         nothing_to_do = state.step >= steps and not missing
+        if self.writer is not None and not nothing_to_do and not stopping:
+            record_config(self.folder, config, state.step)
         if missing and not stopping:
             stopping = self.evaluate()
         timer = StepTimer(steps - state.step)
@@ -131,6 +132,9 @@ class _Run:
             log.info("finished    already, at step %d of train.steps=%d: raise it to go on", state.step, steps)
         elif state.step >= steps and not self.is_evaluation_missing():
             log.info("finished    at step %d", state.step)
+        elif state.step == 0:
+            log.info("stopped     before the first step; nothing was saved")
+            return
         else:
             log.info("stopped     at step %d; the same command resumes", state.step)
         log.info("results     %s/ (config.toml, metrics.jsonl, tensorboard/, checkpoints/)", self.folder)
@@ -214,12 +218,19 @@ class _Run:
                 {
                     "step": self.state.step,
                     "eval_loss": measured.loss,
+                    "eval_tokens": measured.tokens,
                     "bits_per_byte": bits,
                     "unigram_bits_per_byte": self.unigram_bits_per_byte,
                     "loss_by_position": measured.by_position,
                 }
             )
-            log.info("held out    %.3f bits per byte (unigram entropy %.3f)", bits, self.unigram_bits_per_byte)
+            log.info(
+                "held out    %.3f bits per byte over %d sequences, %s tokens (unigram entropy %.3f)",
+                bits,
+                min(sequences, len(self.held_out)),
+                f"{measured.tokens:,}",
+                self.unigram_bits_per_byte,
+            )
             shown = "  ".join(f"{where}: {loss:.3f}" for where, loss in measured.by_position.items())
             log.info("            loss by position  %s", shown)
         return False
@@ -239,5 +250,7 @@ def identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
         "run.seed": config.run.seed,
         "data.folder": data_fingerprint,
         "data.sequence_tokens": config.data.sequence_tokens,
+        # In full, so that a default that has changed counts too.
+        "attention.mechanism": str(config.attention.build_mechanism()),
         **{name: value for name, value in flat(config).items() if name.startswith("model.")},
     }

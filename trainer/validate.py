@@ -38,6 +38,11 @@ def rope_scalings_are_whole(config: Config) -> None:
     rope = config.model.rope
     if rope.scaling == "none" and rope.factor != 1.0:
         raise ConfigError(f"model.rope.factor={rope.factor} needs model.rope.scaling: set it to llama3 or yarn.")
+    if rope.scaling != "none" and rope.factor == 1.0:
+        raise ConfigError(
+            f"model.rope.scaling={rope.scaling!r} does nothing with model.rope.factor={rope.factor}: set "
+            "model.rope.factor to how many times longer than model.rope.original_positions the context is."
+        )
     if rope.scaling == "llama3" and rope.low_frequency_factor >= rope.high_frequency_factor:
         raise ConfigError(
             f"model.rope.low_frequency_factor={rope.low_frequency_factor} must be below "
@@ -51,7 +56,7 @@ def warmup_ends(config: Config) -> None:
     if config.optimizer.warmup_steps > config.train.steps:
         raise ConfigError(
             f"optimizer.warmup_steps={config.optimizer.warmup_steps} exceeds train.steps={config.train.steps}: "
-            "the peak learning rate would never be reached; lower it."
+            f"the peak learning rate would never be reached; {_shorter_warmup(config)}."
         )
 
 
@@ -61,8 +66,15 @@ def decay_follows_warmup(config: Config) -> None:
     if optimizer.schedule == "wsd" and optimizer.warmup_steps + decay_steps > steps:
         raise ConfigError(
             f"optimizer.warmup_steps={optimizer.warmup_steps} and a decay over the last {decay_steps} steps "
-            f"(optimizer.decay_fraction={optimizer.decay_fraction}) overlap in train.steps={steps}: lower one of them."
+            f"(optimizer.decay_fraction={optimizer.decay_fraction}) overlap in train.steps={steps}: "
+            f"{_shorter_warmup(config)}, or lower optimizer.decay_fraction."
         )
+
+
+def _shorter_warmup(config: Config) -> str:
+    optimizer, steps = config.optimizer, config.train.steps
+    most = steps - optimizer.decay_steps(steps) if optimizer.schedule == "wsd" else steps
+    return f"set optimizer.warmup_steps={most}{' or less' if most else ''}"
 
 
 def batch_divides(config: Config, degrees: Degrees) -> None:

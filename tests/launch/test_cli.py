@@ -40,13 +40,22 @@ REFUSALS = [
     ("train CONFIG train.compute_dtype=float16", "train.compute_dtype=\"float16\" must be one of 'bfloat16', "),
     ("train CONFIG other.toml", "Override 'other.toml' has no key and value; write it as section.key=value."),
     ("train CONFIG parallel.context=2", "parallel.context=2 x parallel.dp_replicate=1 = 2 must divide the number of "),
-    ("train CONFIG", "tokens/train/meta.json does not exist"),
+    (
+        "train CONFIG --dry-run parallel.context=2",
+        "the number of ranks, 1: change a degree, or start 2 ranks with `farspan launch local CONFIG --gpus-per-node 2`"
+        " (with --dry-run: --ranks 2).",
+    ),
+    (
+        "train CONFIG --dry-run parallel.context=2 --ranks 3",
+        "must divide the number of ranks, 3: change a degree, or start another number of ranks.",
+    ),
+    ("train CONFIG", "tokens' does not exist: make it with `farspan data prepare`, or name another."),
     ("train nowhere.toml", "nowhere.toml does not exist; name a configuration file that does."),
     ("train CONFIG --ranks 4", "--ranks 4 goes with --dry-run; torchrun or 'farspan launch' starts real ranks."),
     ("train CONFIG --ranks 0 --dry-run", "--ranks 0 must be at least 1."),
     ("train CONFIG --ranks 3 --dry-run", "train.sequences_per_step=2 must be a multiple of the 3 data-parallel groups"),
     ("launch local CONFIG --gpus-per-node 0", "--gpus-per-node 0 must be at least 1."),
-    ("launch local CONFIG --gpus-per-node 2", "tokens/train/meta.json does not exist"),
+    ("launch local CONFIG --gpus-per-node 2", "data.folder="),
     ("launch local CONFIG --gpus-per-node 3", "train.sequences_per_step=2 must be a multiple of the 3 data-parallel"),
     ("launch local CONFIG --gpus-per-node 2 parallel.layout=x", "parallel.layout='x' does not exist; choose one of "),
     ("launch local CONFIG --gpus-per-node 2 model.x=1", "model.x=1 is not a known key; choose one of layers, "),
@@ -70,12 +79,31 @@ def test_a_refusal_is_one_sentence_and_status_2(
     assert not dist.is_initialized()
 
 
-@pytest.mark.parametrize("command", ["", "train", "launch local x.toml", "train x.toml --nodes 3", "data prepare"])
+@pytest.mark.parametrize("command", ["train", "launch local x.toml", "train x.toml --nodes 3", "data prepare"])
 def test_wrong_usage_is_status_2(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.main(command.split())
     assert exit_.value.code == 2
     assert "usage: farspan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "commands"), [("", ["train", "launch", "data"]), ("launch", ["local"]), ("data", ["prepare"])]
+)
+def test_without_a_command_they_are_listed(
+    command: str, commands: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(command.split()) == cli.EXIT_USER_ERROR
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert [line.split()[0] for line in err.splitlines() if line.startswith("    ") and line[4] != " "] == commands
+
+
+@pytest.mark.parametrize("words", ["--train.steps=4", "--train.steps 4", "--dry-runs --train.steps=4"])
+def test_an_override_with_dashes_is_understood_in_the_refusal(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "x.toml", *words.split()])
+    assert capsys.readouterr().err.endswith("; a value is changed without dashes: train.steps=VALUE\n")
 
 
 @pytest.mark.parametrize(

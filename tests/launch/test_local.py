@@ -152,7 +152,7 @@ def test_a_run_is_stopped_and_resumed(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert 3 <= last < 100_000
     assert steps == list(range(1, last + 1))
     assert f"stopped     at step {last}; the same command resumes" in out
-    assert err == "\nstopping    after this step, with a checkpoint; Ctrl-C again to end at once\n"
+    assert err == "\nstopping    after this step, with a checkpoint; Ctrl-C again after 3 seconds to end at once\n"
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step_{last:08d}"]
 
     # Fewer steps than before, so that the test comes to an end; one rank, to spare the start of two.

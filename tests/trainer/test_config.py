@@ -1,9 +1,14 @@
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import pytest
 import torch
 
 from farspan.kernels.errors import ConfigError
+from farspan.kernels.mechanism import MECHANISMS, Masked
+from farspan.kernels.visibility import Visibility
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import AttentionConfig, TrainConfig, flat
 from farspan.trainer.config_io import load_config
@@ -25,6 +30,41 @@ def test_options_build_the_mechanism() -> None:
     assert str(AttentionConfig(options={"causal": False}).build_mechanism()) == "Dense(causal=False)"
     with pytest.raises(ConfigError, match=r"attention mechanism 'dence' does not exist; .* Did you mean 'dense'\?"):
         AttentionConfig(mechanism="dence").build_mechanism()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Picky(Masked):
+    """Refuses one option at once and another where it says what is visible."""
+
+    blocks: int = 1
+    window: int = 1
+
+    def __post_init__(self) -> None:
+        if self.blocks < 1:
+            raise ValueError(f"blocks={self.blocks} must be at least 1")
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        return (cls(),)
+
+    def visibility(self) -> Visibility:
+        return Visibility(window=self.window)
+
+
+@pytest.mark.parametrize(
+    ("option", "cause"),
+    [
+        ("blocks", "blocks=0 must be at least 1"),
+        ("window", "window=0 must be at least 1: a query always sees its own position"),
+    ],
+)
+def test_an_option_that_the_mechanism_refuses(monkeypatch: pytest.MonkeyPatch, option: str, cause: str) -> None:
+    monkeypatch.setitem(MECHANISMS._parts, "picky", Picky)
+    with pytest.raises(ConfigError) as refused:
+        AttentionConfig(mechanism="picky", options={option: 0}).build_mechanism()
+    assert str(refused.value) == (
+        f"attention.options={{{option} = 0}} does not suit attention.mechanism='picky': {cause}."
+    )
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float32", "float64"])

@@ -116,6 +116,14 @@ def test_lines(tmp_path: Path) -> None:
     assert len(lines) == 7
 
 
+def test_the_reference_backend_is_marked(config: Config) -> None:
+    checked = replace(config, attention=replace(config.attention, backend="reference"))
+    assert (
+        "attention   Dense(causal=True), computed by reference: for checks only, as it holds all scores, which the "
+        "memory below leaves out\n"
+    ) in describe(checked, Degrees.resolve(config.parallel, 1))
+
+
 def test_estimate_of_a_large_run() -> None:
     """Llama 3.1 8B on 8 GPUs, the parts worked out by hand in GiB."""
     config = load_config(Config, CONFIGS / "llama3_8b_128k.toml")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from farspan.kernels.errors import ConfigError
+from farspan.kernels.errors import ConfigError, DataError
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import Config
 from farspan.trainer.dry_run import dry_run
@@ -55,6 +55,12 @@ def test_data_that_is_there_gives_the_vocabulary(
     dry_run(unknown, 2)
     assert "vocabulary 320" in said.text
     assert "is not there yet" not in said.text
+
+
+def test_a_split_given_for_the_data_is_refused(config: Config, tmp_path: Path) -> None:
+    folder = tiny.make_data(tmp_path)
+    with pytest.raises(DataError, match=r"is one split of the data: set data\.folder="):
+        dry_run(replace(config, data=replace(config.data, folder=folder / "train")), 2)
 
 
 def test_a_run_that_could_not_be_is_refused(config: Config) -> None:

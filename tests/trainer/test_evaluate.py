@@ -67,7 +67,7 @@ def evaluate_dealt(config: Config, stop_on_rank: int | None) -> tuple[Evaluation
     return result, ran, model.training, int(number)
 
 
-def by_loop(config: Config) -> tuple[float, dict[str, float]]:
+def by_loop(config: Config) -> tuple[float, int, dict[str, float]]:
     sums, counts = defaultdict(float), defaultdict(int)
     data = held_out(config)
     for index in range(min(config.evaluate.sequences, len(data))):
@@ -78,7 +78,8 @@ def by_loop(config: Config) -> tuple[float, dict[str, float]]:
             name = "0-63" if position < 64 else "64-127" if position < 128 else "128-149"
             sums[name] += float(token * 0.5 + label * 0.25 + position * 0.125)
             counts[name] += 1
-    return sum(sums.values()) / sum(counts.values()), {name: sums[name] / counts[name] for name in sums}
+    tokens = sum(counts.values())
+    return sum(sums.values()) / tokens, tokens, {name: sums[name] / counts[name] for name in sums}
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +99,11 @@ def test_equals_a_plain_loop(
     base: Config, ranks: Callable[[int], RankPool], parallel: ParallelConfig, sequences: int
 ) -> None:
     config = replace(base, parallel=parallel, evaluate=replace(base.evaluate, sequences=sequences))
-    loss, by_position = by_loop(config)
+    loss, tokens, by_position = by_loop(config)
     assert list(by_position) == ["0-63", "64-127", "128-149"], "the data does not fill the bins"
     for result, _, training, _ in ranks(max(parallel.context, parallel.dp_shard)).run(evaluate_dealt, config, None):
         assert result.loss == pytest.approx(loss, rel=1e-12)
+        assert result.tokens == tokens
         assert result.by_position == pytest.approx(by_position, rel=1e-12)
         assert training
 
@@ -131,4 +133,4 @@ def test_nothing_to_predict_is_refused_by_all_ranks(base: Config, ranks: Callabl
 
 def test_bits_per_byte() -> None:
     # ln 8 nats are 3 bits, of tokens that stand for 1.5 bytes.
-    assert Evaluation(loss=math.log(8), by_position={}).bits_per_byte(1.5) == pytest.approx(2.0)
+    assert Evaluation(loss=math.log(8), tokens=1, by_position={}).bits_per_byte(1.5) == pytest.approx(2.0)

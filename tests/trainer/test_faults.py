@@ -65,7 +65,7 @@ def test_one_request_lets_the_process_end_well(number: signal.Signals) -> None:
         assert hear(process) == "goes on"
         out, err = process.communicate()
         assert out == "ended well\n"
-        assert err == "\nstopping    after this step, with a checkpoint; Ctrl-C again to end at once\n"
+        assert err == "\nstopping    after this step, with a checkpoint; Ctrl-C again after 60 seconds to end at once\n"
         assert process.returncode == 0
 
 

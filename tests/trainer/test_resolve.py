@@ -90,8 +90,25 @@ def test_a_backend_that_does_not_run_on_the_device(config: Config, monkeypatch: 
 @pytest.mark.parametrize("split", ["train", "held_out"])
 def test_data_that_is_not_there(config: Config, split: str) -> None:
     shutil.rmtree(config.data.folder / split)
-    with pytest.raises(DataError, match=rf"{split}/meta\.json does not exist"):
+    with pytest.raises(DataError) as refused:
         resolve(config, Ranks(world_size=2))
+    assert str(refused.value) == (
+        f"data.folder='{config.data.folder}' has no {split}/meta.json: make it with `farspan data prepare`, or name "
+        "another."
+    )
+    shutil.rmtree(config.data.folder)
+    with pytest.raises(
+        DataError, match=r"^data\.folder='.*tokens' does not exist: make it with `farspan data prepare`"
+    ):
+        resolve(config, Ranks(world_size=2))
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_a_split_given_for_the_folder(config: Config, split: str) -> None:
+    folder = config.data.folder
+    with pytest.raises(DataError) as refused:
+        resolve(replace(config, data=replace(config.data, folder=folder / split)), Ranks(world_size=2))
+    assert str(refused.value) == f"data.folder='{folder / split}' is one split of the data: set data.folder={folder}."
 
 
 def test_rules_and_degrees_come_before_the_data(config: Config) -> None:

@@ -27,7 +27,7 @@ from tests.trainer import tiny
 
 STEPS = 4
 STEP_FIELDS = {"step", "loss", "grad_norm", "tokens_per_s", "mfu", "peak_memory_bytes", "comm_bytes"}
-EVALUATION_FIELDS = {"step", "eval_loss", "bits_per_byte", "unigram_bits_per_byte", "loss_by_position"}
+EVALUATION_FIELDS = {"step", "eval_loss", "eval_tokens", "bits_per_byte", "unigram_bits_per_byte", "loss_by_position"}
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -80,7 +80,8 @@ def without_times(config: Config) -> list[dict[str, Any]]:
     return [{name: value for name, value in record.items() if name not in vary} for record in records(config)]
 
 
-def test_an_undisturbed_run(config: Config) -> None:
+def test_an_undisturbed_run(config: Config, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="farspan")
     run(config)
     assert steps(config, "loss") == [1, 2, 3, 4]
     assert steps(config, "eval_loss") == [2, 4]
@@ -89,6 +90,10 @@ def test_an_undisturbed_run(config: Config) -> None:
         fields = EVALUATION_FIELDS if "eval_loss" in record else STEP_FIELDS
         assert fields <= record.keys()
         assert all(value is not None for value in record.values())
+    held_out = PackedSequences(open_data(config)[1], sequence_tokens=101, seed=0, shuffle=False, repeat=False)
+    measured_on = sum(int((held_out.sequence(index).labels != IGNORED).sum()) for index in range(2))
+    assert {record["eval_tokens"] for record in records(config) if "eval_loss" in record} == {measured_on}
+    assert f" bits per byte over 2 sequences, {measured_on} tokens (unigram entropy " in caplog.text
     first, last = (record for record in records(config) if record["step"] in (1, 4) and "loss" in record)
     # Nothing is learnt before the first update: ln 264; the text is simple.
     assert first["loss"] == pytest.approx(5.58, abs=0.2)
@@ -160,7 +165,9 @@ def test_a_stop_before_the_first_step_saves_nothing(config: Config, caplog: pyte
     run(config, AskedWhen(lambda: True))
     assert records(config) == []
     assert not (config.run.folder / "checkpoints").exists()
-    assert "stopped     at step 0; the same command resumes" in caplog.text
+    assert "stopped     before the first step; nothing was saved" in caplog.text
+    assert "resumes" not in caplog.text
+    assert "results" not in caplog.text
 
 
 def test_a_finished_run_says_so_and_changes_nothing(config: Config, caplog: pytest.LogCaptureFixture) -> None:
@@ -192,7 +199,7 @@ def test_the_configuration_left_in_the_folder_runs_the_same(config: Config, tmp_
 def test_refusals_leave_no_trace(config: Config, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.head_dim=7 must be even"):
         run(tiny.with_model(config, head_dim=7))
-    with pytest.raises(DataError, match=r"meta\.json does not exist"):
+    with pytest.raises(DataError, match=r"data\.folder='.*nowhere' does not exist"):
         run(replace(config, data=replace(config.data, folder=tmp_path / "nowhere")))
     assert not config.run.folder.exists()
     assert not dist.is_initialized()
@@ -205,6 +212,45 @@ def test_a_checkpoint_of_another_run_is_refused_before_anything_is_written(confi
         run(replace(config, run=replace(config.run, seed=12)))
     after = (config.run.folder / "metrics.jsonl").read_bytes(), (config.run.folder / "config.toml").read_bytes()
     assert after == before
+
+
+@pytest.mark.parametrize("steps", [STEPS, STEPS + 1])
+def test_another_mechanism_is_refused(config: Config, steps: int) -> None:
+    run(config)
+    other = replace(config, attention=replace(config.attention, options={"causal": False}))
+    with pytest.raises(
+        CheckpointError, match=r"another attention\.mechanism \('Dense\(causal=True\)', now 'Dense\(caus"
+    ):
+        run(replace(other, train=replace(other.train, steps=steps)))
+    # What is written out and what is the default anyway are the same.
+    run(replace(config, attention=replace(config.attention, options={"causal": True})))
+
+
+def test_a_launch_that_trains_nothing_leaves_the_configuration(config: Config) -> None:
+    run(config)
+    path = config.run.folder / "config.toml"
+    before = path.read_bytes()
+    slower = replace(config, optimizer=replace(config.optimizer, learning_rate=1e-3))
+    run(slower)
+    run(replace(slower, train=replace(slower.train, steps=STEPS + 1)), AskedWhen(lambda: True))
+    assert path.read_bytes() == before
+    assert not list(config.run.folder.glob("config_*"))
+
+
+def test_a_resume_with_other_settings_keeps_the_earlier_configuration(
+    config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="farspan")
+    run(config)
+    assert "changed" not in caplog.text
+    path = config.run.folder / "config.toml"
+    before = path.read_bytes()
+    longer = replace(config, train=replace(config.train, steps=STEPS + 1))
+    run(replace(longer, optimizer=replace(config.optimizer, learning_rate=1e-3)))
+    kept = config.run.folder / "config_until_step_4.toml"
+    assert f"changed     train.steps 4 -> 5, optimizer.learning_rate 0.01 -> 0.001; see {kept}\n" in caplog.text
+    assert kept.read_bytes() == before
+    assert load_config(Config, path).optimizer.learning_rate == 1e-3
 
 
 def test_two_runs_cannot_share_a_folder(config: Config) -> None:

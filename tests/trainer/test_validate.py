@@ -43,25 +43,50 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         "model.rope.factor=4.0 needs model.rope.scaling: set it to llama3 or yarn.",
         {"model.rope": RopeConfig(factor=4.0, scaling="yarn")},
     ),
+    "llama3 needs a factor": (
+        {"model.rope": RopeConfig(scaling="llama3")},
+        "model.rope.scaling='llama3' does nothing with model.rope.factor=1.0: set model.rope.factor to how many times "
+        "longer than model.rope.original_positions the context is.",
+        {"model.rope": RopeConfig(scaling="llama3", factor=1.5)},
+    ),
+    "yarn needs a factor": (
+        {"model.rope": RopeConfig(scaling="yarn", factor=1.0)},
+        "model.rope.scaling='yarn' does nothing with model.rope.factor=1.0: set model.rope.factor to how many times "
+        "longer than model.rope.original_positions the context is.",
+        {"model.rope": RopeConfig(scaling="yarn", factor=1.5)},
+    ),
     "llama3's frequencies are in order": (
-        {"model.rope": RopeConfig(scaling="llama3", low_frequency_factor=4.0)},
+        {"model.rope": RopeConfig(scaling="llama3", factor=2.0, low_frequency_factor=4.0)},
         "model.rope.low_frequency_factor=4.0 must be below model.rope.high_frequency_factor=4.0.",
-        {"model.rope": RopeConfig(scaling="llama3", low_frequency_factor=3.9)},
+        {"model.rope": RopeConfig(scaling="llama3", factor=2.0, low_frequency_factor=3.9)},
     ),
     "yarn's betas are in order": (
-        {"model.rope": RopeConfig(scaling="yarn", beta_slow=32.0)},
+        {"model.rope": RopeConfig(scaling="yarn", factor=2.0, beta_slow=32.0)},
         "model.rope.beta_slow=32.0 must be below model.rope.beta_fast=32.0.",
-        {"model.rope": RopeConfig(scaling="yarn", beta_slow=31.0)},
+        {"model.rope": RopeConfig(scaling="yarn", factor=2.0, beta_slow=31.0)},
     ),
     "the warm-up ends": (
         {"optimizer.warmup_steps": 11},
-        "optimizer.warmup_steps=11 exceeds train.steps=10: the peak learning rate would never be reached; lower it.",
+        "optimizer.warmup_steps=11 exceeds train.steps=10: the peak learning rate would never be reached; set "
+        "optimizer.warmup_steps=10 or less.",
         {"optimizer.warmup_steps": 10},
+    ),
+    "the warm-up ends before the decay": (
+        {"optimizer.schedule": "wsd", "optimizer.warmup_steps": 11, "optimizer.decay_fraction": 0.4},
+        "optimizer.warmup_steps=11 exceeds train.steps=10: the peak learning rate would never be reached; set "
+        "optimizer.warmup_steps=6 or less.",
+        {"optimizer.schedule": "wsd", "optimizer.warmup_steps": 6, "optimizer.decay_fraction": 0.4},
+    ),
+    "the decay leaves no warm-up": (
+        {"optimizer.schedule": "wsd", "optimizer.warmup_steps": 11, "optimizer.decay_fraction": 1.0},
+        "optimizer.warmup_steps=11 exceeds train.steps=10: the peak learning rate would never be reached; set "
+        "optimizer.warmup_steps=0.",
+        {"optimizer.schedule": "wsd", "optimizer.warmup_steps": 0, "optimizer.decay_fraction": 1.0},
     ),
     "the decay follows the warm-up": (
         {"optimizer.schedule": "wsd", "optimizer.warmup_steps": 7, "optimizer.decay_fraction": 0.4},
         "optimizer.warmup_steps=7 and a decay over the last 4 steps (optimizer.decay_fraction=0.4) overlap in "
-        "train.steps=10: lower one of them.",
+        "train.steps=10: set optimizer.warmup_steps=6 or less, or lower optimizer.decay_fraction.",
         {"optimizer.schedule": "wsd", "optimizer.warmup_steps": 6, "optimizer.decay_fraction": 0.4},
     ),
     "groups share the batch": (

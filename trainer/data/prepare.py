@@ -47,14 +47,18 @@ def prepare(
     suffixes: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
     held_out_fraction: float = 0.05,
+    hold_out_ends: bool = False,
     text_key: str = "text",
     skip_unreadable: bool = False,
     overwrite: bool = False,
 ) -> PrepareReport:
-    """Write `out`/train and `out`/held_out from the documents of `paths`, whole or not at all; raises DataError."""
+    """Write `out`/train and `out`/held_out from the documents of `paths`, whole or not at all; raises DataError.
+
+    hold_out_ends: hold out the last fraction of every document instead of a fraction of the documents.
+    """
     started_s = time.perf_counter()
     if not 0 < held_out_fraction < 1:
-        raise DataError(f"--held-out {held_out_fraction} is not a fraction; give a number between 0 and 1.")
+        raise DataError(f"--held-out {held_out_fraction} must be greater than 0 and less than 1.")
     out = Path(out)
     target = out.resolve()  # `out` may be a link or end in `..`, and the folder is put in place by renaming
     _check_target(target, overwrite)
@@ -63,7 +67,7 @@ def prepare(
     )
     partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")  # hidden, so no reader takes it in
     try:
-        train, held_out = _write_splits(reader, partial, tokenizer, held_out_fraction)
+        train, held_out = _write_splits(reader, partial, tokenizer, held_out_fraction, hold_out_ends)
         _publish(partial, target, overwrite)
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error.strerror or error}; choose another --out.") from error
@@ -83,6 +87,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--exclude", nargs="+", action="extend", default=[], metavar="NAME", help="file and folder names or globs"
     )
     parser.add_argument("--held-out", type=float, default=0.05, metavar="FRACTION", help="documents held out (0.05)")
+    parser.add_argument(
+        "--hold-out-ends", action="store_true", help="hold out the end of every document instead of whole documents"
+    )
     parser.add_argument("--text-key", default="text", metavar="KEY", help="JSONL key or parquet column (text)")
     parser.add_argument(
         "--skip-unreadable", action="store_true", help="inside folders, skip and count empty or non-UTF-8 documents"
@@ -100,6 +107,7 @@ def run(args: argparse.Namespace) -> None:
         suffixes=args.suffix,
         exclude=args.exclude,
         held_out_fraction=args.held_out,
+        hold_out_ends=args.hold_out_ends,
         text_key=args.text_key,
         skip_unreadable=args.skip_unreadable,
         overwrite=args.overwrite,
@@ -121,7 +129,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 
 def _write_splits(
-    reader: DocumentReader, folder: Path, tokenizer: Tokenizer, held_out_fraction: float
+    reader: DocumentReader, folder: Path, tokenizer: Tokenizer, held_out_fraction: float, hold_out_ends: bool
 ) -> tuple[SplitMeta, SplitMeta]:
     """Stream every document to its side and return both metas; raises DataError when a side stays empty."""
     lowest, highest = 1.0, 0.0
@@ -130,16 +138,25 @@ def _write_splits(
         SplitWriter(folder / SPLITS[1], tokenizer=tokenizer) as held_out,
     ):
         for document in reader:
-            data = document.text.encode("utf-8")
-            place = _place(data)
-            lowest, highest = min(lowest, place), max(highest, place)
-            try:
-                ids = tokenizer.encode(document.text)
-            except DataError as error:
-                raise DataError(f"{document.origin}: {error}") from error
-            (held_out if place < held_out_fraction else train).add(ids, num_bytes=len(data))
+            if hold_out_ends:
+                start = _end_start(document.text, held_out_fraction)
+                sides = [(train, document.text[:start]), (held_out, document.text[start:])]
+            else:
+                place = _place(document.text.encode())
+                lowest, highest = min(lowest, place), max(highest, place)
+                sides = [(held_out if place < held_out_fraction else train, document.text)]
+            for side, text in sides:
+                if not text:
+                    continue
+                try:
+                    ids = tokenizer.encode(text)
+                except DataError as error:
+                    raise DataError(f"{document.origin}: {error}") from error
+                side.add(ids, num_bytes=len(text.encode()))
         if train.num_documents + held_out.num_documents == 0:
             raise DataError(f"No input holds a readable document ({reader.num_skipped} skipped); give other paths.")
+        if hold_out_ends and held_out.num_documents == 0:
+            raise DataError("Documents of a single character have no end to hold out; drop --hold-out-ends.")
         if train.num_documents == 0 or held_out.num_documents == 0:
             raise DataError(_empty_side(train.num_documents, held_out.num_documents, lowest, highest))
         return train.finish(), held_out.finish()
@@ -150,12 +167,29 @@ def _place(data: bytes) -> float:
     return int.from_bytes(hashlib.blake2b(data, digest_size=HASH_BYTES).digest()) / 2 ** (8 * HASH_BYTES)
 
 
+def _end_start(text: str, fraction: float) -> int:
+    """Return where the last `fraction` of `text` starts: at a line or else a word if one starts near by.
+
+    Both sides get a character at least, a text of one character aside, which has no end. Near by: the end becomes
+    longer or shorter by a half at most.
+    """
+    wanted = min(max(round(len(text) * (1 - fraction)), 1), max(len(text) - 1, 1))
+    reach = min(wanted, len(text) - wanted) // 2
+    for ends_here in (lambda character: character == "\n", str.isspace):
+        for distance in range(reach + 1):
+            for start in (wanted - distance, wanted + distance):
+                if ends_here(text[start - 1]):
+                    return start
+    return wanted
+
+
 def _empty_side(num_train: int, num_held_out: int, lowest: float, highest: float) -> str:
     """Say which side is empty and, where one exists, a fraction between the documents' places that works."""
     side = "held_out" if num_held_out == 0 else "train"
     # Rounded inwards: up from the lowest place, or down from the highest.
     works = (math.floor(lowest * 1000) + 1 if num_held_out == 0 else math.ceil(highest * 1000) - 1) / 1000
     cure = f"pass --held-out {works:g}" if lowest < works <= highest and works < 1 else "give more different documents"
+    cure += ", or pass --hold-out-ends, which holds out the end of every document"
     return f"None of the {num_train + num_held_out} documents falls into the {side} split; {cure}."
 
 

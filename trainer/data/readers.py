@@ -195,7 +195,7 @@ def _read_parquet(path: Path, column: str) -> Iterator[_Item]:
         import pyarrow  # pyright: ignore[reportMissingImports]
         import pyarrow.parquet  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise DataError(f"Reading {path} needs the package pyarrow; `pip install pyarrow`.") from error
+        raise DataError(f"Reading {path} needs the package pyarrow; `pip install -e '.[data]'`.") from error
     row = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:

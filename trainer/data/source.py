@@ -141,7 +141,7 @@ def _read_meta(folder: Path) -> SplitMeta:
     path = folder / META_FILE
     if not path.is_file():
         splits = [str(folder / split) for split in SPLITS if (folder / split / META_FILE).is_file()]
-        cure = f"open {' or '.join(splits)}" if splits else ADVICE
+        cure = f"open {' or '.join(splits)}" if splits else "make it with `farspan data prepare`"
         raise DataError(f"{path} does not exist; {cure}.")
     try:
         record = json.loads(path.read_bytes())

@@ -62,10 +62,10 @@ class FileTokenizer(Tokenizer):
 
     def __init__(self, path: str, *, end_token: str | None = None) -> None:
         """Read `path`; raises DataError when it cannot be read or has no end-of-document token."""
-        tokenizers = _import_tokenizers(path)
         if not Path(path).is_file():
             what = "is a folder; pass the tokenizer.json inside it" if Path(path).is_dir() else "does not exist"
             raise DataError(f"The tokenizer file {path} {what} (or pass --tokenizer {BYTES}).")
+        tokenizers = _import_tokenizers(path)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(path)
         except Exception as error:  # the Rust side raises bare Exception
@@ -116,7 +116,7 @@ def _import_tokenizers(path: str) -> ModuleType:
     except ImportError as error:
         raise DataError(
             f"Reading the tokenizer file {path} needs the package tokenizers; "
-            f"`pip install tokenizers`, or pass --tokenizer {BYTES}."
+            f"`pip install -e '.[data]'`, or pass --tokenizer {BYTES}."
         ) from error
     return tokenizers
 

@@ -11,8 +11,10 @@ from farspan.trainer.config_io import bounded
 class RopeConfig:
     """Rotary position embedding; the fields after `scaling` matter only to the scalings that have them.
 
-    base: longest wavelength is 2 pi base. factor: how many times longer than `original_positions` the context is.
-    low_frequency_factor, high_frequency_factor: of Llama 3; beta_fast, beta_slow: of YaRN.
+    base: longest wavelength is 2 pi base. scaling: how frequencies are stretched over a longer context.
+    factor: how many times longer than `original_positions` the context is. original_positions: the context that the
+    frequencies were made for. low_frequency_factor, high_frequency_factor: of Llama 3, in turns over
+    `original_positions`; beta_fast, beta_slow: of YaRN, in turns over `original_positions`.
     """
 
     base: float = bounded(10_000.0, above=1)
@@ -47,8 +49,11 @@ class RopeConfig:
 class ModelConfig:
     """A pre-norm decoder with grouped-query attention and SwiGLU.
 
-    width: size of the residual stream. feed_forward: inner size of SwiGLU. head_dim is free: heads * head_dim need
-    not be the width. vocabulary_size 0 takes the data's, rounded up to a multiple of 64.
+    layers: blocks of attention and SwiGLU. width: size of the residual stream. heads: of queries. kv_heads: of keys
+    and values, each shared by heads / kv_heads query heads. head_dim: size of a head; heads * head_dim need not be
+    the width. feed_forward: inner size of SwiGLU. vocabulary_size: of the model; 0 takes the data's, rounded up to a
+    multiple of 64. norm_epsilon: of every RMSNorm. qk_norm: normalise the queries and keys of each head.
+    tied_embeddings: one table for input and output.
     """
 
     layers: int = bounded(minimum=1)

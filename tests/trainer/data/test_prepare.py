@@ -128,7 +128,7 @@ def test_an_encoding_failure_names_the_document(corpus, tmp_path):
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
 def test_a_fraction_outside_of_0_to_1_is_refused(corpus, tmp_path, fraction):
-    with pytest.raises(DataError, match=r"--held-out .* between 0 and 1"):
+    with pytest.raises(DataError, match=r"--held-out .* must be greater than 0 and less than 1\."):
         prepare([corpus], tokenizer=BYTES, out=tmp_path / "out", held_out_fraction=fraction)
 
 
@@ -138,7 +138,7 @@ def test_an_empty_side_is_refused_with_a_fraction_that_works(corpus, tmp_path, f
     with pytest.raises(DataError, match=rf"None of the 40 documents falls into the {side} split") as caught:
         prepare([corpus], **options, held_out_fraction=fraction)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus"]
-    advised = float(str(caught.value).split("pass --held-out ")[1].rstrip("."))
+    advised = float(str(caught.value).split("pass --held-out ")[1].split(", or pass --hold-out-ends")[0])
     prepare([corpus], **options, held_out_fraction=advised)
 
 
@@ -147,6 +147,43 @@ def test_duplicates_alone_cannot_be_split(tmp_path):
         (tmp_path / name).write_text("same")
     with pytest.raises(DataError, match=r"give more different documents"):
         prepare([tmp_path / "a", tmp_path / "b"], tokenizer=BYTES, out=tmp_path / "out", held_out_fraction=0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "train"),
+    [
+        ("".join(f"line {i}\n" for i in range(10)), "".join(f"line {i}\n" for i in range(8))),
+        ("one line of words only that ends here", "one line of words only that "),
+        ("é" * 10, "é" * 8),
+        # A line that starts far from there does not count: the end would be three times as long.
+        ("a\n" + "b" * 18, "a\n" + "b" * 14),
+        ("ab", "a"),
+    ],
+    ids=["line", "word", "character", "far line", "two characters"],
+)
+def test_the_end_of_a_book_is_held_out(tmp_path, text, train):
+    (tmp_path / "book.txt").write_text(text, encoding="utf-8")
+    out = tmp_path / "out"
+    report = prepare([tmp_path / "book.txt"], tokenizer=BYTES, out=out, held_out_fraction=0.2, hold_out_ends=True)
+    assert (documents(out, "train"), documents(out, "held_out")) == ([train], [text[len(train) :]])
+    assert report.train.num_bytes + report.held_out.num_bytes == len(text.encode())
+
+
+def test_every_document_has_its_end_held_out(corpus, tmp_path):
+    run(parse(corpus, "--tokenizer", "bytes", "--out", tmp_path / "out", "--hold-out-ends", "--held-out", "0.3"))
+    halves = zip(documents(tmp_path / "out", "train"), documents(tmp_path / "out", "held_out"), strict=True)
+    assert [start + end for start, end in halves] == TEXTS
+
+
+def test_a_single_document_is_refused_with_the_way_out(tmp_path):
+    (tmp_path / "book.txt").write_text("once upon a time")
+    with pytest.raises(
+        DataError, match=r"documents falls into the (train|held_out) split; .*, or pass --hold-out-ends, which"
+    ):
+        prepare([tmp_path / "book.txt"], tokenizer=BYTES, out=tmp_path / "out")
+    (tmp_path / "book.txt").write_text("x")
+    with pytest.raises(DataError, match=r"a single character have no end to hold out; drop --hold-out-ends\."):
+        prepare([tmp_path / "book.txt"], tokenizer=BYTES, out=tmp_path / "out", hold_out_ends=True)
 
 
 def test_nothing_readable_is_refused(tmp_path):
@@ -200,4 +237,4 @@ def test_command_line(corpus, tmp_path, capsys):
 def test_command_line_defaults():
     args = parse("a", "b", "--tokenizer", "t.json", "--out", "o")
     assert (args.paths, args.held_out, args.text_key, args.suffix, args.exclude) == (["a", "b"], 0.05, "text", None, [])
-    assert (args.skip_unreadable, args.overwrite, args.end_token) == (False, False, None)
+    assert (args.skip_unreadable, args.overwrite, args.end_token, args.hold_out_ends) == (False, False, None, False)

@@ -196,5 +196,5 @@ def test_parquet_without_rows_and_with_bad_utf8(tmp_path):
 def test_missing_pyarrow_is_named(tmp_path, monkeypatch):
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(DataError, match=r"x\.parquet needs the package pyarrow; `pip install pyarrow`"):
+    with pytest.raises(DataError, match=r"x\.parquet needs the package pyarrow; `pip install -e '\.\[data\]'`"):
         texts(tmp_path)

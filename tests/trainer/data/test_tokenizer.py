@@ -131,7 +131,11 @@ def test_unreadable_files_are_refused(tmp_path):
         load_tokenizer(str(tmp_path / "cut.json"))
 
 
-def test_missing_package_is_named(monkeypatch):
+def test_missing_package_is_named_for_a_file_that_is_there(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(DataError, match=r"my\.json needs the package tokenizers; `pip install tokenizers`"):
-        load_tokenizer("my.json")
+    path = tmp_path / "my.json"
+    with pytest.raises(DataError, match=r"my\.json does not exist \(or pass --tokenizer bytes\)\.$"):
+        load_tokenizer(str(path))
+    path.write_text("{}")
+    with pytest.raises(DataError, match=r"my\.json needs the package tokenizers; `pip install -e '\.\[data\]'`"):
+        load_tokenizer(str(path))

@@ -1,6 +1,6 @@
 """Bounds: what is known of groups of rows without looking at each, enough to rule pairs of groups out or in."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -60,11 +60,14 @@ class Bounds:
 
     def take(self, index: np.ndarray) -> "Bounds":
         """Return the bounds of the groups at `index`."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name in ("reach", "place"):
-            values[name] = None if values[name] is None else values[name][:, index]
         return Bounds(
-            **{name: v if v is None or name in ("reach", "place") else v[index] for name, v in values.items()}
+            position_low=self.position_low[index],
+            position_high=self.position_high[index],
+            document_low=self.document_low[index],
+            document_high=self.document_high[index],
+            padded=self.padded[index],
+            reach=None if self.reach is None else self.reach[:, index],
+            place=None if self.place is None else self.place[:, index],
         )
 
 

@@ -13,7 +13,7 @@ neighbourhoods and irregular rows (many tiny documents, gathered tokens) leave r
 
 import enum
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -56,13 +56,16 @@ class Region:
 
 
 def cut_regions(queries: Rows, keys: Rows, visibility: Visibility, shortest_run: int) -> tuple[Region, ...]:
-    """Return disjoint regions that hold every visible pair; runs of fewer rows than `shortest_run` are tiled."""
+    """Return disjoint regions that hold every visible pair; runs of fewer rows than `shortest_run` are tiled.
+
+    `visibility` has one window at most: that of all heads, or of some.
+    """
     query_segments, key_segments = (_segments(rows, visibility, shortest_run) for rows in (queries, keys))
     if query_segments.step.any() and key_segments.step.any():
         regions = _regions(queries, keys, query_segments, key_segments, visibility)
     else:
-        tiles = (_tiles(rows, 0, len(rows), visibility) for rows in (queries, keys))
-        regions = _tile_regions(*tiles, visibility)
+        query_tiles, key_tiles = (_tiles(rows, 0, len(rows), visibility) for rows in (queries, keys))
+        regions = _tile_regions(query_tiles, key_tiles, visibility)
     return tuple(_merge_full(regions))
 
 
@@ -130,6 +133,8 @@ def _runs(position: np.ndarray, document: np.ndarray, shortest_run: int) -> Iter
 def _regions(
     queries: Rows, keys: Rows, query_segments: _Segments, key_segments: _Segments, visibility: Visibility
 ) -> Iterator[Region]:
+    window = visibility.window
+    assert not isinstance(window, tuple)
     tiles_of_query = cache(lambda i: _tiles(queries, *query_segments.edges(i), visibility))
     tiles_of_key = cache(lambda j: _tiles(keys, *key_segments.edges(j), visibility))
     for i, j in _candidates(query_segments.bounds, key_segments.bounds, visibility):
@@ -138,8 +143,7 @@ def _regions(
         if query.step and query.step == key.step and one_document:
             # A run of sinks is seen from everywhere; the rest of the document has none.
             is_sink = key_segments.bounds.position_high[j] < visibility.sinks
-            window = None if is_sink else visibility.window
-            yield from _band_regions(query, key, replace(visibility, window=window, sinks=0))
+            yield from _band_regions(query, key, visibility.causal, None if is_sink else window)
         else:
             yield from _tile_regions(tiles_of_query(i), tiles_of_key(j), visibility)
 
@@ -191,23 +195,23 @@ def _candidates(queries: Bounds, keys: Bounds, visibility: Visibility) -> Iterat
         start = int(block[-1]) + 1
 
 
-def _band_regions(query: _Run, key: _Run, visibility: Visibility) -> Iterator[Region]:
+def _band_regions(query: _Run, key: _Run, causal: bool, window: int | None) -> Iterator[Region]:
     """Cut two runs of one document and one step: key j is visible to query i iff i + low <= j <= i + high."""
     step, lead = query.step, query.position - key.position
     num_queries, num_keys = query.stop - query.start, key.stop - key.start
     high, low = num_keys, -num_queries
-    if visibility.window is not None:
+    if window is not None:
         # |lead + (i - j) step| < window, solved for j.
-        low = (lead - visibility.window) // step + 1
-        high = -((-lead - visibility.window) // step) - 1
-    if visibility.causal:
+        low = (lead - window) // step + 1
+        high = -((-lead - window) // step) - 1
+    if causal:
         high = min(high, lead // step)
     if low <= -(num_queries - 1):
         yield from _below_diagonal(query.start, query.stop, key.start, key.stop, high)
         return
-    assert visibility.window is not None
+    assert window is not None
     # Both edges of the band cut through: short query pieces keep the masked corner small.
-    piece = min(max(visibility.window // (4 * step), 64), 512)
+    piece = min(max(window // (4 * step), 64), 512)
     for start in range(0, num_queries, piece):
         stop = min(start + piece, num_queries)
         # Keys from here on are inside the window of every query of the piece.

@@ -1,6 +1,7 @@
 """Rules between fields: each a small function that raises ConfigError with what to change."""
 
 from farspan.kernels.errors import ConfigError
+from farspan.kernels.mechanism import Masked
 from farspan.kernels.registry import nearest_name_hint
 from farspan.parallel.layout import LAYOUTS
 from farspan.parallel.mesh import Degrees
@@ -96,7 +97,12 @@ def layout_exists(config: Config) -> None:
 
 def strategy_takes_mechanism(config: Config, degrees: Degrees) -> None:
     heads = Heads(query=config.model.heads, kv=config.model.kv_heads)
-    strategy = STRATEGIES.get(config.parallel.strategy)
-    refusal = strategy.refusal(config.attention.build_mechanism(), heads, degrees.context)
+    strategy, mechanism = STRATEGIES.get(config.parallel.strategy), config.attention.build_mechanism()
+    if isinstance(mechanism, Masked):
+        try:
+            mechanism.visibility().by_heads(heads.query)
+        except ValueError as error:
+            raise ConfigError(f"attention.mechanism={config.attention.mechanism!r} has {error}.") from error
+    refusal = strategy.refusal(mechanism, heads, degrees.context)
     if refusal is not None:
         raise ConfigError(f"parallel.strategy={config.parallel.strategy!r} refuses this run: {refusal}")

@@ -112,9 +112,12 @@ def _region_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan, part: HeadPlan, region: Region
 ) -> Gradients:
     queries, keys = region.queries, region.keys
-    operands = (_by_head(x) for x in (dout[queries], q[queries], k[keys], v[keys], out[queries]))
     gradients = flash_backward(
-        *operands,
+        _by_head(dout[queries]),
+        _by_head(q[queries]),
+        _by_head(k[keys]),
+        _by_head(v[keys]),
+        _by_head(out[queries]),
         lse[queries].t().unsqueeze(0),
         causal=region.kind is Kind.CAUSAL,
         mask=_mask(plan, part, region),

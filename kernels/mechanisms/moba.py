@@ -36,7 +36,7 @@ class MoBA(Routed):
 
     @classmethod
     def examples(cls) -> Sequence[Self]:
-        return cls(block=16, top_k=3), cls(block=32, top_k=1), cls(block=25, top_k=100)
+        return cls(block=24, top_k=3), cls(block=48, top_k=2)
 
     def visibility(self) -> Visibility:
         return Visibility(causal=True)

@@ -154,15 +154,15 @@ def test_head_sizes(backend: str, head_dim: int, value_dim: int) -> None:
 def test_parts_over_disjoint_keys_merge_and_their_gradients_add_up(mechanism: Mechanism, backend: str) -> None:
     """The two facts that every strategy stands on."""
     rows = Rows.packed([30, 60, 5], padding=4)
-    tensors = Tensors.random(len(rows), len(rows), (4, 2), 16, 16, torch.float64)
+    tensors = Tensors.random(len(rows), len(rows), (8, 2), 16, 16, torch.float64)
     visibility, selection = shown(mechanism, tensors, rows)
-    whole = run(tensors, Plan.build(rows, rows, visibility, heads=4, selection=selection), backend)
+    whole = run(tensors, Plan.build(rows, rows, visibility, heads=8, selection=selection), backend)
     # Three parts; the queries of the first document see nothing of the last.
     parts = [torch.arange(0, 41, 2), torch.arange(1, 41, 2), torch.arange(41, len(rows))]
     plans = [
-        Plan.build(rows, rows.take(part), visibility, heads=4, selection=selection, shortest_run=8) for part in parts
+        Plan.build(rows, rows.take(part), visibility, heads=8, selection=selection, shortest_run=8) for part in parts
     ]
-    out, lse = empty_partial(len(rows), 4, 16, like=tensors.q)
+    out, lse = empty_partial(len(rows), 8, 16, like=tensors.q)
     for part, plan in zip(parts, plans, strict=True):
         merge_(out, lse, *attend(tensors.q, tensors.k[part], tensors.v[part], plan, backend=backend))
     dq = torch.zeros_like(tensors.q)
@@ -185,12 +185,12 @@ def test_nothing_leaks_from_later_tokens_or_other_documents(mechanism: Mechanism
     rows = Rows.packed([20, 23])
     if order == "irregular":
         rows = rows.take(torch.randperm(43, generator=torch.Generator().manual_seed(0)))
-    tensors = Tensors.random(len(rows), len(rows), (2, 1), 16, 16, torch.float64)
+    tensors = Tensors.random(len(rows), len(rows), (8, 1), 16, 16, torch.float64)
     visibility, selection = shown(mechanism, tensors, rows)
-    plan = Plan.build(rows, rows, visibility, heads=2, selection=selection, shortest_run=8)
+    plan = Plan.build(rows, rows, visibility, heads=8, selection=selection, shortest_run=8)
     out, _ = attend(tensors.q, tensors.k, tensors.v, plan, backend=backend)
     # k has a single head: what one of the query heads sees is not hidden.
-    mask = mask_of(rows, rows, visibility, 2, selection).any(dim=0)
+    mask = mask_of(rows, rows, visibility, 8, selection).any(dim=0)
     for t in (0, 7, 19, 20, 30, 42):
         hidden = [s for s in range(len(rows)) if not mask[t, s]]
         k, v = tensors.k.clone(), tensors.v.clone()

@@ -38,6 +38,11 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         "model.head_dim=7 must be even: rotary embedding turns pairs.",
         {"model.head_dim": 6},
     ),
+    "windows are for the model's heads": (
+        {"attention.mechanism": "spans", "attention.options": {"alpha": [64.0] * 2, "beta": [0.0] * 2, "length": 512}},
+        "attention.mechanism='spans' has 2 windows for 4 query heads: give one per head, or one for all.",
+        {"attention.mechanism": "spans", "attention.options": {"alpha": [64.0] * 4, "beta": [0.0] * 4, "length": 512}},
+    ),
     "a factor needs a scaling": (
         {"model.rope": RopeConfig(factor=4.0)},
         "model.rope.factor=4.0 needs model.rope.scaling: set it to llama3 or yarn.",

@@ -55,6 +55,14 @@ def test_the_best_blocks_are_chosen(block: int, top_k: int, heads: tuple[int, in
     assert plan.visible_pairs == MoBA(block=block, top_k=top_k).visible_pairs(rows, rows)
 
 
+def test_all_blocks_are_dense_attention() -> None:
+    rows, generator = Rows.packed([90, 30]), torch.Generator().manual_seed(0)
+    q, k = (torch.randn(120, 2, 8, generator=generator) for _ in range(2))
+    selection = MoBA(block=8, top_k=100).select(q, k, rows, rows, alone)
+    plans = [Plan.build(rows, rows, MoBA().visibility(), heads=2, selection=chosen) for chosen in (None, selection)]
+    assert torch.equal(plans[0].mask(), plans[1].mask())
+
+
 def test_equal_scores_go_to_the_earlier_block() -> None:
     rows = Rows.packed([80])
     q, k = torch.zeros(80, 2, 8), torch.ones(80, 2, 8)

@@ -1,0 +1,47 @@
+"""Per-head spans that grow with the input: mixture of sparse attention, MoA (arXiv 2406.14909, section 3).
+
+Head h sees the last S_h = alpha_h + beta_h * N tokens of an input of N, and the first tokens of the document. Spans and
+sinks are whole blocks of 64 tokens, as in the published code: at least one, rounded down.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self, final
+
+from farspan.kernels.mechanism import MECHANISMS, Masked
+from farspan.kernels.visibility import Visibility
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spans(Masked):
+    """alpha, beta: of each query head, in tokens and tokens per token. length: N, the input that the spans are for.
+
+    sinks: tokens at the start of a document that are seen from everywhere. block: tokens to which spans are rounded.
+    """
+
+    alpha: tuple[float, ...]
+    beta: tuple[float, ...]
+    length: int
+    sinks: int = 64
+    block: int = 64
+
+    def __post_init__(self) -> None:
+        if len(self.alpha) != len(self.beta) or not self.alpha:
+            raise ValueError(f"alpha has {len(self.alpha)} heads and beta {len(self.beta)}: give both for every head")
+        if self.length < 1 or self.block < 1:
+            raise ValueError(f"length={self.length} and block={self.block} must be at least 1")
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        heads = (8.0, 0.0, -40.0, 16.0, 0.0, 64.0, 8.0, 0.0), (0.0, 0.125, 0.25, 0.0, 1.0, 0.0, 0.125, 0.5)
+        return (cls(alpha=heads[0], beta=heads[1], length=320, sinks=8, block=8),)
+
+    def visibility(self) -> Visibility:
+        spans = (alpha + beta * self.length for alpha, beta in zip(self.alpha, self.beta, strict=True))
+        return Visibility(
+            window=tuple(max(int(span // self.block), 1) * self.block for span in spans), sinks=self.sinks
+        )
+
+
+MECHANISMS.add("spans", Spans)

@@ -1,0 +1,14 @@
+import pytest
+
+from farspan.kernels.mechanisms.spans import Spans
+
+
+def test_spans_follow_the_elastic_rule_in_whole_blocks() -> None:
+    spans = Spans(alpha=(-1024.0, 0.0, 0.0, -500.0, 100.0), beta=(0.875, 0.125, 0.5, 0.0, 0.0), length=8192)
+    assert spans.visibility().window == (6144, 1024, 4096, 64, 64)
+    assert spans.visibility().sinks == 64
+
+
+def test_both_options_are_for_the_same_heads() -> None:
+    with pytest.raises(ValueError, match="alpha has 2 heads and beta 1"):
+        Spans(alpha=(1.0, 2.0), beta=(0.0,), length=10)

@@ -1,0 +1,22 @@
+import torch
+
+from farspan.kernels.mechanisms.window import Window
+from farspan.kernels.rows import Rows
+
+
+def test_a_window_and_its_sinks_by_hand() -> None:
+    rows = Rows.packed([6, 3])
+    expected = torch.tensor(
+        [
+            [1, 0, 0, 0, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0, 0, 0, 0],
+            [1, 1, 1, 0, 0, 0, 0, 0, 0],
+            [1, 0, 1, 1, 0, 0, 0, 0, 0],
+            [1, 0, 0, 1, 1, 0, 0, 0, 0],
+            [1, 0, 0, 0, 1, 1, 0, 0, 0],
+            [0, 0, 0, 0, 0, 0, 1, 0, 0],
+            [0, 0, 0, 0, 0, 0, 1, 1, 0],
+            [0, 0, 0, 0, 0, 0, 1, 1, 1],
+        ]
+    )
+    assert torch.equal(Window(window=2, sinks=1).visibility().mask(rows, rows).int(), expected.int())

@@ -36,7 +36,7 @@ class MoBA(Routed):
 
     @classmethod
     def examples(cls) -> Sequence[Self]:
-        return cls(block=24, top_k=3), cls(block=48, top_k=2)
+        return (cls(block=32, top_k=3),)
 
     def visibility(self) -> Visibility:
         return Visibility(causal=True)

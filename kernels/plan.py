@@ -97,6 +97,6 @@ class Plan:
     def mask(self) -> Tensor:
         """Return the definition of the whole plan, bool `[heads, queries, keys]`; quadratic, for references."""
         visible = torch.empty(self.heads, len(self.queries), len(self.keys), dtype=torch.bool)
-        for visibility, heads in self.visibility.by_heads(self.heads).items():
-            visible[heads] = visibility.mask(self.queries, self.keys)
+        for part in self.parts:
+            visible[list(part.heads)] = part.visibility.mask(self.queries, self.keys)
         return visible if self.selection is None else visible & self.selection.mask(self.keys)

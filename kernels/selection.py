@@ -125,9 +125,9 @@ class Selection:
 
     def mask(self, keys: Rows) -> Tensor:
         """Return whether each query selected the block of each key, bool `[heads, queries, keys]`; quadratic."""
-        table = torch.zeros(self.heads * self.num_units + 1, self.blocks.count + 1, dtype=torch.bool)
+        table = torch.zeros(self.heads * self.num_units, self.blocks.count + 1, dtype=torch.bool)
         table[self.lists, self.chosen.long()] = True
-        table = table[:-1].view(self.heads, self.num_units, -1)
+        table = table.view(self.heads, self.num_units, self.blocks.count + 1)
         # -1 is the last column and a further row, which nobody selected.
         table = torch.cat((table, torch.zeros_like(table[:, :1])), dim=1)
         return table[:, self.unit][:, :, self.blocks.of(keys)]

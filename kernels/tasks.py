@@ -41,13 +41,6 @@ class Batch:
     keys: Tensor
     mask: Tensor | None = None
 
-    @property
-    def visible_pairs(self) -> int:
-        tasks, queries, keys = *self.queries.shape, self.keys.shape[1]
-        if self.mask is not None:
-            return int(self.mask.sum())
-        return tasks * (queries * keys if self.kind is Kind.FULL else queries * (queries + 1) // 2)
-
 
 def batches(plan: Plan, kv_heads: int) -> Iterator[Batch]:
     """Yield disjoint batches that hold every visible pair of a plan with a selection."""
@@ -74,8 +67,8 @@ class _Groups:
     def by(number: np.ndarray, rows: Rows) -> "_Groups":
         order = np.argsort(number, kind="stable")
         order = order[np.searchsorted(number[order], 0) :]  # -1 belongs to no group
-        values, start = np.unique(number[order], return_index=True)
-        return _Groups(values, order, start, np.append(start[1:], len(order)), rows)
+        start, stop = _edges(number[order])
+        return _Groups(number[order][start], order, start, stop, rows)
 
     @staticmethod
     def of_units(plan: Plan) -> "_Groups":
@@ -139,10 +132,10 @@ class _Tasks:
     kv_heads: int
 
     def of(self, entries: _Entries) -> Iterator[Batch]:
-        queries, keys = self.units.bounds(self.visibility), self.pieces.bounds(self.visibility)
-        i, j = entries.unit, entries.piece
-        whole = all_see(queries.take(i), keys.take(j), self.visibility)
-        partly = ~whole & may_see(queries.take(i), keys.take(j), self.visibility)
+        queries = self.units.bounds(self.visibility).take(entries.unit)
+        keys = self.pieces.bounds(self.visibility).take(entries.piece)
+        whole = all_see(queries, keys, self.visibility)
+        partly = ~whole & may_see(queries, keys, self.visibility)
         together = len(self.units.order) >= SHARED_ROWS * len(self.units)
         yield from self._by_tile(entries.take(whole)) if together else self._by_block(entries.take(whole))
         yield from self._partial(entries.take(partly))
@@ -159,9 +152,7 @@ class _Tasks:
         """One task per unit and head: all pieces that it chose; units of one size and one number of keys in batches."""
         if not len(entries):
             return
-        number = entries.head * len(self.units) + entries.unit
-        first = np.flatnonzero(np.diff(number, prepend=-1))
-        stop = np.append(first[1:], len(number))
+        first, stop = _edges(entries.head * len(self.units) + entries.unit)
         keys = np.add.reduceat(self.pieces.sizes()[entries.piece], first)
         rows = self.units.sizes()[entries.unit[first]]
         for alike in _runs_of_equal(rows * (keys.max() + 1) + keys):
@@ -180,14 +171,11 @@ class _Tasks:
         if not len(entries):
             return
         # A row that sees some of several pieces meets them in several rounds, as a batch may have it only once.
-        of_unit = np.flatnonzero(np.diff(entries.head * len(self.units) + entries.unit, prepend=-1))
-        nth = np.arange(len(entries)) - np.repeat(of_unit, np.diff(of_unit, append=len(entries)))
+        start, stop = _edges(entries.head * len(self.units) + entries.unit)
+        nth = np.arange(len(entries)) - np.repeat(start, stop - start)
         order = np.lexsort((entries.unit, entries.piece, entries.head, nth))
         entries, nth = entries.take(order), nth[order]
-        first = np.flatnonzero(
-            np.diff((nth * self.plan.heads + entries.head) * len(self.pieces) + entries.piece, prepend=-1)
-        )
-        stop = np.append(first[1:], len(entries))
+        first, stop = _edges((nth * self.plan.heads + entries.head) * len(self.pieces) + entries.piece)
         rows = np.add.reduceat(self.units.sizes()[entries.unit], first)
         keys = self.pieces.sizes()[entries.piece[first]]
         for alike in _runs_of_equal((nth[first] * (rows.max() + 1) + rows) * (keys.max() + 1) + keys):
@@ -208,9 +196,8 @@ class _Tasks:
         triangle = torch.zeros(len(first), dtype=torch.bool)
         if num_rows == num_keys and self.visibility == Visibility(causal=True):
             ascending = (position.diff(dim=1) > 0).all(dim=1)
-            one_document = (document == key_document[:, :1]).all(dim=1) & (key_document == key_document[:, :1]).all(
-                dim=1
-            )
+            one = document[:, :1]
+            one_document = ((document == one) & (key_document == one)).all(dim=1)
             triangle = ascending & one_document & (position == key_position).all(dim=1)
         query_index = queries * self.plan.heads + torch.from_numpy(head)
         key_index = keys * self.kv_heads + torch.from_numpy(self._kv_head(head))
@@ -234,6 +221,12 @@ class _Tasks:
 
     def _keys(self, piece: np.ndarray, kv_head: int) -> Tensor:
         return torch.from_numpy(self.pieces.members(piece) * self.kv_heads + kv_head)
+
+
+def _edges(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return where each stretch of equal values starts and stops."""
+    start = np.flatnonzero(np.diff(values, prepend=-1))
+    return start, np.append(start[1:], len(values))[: len(start)]
 
 
 def _ranges(start: np.ndarray, stop: np.ndarray) -> np.ndarray:

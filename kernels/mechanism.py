@@ -31,6 +31,10 @@ class Mechanism(ABC):
     def visible_pairs(self, queries: Rows, keys: Rows) -> int:
         """Return how many (query, key) pairs per head are attended to: the work that is useful."""
 
+    def total_bytes(self, everyone: Rows, kv_heads: int, head_dim: int) -> int:
+        """Return the bytes of what is summed over all holders of rows to choose by: nothing, unless it is routed."""
+        return 0
+
 
 class Masked(Mechanism):
     """Visibility is static: known from the rows alone."""

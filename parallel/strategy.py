@@ -33,7 +33,7 @@ class AttentionShape:
     value_dim: int
     element_bytes: int
     accumulation_bytes: int
-    total_bytes: int = 0
+    total_bytes: int
     """Of what a routed mechanism sums over all ranks to choose by."""
 
 

@@ -128,4 +128,7 @@ def attention_shape(config: Config, degrees: Degrees) -> AttentionShape:
         value_dim=config.model.head_dim,
         element_bytes=compute.itemsize,
         accumulation_bytes=accumulation_dtype(compute).itemsize,
+        total_bytes=config.attention.build_mechanism().total_bytes(
+            Rows.packed([config.data.sequence_tokens]), config.model.kv_heads, config.model.head_dim
+        ),
     )

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from farspan.kernels.attend import attend, attend_backward
-from farspan.kernels.mechanism import MECHANISMS, Masked, Mechanism, Routed, choose
+from farspan.kernels.mechanism import MECHANISMS, Masked, Mechanism, choose
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.plan import Plan
 from farspan.kernels.rows import Rows
@@ -123,9 +123,6 @@ def put_together(case: Case, degree: int, parts: list[list[Tensor]]) -> list[Ten
 
 
 def volume(case: Case, degree: int) -> dict[str, int]:
-    total_bytes = 0
-    if isinstance(case.mechanism, Routed):
-        total_bytes = case.mechanism.total_bytes(case.rows, case.heads.kv, HEAD_DIM)
     shape = AttentionShape(
         tokens_local=Shards.deal(case.rows, layout=case.layout, degree=degree).tokens_local,
         heads=case.heads,
@@ -133,7 +130,7 @@ def volume(case: Case, degree: int) -> dict[str, int]:
         value_dim=VALUE_DIM,
         element_bytes=case.dtype.itemsize,
         accumulation_bytes=accumulation_dtype(case.dtype).itemsize,
-        total_bytes=total_bytes,
+        total_bytes=case.mechanism.total_bytes(case.rows, case.heads.kv, HEAD_DIM),
     )
     stated = STRATEGIES.get(case.strategy).volume(shape, degree)
     return {"forward": stated.forward, "backward": stated.backward}

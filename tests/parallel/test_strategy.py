@@ -44,6 +44,7 @@ def test_volumes_by_hand() -> None:
         value_dim=128,
         element_bytes=2,
         accumulation_bytes=4,
+        total_bytes=0,
     )
     mib = 2**20
     assert STRATEGIES.get("ring").volume(shape, 8) == Volume(forward=224 * mib, backward=(224 + 512) * mib)

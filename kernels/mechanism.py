@@ -5,7 +5,7 @@ The base class that a mechanism derives from is the claim of what it needs, and 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import ClassVar, Self
 
 from torch import Tensor
 
@@ -21,6 +21,9 @@ Total = Callable[[Tensor], Tensor]
 
 class Mechanism(ABC):
     """A frozen dataclass whose fields are the mechanism's options."""
+
+    routing_width: ClassVar[int] = 0
+    """Numbers that a router gives for each token and KV head: a fourth input `[T, Hk, routing_width]`, unless 0."""
 
     @classmethod
     @abstractmethod

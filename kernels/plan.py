@@ -25,6 +25,7 @@ class HeadPlan:
 class Plan:
     """Which query rows attend to which key rows: those that `visibility` shows and, if there is one, `selection` chose.
 
+    lifetime: int32 `[Hk, keys]`, or None: the last query position that sees each key of each KV head (-1: none does).
     Backends derive from it what they visit: regions, or tasks of gathered rows, each made once.
     """
 
@@ -34,6 +35,7 @@ class Plan:
     heads: int
     parts: tuple[HeadPlan, ...]
     selection: Selection | None
+    lifetime: Tensor | None = None
 
     @staticmethod
     def build(
@@ -65,6 +67,14 @@ class Plan:
             )
         return replace(self, selection=selection)
 
+    def living(self, lifetime: Tensor) -> "Plan":
+        """Return the same plan, of whose keys the queries see only those still alive at their positions."""
+        if lifetime.dtype != torch.int32 or lifetime.dim() != 2 or lifetime.shape[1] != len(self.keys):
+            raise ValueError(
+                f"lifetimes must be int32 [KV heads, {len(self.keys)} keys], not {lifetime.dtype} {list(lifetime.shape)}"
+            )
+        return replace(self, lifetime=lifetime)
+
     @property
     def is_empty(self) -> bool:
         """Whether no query sees any key, as far as visibility goes."""
@@ -73,7 +83,7 @@ class Plan:
     @cached_property
     def visible_pairs(self) -> int:
         """The number of visible (query, key) pairs, the mean over heads: the work that attention cannot avoid."""
-        if self.selection is not None:
+        if self.selection is not None or self.lifetime is not None:
             return int(self.mask().sum()) // self.heads
         pairs = sum(
             self._pairs(part.visibility, region) * len(part.heads) for part in self.parts for region in part.regions
@@ -99,4 +109,9 @@ class Plan:
         visible = torch.empty(self.heads, len(self.queries), len(self.keys), dtype=torch.bool)
         for part in self.parts:
             visible[list(part.heads)] = part.visibility.mask(self.queries, self.keys)
-        return visible if self.selection is None else visible & self.selection.mask(self.keys)
+        if self.selection is not None:
+            visible &= self.selection.mask(self.keys)
+        if self.lifetime is not None:
+            alive = self.queries.position[:, None] <= self.lifetime[:, None, :]
+            visible &= alive.repeat_interleave(self.heads // len(self.lifetime), dim=0)
+        return visible

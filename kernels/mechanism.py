@@ -5,18 +5,29 @@ The base class that a mechanism derives from is the claim of what it needs, and 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from farspan.kernels.plan import Plan
 from farspan.kernels.registry import Registry
 from farspan.kernels.rows import Rows
-from farspan.kernels.selection import Selection
+from farspan.kernels.selection import Partition, Selection
 from farspan.kernels.visibility import Visibility
 
 Total = Callable[[Tensor], Tensor]
 """Turns a tensor that every holder of rows has computed from its own into the sum over all holders."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Heads:
+    """Numbers of query heads and of key/value heads; `query % kv == 0`."""
+
+    query: int
+    kv: int
 
 
 class Mechanism(ABC):
@@ -34,7 +45,7 @@ class Mechanism(ABC):
     def visible_pairs(self, queries: Rows, keys: Rows) -> int:
         """Return how many (query, key) pairs per head are attended to: the work that is useful."""
 
-    def total_bytes(self, everyone: Rows, kv_heads: int, head_dim: int) -> int:
+    def total_bytes(self, everyone: Rows, heads: Heads, head_dim: int) -> int:
         """Return the bytes of what is summed over all holders of rows to choose by: nothing, unless it is routed."""
         return 0
 
@@ -53,34 +64,76 @@ class Masked(Mechanism):
 
 
 class Routed(Masked):
-    """Of the keys that visibility shows, each query attends to blocks that are chosen by content.
+    """Of the keys that visibility shows, queries attend to blocks that are chosen, by content or by a pattern.
 
-    Rows may be spread over several holders, in any order. Each calls `select` with the rows that it holds; `everyone`
-    is the whole sequence, known to all, and `total` sums over the holders: however rows are spread, all choose alike.
+    Rows may be spread over several holders, in any order. Each calls `select` with the rows that it holds; what the
+    choice is made from is summed over the holders: however rows are spread, all choose alike.
     """
 
     @abstractmethod
-    def select(self, q: Tensor, k: Tensor, held: Rows, everyone: Rows, total: Total) -> Selection:
-        """Choose blocks for the queries q `[T, Hq, D]` among all keys, of which k `[T, Hk, D]` are held here.
+    def blocks(self, everyone: Rows) -> Partition:
+        """Return the blocks of keys of a whole sequence."""
+
+    def tiles(self, everyone: Rows) -> Partition | None:
+        """Return the tiles of queries that choose together, or None where every query chooses for itself."""
+        return None
+
+    @abstractmethod
+    def select(self, q: Tensor, k: Tensor, holding: "Holding") -> Selection:
+        """Choose blocks for the held queries q `[T, Hq, D]` among all keys, of which k `[T, Hk, D]` are held.
 
         Nothing of the choice is differentiable: gradients flow through the chosen blocks.
         """
 
-    @abstractmethod
-    def total_bytes(self, everyone: Rows, kv_heads: int, head_dim: int) -> int:
-        """Return the bytes of the tensors that `select` has summed over holders."""
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Holding:
+    """What is held here of a sequence whose rows and heads may be spread over several holders.
 
-def alone(x: Tensor) -> Tensor:
-    """The total over a single holder."""
-    return x
+    rows: of the tensors held here, in their order. everyone: the whole sequence, known to all. heads: which of the
+    mechanism's query heads the tensors have. total: sums over the holders of the other rows of these heads.
+    """
 
+    mechanism: Routed
+    rows: Rows
+    everyone: Rows
+    heads: range
+    total: Total
 
-def choose(mechanism: Masked, plan: Plan, q: Tensor, k: Tensor) -> Plan:
-    """Return the plan of a whole sequence, all rows held here in one order, with what a routed mechanism chooses."""
-    if not isinstance(mechanism, Routed):
-        return plan
-    return plan.choosing(mechanism.select(q, k, plan.queries, plan.queries, alone))
+    @cached_property
+    def blocks(self) -> Partition:
+        """The blocks of keys of the whole sequence."""
+        return self.mechanism.blocks(self.everyone)
+
+    @cached_property
+    def tiles(self) -> Partition:
+        """The tiles of queries of the whole sequence; every position is one where every query chooses for itself."""
+        tiles = self.mechanism.tiles(self.everyone)
+        return Partition.blocks(self.everyone, 1) if tiles is None else tiles
+
+    @cached_property
+    def block(self) -> Tensor:
+        """The block of each held row, int64 `[rows]`; -1 for padding."""
+        return self.blocks.of(self.rows)
+
+    @cached_property
+    def held_tiles(self) -> tuple[Tensor, Tensor]:
+        """The tiles that have rows here, ascending, int64 `[units]`; and of each row its place among them, or -1."""
+        tile = self.tiles.of(self.rows)
+        held, place = torch.cat((tile.new_full((1,), -1), tile)).unique(return_inverse=True)
+        return held[1:], place[1:] - 1
+
+    def key_means(self, k: Tensor) -> Tensor:
+        """Return the mean of the keys of each block of the sequence, float32 `[blocks, Hk, D]`."""
+        return self._means(k, self.blocks)
+
+    def query_means(self, q: Tensor) -> Tensor:
+        """Return the mean of the queries of each tile that has rows here, float32 `[units, Hq, D]`."""
+        return self._means(q, self.tiles)[self.held_tiles[0].to(q.device)]
+
+    def _means(self, x: Tensor, partition: Partition) -> Tensor:
+        counts = partition.sizes.to(x.device)
+        return (self.total(partition.sums(x, self.rows)) / counts.view(-1, *[1] * (x.dim() - 1))).float()
 
 
 MECHANISMS: Registry[type[Mechanism]] = Registry("attention mechanism", "farspan.kernels.mechanisms")

@@ -71,7 +71,7 @@ class Plan:
         """Return the same plan, of whose keys the queries see only those still alive at their positions."""
         if lifetime.dtype != torch.int32 or lifetime.dim() != 2 or lifetime.shape[1] != len(self.keys):
             raise ValueError(
-                f"lifetimes must be int32 [KV heads, {len(self.keys)} keys], not {lifetime.dtype} {list(lifetime.shape)}"
+                f"lifetimes must be int32 [KV heads, {len(self.keys)}], not {lifetime.dtype} {list(lifetime.shape)}"
             )
         return replace(self, lifetime=lifetime)
 

@@ -16,12 +16,14 @@ class Partition:
 
     A block is known by position: any subset of the sequence's rows, in any order, finds its blocks by itself.
     documents: ids, ascending, int32 `[documents]`. first: first block of each and the number of all, int64
-    `[documents + 1]`. place: block inside the document of each position, int32 `[longest document]`.
+    `[documents + 1]`. place: block inside the document of each position, int32 `[longest document]`. sizes: rows of
+    each block, int64 `[blocks]`; some may have none.
     """
 
     documents: Tensor
     first: Tensor
     place: Tensor
+    sizes: Tensor
 
     @staticmethod
     def build(everyone: Rows, place: Callable[[Tensor], Tensor]) -> "Partition":
@@ -33,7 +35,8 @@ class Partition:
         last = torch.full((len(documents),), -1, dtype=torch.int64)
         last.scatter_reduce_(0, where, table[positions].long(), "amax")
         first = torch.cat((torch.zeros(1, dtype=torch.int64), (last + 1).cumsum(0)))
-        return Partition(documents=documents, first=first, place=table)
+        sizes = (first[where] + table[positions]).bincount(minlength=int(first[-1]))
+        return Partition(documents=documents, first=first, place=table, sizes=sizes)
 
     @staticmethod
     def blocks(everyone: Rows, size: int) -> "Partition":

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from farspan.kernels.attend import attend, attend_backward
 from farspan.kernels.backend import BACKENDS
-from farspan.kernels.mechanism import MECHANISMS, Masked, Mechanism, Routed, alone
+from farspan.kernels.mechanism import MECHANISMS, Masked, Mechanism, Routed
 from farspan.kernels.merge import accumulation_dtype, empty_partial, merge_
 from farspan.kernels.neighbourhood import Dimension, Neighbourhood
 from farspan.kernels.plan import Plan
@@ -17,6 +17,7 @@ from farspan.kernels.rows import Rows
 from farspan.kernels.selection import Selection
 from farspan.kernels.visibility import Visibility
 from tests import oracle
+from tests.holding import select
 
 CPU = torch.device("cpu")
 DTYPES = list(oracle.RELATIVE_TOLERANCE)
@@ -118,7 +119,7 @@ def shown(mechanism: Mechanism, tensors: Tensors, rows: Rows) -> tuple[Visibilit
     assert isinstance(mechanism, Masked)
     if not isinstance(mechanism, Routed):
         return mechanism.visibility(), None
-    return mechanism.visibility(), mechanism.select(tensors.q, tensors.k, rows, rows, alone)
+    return mechanism.visibility(), select(mechanism, tensors.q, tensors.k, rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

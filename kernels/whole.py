@@ -1,0 +1,84 @@
+"""Attention over one whole sequence whose rows are all held here: every mechanism, whatever its kind.
+
+A single rank does just this; so does each rank of a strategy that deals heads instead of tokens.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, final
+
+from torch import Tensor
+
+from farspan.kernels.attend import attend, attend_backward
+from farspan.kernels.mechanism import Heads, Holding, Masked, Mechanism, Routed
+from farspan.kernels.plan import Plan
+from farspan.kernels.rows import Rows
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Saved:
+    """What a forward pass keeps for its backward pass; nothing in it grows with the square of the sequence.
+
+    kept: what is not a tensor to save, such as plans with what was selected.
+    """
+
+    tensors: tuple[Tensor, ...]
+    kept: tuple[Any, ...] = ()
+
+
+class WholeAttention(ABC):
+    """Attention of the rows of one sequence to each other, planned; `inputs` are q, k, v and, if it has one, routing.
+
+    Shapes: q `[T, Hq, D]`, k `[T, Hk, D]`, v `[T, Hk, Dv]`, routing `[T, Hk, routing_width]`, out `[T, Hq, Dv]`.
+    """
+
+    @abstractmethod
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
+        """Return out, in the dtype of q, and what `backward` and `lse` need."""
+
+    @abstractmethod
+    def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
+        """Return the gradient of each input, in its dtype or wider."""
+
+    @abstractmethod
+    def lse(self, saved: Saved) -> Tensor:
+        """Return the log-sum-exp `[T, Hq]`."""
+
+
+def plan_whole(mechanism: Mechanism, rows: Rows, heads: Heads, which: range, *, backend: str) -> WholeAttention:
+    """Plan attention of the query heads `which`, of `heads` in all, over a sequence of `rows`."""
+    assert isinstance(mechanism, Masked)
+    visibility = mechanism.visibility().of_heads(slice(which.start, which.stop))
+    plan = Plan.build(rows, rows, visibility, heads=len(which))
+    holding = None
+    if isinstance(mechanism, Routed):
+        holding = Holding(mechanism=mechanism, rows=rows, everyone=rows, heads=which, total=alone)
+    return _MaskedAttention(plan, holding, backend)
+
+
+def alone(x: Tensor) -> Tensor:
+    """The total over a single holder."""
+    return x
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class _MaskedAttention(WholeAttention):
+    plan: Plan
+    holding: Holding | None
+    backend: str
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
+        q, k, v = inputs
+        plan = self.plan
+        if self.holding is not None:
+            plan = plan.choosing(self.holding.mechanism.select(q, k, self.holding))
+        out, lse = attend(q, k, v, plan, backend=self.backend)
+        out = out.to(q.dtype)
+        return out, Saved((q, k, v, out, lse), (plan,))
+
+    def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
+        return attend_backward(dout, *saved.tensors, plan=saved.kept[0], backend=self.backend)
+
+    def lse(self, saved: Saved) -> Tensor:
+        return saved.tensors[-1]

@@ -12,6 +12,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from farspan.kernels.gathering import Gathering
 from farspan.kernels.plan import Plan
 from farspan.kernels.registry import Registry
 from farspan.kernels.rows import Rows
@@ -134,6 +135,36 @@ class Holding:
     def _means(self, x: Tensor, partition: Partition) -> Tensor:
         counts = partition.sizes.to(x.device)
         return (self.total(partition.sums(x, self.rows)) / counts.view(-1, *[1] * (x.dim() - 1))).float()
+
+
+class Gathered(Mechanism):
+    """Each KV head chooses tokens of the whole sequence by their routing; only these attend, to each other.
+
+    A head's output at its tokens is multiplied by the sigmoid of their routing, which is how the router learns; it is 0
+    at all other tokens.
+    """
+
+    routing_width = 1
+
+    @abstractmethod
+    def among(self) -> Masked:
+        """Return how the chosen tokens of one document see each other; their positions count the chosen from 0."""
+
+    @abstractmethod
+    def choose(self, logits: Tensor, everyone: Rows) -> Tensor:
+        """Return whether each KV head takes each token, bool `[tokens, Hk]`, by float32 logits `[tokens, Hk]`.
+
+        Both are of the whole sequence, in its order. Padding is never taken.
+        """
+
+    def total_bytes(self, everyone: Rows, heads: Heads, head_dim: int) -> int:
+        return len(everyone) * heads.kv * torch.float32.itemsize
+
+    def visible_pairs(self, queries: Rows, keys: Rows) -> int:
+        """What a router that knows nothing would choose."""
+        logits = torch.randn(len(queries), 1, generator=torch.Generator().manual_seed(0))
+        chosen = Gathering.of(self.choose(logits, queries), queries).rows
+        return self.among().visible_pairs(chosen, chosen)
 
 
 MECHANISMS: Registry[type[Mechanism]] = Registry("attention mechanism", "farspan.kernels.mechanisms")

@@ -10,7 +10,8 @@ from typing import Any, final
 from torch import Tensor
 
 from farspan.kernels.attend import attend, attend_backward
-from farspan.kernels.mechanism import Heads, Holding, Masked, Mechanism, Routed
+from farspan.kernels.gathering import Gathering, weigh, weigh_backward
+from farspan.kernels.mechanism import Gathered, Heads, Holding, Masked, Mechanism, Routed
 from farspan.kernels.plan import Plan
 from farspan.kernels.rows import Rows
 
@@ -47,6 +48,8 @@ class WholeAttention(ABC):
 
 def plan_whole(mechanism: Mechanism, rows: Rows, heads: Heads, which: range, *, backend: str) -> WholeAttention:
     """Plan attention of the query heads `which`, of `heads` in all, over a sequence of `rows`."""
+    if isinstance(mechanism, Gathered):
+        return _GatheredAttention(mechanism, rows, backend)
     assert isinstance(mechanism, Masked)
     visibility = mechanism.visibility().of_heads(slice(which.start, which.stop))
     plan = Plan.build(rows, rows, visibility, heads=len(which))
@@ -82,3 +85,33 @@ class _MaskedAttention(WholeAttention):
 
     def lse(self, saved: Saved) -> Tensor:
         return saved.tensors[-1]
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class _GatheredAttention(WholeAttention):
+    mechanism: Gathered
+    rows: Rows
+    backend: str
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
+        q, k, v, routing = inputs
+        gathering = Gathering.of(self.mechanism.choose(routing[..., 0].float(), self.rows), self.rows)
+        my_q, my_k, my_v = (gathering.collect(x, k.shape[1]) for x in (q, k, v))
+        visibility = self.mechanism.among().visibility()
+        plan = Plan.build(gathering.rows, gathering.rows, visibility, heads=q.shape[1] // k.shape[1])
+        part, lse = attend(my_q, my_k, my_v, plan, backend=self.backend)
+        part, logits = part.to(q.dtype), gathering.collect(routing, k.shape[1])
+        out = gathering.spread(weigh(part, logits), q.shape[:2])
+        return out, Saved((my_q, my_k, my_v, part, lse, logits), (gathering, plan, q.shape[:2], k.shape[:2]))
+
+    def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
+        q, k, v, part, lse, logits = saved.tensors
+        gathering, plan, of_queries, of_keys = saved.kept
+        dpart, dlogits = weigh_backward(gathering.collect(dout, of_keys[1]), part, logits)
+        dq, *of_key_rows = attend_backward(dpart, q, k, v, part, lse, plan, backend=self.backend)
+        return gathering.spread(dq, of_queries), *(gathering.spread(x, of_keys) for x in (*of_key_rows, dlogits))
+
+    def lse(self, saved: Saved) -> Tensor:
+        gathering, _, of_queries, _ = saved.kept
+        return gathering.spread(saved.tensors[-2].unsqueeze(-1), of_queries, fill=float("-inf")).squeeze(-1)

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -107,6 +108,9 @@ class _AttendFunction(torch.autograd.Function):
 
 class Strategy(ABC):
     """Moves rows over a channel; every rank of the channel makes the same calls in the same order."""
+
+    deals_heads: ClassVar[bool] = False
+    """Whether a rank attends to the whole sequence, with some of the heads."""
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel

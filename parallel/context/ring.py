@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.attend import attend, attend_backward
-from farspan.kernels.mechanism import Heads, Holding, Masked, Mechanism, Routed
+from farspan.kernels.mechanism import Gathered, Heads, Holding, Masked, Mechanism, Routed
 from farspan.kernels.merge import accumulation_dtype, empty_partial, merge_
 from farspan.kernels.plan import Plan
 from farspan.kernels.whole import Saved
 from farspan.parallel.comm import Channel, Shift
+from farspan.parallel.gathered import GatheredAttend, gathered_heads
 from farspan.parallel.layout import Shards
 from farspan.parallel.strategy import STRATEGIES, Attend, AttentionShape, Strategy, Volume
 
@@ -32,7 +33,7 @@ class Ring(Strategy):
 
     @classmethod
     def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int) -> str | None:
-        if not isinstance(mechanism, Masked):
+        if not isinstance(mechanism, (Masked, Gathered)):
             return f"strategy 'ring' moves keys and values, which {type(mechanism).__name__} does not attend to."
         return None
 
@@ -50,6 +51,17 @@ class Ring(Strategy):
         return Volume(forward=chunks + choice, backward=chunks + degree * elements * shape.accumulation_bytes)
 
     def _plan(self, mechanism: Mechanism, shards: Shards, heads: Heads, *, backend: str) -> Attend:
+        if isinstance(mechanism, Gathered):
+            return GatheredAttend(
+                tokens_local=shards.tokens_local,
+                heads=heads,
+                routing_width=mechanism.routing_width,
+                mechanism=mechanism,
+                shards=shards,
+                rank=self.channel.rank,
+                total=partial(self.channel.all_reduce, kind="ring_choice"),
+                plan=lambda dealt: self._plan(mechanism.among(), dealt, gathered_heads(heads), backend=backend),
+            )
         assert isinstance(mechanism, Masked)
         rank, degree = self.channel.rank, self.channel.size
         queries, visibility = shards.rows_of(rank), mechanism.visibility()

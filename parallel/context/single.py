@@ -15,6 +15,8 @@ from farspan.parallel.strategy import STRATEGIES, Attend, AttentionShape, Strate
 class Single(Strategy):
     """Context parallelism of degree 1."""
 
+    deals_heads = True
+
     @classmethod
     def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int) -> str | None:
         if degree != 1:

@@ -22,6 +22,8 @@ from farspan.parallel.strategy import STRATEGIES, Attend, AttentionShape, Strate
 class Ulysses(Strategy):
     """Needs the query heads to divide by the degree, and KV heads and degree to divide one way or the other."""
 
+    deals_heads = True
+
     @classmethod
     def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int) -> str | None:
         def deals(n: int) -> bool:

@@ -16,7 +16,7 @@ from farspan.kernels.gathering import Gathering
 from farspan.kernels.plan import Plan
 from farspan.kernels.registry import Registry
 from farspan.kernels.rows import Rows
-from farspan.kernels.selection import Partition, Selection
+from farspan.kernels.selection import Extent, Partition, Selection
 from farspan.kernels.visibility import Visibility
 
 Total = Callable[[Tensor], Tensor]
@@ -91,14 +91,15 @@ class Routed(Masked):
 class Holding:
     """What is held here of a sequence whose rows and heads may be spread over several holders.
 
-    rows: of the tensors held here, in their order. everyone: the whole sequence, known to all. heads: which of the
-    mechanism's query heads the tensors have. total: sums over the holders of the other rows of these heads.
+    rows: of the tensors held here, in their order. everyone: the whole sequence, known to all. heads: which of all
+    query heads the tensors have. total: sums over the holders of the other rows of these heads.
     """
 
     mechanism: Routed
     rows: Rows
     everyone: Rows
     heads: range
+    all_heads: Heads
     total: Total
 
     @cached_property
@@ -123,6 +124,22 @@ class Holding:
         tile = self.tiles.of(self.rows)
         held, place = torch.cat((tile.new_full((1,), -1), tile)).unique(return_inverse=True)
         return held[1:], place[1:] - 1
+
+    @cached_property
+    def tile_extent(self) -> Extent:
+        """Where the tiles of queries lie in their documents."""
+        return Extent.of(self.tiles, self.everyone)
+
+    @cached_property
+    def block_extent(self) -> Extent:
+        """Where the blocks of keys lie in their documents."""
+        return Extent.of(self.blocks, self.everyone)
+
+    @property
+    def kv_heads(self) -> range:
+        """The KV heads of the held query heads."""
+        group = self.all_heads.query // self.all_heads.kv
+        return range(self.heads.start // group, (self.heads.stop - 1) // group + 1)
 
     def key_means(self, k: Tensor) -> Tensor:
         """Return the mean of the keys of each block of the sequence, float32 `[blocks, Hk, D]`."""

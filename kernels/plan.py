@@ -60,7 +60,7 @@ class Plan:
 
     def choosing(self, selection: Selection) -> "Plan":
         """Return the same plan, of whose keys the queries see only those that `selection` chose."""
-        if selection.heads != self.heads or len(selection.unit) != len(self.queries):
+        if self.heads % selection.heads or len(selection.unit) != len(self.queries):
             raise ValueError(
                 f"a selection for {selection.heads} heads and {len(selection.unit)} queries cannot go with a plan for "
                 f"{self.heads} heads and {len(self.queries)} queries"
@@ -110,7 +110,7 @@ class Plan:
         for part in self.parts:
             visible[list(part.heads)] = part.visibility.mask(self.queries, self.keys)
         if self.selection is not None:
-            visible &= self.selection.mask(self.keys)
+            visible &= self.selection.mask(self.keys).repeat_interleave(self.heads // self.selection.heads, dim=0)
         if self.lifetime is not None:
             alive = self.queries.position[:, None] <= self.lifetime[:, None, :]
             visible &= alive.repeat_interleave(self.heads // len(self.lifetime), dim=0)

@@ -55,7 +55,7 @@ def plan_whole(mechanism: Mechanism, rows: Rows, heads: Heads, which: range, *, 
     plan = Plan.build(rows, rows, visibility, heads=len(which))
     holding = None
     if isinstance(mechanism, Routed):
-        holding = Holding(mechanism=mechanism, rows=rows, everyone=rows, heads=which, total=alone)
+        holding = Holding(mechanism=mechanism, rows=rows, everyone=rows, heads=which, all_heads=heads, total=alone)
     return _MaskedAttention(plan, holding, backend)
 
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from farspan.kernels.mechanism import Holding, Routed, Total
+from farspan.kernels.mechanism import Heads, Holding, Routed, Total
 from farspan.kernels.rows import Rows
 from farspan.kernels.selection import Selection
 from farspan.kernels.whole import alone
@@ -17,6 +17,7 @@ def select(
         rows=rows,
         everyone=rows if everyone is None else everyone,
         heads=range(q.shape[1]),
+        all_heads=Heads(query=q.shape[1], kv=k.shape[1]),
         total=total,
     )
     return mechanism.select(q, k, holding)

@@ -71,7 +71,12 @@ class Ring(Strategy):
         if isinstance(mechanism, Routed):
             total = partial(self.channel.all_reduce, kind="ring_choice")
             holding = Holding(
-                mechanism=mechanism, rows=queries, everyone=shards.rows, heads=range(heads.query), total=total
+                mechanism=mechanism,
+                rows=queries,
+                everyone=shards.rows,
+                heads=range(heads.query),
+                all_heads=heads,
+                total=total,
             )
         return _RingAttend(
             tokens_local=shards.tokens_local,

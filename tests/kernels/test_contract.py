@@ -117,7 +117,7 @@ def check(
 
 def mask_of(queries: Rows, keys: Rows, visibility: Visibility, heads: int, selection: Selection | None) -> Tensor:
     mask = oracle.visible_mask(queries, keys, visibility, heads)
-    return mask if selection is None else mask & oracle.selected_mask(selection, keys)
+    return mask if selection is None else mask & oracle.selected_mask(selection, keys, heads)
 
 
 def shown(mechanism: Mechanism, tensors: Tensors, rows: Rows) -> tuple[Visibility, Selection | None]:

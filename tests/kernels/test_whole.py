@@ -41,7 +41,7 @@ def random_inputs(mechanism: Mechanism, rows: Rows, heads: Heads, dtype: torch.d
 
 def visible(mechanism: Mechanism, inputs: list[Tensor], rows: Rows) -> Tensor:
     """Return which keys each query sees, bool `[Hq, T, T]`."""
-    q, k, *_ = inputs
+    q, k = inputs[:2]
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
     if isinstance(mechanism, Gathered):
         chosen = mechanism.choose(inputs[3][..., 0].float(), rows).t().repeat_interleave(group, dim=0)
@@ -49,15 +49,20 @@ def visible(mechanism: Mechanism, inputs: list[Tensor], rows: Rows) -> Tensor:
         return both & oracle.visible_mask(rows, rows, mechanism.among().visibility(), heads)
     assert isinstance(mechanism, Masked)
     mask = oracle.visible_mask(rows, rows, mechanism.visibility(), heads)
-    return mask & oracle.selected_mask(select(mechanism, q, k, rows), rows) if isinstance(mechanism, Routed) else mask
+    return (
+        mask & oracle.selected_mask(select(mechanism, q, k, rows), rows, heads)
+        if isinstance(mechanism, Routed)
+        else mask
+    )
 
 
 def expect(mechanism: Mechanism, inputs: list[Tensor], dout: Tensor, rows: Rows) -> list[Tensor]:
     """Return out, lse and the gradient of each input."""
     leaves = [x.double().requires_grad_() for x in inputs]
-    out, lse = oracle.attention(*leaves[:3], visible(mechanism, inputs, rows))
+    q, k, v = leaves[:3]
+    out, lse = oracle.attention(q, k, v, visible(mechanism, inputs, rows))
     if isinstance(mechanism, Gathered):
-        group = leaves[0].shape[1] // leaves[1].shape[1]
+        group = q.shape[1] // k.shape[1]
         out = out / (1 + torch.exp(-leaves[3])).repeat_interleave(group, dim=1)
     gradients = torch.autograd.grad(out, leaves, dout.double(), allow_unused=True, materialize_grads=True)
     return [out.detach(), lse.detach(), *gradients]

@@ -17,6 +17,7 @@ from farspan.kernels.plan import Plan
 from farspan.kernels.registry import Registry
 from farspan.kernels.rows import Rows
 from farspan.kernels.selection import Extent, Partition, Selection
+from farspan.kernels.tasks import count_pairs
 from farspan.kernels.visibility import Visibility
 
 Total = Callable[[Tensor], Tensor]
@@ -85,6 +86,14 @@ class Routed(Masked):
 
         Nothing of the choice is differentiable: gradients flow through the chosen blocks.
         """
+
+    def visible_pairs(self, queries: Rows, keys: Rows) -> int:
+        """What would be chosen for random queries and keys."""
+        generator, one = torch.Generator().manual_seed(0), Heads(query=1, kv=1)
+        q, k = (torch.randn(len(rows), 1, 16, generator=generator) for rows in (queries, keys))
+        holding = Holding(mechanism=self, rows=queries, everyone=keys, heads=range(1), all_heads=one, total=lambda x: x)
+        plan = Plan.build(queries, keys, self.visibility(), heads=1, selection=self.select(q, k, holding))
+        return count_pairs(plan, kv_heads=1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -82,9 +82,7 @@ class Plan:
 
     @cached_property
     def visible_pairs(self) -> int:
-        """The number of visible (query, key) pairs, the mean over heads: the work that attention cannot avoid."""
-        if self.selection is not None or self.lifetime is not None:
-            return int(self.mask().sum()) // self.heads
+        """The number of (query, key) pairs that visibility shows, the mean over heads."""
         pairs = sum(
             self._pairs(part.visibility, region) * len(part.heads) for part in self.parts for region in part.regions
         )

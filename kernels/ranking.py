@@ -21,6 +21,18 @@ def sortable(scores: Tensor) -> Tensor:
     return torch.where(bits < 0, -1 - (bits & 0x7FFFFFFF), bits)
 
 
+def sortable_from_zero(scores: Tensor) -> Tensor:
+    """Return the same from 0 to 2^32 - 1."""
+    return sortable(scores) + (1 << 31)
+
+
+def from_sortable(keys: Tensor) -> Tensor:
+    """Return the float32 scores whose keys `sortable_from_zero` gives."""
+    order = (keys - (1 << 31)).clamp(-(1 << 31), (1 << 31) - 1)
+    bits = torch.where(order < 0, (-1 - order) | -(1 << 31), order)
+    return bits.to(torch.int32).view(torch.float32)
+
+
 def top(scores: Tensor, count: int) -> Tensor:
     """Return the places of the `count` highest float32 scores of the last dimension; the lower place wins a tie.
 

@@ -41,6 +41,13 @@ class Batch:
     keys: Tensor
     mask: Tensor | None = None
 
+    def pairs(self) -> int:
+        """Return the number of visible pairs."""
+        tasks, rows = self.queries.shape
+        if self.mask is not None:
+            return int(self.mask.sum())
+        return tasks * (rows * (rows + 1) // 2 if self.kind is Kind.CAUSAL else rows * self.keys.shape[1])
+
 
 def batches(plan: Plan, kv_heads: int) -> Iterator[Batch]:
     """Yield disjoint batches that hold every visible pair of a plan with a selection."""
@@ -53,6 +60,11 @@ def batches(plan: Plan, kv_heads: int) -> Iterator[Batch]:
         choosers = _Choosers.of(part.heads, plan.heads // plan.selection.heads)
         entries = _Entries.find(plan.selection, choosers, units, pieces)
         yield from _Tasks(plan, part.visibility, choosers, units, pieces, kv_heads).of(entries)
+
+
+def count_pairs(plan: Plan, kv_heads: int) -> int:
+    """Return the number of visible (query, key) pairs of a plan with a selection, the mean over heads."""
+    return sum(batch.pairs() for batch in batches(plan, kv_heads)) // plan.heads
 
 
 @dataclass(frozen=True, slots=True, eq=False)

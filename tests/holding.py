@@ -1,5 +1,10 @@
 """What a routed mechanism chooses for a whole sequence, or for the rows of one holder of several."""
 
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
 from torch import Tensor
 
 from farspan.kernels.mechanism import Heads, Holding, Routed, Total
@@ -33,3 +38,32 @@ def lists(selection: Selection) -> dict[tuple[int, int], list[int]]:
         for head in range(selection.heads)
         for unit in set(selection.unit.tolist()) - {-1}
     }
+
+
+def select_spread(
+    mechanism: Routed, q: Tensor, k: Tensor, rows: Rows, parts: Sequence[Tensor]
+) -> tuple[list[Selection], int]:
+    """Return what holders of the rows `parts` choose, in lockstep, and the bytes of what they sum."""
+    barrier, shared = threading.Barrier(len(parts)), {}
+    summed_bytes = [0] * len(parts)
+
+    def hold(number: int) -> Selection:
+        def total(x: Tensor) -> Tensor:
+            shared[number] = x.clone()
+            summed_bytes[number] += x.nbytes
+            barrier.wait()
+            result = torch.stack([shared[other] for other in range(len(parts))]).sum(dim=0)
+            barrier.wait()
+            return result.to(x.dtype)
+
+        try:
+            part = parts[number]
+            return select(mechanism, q[part], k[part], rows.take(part), rows, total)
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(len(parts)) as pool:
+        selections = list(pool.map(hold, range(len(parts))))
+    assert len(set(summed_bytes)) == 1, "holders must make the same calls"
+    return selections, summed_bytes[0]

@@ -138,7 +138,7 @@ def _selected_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tens
     out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
     queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))
     all_out, all_lse = out.flatten(0, 1), lse.flatten()
-    for batch in batches(plan, k.shape[1]):
+    for batch in _batches(plan, k.shape[1]):
         operands = (
             _gather(x, rows) for x, rows in ((queries, batch.queries), (keys, batch.keys), (values, batch.keys))
         )
@@ -158,7 +158,7 @@ def _selected_backward(
     totals = [gradient.flatten(0, 1) for gradient in gradients]
     of_queries, of_keys = [x.flatten(0, 1) for x in (dout, q, out)], [x.flatten(0, 1) for x in (k, v)]
     all_lse = lse.flatten()
-    for batch in batches(plan, k.shape[1]):
+    for batch in _batches(plan, k.shape[1]):
         my_dout, my_q, my_out = (_gather(x, batch.queries) for x in of_queries)
         my_k, my_v = (_gather(x, batch.keys) for x in of_keys)
         my_lse = all_lse[batch.queries].unsqueeze(1)
@@ -168,6 +168,12 @@ def _selected_backward(
         for total, rows, gradient in zip(totals, (batch.queries, batch.keys, batch.keys), found, strict=True):
             total.index_add_(0, rows.flatten(), gradient.flatten(0, 2))
     return gradients
+
+
+def _batches(plan: Plan, kv_heads: int) -> list[Batch]:
+    if "batches" not in plan.derived:
+        plan.derived["batches"] = list(batches(plan, kv_heads))
+    return plan.derived["batches"]
 
 
 def _gather(x: Tensor, rows: Tensor) -> Tensor:

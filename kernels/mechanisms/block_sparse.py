@@ -49,7 +49,7 @@ class BlockSparse(Routed):
     @classmethod
     def examples(cls) -> Sequence[Self]:
         return (
-            cls(block=16, density=0.4),
+            cls(block=32, density=0.4),
             cls(block=32, causal=False, mask=("1", "011", "1", "0011", "", "1", "1", "1", "01", "1", "111")),
         )
 

@@ -47,8 +47,8 @@ class SpargeAttention(Routed):
     @classmethod
     def examples(cls) -> Sequence[Self]:
         return (
-            cls(tile=16, block=8, similarity=-0.1, mass=0.5),
-            cls(tile=16, block=16, similarity=0.05, top=0.3, sink=True, causal=False),
+            cls(tile=32, block=16, similarity=-0.1, mass=0.5),
+            cls(tile=32, block=32, similarity=0.04, top=0.3, sink=True, causal=False),
         )
 
     def visibility(self) -> Visibility:

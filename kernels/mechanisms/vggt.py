@@ -51,8 +51,8 @@ class VGGT(Routed):
     @classmethod
     def examples(cls) -> Sequence[Self]:
         return (
-            cls(frame=20, special=2, mass=0.5, sparsity=0.7, tile=16, block=8),
-            cls(mass=0.2, sparsity=0.8, tile=32, block=16),
+            cls(frame=20, special=2, mass=0.5, sparsity=0.7, tile=32, block=16),
+            cls(mass=0.2, sparsity=0.8, tile=64, block=32),
         )
 
     def visibility(self) -> Visibility:

@@ -56,10 +56,9 @@ class VMoBA(Routed):
     @classmethod
     def examples(cls) -> Sequence[Self]:
         return (
-            cls(frame=(4, 6), brick=(2, 2, 3), scope="head", share=0.4),
-            cls(frame=(4, 6), brick=(0, 2, 3), rule="top_k", top_k=2),
-            cls(brick=(16,), rule="top_k", top_k=2, scope="head"),
-            cls(frame=(4, 6), brick=(1, 0, 0), share=0.3),
+            cls(frame=(4, 8), brick=(2, 4, 4), scope="head", share=0.4),
+            cls(frame=(4, 8), brick=(0, 2, 8), rule="top_k", top_k=2),
+            cls(brick=(32,), rule="top_k", top_k=2, scope="head"),
         )
 
     def visibility(self) -> Visibility:

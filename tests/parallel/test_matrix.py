@@ -82,7 +82,7 @@ def run_case(case: Case) -> tuple[list[Tensor], Sent]:
     with torch.no_grad():
         out, saved = planned.forward(*inputs)
         forward_bytes = channel.traffic.take()
-        gradients = planned.backward(dout, saved)
+        gradients = [x.to(of.dtype) for x, of in zip(planned.backward(dout, saved), inputs, strict=True)]
         backward_bytes = channel.traffic.take()
         lse = planned.lse(saved)
     return [out, lse, *gradients], {"forward": forward_bytes, "backward": backward_bytes}

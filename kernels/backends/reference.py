@@ -8,6 +8,8 @@ from torch import Tensor
 from farspan.kernels.backend import BACKENDS, Backend
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.plan import Plan
+from farspan.kernels.state import State
+from farspan.kernels.stretch import Stretch
 
 
 @final
@@ -41,6 +43,61 @@ class ReferenceBackend(Backend):
         dk = torch.einsum("hts,thd->shd", dscores, q.to(dtype))
         dv = torch.einsum("hts,thd->shd", probability, dout)
         return dq, dk.unflatten(1, shared).sum(2), dv.unflatten(1, shared).sum(2)
+
+    def scan_refusal(self) -> str | None:
+        return None
+
+    def scan(
+        self, q: Tensor, k: Tensor, v: Tensor, stretch: Stretch, decay: Tensor, state: State
+    ) -> tuple[Tensor, State]:
+        group = q.shape[1] // k.shape[1]
+        queries, keys, values = (x.to(state.value.dtype) for x in (q, k, v))
+        keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
+        weight, of_state, to_end, state_to_end = _weights(stretch, decay.to(state.value), state)
+        out = torch.einsum("hij,ihd,jhd,jhe->ihe", weight, queries, keys, values)
+        out += torch.einsum("hi,ihd,hde->ihe", of_state, queries, state.value)
+        left = torch.einsum("hj,jhd,jhe->hde", to_end, keys, values) + state_to_end[:, None, None] * state.value
+        return out, State(left, stretch.last if stretch.tokens else state.place)
+
+    def scan_backward(
+        self,
+        dout: Tensor,
+        dstate: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        stretch: Stretch,
+        decay: Tensor,
+        state: State,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Out and the state left are sums of products: each factor's gradient is the sum without that factor."""
+        shared = (k.shape[1], q.shape[1] // k.shape[1])
+        dout, queries, keys, values = (x.to(state.value.dtype) for x in (dout, q, k, v))
+        keys, values = keys.repeat_interleave(shared[1], dim=1), values.repeat_interleave(shared[1], dim=1)
+        weight, of_state, to_end, state_to_end = _weights(stretch, decay.to(state.value), state)
+        dq = torch.einsum("hij,ihe,jhe,jhd->ihd", weight, dout, values, keys)
+        dq += torch.einsum("hi,ihe,hde->ihd", of_state, dout, state.value)
+        dk = torch.einsum("hij,ihe,jhe,ihd->jhd", weight, dout, values, queries)
+        dk += torch.einsum("hj,jhe,hde->jhd", to_end, values, dstate)
+        dv = torch.einsum("hij,ihd,jhd,ihe->jhe", weight, queries, keys, dout)
+        dv += torch.einsum("hj,jhd,hde->jhe", to_end, keys, dstate)
+        dbefore = torch.einsum("hi,ihd,ihe->hde", of_state, queries, dout) + state_to_end[:, None, None] * dstate
+        return dq, dk.unflatten(1, shared).sum(2), dv.unflatten(1, shared).sum(2), dbefore
+
+
+def _weights(stretch: Stretch, decay: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the weights of rows for rows `[Hq, T, T]`, of the state for rows and of rows for the state left `[Hq, T]`,
+
+    and of the state for the state left `[Hq]`: exp(-s distance) within a document, from earlier to later, else 0.
+    """
+    place, end = state.place, stretch.last if stretch.tokens else state.place
+    ends = ((place.document, place.position), (end.document, end.position))
+    document = torch.cat([stretch.rows.document, torch.tensor([d for d, _ in ends])]).to(decay.device)
+    position = torch.cat([stretch.rows.position, torch.tensor([p for _, p in ends])]).to(decay.device)
+    distance = position[:, None] - position[None, :]
+    visible = (document[:, None] == document[None, :]) & (document >= 0) & (distance >= 0)
+    weight = torch.where(visible, torch.exp(-decay[:, None, None] * distance.clamp(min=0)), 0.0)
+    return weight[:, :-2, :-2], weight[:, :-2, -2], weight[:, -1, :-2], weight[:, -1, -2]
 
 
 def _scores(q: Tensor, k: Tensor, plan: Plan) -> tuple[Tensor, int]:

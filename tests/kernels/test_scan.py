@@ -261,11 +261,10 @@ def test_nothing_leaks_from_later_tokens_or_other_documents(backend: str) -> Non
 @pytest.mark.parametrize("backend", ABLE)
 def test_half_precision_is_as_exact_as_its_roundings(backend: str, heads: tuple[int, int]) -> None:
     """bfloat16 rounds to 2^-9; sums over 2,048 tokens are float32, so only the rounding of the results is left."""
-    case = Case.random(Rows.packed([2048]), heads, dtype=torch.bfloat16, place=NOWHERE)
-    wide = Case(**{
-        name: x.double() if isinstance(x, Tensor) else x for name, x in vars(case).items() if name != "state"
-    }, state=empty_state(heads[0], 16, 8, like=case.dout.double()))  # fmt: skip
-    case.state.value.zero_()
+    case = Case.random(later_rows([2048], 10), heads, dtype=torch.bfloat16)
+    exact = {name: x.double() for name, x in vars(case).items() if isinstance(x, Tensor)}
+    state = State(case.state.value.double(), case.state.place)
+    wide = Case(stretch=case.stretch, state=state, **exact)
     for name, got, expected in zip(NAMES, case.run(backend), wide.run(backend), strict=True):
         assert rms_error(got, expected) < 2.0**-9, name
 

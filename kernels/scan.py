@@ -22,7 +22,7 @@ def scan(
 
     The sum is over the tokens j of i's document at or before i; there is no softmax and no scale (MiniMax-01, arXiv
     2501.08313, section 2.2). q `[T, Hq, D]`, k `[T, Hk, D]`, v `[T, Hk, Dv]` of one
-    dtype, float64 to float16; out comes in it; decay: the rates s >= 0 of the query heads, float `[Hq]`. `state` is
+    dtype, float64 to float16; out comes in it or wider; decay: the rates s >= 0 of the query heads, float `[Hq]`. `state` is
     what the rows before have left; it enters rows of its document only. Sums are float32, float64 for float64. Padding
     gives out 0. Not differentiable by autograd: see `scan_backward`. Raises ValueError on bad shapes or rates,
     ConfigError for a backend that cannot scan.

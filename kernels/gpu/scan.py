@@ -174,8 +174,8 @@ def segment_updates(
         a_rows = _load(a, row, shared_head, a_row, a_head, there, 0, A_WIDTH, PADDED_A)
         b_rows = _load(b, row, shared_head, b_row, b_head, there, first, B_WIDTH, COLUMNS)
         write = _faded(rate, last_position - at, of == last_document)
-        weighted = (a_rows.to(tl.float32) * write[:, None]).to(a_rows.dtype)
-        update = tl.dot(tl.trans(weighted), b_rows, update, input_precision=PRECISION)
+        weighted = (b_rows.to(tl.float32) * write[:, None]).to(b_rows.dtype)
+        update = tl.dot(tl.trans(a_rows), weighted, update, input_precision=PRECISION)
     i, j = tl.arange(0, PADDED_A), first + tl.arange(0, COLUMNS)
     to = states + (head.to(tl.int64) * points + segment + 1) * A_WIDTH * B_WIDTH
     tl.store(to + i[:, None] * B_WIDTH + j[None, :], update, mask=(i < A_WIDTH)[:, None] & (j < B_WIDTH)[None, :])
@@ -223,6 +223,6 @@ def segment_outputs(
         next_position, next_document = tl.load(position + far), tl.load(document + far)
         state *= _faded(rate, next_position - last_position, next_document == last_document)
         write = _faded(rate, next_position - at, of == next_document)
-        weighted = (a_rows.to(tl.float32) * write[:, None]).to(a_rows.dtype)
-        state = tl.dot(tl.trans(weighted), b_rows, state, input_precision=PRECISION)
+        weighted = (b_rows.to(tl.float32) * write[:, None]).to(b_rows.dtype)
+        state = tl.dot(tl.trans(a_rows), weighted, state, input_precision=PRECISION)
         last_position, last_document = next_position, next_document

@@ -41,9 +41,7 @@ def both(
     state = State(value.double(), place)
     out, left_by_judge = judge.scan(wide[0], wide[1], wide[2], stretch, decay, state)
     expected = [out, left_by_judge.value]
-    expected += judge.scan_backward(
-        dout.double(), dstate.double(), wide[0], wide[1], wide[2], stretch, decay, state
-    )
+    expected += judge.scan_backward(dout.double(), dstate.double(), wide[0], wide[1], wide[2], stretch, decay, state)
     assert left.place == left_by_judge.place
     return list(zip(NAMES, got, expected, strict=True))
 

@@ -21,11 +21,11 @@ def scan(
     """Return (out `[T, Hq, Dv]`, the state left) with out_i = sum_j exp(-s (position_i - position_j)) (q_i k_j) v_j.
 
     The sum is over the tokens j of i's document at or before i; there is no softmax and no scale (MiniMax-01, arXiv
-    2501.08313, section 2.2). q `[T, Hq, D]`, k `[T, Hk, D]`, v `[T, Hk, Dv]` of one
-    dtype, float64 to float16; out comes in it or wider; decay: the rates s >= 0 of the query heads, float `[Hq]`. `state` is
-    what the rows before have left; it enters rows of its document only. Sums are float32, float64 for float64. Padding
-    gives out 0. Not differentiable by autograd: see `scan_backward`. Raises ValueError on bad shapes or rates,
-    ConfigError for a backend that cannot scan.
+    2501.08313, section 2.2). q `[T, Hq, D]`, k `[T, Hk, D]`, v `[T, Hk, Dv]` of one dtype, float64 to float16; out
+    comes in it or wider; decay: the rates s >= 0 of the query heads, float `[Hq]`. `state` is what the rows before
+    have left; it enters rows of its document only. Sums are float32, float64 for float64. Padding gives out 0. Not
+    differentiable by autograd: see `scan_backward`. Raises ValueError on bad shapes or rates, ConfigError for a
+    backend that cannot scan.
     """
     _check(q, k, v, stretch, decay, state)
     state = state or empty_state(q.shape[1], q.shape[2], v.shape[2], like=q)

@@ -7,7 +7,7 @@ outputs, all segments at once, each walking its chunks with the state in registe
 arXiv 2401.04658, section 3.2).
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -40,23 +40,33 @@ def scan_backward(
     return scan_backward_by_sweeps(sweep, dout, dstate, q, k, v, stretch, decay, state)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tiling:
-    """How rows of width A and B are cut: rows of a chunk, columns of B that a program takes; and its warps."""
+class Tiling(NamedTuple):
+    """Rows of a chunk, columns of b that a program takes, and its warps and stages."""
 
     chunk: int
     columns: int
     warps: int
     stages: int
 
-    @staticmethod
-    def of(a_width: int, b_width: int, dtype: torch.dtype) -> "Tiling":
-        """Return what compiles for sm_90 without spilling registers."""
-        a_width, b_width = (max(triton.next_power_of_2(width), 16) for width in (a_width, b_width))
-        if dtype == torch.bfloat16:
-            columns = min(b_width, 128 if a_width <= 128 else 64)
-            return Tiling(chunk=64, columns=columns, warps=8 if a_width * columns > 64 * 64 else 4, stages=2)
-        return Tiling(chunk=32, columns=min(b_width, 64 if a_width <= 128 else 32), warps=8, stages=1)
+
+TILINGS = {
+    torch.bfloat16: {64: Tiling(64, 64, 4, 2), 128: Tiling(64, 64, 8, 2), 256: Tiling(64, 32, 8, 2)},
+    torch.float16: {64: Tiling(64, 32, 8, 1), 128: Tiling(64, 32, 8, 1), 256: Tiling(32, 16, 8, 1)},
+    torch.float32: {64: Tiling(16, 32, 8, 1), 128: Tiling(16, 16, 8, 1), 256: Tiling(16, 16, 8, 1)},
+}
+"""By dtype and the largest width of a: what compiles for sm_90 without spilled registers, float32 of 256 excepted.
+
+float16 is multiplied as TF32, which holds it exactly and does not overflow; float32 in full, which is for checks.
+"""
+
+
+def tiling_of(a: Tensor, b: Tensor) -> Tiling:
+    """Return how rows `[T, heads, A]` and `[T, heads, B]` are cut; raises ValueError if A is too wide."""
+    width = next((width for width in TILINGS[a.dtype] if a.shape[2] <= width), None)
+    if width is None:
+        raise ValueError(f"a Triton scan has heads of at most {max(TILINGS[a.dtype])}; got {a.shape[2]}")
+    tiling = TILINGS[a.dtype][width]
+    return tiling._replace(columns=min(tiling.columns, max(triton.next_power_of_2(b.shape[2]), 16)))
 
 
 def sweep(
@@ -68,7 +78,7 @@ def sweep(
     out[stretch.tokens :] = 0
     if not stretch.tokens:
         return out, carried
-    tiling = Tiling.of(a.shape[2], b.shape[2], x.dtype)
+    tiling = tiling_of(a, b)
     x, a, b = (t if t.stride(2) == 1 else t.contiguous() for t in (x, a, b))
     slices = triton.cdiv(b.shape[2], tiling.columns)
     segment = _segment_rows(stretch.tokens, tiling.chunk, x.shape[1] * slices)
@@ -207,11 +217,11 @@ def segment_outputs(
         x_rows = _load(x, row, own_head, x_row, x_head, there, 0, A_WIDTH, PADDED_A)
         a_rows = _load(a, row, shared_head, a_row, a_head, there, 0, A_WIDTH, PADDED_A)
         b_rows = _load(b, row, shared_head, b_row, b_head, there, first, B_WIDTH, COLUMNS)
+        found = tl.dot(x_rows, state.to(x_rows.dtype), input_precision=PRECISION)
+        found *= _faded(rate, at - last_position, of == last_document)[:, None]
         meets = (of[:, None] == of[None, :]) & (swept[:, None] >= swept[None, :])
         scores = tl.dot(x_rows, tl.trans(a_rows), input_precision=PRECISION)
         scores *= _faded(rate, at[:, None] - at[None, :], meets)
-        found = tl.dot(x_rows, state.to(x_rows.dtype), input_precision=PRECISION)
-        found *= _faded(rate, at - last_position, of == last_document)[:, None]
         found = tl.dot(scores.to(b_rows.dtype), b_rows, found, input_precision=PRECISION)
         to = out + row.to(tl.int64)[:, None] * out_row + own_head.to(tl.int64) * out_head + j[None, :]
         kept = there[:, None] & (j < B_WIDTH)[None, :]

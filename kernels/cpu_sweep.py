@@ -33,8 +33,10 @@ def sweep(
     for rows, chunk in _blocks(stretch.tokens, from_end):
         weights = _Weights.of(stretch, rows, chunk, decay.to(dtype), place, from_end)
         for head in range(heads):
-            mine = (t[rows, head * t.shape[1] // heads].to(dtype).unflatten(0, (-1, chunk)) for t in (x, a, b))
-            found, values[head] = _block(*mine, weights, head, values[head])
+            my_x, my_a, my_b = (
+                t[rows, head * t.shape[1] // heads].to(dtype).unflatten(0, (-1, chunk)) for t in (x, a, b)
+            )
+            found, values[head] = _block(my_x, my_a, my_b, weights, head, values[head])
             total = out[rows, head * x.shape[1] // heads]
             total.add_(found) if head * x.shape[1] % heads else total.copy_(found)
         place = weights.end

@@ -11,7 +11,7 @@ from farspan.kernels.errors import ConfigError
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.rows import PADDING
 from farspan.kernels.state import State, empty_state
-from farspan.kernels.stretch import Stretch
+from farspan.kernels.stretch import Place, Stretch
 
 
 @torch.no_grad()
@@ -80,12 +80,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, stretch: Stretch, decay: Tensor, sta
         raise ValueError(f"a scan wants one dtype; got q {q.dtype}, k {k.dtype}, v {v.dtype}")
     if decay.shape != q.shape[1:2] or not bool((decay >= 0).all()):
         raise ValueError(f"a scan wants a rate of decay, 0 or more, for each of {q.shape[1]} query heads; got {decay}")
-    expected = (q.shape[1], q.shape[2], v.shape[2])
-    if state is not None and (state.value.shape != expected or state.value.dtype != accumulation_dtype(q.dtype)):
+    if state is not None:
+        _check_state(state, (q.shape[1], q.shape[2], v.shape[2]), accumulation_dtype(q.dtype), stretch.first)
+
+
+def _check_state(state: State, shape: tuple[int, ...], dtype: torch.dtype, first: Place) -> None:
+    if state.value.shape != shape or state.value.dtype != dtype:
         raise ValueError(
-            f"a state of {list(expected)} in {accumulation_dtype(q.dtype)} belongs to this scan; "
-            f"got {list(state.value.shape)} in {state.value.dtype}"
+            f"a state of {[*shape]} in {dtype} belongs to this scan; got {[*state.value.shape]} in {state.value.dtype}"
         )
-    goes_on = state is not None and state.place.document == stretch.first.document != PADDING
-    if goes_on and state.place.position >= stretch.first.position:
-        raise ValueError(f"the state was left at {state.place}, which is not before the stretch: {stretch.first}")
+    if state.place.document == first.document != PADDING and state.place.position >= first.position:
+        raise ValueError(f"the state was left at {state.place}, which is not before the stretch: {first}")

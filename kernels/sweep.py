@@ -3,7 +3,7 @@
 Along a stretch, from its start or from its end, out_i = sum over j up to i of w_ij (x_i a_j) b_j with
 w_ij = exp(-s |position_i - position_j|) within a document, else 0. Then, for out of q, k, v and its gradient dout,
 dq sweeps (dout, v, k) from the start, dk sweeps (v, dout, q) and dv sweeps (k, q, dout) from the end. A sweep carries
-the state sum_j w b_j into the next block of rows, so nothing is kept for the backward pass but q, k and v.
+the state, the sum of w_j a_j b_j^T so far, from block to block: the backward pass needs nothing kept but q, k and v.
 """
 
 from typing import Protocol

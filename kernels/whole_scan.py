@@ -35,7 +35,8 @@ class WholeScan:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return out `[T, Hq, Dv]` in the dtype of q, rows in the order of q, and the tensors `backward` needs."""
-        out, _ = scan(*(_take(x, self.order) for x in (q, k, v)), self.stretch, self.decay, backend=self.backend)
+        my_q, my_k, my_v = (_take(x, self.order) for x in (q, k, v))
+        out, _ = scan(my_q, my_k, my_v, self.stretch, self.decay, backend=self.backend)
         return _take(out, self.inverse).to(q.dtype), (q, k, v)
 
     def backward(self, dout: Tensor, saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:

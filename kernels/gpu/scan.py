@@ -51,7 +51,7 @@ class Tiling(NamedTuple):
 
 TILINGS = {
     torch.bfloat16: {64: Tiling(64, 64, 4, 2), 128: Tiling(64, 64, 8, 2), 256: Tiling(64, 32, 8, 2)},
-    torch.float16: {64: Tiling(64, 32, 8, 1), 128: Tiling(64, 32, 8, 1), 256: Tiling(32, 16, 8, 1)},
+    torch.float16: {64: Tiling(64, 32, 8, 1), 128: Tiling(32, 32, 8, 1), 256: Tiling(16, 16, 8, 1)},
     torch.float32: {64: Tiling(16, 32, 8, 1), 128: Tiling(16, 16, 8, 1), 256: Tiling(16, 16, 8, 1)},
 }
 """By dtype and the largest width of a: what compiles for sm_90 without spilled registers, float32 of 256 excepted.

@@ -8,10 +8,12 @@ from torch import Tensor
 from farspan.kernels.errors import ConfigError
 from farspan.kernels.plan import Plan
 from farspan.kernels.registry import Registry
+from farspan.kernels.state import State
+from farspan.kernels.stretch import Stretch
 
 
 class Backend(ABC):
-    """Computes softmax attention of query rows to key rows as a plan says, forward and backward."""
+    """Computes softmax attention of rows to rows as a plan says, and scans if it can; forward and backward."""
 
     rank: int
     """Order in which `auto` tries the backends: the lowest rank that runs on the device is taken."""
@@ -29,6 +31,30 @@ class Backend(ABC):
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `farspan.kernels.attend.attend_backward`."""
+
+    def scan_refusal(self) -> str | None:
+        """Return why this backend cannot scan, or None if it can; one that can has the two methods below."""
+        return "it computes softmax attention only"
+
+    def scan(
+        self, q: Tensor, k: Tensor, v: Tensor, stretch: Stretch, decay: Tensor, state: State
+    ) -> tuple[Tensor, State]:
+        """See `farspan.kernels.scan.scan`; a state is always given."""
+        raise NotImplementedError(self.scan_refusal())
+
+    def scan_backward(
+        self,
+        dout: Tensor,
+        dstate: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        stretch: Stretch,
+        decay: Tensor,
+        state: State,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See `farspan.kernels.scan.scan_backward`; both states are always given."""
+        raise NotImplementedError(self.scan_refusal())
 
 
 BACKENDS: Registry[Backend] = Registry("attention backend", "farspan.kernels.backends")

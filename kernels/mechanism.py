@@ -47,9 +47,29 @@ class Mechanism(ABC):
     def visible_pairs(self, queries: Rows, keys: Rows) -> int:
         """Return how many (query, key) pairs per head are attended to: the work that is useful."""
 
+    def useful_flops(self, queries: Rows, keys: Rows, head_dim: int, value_dim: int) -> int:
+        """Return the FLOPs per head that the forward pass needs: scores and weighted sums of visible pairs."""
+        return 2 * (head_dim + value_dim) * self.visible_pairs(queries, keys)
+
     def total_bytes(self, everyone: Rows, heads: Heads, head_dim: int) -> int:
         """Return the bytes of what is summed over all holders of rows to choose by: nothing, unless it is routed."""
         return 0
+
+
+class Recurrent(Mechanism):
+    """Each head sums k v^T of the tokens so far, which fade at a fixed rate; a query reads the sum, without softmax."""
+
+    @abstractmethod
+    def decay(self, num_heads: int) -> Tensor:
+        """Return the rates s >= 0, float64 `[num_heads]`, of all query heads: a token n back weighs exp(-s n)."""
+
+    def visible_pairs(self, queries: Rows, keys: Rows) -> int:
+        """Return the queries: each reads one sum that stands for all keys."""
+        return int((queries.document >= 0).sum())
+
+    def useful_flops(self, queries: Rows, keys: Rows, head_dim: int, value_dim: int) -> int:
+        tokens = int((queries.document >= 0).sum())
+        return 4 * tokens * head_dim * value_dim
 
 
 class Masked(Mechanism):

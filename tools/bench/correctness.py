@@ -33,7 +33,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 ROUNDED, ROUNDED_LARGEST = 2.0, 3.0
 SLACK = 4.0
 CHECK_TOKENS = 1024
-SPARSE_SHARE = 0.75
+SPARSE_SHARE = 0.85
 """Visible share of the pairs of dense causal attention below which a check counts as one of a sparse mechanism."""
 SPARSE_TOKENS = {"cpu": 2048, "cuda": 8192}
 """Most tokens of a check: the reference holds all scores of a KV head's query heads in float64, several times."""

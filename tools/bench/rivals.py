@@ -1,6 +1,7 @@
 """Rivals: what torch itself offers, measured in the same run where it can compute the same function."""
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import ClassVar, final
 
 import torch
@@ -20,21 +21,24 @@ from farspan.tools.bench.case import Attention, Contender, Shape
 def rivals_on(device: torch.device) -> list[Contender]:
     """Return the rivals that run on a device."""
     if device.type == "cpu":
-        return [Sdpa("torch_sdpa", SDPBackend.FLASH_ATTENTION)]
+        return [Sdpa("torch_sdpa", "FLASH_ATTENTION")]
     return [
-        Sdpa("torch_sdpa_flash", SDPBackend.FLASH_ATTENTION),
-        Sdpa("torch_sdpa_cudnn", SDPBackend.CUDNN_ATTENTION),
+        Sdpa("torch_sdpa_flash", "FLASH_ATTENTION"),
+        Sdpa("torch_sdpa_cudnn", "CUDNN_ATTENTION"),
         Flex(),
     ]
 
 
 @final
 class Sdpa(Contender):
-    """torch's scaled_dot_product_attention by one of its kernels; dense causal attention over one document only."""
+    """torch's scaled_dot_product_attention by one of its kernels; dense causal attention over one document only.
+
+    kernel: a name of SDPBackend, whose members cannot be sent to another process.
+    """
 
     packed: ClassVar[bool] = False
 
-    def __init__(self, name: str, kernel: SDPBackend) -> None:
+    def __init__(self, name: str, kernel: str) -> None:
         self.name, self.kernel = name, kernel
 
     def plan(self, mechanism: Mechanism, rows: Rows, shape: Shape) -> Attention:
@@ -47,8 +51,8 @@ def _is_one_document(rows: Rows) -> bool:
     return bool((rows.document == 0).all()) and torch.equal(rows.position, torch.arange(len(rows)).int())
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, kernel: SDPBackend) -> Tensor:
-    with sdpa_kernel(kernel):
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, kernel: str) -> Tensor:
+    with sdpa_kernel(getattr(SDPBackend, kernel)):
         query, key, value = _by_head(q, k, v)
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     return out.squeeze(0).transpose(0, 1)
@@ -79,16 +83,15 @@ def _block_mask(visibility: Visibility, rows: Rows, device: torch.device) -> Blo
     return create_block_mask(sees, None, None, count, count, device=str(device), _compile=device.type == "cuda")
 
 
-@torch.compile(dynamic=False)
-def _compiled_flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-    out = flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
-    assert isinstance(out, Tensor)
-    return out
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    """Return FlexAttention compiled; not before it is wanted, as the compiler takes seconds to import."""
+    return torch.compile(flex_attention, dynamic=False)  # pyright: ignore[reportReturnType]
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, *, mask: BlockMask) -> Tensor:
     query, key, value = _by_head(q, k, v)
-    return _compiled_flex(query, key, value, mask).squeeze(0).transpose(0, 1)
+    return _compiled()(query, key, value, block_mask=mask, enable_gqa=True).squeeze(0).transpose(0, 1)
 
 
 def _by_head(*tensors: Tensor) -> list[Tensor]:

@@ -28,8 +28,15 @@ from farspan.tools.bench.rivals import rivals_on
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 JUDGE = "reference"
 DEFAULTS = {
-    "cpu": {"tokens": "8K,16K,32K", "heads": "8:2", "head_dim": 64, "dtype": "float32", "rounds": 3},
-    "cuda": {"tokens": "8K,16K,32K,64K,128K", "heads": "32:8", "head_dim": 128, "dtype": "bfloat16", "rounds": 20},
+    "cpu": {"tokens": "8K,16K,32K", "heads": "8:2", "head_dim": 64, "dtype": "float32", "rounds": 3, "case_s": 120.0},
+    "cuda": {
+        "tokens": "8K,16K,32K,64K,128K,512K",
+        "heads": "32:8",
+        "head_dim": 128,
+        "dtype": "bfloat16",
+        "rounds": 20,
+        "case_s": 5.0,
+    },
 }
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20}
 
@@ -68,7 +75,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--rounds", type=int, help="timings of each row, at least 3")
     parser.add_argument("--memory", type=sizes, default=[], help="also a table of peaks at these tokens")
-    parser.add_argument("--case-s", type=float, default=120.0, help="leave out what takes longer per pass, in seconds")
+    parser.add_argument("--case-s", type=float, help="leave out what takes longer per pass, in seconds")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="start nothing after so many seconds")
     parser.add_argument("--out", type=Path, help="path without suffix; docs/benchmarks/DATE_DEVICE_attention")
     options = parser.parse_args(arguments)
@@ -125,7 +132,7 @@ def bench(options: argparse.Namespace, command: Sequence[str]) -> list[Path]:
         for of_size in measure_all(pairs, options.tokens, shape, limits, left_out):
             _say_times(of_size)
             results += of_size
-        memory = measure_memory(pairs, options.memory, shape, limits) if options.memory else {}
+        memory = measure_memory(results, pairs, options.memory, shape, limits) if options.memory else {}
     found = report.Report(
         machine=machine.facts(device, command),
         pairs=pairs,

@@ -16,12 +16,12 @@ COLUMNS = (
     "mechanism", "backend", "fwd ms", "bwd ms", "fwd+bwd ms", "least", "useful TFLOP/s", "speed-up over dense",
     "ideal", "of ideal", "peak MiB",
 )  # fmt: skip
-HOW = """Milliseconds are medians of {rounds} rounds (`least`: of fwd+bwd, the shortest); in each round every row ran
-once, and a speed-up is the median of the rounds' ratios to dense causal attention over one document, by the fastest of
-our backends. Useful FLOPs: products over visible pairs only, 2 forward and 5 backward. `ideal`: pairs that dense
-attention sees over those that the mechanism sees. Speed-up, TFLOP/s and peak are of forward and backward together; the
-peak is above the inputs. Every row was checked in the same run against float64, at the sizes listed below: a row
-without numbers failed, and its numbers would mean nothing.
+HOW = """Milliseconds are medians of 3 to {rounds} rounds (`least`: of fwd+bwd, the shortest); in each round every row
+ran once, and a speed-up is the median of the rounds' ratios to dense causal attention over one document, by the
+fastest of our backends. Useful FLOPs: products over visible pairs only, 2 forward and 5 backward. `ideal`: pairs that
+dense attention sees over those that the mechanism sees. Speed-up, TFLOP/s and peak are of forward and backward
+together; the peak is above the inputs. Every row was checked in the same run against float64, at the sizes listed
+below: a row without numbers failed, and its numbers would mean nothing.
 """
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from farspan.kernels.backend import Work, choose_backend
 from farspan.kernels.errors import ConfigError
 from farspan.kernels.mechanism import MECHANISMS, Mechanism
 from farspan.kernels.mechanisms.dense import Dense
@@ -114,6 +115,7 @@ class Ours(Contender):
     name: str
 
     def plan(self, mechanism: Mechanism, rows: Rows, shape: Shape) -> Attention:
+        choose_backend(self.name, shape.device, Work.of(mechanism, shape.dtype, shape.head_dim, shape.value_dim))
         channel = Channel(dist.group.WORLD, Traffic())  # pyright: ignore[reportArgumentType]
         shards = Shards.deal(rows, layout="contiguous", degree=1)
         return STRATEGIES.get("single")(channel).prepare(mechanism, shards, shape.heads, backend=self.name)

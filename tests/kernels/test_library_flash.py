@@ -223,7 +223,7 @@ def test_what_it_cannot_compute_is_refused_with_what_can() -> None:
     rows = Rows.packed([8])
     plan = Plan.build(rows, rows, Visibility(), heads=2)
     q = torch.zeros(8, 2, 16)
-    with pytest.raises(ConfigError, match="takes bfloat16 and float16, not float32; use attention.backend="):
+    with pytest.raises(ConfigError, match="takes bfloat16 and float16, not float32; use "):
         BACKENDS.get("library").forward(q, q, q, plan)
     blocks = Partition.blocks(rows, 4)
     selection = Selection.from_lists(torch.arange(8), blocks, torch.zeros(2, 8, 1, dtype=torch.int64))

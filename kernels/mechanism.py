@@ -4,7 +4,7 @@ The base class that a mechanism derives from is the claim of what it needs, and 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Self
@@ -42,6 +42,11 @@ class Mechanism(ABC):
     @abstractmethod
     def examples(cls) -> Sequence[Self]:
         """Return small instances that cover the options; the contract test and the matrix run each of them."""
+
+    @classmethod
+    def benchmarks(cls) -> Mapping[str, Self]:
+        """Return the instances to measure, by the name of their row; if none, the first example is measured."""
+        return {}
 
     @abstractmethod
     def visible_pairs(self, queries: Rows, keys: Rows) -> int:

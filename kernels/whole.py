@@ -48,15 +48,20 @@ class WholeAttention(ABC):
 
 
 def plan_whole(mechanism: Mechanism, rows: Rows, heads: Heads, which: range, *, backend: str) -> WholeAttention:
-    """Plan attention of the query heads `which`, of `heads` in all, over a sequence of `rows`."""
+    """Plan attention of the query heads `which`, of `heads` in all, over a sequence of `rows`.
+
+    Raises ValueError when the mechanism's options are for another number of heads.
+    """
     if isinstance(mechanism, Recurrent):
         decay = mechanism.decay(heads.query)[which.start : which.stop]
         return _RecurrentAttention(WholeScan.build(rows, decay, backend=backend))
     if isinstance(mechanism, Gathered):
         return _GatheredAttention(mechanism, rows, backend)
     assert isinstance(mechanism, Masked)
-    visibility = mechanism.visibility().of_heads(slice(which.start, which.stop))
-    plan = Plan.build(rows, rows, visibility, heads=len(which))
+    visibility = mechanism.visibility()
+    # A part of the windows fits a part of the heads; all of them must fit all heads.
+    visibility.by_heads(heads.query)
+    plan = Plan.build(rows, rows, visibility.of_heads(slice(which.start, which.stop)), heads=len(which))
     holding = None
     if isinstance(mechanism, Routed):
         holding = Holding(mechanism=mechanism, rows=rows, everyone=rows, heads=which, all_heads=heads, total=alone)

@@ -34,9 +34,9 @@ class ReferenceBackend(Backend):
         """FlashAttention (arXiv 2205.14135) appendix B.2: dS = P * (dO V^T - rowsum(dO * O))."""
         scores, group = _scores(q, k, plan)
         dtype, shared = scores.dtype, (k.shape[1], group)
-        probability = (scores - _finite(lse.to(dtype))).exp()  # [Hq, T, S]
+        probability = (scores - _finite(lse.to(dtype)).t().unsqueeze(-1)).exp()  # [Hq, T, S]
         dout, scale = dout.to(dtype), q.shape[-1] ** -0.5
-        delta = (dout * out.to(dtype)).sum(dim=-1)  # [Hq, T, 1]
+        delta = (dout * out.to(dtype)).sum(dim=-1).t().unsqueeze(-1)  # [Hq, T, 1]
         dprobability = torch.einsum("thd,shd->hts", dout, v.to(dtype).repeat_interleave(group, dim=1))
         dscores = probability * (dprobability - delta) * scale
         dq = torch.einsum("hts,shd->thd", dscores, k.to(dtype).repeat_interleave(group, dim=1))

@@ -7,7 +7,7 @@ queries and blocks together. The paper alternates 1-, 2- and 3-dimensional brick
 with the last one taken of a head's joint ranking are taken too.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self, final
 
@@ -60,6 +60,10 @@ class VMoBA(Routed):
             cls(frame=(4, 8), brick=(0, 2, 8), rule="top_k", top_k=2),
             cls(brick=(32,), rule="top_k", top_k=2, scope="head"),
         )
+
+    @classmethod
+    def benchmarks(cls) -> Mapping[str, Self]:
+        return {"vmoba_1024": cls(brick=(1024,))}
 
     def visibility(self) -> Visibility:
         return Visibility(causal=False)

@@ -99,6 +99,8 @@ class Plan:
         if region.kind is Kind.CAUSAL:
             edge = min(num_queries, num_keys)
             return edge * (edge + 1) // 2 + (num_queries - edge) * num_keys
+        if region.kind is Kind.ANTICAUSAL:
+            return num_queries * (num_queries + 1) // 2
         return int(self.region_mask(visibility, region).sum())
 
     def region_mask(self, visibility: Visibility, region: Region) -> Tensor:

@@ -1,8 +1,10 @@
-"""Attention of a plan without a selection: a flash function called once per region, partial results merged.
+"""Attention of a plan without a selection: a flash function called for its regions, partial results merged.
 
 A flash function knows neither rows nor documents: a region is full, causal from its top-left corner, or has a mask.
+An anticausal region is a causal one once its rows are turned round.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +14,9 @@ from torch import Tensor
 from farspan.kernels.merge import accumulation_dtype, empty_partial, merge_
 from farspan.kernels.plan import HeadPlan, Plan
 from farspan.kernels.regions import Kind, Region
+
+ROWS_AT_ONCE = 1 << 13
+"""Query rows of small regions that one call takes together: what bounds the memory of partial results."""
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -81,35 +86,41 @@ class RegionAttention:
 
     def _part_forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, part: HeadPlan) -> tuple[Tensor, Tensor]:
         if _is_whole(plan, part):
-            return self._region_forward(q, k, v, plan, part, part.regions[0])
+            out, lse = self._row_forward(q, k, v, plan, part, _Row(part.regions[0]))
+            return out.squeeze(0), lse.squeeze(0)
         out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
-        for region in part.regions:
-            found = self._region_forward(q, k, v, plan, part, region)
-            merge_(out[region.queries], lse[region.queries], *found)
+        for row in _rows_of(part):
+            found = self._row_forward(q, k, v, plan, part, row)
+            merge_(row.of_queries(out), row.of_queries(lse), *found)
         return out, lse
 
     def _part_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan, part: HeadPlan
     ) -> Gradients:
         if _is_whole(plan, part):
-            return self._region_backward(dout, q, k, v, out, lse, plan, part, part.regions[0])
+            gradients = self._row_backward(dout, q, k, v, out, lse, plan, part, _Row(part.regions[0]))
+            dq, dk, dv = (gradient.squeeze(0) for gradient in gradients)
+            return dq, dk, dv
         dq, dk, dv = zeros(q, k, v)
-        for region in part.regions:
-            part_dq, part_dk, part_dv = self._region_backward(dout, q, k, v, out, lse, plan, part, region)
-            dq[region.queries] += part_dq
-            dk[region.keys] += part_dk
-            dv[region.keys] += part_dv
+        for row in _rows_of(part):
+            part_dq, part_dk, part_dv = self._row_backward(dout, q, k, v, out, lse, plan, part, row)
+            row.of_queries(dq).add_(part_dq)
+            # Keys of neighbouring regions may overlap: one after another.
+            for number, keys in enumerate(row.keys()):
+                dk[keys] += part_dk[number]
+                dv[keys] += part_dv[number]
         return dq, dk, dv
 
-    def _region_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, part: HeadPlan, region: Region
+    def _row_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, part: HeadPlan, row: "_Row"
     ) -> tuple[Tensor, Tensor]:
-        operands = (_by_head(x) for x in (q[region.queries], k[region.keys], v[region.keys]))
-        mask = _mask(plan, part, region, q.device)
-        out, lse = self.flash(*operands, causal=region.kind is Kind.CAUSAL, mask=mask)
-        return out.squeeze(0).transpose(0, 1), lse.squeeze(0).t()
+        """Return out `[regions, T, Hq, Dv]` and lse `[regions, T, Hq]`."""
+        my_q, my_k, my_v = (row.turn(_by_head(x)) for x in (row.of_queries(q), row.of_keys(k), row.of_keys(v)))
+        mask = _mask(plan, part, row.first, q.device)
+        out, lse = self.flash(my_q, my_k, my_v, causal=row.is_causal, mask=mask)
+        return _by_head(row.turn(out)), row.turn(lse).transpose(1, 2)
 
-    def _region_backward(
+    def _row_backward(
         self,
         dout: Tensor,
         q: Tensor,
@@ -119,21 +130,76 @@ class RegionAttention:
         lse: Tensor,
         plan: Plan,
         part: HeadPlan,
-        region: Region,
+        row: "_Row",
     ) -> Gradients:
-        queries, keys = region.queries, region.keys
-        gradients = self.flash_backward(
-            _by_head(dout[queries]),
-            _by_head(q[queries]),
-            _by_head(k[keys]),
-            _by_head(v[keys]),
-            _by_head(out[queries]),
-            lse[queries].t().unsqueeze(0),
-            causal=region.kind is Kind.CAUSAL,
-            mask=_mask(plan, part, region, q.device),
-        )
-        dq, dk, dv = (gradient.squeeze(0).transpose(0, 1) for gradient in gradients)
+        """Return dq `[regions, T, Hq, D]`, dk and dv `[regions, S, Hk, ..]`."""
+        my_dout, my_q, my_out = (row.turn(_by_head(row.of_queries(x))) for x in (dout, q, out))
+        my_k, my_v = (row.turn(_by_head(row.of_keys(x))) for x in (k, v))
+        my_lse = row.turn(row.of_queries(lse).transpose(1, 2))
+        mask = _mask(plan, part, row.first, q.device)
+        gradients = self.flash_backward(my_dout, my_q, my_k, my_v, my_out, my_lse, causal=row.is_causal, mask=mask)
+        dq, dk, dv = (_by_head(row.turn(gradient)) for gradient in gradients)
         return dq, dk, dv
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """Regions of one kind and shape at equal distances, as pieces of a window or documents of one length: one call.
+
+    first: the first of `count`; queries and keys of each further one lie `query_step` and `key_step` rows on. Queries
+    do not overlap.
+    """
+
+    first: Region
+    count: int = 1
+    query_step: int = 0
+    key_step: int = 0
+
+    @property
+    def is_causal(self) -> bool:
+        return self.first.kind in (Kind.CAUSAL, Kind.ANTICAUSAL)
+
+    def keys(self) -> Iterator[slice]:
+        for number in range(self.count):
+            shift = number * self.key_step
+            yield slice(self.first.key_start + shift, self.first.key_stop + shift)
+
+    def of_queries(self, x: Tensor) -> Tensor:
+        """Return the regions' queries as a view `[regions, T, ...]` of x `[rows, ...]`."""
+        return self._view(x, self.first.queries, self.query_step)
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        """Return the regions' keys as a view `[regions, S, ...]` of x `[rows, ...]`."""
+        return self._view(x, self.first.keys, self.key_step)
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Turn the rows of x `[regions, heads, rows, ...]` round if that makes a causal region of these, and back."""
+        return x.flip(2) if self.first.kind is Kind.ANTICAUSAL else x
+
+    def _view(self, x: Tensor, rows: slice, step: int) -> Tensor:
+        first = x[rows]
+        return first.as_strided((self.count, *first.shape), (step * x.stride(0), *first.stride()))
+
+
+def _rows_of(part: HeadPlan) -> Iterator[_Row]:
+    """Yield a part's regions, those that go together in one call; nothing is said of their order."""
+    by_shape: dict[tuple[Kind, int, int], list[Region]] = {}
+    for region in part.regions:
+        num_queries, num_keys = region.query_stop - region.query_start, region.key_stop - region.key_start
+        by_shape.setdefault((region.kind, num_queries, num_keys), []).append(region)
+    for (kind, num_queries, _), regions in by_shape.items():
+        most = 1 if kind is Kind.MASKED else max(ROWS_AT_ONCE // num_queries, 1)
+        row = _Row(regions[0])
+        for region in regions[1:]:
+            steps = region.query_start - row.first.query_start, region.key_start - row.first.key_start
+            if row.count == 1 and most > 1 and steps[0] >= num_queries and steps[1] >= 0:
+                row = _Row(row.first, 2, *steps)
+            elif 1 < row.count < most and steps == (row.count * row.query_step, row.count * row.key_step):
+                row = _Row(row.first, row.count + 1, row.query_step, row.key_step)
+            else:
+                yield row
+                row = _Row(region)
+        yield row
 
 
 def zeros(*like: Tensor) -> Gradients:
@@ -161,4 +227,5 @@ def _mask(plan: Plan, part: HeadPlan, region: Region, device: torch.device) -> T
 
 
 def _by_head(x: Tensor) -> Tensor:
-    return x.transpose(0, 1).unsqueeze(0)
+    """From `[regions, rows, heads, width]` to `[regions, heads, rows, width]`, or back."""
+    return x.transpose(1, 2)

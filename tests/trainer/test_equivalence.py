@@ -41,15 +41,15 @@ def sequences(config: Config) -> PackedSequences:
     return PackedSequences(source, sequence_tokens=config.data.sequence_tokens, seed=config.run.seed)
 
 
-def train_dealt(config: Config) -> Trajectory:
+def train_dealt(config: Config, steps: int = STEPS) -> Trajectory:
     """On each rank: the real parts of a run; gradients are gathered whole."""
     mesh, device = Mesh.build(config.parallel, "cpu"), torch.device("cpu")
     model = build_model(config, mesh, device)
     optimizer = build_optimizer(model, config.optimizer)
     batches, data = build_batches(config, mesh, device, Traffic()), sequences(config)
     result = Trajectory([], [], [])
-    for step in range(STEPS):
-        set_learning_rate(optimizer, learning_rate(config.optimizer, step, STEPS))
+    for step in range(steps):
+        set_learning_rate(optimizer, learning_rate(config.optimizer, step, steps))
         per_step = config.train.sequences_per_step
         mine = range(step * per_step + mesh.data_rank, (step + 1) * per_step, mesh.degrees.data)
         done = train_step(

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from farspan.kernels.cross_entropy import linear_cross_entropy
+from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.norm import rms_norm
 from farspan.kernels.rope import apply_rope, attention_factor_of, inverse_frequencies, rotation_table
+from farspan.kernels.routing import routing_logits
 from farspan.kernels.rows import Rows
 from farspan.parallel.strategy import Attend
 from farspan.trainer.model.config import ModelConfig
@@ -51,10 +53,22 @@ class RmsNorm(nn.Module):
         return rms_norm(x, self.weight, self.epsilon)
 
 
+class Router(nn.Linear):
+    """What a mechanism chooses by: numbers for each token and KV head, in the accumulation dtype."""
+
+    def __init__(self, config: ModelConfig, mechanism: Mechanism) -> None:
+        super().__init__(config.width, config.kv_heads * mechanism.routing_width, bias=False)
+        self.kv_heads, self.detached = config.kv_heads, mechanism.routing_reads_detached
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input.detach() if self.detached else input
+        return routing_logits(x, self.weight).unflatten(-1, (self.kv_heads, -1))
+
+
 class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245): the only place where the model meets mechanism and strategy."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, mechanism: Mechanism) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         query_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
@@ -64,12 +78,14 @@ class Attention(nn.Module):
         self.out = nn.Linear(query_width, config.width, bias=False)
         self.query_norm = RmsNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else nn.Identity()
         self.key_norm = RmsNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else nn.Identity()
+        self.router = Router(config, mechanism) if mechanism.routing_width else None
 
     def forward(self, x: Tensor, inputs: _BlockInputs) -> Tensor:
         q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.query, self.key, self.value))
         q = apply_rope(self.query_norm(q), inputs.cos, inputs.sin)  # [T, Hq, D]
         k = apply_rope(self.key_norm(k), inputs.cos, inputs.sin)  # [T, Hk, D]
-        return self.out(inputs.attend(q, k, v).flatten(1))
+        routing = () if self.router is None else (self.router(x),)  # [T, Hk, routing_width]
+        return self.out(inputs.attend(q, k, v, *routing).flatten(1))
 
 
 class FeedForward(nn.Module):
@@ -88,10 +104,10 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One layer; with `recompute` its activations are computed again in the backward pass instead of kept."""
 
-    def __init__(self, config: ModelConfig, recompute: bool) -> None:
+    def __init__(self, config: ModelConfig, mechanism: Mechanism, recompute: bool) -> None:
         super().__init__()
         self.attention_norm = RmsNorm(config.width, config.norm_epsilon)
-        self.attention = Attention(config)
+        self.attention = Attention(config, mechanism)
         self.feed_forward_norm = RmsNorm(config.width, config.norm_epsilon)
         self.feed_forward = FeedForward(config)
         self.recompute = recompute
@@ -109,11 +125,11 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Tokens and labels in, the loss of each token out."""
 
-    def __init__(self, config: ModelConfig, *, recompute: bool = False) -> None:
+    def __init__(self, config: ModelConfig, mechanism: Mechanism, *, recompute: bool = False) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary_size, config.width)
-        self.blocks = nn.ModuleList(Block(config, recompute) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, mechanism, recompute) for _ in range(config.layers))
         self.norm = RmsNorm(config.width, config.norm_epsilon)
         self.head = nn.Linear(config.width, config.vocabulary_size, bias=False)
         if config.tied_embeddings:

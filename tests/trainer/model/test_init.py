@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from farspan.kernels.mechanisms.dense import Dense
 from farspan.parallel.mesh import Mesh, ParallelConfig
 from farspan.trainer.build import build_model
 from farspan.trainer.config import Config
@@ -40,7 +41,7 @@ def test_parameters_do_not_depend_on_the_sharding(ranks: Callable[[int], RankPoo
 
 def test_distributions_and_seeds() -> None:
     config = tiny.with_model(CONFIG, width=256, feed_forward=512, head_dim=32, layers=3).model
-    model = Transformer(config)
+    model = Transformer(config, Dense())
     initialize(model, config, seed=1)
     first = {name: p.detach().clone() for name, p in model.named_parameters()}
     for name, value in first.items():
@@ -67,7 +68,7 @@ def test_distributions_and_seeds() -> None:
 
 def test_a_tied_embedding_starts_as_a_head() -> None:
     config = tiny.with_model(CONFIG, width=256, tied_embeddings=True).model
-    model = Transformer(config)
+    model = Transformer(config, Dense())
     initialize(model, config, seed=1)
     assert model.head.weight is model.embedding.weight
     assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.05)

@@ -42,4 +42,5 @@ def build_batches(config: Config, mesh: Mesh, device: torch.device, traffic: Tra
         layout=config.parallel.layout,
         backend=config.attention.backend,
         device=device,
+        key_convolution=config.model.key_convolution,
     )

@@ -7,6 +7,8 @@ from farspan.kernels.mechanism import Gathered, Heads
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.rows import Rows
 from farspan.parallel.gathered import gathered_shape
+from farspan.parallel.halo import mean_rows_sent
+from farspan.parallel.layout import Shards
 from farspan.parallel.mesh import Degrees
 from farspan.parallel.strategy import STRATEGIES, AttentionShape
 from farspan.trainer.config import Config
@@ -18,13 +20,12 @@ GIB = 2**30
 def describe(config: Config, degrees: Degrees) -> str:
     """Return everything that follows from a resolved configuration."""
     model, parallel, tokens = config.model, config.parallel, config.data.sequence_tokens
-    sequences, shape = config.train.sequences_per_step, attention_shape(config, degrees)
+    sequences = config.train.sequences_per_step
     one_document = Rows.packed([tokens])
     mechanism = config.attention.build_mechanism()
     pairs = mechanism.visible_pairs(one_document, one_document)
     flops = training_flops(model, mechanism, tokens, pairs) / tokens
-    volume = STRATEGIES.get(parallel.strategy).volume(shape, degrees.context)
-    sent = model.layers * (volume.forward + volume.backward)
+    sent = model.layers * (attention_bytes(config, degrees) + convolution_bytes(config, degrees))
     memory = estimate_memory(config, degrees)
     lines = {
         "ranks": f"{degrees.data * degrees.context} = dp_replicate {degrees.dp_replicate} x dp_shard "
@@ -110,8 +111,8 @@ def block_activations(config: Config, tokens: int) -> int:
 
     Per token: the residual stream before both norms and the norms' results; rotated q and k, v, out and a float32 lse;
     gate, silu(gate), up and their product; with qk_norm q and k before it. CPU norms keep the normalised input too.
-    Where heads gather tokens: out of all tokens; q, k, v, out, lse and routing of the gathered ones. What a routed
-    mechanism chose is left out.
+    Where heads gather tokens: out of all tokens; q, k, v, out, lse and routing of the gathered ones. With a convolution
+    on keys, what it reads. What a routed mechanism chose is left out.
     """
     model, compute, mechanism = config.model, config.train.torch_dtype, config.attention.build_mechanism()
     query, kv, wide = model.heads * model.head_dim, model.kv_heads * model.head_dim, accumulation_dtype(compute)
@@ -119,6 +120,8 @@ def block_activations(config: Config, tokens: int) -> int:
     kept = 2 * model.width + normed + 4 * model.feed_forward
     if config.train.device == "cpu":
         kept += normed
+    if model.key_convolution:
+        kept += kv
     attention = (2 * query + 2 * kv) * compute.itemsize + model.heads * wide.itemsize
     if isinstance(mechanism, Gathered):
         length = config.data.sequence_tokens
@@ -130,6 +133,23 @@ def block_activations(config: Config, tokens: int) -> int:
 def tokens_local(config: Config, degrees: Degrees) -> int:
     """Return how many tokens of a sequence a rank holds, padding included."""
     return -(-config.data.sequence_tokens // degrees.context)
+
+
+def attention_bytes(config: Config, degrees: Degrees) -> int:
+    """Return the bytes that a rank sends in one layer's attention, forward and backward."""
+    volume = STRATEGIES.get(config.parallel.strategy).volume(attention_shape(config, degrees), degrees.context)
+    return volume.forward + volume.backward
+
+
+def convolution_bytes(config: Config, degrees: Degrees) -> int:
+    """Return the bytes that a rank, the mean over ranks, sends in one layer's convolution on keys, both ways."""
+    model, compute = config.model, config.train.torch_dtype
+    if not model.key_convolution:
+        return 0
+    rows = Rows.packed([config.data.sequence_tokens])
+    shards = Shards.deal(rows, layout=config.parallel.layout, degree=degrees.context)
+    sent = mean_rows_sent(shards, model.key_convolution - 1) * model.kv_heads * model.head_dim
+    return sent * (compute.itemsize + accumulation_dtype(compute).itemsize)
 
 
 def attention_shape(config: Config, degrees: Degrees) -> AttentionShape:

@@ -13,8 +13,9 @@ def router_parameters(config: ModelConfig, mechanism: Mechanism) -> int:
 
 
 def matrix_parameters(config: ModelConfig, mechanism: Mechanism) -> int:
-    """Parameters that multiply every token: all matrices, the embedding table excluded (a look-up)."""
+    """Parameters that multiply every token: all matrices and convolutions, no embedding table (a look-up)."""
     attention = config.width * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
+    attention += config.key_convolution * config.kv_heads * config.head_dim
     feed_forward = 3 * config.width * config.feed_forward
     layers = config.layers * (attention + feed_forward) + router_parameters(config, mechanism)
     return layers + config.width * config.vocabulary_size

@@ -17,7 +17,14 @@ from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.config import AttentionConfig, Config, DataConfig, RunConfig, TrainConfig
 from farspan.trainer.config_io import load_config
 from farspan.trainer.data.packing import PackedSequences
-from farspan.trainer.describe import attention_shape, block_activations, describe, estimate_memory
+from farspan.trainer.describe import (
+    attention_bytes,
+    attention_shape,
+    block_activations,
+    convolution_bytes,
+    describe,
+    estimate_memory,
+)
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.optim import build_optimizer
@@ -60,10 +67,14 @@ def saved_bytes(config: Config) -> int:
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("recompute", ["none", "block"])
-@pytest.mark.parametrize("mechanism", ["dense", "mosa"])
-def test_activations_are_what_autograd_keeps(config: Config, qk_norm: bool, recompute, mechanism: str) -> None:
+@pytest.mark.parametrize(("mechanism", "key_convolution"), [("dense", 0), ("dense", 3), ("mosa", 0)])
+def test_activations_are_what_autograd_keeps(
+    config: Config, qk_norm: bool, recompute, mechanism: str, key_convolution: int
+) -> None:
     # Wide enough that a scalar per token is small beside what is counted.
-    config = tiny.with_model(config, width=128, head_dim=32, feed_forward=320, qk_norm=qk_norm)
+    config = tiny.with_model(
+        config, width=128, head_dim=32, feed_forward=320, qk_norm=qk_norm, key_convolution=key_convolution
+    )
     config = replace(
         config,
         train=replace(config.train, recompute=recompute),
@@ -145,6 +156,17 @@ def test_what_travels_of_gathered_attention(tmp_path: Path) -> None:
     # Ulysses moves all tokens, with their routing.
     moved = attention_shape(replace(config, parallel=ParallelConfig(context=2, strategy="ulysses")), degrees)
     assert (moved.tokens_local, moved.heads, moved.routing_width) == (2048, Heads(query=8, kv=2), 1)
+
+
+def test_what_travels_of_a_convolution_on_keys(config: Config) -> None:
+    config = tiny.with_model(replace(config, parallel=ParallelConfig(context=2, layout="striped")), key_convolution=3)
+    without, degrees = tiny.with_model(config, key_convolution=0), Degrees.resolve(config.parallel, 2)
+    assert convolution_bytes(without, degrees) == 0
+    # Each of 101 rows but the last is read by the next one's rank: 50 a rank, of 2 x 8 numbers in 4 bytes, both ways.
+    assert convolution_bytes(config, degrees) == 50 * 16 * (4 + 4)
+    long = replace(config, data=replace(config.data, sequence_tokens=1 << 16))
+    sent = 2 * (attention_bytes(long, degrees) + (1 << 15) * 16 * (4 + 4))
+    assert f"each rank sends {sent / 2**20:.1f} MiB per sequence" in describe(long, degrees)
 
 
 def test_the_reference_backend_is_marked(config: Config) -> None:

@@ -70,6 +70,30 @@ def test_two_steps_do_not_depend_on_the_ranks(base: Config, ranks: Callable[[int
             assert difference(trajectory, alone) <= TOLERANCE, run.parallel
 
 
+@pytest.mark.parametrize("name", ["dense", "moba", "mosa"])
+def test_two_steps_of_a_model_that_convolves_its_keys(
+    base: Config, ranks: Callable[[int], RankPool], name: str
+) -> None:
+    """The weights start at 0; the second step is the first that they change. Recomputed blocks fetch keys again."""
+    config = tiny.with_model(example(base, name), key_convolution=5)
+    (alone,) = ranks(1).run(train_all, [config])[0]
+    dealt = [replace(config, parallel=parallel) for parallel in DEALT]
+    dealt.append(replace(dealt[0], train=replace(config.train, recompute="block")))
+    for of_rank in ranks(2).run(train_all, dealt):
+        for run, trajectory in zip(dealt, of_rank, strict=True):
+            assert difference(trajectory, alone) <= TOLERANCE, run.parallel
+
+
+def test_routers_and_convolutions_in_bfloat16(base: Config, ranks: Callable[[int], RankPool]) -> None:
+    """Losses within 1 %; parameters and their gradients stay float32."""
+    config = tiny.with_model(example(base, "mosa"), key_convolution=3)
+    rounded = replace(config, parallel=DEALT[0], train=replace(config.train, compute_dtype="bfloat16"))
+    (alone,) = ranks(1).run(train_all, [config])[0]
+    (trajectory,) = ranks(2).run(train_all, [rounded])[0]
+    assert trajectory.losses == pytest.approx(alone.losses, rel=1e-2)
+    assert {gradient.dtype for gradient in trajectory.gradients[-1].values()} == {torch.float32}
+
+
 def test_a_router_is_one_matrix_for_each_layer(base: Config, ranks: Callable[[int], RankPool]) -> None:
     routers = {
         name: gradient.shape

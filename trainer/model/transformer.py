@@ -17,6 +17,7 @@ from farspan.kernels.norm import rms_norm
 from farspan.kernels.rope import apply_rope, attention_factor_of, inverse_frequencies, rotation_table
 from farspan.kernels.routing import routing_logits
 from farspan.kernels.rows import Rows
+from farspan.parallel.key_convolution import KeyConvolution
 from farspan.parallel.strategy import Attend
 from farspan.trainer.model.config import ModelConfig
 
@@ -25,11 +26,13 @@ from farspan.trainer.model.config import ModelConfig
 class SequenceContext:
     """What the layers need to know of the sequence beside its tokens.
 
-    rows: of this rank's tokens. attend: attention over the whole sequence, for these rows.
+    rows: of this rank's tokens. attend: attention over the whole sequence, for these rows. key_convolution: the same of
+    the convolution on keys, for a model that has it.
     """
 
     rows: Rows
     attend: Attend
+    key_convolution: KeyConvolution | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,6 +42,7 @@ class _BlockInputs:
     cos: Tensor
     sin: Tensor
     attend: Attend
+    key_convolution: KeyConvolution | None
 
 
 class RmsNorm(nn.Module):
@@ -65,8 +69,21 @@ class Router(nn.Linear):
         return routing_logits(x, self.weight).unflatten(-1, (self.kv_heads, -1))
 
 
+class ConvolutionWeight(nn.Module):
+    """The taps of the convolution on keys, `[Hk * D, W]`: many rows, which sharding deals evenly."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.kv_heads * config.head_dim, config.key_convolution))
+
+
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245): the only place where the model meets mechanism and strategy."""
+    """Grouped-query attention (arXiv 2305.13245): the only place where the model meets mechanism and strategy.
+
+    Keys are convolved as projected. Before their norm, so that it still bounds the scores. Before they are rotated, so
+    that scores still depend on distances only: what SiLU gives of rotated keys depends on where they are. Where the
+    paper has it is not known to us.
+    """
 
     def __init__(self, config: ModelConfig, mechanism: Mechanism) -> None:
         super().__init__()
@@ -79,9 +96,13 @@ class Attention(nn.Module):
         self.query_norm = RmsNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else nn.Identity()
         self.key_norm = RmsNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else nn.Identity()
         self.router = Router(config, mechanism) if mechanism.routing_width else None
+        self.key_convolution = ConvolutionWeight(config) if config.key_convolution else None
 
     def forward(self, x: Tensor, inputs: _BlockInputs) -> Tensor:
         q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.query, self.key, self.value))
+        if self.key_convolution is not None:
+            assert inputs.key_convolution is not None, "this model's sequences come with a planned convolution"
+            k = inputs.key_convolution(k, self.key_convolution.weight.t().unflatten(1, (-1, self.head_dim)))
         q = apply_rope(self.query_norm(q), inputs.cos, inputs.sin)  # [T, Hq, D]
         k = apply_rope(self.key_norm(k), inputs.cos, inputs.sin)  # [T, Hk, D]
         routing = () if self.router is None else (self.router(x),)  # [T, Hk, routing_width]
@@ -139,7 +160,7 @@ class Transformer(nn.Module):
         """tokens and labels int64 `[T]` to losses `[T]` in nats, float32 or float64; 0 where a label is ignored."""
         x = self.embedding(tokens)  # [T, C]
         cos, sin = self._rotation(context.rows.position, x.dtype)
-        inputs = _BlockInputs(cos, sin, context.attend)
+        inputs = _BlockInputs(cos, sin, context.attend, context.key_convolution)
         for block in self.blocks:
             x = block(x, inputs)
         return linear_cross_entropy(self.norm(x), self.head.weight, labels)

@@ -7,13 +7,18 @@ and 5 are verified; depthwise, causal, SiLU and the residual are from memory, as
 A document's first keys have fewer before them: nothing is read across documents.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.rows import Rows
+
+CHUNK_ELEMENTS = 1 << 22
+"""Elements of the keys that are worked on at the same time: scratch stays small, and is used again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -57,12 +62,13 @@ def earlier_rows(rows: Rows, among: Rows, reach: int) -> Tensor:
     for lag in range(1, reach + 1):
         wanted = _key(rows) - lag
         place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
-        exists = (keys[place] == wanted) & (rows.position >= lag) & (rows.document >= 0)
+        exists = (keys[place] == wanted) & (rows.document >= 0)
         found[lag - 1] = torch.where(exists, order[place], -1)
     return found
 
 
 def _key(rows: Rows) -> Tensor:
+    """Return int64 that grow with document and position; lags do not reach from one document into another."""
     return (rows.document.long() << 32) + rows.position
 
 
@@ -74,8 +80,11 @@ def convolve(k: Tensor, halo: Tensor, weight: Tensor, taps: Taps) -> Tensor:
     `convolve_backward`. Raises ValueError where shapes do not fit the taps.
     """
     _check_shapes(k, halo, weight, taps)
-    sums = _sums(_padded(k, halo), weight, taps)
-    return (k + torch.nn.functional.silu(sums)).to(k.dtype)
+    source, out, weight = _padded(k, halo), torch.empty_like(k), _widened(weight)
+    for rows in _chunks(len(k), k[0:1].numel()):
+        sums = _sums(source, weight, taps, rows)
+        out[rows] = functional.silu(sums, inplace=True).add_(k[rows])
+    return out
 
 
 @torch.no_grad()
@@ -87,18 +96,30 @@ def convolve_backward(
     Each place has at most one reader at each lag, so that nothing is added up in an order that may change.
     """
     _check_shapes(k, halo, weight, taps)
-    source = _padded(k, halo)
-    sums = _sums(source, weight, taps)
-    gate, dout = sums.sigmoid(), dout.to(sums.dtype)
-    dsums = dout * gate * (1 + sums * (1 - gate))
-    dweight = torch.empty(weight.shape, dtype=sums.dtype, device=weight.device)
-    dweight[0] = (dsums * k).sum(dim=0)
-    dsource = torch.cat((dout + dsums * weight[0], dsums.new_zeros(halo.shape)))
-    dsums = torch.cat((dsums, dsums.new_zeros(1, *dsums.shape[1:])))
-    for lag, (sources, readers) in enumerate(zip(taps.sources, taps.readers, strict=True), start=1):
-        dweight[lag] = (dsums[:-1] * source.index_select(0, sources)).sum(dim=0)
-        dsource.addcmul_(dsums.index_select(0, readers), weight[lag].to(sums.dtype))
+    source, weight = _padded(k, halo), _widened(weight)
+    wide = weight.dtype
+    dsums = torch.zeros(len(k) + 1, *k.shape[1:], dtype=wide, device=k.device)  # one more, for who has no reader
+    dweight = torch.zeros_like(weight)
+    for rows in _chunks(len(k), k[0:1].numel()):
+        part = dsums[rows]
+        sums = _sums(source, weight, taps, rows)
+        gate = sums.sigmoid()
+        torch.mul(dout[rows], gate.addcmul_(sums.mul_(1 - gate), gate), out=part)  # silu' = s + x s (1 - s)
+        dweight[0] += (part * k[rows]).sum(dim=0)
+        for lag, sources in enumerate(taps.sources[:, rows], start=1):
+            dweight[lag] += (part * source.index_select(0, sources)).sum(dim=0)
+    dsource = torch.empty(len(k) + len(halo), *k.shape[1:], dtype=wide, device=k.device)
+    torch.addcmul(dout.to(wide), dsums[:-1], weight[0], out=dsource[: len(k)])
+    dsource[len(k) :] = 0
+    for rows in _chunks(len(dsource), k[0:1].numel()):
+        for readers, of_lag in zip(taps.readers[:, rows], weight[1:], strict=True):
+            dsource[rows].addcmul_(dsums.index_select(0, readers), of_lag)
     return dsource[: len(k)], dsource[len(k) :], dweight
+
+
+def _chunks(rows: int, row_elements: int) -> Iterator[slice]:
+    step = max(CHUNK_ELEMENTS // max(row_elements, 1), 1)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def _padded(k: Tensor, halo: Tensor) -> Tensor:
@@ -106,11 +127,14 @@ def _padded(k: Tensor, halo: Tensor) -> Tensor:
     return torch.cat((k, halo, k.new_zeros(1, *k.shape[1:])))
 
 
-def _sums(source: Tensor, weight: Tensor, taps: Taps) -> Tensor:
-    """Return the convolution without SiLU and residual, in the accumulation dtype."""
-    weight = weight.to(accumulation_dtype(source.dtype))
-    sums = source[: taps.sources.shape[1]] * weight[0]
-    for sources, of_lag in zip(taps.sources, weight[1:], strict=True):
+def _widened(weight: Tensor) -> Tensor:
+    return weight.to(accumulation_dtype(weight.dtype)).contiguous()
+
+
+def _sums(source: Tensor, weight: Tensor, taps: Taps, rows: slice) -> Tensor:
+    """Return the convolution of `rows` without SiLU and residual, in the dtype of the widened weight."""
+    sums = source[rows] * weight[0]
+    for sources, of_lag in zip(taps.sources[:, rows], weight[1:], strict=True):
         sums.addcmul_(source.index_select(0, sources).to(sums.dtype), of_lag)
     return sums
 

@@ -36,11 +36,16 @@ def describe(config: Config, degrees: Degrees) -> str:
         f"{model.heads}:{model.kv_heads} heads of {model.head_dim}, vocabulary {model.vocabulary_size:,}",
         "compute": f"{flops / 1e9:.3g} GFLOP per token, a document filling the sequence; "
         f"{config.train.compute_dtype} on {config.train.device}",
-        "attention": f"{mechanism}, computed by {config.attention.backend}{_warning(config.attention.backend)}",
+        "attention": f"{mechanism}{_convolved(model.key_convolution)}, computed by {config.attention.backend}"
+        f"{_warning(config.attention.backend)}",
         "context": f"{parallel.strategy}, {parallel.layout}; each rank sends {sent / 2**20:,.1f} MiB per sequence",
         "memory": f"{memory.total / GIB:.2f} GiB per rank (estimate): {memory}",
     }
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
+
+
+def _convolved(width: int) -> str:
+    return f" of keys convolved over {width}" if width else ""
 
 
 def _warning(backend: str) -> str:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from farspan.kernels import key_convolution
 from farspan.kernels.key_convolution import Taps, convolve, convolve_backward, earlier_rows
 from farspan.kernels.rows import Rows
 
@@ -40,7 +41,11 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tens
 @pytest.mark.parametrize("shuffled", [False, True])
 @pytest.mark.parametrize("documents", list(DOCUMENTS))
 @pytest.mark.parametrize("width", [1, 3, 5])
-def test_equals_a_loop(documents: str, width: int, shuffled: bool) -> None:
+@pytest.mark.parametrize("chunk_rows", [4, 1000])
+def test_equals_a_loop(
+    documents: str, width: int, shuffled: bool, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(key_convolution, "CHUNK_ELEMENTS", chunk_rows * HEADS * HEAD_DIM)
     rows = DOCUMENTS[documents]
     if shuffled:
         rows = rows.take(torch.randperm(len(rows), generator=torch.Generator().manual_seed(3)))

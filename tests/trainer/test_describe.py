@@ -166,7 +166,9 @@ def test_what_travels_of_a_convolution_on_keys(config: Config) -> None:
     assert convolution_bytes(config, degrees) == 50 * 16 * (4 + 4)
     long = replace(config, data=replace(config.data, sequence_tokens=1 << 16))
     sent = 2 * (attention_bytes(long, degrees) + (1 << 15) * 16 * (4 + 4))
-    assert f"each rank sends {sent / 2**20:.1f} MiB per sequence" in describe(long, degrees)
+    lines = describe(long, degrees)
+    assert f"each rank sends {sent / 2**20:.1f} MiB per sequence" in lines
+    assert "attention   Dense(causal=True) of keys convolved over 3, computed by cpu\n" in lines
 
 
 def test_the_reference_backend_is_marked(config: Config) -> None:

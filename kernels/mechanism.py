@@ -4,7 +4,7 @@ The base class that a mechanism derives from is the claim of what it needs, and 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Self
@@ -45,9 +45,18 @@ class Mechanism(ABC):
     def examples(cls) -> Sequence[Self]:
         """Return small instances that cover the options; the contract test and the matrix run each of them."""
 
+    @classmethod
+    def benchmarks(cls) -> Mapping[str, Self]:
+        """Return the instances to measure, by the name of their row; if none, the first example is measured."""
+        return {}
+
     @abstractmethod
     def visible_pairs(self, queries: Rows, keys: Rows) -> int:
         """Return how many (query, key) pairs per head are attended to: the work that is useful."""
+
+    def useful_flops(self, queries: Rows, keys: Rows, head_dim: int, value_dim: int) -> int:
+        """Return the FLOPs per head that the forward pass needs: scores and weighted sums of visible pairs."""
+        return 2 * (head_dim + value_dim) * self.visible_pairs(queries, keys)
 
     def total_bytes(self, everyone: Rows, heads: Heads, head_dim: int) -> int:
         """Return the bytes of what is summed over all holders of rows to choose by: nothing, unless it is routed."""
@@ -56,6 +65,22 @@ class Mechanism(ABC):
     def refusal(self, heads: Heads, longest: int) -> str | None:
         """Return why it cannot attend with these heads to documents of up to `longest` tokens; None if it can."""
         return None
+
+
+class Recurrent(Mechanism):
+    """Each head sums k v^T of the tokens so far, which fade at a fixed rate; a query reads the sum, without softmax."""
+
+    @abstractmethod
+    def decay(self, num_heads: int) -> Tensor:
+        """Return the rates s >= 0, float64 `[num_heads]`, of all query heads: a token n back weighs exp(-s n)."""
+
+    def visible_pairs(self, queries: Rows, keys: Rows) -> int:
+        """Return the queries: each reads one sum that stands for all keys."""
+        return int((queries.document >= 0).sum())
+
+    def useful_flops(self, queries: Rows, keys: Rows, head_dim: int, value_dim: int) -> int:
+        tokens = int((queries.document >= 0).sum())
+        return 4 * tokens * head_dim * value_dim
 
 
 class Masked(Mechanism):

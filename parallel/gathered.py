@@ -50,6 +50,7 @@ class GatheredAttend(Attend):
     def lse(self, saved: Saved) -> Tensor:
         gathering, among, *kept = saved.kept
         lse = among.lse(Saved(saved.tensors[2:], tuple(kept)))
+        assert lse is not None
         shape = self.tokens_local, self.heads.query
         return gathering.spread(lse.unsqueeze(-1), shape, fill=float("-inf")).squeeze(-1)
 

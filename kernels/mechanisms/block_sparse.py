@@ -5,7 +5,7 @@ and a share of the other blocks that it may see, spread evenly, one at random in
 of Sparse Transformers, arXiv 1904.10509, and their kin are timed on such patterns).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self, final
 
@@ -49,9 +49,13 @@ class BlockSparse(Routed):
     @classmethod
     def examples(cls) -> Sequence[Self]:
         return (
-            cls(block=16, density=0.4),
+            cls(block=32, density=0.4),
             cls(block=32, causal=False, mask=("1", "011", "1", "0011", "", "1", "1", "1", "01", "1", "111")),
         )
+
+    @classmethod
+    def benchmarks(cls) -> Mapping[str, Self]:
+        return {f"block_sparse_{share}": cls(density=share / 100) for share in (5, 10, 25)}
 
     def visibility(self) -> Visibility:
         return Visibility(causal=self.causal)

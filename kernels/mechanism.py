@@ -37,6 +37,8 @@ class Mechanism(ABC):
 
     routing_width: ClassVar[int] = 0
     """Numbers that a router gives for each token and KV head: a fourth input `[T, Hk, routing_width]`, unless 0."""
+    routing_reads_detached: ClassVar[bool] = False
+    """Whether the router learns alone: its gradient stops at what it reads, the layer's input."""
 
     @classmethod
     @abstractmethod
@@ -59,6 +61,10 @@ class Mechanism(ABC):
     def total_bytes(self, everyone: Rows, heads: Heads, head_dim: int) -> int:
         """Return the bytes of what is summed over all holders of rows to choose by: nothing, unless it is routed."""
         return 0
+
+    def refusal(self, heads: Heads, longest: int) -> str | None:
+        """Return why it cannot attend with these heads to documents of up to `longest` tokens; None if it can."""
+        return None
 
 
 class Recurrent(Mechanism):
@@ -88,6 +94,13 @@ class Masked(Mechanism):
         visibility = self.visibility()
         heads = len(visibility.window) if isinstance(visibility.window, tuple) else 1
         return Plan.build(queries, keys, visibility, heads=heads).visible_pairs
+
+    def refusal(self, heads: Heads, longest: int) -> str | None:
+        try:
+            self.visibility().by_heads(heads.query)
+        except ValueError as error:
+            return str(error)
+        return None
 
 
 class Routed(Masked):
@@ -211,10 +224,14 @@ class Gathered(Mechanism):
     def total_bytes(self, everyone: Rows, heads: Heads, head_dim: int) -> int:
         return len(everyone) * heads.kv * torch.float32.itemsize
 
+    def typical(self, everyone: Rows) -> Rows:
+        """Return the rows that one KV head takes of a sequence if its router knows nothing."""
+        logits = torch.randn(len(everyone), 1, generator=torch.Generator().manual_seed(0))
+        return Gathering.of(self.choose(logits, everyone), everyone).rows
+
     def visible_pairs(self, queries: Rows, keys: Rows) -> int:
-        """What a router that knows nothing would choose."""
-        logits = torch.randn(len(queries), 1, generator=torch.Generator().manual_seed(0))
-        chosen = Gathering.of(self.choose(logits, queries), queries).rows
+        """What would be chosen if the router knew nothing."""
+        chosen = self.typical(queries)
         return self.among().visible_pairs(chosen, chosen)
 
 

@@ -18,7 +18,7 @@ from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.rows import Rows
 from farspan.kernels.whole import plan_whole
 from farspan.parallel.comm import Channel, Traffic
-from farspan.parallel.gathered import deal_chosen, gathered_heads
+from farspan.parallel.gathered import deal_chosen, gathered_shape
 from farspan.parallel.layout import LAYOUTS, Shards
 from farspan.parallel.strategy import STRATEGIES, AttentionShape
 from tests.oracle import relative_error, rms_error
@@ -128,22 +128,20 @@ def put_together(case: Case, degree: int, parts: list[list[Tensor]]) -> list[Ten
 
 def volume(case: Case, degree: int) -> dict[str, int]:
     shards, mechanism, heads = Shards.deal(case.rows, layout=case.layout, degree=degree), case.mechanism, case.heads
-    strategy, total_bytes = STRATEGIES.get(case.strategy), case.mechanism.total_bytes(case.rows, heads, HEAD_DIM)
-    tokens_local, routing_width = shards.tokens_local, mechanism.routing_width
-    if isinstance(mechanism, Gathered) and not strategy.deals_heads:
-        logits = case.inputs()[3][..., 0].float()
-        tokens_local = deal_chosen(mechanism, logits, shards, 0)[0].tokens_local
-        heads, routing_width = gathered_heads(heads), 0
+    strategy = STRATEGIES.get(case.strategy)
     shape = AttentionShape(
-        tokens_local=tokens_local,
+        tokens_local=shards.tokens_local,
         heads=heads,
         head_dim=HEAD_DIM,
         value_dim=VALUE_DIM,
         element_bytes=case.dtype.itemsize,
         accumulation_bytes=accumulation_dtype(case.dtype).itemsize,
-        routing_width=routing_width,
-        total_bytes=total_bytes,
+        routing_width=mechanism.routing_width,
+        total_bytes=mechanism.total_bytes(case.rows, heads, HEAD_DIM),
     )
+    if isinstance(mechanism, Gathered) and not strategy.deals_heads:
+        logits = case.inputs()[3][..., 0].float()
+        shape = gathered_shape(shape, deal_chosen(mechanism, logits, shards, 0)[0].tokens_local)
     stated = strategy.volume(shape, degree)
     return {"forward": stated.forward, "backward": stated.backward}
 

@@ -37,6 +37,10 @@ class Plan:
     selection: Selection | None
     lifetime: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        if self.lifetime is not None and (self.selection is not None or self.visibility != Visibility(causal=True)):
+            raise ValueError("keys with lifetimes are seen by all later queries of their document: choose none of them")
+
     @staticmethod
     def build(
         queries: Rows,

@@ -7,13 +7,16 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
+from farspan.kernels.ageing import AgeingHolding, add_rows_
 from farspan.kernels.attend import attend, attend_backward
 from farspan.kernels.gathering import Gathering, weigh, weigh_backward
-from farspan.kernels.mechanism import Gathered, Heads, Holding, Masked, Mechanism, Routed
+from farspan.kernels.mechanism import Ageing, Gathered, Heads, Holding, Masked, Mechanism, Routed
 from farspan.kernels.plan import Plan
 from farspan.kernels.rows import Rows
+from farspan.kernels.type_gradient import pair_sums
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,6 +56,10 @@ def plan_whole(mechanism: Mechanism, rows: Rows, heads: Heads, which: range, *, 
     assert isinstance(mechanism, Masked)
     visibility = mechanism.visibility().of_heads(slice(which.start, which.stop))
     plan = Plan.build(rows, rows, visibility, heads=len(which))
+    if isinstance(mechanism, Ageing):
+        share, index = AgeingHolding.share_of(heads, which), torch.arange(len(rows))
+        ageing = AgeingHolding(mechanism=mechanism, everyone=rows, rows=index, share=share, total=alone)
+        return _AgeingAttention(plan, ageing, backend)
     holding = None
     if isinstance(mechanism, Routed):
         holding = Holding(mechanism=mechanism, rows=rows, everyone=rows, heads=which, all_heads=heads, total=alone)
@@ -115,3 +122,34 @@ class _GatheredAttention(WholeAttention):
     def lse(self, saved: Saved) -> Tensor:
         gathering, _, of_queries, _ = saved.kept
         return gathering.spread(saved.tensors[-2].unsqueeze(-1), of_queries, fill=float("-inf")).squeeze(-1)
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class _AgeingAttention(WholeAttention):
+    plan: Plan
+    """Of all causal pairs."""
+    holding: AgeingHolding
+    backend: str
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
+        q, k, v, routing = inputs
+        lifetimes = self.holding.lifetimes(routing)
+        plan = self.plan.living(lifetimes.last)
+        out, lse = attend(q, k, v, plan, backend=self.backend)
+        out = out.to(q.dtype)
+        return out, Saved((q, k, v, out, lse, routing), (plan, lifetimes))
+
+    def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
+        *operands, routing = saved.tensors
+        q, k, v, out, _ = operands
+        plan, lifetimes = saved.kept
+        gradients = attend_backward(dout, *operands, plan=plan, backend=self.backend)
+        causal_lse = attend(q, k, v, self.plan, backend=self.backend)[1]
+        sums = self.holding.no_sums(routing)
+        for part in pair_sums(dout, q, k, v, out, causal_lse, plan=self.plan, lifetimes=lifetimes):
+            add_rows_(sums, self.holding.rows, part)
+        return *gradients, self.holding.routing_gradient(sums, routing, lifetimes)
+
+    def lse(self, saved: Saved) -> Tensor:
+        return saved.tensors[-2]

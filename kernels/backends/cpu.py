@@ -1,10 +1,12 @@
-"""CPU backend: torch's flash attention for CPU, called once for each region of a plan, or batch of its selection."""
+"""CPU backend: torch's flash attention for CPU, called for each region of a plan, or batch of its chosen or living keys."""
 
+from collections.abc import Iterator
 from typing import final
 
 import torch
 from torch import Tensor
 
+from farspan.kernels.alive import alive_batches
 from farspan.kernels.backend import BACKENDS, Backend
 from farspan.kernels.cpu_flash import flash, flash_backward
 from farspan.kernels.merge import accumulation_dtype, empty_partial, merge_
@@ -25,7 +27,7 @@ class CpuBackend(Backend):
         return None if device.type == "cpu" else "it calls torch's CPU flash attention"
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        if plan.selection is not None:
+        if plan.selection is not None or plan.lifetime is not None:
             return _selected_forward(q, k, v, plan)
         if len(plan.parts) == 1:
             return _part_forward(q, k, v, plan, plan.parts[0])
@@ -41,7 +43,7 @@ class CpuBackend(Backend):
     ) -> Gradients:
         # A row that sees nothing at all has lse -inf; exp(masked score - 0) is 0 for it, where -inf would give NaN.
         lse = lse.masked_fill(lse == float("-inf"), 0.0)
-        if plan.selection is not None:
+        if plan.selection is not None or plan.lifetime is not None:
             return _selected_backward(dout, q, k, v, out, lse, plan)
         if len(plan.parts) == 1:
             return _part_backward(dout, q, k, v, out, lse, plan, plan.parts[0])
@@ -134,11 +136,15 @@ def _by_head(x: Tensor) -> Tensor:
     return x.transpose(0, 1).unsqueeze(0)
 
 
+def _batches(plan: Plan, kv_heads: int) -> Iterator[Batch]:
+    return batches(plan, kv_heads) if plan.lifetime is None else alive_batches(plan, kv_heads)
+
+
 def _selected_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
     queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))
     all_out, all_lse = out.flatten(0, 1), lse.flatten()
-    for batch in batches(plan, k.shape[1]):
+    for batch in _batches(plan, k.shape[1]):
         operands = (
             _gather(x, rows) for x, rows in ((queries, batch.queries), (keys, batch.keys), (values, batch.keys))
         )
@@ -158,7 +164,7 @@ def _selected_backward(
     totals = [gradient.flatten(0, 1) for gradient in gradients]
     of_queries, of_keys = [x.flatten(0, 1) for x in (dout, q, out)], [x.flatten(0, 1) for x in (k, v)]
     all_lse = lse.flatten()
-    for batch in batches(plan, k.shape[1]):
+    for batch in _batches(plan, k.shape[1]):
         my_dout, my_q, my_out = (_gather(x, batch.queries) for x in of_queries)
         my_k, my_v = (_gather(x, batch.keys) for x in of_keys)
         my_lse = all_lse[batch.queries].unsqueeze(1)

@@ -5,11 +5,12 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.backend import BACKENDS
-from farspan.kernels.mechanism import MECHANISMS, Gathered, Heads, Masked, Mechanism, Routed
+from farspan.kernels.mechanism import MECHANISMS, Ageing, Gathered, Heads, Masked, Mechanism, Routed
+from farspan.kernels.mechanisms.nats import NAtS
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.rows import Rows
 from farspan.kernels.whole import plan_whole
-from tests import oracle
+from tests import ageing, oracle
 from tests.holding import select
 
 CPU = torch.device("cpu")
@@ -47,6 +48,9 @@ def visible(mechanism: Mechanism, inputs: list[Tensor], rows: Rows) -> Tensor:
         chosen = mechanism.choose(inputs[3][..., 0].float(), rows).t().repeat_interleave(group, dim=0)
         both = chosen[:, :, None] & chosen[:, None, :]
         return both & oracle.visible_mask(rows, rows, mechanism.among().visibility(), heads)
+    if isinstance(mechanism, Ageing):
+        assert isinstance(mechanism, NAtS)
+        return ageing.visible(inputs[3], rows, mechanism.window).repeat_interleave(group, dim=0)
     assert isinstance(mechanism, Masked)
     mask = oracle.visible_mask(rows, rows, mechanism.visibility(), heads)
     return (
@@ -60,6 +64,11 @@ def expect(mechanism: Mechanism, inputs: list[Tensor], dout: Tensor, rows: Rows)
     """Return out, lse and the gradient of each input."""
     leaves = [x.double().requires_grad_() for x in inputs]
     q, k, v = leaves[:3]
+    if isinstance(mechanism, Ageing):
+        assert isinstance(mechanism, NAtS)
+        out, lse, penalty = ageing.attention(q, k, v, leaves[3], rows, mechanism)
+        loss = (out * dout.double()).sum() + penalty
+        return [out.detach(), lse.detach(), *torch.autograd.grad(loss, leaves, materialize_grads=True)]
     out, lse = oracle.attention(q, k, v, visible(mechanism, inputs, rows))
     if isinstance(mechanism, Gathered):
         group = q.shape[1] // k.shape[1]

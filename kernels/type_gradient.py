@@ -47,7 +47,7 @@ SCORES_AT_ONCE = 1 << 22
 def pair_sums(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, causal_lse: Tensor, *, plan: Plan, lifetimes: Lifetimes
 ) -> tuple[Tensor, Tensor]:
-    """Return the sums of D over some queries and some keys: of the queries `[T, Hk, SUMS]`, of the keys `[S, Hk, SUMS]`.
+    """Return the sums of D over some queries and some keys: the queries' `[T, Hk, SUMS]` and the keys' `[S, Hk, SUMS]`.
 
     q, dout, out `[T, Hq, .]`, k, v `[S, Hk, .]`. causal_lse `[T, Hq]`: of all causal keys, in the accumulation dtype,
     as the sums are. plan: of all causal pairs of the rows. lifetimes: of the key rows. Memory is linear in the rows;

@@ -10,13 +10,12 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from farspan.kernels.ageing import AgeingHolding, add_rows_
+from farspan.kernels.ageing import AgeingHolding, TypeLearning
 from farspan.kernels.attend import attend, attend_backward
 from farspan.kernels.gathering import Gathering, weigh, weigh_backward
 from farspan.kernels.mechanism import Ageing, Gathered, Heads, Holding, Masked, Mechanism, Routed
 from farspan.kernels.plan import Plan
 from farspan.kernels.rows import Rows
-from farspan.kernels.type_gradient import pair_sums
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -146,10 +145,9 @@ class _AgeingAttention(WholeAttention):
         plan, lifetimes = saved.kept
         gradients = attend_backward(dout, *operands, plan=plan, backend=self.backend)
         causal_lse = attend(q, k, v, self.plan, backend=self.backend)[1]
-        sums = self.holding.no_sums(routing)
-        for part in pair_sums(dout, q, k, v, out, causal_lse, plan=self.plan, lifetimes=lifetimes):
-            add_rows_(sums, self.holding.rows, part)
-        return *gradients, self.holding.routing_gradient(sums, routing, lifetimes)
+        learning = TypeLearning(self.holding, lifetimes, causal_lse, routing)
+        learning.add(dout, q, k, v, out, plan=self.plan, keys=self.holding.rows)
+        return *gradients, learning.gradient()
 
     def lse(self, saved: Saved) -> Tensor:
         return saved.tensors[-2]

@@ -123,13 +123,15 @@ def attention_shape(config: Config, degrees: Degrees) -> AttentionShape:
     """Return the shape of one rank's attention inputs in one layer."""
     compute, mechanism = config.train.torch_dtype, config.attention.build_mechanism()
     heads = Heads(query=config.model.heads, kv=config.model.kv_heads)
+    rows, accumulation = Rows.packed([config.data.sequence_tokens]), accumulation_dtype(compute).itemsize
     return AttentionShape(
         tokens_local=-(-config.data.sequence_tokens // degrees.context),
         heads=heads,
         head_dim=config.model.head_dim,
         value_dim=config.model.head_dim,
         element_bytes=compute.itemsize,
-        accumulation_bytes=accumulation_dtype(compute).itemsize,
+        accumulation_bytes=accumulation,
         routing_width=mechanism.routing_width,
-        total_bytes=mechanism.total_bytes(Rows.packed([config.data.sequence_tokens]), heads, config.model.head_dim),
+        total_bytes=mechanism.total_bytes(rows, heads, config.model.head_dim),
+        gradient_total_bytes=mechanism.gradient_total_bytes(rows, heads, accumulation),
     )

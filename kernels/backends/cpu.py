@@ -1,4 +1,4 @@
-"""CPU backend: torch's flash attention for CPU, called for each region of a plan, or batch of its chosen or living keys."""
+"""CPU backend: torch's flash attention for CPU, called for each region of a plan, or batch of its gathered rows."""
 
 from collections.abc import Iterator
 from typing import final

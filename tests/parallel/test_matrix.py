@@ -139,6 +139,7 @@ def volume(case: Case, degree: int) -> dict[str, int]:
         accumulation_bytes=accumulation_dtype(case.dtype).itemsize,
         routing_width=routing_width,
         total_bytes=total_bytes,
+        gradient_total_bytes=mechanism.gradient_total_bytes(case.rows, heads, accumulation_dtype(case.dtype).itemsize),
     )
     stated = strategy.volume(shape, degree)
     return {"forward": stated.forward, "backward": stated.backward}

@@ -39,7 +39,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.lifetime is not None and (self.selection is not None or self.visibility != Visibility(causal=True)):
-            raise ValueError("keys with lifetimes are seen by all later queries of their document: choose none of them")
+            raise ValueError("a plan with lifetimes must be causal, with no window, no neighbourhood and no selection besides")
 
     @staticmethod
     def build(

@@ -39,7 +39,7 @@ SUMS = 5
 """Numbers per token and KV head, sums of D. Over the queries of a key: all later ones; up to its next global token; in
 its window; from that token to the one after it. Over the keys of a query: the earlier local ones that it sees."""
 TILE_QUERIES = 256
-SCORES_AT_ONCE = 1 << 22
+SCORES_AT_ONCE = 1 << 20
 """Scores of a tile, all heads together, unless there are very many heads."""
 
 

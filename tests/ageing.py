@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from farspan.kernels.mechanisms.nats import NAtS
 from farspan.kernels.rows import Rows
+from farspan.kernels.visibility import Visibility
 from tests import oracle
 
 GLOBAL, LOCAL, SLIDING = 0, 1, 2
@@ -68,40 +68,45 @@ def relaxed(t: Tensor, rows: Rows, window: int) -> Tensor:
     return mask
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, logits: Tensor, rows: Rows, mechanism: NAtS
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return out, lse and a penalty, differentiable by all inputs.
+def free(rows: Rows) -> Tensor:
+    """Which tokens may have a type of their own, bool `[T]`: all but the ends of documents, and padding."""
+    found = torch.zeros(len(rows), dtype=torch.bool)
+    for members in documents(rows):
+        found[members[1:-1]] = True
+    return found
+
+
+def one_hot_types(logits: Tensor, rows: Rows, temperature: float) -> Tensor:
+    """Return the types `[T, Hk, 3]` with the gradient of a softmax, as far as they are free."""
+    hard = torch.nn.functional.one_hot(torch.tensor(types(logits, rows)).t(), 3).to(logits.dtype)
+    soft = (logits / temperature).softmax(dim=-1)
+    return hard + torch.where(free(rows)[:, None, None], soft - soft.detach(), 0.0)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, t: Tensor, rows: Rows, window: int) -> tuple[Tensor, Tensor]:
+    """Return out and lse by types t `[T, Hk, 3]`, differentiable.
 
     The mask's values are hard; its gradient is that of the relaxed one, times exp(lse - lse of all causal scores).
     """
-    kind = torch.tensor(types(logits, rows)).t()
-    hard = torch.nn.functional.one_hot(kind, 3).to(q.dtype)
-    soft = (logits / mechanism.temperature).softmax(dim=-1)
-    free = torch.zeros(len(rows), dtype=torch.bool)
-    for members in documents(rows):
-        free[members[1:-1]] = True
-    t = hard + torch.where(free[:, None, None], soft - soft.detach(), 0.0)
     group = q.shape[1] // k.shape[1]
-    see = visible(logits, rows, mechanism.window).repeat_interleave(group, dim=0)
-    mask = relaxed(t, rows, mechanism.window).repeat_interleave(group, dim=0)
-    assert torch.equal(mask.detach(), see.to(q.dtype))
-    causal = oracle.visible_mask(rows, rows, mechanism.visibility(), q.shape[1])
+    see = visible(t.detach(), rows, window).repeat_interleave(group, dim=0)
+    mask = relaxed(t, rows, window).repeat_interleave(group, dim=0)
+    torch.testing.assert_close(mask.detach(), see.to(q.dtype), rtol=0, atol=1e-12)
+    causal = oracle.visible_mask(rows, rows, Visibility(causal=True), q.shape[1])
     scores = torch.einsum("thd,shd->hts", q, k.repeat_interleave(group, dim=1)) / math.sqrt(q.shape[2])
     lse, causal_lse = (scores.detach().masked_fill(~m, -math.inf).logsumexp(dim=-1) for m in (see, causal))
     factor = torch.where(causal.any(dim=-1), torch.exp(lse - causal_lse), 0.0)
-    weight = torch.where(causal, mask.detach() + (mask - mask.detach()) * factor[:, :, None], 0.0)
-    # Not more than the visible scores' highest, so that no hidden one overflows.
+    weight = torch.where(causal, see + (mask - mask.detach()) * factor[:, :, None], 0.0)
     top = torch.where(causal.any(dim=-1), lse, 0.0)[:, :, None]
     exponential = torch.where(causal, torch.exp(torch.where(causal, scores, 0.0) - top), 0.0) * weight
     total = exponential.sum(dim=-1, keepdim=True)
     out = exponential @ v.repeat_interleave(group, dim=1).transpose(0, 1) / torch.where(total > 0, total, 1.0)
-    return out.transpose(0, 1), lse.t(), penalty(t, kind, rows, mechanism)
+    return out.transpose(0, 1), lse.t()
 
 
-def penalty(t: Tensor, kind: Tensor, rows: Rows, mechanism: NAtS) -> Tensor:
+def penalty(t: Tensor, rows: Rows, size: float) -> Tensor:
     """A number whose gradient by the types is what the paper adds: how much of its document each key lives."""
-    total = t.new_zeros(())
+    kind, total = t.argmax(dim=-1), t.new_zeros(())
     for members in documents(rows):
         for head in range(kind.shape[1]):
             for nth, row in enumerate(members):
@@ -111,5 +116,5 @@ def penalty(t: Tensor, kind: Tensor, rows: Rows, mechanism: NAtS) -> Tensor:
                     life = next(i for i in range(nth, len(members)) if kind[members[i], head] == GLOBAL) - nth
                 else:
                     continue
-                total = total + mechanism.penalty * life / len(members) * t[row, head, kind[row, head]]
+                total = total + size * life / len(members) * t[row, head, kind[row, head]]
     return total

@@ -66,8 +66,9 @@ def expect(mechanism: Mechanism, inputs: list[Tensor], dout: Tensor, rows: Rows)
     q, k, v = leaves[:3]
     if isinstance(mechanism, Ageing):
         assert isinstance(mechanism, NAtS)
-        out, lse, penalty = ageing.attention(q, k, v, leaves[3], rows, mechanism)
-        loss = (out * dout.double()).sum() + penalty
+        types = ageing.one_hot_types(leaves[3], rows, mechanism.temperature)
+        out, lse = ageing.attention(q, k, v, types, rows, mechanism.window)
+        loss = (out * dout.double()).sum() + ageing.penalty(types, rows, mechanism.penalty)
         return [out.detach(), lse.detach(), *torch.autograd.grad(loss, leaves, materialize_grads=True)]
     out, lse = oracle.attention(q, k, v, visible(mechanism, inputs, rows))
     if isinstance(mechanism, Gathered):

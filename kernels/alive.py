@@ -53,14 +53,29 @@ class _InLine:
         return _InLine(row, document[row], ordinal[row])
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Tasks:
+    """Pairs of a KV head and a tile, `number` = head * tiles + tile, each with keys alive for some of the tile's rows.
+
+    The keys are key[begin:end]; key[begin:middle] are alive for all rows, and as many as a multiple of KEYS_ALIKE.
+    """
+
+    number: np.ndarray
+    key: np.ndarray
+    begin: np.ndarray
+    middle: np.ndarray
+    end: np.ndarray
+
+
 class _Tiles:
     """Tiles of the queries in line, and of each key of each KV head the tiles that it is alive for: first to stop."""
 
     def __init__(self, plan: Plan, kv_heads: int, queries: _InLine, keys: _InLine, last: np.ndarray) -> None:
         self.plan, self.kv_heads, self.queries, self.keys, self.last = plan, kv_heads, queries, keys, last
-        self.count = -(-len(queries.row) // TILE)
+        self.group, self.count = plan.heads // kv_heads, -(-len(queries.row) // TILE)
+        self.rows = np.minimum(len(queries.row) - np.arange(self.count) * TILE, TILE)
         self.low = queries.ordinal[::TILE]
-        self.high = queries.ordinal[np.minimum(np.arange(1, self.count + 1) * TILE, len(queries.row)) - 1]
+        self.high = queries.ordinal[np.cumsum(self.rows) - 1]
         self.first = np.broadcast_to(np.searchsorted(self.high, keys.ordinal), last.shape)
         self.stop = np.maximum(np.searchsorted(self.low, last, side="right"), self.first)
 
@@ -75,59 +90,55 @@ class _Tiles:
             yield start, stop
             start = stop
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """Yield the batches of tiles [start, stop)."""
+    def tasks(self, start: int, stop: int) -> _Tasks:
+        """Return the tasks of tiles [start, stop) that have keys."""
         first, over = np.clip(self.first, start, stop), np.clip(self.stop, start, stop)
         sizes = (over - first).flatten()
         entry = np.repeat(np.arange(sizes.size), sizes)
-        if not len(entry):
-            return
         tile = np.arange(len(entry)) - np.repeat(np.cumsum(sizes) - sizes - first.flatten(), sizes)
         head, key = np.divmod(entry, len(self.keys.row))
         whole = (self.keys.ordinal[key] <= self.low[tile]) & (self.last[head, key] >= self.high[tile])
-        task = head * self.count + tile
-        # Of each task first the keys that the whole tile sees.
-        order = np.argsort(task * 2 + ~whole, kind="stable")
-        task, key = task[order], key[order]
-        begin = np.flatnonzero(np.diff(task, prepend=-1))
-        end = np.append(begin[1:], len(task))
-        middle = begin + np.add.reduceat(whole[order], begin, dtype=np.int64) // KEYS_ALIKE * KEYS_ALIKE
-        for is_whole, low, high in ((True, begin, middle), (False, middle, end)):
+        number = head * self.count + tile
+        order = np.argsort(number * 2 + ~whole, kind="stable")
+        number, key = number[order], key[order]
+        begin = np.flatnonzero(np.diff(number, prepend=-1))
+        end = np.append(begin[1:], len(number))[: len(begin)]
+        alike = np.diff(np.cumsum(whole[order])[end - 1], prepend=0) // KEYS_ALIKE * KEYS_ALIKE
+        return _Tasks(number[begin], key, begin, begin + alike, end)
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """Yield the batches of tiles [start, stop)."""
+        tasks = self.tasks(start, stop)
+        rows = self.rows[tasks.number % self.count]
+        for low, high, kind in ((tasks.begin, tasks.middle, Kind.FULL), (tasks.middle, tasks.end, Kind.MASKED)):
             width = -(-(high - low) // KEYS_ALIKE) * KEYS_ALIKE
-            rows = np.minimum(len(self.queries.row) - task[begin] % self.count * TILE, TILE)
-            for alike in _alike(rows, width):
-                shape = int(rows[alike[0]]), int(width[alike[0]])
-                if shape[1]:
-                    for part in np.array_split(alike, self._parts(len(alike), shape, is_whole)):
-                        nth = np.arange(shape[1])
-                        column = np.minimum(low[part, None] + nth, high[part, None] - 1)
-                        real = nth < (high - low)[part, None]
-                        yield self._batch(task[begin[part]], key[column], None if is_whole else real, shape[0])
+            for num_rows, num_keys, alike in _alike(rows, width):
+                places = low[alike, None] + np.arange(num_keys)
+                present = places < high[alike, None]
+                key = tasks.key[np.minimum(places, high[alike, None] - 1)]
+                limit = BATCH_ROWS if kind is Kind.FULL else BATCH_PAIRS // (num_rows * self.group)
+                at_once = max(limit // num_keys, 1)
+                for part in (slice(nth, nth + at_once) for nth in range(0, len(alike), at_once)):
+                    yield self._batch(kind, tasks.number[alike[part]], num_rows, key[part], present[part])
 
-    def _parts(self, tasks: int, shape: tuple[int, int], is_whole: bool) -> int:
-        """Return into how many batches tasks of `shape`, rows and keys, are split to bound memory."""
-        rows = shape[0] * self.plan.heads // self.kv_heads
-        size, limit = (shape[1], BATCH_ROWS) if is_whole else (rows * shape[1], BATCH_PAIRS)
-        return min(-(-tasks * size // limit), tasks)
-
-    def _batch(self, task: np.ndarray, key: np.ndarray, real: np.ndarray | None, rows: int) -> Batch:
-        """Return the batch of tasks `[n]` with keys `[n, S]`, of which `real` are seen by some row of the tile."""
-        head, tile = np.divmod(task[:, None], self.count)
+    def _batch(self, kind: Kind, number: np.ndarray, rows: int, key: np.ndarray, present: np.ndarray) -> Batch:
+        """Return the batch of the tasks `number` `[n]`, of as many rows each, and keys `[n, S]`, those `present`."""
+        head, tile = np.divmod(number[:, None], self.count)
         place = tile * TILE + np.arange(rows)
-        group = self.plan.heads // self.kv_heads
-        query_head = np.tile(np.arange(group), rows) + head * group
-        query_index = np.repeat(self.queries.row[place], group, axis=1) * self.plan.heads + query_head
-        key_index = self.keys.row[key] * self.kv_heads + head
-        if real is None:
-            return Batch(Kind.FULL, torch.from_numpy(query_index), torch.from_numpy(key_index))
-        query, born, last = self.queries.ordinal[place], self.keys.ordinal[key], self.last[head, key]
-        alive = (born[:, None] <= query[:, :, None]) & (query[:, :, None] <= last[:, None]) & real[:, None]
-        mask = torch.from_numpy(np.repeat(alive, group, axis=1))
-        return Batch(Kind.MASKED, torch.from_numpy(query_index), torch.from_numpy(key_index), mask)
+        query_head = np.tile(np.arange(self.group), rows) + head * self.group
+        row = np.repeat(self.queries.row[place], self.group, axis=1)
+        queries = torch.from_numpy(row * self.plan.heads + query_head)
+        keys = torch.from_numpy(self.keys.row[key] * self.kv_heads + head)
+        if kind is Kind.FULL:
+            return Batch(kind, queries, keys)
+        query, born, last = self.queries.ordinal[place][:, :, None], self.keys.ordinal[key], self.last[head, key]
+        alive = (born[:, None] <= query) & (query <= last[:, None]) & present[:, None]
+        return Batch(kind, queries, keys, torch.from_numpy(np.repeat(alive, self.group, axis=1)))
 
 
-def _alike(rows: np.ndarray, width: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield the tasks of each shape."""
-    shape = rows * (width.max() + 1) + width
-    order = np.argsort(shape, kind="stable")
-    yield from np.split(order, np.flatnonzero(np.diff(shape[order])) + 1)
+def _alike(rows: np.ndarray, width: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Yield the shapes (rows, keys) of tasks that have keys, and the tasks of each."""
+    some = np.flatnonzero(width)
+    shape = rows[some] << 32 | width[some]
+    for number in np.unique(shape).tolist():
+        yield number >> 32, number & 0xFFFFFFFF, some[shape == number]

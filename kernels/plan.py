@@ -39,7 +39,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.lifetime is not None and (self.selection is not None or self.visibility != Visibility(causal=True)):
-            raise ValueError("a plan with lifetimes must be causal, with no window, no neighbourhood and no selection besides")
+            raise ValueError(
+                "a plan with lifetimes must be causal, with no window, no neighbourhood and no selection besides"
+            )
 
     @staticmethod
     def build(

@@ -53,31 +53,28 @@ def pair_sums(
     as the sums are. plan: of all causal pairs of the rows. lifetimes: of the key rows. Memory is linear in the rows;
     sums over disjoint pairs add up.
     """
-    kv_heads, device = k.shape[1], q.device
-    terms = _Terms(dout, q, k, v, out, causal_lse)
-    of_queries, of_keys = (causal_lse.new_zeros(len(rows), kv_heads, SUMS) for rows in (q, k))
+    device, terms = q.device, _Terms(dout, q, k, v, out, causal_lse)
+    of_queries, of_keys = (causal_lse.new_zeros(len(rows), k.shape[1], SUMS) for rows in (q, k))
     local = (lifetimes.types == LOCAL).to(device, causal_lse.dtype)
     sliding = plan.keys.position.long() + lifetimes.window
+    # The last query with a sum of its own, beside that over all later ones.
     reach = torch.maximum(lifetimes.beyond, sliding).amax(dim=0)
+    position, following, beyond = (
+        x.to(device) for x in (plan.queries.position[:, None], lifetimes.following, lifetimes.beyond)
+    )
     for tile in _tiles(plan, q.shape[1]):
-        position, key_position = plan.queries.position[tile.queries], plan.keys.position[tile.keys]
-        first = position.min()
+        first = plan.queries.position[tile.queries].min()
         d = terms.of(tile)  # [Hk, queries, keys]
-        if tile.kind is Kind.MASKED or key_position.max() >= first:
-            later = plan.region_mask(plan.visibility, tile) & (position[:, None] > key_position)
-            d.masked_fill_(~later.to(device), 0.0)
+        if tile.kind is Kind.MASKED or plan.keys.position[tile.keys].max() >= first:
+            d.masked_fill_(~_later(plan, tile).to(device), 0.0)
         of_keys[tile.keys, :, LATER] += d.sum(dim=1).t()
         if reach[tile.keys].max() < first:
             continue
-        i, following, beyond = (
-            x.to(device)
-            for x in (position[:, None], lifetimes.following[:, None, tile.keys], lifetimes.beyond[:, None, tile.keys])
-        )
-        up_to_next = d.masked_fill(i > following, 0.0)
+        i, n, n_of_n = position[tile.queries], following[:, None, tile.keys], beyond[:, None, tile.keys]
+        up_to_next = d.masked_fill(i > n, 0.0)
         of_keys[tile.keys, :, UP_TO_NEXT] += up_to_next.sum(dim=1).t()
-        in_window = i <= sliding[tile.keys].to(device)
-        of_keys[tile.keys, :, IN_WINDOW] += d.masked_fill(~in_window, 0.0).sum(dim=1).t()
-        of_keys[tile.keys, :, AFTER_NEXT] += d.masked_fill((i <= following) | (i > beyond), 0.0).sum(dim=1).t()
+        of_keys[tile.keys, :, IN_WINDOW] += d.masked_fill(i > sliding[tile.keys].to(device), 0.0).sum(dim=1).t()
+        of_keys[tile.keys, :, AFTER_NEXT] += d.masked_fill((i <= n) | (i > n_of_n), 0.0).sum(dim=1).t()
         of_queries[tile.queries, :, SEEN_LOCALS] += torch.bmm(up_to_next, local[:, tile.keys, None]).squeeze(2).t()
     return of_queries, of_keys
 
@@ -139,6 +136,12 @@ def _tiles(plan: Plan, heads: int) -> Iterator[Region]:
                 key_stop = min(key_stop, region.key_start + stop - region.query_start)
             for key in range(region.key_start, key_stop, num_keys):
                 yield Region(region.kind, start, stop, key, min(key + num_keys, key_stop))
+
+
+def _later(plan: Plan, tile: Region) -> Tensor:
+    """Return which queries of a tile are later than which keys of their document, bool `[queries, keys]`."""
+    position, key_position = plan.queries.position[tile.queries], plan.keys.position[tile.keys]
+    return plan.region_mask(plan.visibility, tile) & (position[:, None] > key_position)
 
 
 def _previous_global(is_global: Tensor) -> Tensor:

@@ -103,8 +103,9 @@ def test_the_gradient_of_types_is_that_of_the_relaxed_mask(
     got = type_gradient.type_gradient(learnt.sums, learnt.lifetimes, rows)
 
     t = ageing.one_hot_types(logits, rows, 1.0).requires_grad_()
-    out, _ = ageing.attention(*tensors[:3], t, rows, window)
-    (expected,) = torch.autograd.grad((out * tensors[3]).sum(), t)
+    q, k, v, dout = tensors
+    out, _ = ageing.attention(q, k, v, t, rows, window)
+    (expected,) = torch.autograd.grad((out * dout).sum(), t)
     free = ageing.free(rows)
     assert len(ageing.documents(rows)) == 6
     for a, b in ((GLOBAL, LOCAL), (GLOBAL, SLIDING)):

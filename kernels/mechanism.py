@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.gathering import Gathering
+from farspan.kernels.lifetimes import Lifetimes, chosen_types
 from farspan.kernels.plan import Plan
 from farspan.kernels.registry import Registry
 from farspan.kernels.rows import Rows
 from farspan.kernels.selection import Extent, Partition, Selection
 from farspan.kernels.tasks import count_pairs
+from farspan.kernels.type_gradient import SUMS
 from farspan.kernels.visibility import Visibility
 
 Total = Callable[[Tensor], Tensor]
@@ -60,6 +62,10 @@ class Mechanism(ABC):
 
     def total_bytes(self, everyone: Rows, heads: Heads, head_dim: int) -> int:
         """Return the bytes of what is summed over all holders of rows to choose by: nothing, unless it is routed."""
+        return 0
+
+    def gradient_total_bytes(self, everyone: Rows, heads: Heads, accumulation_bytes: int) -> int:
+        """Return the bytes of what is summed over all holders of rows in the backward pass."""
         return 0
 
     def refusal(self, heads: Heads, longest: int) -> str | None:
@@ -233,6 +239,39 @@ class Gathered(Mechanism):
         """What would be chosen if the router knew nothing."""
         chosen = self.typical(queries)
         return self.among().visible_pairs(chosen, chosen)
+
+
+class Ageing(Masked):
+    """Each KV head gives every key a type by its routing, and with it a lifetime: the last query that sees it.
+
+    Routing has three logits per token and KV head, of the types global, local and sliding; the highest wins, the first
+    of equals. `temperature` divides them in the softmax that stands for the choice in the backward pass.
+    """
+
+    routing_width = 3
+    temperature: float
+
+    @abstractmethod
+    def lifetimes(self, types: Tensor, everyone: Rows) -> Lifetimes:
+        """Return the lifetimes of a whole sequence by the types of its tokens, int8 `[tokens, Hk]`."""
+
+    @abstractmethod
+    def penalties(self, lifetimes: Lifetimes, everyone: Rows) -> Tensor:
+        """Return what is added to the gradient of the one-hot types so that keys die, float64 `[tokens, Hk, 3]`."""
+
+    def visibility(self) -> Visibility:
+        return Visibility(causal=True)
+
+    def total_bytes(self, everyone: Rows, heads: Heads, head_dim: int) -> int:
+        return len(everyone) * heads.kv * torch.int8.itemsize
+
+    def gradient_total_bytes(self, everyone: Rows, heads: Heads, accumulation_bytes: int) -> int:
+        return len(everyone) * heads.kv * SUMS * accumulation_bytes
+
+    def visible_pairs(self, queries: Rows, keys: Rows) -> int:
+        """What a router that knows nothing would choose."""
+        routing = torch.randn(len(keys), 1, self.routing_width, generator=torch.Generator().manual_seed(0))
+        return self.lifetimes(chosen_types(routing), keys).pairs(queries, keys)
 
 
 MECHANISMS: Registry[type[Mechanism]] = Registry("attention mechanism", "farspan.kernels.mechanisms")

@@ -40,6 +40,12 @@ class Plan:
     derived: dict[Hashable, Any] = field(default_factory=dict, init=False)
     """What backends made of the plan, by keys of their own: once for forward and backward, and for all layers."""
 
+    def __post_init__(self) -> None:
+        if self.lifetime is not None and (self.selection is not None or self.visibility != Visibility(causal=True)):
+            raise ValueError(
+                "a plan with lifetimes must be causal, with no window, no neighbourhood and no selection besides"
+            )
+
     @staticmethod
     def build(
         queries: Rows,

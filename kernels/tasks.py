@@ -180,7 +180,7 @@ class _Tasks:
             here = entries.take(chunk)
             kv_head, piece = self._kv_head(here.chooser[0]), here.piece[:1]
             keys = self.pieces.members(piece) * self.kv_heads + kv_head
-            yield Batch(Kind.FULL, torch.from_numpy(self._queries(here))[None], torch.from_numpy(keys)[None])
+            yield from _spread(torch.from_numpy(self._queries(here)), torch.from_numpy(keys))
 
     def _by_tile(self, entries: _Entries) -> Iterator[Batch]:
         """One task per unit and chooser: all pieces that it chose; tasks of one shape in batches."""
@@ -265,6 +265,16 @@ class _Tasks:
         chooser = np.repeat(entries.chooser, self.units.sizes()[entries.unit])
         head = self.choosers.heads[_ranges(self.choosers.start[chooser], self.choosers.stop[chooser])]
         return np.repeat(row, self.choosers.sizes()[chooser]) * self.plan.heads + head
+
+
+def _spread(queries: Tensor, keys: Tensor) -> Iterator[Batch]:
+    """One task as several of the same keys, so that all threads work on it: an operator has one for each task."""
+    count = torch.get_num_threads()
+    share = len(queries) // count
+    if share:
+        yield Batch(Kind.FULL, queries[: share * count].view(count, share), keys.expand(count, -1))
+    if share * count < len(queries):
+        yield Batch(Kind.FULL, queries[None, share * count :], keys[None])
 
 
 def _edges(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,11 +7,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
+from farspan.kernels.ageing import AgeingHolding, TypeLearning
 from farspan.kernels.attend import attend, attend_backward
 from farspan.kernels.gathering import Gathering, weigh, weigh_backward
-from farspan.kernels.mechanism import Gathered, Heads, Holding, Masked, Mechanism, Recurrent, Routed
+from farspan.kernels.mechanism import Ageing, Gathered, Heads, Holding, Masked, Mechanism, Recurrent, Routed
 from farspan.kernels.plan import Plan
 from farspan.kernels.rows import Rows
 from farspan.kernels.whole_scan import WholeScan
@@ -62,6 +64,10 @@ def plan_whole(mechanism: Mechanism, rows: Rows, heads: Heads, which: range, *, 
     # A part of the windows fits a part of the heads; all of them must fit all heads.
     visibility.by_heads(heads.query)
     plan = Plan.build(rows, rows, visibility.of_heads(slice(which.start, which.stop)), heads=len(which))
+    if isinstance(mechanism, Ageing):
+        share, index = AgeingHolding.share_of(heads, which), torch.arange(len(rows))
+        ageing = AgeingHolding(mechanism=mechanism, everyone=rows, rows=index, share=share, total=alone)
+        return _AgeingAttention(plan, ageing, backend)
     holding = None
     if isinstance(mechanism, Routed):
         holding = Holding(mechanism=mechanism, rows=rows, everyone=rows, heads=which, all_heads=heads, total=alone)
@@ -141,3 +147,33 @@ class _RecurrentAttention(WholeAttention):
 
     def lse(self, saved: Saved) -> None:
         return None
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class _AgeingAttention(WholeAttention):
+    plan: Plan
+    """Of all causal pairs."""
+    holding: AgeingHolding
+    backend: str
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
+        q, k, v, routing = inputs
+        lifetimes = self.holding.lifetimes(routing)
+        plan = self.plan.living(lifetimes.last)
+        out, lse = attend(q, k, v, plan, backend=self.backend)
+        out = out.to(q.dtype)
+        return out, Saved((q, k, v, out, lse, routing), (plan, lifetimes))
+
+    def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
+        *operands, routing = saved.tensors
+        q, k, v, out, _ = operands
+        plan, lifetimes = saved.kept
+        gradients = attend_backward(dout, *operands, plan=plan, backend=self.backend)
+        causal_lse = attend(q, k, v, self.plan, backend=self.backend)[1]
+        learning = TypeLearning(self.holding, lifetimes, causal_lse, routing)
+        learning.add(dout, q, k, v, out, plan=self.plan, keys=self.holding.rows)
+        return *gradients, learning.gradient()
+
+    def lse(self, saved: Saved) -> Tensor:
+        return saved.tensors[-2]

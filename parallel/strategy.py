@@ -30,6 +30,8 @@ class AttentionShape:
     routing_width: int
     total_bytes: int
     """Of what a routed mechanism sums over all ranks to choose by."""
+    gradient_total_bytes: int
+    """Of what an ageing one sums over all ranks to learn from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

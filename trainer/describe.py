@@ -176,6 +176,7 @@ def attention_shape(config: Config, degrees: Degrees) -> AttentionShape:
         accumulation_bytes=accumulation_dtype(compute).itemsize,
         routing_width=mechanism.routing_width,
         total_bytes=mechanism.total_bytes(one_document, heads, config.model.head_dim),
+        gradient_total_bytes=mechanism.gradient_total_bytes(one_document, heads, accumulation_dtype(compute).itemsize),
     )
     if isinstance(mechanism, Gathered) and not STRATEGIES.get(config.parallel.strategy).deals_heads:
         chosen = len(mechanism.typical(one_document)) * heads.kv

@@ -1,4 +1,5 @@
-"""CPU backend: torch's flash attention for CPU, called once for each region of a plan, or batch of its selection.
+"""CPU backend: torch's flash attention for CPU, called for the regions of a plan, or for batches
+of gathered rows.
 
 Scans are matrix products over chunks of rows.
 """
@@ -8,6 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from farspan.kernels.alive import alive_batches
 from farspan.kernels.backend import BACKENDS, Backend
 from farspan.kernels.cpu_flash import flash, flash_backward
 from farspan.kernels.cpu_sweep import sweep
@@ -33,7 +35,7 @@ class CpuBackend(Backend):
         return None if device.type == "cpu" else "it calls torch's CPU flash attention"
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        if plan.selection is not None:
+        if plan.selection is not None or plan.lifetime is not None:
             return _selected_forward(q, k, v, plan)
         return _REGIONS.forward(q, k, v, plan)
 
@@ -42,7 +44,7 @@ class CpuBackend(Backend):
     ) -> Gradients:
         # A row that sees nothing at all has lse -inf; exp(masked score - 0) is 0 for it, where -inf would give NaN.
         lse = lse.masked_fill(lse == float("-inf"), 0.0)
-        if plan.selection is not None:
+        if plan.selection is not None or plan.lifetime is not None:
             return _selected_backward(dout, q, k, v, out, lse, plan)
         return _REGIONS.backward(dout, q, k, v, out, lse, plan)
 
@@ -106,7 +108,8 @@ def _selected_backward(
 
 def _batches(plan: Plan, kv_heads: int) -> list[Batch]:
     if "batches" not in plan.derived:
-        plan.derived["batches"] = list(batches(plan, kv_heads))
+        found = batches(plan, kv_heads) if plan.lifetime is None else alive_batches(plan, kv_heads)
+        plan.derived["batches"] = list(found)
     return plan.derived["batches"]
 
 

@@ -14,8 +14,10 @@ from typing import final
 import torch
 from torch import Tensor
 
+from farspan.kernels.ageing import AgeingHolding, TypeLearning
 from farspan.kernels.attend import attend, attend_backward
-from farspan.kernels.mechanism import Gathered, Heads, Holding, Masked, Mechanism, Routed
+from farspan.kernels.lifetimes import Lifetimes
+from farspan.kernels.mechanism import Ageing, Gathered, Heads, Holding, Masked, Mechanism, Routed
 from farspan.kernels.merge import accumulation_dtype, empty_partial, merge_
 from farspan.kernels.plan import Plan
 from farspan.kernels.whole import Saved
@@ -44,14 +46,17 @@ class Ring(Strategy):
     def volume(cls, shape: AttentionShape, degree: int) -> Volume:
         """Forward (P-1) hops of a chunk; backward the same and P hops of its gradient in the accumulation dtype.
 
-        What a choice is made from is summed over all ranks: 2 (P-1)/P of its bytes.
+        What a choice is made from, or learnt from, is summed over all ranks: 2 (P-1)/P of its bytes.
         """
         if degree == 1:
             return Volume(forward=0, backward=0)
         elements = shape.tokens_local * shape.heads.kv * (shape.head_dim + shape.value_dim)
         chunks = (degree - 1) * elements * shape.element_bytes
-        choice = 2 * (degree - 1) * shape.total_bytes // degree
-        return Volume(forward=chunks + choice, backward=chunks + degree * elements * shape.accumulation_bytes)
+        gradients = degree * elements * shape.accumulation_bytes
+        choice, learning = (
+            2 * (degree - 1) * total // degree for total in (shape.total_bytes, shape.gradient_total_bytes)
+        )
+        return Volume(forward=chunks + choice, backward=chunks + gradients + learning)
 
     def _plan(self, mechanism: Mechanism, shards: Shards, heads: Heads, *, backend: str) -> Attend:
         if isinstance(mechanism, Gathered):
@@ -81,13 +86,24 @@ class Ring(Strategy):
                 all_heads=heads,
                 total=total,
             )
+        ageing = None
+        if isinstance(mechanism, Ageing):
+            ageing = AgeingHolding(
+                mechanism=mechanism,
+                everyone=shards.rows,
+                rows=shards.index[rank],
+                share=1.0,
+                total=partial(self.channel.all_reduce, kind="ring_types"),
+            )
         return _RingAttend(
             tokens_local=shards.tokens_local,
             heads=heads,
             routing_width=mechanism.routing_width,
             channel=self.channel,
             holding=holding,
+            ageing=ageing,
             plans=plans,
+            tokens=tuple(shards.index[owner] for owner in owners),
             backend=backend,
         )
 
@@ -97,34 +113,47 @@ class Ring(Strategy):
 class _RingAttend(Attend):
     channel: Channel
     holding: Holding | None
+    ageing: AgeingHolding | None
     plans: tuple[Plan, ...]
     """One per step: local queries against the chunk that is here at that step."""
+    tokens: tuple[Tensor, ...]
+    """Of each step's chunk, int64 `[tokens_local]`: the tokens of the sequence."""
     backend: str
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
-        q, k, v = inputs
+        q, k, v, *routing = inputs
         chunk = _Chunk.pack(k, v)
-        plans = self._choose(q, k)
+        plans, lifetimes = self._choose(q, k, *routing)
         out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
+        causal_lse = lse.clone()
         for step, plan in enumerate(plans):
             shift = self._send_on(chunk, step)
             if not plan.is_empty:
                 merge_(out, lse, *attend(q, chunk.key, chunk.value, plan, backend=self.backend))
+                if lifetimes is not None:
+                    part = attend(q, chunk.key, chunk.value, self.plans[step], backend=self.backend)[1]
+                    causal_lse = torch.logaddexp(causal_lse, part)
             chunk = chunk.arrive(shift)
         out = out.to(q.dtype)
-        return out, Saved((q, k, v, out, lse), plans)
+        learning = () if lifetimes is None else (causal_lse, *routing)
+        return out, Saved((q, k, v, out, lse, *learning), (plans, lifetimes))
 
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
-        q, k, v, out, lse = saved.tensors
+        q, k, v, out, lse, *learning = saved.tensors
+        plans, lifetimes = saved.kept
+        of_types = None if self.ageing is None else TypeLearning(self.ageing, lifetimes, *learning)
         dtype = accumulation_dtype(q.dtype)
         dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
         chunk, arriving = _Chunk.pack(k, v), None
         gradient = _Chunk(torch.zeros(chunk.buffer.shape, dtype=dtype, device=q.device), k.shape, v.shape)
-        for step, plan in enumerate(saved.kept):
+        for step, plan in enumerate(plans):
             shift = self._send_on(chunk, step)
             parts = None
             if not plan.is_empty:
                 parts = attend_backward(dout, q, chunk.key, chunk.value, out, lse, plan, backend=self.backend)
+                if of_types is not None:
+                    operands = dout, q, chunk.key, chunk.value, out
+                    of_types.add(*operands, plan=self.plans[step], keys=self.tokens[step])
             # The gradient of this chunk comes from the previous rank, which had the chunk one step ago.
             gradient = gradient.arrive(arriving)
             if parts is not None:
@@ -134,17 +163,22 @@ class _RingAttend(Attend):
                 arriving = self.channel.shift(gradient.buffer, kind="ring_dkv", tag=GRADIENT_TAG)
             chunk = chunk.arrive(shift)
         gradient = gradient.arrive(arriving)
-        return dq, gradient.key, gradient.value
+        gradients = dq, gradient.key, gradient.value
+        return gradients if of_types is None else (*gradients, of_types.gradient())
 
     def lse(self, saved: Saved) -> Tensor:
-        return saved.tensors[-1]
+        return saved.tensors[4]
 
-    def _choose(self, q: Tensor, k: Tensor) -> tuple[Plan, ...]:
-        """Let a routed mechanism choose, once, from summaries of all ranks' rows."""
-        if self.holding is None:
-            return self.plans
-        selection = self.holding.mechanism.select(q, k, self.holding)
-        return tuple(plan.choosing(selection) for plan in self.plans)
+    def _choose(self, q: Tensor, k: Tensor, *routing: Tensor) -> tuple[tuple[Plan, ...], Lifetimes | None]:
+        """Let a mechanism choose, once, from what all ranks hold; return the plans and the lifetimes, if keys age."""
+        if self.ageing is not None:
+            lifetimes = self.ageing.lifetimes(*routing)
+            of_chunks = (lifetimes.take(tokens).last for tokens in self.tokens)
+            return tuple(plan.living(last) for plan, last in zip(self.plans, of_chunks, strict=True)), lifetimes
+        if self.holding is not None:
+            selection = self.holding.mechanism.select(q, k, self.holding)
+            return tuple(plan.choosing(selection) for plan in self.plans), None
+        return self.plans, None
 
     def _send_on(self, chunk: "_Chunk", step: int) -> Shift | None:
         """Start sending the chunk to the next rank, unless this is its last step."""

@@ -10,6 +10,7 @@ from farspan.kernels.neighbourhood import Dimension, Neighbourhood
 from farspan.kernels.plan import Plan
 from farspan.kernels.regions import Kind
 from farspan.kernels.rows import PADDING, Rows
+from farspan.kernels.selection import Partition, Selection
 from farspan.kernels.visibility import Visibility
 from tests.oracle import visible_pairs
 
@@ -205,3 +206,25 @@ def test_the_widest_window_hides_nothing() -> None:
             Plan.build(rows, rows, Visibility(window=2**31 - 1), shortest_run=shortest_run, heads=1).visible_pairs
             == 210
         )
+
+
+def test_lifetimes_go_with_later_queries_of_a_document_only() -> None:
+    """Backends need not look out for lifetimes together with anything else."""
+    rows = Rows.packed([20])
+    lifetime = torch.full((1, 20), 19, dtype=torch.int32)
+    everything = Selection.from_lists(
+        torch.arange(20), Partition.blocks(rows, 20), torch.zeros(1, 20, 1, dtype=torch.int64)
+    )
+    plan = Plan.build(rows, rows, Visibility(), heads=1)
+    assert torch.equal(plan.living(lifetime).mask(), plan.mask())
+    for refused in (
+        lambda: plan.living(lifetime).choosing(everything),
+        lambda: plan.choosing(everything).living(lifetime),
+        lambda: Plan.build(rows, rows, Visibility(window=5), heads=1).living(lifetime),
+        lambda: Plan.build(rows, rows, Visibility(causal=False), heads=1).living(lifetime),
+    ):
+        with pytest.raises(ValueError, match="a plan with lifetimes must be causal"):
+            refused()
+    for wrong in (lifetime.long(), lifetime[:, 1:]):
+        with pytest.raises(ValueError, match="lifetimes must be int32"):
+            plan.living(wrong)

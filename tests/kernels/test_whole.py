@@ -5,12 +5,13 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.backend import BACKENDS
-from farspan.kernels.mechanism import MECHANISMS, Gathered, Heads, Masked, Mechanism, Recurrent, Routed
+from farspan.kernels.mechanism import MECHANISMS, Ageing, Gathered, Heads, Masked, Mechanism, Recurrent, Routed
+from farspan.kernels.mechanisms.nats import NAtS
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.rows import Rows
 from farspan.kernels.visibility import Visibility
 from farspan.kernels.whole import plan_whole
-from tests import oracle
+from tests import ageing, oracle
 from tests.holding import select
 
 CPU = torch.device("cpu")
@@ -50,6 +51,9 @@ def visible(mechanism: Mechanism, inputs: list[Tensor], rows: Rows) -> Tensor:
         return both & oracle.visible_mask(rows, rows, mechanism.among().visibility(), heads)
     if isinstance(mechanism, Recurrent):
         return oracle.visible_mask(rows, rows, Visibility(causal=True), heads)
+    if isinstance(mechanism, Ageing):
+        assert isinstance(mechanism, NAtS)
+        return ageing.visible(inputs[3], rows, mechanism.window).repeat_interleave(group, dim=0)
     assert isinstance(mechanism, Masked)
     mask = oracle.visible_mask(rows, rows, mechanism.visibility(), heads)
     return (
@@ -66,6 +70,12 @@ def expect(mechanism: Mechanism, inputs: list[Tensor], dout: Tensor, rows: Rows)
     if isinstance(mechanism, Recurrent):
         out = oracle.decayed_sums(q, k, v, mechanism.decay(q.shape[1]), rows)
         return [out.detach(), *torch.autograd.grad(out, leaves, dout.double())]
+    if isinstance(mechanism, Ageing):
+        assert isinstance(mechanism, NAtS)
+        types = ageing.one_hot_types(leaves[3], rows, mechanism.temperature)
+        out, lse = ageing.attention(q, k, v, types, rows, mechanism.window)
+        loss = (out * dout.double()).sum() + ageing.penalty(types, rows, mechanism.penalty)
+        return [out.detach(), lse.detach(), *torch.autograd.grad(loss, leaves, materialize_grads=True)]
     out, lse = oracle.attention(q, k, v, visible(mechanism, inputs, rows))
     if isinstance(mechanism, Gathered):
         group = q.shape[1] // k.shape[1]

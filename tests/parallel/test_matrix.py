@@ -138,6 +138,7 @@ def volume(case: Case, degree: int) -> dict[str, int]:
         accumulation_bytes=accumulation_dtype(case.dtype).itemsize,
         routing_width=mechanism.routing_width,
         total_bytes=mechanism.total_bytes(case.rows, heads, HEAD_DIM),
+        gradient_total_bytes=mechanism.gradient_total_bytes(case.rows, heads, accumulation_dtype(case.dtype).itemsize),
     )
     if isinstance(mechanism, Gathered) and not strategy.deals_heads:
         logits = case.inputs()[3][..., 0].float()

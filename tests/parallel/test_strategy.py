@@ -47,6 +47,7 @@ def test_volumes_by_hand() -> None:
         accumulation_bytes=4,
         routing_width=0,
         total_bytes=0,
+        gradient_total_bytes=0,
     )
     mib = 2**20
     assert STRATEGIES.get("ring").volume(shape, 8) == Volume(forward=224 * mib, backward=(224 + 512) * mib)

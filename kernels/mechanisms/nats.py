@@ -1,0 +1,59 @@
+"""NAtS, neural attention search (arXiv 2502.13251): each KV head decides how long it keeps each token.
+
+A router gives every token three logits per KV head, and the highest decides: a global token is seen by all later ones,
+a local one up to and including the next global one, a sliding one by the `window` tokens after it. The first and last
+token of a document are global. In training the caller adds Gumbel noise to the logits; gradients go straight through
+the choice, to `kernels/type_gradient.py`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self, final
+
+import torch
+from torch import Tensor
+
+from farspan.kernels.lifetimes import GLOBAL, LOCAL, Lifetimes, Line
+from farspan.kernels.mechanism import MECHANISMS, Ageing
+from farspan.kernels.rows import Rows
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NAtS(Ageing):
+    """window: tokens after a sliding one that see it. temperature: of the softmax that the router learns through.
+
+    penalty: what a life of a document's length adds to the gradient of its type, whatever the scale of the loss.
+    """
+
+    window: int = 16
+    temperature: float = 1.0
+    penalty: float = 5e-7
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"window={self.window} must be at least 1")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} must be above 0")
+        if not self.penalty >= 0:
+            raise ValueError(f"penalty={self.penalty} must be at least 0")
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        return cls(window=5), cls(window=20, temperature=0.5, penalty=0.1)
+
+    def lifetimes(self, types: Tensor, everyone: Rows) -> Lifetimes:
+        return Lifetimes.of(types, everyone, self.window)
+
+    def penalties(self, lifetimes: Lifetimes, everyone: Rows) -> Tensor:
+        """Global: penalty * (length - position) / length to its type; local: penalty * (last - position) / length."""
+        line = Line.of(everyone)
+        length = line.back(line.end - line.first + 1)
+        alive = torch.where(lifetimes.types == GLOBAL, length, lifetimes.last) - everyone.position
+        share = self.penalty * alive.double() / length
+        kind = lifetimes.types
+        of_types = (share * (kind == GLOBAL), share * (kind == LOCAL), torch.zeros_like(share))
+        return torch.stack(of_types, dim=-1).transpose(0, 1)
+
+
+MECHANISMS.add("nats", NAtS)

@@ -180,7 +180,7 @@ class _Tasks:
             here = entries.take(chunk)
             kv_head, piece = self._kv_head(here.chooser[0]), here.piece[:1]
             keys = self.pieces.members(piece) * self.kv_heads + kv_head
-            yield from _spread(torch.from_numpy(self._queries(here)), torch.from_numpy(keys))
+            yield from _spread(torch.from_numpy(self._queries(here))[None], torch.from_numpy(keys)[None])
 
     def _by_tile(self, entries: _Entries) -> Iterator[Batch]:
         """One task per unit and chooser: all pieces that it chose; tasks of one shape in batches."""
@@ -195,11 +195,8 @@ class _Tasks:
                 chosen = entries.take(_ranges(first[part], stop[part]))
                 kv_head = np.repeat(self._kv_head(entries.chooser[first[part]]), shape[1])
                 key_rows = self.pieces.members(chosen.piece) * self.kv_heads + kv_head
-                queries = self._queries(entries.take(first[part]))
-                yield Batch(
-                    Kind.FULL, torch.from_numpy(queries.reshape(-1, shape[0])),
-                    torch.from_numpy(key_rows.reshape(-1, shape[1])),
-                )  # fmt: skip
+                queries = self._queries(entries.take(first[part])).reshape(-1, shape[0])
+                yield from _spread(torch.from_numpy(queries), torch.from_numpy(key_rows.reshape(-1, shape[1])))
 
     def _partial(self, entries: _Entries) -> Iterator[Batch]:
         """Pairs that see some of each other: triangles where rows and keys are the same positions, else masks."""
@@ -268,13 +265,14 @@ class _Tasks:
 
 
 def _spread(queries: Tensor, keys: Tensor) -> Iterator[Batch]:
-    """One task as several of the same keys, so that all threads work on it: an operator has one for each task."""
-    count = torch.get_num_threads()
-    share = len(queries) // count
+    """Tasks whose rows see all their keys; where they are few, each as several, one for each thread to work on."""
+    count = 1 if len(queries) >= 2 * torch.get_num_threads() else torch.get_num_threads()
+    share = queries.shape[1] // count
     if share:
-        yield Batch(Kind.FULL, queries[: share * count].view(count, share), keys.expand(count, -1))
-    if share * count < len(queries):
-        yield Batch(Kind.FULL, queries[None, share * count :], keys[None])
+        parts = queries[:, : share * count].reshape(-1, share)
+        yield Batch(Kind.FULL, parts, keys.repeat_interleave(count, dim=0))
+    if share * count < queries.shape[1]:
+        yield Batch(Kind.FULL, queries[:, share * count :], keys)
 
 
 def _edges(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

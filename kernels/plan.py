@@ -1,7 +1,9 @@
 """Plan: what attention of some query rows to some key rows has to compute; made before any tensor is touched."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +28,8 @@ class Plan:
     """Which query rows attend to which key rows: those that `visibility` shows and, if there is one, `selection` chose.
 
     lifetime: int32 `[Hk, keys]`, or None: the last query position that sees each key of each KV head (-1: none does).
-    Backends derive from it what they visit: regions, or tasks of gathered rows, each made once.
+    Backends derive from it what they visit: regions, tasks of gathered rows, lists of tiles. derived: what one of them
+    keeps for as long as the plan lives, by keys of its own.
     """
 
     queries: Rows
@@ -36,6 +39,7 @@ class Plan:
     parts: tuple[HeadPlan, ...]
     selection: Selection | None
     lifetime: Tensor | None = None
+    derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @staticmethod
     def build(

@@ -1,0 +1,51 @@
+"""What kernels are given besides tensors of rows: tuples of pointers, where None is a term that is absent."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Terms(NamedTuple):
+    """Visibility, as columns of rows (T queries, S keys); int32.
+
+    position and document of queries `[T]` and of keys `[S]`, windows `[Hq]`, lifetimes `[Hk, S]`. Of a neighbourhood of
+    N dimensions: least and greatest coordinate of each query `[N, T]`, coordinates of each key `[N, S]`, and a class
+    `[T]`, `[S]`, which is equal where grid and residue of dilation are.
+    """
+
+    q_position: Tensor
+    q_document: Tensor
+    k_position: Tensor
+    k_document: Tensor
+    window: Tensor | None
+    sinks: int | None
+    lifetime: Tensor | None
+    q_class: Tensor | None
+    q_low: Tensor | None
+    q_high: Tensor | None
+    k_class: Tensor | None
+    k_place: Tensor | None
+
+
+class Lists(NamedTuple):
+    """The columns of `farspan.kernels.tile_lists.TileLists`."""
+
+    offsets: Tensor
+    visits: Tensor
+    entries: Tensor
+    order: Tensor
+    group: Tensor
+
+
+class Operand(NamedTuple):
+    """A tensor `[rows, heads, width]` whose width has stride 1."""
+
+    pointer: Tensor
+    row: int
+    head: int
+
+    @staticmethod
+    def of(x: Tensor) -> "Operand":
+        """Return `x`, or a copy of it if its width has another stride."""
+        x = x if x.stride(2) == 1 else x.contiguous()
+        return Operand(x, x.stride(0), x.stride(1))

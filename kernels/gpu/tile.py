@@ -1,0 +1,115 @@
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportOptionalMemberAccess=false
+"""What the attention kernels do with a tile: walk a list, load rows, evaluate the predicate."""
+
+import triton
+import triton.language as tl
+
+from farspan.kernels import tile_lists
+
+COUNT_BITS = tl.constexpr(tile_lists.COUNT_BITS)
+MAX_COUNT = tl.constexpr(tile_lists.MAX_COUNT)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def open_list(lists, number):
+    """Return (number of visits, place of the entry, its first tile, tiles left in it) of one half of a list."""
+    at = tl.load(lists.offsets + number)
+    entry = tl.load(lists.entries + at)
+    return tl.load(lists.visits + number), at, entry >> COUNT_BITS, entry & MAX_COUNT
+
+
+@triton.jit
+def advance(lists, at, tile, left):
+    """Return the same after one visit; a flat loop over tiles, not over entries, is what gets pipelined."""
+    ended = left == 1
+    at += ended.to(tl.int32)
+    entry = tl.load(lists.entries + at)
+    return at, tl.where(ended, entry >> COUNT_BITS, tile + 1), tl.where(ended, entry & MAX_COUNT, left - 1)
+
+
+@triton.jit
+def places(index, tile, count, BLOCK: tl.constexpr):
+    """Return the rows of a tile `[BLOCK]` and whether there are such rows; absent ones are row 0."""
+    place = tile * BLOCK + tl.arange(0, BLOCK)
+    if index is None:
+        there = place < count
+        return tl.where(there, place, 0), there
+    row = tl.load(index + place)
+    return tl.maximum(row, 0), row >= 0
+
+
+@triton.jit
+def query_places(index, tile, head, count, BLOCK: tl.constexpr, HEADS: tl.constexpr, GATHERED: tl.constexpr):
+    """Return rows and heads of a tile of queries `[BLOCK]`, and whether they are there; gathered rows bring their head."""
+    row, there = places(index, tile, count, BLOCK)
+    if GATHERED:
+        return row // HEADS, row % HEADS, there
+    return row, tl.zeros_like(row) + head, there
+
+
+@triton.jit
+def load_queries(x, row, head, there, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Return rows of an operand `[BLOCK, PADDED]`, 0 where there is none."""
+    column = tl.arange(0, PADDED)
+    start = row.to(tl.int64) * x.row + head.to(tl.int64) * x.head
+    mask = there[:, None]
+    if PADDED != WIDTH:
+        mask = mask & (column < WIDTH)[None, :]
+    return tl.load(x.pointer + start[:, None] + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_keys(
+    x, index, tile, head, count, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, SHORT: tl.constexpr
+):
+    """Return a tile of rows of an operand `[BLOCK, PADDED]`; only a SHORT tile may lack rows, which are 0."""
+    column = tl.arange(0, PADDED)
+    base = x.pointer + tl.cast(head, tl.int64) * x.head
+    if index is None:
+        nth = tl.arange(0, BLOCK)
+        there = tile * BLOCK + nth < count
+        pointers = base + tl.cast(tile * BLOCK, tl.int64) * x.row + (nth[:, None] * x.row + column[None, :])
+    else:
+        row, there = places(index, tile, count, BLOCK)
+        pointers = base + (row.to(tl.int64) * x.row)[:, None] + column[None, :]
+    if SHORT:
+        return tl.load(pointers, mask=there[:, None] & (column < WIDTH)[None, :], other=0.0)
+    if PADDED != WIDTH:
+        return tl.load(pointers, mask=(column < WIDTH)[None, :], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def visible(
+    terms, row, head, there, key, key_there, kv_head, num_queries, num_keys,
+    CAUSAL: tl.constexpr, DIMENSIONS: tl.constexpr,
+):  # fmt: skip
+    """Return which queries see which keys; row, head, there and key, key_there are of shapes that broadcast together."""
+    q_document = tl.load(terms.q_document + row, mask=there, other=-1)
+    k_document = tl.load(terms.k_document + key, mask=key_there, other=-1)
+    # Padding is -1 on both sides, and must not see padding.
+    seen = q_document == tl.where(k_document < 0, -2, k_document)
+    q_position = tl.load(terms.q_position + row, mask=there, other=0)
+    k_position = tl.load(terms.k_position + key, mask=key_there, other=0)
+    if CAUSAL:
+        seen &= q_position >= k_position
+    if terms.window is not None:
+        near = tl.abs(q_position - k_position) < tl.load(terms.window + head)
+        if terms.sinks is not None:
+            near |= k_position < terms.sinks
+        seen &= near
+    if terms.lifetime is not None:
+        lifetime = terms.lifetime + tl.cast(kv_head, tl.int64) * num_keys
+        seen &= q_position <= tl.load(lifetime + key, mask=key_there, other=-1)
+    if DIMENSIONS > 0:
+        seen &= tl.load(terms.q_class + row, mask=there, other=0) == tl.load(
+            terms.k_class + key, mask=key_there, other=-1
+        )
+        for n in tl.static_range(DIMENSIONS):
+            place = tl.load(terms.k_place + tl.cast(n, tl.int64) * num_keys + key, mask=key_there, other=-1)
+            of_query = tl.cast(n, tl.int64) * num_queries + row
+            seen &= tl.load(terms.q_low + of_query, mask=there, other=0) <= place
+            seen &= place <= tl.load(terms.q_high + of_query, mask=there, other=-1)
+    return seen

@@ -8,17 +8,21 @@ from torch import Tensor
 class Terms(NamedTuple):
     """Visibility, as columns of rows (T queries, S keys); int32.
 
-    position and document of queries `[T]` and of keys `[S]`, windows `[Hq]`, lifetimes `[Hk, S]`. Of a neighbourhood of
-    N dimensions: least and greatest coordinate of each query `[N, T]`, coordinates of each key `[N, S]`, and a class
-    `[T]`, `[S]`, which is equal where grid and residue of dilation are.
+    q_document `[T]`: -1 is padding. k_rank `[S]`, and of each query the first and last rank that it sees: near ones by
+    the number of windows, `[windows, T]`, with the window of each head `[Hq]`; sinks `[T]`. Lifetimes `[Hk, S]` are
+    compared with q_position `[T]`. Of a neighbourhood of N dimensions: least and greatest coordinate of each query
+    `[N, T]`, coordinates of each key `[N, S]`, and a class `[T]`, `[S]`, which is equal where grid and residue of
+    dilation are.
     """
 
-    q_position: Tensor
     q_document: Tensor
-    k_position: Tensor
-    k_document: Tensor
-    window: Tensor | None
-    sinks: int | None
+    k_rank: Tensor
+    window: Tensor
+    q_first: Tensor
+    q_last: Tensor
+    q_first_sink: Tensor | None
+    q_last_sink: Tensor | None
+    q_position: Tensor | None
     lifetime: Tensor | None
     q_class: Tensor | None
     q_low: Tensor | None

@@ -20,8 +20,11 @@ from farspan.kernels.gathered_lists import Portion, portions
 from farspan.kernels.gpu import kernels
 from farspan.kernels.gpu.arguments import Lists, Operand, Terms
 from farspan.kernels.gpu.shapes import Shape, Shapes
+from farspan.kernels.intervals import Ranking
 from farspan.kernels.merge import empty_partial
+from farspan.kernels.neighbourhood import Neighbourhood
 from farspan.kernels.plan import Plan
+from farspan.kernels.rows import Rows
 from farspan.kernels.tile_lists import TileLists, real_rows, tile_plan
 from farspan.kernels.tiling import Tiling
 
@@ -62,7 +65,6 @@ class Problem:
             "VALUE_DIM": value_width,
             "PADDED_DIM": padded(width),
             "PADDED_VALUE": padded(value_width),
-            "CAUSAL": self.plan.visibility.causal,
             "DIMENSIONS": 0 if grid is None else len(grid.dimensions),
         }
 
@@ -279,31 +281,33 @@ def _terms(plan: Plan, device: torch.device) -> Terms:
     """Return what `visible` of the kernels compares."""
     visibility = plan.visibility
     queries, keys = real_rows(plan)
-    window = visibility.window
-    if window is not None:
-        window = torch.tensor(window if isinstance(window, tuple) else [window] * plan.heads, dtype=torch.int32)
-    q_class = q_low = q_high = k_class = k_place = None
+    ranking = Ranking.of(keys)
+    near = np.stack([ranking.near(queries, part.visibility) for part in plan.parts], axis=1)
+    window = np.zeros(plan.heads, dtype=np.int32)
+    for number, part in enumerate(plan.parts):
+        window[list(part.heads)] = number
+    columns: dict[str, Any] = {
+        "q_document": queries.document, "k_rank": ranking.rank, "window": window, "q_first": near[0], "q_last": near[1]
+    }  # fmt: skip
+    if visibility.sinks:
+        columns["q_first_sink"], columns["q_last_sink"] = ranking.sinks(queries, visibility)
+    if plan.lifetime is not None:
+        columns["q_position"], columns["lifetime"] = queries.position, plan.lifetime
     if visibility.neighbourhood is not None:
-        (grid, *lows), (_, *highs) = visibility.neighbourhood.intervals(queries.position)
-        k_grid, *places = visibility.neighbourhood.coordinates(keys.position)
-        q_low, q_high, k_place = (torch.stack(x) for x in (lows, highs, places))
-        q_class, k_class = grid, k_grid
-        for n, dimension in enumerate(visibility.neighbourhood.dimensions):
-            # Keys of a window are `dilation` apart: they are those of the same residue.
-            q_class = q_class * dimension.dilation + q_low[n] % dimension.dilation
-            k_class = k_class * dimension.dilation + k_place[n] % dimension.dilation
-    columns = (
-        queries.position, queries.document, keys.position, keys.document, window, plan.lifetime,
-        q_class, q_low, q_high, k_class, k_place,
-    )  # fmt: skip
-    on_device = [None if x is None else x.to(device, torch.int32).contiguous() for x in columns]
-    q_position, q_document, k_position, k_document, windows, lifetime, *grid = on_device
-    assert q_position is not None
-    assert q_document is not None
-    assert k_position is not None
-    assert k_document is not None
-    sinks = visibility.sinks or None
-    return Terms(q_position, q_document, k_position, k_document, windows, sinks, lifetime, *grid)
+        columns |= _grid_columns(visibility.neighbourhood, queries, keys)
+    found = {name: torch.as_tensor(column).to(device, torch.int32).contiguous() for name, column in columns.items()}
+    return Terms(**{name: found.get(name) for name in Terms._fields})  # pyright: ignore[reportArgumentType]
+
+
+def _grid_columns(neighbourhood: Neighbourhood, queries: Rows, keys: Rows) -> dict[str, Tensor]:
+    (q_class, *lows), (_, *highs) = neighbourhood.intervals(queries.position)
+    k_class, *places = neighbourhood.coordinates(keys.position)
+    for dimension, low, place in zip(neighbourhood.dimensions, lows, places, strict=True):
+        # Keys of a window are `dilation` apart: they are those of the same residue.
+        q_class = q_class * dimension.dilation + low % dimension.dilation
+        k_class = k_class * dimension.dilation + place % dimension.dilation
+    stacked = {"q_low": lows, "q_high": highs, "k_place": places}
+    return {"q_class": q_class, "k_class": k_class, **{name: torch.stack(x) for name, x in stacked.items()}}
 
 
 def _once(plan: Plan, key: tuple[Any, ...], make: Any) -> Any:

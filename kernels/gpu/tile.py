@@ -32,12 +32,13 @@ def advance(lists, at, tile, left):
 @triton.jit
 def places(index, tile, count, BLOCK: tl.constexpr):
     """Return the rows of a tile `[BLOCK]` and whether there are such rows; absent ones are row 0."""
-    place = tile * BLOCK + tl.arange(0, BLOCK)
+    row = tile * BLOCK + tl.arange(0, BLOCK)
     if index is None:
-        there = place < count
-        return tl.where(there, place, 0), there
-    row = tl.load(index + place)
-    return tl.maximum(row, 0), row >= 0
+        there = row < count
+    else:
+        row = tl.load(index + row)
+        there = row >= 0
+    return tl.where(there, row, 0), there
 
 
 @triton.jit
@@ -45,8 +46,11 @@ def query_places(index, tile, head, count, BLOCK: tl.constexpr, HEADS: tl.conste
     """Return rows and heads of a tile of queries `[BLOCK]`, and whether they are there; gathered rows bring their head."""
     row, there = places(index, tile, count, BLOCK)
     if GATHERED:
-        return row // HEADS, row % HEADS, there
-    return row, tl.zeros_like(row) + head, there
+        heads = row % HEADS
+        row = row // HEADS
+    else:
+        heads = tl.zeros_like(row) + head
+    return row, heads, there
 
 
 @triton.jit
@@ -75,38 +79,35 @@ def load_keys(
         row, there = places(index, tile, count, BLOCK)
         pointers = base + (row.to(tl.int64) * x.row)[:, None] + column[None, :]
     if SHORT:
-        return tl.load(pointers, mask=there[:, None] & (column < WIDTH)[None, :], other=0.0)
-    if PADDED != WIDTH:
-        return tl.load(pointers, mask=(column < WIDTH)[None, :], other=0.0)
-    return tl.load(pointers)
+        loaded = tl.load(pointers, mask=there[:, None] & (column < WIDTH)[None, :], other=0.0)
+    elif PADDED != WIDTH:
+        loaded = tl.load(pointers, mask=(column < WIDTH)[None, :], other=0.0)
+    else:
+        loaded = tl.load(pointers)
+    return loaded
 
 
 @triton.jit
 def visible(
-    terms, row, head, there, key, key_there, kv_head, num_queries, num_keys,
-    CAUSAL: tl.constexpr, DIMENSIONS: tl.constexpr,
+    terms, row, head, there, key, key_there, kv_head, num_queries, num_keys, DIMENSIONS: tl.constexpr
 ):  # fmt: skip
     """Return which queries see which keys; row, head, there and key, key_there are of shapes that broadcast together."""
-    q_document = tl.load(terms.q_document + row, mask=there, other=-1)
-    k_document = tl.load(terms.k_document + key, mask=key_there, other=-1)
-    # Padding is -1 on both sides, and must not see padding.
-    seen = q_document == tl.where(k_document < 0, -2, k_document)
-    q_position = tl.load(terms.q_position + row, mask=there, other=0)
-    k_position = tl.load(terms.k_position + key, mask=key_there, other=0)
-    if CAUSAL:
-        seen &= q_position >= k_position
-    if terms.window is not None:
-        near = tl.abs(q_position - k_position) < tl.load(terms.window + head)
-        if terms.sinks is not None:
-            near |= k_position < terms.sinks
-        seen &= near
+    # Absent keys and padding have rank -1, absent queries and padding end at -1.
+    rank = tl.load(terms.k_rank + key, mask=key_there, other=-1)
+    of_window = tl.load(terms.window + head).to(tl.int64) * num_queries + row
+    seen = rank <= tl.load(terms.q_last + of_window, mask=there, other=-1)
+    seen &= rank >= tl.load(terms.q_first + of_window, mask=there, other=0)
+    if terms.q_first_sink is not None:
+        is_sink = rank <= tl.load(terms.q_last_sink + row, mask=there, other=-1)
+        is_sink &= rank >= tl.load(terms.q_first_sink + row, mask=there, other=0)
+        seen |= is_sink
     if terms.lifetime is not None:
         lifetime = terms.lifetime + tl.cast(kv_head, tl.int64) * num_keys
+        q_position = tl.load(terms.q_position + row, mask=there, other=0)
         seen &= q_position <= tl.load(lifetime + key, mask=key_there, other=-1)
     if DIMENSIONS > 0:
-        seen &= tl.load(terms.q_class + row, mask=there, other=0) == tl.load(
-            terms.k_class + key, mask=key_there, other=-1
-        )
+        q_class = tl.load(terms.q_class + row, mask=there, other=0)
+        seen &= q_class == tl.load(terms.k_class + key, mask=key_there, other=-1)
         for n in tl.static_range(DIMENSIONS):
             place = tl.load(terms.k_place + tl.cast(n, tl.int64) * num_keys + key, mask=key_there, other=-1)
             of_query = tl.cast(n, tl.int64) * num_queries + row

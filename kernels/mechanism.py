@@ -5,18 +5,31 @@ The base class that a mechanism derives from is the claim of what it needs, and 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Self
 
+import torch
 from torch import Tensor
 
+from farspan.kernels.gathering import Gathering
 from farspan.kernels.plan import Plan
 from farspan.kernels.registry import Registry
 from farspan.kernels.rows import Rows
-from farspan.kernels.selection import Selection
+from farspan.kernels.selection import Extent, Partition, Selection
+from farspan.kernels.tasks import count_pairs
 from farspan.kernels.visibility import Visibility
 
 Total = Callable[[Tensor], Tensor]
 """Turns a tensor that every holder of rows has computed from its own into the sum over all holders."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Heads:
+    """Numbers of query heads and of key/value heads; `query % kv == 0`."""
+
+    query: int
+    kv: int
 
 
 class Mechanism(ABC):
@@ -34,7 +47,7 @@ class Mechanism(ABC):
     def visible_pairs(self, queries: Rows, keys: Rows) -> int:
         """Return how many (query, key) pairs per head are attended to: the work that is useful."""
 
-    def total_bytes(self, everyone: Rows, kv_heads: int, head_dim: int) -> int:
+    def total_bytes(self, everyone: Rows, heads: Heads, head_dim: int) -> int:
         """Return the bytes of what is summed over all holders of rows to choose by: nothing, unless it is routed."""
         return 0
 
@@ -53,34 +66,131 @@ class Masked(Mechanism):
 
 
 class Routed(Masked):
-    """Of the keys that visibility shows, each query attends to blocks that are chosen by content.
+    """Of the keys that visibility shows, queries attend to blocks that are chosen, by content or by a pattern.
 
-    Rows may be spread over several holders, in any order. Each calls `select` with the rows that it holds; `everyone`
-    is the whole sequence, known to all, and `total` sums over the holders: however rows are spread, all choose alike.
+    Rows may be spread over several holders, in any order. Each calls `select` with the rows that it holds; what the
+    choice is made from is summed over the holders: however rows are spread, all choose alike.
     """
 
     @abstractmethod
-    def select(self, q: Tensor, k: Tensor, held: Rows, everyone: Rows, total: Total) -> Selection:
-        """Choose blocks for the queries q `[T, Hq, D]` among all keys, of which k `[T, Hk, D]` are held here.
+    def blocks(self, everyone: Rows) -> Partition:
+        """Return the blocks of keys of a whole sequence."""
+
+    def tiles(self, everyone: Rows) -> Partition | None:
+        """Return the tiles of queries that choose together, or None where every query chooses for itself."""
+        return None
+
+    @abstractmethod
+    def select(self, q: Tensor, k: Tensor, holding: "Holding") -> Selection:
+        """Choose blocks for the held queries q `[T, Hq, D]` among all keys, of which k `[T, Hk, D]` are held.
 
         Nothing of the choice is differentiable: gradients flow through the chosen blocks.
         """
 
+    def visible_pairs(self, queries: Rows, keys: Rows) -> int:
+        """What would be chosen for random queries and keys."""
+        generator, one = torch.Generator().manual_seed(0), Heads(query=1, kv=1)
+        q, k = (torch.randn(len(rows), 1, 16, generator=generator) for rows in (queries, keys))
+        holding = Holding(mechanism=self, rows=queries, everyone=keys, heads=range(1), all_heads=one, total=lambda x: x)
+        plan = Plan.build(queries, keys, self.visibility(), heads=1, selection=self.select(q, k, holding))
+        return count_pairs(plan, kv_heads=1)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Holding:
+    """What is held here of a sequence whose rows and heads may be spread over several holders.
+
+    rows: of the tensors held here, in their order. everyone: the whole sequence, known to all. heads: which of all
+    query heads the tensors have. total: sums over the holders of the other rows of these heads.
+    """
+
+    mechanism: Routed
+    rows: Rows
+    everyone: Rows
+    heads: range
+    all_heads: Heads
+    total: Total
+
+    @cached_property
+    def blocks(self) -> Partition:
+        """The blocks of keys of the whole sequence."""
+        return self.mechanism.blocks(self.everyone)
+
+    @cached_property
+    def tiles(self) -> Partition:
+        """The tiles of queries of the whole sequence; every position is one where every query chooses for itself."""
+        tiles = self.mechanism.tiles(self.everyone)
+        return Partition.blocks(self.everyone, 1) if tiles is None else tiles
+
+    @cached_property
+    def block(self) -> Tensor:
+        """The block of each held row, int64 `[rows]`; -1 for padding."""
+        return self.blocks.of(self.rows)
+
+    @cached_property
+    def held_tiles(self) -> tuple[Tensor, Tensor]:
+        """The tiles that have rows here, ascending, int64 `[units]`; and of each row its place among them, or -1."""
+        tile = self.tiles.of(self.rows)
+        held, place = torch.cat((tile.new_full((1,), -1), tile)).unique(return_inverse=True)
+        return held[1:], place[1:] - 1
+
+    @cached_property
+    def tile_extent(self) -> Extent:
+        """Where the tiles of queries lie in their documents."""
+        return Extent.of(self.tiles, self.everyone)
+
+    @cached_property
+    def block_extent(self) -> Extent:
+        """Where the blocks of keys lie in their documents."""
+        return Extent.of(self.blocks, self.everyone)
+
+    @property
+    def kv_heads(self) -> range:
+        """The KV heads of the held query heads."""
+        group = self.all_heads.query // self.all_heads.kv
+        return range(self.heads.start // group, (self.heads.stop - 1) // group + 1)
+
+    def key_means(self, k: Tensor) -> Tensor:
+        """Return the mean of the keys of each block of the sequence, float32 `[blocks, Hk, D]`."""
+        return self._means(k, self.blocks)
+
+    def query_means(self, q: Tensor) -> Tensor:
+        """Return the mean of the queries of each tile that has rows here, float32 `[units, Hq, D]`."""
+        return self._means(q, self.tiles)[self.held_tiles[0].to(q.device)]
+
+    def _means(self, x: Tensor, partition: Partition) -> Tensor:
+        counts = partition.sizes.to(x.device)
+        return (self.total(partition.sums(x, self.rows)) / counts.view(-1, *[1] * (x.dim() - 1))).float()
+
+
+class Gathered(Mechanism):
+    """Each KV head chooses tokens of the whole sequence by their routing; only these attend, to each other.
+
+    A head's output at its tokens is multiplied by the sigmoid of their routing, which is how the router learns; it is 0
+    at all other tokens.
+    """
+
+    routing_width = 1
+
     @abstractmethod
-    def total_bytes(self, everyone: Rows, kv_heads: int, head_dim: int) -> int:
-        """Return the bytes of the tensors that `select` has summed over holders."""
+    def among(self) -> Masked:
+        """Return how the chosen tokens of one document see each other; their positions count the chosen from 0."""
 
+    @abstractmethod
+    def choose(self, logits: Tensor, everyone: Rows) -> Tensor:
+        """Return whether each KV head takes each token, bool `[tokens, Hk]`, by float32 logits `[tokens, Hk]`.
 
-def alone(x: Tensor) -> Tensor:
-    """The total over a single holder."""
-    return x
+        Both are of the whole sequence, in its order. Padding is never taken.
+        """
 
+    def total_bytes(self, everyone: Rows, heads: Heads, head_dim: int) -> int:
+        return len(everyone) * heads.kv * torch.float32.itemsize
 
-def choose(mechanism: Masked, plan: Plan, q: Tensor, k: Tensor) -> Plan:
-    """Return the plan of a whole sequence, all rows held here in one order, with what a routed mechanism chooses."""
-    if not isinstance(mechanism, Routed):
-        return plan
-    return plan.choosing(mechanism.select(q, k, plan.queries, plan.queries, alone))
+    def visible_pairs(self, queries: Rows, keys: Rows) -> int:
+        """What a router that knows nothing would choose."""
+        logits = torch.randn(len(queries), 1, generator=torch.Generator().manual_seed(0))
+        chosen = Gathering.of(self.choose(logits, queries), queries).rows
+        return self.among().visible_pairs(chosen, chosen)
 
 
 MECHANISMS: Registry[type[Mechanism]] = Registry("attention mechanism", "farspan.kernels.mechanisms")

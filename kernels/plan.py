@@ -64,7 +64,7 @@ class Plan:
 
     def choosing(self, selection: Selection) -> "Plan":
         """Return the same plan, of whose keys the queries see only those that `selection` chose."""
-        if selection.heads != self.heads or len(selection.unit) != len(self.queries):
+        if self.heads % selection.heads or len(selection.unit) != len(self.queries):
             raise ValueError(
                 f"a selection for {selection.heads} heads and {len(selection.unit)} queries cannot go with a plan for "
                 f"{self.heads} heads and {len(self.queries)} queries"
@@ -75,7 +75,7 @@ class Plan:
         """Return the same plan, of whose keys the queries see only those still alive at their positions."""
         if lifetime.dtype != torch.int32 or lifetime.dim() != 2 or lifetime.shape[1] != len(self.keys):
             raise ValueError(
-                f"lifetimes must be int32 [KV heads, {len(self.keys)} keys], not {lifetime.dtype} {list(lifetime.shape)}"
+                f"lifetimes must be int32 [KV heads, {len(self.keys)}], not {lifetime.dtype} {list(lifetime.shape)}"
             )
         return replace(self, lifetime=lifetime)
 
@@ -86,9 +86,7 @@ class Plan:
 
     @cached_property
     def visible_pairs(self) -> int:
-        """The number of visible (query, key) pairs, the mean over heads: the work that attention cannot avoid."""
-        if self.selection is not None or self.lifetime is not None:
-            return int(self.mask().sum()) // self.heads
+        """The number of (query, key) pairs that visibility shows, the mean over heads."""
         pairs = sum(
             self._pairs(part.visibility, region) * len(part.heads) for part in self.parts for region in part.regions
         )
@@ -114,7 +112,7 @@ class Plan:
         for part in self.parts:
             visible[list(part.heads)] = part.visibility.mask(self.queries, self.keys)
         if self.selection is not None:
-            visible &= self.selection.mask(self.keys)
+            visible &= self.selection.mask(self.keys).repeat_interleave(self.heads // self.selection.heads, dim=0)
         if self.lifetime is not None:
             alive = self.queries.position[:, None] <= self.lifetime[:, None, :]
             visible &= alive.repeat_interleave(self.heads // len(self.lifetime), dim=0)

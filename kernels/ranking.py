@@ -14,17 +14,67 @@ def affinity(q: Tensor, summary: Tensor) -> Tensor:
     return torch.bmm(q.transpose(0, 1).double(), keys).float()
 
 
+def sortable(scores: Tensor) -> Tensor:
+    """Return int64 that sort as the float32 `scores` do, from -2^31 to 2^31 - 1; 0 and -0 are equal."""
+    # A float's bits, read as an integer, sort like the float once those of negative numbers are turned round.
+    bits = (scores + 0.0).view(torch.int32).long()
+    return torch.where(bits < 0, -1 - (bits & 0x7FFFFFFF), bits)
+
+
+def sortable_from_zero(scores: Tensor) -> Tensor:
+    """Return the same from 0 to 2^32 - 1."""
+    return sortable(scores) + (1 << 31)
+
+
+def from_sortable(keys: Tensor) -> Tensor:
+    """Return the float32 scores whose keys `sortable_from_zero` gives."""
+    order = (keys - (1 << 31)).clamp(-(1 << 31), (1 << 31) - 1)
+    bits = torch.where(order < 0, (-1 - order) | -(1 << 31), order)
+    return bits.to(torch.int32).view(torch.float32)
+
+
 def top(scores: Tensor, count: int) -> Tensor:
     """Return the places of the `count` highest float32 scores of the last dimension; the lower place wins a tie.
 
     -inf is never chosen: -1 fills up where there are fewer. int64 `[..., min(count, width)]`, best first.
     """
     width = scores.shape[-1]
-    # A float's bits, read as an integer, sort like the float once those of negative numbers are turned round.
-    bits = (scores + 0.0).view(torch.int32).long()
-    order = torch.where(bits < 0, -1 - (bits & 0x7FFFFFFF), bits)
     places = torch.arange(width, device=scores.device)
-    unique = (order << 32) + (width - 1 - places)
+    unique = (sortable(scores) << 32) + (width - 1 - places)
     best = unique.topk(min(count, width), dim=-1).values
     chosen = width - 1 - (best & 0xFFFFFFFF)
     return chosen.masked_fill(scores.gather(-1, chosen) == float("-inf"), -1)
+
+
+def rank_in_group(scores: Tensor, group: Tensor) -> Tensor:
+    """Return how many of the same group score higher, or as high and stand earlier; int64 `[n, lists]`.
+
+    scores: float32 `[n, lists]`, each column ranked by itself. group: int64 `[n]`, from 0.
+    """
+    worst_first = -sortable(scores) - 1
+    order = ((group[:, None] << 32) + worst_first).sort(dim=0, stable=True).indices
+    sizes = group.bincount()
+    start = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    place = torch.arange(len(group), device=scores.device) - start
+    return torch.zeros_like(order).scatter_(0, order, place[:, None].expand_as(order))
+
+
+def rank_among_earlier(scores: Tensor, group: Tensor) -> Tensor:
+    """Return how many earlier ones of the same group score at least as high; int64 `[n, lists]`.
+
+    scores: float32 `[n, lists]`, each column ranked by itself. group: int64 `[n]`, from 0, ascending.
+    Merge counting: at each level the later half of every stretch is compared with the sorted earlier half.
+    """
+    count, lists = scores.shape
+    size = 1 << max(count - 1, 0).bit_length()
+    # Earlier groups sort below all of this one, so that none of them is counted.
+    keys = torch.full((lists, size), torch.iinfo(torch.int64).max, device=scores.device)
+    keys[:, :count] = ((group[:, None] << 32) + sortable(scores)).t()
+    ranks = torch.zeros_like(keys)
+    half = 1
+    while half < size:
+        earlier, later = keys.view(lists, -1, 2, half).unbind(dim=2)
+        lower = torch.searchsorted(earlier.sort(dim=2).values, later.contiguous())
+        ranks.view(lists, -1, 2, half)[:, :, 1] += half - lower
+        half *= 2
+    return ranks[:, :count].t()

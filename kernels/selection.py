@@ -1,7 +1,7 @@
 """Selection: which blocks of keys each query attends to, decided once from globally agreed summaries."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -16,12 +16,14 @@ class Partition:
 
     A block is known by position: any subset of the sequence's rows, in any order, finds its blocks by itself.
     documents: ids, ascending, int32 `[documents]`. first: first block of each and the number of all, int64
-    `[documents + 1]`. place: block inside the document of each position, int32 `[longest document]`.
+    `[documents + 1]`. place: block inside the document of each position, int32 `[longest document]`. sizes: rows of
+    each block, int64 `[blocks]`; some may have none.
     """
 
     documents: Tensor
     first: Tensor
     place: Tensor
+    sizes: Tensor
 
     @staticmethod
     def build(everyone: Rows, place: Callable[[Tensor], Tensor]) -> "Partition":
@@ -33,7 +35,8 @@ class Partition:
         last = torch.full((len(documents),), -1, dtype=torch.int64)
         last.scatter_reduce_(0, where, table[positions].long(), "amax")
         first = torch.cat((torch.zeros(1, dtype=torch.int64), (last + 1).cumsum(0)))
-        return Partition(documents=documents, first=first, place=table)
+        sizes = (first[where] + table[positions]).bincount(minlength=int(first[-1]))
+        return Partition(documents=documents, first=first, place=table, sizes=sizes)
 
     @staticmethod
     def blocks(everyone: Rows, size: int) -> "Partition":
@@ -45,9 +48,9 @@ class Partition:
         return int(self.first[-1])
 
     @property
-    def document(self) -> Tensor:
-        """The document of each block, int32 `[blocks]`."""
-        return self.documents.repeat_interleave(self.first.diff())
+    def number(self) -> Tensor:
+        """The number of each block in its document, int64 `[blocks]`."""
+        return torch.arange(self.count) - self.first[:-1].repeat_interleave(self.first.diff())
 
     def of(self, rows: Rows) -> Tensor:
         """Return the block of each row, int64 `[rows]`; -1 for padding."""
@@ -69,34 +72,81 @@ class Partition:
         return total.index_add_(0, block[real].to(x.device), x[real.to(x.device)].double())
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Extent:
+    """Of each block of a partition: its document's number, its least and greatest position; int64 `[blocks]`.
+
+    A block without rows has its least position above its greatest.
+    """
+
+    document: Tensor
+    first: Tensor
+    last: Tensor
+
+    @staticmethod
+    def of(partition: Partition, everyone: Rows) -> "Extent":
+        block = partition.of(everyone)
+        real = block >= 0
+        block, position = block[real], everyone.position[real].long()
+        last = torch.full((partition.count,), -1).scatter_reduce_(0, block, position, "amax")
+        first = torch.full((partition.count,), 1 << 31).scatter_reduce_(0, block, position, "amin")
+        document = torch.arange(len(partition.documents)).repeat_interleave(partition.first.diff())
+        return Extent(document, first, last)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Selection:
     """For each query head and each unit of query rows (a row, or a tile of them) the key blocks that it attends to.
 
-    unit: of each query row, int64 `[queries]`; -1 for rows that attend to nothing. blocks: what the ids mean.
-    offsets: int64 `[heads * units + 1]`, chosen: int32 block ids, ascending in each list (CSR); the list of head h and
-    unit u is number h * units + u.
+    heads: how many choose: all query heads, or groups of as many neighbours that share a KV head. unit: of each query
+    row, int64 `[queries]`; -1 for rows that attend to nothing. blocks: what the ids mean. offsets: int64
+    `[heads * units + 1]`, chosen: int32 block ids, ascending in each list (CSR); the list of head h and unit u is
+    number h * units + u.
     """
 
+    heads: int
     unit: Tensor
     num_units: int
-    heads: int
     blocks: Partition
     offsets: Tensor
     chosen: Tensor
 
     @staticmethod
-    def from_mask(unit: Tensor, blocks: Partition, mask: Tensor) -> "Selection":
-        """Select where `mask` is True, bool `[heads, units, blocks]`."""
-        heads, num_units, _ = mask.shape
-        counts = mask.sum(dim=2).flatten()
+    def from_parts(unit: Tensor, blocks: Partition, masks: Iterable[Tensor]) -> "Selection":
+        """Select where the masks, set end to end, are True: bool `[heads, some of the units, blocks]` each.
+
+        Units are few at a time, so that no mask of all of them is held.
+        """
+        counts, chosen = [], []
+        for mask in masks:
+            counts.append(mask.sum(dim=2).cpu())
+            chosen.append(mask.nonzero().int().cpu()[:, [0, 2]])
+        count = torch.cat(counts, dim=1)
+        entries = torch.cat(chosen)
+        # Entries are sorted by part, head and unit; lists by head and unit.
+        order = entries[:, 0].argsort(stable=True)
         return Selection(
+            heads=count.shape[0],
             unit=unit,
-            num_units=num_units,
-            heads=heads,
+            num_units=count.shape[1],
             blocks=blocks,
-            offsets=torch.cat((counts.new_zeros(1), counts.cumsum(0))),
-            chosen=mask.nonzero()[:, 2].int(),
+            offsets=_offsets(count),
+            chosen=entries[order, 1],
+        )
+
+    @staticmethod
+    def from_ragged(
+        unit: Tensor, blocks: Partition, counts: Sequence[Tensor], chosen: Sequence[Tensor], *, heads: int
+    ) -> "Selection":
+        """Select `chosen`, int32 set end to end: lists of as many blocks as `counts` say, head by head."""
+        count = torch.cat((torch.zeros(0, dtype=torch.int64), *counts)).view(heads, -1)
+        return Selection(
+            heads=heads,
+            unit=unit,
+            num_units=count.shape[1],
+            blocks=blocks,
+            offsets=_offsets(count),
+            chosen=torch.cat((torch.zeros(0, dtype=torch.int32), *chosen)),
         )
 
     @staticmethod
@@ -105,10 +155,13 @@ class Selection:
         heads, num_units, _ = chosen.shape
         chosen = chosen.int().masked_fill(chosen < 0, torch.iinfo(torch.int32).max).sort(dim=2).values
         present = chosen != torch.iinfo(torch.int32).max
-        counts = present.sum(dim=2).flatten()
-        offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
         return Selection(
-            unit=unit, num_units=num_units, heads=heads, blocks=blocks, offsets=offsets, chosen=chosen[present]
+            heads=heads,
+            unit=unit,
+            num_units=num_units,
+            blocks=blocks,
+            offsets=_offsets(present.sum(dim=2)),
+            chosen=chosen[present],
         )
 
     @cached_property
@@ -116,18 +169,16 @@ class Selection:
         """The list of each entry of `chosen`: h * units + u, int64."""
         return torch.arange(self.heads * self.num_units).repeat_interleave(self.offsets.diff())
 
-    def of_heads(self, heads: slice) -> "Selection":
-        """Return the lists of some consecutive heads."""
-        first, stop, _ = heads.indices(self.heads)
-        offsets = self.offsets[first * self.num_units : stop * self.num_units + 1]
-        chosen = self.chosen[int(offsets[0]) : int(offsets[-1])]
-        return replace(self, heads=stop - first, offsets=offsets - offsets[0], chosen=chosen)
-
     def mask(self, keys: Rows) -> Tensor:
-        """Return whether each query selected the block of each key, bool `[heads, queries, keys]`; quadratic."""
+        """Return whether each query chose the block of each key, bool `[heads, queries, keys]`; quadratic."""
         table = torch.zeros(self.heads * self.num_units, self.blocks.count + 1, dtype=torch.bool)
         table[self.lists, self.chosen.long()] = True
         table = table.view(self.heads, self.num_units, self.blocks.count + 1)
         # -1 is the last column and a further row, which nobody selected.
         table = torch.cat((table, table.new_zeros(self.heads, 1, self.blocks.count + 1)), dim=1)
         return table[:, self.unit][:, :, self.blocks.of(keys)]
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    """Return where each list starts and the last one stops, of their lengths `[heads, units]`."""
+    return torch.cat((counts.new_zeros(1), counts.flatten().cumsum(0)))

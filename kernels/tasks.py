@@ -41,16 +41,30 @@ class Batch:
     keys: Tensor
     mask: Tensor | None = None
 
+    def pairs(self) -> int:
+        """Return the number of visible pairs."""
+        tasks, rows = self.queries.shape
+        if self.mask is not None:
+            return int(self.mask.sum())
+        return tasks * (rows * (rows + 1) // 2 if self.kind is Kind.CAUSAL else rows * self.keys.shape[1])
+
 
 def batches(plan: Plan, kv_heads: int) -> Iterator[Batch]:
     """Yield disjoint batches that hold every visible pair of a plan with a selection."""
     assert plan.selection is not None
+    assert plan.selection.heads % kv_heads == 0, "query heads that choose together share a KV head"
     units, pieces = _Groups.of_units(plan), _Groups.of_blocks(plan)
     if not len(units) or not len(pieces):
         return
     for part in plan.parts:
-        entries = _Entries.find(plan.selection, part.heads, units, pieces)
-        yield from _Tasks(plan, part.visibility, units, pieces, kv_heads).of(entries)
+        choosers = _Choosers.of(part.heads, plan.heads // plan.selection.heads)
+        entries = _Entries.find(plan.selection, choosers, units, pieces)
+        yield from _Tasks(plan, part.visibility, choosers, units, pieces, kv_heads).of(entries)
+
+
+def count_pairs(plan: Plan, kv_heads: int) -> int:
+    """Return the number of visible (query, key) pairs of a plan with a selection, the mean over heads."""
+    return sum(batch.pairs() for batch in batches(plan, kv_heads)) // plan.heads
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,37 +110,53 @@ class _Groups:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Entries:
-    """Which unit of which head chose which piece: index arrays of one length, in the order of heads, units, pieces."""
+class _Choosers:
+    """The heads that a selection has lists for, `number`, and the query heads of each: heads[start[i]:stop[i]]."""
 
-    head: np.ndarray
+    number: np.ndarray
+    heads: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+
+    @staticmethod
+    def of(heads: tuple[int, ...], group: int) -> "_Choosers":
+        array = np.array(heads)
+        start, stop = _edges(array // group)
+        return _Choosers(array[start] // group, array, start, stop)
+
+    def sizes(self) -> np.ndarray:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Entries:
+    """Which unit, for which chooser, chose which piece: index arrays of one length, in this order."""
+
+    chooser: np.ndarray
     unit: np.ndarray
     piece: np.ndarray
 
     @staticmethod
-    def find(selection: Selection, heads: tuple[int, ...], units: _Groups, pieces: _Groups) -> "_Entries":
-        """Return the entries of these heads whose unit and block have rows here."""
+    def find(selection: Selection, choosers: _Choosers, units: _Groups, pieces: _Groups) -> "_Entries":
+        """Return the entries of these choosers whose unit and block have rows here."""
         lists, chosen = selection.lists.numpy(), selection.chosen.numpy()
-        unit_here = _inverse(units.number, selection.num_units)
-        piece_here = _inverse(pieces.number, selection.blocks.count)
-        head, unit = lists // selection.num_units, unit_here[lists % selection.num_units]
-        piece = piece_here[chosen]
-        here = (unit >= 0) & (piece >= 0)
-        if len(heads) < selection.heads:
-            here &= np.isin(head, heads)
-        return _Entries(head, unit, piece).take(here)
+        chooser = _inverse(choosers.number, selection.heads)[lists // selection.num_units]
+        unit = _inverse(units.number, selection.num_units)[lists % selection.num_units]
+        piece = _inverse(pieces.number, selection.blocks.count)[chosen]
+        return _Entries(chooser, unit, piece).take((chooser >= 0) & (unit >= 0) & (piece >= 0))
 
     def take(self, index: np.ndarray) -> "_Entries":
-        return _Entries(self.head[index], self.unit[index], self.piece[index])
+        return _Entries(self.chooser[index], self.unit[index], self.piece[index])
 
     def __len__(self) -> int:
-        return len(self.head)
+        return len(self.chooser)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Tasks:
     plan: Plan
     visibility: Visibility
+    choosers: _Choosers
     units: _Groups
     pieces: _Groups
     kv_heads: int
@@ -142,65 +172,73 @@ class _Tasks:
 
     def _by_block(self, entries: _Entries) -> Iterator[Batch]:
         """One task per piece and KV head: all rows that chose it."""
-        group = self._kv_head(entries.head) * len(self.pieces) + entries.piece
+        group = self._kv_head(entries.chooser) * len(self.pieces) + entries.piece
         for chunk in _runs_of_equal(group):
             here = entries.take(chunk)
-            head, piece = self._kv_head(here.head[0]), here.piece[:1]
-            yield Batch(Kind.FULL, self._queries(here)[None], self._keys(piece, head)[None])
+            kv_head, piece = self._kv_head(here.chooser[0]), here.piece[:1]
+            keys = self.pieces.members(piece) * self.kv_heads + kv_head
+            yield Batch(Kind.FULL, torch.from_numpy(self._queries(here))[None], torch.from_numpy(keys)[None])
 
     def _by_tile(self, entries: _Entries) -> Iterator[Batch]:
-        """One task per unit and head: all pieces that it chose; units of one size and one number of keys in batches."""
+        """One task per unit and chooser: all pieces that it chose; tasks of one shape in batches."""
         if not len(entries):
             return
-        first, stop = _edges(entries.head * len(self.units) + entries.unit)
+        first, stop = _edges(entries.chooser * len(self.units) + entries.unit)
         keys = np.add.reduceat(self.pieces.sizes()[entries.piece], first)
-        rows = self.units.sizes()[entries.unit[first]]
+        rows = self._rows(entries.take(first))
         for alike in _runs_of_equal(rows * (keys.max() + 1) + keys):
-            num_rows, num_keys = int(rows[alike[0]]), int(keys[alike[0]])
-            for part in np.array_split(alike, -(-len(alike) * num_keys // BATCH_ROWS)):
+            shape = int(rows[alike[0]]), int(keys[alike[0]])
+            for part in np.array_split(alike, -(-len(alike) * shape[1] // BATCH_ROWS)):
                 chosen = entries.take(_ranges(first[part], stop[part]))
-                head = np.repeat(self._kv_head(entries.head[first[part]]), keys[part])
-                key_rows = self.pieces.members(chosen.piece) * self.kv_heads + head
+                kv_head = np.repeat(self._kv_head(entries.chooser[first[part]]), shape[1])
+                key_rows = self.pieces.members(chosen.piece) * self.kv_heads + kv_head
                 queries = self._queries(entries.take(first[part]))
                 yield Batch(
-                    Kind.FULL, queries.view(len(part), num_rows), torch.from_numpy(key_rows).view(len(part), num_keys)
-                )
+                    Kind.FULL, torch.from_numpy(queries.reshape(-1, shape[0])),
+                    torch.from_numpy(key_rows.reshape(-1, shape[1])),
+                )  # fmt: skip
 
     def _partial(self, entries: _Entries) -> Iterator[Batch]:
         """Pairs that see some of each other: triangles where rows and keys are the same positions, else masks."""
         if not len(entries):
             return
+        # Every query head by itself, as only then a task's rows may form a triangle with its keys.
+        times = self.choosers.sizes()[entries.chooser]
+        nth_head = np.arange(times.sum()) - np.repeat(times.cumsum() - times, times)
+        entries = entries.take(np.repeat(np.arange(len(entries)), times))
+        head = self.choosers.heads[self.choosers.start[entries.chooser] + nth_head]
         # A row that sees some of several pieces meets them in several rounds, as a batch may have it only once.
-        start, stop = _edges(entries.head * len(self.units) + entries.unit)
+        order = np.lexsort((entries.piece, entries.unit, head))
+        entries, head = entries.take(order), head[order]
+        start, stop = _edges(head * len(self.units) + entries.unit)
         nth = np.arange(len(entries)) - np.repeat(start, stop - start)
-        order = np.lexsort((entries.unit, entries.piece, entries.head, nth))
-        entries, nth = entries.take(order), nth[order]
-        first, stop = _edges((nth * self.plan.heads + entries.head) * len(self.pieces) + entries.piece)
+        order = np.lexsort((entries.unit, entries.piece, head, nth))
+        entries, head, nth = entries.take(order), head[order], nth[order]
+        first, stop = _edges((nth * self.plan.heads + head) * len(self.pieces) + entries.piece)
         rows = np.add.reduceat(self.units.sizes()[entries.unit], first)
         keys = self.pieces.sizes()[entries.piece[first]]
         for alike in _runs_of_equal((nth[first] * (rows.max() + 1) + rows) * (keys.max() + 1) + keys):
             shape = int(rows[alike[0]]), int(keys[alike[0]])
             for part in np.array_split(alike, -(-len(alike) * shape[0] * shape[1] // BATCH_PAIRS)):
-                yield from self._partial_batches(entries, first[part], stop[part], *shape)
+                row = self.units.members(entries.unit[_ranges(first[part], stop[part])])
+                key = self.pieces.members(entries.piece[first[part]])
+                yield from self._partial_batches(
+                    torch.from_numpy(row.reshape(-1, shape[0])), torch.from_numpy(key.reshape(-1, shape[1])),
+                    torch.from_numpy(head[first[part], None]),
+                )  # fmt: skip
 
-    def _partial_batches(
-        self, entries: _Entries, first: np.ndarray, stop: np.ndarray, num_rows: int, num_keys: int
-    ) -> Iterator[Batch]:
-        """Tasks of entries [first, stop), each of one head and piece."""
-        row = self.units.members(entries.unit[_ranges(first, stop)]).reshape(-1, num_rows)
-        key = self.pieces.members(entries.piece[first]).reshape(-1, num_keys)
-        head = entries.head[first, None]
-        queries, keys = torch.from_numpy(row), torch.from_numpy(key)
+    def _partial_batches(self, queries: Tensor, keys: Tensor, head: Tensor) -> Iterator[Batch]:
+        """Tasks of rows `[tasks, R]` and `[tasks, S]`, each of one query head `[tasks, 1]`."""
         position, document = self.plan.queries.position[queries], self.plan.queries.document[queries]
         key_position, key_document = self.plan.keys.position[keys], self.plan.keys.document[keys]
-        triangle = torch.zeros(len(first), dtype=torch.bool)
-        if num_rows == num_keys and self.visibility == Visibility(causal=True):
+        triangle = torch.zeros(len(queries), dtype=torch.bool)
+        if queries.shape == keys.shape and self.visibility == Visibility(causal=True):
             ascending = (position.diff(dim=1) > 0).all(dim=1)
             one = document[:, :1]
             one_document = ((document == one) & (key_document == one)).all(dim=1)
             triangle = ascending & one_document & (position == key_position).all(dim=1)
-        query_index = queries * self.plan.heads + torch.from_numpy(head)
-        key_index = keys * self.kv_heads + torch.from_numpy(self._kv_head(head))
+        query_index = queries * self.plan.heads + head
+        key_index = keys * self.kv_heads + head // (self.plan.heads // self.kv_heads)
         if triangle.any():
             yield Batch(Kind.CAUSAL, query_index[triangle], key_index[triangle])
         if not triangle.all():
@@ -210,17 +248,20 @@ class _Tasks:
             )
             yield Batch(Kind.MASKED, query_index[edge], key_index[edge], mask)
 
-    def _kv_head(self, head: Any) -> Any:
-        """Return the KV head of a query head, or of an array of them."""
-        return head // (self.plan.heads // self.kv_heads)
+    def _kv_head(self, chooser: Any) -> Any:
+        """Return the KV head of a chooser's query heads, or of an array of them."""
+        return self.choosers.heads[self.choosers.start[chooser]] // (self.plan.heads // self.kv_heads)
 
-    def _queries(self, entries: _Entries) -> Tensor:
-        """Return the rows of each entry's unit, in its head."""
-        head = np.repeat(entries.head, self.units.sizes()[entries.unit])
-        return torch.from_numpy(self.units.members(entries.unit) * self.plan.heads + head)
+    def _rows(self, entries: _Entries) -> np.ndarray:
+        """Return how many rows of query heads each entry has."""
+        return self.units.sizes()[entries.unit] * self.choosers.sizes()[entries.chooser]
 
-    def _keys(self, piece: np.ndarray, kv_head: int) -> Tensor:
-        return torch.from_numpy(self.pieces.members(piece) * self.kv_heads + kv_head)
+    def _queries(self, entries: _Entries) -> np.ndarray:
+        """Return the rows of each entry's unit, in each of its query heads."""
+        row = self.units.members(entries.unit)
+        chooser = np.repeat(entries.chooser, self.units.sizes()[entries.unit])
+        head = self.choosers.heads[_ranges(self.choosers.start[chooser], self.choosers.stop[chooser])]
+        return np.repeat(row, self.choosers.sizes()[chooser]) * self.plan.heads + head
 
 
 def _edges(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -2,25 +2,19 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from farspan.kernels.errors import ConfigError
-from farspan.kernels.mechanism import Mechanism
-from farspan.kernels.plan import Plan
+from farspan.kernels.mechanism import Heads, Mechanism
+from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.registry import Registry
+from farspan.kernels.whole import Saved
 from farspan.parallel.comm import Channel
 from farspan.parallel.layout import Shards
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Heads:
-    """Numbers of query heads and of key/value heads; `query % kv == 0`."""
-
-    query: int
-    kv: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +27,7 @@ class AttentionShape:
     value_dim: int
     element_bytes: int
     accumulation_bytes: int
+    routing_width: int
     total_bytes: int
     """Of what a routed mechanism sums over all ranks to choose by."""
 
@@ -45,45 +40,36 @@ class Volume:
     backward: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Saved:
-    """What a forward pass keeps for its backward pass; nothing in it grows with the square of the sequence.
-
-    plans: with what was selected, in the order in which the strategy needs them.
-    """
-
-    tensors: tuple[Tensor, ...]
-    plans: tuple[Plan, ...]
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attend(ABC):
     """Attention over one dealt sequence, planned: called with the rows that this rank holds, differentiable."""
 
     tokens_local: int
     heads: Heads
+    routing_width: int
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *routing: Tensor) -> Tensor:
         """Attend q `[tokens_local, Hq, D]` to k `[.., Hk, D]` and v `[.., Hk, Dv]`; return `[tokens_local, Hq, Dv]`.
 
+        A mechanism with a router takes its numbers too, `[tokens_local, Hk, routing_width]` in the accumulation dtype.
         Raises ValueError on other shapes, or on tensors of different dtypes, before anything is sent.
         """
-        self._check(q, k, v)
-        return _AttendFunction.apply(q, k, v, self)  # pyright: ignore[reportReturnType]
+        self._check(q, k, v, routing)
+        return _AttendFunction.apply(self, q, k, v, *routing)  # pyright: ignore[reportReturnType]
 
     @abstractmethod
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
-        """Return out `[tokens_local, Hq, Dv]` in the dtype of q, and what `backward` needs."""
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
+        """Return out `[tokens_local, Hq, Dv]` in the dtype of q, and what `backward` needs; inputs as in a call."""
 
     @abstractmethod
-    def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (dq, dk, dv) of this rank's rows, summed over all ranks, in the accumulation dtype or that of q."""
+    def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
+        """Return the gradient of each input's local rows, summed over all ranks, in its dtype or wider."""
 
     @abstractmethod
     def lse(self, saved: Saved) -> Tensor:
         """Return the log-sum-exp `[tokens_local, Hq]` of this rank's rows; every rank has to ask, as this may send."""
 
-    def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, routing: tuple[Tensor, ...]) -> None:
         of_queries, of_keys = (self.tokens_local, self.heads.query), (self.tokens_local, self.heads.kv)
         rows_and_heads = [x.shape[:-1] for x in (q, k, v)]
         if rows_and_heads != [of_queries, of_keys, of_keys] or q.shape[-1] != k.shape[-1]:
@@ -93,25 +79,38 @@ class Attend(ABC):
             )
         if not q.dtype == k.dtype == v.dtype:
             raise ValueError(f"attention wants q, k and v of one dtype; got {q.dtype}, {k.dtype} and {v.dtype}")
+        wanted = [((*of_keys, self.routing_width), accumulation_dtype(q.dtype))] if self.routing_width else []
+        if [(tuple(x.shape), x.dtype) for x in routing] != wanted:
+            raise ValueError(
+                f"besides q, k and v this attention wants {_named(wanted) or 'nothing'}; "
+                f"got {_named([(tuple(x.shape), x.dtype) for x in routing]) or 'nothing'}"
+            )
+
+
+def _named(tensors: list[tuple[tuple[int, ...], torch.dtype]]) -> str:
+    return ", ".join(f"{dtype} {list(shape)}" for shape, dtype in tensors)
 
 
 class _AttendFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
-        out, saved = attend.forward(q, k, v)
+    def forward(ctx, attend: Attend, *inputs: Tensor) -> Tensor:
+        out, saved = attend.forward(*inputs)
         ctx.save_for_backward(*saved.tensors)
-        ctx.attend, ctx.plans, ctx.dtype = attend, saved.plans, q.dtype
+        ctx.attend, ctx.kept, ctx.dtypes = attend, saved.kept, [x.dtype for x in inputs]
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        dq, dk, dv = ctx.attend.backward(dout, Saved(ctx.saved_tensors, ctx.plans))
-        return dq.to(ctx.dtype), dk.to(ctx.dtype), dv.to(ctx.dtype), None
+        gradients = ctx.attend.backward(dout, Saved(ctx.saved_tensors, ctx.kept))
+        return None, *(gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True))
 
 
 class Strategy(ABC):
     """Moves rows over a channel; every rank of the channel makes the same calls in the same order."""
+
+    deals_heads: ClassVar[bool] = False
+    """Whether a rank attends to the whole sequence, with some of the heads."""
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel

@@ -67,16 +67,16 @@ def visible_mask(queries: Rows, keys: Rows, visibility: Visibility, heads: int) 
     return mask if isinstance(visibility.window, tuple) else mask[:1].expand(heads, -1, -1).clone()
 
 
-def selected_mask(selection: Selection, keys: Rows) -> Tensor:
+def selected_mask(selection: Selection, keys: Rows, heads: int) -> Tensor:
     """Return whether the block of each key is on the list of each head and query, list by list."""
-    heads, queries = selection.heads, len(selection.unit)
+    queries = len(selection.unit)
     offsets, chosen = selection.offsets.tolist(), selection.chosen.tolist()
     blocks = selection.blocks.of(keys)
     mask = torch.zeros(heads, queries, len(keys), dtype=torch.bool)
     for head in range(heads):
         for row, unit in enumerate(selection.unit.tolist()):
             if unit >= 0:
-                number = head * selection.num_units + unit
+                number = head // (heads // selection.heads) * selection.num_units + unit
                 mine = torch.tensor(chosen[offsets[number] : offsets[number + 1]], dtype=torch.int64)
                 mask[head, row] = torch.isin(blocks, mine)
     return mask

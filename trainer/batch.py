@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farspan.kernels.mechanism import Mechanism
+from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.rows import Rows
 from farspan.parallel.layout import Shards
-from farspan.parallel.strategy import Heads, Strategy
+from farspan.parallel.strategy import Strategy
 from farspan.trainer.data.packing import IGNORED, PackedSequence
 from farspan.trainer.model.transformer import SequenceContext
 

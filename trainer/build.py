@@ -2,10 +2,11 @@
 
 import torch
 
+from farspan.kernels.mechanism import Heads
 from farspan.parallel.comm import Channel, Traffic
 from farspan.parallel.fsdp import shard_parameters
 from farspan.parallel.mesh import Mesh
-from farspan.parallel.strategy import STRATEGIES, Heads
+from farspan.parallel.strategy import STRATEGIES
 from farspan.trainer.batch import BatchBuilder
 from farspan.trainer.config import Config
 from farspan.trainer.model.init import initialize

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 from farspan.kernels.cross_entropy import chunk_tokens
+from farspan.kernels.mechanism import Heads
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.rows import Rows
 from farspan.parallel.mesh import Degrees
-from farspan.parallel.strategy import STRATEGIES, AttentionShape, Heads
+from farspan.parallel.strategy import STRATEGIES, AttentionShape
 from farspan.trainer.config import Config
 from farspan.trainer.flops import total_parameters, training_flops
 
@@ -120,15 +121,15 @@ def block_activations(config: Config, tokens: int) -> int:
 
 def attention_shape(config: Config, degrees: Degrees) -> AttentionShape:
     """Return the shape of one rank's attention inputs in one layer."""
-    compute = config.train.torch_dtype
+    compute, mechanism = config.train.torch_dtype, config.attention.build_mechanism()
+    heads = Heads(query=config.model.heads, kv=config.model.kv_heads)
     return AttentionShape(
         tokens_local=-(-config.data.sequence_tokens // degrees.context),
-        heads=Heads(query=config.model.heads, kv=config.model.kv_heads),
+        heads=heads,
         head_dim=config.model.head_dim,
         value_dim=config.model.head_dim,
         element_bytes=compute.itemsize,
         accumulation_bytes=accumulation_dtype(compute).itemsize,
-        total_bytes=config.attention.build_mechanism().total_bytes(
-            Rows.packed([config.data.sequence_tokens]), config.model.kv_heads, config.model.head_dim
-        ),
+        routing_width=mechanism.routing_width,
+        total_bytes=mechanism.total_bytes(Rows.packed([config.data.sequence_tokens]), heads, config.model.head_dim),
     )

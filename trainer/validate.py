@@ -1,11 +1,11 @@
 """Rules between fields: each a small function that raises ConfigError with what to change."""
 
 from farspan.kernels.errors import ConfigError
-from farspan.kernels.mechanism import Masked
+from farspan.kernels.mechanism import Heads, Masked
 from farspan.kernels.registry import nearest_name_hint
 from farspan.parallel.layout import LAYOUTS
 from farspan.parallel.mesh import Degrees
-from farspan.parallel.strategy import STRATEGIES, Heads
+from farspan.parallel.strategy import STRATEGIES
 from farspan.trainer.config import Config
 
 

@@ -12,7 +12,7 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
-from farspan.kernels.mechanism import MECHANISMS, Routed, Total
+from farspan.kernels.mechanism import MECHANISMS, Heads, Holding, Routed
 from farspan.kernels.ranking import affinity, top
 from farspan.kernels.rows import Rows
 from farspan.kernels.selection import Partition, Selection
@@ -41,14 +41,16 @@ class MoBA(Routed):
     def visibility(self) -> Visibility:
         return Visibility(causal=True)
 
+    def blocks(self, everyone: Rows) -> Partition:
+        return Partition.blocks(everyone, self.block)
+
     @torch.no_grad()
-    def select(self, q: Tensor, k: Tensor, held: Rows, everyone: Rows, total: Total) -> Selection:
-        blocks = Partition.blocks(everyone, self.block)
-        means = block_means(k, held, everyone, blocks, total)
+    def select(self, q: Tensor, k: Tensor, holding: Holding) -> Selection:
+        blocks, own = holding.blocks, holding.block
+        means = holding.key_means(k)
         first_of_document = blocks.first[:-1].repeat_interleave(blocks.first.diff()).to(q.device)
-        own = blocks.of(held)
         chosen = []
-        for part in torch.arange(len(held)).split(QUERIES_AT_ONCE):
+        for part in torch.arange(len(own)).split(QUERIES_AT_ONCE):
             mine = own[part].to(q.device)
             scores = affinity(q[part], means)  # [Hq, queries, blocks]
             block = torch.arange(blocks.count, device=q.device)
@@ -57,25 +59,19 @@ class MoBA(Routed):
             scores = scores.masked_fill(~earlier, float("-inf"))
             scores = scores.masked_fill(block == mine[:, None], float("inf"))
             chosen.append(top(scores, self.top_k).cpu())
-        unit = torch.arange(len(held)).masked_fill(own < 0, -1)
+        unit = torch.arange(len(own)).masked_fill(own < 0, -1)
         if not chosen:
             return Selection.from_lists(unit, blocks, torch.empty(q.shape[1], 0, 0, dtype=torch.int64))
         return Selection.from_lists(unit, blocks, torch.cat(chosen, dim=1))
 
-    def total_bytes(self, everyone: Rows, kv_heads: int, head_dim: int) -> int:
-        return Partition.blocks(everyone, self.block).count * kv_heads * head_dim * torch.float64.itemsize
+    def total_bytes(self, everyone: Rows, heads: Heads, head_dim: int) -> int:
+        return self.blocks(everyone).count * heads.kv * head_dim * torch.float64.itemsize
 
     def visible_pairs(self, queries: Rows, keys: Rows) -> int:
         """The same for any choice: every earlier block is full, and a query takes min(top_k - 1, earlier) of them."""
         position = queries.position[queries.document >= 0].long()
         earlier = (position // self.block).clamp(max=self.top_k - 1)
         return int((position % self.block + 1 + earlier * self.block).sum())
-
-
-def block_means(x: Tensor, held: Rows, everyone: Rows, blocks: Partition, total: Total) -> Tensor:
-    """Return the mean of `x` `[rows, heads, width]` over each block of the sequence, float32 `[blocks, ...]`."""
-    counts = blocks.sums(torch.ones(len(everyone)), everyone).to(x.device)
-    return (total(blocks.sums(x, held)) / counts.view(-1, *[1] * (x.dim() - 1))).float()
 
 
 MECHANISMS.add("moba", MoBA)

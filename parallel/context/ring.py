@@ -8,19 +8,21 @@ needs one hop more to be home. Sums over chunks are float32 (float64 for float64
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import final
 
 import torch
 from torch import Tensor
 
 from farspan.kernels.attend import attend, attend_backward
-from farspan.kernels.mechanism import Masked, Mechanism, Routed
+from farspan.kernels.mechanism import Gathered, Heads, Holding, Masked, Mechanism, Routed
 from farspan.kernels.merge import accumulation_dtype, empty_partial, merge_
 from farspan.kernels.plan import Plan
-from farspan.kernels.rows import Rows
+from farspan.kernels.whole import Saved
 from farspan.parallel.comm import Channel, Shift
+from farspan.parallel.gathered import GatheredAttend, gathered_heads
 from farspan.parallel.layout import Shards
-from farspan.parallel.strategy import STRATEGIES, Attend, AttentionShape, Heads, Saved, Strategy, Volume
+from farspan.parallel.strategy import STRATEGIES, Attend, AttentionShape, Strategy, Volume
 
 CHUNK_TAG, GRADIENT_TAG = 1, 2
 
@@ -31,7 +33,7 @@ class Ring(Strategy):
 
     @classmethod
     def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int) -> str | None:
-        if not isinstance(mechanism, Masked):
+        if not isinstance(mechanism, (Masked, Gathered)):
             return f"strategy 'ring' moves keys and values, which {type(mechanism).__name__} does not attend to."
         return None
 
@@ -49,17 +51,39 @@ class Ring(Strategy):
         return Volume(forward=chunks + choice, backward=chunks + degree * elements * shape.accumulation_bytes)
 
     def _plan(self, mechanism: Mechanism, shards: Shards, heads: Heads, *, backend: str) -> Attend:
+        if isinstance(mechanism, Gathered):
+            return GatheredAttend(
+                tokens_local=shards.tokens_local,
+                heads=heads,
+                routing_width=mechanism.routing_width,
+                mechanism=mechanism,
+                shards=shards,
+                rank=self.channel.rank,
+                total=partial(self.channel.all_reduce, kind="ring_choice"),
+                plan=lambda dealt: self._plan(mechanism.among(), dealt, gathered_heads(heads), backend=backend),
+            )
         assert isinstance(mechanism, Masked)
         rank, degree = self.channel.rank, self.channel.size
         queries, visibility = shards.rows_of(rank), mechanism.visibility()
         owners = [(rank - step) % degree for step in range(degree)]
         plans = tuple(Plan.build(queries, shards.rows_of(owner), visibility, heads=heads.query) for owner in owners)
+        holding = None
+        if isinstance(mechanism, Routed):
+            total = partial(self.channel.all_reduce, kind="ring_choice")
+            holding = Holding(
+                mechanism=mechanism,
+                rows=queries,
+                everyone=shards.rows,
+                heads=range(heads.query),
+                all_heads=heads,
+                total=total,
+            )
         return _RingAttend(
             tokens_local=shards.tokens_local,
             heads=heads,
+            routing_width=mechanism.routing_width,
             channel=self.channel,
-            mechanism=mechanism,
-            everyone=shards.rows,
+            holding=holding,
             plans=plans,
             backend=backend,
         )
@@ -69,13 +93,13 @@ class Ring(Strategy):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _RingAttend(Attend):
     channel: Channel
-    mechanism: Masked
-    everyone: Rows
+    holding: Holding | None
     plans: tuple[Plan, ...]
     """One per step: local queries against the chunk that is here at that step."""
     backend: str
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
+        q, k, v = inputs
         chunk = _Chunk.pack(k, v)
         plans = self._choose(q, k)
         out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
@@ -87,13 +111,13 @@ class _RingAttend(Attend):
         out = out.to(q.dtype)
         return out, Saved((q, k, v, out, lse), plans)
 
-    def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
         q, k, v, out, lse = saved.tensors
         dtype = accumulation_dtype(q.dtype)
         dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
         chunk, arriving = _Chunk.pack(k, v), None
         gradient = _Chunk(torch.zeros(chunk.buffer.shape, dtype=dtype, device=q.device), k.shape, v.shape)
-        for step, plan in enumerate(saved.plans):
+        for step, plan in enumerate(saved.kept):
             shift = self._send_on(chunk, step)
             parts = None
             if not plan.is_empty:
@@ -114,13 +138,10 @@ class _RingAttend(Attend):
 
     def _choose(self, q: Tensor, k: Tensor) -> tuple[Plan, ...]:
         """Let a routed mechanism choose, once, from summaries of all ranks' rows."""
-        if not isinstance(self.mechanism, Routed):
+        if self.holding is None:
             return self.plans
-        selection = self.mechanism.select(q, k, self.plans[0].queries, self.everyone, self._total)
+        selection = self.holding.mechanism.select(q, k, self.holding)
         return tuple(plan.choosing(selection) for plan in self.plans)
-
-    def _total(self, x: Tensor) -> Tensor:
-        return self.channel.all_reduce(x, kind="ring_choice")
 
     def _send_on(self, chunk: "_Chunk", step: int) -> Shift | None:
         """Start sending the chunk to the next rank, unless this is its last step."""

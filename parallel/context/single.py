@@ -5,16 +5,17 @@ from typing import final
 
 from torch import Tensor
 
-from farspan.kernels.attend import attend, attend_backward
-from farspan.kernels.mechanism import Masked, Mechanism, choose
-from farspan.kernels.plan import Plan
+from farspan.kernels.mechanism import Heads, Mechanism
+from farspan.kernels.whole import Saved, WholeAttention, plan_whole
 from farspan.parallel.layout import Shards
-from farspan.parallel.strategy import STRATEGIES, Attend, AttentionShape, Heads, Saved, Strategy, Volume
+from farspan.parallel.strategy import STRATEGIES, Attend, AttentionShape, Strategy, Volume
 
 
 @final
 class Single(Strategy):
     """Context parallelism of degree 1."""
+
+    deals_heads = True
 
     @classmethod
     def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int) -> str | None:
@@ -27,32 +28,28 @@ class Single(Strategy):
         return Volume(forward=0, backward=0)
 
     def _plan(self, mechanism: Mechanism, shards: Shards, heads: Heads, *, backend: str) -> Attend:
-        assert isinstance(mechanism, Masked)
         rows = shards.rows_of(self.channel.rank)
-        plan = Plan.build(rows, rows, mechanism.visibility(), heads=heads.query)
         return _SingleAttend(
-            tokens_local=shards.tokens_local, heads=heads, mechanism=mechanism, plan=plan, backend=backend
+            tokens_local=shards.tokens_local,
+            heads=heads,
+            routing_width=mechanism.routing_width,
+            whole=plan_whole(mechanism, rows, heads, range(heads.query), backend=backend),
         )
 
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _SingleAttend(Attend):
-    mechanism: Masked
-    plan: Plan
-    backend: str
+    whole: WholeAttention
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
-        plan = choose(self.mechanism, self.plan, q, k)
-        out, lse = attend(q, k, v, plan, backend=self.backend)
-        out = out.to(q.dtype)
-        return out, Saved((q, k, v, out, lse), (plan,))
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
+        return self.whole.forward(*inputs)
 
-    def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
-        return attend_backward(dout, *saved.tensors, plan=saved.plans[0], backend=self.backend)
+    def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
+        return self.whole.backward(dout, saved)
 
     def lse(self, saved: Saved) -> Tensor:
-        return saved.tensors[-1]
+        return self.whole.lse(saved)
 
 
 STRATEGIES.add("single", Single)

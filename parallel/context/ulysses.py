@@ -10,18 +10,19 @@ from typing import final
 import torch
 from torch import Tensor
 
-from farspan.kernels.attend import attend, attend_backward
-from farspan.kernels.mechanism import Masked, Mechanism, choose
+from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.merge import accumulation_dtype
-from farspan.kernels.plan import Plan
+from farspan.kernels.whole import Saved, WholeAttention, plan_whole
 from farspan.parallel.comm import Channel
 from farspan.parallel.layout import Shards
-from farspan.parallel.strategy import STRATEGIES, Attend, AttentionShape, Heads, Saved, Strategy, Volume
+from farspan.parallel.strategy import STRATEGIES, Attend, AttentionShape, Strategy, Volume
 
 
 @final
 class Ulysses(Strategy):
     """Needs the query heads to divide by the degree, and KV heads and degree to divide one way or the other."""
+
+    deals_heads = True
 
     @classmethod
     def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int) -> str | None:
@@ -38,29 +39,28 @@ class Ulysses(Strategy):
 
     @classmethod
     def volume(cls, shape: AttentionShape, degree: int) -> Volume:
-        """Each way (P-1)/P of q, k, v and out, with max(Hk, P) KV heads; the backward pass moves the same back."""
+        """Each way (P-1)/P of q, k, v, routing and out, with max(Hk, P) KV heads; the backward pass moves the same."""
         query_width = shape.heads.query * (shape.head_dim + shape.value_dim)
-        kv_width = max(shape.heads.kv, degree) * (shape.head_dim + shape.value_dim)
-        part = shape.tokens_local * (query_width + kv_width) * shape.element_bytes // degree
+        kv_heads = max(shape.heads.kv, degree)
+        per_token = (query_width + kv_heads * (shape.head_dim + shape.value_dim)) * shape.element_bytes
+        per_token += kv_heads * shape.routing_width * shape.accumulation_bytes
+        part = shape.tokens_local * per_token // degree
         return Volume(forward=(degree - 1) * part, backward=(degree - 1) * part)
 
     def _plan(self, mechanism: Mechanism, shards: Shards, heads: Heads, *, backend: str) -> Attend:
-        assert isinstance(mechanism, Masked)
         # In the order of the sequence, so that documents are runs again whatever the layout.
         order = shards.order()
         rows = shards.rows.take(shards.index.flatten()[order])
         local = heads.query // self.channel.size
-        mine = slice(self.channel.rank * local, (self.channel.rank + 1) * local)
-        plan = Plan.build(rows, rows, mechanism.visibility().of_heads(mine), heads=local)
+        mine = range(self.channel.rank * local, (self.channel.rank + 1) * local)
         return _UlyssesAttend(
             tokens_local=shards.tokens_local,
             heads=heads,
+            routing_width=mechanism.routing_width,
             channel=self.channel,
             order=order,
             inverse=order.argsort(),
-            mechanism=mechanism,
-            plan=plan,
-            backend=backend,
+            whole=plan_whole(mechanism, rows, heads, mine, backend=backend),
         )
 
 
@@ -71,31 +71,31 @@ class _UlyssesAttend(Attend):
     order: Tensor
     """Place of each row of the sequence among the ranks' rows set end to end; `inverse` leads back."""
     inverse: Tensor
-    mechanism: Masked
-    plan: Plan
-    backend: str
+    whole: WholeAttention
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
-        by_rank = [_heads_by_rank(x, self.channel.size) for x in (q, k, v)]
-        my_q, my_k, my_v = self._gather_tokens(by_rank, kind="ulysses_qkv")
-        plan = choose(self.mechanism, self.plan, my_q, my_k)
-        my_out, lse = attend(my_q, my_k, my_v, plan, backend=self.backend)
-        my_out = my_out.to(q.dtype)
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
+        by_rank = [_heads_by_rank(x, self.channel.size) for x in inputs]
+        mine = self._gather_tokens(by_rank[:3], kind="ulysses_qkv")
+        mine += self._gather_tokens(by_rank[3:], kind="ulysses_routing")
+        my_out, saved = self.whole.forward(*mine)
         (out,) = self._scatter_tokens([my_out], kind="ulysses_out")
-        return out.flatten(1, 2), Saved((my_q, my_k, my_v, my_out, lse), (plan,))
+        return out.flatten(1, 2), saved
 
-    def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
         (my_dout,) = self._gather_tokens([_heads_by_rank(dout, self.channel.size)], kind="ulysses_dout")
-        gradients = attend_backward(my_dout, *saved.tensors, plan=saved.plans[0], backend=self.backend)
-        dq, dk, dv = self._scatter_tokens([g.to(dout.dtype) for g in gradients], kind="ulysses_dqkv")
-        return dq.flatten(1, 2), _sum_replicas(dk, self.heads.kv), _sum_replicas(dv, self.heads.kv)
+        gradients = self.whole.backward(my_dout, saved)
+        dq, *of_keys = self._scatter_tokens([g.to(dout.dtype) for g in gradients[:3]], kind="ulysses_dqkv")
+        of_keys += self._scatter_tokens(list(gradients[3:]), kind="ulysses_drouting")
+        return dq.flatten(1, 2), *(_sum_replicas(gradient, self.heads.kv) for gradient in of_keys)
 
     def lse(self, saved: Saved) -> Tensor:
-        (lse,) = self._scatter_tokens([saved.tensors[-1].unsqueeze(-1)], kind="ulysses_lse")
+        (lse,) = self._scatter_tokens([self.whole.lse(saved).unsqueeze(-1)], kind="ulysses_lse")
         return lse.flatten(1)
 
     def _gather_tokens(self, parts: list[Tensor], *, kind: str) -> list[Tensor]:
         """Exchange `[tokens_local, P, heads, width]` tensors for this rank's heads of all tokens, in sequence order."""
+        if not parts:
+            return []
         packed = torch.cat([part.flatten(2) for part in parts], dim=2)  # [tokens_local, P, widths]
         received = self.channel.all_to_all(packed.transpose(0, 1), kind=kind).flatten(0, 1)  # [tokens, widths]
         ordered = received[self.order.to(received.device)]
@@ -103,6 +103,8 @@ class _UlyssesAttend(Attend):
 
     def _scatter_tokens(self, parts: list[Tensor], *, kind: str) -> list[Tensor]:
         """The way back: this rank's heads of all tokens for `[tokens_local, P, heads, width]`, all ranks' heads."""
+        if not parts:
+            return []
         packed = torch.cat([part.flatten(1) for part in parts], dim=1)  # [tokens, widths]
         by_rank = packed[self.inverse.to(packed.device)].unflatten(0, (self.channel.size, -1))
         received = self.channel.all_to_all(by_rank, kind=kind).transpose(0, 1)  # [tokens_local, P, widths]

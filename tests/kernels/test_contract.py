@@ -1,4 +1,7 @@
-"""What every mechanism owes on every backend and in every dtype, against the row-by-row oracle in float64."""
+"""What attention of rows to rows owes on every backend and in every dtype, against the oracle in float64.
+
+Of the mechanisms, those that a plan describes; `test_whole.py` has all of them.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +12,7 @@ from torch import Tensor
 
 from farspan.kernels.attend import attend, attend_backward
 from farspan.kernels.backend import BACKENDS
-from farspan.kernels.mechanism import MECHANISMS, Masked, Mechanism, Routed, alone
+from farspan.kernels.mechanism import MECHANISMS, Masked, Mechanism, Routed
 from farspan.kernels.merge import accumulation_dtype, empty_partial, merge_
 from farspan.kernels.neighbourhood import Dimension, Neighbourhood
 from farspan.kernels.plan import Plan
@@ -17,12 +20,16 @@ from farspan.kernels.rows import Rows
 from farspan.kernels.selection import Selection
 from farspan.kernels.visibility import Visibility
 from tests import oracle
+from tests.holding import select
 
 CPU = torch.device("cpu")
 DTYPES = list(oracle.RELATIVE_TOLERANCE)
 ABLE = [name for name in BACKENDS if BACKENDS.get(name).refusal(CPU) is None]
 EXAMPLES = [
-    pytest.param(example, id=str(example)) for name in MECHANISMS for example in MECHANISMS.get(name).examples()
+    pytest.param(example, id=str(example))
+    for name in MECHANISMS
+    for example in MECHANISMS.get(name).examples()
+    if isinstance(example, Masked)
 ]
 # Visibilities that no mechanism uses are held to the same contract.
 VISIBILITIES = [
@@ -110,7 +117,7 @@ def check(
 
 def mask_of(queries: Rows, keys: Rows, visibility: Visibility, heads: int, selection: Selection | None) -> Tensor:
     mask = oracle.visible_mask(queries, keys, visibility, heads)
-    return mask if selection is None else mask & oracle.selected_mask(selection, keys)
+    return mask if selection is None else mask & oracle.selected_mask(selection, keys, heads)
 
 
 def shown(mechanism: Mechanism, tensors: Tensors, rows: Rows) -> tuple[Visibility, Selection | None]:
@@ -118,7 +125,7 @@ def shown(mechanism: Mechanism, tensors: Tensors, rows: Rows) -> tuple[Visibilit
     assert isinstance(mechanism, Masked)
     if not isinstance(mechanism, Routed):
         return mechanism.visibility(), None
-    return mechanism.visibility(), mechanism.select(tensors.q, tensors.k, rows, rows, alone)
+    return mechanism.visibility(), select(mechanism, tensors.q, tensors.k, rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -13,7 +13,7 @@ def test_blocks_are_numbered_document_by_document() -> None:
     rows = Rows.packed([5, 2, 4], padding=1)
     blocks = Partition.blocks(rows, 2)
     assert blocks.of(rows).tolist() == [0, 0, 1, 1, 2, 3, 3, 4, 4, 5, 5, -1]
-    assert blocks.document.tolist() == [0, 0, 0, 1, 2, 2]
+    assert blocks.sizes.tolist() == [2, 2, 1, 2, 2, 2]
     assert blocks.count == 6
     some = rows.take(torch.tensor([10, -1, 4, 0]))
     assert blocks.of(some).tolist() == [5, -1, 2, 0]
@@ -34,9 +34,10 @@ def test_lists_and_masks_say_the_same() -> None:
     generator = torch.Generator().manual_seed(0)
     mask = torch.rand(3, 10, 5, generator=generator) < 0.4
     lists = torch.where(mask, torch.arange(5), -1).flip(2)
-    for selection in (Selection.from_mask(unit, blocks, mask), Selection.from_lists(unit, blocks, lists)):
+    parts = mask.split((3, 1, 6), dim=1)
+    for selection in (Selection.from_parts(unit, blocks, parts), Selection.from_lists(unit, blocks, lists)):
         assert torch.equal(selection.mask(rows), mask[:, :, blocks.of(rows)])
-        assert torch.equal(selection.of_heads(slice(1, 3)).mask(rows), mask[1:, :, blocks.of(rows)])
+        assert torch.equal(selection.mask(rows), oracle.selected_mask(selection, rows, 3))
 
 
 def covered(plan: Plan, kv_heads: int) -> torch.Tensor:
@@ -61,18 +62,18 @@ def _claim(batch: Batch, count: torch.Tensor, kv_heads: int) -> None:
         count[head[:, None], row[:, None], key[None, :]] += part
 
 
-@pytest.mark.parametrize("unit_rows", [1, 16])
+@pytest.mark.parametrize(("unit_rows", "choosers"), [(1, 4), (1, 2), (16, 4), (16, 2)])
 @pytest.mark.parametrize(
     "visibility",
     [Visibility(), Visibility(causal=False), Visibility(window=20), Visibility(window=(9, 30, 9, 60), sinks=3)],
     ids=str,
 )
-def test_batches_hold_every_chosen_pair_once(unit_rows: int, visibility: Visibility) -> None:
+def test_batches_hold_every_chosen_pair_once(unit_rows: int, choosers: int, visibility: Visibility) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = Rows.packed([70, 1, 33, 40], padding=5)
     blocks = Partition.blocks(rows, 8)
     units = Partition.blocks(rows, unit_rows)
-    chosen = torch.rand(4, units.count, blocks.count, generator=generator) < 0.4
+    chosen = torch.rand(choosers, units.count, blocks.count, generator=generator) < 0.4
     orders = [
         torch.arange(149),
         torch.randperm(149, generator=generator),
@@ -81,9 +82,9 @@ def test_batches_hold_every_chosen_pair_once(unit_rows: int, visibility: Visibil
     ]
     for queries in orders:
         mine = rows.take(queries)
-        selection = Selection.from_mask(units.of(mine), blocks, chosen)
+        selection = Selection.from_parts(units.of(mine), blocks, [chosen])
         for keys in orders:
             others = rows.take(keys)
             plan = Plan.build(mine, others, visibility, heads=4, selection=selection)
-            expected = oracle.visible_mask(mine, others, visibility, 4) & oracle.selected_mask(selection, others)
+            expected = oracle.visible_mask(mine, others, visibility, 4) & oracle.selected_mask(selection, others, 4)
             assert torch.equal(covered(plan, 2), expected.int())

@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from farspan.kernels.attend import attend, attend_backward
-from farspan.kernels.mechanism import MECHANISMS, Masked, Mechanism, choose
+from farspan.kernels.mechanism import MECHANISMS, Gathered, Heads, Mechanism
 from farspan.kernels.merge import accumulation_dtype
-from farspan.kernels.plan import Plan
 from farspan.kernels.rows import Rows
+from farspan.kernels.whole import plan_whole
 from farspan.parallel.comm import Channel, Traffic
+from farspan.parallel.gathered import deal_chosen, gathered_heads
 from farspan.parallel.layout import LAYOUTS, Shards
-from farspan.parallel.strategy import STRATEGIES, AttentionShape, Heads
+from farspan.parallel.strategy import STRATEGIES, AttentionShape
 from tests.oracle import relative_error, rms_error
 from tests.ranks import RankPool
 
@@ -50,10 +50,10 @@ class Case:
     def rows(self) -> Rows:
         return DOCUMENTS[self.documents]
 
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The whole sequence's q, k, v and the gradient of out; the same on every rank."""
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The whole sequence's q, k, v, routing and the gradient of out; the same on every rank."""
         generator = torch.Generator().manual_seed(1)
-        tokens = len(self.rows)
+        tokens, width = len(self.rows), self.mechanism.routing_width
         shapes = [
             (tokens, self.heads.query, HEAD_DIM),
             (tokens, self.heads.kv, HEAD_DIM),
@@ -61,7 +61,8 @@ class Case:
             (tokens, self.heads.query, VALUE_DIM),
         ]
         q, k, v, dout = (torch.randn(*s, generator=generator, dtype=torch.float64).to(self.dtype) for s in shapes)
-        return q, k, v, dout
+        routing = torch.randn(tokens, self.heads.kv, width, generator=generator, dtype=torch.float64)
+        return q, k, v, *([routing.to(accumulation_dtype(self.dtype))] if width else []), dout
 
 
 Sent = dict[str, dict[str, int]]
@@ -77,14 +78,14 @@ def run_case(case: Case) -> tuple[list[Tensor], Sent]:
     channel = Channel(dist.group.WORLD, Traffic())  # pyright: ignore[reportArgumentType]
     shards = Shards.deal(case.rows, layout=case.layout, degree=channel.size)
     planned = STRATEGIES.get(case.strategy)(channel).prepare(case.mechanism, shards, case.heads, backend="cpu")
-    q, k, v, dout = (shards.shard(x, channel.rank) for x in case.inputs())
-    leaves = [x.requires_grad_() for x in (q, k, v)]
+    *leaves, dout = (shards.shard(x, channel.rank) for x in case.inputs())
+    leaves = [x.requires_grad_() for x in leaves]
     out = planned(*leaves)
     forward_bytes = channel.traffic.take()
     gradients = torch.autograd.grad(out, leaves, dout)
     backward_bytes = channel.traffic.take()
     with torch.no_grad():
-        lse = planned.lse(planned.forward(q, k, v)[1])
+        lse = planned.lse(planned.forward(*leaves)[1])
     return [out.detach(), lse, *gradients], {"forward": forward_bytes, "backward": backward_bytes}
 
 
@@ -92,11 +93,10 @@ def run_case(case: Case) -> tuple[list[Tensor], Sent]:
 def reference(mechanism: Mechanism, documents: str, heads: Heads) -> list[Tensor]:
     """One process, the reference backend, float64."""
     case = Case(mechanism, "single", "contiguous", documents, heads)
-    assert isinstance(mechanism, Masked)
-    q, k, v, dout = case.inputs()
-    plan = choose(mechanism, Plan.build(case.rows, case.rows, mechanism.visibility(), heads=heads.query), q, k)
-    out, lse = attend(q, k, v, plan, backend="reference")
-    return [out, lse, *attend_backward(dout, q, k, v, out, lse, plan, backend="reference")]
+    *inputs, dout = case.inputs()
+    whole = plan_whole(mechanism, case.rows, heads, range(heads.query), backend="reference")
+    out, saved = whole.forward(*inputs)
+    return [out, whole.lse(saved), *whole.backward(dout, saved)]
 
 
 def cases(strategy: str, degree: int, mechanism_name: str) -> list[Case]:
@@ -123,16 +123,24 @@ def put_together(case: Case, degree: int, parts: list[list[Tensor]]) -> list[Ten
 
 
 def volume(case: Case, degree: int) -> dict[str, int]:
+    shards, mechanism, heads = Shards.deal(case.rows, layout=case.layout, degree=degree), case.mechanism, case.heads
+    strategy, total_bytes = STRATEGIES.get(case.strategy), case.mechanism.total_bytes(case.rows, heads, HEAD_DIM)
+    tokens_local, routing_width = shards.tokens_local, mechanism.routing_width
+    if isinstance(mechanism, Gathered) and not strategy.deals_heads:
+        logits = case.inputs()[3][..., 0].float()
+        tokens_local = deal_chosen(mechanism, logits, shards, 0)[0].tokens_local
+        heads, routing_width = gathered_heads(heads), 0
     shape = AttentionShape(
-        tokens_local=Shards.deal(case.rows, layout=case.layout, degree=degree).tokens_local,
-        heads=case.heads,
+        tokens_local=tokens_local,
+        heads=heads,
         head_dim=HEAD_DIM,
         value_dim=VALUE_DIM,
         element_bytes=case.dtype.itemsize,
         accumulation_bytes=accumulation_dtype(case.dtype).itemsize,
-        total_bytes=case.mechanism.total_bytes(case.rows, case.heads.kv, HEAD_DIM),
+        routing_width=routing_width,
+        total_bytes=total_bytes,
     )
-    stated = STRATEGIES.get(case.strategy).volume(shape, degree)
+    stated = strategy.volume(shape, degree)
     return {"forward": stated.forward, "backward": stated.backward}
 
 
@@ -188,5 +196,6 @@ def test_bfloat16_loses_no_more_than_one_process_does(
             whole = put_together(of, degree, [parts[0][0] for parts in ranks(degree).run(run_cases, [of])])
             return [rms_error(a, b) for a, b in zip(whole, expected, strict=True)]
 
-        for name, got, allowed in zip(("out", "lse", "dq", "dk", "dv"), error(case, 8), error(alone, 1), strict=True):
+        names = ("out", "lse", "dq", "dk", "dv", "drouting")[: len(expected)]
+        for name, got, allowed in zip(names, error(case, 8), error(alone, 1), strict=True):
             assert got <= 1.2 * allowed, f"{label(case)}: {name} {got:.1e}, one process {allowed:.1e}"

@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 
 from farspan.kernels.errors import ConfigError
+from farspan.kernels.mechanism import Heads
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.rows import Rows
 from farspan.parallel.comm import Channel, Traffic
 from farspan.parallel.context import ring
 from farspan.parallel.layout import Shards
-from farspan.parallel.strategy import STRATEGIES, Attend, AttentionShape, Heads, Volume
+from farspan.parallel.strategy import STRATEGIES, Attend, AttentionShape, Volume
 from tests.ranks import RankError, RankPool
 
 
@@ -44,6 +45,7 @@ def test_volumes_by_hand() -> None:
         value_dim=128,
         element_bytes=2,
         accumulation_bytes=4,
+        routing_width=0,
         total_bytes=0,
     )
     mib = 2**20

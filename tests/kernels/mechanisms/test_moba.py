@@ -5,27 +5,15 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.errors import ConfigError
-from farspan.kernels.mechanism import MECHANISMS, alone
+from farspan.kernels.mechanism import MECHANISMS, Heads
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.plan import Plan
 from farspan.kernels.rows import Rows
-from farspan.kernels.selection import Selection
+from farspan.kernels.tasks import count_pairs
 from farspan.trainer.config_io import from_tree
+from tests.holding import lists, select
 
 LENGTHS = [1, 40, 64, 7, 90]
-
-
-def lists(selection: Selection) -> dict[tuple[int, int], list[int]]:
-    """The blocks of each (head, query)."""
-    offsets, chosen = selection.offsets.tolist(), selection.chosen.tolist()
-    return {
-        (head, unit): chosen[
-            offsets[head * selection.num_units + unit] : offsets[head * selection.num_units + unit + 1]
-        ]
-        for head in range(selection.heads)
-        for unit in selection.unit.tolist()
-        if unit >= 0
-    }
 
 
 def expected(q: Tensor, k: Tensor, lengths: list[int], block: int, top_k: int) -> dict[tuple[int, int], list[int]]:
@@ -49,16 +37,16 @@ def expected(q: Tensor, k: Tensor, lengths: list[int], block: int, top_k: int) -
 def test_the_best_blocks_are_chosen(block: int, top_k: int, heads: tuple[int, int]) -> None:
     rows, generator = Rows.packed(LENGTHS, padding=6), torch.Generator().manual_seed(0)
     q, k = (torch.randn(len(rows), n, 16, generator=generator, dtype=torch.float64) for n in heads)
-    selection = MoBA(block=block, top_k=top_k).select(q, k, rows, rows, alone)
+    selection = select(MoBA(block=block, top_k=top_k), q, k, rows)
     assert lists(selection) == expected(q, k, LENGTHS, block, top_k)
     plan = Plan.build(rows, rows, MoBA().visibility(), heads=heads[0], selection=selection)
-    assert plan.visible_pairs == MoBA(block=block, top_k=top_k).visible_pairs(rows, rows)
+    assert count_pairs(plan, heads[1]) == MoBA(block=block, top_k=top_k).visible_pairs(rows, rows)
 
 
 def test_all_blocks_are_dense_attention() -> None:
     rows, generator = Rows.packed([90, 30]), torch.Generator().manual_seed(0)
     q, k = (torch.randn(120, 2, 8, generator=generator) for _ in range(2))
-    selection = MoBA(block=8, top_k=100).select(q, k, rows, rows, alone)
+    selection = select(MoBA(block=8, top_k=100), q, k, rows)
     plans = [Plan.build(rows, rows, MoBA().visibility(), heads=2, selection=chosen) for chosen in (None, selection)]
     assert torch.equal(plans[0].mask(), plans[1].mask())
 
@@ -66,7 +54,7 @@ def test_all_blocks_are_dense_attention() -> None:
 def test_equal_scores_go_to_the_earlier_block() -> None:
     rows = Rows.packed([80])
     q, k = torch.zeros(80, 2, 8), torch.ones(80, 2, 8)
-    chosen = lists(MoBA(block=8, top_k=4).select(q, k, rows, rows, alone))
+    chosen = lists(select(MoBA(block=8, top_k=4), q, k, rows))
     assert chosen[0, 79] == chosen[1, 75] == [0, 1, 2, 9]
     assert chosen[0, 17] == [0, 1, 2]
 
@@ -74,9 +62,9 @@ def test_equal_scores_go_to_the_earlier_block() -> None:
 def test_the_choice_of_a_token_does_not_know_the_future() -> None:
     rows, generator = Rows.packed([96]), torch.Generator().manual_seed(0)
     q, k = (torch.randn(96, 2, 8, generator=generator) for _ in range(2))
-    before = lists(MoBA(block=8, top_k=3).select(q, k, rows, rows, alone))
+    before = lists(select(MoBA(block=8, top_k=3), q, k, rows))
     q[50:], k[50:] = 7.0, -9.0
-    after = lists(MoBA(block=8, top_k=3).select(q, k, rows, rows, alone))
+    after = lists(select(MoBA(block=8, top_k=3), q, k, rows))
     assert all(before[head, t] == after[head, t] for head in range(2) for t in range(50))
     assert before != after
 
@@ -86,7 +74,7 @@ def test_holders_of_any_rows_choose_as_one_would(holders: int) -> None:
     rows, generator = Rows.packed(LENGTHS), torch.Generator().manual_seed(0)
     q, k = (torch.randn(len(rows), n, 16, generator=generator).bfloat16() for n in (4, 2))
     mechanism = MoBA(block=8, top_k=3)
-    whole = lists(mechanism.select(q, k, rows, rows, alone))
+    whole = lists(select(mechanism, q, k, rows))
     parts = torch.randperm(len(rows), generator=generator).tensor_split(holders)
     sums: list[Tensor] = []
 
@@ -95,13 +83,13 @@ def test_holders_of_any_rows_choose_as_one_would(holders: int) -> None:
         return x
 
     for part in parts:
-        mechanism.select(q[part], k[part], rows.take(part), rows, remember)
+        select(mechanism, q[part], k[part], rows.take(part), rows, remember)
     total = torch.stack(sums).sum(dim=0)
     for part in parts:
-        mine = lists(mechanism.select(q[part], k[part], rows.take(part), rows, lambda _: total))
+        mine = lists(select(mechanism, q[part], k[part], rows.take(part), rows, lambda _: total))
         for (head, unit), chosen in mine.items():
             assert chosen == whole[head, int(part[unit])]
-    assert total.nbytes == mechanism.total_bytes(rows, 2, 16)
+    assert total.nbytes == mechanism.total_bytes(rows, Heads(query=4, kv=2), 16)
 
 
 @pytest.mark.parametrize("options", [{"block": 0}, {"top_k": 0}])

@@ -1,0 +1,118 @@
+"""Block-sparse attention by a pattern: tiles of queries attend to blocks of keys that a mask or a density names.
+
+The mask is one for all heads and documents. Without one, blocks are drawn: each KV head and tile takes its own block
+and a share of the other blocks that it may see, spread evenly, one at random in each stretch (the block-sparse kernels
+of Sparse Transformers, arXiv 1904.10509, and their kin are timed on such patterns).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self, final
+
+import torch
+from torch import Tensor
+
+from farspan.kernels.mechanism import MECHANISMS, Holding, Routed
+from farspan.kernels.pooled import candidates, few_units, selected
+from farspan.kernels.rows import Rows
+from farspan.kernels.selection import Partition, Selection
+from farspan.kernels.visibility import Visibility
+
+TILES_AT_ONCE = 1 << 10
+"""Tiles whose blocks are drawn at the same time."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockSparse(Routed):
+    """block: tokens of a tile of queries and of a block of keys. causal: later tokens are hidden.
+
+    mask: a string of 0 and 1 for each tile of a document, one character per block: 1 where it attends; blocks beyond
+    its end are not attended to. density and seed, where there is no mask: the share of blocks that is drawn.
+    """
+
+    block: int = 128
+    density: float = 0.1
+    seed: int = 0
+    mask: tuple[str, ...] = ()
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        if self.block < 1:
+            raise ValueError(f"block={self.block} must be at least 1")
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density={self.density} must be above 0 and at most 1")
+        for number, row in enumerate(self.mask):
+            if set(row) - {"0", "1"}:
+                raise ValueError(f"mask[{number}]={row!r} must be made of 0 and 1")
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        return (
+            cls(block=16, density=0.4),
+            cls(block=32, causal=False, mask=("1", "011", "1", "0011", "", "1", "1", "1", "01", "1", "111")),
+        )
+
+    def visibility(self) -> Visibility:
+        return Visibility(causal=self.causal)
+
+    def blocks(self, everyone: Rows) -> Partition:
+        return Partition.blocks(everyone, self.block)
+
+    def tiles(self, everyone: Rows) -> Partition:
+        return Partition.blocks(everyone, self.block)
+
+    @torch.no_grad()
+    def select(self, q: Tensor, k: Tensor, holding: Holding) -> Selection:
+        if self.mask:
+            return selected(holding, self._given(holding), k.shape[1])
+        return self._drawn(holding)
+
+    def _given(self, holding: Holding) -> Iterator[Tensor]:
+        blocks, kv_heads = holding.blocks, len(holding.kv_heads)
+        longest = int(blocks.first.diff().max()) if len(blocks.documents) else 0
+        if longest > len(self.mask):
+            raise ValueError(f"mask has {len(self.mask)} tiles, but a document has {longest}: give a row for each")
+        rows = [[c == "1" for c in row.ljust(longest, "0")[:longest]] for row in self.mask]
+        table, number = torch.tensor(rows, dtype=torch.bool), blocks.number
+        for units in few_units(holding, kv_heads):
+            tile = holding.held_tiles[0][units]
+            mask = table[number[tile][:, None], number] & candidates(holding, units, causal=self.causal)
+            yield mask.expand(kv_heads, -1, -1)
+
+    def _drawn(self, holding: Holding) -> Selection:
+        """Draw without a mask of all blocks, a few tiles at a time, so that memory follows what is drawn."""
+        blocks, tiles = holding.blocks, holding.held_tiles[0]
+        sizes = blocks.first.diff()
+        first, stop = (edge.repeat_interleave(sizes) for edge in (blocks.first[:-1], blocks.first[1:]))
+        count, chosen = [], []
+        for head in holding.kv_heads:
+            for tile in tiles.split(TILES_AT_ONCE):
+                others = (tile + 1 if self.causal else stop[tile]) - first[tile] - 1
+                drawn = ((others + 1) * self.density).round().long().clamp(min=1) - 1
+                count.append(drawn + 1)
+                chosen.append(self._draw(head, tile, first[tile], others, drawn))
+        return Selection.from_ragged(holding.held_tiles[1], blocks, count, chosen, heads=len(holding.kv_heads))
+
+    def _draw(self, head: int, tile: Tensor, first: Tensor, others: Tensor, drawn: Tensor) -> Tensor:
+        """Return the blocks of tiles, ascending in each: of each stretch of its other blocks one, and its own."""
+        number = torch.arange(len(tile)).repeat_interleave(drawn)
+        nth = torch.arange(len(number)) - (drawn.cumsum(0) - drawn)[number]
+        low = nth * others[number] // drawn[number]
+        width = (nth + 1) * others[number] // drawn[number] - low
+        other = first[number] + low + _noise(self.seed, head, tile[number], nth) % width
+        # The tile's own block is left out of the count, and put in here.
+        block = torch.cat((other + (other >= tile[number]), tile))
+        number = torch.cat((number, torch.arange(len(tile))))
+        return ((number << 32) + block).sort().values.bitwise_and(0xFFFFFFFF).int()
+
+
+def _noise(seed: int, head: int, tile: Tensor, nth: Tensor) -> Tensor:
+    """Return int64 from 0 to 2^31 - 1 that look random, the same wherever they are drawn (SplitMix64's mixing)."""
+    x = (tile << 32) + nth + (seed * 1_000_003 + head) * 0x1E3779B97F4A7C15 % (1 << 62)
+    for factor in (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15):
+        x = (x ^ (x >> 29 & 0x7FFFFFFFF)) * factor
+    return (x >> 32) & 0x7FFFFFFF
+
+
+MECHANISMS.add("block_sparse", BlockSparse)

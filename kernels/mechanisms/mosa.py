@@ -1,0 +1,69 @@
+"""MoSA, mixture of sparse attention (arXiv 2505.00315, section 3): every head chooses the tokens that it works on.
+
+Expert choice, as in the published code: a head takes the `tokens / sparsity` tokens of a document with the highest
+routing, at least two, and attends causally among them; its output is multiplied by the sigmoid of their routing. With
+grouped heads, the query heads of a group choose together. Later tokens take part in the choice, though what they hold
+stays hidden.
+
+`causal_choice` is for autoregressive use, where later tokens cannot be known: a token is taken if it ranks among the
+best `1 / sparsity` of the tokens of its document up to itself, or is the best of fewer tokens than that. Of tokens in
+random order about as many are taken.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self, final
+
+import torch
+from torch import Tensor
+
+from farspan.kernels.mechanism import MECHANISMS, Gathered, Masked
+from farspan.kernels.mechanisms.dense import Dense
+from farspan.kernels.ranking import rank_among_earlier, rank_in_group
+from farspan.kernels.rows import Rows
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoSA(Gathered):
+    """sparsity: tokens of a document for each that a head takes. include_first: every head takes the first token.
+
+    causal_choice: whether a token is taken depends on earlier tokens only. causal: so does what it sees.
+    """
+
+    sparsity: int = 16
+    include_first: bool = True
+    causal_choice: bool = False
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        if self.sparsity < 1:
+            raise ValueError(f"sparsity={self.sparsity} must be at least 1; 1 takes every token")
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        return cls(sparsity=4), cls(sparsity=3, include_first=False, causal=False), cls(sparsity=4, causal_choice=True)
+
+    def among(self) -> Masked:
+        return Dense(causal=self.causal)
+
+    @torch.no_grad()
+    def choose(self, logits: Tensor, everyone: Rows) -> Tensor:
+        documents, document = everyone.document.unique(return_inverse=True)
+        order = (document * (1 << 32) + everyone.position).argsort()
+        document, position = document[order].to(logits.device), everyone.position[order].long().to(logits.device)
+        scores = logits[order.to(logits.device)].float()
+        if self.include_first:
+            scores = scores.masked_fill((position == 0)[:, None], float("inf"))
+        if self.causal_choice:
+            count = ((position + 1) // self.sparsity).clamp(min=1)
+            chosen = rank_among_earlier(scores, document) < count[:, None]
+        else:
+            length = document.bincount(minlength=len(documents))[document]
+            count = torch.minimum((length // self.sparsity).clamp(min=2), length)
+            chosen = rank_in_group(scores, document) < count[:, None]
+        chosen &= (everyone.document[order] >= 0).to(logits.device)[:, None]
+        return torch.empty_like(chosen).index_copy_(0, order.to(logits.device), chosen)
+
+
+MECHANISMS.add("mosa", MoSA)

@@ -1,0 +1,113 @@
+"""SpargeAttn's choice of blocks (arXiv 2502.18137, section 3.2), for training: the first of its two filters.
+
+A tile of queries and a block of keys stand for their rows by their means, where the rows are alike: the mean cosine of
+all pairs of them exceeds a threshold. Keys have their document's mean taken off before. Of a tile's blocks those with
+the highest scores are taken, up to a share of the softmax over the scores of all alike blocks, or of the blocks.
+Tiles and blocks whose rows are not alike are always computed. Reference semantics: the published block map.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self, final
+
+import torch
+from torch import Tensor
+
+from farspan.kernels.mechanism import MECHANISMS, Heads, Holding, Routed
+from farspan.kernels.pooled import best, candidates, few_units, scaled_scores, selected
+from farspan.kernels.rows import Rows
+from farspan.kernels.selection import Partition, Selection
+from farspan.kernels.visibility import Visibility
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpargeAttention(Routed):
+    """tile: queries that choose together. block: keys. Other defaults: those of the published code.
+
+    similarity: mean cosine from which on rows are alike. mass: share of the softmax that is taken; the block that
+    exceeds it is left out. top: share of a document's blocks that is taken instead, if above 0. sink: the first block
+    of a document is always taken. causal: later tokens are hidden.
+    """
+
+    tile: int = 128
+    block: int = 64
+    similarity: float = 0.6
+    mass: float = 0.98
+    top: float = 0.0
+    sink: bool = False
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        if self.tile < 1 or self.block < 1:
+            raise ValueError(f"tile={self.tile} and block={self.block} must be at least 1")
+        if not (0 <= self.mass <= 1 and 0 <= self.top <= 1):
+            raise ValueError(f"mass={self.mass} and top={self.top} must be from 0 to 1")
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        return (
+            cls(tile=16, block=8, similarity=-0.1, mass=0.5),
+            cls(tile=16, block=16, similarity=0.05, top=0.3, sink=True, causal=False),
+        )
+
+    def visibility(self) -> Visibility:
+        return Visibility(causal=self.causal)
+
+    def blocks(self, everyone: Rows) -> Partition:
+        return Partition.blocks(everyone, self.block)
+
+    def tiles(self, everyone: Rows) -> Partition:
+        return Partition.blocks(everyone, self.tile)
+
+    @torch.no_grad()
+    def select(self, q: Tensor, k: Tensor, holding: Holding) -> Selection:
+        return selected(holding, self._masks(q, k, holding), q.shape[1])
+
+    def _masks(self, q: Tensor, k: Tensor, holding: Holding) -> Iterator[Tensor]:
+        group, tile = q.shape[1] // k.shape[1], holding.held_tiles[0]
+        query_means, key_means = holding.query_means(q), holding.key_means(k)
+        k = k - _document_means(key_means, holding)[holding.block].to(k.dtype)
+        query_alike = (_similarity(q, holding, holding.tiles)[tile] > self.similarity).t()  # [Hq, units]
+        key_alike = (_similarity(k, holding, holding.blocks) > self.similarity).t().repeat_interleave(group, dim=0)
+        blocks = holding.blocks
+        in_document = blocks.first.diff()[holding.tile_extent.document[tile]]
+        first_block = torch.zeros(blocks.count, dtype=torch.bool).index_fill_(0, blocks.first[:-1], True)
+        for units in few_units(holding, q.shape[1]):
+            seen = candidates(holding, units, causal=self.causal).to(q.device)
+            alike = key_alike[:, None, :]
+            scores = scaled_scores(query_means[units], key_means)
+            count = (in_document[units] * self.top).long().to(q.device)
+            taken = best(scores, alike & seen, at_least=count, mass=None if self.top else self.mass)
+            always = ~alike | ~query_alike[:, units, None]
+            yield seen & (taken | always | (first_block.to(q.device) if self.sink else False))
+
+    def total_bytes(self, everyone: Rows, heads: Heads, head_dim: int) -> int:
+        """Sums of rows and of rows of length one, of tiles and of blocks."""
+        counts = self.tiles(everyone).count * heads.query + self.blocks(everyone).count * heads.kv
+        return 2 * counts * head_dim * torch.float64.itemsize
+
+
+def _document_means(block_means: Tensor, holding: Holding) -> Tensor:
+    """Return for each block the mean over its document, float32, of the means of blocks `[blocks, Hk, D]`; then 0."""
+    weight = holding.blocks.sizes.to(block_means.device).double().view(-1, 1, 1)
+    document = holding.block_extent.document.to(block_means.device)
+    shape = len(holding.blocks.documents), *block_means.shape[1:]
+    sums = block_means.new_zeros(shape, dtype=torch.float64).index_add_(0, document, block_means.double() * weight)
+    counts = weight.new_zeros(shape[0], 1, 1).index_add_(0, document, weight)
+    # A last row of zeros: padding has block -1.
+    return torch.cat(((sums / counts)[document].float(), block_means.new_zeros(1, *shape[1:])))
+
+
+def _similarity(x: Tensor, holding: Holding, partition: Partition) -> Tensor:
+    """Return the mean cosine of all pairs of rows of x `[rows, heads, D]` in each block, float32 `[blocks, heads]`.
+
+    The sum over all pairs is the square of the sum of the rows at length one.
+    """
+    x = x.double()
+    unit_rows = x / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    sums = holding.total(partition.sums(unit_rows, holding.rows))
+    return (sums.square().sum(dim=-1) / partition.sizes.to(x.device).square()[:, None]).float()
+
+
+MECHANISMS.add("sparge", SpargeAttention)

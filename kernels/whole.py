@@ -1,0 +1,117 @@
+"""Attention over one whole sequence whose rows are all held here: every mechanism, whatever its kind.
+
+A single rank does just this; so does each rank of a strategy that deals heads instead of tokens.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, final
+
+from torch import Tensor
+
+from farspan.kernels.attend import attend, attend_backward
+from farspan.kernels.gathering import Gathering, weigh, weigh_backward
+from farspan.kernels.mechanism import Gathered, Heads, Holding, Masked, Mechanism, Routed
+from farspan.kernels.plan import Plan
+from farspan.kernels.rows import Rows
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Saved:
+    """What a forward pass keeps for its backward pass; nothing in it grows with the square of the sequence.
+
+    kept: what is not a tensor to save, such as plans with what was selected.
+    """
+
+    tensors: tuple[Tensor, ...]
+    kept: tuple[Any, ...] = ()
+
+
+class WholeAttention(ABC):
+    """Attention of the rows of one sequence to each other, planned; `inputs` are q, k, v and, if it has one, routing.
+
+    Shapes: q `[T, Hq, D]`, k `[T, Hk, D]`, v `[T, Hk, Dv]`, routing `[T, Hk, routing_width]`, out `[T, Hq, Dv]`.
+    """
+
+    @abstractmethod
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
+        """Return out, in the dtype of q, and what `backward` and `lse` need."""
+
+    @abstractmethod
+    def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
+        """Return the gradient of each input, in its dtype or wider."""
+
+    @abstractmethod
+    def lse(self, saved: Saved) -> Tensor:
+        """Return the log-sum-exp `[T, Hq]`."""
+
+
+def plan_whole(mechanism: Mechanism, rows: Rows, heads: Heads, which: range, *, backend: str) -> WholeAttention:
+    """Plan attention of the query heads `which`, of `heads` in all, over a sequence of `rows`."""
+    if isinstance(mechanism, Gathered):
+        return _GatheredAttention(mechanism, rows, backend)
+    assert isinstance(mechanism, Masked)
+    visibility = mechanism.visibility().of_heads(slice(which.start, which.stop))
+    plan = Plan.build(rows, rows, visibility, heads=len(which))
+    holding = None
+    if isinstance(mechanism, Routed):
+        holding = Holding(mechanism=mechanism, rows=rows, everyone=rows, heads=which, all_heads=heads, total=alone)
+    return _MaskedAttention(plan, holding, backend)
+
+
+def alone(x: Tensor) -> Tensor:
+    """The total over a single holder."""
+    return x
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class _MaskedAttention(WholeAttention):
+    plan: Plan
+    holding: Holding | None
+    backend: str
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
+        q, k, v = inputs
+        plan = self.plan
+        if self.holding is not None:
+            plan = plan.choosing(self.holding.mechanism.select(q, k, self.holding))
+        out, lse = attend(q, k, v, plan, backend=self.backend)
+        out = out.to(q.dtype)
+        return out, Saved((q, k, v, out, lse), (plan,))
+
+    def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
+        return attend_backward(dout, *saved.tensors, plan=saved.kept[0], backend=self.backend)
+
+    def lse(self, saved: Saved) -> Tensor:
+        return saved.tensors[-1]
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class _GatheredAttention(WholeAttention):
+    mechanism: Gathered
+    rows: Rows
+    backend: str
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
+        q, k, v, routing = inputs
+        gathering = Gathering.of(self.mechanism.choose(routing[..., 0].float(), self.rows), self.rows)
+        my_q, my_k, my_v = (gathering.collect(x, k.shape[1]) for x in (q, k, v))
+        visibility = self.mechanism.among().visibility()
+        plan = Plan.build(gathering.rows, gathering.rows, visibility, heads=q.shape[1] // k.shape[1])
+        part, lse = attend(my_q, my_k, my_v, plan, backend=self.backend)
+        part, logits = part.to(q.dtype), gathering.collect(routing, k.shape[1])
+        out = gathering.spread(weigh(part, logits), q.shape[:2])
+        return out, Saved((my_q, my_k, my_v, part, lse, logits), (gathering, plan, q.shape[:2], k.shape[:2]))
+
+    def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
+        q, k, v, part, lse, logits = saved.tensors
+        gathering, plan, of_queries, of_keys = saved.kept
+        dpart, dlogits = weigh_backward(gathering.collect(dout, of_keys[1]), part, logits)
+        dq, *of_key_rows = attend_backward(dpart, q, k, v, part, lse, plan, backend=self.backend)
+        return gathering.spread(dq, of_queries), *(gathering.spread(x, of_keys) for x in (*of_key_rows, dlogits))
+
+    def lse(self, saved: Saved) -> Tensor:
+        gathering, _, of_queries, _ = saved.kept
+        return gathering.spread(saved.tensors[-2].unsqueeze(-1), of_queries, fill=float("-inf")).squeeze(-1)

@@ -1,0 +1,72 @@
+"""MoSA's choice against the published description, one document and head at a time."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from farspan.kernels.mechanisms.mosa import MoSA
+from farspan.kernels.rows import Rows
+
+LENGTHS = [1, 40, 2, 7, 90, 64]
+
+
+def documents(rows: Rows) -> list[list[int]]:
+    """The rows of each document, in the order of their positions."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for row, (document, position) in enumerate(zip(rows.document.tolist(), rows.position.tolist(), strict=True)):
+        if document >= 0:
+            found.setdefault(document, []).append((position, row))
+    return [[row for _, row in sorted(members)] for members in found.values()]
+
+
+def expected(logits: Tensor, rows: Rows, mosa: MoSA) -> Tensor:
+    chosen = torch.zeros(logits.shape, dtype=torch.bool)
+    for members in documents(rows):
+        for head in range(logits.shape[1]):
+            scores = logits[members, head].tolist()
+            if mosa.include_first:
+                scores[0] = float("inf")
+            if mosa.causal_choice:
+                for t, row in enumerate(members):
+                    better = sum(score >= scores[t] for score in scores[:t])
+                    chosen[row, head] = better < max((t + 1) // mosa.sparsity, 1)
+            else:
+                count = min(max(len(members) // mosa.sparsity, 2), len(members))
+                best = sorted(range(len(members)), key=lambda t: (-scores[t], t))[:count]
+                chosen[[members[t] for t in best], head] = True
+    return chosen
+
+
+@pytest.mark.parametrize("sparsity", [1, 3, 16])
+@pytest.mark.parametrize("include_first", [True, False])
+@pytest.mark.parametrize("causal_choice", [True, False])
+def test_the_best_tokens_of_each_document_are_chosen(sparsity: int, include_first: bool, causal_choice: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    packed = Rows.packed(LENGTHS, padding=6)
+    mosa = MoSA(sparsity=sparsity, include_first=include_first, causal_choice=causal_choice)
+    for rows in (packed, packed.take(torch.randperm(len(packed), generator=generator))):
+        logits = torch.randn(len(rows), 3, generator=generator)
+        logits[:, 2] = logits[:, 2].round()  # ties
+        assert torch.equal(mosa.choose(logits, rows), expected(logits, rows, mosa))
+
+
+def test_a_causal_choice_does_not_know_what_comes() -> None:
+    rows, generator = Rows.packed([50, 30]), torch.Generator().manual_seed(0)
+    logits = torch.randn(80, 2, generator=generator)
+    later = logits.clone()
+    later[30:50] += 5
+    before, after = (MoSA(sparsity=4, causal_choice=True).choose(x, rows) for x in (logits, later))
+    assert torch.equal(before[:30], after[:30])
+    assert not torch.equal(before[30:50], after[30:50])
+    assert torch.equal(before[50:], after[50:])
+
+
+def test_a_causal_choice_takes_about_as_many() -> None:
+    rows, logits = Rows.packed([20_000]), torch.randn(20_000, 4, generator=torch.Generator().manual_seed(0))
+    counts = MoSA(sparsity=16, causal_choice=True).choose(logits, rows).sum(dim=0)
+    assert (counts - 1250).abs().max() < 150
+
+
+def test_a_sparsity_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="sparsity=0 must be at least 1"):
+        MoSA(sparsity=0)

@@ -1,0 +1,62 @@
+"""VGGT's choice of blocks, written a second time: patches and special tokens pulled apart as in the published code."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from farspan.kernels.mechanisms.vggt import VGGT
+from farspan.kernels.rows import Rows
+from tests.holding import select
+
+LENGTHS = [60, 7, 100]
+
+
+def visible(q: Tensor, k: Tensor, options: VGGT) -> Tensor:
+    """One head of one document: which keys each query sees, bool `[length, length]`."""
+    length = len(q)
+    is_special = torch.tensor([options.special > 0 and t % options.frame < options.special for t in range(length)])
+    patches = (~is_special).nonzero().flatten()
+    tiles, blocks = patches.split(options.tile), patches.split(options.block)
+    mask = is_special[:, None] | is_special[None, :]
+    for tile in tiles if len(patches) else []:
+        scores = [float(q[tile].mean(dim=0) @ k[block].mean(dim=0)) / math.sqrt(q.shape[1]) for block in blocks]
+        weights = [math.exp(score - max(scores)) for score in scores]
+        order = sorted(range(len(blocks)), key=lambda j: (-scores[j], j))
+        cumulative = torch.tensor([weights[j] for j in order]).double().cumsum(0) / sum(weights)
+        count = max(int((cumulative <= options.mass + 1e-5).sum()), int(len(blocks) * (1 - options.sparsity)), 1)
+        for j in order[:count]:
+            mask[tile[:, None], blocks[j]] = True
+    return mask
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        VGGT(frame=20, special=3, mass=0.6, sparsity=0.9, tile=16, block=8),
+        VGGT(frame=20, special=3, mass=0.1, sparsity=0.5, tile=16, block=8),
+        VGGT(frame=25, special=24, mass=0.1, sparsity=0.5, tile=2, block=1),
+        VGGT(mass=0.5, sparsity=0.75, tile=8, block=16),
+        VGGT(mass=1.0, sparsity=0.75, tile=8, block=16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
+def test_equals_the_published_choice(options: VGGT, heads: tuple[int, int]) -> None:
+    rows, generator = Rows.packed(LENGTHS, padding=3), torch.Generator().manual_seed(0)
+    q, k = (torch.randn(len(rows), n, 16, generator=generator, dtype=torch.float64) for n in heads)
+    got = select(options, q, k, rows).mask(rows)
+    first = 0
+    for length in LENGTHS:
+        of_document = slice(first, first + length)
+        for head in range(heads[0]):
+            expected = visible(q[of_document, head], k[of_document, head // (heads[0] // heads[1])], options)
+            assert torch.equal(got[head, of_document, of_document], expected)
+        assert not got[:, of_document, :first].any()
+        first += length
+
+
+def test_special_tokens_must_leave_room() -> None:
+    with pytest.raises(ValueError, match="special=5 must leave room for a patch in a frame of 5 tokens"):
+        VGGT(frame=5, special=5)

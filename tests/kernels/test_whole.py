@@ -1,0 +1,123 @@
+"""Every mechanism over a whole sequence, on every backend and in every dtype, against the oracle in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from farspan.kernels.backend import BACKENDS
+from farspan.kernels.mechanism import MECHANISMS, Gathered, Heads, Masked, Mechanism, Routed
+from farspan.kernels.merge import accumulation_dtype
+from farspan.kernels.rows import Rows
+from farspan.kernels.whole import plan_whole
+from tests import oracle
+from tests.holding import select
+
+CPU = torch.device("cpu")
+ABLE = [name for name in BACKENDS if BACKENDS.get(name).refusal(CPU) is None]
+EXAMPLES = [
+    pytest.param(example, id=str(example)) for name in MECHANISMS for example in MECHANISMS.get(name).examples()
+]
+ROWS = {
+    "one": Rows.packed([97]),
+    "ragged": Rows.packed([1, 40, 3, 33], padding=5),
+    "padding_only": Rows.packed([], padding=9),
+    "shuffled": Rows.packed([50, 30], padding=3).take(torch.randperm(83, generator=torch.Generator().manual_seed(0))),
+}
+HEADS = [Heads(query=8, kv=8), Heads(query=8, kv=2), Heads(query=8, kv=1)]
+
+
+def random_inputs(mechanism: Mechanism, rows: Rows, heads: Heads, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """Return q, k, v and routing if there is one, and the gradient of out."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(len(rows), *shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    inputs = [draw(heads.query, 16), draw(heads.kv, 16), draw(heads.kv, 8)]
+    if mechanism.routing_width:
+        inputs.append(draw(heads.kv, mechanism.routing_width).to(accumulation_dtype(dtype)))
+    return inputs, draw(heads.query, 8)
+
+
+def visible(mechanism: Mechanism, inputs: list[Tensor], rows: Rows) -> Tensor:
+    """Return which keys each query sees, bool `[Hq, T, T]`."""
+    q, k = inputs[:2]
+    heads, group = q.shape[1], q.shape[1] // k.shape[1]
+    if isinstance(mechanism, Gathered):
+        chosen = mechanism.choose(inputs[3][..., 0].float(), rows).t().repeat_interleave(group, dim=0)
+        both = chosen[:, :, None] & chosen[:, None, :]
+        return both & oracle.visible_mask(rows, rows, mechanism.among().visibility(), heads)
+    assert isinstance(mechanism, Masked)
+    mask = oracle.visible_mask(rows, rows, mechanism.visibility(), heads)
+    return (
+        mask & oracle.selected_mask(select(mechanism, q, k, rows), rows, heads)
+        if isinstance(mechanism, Routed)
+        else mask
+    )
+
+
+def expect(mechanism: Mechanism, inputs: list[Tensor], dout: Tensor, rows: Rows) -> list[Tensor]:
+    """Return out, lse and the gradient of each input."""
+    leaves = [x.double().requires_grad_() for x in inputs]
+    q, k, v = leaves[:3]
+    out, lse = oracle.attention(q, k, v, visible(mechanism, inputs, rows))
+    if isinstance(mechanism, Gathered):
+        group = q.shape[1] // k.shape[1]
+        out = out / (1 + torch.exp(-leaves[3])).repeat_interleave(group, dim=1)
+    gradients = torch.autograd.grad(out, leaves, dout.double(), allow_unused=True, materialize_grads=True)
+    return [out.detach(), lse.detach(), *gradients]
+
+
+def run(mechanism: Mechanism, inputs: list[Tensor], dout: Tensor, rows: Rows, heads: Heads, backend: str):
+    whole = plan_whole(mechanism, rows, heads, range(heads.query), backend=backend)
+    out, saved = whole.forward(*inputs)
+    assert out.dtype == inputs[0].dtype
+    return [out, whole.lse(saved), *whole.backward(dout, saved)]
+
+
+@pytest.mark.parametrize("dtype", list(oracle.RELATIVE_TOLERANCE), ids=str)
+@pytest.mark.parametrize("backend", ABLE)
+@pytest.mark.parametrize("mechanism", EXAMPLES)
+def test_equals_the_formula(mechanism: Mechanism, backend: str, dtype: torch.dtype) -> None:
+    for name, rows in ROWS.items():
+        for heads in HEADS:
+            inputs, dout = random_inputs(mechanism, rows, heads, dtype)
+            got = run(mechanism, inputs, dout, rows, heads, backend)
+            expected = expect(mechanism, inputs, dout, rows)
+            errors = [oracle.relative_error(a, b) for a, b in zip(got, expected, strict=True)]
+            assert max(errors) <= oracle.RELATIVE_TOLERANCE[dtype], (name, heads, errors)
+
+
+@pytest.mark.parametrize("backend", ABLE)
+@pytest.mark.parametrize("mechanism", EXAMPLES)
+def test_heads_can_be_dealt(mechanism: Mechanism, backend: str) -> None:
+    """A part of the heads does what it does among all of them: what strategies that deal heads stand on."""
+    rows, heads = ROWS["ragged"], Heads(query=8, kv=4)
+    inputs, dout = random_inputs(mechanism, rows, heads, torch.float64)
+    whole = run(mechanism, inputs, dout, rows, heads, backend)
+    for first in (0, 2, 6):
+        part = plan_whole(mechanism, rows, heads, range(first, first + 2), backend=backend)
+        mine = [x[:, first : first + 2] if x.shape[1] == 8 else x[:, first // 2 : first // 2 + 1] for x in inputs]
+        out, saved = part.forward(*mine)
+        got = [out, part.lse(saved), *part.backward(dout[:, first : first + 2], saved)]
+        for mine, all_heads in zip(got, whole, strict=True):
+            at = first if all_heads.shape[1] == 8 else first // 2
+            error = oracle.relative_error(mine, all_heads[:, at : at + mine.shape[1]])
+            assert error <= oracle.RELATIVE_TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("backend", ABLE)
+@pytest.mark.parametrize("mechanism", EXAMPLES)
+def test_nothing_leaks_from_hidden_tokens(mechanism: Mechanism, backend: str) -> None:
+    """d out_t / d (k, v)_s is exactly 0 wherever t does not see s: later tokens, other documents, tokens not chosen."""
+    rows, heads = Rows.packed([20, 23]), Heads(query=8, kv=1)
+    inputs, dout = random_inputs(mechanism, rows, heads, torch.float64)
+    whole = plan_whole(mechanism, rows, heads, range(8), backend=backend)
+    _, saved = whole.forward(*inputs)
+    mask = visible(mechanism, inputs, rows).any(dim=0)
+    for t in (0, 7, 19, 20, 30, 42):
+        only_t = torch.zeros_like(dout)
+        only_t[t] = dout[t]
+        _, dk, dv, *_ = whole.backward(only_t, saved)
+        assert not dk[~mask[t]].any()
+        assert not dv[~mask[t]].any()

@@ -52,12 +52,12 @@ def portions(
     blocks = _Blocks.of(keys, chosen.blocks.count)
     if not (blocks.stop > blocks.first).any():
         return
-    for rows in _cut(plan.selection, max_slots):
+    for rows in _cut(chosen, plan.heads // chosen.heads, max_slots):
         unit = selection.unit[rows]
         flat, block, partial = [], [], []
         for part in plan.parts:
             heads = torch.tensor(part.heads, device=device)
-            rank, number, chose = _choices(selection, unit, heads)
+            rank, number, chose = _choices(selection, unit, heads, plan.heads // selection.heads)
             queries = plan.queries.slice(rows).to(device)
             may, whole = _sort_out(plan, part, queries.position[rank], queries.document[rank], blocks, chose)
             flat.append(((rank + rows.start) * plan.heads + number)[may])
@@ -90,9 +90,9 @@ class _Blocks:
         return Bounds.of(self.keys.rows, self.first[here] * size, self.stop[here] * size, visibility).take(place)
 
 
-def _cut(selection: Selection, max_slots: int) -> Iterator[slice]:
+def _cut(selection: Selection, share: int, max_slots: int) -> Iterator[slice]:
     """Yield stretches of rows that together chose about `max_slots` blocks; at least one row each."""
-    of_unit = selection.offsets.diff().view(selection.heads, -1).sum(dim=0)
+    of_unit = selection.offsets.diff().view(selection.heads, -1).sum(dim=0) * share
     of_row = torch.cat((of_unit, of_unit.new_zeros(1)))[selection.unit]
     ends, start = of_row.cumsum(0).numpy(), 0
     while start < len(ends):
@@ -102,9 +102,12 @@ def _cut(selection: Selection, max_slots: int) -> Iterator[slice]:
         start = stop
 
 
-def _choices(selection: Selection, unit: Tensor, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return for each choice of these heads the rank of the row in `unit`, the head and the block, int64."""
-    number = heads * selection.num_units + unit.clamp(min=0)[:, None]
+def _choices(selection: Selection, unit: Tensor, heads: Tensor, share: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return for each choice of these heads the rank of the row in `unit`, the head and the block, int64.
+
+    `share` neighbouring heads have one list.
+    """
+    number = heads // share * selection.num_units + unit.clamp(min=0)[:, None]
     start, stop = (selection.offsets[number + more] if selection.num_units else number for more in (0, 1))
     counts = (stop - start).masked_fill(unit[:, None] < 0, 0).flatten()
     cell = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)

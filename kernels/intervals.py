@@ -47,7 +47,9 @@ class Ranking:
         """Return the same of the first `visibility.sinks` positions."""
         position = queries.position.numpy().astype(np.int64)
         high = np.full_like(position, visibility.sinks - 1)
-        return self._between(queries, np.zeros_like(position), np.minimum(high, position) if visibility.causal else high)
+        return self._between(
+            queries, np.zeros_like(position), np.minimum(high, position) if visibility.causal else high
+        )
 
     def _between(self, queries: Rows, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         document = queries.document.numpy()

@@ -132,10 +132,19 @@ def _digest(plan: Plan, head: int) -> bytes:
     """Return what tells the lists of a head from other lists."""
     if plan.selection is None:
         return b""
-    mine = plan.selection.of_heads(slice(head, head + 1))
-    digest = hashlib.blake2b(mine.offsets.numpy().tobytes(), digest_size=16)
-    digest.update(mine.chosen.contiguous().numpy().data)
+    offsets, chosen = _lists_of(plan, head)
+    digest = hashlib.blake2b(offsets.tobytes(), digest_size=16)
+    digest.update(chosen.data)
     return digest.digest()
+
+
+def _lists_of(plan: Plan, head: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the lists of a head's units start, and the blocks on them."""
+    selection = plan.selection
+    assert selection is not None
+    first = head * selection.heads // plan.heads * selection.num_units
+    offsets = selection.offsets[first : first + selection.num_units + 1].numpy()
+    return offsets - offsets[0], selection.chosen[int(offsets[0]) : int(offsets[-1])].contiguous().numpy()
 
 
 def _kv_head(plan: Plan, head: int) -> int:
@@ -191,13 +200,12 @@ def _sort_out(i: np.ndarray, j: np.ndarray, queries: Bounds, keys: Bounds, visib
 
 
 def _chosen(plan: Plan, head: int, queries: Tiling, keys: Tiling) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the pairs (query tile, key tile) of a head's selection, in stretches of its lists."""
+    """Yield the pairs (query tile, key tile) that a head chose, in stretches of its lists."""
     assert plan.selection is not None
-    selection = plan.selection.of_heads(slice(head, head + 1))
-    unit_first, unit_stop = queries.of_number(selection.num_units)
-    block_first, block_stop = keys.of_number(selection.blocks.count)
+    unit_first, unit_stop = queries.of_number(plan.selection.num_units)
+    block_first, block_stop = keys.of_number(plan.selection.blocks.count)
     of_unit, of_block = unit_stop - unit_first, block_stop - block_first
-    offsets, chosen = selection.offsets.numpy(), selection.chosen.numpy()
+    offsets, chosen = _lists_of(plan, head)
     # An entry is as many pairs as its unit and its block have tiles here.
     step = max(PAIRS_AT_ONCE // max(int(of_unit.max(initial=1)) * int(of_block.max(initial=1)), 1), 1)
     for at in range(0, len(chosen), step):
@@ -222,23 +230,30 @@ def _encode(pairs: Iterator[_Pairs], rows: int, columns: int) -> tuple[np.ndarra
             keys.append(_squares(found, rows, columns))
     key = _concatenate(keys, np.int64)
     key.sort()
-    count = key & MAX_COUNT
-    # An interval starts where it does not begin just after the one before it.
-    starts = np.flatnonzero(np.append(True, (key[1:] >> COUNT_BITS) != (key[:-1] >> COUNT_BITS) + count[:-1]))[
-        : len(key)
-    ]
-    total = np.add.reduceat(count, starts) if len(starts) else count
-    first = key[starts] >> COUNT_BITS
-    del key, count
-    number = first >> (31 - COUNT_BITS)
-    visits = np.bincount(number, weights=total, minlength=2 * rows).astype(np.int32)
-    pieces = -(-total // MAX_COUNT)
-    if (pieces > 1).any():
-        nth = ranges(np.zeros_like(pieces), pieces)
-        first, number = first.repeat(pieces) + nth * MAX_COUNT, number.repeat(pieces)
-        total = np.minimum(total.repeat(pieces) - nth * MAX_COUNT, MAX_COUNT)
-    entries = ((first & MAX_TILES) << COUNT_BITS | total).astype(np.int32)
-    return np.bincount(number, minlength=2 * rows), visits, entries
+    counts, visits = np.zeros(2 * rows, dtype=np.int64), np.zeros(2 * rows, dtype=np.int32)
+    entries, at = [], 0
+    while at < len(key):
+        # Some whole lists at a time: what is needed on the way is many times as large as the entries.
+        stop = min(at + PAIRS_AT_ONCE, len(key)) - 1
+        stop = int(np.searchsorted(key, ((key[stop] >> 31) + 1) << 31))
+        number, length, entry = _intervals(key[at:stop])
+        counts += np.bincount(number, minlength=2 * rows)
+        visits += np.bincount(number, weights=length, minlength=2 * rows).astype(np.int32)
+        entries.append(entry)
+        at = stop
+    return counts, visits, _concatenate(entries, np.int32)
+
+
+def _intervals(key: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Join intervals that follow each other; return the list, the length and the entry of each that an entry can say."""
+    first, length = key >> COUNT_BITS, key & MAX_COUNT
+    starts = np.flatnonzero(np.append(True, first[1:] != first[:-1] + length[:-1]))
+    first, length = first[starts], np.add.reduceat(length, starts)
+    pieces = -(-length // MAX_COUNT)
+    nth = ranges(np.zeros_like(pieces), pieces)
+    first, length = first.repeat(pieces) + nth * MAX_COUNT, length.repeat(pieces) - nth * MAX_COUNT
+    length = np.minimum(length, MAX_COUNT)
+    return first >> (31 - COUNT_BITS), length, ((first & MAX_TILES) << COUNT_BITS | length).astype(np.int32)
 
 
 def _key(row: np.ndarray, first: np.ndarray, count: np.ndarray | int, partial: np.ndarray) -> np.ndarray:

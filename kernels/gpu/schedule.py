@@ -107,7 +107,7 @@ def columns(lists: TileLists, device: torch.device) -> Lists:
 
 def index_of(tiling: Tiling, device: torch.device) -> Tensor | None:
     """Return the row at each place of the tiles, int32; None where rows are in order."""
-    return None if tiling.in_order else torch.from_numpy(tiling.index.astype(np.int32)).to(device)
+    return None if tiling.index is None else torch.from_numpy(tiling.index).to(device)
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:

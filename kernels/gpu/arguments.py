@@ -10,9 +10,9 @@ class Terms(NamedTuple):
 
     q_document `[T]`: -1 is padding. k_rank `[S]`, and of each query the first and last rank that it sees: near ones by
     the number of windows, `[windows, T]`, with the window of each head `[Hq]`; sinks `[T]`. Lifetimes `[Hk, S]` are
-    compared with q_position `[T]`. Of a neighbourhood of N dimensions: least and greatest coordinate of each query
-    `[N, T]`, coordinates of each key `[N, S]`, and a class `[T]`, `[S]`, which is equal where grid and residue of
-    dilation are.
+    compared with q_position `[T]`. Of a neighbourhood, packed into one number with a guard bit above each coordinate:
+    least and greatest (guards set) coordinates of each query `[T]`, coordinates of each key `[S]`; and a class `[T]`,
+    `[S]`, which is equal where grid and residue of dilation are.
     """
 
     q_document: Tensor
@@ -24,11 +24,12 @@ class Terms(NamedTuple):
     q_last_sink: Tensor | None
     q_position: Tensor | None
     lifetime: Tensor | None
-    q_class: Tensor | None
     q_low: Tensor | None
     q_high: Tensor | None
-    k_class: Tensor | None
     k_place: Tensor | None
+    guards: int | None
+    q_class: Tensor | None
+    k_class: Tensor | None
 
 
 class Lists(NamedTuple):

@@ -44,7 +44,7 @@ def _own(lists, num_tiles, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GATHERED
 def _attend(
     acc, total, top, query, k, v, k_index, terms, lists, number, row, head, there, kv_head, num_queries, num_keys, scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr,
-    BLOCK_K: tl.constexpr, DIMENSIONS: tl.constexpr, PARTIAL: tl.constexpr,
+    BLOCK_K: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """Attend to all tiles of half a list; `top` is the greatest scaled score, base 2, -inf if none was seen."""
     visits, at, tile, left = open_list(lists, 2 * number + PARTIAL)
@@ -55,7 +55,7 @@ def _attend(
             place, key_there = places(k_index, tile, num_keys, BLOCK_K)
             seen = visible(
                 terms, row[:, None], head[:, None], there[:, None], place[None, :], key_there[None, :], kv_head,
-                num_queries, num_keys, DIMENSIONS,
+                num_queries, num_keys,
             )  # fmt: skip
             scores = tl.where(seen, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1) * scale)
@@ -75,8 +75,7 @@ def _attend(
 def forward_kernel(
     q, k, v, out, lse, q_index, k_index, terms, lists, num_queries, num_keys, num_tiles, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    DIMENSIONS: tl.constexpr, GATHERED: tl.constexpr,
+    PADDED_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, GATHERED: tl.constexpr,
 ):  # fmt: skip
     """Write out and lse, float32: `[T, HEADS, VALUE_DIM]` and `[T, HEADS]`, or of slots. scale: times log2(e)."""
     tile, head, kv_head, number = _own(lists, num_tiles, HEADS, KV_HEADS, GATHERED)
@@ -88,7 +87,7 @@ def forward_kernel(
     for partial in tl.static_range(2):
         acc, total, top = _attend(
             acc, total, top, query, k, v, k_index, terms, lists, number, row, heads, there, kv_head, num_queries,
-            num_keys, scale, HEAD_DIM, VALUE_DIM, PADDED_DIM, PADDED_VALUE, BLOCK_K, DIMENSIONS, partial,
+            num_keys, scale, HEAD_DIM, VALUE_DIM, PADDED_DIM, PADDED_VALUE, BLOCK_K, partial,
         )  # fmt: skip
     # Full visits do not ask whether a row is padding.
     real = tl.load(terms.q_document + row, mask=there, other=-1) >= 0
@@ -132,7 +131,7 @@ def delta_kernel(
 def _gather_dq(
     dq, query, dout, base, delta, k, v, k_index, terms, lists, number, row, head, there, kv_head, num_queries, num_keys,
     scale, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr,
-    BLOCK_K: tl.constexpr, DIMENSIONS: tl.constexpr, PARTIAL: tl.constexpr,
+    BLOCK_K: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     visits, at, tile, left = open_list(lists, 2 * number + PARTIAL)
     for _ in range(0, visits):
@@ -143,7 +142,7 @@ def _gather_dq(
             place, key_there = places(k_index, tile, num_keys, BLOCK_K)
             seen = visible(
                 terms, row[:, None], head[:, None], there[:, None], place[None, :], key_there[None, :], kv_head,
-                num_queries, num_keys, DIMENSIONS,
+                num_queries, num_keys,
             )  # fmt: skip
             probability = tl.where(seen, probability, 0.0)
         value = load_keys(v, k_index, tile, kv_head, num_keys, BLOCK_K, VALUE_DIM, PADDED_VALUE, PARTIAL)
@@ -158,8 +157,7 @@ def _gather_dq(
 def dq_kernel(
     q, k, v, dout, base, delta, dq, q_index, k_index, terms, lists, num_queries, num_keys, num_tiles, scale, dscale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    DIMENSIONS: tl.constexpr, GATHERED: tl.constexpr,
+    PADDED_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, GATHERED: tl.constexpr,
 ):  # fmt: skip
     """Write dq, float32: `[T, HEADS, HEAD_DIM]`, or of slots. dscale: the scale without log2(e)."""
     tile, head, kv_head, number = _own(lists, num_tiles, HEADS, KV_HEADS, GATHERED)
@@ -173,7 +171,7 @@ def dq_kernel(
     for partial in tl.static_range(2):
         acc = _gather_dq(
             acc, query, dresult, my_base, my_delta, k, v, k_index, terms, lists, number, row, heads, there, kv_head,
-            num_queries, num_keys, scale, HEAD_DIM, VALUE_DIM, PADDED_DIM, PADDED_VALUE, BLOCK_K, DIMENSIONS,
+            num_queries, num_keys, scale, HEAD_DIM, VALUE_DIM, PADDED_DIM, PADDED_VALUE, BLOCK_K,
             partial,
         )  # fmt: skip
     if GATHERED:
@@ -189,8 +187,7 @@ def dq_kernel(
 def _gather_dkv(
     dk, dv, key, value, q, dout, base, delta, q_index, terms, lists, number, place, key_there, head, kv_head,
     num_queries, num_keys, scale, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr, BLOCK_Q: tl.constexpr, 
-    DIMENSIONS: tl.constexpr, GATHERED: tl.constexpr, PARTIAL: tl.constexpr,
+    PADDED_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr, BLOCK_Q: tl.constexpr, GATHERED: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """Scores are held transposed, [keys, queries]: so they are the left operand of both sums without another layout."""
     visits, at, tile, left = open_list(lists, 2 * number + PARTIAL)
@@ -204,7 +201,7 @@ def _gather_dkv(
         if PARTIAL:
             seen = visible(
                 terms, row[None, :], heads[None, :], there[None, :], place[:, None], key_there[:, None], kv_head,
-                num_queries, num_keys, DIMENSIONS,
+                num_queries, num_keys,
             )  # fmt: skip
             probability = tl.where(seen, probability, 0.0)
         dresult = load_queries(dout, row, heads, there, VALUE_DIM, PADDED_VALUE)
@@ -221,8 +218,7 @@ def _gather_dkv(
 def dkv_kernel(
     q, k, v, dout, base, delta, dk, dv, q_index, k_index, terms, lists, num_queries, num_keys, num_tiles, scale, dscale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    DIMENSIONS: tl.constexpr, GATHERED: tl.constexpr,
+    PADDED_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, GATHERED: tl.constexpr,
 ):  # fmt: skip
     """Write dk `[S, KV_HEADS, HEAD_DIM]` and dv `[S, KV_HEADS, VALUE_DIM]`, float32; gathered queries add to them."""
     program = tl.program_id(0)
@@ -241,8 +237,7 @@ def dkv_kernel(
         for partial in tl.static_range(2):
             acc_k, acc_v = _gather_dkv(
                 acc_k, acc_v, key, value, q, dout, base, delta, q_index, terms, lists, number, place, key_there, head,
-                kv_head, num_queries, num_keys, scale, HEADS, HEAD_DIM, VALUE_DIM, PADDED_DIM, PADDED_VALUE, BLOCK_Q,
-                DIMENSIONS, GATHERED, partial,
+                kv_head, num_queries, num_keys, scale, HEADS, HEAD_DIM, VALUE_DIM, PADDED_DIM, PADDED_VALUE, BLOCK_Q, GATHERED, partial,
             )  # fmt: skip
     acc_k *= dscale
     slot = place.to(tl.int64) * KV_HEADS + kv_head

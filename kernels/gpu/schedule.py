@@ -22,9 +22,8 @@ from farspan.kernels.gpu.arguments import Lists, Operand, Terms
 from farspan.kernels.gpu.shapes import Shape, Shapes
 from farspan.kernels.intervals import Ranking
 from farspan.kernels.merge import empty_partial
-from farspan.kernels.neighbourhood import Neighbourhood
+from farspan.kernels.packing import pack
 from farspan.kernels.plan import Plan
-from farspan.kernels.rows import Rows
 from farspan.kernels.tile_lists import TileLists, real_rows, tile_plan
 from farspan.kernels.tiling import Tiling
 
@@ -56,7 +55,6 @@ class Problem:
     @property
     def constants(self) -> dict[str, Any]:
         """What all attention kernels know at compile time."""
-        grid = self.plan.visibility.neighbourhood
         width, value_width = self.q.shape[2], self.v.shape[2]
         return {
             "HEADS": self.q.shape[1],
@@ -65,7 +63,6 @@ class Problem:
             "VALUE_DIM": value_width,
             "PADDED_DIM": padded(width),
             "PADDED_VALUE": padded(value_width),
-            "DIMENSIONS": 0 if grid is None else len(grid.dimensions),
         }
 
     @property
@@ -294,20 +291,12 @@ def _terms(plan: Plan, device: torch.device) -> Terms:
     if plan.lifetime is not None:
         columns["q_position"], columns["lifetime"] = queries.position, plan.lifetime
     if visibility.neighbourhood is not None:
-        columns |= _grid_columns(visibility.neighbourhood, queries, keys)
-    found = {name: torch.as_tensor(column).to(device, torch.int32).contiguous() for name, column in columns.items()}
+        columns |= pack(visibility.neighbourhood, queries, keys)
+    found = {
+        name: column if isinstance(column, int) else torch.as_tensor(column).to(device, torch.int32).contiguous()
+        for name, column in columns.items()
+    }
     return Terms(**{name: found.get(name) for name in Terms._fields})  # pyright: ignore[reportArgumentType]
-
-
-def _grid_columns(neighbourhood: Neighbourhood, queries: Rows, keys: Rows) -> dict[str, Tensor]:
-    (q_class, *lows), (_, *highs) = neighbourhood.intervals(queries.position)
-    k_class, *places = neighbourhood.coordinates(keys.position)
-    for dimension, low, place in zip(neighbourhood.dimensions, lows, places, strict=True):
-        # Keys of a window are `dilation` apart: they are those of the same residue.
-        q_class = q_class * dimension.dilation + low % dimension.dilation
-        k_class = k_class * dimension.dilation + place % dimension.dilation
-    stacked = {"q_low": lows, "q_high": highs, "k_place": places}
-    return {"q_class": q_class, "k_class": k_class, **{name: torch.stack(x) for name, x in stacked.items()}}
 
 
 def _once(plan: Plan, key: tuple[Any, ...], make: Any) -> Any:

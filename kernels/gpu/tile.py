@@ -88,9 +88,7 @@ def load_keys(
 
 
 @triton.jit
-def visible(
-    terms, row, head, there, key, key_there, kv_head, num_queries, num_keys, DIMENSIONS: tl.constexpr
-):  # fmt: skip
+def visible(terms, row, head, there, key, key_there, kv_head, num_queries, num_keys):
     """Return which queries see which keys; row, head, there and key, key_there are of shapes that broadcast together."""
     # Absent keys and padding have rank -1, absent queries and padding end at -1.
     rank = tl.load(terms.k_rank + key, mask=key_there, other=-1)
@@ -105,12 +103,13 @@ def visible(
         lifetime = terms.lifetime + tl.cast(kv_head, tl.int64) * num_keys
         q_position = tl.load(terms.q_position + row, mask=there, other=0)
         seen &= q_position <= tl.load(lifetime + key, mask=key_there, other=-1)
-    if DIMENSIONS > 0:
+    if terms.k_place is not None:
+        # Each guard survives where place - low, or high - place, takes nothing from it.
+        place = tl.load(terms.k_place + key, mask=key_there, other=0)
+        above = (place | terms.guards) - tl.load(terms.q_low + row, mask=there, other=0)
+        below = tl.load(terms.q_high + row, mask=there, other=0) - place
+        seen &= (above & below & terms.guards) == terms.guards
+    if terms.k_class is not None:
         q_class = tl.load(terms.q_class + row, mask=there, other=0)
         seen &= q_class == tl.load(terms.k_class + key, mask=key_there, other=-1)
-        for n in tl.static_range(DIMENSIONS):
-            place = tl.load(terms.k_place + tl.cast(n, tl.int64) * num_keys + key, mask=key_there, other=-1)
-            of_query = tl.cast(n, tl.int64) * num_queries + row
-            seen &= tl.load(terms.q_low + of_query, mask=there, other=0) <= place
-            seen &= place <= tl.load(terms.q_high + of_query, mask=there, other=-1)
     return seen

@@ -23,9 +23,9 @@ from farspan.kernels.visibility import Visibility
 class Portion:
     """Some consecutive query rows, gathered; a row of a head is counted as row * heads + head.
 
-    rows: which. index: int32 `[tiles * query_tile]`, the row and head at each place (slot) of each tile, -1 where there
-    is none. of_queries: one list for each tile, `group` its KV head. of_keys: lists of query tiles, one for each KV head
-    and key tile. slots: int32, the slots of each row and head, ascending by block; those of row r and head h of the
+    rows: which. index: int32 `[tiles * query_tile]`, the row and head at each place (slot) of each tile, -1 where
+    there is none. of_queries: one list for each tile, `group` its KV head. of_keys: lists of query tiles, one for each
+    KV head and key tile. slots: int32, the slots of each row and head, ascending by block; those of row r and head h of the
     portion are slots[slot_offsets[r * heads + h]] to slots[slot_offsets[r * heads + h + 1] - 1].
     """
 
@@ -84,10 +84,14 @@ class _Blocks:
         """Return the bounds of all blocks; those of absent ones mean nothing."""
         here = np.flatnonzero(self.stop > self.first)
         here = here[np.argsort(self.first[here])]
-        size = self.keys.size
+        start, stop = self.first[here] * self.keys.size, self.stop[here] * self.keys.size
+        rows = self.keys.rows
+        found = Bounds.of(rows, start, np.minimum(stop, len(rows)), visibility)
+        # A short tile is not seen in full.
+        found.padded[stop > len(rows)] = True
         place = np.zeros(len(self.first), dtype=np.int64)
         place[here] = np.arange(len(here))
-        return Bounds.of(self.keys.rows, self.first[here] * size, self.stop[here] * size, visibility).take(place)
+        return found.take(place)
 
 
 def _cut(selection: Selection, share: int, max_slots: int) -> Iterator[slice]:

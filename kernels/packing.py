@@ -11,7 +11,7 @@ BITS = 31
 
 
 def pack(neighbourhood: Neighbourhood, queries: Rows, keys: Rows) -> dict[str, Tensor | int]:
-    """Return a neighbourhood as packed int32 columns: a key lies in it iff no field of place - low or high - place borrows.
+    """Return a neighbourhood as packed int32 columns: a key is in it iff no field of place - low, high - place borrows.
 
     q_low, q_high `[queries]`, k_place `[keys]`: coordinates, each with a guard bit above it that is set in q_high only.
     guards: all guard bits. q_class, k_class, if there are several grids or dilation: the grid and the residue of
@@ -21,8 +21,8 @@ def pack(neighbourhood: Neighbourhood, queries: Rows, keys: Rows) -> dict[str, T
     widths = [(dimension.length - 1).bit_length() for dimension in dimensions]
     if sum(widths) + len(widths) > BITS:
         raise ValueError(
-            f"a grid of {[dimension.length for dimension in dimensions]} takes {sum(widths) + len(widths)} bits, more than "
-            f"{BITS}: attention.backend='reference' has no such limit"
+            f"a grid of {[dimension.length for dimension in dimensions]} takes {sum(widths) + len(widths)} bits, "
+            f"more than {BITS}: attention.backend='reference' has no such limit"
         )
     (q_class, *lows), (_, *highs) = neighbourhood.intervals(queries.position)
     k_class, *places = neighbourhood.coordinates(keys.position)

@@ -37,9 +37,9 @@ class TileLists:
     """For each list the full visits, then the partial ones; list number = group * tiles + tile.
 
     offsets: int32 `[2 * lists + 1]`, where the entries of list l start: full at 2 l, partial at 2 l + 1.
-    visits: int32 `[2 * lists]`, the number of tiles in them. entries: int32, first tile << COUNT_BITS | count; one more
-    than there are, so that a kernel may read one ahead. order: int32 `[tiles]`, those with most visits first, so that no
-    long one is left for the end. group: int32 `[heads]`, the group whose lists each query head follows.
+    visits: int32 `[2 * lists]`, the number of tiles in them. entries: int32, first tile << COUNT_BITS | count; one
+    more than there are, so that a kernel may read one ahead. order: int32 `[tiles]`, those with most visits first, so
+    that no long one is left for the end. group: int32 `[heads]`, the group whose lists each query head follows.
     """
 
     offsets: Tensor
@@ -245,7 +245,7 @@ def _encode(pairs: Iterator[_Pairs], rows: int, columns: int) -> tuple[np.ndarra
 
 
 def _intervals(key: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Join intervals that follow each other; return the list, the length and the entry of each that an entry can say."""
+    """Join intervals that follow each other, cut those too long for an entry; return list, length, entry of each."""
     first, length = key >> COUNT_BITS, key & MAX_COUNT
     starts = np.flatnonzero(np.append(True, first[1:] != first[:-1] + length[:-1]))
     first, length = first[starts], np.add.reduceat(length, starts)

@@ -1,4 +1,4 @@
-# pyright: reportMissingImports=false, reportIndexIssue=false, reportOptionalMemberAccess=false
+# pyright: reportMissingImports=false
 """Flash attention kernels (arXiv 2205.14135, 2307.08691) over tile lists.
 
 A tile of queries is consecutive rows of one head, or GATHERED: rows of any heads of one KV head, named by row * HEADS +
@@ -17,6 +17,7 @@ from farspan.kernels.gpu.tile import (
     open_list,
     places,
     query_places,
+    result_places,
     visible,
 )
 
@@ -42,8 +43,8 @@ def _own(lists, num_tiles, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GATHERED
 
 @triton.jit
 def _attend(
-    acc, total, top, query, k, v, k_index, terms, lists, number, row, head, there, kv_head, num_queries, num_keys, scale,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr,
+    acc, total, top, query, k, v, k_index, terms, lists, number, row, head, there, kv_head, num_queries, num_keys,
+    scale, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr,
     BLOCK_K: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """Attend to all tiles of half a list; `top` is the greatest scaled score, base 2, -inf if none was seen."""
@@ -75,7 +76,8 @@ def _attend(
 def forward_kernel(
     q, k, v, out, lse, q_index, k_index, terms, lists, num_queries, num_keys, num_tiles, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, GATHERED: tl.constexpr,
+    PADDED_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    GATHERED: tl.constexpr,
 ):  # fmt: skip
     """Write out and lse, float32: `[T, HEADS, VALUE_DIM]` and `[T, HEADS]`, or of slots. scale: times log2(e)."""
     tile, head, kv_head, number = _own(lists, num_tiles, HEADS, KV_HEADS, GATHERED)
@@ -94,10 +96,7 @@ def forward_kernel(
     sees = real & (total > 0)
     result = tl.where(sees[:, None], acc / tl.where(sees, total, 1.0)[:, None], 0.0)
     log_sum = tl.where(sees, (top + tl.math.log2(tl.where(sees, total, 1.0))) * LN2, float("-inf"))
-    if GATHERED:
-        slot = tile.to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    else:
-        slot = row.to(tl.int64) * HEADS + heads
+    slot = result_places(tile, row, heads, BLOCK_Q, HEADS, GATHERED)
     column = tl.arange(0, PADDED_VALUE)
     mask = there[:, None] & (column < VALUE_DIM)[None, :]
     tl.store(out + slot[:, None] * VALUE_DIM + column[None, :], result, mask=mask)
@@ -113,8 +112,8 @@ def delta_kernel(
 
     Rows that see nothing have base inf instead of -inf: exp2(score - inf) is the 0 that their gradients need.
     """
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    head = tl.program_id(1)
+    head = tl.program_id(0) % HEADS
+    row = tl.program_id(0) // HEADS * BLOCK + tl.arange(0, BLOCK)
     heads = tl.zeros_like(row) + head
     there = row < num_queries
     product = load_queries(dout, row, heads, there, VALUE_DIM, PADDED_VALUE).to(tl.float32)
@@ -157,7 +156,8 @@ def _gather_dq(
 def dq_kernel(
     q, k, v, dout, base, delta, dq, q_index, k_index, terms, lists, num_queries, num_keys, num_tiles, scale, dscale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, GATHERED: tl.constexpr,
+    PADDED_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    GATHERED: tl.constexpr,
 ):  # fmt: skip
     """Write dq, float32: `[T, HEADS, HEAD_DIM]`, or of slots. dscale: the scale without log2(e)."""
     tile, head, kv_head, number = _own(lists, num_tiles, HEADS, KV_HEADS, GATHERED)
@@ -174,10 +174,7 @@ def dq_kernel(
             num_queries, num_keys, scale, HEAD_DIM, VALUE_DIM, PADDED_DIM, PADDED_VALUE, BLOCK_K,
             partial,
         )  # fmt: skip
-    if GATHERED:
-        slot = tile.to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    else:
-        slot = row.to(tl.int64) * HEADS + heads
+    slot = result_places(tile, row, heads, BLOCK_Q, HEADS, GATHERED)
     column = tl.arange(0, PADDED_DIM)
     mask = there[:, None] & (column < HEAD_DIM)[None, :]
     tl.store(dq + slot[:, None] * HEAD_DIM + column[None, :], acc * dscale, mask=mask)
@@ -187,7 +184,8 @@ def dq_kernel(
 def _gather_dkv(
     dk, dv, key, value, q, dout, base, delta, q_index, terms, lists, number, place, key_there, head, kv_head,
     num_queries, num_keys, scale, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr, BLOCK_Q: tl.constexpr, GATHERED: tl.constexpr, PARTIAL: tl.constexpr,
+    PADDED_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr, BLOCK_Q: tl.constexpr, GATHERED: tl.constexpr,
+    PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """Scores are held transposed, [keys, queries]: so they are the left operand of both sums without another layout."""
     visits, at, tile, left = open_list(lists, 2 * number + PARTIAL)
@@ -218,7 +216,8 @@ def _gather_dkv(
 def dkv_kernel(
     q, k, v, dout, base, delta, dk, dv, q_index, k_index, terms, lists, num_queries, num_keys, num_tiles, scale, dscale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, GATHERED: tl.constexpr,
+    PADDED_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    GATHERED: tl.constexpr,
 ):  # fmt: skip
     """Write dk `[S, KV_HEADS, HEAD_DIM]` and dv `[S, KV_HEADS, VALUE_DIM]`, float32; gathered queries add to them."""
     program = tl.program_id(0)
@@ -237,7 +236,8 @@ def dkv_kernel(
         for partial in tl.static_range(2):
             acc_k, acc_v = _gather_dkv(
                 acc_k, acc_v, key, value, q, dout, base, delta, q_index, terms, lists, number, place, key_there, head,
-                kv_head, num_queries, num_keys, scale, HEADS, HEAD_DIM, VALUE_DIM, PADDED_DIM, PADDED_VALUE, BLOCK_Q, GATHERED, partial,
+                kv_head, num_queries, num_keys, scale, HEADS, HEAD_DIM, VALUE_DIM, PADDED_DIM, PADDED_VALUE, BLOCK_Q,
+                GATHERED, partial,
             )  # fmt: skip
     acc_k *= dscale
     slot = place.to(tl.int64) * KV_HEADS + kv_head

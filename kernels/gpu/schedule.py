@@ -2,14 +2,15 @@
 """Launches of the attention kernels: what a plan becomes on a device, and in which order the kernels run.
 
 Two schedules. Tiles of consecutive queries visit tiles of keys: all plans but those whose selection is by single rows.
-There, rows of any heads that chose a block are gathered into tiles that visit it; each leaves a partial result in a slot
-of its own, and slots are merged in a fixed order. Either way no two programs add to the same place: results have the same
-bits each time.
+There, rows of any heads that chose a block are gathered into tiles that visit it; each leaves a partial result in a
+slot of its own, and slots are merged in a fixed order. Either way no two programs add to the same place: results have
+the same bits each time.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +37,15 @@ ROWS_OF_DELTA = 16
 ROWS_OF_COMBINE = 16
 
 
+class Tiles(NamedTuple):
+    """Tiles of the side that stays and their lists; the row at each place of query and key tiles, unless in order."""
+
+    lists: Lists
+    q_index: Tensor | None
+    k_index: Tensor | None
+    count: int
+
+
 def is_gathered(plan: Plan) -> bool:
     """Whether rows choose one by one, or in units too small to make a tile of."""
     selection = plan.selection
@@ -52,9 +62,8 @@ class Problem:
     plan: Plan
     shapes: Shapes
 
-    @property
-    def constants(self) -> dict[str, Any]:
-        """What all attention kernels know at compile time."""
+    def constants(self, shape: Shape) -> dict[str, Any]:
+        """Return what attention kernels know at compile time, and their warps and stages."""
         width, value_width = self.q.shape[2], self.v.shape[2]
         return {
             "HEADS": self.q.shape[1],
@@ -63,7 +72,18 @@ class Problem:
             "VALUE_DIM": value_width,
             "PADDED_DIM": padded(width),
             "PADDED_VALUE": padded(value_width),
+            "BLOCK_Q": shape.queries,
+            "BLOCK_K": shape.keys,
+            "num_warps": shape.warps,
+            "num_stages": shape.stages,
         }
+
+    def shared(self, tiles: Tiles) -> tuple[Any, ...]:
+        """Return the arguments that attention kernels have in common, after their operands and results."""
+        return (
+            tiles.q_index, tiles.k_index, self.terms(), tiles.lists,
+            len(self.q), len(self.k), tiles.count, self.scale * LOG2E,
+        )  # fmt: skip
 
     @property
     def operands(self) -> tuple[Operand, Operand, Operand]:
@@ -77,16 +97,14 @@ class Problem:
         """Return the plan's visibility as columns on the device; made once for a plan."""
         return _once(self.plan, ("terms", self.q.device), partial(_terms, self.plan, self.q.device))
 
-    def tiles(
-        self, shape: Shape, staying: Literal["queries", "keys"]
-    ) -> tuple[Lists, Tensor | None, Tensor | None, int]:
-        """Return lists, the rows of query and key tiles unless they are in order, and the tiles with lists."""
+    def tiles(self, shape: Shape, staying: Literal["queries", "keys"]) -> Tiles:
+        """Return tiles of so many rows and their lists; made once for a plan."""
         device = self.q.device
 
-        def make() -> tuple[Lists, Tensor | None, Tensor | None, int]:
+        def make() -> Tiles:
             found = tile_plan(self.plan, shape.queries, shape.keys, staying)
-            lists = found.lists
-            return columns(lists, device), index_of(found.queries, device), index_of(found.keys, device), lists.tiles
+            q_index, k_index = index_of(found.queries, device), index_of(found.keys, device)
+            return Tiles(columns(found.lists, device), q_index, k_index, found.lists.tiles)
 
         return _once(self.plan, ("tiles", shape.queries, shape.keys, staying, device), make)
 
@@ -114,8 +132,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     if is_gathered(problem.plan):
         _gathered_forward(problem, out, lse)
         return out, lse
-    lists, q_index, k_index, tiles = problem.tiles(problem.shapes.forward, "queries")
-    _forward(problem, out, lse, lists, q_index, k_index, tiles, gathered=False)
+    _forward(problem, out, lse, problem.tiles(problem.shapes.forward, "queries"), gathered=False)
     return out, lse
 
 
@@ -129,147 +146,100 @@ def backward(problem: Problem, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[
     if is_gathered(problem.plan):
         _gathered_backward(problem, given, dq, dk, dv)
         return dq, dk, dv
-    lists, q_index, k_index, tiles = problem.tiles(problem.shapes.dkv, "keys")
-    _dkv(problem, given, dk, dv, lists, q_index, k_index, tiles, gathered=False)
-    lists, q_index, k_index, tiles = problem.tiles(problem.shapes.dq, "queries")
-    _dq(problem, given, dq, lists, q_index, k_index, tiles, gathered=False)
+    _dkv(problem, given, dk, dv, problem.tiles(problem.shapes.dkv, "keys"), gathered=False)
+    _dq(problem, given, dq, problem.tiles(problem.shapes.dq, "queries"), gathered=False)
     return dq, dk, dv
-
-
-def _forward(
-    problem: Problem,
-    out: Tensor,
-    lse: Tensor,
-    lists: Lists,
-    q_index: Tensor | None,
-    k_index: Tensor | None,
-    tiles: int,
-    *,
-    gathered: bool,
-) -> None:
-    shape = problem.shapes.forward
-    kernels.forward_kernel[_grid(problem, tiles, gathered)](
-        *problem.operands, out, lse, q_index, k_index, problem.terms(), lists,
-        len(problem.q), len(problem.k), tiles, problem.scale * LOG2E,
-        **problem.constants, BLOCK_Q=shape.queries, BLOCK_K=shape.keys, GATHERED=gathered,
-        num_warps=shape.warps, num_stages=shape.stages,
-    )  # fmt: skip
 
 
 Given = tuple[Operand, Tensor, Tensor]
 """dout, base and delta."""
 
 
-def _dq(
-    problem: Problem,
-    given: Given,
-    dq: Tensor,
-    lists: Lists,
-    q_index: Tensor | None,
-    k_index: Tensor | None,
-    tiles: int,
-    *,
-    gathered: bool,
-) -> None:
-    shape = problem.shapes.dq
-    kernels.dq_kernel[_grid(problem, tiles, gathered)](
-        *problem.operands, *given, dq, q_index, k_index, problem.terms(), lists,
-        len(problem.q), len(problem.k), tiles, problem.scale * LOG2E, problem.scale,
-        **problem.constants, BLOCK_Q=shape.queries, BLOCK_K=shape.keys, GATHERED=gathered,
-        num_warps=shape.warps, num_stages=shape.stages,
+def _forward(problem: Problem, out: Tensor, lse: Tensor, tiles: Tiles, *, gathered: bool) -> None:
+    programs = tiles.count * (1 if gathered else problem.q.shape[1])
+    _launch(
+        kernels.forward_kernel, programs, *problem.operands, out, lse, *problem.shared(tiles),
+        **problem.constants(problem.shapes.forward), GATHERED=gathered,
     )  # fmt: skip
 
 
-def _dkv(
-    problem: Problem,
-    given: Given,
-    dk: Tensor,
-    dv: Tensor,
-    lists: Lists,
-    q_index: Tensor | None,
-    k_index: Tensor | None,
-    tiles: int,
-    *,
-    gathered: bool,
-) -> None:
-    shape = problem.shapes.dkv
-    if tiles:
-        kernels.dkv_kernel[(tiles * problem.k.shape[1],)](
-            *problem.operands, *given, dk, dv, q_index, k_index, problem.terms(), lists,
-            len(problem.q), len(problem.k), tiles, problem.scale * LOG2E, problem.scale,
-            **problem.constants, BLOCK_Q=shape.queries, BLOCK_K=shape.keys, GATHERED=gathered,
-            num_warps=shape.warps, num_stages=shape.stages,
-        )  # fmt: skip
+def _dq(problem: Problem, given: Given, dq: Tensor, tiles: Tiles, *, gathered: bool) -> None:
+    programs = tiles.count * (1 if gathered else problem.q.shape[1])
+    _launch(
+        kernels.dq_kernel, programs, *problem.operands, *given, dq, *problem.shared(tiles), problem.scale,
+        **problem.constants(problem.shapes.dq), GATHERED=gathered,
+    )  # fmt: skip
 
 
-def _grid(problem: Problem, tiles: int, gathered: bool) -> tuple[int]:
-    return (tiles if gathered else tiles * problem.q.shape[1],)
+def _dkv(problem: Problem, given: Given, dk: Tensor, dv: Tensor, tiles: Tiles, *, gathered: bool) -> None:
+    shapes = problem.shapes
+    _launch(
+        kernels.dkv_kernel, tiles.count * problem.k.shape[1], *problem.operands, *given, dk, dv,
+        *problem.shared(tiles), problem.scale,
+        **problem.constants(shapes.gathered_dkv if gathered else shapes.dkv), GATHERED=gathered,
+    )  # fmt: skip
+
+
+def _launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
+    """Start so many programs of a kernel, if any."""
+    if programs:
+        kernel[(programs,)](*arguments, **options)
 
 
 def _delta(problem: Problem, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Return base and delta, float32 `[Hq, T]`; see `delta_kernel`."""
     queries, heads, width = dout.shape
     base, delta = (torch.empty(heads, queries, dtype=torch.float32, device=dout.device) for _ in range(2))
-    if queries:
-        kernels.delta_kernel[(triton.cdiv(queries, ROWS_OF_DELTA), heads)](
-            Operand.of(dout), Operand.of(out), lse.contiguous(), delta, base, problem.terms().q_document, queries,
-            HEADS=heads, VALUE_DIM=width, PADDED_VALUE=padded(width), BLOCK=ROWS_OF_DELTA,
-        )  # fmt: skip
+    _launch(
+        kernels.delta_kernel, triton.cdiv(queries, ROWS_OF_DELTA) * heads, Operand.of(dout), Operand.of(out),
+        lse.contiguous(), delta, base, problem.terms().q_document, queries,
+        HEADS=heads, VALUE_DIM=width, PADDED_VALUE=padded(width), BLOCK=ROWS_OF_DELTA,
+    )  # fmt: skip
     return base, delta
 
 
 def _gathered_forward(problem: Problem, out: Tensor, lse: Tensor) -> None:
-    shape = problem.shapes.forward
-    keys = _blocks_of_keys(problem, shape)
-    for portion in _portions(problem, keys, shape):
-        slots = len(portion.index)
-        part = out.new_empty(slots, out.shape[2])
-        part_lse = lse.new_empty(slots)
-        lists = columns(portion.of_queries, out.device)
-        tiles = portion.of_queries.tiles
-        k_index = index_of(keys, out.device)
-        _forward(problem, part, part_lse, lists, portion.index, k_index, tiles, gathered=True)
+    for portion, of_queries, _ in _portions(problem, problem.shapes.forward):
+        part, part_lse = out.new_empty(len(portion.index), out.shape[2]), lse.new_empty(len(portion.index))
+        _forward(problem, part, part_lse, of_queries, gathered=True)
         _combine(portion, part, part_lse, out, lse)
 
 
 def _gathered_backward(problem: Problem, given: Given, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-    for shape, wants_dq in ((problem.shapes.dkv, False), (problem.shapes.dq, True)):
-        keys = _blocks_of_keys(problem, shape)
-        k_index = index_of(keys, dq.device)
-        for portion in _portions(problem, keys, shape):
-            if wants_dq:
-                part = dq.new_empty(len(portion.index), dq.shape[2])
-                lists, tiles = columns(portion.of_queries, dq.device), portion.of_queries.tiles
-                _dq(problem, given, part, lists, portion.index, k_index, tiles, gathered=True)
-                _combine(portion, part, None, dq, None)
-            else:
-                lists, tiles = columns(portion.of_keys, dq.device), portion.of_keys.tiles
-                _dkv(problem, given, dk, dv, lists, portion.index, k_index, tiles, gathered=True)
+    for _, _, of_keys in _portions(problem, problem.shapes.gathered_dkv):
+        _dkv(problem, given, dk, dv, of_keys, gathered=True)
+    for portion, of_queries, _ in _portions(problem, problem.shapes.dq):
+        part = dq.new_empty(len(portion.index), dq.shape[2])
+        _dq(problem, given, part, of_queries, gathered=True)
+        _combine(portion, part, None, dq, None)
 
 
-def _blocks_of_keys(problem: Problem, shape: Shape) -> Tiling:
-    """Return the plan's keys cut by the blocks of its selection; made once for a plan."""
-    selection = problem.plan.selection
+def _portions(problem: Problem, shape: Shape) -> Iterator[tuple[Portion, Tiles, Tiles]]:
+    """Yield the portions of a plan that have rows, each with its tiles of queries and of keys.
+
+    They are not kept: every layer has such a plan of its own, which would hold 8 bytes for each choice.
+    """
+    plan, device = problem.plan, problem.q.device
+    selection = plan.selection
     assert selection is not None
-    rows = problem.plan.keys
-    return _once(problem.plan, ("blocks", shape.keys), lambda: Tiling.of(rows, shape.keys, selection.blocks.of(rows)))
-
-
-def _portions(problem: Problem, keys: Tiling, shape: Shape) -> Any:
-    """Yield the portions of a plan. They are not kept: each plan of a layer would hold 8 bytes per choice."""
-    widest = max(problem.q.shape[2], problem.v.shape[2])
-    max_slots = SLOT_BYTES // (4 * widest)
-    for portion in portions(problem.plan, keys, problem.k.shape[1], shape.queries, max_slots, problem.q.device):
+    keys = _once(plan, ("blocks", shape.keys), lambda: Tiling.of(plan.keys, shape.keys, selection.blocks.of(plan.keys)))
+    k_index = index_of(keys, device)
+    max_slots = SLOT_BYTES // (4 * max(problem.q.shape[2], problem.v.shape[2]))
+    for portion in portions(plan, keys, problem.k.shape[1], shape.queries, max_slots, device):
         if len(portion.index):
-            yield portion
+            of_queries, of_keys = (
+                Tiles(columns(lists, device), portion.index, k_index, lists.tiles)
+                for lists in (portion.of_queries, portion.of_keys)
+            )
+            yield portion, of_queries, of_keys
 
 
 def _combine(portion: Portion, part: Tensor, part_lse: Tensor | None, total: Tensor, lse: Tensor | None) -> None:
     """Merge the slots of a portion into its rows of `total` `[T, Hq, width]`, and of `lse` if there is one."""
     rows, width = portion.rows, total.shape[2]
     count = (rows.stop - rows.start) * total.shape[1]
-    kernels.combine_kernel[(triton.cdiv(count, ROWS_OF_COMBINE),)](
-        part, part_lse, total[rows], None if lse is None else lse[rows], portion.slot_offsets, portion.slots, count,
+    _launch(
+        kernels.combine_kernel, triton.cdiv(count, ROWS_OF_COMBINE), part, part_lse, total[rows], None if lse is None else lse[rows], portion.slot_offsets, portion.slots, count,
         WIDTH=width, PADDED=padded(width), BLOCK=ROWS_OF_COMBINE,
     )  # fmt: skip
 

@@ -1,4 +1,5 @@
-# pyright: reportMissingImports=false, reportIndexIssue=false, reportOptionalMemberAccess=false
+# pyright: reportMissingImports=false
+# ruff: noqa: SIM108 - the branch that is not taken is not compiled either
 """What the attention kernels do with a tile: walk a list, load rows, evaluate the predicate."""
 
 import triton
@@ -51,6 +52,16 @@ def query_places(index, tile, head, count, BLOCK: tl.constexpr, HEADS: tl.conste
     else:
         heads = tl.zeros_like(row) + head
     return row, heads, there
+
+
+@triton.jit
+def result_places(tile, row, head, BLOCK: tl.constexpr, HEADS: tl.constexpr, GATHERED: tl.constexpr):
+    """Return where results of a tile of queries go, int64 `[BLOCK]`: to slots of their own, or to their row and head."""
+    if GATHERED:
+        place = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    else:
+        place = row.to(tl.int64) * HEADS + head
+    return place
 
 
 @triton.jit

@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false, reportInvalidTypeForm=false
 """Triton's interpreter, taught bfloat16.
 
 It keeps bfloat16 as 16-bit integers and computes with these: products, sums and comparisons are silently wrong, and

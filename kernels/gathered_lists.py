@@ -25,8 +25,8 @@ class Portion:
 
     rows: which. index: int32 `[tiles * query_tile]`, the row and head at each place (slot) of each tile, -1 where
     there is none. of_queries: one list for each tile, `group` its KV head. of_keys: lists of query tiles, one for each
-    KV head and key tile. slots: int32, the slots of each row and head, ascending by block; those of row r and head h of the
-    portion are slots[slot_offsets[r * heads + h]] to slots[slot_offsets[r * heads + h + 1] - 1].
+    KV head and key tile. slots: int32, the slots of each row and head, ascending by block; those of row r and head h of
+    the portion are slots[slot_offsets[r * heads + h]] to slots[slot_offsets[r * heads + h + 1] - 1].
     """
 
     rows: slice

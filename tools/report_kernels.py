@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,9 @@ GRID = Neighbourhood(
 )
 TITLE = """# What the Triton kernels need of an H100
 
-Written by `python -m farspan.tools.report_kernels docs/kernels_sm90.md` (Triton 3.6.0, its own ptxas). `regs`: registers
-of a thread, at most 255. `stack`: bytes of a thread's stack, which registers spill to; 0 is none. `shared`: bytes of
-shared memory of a block, at most 232,448.
+Written by `python -m farspan.tools.report_kernels docs/kernels_sm90.md` (Triton 3.6.0, its own ptxas). `regs`:
+registers of a thread, at most 255. `stack`: bytes of a thread's stack, which registers spill to; 0 is none. `shared`:
+bytes of shared memory of a block, at most 232,448.
 
 | plan | head size | dtype | kernel | queries x keys | warps | stages | regs | stack | shared |
 |---|---|---|---|---|---|---|---|---|---|
@@ -69,8 +69,8 @@ class Usage:
     shared: int
 
 
-# Each size in each kind of dtype (float16 differs from bfloat16 in the name of an instruction only), each kind of plan at
-# the size that is most used.
+# Each size in each kind of dtype (float16 differs from bfloat16 in the name of an instruction only), each kind of plan
+# at the size that is most used.
 CASES = [
     *(Case("causal", *sizes, dtype) for sizes in ((64, 64), (128, 128), (192, 128), (256, 256))
       for dtype in (torch.bfloat16, torch.float32)),

@@ -23,7 +23,7 @@ class TritonBackend(Backend):
     def refusal(self, device: torch.device) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed: pip install 'farspan[triton]'"
-        import triton.knobs
+        import triton.knobs  # pyright: ignore[reportMissingImports]
 
         if device.type == "cuda" or (device.type == "cpu" and triton.knobs.runtime.interpret):
             return None

@@ -43,7 +43,7 @@ class Tiles(NamedTuple):
     lists: Lists
     q_index: Tensor | None
     k_index: Tensor | None
-    count: int
+    staying: int
 
 
 def is_gathered(plan: Plan) -> bool:
@@ -82,7 +82,7 @@ class Problem:
         """Return the arguments that attention kernels have in common, after their operands and results."""
         return (
             tiles.q_index, tiles.k_index, self.terms(), tiles.lists,
-            len(self.q), len(self.k), tiles.count, self.scale * LOG2E,
+            len(self.q), len(self.k), tiles.staying, self.scale * LOG2E,
         )  # fmt: skip
 
     @property
@@ -156,7 +156,7 @@ Given = tuple[Operand, Tensor, Tensor]
 
 
 def _forward(problem: Problem, out: Tensor, lse: Tensor, tiles: Tiles, *, gathered: bool) -> None:
-    programs = tiles.count * (1 if gathered else problem.q.shape[1])
+    programs = tiles.staying * (1 if gathered else problem.q.shape[1])
     _launch(
         kernels.forward_kernel, programs, *problem.operands, out, lse, *problem.shared(tiles),
         **problem.constants(problem.shapes.forward), GATHERED=gathered,
@@ -164,7 +164,7 @@ def _forward(problem: Problem, out: Tensor, lse: Tensor, tiles: Tiles, *, gather
 
 
 def _dq(problem: Problem, given: Given, dq: Tensor, tiles: Tiles, *, gathered: bool) -> None:
-    programs = tiles.count * (1 if gathered else problem.q.shape[1])
+    programs = tiles.staying * (1 if gathered else problem.q.shape[1])
     _launch(
         kernels.dq_kernel, programs, *problem.operands, *given, dq, *problem.shared(tiles), problem.scale,
         **problem.constants(problem.shapes.dq), GATHERED=gathered,
@@ -174,7 +174,7 @@ def _dq(problem: Problem, given: Given, dq: Tensor, tiles: Tiles, *, gathered: b
 def _dkv(problem: Problem, given: Given, dk: Tensor, dv: Tensor, tiles: Tiles, *, gathered: bool) -> None:
     shapes = problem.shapes
     _launch(
-        kernels.dkv_kernel, tiles.count * problem.k.shape[1], *problem.operands, *given, dk, dv,
+        kernels.dkv_kernel, tiles.staying * problem.k.shape[1], *problem.operands, *given, dk, dv,
         *problem.shared(tiles), problem.scale,
         **problem.constants(shapes.gathered_dkv if gathered else shapes.dkv), GATHERED=gathered,
     )  # fmt: skip
@@ -239,7 +239,8 @@ def _combine(portion: Portion, part: Tensor, part_lse: Tensor | None, total: Ten
     rows, width = portion.rows, total.shape[2]
     count = (rows.stop - rows.start) * total.shape[1]
     _launch(
-        kernels.combine_kernel, triton.cdiv(count, ROWS_OF_COMBINE), part, part_lse, total[rows], None if lse is None else lse[rows], portion.slot_offsets, portion.slots, count,
+        kernels.combine_kernel, triton.cdiv(count, ROWS_OF_COMBINE), part, part_lse, total[rows],
+        None if lse is None else lse[rows], portion.slot_offsets, portion.slots, count,
         WIDTH=width, PADDED=padded(width), BLOCK=ROWS_OF_COMBINE,
     )  # fmt: skip
 

@@ -44,7 +44,7 @@ def places(index, tile, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def query_places(index, tile, head, count, BLOCK: tl.constexpr, HEADS: tl.constexpr, GATHERED: tl.constexpr):
-    """Return rows and heads of a tile of queries `[BLOCK]`, and whether they are there; gathered rows bring their head."""
+    """Return rows and heads of a tile of queries `[BLOCK]`, and whether they are there; gathered rows bring heads."""
     row, there = places(index, tile, count, BLOCK)
     if GATHERED:
         heads = row % HEADS
@@ -56,7 +56,7 @@ def query_places(index, tile, head, count, BLOCK: tl.constexpr, HEADS: tl.conste
 
 @triton.jit
 def result_places(tile, row, head, BLOCK: tl.constexpr, HEADS: tl.constexpr, GATHERED: tl.constexpr):
-    """Return where results of a tile of queries go, int64 `[BLOCK]`: to slots of their own, or to their row and head."""
+    """Return where results of a tile of queries go, int64 `[BLOCK]`: to slots of their own, or to row and head."""
     if GATHERED:
         place = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     else:
@@ -100,7 +100,7 @@ def load_keys(
 
 @triton.jit
 def visible(terms, row, head, there, key, key_there, kv_head, num_queries, num_keys):
-    """Return which queries see which keys; row, head, there and key, key_there are of shapes that broadcast together."""
+    """Return which queries see which keys: row, head, there of queries and key, key_there broadcast together."""
     # Absent keys and padding have rank -1, absent queries and padding end at -1.
     rank = tl.load(terms.k_rank + key, mask=key_there, other=-1)
     of_window = tl.load(terms.window + head).to(tl.int64) * num_queries + row

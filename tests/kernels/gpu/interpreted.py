@@ -10,7 +10,7 @@ from farspan.kernels.attend import attend, attend_backward
 from farspan.kernels.backend import BACKENDS, choose_backend
 from farspan.kernels.gpu import schedule
 from farspan.kernels.gpu.shapes import Shape, Shapes
-from farspan.kernels.mechanism import Heads, Mechanism
+from farspan.kernels.mechanism import Gathered, Heads, Mechanism, Routed
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.merge import empty_partial, merge_
 from farspan.kernels.plan import Plan
@@ -24,10 +24,13 @@ from tests.kernels import test_whole as whole
 from tests.kernels.gpu import interpreter_bfloat16
 from tests.kernels.test_contract import Tensors
 
-# Of three sizes, so that no kernel gets by with the tiles of another; small, so that there are several of each.
+# Of several sizes, so that no kernel gets by with the tiles of another. The interpreter takes some 10 ms for a step of a
+# loop, whatever its size: rows are few, and make two or three tiles.
 SHAPES = Shapes(
-    forward=Shape(32, 16, 4, 1), dq=Shape(16, 32, 4, 1), dkv=Shape(32, 32, 4, 1), gathered_dkv=Shape(16, 16, 4, 1)
+    forward=Shape(32, 32, 4, 1), dq=Shape(64, 32, 4, 1), dkv=Shape(32, 64, 4, 1), gathered_dkv=Shape(16, 32, 4, 1)
 )
+RAGGED = Rows.packed([1, 26, 3, 33], padding=5)
+SHUFFLED = Rows.packed([40, 21], padding=3).take(torch.randperm(64, generator=torch.Generator().manual_seed(0)))
 TOLERANCE = oracle.RELATIVE_TOLERANCE[torch.float32]
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
@@ -59,29 +62,24 @@ def check(tensors: Tensors, plan: Plan, mask: Tensor) -> None:
 
 @pytest.mark.parametrize("mechanism", whole.EXAMPLES)
 def test_mechanism_equals_the_formula(mechanism: Mechanism) -> None:
-    for rows, heads in (("ragged", Heads(query=8, kv=2)), ("shuffled", Heads(query=8, kv=8))):
-        compare_whole(mechanism, whole.ROWS[rows], heads)
-
-
-def compare_whole(mechanism: Mechanism, rows: Rows, heads: Heads) -> None:
+    rows, heads = RAGGED, Heads(query=8, kv=2)
     inputs, dout = whole.random_inputs(mechanism, rows, heads, torch.float32)
     got = whole.run(mechanism, inputs, dout, rows, heads, "triton")
     for number, expected in enumerate(whole.expect(mechanism, inputs, dout, rows)):
         assert oracle.relative_error(got[number], expected) <= TOLERANCE, number
 
 
-@pytest.mark.parametrize("mechanism", whole.EXAMPLES)
+# Gathered mechanisms weigh their output by a router, which is not the kernels': they are compared in float32.
+@pytest.mark.parametrize("mechanism", [x for x in whole.EXAMPLES if not isinstance(x.values[0], Gathered)])
 def test_bfloat16_is_as_good_as_plain_attention(mechanism: Mechanism) -> None:
     """At most twice the error of attention whose every step is rounded to bfloat16."""
-    rows, heads = whole.ROWS["one"], Heads(query=8, kv=1)
+    rows, heads = SHUFFLED, Heads(query=8, kv=8 if isinstance(mechanism, Routed) else 1)
     inputs, dout = whole.random_inputs(mechanism, rows, heads, torch.bfloat16)
     exact = whole.expect(mechanism, inputs, dout, rows)
     got = whole.run(mechanism, inputs, dout, rows, heads, "triton")
     plain = plain_attention(inputs, dout, whole.visible(mechanism, inputs, rows))
-    # Gathered mechanisms weigh their output by a router, which is not the kernels'; they are compared in float32.
-    if not mechanism.routing_width:
-        for name, mine, theirs, expected in zip(NAMES, got, plain, exact, strict=True):
-            assert oracle.rms_error(mine, expected) <= 2 * oracle.rms_error(theirs, expected), name
+    for name, mine, theirs, expected in zip(NAMES, got, plain, exact, strict=True):
+        assert oracle.rms_error(mine, expected) <= 2 * oracle.rms_error(theirs, expected), name
 
 
 def plain_attention(inputs: list[Tensor], dout: Tensor, mask: Tensor) -> list[Tensor]:
@@ -111,7 +109,7 @@ def test_head_sizes(head_dim: int, value_dim: int) -> None:
 
 
 def test_float16() -> None:
-    rows = contract.ROWS["ragged"]
+    rows = RAGGED
     tensors = Tensors.random(len(rows), len(rows), (4, 1), 16, 16, torch.float16)
     got = run(tensors, plan_of(rows, rows, Visibility()))
     expected = contract.expect(tensors, oracle.visible_mask(rows, rows, Visibility(), 4))
@@ -158,7 +156,7 @@ SELECTIONS = {"none": lambda rows: None, "tiles": tile_selection, "rows": row_se
 
 @pytest.mark.parametrize("tile", [16, 20, 32])
 def test_tile_selections_aligned_with_tiles_or_not(tile: int) -> None:
-    for rows in (Rows.packed([70]), contract.ROWS["shuffled"]):
+    for rows in (Rows.packed([70]), SHUFFLED)[: 1 if tile == 32 else 2]:
         selection = tile_selection(rows, tile)
         mask = oracle.visible_mask(rows, rows, Visibility(), 4) & oracle.selected_mask(selection, rows, 4)
         tensors = Tensors.random(len(rows), len(rows), (4, 2), 16, 16, torch.float32)
@@ -167,7 +165,7 @@ def test_tile_selections_aligned_with_tiles_or_not(tile: int) -> None:
 
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_lifetimes(selection: str) -> None:
-    rows = contract.ROWS["ragged"]
+    rows = RAGGED
     generator = torch.Generator().manual_seed(2)
     lifetime = rows.position + torch.randint(-1, 30, (2, len(rows)), generator=generator, dtype=torch.int32)
     chosen = SELECTIONS[selection](rows)
@@ -181,7 +179,7 @@ def test_lifetimes(selection: str) -> None:
 
 def test_rows_are_gathered_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Partial results are bounded: here to those of about 7 rows at a time, in whichever portion a block is chosen."""
-    rows = contract.ROWS["ragged"]
+    rows = RAGGED
     tensors = Tensors.random(len(rows), len(rows), (4, 2), 16, 16, torch.float32)
     plan = plan_of(rows, rows, Visibility(), row_selection(rows))
     at_once = run(tensors, plan)
@@ -204,8 +202,8 @@ def noted(seen: list[slice], *arguments) -> Iterator:
 
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_parts_over_disjoint_keys_merge_and_their_gradients_add_up(selection: str) -> None:
-    """With out and lse that are merged over all parts; the queries of the first document see nothing of the last part."""
-    rows = Rows.packed([30, 40, 5], padding=4)
+    """With out and lse that are merged over all parts; queries of the first document see nothing of the last part."""
+    rows = Rows.packed([30, 30, 5], padding=4)
     tensors = Tensors.random(len(rows), len(rows), (4, 2), 16, 16, torch.float32)
     chosen = SELECTIONS[selection](rows)
     parts = [torch.arange(0, 41, 2), torch.arange(1, 41, 2), torch.arange(41, len(rows))]
@@ -226,16 +224,15 @@ def test_parts_over_disjoint_keys_merge_and_their_gradients_add_up(selection: st
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_the_same_bits_each_time_and_from_any_layout(selection: str) -> None:
-    rows = contract.ROWS["ragged"]
-    tensors = Tensors.random(len(rows), len(rows), (4, 2), 16, 16, torch.float32)
+def test_the_same_bits_from_any_layout(selection: str) -> None:
+    rows = Rows.packed([40])
+    tensors = Tensors.random(40, 40, (4, 2), 16, 16, torch.float32)
     plan = plan_of(rows, rows, Visibility(), SELECTIONS[selection](rows))
-    strided = Tensors(*(x.transpose(0, 2).contiguous().transpose(0, 2) for x in vars(tensors).values()))
-    headed = Tensors(*(x.transpose(0, 1).contiguous().transpose(0, 1) for x in vars(tensors).values()))
-    first = run(tensors, plan)
-    for other in (strided, headed):
-        for name, a, b in zip(NAMES, first, run(other, plan), strict=True):
-            assert torch.equal(a, b), name
+    # Heads before rows, and a width that is not contiguous.
+    order = (1, 0, 2) if selection == "none" else (2, 1, 0)
+    other = Tensors(*(x.permute(order).contiguous().permute(order) for x in vars(tensors).values()))
+    for name, a, b in zip(NAMES, run(tensors, plan), run(other, plan), strict=True):
+        assert torch.equal(a, b), name
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)

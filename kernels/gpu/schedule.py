@@ -33,8 +33,8 @@ SHARED_ROWS = 16
 SLOT_BYTES = 1 << 29
 """Partial results that are held at the same time, where rows choose one by one."""
 LOG2E = 1.4426950408889634
-ROWS_OF_DELTA = 16
-ROWS_OF_COMBINE = 16
+ROWS_OF_DELTA = 64
+ROWS_OF_COMBINE = 64
 
 
 class Tiles(NamedTuple):

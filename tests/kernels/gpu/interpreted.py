@@ -237,14 +237,15 @@ def test_the_same_bits_from_any_layout(selection: str) -> None:
 
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_nothing_leaks_from_what_is_hidden(selection: str) -> None:
-    """The least visible key changes nothing but what sees it, even if its score would tower over all."""
+    """A key changes nothing but what sees it, even if its score would tower over all."""
     rows = Rows.packed([20, 23], padding=3)
     tensors = Tensors.random(len(rows), len(rows), (4, 1), 16, 16, torch.float32)
     chosen = SELECTIONS[selection](rows)
     plan = plan_of(rows, rows, Visibility(window=9), chosen)
     out = attend(tensors.q, tensors.k, tensors.v, plan, backend="triton")[0]
     mask = contract.mask_of(rows, rows, Visibility(window=9), 4, chosen).any(dim=0)
-    for key in (5, 22):
+    assert mask.any(dim=0)[:20].sum() > 5
+    for key in mask.any(dim=0).nonzero().flatten()[::12].tolist():
         k, v = tensors.k.clone(), tensors.v.clone()
         k[key], v[key] = 1e6, -50.0
         changed = attend(tensors.q, k, v, plan, backend="triton")[0]

@@ -16,11 +16,12 @@ Handle = interpreter.TensorHandle
 
 
 def teach() -> None:
-    """Patch the interpreter of this process."""
+    """Patch the interpreter of this process; it also gets faster."""
     builder = interpreter.InterpreterBuilder
     for name in ("binary_op", "unary_op", "ternary_op", "create_fma"):
         if hasattr(builder, name):
             setattr(builder, name, _in_float32(getattr(builder, name)))
+    call = interpreter.InterpretedFunction.__call__
     dot, cast, convert = builder.create_dot, builder.cast_impl, builder.create_fp_to_fp
 
     def create_dot(self: Any, a: Handle, b: Handle, acc: Handle, *rest: Any) -> Handle:
@@ -36,6 +37,12 @@ def teach() -> None:
             return cast_impl(self, source, dtype)
         return convert(self, source, dtype, rounding)
 
+    def called(self: Any, *arguments: Any, **options: Any) -> Any:
+        # The language is prepared anew for each function that a kernel calls: a third of the time, and in vain for ours.
+        ours = self.fn.__module__.startswith("farspan.")
+        return self.rewrite()(*arguments, **options) if ours else call(self, *arguments, **options)
+
+    interpreter.InterpretedFunction.__call__ = called
     builder.create_dot, builder.cast_impl, builder.create_fp_to_fp = create_dot, cast_impl, create_fp_to_fp
 
 

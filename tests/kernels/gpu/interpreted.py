@@ -24,8 +24,8 @@ from tests.kernels import test_whole as whole
 from tests.kernels.gpu import interpreter_bfloat16
 from tests.kernels.test_contract import Tensors
 
-# Of several sizes, so that no kernel gets by with the tiles of another. The interpreter takes some 10 ms for a step of a
-# loop, whatever its size: rows are few, and make two or three tiles.
+# Of several sizes, so that no kernel gets by with the tiles of another. The interpreter takes some 10 ms for a step of
+# a loop, whatever its size: rows are few, and make two or three tiles.
 SHAPES = Shapes(
     forward=Shape(32, 32, 4, 1), dq=Shape(64, 32, 4, 1), dkv=Shape(32, 64, 4, 1), gathered_dkv=Shape(16, 32, 4, 1)
 )

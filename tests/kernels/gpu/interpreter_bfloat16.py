@@ -38,7 +38,7 @@ def teach() -> None:
         return convert(self, source, dtype, rounding)
 
     def called(self: Any, *arguments: Any, **options: Any) -> Any:
-        # The language is prepared anew for each function that a kernel calls: a third of the time, and in vain for ours.
+        # The language is prepared anew for each function that a kernel calls: a third of the time, in vain for ours.
         ours = self.fn.__module__.startswith("farspan.")
         return self.rewrite()(*arguments, **options) if ours else call(self, *arguments, **options)
 

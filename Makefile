@@ -31,12 +31,13 @@ export CHECK_PYTHON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test check
+.PHONY: help train test check gpu
 
 help:
 	@echo "make train   train a small model on this machine, two processes, on Python's own sources"
 	@echo "make test    run all tests"
 	@echo "make check   format, lint, types and the layout's rules"
+	@echo "make gpu     on a machine with a GPU: check attention, then measure it; $(PYTHON) needs torch, triton, numpy"
 
 train: $(TRAIN_READY) $(CORPUS)/train/meta.json
 	$(RUN) -m farspan.launch.cli launch local configs/demo.toml --gpus-per-node 2
@@ -49,6 +50,13 @@ check: $(DEV_READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright
 	$(RUN) -m pytest --quiet tests/test_layout.py
+
+# Nothing is installed: a GPU's machine has the torch that fits its driver. Wrong checks do not keep it from measuring.
+gpu:
+	@PYTHONPATH=. $(PYTHON) -m farspan.tools.gpu_checks --budget-s 200; checked=$$?; \
+	if [ $$checked -eq 2 ]; then exit 2; fi; \
+	PYTHONPATH=. $(PYTHON) -m farspan.tools.bench_attention --device cuda --memory 16K,32K,64K --budget-s 300 \
+	&& exit $$checked
 
 $(CORPUS)/train/meta.json: | $(TRAIN_READY)
 	$(RUN) -m farspan.launch.cli data prepare "$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" \

@@ -1,17 +1,47 @@
 """Backend: what computes attention on one device; one file each in `backends/`."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from farspan.kernels.errors import ConfigError
+from farspan.kernels.mechanism import Masked, Mechanism, Recurrent, Routed
 from farspan.kernels.plan import Plan
 from farspan.kernels.registry import Registry
+from farspan.kernels.state import State
+from farspan.kernels.stretch import Stretch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What backends differ in being able to compute.
+
+    chooses_keys: whether keys are chosen by content, or die. scans: whether it is a recurrence instead of a softmax.
+    """
+
+    dtype: torch.dtype
+    head_dim: int
+    value_dim: int
+    chooses_keys: bool
+    scans: bool
+
+    @staticmethod
+    def of(mechanism: Mechanism, dtype: torch.dtype, head_dim: int, value_dim: int) -> "Work":
+        """Return what a mechanism asks of a backend."""
+        routed = isinstance(mechanism, Routed) or (isinstance(mechanism, Masked) and mechanism.routing_width > 0)
+        return Work(
+            dtype=dtype,
+            head_dim=head_dim,
+            value_dim=value_dim,
+            chooses_keys=routed,
+            scans=isinstance(mechanism, Recurrent),
+        )
 
 
 class Backend(ABC):
-    """Computes softmax attention of query rows to key rows as a plan says, forward and backward."""
+    """Computes softmax attention of rows to rows as a plan says, and scans if it can; forward and backward."""
 
     rank: int
     """Order in which `auto` tries the backends: the lowest rank that runs on the device is taken."""
@@ -19,6 +49,10 @@ class Backend(ABC):
     @abstractmethod
     def refusal(self, device: torch.device) -> str | None:
         """Return why this backend can't run on `device`, or None if it can."""
+
+    def limit(self, work: Work) -> str | None:
+        """Return why this backend can't compute `work` on any device, or None if it can."""
+        return None
 
     @abstractmethod
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -30,19 +64,49 @@ class Backend(ABC):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `farspan.kernels.attend.attend_backward`."""
 
+    def scan_refusal(self) -> str | None:
+        """Return why this backend cannot scan, or None if it can; one that can has the two methods below."""
+        return "it computes softmax attention only"
+
+    def scan(
+        self, q: Tensor, k: Tensor, v: Tensor, stretch: Stretch, decay: Tensor, state: State
+    ) -> tuple[Tensor, State]:
+        """See `farspan.kernels.scan.scan`; a state is always given."""
+        raise NotImplementedError(self.scan_refusal())
+
+    def scan_backward(
+        self,
+        dout: Tensor,
+        dstate: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        stretch: Stretch,
+        decay: Tensor,
+        state: State,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See `farspan.kernels.scan.scan_backward`; both states are always given."""
+        raise NotImplementedError(self.scan_refusal())
+
 
 BACKENDS: Registry[Backend] = Registry("attention backend", "farspan.kernels.backends")
 
 
-def choose_backend(name: str, device: torch.device) -> str:
-    """Return the backend to use on `device`; `auto` takes the fastest that runs there.
+def choose_backend(name: str, device: torch.device, work: Work) -> str:
+    """Return the backend to use on `device`; `auto` takes the fastest that can do the work there.
 
-    Raises ConfigError when the backend asked for does not exist or cannot run on the device.
+    Raises ConfigError when the backend asked for does not exist, cannot run on the device or cannot do the work.
     """
-    if name != "auto":
-        reason = BACKENDS.get(name).refusal(device)
-        if reason is not None:
-            raise ConfigError(f"attention.backend={name!r} cannot run on {device.type}: {reason}.")
-        return name
-    able = [(part.rank, key) for key, part in BACKENDS.load().items() if part.refusal(device) is None]
-    return min(able)[1]
+    able = {key: part.rank for key, part in BACKENDS.load().items() if _refusal(part, device, work) is None}
+    if name == "auto":
+        return min(able, key=lambda key: able[key])
+    reason = _refusal(BACKENDS.get(name), device, work)
+    if reason is not None:
+        raise ConfigError(
+            f"attention.backend={name!r} cannot run on {device.type}: {reason}; these can: {', '.join(able)}."
+        )
+    return name
+
+
+def _refusal(backend: Backend, device: torch.device, work: Work) -> str | None:
+    return backend.refusal(device) or backend.limit(work) or (backend.scan_refusal() if work.scans else None)

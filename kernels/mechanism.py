@@ -4,7 +4,7 @@ The base class that a mechanism derives from is the claim of what it needs, and 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Self
@@ -37,19 +37,50 @@ class Mechanism(ABC):
 
     routing_width: ClassVar[int] = 0
     """Numbers that a router gives for each token and KV head: a fourth input `[T, Hk, routing_width]`, unless 0."""
+    routing_reads_detached: ClassVar[bool] = False
+    """Whether the router learns alone: its gradient stops at what it reads, the layer's input."""
 
     @classmethod
     @abstractmethod
     def examples(cls) -> Sequence[Self]:
         """Return small instances that cover the options; the contract test and the matrix run each of them."""
 
+    @classmethod
+    def benchmarks(cls) -> Mapping[str, Self]:
+        """Return the instances to measure, by the name of their row; if none, the first example is measured."""
+        return {}
+
     @abstractmethod
     def visible_pairs(self, queries: Rows, keys: Rows) -> int:
         """Return how many (query, key) pairs per head are attended to: the work that is useful."""
 
+    def useful_flops(self, queries: Rows, keys: Rows, head_dim: int, value_dim: int) -> int:
+        """Return the FLOPs per head that the forward pass needs: scores and weighted sums of visible pairs."""
+        return 2 * (head_dim + value_dim) * self.visible_pairs(queries, keys)
+
     def total_bytes(self, everyone: Rows, heads: Heads, head_dim: int) -> int:
         """Return the bytes of what is summed over all holders of rows to choose by: nothing, unless it is routed."""
         return 0
+
+    def refusal(self, heads: Heads, longest: int) -> str | None:
+        """Return why it cannot attend with these heads to documents of up to `longest` tokens; None if it can."""
+        return None
+
+
+class Recurrent(Mechanism):
+    """Each head sums k v^T of the tokens so far, which fade at a fixed rate; a query reads the sum, without softmax."""
+
+    @abstractmethod
+    def decay(self, num_heads: int) -> Tensor:
+        """Return the rates s >= 0, float64 `[num_heads]`, of all query heads: a token n back weighs exp(-s n)."""
+
+    def visible_pairs(self, queries: Rows, keys: Rows) -> int:
+        """Return the queries: each reads one sum that stands for all keys."""
+        return int((queries.document >= 0).sum())
+
+    def useful_flops(self, queries: Rows, keys: Rows, head_dim: int, value_dim: int) -> int:
+        tokens = int((queries.document >= 0).sum())
+        return 4 * tokens * head_dim * value_dim
 
 
 class Masked(Mechanism):
@@ -63,6 +94,13 @@ class Masked(Mechanism):
         visibility = self.visibility()
         heads = len(visibility.window) if isinstance(visibility.window, tuple) else 1
         return Plan.build(queries, keys, visibility, heads=heads).visible_pairs
+
+    def refusal(self, heads: Heads, longest: int) -> str | None:
+        try:
+            self.visibility().by_heads(heads.query)
+        except ValueError as error:
+            return str(error)
+        return None
 
 
 class Routed(Masked):
@@ -186,10 +224,14 @@ class Gathered(Mechanism):
     def total_bytes(self, everyone: Rows, heads: Heads, head_dim: int) -> int:
         return len(everyone) * heads.kv * torch.float32.itemsize
 
+    def typical(self, everyone: Rows) -> Rows:
+        """Return the rows that one KV head takes of a sequence if its router knows nothing."""
+        logits = torch.randn(len(everyone), 1, generator=torch.Generator().manual_seed(0))
+        return Gathering.of(self.choose(logits, everyone), everyone).rows
+
     def visible_pairs(self, queries: Rows, keys: Rows) -> int:
-        """What a router that knows nothing would choose."""
-        logits = torch.randn(len(queries), 1, generator=torch.Generator().manual_seed(0))
-        chosen = Gathering.of(self.choose(logits, queries), queries).rows
+        """What would be chosen if the router knew nothing."""
+        chosen = self.typical(queries)
         return self.among().visible_pairs(chosen, chosen)
 
 

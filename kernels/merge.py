@@ -28,5 +28,5 @@ def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None
     # exp(-inf - -inf) is NaN: a row that has seen nothing yet gets weight exp(-inf - 0) = 0 instead.
     base = merged.masked_fill(merged == float("-inf"), 0.0)
     out.mul_((lse - base).exp_().unsqueeze(-1))
-    out.add_(part_out * (part_lse - base).exp_().unsqueeze(-1))
+    out.addcmul_(part_out.to(out.dtype), (part_lse - base).exp_().unsqueeze(-1))
     lse.copy_(merged)

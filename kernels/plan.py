@@ -28,8 +28,6 @@ class Plan:
     """Which query rows attend to which key rows: those that `visibility` shows and, if there is one, `selection` chose.
 
     lifetime: int32 `[Hk, keys]`, or None: the last query position that sees each key of each KV head (-1: none does).
-    Backends derive from it what they visit: regions, tasks of gathered rows, lists of tiles. derived: what one of them
-    keeps for as long as the plan lives, by keys of its own.
     """
 
     queries: Rows
@@ -39,7 +37,8 @@ class Plan:
     parts: tuple[HeadPlan, ...]
     selection: Selection | None
     lifetime: Tensor | None = None
-    derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+    derived: dict[Hashable, Any] = field(default_factory=dict, init=False)
+    """What backends made of the plan, by keys of their own: once for forward and backward, and for all layers."""
 
     @staticmethod
     def build(
@@ -100,6 +99,8 @@ class Plan:
         if region.kind is Kind.CAUSAL:
             edge = min(num_queries, num_keys)
             return edge * (edge + 1) // 2 + (num_queries - edge) * num_keys
+        if region.kind is Kind.ANTICAUSAL:
+            return num_queries * (num_queries + 1) // 2
         return int(self.region_mask(visibility, region).sum())
 
     def region_mask(self, visibility: Visibility, region: Region) -> Tensor:

@@ -2,8 +2,9 @@ r"""Regions: rectangles of the query x key grid that together hold every visible
 
 Rows usually come in runs: stretches of one document whose positions grow by a constant step (1 for contiguous and
 zigzag shards, the degree for striped ones). Between two runs of the same step visibility is a band, and a band is
-cut exactly into rectangles that are seen in full and triangles aligned with their top-left corner. Only windows,
-neighbourhoods and irregular rows (many tiny documents, gathered tokens) leave rectangles whose mask has to be computed.
+cut exactly into rectangles that are seen in full and triangles: below the diagonal where the future begins, above it
+where a window ends. Only neighbourhoods, tiny windows and irregular rows (many tiny documents, gathered tokens) leave
+rectangles whose mask has to be computed.
 
     keys ->  0.........h..........m
     query 0  ##########                  # full: these keys are earlier than every query of the run
@@ -32,6 +33,7 @@ class Kind(enum.Enum):
 
     FULL = "full"  # all pairs
     CAUSAL = "causal"  # key j of the region to query i of the region iff j <= i
+    ANTICAUSAL = "anticausal"  # key j of the region to query i of the region iff j >= i; as many keys as queries
     MASKED = "masked"  # as Visibility.mask of the region's rows says
 
 
@@ -191,9 +193,11 @@ def _band_regions(query: _Run, key: _Run, causal: bool, window: int | None) -> I
         stop = min(start + piece, num_queries)
         # Keys from here on are inside the window of every query of the piece.
         whole = min(max(stop - 1 + low, 0), num_keys)
-        corner = max(start + low, 0), min(whole, stop + high)
         queries = query.start + start, query.start + stop
-        if corner[0] < corner[1]:
+        if whole <= start + high + 1:
+            yield from _above_diagonal(*queries, key.start, key.start + whole, start + low)
+        elif max(start + low, 0) < min(whole, stop + high):
+            corner = max(start + low, 0), min(whole, stop + high)
             yield Region(Kind.MASKED, *queries, key.start + corner[0], key.start + corner[1])
         yield from _below_diagonal(*queries, key.start + whole, key.stop, start + high - whole)
 
@@ -212,6 +216,18 @@ def _below_diagonal(query_start: int, query_stop: int, key_start: int, key_stop:
     last = min(key_stop, full_stop + query_stop - query_start)
     if full_stop < last:
         yield Region(Kind.CAUSAL, query_start, query_stop, full_stop, last)
+
+
+def _above_diagonal(query_start: int, query_stop: int, key_start: int, key_stop: int, low: int) -> Iterator[Region]:
+    """Regions of key j visible to query i iff j >= i + low."""
+    # Queries before this one see all keys.
+    first = min(query_start + max(-low, 0), query_stop)
+    if query_start < first and key_start < key_stop:
+        yield Region(Kind.FULL, query_start, first, key_start, key_stop)
+    key_start += max(low, 0)
+    side = min(query_stop - first, key_stop - key_start)
+    if side > 0:
+        yield Region(Kind.ANTICAUSAL, first, first + side, key_start, key_start + side)
 
 
 def _merge_full(regions: Iterator[Region]) -> Iterator[Region]:

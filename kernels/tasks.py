@@ -164,9 +164,12 @@ class _Tasks:
     def of(self, entries: _Entries) -> Iterator[Batch]:
         queries = self.units.bounds(self.visibility).take(entries.unit)
         keys = self.pieces.bounds(self.visibility).take(entries.piece)
-        whole = all_see(queries, keys, self.visibility)
-        partly = ~whole & may_see(queries, keys, self.visibility)
         together = len(self.units.order) >= SHARED_ROWS * len(self.units)
+        whole = all_see(queries, keys, self.visibility)
+        if self.visibility.causal and not together:
+            # A block's last row sees all of it, but without that row the others are no triangle.
+            whole &= queries.position_low != keys.position_high
+        partly = ~whole & may_see(queries, keys, self.visibility)
         yield from self._by_tile(entries.take(whole)) if together else self._by_block(entries.take(whole))
         yield from self._partial(entries.take(partly))
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from farspan.kernels.attend import attend, attend_backward
 from farspan.kernels.gathering import Gathering, weigh, weigh_backward
-from farspan.kernels.mechanism import Gathered, Heads, Holding, Masked, Mechanism, Routed
+from farspan.kernels.mechanism import Gathered, Heads, Holding, Masked, Mechanism, Recurrent, Routed
 from farspan.kernels.plan import Plan
 from farspan.kernels.rows import Rows
+from farspan.kernels.whole_scan import WholeScan
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,17 +43,25 @@ class WholeAttention(ABC):
         """Return the gradient of each input, in its dtype or wider."""
 
     @abstractmethod
-    def lse(self, saved: Saved) -> Tensor:
-        """Return the log-sum-exp `[T, Hq]`."""
+    def lse(self, saved: Saved) -> Tensor | None:
+        """Return the log-sum-exp `[T, Hq]`, None where there is no softmax."""
 
 
 def plan_whole(mechanism: Mechanism, rows: Rows, heads: Heads, which: range, *, backend: str) -> WholeAttention:
-    """Plan attention of the query heads `which`, of `heads` in all, over a sequence of `rows`."""
+    """Plan attention of the query heads `which`, of `heads` in all, over a sequence of `rows`.
+
+    Raises ValueError when the mechanism's options are for another number of heads.
+    """
+    if isinstance(mechanism, Recurrent):
+        decay = mechanism.decay(heads.query)[which.start : which.stop]
+        return _RecurrentAttention(WholeScan.build(rows, decay, backend=backend))
     if isinstance(mechanism, Gathered):
         return _GatheredAttention(mechanism, rows, backend)
     assert isinstance(mechanism, Masked)
-    visibility = mechanism.visibility().of_heads(slice(which.start, which.stop))
-    plan = Plan.build(rows, rows, visibility, heads=len(which))
+    visibility = mechanism.visibility()
+    # A part of the windows fits a part of the heads; all of them must fit all heads.
+    visibility.by_heads(heads.query)
+    plan = Plan.build(rows, rows, visibility.of_heads(slice(which.start, which.stop)), heads=len(which))
     holding = None
     if isinstance(mechanism, Routed):
         holding = Holding(mechanism=mechanism, rows=rows, everyone=rows, heads=which, all_heads=heads, total=alone)
@@ -115,3 +124,20 @@ class _GatheredAttention(WholeAttention):
     def lse(self, saved: Saved) -> Tensor:
         gathering, _, of_queries, _ = saved.kept
         return gathering.spread(saved.tensors[-2].unsqueeze(-1), of_queries, fill=float("-inf")).squeeze(-1)
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class _RecurrentAttention(WholeAttention):
+    scan: WholeScan
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
+        q, k, v = inputs
+        out, tensors = self.scan.forward(q, k, v)
+        return out, Saved(tensors)
+
+    def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
+        return self.scan.backward(dout, saved.tensors)
+
+    def lse(self, saved: Saved) -> None:
+        return None

@@ -1,6 +1,7 @@
 """Channels: what strategies send over one process group, overlapped where it can be, and counted always."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -85,3 +86,17 @@ class Channel:
         dist.all_to_all_single(received, buffer, group=self.group)
         self.traffic.add(kind, buffer.nbytes // self.size * (self.size - 1))
         return received
+
+    def all_to_all_uneven(self, buffer: Tensor, *, sent: Sequence[int], received: Sequence[int], kind: str) -> Tensor:
+        """Send the first `sent[0]` rows of `buffer` to rank 0, the next `sent[1]` to rank 1, and so on.
+
+        Return `[sum of received, ...]`, first the `received[0]` rows from rank 0; both sides know all counts.
+        """
+        assert len(sent) == len(received) == self.size
+        assert sum(sent) == len(buffer)
+        if self.size == 1:
+            return buffer
+        arrived = buffer.new_empty(sum(received), *buffer.shape[1:])
+        dist.all_to_all_single(arrived, buffer.contiguous(), list(received), list(sent), group=self.group)
+        self.traffic.add(kind, (len(buffer) - sent[self.rank]) * buffer[:1].nbytes)
+        return arrived

@@ -5,7 +5,7 @@ its own, whose rows lie where their tokens do; it runs under the same strategy.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -15,7 +15,7 @@ from farspan.kernels.gathering import Gathering, weigh, weigh_backward
 from farspan.kernels.mechanism import Gathered, Heads, Total
 from farspan.kernels.whole import Saved
 from farspan.parallel.layout import Shards
-from farspan.parallel.strategy import Attend
+from farspan.parallel.strategy import Attend, AttentionShape
 
 
 @final
@@ -50,6 +50,7 @@ class GatheredAttend(Attend):
     def lse(self, saved: Saved) -> Tensor:
         gathering, among, *kept = saved.kept
         lse = among.lse(Saved(saved.tensors[2:], tuple(kept)))
+        assert lse is not None
         shape = self.tokens_local, self.heads.query
         return gathering.spread(lse.unsqueeze(-1), shape, fill=float("-inf")).squeeze(-1)
 
@@ -86,3 +87,8 @@ def deal_chosen(mechanism: Gathered, logits: Tensor, shards: Shards, rank: int) 
 def gathered_heads(heads: Heads) -> Heads:
     """Return the heads of attention among chosen rows: one KV head and its group."""
     return Heads(query=heads.query // heads.kv, kv=1)
+
+
+def gathered_shape(shape: AttentionShape, rows_local: int) -> AttentionShape:
+    """Return the shape of what travels where tokens are dealt: the chosen rows that a rank holds, without routing."""
+    return replace(shape, tokens_local=rows_local, heads=gathered_heads(shape.heads), routing_width=0)

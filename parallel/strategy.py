@@ -66,8 +66,11 @@ class Attend(ABC):
         """Return the gradient of each input's local rows, summed over all ranks, in its dtype or wider."""
 
     @abstractmethod
-    def lse(self, saved: Saved) -> Tensor:
-        """Return the log-sum-exp `[tokens_local, Hq]` of this rank's rows; every rank has to ask, as this may send."""
+    def lse(self, saved: Saved) -> Tensor | None:
+        """Return the log-sum-exp `[tokens_local, Hq]` of this rank's rows, None where there is no softmax.
+
+        Every rank has to ask, as this may send.
+        """
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor, routing: tuple[Tensor, ...]) -> None:
         of_queries, of_keys = (self.tokens_local, self.heads.query), (self.tokens_local, self.heads.kv)

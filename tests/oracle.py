@@ -99,6 +99,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Te
     return torch.stack(outs, dim=1), torch.stack(lses, dim=1)
 
 
+def decayed_sums(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, rows: Rows) -> Tensor:
+    """Return the sums over earlier tokens of exp(-rate x distance) (q . k) v, differentiable by autograd."""
+    distance = rows.position[:, None] - rows.position[None, :]
+    seen = (rows.document[:, None] == rows.document[None, :]) & (rows.document >= 0)[:, None] & (distance >= 0)
+    outs = []
+    for head, rate in enumerate(decay.tolist()):
+        of_key = head // (q.shape[1] // k.shape[1])
+        weight = torch.where(seen, torch.exp(-rate * distance.clamp(min=0).double()), 0.0)
+        outs.append((q[:, head] @ k[:, of_key].t() * weight) @ v[:, of_key])
+    return torch.stack(outs, dim=1)
+
+
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """The largest difference over the largest value or 1; NaN, or -inf in other places, counts as infinite.
 

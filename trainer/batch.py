@@ -7,6 +7,7 @@ from torch import Tensor
 
 from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.rows import Rows
+from farspan.parallel.key_convolution import KeyConvolution
 from farspan.parallel.layout import Shards
 from farspan.parallel.strategy import Strategy
 from farspan.trainer.data.packing import IGNORED, PackedSequence
@@ -34,7 +35,10 @@ class MicroBatch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchBuilder:
-    """Deals sequences to the ranks of a context-parallel group, each of which reads the whole sequence."""
+    """Deals sequences to the ranks of a context-parallel group, each of which reads the whole sequence.
+
+    key_convolution: keys that the model's convolution on keys reads; 0 if it has none.
+    """
 
     strategy: Strategy
     mechanism: Mechanism
@@ -42,6 +46,7 @@ class BatchBuilder:
     layout: str
     backend: str
     device: torch.device
+    key_convolution: int
 
     def build(self, sequence: PackedSequence) -> MicroBatch:
         """Return this rank's part of `sequence`; padding added by the layout has no label and no document."""
@@ -51,10 +56,13 @@ class BatchBuilder:
         tokens = shards.shard(torch.from_numpy(sequence.tokens), rank)
         labels = shards.shard(torch.from_numpy(sequence.labels), rank, fill=IGNORED)
         attend = self.strategy.prepare(self.mechanism, shards, self.heads, backend=self.backend)
+        convolution = None
+        if self.key_convolution:
+            convolution = KeyConvolution.plan(self.strategy.channel, shards, self.key_convolution, self.device)
         mine = shards.rows_of(rank)
         return MicroBatch(
             tokens=tokens.to(self.device),
             labels=labels.to(self.device),
-            context=SequenceContext(rows=mine.to(self.device), attend=attend),
+            context=SequenceContext(rows=mine.to(self.device), attend=attend, key_convolution=convolution),
             visible_pairs=self.mechanism.visible_pairs(rows, rows) if rank == 0 else 0,
         )

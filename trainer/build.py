@@ -25,7 +25,8 @@ def build_on_meta(config: Config, mesh: Mesh) -> Transformer:
     """Return the model sharded over the mesh, without memory for its parameters."""
     compute_dtype = config.train.torch_dtype
     with torch.device("meta"):
-        model = Transformer(config.model, recompute=config.train.recompute == "block")
+        mechanism, recompute = config.attention.build_mechanism(), config.train.recompute == "block"
+        model = Transformer(config.model, mechanism, recompute=recompute)
     if compute_dtype == torch.float64:
         model = model.double()
     shard_parameters(model, model.blocks, mesh, compute_dtype)
@@ -41,4 +42,5 @@ def build_batches(config: Config, mesh: Mesh, device: torch.device, traffic: Tra
         layout=config.parallel.layout,
         backend=config.attention.backend,
         device=device,
+        key_convolution=config.model.key_convolution,
     )

@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 
 from farspan.kernels.cross_entropy import chunk_tokens
-from farspan.kernels.mechanism import Heads
+from farspan.kernels.mechanism import Gathered, Heads
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.rows import Rows
+from farspan.parallel.gathered import gathered_shape
+from farspan.parallel.halo import mean_rows_sent
+from farspan.parallel.layout import Shards
 from farspan.parallel.mesh import Degrees
 from farspan.parallel.strategy import STRATEGIES, AttentionShape
 from farspan.trainer.config import Config
@@ -17,27 +20,32 @@ GIB = 2**30
 def describe(config: Config, degrees: Degrees) -> str:
     """Return everything that follows from a resolved configuration."""
     model, parallel, tokens = config.model, config.parallel, config.data.sequence_tokens
-    sequences, shape = config.train.sequences_per_step, attention_shape(config, degrees)
+    sequences = config.train.sequences_per_step
     one_document = Rows.packed([tokens])
     mechanism = config.attention.build_mechanism()
-    flops = training_flops(model, tokens, mechanism.visible_pairs(one_document, one_document)) / tokens
-    volume = STRATEGIES.get(parallel.strategy).volume(shape, degrees.context)
-    sent = model.layers * (volume.forward + volume.backward)
+    pairs = mechanism.visible_pairs(one_document, one_document)
+    flops = training_flops(model, mechanism, tokens, pairs) / tokens
+    sent = model.layers * (attention_bytes(config, degrees) + convolution_bytes(config, degrees))
     memory = estimate_memory(config, degrees)
     lines = {
         "ranks": f"{degrees.data * degrees.context} = dp_replicate {degrees.dp_replicate} x dp_shard "
         f"{degrees.dp_shard} x context {degrees.context}",
-        "step": f"{sequences * tokens:,} tokens = {sequences} x {tokens:,}; each rank holds {shape.tokens_local:,} at "
-        f"a time and accumulates {sequences // degrees.data}",
-        "model": f"{total_parameters(model):,} parameters; {model.layers} layers, width {model.width}, "
+        "step": f"{sequences * tokens:,} tokens = {sequences} x {tokens:,}; each rank holds "
+        f"{tokens_local(config, degrees):,} at a time and accumulates {sequences // degrees.data}",
+        "model": f"{total_parameters(model, mechanism):,} parameters; {model.layers} layers, width {model.width}, "
         f"{model.heads}:{model.kv_heads} heads of {model.head_dim}, vocabulary {model.vocabulary_size:,}",
         "compute": f"{flops / 1e9:.3g} GFLOP per token, a document filling the sequence; "
         f"{config.train.compute_dtype} on {config.train.device}",
-        "attention": f"{mechanism}, computed by {config.attention.backend}{_warning(config.attention.backend)}",
+        "attention": f"{mechanism}{_convolved(model.key_convolution)}, computed by {config.attention.backend}"
+        f"{_warning(config.attention.backend)}",
         "context": f"{parallel.strategy}, {parallel.layout}; each rank sends {sent / 2**20:,.1f} MiB per sequence",
         "memory": f"{memory.total / GIB:.2f} GiB per rank (estimate): {memory}",
     }
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
+
+
+def _convolved(width: int) -> str:
+    return f" of keys convolved over {width}" if width else ""
 
 
 def _warning(backend: str) -> str:
@@ -82,11 +90,11 @@ def estimate_memory(config: Config, degrees: Degrees) -> Memory:
     """
     model, compute = config.model, config.train.torch_dtype
     item, master = compute.itemsize, accumulation_dtype(compute).itemsize
-    parameters, head = total_parameters(model), model.width * model.vocabulary_size
+    mechanism = config.attention.build_mechanism()
+    parameters, head = total_parameters(model, mechanism), model.width * model.vocabulary_size
     outside = head * (1 if model.tied_embeddings else 2)
     block = (parameters - outside) // model.layers
-    shape = attention_shape(config, degrees)
-    tokens, query, kv = shape.tokens_local, model.heads * model.head_dim, model.kv_heads * model.head_dim
+    tokens, query, kv = tokens_local(config, degrees), model.heads * model.head_dim, model.kv_heads * model.head_dim
     in_block = block_activations(config, tokens)
     inputs = tokens * model.width * item
     kept = model.layers * inputs + in_block if config.train.recompute == "block" else model.layers * in_block
@@ -108,28 +116,68 @@ def block_activations(config: Config, tokens: int) -> int:
 
     Per token: the residual stream before both norms and the norms' results; rotated q and k, v, out and a float32 lse;
     gate, silu(gate), up and their product; with qk_norm q and k before it. CPU norms keep the normalised input too.
+    Where heads gather tokens: out of all tokens; q, k, v, out, lse and routing of the gathered ones. With a convolution
+    on keys, what it reads. What a routed mechanism chose is left out.
     """
-    model = config.model
-    query, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    model, compute, mechanism = config.model, config.train.torch_dtype, config.attention.build_mechanism()
+    query, kv, wide = model.heads * model.head_dim, model.kv_heads * model.head_dim, accumulation_dtype(compute)
     normed = 2 * model.width + (query + kv if model.qk_norm else 0)
-    kept = 2 * model.width + normed + 2 * query + 2 * kv + 4 * model.feed_forward
+    kept = 2 * model.width + normed + 4 * model.feed_forward
     if config.train.device == "cpu":
         kept += normed
-    compute = config.train.torch_dtype
-    return tokens * (kept * compute.itemsize + model.heads * accumulation_dtype(compute).itemsize)
+    if model.key_convolution:
+        kept += kv
+    attention = (2 * query + 2 * kv) * compute.itemsize + model.heads * wide.itemsize
+    if isinstance(mechanism, Gathered):
+        length = config.data.sequence_tokens
+        gathered = attention + model.kv_heads * wide.itemsize
+        attention = query * compute.itemsize + gathered * len(mechanism.typical(Rows.packed([length]))) // length
+    return tokens * (kept * compute.itemsize + attention)
+
+
+def tokens_local(config: Config, degrees: Degrees) -> int:
+    """Return how many tokens of a sequence a rank holds, padding included."""
+    return -(-config.data.sequence_tokens // degrees.context)
+
+
+def attention_bytes(config: Config, degrees: Degrees) -> int:
+    """Return the bytes that a rank sends in one layer's attention, forward and backward."""
+    volume = STRATEGIES.get(config.parallel.strategy).volume(attention_shape(config, degrees), degrees.context)
+    return volume.forward + volume.backward
+
+
+def convolution_bytes(config: Config, degrees: Degrees) -> int:
+    """Return the bytes that a rank, the mean over ranks, sends in one layer's convolution on keys, both ways."""
+    model, compute = config.model, config.train.torch_dtype
+    if not model.key_convolution:
+        return 0
+    rows = Rows.packed([config.data.sequence_tokens])
+    shards = Shards.deal(rows, layout=config.parallel.layout, degree=degrees.context)
+    sent = mean_rows_sent(shards, model.key_convolution - 1) * model.kv_heads * model.head_dim
+    return sent * (compute.itemsize + accumulation_dtype(compute).itemsize)
 
 
 def attention_shape(config: Config, degrees: Degrees) -> AttentionShape:
-    """Return the shape of one rank's attention inputs in one layer."""
+    """Return the shape of what one rank puts into attention in one layer, a document filling the sequence.
+
+    Where tokens are dealt and heads gather some: of their rows, spread evenly over the ranks.
+    """
     compute, mechanism = config.train.torch_dtype, config.attention.build_mechanism()
-    heads = Heads(query=config.model.heads, kv=config.model.kv_heads)
-    return AttentionShape(
-        tokens_local=-(-config.data.sequence_tokens // degrees.context),
+    heads, one_document = (
+        Heads(query=config.model.heads, kv=config.model.kv_heads),
+        Rows.packed([config.data.sequence_tokens]),
+    )
+    shape = AttentionShape(
+        tokens_local=tokens_local(config, degrees),
         heads=heads,
         head_dim=config.model.head_dim,
         value_dim=config.model.head_dim,
         element_bytes=compute.itemsize,
         accumulation_bytes=accumulation_dtype(compute).itemsize,
         routing_width=mechanism.routing_width,
-        total_bytes=mechanism.total_bytes(Rows.packed([config.data.sequence_tokens]), heads, config.model.head_dim),
+        total_bytes=mechanism.total_bytes(one_document, heads, config.model.head_dim),
     )
+    if isinstance(mechanism, Gathered) and not STRATEGIES.get(config.parallel.strategy).deals_heads:
+        chosen = len(mechanism.typical(one_document)) * heads.kv
+        return gathered_shape(shape, -(-chosen // degrees.context))
+    return shape

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from farspan.kernels.backend import choose_backend
+from farspan.kernels.backend import Work, choose_backend
 from farspan.kernels.errors import ConfigError, DataError
 from farspan.parallel.mesh import Degrees
 from farspan.parallel.ranks import Ranks
@@ -99,10 +99,11 @@ def fill_in(config: Config, degrees: Degrees, device: torch.device, vocabulary_s
             f"model.vocabulary_size={model.vocabulary_size} is smaller than the {vocabulary_size} tokens of "
             f"data.folder={str(config.data.folder)!r}: raise it, or set 0 to take the data's."
         )
+    work = Work.of(config.attention.build_mechanism(), config.train.torch_dtype, model.head_dim, model.head_dim)
     return replace(
         config,
         model=model,
         parallel=replace(config.parallel, dp_shard=degrees.dp_shard),
-        attention=replace(config.attention, backend=choose_backend(config.attention.backend, device)),
+        attention=replace(config.attention, backend=choose_backend(config.attention.backend, device, work)),
         train=replace(config.train, device=device.type),
     )

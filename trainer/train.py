@@ -170,7 +170,8 @@ class _Run:
         """Return what is on record of one step; `sent` is in bytes, of rank 0."""
         config = self.config
         tokens = config.train.sequences_per_step * config.data.sequence_tokens
-        mfu = training_flops(config.model, tokens, result.visible_pairs) / seconds / self.peak_flops
+        flops = training_flops(config.model, self.batches.mechanism, tokens, result.visible_pairs)
+        mfu = flops / seconds / self.peak_flops
         return {
             "step": self.state.step,
             "loss": result.loss,

@@ -1,7 +1,7 @@
 """Rules between fields: each a small function that raises ConfigError with what to change."""
 
 from farspan.kernels.errors import ConfigError
-from farspan.kernels.mechanism import Heads, Masked
+from farspan.kernels.mechanism import Heads
 from farspan.kernels.registry import nearest_name_hint
 from farspan.parallel.layout import LAYOUTS
 from farspan.parallel.mesh import Degrees
@@ -18,6 +18,7 @@ def validate(config: Config, degrees: Degrees) -> None:
     decay_follows_warmup(config)
     batch_divides(config, degrees)
     layout_exists(config)
+    mechanism_takes_model(config)
     strategy_takes_mechanism(config, degrees)
 
 
@@ -95,14 +96,16 @@ def layout_exists(config: Config) -> None:
         raise ConfigError(f"parallel.layout={layout!r} does not exist; choose one of {', '.join(LAYOUTS)}.{hint}")
 
 
+def mechanism_takes_model(config: Config) -> None:
+    heads = Heads(query=config.model.heads, kv=config.model.kv_heads)
+    refusal = config.attention.build_mechanism().refusal(heads, config.data.sequence_tokens)
+    if refusal is not None:
+        raise ConfigError(f"attention.mechanism={config.attention.mechanism!r} refuses this run: {refusal}.")
+
+
 def strategy_takes_mechanism(config: Config, degrees: Degrees) -> None:
     heads = Heads(query=config.model.heads, kv=config.model.kv_heads)
     strategy, mechanism = STRATEGIES.get(config.parallel.strategy), config.attention.build_mechanism()
-    if isinstance(mechanism, Masked):
-        try:
-            mechanism.visibility().by_heads(heads.query)
-        except ValueError as error:
-            raise ConfigError(f"attention.mechanism={config.attention.mechanism!r} has {error}.") from error
     refusal = strategy.refusal(mechanism, heads, degrees.context)
     if refusal is not None:
         raise ConfigError(f"parallel.strategy={config.parallel.strategy!r} refuses this run: {refusal}")

@@ -8,6 +8,8 @@ from torch import Tensor
 from farspan.kernels.backend import BACKENDS, Backend
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.plan import Plan
+from farspan.kernels.state import State
+from farspan.kernels.stretch import Stretch
 
 
 @final
@@ -41,6 +43,66 @@ class ReferenceBackend(Backend):
         dk = torch.einsum("hts,thd->shd", dscores, q.to(dtype))
         dv = torch.einsum("hts,thd->shd", probability, dout)
         return dq, dk.unflatten(1, shared).sum(2), dv.unflatten(1, shared).sum(2)
+
+    def scan_refusal(self) -> str | None:
+        return None
+
+    def scan(
+        self, q: Tensor, k: Tensor, v: Tensor, stretch: Stretch, decay: Tensor, state: State
+    ) -> tuple[Tensor, State]:
+        group = q.shape[1] // k.shape[1]
+        queries, keys, values = (x.to(state.value.dtype) for x in (q, k, v))
+        keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
+        weight, of_state, to_end, state_to_end = _weights(stretch, decay.to(state.value), state)
+        scores = torch.einsum("ihd,jhd->hij", queries, keys) * weight
+        out = torch.einsum("hij,jhe->ihe", scores, values)
+        out += torch.einsum("ihd,hde->ihe", queries, state.value) * of_state
+        left = torch.einsum("jhd,jhe->hde", keys * to_end, values) + state_to_end * state.value
+        return out, State(left, stretch.last if stretch.tokens else state.place)
+
+    def scan_backward(
+        self,
+        dout: Tensor,
+        dstate: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        stretch: Stretch,
+        decay: Tensor,
+        state: State,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Out and the state left are sums of products: each factor's gradient is the sum without that factor."""
+        shared = (k.shape[1], q.shape[1] // k.shape[1])
+        dout, queries, keys, values = (x.to(state.value.dtype) for x in (dout, q, k, v))
+        keys, values = keys.repeat_interleave(shared[1], dim=1), values.repeat_interleave(shared[1], dim=1)
+        weight, of_state, to_end, state_to_end = _weights(stretch, decay.to(state.value), state)
+        scores = torch.einsum("ihd,jhd->hij", queries, keys) * weight
+        dscores = torch.einsum("ihe,jhe->hij", dout, values) * weight
+        dq = torch.einsum("hij,jhd->ihd", dscores, keys)
+        dq += torch.einsum("ihe,hde->ihd", dout, state.value) * of_state
+        dk = torch.einsum("hij,ihd->jhd", dscores, queries)
+        dk += torch.einsum("jhe,hde->jhd", values, dstate) * to_end
+        dv = torch.einsum("hij,ihe->jhe", scores, dout)
+        dv += torch.einsum("jhd,hde->jhe", keys, dstate) * to_end
+        dbefore = torch.einsum("ihd,ihe->hde", queries * of_state, dout) + state_to_end * dstate
+        return dq, dk.unflatten(1, shared).sum(2), dv.unflatten(1, shared).sum(2), dbefore
+
+
+def _weights(stretch: Stretch, decay: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the weights exp(-s distance) of what comes before, in the same document, for what comes after, else 0.
+
+    Of rows for rows `[Hq, T, T]`, of the state for rows and of rows for the state left `[T, Hq, 1]`, of the state for
+    the state left `[Hq, 1, 1]`.
+    """
+    place, end = state.place, stretch.last if stretch.tokens else state.place
+    documents, positions = stretch.rows.document, stretch.rows.position
+    document = torch.cat([documents, documents.new_tensor([place.document, end.document])]).to(decay.device)
+    position = torch.cat([positions, positions.new_tensor([place.position, end.position])]).to(decay.device)
+    distance = position[:, None] - position[None, :]
+    visible = (document[:, None] == document[None, :]) & (document >= 0) & (distance >= 0)
+    weight = torch.where(visible, torch.exp(-decay[:, None, None] * distance.clamp(min=0)), 0.0)
+    of_state, to_end = weight[:, :-2, -2].t().unsqueeze(-1), weight[:, -1, :-2].t().unsqueeze(-1)
+    return weight[:, :-2, :-2], of_state, to_end, weight[:, -1, -2, None, None]
 
 
 def _scores(q: Tensor, k: Tensor, plan: Plan) -> tuple[Tensor, int]:

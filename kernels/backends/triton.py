@@ -6,7 +6,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from farspan.kernels.backend import BACKENDS, Backend
+from farspan.kernels.backend import BACKENDS, Backend, Work
+from farspan.kernels.errors import ConfigError
 from farspan.kernels.gpu.shapes import MAX_WIDTH, Shapes, shapes_for
 from farspan.kernels.plan import Plan
 
@@ -29,10 +30,17 @@ class TritonBackend(Backend):
             return None
         return "its kernels are for CUDA devices"
 
+    def limit(self, work: Work) -> str | None:
+        if work.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"it takes float32, bfloat16 and float16, not {str(work.dtype).removeprefix('torch.')}"
+        if max(work.head_dim, work.value_dim) > MAX_WIDTH:
+            return f"it takes head sizes up to {MAX_WIDTH}, not {max(work.head_dim, work.value_dim)}"
+        return None
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         from farspan.kernels.gpu import schedule
 
-        problem = schedule.Problem(q=q, k=k, v=v, plan=plan, shapes=_shapes(q, v))
+        problem = schedule.Problem(q=q, k=k, v=v, plan=plan, shapes=self._shapes(q, v))
         with torch.cuda.device_of(q):
             return schedule.forward(problem)
 
@@ -41,19 +49,19 @@ class TritonBackend(Backend):
     ) -> tuple[Tensor, Tensor, Tensor]:
         from farspan.kernels.gpu import schedule
 
-        problem = schedule.Problem(q=q, k=k, v=v, plan=plan, shapes=_shapes(q, v))
+        problem = schedule.Problem(q=q, k=k, v=v, plan=plan, shapes=self._shapes(q, v))
         with torch.cuda.device_of(q):
             return schedule.backward(problem, dout, out, lse)
 
-
-def _shapes(q: Tensor, v: Tensor) -> Shapes:
-    """Return the shapes of tiles for these tensors; raises ValueError for what the kernels cannot do."""
-    width = max(q.shape[2], v.shape[2])
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"the triton backend computes in float32 to float16, not in {q.dtype}: use another backend")
-    if width > MAX_WIDTH:
-        raise ValueError(f"the triton backend takes heads of at most {MAX_WIDTH}, not {width}: use another backend")
-    return shapes_for(width, q.dtype)
+    def _shapes(self, q: Tensor, v: Tensor) -> Shapes:
+        """Return the shapes of tiles for these tensors; raises ConfigError for what the kernels cannot do."""
+        sizes = q.shape[2], v.shape[2]
+        work = Work(dtype=q.dtype, head_dim=sizes[0], value_dim=sizes[1], chooses_keys=False, scans=False)
+        if reason := self.limit(work):
+            raise ConfigError(
+                f"attention.backend='triton' cannot compute this: {reason}; use attention.backend='auto'."
+            )
+        return shapes_for(max(sizes), q.dtype)
 
 
 BACKENDS.add("triton", TritonBackend())

@@ -5,14 +5,14 @@ and a share of the other blocks that it may see, spread evenly, one at random in
 of Sparse Transformers, arXiv 1904.10509, and their kin are timed on such patterns).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self, final
 
 import torch
 from torch import Tensor
 
-from farspan.kernels.mechanism import MECHANISMS, Holding, Routed
+from farspan.kernels.mechanism import MECHANISMS, Heads, Holding, Routed
 from farspan.kernels.pooled import candidates, few_units, selected
 from farspan.kernels.rows import Rows
 from farspan.kernels.selection import Partition, Selection
@@ -49,9 +49,13 @@ class BlockSparse(Routed):
     @classmethod
     def examples(cls) -> Sequence[Self]:
         return (
-            cls(block=16, density=0.4),
+            cls(block=32, density=0.4),
             cls(block=32, causal=False, mask=("1", "011", "1", "0011", "", "1", "1", "1", "01", "1", "111")),
         )
+
+    @classmethod
+    def benchmarks(cls) -> Mapping[str, Self]:
+        return {f"block_sparse_{share}": cls(density=share / 100) for share in (5, 10, 25)}
 
     def visibility(self) -> Visibility:
         return Visibility(causal=self.causal)
@@ -61,6 +65,13 @@ class BlockSparse(Routed):
 
     def tiles(self, everyone: Rows) -> Partition:
         return Partition.blocks(everyone, self.block)
+
+    def refusal(self, heads: Heads, longest: int) -> str | None:
+        tiles = -(-longest // self.block)
+        return self._too_few(tiles) if self.mask and tiles > len(self.mask) else None
+
+    def _too_few(self, tiles: int) -> str:
+        return f"mask has {len(self.mask)} tiles, but a document has {tiles}: give a row for each"
 
     @torch.no_grad()
     def select(self, q: Tensor, k: Tensor, holding: Holding) -> Selection:
@@ -72,7 +83,7 @@ class BlockSparse(Routed):
         blocks, kv_heads = holding.blocks, len(holding.kv_heads)
         longest = int(blocks.first.diff().max()) if len(blocks.documents) else 0
         if longest > len(self.mask):
-            raise ValueError(f"mask has {len(self.mask)} tiles, but a document has {longest}: give a row for each")
+            raise ValueError(self._too_few(longest))
         rows = [[c == "1" for c in row.ljust(longest, "0")[:longest]] for row in self.mask]
         table, number = torch.tensor(rows, dtype=torch.bool), blocks.number
         for units in few_units(holding, kv_heads):

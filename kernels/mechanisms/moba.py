@@ -5,7 +5,7 @@ score for a query is the product of the query with the mean of the block's keys,
 that holds the query is always taken and counts as one of `top_k`; later blocks never are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self, final
 
@@ -37,6 +37,10 @@ class MoBA(Routed):
     @classmethod
     def examples(cls) -> Sequence[Self]:
         return (cls(block=32, top_k=3),)
+
+    @classmethod
+    def benchmarks(cls) -> Mapping[str, Self]:
+        return {"moba_512x8": cls(block=512, top_k=8), "moba_128x32": cls(block=128, top_k=32)}
 
     def visibility(self) -> Visibility:
         return Visibility(causal=True)

@@ -10,7 +10,7 @@ best `1 / sparsity` of the tokens of its document up to itself, or is the best o
 random order about as many are taken.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self, final
 
@@ -43,6 +43,10 @@ class MoSA(Gathered):
     @classmethod
     def examples(cls) -> Sequence[Self]:
         return cls(sparsity=4), cls(sparsity=3, include_first=False, causal=False), cls(sparsity=4, causal_choice=True)
+
+    @classmethod
+    def benchmarks(cls) -> Mapping[str, Self]:
+        return {"mosa_16": cls(sparsity=16)}
 
     def among(self) -> Masked:
         return Dense(causal=self.causal)

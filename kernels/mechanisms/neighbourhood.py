@@ -4,7 +4,7 @@ NATTEN (arXiv 2204.07143, 2209.15001) and generalized neighbourhood attention (a
 `farspan.kernels.neighbourhood`. Tokens of a document are the cells of the grid in row-major order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self, final
 
@@ -41,6 +41,10 @@ class Neighbourhood(Masked):
             cls(grid=(160,), window=(21,), stride=(4,), causal=(True,)),
             cls(grid=(3, 5, 8), window=(2, 3, 3), stride=(1, 1, 2), dilation=(1, 1, 2), causal=(True, False, False)),
         )
+
+    @classmethod
+    def benchmarks(cls) -> Mapping[str, Self]:
+        return {"neighbourhood_8x32x32": cls(grid=(8, 32, 32), window=(4, 16, 16), stride=(1, 8, 8))}
 
     def visibility(self) -> Visibility:
         count = len(self.grid)

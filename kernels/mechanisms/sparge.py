@@ -6,7 +6,7 @@ the highest scores are taken, up to a share of the softmax over the scores of al
 Tiles and blocks whose rows are not alike are always computed. Reference semantics: the published block map.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self, final
 
@@ -47,9 +47,13 @@ class SpargeAttention(Routed):
     @classmethod
     def examples(cls) -> Sequence[Self]:
         return (
-            cls(tile=16, block=8, similarity=-0.1, mass=0.5),
-            cls(tile=16, block=16, similarity=0.05, top=0.3, sink=True, causal=False),
+            cls(tile=32, block=16, similarity=-0.1, mass=0.5),
+            cls(tile=32, block=32, similarity=0.04, top=0.3, sink=True, causal=False),
         )
+
+    @classmethod
+    def benchmarks(cls) -> Mapping[str, Self]:
+        return {"sparge_top_10": cls(similarity=-0.1, top=0.1)}
 
     def visibility(self) -> Visibility:
         return Visibility(causal=self.causal)

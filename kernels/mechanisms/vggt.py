@@ -6,7 +6,7 @@ their softmax and at least a share of the blocks. Special tokens see and are see
 published code, whose special keys stand in blocks of their own.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Self, final
@@ -51,9 +51,13 @@ class VGGT(Routed):
     @classmethod
     def examples(cls) -> Sequence[Self]:
         return (
-            cls(frame=20, special=2, mass=0.5, sparsity=0.7, tile=16, block=8),
-            cls(mass=0.2, sparsity=0.8, tile=32, block=16),
+            cls(frame=20, special=2, mass=0.5, sparsity=0.7, tile=32, block=16),
+            cls(mass=0.2, sparsity=0.8, tile=64, block=32),
         )
+
+    @classmethod
+    def benchmarks(cls) -> Mapping[str, Self]:
+        return {"vggt_10": cls(mass=0.0, sparsity=0.9)}
 
     def visibility(self) -> Visibility:
         return Visibility(causal=False)

@@ -7,7 +7,7 @@ queries and blocks together. The paper alternates 1-, 2- and 3-dimensional brick
 with the last one taken of a head's joint ranking are taken too.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self, final
 
@@ -56,11 +56,14 @@ class VMoBA(Routed):
     @classmethod
     def examples(cls) -> Sequence[Self]:
         return (
-            cls(frame=(4, 6), brick=(2, 2, 3), scope="head", share=0.4),
-            cls(frame=(4, 6), brick=(0, 2, 3), rule="top_k", top_k=2),
-            cls(brick=(16,), rule="top_k", top_k=2, scope="head"),
-            cls(frame=(4, 6), brick=(1, 0, 0), share=0.3),
+            cls(frame=(4, 8), brick=(2, 4, 4), scope="head", share=0.4),
+            cls(frame=(4, 8), brick=(0, 2, 8), rule="top_k", top_k=2),
+            cls(brick=(32,), rule="top_k", top_k=2, scope="head"),
         )
+
+    @classmethod
+    def benchmarks(cls) -> Mapping[str, Self]:
+        return {"vmoba_1024": cls(brick=(1024,))}
 
     def visibility(self) -> Visibility:
         return Visibility(causal=False)

@@ -3,7 +3,7 @@
 Longformer (arXiv 2004.05150), section 3.1; sinks: StreamingLLM (arXiv 2309.17453), section 3.2.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self, final
 
@@ -26,6 +26,10 @@ class Window(Masked):
     @classmethod
     def examples(cls) -> Sequence[Self]:
         return cls(window=40, sinks=4), cls(window=7), cls(window=20, sinks=3, causal=False)
+
+    @classmethod
+    def benchmarks(cls) -> Mapping[str, Self]:
+        return {"window_1024": cls(window=1024)}
 
     def visibility(self) -> Visibility:
         return Visibility(causal=self.causal, window=self.window, sinks=self.sinks)

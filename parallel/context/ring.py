@@ -34,7 +34,10 @@ class Ring(Strategy):
     @classmethod
     def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int) -> str | None:
         if not isinstance(mechanism, (Masked, Gathered)):
-            return f"strategy 'ring' moves keys and values, which {type(mechanism).__name__} does not attend to."
+            return (
+                f"strategy 'ring' moves keys and values, which {type(mechanism).__name__} does not attend to; "
+                "set parallel.strategy='ulysses'."
+            )
         return None
 
     @classmethod

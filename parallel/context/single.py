@@ -48,7 +48,7 @@ class _SingleAttend(Attend):
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
         return self.whole.backward(dout, saved)
 
-    def lse(self, saved: Saved) -> Tensor:
+    def lse(self, saved: Saved) -> Tensor | None:
         return self.whole.lse(saved)
 
 

@@ -88,8 +88,11 @@ class _UlyssesAttend(Attend):
         of_keys += self._scatter_tokens(list(gradients[3:]), kind="ulysses_drouting")
         return dq.flatten(1, 2), *(_sum_replicas(gradient, self.heads.kv) for gradient in of_keys)
 
-    def lse(self, saved: Saved) -> Tensor:
-        (lse,) = self._scatter_tokens([self.whole.lse(saved).unsqueeze(-1)], kind="ulysses_lse")
+    def lse(self, saved: Saved) -> Tensor | None:
+        mine = self.whole.lse(saved)
+        if mine is None:
+            return None
+        (lse,) = self._scatter_tokens([mine.unsqueeze(-1)], kind="ulysses_lse")
         return lse.flatten(1)
 
     def _gather_tokens(self, parts: list[Tensor], *, kind: str) -> list[Tensor]:

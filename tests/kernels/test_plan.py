@@ -24,7 +24,8 @@ def covered(plan: Plan) -> torch.Tensor:
             part += plan.region_mask(plan.parts[0].visibility, region).int()
         else:
             ones = torch.ones_like(part)
-            part += ones if region.kind is Kind.FULL else ones.tril()
+            part += {Kind.FULL: ones, Kind.CAUSAL: ones.tril(), Kind.ANTICAUSAL: ones.triu()}[region.kind]
+            assert region.kind is not Kind.ANTICAUSAL or part.shape[0] == part.shape[1]
     return count
 
 
@@ -145,12 +146,12 @@ def test_masks_stay_small_where_runs_do_not_match() -> None:
     assert any(region.kind is Kind.FULL for region in plan.parts[0].regions)
 
 
-def test_masks_stay_small_under_a_wide_window() -> None:
+@pytest.mark.parametrize("window", [100, 1024, 32768])
+def test_a_window_needs_no_masks(window: int) -> None:
     rows = Rows.packed([65536])
-    plan = Plan.build(rows, rows, Visibility(window=32768), heads=1)
-    masked = [region for region in plan.parts[0].regions if region.kind is Kind.MASKED]
-    assert max((r.query_stop - r.query_start) * (r.key_stop - r.key_start) for r in masked) <= 512 * 512
-    assert plan.visible_pairs == 32768 * 32769 // 2 + 32768 * 32768
+    plan = Plan.build(rows, rows, Visibility(window=window), heads=1)
+    assert {region.kind for region in plan.parts[0].regions} == {Kind.FULL, Kind.CAUSAL, Kind.ANTICAUSAL}
+    assert plan.visible_pairs == window * (window + 1) // 2 + (65536 - window) * window
 
 
 def test_a_million_tokens_in_tiny_documents_take_linear_time_and_memory() -> None:

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.backend import BACKENDS
-from farspan.kernels.mechanism import MECHANISMS, Gathered, Heads, Masked, Mechanism, Routed
+from farspan.kernels.mechanism import MECHANISMS, Gathered, Heads, Masked, Mechanism, Recurrent, Routed
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.rows import Rows
+from farspan.kernels.visibility import Visibility
 from farspan.kernels.whole import plan_whole
 from tests import oracle
 from tests.holding import select
@@ -47,6 +48,8 @@ def visible(mechanism: Mechanism, inputs: list[Tensor], rows: Rows) -> Tensor:
         chosen = mechanism.choose(inputs[3][..., 0].float(), rows).t().repeat_interleave(group, dim=0)
         both = chosen[:, :, None] & chosen[:, None, :]
         return both & oracle.visible_mask(rows, rows, mechanism.among().visibility(), heads)
+    if isinstance(mechanism, Recurrent):
+        return oracle.visible_mask(rows, rows, Visibility(causal=True), heads)
     assert isinstance(mechanism, Masked)
     mask = oracle.visible_mask(rows, rows, mechanism.visibility(), heads)
     return (
@@ -57,9 +60,12 @@ def visible(mechanism: Mechanism, inputs: list[Tensor], rows: Rows) -> Tensor:
 
 
 def expect(mechanism: Mechanism, inputs: list[Tensor], dout: Tensor, rows: Rows) -> list[Tensor]:
-    """Return out, lse and the gradient of each input."""
+    """Return out, lse if there is a softmax, and the gradient of each input."""
     leaves = [x.double().requires_grad_() for x in inputs]
     q, k, v = leaves[:3]
+    if isinstance(mechanism, Recurrent):
+        out = oracle.decayed_sums(q, k, v, mechanism.decay(q.shape[1]), rows)
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout.double())]
     out, lse = oracle.attention(q, k, v, visible(mechanism, inputs, rows))
     if isinstance(mechanism, Gathered):
         group = q.shape[1] // k.shape[1]
@@ -72,7 +78,11 @@ def run(mechanism: Mechanism, inputs: list[Tensor], dout: Tensor, rows: Rows, he
     whole = plan_whole(mechanism, rows, heads, range(heads.query), backend=backend)
     out, saved = whole.forward(*inputs)
     assert out.dtype == inputs[0].dtype
-    return [out, whole.lse(saved), *whole.backward(dout, saved)]
+    return results(out, whole.lse(saved), whole.backward(dout, saved))
+
+
+def results(out: Tensor, lse: Tensor | None, gradients: tuple[Tensor, ...]) -> list[Tensor]:
+    return [out, *([] if lse is None else [lse]), *gradients]
 
 
 @pytest.mark.parametrize("dtype", list(oracle.RELATIVE_TOLERANCE), ids=str)
@@ -99,7 +109,7 @@ def test_heads_can_be_dealt(mechanism: Mechanism, backend: str) -> None:
         part = plan_whole(mechanism, rows, heads, range(first, first + 2), backend=backend)
         mine = [x[:, first : first + 2] if x.shape[1] == 8 else x[:, first // 2 : first // 2 + 1] for x in inputs]
         out, saved = part.forward(*mine)
-        got = [out, part.lse(saved), *part.backward(dout[:, first : first + 2], saved)]
+        got = results(out, part.lse(saved), part.backward(dout[:, first : first + 2], saved))
         for mine, all_heads in zip(got, whole, strict=True):
             at = first if all_heads.shape[1] == 8 else first // 2
             error = oracle.relative_error(mine, all_heads[:, at : at + mine.shape[1]])

@@ -56,15 +56,25 @@ def count_sharding(config: Config) -> tuple[int, int, dict[str, int]]:
 
 @pytest.mark.parametrize(
     "parallel",
-    # Three ranks: no parameter has rows that divide by them.
-    [ParallelConfig(context=2), ParallelConfig(context=2, dp_replicate=2), ParallelConfig(context=3)],
+    # Ulysses, as ring all-reduces routing, which would be counted too. Three ranks: no parameter has rows that they
+    # divide.
+    [
+        ParallelConfig(context=2),
+        ParallelConfig(context=2, dp_replicate=2, strategy="ulysses"),
+        ParallelConfig(context=3),
+    ],
     ids=str,
 )
 def test_bytes_of_sharding_are_as_stated(
     tmp_path: Path, ranks: Callable[[int], RankPool], parallel: ParallelConfig
 ) -> None:
-    config = tiny.config(tiny.make_data(tmp_path), tmp_path, parallel)
-    config = replace(config, train=replace(config.train, compute_dtype="float32"))
+    # With every kind of parameter there is: a router's has fewer rows than there may be ranks.
+    config = tiny.with_model(tiny.config(tiny.make_data(tmp_path), tmp_path, parallel), key_convolution=3)
+    config = replace(
+        config,
+        train=replace(config.train, compute_dtype="float32"),
+        attention=replace(config.attention, mechanism="mosa"),
+    )
     for stated, counted, put_in in ranks(parallel.context * parallel.dp_replicate).run(count_sharding, config):
         assert stated == counted, put_in
 

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from farspan.kernels.mechanism import MECHANISMS, Gathered, Heads, Mechanism
+from farspan.kernels.mechanism import MECHANISMS, Gathered, Heads, Mechanism, Recurrent
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.rows import Rows
 from farspan.kernels.whole import plan_whole
 from farspan.parallel.comm import Channel, Traffic
-from farspan.parallel.gathered import deal_chosen, gathered_heads
+from farspan.parallel.gathered import deal_chosen, gathered_shape
 from farspan.parallel.layout import LAYOUTS, Shards
 from farspan.parallel.strategy import STRATEGIES, AttentionShape
 from tests.oracle import relative_error, rms_error
@@ -78,35 +78,39 @@ def run_case(case: Case) -> tuple[list[Tensor], Sent]:
     channel = Channel(dist.group.WORLD, Traffic())  # pyright: ignore[reportArgumentType]
     shards = Shards.deal(case.rows, layout=case.layout, degree=channel.size)
     planned = STRATEGIES.get(case.strategy)(channel).prepare(case.mechanism, shards, case.heads, backend="cpu")
-    *leaves, dout = (shards.shard(x, channel.rank) for x in case.inputs())
-    leaves = [x.requires_grad_() for x in leaves]
-    out = planned(*leaves)
-    forward_bytes = channel.traffic.take()
-    gradients = torch.autograd.grad(out, leaves, dout)
-    backward_bytes = channel.traffic.take()
+    *inputs, dout = (shards.shard(x, channel.rank) for x in case.inputs())
     with torch.no_grad():
-        lse = planned.lse(planned.forward(*leaves)[1])
-    return [out.detach(), lse, *gradients], {"forward": forward_bytes, "backward": backward_bytes}
+        out, saved = planned.forward(*inputs)
+        forward_bytes = channel.traffic.take()
+        gradients = [x.to(of.dtype) for x, of in zip(planned.backward(dout, saved), inputs, strict=True)]
+        backward_bytes = channel.traffic.take()
+        lse = planned.lse(saved)
+    return [out, *([] if lse is None else [lse]), *gradients], {"forward": forward_bytes, "backward": backward_bytes}
 
 
 @functools.cache
-def reference(mechanism: Mechanism, documents: str, heads: Heads) -> list[Tensor]:
-    """One process, the reference backend, float64."""
-    case = Case(mechanism, "single", "contiguous", documents, heads)
-    *inputs, dout = case.inputs()
+def reference(mechanism: Mechanism, documents: str, heads: Heads, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """One process, the reference backend, float64, of inputs rounded to `dtype`."""
+    case = Case(mechanism, "single", "contiguous", documents, heads, dtype)
+    *inputs, dout = (x.double() for x in case.inputs())
     whole = plan_whole(mechanism, case.rows, heads, range(heads.query), backend="reference")
     out, saved = whole.forward(*inputs)
-    return [out, whole.lse(saved), *whole.backward(dout, saved)]
+    lse = whole.lse(saved)
+    return [out, *([] if lse is None else [lse]), *whole.backward(dout, saved)]
 
 
 def cases(strategy: str, degree: int, mechanism_name: str) -> list[Case]:
-    """Everything that the registries admit at this degree."""
+    """Every pair of layout, documents and heads with every example, if the strategy admits it at this degree.
+
+    A third of all triples covers the pairs; which third changes with the degree, so that all triples have their turn.
+    """
     return [
         Case(mechanism, strategy, layout, documents, heads)
         for mechanism in MECHANISMS.get(mechanism_name).examples()
-        for layout in LAYOUTS
-        for documents in DOCUMENTS
-        for heads in HEADS
+        for a, layout in enumerate(LAYOUTS)
+        for b, documents in enumerate(DOCUMENTS)
+        for c, heads in enumerate(HEADS)
+        if (a + b + c) % 3 == DEGREES.index(degree) % 3
         if STRATEGIES.get(strategy).refusal(mechanism, heads, degree) is None
     ]
 
@@ -124,22 +128,20 @@ def put_together(case: Case, degree: int, parts: list[list[Tensor]]) -> list[Ten
 
 def volume(case: Case, degree: int) -> dict[str, int]:
     shards, mechanism, heads = Shards.deal(case.rows, layout=case.layout, degree=degree), case.mechanism, case.heads
-    strategy, total_bytes = STRATEGIES.get(case.strategy), case.mechanism.total_bytes(case.rows, heads, HEAD_DIM)
-    tokens_local, routing_width = shards.tokens_local, mechanism.routing_width
-    if isinstance(mechanism, Gathered) and not strategy.deals_heads:
-        logits = case.inputs()[3][..., 0].float()
-        tokens_local = deal_chosen(mechanism, logits, shards, 0)[0].tokens_local
-        heads, routing_width = gathered_heads(heads), 0
+    strategy = STRATEGIES.get(case.strategy)
     shape = AttentionShape(
-        tokens_local=tokens_local,
+        tokens_local=shards.tokens_local,
         heads=heads,
         head_dim=HEAD_DIM,
         value_dim=VALUE_DIM,
         element_bytes=case.dtype.itemsize,
         accumulation_bytes=accumulation_dtype(case.dtype).itemsize,
-        routing_width=routing_width,
-        total_bytes=total_bytes,
+        routing_width=mechanism.routing_width,
+        total_bytes=mechanism.total_bytes(case.rows, heads, HEAD_DIM),
     )
+    if isinstance(mechanism, Gathered) and not strategy.deals_heads:
+        logits = case.inputs()[3][..., 0].float()
+        shape = gathered_shape(shape, deal_chosen(mechanism, logits, shards, 0)[0].tokens_local)
     stated = strategy.volume(shape, degree)
     return {"forward": stated.forward, "backward": stated.backward}
 
@@ -161,10 +163,10 @@ def differing_bytes(case: Case, degree: int, sent: list[Sent]) -> list[str]:
 def test_equals_one_process(ranks: Callable[[int], RankPool], strategy: str, degree: int, mechanism: str) -> None:
     chosen = cases(strategy, degree, mechanism)
     if not chosen:
-        assert strategy == "single"
-        assert degree > 1
+        is_recurrent = isinstance(MECHANISMS.get(mechanism).examples()[0], Recurrent)
+        assert (strategy == "single" and degree > 1) or (strategy == "ring" and is_recurrent)
         return
-    assert len(chosen) >= len(LAYOUTS) * len(DOCUMENTS) * len(HEADS)
+    assert len(chosen) >= 2 * len(LAYOUTS)
     results = ranks(degree).run(run_cases, chosen)
     wrong = []
     for number, case in enumerate(chosen):
@@ -178,24 +180,25 @@ def test_equals_one_process(ranks: Callable[[int], RankPool], strategy: str, deg
 
 
 @pytest.mark.parametrize("mechanism", list(MECHANISMS))
-@pytest.mark.parametrize("layout", list(LAYOUTS))
 @pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "single"])
 def test_bfloat16_loses_no_more_than_one_process_does(
-    ranks: Callable[[int], RankPool], strategy: str, layout: str, mechanism: str
+    ranks: Callable[[int], RankPool], strategy: str, mechanism: str
 ) -> None:
     """Partial results are merged in float32: the error of eight ranks is that of one process in bfloat16.
 
-    1.2: Ulysses rounds the gradients of a KV head's replicas before it sums them, which adds some 16 %.
+    1.5: Ulysses rounds the gradients of a KV head's replicas before it sums them, and the sum again: of two equal
+    roundings the root of 2, give or take. An lse is float32 throughout; its errors are too small to compare.
     """
-    for example in MECHANISMS.get(mechanism).examples():
-        case = Case(example, strategy, layout, "ragged", HEADS[1], torch.bfloat16)
-        alone = replace(case, strategy="single")
-        expected = reference(example, case.documents, case.heads)
+    example = MECHANISMS.get(mechanism).examples()[0]
+    case = Case(example, strategy, "zigzag", "ragged", HEADS[1], torch.bfloat16)
+    if STRATEGIES.get(strategy).refusal(example, case.heads, 8) is not None:
+        return
+    alone = replace(case, strategy="single")
+    expected = reference(example, case.documents, case.heads, torch.bfloat16)
 
-        def error(of: Case, degree: int, expected: list[Tensor] = expected) -> list[float]:
-            whole = put_together(of, degree, [parts[0][0] for parts in ranks(degree).run(run_cases, [of])])
-            return [rms_error(a, b) for a, b in zip(whole, expected, strict=True)]
+    def error(of: Case, degree: int, expected: list[Tensor] = expected) -> list[float]:
+        whole = put_together(of, degree, [parts[0][0] for parts in ranks(degree).run(run_cases, [of])])
+        return [rms_error(a, b) for a, b in zip(whole, expected, strict=True)]
 
-        names = ("out", "lse", "dq", "dk", "dv", "drouting")[: len(expected)]
-        for name, got, allowed in zip(names, error(case, 8), error(alone, 1), strict=True):
-            assert got <= 1.2 * allowed, f"{label(case)}: {name} {got:.1e}, one process {allowed:.1e}"
+    for got, allowed in zip(error(case, 8), error(alone, 1), strict=True):
+        assert got <= max(1.5 * allowed, 1e-5), f"{label(case)}: {got:.1e}, one process {allowed:.1e}"

@@ -45,7 +45,7 @@ def test_ranks_share_the_parameters(
     config = tiny.with_model(config, tied_embeddings=tied)
     sides = ranks(2).run(built, config, on_meta)
     total = sum(size for held, _, _ in sides for size, _, _ in held.values())
-    assert total == total_parameters(config.model)
+    assert total == total_parameters(config.model, config.attention.build_mechanism())
     for held, is_tied, finite in sides:
         assert sum(size for size, _, _ in held.values()) < 0.6 * total
         assert {device for _, _, device in held.values()} == {"meta" if on_meta else "cpu"}

@@ -9,14 +9,22 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from farspan.kernels.mechanism import Heads
 from farspan.parallel.comm import Traffic
 from farspan.parallel.mesh import Degrees, Mesh, ParallelConfig
 from farspan.parallel.ranks import Ranks, connected
 from farspan.trainer.build import build_batches, build_model
-from farspan.trainer.config import Config, DataConfig, RunConfig, TrainConfig
+from farspan.trainer.config import AttentionConfig, Config, DataConfig, RunConfig, TrainConfig
 from farspan.trainer.config_io import load_config
 from farspan.trainer.data.packing import PackedSequences
-from farspan.trainer.describe import block_activations, describe, estimate_memory
+from farspan.trainer.describe import (
+    attention_bytes,
+    attention_shape,
+    block_activations,
+    convolution_bytes,
+    describe,
+    estimate_memory,
+)
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.optim import build_optimizer
@@ -39,7 +47,7 @@ def saved_bytes(config: Config) -> int:
         builder = build_batches(config, Mesh.build(config.parallel, "cpu"), torch.device("cpu"), Traffic())
         data = PackedSequences(open_data(config)[0], sequence_tokens=config.data.sequence_tokens, seed=0)
         batch = builder.build(data.sequence(0))
-    model = Transformer(config.model, recompute=config.train.recompute == "block")
+    model = Transformer(config.model, builder.mechanism, recompute=config.train.recompute == "block")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -59,10 +67,19 @@ def saved_bytes(config: Config) -> int:
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("recompute", ["none", "block"])
-def test_activations_are_what_autograd_keeps(config: Config, qk_norm: bool, recompute) -> None:
+@pytest.mark.parametrize(("mechanism", "key_convolution"), [("dense", 0), ("dense", 3), ("mosa", 0)])
+def test_activations_are_what_autograd_keeps(
+    config: Config, qk_norm: bool, recompute, mechanism: str, key_convolution: int
+) -> None:
     # Wide enough that a scalar per token is small beside what is counted.
-    config = tiny.with_model(config, width=128, head_dim=32, feed_forward=320, qk_norm=qk_norm)
-    config = replace(config, train=replace(config.train, recompute=recompute))
+    config = tiny.with_model(
+        config, width=128, head_dim=32, feed_forward=320, qk_norm=qk_norm, key_convolution=key_convolution
+    )
+    config = replace(
+        config,
+        train=replace(config.train, recompute=recompute),
+        attention=replace(config.attention, mechanism=mechanism),
+    )
     few, many = tiny.with_model(config, layers=1), tiny.with_model(config, layers=4)
     degrees = Degrees.resolve(config.parallel, 1)
     kept = saved_bytes(many) - saved_bytes(few)
@@ -114,6 +131,44 @@ def test_lines(tmp_path: Path) -> None:
     ]
     assert lines[6].startswith("memory      0.")
     assert len(lines) == 7
+
+
+def test_what_travels_of_gathered_attention(tmp_path: Path) -> None:
+    config = Config(
+        run=RunConfig(folder=tmp_path),
+        model=ModelConfig(layers=4, width=256, heads=8, kv_heads=2, head_dim=32, feed_forward=768),
+        data=DataConfig(folder=tmp_path, sequence_tokens=4096),
+        train=TrainConfig(steps=1, compute_dtype="float32"),
+        attention=AttentionConfig(mechanism="mosa", options={"sparsity": 16}),
+        parallel=ParallelConfig(context=2),
+    )
+    degrees = Degrees.resolve(config.parallel, 2)
+    # 4096 / 16 tokens for each of 2 KV heads, on 2 ranks; a row is one head's.
+    shape = attention_shape(config, degrees)
+    assert (shape.tokens_local, shape.heads, shape.routing_width) == (256, Heads(query=4, kv=1), 0)
+    lines = describe(fill_in(config, degrees, torch.device("cpu"), 257), degrees)
+    # 256 keys and values of 32 features in 4 bytes, 64 KiB, once forward and three times backward; 4096 x 2 numbers of
+    # routing in 4 bytes, summed over both, 32 KiB; in each of 4 layers.
+    assert "each rank holds 2,048 at a time" in lines
+    assert f"each rank sends {4 * (4 * 64 + 32) / 1024:.1f} MiB per sequence" in lines
+    # As many parameters as without a router, and 2 x 256 in each layer.
+    assert f"{3_181_056 - 4 * 2 * 32 + 4 * 2 * 256:,} parameters" in lines
+    # Ulysses moves all tokens, with their routing.
+    moved = attention_shape(replace(config, parallel=ParallelConfig(context=2, strategy="ulysses")), degrees)
+    assert (moved.tokens_local, moved.heads, moved.routing_width) == (2048, Heads(query=8, kv=2), 1)
+
+
+def test_what_travels_of_a_convolution_on_keys(config: Config) -> None:
+    config = tiny.with_model(replace(config, parallel=ParallelConfig(context=2, layout="striped")), key_convolution=3)
+    without, degrees = tiny.with_model(config, key_convolution=0), Degrees.resolve(config.parallel, 2)
+    assert convolution_bytes(without, degrees) == 0
+    # Each of 101 rows but the last is read by the next one's rank: 50 a rank, of 2 x 8 numbers in 4 bytes, both ways.
+    assert convolution_bytes(config, degrees) == 50 * 16 * (4 + 4)
+    long = replace(config, data=replace(config.data, sequence_tokens=1 << 16))
+    sent = 2 * (attention_bytes(long, degrees) + (1 << 15) * 16 * (4 + 4))
+    lines = describe(long, degrees)
+    assert f"each rank sends {sent / 2**20:.1f} MiB per sequence" in lines
+    assert "attention   Dense(causal=True) of keys convolved over 3, computed by cpu\n" in lines
 
 
 def test_the_reference_backend_is_marked(config: Config) -> None:

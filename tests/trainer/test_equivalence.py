@@ -41,15 +41,15 @@ def sequences(config: Config) -> PackedSequences:
     return PackedSequences(source, sequence_tokens=config.data.sequence_tokens, seed=config.run.seed)
 
 
-def train_dealt(config: Config) -> Trajectory:
+def train_dealt(config: Config, steps: int = STEPS) -> Trajectory:
     """On each rank: the real parts of a run; gradients are gathered whole."""
     mesh, device = Mesh.build(config.parallel, "cpu"), torch.device("cpu")
     model = build_model(config, mesh, device)
     optimizer = build_optimizer(model, config.optimizer)
     batches, data = build_batches(config, mesh, device, Traffic()), sequences(config)
     result = Trajectory([], [], [])
-    for step in range(STEPS):
-        set_learning_rate(optimizer, learning_rate(config.optimizer, step, STEPS))
+    for step in range(steps):
+        set_learning_rate(optimizer, learning_rate(config.optimizer, step, steps))
         per_step = config.train.sequences_per_step
         mine = range(step * per_step + mesh.data_rank, (step + 1) * per_step, mesh.degrees.data)
         done = train_step(
@@ -81,6 +81,13 @@ def rotate(x: Tensor, position: Tensor, base: float) -> Tensor:
     return torch.cat((turned.real, turned.imag), dim=-1)
 
 
+def convolved(k: Tensor, weight: Tensor, position: Tensor) -> Tensor:
+    """Keys and SiLU of the weighted keys up to them; tokens of a document stand in a row."""
+    taps = weight.view(*k.shape[1:], -1).unbind(-1)
+    reached = [F.pad(k, (0, 0, 0, 0, lag, 0))[: len(k)] * (position >= lag)[:, None, None] for lag in range(len(taps))]
+    return k + F.silu(torch.stack([tap * part for tap, part in zip(taps, reached, strict=True)]).sum(0))
+
+
 def summed_loss(parameters: dict[str, Tensor], config: Config, sequence: PackedSequence) -> Tensor:
     """The decoder by its formulas, over one whole sequence; the sum of the losses of its labelled tokens."""
     model, p = config.model, parameters
@@ -94,6 +101,8 @@ def summed_loss(parameters: dict[str, Tensor], config: Config, sequence: PackedS
             (normed @ p[f"{name}attention.{part}.weight"].T).unflatten(-1, (-1, model.head_dim))
             for part in ("query", "key", "value")
         )
+        if model.key_convolution:
+            k = convolved(k, p[name + "attention.key_convolution.weight"], position)
         if model.qk_norm:
             q = rms(q, p[name + "attention.query_norm.weight"], model.norm_epsilon)
             k = rms(k, p[name + "attention.key_norm.weight"], model.norm_epsilon)
@@ -179,6 +188,9 @@ VARIANTS = {
     "striped": lambda config: replace(config, parallel=ParallelConfig(context=4, layout="striped")),
     "recompute": lambda config: replace(
         config, parallel=ParallelConfig(context=4), train=replace(config.train, recompute="block")
+    ),
+    "key convolution": lambda config: tiny.with_model(
+        replace(config, parallel=ParallelConfig(context=4)), key_convolution=3
     ),
     "tied, no qk norm, MQA": lambda config: tiny.with_model(
         replace(config, parallel=ParallelConfig(context=4)), tied_embeddings=True, qk_norm=False, kv_heads=1

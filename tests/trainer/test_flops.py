@@ -1,32 +1,60 @@
 """Parameters and FLOPs against a model that exists, and against sums written out by hand."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal, Self
 
 import pytest
 import torch
 from torch import nn
 
+from farspan.kernels.mechanism import Masked, Mechanism
+from farspan.kernels.mechanisms.dense import Dense
+from farspan.kernels.mechanisms.mosa import MoSA
+from farspan.kernels.visibility import Visibility
 from farspan.trainer.config import Config
 from farspan.trainer.config_io import load_config
 from farspan.trainer.flops import matrix_parameters, total_parameters, training_flops
 from farspan.trainer.model.config import ModelConfig
-from farspan.trainer.model.transformer import Transformer
+from farspan.trainer.model.transformer import ConvolutionWeight, Transformer
+
+
+class Three(Masked):
+    """A router of three numbers for each token and KV head."""
+
+    routing_width = 3
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        return (cls(),)
+
+    def visibility(self) -> Visibility:
+        return Visibility()
+
+
+class ThreeDetached(Three):
+    routing_reads_detached = True
+
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_parameters_are_those_of_the_model(qk_norm: bool, tied: bool) -> None:
+@pytest.mark.parametrize(("mechanism", "key_convolution"), [(Dense(), 0), (MoSA(), 3), (Three(), 5)], ids=str)
+def test_parameters_are_those_of_the_model(
+    qk_norm: bool, tied: bool, mechanism: Mechanism, key_convolution: Literal[0, 3, 5]
+) -> None:
     config = ModelConfig(
         layers=3, width=10, heads=6, kv_heads=2, head_dim=4, feed_forward=14, vocabulary_size=23, qk_norm=qk_norm,
-        tied_embeddings=tied,
+        tied_embeddings=tied, key_convolution=key_convolution,
     )  # fmt: skip
     with torch.device("meta"):
-        model = Transformer(config)
-    assert total_parameters(config) == sum(p.numel() for p in model.parameters())
-    products = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)]
-    assert matrix_parameters(config) == sum(weight.numel() for weight in products)
+        model = Transformer(config, mechanism)
+    assert total_parameters(config, mechanism) == sum(p.numel() for p in model.parameters())
+    products = [layer.weight for layer in model.modules() if isinstance(layer, (nn.Linear, ConvolutionWeight))]
+    assert matrix_parameters(config, mechanism) == sum(weight.numel() for weight in products)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +62,7 @@ def test_parameters_are_those_of_the_model(qk_norm: bool, tied: bool) -> None:
 )
 def test_presets_have_the_published_number_of_parameters(preset: str, parameters: int) -> None:
     """As counted in the released weights: Llama-3.1-8B 8.03B, Qwen3-8B 8.19B."""
-    assert total_parameters(load_config(Config, CONFIGS / f"{preset}.toml").model) == parameters
+    assert total_parameters(load_config(Config, CONFIGS / f"{preset}.toml").model, Dense()) == parameters
 
 
 def test_flops_of_a_sequence_written_out() -> None:
@@ -46,4 +74,11 @@ def test_flops_of_a_sequence_written_out() -> None:
     # For each visible pair, head and layer: a score over 2 features and a weighted sum of 2 values.
     forward += pairs * 3 * 2 * (2 * 2 + 2 * 2)
     # The backward pass has two products for each of the forward pass.
-    assert training_flops(config, tokens, pairs) == 3 * forward
+    assert training_flops(config, Dense(), tokens, pairs) == 3 * forward
+    # A convolution of the 2 features of a key, of which each reads 5.
+    convolving = replace(config, key_convolution=5)
+    assert training_flops(convolving, Dense(), tokens, pairs) == 3 * (forward + 2 * (2 * 3 * 2 * 5))
+    # A router of 3 numbers per KV head; without a gradient of what it reads where that is not wanted.
+    router = 2 * (2 * 3 * 4 * 3)
+    assert training_flops(config, Three(), tokens, pairs) == 3 * (forward + router)
+    assert training_flops(config, ThreeDetached(), tokens, pairs) == 3 * forward + 2 * router

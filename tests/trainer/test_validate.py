@@ -40,8 +40,14 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     ),
     "windows are for the model's heads": (
         {"attention.mechanism": "spans", "attention.options": {"alpha": [64.0] * 2, "beta": [0.0] * 2, "length": 512}},
-        "attention.mechanism='spans' has 2 windows for 4 query heads: give one per head, or one for all.",
+        "attention.mechanism='spans' refuses this run: 2 windows for 4 query heads: give one per head, or one for all.",
         {"attention.mechanism": "spans", "attention.options": {"alpha": [64.0] * 4, "beta": [0.0] * 4, "length": 512}},
+    ),
+    "a mask is for the longest document": (
+        {"attention.mechanism": "block_sparse", "attention.options": {"block": 26, "mask": ["1", "11", "101"]}},
+        "attention.mechanism='block_sparse' refuses this run: mask has 3 tiles, but a document has 4: give a row for "
+        "each.",
+        {"attention.mechanism": "block_sparse", "attention.options": {"block": 34, "mask": ["1", "11", "101"]}},
     ),
     "a factor needs a scaling": (
         {"model.rope": RopeConfig(factor=4.0)},

@@ -53,7 +53,8 @@ class ModelConfig:
     and values, each shared by heads / kv_heads query heads. head_dim: size of a head; heads * head_dim need not be
     the width. feed_forward: inner size of SwiGLU. vocabulary_size: of the model; 0 takes the data's, rounded up to a
     multiple of 64. norm_epsilon: of every RMSNorm. qk_norm: normalise the queries and keys of each head.
-    tied_embeddings: one table for input and output.
+    tied_embeddings: one table for input and output. key_convolution: how many keys a short convolution on the
+    keys reads, 0 without one (FlashMoBA, arXiv 2511.11571).
     """
 
     layers: int = bounded(minimum=1)
@@ -66,4 +67,5 @@ class ModelConfig:
     norm_epsilon: float = bounded(1e-5, above=0)
     qk_norm: bool = False
     tied_embeddings: bool = False
+    key_convolution: Literal[0, 3, 5] = 0
     rope: RopeConfig = field(default_factory=RopeConfig)

@@ -2,9 +2,10 @@
 
 embedding                       normal, std 1: the residual stream starts at the size that norms keep it at
 head, and a tied embedding      normal, std 0.02: nothing is predicted with confidence before it is learnt
-query, key, value, gate, up     normal, std 1 / sqrt(fan in)
+query, key, value, router       normal, std 1 / sqrt(fan in); gate and up too
 out, down                       normal, std 1 / sqrt(fan in) / sqrt(2 layers): the residual stream keeps its size
 norms                           1
+key_convolution                 0: keys start as they are projected
 """
 
 import hashlib
@@ -26,18 +27,23 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Fill every parameter of a materialised model, sharded over its first dimension or not at all."""
     for name, parameter in model.named_parameters():
         local, first_row = _local_rows(parameter)
-        std = _std(name, parameter, config)
-        if std is None:
-            local.fill_(1.0)
+        constant = _constant(name, parameter)
+        if constant is not None:
+            local.fill_(constant)
             continue
+        std = _std(name, parameter, config)
         for start, rows in _normal_rows(f"{seed}/{name}", parameter.shape, first_row, local.shape[0]):
             local[start : start + len(rows)] = (rows * std).to(local)
 
 
-def _std(name: str, parameter: Tensor, config: ModelConfig) -> float | None:
-    """Return the standard deviation, or None for a norm's weight."""
+def _constant(name: str, parameter: Tensor) -> float | None:
+    """Return the value of a parameter that is not drawn."""
     if parameter.dim() == 1:
-        return None
+        return 1.0
+    return 0.0 if name.endswith("key_convolution.weight") else None
+
+
+def _std(name: str, parameter: Tensor, config: ModelConfig) -> float:
     layer = name.split(".")[-2]
     if layer == "embedding" and not config.tied_embeddings:
         return 1.0

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from farspan.kernels.cross_entropy import linear_cross_entropy
+from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.norm import rms_norm
 from farspan.kernels.rope import apply_rope, attention_factor_of, inverse_frequencies, rotation_table
+from farspan.kernels.routing import routing_logits
 from farspan.kernels.rows import Rows
+from farspan.parallel.key_convolution import KeyConvolution
 from farspan.parallel.strategy import Attend
 from farspan.trainer.model.config import ModelConfig
 
@@ -23,11 +26,13 @@ from farspan.trainer.model.config import ModelConfig
 class SequenceContext:
     """What the layers need to know of the sequence beside its tokens.
 
-    rows: of this rank's tokens. attend: attention over the whole sequence, for these rows.
+    rows: of this rank's tokens. attend: attention over the whole sequence, for these rows. key_convolution: the same of
+    the convolution on keys, for a model that has it.
     """
 
     rows: Rows
     attend: Attend
+    key_convolution: KeyConvolution | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,6 +42,7 @@ class _BlockInputs:
     cos: Tensor
     sin: Tensor
     attend: Attend
+    key_convolution: KeyConvolution | None
 
 
 class RmsNorm(nn.Module):
@@ -51,10 +57,35 @@ class RmsNorm(nn.Module):
         return rms_norm(x, self.weight, self.epsilon)
 
 
-class Attention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245): the only place where the model meets mechanism and strategy."""
+class Router(nn.Linear):
+    """What a mechanism chooses by: numbers for each token and KV head, in the accumulation dtype."""
+
+    def __init__(self, config: ModelConfig, mechanism: Mechanism) -> None:
+        super().__init__(config.width, config.kv_heads * mechanism.routing_width, bias=False)
+        self.kv_heads, self.detached = config.kv_heads, mechanism.routing_reads_detached
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input.detach() if self.detached else input
+        return routing_logits(x, self.weight).unflatten(-1, (self.kv_heads, -1))
+
+
+class ConvolutionWeight(nn.Module):
+    """The taps of the convolution on keys, `[Hk * D, W]`: many rows, which sharding deals evenly."""
 
     def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.kv_heads * config.head_dim, config.key_convolution))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245): the only place where the model meets mechanism and strategy.
+
+    Keys are convolved as projected. Before their norm, so that it still bounds the scores. Before they are rotated, so
+    that scores still depend on distances only: what SiLU gives of rotated keys depends on where they are. Where the
+    paper has it is not known to us.
+    """
+
+    def __init__(self, config: ModelConfig, mechanism: Mechanism) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         query_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
@@ -64,12 +95,18 @@ class Attention(nn.Module):
         self.out = nn.Linear(query_width, config.width, bias=False)
         self.query_norm = RmsNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else nn.Identity()
         self.key_norm = RmsNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else nn.Identity()
+        self.router = Router(config, mechanism) if mechanism.routing_width else None
+        self.key_convolution = ConvolutionWeight(config) if config.key_convolution else None
 
     def forward(self, x: Tensor, inputs: _BlockInputs) -> Tensor:
         q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.query, self.key, self.value))
+        if self.key_convolution is not None:
+            assert inputs.key_convolution is not None, "this model's sequences come with a planned convolution"
+            k = inputs.key_convolution(k, self.key_convolution.weight.t().unflatten(1, (-1, self.head_dim)))
         q = apply_rope(self.query_norm(q), inputs.cos, inputs.sin)  # [T, Hq, D]
         k = apply_rope(self.key_norm(k), inputs.cos, inputs.sin)  # [T, Hk, D]
-        return self.out(inputs.attend(q, k, v).flatten(1))
+        routing = () if self.router is None else (self.router(x),)  # [T, Hk, routing_width]
+        return self.out(inputs.attend(q, k, v, *routing).flatten(1))
 
 
 class FeedForward(nn.Module):
@@ -88,10 +125,10 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One layer; with `recompute` its activations are computed again in the backward pass instead of kept."""
 
-    def __init__(self, config: ModelConfig, recompute: bool) -> None:
+    def __init__(self, config: ModelConfig, mechanism: Mechanism, recompute: bool) -> None:
         super().__init__()
         self.attention_norm = RmsNorm(config.width, config.norm_epsilon)
-        self.attention = Attention(config)
+        self.attention = Attention(config, mechanism)
         self.feed_forward_norm = RmsNorm(config.width, config.norm_epsilon)
         self.feed_forward = FeedForward(config)
         self.recompute = recompute
@@ -109,11 +146,11 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Tokens and labels in, the loss of each token out."""
 
-    def __init__(self, config: ModelConfig, *, recompute: bool = False) -> None:
+    def __init__(self, config: ModelConfig, mechanism: Mechanism, *, recompute: bool = False) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary_size, config.width)
-        self.blocks = nn.ModuleList(Block(config, recompute) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, mechanism, recompute) for _ in range(config.layers))
         self.norm = RmsNorm(config.width, config.norm_epsilon)
         self.head = nn.Linear(config.width, config.vocabulary_size, bias=False)
         if config.tied_embeddings:
@@ -123,7 +160,7 @@ class Transformer(nn.Module):
         """tokens and labels int64 `[T]` to losses `[T]` in nats, float32 or float64; 0 where a label is ignored."""
         x = self.embedding(tokens)  # [T, C]
         cos, sin = self._rotation(context.rows.position, x.dtype)
-        inputs = _BlockInputs(cos, sin, context.attend)
+        inputs = _BlockInputs(cos, sin, context.attend, context.key_convolution)
         for block in self.blocks:
             x = block(x, inputs)
         return linear_cross_entropy(self.norm(x), self.head.weight, labels)

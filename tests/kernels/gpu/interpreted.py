@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.attend import attend, attend_backward
-from farspan.kernels.backend import BACKENDS, choose_backend
+from farspan.kernels.backend import BACKENDS, Work, choose_backend
+from farspan.kernels.errors import ConfigError
 from farspan.kernels.gpu import schedule
 from farspan.kernels.gpu.shapes import Shape, Shapes
-from farspan.kernels.mechanism import Gathered, Heads, Mechanism, Routed
+from farspan.kernels.mechanism import Gathered, Heads, Mechanism, Recurrent, Routed
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.merge import empty_partial, merge_
 from farspan.kernels.plan import Plan
@@ -32,6 +33,8 @@ SHAPES = Shapes(
 RAGGED = Rows.packed([1, 26, 3, 33], padding=5)
 SHUFFLED = Rows.packed([40, 21], padding=3).take(torch.randperm(64, generator=torch.Generator().manual_seed(0)))
 TOLERANCE = oracle.RELATIVE_TOLERANCE[torch.float32]
+# Recurrent mechanisms have no softmax, and so are not of these kernels.
+EXAMPLES = [x for x in whole.EXAMPLES if not isinstance(x.values[0], Recurrent)]
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
 
@@ -60,7 +63,7 @@ def check(tensors: Tensors, plan: Plan, mask: Tensor) -> None:
         assert oracle.relative_error(got, expected) <= TOLERANCE, name
 
 
-@pytest.mark.parametrize("mechanism", whole.EXAMPLES)
+@pytest.mark.parametrize("mechanism", EXAMPLES)
 def test_mechanism_equals_the_formula(mechanism: Mechanism) -> None:
     rows, heads = RAGGED, Heads(query=8, kv=2)
     inputs, dout = whole.random_inputs(mechanism, rows, heads, torch.float32)
@@ -73,7 +76,7 @@ def test_mechanism_equals_the_formula(mechanism: Mechanism) -> None:
 # kernels', and are compared in float32.
 @pytest.mark.parametrize(
     "mechanism",
-    list({type(x.values[0]): x for x in whole.EXAMPLES if not isinstance(x.values[0], Gathered)}.values()),
+    list({type(x.values[0]): x for x in EXAMPLES if not isinstance(x.values[0], Gathered)}.values()),
 )
 def test_bfloat16_is_as_good_as_plain_attention(mechanism: Mechanism) -> None:
     """At most twice the error of attention whose every step is rounded to bfloat16."""
@@ -270,10 +273,11 @@ def test_lists_are_made_once_for_a_plan() -> None:
 
 
 def test_what_the_kernels_cannot_do_is_refused() -> None:
-    assert choose_backend("triton", torch.device("cpu")) == "triton"
+    work = Work.of(MoBA(), torch.bfloat16, 256, 16)
+    assert choose_backend("triton", torch.device("cpu"), work) == choose_backend("auto", torch.device("cpu"), work)
     rows = Rows.packed([5])
     plan = plan_of(rows, rows, Visibility())
-    for head_dim, dtype, message in ((16, torch.float64, "not in torch.float64"), (264, torch.float32, "at most 256")):
+    for head_dim, dtype, message in ((16, torch.float64, "not float64"), (264, torch.float32, "up to 256, not 264")):
         tensors = Tensors.random(5, 5, (4, 2), head_dim, 16, dtype)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ConfigError, match=message):
             run(tensors, plan)

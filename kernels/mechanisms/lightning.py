@@ -1,0 +1,38 @@
+"""Lightning attention of MiniMax-01 (arXiv 2501.08313, section 2.2): linear attention with a fixed decay per head.
+
+The rates are those of the published model code: s_h = 2^(-8 (h + 1) / H) (1 - l / (L - 1 + 1e-5) + 1e-5) for head h of
+H in layer l of L, whatever H. SiLU before and the gated norm after belong to the model, not to the mechanism.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self, final
+
+import torch
+from torch import Tensor
+
+from farspan.kernels.mechanism import MECHANISMS, Recurrent
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lightning(Recurrent):
+    """layer: the layer's number, from 0, of `layers` in all; the later, the slower the decay."""
+
+    layer: int = 0
+    layers: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.layer < self.layers:
+            raise ValueError(f"layer={self.layer} must be at least 0 and below layers={self.layers}")
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        return cls(), cls(layer=3, layers=4)
+
+    def decay(self, num_heads: int) -> Tensor:
+        head = torch.arange(1, num_heads + 1, dtype=torch.float64)
+        return torch.exp2(-8 * head / num_heads) * (1 - self.layer / (self.layers - 1 + 1e-5) + 1e-5)
+
+
+MECHANISMS.add("lightning", Lightning)

@@ -1,0 +1,100 @@
+"""A log-log plot of time against tokens as a plain SVG file, one line per series, each named at its end."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+
+Points = Sequence[tuple[int, float]]
+"""(tokens, milliseconds), ascending in tokens."""
+
+WIDTH, HEIGHT = 860, 520
+LEFT, RIGHT, TOP, BOTTOM = 76, 230, 48, 56
+COLOURS = ("#222222", "#0b6fb8", "#d1495b", "#2e8b57", "#c77d0a", "#7b4bb3", "#0f8b8d", "#a0522d", "#5f6b7a", "#c2418c")
+LINE_HEIGHT = 15
+
+
+def human(tokens: int) -> str:
+    """Return tokens as 512, 16K or 1M, in powers of 1024 where they are whole."""
+    for suffix, unit in (("M", 1 << 20), ("K", 1 << 10)):
+        if tokens >= unit and tokens % unit == 0:
+            return f"{tokens // unit}{suffix}"
+    return str(tokens)
+
+
+def log_log(series: Mapping[str, Points], title: str) -> str:
+    """Return the SVG text; series without points are left out, and a plot of nothing has only its axes."""
+    series = {name: points for name, points in series.items() if points}
+    xs = sorted({tokens for points in series.values() for tokens, _ in points}) or [1024]
+    ys = [ms for points in series.values() for _, ms in points] or [1.0]
+    low, high = math.floor(math.log10(min(ys))), math.ceil(math.log10(max(ys)))
+    high = max(high, low + 1)
+
+    def across(tokens: int) -> float:
+        span = math.log(xs[-1] / xs[0]) or 1.0
+        return LEFT + (WIDTH - LEFT - RIGHT) * math.log(tokens / xs[0]) / span
+
+    def down(ms: float) -> float:
+        return TOP + (HEIGHT - TOP - BOTTOM) * (high - math.log10(ms)) / (high - low)
+
+    ends = {name: down(points[-1][1]) for name, points in series.items()}
+    parts = [*_frame(title), *_axes(xs, range(low, high + 1), across, down)]
+    for number, (name, label_y) in enumerate(_spread(ends).items()):
+        colour = COLOURS[number % len(COLOURS)]
+        dashes = ' stroke-dasharray="6 4"' if number >= len(COLOURS) else ""
+        places = [(across(tokens), down(ms)) for tokens, ms in series[name]]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>')
+        parts += (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places)
+        x, y = places[-1]
+        border = WIDTH - RIGHT + 14
+        parts.append(f'<path d="M{x + 5:.1f},{y:.1f} L{border - 3},{label_y:.1f}" stroke="{colour}" opacity="0.35"/>')
+        parts.append(f'<text x="{border}" y="{label_y + 4:.1f}" fill="{colour}">{escape(name)}</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _frame(title: str) -> list[str]:
+    return [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+        'font-family="system-ui, sans-serif" font-size="12">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        f'<text x="{LEFT}" y="26" font-size="15" fill="#222222">{escape(title)}</text>',
+    ]
+
+
+def _axes(
+    xs: Sequence[int], decades: range, across: Callable[[int], float], down: Callable[[float], float]
+) -> list[str]:
+    left, right, top, bottom = LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM
+    parts = []
+    for decade in decades:
+        y = down(10.0**decade)
+        parts.append(f'<path d="M{left},{y:.1f} H{right}" stroke="#dddddd"/>')
+        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" fill="#444444">{10.0**decade:g}</text>')
+    for tokens in xs:
+        x = across(tokens)
+        parts.append(f'<path d="M{x:.1f},{top} V{bottom}" stroke="#eeeeee"/>')
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle" fill="#444444">{human(tokens)}</text>')
+    middle = (left + right) / 2
+    parts.append(f'<path d="M{left},{top} V{bottom} H{right}" fill="none" stroke="#444444"/>')
+    parts.append(f'<text x="{middle}" y="{bottom + 40}" text-anchor="middle" fill="#444444">tokens</text>')
+    y = (top + bottom) / 2
+    parts.append(
+        f'<text x="20" y="{y}" text-anchor="middle" fill="#444444" transform="rotate(-90 20 {y})">milliseconds</text>'
+    )
+    return parts
+
+
+def _spread(ends: Mapping[str, float]) -> dict[str, float]:
+    """Return heights for the names, in order, that keep a line's height apart and stay on the page."""
+    order = sorted(ends, key=lambda name: ends[name])
+    heights: dict[str, float] = {}
+    lowest = float(TOP)
+    for name in order:
+        heights[name] = max(ends[name], lowest)
+        lowest = heights[name] + LINE_HEIGHT
+    # Pushed off the bottom: push back up.
+    highest = float(HEIGHT - LINE_HEIGHT)
+    for name in reversed(order):
+        heights[name] = min(heights[name], highest)
+        highest = heights[name] - LINE_HEIGHT
+    return {name: heights[name] for name in ends}

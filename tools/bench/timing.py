@@ -1,0 +1,76 @@
+"""Timing by rounds: in each round every contender runs once, so that all meet the same ups and downs of the machine."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from farspan.tools.bench.case import Attention
+
+DIRECTIONS = ("fwd", "bwd", "fwd_bwd")
+
+
+@dataclass(slots=True)
+class Times:
+    """Milliseconds of each round, forward and backward."""
+
+    fwd: list[float] = field(default_factory=list)
+    bwd: list[float] = field(default_factory=list)
+
+    def of(self, direction: str) -> list[float]:
+        """Return the milliseconds of each round in one of DIRECTIONS."""
+        if direction == "fwd_bwd":
+            return [forward + backward for forward, backward in zip(self.fwd, self.bwd, strict=True)]
+        return self.fwd if direction == "fwd" else self.bwd
+
+    def median(self, direction: str) -> float:
+        return statistics.median(self.of(direction))
+
+    def least(self, direction: str) -> float:
+        return min(self.of(direction))
+
+    def speedup_over(self, other: "Times", direction: str) -> float:
+        """Return the median of the rounds' ratios: what slows a whole round down does not count."""
+        pairs = zip(other.of(direction), self.of(direction), strict=True)
+        return statistics.median(theirs / mine for theirs, mine in pairs)
+
+
+def time_once(attention: Attention, inputs: Sequence[Tensor], dout: Tensor) -> tuple[float, float]:
+    """Return the milliseconds of one forward and one backward pass."""
+    clock = _CudaClock() if dout.is_cuda else _Clock()
+    clock.tick()
+    out = attention(*inputs)
+    clock.tick()
+    torch.autograd.grad(out, inputs, dout)
+    clock.tick()
+    forward, backward = clock.laps()
+    return forward, backward
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self._ticks: list[float] = []
+
+    def tick(self) -> None:
+        self._ticks.append(time.perf_counter())
+
+    def laps(self) -> list[float]:
+        return [1e3 * (b - a) for a, b in zip(self._ticks, self._ticks[1:], strict=False)]
+
+
+class _CudaClock:
+    def __init__(self) -> None:
+        torch.cuda.synchronize()
+        self._ticks: list[torch.cuda.Event] = []
+
+    def tick(self) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._ticks.append(event)
+
+    def laps(self) -> list[float]:
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) for a, b in zip(self._ticks, self._ticks[1:], strict=False)]

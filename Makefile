@@ -9,6 +9,12 @@ CORPUS := data/stdlib
 CREATED := $(VENV)/.created
 TRAIN_READY := $(VENV)/.train-ready
 DEV_READY := $(VENV)/.dev-ready
+# Triton for the tests of its kernels, in a folder of its own: a CUDA build of torch demands another one in the
+# environment. There are wheels for Linux on x86-64.
+TRITON := 3.6.0
+ifeq ($(shell uname -sm),Linux x86_64)
+TRITON_READY := $(VENV)/triton-$(TRITON)/.ready
+endif
 
 define CHECK_PYTHON
 import sys
@@ -36,7 +42,7 @@ help:
 train: $(TRAIN_READY) $(CORPUS)/train/meta.json
 	$(RUN) -m farspan.launch.cli launch local configs/demo.toml --gpus-per-node 2
 
-test: $(DEV_READY)
+test: $(DEV_READY) $(TRITON_READY)
 	$(RUN) -m pytest tests
 
 check: $(DEV_READY)
@@ -73,4 +79,10 @@ $(TRAIN_READY): pyproject.toml constraints.txt | $(CREATED)
 $(DEV_READY): $(TRAIN_READY)
 	@echo "Installing the test and check tools into $(VENV)."
 	@$(INSTALL) --quiet --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+$(VENV)/triton-$(TRITON)/.ready: | $(DEV_READY)
+	@echo "Installing Triton $(TRITON) into $(@D), for the tests of its kernels."
+	@rm -rf $(@D)
+	@$(RUN) -m pip install --disable-pip-version-check --quiet --no-deps --target $(@D) triton==$(TRITON)
 	@touch $@

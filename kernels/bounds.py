@@ -1,12 +1,17 @@
 """Bounds: what is known of groups of rows without looking at each, enough to rule pairs of groups out or in."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from farspan.kernels.rows import Rows
 from farspan.kernels.visibility import Visibility
+
+Array: TypeAlias = Any
+"""A numpy array; or a tensor, where bounds are compared on a device."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -16,19 +21,27 @@ class Bounds:
     A group of padding only has its least values above its greatest, so that it sees nothing and is seen by nothing.
     padded: whether some row is padding. reach: least first, greatest first, least last and greatest last coordinate of
     the queries' neighbourhoods; place: least and greatest coordinate of the keys; int64 `[4 or 2, groups, dimensions]`.
+    lifetime: least and greatest lifetime of the keys, int64 `[2, groups]`; None where keys live forever.
     """
 
-    position_low: np.ndarray
-    position_high: np.ndarray
-    document_low: np.ndarray
-    document_high: np.ndarray
-    padded: np.ndarray
-    reach: np.ndarray | None = None
-    place: np.ndarray | None = None
+    position_low: Array
+    position_high: Array
+    document_low: Array
+    document_high: Array
+    padded: Array
+    reach: Array | None = None
+    place: Array | None = None
+    lifetime: Array | None = None
 
     @staticmethod
-    def of(rows: Rows, starts: np.ndarray, stops: np.ndarray, visibility: Visibility) -> "Bounds":
-        """Return the bounds of groups [start, stop) of `rows`, none of them empty."""
+    def of(
+        rows: Rows,
+        starts: np.ndarray,
+        stops: np.ndarray,
+        visibility: Visibility,
+        lifetime: np.ndarray | None = None,
+    ) -> "Bounds":
+        """Return the bounds of groups [start, stop) of `rows`, none of them empty; `lifetime` is of each row."""
         real = (rows.document >= 0).numpy()
 
         def extremes(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -53,22 +66,23 @@ class Bounds:
             padded=~_reduce(np.logical_and, real, starts, stops),
             reach=reach,
             place=place,
+            lifetime=None if lifetime is None else np.stack(extremes(lifetime)),
         )
 
     def __len__(self) -> int:
         return len(self.position_low)
 
-    def take(self, index: np.ndarray) -> "Bounds":
+    def take(self, index: Array) -> "Bounds":
         """Return the bounds of the groups at `index`."""
-        return Bounds(
-            position_low=self.position_low[index],
-            position_high=self.position_high[index],
-            document_low=self.document_low[index],
-            document_high=self.document_high[index],
-            padded=self.padded[index],
-            reach=None if self.reach is None else self.reach[:, index],
-            place=None if self.place is None else self.place[:, index],
-        )
+        return self._each(lambda values: values[..., index] if values.ndim < 3 else values[:, index])
+
+    def to(self, device: torch.device) -> "Bounds":
+        """Return the same bounds as tensors on `device`."""
+        return self._each(lambda values: torch.from_numpy(values).to(device))
+
+    def _each(self, change: Callable[[Array], Array]) -> "Bounds":
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Bounds(**{name: None if values is None else change(values) for name, values in found.items()})
 
 
 def _reduce(function: np.ufunc, values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
@@ -81,7 +95,7 @@ def _reduce(function: np.ufunc, values: np.ndarray, starts: np.ndarray, stops: n
     return function.reduceat(padded, borders, axis=0)[::2]
 
 
-def may_see(queries: Bounds, keys: Bounds, visibility: Visibility) -> np.ndarray:
+def may_see(queries: Bounds, keys: Bounds, visibility: Visibility) -> Array:
     """Return for each pair (queries[i], keys[i]) whether the bounds leave room for a visible pair of rows."""
     may = (queries.document_low <= keys.document_high) & (keys.document_low <= queries.document_high)
     if visibility.causal:
@@ -92,10 +106,12 @@ def may_see(queries: Bounds, keys: Bounds, visibility: Visibility) -> np.ndarray
         may &= near | (keys.position_low < visibility.sinks)
     if queries.reach is not None and keys.place is not None:
         may &= ((queries.reach[0] <= keys.place[1]) & (keys.place[0] <= queries.reach[3])).all(axis=1)
+    if keys.lifetime is not None:
+        may &= queries.position_low <= keys.lifetime[1]
     return may
 
 
-def all_see(queries: Bounds, keys: Bounds, visibility: Visibility) -> np.ndarray:
+def all_see(queries: Bounds, keys: Bounds, visibility: Visibility) -> Array:
     """Return for each pair (queries[i], keys[i]) whether the bounds prove every pair of rows visible."""
     sees = ~queries.padded & ~keys.padded
     sees &= (queries.document_low == queries.document_high) & (keys.document_low == keys.document_high)
@@ -104,11 +120,13 @@ def all_see(queries: Bounds, keys: Bounds, visibility: Visibility) -> np.ndarray
     if visibility.causal:
         sees &= nearest >= 0
     if visibility.window is not None:
-        near = np.maximum(np.abs(nearest), np.abs(farthest)) < visibility.window
+        near = (abs(nearest) < visibility.window) & (abs(farthest) < visibility.window)
         sees &= near | (keys.position_high < visibility.sinks)
     if queries.reach is not None and keys.place is not None:
         assert visibility.neighbourhood is not None
         sees &= ((queries.reach[1] <= keys.place[0]) & (keys.place[1] <= queries.reach[2])).all(axis=1)
         if any(dimension.dilation > 1 for dimension in visibility.neighbourhood.dimensions):
             sees[:] = False
+    if keys.lifetime is not None:
+        sees &= queries.position_high <= keys.lifetime[0]
     return sees

@@ -19,14 +19,13 @@ from functools import cache
 
 import numpy as np
 
-from farspan.kernels.bounds import Bounds, all_see, may_see
+from farspan.kernels.bounds import Bounds, all_see
+from farspan.kernels.candidates import candidates
 from farspan.kernels.rows import Rows
 from farspan.kernels.visibility import Visibility
 
 IRREGULAR_TILE = 128
 """Rows per tile where rows form no runs."""
-MAX_CANDIDATES = 1 << 20
-"""Pairs of segments that are looked at in one go."""
 
 
 class Kind(enum.Enum):
@@ -139,7 +138,7 @@ def _regions(
     assert not isinstance(window, tuple)
     tiles_of_query = cache(lambda i: _tiles(queries, *query_segments.edges(i), visibility))
     tiles_of_key = cache(lambda j: _tiles(keys, *key_segments.edges(j), visibility))
-    for i, j in _candidates(query_segments.bounds, key_segments.bounds, visibility):
+    for i, j in _pairs(query_segments, key_segments, visibility).tolist():
         query, key = query_segments.run(i), key_segments.run(j)
         one_document = query_segments.bounds.document_low[i] == key_segments.bounds.document_low[j]
         if query.step and query.step == key.step and one_document:
@@ -152,7 +151,7 @@ def _regions(
 
 def _tile_regions(queries: _Segments, keys: _Segments, visibility: Visibility) -> Iterator[Region]:
     """Regions of irregular rows, and of runs of different steps: tiles whose masks are computed unless all see all."""
-    pairs = np.array(list(_candidates(queries.bounds, keys.bounds, visibility)), dtype=np.int64).reshape(-1, 2)
+    pairs = _pairs(queries, keys, visibility)
     whole = all_see(queries.bounds.take(pairs[:, 0]), keys.bounds.take(pairs[:, 1]), visibility)
     edges = (queries.start[pairs[:, 0]], queries.stop[pairs[:, 0]], keys.start[pairs[:, 1]], keys.stop[pairs[:, 1]])
     for is_whole, *edge in zip(whole.tolist(), *(values.tolist() for values in edges), strict=True):
@@ -167,34 +166,10 @@ def _tiles(rows: Rows, start: int, stop: int, visibility: Visibility) -> _Segmen
     return _Segments(start + starts, start + stops, np.zeros_like(starts), bounds)
 
 
-def _candidates(queries: Bounds, keys: Bounds, visibility: Visibility) -> Iterator[tuple[int, int]]:
-    """Yield the pairs (query group, key group), in order, whose bounds do not rule out a visible pair.
-
-    Keys sorted by document hold the candidates of a query in one stretch, so that time and memory follow the pairs
-    of groups that share documents, not all pairs.
-    """
-    if not len(queries) or not len(keys):
-        return
-    order = np.argsort(keys.document_low, kind="stable")
-    # The furthest document that any key up to here reaches: sorted too, though the keys' own highs need not be.
-    reach = np.maximum.accumulate(keys.document_high[order])
-    first = np.searchsorted(reach, queries.document_low, side="left")
-    stop = np.searchsorted(keys.document_low[order], queries.document_high, side="right")
-    counts = np.maximum(stop - first, 0)
-    ends = np.cumsum(counts)
-    start = 0
-    while start < len(queries):
-        # A block of queries, at least one, with about MAX_CANDIDATES candidates.
-        limit = (ends[start - 1] if start else 0) + MAX_CANDIDATES
-        block = np.arange(start, max(start + 1, int(np.searchsorted(ends, limit, side="right"))))
-        i = np.repeat(block, counts[block])
-        nth = np.arange(len(i)) - np.repeat(np.cumsum(counts[block]) - counts[block], counts[block])
-        j = order[np.repeat(first[block], counts[block]) + nth]
-        may = may_see(queries.take(i), keys.take(j), visibility)
-        i, j = i[may], j[may]
-        ascending = np.lexsort((j, i))
-        yield from zip(i[ascending].tolist(), j[ascending].tolist(), strict=True)
-        start = int(block[-1]) + 1
+def _pairs(queries: _Segments, keys: _Segments, visibility: Visibility) -> np.ndarray:
+    """Return the pairs of segments that may see each other, int64 `[pairs, 2]`, in order."""
+    stretches = [np.stack(pair, axis=1) for pair in candidates(queries.bounds, keys.bounds, visibility)]
+    return np.concatenate(stretches) if stretches else np.empty((0, 2), dtype=np.int64)
 
 
 def _band_regions(query: _Run, key: _Run, causal: bool, window: int | None) -> Iterator[Region]:

@@ -175,7 +175,7 @@ class Selection:
         table[self.lists, self.chosen.long()] = True
         table = table.view(self.heads, self.num_units, self.blocks.count + 1)
         # -1 is the last column and a further row, which nobody selected.
-        table = torch.cat((table, torch.zeros_like(table[:, :1])), dim=1)
+        table = torch.cat((table, table.new_zeros(self.heads, 1, self.blocks.count + 1)), dim=1)
         return table[:, self.unit][:, :, self.blocks.of(keys)]
 
 

@@ -168,7 +168,7 @@ def test_a_million_tokens_in_tiny_documents_take_linear_time_and_memory() -> Non
 
 
 def test_candidates_are_found_in_small_portions_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("farspan.kernels.regions.MAX_CANDIDATES", 7)
+    monkeypatch.setattr("farspan.kernels.candidates.MAX_CANDIDATES", 7)
     rows = Rows.packed([60, 3, 50, 9, 80]).take(torch.randperm(202, generator=torch.Generator().manual_seed(0)))
     for keys in (rows, Rows.packed([60, 3, 50, 9, 80])):
         plan = Plan.build(rows, keys, Visibility(), shortest_run=8, heads=1)

@@ -1,0 +1,24 @@
+"""The Triton kernels compiled for an H100, on a machine that has none."""
+
+from pathlib import Path
+
+from tests.kernels.gpu.triton_folder import ROOT, run_with_triton
+
+TABLE = ROOT / "docs" / "kernels_sm90.md"
+WHAT = 6
+"""Columns that say what was compiled; those after them are what it needs, which changes with each Triton."""
+
+
+def rows(text: str) -> list[list[str]]:
+    return [line.strip("| ").split(" | ")[:WHAT] for line in text.splitlines() if line.startswith("| ")]
+
+
+def test_every_kernel_fits_and_is_on_the_table(tmp_path: Path) -> None:
+    done = run_with_triton(
+        "-m", "farspan.tools.report_kernels", str(tmp_path / "table.md"),
+        TRITON_CACHE_DIR=str(ROOT / ".venv" / "triton-cache"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = rows((tmp_path / "table.md").read_text())
+    assert found == rows(TABLE.read_text()), "run `python -m farspan.tools.report_kernels docs/kernels_sm90.md`"
+    assert {row[3] for row in found[1:]} == {"forward", "dq", "dkv", "delta", "combine"}

@@ -1,0 +1,194 @@
+# pyright: reportMissingImports=false
+"""Compile the Triton kernels for an H100 (sm_90), which takes no GPU, and report what each needs of it.
+
+    python -m farspan.tools.report_kernels docs/kernels_sm90.md
+
+Kernels are compiled with the very arguments that the backend launches them with: a plan is run on empty tensors while a
+driver that only names the target stands in for the real one. Exit status 1 when registers spill to memory or a kernel
+wants more shared memory than there is.
+"""
+
+import argparse
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from farspan.kernels.gpu.shapes import shapes_for
+from farspan.kernels.neighbourhood import Dimension, Neighbourhood
+from farspan.kernels.plan import Plan
+from farspan.kernels.rows import Rows
+from farspan.kernels.selection import Partition, Selection
+from farspan.kernels.visibility import Visibility
+
+SHARED_BYTES = 227 << 10
+"""Shared memory that a block of threads can have on an H100."""
+ROWS, HEADS, KV_HEADS = 1024, 8, 2
+GRID = Neighbourhood(
+    dimensions=(
+        Dimension(length=4, window=2, causal=True),
+        Dimension(length=16, window=5, dilation=2),
+        Dimension(length=16, window=5),
+    )
+)
+TITLE = """# What the Triton kernels need of an H100
+
+Written by `python -m farspan.tools.report_kernels docs/kernels_sm90.md` (Triton 3.6.0, its own ptxas). `regs`:
+registers of a thread, at most 255. `stack`: bytes of a thread's stack, which registers spill to; 0 is none. `shared`:
+bytes of shared memory of a block, at most 232,448.
+
+| plan | head size | dtype | kernel | queries x keys | warps | stages | regs | stack | shared |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A plan of `plans()` with tensors of one dtype and of head sizes `width` and `value_width`."""
+
+    plan: str
+    width: int
+    value_width: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What one compiled kernel needs; `row` is its line of the table."""
+
+    row: str
+    stack: int
+    shared: int
+
+
+# Each size in each kind of dtype (float16 differs from bfloat16 in the name of an instruction only), each kind of plan
+# at the size that is most used.
+CASES = [
+    *(Case("causal", *sizes, dtype) for sizes in ((64, 64), (128, 128), (192, 128), (256, 256))
+      for dtype in (torch.bfloat16, torch.float32)),
+    Case("causal", 128, 128, torch.float16),
+    *(Case(plan, 128, 128, torch.bfloat16) for plan in
+      ("window and sinks", "neighbourhood", "lifetimes", "tiles choose", "rows choose")),
+    Case("rows choose", 64, 64, torch.bfloat16),
+]  # fmt: skip
+
+
+def plan_of(name: str) -> Plan:
+    """Return a plan that makes the kernels load all that such plans make them load."""
+    rows = Rows.packed([ROWS])
+    visibility = {
+        "window and sinks": Visibility(window=100, sinks=4),
+        "neighbourhood": Visibility(causal=False, neighbourhood=GRID),
+    }.get(name, Visibility())
+    plan = Plan.build(rows, rows, visibility, heads=HEADS)
+    if name == "lifetimes":
+        return plan.living(torch.zeros(KV_HEADS, ROWS, dtype=torch.int32))
+    if name.endswith("choose"):
+        # Blocks that no tile is aligned with, so that rows are loaded through an index.
+        blocks = Partition.blocks(rows, 100)
+        unit = blocks.of(rows) if name == "tiles choose" else torch.arange(ROWS)
+        own = blocks.of(rows) if name == "rows choose" else torch.arange(blocks.count)
+        return plan.choosing(Selection.from_lists(unit, blocks, own[None, :, None].expand(HEADS, -1, 1)))
+    return plan
+
+
+class _Driver:
+    """Names the target; whatever would touch a GPU is missing."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+
+def compile_case(case: Case) -> list[Usage]:
+    """Compile every kernel that a forward and a backward pass of the case launch."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    from farspan.kernels.gpu import schedule
+
+    launched: list[Usage] = []
+    run = JITFunction.run
+
+    def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        compiled = run(kernel, *arguments, grid=grid, warmup=True, **options)
+        launched.append(_usage(case, kernel.fn.__name__, options, compiled))
+        return compiled
+
+    triton.runtime.driver.set_active(_Driver())
+    JITFunction.run = compile_only
+    try:
+        q = torch.zeros(ROWS, HEADS, case.width, dtype=case.dtype)
+        k = torch.zeros(ROWS, KV_HEADS, case.width, dtype=case.dtype)
+        v = torch.zeros(ROWS, KV_HEADS, case.value_width, dtype=case.dtype)
+        shapes = shapes_for(max(case.width, case.value_width), case.dtype)
+        problem = schedule.Problem(q=q, k=k, v=v, plan=plan_of(case.plan), shapes=shapes)
+        out, lse = schedule.forward(problem)
+        schedule.backward(problem, out.to(case.dtype), out.to(case.dtype), lse)
+    finally:
+        JITFunction.run = run
+    return list(dict.fromkeys(launched))
+
+
+def _usage(case: Case, kernel: str, options: dict[str, Any], compiled: Any) -> Usage:
+    registers, stack = _registers_and_stack(compiled.asm["cubin"])
+    shared = compiled.metadata.shared
+    size = str(case.width) if case.width == case.value_width else f"{case.width}/{case.value_width}"
+    tile = f"{options['BLOCK_Q']} x {options['BLOCK_K']}" if "BLOCK_Q" in options else str(options["BLOCK"])
+    cells = (
+        case.plan, size, str(case.dtype).removeprefix("torch."), kernel.removesuffix("_kernel"), tile,
+        compiled.metadata.num_warps, compiled.metadata.num_stages, registers, stack, f"{shared:,}",
+    )  # fmt: skip
+    return Usage(f"| {' | '.join(map(str, cells))} |", stack, shared)
+
+
+def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        listing = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", listing)
+    assert found is not None, listing
+    return int(found[1]), int(found[2])
+
+
+def compile_all(processes: int) -> Iterator[Usage]:
+    """Compile all cases, the largest first, in as many processes; the table's order is that of CASES."""
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for found in pool.map(compile_case, CASES):
+            yield from found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    usages = list(compile_all(options.processes))
+    options.out.write_text(TITLE + "".join(f"{usage.row}\n" for usage in usages), encoding="utf-8")
+    bad = [usage.row for usage in usages if usage.stack or usage.shared > SHARED_BYTES]
+    for row in bad:
+        print(f"does not fit: {row}", file=sys.stderr)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

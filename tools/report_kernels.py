@@ -27,6 +27,8 @@ from farspan.kernels.neighbourhood import Dimension, Neighbourhood
 from farspan.kernels.plan import Plan
 from farspan.kernels.rows import Rows
 from farspan.kernels.selection import Partition, Selection
+from farspan.kernels.state import empty_state
+from farspan.kernels.stretch import Stretch
 from farspan.kernels.visibility import Visibility
 
 SHARED_BYTES = 227 << 10
@@ -45,14 +47,14 @@ Written by `python -m farspan.tools.report_kernels docs/kernels_sm90.md` (Triton
 registers of a thread, at most 255. `stack`: bytes of a thread's stack, which registers spill to; 0 is none. `shared`:
 bytes of shared memory of a block, at most 232,448.
 
-| plan | head size | dtype | kernel | queries x keys | warps | stages | regs | stack | shared |
+| plan | head size | dtype | kernel | queries x keys, or chunk x columns | warps | stages | regs | stack | shared |
 |---|---|---|---|---|---|---|---|---|---|
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A plan of `plans()` with tensors of one dtype and of head sizes `width` and `value_width`."""
+    """A plan of `plan_of`, or a scan, with tensors of one dtype and of head sizes `width` and `value_width`."""
 
     plan: str
     width: int
@@ -78,6 +80,9 @@ CASES = [
     *(Case(plan, 128, 128, torch.bfloat16) for plan in
       ("window and sinks", "neighbourhood", "lifetimes", "tiles choose", "rows choose")),
     Case("rows choose", 64, 64, torch.bfloat16),
+    *(Case("scan", *sizes, torch.bfloat16) for sizes in ((64, 64), (128, 128), (192, 128), (256, 256))),
+    Case("scan", 128, 128, torch.float16),
+    Case("scan", 128, 128, torch.float32),
 ]  # fmt: skip
 
 
@@ -136,20 +141,35 @@ def compile_case(case: Case) -> list[Usage]:
         q = torch.zeros(ROWS, HEADS, case.width, dtype=case.dtype)
         k = torch.zeros(ROWS, KV_HEADS, case.width, dtype=case.dtype)
         v = torch.zeros(ROWS, KV_HEADS, case.value_width, dtype=case.dtype)
-        shapes = shapes_for(max(case.width, case.value_width), case.dtype)
-        problem = schedule.Problem(q=q, k=k, v=v, plan=plan_of(case.plan), shapes=shapes)
-        out, lse = schedule.forward(problem)
-        schedule.backward(problem, out.to(case.dtype), out.to(case.dtype), lse)
+        if case.plan == "scan":
+            _scan(q, k, v)
+        else:
+            shapes = shapes_for(max(case.width, case.value_width), case.dtype)
+            problem = schedule.Problem(q=q, k=k, v=v, plan=plan_of(case.plan), shapes=shapes)
+            out, lse = schedule.forward(problem)
+            schedule.backward(problem, out.to(case.dtype), out.to(case.dtype), lse)
     finally:
         JITFunction.run = run
     return list(dict.fromkeys(launched))
+
+
+def _scan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    from farspan.kernels.gpu import scan
+
+    stretch, decay = Stretch.of(Rows.packed([ROWS])), torch.ones(HEADS, dtype=torch.float64)
+    state = empty_state(HEADS, q.shape[2], v.shape[2], like=q)
+    out, left = scan.scan_forward(q, k, v, stretch, decay, state)
+    scan.scan_backward(out.to(q.dtype), left.value, q, k, v, stretch, decay, state)
 
 
 def _usage(case: Case, kernel: str, options: dict[str, Any], compiled: Any) -> Usage:
     registers, stack = _registers_and_stack(compiled.asm["cubin"])
     shared = compiled.metadata.shared
     size = str(case.width) if case.width == case.value_width else f"{case.width}/{case.value_width}"
-    tile = f"{options['BLOCK_Q']} x {options['BLOCK_K']}" if "BLOCK_Q" in options else str(options["BLOCK"])
+    if "CHUNK" in options:
+        tile = f"{options['CHUNK']} x {options['COLUMNS']}"
+    else:
+        tile = f"{options['BLOCK_Q']} x {options['BLOCK_K']}" if "BLOCK_Q" in options else str(options["BLOCK"])
     cells = (
         case.plan, size, str(case.dtype).removeprefix("torch."), kernel.removesuffix("_kernel"), tile,
         compiled.metadata.num_warps, compiled.metadata.num_stages, registers, stack, f"{shared:,}",

@@ -1,4 +1,4 @@
-"""Triton backend: flash attention over lists of tiles, on GPUs, for any plan."""
+"""Triton backend: flash attention over lists of tiles, for any plan, and scans; on GPUs."""
 
 import importlib.util
 from typing import final
@@ -10,6 +10,10 @@ from farspan.kernels.backend import BACKENDS, Backend, Work
 from farspan.kernels.errors import ConfigError
 from farspan.kernels.gpu.shapes import MAX_WIDTH, Shapes, shapes_for
 from farspan.kernels.plan import Plan
+from farspan.kernels.state import State
+from farspan.kernels.stretch import Stretch
+
+MAX_FLOAT32_SCAN_WIDTH = 128
 
 
 @final
@@ -35,6 +39,8 @@ class TritonBackend(Backend):
             return f"it takes float32, bfloat16 and float16, not {str(work.dtype).removeprefix('torch.')}"
         if max(work.head_dim, work.value_dim) > MAX_WIDTH:
             return f"it takes head sizes up to {MAX_WIDTH}, not {max(work.head_dim, work.value_dim)}"
+        if work.scans and work.dtype == torch.float32 and max(work.head_dim, work.value_dim) > MAX_FLOAT32_SCAN_WIDTH:
+            return f"it scans float32 with head sizes up to {MAX_FLOAT32_SCAN_WIDTH}: more spills registers"
         return None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -53,10 +59,39 @@ class TritonBackend(Backend):
         with torch.cuda.device_of(q):
             return schedule.backward(problem, dout, out, lse)
 
-    def _shapes(self, q: Tensor, v: Tensor) -> Shapes:
+    def scan_refusal(self) -> str | None:
+        return None
+
+    def scan(
+        self, q: Tensor, k: Tensor, v: Tensor, stretch: Stretch, decay: Tensor, state: State
+    ) -> tuple[Tensor, State]:
+        from farspan.kernels.gpu import scan
+
+        self._shapes(q, v, scans=True)
+        with torch.cuda.device_of(q):
+            return scan.scan_forward(q, k, v, stretch, decay, state)
+
+    def scan_backward(
+        self,
+        dout: Tensor,
+        dstate: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        stretch: Stretch,
+        decay: Tensor,
+        state: State,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        from farspan.kernels.gpu import scan
+
+        self._shapes(q, v, scans=True)
+        with torch.cuda.device_of(q):
+            return scan.scan_backward(dout, dstate, q, k, v, stretch, decay, state)
+
+    def _shapes(self, q: Tensor, v: Tensor, *, scans: bool = False) -> Shapes:
         """Return the shapes of tiles for these tensors; raises ConfigError for what the kernels cannot do."""
         sizes = q.shape[2], v.shape[2]
-        work = Work(dtype=q.dtype, head_dim=sizes[0], value_dim=sizes[1], chooses_keys=False, scans=False)
+        work = Work(dtype=q.dtype, head_dim=sizes[0], value_dim=sizes[1], chooses_keys=False, scans=scans)
         if reason := self.limit(work):
             raise ConfigError(
                 f"attention.backend='triton' cannot compute this: {reason}; use attention.backend='auto'."

@@ -52,9 +52,9 @@ class Tiling(NamedTuple):
 TILINGS = {
     torch.bfloat16: {64: Tiling(64, 64, 4, 2), 128: Tiling(64, 64, 8, 2), 256: Tiling(64, 32, 8, 2)},
     torch.float16: {64: Tiling(64, 32, 8, 1), 128: Tiling(32, 32, 8, 1), 256: Tiling(16, 16, 8, 1)},
-    torch.float32: {64: Tiling(16, 32, 8, 1), 128: Tiling(16, 16, 8, 1), 256: Tiling(16, 16, 8, 1)},
+    torch.float32: {64: Tiling(16, 32, 8, 1), 128: Tiling(16, 16, 8, 1)},
 }
-"""By dtype and the largest width of a: what compiles for sm_90 without spilled registers, float32 of 256 excepted.
+"""By dtype and the largest width of a: what compiles for sm_90 without spilled registers. float32 of 256 has none.
 
 float16 is multiplied as TF32, which holds it exactly and does not overflow; float32 in full, which is for checks.
 """
@@ -64,7 +64,7 @@ def tiling_of(a: Tensor, b: Tensor) -> Tiling:
     """Return how rows `[T, heads, A]` and `[T, heads, B]` are cut; raises ValueError if A is too wide."""
     width = next((width for width in TILINGS[a.dtype] if a.shape[2] <= width), None)
     if width is None:
-        raise ValueError(f"a Triton scan has heads of at most {max(TILINGS[a.dtype])}; got {a.shape[2]}")
+        raise ValueError(f"a Triton scan of {a.dtype} has heads of at most {max(TILINGS[a.dtype])}; got {a.shape[2]}")
     tiling = TILINGS[a.dtype][width]
     return tiling._replace(columns=min(tiling.columns, max(triton.next_power_of_2(b.shape[2]), 16)))
 

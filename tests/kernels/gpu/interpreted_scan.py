@@ -4,6 +4,7 @@ Segments are made short, so that a few hundred rows have several of several chun
 of float32 are made large, as the interpreter's time goes by their number; those of bfloat16 are the real ones.
 """
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -12,7 +13,16 @@ from farspan.kernels.gpu import scan as triton_scan
 from farspan.kernels.rows import Rows
 from farspan.kernels.state import State
 from farspan.kernels.stretch import NOWHERE, Place, Stretch
+from tests.kernels.gpu import interpreter_bfloat16
 from tests.oracle import relative_error, rms_error
+
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _bfloat16_as_it_is() -> None:
+    interpreter_bfloat16.teach()
+
 
 NAMES = ("out", "state", "dq", "dk", "dv", "dstate")
 

@@ -1,4 +1,4 @@
-"""The Triton backend on a CPU: `interpreted.py`, in one process with Triton's interpreter switched on."""
+"""The Triton backend on a CPU, in processes with Triton's interpreter switched on."""
 
 from tests.kernels.gpu.triton_folder import run_with_triton
 
@@ -8,3 +8,13 @@ def test_kernels_equal_the_formula_when_interpreted() -> None:
         "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/gpu/interpreted.py", TRITON_INTERPRET="1"
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+def test_scans_equal_the_formula_when_interpreted() -> None:
+    """In a process of its own, as its checks change the kernels' tilings."""
+    done = run_with_triton(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "python_functions=check_*",
+        "tests/kernels/gpu/interpreted_scan.py", TRITON_INTERPRET="1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert "10 passed" in done.stdout

@@ -14,15 +14,17 @@ from farspan.parallel.mesh import Mesh
 def shard_parameters(model: nn.Module, units: Iterable[nn.Module], mesh: Mesh, compute_dtype: torch.dtype) -> None:
     """Shard each unit, then what is left of the model; each unit is gathered for its own forward and backward pass.
 
-    Gradients are averaged over all ranks in float32 (float64 for float64), so the loss has to be scaled by their
-    number. Inputs are not cast: rotary tables stay float32.
+    Gradients are summed over all ranks in float32 (float64 for float64), not averaged: what a part adds to its gradient
+    by itself counts the same on any number of ranks. Inputs are not cast: rotary tables stay float32.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=accumulation_dtype(compute_dtype), cast_forward_inputs=False
     )
-    for unit in units:
-        fully_shard(unit, mesh=mesh.fsdp, mp_policy=policy)
-    fully_shard(model, mesh=mesh.fsdp, mp_policy=policy)
+    for part in (*units, model):
+        sharded = fully_shard(part, mesh=mesh.fsdp, mp_policy=policy)
+        sharded.set_gradient_divide_factor(1.0)
+        # Without this, a factor is applied by an operation that only NCCL has.
+        sharded.set_force_sum_reduction_for_comms(True)
 
 
 @torch.no_grad()

@@ -46,12 +46,10 @@ def train_step(
         raise TrainingError("no token of this batch has a label: every document of the data has a single token.")
 
     optimizer.zero_grad()
-    # FSDP averages gradients over all ranks; what is wanted is their sum.
-    scale = dist.get_world_size() / labelled_tokens
     total = torch.zeros((), dtype=torch.float64, device=device)
     for batch in batches:
         losses = model(batch.tokens, batch.labels, batch.context)
-        (losses.sum() * scale).backward()
+        (losses.sum() / labelled_tokens).backward()
         total += losses.detach().sum(dtype=torch.float64)
     dist.all_reduce(total)
     loss = total.item() / labelled_tokens

@@ -74,14 +74,14 @@ def test_the_loss_is_the_mean_over_all_labelled_tokens(ranks: Callable[[int], Ra
         assert outcome.result.loss == pytest.approx(2 * (1 + 2 + 3 + 4 + 8) / 5)
         assert outcome.result.labelled_tokens == 5
         assert outcome.result.visible_pairs == 0 + 1 + 10 + 11
-    # FSDP averages over the 2 ranks, so each gradient is twice its part of the mean's.
-    assert [outcome.gradient for outcome in outcomes] == pytest.approx([2 * 10 / 5, 2 * 8 / 5])
-    assert outcomes[0].weight == pytest.approx(2.0 - 0.5 * 2 * 10 / 5)
+    # FSDP sums over the 2 ranks, so each gradient is its part of the mean's.
+    assert [outcome.gradient for outcome in outcomes] == pytest.approx([10 / 5, 8 / 5])
+    assert outcomes[0].weight == pytest.approx(2.0 - 0.5 * 10 / 5)
 
 
 def test_the_gradient_is_clipped_and_its_norm_reported(ranks: Callable[[int], RankPool]) -> None:
     outcome = ranks(2).run(run, 2.0, LABELS, 0.5)[0]
-    assert outcome.result.gradient_norm == pytest.approx(4.0)
+    assert outcome.result.gradient_norm == pytest.approx(2.0)
     assert outcome.gradient == pytest.approx(0.5, rel=1e-5)
 
 

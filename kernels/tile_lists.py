@@ -28,7 +28,7 @@ MAX_COUNT = (1 << COUNT_BITS) - 1
 MAX_TILES = (1 << (31 - COUNT_BITS)) - 1
 COARSE = 16
 """Tiles, on either side, that are ruled out or in together before they are looked at one by one."""
-PAIRS_AT_ONCE = 1 << 18
+PAIRS_AT_ONCE = 1 << 17
 """Pairs of tiles that are looked at in one go."""
 
 
@@ -87,12 +87,7 @@ def tile_plan(plan: Plan, query_tile: int, key_tile: int, staying: Literal["quer
 
     staying: the side whose tiles own a list, of tiles of the other side. Raises ValueError for too many tiles.
     """
-    query_rows, key_rows = real_rows(plan)
-    if plan.selection is None:
-        queries, keys = Tiling.of(query_rows, query_tile), Tiling.of(key_rows, key_tile)
-    else:
-        queries = Tiling.of(query_rows, query_tile, plan.selection.unit)
-        keys = Tiling.of(key_rows, key_tile, plan.selection.blocks.of(key_rows))
+    queries, keys = _tilings(plan, query_tile, key_tile)
     if max(len(queries), len(keys)) > MAX_TILES:
         raise ValueError(
             f"{len(plan.queries)} queries and {len(plan.keys)} keys make more than {MAX_TILES} tiles of "
@@ -107,6 +102,13 @@ def tile_plan(plan: Plan, query_tile: int, key_tile: int, staying: Literal["quer
             pairs = (_Pairs(x.columns, x.rows, x.partial, x.width) for x in pairs)
         found.append(_encode(pairs, len(rows), len(columns)))
     return TiledPlan(queries=queries, keys=keys, lists=_join(found, group, len(rows)))
+
+
+def _tilings(plan: Plan, query_tile: int, key_tile: int) -> tuple[Tiling, Tiling]:
+    if plan.selection is None:
+        return Tiling.of(plan.queries, query_tile), Tiling.of(plan.keys, key_tile)
+    unit, block = plan.selection.unit, plan.selection.blocks.of(plan.keys)
+    return Tiling.of(plan.queries, query_tile, unit), Tiling.of(plan.keys, key_tile, block)
 
 
 def _without(rows: Rows, absent: Tensor) -> Rows:

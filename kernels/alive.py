@@ -46,8 +46,7 @@ class _InLine:
 
     @staticmethod
     def of(rows: Rows) -> "_InLine":
-        position, document = rows.position.numpy().astype(np.int64), rows.document.numpy().astype(np.int64)
-        ordinal = document * (1 << 32) + position
+        document, ordinal = rows.document.numpy().astype(np.int64), rows.ordinal().numpy()
         row = np.argsort(ordinal, kind="stable")
         row = row[np.searchsorted(document[row], 0) :]
         return _InLine(row, document[row], ordinal[row])

@@ -29,7 +29,7 @@ class Gathering:
     def of(chosen: Tensor, everyone: Rows) -> "Gathering":
         """Gather what `chosen`, bool `[tokens, Hk]`, says of a sequence."""
         documents, document = everyone.document.unique(return_inverse=True)
-        order = (document * (1 << 32) + everyone.position).argsort()
+        order = everyone.ordinal().argsort()
         head, place = chosen.cpu()[order].t().nonzero(as_tuple=True)
         token = order[place]
         number = head * len(documents) + document[token]

@@ -58,18 +58,14 @@ def earlier_rows(rows: Rows, among: Rows, reach: int) -> Tensor:
     found = torch.full((reach, len(rows)), -1)
     if not len(among):
         return found
-    keys, order = _key(among).sort()
+    keys, order = among.ordinal().sort()
     for lag in range(1, reach + 1):
-        wanted = _key(rows) - lag
+        # A lag does not reach from one document into another.
+        wanted = rows.ordinal() - lag
         place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
         exists = (keys[place] == wanted) & (rows.document >= 0)
         found[lag - 1] = torch.where(exists, order[place], -1)
     return found
-
-
-def _key(rows: Rows) -> Tensor:
-    """Return int64 that grow with document and position; lags do not reach from one document into another."""
-    return (rows.document.long() << 32) + rows.position
 
 
 @torch.no_grad()

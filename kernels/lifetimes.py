@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farspan.kernels.rows import Rows
+from farspan.kernels.rows import Rows, ordinal
 
 GLOBAL, LOCAL, SLIDING = range(3)
 
@@ -40,7 +40,7 @@ class Line:
     def of(everyone: Rows) -> "Line":
         """Set the rows of a whole sequence, which come in any order, in line."""
         documents, document = everyone.document.unique(return_inverse=True)
-        order = (document * (1 << 32) + everyone.position).argsort()
+        order = everyone.ordinal().argsort()
         sizes = document.bincount(minlength=len(documents))
         stop = sizes.cumsum(0).repeat_interleave(sizes)
         first, place = stop - sizes.repeat_interleave(sizes), torch.arange(len(order))
@@ -96,9 +96,9 @@ class Lifetimes:
     def pairs(self, queries: Rows, keys: Rows) -> int:
         """Return how many of `queries` see each of `keys`, which these lifetimes are of: the mean sum over KV heads."""
         real = queries.document >= 0
-        seen_by = _ordinal(queries.document[real], queries.position[real]).sort().values
-        first = torch.searchsorted(seen_by, _ordinal(keys.document, keys.position))
-        stop = torch.searchsorted(seen_by, _ordinal(keys.document, self.last), right=True)
+        seen_by = ordinal(queries.document[real], queries.position[real]).sort().values
+        first = torch.searchsorted(seen_by, ordinal(keys.document, keys.position))
+        stop = torch.searchsorted(seen_by, ordinal(keys.document, self.last), right=True)
         return int((stop - first).clamp(min=0).sum()) // len(self.last)
 
 
@@ -110,8 +110,3 @@ def _next_global(kind: Tensor, line: Line) -> Tensor:
     place = torch.arange(tokens)
     at_or_after = torch.where(kind == GLOBAL, place, tokens).flip(1).cummin(dim=1).values.flip(1)
     return torch.where(place == line.end, place, at_or_after.roll(-1, dims=1))
-
-
-def _ordinal(document: Tensor, position: Tensor) -> Tensor:
-    """Return numbers that order by document, then by position."""
-    return document.long() * (1 << 32) + position

@@ -26,6 +26,11 @@ Total = Callable[[Tensor], Tensor]
 """Turns a tensor that every holder of rows has computed from its own into the sum over all holders."""
 
 
+def alone(x: Tensor) -> Tensor:
+    """The total over a single holder."""
+    return x
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Heads:
     """Numbers of query heads and of key/value heads; `query % kv == 0`."""
@@ -135,7 +140,7 @@ class Routed(Masked):
         """What would be chosen for random queries and keys."""
         generator, one = torch.Generator().manual_seed(0), Heads(query=1, kv=1)
         q, k = (torch.randn(len(rows), 1, 16, generator=generator) for rows in (queries, keys))
-        holding = Holding(mechanism=self, rows=queries, everyone=keys, heads=range(1), all_heads=one, total=lambda x: x)
+        holding = Holding(mechanism=self, rows=queries, everyone=keys, heads=range(1), all_heads=one, total=alone)
         plan = Plan.build(queries, keys, self.visibility(), heads=1, selection=self.select(q, k, holding))
         return count_pairs(plan, kv_heads=1)
 

@@ -34,6 +34,10 @@ class Rows:
     def __len__(self) -> int:
         return self.position.shape[0]
 
+    def ordinal(self) -> Tensor:
+        """Return numbers that order rows by document, then by position; int64 `[rows]`, negative for padding."""
+        return ordinal(self.document, self.position)
+
     def take(self, index: Tensor) -> "Rows":
         """Return the rows at `index` (int64 `[n]`); an index of -1 gives a padding row."""
         # -1 is the last element of a column with one more: this makes padding of it, also where there are no rows.
@@ -59,3 +63,8 @@ class Rows:
         position = (torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths)).int()
         is_padding = document == len(document_lengths)
         return Rows(position=position.masked_fill(is_padding, 0), document=document.masked_fill(is_padding, PADDING))
+
+
+def ordinal(document: Tensor, position: Tensor) -> Tensor:
+    """Return int64 numbers that order by document, then by position."""
+    return (document.long() << 32) + position

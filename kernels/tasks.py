@@ -18,6 +18,7 @@ from farspan.kernels.plan import Plan
 from farspan.kernels.regions import Kind
 from farspan.kernels.rows import Rows
 from farspan.kernels.selection import Selection
+from farspan.kernels.stretches import ranges
 from farspan.kernels.visibility import Visibility
 
 SHARED_ROWS = 16
@@ -106,7 +107,7 @@ class _Groups:
 
     def members(self, groups: np.ndarray) -> np.ndarray:
         """Return the rows of these groups, one group after another."""
-        return self.order[_ranges(self.start[groups], self.stop[groups])]
+        return self.order[ranges(self.start[groups], self.stop[groups])]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -192,7 +193,7 @@ class _Tasks:
         for alike in _runs_of_equal(rows * (keys.max() + 1) + keys):
             shape = int(rows[alike[0]]), int(keys[alike[0]])
             for part in np.array_split(alike, -(-len(alike) * shape[1] // BATCH_ROWS)):
-                chosen = entries.take(_ranges(first[part], stop[part]))
+                chosen = entries.take(ranges(first[part], stop[part]))
                 kv_head = np.repeat(self._kv_head(entries.chooser[first[part]]), shape[1])
                 key_rows = self.pieces.members(chosen.piece) * self.kv_heads + kv_head
                 queries = self._queries(entries.take(first[part])).reshape(-1, shape[0])
@@ -203,10 +204,8 @@ class _Tasks:
         if not len(entries):
             return
         # Every query head by itself, as only then a task's rows may form a triangle with its keys.
-        times = self.choosers.sizes()[entries.chooser]
-        nth_head = np.arange(times.sum()) - np.repeat(times.cumsum() - times, times)
-        entries = entries.take(np.repeat(np.arange(len(entries)), times))
-        head = self.choosers.heads[self.choosers.start[entries.chooser] + nth_head]
+        head = self._heads(entries.chooser)
+        entries = entries.take(np.repeat(np.arange(len(entries)), self.choosers.sizes()[entries.chooser]))
         # A row that sees some of several pieces meets them in several rounds, as a batch may have it only once.
         order = np.lexsort((entries.piece, entries.unit, head))
         entries, head = entries.take(order), head[order]
@@ -220,7 +219,7 @@ class _Tasks:
         for alike in _runs_of_equal((nth[first] * (rows.max() + 1) + rows) * (keys.max() + 1) + keys):
             shape = int(rows[alike[0]]), int(keys[alike[0]])
             for part in np.array_split(alike, -(-len(alike) * shape[0] * shape[1] // BATCH_PAIRS)):
-                row = self.units.members(entries.unit[_ranges(first[part], stop[part])])
+                row = self.units.members(entries.unit[ranges(first[part], stop[part])])
                 key = self.pieces.members(entries.piece[first[part]])
                 yield from self._partial_batches(
                     torch.from_numpy(row.reshape(-1, shape[0])), torch.from_numpy(key.reshape(-1, shape[1])),
@@ -260,8 +259,11 @@ class _Tasks:
         """Return the rows of each entry's unit, in each of its query heads."""
         row = self.units.members(entries.unit)
         chooser = np.repeat(entries.chooser, self.units.sizes()[entries.unit])
-        head = self.choosers.heads[_ranges(self.choosers.start[chooser], self.choosers.stop[chooser])]
-        return np.repeat(row, self.choosers.sizes()[chooser]) * self.plan.heads + head
+        return np.repeat(row, self.choosers.sizes()[chooser]) * self.plan.heads + self._heads(chooser)
+
+    def _heads(self, chooser: np.ndarray) -> np.ndarray:
+        """Return the query heads of these choosers, one chooser after another."""
+        return self.choosers.heads[ranges(self.choosers.start[chooser], self.choosers.stop[chooser])]
 
 
 def _spread(queries: Tensor, keys: Tensor) -> Iterator[Batch]:
@@ -279,12 +281,6 @@ def _edges(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return where each stretch of equal values starts and stops."""
     start = np.flatnonzero(np.diff(values, prepend=-1))
     return start, np.append(start[1:], len(values))[: len(start)]
-
-
-def _ranges(start: np.ndarray, stop: np.ndarray) -> np.ndarray:
-    """Return start[0], ..., stop[0] - 1, start[1], ..., one range after another."""
-    sizes = stop - start
-    return np.arange(sizes.sum()) + np.repeat(start - np.cumsum(sizes) + sizes, sizes)
 
 
 def _inverse(number: np.ndarray, count: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from torch import Tensor
 from farspan.kernels.ageing import AgeingHolding, TypeLearning
 from farspan.kernels.attend import attend, attend_backward
 from farspan.kernels.gathering import Gathering, weigh, weigh_backward
-from farspan.kernels.mechanism import Ageing, Gathered, Heads, Holding, Masked, Mechanism, Recurrent, Routed
+from farspan.kernels.mechanism import Ageing, Gathered, Heads, Holding, Masked, Mechanism, Recurrent, Routed, alone
 from farspan.kernels.plan import Plan
 from farspan.kernels.rows import Rows
 from farspan.kernels.whole_scan import WholeScan
@@ -74,11 +74,6 @@ def plan_whole(mechanism: Mechanism, rows: Rows, heads: Heads, which: range, *, 
     return _MaskedAttention(plan, holding, backend)
 
 
-def alone(x: Tensor) -> Tensor:
-    """The total over a single holder."""
-    return x
-
-
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class _MaskedAttention(WholeAttention):
@@ -110,26 +105,42 @@ class _GatheredAttention(WholeAttention):
     backend: str
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
-        q, k, v, routing = inputs
+        q, k, _, routing = inputs
         gathering = Gathering.of(self.mechanism.choose(routing[..., 0].float(), self.rows), self.rows)
-        my_q, my_k, my_v = (gathering.collect(x, k.shape[1]) for x in (q, k, v))
-        visibility = self.mechanism.among().visibility()
-        plan = Plan.build(gathering.rows, gathering.rows, visibility, heads=q.shape[1] // k.shape[1])
-        part, lse = attend(my_q, my_k, my_v, plan, backend=self.backend)
-        part, logits = part.to(q.dtype), gathering.collect(routing, k.shape[1])
-        out = gathering.spread(weigh(part, logits), q.shape[:2])
-        return out, Saved((my_q, my_k, my_v, part, lse, logits), (gathering, plan, q.shape[:2], k.shape[:2]))
+        heads = Heads(query=q.shape[1] // k.shape[1], kv=1)
+        among = plan_whole(self.mechanism.among(), gathering.rows, heads, range(heads.query), backend=self.backend)
+        return attend_gathered(among, gathering, *inputs)
 
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
-        q, k, v, part, lse, logits = saved.tensors
-        gathering, plan, of_queries, of_keys = saved.kept
-        dpart, dlogits = weigh_backward(gathering.collect(dout, of_keys[1]), part, logits)
-        dq, *of_key_rows = attend_backward(dpart, q, k, v, part, lse, plan, backend=self.backend)
-        return gathering.spread(dq, of_queries), *(gathering.spread(x, of_keys) for x in (*of_key_rows, dlogits))
+        return attend_gathered_backward(dout, saved)
 
     def lse(self, saved: Saved) -> Tensor:
-        gathering, _, of_queries, _ = saved.kept
-        return gathering.spread(saved.tensors[-2].unsqueeze(-1), of_queries, fill=float("-inf")).squeeze(-1)
+        return gathered_lse(saved)
+
+
+def attend_gathered(among: WholeAttention, gathering: Gathering, *inputs: Tensor) -> tuple[Tensor, Saved]:
+    """Return out, 0 where nothing was gathered, of attention `among` the rows of `gathering`, weighed by routing."""
+    q, k, v, routing = inputs
+    part, saved = among.forward(*(gathering.collect(x, k.shape[1]) for x in (q, k, v)))
+    logits = gathering.collect(routing, k.shape[1])
+    out = gathering.spread(weigh(part, logits), q.shape[:2])
+    return out, Saved((part, logits, *saved.tensors), (gathering, among, q.shape[:2], k.shape[:2], *saved.kept))
+
+
+def attend_gathered_backward(dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
+    """Return the gradients of q, k, v and routing."""
+    part, logits, *tensors = saved.tensors
+    gathering, among, of_queries, of_keys, *kept = saved.kept
+    dpart, dlogits = weigh_backward(gathering.collect(dout, of_keys[1]), part, logits)
+    dq, *of_key_rows = among.backward(dpart, Saved(tuple(tensors), tuple(kept)))
+    return gathering.spread(dq, of_queries), *(gathering.spread(x, of_keys) for x in (*of_key_rows, dlogits))
+
+
+def gathered_lse(saved: Saved) -> Tensor:
+    """Return the log-sum-exp `[T, Hq]`, -inf where nothing was gathered."""
+    gathering, among, of_queries, _, *kept = saved.kept
+    lse = among.lse(Saved(saved.tensors[2:], tuple(kept)))
+    return gathering.spread(lse.unsqueeze(-1), of_queries, fill=float("-inf")).squeeze(-1)
 
 
 @final

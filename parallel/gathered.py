@@ -11,9 +11,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from farspan.kernels.gathering import Gathering, weigh, weigh_backward
+from farspan.kernels.gathering import Gathering
 from farspan.kernels.mechanism import Gathered, Heads, Total
-from farspan.kernels.whole import Saved
+from farspan.kernels.whole import Saved, attend_gathered, attend_gathered_backward, gathered_lse
 from farspan.parallel.layout import Shards
 from farspan.parallel.strategy import Attend, AttentionShape
 
@@ -30,29 +30,14 @@ class GatheredAttend(Attend):
     plan: Callable[[Shards], Attend]
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
-        q, k, v, routing = inputs
-        dealt, gathering = deal_chosen(self.mechanism, self._all_logits(routing), self.shards, self.rank)
-        among = self.plan(dealt)
-        operands = [gathering.collect(x, self.heads.kv) for x in (q, k, v)]
-        part, saved = among.forward(*operands)
-        logits = gathering.collect(routing, self.heads.kv)
-        out = gathering.spread(weigh(part, logits), q.shape[:2])
-        return out, Saved((part, logits, *saved.tensors), (gathering, among, *saved.kept))
+        dealt, gathering = deal_chosen(self.mechanism, self._all_logits(inputs[3]), self.shards, self.rank)
+        return attend_gathered(self.plan(dealt), gathering, *inputs)
 
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
-        part, logits, *tensors = saved.tensors
-        gathering, among, *kept = saved.kept
-        dpart, dlogits = weigh_backward(gathering.collect(dout, self.heads.kv), part, logits)
-        dq, *of_keys = among.backward(dpart, Saved(tuple(tensors), tuple(kept)))
-        of_queries, of_kv = ((self.tokens_local, heads) for heads in (self.heads.query, self.heads.kv))
-        return gathering.spread(dq, of_queries), *(gathering.spread(x, of_kv) for x in (*of_keys, dlogits))
+        return attend_gathered_backward(dout, saved)
 
     def lse(self, saved: Saved) -> Tensor:
-        gathering, among, *kept = saved.kept
-        lse = among.lse(Saved(saved.tensors[2:], tuple(kept)))
-        assert lse is not None
-        shape = self.tokens_local, self.heads.query
-        return gathering.spread(lse.unsqueeze(-1), shape, fill=float("-inf")).squeeze(-1)
+        return gathered_lse(saved)
 
     def _all_logits(self, routing: Tensor) -> Tensor:
         """Return the routing of the whole sequence, float32 `[tokens, Hk]`."""

@@ -12,7 +12,7 @@ from farspan.kernels.errors import ConfigError
 from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.registry import Registry
-from farspan.kernels.whole import Saved
+from farspan.kernels.whole import Saved, WholeAttention
 from farspan.parallel.comm import Channel
 from farspan.parallel.layout import Shards
 
@@ -43,8 +43,12 @@ class Volume:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Attend(ABC):
-    """Attention over one dealt sequence, planned: called with the rows that this rank holds, differentiable."""
+class Attend(WholeAttention):
+    """Attention over one dealt sequence, planned: called with the rows that this rank holds, differentiable.
+
+    Inputs and results are of these rows, T being `tokens_local`, and gradients are summed over all ranks. Every rank
+    has to make the same calls, `lse` included, as any of them may send.
+    """
 
     tokens_local: int
     heads: Heads
@@ -58,21 +62,6 @@ class Attend(ABC):
         """
         self._check(q, k, v, routing)
         return _AttendFunction.apply(self, q, k, v, *routing)  # pyright: ignore[reportReturnType]
-
-    @abstractmethod
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
-        """Return out `[tokens_local, Hq, Dv]` in the dtype of q, and what `backward` needs; inputs as in a call."""
-
-    @abstractmethod
-    def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
-        """Return the gradient of each input's local rows, summed over all ranks, in its dtype or wider."""
-
-    @abstractmethod
-    def lse(self, saved: Saved) -> Tensor | None:
-        """Return the log-sum-exp `[tokens_local, Hq]` of this rank's rows, None where there is no softmax.
-
-        Every rank has to ask, as this may send.
-        """
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor, routing: tuple[Tensor, ...]) -> None:
         of_queries, of_keys = (self.tokens_local, self.heads.query), (self.tokens_local, self.heads.kv)

@@ -7,10 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from farspan.kernels.mechanism import Heads, Holding, Routed, Total
+from farspan.kernels.mechanism import Heads, Holding, Routed, Total, alone
 from farspan.kernels.rows import Rows
 from farspan.kernels.selection import Selection
-from farspan.kernels.whole import alone
 
 
 def select(

@@ -54,7 +54,7 @@ class MoSA(Gathered):
     @torch.no_grad()
     def choose(self, logits: Tensor, everyone: Rows) -> Tensor:
         documents, document = everyone.document.unique(return_inverse=True)
-        order = (document * (1 << 32) + everyone.position).argsort()
+        order = everyone.ordinal().argsort()
         document, position = document[order].to(logits.device), everyone.position[order].long().to(logits.device)
         scores = logits[order.to(logits.device)].float()
         if self.include_first:

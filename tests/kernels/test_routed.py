@@ -4,12 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from farspan.kernels.mechanism import MECHANISMS, Heads, Holding, Routed
+from farspan.kernels.mechanism import MECHANISMS, Heads, Holding, Routed, alone
 from farspan.kernels.plan import Plan
 from farspan.kernels.rows import Rows
 from farspan.kernels.selection import Selection
 from farspan.kernels.tasks import count_pairs
-from farspan.kernels.whole import alone
 from tests.holding import lists, select, select_spread
 
 EXAMPLES = [

@@ -8,11 +8,11 @@ from farspan.kernels import type_gradient
 from farspan.kernels.ageing import AgeingHolding, TypeLearning
 from farspan.kernels.attend import attend
 from farspan.kernels.lifetimes import GLOBAL, LOCAL, SLIDING, Lifetimes, chosen_types
-from farspan.kernels.mechanism import Heads
+from farspan.kernels.mechanism import Heads, alone
 from farspan.kernels.mechanisms.nats import NAtS
 from farspan.kernels.plan import Plan
 from farspan.kernels.rows import Rows
-from farspan.kernels.whole import alone, plan_whole
+from farspan.kernels.whole import plan_whole
 from tests import ageing
 from tests.oracle import relative_error
 

@@ -10,12 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from farspan.kernels.merge import accumulation_dtype
+from farspan.kernels.merge import accumulation_dtype, merge_
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 MASKED_SCORE = -1e30
+SLICE = 768
+"""Queries from which on the operator multiplies in slices of 256, its fastest; below, of 64 and 32."""
+LARGEST_CUT = 2048
+"""Largest causal square that is cut into halves."""
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -24,15 +28,18 @@ def flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None)
     causal: key j to query i iff j <= i. mask: bool `[T, S]` or `[N, 1, T, S]`, True where visible. Rows that see
     nothing have out 0 and lse -inf. None of N, T, S may be 0.
     """
-    width = max(q.shape[-1], v.shape[-1])
-    out, lse = _flash(
-        *(_widen(x, width) for x in (q, k, v)), 0.0, causal,
-        attn_mask=_additive(mask, q.dtype), scale=q.shape[-1] ** -0.5,
-    )  # fmt: skip
-    out = out[..., : v.shape[-1]]
     if mask is not None:
-        blind = ~mask.any(dim=-1)
-        out, lse = out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, float("-inf"))
+        return _masked(q, k, v, mask)
+    if not causal:
+        out, lse = _call(_by_group(q, k.shape[1]), k, v, causal=False, mask=None)
+        return out.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
+    if not _is_cut(q, k):
+        return _call(q, k, v, causal=True, mask=None)
+    half = q.shape[2] // 2
+    halves = flash(_halves(q), _halves(k), _halves(v), causal=True, mask=None)
+    out, lse = (_whole(x, len(q)) for x in halves)
+    later = flash(q[:, :, half:], k[:, :, :half], v[:, :, :half], causal=False, mask=None)
+    merge_(out[:, :, half:], lse[:, :, half:], *later)
     return out, lse
 
 
@@ -40,6 +47,69 @@ def flash_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (dq, dk, dv) in the accumulation dtype; shapes as in `flash`, lse finite."""
+    if mask is not None or (causal and not _is_cut(q, k)):
+        return _call_backward(dout, q, k, v, out, lse, causal=causal, mask=mask)
+    if not causal:
+        my_dout, my_q, my_out, my_lse = (_by_group(x, k.shape[1]) for x in (dout, q, out, lse))
+        dq, dk, dv = _call_backward(my_dout, my_q, k, v, my_out, my_lse, causal=False, mask=None)
+        return dq.reshape(q.shape), dk, dv
+    half = q.shape[2] // 2
+    halves = flash_backward(*(_halves(x) for x in (dout, q, k, v, out, lse)), causal=True, mask=None)
+    dq, dk, dv = (_whole(x, len(q)) for x in halves)
+    my_dout, my_q, my_out, my_lse = (x[:, :, half:] for x in (dout, q, out, lse))
+    later = flash_backward(my_dout, my_q, k[:, :, :half], v[:, :, :half], my_out, my_lse, causal=False, mask=None)
+    dq[:, :, half:] += later[0]
+    dk[:, :, :half] += later[1]
+    dv[:, :, :half] += later[2]
+    return dq, dk, dv
+
+
+def _is_cut(q: Tensor, k: Tensor) -> bool:
+    """Whether a causal square is computed as two half as large, and the queries of one on the keys of the other.
+
+    At its diagonal the operator computes up to 512 keys that no query sees: much of a small square, little of a large
+    one. The smallest are slow as halves; halves of 16 bits would be rounded before they are merged.
+    """
+    size = q.shape[2]
+    fits = size == k.shape[2] and size % 2 == 0 and SLICE <= 2 * size <= 2 * LARGEST_CUT
+    return fits and q.dtype == accumulation_dtype(q.dtype)
+
+
+def _halves(x: Tensor) -> Tensor:
+    """From `[N, heads, rows, ...]` to `[2 N, heads, half the rows, ...]`."""
+    return x.unflatten(2, (2, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _whole(x: Tensor, count: int) -> Tensor:
+    """Back from `_halves`, `count` is N."""
+    return x.unflatten(0, (count, 2)).transpose(1, 2).flatten(2, 3)
+
+
+def _by_group(x: Tensor, kv_heads: int) -> Tensor:
+    """From `[N, Hq, T, ...]` to `[N, Hk, group x T, ...]` where T is small: more rows that share their keys."""
+    if x.shape[2] >= SLICE or x.shape[1] == kv_heads:
+        return x
+    return x.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse = _call(q, k, v, causal=False, mask=mask)
+    blind = ~mask.any(dim=-1)
+    return out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, float("-inf"))
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    width = max(q.shape[-1], v.shape[-1])
+    out, lse = _flash(
+        *(_widen(x, width) for x in (q, k, v)), 0.0, causal,
+        attn_mask=_additive(mask, q.dtype), scale=q.shape[-1] ** -0.5,
+    )  # fmt: skip
+    return out[..., : v.shape[-1]], lse
+
+
+def _call_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype, width = accumulation_dtype(q.dtype), max(q.shape[-1], v.shape[-1])
     dout, query, key, value, out = (_widen(x.to(dtype), width) for x in (dout, q, k, v, out))
     dq, dk, dv = _flash_backward(

@@ -1,5 +1,8 @@
 """Merging attention over disjoint key sets by log-sum-exp."""
 
+from dataclasses import dataclass
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -30,3 +33,53 @@ def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None
     out.mul_((lse - base).exp_().unsqueeze(-1))
     out.addcmul_(part_out.to(out.dtype), (part_lse - base).exp_().unsqueeze(-1))
     lse.copy_(merged)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GatheredSums:
+    """Attention of rows to parts of their keys, summed without normalising after each part: one pass over its rows.
+
+    A part weighs exp(its lse - base), where base is that of the first part of a row, until a part outweighs it so far
+    that sums might overflow (FlashAttention-4's rule: rescale seldom).
+    total `[rows, Dv]`: sums of weight times out. weight, base `[rows]`; base is LOWEST for a row without parts.
+    """
+
+    total: Tensor
+    weight: Tensor
+    base: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, value_dim: int, like: Tensor) -> Self:
+        """Return sums of no part at all, in the accumulation dtype of `like`."""
+        total = torch.zeros(rows, value_dim, dtype=accumulation_dtype(like.dtype), device=like.device)
+        return cls(total, total.new_zeros(rows), total.new_full((rows,), LOWEST))
+
+    def add(self, index: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Add a part: out `[n, Dv]` and lse `[n]` of the rows `index` `[n]`, each of which occurs once."""
+        excess = lse - self.base.index_select(0, index)
+        heavy = excess > HEAVIEST
+        if heavy.any():
+            self._rebase(index.masked_select(heavy), lse.masked_select(heavy))
+            excess = lse - self.base.index_select(0, index)
+        weight = excess.exp_()
+        self.weight.index_add_(0, index, weight)
+        self.total.index_add_(0, index, out.to(self.total.dtype) * weight.unsqueeze(-1))
+
+    def _rebase(self, rows: Tensor, base: Tensor) -> None:
+        old = self.base.index_select(0, rows)
+        self.base.index_copy_(0, rows, base)
+        known = old > LOWEST
+        rows, shrink = rows[known], (old - base)[known].exp_()
+        self.weight[rows] *= shrink
+        self.total[rows] *= shrink.unsqueeze(-1)
+
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """Return (out `[rows, Dv]`, lse `[rows]`), 0 and -inf for rows without parts; the sums are used up."""
+        out = self.total.div_(self.weight.clamp(min=torch.finfo(self.weight.dtype).tiny).unsqueeze(-1))
+        return out, self.base + self.weight.log_()
+
+
+LOWEST = torch.finfo(torch.float32).min
+"""The base before the first part: a difference to it is never NaN, not even that of a log-sum-exp of -inf."""
+HEAVIEST = 40.0
+"""Of lse - base: exp(40) times thousands of parts of any useful size still fit into float32."""

@@ -16,9 +16,14 @@ def affinity(q: Tensor, summary: Tensor) -> Tensor:
 
 def sortable(scores: Tensor) -> Tensor:
     """Return int64 that sort as the float32 `scores` do, from -2^31 to 2^31 - 1; 0 and -0 are equal."""
+    return _sortable_bits(scores).long()
+
+
+def _sortable_bits(scores: Tensor) -> Tensor:
+    """Return the same as int32."""
     # A float's bits, read as an integer, sort like the float once those of negative numbers are turned round.
-    bits = (scores + 0.0).view(torch.int32).long()
-    return torch.where(bits < 0, -1 - (bits & 0x7FFFFFFF), bits)
+    bits = (scores + 0.0).view(torch.int32)
+    return bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))
 
 
 def sortable_from_zero(scores: Tensor) -> Tensor:
@@ -33,6 +38,9 @@ def from_sortable(keys: Tensor) -> Tensor:
     return bits.to(torch.int32).view(torch.float32)
 
 
+_NEVER = int(sortable(torch.tensor(float("-inf"))))
+
+
 def top(scores: Tensor, count: int) -> Tensor:
     """Return the places of the `count` highest float32 scores of the last dimension; the lower place wins a tie.
 
@@ -40,10 +48,10 @@ def top(scores: Tensor, count: int) -> Tensor:
     """
     width = scores.shape[-1]
     places = torch.arange(width, device=scores.device)
-    unique = (sortable(scores) << 32) + (width - 1 - places)
+    unique = sortable(scores).bitwise_left_shift_(32).add_(width - 1 - places)
     best = unique.topk(min(count, width), dim=-1).values
     chosen = width - 1 - (best & 0xFFFFFFFF)
-    return chosen.masked_fill(scores.gather(-1, chosen) == float("-inf"), -1)
+    return chosen.masked_fill_((best >> 32) == _NEVER, -1)
 
 
 def rank_in_group(scores: Tensor, group: Tensor) -> Tensor:

@@ -105,10 +105,9 @@ class RegionAttention:
         for row in _rows_of(part):
             part_dq, part_dk, part_dv = self._row_backward(dout, q, k, v, out, lse, plan, part, row)
             row.of_queries(dq).add_(part_dq)
-            # Keys of neighbouring regions may overlap: one after another.
-            for number, keys in enumerate(row.keys()):
-                dk[keys] += part_dk[number]
-                dv[keys] += part_dv[number]
+            for some in row.apart():
+                row.of_keys(dk, some).add_(part_dk[some])
+                row.of_keys(dv, some).add_(part_dv[some])
         return dq, dk, dv
 
     def _row_forward(
@@ -159,26 +158,28 @@ class _Row:
     def is_causal(self) -> bool:
         return self.first.kind in (Kind.CAUSAL, Kind.ANTICAUSAL)
 
-    def keys(self) -> Iterator[slice]:
-        for number in range(self.count):
-            shift = number * self.key_step
-            yield slice(self.first.key_start + shift, self.first.key_stop + shift)
+    def apart(self) -> Iterator[slice]:
+        """Yield slices of the regions, those in each so far apart that they share no keys."""
+        num_keys = self.first.key_stop - self.first.key_start
+        step = min(-(-num_keys // self.key_step), self.count) if self.key_step else self.count
+        yield from (slice(start, self.count, step) for start in range(step))
 
     def of_queries(self, x: Tensor) -> Tensor:
         """Return the regions' queries as a view `[regions, T, ...]` of x `[rows, ...]`."""
-        return self._view(x, self.first.queries, self.query_step)
+        return self._view(x, self.first.queries, self.query_step, slice(0, self.count, 1))
 
-    def of_keys(self, x: Tensor) -> Tensor:
-        """Return the regions' keys as a view `[regions, S, ...]` of x `[rows, ...]`."""
-        return self._view(x, self.first.keys, self.key_step)
+    def of_keys(self, x: Tensor, some: slice | None = None) -> Tensor:
+        """Return the keys of the regions, or of `some` of them, as a view `[regions, S, ...]` of x `[rows, ...]`."""
+        return self._view(x, self.first.keys, self.key_step, some or slice(0, self.count, 1))
 
     def turn(self, x: Tensor) -> Tensor:
         """Turn the rows of x `[regions, heads, rows, ...]` round if that makes a causal region of these, and back."""
         return x.flip(2) if self.first.kind is Kind.ANTICAUSAL else x
 
-    def _view(self, x: Tensor, rows: slice, step: int) -> Tensor:
-        first = x[rows]
-        return first.as_strided((self.count, *first.shape), (step * x.stride(0), *first.stride()))
+    def _view(self, x: Tensor, rows: slice, step: int, some: slice) -> Tensor:
+        first = x[rows.start + some.start * step : rows.stop + some.start * step]
+        count = len(range(some.start, some.stop, some.step))
+        return first.as_strided((count, *first.shape), (some.step * step * x.stride(0), *first.stride()))
 
 
 def _rows_of(part: HeadPlan) -> Iterator[_Row]:

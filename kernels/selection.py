@@ -161,7 +161,7 @@ class Selection:
             num_units=num_units,
             blocks=blocks,
             offsets=_offsets(present.sum(dim=2)),
-            chosen=chosen[present],
+            chosen=chosen.masked_select(present),
         )
 
     @cached_property

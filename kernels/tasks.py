@@ -140,13 +140,18 @@ class _Entries:
     @staticmethod
     def find(selection: Selection, choosers: _Choosers, units: _Groups, pieces: _Groups) -> "_Entries":
         """Return the entries of these choosers whose unit and block have rows here."""
-        lists, chosen = selection.lists.numpy(), selection.chosen.numpy()
-        chooser = _inverse(choosers.number, selection.heads)[lists // selection.num_units]
-        unit = _inverse(units.number, selection.num_units)[lists % selection.num_units]
-        piece = _inverse(pieces.number, selection.blocks.count)[chosen]
-        return _Entries(chooser, unit, piece).take((chooser >= 0) & (unit >= 0) & (piece >= 0))
+        chooser = np.repeat(_inverse(choosers.number, selection.heads), selection.num_units)
+        unit = np.tile(_inverse(units.number, selection.num_units), selection.heads)
+        here = (chooser >= 0) & (unit >= 0)
+        lengths = selection.offsets.diff().numpy()
+        piece = _inverse(pieces.number, selection.blocks.count)[selection.chosen.numpy()]
+        keep = (piece >= 0) & np.repeat(here, lengths)
+        return _Entries(np.repeat(chooser, lengths), np.repeat(unit, lengths), piece).take(keep)
 
     def take(self, index: np.ndarray) -> "_Entries":
+        """Return the entries at `index`, or those where it is True."""
+        if index.dtype == bool and index.all():
+            return self
         return _Entries(self.chooser[index], self.unit[index], self.piece[index])
 
     def __len__(self) -> int:
@@ -284,8 +289,8 @@ def _edges(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _inverse(number: np.ndarray, count: int) -> np.ndarray:
-    """Return int64 `[count]`: the place of each number in `number`, -1 where it is absent."""
-    place = np.full(count, -1, dtype=np.int64)
+    """Return int32 `[count]`: the place of each number in `number`, -1 where it is absent."""
+    place = np.full(count, -1, dtype=np.int32)
     place[number] = np.arange(len(number))
     return place
 
@@ -294,5 +299,7 @@ def _runs_of_equal(values: np.ndarray) -> Iterator[np.ndarray]:
     """Yield, for each distinct value, where it stands, ascending."""
     if not len(values):
         return
-    order = np.argsort(values, kind="stable")
+    # numpy sorts 16 bits by radix, anything wider by comparisons.
+    narrow = values.astype(np.uint16) if values.max() < 1 << 16 else values
+    order = np.argsort(narrow, kind="stable")
     yield from np.split(order, np.flatnonzero(np.diff(values[order])) + 1)

@@ -13,7 +13,7 @@ from farspan.kernels.alive import alive_batches
 from farspan.kernels.backend import BACKENDS, Backend
 from farspan.kernels.cpu_flash import flash, flash_backward
 from farspan.kernels.cpu_sweep import sweep
-from farspan.kernels.merge import empty_partial, merge_
+from farspan.kernels.merge import GatheredSums
 from farspan.kernels.plan import Plan
 from farspan.kernels.region_attention import Gradients, RegionAttention, zeros
 from farspan.kernels.regions import Kind
@@ -71,20 +71,16 @@ class CpuBackend(Backend):
 
 
 def _selected_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
     queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))
-    all_out, all_lse = out.flatten(0, 1), lse.flatten()
+    sums = GatheredSums.empty(len(queries), v.shape[2], like=q)
     for batch in _batches(plan, k.shape[1]):
         operands = (
             _gather(x, rows) for x, rows in ((queries, batch.queries), (keys, batch.keys), (values, batch.keys))
         )
-        part_out, part_lse = flash(*operands, causal=batch.kind is Kind.CAUSAL, mask=_batch_mask(batch))
-        index = batch.queries.flatten()
-        my_out, my_lse = all_out[index], all_lse[index]
-        merge_(my_out, my_lse, part_out.flatten(0, 2), part_lse.flatten())
-        all_out.index_copy_(0, index, my_out)
-        all_lse[index] = my_lse
-    return out, lse
+        out, lse = flash(*operands, causal=batch.kind is Kind.CAUSAL, mask=_batch_mask(batch))
+        sums.add(batch.queries.flatten(), out.flatten(0, 2), lse.flatten())
+    out, lse = sums.merged()
+    return out.unflatten(0, q.shape[:2]), lse.unflatten(0, q.shape[:2])
 
 
 def _selected_backward(
@@ -97,7 +93,7 @@ def _selected_backward(
     for batch in _batches(plan, k.shape[1]):
         my_dout, my_q, my_out = (_gather(x, batch.queries) for x in of_queries)
         my_k, my_v = (_gather(x, batch.keys) for x in of_keys)
-        my_lse = all_lse[batch.queries].unsqueeze(1)
+        my_lse = _gather(all_lse.unsqueeze(-1), batch.queries).squeeze(-1)
         found = flash_backward(
             my_dout, my_q, my_k, my_v, my_out, my_lse, causal=batch.kind is Kind.CAUSAL, mask=_batch_mask(batch)
         )

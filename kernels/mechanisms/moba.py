@@ -18,8 +18,8 @@ from farspan.kernels.rows import Rows
 from farspan.kernels.selection import Partition, Selection
 from farspan.kernels.visibility import Visibility
 
-QUERIES_AT_ONCE = 1 << 13
-"""Queries whose scores are held at the same time."""
+SCORES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 24}
+"""Scores that are held at the same time, by kind of device: few enough for a cache, or enough to fill a GPU."""
 
 
 @final
@@ -52,21 +52,28 @@ class MoBA(Routed):
     def select(self, q: Tensor, k: Tensor, holding: Holding) -> Selection:
         blocks, own = holding.blocks, holding.block
         means = holding.key_means(k)
-        first_of_document = blocks.first[:-1].repeat_interleave(blocks.first.diff()).to(q.device)
-        chosen = []
-        for part in torch.arange(len(own)).split(QUERIES_AT_ONCE):
-            mine = own[part].to(q.device)
-            scores = affinity(q[part], means)  # [Hq, queries, blocks]
-            block = torch.arange(blocks.count, device=q.device)
-            document_start = first_of_document[mine.clamp(min=0)] if blocks.count else mine
-            earlier = (block < mine[:, None]) & (block >= document_start[:, None])
-            scores = scores.masked_fill(~earlier, float("-inf"))
-            scores = scores.masked_fill(block == mine[:, None], float("inf"))
-            chosen.append(top(scores, self.top_k).cpu())
+        first_of_document = blocks.first[:-1].repeat_interleave(blocks.first.diff())
+        first = first_of_document[own.clamp(min=0)] if blocks.count else own
+        chosen = torch.full((q.shape[1], len(own), min(self.top_k, blocks.count)), -1, dtype=torch.int32)
+        at_once = max(SCORES_AT_ONCE[q.device.type] // (q.shape[1] * max(blocks.count, 1)), 1)
+        for start in range(0, len(own), at_once):
+            part = slice(start, start + at_once)
+            # Blocks that some of these queries may choose.
+            low, stop = int(first[part].min()), int(own[part].max()) + 1
+            if low < stop:
+                found = self._best(q[part], means[low:stop], own[part] - low, first[part] - low)
+                chosen[:, part, : found.shape[2]] = torch.where(found < 0, -1, found + low).int().cpu()
         unit = torch.arange(len(own)).masked_fill(own < 0, -1)
-        if not chosen:
-            return Selection.from_lists(unit, blocks, torch.empty(q.shape[1], 0, 0, dtype=torch.int64))
-        return Selection.from_lists(unit, blocks, torch.cat(chosen, dim=1))
+        return Selection.from_lists(unit, blocks, chosen)
+
+    def _best(self, q: Tensor, means: Tensor, own: Tensor, first: Tensor) -> Tensor:
+        """Return the best blocks from `first` to `own` of each query, int64 `[Hq, queries, K]`, -1 for none."""
+        block = torch.arange(len(means), device=q.device)
+        own, first = own.to(q.device), first.to(q.device)
+        scores = affinity(q, means)  # [Hq, queries, blocks]
+        scores.masked_fill_((block >= own[:, None]) | (block < first[:, None]), float("-inf"))
+        scores.masked_fill_(block == own[:, None], float("inf"))
+        return top(scores, self.top_k)
 
     def total_bytes(self, everyone: Rows, heads: Heads, head_dim: int) -> int:
         return self.blocks(everyone).count * heads.kv * head_dim * torch.float64.itemsize

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.mechanism import MECHANISMS, Heads, Holding, Routed, alone
+from farspan.kernels.mechanisms import moba
 from farspan.kernels.plan import Plan
 from farspan.kernels.rows import Rows
 from farspan.kernels.selection import Selection
@@ -100,6 +101,6 @@ def test_memory_is_bounded_by_parts(mechanism: Routed, monkeypatch: pytest.Monke
     whole = lists(select(mechanism, q, k, ROWS))
     for module in ("farspan.kernels.pooled", "farspan.kernels.mechanisms.vmoba"):
         monkeypatch.setattr(f"{module}.SCORES_AT_ONCE", 500)
-    monkeypatch.setattr("farspan.kernels.mechanisms.moba.QUERIES_AT_ONCE", 7)
+    monkeypatch.setitem(moba.SCORES_AT_ONCE, "cpu", 500)
     monkeypatch.setattr("farspan.kernels.mechanisms.block_sparse.TILES_AT_ONCE", 3)
     assert lists(select(mechanism, q, k, ROWS)) == whole

@@ -11,6 +11,8 @@ from farspan.kernels.selection import Selection
 
 SCORES_AT_ONCE = 1 << 23
 """Pooled scores that are held at the same time."""
+ONE = 1 << 40
+"""Weights of a softmax are counted in this part of the highest: sums of integers do not depend on their order."""
 
 
 def candidates(holding: Holding, units: Tensor, *, causal: bool) -> Tensor:
@@ -44,10 +46,10 @@ def best(scores: Tensor, allowed: Tensor, *, at_least: Tensor, mass: float | Non
     count = at_least.clamp(min=1)[:, None].expand((*masked.shape[:2], 1))
     if mass is not None:
         top = masked.amax(dim=-1, keepdim=True)
-        exponential = (masked.double() - top.masked_fill(top == float("-inf"), 0.0)).exp()
-        total = exponential.sum(dim=-1, keepdim=True)
-        cumulative = (exponential / total.masked_fill(total == 0, 1.0)).gather(-1, order).cumsum(-1)
-        count = torch.maximum(count, (cumulative <= mass).sum(dim=-1, keepdim=True))
+        weight = ((masked.double() - top.masked_fill(top == float("-inf"), 0.0)).exp() * ONE).round().long()
+        cumulative = weight.gather(-1, order).cumsum(-1)
+        limit = (cumulative[..., -1:].double() * mass).floor().long()
+        count = torch.maximum(count, (cumulative <= limit).sum(dim=-1, keepdim=True))
     place = torch.arange(masked.shape[-1], device=scores.device)
     chosen = torch.zeros_like(masked, dtype=torch.bool).scatter_(-1, order, place < count)
     return chosen & allowed

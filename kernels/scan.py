@@ -78,8 +78,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, stretch: Stretch, decay: Tensor, sta
         raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key/value heads evenly; got {shapes}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"a scan wants one dtype; got q {q.dtype}, k {k.dtype}, v {v.dtype}")
-    if decay.shape != q.shape[1:2] or not bool((decay >= 0).all()):
-        raise ValueError(f"a scan wants a rate of decay, 0 or more, for each of {q.shape[1]} query heads; got {decay}")
+    if decay.shape != q.shape[1:2] or not bool(((decay >= 0) & decay.isfinite()).all()):
+        raise ValueError(
+            f"a scan wants a finite rate of decay, 0 or more, for each of {q.shape[1]} query heads; got {decay}"
+        )
     if state is not None:
         _check_state(state, (q.shape[1], q.shape[2], v.shape[2]), accumulation_dtype(q.dtype), stretch.first)
 

@@ -15,7 +15,7 @@ j, g(m) the previous one before m, all i and j of one document:
 
 A token sees itself whatever its type: its own pair adds the same to all three, which the softmax drops. The subtracted
 sum is what a global token takes from earlier local ones, whose lives it ends. Where m is not global, i and j lie in the
-same stretch between two global tokens, and the rectangle is a difference of running sums of columns and of rows:
+same stretch between two global tokens, and the rectangle is a difference of sums of columns and of rows:
 
     sum over local j in (g(m), m) of dt1_j  -  sum over i in (g(m), m] of Q_i,  Q_i = sum of D_ij over local j seen by i
 
@@ -85,12 +85,10 @@ def type_gradient(sums: Tensor, lifetimes: Lifetimes, everyone: Rows) -> Tensor:
     in_line = sums.double()[line.order.to(sums.device)].permute(2, 1, 0)
     types = lifetimes.types[:, line.order].to(sums.device)
     local, is_global = types == LOCAL, types == GLOBAL
-    columns = (in_line[UP_TO_NEXT] * local).cumsum(1) - in_line[UP_TO_NEXT] * local
-    rows = in_line[SEEN_LOCALS].cumsum(1)
-    columns_after = (in_line[AFTER_NEXT] * local).cumsum(1) - in_line[AFTER_NEXT] * local
-    previous = _previous_global(is_global)
-    within, beyond = (x - x.gather(1, previous) for x in (columns - rows, columns_after))
-    of_global = in_line[LATER] - torch.where(is_global, beyond, within)
+    columns, columns_after = (_since_global(in_line[which] * local, is_global) for which in (UP_TO_NEXT, AFTER_NEXT))
+    rows = _since_global(in_line[SEEN_LOCALS] * ~is_global, is_global)
+    of_locals_before = torch.where(is_global, _before(columns_after), _before(columns) - rows)
+    of_global = in_line[LATER] - of_locals_before
     gradient = torch.stack((of_global, in_line[UP_TO_NEXT], in_line[IN_WINDOW]))
     return line.back(gradient).permute(2, 1, 0)
 
@@ -144,10 +142,22 @@ def _later(plan: Plan, tile: Region) -> Tensor:
     return plan.region_mask(plan.visibility, tile) & (position[:, None] > key_position)
 
 
-def _previous_global(is_global: Tensor) -> Tensor:
-    """Return the place of the last global token before each, bool `[Hk, tokens]`, or 0; int64 `[Hk, tokens]`."""
-    if not is_global.shape[1]:
-        return is_global.long()
-    place = torch.arange(is_global.shape[1], device=is_global.device)
-    up_to = torch.where(is_global, place, 0).cummax(dim=1).values
-    return torch.cat((torch.zeros_like(up_to[:, :1]), up_to[:, :-1]), dim=1)
+def _since_global(x: Tensor, is_global: Tensor) -> Tensor:
+    """Return the running sums of x `[Hk, tokens]` that start anew at each global token.
+
+    Differences of sums over everything would carry the rounding of other documents and of later tokens.
+    """
+    if not x.shape[1]:
+        return x
+    place = torch.arange(x.shape[1], device=x.device)
+    since = place - torch.where(is_global, place, 0).cummax(dim=1).values
+    shift = 1
+    while shift <= int(since.max()):
+        x = x + torch.where(since >= shift, x.roll(shift, dims=1), 0.0)
+        shift *= 2
+    return x
+
+
+def _before(x: Tensor) -> Tensor:
+    """Return what stands one place before each, `[Hk, tokens]`; 0 before the first."""
+    return torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)

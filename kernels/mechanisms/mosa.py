@@ -8,6 +8,9 @@ stays hidden.
 `causal_choice` is for autoregressive use, where later tokens cannot be known: a token is taken if it ranks among the
 best `1 / sparsity` of the tokens of its document up to itself, or is the best of fewer tokens than that. Of tokens in
 random order about as many are taken.
+
+Defaults are the published code's, but that there rotary embedding turns half of each head only; what is rotated here is
+the model's affair, by the tokens' positions in their documents.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +35,7 @@ class MoSA(Gathered):
     """
 
     sparsity: int = 16
-    include_first: bool = True
+    include_first: bool = False
     causal_choice: bool = False
     causal: bool = True
 
@@ -42,7 +45,11 @@ class MoSA(Gathered):
 
     @classmethod
     def examples(cls) -> Sequence[Self]:
-        return cls(sparsity=4), cls(sparsity=3, include_first=False, causal=False), cls(sparsity=4, causal_choice=True)
+        return (
+            cls(sparsity=4, include_first=True),
+            cls(sparsity=3, causal=False),
+            cls(sparsity=4, include_first=True, causal_choice=True),
+        )
 
     @classmethod
     def benchmarks(cls) -> Mapping[str, Self]:

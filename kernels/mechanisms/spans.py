@@ -1,7 +1,7 @@
 """Per-head spans that grow with the input: mixture of sparse attention, MoA (arXiv 2406.14909, section 3).
 
-Head h sees the last S_h = alpha_h + beta_h * N tokens of an input of N, and the first tokens of the document. Spans and
-sinks are whole blocks of 64 tokens, as in the published code: at least one, rounded down.
+Head h sees the last S_h = alpha_h + beta_h * N tokens of an input of N, and the first tokens of the document. Spans are
+whole blocks of 64 tokens, as in the published code: floor(alpha / 64) + beta * floor(N / 64), rounded down, at least 1.
 """
 
 from collections.abc import Sequence
@@ -38,10 +38,9 @@ class Spans(Masked):
         return (cls(alpha=heads[0], beta=heads[1], length=320, sinks=8, block=8),)
 
     def visibility(self) -> Visibility:
-        spans = (alpha + beta * self.length for alpha, beta in zip(self.alpha, self.beta, strict=True))
-        return Visibility(
-            window=tuple(max(int(span // self.block), 1) * self.block for span in spans), sinks=self.sinks
-        )
+        blocks = self.length // self.block
+        spans = (int(alpha // self.block + beta * blocks) for alpha, beta in zip(self.alpha, self.beta, strict=True))
+        return Visibility(window=tuple(max(span, 1) * self.block for span in spans), sinks=self.sinks)
 
 
 MECHANISMS.add("spans", Spans)

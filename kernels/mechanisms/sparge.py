@@ -4,6 +4,10 @@ A tile of queries and a block of keys stand for their rows by their means, where
 all pairs of them exceeds a threshold. Keys have their document's mean taken off before. Of a tile's blocks those with
 the highest scores are taken, up to a share of the softmax over the scores of all alike blocks, or of the blocks.
 Tiles and blocks whose rows are not alike are always computed. Reference semantics: the published block map.
+
+Made for inference, it has two traits to know before training with `causal`: means are of whole tiles and documents, so
+that what is chosen, though not what is seen, depends on later tokens; and a tile longer than a block may leave out the
+blocks of its own tokens, so that some see nothing: `diagonal` has them taken.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +31,7 @@ class SpargeAttention(Routed):
 
     similarity: mean cosine from which on rows are alike. mass: share of the softmax that is taken; the block that
     exceeds it is left out. top: share of a document's blocks that is taken instead, if above 0. sink: the first block
-    of a document is always taken. causal: later tokens are hidden.
+    of a document is always taken. diagonal: so are the blocks of a tile's own tokens. causal: later tokens are hidden.
     """
 
     tile: int = 128
@@ -36,6 +40,7 @@ class SpargeAttention(Routed):
     mass: float = 0.98
     top: float = 0.0
     sink: bool = False
+    diagonal: bool = False
     causal: bool = True
 
     def __post_init__(self) -> None:
@@ -49,6 +54,7 @@ class SpargeAttention(Routed):
         return (
             cls(tile=32, block=16, similarity=-0.1, mass=0.5),
             cls(tile=32, block=32, similarity=0.04, top=0.3, sink=True, causal=False),
+            cls(tile=32, block=8, similarity=-0.1, top=0.2, diagonal=True),
         )
 
     @classmethod
@@ -74,17 +80,25 @@ class SpargeAttention(Routed):
         k = k - _document_means(key_means, holding)[holding.block].to(k.dtype)
         query_alike = (_similarity(q, holding, holding.tiles)[tile] > self.similarity).t()  # [Hq, units]
         key_alike = (_similarity(k, holding, holding.blocks) > self.similarity).t().repeat_interleave(group, dim=0)
-        blocks = holding.blocks
-        in_document = blocks.first.diff()[holding.tile_extent.document[tile]]
-        first_block = torch.zeros(blocks.count, dtype=torch.bool).index_fill_(0, blocks.first[:-1], True)
+        in_document = holding.blocks.first.diff()[holding.tile_extent.document[tile]]
         for units in few_units(holding, q.shape[1]):
             seen = candidates(holding, units, causal=self.causal).to(q.device)
             alike = key_alike[:, None, :]
             scores = scaled_scores(query_means[units], key_means)
             count = (in_document[units] * self.top).long().to(q.device)
             taken = best(scores, alike & seen, at_least=count, mass=None if self.top else self.mass)
-            always = ~alike | ~query_alike[:, units, None]
-            yield seen & (taken | always | (first_block.to(q.device) if self.sink else False))
+            always = ~alike | ~query_alike[:, units, None] | self._forced(holding, tile[units]).to(q.device)
+            yield seen & (taken | always)
+
+    def _forced(self, holding: Holding, tile: Tensor) -> Tensor:
+        """Return which blocks these tiles take whatever their scores, bool `[units, blocks]`."""
+        tiles, blocks = holding.tile_extent, holding.block_extent
+        forced = torch.zeros(len(tile), holding.blocks.count, dtype=torch.bool)
+        if self.sink:
+            forced[:, holding.blocks.first[:-1]] = True
+        if self.diagonal:
+            forced |= (blocks.last >= tiles.first[tile, None]) & (blocks.first <= tiles.last[tile, None])
+        return forced
 
     def total_bytes(self, everyone: Rows, heads: Heads, head_dim: int) -> int:
         """Sums of rows and of rows of length one, of tiles and of blocks."""

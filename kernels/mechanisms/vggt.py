@@ -88,7 +88,7 @@ class VGGT(Routed):
         for units in few_units(holding, q.shape[1]):
             seen = candidates(holding, units, causal=False).to(q.device)
             patches = seen & is_patch_block
-            count = (patches.sum(dim=1) * (1 - self.sparsity)).long()
+            count = (patches.sum(dim=1).double() * (1 - self.sparsity)).long()
             scores = scaled_scores(query_means[units], key_means)
             taken = best(scores, patches[None], at_least=count, mass=self.mass + MASS_MARGIN)
             yield seen & (taken | ~is_patch_block | ~is_patch_tile[tile[units], None])

@@ -47,6 +47,8 @@ def block_map(q: Tensor, k: Tensor, options: SpargeAttention) -> list[list[int]]
         taken |= {j for j, ok in enumerate(block_alike) if not ok}
         taken |= set() if alike(tile, options.similarity) else set(range(len(blocks)))
         taken |= {0} if options.sink else set()
+        if options.diagonal:
+            taken |= {t // options.block for t in range(number * options.tile, number * options.tile + len(tile))}
         found.append(sorted(j for j in taken if visible[j]))
     return found
 
@@ -59,6 +61,7 @@ def block_map(q: Tensor, k: Tensor, options: SpargeAttention) -> list[list[int]]
         SpargeAttention(tile=16, block=8, similarity=0.13, mass=0.3, causal=False),
         SpargeAttention(tile=8, block=16, similarity=0.05, top=0.4),
         SpargeAttention(tile=16, block=16, similarity=-1.0, top=0.5, causal=False),
+        SpargeAttention(tile=16, block=4, similarity=-1.0, top=0.1, diagonal=True),
     ],
     ids=str,
 )
@@ -85,3 +88,28 @@ def test_no_queries_or_keys_of_zero_length_spoil_the_choice() -> None:
         (0, 1): [0, 1],
         (0, 2): [0, 1, 2],
     }
+
+
+def test_every_token_sees_itself_with_diagonal() -> None:
+    """Without it a tile of four blocks that takes one leaves most of its tokens blind."""
+    rows, generator = Rows.packed([128, 30]), torch.Generator().manual_seed(0)
+    q, k = (torch.randn(len(rows), 2, 16, generator=generator) for _ in range(2))
+    options = {"tile": 16, "block": 4, "similarity": -1.0, "top": 0.1}
+    blind = []
+    for diagonal in (False, True):
+        sparge = SpargeAttention(**options, diagonal=diagonal)  # pyright: ignore[reportArgumentType]
+        mask = select(sparge, q, k, rows).mask(rows) & sparge.visibility().mask(rows, rows)
+        blind.append(int((~mask.any(dim=-1)).sum()))
+        assert diagonal == bool(mask.diagonal(dim1=1, dim2=2).all())
+    assert blind[0] > 0 == blind[1]
+
+
+@pytest.mark.parametrize("count", [3, 10, 50])
+def test_equal_scores_are_counted_exactly(count: int) -> None:
+    """Sums of fractions such as 1/50 differ with the order of summation, and so with the device; these do not."""
+    rows = Rows.packed([16 * count])
+    q, k = torch.ones(16 * count, 1, 16), torch.zeros(16 * count, 1, 16)
+    for percent in range(10, 100, 10):
+        sparge = SpargeAttention(tile=64, block=16, similarity=-1.0, mass=percent / 100, causal=False)
+        expected = list(range(max(count * percent // 100, 1)))
+        assert set(map(tuple, lists(select(sparge, q, k, rows)).values())) == {tuple(expected)}

@@ -63,6 +63,12 @@ def batches(plan: Plan, kv_heads: int) -> Iterator[Batch]:
         yield from _Tasks(plan, part.visibility, choosers, units, pieces, kv_heads).of(entries)
 
 
+def choose_together(plan: Plan) -> bool:
+    """Return whether whole tiles of rows choose, so that tasks list pairs of a tile and a key: more than linear."""
+    assert plan.selection is not None
+    return len(plan.queries) >= SHARED_ROWS * plan.selection.num_units
+
+
 def count_pairs(plan: Plan, kv_heads: int) -> int:
     """Return the number of visible (query, key) pairs of a plan with a selection, the mean over heads."""
     return sum(batch.pairs() for batch in batches(plan, kv_heads)) // plan.heads
@@ -170,7 +176,7 @@ class _Tasks:
     def of(self, entries: _Entries) -> Iterator[Batch]:
         queries = self.units.bounds(self.visibility).take(entries.unit)
         keys = self.pieces.bounds(self.visibility).take(entries.piece)
-        together = len(self.units.order) >= SHARED_ROWS * len(self.units)
+        together = choose_together(self.plan)
         whole = all_see(queries, keys, self.visibility)
         if self.visibility.causal and not together:
             # A block's last row sees all of it, but without that row the others are no triangle.

@@ -4,6 +4,7 @@ of gathered rows.
 Scans are matrix products over chunks of rows.
 """
 
+from collections.abc import Iterable
 from typing import final
 
 import torch
@@ -20,7 +21,7 @@ from farspan.kernels.regions import Kind
 from farspan.kernels.state import State
 from farspan.kernels.stretch import Stretch
 from farspan.kernels.sweep import scan_backward_by_sweeps, scan_by_sweep
-from farspan.kernels.tasks import Batch, batches
+from farspan.kernels.tasks import Batch, batches, choose_together
 
 _REGIONS = RegionAttention(flash, flash_backward)
 
@@ -102,10 +103,14 @@ def _selected_backward(
     return gradients
 
 
-def _batches(plan: Plan, kv_heads: int) -> list[Batch]:
+def _batches(plan: Plan, kv_heads: int) -> Iterable[Batch]:
+    """Return the batches of a plan; kept for the backward pass if they grow with the rows only, else made again."""
+    if plan.lifetime is not None:
+        return alive_batches(plan, kv_heads)
+    if choose_together(plan):
+        return batches(plan, kv_heads)
     if "batches" not in plan.derived:
-        found = batches(plan, kv_heads) if plan.lifetime is None else alive_batches(plan, kv_heads)
-        plan.derived["batches"] = list(found)
+        plan.derived["batches"] = list(batches(plan, kv_heads))
     return plan.derived["batches"]
 
 

@@ -53,7 +53,7 @@ check: $(DEV_READY)
 
 # Nothing is installed: a GPU's machine has the torch that fits its driver. Wrong checks do not keep it from measuring.
 gpu:
-	@PYTHONPATH=. $(PYTHON) -m farspan.tools.gpu_checks --budget-s 200; checked=$$?; \
+	@PYTHONPATH=. $(PYTHON) -m farspan.tools.gpu_checks --far-tokens 3145728 --budget-s 200; checked=$$?; \
 	if [ $$checked -eq 2 ]; then exit 2; fi; \
 	PYTHONPATH=. $(PYTHON) -m farspan.tools.bench_attention --device cuda --memory 16K,32K,64K --budget-s 300 \
 	&& exit $$checked

@@ -45,6 +45,8 @@ class Backend(ABC):
 
     rank: int
     """Order in which `auto` tries the backends: the lowest rank that runs on the device is taken."""
+    deterministic: bool = True
+    """Whether the same inputs give the same bits every time."""
 
     @abstractmethod
     def refusal(self, device: torch.device) -> str | None:

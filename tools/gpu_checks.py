@@ -1,7 +1,8 @@
 """Check attention on a GPU: every example of every mechanism by every backend that runs there, against float64.
 
-What matters most comes first: all mechanisms in one shape, then one thing changed at a time, then all together.
-Exit status: 0 all correct, 1 something is wrong, 2 no GPU. `python -m farspan.tools.gpu_checks --budget-s 240`.
+What matters most comes first: choices, which must be the CPU's; all mechanisms in one shape, then one thing changed at
+a time, then all together. Exit status: 0 all correct, 1 something is wrong, 2 no GPU, 3 a mechanism and backend were
+left out altogether. `python -m farspan.tools.gpu_checks --budget-s 240`.
 """
 
 import argparse
@@ -17,11 +18,15 @@ import torch
 from farspan.kernels.errors import FarspanError
 from farspan.kernels.mechanism import MECHANISMS, Heads, Mechanism
 from farspan.parallel.ranks import Ranks, connected
-from farspan.tools.bench.case import Contender, Ours, Shape
-from farspan.tools.bench.correctness import Check, check_rows, compare
+from farspan.tools.bench.case import Ours, Shape
+from farspan.tools.bench.correctness import Check, Verdict, check_rows, compare
+from farspan.tools.bench.device_checks import far_rows, poison, same_bits, same_choice
 from farspan.tools.bench_attention import JUDGE, contenders_on, device_of, names
 
 TOKENS = 1024
+FAR_TOKENS = 3 << 20
+"""With the first shape, q has more than 2^31 numbers, and everything together takes some 50 GiB."""
+WRONG, INCOMPLETE = 1, 3
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 HEADS = [Heads(query=8, kv=2), Heads(query=8, kv=8), Heads(query=8, kv=1)]
 HEAD_SIZES = [(128, 128), (64, 64), (192, 128), (256, 256)]
@@ -45,8 +50,8 @@ def shapes(device: torch.device) -> list[Shape]:
 
 
 def checks(
-    mechanisms: Sequence[Mechanism], contenders: Sequence[Contender], device: torch.device, tokens: int
-) -> Iterator[tuple[Contender, Check]]:
+    mechanisms: Sequence[Mechanism], contenders: Sequence[Ours], device: torch.device, tokens: int
+) -> Iterator[tuple[Ours, Check]]:
     """Yield everything that there is to check, the most important first, over one document and over several."""
     for shape in shapes(device):
         for packed in (True, False):
@@ -56,30 +61,64 @@ def checks(
 
 @dataclass(slots=True)
 class Tally:
-    """How the checks went."""
+    """How the checks went. due: pairs of a mechanism and a backend of which nothing has been checked so far."""
 
+    due: set[tuple[str, str]]
     correct: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
     left_out: int = 0
 
-    def add(self, contender: Contender, check: Check) -> None:
-        """Make one check, and say so if it fails."""
+    def check(self, contender: Ours, check: Check) -> None:
+        """Compare with float64; when a backend first meets a mechanism, see that it gives the same bits twice."""
+        pair = str(check.mechanism), contender.name
+        shape = f"{contender.name}, {check.shape.dtype}, D={check.shape.head_dim}:{check.shape.value_dim}"
         verdict = compare(contender, check)
+        self.add(contender.name, verdict, shape)
+        if pair in self.due:
+            self.due.remove(pair)
+            if verdict.correct:
+                self.add(f"{contender.name}, the same bits twice,", same_bits(contender, check), shape)
+
+    def add(self, name: str, verdict: Verdict, shape: str) -> None:
+        """Count a verdict, and say so if something is wrong."""
         if verdict.refused:
-            self.refused[f"{contender.name}: {verdict.said}"] += 1
+            self.refused[f"{name}: {verdict.said}"] += 1
         elif verdict.correct:
-            self.correct[contender.name] += 1
+            self.correct[name] += 1
         else:
-            shape = check.shape
-            self.wrong.append(f"{contender.name}, {shape.dtype}, D={shape.head_dim}:{shape.value_dim}: {verdict.said}")
+            self.wrong.append(f"{shape}: {verdict.said}")
             print(f"WRONG: {self.wrong[-1]}", flush=True)
 
     def summary(self) -> str:
         lines = [f"{count} checks of {name} are correct" for name, count in sorted(self.correct.items())]
         lines += [f"{count} were refused by {reason}" for reason, count in sorted(self.refused.items())]
+        lines += [f"NOT CHECKED at all: {mechanism} by {backend}" for mechanism, backend in sorted(self.due)]
         lines.append(f"{len(self.wrong)} are wrong, {self.left_out} were left out as the time budget was used up")
         return "\n".join(lines)
+
+    def status(self) -> int:
+        return WRONG if self.wrong else INCOMPLETE if self.due else 0
+
+
+def make(examples: Sequence[Mechanism], contenders: Sequence[Ours], options: argparse.Namespace) -> Tally:
+    """Make all checks that the time budget allows."""
+    deadline, device = time.monotonic() + options.budget_s, torch.device(options.device)
+    tally = Tally({(str(example), contender.name) for example in examples for contender in contenders})
+    first = shapes(device)[0]
+    for example in examples:
+        verdict = same_choice(example, check_rows(options.tokens, packed=True), first)
+        if verdict is not None:
+            tally.add("choices", verdict, str(first.dtype))
+    for contender in contenders if options.far_tokens else []:
+        tally.add(contender.name, far_rows(contender, first, options.far_tokens), f"{contender.name}, {first.dtype}")
+    for contender, check in checks(examples, contenders, device, options.tokens):
+        if time.monotonic() > deadline:
+            tally.left_out += 1
+        else:
+            poison(device)
+            tally.check(contender, check)
+    return tally
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -89,9 +128,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--mechanisms", type=names, default=[], help="such as dense,moba; all if not given")
     parser.add_argument("--backends", type=names, default=[], help=f"all that run here but {JUDGE}, if not given")
     parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--far-tokens", type=int, default=0, help=f"also a sequence of so many, such as {FAR_TOKENS}")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="start nothing after so many seconds")
     options = parser.parse_args(arguments)
-    deadline = time.monotonic() + options.budget_s
     try:
         device = device_of(options.device)
         chosen = [MECHANISMS.get(name) for name in options.mechanisms or MECHANISMS.load()]
@@ -99,16 +138,10 @@ def main(arguments: Sequence[str]) -> int:
     except FarspanError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    tally = Tally()
     with connected(Ranks(), device):
-        examples = [example for cls in chosen for example in cls.examples()]
-        for contender, check in checks(examples, contenders, device, options.tokens):
-            if time.monotonic() > deadline:
-                tally.left_out += 1
-            else:
-                tally.add(contender, check)
+        tally = make([example for cls in chosen for example in cls.examples()], contenders, options)
     print(tally.summary())
-    return 1 if tally.wrong else 0
+    return tally.status()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ class LibraryBackend(Backend):
     """Fast on long runs of rows; each region costs a launch, and keys chosen by content are beyond it."""
 
     rank = 50
+    deterministic = False
 
     def refusal(self, device: torch.device) -> str | None:
         return None if device.type == "cuda" else "it calls torch's CUDA flash attention"

@@ -1,13 +1,21 @@
 """The GPU's checks, on a CPU: their order, their verdicts, their exit status."""
 
+import itertools
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 from farspan.kernels.backend import BACKENDS
-from farspan.kernels.mechanism import Heads
+from farspan.kernels.mechanism import MECHANISMS, Heads
 from farspan.kernels.mechanisms.window import Window
+from farspan.kernels.plan import Plan
+from farspan.parallel.ranks import Ranks, connected
 from farspan.tools import gpu_checks
-from farspan.tools.bench.case import Ours
+from farspan.tools.bench import device_checks
+from farspan.tools.bench.case import Ours, Shape
+from farspan.tools.bench.correctness import check_rows
 from tests.tools.test_bench_attention import WrongBackend
 
 CPU = torch.device("cpu")
@@ -42,8 +50,67 @@ def test_every_example_meets_every_shape_over_one_document_and_several(small: No
 def test_right_ones_pass(small: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_checks.main(["--device", "cpu", "--mechanisms", "window", "--tokens", "64"]) == 0
     assert capsys.readouterr().out == (
-        "24 checks of cpu are correct\n0 are wrong, 0 were left out as the time budget was used up\n"
+        "24 checks of cpu are correct\n3 checks of cpu, the same bits twice, are correct\n"
+        "0 are wrong, 0 were left out as the time budget was used up\n"
     )
+
+
+@pytest.mark.parametrize("name", ["moba", "vmoba", "sparge", "vggt", "mosa", "nats"])
+def test_choices_are_compared_with_the_cpu(
+    small: None, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is chosen on the device is changed behind its back: one block or token instead of another."""
+    arguments = ["--device", "cpu", "--mechanisms", name, "--tokens", "300"]
+    example = MECHANISMS.get(name).examples()[0]
+    shape, rows = gpu_checks.shapes(CPU)[0], check_rows(300, packed=True)
+    verdict = device_checks.same_choice(example, rows, shape)
+    assert verdict is not None
+    assert verdict.correct
+    right, calls = device_checks._choice, itertools.count()
+
+    def change_every_second(*arguments: object) -> list[torch.Tensor] | None:
+        found = right(*arguments)  # pyright: ignore[reportArgumentType]
+        if found and next(calls) % 2:
+            found[-1].flatten()[5] = ~found[-1].flatten()[5]
+        return found
+
+    monkeypatch.setattr(device_checks, "_choice", change_every_second)
+    assert gpu_checks.main([*arguments, "--budget-s", "-1"]) == gpu_checks.WRONG
+    assert "chooses otherwise than on the CPU, numbers random" in capsys.readouterr().out
+
+
+class ChangedBackend(WrongBackend):
+    """The reference, but for a factor of one gradient."""
+
+    def __init__(self, factor: Callable[[], Tensor | float]) -> None:
+        self.factor = factor
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = BACKENDS.get("reference").backward(dout, q, k, v, out, lse, plan)
+        dk[-10] *= self.factor()
+        return dq, dk, dv
+
+
+def test_other_bits_the_second_time_are_wrong(
+    small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(BACKENDS._parts, "moody", ChangedBackend(lambda: 1 + 1e-5 * torch.rand(())))
+    monkeypatch.setattr(gpu_checks, "DTYPES", [torch.float32])
+    arguments = ["--device", "cpu", "--mechanisms", "dense", "--backends", "moody", "--tokens", "64"]
+    assert gpu_checks.main(arguments) == gpu_checks.WRONG
+    assert "other bits the second time" in capsys.readouterr().out
+
+
+def test_far_rows_are_compared_with_the_same_rows_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Shape(heads=Heads(query=4, kv=2), head_dim=16, value_dim=8, dtype=torch.bfloat16, device=CPU)
+    monkeypatch.setitem(BACKENDS._parts, "wrong", ChangedBackend(lambda: 2.0))
+    with connected(Ranks(), CPU):
+        right, wrong = (device_checks.far_rows(Ours(name), shape, 2000) for name in ("cpu", "wrong"))
+    assert right.correct, right.said
+    assert right.said == "the last of 2000 rows, 128000 numbers: correct"
+    assert "dk has error" in wrong.said
 
 
 def test_wrong_ones_are_named_and_fail(
@@ -59,8 +126,12 @@ def test_wrong_ones_are_named_and_fail(
 
 
 def test_a_spent_budget_is_told(small: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_checks.main(["--device", "cpu", "--mechanisms", "window", "--budget-s", "-1"]) == 0
-    assert "0 are wrong, 24 were left out as the time budget was used up" in capsys.readouterr().out
+    """And so is what was never checked at all, which is no success."""
+    arguments = ["--device", "cpu", "--mechanisms", "window", "--budget-s", "-1"]
+    assert gpu_checks.main(arguments) == gpu_checks.INCOMPLETE
+    said = capsys.readouterr().out
+    assert "NOT CHECKED at all: Window(window=7, sinks=0, causal=True) by cpu" in said
+    assert "0 are wrong, 24 were left out as the time budget was used up" in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")

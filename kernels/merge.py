@@ -55,7 +55,7 @@ class GatheredSums:
         return cls(total, total.new_zeros(rows), total.new_full((rows,), LOWEST))
 
     def add(self, index: Tensor, out: Tensor, lse: Tensor) -> None:
-        """Add a part: out `[n, Dv]` and lse `[n]` of the rows `index` `[n]`, each of which occurs once."""
+        """Add a part, which is used up: out `[n, Dv]` and lse `[n]` of the rows `index` `[n]`, each once."""
         excess = lse - self.base.index_select(0, index)
         heavy = excess > HEAVIEST
         if heavy.any():
@@ -63,7 +63,7 @@ class GatheredSums:
             excess = lse - self.base.index_select(0, index)
         weight = excess.exp_()
         self.weight.index_add_(0, index, weight)
-        self.total.index_add_(0, index, out.to(self.total.dtype) * weight.unsqueeze(-1))
+        self.total.index_add_(0, index, out.to(self.total.dtype).mul_(weight.unsqueeze(-1)))
 
     def _rebase(self, rows: Tensor, base: Tensor) -> None:
         old = self.base.index_select(0, rows)

@@ -23,6 +23,8 @@ from farspan.kernels.visibility import Visibility
 
 SHARED_ROWS = 16
 """Rows that choose together, on average, from which on a task is made of their blocks and not of a block's rows."""
+ENTRIES_AT_ONCE = 1 << 16
+"""Pairs of a unit and a block whose bounds are compared at the same time: few enough for a cache."""
 BATCH_ROWS = 1 << 17
 """Key rows that a batch of several tasks may gather: what bounds memory."""
 BATCH_PAIRS = 1 << 22
@@ -174,16 +176,27 @@ class _Tasks:
     kv_heads: int
 
     def of(self, entries: _Entries) -> Iterator[Batch]:
-        queries = self.units.bounds(self.visibility).take(entries.unit)
-        keys = self.pieces.bounds(self.visibility).take(entries.piece)
         together = choose_together(self.plan)
-        whole = all_see(queries, keys, self.visibility)
-        if self.visibility.causal and not together:
-            # A block's last row sees all of it, but without that row the others are no triangle.
-            whole &= queries.position_low != keys.position_high
-        partly = ~whole & may_see(queries, keys, self.visibility)
+        whole, partly = self._visible(entries, triangles=self.visibility.causal and not together)
         yield from self._by_tile(entries.take(whole)) if together else self._by_block(entries.take(whole))
         yield from self._partial(entries.take(partly))
+
+    def _visible(self, entries: _Entries, *, triangles: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Return of which entries all pairs are visible, and of which some may be.
+
+        triangles: a block's last row, which sees all of it, is kept with the others: without it they are no triangle.
+        """
+        units, pieces = (groups.bounds(self.visibility) for groups in (self.units, self.pieces))
+        whole, partly = (np.empty(len(entries), dtype=bool) for _ in range(2))
+        for start in range(0, len(entries), ENTRIES_AT_ONCE):
+            part = slice(start, start + ENTRIES_AT_ONCE)
+            queries, keys = units.take(entries.unit[part]), pieces.take(entries.piece[part])
+            sees = all_see(queries, keys, self.visibility)
+            if triangles:
+                sees &= queries.position_low != keys.position_high
+            whole[part] = sees
+            partly[part] = ~sees & may_see(queries, keys, self.visibility)
+        return whole, partly
 
     def _by_block(self, entries: _Entries) -> Iterator[Batch]:
         """One task per piece and KV head: all rows that chose it."""
@@ -305,7 +318,10 @@ def _runs_of_equal(values: np.ndarray) -> Iterator[np.ndarray]:
     """Yield, for each distinct value, where it stands, ascending."""
     if not len(values):
         return
-    # numpy sorts 16 bits by radix, anything wider by comparisons.
-    narrow = values.astype(np.uint16) if values.max() < 1 << 16 else values
-    order = np.argsort(narrow, kind="stable")
-    yield from np.split(order, np.flatnonzero(np.diff(values[order])) + 1)
+    if values.max() < 1 << 16:
+        # numpy sorts 16 bits by radix, anything wider by comparisons.
+        order, counts = np.argsort(values.astype(np.uint16), kind="stable"), np.bincount(values)
+        yield from np.split(order, np.cumsum(counts[counts > 0])[:-1])
+    else:
+        order = np.argsort(values, kind="stable")
+        yield from np.split(order, np.flatnonzero(np.diff(values[order])) + 1)

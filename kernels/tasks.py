@@ -35,7 +35,7 @@ BATCH_PAIRS = 1 << 22
 class Batch:
     """Tasks of one shape; a row of a head is counted as row * heads + head.
 
-    queries: int64 `[tasks, R]`, of query heads; no row occurs twice. keys: int64 `[tasks, S]`, of KV heads.
+    queries: int32 or int64 `[tasks, R]`, of query heads; no row occurs twice. keys: int64 `[tasks, S]`, of KV heads.
     mask: bool `[tasks, R, S]` where kind is MASKED.
     """
 
@@ -205,7 +205,10 @@ class _Tasks:
             here = entries.take(chunk)
             kv_head, piece = self._kv_head(here.chooser[0]), here.piece[:1]
             keys = self.pieces.members(piece) * self.kv_heads + kv_head
-            yield from _spread(torch.from_numpy(self._queries(here))[None], torch.from_numpy(keys)[None])
+            # There are as many of these as choices: held until the backward pass, they are most of what is held.
+            narrow = len(self.plan.queries) * self.plan.heads <= np.iinfo(np.int32).max
+            queries = self._queries(here).astype(np.int32 if narrow else np.int64)
+            yield from _spread(torch.from_numpy(queries)[None], torch.from_numpy(keys)[None])
 
     def _by_tile(self, entries: _Entries) -> Iterator[Batch]:
         """One task per unit and chooser: all pieces that it chose; tasks of one shape in batches."""

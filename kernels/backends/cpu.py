@@ -79,7 +79,7 @@ def _selected_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tens
             _gather(x, rows) for x, rows in ((queries, batch.queries), (keys, batch.keys), (values, batch.keys))
         )
         out, lse = flash(*operands, causal=batch.kind is Kind.CAUSAL, mask=_batch_mask(batch))
-        sums.add(batch.queries.flatten(), out.flatten(0, 2), lse.flatten())
+        sums.add(batch.queries.flatten().long(), out.flatten(0, 2), lse.flatten())
     out, lse = sums.merged()
     return out.unflatten(0, q.shape[:2]), lse.unflatten(0, q.shape[:2])
 
@@ -99,7 +99,7 @@ def _selected_backward(
             my_dout, my_q, my_k, my_v, my_out, my_lse, causal=batch.kind is Kind.CAUSAL, mask=_batch_mask(batch)
         )
         for total, rows, gradient in zip(totals, (batch.queries, batch.keys, batch.keys), found, strict=True):
-            total.index_add_(0, rows.flatten(), gradient.flatten(0, 2))
+            total.index_add_(0, rows.flatten().long(), gradient.flatten(0, 2))
     return gradients
 
 

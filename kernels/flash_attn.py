@@ -3,8 +3,8 @@
 Read from the sources of flash-attn 2.8.3.post2, of FlashAttention 3 (3.0.0.b1 and the head of its repository) and of
 flash-attn-4 (4.0.0b3, b13, b36): tensors are `[N, T, H, D]`, the lse is natural and float32, `[N, H, T]` (`[H, T]` of
 packed sequences), and causal is aligned bottom right. Only what lies below their public functions takes an out and an
-lse from outside; its signatures change, so all arguments go by keyword. Gradients of queries are summed by atomics, in
-any order: `deterministic` is left at the packages' default, which is the fast one. The Triton backend has none.
+lse from outside; its signatures change, so all arguments go by keyword. `deterministic` is left at the packages'
+default, the fast one: gradients of queries are summed by atomics, in any order (the Triton backend's are not).
 """
 
 import importlib
@@ -17,6 +17,15 @@ from typing import Any, ClassVar, Self, final
 from torch import Tensor
 
 from farspan.kernels.library import Gradients, Library
+
+PLAIN: dict[str, Any] = {
+    "dropout_p": 0.0,
+    "window_size_left": -1,
+    "window_size_right": -1,
+    "softcap": 0.0,
+    "alibi_slopes": None,
+}
+"""What FlashAttention 2 wants to be told of plain softmax attention."""
 
 
 @cache
@@ -73,14 +82,11 @@ class FlashAttn2(Package):
     module = "flash_attn.flash_attn_interface"
     functions = ("_flash_attn_forward", "_flash_attn_backward")
     mark = "window_size_left"
-    _EVERYTHING: ClassVar[dict[str, Any]] = {
-        "dropout_p": 0.0, "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "alibi_slopes": None,
-    }  # fmt: skip
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         q, k, v = _swap(q, k, v)
         out, lse, *_ = call(
-            self._forward, q=q, k=k, v=v, softmax_scale=scale, causal=causal, return_softmax=False, **self._EVERYTHING
+            self._forward, q=q, k=k, v=v, softmax_scale=scale, causal=causal, return_softmax=False, **PLAIN
         )
         return out.transpose(1, 2), lse
 
@@ -91,7 +97,7 @@ class FlashAttn2(Package):
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
         call(
             self._backward, dout=dout, q=q, k=k, v=v, out=out, softmax_lse=lse, dq=dq, dk=dk, dv=dv,
-            softmax_scale=scale, causal=causal, deterministic=False, **self._EVERYTHING,
+            softmax_scale=scale, causal=causal, deterministic=False, **PLAIN,
         )  # fmt: skip
         return _gradients(dq, dk, dv)
 

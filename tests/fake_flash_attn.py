@@ -20,6 +20,7 @@ from farspan.kernels import flash_attn
 
 CALLED: list[str] = []
 """Names of the packages in the order of their calls."""
+UNCACHED = flash_attn.module.__wrapped__
 Three = tuple[Tensor, Tensor, Tensor]
 
 
@@ -367,5 +368,5 @@ def install(monkeypatch: pytest.MonkeyPatch, *versions: str) -> None:
     for name, module in modules.items():
         # None in this place is a module that cannot be imported.
         monkeypatch.setitem(sys.modules, name, module)  # pyright: ignore[reportArgumentType]
-    monkeypatch.setattr(flash_attn, "module", flash_attn.module.__wrapped__)
+    monkeypatch.setattr(flash_attn, "module", UNCACHED)
     CALLED.clear()

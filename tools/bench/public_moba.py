@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from farspan.kernels import flash_attn
@@ -43,11 +44,13 @@ class PublicMoBA(Contender):
 class Blocks:
     """Blocks of `size` tokens of packed documents, of which a document's last may be shorter.
 
-    edges: where they start, int32 `[blocks + 1]`. start, end: of those that other tokens can choose, all but the last
-    of each document, the first row and the first row behind its document; int64 `[candidates]`.
+    longest: tokens of the longest. edges: where they start, int32 `[blocks + 1]`. start, end: of those that other
+    tokens can choose, all but the last of each document, the first row and the first row behind its document; int64
+    `[candidates]`.
     """
 
     size: int
+    longest: int
     edges: Tensor
     start: Tensor
     end: Tensor
@@ -61,11 +64,8 @@ class Blocks:
             candidates = range(first, stop - size, size)
             start += candidates
             end += [stop] * len(candidates)
-        return Blocks(size, edges_of(sizes, device), *(torch.tensor(x, device=device).long() for x in (start, end)))
-
-    @property
-    def longest(self) -> int:
-        return int(self.edges.diff().max())
+        starts, ends = (torch.tensor(rows, device=device).long() for rows in (start, end))
+        return Blocks(size, max(sizes), edges_of(sizes, device), starts, ends)
 
     def rows(self) -> Tensor:
         """Return the rows of each candidate, int64 `[candidates, size]`."""
@@ -107,11 +107,11 @@ class Lists:
         _, head, row = chosen.nonzero(as_tuple=True)
         # A sequence without queries would have gradients of NaN.
         block, of_head = counts.nonzero(as_tuple=True)
-        lengths = counts[block, of_head].tolist()
+        lengths = counts[block, of_head]
         sequences = {
-            "cu_seqlens_q": edges_of(lengths, chosen.device),
-            "cu_seqlens_k": edges_of([blocks.size] * len(lengths), chosen.device),
-            "max_seqlen_q": max(lengths, default=0),
+            "cu_seqlens_q": F.pad(lengths.cumsum(0), (1, 0)).int(),
+            "cu_seqlens_k": torch.arange(len(lengths) + 1, device=chosen.device, dtype=torch.int32) * blocks.size,
+            "max_seqlen_q": int(lengths.max()) if len(lengths) else 0,
             "max_seqlen_k": blocks.size,
             "causal": False,
         }

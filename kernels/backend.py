@@ -52,6 +52,10 @@ class Backend(ABC):
     def refusal(self, device: torch.device) -> str | None:
         """Return why this backend can't run on `device`, or None if it can."""
 
+    def calls(self) -> str:
+        """Return the libraries that it calls on this machine, for people to read; nothing if it is all our own."""
+        return ""
+
     def limit(self, work: Work) -> str | None:
         """Return why this backend can't compute `work` on any device, or None if it can."""
         return None

@@ -1,87 +1,45 @@
-"""Fused attention of torch for CUDA, by cuDNN or FlashAttention, with what they cannot do kept away from them.
+"""Attention of a region by the fastest library that is installed, with what it cannot do kept away from it.
 
-Their traps: causal masks of unequal lengths (cuDNN aligns them top left, FlashAttention bottom right, so they only see
-squares), grouped heads (gradients of a KV head are summed in 16 bits, so its keys are repeated and summed here, in
-float32), head sizes that are no multiple of 8 or differ between keys and values (padded with zeros), a single key
-(cuDNN refuses it), masks (computed here, by the formula: regions with one are small).
+The traps are in `library.py`. So causal regions are cut into squares; keys of grouped heads are repeated, and their
+gradients summed here, in float32; head sizes are padded with zeros; regions with a mask, which are small, are computed
+here, by the formula.
 """
-
-from abc import ABC, abstractmethod
-from typing import final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-aten = torch.ops.aten
+from farspan.kernels.flash_attn import FlashAttn2, FlashAttn3, FlashAttn4
+from farspan.kernels.library import Cudnn, Gradients, Library, TorchFlash
 
-DTYPES = (torch.bfloat16, torch.float16)
-WIDEST = 256
-"""Largest head size that FlashAttention takes."""
-CUDNN_WIDEST = 128
-CUDNN_FEWEST = 64
-"""Queries or keys from which on cuDNN is asked: short ones are where its versions differ in what they take."""
-CUDNN_VERSION = 90000
+WIDEST = TorchFlash.widest
 MULTIPLE = 8
 
-Gradients = tuple[Tensor, Tensor, Tensor]
+# What others measured on an H100, TFLOP/s forward and backward (causal, 32K tokens, head size 128): FlashAttention 3
+# 679 and 585, cuDNN 607 and 517, FlashAttention 2 366 and 330; FlashAttention 4 is said to come close to 3.
+FASTEST_FIRST: dict[int, tuple[type[Library], ...]] = {
+    9: (FlashAttn3, Cudnn, FlashAttn4, FlashAttn2, TorchFlash),
+    10: (FlashAttn4, Cudnn, FlashAttn2, TorchFlash),
+}
+"""By the generation of a GPU; the last one takes every region."""
+ELSEWHERE: tuple[type[Library], ...] = (FlashAttn2, TorchFlash)
+"""Other generations, where torch prefers FlashAttention 2 to cuDNN too."""
 
 
-class Library(ABC):
-    """A fused operator: heads are not grouped, all of one size, and causal means a square."""
-
-    @abstractmethod
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        """Return out `[N, H, T, D]` and lse, float32 `[N, H, T]`, of q `[N, H, T, D]` and k, v `[N, H, S, D]`."""
-
-    @abstractmethod
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
-    ) -> Gradients:
-        """Return (dq, dk, dv) in the dtype of q, from an out and lse that may be of more keys."""
+def generation(device: torch.device) -> int:
+    """Return the generation of a GPU, its major compute capability: 8 is Ampere, 9 Hopper, 10 Blackwell."""
+    return torch.cuda.get_device_capability(device)[0]
 
 
-@final
-class TorchFlash(Library):
-    """torch's FlashAttention 2."""
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
-        return out, lse
-
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
-    ) -> Gradients:
-        # State of a random generator that is asked for nothing, as there is no dropout.
-        seed, unused = (torch.zeros(size, dtype=torch.uint64, device=q.device) for size in ((2,), ()))
-        return aten._scaled_dot_product_flash_attention_backward(
-            dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, seed, unused, scale=scale
-        )
+def installed(device: torch.device) -> list[Library]:
+    """Return the libraries that there are for a GPU, the fastest first."""
+    found = [library.find() for library in FASTEST_FIRST.get(generation(device), ELSEWHERE)]
+    return [library for library in found if library is not None]
 
 
-@final
-class Cudnn(Library):
-    """cuDNN, through torch; its lse is `[N, H, T, 1]`."""
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
-        return out, lse.view(q.shape[:3])
-
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
-    ) -> Gradients:
-        seed, offset = (torch.zeros((), dtype=torch.int64, device=q.device) for _ in range(2))
-        bias = cumulative = None
-        return aten._scaled_dot_product_cudnn_attention_backward(
-            dout, q, k, v, out, lse.unsqueeze(-1), seed, offset, bias, cumulative, cumulative,
-            q.shape[2], k.shape[2], 0.0, causal, scale=scale,
-        )  # fmt: skip
-
-
-def choose(queries: int, keys: int, width: int) -> Library:
-    """Return the faster of those that take a region of this size: cuDNN on Hopper, wherever it may."""
-    modern = (torch.backends.cudnn.version() or 0) >= CUDNN_VERSION
-    return Cudnn() if modern and width <= CUDNN_WIDEST and min(queries, keys) >= CUDNN_FEWEST else TorchFlash()
+def choose(libraries: list[Library], queries: int, keys: int, width: int) -> Library:
+    """Return the first of the libraries that takes a region of this size."""
+    return next(x for x in libraries if width <= x.widest and min(queries, keys) >= x.fewest)
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -89,10 +47,11 @@ def flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None)
     if mask is not None:
         return _masked(q, k, v, mask)
     group, scale, width = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5, _width(q, v)
+    libraries = installed(q.device)
     query, key, value = (_fit(x, heads, width) for x, heads in ((q, 1), (k, group), (v, group)))
     parts = []
     for rows, keys, is_triangle in _squares(q.shape[2], k.shape[2], causal):
-        library = choose(rows.stop - rows.start, keys.stop, width)
+        library = choose(libraries, rows.stop - rows.start, keys.stop, width)
         parts.append(
             library.forward(query[:, :, rows], key[:, :, keys], value[:, :, keys], causal=is_triangle, scale=scale)
         )
@@ -108,13 +67,14 @@ def flash_backward(
     if mask is not None:
         return _masked_backward(dout, q, k, v, out, lse, mask)
     group, scale, width = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5, _width(q, v)
+    libraries = installed(q.device)
     query, dout, out = (_fit(x, 1, width) for x in (q, dout, out))
     key, value = (_fit(x, group, width) for x in (k, v))
     dq, dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (query, key, value))
     for rows, keys, is_triangle in _squares(q.shape[2], k.shape[2], causal):
         of_rows = (x[:, :, rows].contiguous() for x in (dout, query, out, lse))
         my_dout, my_q, my_out, my_lse = of_rows
-        library = choose(rows.stop - rows.start, keys.stop, width)
+        library = choose(libraries, rows.stop - rows.start, keys.stop, width)
         found = library.backward(
             my_dout, my_q, key[:, :, keys], value[:, :, keys], my_out, my_lse, causal=is_triangle, scale=scale
         )

@@ -169,14 +169,16 @@ class Selection:
         """The list of each entry of `chosen`: h * units + u, int64."""
         return torch.arange(self.heads * self.num_units).repeat_interleave(self.offsets.diff())
 
-    def mask(self, keys: Rows) -> Tensor:
-        """Return whether each query chose the block of each key, bool `[heads, queries, keys]`; quadratic."""
+    def table(self) -> Tensor:
+        """Return whether each unit chose each block, bool `[heads, units + 1, blocks + 1]`; no for the last, -1."""
         table = torch.zeros(self.heads * self.num_units, self.blocks.count + 1, dtype=torch.bool)
         table[self.lists, self.chosen.long()] = True
         table = table.view(self.heads, self.num_units, self.blocks.count + 1)
-        # -1 is the last column and a further row, which nobody selected.
-        table = torch.cat((table, table.new_zeros(self.heads, 1, self.blocks.count + 1)), dim=1)
-        return table[:, self.unit][:, :, self.blocks.of(keys)]
+        return torch.cat((table, table.new_zeros(self.heads, 1, self.blocks.count + 1)), dim=1)
+
+    def mask(self, keys: Rows) -> Tensor:
+        """Return whether each query chose the block of each key, bool `[heads, queries, keys]`; quadratic."""
+        return self.table()[:, self.unit][:, :, self.blocks.of(keys)]
 
 
 def _offsets(counts: Tensor) -> Tensor:

@@ -69,15 +69,18 @@ class Visibility:
         )
 
     def shows(self, position: Tensor, document: Tensor, key_position: Tensor, key_document: Tensor) -> Tensor:
-        """Return whether queries see keys, bool of the shape that the four tensors have when broadcast together."""
+        """Return whether queries see keys, bool of the shape that the four tensors have when broadcast together.
+
+        Nothing is changed in place: torch's compiler makes part of FlexAttention's kernel of this.
+        """
         assert not isinstance(self.window, tuple), "every head has a mask of its own: see by_heads"
         visible = (document == key_document) & (document >= 0)
         distance = position - key_position
         if self.causal:
-            visible &= distance >= 0
+            visible = visible & (distance >= 0)
         if self.window is not None:
             near = distance.abs() < self.window
-            visible &= near | (key_position < self.sinks) if self.sinks else near
+            visible = visible & (near | (key_position < self.sinks) if self.sinks else near)
         if self.neighbourhood is not None:
-            visible &= self.neighbourhood.shows(position, key_position)
+            visible = visible & self.neighbourhood.shows(position, key_position)
         return visible

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from farspan.kernels.backend import BACKENDS
 from farspan.kernels.cross_entropy import chunk_tokens
 from farspan.kernels.mechanism import Gathered, Heads
 from farspan.kernels.merge import accumulation_dtype
@@ -36,8 +37,8 @@ def describe(config: Config, degrees: Degrees) -> str:
         f"{model.heads}:{model.kv_heads} heads of {model.head_dim}, vocabulary {model.vocabulary_size:,}",
         "compute": f"{flops / 1e9:.3g} GFLOP per token, a document filling the sequence; "
         f"{config.train.compute_dtype} on {config.train.device}",
-        "attention": f"{mechanism}{_convolved(model.key_convolution)}, computed by {config.attention.backend}"
-        f"{_warning(config.attention.backend)}",
+        "attention": f"{mechanism}{_convolved(model.key_convolution)}, computed by "
+        f"{_with_libraries(config.attention.backend)}{_warning(config.attention.backend)}",
         "context": f"{parallel.strategy}, {parallel.layout}; each rank sends {sent / 2**20:,.1f} MiB per sequence",
         "memory": f"{memory.total / GIB:.2f} GiB per rank (estimate): {memory}",
     }
@@ -46,6 +47,11 @@ def describe(config: Config, degrees: Degrees) -> str:
 
 def _convolved(width: int) -> str:
     return f" of keys convolved over {width}" if width else ""
+
+
+def _with_libraries(backend: str) -> str:
+    libraries = BACKENDS.get(backend).calls()
+    return f"{backend} ({libraries})" if libraries else backend
 
 
 def _warning(backend: str) -> str:

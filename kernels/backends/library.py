@@ -1,4 +1,4 @@
-"""Library backend: torch's fused attention for CUDA, called once for each region of a plan."""
+"""Library backend: fused attention for CUDA, of torch or of packages, called once for each region of a plan."""
 
 from typing import final
 
@@ -7,7 +7,8 @@ from torch import Tensor
 
 from farspan.kernels.backend import BACKENDS, Backend, Work
 from farspan.kernels.errors import ConfigError
-from farspan.kernels.library_flash import DTYPES, WIDEST, flash, flash_backward
+from farspan.kernels.library import DTYPES
+from farspan.kernels.library_flash import WIDEST, flash, flash_backward, installed
 from farspan.kernels.plan import Plan
 from farspan.kernels.region_attention import Gradients, RegionAttention
 
@@ -22,7 +23,12 @@ class LibraryBackend(Backend):
     deterministic = False
 
     def refusal(self, device: torch.device) -> str | None:
-        return None if device.type == "cuda" else "it calls torch's CUDA flash attention"
+        return None if device.type == "cuda" else "it calls CUDA flash attention"
+
+    def calls(self) -> str:
+        if not torch.cuda.is_available():
+            return ""
+        return ", ".join(library.name for library in installed(torch.device("cuda")))
 
     def limit(self, work: Work) -> str | None:
         if work.dtype not in DTYPES:

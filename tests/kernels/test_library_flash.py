@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from farspan.kernels import library_flash
+from farspan.kernels import library, library_flash
 from farspan.kernels.backend import BACKENDS
 from farspan.kernels.errors import ConfigError
-from farspan.kernels.library_flash import Cudnn, Library, TorchFlash
+from farspan.kernels.library import Cudnn, Library, TorchFlash
 from farspan.kernels.merge import empty_partial, merge_
 from farspan.kernels.neighbourhood import Dimension, Neighbourhood
 from farspan.kernels.plan import Plan
 from farspan.kernels.rows import Rows
 from farspan.kernels.selection import Partition, Selection
 from farspan.kernels.visibility import Visibility
-from tests import oracle
+from tests import fake_flash_attn, oracle
 
 ROWS = {
     "one": Rows.packed([150]),
@@ -125,10 +125,12 @@ class FakeAten:
 
 @pytest.fixture(params=["flash", "cudnn"])
 def operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> FakeAten:
-    """Play the operators; with cuDNN present it takes all regions that it can."""
+    """Play the operators on a Hopper GPU; with cuDNN present it takes all regions that it can."""
     fake = FakeAten()
-    monkeypatch.setattr(library_flash, "aten", fake)
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91000 if request.param == "cudnn" else None)
+    fake_flash_attn.install(monkeypatch)
+    monkeypatch.setattr(library, "aten", fake)
+    monkeypatch.setattr(library_flash, "generation", lambda device: 9)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91501 if request.param == "cudnn" else 91500)
     return fake
 
 

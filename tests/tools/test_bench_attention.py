@@ -5,14 +5,13 @@ import json
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self, final
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
 
 from farspan.kernels.backend import BACKENDS, Backend
 from farspan.kernels.errors import ConfigError
@@ -32,10 +31,9 @@ from farspan.tools.bench.case import (
     Shape,
     document_lengths,
     find_cases,
-    inputs_of,
     visible_share,
 )
-from farspan.tools.bench.correctness import REFERENCE, SPARSE_SHARE, check_rows, checks, excess
+from farspan.tools.bench.correctness import SPARSE_SHARE, checks, excess
 from farspan.tools.bench.measure import LeftOut, Limits, judge_all
 from farspan.tools.bench.plot import human, log_log
 from farspan.tools.bench.records import Record, useful_flops
@@ -257,22 +255,7 @@ def test_a_plot_of_nothing_and_of_one_point_is_well_formed() -> None:
         ElementTree.fromstring(log_log(series, "times < 1"))
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("mechanism", [Dense(), Window(window=100, sinks=4)], ids=str)
-def test_flex_is_asked_for_the_same_function(mechanism: Masked, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rivals, "_compiled", lambda: flex_attention)
-    shape = replace(SHAPE, head_dim=16, value_dim=16)
-    with connected(Ranks(), SHAPE.device), torch.no_grad():
-        rows = check_rows(300, packed=True)
-        attention = rivals.Flex().plan(mechanism, rows, shape)
-        inputs = [x.detach() for x in inputs_of(mechanism, 300, shape)]
-        expected = REFERENCE.plan(mechanism, rows, shape)(*inputs)
-        assert excess(attention(*inputs), expected.double(), None, 1.0) == ""
-
-
-@pytest.mark.parametrize(
-    "rival", [rivals.Flex(), *rivals.rivals_on(torch.device("cuda"))], ids=lambda rival: rival.name
-)
+@pytest.mark.parametrize("rival", rivals.rivals_on(torch.device("cuda")), ids=lambda rival: rival.name)
 def test_rivals_refuse_what_they_do_not_compute(rival: Contender) -> None:
     with pytest.raises(ConfigError, match=rival.name):
         rival.plan(MoBA(), Rows.packed([64]), SHAPE)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from farspan.kernels.backend import BACKENDS
 from farspan.kernels.mechanism import Heads
 from farspan.parallel.comm import Traffic
 from farspan.parallel.mesh import Degrees, Mesh, ParallelConfig
@@ -177,6 +178,14 @@ def test_the_reference_backend_is_marked(config: Config) -> None:
         "attention   Dense(causal=True), computed by reference: for checks only, as it holds all scores, which the "
         "memory below leaves out\n"
     ) in describe(checked, Degrees.resolve(config.parallel, 1))
+
+
+def test_what_the_library_backend_calls_is_named(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = replace(config, attention=replace(config.attention, backend="library"))
+    monkeypatch.setattr(type(BACKENDS.get("library")), "calls", lambda self: "cuDNN, torch's FlashAttention")
+    assert ("attention   Dense(causal=True), computed by library (cuDNN, torch's FlashAttention)\n") in describe(
+        library, Degrees.resolve(config.parallel, 1)
+    )
 
 
 def test_estimate_of_a_large_run() -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from farspan.kernels.backend import BACKENDS
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -23,12 +25,10 @@ def facts(device: torch.device, arguments: Sequence[str]) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "flash-attn": _version("flash-attn"),
-    }
+    } | {package: _version(package) for package in ("triton", "flash-attn", "flash-attn-3", "flash-attn-4")}
     if device.type == "cuda":
         found |= {"gpu": device_name(device), "cuda": str(torch.version.cuda)}
-        found["cudnn"] = str(torch.backends.cudnn.version())
+        found |= {"cudnn": str(torch.backends.cudnn.version()), "library": BACKENDS.get("library").calls()}
     return found
 
 

@@ -1,21 +1,22 @@
-"""Rivals: what torch itself offers, measured in the same run where it can compute the same function."""
+"""Rivals: what torch and installed packages offer, measured in the same run where they compute the same function."""
 
-from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import ClassVar, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from farspan.kernels.errors import ConfigError
-from farspan.kernels.mechanism import Masked, Mechanism, Routed
+from farspan.kernels.flash_attn import FlashAttn2
+from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.rows import Rows
-from farspan.kernels.visibility import Visibility
 from farspan.tools.bench.case import Attention, Contender, Shape
+from farspan.tools.bench.flash_rivals import installed_flash_attn
+from farspan.tools.bench.flex import Flex
+from farspan.tools.bench.public_moba import PublicMoBA
 
 
 def rivals_on(device: torch.device) -> list[Contender]:
@@ -26,6 +27,8 @@ def rivals_on(device: torch.device) -> list[Contender]:
         Sdpa("torch_sdpa_flash", "FLASH_ATTENTION"),
         Sdpa("torch_sdpa_cudnn", "CUDNN_ATTENTION"),
         Flex(),
+        *installed_flash_attn(),
+        *([] if FlashAttn2.find() is None else [PublicMoBA()]),
     ]
 
 
@@ -53,46 +56,6 @@ def _is_one_document(rows: Rows) -> bool:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, kernel: str) -> Tensor:
     with sdpa_kernel(getattr(SDPBackend, kernel)):
-        query, key, value = _by_head(q, k, v)
+        query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     return out.squeeze(0).transpose(0, 1)
-
-
-@final
-class Flex(Contender):
-    """torch's FlexAttention, compiled: static visibility that is the same in all heads. Its mask is made beforehand."""
-
-    name = "torch_flex"
-
-    def plan(self, mechanism: Mechanism, rows: Rows, shape: Shape) -> Attention:
-        if not isinstance(mechanism, Masked) or isinstance(mechanism, Routed):
-            raise ConfigError(f"{self.name} is compared where what a query sees is static.")
-        visibility = mechanism.visibility()
-        if not visibility.is_uniform or visibility.neighbourhood is not None:
-            raise ConfigError(f"{self.name} is compared where all heads see the same, and no grid.")
-        return partial(_flex, mask=_block_mask(visibility, rows, shape.device))
-
-
-def _block_mask(visibility: Visibility, rows: Rows, device: torch.device) -> BlockMask:
-    position, document = rows.position.to(device), rows.document.to(device)
-
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return visibility.shows(position[query], document[query], position[key], document[key])
-
-    count = len(rows)
-    return create_block_mask(sees, None, None, count, count, device=str(device), _compile=device.type == "cuda")
-
-
-@cache
-def _compiled() -> Callable[..., Tensor]:
-    """Return FlexAttention compiled; not before it is wanted, as the compiler takes seconds to import."""
-    return torch.compile(flex_attention, dynamic=False)  # pyright: ignore[reportReturnType]
-
-
-def _flex(q: Tensor, k: Tensor, v: Tensor, *, mask: BlockMask) -> Tensor:
-    query, key, value = _by_head(q, k, v)
-    return _compiled()(query, key, value, block_mask=mask, enable_gqa=True).squeeze(0).transpose(0, 1)
-
-
-def _by_head(*tensors: Tensor) -> list[Tensor]:
-    return [x.transpose(0, 1).unsqueeze(0) for x in tensors]

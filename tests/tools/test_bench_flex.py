@@ -1,0 +1,137 @@
+"""FlexAttention as a rival: the masks that it is given show what our mechanisms show."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from farspan.kernels.errors import ConfigError
+from farspan.kernels.mechanism import Heads, Holding, Masked, Mechanism, alone
+from farspan.kernels.mechanisms.block_sparse import BlockSparse
+from farspan.kernels.mechanisms.dense import Dense
+from farspan.kernels.mechanisms.moba import MoBA
+from farspan.kernels.mechanisms.nats import NAtS
+from farspan.kernels.mechanisms.spans import Spans
+from farspan.kernels.mechanisms.window import Window
+from farspan.kernels.plan import Plan
+from farspan.kernels.rows import Rows
+from farspan.parallel.ranks import Ranks, connected
+from farspan.tools.bench import flex
+from farspan.tools.bench.case import Shape, inputs_of
+from farspan.tools.bench.correctness import REFERENCE, check_rows, excess
+from farspan.tools.bench.flex import BLOCK, Flex, pattern_mask, visibility_mask
+
+CPU = torch.device("cpu")
+HEADS = Heads(query=4, kv=2)
+SHAPE = Shape(heads=HEADS, head_dim=16, value_dim=16, dtype=torch.float32, device=CPU)
+ROWS = {
+    "whole blocks": Rows.packed([512]),
+    "a last block of 30": Rows.packed([414]),
+    "packed": Rows.packed([1, 200, 128, 170], padding=13),
+    "packed blocks": Rows.packed([128, 256, 128]),
+}
+PATTERNS = [
+    BlockSparse(block=128, density=0.5),
+    BlockSparse(block=128, density=0.5, causal=False),
+    BlockSparse(block=32, density=0.3),
+    BlockSparse(block=150, density=0.6, causal=False),
+    BlockSparse(block=128, mask=("1", "11", "011", "1001"), causal=False),
+]
+
+
+def shown(mask: BlockMask, heads: int, tokens: int) -> Tensor:
+    """Return what FlexAttention attends to: all of full blocks, of partial ones what the function says."""
+    head, query, key = torch.arange(heads)[:, None, None], torch.arange(tokens)[:, None], torch.arange(tokens)
+    said = mask.mask_mod(torch.tensor(0), head, query, key)
+    full = in_blocks(mask.full_kv_num_blocks, mask.full_kv_indices, heads, tokens)
+    part = in_blocks(mask.kv_num_blocks, mask.kv_indices, heads, tokens)
+    assert not (full & part).any()
+    return full | (part & said)
+
+
+def in_blocks(count: Tensor | None, index: Tensor | None, heads: int, tokens: int) -> Tensor:
+    assert count is not None
+    assert index is not None
+    found = torch.zeros(heads, tokens, tokens, dtype=torch.bool)
+    for head in range(heads):
+        for row, number in enumerate(count[0, head].tolist()):
+            for column in index[0, head, row, :number].tolist():
+                found[head, row * BLOCK : (row + 1) * BLOCK, column * BLOCK : (column + 1) * BLOCK] = True
+    return found
+
+
+def plan_of(mechanism: BlockSparse, rows: Rows) -> Plan:
+    heads = range(HEADS.query)
+    holding = Holding(mechanism=mechanism, rows=rows, everyone=rows, heads=heads, all_heads=HEADS, total=alone)
+    q, k = torch.randn(len(rows), HEADS.query, 8), torch.randn(len(rows), HEADS.kv, 8)
+    selection = mechanism.select(q, k, holding)
+    return Plan.build(rows, rows, mechanism.visibility(), heads=HEADS.query, selection=selection)
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
+@pytest.mark.parametrize("mechanism", PATTERNS, ids=str)
+def test_a_pattern_is_shown_as_it_is(mechanism: BlockSparse, rows: Rows) -> None:
+    mask = pattern_mask(mechanism, rows, HEADS, CPU)
+    assert mask.shape == (1, HEADS.query, len(rows), len(rows))
+    found, expected = shown(mask, HEADS.query, len(rows)), plan_of(mechanism, rows).mask()
+    assert expected.any()
+    assert torch.equal(found, expected)
+    # No work on blocks of which nothing can be seen.
+    assert not mechanism.causal or not mask.to_dense().triu(1).any()
+
+
+@pytest.mark.parametrize("mechanism", [Window(window=100, sinks=4), PATTERNS[0]], ids=str)
+def test_functions_of_pairs_change_nothing_in_place(mechanism: Masked) -> None:
+    """torch's compiler cannot make a part of a kernel of one that does."""
+    rows = ROWS["packed"]
+    if isinstance(mechanism, BlockSparse):
+        mask = pattern_mask(mechanism, rows, HEADS, CPU)
+    else:
+        mask = visibility_mask(mechanism.visibility(), rows, CPU)
+    traced = make_fx(mask.mask_mod)(*(torch.tensor([i]) for i in (0, 1, 300, 290)))
+    assert {str(node.target) for node in traced.graph.nodes} >= {"aten.ge.Scalar", "aten.bitwise_and.Tensor"}
+    for node in traced.graph.nodes:
+        assert not (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable), node
+
+
+@pytest.mark.parametrize("rows", [ROWS["whole blocks"], ROWS["packed blocks"]], ids=["one", "packed"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_blocks_that_lie_on_blocks_are_full_but_for_the_diagonal(causal: bool, rows: Rows) -> None:
+    """Work is what was chosen, and functions of pairs are asked on the diagonal only."""
+    mechanism = BlockSparse(block=BLOCK, density=0.7, causal=causal)
+    mask, plan = pattern_mask(mechanism, rows, HEADS, CPU), plan_of(mechanism, rows)
+    chosen = plan.mask()[:, ::BLOCK, ::BLOCK].sum()
+    diagonal = HEADS.query * 4 if causal else 0
+    assert mask.kv_num_blocks.sum() == diagonal
+    assert mask.full_kv_num_blocks is not None
+    assert mask.full_kv_num_blocks.sum() == chosen - diagonal
+    assert torch.equal(mask.to_dense().bool().sum(), chosen)
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
+@pytest.mark.parametrize("mechanism", [Dense(), Dense(causal=False), Window(window=100, sinks=4)], ids=str)
+def test_visibility_is_shown_as_it_is(mechanism: Masked, rows: Rows) -> None:
+    mask = visibility_mask(mechanism.visibility(), rows, CPU)
+    assert torch.equal(shown(mask, 1, len(rows))[0], mechanism.visibility().mask(rows, rows))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("mechanism", [Dense(), Window(window=100, sinks=4), *PATTERNS[:3]], ids=str)
+def test_it_is_asked_for_the_same_function(mechanism: Masked, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex, "_compiled", lambda: flex_attention)
+    rows = check_rows(300, packed)
+    with connected(Ranks(), CPU), torch.no_grad():
+        attention = Flex().plan(mechanism, rows, SHAPE)
+        inputs = [x.detach() for x in inputs_of(mechanism, 300, SHAPE)]
+        expected = REFERENCE.plan(mechanism, rows, SHAPE)(*inputs)
+        assert excess(attention(*inputs), expected.double(), None, 1.0) == ""
+
+
+@pytest.mark.parametrize("mechanism", [MoBA(), NAtS.examples()[0], Spans.examples()[0]], ids=str)
+def test_what_depends_on_content_or_head_is_refused(mechanism: Mechanism) -> None:
+    with pytest.raises(ConfigError, match="torch_flex is compared where"):
+        Flex().plan(mechanism, Rows.packed([64]), replace(SHAPE, dtype=torch.bfloat16))

@@ -1,0 +1,96 @@
+"""flash-attn's own functions as rivals, those of the versions that are installed."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from farspan.kernels import flash_attn
+from farspan.kernels.errors import ConfigError
+from farspan.kernels.library import DTYPES
+from farspan.kernels.mechanism import Ageing, Masked, Mechanism, Routed
+from farspan.kernels.rows import Rows
+from farspan.kernels.visibility import Visibility
+from farspan.tools.bench.case import Attention, Contender, Shape
+
+MODULES = {
+    "flash_attn_2": "flash_attn.flash_attn_interface",
+    "flash_attn_3": "flash_attn_interface",
+    "flash_attn_4": "flash_attn.cute.interface",
+}
+
+
+def installed_flash_attn() -> list[Contender]:
+    """Return the rivals whose packages are installed."""
+    return [FlashAttn(name) for name in MODULES if public_function(name) is not None]
+
+
+def public_function(name: str) -> Callable[..., Any] | None:
+    """Return flash_attn_varlen_func of a version, None where it is not installed."""
+    return getattr(flash_attn.module(MODULES[name]), "flash_attn_varlen_func", None)
+
+
+@final
+class FlashAttn(Contender):
+    """flash_attn_varlen_func of a version: dense attention or a sliding window over documents."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def plan(self, mechanism: Mechanism, rows: Rows, shape: Shape) -> Attention:
+        if not isinstance(mechanism, Masked) or isinstance(mechanism, Routed | Ageing):
+            raise ConfigError(f"{self.name} is compared where what a query sees is static.")
+        visibility = mechanism.visibility()
+        if not visibility.is_uniform or visibility.sinks or visibility.neighbourhood is not None:
+            raise ConfigError(f"{self.name} computes dense attention and one sliding window, without sinks.")
+        check_dtype(self.name, shape)
+        lengths = whole_documents(self.name, rows)
+        edges = edges_of(lengths, shape.device)
+        options = _window(visibility) | {"cu_seqlens_q": edges, "cu_seqlens_k": edges}
+        options |= {"max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths), "causal": visibility.causal}
+        return partial(_attend, name=self.name, tokens=sum(lengths), options=options)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, *, name: str, tokens: int, options: dict[str, Any]) -> Tensor:
+    function = public_function(name)
+    assert function is not None
+    found = function(q[:tokens], k[:tokens], v[:tokens], **options)
+    # Version 4 returns the lse, or None, besides.
+    return with_padding(found[0] if isinstance(found, tuple) else found, len(q))
+
+
+def _window(visibility: Visibility) -> dict[str, Any]:
+    """Return the keys that are seen before and after a query, itself left out; nothing where all are."""
+    if visibility.window is None:
+        return {}
+    assert isinstance(visibility.window, int)
+    before = visibility.window - 1
+    return {"window_size": (before, 0 if visibility.causal else before)}
+
+
+def check_dtype(name: str, shape: Shape) -> None:
+    """Raise ConfigError where flash-attn does not compute in a shape's dtype."""
+    if shape.dtype not in DTYPES:
+        raise ConfigError(f"{name} computes in bfloat16 and float16 only.")
+
+
+def whole_documents(name: str, rows: Rows) -> list[int]:
+    """Return the lengths of documents that lie one after another in rows, padding last; raises ConfigError if not."""
+    lengths = rows.document[rows.document >= 0].unique_consecutive(return_counts=True)[1].tolist()
+    packed = Rows.packed(lengths, padding=len(rows) - sum(lengths))
+    if not lengths or not torch.equal(packed.ordinal(), rows.ordinal()):
+        raise ConfigError(f"{name} is compared where whole documents follow one another.")
+    return lengths
+
+
+def edges_of(lengths: list[int], device: torch.device) -> Tensor:
+    """Return where sequences of these lengths start, and where the last one stops, int32."""
+    return torch.tensor([0, *lengths]).cumsum(0).int().to(device)
+
+
+def with_padding(out: Tensor, rows: int) -> Tensor:
+    """Return out `[tokens, Hq, Dv]` with zeros up to as many rows."""
+    return out if len(out) == rows else F.pad(out, (0, 0, 0, 0, 0, rows - len(out)))

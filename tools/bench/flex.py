@@ -1,0 +1,143 @@
+"""FlexAttention of torch as a rival: static visibility, and block-sparse patterns, each said as its block mask."""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from farspan.kernels.errors import ConfigError
+from farspan.kernels.mechanism import Ageing, Heads, Holding, Masked, Mechanism, Routed, alone
+from farspan.kernels.mechanisms.block_sparse import BlockSparse
+from farspan.kernels.rows import Rows
+from farspan.kernels.selection import Selection
+from farspan.kernels.visibility import Visibility
+from farspan.tools.bench.case import Attention, Contender, Shape
+
+BLOCK = 128
+"""Rows and keys of a block of its masks: its default."""
+
+
+@final
+class Flex(Contender):
+    """torch's FlexAttention, compiled: what a query sees does not depend on content. Its mask is made beforehand."""
+
+    name = "torch_flex"
+
+    def plan(self, mechanism: Mechanism, rows: Rows, shape: Shape) -> Attention:
+        if isinstance(mechanism, BlockSparse):
+            return partial(_flex, mask=pattern_mask(mechanism, rows, shape.heads, shape.device))
+        if not isinstance(mechanism, Masked) or isinstance(mechanism, Routed | Ageing):
+            raise ConfigError(f"{self.name} is compared where what a query sees is static.")
+        visibility = mechanism.visibility()
+        if not visibility.is_uniform or visibility.neighbourhood is not None:
+            raise ConfigError(f"{self.name} is compared where all heads see the same, and no grid.")
+        return partial(_flex, mask=visibility_mask(visibility, rows, shape.device))
+
+
+def visibility_mask(visibility: Visibility, rows: Rows, device: torch.device) -> BlockMask:
+    """Return what rows see of each other in all heads."""
+    position, document = rows.position.to(device), rows.document.to(device)
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return visibility.shows(position[query], document[query], position[key], document[key])
+
+    count = len(rows)
+    return create_block_mask(sees, None, None, count, count, device=str(device), _compile=device.type == "cuda")
+
+
+def pattern_mask(mechanism: BlockSparse, rows: Rows, heads: Heads, device: torch.device) -> BlockMask:
+    """Return what rows see of each other in each query head by a pattern; made of blocks, without looking at pairs."""
+    query_heads = range(heads.query)
+    holding = Holding(mechanism=mechanism, rows=rows, everyone=rows, heads=query_heads, all_heads=heads, total=alone)
+    # The pattern does not depend on what they hold.
+    q, k = (torch.zeros(len(rows), number, 1) for number in (heads.query, heads.kv))
+    selection = mechanism.select(q, k, holding)
+    partial_blocks, full_blocks = _blocks(selection, rows, mechanism.causal, device)
+    group = heads.query // heads.kv
+    return BlockMask.from_kv_blocks(
+        *_lists(partial_blocks, group),
+        *_lists(full_blocks, group),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=_pattern(selection, mechanism.visibility(), rows, group, device),
+        seq_lengths=(len(rows), len(rows)),
+    )
+
+
+def _pattern(
+    selection: Selection, visibility: Visibility, rows: Rows, group: int, device: torch.device
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Return the function of a query and a key that blocks are masked by which are seen in part."""
+    table, position, document = selection.table().to(device), rows.position.to(device), rows.document.to(device)
+    unit, block = _places(selection, rows, device)
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        visible = visibility.shows(position[query], document[query], position[key], document[key])
+        return visible & table[head // group, unit[query], block[key]]
+
+    return sees
+
+
+def _places(selection: Selection, rows: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the row and the column of each row of the sequence in the selection's table."""
+    return (
+        (selection.unit % (selection.num_units + 1)).to(device),
+        (selection.blocks.of(rows) % (selection.blocks.count + 1)).to(device),
+    )
+
+
+def _blocks(selection: Selection, rows: Rows, causal: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return which blocks of FlexAttention are seen in part and which as a whole, bool `[Hk, blocks, blocks]` each.
+
+    Its blocks are BLOCK rows of the sequence, the pattern's are of a document: they need not be the same.
+    """
+    table, (unit, block) = selection.table().to(device), _places(selection, rows, device)
+    queries, keys = _members(unit, table.shape[1]), _members(block, table.shape[2])
+    pairs = torch.stack([queries @ of_head.float() @ keys.T for of_head in table])
+    # Blocks are chosen inside documents, so order is all that visibility adds.
+    earliest, latest = _ends(rows.ordinal().to(device))
+    seen, all_seen = pairs > 0, pairs == BLOCK * BLOCK
+    if causal:
+        seen, all_seen = seen & (earliest <= latest[:, None]), all_seen & (latest <= earliest[:, None])
+    return seen & ~all_seen, all_seen
+
+
+def _members(place: Tensor, count: int) -> Tensor:
+    """Return how many rows of each block of FlexAttention are at each place, float32 `[blocks, count]`."""
+    number, one = _numbers(place), torch.ones((), device=place.device)
+    members = torch.zeros(int(number[-1]) + 1, count, device=place.device)
+    return members.index_put_((number, place), one, accumulate=True)
+
+
+def _ends(ordinal: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the least and the greatest ordinal in each block of FlexAttention; padding, below 0, is neither."""
+    number = _numbers(ordinal)
+    none = ordinal.new_full((int(number[-1]) + 1,), -1)
+    greatest = none.scatter_reduce(0, number, ordinal, "amax")
+    least = greatest.scatter_reduce(0, number, ordinal.where(ordinal >= 0, greatest[number]), "amin")
+    return least, greatest
+
+
+def _numbers(rows: Tensor) -> Tensor:
+    """Return the block of FlexAttention of each row."""
+    return torch.arange(len(rows), device=rows.device) // BLOCK
+
+
+def _lists(blocks: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Return the numbers of blocks and the blocks, those seen first, int32 `[1, Hq, blocks, ..]`, of `[Hk, ...]`."""
+    order = (~blocks).to(torch.uint8).argsort(dim=2, stable=True).int()
+    count = blocks.sum(dim=2).int()
+    return count.repeat_interleave(group, dim=0).unsqueeze(0), order.repeat_interleave(group, dim=0).unsqueeze(0)
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    """Return FlexAttention compiled; not before it is wanted, as the compiler takes seconds to import."""
+    return torch.compile(flex_attention, dynamic=False)  # pyright: ignore[reportReturnType]
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, *, mask: BlockMask) -> Tensor:
+    query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    return _compiled()(query, key, value, block_mask=mask, enable_gqa=True).squeeze(0).transpose(0, 1)

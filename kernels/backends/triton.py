@@ -93,7 +93,7 @@ class TritonBackend(Backend):
             raise ConfigError(
                 f"attention.backend='triton' cannot compute this: {reason}; use attention.backend='auto'."
             )
-        return shapes_for(max(sizes), q.dtype)
+        return shapes_for(*sizes, q.dtype)
 
 
 BACKENDS.add("triton", TritonBackend())

@@ -76,6 +76,15 @@ class Channel:
             self.traffic.add(kind, 2 * x.nbytes * (self.size - 1) // self.size)
         return x
 
+    def all_gather(self, x: Tensor, *, kind: str) -> Tensor:
+        """Return `x` of all ranks, `[size, ...]`."""
+        if self.size == 1:
+            return x.unsqueeze(0)
+        gathered = x.new_empty(self.size, *x.shape)
+        dist.all_gather(list(gathered.unbind()), x.contiguous(), group=self.group)
+        self.traffic.add(kind, (self.size - 1) * x.nbytes)
+        return gathered
+
     def all_to_all(self, buffer: Tensor, *, kind: str) -> Tensor:
         """Send part i of `buffer` `[size, ...]` to rank i and return `[size, ...]`, part i from rank i."""
         assert buffer.shape[0] == self.size

@@ -33,6 +33,11 @@ class AttentionShape:
     gradient_total_bytes: int
     """Of what an ageing one sums over all ranks to learn from."""
 
+    @property
+    def kv_elements(self) -> int:
+        """Numbers in a rank's keys and values."""
+        return self.tokens_local * self.heads.kv * (self.head_dim + self.value_dim)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Volume:

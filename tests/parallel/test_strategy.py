@@ -14,6 +14,7 @@ from farspan.kernels.errors import ConfigError
 from farspan.kernels.mechanism import Heads
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.rows import Rows
+from farspan.parallel import dealt
 from farspan.parallel.comm import Channel, Traffic
 from farspan.parallel.context import ring
 from farspan.parallel.layout import Shards
@@ -168,8 +169,8 @@ def test_ring_computes_while_chunks_are_on_their_way(monkeypatch: pytest.MonkeyP
 
         return call
 
-    monkeypatch.setattr(ring, "attend", recorded(ring.attend))
-    monkeypatch.setattr(ring, "attend_backward", recorded(ring.attend_backward))
+    monkeypatch.setattr(dealt, "attend", recorded(dealt.attend))
+    monkeypatch.setattr(dealt, "attend_backward", recorded(dealt.attend_backward))
     shards = Shards.deal(Rows.packed([24]), layout="contiguous", degree=3)
     heads = Heads(query=4, kv=2)
     attend = ring.Ring(channel).prepare(Dense(), shards, heads, backend="cpu")  # pyright: ignore[reportArgumentType]

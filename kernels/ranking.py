@@ -38,7 +38,8 @@ def from_sortable(keys: Tensor) -> Tensor:
     return bits.to(torch.int32).view(torch.float32)
 
 
-_NEVER = int(sortable(torch.tensor(float("-inf"))))
+_NEVER = -1 - 0x7F800000
+"""What -inf sorts as."""
 
 
 def top(scores: Tensor, count: int) -> Tensor:

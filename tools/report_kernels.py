@@ -43,7 +43,8 @@ GRID = Neighbourhood(
 )
 TITLE = """# What the Triton kernels need of an H100
 
-Written by `python -m farspan.tools.report_kernels docs/kernels_sm90.md` (Triton 3.6.0, its own ptxas). `regs`:
+Written by `python -m farspan.tools.report_kernels docs/kernels_sm90.md` (Triton 3.6.0, its own ptxas). Every kernel
+that a plan launches, at every head size and dtype; what is one binary for several of them stands once. `regs`:
 registers of a thread, at most 255. `stack`: bytes of a thread's stack, which registers spill to; 0 is none. `shared`:
 bytes of shared memory of a block, at most 232,448.
 
@@ -61,29 +62,30 @@ class Case:
     value_width: int
     dtype: torch.dtype
 
+    @property
+    def size(self) -> str:
+        return str(self.width) if self.width == self.value_width else f"{self.width}/{self.value_width}"
+
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What one compiled kernel needs; `row` is its line of the table."""
+    """What a kernel that a case launches needs; equal binaries are one, whichever cases launch them."""
 
-    row: str
+    case: Case
+    kernel: str
+    binary: str
+    tile: str
+    warps: int
+    stages: int
+    registers: int
     stack: int
     shared: int
 
 
-# Each size in each kind of dtype (float16 differs from bfloat16 in the name of an instruction only), each kind of plan
-# at the size that is most used.
-CASES = [
-    *(Case("causal", *sizes, dtype) for sizes in ((64, 64), (128, 128), (192, 128), (256, 256))
-      for dtype in (torch.bfloat16, torch.float32)),
-    Case("causal", 128, 128, torch.float16),
-    *(Case(plan, 128, 128, torch.bfloat16) for plan in
-      ("window and sinks", "neighbourhood", "lifetimes", "tiles choose", "rows choose")),
-    Case("rows choose", 64, 64, torch.bfloat16),
-    *(Case("scan", *sizes, torch.bfloat16) for sizes in ((64, 64), (128, 128), (192, 128), (256, 256))),
-    Case("scan", 128, 128, torch.float16),
-    Case("scan", 128, 128, torch.float32),
-]  # fmt: skip
+PLANS = ("causal", "window and sinks", "neighbourhood", "lifetimes", "tiles choose", "rows choose", "scan")
+SIZES = ((64, 64), (128, 128), (192, 128), (256, 256))
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+CASES = [Case(plan, *sizes, dtype) for sizes in SIZES for dtype in DTYPES for plan in PLANS]
 
 
 def plan_of(name: str) -> Plan:
@@ -132,7 +134,7 @@ def compile_case(case: Case) -> list[Usage]:
 
     def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         compiled = run(kernel, *arguments, grid=grid, warmup=True, **options)
-        launched.append(_usage(case, kernel.fn.__name__, options, compiled))
+        launched.append(_usage(case, kernel.fn.__name__.removesuffix("_kernel"), options, compiled))
         return compiled
 
     triton.runtime.driver.set_active(_Driver())
@@ -144,7 +146,7 @@ def compile_case(case: Case) -> list[Usage]:
         if case.plan == "scan":
             _scan(q, k, v)
         else:
-            shapes = shapes_for(max(case.width, case.value_width), case.dtype)
+            shapes = shapes_for(case.width, case.value_width, case.dtype)
             problem = schedule.Problem(q=q, k=k, v=v, plan=plan_of(case.plan), shapes=shapes)
             out, lse = schedule.forward(problem)
             schedule.backward(problem, out.to(case.dtype), out.to(case.dtype), lse)
@@ -163,18 +165,17 @@ def _scan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 
 
 def _usage(case: Case, kernel: str, options: dict[str, Any], compiled: Any) -> Usage:
-    registers, stack = _registers_and_stack(compiled.asm["cubin"])
-    shared = compiled.metadata.shared
-    size = str(case.width) if case.width == case.value_width else f"{case.width}/{case.value_width}"
     if "CHUNK" in options:
         tile = f"{options['CHUNK']} x {options['COLUMNS']}"
     else:
         tile = f"{options['BLOCK_Q']} x {options['BLOCK_K']}" if "BLOCK_Q" in options else str(options["BLOCK"])
-    cells = (
-        case.plan, size, str(case.dtype).removeprefix("torch."), kernel.removesuffix("_kernel"), tile,
-        compiled.metadata.num_warps, compiled.metadata.num_stages, registers, stack, f"{shared:,}",
+    if options.get("FOR_K") != options.get("FOR_V"):
+        kernel += " (dk)" if options["FOR_K"] else " (dv)"
+    needs = compiled.metadata
+    registers, stack = _registers_and_stack(compiled.asm["cubin"])
+    return Usage(
+        case, kernel, compiled.hash, tile, needs.num_warps, needs.num_stages, registers, stack, needs.shared
     )  # fmt: skip
-    return Usage(f"| {' | '.join(map(str, cells))} |", stack, shared)
 
 
 def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
@@ -191,10 +192,28 @@ def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
 
 
 def compile_all(processes: int) -> Iterator[Usage]:
-    """Compile all cases, the largest first, in as many processes; the table's order is that of CASES."""
+    """Compile all cases in so many processes, which find in Triton's cache what another case has compiled already."""
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         for found in pool.map(compile_case, CASES):
             yield from found
+
+
+def row(same: list[Usage]) -> str:
+    """Return the line of the table for usages of one binary: which cases launch it, and what it needs."""
+    first = same[0]
+    plans, sizes, dtypes = (
+        ", ".join(dict.fromkeys(names))
+        for names in (
+            (usage.case.plan for usage in same),
+            (usage.case.size for usage in same),
+            (str(usage.case.dtype).removeprefix("torch.") for usage in same),
+        )
+    )
+    cells = (
+        plans, sizes, dtypes, first.kernel, first.tile, first.warps, first.stages, first.registers, first.stack,
+        f"{first.shared:,}",
+    )  # fmt: skip
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def main() -> int:
@@ -202,11 +221,13 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
-    usages = list(compile_all(options.processes))
-    options.out.write_text(TITLE + "".join(f"{usage.row}\n" for usage in usages), encoding="utf-8")
-    bad = [usage.row for usage in usages if usage.stack or usage.shared > SHARED_BYTES]
-    for row in bad:
-        print(f"does not fit: {row}", file=sys.stderr)
+    binaries: dict[str, list[Usage]] = {}
+    for usage in compile_all(options.processes):
+        binaries.setdefault(usage.binary, []).append(usage)
+    options.out.write_text(TITLE + "".join(f"{row(same)}\n" for same in binaries.values()), encoding="utf-8")
+    bad = [row(same) for same in binaries.values() if same[0].stack or same[0].shared > SHARED_BYTES]
+    for line in bad:
+        print(f"does not fit: {line}", file=sys.stderr)
     return 1 if bad else 0
 
 

@@ -72,12 +72,10 @@ class CpuBackend(Backend):
 
 
 def _selected_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))
-    sums = GatheredSums.empty(len(queries), v.shape[2], like=q)
+    queries, keys, values = (_Gathered(x) for x in (q, k, v))
+    sums = GatheredSums.empty(q.shape[0] * q.shape[1], v.shape[2], like=q)
     for batch in _batches(plan, k.shape[1]):
-        operands = (
-            _gather(x, rows) for x, rows in ((queries, batch.queries), (keys, batch.keys), (values, batch.keys))
-        )
+        operands = queries.take(batch.queries), keys.take(batch.keys), values.take(batch.keys)
         out, lse = flash(*operands, causal=batch.kind is Kind.CAUSAL, mask=_batch_mask(batch))
         sums.add(batch.queries.flatten().long(), out.flatten(0, 2), lse.flatten())
     out, lse = sums.merged()
@@ -89,18 +87,36 @@ def _selected_backward(
 ) -> Gradients:
     gradients = zeros(q, k, v)
     totals = [gradient.flatten(0, 1) for gradient in gradients]
-    of_queries, of_keys = [x.flatten(0, 1) for x in (dout, q, out)], [x.flatten(0, 1) for x in (k, v)]
-    all_lse = lse.flatten()
+    of_queries, of_keys = [_Gathered(x) for x in (dout, q, out)], [_Gathered(x) for x in (k, v)]
     for batch in _batches(plan, k.shape[1]):
-        my_dout, my_q, my_out = (_gather(x, batch.queries) for x in of_queries)
-        my_k, my_v = (_gather(x, batch.keys) for x in of_keys)
-        my_lse = _gather(all_lse.unsqueeze(-1), batch.queries).squeeze(-1)
+        my_dout, my_q, my_out = (x.take(batch.queries) for x in of_queries)
+        my_k, my_v = (x.take(batch.keys) for x in of_keys)
+        my_lse = lse.flatten().index_select(0, batch.queries.flatten()).view(my_q.shape[:3])
         found = flash_backward(
             my_dout, my_q, my_k, my_v, my_out, my_lse, causal=batch.kind is Kind.CAUSAL, mask=_batch_mask(batch)
         )
         for total, rows, gradient in zip(totals, (batch.queries, batch.keys, batch.keys), found, strict=True):
             total.index_add_(0, rows.flatten().long(), gradient.flatten(0, 2))
     return gradients
+
+
+class _Gathered:
+    """Rows of a tensor `[tokens, heads, width]`, gathered for one batch after another into the same memory.
+
+    Fresh memory for each would be handed back by the C library every time, and cost as many page faults again.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.rows = x.flatten(0, 1)
+        self.memory = x.new_empty(0, x.shape[2])
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Return `[tasks, 1, R, width]` of rows `[tasks, R]`, each token x heads + head; valid until the next call."""
+        if rows.numel() > len(self.memory):
+            self.memory = self.memory.new_empty(rows.numel(), self.memory.shape[1])
+        taken = self.memory[: rows.numel()]
+        torch.index_select(self.rows, 0, rows.flatten(), out=taken)
+        return taken.view(rows.shape[0], 1, rows.shape[1], -1)
 
 
 def _batches(plan: Plan, kv_heads: int) -> Iterable[Batch]:
@@ -112,11 +128,6 @@ def _batches(plan: Plan, kv_heads: int) -> Iterable[Batch]:
     if "batches" not in plan.derived:
         plan.derived["batches"] = list(batches(plan, kv_heads))
     return plan.derived["batches"]
-
-
-def _gather(x: Tensor, rows: Tensor) -> Tensor:
-    """Return the rows of flat `[rows x heads, width]` as `[tasks, 1, rows, width]`."""
-    return x.index_select(0, rows.flatten()).view(rows.shape[0], 1, rows.shape[1], -1)
 
 
 def _batch_mask(batch: Batch) -> Tensor | None:

@@ -13,8 +13,6 @@ from farspan.kernels.plan import Plan
 from farspan.kernels.state import State
 from farspan.kernels.stretch import Stretch
 
-MAX_FLOAT32_SCAN_WIDTH = 128
-
 
 @final
 class TritonBackend(Backend):
@@ -40,8 +38,6 @@ class TritonBackend(Backend):
             return f"it takes float32, bfloat16 and float16, not {str(work.dtype).removeprefix('torch.')}"
         if max(work.head_dim, work.value_dim) > MAX_WIDTH:
             return f"it takes head sizes up to {MAX_WIDTH}, not {max(work.head_dim, work.value_dim)}"
-        if work.scans and work.dtype == torch.float32 and max(work.head_dim, work.value_dim) > MAX_FLOAT32_SCAN_WIDTH:
-            return f"it scans float32 with head sizes up to {MAX_FLOAT32_SCAN_WIDTH}: more spills registers"
         return None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -97,7 +93,7 @@ class TritonBackend(Backend):
             raise ConfigError(
                 f"attention.backend='triton' cannot compute this: {reason}; use attention.backend='auto'."
             )
-        return shapes_for(max(sizes), q.dtype)
+        return shapes_for(*sizes, q.dtype)
 
 
 BACKENDS.add("triton", TritonBackend())

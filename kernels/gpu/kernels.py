@@ -185,7 +185,7 @@ def _gather_dkv(
     dk, dv, key, value, q, dout, base, delta, q_index, terms, lists, number, place, key_there, head, kv_head,
     num_queries, num_keys, scale, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr, BLOCK_Q: tl.constexpr, GATHERED: tl.constexpr,
-    PARTIAL: tl.constexpr,
+    FOR_K: tl.constexpr, FOR_V: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """Scores are held transposed, [keys, queries]: so they are the left operand of both sums without another layout."""
     visits, at, tile, left = open_list(lists, 2 * number + PARTIAL)
@@ -203,11 +203,13 @@ def _gather_dkv(
             )  # fmt: skip
             probability = tl.where(seen, probability, 0.0)
         dresult = load_queries(dout, row, heads, there, VALUE_DIM, PADDED_VALUE)
-        dv = tl.dot(probability.to(dresult.dtype), dresult, dv, input_precision="ieee")
-        my_delta = tl.load(delta + of_row, mask=there, other=0.0)
-        dprobability = tl.dot(value, tl.trans(dresult), input_precision="ieee")
-        dscores = probability * (dprobability - my_delta[None, :])
-        dk = tl.dot(dscores.to(query.dtype), query, dk, input_precision="ieee")
+        if FOR_V:
+            dv = tl.dot(probability.to(dresult.dtype), dresult, dv, input_precision="ieee")
+        if FOR_K:
+            my_delta = tl.load(delta + of_row, mask=there, other=0.0)
+            dprobability = tl.dot(value, tl.trans(dresult), input_precision="ieee")
+            dscores = probability * (dprobability - my_delta[None, :])
+            dk = tl.dot(dscores.to(query.dtype), query, dk, input_precision="ieee")
         at, tile, left = advance(lists, at, tile, left)
     return dk, dv
 
@@ -217,9 +219,9 @@ def dkv_kernel(
     q, k, v, dout, base, delta, dk, dv, q_index, k_index, terms, lists, num_queries, num_keys, num_tiles, scale, dscale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    GATHERED: tl.constexpr,
+    GATHERED: tl.constexpr, FOR_K: tl.constexpr, FOR_V: tl.constexpr,
 ):  # fmt: skip
-    """Write dk `[S, KV_HEADS, HEAD_DIM]` and dv `[S, KV_HEADS, VALUE_DIM]`, float32; gathered queries add to them."""
+    """Write dk `[S, KV_HEADS, HEAD_DIM]`, dv `[S, KV_HEADS, VALUE_DIM]` or both, float32; gathered queries add."""
     program = tl.program_id(0)
     tile = tl.load(lists.order + program % num_tiles)
     kv_head = program // num_tiles
@@ -237,21 +239,26 @@ def dkv_kernel(
             acc_k, acc_v = _gather_dkv(
                 acc_k, acc_v, key, value, q, dout, base, delta, q_index, terms, lists, number, place, key_there, head,
                 kv_head, num_queries, num_keys, scale, HEADS, HEAD_DIM, VALUE_DIM, PADDED_DIM, PADDED_VALUE, BLOCK_Q,
-                GATHERED, partial,
+                GATHERED, FOR_K, FOR_V, partial,
             )  # fmt: skip
-    acc_k *= dscale
     slot = place.to(tl.int64) * KV_HEADS + kv_head
-    column = tl.arange(0, PADDED_DIM)
-    to_k = dk + slot[:, None] * HEAD_DIM + column[None, :]
-    mask_k = key_there[:, None] & (column < HEAD_DIM)[None, :]
-    column = tl.arange(0, PADDED_VALUE)
-    to_v = dv + slot[:, None] * VALUE_DIM + column[None, :]
-    mask_v = key_there[:, None] & (column < VALUE_DIM)[None, :]
-    if GATHERED:
-        acc_k += tl.load(to_k, mask=mask_k, other=0.0)
-        acc_v += tl.load(to_v, mask=mask_v, other=0.0)
-    tl.store(to_k, acc_k, mask=mask_k)
-    tl.store(to_v, acc_v, mask=mask_v)
+    if FOR_K:
+        _store_keys(dk, acc_k * dscale, slot, key_there, HEAD_DIM, PADDED_DIM, GATHERED)
+    if FOR_V:
+        _store_keys(dv, acc_v, slot, key_there, VALUE_DIM, PADDED_VALUE, GATHERED)
+
+
+@triton.jit
+def _store_keys(to, rows, slot, there, WIDTH: tl.constexpr, PADDED: tl.constexpr, ADD: tl.constexpr):
+    """Write, or add, rows `[BLOCK, PADDED]` to float32 slots of WIDTH; no other program has a part in these."""
+    column = tl.arange(0, PADDED)
+    pointers = to + slot[:, None] * WIDTH + column[None, :]
+    mask = there[:, None] & (column < WIDTH)[None, :]
+    if ADD:
+        # To load what is there would take as many registers as the rows have, and spill these.
+        tl.atomic_add(pointers, rows, mask=mask, sem="relaxed")
+    else:
+        tl.store(pointers, rows, mask=mask)
 
 
 @triton.jit

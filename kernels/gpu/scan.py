@@ -50,22 +50,19 @@ class Tiling(NamedTuple):
 
 
 TILINGS = {
-    torch.bfloat16: {64: Tiling(64, 64, 4, 2), 128: Tiling(64, 64, 8, 2), 256: Tiling(64, 32, 8, 2)},
+    torch.bfloat16: {64: Tiling(64, 64, 4, 2), 128: Tiling(64, 64, 8, 3), 256: Tiling(64, 32, 8, 2)},
     torch.float16: {64: Tiling(64, 32, 8, 1), 128: Tiling(32, 32, 8, 1), 256: Tiling(16, 16, 8, 1)},
     torch.float32: {64: Tiling(16, 32, 8, 1), 128: Tiling(16, 16, 8, 1)},
 }
-"""By dtype and the largest width of a: what compiles for sm_90 without spilled registers. float32 of 256 has none.
+"""By dtype and the largest width of a: what compiles for sm_90 without spilled registers; float32 of 256 is cut in two.
 
 float16 is multiplied as TF32, which holds it exactly and does not overflow; float32 in full, which is for checks.
 """
 
 
 def tiling_of(a: Tensor, b: Tensor) -> Tiling:
-    """Return how rows `[T, heads, A]` and `[T, heads, B]` are cut; raises ValueError if A is too wide."""
-    width = next((width for width in TILINGS[a.dtype] if a.shape[2] <= width), None)
-    if width is None:
-        raise ValueError(f"a Triton scan of {a.dtype} has heads of at most {max(TILINGS[a.dtype])}; got {a.shape[2]}")
-    tiling = TILINGS[a.dtype][width]
+    """Return how rows `[T, heads, A]` and `[T, heads, B]` are cut."""
+    tiling = TILINGS[a.dtype][next(width for width in TILINGS[a.dtype] if a.shape[2] <= width)]
     return tiling._replace(columns=min(tiling.columns, max(triton.next_power_of_2(b.shape[2]), 16)))
 
 
@@ -73,6 +70,24 @@ def sweep(
     x: Tensor, a: Tensor, b: Tensor, stretch: Stretch, decay: Tensor, carried: State, *, from_end: bool
 ) -> tuple[Tensor, State]:
     """See `farspan.kernels.sweep.Sweep`."""
+    # Outputs are sums over the columns of a, each of which has rows of the state of its own.
+    columns = max(TILINGS[a.dtype])
+    cut = zip(x.split(columns, 2), a.split(columns, 2), carried.value.split(columns, 1), strict=True)
+    parts = [
+        _sweep(x_part, a_part, b, stretch, decay, State(value, carried.place), from_end=from_end)
+        for x_part, a_part, value in cut
+    ]
+    out, left = parts[0]
+    for more, state in parts[1:]:
+        out += more
+        left = State(torch.cat((left.value, state.value), 1), left.place)
+    return out, left
+
+
+def _sweep(
+    x: Tensor, a: Tensor, b: Tensor, stretch: Stretch, decay: Tensor, carried: State, *, from_end: bool
+) -> tuple[Tensor, State]:
+    """See `sweep`; a has no more columns than a tiling takes."""
     heads, shared, dtype = len(decay), len(decay) // x.shape[1], accumulation_dtype(x.dtype)
     out = torch.empty(x.shape[0], x.shape[1], b.shape[2], dtype=dtype if shared > 1 else x.dtype, device=x.device)
     out[stretch.tokens :] = 0

@@ -33,8 +33,11 @@ SHARED_ROWS = 16
 SLOT_BYTES = 1 << 29
 """Partial results that are held at the same time, where rows choose one by one."""
 LOG2E = 1.4426950408889634
+MOST_REGISTERS = 255
+"""Of a thread: all that it can have. ptxas, left alone, would rather spill a few than fit one block less."""
 ROWS_OF_DELTA = 64
-ROWS_OF_COMBINE = 64
+VALUES_OF_COMBINE = 4096
+"""32 for each thread of a program: of 64 rows of 256, registers spill."""
 
 
 class Tiles(NamedTuple):
@@ -76,6 +79,7 @@ class Problem:
             "BLOCK_K": shape.keys,
             "num_warps": shape.warps,
             "num_stages": shape.stages,
+            "maxnreg": MOST_REGISTERS,
         }
 
     def shared(self, tiles: Tiles) -> tuple[Any, ...]:
@@ -173,11 +177,12 @@ def _dq(problem: Problem, given: Given, dq: Tensor, tiles: Tiles, *, gathered: b
 
 def _dkv(problem: Problem, given: Given, dk: Tensor, dv: Tensor, tiles: Tiles, *, gathered: bool) -> None:
     shapes = problem.shapes
-    _launch(
-        kernels.dkv_kernel, tiles.staying * problem.k.shape[1], *problem.operands, *given, dk, dv,
-        *problem.shared(tiles), problem.scale,
-        **problem.constants(shapes.gathered_dkv if gathered else shapes.dkv), GATHERED=gathered,
-    )  # fmt: skip
+    for for_k, for_v in ((True, False), (False, True)) if shapes.dkv_in_turn else ((True, True),):
+        _launch(
+            kernels.dkv_kernel, tiles.staying * problem.k.shape[1], *problem.operands, *given, dk, dv,
+            *problem.shared(tiles), problem.scale,
+            **problem.constants(shapes.dkv), GATHERED=gathered, FOR_K=for_k, FOR_V=for_v,
+        )  # fmt: skip
 
 
 def _launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
@@ -206,7 +211,7 @@ def _gathered_forward(problem: Problem, out: Tensor, lse: Tensor) -> None:
 
 
 def _gathered_backward(problem: Problem, given: Given, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-    for _, _, of_keys in _portions(problem, problem.shapes.gathered_dkv):
+    for _, _, of_keys in _portions(problem, problem.shapes.dkv):
         _dkv(problem, given, dk, dv, of_keys, gathered=True)
     for portion, of_queries, _ in _portions(problem, problem.shapes.dq):
         part = dq.new_empty(len(portion.index), dq.shape[2])
@@ -237,11 +242,11 @@ def _portions(problem: Problem, shape: Shape) -> Iterator[tuple[Portion, Tiles, 
 def _combine(portion: Portion, part: Tensor, part_lse: Tensor | None, total: Tensor, lse: Tensor | None) -> None:
     """Merge the slots of a portion into its rows of `total` `[T, Hq, width]`, and of `lse` if there is one."""
     rows, width = portion.rows, total.shape[2]
-    count = (rows.stop - rows.start) * total.shape[1]
+    count, block = (rows.stop - rows.start) * total.shape[1], VALUES_OF_COMBINE // padded(width)
     _launch(
-        kernels.combine_kernel, triton.cdiv(count, ROWS_OF_COMBINE), part, part_lse, total[rows],
+        kernels.combine_kernel, triton.cdiv(count, block), part, part_lse, total[rows],
         None if lse is None else lse[rows], portion.slot_offsets, portion.slots, count,
-        WIDTH=width, PADDED=padded(width), BLOCK=ROWS_OF_COMBINE,
+        WIDTH=width, PADDED=padded(width), BLOCK=block,
     )  # fmt: skip
 
 

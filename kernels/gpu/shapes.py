@@ -1,4 +1,4 @@
-"""Shapes: how many rows a tile has, by kernel, head size and dtype."""
+"""Shapes: how many rows a tile has, by kernel, head sizes and dtype."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,62 +17,38 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shapes:
-    """Of each kernel; gathered rows take registers of their own, and queries change with every step of dkv."""
+    """Of each kernel; queries change with every step of dkv."""
 
     forward: Shape
     dq: Shape
     dkv: Shape
-    gathered_dkv: Shape
+    dkv_in_turn: bool = False
+    """dk, then dv, with scores computed for each: registers do not hold both sums of so wide heads."""
 
 
-def shapes_for(width: int, dtype: torch.dtype) -> Shapes:
-    """Return the shapes for the wider of the two head sizes."""
+def shapes_for(width: int, value_width: int, dtype: torch.dtype) -> Shapes:
+    """Return the shapes for head sizes of queries and keys, and of values, up to MAX_WIDTH."""
     table = _FLOAT32 if dtype == torch.float32 else _HALF
-    return table[min(limit for limit in table if width <= limit)]
+    return next(shapes for limits, shapes in table.items() if width <= limits[0] and value_width <= limits[1])
 
 
 MAX_WIDTH = 256
-# Found by compiling for an H100 (docs/kernels_sm90.md): large tiles whose registers do not spill, and whose side that
-# stays has 64 rows for each of two groups of 4 warps, as wgmma wants it. Where keys stay, two sums and two products are
-# held at once: the wider the heads, the fewer queries at a time. No timings yet.
+# Found by compiling for an H100 (docs/kernels_sm90.md): large tiles whose registers do not spill for any kind of plan,
+# in bfloat16 and float16 alike. The side that stays has 64 rows for each of two groups of 4 warps: with fewer, both
+# compute the same scores. Of three stages two are on their way while one is computed on; of two, none is (docs/log.md).
+# No timings yet.
 _HALF = {
-    64: Shapes(
-        forward=Shape(128, 128, 8, 2),
-        dq=Shape(128, 64, 8, 3),
-        dkv=Shape(64, 128, 8, 2),
-        gathered_dkv=Shape(64, 128, 8, 2),
+    (64, 64): Shapes(forward=Shape(128, 64, 8, 3), dq=Shape(128, 64, 8, 3), dkv=Shape(64, 128, 8, 3)),
+    (128, 128): Shapes(forward=Shape(128, 64, 8, 3), dq=Shape(128, 64, 8, 3), dkv=Shape(32, 128, 8, 3)),
+    (256, 128): Shapes(
+        forward=Shape(128, 64, 8, 3), dq=Shape(128, 32, 8, 3), dkv=Shape(32, 128, 8, 3), dkv_in_turn=True
     ),
-    128: Shapes(
-        forward=Shape(128, 64, 8, 3),
-        dq=Shape(128, 64, 8, 2),
-        dkv=Shape(32, 128, 8, 2),
-        gathered_dkv=Shape(64, 64, 8, 2),
-    ),
-    256: Shapes(
-        forward=Shape(128, 32, 8, 2),
-        dq=Shape(64, 32, 8, 2),
-        dkv=Shape(16, 64, 8, 2),
-        gathered_dkv=Shape(16, 64, 8, 2),
+    (256, 256): Shapes(
+        forward=Shape(128, 32, 8, 3), dq=Shape(128, 32, 8, 3), dkv=Shape(16, 128, 8, 3), dkv_in_turn=True
     ),
 }
 # Exact float32 products run on ordinary cores, from registers: for checks, not for speed.
 _FLOAT32 = {
-    64: Shapes(
-        forward=Shape(32, 32, 4, 2),
-        dq=Shape(32, 32, 4, 2),
-        dkv=Shape(32, 32, 4, 2),
-        gathered_dkv=Shape(32, 32, 4, 2),
-    ),
-    128: Shapes(
-        forward=Shape(32, 16, 8, 2),
-        dq=Shape(16, 32, 8, 2),
-        dkv=Shape(16, 32, 8, 2),
-        gathered_dkv=Shape(16, 32, 8, 2),
-    ),
-    256: Shapes(
-        forward=Shape(32, 16, 8, 2),
-        dq=Shape(16, 16, 8, 2),
-        dkv=Shape(16, 16, 8, 2),
-        gathered_dkv=Shape(16, 16, 8, 2),
-    ),
+    (64, 64): Shapes(forward=Shape(32, 16, 4, 1), dq=Shape(16, 32, 4, 1), dkv=Shape(16, 16, 4, 1)),
+    (256, 256): Shapes(forward=Shape(16, 16, 8, 2), dq=Shape(16, 16, 8, 2), dkv=Shape(16, 16, 8, 2), dkv_in_turn=True),
 }

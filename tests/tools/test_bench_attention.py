@@ -16,6 +16,7 @@ from torch import Tensor
 from farspan.kernels.backend import BACKENDS, Backend
 from farspan.kernels.errors import ConfigError
 from farspan.kernels.mechanism import MECHANISMS, Heads, Masked
+from farspan.kernels.mechanisms.block_sparse import BlockSparse
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.window import Window
@@ -205,6 +206,13 @@ def test_each_row_is_checked_where_it_is_sparse() -> None:
     assert found[-1] == (Window(window=1024), 2048, 1)
     moba = Case(name="moba", mechanism=MoBA(block=512, top_k=8))
     assert min(visible_share(check.mechanism, check.rows) for check in checks(moba, SHAPE, True)) < SPARSE_SHARE
+
+
+def test_examples_for_shorter_documents_are_passed_over() -> None:
+    row = Case(name="block_sparse_25", mechanism=BlockSparse(density=0.25))
+    named = [str(check) for check in checks(row, SHAPE, True)]
+    assert any("density=0.4" in name for name in named)
+    assert not any("mask=('1'" in name for name in named)
 
 
 def test_useful_work_counts_visible_pairs_and_two_and_five_products() -> None:

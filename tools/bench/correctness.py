@@ -69,14 +69,17 @@ def check_rows(tokens: int, packed: bool) -> Rows:
 
 
 def checks(case: Case, shape: Shape, packed: bool) -> Iterator[Check]:
-    """Yield what to check of a row of the table: the row's own instance, and the mechanism's small examples.
+    """Yield what to check of a row of the table: the row's own instance, and the mechanism's examples that fit.
 
     packed: whether documents share the sequence. An instance that is hardly sparse in CHECK_TOKENS is checked again
     where it is, with one KV head, if memory allows.
     """
     rows = check_rows(CHECK_TOKENS, packed)
-    instances = [case.mechanism, *(x for x in type(case.mechanism).examples() if x != case.mechanism)]
-    yield from (Check(mechanism, rows, shape) for mechanism in instances)
+    longest = int(rows.position.max()) + 1
+    yield Check(case.mechanism, rows, shape)
+    for example in type(case.mechanism).examples():
+        if example != case.mechanism and example.refusal(shape.heads, longest) is None:
+            yield Check(example, rows, shape)
     if visible_share(case.mechanism, rows) < SPARSE_SHARE:
         return
     one_kv_head = replace(shape, heads=Heads(query=shape.heads.query // shape.heads.kv, kv=1))

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.attend import attend, attend_backward
-from farspan.kernels.mechanism import Gathered, Heads, Masked, Mechanism
+from farspan.kernels.mechanism import Gathered, Masked, Mechanism
 from farspan.kernels.merge import accumulation_dtype, empty_partial, merge_
 from farspan.kernels.plan import Plan
+from farspan.kernels.selection import Selection
 from farspan.kernels.whole import Saved
 from farspan.parallel.choice import Choice
 from farspan.parallel.comm import Channel
 from farspan.parallel.gathered import GatheredAttend, gathered_heads
 from farspan.parallel.layout import Shards
-from farspan.parallel.strategy import Attend
+from farspan.parallel.strategy import Attend, Chosen, HeadShare, Sizes, Volume
 
 
 class Homeward(ABC):
@@ -45,6 +46,10 @@ class Journey(ABC):
     plans: tuple[Plan, ...]
     tokens: tuple[Tensor, ...]
 
+    def to_chosen(self, selection: Selection | None) -> "Journey":
+        """Return the journey of what the local queries chose; every rank has to call. This one, if it brings all."""
+        return self
+
     @abstractmethod
     def parts(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield keys and values of each part, of the local ones k `[tokens_local, Hk, D]` and v `[.., Hk, Dv]`.
@@ -56,6 +61,10 @@ class Journey(ABC):
     def homeward(self, k: Tensor, v: Tensor) -> Homeward:
         """Return the way home of gradients for local keys and values of these shapes."""
 
+    @abstractmethod
+    def volume(self, sizes: Sizes, chosen: Chosen) -> Volume:
+        """Return the bytes that this rank sends; chosen: of the whole sequence, by a routed mechanism."""
+
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,38 +73,41 @@ class DealtAttend(Attend):
 
     journey: Journey
     choice: Choice
+    degree: int
     backend: str
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v, *routing = inputs
-        plans, lifetimes = self.choice.choose(self.journey.plans, self.journey.tokens, q, k, *routing)
+        choices = self.choice.choose(q, k, *routing)
+        journey = self.journey.to_chosen(choices.selection)
+        plans = choices.applied(journey.plans, journey.tokens)
         out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
         causal_lse = lse.clone()
-        for number, (key, value) in enumerate(self.journey.parts(k, v)):
+        for number, (key, value) in enumerate(journey.parts(k, v)):
             if plans[number].is_empty:
                 continue
             merge_(out, lse, *attend(q, key, value, plans[number], backend=self.backend))
-            if lifetimes is not None:
-                part = attend(q, key, value, self.journey.plans[number], backend=self.backend)[1]
+            if choices.lifetimes is not None:
+                part = attend(q, key, value, journey.plans[number], backend=self.backend)[1]
                 causal_lse = torch.logaddexp(causal_lse, part)
         out = out.to(q.dtype)
-        learning = () if lifetimes is None else (causal_lse, *routing)
-        return out, Saved((q, k, v, out, lse, *learning), (plans, lifetimes))
+        learning = () if choices.lifetimes is None else (causal_lse, *routing)
+        return out, Saved((q, k, v, out, lse, *learning), (journey, plans, choices.lifetimes))
 
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
         q, k, v, out, lse, *learning = saved.tensors
-        plans, lifetimes = saved.kept
+        journey, plans, lifetimes = saved.kept
         of_types = self.choice.learning(lifetimes, learning)
         dq = torch.zeros(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
-        homeward = self.journey.homeward(k, v)
-        for number, (key, value) in enumerate(self.journey.parts(k, v)):
+        homeward = journey.homeward(k, v)
+        for number, (key, value) in enumerate(journey.parts(k, v)):
             if plans[number].is_empty:
                 homeward.add(None, None)
                 continue
             part_dq, dk, dv = attend_backward(dout, q, key, value, out, lse, plans[number], backend=self.backend)
             dq += part_dq
             if of_types is not None:
-                all_causal, tokens = self.journey.plans[number], self.journey.tokens[number]
+                all_causal, tokens = journey.plans[number], journey.tokens[number]
                 of_types.add(dout, q, key, value, out, plan=all_causal, keys=tokens)
             homeward.add(dk, dv)
         gradients = dq, *homeward.arrive()
@@ -104,6 +116,10 @@ class DealtAttend(Attend):
     def lse(self, saved: Saved) -> Tensor:
         return saved.tensors[4]
 
+    def volume(self, sizes: Sizes, chosen: Chosen = None) -> Volume:
+        """What the journey moves, and what all ranks sum to choose by and to learn from."""
+        return self.journey.volume(sizes, chosen) + self.choice.volume(self.heads, sizes, self.degree)
+
 
 def refusal_of_travelling_keys(strategy: str, mechanism: Mechanism) -> str | None:
     """Return why a strategy that moves keys and values cannot run a mechanism, None if it can."""
@@ -111,41 +127,43 @@ def refusal_of_travelling_keys(strategy: str, mechanism: Mechanism) -> str | Non
         return None
     return (
         f"strategy {strategy!r} moves keys and values, which {type(mechanism).__name__} does not attend to; "
-        "set parallel.strategy='ulysses'."
+        "set parallel.strategy='state' or 'ulysses'."
     )
 
 
 def plan_travelling_keys(
     strategy: str,
-    plan_journey: Callable[[Masked, Shards, Heads, Channel], Journey],
+    plan_journey: Callable[[Masked, Shards, HeadShare], Journey],
     mechanism: Mechanism,
     shards: Shards,
-    heads: Heads,
+    share: HeadShare,
     channel: Channel,
     *,
     backend: str,
 ) -> Attend:
     """Plan attention by a journey; of gathered mechanisms, what was chosen makes the journey."""
     if isinstance(mechanism, Gathered):
+        among = HeadShare.whole(gathered_heads(share.here))
         return GatheredAttend(
             tokens_local=shards.tokens_local,
-            heads=heads,
+            heads=share.here,
             routing_width=mechanism.routing_width,
             mechanism=mechanism,
             shards=shards,
             rank=channel.rank,
             total=partial(channel.all_reduce, kind=f"{strategy}_choice"),
             plan=lambda dealt: plan_travelling_keys(
-                strategy, plan_journey, mechanism.among(), dealt, gathered_heads(heads), channel, backend=backend
+                strategy, plan_journey, mechanism.among(), dealt, among, channel, backend=backend
             ),
         )
     assert isinstance(mechanism, Masked)
     return DealtAttend(
         tokens_local=shards.tokens_local,
-        heads=heads,
+        heads=share.here,
         routing_width=mechanism.routing_width,
-        journey=plan_journey(mechanism, shards, heads, channel),
-        choice=Choice.of(mechanism, shards, heads, channel, strategy=strategy),
+        journey=plan_journey(mechanism, shards, share),
+        choice=Choice.of(mechanism, shards, share, channel, strategy=strategy),
+        degree=channel.size,
         backend=backend,
     )
 
@@ -163,7 +181,7 @@ class KeysAndValues:
         return KeysAndValues(torch.cat((key.reshape(-1), value.reshape(-1))), key.shape, value.shape)
 
     @staticmethod
-    def zeros(key: Tensor, value: Tensor) -> "KeysAndValues":
+    def no_gradients(key: Tensor, value: Tensor) -> "KeysAndValues":
         """Return gradients of 0, in the accumulation dtype."""
         buffer = torch.zeros(key.numel() + value.numel(), dtype=accumulation_dtype(key.dtype), device=key.device)
         return KeysAndValues(buffer, key.shape, value.shape)

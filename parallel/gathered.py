@@ -5,7 +5,7 @@ its own, whose rows lie where their tokens do; it runs under the same strategy.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor
 from farspan.kernels.gathering import Gathering
 from farspan.kernels.mechanism import Gathered, Heads, Total
 from farspan.kernels.whole import Saved, attend_gathered, attend_gathered_backward, gathered_lse
+from farspan.parallel.choice import volume_of_choice
 from farspan.parallel.layout import Shards
-from farspan.parallel.strategy import Attend, AttentionShape
+from farspan.parallel.strategy import Attend, Chosen, Sizes, Volume
 
 
 @final
@@ -30,7 +31,8 @@ class GatheredAttend(Attend):
     plan: Callable[[Shards], Attend]
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
-        dealt, gathering = deal_chosen(self.mechanism, self._all_logits(inputs[3]), self.shards, self.rank)
+        chosen = self.mechanism.choose(self._all_logits(inputs[3]), self.shards.rows)
+        dealt, gathering = deal_chosen(chosen, self.shards, self.rank)
         return attend_gathered(self.plan(dealt), gathering, *inputs)
 
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
@@ -38,6 +40,12 @@ class GatheredAttend(Attend):
 
     def lse(self, saved: Saved) -> Tensor:
         return gathered_lse(saved)
+
+    def volume(self, sizes: Sizes, chosen: Chosen = None) -> Volume:
+        """The sum of routing over all ranks, and attention among the chosen rows."""
+        assert isinstance(chosen, Tensor), "what a gathered mechanism moves depends on what it chose"
+        total = volume_of_choice(self.mechanism, self.shards.rows, self.heads, sizes, self.shards.degree)
+        return total + self.plan(deal_chosen(chosen, self.shards, self.rank)[0]).volume(sizes)
 
     def _all_logits(self, routing: Tensor) -> Tensor:
         """Return the routing of the whole sequence, float32 `[tokens, Hk]`."""
@@ -47,9 +55,12 @@ class GatheredAttend(Attend):
         return self.total(logits)
 
 
-def deal_chosen(mechanism: Gathered, logits: Tensor, shards: Shards, rank: int) -> tuple[Shards, Gathering]:
-    """Return the chosen rows, dealt to the ranks that hold their tokens; and those of `rank`, by its local tokens."""
-    whole = Gathering.of(mechanism.choose(logits, shards.rows), shards.rows)
+def deal_chosen(chosen: Tensor, shards: Shards, rank: int) -> tuple[Shards, Gathering]:
+    """Return the rows chosen, bool `[tokens, Hk]`, dealt to the ranks that hold their tokens; and those of `rank`.
+
+    The latter name their tokens as the rank has them.
+    """
+    whole = Gathering.of(chosen, shards.rows)
     local = shards.index.flatten()
     place = torch.empty(len(shards.rows), dtype=torch.int64)
     place[local[local >= 0]] = torch.arange(len(local))[local >= 0]
@@ -72,8 +83,3 @@ def deal_chosen(mechanism: Gathered, logits: Tensor, shards: Shards, rank: int) 
 def gathered_heads(heads: Heads) -> Heads:
     """Return the heads of attention among chosen rows: one KV head and its group."""
     return Heads(query=heads.query // heads.kv, kv=1)
-
-
-def gathered_shape(shape: AttentionShape, rows_local: int) -> AttentionShape:
-    """Return the shape of what travels where tokens are dealt: the chosen rows that a rank holds, without routing."""
-    return replace(shape, tokens_local=rows_local, heads=gathered_heads(shape.heads), routing_width=0)

@@ -3,7 +3,7 @@
 import torch
 
 from farspan.kernels.mechanism import Heads
-from farspan.parallel.comm import Channel, Traffic
+from farspan.parallel.comm import Traffic
 from farspan.parallel.fsdp import shard_parameters
 from farspan.parallel.mesh import Mesh
 from farspan.parallel.strategy import STRATEGIES
@@ -36,7 +36,9 @@ def build_on_meta(config: Config, mesh: Mesh) -> Transformer:
 def build_batches(config: Config, mesh: Mesh, device: torch.device, traffic: Traffic) -> BatchBuilder:
     """Return what turns sequences into this rank's micro-batches."""
     return BatchBuilder(
-        strategy=STRATEGIES.get(config.parallel.strategy)(Channel(mesh.context, traffic)),
+        strategy=STRATEGIES.get(config.parallel.strategy)(
+            mesh.context_channel(traffic), rounded_gradients=config.parallel.rounded_gradients
+        ),
         mechanism=config.attention.build_mechanism(),
         heads=Heads(query=config.model.heads, kv=config.model.kv_heads),
         layout=config.parallel.layout,

@@ -7,11 +7,12 @@ from farspan.kernels.cross_entropy import chunk_tokens
 from farspan.kernels.mechanism import Gathered, Heads
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.rows import Rows
-from farspan.parallel.gathered import gathered_shape
+from farspan.parallel.choice import typical_choice
 from farspan.parallel.halo import mean_rows_sent
 from farspan.parallel.layout import Shards
 from farspan.parallel.mesh import Degrees
-from farspan.parallel.strategy import STRATEGIES, AttentionShape
+from farspan.parallel.simulation import Unconnected
+from farspan.parallel.strategy import STRATEGIES, Sizes
 from farspan.trainer.config import Config
 from farspan.trainer.flops import total_parameters, training_flops
 
@@ -147,8 +148,16 @@ def tokens_local(config: Config, degrees: Degrees) -> int:
 
 
 def attention_bytes(config: Config, degrees: Degrees) -> int:
-    """Return the bytes that a rank sends in one layer's attention, forward and backward."""
-    volume = STRATEGIES.get(config.parallel.strategy).volume(attention_shape(config, degrees), degrees.context)
+    """Return the bytes that the first rank sends in one layer's attention, a document filling the sequence."""
+    parallel, mechanism = config.parallel, config.attention.build_mechanism()
+    heads = Heads(query=config.model.heads, kv=config.model.kv_heads)
+    rows = Rows.packed([config.data.sequence_tokens])
+    shards = Shards.deal(rows, layout=parallel.layout, degree=degrees.context)
+    channel = Unconnected(0, degrees.context, width=parallel.context_inner)
+    strategy = STRATEGIES.get(parallel.strategy)(channel, rounded_gradients=parallel.rounded_gradients)
+    chosen = typical_choice(mechanism, rows, heads) if strategy.moves_chosen(mechanism) else None
+    planned = strategy.prepare(mechanism, shards, heads, backend=config.attention.backend)
+    volume = planned.volume(Sizes.of(config.train.torch_dtype, config.model.head_dim, config.model.head_dim), chosen)
     return volume.forward + volume.backward
 
 
@@ -161,30 +170,3 @@ def convolution_bytes(config: Config, degrees: Degrees) -> int:
     shards = Shards.deal(rows, layout=config.parallel.layout, degree=degrees.context)
     sent = mean_rows_sent(shards, model.key_convolution - 1) * model.kv_heads * model.head_dim
     return sent * (compute.itemsize + accumulation_dtype(compute).itemsize)
-
-
-def attention_shape(config: Config, degrees: Degrees) -> AttentionShape:
-    """Return the shape of what one rank puts into attention in one layer, a document filling the sequence.
-
-    Where tokens are dealt and heads gather some: of their rows, spread evenly over the ranks.
-    """
-    compute, mechanism = config.train.torch_dtype, config.attention.build_mechanism()
-    heads, one_document = (
-        Heads(query=config.model.heads, kv=config.model.kv_heads),
-        Rows.packed([config.data.sequence_tokens]),
-    )
-    shape = AttentionShape(
-        tokens_local=tokens_local(config, degrees),
-        heads=heads,
-        head_dim=config.model.head_dim,
-        value_dim=config.model.head_dim,
-        element_bytes=compute.itemsize,
-        accumulation_bytes=accumulation_dtype(compute).itemsize,
-        routing_width=mechanism.routing_width,
-        total_bytes=mechanism.total_bytes(one_document, heads, config.model.head_dim),
-        gradient_total_bytes=mechanism.gradient_total_bytes(one_document, heads, accumulation_dtype(compute).itemsize),
-    )
-    if isinstance(mechanism, Gathered) and not STRATEGIES.get(config.parallel.strategy).deals_heads:
-        chosen = len(mechanism.typical(one_document)) * heads.kv
-        return gathered_shape(shape, -(-chosen // degrees.context))
-    return shape

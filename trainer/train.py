@@ -158,16 +158,18 @@ class _Run:
         memory, stopping = agreed.tolist()
         seconds, seconds_left = timer.lap()
         if self.writer is not None:
-            sent = {**self.traffic.take(), "fsdp": self.sharding_bytes * len(batches)}
-            record = self.record(result, rate=rate, seconds=seconds, memory=memory, sent=sent)
+            traffic = self.traffic.take()
+            sharding = self.sharding_bytes * len(batches)
+            traffic.add("fsdp", sent=sharding, received=sharding)
+            record = self.record(result, rate=rate, seconds=seconds, memory=memory, traffic=traffic)
             self.writer.write(record)
             log.info("%s", progress_line(record, config.train.steps, seconds_left))
         return bool(stopping)
 
     def record(
-        self, result: StepResult, *, rate: float, seconds: float, memory: int, sent: dict[str, int]
+        self, result: StepResult, *, rate: float, seconds: float, memory: int, traffic: Traffic
     ) -> dict[str, Any]:
-        """Return what is on record of one step; `sent` is in bytes, of rank 0."""
+        """Return what is on record of one step; traffic is that of rank 0."""
         config = self.config
         tokens = config.train.sequences_per_step * config.data.sequence_tokens
         flops = training_flops(config.model, self.batches.mechanism, tokens, result.visible_pairs)
@@ -179,8 +181,9 @@ class _Run:
             "tokens_per_s": tokens / seconds,
             "mfu": mfu if math.isfinite(mfu) else None,
             "peak_memory_bytes": memory,
-            "comm_bytes": sum(sent.values()),
-            "comm_bytes_by_kind": sent,
+            "comm_bytes": traffic.sent.total(),
+            "comm_bytes_by_kind": dict(traffic.sent),
+            "comm_bytes_received_by_kind": dict(traffic.received),
             "learning_rate": rate,
             "tokens": self.state.tokens,
             "step_s": seconds,

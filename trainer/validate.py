@@ -106,6 +106,6 @@ def mechanism_takes_model(config: Config) -> None:
 def strategy_takes_mechanism(config: Config, degrees: Degrees) -> None:
     heads = Heads(query=config.model.heads, kv=config.model.kv_heads)
     strategy, mechanism = STRATEGIES.get(config.parallel.strategy), config.attention.build_mechanism()
-    refusal = strategy.refusal(mechanism, heads, degrees.context)
+    refusal = strategy.refusal(mechanism, heads, degrees.context, config.parallel.context_inner)
     if refusal is not None:
         raise ConfigError(f"parallel.strategy={config.parallel.strategy!r} refuses this run: {refusal}")

@@ -6,6 +6,7 @@ and are summed there in the accumulation dtype, rank by rank, so that their sum 
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import final
 
 import torch
@@ -13,11 +14,10 @@ from torch import Tensor
 
 from farspan.kernels.mechanism import Heads, Masked, Mechanism
 from farspan.kernels.plan import Plan
-from farspan.parallel.choice import volume_of_choice
 from farspan.parallel.comm import Channel
 from farspan.parallel.dealt import Homeward, Journey, KeysAndValues, plan_travelling_keys, refusal_of_travelling_keys
 from farspan.parallel.layout import Shards
-from farspan.parallel.strategy import STRATEGIES, Attend, AttentionShape, Strategy, Volume
+from farspan.parallel.strategy import STRATEGIES, Attend, Chosen, HeadShare, Sizes, Strategy, Volume
 
 
 @final
@@ -25,33 +25,24 @@ class Gather(Strategy):
     """All-gather of keys and values, for any layout and any numbers of heads."""
 
     @classmethod
-    def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int) -> str | None:
+    def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
         return refusal_of_travelling_keys("gather", mechanism)
 
-    @classmethod
-    def volume(cls, shape: AttentionShape, degree: int) -> Volume:
-        """A rank's keys and values to (P-1) others, forward and backward; (P-1) gradients of others' go home.
-
-        What a choice is made from, or learnt from, is summed over all ranks: 2 (P-1)/P of its bytes.
-        """
-        collected = (degree - 1) * shape.kv_elements * shape.element_bytes
-        gradients = (degree - 1) * shape.kv_elements * shape.accumulation_bytes
-        choice, learning = (volume_of_choice(degree, x) for x in (shape.total_bytes, shape.gradient_total_bytes))
-        return Volume(forward=collected + choice, backward=collected + gradients + learning)
-
-    def _plan(self, mechanism: Mechanism, shards: Shards, heads: Heads, *, backend: str) -> Attend:
-        return plan_travelling_keys("gather", _GatherJourney, mechanism, shards, heads, self.channel, backend=backend)
+    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> Attend:
+        journey = partial(_GatherJourney, self.channel, self.rounded_gradients)
+        return plan_travelling_keys("gather", journey, mechanism, shards, share, self.channel, backend=backend)
 
 
 @final
 class _GatherJourney(Journey):
     """One part: the rows of all ranks, set end to end."""
 
-    def __init__(self, mechanism: Masked, shards: Shards, heads: Heads, channel: Channel) -> None:
-        self.channel = channel
+    def __init__(self, channel: Channel, rounded: bool, mechanism: Masked, shards: Shards, share: HeadShare) -> None:
+        self.channel, self.rounded, self.kv_rows = channel, rounded, shards.tokens_local * share.here.kv
         everywhere = shards.index.flatten()
         keys, queries = shards.rows.take(everywhere), shards.rows_of(channel.rank)
-        self.plans = (Plan.build(queries, keys, mechanism.visibility(), heads=heads.query),)
+        visibility = mechanism.visibility().of_heads(share.slice)
+        self.plans = (Plan.build(queries, keys, visibility, heads=share.here.query),)
         self.tokens = (everywhere,)
 
     def parts(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -60,27 +51,36 @@ class _GatherJourney(Journey):
         yield torch.cat([chunk.key for chunk in chunks]), torch.cat([chunk.value for chunk in chunks])
 
     def homeward(self, k: Tensor, v: Tensor) -> Homeward:
-        return _GatherHomeward(self.channel, KeysAndValues.zeros(k, v))
+        return _GatherHomeward(self.channel, KeysAndValues.no_gradients(k, v), k.dtype if self.rounded else None)
+
+    def volume(self, sizes: Sizes, chosen: Chosen) -> Volume:
+        """A rank's keys and values to (P-1) others, forward and backward; (P-1) gradients of others' go home."""
+        numbers = (self.channel.size - 1) * self.kv_rows * sizes.kv_width
+        collected = numbers * sizes.element_bytes
+        gradients = numbers * (sizes.element_bytes if self.rounded else sizes.accumulation_bytes)
+        return Volume(forward=collected, backward=collected + gradients)
 
 
 @final
 class _GatherHomeward(Homeward):
     """Each rank's part of the gradients goes to it; those that arrive are summed in the order of the ranks."""
 
-    def __init__(self, channel: Channel, gradient: KeysAndValues) -> None:
+    def __init__(self, channel: Channel, gradient: KeysAndValues, wire_dtype: torch.dtype | None) -> None:
         self.channel, self.gradient = channel, gradient
+        self.wire_dtype = gradient.buffer.dtype if wire_dtype is None else wire_dtype
         self.found: Tensor | None = None
 
     def add(self, dk: Tensor | None, dv: Tensor | None) -> None:
         if dk is not None and dv is not None:
-            by_rank = (
-                x.to(self.gradient.buffer.dtype).unflatten(0, (self.channel.size, -1)).flatten(1) for x in (dk, dv)
-            )
+            by_rank = (x.to(self.wire_dtype).unflatten(0, (self.channel.size, -1)).flatten(1) for x in (dk, dv))
             self.found = torch.cat(tuple(by_rank), dim=1)
 
     def arrive(self) -> tuple[Tensor, Tensor]:
-        found = self.gradient.buffer.expand(self.channel.size, -1) if self.found is None else self.found
-        total = self.gradient.like(self.channel.all_to_all(found, kind="gather_dkv").sum(dim=0))
+        found = self.found
+        if found is None:
+            found = self.gradient.buffer.to(self.wire_dtype).expand(self.channel.size, -1)
+        arrived = self.channel.all_to_all(found, kind="gather_dkv")
+        total = self.gradient.like(arrived.sum(dim=0, dtype=self.gradient.buffer.dtype))
         return total.key, total.value
 
 

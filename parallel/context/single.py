@@ -8,7 +8,7 @@ from torch import Tensor
 from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.whole import Saved, WholeAttention, plan_whole
 from farspan.parallel.layout import Shards
-from farspan.parallel.strategy import STRATEGIES, Attend, AttentionShape, Strategy, Volume
+from farspan.parallel.strategy import STRATEGIES, Attend, Chosen, HeadShare, Sizes, Strategy, Volume
 
 
 @final
@@ -18,22 +18,19 @@ class Single(Strategy):
     deals_heads = True
 
     @classmethod
-    def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int) -> str | None:
+    def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
         if degree != 1:
             return f"strategy 'single' keeps the sequence on one rank: set parallel.context=1 instead of {degree}."
         return None
 
-    @classmethod
-    def volume(cls, shape: AttentionShape, degree: int) -> Volume:
-        return Volume(forward=0, backward=0)
-
-    def _plan(self, mechanism: Mechanism, shards: Shards, heads: Heads, *, backend: str) -> Attend:
-        rows = shards.rows_of(self.channel.rank)
+    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> Attend:
         return _SingleAttend(
             tokens_local=shards.tokens_local,
-            heads=heads,
+            heads=share.here,
             routing_width=mechanism.routing_width,
-            whole=plan_whole(mechanism, rows, heads, range(heads.query), backend=backend),
+            whole=plan_whole(
+                mechanism, shards.rows_of(self.channel.rank), share.everyone, share.which, backend=backend
+            ),
         )
 
 
@@ -50,6 +47,9 @@ class _SingleAttend(Attend):
 
     def lse(self, saved: Saved) -> Tensor | None:
         return self.whole.lse(saved)
+
+    def volume(self, sizes: Sizes, chosen: Chosen = None) -> Volume:
+        return Volume(forward=0, backward=0)
 
 
 STRATEGIES.add("single", Single)

@@ -1,0 +1,255 @@
+"""Fetch: a rank gets those keys and values of other ranks that its own queries need, and no others.
+
+Windows and neighbourhoods need halos, documents what they have elsewhere, block-sparse and routed mechanisms the union
+of the blocks that were chosen, head by head. Keys come in stages, from ranks ever farther away, each on its way during
+the work on the one before; gradients go back the way that keys came, and are summed in the accumulation dtype where
+they are at home, rank by rank.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import final
+
+import torch
+from torch import Tensor
+
+from farspan.kernels.mechanism import Heads, Masked, Mechanism, Routed
+from farspan.kernels.plan import Plan
+from farspan.kernels.selection import Selection
+from farspan.kernels.visibility import Visibility
+from farspan.parallel.comm import Channel, Transfer
+from farspan.parallel.dealt import Homeward, Journey, KeysAndValues, plan_travelling_keys, refusal_of_travelling_keys
+from farspan.parallel.layout import Shards
+from farspan.parallel.needed import needed_keys
+from farspan.parallel.strategy import STRATEGIES, Attend, Chosen, HeadShare, Sizes, Strategy, Volume
+
+STAGES = 4
+"""Most stages in which the keys of other ranks come: more hide more of the transfers, fewer make larger calls."""
+
+
+@final
+class Fetch(Strategy):
+    """Works under every layout; moves least where the keys of a query lie on few ranks."""
+
+    moves_chosen_blocks = True
+
+    @classmethod
+    def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
+        return refusal_of_travelling_keys("fetch", mechanism)
+
+    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> Attend:
+        journey = partial(_plan_journey, self.channel, self.rounded_gradients)
+        return plan_travelling_keys("fetch", journey, mechanism, shards, share, self.channel, backend=backend)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Sequence:
+    """One dealt sequence and what its queries may see; keys are the ranks' rows set end to end."""
+
+    channel: Channel
+    shards: Shards
+    visibility: Visibility
+    heads: Heads
+    rounded: bool
+
+    @property
+    def place(self) -> Tensor:
+        """Token of each key, int64 `[P x tokens_local]`."""
+        return self.shards.index.flatten()
+
+    def plan_for(self, rank: int, keys: Tensor) -> Plan:
+        """Plan attention of a rank's queries to `keys`, tokens of the sequence."""
+        queries = self.shards.rows_of(rank)
+        return Plan.build(queries, self.shards.rows.take(keys), self.visibility, heads=self.heads.query)
+
+    def needed_by(self, rank: int, selection: Selection | None = None) -> Tensor:
+        """Return what a rank's queries need, of what they chose if they did; bool `[P, tokens_local, Hk]`."""
+        plan = self.plan_for(rank, self.place)
+        needed = needed_keys(plan if selection is None else plan.choosing(selection), self.heads.kv)
+        return needed.t().unflatten(0, (self.channel.size, -1))
+
+
+def _plan_journey(channel: Channel, rounded: bool, mechanism: Masked, shards: Shards, share: HeadShare) -> Journey:
+    visibility = mechanism.visibility().of_heads(share.slice)
+    sequence = _Sequence(channel=channel, shards=shards, visibility=visibility, heads=share.here, rounded=rounded)
+    needs = torch.stack([sequence.needed_by(rank) for rank in range(channel.size)])
+    stages = _stages(needs)
+    if isinstance(mechanism, Routed):
+        return _ToBeChosen(sequence, stages)
+    return _FetchJourney(sequence, needs[channel.rank], needs[:, channel.rank], stages)
+
+
+def _stages(needs: Tensor) -> tuple[range, ...]:
+    """Return the distances from owner to reader of each stage, of those at which any rank needs anything.
+
+    needs: what each rank may need, bool `[P, P, tokens_local, Hk]`, which all ranks know, so that all agree.
+    """
+    degree = len(needs)
+    reader, owner = needs.flatten(2).any(dim=2).nonzero().t()
+    distances = (reader - owner).remainder(degree)
+    if not (distances > 0).any():
+        return ()
+    used = torch.arange(1, degree).tensor_split(min(STAGES, degree - 1))
+    stages = (range(int(part[0]), int(part[-1]) + 1) for part in used)
+    return tuple(stage for stage in stages if torch.isin(distances, torch.tensor([*stage])).any())
+
+
+@final
+class _FetchJourney(Journey):
+    """First the local rows, then stage by stage what is needed of those of others.
+
+    wanted: of all ranks' rows, by this one; given: of this rank's, by each; bool `[P, tokens_local, Hk]`.
+    """
+
+    def __init__(self, sequence: _Sequence, wanted: Tensor, given: Tensor, stages: tuple[range, ...]) -> None:
+        self.sequence, self.wanted, self.given = sequence, wanted, given
+        rank = sequence.channel.rank
+        self.stages = tuple(_Stage.of(wanted, given, rank, distances) for distances in stages)
+        mine = sequence.shards.index[rank]
+        self.tokens = (mine, *(sequence.place[stage.rows] for stage in self.stages))
+        self.plans = tuple(sequence.plan_for(rank, keys) for keys in self.tokens)
+
+    def parts(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        transfer = self._start(0, k, v)
+        yield k, v
+        for number, stage in enumerate(self.stages):
+            assert transfer is not None
+            arrived = transfer.wait()
+            transfer = self._start(number + 1, k, v)
+            key, value = (x.new_zeros(len(stage.rows) * x.shape[1], x.shape[2]) for x in (k, v))
+            slots = stage.slots.to(key.device)
+            key[slots], value[slots] = arrived.split((k.shape[2], v.shape[2]), dim=1)
+            yield key.unflatten(0, (-1, k.shape[1])), value.unflatten(0, (-1, v.shape[1]))
+
+    def _start(self, number: int, k: Tensor, v: Tensor) -> Transfer | None:
+        if number >= len(self.stages):
+            return None
+        stage = self.stages[number]
+        given = stage.given.to(k.device)
+        outgoing = torch.cat((k.flatten(0, 1)[given], v.flatten(0, 1)[given]), dim=1)
+        return self.sequence.channel.start_all_to_all(
+            outgoing, sent=stage.sent, received=stage.received, kind="fetch_kv"
+        )
+
+    def homeward(self, k: Tensor, v: Tensor) -> Homeward:
+        return _FetchHomeward(self, KeysAndValues.no_gradients(k, v), k.dtype)
+
+    def volume(self, sizes: Sizes, chosen: Chosen) -> Volume:
+        """What others need of the local keys and values, both ways; backward also gradients of what this rank needed.
+
+        Counted by row and KV head.
+        """
+        rank, width = self.sequence.channel.rank, sizes.kv_width
+        given = int(self.given.sum() - self.given[rank].sum()) * width * sizes.element_bytes
+        gradient_bytes = sizes.element_bytes if self.sequence.rounded else sizes.accumulation_bytes
+        returned = int(self.wanted.sum() - self.wanted[rank].sum()) * width * gradient_bytes
+        return Volume(forward=given, backward=given + returned)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Stage:
+    """What moves at a few distances between ranks; pairs of a row and a KV head, by row, then by head.
+
+    rows: those that arrive, places among all ranks' rows, int64. slots: row x Hk + head of what arrives. given: the
+    same of local rows that leave, those to rank 0 first. sent, received: pairs to and from each rank.
+    """
+
+    rows: Tensor
+    slots: Tensor
+    given: Tensor
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
+
+    @staticmethod
+    def of(wanted: Tensor, given: Tensor, rank: int, distances: range) -> "_Stage":
+        ranks = torch.arange(len(wanted))
+        near = torch.tensor([*distances])
+        arriving = wanted & torch.isin((rank - ranks).remainder(len(ranks)), near)[:, None, None]
+        leaving = given & torch.isin((ranks - rank).remainder(len(ranks)), near)[:, None, None]
+        rows = arriving.any(dim=2).flatten().nonzero().squeeze(1)
+        return _Stage(
+            rows=rows,
+            slots=arriving.flatten(0, 1)[rows].flatten().nonzero().squeeze(1),
+            given=leaving.flatten(1).nonzero()[:, 1],
+            sent=tuple(leaving.flatten(1).sum(dim=1).tolist()),
+            received=tuple(arriving.flatten(1).sum(dim=1).tolist()),
+        )
+
+
+@final
+class _FetchHomeward(Homeward):
+    def __init__(self, journey: _FetchJourney, gradient: KeysAndValues, dtype: torch.dtype) -> None:
+        self.journey, self.gradient, self.part = journey, gradient, 0
+        self.wire_dtype = dtype if journey.sequence.rounded else gradient.buffer.dtype
+        self.arriving: Transfer | None = None
+
+    def add(self, dk: Tensor | None, dv: Tensor | None) -> None:
+        self.part += 1
+        if self.part == 1:
+            if dk is not None and dv is not None:
+                self.gradient.key.add_(dk)
+                self.gradient.value.add_(dv)
+            return
+        self._take_in()
+        stage = self.journey.stages[self.part - 2]
+        width = self.gradient.key.shape[2] + self.gradient.value.shape[2]
+        if dk is None or dv is None:
+            found = self.gradient.buffer.new_zeros(len(stage.slots), width)
+        else:
+            slots = stage.slots.to(dk.device)
+            found = torch.cat((dk.flatten(0, 1)[slots], dv.flatten(0, 1)[slots]), dim=1)
+        self.arriving = self.journey.sequence.channel.start_all_to_all(
+            found.to(self.wire_dtype), sent=stage.received, received=stage.sent, kind="fetch_dkv"
+        )
+
+    def _take_in(self) -> None:
+        """Add what came home for the stage before; a row may come from several ranks."""
+        if self.arriving is None:
+            return
+        arrived, stage = self.arriving.wait(), self.journey.stages[self.part - 3]
+        key, value = self.gradient.key.flatten(0, 1), self.gradient.value.flatten(0, 1)
+        places = stage.given.to(key.device).split(stage.sent)
+        for place, part in zip(places, arrived.split(stage.sent), strict=True):
+            key[place] += part[:, : key.shape[1]]
+            value[place] += part[:, key.shape[1] :]
+        self.arriving = None
+
+    def arrive(self) -> tuple[Tensor, Tensor]:
+        self.part += 1
+        self._take_in()
+        return self.gradient.key, self.gradient.value
+
+
+@final
+class _ToBeChosen(Journey):
+    """What is needed is known once the queries have chosen: each rank then asks the others for it."""
+
+    def __init__(self, sequence: _Sequence, stages: tuple[range, ...]) -> None:
+        self.sequence, self.stages = sequence, stages
+
+    def to_chosen(self, selection: Selection | None) -> Journey:
+        wanted = self.sequence.needed_by(self.sequence.channel.rank, selection)
+        given = self.sequence.channel.all_to_all(wanted, kind="fetch_requests")
+        return _FetchJourney(self.sequence, wanted, given, self.stages)
+
+    def parts(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        raise NotImplementedError("the journey starts once it is chosen: see to_chosen")
+
+    def homeward(self, k: Tensor, v: Tensor) -> Homeward:
+        raise NotImplementedError("the journey starts once it is chosen: see to_chosen")
+
+    def volume(self, sizes: Sizes, chosen: Chosen) -> Volume:
+        """Besides what was chosen, a byte for every row and KV head of other ranks: whether it is needed."""
+        assert isinstance(chosen, Selection), "what is fetched depends on what was chosen"
+        rank, index = self.sequence.channel.rank, self.sequence.shards.index
+        unit = torch.cat((chosen.unit, chosen.unit.new_full((1,), -1)))
+        needs = torch.stack(
+            [self.sequence.needed_by(reader, replace(chosen, unit=unit[index[reader]])) for reader in range(len(index))]
+        )
+        requests = needs[rank].numel() - needs[rank, rank].numel()
+        moved = _FetchJourney(self.sequence, needs[rank], needs[:, rank], self.stages).volume(sizes, None)
+        return Volume(forward=moved.forward + requests, backward=moved.backward)
+
+
+STRATEGIES.add("fetch", Fetch)

@@ -19,7 +19,7 @@ from farspan.kernels.rows import Rows
 from farspan.kernels.selection import Selection
 from farspan.parallel.comm import Channel
 from farspan.parallel.layout import Shards
-from farspan.parallel.strategy import Chosen, HeadShare, Sizes, Volume
+from farspan.parallel.strategy import Chosen, HeadShare, Move, Sizes, Volume
 
 
 class Choices(NamedTuple):
@@ -88,19 +88,13 @@ class Choice:
         causal_lse, routing = saved
         return TypeLearning(self.ageing, lifetimes, causal_lse, routing)
 
-    def volume(self, here: Heads, sizes: Sizes, degree: int) -> Volume:
-        """Return the bytes that a rank sends of what is chosen by and, backward, learnt from."""
-        holding = self.holding or self.ageing
-        if holding is None:
-            return Volume(forward=0, backward=0)
-        return volume_of_choice(holding.mechanism, holding.everyone, here, sizes, degree)
 
-
-def volume_of_choice(mechanism: Mechanism, everyone: Rows, here: Heads, sizes: Sizes, degree: int) -> Volume:
-    """Return the bytes that a rank sends of what a mechanism sums over all ranks: 2 (P-1)/P of it."""
+def moves_of_choice(mechanism: Mechanism, everyone: Rows, here: Heads, sizes: Sizes, channel: Channel) -> Move:
+    """Return what a rank sends of what a mechanism sums over all ranks, to choose by and to learn from: 2 (P-1)/P."""
     chosen_by = mechanism.total_bytes(everyone, here, sizes.head_dim)
     learnt_from = mechanism.gradient_total_bytes(everyone, here, sizes.accumulation_bytes)
-    return Volume(forward=2 * (degree - 1) * chosen_by // degree, backward=2 * (degree - 1) * learnt_from // degree)
+    forward, backward = (2 * (channel.size - 1) * total // channel.size for total in (chosen_by, learnt_from))
+    return Move(Volume(forward=forward, backward=backward), channel, hidden=False)
 
 
 def choose_alone(mechanism: Mechanism, everyone: Rows, heads: Heads, q: Tensor, k: Tensor, *routing: Tensor) -> Chosen:

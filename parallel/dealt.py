@@ -6,7 +6,6 @@ What strategies that move keys and values have in common: a strategy says how th
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import final
 
 import torch
@@ -18,11 +17,11 @@ from farspan.kernels.merge import accumulation_dtype, empty_partial, merge_
 from farspan.kernels.plan import Plan
 from farspan.kernels.selection import Selection
 from farspan.kernels.whole import Saved
-from farspan.parallel.choice import Choice
+from farspan.parallel.choice import Choice, moves_of_choice
 from farspan.parallel.comm import Channel
 from farspan.parallel.gathered import GatheredAttend, gathered_heads
 from farspan.parallel.layout import Shards
-from farspan.parallel.strategy import Attend, Chosen, HeadShare, Sizes, Volume
+from farspan.parallel.strategy import Attend, Chosen, HeadShare, Move, Queries, Sizes
 
 
 class Homeward(ABC):
@@ -62,8 +61,12 @@ class Journey(ABC):
         """Return the way home of gradients for local keys and values of these shapes."""
 
     @abstractmethod
-    def volume(self, sizes: Sizes, chosen: Chosen) -> Volume:
-        """Return the bytes that this rank sends; chosen: of the whole sequence, by a routed mechanism."""
+    def moves(self, sizes: Sizes, chosen: Chosen) -> tuple[Move, ...]:
+        """Return what this rank sends; chosen: of the whole sequence, by a routed mechanism."""
+
+    @abstractmethod
+    def working_bytes(self, sizes: Sizes, chosen: Chosen) -> int:
+        """Return the most bytes of parts and gradients that are here, or on their way, at once."""
 
 
 @final
@@ -71,9 +74,11 @@ class Journey(ABC):
 class DealtAttend(Attend):
     """Attention of local queries to the parts of a journey."""
 
+    mechanism: Masked
+    shards: Shards
+    channel: Channel
     journey: Journey
     choice: Choice
-    degree: int
     backend: str
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
@@ -116,9 +121,19 @@ class DealtAttend(Attend):
     def lse(self, saved: Saved) -> Tensor:
         return saved.tensors[4]
 
-    def volume(self, sizes: Sizes, chosen: Chosen = None) -> Volume:
+    def moves(self, sizes: Sizes, chosen: Chosen = None) -> tuple[Move, ...]:
         """What the journey moves, and what all ranks sum to choose by and to learn from."""
-        return self.journey.volume(sizes, chosen) + self.choice.volume(self.heads, sizes, self.degree)
+        choice = moves_of_choice(self.mechanism, self.shards.rows, self.heads, sizes, self.channel)
+        return *self.journey.moves(sizes, chosen), choice
+
+    @property
+    def queries(self) -> Queries:
+        return Queries(self.shards.index[self.channel.rank], self.heads.query)
+
+    def working_bytes(self, sizes: Sizes, chosen: Chosen = None) -> int:
+        """Backward: what is on its journey, the gradient of the queries and that of the part at hand."""
+        dq = self.tokens_local * self.heads.query * sizes.head_dim * sizes.accumulation_bytes
+        return dq + self.journey.working_bytes(sizes, chosen)
 
 
 def refusal_of_travelling_keys(strategy: str, mechanism: Mechanism) -> str | None:
@@ -150,8 +165,8 @@ def plan_travelling_keys(
             routing_width=mechanism.routing_width,
             mechanism=mechanism,
             shards=shards,
-            rank=channel.rank,
-            total=partial(channel.all_reduce, kind=f"{strategy}_choice"),
+            channel=channel,
+            strategy=strategy,
             plan=lambda dealt: plan_travelling_keys(
                 strategy, plan_journey, mechanism.among(), dealt, among, channel, backend=backend
             ),
@@ -161,9 +176,11 @@ def plan_travelling_keys(
         tokens_local=shards.tokens_local,
         heads=share.here,
         routing_width=mechanism.routing_width,
+        mechanism=mechanism,
+        shards=shards,
+        channel=channel,
         journey=plan_journey(mechanism, shards, share),
         choice=Choice.of(mechanism, shards, share, channel, strategy=strategy),
-        degree=channel.size,
         backend=backend,
     )
 

@@ -14,7 +14,7 @@ from farspan.kernels.mechanism import Heads
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.whole import Saved, WholeAttention
 from farspan.parallel.comm import Channel
-from farspan.parallel.strategy import Attend, Chosen, HeadShare, Sizes, Volume
+from farspan.parallel.strategy import Attend, Chosen, HeadShare, Move, Queries, Sizes, Volume
 
 
 def refusal_of_dealt_heads(strategy: str, setting: str, heads: Heads, degree: int) -> str | None:
@@ -44,12 +44,14 @@ def dealt_heads(share: HeadShare, channel: Channel) -> HeadShare:
 class ExchangedAttend(Attend):
     """Attention of `inside` to the tokens of all ranks of a channel, with some of the heads each.
 
-    order: place of each row that `inside` has among the ranks' rows set end to end. share: the heads of this rank.
+    order: place of each row that `inside` has among the ranks' rows set end to end; tokens: of the sequence behind it.
+    share: the heads of this rank.
     rounded: gradients of replicas travel in the dtype of keys.
     """
 
     name: str
     channel: Channel
+    tokens: Tensor
     order: Tensor
     inverse: Tensor
     inside: WholeAttention
@@ -85,7 +87,7 @@ class ExchangedAttend(Attend):
         """Whether gradients are summed that did not travel rounded."""
         return self.channel.size > self.heads.kv and not self.rounded
 
-    def volume(self, sizes: Sizes, chosen: Chosen = None) -> Volume:
+    def moves(self, sizes: Sizes, chosen: Chosen = None) -> tuple[Move, ...]:
         """Each way (P-1)/P of q, k, v, routing and out, with max(Hk, P) KV heads, and what is sent inside.
 
         The gradients of replicated keys and values move in the accumulation dtype unless they are rounded.
@@ -99,16 +101,26 @@ class ExchangedAttend(Attend):
             (degree - 1) * (self.tokens_local * (queries + of_keys + routing) // degree)
             for of_keys in (keys * elements, gradients)
         )
-        exchanged = Volume(forward=forward, backward=backward)
-        return exchanged + self._volume_inside(sizes, chosen)
+        exchanged = Move(Volume(forward=forward, backward=backward), self.channel, hidden=False)
+        return exchanged, *(self.inside.moves(sizes, self._of_share(chosen)) if isinstance(self.inside, Attend) else ())
 
-    def _volume_inside(self, sizes: Sizes, chosen: Chosen) -> Volume:
-        if not isinstance(self.inside, Attend):
-            return Volume(forward=0, backward=0)
-        if isinstance(chosen, Tensor):
-            kv_heads = self.share.kv_heads
-            chosen = chosen[:, kv_heads.start : kv_heads.stop]
-        return self.inside.volume(sizes, chosen)
+    @property
+    def queries(self) -> Queries:
+        if isinstance(self.inside, Attend):
+            return self.inside.queries
+        return Queries(self.tokens, len(self.share.which))
+
+    def working_bytes(self, sizes: Sizes, chosen: Chosen = None) -> int:
+        """q, k, v, out and, backward, their gradients as they are summed, of all tokens of this rank's heads."""
+        here = self.share.here
+        width = (here.query + here.kv) * sizes.kv_width * (sizes.element_bytes + sizes.accumulation_bytes)
+        inside = self.inside.working_bytes(sizes, self._of_share(chosen)) if isinstance(self.inside, Attend) else 0
+        return len(self.order) * width + inside
+
+    def _of_share(self, chosen: Chosen) -> Chosen:
+        """Return what this rank's heads chose; of blocks, what all chose, as strategies for one axis move all keys."""
+        kv_heads = self.share.kv_heads
+        return chosen[:, kv_heads.start : kv_heads.stop] if isinstance(chosen, Tensor) else chosen
 
     def _gather_tokens(self, parts: list[Tensor], *, kind: str) -> list[Tensor]:
         """Exchange `[tokens_local, P, heads, width]` tensors for this rank's heads of all tokens, in `order`."""

@@ -17,7 +17,7 @@ from farspan.kernels.plan import Plan
 from farspan.parallel.comm import Channel, Transfer
 from farspan.parallel.dealt import Homeward, Journey, KeysAndValues
 from farspan.parallel.layout import Shards
-from farspan.parallel.strategy import Chosen, HeadShare, Sizes, Volume
+from farspan.parallel.strategy import Chosen, HeadShare, Move, Sizes, Volume
 
 INNER_TAG, OUTER_TAG, GRADIENT_TAG = 1, 2, 3
 
@@ -95,17 +95,34 @@ class RingJourney(Journey):
         gradient = KeysAndValues.no_gradients(k, v)
         return _StraightHome(self, gradient, k.dtype) if self.rounded else _AfterTheChunk(self, gradient)
 
-    def volume(self, sizes: Sizes, chosen: Chosen) -> Volume:
+    def moves(self, sizes: Sizes, chosen: Chosen) -> tuple[Move, ...]:
         """Forward (P-1) hops of a chunk; backward the same, and P hops of its gradient as it is summed.
 
-        Rounded gradients: (P-1) of them, each to the owner of its chunk.
+        Rounded gradients: (P-1) of them, each to the owner of its chunk. Of two rings the inner one has the hops within
+        rounds, W-1 of each W.
         """
-        if self.rings.size == 1:
-            return Volume(forward=0, backward=0)
-        row = self.kv_rows * sizes.kv_width
-        chunks = (self.rings.size - 1) * row * sizes.element_bytes
-        gradients = chunks if self.rounded else self.rings.size * row * sizes.accumulation_bytes
-        return Volume(forward=chunks, backward=chunks + gradients)
+        size, rounds = self.rings.size, self.rings.size // self.rings.width
+        if size == 1:
+            return ()
+        chunk = self.kv_rows * sizes.kv_width
+        gradient = chunk * sizes.gradient_bytes(rounded=self.rounded)
+
+        def move(chunks: int, gradients: int, channel: Channel) -> Move:
+            collected = chunks * chunk * sizes.element_bytes
+            return Move(Volume(forward=collected, backward=collected + gradients * gradient), channel, hidden=True)
+
+        if self.channel.inner is None or rounds == 1:
+            return (move(size - 1, size - 1 if self.rounded else size, self.channel),)
+        # Rounded, a gradient crosses neighbourhoods unless its owner is in this one.
+        within = self.rings.width - 1 if self.rounded else size - rounds
+        across = size - self.rings.width if self.rounded else rounds
+        return move(size - rounds, within, self.channel.inner), move(rounds - 1, across, self.channel)
+
+    def working_bytes(self, sizes: Sizes, chosen: Chosen) -> int:
+        """A chunk here and one arriving, of two rings another; its gradient here, arriving, and as it was found."""
+        rings = 1 if self.rings.width == self.rings.size else 2
+        chunks = (1 + rings) * sizes.element_bytes + 3 * sizes.accumulation_bytes
+        return self.kv_rows * sizes.kv_width * chunks
 
 
 @final

@@ -45,6 +45,10 @@ class Sizes:
         """Numbers in the key and the value of one head."""
         return self.head_dim + self.value_dim
 
+    def gradient_bytes(self, *, rounded: bool) -> int:
+        """Return the bytes of a number of a gradient on its way."""
+        return self.element_bytes if rounded else self.accumulation_bytes
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Volume:
@@ -55,6 +59,23 @@ class Volume:
 
     def __add__(self, other: "Volume") -> "Volume":
         return Volume(forward=self.forward + other.forward, backward=self.backward + other.backward)
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """What one rank sends over a channel; hidden: while it computes, so that the longer of both counts."""
+
+    volume: Volume
+    channel: Channel
+    hidden: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Queries:
+    """tokens: of the sequence, int64 `[queries]`, -1 for padding. heads: how many query heads of each."""
+
+    tokens: Tensor
+    heads: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,11 +127,24 @@ class Attend(WholeAttention):
         return _AttendFunction.apply(self, q, k, v, *routing)  # pyright: ignore[reportReturnType]
 
     @abstractmethod
-    def volume(self, sizes: Sizes, chosen: Chosen = None) -> Volume:
-        """Return the bytes that this rank sends: the strategy's formula, which a test compares with counted bytes.
+    def moves(self, sizes: Sizes, chosen: Chosen = None) -> tuple[Move, ...]:
+        """Return what this rank sends: the strategy's formula, which a test compares with counted bytes.
 
         chosen: of the whole sequence, by a mechanism that chooses; strategies that move all keys do without.
         """
+
+    @property
+    @abstractmethod
+    def queries(self) -> Queries:
+        """The queries that this rank attends with."""
+
+    @abstractmethod
+    def working_bytes(self, sizes: Sizes, chosen: Chosen = None) -> int:
+        """Return the most bytes that a pass holds at once besides its inputs, results and what the kernel needs."""
+
+    def volume(self, sizes: Sizes, chosen: Chosen = None) -> Volume:
+        """Return the bytes that this rank sends, all moves together."""
+        return sum((move.volume for move in self.moves(sizes, chosen)), Volume(forward=0, backward=0))
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor, routing: tuple[Tensor, ...]) -> None:
         of_queries, of_keys = (self.tokens_local, self.heads.query), (self.tokens_local, self.heads.kv)

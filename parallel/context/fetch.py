@@ -22,7 +22,7 @@ from farspan.parallel.comm import Channel, Transfer
 from farspan.parallel.dealt import Homeward, Journey, KeysAndValues, plan_travelling_keys, refusal_of_travelling_keys
 from farspan.parallel.layout import Shards
 from farspan.parallel.needed import needed_keys
-from farspan.parallel.strategy import STRATEGIES, Attend, Chosen, HeadShare, Sizes, Strategy, Volume
+from farspan.parallel.strategy import STRATEGIES, Attend, Chosen, HeadShare, Move, Sizes, Strategy, Volume
 
 STAGES = 4
 """Most stages in which the keys of other ranks come: more hide more of the transfers, fewer make larger calls."""
@@ -135,16 +135,21 @@ class _FetchJourney(Journey):
     def homeward(self, k: Tensor, v: Tensor) -> Homeward:
         return _FetchHomeward(self, KeysAndValues.no_gradients(k, v), k.dtype)
 
-    def volume(self, sizes: Sizes, chosen: Chosen) -> Volume:
+    def moves(self, sizes: Sizes, chosen: Chosen) -> tuple[Move, ...]:
         """What others need of the local keys and values, both ways; backward also gradients of what this rank needed.
 
         Counted by row and KV head.
         """
         rank, width = self.sequence.channel.rank, sizes.kv_width
         given = int(self.given.sum() - self.given[rank].sum()) * width * sizes.element_bytes
-        gradient_bytes = sizes.element_bytes if self.sequence.rounded else sizes.accumulation_bytes
+        gradient_bytes = sizes.gradient_bytes(rounded=self.sequence.rounded)
         returned = int(self.wanted.sum() - self.wanted[rank].sum()) * width * gradient_bytes
-        return Volume(forward=given, backward=given + returned)
+        return (Move(Volume(forward=given, backward=given + returned), self.sequence.channel, hidden=True),)
+
+    def working_bytes(self, sizes: Sizes, chosen: Chosen) -> int:
+        """The keys of a stage and those of the next on their way, and their gradients, found and leaving."""
+        largest = max((len(stage.rows) for stage in self.stages), default=0) * self.sequence.heads.kv
+        return largest * sizes.kv_width * 2 * (sizes.element_bytes + sizes.accumulation_bytes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -239,17 +244,25 @@ class _ToBeChosen(Journey):
     def homeward(self, k: Tensor, v: Tensor) -> Homeward:
         raise NotImplementedError("the journey starts once it is chosen: see to_chosen")
 
-    def volume(self, sizes: Sizes, chosen: Chosen) -> Volume:
+    def moves(self, sizes: Sizes, chosen: Chosen) -> tuple[Move, ...]:
         """Besides what was chosen, a byte for every row and KV head of other ranks: whether it is needed."""
+        journey = self._journey(chosen)
+        requests = journey.wanted.numel() - journey.wanted[self.sequence.channel.rank].numel()
+        asked = Move(Volume(forward=requests, backward=0), self.sequence.channel, hidden=False)
+        return *journey.moves(sizes, None), asked
+
+    def working_bytes(self, sizes: Sizes, chosen: Chosen) -> int:
+        return self._journey(chosen).working_bytes(sizes, None)
+
+    def _journey(self, chosen: Chosen) -> "_FetchJourney":
+        """Return the journey of what all ranks chose, `chosen` of the whole sequence."""
         assert isinstance(chosen, Selection), "what is fetched depends on what was chosen"
         rank, index = self.sequence.channel.rank, self.sequence.shards.index
         unit = torch.cat((chosen.unit, chosen.unit.new_full((1,), -1)))
         needs = torch.stack(
             [self.sequence.needed_by(reader, replace(chosen, unit=unit[index[reader]])) for reader in range(len(index))]
         )
-        requests = needs[rank].numel() - needs[rank, rank].numel()
-        moved = _FetchJourney(self.sequence, needs[rank], needs[:, rank], self.stages).volume(sizes, None)
-        return Volume(forward=moved.forward + requests, backward=moved.backward)
+        return _FetchJourney(self.sequence, needs[rank], needs[:, rank], self.stages)
 
 
 STRATEGIES.add("fetch", Fetch)

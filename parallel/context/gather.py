@@ -17,7 +17,7 @@ from farspan.kernels.plan import Plan
 from farspan.parallel.comm import Channel
 from farspan.parallel.dealt import Homeward, Journey, KeysAndValues, plan_travelling_keys, refusal_of_travelling_keys
 from farspan.parallel.layout import Shards
-from farspan.parallel.strategy import STRATEGIES, Attend, Chosen, HeadShare, Sizes, Strategy, Volume
+from farspan.parallel.strategy import STRATEGIES, Attend, Chosen, HeadShare, Move, Sizes, Strategy, Volume
 
 
 @final
@@ -53,12 +53,18 @@ class _GatherJourney(Journey):
     def homeward(self, k: Tensor, v: Tensor) -> Homeward:
         return _GatherHomeward(self.channel, KeysAndValues.no_gradients(k, v), k.dtype if self.rounded else None)
 
-    def volume(self, sizes: Sizes, chosen: Chosen) -> Volume:
+    def moves(self, sizes: Sizes, chosen: Chosen) -> tuple[Move, ...]:
         """A rank's keys and values to (P-1) others, forward and backward; (P-1) gradients of others' go home."""
         numbers = (self.channel.size - 1) * self.kv_rows * sizes.kv_width
         collected = numbers * sizes.element_bytes
-        gradients = numbers * (sizes.element_bytes if self.rounded else sizes.accumulation_bytes)
-        return Volume(forward=collected, backward=collected + gradients)
+        gradients = numbers * sizes.gradient_bytes(rounded=self.rounded)
+        return (Move(Volume(forward=collected, backward=collected + gradients), self.channel, hidden=False),)
+
+    def working_bytes(self, sizes: Sizes, chosen: Chosen) -> int:
+        """Everybody's keys and values, twice as they are set end to end; their gradients, found and leaving."""
+        numbers = self.channel.size * self.kv_rows * sizes.kv_width
+        gradients = sizes.accumulation_bytes + sizes.gradient_bytes(rounded=self.rounded)
+        return numbers * (2 * sizes.element_bytes + gradients)
 
 
 @final

@@ -72,6 +72,7 @@ class _Grid(Strategy):
             routing_width=mechanism.routing_width,
             name=self.name,
             channel=of_heads,
+            tokens=together.index[of_tokens.rank],
             order=order,
             inverse=order.argsort(),
             inside=along.plan(mechanism, together, mine, backend=backend),

@@ -8,7 +8,7 @@ from torch import Tensor
 from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.whole import Saved, WholeAttention, plan_whole
 from farspan.parallel.layout import Shards
-from farspan.parallel.strategy import STRATEGIES, Attend, Chosen, HeadShare, Sizes, Strategy, Volume
+from farspan.parallel.strategy import STRATEGIES, Attend, Chosen, HeadShare, Move, Queries, Sizes, Strategy
 
 
 @final
@@ -28,6 +28,7 @@ class Single(Strategy):
             tokens_local=shards.tokens_local,
             heads=share.here,
             routing_width=mechanism.routing_width,
+            tokens=shards.index[self.channel.rank],
             whole=plan_whole(
                 mechanism, shards.rows_of(self.channel.rank), share.everyone, share.which, backend=backend
             ),
@@ -38,6 +39,7 @@ class Single(Strategy):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _SingleAttend(Attend):
     whole: WholeAttention
+    tokens: Tensor
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         return self.whole.forward(*inputs)
@@ -48,8 +50,15 @@ class _SingleAttend(Attend):
     def lse(self, saved: Saved) -> Tensor | None:
         return self.whole.lse(saved)
 
-    def volume(self, sizes: Sizes, chosen: Chosen = None) -> Volume:
-        return Volume(forward=0, backward=0)
+    def moves(self, sizes: Sizes, chosen: Chosen = None) -> tuple[Move, ...]:
+        return ()
+
+    @property
+    def queries(self) -> Queries:
+        return Queries(self.tokens, self.heads.query)
+
+    def working_bytes(self, sizes: Sizes, chosen: Chosen = None) -> int:
+        return 0
 
 
 STRATEGIES.add("single", Single)

@@ -20,7 +20,7 @@ from farspan.kernels.whole import Saved
 from farspan.parallel.comm import Channel
 from farspan.parallel.layout import Shards, contiguous
 from farspan.parallel.redeal import Redeal
-from farspan.parallel.strategy import STRATEGIES, Attend, Chosen, HeadShare, Sizes, Strategy, Volume
+from farspan.parallel.strategy import STRATEGIES, Attend, Chosen, HeadShare, Move, Queries, Sizes, Strategy, Volume
 
 MOST_STRETCHES = 2
 """Per rank, as zigzag has them; layouts with more are dealt anew."""
@@ -61,6 +61,7 @@ class States(Strategy):
             heads=share.here,
             routing_width=0,
             channel=self.channel,
+            tokens=shards.index[rank],
             redeal=redeal,
             runs=tuple(runs[rank]),
             stretches=tuple(stretches[rank]),
@@ -102,6 +103,7 @@ class _StateAttend(Attend):
     """runs: slices of this rank's rows, dealt anew if `redeal` says so; `most` any rank has; stretches: their rows."""
 
     channel: Channel
+    tokens: Tensor
     redeal: Redeal | None
     runs: tuple[slice, ...]
     stretches: tuple[Stretch, ...]
@@ -154,19 +156,33 @@ class _StateAttend(Attend):
     def lse(self, saved: Saved) -> None:
         return None
 
-    def volume(self, sizes: Sizes, chosen: Chosen = None) -> Volume:
+    def moves(self, sizes: Sizes, chosen: Chosen = None) -> tuple[Move, ...]:
         """A rank's sums to (P-1) others, `most x Hq` matrices, each way; if dealt anew, also rows there and back."""
         width = sizes.head_dim * sizes.value_dim * sizes.accumulation_bytes
         states = (self.channel.size - 1) * self.most * self.heads.query * width
+        moved = Move(Volume(forward=states, backward=states), self.channel, hidden=False)
         if self.redeal is None:
-            return Volume(forward=states, backward=states)
+            return (moved,)
         leaving, arriving = self.redeal.moved_rows(self.channel.rank)
         inputs = self.heads.query * sizes.head_dim + self.heads.kv * sizes.kv_width
         outputs = self.heads.query * sizes.value_dim
-        return Volume(
-            forward=states + (leaving * inputs + arriving * outputs) * sizes.element_bytes,
-            backward=states + (leaving * outputs + arriving * inputs) * sizes.element_bytes,
+        dealt_anew = Volume(
+            forward=(leaving * inputs + arriving * outputs) * sizes.element_bytes,
+            backward=(leaving * outputs + arriving * inputs) * sizes.element_bytes,
         )
+        return moved, Move(dealt_anew, self.channel, hidden=False)
+
+    @property
+    def queries(self) -> Queries:
+        return Queries(self.tokens, self.heads.query)
+
+    def working_bytes(self, sizes: Sizes, chosen: Chosen = None) -> int:
+        """All ranks' sums, those that come in, gradients as they are summed and, if dealt anew, the rows as dealt."""
+        width = sizes.head_dim * sizes.value_dim * sizes.accumulation_bytes
+        states = (self.channel.size + 2) * self.most * self.heads.query * width
+        queries, keys = self.heads.query * sizes.kv_width, self.heads.kv * sizes.kv_width
+        rows = (queries + keys) * len(self.tokens)
+        return states + rows * (sizes.accumulation_bytes + (sizes.element_bytes if self.redeal else 0))
 
     def _all(self, mine: Tensor) -> Tensor:
         """Return all ranks' `[most, Hq, D, Dv]` set end to end, rank by rank."""

@@ -29,6 +29,7 @@ class Ulysses(Strategy):
             routing_width=mechanism.routing_width,
             name="ulysses",
             channel=self.channel,
+            tokens=shards.index.flatten()[order],
             order=order,
             inverse=order.argsort(),
             inside=plan_whole(mechanism, rows, mine.everyone, mine.which, backend=backend),

@@ -116,9 +116,10 @@ def choose_alone(mechanism: Mechanism, everyone: Rows, heads: Heads, q: Tensor, 
 
 def typical_choice(mechanism: Mechanism, everyone: Rows, heads: Heads) -> Chosen:
     """Return what a mechanism chooses of normal queries, keys and routing, the same at every call."""
-    if not isinstance(mechanism, (Gathered, Routed)):
-        return None
-    generator, tokens, width = torch.Generator().manual_seed(0), len(everyone), mechanism.routing_width
-    q, k = (torch.randn(tokens, n, 16, generator=generator) for n in (heads.query, heads.kv))
-    routing = torch.randn(tokens, heads.kv, width, generator=generator)
-    return choose_alone(mechanism, everyone, heads, q, k, *([routing] if width else []))
+    generator, tokens = torch.Generator().manual_seed(0), len(everyone)
+    if isinstance(mechanism, Gathered):
+        return mechanism.choose(torch.randn(tokens, heads.kv, generator=generator), everyone)
+    if isinstance(mechanism, Routed):
+        q, k = (torch.randn(tokens, n, 16, generator=generator) for n in (heads.query, heads.kv))
+        return choose_alone(mechanism, everyone, heads, q, k)
+    return None

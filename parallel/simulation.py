@@ -5,6 +5,8 @@ The same strategies run on both, at degrees far beyond the processes of one mach
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 import torch
@@ -13,7 +15,9 @@ from torch import Tensor
 from farspan.parallel.comm import Channel, Traffic, Transfer
 
 Result = TypeVar("Result")
-TIMEOUT_S = 60.0
+Address = tuple[tuple[int, ...], int, int, int]
+"""Ranks of the channel, sender, reader, tag."""
+TIMEOUT_S, POLL_S = 60.0, 0.5
 COLLECTIVE = 0
 """Tag of messages that belong to collectives."""
 
@@ -44,32 +48,26 @@ class MissingMessageError(RuntimeError):
 
 
 class World:
-    """What the threads of a simulated world share: what each has put down for the others, by name."""
+    """What the threads of a simulated world share: what each has sent to others, by address."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self) -> None:
+        self.mail: dict[Address, SimpleQueue[Tensor]] = {}
         self.failed = False
-        self.mail: dict[object, Tensor] = {}
-        self.changed = threading.Condition()
 
-    def put(self, address: object, x: Tensor) -> None:
-        with self.changed:
-            assert address not in self.mail, f"{address} was sent twice"
-            self.mail[address] = x
-            self.changed.notify_all()
+    def put(self, address: Address, x: Tensor) -> None:
+        self._box(address).put(x)
 
-    def fail(self) -> None:
-        """Let nobody wait any longer."""
-        with self.changed:
-            self.failed = True
-            self.changed.notify_all()
+    def take(self, address: Address) -> Tensor:
+        """Return the first message of an address; raises MissingMessageError once somebody has failed."""
+        for _ in range(round(TIMEOUT_S / POLL_S)):
+            with suppress(Empty):
+                return self._box(address).get(timeout=POLL_S)
+            if self.failed:
+                break
+        raise MissingMessageError(f"nobody sent {address}")
 
-    def take(self, address: object) -> Tensor:
-        with self.changed:
-            arrived = self.changed.wait_for(lambda: address in self.mail or self.failed, timeout=TIMEOUT_S)
-            if not arrived or address not in self.mail:
-                raise MissingMessageError(f"nobody sent {address}")
-            return self.mail.pop(address)
+    def _box(self, address: Address) -> SimpleQueue[Tensor]:
+        return self.mail.setdefault(address, SimpleQueue())
 
 
 class Threaded(Channel):
@@ -78,8 +76,6 @@ class Threaded(Channel):
     def __init__(self, world: World, ranks: Sequence[int], rank: int, traffic: Traffic, *, width: int = 1) -> None:
         """ranks: those of the channel, in its order, of the world's. rank: this one's place among them."""
         self.world, self.ranks, self.rank, self.size, self.traffic = world, tuple(ranks), rank, len(ranks), traffic
-        self.sent_messages: dict[tuple[int, int], int] = {}
-        self.read_messages: dict[tuple[int, int], int] = {}
         self.inner = self.outer = None
         if width > 1:
             outer, inner = divmod(rank, width)
@@ -107,12 +103,10 @@ class Threaded(Channel):
         return Transfer(torch.cat(parts), buffer, ())
 
     def _send(self, x: Tensor, to: int, tag: int) -> None:
-        number = self.sent_messages[to, tag] = self.sent_messages.get((to, tag), 0) + 1
-        self.world.put((self.ranks, self.rank, to, tag, number), x.clone())
+        self.world.put((self.ranks, self.rank, to, tag), x.clone())
 
     def _receive(self, source: int, tag: int) -> Tensor:
-        number = self.read_messages[source, tag] = self.read_messages.get((source, tag), 0) + 1
-        return self.world.take((self.ranks, source, self.rank, tag, number))
+        return self.world.take((self.ranks, source, self.rank, tag))
 
 
 class _Awaited(Transfer):
@@ -130,7 +124,7 @@ def simulate(size: int, function: Callable[[Channel], Result], *, width: int = 1
 
     Raises the error of the lowest rank that failed by itself.
     """
-    world = World(size)
+    world = World()
     results: list[Result | None] = [None] * size
     errors: list[BaseException | None] = [None] * size
 
@@ -139,7 +133,7 @@ def simulate(size: int, function: Callable[[Channel], Result], *, width: int = 1
             results[rank] = function(Threaded(world, range(size), rank, Traffic(), width=width))
         except BaseException as error:
             errors[rank] = error
-            world.fail()
+            world.failed = True
 
     threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
     for thread in threads:

@@ -54,45 +54,46 @@ class _Sequence:
     rounded: bool
 
     @property
-    def place(self) -> Tensor:
-        """Token of each key, int64 `[P x tokens_local]`."""
+    def everyone(self) -> Tensor:
+        """Token of each row of all ranks set end to end, int64 `[P x tokens_local]`."""
         return self.shards.index.flatten()
 
-    def plan_for(self, rank: int, keys: Tensor) -> Plan:
-        """Plan attention of a rank's queries to `keys`, tokens of the sequence."""
-        queries = self.shards.rows_of(rank)
-        return Plan.build(queries, self.shards.rows.take(keys), self.visibility, heads=self.heads.query)
+    @property
+    def mine(self) -> Tensor:
+        return self.shards.index[self.channel.rank]
 
-    def needed_by(self, rank: int, selection: Selection | None = None) -> Tensor:
-        """Return what a rank's queries need, of what they chose if they did; bool `[P, tokens_local, Hk]`."""
-        plan = self.plan_for(rank, self.place)
-        needed = needed_keys(plan if selection is None else plan.choosing(selection), self.heads.kv)
-        return needed.t().unflatten(0, (self.channel.size, -1))
+    @property
+    def stages(self) -> tuple[range, ...]:
+        """Distances from owner to reader of each stage."""
+        distances = torch.arange(1, self.channel.size).tensor_split(min(STAGES, self.channel.size - 1) or 1)
+        return tuple(range(int(part[0]), int(part[-1]) + 1) for part in distances if len(part))
+
+    def plan(self, queries: Tensor, keys: Tensor) -> Plan:
+        """Plan attention of queries to keys, both tokens of the sequence."""
+        rows = self.shards.rows
+        return Plan.build(rows.take(queries), rows.take(keys), self.visibility, heads=self.heads.query)
+
+    def wanted(self, selection: Selection | None = None) -> Tensor:
+        """Return what this rank needs, of what its queries chose if they did; bool `[P, tokens_local, Hk]`."""
+        needed = needed_keys(_choosing(self.plan(self.mine, self.everyone), selection), self.heads.kv)
+        return needed[0].t().unflatten(0, (self.channel.size, -1))
+
+    def given(self, selection: Selection | None = None) -> Tensor:
+        """Return what each rank needs of this one's keys; bool `[P, tokens_local, Hk]`."""
+        plan = _choosing(self.plan(self.everyone, self.mine), selection)
+        return needed_keys(plan, self.heads.kv, groups=self.channel.size).transpose(1, 2)
+
+
+def _choosing(plan: Plan, selection: Selection | None) -> Plan:
+    return plan if selection is None else plan.choosing(selection)
 
 
 def _plan_journey(channel: Channel, rounded: bool, mechanism: Masked, shards: Shards, share: HeadShare) -> Journey:
     visibility = mechanism.visibility().of_heads(share.slice)
     sequence = _Sequence(channel=channel, shards=shards, visibility=visibility, heads=share.here, rounded=rounded)
-    needs = torch.stack([sequence.needed_by(rank) for rank in range(channel.size)])
-    stages = _stages(needs)
     if isinstance(mechanism, Routed):
-        return _ToBeChosen(sequence, stages)
-    return _FetchJourney(sequence, needs[channel.rank], needs[:, channel.rank], stages)
-
-
-def _stages(needs: Tensor) -> tuple[range, ...]:
-    """Return the distances from owner to reader of each stage, of those at which any rank needs anything.
-
-    needs: what each rank may need, bool `[P, P, tokens_local, Hk]`, which all ranks know, so that all agree.
-    """
-    degree = len(needs)
-    reader, owner = needs.flatten(2).any(dim=2).nonzero().t()
-    distances = (reader - owner).remainder(degree)
-    if not (distances > 0).any():
-        return ()
-    used = torch.arange(1, degree).tensor_split(min(STAGES, degree - 1))
-    stages = (range(int(part[0]), int(part[-1]) + 1) for part in used)
-    return tuple(stage for stage in stages if torch.isin(distances, torch.tensor([*stage])).any())
+        return _ToBeChosen(sequence)
+    return _FetchJourney(sequence, sequence.wanted(), sequence.given())
 
 
 @final
@@ -102,13 +103,12 @@ class _FetchJourney(Journey):
     wanted: of all ranks' rows, by this one; given: of this rank's, by each; bool `[P, tokens_local, Hk]`.
     """
 
-    def __init__(self, sequence: _Sequence, wanted: Tensor, given: Tensor, stages: tuple[range, ...]) -> None:
+    def __init__(self, sequence: _Sequence, wanted: Tensor, given: Tensor) -> None:
         self.sequence, self.wanted, self.given = sequence, wanted, given
         rank = sequence.channel.rank
-        self.stages = tuple(_Stage.of(wanted, given, rank, distances) for distances in stages)
-        mine = sequence.shards.index[rank]
-        self.tokens = (mine, *(sequence.place[stage.rows] for stage in self.stages))
-        self.plans = tuple(sequence.plan_for(rank, keys) for keys in self.tokens)
+        self.stages = tuple(_Stage.of(wanted, given, rank, distances) for distances in sequence.stages)
+        self.tokens = (sequence.mine, *(sequence.everyone[stage.rows] for stage in self.stages))
+        self.plans = tuple(sequence.plan(sequence.mine, keys) for keys in self.tokens)
 
     def parts(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         transfer = self._start(0, k, v)
@@ -230,13 +230,12 @@ class _FetchHomeward(Homeward):
 class _ToBeChosen(Journey):
     """What is needed is known once the queries have chosen: each rank then asks the others for it."""
 
-    def __init__(self, sequence: _Sequence, stages: tuple[range, ...]) -> None:
-        self.sequence, self.stages = sequence, stages
+    def __init__(self, sequence: _Sequence) -> None:
+        self.sequence = sequence
 
     def to_chosen(self, selection: Selection | None) -> Journey:
-        wanted = self.sequence.needed_by(self.sequence.channel.rank, selection)
-        given = self.sequence.channel.all_to_all(wanted, kind="fetch_requests")
-        return _FetchJourney(self.sequence, wanted, given, self.stages)
+        wanted = self.sequence.wanted(selection)
+        return _FetchJourney(self.sequence, wanted, self.sequence.channel.all_to_all(wanted, kind="fetch_requests"))
 
     def parts(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         raise NotImplementedError("the journey starts once it is chosen: see to_chosen")
@@ -255,14 +254,12 @@ class _ToBeChosen(Journey):
         return self._journey(chosen).working_bytes(sizes, None)
 
     def _journey(self, chosen: Chosen) -> "_FetchJourney":
-        """Return the journey of what all ranks chose, `chosen` of the whole sequence."""
-        assert isinstance(chosen, Selection), "what is fetched depends on what was chosen"
-        rank, index = self.sequence.channel.rank, self.sequence.shards.index
+        """Return the journey of what all ranks chose, `chosen` of the whole sequence; None: of all they may choose."""
+        if not isinstance(chosen, Selection):
+            return _FetchJourney(self.sequence, self.sequence.wanted(), self.sequence.given())
         unit = torch.cat((chosen.unit, chosen.unit.new_full((1,), -1)))
-        needs = torch.stack(
-            [self.sequence.needed_by(reader, replace(chosen, unit=unit[index[reader]])) for reader in range(len(index))]
-        )
-        return _FetchJourney(self.sequence, needs[rank], needs[:, rank], self.stages)
+        of_all, of_mine = (replace(chosen, unit=unit[rows]) for rows in (self.sequence.everyone, self.sequence.mine))
+        return _FetchJourney(self.sequence, self.sequence.wanted(of_mine), self.sequence.given(of_all))
 
 
 STRATEGIES.add("fetch", Fetch)

@@ -1,7 +1,8 @@
 """Channels: what strategies send over one process group, overlapped where it can be, and counted always."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -28,23 +29,41 @@ class Traffic:
         return taken
 
 
+class PeerError(RuntimeError):
+    """Another rank did not send what this one waits for: it failed, or hangs."""
+
+
+@contextmanager
+def _waiting_for_peers(kind: str) -> Iterator[None]:
+    """Say what this rank was waiting for if the backend gives up."""
+    try:
+        yield
+    except RuntimeError as error:
+        rank = dist.get_rank()
+        raise PeerError(
+            f"rank {rank} gave up waiting for {kind!r} from other ranks: one of them failed before, see its own error, "
+            f"or hung for longer than parallel.timeout_s. The backend says: {error}"
+        ) from error
+
+
 class Transfer:
     """Something on its way to this rank."""
 
-    def __init__(self, received: Tensor, sent: Tensor, works: Sequence[dist.Work]) -> None:
-        self._received, self._works = received, works
+    def __init__(self, received: Tensor, sent: Tensor, works: Sequence[dist.Work], kind: str) -> None:
+        self._received, self._works, self._kind = received, works, kind
         # The backend reads the buffer until the transfer is done: it must outlive the caller's own reference.
         self._sent = sent
 
     def wait(self) -> Tensor:
-        """Return what other ranks sent, once it is here."""
-        for work in self._works:
-            work.wait()
+        """Return what other ranks sent, once it is here; raises PeerError if they do not send it."""
+        with _waiting_for_peers(self._kind):
+            for work in self._works:
+                work.wait()
         return self._received
 
 
 class Channel:
-    """One process group; ranks are counted within it.
+    """One process group; ranks are counted within it. Whatever waits for others raises PeerError if they fail.
 
     inner, outer: the channels of two axes, where the ranks form a grid: rank = outer.rank x inner.size + inner.rank.
     """
@@ -81,7 +100,7 @@ class Channel:
         to = (self.rank + 1) % self.size if to is None else to
         source = (self.rank - 1) % self.size if source is None else source
         self.traffic.add(kind, sent=buffer.nbytes, received=buffer.nbytes)
-        return self._shift(buffer, tag, to, source)
+        return self._shift(buffer, tag, to, source, kind)
 
     def all_reduce(self, x: Tensor, *, kind: str) -> Tensor:
         """Return the sum of `x` over all ranks."""
@@ -89,7 +108,7 @@ class Channel:
             return x
         moved = 2 * x.nbytes * (self.size - 1) // self.size
         self.traffic.add(kind, sent=moved, received=moved)
-        return self._all_reduce(x.contiguous())
+        return self._all_reduce(x.contiguous(), kind)
 
     def all_gather(self, buffer: Tensor, *, kind: str) -> list[Tensor]:
         """Return the buffers of all ranks, in their order."""
@@ -97,7 +116,7 @@ class Channel:
             return [buffer]
         moved = (self.size - 1) * buffer.nbytes
         self.traffic.add(kind, sent=moved, received=moved)
-        return self._all_gather(buffer.contiguous())
+        return self._all_gather(buffer.contiguous(), kind)
 
     def all_to_all(self, buffer: Tensor, *, kind: str) -> Tensor:
         """Send part i of `buffer` `[size, ...]` to rank i and return `[size, ...]`, part i from rank i."""
@@ -117,34 +136,38 @@ class Channel:
         assert len(sent) == len(received) == self.size
         assert sum(sent) == len(buffer)
         if self.size == 1:
-            return Transfer(buffer, buffer, ())
+            return Transfer(buffer, buffer, (), kind)
         row = buffer.element_size() * buffer.shape[1:].numel()
         self.traffic.add(
             kind, sent=(len(buffer) - sent[self.rank]) * row, received=(sum(received) - received[self.rank]) * row
         )
-        return self._all_to_all(buffer.contiguous(), list(sent), list(received))
+        return self._all_to_all(buffer.contiguous(), list(sent), list(received), kind)
 
-    def _shift(self, buffer: Tensor, tag: int, to: int, source: int) -> Transfer:
+    def _shift(self, buffer: Tensor, tag: int, to: int, source: int, kind: str) -> Transfer:
         received = torch.empty_like(buffer)
         ranks = dist.get_process_group_ranks(self.group)
-        works = dist.batch_isend_irecv(
-            [
-                dist.P2POp(dist.isend, buffer, ranks[to], self.group, tag),
-                dist.P2POp(dist.irecv, received, ranks[source], self.group, tag),
-            ]
-        )
-        return Transfer(received, buffer, works)
+        with _waiting_for_peers(kind):
+            works = dist.batch_isend_irecv(
+                [
+                    dist.P2POp(dist.isend, buffer, ranks[to], self.group, tag),
+                    dist.P2POp(dist.irecv, received, ranks[source], self.group, tag),
+                ]
+            )
+        return Transfer(received, buffer, works, kind)
 
-    def _all_reduce(self, x: Tensor) -> Tensor:
-        dist.all_reduce(x, group=self.group)
+    def _all_reduce(self, x: Tensor, kind: str) -> Tensor:
+        with _waiting_for_peers(kind):
+            dist.all_reduce(x, group=self.group)
         return x
 
-    def _all_gather(self, buffer: Tensor) -> list[Tensor]:
+    def _all_gather(self, buffer: Tensor, kind: str) -> list[Tensor]:
         gathered = [torch.empty_like(buffer) for _ in range(self.size)]
-        dist.all_gather(gathered, buffer, group=self.group)
+        with _waiting_for_peers(kind):
+            dist.all_gather(gathered, buffer, group=self.group)
         return gathered
 
-    def _all_to_all(self, buffer: Tensor, sent: list[int], received: list[int]) -> Transfer:
+    def _all_to_all(self, buffer: Tensor, sent: list[int], received: list[int], kind: str) -> Transfer:
         arrived = buffer.new_empty(sum(received), *buffer.shape[1:])
-        work = dist.all_to_all_single(arrived, buffer, received, sent, group=self.group, async_op=True)
-        return Transfer(arrived, buffer, [work] if work is not None else [])
+        with _waiting_for_peers(kind):
+            work = dist.all_to_all_single(arrived, buffer, received, sent, group=self.group, async_op=True)
+        return Transfer(arrived, buffer, [work] if work is not None else [], kind)

@@ -20,6 +20,7 @@ class ParallelConfig:
     context_inner: of those, neighbours with fast links, such as the GPUs of a node; for strategies of two levels.
     strategy: how queries meet keys of other ranks, a file of parallel/context/.
     layout: which rank holds which tokens of a sequence: contiguous, zigzag or striped.
+    timeout_s: how long a rank waits for others before it gives up; a rank that fails is noticed at once.
     rounded_gradients: whether gradients of keys and values travel in the dtype of these, in half the bytes; summed in
     float32 all the same.
     """
@@ -31,6 +32,7 @@ class ParallelConfig:
     strategy: str = "ring"
     layout: str = "zigzag"
     rounded_gradients: bool = False
+    timeout_s: int = field(default=600, metadata={"minimum": 1})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

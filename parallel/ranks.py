@@ -25,9 +25,10 @@ class Ranks:
 
 
 @contextmanager
-def connected(ranks: Ranks, device: torch.device) -> Iterator[None]:
+def connected(ranks: Ranks, device: torch.device, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Iterator[None]:
     """Join the default process group for the time of the block: gloo for CPU tensors, NCCL for CUDA tensors.
 
+    timeout: how long a rank waits for others before it raises.
     A run of one rank needs no address to meet at; more ranks meet at MASTER_ADDR:MASTER_PORT, as torchrun sets them.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -42,7 +43,7 @@ def connected(ranks: Ranks, device: torch.device) -> Iterator[None]:
         store=store,
         rank=ranks.rank if store else -1,
         world_size=ranks.world_size if store else -1,
-        timeout=COLLECTIVE_TIMEOUT,
+        timeout=timeout,
     )
     try:
         yield

@@ -30,16 +30,16 @@ class Unconnected(Channel):
         self.inner = Unconnected(rank % width, width) if width > 1 else None
         self.outer = Unconnected(rank // width, size // width) if width > 1 else None
 
-    def _shift(self, buffer: Tensor, tag: int, to: int, source: int) -> Transfer:
+    def _shift(self, buffer: Tensor, tag: int, to: int, source: int, kind: str) -> Transfer:
         raise RuntimeError("there is nobody to send to: this channel is for plans")
 
-    def _all_reduce(self, x: Tensor) -> Tensor:
+    def _all_reduce(self, x: Tensor, kind: str) -> Tensor:
         raise RuntimeError("there is nobody to sum with: this channel is for plans")
 
-    def _all_gather(self, buffer: Tensor) -> list[Tensor]:
+    def _all_gather(self, buffer: Tensor, kind: str) -> list[Tensor]:
         raise RuntimeError("there is nobody to gather from: this channel is for plans")
 
-    def _all_to_all(self, buffer: Tensor, sent: list[int], received: list[int]) -> Transfer:
+    def _all_to_all(self, buffer: Tensor, sent: list[int], received: list[int], kind: str) -> Transfer:
         raise RuntimeError("there is nobody to exchange with: this channel is for plans")
 
 
@@ -83,24 +83,24 @@ class Threaded(Channel):
             self.inner = Threaded(world, row, inner, traffic)
             self.outer = Threaded(world, column, outer, traffic)
 
-    def _shift(self, buffer: Tensor, tag: int, to: int, source: int) -> Transfer:
+    def _shift(self, buffer: Tensor, tag: int, to: int, source: int, kind: str) -> Transfer:
         self._send(buffer, to, tag)
         return _Awaited(self, source, tag)
 
-    def _all_reduce(self, x: Tensor) -> Tensor:
-        return torch.stack(self._all_gather(x)).sum(dim=0, dtype=x.dtype)
+    def _all_reduce(self, x: Tensor, kind: str) -> Tensor:
+        return torch.stack(self._all_gather(x, kind)).sum(dim=0, dtype=x.dtype)
 
-    def _all_gather(self, buffer: Tensor) -> list[Tensor]:
+    def _all_gather(self, buffer: Tensor, kind: str) -> list[Tensor]:
         for to in range(self.size):
             self._send(buffer, to, COLLECTIVE)
         return [self._receive(source, COLLECTIVE) for source in range(self.size)]
 
-    def _all_to_all(self, buffer: Tensor, sent: list[int], received: list[int]) -> Transfer:
+    def _all_to_all(self, buffer: Tensor, sent: list[int], received: list[int], kind: str) -> Transfer:
         for to, part in enumerate(buffer.split(sent)):
             self._send(part, to, COLLECTIVE)
         parts = [self._receive(source, COLLECTIVE) for source in range(self.size)]
         assert [len(part) for part in parts] == received, "ranks differ in what they exchange"
-        return Transfer(torch.cat(parts), buffer, ())
+        return Transfer(torch.cat(parts), buffer, (), kind)
 
     def _send(self, x: Tensor, to: int, tag: int) -> None:
         self.world.put((self.ranks, self.rank, to, tag), x.clone())

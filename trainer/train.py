@@ -4,6 +4,7 @@ import logging
 import math
 import sys
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def train(config: Config, ranks: Ranks, stop: StopSignal) -> None:
     A FarspanError is raised by all ranks alike.
     """
     with ExitStack() as stack:
-        stack.enter_context(connected(ranks, _device_to_meet_on(config, ranks)))
+        timeout = timedelta(seconds=config.parallel.timeout_s)
+        stack.enter_context(connected(ranks, _device_to_meet_on(config, ranks), timeout))
         resolved = together(lambda: resolve(config, ranks))
         splits = {"train": resolved.train_source, "held_out": resolved.held_out_source}
         check_same(

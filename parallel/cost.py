@@ -4,12 +4,13 @@ Time of a pass: what moves hidden behind computing takes no time unless it is lo
 are those of visible pairs, 2 (D + Dv) forward and 2.5 times that backward; the busiest rank counts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from farspan.kernels.errors import ConfigError
 from farspan.kernels.mechanism import Heads, Mechanism, Routed
 from farspan.parallel.choice import typical_choice
 from farspan.parallel.comm import Channel
@@ -46,6 +47,13 @@ class Machine:
         return num_bytes / (self.inner_bytes_per_s if span <= self.node_ranks else self.outer_bytes_per_s)
 
 
+MACHINES = {
+    "cpu": Machine(flops_per_s=1e11, inner_bytes_per_s=1e9, outer_bytes_per_s=1e9, node_ranks=8),
+    "cuda": Machine(flops_per_s=4e14, inner_bytes_per_s=2e11, outer_bytes_per_s=4e10, node_ranks=8),
+}
+"""By type of device, for want of better: an H100 with NVLink and one 400 Gb/s port each, eight to a node; two cores."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
     """Attention of one layer: a dealt sequence and what attends to it. width: of the inner axis of the ranks."""
@@ -60,19 +68,42 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """Of one layer and one sequence. volume, memory: most of any rank. flops: forward, of the busiest rank.
+    """Of some layers and one sequence, forward and backward. volume, working_bytes: most of any rank.
 
-    balance: that rank's over the mean. hidden, exposed: seconds of transfers, both passes. seconds: in all.
+    flops: forward, of the busiest rank; balance: those over the mean. compute, hidden, exposed: seconds of computing,
+    of transfers meanwhile, of other transfers. seconds: in all.
     """
 
     volume: Volume
     flops: float
     balance: float
     working_bytes: int
+    compute_s: float
     hidden_s: float
     exposed_s: float
-    compute_s: float
     seconds: float
+
+    def __str__(self) -> str:
+        moved = (self.volume.forward + self.volume.backward) / 2**20
+        parts = f"computes {1e3 * self.compute_s:.3g}, sends {1e3 * self.hidden_s:.3g} meanwhile"
+        return f"{1e3 * self.seconds:.3g} ms ({parts}, {1e3 * self.exposed_s:.3g} besides; {moved:,.1f} MiB)"
+
+
+def together(costs: Sequence[tuple[Cost, int]]) -> Cost:
+    """Return the cost of all layers, of costs and how many layers have each."""
+    flops = sum(cost.flops * layers for cost, layers in costs)
+    mean = sum(cost.flops / cost.balance * layers for cost, layers in costs)
+    moved = [Volume(forward=c.volume.forward * n, backward=c.volume.backward * n) for c, n in costs]
+    return Cost(
+        volume=sum(moved, Volume(forward=0, backward=0)),
+        flops=flops,
+        balance=flops / mean,
+        working_bytes=max(cost.working_bytes for cost, _ in costs),
+        compute_s=sum(cost.compute_s * layers for cost, layers in costs),
+        hidden_s=sum(cost.hidden_s * layers for cost, layers in costs),
+        exposed_s=sum(cost.exposed_s * layers for cost, layers in costs),
+        seconds=sum(cost.seconds * layers for cost, layers in costs),
+    )
 
 
 def strategy_for(name: str, mechanism: Mechanism, heads: Heads, degree: int, inner: int) -> str:
@@ -110,10 +141,25 @@ def predict(strategy: str, job: Job, machine: Machine) -> Cost:
     )
 
 
-def rank_costs(costs: Mapping[str, Cost]) -> list[str]:
-    """Return the strategies, the fastest first; of equally fast ones, within a fiftieth, the one that holds less."""
-    fastest = min(cost.seconds for cost in costs.values())
-    return sorted(costs, key=lambda name: (max(costs[name].seconds, 1.02 * fastest), costs[name].working_bytes))
+def compare(layers: Sequence[tuple[Job, int]], machine: Machine) -> tuple[dict[str, Cost], dict[str, str]]:
+    """Return what each strategy would cost, the best first, and of others why they refuse.
+
+    layers: jobs, and how many layers have each. The best: the fastest; of those within a fiftieth of it, the one that
+    holds least.
+    """
+    costs, refusals = {}, {}
+    for name in STRATEGIES:
+        try:
+            costs[name] = together([(predict(_serving(name, job), job, machine), count) for job, count in layers])
+        except ConfigError as error:
+            refusals[name] = str(error)
+    fastest = min((cost.seconds for cost in costs.values()), default=0.0)
+    best = sorted(costs, key=lambda name: (max(costs[name].seconds, 1.02 * fastest), costs[name].working_bytes))
+    return {name: costs[name] for name in best}, refusals
+
+
+def _serving(name: str, job: Job) -> str:
+    return strategy_for(name, job.mechanism, job.heads, job.shards.degree, job.width)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,10 @@ class ParallelConfig:
     dp_shard: groups of ranks with sequences of their own that share one copy of the parameters; 0 takes what is left.
     dp_replicate: whole copies of the parameters (HSDP).
     context_inner: of those, neighbours with fast links, such as the GPUs of a node; for strategies of two levels.
-    strategy: how queries meet keys of other ranks, a file of parallel/context/.
-    layout: which rank holds which tokens of a sequence: contiguous, zigzag or striped.
+    strategy: how queries meet keys of other ranks, a file of parallel/context/; `auto` takes the fastest by the cost
+    model and says why. inner_gbytes_per_s, outer_gbytes_per_s: what a rank sends in a second within its node and out of
+    it, for `auto`; 0 takes what is usual.
+    layout: which rank holds which tokens of a sequence: contiguous, zigzag, striped or balanced.
     timeout_s: how long a rank waits for others before it gives up; a rank that fails is noticed at once.
     rounded_gradients: whether gradients of keys and values travel in the dtype of these, in half the bytes; summed in
     float32 all the same.
@@ -32,6 +34,8 @@ class ParallelConfig:
     strategy: str = "ring"
     layout: str = "zigzag"
     rounded_gradients: bool = False
+    inner_gbytes_per_s: float = field(default=0.0, metadata={"minimum": 0})
+    outer_gbytes_per_s: float = field(default=0.0, metadata={"minimum": 0})
     timeout_s: int = field(default=600, metadata={"minimum": 1})
 
 

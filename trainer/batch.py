@@ -52,7 +52,7 @@ class BatchBuilder:
         """Return this rank's part of `sequence`; padding added by the layout has no label and no document."""
         rows = Rows(position=torch.from_numpy(sequence.position), document=torch.from_numpy(sequence.document))
         rank, degree = self.strategy.channel.rank, self.strategy.channel.size
-        shards = Shards.deal(rows, layout=self.layout, degree=degree)
+        shards = Shards.deal(rows, layout=self.layout, degree=degree, work=self.mechanism.visible_keys)
         tokens = shards.shard(torch.from_numpy(sequence.tokens), rank)
         labels = shards.shard(torch.from_numpy(sequence.labels), rank, fill=IGNORED)
         attend = self.strategy.prepare(self.mechanism, shards, self.heads, backend=self.backend)

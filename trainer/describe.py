@@ -152,7 +152,7 @@ def attention_bytes(config: Config, degrees: Degrees) -> int:
     parallel, mechanism = config.parallel, config.attention.build_mechanism()
     heads = Heads(query=config.model.heads, kv=config.model.kv_heads)
     rows = Rows.packed([config.data.sequence_tokens])
-    shards = Shards.deal(rows, layout=parallel.layout, degree=degrees.context)
+    shards = Shards.deal(rows, layout=parallel.layout, degree=degrees.context, work=mechanism.visible_keys)
     channel = Unconnected(0, degrees.context, width=parallel.context_inner)
     strategy = STRATEGIES.get(parallel.strategy)(channel, rounded_gradients=parallel.rounded_gradients)
     chosen = typical_choice(mechanism, rows, heads) if strategy.moves_chosen(mechanism) else None

@@ -82,7 +82,7 @@ def run_cases(chosen: list[Case]) -> list[tuple[list[Tensor], list[Sent]]]:
 
 def run_case(case: Case) -> tuple[list[Tensor], list[Sent]]:
     channel = world_channel(case.width)
-    shards = Shards.deal(case.rows, layout=case.layout, degree=channel.size)
+    shards = Shards.deal(case.rows, layout=case.layout, degree=channel.size, work=case.mechanism.visible_keys)
     strategy = STRATEGIES.get(case.strategy)(channel, rounded_gradients=case.rounded)
     planned = strategy.prepare(case.mechanism, shards, case.heads, backend="cpu")
     *whole, dout = case.inputs()
@@ -147,7 +147,7 @@ def label(case: Case) -> str:
 
 def put_together(case: Case, degree: int, parts: list[list[Tensor]]) -> list[Tensor]:
     """Return the whole sequence's tensors from every rank's list of them."""
-    shards = Shards.deal(case.rows, layout=case.layout, degree=degree)
+    shards = Shards.deal(case.rows, layout=case.layout, degree=degree, work=case.mechanism.visible_keys)
     return [shards.unshard(torch.stack(part)) for part in zip(*parts, strict=True)]
 
 
@@ -206,7 +206,8 @@ def test_the_base_class_decides_what_a_strategy_takes() -> None:
         if all(is_refused_whatever_the_heads(strategy, degree, name) for degree in DEGREES)
     }
     move_keys, softmax = ("ring", "double_ring", "gather", "fetch"), ("Masked", "Routed", "Ageing", "Gathered")
-    assert refused == {(name, "Recurrent") for name in move_keys} | {("state", kind) for kind in softmax}
+    expected = {(name, "Recurrent") for name in move_keys} | {("state", kind) for kind in softmax}
+    assert refused == expected | {("ship", kind) for kind in ("Masked", "Ageing", "Gathered", "Recurrent")}
 
 
 def kind_of(mechanism: type[Mechanism]) -> type[Mechanism]:

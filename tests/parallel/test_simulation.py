@@ -41,6 +41,7 @@ def operands(mechanism: Mechanism) -> list[Tensor]:
         ("gather", MoBA(block=32, top_k=3), "contiguous", 64, 1),
         ("fetch", Window(window=40), "contiguous", 64, 1),
         ("fetch", MoBA(block=32, top_k=3), "zigzag", 16, 1),
+        ("ship", MoBA(block=32, top_k=3), "zigzag", 32, 1),
         ("hybrid", Dense(), "zigzag", 64, 4),
         ("hybrid_outer", MoSA(sparsity=4), "contiguous", 64, 16),
         ("state", Lightning(), "zigzag", 64, 1),

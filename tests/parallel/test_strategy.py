@@ -14,6 +14,7 @@ from farspan.kernels.errors import ConfigError
 from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.lightning import Lightning
+from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.rows import Rows
 from farspan.parallel import dealt
 from farspan.parallel.comm import Channel, Traffic
@@ -97,7 +98,7 @@ def planned(strategy: str, degree_of_shards: int, heads: Heads, channel: Channel
 
 def suitable(strategy: str) -> Mechanism:
     """Return a mechanism that a strategy takes."""
-    return Lightning() if strategy == "state" else Dense()
+    return {"state": Lightning(), "ship": MoBA(block=8, top_k=2)}.get(strategy, Dense())
 
 
 def needs_grid(strategy: str) -> bool:

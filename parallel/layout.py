@@ -19,18 +19,18 @@ Work = Callable[[], Tensor]
 
 def contiguous(tokens: int, degree: int, work: Work) -> Tensor:
     """Rank r holds the r-th stretch. Causal work is uneven: the last rank does almost twice the mean."""
-    return _chunks(tokens, degree)
+    return equal_chunks(tokens, degree)
 
 
 def zigzag(tokens: int, degree: int, work: Work) -> Tensor:
     """Of 2 * degree stretches rank r holds the r-th and the r-th from the end: causal work is even."""
-    chunks = _chunks(tokens, 2 * degree)
+    chunks = equal_chunks(tokens, 2 * degree)
     return torch.cat((chunks[:degree], chunks[degree:].flip(0)), dim=1)
 
 
 def striped(tokens: int, degree: int, work: Work) -> Tensor:
     """Rank r holds tokens r, r + degree, ... (arXiv 2311.09431): causal work is even at every step of a ring."""
-    return _chunks(tokens, degree, interleaved=True)
+    return equal_chunks(tokens, degree, interleaved=True)
 
 
 def balanced(tokens: int, degree: int, work: Work) -> Tensor:
@@ -61,7 +61,7 @@ SWAPS, EVEN_ENOUGH = 200, 1.001
 """Most swaps that even out what is dealt, and what is not worth one more."""
 
 
-def _chunks(tokens: int, count: int, *, interleaved: bool = False) -> Tensor:
+def equal_chunks(tokens: int, count: int, *, interleaved: bool = False) -> Tensor:
     """Deal tokens to `count` equal chunks, int64 `[count, ceil(tokens / count)]`; -1 fills up the last ones."""
     length = -(-tokens // count)
     index = torch.arange(count * length)
@@ -71,7 +71,7 @@ def _chunks(tokens: int, count: int, *, interleaved: bool = False) -> Tensor:
 
 def _deal_chunks(work: Tensor, degree: int, each: int) -> tuple[Tensor, float]:
     """Deal `each` chunks to every rank; return the index map, and the most work of a rank over the mean."""
-    chunks = _chunks(len(work), degree * each)
+    chunks = equal_chunks(len(work), degree * each)
     of_chunk = torch.cat((work, work.new_zeros(chunks.numel() - len(work)))).view(chunks.shape).sum(dim=1).numpy()
     dealt = _even_out(of_chunk, _greedy(of_chunk, degree))
     loads = of_chunk[dealt].sum(axis=1)

@@ -18,7 +18,7 @@ from farspan.kernels.scan import scan, scan_backward
 from farspan.kernels.stretch import Stretch, order
 from farspan.kernels.whole import Saved
 from farspan.parallel.comm import Channel
-from farspan.parallel.layout import Shards, contiguous
+from farspan.parallel.layout import Shards, equal_chunks
 from farspan.parallel.redeal import Redeal
 from farspan.parallel.strategy import STRATEGIES, Attend, Chosen, HeadShare, Move, Queries, Sizes, Strategy, Volume
 
@@ -46,7 +46,7 @@ class States(Strategy):
         sequence = order(shards.rows)
         is_sorted = torch.equal(sequence, torch.arange(len(sequence)))
         if max(map(len, runs)) > MOST_STRETCHES or not is_sorted:
-            dealt = contiguous(len(shards.rows), shards.degree)
+            dealt = equal_chunks(len(shards.rows), shards.degree)
             target = torch.cat((sequence, sequence.new_full((1,), -1)))[dealt]
             redeal = Redeal.plan(shards, target, rank)
             shards = Shards(rows=shards.rows, index=target)

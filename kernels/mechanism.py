@@ -53,6 +53,10 @@ class Mechanism(ABC):
     def examples(cls) -> Sequence[Self]:
         """Return small instances that cover the options; the contract test and the matrix run each of them."""
 
+    def in_layer(self, layer: int, layers: int) -> Self:
+        """Return the mechanism as layer number `layer` of `layers` has it; the same in all, unless it depends on it."""
+        return self
+
     @classmethod
     def benchmarks(cls) -> Mapping[str, Self]:
         """Return the instances to measure, by the name of their row; if none, the first example is measured."""

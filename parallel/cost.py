@@ -149,8 +149,13 @@ def compare(layers: Sequence[tuple[Job, int]], machine: Machine) -> tuple[dict[s
     """
     costs, refusals = {}, {}
     for name in STRATEGIES:
+        serving = [_serving(name, job) for job, _ in layers]
+        # One that serves no layer is no choice.
+        names = serving if name in serving else [name] * len(serving)
         try:
-            costs[name] = together([(predict(_serving(name, job), job, machine), count) for job, count in layers])
+            costs[name] = together(
+                [(predict(one, job, machine), count) for one, (job, count) in zip(names, layers, strict=True)]
+            )
         except ConfigError as error:
             refusals[name] = str(error)
     fastest = min((cost.seconds for cost in costs.values()), default=0.0)

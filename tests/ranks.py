@@ -34,7 +34,7 @@ def _axes(width: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     inner, outer = (dist.new_subgroups_by_enumeration(axis)[0] for axis in (rows, columns))
     assert inner is not None
     assert outer is not None
-    return inner, outer
+    return inner, outer  # pyright: ignore[reportReturnType]
 
 
 def world_channel(width: int = 1) -> Channel:

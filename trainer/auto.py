@@ -1,17 +1,17 @@
 """parallel.strategy='auto': the strategy that the cost model finds fastest for this run, and why."""
 
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 from farspan.kernels.errors import ConfigError
-from farspan.kernels.mechanism import Heads
 from farspan.kernels.rows import Rows
 from farspan.parallel.cost import MACHINES, Cost, Job, Machine, compare
 from farspan.parallel.layout import Shards
 from farspan.parallel.mesh import Degrees, ParallelConfig
 from farspan.parallel.strategy import Sizes
-from farspan.trainer.config import Config
-
-AUTO = "auto"
+from farspan.trainer.batch import work_of_layers
+from farspan.trainer.config import AUTO, Config
 
 
 def choose_strategy(config: Config, degrees: Degrees, device_type: str) -> tuple[Config, list[str]]:
@@ -30,18 +30,26 @@ def choose_strategy(config: Config, degrees: Degrees, device_type: str) -> tuple
 
 def strategy_costs(config: Config, degrees: Degrees, device_type: str) -> tuple[dict[str, Cost], dict[str, str]]:
     """Return what each strategy would cost, a document filling the sequence, the best first; and why others refuse."""
-    parallel, model = config.parallel, config.model
-    rows = Rows.packed([config.data.sequence_tokens])
-    mechanism = config.attention.build_mechanism()
-    job = Job(
-        mechanism=mechanism,
-        shards=Shards.deal(rows, layout=parallel.layout, degree=degrees.context, work=mechanism.visible_keys),
-        heads=Heads(query=model.heads, kv=model.kv_heads),
-        sizes=Sizes.of(config.train.torch_dtype, model.head_dim, model.head_dim),
-        width=parallel.context_inner,
-        rounded_gradients=parallel.rounded_gradients,
+    parallel, head_dim, mechanisms = config.parallel, config.model.head_dim, config.mechanisms()
+    shards = Shards.deal(
+        Rows.packed([config.data.sequence_tokens]),
+        layout=parallel.layout,
+        degree=degrees.context,
+        work=partial(work_of_layers, mechanisms),
     )
-    return compare([(job, model.layers)], machine_of(parallel, device_type))
+    jobs = {
+        mechanism: Job(
+            mechanism=mechanism,
+            shards=shards,
+            heads=config.heads,
+            sizes=Sizes.of(config.train.torch_dtype, head_dim, head_dim),
+            width=parallel.context_inner,
+            rounded_gradients=parallel.rounded_gradients,
+        )
+        for mechanism in mechanisms
+    }
+    layers = [(jobs[mechanism], count) for mechanism, count in Counter(mechanisms).items()]
+    return compare(layers, machine_of(parallel, device_type))
 
 
 def machine_of(parallel: ParallelConfig, device_type: str) -> Machine:

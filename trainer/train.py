@@ -23,7 +23,7 @@ from farspan.trainer.config import Config, flat
 from farspan.trainer.data.packing import PackedSequences
 from farspan.trainer.data.shuffle import ShuffledSequences
 from farspan.trainer.data.source import unigram_bits_per_byte
-from farspan.trainer.describe import describe
+from farspan.trainer.describe import describe, said
 from farspan.trainer.evaluate import evaluate, share
 from farspan.trainer.faults import StopSignal
 from farspan.trainer.flops import training_flops
@@ -51,7 +51,7 @@ def train(config: Config, ranks: Ranks, stop: StopSignal) -> None:
         check_same(
             flat(resolved.config) | {f"the data of {name}/": split.fingerprint for name, split in splits.items()}
         )
-        log.info("%s", describe(resolved.config, resolved.degrees))
+        log.info("%s", "\n".join((describe(resolved.config, resolved.degrees), *resolved.why)))
 
         def lock() -> None:
             stack.enter_context(lock_folder(Path(config.run.folder)))
@@ -174,7 +174,7 @@ class _Run:
         """Return what is on record of one step; traffic is that of rank 0."""
         config = self.config
         tokens = config.train.sequences_per_step * config.data.sequence_tokens
-        flops = training_flops(config.model, self.batches.mechanism, tokens, result.visible_pairs)
+        flops = training_flops(config.model, self.batches.mechanisms, tokens, result.attention_flops)
         mfu = flops / seconds / self.peak_flops
         return {
             "step": self.state.step,
@@ -257,6 +257,6 @@ def identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
         "data.folder": data_fingerprint,
         "data.sequence_tokens": config.data.sequence_tokens,
         # In full, so that a default that has changed counts too.
-        "attention.mechanism": str(config.attention.build_mechanism()),
+        "attention.mechanism": said(config.mechanisms()),
         **{name: value for name, value in flat(config).items() if name.startswith("model.")},
     }

@@ -24,8 +24,6 @@ MOST_RANKS = 8
 """Ranks that are planned for: the first, the last and some between; the busiest of them counts."""
 CHOOSES_TOKENS = 1 << 17
 """Longest sequence of which a typical choice is made; of longer ones all that may be chosen is taken to be."""
-RECURRENCES = "state"
-"""The strategy of layers that the configured one refuses because it moves keys."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,10 +105,11 @@ def together(costs: Sequence[tuple[Cost, int]]) -> Cost:
 
 
 def strategy_for(name: str, mechanism: Mechanism, heads: Heads, degree: int, inner: int) -> str:
-    """Return the strategy that serves a mechanism in a run configured for `name`: that one, or that of recurrences."""
-    refused = STRATEGIES.get(name).refusal(mechanism, heads, degree, inner)
-    takes = STRATEGIES.get(RECURRENCES).refusal(mechanism, heads, degree, inner) is None
-    return RECURRENCES if refused and takes else name
+    """Return the strategy that serves a mechanism where `name` is configured: that one, or what stands in for it."""
+    stand_in, of_layer = STRATEGIES.get(name).stand_in, (mechanism, heads, degree, inner)
+    if stand_in is None or STRATEGIES.get(name).refusal(*of_layer) is None:
+        return name
+    return stand_in if STRATEGIES.get(stand_in).refusal(*of_layer) is None else name
 
 
 def predict(strategy: str, job: Job, machine: Machine) -> Cost:

@@ -191,6 +191,9 @@ class Strategy(ABC):
     moves_chosen_blocks: ClassVar[bool] = False
     """Whether what moves depends on the blocks that a routed mechanism chose."""
 
+    stand_in: ClassVar[str | None] = None
+    """The strategy that serves layers whose mechanism this one does not take, if there is one."""
+
     @classmethod
     def moves_chosen(cls, mechanism: Mechanism) -> bool:
         """Return whether what moves depends on what the mechanism chose."""

@@ -9,11 +9,21 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from farspan.kernels.errors import FarspanError
 from farspan.kernels.mechanism import MECHANISMS, Heads
+from farspan.parallel.cost import Cost
+from farspan.parallel.mesh import Degrees
 from farspan.parallel.strategy import STRATEGIES
+from farspan.trainer.auto import strategy_costs
+from farspan.trainer.config import Config
+from farspan.trainer.config_io import load_config
 
+COLUMNS = (
+    "strategy", "ms", "computing", "sending meanwhile", "sending besides", "MiB sent forward", "backward", "MiB held",
+    "TFLOP forward", "balance",
+)  # fmt: skip
 GRIDS = ((4, 2), (4, 1), (1, 1))
 """Degree and inner axis with which a pair is asked for, in this order: strategies of two levels need the first."""
 
@@ -51,16 +61,46 @@ def table(found: Sequence[Pair]) -> str:
     return "\n".join(lines)
 
 
+def costs(path: Path, overrides: Sequence[str], ranks: int) -> tuple[dict[str, Cost], dict[str, str]]:
+    """Return what each strategy would cost the attention of a configuration, the best first; and why others refuse."""
+    config = load_config(Config, path, overrides)
+    parallel = config.parallel
+    axes = parallel.context * parallel.dp_replicate * (parallel.dp_shard or 1)
+    degrees = Degrees.resolve(parallel, ranks or axes)
+    return strategy_costs(config, degrees, "cpu" if config.train.device == "cpu" else "cuda")
+
+
+def cost_table(found: dict[str, Cost], refusals: dict[str, str]) -> str:
+    """Return a Markdown table, a strategy per line, of one sequence in all layers, and the refusals."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" + "|--:" * (len(COLUMNS) - 1) + "|"]
+    for name, cost in found.items():
+        times = (1e3 * seconds for seconds in (cost.seconds, cost.compute_s, cost.hidden_s, cost.exposed_s))
+        sizes = (size / 2**20 for size in (cost.volume.forward, cost.volume.backward, cost.working_bytes))
+        numbers = [*(f"{time:,.3g}" for time in times), *(f"{size:,.1f}" for size in sizes)]
+        lines.append(f"| {name} | {' | '.join(numbers)} | {cost.flops / 1e12:,.3g} | {cost.balance:.3f} |")
+    return "\n".join([*lines, *(f"- {name}: {reason}" for name, reason in refusals.items())])
+
+
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print records instead of a table")
+    parser.add_argument("--costs", type=Path, metavar="CONFIG", help="what each strategy would cost it, instead")
+    parser.add_argument(
+        "--ranks", type=int, default=0, help="of the run, for --costs; as many as its axes if not given"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes of CONFIG")
     options = parser.parse_args(arguments)
     try:
-        found = pairs()
+        if options.costs is None:
+            records, text = [asdict(pair) for pair in pairs()], table(pairs())
+        else:
+            found, refusals = costs(options.costs, options.overrides, options.ranks)
+            records = [{"strategy": name, **asdict(cost)} for name, cost in found.items()]
+            text = cost_table(found, refusals)
     except FarspanError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps([asdict(pair) for pair in found], indent=1) if options.json else table(found))
+    print(json.dumps(records, indent=1) if options.json else text)
     return 0
 
 

@@ -18,6 +18,8 @@ from farspan.parallel.strategy import STRATEGIES, Attend, HeadShare, Strategy, r
 class DoubleRing(Strategy):
     """Neighbourhoods are the inner axis of the channel."""
 
+    stand_in = "state"
+
     @classmethod
     def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
         return refusal_of_travelling_keys("double_ring", mechanism) or refusal_of_grid("double_ring", degree, inner)

@@ -32,7 +32,7 @@ STAGES = 4
 class Fetch(Strategy):
     """Works under every layout; moves least where the keys of a query lie on few ranks."""
 
-    moves_chosen_blocks = True
+    moves_chosen_blocks, stand_in = True, "state"
 
     @classmethod
     def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:

@@ -24,6 +24,8 @@ from farspan.parallel.strategy import STRATEGIES, Attend, Chosen, HeadShare, Mov
 class Gather(Strategy):
     """All-gather of keys and values, for any layout and any numbers of heads."""
 
+    stand_in = "state"
+
     @classmethod
     def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
         return refusal_of_travelling_keys("gather", mechanism)

@@ -20,6 +20,8 @@ from farspan.parallel.strategy import STRATEGIES, Attend, HeadShare, Strategy
 class Ring(Strategy):
     """One ring, for every layout."""
 
+    stand_in = "state"
+
     @classmethod
     def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
         return refusal_of_travelling_keys("ring", mechanism)

@@ -44,7 +44,7 @@ ITEM_BYTES, ENTRY_BYTES, COUNT_BYTES = 12, 4, 16
 class Ship(Strategy):
     """For routed mechanisms alone; works under every layout and any numbers of heads."""
 
-    moves_chosen_blocks = True
+    moves_chosen_blocks, stand_in = True, "state"
 
     @classmethod
     def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:

@@ -94,7 +94,8 @@ def _influence(stretches: list[list[Stretch]], most: int, decay: Tensor) -> Tens
                 first[:, place], last[:, place] = torch.tensor(stretch.first), torch.tensor(stretch.last)
     distance = first[1][:, None] - last[1]
     heard = (first[0][:, None] == last[0]) & (first[0] >= 0)[:, None] & (distance > 0)
-    return torch.exp(-decay.double()[:, None, None] * distance) * heard
+    # Clamped, since what comes later would be infinite before it is dropped.
+    return torch.exp(-decay.double()[:, None, None] * distance.clamp(min=0)) * heard
 
 
 @final

@@ -89,6 +89,7 @@ def test_recurrences_have_a_strategy_of_their_own_where_keys_travel() -> None:
     assert strategy_for("ulysses", Lightning(), heads, 4, 1) == "ulysses"
     assert strategy_for("ring", Dense(), heads, 4, 1) == "ring"
     assert strategy_for("state", Dense(), heads, 4, 1) == "state"
+    assert strategy_for("single", Lightning(), heads, 4, 1) == "single"
 
 
 def test_what_a_long_sequence_may_choose_is_all_of_it() -> None:

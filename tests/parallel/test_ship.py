@@ -1,15 +1,23 @@
 """Queries that travel to the keys they chose: what moves, against a ring, and in worlds of many ranks."""
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 
-from farspan.kernels.mechanism import Heads
+from farspan.kernels.mechanism import Heads, Routed
+from farspan.kernels.mechanisms.block_sparse import BlockSparse
 from farspan.kernels.mechanisms.moba import MoBA
+from farspan.kernels.mechanisms.vggt import VGGT
 from farspan.kernels.rows import Rows
+from farspan.kernels.selection import Selection
 from farspan.parallel.choice import typical_choice
-from farspan.parallel.layout import Shards
+from farspan.parallel.layout import LAYOUTS, Shards
+from farspan.parallel.shipments import Holders, Shipments
 from farspan.parallel.simulation import Unconnected
 from farspan.parallel.strategy import STRATEGIES, Sizes
+from tests.oracle import selected_mask, visible_mask
 
 TOKENS, BLOCK = 1 << 14, 128
 
@@ -49,3 +57,37 @@ def test_less_moves_than_around_a_ring_where_the_formula_says_so(
     condition = degree - 1 > (heads.query / heads.kv) * (top_k - 1) * 404 / 256
     assert condition == ships
     assert (sent("ship", degree, heads, top_k) < sent("ring", degree, heads, top_k)) == ships
+
+
+MECHANISMS = [
+    MoBA(block=6, top_k=3),
+    BlockSparse(block=10, density=0.4),
+    VGGT(frame=12, special=2, mass=0.3, sparsity=0.8, tile=9, block=7),
+]
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("mechanism", MECHANISMS, ids=str)
+def test_a_row_goes_where_it_sees_a_chosen_key_and_nowhere_else(mechanism: Routed, layout: str) -> None:
+    rows, heads, degree = Rows.packed([50, 1, 33], padding=11), Heads(query=4, kv=2), 5
+    shards = Shards.deal(rows, layout=layout, degree=degree)
+    chosen = typical_choice(mechanism, rows, heads)
+    assert isinstance(chosen, Selection)
+    sees = visible_mask(rows, rows, mechanism.visibility(), heads.query) & selected_mask(chosen, rows, heads.query)
+    index = shards.index.flatten()
+    holder = torch.full((len(rows),), -1)
+    holder[index[index >= 0]] = torch.arange(degree).repeat_interleave(shards.tokens_local)[index >= 0]
+    holders = Holders.of(mechanism, mechanism.blocks(rows), shards)
+    unit = torch.cat((chosen.unit, torch.tensor([-1])))
+    shipped = 0
+    for rank, other in itertools.product(range(degree), range(degree)):
+        selection = replace(chosen, unit=unit[shards.index[rank]])
+        leaving = Shipments.of(selection, holders, shards, rank, heads.query)
+        row, head = (x.split(leaving.items)[other] for x in (leaving.row, leaving.head))
+        sent = torch.zeros(heads.query, len(rows), dtype=torch.bool)
+        sent[head, shards.index[rank][row]] = True
+        assert len(row) == sent.sum(), "a row of a head goes to a rank once"
+        wanted = sees[:, :, holder == other].any(dim=2) & (holder == rank)
+        assert torch.equal(sent, wanted & (rank != other))
+        shipped += len(row)
+    assert shipped > 0

@@ -26,7 +26,10 @@ class Ranks:
 
 @contextmanager
 def connected(
-    ranks: Ranks, device: torch.device, timeout: timedelta = COLLECTIVE_TIMEOUT, store: dist.Store | None = None
+    ranks: Ranks,
+    device: torch.device,
+    timeout: timedelta = COLLECTIVE_TIMEOUT,
+    store: dist.Store | None = None,  # pyright: ignore[reportPrivateImportUsage]
 ) -> Iterator[None]:
     """Join the default process group for the time of the block: gloo for CPU tensors, NCCL for CUDA tensors.
 

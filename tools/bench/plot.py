@@ -21,9 +21,7 @@ def human(tokens: int) -> str:
     return str(tokens)
 
 
-def log_log(
-    series: Mapping[str, Points], title: str, *, x_label: str = "tokens", y_label: str = "milliseconds"
-) -> str:
+def log_log(series: Mapping[str, Points], title: str, *, x_label: str = "tokens", y_label: str = "milliseconds") -> str:
     """Return the SVG text; series without points are left out, and a plot of nothing has only its axes."""
     series = {name: points for name, points in series.items() if points}
     xs = sorted({tokens for points in series.values() for tokens, _ in points}) or [1024]

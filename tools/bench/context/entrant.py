@@ -134,7 +134,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        return f"{self.case.name} by {self.strategy}, {self.layout}, {self.degree} ranks"
+        return f"{self.case.name} by {self.strategy}, {self.layout}, {self.degree} rank{'s' if self.degree > 1 else ''}"
 
     def job(self, tokens: int, shape: Shape) -> Job:
         """Return the job of measuring it."""

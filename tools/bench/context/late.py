@@ -37,34 +37,34 @@ class LateChannel(Channel):
         super().__init__(group, traffic, inner=inner, outer=outer)
         self.delay = delay
 
-    def _shift(self, buffer: Tensor, tag: int, to: int, source: int) -> Transfer:
+    def _shift(self, buffer: Tensor, tag: int, to: int, source: int, kind: str) -> Transfer:
         if not self.delay.seconds:
-            return super()._shift(buffer, tag, to, source)
-        started = super()._shift(_now(), STAMP_TAGS + tag, to, source)
-        return LateTransfer(super()._shift(buffer, tag, to, source), started, self.delay.seconds)
+            return super()._shift(buffer, tag, to, source, kind)
+        started = super()._shift(_now(), STAMP_TAGS + tag, to, source, kind)
+        return LateTransfer(super()._shift(buffer, tag, to, source, kind), started, self.delay.seconds)
 
-    def _all_to_all(self, buffer: Tensor, sent: list[int], received: list[int]) -> Transfer:
+    def _all_to_all(self, buffer: Tensor, sent: list[int], received: list[int], kind: str) -> Transfer:
         if not self.delay.seconds:
-            return super()._all_to_all(buffer, sent, received)
+            return super()._all_to_all(buffer, sent, received, kind)
         # Only from those who send something: to wait for others is no transfer.
         told = [int(rank != self.rank and rows > 0) for rank, rows in enumerate(sent)]
         heard = [int(rank != self.rank and rows > 0) for rank, rows in enumerate(received)]
-        started = super()._all_to_all(_now().expand(sum(told)).contiguous(), told, heard)
-        return LateTransfer(super()._all_to_all(buffer, sent, received), started, self.delay.seconds)
+        started = super()._all_to_all(_now().expand(sum(told)).contiguous(), told, heard, kind)
+        return LateTransfer(super()._all_to_all(buffer, sent, received, kind), started, self.delay.seconds)
 
-    def _all_gather(self, buffer: Tensor) -> list[Tensor]:
+    def _all_gather(self, buffer: Tensor, kind: str) -> list[Tensor]:
         if not self.delay.seconds:
-            return super()._all_gather(buffer)
-        started = torch.cat(super()._all_gather(_now()))
-        gathered = super()._all_gather(buffer)
+            return super()._all_gather(buffer, kind)
+        started = torch.cat(super()._all_gather(_now(), kind))
+        gathered = super()._all_gather(buffer, kind)
         _sleep_until(float(started.max()) + self.delay.seconds)
         return gathered
 
-    def _all_reduce(self, x: Tensor) -> Tensor:
+    def _all_reduce(self, x: Tensor, kind: str) -> Tensor:
         if not self.delay.seconds:
-            return super()._all_reduce(x)
-        started = torch.cat(super()._all_gather(_now()))
-        total = super()._all_reduce(x)
+            return super()._all_reduce(x, kind)
+        started = torch.cat(super()._all_gather(_now(), kind))
+        total = super()._all_reduce(x, kind)
         _sleep_until(float(started.max()) + self.delay.seconds)
         return total
 

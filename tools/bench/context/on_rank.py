@@ -46,9 +46,7 @@ def check(here: Here, row: Row, of: Check) -> list[Tensor]:
     whole = replace(of, shape=job.shape).inputs()
     dout = shards.shard(gradient_of_out(len(of.rows), job.shape), rank)
     with planned.scope():
-        found = outcome(
-            planned.attention, [shards.shard(x.detach(), rank).requires_grad_() for x in whole], dout
-        )
+        found = outcome(planned.attention, [shards.shard(x.detach(), rank).requires_grad_() for x in whole], dout)
     return [x.cpu() for x in found]
 
 

@@ -54,7 +54,7 @@ class Here:
 
     def _axis(self, groups: list[list[int]]) -> LateChannel:
         group = dist.new_subgroups_by_enumeration(groups)[0]
-        assert group is not None
+        assert isinstance(group, dist.ProcessGroup)
         return LateChannel(group, self.traffic, self.delay)
 
     def align(self) -> None:
@@ -148,7 +148,9 @@ class Pool:
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             ranks = Ranks(rank=rank, world_size=self.size, local_rank=rank)
-            process = context.Process(target=_serve, args=(ranks, self.threads, self.device, store, theirs), daemon=True)
+            process = context.Process(
+                target=_serve, args=(ranks, self.threads, self.device, store, theirs), daemon=True
+            )
             process.start()
             theirs.close()
             self._processes.append(process)

@@ -52,11 +52,10 @@ class DeepSpeedUlysses(Entrant):
         return None
 
     def plan(self, job: Job, channel: Channel) -> Planned:
-        from deepspeed.sequence.layer import DistributedAttention
-
         _start_deepspeed()
         local, traffic = _local_attention(job, channel), Traffic()
-        distributed = DistributedAttention(local, channel.group, scatter_idx=2, gather_idx=1)
+        layer = importlib.import_module("deepspeed.sequence.layer")
+        distributed = layer.DistributedAttention(local, channel.group, scatter_idx=2, gather_idx=1)
         return Planned(
             attention=partial(_attend_in_batch, distributed),
             queries=Queries(job.shards.index.flatten(), job.shape.heads.query // channel.size),
@@ -66,12 +65,10 @@ class DeepSpeedUlysses(Entrant):
 
 
 def _start_deepspeed() -> None:
-    import deepspeed
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
-    if not deepspeed.comm.is_initialized():
-        deepspeed.comm.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    importlib.import_module("deepspeed.ops").__compatible_ops__[SHARED_MEMORY_OP] = False
+    comm = importlib.import_module("deepspeed.comm")
+    if not comm.is_initialized():
+        comm.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
 
 
 def _local_attention(job: Job, channel: Channel) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -66,7 +66,7 @@ def measure(here: Here, row: Row, tokens: int, shape: Shape) -> Needs:
     """Return what a pass needs; to be called first of all in a fresh process, as what is freed hides what is needed."""
     warm_up = _prepare(here, row, min(WARM_UP_TOKENS * row.degree, tokens), shape)
     with warm_up.planned.scope(), warm_up.planned.counting():
-        _time(here, warm_up, (0.0, 0.0))  # loads libraries and their workspaces
+        outcome(warm_up.planned.attention, warm_up.inputs, warm_up.dout)  # loads libraries and their workspaces
     prepared = _prepare(here, row, tokens, shape)
     planned, traffic, peak = prepared.planned, prepared.planned.traffic, None
     here.align()

@@ -23,13 +23,14 @@ from farspan.tools.bench.case import BASELINE, Case, Shape, find_cases
 from farspan.tools.bench.context import report
 from farspan.tools.bench.context.entrant import SINGLE, Entrant, Row, Under, rows_of
 from farspan.tools.bench.context.measure import TRAVELS, Judge, Result, cores, measure_all, measure_overlap, rate
-from farspan.tools.bench.context.pool import Pools
+from farspan.tools.bench.context.pool import Pools, RankError
 from farspan.tools.bench.context.rivals import rivals
 from farspan.tools.bench.correctness import Verdict
 from farspan.tools.bench.measure import LeftOut
 from farspan.tools.bench.plot import human
 from farspan.tools.bench_attention import DTYPES, device_of, heads, names, sizes
 
+LATE_ON_CPU = "transfers of CPU tensors alone can be delayed."
 MECHANISMS = "dense,window_1024,moba_512x8,mosa_16,lightning"
 
 
@@ -119,7 +120,7 @@ def _check_ranks(options: argparse.Namespace) -> None:
             "name fewer ranks."
         )
     if options.device == "cuda" and options.delay_ms:
-        raise ConfigError("--delay-ms delays transfers of CPU tensors only: leave it out with --device cuda.")
+        raise ConfigError(f"--delay-ms {options.delay_ms:g} cannot be had with --device cuda: {LATE_ON_CPU}")
 
 
 def chosen_cases(chosen: Sequence[str]) -> list[Case]:
@@ -128,12 +129,15 @@ def chosen_cases(chosen: Sequence[str]) -> list[Case]:
 
 
 def chosen_entrants(chosen: Sequence[str]) -> list[Entrant]:
-    """Return strategies and rivals, those `chosen` or all; raises ConfigError for an unknown name."""
+    """Return strategies and rivals, those `chosen` or all; raises ConfigError for an unknown name.
+
+    Without `single`, which is measured whatever is chosen.
+    """
     able: dict[str, Entrant] = {
         name: Under(name, strategy) for name, strategy in STRATEGIES.load().items() if name != SINGLE
     }
     able |= rivals()
-    return [able[_known(name, "strategy", list(able))] for name in chosen or able]
+    return [able[_known(name, "strategy", list(able))] for name in chosen or able if name != SINGLE]
 
 
 def _known(name: str, kind: str, able: list[str]) -> str:
@@ -180,10 +184,15 @@ def _overlap(
     rows = {row.degree: row for row in rings if row.case == rings[0].case}
     runs, tokens = [], min(options.tokens)
     for degree, row in rows.items():
-        if options.device != "cpu" or degree > cores():
-            left_out.add(f"overlap, {degree} ranks", f"it needs a core for each rank, and there are {cores()}.")
+        if options.device == "cuda" or degree > cores():
+            reason = f"it needs a core for each rank, and there are {cores()}."
+            left_out.add(f"overlap, {degree} ranks", LATE_ON_CPU if options.device == "cuda" else reason)
             continue
-        found = measure_overlap(row.case, row.entrant, row.layout, degree, tokens, shape, options.rounds, pools)
+        try:
+            found = measure_overlap(row, tokens, shape, options.rounds, pools)
+        except RankError as error:
+            left_out.add(f"overlap, {degree} ranks", str(error))
+            continue
         runs.append(report.OverlapRun(row=row, tokens=tokens, found=found))
     return runs
 

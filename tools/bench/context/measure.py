@@ -9,9 +9,9 @@ import torch
 
 from farspan.kernels.errors import ConfigError
 from farspan.parallel.layout import Shards
-from farspan.tools.bench.case import Case, Shape
+from farspan.tools.bench.case import Shape
 from farspan.tools.bench.context import on_rank
-from farspan.tools.bench.context.entrant import SINGLE, Entrant, Row
+from farspan.tools.bench.context.entrant import SINGLE, Row
 from farspan.tools.bench.context.pool import Pool, Pools, RankError
 from farspan.tools.bench.correctness import SLACK, Check, Expected, Verdict, checks
 from farspan.tools.bench.measure import LeftOut
@@ -183,12 +183,12 @@ def _add(times: Times, seconds: Sequence[tuple[float, float]]) -> None:
     times.bwd.append(1e3 * backward)
 
 
-def measure_overlap(
-    case: Case, entrant: Entrant, layout: str, degree: int, tokens: int, shape: Shape, rounds: int, pools: Pools
-) -> list[Overlap]:
-    """Return the times of a ring's passes with each of the delays, measured in turn, and what they should be."""
-    row = Row(entrant=entrant, case=case, layout=layout, degree=degree)
-    pool = pools.of(degree, 1)
+def measure_overlap(row: Row, tokens: int, shape: Shape, rounds: int, pools: Pools) -> list[Overlap]:
+    """Return the times of a ring's passes with each of the delays, measured in turn, and what they should be.
+
+    Raises RankError if a rank fails.
+    """
+    pool, degree = pools.of(row.degree, row.threads), row.degree
     calm = Times()
     for _ in range(rounds):
         _add(calm, pool.run(on_rank.time_pass, row, tokens, shape))

@@ -25,11 +25,16 @@ class Ranks:
 
 
 @contextmanager
-def connected(ranks: Ranks, device: torch.device, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Iterator[None]:
+def connected(
+    ranks: Ranks,
+    device: torch.device,
+    timeout: timedelta = COLLECTIVE_TIMEOUT,
+    store: dist.Store | None = None,  # pyright: ignore[reportPrivateImportUsage]
+) -> Iterator[None]:
     """Join the default process group for the time of the block: gloo for CPU tensors, NCCL for CUDA tensors.
 
-    timeout: how long a rank waits for others before it raises.
-    A run of one rank needs no address to meet at; more ranks meet at MASTER_ADDR:MASTER_PORT, as torchrun sets them.
+    timeout: how long a rank waits for others before it raises. store: where the ranks meet; without one, more ranks
+    than one meet at MASTER_ADDR:MASTER_PORT, as torchrun sets them.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
@@ -37,7 +42,8 @@ def connected(ranks: Ranks, device: torch.device, timeout: timedelta = COLLECTIV
     else:
         keep_freed_memory()
     # One rank keeps the store to itself; None makes torch meet the others at the address in the environment.
-    store = dist.HashStore() if ranks.world_size == 1 else None  # pyright: ignore[reportPrivateImportUsage]
+    if store is None and ranks.world_size == 1:
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group(
         backend,
         store=store,

@@ -21,6 +21,7 @@ from farspan.kernels.selection import Extent, Partition, Selection
 from farspan.kernels.tasks import count_pairs
 from farspan.kernels.type_gradient import SUMS
 from farspan.kernels.visibility import Visibility
+from farspan.kernels.visible_keys import count_visible
 
 Total = Callable[[Tensor], Tensor]
 """Turns a tensor that every holder of rows has computed from its own into the sum over all holders."""
@@ -52,6 +53,10 @@ class Mechanism(ABC):
     def examples(cls) -> Sequence[Self]:
         """Return small instances that cover the options; the contract test and the matrix run each of them."""
 
+    def in_layer(self, layer: int, layers: int) -> Self:
+        """Return the mechanism as layer number `layer` of `layers` has it; the same in all, unless it depends on it."""
+        return self
+
     @classmethod
     def benchmarks(cls) -> Mapping[str, Self]:
         """Return the instances to measure, by the name of their row; if none, the first example is measured."""
@@ -60,6 +65,13 @@ class Mechanism(ABC):
     @abstractmethod
     def visible_pairs(self, queries: Rows, keys: Rows) -> int:
         """Return how many (query, key) pairs per head are attended to: the work that is useful."""
+
+    def visible_keys(self, everyone: Rows) -> Tensor:
+        """Return the work of each token of a whole sequence, to deal it by: float64 `[tokens]`, 0 for padding.
+
+        Here the same for all; of mechanisms with a mask, the keys that its query sees or, by content, may see.
+        """
+        return (everyone.document >= 0).double()
 
     def useful_flops(self, queries: Rows, keys: Rows, head_dim: int, value_dim: int) -> int:
         """Return the FLOPs per head that the forward pass needs: scores and weighted sums of visible pairs."""
@@ -100,6 +112,9 @@ class Masked(Mechanism):
     @abstractmethod
     def visibility(self) -> Visibility:
         """Return which rows see which."""
+
+    def visible_keys(self, everyone: Rows) -> Tensor:
+        return count_visible(self.visibility(), everyone)
 
     def visible_pairs(self, queries: Rows, keys: Rows) -> int:
         visibility = self.visibility()

@@ -1,7 +1,8 @@
 """Channels: what strategies send over one process group, overlapped where it can be, and counted always."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -11,92 +12,162 @@ from torch import Tensor
 
 @dataclass(kw_only=True, slots=True)
 class Traffic:
-    """Bytes that this rank has sent to other ranks, by kind."""
+    """Bytes that this rank has sent to other ranks and received from them, by kind."""
 
-    sent_bytes: Counter[str] = field(default_factory=Counter)
+    sent: Counter[str] = field(default_factory=Counter)
+    received: Counter[str] = field(default_factory=Counter)
 
-    def add(self, kind: str, num_bytes: int) -> None:
-        self.sent_bytes[kind] += num_bytes
+    def add(self, kind: str, *, sent: int, received: int) -> None:
+        self.sent[kind] += sent
+        self.received[kind] += received
 
-    def take(self) -> dict[str, int]:
-        """Return the bytes by kind since the last call, and start over."""
-        taken = dict(self.sent_bytes)
-        self.sent_bytes.clear()
+    def take(self) -> "Traffic":
+        """Return what was counted since the last call, and start over."""
+        taken = Traffic(sent=self.sent.copy(), received=self.received.copy())
+        self.sent.clear()
+        self.received.clear()
         return taken
 
 
-class Shift:
-    """A transfer to the next rank of the ring that is under way."""
+class PeerError(RuntimeError):
+    """Another rank did not send what this one waits for: it failed, or hangs."""
 
-    def __init__(self, received: Tensor, sent: Tensor, works: list[dist.Work]) -> None:
-        self._received, self._works = received, works
+
+@contextmanager
+def _waiting_for_peers(kind: str) -> Iterator[None]:
+    """Say what this rank was waiting for if the backend gives up."""
+    try:
+        yield
+    except RuntimeError as error:
+        rank = dist.get_rank()
+        raise PeerError(
+            f"rank {rank} gave up waiting for {kind!r} from other ranks: one of them failed before, see its own error, "
+            f"or hung for longer than parallel.timeout_s. The backend says: {error}"
+        ) from error
+
+
+class Transfer:
+    """Something on its way to this rank."""
+
+    def __init__(self, received: Tensor, sent: Tensor, works: Sequence[dist.Work], kind: str) -> None:
+        self._received, self._works, self._kind = received, works, kind
         # The backend reads the buffer until the transfer is done: it must outlive the caller's own reference.
         self._sent = sent
 
     def wait(self) -> Tensor:
-        """Return what the previous rank sent, once it is here."""
-        for work in self._works:
-            work.wait()
+        """Return what other ranks sent, once it is here; raises PeerError if they do not send it."""
+        with _waiting_for_peers(self._kind):
+            for work in self._works:
+                work.wait()
         return self._received
 
 
 class Channel:
-    """One process group; ranks are counted within it."""
+    """One process group; ranks are counted within it. Whatever waits for others raises PeerError if they fail.
 
-    def __init__(self, group: dist.ProcessGroup, traffic: Traffic) -> None:
+    inner, outer: the channels of two axes, where the ranks form a grid: rank = outer.rank x inner.size + inner.rank.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        traffic: Traffic,
+        *,
+        inner: "Channel | None" = None,
+        outer: "Channel | None" = None,
+    ) -> None:
         self.group = group
         self.traffic = traffic
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
+        self.inner, self.outer = inner, outer
 
-    def shift(self, buffer: Tensor, *, kind: str, tag: int) -> Shift:
-        """Start sending `buffer` to the next rank and receiving one of the same size from the previous rank.
+    @property
+    def width(self) -> int:
+        """The ranks of the inner axis; 1 if there is none."""
+        return 1 if self.inner is None else self.inner.size
 
-        Transfers of one tag arrive in the order they were started; transfers of different tags are independent.
+    def shift(
+        self, buffer: Tensor, *, kind: str, tag: int, to: int | None = None, source: int | None = None
+    ) -> Transfer:
+        """Start sending `buffer` to one rank and receiving one of the same size from another.
+
+        Without ranks: to the next and from the previous one. Every rank has to call, so that each sends what another
+        receives. Transfers of one tag arrive in the order they were started; different tags are independent.
         """
         assert self.size > 1, "a ring of one rank has nobody to send to"
         assert buffer.is_contiguous(), "a transfer reads one stretch of memory"
-        received = torch.empty_like(buffer)
-        ranks = dist.get_process_group_ranks(self.group)
-        following, previous = ranks[(self.rank + 1) % self.size], ranks[(self.rank - 1) % self.size]
-        works = dist.batch_isend_irecv(
-            [
-                dist.P2POp(dist.isend, buffer, following, self.group, tag),
-                dist.P2POp(dist.irecv, received, previous, self.group, tag),
-            ]
-        )
-        self.traffic.add(kind, buffer.nbytes)
-        return Shift(received, buffer, works)
+        to = (self.rank + 1) % self.size if to is None else to
+        source = (self.rank - 1) % self.size if source is None else source
+        self.traffic.add(kind, sent=buffer.nbytes, received=buffer.nbytes)
+        return self._shift(buffer, tag, to, source, kind)
 
     def all_reduce(self, x: Tensor, *, kind: str) -> Tensor:
         """Return the sum of `x` over all ranks."""
-        if self.size > 1:
-            x = x.contiguous()
-            dist.all_reduce(x, group=self.group)
-            self.traffic.add(kind, 2 * x.nbytes * (self.size - 1) // self.size)
-        return x
+        if self.size == 1:
+            return x
+        moved = 2 * x.nbytes * (self.size - 1) // self.size
+        self.traffic.add(kind, sent=moved, received=moved)
+        return self._all_reduce(x.contiguous(), kind)
+
+    def all_gather(self, buffer: Tensor, *, kind: str) -> list[Tensor]:
+        """Return the buffers of all ranks, in their order."""
+        if self.size == 1:
+            return [buffer]
+        moved = (self.size - 1) * buffer.nbytes
+        self.traffic.add(kind, sent=moved, received=moved)
+        return self._all_gather(buffer.contiguous(), kind)
 
     def all_to_all(self, buffer: Tensor, *, kind: str) -> Tensor:
         """Send part i of `buffer` `[size, ...]` to rank i and return `[size, ...]`, part i from rank i."""
         assert buffer.shape[0] == self.size
-        if self.size == 1:
-            return buffer
-        buffer = buffer.contiguous()
-        received = torch.empty_like(buffer)
-        dist.all_to_all_single(received, buffer, group=self.group)
-        self.traffic.add(kind, buffer.nbytes // self.size * (self.size - 1))
-        return received
+        ones = [1] * self.size
+        return self.start_all_to_all(buffer, sent=ones, received=ones, kind=kind).wait()
 
     def all_to_all_uneven(self, buffer: Tensor, *, sent: Sequence[int], received: Sequence[int], kind: str) -> Tensor:
-        """Send the first `sent[0]` rows of `buffer` to rank 0, the next `sent[1]` to rank 1, and so on.
+        """Do what `start_all_to_all` says and wait."""
+        return self.start_all_to_all(buffer, sent=sent, received=received, kind=kind).wait()
 
-        Return `[sum of received, ...]`, first the `received[0]` rows from rank 0; both sides know all counts.
+    def start_all_to_all(self, buffer: Tensor, *, sent: Sequence[int], received: Sequence[int], kind: str) -> Transfer:
+        """Start sending the first `sent[0]` rows of `buffer` to rank 0, the next `sent[1]` to rank 1, and so on.
+
+        What arrives is `[sum of received, ...]`, first the `received[0]` rows from rank 0; both sides know all counts.
         """
         assert len(sent) == len(received) == self.size
         assert sum(sent) == len(buffer)
         if self.size == 1:
-            return buffer
+            return Transfer(buffer, buffer, (), kind)
+        row = buffer.element_size() * buffer.shape[1:].numel()
+        self.traffic.add(
+            kind, sent=(len(buffer) - sent[self.rank]) * row, received=(sum(received) - received[self.rank]) * row
+        )
+        return self._all_to_all(buffer.contiguous(), list(sent), list(received), kind)
+
+    def _shift(self, buffer: Tensor, tag: int, to: int, source: int, kind: str) -> Transfer:
+        received = torch.empty_like(buffer)
+        ranks = dist.get_process_group_ranks(self.group)
+        with _waiting_for_peers(kind):
+            works = dist.batch_isend_irecv(
+                [
+                    dist.P2POp(dist.isend, buffer, ranks[to], self.group, tag),
+                    dist.P2POp(dist.irecv, received, ranks[source], self.group, tag),
+                ]
+            )
+        return Transfer(received, buffer, works, kind)
+
+    def _all_reduce(self, x: Tensor, kind: str) -> Tensor:
+        with _waiting_for_peers(kind):
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def _all_gather(self, buffer: Tensor, kind: str) -> list[Tensor]:
+        gathered = [torch.empty_like(buffer) for _ in range(self.size)]
+        with _waiting_for_peers(kind):
+            dist.all_gather(gathered, buffer, group=self.group)
+        return gathered
+
+    def _all_to_all(self, buffer: Tensor, sent: list[int], received: list[int], kind: str) -> Transfer:
         arrived = buffer.new_empty(sum(received), *buffer.shape[1:])
-        dist.all_to_all_single(arrived, buffer.contiguous(), list(received), list(sent), group=self.group)
-        self.traffic.add(kind, (len(buffer) - sent[self.rank]) * buffer[:1].nbytes)
-        return arrived
+        with _waiting_for_peers(kind):
+            work = dist.all_to_all_single(arrived, buffer, received, sent, group=self.group, async_op=True)
+        return Transfer(arrived, buffer, [work] if work is not None else [], kind)

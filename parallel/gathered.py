@@ -5,32 +5,35 @@ its own, whose rows lie where their tokens do; it runs under the same strategy.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
 from farspan.kernels.gathering import Gathering
-from farspan.kernels.mechanism import Gathered, Heads, Total
+from farspan.kernels.mechanism import Gathered, Heads
 from farspan.kernels.whole import Saved, attend_gathered, attend_gathered_backward, gathered_lse
+from farspan.parallel.choice import moves_of_choice
+from farspan.parallel.comm import Channel
 from farspan.parallel.layout import Shards
-from farspan.parallel.strategy import Attend, AttentionShape
+from farspan.parallel.strategy import Attend, Chosen, Move, Queries, Sizes
 
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GatheredAttend(Attend):
-    """`total` sums over the ranks; `plan` plans attention among chosen rows, dealt as its argument says."""
+    """`plan` plans attention among chosen rows, dealt as its argument says, by the strategy that is named."""
 
     mechanism: Gathered
     shards: Shards
-    rank: int
-    total: Total
+    channel: Channel
+    strategy: str
     plan: Callable[[Shards], Attend]
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
-        dealt, gathering = deal_chosen(self.mechanism, self._all_logits(inputs[3]), self.shards, self.rank)
+        chosen = self.mechanism.choose(self._all_logits(inputs[3]), self.shards.rows)
+        dealt, gathering = deal_chosen(chosen, self.shards, self.channel.rank)
         return attend_gathered(self.plan(dealt), gathering, *inputs)
 
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
@@ -39,17 +42,39 @@ class GatheredAttend(Attend):
     def lse(self, saved: Saved) -> Tensor:
         return gathered_lse(saved)
 
+    def moves(self, sizes: Sizes, chosen: Chosen = None) -> tuple[Move, ...]:
+        """The sum of routing over all ranks, and attention among the chosen rows."""
+        total = moves_of_choice(self.mechanism, self.shards.rows, self.heads, sizes, self.channel)
+        return *self._among(chosen).moves(sizes), total
+
+    @property
+    def queries(self) -> Queries:
+        return Queries(self.shards.index[self.channel.rank], self.heads.query)
+
+    def working_bytes(self, sizes: Sizes, chosen: Chosen = None) -> int:
+        """The chosen rows of q, k, v and out, and what attention among them holds."""
+        among = self._among(chosen)
+        width = (among.heads.query + among.heads.kv) * sizes.kv_width * sizes.element_bytes
+        return among.tokens_local * width + among.working_bytes(sizes)
+
+    def _among(self, chosen: Chosen) -> Attend:
+        assert isinstance(chosen, Tensor), "what a gathered mechanism moves depends on what it chose"
+        return self.plan(deal_chosen(chosen, self.shards, self.channel.rank)[0])
+
     def _all_logits(self, routing: Tensor) -> Tensor:
         """Return the routing of the whole sequence, float32 `[tokens, Hk]`."""
-        index = self.shards.index[self.rank].to(routing.device)
+        index = self.shards.index[self.channel.rank].to(routing.device)
         logits = torch.zeros(len(self.shards.rows), self.heads.kv, device=routing.device)
         logits[index[index >= 0]] = routing[index >= 0, :, 0].float()
-        return self.total(logits)
+        return self.channel.all_reduce(logits, kind=f"{self.strategy}_choice")
 
 
-def deal_chosen(mechanism: Gathered, logits: Tensor, shards: Shards, rank: int) -> tuple[Shards, Gathering]:
-    """Return the chosen rows, dealt to the ranks that hold their tokens; and those of `rank`, by its local tokens."""
-    whole = Gathering.of(mechanism.choose(logits, shards.rows), shards.rows)
+def deal_chosen(chosen: Tensor, shards: Shards, rank: int) -> tuple[Shards, Gathering]:
+    """Return the rows chosen, bool `[tokens, Hk]`, dealt to the ranks that hold their tokens; and those of `rank`.
+
+    The latter name their tokens as the rank has them.
+    """
+    whole = Gathering.of(chosen, shards.rows)
     local = shards.index.flatten()
     place = torch.empty(len(shards.rows), dtype=torch.int64)
     place[local[local >= 0]] = torch.arange(len(local))[local >= 0]
@@ -72,8 +97,3 @@ def deal_chosen(mechanism: Gathered, logits: Tensor, shards: Shards, rank: int) 
 def gathered_heads(heads: Heads) -> Heads:
     """Return the heads of attention among chosen rows: one KV head and its group."""
     return Heads(query=heads.query // heads.kv, kv=1)
-
-
-def gathered_shape(shape: AttentionShape, rows_local: int) -> AttentionShape:
-    """Return the shape of what travels where tokens are dealt: the chosen rows that a rank holds, without routing."""
-    return replace(shape, tokens_local=rows_local, heads=gathered_heads(shape.heads), routing_width=0)

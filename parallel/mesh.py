@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from farspan.kernels.errors import ConfigError
+from farspan.parallel.comm import Channel, Traffic
 from farspan.parallel.ranks import share_timeout
 
 
@@ -16,15 +17,26 @@ class ParallelConfig:
     context: ranks that share one sequence.
     dp_shard: groups of ranks with sequences of their own that share one copy of the parameters; 0 takes what is left.
     dp_replicate: whole copies of the parameters (HSDP).
-    strategy: how queries meet keys of other ranks, a file of parallel/context/.
-    layout: which rank holds which tokens of a sequence: contiguous, zigzag or striped.
+    context_inner: of those, neighbours with fast links, such as the GPUs of a node; for strategies of two levels.
+    strategy: how queries meet keys of other ranks, a file of parallel/context/; `auto` takes the fastest by the cost
+    model and says why. inner_gbytes_per_s, outer_gbytes_per_s: what a rank sends in a second within its node and out of
+    it, for `auto`; 0 takes what is usual.
+    layout: which rank holds which tokens of a sequence: contiguous, zigzag, striped or balanced.
+    timeout_s: how long a rank waits for others before it gives up; a rank that fails is noticed at once.
+    rounded_gradients: whether gradients of keys and values travel in the dtype of these, in half the bytes; summed in
+    float32 all the same.
     """
 
     context: int = field(default=1, metadata={"minimum": 1})
     dp_shard: int = field(default=0, metadata={"minimum": 0})
     dp_replicate: int = field(default=1, metadata={"minimum": 1})
+    context_inner: int = field(default=1, metadata={"minimum": 1})
     strategy: str = "ring"
     layout: str = "zigzag"
+    rounded_gradients: bool = False
+    inner_gbytes_per_s: float = field(default=0.0, metadata={"minimum": 0})
+    outer_gbytes_per_s: float = field(default=0.0, metadata={"minimum": 0})
+    timeout_s: int = field(default=600, metadata={"minimum": 1})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +73,11 @@ class Degrees:
                 f"parallel.context={config.context} x parallel.dp_replicate={config.dp_replicate}{shard} = {product} "
                 f"must {verb} the number of ranks, {num_ranks}: change a degree, or {cure}."
             )
+        if config.context % config.context_inner:
+            raise ConfigError(
+                f"parallel.context_inner={config.context_inner} must divide parallel.context={config.context}: "
+                "change one of them."
+            )
         dp_shard = config.dp_shard or num_ranks // fixed
         return Degrees(dp_replicate=config.dp_replicate, dp_shard=dp_shard, context=config.context)
 
@@ -76,6 +93,9 @@ class Mesh:
     """Parameters are sharded over its last axis and, for HSDP, replicated over its first."""
     data_rank: int
     context_rank: int
+    inner: dist.ProcessGroup | None
+    outer: dist.ProcessGroup | None
+    """Axes of the context group, where it is a grid."""
 
     @staticmethod
     def build(config: ParallelConfig, device_type: str) -> "Mesh":
@@ -87,9 +107,13 @@ class Mesh:
         else:
             shape = (degrees.dp_replicate, degrees.shard)
             fsdp = init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+        grid = None
+        if config.context_inner > 1:
+            shape = (degrees.data, degrees.context // config.context_inner, config.context_inner)
+            grid = init_device_mesh(device_type, shape, mesh_dim_names=("data", "outer", "inner"))
         world = dist.group.WORLD
         assert world is not None
-        for mesh in (ranks, fsdp):
+        for mesh in (ranks, fsdp, *([grid] if grid else [])):
             for group in mesh.get_all_groups():
                 share_timeout(world, group)
         return Mesh(
@@ -99,4 +123,11 @@ class Mesh:
             fsdp=fsdp,
             data_rank=ranks.get_local_rank("data"),
             context_rank=ranks.get_local_rank("context"),
+            inner=grid.get_group("inner") if grid else None,
+            outer=grid.get_group("outer") if grid else None,
         )
+
+    def context_channel(self, traffic: Traffic) -> Channel:
+        """Return the channel of this rank's context group."""
+        inner, outer = (Channel(group, traffic) if group else None for group in (self.inner, self.outer))
+        return Channel(self.context, traffic, inner=inner, outer=outer)

@@ -25,10 +25,16 @@ class Ranks:
 
 
 @contextmanager
-def connected(ranks: Ranks, device: torch.device) -> Iterator[None]:
+def connected(
+    ranks: Ranks,
+    device: torch.device,
+    timeout: timedelta = COLLECTIVE_TIMEOUT,
+    store: dist.Store | None = None,  # pyright: ignore[reportPrivateImportUsage]
+) -> Iterator[None]:
     """Join the default process group for the time of the block: gloo for CPU tensors, NCCL for CUDA tensors.
 
-    A run of one rank needs no address to meet at; more ranks meet at MASTER_ADDR:MASTER_PORT, as torchrun sets them.
+    timeout: how long a rank waits for others before it raises. store: where the ranks meet; without one, more ranks
+    than one meet at MASTER_ADDR:MASTER_PORT, as torchrun sets them.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
@@ -36,13 +42,14 @@ def connected(ranks: Ranks, device: torch.device) -> Iterator[None]:
     else:
         keep_freed_memory()
     # One rank keeps the store to itself; None makes torch meet the others at the address in the environment.
-    store = dist.HashStore() if ranks.world_size == 1 else None  # pyright: ignore[reportPrivateImportUsage]
+    if store is None and ranks.world_size == 1:
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group(
         backend,
         store=store,
         rank=ranks.rank if store else -1,
         world_size=ranks.world_size if store else -1,
-        timeout=COLLECTIVE_TIMEOUT,
+        timeout=timeout,
     )
     try:
         yield

@@ -9,29 +9,45 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from farspan.kernels.errors import ConfigError
-from farspan.kernels.mechanism import Heads, Mechanism
+from farspan.kernels.mechanism import Gathered, Heads, Mechanism, Routed
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.registry import Registry
+from farspan.kernels.selection import Selection
 from farspan.kernels.whole import Saved, WholeAttention
 from farspan.parallel.comm import Channel
 from farspan.parallel.layout import Shards
 
+Chosen = Selection | Tensor | None
+"""What a mechanism chose of a whole sequence: a routed one's blocks; tokens, bool `[tokens, Hk]`, of a gathered one."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AttentionShape:
-    """One rank's q `[tokens_local, Hq, head_dim]`, k and v `[tokens_local, Hk, ...]` before any exchange."""
+class Sizes:
+    """Of one row: the numbers of a key and of a value, and the bytes of a number as it is and as it is summed."""
 
-    tokens_local: int
-    heads: Heads
     head_dim: int
     value_dim: int
     element_bytes: int
     accumulation_bytes: int
-    routing_width: int
-    total_bytes: int
-    """Of what a routed mechanism sums over all ranks to choose by."""
-    gradient_total_bytes: int
-    """Of what an ageing one sums over all ranks to learn from."""
+
+    @staticmethod
+    def of(dtype: torch.dtype, head_dim: int, value_dim: int) -> "Sizes":
+        """Return the sizes of tensors of `dtype`."""
+        return Sizes(
+            head_dim=head_dim,
+            value_dim=value_dim,
+            element_bytes=dtype.itemsize,
+            accumulation_bytes=accumulation_dtype(dtype).itemsize,
+        )
+
+    @property
+    def kv_width(self) -> int:
+        """Numbers in the key and the value of one head."""
+        return self.head_dim + self.value_dim
+
+    def gradient_bytes(self, *, rounded: bool) -> int:
+        """Return the bytes of a number of a gradient on its way."""
+        return self.element_bytes if rounded else self.accumulation_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +56,53 @@ class Volume:
 
     forward: int
     backward: int
+
+    def __add__(self, other: "Volume") -> "Volume":
+        return Volume(forward=self.forward + other.forward, backward=self.backward + other.backward)
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """What one rank sends over a channel; hidden: while it computes, so that the longer of both counts."""
+
+    volume: Volume
+    channel: Channel
+    hidden: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Queries:
+    """tokens: of the sequence, int64 `[queries]`, -1 for padding. heads: how many query heads of each."""
+
+    tokens: Tensor
+    heads: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadShare:
+    """The query heads `which`, of `everyone`'s, that are attended to here, with their KV heads."""
+
+    everyone: Heads
+    which: range
+
+    @staticmethod
+    def whole(heads: Heads) -> "HeadShare":
+        return HeadShare(everyone=heads, which=range(heads.query))
+
+    @property
+    def slice(self) -> slice:
+        return slice(self.which.start, self.which.stop)
+
+    @property
+    def kv_heads(self) -> range:
+        """Their KV heads."""
+        group = self.everyone.query // self.everyone.kv
+        return range(self.which.start // group, (self.which.stop - 1) // group + 1)
+
+    @property
+    def here(self) -> Heads:
+        """How many they are."""
+        return Heads(query=len(self.which), kv=len(self.kv_heads))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +125,26 @@ class Attend(WholeAttention):
         """
         self._check(q, k, v, routing)
         return _AttendFunction.apply(self, q, k, v, *routing)  # pyright: ignore[reportReturnType]
+
+    @abstractmethod
+    def moves(self, sizes: Sizes, chosen: Chosen = None) -> tuple[Move, ...]:
+        """Return what this rank sends: the strategy's formula, which a test compares with counted bytes.
+
+        chosen: of the whole sequence, by a mechanism that chooses; strategies that move all keys do without.
+        """
+
+    @property
+    @abstractmethod
+    def queries(self) -> Queries:
+        """The queries that this rank attends with."""
+
+    @abstractmethod
+    def working_bytes(self, sizes: Sizes, chosen: Chosen = None) -> int:
+        """Return the most bytes that a pass holds at once besides its inputs, results and what the kernel needs."""
+
+    def volume(self, sizes: Sizes, chosen: Chosen = None) -> Volume:
+        """Return the bytes that this rank sends, all moves together."""
+        return sum((move.volume for move in self.moves(sizes, chosen)), Volume(forward=0, backward=0))
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor, routing: tuple[Tensor, ...]) -> None:
         of_queries, of_keys = (self.tokens_local, self.heads.query), (self.tokens_local, self.heads.kv)
@@ -105,35 +188,57 @@ class Strategy(ABC):
 
     deals_heads: ClassVar[bool] = False
     """Whether a rank attends to the whole sequence, with some of the heads."""
+    moves_chosen_blocks: ClassVar[bool] = False
+    """Whether what moves depends on the blocks that a routed mechanism chose."""
 
-    def __init__(self, channel: Channel) -> None:
+    stand_in: ClassVar[str | None] = None
+    """The strategy that serves layers whose mechanism this one does not take, if there is one."""
+
+    @classmethod
+    def moves_chosen(cls, mechanism: Mechanism) -> bool:
+        """Return whether what moves depends on what the mechanism chose."""
+        if isinstance(mechanism, Gathered):
+            return not cls.deals_heads
+        return isinstance(mechanism, Routed) and cls.moves_chosen_blocks
+
+    def __init__(self, channel: Channel, *, rounded_gradients: bool = False) -> None:
+        """rounded_gradients: gradients of keys and values travel in their dtype; they are summed wider all the same."""
         self.channel = channel
+        self.rounded_gradients = rounded_gradients
 
     @classmethod
     @abstractmethod
-    def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int) -> str | None:
-        """Return why these cannot run together, as a sentence that says what to change, or None if they can."""
+    def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
+        """Return why these cannot run together, as a sentence that says what to change, or None if they can.
 
-    @classmethod
-    @abstractmethod
-    def volume(cls, shape: AttentionShape, degree: int) -> Volume:
-        """Return the bytes that a rank sends: the strategy's formula, which a test compares with counted bytes."""
+        inner: the ranks of the inner axis, for strategies of two levels.
+        """
 
     def prepare(self, mechanism: Mechanism, shards: Shards, heads: Heads, *, backend: str) -> Attend:
         """Plan the attention of one dealt sequence; the result serves every layer of that mechanism.
 
         Raises ConfigError where `refusal` has a reason, ValueError for a sequence dealt to another number of ranks.
         """
-        reason = self.refusal(mechanism, heads, self.channel.size)
+        reason = self.refusal(mechanism, heads, self.channel.size, self.channel.width)
         if reason is not None:
             raise ConfigError(reason)
         if shards.degree != self.channel.size:
             raise ValueError(f"a sequence dealt to {shards.degree} ranks cannot run on {self.channel.size}")
-        return self._plan(mechanism, shards, heads, backend=backend)
+        return self.plan(mechanism, shards, HeadShare.whole(heads), backend=backend)
 
     @abstractmethod
-    def _plan(self, mechanism: Mechanism, shards: Shards, heads: Heads, *, backend: str) -> Attend:
-        """Do what `prepare` says, for what was checked."""
+    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> Attend:
+        """Do what `prepare` says, for what was checked and some of the heads."""
+
+
+def refusal_of_grid(strategy: str, degree: int, inner: int) -> str | None:
+    """Return why `degree` ranks with an inner axis of `inner` are no grid, None if they are one."""
+    if 1 < inner < degree and degree % inner == 0:
+        return None
+    return (
+        f"strategy {strategy!r} needs a grid of ranks, but parallel.context={degree} and "
+        f"parallel.context_inner={inner}: the second must divide the first and lie between 1 and it."
+    )
 
 
 STRATEGIES: Registry[type[Strategy]] = Registry("context-parallel strategy", "farspan.parallel.context")

@@ -4,6 +4,7 @@ A pool of n processes is one world of n ranks. `run` sends a module-level functi
 returned. A rank that raises makes `run` raise; a rank that dies or hangs does too, and the pool is started afresh.
 """
 
+import functools
 import multiprocessing
 import os
 import pickle
@@ -17,9 +18,34 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from farspan.parallel.comm import Channel, Traffic
+
 COLLECTIVE_TIMEOUT_S = 60
 GRACE_S = 3
 PRELOAD = "tests.preload"
+
+
+@functools.cache
+def _axes(width: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """Return this rank's inner and outer group; all ranks have to call, as each makes all groups."""
+    ranks = list(range(dist.get_world_size()))
+    rows = [ranks[start : start + width] for start in range(0, len(ranks), width)]
+    columns = [ranks[place::width] for place in range(width)]
+    inner, outer = (dist.new_subgroups_by_enumeration(axis)[0] for axis in (rows, columns))
+    assert inner is not None
+    assert outer is not None
+    return inner, outer  # pyright: ignore[reportReturnType]
+
+
+def world_channel(width: int = 1) -> Channel:
+    """On a rank: return the channel of all ranks, a grid if `width`, the size of its inner axis, is more than 1."""
+    traffic = Traffic()
+    group = dist.group.WORLD
+    assert group is not None
+    if width == 1:
+        return Channel(group, traffic)
+    inner, outer = (Channel(axis, traffic) for axis in _axes(width))
+    return Channel(group, traffic, inner=inner, outer=outer)
 
 
 class RankError(AssertionError):

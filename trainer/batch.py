@@ -1,5 +1,7 @@
 """From a packed sequence to what this rank computes on: its tokens, labels and rows, and the planned attention."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +11,10 @@ from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.rows import Rows
 from farspan.parallel.key_convolution import KeyConvolution
 from farspan.parallel.layout import Shards
-from farspan.parallel.strategy import Strategy
+from farspan.parallel.strategy import Attend, Strategy
 from farspan.trainer.data.packing import IGNORED, PackedSequence
+from farspan.trainer.flops import attention_flops
+from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.transformer import SequenceContext
 
 
@@ -18,14 +22,14 @@ from farspan.trainer.model.transformer import SequenceContext
 class MicroBatch:
     """This rank's part of one sequence; tokens and labels int64 `[tokens_local]`.
 
-    visible_pairs: (query, key) pairs per head of the whole sequence; counted by the first rank of a context-parallel
-    group alone, so that a sum over ranks counts them once.
+    attention_flops: forward, of the whole sequence in all layers; counted by the first rank of a context-parallel group
+    alone, so that a sum over ranks counts them once.
     """
 
     tokens: Tensor
     labels: Tensor
     context: SequenceContext
-    visible_pairs: int
+    attention_flops: int
 
     @property
     def valid_tokens(self) -> int:
@@ -34,35 +38,64 @@ class MicroBatch:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LayerAttention:
+    """What a layer attends by; layers that are equal share their plans."""
+
+    mechanism: Mechanism
+    strategy: Strategy
+    backend: str
+
+    def plan(self, shards: Shards, model: ModelConfig) -> Attend:
+        heads = Heads(query=model.heads, kv=model.kv_heads)
+        return self.strategy.prepare(self.mechanism, shards, heads, backend=self.backend)
+
+
+def work_of_layers(mechanisms: Sequence[Mechanism], rows: Rows) -> Tensor:
+    """Return the work of each token in layers with these mechanisms, float64 `[tokens]`."""
+    counts = Counter(mechanisms)
+    return torch.stack([mechanism.visible_keys(rows) * layers for mechanism, layers in counts.items()]).sum(dim=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class BatchBuilder:
     """Deals sequences to the ranks of a context-parallel group, each of which reads the whole sequence.
 
-    key_convolution: keys that the model's convolution on keys reads; 0 if it has none.
+    layers: of each layer the mechanism, strategy and backend; the first layer's channel is that of all.
     """
 
-    strategy: Strategy
-    mechanism: Mechanism
-    heads: Heads
+    model: ModelConfig
+    layers: tuple[LayerAttention, ...]
     layout: str
-    backend: str
     device: torch.device
-    key_convolution: int
 
     def build(self, sequence: PackedSequence) -> MicroBatch:
         """Return this rank's part of `sequence`; padding added by the layout has no label and no document."""
         rows = Rows(position=torch.from_numpy(sequence.position), document=torch.from_numpy(sequence.document))
-        rank, degree = self.strategy.channel.rank, self.strategy.channel.size
-        shards = Shards.deal(rows, layout=self.layout, degree=degree)
+        channel = self.layers[0].strategy.channel
+        rank = channel.rank
+        shards = Shards.deal(rows, layout=self.layout, degree=channel.size, work=self.work)
         tokens = shards.shard(torch.from_numpy(sequence.tokens), rank)
         labels = shards.shard(torch.from_numpy(sequence.labels), rank, fill=IGNORED)
-        attend = self.strategy.prepare(self.mechanism, shards, self.heads, backend=self.backend)
+        planned = {layer: layer.plan(shards, self.model) for layer in dict.fromkeys(self.layers)}
         convolution = None
-        if self.key_convolution:
-            convolution = KeyConvolution.plan(self.strategy.channel, shards, self.key_convolution, self.device)
+        if self.model.key_convolution:
+            convolution = KeyConvolution.plan(channel, shards, self.model.key_convolution, self.device)
         mine = shards.rows_of(rank)
         return MicroBatch(
             tokens=tokens.to(self.device),
             labels=labels.to(self.device),
-            context=SequenceContext(rows=mine.to(self.device), attend=attend, key_convolution=convolution),
-            visible_pairs=self.mechanism.visible_pairs(rows, rows) if rank == 0 else 0,
+            context=SequenceContext(
+                rows=mine.to(self.device),
+                attends=tuple(planned[layer] for layer in self.layers),
+                key_convolution=convolution,
+            ),
+            attention_flops=attention_flops(self.model, self.mechanisms, rows) if rank == 0 else 0,
         )
+
+    @property
+    def mechanisms(self) -> tuple[Mechanism, ...]:
+        return tuple(layer.mechanism for layer in self.layers)
+
+    def work(self, rows: Rows) -> Tensor:
+        """Return the work of each token in all layers, float64 `[tokens]`."""
+        return work_of_layers(self.mechanisms, rows)

@@ -2,12 +2,13 @@
 
 import torch
 
-from farspan.kernels.mechanism import Heads
-from farspan.parallel.comm import Channel, Traffic
+from farspan.kernels.backend import Work, choose_backend
+from farspan.parallel.comm import Traffic
+from farspan.parallel.cost import strategy_for
 from farspan.parallel.fsdp import shard_parameters
-from farspan.parallel.mesh import Mesh
+from farspan.parallel.mesh import Degrees, Mesh
 from farspan.parallel.strategy import STRATEGIES
-from farspan.trainer.batch import BatchBuilder
+from farspan.trainer.batch import BatchBuilder, LayerAttention
 from farspan.trainer.config import Config
 from farspan.trainer.model.init import initialize
 from farspan.trainer.model.transformer import Transformer
@@ -25,8 +26,7 @@ def build_on_meta(config: Config, mesh: Mesh) -> Transformer:
     """Return the model sharded over the mesh, without memory for its parameters."""
     compute_dtype = config.train.torch_dtype
     with torch.device("meta"):
-        mechanism, recompute = config.attention.build_mechanism(), config.train.recompute == "block"
-        model = Transformer(config.model, mechanism, recompute=recompute)
+        model = Transformer(config.model, config.mechanisms(), recompute=config.train.recompute == "block")
     if compute_dtype == torch.float64:
         model = model.double()
     shard_parameters(model, model.blocks, mesh, compute_dtype)
@@ -35,12 +35,33 @@ def build_on_meta(config: Config, mesh: Mesh) -> Transformer:
 
 def build_batches(config: Config, mesh: Mesh, device: torch.device, traffic: Traffic) -> BatchBuilder:
     """Return what turns sequences into this rank's micro-batches."""
-    return BatchBuilder(
-        strategy=STRATEGIES.get(config.parallel.strategy)(Channel(mesh.context, traffic)),
-        mechanism=config.attention.build_mechanism(),
-        heads=Heads(query=config.model.heads, kv=config.model.kv_heads),
-        layout=config.parallel.layout,
-        backend=config.attention.backend,
-        device=device,
-        key_convolution=config.model.key_convolution,
+    channel, parallel = mesh.context_channel(traffic), config.parallel
+    strategies = {
+        name: STRATEGIES.get(name)(channel, rounded_gradients=parallel.rounded_gradients)
+        for name in dict.fromkeys(strategies_of_layers(config, mesh.degrees))
+    }
+    layers = zip(
+        config.mechanisms(), strategies_of_layers(config, mesh.degrees), backends_of_layers(config, device), strict=True
     )
+    return BatchBuilder(
+        model=config.model,
+        layers=tuple(
+            LayerAttention(mechanism=mechanism, strategy=strategies[strategy], backend=backend)
+            for mechanism, strategy, backend in layers
+        ),
+        layout=parallel.layout,
+        device=device,
+    )
+
+
+def strategies_of_layers(config: Config, degrees: Degrees) -> list[str]:
+    """Return the strategy of each layer: the configured one or, of recurrences that it refuses, their own."""
+    name, inner = config.parallel.strategy, config.parallel.context_inner
+    return [strategy_for(name, m, config.heads, degrees.context, inner) for m in config.mechanisms()]
+
+
+def backends_of_layers(config: Config, device: torch.device) -> list[str]:
+    """Return the backend of each layer; raises ConfigError where one cannot compute its mechanism on the device."""
+    head_dim, dtype = config.model.head_dim, config.train.torch_dtype
+    works = [Work.of(mechanism, dtype, head_dim, head_dim) for mechanism in config.mechanisms()]
+    return [choose_backend(config.attention.backend, device, work) for work in works]

@@ -7,11 +7,14 @@ from typing import Any, Literal
 import torch
 
 from farspan.kernels.errors import ConfigError
-from farspan.kernels.mechanism import MECHANISMS, Masked, Mechanism
+from farspan.kernels.mechanism import MECHANISMS, Heads, Masked, Mechanism
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config_io import bounded, from_tree, toml_value
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.optim import OptimizerConfig
+
+AUTO = "auto"
+"""The value of parallel.strategy that leaves it to the cost model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,8 +27,9 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionConfig:
-    """mechanism: what a query may attend to, a file of kernels/mechanisms/. options: the fields of that file's class.
+    """mechanism: what a query may attend to, a file of kernels/mechanisms/, or by layers, 'lightning*7, dense'.
 
+    options: the fields of that file's class; of several mechanisms, a table of them for each, by its name.
     backend: what computes it, a file of kernels/backends/; `auto` takes the fastest.
     """
 
@@ -33,16 +37,48 @@ class AttentionConfig:
     options: dict[str, Any] = field(default_factory=dict)
     backend: str = "auto"
 
-    def build_mechanism(self) -> Mechanism:
-        """Return the mechanism; raises ConfigError for an unknown name or option, or one that the mechanism refuses."""
+    def build_mechanisms(self, layers: int) -> tuple[Mechanism, ...]:
+        """Return the mechanism of each layer; the pattern is repeated.
+
+        Raises ConfigError for an unknown name or option, or one that the mechanism refuses.
+        """
+        pattern = self._pattern()
+        options, where = self._options(list(dict.fromkeys(pattern)))
+        built = {name: self._build(name, options[name], where[name]) for name in options}
+        return tuple(built[pattern[layer % len(pattern)]].in_layer(layer, layers) for layer in range(layers))
+
+    def _options(self, names: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+        """Return the options of each mechanism, and where they stand."""
+        if len(names) == 1:
+            return {names[0]: self.options}, {names[0]: "attention.options"}
+        for name in self.options:
+            if name not in names:
+                raise ConfigError(
+                    f"attention.options.{name} is for none of attention.mechanism={self.mechanism!r}: "
+                    f"give each a table of its own, attention.options.{names[0]} and so on."
+                )
+        return {name: self.options.get(name, {}) for name in names}, {n: f"attention.options.{n}" for n in names}
+
+    def _pattern(self) -> list[str]:
+        pattern: list[str] = []
+        for part in self.mechanism.split(","):
+            name, star, times = (piece.strip() for piece in part.partition("*"))
+            if not name or (star and not (times.isdecimal() and int(times) > 0)):
+                raise ConfigError(
+                    f"attention.mechanism={self.mechanism!r} must be names with commas between, each with how many "
+                    "layers in a row have it, such as 'lightning*7, dense'."
+                )
+            pattern += [name] * (int(times) if star else 1)
+        return pattern
+
+    def _build(self, name: str, options: dict[str, Any], where: str) -> Mechanism:
         try:
-            mechanism = from_tree(MECHANISMS.get(self.mechanism), self.options, "attention.options")
+            mechanism = from_tree(MECHANISMS.get(name), options, where)
             if isinstance(mechanism, Masked):
                 mechanism.visibility()
         except ValueError as error:
             raise ConfigError(
-                f"attention.options={toml_value(self.options)} does not suit attention.mechanism={self.mechanism!r}: "
-                f"{error}."
+                f"{where}={toml_value(options)} does not suit attention.mechanism={self.mechanism!r}: {error}."
             ) from error
         return mechanism
 
@@ -104,6 +140,14 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def mechanisms(self) -> tuple[Mechanism, ...]:
+        """Return the mechanism of each layer; see `AttentionConfig.build_mechanisms`."""
+        return self.attention.build_mechanisms(self.model.layers)
+
+    @property
+    def heads(self) -> Heads:
+        return Heads(query=self.model.heads, kv=self.model.kv_heads)
 
 
 def flat(config: Config) -> dict[str, Any]:

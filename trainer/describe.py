@@ -1,19 +1,26 @@
 """What follows from a configuration and a number of ranks, in words: printed at every start and by a dry run."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 
 from farspan.kernels.backend import BACKENDS
 from farspan.kernels.cross_entropy import chunk_tokens
-from farspan.kernels.mechanism import Gathered, Heads
+from farspan.kernels.mechanism import Gathered, Mechanism
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.rows import Rows
-from farspan.parallel.gathered import gathered_shape
+from farspan.parallel.choice import typical_choice
 from farspan.parallel.halo import mean_rows_sent
 from farspan.parallel.layout import Shards
 from farspan.parallel.mesh import Degrees
-from farspan.parallel.strategy import STRATEGIES, AttentionShape
+from farspan.parallel.simulation import Unconnected
+from farspan.parallel.strategy import STRATEGIES, Sizes
+from farspan.trainer.batch import work_of_layers
+from farspan.trainer.build import strategies_of_layers
 from farspan.trainer.config import Config
-from farspan.trainer.flops import total_parameters, training_flops
+from farspan.trainer.flops import attention_flops, total_parameters, training_flops
 
 GIB = 2**30
 
@@ -23,26 +30,35 @@ def describe(config: Config, degrees: Degrees) -> str:
     model, parallel, tokens = config.model, config.parallel, config.data.sequence_tokens
     sequences = config.train.sequences_per_step
     one_document = Rows.packed([tokens])
-    mechanism = config.attention.build_mechanism()
-    pairs = mechanism.visible_pairs(one_document, one_document)
-    flops = training_flops(model, mechanism, tokens, pairs) / tokens
-    sent = model.layers * (attention_bytes(config, degrees) + convolution_bytes(config, degrees))
+    mechanisms = config.mechanisms()
+    flops = training_flops(model, mechanisms, tokens, attention_flops(model, mechanisms, one_document)) / tokens
+    sent = attention_bytes(config, degrees) + model.layers * convolution_bytes(config, degrees)
     memory = estimate_memory(config, degrees)
+    strategies = dict.fromkeys(strategies_of_layers(config, degrees))
     lines = {
         "ranks": f"{degrees.data * degrees.context} = dp_replicate {degrees.dp_replicate} x dp_shard "
         f"{degrees.dp_shard} x context {degrees.context}",
         "step": f"{sequences * tokens:,} tokens = {sequences} x {tokens:,}; each rank holds "
         f"{tokens_local(config, degrees):,} at a time and accumulates {sequences // degrees.data}",
-        "model": f"{total_parameters(model, mechanism):,} parameters; {model.layers} layers, width {model.width}, "
+        "model": f"{total_parameters(model, mechanisms):,} parameters; {model.layers} layers, width {model.width}, "
         f"{model.heads}:{model.kv_heads} heads of {model.head_dim}, vocabulary {model.vocabulary_size:,}",
         "compute": f"{flops / 1e9:.3g} GFLOP per token, a document filling the sequence; "
         f"{config.train.compute_dtype} on {config.train.device}",
-        "attention": f"{mechanism}{_convolved(model.key_convolution)}, computed by "
+        "attention": f"{said(mechanisms)}{_convolved(model.key_convolution)}, computed by "
         f"{_with_libraries(config.attention.backend)}{_warning(config.attention.backend)}",
-        "context": f"{parallel.strategy}, {parallel.layout}; each rank sends {sent / 2**20:,.1f} MiB per sequence",
+        "context": f"{' and '.join(strategies)}, {parallel.layout}; each rank sends {sent / 2**20:,.1f} MiB per "
+        "sequence",
         "memory": f"{memory.total / GIB:.2f} GiB per rank (estimate): {memory}",
     }
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
+
+
+def said(mechanisms: Sequence[Mechanism]) -> str:
+    """Return the mechanisms of the layers in words, layers in a row together."""
+    runs = [(mechanism, len(list(run))) for mechanism, run in groupby(mechanisms)]
+    if len(runs) == 1:
+        return str(mechanisms[0])
+    return ", ".join(f"{count} x {mechanism}" if count > 1 else str(mechanism) for mechanism, count in runs)
 
 
 def _convolved(width: int) -> str:
@@ -96,14 +112,13 @@ def estimate_memory(config: Config, degrees: Degrees) -> Memory:
     """
     model, compute = config.model, config.train.torch_dtype
     item, master = compute.itemsize, accumulation_dtype(compute).itemsize
-    mechanism = config.attention.build_mechanism()
-    parameters, head = total_parameters(model, mechanism), model.width * model.vocabulary_size
+    parameters, head = total_parameters(model, config.mechanisms()), model.width * model.vocabulary_size
     outside = head * (1 if model.tied_embeddings else 2)
     block = (parameters - outside) // model.layers
     tokens, query, kv = tokens_local(config, degrees), model.heads * model.head_dim, model.kv_heads * model.head_dim
-    in_block = block_activations(config, tokens)
+    in_blocks = [block_activations(config, mechanism, tokens) for mechanism in config.mechanisms()]
     inputs = tokens * model.width * item
-    kept = model.layers * inputs + in_block if config.train.recompute == "block" else model.layers * in_block
+    kept = model.layers * inputs + max(in_blocks) if config.train.recompute == "block" else sum(in_blocks)
     logits = min(chunk_tokens(model.vocabulary_size, compute), tokens) * model.vocabulary_size * master
     loss = logits + inputs + (head * master if item < master else 0)
     swiglu = tokens * (3 * model.feed_forward + model.width) * item
@@ -117,15 +132,15 @@ def estimate_memory(config: Config, degrees: Degrees) -> Memory:
     )
 
 
-def block_activations(config: Config, tokens: int) -> int:
-    """Return the bytes that one block keeps for its backward pass, for `tokens` tokens of this rank.
+def block_activations(config: Config, mechanism: Mechanism, tokens: int) -> int:
+    """Return the bytes that a block with this mechanism keeps for its backward pass, for `tokens` tokens of this rank.
 
     Per token: the residual stream before both norms and the norms' results; rotated q and k, v, out and a float32 lse;
     gate, silu(gate), up and their product; with qk_norm q and k before it. CPU norms keep the normalised input too.
     Where heads gather tokens: out of all tokens; q, k, v, out, lse and routing of the gathered ones. With a convolution
     on keys, what it reads. What a routed mechanism chose is left out.
     """
-    model, compute, mechanism = config.model, config.train.torch_dtype, config.attention.build_mechanism()
+    model, compute = config.model, config.train.torch_dtype
     query, kv, wide = model.heads * model.head_dim, model.kv_heads * model.head_dim, accumulation_dtype(compute)
     normed = 2 * model.width + (query + kv if model.qk_norm else 0)
     kept = 2 * model.width + normed + 4 * model.feed_forward
@@ -147,9 +162,18 @@ def tokens_local(config: Config, degrees: Degrees) -> int:
 
 
 def attention_bytes(config: Config, degrees: Degrees) -> int:
-    """Return the bytes that a rank sends in one layer's attention, forward and backward."""
-    volume = STRATEGIES.get(config.parallel.strategy).volume(attention_shape(config, degrees), degrees.context)
-    return volume.forward + volume.backward
+    """Return the bytes that the first rank sends in the attention of all layers, a document filling the sequence."""
+    parallel, mechanisms, rows = config.parallel, config.mechanisms(), Rows.packed([config.data.sequence_tokens])
+    shards = Shards.deal(rows, layout=parallel.layout, degree=degrees.context, work=partial(work_of_layers, mechanisms))
+    channel = Unconnected(0, degrees.context, width=parallel.context_inner)
+    sizes = Sizes.of(config.train.torch_dtype, config.model.head_dim, config.model.head_dim)
+    sent, layers = 0, Counter(zip(mechanisms, strategies_of_layers(config, degrees), strict=True))
+    for (mechanism, name), count in layers.items():
+        strategy = STRATEGIES.get(name)(channel, rounded_gradients=parallel.rounded_gradients)
+        chosen = typical_choice(mechanism, rows, config.heads) if strategy.moves_chosen(mechanism) else None
+        volume = strategy.prepare(mechanism, shards, config.heads, backend="reference").volume(sizes, chosen)
+        sent += count * (volume.forward + volume.backward)
+    return sent
 
 
 def convolution_bytes(config: Config, degrees: Degrees) -> int:
@@ -161,30 +185,3 @@ def convolution_bytes(config: Config, degrees: Degrees) -> int:
     shards = Shards.deal(rows, layout=config.parallel.layout, degree=degrees.context)
     sent = mean_rows_sent(shards, model.key_convolution - 1) * model.kv_heads * model.head_dim
     return sent * (compute.itemsize + accumulation_dtype(compute).itemsize)
-
-
-def attention_shape(config: Config, degrees: Degrees) -> AttentionShape:
-    """Return the shape of what one rank puts into attention in one layer, a document filling the sequence.
-
-    Where tokens are dealt and heads gather some: of their rows, spread evenly over the ranks.
-    """
-    compute, mechanism = config.train.torch_dtype, config.attention.build_mechanism()
-    heads, one_document = (
-        Heads(query=config.model.heads, kv=config.model.kv_heads),
-        Rows.packed([config.data.sequence_tokens]),
-    )
-    shape = AttentionShape(
-        tokens_local=tokens_local(config, degrees),
-        heads=heads,
-        head_dim=config.model.head_dim,
-        value_dim=config.model.head_dim,
-        element_bytes=compute.itemsize,
-        accumulation_bytes=accumulation_dtype(compute).itemsize,
-        routing_width=mechanism.routing_width,
-        total_bytes=mechanism.total_bytes(one_document, heads, config.model.head_dim),
-        gradient_total_bytes=mechanism.gradient_total_bytes(one_document, heads, accumulation_dtype(compute).itemsize),
-    )
-    if isinstance(mechanism, Gathered) and not STRATEGIES.get(config.parallel.strategy).deals_heads:
-        chosen = len(mechanism.typical(one_document)) * heads.kv
-        return gathered_shape(shape, -(-chosen // degrees.context))
-    return shape

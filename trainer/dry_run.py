@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from farspan.parallel.mesh import Degrees, Mesh
 from farspan.parallel.ranks import pretended
+from farspan.trainer.auto import choose_strategy
 from farspan.trainer.build import build_on_meta
 from farspan.trainer.config import Config
 from farspan.trainer.describe import describe
@@ -26,8 +27,9 @@ def dry_run(config: Config, num_ranks: int) -> None:
     validate(config, degrees)
     device = torch.device("cuda" if config.train.device == "cuda" or torch.cuda.is_available() else "cpu")
     has_data = Path(config.data.folder).exists()
+    config, why = choose_strategy(config, degrees, device.type)
     config = fill_in(config, degrees, device, open_data(config)[0].vocabulary_size if has_data else None)
-    log.info("%s", describe(config, degrees))
+    log.info("%s", "\n".join((describe(config, degrees), *why)))
     with pretended(num_ranks):
         model = build_on_meta(config, Mesh.build(config.parallel, "cpu"))
         held = sum(_held(parameter) for parameter in model.parameters())

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 
-from farspan.kernels.backend import Work, choose_backend
 from farspan.kernels.errors import ConfigError, DataError
 from farspan.parallel.mesh import Degrees
 from farspan.parallel.ranks import Ranks
+from farspan.trainer.auto import choose_strategy
+from farspan.trainer.build import backends_of_layers
 from farspan.trainer.config import Config
 from farspan.trainer.data.source import META_FILE, SPLITS, TokenSource
 from farspan.trainer.validate import validate
@@ -26,6 +27,8 @@ class Resolved:
     device: torch.device
     train_source: TokenSource
     held_out_source: TokenSource
+    why: tuple[str, ...]
+    """Lines that say why the strategy was chosen, if it was left open."""
 
 
 def resolve(config: Config, ranks: Ranks) -> Resolved:
@@ -34,12 +37,14 @@ def resolve(config: Config, ranks: Ranks) -> Resolved:
     validate(config, degrees)
     device = choose_device(config, ranks.local_rank)
     train_source, held_out_source = open_data(config)
+    config, why = choose_strategy(config, degrees, device.type)
     return Resolved(
         config=fill_in(config, degrees, device, train_source.vocabulary_size),
         degrees=degrees,
         device=device,
         train_source=train_source,
         held_out_source=held_out_source,
+        why=tuple(why),
     )
 
 
@@ -99,11 +104,13 @@ def fill_in(config: Config, degrees: Degrees, device: torch.device, vocabulary_s
             f"model.vocabulary_size={model.vocabulary_size} is smaller than the {vocabulary_size} tokens of "
             f"data.folder={str(config.data.folder)!r}: raise it, or set 0 to take the data's."
         )
-    work = Work.of(config.attention.build_mechanism(), config.train.torch_dtype, model.head_dim, model.head_dim)
+    backends = set(backends_of_layers(config, device))
+    # Layers that need different backends each choose their own, again.
+    backend = backends.pop() if len(backends) == 1 else config.attention.backend
     return replace(
         config,
         model=model,
         parallel=replace(config.parallel, dp_shard=degrees.dp_shard),
-        attention=replace(config.attention, backend=choose_backend(config.attention.backend, device, work)),
+        attention=replace(config.attention, backend=backend),
         train=replace(config.train, device=device.type),
     )

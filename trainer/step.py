@@ -16,13 +16,13 @@ from farspan.trainer.batch import MicroBatch
 class StepResult:
     """loss: mean nats per labelled token of the whole batch. gradient_norm: before clipping.
 
-    visible_pairs: (query, key) pairs per head of the whole batch.
+    attention_flops: forward, of the whole batch.
     """
 
     loss: float
     gradient_norm: float
     labelled_tokens: int
-    visible_pairs: int
+    attention_flops: float
 
 
 def train_step(
@@ -38,10 +38,11 @@ def train_step(
     and its gradient do not depend on how the tokens are dealt.
     """
     device = batches[0].tokens.device
-    counts = [sum(b.valid_tokens for b in batches), sum(b.visible_pairs for b in batches)]
-    of_all_ranks = torch.tensor(counts, device=device)
+    counts = [sum(b.valid_tokens for b in batches), sum(b.attention_flops for b in batches)]
+    # float64: FLOPs of a large batch do not fit into an integer, and tokens are exact.
+    of_all_ranks = torch.tensor(counts, dtype=torch.float64, device=device)
     dist.all_reduce(of_all_ranks)
-    labelled_tokens, visible_pairs = of_all_ranks.tolist()
+    labelled_tokens, attention_flops = int(of_all_ranks[0]), float(of_all_ranks[1])
     if labelled_tokens == 0:
         raise TrainingError("no token of this batch has a label: every document of the data has a single token.")
 
@@ -64,5 +65,5 @@ def train_step(
         loss=loss,
         gradient_norm=norm,
         labelled_tokens=labelled_tokens,
-        visible_pairs=visible_pairs,
+        attention_flops=attention_flops,
     )

@@ -4,6 +4,7 @@ import logging
 import math
 import sys
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from farspan.trainer.config import Config, flat
 from farspan.trainer.data.packing import PackedSequences
 from farspan.trainer.data.shuffle import ShuffledSequences
 from farspan.trainer.data.source import unigram_bits_per_byte
-from farspan.trainer.describe import describe
+from farspan.trainer.describe import describe, said
 from farspan.trainer.evaluate import evaluate, share
 from farspan.trainer.faults import StopSignal
 from farspan.trainer.flops import training_flops
@@ -43,13 +44,14 @@ def train(config: Config, ranks: Ranks, stop: StopSignal) -> None:
     A FarspanError is raised by all ranks alike.
     """
     with ExitStack() as stack:
-        stack.enter_context(connected(ranks, _device_to_meet_on(config, ranks)))
+        timeout = timedelta(seconds=config.parallel.timeout_s)
+        stack.enter_context(connected(ranks, _device_to_meet_on(config, ranks), timeout))
         resolved = together(lambda: resolve(config, ranks))
         splits = {"train": resolved.train_source, "held_out": resolved.held_out_source}
         check_same(
             flat(resolved.config) | {f"the data of {name}/": split.fingerprint for name, split in splits.items()}
         )
-        log.info("%s", describe(resolved.config, resolved.degrees))
+        log.info("%s", "\n".join((describe(resolved.config, resolved.degrees), *resolved.why)))
 
         def lock() -> None:
             stack.enter_context(lock_folder(Path(config.run.folder)))
@@ -158,19 +160,21 @@ class _Run:
         memory, stopping = agreed.tolist()
         seconds, seconds_left = timer.lap()
         if self.writer is not None:
-            sent = {**self.traffic.take(), "fsdp": self.sharding_bytes * len(batches)}
-            record = self.record(result, rate=rate, seconds=seconds, memory=memory, sent=sent)
+            traffic = self.traffic.take()
+            sharding = self.sharding_bytes * len(batches)
+            traffic.add("fsdp", sent=sharding, received=sharding)
+            record = self.record(result, rate=rate, seconds=seconds, memory=memory, traffic=traffic)
             self.writer.write(record)
             log.info("%s", progress_line(record, config.train.steps, seconds_left))
         return bool(stopping)
 
     def record(
-        self, result: StepResult, *, rate: float, seconds: float, memory: int, sent: dict[str, int]
+        self, result: StepResult, *, rate: float, seconds: float, memory: int, traffic: Traffic
     ) -> dict[str, Any]:
-        """Return what is on record of one step; `sent` is in bytes, of rank 0."""
+        """Return what is on record of one step; traffic is that of rank 0."""
         config = self.config
         tokens = config.train.sequences_per_step * config.data.sequence_tokens
-        flops = training_flops(config.model, self.batches.mechanism, tokens, result.visible_pairs)
+        flops = training_flops(config.model, self.batches.mechanisms, tokens, result.attention_flops)
         mfu = flops / seconds / self.peak_flops
         return {
             "step": self.state.step,
@@ -179,8 +183,9 @@ class _Run:
             "tokens_per_s": tokens / seconds,
             "mfu": mfu if math.isfinite(mfu) else None,
             "peak_memory_bytes": memory,
-            "comm_bytes": sum(sent.values()),
-            "comm_bytes_by_kind": sent,
+            "comm_bytes": traffic.sent.total(),
+            "comm_bytes_by_kind": dict(traffic.sent),
+            "comm_bytes_received_by_kind": dict(traffic.received),
             "learning_rate": rate,
             "tokens": self.state.tokens,
             "step_s": seconds,
@@ -252,6 +257,6 @@ def identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
         "data.folder": data_fingerprint,
         "data.sequence_tokens": config.data.sequence_tokens,
         # In full, so that a default that has changed counts too.
-        "attention.mechanism": str(config.attention.build_mechanism()),
+        "attention.mechanism": said(config.mechanisms()),
         **{name: value for name, value in flat(config).items() if name.startswith("model.")},
     }

@@ -1,12 +1,12 @@
 """Rules between fields: each a small function that raises ConfigError with what to change."""
 
 from farspan.kernels.errors import ConfigError
-from farspan.kernels.mechanism import Heads
 from farspan.kernels.registry import nearest_name_hint
+from farspan.parallel.cost import strategy_for
 from farspan.parallel.layout import LAYOUTS
 from farspan.parallel.mesh import Degrees
 from farspan.parallel.strategy import STRATEGIES
-from farspan.trainer.config import Config
+from farspan.trainer.config import AUTO, Config
 
 
 def validate(config: Config, degrees: Degrees) -> None:
@@ -97,15 +97,18 @@ def layout_exists(config: Config) -> None:
 
 
 def mechanism_takes_model(config: Config) -> None:
-    heads = Heads(query=config.model.heads, kv=config.model.kv_heads)
-    refusal = config.attention.build_mechanism().refusal(heads, config.data.sequence_tokens)
-    if refusal is not None:
-        raise ConfigError(f"attention.mechanism={config.attention.mechanism!r} refuses this run: {refusal}.")
+    for mechanism in dict.fromkeys(config.mechanisms()):
+        refusal = mechanism.refusal(config.heads, config.data.sequence_tokens)
+        if refusal is not None:
+            raise ConfigError(f"attention.mechanism={config.attention.mechanism!r} refuses this run: {refusal}.")
 
 
 def strategy_takes_mechanism(config: Config, degrees: Degrees) -> None:
-    heads = Heads(query=config.model.heads, kv=config.model.kv_heads)
-    strategy, mechanism = STRATEGIES.get(config.parallel.strategy), config.attention.build_mechanism()
-    refusal = strategy.refusal(mechanism, heads, degrees.context)
-    if refusal is not None:
-        raise ConfigError(f"parallel.strategy={config.parallel.strategy!r} refuses this run: {refusal}")
+    parallel = config.parallel
+    if parallel.strategy == AUTO:
+        return
+    for mechanism in dict.fromkeys(config.mechanisms()):
+        name = strategy_for(parallel.strategy, mechanism, config.heads, degrees.context, parallel.context_inner)
+        refusal = STRATEGIES.get(name).refusal(mechanism, config.heads, degrees.context, parallel.context_inner)
+        if refusal is not None:
+            raise ConfigError(f"parallel.strategy={parallel.strategy!r} refuses this run: {refusal}")

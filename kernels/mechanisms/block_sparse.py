@@ -73,6 +73,25 @@ class BlockSparse(Routed):
     def _too_few(self, tiles: int) -> str:
         return f"mask has {len(self.mask)} tiles, but a document has {tiles}: give a row for each"
 
+    def visible_keys(self, everyone: Rows) -> Tensor:
+        """Blocks that a row's tile has, as given or as many as are drawn, times `block`; its own up to the row."""
+        place, real = everyone.position.long(), everyone.document >= 0
+        tile, inside = place // self.block, place % self.block
+        longest = int(place.max()) // self.block + 1 if len(place) else 1
+        own = inside + 1 if self.causal else torch.full_like(inside, self.block)
+        if self.mask:
+            given = torch.tensor([[c == "1" for c in row.ljust(longest, "0")[:longest]] for row in self.mask])
+            if self.causal:
+                given = given.tril()
+            has_own = given.diagonal()[tile.clamp(max=len(given) - 1)]
+            others = given.sum(dim=1)[tile.clamp(max=len(given) - 1)] - has_own.long()
+            return (others * self.block + has_own * own).masked_fill(~real, 0).double()
+        ids = everyone.document.clamp(min=0).long()
+        tiles = (torch.bincount(ids, weights=real.double()).long() + self.block - 1) // self.block
+        others = tile if self.causal else tiles[ids] - 1
+        drawn = ((others + 1) * self.density).round().long().clamp(min=1) - 1
+        return (drawn * self.block + own).masked_fill(~real, 0).double()
+
     @torch.no_grad()
     def select(self, q: Tensor, k: Tensor, holding: Holding) -> Selection:
         if self.mask:

@@ -5,7 +5,7 @@ H in layer l of L, whatever H. SiLU before and the gated norm after belong to th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self, final
 
 import torch
@@ -17,7 +17,7 @@ from farspan.kernels.mechanism import MECHANISMS, Recurrent
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lightning(Recurrent):
-    """layer: the layer's number, from 0, of `layers` in all; the later, the slower the decay."""
+    """layer: the layer's number, from 0, of `layers` in all; the later, the slower the decay. Of 1: the model says."""
 
     layer: int = 0
     layers: int = 1
@@ -29,6 +29,9 @@ class Lightning(Recurrent):
     @classmethod
     def examples(cls) -> Sequence[Self]:
         return cls(), cls(layer=3, layers=4)
+
+    def in_layer(self, layer: int, layers: int) -> Self:
+        return replace(self, layer=layer, layers=layers) if self.layers == 1 else self
 
     def decay(self, num_heads: int) -> Tensor:
         head = torch.arange(1, num_heads + 1, dtype=torch.float64)

@@ -78,11 +78,14 @@ class MoBA(Routed):
     def total_bytes(self, everyone: Rows, heads: Heads, head_dim: int) -> int:
         return self.blocks(everyone).count * heads.kv * head_dim * torch.float64.itemsize
 
-    def visible_pairs(self, queries: Rows, keys: Rows) -> int:
+    def visible_keys(self, everyone: Rows) -> Tensor:
         """The same for any choice: every earlier block is full, and a query takes min(top_k - 1, earlier) of them."""
-        position = queries.position[queries.document >= 0].long()
-        earlier = (position // self.block).clamp(max=self.top_k - 1)
-        return int((position % self.block + 1 + earlier * self.block).sum())
+        earlier = (everyone.position // self.block).clamp(max=self.top_k - 1)
+        seen = everyone.position % self.block + 1 + earlier * self.block
+        return seen.masked_fill(everyone.document < 0, 0).double()
+
+    def visible_pairs(self, queries: Rows, keys: Rows) -> int:
+        return int(self.visible_keys(queries).sum())
 
 
 MECHANISMS.add("moba", MoBA)

@@ -7,201 +7,29 @@ In the backward pass the chunks make the same journey, followed one step behind 
 needs one hop more to be home. Sums over chunks are float32 (float64 for float64 inputs), on the wire too.
 """
 
-from dataclasses import dataclass
-from functools import partial
 from typing import final
 
-import torch
-from torch import Tensor
-
-from farspan.kernels.ageing import AgeingHolding, TypeLearning
-from farspan.kernels.attend import attend, attend_backward
-from farspan.kernels.lifetimes import Lifetimes
-from farspan.kernels.mechanism import Ageing, Gathered, Heads, Holding, Masked, Mechanism, Routed
-from farspan.kernels.merge import accumulation_dtype, empty_partial, merge_
-from farspan.kernels.plan import Plan
-from farspan.kernels.whole import Saved
-from farspan.parallel.comm import Channel, Shift
-from farspan.parallel.gathered import GatheredAttend, gathered_heads
+from farspan.kernels.mechanism import Heads, Mechanism
+from farspan.parallel.dealt import plan_travelling_keys, refusal_of_travelling_keys
 from farspan.parallel.layout import Shards
-from farspan.parallel.strategy import STRATEGIES, Attend, AttentionShape, Strategy, Volume
-
-CHUNK_TAG, GRADIENT_TAG = 1, 2
+from farspan.parallel.rings import RingJourney, Rings
+from farspan.parallel.strategy import STRATEGIES, Attend, HeadShare, Strategy
 
 
 @final
 class Ring(Strategy):
-    """One ring for every layout."""
+    """One ring, for every layout."""
+
+    stand_in = "state"
 
     @classmethod
-    def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int) -> str | None:
-        if not isinstance(mechanism, (Masked, Gathered)):
-            return (
-                f"strategy 'ring' moves keys and values, which {type(mechanism).__name__} does not attend to; "
-                "set parallel.strategy='ulysses'."
-            )
-        return None
+    def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
+        return refusal_of_travelling_keys("ring", mechanism)
 
-    @classmethod
-    def volume(cls, shape: AttentionShape, degree: int) -> Volume:
-        """Forward (P-1) hops of a chunk; backward the same and P hops of its gradient in the accumulation dtype.
-
-        What a choice is made from, or learnt from, is summed over all ranks: 2 (P-1)/P of its bytes.
-        """
-        if degree == 1:
-            return Volume(forward=0, backward=0)
-        elements = shape.tokens_local * shape.heads.kv * (shape.head_dim + shape.value_dim)
-        chunks = (degree - 1) * elements * shape.element_bytes
-        gradients = degree * elements * shape.accumulation_bytes
-        choice, learning = (
-            2 * (degree - 1) * total // degree for total in (shape.total_bytes, shape.gradient_total_bytes)
-        )
-        return Volume(forward=chunks + choice, backward=chunks + gradients + learning)
-
-    def _plan(self, mechanism: Mechanism, shards: Shards, heads: Heads, *, backend: str) -> Attend:
-        if isinstance(mechanism, Gathered):
-            return GatheredAttend(
-                tokens_local=shards.tokens_local,
-                heads=heads,
-                routing_width=mechanism.routing_width,
-                mechanism=mechanism,
-                shards=shards,
-                rank=self.channel.rank,
-                total=partial(self.channel.all_reduce, kind="ring_choice"),
-                plan=lambda dealt: self._plan(mechanism.among(), dealt, gathered_heads(heads), backend=backend),
-            )
-        assert isinstance(mechanism, Masked)
-        rank, degree = self.channel.rank, self.channel.size
-        queries, visibility = shards.rows_of(rank), mechanism.visibility()
-        owners = [(rank - step) % degree for step in range(degree)]
-        plans = tuple(Plan.build(queries, shards.rows_of(owner), visibility, heads=heads.query) for owner in owners)
-        holding = None
-        if isinstance(mechanism, Routed):
-            total = partial(self.channel.all_reduce, kind="ring_choice")
-            holding = Holding(
-                mechanism=mechanism,
-                rows=queries,
-                everyone=shards.rows,
-                heads=range(heads.query),
-                all_heads=heads,
-                total=total,
-            )
-        ageing = None
-        if isinstance(mechanism, Ageing):
-            ageing = AgeingHolding(
-                mechanism=mechanism,
-                everyone=shards.rows,
-                rows=shards.index[rank],
-                share=1.0,
-                total=partial(self.channel.all_reduce, kind="ring_types"),
-            )
-        return _RingAttend(
-            tokens_local=shards.tokens_local,
-            heads=heads,
-            routing_width=mechanism.routing_width,
-            channel=self.channel,
-            holding=holding,
-            ageing=ageing,
-            plans=plans,
-            tokens=tuple(shards.index[owner] for owner in owners),
-            backend=backend,
-        )
-
-
-@final
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _RingAttend(Attend):
-    channel: Channel
-    holding: Holding | None
-    ageing: AgeingHolding | None
-    plans: tuple[Plan, ...]
-    """One per step: local queries against the chunk that is here at that step."""
-    tokens: tuple[Tensor, ...]
-    """Of each step's chunk, int64 `[tokens_local]`: the tokens of the sequence."""
-    backend: str
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
-        q, k, v, *routing = inputs
-        chunk = _Chunk.pack(k, v)
-        plans, lifetimes = self._choose(q, k, *routing)
-        out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
-        causal_lse = lse.clone()
-        for step, plan in enumerate(plans):
-            shift = self._send_on(chunk, step)
-            if not plan.is_empty:
-                merge_(out, lse, *attend(q, chunk.key, chunk.value, plan, backend=self.backend))
-                if lifetimes is not None:
-                    part = attend(q, chunk.key, chunk.value, self.plans[step], backend=self.backend)[1]
-                    causal_lse = torch.logaddexp(causal_lse, part)
-            chunk = chunk.arrive(shift)
-        out = out.to(q.dtype)
-        learning = () if lifetimes is None else (causal_lse, *routing)
-        return out, Saved((q, k, v, out, lse, *learning), (plans, lifetimes))
-
-    def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
-        q, k, v, out, lse, *learning = saved.tensors
-        plans, lifetimes = saved.kept
-        of_types = None if self.ageing is None else TypeLearning(self.ageing, lifetimes, *learning)
-        dtype = accumulation_dtype(q.dtype)
-        dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
-        chunk, arriving = _Chunk.pack(k, v), None
-        gradient = _Chunk(torch.zeros(chunk.buffer.shape, dtype=dtype, device=q.device), k.shape, v.shape)
-        for step, plan in enumerate(plans):
-            shift = self._send_on(chunk, step)
-            parts = None
-            if not plan.is_empty:
-                parts = attend_backward(dout, q, chunk.key, chunk.value, out, lse, plan, backend=self.backend)
-                if of_types is not None:
-                    operands = dout, q, chunk.key, chunk.value, out
-                    of_types.add(*operands, plan=self.plans[step], keys=self.tokens[step])
-            # The gradient of this chunk comes from the previous rank, which had the chunk one step ago.
-            gradient = gradient.arrive(arriving)
-            if parts is not None:
-                for total, part in zip((dq, gradient.key, gradient.value), parts, strict=True):
-                    total += part
-            if self.channel.size > 1:
-                arriving = self.channel.shift(gradient.buffer, kind="ring_dkv", tag=GRADIENT_TAG)
-            chunk = chunk.arrive(shift)
-        gradient = gradient.arrive(arriving)
-        gradients = dq, gradient.key, gradient.value
-        return gradients if of_types is None else (*gradients, of_types.gradient())
-
-    def lse(self, saved: Saved) -> Tensor:
-        return saved.tensors[4]
-
-    def _choose(self, q: Tensor, k: Tensor, *routing: Tensor) -> tuple[tuple[Plan, ...], Lifetimes | None]:
-        """Let a mechanism choose, once, from what all ranks hold; return the plans and the lifetimes, if keys age."""
-        if self.ageing is not None:
-            lifetimes = self.ageing.lifetimes(*routing)
-            of_chunks = (lifetimes.take(tokens).last for tokens in self.tokens)
-            return tuple(plan.living(last) for plan, last in zip(self.plans, of_chunks, strict=True)), lifetimes
-        if self.holding is not None:
-            selection = self.holding.mechanism.select(q, k, self.holding)
-            return tuple(plan.choosing(selection) for plan in self.plans), None
-        return self.plans, None
-
-    def _send_on(self, chunk: "_Chunk", step: int) -> Shift | None:
-        """Start sending the chunk to the next rank, unless this is its last step."""
-        if step == len(self.plans) - 1:
-            return None
-        return self.channel.shift(chunk.buffer, kind="ring_kv", tag=CHUNK_TAG)
-
-
-class _Chunk:
-    """Keys `[tokens, Hk, D]` and values `[tokens, Hk, Dv]` as views of one flat buffer, sent as one message."""
-
-    def __init__(self, buffer: Tensor, key_shape: torch.Size, value_shape: torch.Size) -> None:
-        self.buffer = buffer
-        self.key, self.value = buffer.split((key_shape.numel(), value_shape.numel()))
-        self.key, self.value = self.key.view(key_shape), self.value.view(value_shape)
-
-    @staticmethod
-    def pack(key: Tensor, value: Tensor) -> "_Chunk":
-        return _Chunk(torch.cat((key.reshape(-1), value.reshape(-1))), key.shape, value.shape)
-
-    def arrive(self, shift: Shift | None) -> "_Chunk":
-        """Return the chunk that comes next, or this one when nothing is on its way."""
-        return self if shift is None else _Chunk(shift.wait(), self.key.shape, self.value.shape)
+    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> Attend:
+        rings = Rings(size=self.channel.size, width=self.channel.size)
+        journey = RingJourney.planner("ring", rings, self.channel, rounded=self.rounded_gradients)
+        return plan_travelling_keys("ring", journey, mechanism, shards, share, self.channel, backend=backend)
 
 
 STRATEGIES.add("ring", Ring)

@@ -8,7 +8,7 @@ from torch import Tensor
 from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.whole import Saved, WholeAttention, plan_whole
 from farspan.parallel.layout import Shards
-from farspan.parallel.strategy import STRATEGIES, Attend, AttentionShape, Strategy, Volume
+from farspan.parallel.strategy import STRATEGIES, Attend, Chosen, HeadShare, Move, Queries, Sizes, Strategy
 
 
 @final
@@ -18,22 +18,20 @@ class Single(Strategy):
     deals_heads = True
 
     @classmethod
-    def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int) -> str | None:
+    def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
         if degree != 1:
             return f"strategy 'single' keeps the sequence on one rank: set parallel.context=1 instead of {degree}."
         return None
 
-    @classmethod
-    def volume(cls, shape: AttentionShape, degree: int) -> Volume:
-        return Volume(forward=0, backward=0)
-
-    def _plan(self, mechanism: Mechanism, shards: Shards, heads: Heads, *, backend: str) -> Attend:
-        rows = shards.rows_of(self.channel.rank)
+    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> Attend:
         return _SingleAttend(
             tokens_local=shards.tokens_local,
-            heads=heads,
+            heads=share.here,
             routing_width=mechanism.routing_width,
-            whole=plan_whole(mechanism, rows, heads, range(heads.query), backend=backend),
+            tokens=shards.index[self.channel.rank],
+            whole=plan_whole(
+                mechanism, shards.rows_of(self.channel.rank), share.everyone, share.which, backend=backend
+            ),
         )
 
 
@@ -41,6 +39,7 @@ class Single(Strategy):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _SingleAttend(Attend):
     whole: WholeAttention
+    tokens: Tensor
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         return self.whole.forward(*inputs)
@@ -50,6 +49,16 @@ class _SingleAttend(Attend):
 
     def lse(self, saved: Saved) -> Tensor | None:
         return self.whole.lse(saved)
+
+    def moves(self, sizes: Sizes, chosen: Chosen = None) -> tuple[Move, ...]:
+        return ()
+
+    @property
+    def queries(self) -> Queries:
+        return Queries(self.tokens, self.heads.query)
+
+    def working_bytes(self, sizes: Sizes, chosen: Chosen = None) -> int:
+        return 0
 
 
 STRATEGIES.add("single", Single)

@@ -45,7 +45,7 @@ class Case:
 
 
 CASES = [Case(layout, documents, width) for layout in LAYOUTS for documents in DOCUMENTS for width in (3, 5)]
-Outcome = tuple[list[Tensor], dict[str, int], dict[str, int], Volume]
+Outcome = tuple[list[Tensor], Traffic, Traffic, Volume]
 
 
 def run_cases(cases: list[Case]) -> list[Outcome]:
@@ -92,9 +92,9 @@ def test_equals_one_process(ranks: Callable[[int], RankPool], degree: int) -> No
         if error > TOLERANCE:
             wrong.append(f"{case}: {error:.1e}")
         for rank, (_, forward, backward, volume) in enumerate(outcomes):
-            if (sum(forward.values()), sum(backward.values())) != (volume.forward, volume.backward):
+            if (forward.sent.total(), backward.sent.total()) != (volume.forward, volume.backward):
                 wrong.append(f"{case}: rank {rank} sent {forward} and {backward}, not {volume}")
-            if degree == 1 and (forward or backward):
+            if degree == 1 and (forward.sent or backward.sent):
                 wrong.append(f"{case}: one rank sent {forward} and {backward}")
     assert not wrong, "\n".join(wrong)
 
@@ -115,7 +115,7 @@ def kinds() -> tuple[set[str], set[str], str]:
     try:
         KeyConvolution.plan(channel, Shards.deal(Rows.packed([9]), layout="zigzag", degree=3), 3)
     except ValueError as error:
-        return set(forward), set(backward), str(error)
+        return set(forward.sent), set(backward.sent), str(error)
     raise AssertionError("a sequence dealt to three ranks was taken by two")
 
 

@@ -1,10 +1,24 @@
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import Tensor
 
 from farspan.kernels.errors import ConfigError
+from farspan.kernels.mechanism import MECHANISMS, Heads, Masked, Mechanism, Routed
+from farspan.kernels.mechanisms.block_sparse import BlockSparse
+from farspan.kernels.mechanisms.dense import Dense
+from farspan.kernels.mechanisms.lightning import Lightning
+from farspan.kernels.mechanisms.moba import MoBA
+from farspan.kernels.mechanisms.mosa import MoSA
+from farspan.kernels.mechanisms.neighbourhood import Neighbourhood
+from farspan.kernels.mechanisms.window import Window
 from farspan.kernels.plan import Plan
 from farspan.kernels.rows import PADDING, Rows
+from farspan.kernels.selection import Selection
+from farspan.kernels.tasks import count_pairs
 from farspan.kernels.visibility import Visibility
+from farspan.parallel.choice import choose_alone
 from farspan.parallel.layout import LAYOUTS, Shards
 
 
@@ -17,7 +31,7 @@ from farspan.parallel.layout import LAYOUTS, Shards
     ],
 )
 def test_who_holds_what(layout: str, expected: list[list[int]]) -> None:
-    assert LAYOUTS[layout](8, 2).tolist() == expected
+    assert LAYOUTS[layout](8, 2, lambda: torch.ones(8)).tolist() == expected
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 64, 101])
@@ -59,3 +73,79 @@ def test_zigzag_and_striped_even_out_causal_work(degree: int) -> None:
 def test_an_unknown_layout_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"parallel\.layout='zigzg' does not exist.*Did you mean 'zigzag'"):
         Shards.deal(Rows.packed([4]), layout="zigzg", degree=2)
+
+
+def visible_area(mechanism: Mechanism, rows: Rows, index: Tensor) -> float:
+    """Count the pairs that the queries of one rank see, by a plan of their own."""
+    queries, visibility = rows.take(index), mechanism.visibility()  # pyright: ignore[reportAttributeAccessIssue]
+    selection = None
+    if isinstance(mechanism, Routed):
+        one = Heads(query=1, kv=1)
+        whole = choose_alone(mechanism, rows, one, torch.zeros(len(rows), 1, 8), torch.zeros(len(rows), 1, 8))
+        assert isinstance(whole, Selection)
+        unit = torch.cat((whole.unit, whole.unit.new_full((1,), -1)))
+        selection = replace(whole, unit=unit[index])
+    plan = Plan.build(queries, rows, visibility, heads=1, selection=selection)
+    return plan.visible_pairs if selection is None else count_pairs(plan, kv_heads=1)
+
+
+def log_normal_documents(tokens: int) -> list[int]:
+    generator, lengths = torch.Generator().manual_seed(0), []
+    while sum(lengths) < tokens:
+        drawn = int(torch.empty(1).log_normal_(6.5, 1.3, generator=generator)) + 1
+        lengths.append(min(drawn, tokens - sum(lengths)))
+    return lengths
+
+
+IRREGULAR = BlockSparse(block=1024, mask=tuple("1" * (1 + 7 * n % 64) for n in range(64)))
+WORKS = {
+    "causal documents": (Dense(), log_normal_documents(1 << 16)),
+    "a window": (Window(window=1024), [1 << 16]),
+    "a window of documents": (Window(window=256), log_normal_documents(1 << 16)),
+    "a drawn pattern": (BlockSparse(block=128, density=0.1), [1 << 16]),
+    "a given pattern": (IRREGULAR, [1 << 16]),
+    "one causal document": (Dense(), [1 << 16]),
+}
+
+
+@pytest.mark.parametrize("degree", [8, 64])
+@pytest.mark.parametrize("name", list(WORKS))
+def test_balanced_evens_out_what_is_seen(name: str, degree: int) -> None:
+    """At most 1.05 times the mean on any rank, as plans count; round robin would have 1.5 for some of these."""
+    mechanism, lengths = WORKS[name]
+    rows = Rows.packed(lengths)
+    shards = Shards.deal(rows, layout="balanced", degree=degree, work=mechanism.visible_keys)
+    work = [visible_area(mechanism, rows, index) for index in shards.index]
+    assert max(work) * degree / sum(work) <= 1.05
+    assert (shards.index >= 0).sum() == len(rows)
+
+
+MASKED = [x for name in MECHANISMS for x in MECHANISMS.get(name).examples() if isinstance(x, Masked)]
+
+
+@pytest.mark.parametrize("mechanism", [x for x in MASKED if not isinstance(x, (Routed, Neighbourhood))], ids=str)
+def test_visible_keys_are_those_of_the_mask(mechanism: Masked) -> None:
+    rows = Rows.packed([1, 130, 3, 77], padding=5)
+    visibility = mechanism.visibility()
+    heads = len(visibility.window) if isinstance(visibility.window, tuple) else 1
+    mask = Plan.build(rows, rows, visibility, heads=heads).mask()
+    assert torch.equal(mechanism.visible_keys(rows), mask.double().sum(dim=2).mean(dim=0))
+
+
+def test_visible_keys_of_grids_blocks_and_routers() -> None:
+    grid = Neighbourhood(grid=(3, 5, 8), window=(2, 3, 3), stride=(1, 1, 2), dilation=(1, 1, 2))
+    rows = Rows.packed([120, 240])
+    mask = Plan.build(rows, rows, grid.visibility(), heads=1).mask()[0]
+    assert torch.equal(grid.visible_keys(rows), mask.double().sum(dim=1))
+    for mechanism in (
+        MoBA(block=32, top_k=3),
+        BlockSparse(block=32, density=0.4),
+        BlockSparse(block=32, mask=("1", "11", "101", "0101")),
+    ):
+        rows, one = Rows.packed([1, 128, 96], padding=3), Heads(query=1, kv=1)
+        q = torch.randn(len(rows), 1, 8, generator=torch.Generator().manual_seed(0))
+        selection = choose_alone(mechanism, rows, one, q, q)
+        assert isinstance(selection, Selection)
+        plan = Plan.build(rows, rows, mechanism.visibility(), heads=1, selection=selection)
+        assert torch.equal(mechanism.visible_keys(rows), plan.mask()[0].double().sum(dim=1)), mechanism
+    assert MoSA().visible_keys(rows).sum() == Lightning().visible_keys(rows).sum() == 225

@@ -11,14 +11,18 @@ import torch
 import torch.distributed as dist
 
 from farspan.kernels.errors import ConfigError
-from farspan.kernels.mechanism import Heads
+from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.mechanisms.dense import Dense
+from farspan.kernels.mechanisms.lightning import Lightning
+from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.rows import Rows
+from farspan.parallel import dealt
 from farspan.parallel.comm import Channel, Traffic
 from farspan.parallel.context import ring
 from farspan.parallel.layout import Shards
-from farspan.parallel.strategy import STRATEGIES, Attend, AttentionShape, Volume
-from tests.ranks import RankError, RankPool
+from farspan.parallel.simulation import Unconnected
+from farspan.parallel.strategy import STRATEGIES, Attend, Sizes, Volume
+from tests.ranks import RankError, RankPool, world_channel
 
 
 @pytest.mark.parametrize(
@@ -36,46 +40,80 @@ def test_what_cannot_run_is_refused_with_what_can(strategy: str, heads: Heads, d
     assert re.search(message, refusal), refusal
 
 
-def test_volumes_by_hand() -> None:
-    """64:8 heads of 128 in bfloat16, 8192 tokens on each of 8 ranks: the published comparison, in bytes."""
-    shape = AttentionShape(
-        tokens_local=8192,
-        heads=Heads(query=64, kv=8),
-        head_dim=128,
-        value_dim=128,
-        element_bytes=2,
-        accumulation_bytes=4,
-        routing_width=0,
-        total_bytes=0,
-        gradient_total_bytes=0,
-    )
-    mib = 2**20
-    assert STRATEGIES.get("ring").volume(shape, 8) == Volume(forward=224 * mib, backward=(224 + 512) * mib)
-    assert STRATEGIES.get("ulysses").volume(shape, 8) == Volume(forward=252 * mib, backward=252 * mib)
-    assert STRATEGIES.get("ulysses").volume(shape, 16).forward == 300 * mib
-    for name in STRATEGIES:
-        assert STRATEGIES.get(name).volume(shape, 1) == Volume(forward=0, backward=0)
+def volume(strategy: str, degree: int, *, width: int = 1, rounded: bool = False) -> Volume:
+    """Of the first rank: 64:8 heads of 128 in bfloat16, 8192 tokens on each rank, one document."""
+    shards = Shards.deal(Rows.packed([8192 * degree]), layout="contiguous", degree=degree)
+    channel = Unconnected(0, degree, width=width)
+    strategy_of = STRATEGIES.get(strategy)(channel, rounded_gradients=rounded)
+    planned = strategy_of.prepare(Dense(), shards, Heads(query=64, kv=8), backend="cpu")
+    return planned.volume(Sizes.of(torch.bfloat16, 128, 128))
+
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("strategy", "degree", "width", "rounded", "forward", "backward"),
+    [
+        # A chunk is 32 MiB, and its gradient 64.
+        ("ring", 8, 1, False, 224, 224 + 512),
+        ("ring", 8, 1, True, 224, 224 + 224),
+        ("double_ring", 8, 4, False, 224, 224 + 512),
+        ("gather", 8, 1, False, 224, 224 + 448),
+        ("gather", 8, 1, True, 224, 224 + 224),
+        # All ranks but the first read its keys, and it reads nobody's.
+        ("fetch", 8, 1, False, 224, 224),
+        ("ulysses", 8, 1, False, 252, 252),
+        # Of 16 ranks two have each KV head: its gradient moves in float32.
+        ("ulysses", 16, 1, False, 300, 360),
+        ("ulysses", 16, 1, True, 300, 300),
+        # The published figures for 8 x 2: 252 within, 32 between; a chunk of all eight ranks' tokens of one head.
+        ("hybrid", 16, 8, False, 252 + 32, 252 + 32 + 2 * 64),
+    ],
+)
+def test_volumes_by_hand(strategy: str, degree: int, width: int, rounded: bool, forward: int, backward: int) -> None:
+    found = volume(strategy, degree, width=width, rounded=rounded)
+    assert found == Volume(forward=forward * MIB, backward=backward * MIB)
+
+
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
+def test_one_rank_sends_nothing(strategy: str) -> None:
+    if STRATEGIES.get(strategy).refusal(Dense(), Heads(query=64, kv=8), 1) is None:
+        assert volume(strategy, 1) == Volume(forward=0, backward=0)
 
 
 KINDS = {
     "ring": ({"ring_kv"}, {"ring_kv", "ring_dkv"}),
-    "ulysses": ({"ulysses_qkv", "ulysses_out"}, {"ulysses_dout", "ulysses_dqkv"}),
+    "gather": ({"gather_kv"}, {"gather_kv", "gather_dkv"}),
+    "fetch": ({"fetch_kv"}, {"fetch_kv", "fetch_dkv"}),
+    "ulysses": ({"ulysses_qkv", "ulysses_out"}, {"ulysses_dout", "ulysses_dq", "ulysses_dkv"}),
 }
 
 
-def planned(strategy: str, degree_of_shards: int, heads: Heads) -> Attend:
-    channel = Channel(dist.group.WORLD, Traffic())  # pyright: ignore[reportArgumentType]
+def planned(strategy: str, degree_of_shards: int, heads: Heads, channel: Channel | None = None) -> Attend:
+    channel = channel or world_channel(2 if needs_grid(strategy) else 1)
     shards = Shards.deal(Rows.packed([24]), layout="contiguous", degree=degree_of_shards)
-    return STRATEGIES.get(strategy)(channel).prepare(Dense(), shards, heads, backend="cpu")
+    return STRATEGIES.get(strategy)(channel).prepare(suitable(strategy), shards, heads, backend="cpu")
+
+
+def suitable(strategy: str) -> Mechanism:
+    """Return a mechanism that a strategy takes."""
+    return {"state": Lightning(), "ship": MoBA(block=8, top_k=2)}.get(strategy, Dense())
+
+
+def needs_grid(strategy: str) -> bool:
+    refusal, heads = STRATEGIES.get(strategy).refusal, Heads(query=8, kv=8)
+    return refusal(Dense(), heads, 4, 1) is not None and refusal(Dense(), heads, 4, 2) is None
 
 
 def kinds_of_bytes(strategy: str) -> tuple[set[str], set[str]]:
-    attend = planned(strategy, 2, Heads(query=4, kv=2))
-    traffic = attend.channel.traffic  # pyright: ignore[reportAttributeAccessIssue]
+    channel = world_channel()
+    attend = planned(strategy, 2, Heads(query=4, kv=2), channel)
+    traffic = channel.traffic
     _, saved = attend.forward(torch.ones(12, 4, 8), torch.ones(12, 2, 8), torch.ones(12, 2, 8))
-    forward = set(traffic.take())
+    forward = set(traffic.take().sent)
     attend.backward(torch.ones(12, 4, 8), saved)
-    return forward, set(traffic.take())
+    return forward, set(traffic.take().sent)
 
 
 @pytest.mark.parametrize("strategy", list(KINDS))
@@ -106,7 +144,7 @@ def refusals_of_inputs(strategy: str, degree: int) -> list[str]:
 
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
 def test_inputs_that_do_not_fit_the_plan_are_refused(ranks: Callable[[int], RankPool], strategy: str) -> None:
-    degree = 1 if strategy == "single" else 2
+    degree = 1 if strategy == "single" else 4
     for messages in ranks(degree).run(refusals_of_inputs, strategy, degree):
         for message in messages[:-1]:
             assert message.startswith(f"this attention is planned for q [{24 // degree}, 4] x D"), message
@@ -139,12 +177,13 @@ def test_plans_that_cannot_be_made_are_refused(ranks: Callable[[int], RankPool])
 class RecordingChannel:
     """Of rank 2 of 3; nothing is sent, and what arrives is what left."""
 
-    rank, size = 2, 3
+    rank, size, width = 2, 3, 1
 
     def __init__(self) -> None:
         self.events: list[str] = []
 
-    def shift(self, buffer: torch.Tensor, *, kind: str, tag: int) -> "RecordedShift":
+    def shift(self, buffer: torch.Tensor, *, kind: str, tag: int, to: int, source: int) -> "RecordedShift":
+        assert (to, source) == (0, 1)
         self.events.append(f"send {kind}")
         return RecordedShift(self, buffer, kind)
 
@@ -168,8 +207,8 @@ def test_ring_computes_while_chunks_are_on_their_way(monkeypatch: pytest.MonkeyP
 
         return call
 
-    monkeypatch.setattr(ring, "attend", recorded(ring.attend))
-    monkeypatch.setattr(ring, "attend_backward", recorded(ring.attend_backward))
+    monkeypatch.setattr(dealt, "attend", recorded(dealt.attend))
+    monkeypatch.setattr(dealt, "attend_backward", recorded(dealt.attend_backward))
     shards = Shards.deal(Rows.packed([24]), layout="contiguous", degree=3)
     heads = Heads(query=4, kv=2)
     attend = ring.Ring(channel).prepare(Dense(), shards, heads, backend="cpu")  # pyright: ignore[reportArgumentType]
@@ -184,7 +223,7 @@ def test_ring_computes_while_chunks_are_on_their_way(monkeypatch: pytest.MonkeyP
 
 
 def die_before_the_shift() -> None:
-    channel = Channel(dist.group.WORLD, Traffic())  # pyright: ignore[reportArgumentType]
+    channel = world_channel()
     if channel.rank == 1:
         raise RuntimeError("rank 1 had enough")
     channel.shift(torch.zeros(4), kind="test", tag=1).wait()
@@ -217,13 +256,14 @@ def test_a_rank_that_dies_between_calls_is_reported_and_the_next_world_is_fresh(
 
 def two_transfers_at_once() -> list[float]:
     """Different tags do not take each other's messages, whatever the order of waiting."""
-    channel = Channel(dist.group.WORLD, Traffic())  # pyright: ignore[reportArgumentType]
+    channel = world_channel()
     first = channel.shift(torch.full((3,), channel.rank * 10.0), kind="a", tag=1)
     second = channel.shift(torch.full((5,), channel.rank * 100.0), kind="b", tag=2)
     received = [second.wait()[0].item(), first.wait()[0].item()]
-    sent = channel.traffic.take()
-    assert channel.traffic.take() == {}
-    return [*received, sent["a"], sent["b"]]
+    traffic = channel.traffic.take()
+    assert channel.traffic.take() == Traffic()
+    assert traffic.sent == traffic.received
+    return [*received, traffic.sent["a"], traffic.sent["b"]]
 
 
 def test_shifts_go_round_the_ring_and_are_counted(ranks: Callable[[int], RankPool]) -> None:
@@ -233,7 +273,7 @@ def test_shifts_go_round_the_ring_and_are_counted(ranks: Callable[[int], RankPoo
 
 def sums_of_bfloat16_parts(strategy: str) -> dict[str, bool]:
     """Whether each gradient that leaves the strategy is float32 and holds more than bfloat16 can."""
-    channel = Channel(dist.group.WORLD, Traffic())  # pyright: ignore[reportArgumentType]
+    channel = world_channel()
     shards = Shards.deal(Rows.packed([160]), layout="zigzag", degree=channel.size)
     heads = Heads(query=8, kv=2)
     planned = STRATEGIES.get(strategy)(channel).prepare(Dense(), shards, heads, backend="cpu")

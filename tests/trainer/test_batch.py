@@ -29,7 +29,7 @@ def build(config: Config) -> tuple[list[list[int]], int, int]:
     batch: MicroBatch = build_batches(config, mesh, torch.device("cpu"), Traffic()).build(SEQUENCE)
     rows = batch.context.rows
     columns = [x.tolist() for x in (batch.tokens, batch.labels, rows.position, rows.document)]
-    return columns, batch.valid_tokens, batch.visible_pairs
+    return columns, batch.valid_tokens, batch.attention_flops
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
@@ -43,8 +43,9 @@ def test_ranks_hold_the_whole_sequence_between_them(ranks: Callable[[int], RankP
     for columns, _, _ in found:
         assert all(row[1] == IGNORED for row in zip(*columns, strict=True) if row[3] < 0)
     assert sum(valid for _, valid, _ in found) == 8
-    # Documents of 4 and 6 tokens: 4 * 5 / 2 + 6 * 7 / 2 causal pairs.
-    assert sum(pairs for _, _, pairs in found) == 31
+    # Documents of 4 and 6 tokens: 4 * 5 / 2 + 6 * 7 / 2 causal pairs, each 4 FLOPs a feature of a head.
+    model = config.model
+    assert sum(flops for _, _, flops in found) == 31 * 4 * model.head_dim * model.heads * model.layers
 
 
 def test_rank_order_is_the_layouts(ranks: Callable[[int], RankPool]) -> None:

@@ -45,7 +45,7 @@ def test_ranks_share_the_parameters(
     config = tiny.with_model(config, tied_embeddings=tied)
     sides = ranks(2).run(built, config, on_meta)
     total = sum(size for held, _, _ in sides for size, _, _ in held.values())
-    assert total == total_parameters(config.model, config.attention.build_mechanism())
+    assert total == total_parameters(config.model, config.mechanisms())
     for held, is_tied, finite in sides:
         assert sum(size for size, _, _ in held.values()) < 0.6 * total
         assert {device for _, _, device in held.values()} == {"meta" if on_meta else "cpu"}
@@ -66,8 +66,10 @@ def test_master_parameters_are_never_rounded(
 
 def builder(config: Config) -> tuple[object, ...]:
     made = build_batches(config, Mesh.build(config.parallel, "cpu"), torch.device("cpu"), Traffic())
-    channel = made.strategy.channel
-    return type(made.strategy).__name__, channel.size, channel.rank, str(made.mechanism), made.layout, made.backend
+    layer, *others = made.layers
+    assert all(other == layer for other in others)
+    channel = layer.strategy.channel
+    return type(layer.strategy).__name__, channel.size, channel.rank, str(layer.mechanism), made.layout, layer.backend
 
 
 def test_batches_follow_the_configuration(config: Config, ranks: Callable[[int], RankPool]) -> None:

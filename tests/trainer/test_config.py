@@ -8,6 +8,8 @@ import torch
 
 from farspan.kernels.errors import ConfigError
 from farspan.kernels.mechanism import MECHANISMS, Masked
+from farspan.kernels.mechanisms.lightning import Lightning
+from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.visibility import Visibility
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import AttentionConfig, TrainConfig, flat
@@ -27,9 +29,9 @@ def test_flat_names_every_setting_once() -> None:
 
 
 def test_options_build_the_mechanism() -> None:
-    assert str(AttentionConfig(options={"causal": False}).build_mechanism()) == "Dense(causal=False)"
+    assert str(AttentionConfig(options={"causal": False}).build_mechanisms(1)[0]) == "Dense(causal=False)"
     with pytest.raises(ConfigError, match=r"attention mechanism 'dence' does not exist; .* Did you mean 'dense'\?"):
-        AttentionConfig(mechanism="dence").build_mechanism()
+        AttentionConfig(mechanism="dence").build_mechanisms(1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +63,7 @@ class Picky(Masked):
 def test_an_option_that_the_mechanism_refuses(monkeypatch: pytest.MonkeyPatch, option: str, cause: str) -> None:
     monkeypatch.setitem(MECHANISMS._parts, "picky", Picky)
     with pytest.raises(ConfigError) as refused:
-        AttentionConfig(mechanism="picky", options={option: 0}).build_mechanism()
+        AttentionConfig(mechanism="picky", options={option: 0}).build_mechanisms(1)
     assert str(refused.value) == (
         f"attention.options={{{option} = 0}} does not suit attention.mechanism='picky': {cause}."
     )
@@ -77,3 +79,34 @@ def test_every_preset_loads(path: Path) -> None:
     from farspan.trainer.config import Config
 
     assert load_config(Config, path).run.folder == Path("runs") / path.stem
+
+
+def test_patterns_of_layers() -> None:
+    """A pattern is repeated; layers are told their number; options stand by name."""
+    built = AttentionConfig(mechanism="lightning*2, moba", options={"moba": {"block": 8}}).build_mechanisms(5)
+    assert built == (
+        Lightning(layer=0, layers=5),
+        Lightning(layer=1, layers=5),
+        MoBA(block=8),
+        Lightning(layer=3, layers=5),
+        Lightning(layer=4, layers=5),
+    )
+    fixed = AttentionConfig(mechanism="lightning", options={"layer": 1, "layers": 9}).build_mechanisms(3)
+    assert fixed == (Lightning(layer=1, layers=9),) * 3
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "options", "message"),
+    [
+        ("lightning*, dense", {}, "must be names with commas between"),
+        ("dense,", {}, "must be names with commas between"),
+        ("dense*0", {}, "must be names with commas between"),
+        ("dense, moba", {"block": 8}, "attention.options.block is for none of attention.mechanism='dense, moba'"),
+        ("dense, moba", {"moba": {"blok": 8}}, "attention.options.moba.blok"),
+        ("dense, moba", {"moba": {"block": 0}}, "attention.options.moba={block = 0} does not suit"),
+    ],
+)
+def test_patterns_that_make_no_sense_are_refused(mechanism: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        AttentionConfig(mechanism=mechanism, options=options).build_mechanisms(4)
+    assert message in str(refusal.value)

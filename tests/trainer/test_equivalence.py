@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from farspan.kernels.mechanisms.dense import Dense
 from farspan.parallel.comm import Traffic
 from farspan.parallel.mesh import Mesh, ParallelConfig
+from farspan.parallel.strategy import STRATEGIES
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import PackedSequence, PackedSequences
@@ -181,6 +183,15 @@ def test_ten_steps_do_not_depend_on_the_ranks(
     assert len(set(trajectories[0].losses)) == STEPS
     for trajectory in trajectories:
         assert difference(trajectory, alone) <= TOLERANCE
+
+
+@pytest.mark.parametrize("strategy", ["gather", "fetch", "double_ring", "hybrid", "hybrid_outer"])
+def test_ten_steps_do_not_depend_on_the_strategy(
+    base: Config, alone: Trajectory, ranks: Callable[[int], RankPool], strategy: str
+) -> None:
+    inner = 2 if STRATEGIES.get(strategy).refusal(Dense(), base.heads, 4, 1) else 1
+    parallel = ParallelConfig(context=4, context_inner=inner, strategy=strategy, layout="balanced")
+    assert difference(ranks(4).run(train_dealt, replace(base, parallel=parallel))[2], alone) <= TOLERANCE
 
 
 VARIANTS = {

@@ -11,11 +11,13 @@ from torch import nn
 
 from farspan.kernels.mechanism import Masked, Mechanism
 from farspan.kernels.mechanisms.dense import Dense
+from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.mosa import MoSA
+from farspan.kernels.rows import Rows
 from farspan.kernels.visibility import Visibility
 from farspan.trainer.config import Config
 from farspan.trainer.config_io import load_config
-from farspan.trainer.flops import matrix_parameters, total_parameters, training_flops
+from farspan.trainer.flops import attention_flops, matrix_parameters, total_parameters, training_flops
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.transformer import ConvolutionWeight, Transformer
 
@@ -50,11 +52,12 @@ def test_parameters_are_those_of_the_model(
         layers=3, width=10, heads=6, kv_heads=2, head_dim=4, feed_forward=14, vocabulary_size=23, qk_norm=qk_norm,
         tied_embeddings=tied, key_convolution=key_convolution,
     )  # fmt: skip
+    mechanisms = [mechanism, Dense(), mechanism]
     with torch.device("meta"):
-        model = Transformer(config, mechanism)
-    assert total_parameters(config, mechanism) == sum(p.numel() for p in model.parameters())
+        model = Transformer(config, mechanisms)
+    assert total_parameters(config, mechanisms) == sum(p.numel() for p in model.parameters())
     products = [layer.weight for layer in model.modules() if isinstance(layer, (nn.Linear, ConvolutionWeight))]
-    assert matrix_parameters(config, mechanism) == sum(weight.numel() for weight in products)
+    assert matrix_parameters(config, mechanisms) == sum(weight.numel() for weight in products)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +65,8 @@ def test_parameters_are_those_of_the_model(
 )
 def test_presets_have_the_published_number_of_parameters(preset: str, parameters: int) -> None:
     """As counted in the released weights: Llama-3.1-8B 8.03B, Qwen3-8B 8.19B."""
-    assert total_parameters(load_config(Config, CONFIGS / f"{preset}.toml").model, Dense()) == parameters
+    config = load_config(Config, CONFIGS / f"{preset}.toml")
+    assert total_parameters(config.model, config.mechanisms()) == parameters
 
 
 def test_flops_of_a_sequence_written_out() -> None:
@@ -72,13 +76,20 @@ def test_flops_of_a_sequence_written_out() -> None:
     shapes = [(3, 4, 6), (3, 4, 2), (3, 4, 2), (3, 6, 4), (3, 4, 5), (3, 4, 5), (3, 5, 4)] * 2 + [(3, 4, 7)]
     forward = sum(2 * m * k * n for m, k, n in shapes)
     # For each visible pair, head and layer: a score over 2 features and a weighted sum of 2 values.
-    forward += pairs * 3 * 2 * (2 * 2 + 2 * 2)
+    attention = 2 * pairs * 3 * (2 * 2 + 2 * 2)
+    forward += attention
+    rows = Rows.packed([tokens])
+    assert attention_flops(config, [Dense()] * 2, rows) == attention
+    # A recurrence adds k v^T to a sum of 2 x 2 and reads it: 2 products of 2 x 2 for each token and head.
+    assert attention_flops(config, [Dense(), Lightning()], rows) == attention / 2 + 3 * 3 * 2 * 2 * 2 * 2
     # The backward pass has two products for each of the forward pass.
-    assert training_flops(config, Dense(), tokens, pairs) == 3 * forward
+    assert training_flops(config, [Dense()] * 2, tokens, attention) == 3 * forward
     # A convolution of the 2 features of a key, of which each reads 5.
     convolving = replace(config, key_convolution=5)
-    assert training_flops(convolving, Dense(), tokens, pairs) == 3 * (forward + 2 * (2 * 3 * 2 * 5))
+    assert training_flops(convolving, [Dense()] * 2, tokens, attention) == 3 * (forward + 2 * (2 * 3 * 2 * 5))
     # A router of 3 numbers per KV head; without a gradient of what it reads where that is not wanted.
     router = 2 * (2 * 3 * 4 * 3)
-    assert training_flops(config, Three(), tokens, pairs) == 3 * (forward + router)
-    assert training_flops(config, ThreeDetached(), tokens, pairs) == 3 * forward + 2 * router
+    assert training_flops(config, [Three()] * 2, tokens, attention) == 3 * (forward + router)
+    assert training_flops(config, [ThreeDetached()] * 2, tokens, attention) == 3 * forward + 2 * router
+    mixed = training_flops(config, [ThreeDetached(), Three()], tokens, attention)
+    assert mixed == 3 * forward + 2 * router / 2 + 3 * router / 2

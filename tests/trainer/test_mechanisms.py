@@ -22,6 +22,7 @@ DEALT = [
     ParallelConfig(context=2, strategy="ring", layout="zigzag"),
     ParallelConfig(context=2, strategy="ring", layout="striped"),
     ParallelConfig(context=2, strategy="ulysses"),
+    ParallelConfig(context=2, strategy="fetch", layout="contiguous"),
 ]
 
 
@@ -68,6 +69,31 @@ def test_two_steps_do_not_depend_on_the_ranks(base: Config, ranks: Callable[[int
     for of_rank in ranks(2).run(train_all, dealt):
         for run, trajectory in zip(dealt, of_rank, strict=True):
             assert difference(trajectory, alone) <= TOLERANCE, run.parallel
+
+
+MIXTURES = {
+    "moba": {"block": 8, "top_k": 3},
+    "mosa": {"sparsity": 4},
+    "lightning*7, dense": {},
+}
+"""What `attention.mechanism` may say, with options."""
+ALSO_DEALT = [
+    ParallelConfig(context=4, strategy="fetch", layout="balanced"),
+    ParallelConfig(context=4, context_inner=2, strategy="hybrid"),
+]
+
+
+@pytest.mark.parametrize("pattern", list(MIXTURES))
+def test_steps_of_patterns_of_layers(base: Config, ranks: Callable[[int], RankPool], pattern: str) -> None:
+    """Ten steps on two ranks, two steps on four. Layers with a recurrence run under `state` if keys travel."""
+    config = tiny.with_model(base, layers=8 if "," in pattern else 2)
+    config = replace(config, attention=AttentionConfig(mechanism=pattern, options=MIXTURES[pattern], backend="cpu"))
+    for steps, parallel in ((10, DEALT[0]), *((2, parallel) for parallel in ALSO_DEALT)):
+        dealt = replace(config, parallel=parallel)
+        assert is_valid(dealt)
+        alone = ranks(1).run(train_dealt, config, steps)[0]
+        assert len(set(alone.losses)) == len(alone.losses) == steps
+        assert difference(ranks(parallel.context).run(train_dealt, dealt, steps)[1], alone) <= TOLERANCE, parallel
 
 
 @pytest.mark.parametrize("name", ["dense", "moba", "mosa"])

@@ -47,7 +47,7 @@ def run(weight: float, labels: list, max_norm: float) -> Outcome:
             tokens=torch.tensor(t, dtype=torch.float64),
             labels=torch.tensor(y),
             context=SimpleNamespace(),  # pyright: ignore[reportArgumentType]
-            visible_pairs=10 * rank + i,
+            attention_flops=10 * rank + i,
         )
         for i, (t, y) in enumerate(zip(TOKENS[rank], labels[rank], strict=True))
     ]
@@ -73,7 +73,7 @@ def test_the_loss_is_the_mean_over_all_labelled_tokens(ranks: Callable[[int], Ra
         # 5 labelled tokens on both ranks: 1 + 2 + 3 + 4 and 8, times 2.
         assert outcome.result.loss == pytest.approx(2 * (1 + 2 + 3 + 4 + 8) / 5)
         assert outcome.result.labelled_tokens == 5
-        assert outcome.result.visible_pairs == 0 + 1 + 10 + 11
+        assert outcome.result.attention_flops == 0 + 1 + 10 + 11
     # FSDP sums over the 2 ranks, so each gradient is its part of the mean's.
     assert [outcome.gradient for outcome in outcomes] == pytest.approx([10 / 5, 8 / 5])
     assert outcomes[0].weight == pytest.approx(2.0 - 0.5 * 10 / 5)

@@ -107,7 +107,8 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     ),
     "the layout exists": (
         {"parallel.layout": "zigzak"},
-        "parallel.layout='zigzak' does not exist; choose one of contiguous, zigzag, striped. Did you mean 'zigzag'?",
+        "parallel.layout='zigzak' does not exist; choose one of balanced, contiguous, striped, zigzag. "
+        "Did you mean 'zigzag'?",
         {"parallel.layout": "striped"},
     ),
     "the strategy takes it": (

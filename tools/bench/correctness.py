@@ -46,6 +46,10 @@ class Check:
     rows: Rows
     shape: Shape
 
+    def inputs(self) -> list[Tensor]:
+        """Return the same q, k, v and routing at every call; leaves that require gradients."""
+        return inputs_of(self.mechanism, len(self.rows), self.shape)
+
     def __str__(self) -> str:
         heads, share = self.shape.heads, visible_share(self.mechanism, self.rows)
         return f"{self.mechanism}, {len(self.rows)} tokens, {heads.query}:{heads.kv} heads, {share:.0%} of dense causal"
@@ -117,32 +121,48 @@ class Judge:
         return Verdict(True, "; ".join(said))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Expected:
+    """What a check has to give: out and gradients in float64 and, of 16-bit dtypes, what the reference makes of it."""
+
+    check: Check
+    truth: list[Tensor]
+    rounded: list[Tensor] | list[None]
+
+    @staticmethod
+    def of(check: Check) -> "Expected":
+        """Compute it; raises ConfigError or ValueError where the reference cannot."""
+        exact = REFERENCE.plan(check.mechanism, check.rows, check.shape.exact())
+        inputs, dout = check.inputs(), gradient_of_out(len(check.rows), check.shape)
+        truth = outcome(exact, [x.detach().double().requires_grad_() for x in inputs], dout.double())
+        rounded: list[Tensor] | list[None] = [None] * len(truth)
+        if check.shape.dtype not in TOLERANCE:
+            rounded = outcome(REFERENCE.plan(check.mechanism, check.rows, check.shape), inputs, dout)
+        return Expected(check, truth, rounded)
+
+    def verdict(self, got: Sequence[Tensor], slack: float) -> Verdict:
+        """Compare out and gradients that somebody computed."""
+        names = ("out", "dq", "dk", "dv", "drouting")[: len(self.truth)]
+        failures = [
+            f"{name} {failure}"
+            for name, mine, of_truth, of_reference in zip(names, got, self.truth, self.rounded, strict=True)
+            if (failure := excess(mine, of_truth, of_reference, slack))
+        ]
+        return Verdict(not failures, f"{self.check}: {', '.join(failures) or 'correct'}")
+
+
 def compare(contender: Contender, check: Check) -> Verdict:
     """Compare a contender with the reference in one check."""
     try:
-        exact = REFERENCE.plan(check.mechanism, check.rows, check.shape.exact())
         attention = contender.plan(check.mechanism, check.rows, check.shape)
+        expected = Expected.of(check)
     except (ConfigError, ValueError) as error:
         return Verdict(False, str(error), refused=True)
-    inputs = inputs_of(check.mechanism, len(check.rows), check.shape)
-    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
-    dout = gradient_of_out(len(check.rows), check.shape)
-    truth = outcome(exact, exact_inputs, dout.double())
     try:
-        got = outcome(attention, inputs, dout)
+        got = outcome(attention, check.inputs(), gradient_of_out(len(check.rows), check.shape))
     except Exception as error:  # whatever a kernel dies of, the other rows are measured
         return Verdict(False, f"{check}: {type(error).__name__}: {error}")
-    rounded: list[Tensor] | list[None] = [None] * len(truth)
-    if check.shape.dtype not in TOLERANCE:
-        rounded = outcome(REFERENCE.plan(check.mechanism, check.rows, check.shape), inputs, dout)
-    slack = 1.0 if isinstance(contender, Ours) else SLACK
-    names = ("out", "dq", "dk", "dv", "drouting")[: len(truth)]
-    failures = [
-        f"{name} {failure}"
-        for name, mine, of_truth, of_reference in zip(names, got, truth, rounded, strict=True)
-        if (failure := excess(mine, of_truth, of_reference, slack))
-    ]
-    return Verdict(not failures, f"{check}: {', '.join(failures) or 'correct'}")
+    return expected.verdict(got, 1.0 if isinstance(contender, Ours) else SLACK)
 
 
 def outcome(attention: Attention, inputs: Sequence[Tensor], dout: Tensor) -> list[Tensor]:

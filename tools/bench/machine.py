@@ -15,17 +15,17 @@ from farspan.kernels.backend import BACKENDS
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def facts(device: torch.device, arguments: Sequence[str]) -> dict[str, str]:
+def facts(device: torch.device, arguments: Sequence[str], *, tool: str = "bench_attention") -> dict[str, str]:
     """Return the machine, the software, the commit and the command, in words."""
     found = {
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
-        "command": shlex.join(["python", "-m", "farspan.tools.bench_attention", *arguments]),
+        "command": shlex.join(["python", "-m", f"farspan.tools.{tool}", *arguments]),
         "cpu": cpu_model(),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "torch": torch.__version__,
-    } | {package: _version(package) for package in ("triton", "flash-attn", "flash-attn-3", "flash-attn-4")}
+    } | {package: version(package) for package in ("triton", "flash-attn", "flash-attn-3", "flash-attn-4")}
     if device.type == "cuda":
         found |= {"gpu": device_name(device), "cuda": str(torch.version.cuda)}
         found |= {"cudnn": str(torch.backends.cudnn.version()), "library": BACKENDS.get("library").calls()}
@@ -58,7 +58,8 @@ def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """Return the version of a package, or that there is none."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

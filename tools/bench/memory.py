@@ -2,13 +2,15 @@
 
 import contextlib
 import multiprocessing
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from farspan.parallel.ranks import Ranks, connected
-from farspan.tools.bench.case import Case, Contender, Shape, gradient_of_out, inputs_of
+from farspan.tools.bench.case import Attention, Case, Contender, Shape, gradient_of_out, inputs_of
 from farspan.tools.measure_loss_memory import resident_bytes
 
 Peaks = dict[str, int]
@@ -25,7 +27,7 @@ def peaks_of(contender: Contender, case: Case, tokens: int, shape: Shape) -> Pea
     """
     if shape.device.type == "cuda":
         return _measure(contender, case, tokens, shape)
-    if not Path("/proc/self/status").exists():
+    if not tells_memory(shape.device):
         return None
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -42,6 +44,11 @@ def peaks_of(contender: Contender, case: Case, tokens: int, shape: Shape) -> Pea
         ours.close()
 
 
+def tells_memory(device: torch.device) -> bool:
+    """Whether peaks can be told on this system."""
+    return device.type == "cuda" or Path("/proc/self/status").exists()
+
+
 def _serve(answer: Connection, contender: Contender, case: Case, tokens: int, shape: Shape, threads: int) -> None:
     torch.set_num_threads(threads)
     with connected(Ranks(), shape.device):
@@ -51,8 +58,12 @@ def _serve(answer: Connection, contender: Contender, case: Case, tokens: int, sh
 
 def _measure(contender: Contender, case: Case, tokens: int, shape: Shape) -> Peaks:
     attention = contender.plan(case.mechanism, case.rows(tokens), shape)
-    inputs, dout = inputs_of(case.mechanism, tokens, shape), gradient_of_out(tokens, shape)
-    meter = _CudaMeter() if shape.device.type == "cuda" else _Meter()
+    return peaks_of_pass(attention, inputs_of(case.mechanism, tokens, shape), gradient_of_out(tokens, shape))
+
+
+def peaks_of_pass(attention: Attention, inputs: Sequence[Tensor], dout: Tensor) -> Peaks:
+    """Return the peaks of one pass in this process; on a CPU what was freed before it hides what it needs."""
+    meter = _CudaMeter() if dout.is_cuda else _Meter()
     before = meter.held()
     out = attention(*inputs)
     forward = meter.peak() - before

@@ -1,11 +1,11 @@
-"""A log-log plot of time against tokens as a plain SVG file, one line per series, each named at its end."""
+"""A log-log plot, of time against tokens say, as a plain SVG file, one line per series, each named at its end."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 Points = Sequence[tuple[int, float]]
-"""(tokens, milliseconds), ascending in tokens."""
+"""(tokens, milliseconds) or what else is measured, ascending in the first."""
 
 WIDTH, HEIGHT = 860, 520
 LEFT, RIGHT, TOP, BOTTOM = 76, 230, 48, 56
@@ -21,7 +21,7 @@ def human(tokens: int) -> str:
     return str(tokens)
 
 
-def log_log(series: Mapping[str, Points], title: str) -> str:
+def log_log(series: Mapping[str, Points], title: str, *, x_label: str = "tokens", y_label: str = "milliseconds") -> str:
     """Return the SVG text; series without points are left out, and a plot of nothing has only its axes."""
     series = {name: points for name, points in series.items() if points}
     xs = sorted({tokens for points in series.values() for tokens, _ in points}) or [1024]
@@ -37,7 +37,7 @@ def log_log(series: Mapping[str, Points], title: str) -> str:
         return TOP + (HEIGHT - TOP - BOTTOM) * (high - math.log10(ms)) / (high - low)
 
     ends = {name: down(points[-1][1]) for name, points in series.items()}
-    parts = [*_frame(title), *_axes(xs, range(low, high + 1), across, down)]
+    parts = [*_frame(title), *_axes(xs, range(low, high + 1), across, down, (x_label, y_label))]
     for number, (name, label_y) in enumerate(_spread(ends).items()):
         colour = COLOURS[number % len(COLOURS)]
         dashes = ' stroke-dasharray="6 4"' if number >= len(COLOURS) else ""
@@ -62,7 +62,11 @@ def _frame(title: str) -> list[str]:
 
 
 def _axes(
-    xs: Sequence[int], decades: range, across: Callable[[int], float], down: Callable[[float], float]
+    xs: Sequence[int],
+    decades: range,
+    across: Callable[[int], float],
+    down: Callable[[float], float],
+    labels: tuple[str, str],
 ) -> list[str]:
     left, right, top, bottom = LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM
     parts = []
@@ -76,10 +80,10 @@ def _axes(
         parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle" fill="#444444">{human(tokens)}</text>')
     middle = (left + right) / 2
     parts.append(f'<path d="M{left},{top} V{bottom} H{right}" fill="none" stroke="#444444"/>')
-    parts.append(f'<text x="{middle}" y="{bottom + 40}" text-anchor="middle" fill="#444444">tokens</text>')
+    parts.append(f'<text x="{middle}" y="{bottom + 40}" text-anchor="middle" fill="#444444">{labels[0]}</text>')
     y = (top + bottom) / 2
     parts.append(
-        f'<text x="20" y="{y}" text-anchor="middle" fill="#444444" transform="rotate(-90 20 {y})">milliseconds</text>'
+        f'<text x="20" y="{y}" text-anchor="middle" fill="#444444" transform="rotate(-90 20 {y})">{labels[1]}</text>'
     )
     return parts
 

@@ -4,6 +4,7 @@ Legend: T local tokens of one micro-batch, C width, Hq query heads, Hk key/value
 Tensors are flat over tokens: a batch is one sequence of packed documents, told apart by its rows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,12 +27,12 @@ from farspan.trainer.model.config import ModelConfig
 class SequenceContext:
     """What the layers need to know of the sequence beside its tokens.
 
-    rows: of this rank's tokens. attend: attention over the whole sequence, for these rows. key_convolution: the same of
-    the convolution on keys, for a model that has it.
+    rows: of this rank's tokens. attends: attention of each layer over the whole sequence, for these rows.
+    key_convolution: the same of the convolution on keys, for a model that has it.
     """
 
     rows: Rows
-    attend: Attend
+    attends: tuple[Attend, ...]
     key_convolution: KeyConvolution | None = None
 
 
@@ -144,13 +145,13 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Tokens and labels in, the loss of each token out."""
+    """Tokens and labels in, the loss of each token out; `mechanisms` are those of the layers."""
 
-    def __init__(self, config: ModelConfig, mechanism: Mechanism, *, recompute: bool = False) -> None:
+    def __init__(self, config: ModelConfig, mechanisms: Sequence[Mechanism], *, recompute: bool = False) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary_size, config.width)
-        self.blocks = nn.ModuleList(Block(config, mechanism, recompute) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, mechanism, recompute) for mechanism in mechanisms)
         self.norm = RmsNorm(config.width, config.norm_epsilon)
         self.head = nn.Linear(config.width, config.vocabulary_size, bias=False)
         if config.tied_embeddings:
@@ -160,9 +161,8 @@ class Transformer(nn.Module):
         """tokens and labels int64 `[T]` to losses `[T]` in nats, float32 or float64; 0 where a label is ignored."""
         x = self.embedding(tokens)  # [T, C]
         cos, sin = self._rotation(context.rows.position, x.dtype)
-        inputs = _BlockInputs(cos, sin, context.attend, context.key_convolution)
-        for block in self.blocks:
-            x = block(x, inputs)
+        for block, attend in zip(self.blocks, context.attends, strict=True):
+            x = block(x, _BlockInputs(cos, sin, attend, context.key_convolution))
         return linear_cross_entropy(self.norm(x), self.head.weight, labels)
 
     def _rotation(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ def test_parameters_do_not_depend_on_the_sharding(ranks: Callable[[int], RankPoo
 
 def test_distributions_and_seeds() -> None:
     config = tiny.with_model(CONFIG, width=256, feed_forward=512, head_dim=32, layers=3, key_convolution=3).model
-    model = Transformer(config, MoSA())
+    model = Transformer(config, [MoSA()] * config.layers)
     initialize(model, config, seed=1)
     first = {name: p.detach().clone() for name, p in model.named_parameters()}
     for name, value in first.items():
@@ -74,7 +74,7 @@ def test_distributions_and_seeds() -> None:
 
 def test_a_tied_embedding_starts_as_a_head() -> None:
     config = tiny.with_model(CONFIG, width=256, tied_embeddings=True).model
-    model = Transformer(config, Dense())
+    model = Transformer(config, [Dense()] * config.layers)
     initialize(model, config, seed=1)
     assert model.head.weight is model.embedding.weight
     assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.05)

@@ -1,0 +1,208 @@
+"""Attention where tokens are dealt and keys travel: local queries meet all keys part by part, however these come.
+
+What strategies that move keys and values have in common: a strategy says how the parts come and how gradients get home.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from farspan.kernels.attend import attend, attend_backward
+from farspan.kernels.mechanism import Gathered, Masked, Mechanism
+from farspan.kernels.merge import accumulation_dtype, empty_partial, merge_
+from farspan.kernels.plan import Plan
+from farspan.kernels.selection import Selection
+from farspan.kernels.whole import Saved
+from farspan.parallel.choice import Choice, moves_of_choice
+from farspan.parallel.comm import Channel
+from farspan.parallel.gathered import GatheredAttend, gathered_heads
+from farspan.parallel.layout import Shards
+from farspan.parallel.strategy import Attend, Chosen, HeadShare, Move, Queries, Sizes
+
+
+class Homeward(ABC):
+    """The way home of the gradients of one rank's backward pass, summed in the accumulation dtype."""
+
+    @abstractmethod
+    def add(self, dk: Tensor | None, dv: Tensor | None) -> None:
+        """Add what was found for the part that came last; None: nothing. Called once for each part, in order."""
+
+    @abstractmethod
+    def arrive(self) -> tuple[Tensor, Tensor]:
+        """Return the gradients of the local keys and values, summed over all ranks."""
+
+
+class Journey(ABC):
+    """How the keys and values of all ranks come to this one, in parts, planned for one dealt sequence.
+
+    plans: local queries against each part. tokens: of the keys of each part, int64 `[keys]`, -1 for padding.
+    """
+
+    plans: tuple[Plan, ...]
+    tokens: tuple[Tensor, ...]
+
+    def to_chosen(self, selection: Selection | None) -> "Journey":
+        """Return the journey of what the local queries chose; every rank has to call. This one, if it brings all."""
+        return self
+
+    @abstractmethod
+    def parts(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield keys and values of each part, of the local ones k `[tokens_local, Hk, D]` and v `[.., Hk, Dv]`.
+
+        Each is used before the next is asked for; what comes next is on its way meanwhile.
+        """
+
+    @abstractmethod
+    def homeward(self, k: Tensor, v: Tensor) -> Homeward:
+        """Return the way home of gradients for local keys and values of these shapes."""
+
+    @abstractmethod
+    def moves(self, sizes: Sizes, chosen: Chosen) -> tuple[Move, ...]:
+        """Return what this rank sends; chosen: of the whole sequence, by a routed mechanism."""
+
+    @abstractmethod
+    def working_bytes(self, sizes: Sizes, chosen: Chosen) -> int:
+        """Return the most bytes of parts and gradients that are here, or on their way, at once."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DealtAttend(Attend):
+    """Attention of local queries to the parts of a journey."""
+
+    mechanism: Masked
+    shards: Shards
+    channel: Channel
+    journey: Journey
+    choice: Choice
+    backend: str
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
+        q, k, v, *routing = inputs
+        choices = self.choice.choose(q, k, *routing)
+        journey = self.journey.to_chosen(choices.selection)
+        plans = choices.applied(journey.plans, journey.tokens)
+        out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
+        causal_lse = lse.clone()
+        for number, (key, value) in enumerate(journey.parts(k, v)):
+            if plans[number].is_empty:
+                continue
+            merge_(out, lse, *attend(q, key, value, plans[number], backend=self.backend))
+            if choices.lifetimes is not None:
+                part = attend(q, key, value, journey.plans[number], backend=self.backend)[1]
+                causal_lse = torch.logaddexp(causal_lse, part)
+        out = out.to(q.dtype)
+        learning = () if choices.lifetimes is None else (causal_lse, *routing)
+        return out, Saved((q, k, v, out, lse, *learning), (journey, plans, choices.lifetimes))
+
+    def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
+        q, k, v, out, lse, *learning = saved.tensors
+        journey, plans, lifetimes = saved.kept
+        of_types = self.choice.learning(lifetimes, learning)
+        dq = torch.zeros(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
+        homeward = journey.homeward(k, v)
+        for number, (key, value) in enumerate(journey.parts(k, v)):
+            if plans[number].is_empty:
+                homeward.add(None, None)
+                continue
+            part_dq, dk, dv = attend_backward(dout, q, key, value, out, lse, plans[number], backend=self.backend)
+            dq += part_dq
+            if of_types is not None:
+                all_causal, tokens = journey.plans[number], journey.tokens[number]
+                of_types.add(dout, q, key, value, out, plan=all_causal, keys=tokens)
+            homeward.add(dk, dv)
+        gradients = dq, *homeward.arrive()
+        return gradients if of_types is None else (*gradients, of_types.gradient())
+
+    def lse(self, saved: Saved) -> Tensor:
+        return saved.tensors[4]
+
+    def moves(self, sizes: Sizes, chosen: Chosen = None) -> tuple[Move, ...]:
+        """What the journey moves, and what all ranks sum to choose by and to learn from."""
+        choice = moves_of_choice(self.mechanism, self.shards.rows, self.heads, sizes, self.channel)
+        return *self.journey.moves(sizes, chosen), choice
+
+    @property
+    def queries(self) -> Queries:
+        return Queries(self.shards.index[self.channel.rank], self.heads.query)
+
+    def working_bytes(self, sizes: Sizes, chosen: Chosen = None) -> int:
+        """Backward: what is on its journey, the gradient of the queries and that of the part at hand."""
+        dq = self.tokens_local * self.heads.query * sizes.head_dim * sizes.accumulation_bytes
+        return dq + self.journey.working_bytes(sizes, chosen)
+
+
+def refusal_of_travelling_keys(strategy: str, mechanism: Mechanism) -> str | None:
+    """Return why a strategy that moves keys and values cannot run a mechanism, None if it can."""
+    if isinstance(mechanism, (Masked, Gathered)):
+        return None
+    return (
+        f"strategy {strategy!r} moves keys and values, which {type(mechanism).__name__} does not attend to; "
+        "set parallel.strategy='state' or 'ulysses'."
+    )
+
+
+def plan_travelling_keys(
+    strategy: str,
+    plan_journey: Callable[[Masked, Shards, HeadShare], Journey],
+    mechanism: Mechanism,
+    shards: Shards,
+    share: HeadShare,
+    channel: Channel,
+    *,
+    backend: str,
+) -> Attend:
+    """Plan attention by a journey; of gathered mechanisms, what was chosen makes the journey."""
+    if isinstance(mechanism, Gathered):
+        among = HeadShare.whole(gathered_heads(share.here))
+        return GatheredAttend(
+            tokens_local=shards.tokens_local,
+            heads=share.here,
+            routing_width=mechanism.routing_width,
+            mechanism=mechanism,
+            shards=shards,
+            channel=channel,
+            strategy=strategy,
+            plan=lambda dealt: plan_travelling_keys(
+                strategy, plan_journey, mechanism.among(), dealt, among, channel, backend=backend
+            ),
+        )
+    assert isinstance(mechanism, Masked)
+    return DealtAttend(
+        tokens_local=shards.tokens_local,
+        heads=share.here,
+        routing_width=mechanism.routing_width,
+        mechanism=mechanism,
+        shards=shards,
+        channel=channel,
+        journey=plan_journey(mechanism, shards, share),
+        choice=Choice.of(mechanism, shards, share, channel, strategy=strategy),
+        backend=backend,
+    )
+
+
+class KeysAndValues:
+    """Keys `[tokens, Hk, D]` and values `[tokens, Hk, Dv]` as views of one flat buffer, sent as one message."""
+
+    def __init__(self, buffer: Tensor, key_shape: torch.Size, value_shape: torch.Size) -> None:
+        self.buffer = buffer
+        self.key, self.value = buffer.split((key_shape.numel(), value_shape.numel()))
+        self.key, self.value = self.key.view(key_shape), self.value.view(value_shape)
+
+    @staticmethod
+    def pack(key: Tensor, value: Tensor) -> "KeysAndValues":
+        return KeysAndValues(torch.cat((key.reshape(-1), value.reshape(-1))), key.shape, value.shape)
+
+    @staticmethod
+    def no_gradients(key: Tensor, value: Tensor) -> "KeysAndValues":
+        """Return gradients of 0, in the accumulation dtype."""
+        buffer = torch.zeros(key.numel() + value.numel(), dtype=accumulation_dtype(key.dtype), device=key.device)
+        return KeysAndValues(buffer, key.shape, value.shape)
+
+    def like(self, buffer: Tensor) -> "KeysAndValues":
+        """Return another buffer, of the same shapes."""
+        return KeysAndValues(buffer, self.key.shape, self.value.shape)

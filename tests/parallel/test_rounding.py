@@ -1,0 +1,49 @@
+"""The wire dtype of key and value gradients: rounded once each, they cost half the bytes and little accuracy.
+
+Whatever the dtype, errors do not grow with the number of ranks, as every owner sums in float32.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from farspan.kernels.mechanisms.dense import Dense
+from tests.oracle import rms_error
+from tests.parallel.test_matrix import HEADS, Case, put_together, reference, run_cases
+from tests.ranks import RankPool
+
+MOVES_GRADIENTS = ["ring", "gather", "fetch", "ulysses"]
+ONE_KV_HEAD = HEADS[2]
+"""So that Ulysses has replicas whose gradients are summed, at every degree."""
+
+
+def errors(ranks: Callable[[int], RankPool], case: Case, degree: int) -> tuple[float, int]:
+    """Return the error of dk and dv together, and the bytes that all ranks sent backward."""
+    results = ranks(degree).run(run_cases, [case])
+    whole = put_together(case, degree, [parts[0][0] for parts in results])
+    expected = reference(case.mechanism, case.documents, case.heads, case.dtype)
+    sent = sum(parts[0][1][1].counted.sent.total() for parts in results)
+    found, truth = (torch.cat([x.flatten() for x in tensors[3:]]) for tensors in (whole, expected))
+    return rms_error(found, truth), sent
+
+
+@pytest.mark.parametrize("strategy", MOVES_GRADIENTS)
+def test_errors_do_not_grow_with_the_degree(ranks: Callable[[int], RankPool], strategy: str) -> None:
+    """1.2: of the same size, that is; a sum rounded at every hop would have twice the error at 8 ranks as at 2.
+
+    Rounded, each of P parts has the error of its own size, which together is that of one rounding of the sum, give or
+    take; and the sum is rounded too: the root of 2 of one process, and some.
+    """
+    exact = Case(Dense(), strategy, "zigzag", "ragged", ONE_KV_HEAD, dtype=torch.bfloat16)
+    alone, _ = errors(ranks, replace(exact, strategy="single"), 1)
+    found = {degree: errors(ranks, exact, degree) for degree in (2, 4, 8)}
+    rounded = {degree: errors(ranks, replace(exact, rounded=True), degree) for degree in (2, 4, 8)}
+    for degree in (2, 4, 8):
+        assert found[degree][0] <= 1.2 * alone
+        assert rounded[degree][0] <= 1.7 * alone
+        assert rounded[degree][1] < found[degree][1]
+    assert found[8][0] <= 1.2 * found[2][0]
+    assert rounded[8][0] <= 1.2 * rounded[2][0]
+    assert rounded[8][0] > found[8][0]

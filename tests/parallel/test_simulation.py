@@ -1,0 +1,109 @@
+"""Worlds of threads: the same strategies at degrees beyond the processes of one machine, with real transfers."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from farspan.kernels.mechanism import Heads, Mechanism
+from farspan.kernels.mechanisms.dense import Dense
+from farspan.kernels.mechanisms.lightning import Lightning
+from farspan.kernels.mechanisms.moba import MoBA
+from farspan.kernels.mechanisms.mosa import MoSA
+from farspan.kernels.mechanisms.window import Window
+from farspan.kernels.rows import Rows
+from farspan.kernels.whole import plan_whole
+from farspan.parallel.choice import choose_alone
+from farspan.parallel.comm import Channel
+from farspan.parallel.layout import Shards
+from farspan.parallel.simulation import Unconnected, simulate
+from farspan.parallel.strategy import STRATEGIES, Sizes, Volume
+from tests.oracle import relative_error
+
+HEADS = Heads(query=4, kv=2)
+ROWS = Rows.packed([391, 7, 250, 1, 112])
+"""761 tokens: 12 for each of 64 ranks, the last one with padding."""
+
+
+def operands(mechanism: Mechanism) -> list[Tensor]:
+    generator, tokens = torch.Generator().manual_seed(0), len(ROWS)
+    widths = [(HEADS.query, 8), (HEADS.kv, 8), (HEADS.kv, 4)]
+    if mechanism.routing_width:
+        widths.append((HEADS.kv, mechanism.routing_width))
+    widths.append((HEADS.query, 4))
+    return [torch.randn(tokens, *width, generator=generator, dtype=torch.float64) for width in widths]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "mechanism", "layout", "degree", "width"),
+    [
+        ("ring", Dense(), "zigzag", 16, 1),
+        ("double_ring", Window(window=40), "striped", 16, 4),
+        ("gather", MoBA(block=32, top_k=3), "contiguous", 64, 1),
+        ("fetch", Window(window=40), "contiguous", 64, 1),
+        ("fetch", MoBA(block=32, top_k=3), "zigzag", 16, 1),
+        ("ship", MoBA(block=32, top_k=3), "zigzag", 32, 1),
+        ("hybrid", Dense(), "zigzag", 64, 4),
+        ("hybrid_outer", MoSA(sparsity=4), "contiguous", 64, 16),
+        ("state", Lightning(), "zigzag", 64, 1),
+    ],
+    ids=str,
+)
+def test_many_ranks_equal_one(strategy: str, mechanism: Mechanism, layout: str, degree: int, width: int) -> None:
+    *inputs, dout = operands(mechanism)
+    shards = Shards.deal(ROWS, layout=layout, degree=degree)
+    planning = STRATEGIES.get(strategy)
+    chosen = None
+    if planning.moves_chosen(mechanism):
+        chosen = choose_alone(mechanism, ROWS, HEADS, *inputs[:2], *inputs[3:])
+
+    def attend(channel: Channel) -> tuple[list[Tensor], Volume, Volume]:
+        planned = planning(channel).prepare(mechanism, shards, HEADS, backend="cpu")
+        mine = [shards.shard(x, channel.rank) for x in inputs]
+        out, saved = planned.forward(*mine)
+        forward = channel.traffic.take().sent.total()
+        gradients = planned.backward(shards.shard(dout, channel.rank), saved)
+        counted = Volume(forward=forward, backward=channel.traffic.take().sent.total())
+        return [out, *gradients], counted, planned.volume(Sizes.of(torch.float64, 8, 4), chosen)
+
+    with torch.no_grad():
+        found = simulate(degree, attend, width=width)
+        whole = plan_whole(mechanism, ROWS, HEADS, range(HEADS.query), backend="reference")
+        out, saved = whole.forward(*inputs)
+        expected = [out, *whole.backward(dout, saved)]
+    for number, truth in enumerate(expected):
+        together = shards.unshard(torch.stack([parts[number] for parts, _, _ in found]))
+        assert relative_error(together, truth) < 1e-10
+    assert [counted for _, counted, _ in found] == [stated for _, _, stated in found]
+
+
+@pytest.mark.parametrize("strategy", ["ring", "double_ring", "gather", "fetch", "state"])
+def test_plans_and_bytes_at_512_ranks(strategy: str) -> None:
+    """Any rank's plan is made without the others, and its bytes follow from the formula: here 1M tokens."""
+    mechanism = Lightning() if strategy == "state" else Window(window=1024)
+    shards = Shards.deal(Rows.packed([1 << 20]), layout="contiguous", degree=512)
+    row = 2 * 16 * 2 * 2
+    expected = {
+        "ring": 511 * 2048 * row,
+        "double_ring": 511 * 2048 * row,
+        "gather": 511 * 2048 * row,
+        "fetch": 1023 * row,
+        "state": 511 * HEADS.query * 16 * 16 * 4,
+    }
+    channel = Unconnected(300, 512, width=8)
+    planned = STRATEGIES.get(strategy)(channel).prepare(mechanism, shards, HEADS, backend="cpu")
+    assert planned.volume(Sizes.of(torch.bfloat16, 16, 16)).forward == expected[strategy]
+
+
+def test_the_error_of_a_rank_is_raised_and_nobody_waits() -> None:
+    def fail(channel: Channel) -> None:
+        if channel.rank == 3:
+            raise ValueError("rank 3 had enough")
+        channel.all_reduce(torch.ones(1), kind="test")
+
+    with pytest.raises(ValueError, match="rank 3 had enough"):
+        simulate(8, fail)
+
+
+def test_channels_for_plans_send_nothing() -> None:
+    with pytest.raises(RuntimeError, match="for plans"):
+        Unconnected(0, 2).all_reduce(torch.ones(1), kind="test")

@@ -1,0 +1,306 @@
+"""The measurement of context parallelism at tiny sizes: what it writes, and that nothing wrong gets a number."""
+
+import importlib.util
+import json
+import os
+import re
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, final
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from farspan.kernels.mechanism import Heads, Mechanism
+from farspan.kernels.mechanisms.dense import Dense
+from farspan.kernels.mechanisms.lightning import Lightning
+from farspan.kernels.mechanisms.moba import MoBA
+from farspan.kernels.mechanisms.mosa import MoSA
+from farspan.parallel.comm import Traffic
+from farspan.parallel.layout import Shards
+from farspan.parallel.ranks import Ranks, connected
+from farspan.parallel.strategy import STRATEGIES, Attend, HeadShare, Strategy
+from farspan.tools.bench.case import Case, Shape
+from farspan.tools.bench.context import on_rank
+from farspan.tools.bench.context.entrant import Row, Under, rows_of
+from farspan.tools.bench.context.late import Delay, LateChannel
+from farspan.tools.bench.context.measure import Judge, Result, predicted, ratio
+from farspan.tools.bench.context.pool import Here, Pool, Pools, RankError
+from farspan.tools.bench.context.report import Record
+from farspan.tools.bench.context.rivals import rivals
+from farspan.tools.bench.correctness import Verdict
+from farspan.tools.bench.measure import LeftOut
+from farspan.tools.bench.timing import Times
+from farspan.tools.bench_context import main, parse
+from tests.ranks import RankPool
+
+FIELDS = [
+    "strategy", "layout", "mechanism", "degree", "tokens", "tokens_per_s", "bytes_sent", "bytes_formula", "balance",
+    "peak_bytes",
+]  # fmt: skip
+NUMBERS = ["tokens_per_s", "bytes_sent", "bytes_formula", "balance", "peak_bytes"]
+SHAPE = Shape(heads=Heads(query=4, kv=2), head_dim=8, value_dim=8, dtype=torch.float32, device=torch.device("cpu"))
+LATE_S = 0.4
+
+
+@final
+class Wrong(Strategy):
+    """Attends to all keys, whatever it was told."""
+
+    @classmethod
+    def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
+        return None
+
+    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> Attend:
+        return STRATEGIES.get("gather")(self.channel).plan(Dense(causal=False), shards, share, backend=backend)
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Pool]:
+    with Pool(2, 1, "cpu") as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Pool]:
+    with Pool(4, 1, "cpu") as pool:
+        yield pool
+
+
+def test_writes_records_tables_machine_and_plot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One run with a strategy that was registered a moment ago and is wrong; tokens do not divide by the ranks."""
+    monkeypatch.setitem(STRATEGIES._parts, "wrong", Wrong)
+    out = tmp_path / "new" / "bench"
+    chosen = ["--strategies", "ring,double_ring,wrong,torch_context_parallel", "--layouts", "zigzag"]
+    size = ["--tokens", "301", "--degrees", "2", "--heads", "4:2", "--head-dim", "8"]
+    assert main([*chosen, *size, "--mechanisms", "dense", "--out", str(out)]) == 0
+    records: list[dict[str, Any]] = json.loads(out.with_suffix(".json").read_text())
+    assert [list(record) for record in records] == [FIELDS] * len(records)
+    assert [part.name for part in fields(Record)] == FIELDS
+    by_strategy = {record["strategy"]: record for record in records}
+    assert set(by_strategy) - {"torch_context_parallel"} == {"single", "single_2_threads", "ring", "wrong"}
+    assert all(by_strategy["wrong"][number] is None for number in NUMBERS)
+    assert all(record["tokens"] == 301 for record in records)
+    ring, single = by_strategy["ring"], by_strategy["single"]
+    assert (ring["layout"], ring["mechanism"], ring["degree"], single["degree"]) == ("zigzag", "dense", 2, 1)
+    chunk = 152 * 2 * (8 + 8) * 4  # tokens of a rank, filled up to 4 stretches of 76, KV heads, D and Dv, bytes
+    assert ring["bytes_sent"] == ring["bytes_formula"] == chunk + chunk + 2 * chunk
+    assert single["bytes_sent"] == single["bytes_formula"] == 0
+    assert 1 <= ring["balance"] < 1.1
+    assert ring["tokens_per_s"] > 0
+    check_files(tmp_path / "new")
+    said = capsys.readouterr().out
+    assert "dense by wrong, zigzag, 2 ranks: NOT CORRECT: Dense(causal=True), 1024 tokens, 4:2 heads" in said
+
+
+def check_files(folder: Path) -> None:
+    machine = json.loads((folder / "bench_machine.json").read_text())
+    assert {"date", "commit", "command", "cpu", "threads", "torch", "deepspeed"} <= set(machine)
+    assert "farspan.tools.bench_context" in machine["command"]
+    text = (folder / "bench.md").read_text()
+    assert "![tokens/s against ranks](bench.svg)" in text
+    assert text.count("| wrong | zigzag | 2 | not correct |") == 1
+    overlap = text.split("## Overlap, 2 ranks")[1].split("## What was checked")[0] if "## Overlap" in text else ""
+    left_out = text.split("## Left out")[1]
+    assert (overlap.count("| fwd |"), overlap.count("| bwd |")) == (4, 4) or "overlap, 2 ranks: it needs" in left_out
+    assert "double_ring, 2 ranks: strategy 'double_ring' needs a grid of ranks" in left_out
+    assert "torch_context_parallel, zigzag, 2 ranks" in text
+    plot = ElementTree.parse(folder / "bench.svg").getroot()
+    assert {"ranks", "tokens/s", "ring, zigzag", "one rank, threads"} <= {element.text for element in plot}
+
+
+def a_row(mechanism: Mechanism, strategy: str, degree: int, layout: str = "zigzag") -> Row:
+    case = Case(name=str(mechanism), mechanism=mechanism)
+    return Row(entrant=Under(strategy, STRATEGIES.get(strategy)), case=case, layout=layout, degree=degree)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "mechanism"),
+    [
+        ("double_ring", Dense()),
+        ("hybrid", Dense()),
+        ("fetch", MoBA(block=16, top_k=2)),
+        ("ship", MoBA(block=16, top_k=2)),
+        ("ring", MoSA(sparsity=4)),
+        ("fetch", MoSA(sparsity=4)),
+        ("state", Lightning()),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_counted_bytes_are_those_of_the_formula(four: Pool, strategy: str, mechanism: Mechanism) -> None:
+    """Of the very inputs that are measured, where what is sent depends on them."""
+    needs = four.run(on_rank.measure, a_row(mechanism, strategy, 4), 301, SHAPE)
+    assert all(need.sent == need.stated for need in needs), needs
+    assert all(need.sent for need in needs)
+    assert all(need.work > 0 for need in needs)
+
+
+def test_work_is_uneven_where_ranks_hold_stretches(two: Pool) -> None:
+    contiguous, zigzag = (
+        [need.work for need in two.run(on_rank.measure, a_row(Dense(), "ring", 2, layout), 256, SHAPE)]
+        for layout in ("contiguous", "zigzag")
+    )
+    assert contiguous == [4 * 128 * 129 / 2, 4 * (256 * 257 - 128 * 129) / 2]
+    assert zigzag[0] == zigzag[1]
+    assert sum(zigzag) == sum(contiguous)
+
+
+def test_only_what_is_admitted_has_a_row() -> None:
+    entrants = [Under(name, strategy) for name, strategy in STRATEGIES.load().items() if name != "single"]
+    rows = rows_of(Case(name="lightning", mechanism=Lightning()), entrants, ["zigzag"], [2, 4], SHAPE)
+    assert [(row.strategy, row.degree) for row in rows] == [
+        ("single", 1), ("single_2_threads", 1), ("single_4_threads", 1), ("state", 2), ("ulysses", 2), ("hybrid", 4),
+        ("hybrid_outer", 4), ("state", 4), ("ulysses", 4),
+    ]  # fmt: skip
+
+
+def move_late(late_s: float, sender_s: float) -> tuple[dict[str, tuple[float, float]], bool, Traffic]:
+    """On each of two ranks: return how long starting and waiting took, by kind, whether all arrived, and the traffic.
+
+    sender_s: how much later than rank 0 rank 1 starts its shift.
+    """
+    group = dist.group.WORLD
+    assert group is not None
+    channel = LateChannel(group, Traffic(), Delay(late_s))
+    mine, theirs = torch.full((3,), float(channel.rank)), torch.full((3,), 1.0 - channel.rank)
+    took, right = {}, []
+    dist.barrier()
+    time.sleep(sender_s * channel.rank)
+    begun = time.monotonic()
+    transfer = channel.shift(mine, kind="shift", tag=1)
+    started = time.monotonic() - begun
+    right.append(torch.equal(transfer.wait(), theirs))
+    took["shift"] = started, time.monotonic() - begun
+    calls: dict[str, Callable[[], torch.Tensor]] = {
+        "to_all": lambda: channel.all_to_all(mine[:2].unsqueeze(1), kind="to_all")[1 - channel.rank],
+        "gather": lambda: channel.all_gather(mine, kind="gather")[1 - channel.rank],
+        "reduce": lambda: channel.all_reduce(mine.clone(), kind="reduce") - mine,
+    }
+    for kind, call in calls.items():
+        dist.barrier()
+        begun = time.monotonic()
+        right.append(bool((call() == theirs[0]).all()))
+        took[kind] = 0.0, time.monotonic() - begun
+    return took, all(right), channel.traffic
+
+
+def test_late_transfers_are_late_and_do_not_keep_their_senders(ranks: Callable[[int], RankPool]) -> None:
+    for took, right, traffic in ranks(2).run(move_late, LATE_S, 0.0):
+        assert right
+        assert all(total >= 0.95 * LATE_S for _, total in took.values()), took
+        assert took["shift"][0] < LATE_S
+        assert dict(traffic.sent) == {"shift": 12, "to_all": 4, "gather": 12, "reduce": 12}, "stamps do not count"
+
+
+def test_a_transfer_is_as_late_as_its_sender(ranks: Callable[[int], RankPool]) -> None:
+    (took, right, _), _ = ranks(2).run(move_late, LATE_S, LATE_S)
+    assert right
+    assert took["shift"][1] >= 2 * LATE_S - 0.1, "rank 1 started later than rank 0, by the barrier's doing not exactly"
+
+
+def test_without_delay_a_late_channel_is_a_channel(ranks: Callable[[int], RankPool]) -> None:
+    assert all(right for _, right, _ in ranks(2).run(move_late, 0.0, 0.0))
+
+
+def test_what_overlap_should_take() -> None:
+    """Two ranks, steps of 10 ms: one hop between two steps; backward one more, with nothing left to compute."""
+    assert predicted(2, "fwd", 10.0, 0.0) == (20.0, 20.0)
+    assert predicted(2, "fwd", 10.0, 10.0) == (20.0, 30.0)
+    assert predicted(2, "fwd", 10.0, 25.0) == (35.0, 45.0)
+    assert predicted(4, "fwd", 10.0, 10.0) == (40.0, 70.0)
+    assert predicted(4, "bwd", 10.0, 10.0) == (50.0, 80.0)
+
+
+def test_ranks_are_compared_with_threads_round_by_round() -> None:
+    """The machine was ten times slower in the second round: it does not count."""
+    row = a_row(Dense(), "ring", 2)
+    mine, alone = Times([1.0, 10.0, 1.0], [1.0, 10.0, 1.0]), Times([1.0, 10.0, 2.0], [0.5, 5.0, 2.0])
+    result = Result(row=row, verdict=Verdict(True, ""), tokens=8, times=mine, as_many_threads=alone)
+    assert ratio(result) == 0.75
+
+
+def fail(here: Here, rank: int) -> int:
+    if here.ranks.rank == rank:
+        raise ValueError("one rank\nhas had enough")
+    here.align()
+    return here.ranks.rank
+
+
+def die(here: Here) -> None:
+    os._exit(1)
+
+
+def test_a_failed_world_says_why_and_is_started_again(two: Pool) -> None:
+    with pytest.raises(RankError, match=r"^has had enough$"):
+        two.run(fail, 1)
+    assert two.run(fail, -1) == [0, 1]
+    with pytest.raises(RankError, match="the process died"):
+        two.run(die)
+    assert two.run(fail, -1) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--strategies", "rin"], "strategy 'rin' does not exist.* Did you mean 'ring'"),
+        (["--strategies", "deepspeed_ulyses"], "Did you mean 'deepspeed_ulysses'"),
+        (["--layouts", "zigzig"], "layout 'zigzig' does not exist.* Did you mean 'zigzag'"),
+        (["--mechanisms", "dens"], "mechanism 'dens' does not exist.* Did you mean 'dense'"),
+    ],
+)
+def test_unknown_names_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(message, error), error
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--degrees", "1"], ["--degrees", "2;4"], ["--degrees", ""], ["--rounds", "2"], ["--delay-ms", "-1"]]
+)
+def test_options_that_make_no_sense_are_refused(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(arguments)
+    assert stop.value.code == 2
+
+
+def test_fewer_gpus_than_ranks_and_late_gpus_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert main(["--device", "cuda", "--degrees", "2,4"]) == 2
+    assert "error: --degrees 4 needs as many GPUs with --device cuda, and there are 2" in capsys.readouterr().err
+    assert main(["--device", "cuda", "--degrees", "2", "--delay-ms", "3"]) == 2
+    assert "error: --delay-ms" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_without_a_gpu_cuda_is_refused_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--device", "cuda"]) == 2
+    assert capsys.readouterr().err.startswith("error: --device cuda needs a CUDA GPU")
+
+
+def test_rivals_refuse_what_they_do_not_compute() -> None:
+    of_torch, of_deepspeed = rivals()["torch_context_parallel"], rivals()["deepspeed_ulysses"]
+    assert of_torch.refusal(Dense(), "zigzag", SHAPE.heads, 2) is None
+    assert "zigzag" in str(of_torch.refusal(Dense(), "contiguous", SHAPE.heads, 2))
+    assert "dense causal" in str(of_torch.refusal(MoBA(), "zigzag", SHAPE.heads, 2))
+    assert of_deepspeed.refusal(Dense(), "zigzag", SHAPE.heads, 2) is not None
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_deepspeed_is_called_as_it_wants_to_be(two: Pool) -> None:
+    rival, case = rivals()["deepspeed_ulysses"], Case(name="lightning", mechanism=Lightning())
+    row = Row(entrant=rival, case=case, layout="contiguous", degree=2)
+    assert "KV heads" in str(rival.refusal(Dense(), "contiguous", SHAPE.heads, 4))
+    with connected(Ranks(), SHAPE.device), Pools("cpu") as pools:
+        assert Judge(pools, SHAPE, LeftOut()).judge(row).correct
+    sent = {need.sent for need in two.run(on_rank.measure, row, 256, SHAPE)}
+    assert sent == {2 * 128 * (4 + 2 + 2 + 4) * 8 * 4 // 2}, "half of q, k, v and out, each way"

@@ -70,7 +70,7 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OverlapRun:
-    """The times of a ring with late transfers, and of what; or why there are none."""
+    """The times of a ring with late transfers, and of what."""
 
     row: Row
     tokens: int

@@ -83,8 +83,9 @@ class Cost:
 
     def __str__(self) -> str:
         moved = (self.volume.forward + self.volume.backward) / 2**20
-        parts = f"computes {1e3 * self.compute_s:.3g}, sends {1e3 * self.hidden_s:.3g} meanwhile"
-        return f"{1e3 * self.seconds:.3g} ms ({parts}, {1e3 * self.exposed_s:.3g} besides; {moved:,.1f} MiB)"
+        seconds = (self.seconds, self.compute_s, self.hidden_s, self.exposed_s)
+        total, computes, meanwhile, besides = (f"{1e3 * s:,.{0 if s > 0.1 else 2}f}" for s in seconds)
+        return f"{total} ms (computes {computes}, sends {meanwhile} meanwhile, {besides} besides; {moved:,.1f} MiB)"
 
 
 def together(costs: Sequence[tuple[Cost, int]]) -> Cost:

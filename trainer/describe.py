@@ -44,7 +44,7 @@ def describe(config: Config, degrees: Degrees) -> str:
         f"{model.heads}:{model.kv_heads} heads of {model.head_dim}, vocabulary {model.vocabulary_size:,}",
         "compute": f"{flops / 1e9:.3g} GFLOP per token, a document filling the sequence; "
         f"{config.train.compute_dtype} on {config.train.device}",
-        "attention": f"{said(mechanisms)}{_convolved(model.key_convolution)}, computed by "
+        "attention": f"{_in_short(mechanisms)}{_convolved(model.key_convolution)}, computed by "
         f"{_with_libraries(config.attention.backend)}{_warning(config.attention.backend)}",
         "context": f"{' and '.join(strategies)}, {parallel.layout}; each rank sends {sent / 2**20:,.1f} MiB per "
         "sequence",
@@ -59,6 +59,13 @@ def said(mechanisms: Sequence[Mechanism]) -> str:
     if len(runs) == 1:
         return str(mechanisms[0])
     return ", ".join(f"{count} x {mechanism}" if count > 1 else str(mechanism) for mechanism, count in runs)
+
+
+def _in_short(mechanisms: Sequence[Mechanism]) -> str:
+    """Return the same with the names alone of mechanisms that differ in their layer only."""
+    runs = [(kind, list(run)) for kind, run in groupby(mechanisms, type)]
+    parts = [said(run) if len(set(run)) == 1 else f"{len(run)} x {kind.__name__}" for kind, run in runs]
+    return ", ".join(parts)
 
 
 def _convolved(width: int) -> str:

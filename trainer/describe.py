@@ -64,8 +64,10 @@ def said(mechanisms: Sequence[Mechanism]) -> str:
 def _in_short(mechanisms: Sequence[Mechanism]) -> str:
     """Return the same with the names alone of mechanisms that differ in their layer only."""
     runs = [(kind, list(run)) for kind, run in groupby(mechanisms, type)]
-    parts = [said(run) if len(set(run)) == 1 else f"{len(run)} x {kind.__name__}" for kind, run in runs]
-    return ", ".join(parts)
+    names = [(str(run[0]) if len(set(run)) == 1 else kind.__name__, len(run)) for kind, run in runs]
+    if len(names) == 1:
+        return names[0][0]
+    return ", ".join(f"{count} x {name}" if count > 1 else name for name, count in names)
 
 
 def _convolved(width: int) -> str:

@@ -24,6 +24,7 @@ from farspan.trainer.describe import (
     convolution_bytes,
     describe,
     estimate_memory,
+    said,
 )
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.transformer import Transformer
@@ -199,3 +200,16 @@ def test_estimate_of_a_large_run() -> None:
     assert memory.activations / gib == pytest.approx(tokens * kept / gib)
     # A chunk of logits within 128 MiB, the gradient of the hidden states, the head's gradient in float32.
     assert memory.working / gib == pytest.approx((tokens * 4096 * 2 + head * 4) / gib + 0.125, rel=0.01)
+
+
+def test_patterns_of_layers_are_said_in_short(config: Config) -> None:
+    config = tiny.with_model(config, layers=4)
+    attention = AttentionConfig(mechanism="lightning*2, dense, dense", backend="cpu")
+    config = replace(config, attention=attention, parallel=ParallelConfig(context=2))
+    degrees = Degrees.resolve(config.parallel, 2)
+    lines = describe(config, degrees).splitlines()
+    assert lines[4] == "attention   2 x Lightning, 2 x Dense(causal=True), computed by cpu"
+    assert lines[5].startswith("context     state and ring, zigzag; ")
+    assert said(config.mechanisms()) == (
+        "Lightning(layer=0, layers=4), Lightning(layer=1, layers=4), 2 x Dense(causal=True)"
+    )

@@ -4,7 +4,7 @@ The choice is part of the plans of local queries against keys, whichever rank th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from farspan.kernels.rows import Rows
 from farspan.kernels.selection import Selection
 from farspan.parallel.comm import Channel
 from farspan.parallel.layout import Shards
-from farspan.parallel.strategy import Chosen, HeadShare, Move, Sizes, Volume
+from farspan.parallel.strategy import Chosen, HeadShare, Move, Sample, Sizes, Volume
 
 
 class Choices(NamedTuple):
@@ -114,12 +114,30 @@ def choose_alone(mechanism: Mechanism, everyone: Rows, heads: Heads, q: Tensor, 
     return None
 
 
-def typical_choice(mechanism: Mechanism, everyone: Rows, heads: Heads) -> Chosen:
-    """Return what a mechanism chooses of normal queries, keys and routing, the same at every call."""
+def typical_choice(mechanism: Mechanism, everyone: Rows, heads: Heads, *, most: int | None = None) -> Chosen:
+    """Return what a mechanism chooses of normal queries, keys and routing, the same at every call.
+
+    most: queries that choose, if there are more; a sample then, spread evenly, of a routed mechanism's choice.
+    """
     generator, tokens = torch.Generator().manual_seed(0), len(everyone)
     if isinstance(mechanism, Gathered):
         return mechanism.choose(torch.randn(tokens, heads.kv, generator=generator), everyone)
-    if isinstance(mechanism, Routed):
-        q, k = (torch.randn(tokens, n, 16, generator=generator) for n in (heads.query, heads.kv))
+    if not isinstance(mechanism, Routed):
+        return None
+    one_in = -(-tokens // most) if most else 1
+    index = torch.arange(0, tokens, one_in)
+    q, k = (torch.randn(len(index), n, 16, generator=generator) for n in (heads.query, heads.kv))
+    if one_in == 1:
         return choose_alone(mechanism, everyone, heads, q, k)
-    return None
+    holding = Holding(
+        mechanism=mechanism,
+        rows=everyone.take(index),
+        everyone=everyone,
+        heads=range(heads.query),
+        all_heads=heads,
+        total=alone,
+    )
+    selection = mechanism.select(q, k, holding)
+    unit = torch.full((tokens,), -1)
+    unit[index] = selection.unit
+    return Sample(replace(selection, unit=unit), one_in)

@@ -1,7 +1,8 @@
 """Cost model: time, bytes, FLOPs and memory of attention under a strategy, from its own plans; `auto` picks by it.
 
 Time of a pass: what moves hidden behind computing takes no time unless it is longer; what is exposed is added. FLOPs
-are those of visible pairs, 2 (D + Dv) forward and 2.5 times that backward; the busiest rank counts.
+are those of visible pairs, 2 (D + Dv) forward and 2.5 times that backward; the busiest rank counts. What is chosen by
+content is drawn; of a long sequence by some of its queries, and `fetch` is then taken to need all that they may choose.
 """
 
 from collections.abc import Sequence
@@ -11,19 +12,19 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.errors import ConfigError
-from farspan.kernels.mechanism import Heads, Mechanism, Routed
+from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.parallel.choice import typical_choice
 from farspan.parallel.comm import Channel
 from farspan.parallel.layout import Shards
 from farspan.parallel.simulation import Unconnected
-from farspan.parallel.strategy import STRATEGIES, Attend, Chosen, Sizes, Volume
+from farspan.parallel.strategy import STRATEGIES, Attend, Move, Sizes, Volume
 
 BACKWARD_FLOPS = 2.5
 """Of the backward pass over the forward pass: five products of a pair instead of two."""
 MOST_RANKS = 8
 """Ranks that are planned for: the first, the last and some between; the busiest of them counts."""
-CHOOSES_TOKENS = 1 << 17
-"""Longest sequence of which a typical choice is made; of longer ones all that may be chosen is taken to be."""
+SAMPLED = 1 << 11
+"""Queries whose typical choice is drawn."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +117,9 @@ def strategy_for(name: str, mechanism: Mechanism, heads: Heads, degree: int, inn
 def predict(strategy: str, job: Job, machine: Machine) -> Cost:
     """Return what a strategy would cost; raises ConfigError where it refuses the job."""
     degree, cls = job.shards.degree, STRATEGIES.get(strategy)
-    chosen = _typical(job) if cls.moves_chosen(job.mechanism) else None
+    chosen = None
+    if cls.moves_chosen(job.mechanism):
+        chosen = typical_choice(job.mechanism, job.shards.rows, job.heads, most=SAMPLED)
     planned = []
     for rank in _spread(degree):
         channel = Unconnected(rank, degree, width=job.width)
@@ -126,8 +129,10 @@ def predict(strategy: str, job: Job, machine: Machine) -> Cost:
     total = job.mechanism.useful_flops(job.shards.rows, job.shards.rows, job.sizes.head_dim, job.sizes.value_dim)
     shares = [_share(attend, work, job.heads.query) for attend, _ in planned]
     flops = max(shares) * total * job.heads.query
-    times = [_times(attend, channel, job.sizes, chosen, machine, flops) for attend, channel in planned]
-    volumes = [attend.volume(job.sizes, chosen) for attend, _ in planned]
+    moves = [attend.moves(job.sizes, chosen) for attend, _ in planned]
+    times = [_times(of_rank, whole, machine, flops) for of_rank, (_, whole) in zip(moves, planned, strict=True)]
+    nothing = Volume(forward=0, backward=0)
+    volumes = [sum((move.volume for move in of_rank), nothing) for of_rank in moves]
     slowest = max(times, key=lambda time: time.seconds)
     return Cost(
         volume=Volume(forward=max(v.forward for v in volumes), backward=max(v.backward for v in volumes)),
@@ -175,11 +180,11 @@ class _Times:
     seconds: float
 
 
-def _times(attend: Attend, whole: Channel, sizes: Sizes, chosen: Chosen, machine: Machine, flops: float) -> _Times:
+def _times(moves: Sequence[Move], whole: Channel, machine: Machine, flops: float) -> _Times:
     compute, hidden, exposed = ([0.0, 0.0] for _ in range(3))
     for direction, name in enumerate(("forward", "backward")):
         compute[direction] = flops * (BACKWARD_FLOPS if direction else 1.0) / machine.flops_per_s
-        for move in attend.moves(sizes, chosen):
+        for move in moves:
             into = hidden if move.hidden else exposed
             into[direction] += machine.seconds(getattr(move.volume, name), move.channel, whole)
     seconds = sum(max(a, b) + c for a, b, c in zip(compute, hidden, exposed, strict=True))
@@ -190,12 +195,6 @@ def _share(attend: Attend, work: Tensor, heads: int) -> float:
     """Return how much of all work is this rank's; work: of each token, the same for all of its `heads`."""
     mine = attend.queries.tokens
     return float(work[mine[mine >= 0]].sum() / work.sum().clamp(min=1)) * attend.queries.heads / heads
-
-
-def _typical(job: Job) -> Chosen:
-    if isinstance(job.mechanism, Routed) and len(job.shards.rows) > CHOOSES_TOKENS:
-        return None
-    return typical_choice(job.mechanism, job.shards.rows, job.heads)
 
 
 def _spread(degree: int) -> Sequence[int]:

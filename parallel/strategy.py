@@ -17,7 +17,16 @@ from farspan.kernels.whole import Saved, WholeAttention
 from farspan.parallel.comm import Channel
 from farspan.parallel.layout import Shards
 
-Chosen = Selection | Tensor | None
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What one in so many queries of a whole sequence chose; other queries have no unit."""
+
+    selection: Selection
+    one_in: int
+
+
+Chosen = Selection | Sample | Tensor | None
 """What a mechanism chose of a whole sequence: a routed one's blocks; tokens, bool `[tokens, Hk]`, of a gathered one."""
 
 

@@ -12,6 +12,7 @@ from farspan.kernels.mechanism import Gathered, Mechanism
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.rows import Rows
 from farspan.parallel.choice import typical_choice
+from farspan.parallel.cost import SAMPLED
 from farspan.parallel.halo import mean_rows_sent
 from farspan.parallel.layout import Shards
 from farspan.parallel.mesh import Degrees
@@ -179,7 +180,9 @@ def attention_bytes(config: Config, degrees: Degrees) -> int:
     sent, layers = 0, Counter(zip(mechanisms, strategies_of_layers(config, degrees), strict=True))
     for (mechanism, name), count in layers.items():
         strategy = STRATEGIES.get(name)(channel, rounded_gradients=parallel.rounded_gradients)
-        chosen = typical_choice(mechanism, rows, config.heads) if strategy.moves_chosen(mechanism) else None
+        chosen = (
+            typical_choice(mechanism, rows, config.heads, most=SAMPLED) if strategy.moves_chosen(mechanism) else None
+        )
         volume = strategy.prepare(mechanism, shards, config.heads, backend="reference").volume(sizes, chosen)
         sent += count * (volume.forward + volume.backward)
     return sent

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.attend import attend, attend_backward
-from farspan.kernels.errors import ConfigError
 from farspan.kernels.mechanism import Heads, Mechanism, Routed
 from farspan.kernels.merge import accumulation_dtype, merge_
 from farspan.kernels.plan import Plan
@@ -31,6 +30,7 @@ from farspan.parallel.strategy import (
     HeadShare,
     Move,
     Queries,
+    Sample,
     Sizes,
     Strategy,
     Volume,
@@ -158,8 +158,10 @@ class _ShipAttend(Attend):
 
     def _counts(self, chosen: Chosen) -> tuple[int, int, int]:
         """Return the items that leave and arrive, and the entries that leave, of what the whole sequence chose."""
-        if not isinstance(chosen, Selection):
-            raise ConfigError("what strategy 'ship' moves is known for sequences whose choice can be drawn only.")
+        if isinstance(chosen, Sample):
+            leaving, arriving, entries = self._counts(chosen.selection)
+            return leaving * chosen.one_in, arriving * chosen.one_in, entries * chosen.one_in
+        assert isinstance(chosen, Selection), "what is shipped depends on what was chosen"
         unit = torch.cat((chosen.unit, chosen.unit.new_full((1,), -1)))
         rank = self.channel.rank
         by_rank = [self._leaving(_of_unit(chosen, unit[rows]), reader) for reader, rows in enumerate(self.shards.index)]

@@ -9,9 +9,12 @@ from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.window import Window
 from farspan.kernels.rows import Rows
-from farspan.parallel.cost import BACKWARD_FLOPS, Job, Machine, compare, predict, strategy_for
+from farspan.kernels.selection import Selection
+from farspan.parallel.choice import typical_choice
+from farspan.parallel.cost import BACKWARD_FLOPS, SAMPLED, Job, Machine, compare, predict, strategy_for
 from farspan.parallel.layout import Shards
-from farspan.parallel.strategy import STRATEGIES, Sizes
+from farspan.parallel.simulation import Unconnected
+from farspan.parallel.strategy import STRATEGIES, Sample, Sizes
 
 FAST = Machine(flops_per_s=1e14, inner_bytes_per_s=2e11, outer_bytes_per_s=2e10, node_ranks=8)
 
@@ -92,13 +95,16 @@ def test_recurrences_have_a_strategy_of_their_own_where_keys_travel() -> None:
     assert strategy_for("single", Lightning(), heads, 4, 1) == "single"
 
 
-def test_what_a_long_sequence_may_choose_is_all_of_it() -> None:
-    """No choice is drawn of a million tokens: `fetch` counts what may be chosen, `ship` is left out with its reason."""
-    rows = Rows.packed([1 << 20])
+def test_what_is_chosen_of_a_long_sequence_is_drawn_for_some_queries() -> None:
+    """What `ship` moves is what all would, to a few per cent; `fetch` is taken to need all that may be chosen."""
+    mechanism, heads, rows = MoBA(block=128, top_k=3), Heads(query=2, kv=2), Rows.packed([1 << 14])
     shards = Shards.deal(rows, layout="contiguous", degree=4)
-    long = Job(
-        mechanism=MoBA(), shards=shards, heads=Heads(query=4, kv=4), sizes=Sizes.of(torch.bfloat16, 64, 64), width=1
-    )
-    costs, refusals = compare([(long, 1)], FAST)
-    assert "can be drawn" in refusals["ship"]
-    assert costs["fetch"].volume.forward > 0
+    sizes, sample = Sizes.of(torch.bfloat16, 64, 64), typical_choice(mechanism, rows, heads, most=SAMPLED)
+    every = typical_choice(mechanism, rows, heads)
+    assert isinstance(sample, Sample)
+    assert sample.one_in == 8
+    assert isinstance(every, Selection)
+    for strategy, chosen, bound in (("ship", every, 0.05), ("fetch", None, 0.0)):
+        planned = STRATEGIES.get(strategy)(Unconnected(3, 4)).prepare(mechanism, shards, heads, backend="cpu")
+        expected = planned.volume(sizes, chosen).forward
+        assert planned.volume(sizes, sample).forward == pytest.approx(expected, rel=bound)

@@ -81,6 +81,8 @@ ALSO_DEALT = [
     ParallelConfig(context=4, strategy="fetch", layout="balanced"),
     ParallelConfig(context=4, context_inner=2, strategy="hybrid"),
 ]
+SHIPPED = ParallelConfig(context=2, strategy="ship")
+"""For routed mechanisms alone."""
 
 
 @pytest.mark.parametrize("pattern", list(MIXTURES))
@@ -88,7 +90,8 @@ def test_steps_of_patterns_of_layers(base: Config, ranks: Callable[[int], RankPo
     """Ten steps on two ranks, two steps on four. Layers with a recurrence run under `state` if keys travel."""
     config = tiny.with_model(base, layers=8 if "," in pattern else 2)
     config = replace(config, attention=AttentionConfig(mechanism=pattern, options=MIXTURES[pattern], backend="cpu"))
-    for steps, parallel in ((10, DEALT[0]), *((2, parallel) for parallel in ALSO_DEALT)):
+    others = [*ALSO_DEALT, *([SHIPPED] if pattern == "moba" else [])]
+    for steps, parallel in ((10, DEALT[0]), *((2, parallel) for parallel in others)):
         dealt = replace(config, parallel=parallel)
         assert is_valid(dealt)
         alone = ranks(1).run(train_dealt, config, steps)[0]

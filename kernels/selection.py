@@ -1,7 +1,7 @@
 """Selection: which blocks of keys each query attends to, decided once from globally agreed summaries."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -163,6 +163,11 @@ class Selection:
             offsets=_offsets(present.sum(dim=2)),
             chosen=chosen.masked_select(present),
         )
+
+    def of_queries(self, index: Tensor) -> "Selection":
+        """Return what the queries at `index`, int64 `[queries]`, chose; an index of -1 attends to nothing."""
+        # -1 is the last element of a column with one more.
+        return replace(self, unit=torch.cat((self.unit, self.unit.new_full((1,), -1)))[index])
 
     @cached_property
     def lists(self) -> Tensor:

@@ -4,7 +4,7 @@ The choice is part of the plans of local queries against keys, whichever rank th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -102,15 +102,7 @@ def choose_alone(mechanism: Mechanism, everyone: Rows, heads: Heads, q: Tensor, 
     if isinstance(mechanism, Gathered):
         return mechanism.choose(routing[0][..., 0].float(), everyone)
     if isinstance(mechanism, Routed):
-        holding = Holding(
-            mechanism=mechanism,
-            rows=everyone,
-            everyone=everyone,
-            heads=range(heads.query),
-            all_heads=heads,
-            total=alone,
-        )
-        return mechanism.select(q, k, holding)
+        return mechanism.select(q, k, _held_alone(mechanism, everyone, everyone, heads))
     return None
 
 
@@ -127,17 +119,16 @@ def typical_choice(mechanism: Mechanism, everyone: Rows, heads: Heads, *, most: 
     one_in = -(-tokens // most) if most else 1
     index = torch.arange(0, tokens, one_in)
     q, k = (torch.randn(len(index), n, 16, generator=generator) for n in (heads.query, heads.kv))
+    selection = mechanism.select(q, k, _held_alone(mechanism, everyone.take(index), everyone, heads))
     if one_in == 1:
-        return choose_alone(mechanism, everyone, heads, q, k)
-    holding = Holding(
-        mechanism=mechanism,
-        rows=everyone.take(index),
-        everyone=everyone,
-        heads=range(heads.query),
-        all_heads=heads,
-        total=alone,
+        return selection
+    place = torch.full((tokens,), -1)
+    place[index] = torch.arange(len(index))
+    return Sample(selection.of_queries(place), one_in)
+
+
+def _held_alone(mechanism: Routed, rows: Rows, everyone: Rows, heads: Heads) -> Holding:
+    """Return the holding of one who has these rows, of all heads, and sums over nobody else."""
+    return Holding(
+        mechanism=mechanism, rows=rows, everyone=everyone, heads=range(heads.query), all_heads=heads, total=alone
     )
-    selection = mechanism.select(q, k, holding)
-    unit = torch.full((tokens,), -1)
-    unit[index] = selection.unit
-    return Sample(replace(selection, unit=unit), one_in)

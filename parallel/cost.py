@@ -7,6 +7,7 @@ content is drawn; of a long sequence by some of its queries, and `fetch` is then
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from farspan.parallel.choice import typical_choice
 from farspan.parallel.comm import Channel
 from farspan.parallel.layout import Shards
 from farspan.parallel.simulation import Unconnected
-from farspan.parallel.strategy import STRATEGIES, Attend, Move, Sizes, Volume
+from farspan.parallel.strategy import STRATEGIES, Attend, Chosen, Move, Sizes, Volume
 
 BACKWARD_FLOPS = 2.5
 """Of the backward pass over the forward pass: five products of a pair instead of two."""
@@ -53,9 +54,12 @@ MACHINES = {
 """By type of device, for want of better: an H100 with NVLink and one 400 Gb/s port each, eight to a node; two cores."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Job:
-    """Attention of one layer: a dealt sequence and what attends to it. width: of the inner axis of the ranks."""
+    """Attention of one layer: a dealt sequence and what attends to it. width: of the inner axis of the ranks.
+
+    What it asks of any strategy is found once.
+    """
 
     mechanism: Mechanism
     shards: Shards
@@ -63,6 +67,22 @@ class Job:
     sizes: Sizes
     width: int = 1
     rounded_gradients: bool = False
+
+    @cached_property
+    def work(self) -> Tensor:
+        """The work of each token, float64 `[tokens]`."""
+        return self.mechanism.visible_keys(self.shards.rows)
+
+    @cached_property
+    def flops_per_head(self) -> int:
+        """Of the forward pass."""
+        rows = self.shards.rows
+        return self.mechanism.useful_flops(rows, rows, self.sizes.head_dim, self.sizes.value_dim)
+
+    @cached_property
+    def choice(self) -> Chosen:
+        """What some of the queries choose."""
+        return typical_choice(self.mechanism, self.shards.rows, self.heads, most=SAMPLED)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +115,7 @@ def together(costs: Sequence[tuple[Cost, int]]) -> Cost:
     mean = sum(cost.flops / cost.balance * layers for cost, layers in costs)
     moved = [Volume(forward=c.volume.forward * n, backward=c.volume.backward * n) for c, n in costs]
     return Cost(
-        volume=sum(moved, Volume(forward=0, backward=0)),
+        volume=Volume.total(moved),
         flops=flops,
         balance=flops / mean,
         working_bytes=max(cost.working_bytes for cost, _ in costs),
@@ -117,22 +137,17 @@ def strategy_for(name: str, mechanism: Mechanism, heads: Heads, degree: int, inn
 def predict(strategy: str, job: Job, machine: Machine) -> Cost:
     """Return what a strategy would cost; raises ConfigError where it refuses the job."""
     degree, cls = job.shards.degree, STRATEGIES.get(strategy)
-    chosen = None
-    if cls.moves_chosen(job.mechanism):
-        chosen = typical_choice(job.mechanism, job.shards.rows, job.heads, most=SAMPLED)
+    chosen = job.choice if cls.moves_chosen(job.mechanism) else None
     planned = []
     for rank in _spread(degree):
         channel = Unconnected(rank, degree, width=job.width)
         planning = cls(channel, rounded_gradients=job.rounded_gradients)
         planned.append((planning.prepare(job.mechanism, job.shards, job.heads, backend="reference"), channel))
-    work = job.mechanism.visible_keys(job.shards.rows).double()
-    total = job.mechanism.useful_flops(job.shards.rows, job.shards.rows, job.sizes.head_dim, job.sizes.value_dim)
-    shares = [_share(attend, work, job.heads.query) for attend, _ in planned]
-    flops = max(shares) * total * job.heads.query
+    shares = [_share(attend, job.work, job.heads.query) for attend, _ in planned]
+    flops = max(shares) * job.flops_per_head * job.heads.query
     moves = [attend.moves(job.sizes, chosen) for attend, _ in planned]
     times = [_times(of_rank, whole, machine, flops) for of_rank, (_, whole) in zip(moves, planned, strict=True)]
-    nothing = Volume(forward=0, backward=0)
-    volumes = [sum((move.volume for move in of_rank), nothing) for of_rank in moves]
+    volumes = [Volume.total(move.volume for move in of_rank) for of_rank in moves]
     slowest = max(times, key=lambda time: time.seconds)
     return Cost(
         volume=Volume(forward=max(v.forward for v in volumes), backward=max(v.backward for v in volumes)),

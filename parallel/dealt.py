@@ -1,18 +1,18 @@
 """Attention where tokens are dealt and keys travel: local queries meet all keys part by part, however these come.
 
-What strategies that move keys and values have in common: a strategy says how the parts come and how gradients get home.
+What strategies that move keys and values have in common: each gives the route, how parts come and gradients get home.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
 from farspan.kernels.attend import attend, attend_backward
-from farspan.kernels.mechanism import Gathered, Masked, Mechanism
+from farspan.kernels.mechanism import Gathered, Heads, Masked, Mechanism
 from farspan.kernels.merge import accumulation_dtype, empty_partial, merge_
 from farspan.kernels.plan import Plan
 from farspan.kernels.selection import Selection
@@ -21,7 +21,7 @@ from farspan.parallel.choice import Choice, moves_of_choice
 from farspan.parallel.comm import Channel
 from farspan.parallel.gathered import GatheredAttend, gathered_heads
 from farspan.parallel.layout import Shards
-from farspan.parallel.strategy import Attend, Chosen, HeadShare, Move, Queries, Sizes
+from farspan.parallel.strategy import Attend, Chosen, HeadShare, Move, Queries, Sizes, Strategy
 
 
 class Homeward(ABC):
@@ -36,7 +36,23 @@ class Homeward(ABC):
         """Return the gradients of the local keys and values, summed over all ranks."""
 
 
-class Journey(ABC):
+class Route(ABC):
+    """How keys and values come to the ranks, as far as it is known before queries choose."""
+
+    @abstractmethod
+    def to_chosen(self, selection: Selection | None) -> "Journey":
+        """Return the journey of what the local queries chose; every rank has to call."""
+
+    @abstractmethod
+    def moves(self, sizes: Sizes, chosen: Chosen) -> tuple[Move, ...]:
+        """Return what this rank sends; chosen: of the whole sequence, by a routed mechanism."""
+
+    @abstractmethod
+    def working_bytes(self, sizes: Sizes, chosen: Chosen) -> int:
+        """Return the most bytes of parts and gradients that are here, or on their way, at once."""
+
+
+class Journey(Route):
     """How the keys and values of all ranks come to this one, in parts, planned for one dealt sequence.
 
     plans: local queries against each part. tokens: of the keys of each part, int64 `[keys]`, -1 for padding.
@@ -46,7 +62,7 @@ class Journey(ABC):
     tokens: tuple[Tensor, ...]
 
     def to_chosen(self, selection: Selection | None) -> "Journey":
-        """Return the journey of what the local queries chose; every rank has to call. This one, if it brings all."""
+        """Return this journey: it brings whatever may be chosen."""
         return self
 
     @abstractmethod
@@ -60,31 +76,23 @@ class Journey(ABC):
     def homeward(self, k: Tensor, v: Tensor) -> Homeward:
         """Return the way home of gradients for local keys and values of these shapes."""
 
-    @abstractmethod
-    def moves(self, sizes: Sizes, chosen: Chosen) -> tuple[Move, ...]:
-        """Return what this rank sends; chosen: of the whole sequence, by a routed mechanism."""
-
-    @abstractmethod
-    def working_bytes(self, sizes: Sizes, chosen: Chosen) -> int:
-        """Return the most bytes of parts and gradients that are here, or on their way, at once."""
-
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DealtAttend(Attend):
-    """Attention of local queries to the parts of a journey."""
+    """Attention of local queries to the parts of a journey along a route."""
 
     mechanism: Masked
     shards: Shards
     channel: Channel
-    journey: Journey
+    route: Route
     choice: Choice
     backend: str
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v, *routing = inputs
         choices = self.choice.choose(q, k, *routing)
-        journey = self.journey.to_chosen(choices.selection)
+        journey = self.route.to_chosen(choices.selection)
         plans = choices.applied(journey.plans, journey.tokens)
         out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
         causal_lse = lse.clone()
@@ -122,67 +130,64 @@ class DealtAttend(Attend):
         return saved.tensors[4]
 
     def moves(self, sizes: Sizes, chosen: Chosen = None) -> tuple[Move, ...]:
-        """What the journey moves, and what all ranks sum to choose by and to learn from."""
+        """What the route moves, and what all ranks sum to choose by and to learn from."""
         choice = moves_of_choice(self.mechanism, self.shards.rows, self.heads, sizes, self.channel)
-        return *self.journey.moves(sizes, chosen), choice
+        return *self.route.moves(sizes, chosen), choice
 
     @property
     def queries(self) -> Queries:
         return Queries(self.shards.index[self.channel.rank], self.heads.query)
 
     def working_bytes(self, sizes: Sizes, chosen: Chosen = None) -> int:
-        """Backward: what is on its journey, the gradient of the queries and that of the part at hand."""
+        """Backward: what is on its way, the gradient of the queries and that of the part at hand."""
         dq = self.tokens_local * self.heads.query * sizes.head_dim * sizes.accumulation_bytes
-        return dq + self.journey.working_bytes(sizes, chosen)
+        return dq + self.route.working_bytes(sizes, chosen)
 
 
-def refusal_of_travelling_keys(strategy: str, mechanism: Mechanism) -> str | None:
-    """Return why a strategy that moves keys and values cannot run a mechanism, None if it can."""
-    if isinstance(mechanism, (Masked, Gathered)):
-        return None
-    return (
-        f"strategy {strategy!r} moves keys and values, which {type(mechanism).__name__} does not attend to; "
-        "set parallel.strategy='state' or 'ulysses'."
-    )
+class TravellingKeys(Strategy):
+    """Moves keys and values, along the route that it gives; of gathered mechanisms, those that were chosen."""
 
+    name: ClassVar[str]
+    stand_in = "state"
 
-def plan_travelling_keys(
-    strategy: str,
-    plan_journey: Callable[[Masked, Shards, HeadShare], Journey],
-    mechanism: Mechanism,
-    shards: Shards,
-    share: HeadShare,
-    channel: Channel,
-    *,
-    backend: str,
-) -> Attend:
-    """Plan attention by a journey; of gathered mechanisms, what was chosen makes the journey."""
-    if isinstance(mechanism, Gathered):
-        among = HeadShare.whole(gathered_heads(share.here))
-        return GatheredAttend(
+    @classmethod
+    def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
+        if isinstance(mechanism, (Masked, Gathered)):
+            return None
+        return (
+            f"strategy {cls.name!r} moves keys and values, which {type(mechanism).__name__} does not attend to; "
+            "set parallel.strategy='state' or 'ulysses'."
+        )
+
+    @abstractmethod
+    def route(self, mechanism: Masked, shards: Shards, share: HeadShare) -> Route:
+        """Plan how the keys of a dealt sequence come to this rank's queries."""
+
+    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> Attend:
+        if isinstance(mechanism, Gathered):
+            among = HeadShare.whole(gathered_heads(share.here))
+            return GatheredAttend(
+                tokens_local=shards.tokens_local,
+                heads=share.here,
+                routing_width=mechanism.routing_width,
+                mechanism=mechanism,
+                shards=shards,
+                channel=self.channel,
+                strategy=self.name,
+                plan=lambda dealt: self.plan(mechanism.among(), dealt, among, backend=backend),
+            )
+        assert isinstance(mechanism, Masked)
+        return DealtAttend(
             tokens_local=shards.tokens_local,
             heads=share.here,
             routing_width=mechanism.routing_width,
             mechanism=mechanism,
             shards=shards,
-            channel=channel,
-            strategy=strategy,
-            plan=lambda dealt: plan_travelling_keys(
-                strategy, plan_journey, mechanism.among(), dealt, among, channel, backend=backend
-            ),
+            channel=self.channel,
+            route=self.route(mechanism, shards, share),
+            choice=Choice.of(mechanism, shards, share, self.channel, strategy=self.name),
+            backend=backend,
         )
-    assert isinstance(mechanism, Masked)
-    return DealtAttend(
-        tokens_local=shards.tokens_local,
-        heads=share.here,
-        routing_width=mechanism.routing_width,
-        mechanism=mechanism,
-        shards=shards,
-        channel=channel,
-        journey=plan_journey(mechanism, shards, share),
-        choice=Choice.of(mechanism, shards, share, channel, strategy=strategy),
-        backend=backend,
-    )
 
 
 class KeysAndValues:

@@ -75,9 +75,7 @@ def deal_chosen(chosen: Tensor, shards: Shards, rank: int) -> tuple[Shards, Gath
     The latter name their tokens as the rank has them.
     """
     whole = Gathering.of(chosen, shards.rows)
-    local = shards.index.flatten()
-    place = torch.empty(len(shards.rows), dtype=torch.int64)
-    place[local[local >= 0]] = torch.arange(len(local))[local >= 0]
+    place = shards.places()
     holder, token = place[whole.token] // shards.tokens_local, place[whole.token] % shards.tokens_local
     counts = holder.bincount(minlength=shards.degree)
     # At least one row, of padding if need be: transfers are not empty.

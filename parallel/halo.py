@@ -6,7 +6,6 @@ striped ranks read all rows of as many ranks as the reach.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from farspan.kernels.key_convolution import earlier_rows
@@ -81,9 +80,7 @@ def _transfers(shards: Shards, reach: int) -> tuple[Tensor, Tensor, Tensor]:
 
     By reader, then by token.
     """
-    local = shards.index.flatten()
-    place = torch.empty(len(shards.rows), dtype=torch.int64)
-    place[local[local >= 0]] = torch.arange(len(local))[local >= 0]
+    place = shards.places()
     holder = place // shards.tokens_local
     source = earlier_rows(shards.rows, shards.rows, reach)
     reader = holder.expand(reach, -1)

@@ -160,6 +160,13 @@ class Shards:
         """Return `[tokens, ...]` in order from all ranks' parts `[degree, tokens_local, ...]`, padding dropped."""
         return parts.flatten(0, 1)[self.order()[: len(self.rows)].to(parts.device)]
 
+    def places(self) -> Tensor:
+        """Return where each token of the sequence lies in the ranks' rows set end to end, int64 `[tokens]`."""
+        index = self.index.flatten()
+        places = torch.empty(len(self.rows), dtype=torch.int64)
+        places[index[index >= 0]] = torch.arange(len(index))[index >= 0]
+        return places
+
     def order(self) -> Tensor:
         """Return where each token of the sequence, then each padding row, lies in the ranks' rows set end to end."""
         index = self.index.flatten()

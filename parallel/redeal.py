@@ -26,11 +26,11 @@ class Redeal:
     there: int
 
     @staticmethod
-    def plan(shards: Shards, target: Tensor, rank: int) -> "Redeal":
-        """Plan from the index map of `shards` to `target`, int64 `[P, rows]`, of the same tokens."""
-        degree, here, there = shards.degree, shards.tokens_local, target.shape[1]
-        source_place, target_place = (_places(index, len(shards.rows)) for index in (shards.index, target))
-        mine, coming = (index[rank][index[rank] >= 0] for index in (shards.index, target))
+    def plan(shards: Shards, target: Shards, rank: int) -> "Redeal":
+        """Plan from how a sequence is dealt to how it is to be."""
+        degree, here, there = shards.degree, shards.tokens_local, target.tokens_local
+        source_place, target_place = shards.places(), target.places()
+        mine, coming = (dealt.index[rank][dealt.index[rank] >= 0] for dealt in (shards, target))
         to, source = target_place[mine] // there, source_place[coming] // here
         outgoing = mine[target_place[mine].argsort()]
         return Redeal(
@@ -59,14 +59,6 @@ class Redeal:
         outgoing = packed[self.slots.to(packed.device)]
         arrived = channel.all_to_all_uneven(outgoing, sent=self.received, received=self.sent, kind=kind)
         return _placed(arrived, self.leaving, self.here, parts)
-
-
-def _places(index: Tensor, tokens: int) -> Tensor:
-    """Return where each token lies in the ranks' rows set end to end."""
-    flat = index.flatten()
-    place = torch.empty(tokens, dtype=torch.int64)
-    place[flat[flat >= 0]] = torch.arange(len(flat))[flat >= 0]
-    return place
 
 
 def _placed(arrived: Tensor, slots: Tensor, rows: int, like: Sequence[Tensor]) -> list[Tensor]:

@@ -5,7 +5,7 @@ neighbourhoods and i places before it: it gets the next chunk from its neighbour
 that the same place of the neighbourhood before it began its round with, on its way since then.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from farspan.kernels.mechanism import Masked
 from farspan.kernels.plan import Plan
 from farspan.parallel.comm import Channel, Transfer
-from farspan.parallel.dealt import Homeward, Journey, KeysAndValues
+from farspan.parallel.dealt import Homeward, Journey, KeysAndValues, TravellingKeys
 from farspan.parallel.layout import Shards
 from farspan.parallel.strategy import Chosen, HeadShare, Move, Sizes, Volume
 
@@ -50,16 +50,10 @@ class RingJourney(Journey):
     """One part per step: the chunk that is here at that step."""
 
     def __init__(
-        self,
-        name: str,
-        rings: Rings,
-        channel: Channel,
-        rounded: bool,
-        mechanism: Masked,
-        shards: Shards,
-        share: HeadShare,
+        self, strategy: TravellingKeys, rings: Rings, mechanism: Masked, shards: Shards, share: HeadShare
     ) -> None:
-        self.name, self.rings, self.channel, self.rounded = name, rings, channel, rounded
+        self.name, self.channel, self.rounded = strategy.name, strategy.channel, strategy.rounded_gradients
+        self.rings, channel = rings, strategy.channel
         self.kv_rows = shards.tokens_local * share.here.kv
         owners = [rings.owner(channel.rank, step) for step in range(rings.size)]
         queries, visibility = shards.rows_of(channel.rank), mechanism.visibility().of_heads(share.slice)
@@ -67,13 +61,6 @@ class RingJourney(Journey):
             Plan.build(queries, shards.rows_of(owner), visibility, heads=share.here.query) for owner in owners
         )
         self.tokens = tuple(shards.index[owner] for owner in owners)
-
-    @staticmethod
-    def planner(
-        name: str, rings: Rings, channel: Channel, *, rounded: bool
-    ) -> Callable[[Masked, Shards, HeadShare], "RingJourney"]:
-        """Return what plans a journey; bytes are counted under `name`."""
-        return lambda mechanism, shards, share: RingJourney(name, rings, channel, rounded, mechanism, shards, share)
 
     def parts(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         chunk = KeysAndValues.pack(k, v)

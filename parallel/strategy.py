@@ -1,6 +1,7 @@
 """Strategy: how queries meet the keys that other ranks hold; one file each in `context/`."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -66,8 +67,11 @@ class Volume:
     forward: int
     backward: int
 
-    def __add__(self, other: "Volume") -> "Volume":
-        return Volume(forward=self.forward + other.forward, backward=self.backward + other.backward)
+    @staticmethod
+    def total(volumes: Iterable["Volume"]) -> "Volume":
+        """Return the sum."""
+        forward, backward = zip((0, 0), *((volume.forward, volume.backward) for volume in volumes), strict=True)
+        return Volume(forward=sum(forward), backward=sum(backward))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +157,7 @@ class Attend(WholeAttention):
 
     def volume(self, sizes: Sizes, chosen: Chosen = None) -> Volume:
         """Return the bytes that this rank sends, all moves together."""
-        return sum((move.volume for move in self.moves(sizes, chosen)), Volume(forward=0, backward=0))
+        return Volume.total(move.volume for move in self.moves(sizes, chosen))
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor, routing: tuple[Tensor, ...]) -> None:
         of_queries, of_keys = (self.tokens_local, self.heads.query), (self.tokens_local, self.heads.kv)

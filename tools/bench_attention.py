@@ -5,7 +5,6 @@ Writes JSON, Markdown and a plot. Each pair is checked against float64 in the sa
 """
 
 import argparse
-import datetime
 import re
 import sys
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 
 from farspan.kernels.backend import BACKENDS
-from farspan.kernels.errors import ConfigError, FarspanError
+from farspan.kernels.errors import ConfigError
 from farspan.kernels.mechanism import Heads
 from farspan.parallel.ranks import Ranks, connected
 from farspan.tools.bench import machine, report
@@ -24,6 +23,7 @@ from farspan.tools.bench.measure import LeftOut, Limits, Pair, Result, judge_all
 from farspan.tools.bench.plot import human
 from farspan.tools.bench.records import records_of
 from farspan.tools.bench.rivals import rivals_on
+from farspan.tools.command import print_all
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 JUDGE = "reference"
@@ -107,12 +107,6 @@ def contenders_on(device: torch.device, chosen: Sequence[str]) -> list[Contender
     return [*(Ours(name) for name in chosen or able), *rivals_on(device)]
 
 
-def default_out(device: torch.device) -> Path:
-    """Return docs/benchmarks/DATE_DEVICE_attention in this checkout."""
-    model = re.sub(r"[^a-z0-9]+", "_", machine.device_name(device).lower()).strip("_")
-    return machine.ROOT / "docs" / "benchmarks" / f"{datetime.date.today():%Y-%m-%d}_{model}_attention"
-
-
 def bench(options: argparse.Namespace, command: Sequence[str]) -> list[Path]:
     """Check, measure, and write the files; return their paths. Raises ConfigError for options that cannot work."""
     device = device_of(options.device)
@@ -143,7 +137,7 @@ def bench(options: argparse.Namespace, command: Sequence[str]) -> list[Path]:
         memory_sizes=options.memory,
         memory=memory,
     )
-    return report.write(found, options.out or default_out(device))
+    return report.write(found, options.out or machine.default_out(device, "attention"))
 
 
 def _say_verdicts(pairs: Sequence[Pair]) -> None:
@@ -160,13 +154,7 @@ def _say_times(results: Sequence[Result]) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; return its exit status, 2 for an error that the caller can mend."""
-    try:
-        for path in bench(parse(arguments), arguments):
-            print(path)
-    except FarspanError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return print_all(lambda: bench(parse(arguments), arguments))
 
 
 if __name__ == "__main__":

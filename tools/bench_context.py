@@ -5,7 +5,6 @@ no number: `python -m farspan.tools.bench_context --tokens 8K,16K --degrees 2,4`
 """
 
 import argparse
-import datetime
 import re
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from farspan.kernels.errors import ConfigError, FarspanError
+from farspan.kernels.errors import ConfigError
 from farspan.kernels.registry import nearest_name_hint
 from farspan.parallel.layout import LAYOUTS
 from farspan.parallel.ranks import Ranks, connected
@@ -29,6 +28,7 @@ from farspan.tools.bench.correctness import Verdict
 from farspan.tools.bench.measure import LeftOut
 from farspan.tools.bench.plot import human
 from farspan.tools.bench_attention import DTYPES, device_of, heads, names, sizes
+from farspan.tools.command import print_all
 
 LATE_ON_CPU = "transfers of CPU tensors alone can be delayed."
 MECHANISMS = "dense,window_1024,moba_512x8,mosa_16,lightning"
@@ -108,7 +108,7 @@ def bench(options: argparse.Namespace, command: Sequence[str]) -> list[Path]:
         rounds=options.rounds,
         late_ms=options.delay_ms,
     )
-    return report.write(found, options.out or default_out(device))
+    return report.write(found, options.out or machine.default_out(device, "context"))
 
 
 def _check_ranks(options: argparse.Namespace) -> None:
@@ -203,12 +203,6 @@ def _facts(device: torch.device, command: Sequence[str]) -> dict[str, str]:
     return found | {"threads": "1 per rank", "cores": str(cores()), "deepspeed": machine.version("deepspeed")}
 
 
-def default_out(device: torch.device) -> Path:
-    """Return docs/benchmarks/DATE_DEVICE_context in this checkout."""
-    model = re.sub(r"[^a-z0-9]+", "_", machine.device_name(device).lower()).strip("_")
-    return machine.ROOT / "docs" / "benchmarks" / f"{datetime.date.today():%Y-%m-%d}_{model}_context"
-
-
 def _say_verdicts(judged: Sequence[tuple[Row, Verdict]]) -> None:
     for row, verdict in judged:
         print(f"{row.name}: {'correct' if verdict.correct else 'NOT CORRECT: ' + verdict.said}", flush=True)
@@ -225,13 +219,7 @@ def _say_rates(results: Sequence[Result]) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; return its exit status, 2 for an error that the caller can mend."""
-    try:
-        for path in bench(parse(arguments), arguments):
-            print(path)
-    except FarspanError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return print_all(lambda: bench(parse(arguments), arguments))
 
 
 if __name__ == "__main__":

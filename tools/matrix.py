@@ -7,15 +7,15 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from farspan.kernels.errors import FarspanError
 from farspan.kernels.mechanism import MECHANISMS, Heads
 from farspan.parallel.cost import Cost
 from farspan.parallel.mesh import Degrees
 from farspan.parallel.strategy import STRATEGIES
+from farspan.tools.command import print_all
 from farspan.trainer.auto import strategy_costs
 from farspan.trainer.config import Config
 from farspan.trainer.config_io import load_config
@@ -90,18 +90,17 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes of CONFIG")
     options = parser.parse_args(arguments)
-    try:
+
+    def found() -> Iterator[str]:
         if options.costs is None:
             records, text = [asdict(pair) for pair in pairs()], table(pairs())
         else:
-            found, refusals = costs(options.costs, options.overrides, options.ranks)
-            records = [{"strategy": name, **asdict(cost)} for name, cost in found.items()]
-            text = cost_table(found, refusals)
-    except FarspanError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(records, indent=1) if options.json else text)
-    return 0
+            of_strategies, refusals = costs(options.costs, options.overrides, options.ranks)
+            records = [{"strategy": name, **asdict(cost)} for name, cost in of_strategies.items()]
+            text = cost_table(of_strategies, refusals)
+        yield json.dumps(records, indent=1) if options.json else text
+
+    return print_all(found)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from farspan.kernels.errors import ConfigError, FarspanError
+from farspan.kernels.errors import ConfigError
 from farspan.kernels.mechanism import Mechanism, Routed
 from farspan.kernels.rows import Rows
 from farspan.parallel.choice import choose_alone, typical_choice
@@ -23,6 +23,7 @@ from farspan.parallel.mesh import Mesh
 from farspan.parallel.ranks import Ranks, connected
 from farspan.parallel.simulation import Unconnected
 from farspan.parallel.strategy import STRATEGIES, Chosen, Sizes
+from farspan.tools.command import print_all
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.checkpoint import Checkpointer
 from farspan.trainer.config import Config
@@ -104,13 +105,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("folder", type=Path, help="of a run that has a checkpoint")
     parser.add_argument("--degrees", default="4,8", help="of context parallelism")
     options = parser.parse_args(arguments)
-    try:
-        with connected(Ranks(), torch.device("cpu")):
-            print("\n".join(lines(options.folder, [int(degree) for degree in options.degrees.split(",")])))
-    except FarspanError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    with connected(Ranks(), torch.device("cpu")):
+        return print_all(lambda: lines(options.folder, [int(degree) for degree in options.degrees.split(",")]))
 
 
 if __name__ == "__main__":

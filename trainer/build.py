@@ -36,13 +36,12 @@ def build_on_meta(config: Config, mesh: Mesh) -> Transformer:
 def build_batches(config: Config, mesh: Mesh, device: torch.device, traffic: Traffic) -> BatchBuilder:
     """Return what turns sequences into this rank's micro-batches."""
     channel, parallel = mesh.context_channel(traffic), config.parallel
+    names = strategies_of_layers(config, mesh.degrees)
     strategies = {
         name: STRATEGIES.get(name)(channel, rounded_gradients=parallel.rounded_gradients)
-        for name in dict.fromkeys(strategies_of_layers(config, mesh.degrees))
+        for name in dict.fromkeys(names)
     }
-    layers = zip(
-        config.mechanisms(), strategies_of_layers(config, mesh.degrees), backends_of_layers(config, device), strict=True
-    )
+    layers = zip(config.mechanisms(), names, backends_of_layers(config, device), strict=True)
     return BatchBuilder(
         model=config.model,
         layers=tuple(

@@ -7,27 +7,26 @@ chunk, and all of a node's links are used at once. Bytes are those of one ring.
 
 from typing import final
 
-from farspan.kernels.mechanism import Heads, Mechanism
-from farspan.parallel.dealt import plan_travelling_keys, refusal_of_travelling_keys
+from farspan.kernels.mechanism import Heads, Masked, Mechanism
+from farspan.parallel.dealt import TravellingKeys
 from farspan.parallel.layout import Shards
 from farspan.parallel.rings import RingJourney, Rings
-from farspan.parallel.strategy import STRATEGIES, Attend, HeadShare, Strategy, refusal_of_grid
+from farspan.parallel.strategy import STRATEGIES, HeadShare, refusal_of_grid
 
 
 @final
-class DoubleRing(Strategy):
+class DoubleRing(TravellingKeys):
     """Neighbourhoods are the inner axis of the channel."""
 
-    stand_in = "state"
+    name = "double_ring"
 
     @classmethod
     def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
-        return refusal_of_travelling_keys("double_ring", mechanism) or refusal_of_grid("double_ring", degree, inner)
+        return super().refusal(mechanism, heads, degree, inner) or refusal_of_grid(cls.name, degree, inner)
 
-    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> Attend:
+    def route(self, mechanism: Masked, shards: Shards, share: HeadShare) -> RingJourney:
         rings = Rings(size=self.channel.size, width=self.channel.width)
-        journey = RingJourney.planner("double_ring", rings, self.channel, rounded=self.rounded_gradients)
-        return plan_travelling_keys("double_ring", journey, mechanism, shards, share, self.channel, backend=backend)
+        return RingJourney(self, rings, mechanism, shards, share)
 
 
-STRATEGIES.add("double_ring", DoubleRing)
+STRATEGIES.add(DoubleRing.name, DoubleRing)

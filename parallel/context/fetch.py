@@ -7,40 +7,44 @@ they are at home, rank by rank.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
-from farspan.kernels.mechanism import Heads, Masked, Mechanism, Routed
+from farspan.kernels.mechanism import Heads, Masked, Routed
 from farspan.kernels.plan import Plan
 from farspan.kernels.selection import Selection
 from farspan.kernels.visibility import Visibility
 from farspan.parallel.comm import Channel, Transfer
-from farspan.parallel.dealt import Homeward, Journey, KeysAndValues, plan_travelling_keys, refusal_of_travelling_keys
+from farspan.parallel.dealt import Homeward, Journey, KeysAndValues, Route, TravellingKeys
 from farspan.parallel.layout import Shards
 from farspan.parallel.needed import needed_keys
-from farspan.parallel.strategy import STRATEGIES, Attend, Chosen, HeadShare, Move, Sizes, Strategy, Volume
+from farspan.parallel.strategy import STRATEGIES, Chosen, HeadShare, Move, Sizes, Volume
 
 STAGES = 4
 """Most stages in which the keys of other ranks come: more hide more of the transfers, fewer make larger calls."""
 
 
 @final
-class Fetch(Strategy):
+class Fetch(TravellingKeys):
     """Works under every layout; moves least where the keys of a query lie on few ranks."""
 
-    moves_chosen_blocks, stand_in = True, "state"
+    name = "fetch"
+    moves_chosen_blocks = True
 
-    @classmethod
-    def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
-        return refusal_of_travelling_keys("fetch", mechanism)
-
-    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> Attend:
-        journey = partial(_plan_journey, self.channel, self.rounded_gradients)
-        return plan_travelling_keys("fetch", journey, mechanism, shards, share, self.channel, backend=backend)
+    def route(self, mechanism: Masked, shards: Shards, share: HeadShare) -> Route:
+        sequence = _Sequence(
+            channel=self.channel,
+            shards=shards,
+            visibility=mechanism.visibility().of_heads(share.slice),
+            heads=share.here,
+            rounded=self.rounded_gradients,
+        )
+        if isinstance(mechanism, Routed):
+            return _ToBeChosen(sequence)
+        return _FetchJourney(sequence, sequence.wanted(), sequence.given())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -86,14 +90,6 @@ class _Sequence:
 
 def _choosing(plan: Plan, selection: Selection | None) -> Plan:
     return plan if selection is None else plan.choosing(selection)
-
-
-def _plan_journey(channel: Channel, rounded: bool, mechanism: Masked, shards: Shards, share: HeadShare) -> Journey:
-    visibility = mechanism.visibility().of_heads(share.slice)
-    sequence = _Sequence(channel=channel, shards=shards, visibility=visibility, heads=share.here, rounded=rounded)
-    if isinstance(mechanism, Routed):
-        return _ToBeChosen(sequence)
-    return _FetchJourney(sequence, sequence.wanted(), sequence.given())
 
 
 @final
@@ -227,7 +223,7 @@ class _FetchHomeward(Homeward):
 
 
 @final
-class _ToBeChosen(Journey):
+class _ToBeChosen(Route):
     """What is needed is known once the queries have chosen: each rank then asks the others for it."""
 
     def __init__(self, sequence: _Sequence) -> None:
@@ -236,12 +232,6 @@ class _ToBeChosen(Journey):
     def to_chosen(self, selection: Selection | None) -> Journey:
         wanted = self.sequence.wanted(selection)
         return _FetchJourney(self.sequence, wanted, self.sequence.channel.all_to_all(wanted, kind="fetch_requests"))
-
-    def parts(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        raise NotImplementedError("the journey starts once it is chosen: see to_chosen")
-
-    def homeward(self, k: Tensor, v: Tensor) -> Homeward:
-        raise NotImplementedError("the journey starts once it is chosen: see to_chosen")
 
     def moves(self, sizes: Sizes, chosen: Chosen) -> tuple[Move, ...]:
         """Besides what was chosen, a byte for every row and KV head of other ranks: whether it is needed."""
@@ -257,9 +247,8 @@ class _ToBeChosen(Journey):
         """Return the journey of what all ranks chose, `chosen` of the whole sequence; None: of all they may choose."""
         if not isinstance(chosen, Selection):
             return _FetchJourney(self.sequence, self.sequence.wanted(), self.sequence.given())
-        unit = torch.cat((chosen.unit, chosen.unit.new_full((1,), -1)))
-        of_all, of_mine = (replace(chosen, unit=unit[rows]) for rows in (self.sequence.everyone, self.sequence.mine))
+        of_all, of_mine = (chosen.of_queries(rows) for rows in (self.sequence.everyone, self.sequence.mine))
         return _FetchJourney(self.sequence, self.sequence.wanted(of_mine), self.sequence.given(of_all))
 
 
-STRATEGIES.add("fetch", Fetch)
+STRATEGIES.add(Fetch.name, Fetch)

@@ -6,33 +6,27 @@ and are summed there in the accumulation dtype, rank by rank, so that their sum 
 """
 
 from collections.abc import Iterator
-from functools import partial
 from typing import final
 
 import torch
 from torch import Tensor
 
-from farspan.kernels.mechanism import Heads, Masked, Mechanism
+from farspan.kernels.mechanism import Masked
 from farspan.kernels.plan import Plan
 from farspan.parallel.comm import Channel
-from farspan.parallel.dealt import Homeward, Journey, KeysAndValues, plan_travelling_keys, refusal_of_travelling_keys
+from farspan.parallel.dealt import Homeward, Journey, KeysAndValues, TravellingKeys
 from farspan.parallel.layout import Shards
-from farspan.parallel.strategy import STRATEGIES, Attend, Chosen, HeadShare, Move, Sizes, Strategy, Volume
+from farspan.parallel.strategy import STRATEGIES, Chosen, HeadShare, Move, Sizes, Volume
 
 
 @final
-class Gather(Strategy):
+class Gather(TravellingKeys):
     """All-gather of keys and values, for any layout and any numbers of heads."""
 
-    stand_in = "state"
+    name = "gather"
 
-    @classmethod
-    def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
-        return refusal_of_travelling_keys("gather", mechanism)
-
-    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> Attend:
-        journey = partial(_GatherJourney, self.channel, self.rounded_gradients)
-        return plan_travelling_keys("gather", journey, mechanism, shards, share, self.channel, backend=backend)
+    def route(self, mechanism: Masked, shards: Shards, share: HeadShare) -> "_GatherJourney":
+        return _GatherJourney(self.channel, self.rounded_gradients, mechanism, shards, share)
 
 
 @final
@@ -92,4 +86,4 @@ class _GatherHomeward(Homeward):
         return total.key, total.value
 
 
-STRATEGIES.add("gather", Gather)
+STRATEGIES.add(Gather.name, Gather)

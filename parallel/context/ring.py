@@ -9,27 +9,22 @@ needs one hop more to be home. Sums over chunks are float32 (float64 for float64
 
 from typing import final
 
-from farspan.kernels.mechanism import Heads, Mechanism
-from farspan.parallel.dealt import plan_travelling_keys, refusal_of_travelling_keys
+from farspan.kernels.mechanism import Masked
+from farspan.parallel.dealt import TravellingKeys
 from farspan.parallel.layout import Shards
 from farspan.parallel.rings import RingJourney, Rings
-from farspan.parallel.strategy import STRATEGIES, Attend, HeadShare, Strategy
+from farspan.parallel.strategy import STRATEGIES, HeadShare
 
 
 @final
-class Ring(Strategy):
+class Ring(TravellingKeys):
     """One ring, for every layout."""
 
-    stand_in = "state"
+    name = "ring"
 
-    @classmethod
-    def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
-        return refusal_of_travelling_keys("ring", mechanism)
-
-    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> Attend:
+    def route(self, mechanism: Masked, shards: Shards, share: HeadShare) -> RingJourney:
         rings = Rings(size=self.channel.size, width=self.channel.size)
-        journey = RingJourney.planner("ring", rings, self.channel, rounded=self.rounded_gradients)
-        return plan_travelling_keys("ring", journey, mechanism, shards, share, self.channel, backend=backend)
+        return RingJourney(self, rings, mechanism, shards, share)
 
 
-STRATEGIES.add("ring", Ring)
+STRATEGIES.add(Ring.name, Ring)

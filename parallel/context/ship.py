@@ -162,9 +162,8 @@ class _ShipAttend(Attend):
             leaving, arriving, entries = self._counts(chosen.selection)
             return leaving * chosen.one_in, arriving * chosen.one_in, entries * chosen.one_in
         assert isinstance(chosen, Selection), "what is shipped depends on what was chosen"
-        unit = torch.cat((chosen.unit, chosen.unit.new_full((1,), -1)))
         rank = self.channel.rank
-        by_rank = [self._leaving(_of_unit(chosen, unit[rows]), reader) for reader, rows in enumerate(self.shards.index)]
+        by_rank = [self._leaving(chosen.of_queries(rows), reader) for reader, rows in enumerate(self.shards.index)]
         arriving = sum(shipments.items[rank] for shipments in by_rank)
         return sum(by_rank[rank].items), arriving, sum(by_rank[rank].entries)
 
@@ -213,17 +212,6 @@ class _ShipAttend(Attend):
         """Return rows, heads and results, rank by rank: of one rank, no row and head comes twice."""
         row, head = self._places(leaving, arrived)
         return list(zip(*(x.split(leaving.items) for x in (row, head, arrived)), strict=True))
-
-
-def _of_unit(selection: Selection, unit: Tensor) -> Selection:
-    return Selection(
-        heads=selection.heads,
-        unit=unit,
-        num_units=selection.num_units,
-        blocks=selection.blocks,
-        offsets=selection.offsets,
-        chosen=selection.chosen,
-    )
 
 
 STRATEGIES.add("ship", Ship)

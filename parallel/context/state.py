@@ -47,9 +47,9 @@ class States(Strategy):
         is_sorted = torch.equal(sequence, torch.arange(len(sequence)))
         if max(map(len, runs)) > MOST_STRETCHES or not is_sorted:
             dealt = equal_chunks(len(shards.rows), shards.degree)
-            target = torch.cat((sequence, sequence.new_full((1,), -1)))[dealt]
-            redeal = Redeal.plan(shards, target, rank)
-            shards = Shards(rows=shards.rows, index=target)
+            index = torch.cat((sequence, sequence.new_full((1,), -1)))[dealt]
+            target = Shards(rows=shards.rows, index=index)
+            redeal, shards = Redeal.plan(shards, target, rank), target
             runs = [[slice(0, shards.tokens_local)]] * shards.degree
         most = max(map(len, runs))
         stretches = [

@@ -1,7 +1,5 @@
 """Fetch moves what is needed: the keys that masks show, against a count of its own, and little besides."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -80,8 +78,7 @@ def test_all_that_is_seen_is_needed(mechanism: Masked, layout: str) -> None:
     for rank, mine in enumerate(shards.index):
         plan = Plan.build(shards.rows_of(rank), everyone, mechanism.visibility(), heads=HEADS.query)
         if selection is not None:
-            unit = torch.cat((selection.unit, selection.unit.new_full((1,), -1)))[mine]
-            plan = plan.choosing(replace(selection, unit=unit))
+            plan = plan.choosing(selection.of_queries(mine))
         seen = plan.mask().any(dim=1).view(HEADS.kv, -1, len(everyone)).any(dim=1)
         (needed,) = needed_keys(plan, HEADS.kv)
         assert not (seen & ~needed).any()

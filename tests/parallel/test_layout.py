@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
@@ -83,8 +81,7 @@ def visible_area(mechanism: Mechanism, rows: Rows, index: Tensor) -> float:
         one = Heads(query=1, kv=1)
         whole = choose_alone(mechanism, rows, one, torch.zeros(len(rows), 1, 8), torch.zeros(len(rows), 1, 8))
         assert isinstance(whole, Selection)
-        unit = torch.cat((whole.unit, whole.unit.new_full((1,), -1)))
-        selection = replace(whole, unit=unit[index])
+        selection = whole.of_queries(index)
     plan = Plan.build(queries, rows, visibility, heads=1, selection=selection)
     return plan.visible_pairs if selection is None else count_pairs(plan, kv_heads=1)
 

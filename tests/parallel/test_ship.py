@@ -1,7 +1,6 @@
 """Queries that travel to the keys they chose: what moves, against a ring, and in worlds of many ranks."""
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -78,10 +77,9 @@ def test_a_row_goes_where_it_sees_a_chosen_key_and_nowhere_else(mechanism: Route
     holder = torch.full((len(rows),), -1)
     holder[index[index >= 0]] = torch.arange(degree).repeat_interleave(shards.tokens_local)[index >= 0]
     holders = Holders.of(mechanism, mechanism.blocks(rows), shards)
-    unit = torch.cat((chosen.unit, torch.tensor([-1])))
     shipped = 0
     for rank, other in itertools.product(range(degree), range(degree)):
-        selection = replace(chosen, unit=unit[shards.index[rank]])
+        selection = chosen.of_queries(shards.index[rank])
         leaving = Shipments.of(selection, holders, shards, rank, heads.query)
         row, head = (x.split(leaving.items)[other] for x in (leaving.row, leaving.head))
         sent = torch.zeros(heads.query, len(rows), dtype=torch.bool)

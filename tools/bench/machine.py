@@ -3,6 +3,7 @@
 import datetime
 import importlib.metadata
 import platform
+import re
 import shlex
 import subprocess
 from collections.abc import Sequence
@@ -30,6 +31,12 @@ def facts(device: torch.device, arguments: Sequence[str], *, tool: str = "bench_
         found |= {"gpu": device_name(device), "cuda": str(torch.version.cuda)}
         found |= {"cudnn": str(torch.backends.cudnn.version()), "library": BACKENDS.get("library").calls()}
     return found
+
+
+def default_out(device: torch.device, what: str) -> Path:
+    """Return docs/benchmarks/DATE_DEVICE_WHAT in this checkout."""
+    model = re.sub(r"[^a-z0-9]+", "_", device_name(device).lower()).strip("_")
+    return ROOT / "docs" / "benchmarks" / f"{datetime.date.today():%Y-%m-%d}_{model}_{what}"
 
 
 def device_name(device: torch.device) -> str:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from farspan.kernels.rows import Rows
 
+SUMMED_AT_ONCE = 1 << 20
+"""Elements that are held in float64 at the same time."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Partition:
@@ -67,9 +70,13 @@ class Partition:
         float64, so that the order of rows and ranks does not matter once the result is rounded to float32.
         """
         block = self.of(rows)
-        real = block >= 0
-        total = torch.zeros(self.count, *x.shape[1:], dtype=torch.float64, device=x.device)
-        return total.index_add_(0, block[real].to(x.device), x[real.to(x.device)].double())
+        # Padding is added to a block of its own, which is dropped.
+        block = block.masked_fill(block < 0, self.count).to(x.device)
+        total = torch.zeros(self.count + 1, *x.shape[1:], dtype=torch.float64, device=x.device)
+        at_once = max(SUMMED_AT_ONCE // max(x[:1].numel(), 1), 1)
+        for numbers, part in zip(block.split(at_once), x.split(at_once), strict=True):
+            total.index_add_(0, numbers, part.double())
+        return total[:-1]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

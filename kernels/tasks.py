@@ -7,7 +7,6 @@ side by side: its rows need no merging. Tasks of one shape share a batch.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,20 +35,24 @@ class Batch:
     """Tasks of one shape; a row of a head is counted as row * heads + head.
 
     queries: int32 or int64 `[tasks, R]`, of query heads; no row occurs twice. keys: int64 `[tasks, S]`, of KV heads.
-    mask: bool `[tasks, R, S]` where kind is MASKED.
+    mask: bool `[tasks, R, S]` where kind is MASKED. surplus: how many rows at the end of the last task only fill it up,
+    and repeat its last; they count for nothing.
     """
 
     kind: Kind
     queries: Tensor
     keys: Tensor
     mask: Tensor | None = None
+    surplus: int = 0
 
     def pairs(self) -> int:
         """Return the number of visible pairs."""
         tasks, rows = self.queries.shape
         if self.mask is not None:
             return int(self.mask.sum())
-        return tasks * (rows * (rows + 1) // 2 if self.kind is Kind.CAUSAL else rows * self.keys.shape[1])
+        if self.kind is Kind.CAUSAL:
+            return tasks * (rows * (rows + 1) // 2)
+        return (tasks * rows - self.surplus) * self.keys.shape[1]
 
 
 def batches(plan: Plan, kv_heads: int) -> Iterator[Batch]:
@@ -61,8 +64,9 @@ def batches(plan: Plan, kv_heads: int) -> Iterator[Batch]:
         return
     for part in plan.parts:
         choosers = _Choosers.of(part.heads, plan.heads // plan.selection.heads)
-        entries = _Entries.find(plan.selection, choosers, units, pieces)
-        yield from _Tasks(plan, part.visibility, choosers, units, pieces, kv_heads).of(entries)
+        lists = _Lists.of(plan.selection, choosers, units, plan.heads)
+        entries = _Entries.find(plan.selection, lists, pieces)
+        yield from _Tasks(plan, part.visibility, choosers, units, pieces, lists, kv_heads).of(entries)
 
 
 def choose_together(plan: Plan) -> bool:
@@ -138,32 +142,67 @@ class _Choosers:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Entries:
-    """Which unit, for which chooser, chose which piece: index arrays of one length, in this order."""
+class _Lists:
+    """Who wrote each list of a selection, int32 `[lists]`: a chooser and a unit, -1 for those without rows here.
+
+    queries: the rows of the lists' units in each query head of their choosers, one list after another; those of list l
+    are queries[first[l]:first[l + 1]].
+    """
 
     chooser: np.ndarray
     unit: np.ndarray
-    piece: np.ndarray
+    queries: np.ndarray
+    first: np.ndarray
 
     @staticmethod
-    def find(selection: Selection, choosers: _Choosers, units: _Groups, pieces: _Groups) -> "_Entries":
-        """Return the entries of these choosers whose unit and block have rows here."""
+    def of(selection: Selection, choosers: _Choosers, units: _Groups, heads: int) -> "_Lists":
         chooser = np.repeat(_inverse(choosers.number, selection.heads), selection.num_units)
         unit = np.tile(_inverse(units.number, selection.num_units), selection.heads)
         here = (chooser >= 0) & (unit >= 0)
-        lengths = selection.offsets.diff().numpy()
+        chooser[~here] = unit[~here] = -1
+        by, rows = chooser[here], units.members(unit[here])
+        of_row = np.repeat(by, units.sizes()[unit[here]])
+        queries = np.repeat(rows, choosers.sizes()[of_row]) * heads
+        queries += choosers.heads[ranges(choosers.start[of_row], choosers.stop[of_row])]
+        sizes = np.zeros(len(here) + 1, dtype=np.int64)
+        sizes[1:][here] = units.sizes()[unit[here]] * choosers.sizes()[by]
+        # Entries are gathered from this table by the million: half the width is half the time.
+        narrow = len(units.rows) * heads <= np.iinfo(np.int32).max
+        return _Lists(chooser, unit, queries.astype(np.int32 if narrow else np.int64), sizes.cumsum())
+
+    def sizes(self) -> np.ndarray:
+        return self.first[1:] - self.first[:-1]
+
+    def members(self, lists: np.ndarray) -> np.ndarray:
+        """Return the queries of these lists, one list after another."""
+        return self.queries[ranges(self.first[lists], self.first[lists + 1])]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Entries:
+    """Which list names which piece: int32 arrays of one length, in the order of lists."""
+
+    list: np.ndarray
+    piece: np.ndarray
+
+    @staticmethod
+    def find(selection: Selection, lists: _Lists, pieces: _Groups) -> "_Entries":
+        """Return the entries of lists that have rows here, if their blocks do too."""
+        number = np.arange(len(lists.unit), dtype=np.int32)
+        number[lists.unit < 0] = -1
+        of = np.repeat(number, selection.offsets.diff().numpy())
         piece = _inverse(pieces.number, selection.blocks.count)[selection.chosen.numpy()]
-        keep = (piece >= 0) & np.repeat(here, lengths)
-        return _Entries(np.repeat(chooser, lengths), np.repeat(unit, lengths), piece).take(keep)
+        return _Entries(of, piece).where((piece >= 0) & (of >= 0))
+
+    def where(self, keep: np.ndarray) -> "_Entries":
+        """Return the entries where `keep` is True."""
+        return self if keep.all() else self.take(np.flatnonzero(keep))
 
     def take(self, index: np.ndarray) -> "_Entries":
-        """Return the entries at `index`, or those where it is True."""
-        if index.dtype == bool and index.all():
-            return self
-        return _Entries(self.chooser[index], self.unit[index], self.piece[index])
+        return _Entries(self.list[index], self.piece[index])
 
     def __len__(self) -> int:
-        return len(self.chooser)
+        return len(self.list)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -173,13 +212,14 @@ class _Tasks:
     choosers: _Choosers
     units: _Groups
     pieces: _Groups
+    lists: _Lists
     kv_heads: int
 
     def of(self, entries: _Entries) -> Iterator[Batch]:
         together = choose_together(self.plan)
         whole, partly = self._visible(entries, triangles=self.visibility.causal and not together)
-        yield from self._by_tile(entries.take(whole)) if together else self._by_block(entries.take(whole))
-        yield from self._partial(entries.take(partly))
+        yield from self._by_tile(entries.where(whole)) if together else self._by_block(entries.where(whole))
+        yield from self._partial(entries.where(partly))
 
     def _visible(self, entries: _Entries, *, triangles: bool) -> tuple[np.ndarray, np.ndarray]:
         """Return of which entries all pairs are visible, and of which some may be.
@@ -190,7 +230,8 @@ class _Tasks:
         whole, partly = (np.empty(len(entries), dtype=bool) for _ in range(2))
         for start in range(0, len(entries), ENTRIES_AT_ONCE):
             part = slice(start, start + ENTRIES_AT_ONCE)
-            queries, keys = units.take(entries.unit[part]), pieces.take(entries.piece[part])
+            queries = units.take(self.lists.unit[entries.list[part]])
+            keys = pieces.take(entries.piece[part])
             sees = all_see(queries, keys, self.visibility)
             if triangles:
                 sees &= queries.position_low != keys.position_high
@@ -200,54 +241,54 @@ class _Tasks:
 
     def _by_block(self, entries: _Entries) -> Iterator[Batch]:
         """One task per piece and KV head: all rows that chose it."""
-        group = self._kv_head(entries.chooser) * len(self.pieces) + entries.piece
+        kv_head = self._kv_head(self.lists.chooser)
+        group = kv_head[entries.list] * len(self.pieces) + entries.piece
         for chunk in _runs_of_equal(group):
-            here = entries.take(chunk)
-            kv_head, piece = self._kv_head(here.chooser[0]), here.piece[:1]
-            keys = self.pieces.members(piece) * self.kv_heads + kv_head
-            # There are as many of these as choices: held until the backward pass, they are most of what is held.
-            narrow = len(self.plan.queries) * self.plan.heads <= np.iinfo(np.int32).max
-            queries = self._queries(here).astype(np.int32 if narrow else np.int64)
-            yield from _spread(torch.from_numpy(queries)[None], torch.from_numpy(keys)[None])
+            of = entries.list[chunk]
+            keys = self.pieces.members(entries.piece[chunk[:1]]) * self.kv_heads + kv_head[of[0]]
+            yield _spread(torch.from_numpy(self.lists.members(of))[None], torch.from_numpy(keys)[None])
 
     def _by_tile(self, entries: _Entries) -> Iterator[Batch]:
         """One task per unit and chooser: all pieces that it chose; tasks of one shape in batches."""
         if not len(entries):
             return
-        first, stop = _edges(entries.chooser * len(self.units) + entries.unit)
+        first, stop = _edges(entries.list)
         keys = np.add.reduceat(self.pieces.sizes()[entries.piece], first)
-        rows = self._rows(entries.take(first))
+        of = entries.list[first]
+        rows = self.lists.sizes()[of]
         for alike in _runs_of_equal(rows * (keys.max() + 1) + keys):
             shape = int(rows[alike[0]]), int(keys[alike[0]])
             for part in np.array_split(alike, -(-len(alike) * shape[1] // BATCH_ROWS)):
-                chosen = entries.take(ranges(first[part], stop[part]))
-                kv_head = np.repeat(self._kv_head(entries.chooser[first[part]]), shape[1])
-                key_rows = self.pieces.members(chosen.piece) * self.kv_heads + kv_head
-                queries = self._queries(entries.take(first[part])).reshape(-1, shape[0])
-                yield from _spread(torch.from_numpy(queries), torch.from_numpy(key_rows.reshape(-1, shape[1])))
+                chosen = entries.piece[ranges(first[part], stop[part])]
+                kv_head = np.repeat(self._kv_head(self.lists.chooser[of[part]]), shape[1])
+                key_rows = self.pieces.members(chosen) * self.kv_heads + kv_head
+                queries = self.lists.members(of[part]).reshape(-1, shape[0])
+                yield _spread(torch.from_numpy(queries), torch.from_numpy(key_rows.reshape(-1, shape[1])))
 
     def _partial(self, entries: _Entries) -> Iterator[Batch]:
         """Pairs that see some of each other: triangles where rows and keys are the same positions, else masks."""
         if not len(entries):
             return
         # Every query head by itself, as only then a task's rows may form a triangle with its keys.
-        head = self._heads(entries.chooser)
-        entries = entries.take(np.repeat(np.arange(len(entries)), self.choosers.sizes()[entries.chooser]))
+        chooser = self.lists.chooser[entries.list]
+        head = self.choosers.heads[ranges(self.choosers.start[chooser], self.choosers.stop[chooser])]
+        each = np.repeat(np.arange(len(entries)), self.choosers.sizes()[chooser])
+        unit, piece = self.lists.unit[entries.list[each]], entries.piece[each]
         # A row that sees some of several pieces meets them in several rounds, as a batch may have it only once.
-        order = np.lexsort((entries.piece, entries.unit, head))
-        entries, head = entries.take(order), head[order]
-        start, stop = _edges(head * len(self.units) + entries.unit)
-        nth = np.arange(len(entries)) - np.repeat(start, stop - start)
-        order = np.lexsort((entries.unit, entries.piece, head, nth))
-        entries, head, nth = entries.take(order), head[order], nth[order]
-        first, stop = _edges((nth * self.plan.heads + head) * len(self.pieces) + entries.piece)
-        rows = np.add.reduceat(self.units.sizes()[entries.unit], first)
-        keys = self.pieces.sizes()[entries.piece[first]]
+        order = np.lexsort((piece, unit, head))
+        unit, piece, head = unit[order], piece[order], head[order]
+        start, stop = _edges(head * len(self.units) + unit)
+        nth = np.arange(len(unit)) - np.repeat(start, stop - start)
+        order = np.lexsort((unit, piece, head, nth))
+        unit, piece, head, nth = unit[order], piece[order], head[order], nth[order]
+        first, stop = _edges((nth * self.plan.heads + head) * len(self.pieces) + piece)
+        rows = np.add.reduceat(self.units.sizes()[unit], first)
+        keys = self.pieces.sizes()[piece[first]]
         for alike in _runs_of_equal((nth[first] * (rows.max() + 1) + rows) * (keys.max() + 1) + keys):
             shape = int(rows[alike[0]]), int(keys[alike[0]])
             for part in np.array_split(alike, -(-len(alike) * shape[0] * shape[1] // BATCH_PAIRS)):
-                row = self.units.members(entries.unit[ranges(first[part], stop[part])])
-                key = self.pieces.members(entries.piece[first[part]])
+                row = self.units.members(unit[ranges(first[part], stop[part])])
+                key = self.pieces.members(piece[first[part]])
                 yield from self._partial_batches(
                     torch.from_numpy(row.reshape(-1, shape[0])), torch.from_numpy(key.reshape(-1, shape[1])),
                     torch.from_numpy(head[first[part], None]),
@@ -274,34 +315,21 @@ class _Tasks:
             )
             yield Batch(Kind.MASKED, query_index[edge], key_index[edge], mask)
 
-    def _kv_head(self, chooser: Any) -> Any:
-        """Return the KV head of a chooser's query heads, or of an array of them."""
-        return self.choosers.heads[self.choosers.start[chooser]] // (self.plan.heads // self.kv_heads)
-
-    def _rows(self, entries: _Entries) -> np.ndarray:
-        """Return how many rows of query heads each entry has."""
-        return self.units.sizes()[entries.unit] * self.choosers.sizes()[entries.chooser]
-
-    def _queries(self, entries: _Entries) -> np.ndarray:
-        """Return the rows of each entry's unit, in each of its query heads."""
-        row = self.units.members(entries.unit)
-        chooser = np.repeat(entries.chooser, self.units.sizes()[entries.unit])
-        return np.repeat(row, self.choosers.sizes()[chooser]) * self.plan.heads + self._heads(chooser)
-
-    def _heads(self, chooser: np.ndarray) -> np.ndarray:
-        """Return the query heads of these choosers, one chooser after another."""
-        return self.choosers.heads[ranges(self.choosers.start[chooser], self.choosers.stop[chooser])]
+    def _kv_head(self, chooser: np.ndarray) -> np.ndarray:
+        """Return the KV head of these choosers' query heads, int32."""
+        kv_head = self.choosers.heads[self.choosers.start] // (self.plan.heads // self.kv_heads)
+        return kv_head.astype(np.int32)[chooser]
 
 
-def _spread(queries: Tensor, keys: Tensor) -> Iterator[Batch]:
+def _spread(queries: Tensor, keys: Tensor) -> Batch:
     """Tasks whose rows see all their keys; where they are few, each as several, one for each thread to work on."""
-    count = 1 if len(queries) >= 2 * torch.get_num_threads() else torch.get_num_threads()
-    share = queries.shape[1] // count
-    if share:
-        parts = queries[:, : share * count].reshape(-1, share)
-        yield Batch(Kind.FULL, parts, keys.repeat_interleave(count, dim=0))
-    if share * count < queries.shape[1]:
-        yield Batch(Kind.FULL, queries[:, share * count :], keys)
+    tasks, rows = queries.shape
+    count = 1 if tasks >= 2 * torch.get_num_threads() else torch.get_num_threads()
+    surplus = -rows % count
+    if rows < count or (surplus and tasks > 1):
+        return Batch(Kind.FULL, queries, keys)
+    filled = torch.cat((queries, queries[:, -1:].expand(-1, surplus)), dim=1) if surplus else queries
+    return Batch(Kind.FULL, filled.reshape(tasks * count, -1), keys.repeat_interleave(count, dim=0), surplus=surplus)
 
 
 def _edges(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -77,6 +77,7 @@ def _selected_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tens
     for batch in _batches(plan, k.shape[1]):
         operands = queries.take(batch.queries), keys.take(batch.keys), values.take(batch.keys)
         out, lse = flash(*operands, causal=batch.kind is Kind.CAUSAL, mask=_batch_mask(batch))
+        _surplus(batch, lse).fill_(float("-inf"))
         sums.add(batch.queries.flatten().long(), out.flatten(0, 2), lse.flatten())
     out, lse = sums.merged()
     return out.unflatten(0, q.shape[:2]), lse.unflatten(0, q.shape[:2])
@@ -92,6 +93,7 @@ def _selected_backward(
         my_dout, my_q, my_out = (x.take(batch.queries) for x in of_queries)
         my_k, my_v = (x.take(batch.keys) for x in of_keys)
         my_lse = lse.flatten().index_select(0, batch.queries.flatten()).view(my_q.shape[:3])
+        _surplus(batch, my_lse).fill_(float("inf"))  # exp(score - inf) is 0: such a row gives gradients to nothing
         found = flash_backward(
             my_dout, my_q, my_k, my_v, my_out, my_lse, causal=batch.kind is Kind.CAUSAL, mask=_batch_mask(batch)
         )
@@ -128,6 +130,11 @@ def _batches(plan: Plan, kv_heads: int) -> Iterable[Batch]:
     if "batches" not in plan.derived:
         plan.derived["batches"] = list(batches(plan, kv_heads))
     return plan.derived["batches"]
+
+
+def _surplus(batch: Batch, lse: Tensor) -> Tensor:
+    """Return the log-sum-exps `[tasks, 1, R]` of the rows that only fill the last task up: of one, or of none."""
+    return lse[-1, 0, lse.shape[2] - batch.surplus :]
 
 
 def _batch_mask(batch: Batch) -> Tensor | None:

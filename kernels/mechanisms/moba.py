@@ -18,7 +18,7 @@ from farspan.kernels.rows import Rows
 from farspan.kernels.selection import Partition, Selection
 from farspan.kernels.visibility import Visibility
 
-SCORES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 24}
+SCORES_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 24}
 """Scores that are held at the same time, by kind of device: few enough for a cache, or enough to fill a GPU."""
 
 

@@ -139,6 +139,17 @@ def test_mechanism_equals_the_formula(mechanism: Mechanism, backend: str, dtype:
             check(tensors, rows, rows, visibility, backend, selection)
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("mechanism", EXAMPLES)
+def test_tasks_are_dealt_to_threads(mechanism: Mechanism, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The tests run on one thread; all that the number changes is how tasks are cut.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for rows in (ROWS["ragged"], ROWS["strided"]):
+        tensors = Tensors.random(len(rows), len(rows), (8, 2), 16, 8, torch.float64)
+        visibility, selection = shown(mechanism, tensors, rows)
+        check(tensors, rows, rows, visibility, "cpu", selection)
+
+
 @pytest.mark.parametrize("visibility", VISIBILITIES, ids=str)
 @pytest.mark.parametrize("backend", ABLE)
 def test_visibility_equals_the_formula(visibility: Visibility, backend: str) -> None:

@@ -40,11 +40,34 @@ def dealt_heads(share: HeadShare, channel: Channel) -> HeadShare:
 
 
 @final
+@dataclass(frozen=True, slots=True, eq=False)
+class Reordering:
+    """Puts rows in another order, and back; both None where they are in it already."""
+
+    order: Tensor | None
+    inverse: Tensor | None
+
+    @staticmethod
+    def of(order: Tensor) -> "Reordering":
+        if torch.equal(order, torch.arange(len(order))):
+            return Reordering(None, None)
+        return Reordering(order, order.argsort())
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Return the rows of `x` at `order`."""
+        return x if self.order is None else x[self.order.to(x.device)]
+
+    def undo(self, x: Tensor) -> Tensor:
+        """Return what `apply` made `x` of."""
+        return x if self.inverse is None else x[self.inverse.to(x.device)]
+
+
+@final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExchangedAttend(Attend):
     """Attention of `inside` to the tokens of all ranks of a channel, with some of the heads each.
 
-    order: place of each row that `inside` has among the ranks' rows set end to end; tokens: of the sequence behind it.
+    tokens: of the sequence, behind each row that `inside` has; reordering: from the ranks' rows set end to end to these.
     share: the heads of this rank.
     rounded: gradients of replicas travel in the dtype of keys.
     """
@@ -52,8 +75,7 @@ class ExchangedAttend(Attend):
     name: str
     channel: Channel
     tokens: Tensor
-    order: Tensor
-    inverse: Tensor
+    reordering: Reordering
     inside: WholeAttention
     share: HeadShare
     rounded: bool
@@ -68,11 +90,12 @@ class ExchangedAttend(Attend):
 
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
         (my_dout,) = self._gather_tokens([_heads_by_rank(dout, self.channel.size)], kind="dout")
-        gradients = self.inside.backward(my_dout, saved)
+        gradients = list(self.inside.backward(my_dout, saved))
+        del my_dout
         wire = accumulation_dtype(dout.dtype) if self._sums_replicas else dout.dtype
-        (dq,) = self._scatter_tokens([gradients[0].to(dout.dtype)], kind="dq")
-        of_keys = self._scatter_tokens([gradient.to(wire) for gradient in gradients[1:3]], kind="dkv")
-        of_keys += self._scatter_tokens(list(gradients[3:]), kind="drouting")
+        (dq,) = self._scatter_tokens([gradients.pop(0).to(dout.dtype)], kind="dq")
+        of_keys = self._scatter_tokens([gradients.pop(0).to(wire) for _ in ("dk", "dv")], kind="dkv")
+        of_keys += self._scatter_tokens(gradients, kind="drouting")
         return dq.flatten(1, 2), *(_sum_replicas(gradient, self.heads.kv) for gradient in of_keys)
 
     def lse(self, saved: Saved) -> Tensor | None:
@@ -115,7 +138,7 @@ class ExchangedAttend(Attend):
         here = self.share.here
         width = (here.query + here.kv) * sizes.kv_width * (sizes.element_bytes + sizes.accumulation_bytes)
         inside = self.inside.working_bytes(sizes, self._of_share(chosen)) if isinstance(self.inside, Attend) else 0
-        return len(self.order) * width + inside
+        return len(self.tokens) * width + inside
 
     def _of_share(self, chosen: Chosen) -> Chosen:
         """Return what this rank's heads chose; of blocks, what all chose, as strategies for one axis move all keys."""
@@ -126,19 +149,28 @@ class ExchangedAttend(Attend):
         """Exchange `[tokens_local, P, heads, width]` tensors for this rank's heads of all tokens, in `order`."""
         if not parts:
             return []
-        packed = torch.cat([part.flatten(2) for part in parts], dim=2)  # [tokens_local, P, widths]
-        received = self.channel.all_to_all(packed.transpose(0, 1), kind=f"{self.name}_{kind}")
-        ordered = received.flatten(0, 1)[self.order.to(received.device)]  # [tokens, widths]
-        return _split_heads(ordered, [part.shape[2:] for part in parts])
+        shapes = [part.shape[2:] for part in parts]
+        to_ranks = parts[0].new_empty(self.channel.size, self.tokens_local, sum(shape.numel() for shape in shapes))
+        for place, part in zip(_split_heads(to_ranks, shapes), parts, strict=True):
+            place.copy_(part.transpose(0, 1))
+        received = self.channel.all_to_all(to_ranks, kind=f"{self.name}_{kind}").flatten(0, 1)
+        del to_ranks
+        return _split_heads(self.reordering.apply(received), shapes)  # [tokens, heads, width]
 
     def _scatter_tokens(self, parts: list[Tensor], *, kind: str) -> list[Tensor]:
-        """The way back: this rank's heads of all tokens for `[tokens_local, P, heads, width]`, all ranks' heads."""
+        """The way back: this rank's heads of all tokens for `[tokens_local, P, heads, width]`, all ranks' heads.
+
+        `parts` is emptied, so that what was sent is not held any longer.
+        """
         if not parts:
             return []
-        packed = torch.cat([part.flatten(1) for part in parts], dim=1)  # [tokens, widths]
-        by_rank = packed[self.inverse.to(packed.device)].unflatten(0, (self.channel.size, -1))
+        shapes = [part.shape[1:] for part in parts]
+        by_row = parts[0].new_empty(len(self.tokens), sum(shape.numel() for shape in shapes))
+        for place in _split_heads(by_row, shapes):
+            place.copy_(self.reordering.undo(parts.pop(0)))
+        by_rank = by_row.unflatten(0, (self.channel.size, -1))
         received = self.channel.all_to_all(by_rank, kind=f"{self.name}_{kind}").transpose(0, 1)
-        return _split_heads(received, [part.shape[1:] for part in parts])  # [tokens_local, P, ...]
+        return _split_heads(received, shapes)  # [tokens_local, P, ...]
 
 
 def _split_heads(packed: Tensor, shapes: list[torch.Size]) -> list[Tensor]:

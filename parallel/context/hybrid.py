@@ -12,7 +12,7 @@ from torch import Tensor
 
 from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.parallel.comm import Channel
-from farspan.parallel.exchange import ExchangedAttend, dealt_heads, refusal_of_dealt_heads
+from farspan.parallel.exchange import ExchangedAttend, Reordering, dealt_heads, refusal_of_dealt_heads
 from farspan.parallel.layout import Shards
 from farspan.parallel.strategy import STRATEGIES, Attend, HeadShare, Strategy, refusal_of_grid
 
@@ -73,8 +73,7 @@ class _Grid(Strategy):
             name=self.name,
             channel=of_heads,
             tokens=together.index[of_tokens.rank],
-            order=order,
-            inverse=order.argsort(),
+            reordering=Reordering.of(order),
             inside=along.plan(mechanism, together, mine, backend=backend),
             share=mine,
             rounded=self.rounded_gradients,

@@ -4,7 +4,7 @@ from typing import final
 
 from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.whole import plan_whole
-from farspan.parallel.exchange import ExchangedAttend, dealt_heads, refusal_of_dealt_heads
+from farspan.parallel.exchange import ExchangedAttend, Reordering, dealt_heads, refusal_of_dealt_heads
 from farspan.parallel.layout import Shards
 from farspan.parallel.strategy import STRATEGIES, Attend, HeadShare, Strategy
 
@@ -30,8 +30,7 @@ class Ulysses(Strategy):
             name="ulysses",
             channel=self.channel,
             tokens=shards.index.flatten()[order],
-            order=order,
-            inverse=order.argsort(),
+            reordering=Reordering.of(order),
             inside=plan_whole(mechanism, rows, mine.everyone, mine.which, backend=backend),
             share=mine,
             rounded=self.rounded_gradients,

@@ -1,0 +1,52 @@
+"""SwiGLU by many experts against the formula, expert by expert with torch's own gradients."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from farspan.kernels.grouped_swiglu import grouped_swiglu
+
+COUNTS = {"ragged": [3, 1, 0, 7, 2], "one has all": [0, 0, 13, 0, 0], "nobody": [0, 0, 0, 0, 0]}
+
+
+def inputs(rows: int, dtype: torch.dtype) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((rows, 6), (5, 10, 6), (5, 10, 6), (5, 6, 10))
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+def by_formula(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *, counts: list[int]) -> Tensor:
+    expert = torch.arange(5).repeat_interleave(torch.tensor(counts))
+    inner = F.silu(torch.einsum("nc,nfc->nf", x, gate[expert])) * torch.einsum("nc,nfc->nf", x, up[expert])
+    return torch.einsum("nf,ncf->nc", inner, down[expert])
+
+
+# bfloat16 rounds to 3 digits, at each of some steps.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+def test_equals_the_formula(counts: list[int], dtype: torch.dtype) -> None:
+    mine = inputs(sum(counts), dtype)
+    exact = [x.detach().double().requires_grad_() for x in mine]
+    dout = torch.randn(sum(counts), 6, dtype=torch.float64).to(dtype)
+    out = grouped_swiglu(*mine, counts=counts)
+    expected = by_formula(*exact, counts=counts)
+    assert out.dtype == dtype
+    got = [out, *torch.autograd.grad(out, mine, dout)]
+    wanted = [expected, *torch.autograd.grad(expected, exact, dout.double())]
+    for a, b in zip(got, wanted, strict=True):
+        assert a.shape == b.shape
+        assert not a.numel() or (a - b).abs().amax().item() <= TOLERANCE[dtype] * b.abs().amax().item()
+
+
+@pytest.mark.parametrize("counts", [[3, 1, 0, 7], [3, 1, 0, 7, 3]])
+def test_counts_that_do_not_fit_are_refused(counts: list[int]) -> None:
+    with pytest.raises(
+        ValueError, match=f"{len(counts)} experts with {sum(counts)} rows in all, but 5 and 13 are here"
+    ):
+        grouped_swiglu(*inputs(13, torch.float64), counts=counts)

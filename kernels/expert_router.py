@@ -51,7 +51,7 @@ class ExpertRouter:
     @torch.no_grad()
     def choose(self, logits: Tensor, bias: Tensor) -> Tensor:
         """Return the experts of each token, int64 `[T, K]`, best first; bias `[E]` counts here only (2408.15664)."""
-        scores = self.scores(logits).float() + bias
+        scores = self.scores(logits).float() + bias.float()
         if self.groups_per_token < self.groups:
             scores = scores.masked_fill(~self._of_best_groups(scores), float("-inf"))
         return top(scores, self.per_token)

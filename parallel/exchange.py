@@ -67,7 +67,7 @@ class Reordering:
 class ExchangedAttend(Attend):
     """Attention of `inside` to the tokens of all ranks of a channel, with some of the heads each.
 
-    tokens: of the sequence, behind each row that `inside` has. reordering: to these, from the ranks' rows set end to end.
+    tokens: of the sequence, behind each row that `inside` has. reordering: to these, of the ranks' rows set end to end.
     share: the heads of this rank.
     rounded: gradients of replicas travel in the dtype of keys.
     """

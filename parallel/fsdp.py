@@ -4,9 +4,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
+from farspan.kernels.errors import ConfigError
 from farspan.kernels.merge import accumulation_dtype
 from farspan.parallel.mesh import Mesh
 
@@ -17,14 +18,47 @@ def shard_parameters(model: nn.Module, units: Iterable[nn.Module], mesh: Mesh, c
     Gradients are summed over all ranks in float32 (float64 for float64), not averaged: what a part adds to its gradient
     by itself counts the same on any number of ranks. Inputs are not cast: rotary tables stay float32.
     """
-    policy = MixedPrecisionPolicy(
+    for part in (*units, model):
+        _summing(fully_shard(part, mesh=mesh.fsdp, mp_policy=_policy(compute_dtype)))
+
+
+def shard_experts(units: Iterable[nn.Module], mesh: Mesh, compute_dtype: torch.dtype) -> None:
+    """Deal the experts of each unit, the first dimension of its parameters, and shard the second over their replicas.
+
+    The units are on the meta device; parameters are DTensors of all experts afterwards. Gradients are sums over all
+    tokens of all ranks, as those of any parameter. Call it before `shard_parameters`. Raises ConfigError where the
+    dimensions do not divide.
+    """
+    dealers, shards = mesh.degrees.expert, mesh.degrees.shard // mesh.degrees.expert
+    for unit in units:
+        for module in unit.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.shape[0] % dealers or parameter.shape[1] % shards:
+                    raise ConfigError(
+                        f"matrices of {parameter.shape[0]} experts with {parameter.shape[1]} rows cannot be dealt to "
+                        f"parallel.expert={dealers} ranks and sharded over the {shards} that hold the same experts: "
+                        "change parallel.expert or the model's sizes."
+                    )
+                mine = torch.empty(parameter.shape[0] // dealers, *parameter.shape[1:], device="meta")
+                dealt = DTensor.from_local(
+                    mine.to(parameter.dtype), mesh.experts["expert"], [Shard(0)], run_check=False
+                )
+                module.register_parameter(name, nn.Parameter(dealt))
+        axes = mesh.experts[tuple(name for name in mesh.experts.mesh_dim_names or () if name != "expert")]
+        _summing(fully_shard(unit, mesh=axes, mp_policy=_policy(compute_dtype), shard_placement_fn=lambda _: Shard(1)))
+
+
+def _policy(compute_dtype: torch.dtype) -> MixedPrecisionPolicy:
+    return MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=accumulation_dtype(compute_dtype), cast_forward_inputs=False
     )
-    for part in (*units, model):
-        sharded = fully_shard(part, mesh=mesh.fsdp, mp_policy=policy)
-        sharded.set_gradient_divide_factor(1.0)
-        # Without this, a factor is applied by an operation that only NCCL has.
-        sharded.set_force_sum_reduction_for_comms(True)
+
+
+def _summing(sharded: FSDPModule) -> None:
+    """Let gradients be summed, not averaged."""
+    sharded.set_gradient_divide_factor(1.0)
+    # Without this, a factor is applied by an operation that only NCCL has.
+    sharded.set_force_sum_reduction_for_comms(True)
 
 
 @torch.no_grad()
@@ -56,16 +90,23 @@ def sharding_bytes(model: nn.Module, units: Iterable[nn.Module], mesh: Mesh, com
 
     With S shards of N bytes in all, an all-gather and a reduce-scatter send (S-1)/S N each, and an all-reduce over R
     replicas 2 (R-1)/R of a shard. Units are gathered for each pass, what is left of the model once for both. Rows of
-    a parameter are padded until they divide by S.
+    a parameter are padded until they divide by S. Of experts, S is the number of ranks that hold the same ones.
     """
-    shards, replicas = mesh.degrees.shard, mesh.degrees.dp_replicate
+    replicas, reduce_itemsize = mesh.degrees.dp_replicate, accumulation_dtype(compute_dtype).itemsize
 
-    def padded(part: nn.Module) -> int:
-        return sum(-(-p.shape[0] // shards) * shards * p.shape[1:].numel() for p in part.parameters())
+    def sent(parameters: list[nn.Parameter], gathers: int) -> int:
+        total = 0
+        for p in parameters:
+            dealers = mesh.degrees.expert if _is_of_experts(p) else 1
+            shards, rows = mesh.degrees.shard // dealers, p.shape[1] if _is_of_experts(p) else p.shape[0]
+            padded = p.numel() // dealers // rows * (-(-rows // shards) * shards)
+            total += (gathers * compute_dtype.itemsize + reduce_itemsize) * padded * (shards - 1) // shards
+            total += 2 * padded * reduce_itemsize * (replicas - 1) // (replicas * shards)
+        return total
 
-    in_units, total = sum(padded(unit) for unit in units), padded(model)
-    gathered = (total + in_units) * compute_dtype.itemsize * (shards - 1) // shards
-    reduce_itemsize = accumulation_dtype(compute_dtype).itemsize
-    scattered = total * reduce_itemsize * (shards - 1) // shards
-    replicated = 2 * total * reduce_itemsize * (replicas - 1) // (replicas * shards)
-    return gathered + scattered + replicated
+    in_units = {p for unit in units for p in unit.parameters()}
+    return sent(list(in_units), 2) + sent([p for p in model.parameters() if p not in in_units], 1)
+
+
+def _is_of_experts(parameter: nn.Parameter) -> bool:
+    return isinstance(parameter, DTensor) and "expert" in (parameter.device_mesh.mesh_dim_names or ())

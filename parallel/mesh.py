@@ -1,4 +1,8 @@
-"""Mesh: every rank's place on the axes dp_replicate x dp_shard x context, and the groups that follow from it."""
+"""Mesh: every rank's place on the axes dp_replicate x dp_shard x context, and the groups that follow from it.
+
+Experts have axes of their own over the same ranks (folding, arXiv 2504.14960): dp_shard x context = expert_shard x
+expert, neighbours hold different experts.
+"""
 
 from dataclasses import dataclass, field
 
@@ -17,6 +21,7 @@ class ParallelConfig:
     context: ranks that share one sequence.
     dp_shard: groups of ranks with sequences of their own that share one copy of the parameters; 0 takes what is left.
     dp_replicate: whole copies of the parameters (HSDP).
+    expert: neighbouring ranks that share out the experts of a layer; a divisor of dp_shard x context.
     context_inner: of those, neighbours with fast links, such as the GPUs of a node; for strategies of two levels.
     strategy: how queries meet keys of other ranks, a file of parallel/context/; `auto` takes the fastest by the cost
     model and says why. inner_gbytes_per_s, outer_gbytes_per_s: what a rank sends in a second within its node and out of
@@ -30,6 +35,7 @@ class ParallelConfig:
     context: int = field(default=1, metadata={"minimum": 1})
     dp_shard: int = field(default=0, metadata={"minimum": 0})
     dp_replicate: int = field(default=1, metadata={"minimum": 1})
+    expert: int = field(default=1, metadata={"minimum": 1})
     context_inner: int = field(default=1, metadata={"minimum": 1})
     strategy: str = "ring"
     layout: str = "zigzag"
@@ -41,11 +47,12 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Degrees:
-    """Sizes of the axes; their product is the number of ranks."""
+    """Sizes of the axes; the product of the first three is the number of ranks."""
 
     dp_replicate: int
     dp_shard: int
     context: int
+    expert: int = 1
 
     @property
     def data(self) -> int:
@@ -79,7 +86,14 @@ class Degrees:
                 "change one of them."
             )
         dp_shard = config.dp_shard or num_ranks // fixed
-        return Degrees(dp_replicate=config.dp_replicate, dp_shard=dp_shard, context=config.context)
+        if dp_shard * config.context % config.expert:
+            raise ConfigError(
+                f"parallel.expert={config.expert} must divide dp_shard x context = {dp_shard} x {config.context}, the "
+                "ranks that share a copy of the parameters: change one of them."
+            )
+        return Degrees(
+            dp_replicate=config.dp_replicate, dp_shard=dp_shard, context=config.context, expert=config.expert
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -91,6 +105,9 @@ class Mesh:
     context: dist.ProcessGroup
     fsdp: DeviceMesh
     """Parameters are sharded over its last axis and, for HSDP, replicated over its first."""
+    experts: DeviceMesh
+    """Those of experts are dealt over its axis `expert`, sharded over `shard` and, for HSDP, replicated."""
+    expert: dist.ProcessGroup
     data_rank: int
     context_rank: int
     inner: dist.ProcessGroup | None
@@ -107,13 +124,17 @@ class Mesh:
         else:
             shape = (degrees.dp_replicate, degrees.shard)
             fsdp = init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+        shape, names = (degrees.shard // degrees.expert, degrees.expert), ("shard", "expert")
+        if degrees.dp_replicate > 1:
+            shape, names = (degrees.dp_replicate, *shape), ("replicate", *names)
+        experts = init_device_mesh(device_type, shape, mesh_dim_names=names)
         grid = None
         if config.context_inner > 1:
             shape = (degrees.data, degrees.context // config.context_inner, config.context_inner)
             grid = init_device_mesh(device_type, shape, mesh_dim_names=("data", "outer", "inner"))
         world = dist.group.WORLD
         assert world is not None
-        for mesh in (ranks, fsdp, *([grid] if grid else [])):
+        for mesh in (ranks, fsdp, experts, *([grid] if grid else [])):
             for group in mesh.get_all_groups():
                 share_timeout(world, group)
         return Mesh(
@@ -121,6 +142,8 @@ class Mesh:
             world=world,
             context=ranks.get_group("context"),
             fsdp=fsdp,
+            experts=experts,
+            expert=experts.get_group("expert"),
             data_rank=ranks.get_local_rank("data"),
             context_rank=ranks.get_local_rank("context"),
             inner=grid.get_group("inner") if grid else None,

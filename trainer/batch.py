@@ -9,6 +9,7 @@ from torch import Tensor
 
 from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.rows import Rows
+from farspan.parallel.comm import Channel
 from farspan.parallel.key_convolution import KeyConvolution
 from farspan.parallel.layout import Shards
 from farspan.parallel.strategy import Attend, Strategy
@@ -36,6 +37,11 @@ class MicroBatch:
         """How many local tokens have a label."""
         return int((self.labels != IGNORED).sum())
 
+    @property
+    def real_tokens(self) -> int:
+        """How many local tokens are no padding."""
+        return int((self.context.rows.document >= 0).sum())
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerAttention:
@@ -61,17 +67,24 @@ class BatchBuilder:
     """Deals sequences to the ranks of a context-parallel group, each of which reads the whole sequence.
 
     layers: of each layer the mechanism, strategy and backend; the first layer's channel is that of all.
+    expert_channel: of the ranks that hold the experts, for a model that has these.
     """
 
     model: ModelConfig
     layers: tuple[LayerAttention, ...]
     layout: str
     device: torch.device
+    expert_channel: Channel | None = None
+
+    @property
+    def channel(self) -> Channel:
+        """Of the ranks that share a sequence."""
+        return self.layers[0].strategy.channel
 
     def build(self, sequence: PackedSequence) -> MicroBatch:
         """Return this rank's part of `sequence`; padding added by the layout has no label and no document."""
         rows = Rows(position=torch.from_numpy(sequence.position), document=torch.from_numpy(sequence.document))
-        channel = self.layers[0].strategy.channel
+        channel = self.channel
         rank = channel.rank
         shards = Shards.deal(rows, layout=self.layout, degree=channel.size, work=self.work)
         tokens = shards.shard(torch.from_numpy(sequence.tokens), rank)
@@ -88,6 +101,7 @@ class BatchBuilder:
                 rows=mine.to(self.device),
                 attends=tuple(planned[layer] for layer in self.layers),
                 key_convolution=convolution,
+                expert_channel=self.expert_channel,
             ),
             attention_flops=attention_flops(self.model, self.mechanisms, rows) if rank == 0 else 0,
         )

@@ -3,13 +3,14 @@
 import torch
 
 from farspan.kernels.backend import Work, choose_backend
-from farspan.parallel.comm import Traffic
+from farspan.parallel.comm import Channel, Traffic
 from farspan.parallel.cost import strategy_for
-from farspan.parallel.fsdp import shard_parameters
+from farspan.parallel.fsdp import shard_experts, shard_parameters
 from farspan.parallel.mesh import Degrees, Mesh
 from farspan.parallel.strategy import STRATEGIES
 from farspan.trainer.batch import BatchBuilder, LayerAttention
 from farspan.trainer.config import Config
+from farspan.trainer.model.experts import Experts
 from farspan.trainer.model.init import initialize
 from farspan.trainer.model.transformer import Transformer
 
@@ -29,6 +30,8 @@ def build_on_meta(config: Config, mesh: Mesh) -> Transformer:
         model = Transformer(config.model, config.mechanisms(), recompute=config.train.recompute == "block")
     if compute_dtype == torch.float64:
         model = model.double()
+    experts = [module for module in model.modules() if isinstance(module, Experts)]
+    shard_experts(experts, mesh, compute_dtype)
     shard_parameters(model, model.blocks, mesh, compute_dtype)
     return model
 
@@ -50,6 +53,7 @@ def build_batches(config: Config, mesh: Mesh, device: torch.device, traffic: Tra
         ),
         layout=parallel.layout,
         device=device,
+        expert_channel=Channel(mesh.expert, traffic),
     )
 
 

@@ -12,6 +12,7 @@ from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config_io import bounded, from_tree, toml_value
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.optim import OptimizerConfig
+from farspan.trainer.pattern import parse_pattern
 
 AUTO = "auto"
 """The value of parallel.strategy that leaves it to the cost model."""
@@ -60,16 +61,7 @@ class AttentionConfig:
         return {name: self.options.get(name, {}) for name in names}, {n: f"attention.options.{n}" for n in names}
 
     def _pattern(self) -> list[str]:
-        pattern: list[str] = []
-        for part in self.mechanism.split(","):
-            name, star, times = (piece.strip() for piece in part.partition("*"))
-            if not name or (star and not (times.isdecimal() and int(times) > 0)):
-                raise ConfigError(
-                    f"attention.mechanism={self.mechanism!r} must be names with commas between, each with how many "
-                    "layers in a row have it, such as 'lightning*7, dense'."
-                )
-            pattern += [name] * (int(times) if star else 1)
-        return pattern
+        return parse_pattern(self.mechanism, "attention.mechanism")
 
     def _build(self, name: str, options: dict[str, Any], where: str) -> Mechanism:
         try:

@@ -21,7 +21,7 @@ from farspan.parallel.strategy import STRATEGIES, Sizes
 from farspan.trainer.batch import work_of_layers
 from farspan.trainer.build import strategies_of_layers
 from farspan.trainer.config import Config
-from farspan.trainer.flops import attention_flops, total_parameters, training_flops
+from farspan.trainer.flops import attention_flops, matrix_parameters, total_parameters, training_flops
 
 GIB = 2**30
 
@@ -43,6 +43,7 @@ def describe(config: Config, degrees: Degrees) -> str:
         f"{tokens_local(config, degrees):,} at a time and accumulates {sequences // degrees.data}",
         "model": f"{total_parameters(model, mechanisms):,} parameters; {model.layers} layers, width {model.width}, "
         f"{model.heads}:{model.kv_heads} heads of {model.head_dim}, vocabulary {model.vocabulary_size:,}",
+        **_experts(config, degrees),
         "compute": f"{flops / 1e9:.3g} GFLOP per token, a document filling the sequence; "
         f"{config.train.compute_dtype} on {config.train.device}",
         "attention": f"{_in_short(mechanisms)}{_convolved(model.key_convolution)}, computed by "
@@ -52,6 +53,19 @@ def describe(config: Config, degrees: Degrees) -> str:
         "memory": f"{memory.total / GIB:.2f} GiB per rank (estimate): {memory}",
     }
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
+
+
+def _experts(config: Config, degrees: Degrees) -> dict[str, str]:
+    """Return the line about experts, of a model that has them."""
+    experts, layers = config.model.experts, sum(config.model.expert_layers)
+    if not layers:
+        return {}
+    active = matrix_parameters(config.model, config.mechanisms())
+    return {
+        "experts": f"{experts.per_token} of {experts.count} of size {experts.feed_forward}"
+        f"{f', {experts.shared} shared,' if experts.shared else ''} in {layers} layers, dealt to {degrees.expert} "
+        f"ranks; {active:,} parameters multiply a token"
+    }
 
 
 def said(mechanisms: Sequence[Mechanism]) -> str:
@@ -113,8 +127,8 @@ def estimate_memory(config: Config, degrees: Degrees) -> Memory:
     """Return what one rank holds at the peak of a step: tensors, not what torch and its allocator take besides.
 
     states: master parameters, gradients and AdamW's two moments, sharded.
-    gathered: whole parameters outside the blocks and of two blocks (one computed on, the next on its way); gradients
-    of the head and of one block, and the latter's copy in the dtype of the reduction.
+    gathered: whole parameters outside the blocks and of two blocks (one computed on, the next on its way), of experts
+    this rank's; gradients of the head and of one block, and the latter's copy in the dtype of the reduction.
     activations: see `block_activations`; with recompute the blocks' inputs instead, and one block's activations.
     working: the larger of two things that are not held together. Loss: a chunk of logits, the hidden states' gradient
     and, for a 16-bit head, its float32 gradient. Backward of a block: gradients inside SwiGLU (three of the inner
@@ -124,14 +138,18 @@ def estimate_memory(config: Config, degrees: Degrees) -> Memory:
     item, master = compute.itemsize, accumulation_dtype(compute).itemsize
     parameters, head = total_parameters(model, config.mechanisms()), model.width * model.vocabulary_size
     outside = head * (1 if model.tied_embeddings else 2)
-    block = (parameters - outside) // model.layers
+    experts = 3 * model.width * model.experts.count * model.experts.feed_forward if any(model.expert_layers) else 0
+    # Of layers with and without experts the former, whose parameters are more.
+    block = (parameters - outside - sum(model.expert_layers) * experts) // model.layers + experts // degrees.expert
     tokens, query, kv = tokens_local(config, degrees), model.heads * model.head_dim, model.kv_heads * model.head_dim
-    in_blocks = [block_activations(config, mechanism, tokens) for mechanism in config.mechanisms()]
+    layers = zip(config.mechanisms(), model.expert_layers, strict=True)
+    in_blocks = [block_activations(config, *layer, tokens=tokens) for layer in layers]
     inputs = tokens * model.width * item
     kept = model.layers * inputs + max(in_blocks) if config.train.recompute == "block" else sum(in_blocks)
     logits = min(chunk_tokens(model.vocabulary_size, compute), tokens) * model.vocabulary_size * master
     loss = logits + inputs + (head * master if item < master else 0)
-    swiglu = tokens * (3 * model.feed_forward + model.width) * item
+    inner = max(model.feed_forward, model.experts.per_token * model.experts.feed_forward if experts else 0)
+    swiglu = tokens * (3 * inner + model.width) * item
     attention = tokens * (2 * query * item + (query + 2 * kv) * master)
     return Memory(
         states=4 * master * parameters // degrees.shard,
@@ -142,18 +160,23 @@ def estimate_memory(config: Config, degrees: Degrees) -> Memory:
     )
 
 
-def block_activations(config: Config, mechanism: Mechanism, tokens: int) -> int:
+def block_activations(config: Config, mechanism: Mechanism, has_experts: bool, *, tokens: int) -> int:
     """Return the bytes that a block with this mechanism keeps for its backward pass, for `tokens` tokens of this rank.
 
     Per token: the residual stream before both norms and the norms' results; rotated q and k, v, out and a float32 lse;
     gate, silu(gate), up and their product; with qk_norm q and k before it. CPU norms keep the normalised input too.
     Where heads gather tokens: out of all tokens; q, k, v, out, lse and routing of the gathered ones. With a convolution
-    on keys, what it reads. What a routed mechanism chose is left out.
+    on keys, what it reads. What a routed mechanism chose is left out. With experts: the rows sent to them and those
+    that came back, evenly chosen, scores of all experts, and the inside of the shared one.
     """
     model, compute = config.model, config.train.torch_dtype
     query, kv, wide = model.heads * model.head_dim, model.kv_heads * model.head_dim, accumulation_dtype(compute)
     normed = 2 * model.width + (query + kv if model.qk_norm else 0)
-    kept = 2 * model.width + normed + 4 * model.feed_forward
+    inside = 4 * model.feed_forward
+    if has_experts:
+        inside = 4 * model.experts.shared + 2 * model.experts.per_token * model.width
+        inside += 3 * model.experts.count * wide.itemsize // compute.itemsize
+    kept = 2 * model.width + normed + inside
     if config.train.device == "cpu":
         kept += normed
     if model.key_convolution:

@@ -66,7 +66,7 @@ def evaluate(
         for batch in batches:
             if on_any_rank(stop_requested()):
                 return None
-            losses = model(batch.tokens, batch.labels, batch.context).double()
+            losses = model(batch.tokens, batch.labels, batch.context).losses.double()
             # A token at position p has p + 1 tokens to predict the next one from.
             bins = torch.bucketize(batch.context.rows.position, edges.to(losses.device), right=True) - 1
             labelled = (batch.labels != IGNORED).double()

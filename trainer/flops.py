@@ -16,12 +16,23 @@ def router_parameters(config: ModelConfig, mechanisms: Sequence[Mechanism]) -> i
 
 
 def matrix_parameters(config: ModelConfig, mechanisms: Sequence[Mechanism]) -> int:
-    """Parameters that multiply every token: all matrices and convolutions, no embedding table (a look-up)."""
+    """Parameters that multiply a token: matrices, of experts those of as many as it chooses, and convolutions.
+
+    The embedding table is a look-up.
+    """
     attention = config.width * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
     attention += config.key_convolution * config.kv_heads * config.head_dim
-    feed_forward = 3 * config.width * config.feed_forward
-    layers = config.layers * (attention + feed_forward) + router_parameters(config, mechanisms)
+    feed_forward = feed_forward_parameters(config, config.experts.per_token)
+    layers = config.layers * attention + feed_forward + router_parameters(config, mechanisms)
     return layers + config.width * config.vocabulary_size
+
+
+def feed_forward_parameters(config: ModelConfig, experts: int) -> int:
+    """Parameters between a block's second norm and its end, in all layers, with so many experts of each mixture."""
+    mixture, with_experts = config.experts, sum(config.expert_layers)
+    inner = (config.layers - with_experts) * config.feed_forward
+    inner += with_experts * (experts * mixture.feed_forward + mixture.shared)
+    return 3 * config.width * inner + with_experts * config.width * mixture.count
 
 
 def attention_flops(config: ModelConfig, mechanisms: Sequence[Mechanism], rows: Rows) -> int:
@@ -43,4 +54,6 @@ def total_parameters(config: ModelConfig, mechanisms: Sequence[Mechanism]) -> in
     """All parameters, tied ones once."""
     norms = config.layers * (2 * config.width + (2 * config.head_dim if config.qk_norm else 0)) + config.width
     embedding = 0 if config.tied_embeddings else config.width * config.vocabulary_size
-    return matrix_parameters(config, mechanisms) + embedding + norms
+    unchosen = feed_forward_parameters(config, config.experts.count)
+    unchosen -= feed_forward_parameters(config, config.experts.per_token)
+    return matrix_parameters(config, mechanisms) + unchosen + embedding + norms

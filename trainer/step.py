@@ -5,52 +5,60 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from farspan.kernels.errors import TrainingError
+from farspan.parallel.comm import Channel
 from farspan.parallel.fsdp import clip_gradients
+from farspan.trainer.balance import ExpertBalance, ExpertLoad
 from farspan.trainer.batch import MicroBatch
+from farspan.trainer.model.transformer import Transformer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
     """loss: mean nats per labelled token of the whole batch. gradient_norm: before clipping.
 
-    attention_flops: forward, of the whole batch.
+    attention_flops: forward, of the whole batch. experts: None for a model without.
     """
 
     loss: float
     gradient_norm: float
     labelled_tokens: int
     attention_flops: float
+    experts: ExpertLoad | None
 
 
 def train_step(
-    model: nn.Module,
+    model: Transformer,
     optimizer: torch.optim.Optimizer,
     batches: Sequence[MicroBatch],
     *,
+    context: Channel,
     max_gradient_norm: float,
 ) -> StepResult:
     """Accumulate gradients over `batches`, clip, update. Raises TrainingError when the loss is not finite.
+
+    context: of the ranks that share a sequence.
 
     The loss is divided by the labelled tokens of all ranks and all micro-batches, not averaged over averages: so it
     and its gradient do not depend on how the tokens are dealt.
     """
     device = batches[0].tokens.device
-    counts = [sum(b.valid_tokens for b in batches), sum(b.attention_flops for b in batches)]
+    counts = [sum(x) for x in zip(*((b.valid_tokens, b.attention_flops, b.real_tokens) for b in batches), strict=True)]
     # float64: FLOPs of a large batch do not fit into an integer, and tokens are exact.
     of_all_ranks = torch.tensor(counts, dtype=torch.float64, device=device)
     dist.all_reduce(of_all_ranks)
     labelled_tokens, attention_flops = int(of_all_ranks[0]), float(of_all_ranks[1])
     if labelled_tokens == 0:
         raise TrainingError("no token of this batch has a label: every document of the data has a single token.")
+    balance = ExpertBalance(model, context, int(of_all_ranks[2])) if any(model.config.expert_layers) else None
 
     optimizer.zero_grad()
     total = torch.zeros((), dtype=torch.float64, device=device)
     for batch in batches:
-        losses = model(batch.tokens, batch.labels, batch.context)
-        (losses.sum() / labelled_tokens).backward()
+        losses, experts = model(batch.tokens, batch.labels, batch.context)
+        loss = losses.sum() / labelled_tokens
+        (loss if balance is None else loss + balance.loss(experts)).backward()
         total += losses.detach().sum(dtype=torch.float64)
     dist.all_reduce(total)
     loss = total.item() / labelled_tokens
@@ -66,4 +74,5 @@ def train_step(
         gradient_norm=norm,
         labelled_tokens=labelled_tokens,
         attention_flops=attention_flops,
+        experts=None if balance is None else balance.finish(),
     )

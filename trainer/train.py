@@ -150,7 +150,13 @@ class _Run:
         state.seed_step(config.run.seed, self.mesh.data_rank)
         self.traffic.take()
         batches = [self.batches.build(self.data.sequence(i)) for i in self.my_sequences()]
-        result = train_step(self.model, self.optimizer, batches, max_gradient_norm=config.optimizer.max_gradient_norm)
+        result = train_step(
+            self.model,
+            self.optimizer,
+            batches,
+            context=self.batches.channel,
+            max_gradient_norm=config.optimizer.max_gradient_norm,
+        )
         state.step += 1
         state.sequences += config.train.sequences_per_step
         state.tokens += result.labelled_tokens
@@ -189,6 +195,7 @@ class _Run:
             "learning_rate": rate,
             "tokens": self.state.tokens,
             "step_s": seconds,
+            **({} if result.experts is None else result.experts.summary()),
         }
 
     def my_sequences(self) -> range:

@@ -18,6 +18,7 @@ def validate(config: Config, degrees: Degrees) -> None:
     decay_follows_warmup(config)
     batch_divides(config, degrees)
     layout_exists(config)
+    experts_fit(config, degrees)
     mechanism_takes_model(config)
     strategy_takes_mechanism(config, degrees)
 
@@ -87,6 +88,36 @@ def batch_divides(config: Config, degrees: Degrees) -> None:
             f"train.sequences_per_step={sequences} must be a multiple of the {degrees.data} data-parallel groups "
             f"(dp_replicate x dp_shard); {nearest} is."
         )
+
+
+def experts_fit(config: Config, degrees: Degrees) -> None:
+    experts, layers = config.model.experts, config.model.expert_layers
+    if not experts.count:
+        if degrees.expert > 1:
+            raise ConfigError(f"parallel.expert={degrees.expert} deals experts, but model.experts.count=0: set one.")
+        return
+    if not any(layers):
+        raise ConfigError(
+            f"no layer has the experts of model.experts.count={experts.count}: change model.experts.layers="
+            f"{experts.layers!r}, or set model.experts.count=0."
+        )
+    if not experts.feed_forward:
+        raise ConfigError("model.experts.feed_forward=0 leaves experts without a size: set it.")
+    try:
+        experts.build_router()
+    except ValueError as error:
+        raise ConfigError(f"model.experts does not fit together: {error}.") from None
+    if experts.count % degrees.expert:
+        raise ConfigError(
+            f"parallel.expert={degrees.expert} must divide model.experts.count={experts.count}: change one of them."
+        )
+    shards = degrees.shard // degrees.expert
+    for name, size in (("model.experts.feed_forward", experts.feed_forward), ("model.width", config.model.width)):
+        if size % shards:
+            raise ConfigError(
+                f"{name}={size} must be a multiple of the {shards} ranks that hold the same experts (dp_shard x "
+                "context / expert): raise parallel.expert, or change it."
+            )
 
 
 def layout_exists(config: Config) -> None:

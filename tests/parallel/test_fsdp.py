@@ -15,6 +15,7 @@ from farspan.parallel.mesh import Mesh, ParallelConfig
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import PackedSequences
+from farspan.trainer.model.config import ExpertsConfig
 from farspan.trainer.model.transformer import Attention
 from farspan.trainer.resolve import open_data
 from tests.ranks import RankPool
@@ -22,11 +23,11 @@ from tests.trainer import tiny
 
 
 class CollectiveBytes(TorchDispatchMode):
-    """Bytes that this rank puts into each kind of collective, seen from under FSDP."""
+    """Bytes that this rank puts into each kind of collective, by the number of ranks; seen from under FSDP."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.put_in: Counter[str] = Counter()
+        self.put_in: Counter[tuple[str, int]] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
@@ -34,23 +35,24 @@ class CollectiveBytes(TorchDispatchMode):
             place = {"_allgather_base_": 1, "_reduce_scatter_base_": 1, "allreduce_": 0}.get(name)
             if place is not None:
                 tensors = args[place] if isinstance(args[place], list) else [args[place]]
-                self.put_in[name] += sum(tensor.nbytes for tensor in tensors)
+                group = dist.ProcessGroup.unbox(args[1 if name == "allreduce_" else 2])
+                self.put_in[name, group.size()] += sum(tensor.nbytes for tensor in tensors)
         return func(*args, **(kwargs or {}))
 
 
-def count_sharding(config: Config) -> tuple[int, int, dict[str, int]]:
+def count_sharding(config: Config) -> tuple[int, int, dict[tuple[str, int], int]]:
     mesh = Mesh.build(config.parallel, "cpu")
     model = build_model(config, mesh, torch.device("cpu"))
     data = PackedSequences(open_data(config)[0], sequence_tokens=config.data.sequence_tokens, seed=0)
     batch = build_batches(config, mesh, torch.device("cpu"), Traffic()).build(data.sequence(0))
     with CollectiveBytes() as counter:
-        model(batch.tokens, batch.labels, batch.context).sum().backward()
-    shards, replicas = mesh.degrees.shard, mesh.degrees.dp_replicate
-    sent = (
-        counter.put_in["_allgather_base_"] * (shards - 1)
-        + counter.put_in["_reduce_scatter_base_"] * (shards - 1) // shards
-        + counter.put_in["allreduce_"] * 2 * (replicas - 1) // replicas
-    )
+        model(batch.tokens, batch.labels, batch.context).losses.sum().backward()
+    times = {
+        "_allgather_base_": lambda ranks: ranks - 1,
+        "_reduce_scatter_base_": lambda ranks: (ranks - 1) / ranks,
+        "allreduce_": lambda ranks: 2 * (ranks - 1) / ranks if mesh.degrees.dp_replicate > 1 else 0,
+    }
+    sent = round(sum(size * times[name](ranks) for (name, ranks), size in counter.put_in.items()))
     return sharding_bytes(model, model.blocks, mesh, torch.float32), sent, dict(counter.put_in)
 
 
@@ -62,6 +64,9 @@ def count_sharding(config: Config) -> tuple[int, int, dict[str, int]]:
         ParallelConfig(context=2),
         ParallelConfig(context=2, dp_replicate=2, strategy="ulysses"),
         ParallelConfig(context=3),
+        ParallelConfig(context=2, expert=2),
+        ParallelConfig(context=4, expert=2, strategy="ulysses"),
+        ParallelConfig(context=2, dp_replicate=2, expert=2, strategy="ulysses"),
     ],
     ids=str,
 )
@@ -70,6 +75,8 @@ def test_bytes_of_sharding_are_as_stated(
 ) -> None:
     # With every kind of parameter there is: a router's has fewer rows than there may be ranks.
     config = tiny.with_model(tiny.config(tiny.make_data(tmp_path), tmp_path, parallel), key_convolution=3)
+    if parallel.context % 3:
+        config = tiny.with_model(config, experts=ExpertsConfig(count=4, feed_forward=24, layers="experts, dense"))
     config = replace(
         config,
         train=replace(config.train, compute_dtype="float32"),
@@ -93,7 +100,7 @@ def dtypes_under_bfloat16(config: Config) -> tuple[set[torch.dtype], set[torch.d
 
     for block in model.blocks:
         block.attention.register_forward_pre_hook(look)  # pyright: ignore
-    model(batch.tokens, batch.labels, batch.context).sum().backward()
+    model(batch.tokens, batch.labels, batch.context).losses.sum().backward()
     gradients = torch.cat([p.grad.to_local().flatten() for p in model.parameters()])  # pyright: ignore
     beyond = gradients != gradients.bfloat16().float()
     return tables, weights, beyond[gradients != 0].float().mean().item()

@@ -29,6 +29,11 @@ def test_degrees_fill_the_ranks(config: ParallelConfig, num_ranks: int, expected
         (ParallelConfig(context=3), 8, r"parallel\.context=3 x parallel\.dp_replicate=1 = 3 must divide .* ranks, 8"),
         (ParallelConfig(dp_shard=2), 8, r"x parallel\.dp_shard=2 = 2 must equal the number of ranks, 8"),
         (ParallelConfig(context=16), 8, r"= 16 must divide the number of ranks, 8"),
+        (
+            ParallelConfig(context=2, dp_replicate=2, expert=3),
+            8,
+            r"expert=3 must divide .* = 2 x 2, the ranks",
+        ),
     ],
 )
 def test_degrees_that_do_not_fit_are_refused(config: ParallelConfig, num_ranks: int, message: str) -> None:

@@ -26,7 +26,7 @@ from farspan.trainer.describe import (
     estimate_memory,
     said,
 )
-from farspan.trainer.model.config import ModelConfig
+from farspan.trainer.model.config import ExpertsConfig, ModelConfig
 from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.optim import build_optimizer
 from farspan.trainer.resolve import fill_in, open_data
@@ -49,8 +49,8 @@ def saved_bytes(config: Config) -> int:
         data = PackedSequences(open_data(config)[0], sequence_tokens=config.data.sequence_tokens, seed=0)
         batch = builder.build(data.sequence(0))
     model = Transformer(config.model, builder.mechanisms, recompute=config.train.recompute == "block")
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+    for tensor in (*model.parameters(), *model.buffers()):
+        torch.nn.init.normal_(tensor, std=0.1)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -61,21 +61,30 @@ def saved_bytes(config: Config) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        losses = model(batch.tokens, batch.labels, batch.context)
+        losses = model(batch.tokens, batch.labels, batch.context).losses
     assert losses.requires_grad
     return sum(kept.values())
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("recompute", ["none", "block"])
-@pytest.mark.parametrize(("mechanism", "key_convolution"), [("dense", 0), ("dense", 3), ("mosa", 0)])
+@pytest.mark.parametrize(
+    ("mechanism", "key_convolution", "experts"),
+    [
+        ("dense", 0, ExpertsConfig()),
+        ("dense", 3, ExpertsConfig()),
+        ("mosa", 0, ExpertsConfig()),
+        ("dense", 0, ExpertsConfig(count=8, feed_forward=64, shared=192)),
+    ],
+)
 def test_activations_are_what_autograd_keeps(
-    config: Config, qk_norm: bool, recompute, mechanism: str, key_convolution: int
+    config: Config, qk_norm: bool, recompute, mechanism: str, key_convolution: int, experts: ExpertsConfig
 ) -> None:
     # Wide enough that a scalar per token is small beside what is counted.
     config = tiny.with_model(
-        config, width=128, head_dim=32, feed_forward=320, qk_norm=qk_norm, key_convolution=key_convolution
-    )
+        config, width=128, head_dim=32, feed_forward=320, qk_norm=qk_norm, key_convolution=key_convolution,
+        experts=experts,
+    )  # fmt: skip
     config = replace(
         config,
         train=replace(config.train, recompute=recompute),
@@ -87,7 +96,8 @@ def test_activations_are_what_autograd_keeps(
     estimated = estimate_memory(many, degrees).activations - estimate_memory(few, degrees).activations
     assert kept == pytest.approx(estimated, rel=0.02)
     if recompute == "none":
-        assert estimated == 3 * block_activations(config, config.mechanisms()[0], config.data.sequence_tokens)
+        tokens, has_experts = config.data.sequence_tokens, experts.count > 0
+        assert estimated == 3 * block_activations(config, config.mechanisms()[0], has_experts, tokens=tokens)
 
 
 def state_bytes(config: Config) -> int:

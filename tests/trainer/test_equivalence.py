@@ -58,6 +58,7 @@ def train_dealt(config: Config, steps: int = STEPS) -> Trajectory:
             model,
             optimizer,
             [batches.build(data.sequence(i)) for i in mine],
+            context=batches.channel,
             max_gradient_norm=config.optimizer.max_gradient_norm,
         )
         result.losses.append(done.loss)
@@ -90,7 +91,31 @@ def convolved(k: Tensor, weight: Tensor, position: Tensor) -> Tensor:
     return k + F.silu(torch.stack([tap * part for tap, part in zip(taps, reached, strict=True)]).sum(0))
 
 
-def summed_loss(parameters: dict[str, Tensor], config: Config, sequence: PackedSequence) -> Tensor:
+def mixed(p: dict[str, Tensor], name: str, config: Config, x: Tensor, seen: list[Tensor]) -> Tensor:
+    """Every expert on every token, those that a token did not choose weighed with 0; `seen` gets the logits.
+
+    Softmax or sigmoid, biased choice, without groups; expert parameters are `[E, out, in]`, the bias a buffer.
+    """
+    experts = config.model.experts
+    logits = x @ p[name + "router.weight"].T
+    seen.append(logits)
+    scores = logits.softmax(-1) if experts.score == "softmax" else logits.sigmoid()
+    chosen = (scores.float() + p[name + "bias"].float()).topk(experts.per_token, dim=-1).indices
+    weights = torch.zeros_like(scores).scatter(-1, chosen, scores.gather(-1, chosen))
+    if experts.normalised:
+        weights = weights / weights.sum(-1, keepdim=True)
+    gate, up, down = (p[f"{name}experts.{part}.weight"] for part in ("gate", "up", "down"))
+    inner = F.silu(torch.einsum("tc,efc->tef", x, gate)) * torch.einsum("tc,efc->tef", x, up)
+    out = experts.scale * torch.einsum("te,tef,ecf->tc", weights, inner, down)
+    if experts.shared:
+        gate, up = (x @ p[f"{name}shared.{part}.weight"].T for part in ("gate", "up"))
+        out = out + (F.silu(gate) * up) @ p[name + "shared.down.weight"].T
+    return out
+
+
+def summed_loss(
+    parameters: dict[str, Tensor], config: Config, sequence: PackedSequence, seen: list[Tensor] | None = None
+) -> Tensor:
     """The decoder by its formulas, over one whole sequence; the sum of the losses of its labelled tokens."""
     model, p = config.model, parameters
     tokens, position, document = (torch.from_numpy(x) for x in (sequence.tokens, sequence.position, sequence.document))
@@ -114,6 +139,10 @@ def summed_loss(parameters: dict[str, Tensor], config: Config, sequence: PackedS
         weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
         x = x + torch.einsum("hts,shd->thd", weights, v).flatten(1) @ p[name + "attention.out.weight"].T
         normed = rms(x, p[name + "feed_forward_norm.weight"], model.norm_epsilon)
+        if name + "feed_forward.router.weight" in p:
+            assert seen is not None
+            x = x + mixed(p, name + "feed_forward.", config, normed, seen)
+            continue
         gate, up = (normed @ p[f"{name}feed_forward.{part}.weight"].T for part in ("gate", "up"))
         x = x + (F.silu(gate) * up) @ p[name + "feed_forward.down.weight"].T
     head = p["embedding.weight" if model.tied_embeddings else "head.weight"]

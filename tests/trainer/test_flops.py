@@ -18,7 +18,8 @@ from farspan.kernels.visibility import Visibility
 from farspan.trainer.config import Config
 from farspan.trainer.config_io import load_config
 from farspan.trainer.flops import attention_flops, matrix_parameters, total_parameters, training_flops
-from farspan.trainer.model.config import ModelConfig
+from farspan.trainer.model.config import ExpertsConfig, ModelConfig
+from farspan.trainer.model.experts import ExpertMatrices
 from farspan.trainer.model.transformer import ConvolutionWeight, Transformer
 
 
@@ -58,6 +59,19 @@ def test_parameters_are_those_of_the_model(
     assert total_parameters(config, mechanisms) == sum(p.numel() for p in model.parameters())
     products = [layer.weight for layer in model.modules() if isinstance(layer, (nn.Linear, ConvolutionWeight))]
     assert matrix_parameters(config, mechanisms) == sum(weight.numel() for weight in products)
+
+
+def test_parameters_of_experts() -> None:
+    experts = ExpertsConfig(count=6, per_token=2, feed_forward=7, shared=5, layers="dense, experts*2")
+    config = ModelConfig(
+        layers=3, width=10, heads=6, kv_heads=2, head_dim=4, feed_forward=14, vocabulary_size=23, experts=experts
+    )
+    with torch.device("meta"):
+        model = Transformer(config, [Dense()] * 3)
+    assert total_parameters(config, [Dense()] * 3) == sum(p.numel() for p in model.parameters())
+    products = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+    chosen = sum(layer.weight[:2].numel() for layer in model.modules() if isinstance(layer, ExpertMatrices))
+    assert matrix_parameters(config, [Dense()] * 3) == products + chosen
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import CheckpointConfig, EvaluateConfig
 from farspan.trainer.config_io import to_toml
+from farspan.trainer.model.config import ExpertsConfig
 from tests.trainer import tiny
 
 STEPS, RESUME_AT = 6, 3
@@ -52,9 +53,16 @@ def assert_same_bits(a: Any, b: Any, where: str = "checkpoint") -> None:
         assert a == b, where
 
 
+EXPERT_RECORDS = ("expert_load", "expert_bias", "balance_loss", "z_loss")
+EXPERTS = ExpertsConfig(count=4, feed_forward=16, score="sigmoid", bias_rate=0.05, balance_loss=0.01, z_loss=0.01)
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_a_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
-    config = tiny.config(tiny.make_data(tmp_path), tmp_path / "whole", ParallelConfig(context=2), steps=STEPS)
+@pytest.mark.parametrize(("expert", "experts"), [(1, ExpertsConfig()), (2, EXPERTS)], ids=["dense", "experts"])
+def test_a_resumed_run_has_the_same_bits(tmp_path: Path, expert: int, experts: ExpertsConfig) -> None:
+    parallel = ParallelConfig(context=2, expert=expert)
+    config = tiny.config(tiny.make_data(tmp_path), tmp_path / "whole", parallel, steps=STEPS)
+    config = tiny.with_model(config, experts=experts)
     config = replace(
         config,
         train=replace(config.train, compute_dtype="float32"),
@@ -76,7 +84,7 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
         [record["step"] for record in after] == [record["step"] for record in before] == [*range(1, STEPS + 1), STEPS]
     )
     for old, new in zip(before, after, strict=True):
-        for name in ("loss", "grad_norm", "tokens", "eval_loss", "loss_by_position"):
+        for name in ("loss", "grad_norm", "tokens", "eval_loss", "loss_by_position", *EXPERT_RECORDS):
             assert old.get(name) == new.get(name), (name, old["step"])
     assert before[-2]["step_s"] != after[-2]["step_s"], "the steps after the resume were not run again"
     assert_same_bits(checkpoint(whole, STEPS, tmp_path / "a.pt"), checkpoint(resumed, STEPS, tmp_path / "b.pt"))

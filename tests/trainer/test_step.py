@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from farspan.kernels.errors import TrainingError
+from farspan.kernels.rows import Rows
 from farspan.trainer.batch import MicroBatch
 from farspan.trainer.data.packing import IGNORED
+from farspan.trainer.model.transformer import Output, SequenceContext
 from farspan.trainer.step import StepResult, train_step
-from tests.ranks import RankPool
+from tests.ranks import RankPool, world_channel
 
 # Per rank, per micro-batch: tokens and labels. Uneven on purpose: 3, 1 and 1, 0 labelled tokens.
 TOKENS = [[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], [[7.0, 8.0, 9.0], [10.0, 11.0, 12.0]]]
@@ -25,8 +28,10 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor([weight], dtype=torch.float64))
 
-    def forward(self, tokens: Tensor, labels: Tensor, context: object) -> Tensor:
-        return torch.where(labels == IGNORED, 0.0, tokens * self.weight)
+        self.config = SimpleNamespace(expert_layers=(False,))
+
+    def forward(self, tokens: Tensor, labels: Tensor, context: object) -> Output:
+        return Output(torch.where(labels == IGNORED, 0.0, tokens * self.weight), ())
 
 
 @dataclass
@@ -40,20 +45,20 @@ class Outcome:
 
 def run(weight: float, labels: list, max_norm: float) -> Outcome:
     rank = dist.get_rank()
-    model = Linear(weight)
+    model: Any = Linear(weight)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     batches = [
         MicroBatch(
             tokens=torch.tensor(t, dtype=torch.float64),
             labels=torch.tensor(y),
-            context=SimpleNamespace(),  # pyright: ignore[reportArgumentType]
+            context=SequenceContext(rows=Rows.packed([len(t)]), attends=()),
             attention_flops=10 * rank + i,
         )
         for i, (t, y) in enumerate(zip(TOKENS[rank], labels[rank], strict=True))
     ]
     result, message = None, ""
     try:
-        result = train_step(model, optimizer, batches, max_gradient_norm=max_norm)
+        result = train_step(model, optimizer, batches, context=world_channel(), max_gradient_norm=max_norm)
     except TrainingError as error:
         message = str(error)
     gradient = model.weight.grad

@@ -9,7 +9,7 @@ import pytest
 from farspan.kernels.errors import ConfigError
 from farspan.parallel.mesh import Degrees, ParallelConfig
 from farspan.trainer.config import Config
-from farspan.trainer.model.config import RopeConfig
+from farspan.trainer.model.config import ExpertsConfig, RopeConfig
 from farspan.trainer.validate import validate
 from tests.trainer import tiny
 
@@ -48,6 +48,43 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         "attention.mechanism='block_sparse' refuses this run: mask has 3 tiles, but a document has 4: give a row for "
         "each.",
         {"attention.mechanism": "block_sparse", "attention.options": {"block": 34, "mask": ["1", "11", "101"]}},
+    ),
+    "experts are dealt where there are some": (
+        {"parallel.expert": 2},
+        "parallel.expert=2 deals experts, but model.experts.count=0: set one.",
+        {"parallel.expert": 2, "model.experts": ExpertsConfig(count=4, feed_forward=16)},
+    ),
+    "some layer has the experts": (
+        {"model.experts": ExpertsConfig(count=4, feed_forward=16, layers="dense*2, experts")},
+        "no layer has the experts of model.experts.count=4: change model.experts.layers='dense*2, experts', or set "
+        "model.experts.count=0.",
+        {"model.experts": ExpertsConfig(count=4, feed_forward=16, layers="dense, experts")},
+    ),
+    "layers are experts or dense": (
+        {"model.experts": ExpertsConfig(count=4, feed_forward=16, layers="dense, expert")},
+        "model.experts.layers='dense, expert' has 'expert': layers are experts or dense.",
+        {"model.experts": ExpertsConfig(count=4, feed_forward=16, layers="experts")},
+    ),
+    "experts have a size": (
+        {"model.experts": ExpertsConfig(count=4)},
+        "model.experts.feed_forward=0 leaves experts without a size: set it.",
+        {"model.experts": ExpertsConfig(count=4, feed_forward=16)},
+    ),
+    "a token chooses among the experts": (
+        {"model.experts": ExpertsConfig(count=4, per_token=5, feed_forward=16)},
+        "model.experts does not fit together: per_token=5 must be from 1 to experts=4.",
+        {"model.experts": ExpertsConfig(count=4, per_token=4, feed_forward=16)},
+    ),
+    "experts divide by the ranks": (
+        {"parallel.expert": 4, "model.experts": ExpertsConfig(count=6, feed_forward=16)},
+        "parallel.expert=4 must divide model.experts.count=6: change one of them.",
+        {"parallel.expert": 2, "model.experts": ExpertsConfig(count=6, feed_forward=16)},
+    ),
+    "matrices of experts divide by those that hold them": (
+        {"parallel.expert": 2, "model.experts": ExpertsConfig(count=4, feed_forward=15)},
+        "model.experts.feed_forward=15 must be a multiple of the 2 ranks that hold the same experts (dp_shard x context"
+        " / expert): raise parallel.expert, or change it.",
+        {"parallel.expert": 4, "model.experts": ExpertsConfig(count=4, feed_forward=15)},
     ),
     "a factor needs a scaling": (
         {"model.rope": RopeConfig(factor=4.0)},

@@ -3,8 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from farspan.kernels.errors import ConfigError
+from farspan.kernels.expert_router import ExpertRouter
 from farspan.kernels.rope import Llama3Scaling, RopeScaling, YarnScaling
 from farspan.trainer.config_io import bounded
+from farspan.trainer.pattern import parse_pattern
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +49,58 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertsConfig:
+    """Mixtures of experts in place of the feed-forward layer; every token is computed by the experts that it chose.
+
+    count: experts of a layer, 0 without any. per_token: how many each token chooses. feed_forward: inner size of each.
+    shared: inner size of one more, which computes all tokens; 0 without. layers: which layers have experts, by a
+    pattern that is repeated, of `experts` and `dense`, such as 'dense, experts*3'. score: of an expert for a token,
+    softmax over all experts, or sigmoid. normalised: whether weights of the chosen ones add up to 1, before scale.
+    scale: of the weights. groups: of neighbouring experts. groups_per_token: how many of these, the best, a token
+    chooses from. bias_rate: how far the bias of an expert moves each step to even out loads; it counts in the choice
+    only (arXiv 2408.15664). balance_loss: coefficient of Switch's loss. balance_over: what that is computed over, each
+    sequence or all of the step. z_loss: coefficient of the squared log-sum-exps of logits.
+    """
+
+    count: int = bounded(0, minimum=0)
+    per_token: int = bounded(2, minimum=1)
+    feed_forward: int = bounded(0, minimum=0)
+    shared: int = bounded(0, minimum=0)
+    layers: str = "experts"
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    normalised: bool = True
+    scale: float = bounded(1.0, above=0)
+    groups: int = bounded(1, minimum=1)
+    groups_per_token: int = bounded(1, minimum=1)
+    bias_rate: float = bounded(0.0, minimum=0)
+    balance_loss: float = bounded(0.0, minimum=0)
+    balance_over: Literal["sequence", "step"] = "sequence"
+    z_loss: float = bounded(0.0, minimum=0)
+
+    def build_router(self) -> ExpertRouter:
+        """Return how experts are chosen; raises ValueError where the fields do not fit."""
+        return ExpertRouter(
+            experts=self.count,
+            per_token=self.per_token,
+            score=self.score,
+            normalised=self.normalised,
+            scale=self.scale,
+            groups=self.groups,
+            groups_per_token=self.groups_per_token,
+        )
+
+    def in_layers(self, layers: int) -> tuple[bool, ...]:
+        """Return whether each layer has experts; raises ConfigError for a pattern that is none."""
+        if not self.count:
+            return (False,) * layers
+        pattern = parse_pattern(self.layers, "model.experts.layers")
+        for name in pattern:
+            if name not in ("experts", "dense"):
+                raise ConfigError(f"model.experts.layers={self.layers!r} has {name!r}: layers are experts or dense.")
+        return tuple(pattern[layer % len(pattern)] == "experts" for layer in range(layers))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """A pre-norm decoder with grouped-query attention and SwiGLU.
 
@@ -54,7 +109,7 @@ class ModelConfig:
     the width. feed_forward: inner size of SwiGLU. vocabulary_size: of the model; 0 takes the data's, rounded up to a
     multiple of 64. norm_epsilon: of every RMSNorm. qk_norm: normalise the queries and keys of each head.
     tied_embeddings: one table for input and output. key_convolution: how many keys a short convolution on the
-    keys reads, 0 without one (FlashMoBA, arXiv 2511.11571).
+    keys reads, 0 without one (FlashMoBA, arXiv 2511.11571). experts: of layers that have a mixture instead of SwiGLU.
     """
 
     layers: int = bounded(minimum=1)
@@ -69,3 +124,9 @@ class ModelConfig:
     tied_embeddings: bool = False
     key_convolution: Literal[0, 3, 5] = 0
     rope: RopeConfig = field(default_factory=RopeConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+
+    @property
+    def expert_layers(self) -> tuple[bool, ...]:
+        """Whether each layer has experts."""
+        return self.experts.in_layers(self.layers)

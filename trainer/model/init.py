@@ -24,16 +24,22 @@ BLOCK_ROWS = 1024
 
 @torch.no_grad()
 def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill every parameter of a materialised model, sharded over its first dimension or not at all."""
+    """Fill every parameter and buffer of a materialised model, sharded over its first dimensions or not at all."""
+    for buffer in model.buffers():
+        buffer.zero_()
     for name, parameter in model.named_parameters():
-        local, first_row = _local_rows(parameter)
+        local, first = _local_part(parameter)
         constant = _constant(name, parameter)
         if constant is not None:
             local.fill_(constant)
             continue
         std = _std(name, parameter, config)
-        for start, rows in _normal_rows(f"{seed}/{name}", parameter.shape, first_row, local.shape[0]):
-            local[start : start + len(rows)] = (rows * std).to(local)
+        # The matrices of experts, `[E, out, in]`, are drawn as one with the rows of all.
+        whole = torch.Size((parameter.shape[:-1].numel(), parameter.shape[-1]))
+        for number, matrix in enumerate(local if local.dim() == 3 else [local]):
+            first_row = (first[0] + number) * parameter.shape[1] + first[1] if local.dim() == 3 else first[0]
+            for start, rows in _normal_rows(f"{seed}/{name}", whole, first_row, matrix.shape[0]):
+                matrix[start : start + len(rows)] = (rows * std).to(matrix)
 
 
 def _constant(name: str, parameter: Tensor) -> float | None:
@@ -50,21 +56,21 @@ def _std(name: str, parameter: Tensor, config: ModelConfig) -> float:
     if layer in ("embedding", "head"):
         return HEAD_STD
     depth = (2 * config.layers) ** -0.5 if layer in ("out", "down") else 1.0
-    return parameter.shape[1] ** -0.5 * depth
+    return parameter.shape[-1] ** -0.5 * depth
 
 
-def _local_rows(parameter: nn.Parameter) -> tuple[Tensor, int]:
-    """Return the local part of a parameter and the row of the whole at which it starts."""
+def _local_part(parameter: nn.Parameter) -> tuple[Tensor, list[int]]:
+    """Return the local part of a parameter and where in the whole it starts, in each dimension."""
+    first = [0] * parameter.dim()
     if not isinstance(parameter, DTensor):
-        return parameter, 0
-    local, first = parameter.to_local(), 0
+        return parameter, first
     for axis, placement in enumerate(parameter.placements):
         if isinstance(placement, Shard):
-            assert placement.dim == 0, f"initialisation knows parameters sharded over dimension 0, not {placement}"
+            assert placement.dim < max(parameter.dim() - 1, 1), f"initialisation draws whole rows, not {placement}"
             # DTensor shards as torch.chunk does: equal chunks, the last ones shorter or empty.
-            chunk = -(-parameter.shape[0] // parameter.device_mesh.size(axis))
-            first = parameter.device_mesh.get_local_rank(axis) * chunk
-    return local, first
+            chunk = -(-parameter.shape[placement.dim] // parameter.device_mesh.size(axis))
+            first[placement.dim] = parameter.device_mesh.get_local_rank(axis) * chunk
+    return parameter.to_local(), first
 
 
 def _normal_rows(stream: str, shape: torch.Size, first_row: int, num_rows: int) -> Iterator[tuple[int, Tensor]]:

@@ -6,6 +6,7 @@ Tensors are flat over tokens: a batch is one sequence of packed documents, told 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,11 @@ from farspan.kernels.norm import rms_norm
 from farspan.kernels.rope import apply_rope, attention_factor_of, inverse_frequencies, rotation_table
 from farspan.kernels.routing import routing_logits
 from farspan.kernels.rows import Rows
+from farspan.parallel.comm import Channel
 from farspan.parallel.key_convolution import KeyConvolution
 from farspan.parallel.strategy import Attend
 from farspan.trainer.model.config import ModelConfig
+from farspan.trainer.model.experts import ExpertFeedForward, ExpertStatistics
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -28,22 +31,33 @@ class SequenceContext:
     """What the layers need to know of the sequence beside its tokens.
 
     rows: of this rank's tokens. attends: attention of each layer over the whole sequence, for these rows.
-    key_convolution: the same of the convolution on keys, for a model that has it.
+    key_convolution: the same of the convolution on keys, for a model that has it. expert_channel: of the ranks that
+    hold the experts, for a model that has these.
     """
 
     rows: Rows
     attends: tuple[Attend, ...]
     key_convolution: KeyConvolution | None = None
+    expert_channel: Channel | None = None
+
+
+class Output(NamedTuple):
+    """losses `[T]` in nats, float32 or float64; 0 where a label is ignored. experts: of each layer that has them."""
+
+    losses: Tensor
+    experts: tuple[ExpertStatistics, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _BlockInputs:
-    """cos and sin `[T, D/2]` stay float32 whatever the compute dtype."""
+    """cos and sin `[T, D/2]` stay float32 whatever the compute dtype. real: bool `[T]`, False for padding."""
 
     cos: Tensor
     sin: Tensor
+    real: Tensor
     attend: Attend
     key_convolution: KeyConvolution | None
+    expert_channel: Channel | None
 
 
 class RmsNorm(nn.Module):
@@ -113,11 +127,11 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.width, config.feed_forward, bias=False)
-        self.up = nn.Linear(config.width, config.feed_forward, bias=False)
-        self.down = nn.Linear(config.feed_forward, config.width, bias=False)
+        self.gate = nn.Linear(width, inner, bias=False)
+        self.up = nn.Linear(width, inner, bias=False)
+        self.down = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))
@@ -126,22 +140,33 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One layer; with `recompute` its activations are computed again in the backward pass instead of kept."""
 
-    def __init__(self, config: ModelConfig, mechanism: Mechanism, recompute: bool) -> None:
+    def __init__(self, config: ModelConfig, mechanism: Mechanism, *, has_experts: bool, recompute: bool) -> None:
         super().__init__()
         self.attention_norm = RmsNorm(config.width, config.norm_epsilon)
         self.attention = Attention(config, mechanism)
         self.feed_forward_norm = RmsNorm(config.width, config.norm_epsilon)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = _experts(config) if has_experts else FeedForward(config.width, config.feed_forward)
         self.recompute = recompute
 
-    def forward(self, x: Tensor, inputs: _BlockInputs) -> Tensor:
+    def forward(self, x: Tensor, inputs: _BlockInputs) -> tuple[Tensor, ExpertStatistics | None]:
+        # What is computed again is thrown away but for gradients: loads are counted, and losses added, once.
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._layer, x, inputs, use_reentrant=False, preserve_rng_state=False)
         return self._layer(x, inputs)
 
-    def _layer(self, x: Tensor, inputs: _BlockInputs) -> Tensor:
+    def _layer(self, x: Tensor, inputs: _BlockInputs) -> tuple[Tensor, ExpertStatistics | None]:
         x = x + self.attention(self.attention_norm(x), inputs)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        normed = self.feed_forward_norm(x)
+        if not isinstance(self.feed_forward, ExpertFeedForward):
+            return x + self.feed_forward(normed), None
+        assert inputs.expert_channel is not None, "this model's sequences come with the channel of its experts"
+        out, statistics = self.feed_forward(normed, inputs.real, inputs.expert_channel)
+        return x + out, statistics
+
+
+def _experts(config: ModelConfig) -> ExpertFeedForward:
+    shared = FeedForward(config.width, config.experts.shared) if config.experts.shared else None
+    return ExpertFeedForward(config, shared)
 
 
 class Transformer(nn.Module):
@@ -151,19 +176,26 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary_size, config.width)
-        self.blocks = nn.ModuleList(Block(config, mechanism, recompute) for mechanism in mechanisms)
+        self.blocks = nn.ModuleList(
+            Block(config, mechanism, has_experts=has_experts, recompute=recompute)
+            for mechanism, has_experts in zip(mechanisms, config.expert_layers, strict=True)
+        )
         self.norm = RmsNorm(config.width, config.norm_epsilon)
         self.head = nn.Linear(config.width, config.vocabulary_size, bias=False)
         if config.tied_embeddings:
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens: Tensor, labels: Tensor, context: SequenceContext) -> Tensor:
-        """tokens and labels int64 `[T]` to losses `[T]` in nats, float32 or float64; 0 where a label is ignored."""
+    def forward(self, tokens: Tensor, labels: Tensor, context: SequenceContext) -> Output:
+        """tokens and labels are int64 `[T]`."""
         x = self.embedding(tokens)  # [T, C]
         cos, sin = self._rotation(context.rows.position, x.dtype)
+        real, experts = context.rows.document >= 0, []
         for block, attend in zip(self.blocks, context.attends, strict=True):
-            x = block(x, _BlockInputs(cos, sin, attend, context.key_convolution))
-        return linear_cross_entropy(self.norm(x), self.head.weight, labels)
+            x, statistics = block(
+                x, _BlockInputs(cos, sin, real, attend, context.key_convolution, context.expert_channel)
+            )
+            experts += [] if statistics is None else [statistics]
+        return Output(linear_cross_entropy(self.norm(x), self.head.weight, labels), tuple(experts))
 
     def _rotation(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         rope = self.config.rope

@@ -1,0 +1,82 @@
+"""Mixture of experts in place of a block's feed-forward: a router, experts on this rank and others, and shared ones.
+
+Legend: T local tokens, C width, E experts, K experts of a token, F inner size of an expert.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from farspan.kernels.grouped_swiglu import grouped_swiglu
+from farspan.kernels.routing import routing_logits
+from farspan.parallel.comm import Channel
+from farspan.parallel.expert import attend_to_experts
+from farspan.trainer.model.config import ModelConfig
+
+
+class ExpertStatistics(NamedTuple):
+    """What one layer did with this rank's tokens, padding left out.
+
+    counts: tokens of each expert, int64 `[E]`. shares: the sum over tokens of their scores as parts of 1, `[E]`.
+    squares: the sum over tokens of the squared log-sum-exp of their logits. Gradients reach shares and squares.
+    """
+
+    counts: Tensor
+    shares: Tensor
+    squares: Tensor
+
+
+class ExpertMatrices(nn.Module):
+    """One matrix of each expert, `[E, out, in]`; sharded, those of this rank's experts."""
+
+    def __init__(self, experts: int, fan_in: int, fan_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, fan_out, fan_in))
+
+    def local(self) -> Tensor:
+        """Return the matrices of this rank's experts."""
+        # Gathered over its data-parallel axis, a sharded parameter still is a DTensor over the expert axis.
+        return self.weight.to_local() if hasattr(self.weight, "to_local") else self.weight  # pyright: ignore
+
+
+class Experts(nn.Module):
+    """SwiGLU by each of this rank's experts."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        count, inner = config.experts.count, config.experts.feed_forward
+        self.gate = ExpertMatrices(count, config.width, inner)
+        self.up = ExpertMatrices(count, config.width, inner)
+        self.down = ExpertMatrices(count, inner, config.width)
+
+    def forward(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """rows `[N, C]`, of which each expert has the next of `counts`."""
+        return grouped_swiglu(rows, self.gate.local(), self.up.local(), self.down.local(), counts)
+
+
+class ExpertFeedForward(nn.Module):
+    """What its experts make of each token, weighed and summed, and what the shared expert makes of all."""
+
+    def __init__(self, config: ModelConfig, shared: nn.Module | None) -> None:
+        super().__init__()
+        self.choice, self.count = config.experts.build_router(), config.experts.count
+        self.router = nn.Linear(config.width, self.count, bias=False)
+        self.experts = Experts(config)
+        self.shared = shared
+        self.bias = nn.Buffer(torch.empty(self.count))
+
+    def forward(self, x: Tensor, real: Tensor, channel: Channel) -> tuple[Tensor, ExpertStatistics]:
+        """x `[T, C]`; real bool `[T]`, False for padding; the ranks of the channel hold the experts."""
+        logits = routing_logits(x, self.router.weight)  # [T, E]
+        chosen = self.choice.choose(logits, self.bias)  # [T, K]
+        weights = self.choice.weights(logits, chosen)
+        out = attend_to_experts(x, chosen, weights, real, channel, self.experts, self.count)
+        if self.shared is not None:
+            out = out + self.shared(x)
+        counts = torch.zeros(self.count, dtype=torch.int64, device=x.device)
+        counts.scatter_add_(0, chosen.flatten(), real[:, None].expand_as(chosen).flatten().long())
+        shares = self.choice.shares(logits).masked_fill(~real[:, None], 0.0).sum(0)
+        squares = logits.logsumexp(-1).square().masked_fill(~real, 0.0).sum()
+        return out, ExpertStatistics(counts, shares, squares)

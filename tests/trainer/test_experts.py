@@ -226,7 +226,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize(("variant", "experts"), zip(VARIANTS, [*EXPERTS, *EXPERTS][1:], strict=False))
+@pytest.mark.parametrize(("variant", "experts"), list(zip(VARIANTS, [*EXPERTS, *EXPERTS][1:], strict=False)))
 def test_variants_of_the_run(
     base: Config, truth: Truth, ranks: Callable[[int], RankPool], variant: str, experts: str
 ) -> None:

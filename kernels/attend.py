@@ -18,7 +18,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, backend: str) -> tupl
     q `[T, Hq, D]`, k `[S, Hk, D]`, v `[S, Hk, Dv]` of one dtype, float64 to float16. `out` comes in that dtype or in
     the accumulation dtype; `lse` is the natural log-sum-exp of the scaled scores in the accumulation dtype (float64
     for float64, else float32). A row that sees no key has out 0 and lse -inf. Not differentiable by autograd: see
-    `attend_backward`. Rows of padding must be finite. Raises ValueError on bad shapes.
+    `attend_backward`. Rows of padding must be finite, and far below 1e30. Raises ValueError on bad shapes.
     """
     _check_shapes(q, k, v, plan)
     if plan.is_empty:

@@ -16,16 +16,25 @@ class Traffic:
 
     sent: Counter[str] = field(default_factory=Counter)
     received: Counter[str] = field(default_factory=Counter)
+    _reduced: Counter[tuple[str, int]] = field(default_factory=Counter, repr=False, compare=False)
 
     def add(self, kind: str, *, sent: int, received: int) -> None:
         self.sent[kind] += sent
         self.received[kind] += received
+
+    def add_reduced(self, kind: str, size: int, ranks: int) -> None:
+        """Count an all-reduce of `size` bytes: 2 (P-1)/P of them, rounded down once for all of a kind."""
+        before = 2 * (ranks - 1) * self._reduced[kind, ranks] // ranks
+        self._reduced[kind, ranks] += size
+        moved = 2 * (ranks - 1) * self._reduced[kind, ranks] // ranks - before
+        self.add(kind, sent=moved, received=moved)
 
     def take(self) -> "Traffic":
         """Return what was counted since the last call, and start over."""
         taken = Traffic(sent=self.sent.copy(), received=self.received.copy())
         self.sent.clear()
         self.received.clear()
+        self._reduced.clear()
         return taken
 
 
@@ -106,8 +115,7 @@ class Channel:
         """Return the sum of `x` over all ranks."""
         if self.size == 1:
             return x
-        moved = 2 * x.nbytes * (self.size - 1) // self.size
-        self.traffic.add(kind, sent=moved, received=moved)
+        self.traffic.add_reduced(kind, x.nbytes, self.size)
         return self._all_reduce(x.contiguous(), kind)
 
     def all_gather(self, buffer: Tensor, *, kind: str) -> list[Tensor]:

@@ -112,12 +112,12 @@ class Cost:
 def together(costs: Sequence[tuple[Cost, int]]) -> Cost:
     """Return the cost of all layers, of costs and how many layers have each."""
     flops = sum(cost.flops * layers for cost, layers in costs)
-    mean = sum(cost.flops / cost.balance * layers for cost, layers in costs)
+    mean = sum(cost.flops / cost.balance * layers for cost, layers in costs if cost.flops)
     moved = [Volume(forward=c.volume.forward * n, backward=c.volume.backward * n) for c, n in costs]
     return Cost(
         volume=Volume.total(moved),
         flops=flops,
-        balance=flops / mean,
+        balance=flops / mean if flops else 1.0,
         working_bytes=max(cost.working_bytes for cost, _ in costs),
         compute_s=sum(cost.compute_s * layers for cost, layers in costs),
         hidden_s=sum(cost.hidden_s * layers for cost, layers in costs),

@@ -106,14 +106,13 @@ class Arrivals:
     ) -> "Arrivals":  # fmt: skip
         """Plan for items of these tokens and query heads, that chose `count` blocks each, set end to end."""
         everyone = shards.rows
-        stride = int(everyone.document.max()) + 1 if len(everyone) else 1
         kv_head = head // (heads // kv_heads)
-        queries = _of_heads(everyone.take(token), kv_head, stride)
+        queries = _of_heads(everyone.take(token), kv_head, blocks)
         mine = shards.rows_of(rank)
-        keys = _set_end_to_end([_of_heads(mine, torch.full((len(mine),), h), stride) for h in range(kv_heads)])
+        keys = _set_end_to_end([_of_heads(mine, torch.full((len(mine),), h), blocks) for h in range(kv_heads)])
         numbers = torch.arange(kv_heads)[:, None]
         partition = Partition(
-            documents=(blocks.documents + numbers.int() * stride).flatten(),
+            documents=torch.arange(len(blocks.documents) * kv_heads, dtype=torch.int32),
             first=torch.cat(((blocks.first[:-1] + numbers * blocks.count).flatten(), blocks.first[-1:] * kv_heads)),
             place=blocks.place,
             sizes=blocks.sizes.repeat(kv_heads),
@@ -138,8 +137,10 @@ class Arrivals:
         return x.view(self.kv_heads, -1, x.shape[2]).transpose(0, 1)
 
 
-def _of_heads(rows: Rows, head: Tensor, stride: int) -> Rows:
-    document = torch.where(rows.document < 0, rows.document, rows.document + head.int() * stride)
+def _of_heads(rows: Rows, head: Tensor, blocks: Partition) -> Rows:
+    """Return the rows with documents of their own for each head, numbered anew: ids may be as large as int32."""
+    number = torch.searchsorted(blocks.documents, rows.document.clamp(min=0)) + head * len(blocks.documents)
+    document = torch.where(rows.document < 0, rows.document, number.int())
     return Rows(position=rows.position, document=document)
 
 

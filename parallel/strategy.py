@@ -230,11 +230,18 @@ class Strategy(ABC):
     def prepare(self, mechanism: Mechanism, shards: Shards, heads: Heads, *, backend: str) -> Attend:
         """Plan the attention of one dealt sequence; the result serves every layer of that mechanism.
 
-        Raises ConfigError where `refusal` has a reason, ValueError for a sequence dealt to another number of ranks.
+        Raises ConfigError where the `refusal` of the strategy or of the mechanism has a reason, ValueError for a
+        sequence dealt to another number of ranks.
         """
-        reason = self.refusal(mechanism, heads, self.channel.size, self.channel.width)
-        if reason is not None:
-            raise ConfigError(reason)
+        if heads.query % heads.kv:
+            raise ConfigError(f"{heads.query} query heads cannot share {heads.kv} KV heads evenly: change one of them.")
+        longest = int(shards.rows.position.max()) + 1 if len(shards.rows) else 0
+        for reason in (
+            self.refusal(mechanism, heads, self.channel.size, self.channel.width),
+            mechanism.refusal(heads, longest),
+        ):
+            if reason is not None:
+                raise ConfigError(reason)
         if shards.degree != self.channel.size:
             raise ValueError(f"a sequence dealt to {shards.degree} ranks cannot run on {self.channel.size}")
         return self.plan(mechanism, shards, HeadShare.whole(heads), backend=backend)

@@ -41,11 +41,10 @@ class _Grid(Strategy):
 
     @classmethod
     def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
+        if (refusal := refusal_of_grid(cls.name, degree, inner)) is not None:
+            return refusal
         dealers = cls.dealers(degree, inner)
-        refusal = refusal_of_grid(cls.name, degree, inner) or refusal_of_dealt_heads(
-            cls.name, cls.setting, heads, dealers
-        )
-        if refusal is not None:
+        if (refusal := refusal_of_dealt_heads(cls.name, cls.setting, heads, dealers)) is not None:
             return refusal
         here = Heads(query=heads.query // dealers, kv=max(heads.kv // dealers, 1))
         refusals = [STRATEGIES.get(name).refusal(mechanism, here, degree // dealers) for name in ALONG_TOKENS]

@@ -21,15 +21,15 @@ Experts = Callable[[Tensor, Sequence[int]], Tensor]
 
 
 def attend_to_experts(
-    x: Tensor, chosen: Tensor, weights: Tensor, real: Tensor, channel: Channel, run: Experts, experts: int
+    x: Tensor, chosen: Tensor, weights: Tensor, kept: Tensor, channel: Channel, run: Experts, experts: int
 ) -> Tensor:
-    """Return the weighed sum of what its experts make of each token, `[T, C]` in the dtype of x; 0 for padding.
+    """Return the weighed sum of what its experts make of each token, `[T, C]` in the dtype of x; 0 without any.
 
-    x `[T, C]`; chosen int64 and weights `[T, K]`; real bool `[T]`, False for padding, which goes nowhere. experts: in
-    all, a multiple of the ranks. Every rank of the channel has to call it. Gradients reach x, weights and what `run`
-    uses.
+    x `[T, C]`; chosen int64 and weights `[T, K]`; kept bool `[T, K]`, False for choices that go nowhere, such as those
+    of padding. experts: in all, a multiple of the ranks. Every rank of the channel has to call it. Gradients reach x,
+    weights and what `run` uses.
     """
-    dispatch = Dispatch.plan(chosen, real, channel, experts)
+    dispatch = Dispatch.plan(chosen, kept, channel, experts)
     rows = _Spread.apply(x, dispatch)
     rows = _Exchange.apply(rows, channel, dispatch.sent, dispatch.received, "expert_rows")
     made = run(rows.index_select(0, dispatch.by_expert), dispatch.counts)  # pyright: ignore[reportOptionalMemberAccess]
@@ -58,10 +58,10 @@ class Dispatch:
 
     @staticmethod
     @torch.no_grad()
-    def plan(chosen: Tensor, real: Tensor, channel: Channel, experts: int) -> "Dispatch":
+    def plan(chosen: Tensor, kept: Tensor, channel: Channel, experts: int) -> "Dispatch":
         """Tell the other ranks of the channel how many rows come; the host waits for the device once."""
-        # Padding is sorted behind all experts.
-        expert, choice = chosen.masked_fill(~real[:, None], experts).flatten().sort(stable=True)
+        # What goes nowhere is sorted behind all experts.
+        expert, choice = chosen.masked_fill(~kept, experts).flatten().sort(stable=True)
         mine = torch.zeros(experts + 1, dtype=torch.int64, device=chosen.device)
         mine = mine.scatter_add_(0, expert, torch.ones_like(expert))[:experts].view(channel.size, -1)
         theirs = channel.all_to_all(mine, kind="expert_counts")

@@ -1,8 +1,10 @@
 """FSDP2: parameters, gradients and optimizer state sharded over the ranks of a data- and context-parallel group."""
 
+import math
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -69,11 +71,11 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     leaves the gradients as they are.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    by_mesh: dict[object, list[Tensor]] = {}
-    for gradient in gradients:
-        by_mesh.setdefault(gradient.device_mesh if isinstance(gradient, DTensor) else None, []).append(gradient)
-    squares = [_full(nn.utils.get_total_norm(group)).square() for group in by_mesh.values()]
-    norm = torch.stack(squares).sum().sqrt()
+    dealt = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    total = torch.stack([g.to_local().norm().square() / _holders(g) for g in dealt] or [torch.zeros(())]).sum()
+    dist.all_reduce(total)
+    whole = [g.norm().square() for g in gradients if not isinstance(g, DTensor)]
+    norm = torch.stack([total, *whole]).sum().sqrt()
     if torch.isfinite(norm):
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for gradient in gradients:
@@ -81,8 +83,10 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     return norm
 
 
-def _full(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
+def _holders(gradient: DTensor) -> int:
+    """Return how many ranks hold each element; meshes are of all ranks."""
+    sizes = zip(gradient.device_mesh.shape, gradient.placements, strict=True)
+    return math.prod(size for size, placement in sizes if placement.is_replicate())
 
 
 def sharding_bytes(model: nn.Module, units: Iterable[nn.Module], mesh: Mesh, compute_dtype: torch.dtype) -> int:

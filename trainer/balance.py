@@ -17,12 +17,14 @@ from farspan.trainer.model.transformer import Transformer
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertLoad:
-    """Of one step, over all ranks: counts, tokens of each expert in each layer, int64 `[layers, E]`, on the CPU.
+    """Of one step, over all ranks, on the CPU: counts, choices of each expert in each layer, int64 `[layers, E]`.
 
-    balance_loss, z_loss: as they were added to the loss, coefficients included. bias: `[layers, E]`, after the step.
+    dropped: choices beyond the capacity of experts in each layer, int64 `[layers]`. balance_loss, z_loss: as they were
+    added to the loss, coefficients included. bias: `[layers, E]`, after the step.
     """
 
     counts: Tensor
+    dropped: Tensor
     balance_loss: float
     z_loss: float
     bias: Tensor
@@ -30,12 +32,13 @@ class ExpertLoad:
     def summary(self) -> dict[str, Any]:
         """Return what is on record of a step; by layer, numbered among those with experts.
 
-        expert_load: of the busiest over the mean. expert_entropy: of the loads, 1 where they are even. expert_bias:
-        from the least to the greatest.
+        expert_dropped: part of the choices. expert_load: of the busiest over the mean. expert_entropy: of the loads, 1
+        where they are even. expert_bias: from the least to the greatest.
         """
         loads = self.counts.double()
         parts = loads / loads.sum(dim=1, keepdim=True).clamp(min=1)
         by_layer = {
+            "expert_dropped": self.dropped / self.counts.sum(dim=1).clamp(min=1),
             "expert_load": loads.amax(dim=1) / loads.mean(dim=1).clamp(min=1),
             "expert_entropy": -torch.xlogy(parts, parts).sum(dim=1) / math.log(max(loads.shape[1], 2)),
             "expert_bias": self.bias.amax(dim=1) - self.bias.amin(dim=1),
@@ -64,6 +67,7 @@ class ExpertBalance:
         device = self._layers[0].bias.device
         self._counts = torch.zeros(len(self._layers), self._config.count, dtype=torch.int64, device=device)
         self._of_all_ranks = self._counts.clone()
+        self._dropped = torch.zeros(len(self._layers), dtype=torch.int64, device=device)
         self._losses = torch.zeros(2, dtype=torch.float64, device=device)
 
     def loss(self, statistics: Sequence[ExpertStatistics]) -> Tensor:
@@ -71,6 +75,7 @@ class ExpertBalance:
         config = self._config
         counts = torch.stack([layer.counts for layer in statistics])
         self._counts += counts
+        self._dropped += torch.stack([layer.dropped for layer in statistics])
         squares = torch.stack([layer.squares for layer in statistics]).sum()
         z_loss = config.z_loss * squares / self._tokens
         if not config.balance_loss:
@@ -92,8 +97,8 @@ class ExpertBalance:
     @torch.no_grad()
     def finish(self) -> ExpertLoad:
         """Sum over all ranks; move each bias by `bias_rate` towards the mean load (arXiv 2408.15664, algorithm 1)."""
-        dist.all_reduce(self._counts)
-        dist.all_reduce(self._losses)
+        for total in (self._counts, self._dropped, self._losses):
+            dist.all_reduce(total)
         if self._config.bias_rate:
             for layer, counts in zip(self._layers, self._counts, strict=True):
                 # In integers, so that a load that equals the mean moves nothing.
@@ -101,4 +106,6 @@ class ExpertBalance:
                 layer.bias.add_(below_mean.to(layer.bias.dtype), alpha=self._config.bias_rate)
         balance, z_loss = self._losses.tolist()
         bias = torch.stack([layer.bias for layer in self._layers]).float().cpu()
-        return ExpertLoad(counts=self._counts.cpu(), balance_loss=balance, z_loss=z_loss, bias=bias)
+        return ExpertLoad(
+            counts=self._counts.cpu(), dropped=self._dropped.cpu(), balance_loss=balance, z_loss=z_loss, bias=bias
+        )

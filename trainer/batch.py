@@ -9,6 +9,7 @@ from torch import Tensor
 
 from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.rows import Rows
+from farspan.parallel.capacity import SharedSequence
 from farspan.parallel.comm import Channel
 from farspan.parallel.key_convolution import KeyConvolution
 from farspan.parallel.layout import Shards
@@ -16,7 +17,7 @@ from farspan.parallel.strategy import Attend, Strategy
 from farspan.trainer.data.packing import IGNORED, PackedSequence
 from farspan.trainer.flops import attention_flops
 from farspan.trainer.model.config import ModelConfig
-from farspan.trainer.model.transformer import SequenceContext
+from farspan.trainer.model.transformer import ExpertPlaces, SequenceContext
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -101,10 +102,18 @@ class BatchBuilder:
                 rows=mine.to(self.device),
                 attends=tuple(planned[layer] for layer in self.layers),
                 key_convolution=convolution,
-                expert_channel=self.expert_channel,
+                experts=self._places(shards),
             ),
             attention_flops=attention_flops(self.model, self.mechanisms, rows) if rank == 0 else 0,
         )
+
+    def _places(self, shards: Shards) -> ExpertPlaces | None:
+        if self.expert_channel is None:
+            return None
+        rank = self.channel.rank
+        # Rows that pad the sequence itself are no tokens either.
+        index = shards.index[rank].masked_fill(shards.rows_of(rank).document < 0, -1)
+        return ExpertPlaces(SharedSequence(self.channel, index.to(self.device)), self.expert_channel)
 
     @property
     def mechanisms(self) -> tuple[Mechanism, ...]:

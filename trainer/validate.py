@@ -107,6 +107,13 @@ def experts_fit(config: Config, degrees: Degrees) -> None:
         experts.build_router()
     except ValueError as error:
         raise ConfigError(f"model.experts does not fit together: {error}.") from None
+    if experts.choice == "experts":
+        for name, idle in (("capacity", 0.0), ("groups", 1), ("bias_rate", 0.0), ("normalised", False)):
+            if getattr(experts, name) != idle:
+                raise ConfigError(
+                    f"model.experts.{name}={getattr(experts, name)} is for tokens that choose, but "
+                    f"model.experts.choice='experts': set it to {str(idle).lower()}, or choice='tokens'."
+                )
     if experts.count % degrees.expert:
         raise ConfigError(
             f"parallel.expert={degrees.expert} must divide model.experts.count={experts.count}: change one of them."

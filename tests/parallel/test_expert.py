@@ -55,8 +55,9 @@ def dealt(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, int],
     # Whatever padding holds must not be seen.
     mine[0].data[~real[start:stop]] = torch.nan
     mine += [m[channel.rank * held : (channel.rank + 1) * held].clone().requires_grad_() for m in matrices]
+    kept = real[start:stop, None].expand(-1, PER_TOKEN)
     out = attend_to_experts(
-        *(mine[0], chosen[start:stop], mine[1], real[start:stop], channel),
+        *(mine[0], chosen[start:stop], mine[1], kept, channel),
         lambda rows, counts: grouped_swiglu(rows, mine[2], mine[3], mine[4], counts),
         EXPERTS,
     )

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from farspan.parallel.comm import Traffic
@@ -118,13 +119,15 @@ def test_bfloat16_is_for_products_only(tmp_path: Path, ranks: Callable[[int], Ra
 
 def clip_known_gradients(parallel: ParallelConfig, max_norm: float) -> tuple[float, float, float]:
     """Gradients whose norm is known: element i of all parameters set end to end has gradient i."""
-    config = replace(tiny.config(Path("none"), Path("none"), parallel))
+    config = tiny.config(Path("none"), Path("none"), parallel)
+    config = tiny.with_model(config, experts=ExpertsConfig(count=4, feed_forward=24, layers="experts, dense"))
     mesh = Mesh.build(parallel, "cpu")
     model = build_model(config, mesh, torch.device("cpu"))
     first = 0
     for parameter in model.parameters():
         whole = torch.arange(first, first + parameter.numel(), dtype=torch.float64).view(parameter.shape)
-        parameter.grad = torch.distributed.tensor.distribute_tensor(whole, mesh.fsdp, parameter.placements)  # pyright: ignore
+        of_parameter = parameter.device_mesh, parameter.placements  # pyright: ignore
+        parameter.grad = distribute_tensor(whole, *of_parameter)
         first += parameter.numel()
     norm = clip_gradients(model.parameters(), max_norm).item()
     squares = [p.grad.full_tensor().square().sum().item() for p in model.parameters()]  # pyright: ignore
@@ -132,7 +135,16 @@ def clip_known_gradients(parallel: ParallelConfig, max_norm: float) -> tuple[flo
     return norm, sum(squares) ** 0.5, (n * (n + 1) * (2 * n + 1) / 6) ** 0.5
 
 
-@pytest.mark.parametrize("parallel", [ParallelConfig(context=2), ParallelConfig(dp_replicate=2)], ids=str)
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ParallelConfig(context=2),
+        ParallelConfig(dp_replicate=2),
+        ParallelConfig(context=2, expert=2),
+        ParallelConfig(dp_replicate=2, expert=2),
+    ],
+    ids=str,
+)
 def test_clipping_is_exact_over_the_mesh(ranks: Callable[[int], RankPool], parallel: ParallelConfig) -> None:
     for norm, clipped, expected in ranks(4).run(clip_known_gradients, parallel, 2.5):
         assert norm == pytest.approx(expected, rel=1e-12)

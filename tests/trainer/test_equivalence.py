@@ -25,6 +25,7 @@ from farspan.trainer.resolve import open_data
 from farspan.trainer.step import train_step
 from tests.ranks import RankPool
 from tests.trainer import tiny
+from tests.trainer.mixture import mixed
 
 STEPS = 10
 # Ten AdamW updates let differences of 1e-16 grow to some 1e-12; the bar leaves room for another order of sums.
@@ -91,28 +92,6 @@ def convolved(k: Tensor, weight: Tensor, position: Tensor) -> Tensor:
     return k + F.silu(torch.stack([tap * part for tap, part in zip(taps, reached, strict=True)]).sum(0))
 
 
-def mixed(p: dict[str, Tensor], name: str, config: Config, x: Tensor, seen: list[Tensor]) -> Tensor:
-    """Every expert on every token, those that a token did not choose weighed with 0; `seen` gets the logits.
-
-    Softmax or sigmoid, biased choice, without groups; expert parameters are `[E, out, in]`, the bias a buffer.
-    """
-    experts = config.model.experts
-    logits = x @ p[name + "router.weight"].T
-    seen.append(logits)
-    scores = logits.softmax(-1) if experts.score == "softmax" else logits.sigmoid()
-    chosen = (scores.float() + p[name + "bias"].float()).topk(experts.per_token, dim=-1).indices
-    weights = torch.zeros_like(scores).scatter(-1, chosen, scores.gather(-1, chosen))
-    if experts.normalised:
-        weights = weights / weights.sum(-1, keepdim=True)
-    gate, up, down = (p[f"{name}experts.{part}.weight"] for part in ("gate", "up", "down"))
-    inner = F.silu(torch.einsum("tc,efc->tef", x, gate)) * torch.einsum("tc,efc->tef", x, up)
-    out = experts.scale * torch.einsum("te,tef,ecf->tc", weights, inner, down)
-    if experts.shared:
-        gate, up = (x @ p[f"{name}shared.{part}.weight"].T for part in ("gate", "up"))
-        out = out + (F.silu(gate) * up) @ p[name + "shared.down.weight"].T
-    return out
-
-
 def summed_loss(
     parameters: dict[str, Tensor], config: Config, sequence: PackedSequence, seen: list[Tensor] | None = None
 ) -> Tensor:
@@ -141,7 +120,7 @@ def summed_loss(
         normed = rms(x, p[name + "feed_forward_norm.weight"], model.norm_epsilon)
         if name + "feed_forward.router.weight" in p:
             assert seen is not None
-            x = x + mixed(p, name + "feed_forward.", config, normed, seen)
+            x = x + mixed(p, name + "feed_forward.", model.experts, normed, seen)
             continue
         gate, up = (normed @ p[f"{name}feed_forward.{part}.weight"].T for part in ("gate", "up"))
         x = x + (F.silu(gate) * up) @ p[name + "feed_forward.down.weight"].T

@@ -22,6 +22,7 @@ from farspan.trainer.optim import build_optimizer, learning_rate, set_learning_r
 from farspan.trainer.step import train_step
 from tests.ranks import RankPool
 from tests.trainer import tiny
+from tests.trainer.mixture import choices, scores_of
 from tests.trainer.test_equivalence import STEPS, TOLERANCE, initial_parameters, sequences, summed_loss
 
 EXPERTS = {
@@ -31,6 +32,15 @@ EXPERTS = {
         bias_rate=0.02, balance_loss=0.05, balance_over="step",
     ),
     "not normalised": ExpertsConfig(count=8, per_token=1, feed_forward=16, normalised=False, z_loss=0.1),
+    "the heaviest within a capacity": ExpertsConfig(
+        count=8, per_token=2, feed_forward=16, capacity=0.9, balance_loss=0.02, scale=0.5
+    ),
+    "the first within a capacity": ExpertsConfig(
+        count=8, per_token=3, feed_forward=16, capacity=1.1, drop="position", score="sigmoid", bias_rate=0.01
+    ),
+    "experts choose": ExpertsConfig(
+        count=8, per_token=2, feed_forward=16, choice="experts", normalised=False, z_loss=0.01, shared=8
+    ),
 }  # fmt: skip
 
 
@@ -79,7 +89,7 @@ def auxiliary(config: Config, logits: list[list[Tensor]], chosen: list[Tensor], 
         if experts.balance_over == "step":
             counts = torch.stack(chosen[: (number // together + 1) * together]).sum(0)
         for layer, of_layer in zip(sequence, counts, strict=True):
-            scores = layer.softmax(-1) if experts.score == "softmax" else layer.sigmoid()
+            scores = scores_of(experts, layer)
             share = (scores / scores.sum(-1, keepdim=True)).mean(0)
             part = len(layer) / tokens
             balance = balance + part * experts.count * (of_layer / of_layer.sum() * share).sum()
@@ -87,14 +97,10 @@ def auxiliary(config: Config, logits: list[list[Tensor]], chosen: list[Tensor], 
     return experts.balance_loss * balance, experts.z_loss * z
 
 
-def count_choices(config: Config, logits: list[Tensor], biases: list[Tensor]) -> Tensor:
-    """Tokens of each expert in each layer, `[layers, E]`."""
-    experts, counts = config.model.experts, []
-    for layer, bias in zip(logits, biases, strict=True):
-        scores = layer.softmax(-1) if experts.score == "softmax" else layer.sigmoid()
-        chosen = (scores.float() + bias.float()).topk(experts.per_token, dim=-1).indices
-        counts.append(chosen.flatten().bincount(minlength=experts.count))
-    return torch.stack(counts)
+def count_choices(config: Config, logits: list[Tensor], biases: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Tokens of each expert in each layer, `[layers, E]`, and those that were dropped, `[layers]`."""
+    chosen = [choices(config.model.experts, *layer) for layer in zip(logits, biases, strict=True)]
+    return torch.stack([wanted.sum(0) for wanted, _ in chosen]), torch.stack([(w & ~k).sum() for w, k in chosen])
 
 
 def train_alone(config: Config, start: dict[str, Tensor], together: int) -> Course:
@@ -123,7 +129,8 @@ def train_alone(config: Config, start: dict[str, Tensor], together: int) -> Cour
             for sequence, seen in zip(batch, logits, strict=True)
         ]
         loss = torch.stack(sums).sum() / count
-        chosen = [count_choices(config, sequence, list(biases.values())) for sequence in logits]
+        counted = [count_choices(config, sequence, list(biases.values())) for sequence in logits]
+        chosen = [counts for counts, _ in counted]
         balance, z_loss = auxiliary(config, logits, chosen, together)
         optimizer.zero_grad()
         (loss + balance + z_loss).backward()
@@ -138,6 +145,7 @@ def train_alone(config: Config, start: dict[str, Tensor], together: int) -> Cour
         course.loads.append(
             ExpertLoad(
                 counts=load,
+                dropped=torch.stack([dropped for _, dropped in counted]).sum(0),
                 balance_loss=balance.item(),
                 z_loss=z_loss.item(),
                 bias=torch.stack(list(biases.values())).float(),
@@ -151,6 +159,7 @@ def assert_alike(mine: Course, truth: Course) -> None:
     for step in range(STEPS):
         a, b = mine.loads[step], truth.loads[step]
         assert torch.equal(a.counts, b.counts), step
+        assert torch.equal(a.dropped, b.dropped), step
         assert torch.allclose(a.bias, b.bias, rtol=0, atol=1e-7)
         largest = max(largest, abs(a.balance_loss - b.balance_loss), abs(a.z_loss - b.z_loss))
         largest = max(largest, abs(mine.losses[step] - truth.losses[step]), abs(mine.norms[step] - truth.norms[step]))

@@ -80,6 +80,12 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         "parallel.expert=4 must divide model.experts.count=6: change one of them.",
         {"parallel.expert": 2, "model.experts": ExpertsConfig(count=6, feed_forward=16)},
     ),
+    "where experts choose tokens do not": (
+        {"model.experts": ExpertsConfig(count=4, feed_forward=16, choice="experts", normalised=False, capacity=1.5)},
+        "model.experts.capacity=1.5 is for tokens that choose, but model.experts.choice='experts': set it to 0.0, or "
+        "choice='tokens'.",
+        {"model.experts": ExpertsConfig(count=4, feed_forward=16, choice="experts", normalised=False)},
+    ),
     "matrices of experts divide by those that hold them": (
         {"parallel.expert": 2, "model.experts": ExpertsConfig(count=4, feed_forward=15)},
         "model.experts.feed_forward=15 must be a multiple of the 2 ranks that hold the same experts (dp_shard x context"

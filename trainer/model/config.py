@@ -54,7 +54,10 @@ class ExpertsConfig:
 
     count: experts of a layer, 0 without any. per_token: how many each token chooses. feed_forward: inner size of each.
     shared: inner size of one more, which computes all tokens; 0 without. layers: which layers have experts, by a
-    pattern that is repeated, of `experts` and `dense`, such as 'dense, experts*3'. score: of an expert for a token,
+    pattern that is repeated, of `experts` and `dense`, such as 'dense, experts*3'. choice: who chooses; where experts
+    choose tokens (arXiv 2202.09368), they look at the whole sequence, the future too: not for generating text.
+    capacity: how many times its even share of a sequence an expert takes at most, 0 for any; the rest of the choices is
+    dropped. drop: which, those of the lowest weights or of the last positions. score: of an expert for a token,
     softmax over all experts, or sigmoid. normalised: whether weights of the chosen ones add up to 1, before scale.
     scale: of the weights. groups: of neighbouring experts. groups_per_token: how many of these, the best, a token
     chooses from. bias_rate: how far the bias of an expert moves each step to even out loads; it counts in the choice
@@ -67,6 +70,9 @@ class ExpertsConfig:
     feed_forward: int = bounded(0, minimum=0)
     shared: int = bounded(0, minimum=0)
     layers: str = "experts"
+    choice: Literal["tokens", "experts"] = "tokens"
+    capacity: float = bounded(0.0, minimum=0)
+    drop: Literal["weight", "position"] = "weight"
     score: Literal["softmax", "sigmoid"] = "softmax"
     normalised: bool = True
     scale: float = bounded(1.0, above=0)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from farspan.kernels.grouped_swiglu import grouped_swiglu
 from farspan.kernels.routing import routing_logits
+from farspan.parallel.capacity import SharedSequence
 from farspan.parallel.comm import Channel
 from farspan.parallel.expert import attend_to_experts
 from farspan.trainer.model.config import ModelConfig
@@ -19,11 +20,13 @@ from farspan.trainer.model.config import ModelConfig
 class ExpertStatistics(NamedTuple):
     """What one layer did with this rank's tokens, padding left out.
 
-    counts: tokens of each expert, int64 `[E]`. shares: the sum over tokens of their scores as parts of 1, `[E]`.
-    squares: the sum over tokens of the squared log-sum-exp of their logits. Gradients reach shares and squares.
+    counts: tokens that chose each expert, int64 `[E]`, and dropped: for how many in vain, int64. shares: the sum over
+    tokens of their scores as parts of 1, `[E]`. squares: the sum over tokens of the squared log-sum-exp of their
+    logits. Gradients reach shares and squares.
     """
 
     counts: Tensor
+    dropped: Tensor
     shares: Tensor
     squares: Tensor
 
@@ -61,22 +64,40 @@ class ExpertFeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig, shared: nn.Module | None) -> None:
         super().__init__()
-        self.choice, self.count = config.experts.build_router(), config.experts.count
+        self.config, self.choice, self.count = config.experts, config.experts.build_router(), config.experts.count
         self.router = nn.Linear(config.width, self.count, bias=False)
         self.experts = Experts(config)
         self.shared = shared
         self.bias = nn.Buffer(torch.empty(self.count))
 
-    def forward(self, x: Tensor, real: Tensor, channel: Channel) -> tuple[Tensor, ExpertStatistics]:
-        """x `[T, C]`; real bool `[T]`, False for padding; the ranks of the channel hold the experts."""
+    def forward(self, x: Tensor, sequence: SharedSequence, channel: Channel) -> tuple[Tensor, ExpertStatistics]:
+        """x `[T, C]`, tokens of the sequence; the ranks of the channel hold the experts."""
+        real = sequence.index >= 0
         logits = routing_logits(x, self.router.weight)  # [T, E]
-        chosen = self.choice.choose(logits, self.bias)  # [T, K]
+        chosen, wanted, kept = self._choose(logits, sequence)
         weights = self.choice.weights(logits, chosen)
-        out = attend_to_experts(x, chosen, weights, real, channel, self.experts, self.count)
+        out = attend_to_experts(x, chosen, weights, kept, channel, self.experts, self.count)
         if self.shared is not None:
             out = out + self.shared(x)
         counts = torch.zeros(self.count, dtype=torch.int64, device=x.device)
-        counts.scatter_add_(0, chosen.flatten(), real[:, None].expand_as(chosen).flatten().long())
+        counts.scatter_add_(0, chosen.flatten(), wanted.flatten().long())
         shares = self.choice.shares(logits).masked_fill(~real[:, None], 0.0).sum(0)
         squares = logits.logsumexp(-1).square().masked_fill(~real, 0.0).sum()
-        return out, ExpertStatistics(counts, shares, squares)
+        return out, ExpertStatistics(counts, (wanted & ~kept).sum(), shares, squares)
+
+    @torch.no_grad()
+    def _choose(self, logits: Tensor, sequence: SharedSequence) -> tuple[Tensor, Tensor, Tensor]:
+        """Return experts of each token, int64 `[T, K]`, and which of them are chosen and which are kept, bool."""
+        if self.config.choice == "experts":
+            taken = sequence.chosen_by_experts(self.choice.scores(logits), self.config.per_token)
+            most = int(taken.sum(1).max()) if len(taken) else 0
+            chosen = (~taken).byte().argsort(dim=1, stable=True)[:, :most]
+            wanted = taken.gather(1, chosen)
+            return chosen, wanted, wanted
+        chosen = self.choice.choose(logits, self.bias)
+        wanted = (sequence.index >= 0)[:, None].expand_as(chosen)
+        if not self.config.capacity:
+            return chosen, wanted, wanted
+        weights, config = self.choice.weights(logits, chosen), self.config
+        kept = sequence.within_capacity(chosen, weights, config.count, config.capacity, config.drop)
+        return chosen, wanted, kept

@@ -19,6 +19,7 @@ from farspan.kernels.norm import rms_norm
 from farspan.kernels.rope import apply_rope, attention_factor_of, inverse_frequencies, rotation_table
 from farspan.kernels.routing import routing_logits
 from farspan.kernels.rows import Rows
+from farspan.parallel.capacity import SharedSequence
 from farspan.parallel.comm import Channel
 from farspan.parallel.key_convolution import KeyConvolution
 from farspan.parallel.strategy import Attend
@@ -26,19 +27,26 @@ from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.experts import ExpertFeedForward, ExpertStatistics
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertPlaces:
+    """sequence: who shares it, and which of its tokens are here. channel: of the ranks that hold the experts."""
+
+    sequence: SharedSequence
+    channel: Channel
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class SequenceContext:
     """What the layers need to know of the sequence beside its tokens.
 
     rows: of this rank's tokens. attends: attention of each layer over the whole sequence, for these rows.
-    key_convolution: the same of the convolution on keys, for a model that has it. expert_channel: of the ranks that
-    hold the experts, for a model that has these.
+    key_convolution: the same of the convolution on keys, for a model that has it. experts: for a model that has these.
     """
 
     rows: Rows
     attends: tuple[Attend, ...]
     key_convolution: KeyConvolution | None = None
-    expert_channel: Channel | None = None
+    experts: ExpertPlaces | None = None
 
 
 class Output(NamedTuple):
@@ -50,14 +58,13 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _BlockInputs:
-    """cos and sin `[T, D/2]` stay float32 whatever the compute dtype. real: bool `[T]`, False for padding."""
+    """cos and sin `[T, D/2]` stay float32 whatever the compute dtype."""
 
     cos: Tensor
     sin: Tensor
-    real: Tensor
     attend: Attend
     key_convolution: KeyConvolution | None
-    expert_channel: Channel | None
+    experts: ExpertPlaces | None
 
 
 class RmsNorm(nn.Module):
@@ -159,8 +166,8 @@ class Block(nn.Module):
         normed = self.feed_forward_norm(x)
         if not isinstance(self.feed_forward, ExpertFeedForward):
             return x + self.feed_forward(normed), None
-        assert inputs.expert_channel is not None, "this model's sequences come with the channel of its experts"
-        out, statistics = self.feed_forward(normed, inputs.real, inputs.expert_channel)
+        assert inputs.experts is not None, "this model's sequences come with the places of its experts"
+        out, statistics = self.feed_forward(normed, inputs.experts.sequence, inputs.experts.channel)
         return x + out, statistics
 
 
@@ -189,11 +196,9 @@ class Transformer(nn.Module):
         """tokens and labels are int64 `[T]`."""
         x = self.embedding(tokens)  # [T, C]
         cos, sin = self._rotation(context.rows.position, x.dtype)
-        real, experts = context.rows.document >= 0, []
+        experts: list[ExpertStatistics] = []
         for block, attend in zip(self.blocks, context.attends, strict=True):
-            x, statistics = block(
-                x, _BlockInputs(cos, sin, real, attend, context.key_convolution, context.expert_channel)
-            )
+            x, statistics = block(x, _BlockInputs(cos, sin, attend, context.key_convolution, context.experts))
             experts += [] if statistics is None else [statistics]
         return Output(linear_cross_entropy(self.norm(x), self.head.weight, labels), tuple(experts))
 

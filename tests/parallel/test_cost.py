@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from farspan.kernels.errors import ConfigError
 from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.lightning import Lightning
@@ -10,17 +11,34 @@ from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.window import Window
 from farspan.kernels.rows import Rows
 from farspan.kernels.selection import Selection
+from farspan.parallel import cost as cost_model
 from farspan.parallel.choice import typical_choice
-from farspan.parallel.cost import BACKWARD_FLOPS, SAMPLED, Job, Machine, compare, predict, strategy_for
+from farspan.parallel.cost import (
+    BACKWARD_FLOPS,
+    SAMPLED,
+    Cost,
+    Job,
+    Machine,
+    compare,
+    predict,
+    strategy_for,
+    together,
+)
 from farspan.parallel.layout import Shards
 from farspan.parallel.simulation import Unconnected
-from farspan.parallel.strategy import STRATEGIES, Sample, Sizes
+from farspan.parallel.strategy import STRATEGIES, Sample, Sizes, Volume
 
 FAST = Machine(flops_per_s=1e14, inner_bytes_per_s=2e11, outer_bytes_per_s=2e10, node_ranks=8)
 
 
 def job(
-    mechanism: Mechanism, degree: int, *, heads: Heads | None = None, layout: str = "zigzag", width: int = 1
+    mechanism: Mechanism,
+    degree: int,
+    *,
+    heads: Heads | None = None,
+    layout: str = "zigzag",
+    width: int = 1,
+    rounded: bool = False,
 ) -> Job:
     rows = Rows.packed([1 << 16])
     return Job(
@@ -29,6 +47,7 @@ def job(
         heads=heads or Heads(query=32, kv=8),
         sizes=Sizes.of(torch.bfloat16, 128, 128),
         width=width,
+        rounded_gradients=rounded,
     )
 
 
@@ -39,7 +58,11 @@ def test_computing_is_the_visible_pairs_of_the_busiest_rank() -> None:
     assert even.flops == pytest.approx(2 * (128 + 128) * pairs * 32 / 8, rel=1e-6)
     assert even.compute_s == pytest.approx(even.flops * (1 + BACKWARD_FLOPS) / FAST.flops_per_s)
     assert even.balance == pytest.approx(1, abs=1e-3)
-    assert predict("ring", job(Dense(), 8, layout="contiguous"), FAST).balance == pytest.approx(2 - 1 / 8, abs=1e-3)
+    # Of 64 ranks too, of which not all are planned for.
+    for degree in (8, 64):
+        uneven = predict("ring", job(Dense(), degree, layout="contiguous"), FAST)
+        assert uneven.balance == pytest.approx(2 - 1 / degree, abs=1e-3)
+        assert uneven.flops == pytest.approx((2 - 1 / degree) * even.flops * 8 / degree, rel=1e-3)
     assert predict("ulysses", job(Dense(), 8, layout="contiguous"), FAST).balance == pytest.approx(1)
 
 
@@ -57,6 +80,67 @@ def test_time_is_the_longer_of_computing_and_what_is_hidden_and_all_that_is_not(
     double = predict("double_ring", job(Dense(), 16, width=8), FAST)
     assert double.volume == far.volume
     assert double.hidden_s < far.hidden_s / 3
+
+
+CHUNK = 4096 * 8 * (128 + 128) * 2
+"""Bytes of the keys and values of one of 16 ranks."""
+
+
+@pytest.mark.parametrize(
+    ("rounded", "inner", "outer"),
+    [
+        # Within a node 7 hops of each round of 8, both ways, and as many of gradients, in float32.
+        (False, 14 + 14 + 2 * 14, 1 + 1 + 2 * 2),
+        # Rounded gradients go straight home: of 15 owners 7 are in the same node.
+        (True, 14 + 14 + 7, 1 + 1 + 8),
+    ],
+)
+def test_each_ring_of_two_has_links_of_its_own(rounded: bool, inner: int, outer: int) -> None:
+    found = predict("double_ring", job(Dense(), 16, width=8, rounded=rounded), FAST)
+    seconds = CHUNK * inner / FAST.inner_bytes_per_s + CHUNK * outer / FAST.outer_bytes_per_s
+    assert found.hidden_s == pytest.approx(seconds)
+
+
+def test_the_outer_axis_leaves_the_node_however_few_ranks_it_has() -> None:
+    """Two nodes: heads within these, and between them a ring of two, its chunks those of 8 ranks, of one head each."""
+    found = predict("hybrid", job(Dense(), 16, width=8), FAST)
+    assert found.hidden_s == pytest.approx(CHUNK * (1 + 1 + 2 * 2) / FAST.outer_bytes_per_s)
+    exchanged = found.volume.forward + found.volume.backward - CHUNK * (1 + 1 + 2 * 2)
+    assert found.exposed_s == pytest.approx(exchanged / FAST.inner_bytes_per_s)
+
+
+def cost(seconds: float, working_bytes: int = 0, *, flops: float = 1.0, balance: float = 1.0) -> Cost:
+    return Cost(
+        volume=Volume(forward=0, backward=0),
+        flops=flops,
+        balance=balance,
+        working_bytes=working_bytes,
+        compute_s=seconds,
+        hidden_s=0,
+        exposed_s=0,
+        seconds=seconds,
+    )
+
+
+def test_of_those_about_as_fast_the_one_that_holds_least_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"ring": cost(1.0, 3), "fetch": cost(1.015, 1), "gather": cost(1.03, 0)}
+
+    def predicted(strategy: str, job: Job, machine: Machine) -> Cost:
+        if strategy not in given:
+            raise ConfigError("not this one")
+        return given[strategy]
+
+    monkeypatch.setattr(cost_model, "predict", predicted)
+    costs, refusals = compare([(job(Dense(), 8), 1)], FAST)
+    assert list(costs) == ["fetch", "ring", "gather"]
+    assert refusals.keys() == set(STRATEGIES) - set(costs)
+
+
+def test_layers_weigh_by_their_flops() -> None:
+    """Three even layers of 10 and one of 30 that is 1.5 times the mean on the busiest rank: 60 over 30 + 20."""
+    every = together([(cost(1, 5, flops=10), 3), (cost(2, 4, flops=30, balance=1.5), 1)])
+    assert (every.flops, every.seconds, every.working_bytes) == (60, 5, 5)
+    assert every.balance == pytest.approx(60 / 50)
 
 
 @pytest.mark.parametrize(

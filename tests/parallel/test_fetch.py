@@ -15,6 +15,7 @@ from farspan.parallel.layout import LAYOUTS, Shards
 from farspan.parallel.needed import needed_keys
 from farspan.parallel.simulation import Unconnected
 from farspan.parallel.strategy import STRATEGIES, Attend, Sizes
+from tests.oracle import selected_mask
 
 HEADS = Heads(query=8, kv=2)
 SIZES = Sizes.of(torch.bfloat16, 128, 128)
@@ -77,12 +78,16 @@ def test_all_that_is_seen_is_needed(mechanism: Masked, layout: str) -> None:
         assert isinstance(selection, Selection)
     for rank, mine in enumerate(shards.index):
         plan = Plan.build(shards.rows_of(rank), everyone, mechanism.visibility(), heads=HEADS.query)
+        shown = plan.mask().any(dim=1).view(HEADS.kv, -1, len(everyone)).any(dim=1)
         if selection is not None:
             plan = plan.choosing(selection.of_queries(mine))
         seen = plan.mask().any(dim=1).view(HEADS.kv, -1, len(everyone)).any(dim=1)
         (needed,) = needed_keys(plan, HEADS.kv)
         assert not (seen & ~needed).any()
-        if selection is None:
+        if selection is not None:
+            asked = selected_mask(selection.of_queries(mine), everyone, HEADS.query).any(dim=1)
+            assert torch.equal(shown & asked.view(HEADS.kv, -1, len(everyone)).any(dim=1), needed)
+        else:
             assert torch.equal(seen, needed), f"{int((needed & ~seen).sum())} keys in vain"
 
 

@@ -29,6 +29,9 @@ def test_rows_by_hand(reach: int) -> None:
         assert mean_rows_sent(shards[layout], reach) == -(-sum(expected) // 4)
     volume = Halo.plan(shards["contiguous"], 0, reach).volume(10, 2, 4)
     assert volume == Volume(forward=reach * 10 * 2, backward=0)
+    # The last rank gives nothing, and sends home the gradients of what it got.
+    volume = Halo.plan(shards["contiguous"], 3, reach).volume(10, 2, 4)
+    assert volume == Volume(forward=0, backward=reach * 10 * 4)
 
 
 def test_documents_that_ranks_do_not_share_send_nothing() -> None:

@@ -17,7 +17,7 @@ from farspan.kernels.selection import Selection
 from farspan.kernels.tasks import count_pairs
 from farspan.kernels.visibility import Visibility
 from farspan.parallel.choice import choose_alone
-from farspan.parallel.layout import LAYOUTS, Shards
+from farspan.parallel.layout import LAYOUTS, SHORTEST, Shards
 
 
 @pytest.mark.parametrize(
@@ -115,6 +115,23 @@ def test_balanced_evens_out_what_is_seen(name: str, degree: int) -> None:
     work = [visible_area(mechanism, rows, index) for index in shards.index]
     assert max(work) * degree / sum(work) <= 1.05
     assert (shards.index >= 0).sum() == len(rows)
+
+
+def test_balanced_deals_as_few_stretches_as_do_it() -> None:
+    """Two for each rank, as zigzag has them, where these are even already."""
+    index = Shards.deal(Rows.packed([1 << 14]), layout="balanced", degree=8).index
+    assert int((index.diff(dim=1) != 1).sum(dim=1).max()) == 1
+
+
+def test_balanced_deals_no_stretch_that_is_too_short() -> None:
+    """One token that is all the work cannot be evened out: 8192 tokens are cut into 64 stretches of 128, no further."""
+    work = torch.zeros(8192, dtype=torch.float64)
+    work[1000] = 1
+    index = Shards.deal(Rows.packed([8192]), layout="balanced", degree=8, work=lambda _: work).index
+    stretches = index.view(8, -1, SHORTEST)
+    assert (stretches.diff(dim=2) == 1).all()
+    assert (stretches[:, :, 0] % SHORTEST == 0).all()
+    assert int((index.diff(dim=1) != 1).sum(dim=1).max()) > 3
 
 
 MASKED = [x for name in MECHANISMS for x in MECHANISMS.get(name).examples() if isinstance(x, Masked)]

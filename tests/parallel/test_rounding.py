@@ -9,9 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from farspan.kernels.mechanism import MECHANISMS
 from farspan.kernels.mechanisms.dense import Dense
+from farspan.parallel.strategy import STRATEGIES
 from tests.oracle import rms_error
-from tests.parallel.test_matrix import HEADS, Case, put_together, reference, run_cases
+from tests.parallel.test_matrix import HEADS, Case, differing_bytes, put_together, reference, run_cases, width_for
 from tests.ranks import RankPool
 
 MOVES_GRADIENTS = ["ring", "gather", "fetch", "ulysses"]
@@ -47,3 +49,24 @@ def test_errors_do_not_grow_with_the_degree(ranks: Callable[[int], RankPool], st
     assert found[8][0] <= 1.2 * found[2][0]
     assert rounded[8][0] <= 1.2 * rounded[2][0]
     assert rounded[8][0] > found[8][0]
+
+
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "single"])
+def test_bytes_are_those_of_the_formula_where_sums_are_wider(ranks: Callable[[int], RankPool], strategy: str) -> None:
+    """In bfloat16, with gradients rounded or not; in float64, as the matrix has it, a number and a sum are as wide."""
+    width = width_for(strategy, 4, turn=0)
+    examples = [MECHANISMS.get(name).examples()[0] for name in MECHANISMS]
+    cases = [
+        Case(example, strategy, "striped", "ragged", ONE_KV_HEAD, width, torch.bfloat16, rounded)
+        for example in examples
+        if STRATEGIES.get(strategy).refusal(example, ONE_KV_HEAD, 4, width) is None
+        for rounded in (False, True)
+    ]
+    results = ranks(4).run(run_cases, cases)
+    wrong = [
+        line
+        for number, case in enumerate(cases)
+        for line in differing_bytes(case, [of_rank[number][1] for of_rank in results])
+    ]
+    assert cases
+    assert not wrong, "\n".join(wrong)

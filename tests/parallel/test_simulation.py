@@ -76,6 +76,26 @@ def test_many_ranks_equal_one(strategy: str, mechanism: Mechanism, layout: str, 
     assert [counted for _, counted, _ in found] == [stated for _, _, stated in found]
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "striped"])
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "single"])
+def test_padding_rows_come_out_as_zeros(strategy: str, layout: str) -> None:
+    """Whatever is in them, results and gradients: layers after this one would spread what is not a number."""
+    mechanism = {"state": Lightning(), "ship": MoBA(block=8, top_k=2)}.get(strategy, Dense())
+    shards = Shards.deal(Rows.packed([13]), layout=layout, degree=4)
+    width = 1 if STRATEGIES.get(strategy).refusal(mechanism, HEADS, 4, 1) is None else 2
+
+    def attend(channel: Channel) -> list[Tensor]:
+        planned = STRATEGIES.get(strategy)(channel).prepare(mechanism, shards, HEADS, backend="cpu")
+        q, k, v, dout = (torch.ones(shards.tokens_local, n, 8) for n in (4, 2, 2, 4))
+        out, saved = planned.forward(q, k, v)
+        return [out, *planned.backward(dout, saved)]
+
+    padding = shards.index < 0
+    assert padding.any()
+    for found in zip(*simulate(4, attend, width=width), strict=True):
+        assert (torch.stack(found)[padding] == 0).all()
+
+
 @pytest.mark.parametrize("strategy", ["ring", "double_ring", "gather", "fetch", "state"])
 def test_plans_and_bytes_at_512_ranks(strategy: str) -> None:
     """Any rank's plan is made without the others, and its bytes follow from the formula: here 1M tokens."""

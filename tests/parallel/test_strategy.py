@@ -4,7 +4,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.moba import MoBA
+from farspan.kernels.mechanisms.mosa import MoSA
 from farspan.kernels.rows import Rows
 from farspan.parallel import dealt
 from farspan.parallel.comm import Channel, Traffic
-from farspan.parallel.context import ring
+from farspan.parallel.context import ship
 from farspan.parallel.layout import Shards
 from farspan.parallel.simulation import Unconnected
 from farspan.parallel.strategy import STRATEGIES, Attend, Sizes, Volume
@@ -59,6 +61,7 @@ MIB = 2**20
         ("ring", 8, 1, False, 224, 224 + 512),
         ("ring", 8, 1, True, 224, 224 + 224),
         ("double_ring", 8, 4, False, 224, 224 + 512),
+        ("double_ring", 8, 4, True, 224, 224 + 224),
         ("gather", 8, 1, False, 224, 224 + 448),
         ("gather", 8, 1, True, 224, 224 + 224),
         # All ranks but the first read its keys, and it reads nobody's.
@@ -69,6 +72,9 @@ MIB = 2**20
         ("ulysses", 16, 1, True, 300, 300),
         # The published figures for 8 x 2: 252 within, 32 between; a chunk of all eight ranks' tokens of one head.
         ("hybrid", 16, 8, False, 252 + 32, 252 + 32 + 2 * 64),
+        # Two of 16 have each KV head, and their chunks are twice as long: both kinds of gradients are rounded.
+        ("hybrid", 32, 16, False, 300 + 64, 360 + 64 + 2 * 128),
+        ("hybrid", 32, 16, True, 300 + 64, 300 + 64 + 64),
     ],
 )
 def test_volumes_by_hand(strategy: str, degree: int, width: int, rounded: bool, forward: int, backward: int) -> None:
@@ -151,6 +157,22 @@ def test_inputs_that_do_not_fit_the_plan_are_refused(ranks: Callable[[int], Rank
         assert messages[-1].startswith("attention wants q, k and v of one dtype")
 
 
+def test_routing_that_does_not_fit_the_plan_is_refused() -> None:
+    """Its numbers are as wide as sums, whatever the dtype of keys."""
+    shards = Shards.deal(Rows.packed([24]), layout="contiguous", degree=1)
+    planning = STRATEGIES.get("single")(Unconnected(0, 1))
+    q, k, good = torch.ones(24, 4, 8).bfloat16(), torch.ones(24, 2, 8).bfloat16(), torch.ones(24, 2, 1)
+    attend = planning.prepare(MoSA(), shards, Heads(query=4, kv=2), backend="cpu")
+    attend(q, k, k, good)
+    for bad in ((), (good.bfloat16(),), (good[:23],), (good, good)):
+        with pytest.raises(
+            ValueError, match=r"besides q, k and v this attention wants torch\.float32 \[24, 2, 1\]; got"
+        ):
+            attend(q, k, k, *bad)
+    with pytest.raises(ValueError, match=r"this attention wants nothing; got torch\.float32 \[24, 2, 1\]"):
+        planning.prepare(Dense(), shards, Heads(query=4, kv=2), backend="cpu")(q, k, k, good)
+
+
 def refusal_of_shards(strategy: str) -> str:
     try:
         planned(strategy, 3, Heads(query=4, kv=2))
@@ -175,7 +197,7 @@ def test_plans_that_cannot_be_made_are_refused(ranks: Callable[[int], RankPool])
 
 
 class RecordingChannel:
-    """Of rank 2 of 3; nothing is sent, and what arrives is what left."""
+    """Of rank 2 of 3; nothing is sent. Of a shift what left arrives, of an exchange zeros, and sums are this rank's."""
 
     rank, size, width = 2, 3, 1
 
@@ -187,6 +209,23 @@ class RecordingChannel:
         self.events.append(f"send {kind}")
         return RecordedShift(self, buffer, kind)
 
+    def start_all_to_all(
+        self, buffer: torch.Tensor, *, sent: Sequence[int], received: Sequence[int], kind: str
+    ) -> "RecordedShift":
+        self.events.append(f"send {kind}")
+        return RecordedShift(self, buffer.new_zeros(sum(received), *buffer.shape[1:]), kind)
+
+    def all_to_all(self, buffer: torch.Tensor, *, kind: str) -> torch.Tensor:
+        return torch.zeros_like(buffer)
+
+    def all_to_all_uneven(
+        self, buffer: torch.Tensor, *, sent: Sequence[int], received: Sequence[int], kind: str
+    ) -> torch.Tensor:
+        return buffer.new_zeros(sum(received), *buffer.shape[1:])
+
+    def all_reduce(self, x: torch.Tensor, *, kind: str) -> torch.Tensor:
+        return x
+
 
 class RecordedShift:
     def __init__(self, channel: RecordingChannel, buffer: torch.Tensor, kind: str) -> None:
@@ -197,7 +236,10 @@ class RecordedShift:
         return self.buffer
 
 
-def test_ring_computes_while_chunks_are_on_their_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def events(
+    strategy: str, mechanism: Mechanism, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[str], list[str]]:
+    """Return what a rank does forward and backward, in order; its attention is what `module` calls."""
     channel = RecordingChannel()
 
     def recorded(function: Callable[..., object]) -> Callable[..., object]:
@@ -207,19 +249,41 @@ def test_ring_computes_while_chunks_are_on_their_way(monkeypatch: pytest.MonkeyP
 
         return call
 
-    monkeypatch.setattr(dealt, "attend", recorded(dealt.attend))
-    monkeypatch.setattr(dealt, "attend_backward", recorded(dealt.attend_backward))
+    for name in ("attend", "attend_backward"):
+        monkeypatch.setattr(module, name, recorded(getattr(module, name)))
     shards = Shards.deal(Rows.packed([24]), layout="contiguous", degree=3)
     heads = Heads(query=4, kv=2)
-    attend = ring.Ring(channel).prepare(Dense(), shards, heads, backend="cpu")  # pyright: ignore[reportArgumentType]
+    planning = STRATEGIES.get(strategy)(channel)  # pyright: ignore[reportArgumentType]
+    attend = planning.prepare(mechanism, shards, heads, backend="cpu")
     _, saved = attend.forward(torch.ones(8, 4, 8), torch.ones(8, 2, 8), torch.ones(8, 2, 8))
-    hop = ["send ring_kv", "compute", "wait ring_kv"]
-    assert channel.events == [*hop, *hop, "compute"]
+    forward = channel.events.copy()
     channel.events.clear()
     attend.backward(torch.ones(8, 4, 8), saved)
+    return forward, channel.events
+
+
+def test_ring_computes_while_chunks_are_on_their_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, backward = events("ring", Dense(), dealt, monkeypatch)
+    hop = ["send ring_kv", "compute", "wait ring_kv"]
+    assert forward == [*hop, *hop, "compute"]
     first = ["send ring_kv", "compute", "send ring_dkv", "wait ring_kv"]
     second = ["send ring_kv", "compute", "wait ring_dkv", "send ring_dkv", "wait ring_kv"]
-    assert channel.events == [*first, *second, "compute", "wait ring_dkv", "send ring_dkv", "wait ring_dkv"]
+    assert backward == [*first, *second, "compute", "wait ring_dkv", "send ring_dkv", "wait ring_dkv"]
+
+
+def test_fetch_computes_while_the_next_stage_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, backward = events("fetch", Dense(), dealt, monkeypatch)
+    stage = ["send fetch_kv", "compute", "wait fetch_kv"]
+    assert forward == [*stage, *stage, "compute"]
+    second = ["send fetch_kv", "compute", "send fetch_dkv", "wait fetch_kv"]
+    assert backward == [*stage, *second, "compute", "wait fetch_dkv", "send fetch_dkv", "wait fetch_dkv"]
+
+
+def test_ship_computes_the_local_part_while_queries_are_on_their_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, backward = events("ship", MoBA(block=4, top_k=3), ship, monkeypatch)
+    assert forward == ["send ship_q", "compute", "wait ship_q", "compute", "send ship_out", "wait ship_out"]
+    there = ["send ship_dout", "send ship_lse", "compute", "wait ship_dout", "wait ship_lse"]
+    assert backward == [*there, "compute", "send ship_dq", "wait ship_dq"]
 
 
 def die_before_the_shift() -> None:

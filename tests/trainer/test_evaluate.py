@@ -18,7 +18,7 @@ from farspan.trainer.build import build_batches
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import IGNORED, PackedSequences
 from farspan.trainer.evaluate import Evaluation, evaluate, share
-from farspan.trainer.model.transformer import SequenceContext
+from farspan.trainer.model.transformer import Output, SequenceContext
 from farspan.trainer.resolve import open_data
 from tests.ranks import RankPool
 from tests.trainer import tiny
@@ -31,11 +31,11 @@ SEQUENCES = 3
 class KnownLoss(nn.Module):
     """A loss that a loop can work out: of the token, its label and its position, and 0 without a label."""
 
-    def forward(self, tokens: Tensor, labels: Tensor, context: SequenceContext) -> Tensor:
+    def forward(self, tokens: Tensor, labels: Tensor, context: SequenceContext) -> Output:
         assert not torch.is_grad_enabled()
         assert not self.training
         losses = tokens * 0.5 + labels * 0.25 + context.rows.position * 0.125
-        return torch.where(labels == IGNORED, 0.0, losses)
+        return Output(torch.where(labels == IGNORED, 0.0, losses), ())
 
 
 def held_out(config: Config) -> PackedSequences:

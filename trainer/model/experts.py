@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from farspan.kernels.grouped_swiglu import grouped_swiglu
 from farspan.kernels.routing import routing_logits
@@ -41,7 +42,8 @@ class ExpertMatrices(nn.Module):
     def local(self) -> Tensor:
         """Return the matrices of this rank's experts."""
         # Gathered over its data-parallel axis, a sharded parameter still is a DTensor over the expert axis.
-        return self.weight.to_local() if hasattr(self.weight, "to_local") else self.weight  # pyright: ignore
+        weight: Tensor = self.weight
+        return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 class Experts(nn.Module):
@@ -90,7 +92,7 @@ class ExpertFeedForward(nn.Module):
         """Return experts of each token, int64 `[T, K]`, and which of them are chosen and which are kept, bool."""
         if self.config.choice == "experts":
             taken = sequence.chosen_by_experts(self.choice.scores(logits), self.config.per_token)
-            most = int(taken.sum(1).max()) if len(taken) else 0
+            most = max(int(taken.sum(1).max()), 1) if len(taken) else 1
             chosen = (~taken).byte().argsort(dim=1, stable=True)[:, :most]
             wanted = taken.gather(1, chosen)
             return chosen, wanted, wanted

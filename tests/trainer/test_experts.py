@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from farspan.parallel.comm import Traffic
-from farspan.parallel.mesh import Mesh, ParallelConfig
+from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.balance import ExpertLoad
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.config import Config
@@ -54,7 +54,7 @@ class Course:
 
 def train_dealt(config: Config) -> Course:
     """On each rank: the real parts of a run; gradients are gathered whole."""
-    mesh, device = Mesh.build(config.parallel, "cpu"), torch.device("cpu")
+    mesh, device = tiny.mesh_of(config.parallel), torch.device("cpu")
     model = build_model(config, mesh, device)
     optimizer = build_optimizer(model, config.optimizer)
     batches, data = build_batches(config, mesh, device, Traffic()), sequences(config)

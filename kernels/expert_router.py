@@ -49,9 +49,9 @@ class ExpertRouter:
         return logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
 
     @torch.no_grad()
-    def choose(self, logits: Tensor, bias: Tensor) -> Tensor:
+    def choose(self, scores: Tensor, bias: Tensor) -> Tensor:
         """Return the experts of each token, int64 `[T, K]`, best first; bias `[E]` counts here only (2408.15664)."""
-        scores = self.scores(logits).float() + bias.float()
+        scores = scores.float() + bias.float()
         if self.groups_per_token < self.groups:
             scores = scores.masked_fill(~self._of_best_groups(scores), float("-inf"))
         return top(scores, self.per_token)
@@ -63,18 +63,16 @@ class ExpertRouter:
         chosen = torch.zeros(grouped.shape[:-1], dtype=torch.bool, device=scores.device).scatter_(-1, best, True)
         return chosen.unsqueeze(-1).expand_as(grouped).flatten(-2)
 
-    def weights(self, logits: Tensor, chosen: Tensor) -> Tensor:
+    def weights(self, scores: Tensor, chosen: Tensor) -> Tensor:
         """Return the weight of each chosen expert, `[T, K]`, differentiable."""
-        of_chosen = self.scores(logits).gather(-1, chosen)
-        if self.normalised:
-            # Sigmoids may all be 0 in float32.
-            total = of_chosen.sum(-1, keepdim=True).clamp(min=torch.finfo(of_chosen.dtype).tiny)
-            of_chosen = of_chosen / total
-        return of_chosen * self.scale
+        of_chosen = scores.gather(-1, chosen)
+        return (_parts_of_one(of_chosen) if self.normalised else of_chosen) * self.scale
 
-    def shares(self, logits: Tensor) -> Tensor:
+    def shares(self, scores: Tensor) -> Tensor:
         """Return scores that add up to 1 for each token, `[T, E]`: what balance losses push on."""
-        scores = self.scores(logits)
-        if self.score == "softmax":
-            return scores
-        return scores / scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+        return scores if self.score == "softmax" else _parts_of_one(scores)
+
+
+def _parts_of_one(scores: Tensor) -> Tensor:
+    # Sigmoids may all be 0 in float32.
+    return scores / scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)

@@ -43,7 +43,7 @@ class AttentionConfig:
 
         Raises ConfigError for an unknown name or option, or one that the mechanism refuses.
         """
-        pattern = self._pattern()
+        pattern = parse_pattern(self.mechanism, "attention.mechanism")
         options, where = self._options(list(dict.fromkeys(pattern)))
         built = {name: self._build(name, options[name], where[name]) for name in options}
         return tuple(built[pattern[layer % len(pattern)]].in_layer(layer, layers) for layer in range(layers))
@@ -59,9 +59,6 @@ class AttentionConfig:
                     f"give each a table of its own, attention.options.{names[0]} and so on."
                 )
         return {name: self.options.get(name, {}) for name in names}, {n: f"attention.options.{n}" for n in names}
-
-    def _pattern(self) -> list[str]:
-        return parse_pattern(self.mechanism, "attention.mechanism")
 
     def _build(self, name: str, options: dict[str, Any], where: str) -> Mechanism:
         try:

@@ -42,8 +42,9 @@ def test_experts_and_weights(router: ExpertRouter) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(200, router.experts, generator=generator, dtype=torch.float64)
     bias = 0.2 * torch.randn(router.experts, generator=generator)
-    chosen = router.choose(logits, bias)
-    weights = router.weights(logits, chosen)
+    scores = router.scores(logits)
+    chosen = router.choose(scores, bias)
+    weights = router.weights(scores, chosen)
     for t in range(len(logits)):
         expected = by_hand(router, logits[t].tolist(), bias.tolist())
         assert chosen[t].tolist() == expected[0]
@@ -52,26 +53,27 @@ def test_experts_and_weights(router: ExpertRouter) -> None:
 
 @pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
 def test_the_lower_number_wins_a_tie(router: ExpertRouter) -> None:
-    chosen = router.choose(torch.zeros(1, router.experts), torch.zeros(router.experts))
+    chosen = router.choose(router.scores(torch.zeros(1, router.experts)), torch.zeros(router.experts))
     assert chosen[0].tolist() == list(range(router.per_token))
 
 
 def test_the_bias_does_not_weigh() -> None:
     router = ExpertRouter(experts=4, per_token=1, score="sigmoid", normalised=False)
-    logits = torch.tensor([[3.0, 0.0, 0.0, 0.0]], requires_grad=True)
-    chosen = router.choose(logits, torch.tensor([0.0, 0.0, 1.0, 0.0]))
+    scores = router.scores(torch.tensor([[3.0, 0.0, 0.0, 0.0]]))
+    chosen = router.choose(scores, torch.tensor([0.0, 0.0, 1.0, 0.0]))
     assert chosen.tolist() == [[2]]
-    assert router.weights(logits, chosen).tolist() == [[0.5]]
+    assert router.weights(scores, chosen).tolist() == [[0.5]]
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_shares_add_up_to_one_even_far_out(score: str) -> None:
     router = ExpertRouter(experts=5, per_token=2, score=score)  # pyright: ignore[reportArgumentType]
-    assert router.shares(torch.randn(30, 5)).sum(-1).tolist() == pytest.approx([1.0] * 30)
+    assert router.shares(router.scores(torch.randn(30, 5))).sum(-1).tolist() == pytest.approx([1.0] * 30)
     # All sigmoids are 0 in float32.
     far = torch.full((1, 5), -200.0, requires_grad=True)
-    weights = router.weights(far, router.choose(far, torch.zeros(5)))
-    assert torch.autograd.grad(weights.sum() + router.shares(far).sum(), far)[0].isfinite().all()
+    scores = router.scores(far)
+    weights = router.weights(scores, router.choose(scores, torch.zeros(5)))
+    assert torch.autograd.grad(weights.sum() + router.shares(scores).sum(), far)[0].isfinite().all()
 
 
 @pytest.mark.parametrize(

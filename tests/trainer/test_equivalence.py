@@ -5,7 +5,7 @@ own cross-entropy, gradient clipping and AdamW.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from farspan.kernels.mechanisms.dense import Dense
 from farspan.parallel.comm import Traffic
 from farspan.parallel.mesh import ParallelConfig
 from farspan.parallel.strategy import STRATEGIES
+from farspan.trainer.balance import ExpertLoad
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import PackedSequence, PackedSequences
@@ -37,6 +38,7 @@ class Trajectory:
     losses: list[float]
     norms: list[float]
     gradients: list[dict[str, Tensor]]
+    loads: list[ExpertLoad | None] = field(default_factory=list)
 
 
 def sequences(config: Config) -> PackedSequences:
@@ -65,6 +67,7 @@ def train_dealt(config: Config, steps: int = STEPS) -> Trajectory:
         result.losses.append(done.loss)
         result.norms.append(done.gradient_norm)
         result.gradients.append({name: p.grad.full_tensor() for name, p in model.named_parameters()})  # pyright: ignore
+        result.loads.append(done.experts)
     return result
 
 

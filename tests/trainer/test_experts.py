@@ -5,25 +5,30 @@ norms, every gradient, auxiliary losses, loads and biases are compared in float6
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from farspan.parallel.comm import Traffic
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.balance import ExpertLoad
-from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.config import Config
 from farspan.trainer.model.config import ExpertsConfig
-from farspan.trainer.optim import build_optimizer, learning_rate, set_learning_rate
-from farspan.trainer.step import train_step
+from farspan.trainer.optim import learning_rate
 from tests.ranks import RankPool
 from tests.trainer import tiny
 from tests.trainer.mixture import choices, scores_of
-from tests.trainer.test_equivalence import STEPS, TOLERANCE, initial_parameters, sequences, summed_loss
+from tests.trainer.test_equivalence import (
+    STEPS,
+    TOLERANCE,
+    Trajectory,
+    initial_parameters,
+    sequences,
+    summed_loss,
+    train_dealt,
+)
 
 EXPERTS = {
     "softmax": ExpertsConfig(count=8, per_token=2, feed_forward=16, balance_loss=0.02, z_loss=0.01),
@@ -42,40 +47,6 @@ EXPERTS = {
         count=8, per_token=2, feed_forward=16, choice="experts", normalised=False, z_loss=0.01, shared=8
     ),
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Course:
-    losses: list[float]
-    norms: list[float]
-    gradients: list[dict[str, Tensor]]
-    loads: list[ExpertLoad]
-
-
-def train_dealt(config: Config) -> Course:
-    """On each rank: the real parts of a run; gradients are gathered whole."""
-    mesh, device = tiny.mesh_of(config.parallel), torch.device("cpu")
-    model = build_model(config, mesh, device)
-    optimizer = build_optimizer(model, config.optimizer)
-    batches, data = build_batches(config, mesh, device, Traffic()), sequences(config)
-    course = Course([], [], [], [])
-    for step in range(STEPS):
-        set_learning_rate(optimizer, learning_rate(config.optimizer, step, STEPS))
-        per_step = config.train.sequences_per_step
-        mine = range(step * per_step + mesh.data_rank, (step + 1) * per_step, mesh.degrees.data)
-        done = train_step(
-            model,
-            optimizer,
-            [batches.build(data.sequence(i)) for i in mine],
-            context=batches.channel,
-            max_gradient_norm=config.optimizer.max_gradient_norm,
-        )
-        assert done.experts is not None
-        course.losses.append(done.loss)
-        course.norms.append(done.gradient_norm)
-        course.gradients.append({name: p.grad.full_tensor() for name, p in model.named_parameters()})  # pyright: ignore
-        course.loads.append(done.experts)
-    return course
 
 
 def auxiliary(config: Config, logits: list[list[Tensor]], chosen: list[Tensor], together: int) -> tuple[Tensor, Tensor]:
@@ -103,7 +74,7 @@ def count_choices(config: Config, logits: list[Tensor], biases: list[Tensor]) ->
     return torch.stack([wanted.sum(0) for wanted, _ in chosen]), torch.stack([(w & ~k).sum() for w, k in chosen])
 
 
-def train_alone(config: Config, start: dict[str, Tensor], together: int) -> Course:
+def train_alone(config: Config, start: dict[str, Tensor], together: int) -> Trajectory:
     experts, optim = config.model.experts, config.optimizer
     parameters = {name: value.clone().requires_grad_() for name, value in start.items()}
     routers = [name.removesuffix("router.weight") for name in parameters if name.endswith("feed_forward.router.weight")]
@@ -116,7 +87,7 @@ def train_alone(config: Config, start: dict[str, Tensor], together: int) -> Cour
         betas=(optim.beta1, optim.beta2),
         eps=optim.epsilon,
     )
-    data, course = sequences(config), Course([], [], [], [])
+    data, course = sequences(config), Trajectory([], [], [])
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(optim, step, STEPS)
@@ -154,10 +125,12 @@ def train_alone(config: Config, start: dict[str, Tensor], together: int) -> Cour
     return course
 
 
-def assert_alike(mine: Course, truth: Course) -> None:
+def assert_alike(mine: Trajectory, truth: Trajectory) -> None:
     largest = 0.0
     for step in range(STEPS):
         a, b = mine.loads[step], truth.loads[step]
+        assert a is not None
+        assert b is not None
         assert torch.equal(a.counts, b.counts), step
         assert torch.equal(a.dropped, b.dropped), step
         assert torch.allclose(a.bias, b.bias, rtol=0, atol=1e-7)
@@ -175,14 +148,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
     return tiny.config(tiny.make_data(folder), folder / "run", ParallelConfig(strategy="single"))
 
 
-Truth = Callable[[str, int], Course]
+Truth = Callable[[str, int], Trajectory]
 
 
 @pytest.fixture(scope="module")
 def truth(base: Config, ranks: Callable[[int], RankPool]) -> Truth:
-    known: dict[tuple[str, int], Course] = {}
+    known: dict[tuple[str, int], Trajectory] = {}
 
-    def compute(experts: str, together: int) -> Course:
+    def compute(experts: str, together: int) -> Trajectory:
         if (experts, together) not in known:
             config = tiny.with_model(base, experts=EXPERTS[experts])
             known[experts, together] = train_alone(config, ranks(1).run(initial_parameters, config)[0], together)
@@ -191,8 +164,8 @@ def truth(base: Config, ranks: Callable[[int], RankPool]) -> Truth:
     return compute
 
 
-# (context, dp_shard, expert, strategy): every degree of each axis, folded and not. All that fit on 8 ranks have passed,
-# with every kind of experts; here kinds take turns, as ten steps on 8 ranks take ten seconds.
+# (context, dp_shard, expert, strategy): every degree of each axis, folded and not. Kinds of experts take turns, as ten
+# steps on 8 ranks take ten seconds.
 MESHES = [
     (1, 2, 2, "single"), (2, 1, 1, "ring"), (2, 1, 2, "ulysses"), (2, 2, 1, "ulysses"), (2, 2, 2, "ring"),
     (2, 2, 4, "ulysses"), (4, 1, 4, "ring"), (4, 2, 4, "ulysses"), (4, 2, 8, "ring"),

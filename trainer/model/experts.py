@@ -76,30 +76,27 @@ class ExpertFeedForward(nn.Module):
         """x `[T, C]`, tokens of the sequence; the ranks of the channel hold the experts."""
         real = sequence.index >= 0
         logits = routing_logits(x, self.router.weight)  # [T, E]
-        chosen, wanted, kept = self._choose(logits, sequence)
-        weights = self.choice.weights(logits, chosen)
+        scores = self.choice.scores(logits)
+        chosen, wanted = self._choose(scores, sequence)  # [T, K]
+        weights, kept = self.choice.weights(scores, chosen), wanted
+        if self.config.capacity:
+            kept = sequence.within_capacity(chosen, weights, self.count, self.config.capacity, self.config.drop)
         out = attend_to_experts(x, chosen, weights, kept, channel, self.experts, self.count)
         if self.shared is not None:
             out = out + self.shared(x)
         counts = torch.zeros(self.count, dtype=torch.int64, device=x.device)
         counts.scatter_add_(0, chosen.flatten(), wanted.flatten().long())
-        shares = self.choice.shares(logits).masked_fill(~real[:, None], 0.0).sum(0)
+        shares = self.choice.shares(scores).masked_fill(~real[:, None], 0.0).sum(0)
         squares = logits.logsumexp(-1).square().masked_fill(~real, 0.0).sum()
         return out, ExpertStatistics(counts, (wanted & ~kept).sum(), shares, squares)
 
     @torch.no_grad()
-    def _choose(self, logits: Tensor, sequence: SharedSequence) -> tuple[Tensor, Tensor, Tensor]:
-        """Return experts of each token, int64 `[T, K]`, and which of them are chosen and which are kept, bool."""
+    def _choose(self, scores: Tensor, sequence: SharedSequence) -> tuple[Tensor, Tensor]:
+        """Return experts of each token, int64 `[T, K]`, and which of them are chosen, bool."""
         if self.config.choice == "experts":
-            taken = sequence.chosen_by_experts(self.choice.scores(logits), self.config.per_token)
+            taken = sequence.chosen_by_experts(scores, self.config.per_token)
             most = max(int(taken.sum(1).max()), 1) if len(taken) else 1
             chosen = (~taken).byte().argsort(dim=1, stable=True)[:, :most]
-            wanted = taken.gather(1, chosen)
-            return chosen, wanted, wanted
-        chosen = self.choice.choose(logits, self.bias)
-        wanted = (sequence.index >= 0)[:, None].expand_as(chosen)
-        if not self.config.capacity:
-            return chosen, wanted, wanted
-        weights, config = self.choice.weights(logits, chosen), self.config
-        kept = sequence.within_capacity(chosen, weights, config.count, config.capacity, config.drop)
-        return chosen, wanted, kept
+            return chosen, taken.gather(1, chosen)
+        chosen = self.choice.choose(scores, self.bias)
+        return chosen, (sequence.index >= 0)[:, None].expand_as(chosen)

@@ -16,8 +16,8 @@ from farspan.parallel.mesh import Mesh, ParallelConfig
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import PackedSequences
+from farspan.trainer.model.attention import Attention
 from farspan.trainer.model.config import ExpertsConfig
-from farspan.trainer.model.transformer import Attention
 from farspan.trainer.resolve import open_data
 from tests.ranks import RankPool
 from tests.trainer import tiny

@@ -18,9 +18,10 @@ from farspan.kernels.visibility import Visibility
 from farspan.trainer.config import Config
 from farspan.trainer.config_io import load_config
 from farspan.trainer.flops import attention_flops, matrix_parameters, total_parameters, training_flops
+from farspan.trainer.model.attention import ConvolutionWeight
 from farspan.trainer.model.config import ExpertsConfig, ModelConfig
 from farspan.trainer.model.experts import ExpertMatrices
-from farspan.trainer.model.transformer import ConvolutionWeight, Transformer
+from farspan.trainer.model.transformer import Transformer
 
 
 class Three(Masked):

@@ -10,8 +10,8 @@ from torch import Tensor
 from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.mosa import MoSA
+from farspan.trainer.model.attention import Attention
 from farspan.trainer.model.config import ModelConfig
-from farspan.trainer.model.transformer import Attention
 
 CONFIG = ModelConfig(layers=1, width=12, heads=4, kv_heads=2, head_dim=6, feed_forward=8, vocabulary_size=16)
 

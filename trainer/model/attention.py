@@ -1,0 +1,79 @@
+"""The attention layer: projections around what a mechanism and a strategy have planned.
+
+Legend: T local tokens of one micro-batch, C width, Hq query heads, Hk key/value heads, D head size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from farspan.kernels.mechanism import Mechanism
+from farspan.kernels.rope import apply_rope
+from farspan.kernels.routing import routing_logits
+from farspan.parallel.key_convolution import KeyConvolution
+from farspan.parallel.strategy import Attend
+from farspan.trainer.model.config import ModelConfig
+from farspan.trainer.model.norm import RmsNorm
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionInputs:
+    """What an attention layer needs of the sequence; cos and sin `[T, D/2]` stay float32 whatever the compute dtype."""
+
+    cos: Tensor
+    sin: Tensor
+    attend: Attend
+    key_convolution: KeyConvolution | None
+
+
+class Router(nn.Linear):
+    """What a mechanism chooses by: numbers for each token and KV head, in the accumulation dtype."""
+
+    def __init__(self, config: ModelConfig, mechanism: Mechanism) -> None:
+        super().__init__(config.width, config.kv_heads * mechanism.routing_width, bias=False)
+        self.kv_heads, self.detached = config.kv_heads, mechanism.routing_reads_detached
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input.detach() if self.detached else input
+        return routing_logits(x, self.weight).unflatten(-1, (self.kv_heads, -1))
+
+
+class ConvolutionWeight(nn.Module):
+    """The taps of the convolution on keys, `[Hk * D, W]`: many rows, which sharding deals evenly."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.kv_heads * config.head_dim, config.key_convolution))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245): the only place where the model meets mechanism and strategy.
+
+    Keys are convolved as projected. Before their norm, so that it still bounds the scores. Before they are rotated, so
+    that scores still depend on distances only: what SiLU gives of rotated keys depends on where they are. Where the
+    paper has it is not known to us.
+    """
+
+    def __init__(self, config: ModelConfig, mechanism: Mechanism) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        query_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.query = nn.Linear(config.width, query_width, bias=False)
+        self.key = nn.Linear(config.width, kv_width, bias=False)
+        self.value = nn.Linear(config.width, kv_width, bias=False)
+        self.out = nn.Linear(query_width, config.width, bias=False)
+        self.query_norm = RmsNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else nn.Identity()
+        self.key_norm = RmsNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else nn.Identity()
+        self.router = Router(config, mechanism) if mechanism.routing_width else None
+        self.key_convolution = ConvolutionWeight(config) if config.key_convolution else None
+
+    def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.query, self.key, self.value))
+        if self.key_convolution is not None:
+            assert inputs.key_convolution is not None, "this model's sequences come with a planned convolution"
+            k = inputs.key_convolution(k, self.key_convolution.weight.t().unflatten(1, (-1, self.head_dim)))
+        q = apply_rope(self.query_norm(q), inputs.cos, inputs.sin)  # [T, Hq, D]
+        k = apply_rope(self.key_norm(k), inputs.cos, inputs.sin)  # [T, Hk, D]
+        routing = () if self.router is None else (self.router(x),)  # [T, Hk, routing_width]
+        return self.out(inputs.attend(q, k, v, *routing).flatten(1))

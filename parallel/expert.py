@@ -14,28 +14,44 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from farspan.kernels.merge import accumulation_dtype
-from farspan.parallel.comm import Channel
+from farspan.parallel.comm import Channel, Transfer
 
 Experts = Callable[[Tensor, Sequence[int]], Tensor]
 """From rows `[N, C]` sorted by this rank's experts, and how many each has, to rows `[N, C]`."""
 
 
-def attend_to_experts(
-    x: Tensor, chosen: Tensor, weights: Tensor, kept: Tensor, channel: Channel, run: Experts, experts: int
-) -> Tensor:
-    """Return the weighed sum of what its experts make of each token, `[T, C]` in the dtype of x; 0 without any.
+def send_to_experts(
+    x: Tensor, chosen: Tensor, weights: Tensor, kept: Tensor, channel: Channel, experts: int
+) -> "RowsUnderWay":
+    """Start sending a row of each token to each expert that it chose; what is computed next does so meanwhile.
 
     x `[T, C]`; chosen int64 and weights `[T, K]`; kept bool `[T, K]`, False for choices that go nowhere, such as those
     of padding. experts: in all, a multiple of the ranks. Every rank of the channel has to call it. Gradients reach x,
-    weights and what `run` uses.
+    weights and what experts use; on their way back they travel during the backward pass of what was computed meanwhile.
     """
     dispatch = Dispatch.plan(chosen, kept, channel, experts)
-    rows = _Spread.apply(x, dispatch)
-    rows = _Exchange.apply(rows, channel, dispatch.sent, dispatch.received, "expert_rows")
-    made = run(rows.index_select(0, dispatch.by_expert), dispatch.counts)  # pyright: ignore[reportOptionalMemberAccess]
-    made = made.index_select(0, dispatch.by_arrival)
-    made = _Exchange.apply(made, channel, dispatch.received, dispatch.sent, "expert_out")
-    return _Collect.apply(made, weights, dispatch)  # pyright: ignore[reportReturnType]
+    there = _Exchange(channel, dispatch.sent, dispatch.received, "expert_rows")
+    link: Tensor = _Start.apply(_Spread.apply(x, dispatch), there)  # pyright: ignore[reportAssignmentType]
+    return RowsUnderWay(link, weights, dispatch, there)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowsUnderWay:
+    """Rows of tokens on their way to their experts; link: the edge of the graph that leads back to them."""
+
+    link: Tensor
+    weights: Tensor
+    dispatch: "Dispatch"
+    there: "_Exchange"
+
+    def attended_by(self, run: Experts) -> Tensor:
+        """Return the weighed sum of what its experts make of each token, `[T, C]` in the dtype of x; 0 without any."""
+        dispatch, there = self.dispatch, self.there
+        rows: Tensor = _Land.apply(self.link, there)  # pyright: ignore[reportAssignmentType]
+        made = run(rows.index_select(0, dispatch.by_expert), dispatch.counts).index_select(0, dispatch.by_arrival)
+        back = _Exchange(there.channel, dispatch.received, dispatch.sent, "expert_out")
+        made = _Land.apply(_Start.apply(made, back), back)
+        return _Collect.apply(made, self.weights, dispatch)  # pyright: ignore[reportReturnType]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -107,20 +123,57 @@ class _Spread(torch.autograd.Function):
         return ctx.dispatch.collect(drows, None).to(drows.dtype), None
 
 
-class _Exchange(torch.autograd.Function):
-    """Rows to and from ranks; gradients take the way back."""
+class _Exchange:
+    """Rows to and from the ranks of a channel, one transfer under way at a time; gradients take the way back."""
+
+    def __init__(self, channel: Channel, sent: list[int], received: list[int], kind: str) -> None:
+        self.channel = channel
+        self._sent, self._received, self._kind = sent, received, kind
+        self._transfer: Transfer | None = None
+
+    def start(self, rows: Tensor) -> None:
+        self._begin(rows, self._sent, self._received, self._kind)
+
+    def start_back(self, gradients: Tensor) -> None:
+        self._begin(gradients, self._received, self._sent, f"{self._kind}_gradient")
+
+    def land(self) -> Tensor:
+        """Return what arrives of what was started."""
+        assert self._transfer is not None
+        arrived, self._transfer = self._transfer.wait(), None
+        return arrived
+
+    def _begin(self, rows: Tensor, sent: list[int], received: list[int], kind: str) -> None:
+        self._transfer = self.channel.start_all_to_all(rows, sent=sent, received=received, kind=kind)
+
+
+class _Start(torch.autograd.Function):
+    """What goes from here to `_Land`, and the gradient from there to here, only makes autograd call them in turn."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, channel: Channel, sent: list[int], received: list[int], kind: str) -> Tensor:
-        ctx.way = channel, sent, received, kind
-        return channel.all_to_all_uneven(rows, sent=sent, received=received, kind=kind)
+    def forward(ctx, rows: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.start(rows)
+        return rows.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, link: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.exchange.land(), None
+
+
+class _Land(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, link: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        # Alone on a channel, rows arrive as the very tensor that left, which has a history.
+        return exchange.land().detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, drows: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        channel, sent, received, kind = ctx.way
-        back = channel.all_to_all_uneven(drows, sent=received, received=sent, kind=f"{kind}_gradient")
-        return back, None, None, None, None
+        ctx.exchange.start_back(drows)
+        return drows.new_empty(0), None
 
 
 class _Collect(torch.autograd.Function):

@@ -5,13 +5,14 @@ expert, neighbours hold different experts.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from farspan.kernels.errors import ConfigError
 from farspan.parallel.comm import Channel, Traffic
-from farspan.parallel.ranks import share_timeout
+from farspan.parallel.groups import device_mesh, group_along
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,61 +97,65 @@ class Degrees:
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Mesh:
-    """The process groups of this rank and its coordinates."""
+    """The process groups of this rank and its coordinates.
+
+    fsdp: parameters are sharded over its last axis and, for HSDP, replicated over its first. inner, outer: axes of the
+    context group, where it is a grid.
+    """
 
     degrees: Degrees
-    world: dist.ProcessGroup
+    device_type: str
     context: dist.ProcessGroup
     fsdp: DeviceMesh
-    """Parameters are sharded over its last axis and, for HSDP, replicated over its first."""
-    experts: DeviceMesh
-    """Those of experts are dealt over its axis `expert`, sharded over `shard` and, for HSDP, replicated."""
-    expert: dist.ProcessGroup
-    data_rank: int
-    context_rank: int
     inner: dist.ProcessGroup | None
     outer: dist.ProcessGroup | None
-    """Axes of the context group, where it is a grid."""
 
     @staticmethod
     def build(config: ParallelConfig, device_type: str) -> "Mesh":
         """Build the mesh of the initialised default process group; every rank has to call it."""
         degrees = Degrees.resolve(config, dist.get_world_size())
-        ranks = init_device_mesh(device_type, (degrees.data, degrees.context), mesh_dim_names=("data", "context"))
-        if degrees.dp_replicate == 1:
-            fsdp = init_device_mesh(device_type, (degrees.shard,), mesh_dim_names=("shard",))
-        else:
-            shape = (degrees.dp_replicate, degrees.shard)
-            fsdp = init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
-        shape, names = (degrees.shard // degrees.expert, degrees.expert), ("shard", "expert")
-        if degrees.dp_replicate > 1:
-            shape, names = (degrees.dp_replicate, *shape), ("replicate", *names)
-        experts = init_device_mesh(device_type, shape, mesh_dim_names=names)
-        grid = None
-        if config.context_inner > 1:
-            shape = (degrees.data, degrees.context // config.context_inner, config.context_inner)
-            grid = init_device_mesh(device_type, shape, mesh_dim_names=("data", "outer", "inner"))
-        world = dist.group.WORLD
-        assert world is not None
-        for mesh in (ranks, fsdp, experts, *([grid] if grid else [])):
-            for group in mesh.get_all_groups():
-                share_timeout(world, group)
+        width = config.context_inner
+        grid = {"data": degrees.data, "outer": degrees.context // width, "inner": width}
         return Mesh(
             degrees=degrees,
-            world=world,
-            context=ranks.get_group("context"),
-            fsdp=fsdp,
-            experts=experts,
-            expert=experts.get_group("expert"),
-            data_rank=ranks.get_local_rank("data"),
-            context_rank=ranks.get_local_rank("context"),
-            inner=grid.get_group("inner") if grid else None,
-            outer=grid.get_group("outer") if grid else None,
+            device_type=device_type,
+            context=group_along("context", {"data": degrees.data, "context": degrees.context}, "context"),
+            fsdp=device_mesh("parameters", _replicated(degrees, {"shard": degrees.shard}), device_type),
+            inner=group_along("inner", grid, "inner") if width > 1 else None,
+            outer=group_along("outer", grid, "outer") if width > 1 else None,
         )
+
+    @cached_property
+    def experts(self) -> DeviceMesh:
+        """Parameters of experts are dealt over its axis `expert`, sharded over `shard` and, for HSDP, replicated.
+
+        Every rank has to ask for it, as its groups are made then.
+        """
+        shape = {"shard": self.degrees.shard // self.degrees.expert, "expert": self.degrees.expert}
+        return device_mesh("experts", _replicated(self.degrees, shape), self.device_type)
+
+    @property
+    def expert(self) -> dist.ProcessGroup:
+        """The ranks that hold all experts between them."""
+        return self.experts.get_group("expert")
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the groups that share a sequence this rank is in."""
+        return dist.get_rank() // self.degrees.context
+
+    @property
+    def context_rank(self) -> int:
+        """This rank's place among those that share its sequence."""
+        return dist.get_rank() % self.degrees.context
 
     def context_channel(self, traffic: Traffic) -> Channel:
         """Return the channel of this rank's context group."""
         inner, outer = (Channel(group, traffic) if group else None for group in (self.inner, self.outer))
         return Channel(self.context, traffic, inner=inner, outer=outer)
+
+
+def _replicated(degrees: Degrees, shape: dict[str, int]) -> dict[str, int]:
+    return {"replicate": degrees.dp_replicate, **shape} if degrees.dp_replicate > 1 else shape

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from farspan.kernels.grouped_swiglu import grouped_swiglu
-from farspan.parallel.expert import attend_to_experts
+from farspan.parallel.expert import send_to_experts
 from tests.ranks import RankPool, world_channel
 
 EXPERTS, PER_TOKEN, WIDTH, INNER = 8, 3, 6, 10
@@ -56,11 +58,8 @@ def dealt(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, int],
     mine[0].data[~real[start:stop]] = torch.nan
     mine += [m[channel.rank * held : (channel.rank + 1) * held].clone().requires_grad_() for m in matrices]
     kept = real[start:stop, None].expand(-1, PER_TOKEN)
-    out = attend_to_experts(
-        *(mine[0], chosen[start:stop], mine[1], kept, channel),
-        lambda rows, counts: grouped_swiglu(rows, mine[2], mine[3], mine[4], counts),
-        EXPERTS,
-    )
+    under_way = send_to_experts(mine[0], chosen[start:stop], mine[1], kept, channel, EXPERTS)
+    out = under_way.attended_by(lambda rows, counts: grouped_swiglu(rows, mine[2], mine[3], mine[4], counts))
     gradients = torch.autograd.grad(out, mine, dout[start:stop])
     leaving = chosen[start:stop][real[start:stop]] // held != channel.rank
     return [out.detach(), *gradients], dict(channel.traffic.sent), int(leaving.sum())
@@ -95,3 +94,54 @@ def test_equals_every_expert_on_every_token(
     # What leaves a rank comes back: as many rows of out, and of the gradient, are sent by those who made them.
     for back, there in (("expert_out", "expert_rows"), ("expert_rows_gradient", "expert_out_gradient")):
         assert sum(sent.get(back, 0) for _, sent, _ in results) == sum(sent.get(there, 0) for _, sent, _ in results)
+
+
+class RecordingChannel:
+    """Of one rank alone: says when transfers start and when they are waited for."""
+
+    rank, size = 0, 1
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def all_to_all(self, buffer: Tensor, *, kind: str) -> Tensor:
+        return buffer
+
+    def start_all_to_all(self, buffer: Tensor, *, sent: list[int], received: list[int], kind: str) -> Any:
+        self.events.append(f"start {kind}")
+
+        def wait() -> Tensor:
+            self.events.append(f"wait {kind}")
+            return buffer
+
+        return SimpleNamespace(wait=wait)
+
+
+class Noted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, events: list[str], name: str) -> Tensor:
+        ctx.events, ctx.name = events, name
+        events.append(name)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.events.append(f"{ctx.name} backward")
+        return dout, None, None
+
+
+def test_what_is_computed_meanwhile_hides_the_way_there_and_that_of_its_gradient() -> None:
+    channel, x = RecordingChannel(), torch.ones(4, 2, requires_grad=True)
+    chosen, kept = torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1, dtype=torch.bool)
+    under_way = send_to_experts(x, chosen, torch.ones(4, 1), kept, channel, 1)  # pyright: ignore[reportArgumentType]
+    meanwhile: Tensor = Noted.apply(x, channel.events, "meanwhile")  # pyright: ignore[reportAssignmentType]
+    out = under_way.attended_by(lambda rows, _: Noted.apply(rows, channel.events, "experts"))  # pyright: ignore
+    assert channel.events == [
+        "start expert_rows", "meanwhile", "wait expert_rows", "experts", "start expert_out", "wait expert_out",
+    ]  # fmt: skip
+    channel.events.clear()
+    (out + meanwhile).sum().backward()
+    assert channel.events == [
+        "start expert_out_gradient", "wait expert_out_gradient", "experts backward",
+        "start expert_rows_gradient", "meanwhile backward", "wait expert_rows_gradient",
+    ]  # fmt: skip

@@ -61,13 +61,30 @@ def test_context_groups_are_neighbours_and_parameters_are_sharded_over_all(ranks
 
 def timeouts() -> set[float]:
     mesh = Mesh.build(ParallelConfig(context=2, dp_replicate=2), "cpu")
-    groups = [mesh.world, mesh.context, *mesh.fsdp.get_all_groups()]
+    groups = [mesh.context, *mesh.fsdp.get_all_groups(), *mesh.experts.get_all_groups()]
     return {g._get_backend(torch.device("cpu")).options._timeout.total_seconds() for g in groups}
 
 
 def test_no_group_waits_longer_than_the_world(ranks: Callable[[int], RankPool]) -> None:
     """torch gives each new group half an hour of its own."""
     assert ranks(4).run(timeouts) == [{COLLECTIVE_TIMEOUT_S}] * 4
+
+
+def made_twice() -> bool:
+    config = ParallelConfig(context=2, context_inner=2, expert=2)
+    one, other = (Mesh.build(config, "cpu") for _ in range(2))
+    assert one.context is other.context
+    assert one.inner is other.inner
+    pairs = zip(one.experts.get_all_groups(), other.experts.get_all_groups(), strict=True)
+    assert all(a is b for a, b in pairs)
+    assert one.fsdp.get_group() is other.fsdp.get_group()
+    groups = [one.context, one.fsdp.get_group(), one.expert]
+    assert len({id(group) for group in groups}) == len(groups)
+    return True
+
+
+def test_groups_are_made_once_for_each_purpose(ranks: Callable[[int], RankPool]) -> None:
+    assert all(ranks(4).run(made_twice))
 
 
 def test_replicas_lie_far_apart_and_shards_near(ranks: Callable[[int], RankPool]) -> None:

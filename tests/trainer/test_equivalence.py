@@ -15,7 +15,7 @@ from torch import Tensor
 
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.parallel.comm import Traffic
-from farspan.parallel.mesh import ParallelConfig
+from farspan.parallel.mesh import Mesh, ParallelConfig
 from farspan.parallel.strategy import STRATEGIES
 from farspan.trainer.balance import ExpertLoad
 from farspan.trainer.build import build_batches, build_model
@@ -48,7 +48,7 @@ def sequences(config: Config) -> PackedSequences:
 
 def train_dealt(config: Config, steps: int = STEPS) -> Trajectory:
     """On each rank: the real parts of a run; gradients are gathered whole."""
-    mesh, device = tiny.mesh_of(config.parallel), torch.device("cpu")
+    mesh, device = Mesh.build(config.parallel, "cpu"), torch.device("cpu")
     model = build_model(config, mesh, device)
     optimizer = build_optimizer(model, config.optimizer)
     batches, data = build_batches(config, mesh, device, Traffic()), sequences(config)
@@ -72,7 +72,7 @@ def train_dealt(config: Config, steps: int = STEPS) -> Trajectory:
 
 
 def initial_parameters(config: Config) -> dict[str, Tensor]:
-    model = build_model(config, tiny.mesh_of(config.parallel), torch.device("cpu"))
+    model = build_model(config, Mesh.build(config.parallel, "cpu"), torch.device("cpu"))
     return {name: p.detach().full_tensor() for name, p in model.named_parameters()}  # pyright: ignore
 
 

@@ -1,11 +1,10 @@
 """A run so small that a test can afford it: real files through the real data preparation, a model of a few thousand
 parameters."""
 
-import functools
 from dataclasses import replace
 from pathlib import Path
 
-from farspan.parallel.mesh import Mesh, ParallelConfig
+from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import AttentionConfig, Config, DataConfig, RunConfig, TrainConfig
 from farspan.trainer.data.prepare import prepare
 from farspan.trainer.data.tokenizer import load_tokenizer
@@ -52,13 +51,3 @@ def config(data: Path, folder: Path, parallel: ParallelConfig, *, steps: int = 1
 def with_model(base: Config, **changes: object) -> Config:
     """Return `base` with other model fields."""
     return replace(base, model=replace(base.model, **changes))  # pyright: ignore[reportArgumentType]
-
-
-def mesh_of(parallel: ParallelConfig) -> Mesh:
-    """On a rank of a pool: the mesh of these degrees, made once; its groups have threads that poll to the end."""
-    return _build_mesh(replace(parallel, strategy="single", layout="contiguous", rounded_gradients=False))
-
-
-@functools.cache
-def _build_mesh(parallel: ParallelConfig) -> Mesh:
-    return Mesh.build(parallel, "cpu")

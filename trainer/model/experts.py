@@ -14,7 +14,7 @@ from farspan.kernels.grouped_swiglu import grouped_swiglu
 from farspan.kernels.routing import routing_logits
 from farspan.parallel.capacity import SharedSequence
 from farspan.parallel.comm import Channel
-from farspan.parallel.expert import attend_to_experts
+from farspan.parallel.expert import send_to_experts
 from farspan.trainer.model.config import ModelConfig
 
 
@@ -81,9 +81,10 @@ class ExpertFeedForward(nn.Module):
         weights, kept = self.choice.weights(scores, chosen), wanted
         if self.config.capacity:
             kept = sequence.within_capacity(chosen, weights, self.count, self.config.capacity, self.config.drop)
-        out = attend_to_experts(x, chosen, weights, kept, channel, self.experts, self.count)
-        if self.shared is not None:
-            out = out + self.shared(x)
+        under_way = send_to_experts(x, chosen, weights, kept, channel, self.count)
+        shared = None if self.shared is None else self.shared(x)
+        out = under_way.attended_by(self.experts)
+        out = out if shared is None else out + shared
         counts = torch.zeros(self.count, dtype=torch.int64, device=x.device)
         counts.scatter_add_(0, chosen.flatten(), wanted.flatten().long())
         shares = self.choice.shares(scores).masked_fill(~real[:, None], 0.0).sum(0)

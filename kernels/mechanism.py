@@ -48,6 +48,11 @@ class Mechanism(ABC):
     routing_reads_detached: ClassVar[bool] = False
     """Whether the router learns alone: its gradient stops at what it reads, the layer's input."""
 
+    @property
+    def tells_heads_apart(self) -> bool:
+        """Whether what a query head attends to, or how, depends on its number."""
+        return False
+
     @classmethod
     @abstractmethod
     def examples(cls) -> Sequence[Self]:
@@ -93,6 +98,10 @@ class Mechanism(ABC):
 class Recurrent(Mechanism):
     """Each head sums k v^T of the tokens so far, which fade at a fixed rate; a query reads the sum, without softmax."""
 
+    @property
+    def tells_heads_apart(self) -> bool:
+        return True
+
     @abstractmethod
     def decay(self, num_heads: int) -> Tensor:
         """Return the rates s >= 0, float64 `[num_heads]`, of all query heads: a token n back weighs exp(-s n)."""
@@ -108,6 +117,10 @@ class Recurrent(Mechanism):
 
 class Masked(Mechanism):
     """Visibility is static: known from the rows alone."""
+
+    @property
+    def tells_heads_apart(self) -> bool:
+        return isinstance(self.visibility().window, tuple)
 
     @abstractmethod
     def visibility(self) -> Visibility:

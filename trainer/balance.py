@@ -1,4 +1,4 @@
-"""Keeping experts equally busy: auxiliary losses in the gradient, and biases moved after each step."""
+"""Keeping what is chosen equally busy, experts or heads: auxiliary losses in the gradient, biases after each step."""
 
 import math
 from collections.abc import Sequence
@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from farspan.parallel.comm import Channel
-from farspan.trainer.model.config import ExpertsConfig
-from farspan.trainer.model.experts import ExpertFeedForward, ExpertStatistics
-from farspan.trainer.model.transformer import Transformer
+from farspan.trainer.model.config import ExpertsConfig, HeadMixtureConfig
+from farspan.trainer.model.experts import ExpertFeedForward
+from farspan.trainer.model.head_mixture import HeadMixture
+from farspan.trainer.model.statistics import RoutingStatistics
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,25 +30,25 @@ class ExpertLoad:
     z_loss: float
     bias: Tensor
 
-    def summary(self) -> dict[str, Any]:
-        """Return what is on record of a step; by layer, numbered among those with experts.
+    def summary(self, kind: str) -> dict[str, Any]:
+        """Return what is on record of a step, with names that begin with `kind`; by layer, numbered among their like.
 
-        expert_dropped: part of the choices. expert_load: of the busiest over the mean. expert_entropy: of the loads, 1
-        where they are even. expert_bias: from the least to the greatest.
+        dropped: part of the choices. load: of the busiest over the mean. entropy: of the loads, 1 where they are even.
+        bias: from the least to the greatest.
         """
         loads = self.counts.double()
         parts = loads / loads.sum(dim=1, keepdim=True).clamp(min=1)
         by_layer = {
-            "expert_dropped": self.dropped / self.counts.sum(dim=1).clamp(min=1),
-            "expert_load": loads.amax(dim=1) / loads.mean(dim=1).clamp(min=1),
-            "expert_entropy": -torch.xlogy(parts, parts).sum(dim=1) / math.log(max(loads.shape[1], 2)),
-            "expert_bias": self.bias.amax(dim=1) - self.bias.amin(dim=1),
+            f"{kind}_dropped": self.dropped / self.counts.sum(dim=1).clamp(min=1),
+            f"{kind}_load": loads.amax(dim=1) / loads.mean(dim=1).clamp(min=1),
+            f"{kind}_entropy": -torch.xlogy(parts, parts).sum(dim=1) / math.log(max(loads.shape[1], 2)),
+            f"{kind}_bias": self.bias.amax(dim=1) - self.bias.amin(dim=1),
         }
         tables = {
             name: {str(layer): value for layer, value in enumerate(values.tolist())}
             for name, values in by_layer.items()
         }
-        return {"balance_loss": self.balance_loss, "z_loss": self.z_loss, **tables}
+        return {f"{kind}_balance_loss": self.balance_loss, f"{kind}_z_loss": self.z_loss, **tables}
 
 
 class ExpertBalance:
@@ -59,18 +60,20 @@ class ExpertBalance:
     z-loss (ST-MoE, arXiv 2202.08906, eq. 5): the mean squared log-sum-exp of the logits. Layers add up.
     """
 
-    def __init__(self, model: Transformer, context: Channel, tokens: int) -> None:
-        """context: of the ranks that share a sequence. tokens: of the whole step, padding left out."""
-        self._config: ExpertsConfig = model.config.experts
-        self._layers = [module for module in model.modules() if isinstance(module, ExpertFeedForward)]
+    def __init__(
+        self, layers: Sequence[ExpertFeedForward] | Sequence[HeadMixture], context: Channel, tokens: int
+    ) -> None:
+        """layers: all of one kind. context: of the ranks that share a sequence. tokens: of the step, no padding."""
+        self._config: ExpertsConfig | HeadMixtureConfig = layers[0].config
+        self._layers, self._count = layers, layers[0].count
         self._context, self._tokens = context, tokens
-        device = self._layers[0].bias.device
-        self._counts = torch.zeros(len(self._layers), self._config.count, dtype=torch.int64, device=device)
+        device = layers[0].bias.device
+        self._counts = torch.zeros(len(layers), self._count, dtype=torch.int64, device=device)
         self._of_all_ranks = self._counts.clone()
         self._dropped = torch.zeros(len(self._layers), dtype=torch.int64, device=device)
         self._losses = torch.zeros(2, dtype=torch.float64, device=device)
 
-    def loss(self, statistics: Sequence[ExpertStatistics]) -> Tensor:
+    def loss(self, statistics: Sequence[RoutingStatistics]) -> Tensor:
         """Return this rank's part of the auxiliary losses of one micro-batch; the sum over ranks is the whole."""
         config = self._config
         counts = torch.stack([layer.counts for layer in statistics])
@@ -90,7 +93,7 @@ class ExpertBalance:
         shares = torch.stack([layer.shares for layer in statistics])
         # f_i = counts_i / choices; P_i = shares_i / tokens of the sequence, times these over the tokens of the step.
         fractions = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
-        balance = config.balance_loss * config.count / self._tokens * (fractions.to(shares.dtype) * shares).sum()
+        balance = config.balance_loss * self._count / self._tokens * (fractions.to(shares.dtype) * shares).sum()
         self._losses += torch.stack((balance, z_loss)).detach()
         return balance + z_loss
 

@@ -136,7 +136,8 @@ class Config:
 
     @property
     def heads(self) -> Heads:
-        return Heads(query=self.model.heads, kv=self.model.kv_heads)
+        """How many heads attention has."""
+        return self.model.attended_heads
 
 
 def flat(config: Config) -> dict[str, Any]:

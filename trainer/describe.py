@@ -44,6 +44,7 @@ def describe(config: Config, degrees: Degrees) -> str:
         "model": f"{total_parameters(model, mechanisms):,} parameters; {model.layers} layers, width {model.width}, "
         f"{model.heads}:{model.kv_heads} heads of {model.head_dim}, vocabulary {model.vocabulary_size:,}",
         **_experts(config, degrees),
+        **_head_mixture(config),
         "compute": f"{flops / 1e9:.3g} GFLOP per token, a document filling the sequence; "
         f"{config.train.compute_dtype} on {config.train.device}",
         "attention": f"{_in_short(mechanisms)}{_convolved(model.key_convolution)}, computed by "
@@ -65,6 +66,18 @@ def _experts(config: Config, degrees: Degrees) -> dict[str, str]:
         "experts": f"{experts.per_token} of {experts.count} of size {experts.feed_forward}"
         f"{f', {experts.shared} shared,' if experts.shared else ''} in {layers} layers, dealt to {degrees.expert} "
         f"ranks; {active:,} parameters multiply a token"
+    }
+
+
+def _head_mixture(config: Config) -> dict[str, str]:
+    """Return the line about heads that tokens choose, of a model that has them."""
+    model, mixture = config.model, config.model.head_mixture
+    if mixture.kind == "none":
+        return {}
+    attended, projected = model.attended_heads, model.projected_heads
+    experts = f"{mixture.per_token} of {mixture.count} experts of {model.heads}, " if mixture.kind == "experts" else ""
+    return {
+        "heads": f"{experts}{attended.query} of {projected.query} query heads for each token, {projected.kv} KV heads"
     }
 
 
@@ -141,7 +154,8 @@ def estimate_memory(config: Config, degrees: Degrees) -> Memory:
     experts = 3 * model.width * model.experts.count * model.experts.feed_forward if any(model.expert_layers) else 0
     # Of layers with and without experts the former, whose parameters are more.
     block = (parameters - outside - sum(model.expert_layers) * experts) // model.layers + experts // degrees.expert
-    tokens, query, kv = tokens_local(config, degrees), model.heads * model.head_dim, model.kv_heads * model.head_dim
+    tokens, heads = tokens_local(config, degrees), model.attended_heads
+    query, kv = heads.query * model.head_dim, heads.kv * model.head_dim
     layers = zip(config.mechanisms(), model.expert_layers, strict=True)
     in_blocks = [block_activations(config, *layer, tokens=tokens) for layer in layers]
     inputs = tokens * model.width * item
@@ -167,24 +181,27 @@ def block_activations(config: Config, mechanism: Mechanism, has_experts: bool, *
     gate, silu(gate), up and their product; with qk_norm q and k before it. CPU norms keep the normalised input too.
     Where heads gather tokens: out of all tokens; q, k, v, out, lse and routing of the gathered ones. With a convolution
     on keys, what it reads. What a routed mechanism chose is left out. With experts: the rows sent to them and those
-    that came back, evenly chosen, scores of all experts, and the inside of the shared one.
+    that came back, evenly chosen, scores of all experts, and the inside of the shared one. With heads that tokens
+    choose, weighed out as well.
     """
     model, compute = config.model, config.train.torch_dtype
-    query, kv, wide = model.heads * model.head_dim, model.kv_heads * model.head_dim, accumulation_dtype(compute)
-    normed = 2 * model.width + (query + kv if model.qk_norm else 0)
+    heads, wide, norms = model.attended_heads, accumulation_dtype(compute), 1 if model.parallel_blocks else 2
+    query, kv = heads.query * model.head_dim, heads.kv * model.head_dim
+    normed = norms * model.width + (query + kv if model.qk_norm else 0)
     inside = 4 * model.feed_forward
     if has_experts:
         inside = 4 * model.experts.shared + 2 * model.experts.per_token * model.width
         inside += 3 * model.experts.count * wide.itemsize // compute.itemsize
-    kept = 2 * model.width + normed + inside
+    kept = norms * model.width + normed + inside
+    kept += query if model.head_mixture.kind != "none" else 0
     if config.train.device == "cpu":
         kept += normed
     if model.key_convolution:
         kept += kv
-    attention = (2 * query + 2 * kv) * compute.itemsize + model.heads * wide.itemsize
+    attention = (2 * query + 2 * kv) * compute.itemsize + heads.query * wide.itemsize
     if isinstance(mechanism, Gathered):
         length = config.data.sequence_tokens
-        gathered = attention + model.kv_heads * wide.itemsize
+        gathered = attention + heads.kv * wide.itemsize
         attention = query * compute.itemsize + gathered * len(mechanism.typical(Rows.packed([length]))) // length
     return tokens * (kept * compute.itemsize + attention)
 
@@ -218,5 +235,5 @@ def convolution_bytes(config: Config, degrees: Degrees) -> int:
         return 0
     rows = Rows.packed([config.data.sequence_tokens])
     shards = Shards.deal(rows, layout=config.parallel.layout, degree=degrees.context)
-    sent = mean_rows_sent(shards, model.key_convolution - 1) * model.kv_heads * model.head_dim
+    sent = mean_rows_sent(shards, model.key_convolution - 1) * model.projected_heads.kv * model.head_dim
     return sent * (compute.itemsize + accumulation_dtype(compute).itemsize)

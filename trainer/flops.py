@@ -12,16 +12,18 @@ from farspan.trainer.model.config import ModelConfig
 
 def router_parameters(config: ModelConfig, mechanisms: Sequence[Mechanism]) -> int:
     """Parameters of the routers of layers with these mechanisms."""
-    return sum(config.width * config.kv_heads * mechanism.routing_width for mechanism in mechanisms)
+    return sum(config.width * config.projected_heads.kv * mechanism.routing_width for mechanism in mechanisms)
 
 
 def matrix_parameters(config: ModelConfig, mechanisms: Sequence[Mechanism]) -> int:
-    """Parameters that multiply a token: matrices, of experts those of as many as it chooses, and convolutions.
+    """Parameters that multiply a token: matrices, of experts and heads those of as many as it chooses; convolutions.
 
     The embedding table is a look-up.
     """
-    attention = config.width * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
-    attention += config.key_convolution * config.kv_heads * config.head_dim
+    queries, keys, choice = config.attended_heads.query, config.projected_heads.kv, config.build_head_router()
+    attention = config.width * config.head_dim * (2 * queries + 2 * keys)
+    attention += config.key_convolution * keys * config.head_dim
+    attention += 0 if choice is None else config.width * choice.logits
     feed_forward = feed_forward_parameters(config, config.experts.per_token)
     layers = config.layers * attention + feed_forward + router_parameters(config, mechanisms)
     return layers + config.width * config.vocabulary_size
@@ -38,7 +40,7 @@ def feed_forward_parameters(config: ModelConfig, experts: int) -> int:
 def attention_flops(config: ModelConfig, mechanisms: Sequence[Mechanism], rows: Rows) -> int:
     """Return the forward FLOPs of one sequence's attention in all layers: 4 D a visible pair if there is a softmax."""
     once = {m: m.useful_flops(rows, rows, config.head_dim, config.head_dim) for m in dict.fromkeys(mechanisms)}
-    return config.heads * sum(once[mechanism] for mechanism in mechanisms)
+    return config.attended_heads.query * sum(once[mechanism] for mechanism in mechanisms)
 
 
 def training_flops(config: ModelConfig, mechanisms: Sequence[Mechanism], tokens: int, attention: float) -> float:
@@ -52,8 +54,11 @@ def training_flops(config: ModelConfig, mechanisms: Sequence[Mechanism], tokens:
 
 def total_parameters(config: ModelConfig, mechanisms: Sequence[Mechanism]) -> int:
     """All parameters, tied ones once."""
-    norms = config.layers * (2 * config.width + (2 * config.head_dim if config.qk_norm else 0)) + config.width
+    in_block = (1 if config.parallel_blocks else 2) * config.width + (2 * config.head_dim if config.qk_norm else 0)
+    norms = config.layers * in_block + config.width
     embedding = 0 if config.tied_embeddings else config.width * config.vocabulary_size
     unchosen = feed_forward_parameters(config, config.experts.count)
     unchosen -= feed_forward_parameters(config, config.experts.per_token)
+    idle_heads = config.projected_heads.query - config.attended_heads.query
+    unchosen += 2 * config.layers * config.width * config.head_dim * idle_heads
     return matrix_parameters(config, mechanisms) + unchosen + embedding + norms

@@ -11,6 +11,8 @@ from farspan.parallel.comm import Channel
 from farspan.parallel.fsdp import clip_gradients
 from farspan.trainer.balance import ExpertBalance, ExpertLoad
 from farspan.trainer.batch import MicroBatch
+from farspan.trainer.model.experts import ExpertFeedForward
+from farspan.trainer.model.head_mixture import HeadMixture
 from farspan.trainer.model.transformer import Transformer
 
 
@@ -18,7 +20,7 @@ from farspan.trainer.model.transformer import Transformer
 class StepResult:
     """loss: mean nats per labelled token of the whole batch. gradient_norm: before clipping.
 
-    attention_flops: forward, of the whole batch. experts: None for a model without.
+    attention_flops: forward, of the whole batch. experts, heads: what tokens chose; None where there is no choice.
     """
 
     loss: float
@@ -26,6 +28,7 @@ class StepResult:
     labelled_tokens: int
     attention_flops: float
     experts: ExpertLoad | None
+    heads: ExpertLoad | None
 
 
 def train_step(
@@ -51,14 +54,19 @@ def train_step(
     labelled_tokens, attention_flops = int(of_all_ranks[0]), float(of_all_ranks[1])
     if labelled_tokens == 0:
         raise TrainingError("no token of this batch has a label: every document of the data has a single token.")
-    balance = ExpertBalance(model, context, int(of_all_ranks[2])) if any(model.config.expert_layers) else None
+    balances = [
+        ExpertBalance(layers, context, int(of_all_ranks[2])) if layers else None
+        for layers in (model.layers_of(ExpertFeedForward), model.layers_of(HeadMixture))
+    ]
 
     optimizer.zero_grad()
     total = torch.zeros((), dtype=torch.float64, device=device)
     for batch in batches:
-        losses, experts = model(batch.tokens, batch.labels, batch.context)
+        losses, *statistics = model(batch.tokens, batch.labels, batch.context)
         loss = losses.sum() / labelled_tokens
-        (loss if balance is None else loss + balance.loss(experts)).backward()
+        for balance, of_layers in zip(balances, statistics, strict=True):
+            loss = loss if balance is None else loss + balance.loss(of_layers)
+        loss.backward()
         total += losses.detach().sum(dtype=torch.float64)
     dist.all_reduce(total)
     loss = total.item() / labelled_tokens
@@ -69,10 +77,12 @@ def train_step(
             "the last checkpoint is from before."
         )
     optimizer.step()
+    experts, heads = (None if balance is None else balance.finish() for balance in balances)
     return StepResult(
         loss=loss,
         gradient_norm=norm,
         labelled_tokens=labelled_tokens,
         attention_flops=attention_flops,
-        experts=None if balance is None else balance.finish(),
+        experts=experts,
+        heads=heads,
     )

@@ -195,7 +195,8 @@ class _Run:
             "learning_rate": rate,
             "tokens": self.state.tokens,
             "step_s": seconds,
-            **({} if result.experts is None else result.experts.summary()),
+            **({} if result.experts is None else result.experts.summary("expert")),
+            **({} if result.heads is None else result.heads.summary("head")),
         }
 
     def my_sequences(self) -> range:

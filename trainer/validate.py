@@ -19,6 +19,7 @@ def validate(config: Config, degrees: Degrees) -> None:
     batch_divides(config, degrees)
     layout_exists(config)
     experts_fit(config, degrees)
+    head_mixture_fits(config)
     mechanism_takes_model(config)
     strategy_takes_mechanism(config, degrees)
 
@@ -124,6 +125,28 @@ def experts_fit(config: Config, degrees: Degrees) -> None:
             raise ConfigError(
                 f"{name}={size} must be a multiple of the {shards} ranks that hold the same experts (dp_shard x "
                 "context / expert): raise parallel.expert, or change it."
+            )
+
+
+def head_mixture_fits(config: Config) -> None:
+    mixture = config.model.head_mixture
+    try:
+        config.model.build_head_router()
+    except ValueError as error:
+        raise ConfigError(f"model.head_mixture does not fit together: {error}.") from None
+    if mixture.own_keys and (mixture.kind != "experts" or mixture.per_token < mixture.count):
+        raise ConfigError(
+            f"model.head_mixture.own_keys=true is for kind='experts' and tokens that choose all of them: set kind and "
+            f"per_token={mixture.count}, or own_keys=false."
+        )
+    if mixture.kind == "none" or mixture.per_token == mixture.count:
+        return
+    for mechanism in dict.fromkeys(config.mechanisms()):
+        if mechanism.tells_heads_apart:
+            raise ConfigError(
+                f"attention.mechanism={config.attention.mechanism!r} treats query heads differently by their number, "
+                "which heads that tokens choose do not keep: set model.head_mixture.kind='none', or choose another "
+                "mechanism."
             )
 
 

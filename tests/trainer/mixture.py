@@ -1,12 +1,21 @@
-"""A mixture of experts by its formulas, in float64 on one whole sequence: every expert computes every token."""
+"""Mixtures by their formulas, in float64 on one whole sequence: every expert, and every head, computes every token."""
 
 import math
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from farspan.trainer.model.config import ExpertsConfig
+from farspan.trainer.model.config import ExpertsConfig, ModelConfig
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The logits of routers of a sequence, by layer: of experts, and of attention heads those that are chosen by."""
+
+    experts: list[Tensor] = field(default_factory=list)
+    heads: list[Tensor] = field(default_factory=list)
 
 
 def scores_of(experts: ExpertsConfig, logits: Tensor) -> Tensor:
@@ -45,10 +54,10 @@ def choices(experts: ExpertsConfig, logits: Tensor, bias: Tensor) -> tuple[Tenso
     return wanted, kept
 
 
-def mixed(p: dict[str, Tensor], name: str, experts: ExpertsConfig, x: Tensor, seen: list[Tensor]) -> Tensor:
+def mixed(p: dict[str, Tensor], name: str, experts: ExpertsConfig, x: Tensor, seen: Seen) -> Tensor:
     """Expert parameters are `[E, out, in]`, the bias a buffer; `seen` gets the logits."""
     logits = x @ p[name + "router.weight"].T
-    seen.append(logits)
+    seen.experts.append(logits)
     wanted, kept = choices(experts, logits, p[name + "bias"])
     weights = weights_of(experts, logits, wanted) * kept
     gate, up, down = (p[f"{name}experts.{part}.weight"] for part in ("gate", "up", "down"))
@@ -58,3 +67,33 @@ def mixed(p: dict[str, Tensor], name: str, experts: ExpertsConfig, x: Tensor, se
         gate, up = (x @ p[f"{name}shared.{part}.weight"].T for part in ("gate", "up"))
         out = out + (F.silu(gate) * up) @ p[name + "shared.down.weight"].T
     return out
+
+
+def head_choices(model: ModelConfig, logits: Tensor, bias: Tensor) -> Tensor:
+    """Which experts, or heads that are not shared, each token chose, bool `[T, what is chosen from]`."""
+    mixture, scores = model.head_mixture, logits.softmax(-1).detach().float() + bias.float()
+    groups = model.kv_heads if mixture.kind == "heads" else 1
+    chosen = torch.zeros(scores.shape, dtype=torch.bool).unflatten(1, (groups, -1))
+    chosen.scatter_(2, scores.unflatten(1, (groups, -1)).topk(mixture.per_token, dim=-1).indices, True)
+    return chosen.flatten(1)
+
+
+def head_gates(model: ModelConfig, logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Of all heads that have matrices `[T, heads]`, 0 for those that did not work; and the logits chosen by."""
+    mixture = model.head_mixture
+    if mixture.kind == "experts":
+        gates = logits.softmax(-1) * head_choices(model, logits, bias)
+        if mixture.normalised:
+            gates = gates / gates.detach().sum(-1, keepdim=True)
+        return gates.repeat_interleave(model.heads, dim=1), logits
+    group, shared = model.heads // model.kv_heads, mixture.shared
+    among = model.kv_heads * (group - shared)
+    chosen = head_choices(model, logits[:, :among], bias)
+    routed = logits[:, :among].softmax(-1) * chosen
+    routed = routed / routed.sum(-1, keepdim=True) * model.kv_heads * mixture.per_token
+    if not shared:
+        return routed, logits[:, :among]
+    between = 2 * logits[:, -2:].softmax(-1)
+    always = logits[:, among:-2].softmax(-1) * model.kv_heads * shared
+    parts = (part.unflatten(1, (model.kv_heads, -1)) for part in (always * between[:, :1], routed * between[:, 1:]))
+    return torch.cat(tuple(parts), dim=2).flatten(1), logits[:, :among]

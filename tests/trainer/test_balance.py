@@ -11,10 +11,10 @@ def test_summary_by_hand() -> None:
     bias = torch.tensor([[0.0, 0.0, 0.0, 0.0], [-0.5, 0.25, 0.25, 0.0], [0.1, 0.1, 0.1, 0.1]])
     found = ExpertLoad(
         counts=counts, dropped=torch.tensor([0, 4, 2]), balance_loss=0.5, z_loss=0.25, bias=bias
-    ).summary()
+    ).summary("expert")
     assert found == {
-        "balance_loss": 0.5,
-        "z_loss": 0.25,
+        "expert_balance_loss": 0.5,
+        "expert_z_loss": 0.25,
         "expert_dropped": {"0": 0.0, "1": 0.25, "2": 0.125},
         "expert_load": {"0": 1.0, "1": 4.0, "2": 2.0},
         "expert_entropy": {"0": pytest.approx(1.0), "1": pytest.approx(0.0), "2": pytest.approx(0.5)},
@@ -24,6 +24,6 @@ def test_summary_by_hand() -> None:
 
 def test_a_step_without_tokens_has_no_load() -> None:
     idle = torch.zeros(1, 4)
-    found = ExpertLoad(counts=idle, dropped=idle[:, 0], balance_loss=0.0, z_loss=0.0, bias=idle).summary()
+    found = ExpertLoad(counts=idle, dropped=idle[:, 0], balance_loss=0.0, z_loss=0.0, bias=idle).summary("expert")
     assert found["expert_load"] == {"0": 0.0}
     assert found["expert_entropy"] == {"0": 0.0}

@@ -26,7 +26,7 @@ from farspan.trainer.resolve import open_data
 from farspan.trainer.step import train_step
 from tests.ranks import RankPool
 from tests.trainer import tiny
-from tests.trainer.mixture import mixed
+from tests.trainer.mixture import Seen, head_gates, mixed
 
 STEPS = 10
 # Ten AdamW updates let differences of 1e-16 grow to some 1e-12; the bar leaves room for another order of sums.
@@ -39,6 +39,7 @@ class Trajectory:
     norms: list[float]
     gradients: list[dict[str, Tensor]]
     loads: list[ExpertLoad | None] = field(default_factory=list)
+    head_loads: list[ExpertLoad | None] = field(default_factory=list)
 
 
 def sequences(config: Config) -> PackedSequences:
@@ -68,6 +69,7 @@ def train_dealt(config: Config, steps: int = STEPS) -> Trajectory:
         result.norms.append(done.gradient_norm)
         result.gradients.append({name: p.grad.full_tensor() for name, p in model.named_parameters()})  # pyright: ignore
         result.loads.append(done.experts)
+        result.head_loads.append(done.heads)
     return result
 
 
@@ -96,7 +98,7 @@ def convolved(k: Tensor, weight: Tensor, position: Tensor) -> Tensor:
 
 
 def summed_loss(
-    parameters: dict[str, Tensor], config: Config, sequence: PackedSequence, seen: list[Tensor] | None = None
+    parameters: dict[str, Tensor], config: Config, sequence: PackedSequence, seen: Seen | None = None
 ) -> Tensor:
     """The decoder by its formulas, over one whole sequence; the sum of the losses of its labelled tokens."""
     model, p = config.model, parameters
@@ -117,10 +119,20 @@ def summed_loss(
             k = rms(k, p[name + "attention.key_norm.weight"], model.norm_epsilon)
         q, k = (rotate(part, position, model.rope.base) for part in (q, k))
         k, v = (part.repeat_interleave(model.heads // model.kv_heads, dim=1) for part in (k, v))
+        if model.head_mixture.kind == "experts" and not model.head_mixture.own_keys:
+            k, v = (part.repeat(1, model.head_mixture.count, 1) for part in (k, v))
         scores = torch.einsum("thd,shd->hts", q, k) / model.head_dim**0.5
         weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-        x = x + torch.einsum("hts,shd->thd", weights, v).flatten(1) @ p[name + "attention.out.weight"].T
-        normed = rms(x, p[name + "feed_forward_norm.weight"], model.norm_epsilon)
+        attended = torch.einsum("hts,shd->thd", weights, v)
+        if model.head_mixture.kind != "none":
+            assert seen is not None
+            logits = normed @ p[name + "attention.head_router.weight"].T
+            gates, chosen_by = head_gates(model, logits, p[name + "attention.bias"])
+            attended = attended * gates.unsqueeze(-1)
+            seen.heads.append(chosen_by)
+        x = x + attended.flatten(1) @ p[name + "attention.out.weight"].T
+        if not model.parallel_blocks:
+            normed = rms(x, p[name + "feed_forward_norm.weight"], model.norm_epsilon)
         if name + "feed_forward.router.weight" in p:
             assert seen is not None
             x = x + mixed(p, name + "feed_forward.", model.experts, normed, seen)

@@ -35,7 +35,7 @@ class KnownLoss(nn.Module):
         assert not torch.is_grad_enabled()
         assert not self.training
         losses = tokens * 0.5 + labels * 0.25 + context.rows.position * 0.125
-        return Output(torch.where(labels == IGNORED, 0.0, losses), ())
+        return Output(torch.where(labels == IGNORED, 0.0, losses), (), ())
 
 
 def held_out(config: Config) -> PackedSequences:

@@ -9,26 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor
 
 from farspan.parallel.mesh import ParallelConfig
-from farspan.trainer.balance import ExpertLoad
 from farspan.trainer.config import Config
 from farspan.trainer.model.config import ExpertsConfig
-from farspan.trainer.optim import learning_rate
 from tests.ranks import RankPool
 from tests.trainer import tiny
-from tests.trainer.mixture import choices, scores_of
-from tests.trainer.test_equivalence import (
-    STEPS,
-    TOLERANCE,
-    Trajectory,
-    initial_parameters,
-    sequences,
-    summed_loss,
-    train_dealt,
-)
+from tests.trainer.mixture_steps import assert_alike, train_alone
+from tests.trainer.test_equivalence import Trajectory, initial_parameters, train_dealt
 
 EXPERTS = {
     "softmax": ExpertsConfig(count=8, per_token=2, feed_forward=16, balance_loss=0.02, z_loss=0.01),
@@ -47,99 +35,6 @@ EXPERTS = {
         count=8, per_token=2, feed_forward=16, choice="experts", normalised=False, z_loss=0.01, shared=8
     ),
 }  # fmt: skip
-
-
-def auxiliary(config: Config, logits: list[list[Tensor]], chosen: list[Tensor], together: int) -> tuple[Tensor, Tensor]:
-    """Balance and z-loss of a step, from its sequences' logits by layer and the counts so far; summed over layers.
-
-    together: sequences that are worked on at the same time, for the loss over the step.
-    """
-    experts, tokens = config.model.experts, sum(len(sequence[0]) for sequence in logits)
-    balance, z = (torch.zeros((), dtype=torch.float64) for _ in range(2))
-    for number, (sequence, counts) in enumerate(zip(logits, chosen, strict=True)):
-        if experts.balance_over == "step":
-            counts = torch.stack(chosen[: (number // together + 1) * together]).sum(0)
-        for layer, of_layer in zip(sequence, counts, strict=True):
-            scores = scores_of(experts, layer)
-            share = (scores / scores.sum(-1, keepdim=True)).mean(0)
-            part = len(layer) / tokens
-            balance = balance + part * experts.count * (of_layer / of_layer.sum() * share).sum()
-            z = z + part * torch.logsumexp(layer, -1).square().mean()
-    return experts.balance_loss * balance, experts.z_loss * z
-
-
-def count_choices(config: Config, logits: list[Tensor], biases: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Tokens of each expert in each layer, `[layers, E]`, and those that were dropped, `[layers]`."""
-    chosen = [choices(config.model.experts, *layer) for layer in zip(logits, biases, strict=True)]
-    return torch.stack([wanted.sum(0) for wanted, _ in chosen]), torch.stack([(w & ~k).sum() for w, k in chosen])
-
-
-def train_alone(config: Config, start: dict[str, Tensor], together: int) -> Trajectory:
-    experts, optim = config.model.experts, config.optimizer
-    parameters = {name: value.clone().requires_grad_() for name, value in start.items()}
-    routers = [name.removesuffix("router.weight") for name in parameters if name.endswith("feed_forward.router.weight")]
-    biases = {f"{name}bias": torch.zeros(experts.count, dtype=torch.float64) for name in routers}
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters.values() if p.dim() > 1], "weight_decay": optim.weight_decay},
-            {"params": [p for p in parameters.values() if p.dim() == 1], "weight_decay": 0.0},
-        ],
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.epsilon,
-    )
-    data, course = sequences(config), Trajectory([], [], [])
-    for step in range(STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(optim, step, STEPS)
-        per_step = config.train.sequences_per_step
-        batch = [data.sequence(step * per_step + i) for i in range(per_step)]
-        count = sum(int((sequence.labels != -100).sum()) for sequence in batch)
-        logits: list[list[Tensor]] = [[] for _ in batch]
-        sums = [
-            summed_loss(parameters | biases, config, sequence, seen)
-            for sequence, seen in zip(batch, logits, strict=True)
-        ]
-        loss = torch.stack(sums).sum() / count
-        counted = [count_choices(config, sequence, list(biases.values())) for sequence in logits]
-        chosen = [counts for counts, _ in counted]
-        balance, z_loss = auxiliary(config, logits, chosen, together)
-        optimizer.zero_grad()
-        (loss + balance + z_loss).backward()
-        norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), optim.max_gradient_norm)
-        optimizer.step()
-        load = torch.stack(chosen).sum(0)
-        for bias, of_layer in zip(biases.values(), load, strict=True):
-            bias += experts.bias_rate * (of_layer.double().mean() - of_layer).sign()
-        course.losses.append(loss.item())
-        course.norms.append(norm.item())
-        course.gradients.append({name: p.grad.clone() for name, p in parameters.items()})  # pyright: ignore
-        course.loads.append(
-            ExpertLoad(
-                counts=load,
-                dropped=torch.stack([dropped for _, dropped in counted]).sum(0),
-                balance_loss=balance.item(),
-                z_loss=z_loss.item(),
-                bias=torch.stack(list(biases.values())).float(),
-            )
-        )
-    return course
-
-
-def assert_alike(mine: Trajectory, truth: Trajectory) -> None:
-    largest = 0.0
-    for step in range(STEPS):
-        a, b = mine.loads[step], truth.loads[step]
-        assert a is not None
-        assert b is not None
-        assert torch.equal(a.counts, b.counts), step
-        assert torch.equal(a.dropped, b.dropped), step
-        assert torch.allclose(a.bias, b.bias, rtol=0, atol=1e-7)
-        largest = max(largest, abs(a.balance_loss - b.balance_loss), abs(a.z_loss - b.z_loss))
-        largest = max(largest, abs(mine.losses[step] - truth.losses[step]), abs(mine.norms[step] - truth.norms[step]))
-        assert mine.gradients[step].keys() == truth.gradients[step].keys()
-        for name, gradient in mine.gradients[step].items():
-            largest = max(largest, (gradient - truth.gradients[step][name]).abs().max().item())
-    assert largest <= TOLERANCE
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from farspan.trainer.config import Config
 from farspan.trainer.config_io import load_config
 from farspan.trainer.flops import attention_flops, matrix_parameters, total_parameters, training_flops
 from farspan.trainer.model.attention import ConvolutionWeight
-from farspan.trainer.model.config import ExpertsConfig, ModelConfig
+from farspan.trainer.model.config import ExpertsConfig, HeadMixtureConfig, ModelConfig
 from farspan.trainer.model.experts import ExpertMatrices
 from farspan.trainer.model.transformer import Transformer
 
@@ -82,6 +82,32 @@ def test_presets_have_the_published_number_of_parameters(preset: str, parameters
     """As counted in the released weights: Llama-3.1-8B 8.03B, Qwen3-8B 8.19B."""
     config = load_config(Config, CONFIGS / f"{preset}.toml")
     assert total_parameters(config.model, config.mechanisms()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("mixture", "chosen"),
+    [
+        (HeadMixtureConfig(kind="experts", count=5, per_token=2), 2 / 5),
+        (HeadMixtureConfig(kind="experts", count=3, per_token=3, own_keys=True), 1),
+        (HeadMixtureConfig(kind="heads", shared=1, per_token=2), 3 / 4),
+    ],
+)
+def test_parameters_of_heads_that_tokens_choose(mixture: HeadMixtureConfig, chosen: float) -> None:
+    """Of queries and outputs those of the chosen heads multiply a token, all else does."""
+    config = ModelConfig(
+        layers=2, width=24, heads=8, kv_heads=2, head_dim=6, feed_forward=10, vocabulary_size=64, qk_norm=True,
+        parallel_blocks=True, head_mixture=mixture,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = Transformer(config, [Dense()] * 2)
+    assert total_parameters(config, [Dense()] * 2) == sum(p.numel() for p in model.parameters())
+    layers = {name: layer.weight.numel() for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    idle = sum(size for name, size in layers.items() if name.endswith(("attention.query", "attention.out")))
+    assert matrix_parameters(config, [Dense()] * 2) == sum(layers.values()) - round(idle * (1 - chosen))
+    rows = Rows.packed([7])
+    heads = config.attended_heads.query
+    assert heads == round(config.projected_heads.query * chosen)
+    assert attention_flops(config, [Dense()] * 2, rows) == 2 * heads * 4 * 6 * (7 * 8 // 2)
 
 
 def test_flops_of_a_sequence_written_out() -> None:

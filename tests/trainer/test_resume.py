@@ -53,7 +53,7 @@ def assert_same_bits(a: Any, b: Any, where: str = "checkpoint") -> None:
         assert a == b, where
 
 
-EXPERT_RECORDS = ("expert_load", "expert_bias", "balance_loss", "z_loss")
+EXPERT_RECORDS = ("expert_load", "expert_bias", "expert_balance_loss", "expert_z_loss")
 EXPERTS = ExpertsConfig(
     count=4, feed_forward=16, layers="dense, experts", score="sigmoid", bias_rate=0.05, balance_loss=0.01, z_loss=0.01
 )

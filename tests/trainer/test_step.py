@@ -1,6 +1,5 @@
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,10 +27,11 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor([weight], dtype=torch.float64))
 
-        self.config = SimpleNamespace(expert_layers=(False,))
+    def layers_of(self, kind: type) -> list[nn.Module]:
+        return []
 
     def forward(self, tokens: Tensor, labels: Tensor, context: object) -> Output:
-        return Output(torch.where(labels == IGNORED, 0.0, tokens * self.weight), ())
+        return Output(torch.where(labels == IGNORED, 0.0, tokens * self.weight), (), ())
 
 
 @dataclass

@@ -9,7 +9,7 @@ import pytest
 from farspan.kernels.errors import ConfigError
 from farspan.parallel.mesh import Degrees, ParallelConfig
 from farspan.trainer.config import Config
-from farspan.trainer.model.config import ExpertsConfig, RopeConfig
+from farspan.trainer.model.config import ExpertsConfig, HeadMixtureConfig, RopeConfig
 from farspan.trainer.validate import validate
 from tests.trainer import tiny
 
@@ -91,6 +91,29 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         "model.experts.feed_forward=15 must be a multiple of the 2 ranks that hold the same experts (dp_shard x context"
         " / expert): raise parallel.expert, or change it.",
         {"parallel.expert": 4, "model.experts": ExpertsConfig(count=4, feed_forward=15)},
+    ),
+    "experts of attention are enough": (
+        {"model.head_mixture": HeadMixtureConfig(kind="experts", count=2, per_token=3)},
+        "model.head_mixture does not fit together: per_token=3 must be from 1 to count=2.",
+        {"model.head_mixture": HeadMixtureConfig(kind="experts", count=3, per_token=3)},
+    ),
+    "keys of their own are there for all": (
+        {"model.head_mixture": HeadMixtureConfig(kind="experts", count=3, per_token=2, own_keys=True)},
+        "model.head_mixture.own_keys=true is for kind='experts' and tokens that choose all of them: set kind and "
+        "per_token=3, or own_keys=false.",
+        {"model.head_mixture": HeadMixtureConfig(kind="experts", count=3, per_token=3, own_keys=True)},
+    ),
+    "chosen heads are alike": (
+        {
+            "model.head_mixture": HeadMixtureConfig(kind="experts", count=3, per_token=2),
+            "attention.mechanism": "lightning",
+        },
+        "attention.mechanism='lightning' treats query heads differently by their number, which heads that tokens "
+        "choose do not keep: set model.head_mixture.kind='none', or choose another mechanism.",
+        {
+            "model.head_mixture": HeadMixtureConfig(kind="experts", count=3, per_token=3),
+            "attention.mechanism": "lightning",
+        },
     ),
     "a factor needs a scaling": (
         {"model.rope": RopeConfig(factor=4.0)},

@@ -19,8 +19,12 @@ from farspan.trainer.model.norm import RmsNorm
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionInputs:
-    """What an attention layer needs of the sequence; cos and sin `[T, D/2]` stay float32 whatever the compute dtype."""
+    """What an attention layer needs of the sequence; cos and sin `[T, D/2]` stay float32 whatever the compute dtype.
 
+    real: which tokens are no padding, bool `[T]`.
+    """
+
+    real: Tensor
     cos: Tensor
     sin: Tensor
     attend: Attend
@@ -31,8 +35,8 @@ class Router(nn.Linear):
     """What a mechanism chooses by: numbers for each token and KV head, in the accumulation dtype."""
 
     def __init__(self, config: ModelConfig, mechanism: Mechanism) -> None:
-        super().__init__(config.width, config.kv_heads * mechanism.routing_width, bias=False)
-        self.kv_heads, self.detached = config.kv_heads, mechanism.routing_reads_detached
+        super().__init__(config.width, config.projected_heads.kv * mechanism.routing_width, bias=False)
+        self.kv_heads, self.detached = config.projected_heads.kv, mechanism.routing_reads_detached
 
     def forward(self, input: Tensor) -> Tensor:
         x = input.detach() if self.detached else input
@@ -44,7 +48,7 @@ class ConvolutionWeight(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.kv_heads * config.head_dim, config.key_convolution))
+        self.weight = nn.Parameter(torch.empty(config.projected_heads.kv * config.head_dim, config.key_convolution))
 
 
 class Attention(nn.Module):
@@ -58,7 +62,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, mechanism: Mechanism) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        query_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        query_width, kv_width = (n * config.head_dim for n in (config.projected_heads.query, config.projected_heads.kv))
         self.query = nn.Linear(config.width, query_width, bias=False)
         self.key = nn.Linear(config.width, kv_width, bias=False)
         self.value = nn.Linear(config.width, kv_width, bias=False)
@@ -69,11 +73,17 @@ class Attention(nn.Module):
         self.key_convolution = ConvolutionWeight(config) if config.key_convolution else None
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
-        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.query, self.key, self.value))
+        """Return `[T, C]` of x `[T, C]`."""
+        q = self.query(x).unflatten(-1, (-1, self.head_dim))
+        return self.out(self.attend(q, x, inputs).flatten(1))
+
+    def attend(self, q: Tensor, x: Tensor, inputs: AttentionInputs) -> Tensor:
+        """Return what queries `[T, Hq, D]`, as projected, find in the layer's input x `[T, C]`; `[T, Hq, D]`."""
+        k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.key, self.value))
         if self.key_convolution is not None:
             assert inputs.key_convolution is not None, "this model's sequences come with a planned convolution"
             k = inputs.key_convolution(k, self.key_convolution.weight.t().unflatten(1, (-1, self.head_dim)))
         q = apply_rope(self.query_norm(q), inputs.cos, inputs.sin)  # [T, Hq, D]
         k = apply_rope(self.key_norm(k), inputs.cos, inputs.sin)  # [T, Hk, D]
         routing = () if self.router is None else (self.router(x),)  # [T, Hk, routing_width]
-        return self.out(inputs.attend(q, k, v, *routing).flatten(1))
+        return inputs.attend(q, k, v, *routing)

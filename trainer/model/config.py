@@ -5,6 +5,8 @@ from typing import Literal
 
 from farspan.kernels.errors import ConfigError
 from farspan.kernels.expert_router import ExpertRouter
+from farspan.kernels.head_router import AttentionExperts, MixtureOfHeads
+from farspan.kernels.mechanism import Heads
 from farspan.kernels.rope import Llama3Scaling, RopeScaling, YarnScaling
 from farspan.trainer.config_io import bounded
 from farspan.trainer.pattern import parse_pattern
@@ -107,6 +109,30 @@ class ExpertsConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HeadMixtureConfig:
+    """Mixtures of attention: tokens choose whose queries and outputs they use; any mechanism attends with these.
+
+    kind: experts, each with `model.heads` queries and an output of its own (arXiv 2210.05144), or heads, some of
+    `model.heads` (MoH, arXiv 2410.11842). count: of experts. per_token: how many experts a token chooses or, of heads,
+    how many for each KV head. shared: heads of each KV head that work on every token besides. own_keys: whether each
+    expert has keys and values of its own, too (BAM, arXiv 2408.08274); tokens have to choose all experts then, as their
+    keys are there for other tokens. normalised: whether weights of the chosen experts add up to 1. bias_rate,
+    balance_loss, balance_over, z_loss: as in `model.experts`.
+    """
+
+    kind: Literal["none", "experts", "heads"] = "none"
+    count: int = bounded(0, minimum=0)
+    per_token: int = bounded(1, minimum=1)
+    shared: int = bounded(0, minimum=0)
+    own_keys: bool = False
+    normalised: bool = True
+    bias_rate: float = bounded(0.0, minimum=0)
+    balance_loss: float = bounded(0.0, minimum=0)
+    balance_over: Literal["sequence", "step"] = "sequence"
+    z_loss: float = bounded(0.0, minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """A pre-norm decoder with grouped-query attention and SwiGLU.
 
@@ -115,7 +141,9 @@ class ModelConfig:
     the width. feed_forward: inner size of SwiGLU. vocabulary_size: of the model; 0 takes the data's, rounded up to a
     multiple of 64. norm_epsilon: of every RMSNorm. qk_norm: normalise the queries and keys of each head.
     tied_embeddings: one table for input and output. key_convolution: how many keys a short convolution on the
-    keys reads, 0 without one (FlashMoBA, arXiv 2511.11571). experts: of layers that have a mixture instead of SwiGLU.
+    keys reads, 0 without one (FlashMoBA, arXiv 2511.11571). parallel_blocks: whether attention and SwiGLU of a block
+    read the same norm and are added together, instead of one after the other. experts: of layers that have a mixture
+    instead of SwiGLU. head_mixture: of attention, in all layers.
     """
 
     layers: int = bounded(minimum=1)
@@ -129,10 +157,43 @@ class ModelConfig:
     qk_norm: bool = False
     tied_embeddings: bool = False
     key_convolution: Literal[0, 3, 5] = 0
+    parallel_blocks: bool = False
     rope: RopeConfig = field(default_factory=RopeConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    head_mixture: HeadMixtureConfig = field(default_factory=HeadMixtureConfig)
 
     @property
     def expert_layers(self) -> tuple[bool, ...]:
         """Whether each layer has experts."""
         return self.experts.in_layers(self.layers)
+
+    @property
+    def projected_heads(self) -> Heads:
+        """How many heads a layer has matrices for."""
+        mixture = self.head_mixture
+        copies = mixture.count if mixture.kind == "experts" else 1
+        return Heads(query=copies * self.heads, kv=self.kv_heads * (copies if mixture.own_keys else 1))
+
+    @property
+    def attended_heads(self) -> Heads:
+        """How many heads each token works with: those of attention, whatever they are chosen from."""
+        mixture, kv = self.head_mixture, self.projected_heads.kv
+        if mixture.kind == "experts":
+            return Heads(query=mixture.per_token * self.heads, kv=kv)
+        if mixture.kind == "heads":
+            return Heads(query=kv * (mixture.shared + mixture.per_token), kv=kv)
+        return Heads(query=self.heads, kv=kv)
+
+    def build_head_router(self) -> AttentionExperts | MixtureOfHeads | None:
+        """Return how heads are chosen, None without a mixture; raises ValueError where the fields do not fit."""
+        mixture = self.head_mixture
+        if mixture.kind == "experts":
+            return AttentionExperts(count=mixture.count, per_token=mixture.per_token, normalised=mixture.normalised)
+        if mixture.kind == "heads":
+            return MixtureOfHeads(
+                kv_heads=self.kv_heads,
+                group=self.heads // self.kv_heads,
+                shared=mixture.shared,
+                per_token=mixture.per_token,
+            )
+        return None

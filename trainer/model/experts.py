@@ -3,8 +3,7 @@
 Legend: T local tokens, C width, E experts, K experts of a token, F inner size of an expert.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +15,7 @@ from farspan.parallel.capacity import SharedSequence
 from farspan.parallel.comm import Channel
 from farspan.parallel.expert import send_to_experts
 from farspan.trainer.model.config import ModelConfig
-
-
-class ExpertStatistics(NamedTuple):
-    """What one layer did with this rank's tokens, padding left out.
-
-    counts: tokens that chose each expert, int64 `[E]`, and dropped: for how many in vain, int64. shares: the sum over
-    tokens of their scores as parts of 1, `[E]`. squares: the sum over tokens of the squared log-sum-exp of their
-    logits. Gradients reach shares and squares.
-    """
-
-    counts: Tensor
-    dropped: Tensor
-    shares: Tensor
-    squares: Tensor
+from farspan.trainer.model.statistics import RoutingStatistics
 
 
 class ExpertMatrices(nn.Module):
@@ -72,8 +58,10 @@ class ExpertFeedForward(nn.Module):
         self.shared = shared
         self.bias = nn.Buffer(torch.empty(self.count))
 
-    def forward(self, x: Tensor, sequence: SharedSequence, channel: Channel) -> tuple[Tensor, ExpertStatistics]:
-        """x `[T, C]`, tokens of the sequence; the ranks of the channel hold the experts."""
+    def begin(
+        self, x: Tensor, sequence: SharedSequence, channel: Channel
+    ) -> Callable[[], tuple[Tensor, RoutingStatistics]]:
+        """Send x `[T, C]`, tokens of the sequence, to the ranks of the channel; return what waits for the result."""
         real = sequence.index >= 0
         logits = routing_logits(x, self.router.weight)  # [T, E]
         scores = self.choice.scores(logits)
@@ -82,14 +70,15 @@ class ExpertFeedForward(nn.Module):
         if self.config.capacity:
             kept = sequence.within_capacity(chosen, weights, self.count, self.config.capacity, self.config.drop)
         under_way = send_to_experts(x, chosen, weights, kept, channel, self.count)
-        shared = None if self.shared is None else self.shared(x)
-        out = under_way.attended_by(self.experts)
-        out = out if shared is None else out + shared
-        counts = torch.zeros(self.count, dtype=torch.int64, device=x.device)
-        counts.scatter_add_(0, chosen.flatten(), wanted.flatten().long())
-        shares = self.choice.shares(scores).masked_fill(~real[:, None], 0.0).sum(0)
-        squares = logits.logsumexp(-1).square().masked_fill(~real, 0.0).sum()
-        return out, ExpertStatistics(counts, (wanted & ~kept).sum(), shares, squares)
+        shares = self.choice.shares(scores)
+        statistics = RoutingStatistics.of(chosen, wanted=wanted, kept=kept, shares=shares, logits=logits, real=real)
+
+        def finish() -> tuple[Tensor, RoutingStatistics]:
+            shared = None if self.shared is None else self.shared(x)
+            out = under_way.attended_by(self.experts)
+            return out if shared is None else out + shared, statistics
+
+        return finish
 
     @torch.no_grad()
     def _choose(self, scores: Tensor, sequence: SharedSequence) -> tuple[Tensor, Tensor]:

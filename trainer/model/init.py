@@ -56,7 +56,9 @@ def _std(name: str, parameter: Tensor, config: ModelConfig) -> float:
     if layer in ("embedding", "head"):
         return HEAD_STD
     depth = (2 * config.layers) ** -0.5 if layer in ("out", "down") else 1.0
-    return parameter.shape[-1] ** -0.5 * depth
+    # The output matrix of experts reads the heads of all, whose weights add up to 1.
+    fan_in = config.heads * config.head_dim if layer == "out" else parameter.shape[-1]
+    return fan_in**-0.5 * depth
 
 
 def _local_part(parameter: nn.Parameter) -> tuple[Tensor, list[int]]:

@@ -4,9 +4,9 @@ Legend: T local tokens of one micro-batch, C width, Hq query heads, Hk key/value
 Tensors are flat over tokens: a batch is one sequence of packed documents, told apart by its rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,12 @@ from farspan.parallel.key_convolution import KeyConvolution
 from farspan.parallel.strategy import Attend
 from farspan.trainer.model.attention import Attention, AttentionInputs
 from farspan.trainer.model.config import ModelConfig
-from farspan.trainer.model.experts import ExpertFeedForward, ExpertStatistics
+from farspan.trainer.model.experts import ExpertFeedForward
+from farspan.trainer.model.head_mixture import HeadMixture
 from farspan.trainer.model.norm import RmsNorm
+from farspan.trainer.model.statistics import RoutingStatistics
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,10 +54,17 @@ class SequenceContext:
 
 
 class Output(NamedTuple):
-    """losses `[T]` in nats, float32 or float64; 0 where a label is ignored. experts: of each layer that has them."""
+    """losses `[T]` in nats, float32 or float64; 0 where a label is ignored. experts, heads: of layers that choose."""
 
     losses: Tensor
-    experts: tuple[ExpertStatistics, ...]
+    experts: tuple[RoutingStatistics, ...]
+    heads: tuple[RoutingStatistics, ...]
+
+
+class _BlockOutput(NamedTuple):
+    x: Tensor
+    experts: RoutingStatistics | None
+    heads: RoutingStatistics | None
 
 
 class FeedForward(nn.Module):
@@ -70,34 +81,50 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer; with `recompute` its activations are computed again in the backward pass instead of kept."""
+    """One layer; with `recompute` its activations are computed again in the backward pass instead of kept.
+
+    Attention, then SwiGLU or experts; where blocks are parallel both read the same norm, and rows travel to experts
+    during attention.
+    """
 
     def __init__(self, config: ModelConfig, mechanism: Mechanism, *, has_experts: bool, recompute: bool) -> None:
         super().__init__()
         self.attention_norm = RmsNorm(config.width, config.norm_epsilon)
-        self.attention = Attention(config, mechanism)
-        self.feed_forward_norm = RmsNorm(config.width, config.norm_epsilon)
+        self.attention = (Attention if config.head_mixture.kind == "none" else HeadMixture)(config, mechanism)
+        self.feed_forward_norm = None if config.parallel_blocks else RmsNorm(config.width, config.norm_epsilon)
         self.feed_forward = _experts(config) if has_experts else FeedForward(config.width, config.feed_forward)
         self.recompute = recompute
 
-    def forward(
-        self, x: Tensor, inputs: AttentionInputs, experts: ExpertPlaces | None
-    ) -> tuple[Tensor, ExpertStatistics | None]:
+    def forward(self, x: Tensor, inputs: AttentionInputs, experts: ExpertPlaces | None) -> _BlockOutput:
         # What is computed again is thrown away but for gradients: loads are counted, and losses added, once.
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._layer, x, inputs, experts, use_reentrant=False, preserve_rng_state=False)
         return self._layer(x, inputs, experts)
 
-    def _layer(
-        self, x: Tensor, inputs: AttentionInputs, experts: ExpertPlaces | None
-    ) -> tuple[Tensor, ExpertStatistics | None]:
-        x = x + self.attention(self.attention_norm(x), inputs)
-        normed = self.feed_forward_norm(x)
+    def _layer(self, x: Tensor, inputs: AttentionInputs, experts: ExpertPlaces | None) -> _BlockOutput:
+        normed = self.attention_norm(x)
+        if self.feed_forward_norm is None:
+            finish = self._begin_to_feed(normed, experts)
+            attended, of_heads = self._attend(normed, inputs)
+            fed, of_experts = finish()
+            return _BlockOutput(x + attended + fed, of_experts, of_heads)
+        attended, of_heads = self._attend(normed, inputs)
+        x = x + attended
+        fed, of_experts = self._begin_to_feed(self.feed_forward_norm(x), experts)()
+        return _BlockOutput(x + fed, of_experts, of_heads)
+
+    def _attend(self, normed: Tensor, inputs: AttentionInputs) -> tuple[Tensor, RoutingStatistics | None]:
+        if isinstance(self.attention, HeadMixture):
+            return self.attention.mix(normed, inputs)
+        return self.attention(normed, inputs), None
+
+    def _begin_to_feed(
+        self, normed: Tensor, experts: ExpertPlaces | None
+    ) -> Callable[[], tuple[Tensor, RoutingStatistics | None]]:
         if not isinstance(self.feed_forward, ExpertFeedForward):
-            return x + self.feed_forward(normed), None
+            return lambda: (self.feed_forward(normed), None)
         assert experts is not None, "this model's sequences come with the places of its experts"
-        out, statistics = self.feed_forward(normed, experts.sequence, experts.channel)
-        return x + out, statistics
+        return self.feed_forward.begin(normed, experts.sequence, experts.channel)
 
 
 def _experts(config: ModelConfig) -> ExpertFeedForward:
@@ -125,11 +152,19 @@ class Transformer(nn.Module):
         """tokens and labels are int64 `[T]`."""
         x = self.embedding(tokens)  # [T, C]
         cos, sin = self._rotation(context.rows.position, x.dtype)
-        experts: list[ExpertStatistics] = []
+        real = context.rows.document >= 0
+        experts, heads = [], []
         for block, attend in zip(self.blocks, context.attends, strict=True):
-            x, statistics = block(x, AttentionInputs(cos, sin, attend, context.key_convolution), context.experts)
-            experts += [] if statistics is None else [statistics]
-        return Output(linear_cross_entropy(self.norm(x), self.head.weight, labels), tuple(experts))
+            made = block(x, AttentionInputs(real, cos, sin, attend, context.key_convolution), context.experts)
+            x = made.x
+            experts += [made.experts] if made.experts is not None else []
+            heads += [made.heads] if made.heads is not None else []
+        losses = linear_cross_entropy(self.norm(x), self.head.weight, labels)
+        return Output(losses, tuple(experts), tuple(heads))
+
+    def layers_of(self, kind: type[Layer]) -> list[Layer]:
+        """Return the parts of blocks that are of this kind, in the order of the blocks."""
+        return [module for module in self.modules() if isinstance(module, kind)]
 
     def _rotation(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         rope = self.config.rope

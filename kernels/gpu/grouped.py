@@ -6,7 +6,7 @@ and an expert without rows costs nothing but the zeros of its gradients. No two 
 results have the same bits each time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -48,13 +48,22 @@ HALF = Tiles(
     swiglu_backward=Tile(128, 64, 64, 8, 3),
     weight=Tile(64, 128, 128, 8, 3),
 )
+# Where rows do not begin at multiples of 16 numbers, each number is loaded by itself, and takes registers on its way.
+ODD_HALF = Tiles(
+    product=Tile(64, 64, 32, 8, 2),
+    swiglu=Tile(64, 64, 32, 8, 2),
+    swiglu_backward=Tile(64, 64, 32, 8, 2),
+    weight=Tile(32, 64, 64, 8, 2),
+)
 # Exact float32 products run on ordinary cores, from registers: for checks, not for speed.
 FLOAT32 = Tiles(
-    product=Tile(32, 32, 32, 4, 2),
-    swiglu=Tile(32, 32, 32, 4, 2),
-    swiglu_backward=Tile(32, 32, 16, 4, 2),
-    weight=Tile(32, 32, 32, 4, 2),
+    product=Tile(64, 64, 16, 8, 2),
+    swiglu=Tile(64, 64, 16, 8, 2),
+    swiglu_backward=Tile(64, 32, 16, 8, 2),
+    weight=Tile(16, 64, 64, 8, 2),
 )
+EVEN = 16
+"""Triton knows of pointers, strides and sizes whether they are multiples of it."""
 
 
 class Rows(NamedTuple):
@@ -106,9 +115,9 @@ def linear_backward(x: Tensor, weight: Tensor, counts: Sequence[int], dout: Tens
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: Sequence[int]) -> Tensor:
     """See `farspan.kernels.grouped_loop.swiglu`; float32, bfloat16 or float16."""
-    inner, tile = x.new_empty(len(x), gate.shape[1]), tiles_of(x).swiglu
+    inner = x.new_empty(len(x), gate.shape[1])
     _by_rows(
-        kernels.swiglu_kernel, tile, counts, inner.shape[1], x.shape[1],
+        kernels.swiglu_kernel, lambda tiles: tiles.swiglu, counts, inner.shape[1], x.shape[1],
         Rows.of(inner), Rows.of(x), Matrices.of(gate), Matrices.of(up),
     )  # fmt: skip
     return linear(inner, down, counts)
@@ -121,7 +130,7 @@ def swiglu_backward(
     dx, (dgate, dup, ddown) = x.new_empty(x.shape), (torch.empty_like(weight) for weight in (gate, up, down))
     inner, dgated, draised = (x.new_empty(len(x), gate.shape[1]) for _ in range(3))
     _by_rows(
-        kernels.swiglu_backward_kernel, tiles_of(x).swiglu_backward, counts, inner.shape[1], x.shape[1],
+        kernels.swiglu_backward_kernel, lambda tiles: tiles.swiglu_backward, counts, inner.shape[1], x.shape[1],
         Rows.of(inner), Rows.of(dgated), Rows.of(draised), Rows.of(x), Rows.of(dout),
         Matrices.of(gate), Matrices.of(up), Matrices.back(down),
     )  # fmt: skip
@@ -139,21 +148,21 @@ def product(
     x, matrices = first
     y, others = second or (None, None)
     _by_rows(
-        kernels.product_kernel, tiles_of(x).product, counts, out.shape[1], x.shape[1],
+        kernels.product_kernel, lambda tiles: tiles.product, counts, out.shape[1], x.shape[1],
         Rows.of(out), Rows.of(x), matrices, None if y is None else Rows.of(y), others,
     )  # fmt: skip
 
 
 def weight_gradient(dweight: Tensor, counts: Sequence[int], dout: Tensor, x: Tensor) -> None:
     """Set dweight `[E, out, in]`, of any strides, to dout_e^T x_e of rows `[N, out]` and `[N, in]`."""
-    tile, (_, width, depth) = tiles_of(x).weight, dweight.shape
+    width, depth = dweight.shape[1:]
+    operands = Matrices.of(dweight), Rows.of(dout), Rows.of(x)
+    tile = tiles_for(operands, width, depth).weight
     # The longest come first, so that no long one is begun when all others are done.
     stretches = sorted(row_tiles(counts, max(*counts, 1), empty=True), key=lambda part: part[1] - part[2])
     blocks = triton.cdiv(width, tile.columns) * triton.cdiv(depth, tile.depth)
-    _launch(
-        kernels.weight_kernel, len(stretches) * blocks, tile,
-        Matrices.of(dweight), Rows.of(dout), Rows.of(x), on_device(stretches, x.device), width, depth,
-    )  # fmt: skip
+    programs = len(stretches) * blocks
+    _launch(kernels.weight_kernel, programs, tile, *operands, on_device(stretches, x.device), width, depth)
 
 
 def row_tiles(counts: Sequence[int], rows: int, *, empty: bool = False) -> list[tuple[int, int, int]]:
@@ -170,17 +179,32 @@ def on_device(tiles: list[tuple[int, int, int]], device: torch.device) -> Tensor
     return torch.tensor(tiles, dtype=torch.int32).to(device, non_blocking=True)
 
 
-def tiles_of(x: Tensor) -> Tiles:
-    """Return the tiles for a dtype."""
-    return FLOAT32 if x.dtype == torch.float32 else HALF
+def tiles_for(operands: Iterable[Rows | Matrices | None], width: int, depth: int) -> Tiles:
+    """Return the tiles for operands of one dtype, by how they can be loaded."""
+    there = [part for part in operands if part is not None]
+    if there[0].pointer.dtype == torch.float32:
+        return FLOAT32
+    even = all(part.pointer.data_ptr() % EVEN == 0 for part in there)
+    numbers = {width, depth, *(stride for part in there for stride in part[1:])} - {1}
+    return HALF if even and not any(number % EVEN for number in numbers) else ODD_HALF
 
 
-def _by_rows(kernel: Any, tile: Tile, counts: Sequence[int], width: int, depth: int, *operands: Any) -> None:
+def _by_rows(
+    kernel: Any,
+    tile_of: Callable[[Tiles], Tile],
+    counts: Sequence[int],
+    width: int,
+    depth: int,
+    result: Rows,
+    *operands: Rows | Matrices | None,
+) -> None:
     """Launch a kernel for each tile of rows and block of columns of its result `[N, width]`."""
+    tile = tile_of(tiles_for((result, *operands), width, depth))
     tiles = row_tiles(counts, tile.rows)
-    device = operands[0].pointer.device
     programs = len(tiles) * triton.cdiv(width, tile.columns)
-    _launch(kernel, programs, tile, *operands, on_device(tiles, device), len(tiles), width, depth)
+    _launch(
+        kernel, programs, tile, result, *operands, on_device(tiles, result.pointer.device), len(tiles), width, depth
+    )
 
 
 def _launch(kernel: Any, programs: int, tile: Tile, *arguments: Any) -> None:

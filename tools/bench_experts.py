@@ -15,6 +15,7 @@ from pathlib import Path
 from farspan.tools.bench import machine
 from farspan.tools.bench.correctness import Verdict
 from farspan.tools.bench.experts import (
+    MULTIPLE,
     PRODUCTS,
     Contender,
     Load,
@@ -34,6 +35,7 @@ DEFAULTS = {
 }
 """Of a CPU: a layer of 1024 tokens, 8 of 64 experts each, as fine-grained mixtures have them (arXiv 2401.06066)."""
 WARM_UPS = 2
+BOTH = "fwd_bwd"
 COLUMNS = (
     "rows are",
     "products",
@@ -160,16 +162,19 @@ def markdown(rows: Sequence[Row], facts: Mapping[str, str], rounds: int) -> str:
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
     dense = dense_of(rows)
-    both = {(r.products, r.load): r for r in records_of(rows) if r.direction == DIRECTIONS[-1]}
+    both = {(r.products, r.load): r for r in records_of(rows) if r.direction == BOTH}
     for row in rows:
         name, times = [row.load.name, row.contender.name], row.times
         if times is None:
             yield _line([*name, "not correct", *[""] * (len(COLUMNS) - 3)])
             continue
-        record = both[row.contender.name, row.load.name]
-        ratios = [theirs / mine for theirs, mine in zip(dense[row.key].of("fwd_bwd"), times.of("fwd_bwd"), strict=True)]
-        cells = [*(times.median(direction) for direction in DIRECTIONS), times.least("fwd_bwd"), record.tflops]
-        yield _line([*name, *(f"{x:.3g}" for x in (*cells, record.of_dense, min(ratios), max(ratios)))])
+        record, base = both[row.contender.name, row.load.name], dense.get(row.key)
+        cells = [*(times.median(direction) for direction in DIRECTIONS), times.least(BOTH), record.tflops]
+        if base is not None:
+            ratios = [theirs / mine for theirs, mine in zip(base.of(BOTH), times.of(BOTH), strict=True)]
+            cells += [record.of_dense, min(ratios), max(ratios)]
+        cells += [None] * (len(COLUMNS) - 2 - len(cells))
+        yield _line([*name, *("" if x is None else f"{x:.3g}" for x in cells)])
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -179,7 +184,11 @@ def _line(cells: Sequence[str]) -> str:
 def bench(options: argparse.Namespace, command: Sequence[str]) -> list[Path]:
     """Check, measure, and write the files; return their paths. Raises ConfigError for options that cannot work."""
     device = device_of(options.device)
-    counts = {name: make(options.experts, options.rows) for name, make in COUNTS.items()}
+    step = MULTIPLE[options.device]
+    counts = {
+        name: tuple(step * count for count in make(options.experts, options.rows // step))
+        for name, make in COUNTS.items()
+    }
     loads = [
         Load(name=name, counts=of, width=options.width, inner=options.inner, dtype=DTYPES[options.dtype], device=device)
         for name, of in counts.items()

@@ -34,7 +34,7 @@ DEFAULTS = {
     "cuda": {"rows": 65536, "width": 2048, "inner": 1024, "dtype": "bfloat16", "rounds": 20},
 }
 """Of a CPU: a layer of 1024 tokens, 8 of 64 experts each, as fine-grained mixtures have them (arXiv 2401.06066)."""
-WARM_UPS = 2
+WARM_UPS = {"cpu": 1, "cuda": 2}
 BOTH = "fwd_bwd"
 COLUMNS = (
     "rows are",
@@ -100,13 +100,14 @@ def measure(loads: Sequence[Load], rounds: int, deadline: float) -> list[Row]:
     # Matrices and rows are shared by all that have such.
     shared = {(pairs[n][0].kind, pairs[n][0].dense): pairs[n][0].inputs(pairs[n][1]) for n in able}
     times = {number: Times() for number in able}
-    for turn in range(WARM_UPS + rounds):
-        if turn >= WARM_UPS + 3 and time.monotonic() > deadline:
+    warm_ups = WARM_UPS[loads[0].device.type]
+    for turn in range(warm_ups + rounds):
+        if turn >= warm_ups + 3 and time.monotonic() > deadline:
             break
         for number in able:
             run, dout = prepared[number]
             forward, backward = time_once(run, shared[pairs[number][0].kind, pairs[number][0].dense], dout)
-            if turn >= WARM_UPS:
+            if turn >= warm_ups:
                 times[number].fwd.append(forward)
                 times[number].bwd.append(backward)
     return [Row(*pair, verdicts[number], times.get(number)) for number, pair in enumerate(pairs)]

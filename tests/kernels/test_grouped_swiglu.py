@@ -45,6 +45,11 @@ def test_equals_the_formula(counts: list[int], dtype: torch.dtype) -> None:
         assert not a.numel() or (a - b).abs().amax().item() <= TOLERANCE[dtype] * b.abs().amax().item()
 
 
+def test_rows_of_an_expert_may_come_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("farspan.kernels.grouped_loop.CHUNK_ROWS", 3)
+    test_equals_the_formula([3, 1, 0, 7, 2], torch.float64)
+
+
 @pytest.mark.parametrize("counts", [[3, 1, 0, 7], [3, 1, 0, 7, 3]])
 def test_counts_that_do_not_fit_are_refused(counts: list[int]) -> None:
     with pytest.raises(

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from farspan.parallel.ranks import Ranks, connected
 from farspan.tools.bench import machine
 from farspan.tools.bench.correctness import Verdict
 from farspan.tools.bench.experts import (
@@ -194,7 +195,9 @@ def bench(options: argparse.Namespace, command: Sequence[str]) -> list[Path]:
         Load(name=name, counts=of, width=options.width, inner=options.inner, dtype=DTYPES[options.dtype], device=device)
         for name, of in counts.items()
     ]
-    rows = measure(loads, options.rounds, time.monotonic() + options.budget_s)
+    # As in training, where a rank keeps the memory of its gradients from step to step.
+    with connected(Ranks(), device):
+        rows = measure(loads, options.rounds, time.monotonic() + options.budget_s)
     facts = machine.facts(device, command, tool="bench_experts")
     for line in table(rows):
         print(line, flush=True)

@@ -24,7 +24,7 @@ def peak_bytes(tokens: int, hot: bool) -> int:
     held, mine = EXPERTS // channel.size, tokens // channel.size
     x, weights = torch.randn(mine, WIDTH, requires_grad=True), torch.rand(mine, 1, requires_grad=True)
     shapes = ((held, INNER, WIDTH), (held, INNER, WIDTH), (held, WIDTH, INNER))
-    matrices = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    matrices = gate, up, down = [torch.randn(shape, requires_grad=True) for shape in shapes]
     chosen = torch.full((mine, 1), EXPERTS - 1) if hot else torch.arange(mine)[:, None] % EXPERTS
     kept, dout = torch.ones(mine, 1, dtype=torch.bool), torch.randn(mine, WIDTH)
     whole, tracker = grouped_loop.CHUNK_ROWS, MemTracker()
@@ -33,7 +33,7 @@ def peak_bytes(tokens: int, hot: bool) -> int:
         with tracker:
             out = attend_to_experts(
                 *(x, chosen, weights, kept, channel),
-                lambda rows, counts: grouped_swiglu(rows, *matrices, counts),
+                lambda rows, counts: grouped_swiglu(rows, gate, up, down, counts),
                 EXPERTS,
             )
             gradients = torch.autograd.grad(out, (x, weights, *matrices), dout)

@@ -16,6 +16,8 @@ from farspan.kernels.grouped_swiglu import grouped_swiglu
 from farspan.tools.bench.case import Attention
 from farspan.tools.bench.correctness import TOLERANCE, Verdict, excess, outcome
 
+aten = torch.ops.aten
+
 SWIGLU, LINEAR = "swiglu", "linear"
 PRODUCTS = {LINEAR: {"fwd": 1, "bwd": 2, "fwd_bwd": 3}, SWIGLU: {"fwd": 3, "bwd": 8, "fwd_bwd": 11}}
 """Products of N x C x F by direction; of a SwiGLU's backward pass, two are gate and up computed again."""
@@ -88,38 +90,37 @@ class _DenseSwiglu(torch.autograd.Function):
     """One SwiGLU by torch's products; gate and up are computed again, as the experts' are: the same FLOPs."""
 
     @staticmethod
-    def forward(ctx, *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*inputs)
-        return grouped_loop.swiglu(*inputs, (len(inputs[0]),))  # pyright: ignore[reportCallIssue]
+    def forward(ctx, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gate, up, down)
+        return grouped_loop.swiglu(x, gate, up, down, (len(x),))
 
     @staticmethod
     def backward(ctx, dout: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        inputs = ctx.saved_tensors
-        return grouped_loop.swiglu_backward(*inputs, (len(inputs[0]),), dout)
+        x, gate, up, down = ctx.saved_tensors
+        return grouped_loop.swiglu_backward(x, gate, up, down, (len(x),), dout)
 
 
 def _kept_swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.silu(F.linear(x, gate[0])) * F.linear(x, up[0]), down[0])
 
 
-def _torch_grouped(load: Load) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+def _torch_multiply(load: Load) -> Callable[[Tensor, Tensor], Tensor]:
     ends = torch.tensor(load.counts, device=load.device).cumsum(0).to(torch.int32)
-    return ends, lambda x, weight, ends: torch._grouped_mm(x, weight.transpose(1, 2), ends)
-
-
-def _torch_linear(load: Load) -> Attention:
-    ends, multiply = _torch_grouped(load)
-    return lambda x, weight: multiply(x, weight, ends)
+    return lambda x, weight: aten._grouped_mm(x, weight.transpose(1, 2), ends)
 
 
 def _torch_swiglu(load: Load) -> Attention:
-    ends, multiply = _torch_grouped(load)
-    return lambda x, gate, up, down: multiply(F.silu(multiply(x, gate, ends)) * multiply(x, up, ends), down, ends)
+    multiply = _torch_multiply(load)
+    return lambda x, gate, up, down: multiply(F.silu(multiply(x, gate)) * multiply(x, up), down)
+
+
+def _grouped_swiglu(load: Load) -> Attention:
+    return lambda x, gate, up, down: grouped_swiglu(x, gate, up, down, load.counts)
 
 
 OURS = [
     Contender("grouped_linear", LINEAR, lambda load: lambda x, w: grouped_linear(x, w, load.counts)),
-    Contender("grouped_swiglu", SWIGLU, lambda load: lambda *inputs: grouped_swiglu(*inputs, load.counts)),
+    Contender("grouped_swiglu", SWIGLU, _grouped_swiglu),
 ]
 DENSE = [
     Contender("dense linear", LINEAR, lambda load: lambda x, w: F.linear(x, w[0]), dense=True),
@@ -127,7 +128,7 @@ DENSE = [
     Contender("dense SwiGLU that keeps gate and up", SWIGLU, lambda load: _kept_swiglu, dense=True),
 ]
 RIVALS = [
-    Contender("torch._grouped_mm", LINEAR, _torch_linear),
+    Contender("torch._grouped_mm", LINEAR, _torch_multiply),
     Contender("torch._grouped_mm, SwiGLU that keeps gate and up", SWIGLU, _torch_swiglu),
 ]
 """Of CUDA: torch's own, which takes bfloat16."""

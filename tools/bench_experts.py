@@ -195,10 +195,10 @@ def bench(options: argparse.Namespace, command: Sequence[str]) -> list[Path]:
         Load(name=name, counts=of, width=options.width, inner=options.inner, dtype=DTYPES[options.dtype], device=device)
         for name, of in counts.items()
     ]
+    facts = machine.facts(device, command, tool="bench_experts")
     # As in training, where a rank keeps the memory of its gradients from step to step.
     with connected(Ranks(), device):
         rows = measure(loads, options.rounds, time.monotonic() + options.budget_s)
-    facts = machine.facts(device, command, tool="bench_experts")
     for line in table(rows):
         print(line, flush=True)
     out = options.out or machine.default_out(device, "experts")

@@ -7,7 +7,7 @@ results have the same bits each time.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -98,29 +98,69 @@ class Matrices(NamedTuple):
         return Matrices(weight, weight.stride(0), weight.stride(2), weight.stride(1))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Stretches:
+    """Rows of each expert, and what the kernels of one pass are told of them, each made once and sent to the device."""
+
+    counts: Sequence[int]
+    device: torch.device
+    made: dict[int, Tensor] = field(default_factory=dict)
+
+    def tiles(self, rows: int) -> Tensor:
+        """Return (expert, first row, end) of stretches of an expert of at most so many rows, int32 `[tiles, 3]`."""
+        if rows not in self.made:
+            self.made[rows] = self._send(row_tiles(self.counts, rows))
+        return self.made[rows]
+
+    def whole(self) -> Tensor:
+        """Return the same of all rows of each expert, also of those without; the longest come first.
+
+        So no long one is begun when all others are done.
+        """
+        if 0 not in self.made:
+            ends = zip(range(len(self.counts)), self.counts, accumulate(self.counts), strict=True)
+            stretches = [(expert, end - count, end) for expert, count, end in ends]
+            self.made[0] = self._send(sorted(stretches, key=lambda part: part[1] - part[2]))
+        return self.made[0]
+
+    def _send(self, tiles: list[tuple[int, int, int]]) -> Tensor:
+        # The host does not wait for the device.
+        return torch.tensor(tiles, dtype=torch.int32).to(self.device, non_blocking=True)
+
+
+def row_tiles(counts: Sequence[int], rows: int) -> list[tuple[int, int, int]]:
+    """See `Stretches.tiles`."""
+    return [
+        (expert, start, min(start + rows, end))
+        for expert, (count, end) in enumerate(zip(counts, accumulate(counts), strict=True))
+        for start in range(end - count, end, rows)
+    ]
+
+
 def linear(x: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
     """See `farspan.kernels.grouped_loop.linear`; float32, bfloat16 or float16."""
     out = x.new_empty(len(x), weight.shape[1])
-    product(out, counts, (x, Matrices.of(weight)))
+    product(out, Stretches(counts, x.device), (x, Matrices.of(weight)))
     return out
 
 
 def linear_backward(x: Tensor, weight: Tensor, counts: Sequence[int], dout: Tensor) -> tuple[Tensor, Tensor]:
     """See `farspan.kernels.grouped_loop.linear_backward`."""
-    dx, dweight = x.new_empty(x.shape), torch.empty_like(weight)
-    product(dx, counts, (dout, Matrices.back(weight)))
-    weight_gradient(dweight, counts, dout, x)
+    dx, dweight, stretches = x.new_empty(x.shape), torch.empty_like(weight), Stretches(counts, x.device)
+    product(dx, stretches, (dout, Matrices.back(weight)))
+    weight_gradient(dweight, stretches, dout, x)
     return dx, dweight
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: Sequence[int]) -> Tensor:
     """See `farspan.kernels.grouped_loop.swiglu`; float32, bfloat16 or float16."""
-    inner = x.new_empty(len(x), gate.shape[1])
+    out, inner, stretches = x.new_empty(x.shape), x.new_empty(len(x), gate.shape[1]), Stretches(counts, x.device)
     _by_rows(
-        kernels.swiglu_kernel, lambda tiles: tiles.swiglu, counts, inner.shape[1], x.shape[1],
+        kernels.swiglu_kernel, lambda tiles: tiles.swiglu, stretches, inner.shape[1], x.shape[1],
         Rows.of(inner), Rows.of(x), Matrices.of(gate), Matrices.of(up),
     )  # fmt: skip
-    return linear(inner, down, counts)
+    product(out, stretches, (inner, Matrices.of(down)))
+    return out
 
 
 def swiglu_backward(
@@ -129,54 +169,38 @@ def swiglu_backward(
     """See `farspan.kernels.grouped_loop.swiglu_backward`."""
     dx, (dgate, dup, ddown) = x.new_empty(x.shape), (torch.empty_like(weight) for weight in (gate, up, down))
     inner, dgated, draised = (x.new_empty(len(x), gate.shape[1]) for _ in range(3))
+    stretches = Stretches(counts, x.device)
     _by_rows(
-        kernels.swiglu_backward_kernel, lambda tiles: tiles.swiglu_backward, counts, inner.shape[1], x.shape[1],
+        kernels.swiglu_backward_kernel, lambda tiles: tiles.swiglu_backward, stretches, inner.shape[1], x.shape[1],
         Rows.of(inner), Rows.of(dgated), Rows.of(draised), Rows.of(x), Rows.of(dout),
         Matrices.of(gate), Matrices.of(up), Matrices.back(down),
     )  # fmt: skip
-    weight_gradient(ddown, counts, dout, inner)
-    product(dx, counts, (dgated, Matrices.back(gate)), (draised, Matrices.back(up)))
-    weight_gradient(dgate, counts, dgated, x)
-    weight_gradient(dup, counts, draised, x)
+    weight_gradient(ddown, stretches, dout, inner)
+    product(dx, stretches, (dgated, Matrices.back(gate)), (draised, Matrices.back(up)))
+    weight_gradient(dgate, stretches, dgated, x)
+    weight_gradient(dup, stretches, draised, x)
     return dx, dgate, dup, ddown
 
 
 def product(
-    out: Tensor, counts: Sequence[int], first: tuple[Tensor, Matrices], second: tuple[Tensor, Matrices] | None = None
+    out: Tensor, stretches: Stretches, first: tuple[Tensor, Matrices], second: tuple[Tensor, Matrices] | None = None
 ) -> None:
-    """Set the first rows of `out` `[N, column]` to the product of rows `[N, depth]` and matrices, or of two the sum."""
+    """Set rows of `out` `[N, column]` to the product of rows `[N, depth]` and matrices, or to the sum of two."""
     x, matrices = first
     y, others = second or (None, None)
     _by_rows(
-        kernels.product_kernel, lambda tiles: tiles.product, counts, out.shape[1], x.shape[1],
+        kernels.product_kernel, lambda tiles: tiles.product, stretches, out.shape[1], x.shape[1],
         Rows.of(out), Rows.of(x), matrices, None if y is None else Rows.of(y), others,
     )  # fmt: skip
 
 
-def weight_gradient(dweight: Tensor, counts: Sequence[int], dout: Tensor, x: Tensor) -> None:
+def weight_gradient(dweight: Tensor, stretches: Stretches, dout: Tensor, x: Tensor) -> None:
     """Set dweight `[E, out, in]`, of any strides, to dout_e^T x_e of rows `[N, out]` and `[N, in]`."""
     width, depth = dweight.shape[1:]
     operands = Matrices.of(dweight), Rows.of(dout), Rows.of(x)
     tile = tiles_for(operands, width, depth).weight
-    # The longest come first, so that no long one is begun when all others are done.
-    stretches = sorted(row_tiles(counts, max(*counts, 1), empty=True), key=lambda part: part[1] - part[2])
-    blocks = triton.cdiv(width, tile.columns) * triton.cdiv(depth, tile.depth)
-    programs = len(stretches) * blocks
-    _launch(kernels.weight_kernel, programs, tile, *operands, on_device(stretches, x.device), width, depth)
-
-
-def row_tiles(counts: Sequence[int], rows: int, *, empty: bool = False) -> list[tuple[int, int, int]]:
-    """Return (expert, first row, end) of stretches of an expert of at most so many rows; of those without, if asked."""
-    tiles = []
-    for expert, (count, end) in enumerate(zip(counts, accumulate(counts), strict=True)):
-        starts = range(end - count, end, rows) or ([end] if empty else [])
-        tiles += [(expert, start, min(start + rows, end)) for start in starts]
-    return tiles
-
-
-def on_device(tiles: list[tuple[int, int, int]], device: torch.device) -> Tensor:
-    """Return tiles as int32 `[tiles, 3]`; the host does not wait for the device."""
-    return torch.tensor(tiles, dtype=torch.int32).to(device, non_blocking=True)
+    programs = len(dweight) * triton.cdiv(width, tile.columns) * triton.cdiv(depth, tile.depth)
+    _launch(kernels.weight_kernel, programs, tile, *operands, stretches.whole(), width, depth)
 
 
 def tiles_for(operands: Iterable[Rows | Matrices | None], width: int, depth: int) -> Tiles:
@@ -192,7 +216,7 @@ def tiles_for(operands: Iterable[Rows | Matrices | None], width: int, depth: int
 def _by_rows(
     kernel: Any,
     tile_of: Callable[[Tiles], Tile],
-    counts: Sequence[int],
+    stretches: Stretches,
     width: int,
     depth: int,
     result: Rows,
@@ -200,11 +224,9 @@ def _by_rows(
 ) -> None:
     """Launch a kernel for each tile of rows and block of columns of its result `[N, width]`."""
     tile = tile_of(tiles_for((result, *operands), width, depth))
-    tiles = row_tiles(counts, tile.rows)
+    tiles = stretches.tiles(tile.rows)
     programs = len(tiles) * triton.cdiv(width, tile.columns)
-    _launch(
-        kernel, programs, tile, result, *operands, on_device(tiles, result.pointer.device), len(tiles), width, depth
-    )
+    _launch(kernel, programs, tile, result, *operands, tiles, len(tiles), width, depth)
 
 
 def _launch(kernel: Any, programs: int, tile: Tile, *arguments: Any) -> None:

@@ -42,6 +42,15 @@ def test_files_have_every_row_and_its_ratio(tmp_path: Path, capsys: pytest.Captu
     assert json.loads((tmp_path / "found_machine.json").read_text())["threads"] == "1"
 
 
+@pytest.mark.parametrize("rival", experts.RIVALS, ids=lambda rival: rival.name)
+def test_rivals_compute_the_same(rival: experts.Contender) -> None:
+    """On a CPU, where they are not measured."""
+    counts, device = (16, 0, 32, 16), torch.device("cpu")
+    load = Load(name="some", counts=counts, width=64, inner=32, dtype=torch.bfloat16, device=device)
+    found = experts.verdict(rival, load)
+    assert found.correct, found.said
+
+
 def test_flops_and_ratios_of_a_row() -> None:
     load = Load(name="even", counts=(2, 3), width=8, inner=4, dtype=torch.float32, device=torch.device("cpu"))
     verdict = experts.Verdict(True, "")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from farspan.kernels import grouped as choice
 from farspan.kernels.gpu import grouped
-from farspan.kernels.gpu.grouped import Matrices, Tile, Tiles
+from farspan.kernels.gpu.grouped import Matrices, Stretches, Tile, Tiles
 from farspan.kernels.grouped_linear import grouped_linear
 from farspan.kernels.grouped_swiglu import grouped_swiglu
 from tests.kernels import test_grouped_linear as linear
@@ -129,10 +129,11 @@ def test_rows_after_the_last_are_neither_read_nor_written() -> None:
     x, weight = (t.detach() for t in linear.inputs(22, torch.float32, (40, 37)))
     given, into, back = torch.full((40, 64), NAN), torch.full((40, 64), NAN), torch.full((5, 48, 48), NAN)
     given[9:31, :40] = x
-    grouped.product(into[9:31, :37], counts, (given[9:31, :40], Matrices.of(weight)))
+    stretches = Stretches(counts, x.device)
+    grouped.product(into[9:31, :37], stretches, (given[9:31, :40], Matrices.of(weight)))
     expected = linear.by_formula(x, weight, counts=counts)
     assert relative_error(into[9:31, :37], expected) <= RELATIVE_TOLERANCE[torch.float32]
-    grouped.weight_gradient(back[:, :37, :40], counts, into[9:31, :37], given[9:31, :40])
+    grouped.weight_gradient(back[:, :37, :40], stretches, into[9:31, :37], given[9:31, :40])
     wanted = torch.stack([a.t() @ b for a, b in zip(expected.split(counts), x.split(counts), strict=True)])
     assert relative_error(back[:, :37, :40], wanted) <= RELATIVE_TOLERANCE[torch.float32]
     assert int(into.isnan().sum()) == into.numel() - 22 * 37

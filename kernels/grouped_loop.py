@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from farspan.kernels.expert_threads import for_each_expert
+
 aten = torch.ops.aten
 
 CHUNK_ROWS = 4096
@@ -21,31 +23,40 @@ Gradients of weights are rounded once for each chunk.
 
 def linear(x: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
     """Return x weight_e^T `[N, out]` of x `[N, in]`, weight `[E, out, in]`."""
-    out = x.new_empty(len(x), weight.shape[1])
-    for matrix, rows, place in zip(weight, x.split(counts), out.split(counts), strict=True):
-        if len(rows):
-            torch.mm(rows, matrix.t(), out=place)
+    out, ends = x.new_empty(len(x), weight.shape[1]), list(accumulate(counts))
+
+    def work(expert: int) -> None:
+        rows = slice(ends[expert] - counts[expert], ends[expert])
+        torch.mm(x[rows], weight[expert].t(), out=out[rows])
+
+    for_each_expert(counts, x.device, work)
     return out
 
 
 def linear_backward(x: Tensor, weight: Tensor, counts: Sequence[int], dout: Tensor) -> tuple[Tensor, Tensor]:
     """Return dx `[N, in]` and dweight, as weight is; dout `[N, out]`."""
-    dx, dout = x.new_empty(x.shape), dout.contiguous()
+    dx, dout, ends = x.new_empty(x.shape), dout.contiguous(), list(accumulate(counts))
     (dweight,) = _gradients(counts, weight)
-    parts = (x.split(counts), dout.split(counts), dx.split(counts))
-    for matrix, dmatrix, rows, of_rows, place in zip(weight, dweight, *parts, strict=True):
-        if len(rows):
-            torch.mm(of_rows, matrix, out=place)
-            torch.mm(of_rows.t(), rows, out=dmatrix)
+
+    def work(expert: int) -> None:
+        rows = slice(ends[expert] - counts[expert], ends[expert])
+        torch.mm(dout[rows], weight[expert], out=dx[rows])
+        torch.mm(dout[rows].t(), x[rows], out=dweight[expert])
+
+    for_each_expert(counts, x.device, work)
     return dx, dweight
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: Sequence[int]) -> Tensor:
     """Return down_e(silu(gate_e(x)) * up_e(x)), as x `[N, C]` is; gate, up `[E, F, C]`, down `[E, C, F]`."""
-    out = x.new_empty(x.shape)
-    for expert, part, _ in _stretches(counts):
-        inner = F.silu(x[part] @ gate[expert].t(), inplace=True).mul_(x[part] @ up[expert].t())
-        torch.mm(inner, down[expert].t(), out=out[part])
+    out, ends = x.new_empty(x.shape), list(accumulate(counts))
+
+    def work(expert: int) -> None:
+        for part in _chunks(ends[expert] - counts[expert], ends[expert]):
+            inner = F.silu(x[part] @ gate[expert].t(), inplace=True).mul_(x[part] @ up[expert].t())
+            torch.mm(inner, down[expert].t(), out=out[part])
+
+    for_each_expert(counts, x.device, work)
     return out
 
 
@@ -53,20 +64,25 @@ def swiglu_backward(
     x: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: Sequence[int], dout: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return dx, dgate, dup and ddown, each as the input is; gate and up of the rows are computed again."""
-    dx, dout = x.new_empty(x.shape), dout.contiguous()
+    dx, dout, ends = x.new_empty(x.shape), dout.contiguous(), list(accumulate(counts))
     dgate, dup, ddown = _gradients(counts, gate, up, down)
-    for expert, part, more in _stretches(counts):
-        rows, of_rows, place = x[part], dout[part], dx[part]
-        gated, raised = rows @ gate[expert].t(), rows @ up[expert].t()
-        silu = F.silu(gated)
-        dinner = of_rows @ down[expert]
-        _sum(ddown[expert], of_rows.t(), silu * raised, more)
-        draised = silu.mul_(dinner)
-        dgated = aten.silu_backward(dinner.mul_(raised), gated)
-        _sum(dgate[expert], dgated.t(), rows, more)
-        _sum(dup[expert], draised.t(), rows, more)
-        torch.mm(dgated, gate[expert], out=place)
-        place.addmm_(draised, up[expert])
+
+    def work(expert: int) -> None:
+        begin = ends[expert] - counts[expert]
+        for part in _chunks(begin, ends[expert]):
+            rows, of_rows, place, more = x[part], dout[part], dx[part], part.start > begin
+            gated, raised = rows @ gate[expert].t(), rows @ up[expert].t()
+            silu = F.silu(gated)
+            dinner = of_rows @ down[expert]
+            _sum(ddown[expert], of_rows.t(), silu * raised, more)
+            draised = silu.mul_(dinner)
+            dgated = aten.silu_backward(dinner.mul_(raised), gated)
+            _sum(dgate[expert], dgated.t(), rows, more)
+            _sum(dup[expert], draised.t(), rows, more)
+            torch.mm(dgated, gate[expert], out=place)
+            place.addmm_(draised, up[expert])
+
+    for_each_expert(counts, x.device, work)
     return dx, dgate, dup, ddown
 
 
@@ -81,11 +97,10 @@ def _gradients(counts: Sequence[int], *weights: Tensor) -> list[Tensor]:
     return gradients
 
 
-def _stretches(counts: Sequence[int]) -> Iterator[tuple[int, slice, bool]]:
-    """Yield (expert, rows, whether it had some before) of at most CHUNK_ROWS rows, in order."""
-    for expert, (count, end) in enumerate(zip(counts, accumulate(counts), strict=True)):
-        for start in range(end - count, end, CHUNK_ROWS):
-            yield expert, slice(start, min(start + CHUNK_ROWS, end)), start > end - count
+def _chunks(start: int, end: int) -> Iterator[slice]:
+    """Yield the rows from start to end, at most CHUNK_ROWS at a time."""
+    for first in range(start, end, CHUNK_ROWS):
+        yield slice(first, min(first + CHUNK_ROWS, end))
 
 
 def _sum(to: Tensor, a: Tensor, b: Tensor, more: bool) -> None:

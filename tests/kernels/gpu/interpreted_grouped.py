@@ -124,20 +124,21 @@ def test_nothing_is_written_beyond_a_stretch() -> None:
 
 
 def test_rows_after_the_last_are_neither_read_nor_written() -> None:
-    """They are NaN, before and after, in front and behind, as are the columns beside."""
+    """What is read has NaN around it, in front and behind, as do the columns beside; what is written, another number."""
     counts = [3, 18, 0, 0, 1]
     x, weight = (t.detach() for t in linear.inputs(22, torch.float32, (40, 37)))
-    given, into, back = torch.full((40, 64), NAN), torch.full((40, 64), NAN), torch.full((5, 48, 48), NAN)
-    given[9:31, :40] = x
+    expected = linear.by_formula(x, weight, counts=counts)
+    given, dout = torch.full((40, 64), NAN), torch.full((40, 64), NAN)
+    given[9:31, :40], dout[9:31, :37] = x, expected
+    into, back = torch.full((40, 64), 7.0), torch.full((5, 48, 48), 7.0)
     stretches = Stretches(counts, x.device)
     grouped.product(into[9:31, :37], stretches, (given[9:31, :40], Matrices.of(weight)))
-    expected = linear.by_formula(x, weight, counts=counts)
     assert relative_error(into[9:31, :37], expected) <= RELATIVE_TOLERANCE[torch.float32]
-    grouped.weight_gradient(back[:, :37, :40], stretches, into[9:31, :37], given[9:31, :40])
+    grouped.weight_gradient(back[:, :37, :40], stretches, dout[9:31, :37], given[9:31, :40])
     wanted = torch.stack([a.t() @ b for a, b in zip(expected.split(counts), x.split(counts), strict=True)])
     assert relative_error(back[:, :37, :40], wanted) <= RELATIVE_TOLERANCE[torch.float32]
-    assert int(into.isnan().sum()) == into.numel() - 22 * 37
-    assert int(back.isnan().sum()) == back.numel() - 5 * 37 * 40
+    assert int((into == 7.0).sum()) == into.numel() - 22 * 37
+    assert int((back == 7.0).sum()) == back.numel() - 5 * 37 * 40
 
 
 def test_what_a_neighbour_holds_does_not_matter() -> None:

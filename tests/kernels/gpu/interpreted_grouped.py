@@ -124,7 +124,7 @@ def test_nothing_is_written_beyond_a_stretch() -> None:
 
 
 def test_rows_after_the_last_are_neither_read_nor_written() -> None:
-    """What is read has NaN around it, in front and behind, as do the columns beside; what is written, another number."""
+    """What is read has NaN around it, before, behind and beside; what is written, another number."""
     counts = [3, 18, 0, 0, 1]
     x, weight = (t.detach() for t in linear.inputs(22, torch.float32, (40, 37)))
     expected = linear.by_formula(x, weight, counts=counts)

@@ -37,7 +37,7 @@ help:
 	@echo "make train   train a small model on this machine, two processes, on Python's own sources"
 	@echo "make test    run all tests"
 	@echo "make check   format, lint, types and the layout's rules"
-	@echo "make gpu     on a machine with a GPU: check attention, then measure it; $(PYTHON) needs torch, triton, numpy"
+	@echo "make gpu     on a machine with a GPU: check attention and experts, then measure them; $(PYTHON) needs torch, triton, numpy"
 
 train: $(TRAIN_READY) $(CORPUS)/train/meta.json
 	$(RUN) -m farspan.launch.cli launch local configs/demo.toml --gpus-per-node 2
@@ -55,7 +55,8 @@ check: $(DEV_READY)
 gpu:
 	@PYTHONPATH=. $(PYTHON) -m farspan.tools.gpu_checks --far-tokens 3145728 --budget-s 200; checked=$$?; \
 	if [ $$checked -eq 2 ]; then exit 2; fi; \
-	PYTHONPATH=. $(PYTHON) -m farspan.tools.bench_attention --device cuda --memory 16K,32K,64K --budget-s 300 \
+	PYTHONPATH=. $(PYTHON) -m farspan.tools.bench_attention --device cuda --memory 16K,32K,64K --budget-s 260 \
+	&& PYTHONPATH=. $(PYTHON) -m farspan.tools.bench_experts --device cuda --budget-s 30 \
 	&& exit $$checked
 
 $(CORPUS)/train/meta.json: | $(TRAIN_READY)

@@ -1,8 +1,8 @@
 """Check attention on a GPU: every example of every mechanism by every backend that runs there, against float64.
 
-What matters most comes first: choices, which must be the CPU's; all mechanisms in one shape, then one thing changed at
-a time, then all together. Exit status: 0 all correct, 1 something is wrong, 2 no GPU, 3 a mechanism and backend were
-left out altogether. `python -m farspan.tools.gpu_checks --budget-s 240`.
+What matters most comes first: choices, which must be the CPU's; products of experts; all mechanisms in one shape, then
+one thing changed at a time, then all together. Exit status: 0 all correct, 1 something is wrong, 2 no GPU, 3 a
+mechanism and backend were left out altogether. `python -m farspan.tools.gpu_checks --budget-s 240`.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from farspan.kernels.mechanism import MECHANISMS, Heads, Mechanism
 from farspan.parallel.ranks import Ranks, connected
 from farspan.tools.bench.case import Ours, Shape
 from farspan.tools.bench.correctness import Check, Verdict, check_rows, compare
-from farspan.tools.bench.device_checks import far_rows, poison, same_bits, same_choice
+from farspan.tools.bench.device_checks import expert_products, far_rows, poison, same_bits, same_choice
 from farspan.tools.bench_attention import JUDGE, contenders_on, device_of, names
 
 TOKENS = 1024
@@ -110,6 +110,8 @@ def make(examples: Sequence[Mechanism], contenders: Sequence[Ours], options: arg
         verdict = same_choice(example, check_rows(options.tokens, packed=True), first)
         if verdict is not None:
             tally.add("choices", verdict, str(first.dtype))
+    for verdict in expert_products(device):
+        tally.add("products of experts", verdict, "products of experts")
     for contender in contenders if options.far_tokens else []:
         tally.add(contender.name, far_rows(contender, first, options.far_tokens), f"{contender.name}, {first.dtype}")
     for contender, check in checks(examples, contenders, device, options.tokens):

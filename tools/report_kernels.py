@@ -44,9 +44,10 @@ GRID = Neighbourhood(
 TITLE = """# What the Triton kernels need of an H100
 
 Written by `python -m farspan.tools.report_kernels docs/kernels_sm90.md` (Triton 3.6.0, its own ptxas). Every kernel
-that a plan launches, at every head size and dtype; what is one binary for several of them stands once. `regs`:
-registers of a thread, at most 255. `stack`: bytes of a thread's stack, which registers spill to; 0 is none. `shared`:
-bytes of shared memory of a block, at most 232,448.
+that a plan launches, at every head size and dtype; what is one binary for several of them stands once. `experts`: what
+a mixture's experts launch, at a width and inner size; its tiles are rows x columns x depth. `regs`: registers of a
+thread, at most 255. `stack`: bytes of a thread's stack, which registers spill to; 0 is none. `shared`: bytes of shared
+memory of a block, at most 232,448.
 
 | plan | head size | dtype | kernel | queries x keys, or chunk x columns | warps | stages | regs | stack | shared |
 |---|---|---|---|---|---|---|---|---|---|
@@ -55,7 +56,10 @@ bytes of shared memory of a block, at most 232,448.
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A plan of `plan_of`, or a scan, with tensors of one dtype and of head sizes `width` and `value_width`."""
+    """A plan of `plan_of`, or a scan, with tensors of one dtype and of head sizes `width` and `value_width`.
+
+    Or experts, of that width and inner size.
+    """
 
     plan: str
     width: int
@@ -85,7 +89,10 @@ class Usage:
 PLANS = ("causal", "window and sinks", "neighbourhood", "lifetimes", "tiles choose", "rows choose", "scan")
 SIZES = ((64, 64), (128, 128), (192, 128), (256, 256))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+EXPERT_SIZES = ((1024, 512), (1000, 500))
+"""Width and inner size of experts: multiples of 16 numbers, which are loaded 16 bytes at a time, and others."""
 CASES = [Case(plan, *sizes, dtype) for sizes in SIZES for dtype in DTYPES for plan in PLANS]
+CASES += [Case("experts", *sizes, dtype) for sizes in EXPERT_SIZES for dtype in DTYPES]
 
 
 def plan_of(name: str) -> Plan:
@@ -127,8 +134,6 @@ def compile_case(case: Case) -> list[Usage]:
     import triton
     from triton.runtime.jit import JITFunction
 
-    from farspan.kernels.gpu import schedule
-
     launched: list[Usage] = []
     run = JITFunction.run
 
@@ -140,33 +145,60 @@ def compile_case(case: Case) -> list[Usage]:
     triton.runtime.driver.set_active(_Driver())
     JITFunction.run = compile_only
     try:
-        q = torch.zeros(ROWS, HEADS, case.width, dtype=case.dtype)
-        k = torch.zeros(ROWS, KV_HEADS, case.width, dtype=case.dtype)
-        v = torch.zeros(ROWS, KV_HEADS, case.value_width, dtype=case.dtype)
-        if case.plan == "scan":
-            _scan(q, k, v)
-        else:
-            shapes = shapes_for(case.width, case.value_width, case.dtype)
-            problem = schedule.Problem(q=q, k=k, v=v, plan=plan_of(case.plan), shapes=shapes)
-            out, lse = schedule.forward(problem)
-            schedule.backward(problem, out.to(case.dtype), out.to(case.dtype), lse)
+        {"scan": _scan, "experts": _experts}.get(case.plan, _attention)(case)
     finally:
         JITFunction.run = run
     return list(dict.fromkeys(launched))
 
 
-def _scan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def _attention(case: Case) -> None:
+    from farspan.kernels.gpu import schedule
+
+    q, k, v = _tensors(case)
+    shapes = shapes_for(case.width, case.value_width, case.dtype)
+    problem = schedule.Problem(q=q, k=k, v=v, plan=plan_of(case.plan), shapes=shapes)
+    out, lse = schedule.forward(problem)
+    schedule.backward(problem, out.to(case.dtype), out.to(case.dtype), lse)
+
+
+def _tensors(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    heads = ((HEADS, case.width), (KV_HEADS, case.width), (KV_HEADS, case.value_width))
+    q, k, v = (torch.zeros(ROWS, *shape, dtype=case.dtype) for shape in heads)
+    return q, k, v
+
+
+def _scan(case: Case) -> None:
     from farspan.kernels.gpu import scan
 
+    q, k, v = _tensors(case)
     stretch, decay = Stretch.of(Rows.packed([ROWS])), torch.ones(HEADS, dtype=torch.float64)
     state = empty_state(HEADS, q.shape[2], v.shape[2], like=q)
     out, left = scan.scan_forward(q, k, v, stretch, decay, state)
     scan.scan_backward(out.to(q.dtype), left.value, q, k, v, stretch, decay, state)
 
 
+def _experts(case: Case) -> None:
+    from farspan.kernels.gpu import grouped
+
+    width, inner, counts = case.width, case.value_width, (ROWS - 300, 0, 300)
+    x = torch.zeros(ROWS, width, dtype=case.dtype)
+    gate = torch.zeros(len(counts), inner, width, dtype=case.dtype)
+    down = torch.zeros(len(counts), width, inner, dtype=case.dtype)
+    out = grouped.swiglu(x, gate, gate, down, counts)
+    grouped.swiglu_backward(x, gate, gate, down, counts, out)
+    # A view of one matrix for all experts, as of the heads of a projection.
+    weight = torch.zeros(width, len(counts) * inner, dtype=case.dtype).unflatten(1, (len(counts), inner))
+    inside = torch.zeros(ROWS, inner, dtype=case.dtype)
+    grouped.linear_backward(
+        inside, weight.transpose(0, 1), counts, grouped.linear(inside, weight.transpose(0, 1), counts)
+    )
+
+
 def _usage(case: Case, kernel: str, options: dict[str, Any], compiled: Any) -> Usage:
     if "CHUNK" in options:
         tile = f"{options['CHUNK']} x {options['COLUMNS']}"
+    elif "DEPTH" in options:
+        tile = f"{options['ROWS']} x {options['COLUMNS']} x {options['DEPTH']}"
     else:
         tile = f"{options['BLOCK_Q']} x {options['BLOCK_K']}" if "BLOCK_Q" in options else str(options["BLOCK"])
     if options.get("FOR_K") != options.get("FOR_V"):

@@ -12,9 +12,10 @@ from farspan.kernels.grouped_swiglu import grouped_swiglu
 COUNTS = {"ragged": [3, 1, 0, 7, 2], "one has all": [0, 0, 13, 0, 0], "nobody": [0, 0, 0, 0, 0]}
 
 
-def inputs(rows: int, dtype: torch.dtype) -> Any:
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((rows, 6), (5, 10, 6), (5, 10, 6), (5, 6, 10))
+def inputs(rows: int, dtype: torch.dtype, sizes: tuple[int, int] = (6, 10)) -> Any:
+    """Return x, gate, up and down of 5 experts; sizes: width and inner size."""
+    generator, (width, inner) = torch.Generator().manual_seed(0), sizes
+    shapes = ((rows, width), (5, inner, width), (5, inner, width), (5, width, inner))
     return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
 
 
@@ -44,9 +45,22 @@ def test_equals_the_formula(counts: list[int], dtype: torch.dtype) -> None:
         assert not a.numel() or (a - b).abs().amax().item() <= TOLERANCE[dtype] * b.abs().amax().item()
 
 
+def test_rows_of_an_expert_may_come_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("farspan.kernels.grouped_loop.CHUNK_ROWS", 3)
+    test_equals_the_formula([3, 1, 0, 7, 2], torch.float64)
+
+
 @pytest.mark.parametrize("counts", [[3, 1, 0, 7], [3, 1, 0, 7, 3]])
 def test_counts_that_do_not_fit_are_refused(counts: list[int]) -> None:
     with pytest.raises(
         ValueError, match=f"{len(counts)} experts with {sum(counts)} rows in all, but 5 and 13 are here"
     ):
         grouped_swiglu(*inputs(13, torch.float64), counts=counts)
+
+
+def test_matrices_that_do_not_fit_are_refused() -> None:
+    x, gate, up, down = inputs(13, torch.float64)
+    with pytest.raises(ValueError, match=r"down \[5, 10, 6\] does not fit rows \[13, 6\]: \[5, 6, 10\] does"):
+        grouped_swiglu(x, gate, up, down.transpose(1, 2), [13, 0, 0, 0, 0])
+    with pytest.raises(ValueError, match=r"up \[4, 10, 6\] does not fit"):
+        grouped_swiglu(x, gate, up[1:], down, [13, 0, 0, 0, 0])

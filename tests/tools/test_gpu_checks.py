@@ -2,18 +2,20 @@
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from farspan.kernels import grouped_loop
 from farspan.kernels.backend import BACKENDS
 from farspan.kernels.mechanism import MECHANISMS, Heads
 from farspan.kernels.mechanisms.window import Window
 from farspan.kernels.plan import Plan
 from farspan.parallel.ranks import Ranks, connected
 from farspan.tools import gpu_checks
-from farspan.tools.bench import device_checks
+from farspan.tools.bench import device_checks, experts
 from farspan.tools.bench.case import Ours, Shape
 from farspan.tools.bench.correctness import check_rows
 from tests.tools.test_bench_attention import WrongBackend
@@ -26,6 +28,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_checks, "DTYPES", [torch.bfloat16, torch.float32])
     monkeypatch.setattr(gpu_checks, "HEADS", [Heads(query=4, kv=2)])
     monkeypatch.setattr(gpu_checks, "HEAD_SIZES", [(16, 16), (24, 16)])
+    monkeypatch.setattr(experts, "CHECKED_SIZES", [(16, 8)])
+    monkeypatch.setattr(experts, "CHECKED_COUNTS", {"some": (3, 0, 5), "none": (0, 0)})
 
 
 def test_one_thing_changes_at_a_time_before_all_do() -> None:
@@ -51,6 +55,7 @@ def test_right_ones_pass(small: None, capsys: pytest.CaptureFixture[str]) -> Non
     assert gpu_checks.main(["--device", "cpu", "--mechanisms", "window", "--tokens", "64"]) == 0
     assert capsys.readouterr().out == (
         "24 checks of cpu are correct\n3 checks of cpu, the same bits twice, are correct\n"
+        "24 checks of products of experts are correct\n"
         "0 are wrong, 0 were left out as the time budget was used up\n"
     )
 
@@ -132,6 +137,25 @@ def test_a_spent_budget_is_told(small: None, capsys: pytest.CaptureFixture[str])
     said = capsys.readouterr().out
     assert "NOT CHECKED at all: Window(window=7, sinks=0, causal=True) by cpu" in said
     assert "0 are wrong, 24 were left out as the time budget was used up" in said
+
+
+@pytest.mark.parametrize("name", ["linear_backward", "swiglu"])
+def test_wrong_products_of_experts_fail(
+    small: None, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A gradient, or a result, that is 3 % too large."""
+    right = getattr(grouped_loop, name)
+
+    def rounded(*arguments: Any) -> Any:
+        found = right(*arguments)
+        return 1.03 * found if isinstance(found, Tensor) else (found[0], 1.03 * found[1])
+
+    monkeypatch.setattr(grouped_loop, name, rounded)
+    arguments = ["--device", "cpu", "--mechanisms", "dense", "--backends", "cpu", "--budget-s", "-1"]
+    assert gpu_checks.main(arguments) == gpu_checks.WRONG
+    said = capsys.readouterr().out
+    assert "WRONG: products of experts: some, 8 rows, 16 x 8, torch.float32: result" in said
+    assert "WRONG: products of experts: none" not in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")

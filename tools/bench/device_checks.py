@@ -1,5 +1,9 @@
-"""What a device owes beyond right results: the CPU's choices, the same bits twice, rows beyond 2^31 numbers."""
+"""What a device owes beyond right results: the CPU's choices, the same bits twice, rows beyond 2^31 numbers.
 
+And products of experts, which are no backend's.
+"""
+
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -11,6 +15,7 @@ from farspan.kernels.lifetimes import chosen_types
 from farspan.kernels.mechanism import Ageing, Gathered, Heads, Holding, Mechanism, Routed, alone
 from farspan.kernels.mechanisms.window import Window
 from farspan.kernels.rows import Rows
+from farspan.tools.bench import experts
 from farspan.tools.bench.case import Ours, Shape, gradient_of_out, inputs_of
 from farspan.tools.bench.correctness import REFERENCE, Check, Verdict, excess, outcome
 
@@ -100,3 +105,14 @@ def far_rows(contender: Ours, shape: Shape, tokens: int) -> Verdict:
     ]
     largest = max(x.numel() for x in inputs)
     return Verdict(not failures, f"the last of {tokens} rows, {largest} numbers: {', '.join(failures) or 'correct'}")
+
+
+def expert_products(device: torch.device) -> Iterator[Verdict]:
+    """Compare our products of rows with matrices of their experts with the formula, in all dtypes, and twice."""
+    for load in experts.checks(device):
+        for contender in experts.OURS:
+            poison(device)
+            verdict = experts.verdict(contender, load)
+            yield verdict
+            if verdict.correct:
+                yield experts.same_bits(contender, load)

@@ -18,3 +18,10 @@ def test_scans_equal_the_formula_when_interpreted() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert "20 passed" in done.stdout
+
+
+def test_products_of_experts_equal_the_formula_when_interpreted() -> None:
+    done = run_with_triton(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/gpu/interpreted_grouped.py", TRITON_INTERPRET="1"
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

@@ -8,7 +8,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from farspan.kernels import grouped_loop
 from farspan.kernels.grouped_swiglu import grouped_swiglu
-from farspan.parallel.expert import attend_to_experts
+from farspan.parallel.expert import send_to_experts
 from tests.ranks import RankPool, world_channel
 
 EXPERTS, WIDTH, INNER, TOKENS = 8, 16, 64, 2048
@@ -31,11 +31,8 @@ def peak_bytes(tokens: int, hot: bool) -> int:
     grouped_loop.CHUNK_ROWS = CHUNK_ROWS
     try:
         with tracker:
-            out = attend_to_experts(
-                *(x, chosen, weights, kept, channel),
-                lambda rows, counts: grouped_swiglu(rows, gate, up, down, counts),
-                EXPERTS,
-            )
+            under_way = send_to_experts(x, chosen, weights, kept, channel, EXPERTS)
+            out = under_way.attended_by(lambda rows, counts: grouped_swiglu(rows, gate, up, down, counts))
             gradients = torch.autograd.grad(out, (x, weights, *matrices), dout)
     finally:
         grouped_loop.CHUNK_ROWS = whole

@@ -1,4 +1,4 @@
-"""The command line: `farspan train`, `farspan launch local`, `farspan data prepare`.
+"""The command line: `farspan train`, `farspan launch local`, `farspan data prepare`, `farspan upcycle`.
 
 Importing torch takes seconds, so that each command imports what it needs when it runs.
 """
@@ -73,6 +73,15 @@ def _parser() -> argparse.ArgumentParser:
     prepared = data.add_parser("prepare", help="turn text into memory-mapped tokens")
     prepare.add_arguments(prepared)
     prepared.set_defaults(command=prepare.run)
+
+    upcycled = commands.add_parser("upcycle", help="make experts of trained models, for a run to begin with")
+    upcycled.add_argument("config", type=Path, help="TOML file of the model with experts")
+    upcycled.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single values")
+    upcycled.add_argument(
+        "--of", type=Path, nargs="+", required=True, metavar="RUN", help="folders of runs without experts, one or more"
+    )
+    upcycled.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for run.start_from")
+    upcycled.set_defaults(command=_upcycle)
     return parser
 
 
@@ -117,6 +126,16 @@ def _train(options: argparse.Namespace) -> int:
             if ranks.rank > 0:
                 return EXIT_USER_ERROR
             raise
+    return 0
+
+
+def _upcycle(options: argparse.Namespace) -> int:
+    from farspan.trainer.config import Config
+    from farspan.trainer.config_io import load_config
+    from farspan.trainer.upcycle import upcycle
+
+    upcycle(load_config(Config, options.config, options.overrides), options.of, options.out)
+    log.info("%-12s%s: begin a run with it by run.start_from=%s", "upcycled", options.out, options.out)
     return 0
 
 

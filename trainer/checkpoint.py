@@ -58,7 +58,7 @@ class Checkpointer:
         try:
             save_shards(self._tensors(), checkpoint_id=partial)
         except CheckpointException as error:
-            raise CheckpointError(f"checkpoint {final} cannot be written ({_causes(error)}): make room.") from None
+            raise CheckpointError(f"checkpoint {final} cannot be written ({causes(error)}): make room.") from None
         on_first_rank(lambda: _writing(final, lambda: self._commit(partial, final, state)))
         return final
 
@@ -76,7 +76,7 @@ class Checkpointer:
         try:
             load_shards(tensors, checkpoint_id=newest)
         except CheckpointException as error:
-            raise CheckpointError(_damaged(newest, _causes(error))) from None
+            raise CheckpointError(_damaged(newest, causes(error))) from None
         set_state_dict(
             self._model, self._optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"]
         )
@@ -89,14 +89,9 @@ class Checkpointer:
         model, optimizer = get_state_dict(self._model, self._optimizer)
         return {"model": model, "optimizer": optimizer}
 
-    def _finished(self) -> list[Path]:
-        """Return the complete checkpoints, oldest first."""
-        found = [path for path in self._folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
-        return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
-
     def _newest(self) -> tuple[Path | None, dict[str, Any]]:
         """Return the folder and the TrainState of the checkpoint to load, once it is known to fit and be whole."""
-        finished = self._finished()
+        finished = _finished(self._folder)
         if not finished:
             return None, {}
         manifest = _read_manifest(finished[-1])
@@ -130,8 +125,23 @@ class Checkpointer:
         partial.rename(final)
         _sync(self._folder)
         shutil.rmtree(partial.with_suffix(".replaced"), ignore_errors=True)
-        for old in self._finished()[: -self._keep]:
+        for old in _finished(self._folder)[: -self._keep]:
             shutil.rmtree(old)
+
+
+def newest_whole(folder: Path) -> Path:
+    """Return the newest checkpoint in `folder`; raises CheckpointError if there is none, or it is not whole."""
+    finished = _finished(folder)
+    if not finished:
+        raise CheckpointError(f"{folder} holds no finished checkpoint: name the folder of a run that has saved one.")
+    _check_files(finished[-1], _read_manifest(finished[-1])["files"])
+    return finished[-1]
+
+
+def _finished(folder: Path) -> list[Path]:
+    """Return the complete checkpoints, oldest first."""
+    found = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -167,7 +177,7 @@ def _damaged(folder: Path, cause: str) -> str:
     )
 
 
-def _causes(error: CheckpointException) -> str:
+def causes(error: CheckpointException) -> str:
     """Return what went wrong on any rank, each cause once."""
     return "; ".join(sorted({" ".join(str(failure[0]).split()) for failure in error.failures.values()}))
 

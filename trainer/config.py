@@ -20,10 +20,15 @@ AUTO = "auto"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """folder: where everything that the run writes goes. seed: of parameters and of the order of the data."""
+    """folder: where everything that the run writes goes. seed: of parameters and of the order of the data.
+
+    start_from: a folder of weights that a run without checkpoints begins with, such as `farspan upcycle` writes, or one
+    step below another run's checkpoints/; without one parameters are random.
+    """
 
     folder: Path
     seed: int = bounded(0, minimum=0)
+    start_from: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -34,6 +34,7 @@ from farspan.trainer.record_config import record_config
 from farspan.trainer.resolve import Resolved, choose_device, resolve
 from farspan.trainer.state import TrainState
 from farspan.trainer.step import StepResult, train_step
+from farspan.trainer.weights import load_weights
 
 log = logging.getLogger("farspan")
 
@@ -99,6 +100,9 @@ class _Run:
             keep=config.checkpoint.keep,
         )
         self.resumed_from = self.checkpoints.load_latest(self.state)
+        self.started_from = config.run.start_from if self.resumed_from is None else None
+        if self.started_from is not None:
+            load_weights(self.model, Path(self.started_from))
         self.peak_flops = peak_flops(self.device, config.train.torch_dtype) * dist.get_world_size()
         self.sharding_bytes = sharding_bytes(self.model, self.model.blocks, self.mesh, config.train.torch_dtype)
         self.writer: MetricsWriter | None = None
@@ -114,6 +118,8 @@ class _Run:
         config, state, steps = self.config, self.state, self.config.train.steps
         if self.resumed_from is not None:
             log.info("resumed     at step %d from %s", state.step, self.resumed_from)
+        if self.started_from is not None:
+            log.info("weights     of %s", self.started_from)
         stopping = on_any_rank(self.stop.requested)
         missing = self.is_evaluation_missing()
         nothing_to_do = state.step >= steps and not missing

@@ -1,0 +1,106 @@
+"""Upcycling: a model with experts, and experts of attention, from trained models without.
+
+Expert e is a copy of what the dense models have in its place, of model e mod N for N of them; all that is not chosen
+is their mean; routers are new. One model is sparse upcycling (arXiv 2212.05055), several that were trained on different
+data are Branch-Attend-Mix (BAM, arXiv 2408.08274).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from farspan.kernels.errors import ConfigError
+from farspan.parallel.ranks import Ranks, connected
+from farspan.trainer.checkpoint import newest_whole
+from farspan.trainer.config import Config
+from farspan.trainer.config_io import load_config
+from farspan.trainer.model.config import ModelConfig
+from farspan.trainer.model.init import initialize
+from farspan.trainer.model.transformer import Transformer
+from farspan.trainer.validate import head_mixture_fits
+from farspan.trainer.weights import load_weights, save_weights
+
+Tensors = Mapping[str, Tensor]
+
+
+def upcycle(config: Config, runs: Sequence[Path], out: Path) -> ModelConfig:
+    """Write the weights that `config` can begin with, made of the newest checkpoints of `runs`; return its model.
+
+    Raises ConfigError where the models do not fit each other, CheckpointError where there is nothing to read.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists already: name another folder, or delete it.")
+    dense = [load_config(Config, run / "config.toml") for run in runs]
+    vocabulary = config.model.vocabulary_size or dense[0].model.vocabulary_size
+    model = replace(config.model, vocabulary_size=vocabulary)
+    head_mixture_fits(config)
+    if not any(model.expert_layers) and model.head_mixture.kind == "none":
+        raise ConfigError("a model without experts leaves nothing to choose: set model.experts or model.head_mixture.")
+    for run, of_run in zip(runs, dense, strict=True):
+        _check_fit(model, of_run.model, run)
+    with connected(Ranks(), torch.device("cpu")):
+        mixture = _build(config, model)
+        initialize(mixture, model, config.run.seed)
+        sources = []
+        for run, of_run in zip(runs, dense, strict=True):
+            source = _build(of_run, of_run.model)
+            load_weights(source, newest_whole(run / "checkpoints"))
+            sources.append(source.state_dict())
+        save_weights(mixed_of(sources, mixture.state_dict(), model), out)
+    return model
+
+
+def mixed_of(dense: Sequence[Tensors], start: Tensors, model: ModelConfig) -> dict[str, Tensor]:
+    """Return the weights of a model with mixtures, of weights of dense ones; what these lack is as in `start`."""
+    copies, mixed = model.head_mixture.count if model.head_mixture.kind == "experts" else 1, {}
+    of_experts = ("query", "key", "value", "key_convolution", "router") if model.head_mixture.own_keys else ("query",)
+    for name, tensor in start.items():
+        part = name.split(".")[-2]
+        plain = name.replace("feed_forward.experts.", "feed_forward.").replace("feed_forward.shared.", "feed_forward.")
+        if plain not in dense[0]:
+            mixed[name] = tensor
+        elif ".feed_forward.experts." in name:
+            mixed[name] = torch.stack([dense[e % len(dense)][plain] for e in range(model.experts.count)])
+        elif ".attention." in name and part in of_experts:
+            mixed[name] = torch.cat([dense[e % len(dense)][plain] for e in range(copies)])
+        elif ".attention." in name and part == "out":
+            mixed[name] = torch.cat([dense[e % len(dense)][plain] for e in range(copies)], dim=1)
+        else:
+            mixed[name] = torch.stack([source[plain] for source in dense]).double().mean(0).to(tensor.dtype)
+    return mixed
+
+
+def _build(config: Config, model: ModelConfig) -> Transformer:
+    """Return the model of a run, whole and on the CPU."""
+    built = Transformer(model, replace(config, model=model).mechanisms())
+    return built.double() if config.train.torch_dtype == torch.float64 else built
+
+
+def _check_fit(model: ModelConfig, dense: ModelConfig, run: Path) -> None:
+    mine, theirs = asdict(model), asdict(dense)
+    for mixture, without in (
+        ("experts", dense.experts.count == 0),
+        ("head_mixture", dense.head_mixture.kind == "none"),
+    ):
+        if not without:
+            raise ConfigError(f"{run} has model.{mixture} already: upcycle runs without.")
+        del mine[mixture], theirs[mixture]
+    for name, value in mine.items():
+        if value != theirs[name]:
+            raise ConfigError(
+                f"{run} has model.{name}={theirs[name]!r}, not {value!r}: experts are copies, set the same."
+            )
+    experts = model.experts
+    if experts.count and experts.feed_forward != dense.feed_forward:
+        raise ConfigError(
+            f"model.experts.feed_forward={experts.feed_forward} must be the model.feed_forward={dense.feed_forward} of "
+            f"{run}, which experts are copies of."
+        )
+    if experts.shared not in (0, dense.feed_forward):
+        raise ConfigError(
+            f"model.experts.shared={experts.shared} must be 0 or the model.feed_forward={dense.feed_forward} of {run}, "
+            "whose mean the shared expert is."
+        )

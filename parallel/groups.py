@@ -23,6 +23,9 @@ def group_along(purpose: str, shape: Mapping[str, int], axis: str) -> dist.Proce
     """
     world, me = dist.group.WORLD, dist.get_rank()
     assert world is not None
+    for key in [key for key in _MADE if key[0] is not world]:
+        # Of a world that is no more, whose groups would live on.
+        del _MADE[key]
     lines = torch.arange(dist.get_world_size()).view(*shape.values()).movedim(list(shape).index(axis), -1)
     mine = None
     for ranks in map(tuple, lines.flatten(0, -2).tolist() if len(shape) > 1 else [lines.tolist()]):

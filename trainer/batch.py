@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farspan.kernels.mechanism import Heads, Mechanism
+from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.rows import Rows
 from farspan.parallel.capacity import SharedSequence
 from farspan.parallel.comm import Channel
@@ -53,8 +53,7 @@ class LayerAttention:
     backend: str
 
     def plan(self, shards: Shards, model: ModelConfig) -> Attend:
-        heads = Heads(query=model.heads, kv=model.kv_heads)
-        return self.strategy.prepare(self.mechanism, shards, heads, backend=self.backend)
+        return self.strategy.prepare(self.mechanism, shards, model.heads_of(self.mechanism), backend=self.backend)
 
 
 def work_of_layers(mechanisms: Sequence[Mechanism], rows: Rows) -> Tensor:

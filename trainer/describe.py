@@ -46,7 +46,8 @@ def describe(config: Config, degrees: Degrees) -> str:
         **_experts(config, degrees),
         "compute": f"{flops / 1e9:.3g} GFLOP per token, a document filling the sequence; "
         f"{config.train.compute_dtype} on {config.train.device}",
-        "attention": f"{_in_short(mechanisms)}{_convolved(model.key_convolution)}, computed by "
+        "attention": f"{_in_short(mechanisms)}{_convolved(model.key_convolution)}"
+        f"{', recurrences gated' if model.recurrent_layer == 'gated' else ''}, computed by "
         f"{_with_libraries(config.attention.backend)}{_warning(config.attention.backend)}",
         "context": f"{' and '.join(strategies)}, {parallel.layout}; each rank sends {sent / 2**20:,.1f} MiB per "
         "sequence",
@@ -141,7 +142,8 @@ def estimate_memory(config: Config, degrees: Degrees) -> Memory:
     experts = 3 * model.width * model.experts.count * model.experts.feed_forward if any(model.expert_layers) else 0
     # Of layers with and without experts the former, whose parameters are more.
     block = (parameters - outside - sum(model.expert_layers) * experts) // model.layers + experts // degrees.expert
-    tokens, query, kv = tokens_local(config, degrees), model.heads * model.head_dim, model.kv_heads * model.head_dim
+    tokens, query = tokens_local(config, degrees), model.heads * model.head_dim
+    kv = max(model.heads_of(mechanism).kv for mechanism in config.mechanisms()) * model.head_dim
     layers = zip(config.mechanisms(), model.expert_layers, strict=True)
     in_blocks = [block_activations(config, *layer, tokens=tokens) for layer in layers]
     inputs = tokens * model.width * item
@@ -166,12 +168,15 @@ def block_activations(config: Config, mechanism: Mechanism, has_experts: bool, *
     Per token: the residual stream before both norms and the norms' results; rotated q and k, v, out and a float32 lse;
     gate, silu(gate), up and their product; with qk_norm q and k before it. CPU norms keep the normalised input too.
     Where heads gather tokens: out of all tokens; q, k, v, out, lse and routing of the gathered ones. With a convolution
-    on keys, what it reads. What a routed mechanism chose is left out. With experts: the rows sent to them and those
-    that came back, evenly chosen, scores of all experts, and the inside of the shared one.
+    on keys, what it reads. What a routed mechanism chose is left out. In a gated recurrence: q, k, v before and after SiLU,
+    out, its norm, the gate, and the product of these two. With experts: the rows sent to them and those that came back,
+    evenly chosen, scores of all experts, and the inside of the shared one.
     """
-    model, compute = config.model, config.train.torch_dtype
+    model, compute, gated = config.model, config.train.torch_dtype, config.model.is_gated(mechanism)
     query, kv, wide = model.heads * model.head_dim, model.kv_heads * model.head_dim, accumulation_dtype(compute)
-    normed = 2 * model.width + (query + kv if model.qk_norm else 0)
+    normed = 2 * model.width
+    if gated or model.qk_norm:
+        normed += query if gated else query + kv
     inside = 4 * model.feed_forward
     if has_experts:
         inside = 4 * model.experts.shared + 2 * model.experts.per_token * model.width
@@ -179,9 +184,11 @@ def block_activations(config: Config, mechanism: Mechanism, has_experts: bool, *
     kept = 2 * model.width + normed + inside
     if config.train.device == "cpu":
         kept += normed
-    if model.key_convolution:
+    if model.key_convolution and not gated:
         kept += kv
     attention = (2 * query + 2 * kv) * compute.itemsize + model.heads * wide.itemsize
+    if gated:
+        attention = (2 * 3 + 3) * query * compute.itemsize
     if isinstance(mechanism, Gathered):
         length = config.data.sequence_tokens
         gathered = attention + model.kv_heads * wide.itemsize
@@ -203,10 +210,9 @@ def attention_bytes(config: Config, degrees: Degrees) -> int:
     sent, layers = 0, Counter(zip(mechanisms, strategies_of_layers(config, degrees), strict=True))
     for (mechanism, name), count in layers.items():
         strategy = STRATEGIES.get(name)(channel, rounded_gradients=parallel.rounded_gradients)
-        chosen = (
-            typical_choice(mechanism, rows, config.heads, most=SAMPLED) if strategy.moves_chosen(mechanism) else None
-        )
-        volume = strategy.prepare(mechanism, shards, config.heads, backend="reference").volume(sizes, chosen)
+        heads = config.model.heads_of(mechanism)
+        chosen = typical_choice(mechanism, rows, heads, most=SAMPLED) if strategy.moves_chosen(mechanism) else None
+        volume = strategy.prepare(mechanism, shards, heads, backend="reference").volume(sizes, chosen)
         sent += count * (volume.forward + volume.backward)
     return sent
 

@@ -15,15 +15,21 @@ def router_parameters(config: ModelConfig, mechanisms: Sequence[Mechanism]) -> i
     return sum(config.width * config.kv_heads * mechanism.routing_width for mechanism in mechanisms)
 
 
+def projection_parameters(config: ModelConfig, mechanism: Mechanism) -> int:
+    """Parameters of a layer's matrices and convolution before and behind its attention, the router left out."""
+    heads, gated = config.heads_of(mechanism), config.is_gated(mechanism)
+    projections = config.width * config.head_dim * ((3 if gated else 2) * heads.query + 2 * heads.kv)
+    return projections + (0 if gated else config.key_convolution * heads.kv * config.head_dim)
+
+
 def matrix_parameters(config: ModelConfig, mechanisms: Sequence[Mechanism]) -> int:
     """Parameters that multiply a token: matrices, of experts those of as many as it chooses, and convolutions.
 
     The embedding table is a look-up.
     """
-    attention = config.width * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
-    attention += config.key_convolution * config.kv_heads * config.head_dim
+    attention = sum(projection_parameters(config, mechanism) for mechanism in mechanisms)
     feed_forward = feed_forward_parameters(config, config.experts.per_token)
-    layers = config.layers * attention + feed_forward + router_parameters(config, mechanisms)
+    layers = attention + feed_forward + router_parameters(config, mechanisms)
     return layers + config.width * config.vocabulary_size
 
 
@@ -52,8 +58,15 @@ def training_flops(config: ModelConfig, mechanisms: Sequence[Mechanism], tokens:
 
 def total_parameters(config: ModelConfig, mechanisms: Sequence[Mechanism]) -> int:
     """All parameters, tied ones once."""
-    norms = config.layers * (2 * config.width + (2 * config.head_dim if config.qk_norm else 0)) + config.width
+    norms = (2 * config.layers + 1) * config.width + sum(_norm_parameters(config, m) for m in mechanisms)
     embedding = 0 if config.tied_embeddings else config.width * config.vocabulary_size
     unchosen = feed_forward_parameters(config, config.experts.count)
     unchosen -= feed_forward_parameters(config, config.experts.per_token)
     return matrix_parameters(config, mechanisms) + unchosen + embedding + norms
+
+
+def _norm_parameters(config: ModelConfig, mechanism: Mechanism) -> int:
+    """Of the norms inside a layer's attention."""
+    if config.is_gated(mechanism):
+        return config.heads * config.head_dim
+    return 2 * config.head_dim if config.qk_norm else 0

@@ -5,6 +5,7 @@ from typing import Literal
 
 from farspan.kernels.errors import ConfigError
 from farspan.kernels.expert_router import ExpertRouter
+from farspan.kernels.mechanism import Heads, Mechanism, Recurrent
 from farspan.kernels.rope import Llama3Scaling, RopeScaling, YarnScaling
 from farspan.trainer.config_io import bounded
 from farspan.trainer.pattern import parse_pattern
@@ -14,13 +15,15 @@ from farspan.trainer.pattern import parse_pattern
 class RopeConfig:
     """Rotary position embedding; the fields after `scaling` matter only to the scalings that have them.
 
-    base: longest wavelength is 2 pi base. scaling: how frequencies are stretched over a longer context.
+    base: longest wavelength is 2 pi base. rotated: how many numbers of each head turn, the first ones, 0 for all; what
+    scalings call the head's size is then this. scaling: how frequencies are stretched over a longer context.
     factor: how many times longer than `original_positions` the context is. original_positions: the context that the
     frequencies were made for. low_frequency_factor, high_frequency_factor: of Llama 3, in turns over
     `original_positions`; beta_fast, beta_slow: of YaRN, in turns over `original_positions`.
     """
 
     base: float = bounded(10_000.0, above=1)
+    rotated: int = bounded(0, minimum=0)
     scaling: Literal["none", "llama3", "yarn"] = "none"
     factor: float = bounded(1.0, minimum=1)
     original_positions: int = bounded(8192, minimum=1)
@@ -115,7 +118,10 @@ class ModelConfig:
     the width. feed_forward: inner size of SwiGLU. vocabulary_size: of the model; 0 takes the data's, rounded up to a
     multiple of 64. norm_epsilon: of every RMSNorm. qk_norm: normalise the queries and keys of each head.
     tied_embeddings: one table for input and output. key_convolution: how many keys a short convolution on the
-    keys reads, 0 without one (FlashMoBA, arXiv 2511.11571). experts: of layers that have a mixture instead of SwiGLU.
+    keys reads, 0 without one (FlashMoBA, arXiv 2511.11571). recurrent_layer: what a recurrence is wrapped in, `plain`
+    the same as all other mechanisms, `gated` as in MiniMax-01 (arXiv 2501.08313, section 2.2), SiLU of queries, keys
+    and values, as many heads of each, without rotary embedding, qk_norm and key_convolution, and behind it a norm over
+    all heads and a gate. experts: of layers that have a mixture instead of SwiGLU.
     """
 
     layers: int = bounded(minimum=1)
@@ -129,6 +135,7 @@ class ModelConfig:
     qk_norm: bool = False
     tied_embeddings: bool = False
     key_convolution: Literal[0, 3, 5] = 0
+    recurrent_layer: Literal["plain", "gated"] = "plain"
     rope: RopeConfig = field(default_factory=RopeConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
 
@@ -136,3 +143,11 @@ class ModelConfig:
     def expert_layers(self) -> tuple[bool, ...]:
         """Whether each layer has experts."""
         return self.experts.in_layers(self.layers)
+
+    def is_gated(self, mechanism: Mechanism) -> bool:
+        """Return whether a layer with this mechanism is a gated recurrence."""
+        return self.recurrent_layer == "gated" and isinstance(mechanism, Recurrent)
+
+    def heads_of(self, mechanism: Mechanism) -> Heads:
+        """Return the heads of a layer with this mechanism; a gated recurrence shares none."""
+        return Heads(query=self.heads, kv=self.heads if self.is_gated(mechanism) else self.kv_heads)

@@ -24,6 +24,7 @@ from farspan.parallel.strategy import Attend
 from farspan.trainer.model.attention import Attention, AttentionInputs
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.experts import ExpertFeedForward, ExpertStatistics
+from farspan.trainer.model.gated_recurrence import GatedRecurrence
 from farspan.trainer.model.norm import RmsNorm
 
 
@@ -75,7 +76,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, mechanism: Mechanism, *, has_experts: bool, recompute: bool) -> None:
         super().__init__()
         self.attention_norm = RmsNorm(config.width, config.norm_epsilon)
-        self.attention = Attention(config, mechanism)
+        self.attention = GatedRecurrence(config) if config.is_gated(mechanism) else Attention(config, mechanism)
         self.feed_forward_norm = RmsNorm(config.width, config.norm_epsilon)
         self.feed_forward = _experts(config) if has_experts else FeedForward(config.width, config.feed_forward)
         self.recompute = recompute
@@ -133,7 +134,7 @@ class Transformer(nn.Module):
 
     def _rotation(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         rope = self.config.rope
-        frequencies = inverse_frequencies(self.config.head_dim, rope.base, rope.build_scaling())
+        frequencies = inverse_frequencies(rope.rotated or self.config.head_dim, rope.base, rope.build_scaling())
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
         factor = attention_factor_of(rope.build_scaling())
         return rotation_table(position, frequencies.to(position.device), factor, dtype)

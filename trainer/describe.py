@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 
+import torch
+
 from farspan.kernels.backend import BACKENDS
 from farspan.kernels.cross_entropy import chunk_tokens
 from farspan.kernels.mechanism import Gathered, Mechanism
@@ -19,7 +21,7 @@ from farspan.parallel.mesh import Degrees
 from farspan.parallel.simulation import Unconnected
 from farspan.parallel.strategy import STRATEGIES, Sizes
 from farspan.trainer.batch import work_of_layers
-from farspan.trainer.build import strategies_of_layers
+from farspan.trainer.build import backends_of_layers, strategies_of_layers
 from farspan.trainer.config import Config
 from farspan.trainer.flops import attention_flops, matrix_parameters, total_parameters, training_flops
 
@@ -47,8 +49,7 @@ def describe(config: Config, degrees: Degrees) -> str:
         "compute": f"{flops / 1e9:.3g} GFLOP per token, a document filling the sequence; "
         f"{config.train.compute_dtype} on {config.train.device}",
         "attention": f"{_in_short(mechanisms)}{_convolved(model.key_convolution)}"
-        f"{', recurrences gated' if model.recurrent_layer == 'gated' else ''}, computed by "
-        f"{_with_libraries(config.attention.backend)}{_warning(config.attention.backend)}",
+        f"{', recurrences gated' if model.recurrent_layer == 'gated' else ''}, computed by {_backends(config)}",
         "context": f"{' and '.join(strategies)}, {parallel.layout}; each rank sends {sent / 2**20:,.1f} MiB per "
         "sequence",
         "memory": f"{memory.total / GIB:.2f} GiB per rank (estimate): {memory}",
@@ -88,6 +89,13 @@ def _in_short(mechanisms: Sequence[Mechanism]) -> str:
 
 def _convolved(width: int) -> str:
     return f" of keys convolved over {width}" if width else ""
+
+
+def _backends(config: Config) -> str:
+    """Return what computes attention; layers choose their own where they need different ones."""
+    backend = config.attention.backend
+    names = backends_of_layers(config, torch.device(config.train.device)) if backend == "auto" else [backend]
+    return " and ".join(map(_with_libraries, dict.fromkeys(names))) + _warning(backend)
 
 
 def _with_libraries(backend: str) -> str:
@@ -168,9 +176,9 @@ def block_activations(config: Config, mechanism: Mechanism, has_experts: bool, *
     Per token: the residual stream before both norms and the norms' results; rotated q and k, v, out and a float32 lse;
     gate, silu(gate), up and their product; with qk_norm q and k before it. CPU norms keep the normalised input too.
     Where heads gather tokens: out of all tokens; q, k, v, out, lse and routing of the gathered ones. With a convolution
-    on keys, what it reads. What a routed mechanism chose is left out. In a gated recurrence: q, k, v before and after SiLU,
-    out, its norm, the gate, and the product of these two. With experts: the rows sent to them and those that came back,
-    evenly chosen, scores of all experts, and the inside of the shared one.
+    on keys, what it reads. What a routed mechanism chose is left out. In a gated recurrence: q, k, v before and after
+    SiLU, out, its norm, the gate, and the product of these two. With experts: the rows sent to them and those that came
+    back, evenly chosen, scores of all experts, and the inside of the shared one.
     """
     model, compute, gated = config.model, config.train.torch_dtype, config.model.is_gated(mechanism)
     query, kv, wide = model.heads * model.head_dim, model.kv_heads * model.head_dim, accumulation_dtype(compute)

@@ -21,12 +21,14 @@ from farspan.trainer.balance import ExpertLoad
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import PackedSequence, PackedSequences
+from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.optim import build_optimizer, learning_rate, set_learning_rate
 from farspan.trainer.resolve import open_data
 from farspan.trainer.step import train_step
 from tests.ranks import RankPool
 from tests.trainer import tiny
 from tests.trainer.mixture import mixed
+from tests.trainer.recurrence import gated_recurrence
 
 STEPS = 10
 # Ten AdamW updates let differences of 1e-16 grow to some 1e-12; the bar leaves room for another order of sums.
@@ -80,12 +82,12 @@ def rms(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight
 
 
-def rotate(x: Tensor, position: Tensor, base: float) -> Tensor:
-    """Rotary embedding as multiplication of complex numbers, feature i paired with feature i + D/2."""
-    half = x.shape[-1] // 2
+def rotate(x: Tensor, position: Tensor, base: float, rotated: int) -> Tensor:
+    """Rotary embedding of the first R features as multiplication of complex numbers, i paired with i + R/2."""
+    half = (rotated or x.shape[-1]) // 2
     angle = position[:, None] * base ** (-torch.arange(half, dtype=torch.float64) / half)
-    turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)[:, None]
-    return torch.cat((turned.real, turned.imag), dim=-1)
+    turned = torch.complex(x[..., :half], x[..., half : 2 * half]) * torch.polar(torch.ones_like(angle), angle)[:, None]
+    return torch.cat((turned.real, turned.imag, x[..., 2 * half :]), dim=-1)
 
 
 def convolved(k: Tensor, weight: Tensor, position: Tensor) -> Tensor:
@@ -93,6 +95,24 @@ def convolved(k: Tensor, weight: Tensor, position: Tensor) -> Tensor:
     taps = weight.view(*k.shape[1:], -1).unbind(-1)
     reached = [F.pad(k, (0, 0, 0, 0, lag, 0))[: len(k)] * (position >= lag)[:, None, None] for lag in range(len(taps))]
     return k + F.silu(torch.stack([tap * part for tap, part in zip(taps, reached, strict=True)]).sum(0))
+
+
+def attention(
+    p: dict[str, Tensor], name: str, model: ModelConfig, x: Tensor, position: Tensor, visible: Tensor
+) -> Tensor:
+    q, k, v = (
+        (x @ p[f"{name}{part}.weight"].T).unflatten(-1, (-1, model.head_dim)) for part in ("query", "key", "value")
+    )
+    if model.key_convolution:
+        k = convolved(k, p[name + "key_convolution.weight"], position)
+    if model.qk_norm:
+        q = rms(q, p[name + "query_norm.weight"], model.norm_epsilon)
+        k = rms(k, p[name + "key_norm.weight"], model.norm_epsilon)
+    q, k = (rotate(part, position, model.rope.base, model.rope.rotated) for part in (q, k))
+    k, v = (part.repeat_interleave(model.heads // model.kv_heads, dim=1) for part in (k, v))
+    scores = torch.einsum("thd,shd->hts", q, k) / model.head_dim**0.5
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    return torch.einsum("hts,shd->thd", weights, v).flatten(1) @ p[name + "out.weight"].T
 
 
 def summed_loss(
@@ -106,20 +126,8 @@ def summed_loss(
     for i in range(model.layers):
         name = f"blocks.{i}."
         normed = rms(x, p[name + "attention_norm.weight"], model.norm_epsilon)
-        q, k, v = (
-            (normed @ p[f"{name}attention.{part}.weight"].T).unflatten(-1, (-1, model.head_dim))
-            for part in ("query", "key", "value")
-        )
-        if model.key_convolution:
-            k = convolved(k, p[name + "attention.key_convolution.weight"], position)
-        if model.qk_norm:
-            q = rms(q, p[name + "attention.query_norm.weight"], model.norm_epsilon)
-            k = rms(k, p[name + "attention.key_norm.weight"], model.norm_epsilon)
-        q, k = (rotate(part, position, model.rope.base) for part in (q, k))
-        k, v = (part.repeat_interleave(model.heads // model.kv_heads, dim=1) for part in (k, v))
-        scores = torch.einsum("thd,shd->hts", q, k) / model.head_dim**0.5
-        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-        x = x + torch.einsum("hts,shd->thd", weights, v).flatten(1) @ p[name + "attention.out.weight"].T
+        layer = gated_recurrence if name + "attention.gate.weight" in p else attention
+        x = x + layer(p, name + "attention.", model, normed, position, visible)
         normed = rms(x, p[name + "feed_forward_norm.weight"], model.norm_epsilon)
         if name + "feed_forward.router.weight" in p:
             assert seen is not None

@@ -86,7 +86,6 @@ def test_parameters_of_gated_recurrences(mechanisms: list[Mechanism]) -> None:
     assert total_parameters(config, mechanisms) == sum(p.numel() for p in model.parameters())
     products = [layer.weight for layer in model.modules() if isinstance(layer, (nn.Linear, ConvolutionWeight))]
     assert matrix_parameters(config, mechanisms) == sum(weight.numel() for weight in products)
-    assert len(products) == 3 * 8 + sum(2 - 1 for m in mechanisms if isinstance(m, MoSA)) + 1
 
 
 @pytest.mark.parametrize(

@@ -132,11 +132,11 @@ PRESETS = {
         "experts     8 of 128 of size 768 in 48 layers, dealt to 8 ranks; 3,041,656,832 parameters multiply a token",
     ),
     ("mixtral_8x7b_64k", 32): (
-        "dp_shard 8 x context 4", "46,702,792,704 parameters", "sharded     1,459,4", "= 64 x 65,536",
+        "dp_shard 8 x context 4", "46,702,792,704 parameters", "sharded     1,459,4",
         "experts     2 of 8 of size 14336 in 32 layers, dealt to 8 ranks; 12,748,587,008 parameters multiply a token",
     ),
     ("minimax_style", 8): (
-        "dp_shard 1 x context 8", "20,778,248,192 parameters", "sharded     2,597,2", "= 16 x 262,144",
+        "dp_shard 1 x context 8", "20,778,248,192 parameters", "sharded     2,597,2",
         "experts     2 of 32 of size 3072 in 32 layers, dealt to 8 ranks; 2,248,933,376 parameters multiply a token",
         "attention   7 x Lightning, Dense(causal=True), 7 x Lightning, ", ", recurrences gated, computed by ",
         "context     state and ring, zigzag; ",
@@ -158,9 +158,11 @@ def test_a_dry_run_of_a_preset_needs_neither_gpus_nor_data(
         "ranks", "step", "model", *experts, "compute", "attention", "context", "memory", "sharded", "dry"
     ]  # fmt: skip
     assert lines["ranks"].startswith(f"{num_ranks} = ")
-    tokens = {"minimax_style": 32_768}.get(preset, 16_384)
-    assert lines["step"].startswith("4,194,304 tokens = ")
-    assert f"; each rank holds {tokens:,} at a time and accumulates " in lines["step"]
+    tokens = {"mixtral_8x7b_64k": 65_536, "minimax_style": 262_144}.get(preset, 131_072)
+    local = 32_768 if preset == "minimax_style" else 16_384
+    assert lines["step"].startswith(
+        f"4,194,304 tokens = {2**22 // tokens} x {tokens:,}; each rank holds {local:,} at a time and accumulates "
+    )
     assert all(part in out for part in PRESETS[preset, num_ranks])
     assert "GFLOP per token" in lines["compute"]
     if preset != "minimax_style":

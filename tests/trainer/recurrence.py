@@ -17,9 +17,9 @@ def gated_recurrence(
         for part in ("query", "key", "value")
     )
     slower = 1 - layer / (model.layers - 1 + 1e-5) + 1e-5
-    slopes = torch.tensor([2 ** (-8 * (head + 1) / model.heads) * slower for head in range(model.heads)]).double()
+    slopes = [2 ** (-8 * (head + 1) / model.heads) * slower for head in range(model.heads)]
     age = (position[:, None] - position[None]).clamp(min=0)
-    weights = torch.exp(-slopes[:, None, None] * age) * visible  # [H, T, S]
+    weights = torch.exp(-torch.tensor(slopes, dtype=torch.float64)[:, None, None] * age) * visible  # [H, T, S]
     sums = torch.einsum("hts,shd->thd", torch.einsum("thd,shd->hts", q, k) * weights, v).flatten(1)
     normed = sums / (sums.square().mean(-1, keepdim=True) + model.norm_epsilon).sqrt() * p[name + "norm.weight"]
     return (torch.sigmoid(x @ p[name + "gate.weight"].T) * normed) @ p[name + "out.weight"].T

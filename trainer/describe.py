@@ -95,7 +95,7 @@ def _backends(config: Config) -> str:
     """Return what computes attention; layers choose their own where they need different ones."""
     backend = config.attention.backend
     names = backends_of_layers(config, torch.device(config.train.device)) if backend == "auto" else [backend]
-    return " and ".join(map(_with_libraries, dict.fromkeys(names))) + _warning(backend)
+    return " and ".join(f"{_with_libraries(name)}{_warning(name)}" for name in dict.fromkeys(names))
 
 
 def _with_libraries(backend: str) -> str:

@@ -202,7 +202,10 @@ def test_layers_that_need_different_backends_have_them(config: Config, monkeypat
     monkeypatch.setattr(
         describe_module, "backends_of_layers", lambda config, device: [chosen[type(m)] for m in config.mechanisms()]
     )
-    assert ", computed by triton and library" in describe(mixed, Degrees.resolve(config.parallel, 1))
+    assert ", computed by triton and library\n" in describe(mixed, Degrees.resolve(config.parallel, 1))
+    chosen[Lightning] = "reference"
+    said_so = ", computed by reference: for checks only, as it holds all scores, which the memory below leaves out and "
+    assert f"{said_so}library\n" in describe(mixed, Degrees.resolve(config.parallel, 1))
 
 
 def test_what_the_library_backend_calls_is_named(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

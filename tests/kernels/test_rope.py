@@ -216,9 +216,9 @@ def test_a_part_of_a_head_rotates(dtype: torch.dtype) -> None:
     for t, h, i in ((t, h, i) for t in range(tokens) for h in range(heads) for i in range(rotated // 2)):
         angle = position[t].item() * scalar_frequency(i, rotated, 10_000.0, YARN_16)
         turned = complex(x[t, h, i].item(), x[t, h, i + 2].item()) * cmath.rect(1.25, angle)
-        bound = {"rel": 2**-8} if dtype == torch.bfloat16 else {"abs": 1e-10}
-        assert out[t, h, i].item() == pytest.approx(turned.real, **bound)
-        assert out[t, h, i + 2].item() == pytest.approx(turned.imag, **bound)
+        bound = 2**-8 if dtype == torch.bfloat16 else 1e-10
+        assert out[t, h, i].item() == pytest.approx(turned.real, rel=bound, abs=1e-10)
+        assert out[t, h, i + 2].item() == pytest.approx(turned.imag, rel=bound, abs=1e-10)
 
 
 def test_gradient_of_a_head_of_which_a_part_rotates() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from farspan.kernels.mechanism import Heads
 from farspan.kernels.mechanisms.lightning import Lightning
@@ -48,7 +49,7 @@ def test_the_layer_on_packed_documents(backend: str) -> None:
     nothing = torch.empty(0)
     mine = layer(x.requires_grad_(), AttentionInputs(nothing, nothing, attend, None))
     visible = (rows.document[:, None] == rows.document[None]) & (rows.position[:, None] >= rows.position[None])
-    parameters = {f"blocks.2.attention.{name}": parameter for name, parameter in layer.named_parameters()}
+    parameters: dict[str, Tensor] = {f"blocks.2.attention.{name}": p for name, p in layer.named_parameters()}
     truth = gated_recurrence(parameters, "blocks.2.attention.", model, x, rows.position, visible)
     torch.testing.assert_close(mine, truth, rtol=1e-12, atol=1e-12)
     wanted = [x, *parameters.values()]

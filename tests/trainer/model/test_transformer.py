@@ -72,8 +72,9 @@ def test_a_part_of_each_head_rotates() -> None:
     projected: list[Tensor] = []
     attention = model.blocks[0].attention
     assert isinstance(attention, Attention)
-    attention.query.register_forward_hook(lambda module, inputs, out: projected.append(out))
-    attention.key.register_forward_hook(lambda module, inputs, out: projected.append(out))
+    keep: Any = lambda module, inputs, out: projected.append(out)  # noqa: E731
+    attention.query.register_forward_hook(keep)
+    attention.key.register_forward_hook(keep)
 
     def attend(*inputs: Tensor) -> Tensor:
         handed.extend(inputs)
@@ -83,7 +84,9 @@ def test_a_part_of_each_head_rotates() -> None:
     model(tokens, tokens, SequenceContext(rows=rows, attends=(attend,)))  # pyright: ignore[reportArgumentType]
     scaling = YarnScaling(factor=4.0, original_positions=64, beta_fast=8.0)
     frequencies = torch.tensor([scalar_frequency(i, 4, 100.0, scaling) for i in range(2)], dtype=torch.float64)
-    turn = torch.polar(torch.full((43, 2), scaling.table_factor()).double(), rows.position[:, None] * frequencies)
+    turn = torch.polar(
+        torch.full((43, 2), scaling.table_factor(), dtype=torch.float64), rows.position[:, None] * frequencies
+    )
     assert turn[-1, 1].angle().abs() > 0.1
     for raw, mine in zip(projected, handed, strict=False):
         x = raw.unflatten(-1, (-1, 6))

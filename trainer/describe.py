@@ -215,9 +215,15 @@ def attention_bytes(config: Config, degrees: Degrees) -> int:
     shards = Shards.deal(rows, layout=parallel.layout, degree=degrees.context, work=partial(work_of_layers, mechanisms))
     channel = Unconnected(0, degrees.context, width=parallel.context_inner)
     sizes = Sizes.of(config.train.torch_dtype, config.model.head_dim, config.model.head_dim)
-    sent, layers = 0, Counter(zip(mechanisms, strategies_of_layers(config, degrees), strict=True))
+    names = strategies_of_layers(config, degrees)
+    # One of each, as in a run: it keeps what its layers have in common.
+    strategies = {
+        name: STRATEGIES.get(name)(channel, rounded_gradients=parallel.rounded_gradients)
+        for name in dict.fromkeys(names)
+    }
+    sent, layers = 0, Counter(zip(mechanisms, names, strict=True))
     for (mechanism, name), count in layers.items():
-        strategy = STRATEGIES.get(name)(channel, rounded_gradients=parallel.rounded_gradients)
+        strategy = strategies[name]
         heads = config.model.heads_of(mechanism)
         chosen = typical_choice(mechanism, rows, heads, most=SAMPLED) if strategy.moves_chosen(mechanism) else None
         volume = strategy.prepare(mechanism, shards, heads, backend="reference").volume(sizes, chosen)

@@ -128,15 +128,15 @@ PRESETS = {
     ("qwen3_8b_128k", 8): ("dp_shard 1 x context 8", "8,190,735,360 parameters", "sharded     1,023,841,920"),
     ("qwen3_8b_128k", 64): ("dp_shard 8 x context 8", "8,190,735,360 parameters", "sharded     127,980,"),
     ("qwen3_30b_a3b_128k", 64): (
-        "dp_shard 8 x context 8", "30,532,122,624 parameters", "sharded     477,0",
+        "dp_shard 8 x context 8", "30,532,122,624 parameters", "sharded     477,064,416",
         "experts     8 of 128 of size 768 in 48 layers, dealt to 8 ranks; 3,041,656,832 parameters multiply a token",
     ),
     ("mixtral_8x7b_64k", 32): (
-        "dp_shard 8 x context 4", "46,702,792,704 parameters", "sharded     1,459,4",
+        "dp_shard 8 x context 4", "46,702,792,704 parameters", "sharded     1,459,560,576",
         "experts     2 of 8 of size 14336 in 32 layers, dealt to 8 ranks; 12,748,587,008 parameters multiply a token",
     ),
     ("minimax_style", 8): (
-        "dp_shard 1 x context 8", "20,778,248,192 parameters", "sharded     2,597,2",
+        "dp_shard 1 x context 8", "20,778,248,192 parameters", "sharded     2,597,281,024",
         "experts     2 of 32 of size 3072 in 32 layers, dealt to 8 ranks; 2,248,933,376 parameters multiply a token",
         "attention   7 x Lightning, Dense(causal=True), 7 x Lightning, ", ", recurrences gated, computed by ",
         "context     state and ring, zigzag; ",

@@ -1,10 +1,12 @@
 """Rotary position embedding by explicit absolute position, with the rescalings that long-context models use.
 
-Legend: T tokens, H heads, D head width. Feature i turns together with feature i + D/2 (the half-split pairing of the
-Hugging Face Llama, Qwen and NeoX weights). Positions are data, one per token and in any order, so a shard cut by
-zigzag, permutation or packing needs no other code.
+Legend: T tokens, H heads, D head width, R features that turn: the first of a head, all (R = D) unless rotation is
+partial. Feature i turns together with feature i + R/2 (the half-split pairing of the Hugging Face Llama, Qwen and NeoX
+weights). Positions are data, one per token and in any order, so a shard cut by zigzag, permutation or packing needs no
+other code.
 
 Rotation: Su et al., RoFormer, arXiv:2104.09864, section 3.2.2, equations 15 and 34.
+Of a part of each head: Black et al., GPT-NeoX-20B, arXiv:2204.06745, section 2.1.
 """
 
 import math
@@ -24,7 +26,7 @@ class RopeScaling(ABC):
 
     @abstractmethod
     def rescale(self, frequencies: Tensor, base: float) -> Tensor:
-        """Return the stretched inverse frequencies [D/2], float64 like `frequencies`."""
+        """Return the stretched inverse frequencies [R/2], float64 like `frequencies`."""
 
     def table_factor(self) -> float:
         """Return what multiplies cos and sin, hence queries and keys, so scores by its square."""
@@ -80,14 +82,14 @@ class YarnScaling(RopeScaling):
             raise ValueError(f"beta_slow={self.beta_slow} must be positive and at most beta_fast={self.beta_fast}")
 
     def rescale(self, frequencies: Tensor, base: float) -> Tensor:
-        head_dim = 2 * len(frequencies)
+        rotated = 2 * len(frequencies)
 
         def index_turning(turns: float) -> float:
-            """Return the real-valued i with original_positions · base^(-2i/D) = 2π · turns."""
-            return head_dim * math.log(self.original_positions / (2 * math.pi * turns)) / (2 * math.log(base))
+            """Return the real-valued i with original_positions · base^(-2i/R) = 2π · turns."""
+            return rotated * math.log(self.original_positions / (2 * math.pi * turns)) / (2 * math.log(base))
 
         first = max(math.floor(index_turning(self.beta_fast)), 0)
-        last = min(math.ceil(index_turning(self.beta_slow)), head_dim - 1)  # head_dim, not head_dim / 2: as released
+        last = min(math.ceil(index_turning(self.beta_slow)), rotated - 1)  # R, not R / 2: as released
         index = torch.arange(len(frequencies), dtype=frequencies.dtype)
         stretched = ((index - first) / (last - first if last != first else 1e-3)).clamp(0, 1)
         return _blend(frequencies, self.factor, 1 - stretched)
@@ -101,13 +103,13 @@ def attention_factor_of(scaling: RopeScaling | None) -> float:
     return 1.0 if scaling is None else scaling.table_factor()
 
 
-def inverse_frequencies(head_dim: int, base: float, scaling: RopeScaling | None = None) -> Tensor:
-    """Return the angle per position of each feature pair, base^(-2i/D) and then rescaled: float64 [D/2], on the CPU."""
-    if head_dim < 2 or head_dim % 2:
-        raise ValueError(f"head_dim={head_dim} must be even and positive: rotary embedding turns features in pairs")
+def inverse_frequencies(rotated: int, base: float, scaling: RopeScaling | None = None) -> Tensor:
+    """Return the angle per position of each feature pair, base^(-2i/R) and then rescaled: float64 [R/2], on the CPU."""
+    if rotated < 2 or rotated % 2:
+        raise ValueError(f"rotated={rotated} must be even and positive: rotary embedding turns features in pairs")
     if base <= 1:
         raise ValueError(f"rope base={base} must exceed 1")
-    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    frequencies = base ** (-torch.arange(0, rotated, 2, dtype=torch.float64) / rotated)
     return frequencies if scaling is None else scaling.rescale(frequencies, base)
 
 
@@ -117,13 +119,13 @@ def rotation_table(
     attention_factor: float = 1.0,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Return cos and sin [T, D/2] of position · frequency, times `attention_factor`, on the device of `position`.
+    """Return cos and sin [T, R/2] of position · frequency, times `attention_factor`, on the device of `position`.
 
     Angles are float64, since a float32 angle at position 10 million is wrong by more than half a radian. The float64
     angle is good to 3e-9 there, so a float32 table is the exact one rounded (error below 2^-24), at any position up to
     10 million; a float64 table keeps absolute accuracy position · 3e-16.
     """
-    cos = torch.empty(len(position), len(inverse_frequencies), dtype=dtype, device=position.device)  # [T, D/2]
+    cos = torch.empty(len(position), len(inverse_frequencies), dtype=dtype, device=position.device)  # [T, R/2]
     sin = torch.empty_like(cos)
     frequencies = inverse_frequencies.to(position.device, torch.float64)
     for start in range(0, len(position), _TABLE_CHUNK_TOKENS):
@@ -135,16 +137,18 @@ def rotation_table(
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [T, H, D] by the tables [T, D/2], computing in the widest dtype given and at least float32.
+    """Rotate the first R features of x [T, H, D] by the tables [T, R/2]; the rest stays as it is.
 
-    The result has the dtype of `x`. The backward pass keeps the tables only, nothing of the size of `x`.
+    Computed in the widest dtype given and at least float32; the result has the dtype of `x`. The backward pass keeps
+    the tables only, nothing of the size of `x`.
     """
-    if x.shape[-1] != 2 * cos.shape[-1]:
-        raise ValueError(f"x has head width {x.shape[-1]} but the rotation table turns {2 * cos.shape[-1]} features")
+    rotated = 2 * cos.shape[-1]
+    if x.shape[-1] < rotated:
+        raise ValueError(f"x has head width {x.shape[-1]} but the rotation table turns {rotated} features")
     compute = torch.promote_types(torch.promote_types(x.dtype, cos.dtype), torch.float32)
-    cos, sin = cos.to(compute)[:, None], sin.to(compute)[:, None]  # [T, 1, D/2]
-    first, second = x.to(compute).chunk(2, dim=-1)  # each [T, H, D/2]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    cos, sin = cos.to(compute)[:, None], sin.to(compute)[:, None]  # [T, 1, R/2]
+    first, second, still = x.to(compute).tensor_split((rotated // 2, rotated), dim=-1)  # [T, H, R/2] twice, [T, H, D-R]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, still), dim=-1).to(x.dtype)
 
 
 def _blend(frequencies: Tensor, factor: float, kept: Tensor) -> Tensor:

@@ -56,8 +56,8 @@ def chosen_by_layers(folder: Path) -> tuple[Config, Rows, list[Chosen]]:
     with torch.no_grad():
         model(batch.tokens, batch.labels, replace(batch.context, attends=attends))  # pyright: ignore[reportArgumentType]
     rows = batch.context.rows.to("cpu")
-    inputs = zip(config.mechanisms(), seen, strict=True)
-    return config, rows, [choose_alone(mechanism, rows, config.heads, q, k) for mechanism, (q, k, *_) in inputs]
+    inputs, heads_of = zip(config.mechanisms(), seen, strict=True), config.model.heads_of
+    return config, rows, [choose_alone(mechanism, rows, heads_of(mechanism), q, k) for mechanism, (q, k, *_) in inputs]
 
 
 def _watched(attend: Callable[..., Tensor], seen: list[tuple[Tensor, ...]]) -> Callable[..., Tensor]:
@@ -71,10 +71,10 @@ def _watched(attend: Callable[..., Tensor], seen: list[tuple[Tensor, ...]]) -> C
 def moved(strategy: str, mechanism: Mechanism, shards: Shards, config: Config, chosen: Chosen) -> int:
     """Return the bytes that all ranks of a layer send forward."""
     sizes = Sizes.of(config.train.torch_dtype, config.model.head_dim, config.model.head_dim)
-    total = 0
+    heads, total = config.model.heads_of(mechanism), 0
     for rank in range(shards.degree):
         channel = Unconnected(rank, shards.degree)
-        planned = STRATEGIES.get(strategy)(channel).prepare(mechanism, shards, config.heads, backend="reference")
+        planned = STRATEGIES.get(strategy)(channel).prepare(mechanism, shards, heads, backend="reference")
         total += planned.volume(sizes, chosen).forward
     return total
 
@@ -92,7 +92,7 @@ def lines(folder: Path, degrees: Sequence[int]) -> list[str]:
                 if not isinstance(mechanism, Routed):
                     continue
                 shards = Shards.deal(rows, layout=layout, degree=degree, work=mechanism.visible_keys)
-                drawn = typical_choice(mechanism, rows, config.heads)
+                drawn = typical_choice(mechanism, rows, config.model.heads_of(mechanism))
                 trained, normal, visible = (moved("fetch", mechanism, shards, config, x) for x in (chosen, drawn, None))
                 ring = moved("ring", mechanism, shards, config, None)
                 shares = " | ".join(f"{100 * x:.0f} %" for x in (trained / visible, normal / visible, trained / ring))

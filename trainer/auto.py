@@ -41,7 +41,7 @@ def strategy_costs(config: Config, degrees: Degrees, device_type: str) -> tuple[
         mechanism: Job(
             mechanism=mechanism,
             shards=shards,
-            heads=config.heads,
+            heads=config.model.heads_of(mechanism),
             sizes=Sizes.of(config.train.torch_dtype, head_dim, head_dim),
             width=parallel.context_inner,
             rounded_gradients=parallel.rounded_gradients,

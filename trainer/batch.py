@@ -53,7 +53,7 @@ class LayerAttention:
     backend: str
 
     def plan(self, shards: Shards, model: ModelConfig) -> Attend:
-        return self.strategy.prepare(self.mechanism, shards, model.attended_heads, backend=self.backend)
+        return self.strategy.prepare(self.mechanism, shards, model.heads_of(self.mechanism), backend=self.backend)
 
 
 def work_of_layers(mechanisms: Sequence[Mechanism], rows: Rows) -> Tensor:

@@ -60,7 +60,7 @@ def build_batches(config: Config, mesh: Mesh, device: torch.device, traffic: Tra
 def strategies_of_layers(config: Config, degrees: Degrees) -> list[str]:
     """Return the strategy of each layer: the configured one or, of recurrences that it refuses, their own."""
     name, inner = config.parallel.strategy, config.parallel.context_inner
-    return [strategy_for(name, m, config.heads, degrees.context, inner) for m in config.mechanisms()]
+    return [strategy_for(name, m, config.model.heads_of(m), degrees.context, inner) for m in config.mechanisms()]
 
 
 def backends_of_layers(config: Config, device: torch.device) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from farspan.kernels.errors import ConfigError
-from farspan.kernels.mechanism import MECHANISMS, Heads, Masked, Mechanism
+from farspan.kernels.mechanism import MECHANISMS, Masked, Mechanism
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config_io import bounded, from_tree, toml_value
 from farspan.trainer.model.config import ModelConfig
@@ -138,11 +138,6 @@ class Config:
     def mechanisms(self) -> tuple[Mechanism, ...]:
         """Return the mechanism of each layer; see `AttentionConfig.build_mechanisms`."""
         return self.attention.build_mechanisms(self.model.layers)
-
-    @property
-    def heads(self) -> Heads:
-        """How many heads attention has."""
-        return self.model.attended_heads
 
 
 def flat(config: Config) -> dict[str, Any]:

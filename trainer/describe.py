@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 
+import torch
+
 from farspan.kernels.backend import BACKENDS
 from farspan.kernels.cross_entropy import chunk_tokens
 from farspan.kernels.mechanism import Gathered, Mechanism
@@ -19,7 +21,7 @@ from farspan.parallel.mesh import Degrees
 from farspan.parallel.simulation import Unconnected
 from farspan.parallel.strategy import STRATEGIES, Sizes
 from farspan.trainer.batch import work_of_layers
-from farspan.trainer.build import strategies_of_layers
+from farspan.trainer.build import backends_of_layers, strategies_of_layers
 from farspan.trainer.config import Config
 from farspan.trainer.flops import attention_flops, matrix_parameters, total_parameters, training_flops
 
@@ -33,7 +35,7 @@ def describe(config: Config, degrees: Degrees) -> str:
     one_document = Rows.packed([tokens])
     mechanisms = config.mechanisms()
     flops = training_flops(model, mechanisms, tokens, attention_flops(model, mechanisms, one_document)) / tokens
-    sent = attention_bytes(config, degrees) + model.layers * convolution_bytes(config, degrees)
+    sent = attention_bytes(config, degrees) + convolution_bytes(config, degrees)
     memory = estimate_memory(config, degrees)
     strategies = dict.fromkeys(strategies_of_layers(config, degrees))
     lines = {
@@ -47,8 +49,8 @@ def describe(config: Config, degrees: Degrees) -> str:
         **_head_mixture(config),
         "compute": f"{flops / 1e9:.3g} GFLOP per token, a document filling the sequence; "
         f"{config.train.compute_dtype} on {config.train.device}",
-        "attention": f"{_in_short(mechanisms)}{_convolved(model.key_convolution)}, computed by "
-        f"{_with_libraries(config.attention.backend)}{_warning(config.attention.backend)}",
+        "attention": f"{_in_short(mechanisms)}{_convolved(model.key_convolution)}"
+        f"{', recurrences gated' if model.recurrent_layer == 'gated' else ''}, computed by {_backends(config)}",
         "context": f"{' and '.join(strategies)}, {parallel.layout}; each rank sends {sent / 2**20:,.1f} MiB per "
         "sequence",
         "memory": f"{memory.total / GIB:.2f} GiB per rank (estimate): {memory}",
@@ -72,12 +74,14 @@ def _experts(config: Config, degrees: Degrees) -> dict[str, str]:
 def _head_mixture(config: Config) -> dict[str, str]:
     """Return the line about heads that tokens choose, of a model that has them."""
     model, mixture = config.model, config.model.head_mixture
-    if mixture.kind == "none":
+    mixing = [mechanism for mechanism in config.mechanisms() if model.mixes_heads(mechanism)]
+    if not mixing:
         return {}
-    attended, projected = model.attended_heads, model.projected_heads
+    attended, projected = model.heads_of(mixing[0]), model.projected_heads_of(mixing[0])
     experts = f"{mixture.per_token} of {mixture.count} experts of {model.heads}, " if mixture.kind == "experts" else ""
     return {
-        "heads": f"{experts}{attended.query} of {projected.query} query heads for each token, {projected.kv} KV heads"
+        "heads": f"{experts}{attended.query} of {projected.query} query heads for each token, {projected.kv} KV heads, "
+        f"in {len(mixing)} layers"
     }
 
 
@@ -100,6 +104,13 @@ def _in_short(mechanisms: Sequence[Mechanism]) -> str:
 
 def _convolved(width: int) -> str:
     return f" of keys convolved over {width}" if width else ""
+
+
+def _backends(config: Config) -> str:
+    """Return what computes attention; layers choose their own where they need different ones."""
+    backend = config.attention.backend
+    names = backends_of_layers(config, torch.device(config.train.device)) if backend == "auto" else [backend]
+    return " and ".join(f"{_with_libraries(name)}{_warning(name)}" for name in dict.fromkeys(names))
 
 
 def _with_libraries(backend: str) -> str:
@@ -154,8 +165,8 @@ def estimate_memory(config: Config, degrees: Degrees) -> Memory:
     experts = 3 * model.width * model.experts.count * model.experts.feed_forward if any(model.expert_layers) else 0
     # Of layers with and without experts the former, whose parameters are more.
     block = (parameters - outside - sum(model.expert_layers) * experts) // model.layers + experts // degrees.expert
-    tokens, heads = tokens_local(config, degrees), model.attended_heads
-    query, kv = heads.query * model.head_dim, heads.kv * model.head_dim
+    tokens, heads = tokens_local(config, degrees), [model.heads_of(mechanism) for mechanism in config.mechanisms()]
+    query, kv = (max(numbers) * model.head_dim for numbers in zip(*((h.query, h.kv) for h in heads), strict=True))
     layers = zip(config.mechanisms(), model.expert_layers, strict=True)
     in_blocks = [block_activations(config, *layer, tokens=tokens) for layer in layers]
     inputs = tokens * model.width * item
@@ -180,25 +191,30 @@ def block_activations(config: Config, mechanism: Mechanism, has_experts: bool, *
     Per token: the residual stream before both norms and the norms' results; rotated q and k, v, out and a float32 lse;
     gate, silu(gate), up and their product; with qk_norm q and k before it. CPU norms keep the normalised input too.
     Where heads gather tokens: out of all tokens; q, k, v, out, lse and routing of the gathered ones. With a convolution
-    on keys, what it reads. What a routed mechanism chose is left out. With experts: the rows sent to them and those
-    that came back, evenly chosen, scores of all experts, and the inside of the shared one. With heads that tokens
-    choose, weighed out as well.
+    on keys, what it reads. What a routed mechanism chose is left out. In a gated recurrence: q, k, v before and after
+    SiLU, out, its norm, the gate, and the product of these two. With experts: the rows sent to them and those that came
+    back, evenly chosen, scores of all experts, and the inside of the shared one. With heads that tokens choose, weighed
+    out as well.
     """
-    model, compute = config.model, config.train.torch_dtype
-    heads, wide, norms = model.attended_heads, accumulation_dtype(compute), 1 if model.parallel_blocks else 2
+    model, compute, gated = config.model, config.train.torch_dtype, config.model.is_gated(mechanism)
+    heads, wide, norms = model.heads_of(mechanism), accumulation_dtype(compute), 1 if model.parallel_blocks else 2
     query, kv = heads.query * model.head_dim, heads.kv * model.head_dim
-    normed = norms * model.width + (query + kv if model.qk_norm else 0)
+    normed = norms * model.width
+    if gated or model.qk_norm:
+        normed += query if gated else query + kv
     inside = 4 * model.feed_forward
     if has_experts:
         inside = 4 * model.experts.shared + 2 * model.experts.per_token * model.width
         inside += 3 * model.experts.count * wide.itemsize // compute.itemsize
     kept = norms * model.width + normed + inside
-    kept += query if model.head_mixture.kind != "none" else 0
+    kept += query if model.mixes_heads(mechanism) else 0
     if config.train.device == "cpu":
         kept += normed
-    if model.key_convolution:
+    if model.key_convolution and not gated:
         kept += kv
     attention = (2 * query + 2 * kv) * compute.itemsize + heads.query * wide.itemsize
+    if gated:
+        attention = (2 * 3 + 3) * query * compute.itemsize
     if isinstance(mechanism, Gathered):
         length = config.data.sequence_tokens
         gathered = attention + heads.kv * wide.itemsize
@@ -217,23 +233,29 @@ def attention_bytes(config: Config, degrees: Degrees) -> int:
     shards = Shards.deal(rows, layout=parallel.layout, degree=degrees.context, work=partial(work_of_layers, mechanisms))
     channel = Unconnected(0, degrees.context, width=parallel.context_inner)
     sizes = Sizes.of(config.train.torch_dtype, config.model.head_dim, config.model.head_dim)
-    sent, layers = 0, Counter(zip(mechanisms, strategies_of_layers(config, degrees), strict=True))
+    names = strategies_of_layers(config, degrees)
+    # One of each, as in a run: it keeps what its layers have in common.
+    strategies = {
+        name: STRATEGIES.get(name)(channel, rounded_gradients=parallel.rounded_gradients)
+        for name in dict.fromkeys(names)
+    }
+    sent, layers = 0, Counter(zip(mechanisms, names, strict=True))
     for (mechanism, name), count in layers.items():
-        strategy = STRATEGIES.get(name)(channel, rounded_gradients=parallel.rounded_gradients)
-        chosen = (
-            typical_choice(mechanism, rows, config.heads, most=SAMPLED) if strategy.moves_chosen(mechanism) else None
-        )
-        volume = strategy.prepare(mechanism, shards, config.heads, backend="reference").volume(sizes, chosen)
+        strategy = strategies[name]
+        heads = config.model.heads_of(mechanism)
+        chosen = typical_choice(mechanism, rows, heads, most=SAMPLED) if strategy.moves_chosen(mechanism) else None
+        volume = strategy.prepare(mechanism, shards, heads, backend="reference").volume(sizes, chosen)
         sent += count * (volume.forward + volume.backward)
     return sent
 
 
 def convolution_bytes(config: Config, degrees: Degrees) -> int:
-    """Return the bytes that a rank, the mean over ranks, sends in one layer's convolution on keys, both ways."""
+    """Return the bytes that a rank, the mean over ranks, sends in the convolutions on keys of all layers, both ways."""
     model, compute = config.model, config.train.torch_dtype
     if not model.key_convolution:
         return 0
     rows = Rows.packed([config.data.sequence_tokens])
     shards = Shards.deal(rows, layout=config.parallel.layout, degree=degrees.context)
-    sent = mean_rows_sent(shards, model.key_convolution - 1) * model.projected_heads.kv * model.head_dim
+    heads = sum(model.projected_heads_of(m).kv for m in config.mechanisms() if not model.is_gated(m))
+    sent = mean_rows_sent(shards, model.key_convolution - 1) * heads * model.head_dim
     return sent * (compute.itemsize + accumulation_dtype(compute).itemsize)

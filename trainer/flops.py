@@ -12,7 +12,21 @@ from farspan.trainer.model.config import ModelConfig
 
 def router_parameters(config: ModelConfig, mechanisms: Sequence[Mechanism]) -> int:
     """Parameters of the routers of layers with these mechanisms."""
-    return sum(config.width * config.projected_heads.kv * mechanism.routing_width for mechanism in mechanisms)
+    return sum(
+        config.width * config.projected_heads_of(mechanism).kv * mechanism.routing_width for mechanism in mechanisms
+    )
+
+
+def projection_parameters(config: ModelConfig, mechanism: Mechanism) -> int:
+    """Parameters of a layer's matrices and convolution before and behind its attention, a mechanism's router left out.
+
+    Of heads that tokens choose, those of as many as one works with.
+    """
+    heads, gated = config.heads_of(mechanism), config.is_gated(mechanism)
+    projections = config.width * config.head_dim * ((3 if gated else 2) * heads.query + 2 * heads.kv)
+    choice = config.build_head_router() if config.mixes_heads(mechanism) else None
+    projections += 0 if choice is None else config.width * choice.logits
+    return projections + (0 if gated else config.key_convolution * heads.kv * config.head_dim)
 
 
 def matrix_parameters(config: ModelConfig, mechanisms: Sequence[Mechanism]) -> int:
@@ -20,12 +34,9 @@ def matrix_parameters(config: ModelConfig, mechanisms: Sequence[Mechanism]) -> i
 
     The embedding table is a look-up.
     """
-    queries, keys, choice = config.attended_heads.query, config.projected_heads.kv, config.build_head_router()
-    attention = config.width * config.head_dim * (2 * queries + 2 * keys)
-    attention += config.key_convolution * keys * config.head_dim
-    attention += 0 if choice is None else config.width * choice.logits
+    attention = sum(projection_parameters(config, mechanism) for mechanism in mechanisms)
     feed_forward = feed_forward_parameters(config, config.experts.per_token)
-    layers = config.layers * attention + feed_forward + router_parameters(config, mechanisms)
+    layers = attention + feed_forward + router_parameters(config, mechanisms)
     return layers + config.width * config.vocabulary_size
 
 
@@ -40,7 +51,7 @@ def feed_forward_parameters(config: ModelConfig, experts: int) -> int:
 def attention_flops(config: ModelConfig, mechanisms: Sequence[Mechanism], rows: Rows) -> int:
     """Return the forward FLOPs of one sequence's attention in all layers: 4 D a visible pair if there is a softmax."""
     once = {m: m.useful_flops(rows, rows, config.head_dim, config.head_dim) for m in dict.fromkeys(mechanisms)}
-    return config.attended_heads.query * sum(once[mechanism] for mechanism in mechanisms)
+    return sum(config.heads_of(mechanism).query * once[mechanism] for mechanism in mechanisms)
 
 
 def training_flops(config: ModelConfig, mechanisms: Sequence[Mechanism], tokens: int, attention: float) -> float:
@@ -54,11 +65,18 @@ def training_flops(config: ModelConfig, mechanisms: Sequence[Mechanism], tokens:
 
 def total_parameters(config: ModelConfig, mechanisms: Sequence[Mechanism]) -> int:
     """All parameters, tied ones once."""
-    in_block = (1 if config.parallel_blocks else 2) * config.width + (2 * config.head_dim if config.qk_norm else 0)
-    norms = config.layers * in_block + config.width
+    in_blocks = (1 if config.parallel_blocks else 2) * config.layers * config.width
+    norms = in_blocks + config.width + sum(_norm_parameters(config, mechanism) for mechanism in mechanisms)
     embedding = 0 if config.tied_embeddings else config.width * config.vocabulary_size
     unchosen = feed_forward_parameters(config, config.experts.count)
     unchosen -= feed_forward_parameters(config, config.experts.per_token)
-    idle_heads = config.projected_heads.query - config.attended_heads.query
-    unchosen += 2 * config.layers * config.width * config.head_dim * idle_heads
+    idle_heads = sum(config.projected_heads_of(m).query - config.heads_of(m).query for m in mechanisms)
+    unchosen += 2 * config.width * config.head_dim * idle_heads
     return matrix_parameters(config, mechanisms) + unchosen + embedding + norms
+
+
+def _norm_parameters(config: ModelConfig, mechanism: Mechanism) -> int:
+    """Of the norms inside a layer's attention."""
+    if config.is_gated(mechanism):
+        return config.heads * config.head_dim
+    return 2 * config.head_dim if config.qk_norm else 0

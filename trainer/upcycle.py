@@ -49,28 +49,30 @@ def upcycle(config: Config, runs: Sequence[Path], out: Path) -> ModelConfig:
             source = _build(of_run, of_run.model)
             load_weights(source, newest_whole(run / "checkpoints"))
             sources.append(source.state_dict())
-        save_weights(mixed_of(sources, mixture.state_dict(), model), out)
+        save_weights(mixed_of(sources, mixture.state_dict()), out)
     return model
 
 
-def mixed_of(dense: Sequence[Tensors], start: Tensors, model: ModelConfig) -> dict[str, Tensor]:
+def mixed_of(dense: Sequence[Tensors], start: Tensors) -> dict[str, Tensor]:
     """Return the weights of a model with mixtures, of weights of dense ones; what these lack is as in `start`."""
-    copies, mixed = model.head_mixture.count if model.head_mixture.kind == "experts" else 1, {}
-    of_experts = ("query", "key", "value", "key_convolution", "router") if model.head_mixture.own_keys else ("query",)
+    mixed = {}
     for name, tensor in start.items():
-        part = name.split(".")[-2]
         plain = name.replace("feed_forward.experts.", "feed_forward.").replace("feed_forward.shared.", "feed_forward.")
-        if plain not in dense[0]:
-            mixed[name] = tensor
-        elif ".feed_forward.experts." in name:
-            mixed[name] = torch.stack([dense[e % len(dense)][plain] for e in range(model.experts.count)])
-        elif ".attention." in name and part in of_experts:
-            mixed[name] = torch.cat([dense[e % len(dense)][plain] for e in range(copies)])
-        elif ".attention." in name and part == "out":
-            mixed[name] = torch.cat([dense[e % len(dense)][plain] for e in range(copies)], dim=1)
-        else:
-            mixed[name] = torch.stack([source[plain] for source in dense]).double().mean(0).to(tensor.dtype)
+        sources = [source[plain] for source in dense if plain in source]
+        mixed[name] = _combined(sources, tensor.shape).to(tensor.dtype) if sources else tensor
     return mixed
+
+
+def _combined(sources: Sequence[Tensor], shape: torch.Size) -> Tensor:
+    """Return the mean of tensors or, where the shape has room for more than one, copies of them in turn."""
+    one = sources[0]
+    if one.shape == shape:
+        return torch.stack(list(sources)).double().mean(0)
+    copies = [sources[number % len(sources)] for number in range(shape.numel() // one.numel())]
+    if len(shape) > one.dim():
+        return torch.stack(copies)
+    # Queries, and keys of their own, have rows for each expert; the output matrix has columns.
+    return torch.cat(copies, dim=0 if shape[0] > one.shape[0] else 1)
 
 
 def _build(config: Config, model: ModelConfig) -> Transformer:

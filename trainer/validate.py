@@ -13,6 +13,7 @@ def validate(config: Config, degrees: Degrees) -> None:
     """Check everything that no single field can say; nothing has been started yet."""
     heads_share_kv_heads(config)
     head_dim_is_even(config)
+    rotated_part_fits_heads(config)
     rope_scalings_are_whole(config)
     warmup_ends(config)
     decay_follows_warmup(config)
@@ -20,6 +21,7 @@ def validate(config: Config, degrees: Degrees) -> None:
     layout_exists(config)
     experts_fit(config, degrees)
     head_mixture_fits(config)
+    gates_have_a_recurrence(config)
     mechanism_takes_model(config)
     strategy_takes_mechanism(config, degrees)
 
@@ -36,6 +38,15 @@ def heads_share_kv_heads(config: Config) -> None:
 def head_dim_is_even(config: Config) -> None:
     if config.model.head_dim % 2:
         raise ConfigError(f"model.head_dim={config.model.head_dim} must be even: rotary embedding turns pairs.")
+
+
+def rotated_part_fits_heads(config: Config) -> None:
+    rotated, head_dim = config.model.rope.rotated, config.model.head_dim
+    if rotated % 2 or rotated > head_dim:
+        raise ConfigError(
+            f"model.rope.rotated={rotated} must be even and at most model.head_dim={head_dim}: rotary embedding turns "
+            "pairs of a head's numbers. 0 turns all."
+        )
 
 
 def rope_scalings_are_whole(config: Config) -> None:
@@ -142,7 +153,7 @@ def head_mixture_fits(config: Config) -> None:
     if mixture.kind == "none" or mixture.per_token == mixture.count:
         return
     for mechanism in dict.fromkeys(config.mechanisms()):
-        if mechanism.tells_heads_apart:
+        if config.model.mixes_heads(mechanism) and mechanism.tells_heads_apart:
             raise ConfigError(
                 f"attention.mechanism={config.attention.mechanism!r} treats query heads differently by their number, "
                 "which heads that tokens choose do not keep: set model.head_mixture.kind='none', or choose another "
@@ -157,9 +168,18 @@ def layout_exists(config: Config) -> None:
         raise ConfigError(f"parallel.layout={layout!r} does not exist; choose one of {', '.join(LAYOUTS)}.{hint}")
 
 
+def gates_have_a_recurrence(config: Config) -> None:
+    model = config.model
+    if model.recurrent_layer == "gated" and not any(model.is_gated(mechanism) for mechanism in config.mechanisms()):
+        raise ConfigError(
+            f"model.recurrent_layer='gated' is in no layer: attention.mechanism={config.attention.mechanism!r} has no "
+            "recurrence, such as lightning. Add one, or set model.recurrent_layer=plain."
+        )
+
+
 def mechanism_takes_model(config: Config) -> None:
     for mechanism in dict.fromkeys(config.mechanisms()):
-        refusal = mechanism.refusal(config.heads, config.data.sequence_tokens)
+        refusal = mechanism.refusal(config.model.heads_of(mechanism), config.data.sequence_tokens)
         if refusal is not None:
             raise ConfigError(f"attention.mechanism={config.attention.mechanism!r} refuses this run: {refusal}.")
 
@@ -169,7 +189,8 @@ def strategy_takes_mechanism(config: Config, degrees: Degrees) -> None:
     if parallel.strategy == AUTO:
         return
     for mechanism in dict.fromkeys(config.mechanisms()):
-        name = strategy_for(parallel.strategy, mechanism, config.heads, degrees.context, parallel.context_inner)
-        refusal = STRATEGIES.get(name).refusal(mechanism, config.heads, degrees.context, parallel.context_inner)
+        heads = config.model.heads_of(mechanism)
+        name = strategy_for(parallel.strategy, mechanism, heads, degrees.context, parallel.context_inner)
+        refusal = STRATEGIES.get(name).refusal(mechanism, heads, degrees.context, parallel.context_inner)
         if refusal is not None:
             raise ConfigError(f"parallel.strategy={parallel.strategy!r} refuses this run: {refusal}")

@@ -6,6 +6,7 @@ Backward likewise: gradients of what came in, all-gathered, are those of what wa
 than a few stretches is dealt anew first, and its outputs come back.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -39,9 +40,48 @@ class States(Strategy):
             "set parallel.strategy='ring'."
         )
 
+    _planned: "tuple[Shards, _Stretches] | None" = None
+    """Of the last sequence: layers whose rates differ have their stretches in common."""
+
     def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> Attend:
         assert isinstance(mechanism, Recurrent)
-        tokens_local, rank, redeal = shards.tokens_local, self.channel.rank, None
+        if self._planned is None or self._planned[0] is not shards:
+            self._planned = shards, _Stretches.plan(shards, self.channel.rank)
+        rank, planned = self.channel.rank, self._planned[1]
+        decay = mechanism.decay(share.everyone.query)[share.slice]
+        return _StateAttend(
+            tokens_local=shards.tokens_local,
+            heads=share.here,
+            routing_width=0,
+            channel=self.channel,
+            tokens=planned.tokens,
+            redeal=planned.redeal,
+            runs=planned.runs,
+            stretches=planned.everywhere[rank],
+            most=planned.most,
+            influence=_influence(planned.everywhere, planned.most, decay),
+            decay=decay,
+            backend=backend,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Stretches:
+    """What is scanned where, whatever the rates.
+
+    redeal: how rows are dealt anew first, if they are. tokens: of this rank's rows then. runs: slices of these, each a
+    stretch. everywhere: the stretches of all ranks; most: that any rank has.
+    """
+
+    redeal: Redeal | None
+    tokens: Tensor
+    runs: tuple[slice, ...]
+    everywhere: tuple[tuple[Stretch, ...], ...]
+    most: int
+
+    @staticmethod
+    def plan(shards: Shards, rank: int) -> "_Stretches":
+        redeal = None
         runs = [_runs(index) for index in shards.index]
         sequence = order(shards.rows)
         is_sorted = torch.equal(sequence, torch.arange(len(sequence)))
@@ -51,24 +91,16 @@ class States(Strategy):
             target = Shards(rows=shards.rows, index=index)
             redeal, shards = Redeal.plan(shards, target, rank), target
             runs = [[slice(0, shards.tokens_local)]] * shards.degree
-        most = max(map(len, runs))
-        stretches = [
-            [Stretch.of(shards.rows_of(holder).slice(run)) for run in runs[holder]] for holder in range(shards.degree)
-        ]
-        decay = mechanism.decay(share.everyone.query)[share.slice]
-        return _StateAttend(
-            tokens_local=tokens_local,
-            heads=share.here,
-            routing_width=0,
-            channel=self.channel,
-            tokens=shards.index[rank],
+        held = [shards.rows_of(holder) for holder in range(shards.degree)]
+        return _Stretches(
             redeal=redeal,
+            tokens=shards.index[rank],
             runs=tuple(runs[rank]),
-            stretches=tuple(stretches[rank]),
-            most=most,
-            influence=_influence(stretches, most, decay),
-            decay=decay,
-            backend=backend,
+            everywhere=tuple(
+                tuple(Stretch.of(rows.slice(run)) for run in of_holder)
+                for rows, of_holder in zip(held, runs, strict=True)
+            ),
+            most=max(map(len, runs)),
         )
 
 
@@ -79,7 +111,7 @@ def _runs(index: Tensor) -> list[slice]:
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(index)], strict=True)]
 
 
-def _influence(stretches: list[list[Stretch]], most: int, decay: Tensor) -> Tensor:
+def _influence(stretches: Sequence[Sequence[Stretch]], most: int, decay: Tensor) -> Tensor:
     """Return by how much the sum that one stretch left weighs at the first token of another, float64.
 
     `[Hq, P x most, P x most]`, by reader and writer, rank by rank: exp(-s (first position - last position)) if the

@@ -132,7 +132,7 @@ def test_unscaled_attention_factor_is_one() -> None:
 
 @pytest.mark.parametrize("head_dim", [1, 63, 0, -2])
 def test_odd_or_empty_head_width_is_refused(head_dim: int) -> None:
-    with pytest.raises(ValueError, match=f"head_dim={head_dim} must be even"):
+    with pytest.raises(ValueError, match=f"rotated={head_dim} must be even"):
         inverse_frequencies(head_dim, 10_000.0)
 
 
@@ -203,6 +203,30 @@ def test_rotation_equals_complex_multiplication() -> None:
         assert out[t, h, i + head_dim // 2].item() == pytest.approx(turned.imag, abs=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_part_of_a_head_rotates(dtype: torch.dtype) -> None:
+    """The first 4 of 10 features, i with i + 2; frequencies are those of heads of 4, the others keep their bits."""
+    tokens, heads, rotated = 4, 3, 4
+    x = torch.randn(tokens, heads, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).to(dtype)
+    position = torch.tensor([7, 0, 100_000, 3], dtype=torch.int32)
+    table = rotation_table(position, inverse_frequencies(rotated, 10_000.0, YARN_16), 1.25, torch.float64)
+    out = apply_rope(x, *table)
+    assert out.dtype == dtype
+    assert torch.equal(out[..., rotated:], x[..., rotated:])
+    for t, h, i in ((t, h, i) for t in range(tokens) for h in range(heads) for i in range(rotated // 2)):
+        angle = position[t].item() * scalar_frequency(i, rotated, 10_000.0, YARN_16)
+        turned = complex(x[t, h, i].item(), x[t, h, i + 2].item()) * cmath.rect(1.25, angle)
+        bound = 2**-8 if dtype == torch.bfloat16 else 1e-10
+        assert out[t, h, i].item() == pytest.approx(turned.real, rel=bound, abs=1e-10)
+        assert out[t, h, i + 2].item() == pytest.approx(turned.imag, rel=bound, abs=1e-10)
+
+
+def test_gradient_of_a_head_of_which_a_part_rotates() -> None:
+    x = torch.randn(4, 2, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(6)).requires_grad_()
+    table = rotation_table(torch.tensor([9, 2, 2, 40]), inverse_frequencies(4, 10_000.0), dtype=torch.float64)
+    assert torch.autograd.gradcheck(apply_rope, (x, *table))
+
+
 @pytest.mark.parametrize("scaling", [None, LLAMA_31, QWEN_3], ids=str)
 def test_scores_depend_on_the_distance_only(scaling: RopeScaling | None) -> None:
     generator = torch.Generator().manual_seed(2)
@@ -244,5 +268,5 @@ def test_empty_shard_and_wrong_table() -> None:
     frequencies = inverse_frequencies(8, 10_000.0)
     cos, sin = rotation_table(torch.zeros(0, dtype=torch.int32), frequencies)
     assert apply_rope(torch.zeros(0, 3, 8), cos, sin).shape == (0, 3, 8)
-    with pytest.raises(ValueError, match="head width 16 but the rotation table turns 8"):
-        apply_rope(torch.zeros(0, 3, 16), cos, sin)
+    with pytest.raises(ValueError, match="head width 6 but the rotation table turns 8"):
+        apply_rope(torch.zeros(0, 3, 6), cos, sin)

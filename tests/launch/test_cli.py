@@ -88,7 +88,8 @@ def test_wrong_usage_is_status_2(command: str, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
-    ("command", "commands"), [("", ["train", "launch", "data"]), ("launch", ["local"]), ("data", ["prepare"])]
+    ("command", "commands"),
+    [("", ["train", "launch", "data", "upcycle"]), ("launch", ["local"]), ("data", ["prepare"])],
 )
 def test_without_a_command_they_are_listed(
     command: str, commands: list[str], capsys: pytest.CaptureFixture[str]
@@ -127,7 +128,21 @@ PRESETS = {
     ("llama3_8b_128k", 64): ("dp_shard 8 x context 8", "8,030,261,248 parameters", "sharded     125,472,832"),
     ("qwen3_8b_128k", 8): ("dp_shard 1 x context 8", "8,190,735,360 parameters", "sharded     1,023,841,920"),
     ("qwen3_8b_128k", 64): ("dp_shard 8 x context 8", "8,190,735,360 parameters", "sharded     127,980,"),
-}
+    ("qwen3_30b_a3b_128k", 64): (
+        "dp_shard 8 x context 8", "30,532,122,624 parameters", "sharded     477,064,416",
+        "experts     8 of 128 of size 768 in 48 layers, dealt to 8 ranks; 3,041,656,832 parameters multiply a token",
+    ),
+    ("mixtral_8x7b_64k", 32): (
+        "dp_shard 8 x context 4", "46,702,792,704 parameters", "sharded     1,459,560,576",
+        "experts     2 of 8 of size 14336 in 32 layers, dealt to 8 ranks; 12,748,587,008 parameters multiply a token",
+    ),
+    ("minimax_style", 8): (
+        "dp_shard 1 x context 8", "20,778,248,192 parameters", "sharded     2,597,281,024",
+        "experts     2 of 32 of size 3072 in 32 layers, dealt to 8 ranks; 2,248,933,376 parameters multiply a token",
+        "attention   7 x Lightning, Dense(causal=True), 7 x Lightning, ", ", recurrences gated, computed by ",
+        "context     state and ring, zigzag; ",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("preset", "num_ranks"), list(PRESETS))
@@ -139,17 +154,21 @@ def test_a_dry_run_of_a_preset_needs_neither_gpus_nor_data(
     out, err = capsys.readouterr()
     assert err == ""
     lines = dict(line.split(maxsplit=1) for line in out.splitlines())
+    experts = ["experts"] if "experts" in "".join(PRESETS[preset, num_ranks]) else []
     assert list(lines) == [
-        "ranks", "step", "model", "compute", "attention", "context", "memory", "sharded", "dry"
+        "ranks", "step", "model", *experts, "compute", "attention", "context", "memory", "sharded", "dry"
     ]  # fmt: skip
     assert lines["ranks"].startswith(f"{num_ranks} = ")
+    tokens = {"mixtral_8x7b_64k": 65_536, "minimax_style": 262_144}.get(preset, 131_072)
+    local = 32_768 if preset == "minimax_style" else 16_384
     assert lines["step"].startswith(
-        "4,194,304 tokens = 32 x 131,072; each rank holds 16,384 at a time and accumulates "
+        f"4,194,304 tokens = {2**22 // tokens} x {tokens:,}; each rank holds {local:,} at a time and accumulates "
     )
     assert all(part in out for part in PRESETS[preset, num_ranks])
     assert "GFLOP per token" in lines["compute"]
-    assert lines["attention"].startswith("Dense(causal=True), computed by ")
-    assert lines["context"].startswith("ring, zigzag; each rank sends ")
+    if preset != "minimax_style":
+        assert lines["attention"].startswith("Dense(causal=True), computed by ")
+        assert lines["context"].startswith("ring, zigzag; each rank sends ")
     assert " GiB per rank (estimate): " in lines["memory"]
     assert not dist.is_initialized()
     assert list(tmp_path.iterdir()) == []

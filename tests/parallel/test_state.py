@@ -74,3 +74,20 @@ def test_volumes_by_hand(layout: str, stretches: int, redealt: int) -> None:
     planned = STRATEGIES.get("state")(Unconnected(3, 8)).prepare(Lightning(), shards, HEADS, backend="cpu")
     sums, rows = 7 * stretches * 4 * 64 * 32 * 4, redealt * (4 * 64 + 2 * (64 + 32) + 4 * 32) * 2
     assert planned.volume(Sizes.of(torch.bfloat16, 64, 32)) == Volume(forward=sums + rows, backward=sums + rows)
+
+
+def test_layers_of_one_sequence_have_its_stretches_in_common() -> None:
+    """Rates differ by layer, stretches do not; another sequence, dealt alike, has its own."""
+    strategy = STRATEGIES.get("state")(Unconnected(0, 2))
+    first, second = (Shards.deal(Rows.packed(lengths), layout="zigzag", degree=2) for lengths in ([9, 23], [30, 2]))
+    planned = [
+        strategy.prepare(Lightning(layer=layer, layers=3), shards, HEADS, backend="cpu")
+        for shards in (first, second)
+        for layer in range(2)
+    ]
+    stretches = [attend.stretches for attend in planned]  # pyright: ignore[reportAttributeAccessIssue]
+    assert stretches[0] is stretches[1]
+    assert stretches[2] is stretches[3]
+    assert [len(stretch) for stretch in stretches[0]] == [len(stretch) for stretch in stretches[2]] == [8, 8]
+    assert stretches[0][1].last != stretches[2][1].last
+    assert not torch.equal(planned[0].influence, planned[1].influence)  # pyright: ignore[reportAttributeAccessIssue]

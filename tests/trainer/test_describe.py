@@ -11,14 +11,18 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from farspan.kernels.backend import BACKENDS
+from farspan.kernels.mechanisms.dense import Dense
+from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.parallel.comm import Traffic
 from farspan.parallel.mesh import Degrees, Mesh, ParallelConfig
 from farspan.parallel.ranks import Ranks, connected
+from farspan.trainer import describe as describe_module
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.config import AttentionConfig, Config, DataConfig, RunConfig, TrainConfig
 from farspan.trainer.config_io import load_config
 from farspan.trainer.data.packing import PackedSequences
 from farspan.trainer.describe import (
+    GIB,
     attention_bytes,
     block_activations,
     convolution_bytes,
@@ -30,6 +34,7 @@ from farspan.trainer.model.config import ExpertsConfig, ModelConfig
 from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.optim import build_optimizer
 from farspan.trainer.resolve import fill_in, open_data
+from farspan.trainer.validate import validate
 from tests.ranks import RankPool
 from tests.trainer import tiny
 
@@ -75,6 +80,7 @@ def saved_bytes(config: Config) -> int:
         ("dense", 3, ExpertsConfig()),
         ("mosa", 0, ExpertsConfig()),
         ("dense", 0, ExpertsConfig(count=8, feed_forward=64, shared=192)),
+        ("lightning", 3, ExpertsConfig()),
     ],
 )
 def test_activations_are_what_autograd_keeps(
@@ -83,12 +89,14 @@ def test_activations_are_what_autograd_keeps(
     # Wide enough that a scalar per token is small beside what is counted.
     config = tiny.with_model(
         config, width=128, head_dim=32, feed_forward=320, qk_norm=qk_norm, key_convolution=key_convolution,
-        experts=experts,
+        experts=experts, recurrent_layer="gated" if mechanism == "lightning" else "plain",
     )  # fmt: skip
     config = replace(
         config,
         train=replace(config.train, recompute=recompute),
         attention=replace(config.attention, mechanism=mechanism),
+        # Under another strategy a recurrence keeps a state as well, which is small for longer sequences only.
+        parallel=ParallelConfig(strategy="single"),
     )
     few, many = tiny.with_model(config, layers=1), tiny.with_model(config, layers=4)
     degrees = Degrees.resolve(config.parallel, 1)
@@ -173,8 +181,9 @@ def test_what_travels_of_a_convolution_on_keys(config: Config) -> None:
     config = tiny.with_model(replace(config, parallel=ParallelConfig(context=2, layout="striped")), key_convolution=3)
     without, degrees = tiny.with_model(config, key_convolution=0), Degrees.resolve(config.parallel, 2)
     assert convolution_bytes(without, degrees) == 0
-    # Each of 101 rows but the last is read by the next one's rank: 50 a rank, of 2 x 8 numbers in 4 bytes, both ways.
-    assert convolution_bytes(config, degrees) == 50 * 16 * (4 + 4)
+    # Each of 101 rows but the last is read by the next one's rank: 50 a rank, of 2 x 8 numbers in 4 bytes, both ways
+    # and in two layers.
+    assert convolution_bytes(config, degrees) == 2 * 50 * 16 * (4 + 4)
     long = replace(config, data=replace(config.data, sequence_tokens=1 << 16))
     sent = attention_bytes(long, degrees) + 2 * (1 << 15) * 16 * (4 + 4)
     lines = describe(long, degrees)
@@ -188,6 +197,18 @@ def test_the_reference_backend_is_marked(config: Config) -> None:
         "attention   Dense(causal=True), computed by reference: for checks only, as it holds all scores, which the "
         "memory below leaves out\n"
     ) in describe(checked, Degrees.resolve(config.parallel, 1))
+
+
+def test_layers_that_need_different_backends_have_them(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixed = tiny.with_model(replace(config, attention=AttentionConfig(mechanism="lightning, dense")), layers=4)
+    chosen = {Lightning: "triton", Dense: "library"}
+    monkeypatch.setattr(
+        describe_module, "backends_of_layers", lambda config, device: [chosen[type(m)] for m in config.mechanisms()]
+    )
+    assert ", computed by triton and library\n" in describe(mixed, Degrees.resolve(config.parallel, 1))
+    chosen[Lightning] = "reference"
+    said_so = ", computed by reference: for checks only, as it holds all scores, which the memory below leaves out and "
+    assert f"{said_so}library\n" in describe(mixed, Degrees.resolve(config.parallel, 1))
 
 
 def test_what_the_library_backend_calls_is_named(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,6 +233,37 @@ def test_estimate_of_a_large_run() -> None:
     assert memory.working / gib == pytest.approx((tokens * 4096 * 2 + head * 4) / gib + 0.125, rel=0.01)
 
 
+def test_estimate_of_a_hybrid_with_experts() -> None:
+    """MiniMax-style on 8 GPUs, the parts worked out by hand in GiB."""
+    config = load_config(Config, CONFIGS / "minimax_style.toml")
+    memory = estimate_memory(config, Degrees.resolve(config.parallel, 8))
+    gib = 2**30
+    tokens, width = 262144 // 8, 2048
+    assert memory.states / gib == pytest.approx(20_778_248_192 * 16 / 8 / gib)
+    # The residual stream before both norms, these and the norm of out; q, k, v twice, out, gate and their product; two
+    # rows to experts and two back; three numbers for each expert in float32.
+    block = (2 + 2 + 1 + 6 + 3 + 2 * 2) * width * 2 + 3 * 32 * 4
+    assert memory.activations / gib == pytest.approx(tokens * (32 * width * 2 + block + 2 * width * 2) / gib)
+    assert memory.working / gib == pytest.approx((tokens * width * 2 + 200064 * width * 4) / gib + 0.125, rel=0.01)
+    # Without the loss and SwiGLU, backward of a gated layer: out and q; q, k and v, 16 heads of each, in float32.
+    thin = ExpertsConfig(count=32, per_token=2, feed_forward=64)
+    small = tiny.with_model(config, vocabulary_size=64, feed_forward=64, experts=thin)
+    assert estimate_memory(small, Degrees.resolve(small.parallel, 8)).working == tokens * width * (2 * 2 + 3 * 4)
+
+
+# Presets by the ranks that their files suggest; what is left of 80 GB is for torch, NCCL and uneven experts.
+@pytest.mark.parametrize(
+    ("preset", "ranks", "gib"),
+    [("qwen3_30b_a3b_128k", 64, 16), ("qwen3_30b_a3b_128k", 16, 37), ("mixtral_8x7b_64k", 32, 33),
+     ("mixtral_8x7b_64k", 16, 55), ("minimax_style", 8, 50)],
+)  # fmt: skip
+def test_presets_fit_their_gpus(preset: str, ranks: int, gib: int) -> None:
+    config = load_config(Config, CONFIGS / f"{preset}.toml")
+    degrees = Degrees.resolve(config.parallel, ranks)
+    validate(config, degrees)
+    assert estimate_memory(config, degrees).total / GIB == pytest.approx(gib, abs=1)
+
+
 def test_patterns_of_layers_are_said_in_short(config: Config) -> None:
     config = tiny.with_model(config, layers=4)
     attention = AttentionConfig(mechanism="lightning*2, dense, dense", backend="cpu")
@@ -220,6 +272,10 @@ def test_patterns_of_layers_are_said_in_short(config: Config) -> None:
     lines = describe(config, degrees).splitlines()
     assert lines[4] == "attention   2 x Lightning, 2 x Dense(causal=True), computed by cpu"
     assert lines[5].startswith("context     state and ring, zigzag; ")
+    gated = tiny.with_model(config, recurrent_layer="gated")
+    assert describe(gated, degrees).splitlines()[4] == (
+        "attention   2 x Lightning, 2 x Dense(causal=True), recurrences gated, computed by cpu"
+    )
     assert said(config.mechanisms()) == (
         "Lightning(layer=0, layers=4), Lightning(layer=1, layers=4), 2 x Dense(causal=True)"
     )

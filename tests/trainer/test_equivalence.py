@@ -21,12 +21,14 @@ from farspan.trainer.balance import ExpertLoad
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import PackedSequence, PackedSequences
+from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.optim import build_optimizer, learning_rate, set_learning_rate
 from farspan.trainer.resolve import open_data
 from farspan.trainer.step import train_step
 from tests.ranks import RankPool
 from tests.trainer import tiny
 from tests.trainer.mixture import Seen, head_gates, mixed
+from tests.trainer.recurrence import gated_recurrence
 
 STEPS = 10
 # Ten AdamW updates let differences of 1e-16 grow to some 1e-12; the bar leaves room for another order of sums.
@@ -82,12 +84,12 @@ def rms(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight
 
 
-def rotate(x: Tensor, position: Tensor, base: float) -> Tensor:
-    """Rotary embedding as multiplication of complex numbers, feature i paired with feature i + D/2."""
-    half = x.shape[-1] // 2
+def rotate(x: Tensor, position: Tensor, base: float, rotated: int) -> Tensor:
+    """Rotary embedding of the first R features as multiplication of complex numbers, i paired with i + R/2."""
+    half = (rotated or x.shape[-1]) // 2
     angle = position[:, None] * base ** (-torch.arange(half, dtype=torch.float64) / half)
-    turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)[:, None]
-    return torch.cat((turned.real, turned.imag), dim=-1)
+    turned = torch.complex(x[..., :half], x[..., half : 2 * half]) * torch.polar(torch.ones_like(angle), angle)[:, None]
+    return torch.cat((turned.real, turned.imag, x[..., 2 * half :]), dim=-1)
 
 
 def convolved(k: Tensor, weight: Tensor, position: Tensor) -> Tensor:
@@ -95,6 +97,38 @@ def convolved(k: Tensor, weight: Tensor, position: Tensor) -> Tensor:
     taps = weight.view(*k.shape[1:], -1).unbind(-1)
     reached = [F.pad(k, (0, 0, 0, 0, lag, 0))[: len(k)] * (position >= lag)[:, None, None] for lag in range(len(taps))]
     return k + F.silu(torch.stack([tap * part for tap, part in zip(taps, reached, strict=True)]).sum(0))
+
+
+def attention(
+    p: dict[str, Tensor],
+    name: str,
+    model: ModelConfig,
+    x: Tensor,
+    position: Tensor,
+    visible: Tensor,
+    seen: Seen | None,
+) -> Tensor:
+    q, k, v = (
+        (x @ p[f"{name}{part}.weight"].T).unflatten(-1, (-1, model.head_dim)) for part in ("query", "key", "value")
+    )
+    if model.key_convolution:
+        k = convolved(k, p[name + "key_convolution.weight"], position)
+    if model.qk_norm:
+        q = rms(q, p[name + "query_norm.weight"], model.norm_epsilon)
+        k = rms(k, p[name + "key_norm.weight"], model.norm_epsilon)
+    q, k = (rotate(part, position, model.rope.base, model.rope.rotated) for part in (q, k))
+    k, v = (part.repeat_interleave(model.heads // model.kv_heads, dim=1) for part in (k, v))
+    if model.head_mixture.kind == "experts" and not model.head_mixture.own_keys:
+        k, v = (part.repeat(1, model.head_mixture.count, 1) for part in (k, v))
+    scores = torch.einsum("thd,shd->hts", q, k) / model.head_dim**0.5
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    attended = torch.einsum("hts,shd->thd", weights, v)
+    if model.head_mixture.kind != "none":
+        assert seen is not None
+        gates, chosen_by = head_gates(model, x @ p[name + "head_router.weight"].T, p[name + "bias"])
+        attended = attended * gates.unsqueeze(-1)
+        seen.heads.append(chosen_by)
+    return attended.flatten(1) @ p[name + "out.weight"].T
 
 
 def summed_loss(
@@ -108,29 +142,12 @@ def summed_loss(
     for i in range(model.layers):
         name = f"blocks.{i}."
         normed = rms(x, p[name + "attention_norm.weight"], model.norm_epsilon)
-        q, k, v = (
-            (normed @ p[f"{name}attention.{part}.weight"].T).unflatten(-1, (-1, model.head_dim))
-            for part in ("query", "key", "value")
+        attended = (
+            gated_recurrence(p, name + "attention.", model, normed, position, visible)
+            if name + "attention.gate.weight" in p
+            else attention(p, name + "attention.", model, normed, position, visible, seen)
         )
-        if model.key_convolution:
-            k = convolved(k, p[name + "attention.key_convolution.weight"], position)
-        if model.qk_norm:
-            q = rms(q, p[name + "attention.query_norm.weight"], model.norm_epsilon)
-            k = rms(k, p[name + "attention.key_norm.weight"], model.norm_epsilon)
-        q, k = (rotate(part, position, model.rope.base) for part in (q, k))
-        k, v = (part.repeat_interleave(model.heads // model.kv_heads, dim=1) for part in (k, v))
-        if model.head_mixture.kind == "experts" and not model.head_mixture.own_keys:
-            k, v = (part.repeat(1, model.head_mixture.count, 1) for part in (k, v))
-        scores = torch.einsum("thd,shd->hts", q, k) / model.head_dim**0.5
-        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-        attended = torch.einsum("hts,shd->thd", weights, v)
-        if model.head_mixture.kind != "none":
-            assert seen is not None
-            logits = normed @ p[name + "attention.head_router.weight"].T
-            gates, chosen_by = head_gates(model, logits, p[name + "attention.bias"])
-            attended = attended * gates.unsqueeze(-1)
-            seen.heads.append(chosen_by)
-        x = x + attended.flatten(1) @ p[name + "attention.out.weight"].T
+        x = x + attended
         if not model.parallel_blocks:
             normed = rms(x, p[name + "feed_forward_norm.weight"], model.norm_epsilon)
         if name + "feed_forward.router.weight" in p:
@@ -212,7 +229,7 @@ def test_ten_steps_do_not_depend_on_the_ranks(
 def test_ten_steps_do_not_depend_on_the_strategy(
     base: Config, alone: Trajectory, ranks: Callable[[int], RankPool], strategy: str
 ) -> None:
-    inner = 2 if STRATEGIES.get(strategy).refusal(Dense(), base.heads, 4, 1) else 1
+    inner = 2 if STRATEGIES.get(strategy).refusal(Dense(), base.model.heads_of(Dense()), 4, 1) else 1
     parallel = ParallelConfig(context=4, context_inner=inner, strategy=strategy, layout="balanced")
     assert difference(ranks(4).run(train_dealt, replace(base, parallel=parallel))[2], alone) <= TOLERANCE
 

@@ -15,7 +15,7 @@ from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.mosa import MoSA
 from farspan.kernels.rows import Rows
 from farspan.kernels.visibility import Visibility
-from farspan.trainer.config import Config
+from farspan.trainer.config import AttentionConfig, Config
 from farspan.trainer.config_io import load_config
 from farspan.trainer.flops import attention_flops, matrix_parameters, total_parameters, training_flops
 from farspan.trainer.model.attention import ConvolutionWeight
@@ -75,11 +75,30 @@ def test_parameters_of_experts() -> None:
     assert matrix_parameters(config, [Dense()] * 3) == products + chosen
 
 
+@pytest.mark.parametrize("mechanisms", [[Lightning()] * 3, [Lightning(), MoSA(), Lightning(layer=2, layers=3)]])
+def test_parameters_of_gated_recurrences(mechanisms: list[Mechanism]) -> None:
+    config = ModelConfig(
+        layers=3, width=10, heads=6, kv_heads=2, head_dim=4, feed_forward=14, vocabulary_size=23, qk_norm=True,
+        key_convolution=3, recurrent_layer="gated",
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = Transformer(config, mechanisms)
+    assert total_parameters(config, mechanisms) == sum(p.numel() for p in model.parameters())
+    products = [layer.weight for layer in model.modules() if isinstance(layer, (nn.Linear, ConvolutionWeight))]
+    assert matrix_parameters(config, mechanisms) == sum(weight.numel() for weight in products)
+
+
 @pytest.mark.parametrize(
-    ("preset", "parameters"), [("llama3_8b_128k", 8_030_261_248), ("qwen3_8b_128k", 8_190_735_360)]
+    ("preset", "parameters"),
+    [
+        ("llama3_8b_128k", 8_030_261_248),
+        ("qwen3_8b_128k", 8_190_735_360),
+        ("qwen3_30b_a3b_128k", 30_532_122_624),
+        ("mixtral_8x7b_64k", 46_702_792_704),
+    ],
 )
 def test_presets_have_the_published_number_of_parameters(preset: str, parameters: int) -> None:
-    """As counted in the released weights: Llama-3.1-8B 8.03B, Qwen3-8B 8.19B."""
+    """As counted in the released weights: Llama-3.1-8B 8.03B, Qwen3-8B 8.19B, Qwen3-30B-A3B 30.5B, Mixtral 46.7B."""
     config = load_config(Config, CONFIGS / f"{preset}.toml")
     assert total_parameters(config.model, config.mechanisms()) == parameters
 
@@ -105,9 +124,31 @@ def test_parameters_of_heads_that_tokens_choose(mixture: HeadMixtureConfig, chos
     idle = sum(size for name, size in layers.items() if name.endswith(("attention.query", "attention.out")))
     assert matrix_parameters(config, [Dense()] * 2) == sum(layers.values()) - round(idle * (1 - chosen))
     rows = Rows.packed([7])
-    heads = config.attended_heads.query
-    assert heads == round(config.projected_heads.query * chosen)
+    heads = config.heads_of(Dense()).query
+    assert heads == round(config.projected_heads_of(Dense()).query * chosen)
     assert attention_flops(config, [Dense()] * 2, rows) == 2 * heads * 4 * 6 * (7 * 8 // 2)
+
+
+@pytest.mark.parametrize(
+    ("preset", "billions"), [("qwen3_30b_a3b_128k", 3.35), ("mixtral_8x7b_64k", 12.88), ("minimax_style", 2.66)]
+)
+def test_presets_have_the_published_number_of_active_parameters(preset: str, billions: float) -> None:
+    """Both tables counted, as published: Qwen3 3.3B, Mixtral 12.9B; the third is what its file says."""
+    config = load_config(Config, CONFIGS / f"{preset}.toml")
+    embedding = config.model.width * config.model.vocabulary_size
+    assert (matrix_parameters(config.model, config.mechanisms()) + embedding) / 1e9 == pytest.approx(billions, abs=5e-3)
+
+
+def test_parameters_of_minimax_01() -> None:
+    """456 billion, of which a token meets 45.9 (arXiv 2501.08313), tables left out: the size of the gated layers."""
+    config = ModelConfig(
+        layers=80, width=6144, heads=64, kv_heads=8, head_dim=128, feed_forward=9216, vocabulary_size=200_064,
+        recurrent_layer="gated", experts=ExpertsConfig(count=32, per_token=2, feed_forward=9216),
+    )  # fmt: skip
+    mechanisms = AttentionConfig(mechanism="lightning*7, dense").build_mechanisms(config.layers)
+    assert total_parameters(config, mechanisms) / 1e9 == pytest.approx(456, abs=0.5)
+    head = config.width * config.vocabulary_size
+    assert (matrix_parameters(config, mechanisms) - head) / 1e9 == pytest.approx(45.9, abs=0.05)
 
 
 def test_flops_of_a_sequence_written_out() -> None:

@@ -19,7 +19,7 @@ from farspan.trainer.checkpoint import newest_whole
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import PackedSequences
 from farspan.trainer.faults import StopSignal
-from farspan.trainer.model.config import ExpertsConfig, HeadMixtureConfig, ModelConfig
+from farspan.trainer.model.config import ExpertsConfig, HeadMixtureConfig
 from farspan.trainer.resolve import open_data
 from farspan.trainer.train import train
 from farspan.trainer.upcycle import mixed_of, upcycle
@@ -77,11 +77,6 @@ def test_copies_of_one_model_compute_what_it_does(dense: list[Config], tmp_path:
 
 
 def test_each_model_gives_every_second_expert_and_half_of_the_rest() -> None:
-    model = ModelConfig(
-        layers=1, width=4, heads=2, kv_heads=1, head_dim=2, feed_forward=3, vocabulary_size=5,
-        experts=ExpertsConfig(count=4, feed_forward=3, shared=3),
-        head_mixture=HeadMixtureConfig(kind="experts", count=2, per_token=2),
-    )  # fmt: skip
     shapes = {
         "embedding.weight": (5, 4),
         "blocks.0.attention.query.weight": (4, 4),
@@ -91,12 +86,14 @@ def test_each_model_gives_every_second_expert_and_half_of_the_rest() -> None:
     }
     dense = [{name: torch.full(shape, value) for name, shape in shapes.items()} for value in (1.0, 3.0)]
     new = {
+        "blocks.0.attention.query.weight": torch.empty(8, 4),
+        "blocks.0.attention.out.weight": torch.empty(4, 8),
         "blocks.0.attention.head_router.weight": torch.full((2, 4), 7.0),
         "blocks.0.feed_forward.experts.up.weight": torch.empty(4, 3, 4),
         "blocks.0.feed_forward.shared.up.weight": torch.empty(3, 4),
     }
     kept = {name: tensor for name, tensor in dense[0].items() if "feed_forward" not in name}
-    mixed = mixed_of(dense, {**kept, **new}, model)
+    mixed = mixed_of(dense, {**kept, **new})
     by_name = {name.removeprefix("blocks.0."): tensor for name, tensor in mixed.items()}
     assert by_name["feed_forward.experts.up.weight"].unique(dim=0).tolist() == [[[1.0] * 4] * 3, [[3.0] * 4] * 3]
     assert by_name["feed_forward.experts.up.weight"][:, 0, 0].tolist() == [1, 3, 1, 3]

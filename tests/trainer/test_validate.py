@@ -38,6 +38,24 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         "model.head_dim=7 must be even: rotary embedding turns pairs.",
         {"model.head_dim": 6},
     ),
+    "what rotates is even": (
+        {"model.rope": RopeConfig(rotated=5)},
+        "model.rope.rotated=5 must be even and at most model.head_dim=8: rotary embedding turns pairs of a head's "
+        "numbers. 0 turns all.",
+        {"model.rope": RopeConfig(rotated=6)},
+    ),
+    "what rotates is in the head": (
+        {"model.rope": RopeConfig(rotated=10)},
+        "model.rope.rotated=10 must be even and at most model.head_dim=8: rotary embedding turns pairs of a head's "
+        "numbers. 0 turns all.",
+        {"model.rope": RopeConfig(rotated=8)},
+    ),
+    "gates are around a recurrence": (
+        {"model.recurrent_layer": "gated", "attention.mechanism": "dense, window"},
+        "model.recurrent_layer='gated' is in no layer: attention.mechanism='dense, window' has no recurrence, such as "
+        "lightning. Add one, or set model.recurrent_layer=plain.",
+        {"model.recurrent_layer": "gated", "attention.mechanism": "dense, lightning"},
+    ),
     "windows are for the model's heads": (
         {"attention.mechanism": "spans", "attention.options": {"alpha": [64.0] * 2, "beta": [0.0] * 2, "length": 512}},
         "attention.mechanism='spans' refuses this run: 2 windows for 4 query heads: give one per head, or one for all.",

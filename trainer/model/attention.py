@@ -35,8 +35,9 @@ class Router(nn.Linear):
     """What a mechanism chooses by: numbers for each token and KV head, in the accumulation dtype."""
 
     def __init__(self, config: ModelConfig, mechanism: Mechanism) -> None:
-        super().__init__(config.width, config.projected_heads.kv * mechanism.routing_width, bias=False)
-        self.kv_heads, self.detached = config.projected_heads.kv, mechanism.routing_reads_detached
+        heads = config.projected_heads_of(mechanism).kv
+        super().__init__(config.width, heads * mechanism.routing_width, bias=False)
+        self.kv_heads, self.detached = heads, mechanism.routing_reads_detached
 
     def forward(self, input: Tensor) -> Tensor:
         x = input.detach() if self.detached else input
@@ -46,9 +47,9 @@ class Router(nn.Linear):
 class ConvolutionWeight(nn.Module):
     """The taps of the convolution on keys, `[Hk * D, W]`: many rows, which sharding deals evenly."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, keys_width: int, taps: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.projected_heads.kv * config.head_dim, config.key_convolution))
+        self.weight = nn.Parameter(torch.empty(keys_width, taps))
 
 
 class Attention(nn.Module):
@@ -61,8 +62,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, mechanism: Mechanism) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
-        query_width, kv_width = (n * config.head_dim for n in (config.projected_heads.query, config.projected_heads.kv))
+        self.head_dim, heads = config.head_dim, config.projected_heads_of(mechanism)
+        query_width, kv_width = heads.query * config.head_dim, heads.kv * config.head_dim
         self.query = nn.Linear(config.width, query_width, bias=False)
         self.key = nn.Linear(config.width, kv_width, bias=False)
         self.value = nn.Linear(config.width, kv_width, bias=False)
@@ -70,7 +71,7 @@ class Attention(nn.Module):
         self.query_norm = RmsNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else nn.Identity()
         self.key_norm = RmsNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else nn.Identity()
         self.router = Router(config, mechanism) if mechanism.routing_width else None
-        self.key_convolution = ConvolutionWeight(config) if config.key_convolution else None
+        self.key_convolution = ConvolutionWeight(kv_width, config.key_convolution) if config.key_convolution else None
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         """Return `[T, C]` of x `[T, C]`."""

@@ -6,7 +6,7 @@ from typing import Literal
 from farspan.kernels.errors import ConfigError
 from farspan.kernels.expert_router import ExpertRouter
 from farspan.kernels.head_router import AttentionExperts, MixtureOfHeads
-from farspan.kernels.mechanism import Heads
+from farspan.kernels.mechanism import Heads, Mechanism, Recurrent
 from farspan.kernels.rope import Llama3Scaling, RopeScaling, YarnScaling
 from farspan.trainer.config_io import bounded
 from farspan.trainer.pattern import parse_pattern
@@ -16,13 +16,15 @@ from farspan.trainer.pattern import parse_pattern
 class RopeConfig:
     """Rotary position embedding; the fields after `scaling` matter only to the scalings that have them.
 
-    base: longest wavelength is 2 pi base. scaling: how frequencies are stretched over a longer context.
+    base: longest wavelength is 2 pi base. rotated: how many numbers of each head turn, the first ones, 0 for all; what
+    scalings call the head's size is then this. scaling: how frequencies are stretched over a longer context.
     factor: how many times longer than `original_positions` the context is. original_positions: the context that the
     frequencies were made for. low_frequency_factor, high_frequency_factor: of Llama 3, in turns over
     `original_positions`; beta_fast, beta_slow: of YaRN, in turns over `original_positions`.
     """
 
     base: float = bounded(10_000.0, above=1)
+    rotated: int = bounded(0, minimum=0)
     scaling: Literal["none", "llama3", "yarn"] = "none"
     factor: float = bounded(1.0, minimum=1)
     original_positions: int = bounded(8192, minimum=1)
@@ -142,8 +144,11 @@ class ModelConfig:
     multiple of 64. norm_epsilon: of every RMSNorm. qk_norm: normalise the queries and keys of each head.
     tied_embeddings: one table for input and output. key_convolution: how many keys a short convolution on the
     keys reads, 0 without one (FlashMoBA, arXiv 2511.11571). parallel_blocks: whether attention and SwiGLU of a block
-    read the same norm and are added together, instead of one after the other. experts: of layers that have a mixture
-    instead of SwiGLU. head_mixture: of attention, in all layers.
+    read the same norm and are added together, instead of one after the other. recurrent_layer: what a recurrence is
+    wrapped in, `plain` the same as all other mechanisms, `gated` as in MiniMax-01 (arXiv 2501.08313, section 2.2), SiLU
+    of queries, keys and values, as many heads of each, without rotary embedding, qk_norm and key_convolution, and
+    behind it a norm over all heads and a gate. experts: of layers that have a mixture instead of SwiGLU. head_mixture:
+    of attention, in all layers but gated ones.
     """
 
     layers: int = bounded(minimum=1)
@@ -158,6 +163,7 @@ class ModelConfig:
     tied_embeddings: bool = False
     key_convolution: Literal[0, 3, 5] = 0
     parallel_blocks: bool = False
+    recurrent_layer: Literal["plain", "gated"] = "plain"
     rope: RopeConfig = field(default_factory=RopeConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     head_mixture: HeadMixtureConfig = field(default_factory=HeadMixtureConfig)
@@ -167,22 +173,30 @@ class ModelConfig:
         """Whether each layer has experts."""
         return self.experts.in_layers(self.layers)
 
-    @property
-    def projected_heads(self) -> Heads:
-        """How many heads a layer has matrices for."""
+    def is_gated(self, mechanism: Mechanism) -> bool:
+        """Return whether a layer with this mechanism is a gated recurrence."""
+        return self.recurrent_layer == "gated" and isinstance(mechanism, Recurrent)
+
+    def mixes_heads(self, mechanism: Mechanism) -> bool:
+        """Return whether tokens choose heads in a layer with this mechanism."""
+        return self.head_mixture.kind != "none" and not self.is_gated(mechanism)
+
+    def projected_heads_of(self, mechanism: Mechanism) -> Heads:
+        """Return how many heads a layer with this mechanism has matrices for; a gated recurrence shares none."""
+        if self.is_gated(mechanism):
+            return Heads(query=self.heads, kv=self.heads)
         mixture = self.head_mixture
         copies = mixture.count if mixture.kind == "experts" else 1
         return Heads(query=copies * self.heads, kv=self.kv_heads * (copies if mixture.own_keys else 1))
 
-    @property
-    def attended_heads(self) -> Heads:
-        """How many heads each token works with: those of attention, whatever they are chosen from."""
-        mixture, kv = self.head_mixture, self.projected_heads.kv
+    def heads_of(self, mechanism: Mechanism) -> Heads:
+        """Return how many heads each token works with in a layer with this mechanism: those of its attention."""
+        projected, mixture = self.projected_heads_of(mechanism), self.head_mixture
+        if not self.mixes_heads(mechanism):
+            return projected
         if mixture.kind == "experts":
-            return Heads(query=mixture.per_token * self.heads, kv=kv)
-        if mixture.kind == "heads":
-            return Heads(query=kv * (mixture.shared + mixture.per_token), kv=kv)
-        return Heads(query=self.heads, kv=kv)
+            return Heads(query=mixture.per_token * self.heads, kv=projected.kv)
+        return Heads(query=projected.kv * (mixture.shared + mixture.per_token), kv=projected.kv)
 
     def build_head_router(self) -> AttentionExperts | MixtureOfHeads | None:
         """Return how heads are chosen, None without a mixture; raises ValueError where the fields do not fit."""

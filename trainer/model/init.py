@@ -2,7 +2,7 @@
 
 embedding                       normal, std 1: the residual stream starts at the size that norms keep it at
 head, and a tied embedding      normal, std 0.02: nothing is predicted with confidence before it is learnt
-query, key, value, router       normal, std 1 / sqrt(fan in); gate and up too
+query, key, value, router       normal, std 1 / sqrt(fan in); up and gates too
 out, down                       normal, std 1 / sqrt(fan in) / sqrt(2 layers): the residual stream keeps its size
 norms                           1
 key_convolution                 0: keys start as they are projected

@@ -24,6 +24,7 @@ from farspan.parallel.strategy import Attend
 from farspan.trainer.model.attention import Attention, AttentionInputs
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.experts import ExpertFeedForward
+from farspan.trainer.model.gated_recurrence import GatedRecurrence
 from farspan.trainer.model.head_mixture import HeadMixture
 from farspan.trainer.model.norm import RmsNorm
 from farspan.trainer.model.statistics import RoutingStatistics
@@ -90,7 +91,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, mechanism: Mechanism, *, has_experts: bool, recompute: bool) -> None:
         super().__init__()
         self.attention_norm = RmsNorm(config.width, config.norm_epsilon)
-        self.attention = (Attention if config.head_mixture.kind == "none" else HeadMixture)(config, mechanism)
+        self.attention = _attention(config, mechanism)
         self.feed_forward_norm = None if config.parallel_blocks else RmsNorm(config.width, config.norm_epsilon)
         self.feed_forward = _experts(config) if has_experts else FeedForward(config.width, config.feed_forward)
         self.recompute = recompute
@@ -125,6 +126,12 @@ class Block(nn.Module):
             return lambda: (self.feed_forward(normed), None)
         assert experts is not None, "this model's sequences come with the places of its experts"
         return self.feed_forward.begin(normed, experts.sequence, experts.channel)
+
+
+def _attention(config: ModelConfig, mechanism: Mechanism) -> Attention | GatedRecurrence:
+    if config.is_gated(mechanism):
+        return GatedRecurrence(config)
+    return (HeadMixture if config.mixes_heads(mechanism) else Attention)(config, mechanism)
 
 
 def _experts(config: ModelConfig) -> ExpertFeedForward:
@@ -168,7 +175,7 @@ class Transformer(nn.Module):
 
     def _rotation(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         rope = self.config.rope
-        frequencies = inverse_frequencies(self.config.head_dim, rope.base, rope.build_scaling())
+        frequencies = inverse_frequencies(rope.rotated or self.config.head_dim, rope.base, rope.build_scaling())
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
         factor = attention_factor_of(rope.build_scaling())
         return rotation_table(position, frequencies.to(position.device), factor, dtype)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.mechanisms.dense import Dense
+from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.mosa import MoSA
 from farspan.parallel.mesh import Mesh, ParallelConfig
 from farspan.trainer.build import build_model
@@ -41,8 +42,10 @@ def test_parameters_do_not_depend_on_the_sharding(ranks: Callable[[int], RankPoo
 
 
 def test_distributions_and_seeds() -> None:
-    config = tiny.with_model(CONFIG, width=256, feed_forward=512, head_dim=32, layers=3, key_convolution=3).model
-    model = Transformer(config, [MoSA()] * config.layers)
+    config = tiny.with_model(
+        CONFIG, width=256, feed_forward=512, head_dim=32, layers=3, key_convolution=3, recurrent_layer="gated"
+    ).model
+    model = Transformer(config, [MoSA(), MoSA(), Lightning(layer=2, layers=3)])
     initialize(model, config, seed=1)
     first = {name: p.detach().clone() for name, p in model.named_parameters()}
     for name, value in first.items():
@@ -50,6 +53,8 @@ def test_distributions_and_seeds() -> None:
             "embedding.weight": 1.0,
             "head.weight": 0.02,
             "query.weight": 256**-0.5,
+            "key.weight": 256**-0.5,
+            "value.weight": 256**-0.5,
             "router.weight": 256**-0.5,
             "gate.weight": 256**-0.5,
             "out.weight": (4 * 32) ** -0.5 / 6**0.5,
@@ -65,6 +70,7 @@ def test_distributions_and_seeds() -> None:
             assert torch.equal(value, torch.zeros_like(value)), name
         if "norm" in name:
             assert torch.equal(value, torch.ones_like(value)), name
+    assert {"blocks.2.attention.gate.weight", "blocks.2.attention.norm.weight"} <= first.keys()
     assert not torch.equal(first["blocks.0.feed_forward.gate.weight"], first["blocks.1.feed_forward.gate.weight"])
     initialize(model, config, seed=2)
     assert not torch.equal(first["head.weight"], model.head.weight)

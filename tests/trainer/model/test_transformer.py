@@ -1,5 +1,6 @@
 """What the model hands to attention, against its formulas; attention itself is a recorder."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,9 +10,15 @@ from torch import Tensor
 
 from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.mechanisms.dense import Dense
+from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.mosa import MoSA
+from farspan.kernels.rope import YarnScaling
+from farspan.kernels.rows import Rows
 from farspan.trainer.model.attention import Attention
-from farspan.trainer.model.config import ModelConfig
+from farspan.trainer.model.config import ModelConfig, RopeConfig
+from farspan.trainer.model.gated_recurrence import GatedRecurrence
+from farspan.trainer.model.transformer import SequenceContext, Transformer
+from tests.kernels.test_rope import scalar_frequency
 
 CONFIG = ModelConfig(layers=1, width=12, heads=4, kv_heads=2, head_dim=6, feed_forward=8, vocabulary_size=16)
 
@@ -54,3 +61,43 @@ def test_a_router_reads_what_the_projections_read(mechanism: Mechanism) -> None:
     dx, dweight = torch.autograd.grad(routing.sum(), (x, weight), allow_unused=True)
     assert (dx is None) == mechanism.routing_reads_detached
     torch.testing.assert_close(dweight, x.sum(0).expand_as(weight))
+
+
+def test_a_part_of_each_head_rotates() -> None:
+    """The first 4 numbers of 6, i with i + 2, at YaRN's frequencies for heads of 4; the others are as projected."""
+    rope = RopeConfig(base=100.0, rotated=4, scaling="yarn", factor=4.0, original_positions=64, beta_fast=8.0)
+    model, handed = Transformer(replace(CONFIG, rope=rope), [Dense()]).double(), []
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    projected: list[Tensor] = []
+    attention = model.blocks[0].attention
+    assert isinstance(attention, Attention)
+    keep: Any = lambda module, inputs, out: projected.append(out)  # noqa: E731
+    attention.query.register_forward_hook(keep)
+    attention.key.register_forward_hook(keep)
+
+    def attend(*inputs: Tensor) -> Tensor:
+        handed.extend(inputs)
+        return inputs[0]
+
+    rows, tokens = Rows.packed([3, 40]), torch.arange(43) % 16
+    model(tokens, tokens, SequenceContext(rows=rows, attends=(attend,)))  # pyright: ignore[reportArgumentType]
+    scaling = YarnScaling(factor=4.0, original_positions=64, beta_fast=8.0)
+    frequencies = torch.tensor([scalar_frequency(i, 4, 100.0, scaling) for i in range(2)], dtype=torch.float64)
+    turn = torch.polar(
+        torch.full((43, 2), scaling.table_factor(), dtype=torch.float64), rows.position[:, None] * frequencies
+    )
+    assert turn[-1, 1].angle().abs() > 0.1
+    for raw, mine in zip(projected, handed, strict=False):
+        x = raw.unflatten(-1, (-1, 6))
+        turned = torch.complex(x[..., :2], x[..., 2:4]) * turn[:, None]
+        expected = torch.cat((turned.real, turned.imag, x[..., 4:]), dim=-1)
+        torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("recurrent_layer", ["plain", "gated"])
+def test_only_recurrences_are_gated_and_only_if_asked_for(recurrent_layer) -> None:
+    config = replace(CONFIG, layers=3, recurrent_layer=recurrent_layer)
+    model = Transformer(config, [Lightning(), Dense(), MoSA()])
+    kinds = [type(block.attention) for block in model.blocks]
+    assert kinds == [GatedRecurrence if recurrent_layer == "gated" else Attention, Attention, Attention]

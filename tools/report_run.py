@@ -41,6 +41,7 @@ HOW = """Held-out bits per byte: of the last evaluation, and of its data what th
 Parameters for each token: matrices that multiply it, routers and the output included, of experts those that it chooses.
 Busiest expert: its tokens over the mean of all, mean over the last {last} steps, of the layer where that is highest.
 tokens/s: median of the steps, padding included; minutes: of all steps, evaluations left out.
+Lines of more than {most} steps are drawn as means over stretches of equally many.
 """
 
 
@@ -122,7 +123,7 @@ def plots_of(runs: Sequence[Run]) -> dict[str, tuple[str, str]]:
 def markdown(runs: Sequence[Run], images: Mapping[str, str], facts: Mapping[str, str]) -> str:
     """Return the report; images: the titles of plots beside it, by file name."""
     lines = [f"# {' and '.join(run.name for run in runs)}", "", *(f"- {name}: {said}" for name, said in facts.items())]
-    lines += ["", *_table(COLUMNS, map(_row, runs)), "", HOW.format(last=LAST_STEPS)]
+    lines += ["", *_table(COLUMNS, map(_row, runs)), "", HOW.format(last=LAST_STEPS, most=MOST_POINTS)]
     for run in runs:
         if run.layers:
             lines += [f"## Experts of {run.name}, last {LAST_STEPS} steps", ""]

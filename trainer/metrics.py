@@ -5,6 +5,8 @@ import math
 import os
 import resource
 import time
+from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -50,23 +52,30 @@ class MetricsWriter:
         self._board.close()
 
 
+def records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield each record of a run and the bytes of its line, up to one that is unreadable or was cut short."""
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+            # A line without its end was cut short, even where it reads well.
+            if not isinstance(record["step"], int) or not line.endswith(b"\n"):
+                return
+        except (ValueError, KeyError, TypeError):
+            return
+        yield record, len(line)
+
+
 def _drop_records_after(path: Path, step: int) -> set[int]:
     """Cut the file before the first record that is later or unreadable; return the steps evaluated before it."""
     evaluated: set[int] = set()
     if not path.exists():
         return evaluated
     kept_bytes = 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            record = json.loads(line)
-            # Records are in the order of steps; a line without its end was cut short, even where it reads well.
-            if record["step"] > step or not line.endswith(b"\n"):
-                break
-        except (ValueError, KeyError, TypeError):
-            break
+    # Records are in the order of steps.
+    for record, size in takewhile(lambda found: found[0]["step"] <= step, records(path)):
         if EVALUATION_KEY in record:
             evaluated.add(record["step"])
-        kept_bytes += len(line)
+        kept_bytes += size
     os.truncate(path, kept_bytes)
     return evaluated
 

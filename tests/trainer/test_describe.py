@@ -90,6 +90,7 @@ def test_activations_are_what_autograd_keeps(
     config = tiny.with_model(
         config, width=128, head_dim=32, feed_forward=320, qk_norm=qk_norm, key_convolution=key_convolution,
         experts=experts, recurrent_layer="gated" if mechanism == "lightning" else "plain",
+        kv_heads=4 if mechanism == "lightning" else 2,
     )  # fmt: skip
     config = replace(
         config,

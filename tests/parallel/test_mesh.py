@@ -99,3 +99,18 @@ def shape_of_parameters(config: ParallelConfig) -> list[list[int]]:
 def test_replicas_shard_their_own_copy(ranks: Callable[[int], RankPool]) -> None:
     found = ranks(4).run(places, ParallelConfig(context=2, dp_replicate=2))
     assert all(place[3:] == (["replicate", "shard"], [0, 1, 2, 3]) for place in found)
+
+
+def lines() -> list[list[int]]:
+    mesh = Mesh.build(ParallelConfig(context=4, context_inner=2, expert=2), "cpu")
+    assert mesh.inner is not None
+    assert mesh.outer is not None
+    groups = [mesh.inner, mesh.outer, mesh.expert, mesh.experts.get_group("shard")]
+    return [dist.get_process_group_ranks(group) for group in groups]
+
+
+def test_ranks_of_an_inner_axis_and_those_that_hold_all_experts_are_neighbours(
+    ranks: Callable[[int], RankPool],
+) -> None:
+    near, far = [[0, 1], [0, 1], [2, 3], [2, 3]], [[0, 2], [1, 3], [0, 2], [1, 3]]
+    assert ranks(4).run(lines) == [[*axes] for axes in zip(near, far, near, far, strict=True)]

@@ -80,6 +80,9 @@ def made_twice() -> bool:
     assert one.fsdp.get_group() is other.fsdp.get_group()
     groups = [one.context, one.fsdp.get_group(), one.expert]
     assert len({id(group) for group in groups}) == len(groups)
+    of_all = Mesh.build(ParallelConfig(context=4), "cpu")
+    groups = [of_all.context, of_all.fsdp.get_group(), of_all.experts.get_group("shard")]
+    assert len({id(group) for group in groups}) == len(groups)
     return True
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.errors import ConfigError
+from farspan.parallel.mesh import Degrees
 from farspan.parallel.ranks import Ranks, connected
 from farspan.trainer.checkpoint import newest_whole
 from farspan.trainer.config import Config
@@ -20,7 +21,7 @@ from farspan.trainer.config_io import load_config
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.init import initialize
 from farspan.trainer.model.transformer import Transformer
-from farspan.trainer.validate import head_mixture_fits
+from farspan.trainer.validate import experts_fit, head_mixture_fits, mechanism_takes_model
 from farspan.trainer.weights import load_weights, save_weights
 
 Tensors = Mapping[str, Tensor]
@@ -36,11 +37,14 @@ def upcycle(config: Config, runs: Sequence[Path], out: Path) -> ModelConfig:
     dense = [load_config(Config, run / "config.toml") for run in runs]
     vocabulary = config.model.vocabulary_size or dense[0].model.vocabulary_size
     model = replace(config.model, vocabulary_size=vocabulary)
-    head_mixture_fits(config)
     if not any(model.expert_layers) and model.head_mixture.kind == "none":
         raise ConfigError("a model without experts leaves nothing to choose: set model.experts or model.head_mixture.")
     for run, of_run in zip(runs, dense, strict=True):
         _check_fit(model, of_run.model, run)
+        _check_layers(config, of_run, run)
+    experts_fit(config, Degrees(dp_replicate=1, dp_shard=1, context=1))
+    head_mixture_fits(config)
+    mechanism_takes_model(config)
     with connected(Ranks(), torch.device("cpu")):
         mixture = _build(config, model)
         initialize(mixture, model, config.run.seed)
@@ -106,3 +110,14 @@ def _check_fit(model: ModelConfig, dense: ModelConfig, run: Path) -> None:
             f"model.experts.shared={experts.shared} must be 0 or the model.feed_forward={dense.feed_forward} of {run}, "
             "whose mean the shared expert is."
         )
+
+
+def _check_layers(config: Config, dense: Config, run: Path) -> None:
+    """Layers of another kind have matrices of the same names and other sizes, which would be taken for copies."""
+    for mine, theirs in zip(config.mechanisms(), dense.mechanisms(), strict=True):
+        routed_differently = mine.routing_width and theirs.routing_width and type(mine) is not type(theirs)
+        if config.model.is_gated(mine) != dense.model.is_gated(theirs) or routed_differently:
+            raise ConfigError(
+                f"{run} has attention.mechanism={dense.attention.mechanism!r}, whose layers have other matrices than "
+                f"those of {config.attention.mechanism!r}: set the same."
+            )

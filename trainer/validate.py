@@ -140,9 +140,15 @@ def experts_fit(config: Config, degrees: Degrees) -> None:
 
 
 def head_mixture_fits(config: Config) -> None:
-    mixture = config.model.head_mixture
+    model, mixture = config.model, config.model.head_mixture
+    for name, idle, kind in (("count", 0, "experts"), ("normalised", True, "experts"), ("shared", 0, "heads")):
+        if mixture.kind not in ("none", kind) and getattr(mixture, name) != idle:
+            raise ConfigError(
+                f"model.head_mixture.{name}={str(getattr(mixture, name)).lower()} is for kind={kind!r}, but "
+                f"model.head_mixture.kind={mixture.kind!r}: set it to {str(idle).lower()}, or change kind."
+            )
     try:
-        config.model.build_head_router()
+        model.build_head_router()
     except ValueError as error:
         raise ConfigError(f"model.head_mixture does not fit together: {error}.") from None
     if mixture.own_keys and (mixture.kind != "experts" or mixture.per_token < mixture.count):
@@ -150,15 +156,23 @@ def head_mixture_fits(config: Config) -> None:
             f"model.head_mixture.own_keys=true is for kind='experts' and tokens that choose all of them: set kind and "
             f"per_token={mixture.count}, or own_keys=false."
         )
-    if mixture.kind == "none" or mixture.per_token == mixture.count:
+    if mixture.kind == "none":
         return
-    for mechanism in dict.fromkeys(config.mechanisms()):
-        if config.model.mixes_heads(mechanism) and mechanism.tells_heads_apart:
-            raise ConfigError(
-                f"attention.mechanism={config.attention.mechanism!r} treats query heads differently by their number, "
-                "which heads that tokens choose do not keep: set model.head_mixture.kind='none', or choose another "
-                "mechanism."
-            )
+    mixing = [mechanism for mechanism in dict.fromkeys(config.mechanisms()) if model.mixes_heads(mechanism)]
+    if not mixing:
+        raise ConfigError(
+            f"model.head_mixture.kind={mixture.kind!r} is in no layer: attention.mechanism="
+            f"{config.attention.mechanism!r} with model.recurrent_layer='gated' has gated ones only. Add another "
+            "mechanism, or set model.head_mixture.kind='none'."
+        )
+    if mixture.per_token == mixture.count:
+        return
+    if any(mechanism.tells_heads_apart for mechanism in mixing):
+        raise ConfigError(
+            f"attention.mechanism={config.attention.mechanism!r} treats query heads differently by their number, "
+            "which heads that tokens choose do not keep: set model.head_mixture.kind='none', or choose another "
+            "mechanism."
+        )
 
 
 def layout_exists(config: Config) -> None:

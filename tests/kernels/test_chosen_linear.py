@@ -69,3 +69,10 @@ def test_without_tokens() -> None:
     out.sum().backward()
     assert weight.grad is not None
     assert not weight.grad.any()
+
+
+def test_a_sum_is_rounded_once() -> None:
+    """In bfloat16 256 + 1 is 256."""
+    choices = Choices.of(torch.tensor([[0, 1, 2]]), 3)
+    y = torch.tensor([[[256.0], [1.0], [1.0]]], dtype=torch.bfloat16)
+    assert combine_chosen(y, torch.ones(3, 1, 1, dtype=torch.bfloat16), choices).item() == 258

@@ -80,6 +80,9 @@ def made_twice() -> bool:
     assert one.fsdp.get_group() is other.fsdp.get_group()
     groups = [one.context, one.fsdp.get_group(), one.expert]
     assert len({id(group) for group in groups}) == len(groups)
+    of_all = Mesh.build(ParallelConfig(context=4), "cpu")
+    groups = [of_all.context, of_all.fsdp.get_group(), of_all.experts.get_group("shard")]
+    assert len({id(group) for group in groups}) == len(groups)
     return True
 
 
@@ -99,3 +102,18 @@ def shape_of_parameters(config: ParallelConfig) -> list[list[int]]:
 def test_replicas_shard_their_own_copy(ranks: Callable[[int], RankPool]) -> None:
     found = ranks(4).run(places, ParallelConfig(context=2, dp_replicate=2))
     assert all(place[3:] == (["replicate", "shard"], [0, 1, 2, 3]) for place in found)
+
+
+def lines() -> list[list[int]]:
+    mesh = Mesh.build(ParallelConfig(context=4, context_inner=2, expert=2), "cpu")
+    assert mesh.inner is not None
+    assert mesh.outer is not None
+    groups = [mesh.inner, mesh.outer, mesh.expert, mesh.experts.get_group("shard")]
+    return [dist.get_process_group_ranks(group) for group in groups]
+
+
+def test_ranks_of_an_inner_axis_and_those_that_hold_all_experts_are_neighbours(
+    ranks: Callable[[int], RankPool],
+) -> None:
+    near, far = [[0, 1], [0, 1], [2, 3], [2, 3]], [[0, 2], [1, 3], [0, 2], [1, 3]]
+    assert ranks(4).run(lines) == [[*axes] for axes in zip(near, far, near, far, strict=True)]

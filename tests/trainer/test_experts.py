@@ -7,12 +7,20 @@ norms, every gradient, auxiliary losses, loads and biases are compared in float6
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+from farspan.kernels.mechanisms.dense import Dense
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import Config
+from farspan.trainer.model import experts as module
+from farspan.trainer.model.attention import AttentionInputs
 from farspan.trainer.model.config import ExpertsConfig
+from farspan.trainer.model.transformer import Block
 from tests.ranks import RankPool
 from tests.trainer import tiny
 from tests.trainer.mixture_steps import assert_alike, train_alone
@@ -111,3 +119,28 @@ def test_variants_of_the_run(
     data = parallel.dp_replicate * max(parallel.dp_shard, 1)
     courses = ranks(data * parallel.context).run(train_dealt, config)
     assert_alike(courses[-1], truth(experts, data))
+
+
+@pytest.mark.parametrize("parallel_blocks", [True, False])
+def test_rows_travel_to_experts_during_attention_where_it_is_parallel(
+    base: Config, monkeypatch: pytest.MonkeyPatch, parallel_blocks: bool
+) -> None:
+    config, events = tiny.with_model(base, experts=EXPERTS["softmax"], parallel_blocks=parallel_blocks).model, []
+    block = Block(config, Dense(), has_experts=True, recompute=False)
+
+    def send(x: Tensor, *rest: object) -> SimpleNamespace:
+        events.append("rows leave")
+        return SimpleNamespace(attended_by=lambda run: events.append("rows are awaited") or torch.zeros_like(x))
+
+    def attend(q: Tensor, *rest: Tensor) -> Tensor:
+        events.append("attention")
+        return torch.zeros_like(q)
+
+    monkeypatch.setattr(module, "send_to_experts", send)
+    torch.nn.init.zeros_(block.feed_forward.bias)  # pyright: ignore[reportArgumentType]
+    cos, sin = torch.ones(3, 4), torch.zeros(3, 4)
+    inputs = AttentionInputs(torch.ones(3, dtype=torch.bool), cos, sin, attend, None)  # pyright: ignore
+    places: Any = SimpleNamespace(sequence=SimpleNamespace(index=torch.arange(3)), channel=None)
+    block(torch.zeros(3, config.width), inputs, places)
+    first = ["rows leave", "attention"] if parallel_blocks else ["attention", "rows leave"]
+    assert events == [*first, "rows are awaited"]

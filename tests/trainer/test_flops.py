@@ -76,10 +76,12 @@ def test_parameters_of_experts() -> None:
 
 
 @pytest.mark.parametrize("mechanisms", [[Lightning()] * 3, [Lightning(), MoSA(), Lightning(layer=2, layers=3)]])
-def test_parameters_of_gated_recurrences(mechanisms: list[Mechanism]) -> None:
+@pytest.mark.parametrize("mixture", [HeadMixtureConfig(), HeadMixtureConfig(kind="heads", per_token=3)])
+def test_parameters_of_gated_recurrences(mechanisms: list[Mechanism], mixture: HeadMixtureConfig) -> None:
+    """Beside layers whose tokens choose heads, all of them here; in gated ones they do not."""
     config = ModelConfig(
         layers=3, width=10, heads=6, kv_heads=2, head_dim=4, feed_forward=14, vocabulary_size=23, qk_norm=True,
-        key_convolution=3, recurrent_layer="gated",
+        key_convolution=3, recurrent_layer="gated", head_mixture=mixture,
     )  # fmt: skip
     with torch.device("meta"):
         model = Transformer(config, mechanisms)

@@ -37,7 +37,7 @@ MIXTURES = {
     },
     "heads": {
         "head_mixture": HeadMixtureConfig(
-            kind="heads", shared=1, per_token=2, balance_loss=0.05, balance_over="step", bias_rate=0.01
+            kind="heads", shared=1, per_token=2, balance_loss=0.05, balance_over="step", bias_rate=0.01, z_loss=0.03
         ),
         "heads": 8, "head_dim": 4,
     },
@@ -102,3 +102,13 @@ def test_any_mechanism_attends_with_chosen_heads(
         for mine, other in zip(ranks(2).run(train_all, dealt)[1], alone, strict=True):
             assert all(gradient.abs().max() > 0 for gradient in other.gradients[0].values())
             assert difference(mine, other) <= TOLERANCE
+
+
+def test_heads_are_chosen_beside_gated_recurrences(base: Config, ranks: Callable[[int], RankPool]) -> None:
+    """Layers of both kinds, in which keys are convolved and are not."""
+    config = tiny.with_model(base, **MIXTURES["experts of attention"], recurrent_layer="gated", key_convolution=3)
+    config = replace(config, attention=AttentionConfig(mechanism="lightning, dense", backend="cpu"))
+    start = ranks(1).run(initial_parameters, config)[0]
+    assert [name for name in start if name.endswith("head_router.weight")] == ["blocks.1.attention.head_router.weight"]
+    dealt = replace(config, parallel=ParallelConfig(context=2, strategy="ring"))
+    assert_alike(ranks(2).run(train_dealt, dealt)[-1], train_alone(config, start, 1))

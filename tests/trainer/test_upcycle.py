@@ -1,12 +1,15 @@
 """From dense runs to models with experts: copies compute what the dense model does, and runs begin with them."""
 
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from farspan.kernels.errors import CheckpointError, ConfigError
@@ -17,6 +20,7 @@ from farspan.trainer import train as module
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.checkpoint import newest_whole
 from farspan.trainer.config import Config
+from farspan.trainer.config_io import to_toml
 from farspan.trainer.data.packing import PackedSequences
 from farspan.trainer.faults import StopSignal
 from farspan.trainer.model.config import ExpertsConfig, HeadMixtureConfig
@@ -24,6 +28,7 @@ from farspan.trainer.resolve import open_data
 from farspan.trainer.train import train
 from farspan.trainer.upcycle import mixed_of, upcycle
 from farspan.trainer.weights import load_weights
+from tests.ranks import RankPool
 from tests.trainer import tiny
 
 EXPERTS = ExpertsConfig(count=4, per_token=2, feed_forward=48)
@@ -115,6 +120,8 @@ def test_a_run_begins_with_them_and_resumes_without(dense: list[Config], tmp_pat
         first = _losses(tmp_path / "run")
         train(replace(config, run=replace(config.run, folder=tmp_path / "random")), Ranks(), StopSignal())
         assert first[0] < _losses(tmp_path / "random")[0] - 0.1
+        # What a run began with need not be kept, and must not be taken again.
+        shutil.rmtree(weights)
         longer = replace(begun, train=replace(begun.train, steps=5))
         train(longer, Ranks(), StopSignal())
     assert _losses(tmp_path / "run")[:4] == first
@@ -139,6 +146,7 @@ def test_models_that_do_not_fit_are_refused(dense: list[Config], tmp_path: Path)
     assert "must be the model.feed_forward=48 of" in refused(experts=replace(EXPERTS, feed_forward=40))
     assert "model.experts.shared=24 must be 0 or the" in refused(experts=replace(EXPERTS, shared=24))
     assert "leaves nothing to choose" in refused()
+    assert "per_token=5 must be" in refused(experts=replace(EXPERTS, per_token=5))
     out.mkdir()
     with pytest.raises(ConfigError, match="exists already"):
         upcycle(tiny.with_model(dense[0], experts=EXPERTS), [run], out)
@@ -150,5 +158,49 @@ def test_weights_that_are_none_or_of_another_model_are_refused(dense: list[Confi
     whole = newest_whole(Path(dense[0].run.folder) / "checkpoints")
     with pytest.raises(CheckpointError, match=r"does not fill this model .*: change model\.\*"):
         losses(tiny.with_model(dense[0], width=16), whole)
+    for smaller in ({"layers": 1}, {"qk_norm": False}):
+        with pytest.raises(
+            CheckpointError, match=r"holds weights that this model does not have \(blocks\..*, \.\.\.\)"
+        ):
+            losses(tiny.with_model(dense[0], **smaller), whole)
     with pytest.raises(CheckpointError, match="holds no finished checkpoint"):
         newest_whole(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "recurrent_layer"),
+    [
+        ("dense, lightning", "lightning, dense", "gated"),
+        ("mosa", "nats", "plain"),
+    ],
+)
+def test_layers_of_another_kind_are_refused(
+    tmp_path: Path, mine: str, theirs: str, recurrent_layer: Literal["gated", "plain"]
+) -> None:
+    """Their matrices have the same names."""
+    config = tiny.config(tmp_path / "data", tmp_path / "run", ParallelConfig())
+    config = tiny.with_model(config, recurrent_layer=recurrent_layer)
+    of_run = replace(config, attention=replace(config.attention, mechanism=theirs))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(to_toml(of_run))
+    mixture = tiny.with_model(replace(config, attention=replace(config.attention, mechanism=mine)), experts=EXPERTS)
+    with pytest.raises(ConfigError, match=f"has attention.mechanism='{theirs}', whose layers have other matrices"):
+        upcycle(mixture, [tmp_path / "run"], tmp_path / "weights")
+
+
+def loaded(config: Config, whole: Path) -> str:
+    """On each rank: what it says of weights that the second cannot see."""
+    mesh = Mesh.build(config.parallel, "cpu")
+    model = build_model(config, mesh, torch.device("cpu"))
+    try:
+        load_weights(model, whole if dist.get_rank() == 0 else whole / "elsewhere")
+    except CheckpointError as error:
+        return str(error)
+    return "loaded"
+
+
+def test_all_ranks_say_that_one_finds_no_weights(dense: list[Config], ranks: Callable[[int], RankPool]) -> None:
+    whole = newest_whole(Path(dense[0].run.folder) / "checkpoints")
+    said = ranks(2).run(loaded, dense[0], whole)
+    assert said[0] == said[1]
+    assert said[0].startswith(f"rank 1: {whole / 'elsewhere'} holds no weights")

@@ -121,6 +121,39 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         "per_token=3, or own_keys=false.",
         {"model.head_mixture": HeadMixtureConfig(kind="experts", count=3, per_token=3, own_keys=True)},
     ),
+    "experts are counted where there are some": (
+        {"model.head_mixture": HeadMixtureConfig(kind="heads", count=1)},
+        "model.head_mixture.count=1 is for kind='experts', but model.head_mixture.kind='heads': set it to 0, or "
+        "change kind.",
+        {"model.head_mixture": HeadMixtureConfig(kind="heads")},
+    ),
+    "weights of heads add up as they do": (
+        {"model.head_mixture": HeadMixtureConfig(kind="heads", normalised=False)},
+        "model.head_mixture.normalised=false is for kind='experts', but model.head_mixture.kind='heads': set it to "
+        "true, or change kind.",
+        {"model.head_mixture": HeadMixtureConfig(kind="experts", count=2, normalised=False)},
+    ),
+    "heads are shared, not experts": (
+        {"model.head_mixture": HeadMixtureConfig(kind="experts", count=2, shared=1)},
+        "model.head_mixture.shared=1 is for kind='heads', but model.head_mixture.kind='experts': set it to 0, or "
+        "change kind.",
+        {"model.head_mixture": HeadMixtureConfig(kind="heads", shared=1)},
+    ),
+    "heads mix in some layer": (
+        {
+            "model.head_mixture": HeadMixtureConfig(kind="experts", count=3),
+            "model.recurrent_layer": "gated",
+            "attention.mechanism": "lightning",
+        },
+        "model.head_mixture.kind='experts' is in no layer: attention.mechanism='lightning' with "
+        "model.recurrent_layer='gated' has gated ones only. Add another mechanism, or set "
+        "model.head_mixture.kind='none'.",
+        {
+            "model.head_mixture": HeadMixtureConfig(kind="experts", count=3),
+            "model.recurrent_layer": "gated",
+            "attention.mechanism": "lightning, dense",
+        },
+    ),
     "chosen heads are alike": (
         {
             "model.head_mixture": HeadMixtureConfig(kind="experts", count=3, per_token=2),

@@ -1,6 +1,7 @@
 """What tests of import and export share: runs without data, and the logits of our decoder."""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -84,3 +85,8 @@ def logits(decoder: Decoder, weights: Path, tokens: Tensor = TOKENS) -> Tensor:
         made = seen[0] @ model.head.weight.t()
     assert torch.allclose(losses, made.logsumexp(-1) - made[:, 0], atol=1e-5), "logits are those of the losses"
     return made
+
+
+def replaced_positions(model: ModelConfig, positions: int) -> ModelConfig:
+    """Return `model` as it comes back from Hugging Face, whose files say what context it is for."""
+    return replace(model, rope=replace(model.rope, original_positions=positions))

@@ -72,7 +72,11 @@ def logits(decoder: Decoder, weights: Path, tokens: Tensor = TOKENS) -> Tensor:
     with connected(Ranks(), CPU), torch.no_grad():
         model = Transformer(decoder.model, decoder.mechanisms())
         load_weights(model, weights)
-        model.norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
+
+        def keep(module: torch.nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            seen.append(output)
+
+        model.norm.register_forward_hook(keep)
         count = len(tokens)
         sequence = PackedSequence(
             tokens=tokens.numpy(),

@@ -1,4 +1,4 @@
-"""The command line: `farspan train`, `farspan launch local`, `farspan data prepare`, `farspan upcycle`.
+"""The command line: `farspan train`, `launch local`, `data prepare`, `upcycle`, `pool-heads`, `import`, `export`.
 
 Importing torch takes seconds, so that each command imports what it needs when it runs.
 """
@@ -82,6 +82,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     upcycled.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for run.start_from")
     upcycled.set_defaults(command=_upcycle)
+
+    pooled = commands.add_parser("pool-heads", help="make MHA or GQA of fewer KV heads, for a run to begin with")
+    pooled.add_argument("source", type=Path, metavar="MODEL", help="a run, one of its checkpoints, or imported weights")
+    pooled.add_argument("--kv-heads", type=int, required=True, metavar="N", help="how many; 1 is multi-query attention")
+    pooled.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for run.start_from")
+    pooled.set_defaults(command=_pool_heads)
+
+    imported = commands.add_parser("import", help="take a Hugging Face model, for a run to begin with")
+    imported.add_argument("source", type=Path, metavar="FOLDER", help="config.json and safetensors")
+    imported.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for run.start_from")
+    imported.set_defaults(command=_import)
+
+    exported = commands.add_parser("export", help="write a trained model for Hugging Face's transformers")
+    exported.add_argument("source", type=Path, metavar="MODEL", help="a run, one of its checkpoints, or weights")
+    exported.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="config.json and safetensors")
+    exported.add_argument("--dtype", choices=("bfloat16", "float32"), help="of tensors; as they are, if left out")
+    exported.set_defaults(command=_export)
     return parser
 
 
@@ -136,6 +153,35 @@ def _upcycle(options: argparse.Namespace) -> int:
 
     upcycle(load_config(Config, options.config, options.overrides), options.of, options.out)
     log.info("%-12s%s: begin a run with it by run.start_from=%s", "upcycled", options.out, options.out)
+    return 0
+
+
+def _pool_heads(options: argparse.Namespace) -> int:
+    from farspan.trainer.pool_heads import pool_heads
+
+    pool_heads(options.source, options.kv_heads, options.out)
+    log.info("%-12s%s: begin a run with it by run.start_from=%s", "pooled", options.out, options.out)
+    log.info("%-12smodel.kv_heads=%d; see %s", "with", options.kv_heads, options.out / "model.toml")
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    from farspan.trainer.hugging_face.import_model import import_model
+
+    decoder = import_model(options.source, options.out)
+    log.info("%-12s%s: begin a run with it by run.start_from=%s", "imported", options.out, options.out)
+    log.info("%-12sin place of the run's own [model]; see %s\n\n%s", "with", options.out / "model.toml", decoder.text())
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    import torch
+
+    from farspan.trainer.hugging_face.export_model import export_model
+
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    architecture = export_model(options.source, options.out, dtype=dtype)
+    log.info("%-12s%s, a %s; its tokenizer's files are yours to add", "exported", options.out, architecture.name)
     return 0
 
 

@@ -134,8 +134,13 @@ def newest_whole(folder: Path) -> Path:
     finished = _finished(folder)
     if not finished:
         raise CheckpointError(f"{folder} holds no finished checkpoint: name the folder of a run that has saved one.")
-    _check_files(finished[-1], _read_manifest(finished[-1])["files"])
+    check_whole(finished[-1])
     return finished[-1]
+
+
+def check_whole(folder: Path) -> None:
+    """Raise CheckpointError unless `folder` is a checkpoint none of whose files is missing or cut."""
+    _check_files(folder, _read_manifest(folder)["files"])
 
 
 def _finished(folder: Path) -> list[Path]:

@@ -22,8 +22,8 @@ AUTO = "auto"
 class RunConfig:
     """folder: where everything that the run writes goes. seed: of parameters and of the order of the data.
 
-    start_from: a folder of weights that a run without checkpoints begins with, such as `farspan upcycle` writes, or one
-    step below another run's checkpoints/; without one parameters are random.
+    start_from: a folder of weights that a run without checkpoints begins with, such as `farspan import` and `farspan
+    upcycle` write, or one step below another run's checkpoints/; without one parameters are random.
     """
 
     folder: Path

@@ -84,9 +84,12 @@ def from_tree(cls: type[T], tree: Tree, where: str = "") -> T:
     return cls(**values)
 
 
-def to_toml(config: Any) -> str:
-    """Write `config` as TOML that loads again to an equal object; absent optional values are left out."""
-    return "\n\n".join(_sections(_tree(config), "")).strip() + "\n"
+def to_toml(config: Any, *, brief: bool = False) -> str:
+    """Write `config` as TOML that loads again to an equal object; absent optional values are left out.
+
+    brief: without all that is as by default.
+    """
+    return "\n\n".join(_sections(_tree(config, brief=brief), "")).strip() + "\n"
 
 
 def _join(where: str, name: str) -> str:
@@ -257,14 +260,17 @@ def _refuse_section(where: str, value: Any) -> NoReturn:
     raise ConfigError(f"{where}={_show(value)} must be a section; write [{where}] with its keys below it.")
 
 
-def _tree(config: Any) -> Tree:
+def _tree(config: Any, *, brief: bool = False) -> Tree:
     """Return a dataclass as a tree of TOML values; None is left out where it is the default anyway."""
     tree: Tree = {}
     for name, (part, _) in _fields(type(config)).items():
         value = getattr(config, name)
         if value is None and part.default in (None, MISSING):
             continue
-        tree[name] = _tree(value) if is_dataclass(value) else value
+        default = part.default if part.default_factory is MISSING else part.default_factory()
+        if brief and value == default:
+            continue
+        tree[name] = _tree(value, brief=brief) if is_dataclass(value) else value
     return tree
 
 

@@ -3,13 +3,17 @@
 A checkpoint of a run is such a folder too, whose optimizer state is left alone.
 """
 
+import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
@@ -19,6 +23,8 @@ from farspan.trainer.agreement import together
 from farspan.trainer.checkpoint import causes
 
 WRITTEN_LAST = ".metadata"
+PREFIX = "model."
+"""Of the names of parameters in a folder, where an optimizer's state may be beside them."""
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
@@ -38,16 +44,13 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 def _check_there(folder: Path) -> None:
     if not (folder / WRITTEN_LAST).is_file():
-        raise CheckpointError(
-            f"{folder} holds no weights: name a folder that `farspan upcycle` wrote, or one step below a run's "
-            "checkpoints/."
-        )
+        raise CheckpointError(_no_weights(folder))
 
 
 def _check_all_taken(folder: Path, tensors: Mapping[str, object]) -> None:
     """A model of fewer layers, or without a norm, takes from a larger one what it can: it would be another model."""
     written = FileSystemReader(folder).read_metadata().state_dict_metadata
-    names = sorted(name.removeprefix("model.") for name in written if name.startswith("model."))
+    names = sorted(name.removeprefix(PREFIX) for name in written if name.startswith(PREFIX))
     left = [name for name in names if name not in tensors]
     if left:
         raise CheckpointError(
@@ -56,16 +59,88 @@ def _check_all_taken(folder: Path, tensors: Mapping[str, object]) -> None:
         )
 
 
-def save_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Write whole tensors, from the only rank; raises CheckpointError where `folder` exists or cannot be written."""
+class StoredWeights:
+    """Whole tensors of a folder of weights, on the CPU, read by the only rank, no more at once than are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read what there is; raises CheckpointError for a folder without weights, or with damaged ones."""
+        _check_there(folder)
+        try:
+            stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"{folder} is damaged ({WRITTEN_LAST}: {error}): write it anew.") from None
+        self._folder = folder
+        self._tensors = {
+            name.removeprefix(PREFIX): tensor
+            for name, tensor in stored.items()
+            if name.startswith(PREFIX) and isinstance(tensor, TensorStorageMetadata)
+        }
+
+    def check(self, shapes: Mapping[str, torch.Size]) -> None:
+        """Raise CheckpointError unless there is a tensor of each name, and of its shape."""
+        for name, shape in shapes.items():
+            stored = self._tensors.get(name)
+            if stored is None or stored.size != shape:
+                found = "is missing" if stored is None else f"has shape {list(stored.size)}, not {list(shape)}"
+                raise CheckpointError(
+                    f"{self._folder} does not fill the model that its configuration describes ({name} {found}): "
+                    "restore its model section, or write it anew."
+                )
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Return the dtype that a tensor is stored in."""
+        return self._tensors[name].properties.dtype
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return these tensors; raises CheckpointError where one cannot be read."""
+        tensors = {name: torch.empty(self._tensors[name].size, dtype=self.dtype_of(name)) for name in names}
+        try:
+            load_shards({f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}, checkpoint_id=self._folder)
+        except CheckpointException as error:
+            raise CheckpointError(f"{self._folder} is damaged ({causes(error)}): write it anew.") from None
+        return tensors
+
+
+def save_weights(tensors: Mapping[str, Tensor], folder: Path, texts: Mapping[str, str] | None = None) -> None:
+    """Write whole tensors, and files of text beside them, from the only rank.
+
+    Raises CheckpointError where `folder` exists or cannot be written.
+    """
+    with new_folder(folder) as partial:
+        try:
+            save_shards({"model": dict(tensors)}, checkpoint_id=partial)
+        except CheckpointException as error:
+            raise CheckpointError(_not_written(folder, causes(error))) from None
+        for name, text in (texts or {}).items():
+            (partial / name).write_text(text)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a hidden folder to write into, which becomes `folder` when the block is done.
+
+    Raises CheckpointError where `folder` exists or cannot be written; nothing is left behind then.
+    """
     if folder.exists():
         raise CheckpointError(f"{folder} exists already: name another folder, or delete it.")
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_shards({"model": dict(tensors)}, checkpoint_id=partial)
+        yield partial
         partial.rename(folder)
-    except (OSError, CheckpointException) as error:
-        cause = causes(error) if isinstance(error, CheckpointException) else error.strerror or error
-        raise CheckpointError(f"{folder} cannot be written ({cause}): make room, or name another folder.") from None
+    except OSError as error:
+        raise CheckpointError(_not_written(folder, error.strerror or str(error))) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _no_weights(folder: Path) -> str:
+    return (
+        f"{folder} holds no weights: name a folder that `farspan upcycle` or `farspan import` wrote, or one step below "
+        "a run's checkpoints/."
+    )
+
+
+def _not_written(folder: Path, cause: str) -> str:
+    return f"{folder} cannot be written ({cause}): make room, or name another folder."

@@ -89,7 +89,11 @@ def test_wrong_usage_is_status_2(command: str, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize(
     ("command", "commands"),
-    [("", ["train", "launch", "data", "upcycle"]), ("launch", ["local"]), ("data", ["prepare"])],
+    [
+        ("", ["train", "launch", "data", "upcycle", "pool-heads", "import", "export"]),
+        ("launch", ["local"]),
+        ("data", ["prepare"]),
+    ],
 )
 def test_without_a_command_they_are_listed(
     command: str, commands: list[str], capsys: pytest.CaptureFixture[str]

@@ -322,6 +322,9 @@ def test_dump_loads_again_to_an_equal_object(write, config):
     text = to_toml(config)
     assert load_config(Config, write(text)) == config
     assert to_toml(load_config(Config, write(text))) == text
+    brief = to_toml(config, brief=True)
+    assert load_config(Config, write(brief)) == config
+    assert len(brief) < len(text)
 
 
 def test_dump_is_plain_toml():
@@ -334,6 +337,9 @@ def test_dump_is_plain_toml():
         "[attention.extras]\n\n"
         '[train]\nsteps = 100\nlr = 0.0003\nclip = "none"\nbetas = [0.9, 0.95]\ncompile = false\n'
         'accumulate = "auto"\nspans = []\nsuffixes = [".py"]\nphases = []\n'
+    )
+    assert to_toml(config, brief=True) == (
+        '[run]\nname = "demo"\n\n[attention]\n\n[attention.options]\nwindow = 8\n\n[train]\nclip = "none"\n'
     )
 
 

@@ -1,0 +1,176 @@
+"""The architectures of Hugging Face that are decoders of ours: what they are called, and what their tensors are.
+
+Both sides pair the two halves of a head in rotary embedding, so that no matrix is permuted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from farspan.kernels.errors import ConfigError
+from farspan.kernels.mechanism import Mechanism
+from farspan.kernels.mechanisms.dense import Dense
+from farspan.trainer.model.config import ModelConfig
+
+OUTSIDE_OF_BLOCKS = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+OF_A_BLOCK = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "attention.query.weight": "self_attn.q_proj.weight",
+    "attention.key.weight": "self_attn.k_proj.weight",
+    "attention.value.weight": "self_attn.v_proj.weight",
+    "attention.out.weight": "self_attn.o_proj.weight",
+    "attention.query_norm.weight": "self_attn.q_norm.weight",
+    "attention.key_norm.weight": "self_attn.k_norm.weight",
+    "feed_forward_norm.weight": "post_attention_layernorm.weight",
+    "feed_forward.gate.weight": "mlp.gate_proj.weight",
+    "feed_forward.up.weight": "mlp.up_proj.weight",
+    "feed_forward.down.weight": "mlp.down_proj.weight",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertNames:
+    """count, size: fields of `config.json`; count also has another name in newer versions of transformers.
+
+    module: what a block calls its mixture. gate, up, down: the matrices of each expert.
+    """
+
+    count: str
+    size: str
+    module: str
+    gate: str
+    up: str
+    down: str
+
+
+class Half(NamedTuple):
+    """One half of the rows of the matrices of a tensor `[E, 2 * rows, in]`; number None: all of them."""
+
+    tensor: str
+    number: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """name, model_type: in `config.json`. base: of rotary embedding where the file has none. experts: None without."""
+
+    name: str
+    model_type: str
+    qk_norm: bool
+    base: float
+    experts: ExpertNames | None = None
+
+    def tensors_of(self, parameter: str, experts: int) -> list[str]:
+        """Return the tensors that a parameter is made of: one or, stacked, one of each expert."""
+        if parameter in OUTSIDE_OF_BLOCKS:
+            return [OUTSIDE_OF_BLOCKS[parameter]]
+        _, layer, part = parameter.split(".", 2)
+        block = f"model.layers.{layer}."
+        if part in OF_A_BLOCK:
+            return [block + OF_A_BLOCK[part]]
+        assert self.experts is not None, f"{self.name} has no place for {parameter}"
+        if part == "feed_forward.router.weight":
+            return [f"{block}{self.experts.module}.gate.weight"]
+        matrix = getattr(self.experts, part.split(".")[-2])
+        return [f"{block}{self.experts.module}.experts.{expert}.{matrix}.weight" for expert in range(experts)]
+
+    @staticmethod
+    def fused_tensor_of(parameter: str) -> Half | None:
+        """Return where a parameter of a mixture is in files that are written as transformers 5 computes."""
+        layer, part = parameter.split(".", 2)[1:] if parameter.startswith("blocks.") else ("", "")
+        mixture = f"model.layers.{layer}.mlp."
+        return {
+            "feed_forward.router.weight": Half(f"{mixture}gate.weight", None),
+            "feed_forward.experts.gate.weight": Half(f"{mixture}experts.gate_up_proj", 0),
+            "feed_forward.experts.up.weight": Half(f"{mixture}experts.gate_up_proj", 1),
+            "feed_forward.experts.down.weight": Half(f"{mixture}experts.down_proj", None),
+        }.get(part)
+
+
+LLAMA = Architecture(name="LlamaForCausalLM", model_type="llama", qk_norm=False, base=1e4)
+QWEN3 = Architecture(name="Qwen3ForCausalLM", model_type="qwen3", qk_norm=True, base=1e4)
+MIXTRAL = Architecture(
+    name="MixtralForCausalLM",
+    model_type="mixtral",
+    qk_norm=False,
+    base=1e6,
+    experts=ExpertNames(
+        count="num_local_experts", size="intermediate_size", module="block_sparse_moe", gate="w1", up="w3", down="w2"
+    ),
+)
+QWEN3_MOE = Architecture(
+    name="Qwen3MoeForCausalLM",
+    model_type="qwen3_moe",
+    qk_norm=True,
+    base=1e4,
+    experts=ExpertNames(
+        count="num_experts",
+        size="moe_intermediate_size",
+        module="mlp",
+        gate="gate_proj",
+        up="up_proj",
+        down="down_proj",
+    ),
+)
+ARCHITECTURES = {architecture.name: architecture for architecture in (LLAMA, QWEN3, MIXTRAL, QWEN3_MOE)}
+
+
+def architecture_of(model: ModelConfig, mechanisms: Sequence[Mechanism]) -> Architecture:
+    """Return the architecture that computes what this decoder does.
+
+    Raises ConfigError, which names the setting, where there is none.
+    """
+    for mechanism in mechanisms:
+        if mechanism != Dense():
+            raise ConfigError(
+                f"attention.mechanism has {mechanism}, which no architecture of Hugging Face among "
+                f"{', '.join(ARCHITECTURES)} computes: train with attention.mechanism=dense before an export."
+            )
+    has_experts = any(model.expert_layers)
+    architecture = {
+        (False, False): LLAMA,
+        (False, True): QWEN3,
+        (True, False): MIXTRAL,
+        (True, True): QWEN3_MOE,
+    }[has_experts, model.qk_norm]
+    wanted = {
+        "parallel_blocks": (model.parallel_blocks, False),
+        "key_convolution": (model.key_convolution, 0),
+        "head_mixture.kind": (model.head_mixture.kind, "none"),
+        "rope.rotated": (model.rope.rotated % model.head_dim, 0),
+        **(_experts(model, architecture) if has_experts else {}),
+    }
+    for name, (value, plain) in wanted.items():
+        if value != plain:
+            raise ConfigError(
+                f"model.{name}={value!r} has no place in {architecture.name}, the architecture of Hugging Face nearest "
+                f"to this model: only a model that was trained with {plain!r} there can be exported."
+            )
+    if architecture is LLAMA and model.width % model.heads:
+        raise ConfigError(
+            f"model.heads={model.heads} must divide model.width={model.width} in {LLAMA.name}: only such a model, or "
+            "one with model.qk_norm=true, can be exported."
+        )
+    return architecture
+
+
+def _experts(model: ModelConfig, architecture: Architecture) -> dict[str, tuple[object, object]]:
+    """Return settings of experts, each with the only value that these architectures have."""
+    experts = model.experts
+    wanted: dict[str, tuple[object, object]] = {
+        "experts.shared": (experts.shared, 0),
+        "experts.choice": (experts.choice, "tokens"),
+        "experts.capacity": (experts.capacity, 0.0),
+        "experts.score": (experts.score, "softmax"),
+        "experts.scale": (experts.scale, 1.0),
+        "experts.groups": (1 if experts.groups_per_token == experts.groups else experts.groups, 1),
+        "experts.bias_rate": (experts.bias_rate, 0.0),
+    }
+    if architecture is MIXTRAL:
+        wanted["experts.normalised"] = (experts.normalised, True)
+        wanted["experts.layers"] = (experts.layers, "experts") if not all(model.expert_layers) else ("", "")
+    return wanted

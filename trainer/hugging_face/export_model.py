@@ -1,0 +1,109 @@
+"""A trained model as a folder that `AutoModelForCausalLM.from_pretrained` of Hugging Face's transformers loads."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from farspan.kernels.errors import CheckpointError
+from farspan.parallel.ranks import Ranks, connected
+from farspan.trainer.config import Config
+from farspan.trainer.data.source import META_FILE, SPLITS, TokenSource
+from farspan.trainer.hugging_face.architectures import Architecture, architecture_of
+from farspan.trainer.hugging_face.import_model import ROUTER_BIAS
+from farspan.trainer.hugging_face.read_config import CONFIG_FILE
+from farspan.trainer.hugging_face.tensor_files import write_tensors
+from farspan.trainer.hugging_face.write_config import config_fields
+from farspan.trainer.trained import Trained, find_trained
+from farspan.trainer.weights import StoredWeights, new_folder
+
+FILE_BYTES = 5_000_000_000
+
+
+class _Part(NamedTuple):
+    """A parameter of ours or, with `expert`, the matrix of one expert in it."""
+
+    parameter: str
+    expert: int | None
+
+    @property
+    def first_axis(self) -> int:
+        """Of the parameter that this has."""
+        return 0 if self.expert is None else 1
+
+    def of(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Return it, of parameters by name."""
+        whole = parameters[self.parameter]
+        return whole if self.expert is None else whole[self.expert]
+
+
+def export_model(
+    source: Path, out: Path, *, dtype: torch.dtype | None = None, file_bytes: int = FILE_BYTES
+) -> Architecture:
+    """Write the model in `source` (see `find_trained`) in `dtype`, or as it is stored; return its architecture.
+
+    Raises ConfigError for a model that Hugging Face has no architecture for.
+    """
+    trained = find_trained(source)
+    model = trained.decoder.model
+    architecture = architecture_of(model, trained.decoder.mechanisms())
+    stored, shapes = StoredWeights(trained.weights), trained.decoder.shapes()
+    stored.check(shapes)
+    parts = dict(_parts(shapes, architecture, tied=model.tied_embeddings))
+    sizes = {
+        name: shapes[part.parameter][part.first_axis :].numel() * (dtype or stored.dtype_of(part.parameter)).itemsize
+        for name, part in parts.items()
+    }
+
+    def read(names: list[str]) -> Mapping[str, Tensor]:
+        tensors = stored.read({parts[name].parameter for name in names})
+        return {name: parts[name].of(tensors).to(dtype) for name in names}
+
+    fields = config_fields(
+        model,
+        architecture,
+        positions=_positions(trained),
+        dtype=str(dtype or stored.dtype_of("embedding.weight")).removeprefix("torch."),
+        end_id=_end_id(trained.run),
+    )
+    with connected(Ranks(), torch.device("cpu")), new_folder(out) as partial:
+        _check_biases(stored, shapes, source)
+        write_tensors(sizes, read, partial, file_bytes=file_bytes)
+        (partial / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n")
+    return architecture
+
+
+def _parts(shapes: Mapping[str, torch.Size], architecture: Architecture, *, tied: bool) -> Iterator[tuple[str, _Part]]:
+    """Yield each tensor of Hugging Face with where it is in ours; a tied table is written once."""
+    for name, shape in shapes.items():
+        if name.endswith(ROUTER_BIAS) or (tied and name == "head.weight"):
+            continue
+        stacked = len(shape) == 3
+        for number, tensor in enumerate(architecture.tensors_of(name, shape[0])):
+            yield tensor, _Part(name, number if stacked else None)
+
+
+def _check_biases(stored: StoredWeights, shapes: Mapping[str, torch.Size], source: Path) -> None:
+    """Refuse routers whose biases have moved; a run without `bias_rate` may have begun with such."""
+    for name, bias in stored.read(name for name in shapes if name.endswith(ROUTER_BIAS)).items():
+        if bias.any():
+            raise CheckpointError(
+                f"{source} has biases of experts ({name}), which Hugging Face's routers lack: export a model that was "
+                "trained with model.experts.bias_rate=0 from its start."
+            )
+
+
+def _positions(trained: Trained) -> int:
+    """Return the longest context that the model is for: the run's, or what its rotary embedding was made for."""
+    rope = trained.decoder.model.rope
+    return trained.run.data.sequence_tokens if trained.run else round(rope.original_positions * rope.factor)
+
+
+def _end_id(run: Config | None) -> int | None:
+    """Return the token that ends a document in the run's data, None where these are not at hand."""
+    if run is None or not (run.data.folder / SPLITS[0] / META_FILE).is_file():
+        return None
+    return TokenSource(run.data.folder / SPLITS[0]).end_id

@@ -1,0 +1,171 @@
+"""From a `config.json` of Hugging Face to a model of ours; what we do not compute is refused by its name."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from farspan.kernels.errors import ConfigError
+from farspan.trainer.config_io import from_tree
+from farspan.trainer.hugging_face.architectures import ARCHITECTURES, MIXTRAL, QWEN3, Architecture
+from farspan.trainer.model.config import ModelConfig
+
+Fields = Mapping[str, Any]
+CONFIG_FILE = "config.json"
+QWEN3_HEAD_DIM = 128
+"""What transformers takes where a `config.json` of Qwen3 has no head_dim."""
+WANTED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
+"""Fields with the only value that our decoder has."""
+
+
+def read_config(folder: Path) -> tuple[Architecture, ModelConfig]:
+    """Return what the model in `folder` is; raises ConfigError for one that we have no decoder for."""
+    path = folder / CONFIG_FILE
+    try:
+        fields = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist: name the folder of a Hugging Face model.") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}): download or save the model again.") from None
+    architecture = _architecture(fields, path)
+    try:
+        return architecture, from_tree(ModelConfig, _model(fields, architecture), "model")
+    except KeyError as error:
+        raise ConfigError(f"{path} has no {error.args[0]}, which {architecture.name} needs: add it.") from None
+    except TypeError as error:
+        raise ConfigError(f"{path} has a field of the wrong type ({error}): save the model again.") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path} is of no model that farspan trains: {error}") from None
+
+
+def balance_loss_of(coefficient: float, per_token: int, layers: int) -> float:
+    """Return our coefficient of the balance loss for `router_aux_loss_coef`.
+
+    Theirs is E sum_i f_i P_i with f_i choices per token, which add up to `per_token`, and both means over all layers of
+    experts; ours has f_i as parts of 1, and layers add up. Loads that are even give the same loss.
+    """
+    return float(f"{coefficient * per_token / layers:.6g}")
+
+
+def pattern_of(has_experts: Sequence[bool]) -> str:
+    """Return `model.experts.layers` for these layers, its shortest round."""
+    total = len(has_experts)
+    length = next(n for n in range(1, total + 1) if all(has_experts[i] == has_experts[i % n] for i in range(total)))
+    runs: list[list[Any]] = []
+    for here in has_experts[:length]:
+        name = "experts" if here else "dense"
+        if runs and runs[-1][0] == name:
+            runs[-1][1] += 1
+        else:
+            runs.append([name, 1])
+    return ", ".join(name if times == 1 else f"{name}*{times}" for name, times in runs)
+
+
+def _architecture(fields: Any, path: Path) -> Architecture:
+    names = (fields.get("architectures") if isinstance(fields, dict) else None) or ["none"]
+    if names[0] not in ARCHITECTURES:
+        raise ConfigError(
+            f"{path} has the architecture {names[0]}, which farspan does not import: take a model of one of "
+            f"{', '.join(ARCHITECTURES)}."
+        )
+    return ARCHITECTURES[names[0]]
+
+
+def _model(fields: Fields, architecture: Architecture) -> dict[str, Any]:
+    """Return the tree of a ModelConfig; raises KeyError for a field that is missing."""
+    for name, wanted in WANTED.items():
+        if fields.get(name, wanted) != wanted:
+            raise ConfigError(f"{name}={_shown(fields[name])}, and our decoder has {_shown(wanted)} only.")
+    # Mixtral has no switch for its window.
+    if fields.get("sliding_window") is not None and fields.get("use_sliding_window", architecture is MIXTRAL):
+        raise ConfigError(
+            f"sliding_window={fields['sliding_window']}; set it to null there and give runs attention.mechanism=window."
+        )
+    heads, width = fields["num_attention_heads"], fields["hidden_size"]
+    head_dim = fields.get("head_dim") or (QWEN3_HEAD_DIM if architecture is QWEN3 else width // heads)
+    return {
+        "layers": fields["num_hidden_layers"],
+        "width": width,
+        "heads": heads,
+        "kv_heads": fields.get("num_key_value_heads") or heads,
+        "head_dim": head_dim,
+        "feed_forward": fields["intermediate_size"],
+        "vocabulary_size": fields["vocab_size"],
+        "norm_epsilon": fields["rms_norm_eps"],
+        "qk_norm": architecture.qk_norm,
+        "tied_embeddings": fields.get("tie_word_embeddings", False),
+        "rope": _rope(fields, architecture.base),
+        "experts": _experts(fields, architecture),
+    }
+
+
+def _experts(fields: Fields, architecture: Architecture) -> dict[str, Any]:
+    names = architecture.experts
+    if names is None:
+        return {}
+    count = fields["num_local_experts"] if "num_local_experts" in fields else fields[names.count]
+    layers, per_token = range(fields["num_hidden_layers"]), fields["num_experts_per_tok"]
+    without, step = fields.get("mlp_only_layers") or (), fields.get("decoder_sparse_step", 1)
+    has_experts = [layer not in without and (layer + 1) % step == 0 for layer in layers]
+    if not any(has_experts):
+        return {}
+    coefficient = fields.get("router_aux_loss_coef", 0.0)
+    return {
+        "count": count,
+        "per_token": per_token,
+        "feed_forward": fields[names.size],
+        "layers": pattern_of(has_experts),
+        "normalised": True if architecture is MIXTRAL else fields["norm_topk_prob"],
+        "balance_loss": balance_loss_of(coefficient, per_token, sum(has_experts)),
+        "balance_over": "step",
+    }
+
+
+def _rope(fields: Fields, base: float) -> dict[str, Any]:
+    """Return the tree of a RopeConfig, of `rope_theta` and `rope_scaling` or, in newer files, `rope_parameters`."""
+    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3", "yarn"):
+        raise ConfigError(f"its rotary embedding is of type {kind}, and ours is default, llama3 or yarn.")
+    partial = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
+    if partial != 1.0:
+        raise ConfigError(f"partial_rotary_factor={partial}, and {', '.join(ARCHITECTURES)} turn all of a head.")
+    positions = fields["max_position_embeddings"]
+    tree = {"base": rope.get("rope_theta", fields.get("rope_theta", base)), "original_positions": positions}
+    if kind == "default":
+        return tree
+    original = fields.get("original_max_position_embeddings", rope.get("original_max_position_embeddings", positions))
+    factor = rope.get("factor") or positions / original
+    tree |= {"original_positions": original}
+    if kind == "yarn":
+        _check_yarn(rope, factor)
+    if factor == 1:
+        return tree
+    tree |= {"scaling": kind, "factor": factor}
+    if kind == "llama3":
+        return tree | {
+            "low_frequency_factor": rope["low_freq_factor"],
+            "high_frequency_factor": rope["high_freq_factor"],
+        }
+    return tree | {"beta_fast": rope.get("beta_fast") or 32.0, "beta_slow": rope.get("beta_slow") or 1.0}
+
+
+def _check_yarn(rope: Fields, factor: float) -> None:
+    """Refuse what our YaRN has not: another size of queries and keys than the paper's, a ramp that is not rounded."""
+
+    def size(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0
+
+    given = rope.get("attention_factor")
+    if given is None and rope.get("mscale") and rope.get("mscale_all_dim"):
+        given = size(rope["mscale"]) / size(rope["mscale_all_dim"])
+    if given is not None and not math.isclose(given, size(1.0), rel_tol=1e-6):
+        raise ConfigError(f"YaRN's attention factor is {given}, and ours is 0.1 ln(factor) + 1 = {size(1.0)}.")
+    if not rope.get("truncate", True):
+        raise ConfigError("YaRN's truncate is false, and our ramp is always rounded outwards, as in the released code.")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:60] + "..."

@@ -1,0 +1,117 @@
+"""Folders of safetensors: one file, or several with an index of what is where."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farspan.kernels.errors import CheckpointError, ConfigError
+
+ONE_FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class TensorFiles:
+    """Tensors of a folder by name, mapped from its files: memory is taken where they are read."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read which tensors there are; raises CheckpointError where a file is missing or damaged."""
+        self._folder, self._safetensors = folder, _import_safetensors()
+        self._files = self._indexed() if (folder / INDEX).is_file() else self._of_one_file()
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def tensor(self, name: str) -> Tensor:
+        """Return one tensor; raises CheckpointError where it is missing, or holds no plain numbers."""
+        if name not in self._files:
+            raise CheckpointError(f"{self._folder} has no tensor {name}: download or save the model again.")
+        tensor = self._files[name].get_tensor(name)
+        if tensor.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{self._folder} has {name} in {tensor.dtype}, which is quantised: take weights in bfloat16 or float32."
+            )
+        return tensor
+
+    def _of_one_file(self) -> dict[str, Any]:
+        if not (self._folder / ONE_FILE).is_file():
+            raise CheckpointError(
+                f"{self._folder} has neither {ONE_FILE} nor {INDEX}: save the model as safetensors there."
+            )
+        file = self._opened(ONE_FILE)
+        return dict.fromkeys(file.keys(), file)
+
+    def _indexed(self) -> dict[str, Any]:
+        try:
+            places = json.loads((self._folder / INDEX).read_text())["weight_map"]
+            files = {name: self._opened(name) for name in sorted(set(places.values()))}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{self._folder / INDEX} is damaged ({error}): download it again.") from None
+        held = {name: set(file.keys()) for name, file in files.items()}
+        for tensor, name in places.items():
+            if tensor not in held[name]:
+                raise CheckpointError(
+                    f"{self._folder / name} lacks {tensor}, which {INDEX} has there: download it again."
+                )
+        return {tensor: files[name] for tensor, name in places.items()}
+
+    def _opened(self, name: str) -> Any:
+        path = self._folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing, and {INDEX} names it: download it again.")
+        try:
+            return self._safetensors.safe_open(path, framework="pt")
+        except self._safetensors.SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged ({error}): download or save it again.") from None
+
+
+def write_tensors(
+    sizes: Mapping[str, int], read: Callable[[list[str]], Mapping[str, Tensor]], folder: Path, *, file_bytes: int
+) -> None:
+    """Write tensors into files of at most `file_bytes` where each fits in one; raises OSError.
+
+    sizes: of each in bytes, in the order in which they are written. read: what returns tensors; it is asked for those
+    of one file at a time.
+    """
+    safetensors = _import_safetensors()
+    files = list(_files(sizes, file_bytes))
+    total, places = sum(sizes.values()), {}
+    for number, names in enumerate(files, start=1):
+        file = ONE_FILE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        try:
+            safetensors.torch.save_file(dict(read(names)), folder / file, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:
+            raise OSError(str(error)) from None
+        places |= dict.fromkeys(names, file)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _files(sizes: Mapping[str, int], file_bytes: int) -> Iterator[list[str]]:
+    """Yield the names of the tensors of each file."""
+    names, taken = [], 0
+    for name, size in sizes.items():
+        if names and taken + size > file_bytes:
+            yield names
+            names, taken = [], 0
+        names.append(name)
+        taken += size
+    yield names
+
+
+def _import_safetensors() -> ModuleType:
+    try:
+        import safetensors.torch  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ConfigError("Files of Hugging Face need the package safetensors: `pip install -e '.[hf]'`.") from None
+    return safetensors

@@ -31,7 +31,12 @@ class Cluster:
         entered = ["nsenter", "-t", str(self.pid), "-a", f"--wd={Path.cwd()}", *command]
         environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf"), "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
-            entered, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=COMMAND_TIMEOUT_S
+            entered,
+            env=environment,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=COMMAND_TIMEOUT_S,
         )
         assert done.returncode == 0 or not check, f"{command}\n{done.stdout}{done.stderr}"
         return done

@@ -210,7 +210,7 @@ def _launch_slurm(options: argparse.Namespace) -> int:
     from farspan.launch.submit import check_ready, next_submission, submit
     from farspan.trainer.config import Config
     from farspan.trainer.config_io import load_config, to_toml
-    from farspan.trainer.dry_run import dry_run
+    from farspan.trainer.dry_run import dry_run, rehearse
     from farspan.trainer.resolve import open_data
 
     _check_count(options.chain, "--chain")
@@ -235,13 +235,14 @@ def _launch_slurm(options: argparse.Namespace) -> int:
         site=load_site(options.site or site_file()),
     )
     job.check()
-    if not options.dry_run:
-        check_ready(run)
-        open_data(config)
-    dry_run(config, options.nodes * options.gpus_per_node)
+    num_ranks = options.nodes * options.gpus_per_node
     if options.dry_run:
+        dry_run(config, num_ranks)
         print(job.script(), end="")
         return 0
+    check_ready(run)
+    open_data(config)
+    rehearse(config, num_ranks)
     ids = submit(job, to_toml(config), options.chain)
     log.info("%-12s%s; see `farspan jobs status %s`", "submitted", " then ".join(ids), config.run.folder)
     return 0

@@ -56,7 +56,7 @@ def load_site(path: Path | None) -> Site:
     site = load_config(Site, path)
     for table, values in (("sbatch", site.sbatch), ("environment", site.environment)):
         for name, value in values.items():
-            if not isinstance(value, str | int | float) or "\n" in str(value):
+            if value is False or not isinstance(value, str | int | float) or "\n" in str(value):
                 raise ConfigError(f"{table}.{name} in {path} must be one line of text, a number or true.")
     for name in site.sbatch:
         if name in OURS:

@@ -221,7 +221,7 @@ task)
     ;;
 rank)
     # Ranks catch signals themselves; what writes their logs ends when they do.
-    trap '' INT TERM @signal@
+    trap '' INT TERM
     # Output goes to a file of the rank and, with the rank before each line, into the log of the job.
     "$python" -m farspan.launch.cli train "$submitted/config.toml" 2>&1 |
         tee -a "$logs/rank_$RANK.log" | sed -u "s/^/$RANK: /"

@@ -32,6 +32,9 @@ def _report(rank: int, status: int) -> int:
     """Say how a rank failed, unless it has said so itself; return the exit status to pass on."""
     if status in (USER_ERROR, EXIT_WARNED):
         return status
+    if status - KILLED in signal.valid_signals():
+        # So says a shell between torchrun and the rank.
+        status = KILLED - status
     how = f"failed with exit status {status}"
     if status < 0:
         how = f"was killed by {signal.Signals(-status).name}"

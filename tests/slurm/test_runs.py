@@ -2,6 +2,7 @@
 between."""
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -14,22 +15,16 @@ from farspan.launch import cli
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import EvaluateConfig
 from farspan.trainer.config_io import to_toml
+from farspan.trainer.records import records
 from tests.slurm.conftest import Cluster
 from tests.trainer import tiny
 
-STEPS = 60
+STEPS = 40
 FARSPAN = [sys.executable, "-m", "farspan.launch.cli"]
 
 
-def records(run: Path) -> list[dict[str, float]]:
-    """Return what is on record so far; a line may be half written."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
 def losses(run: Path) -> list[tuple[float, float]]:
-    return [(record["step"], record["loss"]) for record in records(run) if "loss" in record]
+    return [(record["step"], record["loss"]) for record, _ in records(run / "metrics.jsonl") if "loss" in record]
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:
@@ -71,13 +66,13 @@ def test_a_run_that_slurm_warns_is_queued_again_and_ends_as_if_undisturbed(
 ) -> None:
     run = config_file.parent / "warned"
     (job,) = launch(cluster, config_file, run)
-    wait_for(lambda: len(records(run)) >= 3, "three steps")
+    wait_for((run / "config.toml").exists, "the first step")
     cluster.run(["scancel", "--signal=USR1", job])
     log = run / "logs" / f"{job}.log"
     try:
         wait_for(lambda: "farspan: warned by SLURM" in log.read_text(), "requeue")
         done = len(losses(run))
-        assert 3 <= done < STEPS
+        assert 1 <= done < STEPS
         cluster.await_state(job, "COMPLETED", "FAILED")
     finally:
         print(log.read_text())
@@ -90,9 +85,9 @@ def test_a_chain_of_jobs_goes_on_where_the_first_was_cancelled(
 ) -> None:
     run = config_file.parent / "chain"
     first, second = launch(cluster, config_file, run, "--task-per-rank", "--chain", "2")
-    wait_for(lambda: len(records(run)) >= 3, "three steps")
-    assert cluster.state(second) == "PENDING"
+    wait_for((run / "config.toml").exists, "the first step")
     cluster.run(["scancel", first])
+    assert cluster.state(second) == "PENDING"
     cluster.await_state(first, "CANCELLED")
     try:
         cluster.await_state(second, "COMPLETED", "FAILED")
@@ -101,3 +96,26 @@ def test_a_chain_of_jobs_goes_on_where_the_first_was_cancelled(
             print((run / "logs" / f"{job}.log").read_text())
     assert cluster.state(second) == "COMPLETED"
     assert losses(run) == undisturbed
+    said = (run / "logs" / f"{second}.log").read_text()
+    assert re.search(rf"0: resumed     at step \d+ from .*\n(.*\n)*0: finished    at step {STEPS}\n", said)
+    logs = run / "logs" / second / "0"
+    assert sorted(path.name for path in logs.iterdir()) == [f"rank_{rank}.log" for rank in range(4)]
+    assert len(re.findall(rf"^step +\d+/{STEPS}  ", (logs / "rank_0.log").read_text(), re.MULTILINE)) < STEPS
+    states = cluster.run([*FARSPAN, "jobs", "status", str(run)]).stdout.splitlines()
+    assert [line.split()[:2] for line in states[1:3]] == [[first, "CANCELLED"], [second, "COMPLETED"]]
+    assert re.fullmatch(rf"step {STEPS}  loss \d\.\d{{4}}  [\d,]+ tok/s  \d+ s ago", states[3])
+
+
+def test_jobs_that_wait_are_cancelled_together(cluster: Cluster, tmp_path: Path) -> None:
+    wait = ["sbatch", "--parsable", "--hold", "--wrap", "true"]
+    jobs = [cluster.run(wait).stdout.strip() for _ in range(2)]
+    lines = [json.dumps({"job": job, "script": "s", "submitted": "t"}) + "\n" for job in ("999", *jobs)]
+    (tmp_path / "jobs.jsonl").write_text("".join(lines))
+    command = [*FARSPAN, "jobs", "cancel", str(tmp_path)]
+    assert cluster.run(command).stdout == f"cancelled   {jobs[1]}, {jobs[0]}\n"
+    assert [cluster.state(job) for job in jobs] == ["CANCELLED", "CANCELLED"]
+    assert cluster.run(command).stdout == "cancelled   nothing: no job of this run is left\n"
+    states = cluster.run([*FARSPAN, "jobs", "status", str(tmp_path)]).stdout
+    assert "999" in states
+    assert "ENDED" in states
+    assert states.endswith("\nno step yet\n")

@@ -61,10 +61,10 @@ def missing() -> str | None:
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
     if absent:
         return f"{', '.join(absent)}: on Debian and Ubuntu, apt-get install --no-install-recommends {PACKAGES}"
-    spaces = subprocess.run(["unshare", "--mount", "--net", "--uts", "--ipc", "--pid", "--fork", "true"])
-    bridge = ["unshare", "--net", "ip", "link", "add", "br0", "type", "bridge"]
-    if spaces.returncode or subprocess.run(bridge).returncode:
-        return "namespaces with bridges of their own"
+    network = "ip link add br0 type bridge && ip link add here type veth peer name there && mount -t tmpfs none /mnt"
+    spaces = ["unshare", "--mount", "--net", "--uts", "--ipc", "--pid", "--fork", "--mount-proc", "sh", "-c", network]
+    if subprocess.run(spaces).returncode:
+        return "namespaces with networks and mounts of their own"
     return None
 
 

@@ -113,7 +113,9 @@ def test_an_undisturbed_run(config: Config, caplog: pytest.LogCaptureFixture) ->
 class Warned(AskedWhen):
     """A stop request that a scheduler makes."""
 
-    warned = True
+    @property
+    def warned(self) -> bool:
+        return True
 
 
 def test_a_run_says_whether_a_warning_stopped_it(config: Config) -> None:

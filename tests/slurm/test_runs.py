@@ -61,6 +61,11 @@ def launch(cluster: Cluster, config_file: Path, run: Path, *options: str) -> lis
     return [json.loads(line)["job"] for line in (run / "jobs.jsonl").read_text().splitlines()]
 
 
+def test_the_cluster_has_two_nodes(cluster: Cluster) -> None:
+    printed = cluster.run(["srun", "--nodes=2", "--ntasks-per-node=2", "hostname"]).stdout.split()
+    assert sorted(printed) == ["n1", "n1", "n2", "n2"]
+
+
 def test_a_run_that_slurm_warns_is_queued_again_and_ends_as_if_undisturbed(
     cluster: Cluster, config_file: Path, undisturbed: list[tuple[float, float]]
 ) -> None:

@@ -111,7 +111,7 @@ class SlurmJob:
             f"output={_quoted(self.run / 'logs' / '%j.log')}",
             "open-mode=append",
             f"signal={WARNING_SIGNAL.name.removeprefix('SIG')}@{site.warning_s}",
-            "requeue",
+            "requeue" if site.requeues else "no-requeue",
             "dependency=singleton",
         ]
 

@@ -54,6 +54,11 @@ def test_a_run_on_cpus_asks_for_no_gpus() -> None:
     assert "gpu" not in replace(JOB, gpus=False).script()
 
 
+def test_a_job_that_may_not_start_again_says_so_to_slurm() -> None:
+    """Else SLURM would start it again after a preemption, for nothing."""
+    assert "#SBATCH --no-requeue\n" in replace(JOB, site=Site(requeues=0)).script()
+
+
 def test_jobs_of_one_run_share_a_name_that_others_do_not_have() -> None:
     assert JOB.name == replace(JOB, nodes=9, submitted=JOB.run / "submitted/002").name
     assert JOB.name != replace(JOB, run=Path("/scratch/other/long")).name

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farspan.kernels.errors import ConfigError
@@ -46,3 +47,14 @@ def read_ranks() -> Ranks:
 def with_threads(num_threads: int) -> Mapping[str, str]:
     """Return the environment for torchrun's ranks; a number of threads that the user has set stays."""
     return {"OMP_NUM_THREADS": str(num_threads), **os.environ}
+
+
+def site_file() -> Path | None:
+    """Return the file of the cluster's settings that the user has named for all jobs."""
+    named = os.environ.get("FARSPAN_SITE")
+    return Path(named) if named else None
+
+
+def outside_of_jobs() -> Mapping[str, str]:
+    """Return the environment for sbatch: inside a job it would take that job's settings for the new one's."""
+    return {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not name.startswith("SLURM_")}

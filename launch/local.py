@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from farspan.launch.env import with_threads
-from farspan.trainer.faults import StopSignal, announce, stop_signals_blocked
+from farspan.trainer.faults import WARNING_SIGNAL, StopSignal, announce, stop_signals_blocked
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -35,8 +35,8 @@ class LocalJob:
     def run(self) -> int:
         """Start the ranks, wait for them and return 0 if all ended well, else the status of the first that did not.
 
-        The first SIGINT or SIGTERM asks the ranks to save and exit; a second one, or one before any rank has been
-        started, ends them at once: status 130.
+        The first SIGINT, SIGTERM or SIGUSR1 asks the ranks to save and exit; a second one, or one before any rank has
+        been started, ends them at once: status 130.
         """
         torchrun: subprocess.Popen[bytes] | None = None
 
@@ -48,7 +48,7 @@ class LocalJob:
                 _kill(torchrun)
             for rank in ranks:
                 with suppress(ProcessLookupError):
-                    os.kill(rank, signal.SIGINT)
+                    os.kill(rank, number if number == WARNING_SIGNAL else signal.SIGINT)
 
         with StopSignal(first=pass_on, again=lambda number: _kill(torchrun)):
             try:

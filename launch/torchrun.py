@@ -7,6 +7,8 @@ import sys
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from farspan.trainer.faults import EXIT_WARNED, stop_signals_blocked
+
 USER_ERROR = 2
 """Exit status of a rank that has said in one sentence what the user can mend."""
 KILLED = 128
@@ -17,7 +19,9 @@ def main(arguments: list[str]) -> int:
     """Start ranks as `torchrun` does with these arguments and wait for them; return an exit status."""
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
-        run.run(run.parse_args(arguments))
+        # SLURM signals every process: ranks act on that, once they can, and torchrun ends when they do.
+        with stop_signals_blocked():
+            run.run(run.parse_args(arguments))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         return _report(rank, failure.exitcode)
@@ -26,8 +30,11 @@ def main(arguments: list[str]) -> int:
 
 def _report(rank: int, status: int) -> int:
     """Say how a rank failed, unless it has said so itself; return the exit status to pass on."""
-    if status == USER_ERROR:
+    if status in (USER_ERROR, EXIT_WARNED):
         return status
+    if status - KILLED in signal.valid_signals():
+        # So says a shell between torchrun and the rank.
+        status = KILLED - status
     how = f"failed with exit status {status}"
     if status < 0:
         how = f"was killed by {signal.Signals(-status).name}"

@@ -12,7 +12,6 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.startswith("farspan ")]
-COMING = "farspan launch slurm"
 
 
 def test_the_readme_has_its_three_ways_to_start() -> None:
@@ -20,10 +19,10 @@ def test_the_readme_has_its_three_ways_to_start() -> None:
     assert any(command.startswith("farspan launch local") for command in COMMANDS)
     assert "source .venv/bin/activate\n" in BLOCKS[1], "without it farspan is not found"
     assert "farspan " not in BLOCKS[0]
-    assert any(command.startswith(COMING) for command in COMMANDS)
+    assert any(command.startswith("farspan launch slurm") for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if not command.startswith(COMING)])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_understood(command: str) -> None:
     options = parse(shlex.split(command)[1:])
     for config in [getattr(options, "config", None)]:
@@ -36,12 +35,6 @@ def test_commands_of_the_guide_for_contributors_run_tests_that_exist() -> None:
     assert len(commands) == 2
     for command in commands:
         assert all((ROOT / word).exists() for word in command.split() if word.startswith("tests/"))
-
-
-def test_what_is_coming_is_marked() -> None:
-    with pytest.raises(SystemExit):
-        parse(["launch", "slurm", "configs/demo.toml"])
-    assert "On SLURM (coming" in README
 
 
 def test_the_tree_names_files_that_exist() -> None:

@@ -20,7 +20,8 @@ from farspan.tools.command import print_all
 from farspan.trainer.config import Config
 from farspan.trainer.config_io import load_config
 from farspan.trainer.flops import matrix_parameters, total_parameters
-from farspan.trainer.metrics import EVALUATION_KEY, records
+from farspan.trainer.metrics import EVALUATION_KEY
+from farspan.trainer.records import records
 
 MOST_POINTS = 300
 """Of a line in a plot: of longer runs each point is the mean over a stretch of steps."""

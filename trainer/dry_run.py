@@ -19,7 +19,14 @@ log = logging.getLogger("farspan")
 
 
 def dry_run(config: Config, num_ranks: int) -> None:
-    """Print what a run of `config` on `num_ranks` ranks would be; raises ConfigError as the run would.
+    """Print what a run of `config` on `num_ranks` ranks would be; raises ConfigError as the run would."""
+    rehearse(config, num_ranks)
+    has_data = Path(config.data.folder).exists()
+    log.info("%-12snothing was started%s", "dry run", "" if has_data else f"; {config.data.folder} is not there yet")
+
+
+def rehearse(config: Config, num_ranks: int) -> None:
+    """Print what a run of `config` on `num_ranks` ranks will be; raises ConfigError as the run would.
 
     GPUs and data may be elsewhere: the device is what the configuration says, the vocabulary too where data is absent.
     """
@@ -34,7 +41,6 @@ def dry_run(config: Config, num_ranks: int) -> None:
         model = build_on_meta(config, Mesh.build(config.parallel, "cpu"))
         held = sum(_held(parameter) for parameter in model.parameters())
     log.info("%-12s%s parameters on rank 0 of %d", "sharded", f"{held:,}", num_ranks)
-    log.info("%-12snothing was started%s", "dry run", "" if has_data else f"; {config.data.folder} is not there yet")
 
 
 def _held(parameter: torch.Tensor) -> int:

@@ -1,5 +1,6 @@
 """Stop requests: a first signal asks for a save and a clean exit, a later one ends the process at once.
 
+SIGUSR1 is how a scheduler warns of the end of a job's time, or of a job that goes first: the run wants to go on later.
 A launcher blocks these signals while it starts ranks and the ranks inherit that, so that one that comes before a rank
 can act on it waits instead of killing the rank.
 """
@@ -12,7 +13,10 @@ from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+WARNING_SIGNAL = signal.SIGUSR1
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, WARNING_SIGNAL)
+EXIT_WARNED = 75
+"""Exit status of a run that a scheduler's warning stopped: it has saved and wants to go on (EX_TEMPFAIL)."""
 SAME_REQUEST_S = 3.0
 """A terminal and torchrun may both deliver one Ctrl-C: signals this close together are one request."""
 
@@ -33,7 +37,7 @@ def end_at_once(number: int) -> None:
 
 
 class StopSignal:
-    """Catches SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal is gone) for the time of a `with` block.
+    """Catches SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal is gone) and SIGUSR1 for the time of a `with` block.
 
     SIGHUP stays ignored where it was, which is what nohup asks for.
     first: called on the first signal. again: called on a signal that comes later than SAME_REQUEST_S.
@@ -42,12 +46,18 @@ class StopSignal:
     def __init__(self, *, first: Action = announce, again: Action = end_at_once) -> None:
         self._first, self._again = first, again
         self._requested_at: float | None = None
+        self._warned = False
         self._before: dict[signal.Signals, Any] = {}
 
     @property
     def requested(self) -> bool:
         """Whether this process was asked to stop."""
         return self._requested_at is not None
+
+    @property
+    def warned(self) -> bool:
+        """Whether a scheduler gave this process a warning."""
+        return self._warned
 
     def __enter__(self) -> Self:
         for number in STOP_SIGNALS:
@@ -62,10 +72,11 @@ class StopSignal:
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
+        self._warned |= number == WARNING_SIGNAL
         if self._requested_at is None:
             self._requested_at = now
             self._first(number)
-        elif now - self._requested_at > SAME_REQUEST_S:
+        elif now - self._requested_at > SAME_REQUEST_S and number != WARNING_SIGNAL:
             self._again(number)
 
 

@@ -5,13 +5,14 @@ import math
 import os
 import resource
 import time
-from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
+
+from farspan.trainer.records import records
 
 # Dense peak of the tensor cores in bfloat16, FLOP/s, from the vendors' data sheets; by a part of the device's name.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -50,19 +51,6 @@ class MetricsWriter:
     def close(self) -> None:
         self._file.close()
         self._board.close()
-
-
-def records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yield each record of a run and the bytes of its line, up to one that is unreadable or was cut short."""
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            record = json.loads(line)
-            # A line without its end was cut short, even where it reads well.
-            if not isinstance(record["step"], int) or not line.endswith(b"\n"):
-                return
-        except (ValueError, KeyError, TypeError):
-            return
-        yield record, len(line)
 
 
 def _drop_records_after(path: Path, step: int) -> set[int]:

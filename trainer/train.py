@@ -39,10 +39,10 @@ from farspan.trainer.weights import load_weights
 log = logging.getLogger("farspan")
 
 
-def train(config: Config, ranks: Ranks, stop: StopSignal) -> None:
+def train(config: Config, ranks: Ranks, stop: StopSignal) -> bool:
     """Run `config` to its last step, or until a stop signal; resume where run.folder left off.
 
-    A FarspanError is raised by all ranks alike.
+    Returns whether a scheduler's warning stopped it before its end. A FarspanError is raised by all ranks alike.
     """
     with ExitStack() as stack:
         timeout = timedelta(seconds=config.parallel.timeout_s)
@@ -60,7 +60,7 @@ def train(config: Config, ranks: Ranks, stop: StopSignal) -> None:
         on_first_rank(lock)
         run = _Run(resolved, stop)
         stack.callback(run.close)
-        run.loop()
+        return not run.loop() and on_any_rank(stop.warned)
 
 
 def _device_to_meet_on(config: Config, ranks: Ranks) -> torch.device:
@@ -113,8 +113,8 @@ class _Run:
         if self.writer is not None:
             self.writer.close()
 
-    def loop(self) -> None:
-        """Step until the last step or a stop signal; save and evaluate on the way."""
+    def loop(self) -> bool:
+        """Step until the last step or a stop signal; save and evaluate on the way. Return whether nothing is left."""
         config, state, steps = self.config, self.state, self.config.train.steps
         if self.resumed_from is not None:
             log.info("resumed     at step %d from %s", state.step, self.resumed_from)
@@ -136,17 +136,19 @@ class _Run:
                 log.info("saved       %s", self.checkpoints.save(state))
                 stopping = on_any_rank(self.stop.requested)
             timer.skip()
+        finished = state.step >= steps and not self.is_evaluation_missing()
         if nothing_to_do:
             log.info("finished    already, at step %d of train.steps=%d: raise it to go on", state.step, steps)
-        elif state.step >= steps and not self.is_evaluation_missing():
+        elif finished:
             log.info("finished    at step %d", state.step)
         elif state.step == 0:
             log.info("stopped     before the first step; nothing was saved")
-            return
+            return False
         else:
             log.info("stopped     at step %d; the same command resumes", state.step)
         log.info("results     %s/ (config.toml, metrics.jsonl, tensorboard/, checkpoints/)", self.folder)
         log.info("see them    %s --logdir %s/tensorboard", _command("tensorboard"), self.folder)
+        return finished
 
     def step(self, timer: StepTimer) -> bool:
         """Do one update and report it; return whether some rank was asked to stop."""

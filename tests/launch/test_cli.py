@@ -1,6 +1,7 @@
 """The command line in this process: refusals in one sentence with exit status 2, overrides, dry runs, what is slow."""
 
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,11 @@ import torch.distributed as dist
 from farspan.kernels.errors import DataError
 from farspan.launch import cli
 from farspan.launch.local import LocalJob
+from farspan.launch.site import Site
+from farspan.launch.slurm import SlurmJob
 from farspan.parallel.mesh import ParallelConfig
-from farspan.trainer.config_io import to_toml
+from farspan.trainer.config import Config
+from farspan.trainer.config_io import load_config, to_toml
 from tests.trainer import tiny
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -60,6 +64,15 @@ REFUSALS = [
     ("launch local CONFIG --gpus-per-node 2 parallel.layout=x", "parallel.layout='x' does not exist; choose one of "),
     ("launch local CONFIG --gpus-per-node 2 model.x=1", "model.x=1 is not a known key; choose one of layers, "),
     ("launch local nowhere.toml --gpus-per-node 2", "nowhere.toml does not exist; name a configuration file that does"),
+    ("launch slurm CONFIG --nodes 0 --gpus-per-node 2", "--nodes 0 must be at least 1."),
+    ("launch slurm CONFIG --nodes 1 --gpus-per-node 2 --chain 0", "--chain 0 must be at least 1."),
+    ("launch slurm CONFIG --nodes 1 --gpus-per-node 2 --time x", "--time x is not a time limit: write minutes, "),
+    (
+        "launch slurm CONFIG --nodes 3 --gpus-per-node 1 --dry-run",
+        "train.sequences_per_step=2 must be a multiple of the 3",
+    ),
+    ("launch slurm CONFIG --nodes 1 --gpus-per-node 2 --site nowhere.toml", "nowhere.toml does not exist; name a conf"),
+    ("jobs status nowhere", "nowhere has no jobs.jsonl: name the folder of a run that was submitted to SLURM."),
     ("data prepare nowhere --tokenizer bytes --out OUT", "nowhere"),
 ]
 
@@ -90,8 +103,9 @@ def test_wrong_usage_is_status_2(command: str, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("command", "commands"),
     [
-        ("", ["train", "launch", "data", "upcycle", "pool-heads", "import", "export"]),
-        ("launch", ["local"]),
+        ("", ["train", "launch", "jobs", "data", "upcycle", "pool-heads", "import", "export"]),
+        ("launch", ["local", "slurm"]),
+        ("jobs", ["status", "cancel", "logs"]),
         ("data", ["prepare"]),
     ],
 )
@@ -187,6 +201,66 @@ def test_a_dry_launch_prints_the_command(config_file: Path, capsys: pytest.Captu
     assert out.endswith(
         f"torchrun --standalone --nproc-per-node 2 -m farspan.launch.cli train {config_file} 'run.folder=with space'\n"
     )
+
+
+def test_a_dry_launch_on_slurm_prints_the_script_alone_on_standard_output(
+    tmp_path: Path, config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site.toml"
+    site.write_text('[sbatch]\naccount = "mine"\n')
+    monkeypatch.setenv("FARSPAN_SITE", str(site))
+    monkeypatch.chdir(tmp_path)
+    words = [
+        "launch",
+        "slurm",
+        str(config_file),
+        "run.folder=runs/x",
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        "1",
+        "--dry-run",
+    ]
+    assert cli.main(words) == 0
+    out, err = capsys.readouterr()
+    job = SlurmJob(
+        run=tmp_path / "runs/x",
+        submitted=tmp_path / "runs/x/submitted/001",
+        workdir=tmp_path,
+        python=Path(sys.executable),
+        nodes=2,
+        ranks_per_node=1,
+        gpus=False,
+        site=Site(sbatch={"account": "mine"}),
+    )
+    assert out == job.script()
+    assert err.startswith("ranks       2 = ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.toml", "site.toml"]
+    # Submitted from a machine without GPUs, a run that takes what there is has to get GPUs.
+    assert cli.main([*words, "train.device=auto", "train.compute_dtype=bfloat16", "attention.backend=auto"]) == 0
+    assert "#SBATCH --gpus-per-node=1\n" in capsys.readouterr().out
+
+
+def test_a_launch_on_slurm_submits_what_was_checked(
+    tmp_path: Path, config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text('#!/bin/bash\ncp "$2" "$2.seen"\necho 5\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    words = ["launch", "slurm", str(config_file), "run.seed=3", "--nodes", "1", "--gpus-per-node", "2", "--chain", "2"]
+    assert cli.main(words) == cli.EXIT_USER_ERROR
+    assert "data.folder=" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    tiny.make_data(tmp_path)
+    assert cli.main(words) == 0
+    out = capsys.readouterr().out
+    assert f"submitted   5 then 5; see `farspan jobs status {tmp_path}/run`\n" in out
+    assert "nothing was started" not in out
+    submitted = tmp_path / "run/submitted/001"
+    assert (submitted / "job.sh.seen").read_text() == (submitted / "job.sh").read_text()
+    assert load_config(Config, submitted / "config.toml") == load_config(Config, config_file, ["run.seed=3"])
 
 
 def test_a_launch_starts_as_many_ranks_as_asked(

@@ -121,6 +121,23 @@ def test_a_second_request_ends_ranks_that_do_not_stop(
     assert "stopping    after this step" in capfd.readouterr().err
 
 
+def test_a_warning_reaches_the_ranks_as_one_and_their_status_is_passed_on(
+    launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    program = """
+signal.signal(signal.SIGUSR1, lambda number, frame: os._exit(75))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+hang()
+"""
+    ready = [tmp_path / "pid0", tmp_path / "pid1"]
+    thread = when(
+        lambda: all(path.exists() and path.read_text() for path in ready), lambda: os.kill(os.getpid(), signal.SIGUSR1)
+    )
+    assert launch(program) == 75
+    thread.join()
+    assert "farspan: rank" not in capfd.readouterr().err
+
+
 def test_a_request_before_any_rank_has_started_ends_it_all(launch, tmp_path: Path) -> None:
     thread = when(lambda: True, lambda: (time.sleep(0.3), os.kill(os.getpid(), signal.SIGINT)))
     assert launch("hang()") == 130

@@ -1,11 +1,25 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 
 from farspan.launch.torchrun import _report
+from farspan.trainer.faults import EXIT_WARNED
 
 
 @pytest.mark.parametrize(
     ("status", "passed_on", "how"),
-    [(1, 1, "failed with exit status 1"), (-11, 139, "was killed by SIGSEGV"), (2, 2, None)],
+    [
+        (1, 1, "failed with exit status 1"),
+        (-11, 139, "was killed by SIGSEGV"),
+        (137, 137, "was killed by SIGKILL (the system does that when memory runs out)"),
+        (2, 2, None),
+        (75, 75, None),
+    ],
 )
 def test_a_failure_is_one_sentence(
     capsys: pytest.CaptureFixture[str], status: int, passed_on: int, how: str | None
@@ -13,3 +27,36 @@ def test_a_failure_is_one_sentence(
     assert _report(3, status) == passed_on
     cure = "the same command resumes from the last checkpoint, if there is one."
     assert capsys.readouterr() == ("", "" if how is None else f"farspan: rank 3 {how}; {cure}\n")
+
+
+RANK = """
+import os, sys, time
+from pathlib import Path
+from farspan.trainer.faults import EXIT_WARNED, StopSignal
+folder = Path(sys.argv[1])
+(folder / "part").write_text(str(os.getpid()))
+(folder / "part").rename(folder / "pid")
+while not (folder / "sent").exists():
+    time.sleep(0.01)
+with StopSignal(first=lambda number: None) as stop:
+    sys.exit(EXIT_WARNED if stop.warned else 1)
+"""
+
+
+def test_a_warning_before_a_rank_can_act_on_it_is_kept(tmp_path: Path) -> None:
+    """As SLURM gives it: to torchrun, started by a shell that ignores it, and to the rank."""
+    (tmp_path / "rank.py").write_text(RANK)
+    torchrun = [sys.executable, "-m", "farspan.launch.torchrun", "--standalone", "--nproc-per-node", "1"]
+    command = ["bash", "-c", "trap '' USR1; exec \"$@\"", "_", *torchrun, str(tmp_path / "rank.py"), str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not (tmp_path / "pid").exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            process.send_signal(signal.SIGUSR1)
+            os.kill(int((tmp_path / "pid").read_text()), signal.SIGUSR1)
+            (tmp_path / "sent").touch()
+            assert process.wait(timeout=60) == EXIT_WARNED
+        finally:
+            process.kill()

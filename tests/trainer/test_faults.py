@@ -52,7 +52,7 @@ def say(process: subprocess.Popen[str]) -> None:
     process.stdin.flush()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_one_request_lets_the_process_end_well(number: signal.Signals) -> None:
     with program() as process:
         assert hear(process) == "ready"
@@ -84,6 +84,32 @@ def test_a_signal_before_the_process_is_ready_is_kept_for_it() -> None:
         process.send_signal(signal.SIGINT)
         assert [hear(process), hear(process)] == ["ready", "asked"]
         assert process.communicate()[0] == "ended well\n"
+
+
+def test_a_warning_of_a_scheduler_is_kept_even_where_it_is_ignored() -> None:
+    """So it reaches ranks that torchrun starts, which itself is started by a shell that ignores it."""
+    ours = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        with stop_signals_blocked(), program(before="time.sleep(0.3)") as process:
+            process.send_signal(signal.SIGUSR1)
+            assert [hear(process), hear(process)] == ["ready", "asked"]
+            assert process.communicate()[0] == "ended well\n"
+    finally:
+        signal.signal(signal.SIGUSR1, ours)
+
+
+def test_warnings_never_end_the_process_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("farspan.trainer.faults.SAME_REQUEST_S", 0.0)
+    seen = []
+    with StopSignal(first=lambda number: seen.append("first"), again=lambda number: seen.append("again")) as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert not stop.warned
+        time.sleep(0.01)
+        signal.raise_signal(signal.SIGUSR1)
+        assert stop.warned
+        assert seen == ["first"]
+        signal.raise_signal(signal.SIGTERM)
+    assert seen == ["first", "again"]
 
 
 def test_nohup_is_respected() -> None:

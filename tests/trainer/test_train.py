@@ -57,10 +57,11 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     )
 
 
-def run(config: Config, stop: StopSignal | None = None) -> None:
+def run(config: Config, stop: StopSignal | None = None) -> bool:
     torch.manual_seed(0)
-    train(config, Ranks(), stop or StopSignal())
+    warned = train(config, Ranks(), stop or StopSignal())
     assert not dist.is_initialized()
+    return warned
 
 
 def records(config: Config) -> list[dict[str, Any]]:
@@ -107,6 +108,25 @@ def test_an_undisturbed_run(config: Config, caplog: pytest.LogCaptureFixture) ->
     assert len(set(labelled)) > 2
     assert first["tokens_per_s"] * first["step_s"] == pytest.approx(202)
     assert first["comm_bytes"] == sum(first["comm_bytes_by_kind"].values()) == 0
+
+
+class Warned(AskedWhen):
+    """A stop request that a scheduler makes."""
+
+    @property
+    def warned(self) -> bool:
+        return True
+
+
+def test_a_run_says_whether_a_warning_stopped_it(config: Config) -> None:
+    metrics = config.run.folder / "metrics.jsonl"
+    assert not run(config, AskedWhen(lambda: metrics.exists() and '"step": 1' in metrics.read_text()))
+    assert run(config, Warned(lambda: '"step": 3' in metrics.read_text()))
+    assert steps(config, "loss") == [1, 2, 3]
+    # One that is warned when all is done has nothing to come back for.
+    assert not run(config)
+    assert not run(config, Warned())
+    assert not run(config, Warned(lambda: True))
 
 
 def test_a_stop_after_a_step_saves_and_a_resume_goes_on(config: Config, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,78 @@
+#!/bin/bash
+#SBATCH --job-name=long-10d50fee
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --gpus-per-node=8
+#SBATCH --chdir=/home/me/farspan
+#SBATCH --output=/scratch/runs/long/logs/%j.log
+#SBATCH --open-mode=append
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --dependency=singleton
+
+# Made by `farspan launch slurm`; sbatch takes this file by hand too. Jobs of one run have one name and, being
+# singletons, wait for each other: submit it several times to go on after the time limit.
+#
+# It has three parts. `job` runs once, on the first node, and starts a `task` on each node.
+# A task starts its ranks, each of them as a `rank`.
+set -euo pipefail
+
+# What runs is the code and the configuration of when the job was submitted.
+submitted=/scratch/runs/long/submitted/001
+logs=/scratch/runs/long/logs/$SLURM_JOB_ID/${SLURM_RESTART_COUNT:-0}
+python=/home/me/farspan/.venv/bin/python
+
+case ${1:-job} in
+job)
+    restarts=${SLURM_RESTART_COUNT:-0}
+    # SLURM itself starts jobs again without end when nodes fail or others go first.
+    if [ "$restarts" -gt 20 ]; then
+        echo "farspan: the job was started again 20 times, the most that it may be; submit it anew to go on."
+        exit 75
+    fi
+    mkdir -p "$logs"
+    export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
+    # Without the second, Python would prefer code that lies in the current folder.
+    export PYTHONPATH=$submitted/code PYTHONSAFEPATH=1
+    # srun does not take this over from sbatch.
+    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+    # Ranks meet on the first node, at a port that other jobs there do not have.
+    hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    export MASTER_ADDR=${hosts%%$'\n'*} MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
+    # SLURM sends SIGTERM to every process when the job is cancelled: ranks save, and this shell waits for them.
+    trap : TERM
+    status=0
+    srun --kill-on-bad-exit=1 bash "$submitted/job.sh" task || status=$?
+    if [ -e "$logs/warned" ]; then
+        if [ "$restarts" -lt 20 ]; then
+            echo "farspan: warned by SLURM and saved; queued again, restart $((restarts + 1)) of 20 at most."
+            scontrol requeue "$SLURM_JOB_ID" || true
+        fi
+        exit 75
+    fi
+    exit "$status"
+    ;;
+task)
+    # SLURM's warning reaches every process: the ranks act on it, and nothing else may die of it.
+    trap '' USR1
+    trap : TERM
+    status=0
+    "$python" -m farspan.launch.torchrun --nnodes=2 --nproc-per-node=8 \
+        --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
+        --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --no-python bash "$submitted/job.sh" rank || status=$?
+    # Ranks that saved after a warning: to srun that would be a failure, for which it kills those of other nodes.
+    if [ "$status" = 75 ]; then
+        touch "$logs/warned"
+        status=0
+    fi
+    exit "$status"
+    ;;
+rank)
+    # Ranks catch signals themselves; what writes their logs ends when they do.
+    trap '' INT TERM
+    # Output goes to a file of the rank and, with the rank before each line, into the log of the job.
+    "$python" -m farspan.launch.cli train "$submitted/config.toml" 2>&1 |
+        tee -a "$logs/rank_$RANK.log" | sed -u "s/^/$RANK: /"
+    ;;
+esac

@@ -1,0 +1,94 @@
+"""One real SLURM cluster for all tests of this folder: two virtual nodes of two CPUs, see cluster.sh."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+NODES, CPUS_PER_NODE = 2, 2
+PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "unshare", "nsenter", "ip")
+PACKAGES = "slurmctld slurmd slurm-client munge"
+COMMAND_TIMEOUT_S = 240
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cluster:
+    """A running cluster; `pid` is the first process of its head node."""
+
+    folder: Path
+    pid: int
+
+    def run(self, command: Sequence[str], *, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a command on the head node, from the current folder, and return what it printed."""
+        # Entering a mount namespace would lead to the root of the file system.
+        entered = ["nsenter", "-t", str(self.pid), "-a", f"--wd={Path.cwd()}", *command]
+        environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf"), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            entered,
+            env=environment,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=COMMAND_TIMEOUT_S,
+        )
+        assert done.returncode == 0 or not check, f"{command}\n{done.stdout}{done.stderr}"
+        return done
+
+    def state(self, job: str) -> str:
+        """Return the state of a job, such as RUNNING, also when it has ended."""
+        return self.run(["squeue", "-h", "-t", "all", "-j", job, "-o", "%T"]).stdout.strip()
+
+    def await_state(self, job: str, *states: str, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
+        """Wait until a job is in one of `states`, and return it."""
+        deadline = time.monotonic() + timeout_s
+        while (state := self.state(job)) not in states:
+            assert time.monotonic() < deadline, f"job {job} is {state}, not {' or '.join(states)}"
+            time.sleep(0.2)
+        return state
+
+
+def missing() -> str | None:
+    """Return what the cluster needs and this machine lacks."""
+    if os.geteuid() != 0:
+        return "root, for virtual nodes"
+    absent = [name for name in PROGRAMS if shutil.which(name) is None]
+    if absent:
+        return f"{', '.join(absent)}: on Debian and Ubuntu, apt-get install --no-install-recommends {PACKAGES}"
+    network = "ip link add br0 type bridge && ip link add here type veth peer name there && mount -t tmpfs none /mnt"
+    spaces = ["unshare", "--mount", "--net", "--uts", "--ipc", "--pid", "--fork", "--mount-proc", "sh", "-c", network]
+    if subprocess.run(spaces).returncode:
+        return "namespaces with networks and mounts of their own"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests of this folder where there can be no cluster; as marks they are one line of the report."""
+    ours = [item for item in items if item.path.parent == Path(__file__).parent]
+    lacking = missing() if ours else None
+    if lacking is not None:
+        for item in ours:
+            item.add_marker(pytest.mark.skip(reason=f"a SLURM cluster on this machine needs {lacking}"))
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Start the cluster before the first test that needs it."""
+    # Not pytest's own folders: others must be able to enter it, and the path of a socket has to be short.
+    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
+    command = ["bash", str(Path(__file__).with_name("cluster.sh")), str(folder), str(NODES), str(CPUS_PER_NODE)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n", f"the cluster did not start, see {folder}"
+            pid = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
+            yield Cluster(folder=folder, pid=pid)
+        finally:
+            process.kill()
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,126 @@
+"""Runs on two nodes with two ranks each: the same losses, to the bit, as four ranks of one machine, whatever comes
+between."""
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from farspan.launch import cli
+from farspan.parallel.mesh import ParallelConfig
+from farspan.trainer.config import EvaluateConfig
+from farspan.trainer.config_io import to_toml
+from farspan.trainer.records import records
+from tests.slurm.conftest import Cluster
+from tests.trainer import tiny
+
+STEPS = 40
+FARSPAN = [sys.executable, "-m", "farspan.launch.cli"]
+
+
+def losses(run: Path) -> list[tuple[float, float]]:
+    return [(record["step"], record["loss"]) for record, _ in records(run / "metrics.jsonl") if "loss" in record]
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="session")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("slurm runs")
+    parallel = ParallelConfig(context=2, dp_shard=2)
+    config = tiny.config(tiny.make_data(folder), folder / "run", parallel, steps=STEPS)
+    config = replace(config, evaluate=EvaluateConfig(every_steps=0, sequences=2))
+    (folder / "run.toml").write_text(to_toml(config))
+    return folder / "run.toml"
+
+
+@pytest.fixture(scope="session")
+def undisturbed(config_file: Path) -> list[tuple[float, float]]:
+    """The losses of four ranks on this machine."""
+    run = config_file.parent / "undisturbed"
+    assert cli.main(["launch", "local", str(config_file), "--gpus-per-node", "4", f"run.folder={run}"]) == 0
+    found = losses(run)
+    assert [step for step, _ in found] == list(range(1, STEPS + 1))
+    return found
+
+
+def launch(cluster: Cluster, config_file: Path, run: Path, *options: str) -> list[str]:
+    """Submit a run and return the ids of its jobs."""
+    shape = ["--nodes", "2", "--gpus-per-node", "2", "--time", "20"]
+    cluster.run([*FARSPAN, "launch", "slurm", str(config_file), *shape, *options, f"run.folder={run}"])
+    return [json.loads(line)["job"] for line in (run / "jobs.jsonl").read_text().splitlines()]
+
+
+def test_the_cluster_has_two_nodes(cluster: Cluster) -> None:
+    printed = cluster.run(["srun", "--nodes=2", "--ntasks-per-node=2", "hostname"]).stdout.split()
+    assert sorted(printed) == ["n1", "n1", "n2", "n2"]
+
+
+def test_a_run_that_slurm_warns_is_queued_again_and_ends_as_if_undisturbed(
+    cluster: Cluster, config_file: Path, undisturbed: list[tuple[float, float]]
+) -> None:
+    run = config_file.parent / "warned"
+    (job,) = launch(cluster, config_file, run)
+    wait_for((run / "config.toml").exists, "the first step")
+    cluster.run(["scancel", "--signal=USR1", job])
+    log = run / "logs" / f"{job}.log"
+    try:
+        wait_for(lambda: "farspan: warned by SLURM" in log.read_text(), "requeue")
+        done = len(losses(run))
+        assert 1 <= done < STEPS
+        cluster.await_state(job, "COMPLETED", "FAILED")
+    finally:
+        print(log.read_text())
+    assert cluster.state(job) == "COMPLETED"
+    assert losses(run) == undisturbed
+
+
+def test_a_chain_of_jobs_goes_on_where_the_first_was_cancelled(
+    cluster: Cluster, config_file: Path, undisturbed: list[tuple[float, float]]
+) -> None:
+    run = config_file.parent / "chain"
+    first, second = launch(cluster, config_file, run, "--task-per-rank", "--chain", "2")
+    wait_for((run / "config.toml").exists, "the first step")
+    cluster.run(["scancel", first])
+    assert cluster.state(second) == "PENDING"
+    cluster.await_state(first, "CANCELLED")
+    try:
+        cluster.await_state(second, "COMPLETED", "FAILED")
+    finally:
+        for job in (first, second):
+            print((run / "logs" / f"{job}.log").read_text())
+    assert cluster.state(second) == "COMPLETED"
+    assert losses(run) == undisturbed
+    said = (run / "logs" / f"{second}.log").read_text()
+    assert re.search(rf"0: resumed     at step \d+ from .*\n(.*\n)*0: finished    at step {STEPS}\n", said)
+    logs = run / "logs" / second / "0"
+    assert sorted(path.name for path in logs.iterdir()) == [f"rank_{rank}.log" for rank in range(4)]
+    assert len(re.findall(rf"^step +\d+/{STEPS}  ", (logs / "rank_0.log").read_text(), re.MULTILINE)) < STEPS
+    states = cluster.run([*FARSPAN, "jobs", "status", str(run)]).stdout.splitlines()
+    assert [line.split()[:2] for line in states[1:3]] == [[first, "CANCELLED"], [second, "COMPLETED"]]
+    assert re.fullmatch(rf"step {STEPS}  loss \d\.\d{{4}}  [\d,]+ tok/s  \d+ s ago", states[3])
+
+
+def test_jobs_that_wait_are_cancelled_together(cluster: Cluster, tmp_path: Path) -> None:
+    wait = ["sbatch", "--parsable", "--hold", "--wrap", "true"]
+    jobs = [cluster.run(wait).stdout.strip() for _ in range(2)]
+    lines = [json.dumps({"job": job, "script": "s", "submitted": "t"}) + "\n" for job in ("999", *jobs)]
+    (tmp_path / "jobs.jsonl").write_text("".join(lines))
+    command = [*FARSPAN, "jobs", "cancel", str(tmp_path)]
+    assert cluster.run(command).stdout == f"cancelled   {jobs[1]}, {jobs[0]}\n"
+    assert [cluster.state(job) for job in jobs] == ["CANCELLED", "CANCELLED"]
+    assert cluster.run(command).stdout == "cancelled   nothing: no job of this run is left\n"
+    states = cluster.run([*FARSPAN, "jobs", "status", str(tmp_path)]).stdout
+    assert "999" in states
+    assert "ENDED" in states
+    assert states.endswith("\nno step yet\n")

@@ -26,7 +26,7 @@ from farspan.trainer.weights import load_weights
 CPU = torch.device("cpu")
 TOKENS = torch.randint(0, 96, (300,), generator=torch.Generator().manual_seed(5))
 """Longer than the context that the frequencies of `YARN` and `LLAMA3` were made for."""
-YARN = RopeConfig(scaling="yarn", factor=8.0, original_positions=40, beta_fast=8.0)
+YARN = RopeConfig(scaling="yarn", factor=4.0, original_positions=64, beta_fast=2.0, beta_slow=0.25)
 LLAMA3 = RopeConfig(base=5e5, scaling="llama3", factor=8.0, original_positions=40)
 MODEL = ModelConfig(
     layers=2, width=32, heads=4, kv_heads=2, head_dim=16, feed_forward=40, vocabulary_size=96, norm_epsilon=1e-6

@@ -1,4 +1,4 @@
-"""What cannot be imported or exported is refused by the name of its field, file or tensor; nothing is left behind."""
+"""What files of Hugging Face say, and what is refused by the name of its field, file or tensor: it leaves nothing."""
 
 import json
 import sys
@@ -11,7 +11,8 @@ import torch
 
 from farspan.kernels.errors import CheckpointError, ConfigError, FarspanError
 from farspan.kernels.mechanism import Mechanism
-from farspan.trainer.config import AttentionConfig
+from farspan.trainer.config import AttentionConfig, Config
+from farspan.trainer.config_io import load_config
 from farspan.trainer.hugging_face.architectures import LLAMA, MIXTRAL, QWEN3_MOE, architecture_of
 from farspan.trainer.hugging_face.export_model import export_model
 from farspan.trainer.hugging_face.import_model import import_model
@@ -25,6 +26,7 @@ from tests.trainer import hugging_face_models as ours
 safetensors = pytest.importorskip("safetensors.torch")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 EXPERTS = ours.EXPERTS
 ONE_LAYER = replace(ours.MODEL, layers=1)
 
@@ -131,6 +133,30 @@ def test_what_older_files_leave_out_is_what_transformers_takes(tmp_path: Path) -
     assert (idle.scaling, idle.factor) == ("none", 1.0)
     implied = read(tmp_path, LLAMA_FIELDS | {"rope_scaling": {**YARN, "factor": None, "attention_factor": 1.138629436}})
     assert implied.rope.factor == 4.0
+
+
+def test_the_released_llama_is_the_model_of_our_preset(tmp_path: Path) -> None:
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3"}
+    released = {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {**scaling, "original_max_position_embeddings": 8192},
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 128256,
+    }
+    assert read(tmp_path, released) == load_config(Config, CONFIGS / "llama3_8b_128k.toml").model
 
 
 def test_layers_with_experts_are_a_short_pattern(tmp_path: Path) -> None:

@@ -4,10 +4,7 @@ import logging
 import signal
 import sys
 
-from torch.distributed import run
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-from farspan.trainer.faults import EXIT_WARNED, stop_signals_blocked
+from farspan.trainer.faults import EXIT_WARNED, STOP_SIGNALS
 
 USER_ERROR = 2
 """Exit status of a rank that has said in one sentence what the user can mend."""
@@ -17,11 +14,15 @@ KILLED = 128
 
 def main(arguments: list[str]) -> int:
     """Start ranks as `torchrun` does with these arguments and wait for them; return an exit status."""
+    # SLURM signals every process: ranks act on that, once they can, and torchrun ends when they do. Before torch starts
+    # threads, which would let them through, and for good, since torch's handler raises.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
-        # SLURM signals every process: ranks act on that, once they can, and torchrun ends when they do.
-        with stop_signals_blocked():
-            run.run(run.parse_args(arguments))
+        run.run(run.parse_args(arguments))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         return _report(rank, failure.exitcode)

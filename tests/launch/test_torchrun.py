@@ -39,24 +39,26 @@ folder = Path(sys.argv[1])
 while not (folder / "sent").exists():
     time.sleep(0.01)
 with StopSignal(first=lambda number: None) as stop:
-    sys.exit(EXIT_WARNED if stop.warned else 1)
+    sys.exit(EXIT_WARNED if stop.warned else 0 if stop.requested else 1)
 """
 
 
-def test_a_warning_before_a_rank_can_act_on_it_is_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGUSR1, EXIT_WARNED), (signal.SIGTERM, 0)])
+def test_a_signal_before_a_rank_can_act_on_it_is_kept(tmp_path: Path, number: signal.Signals, status: int) -> None:
     """As SLURM gives it: to torchrun, started by a shell that ignores it, and to the rank."""
     (tmp_path / "rank.py").write_text(RANK)
     torchrun = [sys.executable, "-m", "farspan.launch.torchrun", "--standalone", "--nproc-per-node", "1"]
     command = ["bash", "-c", "trap '' USR1; exec \"$@\"", "_", *torchrun, str(tmp_path / "rank.py"), str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         try:
             deadline = time.monotonic() + 60
             while not (tmp_path / "pid").exists():
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
-            process.send_signal(signal.SIGUSR1)
-            os.kill(int((tmp_path / "pid").read_text()), signal.SIGUSR1)
+            process.send_signal(number)
+            os.kill(int((tmp_path / "pid").read_text()), number)
             (tmp_path / "sent").touch()
-            assert process.wait(timeout=60) == EXIT_WARNED
+            said = process.communicate(timeout=60)[1]
+            assert (process.returncode, said) == (status, "")
         finally:
             process.kill()

@@ -46,8 +46,9 @@ def _sources(name: str, architecture: Architecture, files: TensorFiles, experts:
     """Return the tensors that a parameter is made of, in the layout that these files have."""
     published = architecture.tensors_of(name, experts)
     fused = architecture.fused_tensor_of(name)
-    is_fused = fused is not None and published[0] not in files and fused.tensor in files
-    return [fused.tensor] if is_fused else published
+    if fused is not None and published[0] not in files and fused.tensor in files:
+        return [fused.tensor]
+    return published
 
 
 def _parameter(name: str, sources: list[str], files: TensorFiles, shape: torch.Size, folder: Path) -> Tensor:

@@ -198,7 +198,7 @@ def _upcycle(options: argparse.Namespace) -> int:
     from farspan.trainer.upcycle import upcycle
 
     upcycle(load_config(Config, options.config, options.overrides), options.of, options.out)
-    log.info("%-12s%s: begin a run with it by run.start_from=%s", "upcycled", options.out, options.out)
+    _say_written("upcycled", options.out)
     return 0
 
 
@@ -206,7 +206,7 @@ def _pool_heads(options: argparse.Namespace) -> int:
     from farspan.trainer.pool_heads import pool_heads
 
     pool_heads(options.source, options.kv_heads, options.out)
-    log.info("%-12s%s: begin a run with it by run.start_from=%s", "pooled", options.out, options.out)
+    _say_written("pooled", options.out)
     log.info("%-12smodel.kv_heads=%d; see %s", "with", options.kv_heads, options.out / "model.toml")
     return 0
 
@@ -215,9 +215,13 @@ def _import(options: argparse.Namespace) -> int:
     from farspan.trainer.hugging_face.import_model import import_model
 
     decoder = import_model(options.source, options.out)
-    log.info("%-12s%s: begin a run with it by run.start_from=%s", "imported", options.out, options.out)
+    _say_written("imported", options.out)
     log.info("%-12sin place of the run's own [model]; see %s\n\n%s", "with", options.out / "model.toml", decoder.text())
     return 0
+
+
+def _say_written(how: str, weights: Path) -> None:
+    log.info("%-12s%s: begin a run with it by run.start_from=%s", how, weights, weights)
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -26,6 +26,7 @@ from farspan.tools.bench.experts import (
     small,
     verdict,
 )
+from farspan.tools.bench.files import table_line, write_files
 from farspan.tools.bench.timing import DIRECTIONS, Times, time_once
 from farspan.tools.bench_attention import DTYPES, device_of
 from farspan.tools.command import print_all
@@ -156,8 +157,8 @@ def markdown(rows: Sequence[Row], facts: Mapping[str, str], rounds: int) -> str:
         dtype=str(load.dtype).removeprefix("torch."), skewed=" ".join(map(str, sorted(skewed.counts, reverse=True))),
     )  # fmt: skip
     lines = [f"# Products of experts, forward and backward: {facts.get('gpu') or facts['cpu']}", ""]
-    lines += [*(f"- {name}: {value}" for name, value in facts.items()), "", how, _line(COLUMNS)]
-    lines += [_line(["---"] * len(COLUMNS)), *table(rows), "", "## What was checked", ""]
+    lines += [*(f"- {name}: {value}" for name, value in facts.items()), "", how, table_line(COLUMNS)]
+    lines += [table_line(["---"] * len(COLUMNS)), *table(rows), "", "## What was checked", ""]
     lines += [f"- {row.contender.name}: {row.verdict.said}" for row in rows]
     return "\n".join([*lines, ""])
 
@@ -168,7 +169,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         name, times = [row.load.name, row.contender.name], row.times
         if times is None:
-            yield _line([*name, "not correct", *[""] * (len(COLUMNS) - 3)])
+            yield table_line([*name, "not correct", *[""] * (len(COLUMNS) - 3)])
             continue
         record, base = both[row.contender.name, row.load.name], dense.get(row.key)
         cells = [*(times.median(direction) for direction in DIRECTIONS), times.least(BOTH), record.tflops]
@@ -176,11 +177,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
             ratios = [theirs / mine for theirs, mine in zip(base.of(BOTH), times.of(BOTH), strict=True)]
             cells += [record.of_dense, min(ratios), max(ratios)]
         cells += [None] * (len(COLUMNS) - 2 - len(cells))
-        yield _line([*name, *("" if x is None else f"{x:.3g}" for x in cells)])
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+        yield table_line([*name, *("" if x is None else f"{x:.3g}" for x in cells)])
 
 
 def bench(options: argparse.Namespace, command: Sequence[str]) -> list[Path]:
@@ -202,16 +199,13 @@ def bench(options: argparse.Namespace, command: Sequence[str]) -> list[Path]:
     for line in table(rows):
         print(line, flush=True)
     out = options.out or machine.default_out(device, "experts")
-    out.parent.mkdir(parents=True, exist_ok=True)
     taken = max((len(row.times.fwd) for row in rows if row.times is not None), default=0)
     texts = {
         f"{out.name}.json": json.dumps([asdict(record) for record in records_of(rows)], indent=1) + "\n",
         f"{out.name}_machine.json": json.dumps(facts, indent=1) + "\n",
         f"{out.name}.md": markdown(rows, facts, taken),
     }
-    for name, text in texts.items():
-        (out.parent / name).write_text(text, encoding="utf-8")
-    return [out.parent / name for name in texts]
+    return write_files(out.parent, texts)
 
 
 COUNTS = {"even": even_counts, "skewed": skewed_counts}

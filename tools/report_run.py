@@ -15,6 +15,7 @@ import torch
 
 from farspan.kernels.errors import ConfigError
 from farspan.tools.bench import machine
+from farspan.tools.bench.files import table_line, write_files
 from farspan.tools.bench.plot import linear
 from farspan.tools.command import print_all
 from farspan.trainer.config import Config
@@ -98,12 +99,9 @@ def report(folders: Sequence[Path], out: Path, facts: Mapping[str, str]) -> list
         names = [str(folder) for folder in folders]
     runs = [Run.read(folder, name) for folder, name in zip(folders, names, strict=True)]
     plots = {f"{out.name}_{what}.svg": (title, text) for what, (title, text) in plots_of(runs).items()}
-    out.parent.mkdir(parents=True, exist_ok=True)
     images = {name: title for name, (title, _) in plots.items()}
     texts = {f"{out.name}.md": markdown(runs, images, facts)} | {name: text for name, (_, text) in plots.items()}
-    for name, text in texts.items():
-        (out.parent / name).write_text(text, encoding="utf-8")
-    return [out.parent / name for name in texts]
+    return write_files(out.parent, texts)
 
 
 def plots_of(runs: Sequence[Run]) -> dict[str, tuple[str, str]]:
@@ -170,8 +168,7 @@ def _expert_row(run: Run, layer: str) -> Sequence[str]:
 
 
 def _table(columns: Sequence[str], rows: Iterator[Sequence[str]]) -> Iterator[str]:
-    for cells in (columns, ["---"] * len(columns), *rows):
-        yield f"| {' | '.join(cells)} |"
+    return map(table_line, (columns, ["---"] * len(columns), *rows))
 
 
 def facts_of(arguments: Sequence[str]) -> dict[str, str]:

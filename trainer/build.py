@@ -1,13 +1,15 @@
 """From a resolved configuration to the parts of a run: model and batches."""
 
+from collections.abc import Sequence
+
 import torch
 
 from farspan.kernels.backend import Work, choose_backend
 from farspan.parallel.comm import Channel, Traffic
 from farspan.parallel.cost import strategy_for
 from farspan.parallel.fsdp import shard_experts, shard_parameters
-from farspan.parallel.mesh import Degrees, Mesh
-from farspan.parallel.strategy import STRATEGIES
+from farspan.parallel.mesh import Degrees, Mesh, ParallelConfig
+from farspan.parallel.strategy import STRATEGIES, Strategy
 from farspan.trainer.batch import BatchBuilder, LayerAttention
 from farspan.trainer.config import Config
 from farspan.trainer.model.experts import Experts
@@ -40,10 +42,7 @@ def build_batches(config: Config, mesh: Mesh, device: torch.device, traffic: Tra
     """Return what turns sequences into this rank's micro-batches."""
     channel, parallel = mesh.context_channel(traffic), config.parallel
     names = strategies_of_layers(config, mesh.degrees)
-    strategies = {
-        name: STRATEGIES.get(name)(channel, rounded_gradients=parallel.rounded_gradients)
-        for name in dict.fromkeys(names)
-    }
+    strategies = build_strategies(names, channel, parallel)
     layers = zip(config.mechanisms(), names, backends_of_layers(config, device), strict=True)
     return BatchBuilder(
         model=config.model,
@@ -55,6 +54,14 @@ def build_batches(config: Config, mesh: Mesh, device: torch.device, traffic: Tra
         device=device,
         expert_channel=Channel(mesh.expert, traffic) if any(config.model.expert_layers) else None,
     )
+
+
+def build_strategies(names: Sequence[str], channel: Channel, parallel: ParallelConfig) -> dict[str, Strategy]:
+    """Return one strategy of each name, which keeps what its layers have in common."""
+    return {
+        name: STRATEGIES.get(name)(channel, rounded_gradients=parallel.rounded_gradients)
+        for name in dict.fromkeys(names)
+    }
 
 
 def strategies_of_layers(config: Config, degrees: Degrees) -> list[str]:

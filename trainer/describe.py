@@ -19,9 +19,9 @@ from farspan.parallel.halo import mean_rows_sent
 from farspan.parallel.layout import Shards
 from farspan.parallel.mesh import Degrees
 from farspan.parallel.simulation import Unconnected
-from farspan.parallel.strategy import STRATEGIES, Sizes
+from farspan.parallel.strategy import Sizes
 from farspan.trainer.batch import work_of_layers
-from farspan.trainer.build import backends_of_layers, strategies_of_layers
+from farspan.trainer.build import backends_of_layers, build_strategies, strategies_of_layers
 from farspan.trainer.config import Config
 from farspan.trainer.flops import attention_flops, matrix_parameters, total_parameters, training_flops
 
@@ -234,11 +234,7 @@ def attention_bytes(config: Config, degrees: Degrees) -> int:
     channel = Unconnected(0, degrees.context, width=parallel.context_inner)
     sizes = Sizes.of(config.train.torch_dtype, config.model.head_dim, config.model.head_dim)
     names = strategies_of_layers(config, degrees)
-    # One of each, as in a run: it keeps what its layers have in common.
-    strategies = {
-        name: STRATEGIES.get(name)(channel, rounded_gradients=parallel.rounded_gradients)
-        for name in dict.fromkeys(names)
-    }
+    strategies = build_strategies(names, channel, parallel)
     sent, layers = 0, Counter(zip(mechanisms, names, strict=True))
     for (mechanism, name), count in layers.items():
         strategy = strategies[name]

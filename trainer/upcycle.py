@@ -21,14 +21,15 @@ from farspan.trainer.config_io import load_config
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.init import initialize
 from farspan.trainer.model.transformer import Transformer
+from farspan.trainer.trained import Decoder
 from farspan.trainer.validate import experts_fit, head_mixture_fits, mechanism_takes_model
-from farspan.trainer.weights import load_weights, save_weights
+from farspan.trainer.weights import StoredWeights, save_weights
 
 Tensors = Mapping[str, Tensor]
 
 
-def upcycle(config: Config, runs: Sequence[Path], out: Path) -> ModelConfig:
-    """Write the weights that `config` can begin with, made of the newest checkpoints of `runs`; return its model.
+def upcycle(config: Config, runs: Sequence[Path], out: Path) -> None:
+    """Write the weights that `config` can begin with, made of the newest checkpoints of `runs`.
 
     Raises ConfigError where the models do not fit each other, CheckpointError where there is nothing to read.
     """
@@ -46,15 +47,12 @@ def upcycle(config: Config, runs: Sequence[Path], out: Path) -> ModelConfig:
     head_mixture_fits(config)
     mechanism_takes_model(config)
     with connected(Ranks(), torch.device("cpu")):
-        mixture = _build(config, model)
+        mixture = Transformer(model, replace(config, model=model).mechanisms())
+        if config.train.torch_dtype == torch.float64:
+            mixture = mixture.double()
         initialize(mixture, model, config.run.seed)
-        sources = []
-        for run, of_run in zip(runs, dense, strict=True):
-            source = _build(of_run, of_run.model)
-            load_weights(source, newest_whole(run / "checkpoints"))
-            sources.append(source.state_dict())
+        sources = [_tensors_of(*each) for each in zip(runs, dense, strict=True)]
         save_weights(mixed_of(sources, mixture.state_dict()), out)
-    return model
 
 
 def mixed_of(dense: Sequence[Tensors], start: Tensors) -> dict[str, Tensor]:
@@ -79,10 +77,11 @@ def _combined(sources: Sequence[Tensor], shape: torch.Size) -> Tensor:
     return torch.cat(copies, dim=0 if shape[0] > one.shape[0] else 1)
 
 
-def _build(config: Config, model: ModelConfig) -> Transformer:
-    """Return the model of a run, whole and on the CPU."""
-    built = Transformer(model, replace(config, model=model).mechanisms())
-    return built.double() if config.train.torch_dtype == torch.float64 else built
+def _tensors_of(run: Path, config: Config) -> Tensors:
+    shapes = Decoder(model=config.model, attention=config.attention).shapes()
+    stored = StoredWeights(newest_whole(run / "checkpoints"))
+    stored.check(shapes)
+    return stored.read(shapes)
 
 
 def _check_fit(model: ModelConfig, dense: ModelConfig, run: Path) -> None:

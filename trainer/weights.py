@@ -49,9 +49,7 @@ def _check_there(folder: Path) -> None:
 
 def _check_all_taken(folder: Path, tensors: Mapping[str, object]) -> None:
     """A model of fewer layers, or without a norm, takes from a larger one what it can: it would be another model."""
-    written = FileSystemReader(folder).read_metadata().state_dict_metadata
-    names = sorted(name.removeprefix(PREFIX) for name in written if name.startswith(PREFIX))
-    left = [name for name in names if name not in tensors]
+    left = [name for name in StoredWeights(folder).names if name not in tensors]
     if left:
         raise CheckpointError(
             f"{folder} holds weights that this model does not have ({left[0]}{', ...' if len(left) > 1 else ''}): "
@@ -75,6 +73,11 @@ class StoredWeights:
             for name, tensor in stored.items()
             if name.startswith(PREFIX) and isinstance(tensor, TensorStorageMetadata)
         }
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors, sorted."""
+        return sorted(self._tensors)
 
     def check(self, shapes: Mapping[str, torch.Size]) -> None:
         """Raise CheckpointError unless there is a tensor of each name, and of its shape."""

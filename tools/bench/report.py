@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from farspan.tools.bench.files import table_line, write_files
 from farspan.tools.bench.measure import LeftOut, Pair, Result
 from farspan.tools.bench.plot import human, log_log
 from farspan.tools.bench.records import Record
@@ -41,16 +42,13 @@ class Report:
 
 def write(report: Report, out: Path) -> list[Path]:
     """Write `out`.json, `out`_machine.json, `out`.md and `out`.svg; return their paths."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     texts = {
         f"{out.name}.json": json.dumps([record.as_dict() for record in report.records], indent=1) + "\n",
         f"{out.name}_machine.json": json.dumps(dict(report.machine), indent=1) + "\n",
         f"{out.name}.md": markdown(report, plot=f"{out.name}.svg"),
         f"{out.name}.svg": log_log(series(report.records), _title(report)),
     }
-    for name, text in texts.items():
-        (out.parent / name).write_text(text, encoding="utf-8")
-    return [out.parent / name for name in texts]
+    return write_files(out.parent, texts)
 
 
 def series(records: Sequence[Record]) -> dict[str, list[tuple[int, float]]]:
@@ -86,8 +84,8 @@ def _title(report: Report) -> str:
 
 
 def _table(report: Report, tokens: int) -> Iterator[str]:
-    yield _line(COLUMNS)
-    yield _line(["---"] * len(COLUMNS))
+    yield table_line(COLUMNS)
+    yield table_line(["---"] * len(COLUMNS))
     least = {
         (result.pair.case.name, result.pair.contender.name): result.times.least(PLOTTED)
         for result in report.results
@@ -100,28 +98,24 @@ def _table(report: Report, tokens: int) -> Iterator[str]:
     for key, row in rows.items():
         both = row[PLOTTED]
         if not both.correct:
-            yield _line([*key, "not correct", *[""] * (len(COLUMNS) - 3)])
+            yield table_line([*key, "not correct", *[""] * (len(COLUMNS) - 3)])
             continue
         cells = [*(_number(row[direction].ms) for direction in DIRECTIONS), _number(least[key])]
         cells += [_number(both.useful_tflops), _number(both.speedup_over_dense), _number(both.ideal_speedup)]
         cells.append("" if both.fraction_of_ideal is None else f"{both.fraction_of_ideal:.0%}")
         cells.append("" if both.peak_bytes is None else f"{both.peak_bytes / MIB:,.0f}")
-        yield _line([*key, *cells])
+        yield table_line([*key, *cells])
 
 
 def _memory_table(report: Report) -> Iterator[str]:
     """Peaks in MiB, and how often the first fits into the last, beside how often the tokens do."""
     sizes = report.memory_sizes
-    yield _line(["", *(f"{human(tokens)} MiB" for tokens in sizes), f"growth (tokens: {sizes[-1] / sizes[0]:g})"])
-    yield _line(["---"] * (len(sizes) + 2))
+    yield table_line(["", *(f"{human(tokens)} MiB" for tokens in sizes), f"growth (tokens: {sizes[-1] / sizes[0]:g})"])
+    yield table_line(["---"] * (len(sizes) + 2))
     for name, peaks in report.memory.items():
         cells = [f"{peak / MIB:,.0f}" for peak in peaks] + [""] * (len(sizes) - len(peaks))
         whole = len(peaks) == len(sizes) and peaks[0] > 0
-        yield _line([name, *cells, f"{peaks[-1] / peaks[0]:.1f}" if whole else ""])
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+        yield table_line([name, *cells, f"{peaks[-1] / peaks[0]:.1f}" if whole else ""])
 
 
 def _number(value: float | None) -> str:

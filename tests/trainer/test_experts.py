@@ -1,6 +1,6 @@
 """Ten training steps of models with experts: whoever holds experts and tokens, all is as in one process.
 
-The truth computes every expert on every token; see `test_equivalence.py` for the rest of the decoder. Losses, clipped
+The truth computes every expert on every token; see `decoder.py` for the rest. Losses, clipped
 norms, every gradient, auxiliary losses, loads and biases are compared in float64.
 """
 
@@ -23,8 +23,7 @@ from farspan.trainer.model.config import ExpertsConfig
 from farspan.trainer.model.transformer import Block
 from tests.ranks import RankPool
 from tests.trainer import tiny
-from tests.trainer.mixture_steps import assert_alike, train_alone
-from tests.trainer.test_equivalence import Trajectory, initial_parameters, train_dealt
+from tests.trainer.steps import Trajectory, assert_alike, initial_parameters, train_alone, train_dealt
 
 EXPERTS = {
     "softmax": ExpertsConfig(count=8, per_token=2, feed_forward=16, balance_loss=0.02, z_loss=0.01),

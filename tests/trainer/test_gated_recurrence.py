@@ -21,12 +21,13 @@ from farspan.trainer.model.config import ExpertsConfig, ModelConfig, RopeConfig
 from farspan.trainer.model.gated_recurrence import GatedRecurrence
 from farspan.trainer.train import identity
 from tests.ranks import RankPool
-from tests.trainer import test_experts, tiny
+from tests.trainer import tiny
 from tests.trainer.recurrence import gated_recurrence
-from tests.trainer.test_equivalence import (
+from tests.trainer.steps import (
     STEPS,
     TOLERANCE,
     Trajectory,
+    assert_alike,
     difference,
     initial_parameters,
     train_alone,
@@ -123,7 +124,7 @@ def test_ten_steps_with_experts(base: Config, ranks: Callable[[int], RankPool]) 
     start = ranks(1).run(initial_parameters, config)[0]
     for parallel in (ParallelConfig(context=4, expert=4), ParallelConfig(context=2, dp_shard=2, expert=4)):
         course = ranks(4).run(train_dealt, replace(config, parallel=parallel))[1]
-        test_experts.assert_alike(course, test_experts.train_alone(config, start, max(parallel.dp_shard, 1)))
+        assert_alike(course, train_alone(config, start, max(parallel.dp_shard, 1)))
 
 
 def test_bfloat16_follows_float64(base: Config, truth: Truth, ranks: Callable[[int], RankPool]) -> None:

@@ -14,8 +14,15 @@ from farspan.trainer.config import AttentionConfig, Config
 from farspan.trainer.model.config import ExpertsConfig, HeadMixtureConfig
 from tests.ranks import RankPool
 from tests.trainer import tiny
-from tests.trainer.mixture_steps import assert_alike, train_alone
-from tests.trainer.test_equivalence import TOLERANCE, Trajectory, difference, initial_parameters, train_dealt
+from tests.trainer.steps import (
+    TOLERANCE,
+    Trajectory,
+    assert_alike,
+    difference,
+    initial_parameters,
+    train_alone,
+    train_dealt,
+)
 
 EXPERTS = ExpertsConfig(count=4, per_token=2, feed_forward=16, shared=8, score="sigmoid", bias_rate=0.01)
 # Heads of the tiny model are 4 on 2 KV heads; of experts, so many each.

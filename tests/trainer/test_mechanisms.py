@@ -14,7 +14,7 @@ from farspan.trainer.config import AttentionConfig, Config
 from farspan.trainer.validate import validate
 from tests.ranks import RankPool
 from tests.trainer import tiny
-from tests.trainer.test_equivalence import TOLERANCE, Trajectory, difference, train_dealt
+from tests.trainer.steps import TOLERANCE, Trajectory, difference, train_dealt
 
 STEPS = 2
 ALONE = ParallelConfig(strategy="single")

@@ -16,10 +16,11 @@ _MADE: dict[tuple[dist.ProcessGroup, str, tuple[int, ...]], object] = {}
 """By world, purpose and ranks; of groups that this rank is not in, what torch gives for them."""
 
 
-def group_along(purpose: str, shape: Mapping[str, int], axis: str) -> dist.ProcessGroup:
+def group_along(purpose: str, shape: Mapping[str, int], axis: str, backend: str | None = None) -> dist.ProcessGroup:
     """Return this rank's group along one axis of a grid of all ranks, the last axis the innermost.
 
-    Every rank has to call it. A group waits for its ranks no longer than the world does.
+    backend: the world's, if left out. Every rank has to call it. A group waits for its ranks no longer than the world
+    does.
     """
     world, me = dist.group.WORLD, dist.get_rank()
     assert world is not None
@@ -30,7 +31,7 @@ def group_along(purpose: str, shape: Mapping[str, int], axis: str) -> dist.Proce
     mine = None
     for ranks in map(tuple, lines.flatten(0, -2).tolist() if len(shape) > 1 else [lines.tolist()]):
         if (world, purpose, ranks) not in _MADE:
-            _MADE[world, purpose, ranks] = dist.new_group(ranks)
+            _MADE[world, purpose, ranks] = dist.new_group(ranks, backend=backend)
         if me in ranks:
             mine = _MADE[world, purpose, ranks]
     assert isinstance(mine, dist.ProcessGroup)

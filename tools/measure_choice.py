@@ -25,14 +25,12 @@ from farspan.parallel.simulation import Unconnected
 from farspan.parallel.strategy import STRATEGIES, Chosen, Sizes
 from farspan.tools.command import print_all
 from farspan.trainer.build import build_batches, build_model
-from farspan.trainer.checkpoint import Checkpointer
+from farspan.trainer.checkpoint.whole import newest_whole
 from farspan.trainer.config import Config
 from farspan.trainer.config_io import load_config
 from farspan.trainer.data.packing import PackedSequences
-from farspan.trainer.optim import build_optimizer
 from farspan.trainer.resolve import resolve
-from farspan.trainer.state import TrainState
-from farspan.trainer.train import identity
+from farspan.trainer.weights import load_weights
 
 ONE_PROCESS = ("parallel.context=1", "parallel.dp_shard=0", "parallel.strategy=single", "attention.backend=auto")
 
@@ -44,9 +42,7 @@ def chosen_by_layers(folder: Path) -> tuple[Config, Rows, list[Chosen]]:
     config, device = resolved.config, resolved.device
     mesh = Mesh.build(config.parallel, device.type)
     model = build_model(config, mesh, device)
-    optimizer = build_optimizer(model, config.optimizer)
-    same = identity(config, resolved.train_source.fingerprint)
-    Checkpointer(folder / "checkpoints", model, optimizer, identity=same, keep=1 << 30).load_latest(TrainState())
+    load_weights(model, newest_whole(folder / "checkpoints"))
     data = PackedSequences(
         resolved.held_out_source, sequence_tokens=config.data.sequence_tokens, seed=0, shuffle=False, repeat=False
     )

@@ -107,10 +107,18 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
-    """every_steps: how often to save; the end of the run and a stop signal save too. keep: how many to keep."""
+    """every_steps: how often to save; the end of the run and a stop signal save too. keep: how many to keep.
+
+    permanent_every: checkpoints of every so many steps are kept for good, 0 for none. background: save while the run
+    goes on, which takes a copy of what is saved in the memory of the CPU. accept_changed: settings that may differ from
+    those a checkpoint was trained with, such as ["data.folder"].
+    """
 
     every_steps: int = bounded(100, minimum=1)
     keep: int = bounded(2, minimum=1)
+    permanent_every: int = bounded(0, minimum=0)
+    background: bool = True
+    accept_changed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,7 +18,7 @@ from farspan.parallel.mesh import Mesh
 from farspan.parallel.ranks import Ranks, connected
 from farspan.trainer.agreement import check_same, on_any_rank, on_first_rank, together
 from farspan.trainer.build import build_batches, build_model
-from farspan.trainer.checkpoint import Checkpointer
+from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.config import Config, flat
 from farspan.trainer.data.packing import PackedSequences
 from farspan.trainer.data.shuffle import ShuffledSequences
@@ -97,7 +97,7 @@ class _Run:
             self.model,
             self.optimizer,
             identity=identity(config, resolved.train_source.fingerprint),
-            keep=config.checkpoint.keep,
+            config=config.checkpoint,
         )
         self.resumed_from = self.checkpoints.load_latest(self.state)
         self.started_from = config.run.start_from if self.resumed_from is None else None

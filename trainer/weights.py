@@ -3,7 +3,6 @@
 A checkpoint of a run is such a folder too, whose optimizer state is left alone.
 """
 
-import pickle
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,18 +10,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load as load_shards
-from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from farspan.kernels.errors import CheckpointError
 from farspan.trainer.agreement import together
-from farspan.trainer.checkpoint import causes
+from farspan.trainer.checkpoint.shards import INDEX, read_index, read_shards, write_shards
 
-WRITTEN_LAST = ".metadata"
 PREFIX = "model."
 """Of the names of parameters in a folder, where an optimizer's state may be beside them."""
 
@@ -35,15 +28,15 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     together(lambda: _check_there(folder))
     tensors = {"model": get_model_state_dict(model)}
     try:
-        load_shards(tensors, checkpoint_id=folder)
-    except CheckpointException as error:
-        raise CheckpointError(f"{folder} does not fill this model ({causes(error)}): change model.*.") from None
+        read_shards(tensors, folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder} does not fill this model ({error}): change model.*.") from None
     together(lambda: _check_all_taken(folder, tensors["model"]))
     set_model_state_dict(model, tensors["model"])
 
 
 def _check_there(folder: Path) -> None:
-    if not (folder / WRITTEN_LAST).is_file():
+    if not (folder / INDEX).is_file():
         raise CheckpointError(_no_weights(folder))
 
 
@@ -64,14 +57,12 @@ class StoredWeights:
         """Read what there is; raises CheckpointError for a folder without weights, or with damaged ones."""
         _check_there(folder)
         try:
-            stored = FileSystemReader(folder).read_metadata().state_dict_metadata
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{folder} is damaged ({WRITTEN_LAST}: {error}): write it anew.") from None
+            stored = read_index(folder)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder} is damaged ({error}): write it anew.") from None
         self._folder = folder
         self._tensors = {
-            name.removeprefix(PREFIX): tensor
-            for name, tensor in stored.items()
-            if name.startswith(PREFIX) and isinstance(tensor, TensorStorageMetadata)
+            name.removeprefix(PREFIX): tensor for name, tensor in stored.items() if name.startswith(PREFIX)
         }
 
     @property
@@ -98,9 +89,9 @@ class StoredWeights:
         """Return these tensors; raises CheckpointError where one cannot be read."""
         tensors = {name: torch.empty(self._tensors[name].size, dtype=self.dtype_of(name)) for name in names}
         try:
-            load_shards({f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}, checkpoint_id=self._folder)
-        except CheckpointException as error:
-            raise CheckpointError(f"{self._folder} is damaged ({causes(error)}): write it anew.") from None
+            read_shards({f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}, self._folder)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self._folder} is damaged ({error}): write it anew.") from None
         return tensors
 
 
@@ -111,9 +102,9 @@ def save_weights(tensors: Mapping[str, Tensor], folder: Path, texts: Mapping[str
     """
     with new_folder(folder) as partial:
         try:
-            save_shards({"model": dict(tensors)}, checkpoint_id=partial)
-        except CheckpointException as error:
-            raise CheckpointError(_not_written(folder, causes(error))) from None
+            write_shards({"model": tensors}, partial)
+        except CheckpointError as error:
+            raise CheckpointError(_not_written(folder, str(error))) from None
         for name, text in (texts or {}).items():
             (partial / name).write_text(text)
 

@@ -12,8 +12,8 @@ from farspan.parallel.comm import Traffic
 from farspan.parallel.mesh import Mesh, ParallelConfig
 from farspan.parallel.ranks import Ranks, connected
 from farspan.trainer.build import build_batches
-from farspan.trainer.checkpoint import Checkpointer
-from farspan.trainer.config import AttentionConfig, Config, DataConfig, RunConfig, TrainConfig
+from farspan.trainer.checkpoint.checkpointer import Checkpointer
+from farspan.trainer.config import AttentionConfig, CheckpointConfig, Config, DataConfig, RunConfig, TrainConfig
 from farspan.trainer.config_io import to_toml
 from farspan.trainer.data.packing import PackedSequence
 from farspan.trainer.model.config import ExpertsConfig, ModelConfig, RopeConfig
@@ -61,7 +61,9 @@ def save_run(model: Transformer, decoder: Decoder, folder: Path) -> Path:
     (folder / "config.toml").write_text(to_toml(run_config(decoder, folder)))
     with connected(Ranks(), CPU):
         optimizer = torch.optim.AdamW(model.parameters())
-        Checkpointer(folder / "checkpoints", model, optimizer, identity={}, keep=1).save(TrainState(step=1))
+        Checkpointer(folder / "checkpoints", model, optimizer, identity={}, config=CheckpointConfig(keep=1)).save(
+            TrainState(step=1)
+        )
     return folder
 
 

@@ -1,0 +1,208 @@
+"""Checkpoints of a sharded model on two real ranks: the same bits back, the right ones kept, other runs refused."""
+
+import errno
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from farspan.kernels.errors import CheckpointError
+from farspan.trainer.checkpoint import checkpointer, shards
+from farspan.trainer.config import Config
+from farspan.trainer.state import TrainState
+from tests.ranks import RankPool
+from tests.trainer import tiny
+from tests.trainer.checkpoint.conftest import small
+from tests.trainer.checkpoint.side import Side, files, load, refusal, same_bits, save, state_of
+
+Ranks = Callable[[int], RankPool]
+
+
+def test_the_same_bits_come_back(config: Config, ranks: Ranks) -> None:
+    saved = ranks(2).run(save, config, [5, 6])
+    loaded = ranks(2).run(load, config)
+    for (_, before), (folder, state, after, _) in zip(saved, loaded, strict=True):
+        assert folder == "step_00000006"
+        assert state == TrainState(step=6, sequences=12, tokens=600)
+        assert any("exp_avg_sq" in name for name in before)
+        assert same_bits(before, after)
+    assert not torch.equal(saved[0][0]["embedding.weight.value"], saved[0][1]["embedding.weight.value"])
+
+
+def save_while_training(config: Config) -> tuple[Any, list[str]]:
+    """Save in the background, and change everything that is saved at once."""
+    side = Side(config)
+    side.update(1)
+    before, hidden = side.bits(), side.folder / ".step_00000001.partial"
+    state = state_of(1)
+    side.checkpoints.start_saving(state)
+    side.update(2)
+    state.step = 5
+    seen = files(side.folder) if hidden.exists() else []
+    # Collectives of the run itself meet those of the save.
+    for _ in range(20):
+        dist.all_reduce(torch.ones(1000))
+    side.checkpoints.finish_saving()
+    return before, seen
+
+
+def test_what_happens_during_a_save_is_not_in_it(config: Config, ranks: Ranks) -> None:
+    saved = ranks(2).run(save_while_training, config)
+    for (before, _), (folder, state, after, _) in zip(saved, ranks(2).run(load, config), strict=True):
+        assert (folder, state.step) == ("step_00000001", 1)
+        assert same_bits(before, after)
+
+
+def test_nothing_saved_is_a_fresh_start(config: Config, ranks: Ranks) -> None:
+    for folder, state, _, _ in ranks(2).run(load, config):
+        assert folder is None
+        assert state == TrainState()
+
+
+def test_the_newest_are_kept(config: Config, ranks: Ranks) -> None:
+    ranks(2).run(save, config, [9, 99_999_999, 100_000_000])
+    assert files(config.run.folder / "checkpoints") == ["step_100000000", "step_99999999"]
+    assert ranks(2).run(load, config)[0][0] == "step_100000000"
+
+
+def test_some_are_kept_for_good(tmp_path: Path, ranks: Ranks) -> None:
+    config = small(tmp_path, keep=1, permanent_every=20)
+    ranks(2).run(save, config, [10, 20, 30, 40, 50, 60])
+    assert files(config.run.folder / "checkpoints") == [f"step_000000{step}" for step in (20, 40, 60)]
+
+
+def test_an_unfinished_save_is_ignored_and_cleared_away(config: Config, newest: Path, ranks: Ranks) -> None:
+    newest.rename(newest.with_name(".step_00000002.partial"))
+    assert ranks(2).run(load, config)[0][0] == "step_00000001"
+    ranks(2).run(save, config, [3])
+    assert files(newest.parent) == ["step_00000001", "step_00000003"]
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_what_a_resumed_run_has_come_past_is_not_the_newest(
+    config: Config, newest: Path, ranks: Ranks, step: int
+) -> None:
+    """A checkpoint that was refused must not be kept in place of a good one, nor be resumed from later."""
+    (newest / "manifest.json").write_text("damaged")
+    config = replace(config, checkpoint=replace(config.checkpoint, keep=1))
+    saved = ranks(2).run(save, config, [step])
+    folder, _, after, _ = ranks(2).run(load, config)[0]
+    assert folder == f"step_{step:08}"
+    assert same_bits(saved[0][0], after)
+    refused = ["refused_step_00000001", "refused_step_00000002"][step - 1 :]
+    assert files(newest.parent) == [*refused, f"step_{step:08}"]
+
+
+def test_settings_of_the_optimizer_are_the_configurations(config: Config, newest: Path, ranks: Ranks) -> None:
+    changed = replace(config, optimizer=replace(config.optimizer, weight_decay=0.4))
+    assert ranks(2).run(load, config)[0][3] == [0.1, 0.0]
+    assert ranks(2).run(load, changed)[0][3] == [0.4, 0.0]
+
+
+def other_runs(config: Config) -> list[tuple[Config, str, str]]:
+    longer = replace(config, data=replace(config.data, sequence_tokens=103))
+    return [
+        (replace(config, run=replace(config.run, seed=12)), "data", "another run.seed (11, now 12)"),
+        (config, "else", "another data.folder ('data', now 'else')"),
+        (longer, "data", "another data.sequence_tokens (101, now 103)"),
+        # All of the shapes are the same, the function is not.
+        (tiny.with_model(config, heads=2, kv_heads=1, head_dim=16), "data", "another model.head_dim (8, now 16)"),
+        # Fewer layers are all there in the checkpoint.
+        (tiny.with_model(config, layers=1), "data", "another model.layers (2, now 1)"),
+    ]
+
+
+def test_another_run_is_refused(config: Config, newest: Path, ranks: Ranks) -> None:
+    for other, fingerprint, reason in other_runs(config):
+        message, same = ranks(2).run(refusal, other, fingerprint)
+        assert message == same
+        assert message.startswith(f"checkpoint {newest} was trained with {reason}")
+        assert (
+            "go back to that, or start anew with another run.folder, or go on with what is new by checkpoint.a"
+            in message
+        )
+
+
+def test_changes_are_listed_and_can_be_accepted(config: Config, newest: Path, ranks: Ranks) -> None:
+    other = replace(config, run=replace(config.run, seed=12), data=replace(config.data, sequence_tokens=103))
+    assert ranks(2).run(refusal, other)[0] == (
+        f"checkpoint {newest} was trained with another data.sequence_tokens (101, now 103), another run.seed (11, now "
+        "12): go back to that, or start anew with another run.folder, or go on with what is new by "
+        'checkpoint.accept_changed=["data.sequence_tokens", "run.seed"].'
+    )
+    accepted = ("run.seed", "data.sequence_tokens")
+    willing = replace(other, checkpoint=replace(config.checkpoint, accept_changed=accepted))
+    assert ranks(2).run(load, willing)[0][0] == "step_00000002"
+    less = replace(willing, checkpoint=replace(willing.checkpoint, accept_changed=accepted[1:]))
+    assert "with another run.seed (11, now 12): go" in ranks(2).run(refusal, less)[0]
+
+
+def test_another_format_is_refused(config: Config, newest: Path, ranks: Ranks) -> None:
+    (newest / "manifest.json").write_text(json.dumps({"format": 1, "identity": {}, "train_state": {}, "files": {}}))
+    assert "has format 1 but this farspan reads 2: use the farspan that wrote it" in ranks(2).run(refusal, config)[0]
+
+
+def refused_save(config: Config, step: int = 3) -> str:
+    side = Side(config)
+    with pytest.raises(CheckpointError) as refused:
+        side.checkpoints.save(state_of(step))
+    dist.barrier()
+    return str(refused.value)
+
+
+def test_a_folder_that_cannot_be_written_is_said_by_all_ranks(config: Config, ranks: Ranks) -> None:
+    config.run.folder.mkdir()
+    (config.run.folder / "checkpoints").write_text("a file in the way")
+    messages = ranks(2).run(refused_save, config)
+    assert messages[0] == messages[1]
+    assert "step_00000003 cannot be written (Not a directory): make room, or choose another" in messages[0]
+
+
+def save_without_room(config: Config) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpointer.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 100_000}))
+        return refused_save(config)
+
+
+def test_a_checkpoint_that_does_not_fit_is_not_begun(config: Config, newest: Path, ranks: Ranks) -> None:
+    messages = ranks(2).run(save_without_room, config)
+    assert messages[0] == messages[1]
+    assert "step_00000003 takes 0.000 GB and 0.000 GB are free: make room" in messages[0]
+    assert files(newest.parent) == ["step_00000001", "step_00000002"]
+
+
+def disk_full(stream: object, data: object) -> int:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def fail_in_background(config: Config) -> tuple[str, list[str]]:
+    """One rank cannot write its part: return what all raise, and what is left; then save again."""
+    side = Side(config)
+    side.checkpoints.save(state_of(1))
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(shards._HashedStream, "write", disk_full)
+        side.checkpoints.start_saving(state_of(3))
+        while not side.checkpoints.has_failed:
+            time.sleep(0.01)
+        with pytest.raises(CheckpointError) as refused:
+            side.checkpoints.finish_saving()
+    left = files(side.folder)
+    dist.barrier()
+    side.checkpoints.save(state_of(4))
+    return str(refused.value), left
+
+
+def test_a_save_that_fails_in_the_background_is_known_to_all_ranks(config: Config, ranks: Ranks) -> None:
+    results = ranks(2).run(fail_in_background, config)
+    for message, left in results:
+        assert message == results[0][0]
+        assert "step_00000003 cannot be written ([Errno 28] No space left on device): make room" in message
+        assert left == ["step_00000001"]
+    assert files(config.run.folder / "checkpoints") == ["step_00000001", "step_00000004"]

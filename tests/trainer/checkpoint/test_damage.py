@@ -1,0 +1,196 @@
+"""Damage of every kind to every file: never loaded; the newest checkpoint that is whole is, and one line says why."""
+
+import hashlib
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save as save_with_dcp
+
+from farspan.kernels.errors import CheckpointError
+from farspan.parallel.ranks import Ranks, connected
+from farspan.trainer.checkpoint.manifest import FileRecord, Manifest
+from farspan.trainer.checkpoint.shards import read_index
+from farspan.trainer.checkpoint.whole import check_whole, newest_whole
+from farspan.trainer.config import Config
+from tests.ranks import RankPool
+from tests.trainer.checkpoint.conftest import Written
+from tests.trainer.checkpoint.side import Bits, files, refusal, same_bits, walk_back
+
+Pool = Callable[[int], RankPool]
+FILES = [".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json"]
+POSITIONS = 12
+"""How many bytes of each file are flipped, one at a time, over all of its length."""
+
+
+def places(num_bytes: int) -> Iterator[int]:
+    """Positions all over a file, its first and its last byte among them."""
+    return (round(i * (num_bytes - 1) / (POSITIONS - 1)) for i in range(POSITIONS))
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def walks_back(config: Config, harms: list[tuple[str, str, int]]) -> list[tuple[str | None, Bits, list[str]]]:
+    """On a rank: do each harm to the newest checkpoint in turn, load, and undo it."""
+    newest, results = config.run.folder / "checkpoints" / "step_00000002", []
+    spare = config.run.folder / "spare"
+    for name, kind, place in harms:
+        if dist.get_rank() == 0:
+            shutil.copytree(newest, spare)
+            HARM[kind](newest / name, place)
+        dist.barrier()
+        results.append(walk_back(config))
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(newest)
+            spare.rename(newest)
+        dist.barrier()
+    return results
+
+
+HARM: dict[str, Callable[[Path, int], object]] = {
+    "flipped": flip,
+    "cut": os.truncate,
+    "missing": lambda path, place: path.unlink(),
+    "longer": lambda path, place: path.write_bytes(path.read_bytes() + b"\n"),
+    "a folder": lambda path, place: (path.unlink(), path.mkdir()),
+}
+
+
+def assert_walked_back(
+    results: list[list[tuple[str | None, Bits, list[str]]]], written: Written, newest: Path, harms: list[Any]
+) -> None:
+    for rank, of_rank in enumerate(results):
+        for (folder, bits, lines), harm in zip(of_rank, harms, strict=True):
+            assert folder == "step_00000001", harm
+            assert same_bits(bits, written.bits[rank][0]), harm
+            assert len(lines) == 1, harm
+            assert f"checkpoint {newest} is damaged (" in lines[0], harm
+            assert harm[0] in lines[0], harm
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_byte_is_found(config: Config, newest: Path, written: Written, ranks: Pool, name: str) -> None:
+    harms = [(name, "flipped", place) for place in places((newest / name).stat().st_size)]
+    assert_walked_back(ranks(2).run(walks_back, config, harms), written, newest, harms)
+
+
+def test_files_that_are_cut_or_lost_are_found(config: Config, newest: Path, written: Written, ranks: Pool) -> None:
+    cuts = [(name, "cut", place) for name in FILES for place in (0, (newest / name).stat().st_size - 1)]
+    harms = [*cuts, *((name, kind, 0) for name in FILES for kind in ("missing", "longer", "a folder"))]
+    assert_walked_back(ranks(2).run(walks_back, config, harms), written, newest, harms)
+
+
+def test_the_undamaged_are_loaded(config: Config, newest: Path, written: Written, ranks: Pool) -> None:
+    for rank, (folder, bits, lines) in enumerate(ranks(2).run(walk_back, config)):
+        assert (folder, lines) == ("step_00000002", [])
+        assert same_bits(bits, written.bits[rank][1])
+
+
+def test_nothing_whole_is_no_fresh_start(config: Config, newest: Path, ranks: Pool) -> None:
+    for folder in (newest, newest.with_name("step_00000001")):
+        flip(folder / "__0_0.distcp", 5000)
+    messages = ranks(2).run(refusal, config)
+    assert (
+        messages
+        == [
+            f"none of the 2 checkpoints in {newest.parent} can be used, see the lines before: restore one of them, or "
+            "start anew with another run.folder."
+        ]
+        * 2
+    )
+
+
+class Payload:
+    """Code in place of data: unpickled, it makes a file."""
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self._target),)
+
+
+def with_payload(folder: Path, where: str, target: Path) -> None:
+    """Hide code in a checkpoint, with a manifest that agrees with it."""
+    if where == "index":
+        metadata = FileSystemReader(folder).read_metadata()
+        metadata.planner_data = Payload(target)
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    elif where == "value":
+        shutil.copy(folder / "manifest.json", folder.parent / "kept.json")
+        shutil.rmtree(folder)
+        tensors = {"model": {"embedding.weight": Payload(target)}, "optimizer": {}}
+        with connected(Ranks(), torch.device("cpu")):
+            save_with_dcp(tensors, storage_writer=FileSystemWriter(folder))
+        shutil.move(folder.parent / "kept.json", folder / "manifest.json")
+    else:
+        metadata = FileSystemReader(folder).read_metadata()
+        place = next(iter(metadata.storage_data.values()))
+        content = bytearray((folder / place.relative_path).read_bytes())
+        torch.save(Payload(target), folder / "code")
+        code = (folder / "code").read_bytes()
+        (folder / "code").unlink()
+        for info in metadata.storage_data.values():
+            if info.relative_path == place.relative_path:
+                info.offset, info.length = len(content), len(code)
+        (folder / place.relative_path).write_bytes(bytes(content) + code)
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    manifest = Manifest.read(folder)
+    kept = [path for path in folder.iterdir() if path.name != "manifest.json"]
+    Manifest(identity=manifest.identity, train_state=manifest.train_state, files=records(kept)).write(folder)
+
+
+def records(paths: list[Path]) -> dict[str, FileRecord]:
+    return {
+        path.name: FileRecord(bytes=path.stat().st_size, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in paths
+    }
+
+
+@pytest.mark.parametrize("where", ["index", "value", "tensor"])
+def test_code_in_a_checkpoint_is_not_run(config: Config, newest: Path, ranks: Pool, tmp_path: Path, where: str) -> None:
+    target = tmp_path / "made by the payload"
+    with_payload(newest, where, target)
+    check_whole(newest)
+    for folder, _, lines in ranks(2).run(walk_back, config):
+        assert folder == "step_00000001"
+        assert len(lines) == 1
+    assert not target.exists()
+    if where != "tensor":
+        with pytest.raises(CheckpointError, match=r"which no index needs|which is no tensor"):
+            read_index(newest)
+
+
+def test_an_index_cannot_lead_elsewhere(newest: Path, tmp_path: Path) -> None:
+    metadata = FileSystemReader(newest).read_metadata()
+    for info in metadata.storage_data.values():
+        info.relative_path = "../step_00000001/__0_0.distcp"
+    (newest / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=r"names a file elsewhere, \.\./step_00000001"):
+        read_index(newest)
+
+
+def test_one_process_takes_the_newest_that_is_whole(newest: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "farspan")
+    assert newest_whole(newest.parent) == newest
+    flip(newest / "__1_0.distcp", 3000)
+    assert newest_whole(newest.parent).name == "step_00000001"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"refused     checkpoint {newest} is damaged (__1_0.distcp holds other bytes than were written)"
+    ]
+    shutil.rmtree(newest.with_name("step_00000001"))
+    with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints in .* is whole: restore one of them"):
+        newest_whole(newest.parent)
+    assert files(newest.parent) == ["step_00000002"]

@@ -5,3 +5,5 @@ import torch.distributed.device_mesh
 import torch.distributed.fsdp
 import torch.distributed.tensor
 import torch.utils.tensorboard  # noqa: F401
+
+import farspan.trainer.train  # noqa: F401

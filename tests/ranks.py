@@ -76,7 +76,9 @@ class RankPool:
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
 
-    def run(self, function: Callable[..., Any], *arguments: object, timeout_s: float = 120) -> list[Any]:
+    def run(
+        self, function: Callable[..., Any], *arguments: object, timeout_s: float = 120, grace_s: float = GRACE_S
+    ) -> list[Any]:
         """Call `function(*arguments)` on every rank and return the results in rank order."""
         if not self._processes:
             self._start()
@@ -91,7 +93,7 @@ class RankPool:
         pending = {connection: rank for rank, connection in enumerate(self._connections)}
         while pending:
             # Once a rank has failed, the others may wait for it for ever; a moment lets them tell their own failures.
-            ready = wait(list(pending), timeout=GRACE_S if failures else timeout_s)
+            ready = wait(list(pending), timeout=grace_s if failures else timeout_s)
             for connection in ready:
                 assert isinstance(connection, Connection)
                 rank = pending.pop(connection)

@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class Checkpointer:
         self._identity: dict[str, Any] = json.loads(json.dumps(dict(identity)))
         self._config = config
         self._group = group_along("checkpoint", {"ranks": dist.get_world_size()}, "ranks", backend="gloo")
-        self._copies = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
+        self._copies = BlockingAsyncStager(cache_staged_state_dict=True)
         self._writing = Background("checkpoint")
 
     def save(self, state: TrainState) -> Path:
@@ -88,7 +89,7 @@ class Checkpointer:
         manifest = Manifest(identity=self._identity, train_state=state.state_dict(), files={})
         num_bytes = _num_bytes(tensors)
         partial = on_first_rank(lambda: self._writable(state.step, lambda: self._make_room(state.step, num_bytes)))
-        copies = self._copies.stage(tensors)
+        copies = self._copy(tensors)
         self._writing.start(lambda: self._write(copies, partial, manifest))
 
     @property
@@ -115,8 +116,10 @@ class Checkpointer:
             try:
                 manifest = on_first_rank(lambda folder=folder: self._read_manifest(folder))
                 share = deal(manifest.files, dist.get_world_size())[dist.get_rank()]
-                together(lambda folder=folder, share=share: check_content(folder, share))
-                self._load(folder)
+                with ThreadPoolExecutor(1) as beside:
+                    verified = beside.submit(check_content, folder, share)
+                    self.read(folder)
+                    together(verified.result)
             except DamagedError as error:
                 log.info("refused     %s", error)
                 continue
@@ -129,7 +132,11 @@ class Checkpointer:
             )
         return None
 
-    def _load(self, folder: Path) -> None:
+    def read(self, folder: Path) -> None:
+        """Fill model and optimizer with what the files of a checkpoint hold, whether or not that is what was written.
+
+        Raises DamagedError, on all ranks, where one cannot be read; model and optimizer may be half filled then.
+        """
         tensors = self._tensors()
         try:
             read_shards(tensors, folder)
@@ -146,6 +153,13 @@ class Checkpointer:
     def _tensors(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self._model, self._optimizer)
         return {"model": model, "optimizer": optimizer["state"]}
+
+    def _copy(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Copy tensors to the CPU, into the memory of the last copy: fresh memory costs more than the copying."""
+        if self._copies.state_dict_cache is None and not torch.cuda.is_available():
+            # The stager's own would be pinned, which is for GPUs.
+            self._copies.state_dict_cache = BlockingAsyncStager().stage(tensors)
+        return self._copies.stage(tensors)
 
     def _read_manifest(self, folder: Path) -> Manifest:
         manifest = Manifest.read(folder)

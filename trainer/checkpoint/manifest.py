@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +19,6 @@ HASH = "sha256"
 START_ANEW = "start anew with another run.folder"
 HASHING_THREADS = 4
 """Of one process; hashing lets other threads run."""
-CHUNK_BYTES = 1 << 22
 
 
 class DamagedError(CheckpointError):
@@ -120,22 +119,12 @@ def damaged(folder: Path, cause: str) -> DamagedError:
 
 
 def _difference(path: Path, record: FileRecord) -> str | None:
-    digest, size = hashlib.sha256(), 0
     try:
         with path.open("rb", buffering=0) as file:
-            for chunk in _chunks(file.read):
-                digest.update(chunk)
-                size += len(chunk)
+            found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         return f"{path.name} cannot be read: {error.strerror or error}"
-    if size != record.bytes:
-        return f"{path.name} has {size} bytes, not {record.bytes}"
-    return None if digest.hexdigest() == record.sha256 else f"{path.name} holds other bytes than were written"
-
-
-def _chunks(read: Any) -> Iterable[bytes]:
-    while chunk := read(CHUNK_BYTES):
-        yield chunk
+    return None if found == record.sha256 else f"{path.name} holds other bytes than were written"
 
 
 def _text(content: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The command line: `train`, `launch`, `jobs`, `data prepare`, `upcycle`, `pool-heads`, `import`, `export`.
+"""The command line: train, launch, jobs, data prepare, upcycle, pool-heads, import, export, checkpoint.
 
 Importing torch takes seconds, so that each command imports what it needs when it runs.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from farspan.kernels.errors import ConfigError, FarspanError
+from farspan.launch import checkpoint_commands
 from farspan.launch.env import read_ranks, site_file
 from farspan.launch.local import LocalJob
 from farspan.trainer.data import prepare
@@ -101,12 +102,23 @@ def _parser() -> argparse.ArgumentParser:
     imported.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for run.start_from")
     imported.set_defaults(command=_import)
 
+    _add_export(commands)
+    _add_checkpoint(commands.add_parser("checkpoint", help="what a run has saved"))
+    return parser
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    commands = _add_commands(parser, "WHAT")
+    checkpoint_commands.add_arguments(commands)
+    _add_export(commands)
+
+
+def _add_export(commands: "argparse._SubParsersAction") -> None:
     exported = commands.add_parser("export", help="write a trained model for Hugging Face's transformers")
     exported.add_argument("source", type=Path, metavar="MODEL", help="a run, one of its checkpoints, or weights")
     exported.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="config.json and safetensors")
     exported.add_argument("--dtype", choices=("bfloat16", "float32"), help="of tensors; as they are, if left out")
     exported.set_defaults(command=_export)
-    return parser
 
 
 def _add_slurm(launch: "argparse._SubParsersAction") -> None:

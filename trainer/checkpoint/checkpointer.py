@@ -114,12 +114,7 @@ class Checkpointer:
         found = on_first_rank(lambda: finished(self._folder))
         for folder in reversed(found):
             try:
-                manifest = on_first_rank(lambda folder=folder: self._read_manifest(folder))
-                share = deal(manifest.files, dist.get_world_size())[dist.get_rank()]
-                with ThreadPoolExecutor(1) as beside:
-                    verified = beside.submit(check_content, folder, share)
-                    self.read(folder)
-                    together(verified.result)
+                manifest = self._load(folder)
             except DamagedError as error:
                 log.info("refused     %s", error)
                 continue
@@ -131,6 +126,19 @@ class Checkpointer:
                 f"one of them, or {START_ANEW}."
             )
         return None
+
+    def _load(self, folder: Path) -> Manifest:
+        """Fill model and optimizer; raises DamagedError, on all ranks, where a file is not as it was written."""
+        manifest = on_first_rank(lambda: self._read_manifest(folder))
+        share = deal(manifest.files, dist.get_world_size())[dist.get_rank()]
+        with ThreadPoolExecutor(1) as beside:
+            verified = beside.submit(check_content, folder, share)
+            try:
+                self.read(folder)
+            finally:
+                # What is wrong with the file says more than what came of reading it.
+                together(verified.result)
+        return manifest
 
     def read(self, folder: Path) -> None:
         """Fill model and optimizer with what the files of a checkpoint hold, whether or not that is what was written.

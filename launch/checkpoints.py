@@ -1,0 +1,87 @@
+"""What a run has saved: a table, whether it is whole, and less of it."""
+
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from farspan.kernels.errors import CheckpointError, ConfigError
+from farspan.trainer.checkpoint.manifest import DamagedError, Manifest, check_sizes
+from farspan.trainer.checkpoint.steps import PREFIX, REFUSED, finished, prune, step_of
+from farspan.trainer.checkpoint.whole import check_whole
+from farspan.trainer.lock import lock_folder
+
+log = logging.getLogger("farspan")
+
+
+def show(run: Path) -> None:
+    """Say what checkpoints a run has, a line each; raises CheckpointError where there are none."""
+    rows = [("step", "saved", "MB", "files", "tokens", "")]
+    rows += [_row(path) for path in [*_finished(run), *_refused(run)]]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        *columns, note = row
+        log.info("%s", "  ".join([*map(str.rjust, columns, widths), note]).rstrip())
+
+
+def _row(path: Path) -> tuple[str, ...]:
+    step = str(step_of(Path(path.name.removeprefix(REFUSED))))
+    saved = f"{datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M:%S}"
+    try:
+        manifest = Manifest.read(path)
+        check_sizes(path, manifest.files)
+    except CheckpointError as error:
+        return step, saved, "", "", "", str(error).removeprefix(f"checkpoint {path} is ")
+    said = "refused" if path.name.startswith(REFUSED) else ""
+    sizes = f"{manifest.total_bytes / 1e6:,.1f}", str(len(manifest.files)), f"{manifest.train_state['tokens']:,}"
+    return step, saved, *sizes, said
+
+
+def verify(folder: Path) -> bool:
+    """Read every byte of a run's checkpoints, or of one of them; say what was found; return whether all are whole."""
+    is_step = folder.name.startswith((PREFIX, REFUSED)) and not (folder / "checkpoints").exists()
+    all_whole = True
+    for path in [folder] if is_step else _finished(folder):
+        try:
+            manifest = check_whole(path)
+        except DamagedError as error:
+            log.info("damaged     %s", error)
+            all_whole = False
+        else:
+            log.info("whole       %s, %s bytes in %d files", path, f"{manifest.total_bytes:,}", len(manifest.files))
+    return all_whole
+
+
+def prune_run(run: Path, *, keep: int, permanent_every: int) -> None:
+    """Delete checkpoints of a run that nobody trains: old ones, and those that it refused; say which.
+
+    Raises ConfigError for numbers that cannot be, or a run that is under way, CheckpointError where the newest
+    checkpoint is not whole.
+    """
+    if keep < 1:
+        raise ConfigError(f"--keep {keep} must be at least 1: the newest checkpoint is never deleted.")
+    if permanent_every < 0:
+        raise ConfigError(f"--permanent-every {permanent_every} must be at least 0.")
+    newest = _finished(run)[-1]
+    with lock_folder(run):
+        check_whole(newest)
+        gone = prune(newest.parent, keep=keep, permanent_every=permanent_every)
+        for path in _refused(run):
+            shutil.rmtree(path)
+            gone.append(path)
+    for path in gone:
+        log.info("deleted     %s", path)
+    if not gone:
+        log.info("deleted     nothing: there is no more than asked for")
+
+
+def _finished(run: Path) -> Sequence[Path]:
+    found = finished(run / "checkpoints")
+    if not found:
+        raise CheckpointError(f"{run} has no finished checkpoint: name the folder of a run that has saved one.")
+    return found
+
+
+def _refused(run: Path) -> Iterator[Path]:
+    yield from sorted((run / "checkpoints").glob(f"{REFUSED}{PREFIX}*"))

@@ -1,0 +1,113 @@
+"""`farspan checkpoint` on the folder of a run with three checkpoints."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from farspan.launch import cli
+from farspan.parallel.mesh import Mesh, ParallelConfig
+from farspan.parallel.ranks import Ranks, connected
+from farspan.trainer.build import build_model
+from farspan.trainer.checkpoint.checkpointer import Checkpointer
+from farspan.trainer.config import CheckpointConfig
+from farspan.trainer.lock import lock_folder
+from farspan.trainer.optim import build_optimizer
+from farspan.trainer.state import TrainState
+from tests.trainer import tiny
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    config = tiny.config(folder / "none", folder / "run", ParallelConfig())
+    with connected(Ranks(), torch.device("cpu")):
+        model = build_model(config, Mesh.build(config.parallel, "cpu"), torch.device("cpu"))
+        optimizer = build_optimizer(model, config.optimizer)
+        saving = CheckpointConfig(keep=3)
+        checkpoints = Checkpointer(folder / "run" / "checkpoints", model, optimizer, identity={}, config=saving)
+        for step in (10, 20, 30):
+            checkpoints.save(TrainState(step=step, tokens=1000 * step))
+    return folder / "run"
+
+
+@pytest.fixture
+def run(written: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(written, tmp_path / "run"))
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def steps(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def farspan(*arguments: object) -> int:
+    return cli.main(["checkpoint", *map(str, arguments)])
+
+
+def test_ls_shows_a_line_for_each(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "checkpoints" / "step_00000030" / "__0_0.distcp").unlink()
+    (run / "checkpoints" / "step_00000020").rename(run / "checkpoints" / "refused_step_00000020")
+    assert farspan("ls", run) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["step", "saved", "MB", "files", "tokens"]
+    when = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+    assert re.fullmatch(rf" *10  {when}  1\.\d  +2  10,000", lines[1])
+    assert re.fullmatch(rf" *30  {when} +damaged \(__0_0.distcp is missing\)", lines[2])
+    assert re.fullmatch(rf" *20  {when}  1\.\d  +2  20,000  +refused", lines[3])
+
+
+def test_verify_reads_every_byte(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert farspan("verify", run) == 0
+    assert (
+        len(re.findall(r"^whole       .*step_000000[123]0, [\d,]+ bytes in 2 files$", capsys.readouterr().out, re.M))
+        == 3
+    )
+    step = run / "checkpoints" / "step_00000020"
+    flip(step / "__0_0.distcp")
+    assert farspan("verify", run) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["whole", "damaged", "whole"]
+    assert "step_00000020 is damaged (__0_0.distcp holds other bytes than were written)" in lines[1]
+    assert farspan("verify", step) == 1
+    assert farspan("verify", step.with_name("step_00000010")) == 0
+
+
+def test_prune_keeps_the_newest_and_the_permanent(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(run / "checkpoints" / "step_00000030", run / "checkpoints" / "refused_step_00000040")
+    assert farspan("prune", run, "--keep", 1, "--permanent-every", 20) == 0
+    assert steps(run) == ["step_00000020", "step_00000030"]
+    deleted = [line.rpartition("/")[2] for line in capsys.readouterr().out.splitlines()]
+    assert deleted == ["step_00000010", "refused_step_00000040"]
+    assert farspan("prune", run, "--keep", 1) == 0
+    assert farspan("prune", run, "--keep", 1) == 0
+    assert steps(run) == ["step_00000030"]
+    assert capsys.readouterr().out.splitlines()[-1] == "deleted     nothing: there is no more than asked for"
+
+
+def test_prune_deletes_nothing_where_that_would_lose_something(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = steps(run)
+    flip(run / "checkpoints" / "step_00000030" / "__0_0.distcp")
+    assert farspan("prune", run, "--keep", 1) == 2
+    assert "step_00000030 is damaged" in capsys.readouterr().err
+    with lock_folder(run):
+        assert farspan("prune", run, "--keep", 1) == 2
+    assert "is in use by" in capsys.readouterr().err
+    assert farspan("prune", run, "--keep", 0) == 2
+    assert farspan("prune", run, "--keep", 1, "--permanent-every", -1) == 2
+    assert steps(run) == before
+
+
+def test_a_folder_without_checkpoints_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["ls"], ["verify"], ["prune", "--keep", "1"]):
+        assert farspan(*command, tmp_path) == 2
+        assert "has no finished checkpoint: name the folder of a run" in capsys.readouterr().err
+    (tmp_path / "step_00000001").mkdir()
+    assert farspan("verify", tmp_path / "step_00000001") == 1

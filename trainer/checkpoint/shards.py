@@ -157,4 +157,6 @@ class _IndexUnpickler(pickle.Unpickler):
 
 def _causes(error: CheckpointException) -> str:
     """Return what went wrong on any rank, each cause once."""
-    return "; ".join(sorted({" ".join(str(failure[0]).split()) for failure in error.failures.values()}))
+    return "; ".join(
+        sorted({" ".join(str(failure[0]).split()) or repr(failure[0]) for failure in error.failures.values()})
+    )

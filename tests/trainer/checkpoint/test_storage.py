@@ -1,0 +1,140 @@
+"""Real file systems that are full or cannot be written: said on all ranks, and what was saved before stays."""
+
+import errno
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from farspan.kernels.errors import CheckpointError
+from farspan.trainer.checkpoint import checkpointer, shards
+from farspan.trainer.config import Config
+from tests.ranks import RankPool
+from tests.trainer.checkpoint.conftest import small
+from tests.trainer.checkpoint.side import Side, files, load, same_bits, state_of
+
+Pool = Callable[[int], RankPool]
+SIZE_KB = 2300
+"""Room for two checkpoints, not for three."""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Iterator[Config]:
+    """A run whose folder is a small file system of its own."""
+    config = small(tmp_path, keep=3)
+    config.run.folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={SIZE_KB}k", "none", str(config.run.folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small file system needs root")
+    try:
+        yield config
+    finally:
+        subprocess.run(["umount", "--lazy", str(config.run.folder)], check=True)
+
+
+def save_until_refused(config: Config, after_two: Callable[[Path], None]) -> tuple[str, list[str], dict]:
+    """On a rank: save twice, change something, and return why the third save fails, what is left, what was saved."""
+    side = Side(config)
+    for step in (1, 2):
+        side.update(step)
+        side.checkpoints.save(state_of(step))
+    saved = side.bits()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        after_two(config.run.folder)
+    dist.barrier()
+    side.update(3)
+    with pytest.raises(CheckpointError) as refused:
+        side.checkpoints.save(state_of(3))
+    dist.barrier()
+    return str(refused.value), files(side.folder), saved
+
+
+def fill(folder: Path) -> None:
+    """Leave room for the shards, and none for what comes after them."""
+    with (folder / "filler").open("wb") as file:
+        free = os.statvfs(folder)
+        file.write(bytes(free.f_bavail * free.f_frsize - 500_000))
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+def make_read_only(folder: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+
+
+def blindly(config: Config, after_two: Callable[[Path], None]) -> tuple[str, list[str], dict]:
+    """As `save_until_refused`, by a run that believes there is room: others may fill the disk while it writes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpointer.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1 << 60}))
+        return save_until_refused(config, after_two)
+
+
+@pytest.mark.parametrize(
+    ("try_to_save", "after_two", "reason"),
+    [
+        (save_until_refused, nothing, r"step_00000003 takes 0.00\d GB and 0.00\d GB are free: make room"),
+        (blindly, fill, r"step_00000003 cannot be written \(.*No space left on device.*\): make room"),
+        (save_until_refused, make_read_only, r"step_00000003 cannot be written \(Read-only file system\): make room"),
+    ],
+    ids=["no room", "full while writing", "read-only"],
+)
+def test_what_was_saved_stays(
+    config: Config, ranks: Pool, try_to_save: Callable, after_two: Callable, reason: str
+) -> None:
+    results = ranks(2).run(try_to_save, config, after_two)
+    for message, left, _ in results:
+        assert message == results[0][0]
+        assert re.search(reason, message), message
+        assert left == ["step_00000001", "step_00000002"]
+    for (_, _, saved), (folder, _, loaded, _) in zip(results, ranks(2).run(load, config), strict=True):
+        assert folder == "step_00000002"
+        assert same_bits(saved, loaded)
+
+
+def disk_full(stream: object, data: object) -> int:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def killed(stream: object, data: object) -> int:
+    raise SystemExit
+
+
+def fail_in_background(config: Config, failure: Callable) -> tuple[str, list[str]]:
+    """One rank's writer fails: return what all raise, and what is left; then save again."""
+    side = Side(config)
+    side.checkpoints.save(state_of(1))
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(shards._HashedStream, "write", failure)
+        side.checkpoints.start_saving(state_of(3))
+        while not side.checkpoints.has_failed:
+            time.sleep(0.01)
+        with pytest.raises(CheckpointError) as refused:
+            side.checkpoints.finish_saving()
+    left = files(side.folder)
+    dist.barrier()
+    side.checkpoints.save(state_of(4))
+    return str(refused.value), left
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"), [(disk_full, "[Errno 28] No space left on device"), (killed, "SystemExit()")]
+)
+def test_a_writer_that_dies_in_the_background_is_known_to_all_ranks(
+    tmp_path: Path, ranks: Pool, failure: Callable, said: str
+) -> None:
+    config = small(tmp_path)
+    results = ranks(2).run(fail_in_background, config, failure)
+    for message, left in results:
+        assert message == results[0][0]
+        assert f"step_00000003 cannot be written ({said}): make room" in message
+        assert left == ["step_00000001"]
+    assert files(config.run.folder / "checkpoints") == ["step_00000001", "step_00000004"]

@@ -7,9 +7,9 @@ from datetime import datetime
 from pathlib import Path
 
 from farspan.kernels.errors import CheckpointError, ConfigError
-from farspan.trainer.checkpoint.manifest import DamagedError, Manifest, check_sizes
+from farspan.trainer.checkpoint.manifest import DamagedError, Manifest
 from farspan.trainer.checkpoint.steps import PREFIX, REFUSED, finished, prune, step_of
-from farspan.trainer.checkpoint.whole import check_whole
+from farspan.trainer.checkpoint.verify import check_sizes, check_whole
 from farspan.trainer.lock import lock_folder
 
 log = logging.getLogger("farspan")
@@ -32,7 +32,7 @@ def _row(path: Path) -> tuple[str, ...]:
         manifest = Manifest.read(path)
         check_sizes(path, manifest.files)
     except CheckpointError as error:
-        return step, saved, "", "", "", str(error).removeprefix(f"checkpoint {path} is ")
+        return step, saved, "", "", "", str(error).removeprefix(f"checkpoint {path} ")
     said = "refused" if path.name.startswith(REFUSED) else ""
     sizes = f"{manifest.total_bytes / 1e6:,.1f}", str(len(manifest.files)), f"{manifest.train_state['tokens']:,}"
     return step, saved, *sizes, said

@@ -25,7 +25,7 @@ from farspan.parallel.simulation import Unconnected
 from farspan.parallel.strategy import STRATEGIES, Chosen, Sizes
 from farspan.tools.command import print_all
 from farspan.trainer.build import build_batches, build_model
-from farspan.trainer.checkpoint.whole import newest_whole
+from farspan.trainer.checkpoint.verify import newest_whole
 from farspan.trainer.config import Config
 from farspan.trainer.config_io import load_config
 from farspan.trainer.data.packing import PackedSequences

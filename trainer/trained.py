@@ -7,7 +7,7 @@ import torch
 
 from farspan.kernels.errors import CheckpointError
 from farspan.kernels.mechanism import Mechanism
-from farspan.trainer.checkpoint.whole import check_whole, newest_whole
+from farspan.trainer.checkpoint.verify import check_whole, newest_whole
 from farspan.trainer.config import AttentionConfig, Config
 from farspan.trainer.config_io import load_config, to_toml
 from farspan.trainer.model.config import ModelConfig

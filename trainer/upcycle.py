@@ -15,7 +15,7 @@ from torch import Tensor
 from farspan.kernels.errors import ConfigError
 from farspan.parallel.mesh import Degrees
 from farspan.parallel.ranks import Ranks, connected
-from farspan.trainer.checkpoint.whole import newest_whole
+from farspan.trainer.checkpoint.verify import newest_whole
 from farspan.trainer.config import Config
 from farspan.trainer.config_io import load_config
 from farspan.trainer.model.config import ModelConfig

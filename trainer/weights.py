@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from farspan.kernels.errors import CheckpointError
-from farspan.trainer.agreement import together
+from farspan.trainer.agreement import on_first_rank, together
+from farspan.trainer.checkpoint.manifest import MANIFEST, DamagedError, Manifest
 from farspan.trainer.checkpoint.shards import INDEX, read_index, read_shards, write_shards
+from farspan.trainer.checkpoint.verify import verified
 
 PREFIX = "model."
 """Of the names of parameters in a folder, where an optimizer's state may be beside them."""
@@ -27,8 +29,13 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """
     together(lambda: _check_there(folder))
     tensors = {"model": get_model_state_dict(model)}
+    # Only a run's checkpoint has a manifest.
+    files = on_first_rank(lambda: Manifest.read(folder).files if (folder / MANIFEST).is_file() else {})
     try:
-        read_shards(tensors, folder)
+        with verified(folder, files):
+            read_shards(tensors, folder)
+    except DamagedError:
+        raise
     except CheckpointError as error:
         raise CheckpointError(f"{folder} does not fill this model ({error}): change model.*.") from None
     together(lambda: _check_all_taken(folder, tensors["model"]))

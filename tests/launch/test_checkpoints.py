@@ -60,7 +60,7 @@ def test_ls_shows_a_line_for_each(run: Path, capsys: pytest.CaptureFixture[str])
     assert lines[0].split() == ["step", "saved", "MB", "files", "tokens"]
     when = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
     assert re.fullmatch(rf" *10  {when}  1\.\d  +2  10,000", lines[1])
-    assert re.fullmatch(rf" *30  {when} +damaged \(__0_0.distcp is missing\)", lines[2])
+    assert re.fullmatch(rf" *30  {when} +is damaged \(__0_0.distcp is missing\): restore.*", lines[2])
     assert re.fullmatch(rf" *20  {when}  1\.\d  +2  20,000  +refused", lines[3])
 
 

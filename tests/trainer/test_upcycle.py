@@ -18,7 +18,7 @@ from farspan.parallel.mesh import Mesh, ParallelConfig
 from farspan.parallel.ranks import Ranks, connected
 from farspan.trainer import train as module
 from farspan.trainer.build import build_batches, build_model
-from farspan.trainer.checkpoint.whole import newest_whole
+from farspan.trainer.checkpoint.verify import newest_whole
 from farspan.trainer.config import Config
 from farspan.trainer.config_io import to_toml
 from farspan.trainer.data.packing import PackedSequences

@@ -11,7 +11,6 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +24,10 @@ from farspan.kernels.errors import CheckpointError
 from farspan.parallel.groups import group_along
 from farspan.trainer.agreement import on_first_rank, together
 from farspan.trainer.checkpoint.background import Background
-from farspan.trainer.checkpoint.manifest import (
-    START_ANEW,
-    DamagedError,
-    FileRecord,
-    Manifest,
-    check_content,
-    check_sizes,
-    damaged,
-    deal,
-)
+from farspan.trainer.checkpoint.manifest import START_ANEW, DamagedError, FileRecord, Manifest, damaged
 from farspan.trainer.checkpoint.shards import read_shards, write_shards
 from farspan.trainer.checkpoint.steps import finished, make_room, prune, publish, step_name, sync
+from farspan.trainer.checkpoint.verify import check_sizes, verified
 from farspan.trainer.config import CheckpointConfig
 from farspan.trainer.state import TrainState
 
@@ -130,14 +121,8 @@ class Checkpointer:
     def _load(self, folder: Path) -> Manifest:
         """Fill model and optimizer; raises DamagedError, on all ranks, where a file is not as it was written."""
         manifest = on_first_rank(lambda: self._read_manifest(folder))
-        share = deal(manifest.files, dist.get_world_size())[dist.get_rank()]
-        with ThreadPoolExecutor(1) as beside:
-            verified = beside.submit(check_content, folder, share)
-            try:
-                self.read(folder)
-            finally:
-                # What is wrong with the file says more than what came of reading it.
-                together(verified.result)
+        with verified(folder, manifest.files):
+            self.read(folder)
         return manifest
 
     def read(self, folder: Path) -> None:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -17,8 +16,6 @@ MANIFEST = "manifest.json"
 HASH = "sha256"
 """The part of a manifest that is the hash of the rest."""
 START_ANEW = "start anew with another run.folder"
-HASHING_THREADS = 4
-"""Of one process; hashing lets other threads run."""
 
 
 class DamagedError(CheckpointError):
@@ -81,50 +78,9 @@ class Manifest:
             raise damaged(folder, f"{MANIFEST} lacks a part") from None
 
 
-def check_sizes(folder: Path, files: Mapping[str, FileRecord]) -> None:
-    """Raise DamagedError where a file is missing or has another size than was written."""
-    for name, record in files.items():
-        try:
-            size = (folder / name).stat().st_size
-        except OSError as error:
-            raise damaged(
-                folder, f"{name} is missing" if isinstance(error, FileNotFoundError) else str(error)
-            ) from None
-        if size != record.bytes:
-            raise damaged(folder, f"{name} has {size} bytes, not {record.bytes}")
-
-
-def check_content(folder: Path, files: Mapping[str, FileRecord]) -> None:
-    """Read `files` whole, several at a time; raise DamagedError where one holds other bytes than were written."""
-    with ThreadPoolExecutor(HASHING_THREADS) as threads:
-        for wrong in threads.map(lambda item: _difference(folder / item[0], item[1]), files.items()):
-            if wrong is not None:
-                raise damaged(folder, wrong)
-
-
-def deal(files: Mapping[str, FileRecord], among: int) -> list[dict[str, FileRecord]]:
-    """Deal files among so many readers, the largest first, each to the reader that has least."""
-    shares: list[dict[str, FileRecord]] = [{} for _ in range(among)]
-    loads = [0] * among
-    for name, record in sorted(files.items(), key=lambda item: (-item[1].bytes, item[0])):
-        reader = loads.index(min(loads))
-        shares[reader][name] = record
-        loads[reader] += record.bytes
-    return shares
-
-
 def damaged(folder: Path, cause: str) -> DamagedError:
     """Return the error for a checkpoint that cannot be used."""
-    return DamagedError(f"checkpoint {folder} is damaged ({cause})")
-
-
-def _difference(path: Path, record: FileRecord) -> str | None:
-    try:
-        with path.open("rb", buffering=0) as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        return f"{path.name} cannot be read: {error.strerror or error}"
-    return None if found == record.sha256 else f"{path.name} holds other bytes than were written"
+    return DamagedError(f"checkpoint {folder} is damaged ({cause}): restore or delete it.")
 
 
 def _text(content: Mapping[str, Any]) -> str:

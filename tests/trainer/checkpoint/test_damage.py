@@ -18,7 +18,7 @@ from farspan.kernels.errors import CheckpointError
 from farspan.parallel.ranks import Ranks, connected
 from farspan.trainer.checkpoint.manifest import FileRecord, Manifest
 from farspan.trainer.checkpoint.shards import read_index
-from farspan.trainer.checkpoint.whole import check_whole, newest_whole
+from farspan.trainer.checkpoint.verify import check_whole, newest_whole
 from farspan.trainer.config import Config
 from tests.ranks import RankPool
 from tests.trainer.checkpoint.conftest import Written
@@ -188,7 +188,8 @@ def test_one_process_takes_the_newest_that_is_whole(newest: Path, caplog: pytest
     flip(newest / "__1_0.distcp", 3000)
     assert newest_whole(newest.parent).name == "step_00000001"
     assert [record.getMessage() for record in caplog.records] == [
-        f"refused     checkpoint {newest} is damaged (__1_0.distcp holds other bytes than were written)"
+        f"refused     checkpoint {newest} is damaged (__1_0.distcp holds other bytes than were written): restore or "
+        "delete it."
     ]
     shutil.rmtree(newest.with_name("step_00000001"))
     with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints in .* is whole: restore one of them"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from farspan.trainer.checkpoint.steps import finished, step_of
-from farspan.trainer.checkpoint.whole import check_whole
+from farspan.trainer.checkpoint.verify import check_whole
 from farspan.trainer.config import Config
 from tests.ranks import RankError, RankPool
 from tests.trainer.checkpoint.conftest import small

@@ -19,16 +19,17 @@ from farspan.trainer.state import TrainState
 from tests.trainer.checkpoint.side import Bits, Side, state_of
 
 CHANGES = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir"}
-SAVES = 3
-"""Of one life: from the third on, each save drops an old checkpoint."""
+SAVES = 2
+"""Of one life; in all but the first, each of them drops an old checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Death:
-    """rank: who dies. moment: before how many-th change of files since its saves began."""
+    """rank: who dies. moment: before what. times: the how many-th time in this life."""
 
     rank: int
-    moment: int
+    moment: str
+    times: int
 
 
 class Moments:
@@ -36,7 +37,7 @@ class Moments:
 
     def __init__(self, death: Death | None, log: Path) -> None:
         self.names: list[str] = []
-        self._die_at = death.moment if death is not None and death.rank == dist.get_rank() else None
+        self._death = death if death is not None and death.rank == dist.get_rank() else None
         self._log, self._counts = log, False
         self._write, self._fsync = shards._HashedStream.write, os.fsync
         shards._HashedStream.write = lambda stream, data: self._half_write(stream, data)  # pyright: ignore
@@ -71,8 +72,10 @@ class Moments:
     def pass_by(self, event: str, path: str) -> None:
         if not self._counts:
             return
-        self.names.append(f"{event} {_kind(Path(path))}")
-        if len(self.names) - 1 == self._die_at:
+        name = f"{event} {_kind(Path(path))}"
+        self.names.append(name)
+        death = self._death
+        if death is not None and name == death.moment and self.names.count(name) == death.times:
             self._counts = False
             descriptor = os.open(self._log, os.O_WRONLY | os.O_APPEND)
             os.write(descriptor, (json.dumps({"died": self.names[-1]}) + "\n").encode())

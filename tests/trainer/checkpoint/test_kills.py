@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Iterator
+from itertools import cycle, islice
 from pathlib import Path
 
 import pytest
@@ -14,19 +15,16 @@ from tests.ranks import RankError, RankPool
 from tests.trainer.checkpoint.conftest import small
 from tests.trainer.checkpoint.kills import SAVES, Death, events, live, undisturbed
 
-IN_CI, IN_ALL = 24, 200
+IN_ALL = 200
 
 
-def deaths(moments: list[list[str]], number: int) -> Iterator[Death]:
-    """Each kind of moment on each rank comes once, if `number` allows it; then any moment."""
+def deaths(moments: list[list[str]], number: int | None) -> Iterator[Death]:
+    """Take each kind of moment on each rank, at any of the times that it comes by; so many in all, or each once."""
     chance = random.Random(0)
-    kinds = {(rank, name): i for rank, names in enumerate(moments) for i, name in enumerate(names)}
-    first = [Death(rank=rank, moment=moment) for (rank, _), moment in kinds.items()]
-    chance.shuffle(first)
-    yield from first[:number]
-    for _ in range(number - len(first)):
-        rank = chance.randrange(len(moments))
-        yield Death(rank=rank, moment=chance.randrange(len(moments[rank])))
+    kinds = [(rank, name, times) for rank, names in enumerate(moments) for name, times in Counter(names).items()]
+    chance.shuffle(kinds)
+    for rank, name, times in islice(cycle(kinds), len(kinds) if number is None else number):
+        yield Death(rank=rank, moment=name, times=1 + chance.randrange(times))
 
 
 def die(config: Config, expected: list[list[str]], death: Death) -> str:
@@ -47,16 +45,19 @@ def die(config: Config, expected: list[list[str]], death: Death) -> str:
         check_whole(path)
     now = max((step_of(path) for path in finished(folder)), default=0)
     assert now >= max(saved, default=newest), "a save that had ended is not there"
-    (died,) = [line["died"] for line in logs[death.rank] if "died" in line]
-    return f"rank {death.rank}: {died}"
+    assert logs[death.rank][-1] == {"died": death.moment}
+    return f"rank {death.rank}: {death.moment}"
 
 
-def kill(config: Config, number: int) -> Counter[str]:
+def kill(config: Config, number: int | None) -> Counter[str]:
     config.run.folder.mkdir()
     for rank in range(2):
         (config.run.folder / f"log_{rank}.jsonl").touch()
     pool = RankPool(2)
-    expected = pool.run(undisturbed, config, SAVES * (number + 2))
+    expected = pool.run(undisturbed, config, SAVES * (IN_ALL + 3))
+    pool.run(live, config, expected, None)
+    pool.stop()
+    pool = RankPool(2)
     moments = pool.run(live, config, expected, None)
     pool.stop()
     where = Counter(die(config, expected, death) for death in deaths(moments, number))
@@ -67,14 +68,23 @@ def kill(config: Config, number: int) -> Counter[str]:
     return where
 
 
+def show(where: Counter[str]) -> None:
+    for moment, times in sorted(where.items()):
+        print(f"{times:5}  {moment}")
+
+
 def test_a_rank_killed_while_saving_loses_nothing(tmp_path: Path) -> None:
-    where = kill(small(tmp_path), IN_CI)
-    assert where.total() == IN_CI
+    where = kill(small(tmp_path), None)
+    show(where)
+    assert set(where.values()) == {1}
+    for moment in ("0: write __0_0.distcp", "1: write __0_0.distcp", "0: open manifest.json", "0: fsync manifest.json"):
+        assert where[f"rank {moment}"] == 1
+    assert where["rank 0: rename partial folder"] == 1
+    assert where["rank 0: remove manifest.json"] == 1
 
 
 @pytest.mark.faults
 def test_200_ranks_killed_while_saving_lose_nothing(tmp_path: Path) -> None:
     where = kill(small(tmp_path), IN_ALL)
     assert where.total() == IN_ALL
-    for moment, times in sorted(where.items()):
-        print(f"{times:5}  {moment}")
+    show(where)

@@ -5,6 +5,7 @@ after: reads how the ranks ended, notes what failed and where, and queues the jo
 """
 
 import argparse
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,12 +27,13 @@ that would tell of it."""
 DOWN = "down,drain,draining,drained,fail,failing,power_down,powering_down,reboot"
 
 
-class Told(Enum):
-    """Why SLURM has sent SIGTERM to the job: others go first, and soon; its time is over; cancelled, or the like."""
+class EndedBy(Enum):
+    """Who has put an end to a job. OTHERS: a user who cancelled it, or SLURM, which then queues it again itself."""
 
-    PREEMPTED = "preempted"
-    OUT_OF_TIME = "out of time"
-    OTHERWISE = "otherwise"
+    ITSELF = "itself"
+    PREEMPTION = "preemption"
+    TIME_LIMIT = "time limit"
+    OTHERS = "others"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,10 +84,10 @@ class Job:
     def after(self, status: int, *, told: bool) -> int:
         """Act on how the ranks ended and return the exit status of the job.
 
-        status: that of srun. told: SLURM has sent SIGTERM to the job itself.
+        status: that of srun. told: the job's own shell was sent SIGTERM.
         """
-        ended_by = self.ended_by() if told else None
-        if ended_by is Told.OTHERWISE:
+        ended_by = self.ended_by(told=told)
+        if ended_by is EndedBy.OTHERS:
             return status
         outcome = self.outcome(status, ended_by)
         (self.logs(self.restarts) / "over").touch()
@@ -98,13 +100,13 @@ class Job:
             self.queue_again()
         return outcome.status
 
-    def outcome(self, status: int, told: Told | None) -> Outcome:
+    def outcome(self, status: int, ended_by: EndedBy) -> Outcome:
         """Judge by the ends on all nodes: one rank that dies takes others with it, which end in many ways."""
         ends = list(read_ends(self.logs(self.restarts) / "ended"))
         statuses = {status, *(end.status for end in ends)}
-        if told is Told.OUT_OF_TIME and not statuses <= {0, EXIT_WARNED}:
+        if ended_by is EndedBy.TIME_LIMIT and not statuses <= {0, EXIT_WARNED}:
             return Outcome(status=EXIT_FAILED, again=True, why="the time was over before the ranks had saved")
-        if told is not None:
+        if ended_by is not EndedBy.ITSELF:
             return Outcome(status=EXIT_WARNED, again=True)
         killed = {end.node: KILLED_BY[end.status] for end in ends if end.status in KILLED_BY}
         if killed:
@@ -124,15 +126,21 @@ class Job:
             return Outcome(status=EXIT_FAILED, again=True, why=f"ranks failed with exit status {max(statuses)}")
         return Outcome(status=0, again=False)
 
-    def ended_by(self) -> Told:
-        """Return why SLURM has sent SIGTERM to the job."""
+    def ended_by(self, *, told: bool) -> EndedBy:
+        """Return who has put an end to the job."""
         try:
-            state, reason = slurm(["squeue", "--noheader", f"--jobs={self.id}", "--format=%T %r"]).split(maxsplit=1)
-        except (SlurmError, ValueError):
-            return Told.OTHERWISE
-        if reason.strip() == "TimeLimit":
-            return Told.OUT_OF_TIME
-        return Told.PREEMPTED if state == "RUNNING" else Told.OTHERWISE
+            shown = slurm(["scontrol", "show", "job", self.id])
+        except SlurmError:
+            shown = ""
+        fields = dict(re.findall(r"(\w+)=(\S+)", shown))
+        # Before others go first, SLURM sends SIGTERM to the ranks and takes a job that ends of it for completed. Of an
+        # earlier start, PreemptTime is of no interest.
+        preempted = fields.get("PreemptTime", "None")
+        if fields.get("JobState") == "RUNNING" and preempted != "None" and preempted >= fields["StartTime"]:
+            return EndedBy.PREEMPTION
+        if not told:
+            return EndedBy.ITSELF
+        return EndedBy.TIME_LIMIT if fields.get("Reason") == "TimeLimit" else EndedBy.OTHERS
 
     def gives_up(self) -> bool:
         if failed_in_a_row(self.run, since=last_submitted(self.run)) < self.max_failures:

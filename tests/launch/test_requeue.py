@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = """#!/bin/bash
 here=$(dirname "$0")
 name=$(basename "$0")
-[ "$name $1" != "scontrol show" ] || { echo node7; echo node8; exit; }
+[ "$1 $2" != "show hostnames" ] || { echo node7; echo node8; exit; }
+[ "$1 $2" != "show job" ] || { cat "$here/job.says"; exit; }
 echo "$name $*" >>"$here/called"
 [ "$name" != srun ] || . "$here/step"
 [ ! -e "$here/$name.says" ] || cat "$here/$name.says"
@@ -35,9 +36,10 @@ RESUME = "go on with `farspan jobs resume {run}`"
 @pytest.fixture
 def start(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Return a function that runs the batch script of job 17, whose tasks do `step`."""
-    for name in ("srun", "scontrol", "sbatch", "squeue", "sinfo"):
+    for name in ("srun", "scontrol", "sbatch", "sinfo"):
         (tmp_path / name).write_text(STAND_IN)
         (tmp_path / name).chmod(0o755)
+    (tmp_path / "job.says").write_text(shown("RUNNING", "None", "None"))
     run = tmp_path / "run"
     job = SlurmJob(
         run=run,
@@ -72,6 +74,15 @@ def start(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return start
+
+
+def shown(state: str, reason: str, preempted: str) -> str:
+    """As `scontrol show job` does."""
+    return f"""JobId=17 JobName=x
+   JobState={state} Reason={reason} Dependency=(null)
+   StartTime=2026-11-28T08:42:51 EndTime=2027-11-28T08:42:51
+   PreemptEligibleTime=2026-11-28T08:42:51 PreemptTime={preempted}
+"""
 
 
 def called(folder: Path, *names: str) -> list[str]:
@@ -203,27 +214,35 @@ def test_few_nodes_are_left_out_and_not_for_ever(
 
 
 @pytest.mark.parametrize(
-    ("squeue", "statuses", "status", "again", "why"),
+    ("told", "state", "statuses", "status", "again", "why"),
     [
-        ("COMPLETING None", (0, 0), 0, False, None),
-        ("RUNNING None", (0, 0), 75, True, None),
-        ("RUNNING None", (137, 143), 75, True, None),
-        ("COMPLETING TimeLimit", (0, 75), 75, True, None),
-        ("COMPLETING TimeLimit", (0, 143), 1, True, "the time was over before the ranks had saved"),
-        (None, (0, 0), 0, False, None),
+        # Cancelled, or queued again by SLURM; or SLURM gives no answer.
+        (True, ("COMPLETING", "None", "None"), (0, 0), 0, False, None),
+        (True, None, (0, 0), 0, False, None),
+        (True, ("COMPLETING", "TimeLimit", "None"), (0, 75), 75, True, None),
+        (True, ("COMPLETING", "TimeLimit", "None"), (0, 143), 1, True, "the time was over before the ranks had saved"),
+        # Others go first: SLURM asks the ranks alone to end.
+        (False, ("RUNNING", "None", "2026-11-28T08:42:55"), (0, 0), 75, True, None),
+        (True, ("RUNNING", "None", "2026-11-28T08:42:55"), (137, 143), 75, True, None),
+        # That was before the job's last start.
+        (False, ("RUNNING", "None", "2026-11-28T08:42:50"), (0, 0), 0, False, None),
+        (False, None, (0, 0), 0, False, None),
     ],
 )
 def test_a_job_that_slurm_ends_starts_again_unless_cancelled(
     start: Callable[..., subprocess.CompletedProcess[str]],
     tmp_path: Path,
-    squeue: str | None,
+    told: bool,
+    state: tuple[str, str, str] | None,
     statuses: tuple[int, int],
     status: int,
     again: bool,
     why: str | None,
 ) -> None:
-    (tmp_path / ("squeue.refuses" if squeue is None else "squeue.says")).write_text(f"{squeue}\n")
-    done = start(f"kill -TERM $PPID; end 7 {statuses[0]}; end 8 {statuses[1]}")
+    (tmp_path / "job.says").unlink()
+    if state is not None:
+        (tmp_path / "job.says").write_text(shown(*state))
+    done = start(f"{'kill -TERM $PPID; ' if told else ''}end 7 {statuses[0]}; end 8 {statuses[1]}")
     assert (done.returncode, done.stderr) == (status, "")
     assert called(tmp_path, "scontrol") == (REQUEUE if again else NOT_AGAIN)
     assert [(failure.reason, failure.nodes) for failure in failures(tmp_path / "run")] == ([(why, ())] if why else [])
@@ -233,7 +252,7 @@ def test_nodes_that_slurm_lost_are_remembered(
     start: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     (tmp_path / "sinfo.says").write_text("node8\nnode8\n")
-    (tmp_path / "squeue.says").write_text("COMPLETING NodeDown\n")
+    (tmp_path / "job.says").write_text(shown("COMPLETING", "NodeDown", "None"))
     start("kill -TERM $PPID; exit 143")
     assert failures(tmp_path / "run") == []
     done = start("end 7 0; end 8 0", 1)

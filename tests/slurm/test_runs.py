@@ -3,20 +3,21 @@ between."""
 
 import json
 import re
+import signal
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from farspan.launch import cli
+from farspan.launch.failures import failures
 from farspan.parallel.mesh import ParallelConfig
-from farspan.trainer.config import EvaluateConfig
+from farspan.trainer.config import CheckpointConfig, EvaluateConfig
 from farspan.trainer.config_io import to_toml
 from farspan.trainer.records import records
 from tests.slurm.conftest import Cluster
+from tests.slurm.processes import ranks_of, send, wait_for
 from tests.trainer import tiny
 
 STEPS = 40
@@ -27,19 +28,16 @@ def losses(run: Path) -> list[tuple[float, float]]:
     return [(record["step"], record["loss"]) for record, _ in records(run / "metrics.jsonl") if "loss" in record]
 
 
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 240
-    while not condition():
-        assert time.monotonic() < deadline, f"never: {what}"
-        time.sleep(0.05)
-
-
 @pytest.fixture(scope="session")
 def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("slurm runs")
     parallel = ParallelConfig(context=2, dp_shard=2)
     config = tiny.config(tiny.make_data(folder), folder / "run", parallel, steps=STEPS)
-    config = replace(config, evaluate=EvaluateConfig(every_steps=0, sequences=2))
+    config = replace(
+        config,
+        evaluate=EvaluateConfig(every_steps=0, sequences=2),
+        checkpoint=CheckpointConfig(every_steps=5),
+    )
     (folder / "run.toml").write_text(to_toml(config))
     return folder / "run.toml"
 
@@ -61,28 +59,76 @@ def launch(cluster: Cluster, config_file: Path, run: Path, *options: str) -> lis
     return [json.loads(line)["job"] for line in (run / "jobs.jsonl").read_text().splitlines()]
 
 
-def test_the_cluster_has_two_nodes(cluster: Cluster) -> None:
+def test_ranks_are_on_two_nodes(cluster: Cluster) -> None:
     printed = cluster.run(["srun", "--nodes=2", "--ntasks-per-node=2", "hostname"]).stdout.split()
     assert sorted(printed) == ["n1", "n1", "n2", "n2"]
 
 
-def test_a_run_that_slurm_warns_is_queued_again_and_ends_as_if_undisturbed(
+def hold(run: Path, job: str, restart: int) -> dict[int, int]:
+    """Wait until a start of the job has done a step, hold its ranks there and return their processes."""
+    log = run / "logs" / job / str(restart) / "rank_0.log"
+    step = re.compile(rf"^step +\d+/{STEPS}  ", re.MULTILINE)
+    wait_for(lambda: log.exists() and step.search(log.read_text()), f"a step of start {restart}")
+    ranks = ranks_of(run)
+    assert sorted(ranks) == [0, 1, 2, 3]
+    send(signal.SIGSTOP, ranks.values())
+    return ranks
+
+
+def test_a_run_ends_as_if_undisturbed_whatever_comes_between(
     cluster: Cluster, config_file: Path, undisturbed: list[tuple[float, float]]
 ) -> None:
-    run = config_file.parent / "warned"
+    """One job, so that each fault costs one start."""
+    run = config_file.parent / "disturbed"
     (job,) = launch(cluster, config_file, run)
-    wait_for((run / "config.toml").exists, "the first step")
-    cluster.run(["scancel", "--signal=USR1", job])
-    log = run / "logs" / f"{job}.log"
+    update = ["scontrol", "update", f"JobId={job}"]
+
+    def nodes(restart: int) -> list[str]:
+        return (run / "logs" / job / str(restart) / "nodes").read_text().split()
+
     try:
-        wait_for(lambda: "farspan: warned by SLURM" in log.read_text(), "requeue")
-        done = len(losses(run))
-        assert 1 <= done < STEPS
+        # The time limit is near: SLURM itself gives the warning, and with any signal lets ranks go on.
+        hold(run, job, 0)
+        cluster.run([*update, "TimeLimit=5"])
+        wait_for(lambda: cluster.state(job) == "PENDING", "requeue")
+        cluster.run([*update, "TimeLimit=20"])
+
+        # Others go first.
+        hold(run, job, 1)
+        other = cluster.sbatch("--partition=first", "--nodes=3", "--ntasks-per-node=2", "--wrap=sleep 1")
+        cluster.await_state(other, "COMPLETED")
+
+        # A rank is warned alone.
+        ranks = hold(run, job, 2)
+        send(signal.SIGUSR1, [ranks[2]])
+        send(signal.SIGCONT, ranks.values())
+
+        # A rank is killed.
+        ranks = hold(run, job, 3)
+        send(signal.SIGKILL, [ranks[3]])
+        send(signal.SIGCONT, ranks.values())
+
+        # SLURM loses a node, whose ranks live on.
+        ranks = hold(run, job, 4)
+        assert nodes(3)[1] not in nodes(4)
+        lost = nodes(4)[1]
+        cluster.kill_daemon(lost)
+        wait_for(lambda: cluster.state(job) != "RUNNING", "the end of a job that lost a node")
+        send(signal.SIGCONT, ranks.values())
+        cluster.run([*update, "ExcNodeList="])
         cluster.await_state(job, "COMPLETED", "FAILED")
+        assert lost not in nodes(5)
     finally:
-        print(log.read_text())
+        print((run / "logs" / f"{job}.log").read_text())
     assert cluster.state(job) == "COMPLETED"
     assert losses(run) == undisturbed
+    failed = [(failure.reason, failure.nodes) for failure in failures(run)]
+    assert failed == [
+        (f"a rank on {nodes(3)[1]} was killed by SIGKILL", (nodes(3)[1],)),
+        ("lost by SLURM", (lost,)),
+    ]
+    cluster.power_off(lost)
+    cluster.power_on(lost)
 
 
 def test_a_chain_of_jobs_goes_on_where_the_first_was_cancelled(

@@ -24,7 +24,7 @@ KILLED = 128
 BLAMED = {signal.SIGKILL, signal.SIGBUS, signal.SIGSEGV, signal.SIGILL, signal.SIGFPE}
 """Deaths that speak against the node. A lost peer may end a rank by SIGABRT. SLURM's own SIGKILL also ends the shell
 that would tell of it."""
-DOWN = "down,drain,draining,drained,fail,failing,power_down,powering_down,reboot"
+DOWN = "down,drain,fail"
 
 
 class EndedBy(Enum):

@@ -142,7 +142,8 @@ def _fault_of_sum(device: torch.device) -> str | None:
     summed = torch.full((SUMMED,), dist.get_rank() + 1.0, device=device)
     dist.all_reduce(summed)
     expected = ranks * (ranks + 1) / 2
-    return None if bool((summed == expected).all()) else f"a sum over all ranks is {summed[0]:g}, not {expected:g}"
+    wrong = summed[summed != expected].tolist()
+    return f"a sum over all ranks is {wrong[0]:g}, not {expected:g}" if wrong else None
 
 
 def _fault_of_folder(folder: Path) -> str | None:

@@ -23,14 +23,15 @@ def find(*words: str) -> list[int]:
     return [pid for pid, line in _command_lines() if line == wanted or line.startswith(f"{wanted}\0")]
 
 
-def ranks_of(run: Path) -> dict[int, int]:
-    """Return the process of each rank of a run, by rank."""
+def ranks_of(job: str) -> dict[int, int]:
+    """Return the process of each rank of a job, such as 17 or 17_3, by rank."""
     found = {}
     for pid, line in _command_lines():
-        if "farspan.launch.cli\0train\0" in line and f"{run}/submitted/" in line and "bash" not in line.split("\0")[0]:
-            rank = re.search(r"(?:^|\0)RANK=(\d+)", _read(pid, "environ"))
-            if rank is not None:
-                found[int(rank[1])] = pid
+        variables = _read(pid, "environ") if line.split("\0")[1:4] == ["-m", "farspan.launch.cli", "train"] else ""
+        values = dict(re.findall(r"(?:^|\0)(\w+)=([^\0]*)", variables))
+        of_array = "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}" if "SLURM_ARRAY_JOB_ID" in values else "{SLURM_JOB_ID}"
+        if values and of_array.format_map(values) == job:
+            found[int(values["RANK"])] = pid
     return found
 
 

@@ -64,12 +64,16 @@ def test_ranks_are_on_two_nodes(cluster: Cluster) -> None:
     assert sorted(printed) == ["n1", "n1", "n2", "n2"]
 
 
+def losses_so_far(run: Path) -> list[tuple[float, float]]:
+    return losses(run) if (run / "metrics.jsonl").exists() else []
+
+
 def hold(run: Path, job: str, restart: int) -> dict[int, int]:
     """Wait until a start of the job has done a step, hold its ranks there and return their processes."""
     log = run / "logs" / job / str(restart) / "rank_0.log"
     step = re.compile(rf"^step +\d+/{STEPS}  ", re.MULTILINE)
     wait_for(lambda: log.exists() and step.search(log.read_text()), f"a step of start {restart}")
-    ranks = ranks_of(run)
+    ranks = ranks_of(job)
     assert sorted(ranks) == [0, 1, 2, 3]
     send(signal.SIGSTOP, ranks.values())
     return ranks
@@ -129,6 +133,57 @@ def test_a_run_ends_as_if_undisturbed_whatever_comes_between(
     ]
     cluster.power_off(lost)
     cluster.power_on(lost)
+
+
+@pytest.mark.faults
+def test_a_run_ends_as_if_undisturbed_though_nodes_lose_their_power(
+    cluster: Cluster, config_file: Path, undisturbed: list[tuple[float, float]]
+) -> None:
+    run = config_file.parent / "powerless"
+    (job,) = launch(cluster, config_file, run)
+    # The second node, then the first, on which the batch script is.
+    for restart, place in enumerate((1, 0)):
+        hold(run, job, restart)
+        lost = (run / "logs" / job / str(restart) / "nodes").read_text().split()[place]
+        cluster.power_off(lost)
+        wait_for(lambda: cluster.state(job) != "RUNNING", "the end of a job that lost a node")
+        wait_for((run / "logs" / job / str(restart + 1) / "nodes").exists, "the next start")
+        assert failures(run)[-1].nodes == (lost,)
+        cluster.power_on(lost)
+    cluster.await_state(job, "COMPLETED", "FAILED")
+    print((run / "logs" / f"{job}.log").read_text())
+    assert cluster.state(job) == "COMPLETED"
+    assert losses(run) == undisturbed
+
+
+def test_runs_of_an_array_start_again_and_are_resumed_one_by_one(
+    cluster: Cluster, config_file: Path, undisturbed: list[tuple[float, float]]
+) -> None:
+    runs = config_file.parent / "array"
+    shape = ["--nodes", "1", "--gpus-per-node", "1", "--task-per-rank", "--each", "run.seed=11,12"]
+    changes = ["parallel.context=1", "parallel.dp_shard=1", f"run.folder={runs}"]
+    cluster.run([*FARSPAN, "launch", "slurm", str(config_file), *shape, *changes])
+    first, second = (json.loads((runs / name / "jobs.jsonl").read_text())["job"] for name in ("000", "001"))
+    # Though elements have one name, none waits for the other.
+    wait_for((runs / "001" / "metrics.jsonl").exists, "the start of the second")
+    wait_for(lambda: losses_so_far(runs / "000"), "a step of the first")
+    send(signal.SIGKILL, ranks_of(first).values())
+    for job in (first, second):
+        cluster.await_state(job, "COMPLETED", "FAILED")
+    status = cluster.run([*FARSPAN, "jobs", "status", str(runs)]).stdout
+    print(status)
+    rows = [line.split() for line in status.splitlines() if line.startswith((first, second))]
+    assert [row[:2] for row in rows] == [[first, "COMPLETED"], [second, "COMPLETED"]]
+    assert [
+        sorted(path.name for path in (runs / name / "logs" / job).iterdir())
+        for name, job in (("000", first), ("001", second))
+    ] == [["0", "1"], ["0"]]
+    assert [loss for _, loss in losses(runs / "000")] == pytest.approx([loss for _, loss in undisturbed], abs=1e-9)
+    assert losses(runs / "001") != losses(runs / "000")
+    cluster.run([*FARSPAN, "jobs", "resume", str(runs / "000")])
+    last = json.loads((runs / "000" / "jobs.jsonl").read_text().splitlines()[-1])["job"]
+    cluster.await_state(last, "COMPLETED", "FAILED")
+    assert f"finished    already, at step {STEPS}" in (runs / "000" / "logs" / f"{last}.log").read_text()
 
 
 def test_a_chain_of_jobs_goes_on_where_the_first_was_cancelled(

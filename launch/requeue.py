@@ -158,8 +158,7 @@ class Job:
         say(f"queued again, restart {self.restarts + 1} of {self.requeues} at most.")
         nodes = exclude([self.run], self.script, self.exclusion, say)
         try:
-            # SLURM ends the job's own processes at that, and takes a list of nodes only afterwards.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            # At that SLURM sends SIGTERM, which the batch script ignores: the list of nodes is only taken afterwards.
             slurm(["scontrol", "requeue", self.id])
             if nodes is not None:
                 slurm(["scontrol", "update", f"JobId={self.id}", f"ExcNodeList={nodes}"])

@@ -25,6 +25,7 @@ name=$(basename "$0")
 [ "$1 $2" != "show job" ] || { cat "$here/job.says"; exit; }
 echo "$name $*" >>"$here/called"
 [ "$name" != srun ] || . "$here/step"
+[ "$1" != requeue ] || kill -TERM $PPID $(ps -o ppid= $PPID)
 [ ! -e "$here/$name.says" ] || cat "$here/$name.says"
 [ ! -e "$here/$name.refuses" ] || { echo no >&2; exit 1; }
 """

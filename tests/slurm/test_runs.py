@@ -4,13 +4,14 @@ between."""
 import json
 import re
 import signal
+import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from farspan.launch import cli
 from farspan.launch.failures import failures
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import CheckpointConfig, EvaluateConfig
@@ -21,10 +22,11 @@ from tests.slurm.processes import ranks_of, send, wait_for
 from tests.trainer import tiny
 
 STEPS = 40
+Losses = list[tuple[float, float]]
 FARSPAN = [sys.executable, "-m", "farspan.launch.cli"]
 
 
-def losses(run: Path) -> list[tuple[float, float]]:
+def losses(run: Path) -> Losses:
     return [(record["step"], record["loss"]) for record, _ in records(run / "metrics.jsonl") if "loss" in record]
 
 
@@ -43,13 +45,20 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(config_file: Path) -> list[tuple[float, float]]:
-    """The losses of four ranks on this machine."""
+def undisturbed(config_file: Path) -> Iterator[Callable[[], Losses]]:
+    """The losses of four ranks on this machine, which train while tests wait for SLURM."""
     run = config_file.parent / "undisturbed"
-    assert cli.main(["launch", "local", str(config_file), "--gpus-per-node", "4", f"run.folder={run}"]) == 0
-    found = losses(run)
-    assert [step for step, _ in found] == list(range(1, STEPS + 1))
-    return found
+    command = [*FARSPAN, "launch", "local", str(config_file), "--gpus-per-node", "4", f"run.folder={run}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+
+        def found() -> Losses:
+            said = process.communicate()[0] if process.poll() is None else ""
+            assert process.returncode == 0, said
+            assert [step for step, _ in losses(run)] == list(range(1, STEPS + 1))
+            return losses(run)
+
+        yield found
+        process.kill()
 
 
 def launch(cluster: Cluster, config_file: Path, run: Path, *options: str) -> list[str]:
@@ -64,7 +73,7 @@ def test_ranks_are_on_two_nodes(cluster: Cluster) -> None:
     assert sorted(printed) == ["n1", "n1", "n2", "n2"]
 
 
-def losses_so_far(run: Path) -> list[tuple[float, float]]:
+def losses_so_far(run: Path) -> Losses:
     return losses(run) if (run / "metrics.jsonl").exists() else []
 
 
@@ -80,7 +89,7 @@ def hold(run: Path, job: str, restart: int) -> dict[int, int]:
 
 
 def test_a_run_ends_as_if_undisturbed_whatever_comes_between(
-    cluster: Cluster, config_file: Path, undisturbed: list[tuple[float, float]]
+    cluster: Cluster, config_file: Path, undisturbed: Callable[[], Losses]
 ) -> None:
     """One job, so that each fault costs one start."""
     run = config_file.parent / "disturbed"
@@ -102,33 +111,28 @@ def test_a_run_ends_as_if_undisturbed_whatever_comes_between(
         other = cluster.sbatch("--partition=first", "--nodes=3", "--ntasks-per-node=2", "--wrap=sleep 1")
         cluster.await_state(other, "COMPLETED")
 
-        # A rank is warned alone.
-        ranks = hold(run, job, 2)
-        send(signal.SIGUSR1, [ranks[2]])
-        send(signal.SIGCONT, ranks.values())
-
         # A rank is killed.
-        ranks = hold(run, job, 3)
+        ranks = hold(run, job, 2)
         send(signal.SIGKILL, [ranks[3]])
         send(signal.SIGCONT, ranks.values())
 
         # SLURM loses a node, whose ranks live on.
-        ranks = hold(run, job, 4)
-        assert nodes(3)[1] not in nodes(4)
-        lost = nodes(4)[1]
+        ranks = hold(run, job, 3)
+        assert nodes(2)[1] not in nodes(3)
+        lost = nodes(3)[1]
         cluster.kill_daemon(lost)
         wait_for(lambda: cluster.state(job) != "RUNNING", "the end of a job that lost a node")
         send(signal.SIGCONT, ranks.values())
         cluster.run([*update, "ExcNodeList="])
         cluster.await_state(job, "COMPLETED", "FAILED")
-        assert lost not in nodes(5)
+        assert lost not in nodes(4)
     finally:
         print((run / "logs" / f"{job}.log").read_text())
     assert cluster.state(job) == "COMPLETED"
-    assert losses(run) == undisturbed
+    assert losses(run) == undisturbed()
     failed = [(failure.reason, failure.nodes) for failure in failures(run)]
     assert failed == [
-        (f"a rank on {nodes(3)[1]} was killed by SIGKILL", (nodes(3)[1],)),
+        (f"a rank on {nodes(2)[1]} was killed by SIGKILL", (nodes(2)[1],)),
         ("lost by SLURM", (lost,)),
     ]
     cluster.power_off(lost)
@@ -137,12 +141,16 @@ def test_a_run_ends_as_if_undisturbed_whatever_comes_between(
 
 @pytest.mark.faults
 def test_a_run_ends_as_if_undisturbed_though_nodes_lose_their_power(
-    cluster: Cluster, config_file: Path, undisturbed: list[tuple[float, float]]
+    cluster: Cluster, config_file: Path, undisturbed: Callable[[], Losses]
 ) -> None:
     run = config_file.parent / "powerless"
     (job,) = launch(cluster, config_file, run)
+    # Before that, one rank is warned alone.
+    ranks = hold(run, job, 0)
+    send(signal.SIGUSR1, [ranks[2]])
+    send(signal.SIGCONT, ranks.values())
     # The second node, then the first, on which the batch script is.
-    for restart, place in enumerate((1, 0)):
+    for restart, place in enumerate((1, 0), start=1):
         hold(run, job, restart)
         lost = (run / "logs" / job / str(restart) / "nodes").read_text().split()[place]
         cluster.power_off(lost)
@@ -153,11 +161,12 @@ def test_a_run_ends_as_if_undisturbed_though_nodes_lose_their_power(
     cluster.await_state(job, "COMPLETED", "FAILED")
     print((run / "logs" / f"{job}.log").read_text())
     assert cluster.state(job) == "COMPLETED"
-    assert losses(run) == undisturbed
+    assert losses(run) == undisturbed()
 
 
+@pytest.mark.faults
 def test_runs_of_an_array_start_again_and_are_resumed_one_by_one(
-    cluster: Cluster, config_file: Path, undisturbed: list[tuple[float, float]]
+    cluster: Cluster, config_file: Path, undisturbed: Callable[[], Losses]
 ) -> None:
     runs = config_file.parent / "array"
     shape = ["--nodes", "1", "--gpus-per-node", "1", "--task-per-rank", "--each", "run.seed=11,12"]
@@ -178,7 +187,7 @@ def test_runs_of_an_array_start_again_and_are_resumed_one_by_one(
         sorted(path.name for path in (runs / name / "logs" / job).iterdir())
         for name, job in (("000", first), ("001", second))
     ] == [["0", "1"], ["0"]]
-    assert [loss for _, loss in losses(runs / "000")] == pytest.approx([loss for _, loss in undisturbed], abs=1e-9)
+    assert [loss for _, loss in losses(runs / "000")] == pytest.approx([loss for _, loss in undisturbed()], abs=1e-9)
     assert losses(runs / "001") != losses(runs / "000")
     cluster.run([*FARSPAN, "jobs", "resume", str(runs / "000")])
     last = json.loads((runs / "000" / "jobs.jsonl").read_text().splitlines()[-1])["job"]
@@ -187,7 +196,7 @@ def test_runs_of_an_array_start_again_and_are_resumed_one_by_one(
 
 
 def test_a_chain_of_jobs_goes_on_where_the_first_was_cancelled(
-    cluster: Cluster, config_file: Path, undisturbed: list[tuple[float, float]]
+    cluster: Cluster, config_file: Path, undisturbed: Callable[[], Losses]
 ) -> None:
     run = config_file.parent / "chain"
     first, second = launch(cluster, config_file, run, "--task-per-rank", "--chain", "2")
@@ -201,11 +210,11 @@ def test_a_chain_of_jobs_goes_on_where_the_first_was_cancelled(
         for job in (first, second):
             print((run / "logs" / f"{job}.log").read_text())
     assert cluster.state(second) == "COMPLETED"
-    assert losses(run) == undisturbed
+    assert losses(run) == undisturbed()
     said = (run / "logs" / f"{second}.log").read_text()
     assert re.search(rf"0: resumed     at step \d+ from .*\n(.*\n)*0: finished    at step {STEPS}\n", said)
     logs = run / "logs" / second / "0"
-    assert sorted(path.name for path in logs.iterdir()) == [f"rank_{rank}.log" for rank in range(4)]
+    assert sorted(path.name for path in logs.glob("rank_*")) == [f"rank_{rank}.log" for rank in range(4)]
     assert len(re.findall(rf"^step +\d+/{STEPS}  ", (logs / "rank_0.log").read_text(), re.MULTILINE)) < STEPS
     states = cluster.run([*FARSPAN, "jobs", "status", str(run)]).stdout.splitlines()
     assert [line.split()[:2] for line in states[1:3]] == [[first, "CANCELLED"], [second, "COMPLETED"]]

@@ -23,7 +23,7 @@ UNFIT_FILE = "unfit"
 CLOCK_S, SLOWER, LESS_MEMORY = 2.0, 1.5, 0.8
 """What is odd: a clock that far off the median, a product that many times slower, that part of the median's memory."""
 PRODUCT_WIDTH = {"cpu": 256, "cuda": 4096}
-PRODUCTS = 3
+PRODUCTS = 10
 PROBE_BYTES = 4096
 SUMMED = 1024
 

@@ -154,7 +154,8 @@ def test_a_run_ends_as_if_undisturbed_though_nodes_lose_their_power(
         hold(run, job, restart)
         lost = (run / "logs" / job / str(restart) / "nodes").read_text().split()[place]
         cluster.power_off(lost)
-        wait_for(lambda: [f.nodes for f in failures(run)][-1:] == [(lost,)], f"word of {lost} at the next start")
+        wait_for(lambda count=restart: len(failures(run)) == count, f"word of {lost} at the next start")
+        assert failures(run)[-1].nodes == (lost,)
         cluster.power_on(lost)
     cluster.await_state(job, "COMPLETED", "FAILED")
     print((run / "logs" / f"{job}.log").read_text())

@@ -46,8 +46,9 @@ def holder(
             process.kill()
 
 
-def test_a_folder_belongs_to_one_process_until_it_ends(tmp_path: Path) -> None:
+def test_a_folder_belongs_to_one_process_until_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "runs" / "mine"
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: pytest.fail("another job is not waited for"))
     with holder(folder, job="17_3") as process:
         host = socket.gethostname()
         with pytest.raises(ConfigError) as refused:

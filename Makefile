@@ -31,11 +31,12 @@ export CHECK_PYTHON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test check gpu
+.PHONY: help train test faults check gpu
 
 help:
 	@echo "make train   train a small model on this machine, two processes, on Python's own sources"
 	@echo "make test    run all tests"
+	@echo "make faults  run the tests that kill and stop runs for minutes, on a SLURM cluster of virtual nodes too"
 	@echo "make check   format, lint, types and the layout's rules"
 	@echo "make gpu     on a machine with a GPU: check attention and experts, then measure them; $(PYTHON) needs torch, triton, numpy"
 
@@ -44,6 +45,9 @@ train: $(TRAIN_READY) $(CORPUS)/train/meta.json
 
 test: $(DEV_READY) $(TRITON_READY)
 	$(RUN) -m pytest tests
+
+faults: $(DEV_READY)
+	$(RUN) -m pytest -m faults tests
 
 check: $(DEV_READY)
 	$(VENV)/bin/ruff format --check .

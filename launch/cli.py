@@ -8,19 +8,18 @@ import logging
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TextIO
 
 from farspan.kernels.errors import ConfigError, FarspanError
 from farspan.launch import checkpoint_commands
-from farspan.launch.env import read_ranks, site_file
+from farspan.launch.arguments import add_config_arguments, check_count
+from farspan.launch.env import read_ranks
 from farspan.launch.local import LocalJob
-from farspan.trainer.data import prepare
-from farspan.trainer.faults import EXIT_WARNED, StopSignal, announce
+from farspan.launch.slurm_commands import add_jobs, add_slurm, launch_slurm
+from farspan.trainer.faults import EXIT_UNFIT, EXIT_USER_ERROR, EXIT_WARNED, StopSignal, announce, stop_signals_blocked
 
-EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 DASHED_OVERRIDE = re.compile(r"--\w+\.[\w.]+(=|$)")
@@ -29,11 +28,17 @@ log = logging.getLogger("farspan")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit status: 0, 2 for an error that the user can mend, 75 after a warning."""
-    options = parse(arguments)
+    """Run one command; return the exit status: 0, 2 for an error that the user can mend, others of `faults`."""
+    words = sys.argv[1:] if arguments is None else arguments
+    # A rank that cannot act on a signal yet keeps it: from before numpy and torch start threads, which would let it by.
+    with stop_signals_blocked() if words[:1] == ["train"] else nullcontext():
+        return _run(parse(words))
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         # A script on standard output has to be one.
-        prints_script = options.command is _launch_slurm and options.dry_run
+        prints_script = options.command is launch_slurm and options.dry_run
         with _messages_on(sys.stderr if prints_script else sys.stdout):
             return options.command(options) or 0
     except FarspanError as error:
@@ -58,24 +63,26 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from farspan.trainer.data import prepare
+
     parser = argparse.ArgumentParser(prog="farspan", description="Train language models on long context.")
     commands = _add_commands(parser, "COMMAND")
 
     one = commands.add_parser("train", help="train in this process, or as one rank under torchrun")
-    _add_config_arguments(one)
+    add_config_arguments(one)
     one.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: how many ranks to pretend")
     one.set_defaults(command=_train)
 
     launch = _add_commands(commands.add_parser("launch", help="start the ranks of a run"), "WHERE")
     local = launch.add_parser("local", help="on this machine")
-    _add_config_arguments(local)
+    add_config_arguments(local)
     local.add_argument(
         "--gpus-per-node", type=int, required=True, metavar="N", help="ranks to start; CPU processes without GPUs"
     )
     local.set_defaults(command=_launch_local)
 
-    _add_slurm(launch)
-    _add_jobs(_add_commands(commands.add_parser("jobs", help="what has become of a run's SLURM jobs"), "WHAT"))
+    add_slurm(launch)
+    add_jobs(_add_commands(commands.add_parser("jobs", help="what has become of a run's SLURM jobs"), "WHAT"))
 
     data = _add_commands(commands.add_parser("data", help="make training data"), "WHAT")
     prepared = data.add_parser("prepare", help="turn text into memory-mapped tokens")
@@ -121,43 +128,6 @@ def _add_export(commands: "argparse._SubParsersAction") -> None:
     exported.set_defaults(command=_export)
 
 
-def _add_slurm(launch: "argparse._SubParsersAction") -> None:
-    slurm = launch.add_parser("slurm", help="as a job of SLURM")
-    _add_config_arguments(slurm, "print the batch script and submit nothing; what is derived goes to standard error")
-    slurm.add_argument("--nodes", type=int, required=True, metavar="N")
-    slurm.add_argument(
-        "--gpus-per-node", type=int, required=True, metavar="N", help="ranks; CPU processes with train.device=cpu"
-    )
-    slurm.add_argument("--time", metavar="LIMIT", help="such as 90 (minutes), 4:00:00 or 2-00:00:00")
-    slurm.add_argument("--partition", metavar="NAME")
-    slurm.add_argument("--constraint", metavar="WORD", help="features that nodes must have")
-    slurm.add_argument("--container", metavar="IMAGE", help="started as [container] of the site's file says")
-    slurm.add_argument(
-        "--site", type=Path, metavar="FILE", help="the cluster's settings, else the file that FARSPAN_SITE names"
-    )
-    slurm.add_argument(
-        "--task-per-rank", action="store_true", help="SLURM starts each rank; else torchrun on each node"
-    )
-    slurm.add_argument(
-        "--chain",
-        type=int,
-        default=1,
-        metavar="N",
-        help="jobs that go on one after another, for more than the time limit",
-    )
-    slurm.set_defaults(command=_launch_slurm)
-
-
-def _add_jobs(jobs: "argparse._SubParsersAction") -> None:
-    about = {"status": "their states, and the run's last step", "cancel": "end them", "logs": "what they print"}
-    for name, command in (("status", _jobs_status), ("cancel", _jobs_cancel), ("logs", _jobs_logs)):
-        parser = jobs.add_parser(name, help=about[name])
-        parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
-        parser.set_defaults(command=command)
-    parser.add_argument("--rank", type=int, metavar="N", help="of one rank; else of all, in one log")
-    parser.add_argument("--follow", action="store_true", help="go on, until Ctrl-C")
-
-
 def _add_commands(parser: argparse.ArgumentParser, metavar: str) -> "argparse._SubParsersAction":
     """Return what takes the commands below `parser`, which lists them where none is given."""
 
@@ -167,14 +137,6 @@ def _add_commands(parser: argparse.ArgumentParser, metavar: str) -> "argparse._S
 
     parser.set_defaults(command=list_commands)
     return parser.add_subparsers(metavar=metavar)
-
-
-def _add_config_arguments(
-    parser: argparse.ArgumentParser, dry_run: str = "print everything derived and start nothing"
-) -> None:
-    parser.add_argument("config", type=Path, help="TOML file, such as configs/demo.toml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single values")
-    parser.add_argument("--dry-run", action="store_true", help=dry_run)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -192,15 +154,16 @@ def _train(options: argparse.Namespace) -> int:
     with StopSignal(first=announce if announces else lambda number: None) as stop:
         from farspan.trainer.config import Config
         from farspan.trainer.config_io import load_config
+        from farspan.trainer.node_check import UnfitError
         from farspan.trainer.train import train
 
         try:
             warned = train(load_config(Config, options.config, options.overrides), ranks, stop)
-        except FarspanError:
+        except FarspanError as error:
             # All ranks raise the same: see `train`.
-            if ranks.rank > 0:
-                return EXIT_USER_ERROR
-            raise
+            if ranks.rank == 0:
+                print(f"farspan: {error}", file=sys.stderr)
+            return EXIT_UNFIT if isinstance(error, UnfitError) else EXIT_USER_ERROR
     return EXIT_WARNED if warned else 0
 
 
@@ -254,7 +217,7 @@ def _launch_local(options: argparse.Namespace) -> int:
         _dry_run(options, num_ranks, flag="--gpus-per-node")
         log.info("%-12s%s", "by torchrun", job.command_line())
         return 0
-    _check_count(num_ranks, "--gpus-per-node")
+    check_count(num_ranks, "--gpus-per-node")
     from farspan.parallel.ranks import Ranks
     from farspan.trainer.config import Config
     from farspan.trainer.config_io import load_config
@@ -266,83 +229,13 @@ def _launch_local(options: argparse.Namespace) -> int:
     return job.run()
 
 
-def _launch_slurm(options: argparse.Namespace) -> int:
-    from farspan.launch.site import load_site
-    from farspan.launch.slurm import SlurmJob
-    from farspan.launch.submit import check_ready, next_submission, submit
-    from farspan.trainer.config import Config
-    from farspan.trainer.config_io import load_config, to_toml
-    from farspan.trainer.dry_run import dry_run, rehearse
-    from farspan.trainer.resolve import open_data
-
-    _check_count(options.chain, "--chain")
-    config = load_config(Config, options.config, options.overrides)
-    if config.train.device == "auto":
-        # Here there may be none; where the job runs, no CPU shall stand in for a GPU unasked.
-        config = replace(config, train=replace(config.train, device="cuda"))
-    run = Path.cwd() / config.run.folder
-    job = SlurmJob(
-        run=run,
-        submitted=next_submission(run),
-        workdir=Path.cwd(),
-        python=Path(sys.executable),
-        nodes=options.nodes,
-        ranks_per_node=options.gpus_per_node,
-        gpus=config.train.device == "cuda",
-        time=options.time,
-        partition=options.partition,
-        constraint=options.constraint,
-        container=options.container,
-        task_per_rank=options.task_per_rank,
-        site=load_site(options.site or site_file()),
-    )
-    job.check()
-    num_ranks = options.nodes * options.gpus_per_node
-    if options.dry_run:
-        dry_run(config, num_ranks)
-        print(job.script(), end="")
-        return 0
-    check_ready(run)
-    open_data(config)
-    rehearse(config, num_ranks)
-    ids = submit(job, to_toml(config), options.chain)
-    log.info("%-12s%s; see `farspan jobs status %s`", "submitted", " then ".join(ids), config.run.folder)
-    return 0
-
-
-def _jobs_status(options: argparse.Namespace) -> int:
-    from farspan.launch.jobs import status
-
-    log.info("%s", status(options.run))
-    return 0
-
-
-def _jobs_cancel(options: argparse.Namespace) -> int:
-    from farspan.launch.jobs import cancel
-
-    ids = cancel(options.run)
-    log.info("%-12s%s", "cancelled", ", ".join(ids) or "nothing: no job of this run is left")
-    return 0
-
-
-def _jobs_logs(options: argparse.Namespace) -> int:
-    from farspan.launch.jobs import log_file, show_log
-
-    return show_log(log_file(options.run, options.rank), follow=options.follow)
-
-
 def _dry_run(options: argparse.Namespace, num_ranks: int, *, flag: str) -> None:
-    _check_count(num_ranks, flag)
+    check_count(num_ranks, flag)
     from farspan.trainer.config import Config
     from farspan.trainer.config_io import load_config
     from farspan.trainer.dry_run import dry_run
 
     dry_run(load_config(Config, options.config, options.overrides), num_ranks)
-
-
-def _check_count(num_ranks: int, flag: str) -> None:
-    if num_ranks < 1:
-        raise ConfigError(f"{flag} {num_ranks} must be at least 1.")
 
 
 @contextmanager

@@ -23,7 +23,7 @@ def read_ranks() -> Ranks:
     from farspan.parallel.ranks import Ranks
 
     if "RANK" not in os.environ:
-        return Ranks()
+        return Ranks(job=job_id())
     numbers: dict[str, int] = {}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         try:
@@ -41,7 +41,14 @@ def read_ranks() -> Ranks:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
                 raise ConfigError(f"RANK is set but {name} is not, so ranks cannot meet: {CURE}.")
-    return Ranks(rank=rank, world_size=world_size, local_rank=local_rank)
+    return Ranks(rank=rank, world_size=world_size, local_rank=local_rank, job=job_id())
+
+
+def job_id() -> str | None:
+    """Return the id of the SLURM job around this process, of an array's element such as 17_3."""
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID")
 
 
 def with_threads(num_threads: int) -> Mapping[str, str]:

@@ -3,25 +3,50 @@
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from farspan.launch.submit import SlurmError, slurm, submissions
+from farspan.launch.commands import SlurmError, slurm
+from farspan.launch.failures import failures
+from farspan.launch.submissions import FILE, runs_of, submissions
 from farspan.trainer.records import records
 
 LOG_LINES = 100
+FAILURES_SHOWN = 3
 ENDED = "ENDED"
 """What SLURM no longer remembers."""
 OVER = {"CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT", "BOOT_FAIL", ENDED}
 
 
-def status(run: Path) -> str:
-    """Return a table of the run's jobs and a line that says how far the run is."""
-    ids = [submission.job for submission in submissions(run)]
-    known = _queue(ids)
-    rows = [("job", "state", "time", "limit", "nodes", "why"), *(known.get(job, (job, ENDED)) for job in ids)]
-    widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(len(rows[0]))]
-    lines = ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=False)).rstrip() for row in rows]
-    return "\n".join([*lines, progress(run)])
+class Row(NamedTuple):
+    """What SLURM says of a job."""
+
+    job: str
+    state: str
+    time: str = ""
+    limit: str = ""
+    restarts: str = ""
+    nodes: str = ""
+    excluded: str = ""
+    why: str = ""
+
+
+def status(folder: Path) -> str:
+    """Return a table of a run's jobs, its last failures and how far it is; of a job array's runs, one after another."""
+    if not (folder / FILE).exists() and runs_of(folder):
+        return "\n".join(f"{run}\n{status(run)}" for run in runs_of(folder))
+    ids = [submission.job for submission in submissions(folder)]
+    known = queue(ids)
+    rows = [Row._fields, *(known.get(job, Row(job, ENDED)) for job in ids)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    failed = [
+        f"failed at {failure.when}, job {failure.job}, checkpoint {failure.checkpoint}: {failure.reason}"
+        + (f" ({', '.join(failure.nodes)})" if failure.nodes else "")
+        for failure in failures(folder)[-FAILURES_SHOWN:]
+    ]
+    return "\n".join([*lines, *failed, progress(folder)])
 
 
 def progress(run: Path) -> str:
@@ -35,11 +60,15 @@ def progress(run: Path) -> str:
     return f"step {last['step']}  loss {last['loss']:.4f}  {last['tokens_per_s']:,.0f} tok/s  {ago:,.0f} s ago"
 
 
-def cancel(run: Path) -> list[str]:
-    """Cancel the run's jobs that are not over, the last first, so that none of them starts now; return their ids."""
-    ids = [submission.job for submission in submissions(run)]
-    known = _queue(ids)
-    left = [job for job in reversed(ids) if job in known and known[job][1] not in OVER]
+def cancel(folder: Path) -> list[str]:
+    """Cancel the jobs of a run, or of a job array's, that are not over; return their ids.
+
+    The last goes first, so that none of them starts now.
+    """
+    runs = [folder] if (folder / FILE).exists() else runs_of(folder) or [folder]
+    ids = [submission.job for run in runs for submission in submissions(run)]
+    known = queue(ids)
+    left = [job for job in reversed(ids) if job in known and known[job].state not in OVER]
     for job in left:
         slurm(["scancel", job])
     return left
@@ -68,9 +97,16 @@ def show_log(path: Path, *, follow: bool) -> int:
     return subprocess.call(["tail", "-n", str(LOG_LINES), *(["-F"] if follow else []), str(path)])
 
 
-def _queue(ids: list[str]) -> dict[str, tuple[str, ...]]:
+def queue(ids: Sequence[str]) -> dict[str, Row]:
     """Return a row for each job that SLURM remembers, by its id."""
-    # Of all jobs of the user: asked for one that it has forgotten, squeue fails.
-    listed = slurm(["squeue", "--me", "-h", "-t", "all", "-o", "%A|%T|%M|%l|%N|%r"])
-    rows = (tuple(line.split("|")) for line in listed.splitlines())
-    return {row[0]: row for row in rows if row[0] in ids}
+    # Of all jobs of the user: asked for one that it has forgotten, squeue fails. No format has all of a row.
+    asked = ["squeue", "--me", "-h", "-r", "-t", "all"]
+    counted = slurm([*asked, "-O", "JobArrayID:|,RestartCnt:|"]).replace(" ", "").splitlines()
+    restarts = {job: count for job, count, _ in (line.split("|") for line in counted)}
+    listed = slurm([*asked, "-o", "%i|%T|%M|%l|%N|%x|%r"])
+    rows = (line.split("|") for line in listed.splitlines())
+    return {
+        job: Row(job, state, passed, limit, restarts.get(job, ""), nodes, excluded, why)
+        for job, state, passed, limit, nodes, excluded, why in rows
+        if job in ids
+    }

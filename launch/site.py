@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from farspan.kernels.errors import ConfigError
+from farspan.launch.failures import Exclusion
 from farspan.trainer.config_io import bounded, load_config
 
 # `farspan launch slurm` sets these, and what they say has to hold.
@@ -36,7 +37,9 @@ class Site:
     sbatch: options of sbatch by their long names, such as account; true for one that takes no value. gpus: the option
     that asks for a node's GPUs, `{count}` of them. cpus_per_rank: cores, and threads, of each rank. environment:
     variables of all ranks. setup: lines of bash before they start, such as `module load cuda`. warning_s: how long
-    before the end of its time a job is warned, to save. requeues: how often one job may start again.
+    before the end of its time a job is warned, to save. requeues: how often one job may start again. max_failures: so
+    many failures in a row, with no newer checkpoint between them, end it. exclude_hours: how long nodes on which the
+    run failed are left out. max_excluded: how many of them at most.
     """
 
     sbatch: dict[str, Any] = field(default_factory=dict)
@@ -46,7 +49,14 @@ class Site:
     setup: tuple[str, ...] = ()
     warning_s: int = bounded(300, minimum=1)
     requeues: int = bounded(20, minimum=0)
+    max_failures: int = bounded(3, minimum=1)
+    exclude_hours: float = bounded(24.0, minimum=0)
+    max_excluded: int = bounded(8, minimum=0)
     container: Container = field(default_factory=Container)
+
+    @property
+    def exclusion(self) -> Exclusion:
+        return Exclusion(hours=self.exclude_hours, most=self.max_excluded, always=str(self.sbatch.get("exclude", "")))
 
 
 def load_site(path: Path | None) -> Site:

@@ -24,7 +24,7 @@ class SlurmJob:
     run: the run's folder. submitted: the folder below it with this script, the configuration and the code that the job
     runs. workdir: what relative paths in the configuration start from. python: the interpreter. gpus: whether to ask
     for a GPU for each rank. time: as sbatch takes it. container: an image. task_per_rank: SLURM starts the ranks, not
-    torchrun.
+    torchrun. elements: of a job array, each of which is a run of its own, in a numbered folder of `run`; 0: no array.
     """
 
     run: Path
@@ -39,6 +39,7 @@ class SlurmJob:
     constraint: str | None = None
     container: str | None = None
     task_per_rank: bool = False
+    elements: int = 0
     site: Site = field(default_factory=Site)
 
     def check(self) -> None:
@@ -72,9 +73,19 @@ class SlurmJob:
         """The job's name, one for each run's folder: of jobs with one name, SLURM runs one at a time."""
         return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', self.run.name)}-{crc32(str(self.run).encode()):08x}"
 
+    def runs(self) -> list[Path]:
+        """Return the folders of runs, one or those of an array's elements."""
+        return [self.run / element_name(number) for number in range(self.elements)] or [self.run]
+
+    def configs(self) -> list[Path]:
+        """Return the configuration files of the runs."""
+        names = [f"config_{element_name(number)}.toml" for number in range(self.elements)] or ["config.toml"]
+        return [self.submitted / name for name in names]
+
     def script(self) -> str:
         """Return the batch script."""
         site = self.site
+        rule = site.exclusion
         values = {
             "per": "for each rank" if self.task_per_rank else "on each node",
             "options": "\n".join(f"#SBATCH --{option}" for option in self._options()),
@@ -86,13 +97,23 @@ class SlurmJob:
             "nodes": self.nodes,
             "ranks_per_node": self.ranks_per_node,
             "threads": site.cpus_per_rank,
-            "requeues": site.requeues,
+            "limits": shlex.join(
+                [
+                    f"--requeues={site.requeues}",
+                    f"--max-failures={site.max_failures}",
+                    f"--exclude-hours={rule.hours:g}",
+                    f"--max-excluded={rule.most}",
+                    *([f"--exclude={rule.always}"] if rule.always else []),
+                ]
+            ),
+            "host_python": shlex.quote(str(self.python)),
             "first_port": FIRST_PORT,
             "num_ports": NUM_PORTS,
             "warned": EXIT_WARNED,
             "signal": WARNING_SIGNAL.name.removeprefix("SIG"),
         }
         text = SCRIPT.replace("@start@", TASK_PER_RANK if self.task_per_rank else TORCHRUN)
+        text = text.replace("@names@", ELEMENT if self.elements else SINGLE)
         return re.sub(r"@(\w+)@", lambda found: str(values[found[1]]), text)
 
     def _options(self) -> list[str]:
@@ -108,7 +129,8 @@ class SlurmJob:
             *(f"{option}={word}" for option, word in asked.items() if word is not None),
             *(option if value is True else f"{option}={_quoted(value)}" for option, value in site.sbatch.items()),
             f"chdir={_quoted(self.workdir)}",
-            f"output={_quoted(self.run / 'logs' / '%j.log')}",
+            f"output={_quoted(self.run / ('%3a/logs/%A_%a.log' if self.elements else 'logs/%j.log'))}",
+            *([f"array=0-{self.elements - 1}"] if self.elements else []),
             "open-mode=append",
             f"signal={WARNING_SIGNAL.name.removeprefix('SIG')}@{site.warning_s}",
             "requeue" if site.requeues else "no-requeue",
@@ -125,6 +147,11 @@ class SlurmJob:
             return []
         words = (*self.site.container.srun, *self.site.container.command)
         return [word.replace("{image}", self.container) for word in words]
+
+
+def element_name(number: int) -> str:
+    """Return the folder's name of an array's element, as `%3a` in its job's output says."""
+    return f"{number:03}"
 
 
 def _seconds(time: str) -> int:
@@ -150,13 +177,27 @@ def _quoted(value: object) -> str:
 
 TORCHRUN = """\
     "$python" -m farspan.launch.torchrun --nnodes=@nodes@ --nproc-per-node=@ranks_per_node@ \\
-        --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \\
+        --rdzv-backend=c10d --rdzv-id="$job-$restarts" \\
         --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --no-python bash "$submitted/job.sh" rank || status=$?
 """
 
 TASK_PER_RANK = """\
     export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
     bash "$submitted/job.sh" rank || status=$?
+"""
+
+SINGLE = """\
+config=$submitted/config.toml
+run=@run@
+job=$SLURM_JOB_ID
+"""
+
+ELEMENT = """\
+# Each element of the array is a run of its own.
+element=$(printf %03d "$SLURM_ARRAY_TASK_ID")
+config=$submitted/config_$element.toml
+run=@run@/$element
+job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 """
 
 SCRIPT = """\
@@ -172,39 +213,40 @@ set -euo pipefail
 
 # What runs is the code and the configuration of when the job was submitted.
 submitted=@submitted@
-logs=@run@/logs/$SLURM_JOB_ID/${SLURM_RESTART_COUNT:-0}
+@names@restarts=${SLURM_RESTART_COUNT:-0}
+logs=$run/logs/$job/$restarts
 python=@python@
+
+# Before the ranks start: whether the job was started too often or fails in a row. After their end: what failed and
+# where, and whether the job is queued again, and without which nodes.
+requeue() {
+    @host_python@ -m farspan.launch.requeue "$@" \\
+        --run="$run" --job="$job" --restarts="$restarts" --script="$submitted/job.sh" \\
+        @limits@
+}
 
 case ${1:-job} in
 job)
-    restarts=${SLURM_RESTART_COUNT:-0}
-    # SLURM itself starts jobs again without end when nodes fail or others go first.
-    if [ "$restarts" -gt @requeues@ ]; then
-        echo "farspan: the job was started again @requeues@ times, the most that it may be; submit it anew to go on."
-        exit @warned@
-    fi
-    mkdir -p "$logs"
+    mkdir -p "$logs/ended"
+    scontrol show hostnames "$SLURM_JOB_NODELIST" >"$logs/nodes"
     export OMP_NUM_THREADS=@threads@ PYTHONUNBUFFERED=1
     # Without the second, Python would prefer code that lies in the current folder.
     export PYTHONPATH=$submitted/code PYTHONSAFEPATH=1
 @setup@\
+    requeue before || exit
     # srun does not take this over from sbatch.
     export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
     # Ranks meet on the first node, at a port that other jobs there do not have.
-    hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-    export MASTER_ADDR=${hosts%%$'\\n'*} MASTER_PORT=$((@first_port@ + SLURM_JOB_ID % @num_ports@))
-    # SLURM sends SIGTERM to every process when the job is cancelled: ranks save, and this shell waits for them.
-    trap : TERM
+    read -r MASTER_ADDR <"$logs/nodes"
+    export MASTER_ADDR MASTER_PORT=$((@first_port@ + SLURM_JOB_ID % @num_ports@))
+    # SLURM sends SIGTERM to every process when it ends the job: ranks save, and this shell waits for them.
+    told=
+    trap 'told=--told' TERM
     status=0
     @srun@ bash "$submitted/job.sh" task || status=$?
-    if [ -e "$logs/warned" ]; then
-        if [ "$restarts" -lt @requeues@ ]; then
-            echo "farspan: warned by SLURM and saved; queued again, restart $((restarts + 1)) of @requeues@ at most."
-            scontrol requeue "$SLURM_JOB_ID" || true
-        fi
-        exit @warned@
-    fi
-    exit "$status"
+    # To queue the job again ends this shell.
+    trap '' TERM
+    requeue after --status="$status" $told
     ;;
 task)
     # SLURM's warning reaches every process: the ranks act on it, and nothing else may die of it.
@@ -212,18 +254,16 @@ task)
     trap : TERM
     status=0
 @start@\
+    echo "$SLURMD_NODENAME $HOSTNAME $status" >"$logs/ended/$SLURM_PROCID"
     # Ranks that saved after a warning: to srun that would be a failure, for which it kills those of other nodes.
-    if [ "$status" = @warned@ ]; then
-        touch "$logs/warned"
-        status=0
-    fi
+    [ "$status" != @warned@ ] || status=0
     exit "$status"
     ;;
 rank)
     # Ranks catch signals themselves; what writes their logs ends when they do.
     trap '' INT TERM
     # Output goes to a file of the rank and, with the rank before each line, into the log of the job.
-    "$python" -m farspan.launch.cli train "$submitted/config.toml" 2>&1 |
+    "$python" -m farspan.launch.cli train "$config" 2>&1 |
         tee -a "$logs/rank_$RANK.log" | sed -u "s/^/$RANK: /"
     ;;
 esac

@@ -1,34 +1,22 @@
 """From a job to SLURM's queue: the run's folder gets the code, the configuration and the script; then sbatch."""
 
-import json
+import logging
 import os
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import farspan
-from farspan.kernels.errors import FarspanError
-from farspan.launch.env import outside_of_jobs
+from farspan.launch.commands import SlurmError, slurm
+from farspan.launch.failures import Exclusion, exclude, now
+from farspan.launch.jobs import OVER, queue
 from farspan.launch.slurm import SlurmJob
+from farspan.launch.submissions import Submission, add, submissions
 
-JOBS_FILE = "jobs.jsonl"
 SUBMITTED = "submitted"
 
-
-class SlurmError(FarspanError):
-    """SLURM is not there, or has refused."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Submission:
-    """One job in a run's `jobs.jsonl`. script: what was submitted. submitted: when."""
-
-    job: str
-    script: str
-    submitted: str
+log = logging.getLogger("farspan")
 
 
 def next_submission(run: Path) -> Path:
@@ -48,17 +36,54 @@ def check_ready(run: Path) -> None:
         )
 
 
-def submit(job: SlurmJob, config: str, chain: int) -> list[str]:
-    """Write what the job needs, its configuration as TOML, and submit it `chain` times; return the ids in turn."""
+def submit(job: SlurmJob, configs: Sequence[str], chain: int) -> list[str]:
+    """Write what the job needs, the TOML of each run, and submit it `chain` times; return the ids in turn."""
     try:
         job.submitted.mkdir(parents=True)
-        (job.run / "logs").mkdir(exist_ok=True)
-        (job.submitted / "config.toml").write_text(config)
-        (job.submitted / "job.sh").write_text(job.script())
+        for run in job.runs():
+            (run / "logs").mkdir(parents=True, exist_ok=True)
+        for path, config in zip(job.configs(), configs, strict=True):
+            path.write_text(config)
+        script = job.submitted / "job.sh"
+        script.write_text(job.script())
         copy_code(job.submitted / "code")
     except OSError as error:
         raise SlurmError(f"{error.filename or job.submitted} cannot be written ({error.strerror}).") from None
-    return [_sbatch(job) for _ in range(chain)]
+    without = _without_failed_nodes(job.runs(), script, job.site.exclusion)
+    ids = []
+    for _ in range(chain):
+        number = _sbatch(script, *without)
+        ids.append(number)
+        for element, run in enumerate(job.runs()):
+            name = f"{number}_{element}" if job.elements else number
+            add(run, Submission(job=name, script=str(script), submitted=now()))
+    return ids
+
+
+def resume(run: Path, exclusion: Exclusion) -> str:
+    """Submit a run's last script anew, with the code and configuration of then; return the id.
+
+    Raises SlurmError while a job of the run is waiting or running.
+    """
+    past = submissions(run)
+    for job, row in queue([submission.job for submission in past]).items():
+        if row.state not in OVER:
+            raise SlurmError(f"job {job} of {run} is {row.state}: cancel it first, with `farspan jobs cancel {run}`.")
+    script = Path(past[-1].script)
+    if not script.exists():
+        raise SlurmError(f"{script} is gone: submit the run with `farspan launch slurm`.")
+    element = past[-1].job.partition("_")[2]
+    # By its own name, an element does not wait for the other runs of its array.
+    alone = [f"--array={element}", f"--job-name={run.name}-of-{run.parent.name}"] if element else []
+    number = _sbatch(script, *alone, *_without_failed_nodes([run], script, exclusion))
+    name = f"{number}_{element}" if element else number
+    add(run, Submission(job=name, script=str(script), submitted=now()))
+    return name
+
+
+def _without_failed_nodes(runs: Sequence[Path], script: Path, exclusion: Exclusion) -> list[str]:
+    nodes = exclude(runs, script, exclusion, lambda what: log.info("%-12s%s", "nodes", what))
+    return [] if nodes is None else [f"--exclude={nodes}"]
 
 
 def copy_code(target: Path) -> None:
@@ -73,33 +98,9 @@ def copy_code(target: Path) -> None:
         (target / "changes.diff").write_text(_git(checkout, "diff", "HEAD") or "")
 
 
-def submissions(run: Path) -> list[Submission]:
-    """Return the jobs of a run, oldest first; raises SlurmError where there have been none."""
-    path = run / JOBS_FILE
-    if not path.is_file():
-        raise SlurmError(f"{run} has no {JOBS_FILE}: name the folder of a run that was submitted to SLURM.")
-    return [Submission(**json.loads(line)) for line in path.read_text().splitlines()]
-
-
-def slurm(command: Sequence[str]) -> str:
-    """Run one of SLURM's commands and return what it prints; raises SlurmError with its complaint."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=outside_of_jobs(), stdin=subprocess.DEVNULL)
-    except FileNotFoundError:
-        raise SlurmError(f"{command[0]} was not found: use a machine of the cluster.") from None
-    if done.returncode:
-        raise SlurmError(f"{command[0]} refused: {' '.join(done.stderr.split()) or f'status {done.returncode}'}")
-    return done.stdout
-
-
-def _sbatch(job: SlurmJob) -> str:
+def _sbatch(script: Path, *options: str) -> str:
     # With --parsable: the id and, where there are several clusters, the name of one.
-    script = job.submitted / "job.sh"
-    number = slurm(["sbatch", "--parsable", str(script)]).strip().partition(";")[0]
-    when = datetime.now(UTC).isoformat(timespec="seconds")
-    with (job.run / JOBS_FILE).open("a") as file:
-        file.write(json.dumps({"job": number, "script": str(script), "submitted": when}) + "\n")
-    return number
+    return slurm(["sbatch", "--parsable", *options, str(script)]).strip().partition(";")[0]
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -4,10 +4,10 @@ import logging
 import signal
 import sys
 
-from farspan.trainer.faults import EXIT_WARNED, STOP_SIGNALS
+from farspan.trainer.faults import EXIT_HUNG, EXIT_UNFIT, EXIT_USER_ERROR, EXIT_WARNED, STOP_SIGNALS
 
-USER_ERROR = 2
-"""Exit status of a rank that has said in one sentence what the user can mend."""
+SAID = (EXIT_USER_ERROR, EXIT_WARNED, EXIT_HUNG, EXIT_UNFIT)
+"""Exit statuses of ranks that have said themselves what the matter is."""
 KILLED = 128
 """A process that died of signal n counts as exit status 128 + n, as shells have it."""
 
@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
 
 def _report(rank: int, status: int) -> int:
     """Say how a rank failed, unless it has said so itself; return the exit status to pass on."""
-    if status in (USER_ERROR, EXIT_WARNED):
+    if status in SAID:
         return status
     if status - KILLED in signal.valid_signals():
         # So says a shell between torchrun and the rank.

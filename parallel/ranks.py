@@ -17,11 +17,15 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ranks:
-    """rank: of this process in the whole run. local_rank: among those of its node; says which GPU is its own."""
+    """rank: of this process in the whole run. local_rank: among those of its node; says which GPU is its own.
+
+    job: what a scheduler calls the run, if one started it.
+    """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    job: str | None = None
 
 
 @contextmanager

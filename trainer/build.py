@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from farspan.kernels.backend import Work, choose_backend
 from farspan.parallel.comm import Channel, Traffic
@@ -27,15 +29,36 @@ def build_model(config: Config, mesh: Mesh, device: torch.device) -> Transformer
 
 def build_on_meta(config: Config, mesh: Mesh) -> Transformer:
     """Return the model sharded over the mesh, without memory for its parameters."""
-    compute_dtype = config.train.torch_dtype
+    model = _whole_on_meta(config)
+    _shard(model, mesh, config.train.torch_dtype)
+    return model
+
+
+def parameters_held(config: Config, mesh: Mesh) -> int:
+    """Return how many parameters this rank holds; of blocks that are alike only one is sharded, which takes a while."""
+    model = _whole_on_meta(config)
+    alike: dict[tuple[object, ...], list[nn.Module]] = {}
+    for block in model.blocks:
+        alike.setdefault(tuple((name, p.shape) for name, p in block.named_parameters()), []).append(block)
+    model.blocks = nn.ModuleList(blocks[0] for blocks in alike.values())
+    _shard(model, mesh, config.train.torch_dtype)
+    spared = sum((len(blocks) - 1) * _held(block) for block, blocks in zip(model.blocks, alike.values(), strict=True))
+    return _held(model) + spared
+
+
+def _whole_on_meta(config: Config) -> Transformer:
     with torch.device("meta"):
         model = Transformer(config.model, config.mechanisms(), recompute=config.train.recompute == "block")
-    if compute_dtype == torch.float64:
-        model = model.double()
-    experts = [module for module in model.modules() if isinstance(module, Experts)]
-    shard_experts(experts, mesh, compute_dtype)
+    return model.double() if config.train.torch_dtype == torch.float64 else model
+
+
+def _shard(model: Transformer, mesh: Mesh, compute_dtype: torch.dtype) -> None:
+    shard_experts([module for module in model.modules() if isinstance(module, Experts)], mesh, compute_dtype)
     shard_parameters(model, model.blocks, mesh, compute_dtype)
-    return model
+
+
+def _held(module: nn.Module) -> int:
+    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in module.parameters())
 
 
 def build_batches(config: Config, mesh: Mesh, device: torch.device, traffic: Traffic) -> BatchBuilder:

@@ -4,12 +4,11 @@ import logging
 from pathlib import Path
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from farspan.parallel.mesh import Degrees, Mesh
 from farspan.parallel.ranks import pretended
 from farspan.trainer.auto import choose_strategy
-from farspan.trainer.build import build_on_meta
+from farspan.trainer.build import parameters_held
 from farspan.trainer.config import Config
 from farspan.trainer.describe import describe
 from farspan.trainer.resolve import fill_in, open_data
@@ -38,10 +37,5 @@ def rehearse(config: Config, num_ranks: int) -> None:
     config = fill_in(config, degrees, device, open_data(config)[0].vocabulary_size if has_data else None)
     log.info("%s", "\n".join((describe(config, degrees), *why)))
     with pretended(num_ranks):
-        model = build_on_meta(config, Mesh.build(config.parallel, "cpu"))
-        held = sum(_held(parameter) for parameter in model.parameters())
+        held = parameters_held(config, Mesh.build(config.parallel, "cpu"))
     log.info("%-12s%s parameters on rank 0 of %d", "sharded", f"{held:,}", num_ranks)
-
-
-def _held(parameter: torch.Tensor) -> int:
-    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()

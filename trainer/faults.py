@@ -15,8 +15,14 @@ from typing import Any, Self
 
 WARNING_SIGNAL = signal.SIGUSR1
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, WARNING_SIGNAL)
+EXIT_USER_ERROR = 2
+"""Exit status of a run that ended with one sentence about what the user can mend."""
 EXIT_WARNED = 75
 """Exit status of a run that a scheduler's warning stopped: it has saved and wants to go on (EX_TEMPFAIL)."""
+EXIT_HUNG = 76
+"""Exit status of a run in which something took longer than it may: all ranks have written their stacks."""
+EXIT_UNFIT = 77
+"""Exit status of a run that has found, before its start, that a node cannot take part."""
 SAME_REQUEST_S = 3.0
 """A terminal and torchrun may both deliver one Ctrl-C: signals this close together are one request."""
 

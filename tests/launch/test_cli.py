@@ -17,6 +17,7 @@ from farspan.launch.slurm import SlurmJob
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import Config
 from farspan.trainer.config_io import load_config, to_toml
+from farspan.trainer.data import prepare
 from tests.trainer import tiny
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -72,6 +73,13 @@ REFUSALS = [
         "train.sequences_per_step=2 must be a multiple of the 3",
     ),
     ("launch slurm CONFIG --nodes 1 --gpus-per-node 2 --site nowhere.toml", "nowhere.toml does not exist; name a conf"),
+    ("launch slurm CONFIG --nodes 1 --gpus-per-node 2 --each run.seed", "--each run.seed has no values; write it as "),
+    ("launch slurm CONFIG --nodes 1 --gpus-per-node 2 --each run.folder=a,b", "--each run.folder=... cannot be: "),
+    (
+        "launch slurm CONFIG --nodes 1 --gpus-per-node 2 --each run.seed=1,2 --each train.steps=1,2,3",
+        "all --each must have as many values, since they change together; these have 2, 3.",
+    ),
+    ("launch slurm CONFIG --nodes 1 --gpus-per-node 2 --each run.seed=1,x", "run.seed="),
     ("jobs status nowhere", "nowhere has no jobs.jsonl: name the folder of a run that was submitted to SLURM."),
     ("data prepare nowhere --tokenizer bytes --out OUT", "nowhere"),
 ]
@@ -105,7 +113,7 @@ def test_wrong_usage_is_status_2(command: str, capsys: pytest.CaptureFixture[str
     [
         ("", ["train", "launch", "jobs", "data", "upcycle", "pool-heads", "import", "export"]),
         ("launch", ["local", "slurm"]),
-        ("jobs", ["status", "cancel", "logs"]),
+        ("jobs", ["status", "cancel", "resume", "logs"]),
         ("data", ["prepare"]),
     ],
 )
@@ -263,6 +271,27 @@ def test_a_launch_on_slurm_submits_what_was_checked(
     assert load_config(Config, submitted / "config.toml") == load_config(Config, config_file, ["run.seed=3"])
 
 
+def test_a_launch_of_several_runs_is_a_job_array(
+    tmp_path: Path, config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text("#!/bin/bash\necho 5\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    tiny.make_data(tmp_path)
+    each = ["--each", "run.seed=3, 4", "--each", "optimizer.learning_rate=1e-3,2e-3"]
+    assert cli.main(["launch", "slurm", str(config_file), "--nodes", "1", "--gpus-per-node", "2", *each]) == 0
+    out = capsys.readouterr().out
+    assert "001         run.seed=4  optimizer.learning_rate=2e-3\n" in out
+    submitted = tmp_path / "run/submitted/001"
+    for number, (seed, rate) in enumerate(((3, 1e-3), (4, 2e-3))):
+        config = load_config(Config, submitted / f"config_00{number}.toml")
+        assert (config.run.seed, config.optimizer.learning_rate) == (seed, rate)
+        assert config.run.folder == tmp_path / f"run/00{number}"
+    assert "#SBATCH --array=0-1\n" in (submitted / "job.sh").read_text()
+
+
 def test_a_launch_starts_as_many_ranks_as_asked(
     tmp_path: Path, config_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,12 +317,35 @@ def test_one_rank_speaks_for_all(
     assert said["1"] == ""
 
 
+def test_stop_signals_wait_from_before_torch_is_there() -> None:
+    """A shell above ignores the warning, which would be lost; so would one that a thread of numpy or torch lets by."""
+    program = """
+import signal, sys, types
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+class Seen:
+    def find_spec(name, *_):
+        if name in ("numpy", "torch"):
+            assert signal.SIGUSR1 in signal.pthread_sigmask(signal.SIG_BLOCK, []), name
+            signal.raise_signal(signal.SIGUSR1)
+            print(name, flush=True)
+            sys.meta_path.remove(Seen)
+sys.meta_path.insert(0, Seen)
+from farspan.launch import cli
+def train(config, ranks, stop):
+    print(stop.warned)
+sys.modules["farspan.trainer.train"] = types.SimpleNamespace(train=train)
+sys.exit(cli.main(["train", "configs/demo.toml"]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=CONFIGS.parent)
+    assert (done.stdout.split()[-1:], done.stderr.count("Error")) == (["True"], 0), done.stdout + done.stderr
+
+
 def test_an_error_of_a_command_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     def fail(options: object) -> None:
         logging.getLogger("farspan").info("it begins")
         raise DataError("it is gone")
 
-    monkeypatch.setattr(cli.prepare, "run", fail)
+    monkeypatch.setattr(prepare, "run", fail)
     assert cli.main(["data", "prepare", "x", "--tokenizer", "bytes", "--out", "y"]) == cli.EXIT_USER_ERROR
     assert capsys.readouterr() == ("it begins\n", "farspan: it is gone\n")
     assert logging.getLogger("farspan").handlers == []

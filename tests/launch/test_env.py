@@ -15,7 +15,7 @@ TORCHRUN = {
 
 @pytest.fixture(autouse=True)
 def _bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*TORCHRUN, "OMP_NUM_THREADS"):
+    for name in (*TORCHRUN, "OMP_NUM_THREADS", "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -31,6 +31,13 @@ def test_a_process_alone_is_the_only_rank() -> None:
 def test_ranks_are_as_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
     set_all(monkeypatch, TORCHRUN)
     assert read_ranks() == Ranks(rank=3, world_size=8, local_rank=1)
+
+
+def test_ranks_know_their_job_by_the_name_that_slurm_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert read_ranks().job == "17"
+    set_all(monkeypatch, TORCHRUN | {"SLURM_ARRAY_JOB_ID": "16", "SLURM_ARRAY_TASK_ID": "3"})
+    assert read_ranks().job == "16_3"
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])

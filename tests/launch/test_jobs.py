@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from farspan.launch import cli
+from farspan.launch.commands import SlurmError
+from farspan.launch.failures import record
 from farspan.launch.jobs import log_file
-from farspan.launch.submit import SlurmError
 
 STEP = {"step": 7, "loss": 2.5, "tokens_per_s": 12345.6}
 
@@ -18,7 +19,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, text in (
         (
             "squeue",
-            "echo '9|RUNNING|1:02|20:00|n[1-2]|None'\necho '90|RUNNING|1|2|n3|x'\necho '10|PENDING|0:00|20:00||D'",
+            "[ $6 = -o ] || { echo '9                   |2                   |'; exit; }\n"
+            "echo '9|RUNNING|1:02|20:00|n[1-2]|n3|None'\necho '90|RUNNING|1|2|n3||x'\necho '10|PENDING|0:00|20:00|||D'",
         ),
         ("scancel", f'echo "$*" >>{tmp_path}/cancelled'),
     ):
@@ -36,9 +38,9 @@ def test_status_is_a_line_a_job_and_how_far_the_run_is(run: Path, capsys: pytest
     command = ["jobs", "status", str(run)]
     assert cli.main(command) == 0
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
-        ["job", "state", "time", "limit", "nodes", "why"],
+        ["job", "state", "time", "limit", "restarts", "nodes", "excluded", "why"],
         ["8", "ENDED"],
-        ["9", "RUNNING", "1:02", "20:00", "n[1-2]", "None"],
+        ["9", "RUNNING", "1:02", "20:00", "2", "n[1-2]", "n3", "None"],
         ["10", "PENDING", "0:00", "20:00", "D"],
         ["no", "step", "yet"],
     ]
@@ -46,8 +48,27 @@ def test_status_is_a_line_a_job_and_how_far_the_run_is(run: Path, capsys: pytest
     cut_short = '{"step": 8, "loss"'
     lines = [json.dumps(STEP | {"step": 6}), json.dumps(STEP), json.dumps(evaluation), cut_short]
     (run / "metrics.jsonl").write_text("\n".join(lines))
+    (run / "checkpoints/step_00000004").mkdir(parents=True)
+    record(run, "9", "a rank on n3 was killed by SIGKILL", ["n3"])
     assert cli.main(command) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("step 7  loss 2.5000  12,346 tok/s  ")
+    failed, step = capsys.readouterr().out.splitlines()[-2:]
+    assert failed.startswith("failed at 2")
+    assert failed.endswith(", job 9, checkpoint step_00000004: a rank on n3 was killed by SIGKILL (n3)")
+    assert step.startswith("step 7  loss 2.5000  12,346 tok/s  ")
+
+
+def test_runs_of_an_array_are_seen_and_cancelled_together(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = run.parent / "sweep"
+    for name, job in (("000", "9"), ("001", "10")):
+        (runs / name).mkdir(parents=True)
+        line = json.dumps({"job": job, "script": "s", "submitted": "t"})
+        (runs / name / "jobs.jsonl").write_text(f"{line}\n")
+    assert cli.main(["jobs", "status", str(runs)]) == 0
+    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert lines == [f"{runs}/000", "job", "9", "no", f"{runs}/001", "job", "10", "no"]
+    assert cli.main(["jobs", "cancel", str(runs)]) == 0
+    assert capsys.readouterr().out == "cancelled   10, 9\n"
+    assert cli.main(["jobs", "logs", str(runs)]) == cli.EXIT_USER_ERROR
 
 
 def test_cancel_ends_what_is_left_the_last_first(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

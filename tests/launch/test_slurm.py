@@ -1,4 +1,4 @@
-"""The batch script: as on file, word for word; what it does by itself, with stand-ins for SLURM; what is refused."""
+"""The batch script: as on file, word for word; what is refused."""
 
 import re
 import subprocess
@@ -36,6 +36,7 @@ JOBS = {
     "tasks.sh": replace(
         JOB, task_per_rank=True, time="2-00", partition="long", constraint="a&b", container="my image.sqsh", site=SITE
     ),
+    "array.sh": replace(JOB, elements=3),
 }
 
 
@@ -44,7 +45,7 @@ def test_the_script_is_the_one_on_file(name: str) -> None:
     """Where a change is meant, look at the difference and write the file anew."""
     script = JOBS[name].script()
     assert script == (GOLDEN / name).read_text()
-    assert "@" not in script.replace("USR1@", "")
+    assert "@" not in script.replace("USR1@", "").replace('"$@"', "")
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     first_command = script.index("\nset -euo")
     assert "#SBATCH" not in script[first_command:], "sbatch reads none after the first command"
@@ -94,53 +95,3 @@ def test_what_slurm_would_refuse_or_never_start_is_refused(changes: dict[str, ob
 @pytest.mark.parametrize("time", ["7", "7:00", "0:7:00", "1-0", "1-0:0", "0-0:7:0", "30:00:00", "100000"])
 def test_time_limits_as_sbatch_takes_them(time: str) -> None:
     replace(JOB, time=time).check()
-
-
-# Says what it is called with; as srun, does what stands in the file beside it.
-STAND_IN = """#!/bin/bash
-here=$(dirname "$0")
-name=$(basename "$0")
-[ "$name $1" != "scontrol show" ] || { echo node7; echo node8; exit; }
-echo "$name $*" >>"$here/called"
-[ "$name" != srun ] || . "$here/step"
-"""
-
-
-@pytest.mark.parametrize(
-    ("restarts", "step", "status", "requeued"),
-    [
-        (0, "exit 0", 0, False),
-        (0, "exit 9", 9, False),
-        (0, 'touch "$LOGS/warned"', 75, True),
-        (19, 'touch "$LOGS/warned"', 75, True),
-        (20, 'touch "$LOGS/warned"', 75, False),
-        (21, "exit 0", 75, None),
-    ],
-)
-def test_a_job_that_was_warned_is_queued_again_up_to_a_cap(
-    tmp_path: Path, restarts: int, step: str, status: int, requeued: bool | None
-) -> None:
-    job = replace(JOB, run=tmp_path / "run", submitted=tmp_path / "run/submitted/001")
-    (tmp_path / "job.sh").write_text(job.script())
-    for name in ("srun", "scontrol"):
-        (tmp_path / name).write_text(STAND_IN)
-        (tmp_path / name).chmod(0o755)
-    logs = f"{tmp_path}/run/logs/17/{restarts}"
-    (tmp_path / "step").write_text(step.replace("$LOGS", logs))
-    environment = {
-        "PATH": f"{tmp_path}:/usr/bin:/bin",
-        "SLURM_JOB_ID": "17",
-        "SLURM_JOB_NODELIST": "node[7-8]",
-        "SLURM_CPUS_PER_TASK": "8",
-        **({"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}),
-    }
-    done = subprocess.run(["bash", str(tmp_path / "job.sh")], env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (status, "")
-    called = tmp_path / "called"
-    if requeued is None:
-        assert not called.exists()
-        assert "started again 20 times, the most that it may be" in done.stdout
-        return
-    start = f"srun --kill-on-bad-exit=1 bash {tmp_path}/run/submitted/001/job.sh task\n"
-    assert called.read_text() == start + ("scontrol requeue 17\n" if requeued else "")
-    assert (f"restart {restarts + 1} of 20 at most" in done.stdout) == requeued

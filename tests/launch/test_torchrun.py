@@ -19,6 +19,8 @@ from farspan.trainer.faults import EXIT_WARNED
         (137, 137, "was killed by SIGKILL (the system does that when memory runs out)"),
         (2, 2, None),
         (75, 75, None),
+        (76, 76, None),
+        (77, 77, None),
     ],
 )
 def test_a_failure_is_one_sentence(

@@ -2,8 +2,9 @@
 # A SLURM cluster of virtual nodes on this machine: cluster.sh FOLDER NODES CPUS_PER_NODE, as root.
 #
 # Every node has a network, hostname, process ids and /dev/shm of its own; nothing is written outside FOLDER, which has
-# to be new and short (sockets). Prints "ready" when all nodes are idle, then lives until its standard input ends. Its
-# only child is the head node: `SLURM_CONF=FOLDER/slurm.conf nsenter -t CHILD -a sinfo`.
+# to be new and short (sockets). Prints "ready" when all nodes are idle, then starts each node that its standard input
+# names anew, and lives until that ends. Its only child is the head node:
+# `SLURM_CONF=FOLDER/slurm.conf nsenter -t CHILD -a sinfo`.
 set -euo pipefail
 self=$(readlink -f "$0")
 
@@ -19,11 +20,12 @@ node() { # NAME ADDRESS: the first process of a node: its network, its slurmd, o
     while :; do wait; sleep 0.2; done
 }
 
-start_node() { # NAME ADDRESS
+start_node() { # NAME
     local head pid
     head=$(readlink /proc/self/ns/net)
+    rm -f "$folder/$1.linked"
     unshare --mount --net --uts --pid --fork --kill-child=KILL --mount-proc \
-        bash "$self" node "$folder" "$1" "$2" </dev/null >"$folder/$1.log" 2>&1 &
+        bash "$self" node "$folder" "$1" "10.77.0.$((10 + ${1#n}))" </dev/null >"$folder/$1.log" 2>&1 &
     pid=$!
     until [ "$(readlink "/proc/$pid/ns/net")" != "$head" ]; do sleep 0.01; done
     ip link add "veth-$1" type veth peer name eth0 netns "$pid"
@@ -33,7 +35,8 @@ start_node() { # NAME ADDRESS
 
 configuration() { # NODES CPUS_PER_NODE
     # cred_expire: a requeued job waits that long, and 5 is the least. KillWait: seconds from SIGTERM to SIGKILL.
-    # MinJobAge: how long jobs that have ended can be asked about. The rest is short waits, and no cgroups.
+    # MinJobAge: how long jobs that have ended can be asked about. The rest is short waits, and no cgroups. Jobs of the
+    # partition "first" send those of others back into the queue.
     cat <<EOC
 ClusterName=box
 SlurmctldHost=head(10.77.0.1)
@@ -63,7 +66,10 @@ KillWait=30
 MinJobAge=86400
 EnforcePartLimits=ALL
 NodeName=n[1-$1] CPUs=$2 RealMemory=4000 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=first Nodes=ALL State=UP PriorityTier=10 PreemptMode=OFF
 EOC
 }
 
@@ -86,11 +92,11 @@ head_node() { # NODES CPUS_PER_NODE
     configuration "$1" "$2" >"$folder/slurm.conf"
     export SLURM_CONF="$folder/slurm.conf"
     slurmctld </dev/null >"$folder/slurmctld.out" 2>&1
-    for number in $(seq "$1"); do start_node "n$number" "10.77.0.$((10 + number))"; done
+    for number in $(seq "$1"); do start_node "n$number"; done
     for _ in $(seq 300); do
         if [ "$(sinfo -h -N -t idle -o %N 2>/dev/null | sort -u | wc -l)" = "$1" ]; then
             echo ready
-            cat >/dev/null
+            while read -r name; do start_node "$name"; done
             exit
         fi
         sleep 0.1

@@ -1,18 +1,22 @@
-"""One real SLURM cluster for all tests of this folder: two virtual nodes of two CPUs, see cluster.sh."""
+"""One real SLURM cluster for all tests of this folder: three virtual nodes of two CPUs, see cluster.sh."""
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import pytest
 
+from tests.slurm.processes import find, send, wait_for
+
 ROOT = Path(__file__).resolve().parents[2]
-NODES, CPUS_PER_NODE = 2, 2
+NODES, CPUS_PER_NODE = 3, 2
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "unshare", "nsenter", "ip")
 PACKAGES = "slurmctld slurmd slurm-client munge"
 COMMAND_TIMEOUT_S = 240
@@ -20,10 +24,11 @@ COMMAND_TIMEOUT_S = 240
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
-    """A running cluster; `pid` is the first process of its head node."""
+    """A running cluster; `pid` is the first process of its head node. commands: its standard input."""
 
     folder: Path
     pid: int
+    commands: IO[str]
 
     def run(self, command: Sequence[str], *, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a command on the head node, from the current folder, and return what it printed."""
@@ -40,6 +45,26 @@ class Cluster:
         )
         assert done.returncode == 0 or not check, f"{command}\n{done.stdout}{done.stderr}"
         return done
+
+    def sbatch(self, *options: str) -> str:
+        """Submit a job and return its id."""
+        return self.run(["sbatch", "--parsable", *options]).stdout.strip()
+
+    def kill_daemon(self, node: str) -> None:
+        """Kill a node's slurmd; what it has started lives on."""
+        send(signal.SIGKILL, find("slurmd", "-D", "-N", node, "-f", f"{self.folder}/slurm.conf"))
+
+    def power_off(self, node: str) -> None:
+        """End all processes of a node, its network too."""
+        script = str(Path(__file__).with_name("cluster.sh"))
+        send(signal.SIGKILL, find("bash", script, "node", str(self.folder), node))
+
+    def power_on(self, node: str) -> None:
+        """Start a node anew and wait until SLURM can use it."""
+        self.commands.write(f"{node}\n")
+        self.commands.flush()
+        idle = ["sinfo", "-h", "-N", "-n", node, "-t", "idle", "-o", "%N"]
+        wait_for(lambda: node in self.run(idle).stdout, f"{node} is idle")
 
     def state(self, job: str) -> str:
         """Return the state of a job, such as RUNNING, also when it has ended."""
@@ -86,9 +111,10 @@ def cluster() -> Iterator[Cluster]:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
+            assert process.stdin is not None
             assert process.stdout.readline() == "ready\n", f"the cluster did not start, see {folder}"
             pid = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
-            yield Cluster(folder=folder, pid=pid)
+            yield Cluster(folder=folder, pid=pid, commands=process.stdin)
         finally:
             process.kill()
     shutil.rmtree(folder, ignore_errors=True)

@@ -26,18 +26,25 @@ set -euo pipefail
 
 # What runs is the code and the configuration of when the job was submitted.
 submitted=/scratch/runs/long/submitted/001
-logs=/scratch/runs/long/logs/$SLURM_JOB_ID/${SLURM_RESTART_COUNT:-0}
+config=$submitted/config.toml
+run=/scratch/runs/long
+job=$SLURM_JOB_ID
+restarts=${SLURM_RESTART_COUNT:-0}
+logs=$run/logs/$job/$restarts
 python=python3
+
+# Before the ranks start: whether the job was started too often or fails in a row. After their end: what failed and
+# where, and whether the job is queued again, and without which nodes.
+requeue() {
+    /home/me/farspan/.venv/bin/python -m farspan.launch.requeue "$@" \
+        --run="$run" --job="$job" --restarts="$restarts" --script="$submitted/job.sh" \
+        --requeues=3 --max-failures=3 --exclude-hours=24 --max-excluded=8
+}
 
 case ${1:-job} in
 job)
-    restarts=${SLURM_RESTART_COUNT:-0}
-    # SLURM itself starts jobs again without end when nodes fail or others go first.
-    if [ "$restarts" -gt 3 ]; then
-        echo "farspan: the job was started again 3 times, the most that it may be; submit it anew to go on."
-        exit 75
-    fi
-    mkdir -p "$logs"
+    mkdir -p "$logs/ended"
+    scontrol show hostnames "$SLURM_JOB_NODELIST" >"$logs/nodes"
     export OMP_NUM_THREADS=6 PYTHONUNBUFFERED=1
     # Without the second, Python would prefer code that lies in the current folder.
     export PYTHONPATH=$submitted/code PYTHONSAFEPATH=1
@@ -46,23 +53,20 @@ job)
     set -u
     export NCCL_SOCKET_IFNAME=ib0
     export TEXT='it'"'"'s'
+    requeue before || exit
     # srun does not take this over from sbatch.
     export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
     # Ranks meet on the first node, at a port that other jobs there do not have.
-    hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-    export MASTER_ADDR=${hosts%%$'\n'*} MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
-    # SLURM sends SIGTERM to every process when the job is cancelled: ranks save, and this shell waits for them.
-    trap : TERM
+    read -r MASTER_ADDR <"$logs/nodes"
+    export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
+    # SLURM sends SIGTERM to every process when it ends the job: ranks save, and this shell waits for them.
+    told=
+    trap 'told=--told' TERM
     status=0
     srun --kill-on-bad-exit=1 '--container-image=my image.sqsh' nice -n 5 bash "$submitted/job.sh" task || status=$?
-    if [ -e "$logs/warned" ]; then
-        if [ "$restarts" -lt 3 ]; then
-            echo "farspan: warned by SLURM and saved; queued again, restart $((restarts + 1)) of 3 at most."
-            scontrol requeue "$SLURM_JOB_ID" || true
-        fi
-        exit 75
-    fi
-    exit "$status"
+    # To queue the job again ends this shell.
+    trap '' TERM
+    requeue after --status="$status" $told
     ;;
 task)
     # SLURM's warning reaches every process: the ranks act on it, and nothing else may die of it.
@@ -71,18 +75,16 @@ task)
     status=0
     export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
     bash "$submitted/job.sh" rank || status=$?
+    echo "$SLURMD_NODENAME $HOSTNAME $status" >"$logs/ended/$SLURM_PROCID"
     # Ranks that saved after a warning: to srun that would be a failure, for which it kills those of other nodes.
-    if [ "$status" = 75 ]; then
-        touch "$logs/warned"
-        status=0
-    fi
+    [ "$status" != 75 ] || status=0
     exit "$status"
     ;;
 rank)
     # Ranks catch signals themselves; what writes their logs ends when they do.
     trap '' INT TERM
     # Output goes to a file of the rank and, with the rank before each line, into the log of the job.
-    "$python" -m farspan.launch.cli train "$submitted/config.toml" 2>&1 |
+    "$python" -m farspan.launch.cli train "$config" 2>&1 |
         tee -a "$logs/rank_$RANK.log" | sed -u "s/^/$RANK: /"
     ;;
 esac

@@ -1,0 +1,55 @@
+"""Processes on the virtual nodes, which this machine sees all: found by what they run, held, killed."""
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+DEADLINE_S = 120
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.02)
+
+
+def find(*words: str) -> list[int]:
+    """Return the processes whose command line has these words one after another, its first word among them."""
+    wanted = "\0".join(words)
+    return [pid for pid, line in _command_lines() if line == wanted or line.startswith(f"{wanted}\0")]
+
+
+def ranks_of(job: str) -> dict[int, int]:
+    """Return the process of each rank of a job, such as 17 or 17_3, by rank."""
+    found = {}
+    for pid, line in _command_lines():
+        variables = _read(pid, "environ") if line.split("\0")[1:4] == ["-m", "farspan.launch.cli", "train"] else ""
+        values = dict(re.findall(r"(?:^|\0)(\w+)=([^\0]*)", variables))
+        of_array = "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}" if "SLURM_ARRAY_JOB_ID" in values else "{SLURM_JOB_ID}"
+        if values and of_array.format_map(values) == job:
+            found[int(values["RANK"])] = pid
+    return found
+
+
+def send(number: signal.Signals, pids: Iterable[int]) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            continue
+
+
+def _command_lines() -> list[tuple[int, str]]:
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    return [(pid, _read(pid, "cmdline").rstrip("\0")) for pid in pids]
+
+
+def _read(pid: int, name: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
+    except OSError:
+        return ""

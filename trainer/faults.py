@@ -17,6 +17,8 @@ WARNING_SIGNAL = signal.SIGUSR1
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, WARNING_SIGNAL)
 EXIT_WARNED = 75
 """Exit status of a run that a scheduler's warning stopped: it has saved and wants to go on (EX_TEMPFAIL)."""
+EXIT_HUNG = 76
+"""Exit status of a rank whose watchdog has found a phase that does not end; the run may go on from its checkpoint."""
 SAME_REQUEST_S = 3.0
 """A terminal and torchrun may both deliver one Ctrl-C: signals this close together are one request."""
 

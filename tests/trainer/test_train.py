@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from farspan.kernels.errors import CheckpointError, ConfigError, DataError
 from farspan.parallel.mesh import ParallelConfig
 from farspan.parallel.ranks import Ranks
+from farspan.trainer import held_out
 from farspan.trainer import train as module
 from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
 from farspan.trainer.config_io import load_config
@@ -123,10 +125,17 @@ def test_a_run_says_whether_a_warning_stopped_it(config: Config) -> None:
     assert not run(config, AskedWhen(lambda: metrics.exists() and '"step": 1' in metrics.read_text()))
     assert run(config, Warned(lambda: '"step": 3' in metrics.read_text()))
     assert steps(config, "loss") == [1, 2, 3]
-    # One that is warned when all is done has nothing to come back for.
+    # One that is warned when all is done has nothing to come back for, once it knows.
     assert not run(config)
     assert not run(config, Warned())
-    assert not run(config, Warned(lambda: True))
+    assert not run(config, asked_at_poll(3, Warned))
+    assert run(config, asked_at_poll(2, Warned))
+
+
+def asked_at_poll(number: int, kind: type[AskedWhen] = AskedWhen) -> AskedWhen:
+    """The first polls are after connecting, building and loading."""
+    polls = count(1)
+    return kind(lambda: next(polls) >= number)
 
 
 def test_a_stop_after_a_step_saves_and_a_resume_goes_on(config: Config, caplog: pytest.LogCaptureFixture) -> None:
@@ -162,13 +171,13 @@ def test_a_stop_during_the_last_evaluation_leaves_it_for_the_resume(
 ) -> None:
     caplog.set_level(logging.INFO, logger="farspan")
     evaluating: list[int] = []
-    evaluate = module.evaluate
+    evaluate = held_out.evaluate
 
     def note(*arguments: Any, **named: Any) -> Any:
         evaluating.append(1)
         return evaluate(*arguments, **named)
 
-    monkeypatch.setattr(module, "evaluate", note)
+    monkeypatch.setattr(held_out, "evaluate", note)
     run(config, AskedWhen(lambda: len(evaluating) == 2))
     assert steps(config, "loss") == [1, 2, 3, 4]
     assert steps(config, "eval_loss") == [2]
@@ -182,7 +191,7 @@ def test_a_stop_during_the_last_evaluation_leaves_it_for_the_resume(
 
 def test_a_stop_before_the_first_step_saves_nothing(config: Config, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="farspan")
-    run(config, AskedWhen(lambda: True))
+    run(config, asked_at_poll(3))
     assert records(config) == []
     assert not (config.run.folder / "checkpoints").exists()
     assert "stopped     before the first step; nothing was saved" in caplog.text
@@ -252,7 +261,9 @@ def test_a_launch_that_trains_nothing_leaves_the_configuration(config: Config) -
     before = path.read_bytes()
     slower = replace(config, optimizer=replace(config.optimizer, learning_rate=1e-3))
     run(slower)
-    run(replace(slower, train=replace(slower.train, steps=STEPS + 1)), AskedWhen(lambda: True))
+    longer = replace(slower, train=replace(slower.train, steps=STEPS + 1))
+    for number in (1, 2, 3):
+        run(longer, asked_at_poll(number))
     assert path.read_bytes() == before
     assert not list(config.run.folder.glob("config_*"))
 

@@ -28,7 +28,7 @@ def built(config: Config, stop: StopSignal | None = None) -> Iterator[_Run]:
     Path(config.run.folder).mkdir(exist_ok=True)
     resolved = resolve(config, Ranks(rank=rank, world_size=size, local_rank=rank))
     watchdog = Watchdog(config.watchdog, config.run.folder / "stacks", rank)
-    with mock.patch.object(module, "peak_flops", lambda device, dtype: 1e10):
+    with mock.patch.object(module, "peak_flops", return_value=1e10):
         run = _Run(resolved, stop or StopSignal(), watchdog)
     try:
         yield run

@@ -17,7 +17,7 @@ from farspan.trainer.agreement import together
 from farspan.trainer.batch import BatchBuilder
 from farspan.trainer.data.packing import PackedSequence
 from farspan.trainer.model.transformer import Transformer
-from farspan.trainer.step import StepResult, train_step
+from farspan.trainer.step import train_step
 
 BATCH_FILE = "batch.npz"
 PARTS = ("tokens", "labels", "position", "document")
@@ -47,8 +47,8 @@ def write_batch(folder: Path, sequences: Mapping[int, PackedSequence]) -> None:
 def read_batch(folder: Path) -> dict[int, PackedSequence]:
     """Return the sequences that `write_batch` has written, by index; raises ConfigError where there are none."""
     try:
-        with np.load(folder / BATCH_FILE) as file:
-            parts = {name: file[name] for name in (*PARTS, "index")}
+        with (folder / BATCH_FILE).open("rb") as file, np.load(file) as arrays:
+            parts = {name: arrays[name] for name in (*PARTS, "index")}
     except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise ConfigError(
             f"run.replay={str(folder)!r} holds no {BATCH_FILE} that can be read ({error}): name a folder below "
@@ -60,7 +60,7 @@ def read_batch(folder: Path) -> dict[int, PackedSequence]:
     }
 
 
-def replay(model: Transformer, batches: BatchBuilder, folder: Path, *, data_rank: int, groups: int) -> StepResult:
+def replay(model: Transformer, batches: BatchBuilder, folder: Path, *, data_rank: int, groups: int) -> None:
     """Compute loss and gradients of a written batch, change nothing, and say what is not finite.
 
     data_rank: which of the `groups` that share a sequence this rank is in. Raises ConfigError where these cannot share
@@ -92,7 +92,7 @@ def replay(model: Transformer, batches: BatchBuilder, folder: Path, *, data_rank
         max_gradient_norm=1.0,
         reason_to_skip=lambda loss, gradient_norm: "replayed",
     )
-    log.info("replayed    %s: loss %g, gradient norm %g", folder, result.loss, result.gradient_norm)
+    log.info("replayed    %s: loss %r, gradient norm %r", folder, result.loss, result.gradient_norm)
     bad = [index for index, loss in zip(sequences, losses.tolist(), strict=True) if not np.isfinite(loss)]
     parameters = dict(model.named_parameters())
     gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
@@ -103,7 +103,6 @@ def replay(model: Transformer, batches: BatchBuilder, folder: Path, *, data_rank
     ):
         shown = ", ".join(found[:MOST_SHOWN]) + (f" and {len(found) - MOST_SHOWN} more" if found[MOST_SHOWN:] else "")
         log.info("            not finite: %s %s", what, shown or "none")
-    return result
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

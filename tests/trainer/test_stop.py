@@ -88,6 +88,8 @@ def test_a_signal_to_one_rank_stops_all(
     answers = ranks(2).run(run, config, phase)
     assert [warned for warned, _ in answers] == [True, True]
     assert answers[WARNED_RANK][1] > 0
+    # It is locked, and so made, between the first two looks at the flag.
+    assert (tmp_path / "run").exists() == (phase != "connecting")
     checkpoints = tmp_path / "run" / "checkpoints"
     assert [int(path.name[5:]) for path in sorted(checkpoints.glob("step_*"))] == saved
     if steps is None:

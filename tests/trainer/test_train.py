@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
@@ -25,6 +26,7 @@ from farspan.trainer.faults import StopSignal
 from farspan.trainer.lock import lock_folder
 from farspan.trainer.resolve import open_data
 from farspan.trainer.train import train
+from farspan.trainer.watchdog import Watchdog
 from tests.trainer import tiny
 
 STEPS = 4
@@ -110,6 +112,20 @@ def test_an_undisturbed_run(config: Config, caplog: pytest.LogCaptureFixture) ->
     assert len(set(labelled)) > 2
     assert first["tokens_per_s"] * first["step_s"] == pytest.approx(202)
     assert first["comm_bytes"] == sum(first["comm_bytes_by_kind"].values()) == 0
+
+
+def test_each_phase_and_each_held_out_sequence_has_its_time(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: Counter[tuple[str, int]] = Counter()
+    restart = Watchdog.restart
+
+    def note(watchdog: Watchdog) -> None:
+        given[watchdog._phase] += 1
+        restart(watchdog)
+
+    monkeypatch.setattr(Watchdog, "restart", note)
+    run(config)
+    once = {("start", 0), *(("step", step) for step in (1, 2, 3, 4)), ("save", 3), ("save", 4)}
+    assert given == dict.fromkeys(once, 1) | {("evaluation", 2): 3, ("evaluation", 4): 3}
 
 
 class Warned(AskedWhen):

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from farspan.trainer.data.stream import follow
 from farspan.trainer.state import TrainState
 
 
@@ -10,6 +11,13 @@ def test_a_state_comes_back_whole() -> None:
     loaded = TrainState()
     loaded.load_state_dict(json.loads(json.dumps(saved.state_dict())))
     assert loaded == saved
+
+
+def test_a_step_advances_all_of_it() -> None:
+    state = TrainState()
+    state.advance(sequences=2, tokens=100, fingerprint=5)
+    state.advance(sequences=2, tokens=90, fingerprint=6)
+    assert state == TrainState(step=2, sequences=4, tokens=190, stream=follow(follow("", 5), 6))
 
 
 def test_a_cut_state_is_refused_and_changes_nothing() -> None:

@@ -174,11 +174,13 @@ def test_ranks_that_wait_for_one_that_is_stopped_end(tmp_path: Path, phase: str,
     tiny.make_data(tmp_path)
     port = free_port()
     processes = [start(train_with_one_that_stops, tmp_path, rank, port, phase) for rank in range(2)]
-    assert exit_status(processes[0]) == EXIT_HUNG
-    # It is stopped still; to be killed needs no cooperation.
-    assert processes[1].is_alive()
-    processes[1].kill()
-    processes[1].join(WAIT_S)
+    try:
+        assert exit_status(processes[0]) == EXIT_HUNG
+        assert processes[1].is_alive()
+    finally:
+        # It is stopped still; to be killed needs no cooperation.
+        processes[1].kill()
+        processes[1].join(WAIT_S)
     assert processes[1].exitcode == -signal.SIGKILL
     stacks = tmp_path / "run" / "stacks"
     assert [path.name for path in stacks.iterdir()] == [f"{phase}_{step:08d}"]

@@ -51,7 +51,8 @@ class ExpertRouter:
     @torch.no_grad()
     def choose(self, scores: Tensor, bias: Tensor) -> Tensor:
         """Return the experts of each token, int64 `[T, K]`, best first; bias `[E]` counts here only (2408.15664)."""
-        scores = scores.float() + bias.float()
+        # A NaN whose sign is set ranks below -inf: its token would be left without experts.
+        scores = (scores.float() + bias.float()).nan_to_num(nan=float("inf"))
         if self.groups_per_token < self.groups:
             scores = scores.masked_fill(~self._of_best_groups(scores), float("-inf"))
         return top(scores, self.per_token)

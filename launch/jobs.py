@@ -56,8 +56,10 @@ def progress(run: Path) -> str:
     if not steps:
         return "no step yet"
     last = steps[-1]
+    # Of a step that was skipped it may be null.
+    loss = "none" if last["loss"] is None else f"{last['loss']:.4f}"
     ago = max(time.time() - path.stat().st_mtime, 0)
-    return f"step {last['step']}  loss {last['loss']:.4f}  {last['tokens_per_s']:,.0f} tok/s  {ago:,.0f} s ago"
+    return f"step {last['step']}  loss {loss}  {last['tokens_per_s']:,.0f} tok/s  {ago:,.0f} s ago"
 
 
 def cancel(folder: Path) -> list[str]:

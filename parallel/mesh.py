@@ -28,7 +28,8 @@ class ParallelConfig:
     model and says why. inner_gbytes_per_s, outer_gbytes_per_s: what a rank sends in a second within its node and out of
     it, for `auto`; 0 takes what is usual.
     layout: which rank holds which tokens of a sequence: contiguous, zigzag, striped or balanced.
-    timeout_s: how long a rank waits for others before it gives up; a rank that fails is noticed at once.
+    timeout_s: how long a rank waits for others before it gives up; a rank that fails is noticed at once, and limits of
+    [watchdog] act before, if they are no longer.
     rounded_gradients: whether gradients of keys and values travel in the dtype of these, in half the bytes; summed in
     float32 all the same.
     """
@@ -43,7 +44,7 @@ class ParallelConfig:
     rounded_gradients: bool = False
     inner_gbytes_per_s: float = field(default=0.0, metadata={"minimum": 0})
     outer_gbytes_per_s: float = field(default=0.0, metadata={"minimum": 0})
-    timeout_s: int = field(default=600, metadata={"minimum": 1})
+    timeout_s: int = field(default=1800, metadata={"minimum": 1})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

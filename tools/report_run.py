@@ -63,7 +63,7 @@ class Run:
         if not path.is_file():
             raise ConfigError(f"{path} does not exist: name the folder of a run, its run.folder.")
         found = [record for record, _ in records(path)]
-        updates = [record for record in found if "loss" in record]
+        updates = [record for record in found if record.get("loss") is not None]
         if not updates:
             raise ConfigError(f"{path} has no step yet: wait for the first, or name another run.")
         evaluations = [record for record in found if EVALUATION_KEY in record]

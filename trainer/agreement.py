@@ -3,7 +3,7 @@
 Inside a run every FarspanError is raised by all ranks alike, with the same words.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -48,9 +48,14 @@ def on_first_rank(work: Callable[[], T]) -> T:
 
 def on_any_rank(flag: bool) -> bool:
     """Return on every rank whether `flag` is true on some rank."""
-    agreed = torch.tensor(int(flag))
+    return bool(most_of_any_rank([flag])[0])
+
+
+def most_of_any_rank(values: Sequence[int]) -> list[int]:
+    """Return on every rank the largest of all ranks, for each of the values."""
+    agreed = torch.tensor(values, dtype=torch.int64)
     dist.all_reduce(agreed, dist.ReduceOp.MAX)
-    return bool(agreed)
+    return agreed.tolist()
 
 
 def check_same(values: Mapping[str, object]) -> None:

@@ -98,11 +98,14 @@ class ExpertBalance:
         return balance + z_loss
 
     @torch.no_grad()
-    def finish(self) -> ExpertLoad:
-        """Sum over all ranks; move each bias by `bias_rate` towards the mean load (arXiv 2408.15664, algorithm 1)."""
+    def finish(self, *, is_update: bool) -> ExpertLoad:
+        """Sum over all ranks; in an update, move each bias by `bias_rate` towards the mean load.
+
+        See arXiv 2408.15664, algorithm 1.
+        """
         for total in (self._counts, self._dropped, self._losses):
             dist.all_reduce(total)
-        if self._config.bias_rate:
+        if is_update and self._config.bias_rate:
             for layer, counts in zip(self._layers, self._counts, strict=True):
                 # In integers, so that a load that equals the mean moves nothing.
                 below_mean = (counts.sum() - counts * len(counts)).sign()

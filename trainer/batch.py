@@ -15,6 +15,7 @@ from farspan.parallel.key_convolution import KeyConvolution
 from farspan.parallel.layout import Shards
 from farspan.parallel.strategy import Attend, Strategy
 from farspan.trainer.data.packing import IGNORED, PackedSequence
+from farspan.trainer.data.stream import fingerprint, sequence_seed
 from farspan.trainer.flops import attention_flops
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.transformer import ExpertPlaces, SequenceContext
@@ -24,14 +25,17 @@ from farspan.trainer.model.transformer import ExpertPlaces, SequenceContext
 class MicroBatch:
     """This rank's part of one sequence; tokens and labels int64 `[tokens_local]`.
 
-    attention_flops: forward, of the whole sequence in all layers; counted by the first rank of a context-parallel group
-    alone, so that a sum over ranks counts them once.
+    attention_flops: forward, of the whole sequence in all layers. fingerprint: of the whole sequence and its place in
+    the data. Both are counted by the first rank of a context-parallel group alone, so that a sum over ranks counts them
+    once. seed: of what is drawn for the sequence.
     """
 
     tokens: Tensor
     labels: Tensor
     context: SequenceContext
     attention_flops: int
+    fingerprint: int = 0
+    seed: int = 0
 
     @property
     def valid_tokens(self) -> int:
@@ -67,13 +71,14 @@ class BatchBuilder:
     """Deals sequences to the ranks of a context-parallel group, each of which reads the whole sequence.
 
     layers: of each layer the mechanism, strategy and backend; the first layer's channel is that of all.
-    expert_channel: of the ranks that hold the experts, for a model that has these.
+    expert_channel: of the ranks that hold the experts, for a model that has these. seed: of the run.
     """
 
     model: ModelConfig
     layers: tuple[LayerAttention, ...]
     layout: str
     device: torch.device
+    seed: int
     expert_channel: Channel | None = None
 
     @property
@@ -81,8 +86,11 @@ class BatchBuilder:
         """Of the ranks that share a sequence."""
         return self.layers[0].strategy.channel
 
-    def build(self, sequence: PackedSequence) -> MicroBatch:
-        """Return this rank's part of `sequence`; padding added by the layout has no label and no document."""
+    def build(self, sequence: PackedSequence, index: int = 0) -> MicroBatch:
+        """Return this rank's part of `sequence`, number `index` of those that a run trains on.
+
+        Padding added by the layout has no label and no document.
+        """
         rows = Rows(position=torch.from_numpy(sequence.position), document=torch.from_numpy(sequence.document))
         channel = self.channel
         rank = channel.rank
@@ -104,6 +112,8 @@ class BatchBuilder:
                 experts=self._places(shards),
             ),
             attention_flops=attention_flops(self.model, self.mechanisms, rows) if rank == 0 else 0,
+            fingerprint=fingerprint(index, sequence) if rank == 0 else 0,
+            seed=sequence_seed(self.seed, index),
         )
 
     def _places(self, shards: Shards) -> ExpertPlaces | None:

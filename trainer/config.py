@@ -13,6 +13,8 @@ from farspan.trainer.config_io import bounded, from_tree, toml_value
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.optim import OptimizerConfig
 from farspan.trainer.pattern import parse_pattern
+from farspan.trainer.skip import SkipConfig
+from farspan.trainer.watchdog import WatchdogConfig
 
 AUTO = "auto"
 """The value of parallel.strategy that leaves it to the cost model."""
@@ -24,11 +26,14 @@ class RunConfig:
 
     start_from: a folder of weights that a run without checkpoints begins with, such as `farspan import` and `farspan
     upcycle` write, or one step below another run's checkpoints/; without one parameters are random.
+    replay: a folder below a run's failed_batch/. The run then computes that batch with the parameters of its newest
+    checkpoint, says what is not finite, and ends; it changes nothing.
     """
 
     folder: Path
     seed: int = bounded(0, minimum=0)
     start_from: Path | None = None
+    replay: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,6 +147,8 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    skip: SkipConfig = field(default_factory=SkipConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
     def mechanisms(self) -> tuple[Mechanism, ...]:
         """Return the mechanism of each layer; see `AttentionConfig.build_mechanisms`."""

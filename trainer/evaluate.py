@@ -52,11 +52,12 @@ def evaluate(
     batches: Iterator[MicroBatch],
     *,
     sequence_tokens: int,
-    stop_requested: Callable[[], bool] = lambda: False,
+    poll: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Run `batches`, equally many on every rank; return the same result on every rank.
 
-    None if a rank was asked to stop meanwhile. Raises DataError when no token has a label.
+    poll: called before each of them, says whether to stop; None if it said so on some rank. Raises DataError when no
+    token has a label.
     """
     edges = _bin_edges(sequence_tokens)
     totals = torch.zeros(2, len(edges), dtype=torch.float64)
@@ -64,7 +65,7 @@ def evaluate(
     model.eval()
     try:
         for batch in batches:
-            if on_any_rank(stop_requested()):
+            if on_any_rank(poll()):
                 return None
             losses = model(batch.tokens, batch.labels, batch.context).losses.double()
             # A token at position p has p + 1 tokens to predict the next one from.

@@ -37,20 +37,33 @@ class MetricsWriter:
         return step in self._evaluated
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write one record, which has a `step`; numbers and tables of numbers go to TensorBoard too."""
+        """Write one record, which has a `step`; numbers and tables of numbers go to TensorBoard too.
+
+        What is not finite is null on record.
+        """
+        record = {name: _finite(value) for name, value in record.items()}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         if EVALUATION_KEY in record:
             self._evaluated.add(record["step"])
         for name, value in record.items():
             if isinstance(value, dict):
                 for key, part in value.items():
+                    if part is None:
+                        continue
                     self._board.add_scalar(f"{name}/{key}", part, record["step"])
-            elif name != "step" and value is not None:
+            elif name != "step" and isinstance(value, int | float):
                 self._board.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
         self._file.close()
         self._board.close()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _drop_records_after(path: Path, step: int) -> set[int]:

@@ -39,13 +39,24 @@ class OptimizerConfig:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Return AdamW over the model's parameters, sharded as they are."""
+    """Return AdamW over the model's parameters, sharded as they are, with a state that can be saved at once."""
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon)
+    optimizer = torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon
+    )
+    for parameter in parameters:
+        # As AdamW does at its first update. Without it, torch makes up for a state that is to be saved or loaded before
+        # then by an update with zero gradients, which counts, or leaves it out where gradients are there.
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.get_default_dtype()),
+            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        }
+    return optimizer
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

@@ -1,22 +1,28 @@
 """TrainState: where a run stands; with parameters and optimizer state it is all that a resume needs."""
 
-import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
+from farspan.trainer.data.stream import follow
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainState:
-    """step: updates done. sequences: samples consumed, the global cursor into the data. tokens: labelled tokens seen.
+    """step: steps done. sequences: samples consumed, the global cursor into the data. tokens: labelled tokens seen.
 
-    Random streams have no state of their own: each is a function of (seed, step), see `seed_step`.
+    stream: hash of all samples consumed so far. skipped: steps that were no update, those at the end in_a_row.
+    recent_losses, recent_norms: of the last updates, what `skip.sigma` compares with; empty without it.
+    Random streams have no state of their own: each is a function of a sequence's index, see `data/stream.py`.
     """
 
     step: int = 0
     sequences: int = 0
     tokens: int = 0
+    stream: str = ""
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+    recent_norms: list[float] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as values that JSON can hold."""
@@ -28,7 +34,9 @@ class TrainState:
         for name, value in values.items():
             setattr(self, name, value)
 
-    def seed_step(self, seed: int, data_rank: int) -> None:
-        """Seed torch's random numbers for the next step, as a resumed run will seed them again."""
-        digest = hashlib.sha256(f"{seed}/{self.step}/{data_rank}".encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:7]))
+    def advance(self, *, sequences: int, tokens: int, fingerprint: int) -> None:
+        """Count a step that has consumed `sequences`, whose fingerprints add up to `fingerprint`."""
+        self.step += 1
+        self.sequences += sequences
+        self.tokens += tokens
+        self.stream = follow(self.stream, fingerprint)

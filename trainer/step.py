@@ -1,6 +1,6 @@
 """One optimizer step: the mean loss over every labelled token of the global batch, and its gradient."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,21 +14,25 @@ from farspan.trainer.batch import MicroBatch
 from farspan.trainer.model.experts import ExpertFeedForward
 from farspan.trainer.model.head_mixture import HeadMixture
 from farspan.trainer.model.transformer import Transformer
+from farspan.trainer.skip import not_finite
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
     """loss: mean nats per labelled token of the whole batch. gradient_norm: before clipping.
 
-    attention_flops: forward, of the whole batch. experts, heads: what tokens chose; None where there is no choice.
+    attention_flops: forward, of the whole batch. fingerprint: the sum of those of its sequences. experts, heads: what
+    tokens chose; None where there is no choice. skipped: why the step was no update, None if it was one.
     """
 
     loss: float
     gradient_norm: float
     labelled_tokens: int
     attention_flops: float
+    fingerprint: int
     experts: ExpertLoad | None
     heads: ExpertLoad | None
+    skipped: str | None
 
 
 def train_step(
@@ -38,17 +42,20 @@ def train_step(
     *,
     context: Channel,
     max_gradient_norm: float,
+    reason_to_skip: Callable[[float, float], str | None] = not_finite,
 ) -> StepResult:
-    """Accumulate gradients over `batches`, clip, update. Raises TrainingError when the loss is not finite.
+    """Accumulate gradients over `batches`, clip, and update unless there is a reason not to.
 
-    context: of the ranks that share a sequence.
+    context: of the ranks that share a sequence. reason_to_skip: called with the loss and the gradient norm, which have
+    the same bits on all ranks. A step that it gives a reason for leaves parameters, optimizer and routers as they are.
 
     The loss is divided by the labelled tokens of all ranks and all micro-batches, not averaged over averages: so it
     and its gradient do not depend on how the tokens are dealt.
     """
     device = batches[0].tokens.device
-    counts = [sum(x) for x in zip(*((b.valid_tokens, b.attention_flops, b.real_tokens) for b in batches), strict=True)]
-    # float64: FLOPs of a large batch do not fit into an integer, and tokens are exact.
+    counted = ((b.valid_tokens, b.attention_flops, b.real_tokens, b.fingerprint) for b in batches)
+    counts = [sum(numbers) for numbers in zip(*counted, strict=True)]
+    # float64: FLOPs of a large batch do not fit into an integer, and all else is exact.
     of_all_ranks = torch.tensor(counts, dtype=torch.float64, device=device)
     dist.all_reduce(of_all_ranks)
     labelled_tokens, attention_flops = int(of_all_ranks[0]), float(of_all_ranks[1])
@@ -62,6 +69,7 @@ def train_step(
     optimizer.zero_grad()
     total = torch.zeros((), dtype=torch.float64, device=device)
     for batch in batches:
+        torch.manual_seed(batch.seed)
         losses, *statistics = model(batch.tokens, batch.labels, batch.context)
         loss = losses.sum() / labelled_tokens
         for balance, of_layers in zip(balances, statistics, strict=True):
@@ -71,18 +79,17 @@ def train_step(
     dist.all_reduce(total)
     loss = total.item() / labelled_tokens
     norm = clip_gradients(model.parameters(), max_gradient_norm).item()
-    if not torch.isfinite(torch.tensor([loss, norm])).all():
-        raise TrainingError(
-            f"the loss is {loss} and the gradient norm {norm}: lower optimizer.learning_rate, or look at the data; "
-            "the last checkpoint is from before."
-        )
-    optimizer.step()
-    experts, heads = (None if balance is None else balance.finish() for balance in balances)
+    skipped = reason_to_skip(loss, norm)
+    if skipped is None:
+        optimizer.step()
+    experts, heads = (None if balance is None else balance.finish(is_update=skipped is None) for balance in balances)
     return StepResult(
         loss=loss,
         gradient_norm=norm,
         labelled_tokens=labelled_tokens,
         attention_flops=attention_flops,
+        fingerprint=int(of_all_ranks[3]),
         experts=experts,
         heads=heads,
+        skipped=skipped,
     )

@@ -5,35 +5,39 @@ import math
 import sys
 from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from farspan.kernels.errors import ConfigError
+from farspan.kernels.errors import ConfigError, TrainingError
 from farspan.parallel.comm import Traffic
 from farspan.parallel.fsdp import sharding_bytes
 from farspan.parallel.mesh import Mesh
 from farspan.parallel.ranks import Ranks, connected
-from farspan.trainer.agreement import check_same, on_any_rank, on_first_rank, together
+from farspan.trainer.agreement import check_same, most_of_any_rank, on_any_rank, on_first_rank, together
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.config import Config, flat
 from farspan.trainer.data.packing import PackedSequences
 from farspan.trainer.data.shuffle import ShuffledSequences
-from farspan.trainer.data.source import unigram_bits_per_byte
 from farspan.trainer.describe import describe, said
-from farspan.trainer.evaluate import evaluate, share
 from farspan.trainer.faults import StopSignal
 from farspan.trainer.flops import training_flops
+from farspan.trainer.held_out import HeldOut
 from farspan.trainer.lock import lock_folder
 from farspan.trainer.metrics import MetricsWriter, StepTimer, peak_flops, peak_memory_bytes, progress_line
+from farspan.trainer.node_check import check_nodes
 from farspan.trainer.optim import build_optimizer, learning_rate, set_learning_rate
 from farspan.trainer.record_config import record_config
+from farspan.trainer.replay import replay, write_batch
 from farspan.trainer.resolve import Resolved, choose_device, resolve
+from farspan.trainer.skip import reason_to_skip, remember
 from farspan.trainer.state import TrainState
 from farspan.trainer.step import StepResult, train_step
+from farspan.trainer.watchdog import Watchdog
 from farspan.trainer.weights import load_weights
 
 log = logging.getLogger("farspan")
@@ -45,22 +49,40 @@ def train(config: Config, ranks: Ranks, stop: StopSignal) -> bool:
     Returns whether a scheduler's warning stopped it before its end. A FarspanError is raised by all ranks alike.
     """
     with ExitStack() as stack:
-        timeout = timedelta(seconds=config.parallel.timeout_s)
-        stack.enter_context(connected(ranks, _device_to_meet_on(config, ranks), timeout))
-        resolved = together(lambda: resolve(config, ranks))
-        splits = {"train": resolved.train_source, "held_out": resolved.held_out_source}
-        check_same(
-            flat(resolved.config) | {f"the data of {name}/": split.fingerprint for name, split in splits.items()}
-        )
-        log.info("%s", "\n".join((describe(resolved.config, resolved.degrees), *resolved.why)))
-
-        def lock() -> None:
-            stack.enter_context(lock_folder(Path(config.run.folder)))
-
-        on_first_rank(lock)
-        run = _Run(resolved, stop)
-        stack.callback(run.close)
+        watchdog = Watchdog(config.watchdog, Path(config.run.folder) / "stacks", ranks.rank)
+        with watchdog.phase("start", 0):
+            run = _start(config, ranks, stop, watchdog, stack)
+        if run is None:
+            log.info("stopped     while it started; nothing was changed, the same command starts again")
+            return on_any_rank(stop.warned)
+        if config.run.replay is not None:
+            run.replay(config.run.replay)
+            return False
         return not run.loop() and on_any_rank(stop.warned)
+
+
+def _start(config: Config, ranks: Ranks, stop: StopSignal, watchdog: Watchdog, stack: ExitStack) -> "_Run | None":
+    """Connect, build and load; what has to be closed goes onto the stack. None where a rank was asked to stop."""
+    timeout = timedelta(seconds=config.parallel.timeout_s)
+    stack.enter_context(connected(ranks, _device_to_meet_on(config, ranks), timeout))
+    if on_any_rank(stop.requested):
+        return None
+    check_nodes(Path(config.run.folder), lambda: choose_device(config, ranks.local_rank))
+    resolved = together(lambda: resolve(config, ranks))
+    splits = {"train": resolved.train_source, "held_out": resolved.held_out_source}
+    check_same(flat(resolved.config) | {f"the data of {name}/": split.fingerprint for name, split in splits.items()})
+    log.info("%s", "\n".join((describe(resolved.config, resolved.degrees), *resolved.why)))
+
+    def lock() -> None:
+        stack.enter_context(lock_folder(Path(config.run.folder), ranks.job))
+
+    on_first_rank(lock)
+    run = _Run(resolved, stop, watchdog)
+    stack.callback(run.close)
+    if on_any_rank(stop.requested):
+        return None
+    run.load()
+    return run
 
 
 def _device_to_meet_on(config: Config, ranks: Ranks) -> torch.device:
@@ -74,9 +96,9 @@ def _device_to_meet_on(config: Config, ranks: Ranks) -> torch.device:
 class _Run:
     """One rank's parts of a run and the loop over steps."""
 
-    def __init__(self, resolved: Resolved, stop: StopSignal) -> None:
+    def __init__(self, resolved: Resolved, stop: StopSignal, watchdog: Watchdog) -> None:
         config = resolved.config
-        self.config, self.device, self.stop = config, resolved.device, stop
+        self.config, self.device, self.stop, self.watchdog = config, resolved.device, stop, watchdog
         self.folder = Path(config.run.folder)
         self.mesh = Mesh.build(config.parallel, resolved.device.type)
         self.traffic = Traffic()
@@ -86,11 +108,7 @@ class _Run:
         length, seed = config.data.sequence_tokens, config.run.seed
         packed = PackedSequences(resolved.train_source, sequence_tokens=length, seed=seed)
         self.data = ShuffledSequences(packed, seed=seed)
-        held_out = resolved.held_out_source
-        self.held_out = PackedSequences(held_out, sequence_tokens=length, seed=seed, shuffle=False, repeat=False)
-        # The end token is predicted as well, but stands for no text, and the first token is not predicted.
-        self.bytes_per_token = held_out.num_bytes / (held_out.num_tokens - held_out.num_documents)
-        self.unigram_bits_per_byte = unigram_bits_per_byte(held_out)
+        self.held_out = HeldOut(resolved.held_out_source, config)
         self.state = TrainState()
         self.checkpoints = Checkpointer(
             self.folder / "checkpoints",
@@ -99,27 +117,30 @@ class _Run:
             identity=identity(config, resolved.train_source.fingerprint),
             config=config.checkpoint,
         )
-        self.resumed_from = self.checkpoints.load_latest(self.state)
-        self.started_from = config.run.start_from if self.resumed_from is None else None
-        if self.started_from is not None:
-            load_weights(self.model, Path(self.started_from))
+        self.resumed_from: Path | None = None
+        self.started_from: Path | None = None
         self.peak_flops = peak_flops(self.device, config.train.torch_dtype) * dist.get_world_size()
         self.sharding_bytes = sharding_bytes(self.model, self.model.blocks, self.mesh, config.train.torch_dtype)
         self.writer: MetricsWriter | None = None
-        if dist.get_rank() == 0:
-            self.writer = MetricsWriter(self.folder, resumed_step=self.state.step)
+
+    def load(self) -> None:
+        """Go on from the newest checkpoint, or begin with given weights."""
+        self.resumed_from = self.checkpoints.load_latest(self.state)
+        self.started_from = self.config.run.start_from if self.resumed_from is None else None
+        if self.started_from is not None:
+            load_weights(self.model, Path(self.started_from))
 
     def close(self) -> None:
+        self.checkpoints.abandon_saving()
         if self.writer is not None:
             self.writer.close()
 
     def loop(self) -> bool:
         """Step until the last step or a stop signal; save and evaluate on the way. Return whether nothing is left."""
         config, state, steps = self.config, self.state, self.config.train.steps
-        if self.resumed_from is not None:
-            log.info("resumed     at step %d from %s", state.step, self.resumed_from)
-        if self.started_from is not None:
-            log.info("weights     of %s", self.started_from)
+        self.say_start()
+        if dist.get_rank() == 0:
+            self.writer = MetricsWriter(self.folder, resumed_step=state.step)
         stopping = on_any_rank(self.stop.requested)
         missing = self.is_evaluation_missing()
         nothing_to_do = state.step >= steps and not missing
@@ -129,13 +150,18 @@ class _Run:
             stopping = self.evaluate()
         timer = StepTimer(steps - state.step)
         while state.step < steps and not stopping:
-            stopping = self.step(timer)
+            with self.watchdog.phase("step", state.step + 1):
+                stopping, skipped = self.step(timer)
+            if skipped is not None and state.skipped_in_a_row > config.skip.most:
+                self.give_up(skipped)
             if not stopping and self.is_evaluation_due():
                 stopping = self.evaluate()
             if stopping or state.step >= steps or state.step % config.checkpoint.every_steps == 0:
-                log.info("saved       %s", self.checkpoints.save(state))
+                self.save(beside_steps=config.checkpoint.background and not stopping and state.step < steps)
                 stopping = on_any_rank(self.stop.requested)
             timer.skip()
+        with self.watchdog.phase("save", state.step):
+            self.checkpoints.finish_saving()
         finished = state.step >= steps and not self.is_evaluation_missing()
         if nothing_to_do:
             log.info("finished    already, at step %d of train.steps=%d: raise it to go on", state.step, steps)
@@ -150,28 +176,41 @@ class _Run:
         log.info("see them    %s --logdir %s/tensorboard", _command("tensorboard"), self.folder)
         return finished
 
-    def step(self, timer: StepTimer) -> bool:
-        """Do one update and report it; return whether some rank was asked to stop."""
+    def say_start(self) -> None:
+        if self.resumed_from is not None:
+            log.info("resumed     at step %d from %s", self.state.step, self.resumed_from)
+        if self.started_from is not None:
+            log.info("weights     of %s", self.started_from)
+
+    def save(self, *, beside_steps: bool = False) -> None:
+        with self.watchdog.phase("save", self.state.step):
+            self.checkpoints.start_saving(self.state)
+            if not beside_steps:
+                self.checkpoints.finish_saving()
+
+    def step(self, timer: StepTimer) -> tuple[bool, str | None]:
+        """Do one update and report it; return whether some rank was asked to stop, and why it was no update."""
         config, state = self.config, self.state
         rate = learning_rate(config.optimizer, state.step, config.train.steps)
         set_learning_rate(self.optimizer, rate)
-        state.seed_step(config.run.seed, self.mesh.data_rank)
         self.traffic.take()
-        batches = [self.batches.build(self.data.sequence(i)) for i in self.my_sequences()]
+        batches = [self.batches.build(self.data.sequence(i), i) for i in self.my_sequences()]
         result = train_step(
             self.model,
             self.optimizer,
             batches,
             context=self.batches.channel,
             max_gradient_norm=config.optimizer.max_gradient_norm,
+            reason_to_skip=partial(reason_to_skip, config.skip, state),
         )
-        state.step += 1
-        state.sequences += config.train.sequences_per_step
-        state.tokens += result.labelled_tokens
-        # One exchange for both: the most memory of any rank, and whether any rank was asked to stop.
-        agreed = torch.tensor([peak_memory_bytes(self.device), int(self.stop.requested)])
-        dist.all_reduce(agreed, dist.ReduceOp.MAX)
-        memory, stopping = agreed.tolist()
+        state.advance(
+            sequences=config.train.sequences_per_step, tokens=result.labelled_tokens, fingerprint=result.fingerprint
+        )
+        remember(config.skip, state, result.loss, result.gradient_norm, result.skipped)
+        # One exchange for all: the most memory of any rank, and whether any was asked to stop, or has failed to save.
+        memory, stopping, unsaved = most_of_any_rank(
+            [peak_memory_bytes(self.device), self.stop.requested, self.checkpoints.has_failed]
+        )
         seconds, seconds_left = timer.lap()
         if self.writer is not None:
             traffic = self.traffic.take()
@@ -180,7 +219,30 @@ class _Run:
             record = self.record(result, rate=rate, seconds=seconds, memory=memory, traffic=traffic)
             self.writer.write(record)
             log.info("%s", progress_line(record, config.train.steps, seconds_left))
-        return bool(stopping)
+            if result.skipped is not None:
+                log.info("skipped     step %d, no update: %s", state.step, result.skipped)
+        if unsaved:
+            self.checkpoints.finish_saving()
+        return bool(stopping), result.skipped
+
+    def give_up(self, reason: str) -> None:
+        """Write the batch of the last step and a checkpoint; raise TrainingError."""
+        step, count = self.state.step, self.state.skipped_in_a_row
+        folder = self.folder / "failed_batch" / f"step_{step:08d}"
+        batch = range(self.state.sequences - self.config.train.sequences_per_step, self.state.sequences)
+        on_first_rank(lambda: write_batch(folder, {i: self.data.sequence(i) for i in batch}))
+        self.save()
+        raise TrainingError(
+            f"{count} steps in a row had to be skipped, the last, {step}, since {reason}: compute its batch again with "
+            f"run.replay={folder}, lower optimizer.learning_rate, or look at the data; the same command goes on with "
+            "the next batch."
+        )
+
+    def replay(self, folder: Path) -> None:
+        """Compute a batch that a run gave up at."""
+        self.say_start()
+        with self.watchdog.phase("step", self.state.step):
+            replay(self.model, self.batches, folder, data_rank=self.mesh.data_rank, groups=self.mesh.degrees.data)
 
     def record(
         self, result: StepResult, *, rate: float, seconds: float, memory: int, traffic: Traffic
@@ -203,6 +265,9 @@ class _Run:
             "learning_rate": rate,
             "tokens": self.state.tokens,
             "step_s": seconds,
+            "stream": self.state.stream,
+            "skipped": self.state.skipped,
+            **({} if result.skipped is None else {"skipped_since": result.skipped}),
             **({} if result.experts is None else result.experts.summary("expert")),
             **({} if result.heads is None else result.heads.summary("head")),
         }
@@ -224,37 +289,18 @@ class _Run:
 
     def evaluate(self) -> bool:
         """Measure held-out loss and report it; return whether a stop signal prevented that."""
-        sequences = self.config.evaluate.sequences
-        mine = share(self.held_out, sequences, data_rank=self.mesh.data_rank, groups=self.mesh.degrees.data)
-        measured = evaluate(
-            self.model,
-            map(self.batches.build, mine),
-            sequence_tokens=self.config.data.sequence_tokens,
-            stop_requested=lambda: self.stop.requested,
-        )
+
+        def poll() -> bool:
+            self.watchdog.restart()
+            return self.stop.requested
+
+        with self.watchdog.phase("evaluation", self.state.step):
+            measured = self.held_out.measure(self.model, self.batches, self.mesh, poll)
         if measured is None:
             return True
         if self.writer is not None:
-            bits = measured.bits_per_byte(self.bytes_per_token)
-            self.writer.write(
-                {
-                    "step": self.state.step,
-                    "eval_loss": measured.loss,
-                    "eval_tokens": measured.tokens,
-                    "bits_per_byte": bits,
-                    "unigram_bits_per_byte": self.unigram_bits_per_byte,
-                    "loss_by_position": measured.by_position,
-                }
-            )
-            log.info(
-                "held out    %.3f bits per byte over %d sequences, %s tokens (unigram entropy %.3f)",
-                bits,
-                min(sequences, len(self.held_out)),
-                f"{measured.tokens:,}",
-                self.unigram_bits_per_byte,
-            )
-            shown = "  ".join(f"{where}: {loss:.3f}" for where, loss in measured.by_position.items())
-            log.info("            loss by position  %s", shown)
+            self.writer.write(self.held_out.record(measured, self.state.step))
+            self.held_out.say(measured)
         return False
 
 

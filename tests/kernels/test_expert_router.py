@@ -57,6 +57,18 @@ def test_the_lower_number_wins_a_tie(router: ExpertRouter) -> None:
     assert chosen[0].tolist() == list(range(router.per_token))
 
 
+@pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_scores_that_are_not_finite_choose_experts_all_the_same(router: ExpertRouter, sign: float) -> None:
+    logits = torch.randn(6, router.experts)
+    # The sign of a NaN, which depends on the device, is a bit that sorting sees.
+    logits[::2] = torch.full((), math.nan).copysign(torch.tensor(sign))
+    logits[1, 2] = math.nan
+    chosen = router.choose(router.scores(logits).copysign(torch.tensor(sign)), torch.zeros(router.experts))
+    assert ((chosen >= 0) & (chosen < router.experts)).all()
+    assert all(len(set(of_token)) == router.per_token for of_token in chosen.tolist())
+
+
 def test_the_bias_does_not_weigh() -> None:
     router = ExpertRouter(experts=4, per_token=1, score="sigmoid", normalised=False)
     scores = router.scores(torch.tensor([[3.0, 0.0, 0.0, 0.0]]))

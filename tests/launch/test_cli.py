@@ -111,7 +111,8 @@ def test_wrong_usage_is_status_2(command: str, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("command", "commands"),
     [
-        ("", ["train", "launch", "jobs", "data", "upcycle", "pool-heads", "import", "export"]),
+        ("", ["train", "launch", "jobs", "data", "upcycle", "pool-heads", "import", "export", "checkpoint"]),
+        ("checkpoint", ["ls", "verify", "prune", "export"]),
         ("launch", ["local", "slurm"]),
         ("jobs", ["status", "cancel", "resume", "logs"]),
         ("data", ["prepare"]),

@@ -13,6 +13,7 @@ from farspan.trainer.batch import MicroBatch
 from farspan.trainer.build import build_batches
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import IGNORED, PackedSequence
+from farspan.trainer.data.stream import fingerprint, sequence_seed
 from tests.ranks import RankPool
 from tests.trainer import tiny
 
@@ -24,9 +25,13 @@ SEQUENCE = PackedSequence(
 )
 
 
-def build(config: Config) -> tuple[list[list[int]], int, int]:
+def build_whole(config: Config, index: int = 0) -> MicroBatch:
     mesh = Mesh.build(config.parallel, "cpu")
-    batch: MicroBatch = build_batches(config, mesh, torch.device("cpu"), Traffic()).build(SEQUENCE)
+    return build_batches(config, mesh, torch.device("cpu"), Traffic()).build(SEQUENCE, index)
+
+
+def build(config: Config) -> tuple[list[list[int]], int, int]:
+    batch = build_whole(config)
     rows = batch.context.rows
     columns = [x.tolist() for x in (batch.tokens, batch.labels, rows.position, rows.document)]
     return columns, batch.valid_tokens, batch.attention_flops
@@ -46,6 +51,17 @@ def test_ranks_hold_the_whole_sequence_between_them(ranks: Callable[[int], RankP
     # Documents of 4 and 6 tokens: 4 * 5 / 2 + 6 * 7 / 2 causal pairs, each 4 FLOPs a feature of a head.
     model = config.model
     assert sum(flops for _, _, flops in found) == 31 * 4 * model.head_dim * model.heads * model.layers
+
+
+def stream_of(config: Config) -> tuple[int, int]:
+    batch = build_whole(config, 5)
+    return batch.fingerprint, batch.seed
+
+
+def test_ranks_of_a_sequence_count_it_once_and_draw_by_its_place(ranks: Callable[[int], RankPool]) -> None:
+    config = tiny.config(Path("none"), Path("none"), ParallelConfig(context=2))
+    seed = sequence_seed(config.run.seed, 5)
+    assert ranks(2).run(stream_of, config) == [(fingerprint(5, SEQUENCE), seed), (0, seed)]
 
 
 def test_rank_order_is_the_layouts(ranks: Callable[[int], RankPool]) -> None:

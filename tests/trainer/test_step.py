@@ -26,11 +26,13 @@ class Linear(nn.Module):
     def __init__(self, weight: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.tensor([weight], dtype=torch.float64))
+        self.seeds: list[int] = []
 
     def layers_of(self, kind: type) -> list[nn.Module]:
         return []
 
     def forward(self, tokens: Tensor, labels: Tensor, context: object) -> Output:
+        self.seeds.append(torch.initial_seed())
         return Output(torch.where(labels == IGNORED, 0.0, tokens * self.weight), (), ())
 
 
@@ -41,6 +43,7 @@ class Outcome:
     gradient: float
     weight: float
     steps_of_optimizer: int
+    seeds: list[int]
 
 
 def run(weight: float, labels: list, max_norm: float) -> Outcome:
@@ -53,6 +56,8 @@ def run(weight: float, labels: list, max_norm: float) -> Outcome:
             labels=torch.tensor(y),
             context=SequenceContext(rows=Rows.packed([len(t)]), attends=()),
             attention_flops=10 * rank + i,
+            fingerprint=2**32 - 10 * rank - i,
+            seed=10 * rank + i,
         )
         for i, (t, y) in enumerate(zip(TOKENS[rank], labels[rank], strict=True))
     ]
@@ -68,6 +73,7 @@ def run(weight: float, labels: list, max_norm: float) -> Outcome:
         float("nan") if gradient is None else gradient.item(),
         model.weight.item(),
         len(optimizer.state),
+        model.seeds,
     )
 
 
@@ -79,6 +85,9 @@ def test_the_loss_is_the_mean_over_all_labelled_tokens(ranks: Callable[[int], Ra
         assert outcome.result.loss == pytest.approx(2 * (1 + 2 + 3 + 4 + 8) / 5)
         assert outcome.result.labelled_tokens == 5
         assert outcome.result.attention_flops == 0 + 1 + 10 + 11
+        assert outcome.result.fingerprint == 4 * 2**32 - (0 + 1 + 10 + 11)
+        assert outcome.result.skipped is None
+    assert [outcome.seeds for outcome in outcomes] == [[0, 1], [10, 11]]
     # FSDP sums over the 2 ranks, so each gradient is its part of the mean's.
     assert [outcome.gradient for outcome in outcomes] == pytest.approx([10 / 5, 8 / 5])
     assert outcomes[0].weight == pytest.approx(2.0 - 0.5 * 10 / 5)
@@ -91,14 +100,11 @@ def test_the_gradient_is_clipped_and_its_norm_reported(ranks: Callable[[int], Ra
 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(
-    ranks: Callable[[int], RankPool], weight: float
-) -> None:
+def test_a_loss_that_is_not_finite_is_no_update_on_any_rank(ranks: Callable[[int], RankPool], weight: float) -> None:
     # No label on rank 1: it alone would see nothing wrong.
     labels = [LABELS[0], [[IGNORED] * 3] * 2]
     outcomes = ranks(2).run(run, weight, labels, 1.0)
-    for outcome in outcomes:
-        assert outcome.message.startswith(f"the loss is {weight} and the gradient norm ")
+    assert [outcome.result.skipped for outcome in outcomes] == [f"the loss is {weight}"] * 2
     assert [outcome.steps_of_optimizer for outcome in outcomes] == [0, 0]
 
 

@@ -2,8 +2,10 @@
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch.distributed as dist
 from farspan.kernels.errors import CheckpointError, ConfigError, DataError
 from farspan.parallel.mesh import ParallelConfig
 from farspan.parallel.ranks import Ranks
+from farspan.trainer import held_out
 from farspan.trainer import train as module
 from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
 from farspan.trainer.config_io import load_config
@@ -23,6 +26,7 @@ from farspan.trainer.faults import StopSignal
 from farspan.trainer.lock import lock_folder
 from farspan.trainer.resolve import open_data
 from farspan.trainer.train import train
+from farspan.trainer.watchdog import Watchdog
 from tests.trainer import tiny
 
 STEPS = 4
@@ -110,6 +114,21 @@ def test_an_undisturbed_run(config: Config, caplog: pytest.LogCaptureFixture) ->
     assert first["comm_bytes"] == sum(first["comm_bytes_by_kind"].values()) == 0
 
 
+def test_each_phase_and_each_held_out_sequence_has_its_time(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: Counter[tuple[str, int]] = Counter()
+    restart = Watchdog.restart
+
+    def note(watchdog: Watchdog) -> None:
+        given[watchdog._phase] += 1
+        restart(watchdog)
+
+    monkeypatch.setattr(Watchdog, "restart", note)
+    run(config)
+    once = {("start", 0), *(("step", step) for step in (1, 2, 3, 4)), ("save", 3)}
+    # At the end what is still being saved is waited for.
+    assert given == dict.fromkeys(once, 1) | {("evaluation", 2): 3, ("evaluation", 4): 3, ("save", 4): 2}
+
+
 class Warned(AskedWhen):
     """A stop request that a scheduler makes."""
 
@@ -123,10 +142,17 @@ def test_a_run_says_whether_a_warning_stopped_it(config: Config) -> None:
     assert not run(config, AskedWhen(lambda: metrics.exists() and '"step": 1' in metrics.read_text()))
     assert run(config, Warned(lambda: '"step": 3' in metrics.read_text()))
     assert steps(config, "loss") == [1, 2, 3]
-    # One that is warned when all is done has nothing to come back for.
+    # One that is warned when all is done has nothing to come back for, once it knows.
     assert not run(config)
     assert not run(config, Warned())
-    assert not run(config, Warned(lambda: True))
+    assert not run(config, asked_at_poll(3, Warned))
+    assert run(config, asked_at_poll(2, Warned))
+
+
+def asked_at_poll(number: int, kind: type[AskedWhen] = AskedWhen) -> AskedWhen:
+    """The first polls are after connecting, building and loading."""
+    polls = count(1)
+    return kind(lambda: next(polls) >= number)
 
 
 def test_a_stop_after_a_step_saves_and_a_resume_goes_on(config: Config, caplog: pytest.LogCaptureFixture) -> None:
@@ -162,13 +188,13 @@ def test_a_stop_during_the_last_evaluation_leaves_it_for_the_resume(
 ) -> None:
     caplog.set_level(logging.INFO, logger="farspan")
     evaluating: list[int] = []
-    evaluate = module.evaluate
+    evaluate = held_out.evaluate
 
     def note(*arguments: Any, **named: Any) -> Any:
         evaluating.append(1)
         return evaluate(*arguments, **named)
 
-    monkeypatch.setattr(module, "evaluate", note)
+    monkeypatch.setattr(held_out, "evaluate", note)
     run(config, AskedWhen(lambda: len(evaluating) == 2))
     assert steps(config, "loss") == [1, 2, 3, 4]
     assert steps(config, "eval_loss") == [2]
@@ -182,7 +208,7 @@ def test_a_stop_during_the_last_evaluation_leaves_it_for_the_resume(
 
 def test_a_stop_before_the_first_step_saves_nothing(config: Config, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="farspan")
-    run(config, AskedWhen(lambda: True))
+    run(config, asked_at_poll(3))
     assert records(config) == []
     assert not (config.run.folder / "checkpoints").exists()
     assert "stopped     before the first step; nothing was saved" in caplog.text
@@ -252,7 +278,9 @@ def test_a_launch_that_trains_nothing_leaves_the_configuration(config: Config) -
     before = path.read_bytes()
     slower = replace(config, optimizer=replace(config.optimizer, learning_rate=1e-3))
     run(slower)
-    run(replace(slower, train=replace(slower.train, steps=STEPS + 1)), AskedWhen(lambda: True))
+    longer = replace(slower, train=replace(slower.train, steps=STEPS + 1))
+    for number in (1, 2, 3):
+        run(longer, asked_at_poll(number))
     assert path.read_bytes() == before
     assert not list(config.run.folder.glob("config_*"))
 

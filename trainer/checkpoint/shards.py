@@ -1,7 +1,7 @@
 """Tensors as files of torch DCP: every rank writes and hashes its own, and nothing that is read can run code.
 
 DCP reads its index, `.metadata`, by an unrestricted pickle.load, and values that are no tensors likewise: a file that
-somebody else wrote could do anything. Here an index may name nothing but DCP's own records, and there are only tensors.
+somebody else wrote could do anything. Here an index may name nothing but DCP's records of tensors.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from farspan.kernels.errors import CheckpointError
+from farspan.trainer.agreement import together
 from farspan.trainer.checkpoint.manifest import FileRecord
 
 INDEX = ".metadata"
@@ -55,24 +56,21 @@ def write_shards(tensors: Tensors, folder: Path, group: dist.ProcessGroup | None
     return files.written
 
 
-def read_shards(tensors: Tensors, folder: Path, group: dist.ProcessGroup | None = None) -> None:
-    """Fill `tensors`, sharded or not, with what `folder` holds under their names.
+def read_shards(tensors: Tensors, folder: Path) -> None:
+    """Fill `tensors`, sharded or not, with what `folder` holds under their names; every rank makes the same call.
 
-    Raises CheckpointError, on all ranks of `group`, when one of them cannot be read or has another shape.
+    Raises CheckpointError, on all ranks, when one of them cannot be read or has another shape.
     """
+    reader = together(lambda: _SafeReader(folder))
     try:
-        load(dict(tensors), storage_reader=_SafeReader(folder), process_group=group)
+        load(dict(tensors), storage_reader=reader)
     except CheckpointException as error:
         raise CheckpointError(_causes(error)) from None
 
 
 def read_index(folder: Path) -> dict[str, TensorStorageMetadata]:
     """Return shape, dtype and the like of each stored tensor; raises CheckpointError where that cannot be read."""
-    try:
-        stored = _SafeReader(folder).read_metadata().state_dict_metadata
-    except (OSError, CheckpointError) as error:
-        raise CheckpointError(str(error)) from None
-    return cast(dict[str, TensorStorageMetadata], stored)
+    return cast(dict[str, TensorStorageMetadata], _SafeReader(folder).read_metadata().state_dict_metadata)
 
 
 class _HashedFiles(FileSystem):
@@ -125,27 +123,28 @@ class _HashedStream(io.IOBase):
 
 
 class _SafeReader(FileSystemReader):
-    """Reads tensors, and no objects of other kinds."""
+    """Reads tensors, and no objects of other kinds; raises CheckpointError for an index that it cannot read."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        try:
+            with (folder / INDEX).open("rb") as file:
+                self._index: Metadata = _IndexUnpickler(file).load()
+                outside = {place.relative_path for place in self._index.storage_data.values() if _is_outside(place)}
+        except CheckpointError:
+            raise
+        # Damaged bytes make pickle raise nearly anything.
+        except Exception as error:
+            raise CheckpointError(f"{INDEX} is unreadable: {error}") from None
+        if outside:
+            raise CheckpointError(f"{INDEX} names a file elsewhere, {min(outside)}")
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / INDEX).open("rb") as file:
-            try:
-                metadata = _IndexUnpickler(file).load()
-                tensors, places = metadata.state_dict_metadata, metadata.storage_data
-                unsafe = [name for name, kind in tensors.items() if not isinstance(kind, TensorStorageMetadata)]
-                paths = {place.relative_path for place in places.values()}
-            except CheckpointError:
-                raise
-            # Damaged bytes make pickle raise nearly anything.
-            except Exception as error:
-                raise CheckpointError(f"{INDEX} is unreadable: {error}") from None
-        if unsafe:
-            raise CheckpointError(f"{INDEX} lists {unsafe[0]}, which is no tensor")
-        outside = [path for path in paths if Path(path).name != path]
-        if outside:
-            raise CheckpointError(f"{INDEX} names a file elsewhere, {outside[0]}")
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+        return self._index
+
+
+def _is_outside(place: Any) -> bool:
+    return Path(place.relative_path).name != place.relative_path
 
 
 class _IndexUnpickler(pickle.Unpickler):

@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.state_dict_saver import save as save_with_dcp
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from farspan.kernels.errors import CheckpointError
-from farspan.parallel.ranks import Ranks, connected
 from farspan.trainer.checkpoint.manifest import FileRecord, Manifest
 from farspan.trainer.checkpoint.shards import read_index
 from farspan.trainer.checkpoint.verify import check_whole, newest_whole
@@ -112,6 +111,9 @@ def test_nothing_whole_is_no_fresh_start(config: Config, newest: Path, ranks: Po
     )
 
 
+NAME = "model.embedding.weight"
+
+
 class Payload:
     """Code in place of data: unpickled, it makes a file."""
 
@@ -124,29 +126,23 @@ class Payload:
 
 def with_payload(folder: Path, where: str, target: Path) -> None:
     """Hide code in a checkpoint, with a manifest that agrees with it."""
+    metadata = FileSystemReader(folder).read_metadata()
     if where == "index":
-        metadata = FileSystemReader(folder).read_metadata()
         metadata.planner_data = Payload(target)
-        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    elif where == "value":
-        shutil.copy(folder / "manifest.json", folder.parent / "kept.json")
-        shutil.rmtree(folder)
-        tensors = {"model": {"embedding.weight": Payload(target)}, "optimizer": {}}
-        with connected(Ranks(), torch.device("cpu")):
-            save_with_dcp(tensors, storage_writer=FileSystemWriter(folder))
-        shutil.move(folder.parent / "kept.json", folder / "manifest.json")
     else:
-        metadata = FileSystemReader(folder).read_metadata()
-        place = next(iter(metadata.storage_data.values()))
-        content = bytearray((folder / place.relative_path).read_bytes())
+        shard = "__0_0.distcp"
+        content = (folder / shard).read_bytes()
         torch.save(Payload(target), folder / "code")
         code = (folder / "code").read_bytes()
         (folder / "code").unlink()
-        for info in metadata.storage_data.values():
-            if info.relative_path == place.relative_path:
-                info.offset, info.length = len(content), len(code)
-        (folder / place.relative_path).write_bytes(bytes(content) + code)
-        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+        (folder / shard).write_bytes(content + code)
+        place = _StorageInfo(shard, len(content), len(code))
+        if where == "value":
+            metadata.state_dict_metadata[NAME] = BytesStorageMetadata()
+            metadata.storage_data[MetadataIndex(NAME)] = place
+        else:
+            metadata.storage_data |= {index: place for index in metadata.storage_data if index.fqn == NAME}
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     manifest = Manifest.read(folder)
     kept = [path for path in folder.iterdir() if path.name != "manifest.json"]
     Manifest(identity=manifest.identity, train_state=manifest.train_state, files=records(kept)).write(folder)
@@ -169,7 +165,7 @@ def test_code_in_a_checkpoint_is_not_run(config: Config, newest: Path, ranks: Po
         assert len(lines) == 1
     assert not target.exists()
     if where != "tensor":
-        with pytest.raises(CheckpointError, match=r"which no index needs|which is no tensor"):
+        with pytest.raises(CheckpointError, match="which no index needs"):
             read_index(newest)
 
 

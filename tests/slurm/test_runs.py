@@ -194,12 +194,14 @@ def test_runs_of_an_array_start_again_and_are_resumed_one_by_one(
     assert f"finished    already, at step {STEPS}" in (runs / "000" / "logs" / f"{last}.log").read_text()
 
 
-def test_a_chain_of_jobs_goes_on_where_the_first_was_cancelled(
+def test_a_chain_of_jobs_goes_on_where_the_first_hung_and_was_cancelled(
     cluster: Cluster, config_file: Path, undisturbed: Callable[[], Losses]
 ) -> None:
     run = config_file.parent / "chain"
-    first, second = launch(cluster, config_file, run, "--task-per-rank", "--chain", "2")
-    wait_for((run / "config.toml").exists, "the first step")
+    first, second = launch(cluster, config_file, run, "--task-per-rank", "--chain", "2", "watchdog.step_s=8")
+    ranks = hold(run, first, 0)
+    send(signal.SIGCONT, [ranks[rank] for rank in (0, 1, 2)])
+    hold(run, first, 1)
     cluster.run(["scancel", first])
     assert cluster.state(second) == "PENDING"
     cluster.await_state(first, "CANCELLED")
@@ -210,6 +212,8 @@ def test_a_chain_of_jobs_goes_on_where_the_first_was_cancelled(
             print((run / "logs" / f"{job}.log").read_text())
     assert cluster.state(second) == "COMPLETED"
     assert losses(run) == undisturbed()
+    assert [failure.reason for failure in failures(run)] == ["ranks hung"]
+    assert len(list((run / "stacks").glob("*/rank_*"))) >= 3
     said = (run / "logs" / f"{second}.log").read_text()
     assert re.search(rf"0: resumed     at step \d+ from .*\n(.*\n)*0: finished    at step {STEPS}\n", said)
     logs = run / "logs" / second / "0"

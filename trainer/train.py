@@ -20,9 +20,12 @@ from farspan.parallel.ranks import Ranks, connected
 from farspan.trainer.agreement import check_same, most_of_any_rank, on_any_rank, on_first_rank, together
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
+from farspan.trainer.checkpoint.steps import finished
 from farspan.trainer.config import Config, flat
 from farspan.trainer.data.packing import PackedSequences
 from farspan.trainer.data.shuffle import ShuffledSequences
+from farspan.trainer.data.source import SPLITS
+from farspan.trainer.data.unchanged import check_unchanged
 from farspan.trainer.describe import describe, said
 from farspan.trainer.faults import StopSignal
 from farspan.trainer.flops import training_flops
@@ -38,7 +41,7 @@ from farspan.trainer.skip import reason_to_skip, remember
 from farspan.trainer.state import TrainState
 from farspan.trainer.step import StepResult, train_step
 from farspan.trainer.watchdog import Watchdog
-from farspan.trainer.weights import load_weights
+from farspan.trainer.weights import check_weights, load_weights
 
 log = logging.getLogger("farspan")
 
@@ -77,12 +80,21 @@ def _start(config: Config, ranks: Ranks, stop: StopSignal, watchdog: Watchdog, s
         stack.enter_context(lock_folder(Path(config.run.folder), ranks.job))
 
     on_first_rank(lock)
+    on_first_rank(lambda: _check_files(resolved.config))
     run = _Run(resolved, stop, watchdog)
     stack.callback(run.close)
     if on_any_rank(stop.requested):
         return None
     run.load()
     return run
+
+
+def _check_files(config: Config) -> None:
+    """Raise FarspanError where what the run reads is missing or was changed, before anything large is built."""
+    for split in SPLITS:
+        check_unchanged(Path(config.data.folder) / split)
+    if config.run.start_from is not None and not finished(Path(config.run.folder) / "checkpoints"):
+        check_weights(Path(config.run.start_from))
 
 
 def _device_to_meet_on(config: Config, ranks: Ranks) -> torch.device:

@@ -27,7 +27,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
     Raises CheckpointError where there are none, or they are those of another model, which may be half filled then.
     """
-    together(lambda: _check_there(folder))
+    together(lambda: check_weights(folder))
     tensors = {"model": get_model_state_dict(model)}
     # Only a run's checkpoint has a manifest.
     files = on_first_rank(lambda: Manifest.read(folder).files if (folder / MANIFEST).is_file() else {})
@@ -42,7 +42,8 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     set_model_state_dict(model, tensors["model"])
 
 
-def _check_there(folder: Path) -> None:
+def check_weights(folder: Path) -> None:
+    """Raise CheckpointError where `folder` is no folder of weights."""
     if not (folder / INDEX).is_file():
         raise CheckpointError(_no_weights(folder))
 
@@ -62,7 +63,7 @@ class StoredWeights:
 
     def __init__(self, folder: Path) -> None:
         """Read what there is; raises CheckpointError for a folder without weights, or with damaged ones."""
-        _check_there(folder)
+        check_weights(folder)
         try:
             stored = read_index(folder)
         except CheckpointError as error:

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,13 +20,17 @@ from farspan.parallel.mesh import ParallelConfig
 from farspan.parallel.ranks import Ranks
 from farspan.trainer import held_out
 from farspan.trainer import train as module
+from farspan.trainer.checkpoint import shards
+from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
 from farspan.trainer.config_io import load_config
 from farspan.trainer.data.packing import IGNORED, PackedSequences
 from farspan.trainer.data.shuffle import ShuffledSequences
+from farspan.trainer.data.source import META_FILE, TOKENS_FILE
 from farspan.trainer.faults import StopSignal
 from farspan.trainer.lock import lock_folder
 from farspan.trainer.resolve import open_data
+from farspan.trainer.state import TrainState
 from farspan.trainer.train import train
 from farspan.trainer.watchdog import Watchdog
 from tests.trainer import tiny
@@ -305,3 +311,51 @@ def test_two_runs_cannot_share_a_folder(config: Config) -> None:
     with lock_folder(config.run.folder), pytest.raises(ConfigError, match="is in use by process"):
         run(config)
     run(config)
+
+
+def test_a_save_that_fails_ends_the_run_at_the_next_step(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(config, checkpoint=replace(config.checkpoint, every_steps=1))
+    start, write = Checkpointer.start_saving, shards._HashedStream.write
+    saves = count(1)
+
+    def second_fails(checkpoints: Checkpointer, state: TrainState) -> None:
+        number = next(saves)
+        monkeypatch.setattr(shards._HashedStream, "write", write if number == 1 else disk_full)
+        start(checkpoints, state)
+        while number > 1 and not checkpoints.has_failed:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(Checkpointer, "start_saving", second_fails)
+    with pytest.raises(CheckpointError, match=r"step_00000002 cannot be written .*No space left"):
+        run(config)
+    assert steps(config, "loss") == [1, 2, 3]
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "peak_flops", lambda device, dtype: 1e10)
+    run(config)
+    assert steps(config, "loss") == [1, 2, 3, 4]
+    assert len(list((config.run.folder / "checkpoints").iterdir())) == 4
+
+
+def disk_full(stream: object, data: object) -> int:
+    raise OSError(28, "No space left on device")
+
+
+def test_data_that_was_changed_in_place_is_refused(config: Config) -> None:
+    run(config)
+    folder = Path(config.data.folder) / "train"
+    tokens = folder / TOKENS_FILE
+    content = bytearray(tokens.read_bytes())
+    content[0] ^= 1
+    tokens.write_bytes(content)
+    os.utime(folder / META_FILE, (1, 1))
+    with pytest.raises(DataError, match="was changed since it was prepared"):
+        run(replace(config, train=replace(config.train, steps=STEPS + 1)))
+    assert steps(config, "loss") == [1, 2, 3, 4]
+
+
+def test_missing_weights_are_found_before_the_model_is_built(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "build_model", lambda *arguments: pytest.fail("built"))
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        run(replace(config, run=replace(config.run, start_from=tmp_path / "none")))

@@ -28,8 +28,8 @@ def check_unchanged(folder: Path) -> None:
     found = _fingerprint(source)
     if found != source.fingerprint:
         raise DataError(
-            f"{folder} was changed since it was prepared (fingerprint {source.fingerprint[:12]}..., now {found[:12]}...):"
-            " restore it, or prepare it anew."
+            f"{folder} was changed since it was prepared (fingerprint {source.fingerprint[:12]}..., now {found[:12]}"
+            "...): restore it, or prepare it anew."
         )
     # So that the next start need not look again; where it cannot be written, it does.
     with suppress(OSError):

@@ -46,7 +46,9 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("mechanism", "key_convolution"), [(Dense(), 0), (MoSA(), 3), (Three(), 5)], ids=str)
+@pytest.mark.parametrize(
+    ("mechanism", "key_convolution"), [(Dense(), 0), (MoSA(), 3), (Three(), 5)], ids=["Dense", "MoSA", "Three"]
+)
 def test_parameters_are_those_of_the_model(
     qk_norm: bool, tied: bool, mechanism: Mechanism, key_convolution: Literal[0, 3, 5]
 ) -> None:

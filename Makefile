@@ -43,8 +43,9 @@ help:
 train: $(TRAIN_READY) $(CORPUS)/train/meta.json
 	$(RUN) -m farspan.launch.cli launch local configs/demo.toml --gpus-per-node 2
 
+# One process more than there are cores, as many tests wait; each file is run by one of them, in the order of the files.
 test: $(DEV_READY) $(TRITON_READY)
-	$(RUN) -m pytest tests
+	$(RUN) -m pytest tests -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --dist loadfile --no-loadscope-reorder
 
 faults: $(DEV_READY)
 	$(RUN) -m pytest -m faults tests

@@ -6,6 +6,7 @@ The ends of jobs use this before anything is installed around them: only Python'
 import json
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -48,9 +49,13 @@ def record(run: Path, job: str, reason: str, nodes: Sequence[str]) -> None:
 
 def failures(run: Path) -> list[Failure]:
     """Return what is on record, oldest first."""
-    path = run / FILE
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return [Failure(**values | {"nodes": tuple(values["nodes"])}) for values in map(json.loads, lines)]
+    path, found = run / FILE, []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        # A full disk or a dying node may have cut it short, which must keep no job from starting.
+        with suppress(ValueError, TypeError, KeyError):
+            values = json.loads(line)
+            found.append(Failure(**values | {"nodes": tuple(values["nodes"])}))
+    return found
 
 
 def newest_checkpoint(run: Path) -> str | None:

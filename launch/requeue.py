@@ -186,10 +186,11 @@ KILLED_BY = {KILLED + number: signal.Signals(number).name for number in BLAMED}
 
 
 def read_ends(folder: Path) -> Iterator[End]:
-    """Yield what the tasks of a job have left there: node, host and exit status."""
+    """Yield what the tasks of a job have left there, as far as a full disk let them: node, host and exit status."""
     for path in sorted(folder.iterdir()):
-        node, host, status = path.read_text().split()
-        yield End(node=node, host=host, status=int(status))
+        match path.read_text().split():
+            case [node, host, status] if status.isdecimal():
+                yield End(node=node, host=host, status=int(status))
 
 
 def read_unfit(run: Path, ends: Sequence[End]) -> dict[str, str]:

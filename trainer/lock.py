@@ -69,9 +69,7 @@ def lock_folder(folder: Path, job: str | None = None) -> FolderLock:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK_FILE).open("a+")
     except OSError as error:
-        raise ConfigError(
-            f"run.folder={str(folder)!r} cannot be written ({error.strerror or error}): choose another."
-        ) from None
+        raise _not_writable(folder, error) from None
     host = socket.gethostname()
     give_up_at = time.monotonic() + PATIENCE_S
     while (holder := _holder(file, folder, host)) is not None:
@@ -81,10 +79,19 @@ def lock_folder(folder: Path, job: str | None = None) -> FolderLock:
                 f"run.folder={str(folder)!r} is in use by {holder}: stop that run first, or choose another folder."
             )
         time.sleep(BEAT_S / 10)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {host}" + (f", job {job}\n" if job else "\n"))
-    file.flush()
+    try:
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), (f"process {os.getpid()} on {host}" + (f", job {job}\n" if job else "\n")).encode())
+    except OSError as error:
+        file.close()
+        raise _not_writable(folder, error) from None
     return FolderLock(file)
+
+
+def _not_writable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"run.folder={str(folder)!r} cannot be written ({error.strerror or error}): make room, or choose another."
+    )
 
 
 def _holder(file: IO[str], folder: Path, host: str) -> str | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -147,11 +148,14 @@ def _fault_of_sum(device: torch.device) -> str | None:
 
 
 def _fault_of_folder(folder: Path) -> str | None:
-    path, written = _nearest(folder) / f".probe_{dist.get_rank()}", os.urandom(PROBE_BYTES)
+    # Other runs may look at the same folder now.
+    path, written = _nearest(folder) / f".probe_{uuid4().hex}", os.urandom(PROBE_BYTES)
     try:
-        path.write_bytes(written)
-        read = path.read_bytes()
-        path.unlink()
+        try:
+            path.write_bytes(written)
+            read = path.read_bytes()
+        finally:
+            path.unlink(missing_ok=True)
     except OSError as error:
         return f"run.folder={str(folder)!r} cannot be written ({error.strerror or error})"
     return None if read == written else f"run.folder={str(folder)!r} gives back other bytes than were written"

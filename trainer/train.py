@@ -7,12 +7,13 @@ from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 
-from farspan.kernels.errors import ConfigError, TrainingError
+from farspan.kernels.errors import ConfigError, FarspanError, TrainingError
 from farspan.parallel.comm import Traffic
 from farspan.parallel.fsdp import sharding_bytes
 from farspan.parallel.mesh import Mesh
@@ -82,7 +83,7 @@ def _start(config: Config, ranks: Ranks, stop: StopSignal, watchdog: Watchdog, s
     on_first_rank(lock)
     on_first_rank(lambda: _check_files(resolved.config))
     run = _Run(resolved, stop, watchdog)
-    stack.callback(run.close)
+    stack.enter_context(run)
     if on_any_rank(stop.requested):
         return None
     run.load()
@@ -135,6 +136,9 @@ class _Run:
         self.sharding_bytes = sharding_bytes(self.model, self.model.blocks, self.mesh, config.train.torch_dtype)
         self.writer: MetricsWriter | None = None
 
+    def __enter__(self) -> Self:
+        return self
+
     def load(self) -> None:
         """Go on from the newest checkpoint, or begin with given weights."""
         self.resumed_from = self.checkpoints.load_latest(self.state)
@@ -142,8 +146,15 @@ class _Run:
         if self.started_from is not None:
             load_weights(self.model, Path(self.started_from))
 
-    def close(self) -> None:
-        self.checkpoints.abandon_saving()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None or isinstance(error, FarspanError):
+            # All ranks are well: what is being saved is whole soon, and a thread left alone could abort the process.
+            with self.watchdog.phase("save", self.state.step):
+                self.checkpoints.settle_saving()
+        else:
+            self.checkpoints.abandon_saving()
         if self.writer is not None:
             self.writer.close()
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from farspan.launch import cli
+from farspan.launch import checkpoints, cli
 from farspan.parallel.mesh import Mesh, ParallelConfig
 from farspan.parallel.ranks import Ranks, connected
 from farspan.trainer.build import build_model
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
+from farspan.trainer.checkpoint.manifest import Manifest
 from farspan.trainer.config import CheckpointConfig
 from farspan.trainer.lock import lock_folder
 from farspan.trainer.optim import build_optimizer
@@ -62,6 +63,21 @@ def test_ls_shows_a_line_for_each(run: Path, capsys: pytest.CaptureFixture[str])
     assert re.fullmatch(rf" *10  {when}  1\.\d  +2  10,000", lines[1])
     assert re.fullmatch(rf" *30  {when} +is damaged \(__0_0.distcp is missing\): restore.*", lines[2])
     assert re.fullmatch(rf" *20  {when}  1\.\d  +2  20,000  +refused", lines[3])
+
+
+def test_what_a_run_deletes_meanwhile_is_not_damaged(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = checkpoints.check_whole
+
+    def slow(path: Path) -> Manifest:
+        shutil.rmtree(run / "checkpoints" / "step_00000020", ignore_errors=True)
+        return check(path)
+
+    monkeypatch.setattr(checkpoints, "check_whole", slow)
+    assert farspan("verify", run) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["whole", "deleted", "whole"]
+    assert farspan("verify", run / "checkpoints" / "step_00000020") == 1
 
 
 def test_verify_reads_every_byte(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

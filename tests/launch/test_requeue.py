@@ -132,6 +132,18 @@ def test_how_ranks_end_says_whether_the_job_starts_again(
     assert not (tmp_path / "run/unfit").exists()
 
 
+def test_what_a_full_disk_cut_short_keeps_no_job_from_starting(
+    start: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    cut = '{"when": "2026-11-28T08:42:51+00:00", "job": "1'
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/failures.jsonl").write_text(cut + "\n")
+    done = start("end 7 1; : >$here/run/logs/17/0/ended/8; exit 1")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert [failure.reason for failure in failures(tmp_path / "run")] == ["ranks failed with exit status 1"]
+    assert called(tmp_path, "scontrol") == REQUEUE
+
+
 @pytest.mark.parametrize(("restarts", "again"), [(19, True), (20, False), (21, None)])
 def test_there_is_a_cap_on_restarts(
     start: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, restarts: int, again: bool | None

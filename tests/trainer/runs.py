@@ -30,10 +30,8 @@ def built(config: Config, stop: StopSignal | None = None) -> Iterator[_Run]:
     watchdog = Watchdog(config.watchdog, config.run.folder / "stacks", rank)
     with mock.patch.object(module, "peak_flops", return_value=1e10):
         run = _Run(resolved, stop or StopSignal(), watchdog)
-    try:
+    with run:
         yield run
-    finally:
-        run.close()
 
 
 def bits(run: _Run) -> dict[str, str]:

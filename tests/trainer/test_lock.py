@@ -1,5 +1,6 @@
 """One run per folder, by real processes; a file system without locks between nodes is one whose flock always grants."""
 
+import errno
 import os
 import signal
 import socket
@@ -116,5 +117,16 @@ def test_with_locks_nobody_is_watched_on_the_same_host(tmp_path: Path, monkeypat
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"file/run' cannot be written \(Not a directory\): choose another\."):
+    with pytest.raises(
+        ConfigError, match=r"file/run' cannot be written \(Not a directory\): make room, or choose another\."
+    ):
         lock_folder(tmp_path / "file" / "run")
+
+
+def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(lock.os, "write", full)
+    with pytest.raises(ConfigError, match=r"cannot be written \(No space left on device\): make room, or choose"):
+        lock_folder(tmp_path)

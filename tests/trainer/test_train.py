@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -15,12 +16,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from farspan.kernels.errors import CheckpointError, ConfigError, DataError
+from farspan.kernels.errors import CheckpointError, ConfigError, DataError, TrainingError
 from farspan.parallel.mesh import ParallelConfig
 from farspan.parallel.ranks import Ranks
 from farspan.trainer import held_out
 from farspan.trainer import train as module
-from farspan.trainer.checkpoint import shards
+from farspan.trainer.checkpoint import background, checkpointer, shards
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
 from farspan.trainer.config_io import load_config
@@ -334,6 +335,31 @@ def test_a_save_that_fails_ends_the_run_at_the_next_step(config: Config, monkeyp
     run(config)
     assert steps(config, "loss") == [1, 2, 3, 4]
     assert len(list((config.run.folder / "checkpoints").iterdir())) == 4
+
+
+def test_a_save_under_way_is_finished_when_the_run_ends_of_something_else(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, checkpoint=replace(config.checkpoint, every_steps=1))
+    write, failed = checkpointer.write_shards, threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        failed.wait(10)
+        return write(*arguments)
+
+    def second_fails(*arguments: Any, **named: Any) -> Any:
+        if next(calls) == 2:
+            failed.set()
+            raise TrainingError("no token of this batch has a label")
+        return step(*arguments, **named)
+
+    step, calls = module.train_step, count(1)
+    monkeypatch.setattr(module, "train_step", second_fails)
+    monkeypatch.setattr(checkpointer, "write_shards", slow)
+    monkeypatch.setattr(background, "LAST_MOMENT_S", 0.0)
+    with pytest.raises(TrainingError, match="has a label"):
+        run(config)
+    assert [path.name for path in (config.run.folder / "checkpoints").iterdir()] == ["step_00000001"]
 
 
 def disk_full(stream: object, data: object) -> int:

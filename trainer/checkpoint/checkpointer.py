@@ -26,7 +26,7 @@ from farspan.trainer.agreement import on_first_rank, together
 from farspan.trainer.checkpoint.background import Background
 from farspan.trainer.checkpoint.manifest import START_ANEW, DamagedError, FileRecord, Manifest, damaged
 from farspan.trainer.checkpoint.shards import read_shards, write_shards
-from farspan.trainer.checkpoint.steps import finished, make_room, prune, publish, step_name, sync
+from farspan.trainer.checkpoint.steps import finished, make_room, prune, publish, step_name
 from farspan.trainer.checkpoint.verify import check_sizes, verified
 from farspan.trainer.config import CheckpointConfig
 from farspan.trainer.state import TrainState
@@ -91,6 +91,13 @@ class Checkpointer:
     def finish_saving(self) -> None:
         """Wait for the save under way, if any; raises CheckpointError, on all ranks, when it failed."""
         together(self._writing.finish)
+
+    def settle_saving(self) -> None:
+        """Wait for the save under way, if any, and only say so when it failed: the run ends of something else."""
+        try:
+            self._writing.finish()
+        except Exception as error:
+            log.error("not saved   %s", error)
 
     def abandon_saving(self) -> None:
         """Wait no longer than a moment for the save under way: this rank is about to end, and others may have."""
@@ -193,7 +200,6 @@ class Checkpointer:
         except CheckpointError as error:
             _on_first_of(self._group, lambda: shutil.rmtree(partial, ignore_errors=True))
             raise self._not_writable(step, str(error)) from None
-        sync(partial)
         parts: list[dict[str, FileRecord]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(parts, written, group=self._group)
         files = {name: record for part in parts for name, record in sorted(part.items())}

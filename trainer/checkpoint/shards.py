@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from farspan.kernels.errors import CheckpointError
 from farspan.trainer.agreement import together
 from farspan.trainer.checkpoint.manifest import FileRecord
+from farspan.trainer.checkpoint.steps import sync
 
 INDEX = ".metadata"
 """DCP's list of which tensor is where; it writes it when all shards are written."""
@@ -47,7 +48,8 @@ def write_shards(tensors: Tensors, folder: Path, group: dist.ProcessGroup | None
     Every rank of `group` makes the same call; a replica is written by one of them. Raises CheckpointError, on all of
     them, when one cannot write.
     """
-    writer = FileSystemWriter(folder)
+    # All is on the CPU. To copy ahead, DCP would wait for a GPU, in a thread that has not chosen one: for the first.
+    writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
     writer.fs = files = _HashedFiles()
     try:
         save(dict(tensors), storage_writer=writer, process_group=group)
@@ -84,6 +86,8 @@ class _HashedFiles(FileSystem):
         with open(path, mode) as file:
             stream = _HashedStream(cast(IO[bytes], file))
             yield stream
+        # Here, as DCP tells all ranks of what goes wrong on one.
+        sync(Path(path).parent)
         self.written[Path(path).name] = stream.record()
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:

@@ -107,13 +107,17 @@ def killed(stream: object, data: object) -> int:
     raise SystemExit
 
 
-def fail_in_background(config: Config, failure: Callable) -> tuple[str, list[str]]:
+def gone(folder: Path) -> None:
+    raise OSError(errno.ESTALE, "Stale file handle")
+
+
+def fail_in_background(config: Config, name: str, failure: Callable) -> tuple[str, list[str]]:
     """One rank's writer fails: return what all raise, and what is left; then save again."""
     side = Side(config)
     side.checkpoints.save(state_of(1))
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
-            patch.setattr(shards._HashedStream, "write", failure)
+            patch.setattr(f"{shards.__name__}.{name}", failure)
         side.checkpoints.start_saving(state_of(3))
         while not side.checkpoints.has_failed:
             time.sleep(0.01)
@@ -126,13 +130,18 @@ def fail_in_background(config: Config, failure: Callable) -> tuple[str, list[str
 
 
 @pytest.mark.parametrize(
-    ("failure", "said"), [(disk_full, "[Errno 28] No space left on device"), (killed, "SystemExit()")]
+    ("name", "failure", "said"),
+    [
+        ("_HashedStream.write", disk_full, "[Errno 28] No space left on device"),
+        ("_HashedStream.write", killed, "SystemExit()"),
+        ("sync", gone, "[Errno 116] Stale file handle"),
+    ],
 )
 def test_a_writer_that_dies_in_the_background_is_known_to_all_ranks(
-    tmp_path: Path, ranks: Pool, failure: Callable, said: str
+    tmp_path: Path, ranks: Pool, name: str, failure: Callable, said: str
 ) -> None:
     config = small(tmp_path)
-    results = ranks(2).run(fail_in_background, config, failure)
+    results = ranks(2).run(fail_in_background, config, name, failure)
     for message, left in results:
         assert message == results[0][0]
         assert f"step_00000003 cannot be written ({said}): make room" in message

@@ -111,3 +111,20 @@ def test_what_is_odd_is_a_line_for_each_rank() -> None:
         "odd node    n3, rank 4: its clock is -3.0 s off",
         "odd node    n4, rank 5: a product takes 15.10 ms, only 8.0 GiB of memory is free",
     ]
+
+
+def test_runs_beside_each_other_do_not_take_each_others_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, others = Path.write_bytes, []
+
+    def meanwhile(path: Path, written: bytes) -> int:
+        size = write(path, written)
+        if not others:
+            others.append(1)
+            others.append(node_check._fault_of_folder(tmp_path / "other"))
+        return size
+
+    monkeypatch.setattr(Path, "write_bytes", meanwhile)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    assert node_check._fault_of_folder(tmp_path / "one") is None
+    assert others == [1, None]
+    assert list(tmp_path.iterdir()) == []

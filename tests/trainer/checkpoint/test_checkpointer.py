@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from farspan.kernels.errors import CheckpointError
 from farspan.trainer.checkpoint import checkpointer
+from farspan.trainer.checkpoint.shards import write_shards
 from farspan.trainer.config import Config
 from farspan.trainer.state import TrainState
 from tests.ranks import RankPool
@@ -55,6 +56,14 @@ def test_what_happens_during_a_save_is_not_in_it(config: Config, ranks: Ranks) -
     for (before, _), (folder, state, after, _) in zip(saved, ranks(2).run(load, config), strict=True):
         assert (folder, state.step) == ("step_00000001", 1)
         assert same_bits(before, after)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_thread_that_writes_leaves_gpus_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new thread stands at the first GPU: to wait for it would take its memory, for every rank of the node."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: pytest.fail("uses a GPU"))
+    assert sorted(write_shards({"model": {"x": torch.ones(3)}}, tmp_path)) == [".metadata", "__0_0.distcp"]
 
 
 def test_nothing_saved_is_a_fresh_start(config: Config, ranks: Ranks) -> None:

@@ -68,8 +68,11 @@ def prune_run(run: Path, *, keep: int, permanent_every: int) -> None:
     if permanent_every < 0:
         raise ConfigError(f"--permanent-every {permanent_every} must be at least 0.")
     newest = _finished(run)[-1]
+    # Before it is locked, as it takes a while: a job that started meanwhile would end.
+    check_whole(newest)
     with lock_folder(run):
-        check_whole(newest)
+        if _finished(run)[-1] != newest:
+            raise CheckpointError(f"{run} has saved another checkpoint meanwhile: try again.")
         gone = prune(newest.parent, keep=keep, permanent_every=permanent_every)
         for path in _refused(run):
             shutil.rmtree(path)

@@ -1,6 +1,5 @@
 """A look at every rank's node before a run starts: what cannot work ends it at once, what is odd is said in a line."""
 
-import logging
 import os
 import re
 import shutil
@@ -18,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 from farspan.kernels.errors import ConfigError, FarspanError
-from farspan.trainer.agreement import on_first_rank
 
 UNFIT_FILE = "unfit"
 CLOCK_S, SLOWER, LESS_MEMORY = 2.0, 1.5, 0.8
@@ -29,8 +27,6 @@ PROBE_BYTES = 4096
 SUMMED = 1024
 
 T = TypeVar("T")
-
-log = logging.getLogger("farspan")
 
 
 class UnfitError(FarspanError):
@@ -53,8 +49,8 @@ class Found:
     fault: str | None
 
 
-def check_nodes(folder: Path, choose_device: Callable[[], torch.device]) -> None:
-    """Check every rank's device, memory, clock, connection and access to the run's folder; log what is odd.
+def check_nodes(folder: Path, choose_device: Callable[[], torch.device]) -> list[str]:
+    """Check every rank's device, memory, clock, connection and access to the run's folder; return what is to be said.
 
     choose_device: returns this rank's device; raises ConfigError where there is none. All ranks have to call. Raises
     UnfitError on all where some node cannot take part, and leaves a line for each such host in the folder's file
@@ -69,11 +65,11 @@ def check_nodes(folder: Path, choose_device: Callable[[], torch.device]) -> None
         device, no_device = torch.device("cpu"), str(error)
     everywhere = _gather(_look(folder, device, clock, no_device))
     if all(found.no_device for found in everywhere):
-        return
+        return []
     _refuse(folder, {found.host: found.no_device or found.fault for found in everywhere})
     sums = _gather((socket.gethostname(), _fault_of_sum(device)))
     _refuse(folder, dict(sorted(sums, key=lambda each: each[1] is not None)))
-    on_first_rank(lambda: log.info("%s", "\n".join(report(everywhere))))
+    return list(report(everywhere))
 
 
 def report(everywhere: list[Found]) -> Iterable[str]:

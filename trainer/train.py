@@ -71,11 +71,11 @@ def _start(config: Config, ranks: Ranks, stop: StopSignal, watchdog: Watchdog, s
     stack.enter_context(connected(ranks, _device_to_meet_on(config, ranks), timeout))
     if on_any_rank(stop.requested):
         return None
-    check_nodes(Path(config.run.folder), lambda: choose_device(config, ranks.local_rank))
+    nodes = check_nodes(Path(config.run.folder), lambda: choose_device(config, ranks.local_rank))
     resolved = together(lambda: resolve(config, ranks))
     splits = {"train": resolved.train_source, "held_out": resolved.held_out_source}
     check_same(flat(resolved.config) | {f"the data of {name}/": split.fingerprint for name, split in splits.items()})
-    log.info("%s", "\n".join((describe(resolved.config, resolved.degrees), *resolved.why)))
+    log.info("%s", "\n".join((describe(resolved.config, resolved.degrees), *resolved.why, *nodes)))
 
     def lock() -> None:
         stack.enter_context(lock_folder(Path(config.run.folder), ranks.job))
@@ -149,7 +149,7 @@ class _Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None or isinstance(error, FarspanError):
+        if isinstance(error, FarspanError):
             # All ranks are well: what is being saved is whole soon, and a thread left alone could abort the process.
             with self.watchdog.phase("save", self.state.step):
                 self.checkpoints.settle_saving()

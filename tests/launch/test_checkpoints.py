@@ -110,12 +110,12 @@ def test_prune_keeps_the_newest_and_the_permanent(run: Path, capsys: pytest.Capt
 
 def test_prune_deletes_nothing_where_that_would_lose_something(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = steps(run)
-    flip(run / "checkpoints" / "step_00000030" / "__0_0.distcp")
-    assert farspan("prune", run, "--keep", 1) == 2
-    assert "step_00000030 is damaged" in capsys.readouterr().err
     with lock_folder(run):
         assert farspan("prune", run, "--keep", 1) == 2
     assert "is in use by" in capsys.readouterr().err
+    flip(run / "checkpoints" / "step_00000030" / "__0_0.distcp")
+    assert farspan("prune", run, "--keep", 1) == 2
+    assert "step_00000030 is damaged" in capsys.readouterr().err
     assert farspan("prune", run, "--keep", 0) == 2
     assert farspan("prune", run, "--keep", 1, "--permanent-every", -1) == 2
     assert steps(run) == before

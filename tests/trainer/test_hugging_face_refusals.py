@@ -321,7 +321,7 @@ def test_weights_that_are_damaged_or_of_another_model_are_refused(exported: Path
     with pytest.raises(CheckpointError, match=r"query_norm\.weight is missing"):
         export_model(weights, tmp_path / "out")
     (weights / ".metadata").write_bytes(b"\x80")
-    with pytest.raises(CheckpointError, match=r"is damaged \(\.metadata: "):
+    with pytest.raises(CheckpointError, match=r"is damaged \(\.metadata is unreadable: "):
         StoredWeights(weights)
     (weights / ".metadata").unlink()
     with pytest.raises(CheckpointError, match="holds no weights"):

@@ -148,9 +148,11 @@ def train_with_one_that_stops(folder: Path, rank: int, port: int, phase: str) ->
     with connected(Ranks(rank=rank, world_size=2), torch.device("cpu")), built(config) as run:
         run.load()
         if rank == 1:
-            owner, name = {"step": (run.data, "sequence"), "evaluation": (run.held_out, "measure")}.get(
-                phase, (run.checkpoints, phase)
-            )
+            owner, name = {
+                "step": (run.data, "sequence"),
+                "evaluation": (run.held_out, "measure"),
+                "save": (run.checkpoints, "start_saving"),
+            }[phase]
             function, calls = getattr(owner, name), []
 
             def stopping(*arguments: object) -> object:

@@ -209,7 +209,11 @@ class Checkpointer:
             Manifest(identity=manifest.identity, train_state=manifest.train_state, files=files).write(partial)
             final = publish(partial, step)
             log.info("saved       %s", final)
-            prune(self._folder, keep=self._config.keep, permanent_every=self._config.permanent_every)
+            try:
+                prune(self._folder, keep=self._config.keep, permanent_every=self._config.permanent_every)
+            except OSError as error:
+                # This one is saved: the run can go on for as long as there is room.
+                log.warning("not deleted %s", error)
 
         _on_first_of(self._group, lambda: self._writable(step, commit))
 

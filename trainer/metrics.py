@@ -5,6 +5,7 @@ import math
 import os
 import resource
 import time
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class MetricsWriter:
 
     def __init__(self, folder: Path, *, resumed_step: int) -> None:
         path = folder / "metrics.jsonl"
+        self.error: OSError | None = None
         self._evaluated = _drop_records_after(path, resumed_step)
         self._file = path.open("a", buffering=1)
         # Tells TensorBoard to forget later steps of an earlier attempt; without one it forgets nothing.
@@ -39,9 +41,15 @@ class MetricsWriter:
     def write(self, record: dict[str, Any]) -> None:
         """Write one record, which has a `step`; numbers and tables of numbers go to TensorBoard too.
 
-        What is not finite is null on record.
+        What is not finite is null on record. Where there is no room, `error` says so from then on: only one rank
+        writes, and has to tell the others before it gives up.
         """
-        record = {name: _finite(value) for name, value in record.items()}
+        try:
+            self._write({name: _finite(value) for name, value in record.items()})
+        except OSError as error:
+            self.error = error
+
+    def _write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         if EVALUATION_KEY in record:
             self._evaluated.add(record["step"])
@@ -55,8 +63,10 @@ class MetricsWriter:
                 self._board.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        for file in (self._file, self._board):
+            # What is still in their buffers may find no room either.
+            with suppress(OSError):
+                file.close()
 
 
 def _finite(value: Any) -> Any:

@@ -3,12 +3,13 @@
 import logging
 import math
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,8 @@ from farspan.trainer.state import TrainState
 from farspan.trainer.step import StepResult, train_step
 from farspan.trainer.watchdog import Watchdog
 from farspan.trainer.weights import check_weights, load_weights
+
+T = TypeVar("T")
 
 log = logging.getLogger("farspan")
 
@@ -162,13 +165,12 @@ class _Run:
         """Step until the last step or a stop signal; save and evaluate on the way. Return whether nothing is left."""
         config, state, steps = self.config, self.state, self.config.train.steps
         self.say_start()
-        if dist.get_rank() == 0:
-            self.writer = MetricsWriter(self.folder, resumed_step=state.step)
+        on_first_rank(self.open_records)
         stopping = on_any_rank(self.stop.requested)
         missing = self.is_evaluation_missing()
         nothing_to_do = state.step >= steps and not missing
-        if self.writer is not None and not nothing_to_do and not stopping:
-            record_config(self.folder, config, state.step)
+        if not nothing_to_do and not stopping:
+            on_first_rank(lambda: self.recorded(lambda: record_config(self.folder, config, state.step)))
         if missing and not stopping:
             stopping = self.evaluate()
         timer = StepTimer(steps - state.step)
@@ -185,6 +187,7 @@ class _Run:
             timer.skip()
         with self.watchdog.phase("save", state.step):
             self.checkpoints.finish_saving()
+        on_first_rank(self.check_records)
         finished = state.step >= steps and not self.is_evaluation_missing()
         if nothing_to_do:
             log.info("finished    already, at step %d of train.steps=%d: raise it to go on", state.step, steps)
@@ -230,9 +233,10 @@ class _Run:
             sequences=config.train.sequences_per_step, tokens=result.labelled_tokens, fingerprint=result.fingerprint
         )
         remember(config.skip, state, result.loss, result.gradient_norm, result.skipped)
-        # One exchange for all: the most memory of any rank, and whether any was asked to stop, or has failed to save.
-        memory, stopping, unsaved = most_of_any_rank(
-            [peak_memory_bytes(self.device), self.stop.requested, self.checkpoints.has_failed]
+        # One exchange for all: the most memory of any rank, and whether any was asked to stop, or has failed to write.
+        unrecorded = self.writer is not None and self.writer.error is not None
+        memory, stopping, unsaved, unrecorded = most_of_any_rank(
+            [peak_memory_bytes(self.device), self.stop.requested, self.checkpoints.has_failed, unrecorded]
         )
         seconds, seconds_left = timer.lap()
         if self.writer is not None:
@@ -246,7 +250,30 @@ class _Run:
                 log.info("skipped     step %d, no update: %s", state.step, result.skipped)
         if unsaved:
             self.checkpoints.finish_saving()
+        if unrecorded:
+            on_first_rank(self.check_records)
         return bool(stopping), result.skipped
+
+    def open_records(self) -> None:
+        self.writer = self.recorded(lambda: MetricsWriter(self.folder, resumed_step=self.state.step))
+
+    def check_records(self) -> None:
+        """Raise TrainingError where a record could not be written."""
+        if self.writer is not None and self.writer.error is not None:
+            raise self.not_recorded(self.writer.error)
+
+    def recorded(self, work: Callable[[], T]) -> T:
+        """Return what `work` returns; raises TrainingError where it cannot write."""
+        try:
+            return work()
+        except OSError as error:
+            raise self.not_recorded(error) from None
+
+    def not_recorded(self, error: OSError) -> TrainingError:
+        return TrainingError(
+            f"run.folder={str(self.folder)!r} cannot be written ({error.strerror or error}): make room, and the same "
+            "command goes on from the last checkpoint."
+        )
 
     def give_up(self, reason: str) -> None:
         """Write the batch of the last step and a checkpoint; raise TrainingError."""

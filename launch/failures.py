@@ -4,7 +4,6 @@ The ends of jobs use this before anything is installed around them: only Python'
 """
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from farspan.launch.commands import SlurmError, slurm
+from farspan.trainer.checkpoint.steps import finished
 
 FILE = "failures.jsonl"
 
@@ -59,8 +59,8 @@ def failures(run: Path) -> list[Failure]:
 
 
 def newest_checkpoint(run: Path) -> str | None:
-    names = [path.name for path in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
-    return max(names, default=None)
+    found = finished(run / "checkpoints")
+    return found[-1].name if found else None
 
 
 def failed_in_a_row(run: Path, since: str) -> int:

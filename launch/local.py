@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from farspan.launch.env import with_threads
-from farspan.trainer.faults import WARNING_SIGNAL, StopSignal, announce, stop_signals_blocked
+from farspan.trainer.faults import KILLED, WARNING_SIGNAL, StopSignal, announce, stop_signals_blocked
 
-INTERRUPTED = 128 + signal.SIGINT
+INTERRUPTED = KILLED + signal.SIGINT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

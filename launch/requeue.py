@@ -16,11 +16,9 @@ from pathlib import Path
 from farspan.launch.commands import SlurmError, slurm
 from farspan.launch.failures import Exclusion, exclude, failed_in_a_row, newest_checkpoint, record
 from farspan.launch.submissions import last_submitted
-from farspan.trainer.faults import EXIT_HUNG, EXIT_UNFIT, EXIT_USER_ERROR, EXIT_WARNED
+from farspan.trainer.faults import EXIT_HUNG, EXIT_UNFIT, EXIT_USER_ERROR, EXIT_WARNED, KILLED, UNFIT_FILE
 
 EXIT_FAILED = 1
-KILLED = 128
-"""A process that died of signal n counts as exit status 128 + n."""
 BLAMED = {signal.SIGKILL, signal.SIGBUS, signal.SIGSEGV, signal.SIGILL, signal.SIGFPE}
 """Deaths that speak against the node. A lost peer may end a rank by SIGABRT. SLURM's own SIGKILL also ends the shell
 that would tell of it."""
@@ -195,7 +193,7 @@ def read_ends(folder: Path) -> Iterator[End]:
 
 def read_unfit(run: Path, ends: Sequence[End]) -> dict[str, str]:
     """Return what makes nodes unfit, and forget it."""
-    path = run / "unfit"
+    path = run / UNFIT_FILE
     nodes = {end.host: end.node for end in ends}
     lines = [line.partition(" ") for line in path.read_text().splitlines()] if path.exists() else []
     path.unlink(missing_ok=True)

@@ -4,12 +4,10 @@ import logging
 import signal
 import sys
 
-from farspan.trainer.faults import EXIT_HUNG, EXIT_UNFIT, EXIT_USER_ERROR, EXIT_WARNED, STOP_SIGNALS
+from farspan.trainer.faults import EXIT_HUNG, EXIT_UNFIT, EXIT_USER_ERROR, EXIT_WARNED, KILLED, STOP_SIGNALS
 
 SAID = (EXIT_USER_ERROR, EXIT_WARNED, EXIT_HUNG, EXIT_UNFIT)
 """Exit statuses of ranks that have said themselves what the matter is."""
-KILLED = 128
-"""A process that died of signal n counts as exit status 128 + n, as shells have it."""
 
 
 def main(arguments: list[str]) -> int:

@@ -20,7 +20,7 @@ import torch
 from farspan.parallel.mesh import Mesh, ParallelConfig
 from farspan.parallel.ranks import Ranks, connected
 from farspan.tools.bench import machine
-from farspan.tools.bench.files import write_files
+from farspan.tools.bench.files import table_line, write_files
 from farspan.tools.bench_attention import device_of
 from farspan.tools.command import print_all
 from farspan.trainer.build import build_model
@@ -199,12 +199,12 @@ def bench(options: argparse.Namespace, command: Sequence[str]) -> Iterable[objec
 
 def table(rounds: Sequence[Round]) -> list[str]:
     """Return a line for each quantity: the median, the lowest and the highest of the rounds."""
-    lines = ["| | median | lowest | highest |", "| --- | --- | --- | --- |"]
+    lines = [table_line(["", "median", "lowest", "highest"]), table_line(["---"] * 4)]
     names = [*Round.__dataclass_fields__, "of_all_saving", "verified_stored", "verified_cached"]
     for name in names:
         values = [getattr(one, name) for one in rounds]
         shown = (f"{x:.3g}" for x in (statistics.median(values), min(values), max(values)))
-        lines.append(f"| {name.replace('_', ' ')} | {' | '.join(shown)} |")
+        lines.append(table_line([name.replace("_", " "), *shown]))
     return lines
 
 

@@ -22,24 +22,27 @@ def together(work: Callable[[], T]) -> T:
         result = work()
     except FarspanError as error:
         mine = error
-    errors = _gather(mine)
-    failed = [rank for rank, error in enumerate(errors) if error is not None]
+    errors = gather(mine)
+    failed = [(rank, error) for rank, error in enumerate(errors) if error is not None]
     if failed:
-        error = errors[failed[0]]
-        where = "" if len({str(e) for e in errors}) == 1 else f"rank {failed[0]}: "
+        rank, error = failed[0]
+        where = "" if len({str(e) for e in errors}) == 1 else f"rank {rank}: "
         raise type(error)(f"{where}{error}") from mine
     return result  # pyright: ignore[reportReturnType]
 
 
-def on_first_rank(work: Callable[[], T]) -> T:
-    """Call `work` on rank 0 alone; return its result, or raise its FarspanError, on every rank."""
+def on_first_rank(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Call `work` on rank 0 alone; return its result, or raise its FarspanError, on every rank.
+
+    group: one of all ranks, for calls beside those of others; the world, if left out.
+    """
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             outcome[0] = work()
         except FarspanError as error:
             outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=0, group=group)
     result, error = outcome
     if error is not None:
         raise error
@@ -60,7 +63,7 @@ def most_of_any_rank(values: Sequence[int]) -> list[int]:
 
 def check_same(values: Mapping[str, object]) -> None:
     """Raise ConfigError on every rank unless each value, given by what it is, equals that of rank 0."""
-    everywhere = _gather(dict(values))
+    everywhere = gather(dict(values))
     for rank, there in enumerate(everywhere):
         for name in {**everywhere[0], **there}:
             first, other = everywhere[0].get(name), there.get(name)
@@ -71,9 +74,10 @@ def check_same(values: Mapping[str, object]) -> None:
                 )
 
 
-def _gather(value: object) -> list[Any]:
+def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Return the values of all ranks; group: as for `on_first_rank`."""
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group=group)
     return gathered
 
 

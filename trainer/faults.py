@@ -23,6 +23,10 @@ EXIT_HUNG = 76
 """Exit status of a run in which something took longer than it may: all ranks have written their stacks."""
 EXIT_UNFIT = 77
 """Exit status of a run that has found, before its start, that a node cannot take part."""
+UNFIT_FILE = "unfit"
+"""Where it says which: lines of a host and why, in the run's folder."""
+KILLED = 128
+"""A process that died of signal n counts as exit status 128 + n, as shells have it."""
 SAME_REQUEST_S = 3.0
 """A terminal and torchrun may both deliver one Ctrl-C: signals this close together are one request."""
 

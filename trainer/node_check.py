@@ -10,23 +10,21 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
 from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 
 from farspan.kernels.errors import ConfigError, FarspanError
+from farspan.trainer.agreement import gather
+from farspan.trainer.faults import UNFIT_FILE
 
-UNFIT_FILE = "unfit"
 CLOCK_S, SLOWER, LESS_MEMORY = 2.0, 1.5, 0.8
 """What is odd: a clock that far off the median, a product that many times slower, that part of the median's memory."""
 PRODUCT_WIDTH = {"cpu": 256, "cuda": 4096}
 PRODUCTS = 10
 PROBE_BYTES = 4096
 SUMMED = 1024
-
-T = TypeVar("T")
 
 
 class UnfitError(FarspanError):
@@ -63,11 +61,11 @@ def check_nodes(folder: Path, choose_device: Callable[[], torch.device]) -> list
         device, no_device = choose_device(), None
     except ConfigError as error:
         device, no_device = torch.device("cpu"), str(error)
-    everywhere = _gather(_look(folder, device, clock, no_device))
+    everywhere = gather(_look(folder, device, clock, no_device))
     if all(found.no_device for found in everywhere):
         return []
     _refuse(folder, {found.host: found.no_device or found.fault for found in everywhere})
-    sums = _gather((socket.gethostname(), _fault_of_sum(device)))
+    sums = gather((socket.gethostname(), _fault_of_sum(device)))
     _refuse(folder, dict(sorted(sums, key=lambda each: each[1] is not None)))
     return list(report(everywhere))
 
@@ -121,12 +119,6 @@ def _refuse(folder: Path, faults: Mapping[str, str | None]) -> None:
         with suppress(OSError):
             (folder / UNFIT_FILE).write_text("".join(f"{host} {fault}\n" for host, fault in unfit.items()))
     raise UnfitError(f"{'; '.join(f'{host}: {fault}' for host, fault in unfit.items())}: start on other nodes.")
-
-
-def _gather(value: T) -> list[T]:
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
 
 
 def _nearest(folder: Path) -> Path:

@@ -210,9 +210,10 @@ class _Run:
 
     def save(self, *, beside_steps: bool = False) -> None:
         with self.watchdog.phase("save", self.state.step):
-            self.checkpoints.start_saving(self.state)
-            if not beside_steps:
-                self.checkpoints.finish_saving()
+            if beside_steps:
+                self.checkpoints.start_saving(self.state)
+            else:
+                self.checkpoints.save(self.state)
 
     def step(self, timer: StepTimer) -> tuple[bool, str | None]:
         """Do one update and report it; return whether some rank was asked to stop, and why it was no update."""

@@ -1,6 +1,5 @@
 """A resumed run is the same run, to the bit: real ranks under torchrun, context-parallel degree 2."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from farspan.trainer.config import CheckpointConfig, EvaluateConfig
 from farspan.trainer.config_io import to_toml
 from farspan.trainer.model.config import ExpertsConfig
 from tests.trainer import tiny
+from tests.trainer.runs import records
 
 STEPS, RESUME_AT = 6, 3
 
@@ -27,10 +27,6 @@ def launch(config_file: Path) -> None:
         [*command, "-m", "farspan.launch.cli", "train", str(config_file)], capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def checkpoint(folder: Path, step: int, scratch: Path) -> Any:

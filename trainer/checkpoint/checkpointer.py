@@ -22,9 +22,9 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from farspan.kernels.errors import CheckpointError
 from farspan.parallel.groups import group_along
-from farspan.trainer.agreement import on_first_rank, together
+from farspan.trainer.agreement import gather, on_first_rank, together
 from farspan.trainer.checkpoint.background import Background
-from farspan.trainer.checkpoint.manifest import START_ANEW, DamagedError, FileRecord, Manifest, damaged
+from farspan.trainer.checkpoint.manifest import START_ANEW, DamagedError, Manifest, damaged
 from farspan.trainer.checkpoint.shards import read_shards, write_shards
 from farspan.trainer.checkpoint.steps import finished, make_room, prune, publish, step_name
 from farspan.trainer.checkpoint.verify import check_sizes, verified
@@ -76,7 +76,7 @@ class Checkpointer:
         Raises CheckpointError as `finish_saving` does for that one, or when there is no room for this one.
         """
         self.finish_saving()
-        tensors = self._tensors()
+        tensors = _saved(*get_state_dict(self._model, self._optimizer))
         manifest = Manifest(identity=self._identity, train_state=state.state_dict(), files={})
         num_bytes = _num_bytes(tensors)
         partial = on_first_rank(lambda: self._writable(state.step, lambda: self._make_room(state.step, num_bytes)))
@@ -137,22 +137,12 @@ class Checkpointer:
 
         Raises DamagedError, on all ranks, where one cannot be read; model and optimizer may be half filled then.
         """
-        tensors = self._tensors()
+        model, optimizer = get_state_dict(self._model, self._optimizer)
         try:
-            read_shards(tensors, folder)
+            read_shards(_saved(model, optimizer), folder)
         except CheckpointError as error:
             raise damaged(folder, str(error)) from None
-        groups = get_state_dict(self._model, self._optimizer)[1]["param_groups"]
-        set_state_dict(
-            self._model,
-            self._optimizer,
-            model_state_dict=tensors["model"],
-            optim_state_dict={"state": tensors["optimizer"], "param_groups": groups},
-        )
-
-    def _tensors(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self._model, self._optimizer)
-        return {"model": model, "optimizer": optimizer["state"]}
+        set_state_dict(self._model, self._optimizer, model_state_dict=model, optim_state_dict=optimizer)
 
     def _copy(self, tensors: dict[str, Any]) -> dict[str, Any]:
         """Copy tensors to the CPU, into the memory of the last copy: fresh memory costs more than the copying."""
@@ -198,11 +188,9 @@ class Checkpointer:
         try:
             written = write_shards(tensors, partial, self._group)
         except CheckpointError as error:
-            _on_first_of(self._group, lambda: shutil.rmtree(partial, ignore_errors=True))
+            on_first_rank(lambda: shutil.rmtree(partial, ignore_errors=True), self._group)
             raise self._not_writable(step, str(error)) from None
-        parts: list[dict[str, FileRecord]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(parts, written, group=self._group)
-        files = {name: record for part in parts for name, record in sorted(part.items())}
+        files = {name: record for part in gather(written, self._group) for name, record in sorted(part.items())}
 
         def commit() -> None:
             check_sizes(partial, files)
@@ -215,7 +203,7 @@ class Checkpointer:
                 # This one is saved: the run can go on for as long as there is room.
                 log.warning("not deleted %s", error)
 
-        _on_first_of(self._group, lambda: self._writable(step, commit))
+        on_first_rank(lambda: self._writable(step, commit), self._group)
 
     def _writable(self, step: int, work: Callable[[], Any]) -> Any:
         try:
@@ -230,17 +218,9 @@ class Checkpointer:
         )
 
 
-def _on_first_of(group: dist.ProcessGroup, work: Callable[[], object]) -> None:
-    """Call `work` on the group's rank 0 alone; if it raises a CheckpointError, all raise it."""
-    outcome: list[CheckpointError | None] = [None]
-    if dist.get_rank(group) == 0:
-        try:
-            work()
-        except CheckpointError as error:
-            outcome[0] = error
-    dist.broadcast_object_list(outcome, group=group, group_src=0)
-    if outcome[0] is not None:
-        raise outcome[0]
+def _saved(model: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint holds: settings of the optimizer are the configuration's."""
+    return {"model": model, "optimizer": optimizer["state"]}
 
 
 def _num_bytes(tensors: Mapping[str, Any]) -> int:

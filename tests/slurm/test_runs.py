@@ -108,7 +108,9 @@ def test_a_run_ends_as_if_undisturbed_whatever_comes_between(
 
         # Others go first.
         hold(run, job, 1)
-        other = cluster.sbatch("--partition=first", "--nodes=3", "--ntasks-per-node=2", "--wrap=sleep 1")
+        other = cluster.sbatch(
+            "--partition=first", "--nodes=3", "--ntasks-per-node=2", "--output=/dev/null", "--wrap=sleep 1"
+        )
         cluster.await_state(other, "COMPLETED")
 
         # A rank is killed.
@@ -225,7 +227,7 @@ def test_a_chain_of_jobs_goes_on_where_the_first_hung_and_was_cancelled(
 
 
 def test_jobs_that_wait_are_cancelled_together(cluster: Cluster, tmp_path: Path) -> None:
-    wait = ["sbatch", "--parsable", "--hold", "--wrap", "true"]
+    wait = ["sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap", "true"]
     jobs = [cluster.run(wait).stdout.strip() for _ in range(2)]
     lines = [json.dumps({"job": job, "script": "s", "submitted": "t"}) + "\n" for job in ("999", *jobs)]
     (tmp_path / "jobs.jsonl").write_text("".join(lines))

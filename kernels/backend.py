@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farspan.kernels.errors import ConfigError
+from farspan.errors import ConfigError
+from farspan.kernels.linear_attention.segment import Stretch
+from farspan.kernels.linear_attention.state import State
 from farspan.kernels.mechanism import Masked, Mechanism, Recurrent, Routed
-from farspan.kernels.plan import Plan
-from farspan.kernels.registry import Registry
-from farspan.kernels.state import State
-from farspan.kernels.stretch import Stretch
+from farspan.kernels.planning.plan import Plan
+from farspan.registry import Registry
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,13 +62,13 @@ class Backend(ABC):
 
     @abstractmethod
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        """See `farspan.kernels.attend.attend`."""
+        """See `farspan.kernels.attention.attend`."""
 
     @abstractmethod
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `farspan.kernels.attend.attend_backward`."""
+        """See `farspan.kernels.attention.attend_backward`."""
 
     def scan_refusal(self) -> str | None:
         """Return why this backend cannot scan, or None if it can; one that can has the two methods below."""
@@ -77,7 +77,7 @@ class Backend(ABC):
     def scan(
         self, q: Tensor, k: Tensor, v: Tensor, stretch: Stretch, decay: Tensor, state: State
     ) -> tuple[Tensor, State]:
-        """See `farspan.kernels.scan.scan`; a state is always given."""
+        """See `farspan.kernels.recurrent_attention.scan`; a state is always given."""
         raise NotImplementedError(self.scan_refusal())
 
     def scan_backward(
@@ -91,7 +91,7 @@ class Backend(ABC):
         decay: Tensor,
         state: State,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """See `farspan.kernels.scan.scan_backward`; both states are always given."""
+        """See `farspan.kernels.recurrent_attention.scan_backward`; both states are always given."""
         raise NotImplementedError(self.scan_refusal())
 
 

@@ -12,16 +12,16 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from farspan.kernels.gathering import Gathering
-from farspan.kernels.lifetimes import Lifetimes, chosen_types
-from farspan.kernels.plan import Plan
-from farspan.kernels.registry import Registry
-from farspan.kernels.rows import Rows
-from farspan.kernels.selection import Extent, Partition, Selection
-from farspan.kernels.tasks import count_pairs
-from farspan.kernels.type_gradient import SUMS
-from farspan.kernels.visibility import Visibility
-from farspan.kernels.visible_keys import count_visible
+from farspan.kernels.lifetimes.gradient import SUMS
+from farspan.kernels.lifetimes.lifetimes import Lifetimes, chosen_types
+from farspan.kernels.masks.keys_per_query import count_visible
+from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.masks.selection import Extent, Partition, Selection
+from farspan.kernels.planning.gathered_batches import count_pairs
+from farspan.kernels.planning.plan import Plan
+from farspan.kernels.routing.token_choice import Gathering
+from farspan.registry import Registry
 
 Total = Callable[[Tensor], Tensor]
 """Turns a tensor that every holder of rows has computed from its own into the sum over all holders."""

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from farspan.kernels.errors import CheckpointError, ConfigError
+from farspan.errors import CheckpointError, ConfigError
 from farspan.trainer.checkpoint.manifest import DamagedError, Manifest
 from farspan.trainer.checkpoint.steps import PREFIX, REFUSED, finished, prune, step_of
 from farspan.trainer.checkpoint.verify import check_sizes, check_whole
-from farspan.trainer.lock import lock_folder
+from farspan.trainer.resilience.lock import lock_folder
 
 log = logging.getLogger("farspan")
 

@@ -12,13 +12,20 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TextIO
 
-from farspan.kernels.errors import ConfigError, FarspanError
-from farspan.launch import checkpoint_commands
-from farspan.launch.arguments import add_config_arguments, check_count
+from farspan.errors import ConfigError, FarspanError
+from farspan.launch.commands import checkpoint as checkpoint_commands
+from farspan.launch.commands.arguments import add_config_arguments, check_count
+from farspan.launch.commands.slurm import add_jobs, add_slurm, launch_slurm
 from farspan.launch.env import read_ranks
 from farspan.launch.local import LocalJob
-from farspan.launch.slurm_commands import add_jobs, add_slurm, launch_slurm
-from farspan.trainer.faults import EXIT_UNFIT, EXIT_USER_ERROR, EXIT_WARNED, StopSignal, announce, stop_signals_blocked
+from farspan.trainer.resilience.signals import (
+    EXIT_UNFIT,
+    EXIT_USER_ERROR,
+    EXIT_WARNED,
+    StopSignal,
+    announce,
+    stop_signals_blocked,
+)
 
 EXIT_INTERRUPTED = 130
 
@@ -153,8 +160,8 @@ def _train(options: argparse.Namespace) -> int:
     announces = ranks.world_size == 1
     with StopSignal(first=announce if announces else lambda number: None) as stop:
         from farspan.trainer.config import Config
-        from farspan.trainer.config_io import load_config
-        from farspan.trainer.node_check import UnfitError
+        from farspan.trainer.resilience.preflight import UnfitError
+        from farspan.trainer.toml_config import load_config
         from farspan.trainer.train import train
 
         try:
@@ -169,8 +176,8 @@ def _train(options: argparse.Namespace) -> int:
 
 def _upcycle(options: argparse.Namespace) -> int:
     from farspan.trainer.config import Config
-    from farspan.trainer.config_io import load_config
-    from farspan.trainer.upcycle import upcycle
+    from farspan.trainer.toml_config import load_config
+    from farspan.trainer.weights.upcycle import upcycle
 
     upcycle(load_config(Config, options.config, options.overrides), options.of, options.out)
     _say_written("upcycled", options.out)
@@ -178,7 +185,7 @@ def _upcycle(options: argparse.Namespace) -> int:
 
 
 def _pool_heads(options: argparse.Namespace) -> int:
-    from farspan.trainer.pool_heads import pool_heads
+    from farspan.trainer.weights.pool_heads import pool_heads
 
     pool_heads(options.source, options.kv_heads, options.out)
     _say_written("pooled", options.out)
@@ -220,8 +227,8 @@ def _launch_local(options: argparse.Namespace) -> int:
     check_count(num_ranks, "--gpus-per-node")
     from farspan.parallel.ranks import Ranks
     from farspan.trainer.config import Config
-    from farspan.trainer.config_io import load_config
     from farspan.trainer.resolve import resolve
+    from farspan.trainer.toml_config import load_config
 
     # Here rather than in every rank, so that what is wrong is said once and at once; the last rank needs most GPUs.
     config = load_config(Config, options.config, options.overrides)
@@ -232,8 +239,8 @@ def _launch_local(options: argparse.Namespace) -> int:
 def _dry_run(options: argparse.Namespace, num_ranks: int, *, flag: str) -> None:
     check_count(num_ranks, flag)
     from farspan.trainer.config import Config
-    from farspan.trainer.config_io import load_config
-    from farspan.trainer.dry_run import dry_run
+    from farspan.trainer.estimate.dry_run import dry_run
+    from farspan.trainer.toml_config import load_config
 
     dry_run(load_config(Config, options.config, options.overrides), num_ranks)
 

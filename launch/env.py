@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from farspan.kernels.errors import ConfigError
+from farspan.errors import ConfigError
 
 if TYPE_CHECKING:
     from farspan.parallel.ranks import Ranks

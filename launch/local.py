@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from farspan.launch.env import with_threads
-from farspan.trainer.faults import KILLED, WARNING_SIGNAL, StopSignal, announce, stop_signals_blocked
+from farspan.trainer.resilience.signals import KILLED, WARNING_SIGNAL, StopSignal, announce, stop_signals_blocked
 
 INTERRUPTED = KILLED + signal.SIGINT
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from farspan.kernels.errors import ConfigError
+from farspan.errors import ConfigError
 from farspan.kernels.merge import accumulation_dtype
 from farspan.parallel.mesh import Mesh
 

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from farspan.kernels.errors import ConfigError
-from farspan.kernels.registry import nearest_name_hint
-from farspan.kernels.rows import Rows
-from farspan.kernels.visibility import Visibility
-from farspan.kernels.visible_keys import count_visible
+from farspan.errors import ConfigError
+from farspan.kernels.masks.keys_per_query import count_visible
+from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.rows import Rows
+from farspan.registry import nearest_name_hint
 
 Work = Callable[[], Tensor]
 """The work of each token, float64 `[tokens]`, asked for where it matters only."""

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from farspan.kernels.errors import ConfigError
+from farspan.errors import ConfigError
 from farspan.parallel.comm import Channel, Traffic
 from farspan.parallel.groups import device_mesh, group_along
 
@@ -24,9 +24,9 @@ class ParallelConfig:
     dp_replicate: whole copies of the parameters (HSDP).
     expert: neighbouring ranks that share out the experts of a layer; a divisor of dp_shard x context.
     context_inner: of those, neighbours with fast links, such as the GPUs of a node; for strategies of two levels.
-    strategy: how queries meet keys of other ranks, a file of parallel/context/; `auto` takes the fastest by the cost
-    model and says why. inner_gbytes_per_s, outer_gbytes_per_s: what a rank sends in a second within its node and out of
-    it, for `auto`; 0 takes what is usual.
+    strategy: how queries meet keys of other ranks, a file of parallel/context_parallel/strategies; `auto` takes the
+    fastest by the cost model and says why. inner_gbytes_per_s, outer_gbytes_per_s: what a rank sends in a second within
+    its node and out of it, for `auto`; 0 takes what is usual.
     layout: which rank holds which tokens of a sequence: contiguous, zigzag, striped or balanced.
     timeout_s: how long a rank waits for others before it gives up; a rank that fails is noticed at once, and limits of
     [watchdog] act before, if they are no longer.

@@ -131,7 +131,7 @@ def test_repository_keeps_the_rule(rule):
 
 
 def test_the_rules_see_the_repository():
-    assert ("kernels/errors.py", (ROOT / "kernels/errors.py").read_text(encoding="utf-8")) in list(sources(ROOT))
+    assert ("farspan/errors.py", (ROOT / "farspan/errors.py").read_text(encoding="utf-8")) in list(sources(ROOT))
 
 
 @pytest.fixture
@@ -171,31 +171,31 @@ def test_planted_package_file_is_found(planted):
 
 def test_planted_file_is_read(planted):
     (planted / "parallel/context").mkdir()
-    (planted / "parallel/context/ring.py").write_text("import kernels\n", encoding="utf-8")
-    assert list(sources(planted)) == [("parallel/context/ring.py", "import kernels\n")]
+    (planted / "parallel/context_parallel/strategies/ring.py").write_text("import kernels\n", encoding="utf-8")
+    assert list(sources(planted)) == [("parallel/context_parallel/strategies/ring.py", "import kernels\n")]
 
 
 @pytest.mark.parametrize(("count", "violations"), [(400, 0), (401, 1)])
 def test_planted_long_file_is_found(count, violations):
-    assert len(long_file("kernels/rows.py", "x = 1\n" * count)) == violations
+    assert len(long_file("kernels/masks/rows.py", "x = 1\n" * count)) == violations
 
 
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("kernels/rows.py", "from farspan.parallel.mesh import Mesh"),
-        ("kernels/rows.py", "from farspan.parallel import mesh"),
-        ("kernels/rows.py", "import farspan.trainer.config as config"),
-        ("kernels/rows.py", "from farspan import launch"),
-        ("kernels/rows.py", "import torch.distributed as dist"),
-        ("kernels/rows.py", "import torch.distributed.tensor"),
-        ("kernels/rows.py", "from torch import distributed"),
-        ("kernels/rows.py", "from torch.distributed import ReduceOp"),
-        ("kernels/rows.py", "import torch\ntorch.distributed.get_rank()"),
+        ("kernels/masks/rows.py", "from farspan.parallel.mesh import Mesh"),
+        ("kernels/masks/rows.py", "from farspan.parallel import mesh"),
+        ("kernels/masks/rows.py", "import farspan.trainer.config as config"),
+        ("kernels/masks/rows.py", "from farspan import launch"),
+        ("kernels/masks/rows.py", "import torch.distributed as dist"),
+        ("kernels/masks/rows.py", "import torch.distributed.tensor"),
+        ("kernels/masks/rows.py", "from torch import distributed"),
+        ("kernels/masks/rows.py", "from torch.distributed import ReduceOp"),
+        ("kernels/masks/rows.py", "import torch\ntorch.distributed.get_rank()"),
         ("kernels/backends/cpu.py", "def f():\n    from farspan.tools import bench"),
-        ("kernels/rows.py", "import importlib\nimportlib.import_module('farspan.trainer.train')"),
-        ("kernels/rows.py", "if TYPE_CHECKING:\n    from farspan.parallel.mesh import Mesh"),
-        ("parallel/context/ring.py", "from farspan.trainer.config import Config"),
+        ("kernels/masks/rows.py", "import importlib\nimportlib.import_module('farspan.trainer.train')"),
+        ("kernels/masks/rows.py", "if TYPE_CHECKING:\n    from farspan.parallel.mesh import Mesh"),
+        ("parallel/context_parallel/strategies/ring.py", "from farspan.trainer.config import Config"),
         ("parallel/mesh.py", "from farspan.launch.env import Ranks"),
         ("trainer/train.py", "from farspan.launch.env import Ranks"),
         ("trainer/model/moe.py", "from farspan.tools.estimate import memory"),
@@ -211,12 +211,12 @@ def test_planted_upward_import_is_found(path, source):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("kernels/rows.py", "import torch\nfrom farspan.kernels.errors import ConfigError"),
-        ("kernels/rows.py", "from torch.distributions import Normal"),
-        ("parallel/comm.py", "import torch.distributed as dist\nfrom farspan.kernels.rows import Rows"),
+        ("kernels/masks/rows.py", "import torch\nfrom farspan.errors import ConfigError"),
+        ("kernels/masks/rows.py", "from torch.distributions import Normal"),
+        ("parallel/comm.py", "import torch.distributed as dist\nfrom farspan.kernels.masks.rows import Rows"),
         ("launch/cli.py", "from farspan.trainer.train import train\nfrom farspan.parallel.mesh import Mesh"),
         ("tools/matrix.py", "from farspan.launch.cli import main\nfrom farspan.tools.estimate import memory"),
-        ("tests/kernels/test_rows.py", "from farspan.tools.matrix import table\nfrom tests.worlds import pool"),
+        ("tests/kernels/masks/test_rows.py", "from farspan.tools.matrix import table\nfrom tests.worlds import pool"),
     ],
 )
 def test_downward_import_is_allowed(path, source):
@@ -233,7 +233,7 @@ def test_downward_import_is_allowed(path, source):
         "from . import x",
     ],
 )
-@pytest.mark.parametrize("path", ["kernels/plan.py", "tests/kernels/test_plan.py"])
+@pytest.mark.parametrize("path", ["kernels/planning/plan.py", "tests/kernels/planning/test_plan.py"])
 def test_planted_flat_import_is_found(path, source):
     assert len(flat_imports(path, source)) == 1
 

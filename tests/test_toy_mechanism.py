@@ -1,4 +1,5 @@
-"""A mechanism in one file, tests/toy.py, takes part in the contract, the matrix and the benchmark with no other edit.
+"""A mechanism in one file, tests/support/toy_mechanism.py, takes part in the contract, the matrix and the benchmark
+with no other edit.
 
 Each in a process of its own: in this one there is no toy.
 """
@@ -13,9 +14,9 @@ import torch
 
 from farspan.kernels.backend import BACKENDS
 from farspan.kernels.mechanism import MECHANISMS
-from farspan.parallel.strategy import STRATEGIES
-from tests import oracle
+from farspan.parallel.context_parallel.strategy import STRATEGIES
 from tests.parallel.test_matrix import DEGREES
+from tests.support import oracle
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTRACT, MATRIX = "tests/kernels/test_contract.py", "tests/parallel/test_matrix.py"
@@ -29,7 +30,7 @@ def python(*arguments: str) -> str:
 
 
 def pytest_with_toy(*arguments: str) -> str:
-    return python("-m", "pytest", "-p", "tests.toy", "-p", "no:cacheprovider", "-q", *arguments)
+    return python("-m", "pytest", "-p", "tests.support.toy_mechanism", "-p", "no:cacheprovider", "-q", *arguments)
 
 
 def test_there_is_no_toy_without_its_file() -> None:
@@ -60,7 +61,10 @@ def test_it_passes(case: str) -> None:
 
 
 def test_the_benchmark_has_its_row(tmp_path: Path) -> None:
-    command = "import sys, tests.toy; from farspan.tools.bench_attention import main; sys.exit(main(sys.argv[1:]))"
+    command = (
+        "import sys, tests.support.toy_mechanism; from farspan.tools.bench_attention import main; "
+        "sys.exit(main(sys.argv[1:]))"
+    )
     shape = ["--heads", "2:1", "--head-dim", "8", "--tokens", "128"]
     python("-c", command, "--mechanisms", "toy", "--varlen", "toy_5", *shape, "--out", str(tmp_path / "bench"))
     records = json.loads((tmp_path / "bench.json").read_text())

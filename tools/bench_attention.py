@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
+from farspan.errors import ConfigError
 from farspan.kernels.backend import BACKENDS
-from farspan.kernels.errors import ConfigError
 from farspan.kernels.mechanism import Heads
 from farspan.parallel.ranks import Ranks, connected
 from farspan.tools.bench import machine, report

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from farspan.kernels.errors import ConfigError
-from farspan.kernels.registry import nearest_name_hint
+from farspan.errors import ConfigError
+from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.parallel.layout import LAYOUTS
 from farspan.parallel.ranks import Ranks, connected
-from farspan.parallel.strategy import STRATEGIES
+from farspan.registry import nearest_name_hint
 from farspan.tools.bench import machine
 from farspan.tools.bench.case import BASELINE, Case, Shape, find_cases
 from farspan.tools.bench.context import report

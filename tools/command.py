@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterable
 
-from farspan.kernels.errors import FarspanError
+from farspan.errors import FarspanError
 
 
 def print_all(find: Callable[[], Iterable[object]]) -> int:

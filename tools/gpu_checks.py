@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from farspan.kernels.errors import FarspanError
+from farspan.errors import FarspanError
 from farspan.kernels.mechanism import MECHANISMS, Heads, Mechanism
 from farspan.parallel.ranks import Ranks, connected
 from farspan.tools.bench.case import Ours, Shape

@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from farspan.kernels.mechanism import MECHANISMS, Heads
-from farspan.parallel.cost import Cost
+from farspan.parallel.context_parallel.cost_model import Cost
+from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.parallel.mesh import Degrees
-from farspan.parallel.strategy import STRATEGIES
 from farspan.tools.command import print_all
 from farspan.trainer.auto import strategy_costs
 from farspan.trainer.config import Config
-from farspan.trainer.config_io import load_config
+from farspan.trainer.toml_config import load_config
 
 COLUMNS = (
     "strategy", "ms", "computing", "sending meanwhile", "sending besides", "MiB sent forward", "backward", "MiB held",

@@ -13,24 +13,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from farspan.kernels.errors import ConfigError
+from farspan.errors import ConfigError
+from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism, Routed
-from farspan.kernels.rows import Rows
-from farspan.parallel.choice import choose_alone, typical_choice
 from farspan.parallel.comm import Traffic
+from farspan.parallel.context_parallel.routing import choose_alone, typical_choice
+from farspan.parallel.context_parallel.strategy import STRATEGIES, Chosen, Sizes
 from farspan.parallel.layout import LAYOUTS, Shards
 from farspan.parallel.mesh import Mesh
 from farspan.parallel.ranks import Ranks, connected
 from farspan.parallel.simulation import Unconnected
-from farspan.parallel.strategy import STRATEGIES, Chosen, Sizes
 from farspan.tools.command import print_all
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.checkpoint.verify import newest_whole
 from farspan.trainer.config import Config
-from farspan.trainer.config_io import load_config
 from farspan.trainer.data.packing import PackedSequences
 from farspan.trainer.resolve import resolve
-from farspan.trainer.weights import load_weights
+from farspan.trainer.toml_config import load_config
+from farspan.trainer.weights.io import load_weights
 
 ONE_PROCESS = ("parallel.context=1", "parallel.dp_shard=0", "parallel.strategy=single", "attention.backend=auto")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from farspan.kernels.cross_entropy import DEFAULT_CHUNK_BYTES, chunk_tokens, linear_cross_entropy
+from farspan.kernels.layers.cross_entropy import DEFAULT_CHUNK_BYTES, chunk_tokens, linear_cross_entropy
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

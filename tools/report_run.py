@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from farspan.kernels.errors import ConfigError
+from farspan.errors import ConfigError
 from farspan.tools.bench import machine
 from farspan.tools.bench.files import table_line, write_files
 from farspan.tools.bench.plot import linear
 from farspan.tools.command import print_all
 from farspan.trainer.config import Config
-from farspan.trainer.config_io import load_config
-from farspan.trainer.flops import matrix_parameters, total_parameters
 from farspan.trainer.metrics import EVALUATION_KEY
+from farspan.trainer.model.flops import matrix_parameters, total_parameters
 from farspan.trainer.records import records
+from farspan.trainer.toml_config import load_config
 
 MOST_POINTS = 300
 """Of a line in a plot: of longer runs each point is the mean over a stretch of steps."""

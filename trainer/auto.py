@@ -4,12 +4,12 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 
-from farspan.kernels.errors import ConfigError
-from farspan.kernels.rows import Rows
-from farspan.parallel.cost import MACHINES, Cost, Job, Machine, compare
+from farspan.errors import ConfigError
+from farspan.kernels.masks.rows import Rows
+from farspan.parallel.context_parallel.cost_model import MACHINES, Cost, Job, Machine, compare
+from farspan.parallel.context_parallel.strategy import Sizes
 from farspan.parallel.layout import Shards
 from farspan.parallel.mesh import Degrees, ParallelConfig
-from farspan.parallel.strategy import Sizes
 from farspan.trainer.batch import work_of_layers
 from farspan.trainer.config import AUTO, Config
 

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
-from farspan.kernels.rows import Rows
-from farspan.parallel.capacity import SharedSequence
 from farspan.parallel.comm import Channel
-from farspan.parallel.key_convolution import KeyConvolution
+from farspan.parallel.context_parallel.key_convolution import KeyConvolution
+from farspan.parallel.context_parallel.strategy import Attend, Strategy
+from farspan.parallel.expert_parallel.capacity import SharedSequence
 from farspan.parallel.layout import Shards
-from farspan.parallel.strategy import Attend, Strategy
 from farspan.trainer.data.packing import IGNORED, PackedSequence
-from farspan.trainer.data.stream import fingerprint, sequence_seed
-from farspan.trainer.flops import attention_flops
+from farspan.trainer.data.sample_hash import fingerprint, sequence_seed
 from farspan.trainer.model.config import ModelConfig
+from farspan.trainer.model.flops import attention_flops
 from farspan.trainer.model.transformer import ExpertPlaces, SequenceContext
 
 

@@ -8,10 +8,10 @@ from torch.distributed.tensor import DTensor
 
 from farspan.kernels.backend import Work, choose_backend
 from farspan.parallel.comm import Channel, Traffic
-from farspan.parallel.cost import strategy_for
+from farspan.parallel.context_parallel.cost_model import strategy_for
+from farspan.parallel.context_parallel.strategy import STRATEGIES, Strategy
 from farspan.parallel.fsdp import shard_experts, shard_parameters
 from farspan.parallel.mesh import Degrees, Mesh, ParallelConfig
-from farspan.parallel.strategy import STRATEGIES, Strategy
 from farspan.trainer.batch import BatchBuilder, LayerAttention
 from farspan.trainer.config import Config
 from farspan.trainer.model.experts import Experts

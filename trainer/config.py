@@ -6,15 +6,15 @@ from typing import Any, Literal
 
 import torch
 
-from farspan.kernels.errors import ConfigError
+from farspan.errors import ConfigError
 from farspan.kernels.mechanism import MECHANISMS, Masked, Mechanism
 from farspan.parallel.mesh import ParallelConfig
-from farspan.trainer.config_io import bounded, from_tree, toml_value
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.optim import OptimizerConfig
 from farspan.trainer.pattern import parse_pattern
-from farspan.trainer.skip import SkipConfig
-from farspan.trainer.watchdog import WatchdogConfig
+from farspan.trainer.resilience.skip_steps import SkipConfig
+from farspan.trainer.resilience.watchdog import WatchdogConfig
+from farspan.trainer.toml_config import bounded, from_tree, toml_value
 
 AUTO = "auto"
 """The value of parallel.strategy that leaves it to the cost model."""

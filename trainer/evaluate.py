@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from farspan.kernels.errors import DataError
-from farspan.trainer.agreement import on_any_rank
+from farspan.errors import DataError
 from farspan.trainer.batch import MicroBatch
 from farspan.trainer.data.packing import IGNORED, PackedSequence, PackedSequences
+from farspan.trainer.resilience.agreement import on_any_rank
 
 FIRST_BIN_TOKENS = 64
 

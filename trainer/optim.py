@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from farspan.trainer.config_io import bounded
+from farspan.trainer.toml_config import bounded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,6 @@
 """Patterns of layers, such as 'lightning*7, dense'."""
 
-from farspan.kernels.errors import ConfigError
+from farspan.errors import ConfigError
 
 
 def parse_pattern(text: str, setting: str) -> list[str]:

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from farspan.kernels.errors import ConfigError, TrainingError
-from farspan.trainer.agreement import together
+from farspan.errors import ConfigError, TrainingError
 from farspan.trainer.batch import BatchBuilder
 from farspan.trainer.data.packing import PackedSequence
 from farspan.trainer.model.transformer import Transformer
+from farspan.trainer.resilience.agreement import together
 from farspan.trainer.step import train_step
 
 BATCH_FILE = "batch.npz"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from farspan.kernels.errors import ConfigError, DataError
+from farspan.errors import ConfigError, DataError
 from farspan.parallel.mesh import Degrees
 from farspan.parallel.ranks import Ranks
 from farspan.trainer.auto import choose_strategy

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from farspan.trainer.data.stream import follow
+from farspan.trainer.data.sample_hash import follow
 
 
 @dataclass(kw_only=True, slots=True)

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from farspan.kernels.errors import TrainingError
+from farspan.errors import TrainingError
 from farspan.parallel.comm import Channel
 from farspan.parallel.fsdp import clip_gradients
-from farspan.trainer.balance import ExpertBalance, ExpertLoad
 from farspan.trainer.batch import MicroBatch
+from farspan.trainer.load_balance import ExpertBalance, ExpertLoad
 from farspan.trainer.model.experts import ExpertFeedForward
 from farspan.trainer.model.head_mixture import HeadMixture
 from farspan.trainer.model.transformer import Transformer
-from farspan.trainer.skip import not_finite
+from farspan.trainer.resilience.skip_steps import not_finite
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

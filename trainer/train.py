@@ -14,36 +14,36 @@ from typing import Any, Self, TypeVar
 import torch
 import torch.distributed as dist
 
-from farspan.kernels.errors import ConfigError, FarspanError, TrainingError
+from farspan.errors import ConfigError, FarspanError, TrainingError
 from farspan.parallel.comm import Traffic
 from farspan.parallel.fsdp import sharding_bytes
 from farspan.parallel.mesh import Mesh
 from farspan.parallel.ranks import Ranks, connected
-from farspan.trainer.agreement import check_same, most_of_any_rank, on_any_rank, on_first_rank, together
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.checkpoint.steps import finished
 from farspan.trainer.config import Config, flat
+from farspan.trainer.config_history import record_config
+from farspan.trainer.data.integrity import check_unchanged
 from farspan.trainer.data.packing import PackedSequences
 from farspan.trainer.data.shuffle import ShuffledSequences
 from farspan.trainer.data.source import SPLITS
-from farspan.trainer.data.unchanged import check_unchanged
-from farspan.trainer.describe import describe, said
-from farspan.trainer.faults import StopSignal
-from farspan.trainer.flops import training_flops
+from farspan.trainer.estimate.summary import describe, said
 from farspan.trainer.held_out import HeldOut
-from farspan.trainer.lock import lock_folder
 from farspan.trainer.metrics import MetricsWriter, StepTimer, peak_flops, peak_memory_bytes, progress_line
-from farspan.trainer.node_check import check_nodes
+from farspan.trainer.model.flops import training_flops
 from farspan.trainer.optim import build_optimizer, learning_rate, set_learning_rate
-from farspan.trainer.record_config import record_config
 from farspan.trainer.replay import replay, write_batch
+from farspan.trainer.resilience.agreement import check_same, most_of_any_rank, on_any_rank, on_first_rank, together
+from farspan.trainer.resilience.lock import lock_folder
+from farspan.trainer.resilience.preflight import check_nodes
+from farspan.trainer.resilience.signals import StopSignal
+from farspan.trainer.resilience.skip_steps import reason_to_skip, remember
+from farspan.trainer.resilience.watchdog import Watchdog
 from farspan.trainer.resolve import Resolved, choose_device, resolve
-from farspan.trainer.skip import reason_to_skip, remember
 from farspan.trainer.state import TrainState
 from farspan.trainer.step import StepResult, train_step
-from farspan.trainer.watchdog import Watchdog
-from farspan.trainer.weights import check_weights, load_weights
+from farspan.trainer.weights.io import check_weights, load_weights
 
 T = TypeVar("T")
 

@@ -1,11 +1,11 @@
 """Rules between fields: each a small function that raises ConfigError with what to change."""
 
-from farspan.kernels.errors import ConfigError
-from farspan.kernels.registry import nearest_name_hint
-from farspan.parallel.cost import strategy_for
+from farspan.errors import ConfigError
+from farspan.parallel.context_parallel.cost_model import strategy_for
+from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.parallel.layout import LAYOUTS
 from farspan.parallel.mesh import Degrees
-from farspan.parallel.strategy import STRATEGIES
+from farspan.registry import nearest_name_hint
 from farspan.trainer.config import AUTO, Config
 
 

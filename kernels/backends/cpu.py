@@ -10,18 +10,18 @@ from typing import final
 import torch
 from torch import Tensor
 
-from farspan.kernels.alive import alive_batches
 from farspan.kernels.backend import BACKENDS, Backend
-from farspan.kernels.cpu_flash import flash, flash_backward
-from farspan.kernels.cpu_sweep import sweep
+from farspan.kernels.cpu.flash import flash, flash_backward
+from farspan.kernels.cpu.linear_attention import sweep
+from farspan.kernels.linear_attention.recurrence import scan_backward_by_sweeps, scan_by_sweep
+from farspan.kernels.linear_attention.segment import Stretch
+from farspan.kernels.linear_attention.state import State
 from farspan.kernels.merge import GatheredSums
-from farspan.kernels.plan import Plan
-from farspan.kernels.region_attention import Gradients, RegionAttention, zeros
-from farspan.kernels.regions import Kind
-from farspan.kernels.state import State
-from farspan.kernels.stretch import Stretch
-from farspan.kernels.sweep import scan_backward_by_sweeps, scan_by_sweep
-from farspan.kernels.tasks import Batch, batches, choose_together
+from farspan.kernels.planning.gathered_batches import Batch, batches, choose_together
+from farspan.kernels.planning.lifetime_batches import alive_batches
+from farspan.kernels.planning.plan import Plan
+from farspan.kernels.planning.region_attention import Gradients, RegionAttention, zeros
+from farspan.kernels.planning.regions import Kind
 
 _REGIONS = RegionAttention(flash, flash_backward)
 

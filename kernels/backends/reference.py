@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.backend import BACKENDS, Backend
+from farspan.kernels.linear_attention.segment import Stretch
+from farspan.kernels.linear_attention.state import State
 from farspan.kernels.merge import accumulation_dtype
-from farspan.kernels.plan import Plan
-from farspan.kernels.state import State
-from farspan.kernels.stretch import Stretch
+from farspan.kernels.planning.plan import Plan
 
 
 @final

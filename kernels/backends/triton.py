@@ -6,12 +6,12 @@ from typing import final
 import torch
 from torch import Tensor
 
+from farspan.errors import ConfigError
 from farspan.kernels.backend import BACKENDS, Backend, Work
-from farspan.kernels.errors import ConfigError
-from farspan.kernels.gpu.shapes import MAX_WIDTH, Shapes, shapes_for
-from farspan.kernels.plan import Plan
-from farspan.kernels.state import State
-from farspan.kernels.stretch import Stretch
+from farspan.kernels.linear_attention.segment import Stretch
+from farspan.kernels.linear_attention.state import State
+from farspan.kernels.planning.plan import Plan
+from farspan.kernels.triton_kernels.shapes import MAX_WIDTH, Shapes, shapes_for
 
 
 @final
@@ -41,7 +41,7 @@ class TritonBackend(Backend):
         return None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        from farspan.kernels.gpu import schedule
+        from farspan.kernels.triton_kernels import attention_launch as schedule
 
         problem = schedule.Problem(q=q, k=k, v=v, plan=plan, shapes=self._shapes(q, v))
         with torch.cuda.device_of(q):
@@ -50,7 +50,7 @@ class TritonBackend(Backend):
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan
     ) -> tuple[Tensor, Tensor, Tensor]:
-        from farspan.kernels.gpu import schedule
+        from farspan.kernels.triton_kernels import attention_launch as schedule
 
         problem = schedule.Problem(q=q, k=k, v=v, plan=plan, shapes=self._shapes(q, v))
         with torch.cuda.device_of(q):
@@ -62,7 +62,7 @@ class TritonBackend(Backend):
     def scan(
         self, q: Tensor, k: Tensor, v: Tensor, stretch: Stretch, decay: Tensor, state: State
     ) -> tuple[Tensor, State]:
-        from farspan.kernels.gpu import scan
+        from farspan.kernels.triton_kernels import linear_attention as scan
 
         self._shapes(q, v, scans=True)
         with torch.cuda.device_of(q):
@@ -79,7 +79,7 @@ class TritonBackend(Backend):
         decay: Tensor,
         state: State,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        from farspan.kernels.gpu import scan
+        from farspan.kernels.triton_kernels import linear_attention as scan
 
         self._shapes(q, v, scans=True)
         with torch.cuda.device_of(q):

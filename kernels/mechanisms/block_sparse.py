@@ -12,11 +12,11 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
+from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.masks.selection import Partition, Selection
 from farspan.kernels.mechanism import MECHANISMS, Heads, Holding, Routed
-from farspan.kernels.pooled import candidates, few_units, selected
-from farspan.kernels.rows import Rows
-from farspan.kernels.selection import Partition, Selection
-from farspan.kernels.visibility import Visibility
+from farspan.kernels.mechanisms._pooled_scores import candidates, few_units, selected
 
 TILES_AT_ONCE = 1 << 10
 """Tiles whose blocks are drawn at the same time."""

@@ -12,11 +12,11 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
+from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.masks.selection import Partition, Selection
 from farspan.kernels.mechanism import MECHANISMS, Heads, Holding, Routed
-from farspan.kernels.ranking import affinity, top
-from farspan.kernels.rows import Rows
-from farspan.kernels.selection import Partition, Selection
-from farspan.kernels.visibility import Visibility
+from farspan.kernels.routing.ranking import affinity, top
 
 SCORES_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 24}
 """Scores that are held at the same time, by kind of device: few enough for a cache, or enough to fill a GPU."""

@@ -20,10 +20,10 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
+from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import MECHANISMS, Gathered, Masked
 from farspan.kernels.mechanisms.dense import Dense
-from farspan.kernels.ranking import rank_among_earlier, rank_in_group
-from farspan.kernels.rows import Rows
+from farspan.kernels.routing.ranking import rank_among_earlier, rank_in_group
 
 
 @final

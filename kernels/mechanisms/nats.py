@@ -3,7 +3,7 @@
 A router gives every token three logits per KV head, and the highest decides: a global token is seen by all later ones,
 a local one up to and including the next global one, a sliding one by the `window` tokens after it. The first and last
 token of a document are global. In training the caller adds Gumbel noise to the logits; gradients go straight through
-the choice, to `kernels/type_gradient.py`.
+the choice, to `kernels/lifetimes/gradient.py`.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
-from farspan.kernels.lifetimes import GLOBAL, LOCAL, Lifetimes, Line
+from farspan.kernels.lifetimes.lifetimes import GLOBAL, LOCAL, Lifetimes, Line
+from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import MECHANISMS, Ageing
-from farspan.kernels.rows import Rows
 
 
 @final

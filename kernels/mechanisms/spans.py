@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self, final
 
+from farspan.kernels.masks.mask import Visibility
 from farspan.kernels.mechanism import MECHANISMS, Masked
-from farspan.kernels.visibility import Visibility
 
 
 @final

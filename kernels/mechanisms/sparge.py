@@ -17,11 +17,11 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
+from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.masks.selection import Partition, Selection
 from farspan.kernels.mechanism import MECHANISMS, Heads, Holding, Routed
-from farspan.kernels.pooled import best, candidates, few_units, scaled_scores, selected
-from farspan.kernels.rows import Rows
-from farspan.kernels.selection import Partition, Selection
-from farspan.kernels.visibility import Visibility
+from farspan.kernels.mechanisms._pooled_scores import best, candidates, few_units, scaled_scores, selected
 
 
 @final

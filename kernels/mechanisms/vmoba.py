@@ -14,12 +14,12 @@ from typing import Literal, Self, final
 import torch
 from torch import Tensor
 
-from farspan.kernels.cut import Pairs, cut_bytes, find_cut
+from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.masks.selection import Partition, Selection
 from farspan.kernels.mechanism import MECHANISMS, Heads, Holding, Routed
-from farspan.kernels.ranking import affinity, from_sortable, sortable, sortable_from_zero
-from farspan.kernels.rows import Rows
-from farspan.kernels.selection import Partition, Selection
-from farspan.kernels.visibility import Visibility
+from farspan.kernels.mechanisms._global_threshold import Pairs, cut_bytes, find_cut
+from farspan.kernels.routing.ranking import affinity, from_sortable, sortable, sortable_from_zero
 
 SCORES_AT_ONCE = 1 << 22
 """Scores that are held at the same time."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self, final
 
+from farspan.kernels.masks.mask import Visibility
 from farspan.kernels.mechanism import MECHANISMS, Masked
-from farspan.kernels.visibility import Visibility
 
 
 @final

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from farspan.errors import ConfigError
 from farspan.kernels.backend import BACKENDS, Work, choose_backend
-from farspan.kernels.errors import ConfigError
 from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.moba import MoBA

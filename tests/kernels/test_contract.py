@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from farspan.kernels.attend import attend, attend_backward
+from farspan.kernels.attention import attend, attend_backward
 from farspan.kernels.backend import BACKENDS
+from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.neighborhood import Dimension, Neighbourhood
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.masks.selection import Selection
 from farspan.kernels.mechanism import MECHANISMS, Masked, Mechanism, Routed
 from farspan.kernels.merge import accumulation_dtype, empty_partial, merge_
-from farspan.kernels.neighbourhood import Dimension, Neighbourhood
-from farspan.kernels.plan import Plan
-from farspan.kernels.rows import Rows
-from farspan.kernels.selection import Selection
-from farspan.kernels.visibility import Visibility
-from tests import oracle
-from tests.holding import select
+from farspan.kernels.planning.plan import Plan
+from tests.support import oracle
+from tests.support.sequence_shards import select
 
 CPU = torch.device("cpu")
 DTYPES = list(oracle.RELATIVE_TOLERANCE)

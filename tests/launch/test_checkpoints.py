@@ -14,10 +14,10 @@ from farspan.trainer.build import build_model
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.checkpoint.manifest import Manifest
 from farspan.trainer.config import CheckpointConfig
-from farspan.trainer.lock import lock_folder
 from farspan.trainer.optim import build_optimizer
+from farspan.trainer.resilience.lock import lock_folder
 from farspan.trainer.state import TrainState
-from tests.trainer import tiny
+from tests.support import tiny
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from farspan.kernels.errors import DataError
+from farspan.errors import DataError
 from farspan.launch import cli
 from farspan.launch.local import LocalJob
-from farspan.launch.site import Site
-from farspan.launch.slurm import SlurmJob
+from farspan.launch.slurm.job import SlurmJob
+from farspan.launch.slurm.site import Site
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import Config
-from farspan.trainer.config_io import load_config, to_toml
 from farspan.trainer.data import prepare
-from tests.trainer import tiny
+from farspan.trainer.toml_config import load_config, to_toml
+from tests.support import tiny
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

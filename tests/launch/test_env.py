@@ -1,6 +1,6 @@
 import pytest
 
-from farspan.kernels.errors import ConfigError
+from farspan.errors import ConfigError
 from farspan.launch.env import read_ranks, with_threads
 from farspan.parallel.ranks import Ranks
 

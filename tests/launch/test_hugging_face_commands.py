@@ -9,10 +9,10 @@ import torch
 
 from farspan.launch import cli
 from farspan.trainer import train as module
-from farspan.trainer.config_io import load_config
-from farspan.trainer.trained import Decoder
-from tests.trainer import hugging_face_models as ours
-from tests.trainer import tiny
+from farspan.trainer.toml_config import load_config
+from farspan.trainer.weights.locate import Decoder
+from tests.support import hugging_face_models as ours
+from tests.support import tiny
 
 safetensors = pytest.importorskip("safetensors.torch")
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -17,8 +17,8 @@ from farspan.launch import cli
 from farspan.launch.local import LocalJob
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import EvaluateConfig
-from farspan.trainer.config_io import to_toml
-from tests.trainer import tiny
+from farspan.trainer.toml_config import to_toml
+from tests.support import tiny
 
 # What a rank does in these tests, told by its rank; `folder` is where it leaves word.
 HEADER = """
@@ -106,7 +106,7 @@ def test_a_rank_that_fails_takes_the_others_with_it(
 def test_a_second_request_ends_ranks_that_do_not_stop(
     launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("farspan.trainer.faults.SAME_REQUEST_S", 0.0)
+    monkeypatch.setattr("farspan.trainer.resilience.signals.SAME_REQUEST_S", 0.0)
 
     def ask_twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)

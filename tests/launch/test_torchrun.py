@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from farspan.launch.torchrun import _report
-from farspan.trainer.faults import EXIT_WARNED
+from farspan.trainer.resilience.signals import EXIT_WARNED
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_a_failure_is_one_sentence(
 RANK = """
 import os, sys, time
 from pathlib import Path
-from farspan.trainer.faults import EXIT_WARNED, StopSignal
+from farspan.trainer.resilience.signals import EXIT_WARNED, StopSignal
 folder = Path(sys.argv[1])
 (folder / "part").write_text(str(os.getpid()))
 (folder / "part").rename(folder / "pid")

@@ -19,8 +19,8 @@ from farspan.trainer.data.packing import PackedSequences
 from farspan.trainer.model.attention import Attention
 from farspan.trainer.model.config import ExpertsConfig
 from farspan.trainer.resolve import open_data
-from tests.ranks import RankPool
-from tests.trainer import tiny
+from tests.support import tiny
+from tests.support.rank_pool import RankPool
 
 
 class CollectiveBytes(TorchDispatchMode):

@@ -2,21 +2,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from farspan.kernels.errors import ConfigError
+from farspan.errors import ConfigError
+from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.rows import PADDING, Rows
+from farspan.kernels.masks.selection import Selection
 from farspan.kernels.mechanism import MECHANISMS, Heads, Masked, Mechanism, Routed
 from farspan.kernels.mechanisms.block_sparse import BlockSparse
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.mosa import MoSA
-from farspan.kernels.mechanisms.neighbourhood import Neighbourhood
+from farspan.kernels.mechanisms.neighborhood import Neighbourhood
 from farspan.kernels.mechanisms.window import Window
-from farspan.kernels.plan import Plan
-from farspan.kernels.rows import PADDING, Rows
-from farspan.kernels.selection import Selection
-from farspan.kernels.tasks import count_pairs
-from farspan.kernels.visibility import Visibility
-from farspan.parallel.choice import choose_alone
+from farspan.kernels.planning.gathered_batches import count_pairs
+from farspan.kernels.planning.plan import Plan
+from farspan.parallel.context_parallel.routing import choose_alone
 from farspan.parallel.layout import LAYOUTS, SHORTEST, Shards
 
 

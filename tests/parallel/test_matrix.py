@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import MECHANISMS, Ageing, Gathered, Heads, Masked, Mechanism, Recurrent, Routed
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.merge import accumulation_dtype
-from farspan.kernels.rows import Rows
-from farspan.kernels.whole import plan_whole
-from farspan.parallel.choice import choose_alone
+from farspan.kernels.sequence_attention import plan_whole
 from farspan.parallel.comm import Traffic
+from farspan.parallel.context_parallel.routing import choose_alone
+from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes
 from farspan.parallel.layout import LAYOUTS, Shards
-from farspan.parallel.strategy import STRATEGIES, Sizes
-from tests.oracle import relative_error, rms_error
-from tests.ranks import RankPool, world_channel
+from tests.support.oracle import relative_error, rms_error
+from tests.support.rank_pool import RankPool, world_channel
 
 # Sums of a few hundred float64 terms in another order: errors stay some ten times 1e-16 times the values.
 FLOAT64_TOLERANCE = 1e-10

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from farspan.kernels.errors import ConfigError
+from farspan.errors import ConfigError
 from farspan.parallel.mesh import Degrees, Mesh, ParallelConfig
-from tests.ranks import COLLECTIVE_TIMEOUT_S, RankPool
+from tests.support.rank_pool import COLLECTIVE_TIMEOUT_S, RankPool
 
 
 @pytest.mark.parametrize(

@@ -4,20 +4,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.mosa import MoSA
 from farspan.kernels.mechanisms.window import Window
-from farspan.kernels.rows import Rows
-from farspan.kernels.whole import plan_whole
-from farspan.parallel.choice import choose_alone
+from farspan.kernels.sequence_attention import plan_whole
 from farspan.parallel.comm import Channel
+from farspan.parallel.context_parallel.routing import choose_alone
+from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes, Volume
 from farspan.parallel.layout import Shards
 from farspan.parallel.simulation import Unconnected, simulate
-from farspan.parallel.strategy import STRATEGIES, Sizes, Volume
-from tests.oracle import relative_error
+from tests.support.oracle import relative_error
 
 HEADS = Heads(query=4, kv=2)
 ROWS = Rows.packed([391, 7, 250, 1, 112])

@@ -13,7 +13,7 @@ from typing import IO
 
 import pytest
 
-from tests.slurm.processes import find, send, wait_for
+from tests.support.processes import find, send, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 NODES, CPUS_PER_NODE = 3, 2

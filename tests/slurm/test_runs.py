@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from farspan.launch.failures import failures
+from farspan.launch.slurm.failures import failures
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import CheckpointConfig, EvaluateConfig
-from farspan.trainer.config_io import to_toml
 from farspan.trainer.records import records
+from farspan.trainer.toml_config import to_toml
 from tests.slurm.conftest import Cluster
-from tests.slurm.processes import ranks_of, send, wait_for
-from tests.trainer import tiny
+from tests.support import tiny
+from tests.support.processes import ranks_of, send, wait_for
 
 STEPS = 40
 Losses = list[tuple[float, float]]

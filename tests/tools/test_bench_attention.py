@@ -13,16 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from farspan.errors import ConfigError
 from farspan.kernels.backend import BACKENDS, Backend
-from farspan.kernels.errors import ConfigError
+from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import MECHANISMS, Heads, Masked
 from farspan.kernels.mechanisms.block_sparse import BlockSparse
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.window import Window
-from farspan.kernels.plan import Plan
-from farspan.kernels.rows import Rows
-from farspan.kernels.visibility import Visibility
+from farspan.kernels.planning.plan import Plan
 from farspan.parallel.ranks import Ranks, connected
 from farspan.tools.bench import rivals
 from farspan.tools.bench.case import (

@@ -21,9 +21,9 @@ from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.mosa import MoSA
 from farspan.parallel.comm import Traffic
+from farspan.parallel.context_parallel.strategy import STRATEGIES, Attend, HeadShare, Strategy
 from farspan.parallel.layout import Shards
 from farspan.parallel.ranks import Ranks, connected
-from farspan.parallel.strategy import STRATEGIES, Attend, HeadShare, Strategy
 from farspan.tools.bench.case import Case, Shape
 from farspan.tools.bench.context import on_rank
 from farspan.tools.bench.context.entrant import Row, Under, rows_of
@@ -36,7 +36,7 @@ from farspan.tools.bench.correctness import Verdict
 from farspan.tools.bench.measure import LeftOut
 from farspan.tools.bench.timing import Times
 from farspan.tools.bench_context import main, parse
-from tests.ranks import RankPool
+from tests.support.rank_pool import RankPool
 
 FIELDS = [
     "strategy", "layout", "mechanism", "degree", "tokens", "tokens_per_s", "bytes_sent", "bytes_formula", "balance",

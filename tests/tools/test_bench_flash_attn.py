@@ -5,22 +5,22 @@ from dataclasses import replace
 import pytest
 import torch
 
-from farspan.kernels.errors import ConfigError
+from farspan.errors import ConfigError
+from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.nats import NAtS
 from farspan.kernels.mechanisms.spans import Spans
 from farspan.kernels.mechanisms.window import Window
-from farspan.kernels.rows import Rows
 from farspan.parallel.ranks import Ranks, connected
 from farspan.tools.bench.case import Contender, Shape, gradient_of_out, inputs_of
 from farspan.tools.bench.correctness import Check, check_rows, compare
 from farspan.tools.bench.flash_rivals import FlashAttn, whole_documents
 from farspan.tools.bench.public_moba import Blocks, PublicMoBA, choose
 from farspan.tools.bench.rivals import rivals_on
-from tests import fake_flash_attn
-from tests.fake_flash_attn import CALLED
+from tests.support import fake_flash_attn
+from tests.support.fake_flash_attn import CALLED
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SHAPE = Shape(heads=Heads(query=4, kv=2), head_dim=16, value_dim=16, dtype=torch.bfloat16, device=CPU)

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from farspan.kernels.errors import ConfigError
+from farspan.errors import ConfigError
+from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Heads, Holding, Masked, Mechanism, alone
 from farspan.kernels.mechanisms.block_sparse import BlockSparse
 from farspan.kernels.mechanisms.dense import Dense
@@ -16,8 +17,7 @@ from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.nats import NAtS
 from farspan.kernels.mechanisms.spans import Spans
 from farspan.kernels.mechanisms.window import Window
-from farspan.kernels.plan import Plan
-from farspan.kernels.rows import Rows
+from farspan.kernels.planning.plan import Plan
 from farspan.parallel.ranks import Ranks, connected
 from farspan.tools.bench import flex
 from farspan.tools.bench.case import Shape, inputs_of

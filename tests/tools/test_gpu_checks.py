@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from farspan.kernels import grouped_loop
 from farspan.kernels.backend import BACKENDS
 from farspan.kernels.mechanism import MECHANISMS, Heads
 from farspan.kernels.mechanisms.window import Window
-from farspan.kernels.plan import Plan
+from farspan.kernels.moe import grouped_loop
+from farspan.kernels.planning.plan import Plan
 from farspan.parallel.ranks import Ranks, connected
 from farspan.tools import gpu_checks
 from farspan.tools.bench import device_checks, experts

@@ -7,7 +7,7 @@ import pytest
 
 from farspan.kernels.mechanism import MECHANISMS
 from farspan.kernels.mechanisms.dense import Dense
-from farspan.parallel.strategy import STRATEGIES
+from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.tools.matrix import main, pairs, table
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,9 +9,9 @@ from farspan.parallel.mesh import ParallelConfig
 from farspan.parallel.ranks import Ranks
 from farspan.tools.measure_choice import main
 from farspan.trainer.config import AttentionConfig, EvaluateConfig
-from farspan.trainer.faults import StopSignal
+from farspan.trainer.resilience.signals import StopSignal
 from farspan.trainer.train import train
-from tests.trainer import tiny
+from tests.support import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -13,11 +13,11 @@ from farspan.parallel.ranks import Ranks
 from farspan.tools import report_run
 from farspan.tools.report_run import Run, main
 from farspan.trainer.config import EvaluateConfig
-from farspan.trainer.faults import StopSignal
-from farspan.trainer.flops import matrix_parameters, total_parameters
 from farspan.trainer.model.config import ExpertsConfig
+from farspan.trainer.model.flops import matrix_parameters, total_parameters
+from farspan.trainer.resilience.signals import StopSignal
 from farspan.trainer.train import train
-from tests.trainer import tiny
+from tests.support import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 EXPERTS = ExpertsConfig(count=4, per_token=2, feed_forward=24, bias_rate=0.01, capacity=0.75, layers="dense, experts")

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from farspan.kernels.errors import ConfigError
+from farspan.errors import ConfigError
+from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.parallel.mesh import Degrees, ParallelConfig
-from farspan.parallel.strategy import STRATEGIES
 from farspan.trainer.auto import choose_strategy, machine_of, strategy_costs
 from farspan.trainer.config import AttentionConfig, Config
 from farspan.trainer.validate import validate
-from tests.trainer import tiny
+from tests.support import tiny
 
 
 def config(parallel: ParallelConfig, mechanism: str = "dense", **options: object) -> Config:

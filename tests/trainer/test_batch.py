@@ -13,9 +13,9 @@ from farspan.trainer.batch import MicroBatch
 from farspan.trainer.build import build_batches
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import IGNORED, PackedSequence
-from farspan.trainer.data.stream import fingerprint, sequence_seed
-from tests.ranks import RankPool
-from tests.trainer import tiny
+from farspan.trainer.data.sample_hash import fingerprint, sequence_seed
+from tests.support import tiny
+from tests.support.rank_pool import RankPool
 
 SEQUENCE = PackedSequence(
     tokens=np.arange(100, 111),

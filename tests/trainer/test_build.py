@@ -10,9 +10,9 @@ from farspan.parallel.comm import Traffic
 from farspan.parallel.mesh import Mesh, ParallelConfig
 from farspan.trainer.build import build_batches, build_model, build_on_meta
 from farspan.trainer.config import Config
-from farspan.trainer.flops import total_parameters
-from tests.ranks import RankPool
-from tests.trainer import tiny
+from farspan.trainer.model.flops import total_parameters
+from tests.support import tiny
+from tests.support.rank_pool import RankPool
 
 Held = dict[str, tuple[int, str, str]]
 

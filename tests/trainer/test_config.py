@@ -6,15 +6,15 @@ from typing import Self
 import pytest
 import torch
 
-from farspan.kernels.errors import ConfigError
+from farspan.errors import ConfigError
+from farspan.kernels.masks.mask import Visibility
 from farspan.kernels.mechanism import MECHANISMS, Masked
 from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.moba import MoBA
-from farspan.kernels.visibility import Visibility
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import AttentionConfig, TrainConfig, flat
-from farspan.trainer.config_io import load_config
-from tests.trainer import tiny
+from farspan.trainer.toml_config import load_config
+from tests.support import tiny
 
 
 def test_flat_names_every_setting_once() -> None:

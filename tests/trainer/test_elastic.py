@@ -9,10 +9,10 @@ import pytest
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
 from farspan.trainer.model.config import ExpertsConfig
-from farspan.trainer.skip import SkipConfig
-from tests.ranks import RankPool
-from tests.trainer import tiny
-from tests.trainer.runs import records, train_all
+from farspan.trainer.resilience.skip_steps import SkipConfig
+from tests.support import tiny
+from tests.support.rank_pool import RankPool
+from tests.support.runs import records, train_all
 
 TOLERANCE = 1e-9
 # Every one a step of its own: ranks and mesh.

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from farspan.kernels.mechanisms.dense import Dense
+from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.parallel.mesh import ParallelConfig
-from farspan.parallel.strategy import STRATEGIES
 from farspan.trainer.config import Config
-from tests.ranks import RankPool
-from tests.trainer import tiny
-from tests.trainer.steps import (
+from tests.support import tiny
+from tests.support.rank_pool import RankPool
+from tests.support.steps import (
     STEPS,
     TOLERANCE,
     Trajectory,

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from farspan.kernels.errors import DataError
+from farspan.errors import DataError
 from farspan.parallel.comm import Traffic
 from farspan.parallel.mesh import Mesh, ParallelConfig
 from farspan.trainer.build import build_batches
@@ -20,8 +20,8 @@ from farspan.trainer.data.packing import IGNORED, PackedSequences
 from farspan.trainer.evaluate import Evaluation, evaluate, share
 from farspan.trainer.model.transformer import Output, SequenceContext
 from farspan.trainer.resolve import open_data
-from tests.ranks import RankPool
-from tests.trainer import tiny
+from tests.support import tiny
+from tests.support.rank_pool import RankPool
 
 SEQUENCE_TOKENS = 150
 SEQUENCES = 3

@@ -21,9 +21,9 @@ from farspan.trainer.model import experts as module
 from farspan.trainer.model.attention import AttentionInputs
 from farspan.trainer.model.config import ExpertsConfig
 from farspan.trainer.model.transformer import Block
-from tests.ranks import RankPool
-from tests.trainer import tiny
-from tests.trainer.steps import Trajectory, assert_alike, initial_parameters, train_alone, train_dealt
+from tests.support import tiny
+from tests.support.rank_pool import RankPool
+from tests.support.steps import Trajectory, assert_alike, initial_parameters, train_alone, train_dealt
 
 EXPERTS = {
     "softmax": ExpertsConfig(count=8, per_token=2, feed_forward=16, balance_loss=0.02, z_loss=0.01),

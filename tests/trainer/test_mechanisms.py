@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from farspan.kernels.errors import ConfigError
+from farspan.errors import ConfigError
 from farspan.kernels.mechanism import MECHANISMS, Mechanism
 from farspan.parallel.mesh import Degrees, ParallelConfig
 from farspan.trainer.config import AttentionConfig, Config
 from farspan.trainer.validate import validate
-from tests.ranks import RankPool
-from tests.trainer import tiny
-from tests.trainer.steps import TOLERANCE, Trajectory, difference, train_dealt
+from tests.support import tiny
+from tests.support.rank_pool import RankPool
+from tests.support.steps import TOLERANCE, Trajectory, difference, train_dealt
 
 STEPS = 2
 ALONE = ParallelConfig(strategy="single")

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from farspan.kernels.errors import ConfigError, DataError
+from farspan.errors import ConfigError, DataError
 from farspan.parallel.mesh import ParallelConfig
 from farspan.parallel.ranks import Ranks
 from farspan.trainer.config import Config
-from farspan.trainer.config_io import load_config, to_toml
 from farspan.trainer.data.tokenizer import ByteTokenizer
 from farspan.trainer.resolve import choose_device, resolve
-from tests.trainer import tiny
+from farspan.trainer.toml_config import load_config, to_toml
+from tests.support import tiny
 
 
 @pytest.fixture

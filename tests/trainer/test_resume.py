@@ -13,10 +13,10 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import CheckpointConfig, EvaluateConfig
-from farspan.trainer.config_io import to_toml
 from farspan.trainer.model.config import ExpertsConfig
-from tests.trainer import tiny
-from tests.trainer.runs import records
+from farspan.trainer.toml_config import to_toml
+from tests.support import tiny
+from tests.support.runs import records
 
 STEPS, RESUME_AT = 6, 3
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from farspan.trainer.data.stream import follow
+from farspan.trainer.data.sample_hash import follow
 from farspan.trainer.state import TrainState
 
 

@@ -7,13 +7,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from farspan.kernels.errors import TrainingError
-from farspan.kernels.rows import Rows
+from farspan.errors import TrainingError
+from farspan.kernels.masks.rows import Rows
 from farspan.trainer.batch import MicroBatch
 from farspan.trainer.data.packing import IGNORED
 from farspan.trainer.model.transformer import Output, SequenceContext
 from farspan.trainer.step import StepResult, train_step
-from tests.ranks import RankPool, world_channel
+from tests.support.rank_pool import RankPool, world_channel
 
 # Per rank, per micro-batch: tokens and labels. Uneven on purpose: 3, 1 and 1, 0 labelled tokens.
 TOKENS = [[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], [[7.0, 8.0, 9.0], [10.0, 11.0, 12.0]]]

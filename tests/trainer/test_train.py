@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from farspan.kernels.errors import CheckpointError, ConfigError, DataError, TrainingError
+from farspan.errors import CheckpointError, ConfigError, DataError, TrainingError
 from farspan.parallel.mesh import ParallelConfig
 from farspan.parallel.ranks import Ranks
 from farspan.trainer import held_out
@@ -24,17 +24,17 @@ from farspan.trainer import train as module
 from farspan.trainer.checkpoint import background, checkpointer, shards
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
-from farspan.trainer.config_io import load_config
 from farspan.trainer.data.packing import IGNORED, PackedSequences
 from farspan.trainer.data.shuffle import ShuffledSequences
 from farspan.trainer.data.source import META_FILE, TOKENS_FILE
-from farspan.trainer.faults import StopSignal
-from farspan.trainer.lock import lock_folder
+from farspan.trainer.resilience.lock import lock_folder
+from farspan.trainer.resilience.signals import StopSignal
+from farspan.trainer.resilience.watchdog import Watchdog
 from farspan.trainer.resolve import open_data
 from farspan.trainer.state import TrainState
+from farspan.trainer.toml_config import load_config
 from farspan.trainer.train import train
-from farspan.trainer.watchdog import Watchdog
-from tests.trainer import tiny
+from tests.support import tiny
 
 STEPS = 4
 STEP_FIELDS = {"step", "loss", "grad_norm", "tokens_per_s", "mfu", "peak_memory_bytes", "comm_bytes"}

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from farspan.kernels.errors import ConfigError
+from farspan.errors import ConfigError
 from farspan.parallel.mesh import Degrees, ParallelConfig
 from farspan.trainer.config import Config
 from farspan.trainer.model.config import ExpertsConfig, HeadMixtureConfig, RopeConfig
 from farspan.trainer.validate import validate
-from tests.trainer import tiny
+from tests.support import tiny
 
 
 def changed(config: Config, changes: dict[str, Any]) -> Config:

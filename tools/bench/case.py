@@ -9,16 +9,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from farspan.errors import ConfigError
 from farspan.kernels.backend import Work, choose_backend
-from farspan.kernels.errors import ConfigError
+from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import MECHANISMS, Heads, Mechanism
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.merge import accumulation_dtype
-from farspan.kernels.registry import nearest_name_hint
-from farspan.kernels.rows import Rows
 from farspan.parallel.comm import Channel, Traffic
+from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.parallel.layout import Shards
-from farspan.parallel.strategy import STRATEGIES
+from farspan.registry import nearest_name_hint
 
 BASELINE = "dense"
 """Row that all others are compared with: dense causal attention over one document."""

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from farspan.kernels.errors import ConfigError
+from farspan.errors import ConfigError
+from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Heads, Mechanism
-from farspan.kernels.rows import Rows
 from farspan.tools.bench.case import (
     Attention,
     Case,

@@ -9,12 +9,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from farspan.errors import ConfigError
 from farspan.kernels.backend import BACKENDS
-from farspan.kernels.errors import ConfigError
-from farspan.kernels.lifetimes import chosen_types
+from farspan.kernels.lifetimes.lifetimes import chosen_types
+from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Ageing, Gathered, Heads, Holding, Mechanism, Routed, alone
 from farspan.kernels.mechanisms.window import Window
-from farspan.kernels.rows import Rows
 from farspan.tools.bench import experts
 from farspan.tools.bench.case import Ours, Shape, gradient_of_out, inputs_of
 from farspan.tools.bench.correctness import REFERENCE, Check, Verdict, excess, outcome

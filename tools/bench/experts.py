@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from farspan.kernels import grouped_loop
-from farspan.kernels.grouped_linear import grouped_linear
-from farspan.kernels.grouped_swiglu import grouped_swiglu
+from farspan.kernels.moe import grouped_loop
+from farspan.kernels.moe.grouped_linear import grouped_linear
+from farspan.kernels.moe.grouped_swiglu import grouped_swiglu
 from farspan.tools.bench.case import Attention
 from farspan.tools.bench.correctness import TOLERANCE, Verdict, excess, outcome
 

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from farspan.kernels import flash_attn
-from farspan.kernels.errors import ConfigError
-from farspan.kernels.library import DTYPES
+from farspan.errors import ConfigError
+from farspan.kernels.cuda import packages as flash_attn
+from farspan.kernels.cuda.operators import DTYPES
+from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Ageing, Masked, Mechanism, Routed
-from farspan.kernels.rows import Rows
-from farspan.kernels.visibility import Visibility
 from farspan.tools.bench.case import Attention, Contender, Shape
 
 MODULES = {

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from farspan.kernels.errors import ConfigError
+from farspan.errors import ConfigError
+from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.masks.selection import Selection
 from farspan.kernels.mechanism import Ageing, Heads, Holding, Masked, Mechanism, Routed, alone
 from farspan.kernels.mechanisms.block_sparse import BlockSparse
-from farspan.kernels.rows import Rows
-from farspan.kernels.selection import Selection
-from farspan.kernels.visibility import Visibility
 from farspan.tools.bench.case import Attention, Contender, Shape
 
 BLOCK = 128

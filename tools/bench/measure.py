@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from farspan.kernels.errors import ConfigError
+from farspan.errors import ConfigError
 from farspan.tools.bench.case import BASELINE, Attention, Case, Contender, Ours, Shape, gradient_of_out, inputs_of
 from farspan.tools.bench.correctness import Judge, Verdict
 from farspan.tools.bench.memory import Peaks, peaks_of

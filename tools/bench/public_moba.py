@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from farspan.kernels import flash_attn
-from farspan.kernels.errors import ConfigError
+from farspan.errors import ConfigError
+from farspan.kernels.cuda import packages as flash_attn
+from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.mechanisms.moba import MoBA
-from farspan.kernels.rows import Rows
 from farspan.tools.bench.case import Attention, Contender, Shape
 from farspan.tools.bench.flash_rivals import check_dtype, edges_of, whole_documents, with_padding
 

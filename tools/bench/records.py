@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
+from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanisms.dense import Dense
-from farspan.kernels.rows import Rows
 from farspan.tools.bench.case import Shape
 from farspan.tools.bench.measure import Result
 from farspan.tools.bench.timing import DIRECTIONS

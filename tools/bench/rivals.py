@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from farspan.kernels.errors import ConfigError
-from farspan.kernels.flash_attn import FlashAttn2
+from farspan.errors import ConfigError
+from farspan.kernels.cuda.packages import FlashAttn2
+from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.mechanisms.dense import Dense
-from farspan.kernels.rows import Rows
 from farspan.tools.bench.case import Attention, Contender, Shape
 from farspan.tools.bench.flash_rivals import installed_flash_attn
 from farspan.tools.bench.flex import Flex

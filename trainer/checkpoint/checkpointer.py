@@ -20,15 +20,15 @@ from torch import nn
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from farspan.kernels.errors import CheckpointError
+from farspan.errors import CheckpointError
 from farspan.parallel.groups import group_along
-from farspan.trainer.agreement import gather, on_first_rank, together
 from farspan.trainer.checkpoint.background import Background
 from farspan.trainer.checkpoint.manifest import START_ANEW, DamagedError, Manifest, damaged
 from farspan.trainer.checkpoint.shards import read_shards, write_shards
 from farspan.trainer.checkpoint.steps import finished, make_room, prune, publish, step_name
 from farspan.trainer.checkpoint.verify import check_sizes, verified
 from farspan.trainer.config import CheckpointConfig
+from farspan.trainer.resilience.agreement import gather, on_first_rank, together
 from farspan.trainer.state import TrainState
 
 SPARE_BYTES = 1 << 20

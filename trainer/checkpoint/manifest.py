@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from farspan.kernels.errors import CheckpointError
+from farspan.errors import CheckpointError
 from farspan.trainer.state import TrainState
 
 FORMAT = 2

@@ -21,10 +21,10 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from farspan.kernels.errors import CheckpointError
-from farspan.trainer.agreement import together
+from farspan.errors import CheckpointError
 from farspan.trainer.checkpoint.manifest import FileRecord
 from farspan.trainer.checkpoint.steps import sync
+from farspan.trainer.resilience.agreement import together
 
 INDEX = ".metadata"
 """DCP's list of which tensor is where; it writes it when all shards are written."""

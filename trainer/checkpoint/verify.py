@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from farspan.kernels.errors import CheckpointError
-from farspan.trainer.agreement import together
+from farspan.errors import CheckpointError
 from farspan.trainer.checkpoint.manifest import DamagedError, FileRecord, Manifest, damaged
 from farspan.trainer.checkpoint.steps import finished
+from farspan.trainer.resilience.agreement import together
 
 HASHING_THREADS = 4
 """Of one process; hashing lets other threads run."""

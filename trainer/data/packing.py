@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from farspan.kernels.errors import ConfigError
+from farspan.errors import ConfigError
 from farspan.trainer.data.source import TokenSource
 
 IGNORED = -100

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from farspan.kernels.errors import DataError
+from farspan.errors import DataError
 from farspan.trainer.data.readers import DocumentReader
 from farspan.trainer.data.source import META_FILE, OFFSETS_FILE, SPLITS, TOKENS_FILE, SplitMeta, SplitWriter
 from farspan.trainer.data.tokenizer import Tokenizer, load_tokenizer

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from farspan.kernels.errors import DataError
-from farspan.kernels.registry import nearest_name_hint
+from farspan.errors import DataError
+from farspan.registry import nearest_name_hint
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 PARQUET_SUFFIX = ".parquet"

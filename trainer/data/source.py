@@ -11,7 +11,7 @@ from typing import IO, Any, Self
 
 import numpy as np
 
-from farspan.kernels.errors import DataError
+from farspan.errors import DataError
 from farspan.trainer.data.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1

@@ -7,7 +7,7 @@ from typing import final
 
 import numpy as np
 
-from farspan.kernels.errors import DataError
+from farspan.errors import DataError
 
 BYTES = "bytes"
 USUAL_END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|end▁of▁sentence|>")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from farspan.kernels.errors import CheckpointError
+from farspan.errors import CheckpointError
 from farspan.parallel.ranks import Ranks, connected
 from farspan.trainer.config import Config
 from farspan.trainer.data.source import META_FILE, SPLITS, TokenSource
@@ -17,8 +17,8 @@ from farspan.trainer.hugging_face.import_model import ROUTER_BIAS
 from farspan.trainer.hugging_face.read_config import CONFIG_FILE
 from farspan.trainer.hugging_face.tensor_files import write_tensors
 from farspan.trainer.hugging_face.write_config import config_fields
-from farspan.trainer.trained import Trained, find_trained
-from farspan.trainer.weights import StoredWeights, new_folder
+from farspan.trainer.weights.io import StoredWeights, new_folder
+from farspan.trainer.weights.locate import Trained, find_trained
 
 FILE_BYTES = 5_000_000_000
 

@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from farspan.kernels.errors import CheckpointError
+from farspan.errors import CheckpointError
 from farspan.parallel.ranks import Ranks, connected
 from farspan.trainer.hugging_face.architectures import Architecture
 from farspan.trainer.hugging_face.read_config import read_config
 from farspan.trainer.hugging_face.tensor_files import TensorFiles
-from farspan.trainer.trained import DECODER_FILE, Decoder
-from farspan.trainer.weights import save_weights
+from farspan.trainer.weights.io import save_weights
+from farspan.trainer.weights.locate import DECODER_FILE, Decoder
 
 DERIVED = "rotary_emb.inv_freq"
 """What files of older versions of transformers hold besides parameters: it follows from their configuration."""

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from farspan.kernels.errors import ConfigError
-from farspan.trainer.config_io import from_tree
+from farspan.errors import ConfigError
 from farspan.trainer.hugging_face.architectures import ARCHITECTURES, MIXTRAL, QWEN3, Architecture
 from farspan.trainer.model.config import ModelConfig
+from farspan.trainer.toml_config import from_tree
 
 Fields = Mapping[str, Any]
 CONFIG_FILE = "config.json"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farspan.kernels.errors import CheckpointError, ConfigError
+from farspan.errors import CheckpointError, ConfigError
 
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

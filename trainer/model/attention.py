@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from farspan.kernels.layers.rope import apply_rope
 from farspan.kernels.mechanism import Mechanism
-from farspan.kernels.rope import apply_rope
-from farspan.kernels.routing import routing_logits
-from farspan.parallel.key_convolution import KeyConvolution
-from farspan.parallel.strategy import Attend
+from farspan.kernels.routing.router_logits import routing_logits
+from farspan.parallel.context_parallel.key_convolution import KeyConvolution
+from farspan.parallel.context_parallel.strategy import Attend
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.norm import RmsNorm
 

@@ -3,13 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from farspan.kernels.errors import ConfigError
-from farspan.kernels.expert_router import ExpertRouter
-from farspan.kernels.head_router import AttentionExperts, MixtureOfHeads
+from farspan.errors import ConfigError
+from farspan.kernels.layers.rope import Llama3Scaling, RopeScaling, YarnScaling
 from farspan.kernels.mechanism import Heads, Mechanism, Recurrent
-from farspan.kernels.rope import Llama3Scaling, RopeScaling, YarnScaling
-from farspan.trainer.config_io import bounded
+from farspan.kernels.moe.expert_router import ExpertRouter
+from farspan.kernels.moe.head_router import AttentionExperts, MixtureOfHeads
 from farspan.trainer.pattern import parse_pattern
+from farspan.trainer.toml_config import bounded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from farspan.kernels.grouped_swiglu import grouped_swiglu
-from farspan.kernels.routing import routing_logits
-from farspan.parallel.capacity import SharedSequence
+from farspan.kernels.moe.grouped_swiglu import grouped_swiglu
+from farspan.kernels.routing.router_logits import routing_logits
 from farspan.parallel.comm import Channel
-from farspan.parallel.expert import send_to_experts
+from farspan.parallel.expert_parallel.capacity import SharedSequence
+from farspan.parallel.expert_parallel.dispatch import send_to_experts
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.statistics import RoutingStatistics
 

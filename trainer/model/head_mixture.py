@@ -10,9 +10,9 @@ size.
 import torch
 from torch import Tensor, nn
 
-from farspan.kernels.chosen_linear import Choices, combine_chosen, project_chosen
 from farspan.kernels.mechanism import Mechanism
-from farspan.kernels.routing import routing_logits
+from farspan.kernels.moe.gathered_linear import Choices, combine_chosen, project_chosen
+from farspan.kernels.routing.router_logits import routing_logits
 from farspan.trainer.model.attention import Attention, AttentionInputs
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.statistics import RoutingStatistics

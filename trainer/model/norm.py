@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from farspan.kernels.norm import rms_norm
+from farspan.kernels.layers.norm import rms_norm
 
 
 class RmsNorm(nn.Module):

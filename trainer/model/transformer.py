@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from farspan.kernels.cross_entropy import linear_cross_entropy
+from farspan.kernels.layers.cross_entropy import linear_cross_entropy
+from farspan.kernels.layers.rope import attention_factor_of, inverse_frequencies, rotation_table
+from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
-from farspan.kernels.rope import attention_factor_of, inverse_frequencies, rotation_table
-from farspan.kernels.rows import Rows
-from farspan.parallel.capacity import SharedSequence
 from farspan.parallel.comm import Channel
-from farspan.parallel.key_convolution import KeyConvolution
-from farspan.parallel.strategy import Attend
+from farspan.parallel.context_parallel.key_convolution import KeyConvolution
+from farspan.parallel.context_parallel.strategy import Attend
+from farspan.parallel.expert_parallel.capacity import SharedSequence
 from farspan.trainer.model.attention import Attention, AttentionInputs
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.experts import ExpertFeedForward

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.masks.selection import Selection
 from farspan.kernels.mechanisms.block_sparse import BlockSparse
-from farspan.kernels.rows import Rows
-from farspan.kernels.selection import Selection
-from tests.holding import lists, select
+from tests.support.sequence_shards import lists, select
 
 
 def drawn(mechanism: BlockSparse, rows: Rows, heads: int = 2) -> Selection:

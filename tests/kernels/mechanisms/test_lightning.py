@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from farspan.kernels.errors import ConfigError
+from farspan.errors import ConfigError
+from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import MECHANISMS
 from farspan.kernels.mechanisms.lightning import Lightning
-from farspan.kernels.rows import Rows
-from farspan.trainer.config_io import from_tree
+from farspan.trainer.toml_config import from_tree
 
 
 @pytest.mark.parametrize("layers", [1, 2, 4, 80])

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from farspan.kernels.errors import ConfigError
+from farspan.errors import ConfigError
+from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import MECHANISMS, Heads
 from farspan.kernels.mechanisms.moba import MoBA
-from farspan.kernels.plan import Plan
-from farspan.kernels.rows import Rows
-from farspan.kernels.tasks import count_pairs
-from farspan.trainer.config_io import from_tree
-from tests.holding import lists, select
+from farspan.kernels.planning.gathered_batches import count_pairs
+from farspan.kernels.planning.plan import Plan
+from farspan.trainer.toml_config import from_tree
+from tests.support.sequence_shards import lists, select
 
 LENGTHS = [1, 40, 64, 7, 90]
 

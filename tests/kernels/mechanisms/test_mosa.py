@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanisms.mosa import MoSA
-from farspan.kernels.rows import Rows
 
 LENGTHS = [1, 40, 2, 7, 90, 64]
 

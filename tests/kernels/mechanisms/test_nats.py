@@ -4,17 +4,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from farspan.kernels import type_gradient
-from farspan.kernels.ageing import AgeingHolding, TypeLearning
-from farspan.kernels.attend import attend
-from farspan.kernels.lifetimes import GLOBAL, LOCAL, SLIDING, Lifetimes, chosen_types
+from farspan.kernels.attention import attend
+from farspan.kernels.lifetime_shard import AgeingHolding, TypeLearning
+from farspan.kernels.lifetimes import gradient as type_gradient
+from farspan.kernels.lifetimes.lifetimes import GLOBAL, LOCAL, SLIDING, Lifetimes, chosen_types
+from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Heads, alone
 from farspan.kernels.mechanisms.nats import NAtS
-from farspan.kernels.plan import Plan
-from farspan.kernels.rows import Rows
-from farspan.kernels.whole import plan_whole
-from tests import ageing
-from tests.oracle import relative_error
+from farspan.kernels.planning.plan import Plan
+from farspan.kernels.sequence_attention import plan_whole
+from tests.support import lifetimes as ageing
+from tests.support.oracle import relative_error
 
 PACKED = Rows.packed([1, 2, 3, 40, 33, 4], padding=6)
 SHUFFLED = PACKED.take(torch.randperm(len(PACKED), generator=torch.Generator().manual_seed(0)))

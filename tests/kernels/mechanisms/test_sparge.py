@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanisms.sparge import SpargeAttention
-from farspan.kernels.rows import Rows
-from tests.holding import lists, select
+from tests.support.sequence_shards import lists, select
 
 LENGTHS = [2, 50, 33, 128]
 

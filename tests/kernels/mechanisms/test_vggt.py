@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanisms.vggt import VGGT
-from farspan.kernels.rows import Rows
-from tests.holding import select
+from tests.support.sequence_shards import select
 
 LENGTHS = [60, 7, 100]
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanisms.vmoba import VMoBA
-from farspan.kernels.rows import Rows
-from tests.holding import select
+from tests.support.sequence_shards import select
 
 LENGTHS = [96, 5, 130]
 

@@ -1,7 +1,7 @@
 import torch
 
+from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanisms.window import Window
-from farspan.kernels.rows import Rows
 
 
 def test_a_window_and_its_sinks_by_hand() -> None:

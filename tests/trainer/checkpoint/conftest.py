@@ -9,9 +9,9 @@ import pytest
 
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import CheckpointConfig, Config
-from tests.ranks import RankPool
-from tests.trainer import tiny
-from tests.trainer.checkpoint.side import Bits, save
+from tests.support import tiny
+from tests.support.checkpoint_ranks import Bits, save
+from tests.support.rank_pool import RankPool
 
 
 def small(folder: Path, **checkpoint: object) -> Config:

@@ -10,15 +10,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from farspan.kernels.errors import CheckpointError
+from farspan.errors import CheckpointError
 from farspan.trainer.checkpoint import checkpointer
 from farspan.trainer.checkpoint.shards import write_shards
 from farspan.trainer.config import Config
 from farspan.trainer.state import TrainState
-from tests.ranks import RankPool
-from tests.trainer import tiny
+from tests.support import tiny
+from tests.support.checkpoint_ranks import Side, files, load, refusal, same_bits, save, state_of
+from tests.support.rank_pool import RankPool
 from tests.trainer.checkpoint.conftest import small
-from tests.trainer.checkpoint.side import Side, files, load, refusal, same_bits, save, state_of
 
 Ranks = Callable[[int], RankPool]
 

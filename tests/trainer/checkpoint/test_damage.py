@@ -14,14 +14,14 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from farspan.kernels.errors import CheckpointError
+from farspan.errors import CheckpointError
 from farspan.trainer.checkpoint.manifest import FileRecord, Manifest
 from farspan.trainer.checkpoint.shards import read_index
 from farspan.trainer.checkpoint.verify import check_whole, newest_whole
 from farspan.trainer.config import Config
-from tests.ranks import RankPool
+from tests.support.checkpoint_ranks import Bits, files, refusal, same_bits, walk_back
+from tests.support.rank_pool import RankPool
 from tests.trainer.checkpoint.conftest import Written
-from tests.trainer.checkpoint.side import Bits, files, refusal, same_bits, walk_back
 
 Pool = Callable[[int], RankPool]
 FILES = [".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json"]

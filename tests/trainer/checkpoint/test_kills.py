@@ -11,9 +11,9 @@ import pytest
 from farspan.trainer.checkpoint.steps import finished, step_of
 from farspan.trainer.checkpoint.verify import check_whole
 from farspan.trainer.config import Config
-from tests.ranks import RankError, RankPool
+from tests.support.checkpoint_kills import SAVES, Death, events, live, undisturbed
+from tests.support.rank_pool import RankError, RankPool
 from tests.trainer.checkpoint.conftest import small
-from tests.trainer.checkpoint.kills import SAVES, Death, events, live, undisturbed
 
 IN_ALL = 200
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from farspan.kernels.errors import CheckpointError
+from farspan.errors import CheckpointError
 from farspan.trainer.checkpoint import checkpointer, shards
 from farspan.trainer.config import Config
-from tests.ranks import RankPool
+from tests.support.checkpoint_ranks import Side, files, load, same_bits, state_of
+from tests.support.rank_pool import RankPool
 from tests.trainer.checkpoint.conftest import small
-from tests.trainer.checkpoint.side import Side, files, load, same_bits, state_of
 
 Pool = Callable[[int], RankPool]
 SIZE_KB = 2300

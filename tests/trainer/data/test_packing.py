@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from farspan.kernels.errors import ConfigError
+from farspan.errors import ConfigError
 from farspan.trainer.data.packing import IGNORED, PADDING, PackedSequences
 from farspan.trainer.data.source import SplitWriter, TokenSource
 from farspan.trainer.data.tokenizer import ByteTokenizer

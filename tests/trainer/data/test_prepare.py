@@ -9,7 +9,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from farspan.kernels.errors import DataError
+from farspan.errors import DataError
 from farspan.trainer.data.prepare import add_arguments, prepare, run
 from farspan.trainer.data.source import TokenSource
 from farspan.trainer.data.tokenizer import ByteTokenizer

@@ -2,7 +2,7 @@
 
 import pytest
 
-from farspan.kernels.errors import DataError
+from farspan.errors import DataError
 from farspan.trainer.data import prepare as module
 from farspan.trainer.data.prepare import prepare
 from farspan.trainer.data.source import TokenSource

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from farspan.kernels.errors import DataError
+from farspan.errors import DataError
 from farspan.trainer.data.readers import DocumentReader
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from farspan.kernels.errors import DataError
+from farspan.errors import DataError
 from farspan.trainer.data import source as module
 from farspan.trainer.data.source import SplitWriter, TokenSource, token_dtype, unigram_bits_per_byte
 from farspan.trainer.data.tokenizer import ByteTokenizer

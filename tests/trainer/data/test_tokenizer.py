@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from farspan.kernels.errors import DataError
+from farspan.errors import DataError
 from farspan.trainer.data.tokenizer import load_tokenizer
 
 CORPUS = ["the cat sat on the mat", "the dog sat on the log", "a cat and a dog"]

@@ -15,8 +15,8 @@ from farspan.trainer.config import Config
 from farspan.trainer.model import init
 from farspan.trainer.model.init import initialize
 from farspan.trainer.model.transformer import Transformer
-from tests.ranks import RankPool
-from tests.trainer import tiny
+from tests.support import tiny
+from tests.support.rank_pool import RankPool
 
 CONFIG = tiny.config(Path("nowhere"), Path("nowhere"), ParallelConfig())
 

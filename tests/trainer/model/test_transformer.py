@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from farspan.kernels.layers.rope import YarnScaling
+from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.mosa import MoSA
-from farspan.kernels.rope import YarnScaling
-from farspan.kernels.rows import Rows
 from farspan.trainer.model.attention import Attention
 from farspan.trainer.model.config import ModelConfig, RopeConfig
 from farspan.trainer.model.gated_recurrence import GatedRecurrence
 from farspan.trainer.model.transformer import SequenceContext, Transformer
-from tests.kernels.test_rope import scalar_frequency
+from tests.kernels.layers.test_rope import scalar_frequency
 
 CONFIG = ModelConfig(layers=1, width=12, heads=4, kv_heads=2, head_dim=6, feed_forward=8, vocabulary_size=16)
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from farspan.kernels.backend import Work, choose_backend
 from farspan.kernels.mechanism import Heads, Mechanism
-from farspan.parallel.choice import choose_alone
 from farspan.parallel.comm import Channel, Traffic
+from farspan.parallel.context_parallel.routing import choose_alone
+from farspan.parallel.context_parallel.strategy import STRATEGIES, Chosen, Queries, Sizes, Strategy, Volume
 from farspan.parallel.layout import Shards
-from farspan.parallel.strategy import STRATEGIES, Chosen, Queries, Sizes, Strategy, Volume
 from farspan.tools.bench.case import Attention, Case, Shape, gradient_of_out, inputs_of
 
 SINGLE = "single"

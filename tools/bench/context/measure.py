@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from farspan.kernels.errors import ConfigError
+from farspan.errors import ConfigError
 from farspan.parallel.layout import Shards
 from farspan.tools.bench.case import Shape
 from farspan.tools.bench.context import on_rank

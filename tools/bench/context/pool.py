@@ -13,7 +13,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 import torch
 import torch.distributed as dist
 
-from farspan.kernels.errors import FarspanError
+from farspan.errors import FarspanError
 from farspan.parallel.comm import Traffic
 from farspan.parallel.ranks import Ranks, connected
 from farspan.tools.bench.context.late import Delay, LateChannel

@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from farspan.errors import ConfigError
 from farspan.kernels.backend import Work, choose_backend
-from farspan.kernels.errors import ConfigError
 from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.parallel.comm import Channel, Traffic
+from farspan.parallel.context_parallel.strategy import STRATEGIES, HeadShare, Queries
 from farspan.parallel.layout import Shards
 from farspan.parallel.simulation import Unconnected
-from farspan.parallel.strategy import STRATEGIES, HeadShare, Queries
 from farspan.tools.bench.context.entrant import SINGLE, Entrant, Job, Planned
 
 SHARED_MEMORY_OP = "deepspeed_shm_comm"

@@ -1,0 +1,54 @@
+"""Registries: one folder, one kind of part, one `add` line per file; nothing else has to know a new part."""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+from farspan.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def nearest_name_hint(name: str, valid: list[str]) -> str:
+    """Return ' Did you mean X?' for a near miss, else an empty string."""
+    near = difflib.get_close_matches(name, valid, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+class Registry(Generic[T]):
+    """Parts of one kind by name; importing the modules of `package` fills it."""
+
+    def __init__(self, kind: str, package: str) -> None:
+        self._kind = kind
+        self._package = package
+        self._parts: dict[str, T] = {}
+
+    def add(self, name: str, part: T) -> T:
+        """Register `part`; a name can be taken once."""
+        if name in self._parts:
+            raise ValueError(f"{self._kind} {name!r} is registered twice")
+        self._parts[name] = part
+        return part
+
+    def load(self) -> dict[str, T]:
+        """Import every module of the package and return all parts by name, sorted."""
+        for module in pkgutil.iter_modules(importlib.import_module(self._package).__path__):
+            importlib.import_module(f"{self._package}.{module.name}")
+        return dict(sorted(self._parts.items()))
+
+    def get(self, name: str) -> T:
+        """Return the part called `name`; raises ConfigError with the nearest valid name."""
+        if name in self._parts:
+            return self._parts[name]
+        parts = self.load()
+        if name not in parts:
+            raise ConfigError(
+                f"{self._kind} {name!r} does not exist; choose one of {', '.join(parts)}."
+                + nearest_name_hint(name, list(parts))
+            )
+        return parts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.load())

@@ -1,0 +1,60 @@
+"""Attention of rows to rows on one device: the two functions that every strategy is built from.
+
+Legend: T query rows, S key rows, Hq query heads, Hk key/value heads (Hq % Hk == 0), D head size, Dv value head size.
+"""
+
+import torch
+from torch import Tensor
+
+from farspan.kernels.backend import BACKENDS
+from farspan.kernels.merge import empty_partial
+from farspan.kernels.planning.plan import Plan
+
+
+@torch.no_grad()
+def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, backend: str) -> tuple[Tensor, Tensor]:
+    """Return (out `[T, Hq, Dv]`, lse `[T, Hq]`) of softmax(q k^T / sqrt(D)) v over the visible keys.
+
+    q `[T, Hq, D]`, k `[S, Hk, D]`, v `[S, Hk, Dv]` of one dtype, float64 to float16. `out` comes in that dtype or in
+    the accumulation dtype; `lse` is the natural log-sum-exp of the scaled scores in the accumulation dtype (float64
+    for float64, else float32). A row that sees no key has out 0 and lse -inf. Not differentiable by autograd: see
+    `attend_backward`. Rows of padding must be finite, and far below 1e30. Raises ValueError on bad shapes.
+    """
+    _check_shapes(q, k, v, plan)
+    if plan.is_empty:
+        return empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
+    return BACKENDS.get(backend).forward(q, k, v, plan)
+
+
+@torch.no_grad()
+def attend_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan, *, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (dq `[T, Hq, D]`, dk `[S, Hk, D]`, dv `[S, Hk, Dv]`) for the pairs of `plan`.
+
+    `out` `[T, Hq, Dv]` and `lse` `[T, Hq]` may be those of softmax over MORE keys than the plan's: already merged
+    over all parts. Then the gradients of disjoint parts simply add up. They come in the dtype of q or wider.
+    """
+    _check_shapes(q, k, v, plan)
+    if dout.shape != out.shape or out.shape != (*q.shape[:2], v.shape[2]) or lse.shape != q.shape[:2]:
+        shapes = f"dout {list(dout.shape)}, out {list(out.shape)}, lse {list(lse.shape)}"
+        raise ValueError(f"{shapes} do not fit q {list(q.shape)} and v {list(v.shape)}")
+    if plan.is_empty:
+        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    return BACKENDS.get(backend).backward(dout, q, k, v, out, lse, plan)
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if q.dim() != 3 or k.dim() != 3 or v.dim() != 3 or q.shape[2] != k.shape[2] or k.shape[:2] != v.shape[:2]:
+        raise ValueError(f"attention wants q [T, Hq, D], k [S, Hk, D], v [S, Hk, Dv]; got {shapes}")
+    if min(q.shape[1], k.shape[1], q.shape[2]) < 1:
+        raise ValueError(f"attention wants at least one head of size 1; got {shapes}")
+    if q.shape[1] % k.shape[1] != 0:
+        raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key/value heads evenly; got {shapes}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attention wants one dtype; got q {q.dtype}, k {k.dtype}, v {v.dtype}")
+    if q.shape[1] != plan.heads:
+        raise ValueError(f"the plan is for {plan.heads} query heads; got {shapes}")
+    if q.shape[0] != len(plan.queries) or k.shape[0] != len(plan.keys):
+        raise ValueError(f"the plan is for {len(plan.queries)} queries and {len(plan.keys)} keys; got {shapes}")

@@ -1,0 +1,168 @@
+"""FlashAttention 2, 3 and 4 of the packages flash-attn, flash_attn_3 and flash-attn-4, where they are installed.
+
+Read from the sources of flash-attn 2.8.3.post2, of FlashAttention 3 (3.0.0.b1 and the head of its repository) and of
+flash-attn-4 (4.0.0b3, b13, b36): tensors are `[N, T, H, D]`, the lse is natural and float32, `[N, H, T]` (`[H, T]` of
+packed sequences), and causal is aligned bottom right. Only what lies below their public functions takes an out and an
+lse from outside; its signatures change, so all arguments go by keyword. `deterministic` is left at the packages'
+default, the fast one: gradients of queries are summed by atomics, in any order (the Triton backend's are not).
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any, ClassVar, Self, final
+
+from torch import Tensor
+
+from farspan.kernels.cuda.operators import Gradients, Library
+
+PLAIN: dict[str, Any] = {
+    "dropout_p": 0.0,
+    "window_size_left": -1,
+    "window_size_right": -1,
+    "softcap": 0.0,
+    "alibi_slopes": None,
+}
+"""What FlashAttention 2 wants to be told of plain softmax attention."""
+
+
+@cache
+def module(name: str) -> ModuleType | None:
+    """Return a module, or None where it is not installed or does not load."""
+    try:
+        return importlib.import_module(name)
+    except Exception:  # without its CUDA extension, or built for another torch, a package fails in many ways
+        return None
+
+
+@cache
+def parameters(function: Callable[..., Any]) -> dict[str, bool]:
+    """Return the names of a function's parameters and whether each has to be given."""
+    # A custom operator of torch shows (*args, **kwargs), and what it was made of in `_init_fn`.
+    signature = inspect.signature(getattr(function, "_init_fn", function))
+    return {name: parameter.default is parameter.empty for name, parameter in signature.parameters.items()}
+
+
+def call(function: Callable[..., Any], **arguments: Any) -> Any:
+    """Call a function by keyword, with None for whatever else has to be given."""
+    missing = {name for name, needed in parameters(function).items() if needed} - arguments.keys()
+    return function(**arguments, **dict.fromkeys(missing))
+
+
+class Package(Library):
+    """A library of a package; out, lse and gradients are as in its base class, in its functions as in this file's head.
+
+    mark: a parameter of the forward function by which the versions that this class can call are known.
+    """
+
+    module: ClassVar[str]
+    functions: ClassVar[tuple[str, str]]
+    mark: ClassVar[str]
+
+    def __init__(self, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
+        self._forward, self._backward = forward, backward
+
+    @classmethod
+    def find(cls) -> Self | None:
+        found = module(cls.module)
+        forward, backward = (getattr(found, name, None) for name in cls.functions)
+        if forward is None or backward is None or cls.mark not in parameters(forward):
+            return None
+        return cls(forward, backward)
+
+
+@final
+class FlashAttn2(Package):
+    """FlashAttention 2, from 2.7 on."""
+
+    name = "FlashAttention 2"
+    widest = 256
+    module = "flash_attn.flash_attn_interface"
+    functions = ("_flash_attn_forward", "_flash_attn_backward")
+    mark = "window_size_left"
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        q, k, v = _swap(q, k, v)
+        out, lse, *_ = call(
+            self._forward, q=q, k=k, v=v, softmax_scale=scale, causal=causal, return_softmax=False, **PLAIN
+        )
+        return out.transpose(1, 2), lse
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
+    ) -> Gradients:
+        dout, q, k, v, out = _swap(dout, q, k, v, out)
+        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+        call(
+            self._backward, dout=dout, q=q, k=k, v=v, out=out, softmax_lse=lse, dq=dq, dk=dk, dv=dv,
+            softmax_scale=scale, causal=causal, deterministic=False, **PLAIN,
+        )  # fmt: skip
+        return _gradients(dq, dk, dv)
+
+
+@final
+class FlashAttn3(Package):
+    """FlashAttention 3, for Hopper, from 3.0.0.b1 on, which demands all that later versions let be left out."""
+
+    name = "FlashAttention 3"
+    widest = 256
+    module = "flash_attn_interface"
+    functions = ("_flash_attn_forward", "_flash_attn_backward")
+    mark = "attention_chunk"
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        q, k, v = _swap(q, k, v)
+        out, lse, *_ = call(self._forward, q=q, k=k, v=v, softmax_scale=scale, causal=causal)
+        return out.transpose(1, 2), lse
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
+    ) -> Gradients:
+        dout, q, k, v, out = _swap(dout, q, k, v, out)
+        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+        causal_by_version = {"is_causal" if "is_causal" in parameters(self._backward) else "causal": causal}
+        call(
+            self._backward, dout=dout, q=q, k=k, v=v, out=out, softmax_lse=lse, dq=dq, dk=dk, dv=dv,
+            softmax_scale=scale, **causal_by_version,
+        )  # fmt: skip
+        return _gradients(dq, dk, dv)
+
+
+@final
+class FlashAttn4(Package):
+    """FlashAttention 4, for Hopper and Blackwell; versions differ in what they take above 128, and in what they return.
+
+    The first one, inside flash-attn 2.8, does not give its lse away: it counts as absent.
+    """
+
+    name = "FlashAttention 4"
+    widest = 128
+    module = "flash_attn.cute.interface"
+    functions = ("_flash_attn_fwd", "_flash_attn_bwd")
+    mark = "return_lse"
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        q, k, v = _swap(q, k, v)
+        out, lse, *_ = call(self._forward, q=q, k=k, v=v, softmax_scale=scale, causal=causal, return_lse=True)
+        return out.transpose(1, 2), lse
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
+    ) -> Gradients:
+        dout, q, k, v, out = _swap(dout, q, k, v, out)
+        dq, dk, dv, *_ = call(
+            self._backward, q=q, k=k, v=v, out=out, dout=dout, lse=lse, softmax_scale=scale, causal=causal
+        )
+        return _gradients(dq, dk, dv)
+
+
+def _swap(*tensors: Tensor) -> list[Tensor]:
+    """From `[N, H, T, D]` to `[N, T, H, D]`, or back."""
+    return [x.transpose(1, 2) for x in tensors]
+
+
+def _gradients(*tensors: Tensor) -> Gradients:
+    dq, dk, dv = _swap(*tensors)
+    return dq, dk, dv

@@ -1,0 +1,149 @@
+"""Key convolution: each key takes in the keys just before it (FlashMoBA, arXiv 2511.11571, "key convolution").
+
+    k'_t = k_t + silu(sum over l < W of w_l * k_{t-l})        w_l: one weight per KV head and feature, [W, Hk, D]
+
+Of this, the paper's abstract (a short convolution on keys, which gathers related keys in a block) and its widths of 3
+and 5 are verified; depthwise, causal, SiLU and the residual are from memory, as the released code has no convolution.
+A document's first keys have fewer before them: nothing is read across documents.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.merge import accumulation_dtype
+
+CHUNK_ELEMENTS = 1 << 22
+"""Elements of the keys that are worked on at the same time: scratch stays small, and is used again."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Taps:
+    """Which key each tap of the convolution reads, for rows in any order and a halo of rows that are held elsewhere.
+
+    sources: int64 `[W - 1, rows]`, for lags 1, 2 ... the place of what a row reads, in the rows and the halo set end to
+    end; `rows + halo` where it reads nothing. readers: the same map backwards, int64 `[W - 1, rows + halo]`: which row
+    reads a place, `rows` where none does.
+    """
+
+    sources: Tensor
+    readers: Tensor
+
+    @staticmethod
+    def build(rows: Rows, halo: Rows, width: int) -> "Taps":
+        """Find the `width - 1` rows before each of `rows` among themselves and `halo`; the weight has `width` taps."""
+        among = Rows(
+            position=torch.cat((rows.position, halo.position)), document=torch.cat((rows.document, halo.document))
+        )
+        found = earlier_rows(rows, among, width - 1)
+        sources = torch.where(found < 0, len(among), found)
+        readers = torch.full((width - 1, len(among) + 1), len(rows))
+        readers.scatter_(1, sources, torch.arange(len(rows)).expand(width - 1, -1))
+        return Taps(sources=sources, readers=readers[:, :-1].contiguous())
+
+    def to(self, device: torch.device | str) -> "Taps":
+        """Return the same taps on `device`."""
+        return Taps(sources=self.sources.to(device), readers=self.readers.to(device))
+
+
+def earlier_rows(rows: Rows, among: Rows, reach: int) -> Tensor:
+    """Return where the row 1, 2 ... `reach` positions earlier in the same document is among others, or -1.
+
+    int64 `[reach, rows]`. Padding has and is no earlier row. No two of `among` have the same document and position.
+    """
+    found = torch.full((reach, len(rows)), -1)
+    if not len(among):
+        return found
+    keys, order = among.ordinal().sort()
+    for lag in range(1, reach + 1):
+        # A lag does not reach from one document into another.
+        wanted = rows.ordinal() - lag
+        place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
+        exists = (keys[place] == wanted) & (rows.document >= 0)
+        found[lag - 1] = torch.where(exists, order[place], -1)
+    return found
+
+
+@torch.no_grad()
+def convolve(k: Tensor, halo: Tensor, weight: Tensor, taps: Taps) -> Tensor:
+    """Return the convolved keys `[T, Hk, D]` of k `[T, Hk, D]` with halo `[N, Hk, D]` and weight `[W, Hk, D]`.
+
+    All of one dtype, as is the result; sums are float32 (float64 for float64). Not differentiable by autograd: see
+    `convolve_backward`. Raises ValueError where shapes do not fit the taps.
+    """
+    _check_shapes(k, halo, weight, taps)
+    source, out, weight = _padded(k, halo), torch.empty_like(k), _widened(weight)
+    for rows in _chunks(len(k), k[0:1].numel()):
+        sums = _sums(source, weight, taps, rows)
+        out[rows] = functional.silu(sums, inplace=True).add_(k[rows])
+    return out
+
+
+@torch.no_grad()
+def convolve_backward(
+    dout: Tensor, k: Tensor, halo: Tensor, weight: Tensor, taps: Taps
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of k, halo and weight, in the accumulation dtype; for the sums that `convolve` has.
+
+    Each place has at most one reader at each lag, so that nothing is added up in an order that may change.
+    """
+    _check_shapes(k, halo, weight, taps)
+    source, weight = _padded(k, halo), _widened(weight)
+    wide = weight.dtype
+    dsums = torch.zeros(len(k) + 1, *k.shape[1:], dtype=wide, device=k.device)  # one more, for who has no reader
+    dweight = torch.zeros_like(weight)
+    for rows in _chunks(len(k), k[0:1].numel()):
+        part = dsums[rows]
+        sums = _sums(source, weight, taps, rows)
+        gate = sums.sigmoid()
+        torch.mul(dout[rows], gate.addcmul_(sums.mul_(1 - gate), gate), out=part)  # silu' = s + x s (1 - s)
+        dweight[0] += (part * k[rows]).sum(dim=0)
+        for lag, sources in enumerate(taps.sources[:, rows], start=1):
+            dweight[lag] += (part * source.index_select(0, sources)).sum(dim=0)
+    dsource = torch.empty(len(k) + len(halo), *k.shape[1:], dtype=wide, device=k.device)
+    torch.addcmul(dout.to(wide), dsums[:-1], weight[0], out=dsource[: len(k)])
+    dsource[len(k) :] = 0
+    for rows in _chunks(len(dsource), k[0:1].numel()):
+        for readers, of_lag in zip(taps.readers[:, rows], weight[1:], strict=True):
+            dsource[rows].addcmul_(dsums.index_select(0, readers), of_lag)
+    return dsource[: len(k)], dsource[len(k) :], dweight
+
+
+def _chunks(rows: int, row_elements: int) -> Iterator[slice]:
+    step = max(CHUNK_ELEMENTS // max(row_elements, 1), 1)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _padded(k: Tensor, halo: Tensor) -> Tensor:
+    """Return the keys, the halo and a row of 0 for those who read nothing."""
+    return torch.cat((k, halo, k.new_zeros(1, *k.shape[1:])))
+
+
+def _widened(weight: Tensor) -> Tensor:
+    return weight.to(accumulation_dtype(weight.dtype)).contiguous()
+
+
+def _sums(source: Tensor, weight: Tensor, taps: Taps, rows: slice) -> Tensor:
+    """Return the convolution of `rows` without SiLU and residual, in the dtype of the widened weight."""
+    sums = source[rows] * weight[0]
+    for sources, of_lag in zip(taps.sources[:, rows], weight[1:], strict=True):
+        sums.addcmul_(source.index_select(0, sources).to(sums.dtype), of_lag)
+    return sums
+
+
+def _check_shapes(k: Tensor, halo: Tensor, weight: Tensor, taps: Taps) -> None:
+    taps_and_rows, places = taps.sources.shape, taps.readers.shape[1]
+    if (weight.shape[0] - 1, len(k)) != taps_and_rows or len(k) + len(halo) != places:
+        raise ValueError(
+            f"these taps are for a weight of {taps_and_rows[0] + 1}, {taps_and_rows[1]} keys and "
+            f"{places - taps_and_rows[1]} of a halo; got {weight.shape[0]}, {len(k)} and {len(halo)}"
+        )
+    if not k.shape[1:] == halo.shape[1:] == weight.shape[1:]:
+        raise ValueError(
+            f"keys, halo and weight must have the same heads and features; got {list(k.shape)}, {list(halo.shape)} and "
+            f"{list(weight.shape)}"
+        )

@@ -1,0 +1,112 @@
+"""Lifetimes: the last query that sees each key of each KV head, by the type that the head gave the key.
+
+A global key is seen by the rest of its document, a local one up to the next global token, that one included, and a
+sliding one by a window. The first and the last token of a document are global whatever their routing: so every key has
+a next global token or is one.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from farspan.kernels.masks.rows import Rows, ordinal
+
+GLOBAL, LOCAL, SLIDING = range(3)
+
+
+def chosen_types(logits: Tensor) -> Tensor:
+    """Return the type with the highest of the logits `[T, Hk, 3]`, the first of equals, int8 `[T, Hk]`."""
+    of_global, local, sliding = logits.unbind(dim=-1)
+    first_two = (local > of_global).to(torch.int8)
+    return first_two.masked_fill_(sliding > torch.maximum(of_global, local), SLIDING)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Line:
+    """The tokens of a sequence set in line: document by document, in the order of their positions; padding first.
+
+    order: the token at each place, int64 `[tokens]`. first, end: the places of the first and last token of the document
+    at each place, int64 `[tokens]`. forced: whether the token is global whatever its routing, bool `[tokens]`: at both
+    ends of a document, and padding.
+    """
+
+    order: Tensor
+    first: Tensor
+    end: Tensor
+    forced: Tensor
+
+    @staticmethod
+    def of(everyone: Rows) -> "Line":
+        """Set the rows of a whole sequence, which come in any order, in line."""
+        documents, document = everyone.document.unique(return_inverse=True)
+        order = everyone.ordinal().argsort()
+        sizes = document.bincount(minlength=len(documents))
+        stop = sizes.cumsum(0).repeat_interleave(sizes)
+        first, place = stop - sizes.repeat_interleave(sizes), torch.arange(len(order))
+        forced = (place == first) | (place == stop - 1) | (everyone.document[order] < 0)
+        return Line(order=order, first=first, end=stop - 1, forced=forced)
+
+    def back(self, x: Tensor) -> Tensor:
+        """Return x `[..., tokens]`, in line, in the order of the sequence."""
+        return torch.empty_like(x).index_copy_(-1, self.order.to(x.device), x)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Lifetimes:
+    """Of some tokens of a sequence, on the CPU.
+
+    types: int8 `[Hk, tokens]`, those of forced tokens put right. last: the last position that sees the key, int32
+    `[Hk, tokens]`; -1 for padding, which none does. following: the position of the next global token after the token,
+    and beyond: of the one after that, int32 `[Hk, tokens]`; where there is none, the last token's. window: positions
+    after its own that see a sliding key.
+    """
+
+    types: Tensor
+    last: Tensor
+    following: Tensor
+    beyond: Tensor
+    window: int
+
+    @staticmethod
+    def of(types: Tensor, everyone: Rows, window: int) -> "Lifetimes":
+        """Return the lifetimes of a whole sequence by types, int8 `[tokens, Hk]`."""
+        line = Line.of(everyone)
+        kind = types.cpu().t()[:, line.order].masked_fill(line.forced, GLOBAL)
+        position = everyone.position[line.order].masked_fill(everyone.document[line.order] < 0, -1)
+        after = _next_global(kind, line)
+        following, beyond = position[after], position[after.gather(1, after)]
+        end = position[line.end]
+        sliding = torch.minimum(position.long() + window, end).int()
+        last = torch.where(kind == GLOBAL, end, torch.where(kind == LOCAL, following, sliding))
+        columns = (line.back(x) for x in (kind, last, following, beyond))
+        kind, last, following, beyond = columns
+        return Lifetimes(types=kind, last=last, following=following, beyond=beyond, window=window)
+
+    def take(self, index: Tensor) -> "Lifetimes":
+        """Return those of the tokens at `index` (int64 `[n]`); an index of -1 gives padding."""
+        columns = (self.types, self.last, self.following, self.beyond)
+        padding = (GLOBAL, -1, -1, -1)
+        types, last, following, beyond = (
+            torch.cat((x, x.new_full((len(x), 1), fill)), dim=1)[:, index]
+            for x, fill in zip(columns, padding, strict=True)
+        )
+        return Lifetimes(types=types, last=last, following=following, beyond=beyond, window=self.window)
+
+    def pairs(self, queries: Rows, keys: Rows) -> int:
+        """Return how many of `queries` see each of `keys`, which these lifetimes are of: the mean sum over KV heads."""
+        real = queries.document >= 0
+        seen_by = ordinal(queries.document[real], queries.position[real]).sort().values
+        first = torch.searchsorted(seen_by, ordinal(keys.document, keys.position))
+        stop = torch.searchsorted(seen_by, ordinal(keys.document, self.last), right=True)
+        return int((stop - first).clamp(min=0).sum()) // len(self.last)
+
+
+def _next_global(kind: Tensor, line: Line) -> Tensor:
+    """Return the place of the next global token after each, int64 `[Hk, tokens]`; the last one's in its document."""
+    tokens = kind.shape[1]
+    if not tokens:
+        return kind.long()
+    place = torch.arange(tokens)
+    at_or_after = torch.where(kind == GLOBAL, place, tokens).flip(1).cummin(dim=1).values.flip(1)
+    return torch.where(place == line.end, place, at_or_after.roll(-1, dims=1))

@@ -1,0 +1,232 @@
+"""Attention of a plan without a selection: a flash function called for its regions, partial results merged.
+
+A flash function knows neither rows nor documents: a region is full, causal from its top-left corner, or has a mask.
+An anticausal region is a causal one once its rows are turned round.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from farspan.kernels.merge import accumulation_dtype, empty_partial, merge_
+from farspan.kernels.planning.plan import HeadPlan, Plan
+from farspan.kernels.planning.regions import Kind, Region
+
+ROWS_AT_ONCE = 1 << 13
+"""Query rows of small regions that one call takes together: what bounds the memory of partial results."""
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+class FlashForward(Protocol):
+    """From q `[N, Hq, T, D]`, k `[N, Hk, S, D]`, v `[N, Hk, S, Dv]` to out `[N, Hq, T, Dv]` and lse `[N, Hq, T]`.
+
+    causal: key j to query i iff j <= i. mask: bool `[T, S]`, True where visible.
+    """
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class FlashBackward(Protocol):
+    """From the same, dout, and an out and lse that may be of more keys, to (dq, dk, dv) in q's dtype or wider."""
+
+    def __call__(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        causal: bool,
+        mask: Tensor | None,
+    ) -> Gradients: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RegionAttention:
+    """Attention by a pair of flash functions; see `farspan.kernels.attention` for the shapes."""
+
+    flash: FlashForward
+    flash_backward: FlashBackward
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        """Return (out, lse)."""
+        if len(plan.parts) == 1:
+            return self._part_forward(q, k, v, plan, plan.parts[0])
+        out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
+        for part in plan.parts:
+            heads, kv_heads = _index_of_heads(part, q, k)
+            found = self._part_forward(q[:, heads], k[:, kv_heads], v[:, kv_heads], plan, part)
+            out[:, heads], lse[:, heads] = found[0].to(out.dtype), found[1]
+        return out, lse
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan
+    ) -> Gradients:
+        """Return (dq, dk, dv); lse is finite."""
+        if len(plan.parts) == 1:
+            return self._part_backward(dout, q, k, v, out, lse, plan, plan.parts[0])
+        dq, dk, dv = zeros(q, k, v)
+        for part in plan.parts:
+            heads, kv_heads = _index_of_heads(part, q, k)
+            of_queries, of_keys = (x[:, heads] for x in (dout, q, out, lse)), (x[:, kv_heads] for x in (k, v))
+            (my_dout, my_q, my_out, my_lse), (my_k, my_v) = of_queries, of_keys
+            found = self._part_backward(my_dout, my_q, my_k, my_v, my_out, my_lse, plan, part)
+            dq[:, heads] = found[0].to(dq.dtype)
+            dk.index_add_(1, kv_heads, found[1].to(dk.dtype))
+            dv.index_add_(1, kv_heads, found[2].to(dv.dtype))
+        return dq, dk, dv
+
+    def _part_forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, part: HeadPlan) -> tuple[Tensor, Tensor]:
+        if _is_whole(plan, part):
+            out, lse = self._row_forward(q, k, v, plan, part, _Row(part.regions[0]))
+            return out.squeeze(0), lse.squeeze(0)
+        out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
+        for row in _rows_of(part):
+            found = self._row_forward(q, k, v, plan, part, row)
+            merge_(row.of_queries(out), row.of_queries(lse), *found)
+        return out, lse
+
+    def _part_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan, part: HeadPlan
+    ) -> Gradients:
+        if _is_whole(plan, part):
+            gradients = self._row_backward(dout, q, k, v, out, lse, plan, part, _Row(part.regions[0]))
+            dq, dk, dv = (gradient.squeeze(0) for gradient in gradients)
+            return dq, dk, dv
+        dq, dk, dv = zeros(q, k, v)
+        for row in _rows_of(part):
+            part_dq, part_dk, part_dv = self._row_backward(dout, q, k, v, out, lse, plan, part, row)
+            row.of_queries(dq).add_(part_dq)
+            for some in row.apart():
+                row.of_keys(dk, some).add_(part_dk[some])
+                row.of_keys(dv, some).add_(part_dv[some])
+        return dq, dk, dv
+
+    def _row_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, part: HeadPlan, row: "_Row"
+    ) -> tuple[Tensor, Tensor]:
+        """Return out `[regions, T, Hq, Dv]` and lse `[regions, T, Hq]`."""
+        my_q, my_k, my_v = (row.turn(_by_head(x)) for x in (row.of_queries(q), row.of_keys(k), row.of_keys(v)))
+        mask = _mask(plan, part, row.first, q.device)
+        out, lse = self.flash(my_q, my_k, my_v, causal=row.is_causal, mask=mask)
+        return _by_head(row.turn(out)), row.turn(lse).transpose(1, 2)
+
+    def _row_backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        plan: Plan,
+        part: HeadPlan,
+        row: "_Row",
+    ) -> Gradients:
+        """Return dq `[regions, T, Hq, D]`, dk and dv `[regions, S, Hk, ..]`."""
+        my_dout, my_q, my_out = (row.turn(_by_head(row.of_queries(x))) for x in (dout, q, out))
+        my_k, my_v = (row.turn(_by_head(row.of_keys(x))) for x in (k, v))
+        my_lse = row.turn(row.of_queries(lse).transpose(1, 2))
+        mask = _mask(plan, part, row.first, q.device)
+        gradients = self.flash_backward(my_dout, my_q, my_k, my_v, my_out, my_lse, causal=row.is_causal, mask=mask)
+        dq, dk, dv = (_by_head(row.turn(gradient)) for gradient in gradients)
+        return dq, dk, dv
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """Regions of one kind and shape at equal distances, as pieces of a window or documents of one length: one call.
+
+    first: the first of `count`; queries and keys of each further one lie `query_step` and `key_step` rows on. Queries
+    do not overlap.
+    """
+
+    first: Region
+    count: int = 1
+    query_step: int = 0
+    key_step: int = 0
+
+    @property
+    def is_causal(self) -> bool:
+        return self.first.kind in (Kind.CAUSAL, Kind.ANTICAUSAL)
+
+    def apart(self) -> Iterator[slice]:
+        """Yield slices of the regions, those in each so far apart that they share no keys."""
+        num_keys = self.first.key_stop - self.first.key_start
+        step = min(-(-num_keys // self.key_step), self.count) if self.key_step else self.count
+        yield from (slice(start, self.count, step) for start in range(step))
+
+    def of_queries(self, x: Tensor) -> Tensor:
+        """Return the regions' queries as a view `[regions, T, ...]` of x `[rows, ...]`."""
+        return self._view(x, self.first.queries, self.query_step, slice(0, self.count, 1))
+
+    def of_keys(self, x: Tensor, some: slice | None = None) -> Tensor:
+        """Return the keys of the regions, or of `some` of them, as a view `[regions, S, ...]` of x `[rows, ...]`."""
+        return self._view(x, self.first.keys, self.key_step, some or slice(0, self.count, 1))
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Turn the rows of x `[regions, heads, rows, ...]` round if that makes a causal region of these, and back."""
+        return x.flip(2) if self.first.kind is Kind.ANTICAUSAL else x
+
+    def _view(self, x: Tensor, rows: slice, step: int, some: slice) -> Tensor:
+        first = x[rows.start + some.start * step : rows.stop + some.start * step]
+        count = len(range(some.start, some.stop, some.step))
+        return first.as_strided((count, *first.shape), (some.step * step * x.stride(0), *first.stride()))
+
+
+def _rows_of(part: HeadPlan) -> Iterator[_Row]:
+    """Yield a part's regions, those that go together in one call; nothing is said of their order."""
+    by_shape: dict[tuple[Kind, int, int], list[Region]] = {}
+    for region in part.regions:
+        num_queries, num_keys = region.query_stop - region.query_start, region.key_stop - region.key_start
+        by_shape.setdefault((region.kind, num_queries, num_keys), []).append(region)
+    for (kind, num_queries, _), regions in by_shape.items():
+        most = 1 if kind is Kind.MASKED else max(ROWS_AT_ONCE // num_queries, 1)
+        row = _Row(regions[0])
+        for region in regions[1:]:
+            steps = region.query_start - row.first.query_start, region.key_start - row.first.key_start
+            if row.count == 1 and most > 1 and steps[0] >= num_queries and steps[1] >= 0:
+                row = _Row(row.first, 2, *steps)
+            elif 1 < row.count < most and steps == (row.count * row.query_step, row.count * row.key_step):
+                row = _Row(row.first, row.count + 1, row.query_step, row.key_step)
+            else:
+                yield row
+                row = _Row(region)
+        yield row
+
+
+def zeros(*like: Tensor) -> Gradients:
+    """Return zeros of three shapes, in the accumulation dtype."""
+    dq, dk, dv = (torch.zeros(x.shape, dtype=accumulation_dtype(x.dtype), device=x.device) for x in like)
+    return dq, dk, dv
+
+
+def _index_of_heads(part: HeadPlan, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the part's query heads and, for each, its KV head."""
+    heads = torch.tensor(part.heads, device=q.device)
+    return heads, heads // (q.shape[1] // k.shape[1])
+
+
+def _is_whole(plan: Plan, part: HeadPlan) -> bool:
+    """Whether one region holds all rows, so that nothing has to be merged."""
+    if len(part.regions) != 1:
+        return False
+    region = part.regions[0]
+    return region.queries == slice(0, len(plan.queries)) and region.keys == slice(0, len(plan.keys))
+
+
+def _mask(plan: Plan, part: HeadPlan, region: Region, device: torch.device) -> Tensor | None:
+    return plan.region_mask(part.visibility, region).to(device) if region.kind is Kind.MASKED else None
+
+
+def _by_head(x: Tensor) -> Tensor:
+    """From `[regions, rows, heads, width]` to `[regions, heads, rows, width]`, or back."""
+    return x.transpose(1, 2)

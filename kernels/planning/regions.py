@@ -1,0 +1,249 @@
+r"""Regions: rectangles of the query x key grid that together hold every visible pair, found without looking at each.
+
+Rows usually come in runs: stretches of one document whose positions grow by a constant step (1 for contiguous and
+zigzag shards, the degree for striped ones). Between two runs of the same step visibility is a band, and a band is
+cut exactly into rectangles that are seen in full and triangles: below the diagonal where the future begins, above it
+where a window ends. Only neighbourhoods, tiny windows and irregular rows (many tiny documents, gathered tokens) leave
+rectangles whose mask has to be computed.
+
+    keys ->  0.........h..........m
+    query 0  ##########                  # full: these keys are earlier than every query of the run
+             ##########\
+          n  ##########\\               \ causal: key j of the triangle is visible to query i iff j <= i
+"""
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.planning.bounds import Bounds, all_see
+from farspan.kernels.planning.candidates import candidates
+
+IRREGULAR_TILE = 128
+"""Rows per tile where rows form no runs."""
+
+
+class Kind(enum.Enum):
+    """How the pairs of a region are visible."""
+
+    FULL = "full"  # all pairs
+    CAUSAL = "causal"  # key j of the region to query i of the region iff j <= i
+    ANTICAUSAL = "anticausal"  # key j of the region to query i of the region iff j >= i; as many keys as queries
+    MASKED = "masked"  # as Visibility.mask of the region's rows says
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Query rows [query_start, query_stop) against key rows [key_start, key_stop)."""
+
+    kind: Kind
+    query_start: int
+    query_stop: int
+    key_start: int
+    key_stop: int
+
+    @property
+    def queries(self) -> slice:
+        return slice(self.query_start, self.query_stop)
+
+    @property
+    def keys(self) -> slice:
+        return slice(self.key_start, self.key_stop)
+
+
+def cut_regions(queries: Rows, keys: Rows, visibility: Visibility, shortest_run: int) -> tuple[Region, ...]:
+    """Return disjoint regions that hold every visible pair; runs of fewer rows than `shortest_run` are tiled.
+
+    `visibility` has one window at most: that of all heads, or of some.
+    """
+    query_segments, key_segments = (_segments(rows, visibility, shortest_run) for rows in (queries, keys))
+    if query_segments.step.any() and key_segments.step.any():
+        regions = _regions(queries, keys, query_segments, key_segments, visibility)
+    else:
+        query_tiles, key_tiles = (_tiles(rows, 0, len(rows), visibility) for rows in (queries, keys))
+        regions = _tile_regions(query_tiles, key_tiles, visibility)
+    return tuple(_merge_full(regions))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Segments:
+    """Rows [start, stop) of each; `step` is the constant growth of positions in a run, 0 where irregular."""
+
+    start: np.ndarray
+    stop: np.ndarray
+    step: np.ndarray
+    bounds: Bounds
+
+    def edges(self, number: int) -> tuple[int, int]:
+        return int(self.start[number]), int(self.stop[number])
+
+    def run(self, number: int) -> "_Run":
+        """Return one of them; its position means nothing where rows are irregular."""
+        return _Run(*self.edges(number), int(self.step[number]), int(self.bounds.position_low[number]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Rows [start, stop) of one document, at positions `position`, `position` + step, ..."""
+
+    start: int
+    stop: int
+    step: int
+    position: int
+
+
+def _segments(rows: Rows, visibility: Visibility, shortest_run: int) -> _Segments:
+    """Cut rows into runs of one document and constant step, and tiles of irregular rows between them."""
+    position, document = rows.position.numpy().astype(np.int64), rows.document.numpy()
+    pieces: list[tuple[int, int, int]] = []
+    taken = 0
+    # Runs have edges that a band can follow; the edges of a neighbourhood are too many for that.
+    runs = _runs(position, document, shortest_run) if visibility.neighbourhood is None else []
+    for first, stop, step in runs:
+        pieces += ((tile, min(tile + IRREGULAR_TILE, first), 0) for tile in range(taken, first, IRREGULAR_TILE))
+        # Sinks have another visibility than the rest of their run.
+        border = first + min(max(-(-(visibility.sinks - int(position[first])) // step), 0), stop - first)
+        pieces += ((a, b, step) for a, b in ((first, border), (border, stop)) if a < b)
+        taken = stop
+    pieces += ((tile, min(tile + IRREGULAR_TILE, len(rows)), 0) for tile in range(taken, len(rows), IRREGULAR_TILE))
+    start, stop, step = np.array(pieces, dtype=np.int64).reshape(-1, 3).T
+    return _Segments(start, stop, step, Bounds.of(rows, start, stop, visibility))
+
+
+def _runs(position: np.ndarray, document: np.ndarray, shortest_run: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (start, stop, step) of stretches of one document whose positions grow by a constant step, in order."""
+    growth = np.diff(position)
+    step = np.where((np.diff(document) == 0) & (document[1:] >= 0) & (growth > 0), growth, 0)
+    if not len(step):
+        return
+    borders = np.flatnonzero(np.diff(step)) + 1
+    starts, stops = np.concatenate(([0], borders)), np.concatenate((borders, [len(step)]))
+    long_enough = (step[starts] > 0) & (stops - starts + 1 >= shortest_run)
+    taken = 0
+    for start, stop in zip(starts[long_enough].tolist(), stops[long_enough].tolist(), strict=True):
+        # Two stretches of steps share the row between them; it belongs to the run that came first.
+        yield max(start, taken), stop + 1, int(step[start])
+        taken = stop + 1
+
+
+def _regions(
+    queries: Rows, keys: Rows, query_segments: _Segments, key_segments: _Segments, visibility: Visibility
+) -> Iterator[Region]:
+    window = visibility.window
+    assert not isinstance(window, tuple)
+    tiles_of_query = cache(lambda i: _tiles(queries, *query_segments.edges(i), visibility))
+    tiles_of_key = cache(lambda j: _tiles(keys, *key_segments.edges(j), visibility))
+    for i, j in _pairs(query_segments, key_segments, visibility).tolist():
+        query, key = query_segments.run(i), key_segments.run(j)
+        one_document = query_segments.bounds.document_low[i] == key_segments.bounds.document_low[j]
+        if query.step and query.step == key.step and one_document:
+            # A run of sinks is seen from everywhere; the rest of the document has none.
+            is_sink = key_segments.bounds.position_high[j] < visibility.sinks
+            yield from _band_regions(query, key, visibility.causal, None if is_sink else window)
+        else:
+            yield from _tile_regions(tiles_of_query(i), tiles_of_key(j), visibility)
+
+
+def _tile_regions(queries: _Segments, keys: _Segments, visibility: Visibility) -> Iterator[Region]:
+    """Regions of irregular rows, and of runs of different steps: tiles whose masks are computed unless all see all."""
+    pairs = _pairs(queries, keys, visibility)
+    whole = all_see(queries.bounds.take(pairs[:, 0]), keys.bounds.take(pairs[:, 1]), visibility)
+    edges = (queries.start[pairs[:, 0]], queries.stop[pairs[:, 0]], keys.start[pairs[:, 1]], keys.stop[pairs[:, 1]])
+    for is_whole, *edge in zip(whole.tolist(), *(values.tolist() for values in edges), strict=True):
+        yield Region(Kind.FULL if is_whole else Kind.MASKED, *edge)
+
+
+def _tiles(rows: Rows, start: int, stop: int, visibility: Visibility) -> _Segments:
+    """Cut rows [start, stop) into tiles, so that no mask between irregular rows grows with the square of the rows."""
+    starts = np.arange(0, stop - start, IRREGULAR_TILE)
+    stops = np.minimum(starts + IRREGULAR_TILE, stop - start)
+    bounds = Bounds.of(rows.slice(slice(start, stop)), starts, stops, visibility)
+    return _Segments(start + starts, start + stops, np.zeros_like(starts), bounds)
+
+
+def _pairs(queries: _Segments, keys: _Segments, visibility: Visibility) -> np.ndarray:
+    """Return the pairs of segments that may see each other, int64 `[pairs, 2]`, in order."""
+    stretches = [np.stack(pair, axis=1) for pair in candidates(queries.bounds, keys.bounds, visibility)]
+    return np.concatenate(stretches) if stretches else np.empty((0, 2), dtype=np.int64)
+
+
+def _band_regions(query: _Run, key: _Run, causal: bool, window: int | None) -> Iterator[Region]:
+    """Cut two runs of one document and one step: key j is visible to query i iff i + low <= j <= i + high."""
+    step, lead = query.step, query.position - key.position
+    num_queries, num_keys = query.stop - query.start, key.stop - key.start
+    high, low = num_keys, -num_queries
+    if window is not None:
+        # |lead + (i - j) step| < window, solved for j.
+        low = (lead - window) // step + 1
+        high = -((-lead - window) // step) - 1
+    if causal:
+        high = min(high, lead // step)
+    if low <= -(num_queries - 1):
+        yield from _below_diagonal(query.start, query.stop, key.start, key.stop, high)
+        return
+    assert window is not None
+    # Both edges of the band cut through: short query pieces keep the masked corner small.
+    piece = min(max(window // (4 * step), 64), 512)
+    for start in range(0, num_queries, piece):
+        stop = min(start + piece, num_queries)
+        # Keys from here on are inside the window of every query of the piece.
+        whole = min(max(stop - 1 + low, 0), num_keys)
+        queries = query.start + start, query.start + stop
+        if whole <= start + high + 1:
+            yield from _above_diagonal(*queries, key.start, key.start + whole, start + low)
+        elif max(start + low, 0) < min(whole, stop + high):
+            corner = max(start + low, 0), min(whole, stop + high)
+            yield Region(Kind.MASKED, *queries, key.start + corner[0], key.start + corner[1])
+        yield from _below_diagonal(*queries, key.start + whole, key.stop, start + high - whole)
+
+
+def _below_diagonal(query_start: int, query_stop: int, key_start: int, key_stop: int, high: int) -> Iterator[Region]:
+    """Regions of key j visible to query i iff j <= i + high."""
+    if high < 0:
+        query_start, high = query_start - high, 0
+    if query_start >= query_stop:
+        return
+    full_stop = min(key_start + high, key_stop)
+    if high >= key_stop - key_start - 1:
+        full_stop = key_stop
+    if full_stop > key_start:
+        yield Region(Kind.FULL, query_start, query_stop, key_start, full_stop)
+    last = min(key_stop, full_stop + query_stop - query_start)
+    if full_stop < last:
+        yield Region(Kind.CAUSAL, query_start, query_stop, full_stop, last)
+
+
+def _above_diagonal(query_start: int, query_stop: int, key_start: int, key_stop: int, low: int) -> Iterator[Region]:
+    """Regions of key j visible to query i iff j >= i + low."""
+    # Queries before this one see all keys.
+    first = min(query_start + max(-low, 0), query_stop)
+    if query_start < first and key_start < key_stop:
+        yield Region(Kind.FULL, query_start, first, key_start, key_stop)
+    key_start += max(low, 0)
+    side = min(query_stop - first, key_stop - key_start)
+    if side > 0:
+        yield Region(Kind.ANTICAUSAL, first, first + side, key_start, key_start + side)
+
+
+def _merge_full(regions: Iterator[Region]) -> Iterator[Region]:
+    """Join full regions of the same queries whose keys follow each other."""
+    previous: Region | None = None
+    for region in regions:
+        if (
+            previous is not None
+            and previous.kind is region.kind is Kind.FULL
+            and previous.queries == region.queries
+            and previous.key_stop == region.key_start
+        ):
+            previous = Region(Kind.FULL, region.query_start, region.query_stop, previous.key_start, region.key_stop)
+            continue
+        if previous is not None:
+            yield previous
+        previous = region
+    if previous is not None:
+        yield previous

@@ -1,0 +1,62 @@
+"""Intervals: visibility as ranks of keys, so that a kernel compares two numbers instead of all terms.
+
+Keys that are ranked by document and position form one interval for each query: those of its document, not later than
+the query, not further than the window. Sinks form a second one; a neighbourhood is not an interval and stays outside.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from farspan.kernels.masks.mask import MAX_WINDOW, Visibility
+from farspan.kernels.masks.rows import Rows
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ranking:
+    """Keys by document and position: `rank` int32 `[keys]`, -1 for padding; `ordered` int64, ascending."""
+
+    rank: np.ndarray
+    ordered: np.ndarray
+
+    @staticmethod
+    def of(keys: Rows) -> "Ranking":
+        """Rank the keys that are not padding."""
+        document = keys.document.numpy()
+        code = _code(document, keys.position.numpy())
+        real = np.flatnonzero(document >= 0)
+        order = real[np.argsort(code[real], kind="stable")]
+        rank = np.full(len(keys), -1, dtype=np.int32)
+        rank[order] = np.arange(len(order))
+        return Ranking(rank, code[order])
+
+    def near(self, queries: Rows, visibility: Visibility) -> np.ndarray:
+        """Return the first and last rank that each query sees apart from sinks, int32 `[2, queries]`; -1 last if none.
+
+        `visibility` has one window at most.
+        """
+        assert not isinstance(visibility.window, tuple)
+        position = queries.position.numpy().astype(np.int64)
+        low, high = np.zeros_like(position), np.full_like(position, MAX_WINDOW)
+        if visibility.window is not None:
+            low = np.maximum(position - visibility.window + 1, 0)
+            high = np.minimum(position + visibility.window - 1, MAX_WINDOW)
+        return self._between(queries, low, np.minimum(high, position) if visibility.causal else high)
+
+    def sinks(self, queries: Rows, visibility: Visibility) -> np.ndarray:
+        """Return the same of the first `visibility.sinks` positions."""
+        position = queries.position.numpy().astype(np.int64)
+        high = np.full_like(position, visibility.sinks - 1)
+        return self._between(
+            queries, np.zeros_like(position), np.minimum(high, position) if visibility.causal else high
+        )
+
+    def _between(self, queries: Rows, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        document = queries.document.numpy()
+        first = np.searchsorted(self.ordered, _code(document, low), side="left")
+        last = np.searchsorted(self.ordered, _code(document, high), side="right") - 1
+        return np.stack((first, np.where(document < 0, -1, last))).astype(np.int32)
+
+
+def _code(document: np.ndarray, position: np.ndarray) -> np.ndarray:
+    return document.astype(np.int64) << 32 | position

@@ -1,0 +1,30 @@
+"""Ring attention (arXiv 2310.01889): keys and values travel around the ranks while queries stay.
+
+    step 0        step 1        step P-1      rank r attends to its own chunk first, then to the chunk of rank r-1,
+    r: chunk r    chunk r-1  …  chunk r+1     r-2, …; the next chunk is on its way during the work on this one.
+
+In the backward pass the chunks make the same journey, followed one step behind by the sum of their gradients, which
+needs one hop more to be home. Sums over chunks are float32 (float64 for float64 inputs), on the wire too.
+"""
+
+from typing import final
+
+from farspan.kernels.mechanism import Masked
+from farspan.parallel.context_parallel.moving_kv import TravellingKeys
+from farspan.parallel.context_parallel.ring_exchange import RingJourney, Rings
+from farspan.parallel.context_parallel.strategy import STRATEGIES, HeadShare
+from farspan.parallel.layout import Shards
+
+
+@final
+class Ring(TravellingKeys):
+    """One ring, for every layout."""
+
+    name = "ring"
+
+    def route(self, mechanism: Masked, shards: Shards, share: HeadShare) -> RingJourney:
+        rings = Rings(size=self.channel.size, width=self.channel.size)
+        return RingJourney(self, rings, mechanism, shards, share)
+
+
+STRATEGIES.add(Ring.name, Ring)

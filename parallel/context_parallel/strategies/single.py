@@ -1,0 +1,73 @@
+"""Single: one rank holds the whole sequence and nothing moves."""
+
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from farspan.kernels.mechanism import Heads, Mechanism
+from farspan.kernels.sequence_attention import Saved, WholeAttention, plan_whole
+from farspan.parallel.context_parallel.strategy import (
+    STRATEGIES,
+    Attend,
+    Chosen,
+    HeadShare,
+    Move,
+    Queries,
+    Sizes,
+    Strategy,
+)
+from farspan.parallel.layout import Shards
+
+
+@final
+class Single(Strategy):
+    """Context parallelism of degree 1."""
+
+    deals_heads = True
+
+    @classmethod
+    def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
+        if degree != 1:
+            return f"strategy 'single' keeps the sequence on one rank: set parallel.context=1 instead of {degree}."
+        return None
+
+    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> Attend:
+        return _SingleAttend(
+            tokens_local=shards.tokens_local,
+            heads=share.here,
+            routing_width=mechanism.routing_width,
+            tokens=shards.index[self.channel.rank],
+            whole=plan_whole(
+                mechanism, shards.rows_of(self.channel.rank), share.everyone, share.which, backend=backend
+            ),
+        )
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _SingleAttend(Attend):
+    whole: WholeAttention
+    tokens: Tensor
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
+        return self.whole.forward(*inputs)
+
+    def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
+        return self.whole.backward(dout, saved)
+
+    def lse(self, saved: Saved) -> Tensor | None:
+        return self.whole.lse(saved)
+
+    def moves(self, sizes: Sizes, chosen: Chosen = None) -> tuple[Move, ...]:
+        return ()
+
+    @property
+    def queries(self) -> Queries:
+        return Queries(self.tokens, self.heads.query)
+
+    def working_bytes(self, sizes: Sizes, chosen: Chosen = None) -> int:
+        return 0
+
+
+STRATEGIES.add("single", Single)

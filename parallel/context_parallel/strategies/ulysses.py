@@ -1,0 +1,45 @@
+"""Ulysses (arXiv 2309.14509): an all-to-all turns each rank's tokens of all heads into all tokens of its heads."""
+
+from typing import final
+
+from farspan.kernels.mechanism import Heads, Mechanism
+from farspan.kernels.sequence_attention import plan_whole
+from farspan.parallel.context_parallel.head_exchange import (
+    ExchangedAttend,
+    Reordering,
+    dealt_heads,
+    refusal_of_dealt_heads,
+)
+from farspan.parallel.context_parallel.strategy import STRATEGIES, Attend, HeadShare, Strategy
+from farspan.parallel.layout import Shards
+
+
+@final
+class Ulysses(Strategy):
+    """Needs the query heads to divide by the degree, and KV heads and degree to divide one way or the other."""
+
+    deals_heads = True
+
+    @classmethod
+    def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
+        return refusal_of_dealt_heads("ulysses", "parallel.context", heads, degree)
+
+    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> Attend:
+        # In the order of the sequence, so that documents are runs again whatever the layout.
+        order, mine = shards.order(), dealt_heads(share, self.channel)
+        rows = shards.rows.take(shards.index.flatten()[order])
+        return ExchangedAttend(
+            tokens_local=shards.tokens_local,
+            heads=share.here,
+            routing_width=mechanism.routing_width,
+            name="ulysses",
+            channel=self.channel,
+            tokens=shards.index.flatten()[order],
+            reordering=Reordering.of(order),
+            inside=plan_whole(mechanism, rows, mine.everyone, mine.which, backend=backend),
+            share=mine,
+            rounded=self.rounded_gradients,
+        )
+
+
+STRATEGIES.add("ulysses", Ulysses)

@@ -1,0 +1,250 @@
+"""The library backend where there is no GPU: its operators are played by plain torch, with their conventions.
+
+A stand-in takes and returns what the operator does, and fails on what the operator cannot do. That the operators take
+our calls is tried on tensors without data.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from farspan.errors import ConfigError
+from farspan.kernels.backend import BACKENDS
+from farspan.kernels.cuda import flash as library_flash
+from farspan.kernels.cuda import operators as library
+from farspan.kernels.cuda.operators import Cudnn, Library, TorchFlash
+from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.neighborhood import Dimension, Neighbourhood
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.masks.selection import Partition, Selection
+from farspan.kernels.merge import empty_partial, merge_
+from farspan.kernels.planning.plan import Plan
+from tests.support import fake_flash_attn, oracle
+
+ROWS = {
+    "one": Rows.packed([150]),
+    "ragged": Rows.packed([1, 40, 3, 99], padding=5),
+    "shuffled": Rows.packed([50, 30], padding=3).take(torch.randperm(83, generator=torch.Generator().manual_seed(0))),
+}
+VISIBILITIES = [
+    Visibility(),
+    Visibility(causal=False),
+    Visibility(window=30, sinks=2),
+    Visibility(window=(3, 40, 3, 9), sinks=2),
+    Visibility(
+        causal=False,
+        neighbourhood=Neighbourhood(
+            dimensions=(Dimension(length=5, window=3), Dimension(length=8, window=4, stride=2))
+        ),
+    ),
+]
+
+
+def check_operands(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
+    assert q.dtype == k.dtype == v.dtype
+    assert q.dtype in (torch.bfloat16, torch.float16)
+    assert q.shape[:2] == k.shape[:2] == v.shape[:2], "heads are not grouped"
+    assert q.shape[3] == k.shape[3] == v.shape[3], "one head size"
+    assert q.shape[3] % 8 == 0
+    assert all(x.stride(-1) == 1 for x in (q, k, v))
+    assert min(q.shape[2], k.shape[2]) > 0
+    assert not causal or q.shape[2] == k.shape[2], "causal is a square"
+
+
+def probability(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+    scores = q.float() @ k.float().transpose(-1, -2) * scale
+    return scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -math.inf) if causal else scores
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    check_operands(q, k, v, causal)
+    scores = probability(q, k, causal, scale)
+    return (scores.softmax(-1) @ v.float()).to(q.dtype), scores.logsumexp(-1)
+
+
+def gradients(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_operands(q, k, v, causal)
+    assert dout.dtype == out.dtype == q.dtype
+    assert lse.dtype == torch.float32
+    assert dout.shape == out.shape == q.shape
+    p = (probability(q, k, causal, scale) - lse.unsqueeze(-1)).exp()
+    ds = p * (dout.float() @ v.float().transpose(-1, -2) - (dout.float() * out.float()).sum(-1, keepdim=True)) * scale
+    found = ds @ k.float(), ds.transpose(-1, -2) @ q.float(), p.transpose(-1, -2) @ dout.float()
+    dq, dk, dv = (x.to(q.dtype) for x in found)
+    return dq, dk, dv
+
+
+class FakeAten:
+    """The four operators, by their schemas."""
+
+    def __init__(self) -> None:
+        self.called: list[str] = []
+
+    def _scaled_dot_product_flash_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float, is_causal: bool, debug: bool, *, scale: float
+    ) -> tuple[Any, ...]:
+        self.called.append("flash")
+        out, lse = attention(query, key, value, is_causal, scale)
+        return out, lse, None, None, query.shape[2], key.shape[2], torch.zeros(2), torch.zeros(()), torch.zeros(0)
+
+    def _scaled_dot_product_cudnn_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_bias: None, compute_log_sumexp: bool, dropout_p: float,
+        is_causal: bool, debug: bool, *, scale: float,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        assert compute_log_sumexp
+        assert key.shape[2] > 1
+        assert query.shape[3] <= 128
+        self.called.append("cudnn")
+        out, lse = attention(query, key, value, is_causal, scale)
+        scalar = torch.zeros(())
+        return out, lse.unsqueeze(-1), None, None, query.shape[2], key.shape[2], scalar, scalar, None
+
+    def _scaled_dot_product_flash_attention_backward(
+        self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, cum_q: None,
+        cum_k: None, max_q: int, max_k: int, dropout_p: float, is_causal: bool, seed: Tensor, offset: Tensor, *,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        assert (max_q, max_k) == (query.shape[2], key.shape[2])
+        assert logsumexp.is_contiguous()
+        return gradients(grad_out, query, key, value, out, logsumexp, is_causal, scale)
+
+    def _scaled_dot_product_cudnn_attention_backward(
+        self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, seed: Tensor,
+        offset: Tensor, attn_bias: None, cum_q: None, cum_k: None, max_q: int, max_k: int, dropout_p: float,
+        is_causal: bool, *, scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        assert (max_q, max_k) == (query.shape[2], key.shape[2])
+        assert logsumexp.shape == (*query.shape[:3], 1)
+        return gradients(grad_out, query, key, value, out, logsumexp.squeeze(-1), is_causal, scale)
+
+
+@pytest.fixture(params=["flash", "cudnn"])
+def operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> FakeAten:
+    """Play the operators on a Hopper GPU; with cuDNN present it takes all regions that it can."""
+    fake = FakeAten()
+    fake_flash_attn.install(monkeypatch)
+    monkeypatch.setattr(library, "aten", fake)
+    monkeypatch.setattr(library_flash, "generation", lambda device: 9)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91501 if request.param == "cudnn" else 91500)
+    return fake
+
+
+def draw(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def run(plan: Plan, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
+    library = BACKENDS.get("library")
+    out, lse = library.forward(q, k, v, plan)
+    return [out, lse, *library.backward(dout, q, k, v, out.to(q.dtype), lse, plan)]
+
+
+def expect(mask: Tensor, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    out, lse = oracle.attention(leaves[0], leaves[1], leaves[2], mask)
+    return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout.double())]
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(16, 16), (20, 12), (192, 128)])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("visibility", VISIBILITIES, ids=str)
+def test_equals_the_formula(
+    operators: FakeAten, visibility: Visibility, heads: tuple[int, int], head_dim: int, value_dim: int
+) -> None:
+    for rows in ROWS.values():
+        shapes = ((heads[0], head_dim), (heads[1], head_dim), (heads[1], value_dim), (heads[0], value_dim))
+        q, k, v, dout = (draw(len(rows), *s, dtype=torch.bfloat16, seed=i) for i, s in enumerate(shapes))
+        plan = Plan.build(rows, rows, visibility, heads=heads[0], shortest_run=8)
+        expected = expect(oracle.visible_mask(rows, rows, visibility, heads[0]), q, k, v, dout)
+        for name, got, right in zip(("out", "lse", "dq", "dk", "dv"), run(plan, q, k, v, dout), expected, strict=True):
+            assert oracle.relative_error(got, right) <= oracle.RELATIVE_TOLERANCE[torch.bfloat16], name
+
+
+def test_each_operator_is_given_what_it_is_for(operators: FakeAten, request: pytest.FixtureRequest) -> None:
+    """One document is one triangle, without a mask; cuDNN is not asked for short regions or wide heads."""
+    chosen = request.node.callspec.params["operators"]
+    for tokens, width, expected in ((150, 16, chosen), (40, 16, "flash"), (150, 192, "flash")):
+        rows = Rows.packed([tokens])
+        q, k, v, dout = (draw(tokens, 2, width, dtype=torch.float16, seed=i) for i in range(4))
+        operators.called.clear()
+        run(Plan.build(rows, rows, Visibility(), heads=2), q, k, v, dout)
+        assert operators.called == [expected]
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(90, 90), (90, 70), (70, 90)])
+def test_causal_regions_that_are_no_squares(operators: FakeAten, queries: int, keys: int) -> None:
+    """Aligned at the top left: query i sees keys 0 to i, and none sees keys past the last query."""
+    q, dout = (draw(1, 4, queries, 16, dtype=torch.bfloat16, seed=i) for i in (0, 3))
+    k, v = (draw(1, 2, keys, 16, dtype=torch.bfloat16, seed=i) for i in (1, 2))
+    out, lse = library_flash.flash(q, k, v, causal=True, mask=None)
+    got = [out, lse, *library_flash.flash_backward(dout, q, k, v, out, lse, causal=True, mask=None)]
+    mask = torch.ones(queries, keys, dtype=torch.bool).tril().expand(4, -1, -1)
+    tokens_first = [x.squeeze(0).transpose(0, 1) for x in (q, k, v, dout)]
+    expected = expect(mask, tokens_first[0], tokens_first[1], tokens_first[2], tokens_first[3])
+    for mine, right in zip(got, expected, strict=True):
+        assert oracle.relative_error(mine.squeeze(0).transpose(0, 1), right) <= 2e-2
+
+
+def test_parts_over_disjoint_keys_merge_and_their_gradients_add_up(operators: FakeAten) -> None:
+    """What a ring does: out and lse are of more keys than a call's own, and sums of parts are float32."""
+    rows = Rows.packed([200])
+    q, k, v, dout = (draw(200, n, 16, dtype=torch.bfloat16, seed=i) for i, n in enumerate((4, 2, 2, 4)))
+    library = BACKENDS.get("library")
+    parts = [slice(0, 70), slice(70, 200)]
+    plans = [Plan.build(rows, rows.slice(part), Visibility(), heads=4) for part in parts]
+    out, lse = empty_partial(200, 4, 16, like=q)
+    for part, plan in zip(parts, plans, strict=True):
+        merge_(out, lse, *library.forward(q, k[part], v[part], plan))
+    found = [
+        library.backward(dout, q, k[part], v[part], out.to(q.dtype), lse, plan)
+        for part, plan in zip(parts, plans, strict=True)
+    ]
+    got = [out, lse, found[0][0] + found[1][0], *(torch.cat((found[0][i], found[1][i])) for i in (1, 2))]
+    assert all(x.dtype == torch.float32 for part in found for x in part)
+    expected = expect(oracle.visible_mask(rows, rows, Visibility(), 4), q, k, v, dout)
+    for mine, right in zip(got, expected, strict=True):
+        assert oracle.relative_error(mine, right) <= 2e-2
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(0, 5), (5, 0), (0, 0)])
+def test_no_rows_at_all(queries: int, keys: int) -> None:
+    plan = Plan.build(Rows.packed([queries]), Rows.packed([keys]), Visibility(), heads=2)
+    q, k, v, dout = (draw(n, 2, 16, dtype=torch.bfloat16, seed=0) for n in (queries, keys, keys, queries))
+    out, lse, *found = run(plan, q, k, v, dout)
+    assert out.shape == (queries, 2, 16)
+    assert lse.isneginf().all()
+    assert [x.shape for x in found] == [x.shape for x in (q, k, v)]
+
+
+def test_what_it_cannot_compute_is_refused_with_what_can() -> None:
+    rows = Rows.packed([8])
+    plan = Plan.build(rows, rows, Visibility(), heads=2)
+    q = torch.zeros(8, 2, 16)
+    with pytest.raises(ConfigError, match="takes bfloat16 and float16, not float32; use "):
+        BACKENDS.get("library").forward(q, q, q, plan)
+    blocks = Partition.blocks(rows, 4)
+    selection = Selection.from_lists(torch.arange(8), blocks, torch.zeros(2, 8, 1, dtype=torch.int64))
+    chosen = plan.choosing(selection)
+    with pytest.raises(ConfigError, match="chosen by content"):
+        BACKENDS.get("library").forward(q.half(), q.half(), q.half(), chosen)
+    living = plan.living(torch.zeros(2, 8, dtype=torch.int32))
+    with pytest.raises(ConfigError, match="chosen by content"):
+        BACKENDS.get("library").forward(q.half(), q.half(), q.half(), living)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("library", [TorchFlash, Cudnn])
+def test_the_real_operators_take_our_calls(library: Callable[[], Library], causal: bool) -> None:
+    """On tensors without data: order, number and kinds of arguments, and the shapes of what comes back."""
+    q, k, v, dout = (torch.empty(1, 4, 96, 64, dtype=torch.bfloat16, device="meta") for _ in range(4))
+    out, lse = library().forward(q, k, v, causal=causal, scale=0.125)
+    assert (out.shape, out.dtype) == (q.shape, q.dtype)
+    assert (lse.shape, lse.dtype) == ((1, 4, 96), torch.float32)
+    found = library().backward(dout, q, k, v, out, lse, causal=causal, scale=0.125)
+    assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in (q, k, v)]

@@ -1,0 +1,188 @@
+"""FlashAttention 2, 3 and 4 where there is no GPU: played by plain torch, behind the signatures of each version."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from farspan.kernels.backend import BACKENDS
+from farspan.kernels.cuda import flash as library_flash
+from farspan.kernels.cuda import packages as flash_attn
+from farspan.kernels.cuda.flash import choose, installed
+from farspan.kernels.cuda.operators import Cudnn, Library, TorchFlash
+from farspan.kernels.cuda.packages import FlashAttn2, FlashAttn3, FlashAttn4, Package
+from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.merge import empty_partial, merge_
+from farspan.kernels.planning.plan import Plan
+from tests.kernels.cuda.test_flash import ROWS, VISIBILITIES, draw, expect, run
+from tests.support import fake_flash_attn, oracle
+from tests.support.fake_flash_attn import CALLED
+
+CPU = torch.device("cpu")
+VERSIONS = {
+    "fa2": FlashAttn2,
+    "fa3_b1": FlashAttn3,
+    "fa3_head": FlashAttn3,
+    "fa4_b3": FlashAttn4,
+    "fa4_b36": FlashAttn4,
+}
+
+
+def prepare(monkeypatch: pytest.MonkeyPatch, *versions: str, generation: int = 9, cudnn: int = 0) -> None:
+    """Have a GPU of a generation, these versions and no other, and cuDNN of this version."""
+    fake_flash_attn.install(monkeypatch, *versions)
+    monkeypatch.setattr(library_flash, "generation", lambda device: generation)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+
+
+@pytest.fixture(params=VERSIONS)
+def version(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    prepare(monkeypatch, request.param)
+    return request.param
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(16, 16), (20, 12)])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("visibility", VISIBILITIES, ids=str)
+def test_equals_the_formula(
+    version: str, visibility: Visibility, heads: tuple[int, int], head_dim: int, value_dim: int
+) -> None:
+    for rows in ROWS.values():
+        shapes = ((heads[0], head_dim), (heads[1], head_dim), (heads[1], value_dim), (heads[0], value_dim))
+        q, k, v, dout = (draw(len(rows), *s, dtype=torch.bfloat16, seed=i) for i, s in enumerate(shapes))
+        plan = Plan.build(rows, rows, visibility, heads=heads[0], shortest_run=8)
+        expected = expect(oracle.visible_mask(rows, rows, visibility, heads[0]), q, k, v, dout)
+        for name, got, right in zip(("out", "lse", "dq", "dk", "dv"), run(plan, q, k, v, dout), expected, strict=True):
+            assert oracle.relative_error(got, right) <= oracle.RELATIVE_TOLERANCE[torch.bfloat16], name
+    assert set(CALLED) <= {version.partition("_")[0]}
+
+
+def test_out_and_lse_may_be_of_more_keys(version: str) -> None:
+    """What a ring does; scores are large, so that an lse of another base or scale would show."""
+    rows = Rows.packed([200])
+    q, k, v, dout = (draw(200, n, 16, dtype=torch.bfloat16, seed=i) for i, n in enumerate((4, 2, 2, 4)))
+    q = q * 3
+    parts = [slice(0, 70), slice(70, 200)]
+    plans = [Plan.build(rows, rows.slice(part), Visibility(), heads=4) for part in parts]
+    out, lse = empty_partial(200, 4, 16, like=q)
+    library = BACKENDS.get("library")
+    for part, plan in zip(parts, plans, strict=True):
+        merge_(out, lse, *library.forward(q, k[part], v[part], plan))
+    found = [
+        library.backward(dout, q, k[part], v[part], out.to(q.dtype), lse, plan)
+        for part, plan in zip(parts, plans, strict=True)
+    ]
+    got = [out, lse, found[0][0] + found[1][0], *(torch.cat((found[0][i], found[1][i])) for i in (1, 2))]
+    expected = expect(oracle.visible_mask(rows, rows, Visibility(), 4), q, k, v, dout)
+    for name, mine, right in zip(("out", "lse", "dq", "dk", "dv"), got, expected, strict=True):
+        assert oracle.relative_error(mine, right) <= 2e-2, name
+    assert CALLED
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_operators_themselves(version: str, causal: bool) -> None:
+    """Forward and backward of one square: shapes and dtypes as the base class says, tensors not contiguous."""
+    library = VERSIONS[version].find()
+    assert isinstance(library, VERSIONS[version])
+    q, k, v, dout = (draw(2, 40, 3, 16, dtype=torch.float16, seed=i).transpose(1, 2) for i in range(4))
+    out, lse = library.forward(q, k, v, causal=causal, scale=0.25)
+    found = library.backward(dout, q, k, v, out, lse.contiguous(), causal=causal, scale=0.25)
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (2, 3, 40), torch.float32)
+    assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in (q, k, v)]
+    mask = torch.ones(40, 40, dtype=torch.bool).tril() if causal else torch.ones(40, 40, dtype=torch.bool)
+    for number in range(2):
+        one = (x[number].transpose(0, 1) for x in (q, k, v, dout))
+        expected = expect(mask.expand(3, -1, -1), *one)
+        got = [x[number].transpose(0, 1) for x in (out, lse.unsqueeze(-1), *found)]
+        got[1] = got[1].squeeze(-1)
+        for mine, right in zip(got, expected, strict=True):
+            assert oracle.relative_error(mine, right) <= 4e-3
+
+
+@pytest.mark.parametrize("package", [FlashAttn2, FlashAttn3, FlashAttn4])
+def test_nothing_is_found_where_nothing_is_installed(package: type[Package], monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(monkeypatch)
+    assert package.find() is None
+    assert [type(x) for x in installed(CPU)] == [TorchFlash]
+
+
+@pytest.mark.parametrize(("version", "package"), [("fa2_old", FlashAttn2), ("fa4_early", FlashAttn4)])
+def test_versions_of_other_signatures_count_as_absent(
+    version: str, package: type[Package], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(monkeypatch, version)
+    assert package.find() is None
+
+
+@pytest.mark.parametrize(
+    "failure",
+    ["import no_such_cuda_extension", "raise OSError('undefined symbol')", "raise AttributeError('x')", "x = 1"],
+)
+def test_a_broken_installation_counts_as_absent(failure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its CUDA extension, built for another torch, beside another compiler, or something else of that name."""
+    prepare(monkeypatch)
+    for name in ("flash_attn", "flash_attn.cute", *(package.module for package in VERSIONS.values())):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        path = tmp_path.joinpath(*name.split("."))
+        if name in ("flash_attn", "flash_attn.cute"):
+            path.mkdir()
+        else:
+            path.with_suffix(".py").write_text(failure)
+    monkeypatch.syspath_prepend(tmp_path)
+    for package in (FlashAttn2, FlashAttn3, FlashAttn4):
+        assert package.find() is None
+        sys.modules.pop(package.module, None)
+
+
+def test_a_module_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(flash_attn.importlib, "import_module", asked.append)
+    name = "a_module_of_no_other_test"
+    assert flash_attn.module(name) is flash_attn.module(name) is None
+    assert asked == [name]
+
+
+ALL = ("fa2", "fa3_head", "fa4_b36")
+
+
+@pytest.mark.parametrize(
+    ("generation", "versions", "cudnn", "length", "width", "expected"),
+    [
+        (9, ALL, 91501, 128, 128, FlashAttn3),
+        (9, ALL, 91501, 1, 256, FlashAttn3),
+        (9, ("fa2", "fa4_b3"), 91501, 128, 128, Cudnn),
+        (9, ("fa2", "fa4_b3"), 91500, 128, 128, FlashAttn4),
+        (9, ("fa2", "fa4_b3"), 91501, 63, 128, FlashAttn4),
+        (9, ("fa2", "fa4_b3"), 91501, 128, 136, FlashAttn2),
+        (9, (), 91501, 128, 128, Cudnn),
+        (9, (), 91501, 128, 136, TorchFlash),
+        (10, ALL, 91501, 128, 128, FlashAttn4),
+        (10, ("fa3_b1",), 91501, 128, 128, Cudnn),
+        (10, ALL, 91501, 128, 192, FlashAttn2),
+        (8, ALL, 91501, 128, 128, FlashAttn2),
+        (8, (), 91501, 128, 128, TorchFlash),
+        (12, ("fa3_b1", "fa4_b3"), 91501, 128, 64, TorchFlash),
+    ],
+)
+def test_choice(
+    generation: int,
+    versions: tuple[str, ...],
+    cudnn: int,
+    length: int,
+    width: int,
+    expected: type[Library],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prepare(monkeypatch, *versions, generation=generation, cudnn=cudnn)
+    assert type(choose(installed(CPU), length, 256, width)) is expected
+    assert type(choose(installed(CPU), 256, length, width)) is expected
+
+
+def test_what_was_found_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(monkeypatch, "fa2", "fa3_b1", cudnn=91501)
+    assert BACKENDS.get("library").calls() == ""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert BACKENDS.get("library").calls() == "FlashAttention 3, cuDNN, FlashAttention 2, torch's FlashAttention"
+    assert BACKENDS.get("reference").calls() == ""

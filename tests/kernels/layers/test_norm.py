@@ -1,0 +1,81 @@
+"""RMS normalisation against a float64 formula, and against the rounding of Llama's own code."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from farspan.kernels.layers.norm import rms_norm
+
+EPS = 1e-5
+Norm = Callable[[Tensor, Tensor], Tensor]
+
+
+def formula(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.square().sum(-1, keepdim=True) / x.shape[-1] + EPS).sqrt() * weight
+
+
+def llama_rounding(x: Tensor, weight: Tensor) -> Tensor:
+    """Normalise in float32, round to the input dtype, then multiply by the weight and round again."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)).to(x.dtype)
+
+
+def inputs(dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = (3 * torch.randn(33, 5, 70, dtype=torch.float64, generator=generator)).to(dtype)
+    weight = (1 + 0.3 * torch.randn(70, dtype=torch.float64, generator=generator)).to(weight_dtype or dtype)
+    upstream = torch.randn(33, 5, 70, dtype=torch.float64, generator=generator).to(dtype)
+    return x.requires_grad_(), weight.requires_grad_(), upstream
+
+
+def relative_errors(norm: Norm, dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> list[float]:
+    """Errors of the value and of both gradients against the float64 formula, in the 2-norm."""
+    x, weight, upstream = inputs(dtype, weight_dtype)
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    out, exact = norm(x, weight), formula(wide[0], wide[1])
+    pairs = [
+        (out, exact),
+        *zip(
+            torch.autograd.grad(out, (x, weight), upstream.to(out.dtype)),
+            torch.autograd.grad(exact, wide, upstream.double()),
+            strict=True,
+        ),
+    ]
+    return [((ours.double() - true).norm() / true.norm()).item() for ours, true in pairs]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"),
+    [(torch.float64, 1e-15), (torch.float32, 3e-7), (torch.bfloat16, 2**-9), (torch.float16, 2**-12)],
+    ids=str,
+)
+def test_value_and_gradients(dtype: torch.dtype, bound: float) -> None:
+    errors = relative_errors(lambda x, weight: rms_norm(x, weight, EPS), dtype)
+    assert max(errors) <= bound, errors
+
+
+def test_bfloat16_is_more_exact_than_rounding_twice() -> None:
+    ours = relative_errors(lambda x, weight: rms_norm(x, weight, EPS), torch.bfloat16)
+    twice = relative_errors(llama_rounding, torch.bfloat16)
+    assert all(a < b for a, b in zip(ours, twice, strict=True)), (ours, twice)
+
+
+def test_float32_weight_is_not_rounded_to_bfloat16() -> None:
+    x, weight, _ = inputs(torch.bfloat16, torch.float32)
+    out = rms_norm(x, weight, EPS)
+    assert out.dtype == torch.bfloat16
+    exact = formula(x.double(), weight.double())
+    assert ((out.double() - exact).abs() <= 2**-8 * exact.abs() * (1 + 1e-4)).all()  # half a unit in the last place
+
+
+def test_squares_do_not_overflow_float16() -> None:
+    x = torch.full((2, 8), 60_000.0, dtype=torch.float16)
+    assert torch.equal(rms_norm(x, torch.ones(8, dtype=torch.float16), EPS), torch.ones_like(x))
+
+
+def test_zero_rows_and_zero_tokens() -> None:
+    weight = torch.ones(8)
+    assert torch.equal(rms_norm(torch.zeros(3, 8), weight, EPS), torch.zeros(3, 8))
+    assert rms_norm(torch.zeros(0, 8), weight, EPS).shape == (0, 8)

@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+from farspan.kernels.linear_attention.segment import NOWHERE, Place, Stretch, order
+from farspan.kernels.masks.rows import PADDING, Rows
+
+
+def rows(document: list[int], position: list[int]) -> Rows:
+    return Rows(position=torch.tensor(position, dtype=torch.int32), document=torch.tensor(document, dtype=torch.int32))
+
+
+def test_a_stretch_knows_its_ends() -> None:
+    stretch = Stretch.of(rows([7, 7, 3, 3, 3, -1], [4, 9, 0, 2, 5, 0]))
+    assert (len(stretch), stretch.tokens, stretch.first, stretch.last) == (6, 5, Place(7, 4), Place(3, 5))
+    for nothing in (Rows.packed([]), Rows.packed([], padding=3)):
+        stretch = Stretch.of(nothing)
+        assert (stretch.tokens, stretch.first, stretch.last) == (0, NOWHERE, NOWHERE)
+
+
+@pytest.mark.parametrize(
+    ("document", "position", "message"),
+    [
+        ([0, 0], [1, 0], "order of their positions"),
+        ([0, 0], [1, 1], "order of their positions"),
+        ([0, 1, 0], [0, 0, 1], "documents one after another"),
+        ([-1, 0], [0, 0], "documents one after another, then padding"),
+        ([0, -1, 0], [0, 0, 1], "documents one after another, then padding"),
+    ],
+)
+def test_rows_in_another_order_are_refused(document: list[int], position: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Stretch.of(rows(document, position))
+
+
+def test_order_makes_a_stretch_of_any_rows() -> None:
+    packed = Rows.packed([3, 1, 70_000], padding=4)
+    shuffled = packed.take(torch.randperm(len(packed), generator=torch.Generator().manual_seed(0)))
+    with pytest.raises(ValueError, match="sort them"):
+        Stretch.of(shuffled)
+    ordered = Stretch.of(shuffled.take(order(shuffled))).rows
+    assert torch.equal(ordered.position, packed.position)
+    assert torch.equal(ordered.document, packed.document)
+    assert ordered.document[-1] == PADDING

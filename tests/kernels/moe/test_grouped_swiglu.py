@@ -1,0 +1,66 @@
+"""SwiGLU by many experts against the formula, expert by expert with torch's own gradients."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from farspan.kernels.moe.grouped_swiglu import grouped_swiglu
+
+COUNTS = {"ragged": [3, 1, 0, 7, 2], "one has all": [0, 0, 13, 0, 0], "nobody": [0, 0, 0, 0, 0]}
+
+
+def inputs(rows: int, dtype: torch.dtype, sizes: tuple[int, int] = (6, 10)) -> Any:
+    """Return x, gate, up and down of 5 experts; sizes: width and inner size."""
+    generator, (width, inner) = torch.Generator().manual_seed(0), sizes
+    shapes = ((rows, width), (5, inner, width), (5, inner, width), (5, width, inner))
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+def by_formula(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *, counts: list[int]) -> Tensor:
+    expert = torch.arange(5).repeat_interleave(torch.tensor(counts))
+    inner = F.silu(torch.einsum("nc,nfc->nf", x, gate[expert])) * torch.einsum("nc,nfc->nf", x, up[expert])
+    return torch.einsum("nf,ncf->nc", inner, down[expert])
+
+
+# bfloat16 rounds to 3 digits, at each of some steps.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+def test_equals_the_formula(counts: list[int], dtype: torch.dtype) -> None:
+    mine = inputs(sum(counts), dtype)
+    exact = [x.detach().double().requires_grad_() for x in mine]
+    dout = torch.randn(sum(counts), 6, dtype=torch.float64).to(dtype)
+    out = grouped_swiglu(*mine, counts=counts)
+    expected = by_formula(*exact, counts=counts)
+    assert out.dtype == dtype
+    got = [out, *torch.autograd.grad(out, mine, dout)]
+    wanted = [expected, *torch.autograd.grad(expected, exact, dout.double())]
+    for a, b in zip(got, wanted, strict=True):
+        assert a.shape == b.shape
+        assert not a.numel() or (a - b).abs().amax().item() <= TOLERANCE[dtype] * b.abs().amax().item()
+
+
+def test_rows_of_an_expert_may_come_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("farspan.kernels.moe.grouped_loop.CHUNK_ROWS", 3)
+    test_equals_the_formula([3, 1, 0, 7, 2], torch.float64)
+
+
+@pytest.mark.parametrize("counts", [[3, 1, 0, 7], [3, 1, 0, 7, 3]])
+def test_counts_that_do_not_fit_are_refused(counts: list[int]) -> None:
+    with pytest.raises(
+        ValueError, match=f"{len(counts)} experts with {sum(counts)} rows in all, but 5 and 13 are here"
+    ):
+        grouped_swiglu(*inputs(13, torch.float64), counts=counts)
+
+
+def test_matrices_that_do_not_fit_are_refused() -> None:
+    x, gate, up, down = inputs(13, torch.float64)
+    with pytest.raises(ValueError, match=r"down \[5, 10, 6\] does not fit rows \[13, 6\]: \[5, 6, 10\] does"):
+        grouped_swiglu(x, gate, up, down.transpose(1, 2), [13, 0, 0, 0, 0])
+    with pytest.raises(ValueError, match=r"up \[4, 10, 6\] does not fit"):
+        grouped_swiglu(x, gate, up[1:], down, [13, 0, 0, 0, 0])

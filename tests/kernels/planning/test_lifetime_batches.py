@@ -1,0 +1,106 @@
+"""Gathers of living keys: every visible pair once, and not many others."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from farspan.kernels.attention import attend, attend_backward
+from farspan.kernels.lifetimes.lifetimes import Lifetimes
+from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.planning import lifetime_batches as alive
+from farspan.kernels.planning.lifetime_batches import alive_batches
+from farspan.kernels.planning.plan import Plan
+from farspan.kernels.planning.regions import Kind
+from tests.support.oracle import relative_error
+
+KV_HEADS, GROUP = 2, 3
+ROWS = Rows.packed([70, 1, 2, 50, 3, 90], padding=5)
+SHUFFLED = torch.randperm(len(ROWS), generator=torch.Generator().manual_seed(2))
+
+
+def random_lifetime(rows: Rows) -> Tensor:
+    """Lifetimes of two KV heads, one with many global tokens and one with few."""
+    generator = torch.Generator().manual_seed(0)
+    types = torch.randint(0, 3, (len(rows), KV_HEADS), generator=generator)
+    types[torch.rand(len(rows), generator=generator) < 0.9, 1] = 2
+    return Lifetimes.of(types.to(torch.int8), rows, window=6).last
+
+
+def plan_of(queries: Tensor, keys: Tensor, rows: Rows = ROWS) -> Plan:
+    plan = Plan.build(rows.take(queries), rows.take(keys), Visibility(), heads=KV_HEADS * GROUP)
+    return plan.living(random_lifetime(rows)[:, keys])
+
+
+PARTS = {
+    "all": (torch.arange(len(ROWS)), torch.arange(len(ROWS))),
+    "striped": (torch.arange(0, len(ROWS), 2), torch.arange(1, len(ROWS), 2)),
+    "earlier keys": (torch.arange(60, len(ROWS)), torch.arange(0, 130)),
+    "shuffled": (SHUFFLED[:150], SHUFFLED[40:]),
+    "padding": (torch.arange(len(ROWS) - 5, len(ROWS)), torch.arange(len(ROWS))),
+}
+
+
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alive, "TILE", 16)
+    monkeypatch.setattr(alive, "KEYS_ALIKE", 4)
+    monkeypatch.setattr(alive, "ENTRIES_AT_ONCE", 100)
+    monkeypatch.setattr(alive, "BATCH_PAIRS", 4000)
+    monkeypatch.setattr(alive, "BATCH_ROWS", 40)
+
+
+@pytest.mark.parametrize("part", list(PARTS))
+@pytest.mark.parametrize("small", [True, False])
+def test_every_visible_pair_is_in_one_batch(part: str, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if small:
+        small_tiles(monkeypatch)
+    plan = plan_of(*PARTS[part])
+    heads = KV_HEADS * GROUP
+    count = torch.zeros(len(plan.queries), heads, len(plan.keys), KV_HEADS, dtype=torch.int32).flatten(2).flatten(0, 1)
+    kinds = set()
+    for batch in alive_batches(plan, KV_HEADS):
+        kinds.add(batch.kind)
+        assert batch.queries.unique().numel() == batch.queries.numel()
+        for number, (query, key) in enumerate(zip(batch.queries, batch.keys, strict=True)):
+            seen = torch.ones(len(query), len(key)) if batch.mask is None else batch.mask[number]
+            count.index_put_((query[:, None], key), seen.int(), accumulate=True)
+    count = count.view(len(plan.queries), heads, len(plan.keys), KV_HEADS)
+    expected = plan.mask()
+    for head in range(heads):
+        for kv_head in range(KV_HEADS):
+            right = expected[head] if head // GROUP == kv_head else torch.zeros_like(expected[head])
+            assert torch.equal(count[:, head, :, kv_head], right.int())
+    if small and part in ("all", "striped", "earlier keys"):
+        assert kinds == {Kind.FULL, Kind.MASKED}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("part", list(PARTS))
+def test_many_small_tiles_compute_what_one_mask_does(
+    part: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_tiles(monkeypatch)
+    plan, generator = plan_of(*PARTS[part]), torch.Generator().manual_seed(3)
+
+    def draw(rows: Rows, *shape: int) -> Tensor:
+        return torch.randn(len(rows), *shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    q, dout = draw(plan.queries, 6, 16), draw(plan.queries, 6, 8)
+    k, v = draw(plan.keys, 2, 16), draw(plan.keys, 2, 8)
+    results = []
+    for backend in ("cpu", "reference"):
+        out, lse = attend(q, k, v, plan, backend=backend)
+        gradients = attend_backward(dout, q, k, v, out.to(dtype), lse, plan, backend=backend)
+        results.append([out, lse, *gradients])
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-2
+    for got, expected in zip(*results, strict=True):
+        assert relative_error(got, expected) < tolerance
+
+
+def test_work_follows_the_visible_pairs() -> None:
+    rows = Rows.packed([6000])
+    types = torch.where(torch.rand(6000, 2, generator=torch.Generator().manual_seed(0)) < 0.05, 0, 2).to(torch.int8)
+    lifetimes = Lifetimes.of(types, rows, window=16)
+    plan = Plan.build(rows, rows, Visibility(), heads=4).living(lifetimes.last)
+    visited = sum(batch.queries.numel() * batch.keys.shape[1] for batch in alive_batches(plan, 2)) // 4
+    assert visited < 2.5 * lifetimes.pairs(rows, rows) < 0.2 * 6000 * 6001 / 2

@@ -1,0 +1,155 @@
+"""Every mechanism over a whole sequence, on every backend and in every dtype, against the oracle in float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from farspan.kernels.backend import BACKENDS
+from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.mechanism import MECHANISMS, Ageing, Gathered, Heads, Masked, Mechanism, Recurrent, Routed
+from farspan.kernels.mechanisms.nats import NAtS
+from farspan.kernels.merge import accumulation_dtype
+from farspan.kernels.sequence_attention import plan_whole
+from tests.support import lifetimes as ageing
+from tests.support import oracle
+from tests.support.sequence_shards import select
+
+CPU = torch.device("cpu")
+ABLE = [name for name in BACKENDS if BACKENDS.get(name).refusal(CPU) is None]
+EXAMPLES = [
+    pytest.param(example, id=str(example)) for name in MECHANISMS for example in MECHANISMS.get(name).examples()
+]
+ROWS = {
+    "one": Rows.packed([97]),
+    "ragged": Rows.packed([1, 40, 3, 33], padding=5),
+    "padding_only": Rows.packed([], padding=9),
+    "shuffled": Rows.packed([50, 30], padding=3).take(torch.randperm(83, generator=torch.Generator().manual_seed(0))),
+}
+HEADS = [Heads(query=8, kv=8), Heads(query=8, kv=2), Heads(query=8, kv=1)]
+
+
+def random_inputs(mechanism: Mechanism, rows: Rows, heads: Heads, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """Return q, k, v and routing if there is one, and the gradient of out."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(len(rows), *shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    inputs = [draw(heads.query, 16), draw(heads.kv, 16), draw(heads.kv, 8)]
+    if mechanism.routing_width:
+        inputs.append(draw(heads.kv, mechanism.routing_width).to(accumulation_dtype(dtype)))
+    return inputs, draw(heads.query, 8)
+
+
+def visible(mechanism: Mechanism, inputs: list[Tensor], rows: Rows) -> Tensor:
+    """Return which keys each query sees, bool `[Hq, T, T]`."""
+    q, k = inputs[:2]
+    heads, group = q.shape[1], q.shape[1] // k.shape[1]
+    if isinstance(mechanism, Gathered):
+        chosen = mechanism.choose(inputs[3][..., 0].float(), rows).t().repeat_interleave(group, dim=0)
+        both = chosen[:, :, None] & chosen[:, None, :]
+        return both & oracle.visible_mask(rows, rows, mechanism.among().visibility(), heads)
+    if isinstance(mechanism, Recurrent):
+        return oracle.visible_mask(rows, rows, Visibility(causal=True), heads)
+    if isinstance(mechanism, Ageing):
+        assert isinstance(mechanism, NAtS)
+        return ageing.visible(inputs[3], rows, mechanism.window).repeat_interleave(group, dim=0)
+    assert isinstance(mechanism, Masked)
+    mask = oracle.visible_mask(rows, rows, mechanism.visibility(), heads)
+    return (
+        mask & oracle.selected_mask(select(mechanism, q, k, rows), rows, heads)
+        if isinstance(mechanism, Routed)
+        else mask
+    )
+
+
+def expect(mechanism: Mechanism, inputs: list[Tensor], dout: Tensor, rows: Rows) -> list[Tensor]:
+    """Return out, lse if there is a softmax, and the gradient of each input."""
+    leaves = [x.double().requires_grad_() for x in inputs]
+    q, k, v = leaves[:3]
+    if isinstance(mechanism, Recurrent):
+        out = oracle.decayed_sums(q, k, v, mechanism.decay(q.shape[1]), rows)
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout.double())]
+    if isinstance(mechanism, Ageing):
+        assert isinstance(mechanism, NAtS)
+        types = ageing.one_hot_types(leaves[3], rows, mechanism.temperature)
+        out, lse = ageing.attention(q, k, v, types, rows, mechanism.window)
+        loss = (out * dout.double()).sum() + ageing.penalty(types, rows, mechanism.penalty)
+        return [out.detach(), lse.detach(), *torch.autograd.grad(loss, leaves, materialize_grads=True)]
+    out, lse = oracle.attention(q, k, v, visible(mechanism, inputs, rows))
+    if isinstance(mechanism, Gathered):
+        group = q.shape[1] // k.shape[1]
+        out = out / (1 + torch.exp(-leaves[3])).repeat_interleave(group, dim=1)
+    gradients = torch.autograd.grad(out, leaves, dout.double(), allow_unused=True, materialize_grads=True)
+    return [out.detach(), lse.detach(), *gradients]
+
+
+def run(mechanism: Mechanism, inputs: list[Tensor], dout: Tensor, rows: Rows, heads: Heads, backend: str):
+    whole = plan_whole(mechanism, rows, heads, range(heads.query), backend=backend)
+    out, saved = whole.forward(*inputs)
+    assert out.dtype == inputs[0].dtype
+    return results(out, whole.lse(saved), whole.backward(dout, saved))
+
+
+def results(out: Tensor, lse: Tensor | None, gradients: tuple[Tensor, ...]) -> list[Tensor]:
+    return [out, *([] if lse is None else [lse]), *gradients]
+
+
+@pytest.mark.parametrize("dtype", list(oracle.RELATIVE_TOLERANCE), ids=str)
+@pytest.mark.parametrize("backend", ABLE)
+@pytest.mark.parametrize("mechanism", EXAMPLES)
+def test_equals_the_formula(mechanism: Mechanism, backend: str, dtype: torch.dtype) -> None:
+    for name, rows in ROWS.items():
+        for heads in HEADS:
+            inputs, dout = random_inputs(mechanism, rows, heads, dtype)
+            got = run(mechanism, inputs, dout, rows, heads, backend)
+            expected = expect(mechanism, inputs, dout, rows)
+            errors = [oracle.relative_error(a, b) for a, b in zip(got, expected, strict=True)]
+            assert max(errors) <= oracle.RELATIVE_TOLERANCE[dtype], (name, heads, errors)
+
+
+@pytest.mark.parametrize("backend", ABLE)
+@pytest.mark.parametrize("mechanism", EXAMPLES)
+def test_heads_can_be_dealt(mechanism: Mechanism, backend: str) -> None:
+    """A part of the heads does what it does among all of them: what strategies that deal heads stand on."""
+    rows, heads = ROWS["ragged"], Heads(query=8, kv=4)
+    inputs, dout = random_inputs(mechanism, rows, heads, torch.float64)
+    whole = run(mechanism, inputs, dout, rows, heads, backend)
+    for first in (0, 2, 6):
+        part = plan_whole(mechanism, rows, heads, range(first, first + 2), backend=backend)
+        mine = [x[:, first : first + 2] if x.shape[1] == 8 else x[:, first // 2 : first // 2 + 1] for x in inputs]
+        out, saved = part.forward(*mine)
+        got = results(out, part.lse(saved), part.backward(dout[:, first : first + 2], saved))
+        for mine, all_heads in zip(got, whole, strict=True):
+            at = first if all_heads.shape[1] == 8 else first // 2
+            error = oracle.relative_error(mine, all_heads[:, at : at + mine.shape[1]])
+            assert error <= oracle.RELATIVE_TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("backend", ABLE)
+@pytest.mark.parametrize("mechanism", EXAMPLES)
+def test_nothing_leaks_from_hidden_tokens(mechanism: Mechanism, backend: str) -> None:
+    """d out_t / d (k, v)_s is exactly 0 wherever t does not see s: later tokens, other documents, tokens not chosen.
+
+    d out_t / d routing_s is 0 for later s and other documents; to rounding where the router's gradient is a difference.
+    """
+    rows, heads = Rows.packed([20, 23]), Heads(query=8, kv=1)
+    if isinstance(mechanism, NAtS):
+        mechanism = replace(mechanism, penalty=0.0)
+    inputs, dout = random_inputs(mechanism, rows, heads, torch.float64)
+    whole = plan_whole(mechanism, rows, heads, range(8), backend=backend)
+    _, saved = whole.forward(*inputs)
+    mask, document = visible(mechanism, inputs, rows).any(dim=0), rows.document
+    for t in (0, 7, 19, 20, 30, 42):
+        only_t = torch.zeros_like(dout)
+        only_t[t] = dout[t]
+        dq, dk, dv, *drouting = whole.backward(only_t, saved)
+        assert not dq[torch.arange(len(rows)) != t].any()
+        assert not dk[~mask[t]].any()
+        assert not dv[~mask[t]].any()
+        for gradient in drouting:
+            assert not gradient[document != document[t]].any()
+            assert (gradient[t + 1 :].abs() <= 1e-14).all()

@@ -1,0 +1,249 @@
+"""Tile lists by themselves: what they cover, that both directions agree, what they cost."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.neighborhood import Dimension, Neighbourhood
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.masks.selection import Partition, Selection
+from farspan.kernels.planning.plan import Plan
+from farspan.kernels.planning.tiles import Tiling
+from farspan.kernels.triton_kernels.block_lists import COUNT_BITS, MAX_COUNT, TiledPlan, TileLists, tile_plan
+
+GENERATOR = torch.Generator().manual_seed(0)
+ROWS = {
+    "one": Rows.packed([200]),
+    "long": Rows.packed([900]),
+    "ragged": Rows.packed([1, 40, 3, 120, 33], padding=5),
+    "padding_only": Rows.packed([], padding=9),
+    "shuffled": Rows.packed([90, 30], padding=3).take(torch.randperm(123, generator=GENERATOR)),
+    "zigzag": Rows.packed([256]).take(torch.cat((torch.arange(32, 64), torch.arange(192, 224)))),
+    "nothing": Rows.packed([]),
+}
+VISIBILITIES = [
+    Visibility(),
+    Visibility(causal=False),
+    Visibility(window=40, sinks=3),
+    Visibility(causal=False, window=(1, 90, 1, 7)),
+    Visibility(causal=False, neighbourhood=Neighbourhood(dimensions=(Dimension(length=64, window=7, stride=3),))),
+    Visibility(
+        causal=False,
+        neighbourhood=Neighbourhood(
+            dimensions=(Dimension(length=4, window=2), Dimension(length=9, window=3, dilation=2))
+        ),
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Visits:
+    """Decoded: whether a group's tile visits another, `[groups, tiles, other tiles]`."""
+
+    full: Tensor
+    partial: Tensor
+
+
+def decode(lists: TileLists, others: int) -> Visits:
+    """Follow the lists entry by entry; a tile that is visited twice fails."""
+    groups, tiles = int(lists.group.max()) + 1, lists.tiles
+    found = torch.zeros(2 * groups * tiles, others, dtype=torch.int32)
+    offsets, entries = lists.offsets.tolist(), lists.entries.tolist()
+    assert len(offsets) == len(found) + 1
+    assert len(entries) == offsets[-1] + 1
+    for number in range(len(found)):
+        visits = 0
+        for entry in entries[offsets[number] : offsets[number + 1]]:
+            first, count = entry >> COUNT_BITS, entry & MAX_COUNT
+            assert count > 0
+            assert first + count <= others
+            found[number, first : first + count] += 1
+            visits += count
+        assert visits == lists.visits[number]
+    assert not (found > 1).any()
+    return Visits(*found.bool().view(groups, tiles, 2, others).unbind(2))
+
+
+def places(tiling: Tiling) -> Tensor:
+    """The row at each place of each tile, -1 where there is none."""
+    if tiling.index is not None:
+        return torch.from_numpy(tiling.index).long()
+    index = torch.arange(len(tiling) * tiling.size)
+    return index.masked_fill(index >= len(tiling.rows), -1)
+
+
+def visible(plan: Plan, tiled: TiledPlan) -> Tensor:
+    """The plan's mask by places of the tiles, bool `[heads, query tiles, query tile, key tiles, key tile]`."""
+    mask = torch.nn.functional.pad(plan.mask(), (0, 1, 0, 1))
+    mask = mask[:, places(tiled.queries)][:, :, places(tiled.keys)]
+    return mask.unflatten(2, (len(tiled.keys), tiled.keys.size)).unflatten(1, (len(tiled.queries), tiled.queries.size))
+
+
+def check(plan: Plan, query_tile: int, key_tile: int) -> TiledPlan:
+    """Full visits see all, partial ones hold the rest, and both directions say the same."""
+    tiled = tile_plan(plan, query_tile, key_tile, "queries")
+    visits, mask = decode(tiled.lists, len(tiled.keys)), visible(plan, tiled)
+    sees_some = mask.any(dim=4).any(dim=2)
+    # Rows of queries that see nothing at all are padding, or as good as that.
+    padding = ~mask.any(dim=4).any(dim=3, keepdim=True).unsqueeze(4)
+    sees_all = (mask | padding).all(dim=4).all(dim=2) & sees_some
+    group = tiled.lists.group.long()
+    full, partial = visits.full[group], visits.partial[group]
+    assert not (full & partial).any()
+    assert not (sees_some & ~full & ~partial).any()
+    assert not (full & ~sees_all).any()
+    transposed = tile_plan(plan, query_tile, key_tile, "keys")
+    back = decode(transposed.lists, len(tiled.queries))
+    assert torch.equal(transposed.lists.group, tiled.lists.group)
+    assert torch.equal(back.full.transpose(1, 2), visits.full)
+    assert torch.equal(back.partial.transpose(1, 2), visits.partial)
+    work = (visits.full.long() + visits.partial.long()).sum(dim=(0, 2))
+    assert (work[tiled.lists.order.long()].diff() <= 0).all()
+    return tiled
+
+
+@pytest.mark.parametrize("visibility", VISIBILITIES, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+def test_lists_hold_exactly_what_is_visible(rows: str, visibility: Visibility) -> None:
+    for keys in (ROWS[rows], ROWS["zigzag"]):
+        check(Plan.build(ROWS[rows], keys, visibility, heads=4), 16, 8)
+
+
+def random_selection(rows: Rows, tile: int, block: int, heads: int, density: float = 0.4) -> Selection:
+    blocks = Partition.blocks(rows, block)
+    unit = Partition.blocks(rows, tile).of(rows)
+    units = int(unit.max()) + 1 if len(rows) else 0
+    mask = torch.rand(heads, units, blocks.count, generator=torch.Generator().manual_seed(1)) < density
+    return Selection.from_parts(unit, blocks, [mask])
+
+
+@pytest.mark.parametrize(("tile", "block"), [(16, 8), (32, 16), (20, 12), (5, 3)])
+@pytest.mark.parametrize("rows", ROWS)
+def test_lists_follow_a_selection(rows: str, tile: int, block: int) -> None:
+    selection = random_selection(ROWS[rows], tile, block, heads=4)
+    plan = Plan.build(ROWS[rows], ROWS[rows], Visibility(window=(50, 9, 50, 50)), heads=4, selection=selection)
+    tiled = check(plan, 16, 8)
+    if rows == "one" and (tile, block) == (16, 8):
+        assert tiled.queries.index is None
+        assert tiled.keys.index is None
+    if rows == "shuffled":
+        assert tiled.queries.index is not None
+
+
+def test_heads_that_see_the_same_share_lists() -> None:
+    rows = ROWS["one"]
+    assert check(Plan.build(rows, rows, Visibility(window=(5, 9, 5, 9)), heads=4), 16, 8).lists.group.tolist() == [
+        0,
+        1,
+        0,
+        1,
+    ]
+    selection = random_selection(rows, 16, 8, heads=1)
+    twice = Selection.from_parts(selection.unit, selection.blocks, [table(selection).repeat(4, 1, 1)])
+    plan = Plan.build(rows, rows, Visibility(), heads=4, selection=twice)
+    assert check(plan, 16, 8).lists.group.tolist() == [0, 0, 0, 0]
+
+
+def table(selection: Selection) -> Tensor:
+    """The selection's lists as bool `[heads, units, blocks]`."""
+    found = torch.zeros(selection.heads * selection.num_units, selection.blocks.count, dtype=torch.bool)
+    found[selection.lists, selection.chosen.long()] = True
+    return found.view(selection.heads, selection.num_units, -1)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_lists_follow_lifetimes(rows: str) -> None:
+    keys = ROWS[rows]
+    lifetime = keys.position + torch.randint(-1, 300, (2, len(keys)), generator=GENERATOR, dtype=torch.int32)
+    lifetime[1, : len(keys) // 2] = 2**31 - 1
+    plan = Plan.build(keys, keys, Visibility(), heads=4).living(lifetime)
+    tiled = check(plan, 16, 8)
+    assert tiled.lists.group.tolist() == [0, 0, 1, 1]
+
+
+def test_causal_attention_takes_few_entries() -> None:
+    rows = Rows.packed([128 * 300])
+    lists = tile_plan(Plan.build(rows, rows, Visibility(), heads=8), 128, 128, "queries").lists
+    assert len(lists.entries) <= 2 * 300 + 1
+    assert int(lists.visits.sum()) == 300 * 301 // 2
+
+
+def test_no_interval_is_longer_than_an_entry_can_say() -> None:
+    rows = Rows.packed([5000 * 16])
+    plan = Plan.build(Rows.packed([5000 * 16]), rows, Visibility(causal=False), heads=1)
+    lists = tile_plan(plan, 4096, 16, "queries").lists
+    counts = lists.entries[:-1] & MAX_COUNT
+    assert counts.max() <= MAX_COUNT
+    assert lists.visits.view(-1, 2)[:, 0].tolist() == [5000] * 20
+
+
+def test_many_small_documents_are_not_compared_with_each_other() -> None:
+    """32,768 documents: all pairs of tiles would be 67 million."""
+    rows = Rows.packed([32] * 32768)
+    lists = tile_plan(Plan.build(rows, rows, Visibility(), heads=8), 128, 128, "queries").lists
+    assert int(lists.visits.sum()) == 8192
+
+
+def test_too_many_tiles_are_refused() -> None:
+    rows = Rows.packed([1 << 20])
+    plan = Plan.build(rows, Rows.packed([5]), Visibility(), heads=1)
+    with pytest.raises(ValueError, match="make more than 524287 tiles of 1 x 16"):
+        tile_plan(plan, 1, 16, "queries")
+
+
+MEMORY = """
+import re
+import torch
+from farspan.kernels.planning.plan import Plan
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.masks.selection import Partition, Selection
+from farspan.kernels.triton_kernels.block_lists import tile_plan
+from farspan.kernels.planning.tiles import Tiling
+from farspan.kernels.masks.mask import Visibility
+
+tiles, heads, density = 8192, 8, 0.05
+rows = Rows.packed([tiles * 128])
+blocks = Partition.blocks(rows, 128)
+rank = torch.arange(tiles)
+generator = torch.Generator().manual_seed(0)
+chosen, counts = [], []
+for part in rank.split(512):
+    mask = (torch.rand(len(part), tiles, generator=generator) < density) & (rank <= part[:, None])
+    chosen.append(mask.nonzero()[:, 1].int())
+    counts.append(mask.sum(dim=1))
+counts, chosen = torch.cat(counts), torch.cat(chosen)
+# The last tile chooses something else in each head, so that no two heads share lists.
+counts = [torch.cat((counts[:-1], counts[-1:] - head)) for head in range(heads)]
+chosen = [chosen[: len(chosen) - head] for head in range(heads)]
+selection = Selection.from_ragged(rank.repeat_interleave(128), blocks, counts, chosen, heads=heads)
+plan = Plan.build(rows, rows, Visibility(), heads=heads, selection=selection)
+del counts, chosen, mask
+
+
+def kilobytes(name):
+    return int(re.search(name + ":\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+
+open("/proc/self/clear_refs", "w").write("5")  # forgets the peak so far
+before = kilobytes("VmRSS")
+both = [tile_plan(plan, 128, 128, staying).lists for staying in ("queries", "keys")]
+assert all(int(lists.visits.sum()) == len(selection.chosen) for lists in both)
+print(len(selection.chosen), kilobytes("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_a_million_tokens_of_scattered_blocks_take_no_more_than_150_mb() -> None:
+    """5 % of the blocks of 128 tokens, 8 heads with lists of their own, both directions: 13 million visits each."""
+    # Every array goes back to the system as soon as it is freed: else what was freed before hides what is taken.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, env=environment)
+    visits, kilobytes = map(int, done.stdout.split())
+    assert visits > 13_000_000
+    assert kilobytes * 1024 < 150e6

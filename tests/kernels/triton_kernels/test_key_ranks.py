@@ -1,0 +1,36 @@
+import numpy as np
+import pytest
+import torch
+
+from farspan.kernels.masks.mask import MAX_WINDOW, Visibility
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.triton_kernels.key_ranks import Ranking
+
+KEYS = Rows.packed([50, 1, 30], padding=3).take(torch.randperm(84, generator=torch.Generator().manual_seed(0)))
+VISIBILITIES = [
+    Visibility(),
+    Visibility(causal=False),
+    Visibility(window=7, sinks=3),
+    Visibility(window=1),
+    Visibility(causal=False, window=9, sinks=2),
+    Visibility(causal=False, window=MAX_WINDOW),
+]
+
+
+@pytest.mark.parametrize("visibility", VISIBILITIES, ids=str)
+@pytest.mark.parametrize("queries", [KEYS, Rows.packed([60, 4]), Rows.packed([]), Rows.packed([], padding=2)])
+def test_two_intervals_of_ranks_are_the_visibility(queries: Rows, visibility: Visibility) -> None:
+    for keys in (KEYS, KEYS.take(torch.arange(5, 40)), Rows.packed([])):
+        ranking = Ranking.of(keys)
+        first, last = ranking.near(queries, visibility)
+        seen = (first[:, None] <= ranking.rank) & (ranking.rank <= last[:, None])
+        if visibility.sinks:
+            first, last = ranking.sinks(queries, visibility)
+            seen |= (first[:, None] <= ranking.rank) & (ranking.rank <= last[:, None])
+        assert np.array_equal(seen, visibility.mask(queries, keys).numpy())
+
+
+def test_padding_has_no_rank() -> None:
+    ranking = Ranking.of(KEYS)
+    assert (ranking.rank[KEYS.document.numpy() < 0] == -1).all()
+    assert sorted(ranking.rank) == [-1] * 3 + list(range(81))

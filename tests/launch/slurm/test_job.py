@@ -1,0 +1,97 @@
+"""The batch script: as on file, word for word; what is refused."""
+
+import re
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from farspan.errors import ConfigError
+from farspan.launch.slurm.job import SlurmJob
+from farspan.launch.slurm.site import Container, Site
+
+GOLDEN = Path(__file__).parent / "golden"
+JOB = SlurmJob(
+    run=Path("/scratch/runs/long"),
+    submitted=Path("/scratch/runs/long/submitted/001"),
+    workdir=Path("/home/me/farspan"),
+    python=Path("/home/me/farspan/.venv/bin/python"),
+    nodes=2,
+    ranks_per_node=8,
+    gpus=True,
+)
+SITE = Site(
+    sbatch={"account": "my_project", "exclusive": True, "comment": "two words"},
+    gpus="gres=gpu:{count}",
+    cpus_per_rank=6,
+    environment={"NCCL_SOCKET_IFNAME": "ib0", "TEXT": "it's"},
+    setup=("module load cuda",),
+    warning_s=120,
+    requeues=3,
+    container=Container(srun=("--container-image={image}",), command=("nice", "-n", "5"), python="python3"),
+)
+JOBS = {
+    "torchrun.sh": JOB,
+    "tasks.sh": replace(
+        JOB, task_per_rank=True, time="2-00", partition="long", constraint="a&b", container="my image.sqsh", site=SITE
+    ),
+    "array.sh": replace(JOB, elements=3),
+}
+
+
+@pytest.mark.parametrize("name", list(JOBS))
+def test_the_script_is_the_one_on_file(name: str) -> None:
+    """Where a change is meant, look at the difference and write the file anew."""
+    script = JOBS[name].script()
+    assert script == (GOLDEN / name).read_text()
+    assert "@" not in script.replace("USR1@", "").replace('"$@"', "")
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    first_command = script.index("\nset -euo")
+    assert "#SBATCH" not in script[first_command:], "sbatch reads none after the first command"
+
+
+def test_a_run_on_cpus_asks_for_no_gpus() -> None:
+    assert "gpu" not in replace(JOB, gpus=False).script()
+
+
+def test_a_job_that_may_not_start_again_says_so_to_slurm() -> None:
+    """Else SLURM would start it again after a preemption, for nothing."""
+    assert "#SBATCH --no-requeue\n" in replace(JOB, site=Site(requeues=0)).script()
+
+
+def test_jobs_of_one_run_share_a_name_that_others_do_not_have() -> None:
+    assert JOB.name == replace(JOB, nodes=9, submitted=JOB.run / "submitted/002").name
+    assert JOB.name != replace(JOB, run=Path("/scratch/other/long")).name
+    assert re.fullmatch(r"a_b-[0-9a-f]{8}", replace(JOB, run=Path("/a b")).name)
+
+
+REFUSALS: list[tuple[dict[str, object], str]] = [
+    ({"nodes": 0}, "--nodes 0 must be at least 1."),
+    ({"ranks_per_node": -1}, "--gpus-per-node -1 must be at least 1."),
+    ({"time": "soon"}, "--time soon is not a time limit: write minutes, "),
+    ({"time": "1:2:3:4"}, "--time 1:2:3:4 is not a time limit"),
+    ({"time": ""}, "--time  is not a time limit"),
+    (
+        {"time": "6"},
+        "--time 6 leaves no time to train before the warning: ask for at least 8 minutes, or lower warning_s=300",
+    ),
+    ({"time": "6:59"}, "--time 6:59 leaves no time"),
+    ({"partition": "a b"}, "--partition 'a b' must be one word."),
+    ({"constraint": ""}, "--constraint '' must be one word."),
+    ({"container": "image"}, "--container image needs [container] in the site's file: see configs/site/example.toml."),
+    ({"run": Path("/runs/100%")}, "run.folder '/runs/100%' has '%', which SLURM reads otherwise: choose another."),
+    ({"workdir": Path('/a"b')}, "the working directory '/a\"b' has '\"', which"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSALS, ids=[message[:24] for _, message in REFUSALS])
+def test_what_slurm_would_refuse_or_never_start_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        replace(JOB, **changes).check()  # pyright: ignore[reportArgumentType]
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("time", ["7", "7:00", "0:7:00", "1-0", "1-0:0", "0-0:7:0", "30:00:00", "100000"])
+def test_time_limits_as_sbatch_takes_them(time: str) -> None:
+    replace(JOB, time=time).check()

@@ -1,0 +1,157 @@
+"""Submission with a stand-in for sbatch: what lies in the run's folder, what sbatch is told, what is refused before."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from farspan.launch.slurm.client import SlurmError
+from farspan.launch.slurm.failures import Exclusion, record
+from farspan.launch.slurm.history import runs_of, submissions
+from farspan.launch.slurm.job import SlurmJob
+from farspan.launch.slurm.site import Site
+from farspan.launch.slurm.submit import check_ready, next_submission, resume, submit
+
+ROOT = Path(__file__).resolve().parents[3]
+EXCLUSION = Exclusion(hours=1, most=1)
+# Notes its arguments and environment; gives out ids from 41 on, as `sbatch --parsable` does with several clusters.
+SBATCH = """#!/bin/bash
+here=$(dirname "$0")
+[ ! -e "$here/refuse" ] || { echo "sbatch: error: invalid
+partition" >&2; exit 1; }
+[ "$1" != --test-only ] || exit 0
+echo "$*" >>"$here/called"
+env >>"$here/environment"
+echo "$((40 + $(wc -l <"$here/called")));cluster"
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a stand-in for sbatch, first on the path."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in (("sbatch", SBATCH), ("squeue", "#!/bin/bash\n[ $6 != -o ] || cat $(dirname $0)/queue\n")):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    (folder / "queue").touch()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> SlurmJob:
+    run = tmp_path / "run"
+    return SlurmJob(
+        run=run,
+        submitted=next_submission(run),
+        workdir=tmp_path,
+        python=Path(sys.executable),
+        nodes=2,
+        ranks_per_node=2,
+        gpus=False,
+    )
+
+
+def test_a_chain_is_one_script_submitted_several_times(
+    slurm: Path, job: SlurmJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_CONF", "kept")
+    check_ready(job.run)
+    assert submit(job, ["the configuration"], 3) == ["41", "42", "43"]
+    assert job.submitted == job.run / "submitted/001"
+    script = job.submitted / "job.sh"
+    assert script.read_text() == job.script()
+    assert (job.submitted / "config.toml").read_text() == "the configuration"
+    assert (job.run / "logs").is_dir(), "without it SLURM fails the job and leaves no word"
+    assert (slurm / "called").read_text() == f"--parsable {script}\n" * 3
+    # Of the job that one submits from, SLURM would take over the number of tasks.
+    given = (slurm / "environment").read_text()
+    assert "SLURM_CONF=kept" in given
+    assert "SLURM_NTASKS" not in given
+    assert [submission.job for submission in submissions(job.run)] == ["41", "42", "43"]
+    again = replace(job, submitted=next_submission(job.run))
+    assert again.submitted.name == "002"
+    assert submit(again, [""], 1) == ["44"]
+    lines = [json.loads(line) for line in (job.run / "jobs.jsonl").read_text().splitlines()]
+    assert [(line["job"], Path(line["script"]).parent.name) for line in lines][2:] == [("43", "001"), ("44", "002")]
+
+
+def test_the_job_runs_the_code_of_its_submission(slurm: Path, job: SlurmJob, tmp_path: Path) -> None:
+    submit(job, [""], 1)
+    code = job.submitted / "code"
+    assert not [path for path in code.rglob("*") if path.is_symlink() or path.name == "__pycache__"]
+    assert sum(path.stat().st_size for path in code.rglob("*") if path.is_file()) < 8 * 2**20
+    # From the checkout, whose own code lies in the current folder.
+    program = (
+        "import farspan.launch.slurm.job as m, farspan.trainer.resilience.signals as f; print(m.__file__, f.__file__)"
+    )
+    environment = {"PYTHONPATH": str(code), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"{code}/farspan/launch/slurm.py {code}/farspan/trainer/faults.py\n"
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    if commit.returncode == 0:
+        assert (code / "commit.txt").read_text() == commit.stdout
+        assert (code / "changes.diff").exists()
+
+
+def test_a_run_is_resumed_by_its_last_script_without_nodes_that_failed(slurm: Path, job: SlurmJob) -> None:
+    submit(job, [""], 2)
+    script = job.submitted / "job.sh"
+    for state in ("RUNNING", "PENDING", "COMPLETING"):
+        (slurm / "queue").write_text(f"41|FAILED|1:02|20:00|n1||None\n42|{state}|1:02|20:00|n1||None\n")
+        with pytest.raises(
+            SlurmError, match=rf"^job 42 of .*/run is {state}: cancel it first, with `farspan jobs canc"
+        ):
+            resume(job.run, EXCLUSION)
+    (slurm / "queue").write_text("42|FAILED|1:02|20:00|n1||None\n")
+    for node in ("n1", "n2"):
+        record(job.run, "42", "a rank was killed", [node])
+    assert resume(job.run, EXCLUSION) == "43"
+    last = submissions(job.run)[-1]
+    assert (last.job, last.script) == ("43", str(script))
+    assert (slurm / "called").read_text().splitlines()[2:] == [f"--parsable --exclude=n1 {script}"]
+    # So does a new submission.
+    submit(replace(job, submitted=next_submission(job.run), site=Site(max_excluded=1)), [""], 1)
+    assert (slurm / "called").read_text().splitlines()[3].startswith("--parsable --exclude=n1 /")
+    script.unlink()
+    (job.run / "submitted/002/job.sh").unlink()
+    with pytest.raises(SlurmError, match=r"002/job.sh is gone: submit the run with `farspan launch slurm`\.$"):
+        resume(job.run, EXCLUSION)
+
+
+def test_the_runs_of_an_array_have_their_own_configurations_and_records(slurm: Path, job: SlurmJob) -> None:
+    array = replace(job, elements=2)
+    assert submit(array, ["first", "second"], 2) == ["41", "42"]
+    assert [path.name for path in runs_of(job.run)] == ["000", "001"]
+    assert [submission.job for submission in submissions(job.run / "001")] == ["41_1", "42_1"]
+    assert [(job.submitted / f"config_00{number}.toml").read_text() for number in range(2)] == ["first", "second"]
+    assert (job.run / "001/logs").is_dir()
+    with pytest.raises(SlurmError, match=r"/run holds 2 runs: name one of them, such as .*/run/000\.$"):
+        submissions(job.run)
+    (slurm / "queue").write_text("42_0|RUNNING|1:02|20:00|n1||None\n")
+    assert resume(job.run / "001", EXCLUSION) == "43_1"
+    # With the array's name it would wait for the runs that are left of it.
+    alone = f"--parsable --array=1 --job-name=001-of-run {job.submitted / 'job.sh'}"
+    assert (slurm / "called").read_text().splitlines()[2:] == [alone]
+
+
+def test_refusals_are_one_sentence(slurm: Path, job: SlurmJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (slurm / "refuse").touch()
+    with pytest.raises(SlurmError, match=r"^sbatch refused: sbatch: error: invalid partition$"):
+        submit(job, [""], 1)
+    with pytest.raises(SlurmError, match=r"has no jobs.jsonl: name the folder of a run that was submitted to SLURM.$"):
+        submissions(job.run)
+    (tmp_path / "file").touch()
+    with pytest.raises(SlurmError, match=rf"^run.folder='{tmp_path}/file/run' cannot be written at {tmp_path}/file: "):
+        check_ready(tmp_path / "file" / "run")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(SlurmError, match=r"^sbatch was not found: submit from a machine of the cluster, or see "):
+        check_ready(job.run)

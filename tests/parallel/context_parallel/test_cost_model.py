@@ -1,0 +1,194 @@
+"""The cost model: what it says of cases that are known, and that `auto` follows it."""
+
+import pytest
+import torch
+
+from farspan.errors import ConfigError
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.masks.selection import Selection
+from farspan.kernels.mechanism import Heads, Mechanism
+from farspan.kernels.mechanisms.dense import Dense
+from farspan.kernels.mechanisms.lightning import Lightning
+from farspan.kernels.mechanisms.moba import MoBA
+from farspan.kernels.mechanisms.window import Window
+from farspan.parallel.context_parallel import cost_model as cost_model
+from farspan.parallel.context_parallel.cost_model import (
+    BACKWARD_FLOPS,
+    SAMPLED,
+    Cost,
+    Job,
+    Machine,
+    compare,
+    predict,
+    strategy_for,
+    together,
+)
+from farspan.parallel.context_parallel.routing import typical_choice
+from farspan.parallel.context_parallel.strategy import STRATEGIES, Sample, Sizes, Volume
+from farspan.parallel.layout import Shards
+from farspan.parallel.simulation import Unconnected
+
+FAST = Machine(flops_per_s=1e14, inner_bytes_per_s=2e11, outer_bytes_per_s=2e10, node_ranks=8)
+
+
+def job(
+    mechanism: Mechanism,
+    degree: int,
+    *,
+    heads: Heads | None = None,
+    layout: str = "zigzag",
+    width: int = 1,
+    rounded: bool = False,
+) -> Job:
+    rows = Rows.packed([1 << 16])
+    return Job(
+        mechanism=mechanism,
+        shards=Shards.deal(rows, layout=layout, degree=degree, work=mechanism.visible_keys),
+        heads=heads or Heads(query=32, kv=8),
+        sizes=Sizes.of(torch.bfloat16, 128, 128),
+        width=width,
+        rounded_gradients=rounded,
+    )
+
+
+def test_computing_is_the_visible_pairs_of_the_busiest_rank() -> None:
+    """Dense causal, 8 ranks: zigzag has an eighth each; of contiguous ranks the last has (2 - 1/8) of that."""
+    pairs = (1 << 16) * ((1 << 16) + 1) / 2
+    even = predict("ring", job(Dense(), 8), FAST)
+    assert even.flops == pytest.approx(2 * (128 + 128) * pairs * 32 / 8, rel=1e-6)
+    assert even.compute_s == pytest.approx(even.flops * (1 + BACKWARD_FLOPS) / FAST.flops_per_s)
+    assert even.balance == pytest.approx(1, abs=1e-3)
+    # Of 64 ranks too, of which not all are planned for.
+    for degree in (8, 64):
+        uneven = predict("ring", job(Dense(), degree, layout="contiguous"), FAST)
+        assert uneven.balance == pytest.approx(2 - 1 / degree, abs=1e-3)
+        assert uneven.flops == pytest.approx((2 - 1 / degree) * even.flops * 8 / degree, rel=1e-3)
+    assert predict("ulysses", job(Dense(), 8, layout="contiguous"), FAST).balance == pytest.approx(1)
+
+
+def test_time_is_the_longer_of_computing_and_what_is_hidden_and_all_that_is_not() -> None:
+    ring, ulysses = (predict(name, job(Dense(), 8), FAST) for name in ("ring", "ulysses"))
+    assert (ring.exposed_s, ulysses.hidden_s) == (0, 0)
+    assert ring.seconds == pytest.approx(ring.compute_s)
+    assert ulysses.seconds == pytest.approx(ulysses.compute_s + ulysses.exposed_s)
+    sent = ring.volume.forward + ring.volume.backward
+    assert ring.hidden_s == pytest.approx(sent / FAST.inner_bytes_per_s)
+    # Sixteen ranks span two nodes, and links between these are slow.
+    far = predict("ring", job(Dense(), 16), FAST)
+    assert far.hidden_s == pytest.approx((far.volume.forward + far.volume.backward) / FAST.outer_bytes_per_s)
+    # Two rings send one chunk in eight between nodes.
+    double = predict("double_ring", job(Dense(), 16, width=8), FAST)
+    assert double.volume == far.volume
+    assert double.hidden_s < far.hidden_s / 3
+
+
+CHUNK = 4096 * 8 * (128 + 128) * 2
+"""Bytes of the keys and values of one of 16 ranks."""
+
+
+@pytest.mark.parametrize(
+    ("rounded", "inner", "outer"),
+    [
+        # Within a node 7 hops of each round of 8, both ways, and as many of gradients, in float32.
+        (False, 14 + 14 + 2 * 14, 1 + 1 + 2 * 2),
+        # Rounded gradients go straight home: of 15 owners 7 are in the same node.
+        (True, 14 + 14 + 7, 1 + 1 + 8),
+    ],
+)
+def test_each_ring_of_two_has_links_of_its_own(rounded: bool, inner: int, outer: int) -> None:
+    found = predict("double_ring", job(Dense(), 16, width=8, rounded=rounded), FAST)
+    seconds = CHUNK * inner / FAST.inner_bytes_per_s + CHUNK * outer / FAST.outer_bytes_per_s
+    assert found.hidden_s == pytest.approx(seconds)
+
+
+def test_the_outer_axis_leaves_the_node_however_few_ranks_it_has() -> None:
+    """Two nodes: heads within these, and between them a ring of two, its chunks those of 8 ranks, of one head each."""
+    found = predict("hybrid", job(Dense(), 16, width=8), FAST)
+    assert found.hidden_s == pytest.approx(CHUNK * (1 + 1 + 2 * 2) / FAST.outer_bytes_per_s)
+    exchanged = found.volume.forward + found.volume.backward - CHUNK * (1 + 1 + 2 * 2)
+    assert found.exposed_s == pytest.approx(exchanged / FAST.inner_bytes_per_s)
+
+
+def cost(seconds: float, working_bytes: int = 0, *, flops: float = 1.0, balance: float = 1.0) -> Cost:
+    return Cost(
+        volume=Volume(forward=0, backward=0),
+        flops=flops,
+        balance=balance,
+        working_bytes=working_bytes,
+        compute_s=seconds,
+        hidden_s=0,
+        exposed_s=0,
+        seconds=seconds,
+    )
+
+
+def test_of_those_about_as_fast_the_one_that_holds_least_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"ring": cost(1.0, 3), "fetch": cost(1.015, 1), "gather": cost(1.03, 0)}
+
+    def predicted(strategy: str, job: Job, machine: Machine) -> Cost:
+        if strategy not in given:
+            raise ConfigError("not this one")
+        return given[strategy]
+
+    monkeypatch.setattr(cost_model, "predict", predicted)
+    costs, refusals = compare([(job(Dense(), 8), 1)], FAST)
+    assert list(costs) == ["fetch", "ring", "gather"]
+    assert refusals.keys() == set(STRATEGIES) - set(costs)
+
+
+def test_layers_weigh_by_their_flops() -> None:
+    """Three even layers of 10 and one of 30 that is 1.5 times the mean on the busiest rank: 60 over 30 + 20."""
+    every = together([(cost(1, 5, flops=10), 3), (cost(2, 4, flops=30, balance=1.5), 1)])
+    assert (every.flops, every.seconds, every.working_bytes) == (60, 5, 5)
+    assert every.balance == pytest.approx(60 / 50)
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "degree", "layout", "best"),
+    [
+        (Window(window=1024), 8, "contiguous", "fetch"),
+        (Lightning(), 8, "contiguous", "state"),
+        (Dense(), 1, "contiguous", "single"),
+    ],
+)
+def test_the_best_is_the_expected(mechanism: Mechanism, degree: int, layout: str, best: str) -> None:
+    slow = Machine(flops_per_s=1e14, inner_bytes_per_s=1e9, outer_bytes_per_s=1e9, node_ranks=8)
+    costs, refusals = compare([(job(mechanism, degree, layout=layout), 4)], slow)
+    assert next(iter(costs)) == best
+    assert costs.keys() | refusals.keys() == set(STRATEGIES)
+    assert costs[best].seconds == min(cost.seconds for cost in costs.values()) or degree == 1
+
+
+def test_layers_add_up() -> None:
+    """Seven layers of a recurrence beside one that moves keys: each under the strategy that serves it."""
+    layers = [(job(Lightning(layer=1, layers=8), 8), 7), (job(Dense(), 8), 1)]
+    costs, _ = compare(layers, FAST)
+    alone = predict("state", layers[0][0], FAST).seconds * 7 + predict("ring", layers[1][0], FAST).seconds
+    assert costs["ring"].seconds == pytest.approx(alone)
+    assert costs["ring"].volume.forward == (
+        7 * predict("state", layers[0][0], FAST).volume.forward + predict("ring", layers[1][0], FAST).volume.forward
+    )
+
+
+def test_recurrences_have_a_strategy_of_their_own_where_keys_travel() -> None:
+    heads = Heads(query=8, kv=8)
+    assert strategy_for("ring", Lightning(), heads, 4, 1) == "state"
+    assert strategy_for("ulysses", Lightning(), heads, 4, 1) == "ulysses"
+    assert strategy_for("ring", Dense(), heads, 4, 1) == "ring"
+    assert strategy_for("state", Dense(), heads, 4, 1) == "state"
+    assert strategy_for("single", Lightning(), heads, 4, 1) == "single"
+
+
+def test_what_is_chosen_of_a_long_sequence_is_drawn_for_some_queries() -> None:
+    """What `ship` moves is what all would, to a few per cent; `fetch` is taken to need all that may be chosen."""
+    mechanism, heads, rows = MoBA(block=128, top_k=3), Heads(query=2, kv=2), Rows.packed([1 << 14])
+    shards = Shards.deal(rows, layout="contiguous", degree=4)
+    sizes, sample = Sizes.of(torch.bfloat16, 64, 64), typical_choice(mechanism, rows, heads, most=SAMPLED)
+    every = typical_choice(mechanism, rows, heads)
+    assert isinstance(sample, Sample)
+    assert sample.one_in == 8
+    assert isinstance(every, Selection)
+    for strategy, chosen, bound in (("ship", every, 0.05), ("fetch", None, 0.0)):
+        planned = STRATEGIES.get(strategy)(Unconnected(3, 4)).prepare(mechanism, shards, heads, backend="cpu")
+        expected = planned.volume(sizes, chosen).forward
+        assert planned.volume(sizes, sample).forward == pytest.approx(expected, rel=bound)

@@ -1,0 +1,91 @@
+"""Queries that travel to the keys they chose: what moves, against a ring, and in worlds of many ranks."""
+
+import itertools
+
+import pytest
+import torch
+
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.masks.selection import Selection
+from farspan.kernels.mechanism import Heads, Routed
+from farspan.kernels.mechanisms.block_sparse import BlockSparse
+from farspan.kernels.mechanisms.moba import MoBA
+from farspan.kernels.mechanisms.vggt import VGGT
+from farspan.parallel.context_parallel.query_dispatch import Holders, Shipments
+from farspan.parallel.context_parallel.routing import typical_choice
+from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes
+from farspan.parallel.layout import LAYOUTS, Shards
+from farspan.parallel.simulation import Unconnected
+from tests.support.oracle import selected_mask, visible_mask
+
+TOKENS, BLOCK = 1 << 14, 128
+
+
+def sent(strategy: str, degree: int, heads: Heads, top_k: int) -> int:
+    """Return the bytes that all ranks send in a bfloat16 layer with heads of 64, forward."""
+    mechanism, rows = MoBA(block=BLOCK, top_k=top_k), Rows.packed([TOKENS])
+    shards = Shards.deal(rows, layout="contiguous", degree=degree)
+    chosen = typical_choice(mechanism, rows, heads) if strategy == "ship" else None
+    total = 0
+    for rank in range(0, degree, max(degree // 4, 1)):
+        channel = Unconnected(rank, degree)
+        planned = STRATEGIES.get(strategy)(channel).prepare(mechanism, shards, heads, backend="cpu")
+        total += planned.volume(Sizes.of(torch.bfloat16, 64, 64), chosen).forward
+    return total
+
+
+@pytest.mark.parametrize(
+    ("degree", "heads", "top_k", "ships"),
+    [
+        # Up to K - 1 other ranks per query: K = 3 moves 2 x (12 + 4 + 128 + 260) bytes per head, the ring 31 x 256.
+        (32, Heads(query=4, kv=4), 3, True),
+        # Of 4 query heads to a KV head each moves for itself, still less than 31 chunks.
+        (32, Heads(query=4, kv=1), 3, True),
+        # At 4 ranks the ring sends 3 x 256 for 4 heads, and queries 4 times as much as above.
+        (4, Heads(query=4, kv=1), 3, False),
+        (8, Heads(query=4, kv=1), 8, False),
+    ],
+)
+def test_less_moves_than_around_a_ring_where_the_formula_says_so(
+    degree: int, heads: Heads, top_k: int, ships: bool
+) -> None:
+    """Published, for results as wide as queries: when degree - 1 > (Hq / Hk) (K - 1).
+
+    Ours come back in float32: 404 bytes an item where a key and a value have 256.
+    """
+    condition = degree - 1 > (heads.query / heads.kv) * (top_k - 1) * 404 / 256
+    assert condition == ships
+    assert (sent("ship", degree, heads, top_k) < sent("ring", degree, heads, top_k)) == ships
+
+
+MECHANISMS = [
+    MoBA(block=6, top_k=3),
+    BlockSparse(block=10, density=0.4),
+    VGGT(frame=12, special=2, mass=0.3, sparsity=0.8, tile=9, block=7),
+]
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("mechanism", MECHANISMS, ids=str)
+def test_a_row_goes_where_it_sees_a_chosen_key_and_nowhere_else(mechanism: Routed, layout: str) -> None:
+    rows, heads, degree = Rows.packed([50, 1, 33], padding=11), Heads(query=4, kv=2), 5
+    shards = Shards.deal(rows, layout=layout, degree=degree)
+    chosen = typical_choice(mechanism, rows, heads)
+    assert isinstance(chosen, Selection)
+    sees = visible_mask(rows, rows, mechanism.visibility(), heads.query) & selected_mask(chosen, rows, heads.query)
+    index = shards.index.flatten()
+    holder = torch.full((len(rows),), -1)
+    holder[index[index >= 0]] = torch.arange(degree).repeat_interleave(shards.tokens_local)[index >= 0]
+    holders = Holders.of(mechanism, mechanism.blocks(rows), shards)
+    shipped = 0
+    for rank, other in itertools.product(range(degree), range(degree)):
+        selection = chosen.of_queries(shards.index[rank])
+        leaving = Shipments.of(selection, holders, shards, rank, heads.query)
+        row, head = (x.split(leaving.items)[other] for x in (leaving.row, leaving.head))
+        sent = torch.zeros(heads.query, len(rows), dtype=torch.bool)
+        sent[head, shards.index[rank][row]] = True
+        assert len(row) == sent.sum(), "a row of a head goes to a rank once"
+        wanted = sees[:, :, holder == other].any(dim=2) & (holder == rank)
+        assert torch.equal(sent, wanted & (rank != other))
+        shipped += len(row)
+    assert shipped > 0

@@ -1,0 +1,63 @@
+"""Choices over a whole sequence: the same whoever holds which tokens, by hand, with the bytes that are stated."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from farspan.kernels.masks.rows import Rows
+from farspan.parallel.comm import Channel
+from farspan.parallel.expert_parallel.capacity import SharedSequence
+from farspan.parallel.layout import LAYOUTS, Shards
+from farspan.parallel.simulation import simulate
+
+TOKENS, EXPERTS = 37, 5
+
+
+def dealt(layout: str, degree: int, parts: list[Tensor], choose) -> tuple[Tensor, list[int]]:
+    """What the ranks find, put together in the order of the sequence, and the bytes that each sent."""
+    shards = Shards.deal(Rows.packed([TOKENS]), layout=layout, degree=degree, work=lambda rows: rows.position + 1.0)
+
+    def run(channel: Channel) -> tuple[Tensor, int]:
+        sequence = SharedSequence(channel, shards.index[channel.rank])
+        found = choose(sequence, *(shards.shard(x, channel.rank, fill=1) for x in parts))
+        return found, channel.traffic.sent.total()
+
+    found, sent = zip(*simulate(degree, run), strict=True)
+    padded = [part for part, index in zip(found, shards.index, strict=True) if part[index < 0].any()]
+    assert not padded
+    return shards.unshard(torch.stack(found)), list(sent)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("degree", [1, 2, 3, 4])
+@pytest.mark.parametrize("drop", ["weight", "position"])
+def test_capacity_by_hand(drop, degree: int, layout: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.rand(TOKENS, EXPERTS, generator=generator).argsort(dim=1)[:, :2]
+    weights = torch.rand(TOKENS, 2, generator=generator).mul(4).round()  # many are equal: earlier tokens win
+    kept, sent = dealt(
+        layout, degree, [chosen, weights], lambda s, c, w: s.within_capacity(c, w, EXPERTS, factor=0.8, drop=drop)
+    )
+    capacity = 12  # 0.8 x 37 x 2 / 5 = 11.84
+    expected = torch.zeros(TOKENS, 2, dtype=torch.bool)
+    for expert in range(EXPERTS):
+        line = [(t, k) for t in range(TOKENS) for k in range(2) if chosen[t, k] == expert]
+        if drop == "weight":
+            line.sort(key=lambda place: -weights[place].item())
+        for place in line[:capacity]:
+            expected[place] = True
+    assert torch.equal(kept, expected)
+    assert not kept.all()
+    rows = -(-TOKENS // degree) if layout != "zigzag" else 2 * -(-TOKENS // (2 * degree))
+    if layout != "balanced":
+        assert sent == [(degree - 1) * rows * (8 + 16 + (8 if drop == "weight" else 0))] * degree
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("degree", [1, 2, 3, 4])
+def test_experts_take_their_best_tokens(degree: int, layout: str) -> None:
+    scores = torch.rand(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(0)).mul(6).round()
+    taken, _ = dealt(layout, degree, [scores], lambda s, x: s.chosen_by_experts(x, 2))
+    for expert in range(EXPERTS):
+        best = sorted(range(TOKENS), key=lambda token: (-scores[token, expert].item(), token))[:15]  # 37 x 2 / 5 = 14.8
+        assert taken[:, expert].nonzero().flatten().tolist() == sorted(best)

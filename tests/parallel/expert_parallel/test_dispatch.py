@@ -1,0 +1,147 @@
+"""Expert parallelism: whoever holds the experts, each token gets the weighed sum of what its experts make of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from farspan.kernels.moe.grouped_swiglu import grouped_swiglu
+from farspan.parallel.expert_parallel.dispatch import send_to_experts
+from tests.support.rank_pool import RankPool, world_channel
+
+EXPERTS, PER_TOKEN, WIDTH, INNER = 8, 3, 6, 10
+
+
+@dataclass(frozen=True)
+class Case:
+    """tokens: of each of 8 parts, dealt to the ranks end to end. experts: those that are chosen from."""
+
+    tokens: tuple[int, ...]
+    padding: tuple[int, ...] = (0,) * 8
+    experts: tuple[int, ...] = tuple(range(EXPERTS))
+
+
+CASES = {
+    "even": Case((5,) * 8),
+    "ragged": Case((1, 9, 0, 4, 7, 2, 3, 5), padding=(0, 2, 0, 1, 7, 0, 3, 1)),
+    "ranks without tokens": Case((0, 0, 4, 0, 0, 0, 9, 0)),
+    "all to three experts": Case((5,) * 8, experts=(5, 6, 7)),
+    "only padding": Case((3,) * 8, padding=(3,) * 8),
+}
+
+
+def inputs(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """(x, weights, gate, up, down), chosen, real, dout of all parts end to end."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(case.tokens)
+    shapes = ((tokens, WIDTH), (tokens, PER_TOKEN), *[(EXPERTS, INNER, WIDTH)] * 2, (EXPERTS, WIDTH, INNER))
+    leaves = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    order = torch.rand(tokens, len(case.experts), generator=generator).argsort(dim=1)[:, :PER_TOKEN]
+    real = torch.cat([torch.arange(n) < n - pad for n, pad in zip(case.tokens, case.padding, strict=True)])
+    dout = torch.randn(tokens, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+    return leaves, torch.tensor(case.experts)[order], real, dout
+
+
+def dealt(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, int], int]:
+    """On a rank: its out and gradients, what its channel counted, and the rows that left it."""
+    channel = world_channel()
+    (x, weights, *matrices), chosen, real, dout = inputs(case, dtype)
+    parts = 8 // channel.size
+    start, stop = (sum(case.tokens[: parts * rank]) for rank in (channel.rank, channel.rank + 1))
+    held = EXPERTS // channel.size
+    mine = [part[start:stop].clone().requires_grad_() for part in (x, weights)]
+    # Whatever padding holds must not be seen.
+    mine[0].data[~real[start:stop]] = torch.nan
+    mine += [m[channel.rank * held : (channel.rank + 1) * held].clone().requires_grad_() for m in matrices]
+    kept = real[start:stop, None].expand(-1, PER_TOKEN)
+    under_way = send_to_experts(mine[0], chosen[start:stop], mine[1], kept, channel, EXPERTS)
+    out = under_way.attended_by(lambda rows, counts: grouped_swiglu(rows, mine[2], mine[3], mine[4], counts))
+    gradients = torch.autograd.grad(out, mine, dout[start:stop])
+    leaving = chosen[start:stop][real[start:stop]] // held != channel.rank
+    return [out.detach(), *gradients], dict(channel.traffic.sent), int(leaving.sum())
+
+
+def whole(case: Case, dtype: torch.dtype) -> list[Tensor]:
+    """Every expert on every token, in float64."""
+    leaves, chosen, real, dout = inputs(case, dtype)
+    x, weights, gate, up, down = exact = [leaf.double().requires_grad_() for leaf in leaves]
+    inner = torch.nn.functional.silu(torch.einsum("tc,efc->tef", x, gate)) * torch.einsum("tc,efc->tef", x, up)
+    made = torch.einsum("tef,ecf->tec", inner, down).gather(1, chosen.unsqueeze(-1).expand(-1, -1, WIDTH))
+    out = (weights.unsqueeze(-1) * made).sum(1) * real.unsqueeze(-1)
+    return [out.detach(), *torch.autograd.grad(out, exact, dout.double())]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 3e-2)], ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("degree", [1, 2, 4, 8])
+def test_equals_every_expert_on_every_token(
+    ranks: Callable[[int], RankPool], degree: int, case: Case, dtype: torch.dtype, tolerance: float
+) -> None:
+    results = ranks(degree).run(dealt, case, dtype)
+    expected = whole(case, dtype)
+    got = [torch.cat(parts) for parts in zip(*(tensors for tensors, *_ in results), strict=True)]
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).abs().amax().item() <= tolerance * max(b.abs().amax().item(), 1e-300)
+    for _, sent, leaving in results:
+        row = WIDTH * dtype.itemsize
+        there, back = sent.get("expert_rows", 0), sent.get("expert_out_gradient", 0)
+        assert there == back == leaving * row
+        assert sent.get("expert_counts", 0) == (degree - 1) * EXPERTS // degree * 8
+    # What leaves a rank comes back: as many rows of out, and of the gradient, are sent by those who made them.
+    for back, there in (("expert_out", "expert_rows"), ("expert_rows_gradient", "expert_out_gradient")):
+        assert sum(sent.get(back, 0) for _, sent, _ in results) == sum(sent.get(there, 0) for _, sent, _ in results)
+
+
+class RecordingChannel:
+    """Of one rank alone: says when transfers start and when they are waited for."""
+
+    rank, size = 0, 1
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def all_to_all(self, buffer: Tensor, *, kind: str) -> Tensor:
+        return buffer
+
+    def start_all_to_all(self, buffer: Tensor, *, sent: list[int], received: list[int], kind: str) -> Any:
+        self.events.append(f"start {kind}")
+
+        def wait() -> Tensor:
+            self.events.append(f"wait {kind}")
+            return buffer
+
+        return SimpleNamespace(wait=wait)
+
+
+class Noted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, events: list[str], name: str) -> Tensor:
+        ctx.events, ctx.name = events, name
+        events.append(name)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.events.append(f"{ctx.name} backward")
+        return dout, None, None
+
+
+def test_what_is_computed_meanwhile_hides_the_way_there_and_that_of_its_gradient() -> None:
+    channel, x = RecordingChannel(), torch.ones(4, 2, requires_grad=True)
+    chosen, kept = torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1, dtype=torch.bool)
+    under_way = send_to_experts(x, chosen, torch.ones(4, 1), kept, channel, 1)  # pyright: ignore[reportArgumentType]
+    meanwhile: Tensor = Noted.apply(x, channel.events, "meanwhile")  # pyright: ignore[reportAssignmentType]
+    out = under_way.attended_by(lambda rows, _: Noted.apply(rows, channel.events, "experts"))  # pyright: ignore
+    assert channel.events == [
+        "start expert_rows", "meanwhile", "wait expert_rows", "experts", "start expert_out", "wait expert_out",
+    ]  # fmt: skip
+    channel.events.clear()
+    (out + meanwhile).sum().backward()
+    assert channel.events == [
+        "start expert_out_gradient", "wait expert_out_gradient", "experts backward",
+        "start expert_rows_gradient", "meanwhile backward", "wait expert_rows_gradient",
+    ]  # fmt: skip

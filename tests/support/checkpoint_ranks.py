@@ -1,0 +1,123 @@
+"""What tests of checkpoints do on each rank: a sharded model whose contents follow from a number, saved and loaded."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from farspan.errors import CheckpointError
+from farspan.parallel.mesh import Mesh
+from farspan.trainer.build import build_model
+from farspan.trainer.checkpoint.checkpointer import Checkpointer
+from farspan.trainer.config import Config
+from farspan.trainer.optim import build_optimizer
+from farspan.trainer.state import TrainState
+from farspan.trainer.train import identity
+
+Bits = dict[str, torch.Tensor]
+
+
+class Side:
+    """One rank's model, optimizer and checkpointer."""
+
+    def __init__(self, config: Config, fingerprint: str = "data") -> None:
+        self.model = build_model(config, Mesh.build(config.parallel, "cpu"), torch.device("cpu"))
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.folder = config.run.folder / "checkpoints"
+        self.checkpoints = Checkpointer(
+            self.folder,
+            self.model,
+            self.optimizer,
+            identity=identity(config, fingerprint),
+            config=config.checkpoint,
+        )
+
+    def update(self, number: int) -> None:
+        generator = torch.Generator().manual_seed(number * 2 + dist.get_rank())
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+            local = parameter.grad.to_local()  # pyright: ignore[reportAttributeAccessIssue]
+            local.copy_(torch.randn(local.shape, generator=generator, dtype=local.dtype))
+        self.optimizer.step()
+
+    def bits(self) -> Bits:
+        """This rank's shards of everything that a checkpoint holds."""
+        found = {}
+        for name, parameter in self.model.named_parameters():
+            moments = self.optimizer.state[parameter]
+            for key, value in {"value": parameter, **moments}.items():
+                found[f"{name}.{key}"] = (value.to_local() if isinstance(value, DTensor) else value).detach().clone()
+        return found
+
+
+def state_of(step: int) -> TrainState:
+    return TrainState(step=step, sequences=2 * step, tokens=100 * step)
+
+
+def save(config: Config, steps: Sequence[int]) -> list[Bits]:
+    """On a rank: save these steps; return what was saved."""
+    side, saved = Side(config), []
+    for step in steps:
+        side.update(step)
+        side.checkpoints.save(state_of(step))
+        saved.append(side.bits())
+    return saved
+
+
+def load(config: Config, fingerprint: str = "data") -> tuple[str | None, TrainState, Bits, Any]:
+    """On a rank: load into a model of other contents; return the folder's name and what was loaded."""
+    side, state = Side(config, fingerprint), TrainState()
+    side.update(77)
+    folder = side.checkpoints.load_latest(state)
+    return folder and folder.name, state, side.bits(), [group["weight_decay"] for group in side.optimizer.param_groups]
+
+
+class Lines(logging.Handler):
+    """What farspan logs while a `with` block runs."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    def __enter__(self) -> list[str]:
+        log = logging.getLogger("farspan")
+        self._level = log.level
+        log.addHandler(self)
+        log.setLevel(logging.INFO)
+        return self.lines
+
+    def __exit__(self, *error: object) -> None:
+        log = logging.getLogger("farspan")
+        log.removeHandler(self)
+        log.setLevel(self._level)
+
+
+def walk_back(config: Config) -> tuple[str | None, Bits, list[str]]:
+    """On a rank: load; return the folder's name, what was loaded and what was said of checkpoints that were refused."""
+    with Lines() as lines:
+        folder, _, bits, _ = load(config)
+    return folder, bits, [line for line in lines if line.startswith("refused")]
+
+
+def refusal(config: Config, fingerprint: str = "data") -> str:
+    """On a rank: return why nothing can be loaded."""
+    with pytest.raises(CheckpointError) as refused:
+        Side(config, fingerprint).checkpoints.load_latest(TrainState())
+    dist.barrier()
+    return str(refused.value)
+
+
+def same_bits(one: Bits, other: Bits) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())

@@ -1,0 +1,372 @@
+"""flash-attn 2, 3 and 4 where they are not installed: their functions' signatures, played in plain torch.
+
+Parameters, their order and what is returned are those of flash-attn 2.8.3.post2, FlashAttention 3 (3.0.0.b1 and the
+head of its repository) and flash-attn-4 (4.0.0b3 and b36). Like the real ones, those of flash-attn 2 and of the head of
+FlashAttention 3 are custom operators, whose signatures cannot be seen. Each fails on what the real one cannot do.
+"""
+
+import math
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from farspan.kernels.cuda import packages as flash_attn
+
+CALLED: list[str] = []
+"""Names of the packages in the order of their calls."""
+UNCACHED = flash_attn.module.__wrapped__
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+def scores(q: Tensor, k: Tensor, causal: bool, scale: float, window: tuple[int, int] = (-1, -1)) -> Tensor:
+    """Return scaled scores `[H, T, S]` of q `[T, H, D]` and k `[S, Hk, D]`, aligned bottom right."""
+    key = k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    found = torch.einsum("thd,shd->hts", q.float(), key) * scale
+    distance = torch.arange(k.shape[0]) - torch.arange(q.shape[0])[:, None] - (k.shape[0] - q.shape[0])
+    left, right = window[0], 0 if causal else window[1]
+    seen = ((distance >= -left) | (left < 0)) & ((distance <= right) | (right < 0))
+    return found.masked_fill(~seen, -math.inf)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Return out `[T, H, D]` and lse `[H, T]`."""
+    found = scores(q, k, causal, scale)
+    value = v.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    return torch.einsum("hts,shd->thd", found.softmax(-1), value).to(q.dtype), found.logsumexp(-1)
+
+
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> Three:
+    """Return (dq, dk, dv) by the formula, without grouped heads."""
+    p = (scores(q, k, causal, scale) - lse.unsqueeze(-1)).exp()
+    dout = dout.float()
+    delta = (dout * out.float()).sum(-1).t().unsqueeze(-1)
+    ds = p * (torch.einsum("thd,shd->hts", dout, v.float()) - delta) * scale
+    dq, dk = torch.einsum("hts,shd->thd", ds, k.float()), torch.einsum("hts,thd->shd", ds, q.float())
+    dv = torch.einsum("hts,thd->shd", p, dout)
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
+
+
+def check(name: str, widest: int, *tensors: Tensor) -> None:
+    CALLED.append(name)
+    assert len({x.dtype for x in tensors}) == 1
+    assert tensors[0].dtype in (torch.bfloat16, torch.float16)
+    assert all(x.stride(-1) == 1 and x.shape[-1] % 8 == 0 and x.shape[-1] <= widest for x in tensors)
+    assert all(x.numel() for x in tensors)
+
+
+def padded_forward(
+    name: str, widest: int, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Return out `[N, T, H, D]` and lse `[N, H, T]`."""
+    check(name, widest, q, k, v)
+    assert scale is not None
+    assert q.shape[0] == k.shape[0] == v.shape[0]
+    parts = [forward(q[i], k[i], v[i], causal, scale) for i in range(len(q))]
+    outs, lses = zip(*parts, strict=True)
+    return torch.stack(outs), torch.stack(lses)
+
+
+def padded_backward(
+    name: str, widest: int, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool,
+    scale: float | None,
+) -> Three:  # fmt: skip
+    check(name, widest, dout, q, k, v, out)
+    assert scale is not None
+    assert lse.dtype == torch.float32
+    assert lse.is_contiguous()
+    assert lse.shape == (q.shape[0], q.shape[2], q.shape[1])
+    parts = [backward(dout[i], q[i], k[i], v[i], out[i], lse[i], causal, scale) for i in range(len(q))]
+    dq, dk, dv = (torch.stack(x) for x in zip(*parts, strict=True))
+    return dq, dk, dv
+
+
+def fill(targets: tuple[Tensor | None, ...], found: Three) -> None:
+    for target, gradient in zip(targets, found, strict=True):
+        assert target is not None
+        target.copy_(gradient)
+
+
+def sequences(
+    cu_q: Tensor | None, cu_k: Tensor | None, max_q: int | None, max_k: int | None
+) -> Iterator[tuple[slice, slice]]:
+    """Yield the rows of each packed sequence."""
+    assert cu_q is not None
+    assert cu_k is not None
+    assert cu_q.dtype == cu_k.dtype == torch.int32
+    assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
+    for rows, keys in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
+        assert rows[1] > rows[0], "the real one gives NaN for a sequence without queries"
+        yield slice(*rows), slice(*keys)
+
+
+def packed(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, max_q: int | None, max_k: int | None,
+    scale: float | None, causal: bool, window: tuple[int, int],
+) -> Tensor:  # fmt: skip
+    """Play a public function, which autograd can differentiate."""
+    outs = []
+    for rows, keys in sequences(cu_q, cu_k, max_q, max_k):
+        probability = scores(q[rows], k[keys], causal, scale or q.shape[-1] ** -0.5, window).softmax(-1)
+        value = v[keys].float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        outs.append(torch.einsum("hts,shd->thd", probability, value).to(q.dtype))
+    out = torch.cat(outs)
+    assert out.shape[0] == q.shape[0]
+    return out
+
+
+def empty() -> Tensor:
+    return torch.zeros(0)
+
+
+@torch.library.custom_op("farspan_fake_2::forward", mutates_args=())
+def fa2_forward(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int,
+    window_size_right: int, softcap: float, alibi_slopes: Tensor | None, return_softmax: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    assert (dropout_p, window_size_left, window_size_right, softcap, alibi_slopes) == (0.0, -1, -1, 0.0, None)
+    return *padded_forward("fa2", 256, q, k, v, causal, softmax_scale), empty(), empty()
+
+
+@torch.library.custom_op("farspan_fake_2::backward", mutates_args=("dq", "dk", "dv"))
+def fa2_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor | None,
+    dk: Tensor | None, dv: Tensor | None, dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int,
+    window_size_right: int, softcap: float, alibi_slopes: Tensor | None, deterministic: bool,
+    rng_state: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    assert (dropout_p, window_size_left, window_size_right, softcap, alibi_slopes) == (0.0, -1, -1, 0.0, None)
+    fill((dq, dk, dv), padded_backward("fa2", 256, dout, q, k, v, out, softmax_lse, causal, softmax_scale))
+    return empty()
+
+
+@torch.library.custom_op("farspan_fake_2::varlen_forward", mutates_args=())
+def fa2_varlen_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int = -1, window_size_right: int = -1,
+    softcap: float = 0.0, alibi_slopes: Tensor | None = None, return_softmax: bool = False,
+    block_table: Tensor | None = None, leftpad_k: Tensor | None = None, seqused_k: Tensor | None = None,
+    zero_tensors: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    check("fa2_varlen", 256, q, k, v)
+    parts = [
+        forward(q[rows], k[keys], v[keys], causal, softmax_scale)
+        for rows, keys in sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    ]
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs), torch.cat(lses, dim=1), empty(), empty()
+
+
+@torch.library.custom_op("farspan_fake_2::varlen_backward", mutates_args=("dq", "dk", "dv"))
+def fa2_varlen_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor | None,
+    dk: Tensor | None, dv: Tensor | None, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int,
+    window_size_right: int, softcap: float, alibi_slopes: Tensor | None, deterministic: bool,
+    rng_state: Tensor | None = None, zero_tensors: bool = False,
+) -> Tensor:  # fmt: skip
+    check("fa2_varlen", 256, dout, q, k, v, out)
+    assert softmax_lse.dtype == torch.float32
+    assert softmax_lse.is_contiguous()
+    assert softmax_lse.shape == (q.shape[1], q.shape[0])
+    parts = [
+        backward(dout[rows], q[rows], k[keys], v[keys], out[rows], softmax_lse[:, rows], causal, softmax_scale)
+        for rows, keys in sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    ]
+    found = [torch.cat(x) for x in zip(*parts, strict=True)]
+    fill((dq, dk, dv), (found[0], found[1], found[2]))
+    return empty()
+
+
+def fa2_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
+    block_table=None,
+) -> Tensor:  # fmt: skip
+    check("fa2_public", 256, q, k, v)
+    return packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size)
+
+
+def fa2_old_forward(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_softmax):
+    """flash-attn 2.6, which has one window and returns eight values."""
+    raise AssertionError("nobody calls this version")
+
+
+def fa3_b1_forward(
+    q, k, v, k_new, v_new, qv, out, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q, seqused_k, max_seqlen_q,
+    max_seqlen_k, page_table, kv_batch_idx, leftpad_k, rotary_cos, rotary_sin, seqlens_rotary, q_descale, k_descale,
+    v_descale, softmax_scale, causal, window_size=(-1, -1), attention_chunk=0, softcap=0.0, rotary_interleaved=True,
+    scheduler_metadata=None, num_splits=1, pack_gqa=None, sm_margin=0,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    assert (k_new, qv, out, cu_seqlens_q, page_table, q_descale, window_size) == (*[None] * 6, (-1, -1))
+    return *padded_forward("fa3", 256, q, k, v, causal, softmax_scale), empty(), empty()
+
+
+def fa3_b1_backward(
+    dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, sequed_q, sequed_k, max_seqlen_q, max_seqlen_k, dq, dk,
+    dv, softmax_scale, causal, window_size=(-1, -1), softcap=0.0, deterministic=False, sm_margin=0,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    assert (cu_seqlens_q, cu_seqlens_k, sequed_q, sequed_k, max_seqlen_q, max_seqlen_k) == (None,) * 6
+    fill((dq, dk, dv), padded_backward("fa3", 256, dout, q, k, v, out, softmax_lse, causal, softmax_scale))
+    return dq, dk, dv, empty()
+
+
+def fa3_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None, softmax_scale=None,
+    causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1), attention_chunk=0,
+    softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0,
+) -> Tensor:  # fmt: skip
+    check("fa3_public", 256, q, k, v)
+    return packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size)
+
+
+@torch.library.custom_op("farspan_fake_3::forward", mutates_args=())
+def fa3_head_forward(
+    q: Tensor, k: Tensor, v: Tensor, k_new: Tensor | None = None, v_new: Tensor | None = None, qv: Tensor | None = None,
+    out_: Tensor | None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None, seqused_q: Tensor | None = None, seqused_k: Tensor | None = None,
+    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, page_table: Tensor | None = None,
+    kv_batch_idx: Tensor | None = None, leftpad_k: Tensor | None = None, rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None, seqlens_rotary: Tensor | None = None, q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None, v_descale: Tensor | None = None, softmax_scale: float | None = None,
+    causal: bool = False, window_size_left: int = -1, window_size_right: int = -1, attention_chunk: int = 0,
+    softcap: float = 0.0, rotary_interleaved: bool = True, scheduler_metadata: Tensor | None = None,
+    num_splits: int = 1, pack_gqa: bool | None = None, sm_margin: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    assert (window_size_left, window_size_right) == (-1, -1)
+    return *padded_forward("fa3", 256, q, k, v, causal, softmax_scale), empty(), empty()
+
+
+@torch.library.custom_op("farspan_fake_3::backward", mutates_args=("dq", "dk", "dv"))
+def fa3_head_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None, sequed_q: Tensor | None = None, sequed_k: Tensor | None = None,
+    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, dq: Tensor | None = None,
+    dk: Tensor | None = None, dv: Tensor | None = None, softmax_scale: float | None = None, is_causal: bool = False,
+    window_size_left: int = -1, window_size_right: int = -1, softcap: float = 0.0, deterministic: bool = False,
+    sm_margin: int = 0,
+) -> Tensor:  # fmt: skip
+    fill((dq, dk, dv), padded_backward("fa3", 256, dout, q, k, v, out, softmax_lse, is_causal, softmax_scale))
+    return empty()
+
+
+def fa4_b3_forward(
+    q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None,
+    page_table=None, softmax_scale=None, causal=False, softcap=None, window_size_left=None, window_size_right=None,
+    learnable_sink=None, m_block_size=128, n_block_size=128, num_threads=384, num_splits=1, pack_gqa=None, _arch=None,
+    score_mod=None, mask_mod=None, block_sparse_tensors=None, return_lse=False, out=None, lse=None, aux_tensors=None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    assert return_lse or any(x.requires_grad for x in (q, k, v)), "it keeps its lse to itself"
+    return padded_forward("fa4", 128, q, k, v, causal, softmax_scale)
+
+
+def fa4_b3_backward(
+    q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
+    window_size_right=None, m_block_size=64, n_block_size=128, num_threads=256, pack_gqa=False, num_stages_Q=2,
+    num_stages_dO=2, SdP_swapAB=False, dKV_swapAB=False, dQ_swapAB=False, AtomLayoutMSdP=2, AtomLayoutNdKV=2,
+    AtomLayoutMdQ=2, V_in_regs=False, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
+    max_seqlen_q=None, max_seqlen_k=None, deterministic=False, dq=None, dk=None, dv=None, score_mod=None,
+    score_mod_bwd=None, mask_mod=None, aux_tensors=None, block_sparse_tensors=None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return padded_backward("fa4", 128, dout, q, k, v, out, lse, causal, softmax_scale)
+
+
+def fa4_b36_forward(
+    q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None,
+    max_seqlen_k=None, min_seqlen_k=None, page_table=None, softmax_scale=None, causal=False, softcap=None,
+    window_size_left=None, window_size_right=None, learnable_sink=None, tile_mn=None, mma_pv_is_rs=None,
+    intra_wg_overlap=None, num_threads=384, num_splits=1, pack_gqa=None, _arch=None, score_mod=None, mask_mod=None,
+    block_sparse_tensors=None, return_lse=False, out=None, lse=None, aux_tensors=None, aux_scalars=None,
+    q_descale=None, k_descale=None, v_descale=None, gather_kv_indices=None, scheduler_metadata=None,
+    seqlen_k_per_split=None, disable_scheduler_metadata=False, gather_bwd_recompute_p=False,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    assert return_lse or any(x.requires_grad for x in (q, k, v)), "it keeps its lse to itself"
+    return *padded_forward("fa4", 128, q, k, v, causal, softmax_scale), None, None, None
+
+
+def fa4_b36_backward(
+    q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
+    window_size_right=None, m_block_size=64, n_block_size=128, num_threads=256, pack_gqa=False, num_stages_Q=2,
+    num_stages_dO=2, SdP_swapAB=False, dKV_swapAB=False, dQ_swapAB=False, AtomLayoutMSdP=2, AtomLayoutNdKV=2,
+    AtomLayoutMdQ=2, V_in_regs=False, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
+    max_seqlen_q=None, max_seqlen_k=None, deterministic=False, dq=None, dk=None, dv=None, score_mod=None,
+    score_mod_bwd=None, mask_mod=None, aux_tensors=None, aux_scalars=None, block_sparse_tensors=None, dlse=None,
+    learnable_sink=None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return padded_backward("fa4", 128, dout, q, k, v, out, lse, causal, softmax_scale)
+
+
+def fa4_early_forward(
+    q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None, page_table=None, softmax_scale=None,
+    causal=False, softcap=None, window_size_left=None, window_size_right=None, learnable_sink=None, m_block_size=128,
+    n_block_size=128, num_threads=384, pack_gqa=None, _compute_capability=None,
+):  # fmt: skip
+    """That inside flash-attn 2.8.3, whose lse is None where nothing requires a gradient."""
+    raise AssertionError("nobody calls this version")
+
+
+def fa4_varlen_func(
+    q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, min_seqlen_k=None,
+    seqused_q=None, seqused_k=None, gather_kv_indices=None, page_table=None, softmax_scale=None, causal=False,
+    window_size=(None, None), learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
+    score_mod=None, score_mod_bwd=None, mask_mod=None, block_sparse_tensors=None, aux_tensors=None, aux_scalars=None,
+    return_lse=False, scheduler_metadata=None, seqlen_k_per_split=None, disable_scheduler_metadata=False,
+    gather_bwd_recompute_p=False, gather_bwd_token_chunk=None,
+) -> tuple[Tensor, None]:  # fmt: skip
+    check("fa4_public", 128, q, k, v)
+    assert qv is None
+    assert -1 not in window_size, "None is no window"
+    window = (-1 if window_size[0] is None else window_size[0], -1 if window_size[1] is None else window_size[1])
+    return packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window), None
+
+
+FA2 = {"_flash_attn_forward": fa2_forward, "_flash_attn_backward": fa2_backward,
+       "_flash_attn_varlen_forward": fa2_varlen_forward, "_flash_attn_varlen_backward": fa2_varlen_backward,
+       "flash_attn_varlen_func": fa2_varlen_func}  # fmt: skip
+VERSIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "fa2": ("flash_attn.flash_attn_interface", FA2),
+    "fa2_old": ("flash_attn.flash_attn_interface", FA2 | {"_flash_attn_forward": fa2_old_forward}),
+    "fa3_b1": (
+        "flash_attn_interface",
+        {"_flash_attn_forward": fa3_b1_forward, "_flash_attn_backward": fa3_b1_backward,
+         "flash_attn_varlen_func": fa3_varlen_func},
+    ),
+    "fa3_head": (
+        "flash_attn_interface",
+        {"_flash_attn_forward": fa3_head_forward, "_flash_attn_backward": fa3_head_backward,
+         "flash_attn_varlen_func": fa3_varlen_func},
+    ),
+    "fa4_b3": (
+        "flash_attn.cute.interface", {"_flash_attn_fwd": fa4_b3_forward, "_flash_attn_bwd": fa4_b3_backward},
+    ),
+    "fa4_b36": (
+        "flash_attn.cute.interface",
+        {"_flash_attn_fwd": fa4_b36_forward, "_flash_attn_bwd": fa4_b36_backward,
+         "flash_attn_varlen_func": fa4_varlen_func},
+    ),
+    "fa4_early": (
+        "flash_attn.cute.interface", {"_flash_attn_fwd": fa4_early_forward, "_flash_attn_bwd": fa4_b3_backward},
+    ),
+}  # fmt: skip
+"""The module and the functions of each version."""
+
+
+def install(monkeypatch: pytest.MonkeyPatch, *versions: str) -> None:
+    """Have these versions installed, and no other, and none of them called yet."""
+    modules: dict[str, ModuleType | None] = dict.fromkeys((name for name, _ in VERSIONS.values()), None)
+    for version in versions:
+        name, functions = VERSIONS[version]
+        modules[name] = ModuleType(name)
+        vars(modules[name]).update(functions)
+    for name, module in modules.items():
+        # None in this place is a module that cannot be imported.
+        monkeypatch.setitem(sys.modules, name, module)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(flash_attn, "module", UNCACHED)
+    CALLED.clear()

@@ -1,0 +1,133 @@
+"""Attention written a second time, from the definitions; it shares nothing with the code under test."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.neighborhood import Neighbourhood
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.masks.selection import Selection
+
+# Largest error relative to the largest value, by dtype. float64 and float32: some hundred roundings of sums of O(1)
+# terms. bfloat16: inputs, probabilities and results are rounded to 8 bits, 2^-9 each.
+RELATIVE_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def visible_pairs(queries: Rows, keys: Rows, visibility: Visibility, head: int = 0) -> list[list[int]]:
+    """Return for each query row the key rows that it may see in a query head, by plain comparison of integers."""
+    window = visibility.window[head] if isinstance(visibility.window, tuple) else visibility.window
+    key_list = list(zip(keys.position.tolist(), keys.document.tolist(), strict=True))
+    pairs = []
+    for position, document in zip(queries.position.tolist(), queries.document.tolist(), strict=True):
+        near = None if visibility.neighbourhood is None else neighbours(position, visibility.neighbourhood)
+        seen = []
+        for j, (key_position, key_document) in enumerate(key_list):
+            if document < 0 or key_document != document:
+                continue
+            if visibility.causal and key_position > position:
+                continue
+            if window is not None and abs(position - key_position) >= window and key_position >= visibility.sinks:
+                continue
+            if near is not None and key_position not in near:
+                continue
+            seen.append(j)
+        pairs.append(seen)
+    return pairs
+
+
+def neighbours(position: int, neighbourhood: Neighbourhood) -> set[int]:
+    """Return the positions in a query's neighbourhood: a list of the coordinates of its dilation group, sliced."""
+    shape = [dimension.length for dimension in neighbourhood.dimensions]
+    grid, place = divmod(position, math.prod(shape))
+    found = [grid]
+    for number, dimension in enumerate(neighbourhood.dimensions):
+        coordinate = place // math.prod(shape[number + 1 :]) % dimension.length
+        line = list(range(coordinate % dimension.dilation, dimension.length, dimension.dilation))
+        at = line.index(coordinate)
+        stride_group = line[at - at % dimension.stride :][: dimension.stride]
+        if dimension.causal:
+            leader = line.index(stride_group[-1])
+            seen = [c for c in line[max(leader - dimension.window + 1, 0) :] if c <= coordinate]
+        else:
+            leader = min(at - at % dimension.stride + dimension.stride // 2, len(line) - 1)
+            start = min(max(leader - dimension.window // 2, 0), len(line) - dimension.window)
+            seen = line[start : start + dimension.window]
+        found = [so_far * dimension.length + c for so_far in found for c in seen]
+    return set(found)
+
+
+def visible_mask(queries: Rows, keys: Rows, visibility: Visibility, heads: int) -> Tensor:
+    """Return the same as bool `[heads, queries, keys]`."""
+    mask = torch.zeros(heads, len(queries), len(keys), dtype=torch.bool)
+    for head in range(heads if isinstance(visibility.window, tuple) else 1):
+        for row, seen in enumerate(visible_pairs(queries, keys, visibility, head)):
+            mask[head, row, seen] = True
+    return mask if isinstance(visibility.window, tuple) else mask[:1].expand(heads, -1, -1).clone()
+
+
+def selected_mask(selection: Selection, keys: Rows, heads: int) -> Tensor:
+    """Return whether the block of each key is on the list of each head and query, list by list."""
+    queries = len(selection.unit)
+    offsets, chosen = selection.offsets.tolist(), selection.chosen.tolist()
+    blocks = selection.blocks.of(keys)
+    mask = torch.zeros(heads, queries, len(keys), dtype=torch.bool)
+    for head in range(heads):
+        for row, unit in enumerate(selection.unit.tolist()):
+            if unit >= 0:
+                number = head // (heads // selection.heads) * selection.num_units + unit
+                mine = torch.tensor(chosen[offsets[number] : offsets[number + 1]], dtype=torch.int64)
+                mask[head, row] = torch.isin(blocks, mine)
+    return mask
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) of attention where `mask` `[heads, queries, keys]` is True, differentiable by autograd."""
+    group = q.shape[1] // k.shape[1]
+    outs, lses = [], []
+    for head in range(q.shape[1]):
+        scores = q[:, head] @ k[:, head // group].t() / math.sqrt(q.shape[2])
+        weight = torch.where(mask[head], scores, -math.inf)
+        top = weight.max(dim=1, keepdim=True).values.detach() if k.shape[0] else weight.new_zeros(len(q), 1)
+        top = torch.where(top == -math.inf, 0.0, top)
+        exponential = torch.where(mask[head], torch.exp(weight - top), 0.0)
+        total = exponential.sum(dim=1, keepdim=True)
+        sees = total > 0
+        outs.append(torch.where(sees, exponential @ v[:, head // group] / torch.where(sees, total, 1.0), 0.0))
+        lses.append(torch.where(sees, torch.log(torch.where(sees, total, 1.0)) + top, -math.inf).squeeze(1))
+    return torch.stack(outs, dim=1), torch.stack(lses, dim=1)
+
+
+def decayed_sums(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, rows: Rows) -> Tensor:
+    """Return the sums over earlier tokens of exp(-rate x distance) (q . k) v, differentiable by autograd."""
+    distance = rows.position[:, None] - rows.position[None, :]
+    seen = (rows.document[:, None] == rows.document[None, :]) & (rows.document >= 0)[:, None] & (distance >= 0)
+    outs = []
+    for head, rate in enumerate(decay.tolist()):
+        of_key = head // (q.shape[1] // k.shape[1])
+        weight = torch.where(seen, torch.exp(-rate * distance.clamp(min=0).double()), 0.0)
+        outs.append((q[:, head] @ k[:, of_key].t() * weight) @ v[:, of_key])
+    return torch.stack(outs, dim=1)
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest value or 1; NaN, or -inf in other places, counts as infinite.
+
+    Not below 1: a gradient whose true value is 0 is all rounding error of the O(1) terms that cancel in it.
+    """
+    got, expected = got.double(), expected.double()
+    if got.shape != expected.shape or got.isnan().any() or not torch.equal(got.isneginf(), expected.isneginf()):
+        return math.inf
+    if not got.numel():
+        return 0.0
+    finite = expected.masked_fill(expected.isneginf(), 0.0)
+    difference = (got.masked_fill(got.isneginf(), 0.0) - finite).abs().max().item()
+    return difference / max(finite.abs().max().item(), 1.0)
+
+
+def rms_error(got: Tensor, expected: Tensor) -> float:
+    """The root mean square of the differences over that of the finite values."""
+    finite = expected.isfinite()
+    difference, expected = got[finite].double() - expected[finite].double(), expected[finite].double()
+    return (difference.square().mean() / expected.square().mean()).sqrt().item()

@@ -1,0 +1,212 @@
+"""Training steps on real ranks, and in one process by formula: losses, gradients, loads and biases."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from farspan.parallel.comm import Traffic
+from farspan.parallel.mesh import Mesh
+from farspan.trainer.build import build_batches, build_model
+from farspan.trainer.config import Config
+from farspan.trainer.data.packing import PackedSequences
+from farspan.trainer.load_balance import ExpertLoad
+from farspan.trainer.model.config import ExpertsConfig, HeadMixtureConfig
+from farspan.trainer.optim import build_optimizer, learning_rate, set_learning_rate
+from farspan.trainer.resolve import open_data
+from farspan.trainer.step import train_step
+from tests.support.decoder import summed_loss
+from tests.support.mixture import Seen, choices, head_choices, scores_of
+
+STEPS = 10
+# Ten AdamW updates let differences of 1e-16 grow to some 1e-12; the bar leaves room for another order of sums.
+TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    losses: list[float]
+    norms: list[float]
+    gradients: list[dict[str, Tensor]]
+    loads: list[ExpertLoad | None] = field(default_factory=list)
+    head_loads: list[ExpertLoad | None] = field(default_factory=list)
+
+
+def sequences(config: Config) -> PackedSequences:
+    source, _ = open_data(config)
+    return PackedSequences(source, sequence_tokens=config.data.sequence_tokens, seed=config.run.seed)
+
+
+def train_dealt(config: Config, steps: int = STEPS) -> Trajectory:
+    """On each rank: the real parts of a run; gradients are gathered whole."""
+    mesh, device = Mesh.build(config.parallel, "cpu"), torch.device("cpu")
+    model = build_model(config, mesh, device)
+    optimizer = build_optimizer(model, config.optimizer)
+    batches, data = build_batches(config, mesh, device, Traffic()), sequences(config)
+    result = Trajectory([], [], [])
+    for step in range(steps):
+        set_learning_rate(optimizer, learning_rate(config.optimizer, step, steps))
+        per_step = config.train.sequences_per_step
+        mine = range(step * per_step + mesh.data_rank, (step + 1) * per_step, mesh.degrees.data)
+        done = train_step(
+            model,
+            optimizer,
+            [batches.build(data.sequence(i)) for i in mine],
+            context=batches.channel,
+            max_gradient_norm=config.optimizer.max_gradient_norm,
+        )
+        result.losses.append(done.loss)
+        result.norms.append(done.gradient_norm)
+        result.gradients.append({name: p.grad.full_tensor() for name, p in model.named_parameters()})  # pyright: ignore
+        result.loads.append(done.experts)
+        result.head_loads.append(done.heads)
+    return result
+
+
+def initial_parameters(config: Config) -> dict[str, Tensor]:
+    model = build_model(config, Mesh.build(config.parallel, "cpu"), torch.device("cpu"))
+    return {name: p.detach().full_tensor() for name, p in model.named_parameters()}  # pyright: ignore
+
+
+@dataclass(frozen=True)
+class Family:
+    """Routers of one kind: their settings, biases by name, logits of a sequence by layer, and what tokens chose.
+
+    choose: from the logits and bias of one layer to what was wanted and what of this was computed, bool `[T, E]`.
+    """
+
+    settings: ExpertsConfig | HeadMixtureConfig
+    biases: dict[str, Tensor]
+    logits: Callable[[Seen], list[Tensor]]
+    choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    shares: Callable[[Tensor], Tensor]
+
+    def losses_and_load(self, seen: Sequence[Seen], together: int) -> tuple[Tensor, ExpertLoad | None]:
+        """The auxiliary losses of a step and what is on record of it; biases move.
+
+        together: sequences that are worked on at the same time, for the loss over the step.
+        """
+        if not self.biases:
+            return torch.zeros(()), None
+        layers = [self.logits(sequence) for sequence in seen]
+        tokens, settings = sum(len(sequence[0]) for sequence in layers), self.settings
+        chosen = [[self.choose(*pair) for pair in zip(of, self.biases.values(), strict=True)] for of in layers]
+        counts = torch.stack(
+            [torch.stack([wanted.sum(0) for wanted, _ in of]) for of in chosen]
+        )  # [sequences, layers, E]
+        balance, z = (torch.zeros((), dtype=torch.float64) for _ in range(2))
+        for number, sequence in enumerate(layers):
+            seen_so_far = counts[: (number // together + 1) * together].sum(0)
+            of_loss = seen_so_far if settings.balance_over == "step" else counts[number]
+            for layer, of_layer in zip(sequence, of_loss, strict=True):
+                part = len(layer) / tokens
+                share = self.shares(layer).mean(0)
+                balance = balance + part * len(of_layer) * (of_layer / of_layer.sum() * share).sum()
+                z = z + part * torch.logsumexp(layer, -1).square().mean()
+        balance, z = settings.balance_loss * balance, settings.z_loss * z
+        for bias, of_layer in zip(self.biases.values(), counts.sum(0), strict=True):
+            bias += settings.bias_rate * (of_layer.double().mean() - of_layer).sign()
+        dropped = torch.tensor([[int((wanted & ~kept).sum()) for wanted, kept in of] for of in chosen]).sum(0)
+        biases = torch.stack(list(self.biases.values())).float()
+        return balance + z, ExpertLoad(
+            counts=counts.sum(0), dropped=dropped, balance_loss=balance.item(), z_loss=z.item(), bias=biases
+        )
+
+
+def families(config: Config, names: Sequence[str]) -> tuple[Family, Family]:
+    """Those of experts and of heads, in a model that has parameters of these names."""
+    model, experts = config.model, config.model.experts
+
+    def biases(router: str) -> dict[str, Tensor]:
+        """By name; the routers say how many there are."""
+        layers = [name.removesuffix(router) for name in names if name.endswith(router)]
+        count = experts.count if router.startswith("feed_forward") else _choices(config)
+        return {f"{layer}{router.partition('.')[0]}.bias": torch.zeros(count, dtype=torch.float64) for layer in layers}
+
+    def share_of_expert(logits: Tensor) -> Tensor:
+        scores = scores_of(experts, logits)
+        return scores / scores.sum(-1, keepdim=True)
+
+    def choose_heads(logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        chosen = head_choices(model, logits, bias)
+        return chosen, chosen
+
+    return (
+        Family(
+            experts, biases("feed_forward.router.weight"), lambda seen: seen.experts,
+            lambda logits, bias: choices(experts, logits, bias), share_of_expert,
+        ),
+        Family(
+            model.head_mixture, biases("attention.head_router.weight"), lambda seen: seen.heads, choose_heads,
+            lambda logits: logits.softmax(-1),
+        ),
+    )  # fmt: skip
+
+
+def _choices(config: Config) -> int:
+    model, mixture = config.model, config.model.head_mixture
+    return mixture.count if mixture.kind == "experts" else model.heads - model.kv_heads * mixture.shared
+
+
+def train_alone(config: Config, start: dict[str, Tensor], together: int = 1) -> Trajectory:
+    """In one process, with torch's own gradient clipping and AdamW; see `Family` for `together`."""
+    optim = config.optimizer
+    parameters = {name: value.clone().requires_grad_() for name, value in start.items()}
+    of_experts, of_heads = families(config, list(parameters))
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters.values() if p.dim() > 1], "weight_decay": optim.weight_decay},
+            {"params": [p for p in parameters.values() if p.dim() == 1], "weight_decay": 0.0},
+        ],
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.epsilon,
+    )
+    data, course = sequences(config), Trajectory([], [], [])
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(optim, step, STEPS)
+        per_step = config.train.sequences_per_step
+        batch = [data.sequence(step * per_step + i) for i in range(per_step)]
+        count = sum(int((sequence.labels != -100).sum()) for sequence in batch)
+        seen = [Seen() for _ in batch]
+        known = parameters | of_experts.biases | of_heads.biases
+        sums = [summed_loss(known, config, *each) for each in zip(batch, seen, strict=True)]
+        loss = torch.stack(sums).sum() / count
+        auxiliary, load = of_experts.losses_and_load(seen, together)
+        of_head_losses, head_load = of_heads.losses_and_load(seen, together)
+        optimizer.zero_grad()
+        (loss + auxiliary + of_head_losses).backward()
+        norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), optim.max_gradient_norm)
+        optimizer.step()
+        course.losses.append(loss.item())
+        course.norms.append(norm.item())
+        course.gradients.append({name: p.grad.clone() for name, p in parameters.items()})  # pyright: ignore
+        course.loads.append(load)
+        course.head_loads.append(head_load)
+    return course
+
+
+def difference(a: Trajectory, b: Trajectory) -> float:
+    """The largest difference in any loss, norm or gradient."""
+    scalars = zip(a.losses + a.norms, b.losses + b.norms, strict=True)
+    largest = max(abs(x - y) for x, y in scalars)
+    for mine, other in zip(a.gradients, b.gradients, strict=True):
+        assert mine.keys() == other.keys()
+        largest = max(largest, *((mine[name] - other[name]).abs().max().item() for name in mine))
+    return largest
+
+
+def assert_alike(mine: Trajectory, truth: Trajectory) -> None:
+    """Loads to the last token, biases to float32, all else to TOLERANCE."""
+    largest = difference(mine, truth)
+    for step in range(STEPS):
+        for a, b in ((mine.loads[step], truth.loads[step]), (mine.head_loads[step], truth.head_loads[step])):
+            assert (a is None) == (b is None)
+            if a is None or b is None:
+                continue
+            assert torch.equal(a.counts, b.counts), step
+            assert torch.equal(a.dropped, b.dropped), step
+            assert torch.allclose(a.bias, b.bias, rtol=0, atol=1e-7)
+            largest = max(largest, abs(a.balance_loss - b.balance_loss), abs(a.z_loss - b.z_loss))
+    assert largest <= TOLERANCE

@@ -1,0 +1,65 @@
+"""Data that was changed in place is found out, data that was only copied is not taken for it."""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from farspan.errors import DataError
+from farspan.trainer.data import integrity as unchanged
+from farspan.trainer.data.integrity import check_unchanged
+from farspan.trainer.data.source import META_FILE, OFFSETS_FILE, TOKENS_FILE
+from tests.support import tiny
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> Path:
+    folder = tiny.make_data(tmp_path) / "train"
+    os.utime(folder / META_FILE)
+    return folder
+
+
+def later(path: Path) -> None:
+    os.utime(path, (time.time() + 10, time.time() + 10))
+
+
+def test_what_was_prepared_is_not_read_again(split: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unchanged, "_fingerprint", lambda source: pytest.fail("hashed"))
+    check_unchanged(split)
+
+
+@pytest.mark.parametrize("name", [TOKENS_FILE, OFFSETS_FILE])
+def test_a_copy_is_read_once(
+    split: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    caplog.set_level("INFO", "farspan")
+    os.utime(split / META_FILE, (1, 1))
+    os.utime(split / name)
+    check_unchanged(split)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"hashing     {split}: its files are newer than their description"
+    ]
+    monkeypatch.setattr(unchanged, "_fingerprint", lambda source: pytest.fail("hashed"))
+    check_unchanged(split)
+
+
+def test_one_other_token_is_refused(split: Path) -> None:
+    tokens = np.memmap(split / TOKENS_FILE, dtype=np.uint16, mode="r+")
+    tokens[0] ^= 1
+    tokens.flush()
+    later(split / TOKENS_FILE)
+    with pytest.raises(
+        DataError, match=r"train was changed since it was prepared \(fingerprint \w{12}\.\.\., now \w{12}"
+    ):
+        check_unchanged(split)
+
+
+def test_other_documents_are_refused(split: Path) -> None:
+    offsets = np.load(split / OFFSETS_FILE)
+    offsets[1] += 1
+    np.save(split / OFFSETS_FILE, offsets)
+    later(split / OFFSETS_FILE)
+    with pytest.raises(DataError, match="was changed since it was prepared"):
+        check_unchanged(split)

@@ -1,0 +1,329 @@
+"""What files of Hugging Face say, and what is refused by the name of its field, file or tensor: it leaves nothing."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from farspan.errors import CheckpointError, ConfigError, FarspanError
+from farspan.kernels.mechanism import Mechanism
+from farspan.trainer.config import AttentionConfig, Config
+from farspan.trainer.hugging_face.architectures import LLAMA, MIXTRAL, QWEN3_MOE, architecture_of
+from farspan.trainer.hugging_face.export_model import export_model
+from farspan.trainer.hugging_face.import_model import import_model
+from farspan.trainer.hugging_face.read_config import pattern_of, read_config
+from farspan.trainer.hugging_face.write_config import config_fields
+from farspan.trainer.model.config import ExpertsConfig, HeadMixtureConfig, ModelConfig
+from farspan.trainer.toml_config import load_config
+from farspan.trainer.weights.io import StoredWeights
+from farspan.trainer.weights.locate import Decoder, find_trained
+from tests.support import hugging_face_models as ours
+
+safetensors = pytest.importorskip("safetensors.torch")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+EXPERTS = ours.EXPERTS
+ONE_LAYER = replace(ours.MODEL, layers=1)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run as `run`, and what was exported of it, in several files, as `theirs`."""
+    folder = tmp_path_factory.mktemp("refused")
+    decoder = Decoder(model=ONE_LAYER)
+    run = ours.save_run(ours.random_model(decoder), decoder, folder / "run")
+    export_model(run, folder / "theirs", file_bytes=20_000)
+    return folder
+
+
+@pytest.fixture
+def theirs(exported: Path, tmp_path: Path) -> Path:
+    """A copy of the exported model, to damage."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    for file in (exported / "theirs").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(FarspanError) as error:
+        import_model(folder, folder.parent / "weights")
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+LLAMA_FIELDS = config_fields(ours.MODEL, LLAMA, positions=512, dtype="float32", end_id=None)
+MOE_FIELDS = config_fields(
+    replace(ours.MODEL, experts=EXPERTS, qk_norm=True), QWEN3_MOE, positions=512, dtype="float32", end_id=None
+)
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+UNKNOWN_FIELDS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"architectures": ["GemmaForCausalLM"]},
+        "has the architecture GemmaForCausalLM, which farspan does not import:",
+    ),
+    ({"architectures": None}, "has the architecture none, which farspan does not import"),
+    ({"attention_bias": True}, "attention_bias=true, and our decoder has false only"),
+    ({"mlp_bias": True}, "mlp_bias=true, and our decoder has false only"),
+    ({"hidden_act": "gelu"}, 'hidden_act="gelu", and our decoder has "silu" only'),
+    ({"quantization_config": {"bits": 4}}, 'quantization_config={"bits": 4}, and our decoder has null only'),
+    (
+        {"sliding_window": 64, "use_sliding_window": True},
+        "set it to null there and give runs attention.mechanism=",
+    ),
+    (
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        "its rotary embedding is of type linear, and ours is",
+    ),
+    ({"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5, and Llama"),
+    (
+        {"rope_scaling": {**YARN, "attention_factor": 1.0}},
+        "attention factor is 1.0, and ours is 0.1 ln(factor) + 1 = 1",
+    ),
+    ({"rope_scaling": {**YARN, "mscale": 2.0, "mscale_all_dim": 1.0}}, "YaRN's attention factor is 1.12"),
+    ({"rope_scaling": {**YARN, "truncate": False}}, "YaRN's truncate is false"),
+    ({"num_hidden_layers": 0}, "is of no model that farspan trains: model.layers=0 must be at least 1."),
+    ({"vocab_size": "96"}, 'model.vocabulary_size="96" must be an integer'),
+    ({"hidden_size": "32", "head_dim": None}, "has a field of the wrong type"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), UNKNOWN_FIELDS)
+def test_fields_that_we_do_not_compute_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_FIELDS | changes))
+    with pytest.raises(ConfigError) as error:
+        read_config(tmp_path)
+    assert message in str(error.value)
+
+
+def test_a_config_that_is_none_or_lacks_something_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json does not exist: name the folder of a Hugging Face model"):
+        read_config(tmp_path)
+    for text, message in (("{", "cannot be read"), ("[1]", "has the architecture none")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            read_config(tmp_path)
+    for fields, name in ((LLAMA_FIELDS, "rms_norm_eps"), (MOE_FIELDS, "norm_topk_prob")):
+        (tmp_path / "config.json").write_text(json.dumps({key: fields[key] for key in fields if key != name}))
+        with pytest.raises(ConfigError, match=f"has no {name}, which {fields['architectures'][0]} needs"):
+            read_config(tmp_path)
+
+
+def read(tmp_path: Path, fields: dict[str, Any]) -> ModelConfig:
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    return read_config(tmp_path)[1]
+
+
+def test_what_older_files_leave_out_is_what_transformers_takes(tmp_path: Path) -> None:
+    absent = ("num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "tie_word_embeddings", "hidden_act")
+    old = read(tmp_path, {name: value for name, value in LLAMA_FIELDS.items() if name not in absent})
+    assert (old.kv_heads, old.head_dim, old.rope.base, old.tied_embeddings) == (4, 8, 10_000.0, False)
+    assert old.rope.original_positions == 512
+    scaled = read(tmp_path, LLAMA_FIELDS | {"rope_scaling": {"type": "yarn", "factor": 4.0}}).rope
+    assert (scaled.scaling, scaled.factor, scaled.original_positions) == ("yarn", 4.0, 512)
+    assert (scaled.beta_fast, scaled.beta_slow) == (32.0, 1.0)
+    idle = read(tmp_path, LLAMA_FIELDS | {"rope_scaling": {**YARN, "factor": 1.0}, "sliding_window": None}).rope
+    assert (idle.scaling, idle.factor) == ("none", 1.0)
+    implied = read(tmp_path, LLAMA_FIELDS | {"rope_scaling": {**YARN, "factor": None, "attention_factor": 1.138629436}})
+    assert implied.rope.factor == 4.0
+
+
+def test_the_released_llama_is_the_model_of_our_preset(tmp_path: Path) -> None:
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3"}
+    released = {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {**scaling, "original_max_position_embeddings": 8192},
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 128256,
+    }
+    assert read(tmp_path, released) == load_config(Config, CONFIGS / "llama3_8b_128k.toml").model
+
+
+def test_layers_with_experts_are_a_short_pattern(tmp_path: Path) -> None:
+    fields = MOE_FIELDS | {"num_hidden_layers": 6}
+    assert read(tmp_path, fields).experts.layers == "experts"
+    assert read(tmp_path, fields | {"decoder_sparse_step": 3}).experts.layers == "dense*2, experts"
+    assert read(tmp_path, fields | {"mlp_only_layers": [0, 5]}).expert_layers == (False, True, True, True, True, False)
+    assert read(tmp_path, fields | {"mlp_only_layers": [*range(6)]}).experts == ExpertsConfig()
+    assert pattern_of([False, True, True, False, False]) == "dense, experts*2, dense"
+    assert pattern_of([False, True, True, False, True]) == "dense, experts*2"
+    # Even loads: theirs is coefficient times choices of a token, ours adds up layers.
+    fields |= {"router_aux_loss_coef": 0.3, "mlp_only_layers": [0, 5]}
+    assert read(tmp_path, fields).experts.balance_loss == pytest.approx(0.3 * 2 / 4)
+
+
+def test_files_that_are_not_whole_are_refused(theirs: Path) -> None:
+    index = json.loads((theirs / "model.safetensors.index.json").read_text())
+    last = theirs / sorted(set(index["weight_map"].values()))[-1]
+    whole = last.read_bytes()
+    last.write_bytes(whole[: len(whole) // 2])
+    assert f"{last} is damaged" in refused(theirs)
+    last.write_bytes(b"")
+    assert f"{last} is damaged" in refused(theirs)
+    last.unlink()
+    assert f"{last} is missing, and model.safetensors.index.json names it" in refused(theirs)
+    last.write_bytes(whole)
+    index["weight_map"]["lm_head.weight"] = sorted(set(index["weight_map"].values()))[0]
+    (theirs / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "lacks lm_head.weight, which model.safetensors.index.json has there" in refused(theirs)
+    (theirs / "model.safetensors.index.json").write_text("[]")
+    assert "model.safetensors.index.json is damaged" in refused(theirs)
+    (theirs / "model.safetensors.index.json").unlink()
+    assert "has neither model.safetensors nor model.safetensors.index.json" in refused(theirs)
+
+
+def test_tensors_of_another_model_are_refused(exported: Path, theirs: Path) -> None:
+    tensors = {}
+    for file in sorted(theirs.glob("*.safetensors")):
+        tensors |= safetensors.load_file(file)
+        file.unlink()
+    (theirs / "model.safetensors.index.json").unlink()
+
+    def with_changes(**changes: torch.Tensor | None) -> str:
+        made = {name: tensor for name, tensor in (tensors | changes).items() if tensor is not None}
+        safetensors.save_file(made, theirs / "model.safetensors")
+        return refused(theirs)
+
+    query, norm = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
+    assert f"has no tensor {norm}" in with_changes(**{norm: None})
+    message = with_changes(**{query: torch.zeros(8, 32)})
+    assert f"has {query} of shape [8, 32], and its config.json makes it [64, 32]" in message
+    bias = "model.layers.0.self_attn.q_proj.bias"
+    assert f"has {bias}, which LlamaForCausalLM has no place for" in with_changes(**{bias: torch.zeros(64)})
+    assert f"has {norm} in torch.int8, which is quantised" in with_changes(**{norm: torch.ones(32, dtype=torch.int8)})
+    # Written by older versions of transformers.
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    safetensors.save_file(tensors | extra, theirs / "model.safetensors")
+    import_model(theirs, theirs.parent / "weights")
+    with pytest.raises(CheckpointError, match="weights exists already: name another folder"):
+        import_model(theirs, theirs.parent / "weights")
+
+
+def test_fused_experts_of_another_size_are_refused(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    decoder = Decoder(model=replace(ONE_LAYER, experts=EXPERTS))
+    run = ours.save_run(ours.random_model(decoder), decoder, tmp_path / "run")
+    export_model(run, theirs)
+    tensors = safetensors.load_file(theirs / "model.safetensors")
+    fused = {name: tensor for name, tensor in tensors.items() if "block_sparse_moe" not in name}
+    mixture = "model.layers.0.mlp."
+    fused[f"{mixture}gate.weight"] = tensors["model.layers.0.block_sparse_moe.gate.weight"]
+    fused[f"{mixture}experts.gate_up_proj"] = torch.zeros(5, 46, 32)
+    safetensors.save_file(fused, theirs / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"gate_up_proj of shape \[5, 46, 32\], and its config.json makes it"):
+        import_model(theirs, tmp_path / "weights")
+
+
+def test_without_the_package_it_is_named(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ConfigError, match=r"need the package safetensors: `pip install -e '\.\[hf\]'`"):
+        import_model(exported / "theirs", tmp_path / "weights")
+    with pytest.raises(ConfigError, match="need the package safetensors"):
+        export_model(exported / "run", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+SIGMOID = replace(EXPERTS, score="sigmoid")
+NOT_THEIRS: list[tuple[dict[str, Any], str]] = [
+    ({"parallel_blocks": True}, "model.parallel_blocks=True has no place in LlamaForCausalLM"),
+    ({"key_convolution": 3}, "model.key_convolution=3 has no place in LlamaForCausalLM"),
+    ({"head_mixture": HeadMixtureConfig(kind="heads")}, "model.head_mixture.kind='heads' has no place"),
+    ({"rope": replace(ours.YARN, rotated=8)}, "model.rope.rotated=8 has no place in LlamaForCausalLM"),
+    ({"width": 30}, "model.heads=4 must divide model.width=30 in LlamaForCausalLM"),
+    ({"experts": SIGMOID, "qk_norm": True}, "model.experts.score='sigmoid' has no place in Qwen3MoeForCausalLM"),
+    ({"experts": replace(EXPERTS, shared=8)}, "model.experts.shared=8 has no place in MixtralForCausalLM"),
+    ({"experts": replace(EXPERTS, capacity=1.5)}, "model.experts.capacity=1.5 has no place"),
+    ({"experts": replace(EXPERTS, choice="experts")}, "model.experts.choice='experts' has no place"),
+    ({"experts": replace(EXPERTS, scale=2.5)}, "model.experts.scale=2.5 has no place"),
+    ({"experts": replace(EXPERTS, bias_rate=0.1)}, "model.experts.bias_rate=0.1 has no place"),
+    ({"experts": replace(EXPERTS, count=6, groups=3)}, "model.experts.groups=3 has no place"),
+    (
+        {"experts": replace(EXPERTS, normalised=False)},
+        "model.experts.normalised=False has no place in Mixtral",
+    ),
+    (
+        {"experts": replace(EXPERTS, layers="experts, dense")},
+        "model.experts.layers='experts, dense' has no place",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), NOT_THEIRS)
+def test_models_without_an_architecture_are_not_exported(changes: dict[str, Any], message: str) -> None:
+    decoder = Decoder(model=replace(ours.MODEL, **changes))
+    with pytest.raises(ConfigError) as error:
+        architecture_of(decoder.model, decoder.mechanisms())
+    assert message in str(error.value)
+
+
+def test_groups_that_all_are_chosen_from_are_none() -> None:
+    model = replace(ours.MODEL, experts=replace(EXPERTS, count=6, groups=3, groups_per_token=3))
+    assert architecture_of(model, Decoder(model=model).mechanisms()) is MIXTRAL
+
+
+@pytest.mark.parametrize("mechanism", ["window", "moba", "dense, window", "lightning"])
+def test_other_mechanisms_are_not_exported(mechanism: str) -> None:
+    mechanisms: tuple[Mechanism, ...] = AttentionConfig(mechanism=mechanism).build_mechanisms(2)
+    with pytest.raises(ConfigError, match=r"attention\.mechanism has \w+\(.*: train with attention\.mechanism=dense"):
+        architecture_of(ours.MODEL, mechanisms)
+
+
+def test_routers_with_biases_are_not_exported(tmp_path: Path) -> None:
+    decoder = Decoder(model=replace(ONE_LAYER, experts=EXPERTS))
+    model = ours.random_model(decoder)
+    model.get_buffer("blocks.0.feed_forward.bias")[2] = 0.5
+    run = ours.save_run(model, decoder, tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"has biases of experts \(blocks\.0\.feed_forward\.bias\)"):
+        export_model(run, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_model_is_found_by_its_run_by_its_step_and_by_its_file(exported: Path, tmp_path: Path) -> None:
+    run = find_trained(exported / "run")
+    step = find_trained(exported / "run" / "checkpoints" / "step_00000001")
+    assert run == step
+    assert run.decoder.model == ONE_LAYER
+    import_model(exported / "theirs", tmp_path / "weights")
+    assert find_trained(tmp_path / "weights").decoder.model == ours.replaced_positions(ONE_LAYER, 512)
+    with pytest.raises(CheckpointError, match="is no trained model: name the folder of a run"):
+        find_trained(tmp_path)
+
+
+def test_weights_that_are_damaged_or_of_another_model_are_refused(exported: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    import_model(exported / "theirs", weights)
+    described = (weights / "model.toml").read_text()
+    (weights / "model.toml").write_text(described.replace("width = 32", "width = 16"))
+    with pytest.raises(CheckpointError, match=r"does not fill the model .*embedding\.weight has shape \[96, 32\], not"):
+        export_model(weights, tmp_path / "out")
+    (weights / "model.toml").write_text(described.replace("[model]", "[model]\nqk_norm = true"))
+    with pytest.raises(CheckpointError, match=r"query_norm\.weight is missing"):
+        export_model(weights, tmp_path / "out")
+    (weights / ".metadata").write_bytes(b"\x80")
+    with pytest.raises(CheckpointError, match=r"is damaged \(\.metadata is unreadable: "):
+        StoredWeights(weights)
+    (weights / ".metadata").unlink()
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        StoredWeights(weights)
+    assert not (tmp_path / "out").exists()

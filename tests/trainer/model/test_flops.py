@@ -1,0 +1,181 @@
+"""Parameters and FLOPs against a model that exists, and against sums written out by hand."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, Self
+
+import pytest
+import torch
+from torch import nn
+
+from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.mechanism import Masked, Mechanism
+from farspan.kernels.mechanisms.dense import Dense
+from farspan.kernels.mechanisms.lightning import Lightning
+from farspan.kernels.mechanisms.mosa import MoSA
+from farspan.trainer.config import AttentionConfig, Config
+from farspan.trainer.model.attention import ConvolutionWeight
+from farspan.trainer.model.config import ExpertsConfig, HeadMixtureConfig, ModelConfig
+from farspan.trainer.model.experts import ExpertMatrices
+from farspan.trainer.model.flops import attention_flops, matrix_parameters, total_parameters, training_flops
+from farspan.trainer.model.transformer import Transformer
+from farspan.trainer.toml_config import load_config
+
+
+class Three(Masked):
+    """A router of three numbers for each token and KV head."""
+
+    routing_width = 3
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        return (cls(),)
+
+    def visibility(self) -> Visibility:
+        return Visibility()
+
+
+class ThreeDetached(Three):
+    routing_reads_detached = True
+
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("mechanism", "key_convolution"), [(Dense(), 0), (MoSA(), 3), (Three(), 5)], ids=["Dense", "MoSA", "Three"]
+)
+def test_parameters_are_those_of_the_model(
+    qk_norm: bool, tied: bool, mechanism: Mechanism, key_convolution: Literal[0, 3, 5]
+) -> None:
+    config = ModelConfig(
+        layers=3, width=10, heads=6, kv_heads=2, head_dim=4, feed_forward=14, vocabulary_size=23, qk_norm=qk_norm,
+        tied_embeddings=tied, key_convolution=key_convolution,
+    )  # fmt: skip
+    mechanisms = [mechanism, Dense(), mechanism]
+    with torch.device("meta"):
+        model = Transformer(config, mechanisms)
+    assert total_parameters(config, mechanisms) == sum(p.numel() for p in model.parameters())
+    products = [layer.weight for layer in model.modules() if isinstance(layer, (nn.Linear, ConvolutionWeight))]
+    assert matrix_parameters(config, mechanisms) == sum(weight.numel() for weight in products)
+
+
+def test_parameters_of_experts() -> None:
+    experts = ExpertsConfig(count=6, per_token=2, feed_forward=7, shared=5, layers="dense, experts*2")
+    config = ModelConfig(
+        layers=3, width=10, heads=6, kv_heads=2, head_dim=4, feed_forward=14, vocabulary_size=23, experts=experts
+    )
+    with torch.device("meta"):
+        model = Transformer(config, [Dense()] * 3)
+    assert total_parameters(config, [Dense()] * 3) == sum(p.numel() for p in model.parameters())
+    products = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+    chosen = sum(layer.weight[:2].numel() for layer in model.modules() if isinstance(layer, ExpertMatrices))
+    assert matrix_parameters(config, [Dense()] * 3) == products + chosen
+
+
+@pytest.mark.parametrize("mechanisms", [[Lightning()] * 3, [Lightning(), MoSA(), Lightning(layer=2, layers=3)]])
+@pytest.mark.parametrize("mixture", [HeadMixtureConfig(), HeadMixtureConfig(kind="heads", per_token=3)])
+def test_parameters_of_gated_recurrences(mechanisms: list[Mechanism], mixture: HeadMixtureConfig) -> None:
+    """Beside layers whose tokens choose heads, all of them here; in gated ones they do not."""
+    config = ModelConfig(
+        layers=3, width=10, heads=6, kv_heads=2, head_dim=4, feed_forward=14, vocabulary_size=23, qk_norm=True,
+        key_convolution=3, recurrent_layer="gated", head_mixture=mixture,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = Transformer(config, mechanisms)
+    assert total_parameters(config, mechanisms) == sum(p.numel() for p in model.parameters())
+    products = [layer.weight for layer in model.modules() if isinstance(layer, (nn.Linear, ConvolutionWeight))]
+    assert matrix_parameters(config, mechanisms) == sum(weight.numel() for weight in products)
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    [
+        ("llama3_8b_128k", 8_030_261_248),
+        ("qwen3_8b_128k", 8_190_735_360),
+        ("qwen3_30b_a3b_128k", 30_532_122_624),
+        ("mixtral_8x7b_64k", 46_702_792_704),
+    ],
+)
+def test_presets_have_the_published_number_of_parameters(preset: str, parameters: int) -> None:
+    """As counted in the released weights: Llama-3.1-8B 8.03B, Qwen3-8B 8.19B, Qwen3-30B-A3B 30.5B, Mixtral 46.7B."""
+    config = load_config(Config, CONFIGS / f"{preset}.toml")
+    assert total_parameters(config.model, config.mechanisms()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("mixture", "chosen"),
+    [
+        (HeadMixtureConfig(kind="experts", count=5, per_token=2), 2 / 5),
+        (HeadMixtureConfig(kind="experts", count=3, per_token=3, own_keys=True), 1),
+        (HeadMixtureConfig(kind="heads", shared=1, per_token=2), 3 / 4),
+    ],
+)
+def test_parameters_of_heads_that_tokens_choose(mixture: HeadMixtureConfig, chosen: float) -> None:
+    """Of queries and outputs those of the chosen heads multiply a token, all else does."""
+    config = ModelConfig(
+        layers=2, width=24, heads=8, kv_heads=2, head_dim=6, feed_forward=10, vocabulary_size=64, qk_norm=True,
+        parallel_blocks=True, head_mixture=mixture,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = Transformer(config, [Dense()] * 2)
+    assert total_parameters(config, [Dense()] * 2) == sum(p.numel() for p in model.parameters())
+    layers = {name: layer.weight.numel() for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    idle = sum(size for name, size in layers.items() if name.endswith(("attention.query", "attention.out")))
+    assert matrix_parameters(config, [Dense()] * 2) == sum(layers.values()) - round(idle * (1 - chosen))
+    rows = Rows.packed([7])
+    heads = config.heads_of(Dense()).query
+    assert heads == round(config.projected_heads_of(Dense()).query * chosen)
+    assert attention_flops(config, [Dense()] * 2, rows) == 2 * heads * 4 * 6 * (7 * 8 // 2)
+
+
+@pytest.mark.parametrize(
+    ("preset", "billions"), [("qwen3_30b_a3b_128k", 3.35), ("mixtral_8x7b_64k", 12.88), ("minimax_style", 2.66)]
+)
+def test_presets_have_the_published_number_of_active_parameters(preset: str, billions: float) -> None:
+    """Both tables counted, as published: Qwen3 3.3B, Mixtral 12.9B; the third is what its file says."""
+    config = load_config(Config, CONFIGS / f"{preset}.toml")
+    embedding = config.model.width * config.model.vocabulary_size
+    assert (matrix_parameters(config.model, config.mechanisms()) + embedding) / 1e9 == pytest.approx(billions, abs=5e-3)
+
+
+def test_parameters_of_minimax_01() -> None:
+    """456 billion, of which a token meets 45.9 (arXiv 2501.08313), tables left out: the size of the gated layers."""
+    config = ModelConfig(
+        layers=80, width=6144, heads=64, kv_heads=8, head_dim=128, feed_forward=9216, vocabulary_size=200_064,
+        recurrent_layer="gated", experts=ExpertsConfig(count=32, per_token=2, feed_forward=9216),
+    )  # fmt: skip
+    mechanisms = AttentionConfig(mechanism="lightning*7, dense").build_mechanisms(config.layers)
+    assert total_parameters(config, mechanisms) / 1e9 == pytest.approx(456, abs=0.5)
+    head = config.width * config.vocabulary_size
+    assert (matrix_parameters(config, mechanisms) - head) / 1e9 == pytest.approx(45.9, abs=0.05)
+
+
+def test_flops_of_a_sequence_written_out() -> None:
+    config = ModelConfig(layers=2, width=4, heads=3, kv_heads=1, head_dim=2, feed_forward=5, vocabulary_size=7)
+    tokens, pairs = 3, 6
+    # Products [m, k] x [k, n] of one layer, 2 m k n FLOPs each: q, k, v, out, gate, up, down; then the head.
+    shapes = [(3, 4, 6), (3, 4, 2), (3, 4, 2), (3, 6, 4), (3, 4, 5), (3, 4, 5), (3, 5, 4)] * 2 + [(3, 4, 7)]
+    forward = sum(2 * m * k * n for m, k, n in shapes)
+    # For each visible pair, head and layer: a score over 2 features and a weighted sum of 2 values.
+    attention = 2 * pairs * 3 * (2 * 2 + 2 * 2)
+    forward += attention
+    rows = Rows.packed([tokens])
+    assert attention_flops(config, [Dense()] * 2, rows) == attention
+    # A recurrence adds k v^T to a sum of 2 x 2 and reads it: 2 products of 2 x 2 for each token and head.
+    assert attention_flops(config, [Dense(), Lightning()], rows) == attention / 2 + 3 * 3 * 2 * 2 * 2 * 2
+    # The backward pass has two products for each of the forward pass.
+    assert training_flops(config, [Dense()] * 2, tokens, attention) == 3 * forward
+    # A convolution of the 2 features of a key, of which each reads 5.
+    convolving = replace(config, key_convolution=5)
+    assert training_flops(convolving, [Dense()] * 2, tokens, attention) == 3 * (forward + 2 * (2 * 3 * 2 * 5))
+    # A router of 3 numbers per KV head; without a gradient of what it reads where that is not wanted.
+    router = 2 * (2 * 3 * 4 * 3)
+    assert training_flops(config, [Three()] * 2, tokens, attention) == 3 * (forward + router)
+    assert training_flops(config, [ThreeDetached()] * 2, tokens, attention) == 3 * forward + 2 * router
+    mixed = training_flops(config, [ThreeDetached(), Three()], tokens, attention)
+    assert mixed == 3 * forward + 2 * router / 2 + 3 * router / 2

@@ -1,0 +1,121 @@
+"""Ten training steps of models whose tokens choose heads: whoever holds the tokens, all is as in one process.
+
+The truth computes every head for every token and weighs it by 0 where it was not chosen.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from farspan.parallel.mesh import ParallelConfig
+from farspan.trainer.config import AttentionConfig, Config
+from farspan.trainer.model.config import ExpertsConfig, HeadMixtureConfig
+from tests.support import tiny
+from tests.support.rank_pool import RankPool
+from tests.support.steps import (
+    TOLERANCE,
+    Trajectory,
+    assert_alike,
+    difference,
+    initial_parameters,
+    train_alone,
+    train_dealt,
+)
+
+EXPERTS = ExpertsConfig(count=4, per_token=2, feed_forward=16, shared=8, score="sigmoid", bias_rate=0.01)
+# Heads of the tiny model are 4 on 2 KV heads; of experts, so many each.
+MIXTURES = {
+    "experts of attention": {
+        "head_mixture": HeadMixtureConfig(kind="experts", count=5, per_token=2, balance_loss=0.02, z_loss=0.01),
+    },
+    "not normalised, single heads, biases": {
+        "head_mixture": HeadMixtureConfig(kind="experts", count=4, per_token=2, normalised=False, bias_rate=0.02),
+        "heads": 1, "kv_heads": 1,
+    },
+    "all experts, in parallel with experts of SwiGLU": {
+        "head_mixture": HeadMixtureConfig(kind="experts", count=3, per_token=3), "experts": EXPERTS,
+        "parallel_blocks": True,
+    },
+    "with keys of their own, in parallel with SwiGLU": {
+        "head_mixture": HeadMixtureConfig(kind="experts", count=2, per_token=2, own_keys=True, normalised=False),
+        "parallel_blocks": True, "key_convolution": 3,
+    },
+    "heads": {
+        "head_mixture": HeadMixtureConfig(
+            kind="heads", shared=1, per_token=2, balance_loss=0.05, balance_over="step", bias_rate=0.01, z_loss=0.03
+        ),
+        "heads": 8, "head_dim": 4,
+    },
+    "heads, none shared, one KV head, beside experts": {
+        "head_mixture": HeadMixtureConfig(kind="heads", per_token=2, z_loss=0.02), "experts": EXPERTS, "kv_heads": 1,
+    },
+}  # fmt: skip
+DEALT = {
+    "ring": ParallelConfig(context=2, strategy="ring"),
+    "ulysses": ParallelConfig(context=2, dp_shard=2, strategy="ulysses"),
+    "fetch, striped": ParallelConfig(context=4, strategy="fetch", layout="striped"),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder: Path = tmp_path_factory.mktemp("heads")
+    return tiny.config(tiny.make_data(folder), folder / "run", ParallelConfig(strategy="single"))
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_ten_steps_do_not_depend_on_the_ranks(base: Config, ranks: Callable[[int], RankPool], mixture: str) -> None:
+    """Each mixture alone and under one strategy, in turns; under recomputation where tokens are dealt to four."""
+    config = tiny.with_model(base, **MIXTURES[mixture])
+    start = ranks(1).run(initial_parameters, config)[0]
+    parallel = list(DEALT.values())[list(MIXTURES).index(mixture) % len(DEALT)]
+    if config.model.experts.count:
+        parallel = replace(parallel, expert=parallel.context)
+    recompute = "block" if parallel.context == 4 else "none"
+    dealt = replace(config, parallel=parallel, train=replace(config.train, recompute=recompute))
+    data = max(parallel.dp_shard, 1)
+    for run, together in ((config, 1), (dealt, data)):
+        courses = ranks(run.parallel.context * max(run.parallel.dp_shard, 1)).run(train_dealt, run)
+        assert_alike(courses[-1], train_alone(config, start, together))
+
+
+MECHANISMS = {
+    "moba": {"block": 8, "top_k": 3},
+    "mosa": {"sparsity": 4},
+    "nats": {},
+    "window": {"window": 16},
+}
+
+
+def train_all(configs: list[Config]) -> list[Trajectory]:
+    """On each rank: two steps of every run."""
+    return [train_dealt(config, 2) for config in configs]
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_any_mechanism_attends_with_chosen_heads(
+    base: Config, ranks: Callable[[int], RankPool], mechanism: str
+) -> None:
+    attention = AttentionConfig(mechanism=mechanism, options=MECHANISMS[mechanism], backend="cpu")
+    configs = [
+        replace(tiny.with_model(base, **MIXTURES[mixture]), attention=attention)
+        for mixture in ("experts of attention", "heads")
+    ]
+    alone = ranks(1).run(train_all, configs)[0]
+    for strategy in ("ring", "ulysses"):
+        dealt = [replace(config, parallel=ParallelConfig(context=2, strategy=strategy)) for config in configs]
+        for mine, other in zip(ranks(2).run(train_all, dealt)[1], alone, strict=True):
+            assert all(gradient.abs().max() > 0 for gradient in other.gradients[0].values())
+            assert difference(mine, other) <= TOLERANCE
+
+
+def test_heads_are_chosen_beside_gated_recurrences(base: Config, ranks: Callable[[int], RankPool]) -> None:
+    """Layers of both kinds, in which keys are convolved and are not."""
+    config = tiny.with_model(base, **MIXTURES["experts of attention"], recurrent_layer="gated", key_convolution=3)
+    config = replace(config, attention=AttentionConfig(mechanism="lightning, dense", backend="cpu"))
+    start = ranks(1).run(initial_parameters, config)[0]
+    assert [name for name in start if name.endswith("head_router.weight")] == ["blocks.1.attention.head_router.weight"]
+    dealt = replace(config, parallel=ParallelConfig(context=2, strategy="ring"))
+    assert_alike(ranks(2).run(train_dealt, dealt)[-1], train_alone(config, start, 1))

@@ -1,0 +1,119 @@
+"""The check of nodes on real ranks, each of which takes itself to be on a node of its own."""
+
+import socket
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from farspan.errors import ConfigError
+from farspan.trainer.resilience import preflight as node_check
+from farspan.trainer.resilience.preflight import Found, UnfitError, check_nodes, report
+
+
+def check(folder: Path, what: str | None, bad: tuple[int, ...]) -> tuple[str | None, list[str]]:
+    """On a rank: return the error, and what is to be said, where `what` is wrong with the nodes of `bad` ranks."""
+    rank = dist.get_rank()
+    mine = what if rank in bad else None
+
+    def choose_device() -> torch.device:
+        if mine == "device":
+            raise ConfigError("there is no GPU")
+        return torch.device("cpu")
+
+    def write(path: Path, written: bytes) -> int:
+        raise OSError(30, "Read-only file system")
+
+    def sum_up(tensor: torch.Tensor) -> None:
+        whole(tensor)
+        tensor[-1] += 1
+
+    def compute(device: torch.device) -> float:
+        raise RuntimeError("uncorrectable ECC error\nmore")
+
+    whole = dist.all_reduce
+    faults = {
+        "folder": mock.patch.object(Path, "write_bytes", write),
+        "bytes": mock.patch.object(Path, "read_bytes", return_value=b"other"),
+        "sum": mock.patch.object(dist, "all_reduce", sum_up),
+        "compute": mock.patch.object(node_check, "_product_seconds", compute),
+    }
+    try:
+        with mock.patch.object(socket, "gethostname", return_value=f"n{rank}"), faults.get(str(mine), mock.MagicMock()):
+            return None, check_nodes(folder, choose_device)
+    except UnfitError as error:
+        return str(error), []
+
+
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [
+        ("device", "there is no GPU"),
+        ("folder", "run.folder='FOLDER' cannot be written (Read-only file system)"),
+        ("bytes", "run.folder='FOLDER' gives back other bytes than were written"),
+        ("compute", "cpu cannot compute (uncorrectable ECC error)"),
+        ("sum", "a sum over all ranks is 11, not 10"),
+    ],
+)
+@pytest.mark.parametrize("bad", [(2,), (0, 2)])
+def test_a_node_that_cannot_take_part_ends_the_run_on_all_ranks(
+    ranks, tmp_path: Path, what: str, why: str, bad: tuple[int, ...]
+) -> None:
+    why = why.replace("FOLDER", str(tmp_path))
+    unfit = "; ".join(f"n{rank}: {why}" for rank in bad)
+    assert ranks(4).run(check, tmp_path, what, bad) == [(f"{unfit}: start on other nodes.", [])] * 4
+    assert (tmp_path / "unfit").read_text() == "".join(f"n{rank} {why}\n" for rank in bad)
+    assert [path.name for path in tmp_path.iterdir()] == ["unfit"]
+
+
+def test_fit_nodes_are_one_line(ranks, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "new"
+    answers = ranks(4).run(check, folder, None, ())
+    assert [error for error, _ in answers] == [None] * 4
+    first, *others = [lines for _, lines in answers]
+    assert others == [first] * 3
+    assert first[0].startswith("nodes       4 with 4 ranks; each has ")
+    # A refused run leaves no folder behind.
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_that_all_ranks_lack_the_device_is_no_fault_of_nodes(ranks, tmp_path: Path) -> None:
+    assert ranks(4).run(check, tmp_path, "device", (0, 1, 2, 3)) == [(None, [])] * 4
+
+
+def test_what_is_odd_is_a_line_for_each_rank() -> None:
+    usual = Found(host="n1", clock=1e9, memory=2**34, product_s=0.01, disk=2**40, no_device=None, fault=None)
+    few = [usual, replace(usual, host="n2")]
+    assert list(report([*few, *few])) == [
+        "nodes       2 with 4 ranks; each has 16.0 GiB of memory free, a product takes 10.00 ms (medians); "
+        "1,024 GiB of disk free"
+    ]
+    odd = [
+        replace(usual, host="n3", clock=1e9 - 3),
+        replace(usual, host="n4", product_s=0.0151, memory=2**33),
+        replace(usual, clock=1e9 + 1.9, product_s=0.0149, memory=int(2**34 * 0.81)),
+    ]
+    assert list(report([*few, *few, *odd]))[1:] == [
+        "odd node    n3, rank 4: its clock is -3.0 s off",
+        "odd node    n4, rank 5: a product takes 15.10 ms, only 8.0 GiB of memory is free",
+    ]
+
+
+def test_runs_beside_each_other_do_not_take_each_others_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, others = Path.write_bytes, []
+
+    def meanwhile(path: Path, written: bytes) -> int:
+        size = write(path, written)
+        if not others:
+            others.append(1)
+            others.append(node_check._fault_of_folder(tmp_path / "other"))
+        return size
+
+    monkeypatch.setattr(Path, "write_bytes", meanwhile)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    assert node_check._fault_of_folder(tmp_path / "one") is None
+    assert others == [1, None]
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,104 @@
+"""A signal to one rank only, in any phase, stops all ranks at the same place; what was done is saved."""
+
+import signal
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch.distributed as dist
+
+from farspan.parallel.mesh import ParallelConfig
+from farspan.parallel.ranks import Ranks
+from farspan.trainer import held_out, train
+from farspan.trainer.checkpoint.checkpointer import Checkpointer
+from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
+from farspan.trainer.resilience.signals import StopSignal
+from tests.support import tiny
+from tests.support.rank_pool import RankPool
+from tests.support.runs import records
+
+WARNED_RANK = 1
+# By phase: what is going on when the signal comes, and at which call of it.
+PHASES: dict[str, tuple[Any, str, int]] = {
+    "connecting": (train, "connected", 1),
+    "building": (train, "build_model", 1),
+    "loading": (Checkpointer, "load_latest", 1),
+    "a step": (train, "train_step", 2),
+    "an evaluation": (held_out, "evaluate", 1),
+    "a save": (Checkpointer, "start_saving", 1),
+}
+
+
+def run(config: Config, phase: str | None) -> tuple[bool, int]:
+    """On a rank: train, with a signal to one rank; return whether `train` says it was warned, and the ranks' sum."""
+    rank = dist.get_rank()
+    calls = []
+    with ExitStack() as stack:
+        # The pool is connected already.
+        stack.enter_context(mock.patch.object(train, "connected"))
+        stack.enter_context(mock.patch.object(train, "peak_flops", return_value=1e10))
+        if phase is not None and rank == WARNED_RANK:
+            owner, name, number = PHASES[phase]
+            function = getattr(owner, name)
+
+            def signalled(*arguments: Any, **named: Any) -> Any:
+                calls.append(1)
+                if len(calls) == number:
+                    signal.raise_signal(signal.SIGUSR1)
+                return function(*arguments, **named)
+
+            stack.enter_context(mock.patch.object(owner, name, signalled))
+        stop = stack.enter_context(StopSignal(first=lambda number: None))
+        warned = train.train(config, Ranks(rank=rank, world_size=dist.get_world_size(), local_rank=rank), stop)
+        assert stop.warned == (phase is not None and rank == WARNED_RANK)
+    return warned, len(calls)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("phase", "steps", "evaluations", "saved"),
+    [
+        ("connecting", None, None, []),
+        ("building", None, None, []),
+        ("loading", [], [], []),
+        ("a step", [1, 2], [], [2]),
+        # The first evaluation is after step 2.
+        ("an evaluation", [1, 2], [], [2]),
+        # The first save is after step 3.
+        ("a save", [1, 2, 3], [2], [3]),
+    ],
+)
+def test_a_signal_to_one_rank_stops_all(
+    tmp_path: Path,
+    ranks: Callable[[int], RankPool],
+    phase: str,
+    steps: list[int] | None,
+    evaluations: list[int] | None,
+    saved: list[int],
+) -> None:
+    config = tiny.config(tiny.make_data(tmp_path), tmp_path / "run", ParallelConfig(context=2), steps=4)
+    config = replace(
+        config,
+        checkpoint=CheckpointConfig(every_steps=3, keep=9),
+        evaluate=EvaluateConfig(every_steps=2, sequences=2),
+    )
+    answers = ranks(2).run(run, config, phase)
+    assert [warned for warned, _ in answers] == [True, True]
+    assert answers[WARNED_RANK][1] > 0
+    # It is locked, and so made, between the first two looks at the flag.
+    assert (tmp_path / "run").exists() == (phase != "connecting")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert [int(path.name[5:]) for path in sorted(checkpoints.glob("step_*"))] == saved
+    if steps is None:
+        # Nothing is on record before it is known what was done.
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    else:
+        assert [record["step"] for record in records(tmp_path / "run") if "loss" in record] == steps
+        assert [record["step"] for record in records(tmp_path / "run") if "eval_loss" in record] == evaluations
+    assert ranks(2).run(run, config, None) == [(False, 0)] * 2
+    assert [record["step"] for record in records(tmp_path / "run") if "loss" in record] == [1, 2, 3, 4]
+    assert [record["step"] for record in records(tmp_path / "run") if "eval_loss" in record] == [2, 4]

@@ -1,0 +1,190 @@
+"""Hangs of real processes: each leaves its stacks and ends by itself, whatever it hangs in."""
+
+import ctypes
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from farspan.parallel.mesh import ParallelConfig
+from farspan.parallel.ranks import Ranks, connected
+from farspan.trainer.resilience import watchdog as module
+from farspan.trainer.resilience.signals import EXIT_HUNG, StopSignal
+from farspan.trainer.resilience.watchdog import Watchdog, WatchdogConfig
+from farspan.trainer.train import train
+from tests.support import tiny
+from tests.support.rank_pool import PRELOAD
+from tests.support.runs import built
+
+WAIT_S = 60
+
+
+def start(work: Callable[..., None], folder: Path, *arguments: object) -> Any:
+    """Start a process whose standard error goes to FOLDER/said_ARGUMENTS."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([PRELOAD])
+    process = context.Process(target=_with_own_errors, args=(work, folder, arguments), daemon=True)
+    process.start()
+    return process
+
+
+def _with_own_errors(work: Callable[..., None], folder: Path, arguments: tuple[object, ...]) -> None:
+    file = os.open(folder / f"said_{'_'.join(map(str, arguments))}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 2)
+    module.GRACE_S = 0.3
+    work(folder, *arguments)
+
+
+def exit_status(process: Any) -> int | None:
+    process.join(WAIT_S)
+    status = process.exitcode
+    process.kill()
+    return status
+
+
+def sleep_in_c(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def busy(seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+
+
+def hold_the_lock(seconds: float) -> None:
+    """C code that does not let Python go on in other threads."""
+    ctypes.PyDLL(None).sleep(int(seconds))
+
+
+HANGS = {hang.__name__: hang for hang in (sleep_in_c, busy, hold_the_lock)}
+
+
+def hang_in_a_step(folder: Path, how: str) -> None:
+    watchdog = Watchdog(WatchdogConfig(step_s=0.3), folder / "stacks", rank=3)
+    with watchdog.phase("step", 11):
+        pass
+    with watchdog.phase("step", 12):
+        HANGS[how](WAIT_S)
+
+
+@pytest.mark.parametrize("how", ["sleep_in_c", "busy"])
+def test_a_phase_that_does_not_end_leaves_its_stacks(tmp_path: Path, how: str) -> None:
+    assert exit_status(start(hang_in_a_step, tmp_path, how)) == EXIT_HUNG
+    written = tmp_path / "stacks" / "step_00000012" / f"rank_3_{socket.gethostname()}.txt"
+    text = written.read_text()
+    assert re.match(r"rank 3 hangs: step at step 12 did not end within watchdog\.step_s=0\.3; process \d+, ", text)
+    # The main thread's, and that of the watchdog itself.
+    assert f"in {how}\n" in text
+    assert "in _expire\n" in text
+    said = (tmp_path / f"said_{how}").read_text()
+    what = "farspan: rank 3 hangs: step at step 12 did not end within watchdog.step_s=0.3; "
+    assert said == f"{what}stacks are in {written.parent}/.\n"
+
+
+def test_code_that_keeps_python_from_running_is_ended_too(tmp_path: Path) -> None:
+    assert exit_status(start(hang_in_a_step, tmp_path, "hold_the_lock")) == 1
+    assert "in hold_the_lock\n" in (tmp_path / "said_hold_the_lock").read_text()
+
+
+def test_a_folder_that_cannot_be_written_does_not_keep_it_from_ending(tmp_path: Path) -> None:
+    (tmp_path / "stacks").write_text("a file in the way")
+    assert exit_status(start(hang_in_a_step, tmp_path, "busy")) == EXIT_HUNG
+    assert "in busy\n" in (tmp_path / "said_busy").read_text()
+
+
+def go_on_for_long(folder: Path) -> None:
+    watchdog = Watchdog(WatchdogConfig(step_s=0.5, evaluation_s=0.5, save_s=0), folder / "stacks", rank=0)
+    with watchdog.phase("save", 3):
+        time.sleep(0.7)
+    for step in range(3):
+        with watchdog.phase("step", step):
+            time.sleep(0.3)
+    with watchdog.phase("evaluation", 3):
+        for _ in range(3):
+            watchdog.restart()
+            time.sleep(0.3)
+    # Between phases there is no limit.
+    time.sleep(0.7)
+
+
+def test_phases_that_end_in_time_and_those_without_a_limit_are_left_alone(tmp_path: Path) -> None:
+    assert exit_status(start(go_on_for_long, tmp_path)) == 0
+    assert not (tmp_path / "stacks").exists()
+
+
+def wait_for_a_rank_that_never_comes(folder: Path, port: int) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="2")
+    config = tiny.config(folder / "tokens", folder / "run", ParallelConfig(context=2))
+    config = replace(config, watchdog=WatchdogConfig(start_s=0.5))
+    train(config, Ranks(rank=0, world_size=2), StopSignal())
+
+
+def test_a_start_that_does_not_end_is_ended(tmp_path: Path) -> None:
+    assert exit_status(start(wait_for_a_rank_that_never_comes, tmp_path, free_port())) == EXIT_HUNG
+    (written,) = (tmp_path / "run" / "stacks" / "start_00000000").iterdir()
+    assert "in connected\n" in written.read_text()
+
+
+def train_with_one_that_stops(folder: Path, rank: int, port: int, phase: str) -> None:
+    """As a rank of a run of two steps: rank 1 is stopped in the second one, or in the phase after."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    config = tiny.config(folder / "tokens", folder / "run", ParallelConfig(context=2), steps=2)
+    config = replace(
+        config,
+        watchdog=WatchdogConfig(**{f"{phase}_s": 2.0}),
+        optimizer=replace(config.optimizer, warmup_steps=0),
+    )
+    with connected(Ranks(rank=rank, world_size=2), torch.device("cpu")), built(config) as run:
+        run.load()
+        if rank == 1:
+            owner, name = {
+                "step": (run.data, "sequence"),
+                "evaluation": (run.held_out, "measure"),
+                "save": (run.checkpoints, "start_saving"),
+            }[phase]
+            function, calls = getattr(owner, name), []
+
+            def stopping(*arguments: object) -> object:
+                calls.append(1)
+                if phase != "step" or len(calls) == 3:
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                return function(*arguments)
+
+            setattr(owner, name, stopping)
+        run.loop()
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.mark.parametrize(("phase", "step"), [("step", 2), ("evaluation", 2), ("save", 2)])
+def test_ranks_that_wait_for_one_that_is_stopped_end(tmp_path: Path, phase: str, step: int) -> None:
+    tiny.make_data(tmp_path)
+    port = free_port()
+    processes = [start(train_with_one_that_stops, tmp_path, rank, port, phase) for rank in range(2)]
+    try:
+        assert exit_status(processes[0]) == EXIT_HUNG
+        assert processes[1].is_alive()
+    finally:
+        # It is stopped still; to be killed needs no cooperation.
+        processes[1].kill()
+        processes[1].join(WAIT_S)
+    assert processes[1].exitcode == -signal.SIGKILL
+    stacks = tmp_path / "run" / "stacks"
+    assert [path.name for path in stacks.iterdir()] == [f"{phase}_{step:08d}"]
+    (written,) = (stacks / f"{phase}_{step:08d}").iterdir()
+    assert "in loop\n" in written.read_text()

@@ -1,0 +1,267 @@
+# pyright: reportMissingImports=false
+"""Compile the Triton kernels for an H100 (sm_90), which takes no GPU, and report what each needs of it.
+
+    python -m farspan.tools.kernel_report docs/kernels_sm90.md
+
+Kernels are compiled with the very arguments that the backend launches them with: a plan is run on empty tensors while a
+driver that only names the target stands in for the real one. Exit status 1 when registers spill to memory or a kernel
+wants more shared memory than there is.
+"""
+
+import argparse
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from farspan.kernels.linear_attention.segment import Stretch
+from farspan.kernels.linear_attention.state import empty_state
+from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.neighborhood import Dimension, Neighbourhood
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.masks.selection import Partition, Selection
+from farspan.kernels.planning.plan import Plan
+from farspan.kernels.triton_kernels.shapes import shapes_for
+
+SHARED_BYTES = 227 << 10
+"""Shared memory that a block of threads can have on an H100."""
+ROWS, HEADS, KV_HEADS = 1024, 8, 2
+GRID = Neighbourhood(
+    dimensions=(
+        Dimension(length=4, window=2, causal=True),
+        Dimension(length=16, window=5, dilation=2),
+        Dimension(length=16, window=5),
+    )
+)
+TITLE = """# What the Triton kernels need of an H100
+
+Written by `python -m farspan.tools.kernel_report docs/kernels_sm90.md` (Triton 3.6.0, its own ptxas). Every kernel
+that a plan launches, at every head size and dtype; what is one binary for several of them stands once. `experts`: what
+a mixture's experts launch, at a width and inner size; its tiles are rows x columns x depth. `regs`: registers of a
+thread, at most 255. `stack`: bytes of a thread's stack, which registers spill to; 0 is none. `shared`: bytes of shared
+memory of a block, at most 232,448.
+
+| plan | head size | dtype | kernel | queries x keys, or chunk x columns | warps | stages | regs | stack | shared |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A plan of `plan_of`, or a scan, with tensors of one dtype and of head sizes `width` and `value_width`.
+
+    Or experts, of that width and inner size.
+    """
+
+    plan: str
+    width: int
+    value_width: int
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> str:
+        return str(self.width) if self.width == self.value_width else f"{self.width}/{self.value_width}"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a kernel that a case launches needs; equal binaries are one, whichever cases launch them."""
+
+    case: Case
+    kernel: str
+    binary: str
+    tile: str
+    warps: int
+    stages: int
+    registers: int
+    stack: int
+    shared: int
+
+
+PLANS = ("causal", "window and sinks", "neighbourhood", "lifetimes", "tiles choose", "rows choose", "scan")
+SIZES = ((64, 64), (128, 128), (192, 128), (256, 256))
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+EXPERT_SIZES = ((1024, 512), (1000, 500))
+"""Width and inner size of experts: multiples of 16 numbers, which are loaded 16 bytes at a time, and others."""
+CASES = [Case(plan, *sizes, dtype) for sizes in SIZES for dtype in DTYPES for plan in PLANS]
+CASES += [Case("experts", *sizes, dtype) for sizes in EXPERT_SIZES for dtype in DTYPES]
+
+
+def plan_of(name: str) -> Plan:
+    """Return a plan that makes the kernels load all that such plans make them load."""
+    rows = Rows.packed([ROWS])
+    visibility = {
+        "window and sinks": Visibility(window=100, sinks=4),
+        "neighbourhood": Visibility(causal=False, neighbourhood=GRID),
+    }.get(name, Visibility())
+    plan = Plan.build(rows, rows, visibility, heads=HEADS)
+    if name == "lifetimes":
+        return plan.living(torch.zeros(KV_HEADS, ROWS, dtype=torch.int32))
+    if name.endswith("choose"):
+        # Blocks that no tile is aligned with, so that rows are loaded through an index.
+        blocks = Partition.blocks(rows, 100)
+        unit = blocks.of(rows) if name == "tiles choose" else torch.arange(ROWS)
+        own = blocks.of(rows) if name == "rows choose" else torch.arange(blocks.count)
+        return plan.choosing(Selection.from_lists(unit, blocks, own[None, :, None].expand(HEADS, -1, 1)))
+    return plan
+
+
+class _Driver:
+    """Names the target; whatever would touch a GPU is missing."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+
+def compile_case(case: Case) -> list[Usage]:
+    """Compile every kernel that a forward and a backward pass of the case launch."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    launched: list[Usage] = []
+    run = JITFunction.run
+
+    def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        compiled = run(kernel, *arguments, grid=grid, warmup=True, **options)
+        launched.append(_usage(case, kernel.fn.__name__.removesuffix("_kernel"), options, compiled))
+        return compiled
+
+    triton.runtime.driver.set_active(_Driver())
+    JITFunction.run = compile_only
+    try:
+        {"scan": _scan, "experts": _experts}.get(case.plan, _attention)(case)
+    finally:
+        JITFunction.run = run
+    return list(dict.fromkeys(launched))
+
+
+def _attention(case: Case) -> None:
+    from farspan.kernels.triton_kernels import attention_launch as schedule
+
+    q, k, v = _tensors(case)
+    shapes = shapes_for(case.width, case.value_width, case.dtype)
+    problem = schedule.Problem(q=q, k=k, v=v, plan=plan_of(case.plan), shapes=shapes)
+    out, lse = schedule.forward(problem)
+    schedule.backward(problem, out.to(case.dtype), out.to(case.dtype), lse)
+
+
+def _tensors(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    heads = ((HEADS, case.width), (KV_HEADS, case.width), (KV_HEADS, case.value_width))
+    q, k, v = (torch.zeros(ROWS, *shape, dtype=case.dtype) for shape in heads)
+    return q, k, v
+
+
+def _scan(case: Case) -> None:
+    from farspan.kernels.triton_kernels import linear_attention as scan
+
+    q, k, v = _tensors(case)
+    stretch, decay = Stretch.of(Rows.packed([ROWS])), torch.ones(HEADS, dtype=torch.float64)
+    state = empty_state(HEADS, q.shape[2], v.shape[2], like=q)
+    out, left = scan.scan_forward(q, k, v, stretch, decay, state)
+    scan.scan_backward(out.to(q.dtype), left.value, q, k, v, stretch, decay, state)
+
+
+def _experts(case: Case) -> None:
+    from farspan.kernels.triton_kernels import grouped_launch as grouped
+
+    width, inner, counts = case.width, case.value_width, (ROWS - 300, 0, 300)
+    x = torch.zeros(ROWS, width, dtype=case.dtype)
+    gate = torch.zeros(len(counts), inner, width, dtype=case.dtype)
+    down = torch.zeros(len(counts), width, inner, dtype=case.dtype)
+    out = grouped.swiglu(x, gate, gate, down, counts)
+    grouped.swiglu_backward(x, gate, gate, down, counts, out)
+    # A view of one matrix for all experts, as of the heads of a projection.
+    weight = torch.zeros(width, len(counts) * inner, dtype=case.dtype).unflatten(1, (len(counts), inner))
+    inside = torch.zeros(ROWS, inner, dtype=case.dtype)
+    grouped.linear_backward(
+        inside, weight.transpose(0, 1), counts, grouped.linear(inside, weight.transpose(0, 1), counts)
+    )
+
+
+def _usage(case: Case, kernel: str, options: dict[str, Any], compiled: Any) -> Usage:
+    if "CHUNK" in options:
+        tile = f"{options['CHUNK']} x {options['COLUMNS']}"
+    elif "DEPTH" in options:
+        tile = f"{options['ROWS']} x {options['COLUMNS']} x {options['DEPTH']}"
+    else:
+        tile = f"{options['BLOCK_Q']} x {options['BLOCK_K']}" if "BLOCK_Q" in options else str(options["BLOCK"])
+    if options.get("FOR_K") != options.get("FOR_V"):
+        kernel += " (dk)" if options["FOR_K"] else " (dv)"
+    needs = compiled.metadata
+    registers, stack = _registers_and_stack(compiled.asm["cubin"])
+    return Usage(
+        case, kernel, compiled.hash, tile, needs.num_warps, needs.num_stages, registers, stack, needs.shared
+    )  # fmt: skip
+
+
+def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        listing = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", listing)
+    assert found is not None, listing
+    return int(found[1]), int(found[2])
+
+
+def compile_all(processes: int) -> Iterator[Usage]:
+    """Compile all cases in so many processes, which find in Triton's cache what another case has compiled already."""
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for found in pool.map(compile_case, CASES):
+            yield from found
+
+
+def row(same: list[Usage]) -> str:
+    """Return the line of the table for usages of one binary: which cases launch it, and what it needs."""
+    first = same[0]
+    plans, sizes, dtypes = (
+        ", ".join(dict.fromkeys(names))
+        for names in (
+            (usage.case.plan for usage in same),
+            (usage.case.size for usage in same),
+            (str(usage.case.dtype).removeprefix("torch.") for usage in same),
+        )
+    )
+    cells = (
+        plans, sizes, dtypes, first.kernel, first.tile, first.warps, first.stages, first.registers, first.stack,
+        f"{first.shared:,}",
+    )  # fmt: skip
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    binaries: dict[str, list[Usage]] = {}
+    for usage in compile_all(options.processes):
+        binaries.setdefault(usage.binary, []).append(usage)
+    options.out.write_text(TITLE + "".join(f"{row(same)}\n" for same in binaries.values()), encoding="utf-8")
+    bad = [row(same) for same in binaries.values() if same[0].stack or same[0].shared > SHARED_BYTES]
+    for line in bad:
+        print(f"does not fit: {line}", file=sys.stderr)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

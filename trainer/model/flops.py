@@ -1,0 +1,82 @@
+"""FLOPs that the mathematics needs, for MFU: no recomputation, no padding, attention by visible pairs.
+
+A multiply-add is two FLOPs; the backward pass of a matrix product is two products of the same size.
+"""
+
+from collections.abc import Sequence
+
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.mechanism import Mechanism
+from farspan.trainer.model.config import ModelConfig
+
+
+def router_parameters(config: ModelConfig, mechanisms: Sequence[Mechanism]) -> int:
+    """Parameters of the routers of layers with these mechanisms."""
+    return sum(
+        config.width * config.projected_heads_of(mechanism).kv * mechanism.routing_width for mechanism in mechanisms
+    )
+
+
+def projection_parameters(config: ModelConfig, mechanism: Mechanism) -> int:
+    """Parameters of a layer's matrices and convolution before and behind its attention, a mechanism's router left out.
+
+    Of heads that tokens choose, those of as many as one works with.
+    """
+    heads, gated = config.heads_of(mechanism), config.is_gated(mechanism)
+    projections = config.width * config.head_dim * ((3 if gated else 2) * heads.query + 2 * heads.kv)
+    choice = config.build_head_router() if config.mixes_heads(mechanism) else None
+    projections += 0 if choice is None else config.width * choice.logits
+    return projections + (0 if gated else config.key_convolution * heads.kv * config.head_dim)
+
+
+def matrix_parameters(config: ModelConfig, mechanisms: Sequence[Mechanism]) -> int:
+    """Parameters that multiply a token: matrices, of experts and heads those of as many as it chooses; convolutions.
+
+    The embedding table is a look-up.
+    """
+    attention = sum(projection_parameters(config, mechanism) for mechanism in mechanisms)
+    feed_forward = feed_forward_parameters(config, config.experts.per_token)
+    layers = attention + feed_forward + router_parameters(config, mechanisms)
+    return layers + config.width * config.vocabulary_size
+
+
+def feed_forward_parameters(config: ModelConfig, experts: int) -> int:
+    """Parameters between a block's second norm and its end, in all layers, with so many experts of each mixture."""
+    mixture, with_experts = config.experts, sum(config.expert_layers)
+    inner = (config.layers - with_experts) * config.feed_forward
+    inner += with_experts * (experts * mixture.feed_forward + mixture.shared)
+    return 3 * config.width * inner + with_experts * config.width * mixture.count
+
+
+def attention_flops(config: ModelConfig, mechanisms: Sequence[Mechanism], rows: Rows) -> int:
+    """Return the forward FLOPs of one sequence's attention in all layers: 4 D a visible pair if there is a softmax."""
+    once = {m: m.useful_flops(rows, rows, config.head_dim, config.head_dim) for m in dict.fromkeys(mechanisms)}
+    return sum(config.heads_of(mechanism).query * once[mechanism] for mechanism in mechanisms)
+
+
+def training_flops(config: ModelConfig, mechanisms: Sequence[Mechanism], tokens: int, attention: float) -> float:
+    """Forward and backward FLOPs of `tokens`, whose attention takes as many forward as `attention` says.
+
+    Twice that backward. A router whose gradient stops at its input has one product in its backward pass.
+    """
+    stopped = 2 * router_parameters(config, [m for m in mechanisms if m.routing_reads_detached])
+    return (6 * matrix_parameters(config, mechanisms) - stopped) * tokens + 3 * attention
+
+
+def total_parameters(config: ModelConfig, mechanisms: Sequence[Mechanism]) -> int:
+    """All parameters, tied ones once."""
+    in_blocks = (1 if config.parallel_blocks else 2) * config.layers * config.width
+    norms = in_blocks + config.width + sum(_norm_parameters(config, mechanism) for mechanism in mechanisms)
+    embedding = 0 if config.tied_embeddings else config.width * config.vocabulary_size
+    unchosen = feed_forward_parameters(config, config.experts.count)
+    unchosen -= feed_forward_parameters(config, config.experts.per_token)
+    idle_heads = sum(config.projected_heads_of(m).query - config.heads_of(m).query for m in mechanisms)
+    unchosen += 2 * config.width * config.head_dim * idle_heads
+    return matrix_parameters(config, mechanisms) + unchosen + embedding + norms
+
+
+def _norm_parameters(config: ModelConfig, mechanism: Mechanism) -> int:
+    """Of the norms inside a layer's attention."""
+    if config.is_gated(mechanism):
+        return config.heads * config.head_dim
+    return 2 * config.head_dim if config.qk_norm else 0

@@ -1,0 +1,86 @@
+"""Agreement of all ranks: what one of them finds out all know, so that none waits for one that has given up.
+
+Inside a run every FarspanError is raised by all ranks alike, with the same words.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from farspan.errors import ConfigError, FarspanError
+
+T = TypeVar("T")
+
+
+def together(work: Callable[[], T]) -> T:
+    """Call `work`, which waits for no other rank, on every rank; if it raises a FarspanError on one, all raise it."""
+    result: T | None = None
+    mine: FarspanError | None = None
+    try:
+        result = work()
+    except FarspanError as error:
+        mine = error
+    errors = gather(mine)
+    failed = [(rank, error) for rank, error in enumerate(errors) if error is not None]
+    if failed:
+        rank, error = failed[0]
+        where = "" if len({str(e) for e in errors}) == 1 else f"rank {rank}: "
+        raise type(error)(f"{where}{error}") from mine
+    return result  # pyright: ignore[reportReturnType]
+
+
+def on_first_rank(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Call `work` on rank 0 alone; return its result, or raise its FarspanError, on every rank.
+
+    group: one of all ranks, for calls beside those of others; the world, if left out.
+    """
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except FarspanError as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0, group=group)
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result
+
+
+def on_any_rank(flag: bool) -> bool:
+    """Return on every rank whether `flag` is true on some rank."""
+    return bool(most_of_any_rank([flag])[0])
+
+
+def most_of_any_rank(values: Sequence[int]) -> list[int]:
+    """Return on every rank the largest of all ranks, for each of the values."""
+    agreed = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(agreed, dist.ReduceOp.MAX)
+    return agreed.tolist()
+
+
+def check_same(values: Mapping[str, object]) -> None:
+    """Raise ConfigError on every rank unless each value, given by what it is, equals that of rank 0."""
+    everywhere = gather(dict(values))
+    for rank, there in enumerate(everywhere):
+        for name in {**everywhere[0], **there}:
+            first, other = everywhere[0].get(name), there.get(name)
+            if first != other:
+                raise ConfigError(
+                    f"{name} differs between ranks, {_short(first)} on rank 0 and {_short(other)} on rank {rank}: "
+                    "start all with the same command, on like machines that hold the same files."
+                )
+
+
+def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Return the values of all ranks; group: as for `on_first_rank`."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

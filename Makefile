@@ -67,7 +67,7 @@ gpu:
 $(CORPUS)/train/meta.json: | $(TRAIN_READY)
 	$(RUN) -m farspan.launch.cli data prepare "$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" \
 		--tokenizer bytes --suffix .py --exclude site-packages --exclude dist-packages --exclude __pycache__ \
-		--skip-unreadable --held-out 0.05 --out $(CORPUS)
+		--skip-unreadable --validation-fraction 0.05 --out $(CORPUS)
 
 $(CREATED):
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: install Python 3.11 to 3.14." >&2; exit 1; }

@@ -12,13 +12,13 @@ from farspan.kernels.planning.plan import Plan
 
 
 @torch.no_grad()
-def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, backend: str) -> tuple[Tensor, Tensor]:
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, backend: str) -> tuple[Tensor, Tensor]:
     """Return (out `[T, Hq, Dv]`, lse `[T, Hq]`) of softmax(q k^T / sqrt(D)) v over the visible keys.
 
     q `[T, Hq, D]`, k `[S, Hk, D]`, v `[S, Hk, Dv]` of one dtype, float64 to float16. `out` comes in that dtype or in
     the accumulation dtype; `lse` is the natural log-sum-exp of the scaled scores in the accumulation dtype (float64
     for float64, else float32). A row that sees no key has out 0 and lse -inf. Not differentiable by autograd: see
-    `attend_backward`. Rows of padding must be finite, and far below 1e30. Raises ValueError on bad shapes.
+    `attention_backward`. Rows of padding must be finite, and far below 1e30. Raises ValueError on bad shapes.
     """
     _check_shapes(q, k, v, plan)
     if plan.is_empty:
@@ -27,7 +27,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, backend: str) -> tupl
 
 
 @torch.no_grad()
-def attend_backward(
+def attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan, *, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (dq `[T, Hq, D]`, dk `[S, Hk, D]`, dv `[S, Hk, Dv]`) for the pairs of `plan`.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from farspan.errors import ConfigError
-from farspan.kernels.linear_attention.segment import Stretch
+from farspan.kernels.linear_attention.segment import Segment
 from farspan.kernels.linear_attention.state import State
 from farspan.kernels.mechanism import Masked, Mechanism, Recurrent, Routed
 from farspan.kernels.planning.plan import Plan
@@ -15,7 +15,7 @@ from farspan.registry import Registry
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
+class KernelRequest:
     """What backends differ in being able to compute.
 
     chooses_keys: whether keys are chosen by content, or die. scans: whether it is a recurrence instead of a softmax.
@@ -28,10 +28,10 @@ class Work:
     scans: bool
 
     @staticmethod
-    def of(mechanism: Mechanism, dtype: torch.dtype, head_dim: int, value_dim: int) -> "Work":
+    def of(mechanism: Mechanism, dtype: torch.dtype, head_dim: int, value_dim: int) -> "KernelRequest":
         """Return what a mechanism asks of a backend."""
         routed = isinstance(mechanism, Routed) or (isinstance(mechanism, Masked) and mechanism.routing_width > 0)
-        return Work(
+        return KernelRequest(
             dtype=dtype,
             head_dim=head_dim,
             value_dim=value_dim,
@@ -49,14 +49,14 @@ class Backend(ABC):
     """Whether the same inputs give the same bits every time."""
 
     @abstractmethod
-    def refusal(self, device: torch.device) -> str | None:
+    def unsupported_reason(self, device: torch.device) -> str | None:
         """Return why this backend can't run on `device`, or None if it can."""
 
     def calls(self) -> str:
         """Return the libraries that it calls on this machine, for people to read; nothing if it is all our own."""
         return ""
 
-    def limit(self, work: Work) -> str | None:
+    def limit(self, work: KernelRequest) -> str | None:
         """Return why this backend can't compute `work` on any device, or None if it can."""
         return None
 
@@ -68,17 +68,17 @@ class Backend(ABC):
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `farspan.kernels.attention.attend_backward`."""
+        """See `farspan.kernels.attention.attention_backward`."""
 
-    def scan_refusal(self) -> str | None:
+    def scan_unsupported_reason(self) -> str | None:
         """Return why this backend cannot scan, or None if it can; one that can has the two methods below."""
         return "it computes softmax attention only"
 
     def scan(
-        self, q: Tensor, k: Tensor, v: Tensor, stretch: Stretch, decay: Tensor, state: State
+        self, q: Tensor, k: Tensor, v: Tensor, segment: Segment, decay: Tensor, state: State
     ) -> tuple[Tensor, State]:
         """See `farspan.kernels.recurrent_attention.scan`; a state is always given."""
-        raise NotImplementedError(self.scan_refusal())
+        raise NotImplementedError(self.scan_unsupported_reason())
 
     def scan_backward(
         self,
@@ -87,18 +87,18 @@ class Backend(ABC):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        stretch: Stretch,
+        segment: Segment,
         decay: Tensor,
         state: State,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See `farspan.kernels.recurrent_attention.scan_backward`; both states are always given."""
-        raise NotImplementedError(self.scan_refusal())
+        raise NotImplementedError(self.scan_unsupported_reason())
 
 
 BACKENDS: Registry[Backend] = Registry("attention backend", "farspan.kernels.backends")
 
 
-def choose_backend(name: str, device: torch.device, work: Work) -> str:
+def choose_backend(name: str, device: torch.device, work: KernelRequest) -> str:
     """Return the backend to use on `device`; `auto` takes the fastest that can do the work there.
 
     Raises ConfigError when the backend asked for does not exist, cannot run on the device or cannot do the work.
@@ -114,5 +114,9 @@ def choose_backend(name: str, device: torch.device, work: Work) -> str:
     return name
 
 
-def _refusal(backend: Backend, device: torch.device, work: Work) -> str | None:
-    return backend.refusal(device) or backend.limit(work) or (backend.scan_refusal() if work.scans else None)
+def _refusal(backend: Backend, device: torch.device, work: KernelRequest) -> str | None:
+    return (
+        backend.unsupported_reason(device)
+        or backend.limit(work)
+        or (backend.scan_unsupported_reason() if work.scans else None)
+    )

@@ -37,7 +37,7 @@ def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GatheredSums:
-    """Attention of rows to parts of their keys, summed without normalising after each part: one pass over its rows.
+    """Attention of rows to parts of their keys, summed without normalizing after each part: one pass over its rows.
 
     A part weighs exp(its lse - base), where base is that of the first part of a row, until a part outweighs it so far
     that sums might overflow (FlashAttention-4's rule: rescale seldom).

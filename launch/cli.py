@@ -160,7 +160,7 @@ def _train(options: argparse.Namespace) -> int:
     announces = ranks.world_size == 1
     with StopSignal(first=announce if announces else lambda number: None) as stop:
         from farspan.trainer.config import Config
-        from farspan.trainer.resilience.preflight import UnfitError
+        from farspan.trainer.resilience.preflight import BadNodeError
         from farspan.trainer.toml_config import load_config
         from farspan.trainer.train import train
 
@@ -170,7 +170,7 @@ def _train(options: argparse.Namespace) -> int:
             # All ranks raise the same: see `train`.
             if ranks.rank == 0:
                 print(f"farspan: {error}", file=sys.stderr)
-            return EXIT_UNFIT if isinstance(error, UnfitError) else EXIT_USER_ERROR
+            return EXIT_UNFIT if isinstance(error, BadNodeError) else EXIT_USER_ERROR
     return EXIT_WARNED if warned else 0
 
 

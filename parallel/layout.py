@@ -8,32 +8,32 @@ import torch
 from torch import Tensor
 
 from farspan.errors import ConfigError
-from farspan.kernels.masks.keys_per_query import count_visible
-from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.attention_mask import AttentionMask
+from farspan.kernels.masks.keys_per_query import count_keys_per_query
 from farspan.kernels.masks.rows import Rows
 from farspan.registry import nearest_name_hint
 
-Work = Callable[[], Tensor]
+TokenWork = Callable[[], Tensor]
 """The work of each token, float64 `[tokens]`, asked for where it matters only."""
 
 
-def contiguous(tokens: int, degree: int, work: Work) -> Tensor:
+def contiguous(tokens: int, degree: int, work: TokenWork) -> Tensor:
     """Rank r holds the r-th stretch. Causal work is uneven: the last rank does almost twice the mean."""
     return equal_chunks(tokens, degree)
 
 
-def zigzag(tokens: int, degree: int, work: Work) -> Tensor:
+def zigzag(tokens: int, degree: int, work: TokenWork) -> Tensor:
     """Of 2 * degree stretches rank r holds the r-th and the r-th from the end: causal work is even."""
     chunks = equal_chunks(tokens, 2 * degree)
     return torch.cat((chunks[:degree], chunks[degree:].flip(0)), dim=1)
 
 
-def striped(tokens: int, degree: int, work: Work) -> Tensor:
+def striped(tokens: int, degree: int, work: TokenWork) -> Tensor:
     """Rank r holds tokens r, r + degree, ... (arXiv 2311.09431): causal work is even at every step of a ring."""
     return equal_chunks(tokens, degree, interleaved=True)
 
 
-def balanced(tokens: int, degree: int, work: Work) -> Tensor:
+def balanced(tokens: int, degree: int, work: TokenWork) -> Tensor:
     """Short stretches, as many for each rank, dealt so that the work of all ranks is even, whatever it is.
 
     As few stretches as do it, since each costs calls: twice as many until the busiest rank has EVEN times the mean, or
@@ -47,7 +47,7 @@ def balanced(tokens: int, degree: int, work: Work) -> Tensor:
     return index
 
 
-LAYOUTS: dict[str, Callable[[int, int, Work], Tensor]] = {
+LAYOUTS: dict[str, Callable[[int, int, TokenWork], Tensor]] = {
     "balanced": balanced,
     "contiguous": contiguous,
     "striped": striped,
@@ -113,7 +113,7 @@ def _even_out(work: np.ndarray, dealt: np.ndarray) -> np.ndarray:
 
 def causal_keys(rows: Rows) -> Tensor:
     """The work of tokens that attend to all before them."""
-    return count_visible(Visibility(causal=True), rows)
+    return count_keys_per_query(AttentionMask(causal=True), rows)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -131,7 +131,7 @@ class Shards:
     def deal(rows: Rows, *, layout: str, degree: int, work: Callable[[Rows], Tensor] = causal_keys) -> "Shards":
         """Deal `rows` to `degree` ranks; raises ConfigError for an unknown layout.
 
-        work: of each token, as `Mechanism.visible_keys` has it; dense causal attention if not given.
+        work: of each token, as `Mechanism.keys_per_query` has it; dense causal attention if not given.
         """
         if layout not in LAYOUTS:
             hint = nearest_name_hint(layout, list(LAYOUTS))

@@ -1,7 +1,7 @@
 """Mesh: every rank's place on the axes dp_replicate x dp_shard x context, and the groups that follow from it.
 
 Experts have axes of their own over the same ranks (folding, arXiv 2504.14960): dp_shard x context = expert_shard x
-expert, neighbours hold different experts.
+expert, neighbors hold different experts.
 """
 
 from dataclasses import dataclass, field
@@ -22,8 +22,8 @@ class ParallelConfig:
     context: ranks that share one sequence.
     dp_shard: groups of ranks with sequences of their own that share one copy of the parameters; 0 takes what is left.
     dp_replicate: whole copies of the parameters (HSDP).
-    expert: neighbouring ranks that share out the experts of a layer; a divisor of dp_shard x context.
-    context_inner: of those, neighbours with fast links, such as the GPUs of a node; for strategies of two levels.
+    expert: neighboring ranks that share out the experts of a layer; a divisor of dp_shard x context.
+    context_inner: of those, neighbors with fast links, such as the GPUs of a node; for strategies of two levels.
     strategy: how queries meet keys of other ranks, a file of parallel/context_parallel/strategies; `auto` takes the
     fastest by the cost model and says why. inner_gbytes_per_s, outer_gbytes_per_s: what a rank sends in a second within
     its node and out of it, for `auto`; 0 takes what is usual.
@@ -115,7 +115,7 @@ class Mesh:
 
     @staticmethod
     def build(config: ParallelConfig, device_type: str) -> "Mesh":
-        """Build the mesh of the initialised default process group; every rank has to call it."""
+        """Build the mesh of the initialized default process group; every rank has to call it."""
         degrees = Degrees.resolve(config, dist.get_world_size())
         width = config.context_inner
         grid = {"data": degrees.data, "outer": degrees.context // width, "inner": width}

@@ -101,9 +101,13 @@ def contenders_on(device: torch.device, chosen: Sequence[str]) -> list[Contender
     Raises ConfigError for a backend that does not exist or cannot run here.
     """
     for name in chosen:
-        if reason := BACKENDS.get(name).refusal(device):
+        if reason := BACKENDS.get(name).unsupported_reason(device):
             raise ConfigError(f"--backends {name} cannot run on {device.type}: {reason}.")
-    able = [name for name, backend in BACKENDS.load().items() if name != JUDGE and backend.refusal(device) is None]
+    able = [
+        name
+        for name, backend in BACKENDS.load().items()
+        if name != JUDGE and backend.unsupported_reason(device) is None
+    ]
     return [*(Ours(name) for name in chosen or able), *rivals_on(device)]
 
 

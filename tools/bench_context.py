@@ -87,7 +87,7 @@ def bench(options: argparse.Namespace, command: Sequence[str]) -> list[Path]:
     with connected(Ranks(), device), Pools(options.device) as pools:
         judge = Judge(pools, shape, left_out)
         for case in cases:
-            if reason := case.mechanism.refusal(options.heads, max(options.tokens)):
+            if reason := case.mechanism.unsupported_reason(options.heads, max(options.tokens)):
                 left_out.add(case.name, reason)
                 continue
             rows = judge.judge_all(rows_of(case, entrants, layouts, options.degrees, shape))
@@ -161,7 +161,7 @@ def _explain_absence(
         elif entrant.is_rival or entrant.name in options.strategies:
             for degree in options.degrees:
                 refusals = [
-                    entrant.refusal(case.mechanism, layout, options.heads, degree)
+                    entrant.unsupported_reason(case.mechanism, layout, options.heads, degree)
                     for case in cases
                     for layout in layouts
                 ]

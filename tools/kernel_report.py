@@ -22,19 +22,19 @@ from typing import Any
 
 import torch
 
-from farspan.kernels.linear_attention.segment import Stretch
+from farspan.kernels.linear_attention.segment import Segment
 from farspan.kernels.linear_attention.state import empty_state
-from farspan.kernels.masks.mask import Visibility
-from farspan.kernels.masks.neighborhood import Dimension, Neighbourhood
+from farspan.kernels.masks.attention_mask import AttentionMask
+from farspan.kernels.masks.neighborhood import Dimension, Neighborhood
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.masks.selection import Partition, Selection
+from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.triton_kernels.shapes import shapes_for
 
 SHARED_BYTES = 227 << 10
 """Shared memory that a block of threads can have on an H100."""
 ROWS, HEADS, KV_HEADS = 1024, 8, 2
-GRID = Neighbourhood(
+GRID = Neighborhood(
     dimensions=(
         Dimension(length=4, window=2, causal=True),
         Dimension(length=16, window=5, dilation=2),
@@ -86,7 +86,7 @@ class Usage:
     shared: int
 
 
-PLANS = ("causal", "window and sinks", "neighbourhood", "lifetimes", "tiles choose", "rows choose", "scan")
+PLANS = ("causal", "window and sinks", "neighborhood", "lifetimes", "tiles choose", "rows choose", "scan")
 SIZES = ((64, 64), (128, 128), (192, 128), (256, 256))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EXPERT_SIZES = ((1024, 512), (1000, 500))
@@ -98,19 +98,19 @@ CASES += [Case("experts", *sizes, dtype) for sizes in EXPERT_SIZES for dtype in 
 def plan_of(name: str) -> Plan:
     """Return a plan that makes the kernels load all that such plans make them load."""
     rows = Rows.packed([ROWS])
-    visibility = {
-        "window and sinks": Visibility(window=100, sinks=4),
-        "neighbourhood": Visibility(causal=False, neighbourhood=GRID),
-    }.get(name, Visibility())
-    plan = Plan.build(rows, rows, visibility, heads=HEADS)
+    attention_mask = {
+        "window and sinks": AttentionMask(window=100, sinks=4),
+        "neighborhood": AttentionMask(causal=False, neighborhood=GRID),
+    }.get(name, AttentionMask())
+    plan = Plan.build(rows, rows, attention_mask, heads=HEADS)
     if name == "lifetimes":
         return plan.living(torch.zeros(KV_HEADS, ROWS, dtype=torch.int32))
     if name.endswith("choose"):
         # Blocks that no tile is aligned with, so that rows are loaded through an index.
-        blocks = Partition.blocks(rows, 100)
+        blocks = BlockPartition.blocks(rows, 100)
         unit = blocks.of(rows) if name == "tiles choose" else torch.arange(ROWS)
         own = blocks.of(rows) if name == "rows choose" else torch.arange(blocks.count)
-        return plan.choosing(Selection.from_lists(unit, blocks, own[None, :, None].expand(HEADS, -1, 1)))
+        return plan.choosing(BlockSelection.from_lists(unit, blocks, own[None, :, None].expand(HEADS, -1, 1)))
     return plan
 
 
@@ -171,10 +171,10 @@ def _scan(case: Case) -> None:
     from farspan.kernels.triton_kernels import linear_attention as scan
 
     q, k, v = _tensors(case)
-    stretch, decay = Stretch.of(Rows.packed([ROWS])), torch.ones(HEADS, dtype=torch.float64)
+    segment, decay = Segment.of(Rows.packed([ROWS])), torch.ones(HEADS, dtype=torch.float64)
     state = empty_state(HEADS, q.shape[2], v.shape[2], like=q)
-    out, left = scan.scan_forward(q, k, v, stretch, decay, state)
-    scan.scan_backward(out.to(q.dtype), left.value, q, k, v, stretch, decay, state)
+    out, left = scan.scan_forward(q, k, v, segment, decay, state)
+    scan.scan_backward(out.to(q.dtype), left.value, q, k, v, segment, decay, state)
 
 
 def _experts(case: Case) -> None:

@@ -45,7 +45,7 @@ def pairs() -> list[Pair]:
 
 def _pair(mechanism: str, strategy: str) -> Pair:
     example, heads = MECHANISMS.get(mechanism).examples()[0], Heads(query=8, kv=8)
-    reasons = [STRATEGIES.get(strategy).refusal(example, heads, *grid) for grid in GRIDS]
+    reasons = [STRATEGIES.get(strategy).unsupported_reason(example, heads, *grid) for grid in GRIDS]
     reason = "" if None in reasons else str(reasons[0])
     return Pair(mechanism=mechanism, strategy=strategy, supported=not reason, reason=reason)
 

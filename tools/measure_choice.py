@@ -44,7 +44,7 @@ def chosen_by_layers(folder: Path) -> tuple[Config, Rows, list[Chosen]]:
     model = build_model(config, mesh, device)
     load_weights(model, newest_whole(folder / "checkpoints"))
     data = PackedSequences(
-        resolved.held_out_source, sequence_tokens=config.data.sequence_tokens, seed=0, shuffle=False, repeat=False
+        resolved.validation_source, sequence_tokens=config.data.sequence_tokens, seed=0, shuffle=False, repeat=False
     )
     batch = build_batches(config, mesh, device, Traffic()).build(data.sequence(0))
     seen: list[tuple[Tensor, ...]] = []
@@ -87,7 +87,7 @@ def lines(folder: Path, degrees: Sequence[int]) -> list[str]:
             for layer, (mechanism, chosen) in enumerate(zip(mechanisms, choices, strict=True)):
                 if not isinstance(mechanism, Routed):
                     continue
-                shards = Shards.deal(rows, layout=layout, degree=degree, work=mechanism.visible_keys)
+                shards = Shards.deal(rows, layout=layout, degree=degree, work=mechanism.keys_per_query)
                 drawn = typical_choice(mechanism, rows, config.model.heads_of(mechanism))
                 trained, normal, visible = (moved("fetch", mechanism, shards, config, x) for x in (chosen, drawn, None))
                 ring = moved("ring", mechanism, shards, config, None)

@@ -108,7 +108,7 @@ def plots_of(runs: Sequence[Run]) -> dict[str, tuple[str, str]]:
     """Return the title and the SVG text of each plot; none of what no run has, or what is 0 in all."""
     lines = {"loss": ("training loss, nats per token", {run.name: run.over_steps("loss") for run in runs})}
     evaluated = {run.name: [(record["step"], record["bits_per_byte"]) for record in run.evaluations] for run in runs}
-    lines["held_out"] = ("held-out bits per byte", evaluated)
+    lines["validation"] = ("held-out bits per byte", evaluated)
     for key, title in EXPERT_PLOTS.items():
         by_layer = {f"{run.name}, layer {layer}": run.over_steps(key, layer) for run in runs for layer in run.layers}
         lines[key] = (title, by_layer)

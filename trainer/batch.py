@@ -11,7 +11,7 @@ from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
 from farspan.parallel.comm import Channel
 from farspan.parallel.context_parallel.key_convolution import KeyConvolution
-from farspan.parallel.context_parallel.strategy import Attend, Strategy
+from farspan.parallel.context_parallel.strategy import DistributedAttention, Strategy
 from farspan.parallel.expert_parallel.capacity import SharedSequence
 from farspan.parallel.layout import Shards
 from farspan.trainer.data.packing import IGNORED, PackedSequence
@@ -56,14 +56,14 @@ class LayerAttention:
     strategy: Strategy
     backend: str
 
-    def plan(self, shards: Shards, model: ModelConfig) -> Attend:
+    def plan(self, shards: Shards, model: ModelConfig) -> DistributedAttention:
         return self.strategy.prepare(self.mechanism, shards, model.heads_of(self.mechanism), backend=self.backend)
 
 
 def work_of_layers(mechanisms: Sequence[Mechanism], rows: Rows) -> Tensor:
     """Return the work of each token in layers with these mechanisms, float64 `[tokens]`."""
     counts = Counter(mechanisms)
-    return torch.stack([mechanism.visible_keys(rows) * layers for mechanism, layers in counts.items()]).sum(dim=0)
+    return torch.stack([mechanism.keys_per_query(rows) * layers for mechanism, layers in counts.items()]).sum(dim=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

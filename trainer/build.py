@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from farspan.kernels.backend import Work, choose_backend
+from farspan.kernels.backend import KernelRequest, choose_backend
 from farspan.parallel.comm import Channel, Traffic
 from farspan.parallel.context_parallel.cost_model import strategy_for
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Strategy
@@ -20,7 +20,7 @@ from farspan.trainer.model.transformer import Transformer
 
 
 def build_model(config: Config, mesh: Mesh, device: torch.device) -> Transformer:
-    """Return the model sharded over the mesh, only this rank's shards in memory, initialised."""
+    """Return the model sharded over the mesh, only this rank's shards in memory, initialized."""
     model = build_on_meta(config, mesh)
     model.to_empty(device=device)
     initialize(model, config.model, config.run.seed)
@@ -97,5 +97,5 @@ def strategies_of_layers(config: Config, degrees: Degrees) -> list[str]:
 def backends_of_layers(config: Config, device: torch.device) -> list[str]:
     """Return the backend of each layer; raises ConfigError where one cannot compute its mechanism on the device."""
     head_dim, dtype = config.model.head_dim, config.train.torch_dtype
-    works = [Work.of(mechanism, dtype, head_dim, head_dim) for mechanism in config.mechanisms()]
+    works = [KernelRequest.of(mechanism, dtype, head_dim, head_dim) for mechanism in config.mechanisms()]
     return [choose_backend(config.attention.backend, device, work) for work in works]

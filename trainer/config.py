@@ -74,7 +74,7 @@ class AttentionConfig:
         try:
             mechanism = from_tree(MECHANISMS.get(name), options, where)
             if isinstance(mechanism, Masked):
-                mechanism.visibility()
+                mechanism.attention_mask()
         except ValueError as error:
             raise ConfigError(
                 f"{where}={toml_value(options)} does not suit attention.mechanism={self.mechanism!r}: {error}."
@@ -84,7 +84,7 @@ class AttentionConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """folder: made by `farspan data prepare`, with `train/` and `held_out/`. sequence_tokens: the context length."""
+    """folder: made by `farspan data prepare`, with `train/` and `validation/`. sequence_tokens: the context length."""
 
     folder: Path
     sequence_tokens: int = bounded(minimum=2)

@@ -12,14 +12,14 @@ from torch import nn
 from farspan.errors import DataError
 from farspan.trainer.batch import MicroBatch
 from farspan.trainer.data.packing import IGNORED, PackedSequence, PackedSequences
-from farspan.trainer.resilience.agreement import on_any_rank
+from farspan.trainer.resilience.agreement import any_rank
 
 FIRST_BIN_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """loss: mean nats per labelled token, of which there are `tokens`. by_position: by position in their document.
+    """loss: mean nats per labeled token, of which there are `tokens`. by_position: by position in their document.
 
     Keys of `by_position` are "from-to" in tokens, both included; bins double in width; empty ones are left out.
     """
@@ -29,18 +29,18 @@ class Evaluation:
     by_position: dict[str, float]
 
     def bits_per_byte(self, bytes_per_token: float) -> float:
-        """Return the loss per byte of text, of which a labelled token stands for `bytes_per_token`."""
+        """Return the loss per byte of text, of which a labeled token stands for `bytes_per_token`."""
         return self.loss / math.log(2) / bytes_per_token
 
 
-def share(held_out: PackedSequences, sequences: int, *, data_rank: int, groups: int) -> Iterator[PackedSequence]:
+def share(validation: PackedSequences, sequences: int, *, data_rank: int, groups: int) -> Iterator[PackedSequence]:
     """Yield one data-parallel group's part of the first `sequences`; every group gets equally many.
 
     What is missing for that is made up by sequences without labels.
     """
-    wanted = min(sequences, len(held_out))
+    wanted = min(sequences, len(validation))
     for index in range(data_rank, -(-wanted // groups) * groups, groups):
-        sequence = held_out.sequence(min(index, wanted - 1))
+        sequence = validation.sequence(min(index, wanted - 1))
         if index >= wanted:
             sequence = replace(sequence, labels=np.full_like(sequence.labels, IGNORED))
         yield sequence
@@ -65,14 +65,14 @@ def evaluate(
     model.eval()
     try:
         for batch in batches:
-            if on_any_rank(poll()):
+            if any_rank(poll()):
                 return None
             losses = model(batch.tokens, batch.labels, batch.context).losses.double()
             # A token at position p has p + 1 tokens to predict the next one from.
             bins = torch.bucketize(batch.context.rows.position, edges.to(losses.device), right=True) - 1
-            labelled = (batch.labels != IGNORED).double()
+            labeled = (batch.labels != IGNORED).double()
             sums = torch.zeros(totals.shape, dtype=torch.float64, device=losses.device)
-            totals += sums.index_add_(1, bins, torch.stack((losses, labelled))).cpu()
+            totals += sums.index_add_(1, bins, torch.stack((losses, labeled))).cpu()
     finally:
         model.train(training)
     dist.all_reduce(totals)

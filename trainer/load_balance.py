@@ -99,7 +99,7 @@ class ExpertBalance:
 
     @torch.no_grad()
     def finish(self, *, is_update: bool) -> ExpertLoad:
-        """Sum over all ranks; in an update, move each bias by `bias_rate` towards the mean load.
+        """Sum over all ranks; in an update, move each bias by `bias_rate` toward the mean load.
 
         See arXiv 2408.15664, algorithm 1.
         """

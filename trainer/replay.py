@@ -16,7 +16,7 @@ from farspan.errors import ConfigError, TrainingError
 from farspan.trainer.batch import BatchBuilder
 from farspan.trainer.data.packing import PackedSequence
 from farspan.trainer.model.transformer import Transformer
-from farspan.trainer.resilience.agreement import together
+from farspan.trainer.resilience.agreement import raise_on_all_ranks
 from farspan.trainer.step import train_step
 
 BATCH_FILE = "batch.npz"
@@ -76,7 +76,7 @@ def replay(model: Transformer, batches: BatchBuilder, folder: Path, *, data_rank
             )
         return found
 
-    sequences = together(read)
+    sequences = raise_on_all_ranks(read)
     mine = {place: batches.build(sequences[index], index) for place, index in enumerate(sequences)
             if place % groups == data_rank}  # fmt: skip
     losses = torch.zeros(len(sequences), dtype=torch.float64, device=batches.device)

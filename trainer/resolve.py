@@ -26,7 +26,7 @@ class Resolved:
     degrees: Degrees
     device: torch.device
     train_source: TokenSource
-    held_out_source: TokenSource
+    validation_source: TokenSource
     why: tuple[str, ...]
     """Lines that say why the strategy was chosen, if it was left open."""
 
@@ -36,14 +36,14 @@ def resolve(config: Config, ranks: Ranks) -> Resolved:
     degrees = Degrees.resolve(config.parallel, ranks.world_size)
     validate(config, degrees)
     device = choose_device(config, ranks.local_rank)
-    train_source, held_out_source = open_data(config)
+    train_source, validation_source = open_data(config)
     config, why = choose_strategy(config, degrees, device.type)
     return Resolved(
         config=fill_in(config, degrees, device, train_source.vocabulary_size),
         degrees=degrees,
         device=device,
         train_source=train_source,
-        held_out_source=held_out_source,
+        validation_source=validation_source,
         why=tuple(why),
     )
 
@@ -73,8 +73,8 @@ def open_data(config: Config) -> tuple[TokenSource, TokenSource]:
             raise DataError(f"{folder / split} has documents of one token only, which teach nothing; prepare others.")
     if sources[0].vocabulary_size != sources[1].vocabulary_size:
         raise DataError(
-            f"{folder} has train/ of {sources[0].vocabulary_size} tokens and held_out/ of {sources[1].vocabulary_size}:"
-            " prepare both together."
+            f"{folder} has train/ of {sources[0].vocabulary_size} tokens and validation/ of "
+            f"{sources[1].vocabulary_size}: prepare both together."
         )
     return sources
 

@@ -8,7 +8,7 @@ from farspan.trainer.data.sample_hash import follow
 
 @dataclass(kw_only=True, slots=True)
 class TrainState:
-    """step: steps done. sequences: samples consumed, the global cursor into the data. tokens: labelled tokens seen.
+    """step: steps done. sequences: samples consumed, the global cursor into the data. tokens: labeled tokens seen.
 
     stream: hash of all samples consumed so far. skipped: steps that were no update, those at the end in_a_row.
     recent_losses, recent_norms: of the last updates, what `skip.sigma` compares with; empty without it.

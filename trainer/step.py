@@ -1,4 +1,4 @@
-"""One optimizer step: the mean loss over every labelled token of the global batch, and its gradient."""
+"""One optimizer step: the mean loss over every labeled token of the global batch, and its gradient."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from farspan.trainer.resilience.skip_steps import not_finite
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """loss: mean nats per labelled token of the whole batch. gradient_norm: before clipping.
+    """loss: mean nats per labeled token of the whole batch. gradient_norm: before clipping.
 
     attention_flops: forward, of the whole batch. fingerprint: the sum of those of its sequences. experts, heads: what
     tokens chose; None where there is no choice. skipped: why the step was no update, None if it was one.
@@ -27,7 +27,7 @@ class StepResult:
 
     loss: float
     gradient_norm: float
-    labelled_tokens: int
+    labeled_tokens: int
     attention_flops: float
     fingerprint: int
     experts: ExpertLoad | None
@@ -49,7 +49,7 @@ def train_step(
     context: of the ranks that share a sequence. reason_to_skip: called with the loss and the gradient norm, which have
     the same bits on all ranks. A step that it gives a reason for leaves parameters, optimizer and routers as they are.
 
-    The loss is divided by the labelled tokens of all ranks and all micro-batches, not averaged over averages: so it
+    The loss is divided by the labeled tokens of all ranks and all micro-batches, not averaged over averages: so it
     and its gradient do not depend on how the tokens are dealt.
     """
     device = batches[0].tokens.device
@@ -58,8 +58,8 @@ def train_step(
     # float64: FLOPs of a large batch do not fit into an integer, and all else is exact.
     of_all_ranks = torch.tensor(counts, dtype=torch.float64, device=device)
     dist.all_reduce(of_all_ranks)
-    labelled_tokens, attention_flops = int(of_all_ranks[0]), float(of_all_ranks[1])
-    if labelled_tokens == 0:
+    labeled_tokens, attention_flops = int(of_all_ranks[0]), float(of_all_ranks[1])
+    if labeled_tokens == 0:
         raise TrainingError("no token of this batch has a label: every document of the data has a single token.")
     balances = [
         ExpertBalance(layers, context, int(of_all_ranks[2])) if layers else None
@@ -71,13 +71,13 @@ def train_step(
     for batch in batches:
         torch.manual_seed(batch.seed)
         losses, *statistics = model(batch.tokens, batch.labels, batch.context)
-        loss = losses.sum() / labelled_tokens
+        loss = losses.sum() / labeled_tokens
         for balance, of_layers in zip(balances, statistics, strict=True):
             loss = loss if balance is None else loss + balance.loss(of_layers)
         loss.backward()
         total += losses.detach().sum(dtype=torch.float64)
     dist.all_reduce(total)
-    loss = total.item() / labelled_tokens
+    loss = total.item() / labeled_tokens
     norm = clip_gradients(model.parameters(), max_gradient_norm).item()
     skipped = reason_to_skip(loss, norm)
     if skipped is None:
@@ -86,7 +86,7 @@ def train_step(
     return StepResult(
         loss=loss,
         gradient_norm=norm,
-        labelled_tokens=labelled_tokens,
+        labeled_tokens=labeled_tokens,
         attention_flops=attention_flops,
         fingerprint=int(of_all_ranks[3]),
         experts=experts,

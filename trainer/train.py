@@ -28,21 +28,21 @@ from farspan.trainer.data.integrity import check_unchanged
 from farspan.trainer.data.packing import PackedSequences
 from farspan.trainer.data.shuffle import ShuffledSequences
 from farspan.trainer.data.source import SPLITS
-from farspan.trainer.estimate.summary import describe, said
-from farspan.trainer.held_out import HeldOut
+from farspan.trainer.estimate.summary import describe, format_layers
 from farspan.trainer.metrics import MetricsWriter, StepTimer, peak_flops, peak_memory_bytes, progress_line
 from farspan.trainer.model.flops import training_flops
 from farspan.trainer.optim import build_optimizer, learning_rate, set_learning_rate
 from farspan.trainer.replay import replay, write_batch
-from farspan.trainer.resilience.agreement import check_same, most_of_any_rank, on_any_rank, on_first_rank, together
+from farspan.trainer.resilience.agreement import any_rank, check_same, max_over_ranks, on_first_rank, raise_on_all_ranks
 from farspan.trainer.resilience.lock import lock_folder
-from farspan.trainer.resilience.preflight import check_nodes
+from farspan.trainer.resilience.preflight import run_preflight
 from farspan.trainer.resilience.signals import StopSignal
 from farspan.trainer.resilience.skip_steps import reason_to_skip, remember
 from farspan.trainer.resilience.watchdog import Watchdog
 from farspan.trainer.resolve import Resolved, choose_device, resolve
 from farspan.trainer.state import TrainState
 from farspan.trainer.step import StepResult, train_step
+from farspan.trainer.validation import Validation
 from farspan.trainer.weights.io import check_weights, load_weights
 
 T = TypeVar("T")
@@ -61,22 +61,22 @@ def train(config: Config, ranks: Ranks, stop: StopSignal) -> bool:
             run = _start(config, ranks, stop, watchdog, stack)
         if run is None:
             log.info("stopped     while it started; nothing was changed, the same command starts again")
-            return on_any_rank(stop.warned)
+            return any_rank(stop.warned)
         if config.run.replay is not None:
             run.replay(config.run.replay)
             return False
-        return not run.loop() and on_any_rank(stop.warned)
+        return not run.loop() and any_rank(stop.warned)
 
 
 def _start(config: Config, ranks: Ranks, stop: StopSignal, watchdog: Watchdog, stack: ExitStack) -> "_Run | None":
     """Connect, build and load; what has to be closed goes onto the stack. None where a rank was asked to stop."""
     timeout = timedelta(seconds=config.parallel.timeout_s)
     stack.enter_context(connected(ranks, _device_to_meet_on(config, ranks), timeout))
-    if on_any_rank(stop.requested):
+    if any_rank(stop.requested):
         return None
-    nodes = check_nodes(Path(config.run.folder), lambda: choose_device(config, ranks.local_rank))
-    resolved = together(lambda: resolve(config, ranks))
-    splits = {"train": resolved.train_source, "held_out": resolved.held_out_source}
+    nodes = run_preflight(Path(config.run.folder), lambda: choose_device(config, ranks.local_rank))
+    resolved = raise_on_all_ranks(lambda: resolve(config, ranks))
+    splits = {"train": resolved.train_source, "validation": resolved.validation_source}
     check_same(flat(resolved.config) | {f"the data of {name}/": split.fingerprint for name, split in splits.items()})
     log.info("%s", "\n".join((describe(resolved.config, resolved.degrees), *resolved.why, *nodes)))
 
@@ -87,7 +87,7 @@ def _start(config: Config, ranks: Ranks, stop: StopSignal, watchdog: Watchdog, s
     on_first_rank(lambda: _check_files(resolved.config))
     run = _Run(resolved, stop, watchdog)
     stack.enter_context(run)
-    if on_any_rank(stop.requested):
+    if any_rank(stop.requested):
         return None
     run.load()
     return run
@@ -124,7 +124,7 @@ class _Run:
         length, seed = config.data.sequence_tokens, config.run.seed
         packed = PackedSequences(resolved.train_source, sequence_tokens=length, seed=seed)
         self.data = ShuffledSequences(packed, seed=seed)
-        self.held_out = HeldOut(resolved.held_out_source, config)
+        self.validation = Validation(resolved.validation_source, config)
         self.state = TrainState()
         self.checkpoints = Checkpointer(
             self.folder / "checkpoints",
@@ -166,7 +166,7 @@ class _Run:
         config, state, steps = self.config, self.state, self.config.train.steps
         self.say_start()
         on_first_rank(self.open_records)
-        stopping = on_any_rank(self.stop.requested)
+        stopping = any_rank(self.stop.requested)
         missing = self.is_evaluation_missing()
         nothing_to_do = state.step >= steps and not missing
         if not nothing_to_do and not stopping:
@@ -183,7 +183,7 @@ class _Run:
                 stopping = self.evaluate()
             if stopping or state.step >= steps or state.step % config.checkpoint.every_steps == 0:
                 self.save(beside_steps=config.checkpoint.background and not stopping and state.step < steps)
-                stopping = on_any_rank(self.stop.requested)
+                stopping = any_rank(self.stop.requested)
             timer.skip()
         with self.watchdog.phase("save", state.step):
             self.checkpoints.finish_saving()
@@ -231,12 +231,12 @@ class _Run:
             reason_to_skip=partial(reason_to_skip, config.skip, state),
         )
         state.advance(
-            sequences=config.train.sequences_per_step, tokens=result.labelled_tokens, fingerprint=result.fingerprint
+            sequences=config.train.sequences_per_step, tokens=result.labeled_tokens, fingerprint=result.fingerprint
         )
         remember(config.skip, state, result.loss, result.gradient_norm, result.skipped)
         # One exchange for all: the most memory of any rank, and whether any was asked to stop, or has failed to write.
         unrecorded = self.writer is not None and self.writer.error is not None
-        memory, stopping, unsaved, unrecorded = most_of_any_rank(
+        memory, stopping, unsaved, unrecorded = max_over_ranks(
             [peak_memory_bytes(self.device), self.stop.requested, self.checkpoints.has_failed, unrecorded]
         )
         seconds, seconds_left = timer.lap()
@@ -346,12 +346,12 @@ class _Run:
             return self.stop.requested
 
         with self.watchdog.phase("evaluation", self.state.step):
-            measured = self.held_out.measure(self.model, self.batches, self.mesh, poll)
+            measured = self.validation.measure(self.model, self.batches, self.mesh, poll)
         if measured is None:
             return True
         if self.writer is not None:
-            self.writer.write(self.held_out.record(measured, self.state.step))
-            self.held_out.say(measured)
+            self.writer.write(self.validation.record(measured, self.state.step))
+            self.validation.say(measured)
         return False
 
 
@@ -370,6 +370,6 @@ def identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
         "data.folder": data_fingerprint,
         "data.sequence_tokens": config.data.sequence_tokens,
         # In full, so that a default that has changed counts too.
-        "attention.mechanism": said(config.mechanisms()),
+        "attention.mechanism": format_layers(config.mechanisms()),
         **{name: value for name, value in flat(config).items() if name.startswith("model.")},
     }

@@ -120,7 +120,7 @@ def experts_fit(config: Config, degrees: Degrees) -> None:
     except ValueError as error:
         raise ConfigError(f"model.experts does not fit together: {error}.") from None
     if experts.choice == "experts":
-        for name, idle in (("capacity", 0.0), ("groups", 1), ("bias_rate", 0.0), ("normalised", False)):
+        for name, idle in (("capacity", 0.0), ("groups", 1), ("bias_rate", 0.0), ("normalized", False)):
             if getattr(experts, name) != idle:
                 raise ConfigError(
                     f"model.experts.{name}={getattr(experts, name)} is for tokens that choose, but "
@@ -141,7 +141,7 @@ def experts_fit(config: Config, degrees: Degrees) -> None:
 
 def head_mixture_fits(config: Config) -> None:
     model, mixture = config.model, config.model.head_mixture
-    for name, idle, kind in (("count", 0, "experts"), ("normalised", True, "experts"), ("shared", 0, "heads")):
+    for name, idle, kind in (("count", 0, "experts"), ("normalized", True, "experts"), ("shared", 0, "heads")):
         if mixture.kind not in ("none", kind) and getattr(mixture, name) != idle:
             raise ConfigError(
                 f"model.head_mixture.{name}={str(getattr(mixture, name)).lower()} is for kind={kind!r}, but "
@@ -167,7 +167,7 @@ def head_mixture_fits(config: Config) -> None:
         )
     if mixture.per_token == mixture.count:
         return
-    if any(mechanism.tells_heads_apart for mechanism in mixing):
+    if any(mechanism.heads_differ for mechanism in mixing):
         raise ConfigError(
             f"attention.mechanism={config.attention.mechanism!r} treats query heads differently by their number, "
             "which heads that tokens choose do not keep: set model.head_mixture.kind='none', or choose another "
@@ -193,9 +193,11 @@ def gates_have_a_recurrence(config: Config) -> None:
 
 def mechanism_takes_model(config: Config) -> None:
     for mechanism in dict.fromkeys(config.mechanisms()):
-        refusal = mechanism.refusal(config.model.heads_of(mechanism), config.data.sequence_tokens)
-        if refusal is not None:
-            raise ConfigError(f"attention.mechanism={config.attention.mechanism!r} refuses this run: {refusal}.")
+        unsupported_reason = mechanism.unsupported_reason(config.model.heads_of(mechanism), config.data.sequence_tokens)
+        if unsupported_reason is not None:
+            raise ConfigError(
+                f"attention.mechanism={config.attention.mechanism!r} refuses this run: {unsupported_reason}."
+            )
 
 
 def strategy_takes_mechanism(config: Config, degrees: Degrees) -> None:
@@ -205,6 +207,8 @@ def strategy_takes_mechanism(config: Config, degrees: Degrees) -> None:
     for mechanism in dict.fromkeys(config.mechanisms()):
         heads = config.model.heads_of(mechanism)
         name = strategy_for(parallel.strategy, mechanism, heads, degrees.context, parallel.context_inner)
-        refusal = STRATEGIES.get(name).refusal(mechanism, heads, degrees.context, parallel.context_inner)
-        if refusal is not None:
-            raise ConfigError(f"parallel.strategy={parallel.strategy!r} refuses this run: {refusal}")
+        unsupported_reason = STRATEGIES.get(name).unsupported_reason(
+            mechanism, heads, degrees.context, parallel.context_inner
+        )
+        if unsupported_reason is not None:
+            raise ConfigError(f"parallel.strategy={parallel.strategy!r} refuses this run: {unsupported_reason}")

@@ -14,7 +14,7 @@ from farspan.kernels.backend import BACKENDS, Backend
 from farspan.kernels.cpu.flash import flash, flash_backward
 from farspan.kernels.cpu.linear_attention import sweep
 from farspan.kernels.linear_attention.recurrence import scan_backward_by_sweeps, scan_by_sweep
-from farspan.kernels.linear_attention.segment import Stretch
+from farspan.kernels.linear_attention.segment import Segment
 from farspan.kernels.linear_attention.state import State
 from farspan.kernels.merge import GatheredSums
 from farspan.kernels.planning.gathered_batches import Batch, batches, choose_together
@@ -32,7 +32,7 @@ class CpuBackend(Backend):
 
     rank = 10
 
-    def refusal(self, device: torch.device) -> str | None:
+    def unsupported_reason(self, device: torch.device) -> str | None:
         return None if device.type == "cpu" else "it calls torch's CPU flash attention"
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -49,13 +49,13 @@ class CpuBackend(Backend):
             return _selected_backward(dout, q, k, v, out, lse, plan)
         return _REGIONS.backward(dout, q, k, v, out, lse, plan)
 
-    def scan_refusal(self) -> str | None:
+    def scan_unsupported_reason(self) -> str | None:
         return None
 
     def scan(
-        self, q: Tensor, k: Tensor, v: Tensor, stretch: Stretch, decay: Tensor, state: State
+        self, q: Tensor, k: Tensor, v: Tensor, segment: Segment, decay: Tensor, state: State
     ) -> tuple[Tensor, State]:
-        return scan_by_sweep(sweep, q, k, v, stretch, decay, state)
+        return scan_by_sweep(sweep, q, k, v, segment, decay, state)
 
     def scan_backward(
         self,
@@ -64,11 +64,11 @@ class CpuBackend(Backend):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        stretch: Stretch,
+        segment: Segment,
         decay: Tensor,
         state: State,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return scan_backward_by_sweeps(sweep, dout, dstate, q, k, v, stretch, decay, state)
+        return scan_backward_by_sweeps(sweep, dout, dstate, q, k, v, segment, decay, state)
 
 
 def _selected_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:

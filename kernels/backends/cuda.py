@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from farspan.errors import ConfigError
-from farspan.kernels.backend import BACKENDS, Backend, Work
+from farspan.kernels.backend import BACKENDS, Backend, KernelRequest
 from farspan.kernels.cuda.flash import WIDEST, flash, flash_backward, installed
 from farspan.kernels.cuda.operators import DTYPES
 from farspan.kernels.planning.plan import Plan
@@ -22,7 +22,7 @@ class LibraryBackend(Backend):
     rank = 50
     deterministic = False
 
-    def refusal(self, device: torch.device) -> str | None:
+    def unsupported_reason(self, device: torch.device) -> str | None:
         return None if device.type == "cuda" else "it calls CUDA flash attention"
 
     def calls(self) -> str:
@@ -30,7 +30,7 @@ class LibraryBackend(Backend):
             return ""
         return ", ".join(library.name for library in installed(torch.device("cuda")))
 
-    def limit(self, work: Work) -> str | None:
+    def limit(self, work: KernelRequest) -> str | None:
         if work.dtype not in DTYPES:
             return f"it takes bfloat16 and float16, not {str(work.dtype).removeprefix('torch.')}"
         if max(work.head_dim, work.value_dim) > WIDEST:
@@ -52,7 +52,9 @@ class LibraryBackend(Backend):
     def _check(self, q: Tensor, v: Tensor, plan: Plan) -> None:
         chooses_keys = plan.selection is not None or plan.lifetime is not None
         sizes = q.shape[-1], v.shape[-1]
-        work = Work(dtype=q.dtype, head_dim=sizes[0], value_dim=sizes[1], chooses_keys=chooses_keys, scans=False)
+        work = KernelRequest(
+            dtype=q.dtype, head_dim=sizes[0], value_dim=sizes[1], chooses_keys=chooses_keys, scans=False
+        )
         if reason := self.limit(work):
             raise ConfigError(
                 f"attention.backend='library' cannot compute this: {reason}; use attention.backend='auto'."

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.backend import BACKENDS, Backend
-from farspan.kernels.linear_attention.segment import Stretch
+from farspan.kernels.linear_attention.segment import Segment
 from farspan.kernels.linear_attention.state import State
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.planning.plan import Plan
@@ -18,7 +18,7 @@ class ReferenceBackend(Backend):
 
     rank = 100
 
-    def refusal(self, device: torch.device) -> str | None:
+    def unsupported_reason(self, device: torch.device) -> str | None:
         return None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -44,21 +44,21 @@ class ReferenceBackend(Backend):
         dv = torch.einsum("hts,thd->shd", probability, dout)
         return dq, dk.unflatten(1, shared).sum(2), dv.unflatten(1, shared).sum(2)
 
-    def scan_refusal(self) -> str | None:
+    def scan_unsupported_reason(self) -> str | None:
         return None
 
     def scan(
-        self, q: Tensor, k: Tensor, v: Tensor, stretch: Stretch, decay: Tensor, state: State
+        self, q: Tensor, k: Tensor, v: Tensor, segment: Segment, decay: Tensor, state: State
     ) -> tuple[Tensor, State]:
         group = q.shape[1] // k.shape[1]
         queries, keys, values = (x.to(state.value.dtype) for x in (q, k, v))
         keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
-        weight, of_state, to_end, state_to_end = _weights(stretch, decay.to(state.value), state)
+        weight, of_state, to_end, state_to_end = _weights(segment, decay.to(state.value), state)
         scores = torch.einsum("ihd,jhd->hij", queries, keys) * weight
         out = torch.einsum("hij,jhe->ihe", scores, values)
         out += torch.einsum("ihd,hde->ihe", queries, state.value) * of_state
         left = torch.einsum("jhd,jhe->hde", keys * to_end, values) + state_to_end * state.value
-        return out, State(left, stretch.last if stretch.tokens else state.place)
+        return out, State(left, segment.last if segment.tokens else state.place)
 
     def scan_backward(
         self,
@@ -67,7 +67,7 @@ class ReferenceBackend(Backend):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        stretch: Stretch,
+        segment: Segment,
         decay: Tensor,
         state: State,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -75,7 +75,7 @@ class ReferenceBackend(Backend):
         shared = (k.shape[1], q.shape[1] // k.shape[1])
         dout, queries, keys, values = (x.to(state.value.dtype) for x in (dout, q, k, v))
         keys, values = keys.repeat_interleave(shared[1], dim=1), values.repeat_interleave(shared[1], dim=1)
-        weight, of_state, to_end, state_to_end = _weights(stretch, decay.to(state.value), state)
+        weight, of_state, to_end, state_to_end = _weights(segment, decay.to(state.value), state)
         scores = torch.einsum("ihd,jhd->hij", queries, keys) * weight
         dscores = torch.einsum("ihe,jhe->hij", dout, values) * weight
         dq = torch.einsum("hij,jhd->ihd", dscores, keys)
@@ -88,14 +88,14 @@ class ReferenceBackend(Backend):
         return dq, dk.unflatten(1, shared).sum(2), dv.unflatten(1, shared).sum(2), dbefore
 
 
-def _weights(stretch: Stretch, decay: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _weights(segment: Segment, decay: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the weights exp(-s distance) of what comes before, in the same document, for what comes after, else 0.
 
     Of rows for rows `[Hq, T, T]`, of the state for rows and of rows for the state left `[T, Hq, 1]`, of the state for
     the state left `[Hq, 1, 1]`.
     """
-    place, end = state.place, stretch.last if stretch.tokens else state.place
-    documents, positions = stretch.rows.document, stretch.rows.position
+    place, end = state.place, segment.last if segment.tokens else state.place
+    documents, positions = segment.rows.document, segment.rows.position
     document = torch.cat([documents, documents.new_tensor([place.document, end.document])]).to(decay.device)
     position = torch.cat([positions, positions.new_tensor([place.position, end.position])]).to(decay.device)
     distance = position[:, None] - position[None, :]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from farspan.errors import ConfigError
-from farspan.kernels.backend import BACKENDS, Backend, Work
-from farspan.kernels.linear_attention.segment import Stretch
+from farspan.kernels.backend import BACKENDS, Backend, KernelRequest
+from farspan.kernels.linear_attention.segment import Segment
 from farspan.kernels.linear_attention.state import State
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.triton_kernels.shapes import MAX_WIDTH, Shapes, shapes_for
@@ -24,7 +24,7 @@ class TritonBackend(Backend):
     # After torch's own kernels, until it has been measured on a GPU.
     rank = 60
 
-    def refusal(self, device: torch.device) -> str | None:
+    def unsupported_reason(self, device: torch.device) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed: pip install 'farspan[triton]'"
         import triton.knobs  # pyright: ignore[reportMissingImports]
@@ -33,7 +33,7 @@ class TritonBackend(Backend):
             return None
         return "its kernels are for CUDA devices"
 
-    def limit(self, work: Work) -> str | None:
+    def limit(self, work: KernelRequest) -> str | None:
         if work.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"it takes float32, bfloat16 and float16, not {str(work.dtype).removeprefix('torch.')}"
         if max(work.head_dim, work.value_dim) > MAX_WIDTH:
@@ -56,17 +56,17 @@ class TritonBackend(Backend):
         with torch.cuda.device_of(q):
             return schedule.backward(problem, dout, out, lse)
 
-    def scan_refusal(self) -> str | None:
+    def scan_unsupported_reason(self) -> str | None:
         return None
 
     def scan(
-        self, q: Tensor, k: Tensor, v: Tensor, stretch: Stretch, decay: Tensor, state: State
+        self, q: Tensor, k: Tensor, v: Tensor, segment: Segment, decay: Tensor, state: State
     ) -> tuple[Tensor, State]:
         from farspan.kernels.triton_kernels import linear_attention as scan
 
         self._shapes(q, v, scans=True)
         with torch.cuda.device_of(q):
-            return scan.scan_forward(q, k, v, stretch, decay, state)
+            return scan.scan_forward(q, k, v, segment, decay, state)
 
     def scan_backward(
         self,
@@ -75,7 +75,7 @@ class TritonBackend(Backend):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        stretch: Stretch,
+        segment: Segment,
         decay: Tensor,
         state: State,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -83,12 +83,12 @@ class TritonBackend(Backend):
 
         self._shapes(q, v, scans=True)
         with torch.cuda.device_of(q):
-            return scan.scan_backward(dout, dstate, q, k, v, stretch, decay, state)
+            return scan.scan_backward(dout, dstate, q, k, v, segment, decay, state)
 
     def _shapes(self, q: Tensor, v: Tensor, *, scans: bool = False) -> Shapes:
         """Return the shapes of tiles for these tensors; raises ConfigError for what the kernels cannot do."""
         sizes = q.shape[2], v.shape[2]
-        work = Work(dtype=q.dtype, head_dim=sizes[0], value_dim=sizes[1], chooses_keys=False, scans=scans)
+        work = KernelRequest(dtype=q.dtype, head_dim=sizes[0], value_dim=sizes[1], chooses_keys=False, scans=scans)
         if reason := self.limit(work):
             raise ConfigError(
                 f"attention.backend='triton' cannot compute this: {reason}; use attention.backend='auto'."

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farspan.kernels.linear_attention.segment import Place, Stretch
+from farspan.kernels.linear_attention.segment import Segment, SequencePosition
 from farspan.kernels.linear_attention.state import State
 from farspan.kernels.merge import accumulation_dtype
 
@@ -24,15 +24,15 @@ BLOCK = 2048
 
 
 def sweep(
-    x: Tensor, a: Tensor, b: Tensor, stretch: Stretch, decay: Tensor, carried: State, *, from_end: bool
+    x: Tensor, a: Tensor, b: Tensor, segment: Segment, decay: Tensor, carried: State, *, from_end: bool
 ) -> tuple[Tensor, State]:
     """See `farspan.kernels.linear_attention.recurrence.Sweep`."""
     heads, dtype = len(decay), accumulation_dtype(x.dtype)
     out = torch.empty(x.shape[0], x.shape[1], b.shape[2], dtype=x.dtype if x.shape[1] == heads else dtype)
-    out[stretch.tokens :] = 0
+    out[segment.tokens :] = 0
     values, place = list(carried.value), carried.place
-    for rows, chunk in _blocks(stretch.tokens, from_end):
-        weights = _Weights.of(stretch, rows, chunk, decay.to(dtype), place, from_end)
+    for rows, chunk in _blocks(segment.tokens, from_end):
+        weights = _Weights.of(segment, rows, chunk, decay.to(dtype), place, from_end)
         for head in range(heads):
             my_x, my_a, my_b = (
                 t[rows, head * t.shape[1] // heads].to(dtype).unflatten(0, (-1, chunk)) for t in (x, a, b)
@@ -66,12 +66,14 @@ class _Weights:
     write: Tensor
     read: Tensor
     keep: list[list[float]]
-    end: Place
+    end: SequencePosition
     from_end: bool
 
     @staticmethod
-    def of(stretch: Stretch, rows: slice, chunk: int, rate: Tensor, place: Place, from_end: bool) -> "_Weights":
-        position, document = (c[rows].view(-1, chunk) for c in (stretch.rows.position, stretch.rows.document))
+    def of(
+        segment: Segment, rows: slice, chunk: int, rate: Tensor, place: SequencePosition, from_end: bool
+    ) -> "_Weights":
+        position, document = (c[rows].view(-1, chunk) for c in (segment.rows.position, segment.rows.document))
         far = 0 if from_end else -1
         points = torch.stack(
             [
@@ -92,7 +94,7 @@ class _Weights:
             write=_weight(rate, own, after[:, :, None]).unsqueeze(-1),
             read=_weight(rate, own, before[:, :, None]).unsqueeze(-1),
             keep=_weight(rate, after, before).tolist(),
-            end=Place(end_document, end_position),
+            end=SequencePosition(end_document, end_position),
             from_end=from_end,
         )
 

@@ -96,7 +96,7 @@ def _exp_in_place(x: Tensor) -> Tensor:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Losses of the labelled tokens `rows`, zero for the others; one logits buffer serves every chunk of a pass."""
+    """Losses of the labeled tokens `rows`, zero for the others; one logits buffer serves every chunk of a pass."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation: Zhang and Sennrich, arXiv:1910.07467, equation 4."""
+"""Root-mean-square normalization: Zhang and Sennrich, arXiv:1910.07467, equation 4."""
 
 import torch
 from torch import Tensor

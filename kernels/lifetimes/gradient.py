@@ -4,7 +4,7 @@ Types enter attention as a mask that multiplies exp(score). With t the one-hot t
 
     M_ij = t0_j + t1_j * prod over j < m < i of (1 - t0_m) + t2_j * [i <= j + window]
 
-The gradient of t is the derivative of this M, at the types that were chosen, under the paper's normalisation: it takes
+The gradient of t is the derivative of this M, at the types that were chosen, under the paper's normalization: it takes
 dL/dM_ij to be D_ij = exp(s_ij - L_i) (dout_i . v_j - dout_i . out_i), summed over the query heads that share the key,
 with L_i the log-sum-exp of ALL causal scores of query i, the hidden ones too. That of the visible ones only, which
 would be exact, lets D grow without bound where a hidden score towers over them. With n(j) the next global token after
@@ -79,9 +79,9 @@ def pair_sums(
     return of_queries, of_keys
 
 
-def type_gradient(sums: Tensor, lifetimes: Lifetimes, everyone: Rows) -> Tensor:
+def type_gradient(sums: Tensor, lifetimes: Lifetimes, global_rows: Rows) -> Tensor:
     """Return the gradient of the one-hot types, float64 `[tokens, Hk, 3]`, by the sums `[tokens, Hk, SUMS]` of all."""
-    line = Line.of(everyone)
+    line = Line.of(global_rows)
     in_line = sums.double()[line.order.to(sums.device)].permute(2, 1, 0)
     types = lifetimes.types[:, line.order].to(sums.device)
     local, is_global = types == LOCAL, types == GLOBAL
@@ -139,7 +139,7 @@ def _tiles(plan: Plan, heads: int) -> Iterator[Region]:
 def _later(plan: Plan, tile: Region) -> Tensor:
     """Return which queries of a tile are later than which keys of their document, bool `[queries, keys]`."""
     position, key_position = plan.queries.position[tile.queries], plan.keys.position[tile.keys]
-    return plan.region_mask(plan.visibility, tile) & (position[:, None] > key_position)
+    return plan.region_mask(plan.attention_mask, tile) & (position[:, None] > key_position)
 
 
 def _since_global(x: Tensor, is_global: Tensor) -> Tensor:

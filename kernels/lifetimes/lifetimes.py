@@ -37,14 +37,14 @@ class Line:
     forced: Tensor
 
     @staticmethod
-    def of(everyone: Rows) -> "Line":
+    def of(global_rows: Rows) -> "Line":
         """Set the rows of a whole sequence, which come in any order, in line."""
-        documents, document = everyone.document.unique(return_inverse=True)
-        order = everyone.ordinal().argsort()
+        documents, document = global_rows.document.unique(return_inverse=True)
+        order = global_rows.ordinal().argsort()
         sizes = document.bincount(minlength=len(documents))
         stop = sizes.cumsum(0).repeat_interleave(sizes)
         first, place = stop - sizes.repeat_interleave(sizes), torch.arange(len(order))
-        forced = (place == first) | (place == stop - 1) | (everyone.document[order] < 0)
+        forced = (place == first) | (place == stop - 1) | (global_rows.document[order] < 0)
         return Line(order=order, first=first, end=stop - 1, forced=forced)
 
     def back(self, x: Tensor) -> Tensor:
@@ -69,11 +69,11 @@ class Lifetimes:
     window: int
 
     @staticmethod
-    def of(types: Tensor, everyone: Rows, window: int) -> "Lifetimes":
+    def of(types: Tensor, global_rows: Rows, window: int) -> "Lifetimes":
         """Return the lifetimes of a whole sequence by types, int8 `[tokens, Hk]`."""
-        line = Line.of(everyone)
+        line = Line.of(global_rows)
         kind = types.cpu().t()[:, line.order].masked_fill(line.forced, GLOBAL)
-        position = everyone.position[line.order].masked_fill(everyone.document[line.order] < 0, -1)
+        position = global_rows.position[line.order].masked_fill(global_rows.document[line.order] < 0, -1)
         after = _next_global(kind, line)
         following, beyond = position[after], position[after.gather(1, after)]
         end = position[line.end]

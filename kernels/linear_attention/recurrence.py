@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from farspan.kernels.linear_attention.segment import Place, Stretch
+from farspan.kernels.linear_attention.segment import Segment, SequencePosition
 from farspan.kernels.linear_attention.state import State, decayed
 
 
@@ -19,7 +19,7 @@ class Sweep(Protocol):
     """What a backend has to give."""
 
     def __call__(
-        self, x: Tensor, a: Tensor, b: Tensor, stretch: Stretch, decay: Tensor, carried: State, *, from_end: bool
+        self, x: Tensor, a: Tensor, b: Tensor, segment: Segment, decay: Tensor, carried: State, *, from_end: bool
     ) -> tuple[Tensor, State]:
         """Return (out `[T, H, B]`, the state after the last row swept) of x `[T, H, A]`, a and b `[T, H', A or B]`.
 
@@ -30,10 +30,10 @@ class Sweep(Protocol):
 
 
 def scan_by_sweep(
-    sweep: Sweep, q: Tensor, k: Tensor, v: Tensor, stretch: Stretch, decay: Tensor, state: State
+    sweep: Sweep, q: Tensor, k: Tensor, v: Tensor, segment: Segment, decay: Tensor, state: State
 ) -> tuple[Tensor, State]:
     """See `farspan.kernels.recurrent_attention.scan`."""
-    return sweep(q, k, v, stretch, decay, state, from_end=False)
+    return sweep(q, k, v, segment, decay, state, from_end=False)
 
 
 def scan_backward_by_sweeps(
@@ -43,22 +43,22 @@ def scan_backward_by_sweeps(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    stretch: Stretch,
+    segment: Segment,
     decay: Tensor,
     state: State,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `farspan.kernels.recurrent_attention.scan_backward`."""
-    if not stretch.tokens:
+    if not segment.tokens:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dstate
-    after, after_transposed = State(dstate, stretch.last), State(dstate.mT.contiguous(), stretch.last)
+    after, after_transposed = State(dstate, segment.last), State(dstate.mT.contiguous(), segment.last)
     before = State(state.value.mT.contiguous(), state.place)
-    dq, _ = sweep(dout, v, k, stretch, decay, before, from_end=False)
-    dk, _ = sweep(v, dout, q, stretch, decay, after_transposed, from_end=True)
-    dv, reached = sweep(k, q, dout, stretch, decay, after, from_end=True)
+    dq, _ = sweep(dout, v, k, segment, decay, before, from_end=False)
+    dk, _ = sweep(v, dout, q, segment, decay, after_transposed, from_end=True)
+    dv, reached = sweep(k, q, dout, segment, decay, after, from_end=True)
     return dq, dk, dv, _gradient_at(state.place, reached, decay)
 
 
-def _gradient_at(place: Place, reached: State, decay: Tensor) -> Tensor:
+def _gradient_at(place: SequencePosition, reached: State, decay: Tensor) -> Tensor:
     """Return the gradient of a state at `place` from what a sweep from the end has carried to the first row."""
     if place.document != reached.place.document:
         return torch.zeros_like(reached.value)

@@ -9,18 +9,18 @@ from torch import Tensor
 from farspan.kernels.masks.rows import PADDING, Rows
 
 
-class Place(NamedTuple):
+class SequencePosition(NamedTuple):
     """A token of the sequence. Of document -1 is the place where there is nothing."""
 
     document: int
     position: int
 
 
-NOWHERE = Place(PADDING, 0)
+NOWHERE = SequencePosition(PADDING, 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Stretch:
+class Segment:
     """Documents one after another, each by rising position, with or without gaps; padding at the end.
 
     tokens: rows before the padding. first, last: the places of the first and of the last of them.
@@ -28,14 +28,14 @@ class Stretch:
 
     rows: Rows
     tokens: int
-    first: Place
-    last: Place
+    first: SequencePosition
+    last: SequencePosition
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @staticmethod
-    def of(rows: Rows) -> "Stretch":
+    def of(rows: Rows) -> "Segment":
         """Return `rows` as a stretch; raises ValueError if they are in another order, which `order` would mend."""
         tokens = int((rows.document >= 0).sum())
         position, document = rows.position[:tokens], rows.document[:tokens]
@@ -45,9 +45,9 @@ class Stretch:
         if bool(((position.diff() <= 0) & ~starts[1:]).any()):
             raise ValueError("the rows of a document in a stretch must be in the order of their positions: sort them")
         if not tokens:
-            return Stretch(rows=rows, tokens=0, first=NOWHERE, last=NOWHERE)
-        first, last = (Place(int(document[i]), int(position[i])) for i in (0, -1))
-        return Stretch(rows=rows, tokens=tokens, first=first, last=last)
+            return Segment(rows=rows, tokens=0, first=NOWHERE, last=NOWHERE)
+        first, last = (SequencePosition(int(document[i]), int(position[i])) for i in (0, -1))
+        return Segment(rows=rows, tokens=tokens, first=first, last=last)
 
 
 def order(rows: Rows) -> Tensor:

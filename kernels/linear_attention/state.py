@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farspan.kernels.linear_attention.segment import NOWHERE, Place
+from farspan.kernels.linear_attention.segment import NOWHERE, SequencePosition
 from farspan.kernels.merge import accumulation_dtype
 
 
@@ -18,7 +18,7 @@ class State:
     """
 
     value: Tensor
-    place: Place
+    place: SequencePosition
 
 
 def empty_state(heads: int, head_dim: int, value_dim: int, like: Tensor) -> State:

@@ -1,6 +1,6 @@
-"""Neighbourhood attention on a grid: which keys a query sees, per dimension, as an interval.
+"""Neighborhood attention on a grid: which keys a query sees, per dimension, as an interval.
 
-NATTEN (arXiv 2204.07143), dilation (arXiv 2209.15001), stride (generalized neighbourhood attention, arXiv 2504.16922).
+NATTEN (arXiv 2204.07143), dilation (arXiv 2209.15001), stride (generalized neighborhood attention, arXiv 2504.16922).
 """
 
 import math
@@ -14,9 +14,9 @@ from torch import Tensor
 class Dimension:
     """One dimension of the grid.
 
-    length: tokens. window: keys that a query sees. stride: neighbouring queries that share one window; 1 is plain
-    neighbourhood attention, `window` is blocked attention. dilation: distance between the keys of a window. causal:
-    keys after the query are hidden. An even window has one key more before its centre than after it.
+    length: tokens. window: keys that a query sees. stride: neighboring queries that share one window; 1 is plain
+    neighborhood attention, `window` is blocked attention. dilation: distance between the keys of a window. causal:
+    keys after the query are hidden. An even window has one key more before its center than after it.
     """
 
     length: int
@@ -49,20 +49,20 @@ class Dimension:
             leader = torch.minimum(first_of_group + self.stride // 2, length - 1)
             before = self.window // 2
             after = self.window - 1 - before
-            centre = torch.minimum(leader.clamp(min=before), length - 1 - after)
-            low, high = centre - before, centre + after
+            center = torch.minimum(leader.clamp(min=before), length - 1 - after)
+            low, high = center - before, center + after
         return low * self.dilation + group, high * self.dilation + group
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Neighbourhood:
+class Neighborhood:
     """A grid in row-major order; a document is one grid, or several after one another, which do not see each other."""
 
     dimensions: tuple[Dimension, ...]
 
     def __post_init__(self) -> None:
         if not self.dimensions:
-            raise ValueError("a neighbourhood needs at least one dimension")
+            raise ValueError("a neighborhood needs at least one dimension")
 
     @property
     def tokens(self) -> int:
@@ -83,8 +83,8 @@ class Neighbourhood:
         intervals = [d.interval(place) for d, place in zip(self.dimensions, places, strict=True)]
         return [grid, *(low for low, _ in intervals)], [grid, *(high for _, high in intervals)]
 
-    def shows(self, position: Tensor, key_position: Tensor) -> Tensor:
-        """Return whether keys lie in the neighbourhoods of queries of the same document, broadcast together."""
+    def mask_mod(self, position: Tensor, key_position: Tensor) -> Tensor:
+        """Return whether keys lie in the neighborhoods of queries of the same document, broadcast together."""
         lows, highs = self.intervals(position)
         grid, *places = self.coordinates(key_position)
         visible = grid == lows[0]

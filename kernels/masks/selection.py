@@ -14,7 +14,7 @@ SUMMED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Partition:
+class BlockPartition:
     """Blocks of the rows of one whole sequence, numbered from 0 document by document.
 
     A block is known by position: any subset of the sequence's rows, in any order, finds its blocks by itself.
@@ -29,22 +29,22 @@ class Partition:
     sizes: Tensor
 
     @staticmethod
-    def build(everyone: Rows, place: Callable[[Tensor], Tensor]) -> "Partition":
+    def build(global_rows: Rows, place: Callable[[Tensor], Tensor]) -> "BlockPartition":
         """Partition the rows of a whole sequence; `place` gives the block in its document of int64 positions."""
-        real = everyone.document >= 0
-        documents, where = everyone.document[real].unique(return_inverse=True)
-        positions = everyone.position[real].long()
+        real = global_rows.document >= 0
+        documents, where = global_rows.document[real].unique(return_inverse=True)
+        positions = global_rows.position[real].long()
         table = place(torch.arange(int(positions.max()) + 1 if len(positions) else 0)).int()
         last = torch.full((len(documents),), -1, dtype=torch.int64)
         last.scatter_reduce_(0, where, table[positions].long(), "amax")
         first = torch.cat((torch.zeros(1, dtype=torch.int64), (last + 1).cumsum(0)))
         sizes = (first[where] + table[positions]).bincount(minlength=int(first[-1]))
-        return Partition(documents=documents, first=first, place=table, sizes=sizes)
+        return BlockPartition(documents=documents, first=first, place=table, sizes=sizes)
 
     @staticmethod
-    def blocks(everyone: Rows, size: int) -> "Partition":
+    def blocks(global_rows: Rows, size: int) -> "BlockPartition":
         """Partition each document into blocks of `size` consecutive positions; the last one may be shorter."""
-        return Partition.build(everyone, lambda position: position // size)
+        return BlockPartition.build(global_rows, lambda position: position // size)
 
     @property
     def count(self) -> int:
@@ -80,7 +80,7 @@ class Partition:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Extent:
+class BlockExtent:
     """Of each block of a partition: its document's number, its least and greatest position; int64 `[blocks]`.
 
     A block without rows has its least position above its greatest.
@@ -91,21 +91,21 @@ class Extent:
     last: Tensor
 
     @staticmethod
-    def of(partition: Partition, everyone: Rows) -> "Extent":
-        block = partition.of(everyone)
+    def of(partition: BlockPartition, global_rows: Rows) -> "BlockExtent":
+        block = partition.of(global_rows)
         real = block >= 0
-        block, position = block[real], everyone.position[real].long()
+        block, position = block[real], global_rows.position[real].long()
         last = torch.full((partition.count,), -1).scatter_reduce_(0, block, position, "amax")
         first = torch.full((partition.count,), 1 << 31).scatter_reduce_(0, block, position, "amin")
         document = torch.arange(len(partition.documents)).repeat_interleave(partition.first.diff())
-        return Extent(document, first, last)
+        return BlockExtent(document, first, last)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Selection:
+class BlockSelection:
     """For each query head and each unit of query rows (a row, or a tile of them) the key blocks that it attends to.
 
-    heads: how many choose: all query heads, or groups of as many neighbours that share a KV head. unit: of each query
+    heads: how many choose: all query heads, or groups of as many neighbors that share a KV head. unit: of each query
     row, int64 `[queries]`; -1 for rows that attend to nothing. blocks: what the ids mean. offsets: int64
     `[heads * units + 1]`, chosen: int32 block ids, ascending in each list (CSR); the list of head h and unit u is
     number h * units + u.
@@ -114,12 +114,12 @@ class Selection:
     heads: int
     unit: Tensor
     num_units: int
-    blocks: Partition
+    blocks: BlockPartition
     offsets: Tensor
     chosen: Tensor
 
     @staticmethod
-    def from_parts(unit: Tensor, blocks: Partition, masks: Iterable[Tensor]) -> "Selection":
+    def from_parts(unit: Tensor, blocks: BlockPartition, masks: Iterable[Tensor]) -> "BlockSelection":
         """Select where the masks, set end to end, are True: bool `[heads, some of the units, blocks]` each.
 
         Units are few at a time, so that no mask of all of them is held.
@@ -132,7 +132,7 @@ class Selection:
         entries = torch.cat(chosen)
         # Entries are sorted by part, head and unit; lists by head and unit.
         order = entries[:, 0].argsort(stable=True)
-        return Selection(
+        return BlockSelection(
             heads=count.shape[0],
             unit=unit,
             num_units=count.shape[1],
@@ -143,11 +143,11 @@ class Selection:
 
     @staticmethod
     def from_ragged(
-        unit: Tensor, blocks: Partition, counts: Sequence[Tensor], chosen: Sequence[Tensor], *, heads: int
-    ) -> "Selection":
+        unit: Tensor, blocks: BlockPartition, counts: Sequence[Tensor], chosen: Sequence[Tensor], *, heads: int
+    ) -> "BlockSelection":
         """Select `chosen`, int32 set end to end: lists of as many blocks as `counts` say, head by head."""
         count = torch.cat((torch.zeros(0, dtype=torch.int64), *counts)).view(heads, -1)
-        return Selection(
+        return BlockSelection(
             heads=heads,
             unit=unit,
             num_units=count.shape[1],
@@ -157,12 +157,12 @@ class Selection:
         )
 
     @staticmethod
-    def from_lists(unit: Tensor, blocks: Partition, chosen: Tensor) -> "Selection":
+    def from_lists(unit: Tensor, blocks: BlockPartition, chosen: Tensor) -> "BlockSelection":
         """Select the blocks `chosen`, int `[heads, units, K]`, each at most once; -1 fills up shorter lists."""
         heads, num_units, _ = chosen.shape
         chosen = chosen.int().masked_fill(chosen < 0, torch.iinfo(torch.int32).max).sort(dim=2).values
         present = chosen != torch.iinfo(torch.int32).max
-        return Selection(
+        return BlockSelection(
             heads=heads,
             unit=unit,
             num_units=num_units,
@@ -171,7 +171,7 @@ class Selection:
             chosen=chosen.masked_select(present),
         )
 
-    def of_queries(self, index: Tensor) -> "Selection":
+    def of_queries(self, index: Tensor) -> "BlockSelection":
         """Return what the queries at `index`, int64 `[queries]`, chose; an index of -1 attends to nothing."""
         # -1 is the last element of a column with one more.
         return replace(self, unit=torch.cat((self.unit, self.unit.new_full((1,), -1)))[index])

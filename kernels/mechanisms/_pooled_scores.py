@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from farspan.kernels.masks.selection import Selection
-from farspan.kernels.mechanism import Holding
+from farspan.kernels.masks.selection import BlockSelection
+from farspan.kernels.mechanism import LocalShard
 from farspan.kernels.routing.ranking import affinity, sortable
 
 SCORES_AT_ONCE = 1 << 23
@@ -15,10 +15,10 @@ ONE = 1 << 40
 """Weights of a softmax are counted in this part of the highest: sums of integers do not depend on their order."""
 
 
-def candidates(holding: Holding, units: Tensor, *, causal: bool) -> Tensor:
+def candidates(local_shard: LocalShard, units: Tensor, *, causal: bool) -> Tensor:
     """Return which blocks each held tile may choose, bool `[units, blocks]`: of its document, and not all later."""
-    tiles, blocks = holding.tile_extent, holding.block_extent
-    tile = holding.held_tiles[0][units]
+    tiles, blocks = local_shard.tile_extent, local_shard.block_extent
+    tile = local_shard.held_tiles[0][units]
     may = (tiles.document[tile, None] == blocks.document) & (blocks.last >= 0)
     return may & (blocks.first <= tiles.last[tile, None]) if causal else may
 
@@ -28,11 +28,11 @@ def scaled_scores(queries: Tensor, keys: Tensor) -> Tensor:
     return affinity(queries, keys) * queries.shape[-1] ** -0.5
 
 
-def few_units(holding: Holding, heads: int) -> Iterator[Tensor]:
+def few_units(local_shard: LocalShard, heads: int) -> Iterator[Tensor]:
     """Yield the places of the held tiles, a few at a time, so that no more than SCORES_AT_ONCE belong to them."""
-    if len(holding.held_tiles[0]):
-        count = max(SCORES_AT_ONCE // (heads * holding.blocks.count), 1)
-        yield from torch.arange(len(holding.held_tiles[0])).split(count)
+    if len(local_shard.held_tiles[0]):
+        count = max(SCORES_AT_ONCE // (heads * local_shard.blocks.count), 1)
+        yield from torch.arange(len(local_shard.held_tiles[0])).split(count)
 
 
 def best(scores: Tensor, allowed: Tensor, *, at_least: Tensor, mass: float | None) -> Tensor:
@@ -55,7 +55,7 @@ def best(scores: Tensor, allowed: Tensor, *, at_least: Tensor, mass: float | Non
     return chosen & allowed
 
 
-def selected(holding: Holding, masks: Iterator[Tensor], heads: int) -> Selection:
+def selected(local_shard: LocalShard, masks: Iterator[Tensor], heads: int) -> BlockSelection:
     """Return the selection of the held tiles by masks `[heads, some units, blocks]`, in the order of the units."""
-    none = torch.zeros(heads, 0, holding.blocks.count, dtype=torch.bool)
-    return Selection.from_parts(holding.held_tiles[1], holding.blocks, [none, *masks])
+    none = torch.zeros(heads, 0, local_shard.blocks.count, dtype=torch.bool)
+    return BlockSelection.from_parts(local_shard.held_tiles[1], local_shard.blocks, [none, *masks])

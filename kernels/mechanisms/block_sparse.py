@@ -12,10 +12,10 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
-from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.masks.selection import Partition, Selection
-from farspan.kernels.mechanism import MECHANISMS, Heads, Holding, Routed
+from farspan.kernels.masks.selection import BlockPartition, BlockSelection
+from farspan.kernels.mechanism import MECHANISMS, Heads, LocalShard, Routed
 from farspan.kernels.mechanisms._pooled_scores import candidates, few_units, selected
 
 TILES_AT_ONCE = 1 << 10
@@ -57,25 +57,25 @@ class BlockSparse(Routed):
     def benchmarks(cls) -> Mapping[str, Self]:
         return {f"block_sparse_{share}": cls(density=share / 100) for share in (5, 10, 25)}
 
-    def visibility(self) -> Visibility:
-        return Visibility(causal=self.causal)
+    def attention_mask(self) -> AttentionMask:
+        return AttentionMask(causal=self.causal)
 
-    def blocks(self, everyone: Rows) -> Partition:
-        return Partition.blocks(everyone, self.block)
+    def blocks(self, global_rows: Rows) -> BlockPartition:
+        return BlockPartition.blocks(global_rows, self.block)
 
-    def tiles(self, everyone: Rows) -> Partition:
-        return Partition.blocks(everyone, self.block)
+    def tiles(self, global_rows: Rows) -> BlockPartition:
+        return BlockPartition.blocks(global_rows, self.block)
 
-    def refusal(self, heads: Heads, longest: int) -> str | None:
+    def unsupported_reason(self, heads: Heads, longest: int) -> str | None:
         tiles = -(-longest // self.block)
         return self._too_few(tiles) if self.mask and tiles > len(self.mask) else None
 
     def _too_few(self, tiles: int) -> str:
         return f"mask has {len(self.mask)} tiles, but a document has {tiles}: give a row for each"
 
-    def visible_keys(self, everyone: Rows) -> Tensor:
+    def keys_per_query(self, global_rows: Rows) -> Tensor:
         """Blocks that a row's tile has, as given or as many as are drawn, times `block`; its own up to the row."""
-        place, real = everyone.position.long(), everyone.document >= 0
+        place, real = global_rows.position.long(), global_rows.document >= 0
         tile, inside = place // self.block, place % self.block
         longest = int(place.max()) // self.block + 1 if len(place) else 1
         own = inside + 1 if self.causal else torch.full_like(inside, self.block)
@@ -86,43 +86,45 @@ class BlockSparse(Routed):
             has_own = given.diagonal()[tile.clamp(max=len(given) - 1)]
             others = given.sum(dim=1)[tile.clamp(max=len(given) - 1)] - has_own.long()
             return (others * self.block + has_own * own).masked_fill(~real, 0).double()
-        ids = everyone.document.clamp(min=0).long()
+        ids = global_rows.document.clamp(min=0).long()
         tiles = (torch.bincount(ids, weights=real.double()).long() + self.block - 1) // self.block
         others = tile if self.causal else tiles[ids] - 1
         drawn = ((others + 1) * self.density).round().long().clamp(min=1) - 1
         return (drawn * self.block + own).masked_fill(~real, 0).double()
 
     @torch.no_grad()
-    def select(self, q: Tensor, k: Tensor, holding: Holding) -> Selection:
+    def select(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> BlockSelection:
         if self.mask:
-            return selected(holding, self._given(holding), k.shape[1])
-        return self._drawn(holding)
+            return selected(local_shard, self._given(local_shard), k.shape[1])
+        return self._drawn(local_shard)
 
-    def _given(self, holding: Holding) -> Iterator[Tensor]:
-        blocks, kv_heads = holding.blocks, len(holding.kv_heads)
+    def _given(self, local_shard: LocalShard) -> Iterator[Tensor]:
+        blocks, kv_heads = local_shard.blocks, len(local_shard.kv_heads)
         longest = int(blocks.first.diff().max()) if len(blocks.documents) else 0
         if longest > len(self.mask):
             raise ValueError(self._too_few(longest))
         rows = [[c == "1" for c in row.ljust(longest, "0")[:longest]] for row in self.mask]
         table, number = torch.tensor(rows, dtype=torch.bool), blocks.number
-        for units in few_units(holding, kv_heads):
-            tile = holding.held_tiles[0][units]
-            mask = table[number[tile][:, None], number] & candidates(holding, units, causal=self.causal)
+        for units in few_units(local_shard, kv_heads):
+            tile = local_shard.held_tiles[0][units]
+            mask = table[number[tile][:, None], number] & candidates(local_shard, units, causal=self.causal)
             yield mask.expand(kv_heads, -1, -1)
 
-    def _drawn(self, holding: Holding) -> Selection:
+    def _drawn(self, local_shard: LocalShard) -> BlockSelection:
         """Draw without a mask of all blocks, a few tiles at a time, so that memory follows what is drawn."""
-        blocks, tiles = holding.blocks, holding.held_tiles[0]
+        blocks, tiles = local_shard.blocks, local_shard.held_tiles[0]
         sizes = blocks.first.diff()
         first, stop = (edge.repeat_interleave(sizes) for edge in (blocks.first[:-1], blocks.first[1:]))
         count, chosen = [], []
-        for head in holding.kv_heads:
+        for head in local_shard.kv_heads:
             for tile in tiles.split(TILES_AT_ONCE):
                 others = (tile + 1 if self.causal else stop[tile]) - first[tile] - 1
                 drawn = ((others + 1) * self.density).round().long().clamp(min=1) - 1
                 count.append(drawn + 1)
                 chosen.append(self._draw(head, tile, first[tile], others, drawn))
-        return Selection.from_ragged(holding.held_tiles[1], blocks, count, chosen, heads=len(holding.kv_heads))
+        return BlockSelection.from_ragged(
+            local_shard.held_tiles[1], blocks, count, chosen, heads=len(local_shard.kv_heads)
+        )
 
     def _draw(self, head: int, tile: Tensor, first: Tensor, others: Tensor, drawn: Tensor) -> Tensor:
         """Return the blocks of tiles, ascending in each: of each stretch of its other blocks one, and its own."""

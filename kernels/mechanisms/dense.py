@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self, final
 
-from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.mechanism import MECHANISMS, Masked
 
 
@@ -19,8 +19,8 @@ class Dense(Masked):
     def examples(cls) -> Sequence[Self]:
         return cls(causal=True), cls(causal=False)
 
-    def visibility(self) -> Visibility:
-        return Visibility(causal=self.causal)
+    def attention_mask(self) -> AttentionMask:
+        return AttentionMask(causal=self.causal)
 
 
 MECHANISMS.add("dense", Dense)

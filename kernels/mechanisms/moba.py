@@ -12,10 +12,10 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
-from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.masks.selection import Partition, Selection
-from farspan.kernels.mechanism import MECHANISMS, Heads, Holding, Routed
+from farspan.kernels.masks.selection import BlockPartition, BlockSelection
+from farspan.kernels.mechanism import MECHANISMS, Heads, LocalShard, Routed
 from farspan.kernels.routing.ranking import affinity, top
 
 SCORES_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 24}
@@ -42,16 +42,16 @@ class MoBA(Routed):
     def benchmarks(cls) -> Mapping[str, Self]:
         return {"moba_512x8": cls(block=512, top_k=8), "moba_128x32": cls(block=128, top_k=32)}
 
-    def visibility(self) -> Visibility:
-        return Visibility(causal=True)
+    def attention_mask(self) -> AttentionMask:
+        return AttentionMask(causal=True)
 
-    def blocks(self, everyone: Rows) -> Partition:
-        return Partition.blocks(everyone, self.block)
+    def blocks(self, global_rows: Rows) -> BlockPartition:
+        return BlockPartition.blocks(global_rows, self.block)
 
     @torch.no_grad()
-    def select(self, q: Tensor, k: Tensor, holding: Holding) -> Selection:
-        blocks, own = holding.blocks, holding.block
-        means = holding.key_means(k)
+    def select(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> BlockSelection:
+        blocks, own = local_shard.blocks, local_shard.block
+        means = local_shard.key_means(k)
         first_of_document = blocks.first[:-1].repeat_interleave(blocks.first.diff())
         first = first_of_document[own.clamp(min=0)] if blocks.count else own
         chosen = torch.full((q.shape[1], len(own), min(self.top_k, blocks.count)), -1, dtype=torch.int32)
@@ -64,7 +64,7 @@ class MoBA(Routed):
                 found = self._best(q[part], means[low:stop], own[part] - low, first[part] - low)
                 chosen[:, part, : found.shape[2]] = torch.where(found < 0, -1, found + low).int().cpu()
         unit = torch.arange(len(own)).masked_fill(own < 0, -1)
-        return Selection.from_lists(unit, blocks, chosen)
+        return BlockSelection.from_lists(unit, blocks, chosen)
 
     def _best(self, q: Tensor, means: Tensor, own: Tensor, first: Tensor) -> Tensor:
         """Return the best blocks from `first` to `own` of each query, int64 `[Hq, queries, K]`, -1 for none."""
@@ -75,17 +75,17 @@ class MoBA(Routed):
         scores.masked_fill_(block == own[:, None], float("inf"))
         return top(scores, self.top_k)
 
-    def total_bytes(self, everyone: Rows, heads: Heads, head_dim: int) -> int:
-        return self.blocks(everyone).count * heads.kv * head_dim * torch.float64.itemsize
+    def all_reduce_bytes(self, global_rows: Rows, heads: Heads, head_dim: int) -> int:
+        return self.blocks(global_rows).count * heads.kv * head_dim * torch.float64.itemsize
 
-    def visible_keys(self, everyone: Rows) -> Tensor:
+    def keys_per_query(self, global_rows: Rows) -> Tensor:
         """The same for any choice: every earlier block is full, and a query takes min(top_k - 1, earlier) of them."""
-        earlier = (everyone.position // self.block).clamp(max=self.top_k - 1)
-        seen = everyone.position % self.block + 1 + earlier * self.block
-        return seen.masked_fill(everyone.document < 0, 0).double()
+        earlier = (global_rows.position // self.block).clamp(max=self.top_k - 1)
+        seen = global_rows.position % self.block + 1 + earlier * self.block
+        return seen.masked_fill(global_rows.document < 0, 0).double()
 
-    def visible_pairs(self, queries: Rows, keys: Rows) -> int:
-        return int(self.visible_keys(queries).sum())
+    def unmasked_pairs(self, queries: Rows, keys: Rows) -> int:
+        return int(self.keys_per_query(queries).sum())
 
 
 MECHANISMS.add("moba", MoBA)

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import MECHANISMS, Gathered, Masked
+from farspan.kernels.mechanism import MECHANISMS, Masked, TokenChoice
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.routing.ranking import rank_among_earlier, rank_in_group
 
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MoSA(Gathered):
+class MoSA(TokenChoice):
     """sparsity: tokens of a document for each that a head takes. include_first: every head takes the first token.
 
     causal_choice: whether a token is taken depends on earlier tokens only. causal: so does what it sees.
@@ -59,10 +59,10 @@ class MoSA(Gathered):
         return Dense(causal=self.causal)
 
     @torch.no_grad()
-    def choose(self, logits: Tensor, everyone: Rows) -> Tensor:
-        documents, document = everyone.document.unique(return_inverse=True)
-        order = everyone.ordinal().argsort()
-        document, position = document[order].to(logits.device), everyone.position[order].long().to(logits.device)
+    def choose(self, logits: Tensor, global_rows: Rows) -> Tensor:
+        documents, document = global_rows.document.unique(return_inverse=True)
+        order = global_rows.ordinal().argsort()
+        document, position = document[order].to(logits.device), global_rows.position[order].long().to(logits.device)
         scores = logits[order.to(logits.device)].float()
         if self.include_first:
             scores = scores.masked_fill((position == 0)[:, None], float("inf"))
@@ -73,7 +73,7 @@ class MoSA(Gathered):
             length = document.bincount(minlength=len(documents))[document]
             count = torch.minimum((length // self.sparsity).clamp(min=2), length)
             chosen = rank_in_group(scores, document) < count[:, None]
-        chosen &= (everyone.document[order] >= 0).to(logits.device)[:, None]
+        chosen &= (global_rows.document[order] >= 0).to(logits.device)[:, None]
         return torch.empty_like(chosen).index_copy_(0, order.to(logits.device), chosen)
 
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from farspan.kernels.lifetimes.lifetimes import GLOBAL, LOCAL, Lifetimes, Line
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import MECHANISMS, Ageing
+from farspan.kernels.mechanism import MECHANISMS, KVLifetime
 
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
-class NAtS(Ageing):
+class NAtS(KVLifetime):
     """window: tokens after a sliding one that see it. temperature: of the softmax that the router learns through.
 
     penalty: what a life of a document's length adds to the gradient of its type, whatever the scale of the loss.
@@ -42,14 +42,14 @@ class NAtS(Ageing):
     def examples(cls) -> Sequence[Self]:
         return cls(window=5), cls(window=20, temperature=0.5, penalty=0.1)
 
-    def lifetimes(self, types: Tensor, everyone: Rows) -> Lifetimes:
-        return Lifetimes.of(types, everyone, self.window)
+    def lifetimes(self, types: Tensor, global_rows: Rows) -> Lifetimes:
+        return Lifetimes.of(types, global_rows, self.window)
 
-    def penalties(self, lifetimes: Lifetimes, everyone: Rows) -> Tensor:
+    def penalties(self, lifetimes: Lifetimes, global_rows: Rows) -> Tensor:
         """Global: penalty * (length - position) / length to its type; local: penalty * (last - position) / length."""
-        line = Line.of(everyone)
+        line = Line.of(global_rows)
         length = line.back(line.end - line.first + 1)
-        alive = torch.where(lifetimes.types == GLOBAL, length, lifetimes.last) - everyone.position
+        alive = torch.where(lifetimes.types == GLOBAL, length, lifetimes.last) - global_rows.position
         share = self.penalty * alive.double() / length
         kind = lifetimes.types
         of_types = (share * (kind == GLOBAL), share * (kind == LOCAL), torch.zeros_like(share))

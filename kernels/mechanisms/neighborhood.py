@@ -1,6 +1,6 @@
-"""Neighbourhood attention on a 1-, 2- or 3-dimensional grid, with stride, dilation and causal dimensions.
+"""Neighborhood attention on a 1-, 2- or 3-dimensional grid, with stride, dilation and causal dimensions.
 
-NATTEN (arXiv 2204.07143, 2209.15001) and generalized neighbourhood attention (arXiv 2504.16922); rules: see
+NATTEN (arXiv 2204.07143, 2209.15001) and generalized neighborhood attention (arXiv 2504.16922); rules: see
 `farspan.kernels.masks.neighborhood`. Tokens of a document are the cells of the grid in row-major order.
 """
 
@@ -8,18 +8,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self, final
 
-from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.neighborhood import Dimension
-from farspan.kernels.masks.neighborhood import Neighbourhood as Grid
+from farspan.kernels.masks.neighborhood import Neighborhood as Grid
 from farspan.kernels.mechanism import MECHANISMS, Masked
 
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Neighbourhood(Masked):
+class Neighborhood(Masked):
     """Each option has one value per dimension of the grid; stride, dilation and causal may be left empty.
 
-    grid: lengths. window: keys that a query sees. stride: neighbouring queries that share a window, 1 if empty.
+    grid: lengths. window: keys that a query sees. stride: neighboring queries that share a window, 1 if empty.
     dilation: distance between the keys of a window, 1 if empty. causal: whether later keys are hidden, false if empty.
     """
 
@@ -46,7 +46,7 @@ class Neighbourhood(Masked):
     def benchmarks(cls) -> Mapping[str, Self]:
         return {"neighbourhood_8x32x32": cls(grid=(8, 32, 32), window=(4, 16, 16), stride=(1, 8, 8))}
 
-    def visibility(self) -> Visibility:
+    def attention_mask(self) -> AttentionMask:
         count = len(self.grid)
         columns = (
             self.grid,
@@ -59,7 +59,7 @@ class Neighbourhood(Masked):
             Dimension(length=length, window=window, stride=stride, dilation=dilation, causal=causal)
             for length, window, stride, dilation, causal in zip(*columns, strict=True)
         )
-        return Visibility(causal=False, neighbourhood=Grid(dimensions=dimensions))
+        return AttentionMask(causal=False, neighborhood=Grid(dimensions=dimensions))
 
 
-MECHANISMS.add("neighbourhood", Neighbourhood)
+MECHANISMS.add("neighborhood", Neighborhood)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self, final
 
-from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.mechanism import MECHANISMS, Masked
 
 
@@ -37,10 +37,10 @@ class Spans(Masked):
         heads = (8.0, 0.0, -40.0, 16.0, 0.0, 64.0, 8.0, 0.0), (0.0, 0.125, 0.25, 0.0, 1.0, 0.0, 0.125, 0.5)
         return (cls(alpha=heads[0], beta=heads[1], length=320, sinks=8, block=8),)
 
-    def visibility(self) -> Visibility:
+    def attention_mask(self) -> AttentionMask:
         blocks = self.length // self.block
         spans = (int(alpha // self.block + beta * blocks) for alpha, beta in zip(self.alpha, self.beta, strict=True))
-        return Visibility(window=tuple(max(span, 1) * self.block for span in spans), sinks=self.sinks)
+        return AttentionMask(window=tuple(max(span, 1) * self.block for span in spans), sinks=self.sinks)
 
 
 MECHANISMS.add("spans", Spans)

@@ -17,10 +17,10 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
-from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.masks.selection import Partition, Selection
-from farspan.kernels.mechanism import MECHANISMS, Heads, Holding, Routed
+from farspan.kernels.masks.selection import BlockPartition, BlockSelection
+from farspan.kernels.mechanism import MECHANISMS, Heads, LocalShard, Routed
 from farspan.kernels.mechanisms._pooled_scores import best, candidates, few_units, scaled_scores, selected
 
 
@@ -61,70 +61,72 @@ class SpargeAttention(Routed):
     def benchmarks(cls) -> Mapping[str, Self]:
         return {"sparge_top_10": cls(similarity=-0.1, top=0.1)}
 
-    def visibility(self) -> Visibility:
-        return Visibility(causal=self.causal)
+    def attention_mask(self) -> AttentionMask:
+        return AttentionMask(causal=self.causal)
 
-    def blocks(self, everyone: Rows) -> Partition:
-        return Partition.blocks(everyone, self.block)
+    def blocks(self, global_rows: Rows) -> BlockPartition:
+        return BlockPartition.blocks(global_rows, self.block)
 
-    def tiles(self, everyone: Rows) -> Partition:
-        return Partition.blocks(everyone, self.tile)
+    def tiles(self, global_rows: Rows) -> BlockPartition:
+        return BlockPartition.blocks(global_rows, self.tile)
 
     @torch.no_grad()
-    def select(self, q: Tensor, k: Tensor, holding: Holding) -> Selection:
-        return selected(holding, self._masks(q, k, holding), q.shape[1])
+    def select(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> BlockSelection:
+        return selected(local_shard, self._masks(q, k, local_shard), q.shape[1])
 
-    def _masks(self, q: Tensor, k: Tensor, holding: Holding) -> Iterator[Tensor]:
-        group, tile = q.shape[1] // k.shape[1], holding.held_tiles[0]
-        query_means, key_means = holding.query_means(q), holding.key_means(k)
-        k = k - _document_means(key_means, holding)[holding.block].to(k.dtype)
-        query_alike = (_similarity(q, holding, holding.tiles)[tile] > self.similarity).t()  # [Hq, units]
-        key_alike = (_similarity(k, holding, holding.blocks) > self.similarity).t().repeat_interleave(group, dim=0)
-        in_document = holding.blocks.first.diff()[holding.tile_extent.document[tile]]
-        for units in few_units(holding, q.shape[1]):
-            seen = candidates(holding, units, causal=self.causal).to(q.device)
+    def _masks(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> Iterator[Tensor]:
+        group, tile = q.shape[1] // k.shape[1], local_shard.held_tiles[0]
+        query_means, key_means = local_shard.query_means(q), local_shard.key_means(k)
+        k = k - _document_means(key_means, local_shard)[local_shard.block].to(k.dtype)
+        query_alike = (_similarity(q, local_shard, local_shard.tiles)[tile] > self.similarity).t()  # [Hq, units]
+        key_alike = (
+            (_similarity(k, local_shard, local_shard.blocks) > self.similarity).t().repeat_interleave(group, dim=0)
+        )
+        in_document = local_shard.blocks.first.diff()[local_shard.tile_extent.document[tile]]
+        for units in few_units(local_shard, q.shape[1]):
+            seen = candidates(local_shard, units, causal=self.causal).to(q.device)
             alike = key_alike[:, None, :]
             scores = scaled_scores(query_means[units], key_means)
             count = (in_document[units] * self.top).long().to(q.device)
             taken = best(scores, alike & seen, at_least=count, mass=None if self.top else self.mass)
-            always = ~alike | ~query_alike[:, units, None] | self._forced(holding, tile[units]).to(q.device)
+            always = ~alike | ~query_alike[:, units, None] | self._forced(local_shard, tile[units]).to(q.device)
             yield seen & (taken | always)
 
-    def _forced(self, holding: Holding, tile: Tensor) -> Tensor:
+    def _forced(self, local_shard: LocalShard, tile: Tensor) -> Tensor:
         """Return which blocks these tiles take whatever their scores, bool `[units, blocks]`."""
-        tiles, blocks = holding.tile_extent, holding.block_extent
-        forced = torch.zeros(len(tile), holding.blocks.count, dtype=torch.bool)
+        tiles, blocks = local_shard.tile_extent, local_shard.block_extent
+        forced = torch.zeros(len(tile), local_shard.blocks.count, dtype=torch.bool)
         if self.sink:
-            forced[:, holding.blocks.first[:-1]] = True
+            forced[:, local_shard.blocks.first[:-1]] = True
         if self.diagonal:
             forced |= (blocks.last >= tiles.first[tile, None]) & (blocks.first <= tiles.last[tile, None])
         return forced
 
-    def total_bytes(self, everyone: Rows, heads: Heads, head_dim: int) -> int:
+    def all_reduce_bytes(self, global_rows: Rows, heads: Heads, head_dim: int) -> int:
         """Sums of rows and of rows of length one, of tiles and of blocks."""
-        counts = self.tiles(everyone).count * heads.query + self.blocks(everyone).count * heads.kv
+        counts = self.tiles(global_rows).count * heads.query + self.blocks(global_rows).count * heads.kv
         return 2 * counts * head_dim * torch.float64.itemsize
 
 
-def _document_means(block_means: Tensor, holding: Holding) -> Tensor:
+def _document_means(block_means: Tensor, local_shard: LocalShard) -> Tensor:
     """Return for each block the mean over its document, float32, of the means of blocks `[blocks, Hk, D]`; then 0."""
-    weight = holding.blocks.sizes.to(block_means.device).double().view(-1, 1, 1)
-    document = holding.block_extent.document.to(block_means.device)
-    shape = len(holding.blocks.documents), *block_means.shape[1:]
+    weight = local_shard.blocks.sizes.to(block_means.device).double().view(-1, 1, 1)
+    document = local_shard.block_extent.document.to(block_means.device)
+    shape = len(local_shard.blocks.documents), *block_means.shape[1:]
     sums = block_means.new_zeros(shape, dtype=torch.float64).index_add_(0, document, block_means.double() * weight)
     counts = weight.new_zeros(shape[0], 1, 1).index_add_(0, document, weight)
     # A last row of zeros: padding has block -1.
     return torch.cat(((sums / counts)[document].float(), block_means.new_zeros(1, *shape[1:])))
 
 
-def _similarity(x: Tensor, holding: Holding, partition: Partition) -> Tensor:
+def _similarity(x: Tensor, local_shard: LocalShard, partition: BlockPartition) -> Tensor:
     """Return the mean cosine of all pairs of rows of x `[rows, heads, D]` in each block, float32 `[blocks, heads]`.
 
     The sum over all pairs is the square of the sum of the rows at length one.
     """
     x = x.double()
     unit_rows = x / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    sums = holding.total(partition.sums(unit_rows, holding.rows))
+    sums = local_shard.total(partition.sums(unit_rows, local_shard.rows))
     return (sums.square().sum(dim=-1) / partition.sizes.to(x.device).square()[:, None]).float()
 
 

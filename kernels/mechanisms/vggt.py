@@ -14,10 +14,10 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
-from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.masks.selection import Partition, Selection
-from farspan.kernels.mechanism import MECHANISMS, Heads, Holding, Routed
+from farspan.kernels.masks.selection import BlockPartition, BlockSelection
+from farspan.kernels.mechanism import MECHANISMS, Heads, LocalShard, Routed
 from farspan.kernels.mechanisms._pooled_scores import best, candidates, few_units, scaled_scores, selected
 
 MASS_MARGIN = 1e-5
@@ -59,14 +59,14 @@ class VGGT(Routed):
     def benchmarks(cls) -> Mapping[str, Self]:
         return {"vggt_10": cls(mass=0.0, sparsity=0.9)}
 
-    def visibility(self) -> Visibility:
-        return Visibility(causal=False)
+    def attention_mask(self) -> AttentionMask:
+        return AttentionMask(causal=False)
 
-    def blocks(self, everyone: Rows) -> Partition:
-        return Partition.build(everyone, partial(self._place, size=self.block))
+    def blocks(self, global_rows: Rows) -> BlockPartition:
+        return BlockPartition.build(global_rows, partial(self._place, size=self.block))
 
-    def tiles(self, everyone: Rows) -> Partition:
-        return Partition.build(everyone, partial(self._place, size=self.tile))
+    def tiles(self, global_rows: Rows) -> BlockPartition:
+        return BlockPartition.build(global_rows, partial(self._place, size=self.tile))
 
     def _place(self, position: Tensor, size: int) -> Tensor:
         """Patches lie in blocks of even number, special tokens in those of odd number, some of which may be empty."""
@@ -78,15 +78,15 @@ class VGGT(Routed):
         return torch.where(place < self.special, 2 * (special // size) + 1, 2 * (patch // size))
 
     @torch.no_grad()
-    def select(self, q: Tensor, k: Tensor, holding: Holding) -> Selection:
-        return selected(holding, self._masks(q, k, holding), q.shape[1])
+    def select(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> BlockSelection:
+        return selected(local_shard, self._masks(q, k, local_shard), q.shape[1])
 
-    def _masks(self, q: Tensor, k: Tensor, holding: Holding) -> Iterator[Tensor]:
-        query_means, key_means = holding.query_means(q), holding.key_means(k)
-        tile, blocks = holding.held_tiles[0], holding.blocks
-        is_patch_block, is_patch_tile = (self._is_patch(x).to(q.device) for x in (blocks, holding.tiles))
-        for units in few_units(holding, q.shape[1]):
-            seen = candidates(holding, units, causal=False).to(q.device)
+    def _masks(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> Iterator[Tensor]:
+        query_means, key_means = local_shard.query_means(q), local_shard.key_means(k)
+        tile, blocks = local_shard.held_tiles[0], local_shard.blocks
+        is_patch_block, is_patch_tile = (self._is_patch(x).to(q.device) for x in (blocks, local_shard.tiles))
+        for units in few_units(local_shard, q.shape[1]):
+            seen = candidates(local_shard, units, causal=False).to(q.device)
             patches = seen & is_patch_block
             count = (patches.sum(dim=1).double() * (1 - self.sparsity)).long()
             scores = scaled_scores(query_means[units], key_means)
@@ -94,11 +94,11 @@ class VGGT(Routed):
             yield seen & (taken | ~is_patch_block | ~is_patch_tile[tile[units], None])
 
     @staticmethod
-    def _is_patch(partition: Partition) -> Tensor:
+    def _is_patch(partition: BlockPartition) -> Tensor:
         return partition.number % 2 == 0
 
-    def total_bytes(self, everyone: Rows, heads: Heads, head_dim: int) -> int:
-        counts = self.tiles(everyone).count * heads.query + self.blocks(everyone).count * heads.kv
+    def all_reduce_bytes(self, global_rows: Rows, heads: Heads, head_dim: int) -> int:
+        counts = self.tiles(global_rows).count * heads.query + self.blocks(global_rows).count * heads.kv
         return counts * head_dim * torch.float64.itemsize
 
 

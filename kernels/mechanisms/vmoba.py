@@ -14,10 +14,10 @@ from typing import Literal, Self, final
 import torch
 from torch import Tensor
 
-from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.masks.selection import Partition, Selection
-from farspan.kernels.mechanism import MECHANISMS, Heads, Holding, Routed
+from farspan.kernels.masks.selection import BlockPartition, BlockSelection
+from farspan.kernels.mechanism import MECHANISMS, Heads, LocalShard, Routed
 from farspan.kernels.mechanisms._global_threshold import Pairs, cut_bytes, find_cut
 from farspan.kernels.routing.ranking import affinity, from_sortable, sortable, sortable_from_zero
 
@@ -65,11 +65,11 @@ class VMoBA(Routed):
     def benchmarks(cls) -> Mapping[str, Self]:
         return {"vmoba_1024": cls(brick=(1024,))}
 
-    def visibility(self) -> Visibility:
-        return Visibility(causal=False)
+    def attention_mask(self) -> AttentionMask:
+        return AttentionMask(causal=False)
 
-    def blocks(self, everyone: Rows) -> Partition:
-        return Partition.build(everyone, self._place)
+    def blocks(self, global_rows: Rows) -> BlockPartition:
+        return BlockPartition.build(global_rows, self._place)
 
     def _place(self, position: Tensor) -> Tensor:
         place, rest = torch.zeros_like(position), position
@@ -81,15 +81,15 @@ class VMoBA(Routed):
         return place + (rest // self.brick[0] * stride if self.brick[0] else 0)
 
     @torch.no_grad()
-    def select(self, q: Tensor, k: Tensor, holding: Holding) -> Selection:
-        ranking = _Ranking(self, q, holding.key_means(k), holding)
+    def select(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> BlockSelection:
+        ranking = _Ranking(self, q, local_shard.key_means(k), local_shard)
         take = ranking.of_queries if self.scope == "query" else ranking.of_heads
-        unit = torch.arange(len(q)).masked_fill(holding.block < 0, -1)
-        none = torch.zeros(q.shape[1], 0, holding.blocks.count, dtype=torch.bool)
-        return Selection.from_parts(unit, holding.blocks, [none, *take()])
+        unit = torch.arange(len(q)).masked_fill(local_shard.block < 0, -1)
+        none = torch.zeros(q.shape[1], 0, local_shard.blocks.count, dtype=torch.bool)
+        return BlockSelection.from_parts(unit, local_shard.blocks, [none, *take()])
 
-    def total_bytes(self, everyone: Rows, heads: Heads, head_dim: int) -> int:
-        blocks = self.blocks(everyone)
+    def all_reduce_bytes(self, global_rows: Rows, heads: Heads, head_dim: int) -> int:
+        blocks = self.blocks(global_rows)
         cuts = 0 if self.scope == "query" else 3 if self.rule == "threshold" else 1
         weights = cuts // 3 * 2 * heads.query * len(blocks.documents) * torch.int64.itemsize
         means = blocks.count * heads.kv * head_dim * torch.float64.itemsize
@@ -117,16 +117,16 @@ class _Ranking:
     options: VMoBA
     q: Tensor
     means: Tensor
-    holding: Holding
+    local_shard: LocalShard
 
     def parts(self) -> Iterator[_Part]:
-        blocks, device = self.holding.blocks, self.q.device
+        blocks, device = self.local_shard.blocks, self.q.device
         if not blocks.count:
             return
-        document = self.holding.block_extent.document.to(device)
+        document = self.local_shard.block_extent.document.to(device)
         filled = (blocks.sizes > 0).to(device)
         for rows in torch.arange(len(self.q)).split(max(SCORES_AT_ONCE // (self.q.shape[1] * blocks.count), 1)):
-            mine = self.holding.block[rows].to(device)
+            mine = self.local_shard.block[rows].to(device)
             scores = affinity(self.q[rows.to(device)], self.means)
             own = torch.arange(blocks.count, device=device) == mine[:, None]
             group = document[mine].masked_fill(mine < 0, -1)
@@ -158,8 +158,8 @@ class _Ranking:
 
     def _cut(self) -> Tensor:
         """Return the key from which on pairs are taken, int64 `[Hq, documents]`."""
-        blocks, total, device = self.holding.blocks, self.holding.total, self.q.device
-        document = self.holding.block_extent.document.to(device)
+        blocks, total, device = self.local_shard.blocks, self.local_shard.total, self.q.device
+        document = self.local_shard.block_extent.document.to(device)
 
         def per_document(of_blocks: Tensor) -> Tensor:
             sums = torch.zeros(len(blocks.documents), dtype=torch.int64, device=device)

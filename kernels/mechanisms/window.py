@@ -1,4 +1,4 @@
-"""Sliding window: a query sees its neighbours and, if asked, the first tokens of its document.
+"""Sliding window: a query sees its neighbors and, if asked, the first tokens of its document.
 
 Longformer (arXiv 2004.05150), section 3.1; sinks: StreamingLLM (arXiv 2309.17453), section 3.2.
 """
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self, final
 
-from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.mechanism import MECHANISMS, Masked
 
 
@@ -31,8 +31,8 @@ class Window(Masked):
     def benchmarks(cls) -> Mapping[str, Self]:
         return {"window_1024": cls(window=1024)}
 
-    def visibility(self) -> Visibility:
-        return Visibility(causal=self.causal, window=self.window, sinks=self.sinks)
+    def attention_mask(self) -> AttentionMask:
+        return AttentionMask(causal=self.causal, window=self.window, sinks=self.sinks)
 
 
 MECHANISMS.add("window", Window)

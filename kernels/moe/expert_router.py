@@ -1,6 +1,6 @@
 """Routers of experts: from a token's logits to its experts and their weights.
 
-Logits are float32 (float64 for float64 inputs), whatever the model computes in. Where softmax scores are normalised
+Logits are float32 (float64 for float64 inputs), whatever the model computes in. Where softmax scores are normalized
 over the chosen experts, that is the softmax of the chosen logits alone: one setting says both.
 """
 
@@ -17,16 +17,16 @@ from farspan.kernels.routing.ranking import top
 class ExpertRouter:
     """Token choice: each token takes its `per_token` best of `experts` experts; the lower number wins a tie.
 
-    score: softmax over all experts, or sigmoid of each (DeepSeek-V3, arXiv 2412.19437, eq. 15). normalised: weights of
+    score: softmax over all experts, or sigmoid of each (DeepSeek-V3, arXiv 2412.19437, eq. 15). normalized: weights of
     the chosen experts are divided by their sum. scale: of the weights. groups, groups_per_token: experts are chosen
-    among those of the best groups only, of `groups` of neighbours; a group is as good as the sum of its best
+    among those of the best groups only, of `groups` of neighbors; a group is as good as the sum of its best
     per_token / groups_per_token experts (arXiv 2412.19437, section 2.1.2). Raises ValueError where these do not fit.
     """
 
     experts: int
     per_token: int
     score: Literal["softmax", "sigmoid"] = "softmax"
-    normalised: bool = True
+    normalized: bool = True
     scale: float = 1.0
     groups: int = 1
     groups_per_token: int = 1
@@ -67,7 +67,7 @@ class ExpertRouter:
     def weights(self, scores: Tensor, chosen: Tensor) -> Tensor:
         """Return the weight of each chosen expert, `[T, K]`, differentiable."""
         of_chosen = scores.gather(-1, chosen)
-        return (_parts_of_one(of_chosen) if self.normalised else of_chosen) * self.scale
+        return (_parts_of_one(of_chosen) if self.normalized else of_chosen) * self.scale
 
     def shares(self, scores: Tensor) -> Tensor:
         """Return scores that add up to 1 for each token, `[T, E]`: what balance losses push on."""

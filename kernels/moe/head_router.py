@@ -34,14 +34,14 @@ class AttentionExperts:
     """Experts with queries and an output of their own (mixture of attention heads, arXiv 2210.05144).
 
     Of `count` experts a token takes the `per_token` with the highest softmax; the lower number wins a tie. Their
-    weights are the softmax or, if `normalised`, that divided by its sum over the chosen, through which no gradient
+    weights are the softmax or, if `normalized`, that divided by its sum over the chosen, through which no gradient
     flows. With all experts chosen it is the soft routing of BAM (arXiv 2408.08274). Raises ValueError where these do
     not fit.
     """
 
     count: int
     per_token: int
-    normalised: bool = True
+    normalized: bool = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.per_token <= self.count:
@@ -63,7 +63,7 @@ class AttentionExperts:
         with torch.no_grad():
             chosen = top(shares.float() + bias.float(), self.per_token).sort(dim=1).values
         gates = shares.gather(1, chosen)
-        if self.normalised:
+        if self.normalized:
             gates = gates / gates.detach().sum(1, keepdim=True)
         return ChosenHeads(units=chosen, gates=gates, chosen=chosen, shares=shares)
 

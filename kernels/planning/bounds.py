@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 
 Array: TypeAlias = Any
@@ -20,7 +20,7 @@ class Bounds:
 
     A group of padding only has its least values above its greatest, so that it sees nothing and is seen by nothing.
     padded: whether some row is padding. reach: least first, greatest first, least last and greatest last coordinate of
-    the queries' neighbourhoods; place: least and greatest coordinate of the keys; int64 `[4 or 2, groups, dimensions]`.
+    the queries' neighborhoods; place: least and greatest coordinate of the keys; int64 `[4 or 2, groups, dimensions]`.
     lifetime: least and greatest lifetime of the keys, int64 `[2, groups]`; None where keys live forever.
     """
 
@@ -38,7 +38,7 @@ class Bounds:
         rows: Rows,
         starts: np.ndarray,
         stops: np.ndarray,
-        visibility: Visibility,
+        attention_mask: AttentionMask,
         lifetime: np.ndarray | None = None,
     ) -> "Bounds":
         """Return the bounds of groups [start, stop) of `rows`, none of them empty; `lifetime` is of each row."""
@@ -54,9 +54,9 @@ class Bounds:
         position_low, position_high = extremes(rows.position.numpy())
         document_low, document_high = extremes(rows.document.numpy())
         reach = place = None
-        if visibility.neighbourhood is not None:
-            first, last = (torch.stack(x, dim=1).numpy() for x in visibility.neighbourhood.intervals(rows.position))
-            coordinates = torch.stack(visibility.neighbourhood.coordinates(rows.position), dim=1).numpy()
+        if attention_mask.neighborhood is not None:
+            first, last = (torch.stack(x, dim=1).numpy() for x in attention_mask.neighborhood.intervals(rows.position))
+            coordinates = torch.stack(attention_mask.neighborhood.coordinates(rows.position), dim=1).numpy()
             reach, place = np.stack((*extremes(first), *extremes(last))), np.stack(extremes(coordinates))
         return Bounds(
             position_low=position_low,
@@ -95,15 +95,15 @@ def _reduce(function: np.ufunc, values: np.ndarray, starts: np.ndarray, stops: n
     return function.reduceat(padded, borders, axis=0)[::2]
 
 
-def may_see(queries: Bounds, keys: Bounds, visibility: Visibility) -> Array:
+def may_see(queries: Bounds, keys: Bounds, attention_mask: AttentionMask) -> Array:
     """Return for each pair (queries[i], keys[i]) whether the bounds leave room for a visible pair of rows."""
     may = (queries.document_low <= keys.document_high) & (keys.document_low <= queries.document_high)
-    if visibility.causal:
+    if attention_mask.causal:
         may &= queries.position_high >= keys.position_low
-    if visibility.window is not None:
-        near = queries.position_low - keys.position_high < visibility.window
-        near &= keys.position_low - queries.position_high < visibility.window
-        may &= near | (keys.position_low < visibility.sinks)
+    if attention_mask.window is not None:
+        near = queries.position_low - keys.position_high < attention_mask.window
+        near &= keys.position_low - queries.position_high < attention_mask.window
+        may &= near | (keys.position_low < attention_mask.sinks)
     if queries.reach is not None and keys.place is not None:
         may &= ((queries.reach[0] <= keys.place[1]) & (keys.place[0] <= queries.reach[3])).all(axis=1)
     if keys.lifetime is not None:
@@ -111,21 +111,21 @@ def may_see(queries: Bounds, keys: Bounds, visibility: Visibility) -> Array:
     return may
 
 
-def all_see(queries: Bounds, keys: Bounds, visibility: Visibility) -> Array:
+def all_see(queries: Bounds, keys: Bounds, attention_mask: AttentionMask) -> Array:
     """Return for each pair (queries[i], keys[i]) whether the bounds prove every pair of rows visible."""
     sees = ~queries.padded & ~keys.padded
     sees &= (queries.document_low == queries.document_high) & (keys.document_low == keys.document_high)
     sees &= queries.document_low == keys.document_low
     nearest, farthest = queries.position_low - keys.position_high, queries.position_high - keys.position_low
-    if visibility.causal:
+    if attention_mask.causal:
         sees &= nearest >= 0
-    if visibility.window is not None:
-        near = (abs(nearest) < visibility.window) & (abs(farthest) < visibility.window)
-        sees &= near | (keys.position_high < visibility.sinks)
+    if attention_mask.window is not None:
+        near = (abs(nearest) < attention_mask.window) & (abs(farthest) < attention_mask.window)
+        sees &= near | (keys.position_high < attention_mask.sinks)
     if queries.reach is not None and keys.place is not None:
-        assert visibility.neighbourhood is not None
+        assert attention_mask.neighborhood is not None
         sees &= ((queries.reach[1] <= keys.place[0]) & (keys.place[1] <= queries.reach[2])).all(axis=1)
-        if any(dimension.dilation > 1 for dimension in visibility.neighbourhood.dimensions):
+        if any(dimension.dilation > 1 for dimension in attention_mask.neighborhood.dimensions):
             sees[:] = False
     if keys.lifetime is not None:
         sees &= queries.position_high <= keys.lifetime[0]

@@ -4,14 +4,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.planning.bounds import Bounds, may_see
 
 MAX_CANDIDATES = 1 << 20
 """Pairs of groups that are looked at in one go."""
 
 
-def candidates(queries: Bounds, keys: Bounds, visibility: Visibility) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def candidates(queries: Bounds, keys: Bounds, attention_mask: AttentionMask) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield stretches of the pairs (query group, key group), in order, whose bounds do not rule out a visible pair.
 
     Keys sorted by document hold the candidates of a query in one stretch, so that time and memory follow the pairs
@@ -34,7 +34,7 @@ def candidates(queries: Bounds, keys: Bounds, visibility: Visibility) -> Iterato
         i = np.repeat(block, counts[block])
         nth = np.arange(len(i)) - np.repeat(np.cumsum(counts[block]) - counts[block], counts[block])
         j = order[np.repeat(first[block], counts[block]) + nth]
-        may = may_see(queries.take(i), keys.take(j), visibility)
+        may = may_see(queries.take(i), keys.take(j), attention_mask)
         i, j = i[may], j[may]
         ascending = np.lexsort((j, i))
         yield i[ascending], j[ascending]

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.masks.selection import Selection
+from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.planning.bounds import Bounds, all_see, may_see
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.planning.ragged import ranges
@@ -66,7 +66,7 @@ def batches(plan: Plan, kv_heads: int) -> Iterator[Batch]:
         choosers = _Choosers.of(part.heads, plan.heads // plan.selection.heads)
         lists = _Lists.of(plan.selection, choosers, units, plan.heads)
         entries = _Entries.find(plan.selection, lists, pieces)
-        yield from _Tasks(plan, part.visibility, choosers, units, pieces, lists, kv_heads).of(entries)
+        yield from _Tasks(plan, part.attention_mask, choosers, units, pieces, lists, kv_heads).of(entries)
 
 
 def choose_together(plan: Plan) -> bool:
@@ -111,8 +111,8 @@ class _Groups:
     def __len__(self) -> int:
         return len(self.number)
 
-    def bounds(self, visibility: Visibility) -> Bounds:
-        return Bounds.of(self.rows.take(torch.from_numpy(self.order)), self.start, self.stop, visibility)
+    def bounds(self, attention_mask: AttentionMask) -> Bounds:
+        return Bounds.of(self.rows.take(torch.from_numpy(self.order)), self.start, self.stop, attention_mask)
 
     def sizes(self) -> np.ndarray:
         return self.stop - self.start
@@ -155,7 +155,7 @@ class _Lists:
     first: np.ndarray
 
     @staticmethod
-    def of(selection: Selection, choosers: _Choosers, units: _Groups, heads: int) -> "_Lists":
+    def of(selection: BlockSelection, choosers: _Choosers, units: _Groups, heads: int) -> "_Lists":
         chooser = np.repeat(_inverse(choosers.number, selection.heads), selection.num_units)
         unit = np.tile(_inverse(units.number, selection.num_units), selection.heads)
         here = (chooser >= 0) & (unit >= 0)
@@ -186,7 +186,7 @@ class _Entries:
     piece: np.ndarray
 
     @staticmethod
-    def find(selection: Selection, lists: _Lists, pieces: _Groups) -> "_Entries":
+    def find(selection: BlockSelection, lists: _Lists, pieces: _Groups) -> "_Entries":
         """Return the entries of lists that have rows here, if their blocks do too."""
         number = np.arange(len(lists.unit), dtype=np.int32)
         number[lists.unit < 0] = -1
@@ -208,7 +208,7 @@ class _Entries:
 @dataclass(frozen=True, slots=True, eq=False)
 class _Tasks:
     plan: Plan
-    visibility: Visibility
+    attention_mask: AttentionMask
     choosers: _Choosers
     units: _Groups
     pieces: _Groups
@@ -217,7 +217,7 @@ class _Tasks:
 
     def of(self, entries: _Entries) -> Iterator[Batch]:
         together = choose_together(self.plan)
-        whole, partly = self._visible(entries, triangles=self.visibility.causal and not together)
+        whole, partly = self._visible(entries, triangles=self.attention_mask.causal and not together)
         yield from self._by_tile(entries.where(whole)) if together else self._by_block(entries.where(whole))
         yield from self._partial(entries.where(partly))
 
@@ -226,17 +226,17 @@ class _Tasks:
 
         triangles: a block's last row, which sees all of it, is kept with the others: without it they are no triangle.
         """
-        units, pieces = (groups.bounds(self.visibility) for groups in (self.units, self.pieces))
+        units, pieces = (groups.bounds(self.attention_mask) for groups in (self.units, self.pieces))
         whole, partly = (np.empty(len(entries), dtype=bool) for _ in range(2))
         for start in range(0, len(entries), ENTRIES_AT_ONCE):
             part = slice(start, start + ENTRIES_AT_ONCE)
             queries = units.take(self.lists.unit[entries.list[part]])
             keys = pieces.take(entries.piece[part])
-            sees = all_see(queries, keys, self.visibility)
+            sees = all_see(queries, keys, self.attention_mask)
             if triangles:
                 sees &= queries.position_low != keys.position_high
             whole[part] = sees
-            partly[part] = ~sees & may_see(queries, keys, self.visibility)
+            partly[part] = ~sees & may_see(queries, keys, self.attention_mask)
         return whole, partly
 
     def _by_block(self, entries: _Entries) -> Iterator[Batch]:
@@ -299,7 +299,7 @@ class _Tasks:
         position, document = self.plan.queries.position[queries], self.plan.queries.document[queries]
         key_position, key_document = self.plan.keys.position[keys], self.plan.keys.document[keys]
         triangle = torch.zeros(len(queries), dtype=torch.bool)
-        if queries.shape == keys.shape and self.visibility == Visibility(causal=True):
+        if queries.shape == keys.shape and self.attention_mask == AttentionMask(causal=True):
             ascending = (position.diff(dim=1) > 0).all(dim=1)
             one = document[:, :1]
             one_document = ((document == one) & (key_document == one)).all(dim=1)
@@ -310,7 +310,7 @@ class _Tasks:
             yield Batch(Kind.CAUSAL, query_index[triangle], key_index[triangle])
         if not triangle.all():
             edge = ~triangle
-            mask = self.visibility.shows(
+            mask = self.attention_mask.mask_mod(
                 position[edge, :, None], document[edge, :, None], key_position[edge, None], key_document[edge, None]
             )
             yield Batch(Kind.MASKED, query_index[edge], key_index[edge], mask)

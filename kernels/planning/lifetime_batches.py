@@ -1,6 +1,6 @@
 """Alive: a plan with lifetimes turned into gathers of tiles of query rows and of the keys that are alive for them.
 
-A key is alive over one stretch of queries, its own position to its last: so every tile of neighbouring queries finds
+A key is alive over one stretch of queries, its own position to its last: so every tile of neighboring queries finds
 its keys without looking at the others. Those alive for the whole tile need no mask: global ones, mostly.
 """
 

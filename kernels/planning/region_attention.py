@@ -224,7 +224,7 @@ def _is_whole(plan: Plan, part: HeadPlan) -> bool:
 
 
 def _mask(plan: Plan, part: HeadPlan, region: Region, device: torch.device) -> Tensor | None:
-    return plan.region_mask(part.visibility, region).to(device) if region.kind is Kind.MASKED else None
+    return plan.region_mask(part.attention_mask, region).to(device) if region.kind is Kind.MASKED else None
 
 
 def _by_head(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@ r"""Regions: rectangles of the query x key grid that together hold every visible
 Rows usually come in runs: stretches of one document whose positions grow by a constant step (1 for contiguous and
 zigzag shards, the degree for striped ones). Between two runs of the same step visibility is a band, and a band is
 cut exactly into rectangles that are seen in full and triangles: below the diagonal where the future begins, above it
-where a window ends. Only neighbourhoods, tiny windows and irregular rows (many tiny documents, gathered tokens) leave
+where a window ends. Only neighborhoods, tiny windows and irregular rows (many tiny documents, gathered tokens) leave
 rectangles whose mask has to be computed.
 
     keys ->  0.........h..........m
@@ -19,7 +19,7 @@ from functools import cache
 
 import numpy as np
 
-from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.planning.bounds import Bounds, all_see
 from farspan.kernels.planning.candidates import candidates
@@ -56,17 +56,17 @@ class Region:
         return slice(self.key_start, self.key_stop)
 
 
-def cut_regions(queries: Rows, keys: Rows, visibility: Visibility, shortest_run: int) -> tuple[Region, ...]:
+def cut_regions(queries: Rows, keys: Rows, attention_mask: AttentionMask, shortest_run: int) -> tuple[Region, ...]:
     """Return disjoint regions that hold every visible pair; runs of fewer rows than `shortest_run` are tiled.
 
-    `visibility` has one window at most: that of all heads, or of some.
+    `attention_mask` has one window at most: that of all heads, or of some.
     """
-    query_segments, key_segments = (_segments(rows, visibility, shortest_run) for rows in (queries, keys))
+    query_segments, key_segments = (_segments(rows, attention_mask, shortest_run) for rows in (queries, keys))
     if query_segments.step.any() and key_segments.step.any():
-        regions = _regions(queries, keys, query_segments, key_segments, visibility)
+        regions = _regions(queries, keys, query_segments, key_segments, attention_mask)
     else:
-        query_tiles, key_tiles = (_tiles(rows, 0, len(rows), visibility) for rows in (queries, keys))
-        regions = _tile_regions(query_tiles, key_tiles, visibility)
+        query_tiles, key_tiles = (_tiles(rows, 0, len(rows), attention_mask) for rows in (queries, keys))
+        regions = _tile_regions(query_tiles, key_tiles, attention_mask)
     return tuple(_merge_full(regions))
 
 
@@ -97,22 +97,22 @@ class _Run:
     position: int
 
 
-def _segments(rows: Rows, visibility: Visibility, shortest_run: int) -> _Segments:
+def _segments(rows: Rows, attention_mask: AttentionMask, shortest_run: int) -> _Segments:
     """Cut rows into runs of one document and constant step, and tiles of irregular rows between them."""
     position, document = rows.position.numpy().astype(np.int64), rows.document.numpy()
     pieces: list[tuple[int, int, int]] = []
     taken = 0
-    # Runs have edges that a band can follow; the edges of a neighbourhood are too many for that.
-    runs = _runs(position, document, shortest_run) if visibility.neighbourhood is None else []
+    # Runs have edges that a band can follow; the edges of a neighborhood are too many for that.
+    runs = _runs(position, document, shortest_run) if attention_mask.neighborhood is None else []
     for first, stop, step in runs:
         pieces += ((tile, min(tile + IRREGULAR_TILE, first), 0) for tile in range(taken, first, IRREGULAR_TILE))
         # Sinks have another visibility than the rest of their run.
-        border = first + min(max(-(-(visibility.sinks - int(position[first])) // step), 0), stop - first)
+        border = first + min(max(-(-(attention_mask.sinks - int(position[first])) // step), 0), stop - first)
         pieces += ((a, b, step) for a, b in ((first, border), (border, stop)) if a < b)
         taken = stop
     pieces += ((tile, min(tile + IRREGULAR_TILE, len(rows)), 0) for tile in range(taken, len(rows), IRREGULAR_TILE))
     start, stop, step = np.array(pieces, dtype=np.int64).reshape(-1, 3).T
-    return _Segments(start, stop, step, Bounds.of(rows, start, stop, visibility))
+    return _Segments(start, stop, step, Bounds.of(rows, start, stop, attention_mask))
 
 
 def _runs(position: np.ndarray, document: np.ndarray, shortest_run: int) -> Iterator[tuple[int, int, int]]:
@@ -132,43 +132,43 @@ def _runs(position: np.ndarray, document: np.ndarray, shortest_run: int) -> Iter
 
 
 def _regions(
-    queries: Rows, keys: Rows, query_segments: _Segments, key_segments: _Segments, visibility: Visibility
+    queries: Rows, keys: Rows, query_segments: _Segments, key_segments: _Segments, attention_mask: AttentionMask
 ) -> Iterator[Region]:
-    window = visibility.window
+    window = attention_mask.window
     assert not isinstance(window, tuple)
-    tiles_of_query = cache(lambda i: _tiles(queries, *query_segments.edges(i), visibility))
-    tiles_of_key = cache(lambda j: _tiles(keys, *key_segments.edges(j), visibility))
-    for i, j in _pairs(query_segments, key_segments, visibility).tolist():
+    tiles_of_query = cache(lambda i: _tiles(queries, *query_segments.edges(i), attention_mask))
+    tiles_of_key = cache(lambda j: _tiles(keys, *key_segments.edges(j), attention_mask))
+    for i, j in _pairs(query_segments, key_segments, attention_mask).tolist():
         query, key = query_segments.run(i), key_segments.run(j)
         one_document = query_segments.bounds.document_low[i] == key_segments.bounds.document_low[j]
         if query.step and query.step == key.step and one_document:
             # A run of sinks is seen from everywhere; the rest of the document has none.
-            is_sink = key_segments.bounds.position_high[j] < visibility.sinks
-            yield from _band_regions(query, key, visibility.causal, None if is_sink else window)
+            is_sink = key_segments.bounds.position_high[j] < attention_mask.sinks
+            yield from _band_regions(query, key, attention_mask.causal, None if is_sink else window)
         else:
-            yield from _tile_regions(tiles_of_query(i), tiles_of_key(j), visibility)
+            yield from _tile_regions(tiles_of_query(i), tiles_of_key(j), attention_mask)
 
 
-def _tile_regions(queries: _Segments, keys: _Segments, visibility: Visibility) -> Iterator[Region]:
+def _tile_regions(queries: _Segments, keys: _Segments, attention_mask: AttentionMask) -> Iterator[Region]:
     """Regions of irregular rows, and of runs of different steps: tiles whose masks are computed unless all see all."""
-    pairs = _pairs(queries, keys, visibility)
-    whole = all_see(queries.bounds.take(pairs[:, 0]), keys.bounds.take(pairs[:, 1]), visibility)
+    pairs = _pairs(queries, keys, attention_mask)
+    whole = all_see(queries.bounds.take(pairs[:, 0]), keys.bounds.take(pairs[:, 1]), attention_mask)
     edges = (queries.start[pairs[:, 0]], queries.stop[pairs[:, 0]], keys.start[pairs[:, 1]], keys.stop[pairs[:, 1]])
     for is_whole, *edge in zip(whole.tolist(), *(values.tolist() for values in edges), strict=True):
         yield Region(Kind.FULL if is_whole else Kind.MASKED, *edge)
 
 
-def _tiles(rows: Rows, start: int, stop: int, visibility: Visibility) -> _Segments:
+def _tiles(rows: Rows, start: int, stop: int, attention_mask: AttentionMask) -> _Segments:
     """Cut rows [start, stop) into tiles, so that no mask between irregular rows grows with the square of the rows."""
     starts = np.arange(0, stop - start, IRREGULAR_TILE)
     stops = np.minimum(starts + IRREGULAR_TILE, stop - start)
-    bounds = Bounds.of(rows.slice(slice(start, stop)), starts, stops, visibility)
+    bounds = Bounds.of(rows.slice(slice(start, stop)), starts, stops, attention_mask)
     return _Segments(start + starts, start + stops, np.zeros_like(starts), bounds)
 
 
-def _pairs(queries: _Segments, keys: _Segments, visibility: Visibility) -> np.ndarray:
+def _pairs(queries: _Segments, keys: _Segments, attention_mask: AttentionMask) -> np.ndarray:
     """Return the pairs of segments that may see each other, int64 `[pairs, 2]`, in order."""
-    stretches = [np.stack(pair, axis=1) for pair in candidates(queries.bounds, keys.bounds, visibility)]
+    stretches = [np.stack(pair, axis=1) for pair in candidates(queries.bounds, keys.bounds, attention_mask)]
     return np.concatenate(stretches) if stretches else np.empty((0, 2), dtype=np.int64)
 
 

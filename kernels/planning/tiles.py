@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import PADDING, Rows
 from farspan.kernels.planning.bounds import Bounds
 
@@ -47,7 +47,7 @@ class Tiling:
     def __len__(self) -> int:
         return -(-len(self.rows) // self.size)
 
-    def bounds(self, visibility: Visibility, lifetime: np.ndarray | None = None, tiles: int = 1) -> Bounds:
+    def bounds(self, attention_mask: AttentionMask, lifetime: np.ndarray | None = None, tiles: int = 1) -> Bounds:
         """Return the bounds of groups of `tiles` tiles; `lifetime` is of each row, in the order before tiling.
 
         A short tile counts as padded.
@@ -56,7 +56,7 @@ class Tiling:
         stops = np.minimum(starts + self.size * tiles, len(self.rows))
         if lifetime is not None and self.index is not None:
             lifetime = np.append(lifetime, -1)[self.index]
-        found = Bounds.of(self.rows, starts, stops, visibility, lifetime)
+        found = Bounds.of(self.rows, starts, stops, attention_mask, lifetime)
         if len(self.rows) % self.size:
             found.padded[-1] = True
         return found

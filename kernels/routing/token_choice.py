@@ -14,7 +14,7 @@ from farspan.kernels.merge import accumulation_dtype
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Gathering:
+class ChosenTokens:
     """The rows that KV heads took of a sequence, head by head, each document's in the order of their positions.
 
     token, head: where each comes from, int64 `[rows]`; a token of -1 is padding. rows: every head's part of every
@@ -26,16 +26,16 @@ class Gathering:
     rows: Rows
 
     @staticmethod
-    def of(chosen: Tensor, everyone: Rows) -> "Gathering":
+    def of(chosen: Tensor, global_rows: Rows) -> "ChosenTokens":
         """Gather what `chosen`, bool `[tokens, Hk]`, says of a sequence."""
-        documents, document = everyone.document.unique(return_inverse=True)
-        order = everyone.ordinal().argsort()
+        documents, document = global_rows.document.unique(return_inverse=True)
+        order = global_rows.ordinal().argsort()
         head, place = chosen.cpu()[order].t().nonzero(as_tuple=True)
         token = order[place]
         number = head * len(documents) + document[token]
         first = torch.searchsorted(number, number)
         rows = Rows(position=(torch.arange(len(number)) - first).int(), document=number.int())
-        return Gathering(token=token, head=head, rows=rows)
+        return ChosenTokens(token=token, head=head, rows=rows)
 
     def collect(self, x: Tensor, kv_heads: int) -> Tensor:
         """Return `[rows, G, width]` of x `[tokens, Hk x G, width]`; padding is 0."""
@@ -51,12 +51,12 @@ class Gathering:
         return spread.flatten(1, 2)
 
 
-def weigh(part: Tensor, logits: Tensor) -> Tensor:
+def gate(part: Tensor, logits: Tensor) -> Tensor:
     """Return part `[rows, G, Dv]` times the sigmoid of logits `[rows, 1, 1]`, in the dtype of part."""
     return (part.to(accumulation_dtype(part.dtype)) * logits.sigmoid()).to(part.dtype)
 
 
-def weigh_backward(dout: Tensor, part: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+def gate_backward(dout: Tensor, part: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of part, in its dtype, and of logits."""
     dout, weight = dout.to(logits.dtype), logits.sigmoid()
     dweight = (dout * part.to(logits.dtype)).sum(dim=(1, 2), keepdim=True)

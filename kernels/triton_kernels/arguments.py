@@ -10,7 +10,7 @@ class Terms(NamedTuple):
 
     q_document `[T]`: -1 is padding. k_rank `[S]`, and of each query the first and last rank that it sees: near ones by
     the number of windows, `[windows, T]`, with the window of each head `[Hq]`; sinks `[T]`. Lifetimes `[Hk, S]` are
-    compared with q_position `[T]`. Of a neighbourhood, packed into one number with a guard bit above each coordinate:
+    compared with q_position `[T]`. Of a neighborhood, packed into one number with a guard bit above each coordinate:
     least and greatest (guards set) coordinates of each query `[T]`, coordinates of each key `[S]`; and a class `[T]`,
     `[S]`, which is equal where grid and residue of dilation are.
     """
@@ -33,7 +33,7 @@ class Terms(NamedTuple):
 
 
 class Lists(NamedTuple):
-    """The columns of `farspan.kernels.triton_kernels.block_lists.TileLists`."""
+    """The columns of `farspan.kernels.triton_kernels.block_lists.BlockMask`."""
 
     offsets: Tensor
     visits: Tensor

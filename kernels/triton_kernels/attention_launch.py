@@ -22,7 +22,7 @@ from farspan.kernels.planning.plan import Plan
 from farspan.kernels.planning.tiles import Tiling
 from farspan.kernels.triton_kernels import attention as kernels
 from farspan.kernels.triton_kernels.arguments import Lists, Operand, Terms
-from farspan.kernels.triton_kernels.block_lists import TileLists, real_rows, tile_plan
+from farspan.kernels.triton_kernels.block_lists import BlockMask, real_rows, tile_plan
 from farspan.kernels.triton_kernels.key_ranks import Ranking
 from farspan.kernels.triton_kernels.packed_coordinates import pack
 from farspan.kernels.triton_kernels.row_block_lists import Portion, portions
@@ -118,7 +118,7 @@ def padded(width: int) -> int:
     return max(triton.next_power_of_2(width), 16)
 
 
-def columns(lists: TileLists, device: torch.device) -> Lists:
+def columns(lists: BlockMask, device: torch.device) -> Lists:
     """Return lists as an argument of kernels."""
     lists = lists.to(device)
     return Lists(lists.offsets, lists.visits, lists.entries, lists.order, lists.group)
@@ -252,22 +252,22 @@ def _combine(portion: Portion, part: Tensor, part_lse: Tensor | None, total: Ten
 
 def _terms(plan: Plan, device: torch.device) -> Terms:
     """Return what `visible` of the kernels compares."""
-    visibility = plan.visibility
+    attention_mask = plan.attention_mask
     queries, keys = real_rows(plan)
     ranking = Ranking.of(keys)
-    near = np.stack([ranking.near(queries, part.visibility) for part in plan.parts], axis=1)
+    near = np.stack([ranking.near(queries, part.attention_mask) for part in plan.parts], axis=1)
     window = np.zeros(plan.heads, dtype=np.int32)
     for number, part in enumerate(plan.parts):
         window[list(part.heads)] = number
     columns: dict[str, Any] = {
         "q_document": queries.document, "k_rank": ranking.rank, "window": window, "q_first": near[0], "q_last": near[1]
     }  # fmt: skip
-    if visibility.sinks:
-        columns["q_first_sink"], columns["q_last_sink"] = ranking.sinks(queries, visibility)
+    if attention_mask.sinks:
+        columns["q_first_sink"], columns["q_last_sink"] = ranking.sinks(queries, attention_mask)
     if plan.lifetime is not None:
         columns["q_position"], columns["lifetime"] = queries.position, plan.lifetime
-    if visibility.neighbourhood is not None:
-        columns |= pack(visibility.neighbourhood, queries, keys)
+    if attention_mask.neighborhood is not None:
+        columns |= pack(attention_mask.neighborhood, queries, keys)
     found = {
         name: column if isinstance(column, int) else torch.as_tensor(column).to(device, torch.int32).contiguous()
         for name, column in columns.items()

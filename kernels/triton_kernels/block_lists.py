@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import PADDING, Rows
 from farspan.kernels.planning.bounds import Bounds, all_see, may_see
 from farspan.kernels.planning.candidates import candidates
@@ -33,7 +33,7 @@ PAIRS_AT_ONCE = 1 << 17
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class TileLists:
+class BlockMask:
     """For each list the full visits, then the partial ones; list number = group * tiles + tile.
 
     offsets: int32 `[2 * lists + 1]`, where the entries of list l start: full at 2 l, partial at 2 l + 1.
@@ -52,9 +52,9 @@ class TileLists:
     def tiles(self) -> int:
         return len(self.order)
 
-    def to(self, device: torch.device) -> "TileLists":
+    def to(self, device: torch.device) -> "BlockMask":
         """Return the same lists on `device`."""
-        return TileLists(
+        return BlockMask(
             offsets=self.offsets.to(device),
             visits=self.visits.to(device),
             entries=self.entries.to(device),
@@ -69,7 +69,7 @@ class TiledPlan:
 
     queries: Tiling
     keys: Tiling
-    lists: TileLists
+    lists: BlockMask
 
 
 def real_rows(plan: Plan) -> tuple[Rows, Rows]:
@@ -167,22 +167,22 @@ class _Pairs:
 def _pairs(plan: Plan, part: HeadPlan, head: int, queries: Tiling, keys: Tiling) -> Iterator[_Pairs]:
     """Yield the visits of query tiles (rows) to key tiles (columns) of a head, each once."""
     lifetime = None if plan.lifetime is None else plan.lifetime[_kv_head(plan, head)].numpy()
-    visibility = part.visibility
+    attention_mask = part.attention_mask
 
     def bounds(tiles: int) -> tuple[Bounds, Bounds]:
-        of_queries = queries.bounds(visibility, tiles=tiles)
+        of_queries = queries.bounds(attention_mask, tiles=tiles)
         # Rows of padding in a tile of queries see nothing whatever the predicate says: kernels store nothing for them.
         seeing = replace(of_queries, padded=np.zeros_like(of_queries.padded))
-        return seeing, keys.bounds(visibility, lifetime, tiles)
+        return seeing, keys.bounds(attention_mask, lifetime, tiles)
 
     fine = bounds(1)
     if plan.selection is not None:
         for i, j in _chosen(plan, head, queries, keys):
-            yield _sort_out(i, j, *fine, visibility)
+            yield _sort_out(i, j, *fine, attention_mask)
         return
     coarse = bounds(COARSE)
-    for i, j in candidates(*coarse, visibility):
-        whole = all_see(coarse[0].take(i), coarse[1].take(j), visibility)
+    for i, j in candidates(*coarse, attention_mask):
+        whole = all_see(coarse[0].take(i), coarse[1].take(j), attention_mask)
         yield _Pairs(i[whole], j[whole], np.zeros(int(whole.sum()), dtype=bool), COARSE)
         rest = np.flatnonzero(~whole)
         for at in range(0, len(rest), PAIRS_AT_ONCE // COARSE**2):
@@ -190,14 +190,14 @@ def _pairs(plan: Plan, part: HeadPlan, head: int, queries: Tiling, keys: Tiling)
             rows = (i[some, None, None] * COARSE + np.arange(COARSE)[:, None]).repeat(COARSE, axis=2).reshape(-1)
             columns = (j[some, None, None] * COARSE + np.arange(COARSE)).repeat(COARSE, axis=1).reshape(-1)
             inside = (rows < len(queries)) & (columns < len(keys))
-            yield _sort_out(rows[inside], columns[inside], *fine, visibility)
+            yield _sort_out(rows[inside], columns[inside], *fine, attention_mask)
 
 
-def _sort_out(i: np.ndarray, j: np.ndarray, queries: Bounds, keys: Bounds, visibility: Visibility) -> _Pairs:
+def _sort_out(i: np.ndarray, j: np.ndarray, queries: Bounds, keys: Bounds, attention_mask: AttentionMask) -> _Pairs:
     """Drop the pairs of tiles that cannot see each other, and tell the full from the partial."""
     of_queries, of_keys = queries.take(i), keys.take(j)
-    may = may_see(of_queries, of_keys, visibility)
-    whole = all_see(of_queries, of_keys, visibility)
+    may = may_see(of_queries, of_keys, attention_mask)
+    whole = all_see(of_queries, of_keys, attention_mask)
     return _Pairs(i[may].astype(np.int32), j[may].astype(np.int32), ~whole[may], 1)
 
 
@@ -280,7 +280,7 @@ def _squares(found: _Pairs, rows: int, columns: int) -> np.ndarray:
     return _key(tile[inside], spread[0], spread[1], np.zeros(int(inside.sum()), dtype=bool))
 
 
-def _join(found: list[tuple[np.ndarray, np.ndarray, np.ndarray]], group: np.ndarray, tiles: int) -> TileLists:
+def _join(found: list[tuple[np.ndarray, np.ndarray, np.ndarray]], group: np.ndarray, tiles: int) -> BlockMask:
     """Put the lists of all groups one after another."""
     counts = np.concatenate([counts for counts, _, _ in found])
     visits = np.concatenate([visits for _, visits, _ in found])
@@ -288,7 +288,7 @@ def _join(found: list[tuple[np.ndarray, np.ndarray, np.ndarray]], group: np.ndar
     entries = [entries for _, _, entries in found]
     found.clear()
     entries.append(np.zeros(1, dtype=np.int32))
-    return TileLists(
+    return BlockMask(
         offsets=torch.from_numpy(np.append(0, np.cumsum(counts)).astype(np.int32)),
         visits=torch.from_numpy(visits),
         entries=torch.from_numpy(_concatenate(entries, np.int32)),

@@ -132,11 +132,11 @@ def weight_kernel(
 ):  # fmt: skip
     """Write dout^T x over all rows of an expert: a matrix of `depth` columns for each of `width`; 0 without rows."""
     down, across = tl.cdiv(width, COLUMNS), tl.cdiv(depth, DEPTH)
-    stretch, block = tl.program_id(0) // (down * across), tl.program_id(0) % (down * across)
+    segment, block = tl.program_id(0) // (down * across), tl.program_id(0) % (down * across)
     column = block // across * COLUMNS + tl.arange(0, COLUMNS)
     nth = block % across * DEPTH + tl.arange(0, DEPTH)
-    expert, first, end = (tl.load(stretches + stretch * 3), tl.load(stretches + stretch * 3 + 1),
-                          tl.load(stretches + stretch * 3 + 2))  # fmt: skip
+    expert, first, end = (tl.load(stretches + segment * 3), tl.load(stretches + segment * 3 + 1),
+                          tl.load(stretches + segment * 3 + 2))  # fmt: skip
     acc = tl.zeros([COLUMNS, DEPTH], tl.float32)
     row = first + tl.arange(0, ROWS)
     out_at, x_at = _rows_at(dout, row, column), _rows_at(x, row, nth)

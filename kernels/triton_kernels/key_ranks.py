@@ -1,14 +1,14 @@
 """Intervals: visibility as ranks of keys, so that a kernel compares two numbers instead of all terms.
 
 Keys that are ranked by document and position form one interval for each query: those of its document, not later than
-the query, not further than the window. Sinks form a second one; a neighbourhood is not an interval and stays outside.
+the query, not further than the window. Sinks form a second one; a neighborhood is not an interval and stays outside.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from farspan.kernels.masks.mask import MAX_WINDOW, Visibility
+from farspan.kernels.masks.attention_mask import MAX_WINDOW, AttentionMask
 from farspan.kernels.masks.rows import Rows
 
 
@@ -30,25 +30,25 @@ class Ranking:
         rank[order] = np.arange(len(order))
         return Ranking(rank, code[order])
 
-    def near(self, queries: Rows, visibility: Visibility) -> np.ndarray:
+    def near(self, queries: Rows, attention_mask: AttentionMask) -> np.ndarray:
         """Return the first and last rank that each query sees apart from sinks, int32 `[2, queries]`; -1 last if none.
 
-        `visibility` has one window at most.
+        `attention_mask` has one window at most.
         """
-        assert not isinstance(visibility.window, tuple)
+        assert not isinstance(attention_mask.window, tuple)
         position = queries.position.numpy().astype(np.int64)
         low, high = np.zeros_like(position), np.full_like(position, MAX_WINDOW)
-        if visibility.window is not None:
-            low = np.maximum(position - visibility.window + 1, 0)
-            high = np.minimum(position + visibility.window - 1, MAX_WINDOW)
-        return self._between(queries, low, np.minimum(high, position) if visibility.causal else high)
+        if attention_mask.window is not None:
+            low = np.maximum(position - attention_mask.window + 1, 0)
+            high = np.minimum(position + attention_mask.window - 1, MAX_WINDOW)
+        return self._between(queries, low, np.minimum(high, position) if attention_mask.causal else high)
 
-    def sinks(self, queries: Rows, visibility: Visibility) -> np.ndarray:
-        """Return the same of the first `visibility.sinks` positions."""
+    def sinks(self, queries: Rows, attention_mask: AttentionMask) -> np.ndarray:
+        """Return the same of the first `attention_mask.sinks` positions."""
         position = queries.position.numpy().astype(np.int64)
-        high = np.full_like(position, visibility.sinks - 1)
+        high = np.full_like(position, attention_mask.sinks - 1)
         return self._between(
-            queries, np.zeros_like(position), np.minimum(high, position) if visibility.causal else high
+            queries, np.zeros_like(position), np.minimum(high, position) if attention_mask.causal else high
         )
 
     def _between(self, queries: Rows, low: np.ndarray, high: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from farspan.kernels.linear_attention.recurrence import scan_backward_by_sweeps, scan_by_sweep
-from farspan.kernels.linear_attention.segment import Place, Stretch
+from farspan.kernels.linear_attention.segment import Segment, SequencePosition
 from farspan.kernels.linear_attention.state import State
 from farspan.kernels.merge import accumulation_dtype
 
@@ -28,17 +28,17 @@ CHUNKS_PER_SEGMENT = 8
 
 
 def scan_forward(
-    q: Tensor, k: Tensor, v: Tensor, stretch: Stretch, decay: Tensor, state: State
+    q: Tensor, k: Tensor, v: Tensor, segment: Segment, decay: Tensor, state: State
 ) -> tuple[Tensor, State]:
     """See `farspan.kernels.recurrent_attention.scan`; float32, bfloat16 or float16."""
-    return scan_by_sweep(sweep, q, k, v, stretch, decay, state)
+    return scan_by_sweep(sweep, q, k, v, segment, decay, state)
 
 
 def scan_backward(
-    dout: Tensor, dstate: Tensor, q: Tensor, k: Tensor, v: Tensor, stretch: Stretch, decay: Tensor, state: State
+    dout: Tensor, dstate: Tensor, q: Tensor, k: Tensor, v: Tensor, segment: Segment, decay: Tensor, state: State
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `farspan.kernels.recurrent_attention.scan_backward`; float32, bfloat16 or float16."""
-    return scan_backward_by_sweeps(sweep, dout, dstate, q, k, v, stretch, decay, state)
+    return scan_backward_by_sweeps(sweep, dout, dstate, q, k, v, segment, decay, state)
 
 
 class Tiling(NamedTuple):
@@ -68,14 +68,14 @@ def tiling_of(a: Tensor, b: Tensor) -> Tiling:
 
 
 def sweep(
-    x: Tensor, a: Tensor, b: Tensor, stretch: Stretch, decay: Tensor, carried: State, *, from_end: bool
+    x: Tensor, a: Tensor, b: Tensor, segment: Segment, decay: Tensor, carried: State, *, from_end: bool
 ) -> tuple[Tensor, State]:
     """See `farspan.kernels.linear_attention.recurrence.Sweep`."""
     # Outputs are sums over the columns of a, each of which has rows of the state of its own.
     columns = max(TILINGS[a.dtype])
     cut = zip(x.split(columns, 2), a.split(columns, 2), carried.value.split(columns, 1), strict=True)
     parts = [
-        _sweep(x_part, a_part, b, stretch, decay, State(value, carried.place), from_end=from_end)
+        _sweep(x_part, a_part, b, segment, decay, State(value, carried.place), from_end=from_end)
         for x_part, a_part, value in cut
     ]
     out, left = parts[0]
@@ -86,27 +86,27 @@ def sweep(
 
 
 def _sweep(
-    x: Tensor, a: Tensor, b: Tensor, stretch: Stretch, decay: Tensor, carried: State, *, from_end: bool
+    x: Tensor, a: Tensor, b: Tensor, segment: Segment, decay: Tensor, carried: State, *, from_end: bool
 ) -> tuple[Tensor, State]:
     """See `sweep`; a has no more columns than a tiling takes."""
     heads, shared, dtype = len(decay), len(decay) // x.shape[1], accumulation_dtype(x.dtype)
     out = torch.empty(x.shape[0], x.shape[1], b.shape[2], dtype=dtype if shared > 1 else x.dtype, device=x.device)
-    out[stretch.tokens :] = 0
-    if not stretch.tokens:
+    out[segment.tokens :] = 0
+    if not segment.tokens:
         return out, carried
     tiling = tiling_of(a, b)
     x, a, b = (t if t.stride(2) == 1 else t.contiguous() for t in (x, a, b))
     slices = triton.cdiv(b.shape[2], tiling.columns)
-    segment = _segment_rows(stretch.tokens, tiling.chunk, x.shape[1] * slices)
-    points = _points(stretch, segment, carried.place, from_end)
+    segment_rows = _segment_rows(segment.tokens, tiling.chunk, x.shape[1] * slices)
+    points = _points(segment, segment_rows, carried.place, from_end)
     count, on_device = len(points) - 1, torch.tensor(points, dtype=torch.int32).t().contiguous().to(x.device)
     rate = (decay.double() * LOG2E).float().to(x.device)
     states = carried.value.new_empty(heads, count + 1, a.shape[2], b.shape[2])
     states[:, 0] = carried.value
-    places = (stretch.rows.position.to(x.device), stretch.rows.document.to(x.device), on_device[1], on_device[0])
+    places = (segment.rows.position.to(x.device), segment.rows.document.to(x.device), on_device[1], on_device[0])
     constants = {
-        "tokens": stretch.tokens,
-        "segment_rows": segment,
+        "tokens": segment.tokens,
+        "segment_rows": segment_rows,
         "HEADS": heads,
         "A_HEADS": a.shape[1],
         "A_WIDTH": a.shape[2],
@@ -136,16 +136,16 @@ def _segment_rows(tokens: int, chunk: int, programs_per_segment: int) -> int:
     return chunk * max(triton.cdiv(triton.cdiv(tokens, chunk), segments), CHUNKS_PER_SEGMENT)
 
 
-def _points(stretch: Stretch, segment: int, start: Place, from_end: bool) -> list[Place]:
+def _points(segment: Segment, segment_rows: int, start: SequencePosition, from_end: bool) -> list[SequencePosition]:
     """Return the places that states are of: the one carried here, then the last swept row of each segment."""
-    swept = [min(end, stretch.tokens) - 1 for end in range(segment, stretch.tokens + segment, segment)]
-    rows = [stretch.tokens - 1 - row if from_end else row for row in swept]
-    index = torch.tensor(rows, device=stretch.rows.position.device)
-    columns = (stretch.rows.document[index].tolist(), stretch.rows.position[index].tolist())
-    return [start, *(Place(*place) for place in zip(*columns, strict=True))]
+    swept = [min(end, segment.tokens) - 1 for end in range(segment_rows, segment.tokens + segment_rows, segment_rows)]
+    rows = [segment.tokens - 1 - row if from_end else row for row in swept]
+    index = torch.tensor(rows, device=segment.rows.position.device)
+    columns = (segment.rows.document[index].tolist(), segment.rows.position[index].tolist())
+    return [start, *(SequencePosition(*place) for place in zip(*columns, strict=True))]
 
 
-def _between(points: list[Place], decay: Tensor) -> Tensor:
+def _between(points: list[SequencePosition], decay: Tensor) -> Tensor:
     """Return how the update at each point weighs in the states at later points, `[heads, points, points]`."""
     document, position = torch.tensor(points, dtype=torch.float64).t()
     distance = (position[:, None] - position[None, :]).abs()

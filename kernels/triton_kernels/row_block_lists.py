@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from farspan.kernels.masks.mask import Visibility
-from farspan.kernels.masks.selection import Selection
+from farspan.kernels.masks.attention_mask import AttentionMask
+from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.planning.bounds import Bounds, all_see, may_see
 from farspan.kernels.planning.plan import HeadPlan, Plan
 from farspan.kernels.planning.tiles import Tiling
-from farspan.kernels.triton_kernels.block_lists import COUNT_BITS, MAX_COUNT, MAX_TILES, TileLists
+from farspan.kernels.triton_kernels.block_lists import COUNT_BITS, MAX_COUNT, MAX_TILES, BlockMask
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -31,8 +31,8 @@ class Portion:
 
     rows: slice
     index: Tensor
-    of_queries: TileLists
-    of_keys: TileLists
+    of_queries: BlockMask
+    of_keys: BlockMask
     slot_offsets: Tensor
     slots: Tensor
 
@@ -80,13 +80,13 @@ class _Blocks:
         assert keys.number is not None
         return _Blocks(*keys.of_number(count), keys.number, keys)
 
-    def bounds(self, visibility: Visibility) -> Bounds:
+    def bounds(self, attention_mask: AttentionMask) -> Bounds:
         """Return the bounds of all blocks; those of absent ones mean nothing."""
         here = np.flatnonzero(self.stop > self.first)
         here = here[np.argsort(self.first[here])]
         start, stop = self.first[here] * self.keys.size, self.stop[here] * self.keys.size
         rows = self.keys.rows
-        found = Bounds.of(rows, start, np.minimum(stop, len(rows)), visibility)
+        found = Bounds.of(rows, start, np.minimum(stop, len(rows)), attention_mask)
         # A short tile is not seen in full.
         found.padded[stop > len(rows)] = True
         place = np.zeros(len(self.first), dtype=np.int64)
@@ -94,7 +94,7 @@ class _Blocks:
         return found.take(place)
 
 
-def _cut(selection: Selection, share: int, max_slots: int) -> Iterator[slice]:
+def _cut(selection: BlockSelection, share: int, max_slots: int) -> Iterator[slice]:
     """Yield stretches of rows that together chose about `max_slots` blocks; at least one row each."""
     of_unit = selection.offsets.diff().view(selection.heads, -1).sum(dim=0) * share
     of_row = torch.cat((of_unit, of_unit.new_zeros(1)))[selection.unit]
@@ -106,10 +106,10 @@ def _cut(selection: Selection, share: int, max_slots: int) -> Iterator[slice]:
         start = stop
 
 
-def _choices(selection: Selection, unit: Tensor, heads: Tensor, share: int) -> tuple[Tensor, Tensor, Tensor]:
+def _choices(selection: BlockSelection, unit: Tensor, heads: Tensor, share: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return for each choice of these heads the rank of the row in `unit`, the head and the block, int64.
 
-    `share` neighbouring heads have one list.
+    `share` neighboring heads have one list.
     """
     number = heads // share * selection.num_units + unit.clamp(min=0)[:, None]
     start, stop = (selection.offsets[number + more] if selection.num_units else number for more in (0, 1))
@@ -124,16 +124,16 @@ def _sort_out(
     plan: Plan, part: HeadPlan, position: Tensor, document: Tensor, blocks: _Blocks, chosen: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return whether each row may see some of the block it chose, and whether it surely sees all of it."""
-    bounds = blocks.bounds(part.visibility).to(position.device).take(chosen)
+    bounds = blocks.bounds(part.attention_mask).to(position.device).take(chosen)
     present = torch.from_numpy(blocks.stop > blocks.first).to(position.device)[chosen]
     real = document >= 0
     row = Bounds(
         position_low=position, position_high=position, document_low=document, document_high=document, padded=~real
     )
-    whole = all_see(row, bounds, part.visibility)
-    if part.visibility.neighbourhood is not None or plan.lifetime is not None:
+    whole = all_see(row, bounds, part.attention_mask)
+    if part.attention_mask.neighborhood is not None or plan.lifetime is not None:
         whole = torch.zeros_like(whole)
-    return may_see(row, bounds, part.visibility) & real & present, whole
+    return may_see(row, bounds, part.attention_mask) & real & present, whole
 
 
 def _portion(
@@ -150,7 +150,7 @@ def _portion(
     count, device = len(blocks.first), flat.device
     kv_head = flat % plan.heads // (plan.heads // kv_heads)
     order = ((kv_head * count + block) * 2 + partial).argsort(stable=True)
-    stretch, sizes = ((kv_head * count + block) * 2 + partial)[order].unique_consecutive(return_counts=True)
+    segment, sizes = ((kv_head * count + block) * 2 + partial)[order].unique_consecutive(return_counts=True)
     tiles = (sizes + query_tile - 1) // query_tile
     first_tile = tiles.cumsum(0) - tiles
     slot = torch.arange(len(flat), device=device)
@@ -168,35 +168,35 @@ def _portion(
     return Portion(
         rows=rows,
         index=index,
-        of_queries=_of_queries(stretch.repeat_interleave(tiles), blocks, count),
-        of_keys=_of_keys(stretch, first_tile, tiles, blocks, kv_heads),
+        of_queries=_of_queries(segment.repeat_interleave(tiles), blocks, count),
+        of_keys=_of_keys(segment, first_tile, tiles, blocks, kv_heads),
         slot_offsets=counts.cumsum(0).int(),
         slots=slot[by_row].int(),
     )
 
 
-def _of_queries(stretch: Tensor, blocks: _Blocks, count: int) -> TileLists:
+def _of_queries(segment: Tensor, blocks: _Blocks, count: int) -> BlockMask:
     """Return one list for each query tile: the key tiles of its block, all full or all partial."""
-    device = stretch.device
-    block = stretch // 2 % count
+    device = segment.device
+    block = segment // 2 % count
     first, stop = (torch.from_numpy(x).to(device)[block] for x in (blocks.first, blocks.stop))
-    seen = torch.zeros(len(stretch), 2, dtype=torch.int64, device=device)
-    seen[torch.arange(len(stretch), device=device), stretch % 2] = stop - first
-    return _lists(first[:, None].expand(-1, 2).flatten(), seen.flatten(), len(stretch), stretch // 2 // count)
+    seen = torch.zeros(len(segment), 2, dtype=torch.int64, device=device)
+    seen[torch.arange(len(segment), device=device), segment % 2] = stop - first
+    return _lists(first[:, None].expand(-1, 2).flatten(), seen.flatten(), len(segment), segment // 2 // count)
 
 
-def _of_keys(stretch: Tensor, first: Tensor, tiles: Tensor, blocks: _Blocks, kv_heads: int) -> TileLists:
+def _of_keys(segment: Tensor, first: Tensor, tiles: Tensor, blocks: _Blocks, kv_heads: int) -> BlockMask:
     """Return one list for each KV head and key tile: the query tiles that chose its block."""
-    device, count = stretch.device, len(blocks.first)
+    device, count = segment.device, len(blocks.first)
     table = torch.zeros(2, kv_heads, count + 1, 2, dtype=torch.int64, device=device)
     # The last block is that of tiles without one: nobody chose it.
-    column = stretch // 2 // count, stretch // 2 % count, stretch % 2
+    column = segment // 2 // count, segment // 2 % count, segment % 2
     table[0][column], table[1][column] = first, tiles
     table = table[:, :, torch.from_numpy(blocks.tile_block).to(device)].reshape(2, -1)
     return _lists(table[0], table[1], len(blocks.tile_block), torch.arange(kv_heads, device=device))
 
 
-def _lists(first: Tensor, visits: Tensor, tiles: int, group: Tensor) -> TileLists:
+def _lists(first: Tensor, visits: Tensor, tiles: int, group: Tensor) -> BlockMask:
     """Return lists of one interval each, cut where an entry could not say its length."""
     pieces = (visits + MAX_COUNT - 1) // MAX_COUNT
     offsets = torch.cat((pieces.new_zeros(1), pieces.cumsum(0)))
@@ -205,7 +205,7 @@ def _lists(first: Tensor, visits: Tensor, tiles: int, group: Tensor) -> TileList
     length = (visits.repeat_interleave(pieces) - nth * MAX_COUNT).clamp(max=MAX_COUNT)
     entries = torch.cat((start << COUNT_BITS | length, start.new_zeros(1)))
     work = visits.view(-1, tiles, 2).sum(dim=(0, 2)) if tiles else visits
-    return TileLists(
+    return BlockMask(
         offsets=offsets.int(),
         visits=visits.int(),
         entries=entries.int(),

@@ -16,7 +16,7 @@ from farspan.errors import ConfigError
 from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.parallel.comm import Channel
 from farspan.parallel.context_parallel.routing import typical_choice
-from farspan.parallel.context_parallel.strategy import STRATEGIES, Attend, Chosen, Move, Sizes, Volume
+from farspan.parallel.context_parallel.strategy import STRATEGIES, Chosen, DistributedAttention, Move, Sizes, Volume
 from farspan.parallel.layout import Shards
 from farspan.parallel.simulation import Unconnected
 
@@ -33,7 +33,7 @@ class Machine:
     """What times depend on.
 
     flops_per_s: of attention, one rank. inner, outer: bytes per second that a rank sends within its node and out of it.
-    node_ranks: neighbouring ranks that share a node.
+    node_ranks: neighboring ranks that share a node.
     """
 
     flops_per_s: float
@@ -71,7 +71,7 @@ class Job:
     @cached_property
     def work(self) -> Tensor:
         """The work of each token, float64 `[tokens]`."""
-        return self.mechanism.visible_keys(self.shards.rows)
+        return self.mechanism.keys_per_query(self.shards.rows)
 
     @cached_property
     def flops_per_head(self) -> int:
@@ -128,10 +128,10 @@ def together(costs: Sequence[tuple[Cost, int]]) -> Cost:
 
 def strategy_for(name: str, mechanism: Mechanism, heads: Heads, degree: int, inner: int) -> str:
     """Return the strategy that serves a mechanism where `name` is configured: that one, or what stands in for it."""
-    stand_in, of_layer = STRATEGIES.get(name).stand_in, (mechanism, heads, degree, inner)
-    if stand_in is None or STRATEGIES.get(name).refusal(*of_layer) is None:
+    fallback_strategy, of_layer = STRATEGIES.get(name).fallback_strategy, (mechanism, heads, degree, inner)
+    if fallback_strategy is None or STRATEGIES.get(name).unsupported_reason(*of_layer) is None:
         return name
-    return stand_in if STRATEGIES.get(stand_in).refusal(*of_layer) is None else name
+    return fallback_strategy if STRATEGIES.get(fallback_strategy).unsupported_reason(*of_layer) is None else name
 
 
 def predict(strategy: str, job: Job, machine: Machine) -> Cost:
@@ -206,7 +206,7 @@ def _times(moves: Sequence[Move], whole: Channel, machine: Machine, flops: float
     return _Times(sum(compute), sum(hidden), sum(exposed), seconds)
 
 
-def _share(attend: Attend, work: Tensor, heads: int) -> float:
+def _share(attend: DistributedAttention, work: Tensor, heads: int) -> float:
     """Return how much of all work is this rank's; work: of each token, the same for all of its `heads`."""
     mine = attend.queries.tokens
     return float(work[mine[mine >= 0]].sum() / work.sum().clamp(min=1)) * attend.queries.heads / heads

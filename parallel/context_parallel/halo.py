@@ -1,6 +1,6 @@
 """Halo: rows of other ranks that a rank reads because they come just before its own, under any layout.
 
-Of a document over all ranks, contiguous ranks read the end of one neighbour's rows, zigzag ranks of two neighbours';
+Of a document over all ranks, contiguous ranks read the end of one neighbor's rows, zigzag ranks of two neighbors';
 striped ranks read all rows of as many ranks as the reach.
 """
 

@@ -12,12 +12,20 @@ from torch import Tensor
 
 from farspan.kernels.mechanism import Heads
 from farspan.kernels.merge import accumulation_dtype
-from farspan.kernels.sequence_attention import Saved, WholeAttention
+from farspan.kernels.sequence_attention import Saved, SequenceAttention
 from farspan.parallel.comm import Channel
-from farspan.parallel.context_parallel.strategy import Attend, Chosen, HeadShare, Move, Queries, Sizes, Volume
+from farspan.parallel.context_parallel.strategy import (
+    Chosen,
+    DistributedAttention,
+    HeadShare,
+    Move,
+    Queries,
+    Sizes,
+    Volume,
+)
 
 
-def refusal_of_dealt_heads(strategy: str, setting: str, heads: Heads, degree: int) -> str | None:
+def heads_unsupported_reason(strategy: str, setting: str, heads: Heads, degree: int) -> str | None:
     """Return why heads cannot be dealt to `degree` ranks, and to how many they can; None if they can."""
 
     def deals(n: int) -> bool:
@@ -32,11 +40,11 @@ def refusal_of_dealt_heads(strategy: str, setting: str, heads: Heads, degree: in
     )
 
 
-def dealt_heads(share: HeadShare, channel: Channel) -> HeadShare:
+def local_heads(share: HeadShare, channel: Channel) -> HeadShare:
     """Return the heads, of a share, that this rank of the channel attends to."""
     local = len(share.which) // channel.size
     start = share.which.start + channel.rank * local
-    return HeadShare(everyone=share.everyone, which=range(start, start + local))
+    return HeadShare(all_heads=share.all_heads, which=range(start, start + local))
 
 
 @final
@@ -64,7 +72,7 @@ class Reordering:
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ExchangedAttend(Attend):
+class HeadParallelAttention(DistributedAttention):
     """Attention of `inside` to the tokens of all ranks of a channel, with some of the heads each.
 
     tokens: of the sequence, behind each row that `inside` has. reordering: to these, of the ranks' rows set end to end.
@@ -76,7 +84,7 @@ class ExchangedAttend(Attend):
     channel: Channel
     tokens: Tensor
     reordering: Reordering
-    inside: WholeAttention
+    inside: SequenceAttention
     share: HeadShare
     rounded: bool
 
@@ -125,11 +133,13 @@ class ExchangedAttend(Attend):
             for of_keys in (keys * elements, gradients)
         )
         exchanged = Move(Volume(forward=forward, backward=backward), self.channel, hidden=False)
-        return exchanged, *(self.inside.moves(sizes, self._of_share(chosen)) if isinstance(self.inside, Attend) else ())
+        return exchanged, *(
+            self.inside.moves(sizes, self._of_share(chosen)) if isinstance(self.inside, DistributedAttention) else ()
+        )
 
     @property
     def queries(self) -> Queries:
-        if isinstance(self.inside, Attend):
+        if isinstance(self.inside, DistributedAttention):
             return self.inside.queries
         return Queries(self.tokens, len(self.share.which))
 
@@ -137,7 +147,11 @@ class ExchangedAttend(Attend):
         """q, k, v, out and, backward, their gradients as they are summed, of all tokens of this rank's heads."""
         here = self.share.here
         width = (here.query + here.kv) * sizes.kv_width * (sizes.element_bytes + sizes.accumulation_bytes)
-        inside = self.inside.working_bytes(sizes, self._of_share(chosen)) if isinstance(self.inside, Attend) else 0
+        inside = (
+            self.inside.working_bytes(sizes, self._of_share(chosen))
+            if isinstance(self.inside, DistributedAttention)
+            else 0
+        )
         return len(self.tokens) * width + inside
 
     def _of_share(self, chosen: Chosen) -> Chosen:
@@ -180,7 +194,7 @@ def _split_heads(packed: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
 
 
 def _heads_by_rank(x: Tensor, degree: int) -> Tensor:
-    """Return `[tokens, P, heads per rank, width]`; heads fewer than ranks are repeated for neighbouring ranks."""
+    """Return `[tokens, P, heads per rank, width]`; heads fewer than ranks are repeated for neighboring ranks."""
     return x.repeat_interleave(max(degree // x.shape[1], 1), dim=1).unflatten(1, (degree, -1))
 
 

@@ -11,20 +11,28 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from farspan.kernels.attention import attend, attend_backward
-from farspan.kernels.masks.selection import Selection
-from farspan.kernels.mechanism import Gathered, Heads, Masked, Mechanism
+from farspan.kernels.attention import attention_backward, attention_forward
+from farspan.kernels.masks.selection import BlockSelection
+from farspan.kernels.mechanism import Heads, Masked, Mechanism, TokenChoice
 from farspan.kernels.merge import accumulation_dtype, empty_partial, merge_
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.sequence_attention import Saved
 from farspan.parallel.comm import Channel
 from farspan.parallel.context_parallel.routing import Choice, moves_of_choice
-from farspan.parallel.context_parallel.strategy import Attend, Chosen, HeadShare, Move, Queries, Sizes, Strategy
-from farspan.parallel.context_parallel.token_choice import GatheredAttend, gathered_heads
+from farspan.parallel.context_parallel.strategy import (
+    Chosen,
+    DistributedAttention,
+    HeadShare,
+    Move,
+    Queries,
+    Sizes,
+    Strategy,
+)
+from farspan.parallel.context_parallel.token_choice import TokenChoiceAttention, token_choice_heads
 from farspan.parallel.layout import Shards
 
 
-class Homeward(ABC):
+class GradReturn(ABC):
     """The way home of the gradients of one rank's backward pass, summed in the accumulation dtype."""
 
     @abstractmethod
@@ -32,15 +40,15 @@ class Homeward(ABC):
         """Add what was found for the part that came last; None: nothing. Called once for each part, in order."""
 
     @abstractmethod
-    def arrive(self) -> tuple[Tensor, Tensor]:
+    def finish(self) -> tuple[Tensor, Tensor]:
         """Return the gradients of the local keys and values, summed over all ranks."""
 
 
-class Route(ABC):
+class KVExchange(ABC):
     """How keys and values come to the ranks, as far as it is known before queries choose."""
 
     @abstractmethod
-    def to_chosen(self, selection: Selection | None) -> "Journey":
+    def to_chosen(self, selection: BlockSelection | None) -> "KVSchedule":
         """Return the journey of what the local queries chose; every rank has to call."""
 
     @abstractmethod
@@ -52,7 +60,7 @@ class Route(ABC):
         """Return the most bytes of parts and gradients that are here, or on their way, at once."""
 
 
-class Journey(Route):
+class KVSchedule(KVExchange):
     """How the keys and values of all ranks come to this one, in parts, planned for one dealt sequence.
 
     plans: local queries against each part. tokens: of the keys of each part, int64 `[keys]`, -1 for padding.
@@ -61,7 +69,7 @@ class Journey(Route):
     plans: tuple[Plan, ...]
     tokens: tuple[Tensor, ...]
 
-    def to_chosen(self, selection: Selection | None) -> "Journey":
+    def to_chosen(self, selection: BlockSelection | None) -> "KVSchedule":
         """Return this journey: it brings whatever may be chosen."""
         return self
 
@@ -73,57 +81,57 @@ class Journey(Route):
         """
 
     @abstractmethod
-    def homeward(self, k: Tensor, v: Tensor) -> Homeward:
+    def grad_return(self, k: Tensor, v: Tensor) -> GradReturn:
         """Return the way home of gradients for local keys and values of these shapes."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DealtAttend(Attend):
+class MovingKVAttention(DistributedAttention):
     """Attention of local queries to the parts of a journey along a route."""
 
     mechanism: Masked
     shards: Shards
     channel: Channel
-    route: Route
+    kv_exchange: KVExchange
     choice: Choice
     backend: str
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v, *routing = inputs
         choices = self.choice.choose(q, k, *routing)
-        journey = self.route.to_chosen(choices.selection)
-        plans = choices.applied(journey.plans, journey.tokens)
+        kv_schedule = self.kv_exchange.to_chosen(choices.selection)
+        plans = choices.applied(kv_schedule.plans, kv_schedule.tokens)
         out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
         causal_lse = lse.clone()
-        for number, (key, value) in enumerate(journey.parts(k, v)):
+        for number, (key, value) in enumerate(kv_schedule.parts(k, v)):
             if plans[number].is_empty:
                 continue
-            merge_(out, lse, *attend(q, key, value, plans[number], backend=self.backend))
+            merge_(out, lse, *attention_forward(q, key, value, plans[number], backend=self.backend))
             if choices.lifetimes is not None:
-                part = attend(q, key, value, journey.plans[number], backend=self.backend)[1]
+                part = attention_forward(q, key, value, kv_schedule.plans[number], backend=self.backend)[1]
                 causal_lse = torch.logaddexp(causal_lse, part)
         out = out.to(q.dtype)
         learning = () if choices.lifetimes is None else (causal_lse, *routing)
-        return out, Saved((q, k, v, out, lse, *learning), (journey, plans, choices.lifetimes))
+        return out, Saved((q, k, v, out, lse, *learning), (kv_schedule, plans, choices.lifetimes))
 
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
         q, k, v, out, lse, *learning = saved.tensors
-        journey, plans, lifetimes = saved.kept
+        kv_schedule, plans, lifetimes = saved.kept
         of_types = self.choice.learning(lifetimes, learning)
         dq = torch.zeros(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
-        homeward = journey.homeward(k, v)
-        for number, (key, value) in enumerate(journey.parts(k, v)):
+        grad_return = kv_schedule.grad_return(k, v)
+        for number, (key, value) in enumerate(kv_schedule.parts(k, v)):
             if plans[number].is_empty:
-                homeward.add(None, None)
+                grad_return.add(None, None)
                 continue
-            part_dq, dk, dv = attend_backward(dout, q, key, value, out, lse, plans[number], backend=self.backend)
+            part_dq, dk, dv = attention_backward(dout, q, key, value, out, lse, plans[number], backend=self.backend)
             dq += part_dq
             if of_types is not None:
-                all_causal, tokens = journey.plans[number], journey.tokens[number]
+                all_causal, tokens = kv_schedule.plans[number], kv_schedule.tokens[number]
                 of_types.add(dout, q, key, value, out, plan=all_causal, keys=tokens)
-            homeward.add(dk, dv)
-        gradients = dq, *homeward.arrive()
+            grad_return.add(dk, dv)
+        gradients = dq, *grad_return.finish()
         return gradients if of_types is None else (*gradients, of_types.gradient())
 
     def lse(self, saved: Saved) -> Tensor:
@@ -132,7 +140,7 @@ class DealtAttend(Attend):
     def moves(self, sizes: Sizes, chosen: Chosen = None) -> tuple[Move, ...]:
         """What the route moves, and what all ranks sum to choose by and to learn from."""
         choice = moves_of_choice(self.mechanism, self.shards.rows, self.heads, sizes, self.channel)
-        return *self.route.moves(sizes, chosen), choice
+        return *self.kv_exchange.moves(sizes, chosen), choice
 
     @property
     def queries(self) -> Queries:
@@ -141,18 +149,18 @@ class DealtAttend(Attend):
     def working_bytes(self, sizes: Sizes, chosen: Chosen = None) -> int:
         """Backward: what is on its way, the gradient of the queries and that of the part at hand."""
         dq = self.tokens_local * self.heads.query * sizes.head_dim * sizes.accumulation_bytes
-        return dq + self.route.working_bytes(sizes, chosen)
+        return dq + self.kv_exchange.working_bytes(sizes, chosen)
 
 
-class TravellingKeys(Strategy):
+class KVMovingStrategy(Strategy):
     """Moves keys and values, along the route that it gives; of gathered mechanisms, those that were chosen."""
 
     name: ClassVar[str]
-    stand_in = "state"
+    fallback_strategy = "state"
 
     @classmethod
-    def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
-        if isinstance(mechanism, (Masked, Gathered)):
+    def unsupported_reason(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
+        if isinstance(mechanism, (Masked, TokenChoice)):
             return None
         return (
             f"strategy {cls.name!r} moves keys and values, which {type(mechanism).__name__} does not attend to; "
@@ -160,13 +168,13 @@ class TravellingKeys(Strategy):
         )
 
     @abstractmethod
-    def route(self, mechanism: Masked, shards: Shards, share: HeadShare) -> Route:
+    def kv_exchange(self, mechanism: Masked, shards: Shards, share: HeadShare) -> KVExchange:
         """Plan how the keys of a dealt sequence come to this rank's queries."""
 
-    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> Attend:
-        if isinstance(mechanism, Gathered):
-            among = HeadShare.whole(gathered_heads(share.here))
-            return GatheredAttend(
+    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> DistributedAttention:
+        if isinstance(mechanism, TokenChoice):
+            among = HeadShare.whole(token_choice_heads(share.here))
+            return TokenChoiceAttention(
                 tokens_local=shards.tokens_local,
                 heads=share.here,
                 routing_width=mechanism.routing_width,
@@ -177,14 +185,14 @@ class TravellingKeys(Strategy):
                 plan=lambda dealt: self.plan(mechanism.among(), dealt, among, backend=backend),
             )
         assert isinstance(mechanism, Masked)
-        return DealtAttend(
+        return MovingKVAttention(
             tokens_local=shards.tokens_local,
             heads=share.here,
             routing_width=mechanism.routing_width,
             mechanism=mechanism,
             shards=shards,
             channel=self.channel,
-            route=self.route(mechanism, shards, share),
+            kv_exchange=self.kv_exchange(mechanism, shards, share),
             choice=Choice.of(mechanism, shards, share, self.channel, strategy=self.name),
             backend=backend,
         )

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.masks.selection import Partition, Selection
+from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.mechanism import Routed
 from farspan.kernels.planning.plan import Plan
 from farspan.parallel.layout import Shards
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Shipments:
+class DispatchPlan:
     """Queries of one rank that leave it; an item is one row and query head on its way to one rank.
 
     row, head: of each item, int64 `[items]`, those to rank 0 first, by row, then by head. block: int64 `[entries]`,
@@ -30,19 +30,19 @@ class Shipments:
     entries: tuple[int, ...]
 
     @staticmethod
-    def of(selection: Selection, holders: "Holders", shards: Shards, rank: int, heads: int) -> "Shipments":
+    def of(selection: BlockSelection, holders: "BlockOwners", shards: Shards, rank: int, heads: int) -> "DispatchPlan":
         """Return what leaves `rank`, whose rows made the selection, of `heads` query heads."""
         row, head, block = _choices(selection, heads)
         position = shards.rows_of(rank).position[row].long()
         goes = holders.first_seen[block] <= (position[:, None] if holders.causal else ANYWHERE - 1)
         goes[:, rank] = False
         entry, to = goes.nonzero().t()
-        # By rank, row and head, as the entries of one item have to be neighbours.
+        # By rank, row and head, as the entries of one item have to be neighbors.
         item = (to * len(shards.index[rank]) + row[entry]) * heads + head[entry]
         order = item.argsort(stable=True)
         items, count = item[order].unique_consecutive(return_counts=True)
         degree = shards.degree
-        return Shipments(
+        return DispatchPlan(
             row=items // heads % len(shards.index[rank]),
             head=items % heads,
             count=count,
@@ -57,23 +57,23 @@ ANYWHERE = 1 << 31
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Holders:
+class BlockOwners:
     """first_seen: least position of each block's rows on each rank, int64 `[blocks, P]`; ANYWHERE where it has none."""
 
     first_seen: Tensor
     causal: bool
 
     @staticmethod
-    def of(mechanism: Routed, blocks: Partition, shards: Shards) -> "Holders":
+    def of(mechanism: Routed, blocks: BlockPartition, shards: Shards) -> "BlockOwners":
         first = torch.full((blocks.count, shards.degree), ANYWHERE)
         for rank in range(shards.degree):
             rows = shards.rows_of(rank)
             block = blocks.of(rows)
             first[:, rank].scatter_reduce_(0, block[block >= 0], rows.position[block >= 0].long(), "amin")
-        return Holders(first, mechanism.visibility().causal)
+        return BlockOwners(first, mechanism.attention_mask().causal)
 
 
-def _choices(selection: Selection, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def _choices(selection: BlockSelection, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return row, query head and block of every choice of every row, int64 `[choices]`."""
     rows_of_unit = selection.unit.clamp(min=-1) + 1
     order = rows_of_unit.argsort(stable=True)
@@ -90,7 +90,7 @@ def _choices(selection: Selection, heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Arrivals:
+class ReceivedQueries:
     """Attention of items that arrived to the keys held here: one head, each KV head's keys as documents of their own.
 
     Queries are `[items, 1, D]`, keys `[Hk x tokens_local, 1, D]`.
@@ -101,23 +101,23 @@ class Arrivals:
 
     @staticmethod
     def of(
-        mechanism: Routed, blocks: Partition, shards: Shards, rank: int, *, heads: int, kv_heads: int,
+        mechanism: Routed, blocks: BlockPartition, shards: Shards, rank: int, *, heads: int, kv_heads: int,
         token: Tensor, head: Tensor, count: Tensor, block: Tensor,
-    ) -> "Arrivals":  # fmt: skip
+    ) -> "ReceivedQueries":  # fmt: skip
         """Plan for items of these tokens and query heads, that chose `count` blocks each, set end to end."""
-        everyone = shards.rows
+        global_rows = shards.rows
         kv_head = head // (heads // kv_heads)
-        queries = _of_heads(everyone.take(token), kv_head, blocks)
+        queries = _of_heads(global_rows.take(token), kv_head, blocks)
         mine = shards.rows_of(rank)
         keys = _set_end_to_end([_of_heads(mine, torch.full((len(mine),), h), blocks) for h in range(kv_heads)])
         numbers = torch.arange(kv_heads)[:, None]
-        partition = Partition(
+        partition = BlockPartition(
             documents=torch.arange(len(blocks.documents) * kv_heads, dtype=torch.int32),
             first=torch.cat(((blocks.first[:-1] + numbers * blocks.count).flatten(), blocks.first[-1:] * kv_heads)),
             place=blocks.place,
             sizes=blocks.sizes.repeat(kv_heads),
         )
-        selection = Selection(
+        selection = BlockSelection(
             heads=1,
             unit=torch.arange(len(token)),
             num_units=len(token),
@@ -125,8 +125,8 @@ class Arrivals:
             offsets=torch.cat((count.new_zeros(1), count.cumsum(0))),
             chosen=(block + kv_head.repeat_interleave(count) * blocks.count).int(),
         )
-        plan = Plan.build(queries, keys, mechanism.visibility(), heads=1, selection=selection)
-        return Arrivals(plan=plan, kv_heads=kv_heads)
+        plan = Plan.build(queries, keys, mechanism.attention_mask(), heads=1, selection=selection)
+        return ReceivedQueries(plan=plan, kv_heads=kv_heads)
 
     def keys(self, x: Tensor) -> Tensor:
         """Return `[Hk x tokens_local, 1, width]` of x `[tokens_local, Hk, width]`."""
@@ -137,7 +137,7 @@ class Arrivals:
         return x.view(self.kv_heads, -1, x.shape[2]).transpose(0, 1)
 
 
-def _of_heads(rows: Rows, head: Tensor, blocks: Partition) -> Rows:
+def _of_heads(rows: Rows, head: Tensor, blocks: BlockPartition) -> Rows:
     """Return the rows with documents of their own for each head, numbered anew: ids may be as large as int32."""
     number = torch.searchsorted(blocks.documents, rows.document.clamp(min=0)) + head * len(blocks.documents)
     document = torch.where(rows.document < 0, rows.document, number.int())

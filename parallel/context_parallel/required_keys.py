@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from farspan.kernels.masks.selection import Selection
+from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.planning.plan import HeadPlan, Plan
 from farspan.kernels.planning.regions import Kind, Region
 
@@ -35,7 +35,7 @@ def _seen_keys(plan: Plan, part: HeadPlan, groups: int) -> Tensor:
     edges = torch.zeros(groups, len(plan.keys) + 1, dtype=torch.int32)
     seen = torch.zeros(groups, len(plan.keys), dtype=torch.bool)
     for region in part.regions:
-        mask = plan.region_mask(part.visibility, region) if region.kind is Kind.MASKED else None
+        mask = plan.region_mask(part.attention_mask, region) if region.kind is Kind.MASKED else None
         for group in range(region.query_start // size, (region.query_stop - 1) // size + 1):
             first = max(region.query_start, group * size) - region.query_start
             last = min(region.query_stop, (group + 1) * size) - 1 - region.query_start
@@ -57,7 +57,7 @@ def _interval(region: Region, first: int, last: int) -> tuple[int, int]:
     return region.key_start, region.key_stop
 
 
-def _chosen_keys(plan: Plan, selection: Selection, kv_heads: int) -> Tensor:
+def _chosen_keys(plan: Plan, selection: BlockSelection, kv_heads: int) -> Tensor:
     """Return the keys of each KV head whose block some query chose, bool `[Hk, keys]`."""
     asks = torch.zeros(selection.heads, selection.num_units, dtype=torch.bool)
     asks[:, selection.unit[selection.unit >= 0]] = True

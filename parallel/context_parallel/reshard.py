@@ -11,7 +11,7 @@ from farspan.parallel.layout import Shards
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Redeal:
+class Reshard:
     """Where the local rows go and what comes instead, planned for one rank.
 
     leaving: local rows, int64, those to rank 0 first. slots: where what arrives belongs, those from rank 0 first.
@@ -26,14 +26,14 @@ class Redeal:
     there: int
 
     @staticmethod
-    def plan(shards: Shards, target: Shards, rank: int) -> "Redeal":
+    def plan(shards: Shards, target: Shards, rank: int) -> "Reshard":
         """Plan from how a sequence is dealt to how it is to be."""
         degree, here, there = shards.degree, shards.tokens_local, target.tokens_local
         source_place, target_place = shards.places(), target.places()
         mine, coming = (dealt.index[rank][dealt.index[rank] >= 0] for dealt in (shards, target))
         to, source = target_place[mine] // there, source_place[coming] // here
         outgoing = mine[target_place[mine].argsort()]
-        return Redeal(
+        return Reshard(
             leaving=source_place[outgoing] % here,
             slots=(target_place[coming] % there)[source.argsort(stable=True)],
             sent=tuple(to.bincount(minlength=degree).tolist()),

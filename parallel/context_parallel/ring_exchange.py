@@ -1,8 +1,8 @@
 """Rings: the journey of chunks of keys and values from rank to rank, around one ring or two nested ones.
 
-P ranks are a grid of P/W neighbourhoods of W; one ring has W = P. At step o W + i a rank has the chunk of the rank o
-neighbourhoods and i places before it: it gets the next chunk from its neighbour and, at the end of a round, the one
-that the same place of the neighbourhood before it began its round with, on its way since then.
+P ranks are a grid of P/W neighborhoods of W; one ring has W = P. At step o W + i a rank has the chunk of the rank o
+neighborhoods and i places before it: it gets the next chunk from its neighbor and, at the end of a round, the one
+that the same place of the neighborhood before it began its round with, on its way since then.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from torch import Tensor
 from farspan.kernels.mechanism import Masked
 from farspan.kernels.planning.plan import Plan
 from farspan.parallel.comm import Channel, Transfer
-from farspan.parallel.context_parallel.moving_kv import Homeward, Journey, KeysAndValues, TravellingKeys
+from farspan.parallel.context_parallel.moving_kv import GradReturn, KeysAndValues, KVMovingStrategy, KVSchedule
 from farspan.parallel.context_parallel.strategy import Chosen, HeadShare, Move, Sizes, Volume
 from farspan.parallel.layout import Shards
 
@@ -24,13 +24,13 @@ INNER_TAG, OUTER_TAG, GRADIENT_TAG = 1, 2, 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rings:
-    """size: all ranks. width: those of a neighbourhood, which divides the size."""
+    """size: all ranks. width: those of a neighborhood, which divides the size."""
 
     size: int
     width: int
 
     def moved(self, rank: int, outer: int, inner: int) -> int:
-        """Return the rank as many neighbourhoods and places further on, each around its ring."""
+        """Return the rank as many neighborhoods and places further on, each around its ring."""
         a, b = divmod(rank, self.width)
         return (a + outer) % (self.size // self.width) * self.width + (b + inner) % self.width
 
@@ -46,19 +46,19 @@ class Rings:
 
 
 @final
-class RingJourney(Journey):
+class RingKVSchedule(KVSchedule):
     """One part per step: the chunk that is here at that step."""
 
     def __init__(
-        self, strategy: TravellingKeys, rings: Rings, mechanism: Masked, shards: Shards, share: HeadShare
+        self, strategy: KVMovingStrategy, rings: Rings, mechanism: Masked, shards: Shards, share: HeadShare
     ) -> None:
         self.name, self.channel, self.rounded = strategy.name, strategy.channel, strategy.rounded_gradients
         self.rings, channel = rings, strategy.channel
         self.kv_rows = shards.tokens_local * share.here.kv
         owners = [rings.owner(channel.rank, step) for step in range(rings.size)]
-        queries, visibility = shards.rows_of(channel.rank), mechanism.visibility().of_heads(share.slice)
+        queries, attention_mask = shards.rows_of(channel.rank), mechanism.attention_mask().of_heads(share.slice)
         self.plans = tuple(
-            Plan.build(queries, shards.rows_of(owner), visibility, heads=share.here.query) for owner in owners
+            Plan.build(queries, shards.rows_of(owner), attention_mask, heads=share.here.query) for owner in owners
         )
         self.tokens = tuple(shards.index[owner] for owner in owners)
 
@@ -78,9 +78,9 @@ class RingJourney(Journey):
         to, source = (self.rings.moved(self.channel.rank, sign * outer, sign * inner) for sign in (1, -1))
         return self.channel.shift(chunk.buffer, kind=f"{self.name}_kv", tag=tag, to=to, source=source)
 
-    def homeward(self, k: Tensor, v: Tensor) -> Homeward:
+    def grad_return(self, k: Tensor, v: Tensor) -> GradReturn:
         gradient = KeysAndValues.no_gradients(k, v)
-        return _StraightHome(self, gradient, k.dtype) if self.rounded else _AfterTheChunk(self, gradient)
+        return _DirectGradReturn(self, gradient, k.dtype) if self.rounded else _TrailingGradReturn(self, gradient)
 
     def moves(self, sizes: Sizes, chosen: Chosen) -> tuple[Move, ...]:
         """Forward (P-1) hops of a chunk; backward the same, and P hops of its gradient as it is summed.
@@ -100,7 +100,7 @@ class RingJourney(Journey):
 
         if self.channel.inner is None or rounds == 1:
             return (move(size - 1, size - 1 if self.rounded else size, self.channel),)
-        # Rounded, a gradient crosses neighbourhoods unless its owner is in this one.
+        # Rounded, a gradient crosses neighborhoods unless its owner is in this one.
         within = self.rings.width - 1 if self.rounded else size - rounds
         across = size - self.rings.width if self.rounded else rounds
         return move(size - rounds, within, self.channel.inner), move(rounds - 1, across, self.channel)
@@ -113,43 +113,43 @@ class RingJourney(Journey):
 
 
 @final
-class _AfterTheChunk(Homeward):
+class _TrailingGradReturn(GradReturn):
     """The gradient of a chunk follows it, one step behind; it needs one hop more to be home."""
 
-    def __init__(self, journey: RingJourney, gradient: KeysAndValues) -> None:
-        self.journey, self.gradient, self.step = journey, gradient, 0
+    def __init__(self, kv_schedule: RingKVSchedule, gradient: KeysAndValues) -> None:
+        self.kv_schedule, self.gradient, self.step = kv_schedule, gradient, 0
         self.arriving: Transfer | None = None
 
     def add(self, dk: Tensor | None, dv: Tensor | None) -> None:
         # The gradient of this chunk comes from the rank that had the chunk one step ago.
-        self.arrive()
+        self.finish()
         if dk is not None and dv is not None:
             self.gradient.key.add_(dk)
             self.gradient.value.add_(dv)
-        rings, channel = self.journey.rings, self.journey.channel
+        rings, channel = self.kv_schedule.rings, self.kv_schedule.channel
         if rings.size > 1:
             next_owner = rings.owner(channel.rank, self.step + 1) if self.step + 1 < rings.size else channel.rank
             self.arriving = channel.shift(
                 self.gradient.buffer,
-                kind=f"{self.journey.name}_dkv",
+                kind=f"{self.kv_schedule.name}_dkv",
                 tag=GRADIENT_TAG,
                 to=rings.holder(rings.owner(channel.rank, self.step), self.step + 1),
                 source=rings.holder(next_owner, self.step),
             )
         self.step += 1
 
-    def arrive(self) -> tuple[Tensor, Tensor]:
+    def finish(self) -> tuple[Tensor, Tensor]:
         if self.arriving is not None:
             self.gradient, self.arriving = self.gradient.like(self.arriving.wait()), None
         return self.gradient.key, self.gradient.value
 
 
 @final
-class _StraightHome(Homeward):
+class _DirectGradReturn(GradReturn):
     """Each gradient, rounded once, goes to the owner of its chunk, who sums them in the order of the steps."""
 
-    def __init__(self, journey: RingJourney, gradient: KeysAndValues, dtype: torch.dtype) -> None:
-        self.journey, self.gradient, self.dtype, self.step = journey, gradient, dtype, 0
+    def __init__(self, kv_schedule: RingKVSchedule, gradient: KeysAndValues, dtype: torch.dtype) -> None:
+        self.kv_schedule, self.gradient, self.dtype, self.step = kv_schedule, gradient, dtype, 0
         self.arriving: Transfer | None = None
 
     def add(self, dk: Tensor | None, dv: Tensor | None) -> None:
@@ -159,18 +159,18 @@ class _StraightHome(Homeward):
             self.gradient.key.add_(dk)
             self.gradient.value.add_(dv)
         else:
-            self.arrive()
-            rings, channel = self.journey.rings, self.journey.channel
+            self.finish()
+            rings, channel = self.kv_schedule.rings, self.kv_schedule.channel
             self.arriving = channel.shift(
                 KeysAndValues.pack(dk.to(self.dtype), dv.to(self.dtype)).buffer,
-                kind=f"{self.journey.name}_dkv",
+                kind=f"{self.kv_schedule.name}_dkv",
                 tag=GRADIENT_TAG,
                 to=rings.owner(channel.rank, self.step),
                 source=rings.holder(channel.rank, self.step),
             )
         self.step += 1
 
-    def arrive(self) -> tuple[Tensor, Tensor]:
+    def finish(self) -> tuple[Tensor, Tensor]:
         if self.arriving is not None:
             self.gradient.buffer.add_(self.arriving.wait())
             self.arriving = None

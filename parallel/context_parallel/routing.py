@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from farspan.kernels.lifetime_shard import AgeingHolding, TypeLearning
+from farspan.kernels.lifetime_shard import LifetimeShard, TypeLearning
 from farspan.kernels.lifetimes.lifetimes import Lifetimes
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.masks.selection import Selection
-from farspan.kernels.mechanism import Ageing, Gathered, Heads, Holding, Masked, Mechanism, Routed, alone
+from farspan.kernels.masks.selection import BlockSelection
+from farspan.kernels.mechanism import Heads, KVLifetime, LocalShard, Masked, Mechanism, Routed, TokenChoice, identity
 from farspan.kernels.planning.plan import Plan
 from farspan.parallel.comm import Channel
 from farspan.parallel.context_parallel.strategy import Chosen, HeadShare, Move, Sample, Sizes, Volume
@@ -25,7 +25,7 @@ from farspan.parallel.layout import Shards
 class Choices(NamedTuple):
     """selection: of the local queries, of a routed mechanism. lifetimes: of all keys, where keys have them."""
 
-    selection: Selection | None = None
+    selection: BlockSelection | None = None
     lifetimes: Lifetimes | None = None
 
     def applied(self, plans: Sequence[Plan], tokens: Sequence[Tensor]) -> tuple[Plan, ...]:
@@ -45,81 +45,83 @@ class Choice:
     holding: of a routed mechanism. ageing: of one whose keys have lifetimes.
     """
 
-    holding: Holding | None = None
-    ageing: AgeingHolding | None = None
+    local_shard: LocalShard | None = None
+    lifetime_shard: LifetimeShard | None = None
 
     @staticmethod
     def of(mechanism: Masked, shards: Shards, share: HeadShare, channel: Channel, *, strategy: str) -> "Choice":
         """Return the choice of a mechanism for one dealt sequence; bytes are counted under the strategy's name."""
         rank = channel.rank
         if isinstance(mechanism, Routed):
-            holding = Holding(
+            local_shard = LocalShard(
                 mechanism=mechanism,
                 rows=shards.rows_of(rank),
-                everyone=shards.rows,
+                global_rows=shards.rows,
                 heads=share.which,
-                all_heads=share.everyone,
+                all_heads=share.all_heads,
                 total=partial(channel.all_reduce, kind=f"{strategy}_choice"),
             )
-            return Choice(holding=holding)
-        if isinstance(mechanism, Ageing):
-            ageing = AgeingHolding(
+            return Choice(local_shard=local_shard)
+        if isinstance(mechanism, KVLifetime):
+            lifetime_shard = LifetimeShard(
                 mechanism=mechanism,
-                everyone=shards.rows,
+                global_rows=shards.rows,
                 rows=shards.index[rank],
-                share=AgeingHolding.share_of(share.everyone, share.which),
+                share=LifetimeShard.share_of(share.all_heads, share.which),
                 total=partial(channel.all_reduce, kind=f"{strategy}_types"),
             )
-            return Choice(ageing=ageing)
+            return Choice(lifetime_shard=lifetime_shard)
         return Choice()
 
     def choose(self, q: Tensor, k: Tensor, *routing: Tensor) -> Choices:
         """Choose by the local q, k and routing; every rank has to call."""
-        if self.ageing is not None:
-            return Choices(lifetimes=self.ageing.lifetimes(*routing))
-        if self.holding is not None:
-            return Choices(selection=self.holding.mechanism.select(q, k, self.holding))
+        if self.lifetime_shard is not None:
+            return Choices(lifetimes=self.lifetime_shard.lifetimes(*routing))
+        if self.local_shard is not None:
+            return Choices(selection=self.local_shard.mechanism.select(q, k, self.local_shard))
         return Choices()
 
     def learning(self, lifetimes: Lifetimes | None, saved: Sequence[Tensor]) -> TypeLearning | None:
         """Return what collects the gradient of lifetimes in a backward pass; saved: their causal lse and routing."""
-        if self.ageing is None or lifetimes is None:
+        if self.lifetime_shard is None or lifetimes is None:
             return None
         causal_lse, routing = saved
-        return TypeLearning(self.ageing, lifetimes, causal_lse, routing)
+        return TypeLearning(self.lifetime_shard, lifetimes, causal_lse, routing)
 
 
-def moves_of_choice(mechanism: Mechanism, everyone: Rows, here: Heads, sizes: Sizes, channel: Channel) -> Move:
+def moves_of_choice(mechanism: Mechanism, global_rows: Rows, here: Heads, sizes: Sizes, channel: Channel) -> Move:
     """Return what a rank sends of what a mechanism sums over all ranks, to choose by and to learn from: 2 (P-1)/P."""
-    chosen_by = mechanism.total_bytes(everyone, here, sizes.head_dim)
-    learnt_from = mechanism.gradient_total_bytes(everyone, here, sizes.accumulation_bytes)
-    forward, backward = (2 * (channel.size - 1) * total // channel.size for total in (chosen_by, learnt_from))
+    chosen_by = mechanism.all_reduce_bytes(global_rows, here, sizes.head_dim)
+    learned_from = mechanism.gradient_all_reduce_bytes(global_rows, here, sizes.accumulation_bytes)
+    forward, backward = (2 * (channel.size - 1) * total // channel.size for total in (chosen_by, learned_from))
     return Move(Volume(forward=forward, backward=backward), channel, hidden=False)
 
 
-def choose_alone(mechanism: Mechanism, everyone: Rows, heads: Heads, q: Tensor, k: Tensor, *routing: Tensor) -> Chosen:
+def choose_alone(
+    mechanism: Mechanism, global_rows: Rows, heads: Heads, q: Tensor, k: Tensor, *routing: Tensor
+) -> Chosen:
     """Return what a mechanism chooses of a whole sequence that one process has."""
-    if isinstance(mechanism, Gathered):
-        return mechanism.choose(routing[0][..., 0].float(), everyone)
+    if isinstance(mechanism, TokenChoice):
+        return mechanism.choose(routing[0][..., 0].float(), global_rows)
     if isinstance(mechanism, Routed):
-        return mechanism.select(q, k, _held_alone(mechanism, everyone, everyone, heads))
+        return mechanism.select(q, k, _held_alone(mechanism, global_rows, global_rows, heads))
     return None
 
 
-def typical_choice(mechanism: Mechanism, everyone: Rows, heads: Heads, *, most: int | None = None) -> Chosen:
+def typical_choice(mechanism: Mechanism, global_rows: Rows, heads: Heads, *, most: int | None = None) -> Chosen:
     """Return what a mechanism chooses of normal queries, keys and routing, the same at every call.
 
     most: queries that choose, if there are more; a sample then, spread evenly, of a routed mechanism's choice.
     """
-    generator, tokens = torch.Generator().manual_seed(0), len(everyone)
-    if isinstance(mechanism, Gathered):
-        return mechanism.choose(torch.randn(tokens, heads.kv, generator=generator), everyone)
+    generator, tokens = torch.Generator().manual_seed(0), len(global_rows)
+    if isinstance(mechanism, TokenChoice):
+        return mechanism.choose(torch.randn(tokens, heads.kv, generator=generator), global_rows)
     if not isinstance(mechanism, Routed):
         return None
     one_in = -(-tokens // most) if most else 1
     index = torch.arange(0, tokens, one_in)
     q, k = (torch.randn(len(index), n, 16, generator=generator) for n in (heads.query, heads.kv))
-    selection = mechanism.select(q, k, _held_alone(mechanism, everyone.take(index), everyone, heads))
+    selection = mechanism.select(q, k, _held_alone(mechanism, global_rows.take(index), global_rows, heads))
     if one_in == 1:
         return selection
     place = torch.full((tokens,), -1)
@@ -127,8 +129,13 @@ def typical_choice(mechanism: Mechanism, everyone: Rows, heads: Heads, *, most: 
     return Sample(selection.of_queries(place), one_in)
 
 
-def _held_alone(mechanism: Routed, rows: Rows, everyone: Rows, heads: Heads) -> Holding:
+def _held_alone(mechanism: Routed, rows: Rows, global_rows: Rows, heads: Heads) -> LocalShard:
     """Return the holding of one who has these rows, of all heads, and sums over nobody else."""
-    return Holding(
-        mechanism=mechanism, rows=rows, everyone=everyone, heads=range(heads.query), all_heads=heads, total=alone
+    return LocalShard(
+        mechanism=mechanism,
+        rows=rows,
+        global_rows=global_rows,
+        heads=range(heads.query),
+        all_heads=heads,
+        total=identity,
     )

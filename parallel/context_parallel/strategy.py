@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from farspan.errors import ConfigError
-from farspan.kernels.masks.selection import Selection
-from farspan.kernels.mechanism import Gathered, Heads, Mechanism, Routed
+from farspan.kernels.masks.selection import BlockSelection
+from farspan.kernels.mechanism import Heads, Mechanism, Routed, TokenChoice
 from farspan.kernels.merge import accumulation_dtype
-from farspan.kernels.sequence_attention import Saved, WholeAttention
+from farspan.kernels.sequence_attention import Saved, SequenceAttention
 from farspan.parallel.comm import Channel
 from farspan.parallel.layout import Shards
 from farspan.registry import Registry
@@ -23,11 +23,11 @@ from farspan.registry import Registry
 class Sample:
     """What one in so many queries of a whole sequence chose; other queries have no unit."""
 
-    selection: Selection
+    selection: BlockSelection
     one_in: int
 
 
-Chosen = Selection | Sample | Tensor | None
+Chosen = BlockSelection | Sample | Tensor | None
 """What a mechanism chose of a whole sequence: a routed one's blocks; tokens, bool `[tokens, Hk]`, of a gathered one."""
 
 
@@ -93,14 +93,14 @@ class Queries:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadShare:
-    """The query heads `which`, of `everyone`'s, that are attended to here, with their KV heads."""
+    """The query heads `which`, of `all_heads`'s, that are attended to here, with their KV heads."""
 
-    everyone: Heads
+    all_heads: Heads
     which: range
 
     @staticmethod
     def whole(heads: Heads) -> "HeadShare":
-        return HeadShare(everyone=heads, which=range(heads.query))
+        return HeadShare(all_heads=heads, which=range(heads.query))
 
     @property
     def slice(self) -> slice:
@@ -109,7 +109,7 @@ class HeadShare:
     @property
     def kv_heads(self) -> range:
         """Their KV heads."""
-        group = self.everyone.query // self.everyone.kv
+        group = self.all_heads.query // self.all_heads.kv
         return range(self.which.start // group, (self.which.stop - 1) // group + 1)
 
     @property
@@ -119,7 +119,7 @@ class HeadShare:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Attend(WholeAttention):
+class DistributedAttention(SequenceAttention):
     """Attention over one dealt sequence, planned: called with the rows that this rank holds, differentiable.
 
     Inputs and results are of these rows, T being `tokens_local`, and gradients are summed over all ranks. Every rank
@@ -137,7 +137,7 @@ class Attend(WholeAttention):
         Raises ValueError on other shapes, or on tensors of different dtypes, before anything is sent.
         """
         self._check(q, k, v, routing)
-        return _AttendFunction.apply(self, q, k, v, *routing)  # pyright: ignore[reportReturnType]
+        return _AttentionFunction.apply(self, q, k, v, *routing)  # pyright: ignore[reportReturnType]
 
     @abstractmethod
     def moves(self, sizes: Sizes, chosen: Chosen = None) -> tuple[Move, ...]:
@@ -181,9 +181,9 @@ def _named(tensors: list[tuple[tuple[int, ...], torch.dtype]]) -> str:
     return ", ".join(f"{dtype} {list(shape)}" for shape, dtype in tensors)
 
 
-class _AttendFunction(torch.autograd.Function):
+class _AttentionFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, attend: Attend, *inputs: Tensor) -> Tensor:
+    def forward(ctx, attend: DistributedAttention, *inputs: Tensor) -> Tensor:
         out, saved = attend.forward(*inputs)
         ctx.save_for_backward(*saved.tensors)
         ctx.attend, ctx.kept, ctx.dtypes = attend, saved.kept, [x.dtype for x in inputs]
@@ -199,20 +199,20 @@ class _AttendFunction(torch.autograd.Function):
 class Strategy(ABC):
     """Moves rows over a channel; every rank of the channel makes the same calls in the same order."""
 
-    deals_heads: ClassVar[bool] = False
+    shards_heads: ClassVar[bool] = False
     """Whether a rank attends to the whole sequence, with some of the heads."""
-    moves_chosen_blocks: ClassVar[bool] = False
+    moves_selected_blocks: ClassVar[bool] = False
     """Whether what moves depends on the blocks that a routed mechanism chose."""
 
-    stand_in: ClassVar[str | None] = None
+    fallback_strategy: ClassVar[str | None] = None
     """The strategy that serves layers whose mechanism this one does not take, if there is one."""
 
     @classmethod
     def moves_chosen(cls, mechanism: Mechanism) -> bool:
         """Return whether what moves depends on what the mechanism chose."""
-        if isinstance(mechanism, Gathered):
-            return not cls.deals_heads
-        return isinstance(mechanism, Routed) and cls.moves_chosen_blocks
+        if isinstance(mechanism, TokenChoice):
+            return not cls.shards_heads
+        return isinstance(mechanism, Routed) and cls.moves_selected_blocks
 
     def __init__(self, channel: Channel, *, rounded_gradients: bool = False) -> None:
         """rounded_gradients: gradients of keys and values travel in their dtype; they are summed wider all the same."""
@@ -221,24 +221,24 @@ class Strategy(ABC):
 
     @classmethod
     @abstractmethod
-    def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
+    def unsupported_reason(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
         """Return why these cannot run together, as a sentence that says what to change, or None if they can.
 
         inner: the ranks of the inner axis, for strategies of two levels.
         """
 
-    def prepare(self, mechanism: Mechanism, shards: Shards, heads: Heads, *, backend: str) -> Attend:
+    def prepare(self, mechanism: Mechanism, shards: Shards, heads: Heads, *, backend: str) -> DistributedAttention:
         """Plan the attention of one dealt sequence; the result serves every layer of that mechanism.
 
-        Raises ConfigError where the `refusal` of the strategy or of the mechanism has a reason, ValueError for a
-        sequence dealt to another number of ranks.
+        Raises ConfigError with the `unsupported_reason` of the strategy or of the mechanism, ValueError for a sequence
+        sharded over another number of ranks.
         """
         if heads.query % heads.kv:
             raise ConfigError(f"{heads.query} query heads cannot share {heads.kv} KV heads evenly: change one of them.")
         longest = int(shards.rows.position.max()) + 1 if len(shards.rows) else 0
         for reason in (
-            self.refusal(mechanism, heads, self.channel.size, self.channel.width),
-            mechanism.refusal(heads, longest),
+            self.unsupported_reason(mechanism, heads, self.channel.size, self.channel.width),
+            mechanism.unsupported_reason(heads, longest),
         ):
             if reason is not None:
                 raise ConfigError(reason)
@@ -247,11 +247,11 @@ class Strategy(ABC):
         return self.plan(mechanism, shards, HeadShare.whole(heads), backend=backend)
 
     @abstractmethod
-    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> Attend:
+    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> DistributedAttention:
         """Do what `prepare` says, for what was checked and some of the heads."""
 
 
-def refusal_of_grid(strategy: str, degree: int, inner: int) -> str | None:
+def grid_unsupported_reason(strategy: str, degree: int, inner: int) -> str | None:
     """Return why `degree` ranks with an inner axis of `inner` are no grid, None if they are one."""
     if 1 < inner < degree and degree % inner == 0:
         return None

@@ -11,36 +11,36 @@ from typing import final
 import torch
 from torch import Tensor
 
-from farspan.kernels.mechanism import Gathered, Heads
-from farspan.kernels.routing.token_choice import Gathering
-from farspan.kernels.sequence_attention import Saved, attend_gathered, attend_gathered_backward, gathered_lse
+from farspan.kernels.mechanism import Heads, TokenChoice
+from farspan.kernels.routing.token_choice import ChosenTokens
+from farspan.kernels.sequence_attention import Saved, token_choice_backward, token_choice_forward, token_choice_lse
 from farspan.parallel.comm import Channel
 from farspan.parallel.context_parallel.routing import moves_of_choice
-from farspan.parallel.context_parallel.strategy import Attend, Chosen, Move, Queries, Sizes
+from farspan.parallel.context_parallel.strategy import Chosen, DistributedAttention, Move, Queries, Sizes
 from farspan.parallel.layout import Shards
 
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GatheredAttend(Attend):
+class TokenChoiceAttention(DistributedAttention):
     """`plan` plans attention among chosen rows, dealt as its argument says, by the strategy that is named."""
 
-    mechanism: Gathered
+    mechanism: TokenChoice
     shards: Shards
     channel: Channel
     strategy: str
-    plan: Callable[[Shards], Attend]
+    plan: Callable[[Shards], DistributedAttention]
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         chosen = self.mechanism.choose(self._all_logits(inputs[3]), self.shards.rows)
-        dealt, gathering = deal_chosen(chosen, self.shards, self.channel.rank)
-        return attend_gathered(self.plan(dealt), gathering, *inputs)
+        dealt, chosen_tokens = shard_chosen_tokens(chosen, self.shards, self.channel.rank)
+        return token_choice_forward(self.plan(dealt), chosen_tokens, *inputs)
 
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
-        return attend_gathered_backward(dout, saved)
+        return token_choice_backward(dout, saved)
 
     def lse(self, saved: Saved) -> Tensor:
-        return gathered_lse(saved)
+        return token_choice_lse(saved)
 
     def moves(self, sizes: Sizes, chosen: Chosen = None) -> tuple[Move, ...]:
         """The sum of routing over all ranks, and attention among the chosen rows."""
@@ -57,9 +57,9 @@ class GatheredAttend(Attend):
         width = (among.heads.query + among.heads.kv) * sizes.kv_width * sizes.element_bytes
         return among.tokens_local * width + among.working_bytes(sizes)
 
-    def _among(self, chosen: Chosen) -> Attend:
+    def _among(self, chosen: Chosen) -> DistributedAttention:
         assert isinstance(chosen, Tensor), "what a gathered mechanism moves depends on what it chose"
-        return self.plan(deal_chosen(chosen, self.shards, self.channel.rank)[0])
+        return self.plan(shard_chosen_tokens(chosen, self.shards, self.channel.rank)[0])
 
     def _all_logits(self, routing: Tensor) -> Tensor:
         """Return the routing of the whole sequence, float32 `[tokens, Hk]`."""
@@ -69,12 +69,12 @@ class GatheredAttend(Attend):
         return self.channel.all_reduce(logits, kind=f"{self.strategy}_choice")
 
 
-def deal_chosen(chosen: Tensor, shards: Shards, rank: int) -> tuple[Shards, Gathering]:
+def shard_chosen_tokens(chosen: Tensor, shards: Shards, rank: int) -> tuple[Shards, ChosenTokens]:
     """Return the rows chosen, bool `[tokens, Hk]`, dealt to the ranks that hold their tokens; and those of `rank`.
 
     The latter name their tokens as the rank has them.
     """
-    whole = Gathering.of(chosen, shards.rows)
+    whole = ChosenTokens.of(chosen, shards.rows)
     place = shards.places()
     holder, token = place[whole.token] // shards.tokens_local, place[whole.token] % shards.tokens_local
     counts = holder.bincount(minlength=shards.degree)
@@ -84,14 +84,14 @@ def deal_chosen(chosen: Tensor, shards: Shards, rank: int) -> tuple[Shards, Gath
     nth = torch.arange(len(order)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
     index[holder[order], nth] = order
     mine = index[rank]
-    gathering = Gathering(
+    chosen_tokens = ChosenTokens(
         token=torch.cat((token, token.new_full((1,), -1)))[mine],
         head=torch.cat((whole.head, whole.head.new_zeros(1)))[mine],
         rows=whole.rows.take(mine),
     )
-    return Shards(rows=whole.rows, index=index), gathering
+    return Shards(rows=whole.rows, index=index), chosen_tokens
 
 
-def gathered_heads(heads: Heads) -> Heads:
+def token_choice_heads(heads: Heads) -> Heads:
     """Return the heads of attention among chosen rows: one KV head and its group."""
     return Heads(query=heads.query // heads.kv, kv=1)

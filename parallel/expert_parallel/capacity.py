@@ -31,12 +31,12 @@ class SharedSequence:
         """
         per_token = chosen.shape[1]
         index = self._of_all(self.index)
-        everyone = self._of_all(chosen).masked_fill(index[:, None] < 0, experts)
-        scores = self._of_all(weights.detach().float()) if drop == "weight" else torch.zeros_like(everyone).float()
+        global_rows = self._of_all(chosen).masked_fill(index[:, None] < 0, experts)
+        scores = self._of_all(weights.detach().float()) if drop == "weight" else torch.zeros_like(global_rows).float()
         order = index.argsort()
-        rank = rank_in_group(scores[order].view(-1, 1), everyone[order].flatten())
+        rank = rank_in_group(scores[order].view(-1, 1), global_rows[order].flatten())
         capacity = torch.ceil(factor * (index >= 0).sum().double() * per_token / experts)
-        kept = torch.empty_like(everyone, dtype=torch.bool)
+        kept = torch.empty_like(global_rows, dtype=torch.bool)
         kept[order] = (rank < capacity).view(-1, per_token) & (index[order] >= 0)[:, None]
         return self._mine(kept)
 
@@ -45,11 +45,11 @@ class SharedSequence:
 
         Each takes tokens x per_token / E of a sequence, rounded up (expert choice, arXiv 2202.09368, section 3.2).
         """
-        index, everyone = self._of_all(self.index), self._of_all(scores.detach().float())
+        index, global_rows = self._of_all(self.index), self._of_all(scores.detach().float())
         order = index.argsort()
-        rank = rank_in_group(everyone[order], (index[order] < 0).long())
+        rank = rank_in_group(global_rows[order], (index[order] < 0).long())
         capacity = torch.ceil((index >= 0).sum().double() * per_token / scores.shape[1])
-        taken = torch.empty_like(everyone, dtype=torch.bool)
+        taken = torch.empty_like(global_rows, dtype=torch.bool)
         taken[order] = (rank < capacity) & (index[order] >= 0)[:, None]
         return self._mine(taken)
 

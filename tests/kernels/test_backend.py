@@ -2,14 +2,14 @@ import pytest
 import torch
 
 from farspan.errors import ConfigError
-from farspan.kernels.backend import BACKENDS, Work, choose_backend
+from farspan.kernels.backend import BACKENDS, KernelRequest, choose_backend
 from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.window import Window
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-BF16 = Work.of(Dense(), torch.bfloat16, 128, 128)
+BF16 = KernelRequest.of(Dense(), torch.bfloat16, 128, 128)
 
 
 def test_auto_takes_the_fastest_that_runs() -> None:
@@ -18,15 +18,15 @@ def test_auto_takes_the_fastest_that_runs() -> None:
 
 
 def test_auto_takes_what_can_do_the_work() -> None:
-    rest = "reference" if BACKENDS.get("triton").refusal(CUDA) else "triton"
-    assert choose_backend("auto", CUDA, Work.of(Dense(), torch.float32, 128, 128)) == rest
-    assert choose_backend("auto", CUDA, Work.of(MoBA(), torch.bfloat16, 128, 128)) == rest
-    assert choose_backend("auto", CUDA, Work.of(Dense(), torch.float64, 128, 128)) == "reference"
+    rest = "reference" if BACKENDS.get("triton").unsupported_reason(CUDA) else "triton"
+    assert choose_backend("auto", CUDA, KernelRequest.of(Dense(), torch.float32, 128, 128)) == rest
+    assert choose_backend("auto", CUDA, KernelRequest.of(MoBA(), torch.bfloat16, 128, 128)) == rest
+    assert choose_backend("auto", CUDA, KernelRequest.of(Dense(), torch.float64, 128, 128)) == "reference"
 
 
 def test_what_is_asked_for_by_name_is_given_or_refused() -> None:
     assert choose_backend("reference", CPU, BF16) == "reference"
-    assert choose_backend("library", CUDA, Work.of(Window(), torch.float16, 192, 128)) == "library"
+    assert choose_backend("library", CUDA, KernelRequest.of(Window(), torch.float16, 192, 128)) == "library"
     with pytest.raises(ConfigError, match=r"attention\.backend='cpu' cannot run on cuda"):
         choose_backend("cpu", CUDA, BF16)
     with pytest.raises(ConfigError, match=r"attention backend 'refrence' does not exist.* Did you mean 'reference'"):
@@ -45,11 +45,11 @@ def test_what_a_backend_cannot_do_is_an_error_that_names_those_that_can(
     mechanism: Mechanism, dtype: torch.dtype, value_dim: int, reason: str
 ) -> None:
     with pytest.raises(ConfigError, match=f"'library' cannot run on cuda: {reason}; these can: .*reference"):
-        choose_backend("library", CUDA, Work.of(mechanism, dtype, 128, value_dim))
+        choose_backend("library", CUDA, KernelRequest.of(mechanism, dtype, 128, value_dim))
 
 
 def test_every_backend_but_the_library_claims_all_work() -> None:
     """The contract test runs those of this device over all mechanisms and dtypes, and so holds them to it."""
     for name, backend in BACKENDS.load().items():
-        if backend.refusal(CPU) is None:
-            assert backend.limit(Work.of(MoBA(), torch.float64, 256, 256)) is None, name
+        if backend.unsupported_reason(CPU) is None:
+            assert backend.limit(KernelRequest.of(MoBA(), torch.float64, 256, 256)) is None, name

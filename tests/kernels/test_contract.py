@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from farspan.kernels.attention import attend, attend_backward
+from farspan.kernels.attention import attention_backward, attention_forward
 from farspan.kernels.backend import BACKENDS
-from farspan.kernels.masks.mask import Visibility
-from farspan.kernels.masks.neighborhood import Dimension, Neighbourhood
+from farspan.kernels.masks.attention_mask import AttentionMask
+from farspan.kernels.masks.neighborhood import Dimension, Neighborhood
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.masks.selection import Selection
+from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.mechanism import MECHANISMS, Masked, Mechanism, Routed
 from farspan.kernels.merge import accumulation_dtype, empty_partial, merge_
 from farspan.kernels.planning.plan import Plan
@@ -24,7 +24,7 @@ from tests.support.sequence_shards import select
 
 CPU = torch.device("cpu")
 DTYPES = list(oracle.RELATIVE_TOLERANCE)
-ABLE = [name for name in BACKENDS if BACKENDS.get(name).refusal(CPU) is None]
+ABLE = [name for name in BACKENDS if BACKENDS.get(name).unsupported_reason(CPU) is None]
 EXAMPLES = [
     pytest.param(example, id=str(example))
     for name in MECHANISMS
@@ -32,15 +32,13 @@ EXAMPLES = [
     if isinstance(example, Masked)
 ]
 # Visibilities that no mechanism uses are held to the same contract.
-VISIBILITIES = [
-    *(Visibility(causal=causal, window=window) for causal in (True, False) for window in (1, 7, 40)),
-    Visibility(window=(3, 40, 3, 9), sinks=2),
-    Visibility(causal=False, window=(1, 2, 90, 1)),
-    Visibility(
+ATTENTION_MASKS = [
+    *(AttentionMask(causal=causal, window=window) for causal in (True, False) for window in (1, 7, 40)),
+    AttentionMask(window=(3, 40, 3, 9), sinks=2),
+    AttentionMask(causal=False, window=(1, 2, 90, 1)),
+    AttentionMask(
         causal=False,
-        neighbourhood=Neighbourhood(
-            dimensions=(Dimension(length=5, window=3), Dimension(length=8, window=4, stride=2))
-        ),
+        neighborhood=Neighborhood(dimensions=(Dimension(length=5, window=3), Dimension(length=8, window=4, stride=2))),
     ),
 ]
 
@@ -79,10 +77,10 @@ class Tensors:
 
 
 def run(tensors: Tensors, plan: Plan, backend: str) -> list[Tensor]:
-    out, lse = attend(tensors.q, tensors.k, tensors.v, plan, backend=backend)
+    out, lse = attention_forward(tensors.q, tensors.k, tensors.v, plan, backend=backend)
     assert lse.dtype == accumulation_dtype(tensors.q.dtype)
     assert out.dtype in (tensors.q.dtype, lse.dtype)
-    gradients = attend_backward(
+    gradients = attention_backward(
         tensors.dout, tensors.q, tensors.k, tensors.v, out.to(tensors.q.dtype), lse, plan, backend=backend
     )
     return [out, lse, *gradients]
@@ -99,14 +97,14 @@ def check(
     tensors: Tensors,
     queries: Rows,
     keys: Rows,
-    visibility: Visibility,
+    attention_mask: AttentionMask,
     backend: str,
-    selection: Selection | None = None,
+    selection: BlockSelection | None = None,
 ) -> None:
     heads = tensors.q.shape[1]
-    plan = Plan.build(queries, keys, visibility, heads=heads, selection=selection, shortest_run=8)
+    plan = Plan.build(queries, keys, attention_mask, heads=heads, selection=selection, shortest_run=8)
     got = run(tensors, plan, backend)
-    expected = expect(tensors, mask_of(queries, keys, visibility, heads, selection))
+    expected = expect(tensors, mask_of(queries, keys, attention_mask, heads, selection))
     tolerance = oracle.RELATIVE_TOLERANCE[tensors.q.dtype]
     errors = {
         name: oracle.relative_error(a, b)
@@ -115,17 +113,19 @@ def check(
     assert max(errors.values()) <= tolerance, errors
 
 
-def mask_of(queries: Rows, keys: Rows, visibility: Visibility, heads: int, selection: Selection | None) -> Tensor:
-    mask = oracle.visible_mask(queries, keys, visibility, heads)
+def mask_of(
+    queries: Rows, keys: Rows, attention_mask: AttentionMask, heads: int, selection: BlockSelection | None
+) -> Tensor:
+    mask = oracle.visible_mask(queries, keys, attention_mask, heads)
     return mask if selection is None else mask & oracle.selected_mask(selection, keys, heads)
 
 
-def shown(mechanism: Mechanism, tensors: Tensors, rows: Rows) -> tuple[Visibility, Selection | None]:
+def shown(mechanism: Mechanism, tensors: Tensors, rows: Rows) -> tuple[AttentionMask, BlockSelection | None]:
     """What a mechanism lets the rows of one whole sequence see."""
     assert isinstance(mechanism, Masked)
     if not isinstance(mechanism, Routed):
-        return mechanism.visibility(), None
-    return mechanism.visibility(), select(mechanism, tensors.q, tensors.k, rows)
+        return mechanism.attention_mask(), None
+    return mechanism.attention_mask(), select(mechanism, tensors.q, tensors.k, rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -135,8 +135,8 @@ def test_mechanism_equals_the_formula(mechanism: Mechanism, backend: str, dtype:
     for rows in ROWS.values():
         for heads in HEADS:
             tensors = Tensors.random(len(rows), len(rows), heads, 16, 8, dtype)
-            visibility, selection = shown(mechanism, tensors, rows)
-            check(tensors, rows, rows, visibility, backend, selection)
+            attention_mask, selection = shown(mechanism, tensors, rows)
+            check(tensors, rows, rows, attention_mask, backend, selection)
 
 
 @pytest.mark.parametrize("threads", [2, 3])
@@ -146,17 +146,17 @@ def test_tasks_are_dealt_to_threads(mechanism: Mechanism, threads: int, monkeypa
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for rows in (ROWS["ragged"], ROWS["strided"]):
         tensors = Tensors.random(len(rows), len(rows), (8, 2), 16, 8, torch.float64)
-        visibility, selection = shown(mechanism, tensors, rows)
-        check(tensors, rows, rows, visibility, "cpu", selection)
+        attention_mask, selection = shown(mechanism, tensors, rows)
+        check(tensors, rows, rows, attention_mask, "cpu", selection)
 
 
-@pytest.mark.parametrize("visibility", VISIBILITIES, ids=str)
+@pytest.mark.parametrize("attention_mask", ATTENTION_MASKS, ids=str)
 @pytest.mark.parametrize("backend", ABLE)
-def test_visibility_equals_the_formula(visibility: Visibility, backend: str) -> None:
+def test_visibility_equals_the_formula(attention_mask: AttentionMask, backend: str) -> None:
     for rows in ROWS.values():
         for keys in (rows, ROWS["strided"]):
             tensors = Tensors.random(len(rows), len(keys), (4, 2), 16, 16, torch.float64)
-            check(tensors, rows, keys, visibility, backend)
+            check(tensors, rows, keys, attention_mask, backend)
 
 
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(16, 16), (40, 40), (96, 64), (64, 96), (192, 128), (256, 256)])
@@ -164,7 +164,7 @@ def test_visibility_equals_the_formula(visibility: Visibility, backend: str) -> 
 def test_head_sizes(backend: str, head_dim: int, value_dim: int) -> None:
     rows = ROWS["ragged"]
     tensors = Tensors.random(len(rows), len(rows), (4, 2), head_dim, value_dim, torch.float64)
-    check(tensors, rows, rows, Visibility(), backend)
+    check(tensors, rows, rows, AttentionMask(), backend)
 
 
 @pytest.mark.parametrize("backend", ABLE)
@@ -173,20 +173,21 @@ def test_parts_over_disjoint_keys_merge_and_their_gradients_add_up(mechanism: Me
     """The two facts that every strategy stands on."""
     rows = Rows.packed([30, 60, 5], padding=4)
     tensors = Tensors.random(len(rows), len(rows), (8, 2), 16, 16, torch.float64)
-    visibility, selection = shown(mechanism, tensors, rows)
-    whole = run(tensors, Plan.build(rows, rows, visibility, heads=8, selection=selection), backend)
+    attention_mask, selection = shown(mechanism, tensors, rows)
+    whole = run(tensors, Plan.build(rows, rows, attention_mask, heads=8, selection=selection), backend)
     # Three parts; the queries of the first document see nothing of the last.
     parts = [torch.arange(0, 41, 2), torch.arange(1, 41, 2), torch.arange(41, len(rows))]
     plans = [
-        Plan.build(rows, rows.take(part), visibility, heads=8, selection=selection, shortest_run=8) for part in parts
+        Plan.build(rows, rows.take(part), attention_mask, heads=8, selection=selection, shortest_run=8)
+        for part in parts
     ]
     out, lse = empty_partial(len(rows), 8, 16, like=tensors.q)
     for part, plan in zip(parts, plans, strict=True):
-        merge_(out, lse, *attend(tensors.q, tensors.k[part], tensors.v[part], plan, backend=backend))
+        merge_(out, lse, *attention_forward(tensors.q, tensors.k[part], tensors.v[part], plan, backend=backend))
     dq = torch.zeros_like(tensors.q)
     dk, dv = torch.zeros_like(tensors.k), torch.zeros_like(tensors.v)
     for part, plan in zip(parts, plans, strict=True):
-        mine = attend_backward(
+        mine = attention_backward(
             tensors.dout, tensors.q, tensors.k[part], tensors.v[part], out, lse, plan, backend=backend
         )
         dq += mine[0]
@@ -204,22 +205,22 @@ def test_nothing_leaks_from_later_tokens_or_other_documents(mechanism: Mechanism
     if order == "irregular":
         rows = rows.take(torch.randperm(43, generator=torch.Generator().manual_seed(0)))
     tensors = Tensors.random(len(rows), len(rows), (8, 1), 16, 16, torch.float64)
-    visibility, selection = shown(mechanism, tensors, rows)
-    plan = Plan.build(rows, rows, visibility, heads=8, selection=selection, shortest_run=8)
-    out, _ = attend(tensors.q, tensors.k, tensors.v, plan, backend=backend)
+    attention_mask, selection = shown(mechanism, tensors, rows)
+    plan = Plan.build(rows, rows, attention_mask, heads=8, selection=selection, shortest_run=8)
+    out, _ = attention_forward(tensors.q, tensors.k, tensors.v, plan, backend=backend)
     # k has a single head: what one of the query heads sees is not hidden.
-    mask = mask_of(rows, rows, visibility, 8, selection).any(dim=0)
+    mask = mask_of(rows, rows, attention_mask, 8, selection).any(dim=0)
     for t in (0, 7, 19, 20, 30, 42):
         hidden = [s for s in range(len(rows)) if not mask[t, s]]
         k, v = tensors.k.clone(), tensors.v.clone()
         k[hidden] *= 1e6
         v[hidden] -= 50.0
-        changed, _ = attend(tensors.q, k, v, plan, backend=backend)
+        changed, _ = attention_forward(tensors.q, k, v, plan, backend=backend)
         assert torch.equal(changed[t], out[t])
         only_t = torch.zeros_like(out)
         only_t[t] = tensors.dout[t]
-        lse = attend(tensors.q, tensors.k, tensors.v, plan, backend=backend)[1]
-        _, dk, dv = attend_backward(only_t, tensors.q, tensors.k, tensors.v, out, lse, plan, backend=backend)
+        lse = attention_forward(tensors.q, tensors.k, tensors.v, plan, backend=backend)[1]
+        _, dk, dv = attention_backward(only_t, tensors.q, tensors.k, tensors.v, out, lse, plan, backend=backend)
         assert not dk[hidden].any()
         assert not dv[hidden].any()
 
@@ -227,9 +228,9 @@ def test_nothing_leaks_from_later_tokens_or_other_documents(mechanism: Mechanism
 @pytest.mark.parametrize("backend", ["attend", *ABLE])
 @pytest.mark.parametrize(("queries", "keys"), [(0, 5), (5, 0), (0, 0)])
 def test_no_rows_at_all(backend: str, queries: int, keys: int) -> None:
-    """Through `attend`, which does not bother a backend with nothing, and by each backend itself."""
+    """Through `attention_forward`, which does not bother a backend with nothing, and by each backend itself."""
     t = Tensors.random(queries, keys, (4, 2), 16, 16, torch.float32)
-    plan = Plan.build(Rows.packed([queries]), Rows.packed([keys]), Visibility(), heads=4)
+    plan = Plan.build(Rows.packed([queries]), Rows.packed([keys]), AttentionMask(), heads=4)
     if backend == "attend":
         out, lse, *gradients = run(t, plan, "reference")
     else:
@@ -248,7 +249,7 @@ def test_inputs_need_not_be_contiguous(backend: str) -> None:
     rows = ROWS["ragged"]
     plain = Tensors.random(len(rows), len(rows), (4, 2), 16, 16, torch.float64)
     strided = Tensors(*(x.transpose(0, 2).contiguous().transpose(0, 2) for x in vars(plain).values()))
-    plan = Plan.build(rows, rows, Visibility(), heads=4)
+    plan = Plan.build(rows, rows, AttentionMask(), heads=4)
     for a, b in zip(run(plain, plan, backend), run(strided, plan, backend), strict=True):
         assert oracle.relative_error(b, a) <= oracle.RELATIVE_TOLERANCE[torch.float64]
 
@@ -266,9 +267,9 @@ def test_inputs_need_not_be_contiguous(backend: str) -> None:
     ],
 )
 def test_bad_shapes_are_refused(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], message: str) -> None:
-    plan = Plan.build(Rows.packed([5]), Rows.packed([5]), Visibility(), heads=4)
+    plan = Plan.build(Rows.packed([5]), Rows.packed([5]), AttentionMask(), heads=4)
     with pytest.raises(ValueError, match=message):
-        attend(torch.zeros(q), torch.zeros(k), torch.zeros(v), plan, backend="reference")
+        attention_forward(torch.zeros(q), torch.zeros(k), torch.zeros(v), plan, backend="reference")
 
 
 @pytest.mark.parametrize("backend", ABLE)
@@ -276,7 +277,7 @@ def test_sums_of_parts_are_float32_for_half_inputs(backend: str) -> None:
     """A query meets its keys in dozens of parts: sums kept in bfloat16 would drown in their rounding."""
     rows = Rows.packed([700])
     tensors = Tensors.random(len(rows), len(rows), (2, 1), 16, 16, torch.bfloat16)
-    plan = Plan.build(rows, rows, Visibility(window=600), heads=2)
+    plan = Plan.build(rows, rows, AttentionMask(window=600), heads=2)
     out, _, *gradients = run(tensors, plan, backend)
     for x in (out, *gradients):
         assert x.dtype == torch.float32
@@ -290,7 +291,7 @@ def test_half_precision_gradients_do_not_get_worse_with_length(backend: str, hea
     rows = Rows.packed([2048])
     half = Tensors.random(2048, 2048, heads, 16, 16, torch.bfloat16)
     full = Tensors(*(x.float() for x in vars(half).values()))
-    plan = Plan.build(rows, rows, Visibility(), heads=heads[0])
+    plan = Plan.build(rows, rows, AttentionMask(), heads=heads[0])
     of_half, of_full = (run(tensors, plan, backend)[2:] for tensors in (half, full))
     for name, got, expected in zip(("dq", "dk", "dv"), of_half, of_full, strict=True):
         # bfloat16 rounds to 2^-9: out once before the backward pass, the gradient once after it.
@@ -304,8 +305,8 @@ def test_autograd_does_not_look_into_attend(backend: str, window: int | None) ->
     rows = Rows.packed([96])
     tensors = Tensors.random(96, 96, (2, 1), 16, 16, torch.float64)
     q = tensors.q.requires_grad_()
-    out, lse = attend(
-        q, tensors.k, tensors.v, Plan.build(rows, rows, Visibility(window=window), heads=2), backend=backend
+    out, lse = attention_forward(
+        q, tensors.k, tensors.v, Plan.build(rows, rows, AttentionMask(window=window), heads=2), backend=backend
     )
     assert not out.requires_grad
     assert not lse.requires_grad

@@ -10,17 +10,21 @@ from torch import Tensor
 
 from farspan.errors import ConfigError
 from farspan.kernels.backend import BACKENDS, Backend
-from farspan.kernels.linear_attention.segment import NOWHERE, Place, Stretch
+from farspan.kernels.linear_attention.segment import NOWHERE, Segment, SequencePosition
 from farspan.kernels.linear_attention.state import State, empty_state, merge_states
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.planning.plan import Plan
-from farspan.kernels.recurrent_attention import scan, scan_backward
+from farspan.kernels.recurrent_attention import recurrent_attention_backward, recurrent_attention_forward
 from tests.support.oracle import RELATIVE_TOLERANCE, relative_error, rms_error
 
 CPU = torch.device("cpu")
 DTYPES = list(RELATIVE_TOLERANCE)
-ABLE = [n for n in BACKENDS if BACKENDS.get(n).refusal(CPU) is None and BACKENDS.get(n).scan_refusal() is None]
+ABLE = [
+    n
+    for n in BACKENDS
+    if BACKENDS.get(n).unsupported_reason(CPU) is None and BACKENDS.get(n).scan_unsupported_reason() is None
+]
 HEADS = [(8, 8), (8, 2), (8, 1)]
 NAMES = ("out", "state", "dq", "dk", "dv", "dstate")
 
@@ -46,7 +50,7 @@ ROWS = {
 
 @dataclass(frozen=True)
 class Case:
-    stretch: Stretch
+    segment: Segment
     decay: Tensor
     q: Tensor
     k: Tensor
@@ -62,7 +66,7 @@ class Case:
         dims: tuple[int, int] = (16, 8),
         dtype: torch.dtype = torch.float64,
         decay: Tensor | None = None,
-        place: Place | None = None,
+        place: SequencePosition | None = None,
     ) -> "Case":
         """Rates from 0 to such that the next token has forgotten, and a state of the first document at `place`."""
         generator, tokens = torch.Generator().manual_seed(3), len(rows)
@@ -72,25 +76,25 @@ class Case:
 
         rates = torch.tensor([0.0, 1e-3, 0.02, 0.1, 0.5, 2.0, 60.0, 1e6], dtype=torch.float64)[: heads[0]]
         value, dstate = (draw(heads[0], *dims).to(accumulation_dtype(dtype)) for _ in range(2))
-        stretch = Stretch.of(rows)
-        first = stretch.first if stretch.tokens else Place(0, 5)
+        segment = Segment.of(rows)
+        first = segment.first if segment.tokens else SequencePosition(0, 5)
         return Case(
-            stretch=stretch,
+            segment=segment,
             decay=rates if decay is None else decay,
             q=draw(tokens, heads[0], dims[0]).to(dtype),
             k=draw(tokens, heads[1], dims[0]).to(dtype),
             v=draw(tokens, heads[1], dims[1]).to(dtype),
             dout=draw(tokens, heads[0], dims[1]).to(dtype),
             dstate=dstate,
-            state=State(value, place or Place(first.document, first.position - 2)),
+            state=State(value, place or SequencePosition(first.document, first.position - 2)),
         )
 
     def run(self, backend: str) -> list[Tensor]:
-        tensors = self.q, self.k, self.v, self.stretch, self.decay, self.state
-        out, left = scan(*tensors, backend=backend)
-        assert left.place == (self.stretch.last if self.stretch.tokens else self.state.place)
+        tensors = self.q, self.k, self.v, self.segment, self.decay, self.state
+        out, left = recurrent_attention_forward(*tensors, backend=backend)
+        assert left.place == (self.segment.last if self.segment.tokens else self.state.place)
         assert left.value.dtype == accumulation_dtype(self.q.dtype)
-        return [out, left.value, *scan_backward(self.dout, self.dstate, *tensors, backend=backend)]
+        return [out, left.value, *recurrent_attention_backward(self.dout, self.dstate, *tensors, backend=backend)]
 
     def expect(self) -> list[Tensor]:
         leaves = [x.double().requires_grad_() for x in (self.q, self.k, self.v, self.state.value)]
@@ -107,8 +111,8 @@ class Case:
 
 def formula(q: Tensor, k: Tensor, v: Tensor, before: Tensor, case: Case) -> tuple[Tensor, Tensor]:
     """Head by head with a mask of row pairs; the state is a last key that is no row, the state left a last query."""
-    place, rows, group = case.state.place, case.stretch.rows, q.shape[1] // k.shape[1]
-    end = case.stretch.last if case.stretch.tokens else place
+    place, rows, group = case.state.place, case.segment.rows, q.shape[1] // k.shape[1]
+    end = case.segment.last if case.segment.tokens else place
     to = [*zip(rows.document.tolist(), rows.position.tolist(), strict=True), tuple(end)]
     of = [*zip(rows.document.tolist(), rows.position.tolist(), strict=True), tuple(place)]
     distance = torch.tensor([i[1] for i in to]).double()[:, None] - torch.tensor([j[1] for j in of])
@@ -137,9 +141,9 @@ def test_equals_the_formula(backend: str, rows: str, heads: tuple[int, int], dty
     check(Case.random(ROWS[rows], heads, dtype=dtype), backend)
 
 
-@pytest.mark.parametrize("place", [NOWHERE, Place(99, 5), Place(0, 3), Place(0, 999)])
+@pytest.mark.parametrize("place", [NOWHERE, SequencePosition(99, 5), SequencePosition(0, 3), SequencePosition(0, 999)])
 @pytest.mark.parametrize("backend", ABLE)
-def test_a_state_enters_its_own_document_only(backend: str, place: Place) -> None:
+def test_a_state_enters_its_own_document_only(backend: str, place: SequencePosition) -> None:
     case = Case.random(ROWS["begun_before"], place=place)
     check(case, backend)
     without = Case.random(ROWS["begun_before"], place=NOWHERE)
@@ -192,17 +196,17 @@ def test_any_rate_over_any_distance(backend: str, rate: float, dtype: torch.dtyp
 def test_two_stretches_are_one_with_the_state_passed(backend: str, cut: int) -> None:
     whole = Case.random(ROWS["ragged"])
     out, state, dq, dk, dv, dbefore = whole.run(backend)
-    parts = [slice(0, cut), slice(cut, len(whole.stretch))]
-    stretches = [Stretch.of(whole.stretch.rows.slice(part)) for part in parts]
+    parts = [slice(0, cut), slice(cut, len(whole.segment))]
+    stretches = [Segment.of(whole.segment.rows.slice(part)) for part in parts]
     tensors = [(whole.q[part], whole.k[part], whole.v[part]) for part in parts]
     states, outs = [whole.state], []
-    for stretch, of_part in zip(stretches, tensors, strict=True):
-        part_out, left = scan(*of_part, stretch, whole.decay, states[-1], backend=backend)
+    for segment, of_part in zip(stretches, tensors, strict=True):
+        part_out, left = recurrent_attention_forward(*of_part, segment, whole.decay, states[-1], backend=backend)
         outs.append(part_out)
         states.append(left)
     gradients, dstate = [], whole.dstate
     for number in (1, 0):
-        *gradient, dstate = scan_backward(
+        *gradient, dstate = recurrent_attention_backward(
             whole.dout[parts[number]],
             dstate,
             *tensors[number],
@@ -226,12 +230,16 @@ def test_merged_states_are_the_state_of_one_scan(backend: str) -> None:
     cuts = [0, 40, 40, 131, 140, 200, 360, 366, 369, 372]
     for start, stop in pairwise(cuts):
         part = slice(start, stop)
-        stretch = Stretch.of(case.stretch.rows.slice(part))
-        _, left = scan(case.q[part], case.k[part], case.v[part], stretch, case.decay, backend=backend)
+        segment = Segment.of(case.segment.rows.slice(part))
+        _, left = recurrent_attention_forward(
+            case.q[part], case.k[part], case.v[part], segment, case.decay, backend=backend
+        )
         state = merge_states(state, left, case.decay)
-        tokens = min(stop, case.stretch.tokens)
-        so_far = Stretch.of(case.stretch.rows.slice(slice(0, tokens)))
-        _, expected = scan(case.q[:tokens], case.k[:tokens], case.v[:tokens], so_far, case.decay, backend=backend)
+        tokens = min(stop, case.segment.tokens)
+        so_far = Segment.of(case.segment.rows.slice(slice(0, tokens)))
+        _, expected = recurrent_attention_forward(
+            case.q[:tokens], case.k[:tokens], case.v[:tokens], so_far, case.decay, backend=backend
+        )
         assert state.place == expected.place
         assert relative_error(state.value, expected.value) <= RELATIVE_TOLERANCE[torch.float64]
 
@@ -247,11 +255,13 @@ def test_nothing_leaks_from_later_tokens_or_other_documents(backend: str) -> Non
         k, v = case.k.clone(), case.v.clone()
         k[hidden] *= 1e6
         v[hidden] -= 50.0
-        changed, _ = scan(case.q, k, v, case.stretch, case.decay, backend=backend)
+        changed, _ = recurrent_attention_forward(case.q, k, v, case.segment, case.decay, backend=backend)
         assert torch.equal(changed[t], out[t])
         only_t = torch.zeros_like(case.dout)
         only_t[t] = case.dout[t]
-        _, dk, dv, _ = scan_backward(only_t, None, case.q, case.k, case.v, case.stretch, case.decay, backend=backend)
+        _, dk, dv, _ = recurrent_attention_backward(
+            only_t, None, case.q, case.k, case.v, case.segment, case.decay, backend=backend
+        )
         assert not dk[hidden].any()
         assert not dv[hidden].any()
         assert t == 113 or (dk[t].any() and dv[t].any())
@@ -264,7 +274,7 @@ def test_half_precision_is_as_exact_as_its_roundings(backend: str, heads: tuple[
     case = Case.random(later_rows([1500], 10), heads, dtype=torch.bfloat16)
     exact = {name: x.double() for name, x in vars(case).items() if isinstance(x, Tensor)}
     state = State(case.state.value.double(), case.state.place)
-    wide = Case(stretch=case.stretch, state=state, **exact)
+    wide = Case(segment=case.segment, state=state, **exact)
     for name, got, expected in zip(NAMES, case.run(backend), wide.run(backend), strict=True):
         assert rms_error(got, expected) < 2.0**-9, name
 
@@ -297,7 +307,7 @@ def test_inputs_stay_as_they_are_and_autograd_does_not_look_in(backend: str) -> 
         ({"q": torch.zeros(5, 4, 8), "k": torch.zeros(5, 3, 8), "v": torch.zeros(5, 3, 8)}, "4 query heads cannot"),
         ({"k": torch.zeros(5, 2, 4)}, "a scan wants q"),
         ({"v": torch.zeros(4, 2, 8)}, "the stretch has 5 rows|a scan wants q"),
-        ({"stretch": Stretch.of(Rows.packed([6]))}, "the stretch has 6 rows"),
+        ({"segment": Segment.of(Rows.packed([6]))}, "the stretch has 6 rows"),
         ({"q": torch.zeros(5, 4, 8).double()}, "one dtype"),
         ({"decay": torch.zeros(3)}, "for each of 4 query heads"),
         ({"decay": torch.tensor([1.0, 1.0, -0.1, 1.0])}, "a finite rate of decay, 0 or more"),
@@ -305,7 +315,7 @@ def test_inputs_stay_as_they_are_and_autograd_does_not_look_in(backend: str) -> 
         ({"decay": torch.tensor([1.0, 1.0, math.inf, 1.0])}, "a finite rate of decay, 0 or more"),
         ({"state": State(torch.zeros(4, 8, 7), NOWHERE)}, "a state of"),
         ({"state": State(torch.zeros(4, 8, 8).double(), NOWHERE)}, "a state of"),
-        ({"state": State(torch.zeros(4, 8, 8), Place(0, 0))}, "not before the stretch"),
+        ({"state": State(torch.zeros(4, 8, 8), SequencePosition(0, 0))}, "not before the stretch"),
         ({"dout": torch.zeros(5, 4, 7)}, "dout"),
         ({"dstate": torch.zeros(4, 8, 7)}, "dstate"),
     ],
@@ -317,18 +327,18 @@ def test_bad_inputs_are_refused(change: dict, message: str) -> None:
         "q": torch.zeros(5, 4, 8),
         "k": torch.zeros(5, 2, 8),
         "v": torch.zeros(5, 2, 8),
-        "stretch": Stretch.of(Rows.packed([5])),
+        "segment": Segment.of(Rows.packed([5])),
         "decay": torch.ones(4),
         **change,
     }
     with pytest.raises(ValueError, match=message):
-        scan_backward(**given, backend="reference")
+        recurrent_attention_backward(**given, backend="reference")
 
 
 class SoftmaxOnly(Backend):
     rank = 50
 
-    def refusal(self, device: torch.device) -> str | None:
+    def unsupported_reason(self, device: torch.device) -> str | None:
         return None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -344,4 +354,4 @@ def test_a_backend_that_cannot_scan_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(BACKENDS._parts, "softmax_only", SoftmaxOnly())
     case = Case.random(ROWS["one"])
     with pytest.raises(ConfigError, match=r"attention\.backend='softmax_only' cannot run a recurrent mechanism: it "):
-        scan(case.q, case.k, case.v, case.stretch, case.decay, backend="softmax_only")
+        recurrent_attention_forward(case.q, case.k, case.v, case.segment, case.decay, backend="softmax_only")

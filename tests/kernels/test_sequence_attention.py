@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.backend import BACKENDS
-from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import MECHANISMS, Ageing, Gathered, Heads, Masked, Mechanism, Recurrent, Routed
+from farspan.kernels.mechanism import MECHANISMS, Heads, KVLifetime, Masked, Mechanism, Recurrent, Routed, TokenChoice
 from farspan.kernels.mechanisms.nats import NAtS
 from farspan.kernels.merge import accumulation_dtype
-from farspan.kernels.sequence_attention import plan_whole
-from tests.support import lifetimes as ageing
+from farspan.kernels.sequence_attention import plan_sequence_attention
+from tests.support import lifetimes as lifetime_shard
 from tests.support import oracle
 from tests.support.sequence_shards import select
 
 CPU = torch.device("cpu")
-ABLE = [name for name in BACKENDS if BACKENDS.get(name).refusal(CPU) is None]
+ABLE = [name for name in BACKENDS if BACKENDS.get(name).unsupported_reason(CPU) is None]
 EXAMPLES = [
     pytest.param(example, id=str(example)) for name in MECHANISMS for example in MECHANISMS.get(name).examples()
 ]
@@ -48,17 +48,17 @@ def visible(mechanism: Mechanism, inputs: list[Tensor], rows: Rows) -> Tensor:
     """Return which keys each query sees, bool `[Hq, T, T]`."""
     q, k = inputs[:2]
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
-    if isinstance(mechanism, Gathered):
+    if isinstance(mechanism, TokenChoice):
         chosen = mechanism.choose(inputs[3][..., 0].float(), rows).t().repeat_interleave(group, dim=0)
         both = chosen[:, :, None] & chosen[:, None, :]
-        return both & oracle.visible_mask(rows, rows, mechanism.among().visibility(), heads)
+        return both & oracle.visible_mask(rows, rows, mechanism.among().attention_mask(), heads)
     if isinstance(mechanism, Recurrent):
-        return oracle.visible_mask(rows, rows, Visibility(causal=True), heads)
-    if isinstance(mechanism, Ageing):
+        return oracle.visible_mask(rows, rows, AttentionMask(causal=True), heads)
+    if isinstance(mechanism, KVLifetime):
         assert isinstance(mechanism, NAtS)
-        return ageing.visible(inputs[3], rows, mechanism.window).repeat_interleave(group, dim=0)
+        return lifetime_shard.visible(inputs[3], rows, mechanism.window).repeat_interleave(group, dim=0)
     assert isinstance(mechanism, Masked)
-    mask = oracle.visible_mask(rows, rows, mechanism.visibility(), heads)
+    mask = oracle.visible_mask(rows, rows, mechanism.attention_mask(), heads)
     return (
         mask & oracle.selected_mask(select(mechanism, q, k, rows), rows, heads)
         if isinstance(mechanism, Routed)
@@ -73,14 +73,14 @@ def expect(mechanism: Mechanism, inputs: list[Tensor], dout: Tensor, rows: Rows)
     if isinstance(mechanism, Recurrent):
         out = oracle.decayed_sums(q, k, v, mechanism.decay(q.shape[1]), rows)
         return [out.detach(), *torch.autograd.grad(out, leaves, dout.double())]
-    if isinstance(mechanism, Ageing):
+    if isinstance(mechanism, KVLifetime):
         assert isinstance(mechanism, NAtS)
-        types = ageing.one_hot_types(leaves[3], rows, mechanism.temperature)
-        out, lse = ageing.attention(q, k, v, types, rows, mechanism.window)
-        loss = (out * dout.double()).sum() + ageing.penalty(types, rows, mechanism.penalty)
+        types = lifetime_shard.one_hot_types(leaves[3], rows, mechanism.temperature)
+        out, lse = lifetime_shard.attention(q, k, v, types, rows, mechanism.window)
+        loss = (out * dout.double()).sum() + lifetime_shard.penalty(types, rows, mechanism.penalty)
         return [out.detach(), lse.detach(), *torch.autograd.grad(loss, leaves, materialize_grads=True)]
     out, lse = oracle.attention(q, k, v, visible(mechanism, inputs, rows))
-    if isinstance(mechanism, Gathered):
+    if isinstance(mechanism, TokenChoice):
         group = q.shape[1] // k.shape[1]
         out = out / (1 + torch.exp(-leaves[3])).repeat_interleave(group, dim=1)
     gradients = torch.autograd.grad(out, leaves, dout.double(), allow_unused=True, materialize_grads=True)
@@ -88,7 +88,7 @@ def expect(mechanism: Mechanism, inputs: list[Tensor], dout: Tensor, rows: Rows)
 
 
 def run(mechanism: Mechanism, inputs: list[Tensor], dout: Tensor, rows: Rows, heads: Heads, backend: str):
-    whole = plan_whole(mechanism, rows, heads, range(heads.query), backend=backend)
+    whole = plan_sequence_attention(mechanism, rows, heads, range(heads.query), backend=backend)
     out, saved = whole.forward(*inputs)
     assert out.dtype == inputs[0].dtype
     return results(out, whole.lse(saved), whole.backward(dout, saved))
@@ -119,7 +119,7 @@ def test_heads_can_be_dealt(mechanism: Mechanism, backend: str) -> None:
     inputs, dout = random_inputs(mechanism, rows, heads, torch.float64)
     whole = run(mechanism, inputs, dout, rows, heads, backend)
     for first in (0, 2, 6):
-        part = plan_whole(mechanism, rows, heads, range(first, first + 2), backend=backend)
+        part = plan_sequence_attention(mechanism, rows, heads, range(first, first + 2), backend=backend)
         mine = [x[:, first : first + 2] if x.shape[1] == 8 else x[:, first // 2 : first // 2 + 1] for x in inputs]
         out, saved = part.forward(*mine)
         got = results(out, part.lse(saved), part.backward(dout[:, first : first + 2], saved))
@@ -140,7 +140,7 @@ def test_nothing_leaks_from_hidden_tokens(mechanism: Mechanism, backend: str) ->
     if isinstance(mechanism, NAtS):
         mechanism = replace(mechanism, penalty=0.0)
     inputs, dout = random_inputs(mechanism, rows, heads, torch.float64)
-    whole = plan_whole(mechanism, rows, heads, range(8), backend=backend)
+    whole = plan_sequence_attention(mechanism, rows, heads, range(8), backend=backend)
     _, saved = whole.forward(*inputs)
     mask, document = visible(mechanism, inputs, rows).any(dim=0), rows.document
     for t in (0, 7, 19, 20, 30, 42):

@@ -7,11 +7,15 @@ from torch import Tensor
 from farspan.kernels.backend import BACKENDS
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanisms.lightning import Lightning
-from farspan.kernels.sequence_scan import WholeScan
+from farspan.kernels.sequence_scan import SequenceScan
 from tests.support.oracle import RELATIVE_TOLERANCE, relative_error
 
 CPU = torch.device("cpu")
-ABLE = [n for n in BACKENDS if BACKENDS.get(n).refusal(CPU) is None and BACKENDS.get(n).scan_refusal() is None]
+ABLE = [
+    n
+    for n in BACKENDS
+    if BACKENDS.get(n).unsupported_reason(CPU) is None and BACKENDS.get(n).scan_unsupported_reason() is None
+]
 PACKED = Rows.packed([50, 1, 130], padding=3)
 ROWS = {
     "packed": PACKED,
@@ -46,7 +50,7 @@ def formula(q: Tensor, k: Tensor, v: Tensor, rows: Rows, decay: Tensor) -> Tenso
 def test_rows_in_any_order(mechanism: Lightning, backend: str, order: str, dtype: torch.dtype) -> None:
     rows, decay = ROWS[order], mechanism.decay(8)
     q, k, v, dout = draw(rows, dtype)
-    planned = WholeScan.build(rows, decay, backend=backend)
+    planned = SequenceScan.build(rows, decay, backend=backend)
     out, saved = planned.forward(q, k, v)
     assert out.dtype == dtype
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
@@ -57,16 +61,16 @@ def test_rows_in_any_order(mechanism: Lightning, backend: str, order: str, dtype
 
 
 def test_rows_in_order_are_not_moved() -> None:
-    assert WholeScan.build(PACKED, torch.zeros(1), backend="cpu").order is None
-    assert WholeScan.build(ROWS["shuffled"], torch.zeros(1), backend="cpu").order is not None
+    assert SequenceScan.build(PACKED, torch.zeros(1), backend="cpu").order is None
+    assert SequenceScan.build(ROWS["shuffled"], torch.zeros(1), backend="cpu").order is not None
 
 
 def test_some_of_the_heads_are_a_slice_of_all() -> None:
     """As under Ulysses: a rank has query heads 4 to 8 and their KV head, with the rates that they have among all."""
     rows, decay = ROWS["shuffled"], Lightning().decay(8)
     q, k, v, dout = draw(rows, torch.float64)
-    all_heads = WholeScan.build(rows, decay, backend="cpu")
-    some = WholeScan.build(rows, decay[4:8], backend="cpu")
+    all_heads = SequenceScan.build(rows, decay, backend="cpu")
+    some = SequenceScan.build(rows, decay[4:8], backend="cpu")
     out, saved = all_heads.forward(q, k, v)
     my_out, my_saved = some.forward(q[:, 4:8], k[:, 1:], v[:, 1:])
     assert relative_error(my_out, out[:, 4:8]) <= 1e-13

@@ -3,16 +3,16 @@ import torch
 from torch import Tensor
 
 from farspan.errors import ConfigError
-from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import PADDING, Rows
-from farspan.kernels.masks.selection import Selection
+from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.mechanism import MECHANISMS, Heads, Masked, Mechanism, Routed
 from farspan.kernels.mechanisms.block_sparse import BlockSparse
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.mosa import MoSA
-from farspan.kernels.mechanisms.neighborhood import Neighbourhood
+from farspan.kernels.mechanisms.neighborhood import Neighborhood
 from farspan.kernels.mechanisms.window import Window
 from farspan.kernels.planning.gathered_batches import count_pairs
 from farspan.kernels.planning.plan import Plan
@@ -59,7 +59,9 @@ def test_zigzag_and_striped_even_out_causal_work(degree: int) -> None:
 
     def imbalance(layout: str) -> float:
         shards = Shards.deal(rows, layout=layout, degree=degree)
-        work = [Plan.build(shards.rows_of(rank), rows, Visibility(), heads=1).visible_pairs for rank in range(degree)]
+        work = [
+            Plan.build(shards.rows_of(rank), rows, AttentionMask(), heads=1).unmasked_pairs for rank in range(degree)
+        ]
         assert sum(work) == tokens * (tokens + 1) // 2
         return max(work) * degree / sum(work)
 
@@ -75,15 +77,15 @@ def test_an_unknown_layout_is_refused() -> None:
 
 def visible_area(mechanism: Mechanism, rows: Rows, index: Tensor) -> float:
     """Count the pairs that the queries of one rank see, by a plan of their own."""
-    queries, visibility = rows.take(index), mechanism.visibility()  # pyright: ignore[reportAttributeAccessIssue]
+    queries, attention_mask = rows.take(index), mechanism.attention_mask()  # pyright: ignore[reportAttributeAccessIssue]
     selection = None
     if isinstance(mechanism, Routed):
         one = Heads(query=1, kv=1)
         whole = choose_alone(mechanism, rows, one, torch.zeros(len(rows), 1, 8), torch.zeros(len(rows), 1, 8))
-        assert isinstance(whole, Selection)
+        assert isinstance(whole, BlockSelection)
         selection = whole.of_queries(index)
-    plan = Plan.build(queries, rows, visibility, heads=1, selection=selection)
-    return plan.visible_pairs if selection is None else count_pairs(plan, kv_heads=1)
+    plan = Plan.build(queries, rows, attention_mask, heads=1, selection=selection)
+    return plan.unmasked_pairs if selection is None else count_pairs(plan, kv_heads=1)
 
 
 def log_normal_documents(tokens: int) -> list[int]:
@@ -111,7 +113,7 @@ def test_balanced_evens_out_what_is_seen(name: str, degree: int) -> None:
     """At most 1.05 times the mean on any rank, as plans count; round robin would have 1.5 for some of these."""
     mechanism, lengths = WORKS[name]
     rows = Rows.packed(lengths)
-    shards = Shards.deal(rows, layout="balanced", degree=degree, work=mechanism.visible_keys)
+    shards = Shards.deal(rows, layout="balanced", degree=degree, work=mechanism.keys_per_query)
     work = [visible_area(mechanism, rows, index) for index in shards.index]
     assert max(work) * degree / sum(work) <= 1.05
     assert (shards.index >= 0).sum() == len(rows)
@@ -137,20 +139,20 @@ def test_balanced_deals_no_stretch_that_is_too_short() -> None:
 MASKED = [x for name in MECHANISMS for x in MECHANISMS.get(name).examples() if isinstance(x, Masked)]
 
 
-@pytest.mark.parametrize("mechanism", [x for x in MASKED if not isinstance(x, (Routed, Neighbourhood))], ids=str)
+@pytest.mark.parametrize("mechanism", [x for x in MASKED if not isinstance(x, (Routed, Neighborhood))], ids=str)
 def test_visible_keys_are_those_of_the_mask(mechanism: Masked) -> None:
     rows = Rows.packed([1, 130, 3, 77], padding=5)
-    visibility = mechanism.visibility()
-    heads = len(visibility.window) if isinstance(visibility.window, tuple) else 1
-    mask = Plan.build(rows, rows, visibility, heads=heads).mask()
-    assert torch.equal(mechanism.visible_keys(rows), mask.double().sum(dim=2).mean(dim=0))
+    attention_mask = mechanism.attention_mask()
+    heads = len(attention_mask.window) if isinstance(attention_mask.window, tuple) else 1
+    mask = Plan.build(rows, rows, attention_mask, heads=heads).mask()
+    assert torch.equal(mechanism.keys_per_query(rows), mask.double().sum(dim=2).mean(dim=0))
 
 
 def test_visible_keys_of_grids_blocks_and_routers() -> None:
-    grid = Neighbourhood(grid=(3, 5, 8), window=(2, 3, 3), stride=(1, 1, 2), dilation=(1, 1, 2))
+    grid = Neighborhood(grid=(3, 5, 8), window=(2, 3, 3), stride=(1, 1, 2), dilation=(1, 1, 2))
     rows = Rows.packed([120, 240])
-    mask = Plan.build(rows, rows, grid.visibility(), heads=1).mask()[0]
-    assert torch.equal(grid.visible_keys(rows), mask.double().sum(dim=1))
+    mask = Plan.build(rows, rows, grid.attention_mask(), heads=1).mask()[0]
+    assert torch.equal(grid.keys_per_query(rows), mask.double().sum(dim=1))
     for mechanism in (
         MoBA(block=32, top_k=3),
         BlockSparse(block=32, density=0.4),
@@ -159,7 +161,7 @@ def test_visible_keys_of_grids_blocks_and_routers() -> None:
         rows, one = Rows.packed([1, 128, 96], padding=3), Heads(query=1, kv=1)
         q = torch.randn(len(rows), 1, 8, generator=torch.Generator().manual_seed(0))
         selection = choose_alone(mechanism, rows, one, q, q)
-        assert isinstance(selection, Selection)
-        plan = Plan.build(rows, rows, mechanism.visibility(), heads=1, selection=selection)
-        assert torch.equal(mechanism.visible_keys(rows), plan.mask()[0].double().sum(dim=1)), mechanism
-    assert MoSA().visible_keys(rows).sum() == Lightning().visible_keys(rows).sum() == 225
+        assert isinstance(selection, BlockSelection)
+        plan = Plan.build(rows, rows, mechanism.attention_mask(), heads=1, selection=selection)
+        assert torch.equal(mechanism.keys_per_query(rows), plan.mask()[0].double().sum(dim=1)), mechanism
+    assert MoSA().keys_per_query(rows).sum() == Lightning().keys_per_query(rows).sum() == 225

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import MECHANISMS, Ageing, Gathered, Heads, Masked, Mechanism, Recurrent, Routed
+from farspan.kernels.mechanism import MECHANISMS, Heads, KVLifetime, Masked, Mechanism, Recurrent, Routed, TokenChoice
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.merge import accumulation_dtype
-from farspan.kernels.sequence_attention import plan_whole
+from farspan.kernels.sequence_attention import plan_sequence_attention
 from farspan.parallel.comm import Traffic
 from farspan.parallel.context_parallel.routing import choose_alone
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes
@@ -82,7 +82,7 @@ def run_cases(chosen: list[Case]) -> list[tuple[list[Tensor], list[Sent]]]:
 
 def run_case(case: Case) -> tuple[list[Tensor], list[Sent]]:
     channel = world_channel(case.width)
-    shards = Shards.deal(case.rows, layout=case.layout, degree=channel.size, work=case.mechanism.visible_keys)
+    shards = Shards.deal(case.rows, layout=case.layout, degree=channel.size, work=case.mechanism.keys_per_query)
     strategy = STRATEGIES.get(case.strategy)(channel, rounded_gradients=case.rounded)
     planned = strategy.prepare(case.mechanism, shards, case.heads, backend="cpu")
     *whole, dout = case.inputs()
@@ -107,7 +107,7 @@ def reference(mechanism: Mechanism, documents: str, heads: Heads, dtype: torch.d
     """One process, the reference backend, float64, of inputs rounded to `dtype`."""
     case = Case(mechanism, "single", "contiguous", documents, heads, dtype=dtype)
     *inputs, dout = (x.double() for x in case.inputs())
-    whole = plan_whole(mechanism, case.rows, heads, range(heads.query), backend="reference")
+    whole = plan_sequence_attention(mechanism, case.rows, heads, range(heads.query), backend="reference")
     out, saved = whole.forward(*inputs)
     lse = whole.lse(saved)
     return [out, *([] if lse is None else [lse]), *whole.backward(dout, saved)]
@@ -127,15 +127,15 @@ def cases(strategy: str, degree: int, mechanism_name: str) -> list[Case]:
         for c, heads in enumerate(HEADS)
         if (a + b + c - turn) % 3 == 0 and (a - b + number + list(STRATEGIES).index(strategy)) % 3 == 0
         for width in [width_for(strategy, degree, turn=a)]
-        if STRATEGIES.get(strategy).refusal(mechanism, heads, degree, width) is None
+        if STRATEGIES.get(strategy).unsupported_reason(mechanism, heads, degree, width) is None
     ]
 
 
 def width_for(strategy: str, degree: int, turn: int) -> int:
     """Return the inner axis of a strategy that needs a grid: of eight ranks two or four, in turn."""
-    if degree < 4 or STRATEGIES.get(strategy).refusal(Dense(), HEADS[0], degree, 2) == STRATEGIES.get(strategy).refusal(
-        Dense(), HEADS[0], degree, 1
-    ):
+    if degree < 4 or STRATEGIES.get(strategy).unsupported_reason(Dense(), HEADS[0], degree, 2) == STRATEGIES.get(
+        strategy
+    ).unsupported_reason(Dense(), HEADS[0], degree, 1):
         return 1
     return 4 if degree == 8 and turn % 2 else 2
 
@@ -147,7 +147,7 @@ def label(case: Case) -> str:
 
 def put_together(case: Case, degree: int, parts: list[list[Tensor]]) -> list[Tensor]:
     """Return the whole sequence's tensors from every rank's list of them."""
-    shards = Shards.deal(case.rows, layout=case.layout, degree=degree, work=case.mechanism.visible_keys)
+    shards = Shards.deal(case.rows, layout=case.layout, degree=degree, work=case.mechanism.keys_per_query)
     return [shards.unshard(torch.stack(part)) for part in zip(*parts, strict=True)]
 
 
@@ -193,7 +193,9 @@ def is_refused_whatever_the_heads(strategy: str, degree: int, mechanism: str) ->
     """Whether a pair may have no case: the base class is not the strategy's, or the degree is not."""
     example = MECHANISMS.get(mechanism).examples()[0]
     width = width_for(strategy, degree, turn=0)
-    return all(STRATEGIES.get(strategy).refusal(example, heads, degree, width) is not None for heads in HEADS)
+    return all(
+        STRATEGIES.get(strategy).unsupported_reason(example, heads, degree, width) is not None for heads in HEADS
+    )
 
 
 def test_the_base_class_decides_what_a_strategy_takes() -> None:
@@ -205,13 +207,13 @@ def test_the_base_class_decides_what_a_strategy_takes() -> None:
         for kind in [kind_of(MECHANISMS.get(name))]
         if all(is_refused_whatever_the_heads(strategy, degree, name) for degree in DEGREES)
     }
-    move_keys, softmax = ("ring", "double_ring", "gather", "fetch"), ("Masked", "Routed", "Ageing", "Gathered")
+    move_keys, softmax = ("ring", "double_ring", "gather", "fetch"), ("Masked", "Routed", "KVLifetime", "TokenChoice")
     expected = {(name, "Recurrent") for name in move_keys} | {("state", kind) for kind in softmax}
-    assert refused == expected | {("ship", kind) for kind in ("Masked", "Ageing", "Gathered", "Recurrent")}
+    assert refused == expected | {("ship", kind) for kind in ("Masked", "KVLifetime", "TokenChoice", "Recurrent")}
 
 
 def kind_of(mechanism: type[Mechanism]) -> type[Mechanism]:
-    kinds = [kind for kind in (Recurrent, Gathered, Routed, Ageing, Masked) if issubclass(mechanism, kind)]
+    kinds = [kind for kind in (Recurrent, TokenChoice, Routed, KVLifetime, Masked) if issubclass(mechanism, kind)]
     return kinds[0]
 
 
@@ -228,7 +230,7 @@ def test_bfloat16_loses_no_more_than_one_process_does(
     example = MECHANISMS.get(mechanism).examples()[0]
     width = width_for(strategy, 8, turn=0)
     case = Case(example, strategy, "zigzag", "ragged", HEADS[1], width, torch.bfloat16)
-    if STRATEGIES.get(strategy).refusal(example, case.heads, 8, width) is not None:
+    if STRATEGIES.get(strategy).unsupported_reason(example, case.heads, 8, width) is not None:
         return
     alone = replace(case, strategy="single", width=1)
     expected = reference(example, case.documents, case.heads, torch.bfloat16)

@@ -11,7 +11,7 @@ from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.mosa import MoSA
 from farspan.kernels.mechanisms.window import Window
-from farspan.kernels.sequence_attention import plan_whole
+from farspan.kernels.sequence_attention import plan_sequence_attention
 from farspan.parallel.comm import Channel
 from farspan.parallel.context_parallel.routing import choose_alone
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes, Volume
@@ -67,7 +67,7 @@ def test_many_ranks_equal_one(strategy: str, mechanism: Mechanism, layout: str, 
 
     with torch.no_grad():
         found = simulate(degree, attend, width=width)
-        whole = plan_whole(mechanism, ROWS, HEADS, range(HEADS.query), backend="reference")
+        whole = plan_sequence_attention(mechanism, ROWS, HEADS, range(HEADS.query), backend="reference")
         out, saved = whole.forward(*inputs)
         expected = [out, *whole.backward(dout, saved)]
     for number, truth in enumerate(expected):
@@ -82,7 +82,7 @@ def test_padding_rows_come_out_as_zeros(strategy: str, layout: str) -> None:
     """Whatever is in them, results and gradients: layers after this one would spread what is not a number."""
     mechanism = {"state": Lightning(), "ship": MoBA(block=8, top_k=2)}.get(strategy, Dense())
     shards = Shards.deal(Rows.packed([13]), layout=layout, degree=4)
-    width = 1 if STRATEGIES.get(strategy).refusal(mechanism, HEADS, 4, 1) is None else 2
+    width = 1 if STRATEGIES.get(strategy).unsupported_reason(mechanism, HEADS, 4, 1) is None else 2
 
     def attend(channel: Channel) -> list[Tensor]:
         planned = STRATEGIES.get(strategy)(channel).prepare(mechanism, shards, HEADS, backend="cpu")

@@ -107,7 +107,7 @@ def walk_back(config: Config) -> tuple[str | None, Bits, list[str]]:
     return folder, bits, [line for line in lines if line.startswith("refused")]
 
 
-def refusal(config: Config, fingerprint: str = "data") -> str:
+def unsupported_reason(config: Config, fingerprint: str = "data") -> str:
     """On a rank: return why nothing can be loaded."""
     with pytest.raises(CheckpointError) as refused:
         Side(config, fingerprint).checkpoints.load_latest(TrainState())

@@ -62,7 +62,7 @@ def attention(
 
 
 def summed_loss(parameters: dict[str, Tensor], config: Config, sequence: PackedSequence, seen: Seen) -> Tensor:
-    """The decoder by its formulas, over one whole sequence; the sum of the losses of its labelled tokens."""
+    """The decoder by its formulas, over one whole sequence; the sum of the losses of its labeled tokens."""
     model, p = config.model, parameters
     tokens, position, document = (torch.from_numpy(x) for x in (sequence.tokens, sequence.position, sequence.document))
     visible = (document[:, None] == document[None]) & (position[:, None] >= position[None])

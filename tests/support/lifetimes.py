@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from tests.support import oracle
 
@@ -92,7 +92,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, t: Tensor, rows: Rows, window: in
     see = visible(t.detach(), rows, window).repeat_interleave(group, dim=0)
     mask = relaxed(t, rows, window).repeat_interleave(group, dim=0)
     torch.testing.assert_close(mask.detach(), see.to(q.dtype), rtol=0, atol=1e-12)
-    causal = oracle.visible_mask(rows, rows, Visibility(causal=True), q.shape[1])
+    causal = oracle.visible_mask(rows, rows, AttentionMask(causal=True), q.shape[1])
     scores = torch.einsum("thd,shd->hts", q, k.repeat_interleave(group, dim=1)) / math.sqrt(q.shape[2])
     lse, causal_lse = (scores.detach().masked_fill(~m, -math.inf).logsumexp(dim=-1) for m in (see, causal))
     factor = torch.where(causal.any(dim=-1), torch.exp(lse - causal_lse), 0.0)

@@ -25,7 +25,7 @@ def scores_of(experts: ExpertsConfig, logits: Tensor) -> Tensor:
 def weights_of(experts: ExpertsConfig, logits: Tensor, wanted: Tensor) -> Tensor:
     """Of all experts, `[T, E]`; 0 for those that are not wanted."""
     weights = scores_of(experts, logits) * wanted
-    if experts.normalised:
+    if experts.normalized:
         weights = weights / weights.sum(-1, keepdim=True)
     return weights * experts.scale
 
@@ -83,7 +83,7 @@ def head_gates(model: ModelConfig, logits: Tensor, bias: Tensor) -> tuple[Tensor
     mixture = model.head_mixture
     if mixture.kind == "experts":
         gates = logits.softmax(-1) * head_choices(model, logits, bias)
-        if mixture.normalised:
+        if mixture.normalized:
             gates = gates / gates.detach().sum(-1, keepdim=True)
         return gates.repeat_interleave(model.heads, dim=1), logits
     group, shared = model.heads // model.kv_heads, mixture.shared

@@ -5,30 +5,30 @@ import math
 import torch
 from torch import Tensor
 
-from farspan.kernels.masks.mask import Visibility
-from farspan.kernels.masks.neighborhood import Neighbourhood
+from farspan.kernels.masks.attention_mask import AttentionMask
+from farspan.kernels.masks.neighborhood import Neighborhood
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.masks.selection import Selection
+from farspan.kernels.masks.selection import BlockSelection
 
 # Largest error relative to the largest value, by dtype. float64 and float32: some hundred roundings of sums of O(1)
 # terms. bfloat16: inputs, probabilities and results are rounded to 8 bits, 2^-9 each.
 RELATIVE_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-def visible_pairs(queries: Rows, keys: Rows, visibility: Visibility, head: int = 0) -> list[list[int]]:
+def unmasked_pairs(queries: Rows, keys: Rows, attention_mask: AttentionMask, head: int = 0) -> list[list[int]]:
     """Return for each query row the key rows that it may see in a query head, by plain comparison of integers."""
-    window = visibility.window[head] if isinstance(visibility.window, tuple) else visibility.window
+    window = attention_mask.window[head] if isinstance(attention_mask.window, tuple) else attention_mask.window
     key_list = list(zip(keys.position.tolist(), keys.document.tolist(), strict=True))
     pairs = []
     for position, document in zip(queries.position.tolist(), queries.document.tolist(), strict=True):
-        near = None if visibility.neighbourhood is None else neighbours(position, visibility.neighbourhood)
+        near = None if attention_mask.neighborhood is None else neighbors(position, attention_mask.neighborhood)
         seen = []
         for j, (key_position, key_document) in enumerate(key_list):
             if document < 0 or key_document != document:
                 continue
-            if visibility.causal and key_position > position:
+            if attention_mask.causal and key_position > position:
                 continue
-            if window is not None and abs(position - key_position) >= window and key_position >= visibility.sinks:
+            if window is not None and abs(position - key_position) >= window and key_position >= attention_mask.sinks:
                 continue
             if near is not None and key_position not in near:
                 continue
@@ -37,12 +37,12 @@ def visible_pairs(queries: Rows, keys: Rows, visibility: Visibility, head: int =
     return pairs
 
 
-def neighbours(position: int, neighbourhood: Neighbourhood) -> set[int]:
-    """Return the positions in a query's neighbourhood: a list of the coordinates of its dilation group, sliced."""
-    shape = [dimension.length for dimension in neighbourhood.dimensions]
+def neighbors(position: int, neighborhood: Neighborhood) -> set[int]:
+    """Return the positions in a query's neighborhood: a list of the coordinates of its dilation group, sliced."""
+    shape = [dimension.length for dimension in neighborhood.dimensions]
     grid, place = divmod(position, math.prod(shape))
     found = [grid]
-    for number, dimension in enumerate(neighbourhood.dimensions):
+    for number, dimension in enumerate(neighborhood.dimensions):
         coordinate = place // math.prod(shape[number + 1 :]) % dimension.length
         line = list(range(coordinate % dimension.dilation, dimension.length, dimension.dilation))
         at = line.index(coordinate)
@@ -58,16 +58,16 @@ def neighbours(position: int, neighbourhood: Neighbourhood) -> set[int]:
     return set(found)
 
 
-def visible_mask(queries: Rows, keys: Rows, visibility: Visibility, heads: int) -> Tensor:
+def visible_mask(queries: Rows, keys: Rows, attention_mask: AttentionMask, heads: int) -> Tensor:
     """Return the same as bool `[heads, queries, keys]`."""
     mask = torch.zeros(heads, len(queries), len(keys), dtype=torch.bool)
-    for head in range(heads if isinstance(visibility.window, tuple) else 1):
-        for row, seen in enumerate(visible_pairs(queries, keys, visibility, head)):
+    for head in range(heads if isinstance(attention_mask.window, tuple) else 1):
+        for row, seen in enumerate(unmasked_pairs(queries, keys, attention_mask, head)):
             mask[head, row, seen] = True
-    return mask if isinstance(visibility.window, tuple) else mask[:1].expand(heads, -1, -1).clone()
+    return mask if isinstance(attention_mask.window, tuple) else mask[:1].expand(heads, -1, -1).clone()
 
 
-def selected_mask(selection: Selection, keys: Rows, heads: int) -> Tensor:
+def selected_mask(selection: BlockSelection, keys: Rows, heads: int) -> Tensor:
     """Return whether the block of each key is on the list of each head and query, list by list."""
     queries = len(selection.unit)
     offsets, chosen = selection.offsets.tolist(), selection.chosen.tolist()

@@ -8,26 +8,26 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.masks.selection import Selection
-from farspan.kernels.mechanism import Heads, Holding, Routed, Total, alone
+from farspan.kernels.masks.selection import BlockSelection
+from farspan.kernels.mechanism import AllReduceSum, Heads, LocalShard, Routed, identity
 
 
 def select(
-    mechanism: Routed, q: Tensor, k: Tensor, rows: Rows, everyone: Rows | None = None, total: Total = alone
-) -> Selection:
-    """Return the choice for q `[T, Hq, D]` of the held rows; `everyone` is the whole sequence, `rows` if left out."""
-    holding = Holding(
+    mechanism: Routed, q: Tensor, k: Tensor, rows: Rows, global_rows: Rows | None = None, total: AllReduceSum = identity
+) -> BlockSelection:
+    """Return the choice for q `[T, Hq, D]` of the local rows; `global_rows` defaults to `rows`."""
+    local_shard = LocalShard(
         mechanism=mechanism,
         rows=rows,
-        everyone=rows if everyone is None else everyone,
+        global_rows=rows if global_rows is None else global_rows,
         heads=range(q.shape[1]),
         all_heads=Heads(query=q.shape[1], kv=k.shape[1]),
         total=total,
     )
-    return mechanism.select(q, k, holding)
+    return mechanism.select(q, k, local_shard)
 
 
-def lists(selection: Selection) -> dict[tuple[int, int], list[int]]:
+def lists(selection: BlockSelection) -> dict[tuple[int, int], list[int]]:
     """Return the blocks of each (head, unit)."""
     offsets, chosen = selection.offsets.tolist(), selection.chosen.tolist()
     return {
@@ -41,12 +41,12 @@ def lists(selection: Selection) -> dict[tuple[int, int], list[int]]:
 
 def select_spread(
     mechanism: Routed, q: Tensor, k: Tensor, rows: Rows, parts: Sequence[Tensor]
-) -> tuple[list[Selection], int]:
+) -> tuple[list[BlockSelection], int]:
     """Return what holders of the rows `parts` choose, in lockstep, and the bytes of what they sum."""
     barrier, shared = threading.Barrier(len(parts)), {}
     summed_bytes = [0] * len(parts)
 
-    def hold(number: int) -> Selection:
+    def hold(number: int) -> BlockSelection:
         def total(x: Tensor) -> Tensor:
             shared[number] = x.clone()
             summed_bytes[number] += x.nbytes

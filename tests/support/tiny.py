@@ -22,7 +22,7 @@ def make_data(folder: Path) -> Path:
     for number in range(60):
         words = " ".join(f"word{(number * 7 + i * i) % 23}" for i in range(1 + number * 5 % 31))
         (text / f"{number:02}.txt").write_text(words)
-    prepare([text], tokenizer=load_tokenizer("bytes"), out=folder / "tokens", held_out_fraction=0.2)
+    prepare([text], tokenizer=load_tokenizer("bytes"), out=folder / "tokens", validation_fraction=0.2)
     return folder / "tokens"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self, final
 
-from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.mechanism import MECHANISMS, Masked
 
 
@@ -27,8 +27,8 @@ class Toy(Masked):
     def benchmarks(cls) -> Mapping[str, Self]:
         return {"toy_5": cls(reach=5)}
 
-    def visibility(self) -> Visibility:
-        return Visibility(window=self.reach + 1, sinks=1)
+    def attention_mask(self) -> AttentionMask:
+        return AttentionMask(window=self.reach + 1, sinks=1)
 
 
 MECHANISMS.add("toy", Toy)

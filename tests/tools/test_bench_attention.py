@@ -15,7 +15,7 @@ from torch import Tensor
 
 from farspan.errors import ConfigError
 from farspan.kernels.backend import BACKENDS, Backend
-from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import MECHANISMS, Heads, Masked
 from farspan.kernels.mechanisms.block_sparse import BlockSparse
@@ -32,7 +32,7 @@ from farspan.tools.bench.case import (
     Shape,
     document_lengths,
     find_cases,
-    visible_share,
+    unmasked_share,
 )
 from farspan.tools.bench.correctness import SPARSE_SHARE, checks, excess
 from farspan.tools.bench.measure import LeftOut, Limits, judge_all
@@ -58,8 +58,8 @@ class Toy(Masked):
     def examples(cls) -> Sequence[Self]:
         return (cls(),)
 
-    def visibility(self) -> Visibility:
-        return Visibility(window=2)
+    def attention_mask(self) -> AttentionMask:
+        return AttentionMask(window=2)
 
 
 class WrongBackend(Backend):
@@ -67,7 +67,7 @@ class WrongBackend(Backend):
 
     rank = 1000
 
-    def refusal(self, device: torch.device) -> str | None:
+    def unsupported_reason(self, device: torch.device) -> str | None:
         return None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -182,7 +182,7 @@ def test_every_mechanism_has_rows_that_can_be_planned() -> None:
     for case in cases:
         rows = case.rows(300)
         assert len(rows) == 300
-        assert case.mechanism.visible_pairs(rows, rows) > 0
+        assert case.mechanism.unmasked_pairs(rows, rows) > 0
 
 
 def test_filter_takes_mechanisms_and_rows() -> None:
@@ -205,7 +205,7 @@ def test_each_row_is_checked_where_it_is_sparse() -> None:
     assert all((example, 1024, 1) in found for example in Window.examples())
     assert found[-1] == (Window(window=1024), 2048, 1)
     moba = Case(name="moba", mechanism=MoBA(block=512, top_k=8))
-    assert min(visible_share(check.mechanism, check.rows) for check in checks(moba, SHAPE, True)) < SPARSE_SHARE
+    assert min(unmasked_share(check.mechanism, check.rows) for check in checks(moba, SHAPE, True)) < SPARSE_SHARE
 
 
 def test_examples_for_shorter_documents_are_passed_over() -> None:
@@ -218,7 +218,7 @@ def test_examples_for_shorter_documents_are_passed_over() -> None:
 def test_useful_work_counts_visible_pairs_and_two_and_five_products() -> None:
     shape = Shape(heads=Heads(query=4, kv=2), head_dim=16, value_dim=8, dtype=torch.float32, device=SHAPE.device)
     rows = Rows.packed([3])
-    pairs = Dense().visible_pairs(rows, rows)
+    pairs = Dense().unmasked_pairs(rows, rows)
     assert pairs == 6
     assert useful_flops(pairs, shape, "fwd") == 6 * 4 * (2 * 16 + 2 * 8)
     assert useful_flops(pairs, shape, "bwd") == 2.5 * useful_flops(pairs, shape, "fwd")
@@ -247,9 +247,9 @@ def test_errors_are_told_from_rounding() -> None:
 
 def test_limits_say_why_nothing_is_started() -> None:
     open_ended = Limits(rounds=3, case_s=2.0, deadline=float("inf"))
-    assert open_ended.refusal(None) == open_ended.refusal(1.0) == ""
-    assert "over the limit of 2 s" in open_ended.refusal(3.0)
-    assert "budget" in Limits(rounds=3, case_s=2.0, deadline=0.0).refusal(None)
+    assert open_ended.unsupported_reason(None) == open_ended.unsupported_reason(1.0) == ""
+    assert "over the limit of 2 s" in open_ended.unsupported_reason(3.0)
+    assert "budget" in Limits(rounds=3, case_s=2.0, deadline=0.0).unsupported_reason(None)
 
 
 def test_a_spent_budget_leaves_everything_out_and_says_so(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.mosa import MoSA
 from farspan.parallel.comm import Traffic
-from farspan.parallel.context_parallel.strategy import STRATEGIES, Attend, HeadShare, Strategy
+from farspan.parallel.context_parallel.strategy import STRATEGIES, DistributedAttention, HeadShare, Strategy
 from farspan.parallel.layout import Shards
 from farspan.parallel.ranks import Ranks, connected
 from farspan.tools.bench.case import Case, Shape
@@ -52,10 +52,10 @@ class Wrong(Strategy):
     """Attends to all keys, whatever it was told."""
 
     @classmethod
-    def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
+    def unsupported_reason(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
         return None
 
-    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> Attend:
+    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> DistributedAttention:
         return STRATEGIES.get("gather")(self.channel).plan(Dense(causal=False), shards, share, backend=backend)
 
 
@@ -298,17 +298,17 @@ def test_without_a_gpu_cuda_is_refused_in_a_sentence(capsys: pytest.CaptureFixtu
 
 def test_rivals_refuse_what_they_do_not_compute() -> None:
     of_torch, of_deepspeed = rivals()["torch_context_parallel"], rivals()["deepspeed_ulysses"]
-    assert of_torch.refusal(Dense(), "zigzag", SHAPE.heads, 2) is None
-    assert "zigzag" in str(of_torch.refusal(Dense(), "contiguous", SHAPE.heads, 2))
-    assert "dense causal" in str(of_torch.refusal(MoBA(), "zigzag", SHAPE.heads, 2))
-    assert of_deepspeed.refusal(Dense(), "zigzag", SHAPE.heads, 2) is not None
+    assert of_torch.unsupported_reason(Dense(), "zigzag", SHAPE.heads, 2) is None
+    assert "zigzag" in str(of_torch.unsupported_reason(Dense(), "contiguous", SHAPE.heads, 2))
+    assert "dense causal" in str(of_torch.unsupported_reason(MoBA(), "zigzag", SHAPE.heads, 2))
+    assert of_deepspeed.unsupported_reason(Dense(), "zigzag", SHAPE.heads, 2) is not None
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 def test_deepspeed_is_called_as_it_wants_to_be(two: Pool) -> None:
     rival, case = rivals()["deepspeed_ulysses"], Case(name="lightning", mechanism=Lightning())
     row = Row(entrant=rival, case=case, layout="contiguous", degree=2)
-    assert "KV heads" in str(rival.refusal(Dense(), "contiguous", SHAPE.heads, 4))
+    assert "KV heads" in str(rival.unsupported_reason(Dense(), "contiguous", SHAPE.heads, 4))
     with connected(Ranks(), SHAPE.device), Pools("cpu") as pools:
         assert Judge(pools, SHAPE, LeftOut()).judge(row).correct
     sent = {need.sent for need in two.run(on_rank.measure, row, 256, SHAPE)}

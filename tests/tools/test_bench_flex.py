@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from farspan.errors import ConfigError
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import Heads, Holding, Masked, Mechanism, alone
+from farspan.kernels.mechanism import Heads, LocalShard, Masked, Mechanism, identity
 from farspan.kernels.mechanisms.block_sparse import BlockSparse
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.moba import MoBA
@@ -22,7 +22,7 @@ from farspan.parallel.ranks import Ranks, connected
 from farspan.tools.bench import flex
 from farspan.tools.bench.case import Shape, inputs_of
 from farspan.tools.bench.correctness import REFERENCE, check_rows, excess
-from farspan.tools.bench.flex import BLOCK, Flex, pattern_mask, visibility_mask
+from farspan.tools.bench.flex import BLOCK, Flex, attention_block_mask, pattern_mask
 
 CPU = torch.device("cpu")
 HEADS = Heads(query=4, kv=2)
@@ -65,10 +65,12 @@ def in_blocks(count: Tensor | None, index: Tensor | None, heads: int, tokens: in
 
 def plan_of(mechanism: BlockSparse, rows: Rows) -> Plan:
     heads = range(HEADS.query)
-    holding = Holding(mechanism=mechanism, rows=rows, everyone=rows, heads=heads, all_heads=HEADS, total=alone)
+    local_shard = LocalShard(
+        mechanism=mechanism, rows=rows, global_rows=rows, heads=heads, all_heads=HEADS, total=identity
+    )
     q, k = torch.randn(len(rows), HEADS.query, 8), torch.randn(len(rows), HEADS.kv, 8)
-    selection = mechanism.select(q, k, holding)
-    return Plan.build(rows, rows, mechanism.visibility(), heads=HEADS.query, selection=selection)
+    selection = mechanism.select(q, k, local_shard)
+    return Plan.build(rows, rows, mechanism.attention_mask(), heads=HEADS.query, selection=selection)
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
@@ -90,7 +92,7 @@ def test_functions_of_pairs_change_nothing_in_place(mechanism: Masked) -> None:
     if isinstance(mechanism, BlockSparse):
         mask = pattern_mask(mechanism, rows, HEADS, CPU)
     else:
-        mask = visibility_mask(mechanism.visibility(), rows, CPU)
+        mask = attention_block_mask(mechanism.attention_mask(), rows, CPU)
     traced = make_fx(mask.mask_mod)(*(torch.tensor([i]) for i in (0, 1, 300, 290)))
     assert {str(node.target) for node in traced.graph.nodes} >= {"aten.ge.Scalar", "aten.bitwise_and.Tensor"}
     for node in traced.graph.nodes:
@@ -114,8 +116,8 @@ def test_blocks_that_lie_on_blocks_are_full_but_for_the_diagonal(causal: bool, r
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
 @pytest.mark.parametrize("mechanism", [Dense(), Dense(causal=False), Window(window=100, sinks=4)], ids=str)
 def test_visibility_is_shown_as_it_is(mechanism: Masked, rows: Rows) -> None:
-    mask = visibility_mask(mechanism.visibility(), rows, CPU)
-    assert torch.equal(shown(mask, 1, len(rows))[0], mechanism.visibility().mask(rows, rows))
+    mask = attention_block_mask(mechanism.attention_mask(), rows, CPU)
+    assert torch.equal(shown(mask, 1, len(rows))[0], mechanism.attention_mask().mask(rows, rows))
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -47,7 +47,7 @@ def test_two_runs_side_by_side(runs: Path, tmp_path: Path, capsys: pytest.Captur
     out = tmp_path / "made" / "both"
     assert main([str(runs / "plain"), str(runs / "mixed"), "--out", str(out)]) == 0
     written = [Path(line) for line in capsys.readouterr().out.splitlines()]
-    plots = ["loss", "held_out", "expert_load", "expert_entropy", "expert_dropped", "expert_bias"]
+    plots = ["loss", "validation", "expert_load", "expert_entropy", "expert_dropped", "expert_bias"]
     assert [path.name for path in written] == ["both.md", *(f"both_{what}.svg" for what in plots)]
     text = out.with_suffix(".md").read_text()
     for path in written[1:]:

@@ -27,7 +27,7 @@ def built(config: Config, on_meta: bool) -> tuple[Held, bool, bool]:
         local = parameter.to_local()
         held[name] = (local.numel(), str(local.dtype), local.device.type)
     tied = model.head.weight is model.embedding.weight
-    # Memory that nobody has initialised is NaN in tests.
+    # Memory that nobody has initialized is NaN in tests.
     finite = on_meta or all(p.to_local().isfinite().all() for p in model.parameters() if isinstance(p, DTensor))
     return held, tied, bool(finite)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from farspan.errors import ConfigError
-from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.mechanism import MECHANISMS, Masked
 from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.moba import MoBA
@@ -49,8 +49,8 @@ class Picky(Masked):
     def examples(cls) -> Sequence[Self]:
         return (cls(),)
 
-    def visibility(self) -> Visibility:
-        return Visibility(window=self.window)
+    def attention_mask(self) -> AttentionMask:
+        return AttentionMask(window=self.window)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,6 @@ def test_patterns_of_layers() -> None:
     ],
 )
 def test_patterns_that_make_no_sense_are_refused(mechanism: str, options: dict[str, object], message: str) -> None:
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(ConfigError) as unsupported_reason:
         AttentionConfig(mechanism=mechanism, options=options).build_mechanisms(4)
-    assert message in str(refusal.value)
+    assert message in str(unsupported_reason.value)

@@ -55,7 +55,7 @@ def test_ten_steps_do_not_depend_on_the_ranks(
 def test_ten_steps_do_not_depend_on_the_strategy(
     base: Config, alone: Trajectory, ranks: Callable[[int], RankPool], strategy: str
 ) -> None:
-    inner = 2 if STRATEGIES.get(strategy).refusal(Dense(), base.model.heads_of(Dense()), 4, 1) else 1
+    inner = 2 if STRATEGIES.get(strategy).unsupported_reason(Dense(), base.model.heads_of(Dense()), 4, 1) else 1
     parallel = ParallelConfig(context=4, context_inner=inner, strategy=strategy, layout="balanced")
     assert difference(ranks(4).run(train_dealt, replace(base, parallel=parallel))[2], alone) <= TOLERANCE
 

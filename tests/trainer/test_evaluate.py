@@ -38,7 +38,7 @@ class KnownLoss(nn.Module):
         return Output(torch.where(labels == IGNORED, 0.0, losses), (), ())
 
 
-def held_out(config: Config) -> PackedSequences:
+def validation(config: Config) -> PackedSequences:
     return PackedSequences(open_data(config)[1], sequence_tokens=SEQUENCE_TOKENS, seed=0, shuffle=False, repeat=False)
 
 
@@ -50,7 +50,7 @@ def evaluate_dealt(config: Config, stop_on_rank: int | None) -> tuple[Evaluation
 
     def batches():
         nonlocal ran
-        mine = share(held_out(config), config.evaluate.sequences, data_rank=mesh.data_rank, groups=mesh.degrees.data)
+        mine = share(validation(config), config.evaluate.sequences, data_rank=mesh.data_rank, groups=mesh.degrees.data)
         for sequence in mine:
             yield builder.build(sequence)
             ran += 1
@@ -69,7 +69,7 @@ def evaluate_dealt(config: Config, stop_on_rank: int | None) -> tuple[Evaluation
 
 def by_loop(config: Config) -> tuple[float, int, dict[str, float]]:
     sums, counts = defaultdict(float), defaultdict(int)
-    data = held_out(config)
+    data = validation(config)
     for index in range(min(config.evaluate.sequences, len(data))):
         sequence = data.sequence(index)
         for token, label, position in zip(sequence.tokens, sequence.labels, sequence.position, strict=True):
@@ -118,7 +118,7 @@ def test_a_stop_asked_of_one_rank_ends_it_on_all(
 
 def evaluate_nothing(config: Config) -> str:
     builder = build_batches(config, Mesh.build(config.parallel, "cpu"), torch.device("cpu"), Traffic())
-    sequence = held_out(config).sequence(0)
+    sequence = validation(config).sequence(0)
     sequence.labels[:] = IGNORED
     with pytest.raises(DataError) as refused:
         evaluate(KnownLoss(), iter([builder.build(sequence)]), sequence_tokens=SEQUENCE_TOKENS)

@@ -31,7 +31,7 @@ EXPERTS = {
         count=8, per_token=3, feed_forward=16, shared=24, layers="dense, experts", score="sigmoid", scale=1.5,
         bias_rate=0.02, balance_loss=0.05, balance_over="step",
     ),
-    "not normalised": ExpertsConfig(count=8, per_token=1, feed_forward=16, normalised=False, z_loss=0.1),
+    "not normalized": ExpertsConfig(count=8, per_token=1, feed_forward=16, normalized=False, z_loss=0.1),
     "the heaviest within a capacity": ExpertsConfig(
         count=8, per_token=2, feed_forward=16, capacity=0.9, balance_loss=0.02, scale=0.5
     ),
@@ -39,7 +39,7 @@ EXPERTS = {
         count=8, per_token=3, feed_forward=16, capacity=1.1, drop="position", score="sigmoid", bias_rate=0.01
     ),
     "experts choose": ExpertsConfig(
-        count=8, per_token=2, feed_forward=16, choice="experts", normalised=False, z_loss=0.01, shared=8
+        count=8, per_token=2, feed_forward=16, choice="experts", normalized=False, z_loss=0.01, shared=8
     ),
 }  # fmt: skip
 

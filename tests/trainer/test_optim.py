@@ -24,7 +24,7 @@ def test_cosine_falls_from_the_peak_to_the_final_fraction() -> None:
 
 def test_wsd_is_stable_then_falls_linearly() -> None:
     config = OptimizerConfig(learning_rate=1.0, warmup_steps=2, final_fraction=0.2, decay_fraction=0.4, schedule="wsd")
-    # The last 4 of 10 updates fall from 1 towards 0.2 in steps of 0.2.
+    # The last 4 of 10 updates fall from 1 toward 0.2 in steps of 0.2.
     assert rates(config, 10) == pytest.approx([0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4])
 
 

@@ -87,7 +87,7 @@ def test_a_backend_that_does_not_run_on_the_device(config: Config, monkeypatch: 
         resolve(gpu, Ranks(world_size=2))
 
 
-@pytest.mark.parametrize("split", ["train", "held_out"])
+@pytest.mark.parametrize("split", ["train", "validation"])
 def test_data_that_is_not_there(config: Config, split: str) -> None:
     shutil.rmtree(config.data.folder / split)
     with pytest.raises(DataError) as refused:
@@ -103,7 +103,7 @@ def test_data_that_is_not_there(config: Config, split: str) -> None:
         resolve(config, Ranks(world_size=2))
 
 
-@pytest.mark.parametrize("split", ["train", "held_out"])
+@pytest.mark.parametrize("split", ["train", "validation"])
 def test_a_split_given_for_the_folder(config: Config, split: str) -> None:
     folder = config.data.folder
     with pytest.raises(DataError) as refused:

@@ -15,13 +15,13 @@ from farspan.trainer.model.transformer import Output, SequenceContext
 from farspan.trainer.step import StepResult, train_step
 from tests.support.rank_pool import RankPool, world_channel
 
-# Per rank, per micro-batch: tokens and labels. Uneven on purpose: 3, 1 and 1, 0 labelled tokens.
+# Per rank, per micro-batch: tokens and labels. Uneven on purpose: 3, 1 and 1, 0 labeled tokens.
 TOKENS = [[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], [[7.0, 8.0, 9.0], [10.0, 11.0, 12.0]]]
 LABELS = [[[1, 1, 1], [1, IGNORED, IGNORED]], [[IGNORED, 1, IGNORED], [IGNORED] * 3]]
 
 
 class Linear(nn.Module):
-    """The loss of a labelled token is its value times the one parameter."""
+    """The loss of a labeled token is its value times the one parameter."""
 
     def __init__(self, weight: float) -> None:
         super().__init__()
@@ -81,9 +81,9 @@ def test_the_loss_is_the_mean_over_all_labelled_tokens(ranks: Callable[[int], Ra
     outcomes = ranks(2).run(run, 2.0, LABELS, 1e9)
     for outcome in outcomes:
         assert outcome.result is not None
-        # 5 labelled tokens on both ranks: 1 + 2 + 3 + 4 and 8, times 2.
+        # 5 labeled tokens on both ranks: 1 + 2 + 3 + 4 and 8, times 2.
         assert outcome.result.loss == pytest.approx(2 * (1 + 2 + 3 + 4 + 8) / 5)
-        assert outcome.result.labelled_tokens == 5
+        assert outcome.result.labeled_tokens == 5
         assert outcome.result.attention_flops == 0 + 1 + 10 + 11
         assert outcome.result.fingerprint == 4 * 2**32 - (0 + 1 + 10 + 11)
         assert outcome.result.skipped is None

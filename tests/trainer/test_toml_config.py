@@ -213,9 +213,9 @@ def test_overrides_win_over_the_file_and_over_earlier_ones(write):
 )
 def test_refuses_a_bad_value_by_name(write, text, message):
     before, brace, after = text.partition("[")
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(ConfigError) as unsupported_reason:
         load_config(Config, write(before + "\n" + BASE + brace + after if brace else text + "\n" + BASE))
-    assert message in str(refusal.value)
+    assert message in str(unsupported_reason.value)
 
 
 @pytest.mark.parametrize(
@@ -245,15 +245,15 @@ def test_refuses_a_bad_value_by_name(write, text, message):
     ],
 )
 def test_refuses_a_bad_override_by_name(write, override, message):
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(ConfigError) as unsupported_reason:
         load_config(Config, write(BASE), [override])
-    assert message in str(refusal.value)
+    assert message in str(unsupported_reason.value)
 
 
 def test_choices_that_are_all_listed_need_no_guess(write):
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(ConfigError) as unsupported_reason:
         load_config(Config, write(BASE), ["attention.mechanism=dens"])
-    assert str(refusal.value) == "attention.mechanism=\"dens\" must be one of 'dense', 'window', 'mosa'."
+    assert str(unsupported_reason.value) == "attention.mechanism=\"dens\" must be one of 'dense', 'window', 'mosa'."
 
 
 def test_override_below_a_scalar_of_the_file_is_refused(write):
@@ -263,9 +263,12 @@ def test_override_below_a_scalar_of_the_file_is_refused(write):
 
 @pytest.mark.parametrize("text", ["", "[run]", "seed = 3"])
 def test_missing_key_is_named_also_when_its_section_is_missing(write, text):
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(ConfigError) as unsupported_reason:
         load_config(Config, write(text))
-    assert str(refusal.value) == "run.name is missing; write it in the file, or add run.name=VALUE with a string."
+    assert (
+        str(unsupported_reason.value)
+        == "run.name is missing; write it in the file, or add run.name=VALUE with a string."
+    )
 
 
 def test_missing_section_without_required_keys_takes_its_defaults():

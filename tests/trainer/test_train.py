@@ -19,8 +19,8 @@ import torch.distributed as dist
 from farspan.errors import CheckpointError, ConfigError, DataError, TrainingError
 from farspan.parallel.mesh import ParallelConfig
 from farspan.parallel.ranks import Ranks
-from farspan.trainer import held_out
 from farspan.trainer import train as module
+from farspan.trainer import validation
 from farspan.trainer.checkpoint import background, checkpointer, shards
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
@@ -102,21 +102,21 @@ def test_an_undisturbed_run(config: Config, caplog: pytest.LogCaptureFixture) ->
         fields = EVALUATION_FIELDS if "eval_loss" in record else STEP_FIELDS
         assert fields <= record.keys()
         assert all(value is not None for value in record.values())
-    held_out = PackedSequences(open_data(config)[1], sequence_tokens=101, seed=0, shuffle=False, repeat=False)
-    measured_on = sum(int((held_out.sequence(index).labels != IGNORED).sum()) for index in range(2))
+    validation = PackedSequences(open_data(config)[1], sequence_tokens=101, seed=0, shuffle=False, repeat=False)
+    measured_on = sum(int((validation.sequence(index).labels != IGNORED).sum()) for index in range(2))
     assert {record["eval_tokens"] for record in records(config) if "eval_loss" in record} == {measured_on}
     assert f" bits per byte over 2 sequences, {measured_on} tokens (unigram entropy " in caplog.text
     first, last = (record for record in records(config) if record["step"] in (1, 4) and "loss" in record)
-    # Nothing is learnt before the first update: ln 264; the text is simple.
+    # Nothing is learned before the first update: ln 264; the text is simple.
     assert first["loss"] == pytest.approx(5.58, abs=0.2)
     assert last["loss"] < first["loss"] - 0.3
     # Two sequences of 101 tokens a step, each once; the last token of a document has no label.
     packed = PackedSequences(open_data(config)[0], sequence_tokens=101, seed=config.run.seed)
     data = ShuffledSequences(packed, seed=config.run.seed)
-    labelled = [int((data.sequence(index).labels != IGNORED).sum()) for index in range(2 * STEPS)]
+    labeled = [int((data.sequence(index).labels != IGNORED).sum()) for index in range(2 * STEPS)]
     seen = [record["tokens"] for record in records(config) if "loss" in record]
-    assert seen == [sum(labelled[: 2 * step]) for step in range(1, STEPS + 1)]
-    assert len(set(labelled)) > 2
+    assert seen == [sum(labeled[: 2 * step]) for step in range(1, STEPS + 1)]
+    assert len(set(labeled)) > 2
     assert first["tokens_per_s"] * first["step_s"] == pytest.approx(202)
     assert first["comm_bytes"] == sum(first["comm_bytes_by_kind"].values()) == 0
 
@@ -195,13 +195,13 @@ def test_a_stop_during_the_last_evaluation_leaves_it_for_the_resume(
 ) -> None:
     caplog.set_level(logging.INFO, logger="farspan")
     evaluating: list[int] = []
-    evaluate = held_out.evaluate
+    evaluate = validation.evaluate
 
     def note(*arguments: Any, **named: Any) -> Any:
         evaluating.append(1)
         return evaluate(*arguments, **named)
 
-    monkeypatch.setattr(held_out, "evaluate", note)
+    monkeypatch.setattr(validation, "evaluate", note)
     run(config, AskedWhen(lambda: len(evaluating) == 2))
     assert steps(config, "loss") == [1, 2, 3, 4]
     assert steps(config, "eval_loss") == [2]

@@ -1,4 +1,4 @@
-"""Each rule between fields: the sentence that it says, and the neighbouring value that it accepts."""
+"""Each rule between fields: the sentence that it says, and the neighboring value that it accepts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -99,10 +99,10 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         {"parallel.expert": 2, "model.experts": ExpertsConfig(count=6, feed_forward=16)},
     ),
     "where experts choose tokens do not": (
-        {"model.experts": ExpertsConfig(count=4, feed_forward=16, choice="experts", normalised=False, capacity=1.5)},
+        {"model.experts": ExpertsConfig(count=4, feed_forward=16, choice="experts", normalized=False, capacity=1.5)},
         "model.experts.capacity=1.5 is for tokens that choose, but model.experts.choice='experts': set it to 0.0, or "
         "choice='tokens'.",
-        {"model.experts": ExpertsConfig(count=4, feed_forward=16, choice="experts", normalised=False)},
+        {"model.experts": ExpertsConfig(count=4, feed_forward=16, choice="experts", normalized=False)},
     ),
     "matrices of experts divide by those that hold them": (
         {"parallel.expert": 2, "model.experts": ExpertsConfig(count=4, feed_forward=15)},
@@ -128,10 +128,10 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         {"model.head_mixture": HeadMixtureConfig(kind="heads")},
     ),
     "weights of heads add up as they do": (
-        {"model.head_mixture": HeadMixtureConfig(kind="heads", normalised=False)},
-        "model.head_mixture.normalised=false is for kind='experts', but model.head_mixture.kind='heads': set it to "
+        {"model.head_mixture": HeadMixtureConfig(kind="heads", normalized=False)},
+        "model.head_mixture.normalized=false is for kind='experts', but model.head_mixture.kind='heads': set it to "
         "true, or change kind.",
-        {"model.head_mixture": HeadMixtureConfig(kind="experts", count=2, normalised=False)},
+        {"model.head_mixture": HeadMixtureConfig(kind="experts", count=2, normalized=False)},
     ),
     "heads are shared, not experts": (
         {"model.head_mixture": HeadMixtureConfig(kind="experts", count=2, shared=1)},

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from farspan.errors import ConfigError
-from farspan.kernels.backend import Work, choose_backend
+from farspan.kernels.backend import KernelRequest, choose_backend
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import MECHANISMS, Heads, Mechanism
 from farspan.kernels.mechanisms.dense import Dense
@@ -67,9 +67,9 @@ def document_lengths(tokens: int) -> list[int]:
     return lengths
 
 
-def visible_share(mechanism: Mechanism, rows: Rows) -> float:
+def unmasked_share(mechanism: Mechanism, rows: Rows) -> float:
     """Return the visible pairs over those of dense causal attention of the same rows."""
-    return mechanism.visible_pairs(rows, rows) / Dense().visible_pairs(rows, rows)
+    return mechanism.unmasked_pairs(rows, rows) / Dense().unmasked_pairs(rows, rows)
 
 
 def inputs_of(mechanism: Mechanism, tokens: int, shape: Shape, *, seed: int = 0) -> list[Tensor]:
@@ -115,7 +115,9 @@ class Ours(Contender):
     name: str
 
     def plan(self, mechanism: Mechanism, rows: Rows, shape: Shape) -> Attention:
-        choose_backend(self.name, shape.device, Work.of(mechanism, shape.dtype, shape.head_dim, shape.value_dim))
+        choose_backend(
+            self.name, shape.device, KernelRequest.of(mechanism, shape.dtype, shape.head_dim, shape.value_dim)
+        )
         channel = Channel(dist.group.WORLD, Traffic())  # pyright: ignore[reportArgumentType]
         shards = Shards.deal(rows, layout="contiguous", degree=1)
         return STRATEGIES.get("single")(channel).prepare(mechanism, shards, shape.heads, backend=self.name)

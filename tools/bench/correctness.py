@@ -23,7 +23,7 @@ from farspan.tools.bench.case import (
     Shape,
     gradient_of_out,
     inputs_of,
-    visible_share,
+    unmasked_share,
 )
 
 REFERENCE = Ours("reference")
@@ -51,7 +51,7 @@ class Check:
         return inputs_of(self.mechanism, len(self.rows), self.shape)
 
     def __str__(self) -> str:
-        heads, share = self.shape.heads, visible_share(self.mechanism, self.rows)
+        heads, share = self.shape.heads, unmasked_share(self.mechanism, self.rows)
         return f"{self.mechanism}, {len(self.rows)} tokens, {heads.query}:{heads.kv} heads, {share:.0%} of dense causal"
 
 
@@ -82,14 +82,14 @@ def checks(case: Case, shape: Shape, packed: bool) -> Iterator[Check]:
     longest = int(rows.position.max()) + 1
     yield Check(case.mechanism, rows, shape)
     for example in type(case.mechanism).examples():
-        if example != case.mechanism and example.refusal(shape.heads, longest) is None:
+        if example != case.mechanism and example.unsupported_reason(shape.heads, longest) is None:
             yield Check(example, rows, shape)
-    if visible_share(case.mechanism, rows) < SPARSE_SHARE:
+    if unmasked_share(case.mechanism, rows) < SPARSE_SHARE:
         return
     one_kv_head = replace(shape, heads=Heads(query=shape.heads.query // shape.heads.kv, kv=1))
     tokens = 2 * CHECK_TOKENS
     while tokens <= SPARSE_TOKENS[shape.device.type]:
-        if visible_share(case.mechanism, check_rows(tokens, packed)) < SPARSE_SHARE:
+        if unmasked_share(case.mechanism, check_rows(tokens, packed)) < SPARSE_SHARE:
             yield Check(case.mechanism, check_rows(tokens, packed), one_kv_head)
             return
         tokens *= 2

@@ -13,7 +13,7 @@ from farspan.errors import ConfigError
 from farspan.kernels.backend import BACKENDS
 from farspan.kernels.lifetimes.lifetimes import chosen_types
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import Ageing, Gathered, Heads, Holding, Mechanism, Routed, alone
+from farspan.kernels.mechanism import Heads, KVLifetime, LocalShard, Mechanism, Routed, TokenChoice, identity
 from farspan.kernels.mechanisms.window import Window
 from farspan.tools.bench import experts
 from farspan.tools.bench.case import Ours, Shape, gradient_of_out, inputs_of
@@ -48,19 +48,19 @@ def _choice(mechanism: Mechanism, inputs: list[Tensor], rows: Rows) -> list[Tens
     """Return what is chosen for q, k, v and routing, as tensors."""
     q, k, *_, last = inputs
     if isinstance(mechanism, Routed):
-        holding = Holding(
+        local_shard = LocalShard(
             mechanism=mechanism,
             rows=rows,
-            everyone=rows,
+            global_rows=rows,
             heads=range(q.shape[1]),
             all_heads=Heads(query=q.shape[1], kv=k.shape[1]),
-            total=alone,
+            total=identity,
         )
-        selection = mechanism.select(q, k, holding)
+        selection = mechanism.select(q, k, local_shard)
         return [selection.offsets, selection.chosen]
-    if isinstance(mechanism, Gathered):
+    if isinstance(mechanism, TokenChoice):
         return [mechanism.choose(last[..., 0].float(), rows)]
-    return [chosen_types(last)] if isinstance(mechanism, Ageing) else None
+    return [chosen_types(last)] if isinstance(mechanism, KVLifetime) else None
 
 
 def same_bits(contender: Ours, check: Check) -> Verdict:

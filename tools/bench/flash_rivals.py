@@ -11,9 +11,9 @@ from torch import Tensor
 from farspan.errors import ConfigError
 from farspan.kernels.cuda import packages as flash_attn
 from farspan.kernels.cuda.operators import DTYPES
-from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import Ageing, Masked, Mechanism, Routed
+from farspan.kernels.mechanism import KVLifetime, Masked, Mechanism, Routed
 from farspan.tools.bench.case import Attention, Contender, Shape
 
 MODULES = {
@@ -41,16 +41,16 @@ class FlashAttn(Contender):
         self.name = name
 
     def plan(self, mechanism: Mechanism, rows: Rows, shape: Shape) -> Attention:
-        if not isinstance(mechanism, Masked) or isinstance(mechanism, Routed | Ageing):
+        if not isinstance(mechanism, Masked) or isinstance(mechanism, Routed | KVLifetime):
             raise ConfigError(f"{self.name} is compared where what a query sees is static.")
-        visibility = mechanism.visibility()
-        if not visibility.is_uniform or visibility.sinks or visibility.neighbourhood is not None:
+        attention_mask = mechanism.attention_mask()
+        if not attention_mask.is_uniform or attention_mask.sinks or attention_mask.neighborhood is not None:
             raise ConfigError(f"{self.name} computes dense attention and one sliding window, without sinks.")
         check_dtype(self.name, shape)
         lengths = whole_documents(self.name, rows)
         edges = edges_of(lengths, shape.device)
-        options = _window(visibility) | {"cu_seqlens_q": edges, "cu_seqlens_k": edges}
-        options |= {"max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths), "causal": visibility.causal}
+        options = _window(attention_mask) | {"cu_seqlens_q": edges, "cu_seqlens_k": edges}
+        options |= {"max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths), "causal": attention_mask.causal}
         return partial(_attend, name=self.name, tokens=sum(lengths), options=options)
 
 
@@ -62,13 +62,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *, name: str, tokens: int, options:
     return with_padding(found[0] if isinstance(found, tuple) else found, len(q))
 
 
-def _window(visibility: Visibility) -> dict[str, Any]:
+def _window(attention_mask: AttentionMask) -> dict[str, Any]:
     """Return the keys that are seen before and after a query, itself left out; nothing where all are."""
-    if visibility.window is None:
+    if attention_mask.window is None:
         return {}
-    assert isinstance(visibility.window, int)
-    before = visibility.window - 1
-    return {"window_size": (before, 0 if visibility.causal else before)}
+    assert isinstance(attention_mask.window, int)
+    before = attention_mask.window - 1
+    return {"window_size": (before, 0 if attention_mask.causal else before)}
 
 
 def check_dtype(name: str, shape: Shape) -> None:

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from farspan.errors import ConfigError
-from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.masks.selection import Selection
-from farspan.kernels.mechanism import Ageing, Heads, Holding, Masked, Mechanism, Routed, alone
+from farspan.kernels.masks.selection import BlockSelection
+from farspan.kernels.mechanism import Heads, KVLifetime, LocalShard, Masked, Mechanism, Routed, identity
 from farspan.kernels.mechanisms.block_sparse import BlockSparse
 from farspan.tools.bench.case import Attention, Contender, Shape
 
@@ -29,20 +29,20 @@ class Flex(Contender):
     def plan(self, mechanism: Mechanism, rows: Rows, shape: Shape) -> Attention:
         if isinstance(mechanism, BlockSparse):
             return partial(_flex, mask=pattern_mask(mechanism, rows, shape.heads, shape.device))
-        if not isinstance(mechanism, Masked) or isinstance(mechanism, Routed | Ageing):
+        if not isinstance(mechanism, Masked) or isinstance(mechanism, Routed | KVLifetime):
             raise ConfigError(f"{self.name} is compared where what a query sees is static.")
-        visibility = mechanism.visibility()
-        if not visibility.is_uniform or visibility.neighbourhood is not None:
+        attention_mask = mechanism.attention_mask()
+        if not attention_mask.is_uniform or attention_mask.neighborhood is not None:
             raise ConfigError(f"{self.name} is compared where all heads see the same, and no grid.")
-        return partial(_flex, mask=visibility_mask(visibility, rows, shape.device))
+        return partial(_flex, mask=attention_block_mask(attention_mask, rows, shape.device))
 
 
-def visibility_mask(visibility: Visibility, rows: Rows, device: torch.device) -> BlockMask:
+def attention_block_mask(attention_mask: AttentionMask, rows: Rows, device: torch.device) -> BlockMask:
     """Return what rows see of each other in all heads."""
     position, document = rows.position.to(device), rows.document.to(device)
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return visibility.shows(position[query], document[query], position[key], document[key])
+        return attention_mask.mask_mod(position[query], document[query], position[key], document[key])
 
     count = len(rows)
     return create_block_mask(sees, None, None, count, count, device=str(device), _compile=device.type == "cuda")
@@ -51,36 +51,38 @@ def visibility_mask(visibility: Visibility, rows: Rows, device: torch.device) ->
 def pattern_mask(mechanism: BlockSparse, rows: Rows, heads: Heads, device: torch.device) -> BlockMask:
     """Return what rows see of each other in each query head by a pattern; made of blocks, without looking at pairs."""
     query_heads = range(heads.query)
-    holding = Holding(mechanism=mechanism, rows=rows, everyone=rows, heads=query_heads, all_heads=heads, total=alone)
+    local_shard = LocalShard(
+        mechanism=mechanism, rows=rows, global_rows=rows, heads=query_heads, all_heads=heads, total=identity
+    )
     # The pattern does not depend on what they hold.
     q, k = (torch.zeros(len(rows), number, 1) for number in (heads.query, heads.kv))
-    selection = mechanism.select(q, k, holding)
+    selection = mechanism.select(q, k, local_shard)
     partial_blocks, full_blocks = _blocks(selection, rows, mechanism.causal, device)
     group = heads.query // heads.kv
     return BlockMask.from_kv_blocks(
         *_lists(partial_blocks, group),
         *_lists(full_blocks, group),
         BLOCK_SIZE=BLOCK,
-        mask_mod=_pattern(selection, mechanism.visibility(), rows, group, device),
+        mask_mod=_pattern(selection, mechanism.attention_mask(), rows, group, device),
         seq_lengths=(len(rows), len(rows)),
     )
 
 
 def _pattern(
-    selection: Selection, visibility: Visibility, rows: Rows, group: int, device: torch.device
+    selection: BlockSelection, attention_mask: AttentionMask, rows: Rows, group: int, device: torch.device
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """Return the function of a query and a key that blocks are masked by which are seen in part."""
     table, position, document = selection.table().to(device), rows.position.to(device), rows.document.to(device)
     unit, block = _places(selection, rows, device)
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        visible = visibility.shows(position[query], document[query], position[key], document[key])
+        visible = attention_mask.mask_mod(position[query], document[query], position[key], document[key])
         return visible & table[head // group, unit[query], block[key]]
 
     return sees
 
 
-def _places(selection: Selection, rows: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
+def _places(selection: BlockSelection, rows: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the row and the column of each row of the sequence in the selection's table."""
     return (
         (selection.unit % (selection.num_units + 1)).to(device),
@@ -88,7 +90,7 @@ def _places(selection: Selection, rows: Rows, device: torch.device) -> tuple[Ten
     )
 
 
-def _blocks(selection: Selection, rows: Rows, causal: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+def _blocks(selection: BlockSelection, rows: Rows, causal: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return which blocks of FlexAttention are seen in part and which as a whole, bool `[Hk, blocks, blocks]` each.
 
     Its blocks are BLOCK rows of the sequence, the pattern's are of a document: they need not be the same.

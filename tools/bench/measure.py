@@ -57,7 +57,7 @@ class Limits:
     case_s: float
     deadline: float
 
-    def refusal(self, passes_s: float | None) -> str:
+    def unsupported_reason(self, passes_s: float | None) -> str:
         """Return why a case whose passes take so long, if that is known, is not started; or nothing."""
         if time.monotonic() + FEWEST_ROUNDS * (passes_s or 0.0) > self.deadline:
             return "the time budget is used up"
@@ -107,10 +107,10 @@ def measure_all(
             if not pair.verdict.correct:
                 continue
             rows = pair.case.rows(tokens)
-            work = pair.case.mechanism.visible_pairs(rows, rows)
+            work = pair.case.mechanism.unmasked_pairs(rows, rows)
             rate = seconds_per_pair.get(pair.name)
             passes_s = None if rate is None else rate * work
-            if reason := limits.refusal(passes_s):
+            if reason := limits.unsupported_reason(passes_s):
                 left_out.add(f"{pair.name}, {tokens} tokens", reason)
             else:
                 chosen.append((pair, work))
@@ -123,7 +123,9 @@ def measure_all(
                 mine = times[pair.name]
                 passes_s = mine.median("fwd_bwd") / 1e3
                 seconds_per_pair[pair.name] = passes_s / max(work, 1)
-                peaks = None if limits.refusal(passes_s) else peaks_of(pair.contender, pair.case, tokens, shape)
+                peaks = (
+                    None if limits.unsupported_reason(passes_s) else peaks_of(pair.contender, pair.case, tokens, shape)
+                )
                 results.append(Result(pair=pair, tokens=tokens, times=mine, baseline=baseline, peaks=peaks))
         yield sorted(results, key=lambda result: pairs.index(result.pair))
 
@@ -161,7 +163,7 @@ def _plan_and_warm_up(
     dout = gradient_of_out(tokens, shape)
     for pair in pairs:
         mechanism = pair.case.mechanism
-        reason = limits.refusal(None)
+        reason = limits.unsupported_reason(None)
         try:
             if not reason:
                 width = mechanism.routing_width
@@ -196,7 +198,7 @@ def measure_memory(
         found[pair.name] = []
         for tokens in sizes:
             peaks = known.get((pair.name, tokens))
-            if peaks is None and not limits.refusal(None):
+            if peaks is None and not limits.unsupported_reason(None):
                 peaks = peaks_of(pair.contender, pair.case, tokens, shape)
             if peaks is None:
                 break

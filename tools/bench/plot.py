@@ -10,7 +10,7 @@ Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 860, 520
 LEFT, RIGHT, TOP, BOTTOM = 76, 230, 48, 56
-COLOURS = ("#222222", "#0b6fb8", "#d1495b", "#2e8b57", "#c77d0a", "#7b4bb3", "#0f8b8d", "#a0522d", "#5f6b7a", "#c2418c")
+COLORS = ("#222222", "#0b6fb8", "#d1495b", "#2e8b57", "#c77d0a", "#7b4bb3", "#0f8b8d", "#a0522d", "#5f6b7a", "#c2418c")
 LINE_HEIGHT = 15
 MOST_DOTS = 40
 """Lines of more points are drawn without a dot on each."""
@@ -92,19 +92,19 @@ def _drawn(series: Mapping[str, Points], title: str, x_axis: _Axis, y_axis: _Axi
     ends = {name: y_axis.place(points[-1][1]) for name, points in series.items()}
     parts = [*_frame(title), *_axes(x_axis, y_axis)]
     for number, (name, label_y) in enumerate(_spread(ends).items()):
-        colour = COLOURS[number % len(COLOURS)]
-        dashes = ' stroke-dasharray="6 4"' if number >= len(COLOURS) else ""
+        color = COLORS[number % len(COLORS)]
+        dashes = ' stroke-dasharray="6 4"' if number >= len(COLORS) else ""
         places = [(x_axis.place(x), y_axis.place(y)) for x, y in series[name]]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         many = len(places) > MOST_DOTS
         width = 1.3 if many else 2
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}"{dashes}/>')
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width}"{dashes}/>')
         if not many:
-            parts += (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places)
+            parts += (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in places)
         x, y = places[-1]
         border = WIDTH - RIGHT + 14
-        parts.append(f'<path d="M{x + 5:.1f},{y:.1f} L{border - 3},{label_y:.1f}" stroke="{colour}" opacity="0.35"/>')
-        parts.append(f'<text x="{border}" y="{label_y + 4:.1f}" fill="{colour}">{escape(name)}</text>')
+        parts.append(f'<path d="M{x + 5:.1f},{y:.1f} L{border - 3},{label_y:.1f}" stroke="{color}" opacity="0.35"/>')
+        parts.append(f'<text x="{border}" y="{label_y + 4:.1f}" fill="{color}">{escape(name)}</text>')
     return "\n".join([*parts, "</svg>", ""])
 
 

@@ -57,9 +57,9 @@ def records_of(results: Iterable[Result], shape: Shape) -> list[Record]:
 
 def _record(result: Result, shape: Shape, direction: str) -> Record:
     rows = result.pair.case.rows(result.tokens)
-    pairs = result.pair.case.mechanism.visible_pairs(rows, rows)
+    pairs = result.pair.case.mechanism.unmasked_pairs(rows, rows)
     one_document = Rows.packed([result.tokens])
-    ideal = Dense().visible_pairs(one_document, one_document) / max(pairs, 1)
+    ideal = Dense().unmasked_pairs(one_document, one_document) / max(pairs, 1)
     ms = useful_tflops = speedup = fraction = None
     if result.times is not None:
         ms = result.times.median(direction)

@@ -28,7 +28,7 @@ from farspan.trainer.checkpoint.shards import read_shards, write_shards
 from farspan.trainer.checkpoint.steps import finished, make_room, prune, publish, step_name
 from farspan.trainer.checkpoint.verify import check_sizes, verified
 from farspan.trainer.config import CheckpointConfig
-from farspan.trainer.resilience.agreement import gather, on_first_rank, together
+from farspan.trainer.resilience.agreement import all_gather_objects, on_first_rank, raise_on_all_ranks
 from farspan.trainer.state import TrainState
 
 SPARE_BYTES = 1 << 20
@@ -90,7 +90,7 @@ class Checkpointer:
 
     def finish_saving(self) -> None:
         """Wait for the save under way, if any; raises CheckpointError, on all ranks, when it failed."""
-        together(self._writing.finish)
+        raise_on_all_ranks(self._writing.finish)
 
     def settle_saving(self) -> None:
         """Wait for the save under way, if any, and only say so when it failed: the run ends of something else."""
@@ -190,7 +190,9 @@ class Checkpointer:
         except CheckpointError as error:
             on_first_rank(lambda: shutil.rmtree(partial, ignore_errors=True), self._group)
             raise self._not_writable(step, str(error)) from None
-        files = {name: record for part in gather(written, self._group) for name, record in sorted(part.items())}
+        files = {
+            name: record for part in all_gather_objects(written, self._group) for name, record in sorted(part.items())
+        }
 
         def commit() -> None:
             check_sizes(partial, files)

@@ -24,7 +24,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from farspan.errors import CheckpointError
 from farspan.trainer.checkpoint.manifest import FileRecord
 from farspan.trainer.checkpoint.steps import sync
-from farspan.trainer.resilience.agreement import together
+from farspan.trainer.resilience.agreement import raise_on_all_ranks
 
 INDEX = ".metadata"
 """DCP's list of which tensor is where; it writes it when all shards are written."""
@@ -69,7 +69,7 @@ def read_shards(tensors: Tensors, folder: Path) -> None:
 
     Raises CheckpointError, on all ranks, when one of them cannot be read or has another shape.
     """
-    reader = together(lambda: _SafeReader(folder))
+    reader = raise_on_all_ranks(lambda: _SafeReader(folder))
     try:
         load(dict(tensors), storage_reader=reader)
     except CheckpointException as error:

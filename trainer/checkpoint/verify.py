@@ -12,7 +12,7 @@ import torch.distributed as dist
 from farspan.errors import CheckpointError
 from farspan.trainer.checkpoint.manifest import DamagedError, FileRecord, Manifest, damaged
 from farspan.trainer.checkpoint.steps import finished
-from farspan.trainer.resilience.agreement import together
+from farspan.trainer.resilience.agreement import raise_on_all_ranks
 
 HASHING_THREADS = 4
 """Of one process; hashing lets other threads run."""
@@ -59,7 +59,7 @@ def verified(folder: Path, files: Mapping[str, FileRecord]) -> Iterator[None]:
             yield
         finally:
             # What is wrong with a file says more than what came of reading it.
-            together(result.result)
+            raise_on_all_ranks(result.result)
 
 
 def check_sizes(folder: Path, files: Mapping[str, FileRecord]) -> None:

@@ -1,4 +1,4 @@
-"""`farspan data prepare`: documents into a memory-mappable folder of token ids, split into train and held_out."""
+"""`farspan data prepare`: documents into a memory-mappable folder of token ids, split into train and validation."""
 
 import argparse
 import hashlib
@@ -24,7 +24,7 @@ class PrepareReport:
 
     out: Path
     train: SplitMeta
-    held_out: SplitMeta
+    validation: SplitMeta
     num_skipped: int
     duration_s: float
 
@@ -33,7 +33,7 @@ class PrepareReport:
         lines = [
             f"{name:8}  {meta.num_documents:,} documents, {meta.num_tokens:,} tokens, "
             f"{meta.num_bytes / meta.num_tokens:.2f} bytes per token"
-            for name, meta in (("train", self.train), ("held_out", self.held_out))
+            for name, meta in (("train", self.train), ("validation", self.validation))
         ]
         skipped = f", {self.num_skipped:,} unreadable documents skipped" if self.num_skipped else ""
         return "\n".join([*lines, f"written to {self.out} in {self.duration_s:.1f} s{skipped}"])
@@ -46,19 +46,19 @@ def prepare(
     out: str | Path,
     suffixes: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
-    held_out_fraction: float = 0.05,
+    validation_fraction: float = 0.05,
     hold_out_ends: bool = False,
     text_key: str = "text",
     skip_unreadable: bool = False,
     overwrite: bool = False,
 ) -> PrepareReport:
-    """Write `out`/train and `out`/held_out from the documents of `paths`, whole or not at all; raises DataError.
+    """Write `out`/train and `out`/validation from the documents of `paths`, whole or not at all; raises DataError.
 
     hold_out_ends: hold out the last fraction of every document instead of a fraction of the documents.
     """
     started_s = time.perf_counter()
-    if not 0 < held_out_fraction < 1:
-        raise DataError(f"--held-out {held_out_fraction} must be greater than 0 and less than 1.")
+    if not 0 < validation_fraction < 1:
+        raise DataError(f"--validation-fraction {validation_fraction} must be greater than 0 and less than 1.")
     out = Path(out)
     target = out.resolve()  # `out` may be a link or end in `..`, and the folder is put in place by renaming
     _check_target(target, overwrite)
@@ -67,14 +67,16 @@ def prepare(
     )
     partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")  # hidden, so no reader takes it in
     try:
-        train, held_out = _write_splits(reader, partial, tokenizer, held_out_fraction, hold_out_ends)
+        train, validation = _write_splits(reader, partial, tokenizer, validation_fraction, hold_out_ends)
         _publish(partial, target, overwrite)
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error.strerror or error}; choose another --out.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     duration_s = time.perf_counter() - started_s
-    return PrepareReport(out=out, train=train, held_out=held_out, num_skipped=reader.num_skipped, duration_s=duration_s)
+    return PrepareReport(
+        out=out, train=train, validation=validation, num_skipped=reader.num_skipped, duration_s=duration_s
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exclude", nargs="+", action="extend", default=[], metavar="NAME", help="file and folder names or globs"
     )
-    parser.add_argument("--held-out", type=float, default=0.05, metavar="FRACTION", help="documents held out (0.05)")
+    parser.add_argument(
+        "--validation-fraction", type=float, default=0.05, metavar="FRACTION", help="documents held out (0.05)"
+    )
     parser.add_argument(
         "--hold-out-ends", action="store_true", help="hold out the end of every document instead of whole documents"
     )
@@ -106,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
         out=args.out,
         suffixes=args.suffix,
         exclude=args.exclude,
-        held_out_fraction=args.held_out,
+        validation_fraction=args.validation,
         hold_out_ends=args.hold_out_ends,
         text_key=args.text_key,
         skip_unreadable=args.skip_unreadable,
@@ -129,22 +133,22 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 
 def _write_splits(
-    reader: DocumentReader, folder: Path, tokenizer: Tokenizer, held_out_fraction: float, hold_out_ends: bool
+    reader: DocumentReader, folder: Path, tokenizer: Tokenizer, validation_fraction: float, hold_out_ends: bool
 ) -> tuple[SplitMeta, SplitMeta]:
     """Stream every document to its side and return both metas; raises DataError when a side stays empty."""
     lowest, highest = 1.0, 0.0
     with (
         SplitWriter(folder / SPLITS[0], tokenizer=tokenizer) as train,
-        SplitWriter(folder / SPLITS[1], tokenizer=tokenizer) as held_out,
+        SplitWriter(folder / SPLITS[1], tokenizer=tokenizer) as validation,
     ):
         for document in reader:
             if hold_out_ends:
-                start = _end_start(document.text, held_out_fraction)
-                sides = [(train, document.text[:start]), (held_out, document.text[start:])]
+                start = _end_start(document.text, validation_fraction)
+                sides = [(train, document.text[:start]), (validation, document.text[start:])]
             else:
                 place = _place(document.text.encode())
                 lowest, highest = min(lowest, place), max(highest, place)
-                sides = [(held_out if place < held_out_fraction else train, document.text)]
+                sides = [(validation if place < validation_fraction else train, document.text)]
             for side, text in sides:
                 if not text:
                     continue
@@ -153,13 +157,13 @@ def _write_splits(
                 except DataError as error:
                     raise DataError(f"{document.origin}: {error}") from error
                 side.add(ids, num_bytes=len(text.encode()))
-        if train.num_documents + held_out.num_documents == 0:
+        if train.num_documents + validation.num_documents == 0:
             raise DataError(f"No input holds a readable document ({reader.num_skipped} skipped); give other paths.")
-        if hold_out_ends and held_out.num_documents == 0:
+        if hold_out_ends and validation.num_documents == 0:
             raise DataError("Documents of a single character have no end to hold out; drop --hold-out-ends.")
-        if train.num_documents == 0 or held_out.num_documents == 0:
-            raise DataError(_empty_side(train.num_documents, held_out.num_documents, lowest, highest))
-        return train.finish(), held_out.finish()
+        if train.num_documents == 0 or validation.num_documents == 0:
+            raise DataError(_empty_side(train.num_documents, validation.num_documents, lowest, highest))
+        return train.finish(), validation.finish()
 
 
 def _place(data: bytes) -> float:
@@ -183,14 +187,18 @@ def _end_start(text: str, fraction: float) -> int:
     return wanted
 
 
-def _empty_side(num_train: int, num_held_out: int, lowest: float, highest: float) -> str:
+def _empty_side(num_train: int, num_validation: int, lowest: float, highest: float) -> str:
     """Say which side is empty and, where one exists, a fraction between the documents' places that works."""
-    side = "held_out" if num_held_out == 0 else "train"
+    side = "validation" if num_validation == 0 else "train"
     # Rounded inwards: up from the lowest place, or down from the highest.
-    works = (math.floor(lowest * 1000) + 1 if num_held_out == 0 else math.ceil(highest * 1000) - 1) / 1000
-    cure = f"pass --held-out {works:g}" if lowest < works <= highest and works < 1 else "give more different documents"
+    works = (math.floor(lowest * 1000) + 1 if num_validation == 0 else math.ceil(highest * 1000) - 1) / 1000
+    cure = (
+        f"pass --validation-fraction {works:g}"
+        if lowest < works <= highest and works < 1
+        else "give more different documents"
+    )
     cure += ", or pass --hold-out-ends, which holds out the end of every document"
-    return f"None of the {num_train + num_held_out} documents falls into the {side} split; {cure}."
+    return f"None of the {num_train + num_validation} documents falls into the {side} split; {cure}."
 
 
 def _publish(partial: Path, target: Path, overwrite: bool) -> None:

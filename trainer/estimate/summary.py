@@ -11,7 +11,7 @@ import torch
 from farspan.kernels.backend import BACKENDS
 from farspan.kernels.layers.cross_entropy import chunk_tokens
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import Gathered, Mechanism
+from farspan.kernels.mechanism import Mechanism, TokenChoice
 from farspan.kernels.merge import accumulation_dtype
 from farspan.parallel.context_parallel.cost_model import SAMPLED
 from farspan.parallel.context_parallel.halo import mean_rows_sent
@@ -85,7 +85,7 @@ def _head_mixture(config: Config) -> dict[str, str]:
     }
 
 
-def said(mechanisms: Sequence[Mechanism]) -> str:
+def format_layers(mechanisms: Sequence[Mechanism]) -> str:
     """Return the mechanisms of the layers in words, layers in a row together."""
     runs = [(mechanism, len(list(run))) for mechanism, run in groupby(mechanisms)]
     if len(runs) == 1:
@@ -189,7 +189,7 @@ def block_activations(config: Config, mechanism: Mechanism, has_experts: bool, *
     """Return the bytes that a block with this mechanism keeps for its backward pass, for `tokens` tokens of this rank.
 
     Per token: the residual stream before both norms and the norms' results; rotated q and k, v, out and a float32 lse;
-    gate, silu(gate), up and their product; with qk_norm q and k before it. CPU norms keep the normalised input too.
+    gate, silu(gate), up and their product; with qk_norm q and k before it. CPU norms keep the normalized input too.
     Where heads gather tokens: out of all tokens; q, k, v, out, lse and routing of the gathered ones. With a convolution
     on keys, what it reads. What a routed mechanism chose is left out. In a gated recurrence: q, k, v before and after
     SiLU, out, its norm, the gate, and the product of these two. With experts: the rows sent to them and those that came
@@ -215,7 +215,7 @@ def block_activations(config: Config, mechanism: Mechanism, has_experts: bool, *
     attention = (2 * query + 2 * kv) * compute.itemsize + heads.query * wide.itemsize
     if gated:
         attention = (2 * 3 + 3) * query * compute.itemsize
-    if isinstance(mechanism, Gathered):
+    if isinstance(mechanism, TokenChoice):
         length = config.data.sequence_tokens
         gathered = attention + heads.kv * wide.itemsize
         attention = query * compute.itemsize + gathered * len(mechanism.typical(Rows.packed([length]))) // length

@@ -171,6 +171,6 @@ def _experts(model: ModelConfig, architecture: Architecture) -> dict[str, tuple[
         "experts.bias_rate": (experts.bias_rate, 0.0),
     }
     if architecture is MIXTRAL:
-        wanted["experts.normalised"] = (experts.normalised, True)
+        wanted["experts.normalized"] = (experts.normalized, True)
         wanted["experts.layers"] = (experts.layers, "experts") if not all(model.expert_layers) else ("", "")
     return wanted

@@ -116,7 +116,7 @@ def _experts(fields: Fields, architecture: Architecture) -> dict[str, Any]:
         "per_token": per_token,
         "feed_forward": fields[names.size],
         "layers": pattern_of(has_experts),
-        "normalised": True if architecture is MIXTRAL else fields["norm_topk_prob"],
+        "normalized": True if architecture is MIXTRAL else fields["norm_topk_prob"],
         "balance_loss": balance_loss_of(coefficient, per_token, sum(has_experts)),
         "balance_over": "step",
     }

@@ -47,7 +47,7 @@ def config_fields(
     }
     if architecture.qk_norm:
         fields |= {
-            "norm_topk_prob": experts.normalised,
+            "norm_topk_prob": experts.normalized,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [layer for layer, has_experts in enumerate(layers) if not has_experts],
         }

@@ -12,7 +12,7 @@ from farspan.kernels.layers.rope import apply_rope
 from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.routing.router_logits import routing_logits
 from farspan.parallel.context_parallel.key_convolution import KeyConvolution
-from farspan.parallel.context_parallel.strategy import Attend
+from farspan.parallel.context_parallel.strategy import DistributedAttention
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.norm import RmsNorm
 
@@ -27,7 +27,7 @@ class AttentionInputs:
     real: Tensor
     cos: Tensor
     sin: Tensor
-    attend: Attend
+    attend: DistributedAttention
     key_convolution: KeyConvolution | None
 
 

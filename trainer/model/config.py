@@ -62,8 +62,8 @@ class ExpertsConfig:
     choose tokens (arXiv 2202.09368), they look at the whole sequence, the future too: not for generating text.
     capacity: how many times its even share of a sequence an expert takes at most, 0 for any; the rest of the choices is
     dropped. drop: which, those of the lowest weights or of the last positions. score: of an expert for a token,
-    softmax over all experts, or sigmoid. normalised: whether weights of the chosen ones add up to 1, before scale.
-    scale: of the weights. groups: of neighbouring experts. groups_per_token: how many of these, the best, a token
+    softmax over all experts, or sigmoid. normalized: whether weights of the chosen ones add up to 1, before scale.
+    scale: of the weights. groups: of neighboring experts. groups_per_token: how many of these, the best, a token
     chooses from. bias_rate: how far the bias of an expert moves each step to even out loads; it counts in the choice
     only (arXiv 2408.15664). balance_loss: coefficient of Switch's loss. balance_over: what that is computed over, each
     sequence or all of the step. z_loss: coefficient of the squared log-sum-exps of logits.
@@ -78,7 +78,7 @@ class ExpertsConfig:
     capacity: float = bounded(0.0, minimum=0)
     drop: Literal["weight", "position"] = "weight"
     score: Literal["softmax", "sigmoid"] = "softmax"
-    normalised: bool = True
+    normalized: bool = True
     scale: float = bounded(1.0, above=0)
     groups: int = bounded(1, minimum=1)
     groups_per_token: int = bounded(1, minimum=1)
@@ -93,7 +93,7 @@ class ExpertsConfig:
             experts=self.count,
             per_token=self.per_token,
             score=self.score,
-            normalised=self.normalised,
+            normalized=self.normalized,
             scale=self.scale,
             groups=self.groups,
             groups_per_token=self.groups_per_token,
@@ -118,7 +118,7 @@ class HeadMixtureConfig:
     `model.heads` (MoH, arXiv 2410.11842). count: of experts. per_token: how many experts a token chooses or, of heads,
     how many for each KV head. shared: heads of each KV head that work on every token besides. own_keys: whether each
     expert has keys and values of its own, too (BAM, arXiv 2408.08274); tokens have to choose all experts then, as their
-    keys are there for other tokens. normalised: whether weights of the chosen experts add up to 1. bias_rate,
+    keys are there for other tokens. normalized: whether weights of the chosen experts add up to 1. bias_rate,
     balance_loss, balance_over, z_loss: as in `model.experts`.
     """
 
@@ -127,7 +127,7 @@ class HeadMixtureConfig:
     per_token: int = bounded(1, minimum=1)
     shared: int = bounded(0, minimum=0)
     own_keys: bool = False
-    normalised: bool = True
+    normalized: bool = True
     bias_rate: float = bounded(0.0, minimum=0)
     balance_loss: float = bounded(0.0, minimum=0)
     balance_over: Literal["sequence", "step"] = "sequence"
@@ -141,7 +141,7 @@ class ModelConfig:
     layers: blocks of attention and SwiGLU. width: size of the residual stream. heads: of queries. kv_heads: of keys
     and values, each shared by heads / kv_heads query heads. head_dim: size of a head; heads * head_dim need not be
     the width. feed_forward: inner size of SwiGLU. vocabulary_size: of the model; 0 takes the data's, rounded up to a
-    multiple of 64. norm_epsilon: of every RMSNorm. qk_norm: normalise the queries and keys of each head.
+    multiple of 64. norm_epsilon: of every RMSNorm. qk_norm: normalize the queries and keys of each head.
     tied_embeddings: one table for input and output. key_convolution: how many keys a short convolution on the
     keys reads, 0 without one (FlashMoBA, arXiv 2511.11571). parallel_blocks: whether attention and SwiGLU of a block
     read the same norm and are added together, instead of one after the other. recurrent_layer: what a recurrence is
@@ -202,7 +202,7 @@ class ModelConfig:
         """Return how heads are chosen, None without a mixture; raises ValueError where the fields do not fit."""
         mixture = self.head_mixture
         if mixture.kind == "experts":
-            return AttentionExperts(count=mixture.count, per_token=mixture.per_token, normalised=mixture.normalised)
+            return AttentionExperts(count=mixture.count, per_token=mixture.per_token, normalized=mixture.normalized)
         if mixture.kind == "heads":
             return MixtureOfHeads(
                 kv_heads=self.kv_heads,

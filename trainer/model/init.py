@@ -1,7 +1,7 @@
 """Initial parameters: the same numbers whatever the mesh, since each is a function of (seed, name, row) alone.
 
 embedding                       normal, std 1: the residual stream starts at the size that norms keep it at
-head, and a tied embedding      normal, std 0.02: nothing is predicted with confidence before it is learnt
+head, and a tied embedding      normal, std 0.02: nothing is predicted with confidence before it is learned
 query, key, value, router       normal, std 1 / sqrt(fan in); up and gates too
 out, down                       normal, std 1 / sqrt(fan in) / sqrt(2 layers): the residual stream keeps its size
 norms                           1
@@ -68,7 +68,7 @@ def _local_part(parameter: nn.Parameter) -> tuple[Tensor, list[int]]:
         return parameter, first
     for axis, placement in enumerate(parameter.placements):
         if isinstance(placement, Shard):
-            assert placement.dim < max(parameter.dim() - 1, 1), f"initialisation draws whole rows, not {placement}"
+            assert placement.dim < max(parameter.dim() - 1, 1), f"initialization draws whole rows, not {placement}"
             # DTensor shards as torch.chunk does: equal chunks, the last ones shorter or empty.
             chunk = -(-parameter.shape[placement.dim] // parameter.device_mesh.size(axis))
             first[placement.dim] = parameter.device_mesh.get_local_rank(axis) * chunk

@@ -1,4 +1,4 @@
-"""Normalisation of the residual stream and of heads."""
+"""Normalization of the residual stream and of heads."""
 
 import torch
 from torch import Tensor, nn

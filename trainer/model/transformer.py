@@ -19,7 +19,7 @@ from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
 from farspan.parallel.comm import Channel
 from farspan.parallel.context_parallel.key_convolution import KeyConvolution
-from farspan.parallel.context_parallel.strategy import Attend
+from farspan.parallel.context_parallel.strategy import DistributedAttention
 from farspan.parallel.expert_parallel.capacity import SharedSequence
 from farspan.trainer.model.attention import Attention, AttentionInputs
 from farspan.trainer.model.config import ModelConfig
@@ -49,7 +49,7 @@ class SequenceContext:
     """
 
     rows: Rows
-    attends: tuple[Attend, ...]
+    attends: tuple[DistributedAttention, ...]
     key_convolution: KeyConvolution | None = None
     experts: ExpertPlaces | None = None
 

@@ -14,7 +14,7 @@ from farspan.errors import ConfigError, FarspanError
 T = TypeVar("T")
 
 
-def together(work: Callable[[], T]) -> T:
+def raise_on_all_ranks(work: Callable[[], T]) -> T:
     """Call `work`, which waits for no other rank, on every rank; if it raises a FarspanError on one, all raise it."""
     result: T | None = None
     mine: FarspanError | None = None
@@ -22,7 +22,7 @@ def together(work: Callable[[], T]) -> T:
         result = work()
     except FarspanError as error:
         mine = error
-    errors = gather(mine)
+    errors = all_gather_objects(mine)
     failed = [(rank, error) for rank, error in enumerate(errors) if error is not None]
     if failed:
         rank, error = failed[0]
@@ -49,12 +49,12 @@ def on_first_rank(work: Callable[[], T], group: dist.ProcessGroup | None = None)
     return result
 
 
-def on_any_rank(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Return on every rank whether `flag` is true on some rank."""
-    return bool(most_of_any_rank([flag])[0])
+    return bool(max_over_ranks([flag])[0])
 
 
-def most_of_any_rank(values: Sequence[int]) -> list[int]:
+def max_over_ranks(values: Sequence[int]) -> list[int]:
     """Return on every rank the largest of all ranks, for each of the values."""
     agreed = torch.tensor(values, dtype=torch.int64)
     dist.all_reduce(agreed, dist.ReduceOp.MAX)
@@ -63,7 +63,7 @@ def most_of_any_rank(values: Sequence[int]) -> list[int]:
 
 def check_same(values: Mapping[str, object]) -> None:
     """Raise ConfigError on every rank unless each value, given by what it is, equals that of rank 0."""
-    everywhere = gather(dict(values))
+    everywhere = all_gather_objects(dict(values))
     for rank, there in enumerate(everywhere):
         for name in {**everywhere[0], **there}:
             first, other = everywhere[0].get(name), there.get(name)
@@ -74,7 +74,7 @@ def check_same(values: Mapping[str, object]) -> None:
                 )
 
 
-def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Return the values of all ranks; group: as for `on_first_rank`."""
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value, group=group)

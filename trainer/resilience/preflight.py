@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from farspan.errors import ConfigError, FarspanError
-from farspan.trainer.resilience.agreement import gather
+from farspan.trainer.resilience.agreement import all_gather_objects
 from farspan.trainer.resilience.signals import UNFIT_FILE
 
 CLOCK_S, SLOWER, LESS_MEMORY = 2.0, 1.5, 0.8
@@ -27,7 +27,7 @@ PROBE_BYTES = 4096
 SUMMED = 1024
 
 
-class UnfitError(FarspanError):
+class BadNodeError(FarspanError):
     """A node cannot take part in the run."""
 
 
@@ -47,11 +47,11 @@ class Found:
     fault: str | None
 
 
-def check_nodes(folder: Path, choose_device: Callable[[], torch.device]) -> list[str]:
+def run_preflight(folder: Path, choose_device: Callable[[], torch.device]) -> list[str]:
     """Check every rank's device, memory, clock, connection and access to the run's folder; return what is to be said.
 
     choose_device: returns this rank's device; raises ConfigError where there is none. All ranks have to call. Raises
-    UnfitError on all where some node cannot take part, and leaves a line for each such host in the folder's file
+    BadNodeError on all where some node cannot take part, and leaves a line for each such host in the folder's file
     `unfit`. That no rank has its device is not for this to say.
     """
     # All at one time, so that clocks can be compared.
@@ -61,11 +61,11 @@ def check_nodes(folder: Path, choose_device: Callable[[], torch.device]) -> list
         device, no_device = choose_device(), None
     except ConfigError as error:
         device, no_device = torch.device("cpu"), str(error)
-    everywhere = gather(_look(folder, device, clock, no_device))
+    everywhere = all_gather_objects(_look(folder, device, clock, no_device))
     if all(found.no_device for found in everywhere):
         return []
     _refuse(folder, {found.host: found.no_device or found.fault for found in everywhere})
-    sums = gather((socket.gethostname(), _fault_of_sum(device)))
+    sums = all_gather_objects((socket.gethostname(), _fault_of_sum(device)))
     _refuse(folder, dict(sorted(sums, key=lambda each: each[1] is not None)))
     return list(report(everywhere))
 
@@ -110,7 +110,7 @@ def _look(folder: Path, device: torch.device, clock: float, no_device: str | Non
 
 
 def _refuse(folder: Path, faults: Mapping[str, str | None]) -> None:
-    """Raise UnfitError, with a note in the folder, if some host has a fault; it is the same on all ranks."""
+    """Raise BadNodeError, with a note in the folder, if some host has a fault; it is the same on all ranks."""
     unfit = {host: fault for host, fault in faults.items() if fault is not None}
     if not unfit:
         return
@@ -118,7 +118,7 @@ def _refuse(folder: Path, faults: Mapping[str, str | None]) -> None:
     if socket.gethostname() not in unfit:
         with suppress(OSError):
             (folder / UNFIT_FILE).write_text("".join(f"{host} {fault}\n" for host, fault in unfit.items()))
-    raise UnfitError(f"{'; '.join(f'{host}: {fault}' for host, fault in unfit.items())}: start on other nodes.")
+    raise BadNodeError(f"{'; '.join(f'{host}: {fault}' for host, fault in unfit.items())}: start on other nodes.")
 
 
 def _nearest(folder: Path) -> Path:

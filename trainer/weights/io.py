@@ -16,7 +16,7 @@ from farspan.errors import CheckpointError
 from farspan.trainer.checkpoint.manifest import MANIFEST, DamagedError, Manifest
 from farspan.trainer.checkpoint.shards import INDEX, read_index, read_shards, write_shards
 from farspan.trainer.checkpoint.verify import verified
-from farspan.trainer.resilience.agreement import on_first_rank, together
+from farspan.trainer.resilience.agreement import on_first_rank, raise_on_all_ranks
 
 PREFIX = "model."
 """Of the names of parameters in a folder, where an optimizer's state may be beside them."""
@@ -27,7 +27,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
     Raises CheckpointError where there are none, or they are those of another model, which may be half filled then.
     """
-    together(lambda: check_weights(folder))
+    raise_on_all_ranks(lambda: check_weights(folder))
     tensors = {"model": get_model_state_dict(model)}
     # Only a run's checkpoint has a manifest.
     files = on_first_rank(lambda: Manifest.read(folder).files if (folder / MANIFEST).is_file() else {})
@@ -38,7 +38,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         raise
     except CheckpointError as error:
         raise CheckpointError(f"{folder} does not fill this model ({error}): change model.*.") from None
-    together(lambda: _check_all_taken(folder, tensors["model"]))
+    raise_on_all_ranks(lambda: _check_all_taken(folder, tensors["model"]))
     set_model_state_dict(model, tensors["model"])
 
 

@@ -38,7 +38,7 @@ def pool_heads(source: Path, kv_heads: int, out: Path) -> Decoder:
 
 
 def pooled(matrix: Tensor, group: int, head_dim: int) -> Tensor:
-    """Return the mean over each `group` of neighbouring heads of a matrix `[heads * head_dim, in]`."""
+    """Return the mean over each `group` of neighboring heads of a matrix `[heads * head_dim, in]`."""
     heads = matrix.unflatten(0, (-1, group, head_dim))
     return heads.double().mean(dim=1).flatten(0, 1).to(matrix.dtype)
 

@@ -1,6 +1,6 @@
 """Fetch: a rank gets those keys and values of other ranks that its own queries need, and no others.
 
-Windows and neighbourhoods need halos, documents what they have elsewhere, block-sparse and routed mechanisms the union
+Windows and neighborhoods need halos, documents what they have elsewhere, block-sparse and routed mechanisms the union
 of the blocks that were chosen, head by head. Keys come in stages, from ranks ever farther away, each on its way during
 the work on the one before; gradients go back the way that keys came, and are summed in the accumulation dtype where
 they are at home, rank by rank.
@@ -13,12 +13,18 @@ from typing import final
 import torch
 from torch import Tensor
 
-from farspan.kernels.masks.mask import Visibility
-from farspan.kernels.masks.selection import Selection
+from farspan.kernels.masks.attention_mask import AttentionMask
+from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.mechanism import Heads, Masked, Routed
 from farspan.kernels.planning.plan import Plan
 from farspan.parallel.comm import Channel, Transfer
-from farspan.parallel.context_parallel.moving_kv import Homeward, Journey, KeysAndValues, Route, TravellingKeys
+from farspan.parallel.context_parallel.moving_kv import (
+    GradReturn,
+    KeysAndValues,
+    KVExchange,
+    KVMovingStrategy,
+    KVSchedule,
+)
 from farspan.parallel.context_parallel.required_keys import needed_keys
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Chosen, HeadShare, Move, Sizes, Volume
 from farspan.parallel.layout import Shards
@@ -28,23 +34,23 @@ STAGES = 4
 
 
 @final
-class Fetch(TravellingKeys):
+class Fetch(KVMovingStrategy):
     """Works under every layout; moves least where the keys of a query lie on few ranks."""
 
     name = "fetch"
-    moves_chosen_blocks = True
+    moves_selected_blocks = True
 
-    def route(self, mechanism: Masked, shards: Shards, share: HeadShare) -> Route:
+    def kv_exchange(self, mechanism: Masked, shards: Shards, share: HeadShare) -> KVExchange:
         sequence = _Sequence(
             channel=self.channel,
             shards=shards,
-            visibility=mechanism.visibility().of_heads(share.slice),
+            attention_mask=mechanism.attention_mask().of_heads(share.slice),
             heads=share.here,
             rounded=self.rounded_gradients,
         )
         if isinstance(mechanism, Routed):
             return _ToBeChosen(sequence)
-        return _FetchJourney(sequence, sequence.wanted(), sequence.given())
+        return _FetchKVSchedule(sequence, sequence.wanted(), sequence.given())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -53,12 +59,12 @@ class _Sequence:
 
     channel: Channel
     shards: Shards
-    visibility: Visibility
+    attention_mask: AttentionMask
     heads: Heads
     rounded: bool
 
     @property
-    def everyone(self) -> Tensor:
+    def global_rows(self) -> Tensor:
         """Token of each row of all ranks set end to end, int64 `[P x tokens_local]`."""
         return self.shards.index.flatten()
 
@@ -75,25 +81,25 @@ class _Sequence:
     def plan(self, queries: Tensor, keys: Tensor) -> Plan:
         """Plan attention of queries to keys, both tokens of the sequence."""
         rows = self.shards.rows
-        return Plan.build(rows.take(queries), rows.take(keys), self.visibility, heads=self.heads.query)
+        return Plan.build(rows.take(queries), rows.take(keys), self.attention_mask, heads=self.heads.query)
 
-    def wanted(self, selection: Selection | None = None) -> Tensor:
+    def wanted(self, selection: BlockSelection | None = None) -> Tensor:
         """Return what this rank needs, of what its queries chose if they did; bool `[P, tokens_local, Hk]`."""
-        needed = needed_keys(_choosing(self.plan(self.mine, self.everyone), selection), self.heads.kv)
+        needed = needed_keys(_choosing(self.plan(self.mine, self.global_rows), selection), self.heads.kv)
         return needed[0].t().unflatten(0, (self.channel.size, -1))
 
-    def given(self, selection: Selection | None = None) -> Tensor:
+    def given(self, selection: BlockSelection | None = None) -> Tensor:
         """Return what each rank needs of this one's keys; bool `[P, tokens_local, Hk]`."""
-        plan = _choosing(self.plan(self.everyone, self.mine), selection)
+        plan = _choosing(self.plan(self.global_rows, self.mine), selection)
         return needed_keys(plan, self.heads.kv, groups=self.channel.size).transpose(1, 2)
 
 
-def _choosing(plan: Plan, selection: Selection | None) -> Plan:
+def _choosing(plan: Plan, selection: BlockSelection | None) -> Plan:
     return plan if selection is None else plan.choosing(selection)
 
 
 @final
-class _FetchJourney(Journey):
+class _FetchKVSchedule(KVSchedule):
     """First the local rows, then stage by stage what is needed of those of others.
 
     wanted: of all ranks' rows, by this one; given: of this rank's, by each; bool `[P, tokens_local, Hk]`.
@@ -103,7 +109,7 @@ class _FetchJourney(Journey):
         self.sequence, self.wanted, self.given = sequence, wanted, given
         rank = sequence.channel.rank
         self.stages = tuple(_Stage.of(wanted, given, rank, distances) for distances in sequence.stages)
-        self.tokens = (sequence.mine, *(sequence.everyone[stage.rows] for stage in self.stages))
+        self.tokens = (sequence.mine, *(sequence.global_rows[stage.rows] for stage in self.stages))
         self.plans = tuple(sequence.plan(sequence.mine, keys) for keys in self.tokens)
 
     def parts(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -128,8 +134,8 @@ class _FetchJourney(Journey):
             outgoing, sent=stage.sent, received=stage.received, kind="fetch_kv"
         )
 
-    def homeward(self, k: Tensor, v: Tensor) -> Homeward:
-        return _FetchHomeward(self, KeysAndValues.no_gradients(k, v), k.dtype)
+    def grad_return(self, k: Tensor, v: Tensor) -> GradReturn:
+        return _FetchGradReturn(self, KeysAndValues.no_gradients(k, v), k.dtype)
 
     def moves(self, sizes: Sizes, chosen: Chosen) -> tuple[Move, ...]:
         """What others need of the local keys and values, both ways; backward also gradients of what this rank needed.
@@ -179,10 +185,10 @@ class _Stage:
 
 
 @final
-class _FetchHomeward(Homeward):
-    def __init__(self, journey: _FetchJourney, gradient: KeysAndValues, dtype: torch.dtype) -> None:
-        self.journey, self.gradient, self.part = journey, gradient, 0
-        self.wire_dtype = dtype if journey.sequence.rounded else gradient.buffer.dtype
+class _FetchGradReturn(GradReturn):
+    def __init__(self, kv_schedule: _FetchKVSchedule, gradient: KeysAndValues, dtype: torch.dtype) -> None:
+        self.kv_schedule, self.gradient, self.part = kv_schedule, gradient, 0
+        self.wire_dtype = dtype if kv_schedule.sequence.rounded else gradient.buffer.dtype
         self.arriving: Transfer | None = None
 
     def add(self, dk: Tensor | None, dv: Tensor | None) -> None:
@@ -193,14 +199,14 @@ class _FetchHomeward(Homeward):
                 self.gradient.value.add_(dv)
             return
         self._take_in()
-        stage = self.journey.stages[self.part - 2]
+        stage = self.kv_schedule.stages[self.part - 2]
         width = self.gradient.key.shape[2] + self.gradient.value.shape[2]
         if dk is None or dv is None:
             found = self.gradient.buffer.new_zeros(len(stage.slots), width)
         else:
             slots = stage.slots.to(dk.device)
             found = torch.cat((dk.flatten(0, 1)[slots], dv.flatten(0, 1)[slots]), dim=1)
-        self.arriving = self.journey.sequence.channel.start_all_to_all(
+        self.arriving = self.kv_schedule.sequence.channel.start_all_to_all(
             found.to(self.wire_dtype), sent=stage.received, received=stage.sent, kind="fetch_dkv"
         )
 
@@ -208,7 +214,7 @@ class _FetchHomeward(Homeward):
         """Add what came home for the stage before; a row may come from several ranks."""
         if self.arriving is None:
             return
-        arrived, stage = self.arriving.wait(), self.journey.stages[self.part - 3]
+        arrived, stage = self.arriving.wait(), self.kv_schedule.stages[self.part - 3]
         key, value = self.gradient.key.flatten(0, 1), self.gradient.value.flatten(0, 1)
         places = stage.given.to(key.device).split(stage.sent)
         for place, part in zip(places, arrived.split(stage.sent), strict=True):
@@ -216,39 +222,39 @@ class _FetchHomeward(Homeward):
             value[place] += part[:, key.shape[1] :]
         self.arriving = None
 
-    def arrive(self) -> tuple[Tensor, Tensor]:
+    def finish(self) -> tuple[Tensor, Tensor]:
         self.part += 1
         self._take_in()
         return self.gradient.key, self.gradient.value
 
 
 @final
-class _ToBeChosen(Route):
+class _ToBeChosen(KVExchange):
     """What is needed is known once the queries have chosen: each rank then asks the others for it."""
 
     def __init__(self, sequence: _Sequence) -> None:
         self.sequence = sequence
 
-    def to_chosen(self, selection: Selection | None) -> Journey:
+    def to_chosen(self, selection: BlockSelection | None) -> KVSchedule:
         wanted = self.sequence.wanted(selection)
-        return _FetchJourney(self.sequence, wanted, self.sequence.channel.all_to_all(wanted, kind="fetch_requests"))
+        return _FetchKVSchedule(self.sequence, wanted, self.sequence.channel.all_to_all(wanted, kind="fetch_requests"))
 
     def moves(self, sizes: Sizes, chosen: Chosen) -> tuple[Move, ...]:
         """Besides what was chosen, a byte for every row and KV head of other ranks: whether it is needed."""
-        journey = self._journey(chosen)
-        requests = journey.wanted.numel() - journey.wanted[self.sequence.channel.rank].numel()
+        kv_schedule = self._journey(chosen)
+        requests = kv_schedule.wanted.numel() - kv_schedule.wanted[self.sequence.channel.rank].numel()
         asked = Move(Volume(forward=requests, backward=0), self.sequence.channel, hidden=False)
-        return *journey.moves(sizes, None), asked
+        return *kv_schedule.moves(sizes, None), asked
 
     def working_bytes(self, sizes: Sizes, chosen: Chosen) -> int:
         return self._journey(chosen).working_bytes(sizes, None)
 
-    def _journey(self, chosen: Chosen) -> "_FetchJourney":
+    def _journey(self, chosen: Chosen) -> "_FetchKVSchedule":
         """Return the journey of what all ranks chose, `chosen` of the whole sequence; None: of all they may choose."""
-        if not isinstance(chosen, Selection):
-            return _FetchJourney(self.sequence, self.sequence.wanted(), self.sequence.given())
-        of_all, of_mine = (chosen.of_queries(rows) for rows in (self.sequence.everyone, self.sequence.mine))
-        return _FetchJourney(self.sequence, self.sequence.wanted(of_mine), self.sequence.given(of_all))
+        if not isinstance(chosen, BlockSelection):
+            return _FetchKVSchedule(self.sequence, self.sequence.wanted(), self.sequence.given())
+        of_all, of_mine = (chosen.of_queries(rows) for rows in (self.sequence.global_rows, self.sequence.mine))
+        return _FetchKVSchedule(self.sequence, self.sequence.wanted(of_mine), self.sequence.given(of_all))
 
 
 STRATEGIES.add(Fetch.name, Fetch)

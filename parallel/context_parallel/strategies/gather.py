@@ -14,31 +14,31 @@ from torch import Tensor
 from farspan.kernels.mechanism import Masked
 from farspan.kernels.planning.plan import Plan
 from farspan.parallel.comm import Channel
-from farspan.parallel.context_parallel.moving_kv import Homeward, Journey, KeysAndValues, TravellingKeys
+from farspan.parallel.context_parallel.moving_kv import GradReturn, KeysAndValues, KVMovingStrategy, KVSchedule
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Chosen, HeadShare, Move, Sizes, Volume
 from farspan.parallel.layout import Shards
 
 
 @final
-class Gather(TravellingKeys):
+class Gather(KVMovingStrategy):
     """All-gather of keys and values, for any layout and any numbers of heads."""
 
     name = "gather"
 
-    def route(self, mechanism: Masked, shards: Shards, share: HeadShare) -> "_GatherJourney":
-        return _GatherJourney(self.channel, self.rounded_gradients, mechanism, shards, share)
+    def kv_exchange(self, mechanism: Masked, shards: Shards, share: HeadShare) -> "_GatherKVSchedule":
+        return _GatherKVSchedule(self.channel, self.rounded_gradients, mechanism, shards, share)
 
 
 @final
-class _GatherJourney(Journey):
+class _GatherKVSchedule(KVSchedule):
     """One part: the rows of all ranks, set end to end."""
 
     def __init__(self, channel: Channel, rounded: bool, mechanism: Masked, shards: Shards, share: HeadShare) -> None:
         self.channel, self.rounded, self.kv_rows = channel, rounded, shards.tokens_local * share.here.kv
         everywhere = shards.index.flatten()
         keys, queries = shards.rows.take(everywhere), shards.rows_of(channel.rank)
-        visibility = mechanism.visibility().of_heads(share.slice)
-        self.plans = (Plan.build(queries, keys, visibility, heads=share.here.query),)
+        attention_mask = mechanism.attention_mask().of_heads(share.slice)
+        self.plans = (Plan.build(queries, keys, attention_mask, heads=share.here.query),)
         self.tokens = (everywhere,)
 
     def parts(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -46,8 +46,8 @@ class _GatherJourney(Journey):
         chunks = [mine.like(buffer) for buffer in self.channel.all_gather(mine.buffer, kind="gather_kv")]
         yield torch.cat([chunk.key for chunk in chunks]), torch.cat([chunk.value for chunk in chunks])
 
-    def homeward(self, k: Tensor, v: Tensor) -> Homeward:
-        return _GatherHomeward(self.channel, KeysAndValues.no_gradients(k, v), k.dtype if self.rounded else None)
+    def grad_return(self, k: Tensor, v: Tensor) -> GradReturn:
+        return _GatherGradReturn(self.channel, KeysAndValues.no_gradients(k, v), k.dtype if self.rounded else None)
 
     def moves(self, sizes: Sizes, chosen: Chosen) -> tuple[Move, ...]:
         """A rank's keys and values to (P-1) others, forward and backward; (P-1) gradients of others' go home."""
@@ -64,7 +64,7 @@ class _GatherJourney(Journey):
 
 
 @final
-class _GatherHomeward(Homeward):
+class _GatherGradReturn(GradReturn):
     """Each rank's part of the gradients goes to it; those that arrive are summed in the order of the ranks."""
 
     def __init__(self, channel: Channel, gradient: KeysAndValues, wire_dtype: torch.dtype | None) -> None:
@@ -77,7 +77,7 @@ class _GatherHomeward(Homeward):
             by_rank = (x.to(self.wire_dtype).unflatten(0, (self.channel.size, -1)).flatten(1) for x in (dk, dv))
             self.found = torch.cat(tuple(by_rank), dim=1)
 
-    def arrive(self) -> tuple[Tensor, Tensor]:
+    def finish(self) -> tuple[Tensor, Tensor]:
         found = self.found
         if found is None:
             found = self.gradient.buffer.to(self.wire_dtype).expand(self.channel.size, -1)

@@ -1,8 +1,8 @@
 """Hybrid (USP, arXiv 2405.07719): heads are dealt along one axis of a grid of ranks, tokens along the other.
 
 Along the first an all-to-all, as in Ulysses; along the second whatever the mechanism takes: a ring or, for a
-recurrence, states. `hybrid` deals heads among the ranks of a neighbourhood, where all-to-alls are cheap;
-`hybrid_outer` among the ranks of one place in all neighbourhoods.
+recurrence, states. `hybrid` deals heads among the ranks of a neighborhood, where all-to-alls are cheap;
+`hybrid_outer` among the ranks of one place in all neighborhoods.
 """
 
 from abc import abstractmethod
@@ -13,12 +13,18 @@ from torch import Tensor
 from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.parallel.comm import Channel
 from farspan.parallel.context_parallel.head_exchange import (
-    ExchangedAttend,
+    HeadParallelAttention,
     Reordering,
-    dealt_heads,
-    refusal_of_dealt_heads,
+    heads_unsupported_reason,
+    local_heads,
 )
-from farspan.parallel.context_parallel.strategy import STRATEGIES, Attend, HeadShare, Strategy, refusal_of_grid
+from farspan.parallel.context_parallel.strategy import (
+    STRATEGIES,
+    DistributedAttention,
+    HeadShare,
+    Strategy,
+    grid_unsupported_reason,
+)
 from farspan.parallel.layout import Shards
 
 ALONG_TOKENS = ("ring", "state")
@@ -45,21 +51,23 @@ class _Grid(Strategy):
         """Return `[ranks of tokens, ranks of heads, tokens_local]` of an index map `[degree, tokens_local]`."""
 
     @classmethod
-    def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
-        if (refusal := refusal_of_grid(cls.name, degree, inner)) is not None:
-            return refusal
+    def unsupported_reason(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
+        if (unsupported_reason := grid_unsupported_reason(cls.name, degree, inner)) is not None:
+            return unsupported_reason
         dealers = cls.dealers(degree, inner)
-        if (refusal := refusal_of_dealt_heads(cls.name, cls.setting, heads, dealers)) is not None:
-            return refusal
+        if (unsupported_reason := heads_unsupported_reason(cls.name, cls.setting, heads, dealers)) is not None:
+            return unsupported_reason
         here = Heads(query=heads.query // dealers, kv=max(heads.kv // dealers, 1))
-        refusals = [STRATEGIES.get(name).refusal(mechanism, here, degree // dealers) for name in ALONG_TOKENS]
+        refusals = [
+            STRATEGIES.get(name).unsupported_reason(mechanism, here, degree // dealers) for name in ALONG_TOKENS
+        ]
         return None if None in refusals else refusals[0]
 
-    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> Attend:
+    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> DistributedAttention:
         of_heads, of_tokens = self.axes()
         assert of_heads is not None, "a grid has two axes"
         assert of_tokens is not None, "a grid has two axes"
-        mine = dealt_heads(share, of_heads)
+        mine = local_heads(share, of_heads)
         groups = self.by_dealers(shards.index).flatten(1)
         # Sorted, so that documents are runs again; padding comes last.
         orders = groups.masked_fill(groups < 0, len(shards.rows)).argsort(dim=1, stable=True)
@@ -67,10 +75,10 @@ class _Grid(Strategy):
         along = next(
             strategy
             for strategy in map(STRATEGIES.get, ALONG_TOKENS)
-            if strategy.refusal(mechanism, mine.here, of_tokens.size) is None
+            if strategy.unsupported_reason(mechanism, mine.here, of_tokens.size) is None
         )(of_tokens, rounded_gradients=self.rounded_gradients)
         together = Shards(rows=shards.rows, index=groups.gather(1, orders))
-        return ExchangedAttend(
+        return HeadParallelAttention(
             tokens_local=shards.tokens_local,
             heads=share.here,
             routing_width=mechanism.routing_width,
@@ -86,7 +94,7 @@ class _Grid(Strategy):
 
 @final
 class Hybrid(_Grid):
-    """Heads are dealt within neighbourhoods."""
+    """Heads are dealt within neighborhoods."""
 
     name, setting = "hybrid", "parallel.context_inner"
 
@@ -103,7 +111,7 @@ class Hybrid(_Grid):
 
 @final
 class HybridOuter(_Grid):
-    """Heads are dealt across neighbourhoods."""
+    """Heads are dealt across neighborhoods."""
 
     name, setting = "hybrid_outer", "parallel.context / parallel.context_inner"
 

@@ -10,21 +10,21 @@ needs one hop more to be home. Sums over chunks are float32 (float64 for float64
 from typing import final
 
 from farspan.kernels.mechanism import Masked
-from farspan.parallel.context_parallel.moving_kv import TravellingKeys
-from farspan.parallel.context_parallel.ring_exchange import RingJourney, Rings
+from farspan.parallel.context_parallel.moving_kv import KVMovingStrategy
+from farspan.parallel.context_parallel.ring_exchange import RingKVSchedule, Rings
 from farspan.parallel.context_parallel.strategy import STRATEGIES, HeadShare
 from farspan.parallel.layout import Shards
 
 
 @final
-class Ring(TravellingKeys):
+class Ring(KVMovingStrategy):
     """One ring, for every layout."""
 
     name = "ring"
 
-    def route(self, mechanism: Masked, shards: Shards, share: HeadShare) -> RingJourney:
+    def kv_exchange(self, mechanism: Masked, shards: Shards, share: HeadShare) -> RingKVSchedule:
         rings = Rings(size=self.channel.size, width=self.channel.size)
-        return RingJourney(self, rings, mechanism, shards, share)
+        return RingKVSchedule(self, rings, mechanism, shards, share)
 
 
 STRATEGIES.add(Ring.name, Ring)

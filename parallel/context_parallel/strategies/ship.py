@@ -13,19 +13,19 @@ from typing import final
 import torch
 from torch import Tensor
 
-from farspan.kernels.attention import attend, attend_backward
-from farspan.kernels.masks.selection import Partition, Selection
+from farspan.kernels.attention import attention_backward, attention_forward
+from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.mechanism import Heads, Mechanism, Routed
 from farspan.kernels.merge import accumulation_dtype, merge_
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.sequence_attention import Saved
 from farspan.parallel.comm import Channel, Transfer
-from farspan.parallel.context_parallel.query_dispatch import Arrivals, Holders, Shipments
+from farspan.parallel.context_parallel.query_dispatch import BlockOwners, DispatchPlan, ReceivedQueries
 from farspan.parallel.context_parallel.routing import Choice, moves_of_choice
 from farspan.parallel.context_parallel.strategy import (
     STRATEGIES,
-    Attend,
     Chosen,
+    DistributedAttention,
     HeadShare,
     Move,
     Queries,
@@ -44,10 +44,10 @@ ITEM_BYTES, ENTRY_BYTES, COUNT_BYTES = 12, 4, 16
 class Ship(Strategy):
     """For routed mechanisms alone; works under every layout and any numbers of heads."""
 
-    moves_chosen_blocks, stand_in = True, "state"
+    moves_selected_blocks, fallback_strategy = True, "state"
 
     @classmethod
-    def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
+    def unsupported_reason(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
         if isinstance(mechanism, Routed):
             return None
         return (
@@ -55,10 +55,10 @@ class Ship(Strategy):
             "blocks; set parallel.strategy='ring' or 'fetch'."
         )
 
-    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> Attend:
+    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> DistributedAttention:
         assert isinstance(mechanism, Routed)
         blocks, mine = mechanism.blocks(shards.rows), shards.rows_of(self.channel.rank)
-        return _ShipAttend(
+        return _QueryDispatchAttention(
             tokens_local=shards.tokens_local,
             heads=share.here,
             routing_width=0,
@@ -67,21 +67,21 @@ class Ship(Strategy):
             channel=self.channel,
             choice=Choice.of(mechanism, shards, share, self.channel, strategy="ship"),
             blocks=blocks,
-            holders=Holders.of(mechanism, blocks, shards),
-            local=Plan.build(mine, mine, mechanism.visibility(), heads=share.here.query),
+            holders=BlockOwners.of(mechanism, blocks, shards),
+            local=Plan.build(mine, mine, mechanism.attention_mask(), heads=share.here.query),
             backend=backend,
         )
 
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _ShipAttend(Attend):
+class _QueryDispatchAttention(DistributedAttention):
     mechanism: Routed
     shards: Shards
     channel: Channel
     choice: Choice
-    blocks: Partition
-    holders: Holders
+    blocks: BlockPartition
+    holders: BlockOwners
     local: Plan
     backend: str
 
@@ -93,7 +93,7 @@ class _ShipAttend(Attend):
         arriving, planned = self._announce(leaving)
         sent = self._send(q[self._places(leaving, q)], leaving.items, arriving, kind="q")
         local = self.local.choosing(selection)
-        out, lse = (x.to(accumulation_dtype(q.dtype)) for x in attend(q, k, v, local, backend=self.backend))
+        out, lse = (x.to(accumulation_dtype(q.dtype)) for x in attention_forward(q, k, v, local, backend=self.backend))
         found = self._attend_arrivals(sent.wait(), k, v, planned)
         arrived = self._send(found, arriving, leaving.items, kind="out").wait()
         for row, head, part in self._by_rank(leaving, arrived):
@@ -110,12 +110,12 @@ class _ShipAttend(Attend):
         rows = torch.cat((q[row, head], dout[row, head], out[row, head]), dim=1)
         rows_sent = self._send(rows, leaving.items, arriving, kind="dout")
         lse_sent = self._send(lse[row, head][:, None], leaving.items, arriving, kind="lse")
-        gradients = attend_backward(dout, q, k, v, out, lse, local, backend=self.backend)
+        gradients = attention_backward(dout, q, k, v, out, lse, local, backend=self.backend)
         dq, dk, dv = (x.to(accumulation_dtype(q.dtype)) for x in gradients)
         my_q, my_dout, my_out = (
             x[:, None].contiguous() for x in rows_sent.wait().split((q.shape[2], v.shape[2], v.shape[2]), dim=1)
         )
-        found = attend_backward(
+        found = attention_backward(
             my_dout, my_q, planned.keys(k), planned.keys(v), my_out, lse_sent.wait(), planned.plan, backend=self.backend
         )
         dk = dk + planned.back(found[1])
@@ -161,16 +161,16 @@ class _ShipAttend(Attend):
         if isinstance(chosen, Sample):
             leaving, arriving, entries = self._counts(chosen.selection)
             return leaving * chosen.one_in, arriving * chosen.one_in, entries * chosen.one_in
-        assert isinstance(chosen, Selection), "what is shipped depends on what was chosen"
+        assert isinstance(chosen, BlockSelection), "what is shipped depends on what was chosen"
         rank = self.channel.rank
         by_rank = [self._leaving(chosen.of_queries(rows), reader) for reader, rows in enumerate(self.shards.index)]
         arriving = sum(shipments.items[rank] for shipments in by_rank)
         return sum(by_rank[rank].items), arriving, sum(by_rank[rank].entries)
 
-    def _leaving(self, selection: Selection, rank: int) -> Shipments:
-        return Shipments.of(selection, self.holders, self.shards, rank, self.heads.query)
+    def _leaving(self, selection: BlockSelection, rank: int) -> DispatchPlan:
+        return DispatchPlan.of(selection, self.holders, self.shards, rank, self.heads.query)
 
-    def _announce(self, leaving: Shipments) -> tuple[tuple[int, ...], Arrivals]:
+    def _announce(self, leaving: DispatchPlan) -> tuple[tuple[int, ...], ReceivedQueries]:
         """Tell the others what comes; return how many items come here from each, and what they attend to."""
         counts = torch.tensor((leaving.items, leaving.entries)).t().contiguous()
         items, entries = self.channel.all_to_all(counts, kind="ship_choice").t().tolist()
@@ -179,7 +179,7 @@ class _ShipAttend(Attend):
         described = self._exchange(described, leaving.items, items)
         block = self._exchange(leaving.block.int(), leaving.entries, entries)
         token, head, count = described.long().t()
-        planned = Arrivals.of(
+        planned = ReceivedQueries.of(
             self.mechanism,
             self.blocks,
             self.shards,
@@ -199,16 +199,16 @@ class _ShipAttend(Attend):
     def _send(self, x: Tensor, sent: tuple[int, ...], received: tuple[int, ...], *, kind: str) -> Transfer:
         return self.channel.start_all_to_all(x, sent=sent, received=received, kind=f"ship_{kind}")
 
-    def _attend_arrivals(self, q: Tensor, k: Tensor, v: Tensor, planned: Arrivals) -> Tensor:
+    def _attend_arrivals(self, q: Tensor, k: Tensor, v: Tensor, planned: ReceivedQueries) -> Tensor:
         """Return out and log-sum-exp of items, `[items, Dv + 1]` in the accumulation dtype."""
-        out, lse = attend(q[:, None], planned.keys(k), planned.keys(v), planned.plan, backend=self.backend)
+        out, lse = attention_forward(q[:, None], planned.keys(k), planned.keys(v), planned.plan, backend=self.backend)
         return torch.cat((out[:, 0].to(lse.dtype), lse), dim=1)
 
     @staticmethod
-    def _places(leaving: Shipments, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _places(leaving: DispatchPlan, like: Tensor) -> tuple[Tensor, Tensor]:
         return leaving.row.to(like.device), leaving.head.to(like.device)
 
-    def _by_rank(self, leaving: Shipments, arrived: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def _by_rank(self, leaving: DispatchPlan, arrived: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Return rows, heads and results, rank by rank: of one rank, no row and head comes twice."""
         row, head = self._places(leaving, arrived)
         return list(zip(*(x.split(leaving.items) for x in (row, head, arrived)), strict=True))

@@ -6,11 +6,11 @@ from typing import final
 from torch import Tensor
 
 from farspan.kernels.mechanism import Heads, Mechanism
-from farspan.kernels.sequence_attention import Saved, WholeAttention, plan_whole
+from farspan.kernels.sequence_attention import Saved, SequenceAttention, plan_sequence_attention
 from farspan.parallel.context_parallel.strategy import (
     STRATEGIES,
-    Attend,
     Chosen,
+    DistributedAttention,
     HeadShare,
     Move,
     Queries,
@@ -24,30 +24,30 @@ from farspan.parallel.layout import Shards
 class Single(Strategy):
     """Context parallelism of degree 1."""
 
-    deals_heads = True
+    shards_heads = True
 
     @classmethod
-    def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
+    def unsupported_reason(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
         if degree != 1:
             return f"strategy 'single' keeps the sequence on one rank: set parallel.context=1 instead of {degree}."
         return None
 
-    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> Attend:
-        return _SingleAttend(
+    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> DistributedAttention:
+        return _SingleRankAttention(
             tokens_local=shards.tokens_local,
             heads=share.here,
             routing_width=mechanism.routing_width,
             tokens=shards.index[self.channel.rank],
-            whole=plan_whole(
-                mechanism, shards.rows_of(self.channel.rank), share.everyone, share.which, backend=backend
+            whole=plan_sequence_attention(
+                mechanism, shards.rows_of(self.channel.rank), share.all_heads, share.which, backend=backend
             ),
         )
 
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _SingleAttend(Attend):
-    whole: WholeAttention
+class _SingleRankAttention(DistributedAttention):
+    whole: SequenceAttention
     tokens: Tensor
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:

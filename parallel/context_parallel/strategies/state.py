@@ -13,17 +13,17 @@ from typing import final
 import torch
 from torch import Tensor
 
-from farspan.kernels.linear_attention.segment import Stretch, order
+from farspan.kernels.linear_attention.segment import Segment, order
 from farspan.kernels.mechanism import Heads, Mechanism, Recurrent
 from farspan.kernels.merge import accumulation_dtype
-from farspan.kernels.recurrent_attention import scan, scan_backward
+from farspan.kernels.recurrent_attention import recurrent_attention_backward, recurrent_attention_forward
 from farspan.kernels.sequence_attention import Saved
 from farspan.parallel.comm import Channel
-from farspan.parallel.context_parallel.reshard import Redeal
+from farspan.parallel.context_parallel.reshard import Reshard
 from farspan.parallel.context_parallel.strategy import (
     STRATEGIES,
-    Attend,
     Chosen,
+    DistributedAttention,
     HeadShare,
     Move,
     Queries,
@@ -42,7 +42,7 @@ class States(Strategy):
     """For recurrences alone; works under every layout."""
 
     @classmethod
-    def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
+    def unsupported_reason(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
         if isinstance(mechanism, Recurrent):
             return None
         return (
@@ -53,19 +53,19 @@ class States(Strategy):
     _planned: "tuple[Shards, _Stretches] | None" = None
     """Of the last sequence: layers whose rates differ have their stretches in common."""
 
-    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> Attend:
+    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> DistributedAttention:
         assert isinstance(mechanism, Recurrent)
         if self._planned is None or self._planned[0] is not shards:
             self._planned = shards, _Stretches.plan(shards, self.channel.rank)
         rank, planned = self.channel.rank, self._planned[1]
-        decay = mechanism.decay(share.everyone.query)[share.slice]
-        return _StateAttend(
+        decay = mechanism.decay(share.all_heads.query)[share.slice]
+        return _StatePassingAttention(
             tokens_local=shards.tokens_local,
             heads=share.here,
             routing_width=0,
             channel=self.channel,
             tokens=planned.tokens,
-            redeal=planned.redeal,
+            reshard=planned.reshard,
             runs=planned.runs,
             stretches=planned.everywhere[rank],
             most=planned.most,
@@ -83,15 +83,15 @@ class _Stretches:
     stretch. everywhere: the stretches of all ranks; most: that any rank has.
     """
 
-    redeal: Redeal | None
+    reshard: Reshard | None
     tokens: Tensor
     runs: tuple[slice, ...]
-    everywhere: tuple[tuple[Stretch, ...], ...]
+    everywhere: tuple[tuple[Segment, ...], ...]
     most: int
 
     @staticmethod
     def plan(shards: Shards, rank: int) -> "_Stretches":
-        redeal = None
+        reshard = None
         runs = [_runs(index) for index in shards.index]
         sequence = order(shards.rows)
         is_sorted = torch.equal(sequence, torch.arange(len(sequence)))
@@ -99,15 +99,15 @@ class _Stretches:
             dealt = equal_chunks(len(shards.rows), shards.degree)
             index = torch.cat((sequence, sequence.new_full((1,), -1)))[dealt]
             target = Shards(rows=shards.rows, index=index)
-            redeal, shards = Redeal.plan(shards, target, rank), target
+            reshard, shards = Reshard.plan(shards, target, rank), target
             runs = [[slice(0, shards.tokens_local)]] * shards.degree
         held = [shards.rows_of(holder) for holder in range(shards.degree)]
         return _Stretches(
-            redeal=redeal,
+            reshard=reshard,
             tokens=shards.index[rank],
             runs=tuple(runs[rank]),
             everywhere=tuple(
-                tuple(Stretch.of(rows.slice(run)) for run in of_holder)
+                tuple(Segment.of(rows.slice(run)) for run in of_holder)
                 for rows, of_holder in zip(held, runs, strict=True)
             ),
             most=max(map(len, runs)),
@@ -121,7 +121,7 @@ def _runs(index: Tensor) -> list[slice]:
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(index)], strict=True)]
 
 
-def _influence(stretches: Sequence[Sequence[Stretch]], most: int, decay: Tensor) -> Tensor:
+def _influence(stretches: Sequence[Sequence[Segment]], most: int, decay: Tensor) -> Tensor:
     """Return by how much the sum that one stretch left weighs at the first token of another, float64.
 
     `[Hq, P x most, P x most]`, by reader and writer, rank by rank: exp(-s (first position - last position)) if the
@@ -130,10 +130,10 @@ def _influence(stretches: Sequence[Sequence[Stretch]], most: int, decay: Tensor)
     size = len(stretches) * most
     first, last = torch.full((2, size), -1), torch.full((2, size), -2)
     for rank, of_rank in enumerate(stretches):
-        for number, stretch in enumerate(of_rank):
-            if stretch.tokens:
+        for number, segment in enumerate(of_rank):
+            if segment.tokens:
                 place = rank * most + number
-                first[:, place], last[:, place] = torch.tensor(stretch.first), torch.tensor(stretch.last)
+                first[:, place], last[:, place] = torch.tensor(segment.first), torch.tensor(segment.last)
     distance = first[1][:, None] - last[1]
     heard = (first[0][:, None] == last[0]) & (first[0] >= 0)[:, None] & (distance > 0)
     # Clamped, since what comes later would be infinite before it is dropped.
@@ -142,14 +142,14 @@ def _influence(stretches: Sequence[Sequence[Stretch]], most: int, decay: Tensor)
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _StateAttend(Attend):
-    """runs: slices of this rank's rows, dealt anew if `redeal` says so; `most` any rank has; stretches: their rows."""
+class _StatePassingAttention(DistributedAttention):
+    """runs: slices of this rank's rows, dealt anew if `reshard` says so; `most` any rank has; stretches: their rows."""
 
     channel: Channel
     tokens: Tensor
-    redeal: Redeal | None
+    reshard: Reshard | None
     runs: tuple[slice, ...]
-    stretches: tuple[Stretch, ...]
+    stretches: tuple[Segment, ...]
     most: int
     influence: Tensor
     decay: Tensor
@@ -157,44 +157,46 @@ class _StateAttend(Attend):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v = inputs
-        if self.redeal is not None:
-            q, k, v = self.redeal.go((q, k, v), self.channel, kind="state_qkv")
+        if self.reshard is not None:
+            q, k, v = self.reshard.go((q, k, v), self.channel, kind="state_qkv")
         out = torch.empty(len(q), q.shape[1], v.shape[2], dtype=accumulation_dtype(q.dtype), device=q.device)
         left = out.new_zeros(self.most, q.shape[1], q.shape[2], v.shape[2])
-        for number, (run, stretch) in enumerate(zip(self.runs, self.stretches, strict=True)):
-            out[run], state = scan(q[run], k[run], v[run], stretch, self.decay, backend=self.backend)
+        for number, (run, segment) in enumerate(zip(self.runs, self.stretches, strict=True)):
+            out[run], state = recurrent_attention_forward(
+                q[run], k[run], v[run], segment, self.decay, backend=self.backend
+            )
             left[number] = state.value
         entering = self._weighted(self._all(left), self._heard())
-        for number, (run, stretch) in enumerate(zip(self.runs, self.stretches, strict=True)):
-            rows, weight = self._opening(run, stretch, out)
+        for number, (run, segment) in enumerate(zip(self.runs, self.stretches, strict=True)):
+            rows, weight = self._opening(run, segment, out)
             read = torch.einsum("thd,hdv->thv", q[rows].to(out.dtype) * weight, entering[number])
             out[rows] += read
         out, saved = out.to(q.dtype), Saved((q, k, v, entering))
-        if self.redeal is not None:
-            (out,) = self.redeal.come_back((out,), self.channel, kind="state_out")
+        if self.reshard is not None:
+            (out,) = self.reshard.come_back((out,), self.channel, kind="state_out")
         return out, saved
 
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
         q, k, v, entering = saved.tensors
-        if self.redeal is not None:
-            (dout,) = self.redeal.go((dout,), self.channel, kind="state_dout")
+        if self.reshard is not None:
+            (dout,) = self.reshard.go((dout,), self.channel, kind="state_dout")
         dtype = accumulation_dtype(q.dtype)
         dentering = torch.zeros_like(entering)
         dq, dk, dv = (torch.empty_like(x, dtype=dtype) for x in (q, k, v))
-        for number, (run, stretch) in enumerate(zip(self.runs, self.stretches, strict=True)):
-            rows, weight = self._opening(run, stretch, dq)
+        for number, (run, segment) in enumerate(zip(self.runs, self.stretches, strict=True)):
+            rows, weight = self._opening(run, segment, dq)
             dentering[number] = torch.einsum("thd,thv->hdv", q[rows].to(dtype) * weight, dout[rows].to(dtype))
         dleft = self._weighted(self._all(dentering), self._heard(backward=True))
-        for number, (run, stretch) in enumerate(zip(self.runs, self.stretches, strict=True)):
-            dq[run], dk[run], dv[run], _ = scan_backward(
-                dout[run], dleft[number], q[run], k[run], v[run], stretch, self.decay, backend=self.backend
+        for number, (run, segment) in enumerate(zip(self.runs, self.stretches, strict=True)):
+            dq[run], dk[run], dv[run], _ = recurrent_attention_backward(
+                dout[run], dleft[number], q[run], k[run], v[run], segment, self.decay, backend=self.backend
             )
-            rows, weight = self._opening(run, stretch, dq)
+            rows, weight = self._opening(run, segment, dq)
             dq[rows] += torch.einsum("thv,hdv->thd", dout[rows].to(dtype), entering[number]) * weight
-        if self.redeal is None:
+        if self.reshard is None:
             return dq, dk, dv
         gradients = [gradient.to(dout.dtype) for gradient in (dq, dk, dv)]
-        return tuple(self.redeal.come_back(gradients, self.channel, kind="state_dqkv"))
+        return tuple(self.reshard.come_back(gradients, self.channel, kind="state_dqkv"))
 
     def lse(self, saved: Saved) -> None:
         return None
@@ -204,9 +206,9 @@ class _StateAttend(Attend):
         width = sizes.head_dim * sizes.value_dim * sizes.accumulation_bytes
         states = (self.channel.size - 1) * self.most * self.heads.query * width
         moved = Move(Volume(forward=states, backward=states), self.channel, hidden=False)
-        if self.redeal is None:
+        if self.reshard is None:
             return (moved,)
-        leaving, arriving = self.redeal.moved_rows(self.channel.rank)
+        leaving, arriving = self.reshard.moved_rows(self.channel.rank)
         inputs = self.heads.query * sizes.head_dim + self.heads.kv * sizes.kv_width
         outputs = self.heads.query * sizes.value_dim
         dealt_anew = Volume(
@@ -225,7 +227,7 @@ class _StateAttend(Attend):
         states = (self.channel.size + 2) * self.most * self.heads.query * width
         queries, keys = self.heads.query * sizes.kv_width, self.heads.kv * sizes.kv_width
         rows = (queries + keys) * len(self.tokens)
-        return states + rows * (sizes.accumulation_bytes + (sizes.element_bytes if self.redeal else 0))
+        return states + rows * (sizes.accumulation_bytes + (sizes.element_bytes if self.reshard else 0))
 
     def _all(self, mine: Tensor) -> Tensor:
         """Return all ranks' `[most, Hq, D, Dv]` set end to end, rank by rank."""
@@ -240,14 +242,14 @@ class _StateAttend(Attend):
         """Return sums `[most, Hq, D, Dv]` of all states by weight `[Hq, most, states]`."""
         return torch.einsum("hms,shdv->mhdv", weight.to(states), states)
 
-    def _opening(self, run: slice, stretch: Stretch, like: Tensor) -> tuple[slice, Tensor]:
+    def _opening(self, run: slice, segment: Segment, like: Tensor) -> tuple[slice, Tensor]:
         """Return the rows of the document that a run begins with, and how much what came before weighs there.
 
         exp(-s (position - first position)), `[rows, Hq, 1]`: what came in is as of the first token.
         """
-        rows = stretch.rows.slice(slice(0, stretch.tokens))
-        count = int((rows.document == stretch.first.document).sum())
-        distance = rows.position[:count].double() - stretch.first.position
+        rows = segment.rows.slice(slice(0, segment.tokens))
+        count = int((rows.document == segment.first.document).sum())
+        distance = rows.position[:count].double() - segment.first.position
         weight = torch.exp(-distance[:, None] * self.decay.double())
         return slice(run.start, run.start + count), weight.to(like)[:, :, None]
 

@@ -3,14 +3,14 @@
 from typing import final
 
 from farspan.kernels.mechanism import Heads, Mechanism
-from farspan.kernels.sequence_attention import plan_whole
+from farspan.kernels.sequence_attention import plan_sequence_attention
 from farspan.parallel.context_parallel.head_exchange import (
-    ExchangedAttend,
+    HeadParallelAttention,
     Reordering,
-    dealt_heads,
-    refusal_of_dealt_heads,
+    heads_unsupported_reason,
+    local_heads,
 )
-from farspan.parallel.context_parallel.strategy import STRATEGIES, Attend, HeadShare, Strategy
+from farspan.parallel.context_parallel.strategy import STRATEGIES, DistributedAttention, HeadShare, Strategy
 from farspan.parallel.layout import Shards
 
 
@@ -18,17 +18,17 @@ from farspan.parallel.layout import Shards
 class Ulysses(Strategy):
     """Needs the query heads to divide by the degree, and KV heads and degree to divide one way or the other."""
 
-    deals_heads = True
+    shards_heads = True
 
     @classmethod
-    def refusal(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
-        return refusal_of_dealt_heads("ulysses", "parallel.context", heads, degree)
+    def unsupported_reason(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
+        return heads_unsupported_reason("ulysses", "parallel.context", heads, degree)
 
-    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> Attend:
+    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> DistributedAttention:
         # In the order of the sequence, so that documents are runs again whatever the layout.
-        order, mine = shards.order(), dealt_heads(share, self.channel)
+        order, mine = shards.order(), local_heads(share, self.channel)
         rows = shards.rows.take(shards.index.flatten()[order])
-        return ExchangedAttend(
+        return HeadParallelAttention(
             tokens_local=shards.tokens_local,
             heads=share.here,
             routing_width=mechanism.routing_width,
@@ -36,7 +36,7 @@ class Ulysses(Strategy):
             channel=self.channel,
             tokens=shards.index.flatten()[order],
             reordering=Reordering.of(order),
-            inside=plan_whole(mechanism, rows, mine.everyone, mine.which, backend=backend),
+            inside=plan_sequence_attention(mechanism, rows, mine.all_heads, mine.which, backend=backend),
             share=mine,
             rounded=self.rounded_gradients,
         )

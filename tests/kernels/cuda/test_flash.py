@@ -17,10 +17,10 @@ from farspan.kernels.backend import BACKENDS
 from farspan.kernels.cuda import flash as library_flash
 from farspan.kernels.cuda import operators as library
 from farspan.kernels.cuda.operators import Cudnn, Library, TorchFlash
-from farspan.kernels.masks.mask import Visibility
-from farspan.kernels.masks.neighborhood import Dimension, Neighbourhood
+from farspan.kernels.masks.attention_mask import AttentionMask
+from farspan.kernels.masks.neighborhood import Dimension, Neighborhood
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.masks.selection import Partition, Selection
+from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.merge import empty_partial, merge_
 from farspan.kernels.planning.plan import Plan
 from tests.support import fake_flash_attn, oracle
@@ -30,16 +30,14 @@ ROWS = {
     "ragged": Rows.packed([1, 40, 3, 99], padding=5),
     "shuffled": Rows.packed([50, 30], padding=3).take(torch.randperm(83, generator=torch.Generator().manual_seed(0))),
 }
-VISIBILITIES = [
-    Visibility(),
-    Visibility(causal=False),
-    Visibility(window=30, sinks=2),
-    Visibility(window=(3, 40, 3, 9), sinks=2),
-    Visibility(
+ATTENTION_MASKS = [
+    AttentionMask(),
+    AttentionMask(causal=False),
+    AttentionMask(window=30, sinks=2),
+    AttentionMask(window=(3, 40, 3, 9), sinks=2),
+    AttentionMask(
         causal=False,
-        neighbourhood=Neighbourhood(
-            dimensions=(Dimension(length=5, window=3), Dimension(length=8, window=4, stride=2))
-        ),
+        neighborhood=Neighborhood(dimensions=(Dimension(length=5, window=3), Dimension(length=8, window=4, stride=2))),
     ),
 ]
 
@@ -153,15 +151,15 @@ def expect(mask: Tensor, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[
 
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(16, 16), (20, 12), (192, 128)])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
-@pytest.mark.parametrize("visibility", VISIBILITIES, ids=str)
+@pytest.mark.parametrize("attention_mask", ATTENTION_MASKS, ids=str)
 def test_equals_the_formula(
-    operators: FakeAten, visibility: Visibility, heads: tuple[int, int], head_dim: int, value_dim: int
+    operators: FakeAten, attention_mask: AttentionMask, heads: tuple[int, int], head_dim: int, value_dim: int
 ) -> None:
     for rows in ROWS.values():
         shapes = ((heads[0], head_dim), (heads[1], head_dim), (heads[1], value_dim), (heads[0], value_dim))
         q, k, v, dout = (draw(len(rows), *s, dtype=torch.bfloat16, seed=i) for i, s in enumerate(shapes))
-        plan = Plan.build(rows, rows, visibility, heads=heads[0], shortest_run=8)
-        expected = expect(oracle.visible_mask(rows, rows, visibility, heads[0]), q, k, v, dout)
+        plan = Plan.build(rows, rows, attention_mask, heads=heads[0], shortest_run=8)
+        expected = expect(oracle.visible_mask(rows, rows, attention_mask, heads[0]), q, k, v, dout)
         for name, got, right in zip(("out", "lse", "dq", "dk", "dv"), run(plan, q, k, v, dout), expected, strict=True):
             assert oracle.relative_error(got, right) <= oracle.RELATIVE_TOLERANCE[torch.bfloat16], name
 
@@ -173,7 +171,7 @@ def test_each_operator_is_given_what_it_is_for(operators: FakeAten, request: pyt
         rows = Rows.packed([tokens])
         q, k, v, dout = (draw(tokens, 2, width, dtype=torch.float16, seed=i) for i in range(4))
         operators.called.clear()
-        run(Plan.build(rows, rows, Visibility(), heads=2), q, k, v, dout)
+        run(Plan.build(rows, rows, AttentionMask(), heads=2), q, k, v, dout)
         assert operators.called == [expected]
 
 
@@ -197,7 +195,7 @@ def test_parts_over_disjoint_keys_merge_and_their_gradients_add_up(operators: Fa
     q, k, v, dout = (draw(200, n, 16, dtype=torch.bfloat16, seed=i) for i, n in enumerate((4, 2, 2, 4)))
     library = BACKENDS.get("library")
     parts = [slice(0, 70), slice(70, 200)]
-    plans = [Plan.build(rows, rows.slice(part), Visibility(), heads=4) for part in parts]
+    plans = [Plan.build(rows, rows.slice(part), AttentionMask(), heads=4) for part in parts]
     out, lse = empty_partial(200, 4, 16, like=q)
     for part, plan in zip(parts, plans, strict=True):
         merge_(out, lse, *library.forward(q, k[part], v[part], plan))
@@ -207,14 +205,14 @@ def test_parts_over_disjoint_keys_merge_and_their_gradients_add_up(operators: Fa
     ]
     got = [out, lse, found[0][0] + found[1][0], *(torch.cat((found[0][i], found[1][i])) for i in (1, 2))]
     assert all(x.dtype == torch.float32 for part in found for x in part)
-    expected = expect(oracle.visible_mask(rows, rows, Visibility(), 4), q, k, v, dout)
+    expected = expect(oracle.visible_mask(rows, rows, AttentionMask(), 4), q, k, v, dout)
     for mine, right in zip(got, expected, strict=True):
         assert oracle.relative_error(mine, right) <= 2e-2
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(0, 5), (5, 0), (0, 0)])
 def test_no_rows_at_all(queries: int, keys: int) -> None:
-    plan = Plan.build(Rows.packed([queries]), Rows.packed([keys]), Visibility(), heads=2)
+    plan = Plan.build(Rows.packed([queries]), Rows.packed([keys]), AttentionMask(), heads=2)
     q, k, v, dout = (draw(n, 2, 16, dtype=torch.bfloat16, seed=0) for n in (queries, keys, keys, queries))
     out, lse, *found = run(plan, q, k, v, dout)
     assert out.shape == (queries, 2, 16)
@@ -224,12 +222,12 @@ def test_no_rows_at_all(queries: int, keys: int) -> None:
 
 def test_what_it_cannot_compute_is_refused_with_what_can() -> None:
     rows = Rows.packed([8])
-    plan = Plan.build(rows, rows, Visibility(), heads=2)
+    plan = Plan.build(rows, rows, AttentionMask(), heads=2)
     q = torch.zeros(8, 2, 16)
     with pytest.raises(ConfigError, match="takes bfloat16 and float16, not float32; use "):
         BACKENDS.get("library").forward(q, q, q, plan)
-    blocks = Partition.blocks(rows, 4)
-    selection = Selection.from_lists(torch.arange(8), blocks, torch.zeros(2, 8, 1, dtype=torch.int64))
+    blocks = BlockPartition.blocks(rows, 4)
+    selection = BlockSelection.from_lists(torch.arange(8), blocks, torch.zeros(2, 8, 1, dtype=torch.int64))
     chosen = plan.choosing(selection)
     with pytest.raises(ConfigError, match="chosen by content"):
         BACKENDS.get("library").forward(q.half(), q.half(), q.half(), chosen)

@@ -12,11 +12,11 @@ from farspan.kernels.cuda import packages as flash_attn
 from farspan.kernels.cuda.flash import choose, installed
 from farspan.kernels.cuda.operators import Cudnn, Library, TorchFlash
 from farspan.kernels.cuda.packages import FlashAttn2, FlashAttn3, FlashAttn4, Package
-from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.merge import empty_partial, merge_
 from farspan.kernels.planning.plan import Plan
-from tests.kernels.cuda.test_flash import ROWS, VISIBILITIES, draw, expect, run
+from tests.kernels.cuda.test_flash import ATTENTION_MASKS, ROWS, draw, expect, run
 from tests.support import fake_flash_attn, oracle
 from tests.support.fake_flash_attn import CALLED
 
@@ -45,15 +45,15 @@ def version(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(16, 16), (20, 12)])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
-@pytest.mark.parametrize("visibility", VISIBILITIES, ids=str)
+@pytest.mark.parametrize("attention_mask", ATTENTION_MASKS, ids=str)
 def test_equals_the_formula(
-    version: str, visibility: Visibility, heads: tuple[int, int], head_dim: int, value_dim: int
+    version: str, attention_mask: AttentionMask, heads: tuple[int, int], head_dim: int, value_dim: int
 ) -> None:
     for rows in ROWS.values():
         shapes = ((heads[0], head_dim), (heads[1], head_dim), (heads[1], value_dim), (heads[0], value_dim))
         q, k, v, dout = (draw(len(rows), *s, dtype=torch.bfloat16, seed=i) for i, s in enumerate(shapes))
-        plan = Plan.build(rows, rows, visibility, heads=heads[0], shortest_run=8)
-        expected = expect(oracle.visible_mask(rows, rows, visibility, heads[0]), q, k, v, dout)
+        plan = Plan.build(rows, rows, attention_mask, heads=heads[0], shortest_run=8)
+        expected = expect(oracle.visible_mask(rows, rows, attention_mask, heads[0]), q, k, v, dout)
         for name, got, right in zip(("out", "lse", "dq", "dk", "dv"), run(plan, q, k, v, dout), expected, strict=True):
             assert oracle.relative_error(got, right) <= oracle.RELATIVE_TOLERANCE[torch.bfloat16], name
     assert set(CALLED) <= {version.partition("_")[0]}
@@ -65,7 +65,7 @@ def test_out_and_lse_may_be_of_more_keys(version: str) -> None:
     q, k, v, dout = (draw(200, n, 16, dtype=torch.bfloat16, seed=i) for i, n in enumerate((4, 2, 2, 4)))
     q = q * 3
     parts = [slice(0, 70), slice(70, 200)]
-    plans = [Plan.build(rows, rows.slice(part), Visibility(), heads=4) for part in parts]
+    plans = [Plan.build(rows, rows.slice(part), AttentionMask(), heads=4) for part in parts]
     out, lse = empty_partial(200, 4, 16, like=q)
     library = BACKENDS.get("library")
     for part, plan in zip(parts, plans, strict=True):
@@ -75,7 +75,7 @@ def test_out_and_lse_may_be_of_more_keys(version: str) -> None:
         for part, plan in zip(parts, plans, strict=True)
     ]
     got = [out, lse, found[0][0] + found[1][0], *(torch.cat((found[0][i], found[1][i])) for i in (1, 2))]
-    expected = expect(oracle.visible_mask(rows, rows, Visibility(), 4), q, k, v, dout)
+    expected = expect(oracle.visible_mask(rows, rows, AttentionMask(), 4), q, k, v, dout)
     for name, mine, right in zip(("out", "lse", "dq", "dk", "dv"), got, expected, strict=True):
         assert oracle.relative_error(mine, right) <= 2e-2, name
     assert CALLED

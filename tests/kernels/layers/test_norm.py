@@ -1,4 +1,4 @@
-"""RMS normalisation against a float64 formula, and against the rounding of Llama's own code."""
+"""RMS normalization against a float64 formula, and against the rounding of Llama's own code."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ def formula(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def llama_rounding(x: Tensor, weight: Tensor) -> Tensor:
-    """Normalise in float32, round to the input dtype, then multiply by the weight and round again."""
+    """Normalize in float32, round to the input dtype, then multiply by the weight and round again."""
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)).to(x.dtype)
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from farspan.kernels.linear_attention.segment import NOWHERE, Place, Stretch, order
+from farspan.kernels.linear_attention.segment import NOWHERE, Segment, SequencePosition, order
 from farspan.kernels.masks.rows import PADDING, Rows
 
 
@@ -10,11 +10,16 @@ def rows(document: list[int], position: list[int]) -> Rows:
 
 
 def test_a_stretch_knows_its_ends() -> None:
-    stretch = Stretch.of(rows([7, 7, 3, 3, 3, -1], [4, 9, 0, 2, 5, 0]))
-    assert (len(stretch), stretch.tokens, stretch.first, stretch.last) == (6, 5, Place(7, 4), Place(3, 5))
+    segment = Segment.of(rows([7, 7, 3, 3, 3, -1], [4, 9, 0, 2, 5, 0]))
+    assert (len(segment), segment.tokens, segment.first, segment.last) == (
+        6,
+        5,
+        SequencePosition(7, 4),
+        SequencePosition(3, 5),
+    )
     for nothing in (Rows.packed([]), Rows.packed([], padding=3)):
-        stretch = Stretch.of(nothing)
-        assert (stretch.tokens, stretch.first, stretch.last) == (0, NOWHERE, NOWHERE)
+        segment = Segment.of(nothing)
+        assert (segment.tokens, segment.first, segment.last) == (0, NOWHERE, NOWHERE)
 
 
 @pytest.mark.parametrize(
@@ -29,15 +34,15 @@ def test_a_stretch_knows_its_ends() -> None:
 )
 def test_rows_in_another_order_are_refused(document: list[int], position: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Stretch.of(rows(document, position))
+        Segment.of(rows(document, position))
 
 
 def test_order_makes_a_stretch_of_any_rows() -> None:
     packed = Rows.packed([3, 1, 70_000], padding=4)
     shuffled = packed.take(torch.randperm(len(packed), generator=torch.Generator().manual_seed(0)))
     with pytest.raises(ValueError, match="sort them"):
-        Stretch.of(shuffled)
-    ordered = Stretch.of(shuffled.take(order(shuffled))).rows
+        Segment.of(shuffled)
+    ordered = Segment.of(shuffled.take(order(shuffled))).rows
     assert torch.equal(ordered.position, packed.position)
     assert torch.equal(ordered.document, packed.document)
     assert ordered.document[-1] == PADDING

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from farspan.kernels.linear_attention.segment import Place
+from farspan.kernels.linear_attention.segment import SequencePosition
 from farspan.kernels.linear_attention.state import State, empty_state, merge_states
 
 DECAY = torch.tensor([0.0, 0.5, 1e4], dtype=torch.float64)
@@ -9,7 +9,7 @@ DECAY = torch.tensor([0.0, 0.5, 1e4], dtype=torch.float64)
 
 def state(seed: int, document: int, position: int) -> State:
     value = torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return State(value, Place(document, position))
+    return State(value, SequencePosition(document, position))
 
 
 def test_the_later_state_decays_the_earlier_of_its_document() -> None:

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.masks.selection import Selection
+from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.mechanisms.block_sparse import BlockSparse
 from tests.support.sequence_shards import lists, select
 
 
-def drawn(mechanism: BlockSparse, rows: Rows, heads: int = 2) -> Selection:
+def drawn(mechanism: BlockSparse, rows: Rows, heads: int = 2) -> BlockSelection:
     x = torch.zeros(len(rows), heads, 8)
     return select(mechanism, x, x, rows)
 
@@ -50,7 +50,7 @@ def test_a_drawn_pattern_differs_between_heads_and_seeds_and_covers_all_blocks()
     assert one[0, 150] != one[1, 150]
     assert one[0, 150] != other[0, 150]
     visits = torch.tensor([block for (_, tile), blocks in one.items() for block in blocks if block != tile]).bincount()
-    # Of 2 x 199 tiles a tenth each, over fewer tiles towards the end.
+    # Of 2 x 199 tiles a tenth each, over fewer tiles toward the end.
     assert visits[:100].min() > 5
     assert visits[:50].float().std() < 12
 

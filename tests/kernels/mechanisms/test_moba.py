@@ -39,15 +39,15 @@ def test_the_best_blocks_are_chosen(block: int, top_k: int, heads: tuple[int, in
     q, k = (torch.randn(len(rows), n, 16, generator=generator, dtype=torch.float64) for n in heads)
     selection = select(MoBA(block=block, top_k=top_k), q, k, rows)
     assert lists(selection) == expected(q, k, LENGTHS, block, top_k)
-    plan = Plan.build(rows, rows, MoBA().visibility(), heads=heads[0], selection=selection)
-    assert count_pairs(plan, heads[1]) == MoBA(block=block, top_k=top_k).visible_pairs(rows, rows)
+    plan = Plan.build(rows, rows, MoBA().attention_mask(), heads=heads[0], selection=selection)
+    assert count_pairs(plan, heads[1]) == MoBA(block=block, top_k=top_k).unmasked_pairs(rows, rows)
 
 
 def test_all_blocks_are_dense_attention() -> None:
     rows, generator = Rows.packed([90, 30]), torch.Generator().manual_seed(0)
     q, k = (torch.randn(120, 2, 8, generator=generator) for _ in range(2))
     selection = select(MoBA(block=8, top_k=100), q, k, rows)
-    plans = [Plan.build(rows, rows, MoBA().visibility(), heads=2, selection=chosen) for chosen in (None, selection)]
+    plans = [Plan.build(rows, rows, MoBA().attention_mask(), heads=2, selection=chosen) for chosen in (None, selection)]
     assert torch.equal(plans[0].mask(), plans[1].mask())
 
 
@@ -89,7 +89,7 @@ def test_holders_of_any_rows_choose_as_one_would(holders: int) -> None:
         mine = lists(select(mechanism, q[part], k[part], rows.take(part), rows, lambda _: total))
         for (head, unit), chosen in mine.items():
             assert chosen == whole[head, int(part[unit])]
-    assert total.nbytes == mechanism.total_bytes(rows, Heads(query=4, kv=2), 16)
+    assert total.nbytes == mechanism.all_reduce_bytes(rows, Heads(query=4, kv=2), 16)
 
 
 @pytest.mark.parametrize("options", [{"block": 0}, {"top_k": 0}])

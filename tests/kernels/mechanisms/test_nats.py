@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from farspan.kernels.attention import attend
-from farspan.kernels.lifetime_shard import AgeingHolding, TypeLearning
+from farspan.kernels.attention import attention_forward
+from farspan.kernels.lifetime_shard import LifetimeShard, TypeLearning
 from farspan.kernels.lifetimes import gradient as type_gradient
 from farspan.kernels.lifetimes.lifetimes import GLOBAL, LOCAL, SLIDING, Lifetimes, chosen_types
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import Heads, alone
+from farspan.kernels.mechanism import Heads, identity
 from farspan.kernels.mechanisms.nats import NAtS
 from farspan.kernels.planning.plan import Plan
-from farspan.kernels.sequence_attention import plan_whole
-from tests.support import lifetimes as ageing
+from farspan.kernels.sequence_attention import plan_sequence_attention
+from tests.support import lifetimes as lifetime_shard
 from tests.support.oracle import relative_error
 
 PACKED = Rows.packed([1, 2, 3, 40, 33, 4], padding=6)
@@ -47,20 +47,20 @@ def test_lifetimes_by_hand() -> None:
 def test_who_sees_whom(rows: Rows, window: int) -> None:
     logits, mechanism = random_logits(rows), NAtS(window=window)
     lifetimes = mechanism.lifetimes(chosen_types(logits), rows)
-    plan = Plan.build(rows, rows, mechanism.visibility(), heads=6).living(lifetimes.last)
-    expected = ageing.visible(logits, rows, window)
-    assert lifetimes.types.tolist() == ageing.types(logits, rows)
+    plan = Plan.build(rows, rows, mechanism.attention_mask(), heads=6).living(lifetimes.last)
+    expected = lifetime_shard.visible(logits, rows, window)
+    assert lifetimes.types.tolist() == lifetime_shard.types(logits, rows)
     assert torch.equal(plan.mask(), expected.repeat_interleave(2, dim=0))
     assert lifetimes.pairs(rows, rows) == int(expected.sum()) // 3
     part = torch.tensor([5, -1, 30, 2, 17])
-    some = Plan.build(rows, rows.take(part), mechanism.visibility(), heads=3).living(lifetimes.take(part).last)
+    some = Plan.build(rows, rows.take(part), mechanism.attention_mask(), heads=3).living(lifetimes.take(part).last)
     assert torch.equal(some.mask(), expected[:, :, part] & (part >= 0))
 
 
 def test_pairs_of_a_router_that_knows_nothing() -> None:
     """A third of the keys is global, and local ones live for some three tokens."""
     rows = Rows.packed([3000])
-    assert 0.3 < NAtS(window=4).visible_pairs(rows, rows) / (3000 * 3001 / 2) < 0.37
+    assert 0.3 < NAtS(window=4).unmasked_pairs(rows, rows) / (3000 * 3001 / 2) < 0.37
 
 
 def draw(rows: Rows, heads: Heads, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -71,21 +71,23 @@ def draw(rows: Rows, heads: Heads, dtype: torch.dtype = torch.float64) -> list[T
 
 
 def learning(mechanism: NAtS, tensors: list[Tensor], logits: Tensor, rows: Rows, parts: list[tuple[Tensor, Tensor]]):
-    """Return what is learnt of the types by these (queries, keys), each a part of the rows."""
+    """Return what is learned of the types by these (queries, keys), each a part of the rows."""
     q, k, v, dout = tensors
-    plan = Plan.build(rows, rows, mechanism.visibility(), heads=q.shape[1])
-    holding = AgeingHolding(mechanism=mechanism, everyone=rows, rows=torch.arange(len(rows)), share=1.0, total=alone)
-    lifetimes = holding.lifetimes(logits)
-    out = attend(q, k, v, plan.living(lifetimes.last), backend="reference")[0]
-    lse = attend(q, k, v, plan, backend="reference")[1]
-    learnt = TypeLearning(holding, lifetimes, lse, logits)
+    plan = Plan.build(rows, rows, mechanism.attention_mask(), heads=q.shape[1])
+    local_shard = LifetimeShard(
+        mechanism=mechanism, global_rows=rows, rows=torch.arange(len(rows)), share=1.0, total=identity
+    )
+    lifetimes = local_shard.lifetimes(logits)
+    out = attention_forward(q, k, v, plan.living(lifetimes.last), backend="reference")[0]
+    lse = attention_forward(q, k, v, plan, backend="reference")[1]
+    learned = TypeLearning(local_shard, lifetimes, lse, logits)
     for mine, keys in parts:
-        held = AgeingHolding(mechanism=mechanism, everyone=rows, rows=mine, share=1.0, total=alone)
+        held = LifetimeShard(mechanism=mechanism, global_rows=rows, rows=mine, share=1.0, total=identity)
         of_part = TypeLearning(held, lifetimes, lse[mine], logits[mine])
-        between = Plan.build(rows.take(mine), rows.take(keys), mechanism.visibility(), heads=q.shape[1])
+        between = Plan.build(rows.take(mine), rows.take(keys), mechanism.attention_mask(), heads=q.shape[1])
         of_part.add(dout[mine], q[mine], k[keys], v[keys], out[mine], plan=between, keys=keys)
-        learnt.sums += of_part.sums
-    return learnt
+        learned.sums += of_part.sums
+    return learned
 
 
 @pytest.mark.parametrize("rows", [PACKED, SHUFFLED], ids=["packed", "shuffled"])
@@ -99,15 +101,15 @@ def test_the_gradient_of_types_is_that_of_the_relaxed_mask(
     monkeypatch.setattr(type_gradient, "SCORES_AT_ONCE", 1)
     logits, mechanism, tensors = random_logits(rows), NAtS(window=window, penalty=0.0), draw(rows, heads)
     everything = [(torch.arange(len(rows)), torch.arange(len(rows)))]
-    learnt = learning(mechanism, tensors, logits, rows, everything)
-    got = type_gradient.type_gradient(learnt.sums, learnt.lifetimes, rows)
+    learned = learning(mechanism, tensors, logits, rows, everything)
+    got = type_gradient.type_gradient(learned.sums, learned.lifetimes, rows)
 
-    t = ageing.one_hot_types(logits, rows, 1.0).requires_grad_()
+    t = lifetime_shard.one_hot_types(logits, rows, 1.0).requires_grad_()
     q, k, v, dout = tensors
-    out, _ = ageing.attention(q, k, v, t, rows, window)
+    out, _ = lifetime_shard.attention(q, k, v, t, rows, window)
     (expected,) = torch.autograd.grad((out * dout).sum(), t)
-    free = ageing.free(rows)
-    assert len(ageing.documents(rows)) == 6
+    free = lifetime_shard.free(rows)
+    assert len(lifetime_shard.documents(rows)) == 6
     for a, b in ((GLOBAL, LOCAL), (GLOBAL, SLIDING)):
         found, right = ((x[free, :, a] - x[free, :, b]) for x in (got, expected))
         assert right.abs().max() > 0.1
@@ -134,7 +136,7 @@ def test_query_heads_of_a_kv_head_can_be_held_apart() -> None:
     logits = random_logits(PACKED)[:, :1]
 
     def gradient(which: range) -> Tensor:
-        whole = plan_whole(mechanism, PACKED, heads, which, backend="reference")
+        whole = plan_sequence_attention(mechanism, PACKED, heads, which, backend="reference")
         mine = slice(which.start, which.stop)
         return whole.backward(dout[:, mine], whole.forward(q[:, mine], k, v, logits)[1])[3]
 
@@ -161,11 +163,11 @@ def test_the_ends_of_documents_learn_nothing_and_hidden_scores_do_not_overflow()
     logits = torch.zeros(len(rows), 2, 3)
     logits[..., SLIDING] = 1.0
     q[..., 0], k[10, :, 0] = 100.0, 40.0
-    whole = plan_whole(mechanism, rows, HEADS, range(4), backend="cpu")
+    whole = plan_sequence_attention(mechanism, rows, HEADS, range(4), backend="cpu")
     gradient = whole.backward(dout, whole.forward(q, k, v, logits)[1])[3]
     assert gradient.isfinite().all()
     assert gradient[10].abs().max() > 1e-3
-    assert not gradient[~ageing.free(rows)].any()
+    assert not gradient[~lifetime_shard.free(rows)].any()
 
 
 @pytest.mark.parametrize(

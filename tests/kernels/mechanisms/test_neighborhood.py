@@ -3,13 +3,13 @@ import torch
 
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import MECHANISMS
-from farspan.kernels.mechanisms.neighborhood import Neighbourhood
+from farspan.kernels.mechanisms.neighborhood import Neighborhood
 from farspan.trainer.toml_config import from_tree
 
 
-def seen(mechanism: Neighbourhood, position: int, tokens: int) -> list[int]:
+def seen(mechanism: Neighborhood, position: int, tokens: int) -> list[int]:
     rows = Rows.packed([tokens])
-    return mechanism.visibility().mask(rows, rows)[position].nonzero().flatten().tolist()
+    return mechanism.attention_mask().mask(rows, rows)[position].nonzero().flatten().tolist()
 
 
 @pytest.mark.parametrize(
@@ -32,19 +32,19 @@ def seen(mechanism: Neighbourhood, position: int, tokens: int) -> list[int]:
     ],
 )
 def test_one_dimension_by_hand(options: dict, position: int, expected: list[int]) -> None:
-    assert seen(Neighbourhood(grid=(10,), **options), position, 10) == expected
+    assert seen(Neighborhood(grid=(10,), **options), position, 10) == expected
 
 
 def test_two_dimensions_by_hand() -> None:
     """A grid of 4 x 5; the query in row 0, column 2 sees rows 0 to 2 and columns 1 to 3."""
-    mechanism = Neighbourhood(grid=(4, 5), window=(3, 3))
+    mechanism = Neighborhood(grid=(4, 5), window=(3, 3))
     assert seen(mechanism, 2, 20) == [1, 2, 3, 6, 7, 8, 11, 12, 13]
 
 
 def test_grids_of_one_document_do_not_see_each_other() -> None:
-    mechanism = Neighbourhood(grid=(2, 3), window=(2, 3))
+    mechanism = Neighborhood(grid=(2, 3), window=(2, 3))
     rows = Rows.packed([12])
-    assert torch.equal(mechanism.visibility().mask(rows, rows), torch.block_diag(*[torch.ones(6, 6)] * 2).bool())
+    assert torch.equal(mechanism.attention_mask().mask(rows, rows), torch.block_diag(*[torch.ones(6, 6)] * 2).bool())
 
 
 @pytest.mark.parametrize(
@@ -58,4 +58,4 @@ def test_grids_of_one_document_do_not_see_each_other() -> None:
 )
 def test_what_makes_no_sense_is_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        from_tree(MECHANISMS.get("neighbourhood"), options).visibility()  # pyright: ignore[reportAttributeAccessIssue]
+        from_tree(MECHANISMS.get("neighborhood"), options).attention_mask()  # pyright: ignore[reportAttributeAccessIssue]

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.masks.selection import Selection
-from farspan.kernels.mechanism import MECHANISMS, Heads, Holding, Routed, alone
+from farspan.kernels.masks.selection import BlockSelection
+from farspan.kernels.mechanism import MECHANISMS, Heads, LocalShard, Routed, identity
 from farspan.kernels.mechanisms import moba
 from farspan.kernels.planning.gathered_batches import count_pairs
 from farspan.kernels.planning.plan import Plan
@@ -27,7 +27,7 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     return q.to(dtype), k.to(dtype)
 
 
-def by_row(selection: Selection, held: Tensor) -> dict[tuple[int, int], list[int]]:
+def by_row(selection: BlockSelection, held: Tensor) -> dict[tuple[int, int], list[int]]:
     """The blocks of each (query head, row of the sequence), of a selection for the rows `held`."""
     of_units, group = lists(selection), 4 // selection.heads
     return {
@@ -50,7 +50,7 @@ def test_the_choice_does_not_depend_on_who_holds_what(mechanism: Routed, spread:
     }[spread]
     whole = by_row(select(mechanism, q, k, ROWS), torch.arange(count))
     selections, summed_bytes = select_spread(mechanism, q, k, ROWS, parts)
-    assert summed_bytes == mechanism.total_bytes(ROWS, Heads(query=4, kv=2), 16)
+    assert summed_bytes == mechanism.all_reduce_bytes(ROWS, Heads(query=4, kv=2), 16)
     together = {}
     for part, selection in zip(parts, selections, strict=True):
         together |= by_row(selection, part)
@@ -63,10 +63,15 @@ def test_heads_choose_alike_when_they_are_dealt(mechanism: Routed) -> None:
     whole = by_row(select(mechanism, q, k, ROWS), torch.arange(len(ROWS)))
     for heads in (range(0, 2), range(3, 4)):
         kv = slice(heads.start // 2, heads.start // 2 + 1)
-        holding = Holding(
-            mechanism=mechanism, rows=ROWS, everyone=ROWS, heads=heads, all_heads=Heads(query=4, kv=2), total=alone
+        local_shard = LocalShard(
+            mechanism=mechanism,
+            rows=ROWS,
+            global_rows=ROWS,
+            heads=heads,
+            all_heads=Heads(query=4, kv=2),
+            total=identity,
         )
-        selection = mechanism.select(q[:, heads.start : heads.stop], k[:, kv], holding)
+        selection = mechanism.select(q[:, heads.start : heads.stop], k[:, kv], local_shard)
         found, group = lists(selection), len(heads) // selection.heads
         for head in heads:
             for row, unit in enumerate(selection.unit.tolist()):
@@ -79,7 +84,7 @@ def test_each_query_chooses_some_visible_block_or_none_is_there(mechanism: Route
     """Blocks of other documents, later ones and empty ones are never on a list."""
     q, k = inputs()
     selection = select(mechanism, q, k, ROWS)
-    blocks, visible = mechanism.blocks(ROWS).of(ROWS), mechanism.visibility().mask(ROWS, ROWS)
+    blocks, visible = mechanism.blocks(ROWS).of(ROWS), mechanism.attention_mask().mask(ROWS, ROWS)
     for (_, unit), chosen in lists(selection).items():
         of_unit = visible[selection.unit == unit].any(dim=0)
         assert set(chosen) <= set(blocks[of_unit].tolist())
@@ -89,9 +94,9 @@ def test_each_query_chooses_some_visible_block_or_none_is_there(mechanism: Route
 @pytest.mark.parametrize("mechanism", EXAMPLES)
 def test_pairs_are_counted(mechanism: Routed) -> None:
     q, k = inputs()
-    plan = Plan.build(ROWS, ROWS, mechanism.visibility(), heads=4, selection=select(mechanism, q, k, ROWS))
+    plan = Plan.build(ROWS, ROWS, mechanism.attention_mask(), heads=4, selection=select(mechanism, q, k, ROWS))
     assert count_pairs(plan, kv_heads=2) == int(plan.mask().sum()) // 4
-    assert 0 < mechanism.visible_pairs(ROWS, ROWS) <= int(mechanism.visibility().mask(ROWS, ROWS).sum())
+    assert 0 < mechanism.unmasked_pairs(ROWS, ROWS) <= int(mechanism.attention_mask().mask(ROWS, ROWS).sum())
 
 
 @pytest.mark.parametrize("mechanism", EXAMPLES)

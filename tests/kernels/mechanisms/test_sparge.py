@@ -98,7 +98,7 @@ def test_every_token_sees_itself_with_diagonal() -> None:
     blind = []
     for diagonal in (False, True):
         sparge = SpargeAttention(**options, diagonal=diagonal)  # pyright: ignore[reportArgumentType]
-        mask = select(sparge, q, k, rows).mask(rows) & sparge.visibility().mask(rows, rows)
+        mask = select(sparge, q, k, rows).mask(rows) & sparge.attention_mask().mask(rows, rows)
         blind.append(int((~mask.any(dim=-1)).sum()))
         assert diagonal == bool(mask.diagonal(dim1=1, dim2=2).all())
     assert blind[0] > 0 == blind[1]

@@ -19,4 +19,4 @@ def test_a_window_and_its_sinks_by_hand() -> None:
             [0, 0, 0, 0, 0, 0, 1, 1, 1],
         ]
     )
-    assert torch.equal(Window(window=2, sinks=1).visibility().mask(rows, rows).int(), expected.int())
+    assert torch.equal(Window(window=2, sinks=1).attention_mask().mask(rows, rows).int(), expected.int())

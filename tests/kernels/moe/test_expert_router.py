@@ -9,11 +9,11 @@ from farspan.kernels.moe.expert_router import ExpertRouter
 
 ROUTERS = {
     "Mixtral": ExpertRouter(experts=8, per_token=2),
-    "Switch": ExpertRouter(experts=6, per_token=1, normalised=False),
-    "all": ExpertRouter(experts=4, per_token=4, normalised=False, scale=2.0),
+    "Switch": ExpertRouter(experts=6, per_token=1, normalized=False),
+    "all": ExpertRouter(experts=4, per_token=4, normalized=False, scale=2.0),
     "DeepSeek-V3": ExpertRouter(experts=16, per_token=4, score="sigmoid", scale=2.5, groups=4, groups_per_token=2),
     "one of each group": ExpertRouter(experts=12, per_token=3, score="sigmoid", groups=3, groups_per_token=3),
-    "softmax in groups": ExpertRouter(experts=12, per_token=2, normalised=False, groups=6, groups_per_token=2),
+    "softmax in groups": ExpertRouter(experts=12, per_token=2, normalized=False, groups=6, groups_per_token=2),
 }
 
 
@@ -32,7 +32,7 @@ def by_hand(router: ExpertRouter, logits: list[float], bias: list[float]) -> tup
     able = [e for e in range(router.experts) if e // size in groups]
     chosen = sorted(able, key=lambda e: (-ranked[e], e))[: router.per_token]
     weights = [scores[e] for e in chosen]
-    if router.normalised:
+    if router.normalized:
         weights = [w / sum(weights) for w in weights]
     return chosen, [w * router.scale for w in weights]
 
@@ -70,7 +70,7 @@ def test_scores_that_are_not_finite_choose_experts_all_the_same(router: ExpertRo
 
 
 def test_the_bias_does_not_weigh() -> None:
-    router = ExpertRouter(experts=4, per_token=1, score="sigmoid", normalised=False)
+    router = ExpertRouter(experts=4, per_token=1, score="sigmoid", normalized=False)
     scores = router.scores(torch.tensor([[3.0, 0.0, 0.0, 0.0]]))
     chosen = router.choose(scores, torch.tensor([0.0, 0.0, 1.0, 0.0]))
     assert chosen.tolist() == [[2]]

@@ -62,9 +62,9 @@ def test_mixture_of_heads_by_hand(router: MixtureOfHeads) -> None:
         assert chosen == {head for head in wanted if head % router.group >= router.shared}
 
 
-@pytest.mark.parametrize("normalised", [True, False])
-def test_experts_by_hand(normalised: bool) -> None:
-    router = AttentionExperts(count=6, per_token=2, normalised=normalised)
+@pytest.mark.parametrize("normalized", [True, False])
+def test_experts_by_hand(normalized: bool) -> None:
+    router = AttentionExperts(count=6, per_token=2, normalized=normalized)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(30, 6, generator=generator, dtype=torch.float64)
     logits[3] = 1.0
@@ -73,7 +73,7 @@ def test_experts_by_hand(normalised: bool) -> None:
     for token in range(30):
         p = softmax(logits[token].tolist())
         chosen = sorted(range(6), key=lambda e: (-(p[e] + float(bias[e].float())), e))[:2]
-        total = sum(p[e] for e in chosen) if normalised else 1.0
+        total = sum(p[e] for e in chosen) if normalized else 1.0
         got = dict(zip(found.units[token].tolist(), found.gates[token].tolist(), strict=True))
         assert got == pytest.approx({e: p[e] / total for e in chosen}, abs=1e-12)
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from farspan.kernels.attention import attend, attend_backward
+from farspan.kernels.attention import attention_backward, attention_forward
 from farspan.kernels.lifetimes.lifetimes import Lifetimes
-from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.planning import lifetime_batches as alive
 from farspan.kernels.planning.lifetime_batches import alive_batches
@@ -28,7 +28,7 @@ def random_lifetime(rows: Rows) -> Tensor:
 
 
 def plan_of(queries: Tensor, keys: Tensor, rows: Rows = ROWS) -> Plan:
-    plan = Plan.build(rows.take(queries), rows.take(keys), Visibility(), heads=KV_HEADS * GROUP)
+    plan = Plan.build(rows.take(queries), rows.take(keys), AttentionMask(), heads=KV_HEADS * GROUP)
     return plan.living(random_lifetime(rows)[:, keys])
 
 
@@ -89,8 +89,8 @@ def test_many_small_tiles_compute_what_one_mask_does(
     k, v = draw(plan.keys, 2, 16), draw(plan.keys, 2, 8)
     results = []
     for backend in ("cpu", "reference"):
-        out, lse = attend(q, k, v, plan, backend=backend)
-        gradients = attend_backward(dout, q, k, v, out.to(dtype), lse, plan, backend=backend)
+        out, lse = attention_forward(q, k, v, plan, backend=backend)
+        gradients = attention_backward(dout, q, k, v, out.to(dtype), lse, plan, backend=backend)
         results.append([out, lse, *gradients])
     tolerance = 1e-12 if dtype == torch.float64 else 2e-2
     for got, expected in zip(*results, strict=True):
@@ -101,6 +101,6 @@ def test_work_follows_the_visible_pairs() -> None:
     rows = Rows.packed([6000])
     types = torch.where(torch.rand(6000, 2, generator=torch.Generator().manual_seed(0)) < 0.05, 0, 2).to(torch.int8)
     lifetimes = Lifetimes.of(types, rows, window=16)
-    plan = Plan.build(rows, rows, Visibility(), heads=4).living(lifetimes.last)
+    plan = Plan.build(rows, rows, AttentionMask(), heads=4).living(lifetimes.last)
     visited = sum(batch.queries.numel() * batch.keys.shape[1] for batch in alive_batches(plan, 2)) // 4
     assert visited < 2.5 * lifetimes.pairs(rows, rows) < 0.2 * 6000 * 6001 / 2

@@ -6,13 +6,13 @@ import tracemalloc
 import pytest
 import torch
 
-from farspan.kernels.masks.mask import Visibility
-from farspan.kernels.masks.neighborhood import Dimension, Neighbourhood
+from farspan.kernels.masks.attention_mask import AttentionMask
+from farspan.kernels.masks.neighborhood import Dimension, Neighborhood
 from farspan.kernels.masks.rows import PADDING, Rows
-from farspan.kernels.masks.selection import Partition, Selection
+from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.planning.regions import Kind
-from tests.support.oracle import visible_pairs
+from tests.support.oracle import unmasked_pairs
 
 
 def covered(plan: Plan) -> torch.Tensor:
@@ -22,7 +22,7 @@ def covered(plan: Plan) -> torch.Tensor:
         part = count[region.queries, region.keys]
         assert part.numel() > 0, region
         if region.kind is Kind.MASKED:
-            part += plan.region_mask(plan.parts[0].visibility, region).int()
+            part += plan.region_mask(plan.parts[0].attention_mask, region).int()
         else:
             ones = torch.ones_like(part)
             part += {Kind.FULL: ones, Kind.CAUSAL: ones.tril(), Kind.ANTICAUSAL: ones.triu()}[region.kind]
@@ -32,7 +32,7 @@ def covered(plan: Plan) -> torch.Tensor:
 
 def true_mask(plan: Plan) -> torch.Tensor:
     mask = torch.zeros(len(plan.queries), len(plan.keys), dtype=torch.int32)
-    for row, seen in zip(mask, visible_pairs(plan.queries, plan.keys, plan.visibility), strict=True):
+    for row, seen in zip(mask, unmasked_pairs(plan.queries, plan.keys, plan.attention_mask), strict=True):
         row[seen] = 1
     return mask
 
@@ -62,19 +62,19 @@ def test_regions_hold_every_visible_pair_once(seed: int) -> None:
         rows = Rows.packed([rng.randint(1, longest) for _ in range(rng.randint(1, 5))], rng.choice([0, 7]))
         window = rng.choice([None, None, 1, 3, 20, 100, 500])
         sinks = 0 if window is None else rng.choice([0, 0, 1, 9, 64])
-        visibility = Visibility(causal=rng.random() < 0.7, window=window, sinks=sinks)
+        attention_mask = AttentionMask(causal=rng.random() < 0.7, window=window, sinks=sinks)
         mine, others = random_rows(rng, rows), random_rows(rng, rows)
-        plan = Plan.build(mine, others, visibility, shortest_run=rng.choice([2, 8, 32]), heads=1)
+        plan = Plan.build(mine, others, attention_mask, shortest_run=rng.choice([2, 8, 32]), heads=1)
         expected = true_mask(plan)
         assert torch.equal(covered(plan), expected)
-        assert plan.visible_pairs == int(expected.sum())
+        assert plan.unmasked_pairs == int(expected.sum())
 
 
 GRIDS = [
-    Neighbourhood(dimensions=(Dimension(length=50, window=7),)),
-    Neighbourhood(dimensions=(Dimension(length=40, window=6, stride=3, dilation=2, causal=True),)),
-    Neighbourhood(dimensions=(Dimension(length=4, window=2, causal=True), Dimension(length=9, window=4, stride=4))),
-    Neighbourhood(
+    Neighborhood(dimensions=(Dimension(length=50, window=7),)),
+    Neighborhood(dimensions=(Dimension(length=40, window=6, stride=3, dilation=2, causal=True),)),
+    Neighborhood(dimensions=(Dimension(length=4, window=2, causal=True), Dimension(length=9, window=4, stride=4))),
+    Neighborhood(
         dimensions=(
             Dimension(length=3, window=2),
             Dimension(length=7, window=3, dilation=2),
@@ -84,41 +84,43 @@ GRIDS = [
 ]
 
 
-@pytest.mark.parametrize("neighbourhood", GRIDS, ids=lambda grid: str(len(grid.dimensions)))
-def test_regions_hold_every_neighbour_once(neighbourhood: Neighbourhood, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("neighborhood", GRIDS, ids=lambda grid: str(len(grid.dimensions)))
+def test_regions_hold_every_neighbour_once(neighborhood: Neighborhood, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("farspan.kernels.planning.regions.IRREGULAR_TILE", 8)
     rng = random.Random(0)
     for causal in (False, True):
-        rows = Rows.packed([neighbourhood.tokens, 2 * neighbourhood.tokens + 3, 5], padding=4)
+        rows = Rows.packed([neighborhood.tokens, 2 * neighborhood.tokens + 3, 5], padding=4)
         mine, others = random_rows(rng, rows), random_rows(rng, rows)
-        plan = Plan.build(mine, others, Visibility(causal=causal, neighbourhood=neighbourhood), heads=1)
+        plan = Plan.build(mine, others, AttentionMask(causal=causal, neighborhood=neighborhood), heads=1)
         assert torch.equal(covered(plan), true_mask(plan))
 
 
 def test_far_tiles_of_a_grid_are_not_visited() -> None:
-    grid = Neighbourhood(dimensions=(Dimension(length=64, window=4), Dimension(length=128, window=128)))
+    grid = Neighborhood(dimensions=(Dimension(length=64, window=4), Dimension(length=128, window=128)))
     rows = Rows.packed([grid.tokens])
-    plan = Plan.build(rows, rows, Visibility(causal=False, neighbourhood=grid), heads=1)
+    plan = Plan.build(rows, rows, AttentionMask(causal=False, neighborhood=grid), heads=1)
     assert {region.kind for region in plan.parts[0].regions} == {Kind.FULL}
-    assert plan.visible_pairs == grid.tokens * 4 * 128
+    assert plan.unmasked_pairs == grid.tokens * 4 * 128
 
 
 def test_each_head_has_its_own_window() -> None:
     rows = Rows.packed([100])
-    plan = Plan.build(rows, rows, Visibility(window=(5, 100, 5)), heads=3)
+    plan = Plan.build(rows, rows, AttentionMask(window=(5, 100, 5)), heads=3)
     assert [part.heads for part in plan.parts] == [(0, 2), (1,)]
-    assert plan.visible_pairs == (2 * (100 * 5 - 10) + 5050) // 3
+    assert plan.unmasked_pairs == (2 * (100 * 5 - 10) + 5050) // 3
     with pytest.raises(ValueError, match="3 windows for 4 query heads"):
-        Plan.build(rows, rows, Visibility(window=(5, 100, 5)), heads=4)
+        Plan.build(rows, rows, AttentionMask(window=(5, 100, 5)), heads=4)
 
 
 def test_a_causal_document_is_one_region_and_a_zigzag_step_needs_no_mask() -> None:
     rows = Rows.packed([4096])
-    assert [region.kind for region in Plan.build(rows, rows, Visibility(), heads=1).parts[0].regions] == [Kind.CAUSAL]
+    assert [region.kind for region in Plan.build(rows, rows, AttentionMask(), heads=1).parts[0].regions] == [
+        Kind.CAUSAL
+    ]
     chunks = torch.arange(4096).chunk(8)
     mine, other = rows.take(torch.cat((chunks[1], chunks[6]))), rows.take(torch.cat((chunks[0], chunks[7])))
     for keys in (mine, other):
-        assert {region.kind for region in Plan.build(mine, keys, Visibility(), heads=1).parts[0].regions} <= {
+        assert {region.kind for region in Plan.build(mine, keys, AttentionMask(), heads=1).parts[0].regions} <= {
             Kind.FULL,
             Kind.CAUSAL,
         }
@@ -127,15 +129,15 @@ def test_a_causal_document_is_one_region_and_a_zigzag_step_needs_no_mask() -> No
 def test_a_million_tokens_are_planned_by_their_runs() -> None:
     """Work and size follow the number of documents, not of pairs: 10^12 pairs here."""
     rows = Rows.packed([500_000, 300_000, 248_576])
-    plan = Plan.build(rows, rows, Visibility(), heads=1)
+    plan = Plan.build(rows, rows, AttentionMask(), heads=1)
     assert len(plan.parts[0].regions) == 3
-    assert plan.visible_pairs == sum(n * (n + 1) // 2 for n in (500_000, 300_000, 248_576))
+    assert plan.unmasked_pairs == sum(n * (n + 1) // 2 for n in (500_000, 300_000, 248_576))
 
 
 def test_masks_stay_small_where_runs_do_not_match() -> None:
     """A run of step 1 against a run of step 2 is cut into tiles: no mask grows with the square of the rows."""
     rows = Rows.packed([4096])
-    plan = Plan.build(rows, rows.take(torch.arange(0, 4096, 2)), Visibility(), heads=1)
+    plan = Plan.build(rows, rows.take(torch.arange(0, 4096, 2)), AttentionMask(), heads=1)
     assert (
         max(
             (r.query_stop - r.query_start) * (r.key_stop - r.key_start)
@@ -150,9 +152,9 @@ def test_masks_stay_small_where_runs_do_not_match() -> None:
 @pytest.mark.parametrize("window", [100, 1024, 32768])
 def test_a_window_needs_no_masks(window: int) -> None:
     rows = Rows.packed([65536])
-    plan = Plan.build(rows, rows, Visibility(window=window), heads=1)
+    plan = Plan.build(rows, rows, AttentionMask(window=window), heads=1)
     assert {region.kind for region in plan.parts[0].regions} == {Kind.FULL, Kind.CAUSAL, Kind.ANTICAUSAL}
-    assert plan.visible_pairs == window * (window + 1) // 2 + (65536 - window) * window
+    assert plan.unmasked_pairs == window * (window + 1) // 2 + (65536 - window) * window
 
 
 def test_a_million_tokens_in_tiny_documents_take_linear_time_and_memory() -> None:
@@ -160,24 +162,24 @@ def test_a_million_tokens_in_tiny_documents_take_linear_time_and_memory() -> Non
     rows = Rows.packed([32] * 32768)
     tracemalloc.start()
     try:
-        plan = Plan.build(rows, rows, Visibility(window=8), heads=1)
+        plan = Plan.build(rows, rows, AttentionMask(window=8), heads=1)
         assert tracemalloc.get_traced_memory()[1] < 250e6
     finally:
         tracemalloc.stop()
-    assert plan.visible_pairs == 32768 * (32 * 8 - 8 * 7 // 2)
+    assert plan.unmasked_pairs == 32768 * (32 * 8 - 8 * 7 // 2)
 
 
 def test_candidates_are_found_in_small_portions_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("farspan.kernels.planning.candidates.MAX_CANDIDATES", 7)
     rows = Rows.packed([60, 3, 50, 9, 80]).take(torch.randperm(202, generator=torch.Generator().manual_seed(0)))
     for keys in (rows, Rows.packed([60, 3, 50, 9, 80])):
-        plan = Plan.build(rows, keys, Visibility(), shortest_run=8, heads=1)
+        plan = Plan.build(rows, keys, AttentionMask(), shortest_run=8, heads=1)
         assert torch.equal(covered(plan), true_mask(plan))
 
 
 def test_padding_in_a_tile_does_not_widen_its_reach() -> None:
     rows = Rows.packed([128] * 64 + [20], padding=12)
-    plan = Plan.build(rows, rows, Visibility(), heads=1)
+    plan = Plan.build(rows, rows, AttentionMask(), heads=1)
     assert len([region for region in plan.parts[0].regions if region.kind is Kind.MASKED]) == 1
 
 
@@ -189,21 +191,21 @@ def test_padding_sees_nothing_even_if_its_positions_grow(before: int) -> None:
         position=torch.cat((document.position, padding)),
         document=torch.cat((document.document, torch.full_like(padding, PADDING))),
     )
-    plan = Plan.build(rows, rows, Visibility(), shortest_run=8, heads=1)
+    plan = Plan.build(rows, rows, AttentionMask(), shortest_run=8, heads=1)
     assert torch.equal(covered(plan), true_mask(plan))
 
 
 @pytest.mark.parametrize(("window", "message"), [(0, "must be at least 1"), (2**31, "must be at most 2147483647")])
 def test_a_window_has_bounds(window: int, message: str) -> None:
     with pytest.raises(ValueError, match=f"window={window} {message}"):
-        Visibility(window=window)
+        AttentionMask(window=window)
 
 
 def test_the_widest_window_hides_nothing() -> None:
     rows = Rows.packed([20])
     for shortest_run in (4, 32):
         assert (
-            Plan.build(rows, rows, Visibility(window=2**31 - 1), shortest_run=shortest_run, heads=1).visible_pairs
+            Plan.build(rows, rows, AttentionMask(window=2**31 - 1), shortest_run=shortest_run, heads=1).unmasked_pairs
             == 210
         )
 
@@ -212,16 +214,16 @@ def test_lifetimes_go_with_later_queries_of_a_document_only() -> None:
     """Backends need not look out for lifetimes together with anything else."""
     rows = Rows.packed([20])
     lifetime = torch.full((1, 20), 19, dtype=torch.int32)
-    everything = Selection.from_lists(
-        torch.arange(20), Partition.blocks(rows, 20), torch.zeros(1, 20, 1, dtype=torch.int64)
+    everything = BlockSelection.from_lists(
+        torch.arange(20), BlockPartition.blocks(rows, 20), torch.zeros(1, 20, 1, dtype=torch.int64)
     )
-    plan = Plan.build(rows, rows, Visibility(), heads=1)
+    plan = Plan.build(rows, rows, AttentionMask(), heads=1)
     assert torch.equal(plan.living(lifetime).mask(), plan.mask())
     for refused in (
         lambda: plan.living(lifetime).choosing(everything),
         lambda: plan.choosing(everything).living(lifetime),
-        lambda: Plan.build(rows, rows, Visibility(window=5), heads=1).living(lifetime),
-        lambda: Plan.build(rows, rows, Visibility(causal=False), heads=1).living(lifetime),
+        lambda: Plan.build(rows, rows, AttentionMask(window=5), heads=1).living(lifetime),
+        lambda: Plan.build(rows, rows, AttentionMask(causal=False), heads=1).living(lifetime),
     ):
         with pytest.raises(ValueError, match="a plan with lifetimes must be causal"):
             refused()

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from farspan.errors import ConfigError
-from farspan.kernels.attention import attend, attend_backward
-from farspan.kernels.backend import BACKENDS, Work, choose_backend
-from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.attention import attention_backward, attention_forward
+from farspan.kernels.backend import BACKENDS, KernelRequest, choose_backend
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.masks.selection import Partition, Selection
-from farspan.kernels.mechanism import Gathered, Heads, Mechanism, Recurrent, Routed
+from farspan.kernels.masks.selection import BlockPartition, BlockSelection
+from farspan.kernels.mechanism import Heads, Mechanism, Recurrent, Routed, TokenChoice
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.merge import empty_partial, merge_
 from farspan.kernels.planning.plan import Plan
@@ -77,7 +77,7 @@ def test_mechanism_equals_the_formula(mechanism: Mechanism) -> None:
 # kernels', and are compared in float32.
 @pytest.mark.parametrize(
     "mechanism",
-    list({type(x.values[0]): x for x in EXAMPLES if not isinstance(x.values[0], Gathered)}.values()),
+    list({type(x.values[0]): x for x in EXAMPLES if not isinstance(x.values[0], TokenChoice)}.values()),
 )
 def test_bfloat16_is_as_good_as_plain_attention(mechanism: Mechanism) -> None:
     """At most twice the error of attention whose every step is rounded to bfloat16."""
@@ -98,15 +98,17 @@ def plain_attention(inputs: list[Tensor], dout: Tensor, mask: Tensor) -> list[Te
     return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
-@pytest.mark.parametrize("visibility", contract.VISIBILITIES, ids=str)
-def test_visibility_equals_the_formula(visibility: Visibility) -> None:
+@pytest.mark.parametrize("attention_mask", contract.ATTENTION_MASKS, ids=str)
+def test_visibility_equals_the_formula(attention_mask: AttentionMask) -> None:
     rows, keys = contract.ROWS["ragged"], contract.ROWS["strided"]
-    mask = oracle.visible_mask(rows, keys, visibility, 4)
-    check(Tensors.random(len(rows), len(keys), (4, 2), 16, 16, torch.float32), plan_of(rows, keys, visibility), mask)
+    mask = oracle.visible_mask(rows, keys, attention_mask, 4)
+    check(
+        Tensors.random(len(rows), len(keys), (4, 2), 16, 16, torch.float32), plan_of(rows, keys, attention_mask), mask
+    )
 
 
-def plan_of(rows: Rows, keys: Rows, visibility: Visibility, selection: Selection | None = None) -> Plan:
-    return Plan.build(rows, keys, visibility, heads=4, selection=selection)
+def plan_of(rows: Rows, keys: Rows, attention_mask: AttentionMask, selection: BlockSelection | None = None) -> Plan:
+    return Plan.build(rows, keys, attention_mask, heads=4, selection=selection)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(0, 5), (5, 0), (0, 0), (9, 9)])
@@ -117,27 +119,27 @@ def test_rows_that_see_nothing(queries: int, keys: int) -> None:
     )  # fmt: skip
     tensors = Tensors.random(queries, keys, (4, 2), 16, 16, torch.float32)
     backend = BACKENDS.get("triton")
-    out, lse = backend.forward(tensors.q, tensors.k, tensors.v, plan_of(rows, other, Visibility()))
+    out, lse = backend.forward(tensors.q, tensors.k, tensors.v, plan_of(rows, other, AttentionMask()))
     assert out.shape == (queries, 4, 16)
     assert not out.any()
     assert lse.isneginf().all()
     gradients = backend.backward(
-        tensors.dout, tensors.q, tensors.k, tensors.v, out, lse, plan_of(rows, other, Visibility())
+        tensors.dout, tensors.q, tensors.k, tensors.v, out, lse, plan_of(rows, other, AttentionMask())
     )
     for gradient, x in zip(gradients, (tensors.q, tensors.k, tensors.v), strict=True):
         assert gradient.shape == x.shape
         assert not gradient.any()
 
 
-def tile_selection(rows: Rows, tile: int = 16, block: int = 16) -> Selection:
-    blocks = Partition.blocks(rows, block)
-    unit = Partition.blocks(rows, tile).of(rows)
+def tile_selection(rows: Rows, tile: int = 16, block: int = 16) -> BlockSelection:
+    blocks = BlockPartition.blocks(rows, block)
+    unit = BlockPartition.blocks(rows, tile).of(rows)
     # Two heads share a list, as the heads of one KV head may.
     mask = torch.rand(2, int(unit.max()) + 1, blocks.count, generator=torch.Generator().manual_seed(1)) < 0.6
-    return Selection.from_parts(unit, blocks, [mask])
+    return BlockSelection.from_parts(unit, blocks, [mask])
 
 
-def row_selection(rows: Rows) -> Selection:
+def row_selection(rows: Rows) -> BlockSelection:
     tensors = Tensors.random(len(rows), len(rows), (4, 2), 16, 16, torch.float32)
     return select(MoBA(block=16, top_k=2), tensors.q, tensors.k, rows)
 
@@ -153,8 +155,8 @@ def test_head_sizes_and_dtypes(head_sizes: tuple[int, int], dtype: torch.dtype, 
     rows = Rows.packed([3, 34], padding=2)
     chosen = SELECTIONS[selection](rows)
     tensors = Tensors.random(len(rows), len(rows), (4, 2), *head_sizes, dtype)
-    plan = plan_of(rows, rows, Visibility(), chosen)
-    mask = contract.mask_of(rows, rows, Visibility(), 4, chosen)
+    plan = plan_of(rows, rows, AttentionMask(), chosen)
+    mask = contract.mask_of(rows, rows, AttentionMask(), 4, chosen)
     exact, got = contract.expect(tensors, mask), run(tensors, plan)
     plain = plain_attention([tensors.q, tensors.k, tensors.v], tensors.dout, mask)
     for name, mine, theirs, expected in zip(NAMES, got, plain, exact, strict=True):
@@ -169,17 +171,17 @@ def test_head_sizes_and_dtypes(head_sizes: tuple[int, int], dtype: torch.dtype, 
 def test_tile_selections_aligned_with_tiles_or_not(tile: int) -> None:
     for rows in (Rows.packed([70]), SHUFFLED)[: 1 if tile == 32 else 2]:
         selection = tile_selection(rows, tile)
-        mask = oracle.visible_mask(rows, rows, Visibility(), 4) & oracle.selected_mask(selection, rows, 4)
+        mask = oracle.visible_mask(rows, rows, AttentionMask(), 4) & oracle.selected_mask(selection, rows, 4)
         tensors = Tensors.random(len(rows), len(rows), (4, 2), 16, 16, torch.float32)
-        check(tensors, plan_of(rows, rows, Visibility(), selection), mask)
+        check(tensors, plan_of(rows, rows, AttentionMask(), selection), mask)
 
 
 @pytest.mark.parametrize("rows", [RAGGED, SHUFFLED], ids=["ragged", "shuffled"])
 def test_lifetimes(rows: Rows) -> None:
     generator = torch.Generator().manual_seed(2)
     lifetime = rows.position + torch.randint(-1, 30, (2, len(rows)), generator=generator, dtype=torch.int32)
-    plan = plan_of(rows, rows, Visibility(), None).living(lifetime)
-    mask = oracle.visible_mask(rows, rows, plan.visibility, 4)
+    plan = plan_of(rows, rows, AttentionMask(), None).living(lifetime)
+    mask = oracle.visible_mask(rows, rows, plan.attention_mask, 4)
     mask &= (rows.position[:, None] <= lifetime[:, None, :]).repeat_interleave(2, dim=0)
     check(Tensors.random(len(rows), len(rows), (4, 2), 16, 16, torch.float32), plan, mask)
 
@@ -188,7 +190,7 @@ def test_rows_are_gathered_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Partial results are bounded: here to those of about 7 rows at a time, in whichever portion a block is chosen."""
     rows = RAGGED
     tensors = Tensors.random(len(rows), len(rows), (4, 2), 16, 16, torch.float32)
-    plan = plan_of(rows, rows, Visibility(), row_selection(rows))
+    plan = plan_of(rows, rows, AttentionMask(), row_selection(rows))
     at_once = run(tensors, plan)
     monkeypatch.setattr(schedule, "SLOT_BYTES", 50 * 4 * 16)
     seen: list[slice] = []
@@ -214,18 +216,18 @@ def test_parts_over_disjoint_keys_merge_and_their_gradients_add_up(selection: st
     tensors = Tensors.random(len(rows), len(rows), (4, 2), 16, 16, torch.float32)
     chosen = SELECTIONS[selection](rows)
     parts = [torch.arange(0, 41, 2), torch.arange(1, 41, 2), torch.arange(41, len(rows))]
-    plans = [plan_of(rows, rows.take(part), Visibility(), chosen) for part in parts]
+    plans = [plan_of(rows, rows.take(part), AttentionMask(), chosen) for part in parts]
     out, lse = empty_partial(len(rows), 4, 16, like=tensors.q)
     for part, plan in zip(parts, plans, strict=True):
-        merge_(out, lse, *attend(tensors.q, tensors.k[part], tensors.v[part], plan, backend="triton"))
+        merge_(out, lse, *attention_forward(tensors.q, tensors.k[part], tensors.v[part], plan, backend="triton"))
     dq, dk, dv = (torch.zeros_like(x) for x in (tensors.q, tensors.k, tensors.v))
     for part, plan in zip(parts, plans, strict=True):
-        mine = attend_backward(
+        mine = attention_backward(
             tensors.dout, tensors.q, tensors.k[part], tensors.v[part], out, lse, plan, backend="triton"
         )
         dq += mine[0]
         dk[part], dv[part] = mine[1], mine[2]
-    mask = contract.mask_of(rows, rows, Visibility(), 4, chosen)
+    mask = contract.mask_of(rows, rows, AttentionMask(), 4, chosen)
     for name, got, expected in zip(NAMES, (out, lse, dq, dk, dv), contract.expect(tensors, mask), strict=True):
         assert oracle.relative_error(got, expected) <= TOLERANCE, name
 
@@ -234,7 +236,7 @@ def test_parts_over_disjoint_keys_merge_and_their_gradients_add_up(selection: st
 def test_the_same_bits_from_any_layout(selection: str) -> None:
     rows = Rows.packed([40])
     tensors = Tensors.random(40, 40, (4, 2), 16, 16, torch.float32)
-    plan = plan_of(rows, rows, Visibility(), SELECTIONS[selection](rows))
+    plan = plan_of(rows, rows, AttentionMask(), SELECTIONS[selection](rows))
     # Heads before rows, and a width that is not contiguous.
     order = (1, 0, 2) if selection == "none" else (2, 1, 0)
     other = Tensors(*(x.permute(order).contiguous().permute(order) for x in vars(tensors).values()))
@@ -248,14 +250,14 @@ def test_nothing_leaks_from_what_is_hidden(selection: str) -> None:
     rows = Rows.packed([20, 23], padding=3)
     tensors = Tensors.random(len(rows), len(rows), (4, 1), 16, 16, torch.float32)
     chosen = SELECTIONS[selection](rows)
-    plan = plan_of(rows, rows, Visibility(window=9), chosen)
-    out = attend(tensors.q, tensors.k, tensors.v, plan, backend="triton")[0]
-    mask = contract.mask_of(rows, rows, Visibility(window=9), 4, chosen).any(dim=0)
+    plan = plan_of(rows, rows, AttentionMask(window=9), chosen)
+    out = attention_forward(tensors.q, tensors.k, tensors.v, plan, backend="triton")[0]
+    mask = contract.mask_of(rows, rows, AttentionMask(window=9), 4, chosen).any(dim=0)
     assert mask.any(dim=0)[:20].sum() > 5
     for key in mask.any(dim=0).nonzero().flatten()[::12].tolist():
         k, v = tensors.k.clone(), tensors.v.clone()
         k[key], v[key] = 1e6, -50.0
-        changed = attend(tensors.q, k, v, plan, backend="triton")[0]
+        changed = attention_forward(tensors.q, k, v, plan, backend="triton")[0]
         assert torch.equal(changed[~mask[:, key]], out[~mask[:, key]])
         assert not torch.equal(changed[mask[:, key]], out[mask[:, key]])
 
@@ -263,7 +265,7 @@ def test_nothing_leaks_from_what_is_hidden(selection: str) -> None:
 def test_lists_are_made_once_for_a_plan() -> None:
     rows = Rows.packed([40])
     tensors = Tensors.random(40, 40, (4, 2), 16, 16, torch.float32)
-    plan = plan_of(rows, rows, Visibility())
+    plan = plan_of(rows, rows, AttentionMask())
     run(tensors, plan)
     made = {key: id(value) for key, value in plan.derived.items()}
     run(tensors, plan)
@@ -273,10 +275,10 @@ def test_lists_are_made_once_for_a_plan() -> None:
 
 
 def test_what_the_kernels_cannot_do_is_refused() -> None:
-    work = Work.of(MoBA(), torch.bfloat16, 256, 16)
+    work = KernelRequest.of(MoBA(), torch.bfloat16, 256, 16)
     assert choose_backend("triton", torch.device("cpu"), work) == "triton"
     rows = Rows.packed([5])
-    plan = plan_of(rows, rows, Visibility())
+    plan = plan_of(rows, rows, AttentionMask())
     for head_dim, dtype, message in ((16, torch.float64, "not float64"), (264, torch.float32, "up to 256, not 264")):
         tensors = Tensors.random(5, 5, (4, 2), head_dim, 16, dtype)
         with pytest.raises(ConfigError, match=message):

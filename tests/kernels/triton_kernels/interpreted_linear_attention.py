@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.backend import BACKENDS
-from farspan.kernels.linear_attention.segment import NOWHERE, Place, Stretch
+from farspan.kernels.linear_attention.segment import NOWHERE, Segment, SequencePosition
 from farspan.kernels.linear_attention.state import State
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.triton_kernels import linear_attention as triton_scan
@@ -30,7 +30,7 @@ NAMES = ("out", "state", "dq", "dk", "dv", "dstate")
 
 
 def both(
-    rows: Rows, heads: tuple[int, int], dims: tuple[int, int], dtype: torch.dtype, place: Place | None = None
+    rows: Rows, heads: tuple[int, int], dims: tuple[int, int], dtype: torch.dtype, place: SequencePosition | None = None
 ) -> list[tuple[str, Tensor, Tensor]]:
     """Return (name, Triton's, the reference's in float64) of everything that a scan and its backward pass give."""
     triton_scan.CHUNKS_PER_SEGMENT = 2
@@ -45,18 +45,18 @@ def both(
         draw(tokens, h, d).to(dtype)
         for h, d in ((heads[0], dims[0]), (heads[1], dims[0]), (heads[1], dims[1]), (heads[0], dims[1]))
     )
-    stretch = Stretch.of(rows)
-    place = place or Place(stretch.first.document, stretch.first.position - 2)
+    segment = Segment.of(rows)
+    place = place or SequencePosition(segment.first.document, segment.first.position - 2)
     value, dstate = draw(heads[0], *dims), draw(heads[0], *dims)
     decay = torch.tensor([0.02, 0.0, 1.0, 1e4], dtype=torch.float64)[: heads[0]]
-    out, left = triton_scan.scan_forward(q, k, v, stretch, decay, State(value, place))
+    out, left = triton_scan.scan_forward(q, k, v, segment, decay, State(value, place))
     got = [out, left.value]
-    got += triton_scan.scan_backward(dout, dstate, q, k, v, stretch, decay, State(value, place))
+    got += triton_scan.scan_backward(dout, dstate, q, k, v, segment, decay, State(value, place))
     judge, wide = BACKENDS.get("reference"), [x.double() for x in (q, k, v)]
     state = State(value.double(), place)
-    out, left_by_judge = judge.scan(wide[0], wide[1], wide[2], stretch, decay, state)
+    out, left_by_judge = judge.scan(wide[0], wide[1], wide[2], segment, decay, state)
     expected = [out, left_by_judge.value]
-    expected += judge.scan_backward(dout.double(), dstate.double(), wide[0], wide[1], wide[2], stretch, decay, state)
+    expected += judge.scan_backward(dout.double(), dstate.double(), wide[0], wide[1], wide[2], segment, decay, state)
     assert left.place == left_by_judge.place
     return list(zip(NAMES, got, expected, strict=True))
 
@@ -85,7 +85,7 @@ def check_several_column_slices() -> None:
 
 def check_gaps_and_a_state_of_another_document() -> None:
     rows = Rows.packed([100, 200]).take(torch.arange(1, 300, 3))
-    close(both(rows, (2, 2), (16, 16), torch.float32, Place(7, 3)), 1e-4)
+    close(both(rows, (2, 2), (16, 16), torch.float32, SequencePosition(7, 3)), 1e-4)
 
 
 def check_tiny_documents() -> None:
@@ -93,7 +93,7 @@ def check_tiny_documents() -> None:
 
 
 def check_padding_only_and_a_single_token() -> None:
-    close(both(Rows.packed([], padding=5), (2, 1), (16, 16), torch.float32, Place(0, 3)), 1e-4)
+    close(both(Rows.packed([], padding=5), (2, 1), (16, 16), torch.float32, SequencePosition(0, 3)), 1e-4)
     close(both(begun_before([1]), (2, 1), (16, 16), torch.float32), 1e-4)
 
 
@@ -113,7 +113,7 @@ def check_float16_does_not_overflow_inside() -> None:
     """q k of 16 x 100 x 100 is more than float16 holds; times v of 0.001 it is not."""
     q, v = torch.full((5, 1, 16), 100.0).half(), torch.full((5, 1, 16), 1e-3).half()
     decay, state = torch.ones(1, dtype=torch.float64), State(torch.zeros(1, 16, 16), NOWHERE)
-    out, _ = triton_scan.scan_forward(q, q, v, Stretch.of(Rows.packed([5])), decay, state)
+    out, _ = triton_scan.scan_forward(q, q, v, Segment.of(Rows.packed([5])), decay, state)
     expected = 160 * torch.exp(-torch.arange(5.0)).sum()  # of the last row
     assert relative_error(out[-1], expected.expand(1, 16)) < 2.0**-9
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from farspan.kernels.masks.mask import Visibility
-from farspan.kernels.masks.neighborhood import Dimension, Neighbourhood
+from farspan.kernels.masks.attention_mask import AttentionMask
+from farspan.kernels.masks.neighborhood import Dimension, Neighborhood
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.masks.selection import Partition, Selection
+from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.planning.tiles import Tiling
-from farspan.kernels.triton_kernels.block_lists import COUNT_BITS, MAX_COUNT, TiledPlan, TileLists, tile_plan
+from farspan.kernels.triton_kernels.block_lists import COUNT_BITS, MAX_COUNT, BlockMask, TiledPlan, tile_plan
 
 GENERATOR = torch.Generator().manual_seed(0)
 ROWS = {
@@ -27,15 +27,15 @@ ROWS = {
     "zigzag": Rows.packed([256]).take(torch.cat((torch.arange(32, 64), torch.arange(192, 224)))),
     "nothing": Rows.packed([]),
 }
-VISIBILITIES = [
-    Visibility(),
-    Visibility(causal=False),
-    Visibility(window=40, sinks=3),
-    Visibility(causal=False, window=(1, 90, 1, 7)),
-    Visibility(causal=False, neighbourhood=Neighbourhood(dimensions=(Dimension(length=64, window=7, stride=3),))),
-    Visibility(
+ATTENTION_MASKS = [
+    AttentionMask(),
+    AttentionMask(causal=False),
+    AttentionMask(window=40, sinks=3),
+    AttentionMask(causal=False, window=(1, 90, 1, 7)),
+    AttentionMask(causal=False, neighborhood=Neighborhood(dimensions=(Dimension(length=64, window=7, stride=3),))),
+    AttentionMask(
         causal=False,
-        neighbourhood=Neighbourhood(
+        neighborhood=Neighborhood(
             dimensions=(Dimension(length=4, window=2), Dimension(length=9, window=3, dilation=2))
         ),
     ),
@@ -50,7 +50,7 @@ class Visits:
     partial: Tensor
 
 
-def decode(lists: TileLists, others: int) -> Visits:
+def decode(lists: BlockMask, others: int) -> Visits:
     """Follow the lists entry by entry; a tile that is visited twice fails."""
     groups, tiles = int(lists.group.max()) + 1, lists.tiles
     found = torch.zeros(2 * groups * tiles, others, dtype=torch.int32)
@@ -108,26 +108,26 @@ def check(plan: Plan, query_tile: int, key_tile: int) -> TiledPlan:
     return tiled
 
 
-@pytest.mark.parametrize("visibility", VISIBILITIES, ids=str)
+@pytest.mark.parametrize("attention_mask", ATTENTION_MASKS, ids=str)
 @pytest.mark.parametrize("rows", ROWS)
-def test_lists_hold_exactly_what_is_visible(rows: str, visibility: Visibility) -> None:
+def test_lists_hold_exactly_what_is_visible(rows: str, attention_mask: AttentionMask) -> None:
     for keys in (ROWS[rows], ROWS["zigzag"]):
-        check(Plan.build(ROWS[rows], keys, visibility, heads=4), 16, 8)
+        check(Plan.build(ROWS[rows], keys, attention_mask, heads=4), 16, 8)
 
 
-def random_selection(rows: Rows, tile: int, block: int, heads: int, density: float = 0.4) -> Selection:
-    blocks = Partition.blocks(rows, block)
-    unit = Partition.blocks(rows, tile).of(rows)
+def random_selection(rows: Rows, tile: int, block: int, heads: int, density: float = 0.4) -> BlockSelection:
+    blocks = BlockPartition.blocks(rows, block)
+    unit = BlockPartition.blocks(rows, tile).of(rows)
     units = int(unit.max()) + 1 if len(rows) else 0
     mask = torch.rand(heads, units, blocks.count, generator=torch.Generator().manual_seed(1)) < density
-    return Selection.from_parts(unit, blocks, [mask])
+    return BlockSelection.from_parts(unit, blocks, [mask])
 
 
 @pytest.mark.parametrize(("tile", "block"), [(16, 8), (32, 16), (20, 12), (5, 3)])
 @pytest.mark.parametrize("rows", ROWS)
 def test_lists_follow_a_selection(rows: str, tile: int, block: int) -> None:
     selection = random_selection(ROWS[rows], tile, block, heads=4)
-    plan = Plan.build(ROWS[rows], ROWS[rows], Visibility(window=(50, 9, 50, 50)), heads=4, selection=selection)
+    plan = Plan.build(ROWS[rows], ROWS[rows], AttentionMask(window=(50, 9, 50, 50)), heads=4, selection=selection)
     tiled = check(plan, 16, 8)
     if rows == "one" and (tile, block) == (16, 8):
         assert tiled.queries.index is None
@@ -138,19 +138,19 @@ def test_lists_follow_a_selection(rows: str, tile: int, block: int) -> None:
 
 def test_heads_that_see_the_same_share_lists() -> None:
     rows = ROWS["one"]
-    assert check(Plan.build(rows, rows, Visibility(window=(5, 9, 5, 9)), heads=4), 16, 8).lists.group.tolist() == [
+    assert check(Plan.build(rows, rows, AttentionMask(window=(5, 9, 5, 9)), heads=4), 16, 8).lists.group.tolist() == [
         0,
         1,
         0,
         1,
     ]
     selection = random_selection(rows, 16, 8, heads=1)
-    twice = Selection.from_parts(selection.unit, selection.blocks, [table(selection).repeat(4, 1, 1)])
-    plan = Plan.build(rows, rows, Visibility(), heads=4, selection=twice)
+    twice = BlockSelection.from_parts(selection.unit, selection.blocks, [table(selection).repeat(4, 1, 1)])
+    plan = Plan.build(rows, rows, AttentionMask(), heads=4, selection=twice)
     assert check(plan, 16, 8).lists.group.tolist() == [0, 0, 0, 0]
 
 
-def table(selection: Selection) -> Tensor:
+def table(selection: BlockSelection) -> Tensor:
     """The selection's lists as bool `[heads, units, blocks]`."""
     found = torch.zeros(selection.heads * selection.num_units, selection.blocks.count, dtype=torch.bool)
     found[selection.lists, selection.chosen.long()] = True
@@ -162,21 +162,21 @@ def test_lists_follow_lifetimes(rows: str) -> None:
     keys = ROWS[rows]
     lifetime = keys.position + torch.randint(-1, 300, (2, len(keys)), generator=GENERATOR, dtype=torch.int32)
     lifetime[1, : len(keys) // 2] = 2**31 - 1
-    plan = Plan.build(keys, keys, Visibility(), heads=4).living(lifetime)
+    plan = Plan.build(keys, keys, AttentionMask(), heads=4).living(lifetime)
     tiled = check(plan, 16, 8)
     assert tiled.lists.group.tolist() == [0, 0, 1, 1]
 
 
 def test_causal_attention_takes_few_entries() -> None:
     rows = Rows.packed([128 * 300])
-    lists = tile_plan(Plan.build(rows, rows, Visibility(), heads=8), 128, 128, "queries").lists
+    lists = tile_plan(Plan.build(rows, rows, AttentionMask(), heads=8), 128, 128, "queries").lists
     assert len(lists.entries) <= 2 * 300 + 1
     assert int(lists.visits.sum()) == 300 * 301 // 2
 
 
 def test_no_interval_is_longer_than_an_entry_can_say() -> None:
     rows = Rows.packed([5000 * 16])
-    plan = Plan.build(Rows.packed([5000 * 16]), rows, Visibility(causal=False), heads=1)
+    plan = Plan.build(Rows.packed([5000 * 16]), rows, AttentionMask(causal=False), heads=1)
     lists = tile_plan(plan, 4096, 16, "queries").lists
     counts = lists.entries[:-1] & MAX_COUNT
     assert counts.max() <= MAX_COUNT
@@ -186,13 +186,13 @@ def test_no_interval_is_longer_than_an_entry_can_say() -> None:
 def test_many_small_documents_are_not_compared_with_each_other() -> None:
     """32,768 documents: all pairs of tiles would be 67 million."""
     rows = Rows.packed([32] * 32768)
-    lists = tile_plan(Plan.build(rows, rows, Visibility(), heads=8), 128, 128, "queries").lists
+    lists = tile_plan(Plan.build(rows, rows, AttentionMask(), heads=8), 128, 128, "queries").lists
     assert int(lists.visits.sum()) == 8192
 
 
 def test_too_many_tiles_are_refused() -> None:
     rows = Rows.packed([1 << 20])
-    plan = Plan.build(rows, Rows.packed([5]), Visibility(), heads=1)
+    plan = Plan.build(rows, Rows.packed([5]), AttentionMask(), heads=1)
     with pytest.raises(ValueError, match="make more than 524287 tiles of 1 x 16"):
         tile_plan(plan, 1, 16, "queries")
 
@@ -205,7 +205,7 @@ from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import Partition, Selection
 from farspan.kernels.triton_kernels.block_lists import tile_plan
 from farspan.kernels.planning.tiles import Tiling
-from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.attention_mask import Visibility
 
 tiles, heads, density = 8192, 8, 0.05
 rows = Rows.packed([tiles * 128])

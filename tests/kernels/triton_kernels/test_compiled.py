@@ -8,7 +8,7 @@ from tests.support.triton_folder import ROOT, run_with_triton
 TABLE = ROOT / "docs" / "kernels_sm90.md"
 WHAT = 7
 """Columns that say what was compiled; those after them are what it needs, which changes with each Triton."""
-ATTENTION = ("causal", "window and sinks", "neighbourhood", "lifetimes", "tiles choose", "rows choose")
+ATTENTION = ("causal", "window and sinks", "neighborhood", "lifetimes", "tiles choose", "rows choose")
 KERNELS = [
     *product(ATTENTION, ("forward", "delta", "dq", "dkv")),
     ("rows choose", "combine"),

@@ -2,32 +2,32 @@ import numpy as np
 import pytest
 import torch
 
-from farspan.kernels.masks.mask import MAX_WINDOW, Visibility
+from farspan.kernels.masks.attention_mask import MAX_WINDOW, AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.triton_kernels.key_ranks import Ranking
 
 KEYS = Rows.packed([50, 1, 30], padding=3).take(torch.randperm(84, generator=torch.Generator().manual_seed(0)))
-VISIBILITIES = [
-    Visibility(),
-    Visibility(causal=False),
-    Visibility(window=7, sinks=3),
-    Visibility(window=1),
-    Visibility(causal=False, window=9, sinks=2),
-    Visibility(causal=False, window=MAX_WINDOW),
+ATTENTION_MASKS = [
+    AttentionMask(),
+    AttentionMask(causal=False),
+    AttentionMask(window=7, sinks=3),
+    AttentionMask(window=1),
+    AttentionMask(causal=False, window=9, sinks=2),
+    AttentionMask(causal=False, window=MAX_WINDOW),
 ]
 
 
-@pytest.mark.parametrize("visibility", VISIBILITIES, ids=str)
+@pytest.mark.parametrize("attention_mask", ATTENTION_MASKS, ids=str)
 @pytest.mark.parametrize("queries", [KEYS, Rows.packed([60, 4]), Rows.packed([]), Rows.packed([], padding=2)])
-def test_two_intervals_of_ranks_are_the_visibility(queries: Rows, visibility: Visibility) -> None:
+def test_two_intervals_of_ranks_are_the_visibility(queries: Rows, attention_mask: AttentionMask) -> None:
     for keys in (KEYS, KEYS.take(torch.arange(5, 40)), Rows.packed([])):
         ranking = Ranking.of(keys)
-        first, last = ranking.near(queries, visibility)
+        first, last = ranking.near(queries, attention_mask)
         seen = (first[:, None] <= ranking.rank) & (ranking.rank <= last[:, None])
-        if visibility.sinks:
-            first, last = ranking.sinks(queries, visibility)
+        if attention_mask.sinks:
+            first, last = ranking.sinks(queries, attention_mask)
             seen |= (first[:, None] <= ranking.rank) & (ranking.rank <= last[:, None])
-        assert np.array_equal(seen, visibility.mask(queries, keys).numpy())
+        assert np.array_equal(seen, attention_mask.mask(queries, keys).numpy())
 
 
 def test_padding_has_no_rank() -> None:

@@ -5,7 +5,7 @@ import torch
 
 from farspan.errors import ConfigError
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.masks.selection import Selection
+from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.lightning import Lightning
@@ -43,7 +43,7 @@ def job(
     rows = Rows.packed([1 << 16])
     return Job(
         mechanism=mechanism,
-        shards=Shards.deal(rows, layout=layout, degree=degree, work=mechanism.visible_keys),
+        shards=Shards.deal(rows, layout=layout, degree=degree, work=mechanism.keys_per_query),
         heads=heads or Heads(query=32, kv=8),
         sizes=Sizes.of(torch.bfloat16, 128, 128),
         width=width,
@@ -187,7 +187,7 @@ def test_what_is_chosen_of_a_long_sequence_is_drawn_for_some_queries() -> None:
     every = typical_choice(mechanism, rows, heads)
     assert isinstance(sample, Sample)
     assert sample.one_in == 8
-    assert isinstance(every, Selection)
+    assert isinstance(every, BlockSelection)
     for strategy, chosen, bound in (("ship", every, 0.05), ("fetch", None, 0.0)):
         planned = STRATEGIES.get(strategy)(Unconnected(3, 4)).prepare(mechanism, shards, heads, backend="cpu")
         expected = planned.volume(sizes, chosen).forward

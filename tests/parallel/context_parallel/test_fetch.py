@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.masks.selection import Selection
+from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.mechanism import MECHANISMS, Heads, Masked, Mechanism, Routed
 from farspan.kernels.mechanisms.dense import Dense
-from farspan.kernels.mechanisms.neighborhood import Neighbourhood
+from farspan.kernels.mechanisms.neighborhood import Neighborhood
 from farspan.kernels.mechanisms.window import Window
 from farspan.kernels.planning.plan import Plan
 from farspan.parallel.context_parallel.required_keys import needed_keys
 from farspan.parallel.context_parallel.routing import choose_alone
-from farspan.parallel.context_parallel.strategy import STRATEGIES, Attend, Sizes
+from farspan.parallel.context_parallel.strategy import STRATEGIES, DistributedAttention, Sizes
 from farspan.parallel.layout import LAYOUTS, Shards
 from farspan.parallel.simulation import Unconnected
 from tests.support.oracle import selected_mask
@@ -21,7 +21,9 @@ HEADS = Heads(query=8, kv=2)
 SIZES = Sizes.of(torch.bfloat16, 128, 128)
 
 
-def planned(strategy: str, mechanism: Mechanism, shards: Shards, rank: int, heads: Heads = HEADS) -> Attend:
+def planned(
+    strategy: str, mechanism: Mechanism, shards: Shards, rank: int, heads: Heads = HEADS
+) -> DistributedAttention:
     channel = Unconnected(rank, shards.degree)
     return STRATEGIES.get(strategy)(channel).prepare(mechanism, shards, heads, backend="cpu")
 
@@ -59,7 +61,7 @@ def test_documents_that_end_on_a_rank_are_not_moved() -> None:
     assert sent == [28 * row, 0, 128 * row, 0]
 
 
-NEIGHBOURHOOD = Neighbourhood(grid=(160,), window=(21,), stride=(4,), causal=(True,))
+NEIGHBOURHOOD = Neighborhood(grid=(160,), window=(21,), stride=(4,), causal=(True,))
 MASKED = [x for name in MECHANISMS for x in MECHANISMS.get(name).examples() if isinstance(x, Masked)]
 
 
@@ -69,24 +71,24 @@ def test_all_that_is_seen_is_needed(mechanism: Masked, layout: str) -> None:
     """Against a mask with every pair: no key is missing, and none moves in vain but what some chose and others see."""
     rows = Rows.packed([230, 90, 1])
     shards = Shards.deal(rows, layout=layout, degree=4)
-    everyone = shards.rows.take(shards.index.flatten())
+    global_rows = shards.rows.take(shards.index.flatten())
     selection = None
     if isinstance(mechanism, Routed):
         generator = torch.Generator().manual_seed(0)
         q, k = (torch.randn(len(rows), n, 16, generator=generator) for n in (HEADS.query, HEADS.kv))
         selection = choose_alone(mechanism, rows, HEADS, q, k)
-        assert isinstance(selection, Selection)
+        assert isinstance(selection, BlockSelection)
     for rank, mine in enumerate(shards.index):
-        plan = Plan.build(shards.rows_of(rank), everyone, mechanism.visibility(), heads=HEADS.query)
-        shown = plan.mask().any(dim=1).view(HEADS.kv, -1, len(everyone)).any(dim=1)
+        plan = Plan.build(shards.rows_of(rank), global_rows, mechanism.attention_mask(), heads=HEADS.query)
+        shown = plan.mask().any(dim=1).view(HEADS.kv, -1, len(global_rows)).any(dim=1)
         if selection is not None:
             plan = plan.choosing(selection.of_queries(mine))
-        seen = plan.mask().any(dim=1).view(HEADS.kv, -1, len(everyone)).any(dim=1)
+        seen = plan.mask().any(dim=1).view(HEADS.kv, -1, len(global_rows)).any(dim=1)
         (needed,) = needed_keys(plan, HEADS.kv)
         assert not (seen & ~needed).any()
         if selection is not None:
-            asked = selected_mask(selection.of_queries(mine), everyone, HEADS.query).any(dim=1)
-            assert torch.equal(shown & asked.view(HEADS.kv, -1, len(everyone)).any(dim=1), needed)
+            asked = selected_mask(selection.of_queries(mine), global_rows, HEADS.query).any(dim=1)
+            assert torch.equal(shown & asked.view(HEADS.kv, -1, len(global_rows)).any(dim=1), needed)
         else:
             assert torch.equal(seen, needed), f"{int((needed & ~seen).sum())} keys in vain"
 
@@ -96,11 +98,11 @@ def test_all_that_is_seen_is_needed(mechanism: Masked, layout: str) -> None:
 def test_reader_and_owner_agree(mechanism: Masked, layout: str) -> None:
     """What a rank wants is found from its queries, what it gives from its keys; each pair of ranks finds the same."""
     shards = Shards.deal(Rows.packed([230, 90, 1], padding=40), layout=layout, degree=4)
-    everyone = shards.rows.take(shards.index.flatten())
+    global_rows = shards.rows.take(shards.index.flatten())
     for rank in range(4):
         mine = shards.rows_of(rank)
-        wanted = needed_keys(Plan.build(mine, everyone, mechanism.visibility(), heads=4), 2)[0]
+        wanted = needed_keys(Plan.build(mine, global_rows, mechanism.attention_mask(), heads=4), 2)[0]
         for owner in range(4):
-            plan = Plan.build(everyone, shards.rows_of(owner), mechanism.visibility(), heads=4)
+            plan = Plan.build(global_rows, shards.rows_of(owner), mechanism.attention_mask(), heads=4)
             given = needed_keys(plan, 2, groups=4)[rank]
             assert torch.equal(given, wanted.unflatten(1, (4, -1))[:, owner])

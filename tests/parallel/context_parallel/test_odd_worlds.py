@@ -15,7 +15,7 @@ from farspan.kernels.mechanisms.block_sparse import BlockSparse
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.spans import Spans
-from farspan.kernels.sequence_attention import plan_whole
+from farspan.kernels.sequence_attention import plan_sequence_attention
 from farspan.parallel.comm import Channel
 from farspan.parallel.context_parallel.cost_model import together
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes, Volume
@@ -63,7 +63,7 @@ def test_ids_of_documents_may_be_anything(strategy: str) -> None:
         return planned.forward(*(shards.shard(x, channel.rank) for x in inputs))[0]
 
     out = shards.unshard(torch.stack(simulate(2, run)))
-    truth = plan_whole(mechanism, base, heads, range(4), backend="reference").forward(*inputs)[0]
+    truth = plan_sequence_attention(mechanism, base, heads, range(4), backend="reference").forward(*inputs)[0]
     assert (out - truth)[:32].abs().max().item() <= 1e-12
 
 
@@ -88,9 +88,9 @@ def test_what_does_not_fit_is_refused_before_it_runs(
 @pytest.mark.parametrize("strategy", ["hybrid", "hybrid_outer", "double_ring"])
 @pytest.mark.parametrize("inner", [0, 1, 3, 4])
 def test_what_is_no_grid_is_refused(strategy: str, inner: int) -> None:
-    refusal = STRATEGIES.get(strategy).refusal(Dense(), Heads(query=8, kv=8), 4, inner)
-    assert refusal is not None
-    assert "needs a grid of ranks" in refusal
+    unsupported_reason = STRATEGIES.get(strategy).unsupported_reason(Dense(), Heads(query=8, kv=8), 4, inner)
+    assert unsupported_reason is not None
+    assert "needs a grid of ranks" in unsupported_reason
 
 
 def test_layers_of_a_sequence_of_padding_cost_nothing() -> None:

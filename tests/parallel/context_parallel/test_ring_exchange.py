@@ -18,7 +18,7 @@ def test_every_rank_has_every_chunk_once_and_every_chunk_one_holder(size: int, w
 
 
 def test_a_chunk_crosses_neighbourhoods_once_a_round() -> None:
-    """8 ranks in pairs: the chunk of rank 0 goes to its neighbour, then to the next pair, and comes home."""
+    """8 ranks in pairs: the chunk of rank 0 goes to its neighbor, then to the next pair, and comes home."""
     rings = Rings(size=8, width=2)
     assert [rings.holder(0, step) for step in range(9)] == [0, 1, 2, 3, 4, 5, 6, 7, 0]
     assert [rings.holder(1, step) for step in range(9)] == [1, 0, 3, 2, 5, 4, 7, 6, 1]

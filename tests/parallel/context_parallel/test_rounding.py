@@ -59,7 +59,7 @@ def test_bytes_are_those_of_the_formula_where_sums_are_wider(ranks: Callable[[in
     cases = [
         Case(example, strategy, "striped", "ragged", ONE_KV_HEAD, width, torch.bfloat16, rounded)
         for example in examples
-        if STRATEGIES.get(strategy).refusal(example, ONE_KV_HEAD, 4, width) is None
+        if STRATEGIES.get(strategy).unsupported_reason(example, ONE_KV_HEAD, 4, width) is None
         for rounded in (False, True)
     ]
     results = ranks(4).run(run_cases, cases)

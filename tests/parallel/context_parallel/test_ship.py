@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.masks.selection import Selection
+from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.mechanism import Heads, Routed
 from farspan.kernels.mechanisms.block_sparse import BlockSparse
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.vggt import VGGT
-from farspan.parallel.context_parallel.query_dispatch import Holders, Shipments
+from farspan.parallel.context_parallel.query_dispatch import BlockOwners, DispatchPlan
 from farspan.parallel.context_parallel.routing import typical_choice
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes
 from farspan.parallel.layout import LAYOUTS, Shards
@@ -71,16 +71,16 @@ def test_a_row_goes_where_it_sees_a_chosen_key_and_nowhere_else(mechanism: Route
     rows, heads, degree = Rows.packed([50, 1, 33], padding=11), Heads(query=4, kv=2), 5
     shards = Shards.deal(rows, layout=layout, degree=degree)
     chosen = typical_choice(mechanism, rows, heads)
-    assert isinstance(chosen, Selection)
-    sees = visible_mask(rows, rows, mechanism.visibility(), heads.query) & selected_mask(chosen, rows, heads.query)
+    assert isinstance(chosen, BlockSelection)
+    sees = visible_mask(rows, rows, mechanism.attention_mask(), heads.query) & selected_mask(chosen, rows, heads.query)
     index = shards.index.flatten()
     holder = torch.full((len(rows),), -1)
     holder[index[index >= 0]] = torch.arange(degree).repeat_interleave(shards.tokens_local)[index >= 0]
-    holders = Holders.of(mechanism, mechanism.blocks(rows), shards)
+    holders = BlockOwners.of(mechanism, mechanism.blocks(rows), shards)
     shipped = 0
     for rank, other in itertools.product(range(degree), range(degree)):
         selection = chosen.of_queries(shards.index[rank])
-        leaving = Shipments.of(selection, holders, shards, rank, heads.query)
+        leaving = DispatchPlan.of(selection, holders, shards, rank, heads.query)
         row, head = (x.split(leaving.items)[other] for x in (leaving.row, leaving.head))
         sent = torch.zeros(heads.query, len(rows), dtype=torch.bool)
         sent[head, shards.index[rank][row]] = True

@@ -7,7 +7,7 @@ from torch import Tensor
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Heads
 from farspan.kernels.mechanisms.lightning import Lightning
-from farspan.kernels.sequence_attention import plan_whole
+from farspan.kernels.sequence_attention import plan_sequence_attention
 from farspan.parallel.comm import Channel
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes, Volume
 from farspan.parallel.layout import LAYOUTS, Shards
@@ -30,7 +30,7 @@ def test_what_comes_later_is_not_heard_however_far_it_is(degree: int, layout: st
         return planned.forward(*(shards.shard(x, channel.rank) for x in (q, k, v)))[0]
 
     out = shards.unshard(torch.stack(simulate(degree, attend)))
-    alone, _ = plan_whole(Lightning(), rows, HEADS, range(4), backend="cpu").forward(q, k, v)
+    alone, _ = plan_sequence_attention(Lightning(), rows, HEADS, range(4), backend="cpu").forward(q, k, v)
     assert relative_error(out, alone) <= 1e-10
 
 
@@ -45,7 +45,7 @@ def error(rows: Rows, layout: str, degree: int) -> float:
         return out, *planned.backward(shards.shard(dout, channel.rank), saved)
 
     found = [shards.unshard(torch.stack(part)) for part in zip(*simulate(degree, attend), strict=True)]
-    whole = plan_whole(Lightning(), rows, HEADS, range(4), backend="cpu")
+    whole = plan_sequence_attention(Lightning(), rows, HEADS, range(4), backend="cpu")
     out, saved = whole.forward(*inputs)
     return max(map(relative_error, found, (out, *whole.backward(dout, saved))))
 
@@ -88,6 +88,6 @@ def test_layers_of_one_sequence_have_its_stretches_in_common() -> None:
     stretches = [attend.stretches for attend in planned]  # pyright: ignore[reportAttributeAccessIssue]
     assert stretches[0] is stretches[1]
     assert stretches[2] is stretches[3]
-    assert [len(stretch) for stretch in stretches[0]] == [len(stretch) for stretch in stretches[2]] == [8, 8]
+    assert [len(segment) for segment in stretches[0]] == [len(segment) for segment in stretches[2]] == [8, 8]
     assert stretches[0][1].last != stretches[2][1].last
     assert not torch.equal(planned[0].influence, planned[1].influence)  # pyright: ignore[reportAttributeAccessIssue]

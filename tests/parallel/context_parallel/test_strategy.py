@@ -21,7 +21,7 @@ from farspan.kernels.mechanisms.mosa import MoSA
 from farspan.parallel.comm import Channel, Traffic
 from farspan.parallel.context_parallel import moving_kv as dealt
 from farspan.parallel.context_parallel.strategies import ship
-from farspan.parallel.context_parallel.strategy import STRATEGIES, Attend, Sizes, Volume
+from farspan.parallel.context_parallel.strategy import STRATEGIES, DistributedAttention, Sizes, Volume
 from farspan.parallel.layout import Shards
 from farspan.parallel.simulation import Unconnected
 from tests.support.rank_pool import RankError, RankPool, world_channel
@@ -37,9 +37,9 @@ from tests.support.rank_pool import RankError, RankPool, world_channel
     ],
 )
 def test_what_cannot_run_is_refused_with_what_can(strategy: str, heads: Heads, degree: int, message: str) -> None:
-    refusal = STRATEGIES.get(strategy).refusal(Dense(), heads, degree)
-    assert refusal is not None
-    assert re.search(message, refusal), refusal
+    unsupported_reason = STRATEGIES.get(strategy).unsupported_reason(Dense(), heads, degree)
+    assert unsupported_reason is not None
+    assert re.search(message, unsupported_reason), unsupported_reason
 
 
 def volume(strategy: str, degree: int, *, width: int = 1, rounded: bool = False) -> Volume:
@@ -84,7 +84,7 @@ def test_volumes_by_hand(strategy: str, degree: int, width: int, rounded: bool, 
 
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
 def test_one_rank_sends_nothing(strategy: str) -> None:
-    if STRATEGIES.get(strategy).refusal(Dense(), Heads(query=64, kv=8), 1) is None:
+    if STRATEGIES.get(strategy).unsupported_reason(Dense(), Heads(query=64, kv=8), 1) is None:
         assert volume(strategy, 1) == Volume(forward=0, backward=0)
 
 
@@ -96,7 +96,7 @@ KINDS = {
 }
 
 
-def planned(strategy: str, degree_of_shards: int, heads: Heads, channel: Channel | None = None) -> Attend:
+def planned(strategy: str, degree_of_shards: int, heads: Heads, channel: Channel | None = None) -> DistributedAttention:
     channel = channel or world_channel(2 if needs_grid(strategy) else 1)
     shards = Shards.deal(Rows.packed([24]), layout="contiguous", degree=degree_of_shards)
     return STRATEGIES.get(strategy)(channel).prepare(suitable(strategy), shards, heads, backend="cpu")
@@ -108,8 +108,8 @@ def suitable(strategy: str) -> Mechanism:
 
 
 def needs_grid(strategy: str) -> bool:
-    refusal, heads = STRATEGIES.get(strategy).refusal, Heads(query=8, kv=8)
-    return refusal(Dense(), heads, 4, 1) is not None and refusal(Dense(), heads, 4, 2) is None
+    unsupported_reason, heads = STRATEGIES.get(strategy).unsupported_reason, Heads(query=8, kv=8)
+    return unsupported_reason(Dense(), heads, 4, 1) is not None and unsupported_reason(Dense(), heads, 4, 2) is None
 
 
 def kinds_of_bytes(strategy: str) -> tuple[set[str], set[str]]:
@@ -142,9 +142,9 @@ def refusals_of_inputs(strategy: str, degree: int) -> list[str]:
     ]
     messages = []
     for changes in bad:
-        with pytest.raises(ValueError, match="attention") as refusal:
+        with pytest.raises(ValueError, match="attention") as unsupported_reason:
             attend(**(good | changes))
-        messages.append(str(refusal.value))
+        messages.append(str(unsupported_reason.value))
     return messages
 
 
@@ -249,7 +249,7 @@ def events(
 
         return call
 
-    for name in ("attend", "attend_backward"):
+    for name in ("attend", "attention_backward"):
         monkeypatch.setattr(module, name, recorded(getattr(module, name)))
     shards = Shards.deal(Rows.packed([24]), layout="contiguous", degree=3)
     heads = Heads(query=4, kv=2)

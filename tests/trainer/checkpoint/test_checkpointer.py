@@ -16,7 +16,7 @@ from farspan.trainer.checkpoint.shards import write_shards
 from farspan.trainer.config import Config
 from farspan.trainer.state import TrainState
 from tests.support import tiny
-from tests.support.checkpoint_ranks import Side, files, load, refusal, same_bits, save, state_of
+from tests.support.checkpoint_ranks import Side, files, load, same_bits, save, state_of, unsupported_reason
 from tests.support.rank_pool import RankPool
 from tests.trainer.checkpoint.conftest import small
 
@@ -127,7 +127,7 @@ def other_runs(config: Config) -> list[tuple[Config, str, str]]:
 
 def test_another_run_is_refused(config: Config, newest: Path, ranks: Ranks) -> None:
     for other, fingerprint, reason in other_runs(config):
-        message, same = ranks(2).run(refusal, other, fingerprint)
+        message, same = ranks(2).run(unsupported_reason, other, fingerprint)
         assert message == same
         assert message.startswith(f"checkpoint {newest} was trained with {reason}")
         assert (
@@ -138,7 +138,7 @@ def test_another_run_is_refused(config: Config, newest: Path, ranks: Ranks) -> N
 
 def test_changes_are_listed_and_can_be_accepted(config: Config, newest: Path, ranks: Ranks) -> None:
     other = replace(config, run=replace(config.run, seed=12), data=replace(config.data, sequence_tokens=103))
-    assert ranks(2).run(refusal, other)[0] == (
+    assert ranks(2).run(unsupported_reason, other)[0] == (
         f"checkpoint {newest} was trained with another data.sequence_tokens (101, now 103), another run.seed (11, now "
         "12): go back to that, or start anew with another run.folder, or go on with what is new by "
         'checkpoint.accept_changed=["data.sequence_tokens", "run.seed"].'
@@ -147,12 +147,15 @@ def test_changes_are_listed_and_can_be_accepted(config: Config, newest: Path, ra
     willing = replace(other, checkpoint=replace(config.checkpoint, accept_changed=accepted))
     assert ranks(2).run(load, willing)[0][0] == "step_00000002"
     less = replace(willing, checkpoint=replace(willing.checkpoint, accept_changed=accepted[1:]))
-    assert "with another run.seed (11, now 12): go" in ranks(2).run(refusal, less)[0]
+    assert "with another run.seed (11, now 12): go" in ranks(2).run(unsupported_reason, less)[0]
 
 
 def test_another_format_is_refused(config: Config, newest: Path, ranks: Ranks) -> None:
     (newest / "manifest.json").write_text(json.dumps({"format": 1, "identity": {}, "train_state": {}, "files": {}}))
-    assert "has format 1 but this farspan reads 2: use the farspan that wrote it" in ranks(2).run(refusal, config)[0]
+    assert (
+        "has format 1 but this farspan reads 2: use the farspan that wrote it"
+        in ranks(2).run(unsupported_reason, config)[0]
+    )
 
 
 def refused_save(config: Config, step: int = 3) -> str:

@@ -19,7 +19,7 @@ from farspan.trainer.checkpoint.manifest import FileRecord, Manifest
 from farspan.trainer.checkpoint.shards import read_index
 from farspan.trainer.checkpoint.verify import check_whole, newest_whole
 from farspan.trainer.config import Config
-from tests.support.checkpoint_ranks import Bits, files, refusal, same_bits, walk_back
+from tests.support.checkpoint_ranks import Bits, files, same_bits, unsupported_reason, walk_back
 from tests.support.rank_pool import RankPool
 from tests.trainer.checkpoint.conftest import Written
 
@@ -100,7 +100,7 @@ def test_the_undamaged_are_loaded(config: Config, newest: Path, written: Written
 def test_nothing_whole_is_no_fresh_start(config: Config, newest: Path, ranks: Pool) -> None:
     for folder in (newest, newest.with_name("step_00000001")):
         flip(folder / "__0_0.distcp", 5000)
-    messages = ranks(2).run(refusal, config)
+    messages = ranks(2).run(unsupported_reason, config)
     assert (
         messages
         == [

@@ -50,19 +50,19 @@ def parse(*arguments):
 
 
 def test_every_document_is_on_exactly_one_side_in_order(corpus, tmp_path):
-    report = prepare([corpus], tokenizer=BYTES, out=tmp_path / "out", held_out_fraction=0.3)
-    train, held_out = documents(tmp_path / "out", "train"), documents(tmp_path / "out", "held_out")
-    assert sorted(train + held_out) == sorted(TEXTS)
+    report = prepare([corpus], tokenizer=BYTES, out=tmp_path / "out", validation_fraction=0.3)
+    train, validation = documents(tmp_path / "out", "train"), documents(tmp_path / "out", "validation")
+    assert sorted(train + validation) == sorted(TEXTS)
     assert train == [text for text in TEXTS if text in train]
-    assert 4 <= len(held_out) <= 22  # 12 expected of 40; these bounds are more than 2.5 sigma away
+    assert 4 <= len(validation) <= 22  # 12 expected of 40; these bounds are more than 2.5 sigma away
     assert report.train.num_documents == len(train)
-    assert report.held_out.num_documents == len(held_out)
+    assert report.validation.num_documents == len(validation)
     assert report.train.num_bytes == sum(len(text.encode()) for text in train)
     assert report.train.num_tokens == report.train.num_bytes + len(train)
 
 
 def test_files_agree_with_meta(corpus, tmp_path):
-    prepare([corpus], tokenizer=BYTES, out=tmp_path / "out", held_out_fraction=0.3)
+    prepare([corpus], tokenizer=BYTES, out=tmp_path / "out", validation_fraction=0.3)
     folder = tmp_path / "out" / "train"
     meta = json.loads((folder / "meta.json").read_text())
     offsets = np.load(folder / "offsets.npy")
@@ -85,22 +85,22 @@ def test_files_agree_with_meta(corpus, tmp_path):
 
 
 def test_split_follows_content_not_place_or_company(corpus, tmp_path):
-    prepare([corpus], tokenizer=BYTES, out=tmp_path / "one", held_out_fraction=0.3)
-    held_out = set(documents(tmp_path / "one", "held_out"))
+    prepare([corpus], tokenizer=BYTES, out=tmp_path / "one", validation_fraction=0.3)
+    validation = set(documents(tmp_path / "one", "validation"))
     lines = tmp_path / "x.jsonl"
     lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS[::-1], *TEXTS, "a new one"]))
-    prepare([lines], tokenizer=BYTES, out=tmp_path / "two", held_out_fraction=0.3)
-    assert set(documents(tmp_path / "two", "held_out")) - {"a new one"} == held_out
-    assert len(documents(tmp_path / "two", "held_out")) >= 2 * len(held_out)
+    prepare([lines], tokenizer=BYTES, out=tmp_path / "two", validation_fraction=0.3)
+    assert set(documents(tmp_path / "two", "validation")) - {"a new one"} == validation
+    assert len(documents(tmp_path / "two", "validation")) >= 2 * len(validation)
 
 
 def test_two_runs_write_the_same_bytes_and_a_larger_fraction_holds_out_more(corpus, tmp_path):
     fingerprints = []
     for name, fraction in (("a", 0.3), ("b", 0.3), ("c", 0.6)):
-        report = prepare([corpus], tokenizer=BYTES, out=tmp_path / name, held_out_fraction=fraction)
-        fingerprints.append((report.train.fingerprint, report.held_out.fingerprint))
+        report = prepare([corpus], tokenizer=BYTES, out=tmp_path / name, validation_fraction=fraction)
+        fingerprints.append((report.train.fingerprint, report.validation.fingerprint))
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
-    assert set(documents(tmp_path / "a", "held_out")) < set(documents(tmp_path / "c", "held_out"))
+    assert set(documents(tmp_path / "a", "validation")) < set(documents(tmp_path / "c", "validation"))
 
 
 def test_large_vocabulary_is_written_as_uint32(corpus, tmp_path):
@@ -111,7 +111,9 @@ def test_large_vocabulary_is_written_as_uint32(corpus, tmp_path):
     raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     raw.save(str(tmp_path / "big.json"))
-    prepare([corpus], tokenizer=load_tokenizer(str(tmp_path / "big.json")), out=tmp_path / "out", held_out_fraction=0.3)
+    prepare(
+        [corpus], tokenizer=load_tokenizer(str(tmp_path / "big.json")), out=tmp_path / "out", validation_fraction=0.3
+    )
     source = TokenSource(tmp_path / "out" / "train")
     assert source.tokens.dtype == np.uint32
     assert source.document(0)[[0, 1, -1]].tolist() == [69_999, 1, 70_000]
@@ -128,25 +130,25 @@ def test_an_encoding_failure_names_the_document(corpus, tmp_path):
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
 def test_a_fraction_outside_of_0_to_1_is_refused(corpus, tmp_path, fraction):
-    with pytest.raises(DataError, match=r"--held-out .* must be greater than 0 and less than 1\."):
-        prepare([corpus], tokenizer=BYTES, out=tmp_path / "out", held_out_fraction=fraction)
+    with pytest.raises(DataError, match=r"--validation-fraction .* must be greater than 0 and less than 1\."):
+        prepare([corpus], tokenizer=BYTES, out=tmp_path / "out", validation_fraction=fraction)
 
 
-@pytest.mark.parametrize(("fraction", "side"), [(1e-9, "held_out"), (1 - 1e-9, "train")])
+@pytest.mark.parametrize(("fraction", "side"), [(1e-9, "validation"), (1 - 1e-9, "train")])
 def test_an_empty_side_is_refused_with_a_fraction_that_works(corpus, tmp_path, fraction, side):
     options = {"tokenizer": BYTES, "out": tmp_path / "out"}
     with pytest.raises(DataError, match=rf"None of the 40 documents falls into the {side} split") as caught:
-        prepare([corpus], **options, held_out_fraction=fraction)
+        prepare([corpus], **options, validation_fraction=fraction)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus"]
-    advised = float(str(caught.value).split("pass --held-out ")[1].split(", or pass --hold-out-ends")[0])
-    prepare([corpus], **options, held_out_fraction=advised)
+    advised = float(str(caught.value).split("pass --validation-fraction ")[1].split(", or pass --hold-out-ends")[0])
+    prepare([corpus], **options, validation_fraction=advised)
 
 
 def test_duplicates_alone_cannot_be_split(tmp_path):
     for name in "ab":
         (tmp_path / name).write_text("same")
     with pytest.raises(DataError, match=r"give more different documents"):
-        prepare([tmp_path / "a", tmp_path / "b"], tokenizer=BYTES, out=tmp_path / "out", held_out_fraction=0.5)
+        prepare([tmp_path / "a", tmp_path / "b"], tokenizer=BYTES, out=tmp_path / "out", validation_fraction=0.5)
 
 
 @pytest.mark.parametrize(
@@ -164,21 +166,25 @@ def test_duplicates_alone_cannot_be_split(tmp_path):
 def test_the_end_of_a_book_is_held_out(tmp_path, text, train):
     (tmp_path / "book.txt").write_text(text, encoding="utf-8")
     out = tmp_path / "out"
-    report = prepare([tmp_path / "book.txt"], tokenizer=BYTES, out=out, held_out_fraction=0.2, hold_out_ends=True)
-    assert (documents(out, "train"), documents(out, "held_out")) == ([train], [text[len(train) :]])
-    assert report.train.num_bytes + report.held_out.num_bytes == len(text.encode())
+    report = prepare([tmp_path / "book.txt"], tokenizer=BYTES, out=out, validation_fraction=0.2, hold_out_ends=True)
+    assert (documents(out, "train"), documents(out, "validation")) == ([train], [text[len(train) :]])
+    assert report.train.num_bytes + report.validation.num_bytes == len(text.encode())
 
 
 def test_every_document_has_its_end_held_out(corpus, tmp_path):
-    run(parse(corpus, "--tokenizer", "bytes", "--out", tmp_path / "out", "--hold-out-ends", "--held-out", "0.3"))
-    halves = zip(documents(tmp_path / "out", "train"), documents(tmp_path / "out", "held_out"), strict=True)
+    run(
+        parse(
+            corpus, "--tokenizer", "bytes", "--out", tmp_path / "out", "--hold-out-ends", "--validation-fraction", "0.3"
+        )
+    )
+    halves = zip(documents(tmp_path / "out", "train"), documents(tmp_path / "out", "validation"), strict=True)
     assert [start + end for start, end in halves] == TEXTS
 
 
 def test_a_single_document_is_refused_with_the_way_out(tmp_path):
     (tmp_path / "book.txt").write_text("once upon a time")
     with pytest.raises(
-        DataError, match=r"documents falls into the (train|held_out) split; .*, or pass --hold-out-ends, which"
+        DataError, match=r"documents falls into the (train|validation) split; .*, or pass --hold-out-ends, which"
     ):
         prepare([tmp_path / "book.txt"], tokenizer=BYTES, out=tmp_path / "out")
     (tmp_path / "book.txt").write_text("x")
@@ -195,7 +201,7 @@ def test_nothing_readable_is_refused(tmp_path):
 
 def test_the_folder_has_the_usual_permissions(corpus, tmp_path):
     (tmp_path / "plain").mkdir()
-    prepare([corpus], tokenizer=BYTES, out=tmp_path / "out", held_out_fraction=0.3)
+    prepare([corpus], tokenizer=BYTES, out=tmp_path / "out", validation_fraction=0.3)
     assert os.stat(tmp_path / "out").st_mode == os.stat(tmp_path / "plain").st_mode
 
 
@@ -206,7 +212,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
             for i in range(num_documents):
                 file.write(json.dumps({"text": f"{i} " + "x" * 20_000}) + "\n")
         tracemalloc.start()
-        prepare([lines], tokenizer=BYTES, out=tmp_path / f"out{num_documents}", held_out_fraction=0.3)
+        prepare([lines], tokenizer=BYTES, out=tmp_path / f"out{num_documents}", validation_fraction=0.3)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peak
@@ -221,20 +227,36 @@ def test_command_line(corpus, tmp_path, capsys):
     (corpus / "secret.txt").write_text("not wanted either")
     run(
         parse(
-            *[corpus, "--tokenizer", "bytes", "--out", tmp_path / "out", "--suffix", ".txt", "--held-out", "0.3"],
+            *[
+                corpus,
+                "--tokenizer",
+                "bytes",
+                "--out",
+                tmp_path / "out",
+                "--suffix",
+                ".txt",
+                "--validation-fraction",
+                "0.3",
+            ],
             *["--exclude", "secret.txt", "--skip-unreadable"],
         )
     )
-    assert sorted(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "held_out")) == sorted(TEXTS)
-    train, held_out, total = capsys.readouterr().out.splitlines()
+    assert sorted(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "validation")) == sorted(TEXTS)
+    train, validation, total = capsys.readouterr().out.splitlines()
     num_train = len(documents(tmp_path / "out", "train"))
     assert train.startswith(f"train     {num_train} documents, ")
-    assert held_out.startswith(f"held_out  {40 - num_train} documents, ")
+    assert validation.startswith(f"validation  {40 - num_train} documents, ")
     assert "0.95 bytes per token" in train
     assert "1 unreadable documents skipped" in total
 
 
 def test_command_line_defaults():
     args = parse("a", "b", "--tokenizer", "t.json", "--out", "o")
-    assert (args.paths, args.held_out, args.text_key, args.suffix, args.exclude) == (["a", "b"], 0.05, "text", None, [])
+    assert (args.paths, args.validation, args.text_key, args.suffix, args.exclude) == (
+        ["a", "b"],
+        0.05,
+        "text",
+        None,
+        [],
+    )
     assert (args.skip_unreadable, args.overwrite, args.end_token, args.hold_out_ends) == (False, False, None, False)

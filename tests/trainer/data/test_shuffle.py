@@ -30,8 +30,8 @@ def test_orders_differ_and_look_random() -> None:
         # Two random orders of 1000 have on average one element in the same place.
         assert sum(a == b for a, b in zip(one, other, strict=True)) < 10
     for order in orders:
-        neighbours = sum(abs(a - b) == 1 for a, b in itertools.pairwise(order))
-        assert neighbours < 15
+        neighbors = sum(abs(a - b) == 1 for a, b in itertools.pairwise(order))
+        assert neighbors < 15
         assert abs(np.mean(order[:500]) - 499.5) < 60
 
 

@@ -27,7 +27,7 @@ from farspan.trainer.estimate.summary import (
     convolution_bytes,
     describe,
     estimate_memory,
-    said,
+    format_layers,
 )
 from farspan.trainer.model.config import ExpertsConfig, ModelConfig
 from farspan.trainer.model.transformer import Transformer
@@ -277,6 +277,6 @@ def test_patterns_of_layers_are_said_in_short(config: Config) -> None:
     assert describe(gated, degrees).splitlines()[4] == (
         "attention   2 x Lightning, 2 x Dense(causal=True), recurrences gated, computed by cpu"
     )
-    assert said(config.mechanisms()) == (
+    assert format_layers(config.mechanisms()) == (
         "Lightning(layer=0, layers=4), Lightning(layer=1, layers=4), 2 x Dense(causal=True)"
     )

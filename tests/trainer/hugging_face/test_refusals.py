@@ -259,8 +259,8 @@ NOT_THEIRS: list[tuple[dict[str, Any], str]] = [
     ({"experts": replace(EXPERTS, bias_rate=0.1)}, "model.experts.bias_rate=0.1 has no place"),
     ({"experts": replace(EXPERTS, count=6, groups=3)}, "model.experts.groups=3 has no place"),
     (
-        {"experts": replace(EXPERTS, normalised=False)},
-        "model.experts.normalised=False has no place in Mixtral",
+        {"experts": replace(EXPERTS, normalized=False)},
+        "model.experts.normalized=False has no place in Mixtral",
     ),
     (
         {"experts": replace(EXPERTS, layers="experts, dense")},

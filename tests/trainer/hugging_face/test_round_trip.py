@@ -57,7 +57,7 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3, yarn": ("Qwen3", {"rope_parameters": {**YARN, "rope_theta": 1e4}}),
     "mixtral": ("Mixtral", {"num_local_experts": 5}),
     "qwen3 moe": ("Qwen3Moe", {**MOE, "norm_topk_prob": True}),
-    "qwen3 moe, not normalised, dense layers": (
+    "qwen3 moe, not normalized, dense layers": (
         "Qwen3Moe",
         {**MOE, "norm_topk_prob": False, "decoder_sparse_step": 2, "num_hidden_layers": 5, "mlp_only_layers": [1]},
     ),
@@ -70,7 +70,7 @@ OURS = {
     "Qwen3ForCausalLM": replace(MODEL, qk_norm=True, rope=ours.YARN),
     "MixtralForCausalLM": replace(MODEL, experts=EXPERTS, feed_forward=24),
     "Qwen3MoeForCausalLM": replace(
-        MODEL, layers=3, qk_norm=True, experts=replace(EXPERTS, layers="experts, dense", normalised=False)
+        MODEL, layers=3, qk_norm=True, experts=replace(EXPERTS, layers="experts, dense", normalized=False)
     ),
 }
 
@@ -135,7 +135,7 @@ def test_an_exported_run_has_our_logits_and_comes_back_bit_by_bit(name: str, tmp
 
 
 def test_a_model_goes_through_us_and_comes_out_as_it_was(tmp_path: Path) -> None:
-    model = random_model("qwen3 moe, not normalised, dense layers")
+    model = random_model("qwen3 moe, not normalized, dense layers")
     model.to(torch.bfloat16).save_pretrained(tmp_path / "theirs")
     import_model(tmp_path / "theirs", tmp_path / "weights")
     export_model(tmp_path / "weights", tmp_path / "out")

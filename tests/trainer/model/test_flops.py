@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from farspan.kernels.masks.mask import Visibility
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Masked, Mechanism
 from farspan.kernels.mechanisms.dense import Dense
@@ -33,8 +33,8 @@ class Three(Masked):
     def examples(cls) -> Sequence[Self]:
         return (cls(),)
 
-    def visibility(self) -> Visibility:
-        return Visibility()
+    def attention_mask(self) -> AttentionMask:
+        return AttentionMask()
 
 
 class ThreeDetached(Three):

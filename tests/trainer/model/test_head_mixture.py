@@ -30,8 +30,8 @@ MIXTURES = {
     "experts of attention": {
         "head_mixture": HeadMixtureConfig(kind="experts", count=5, per_token=2, balance_loss=0.02, z_loss=0.01),
     },
-    "not normalised, single heads, biases": {
-        "head_mixture": HeadMixtureConfig(kind="experts", count=4, per_token=2, normalised=False, bias_rate=0.02),
+    "not normalized, single heads, biases": {
+        "head_mixture": HeadMixtureConfig(kind="experts", count=4, per_token=2, normalized=False, bias_rate=0.02),
         "heads": 1, "kv_heads": 1,
     },
     "all experts, in parallel with experts of SwiGLU": {
@@ -39,7 +39,7 @@ MIXTURES = {
         "parallel_blocks": True,
     },
     "with keys of their own, in parallel with SwiGLU": {
-        "head_mixture": HeadMixtureConfig(kind="experts", count=2, per_token=2, own_keys=True, normalised=False),
+        "head_mixture": HeadMixtureConfig(kind="experts", count=2, per_token=2, own_keys=True, normalized=False),
         "parallel_blocks": True, "key_convolution": 3,
     },
     "heads": {

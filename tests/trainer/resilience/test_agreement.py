@@ -4,7 +4,7 @@ import pytest
 import torch.distributed as dist
 
 from farspan.errors import CheckpointError, ConfigError, DataError, FarspanError
-from farspan.trainer.resilience.agreement import check_same, on_any_rank, on_first_rank, together
+from farspan.trainer.resilience.agreement import any_rank, check_same, on_first_rank, raise_on_all_ranks
 from tests.support.rank_pool import RankPool
 
 
@@ -12,7 +12,7 @@ def fail(message: str) -> str:
     raise DataError(message)
 
 
-def refusal(work: Callable[[], object]) -> tuple[str, str]:
+def unsupported_reason(work: Callable[[], object]) -> tuple[str, str]:
     with pytest.raises(FarspanError) as refused:
         work()
     dist.barrier()
@@ -20,22 +20,24 @@ def refusal(work: Callable[[], object]) -> tuple[str, str]:
 
 
 def one_rank_fails() -> tuple[str, str]:
-    return refusal(lambda: together(lambda: fail("no such folder") if dist.get_rank() == 1 else "fine"))
+    return unsupported_reason(
+        lambda: raise_on_all_ranks(lambda: fail("no such folder") if dist.get_rank() == 1 else "fine")
+    )
 
 
 def all_fail_alike() -> tuple[str, str]:
-    return refusal(lambda: together(lambda: fail("no such folder")))
+    return unsupported_reason(lambda: raise_on_all_ranks(lambda: fail("no such folder")))
 
 
 def all_fail_differently() -> tuple[str, str]:
-    return refusal(lambda: together(lambda: fail(f"no folder {dist.get_rank()}")))
+    return unsupported_reason(lambda: raise_on_all_ranks(lambda: fail(f"no folder {dist.get_rank()}")))
 
 
 def first_fails() -> tuple[str, str]:
     def work() -> None:
         raise CheckpointError("it is damaged")
 
-    return refusal(lambda: on_first_rank(work))
+    return unsupported_reason(lambda: on_first_rank(work))
 
 
 @pytest.mark.parametrize(
@@ -55,8 +57,8 @@ def test_all_ranks_raise_what_one_finds(
 
 def results() -> tuple[object, object, list[bool]]:
     rank = dist.get_rank()
-    flags = [on_any_rank(False), on_any_rank(rank == 0), on_any_rank(rank == 1), on_any_rank(True)]
-    return together(lambda: rank), on_first_rank(lambda: {"rank": rank}), flags
+    flags = [any_rank(False), any_rank(rank == 0), any_rank(rank == 1), any_rank(True)]
+    return raise_on_all_ranks(lambda: rank), on_first_rank(lambda: {"rank": rank}), flags
 
 
 def test_results(ranks: Callable[[int], RankPool]) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from farspan.errors import ConfigError
 from farspan.trainer.resilience import preflight as node_check
-from farspan.trainer.resilience.preflight import Found, UnfitError, check_nodes, report
+from farspan.trainer.resilience.preflight import BadNodeError, Found, report, run_preflight
 
 
 def check(folder: Path, what: str | None, bad: tuple[int, ...]) -> tuple[str | None, list[str]]:
@@ -43,8 +43,8 @@ def check(folder: Path, what: str | None, bad: tuple[int, ...]) -> tuple[str | N
     }
     try:
         with mock.patch.object(socket, "gethostname", return_value=f"n{rank}"), faults.get(str(mine), mock.MagicMock()):
-            return None, check_nodes(folder, choose_device)
-    except UnfitError as error:
+            return None, run_preflight(folder, choose_device)
+    except BadNodeError as error:
         return str(error), []
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from farspan.parallel.mesh import ParallelConfig
 from farspan.parallel.ranks import Ranks
-from farspan.trainer import held_out, train
+from farspan.trainer import train, validation
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
 from farspan.trainer.resilience.signals import StopSignal
@@ -28,7 +28,7 @@ PHASES: dict[str, tuple[Any, str, int]] = {
     "building": (train, "build_model", 1),
     "loading": (Checkpointer, "load_latest", 1),
     "a step": (train, "train_step", 2),
-    "an evaluation": (held_out, "evaluate", 1),
+    "an evaluation": (validation, "evaluate", 1),
     "a save": (Checkpointer, "start_saving", 1),
 }
 
@@ -45,13 +45,13 @@ def run(config: Config, phase: str | None) -> tuple[bool, int]:
             owner, name, number = PHASES[phase]
             function = getattr(owner, name)
 
-            def signalled(*arguments: Any, **named: Any) -> Any:
+            def signaled(*arguments: Any, **named: Any) -> Any:
                 calls.append(1)
                 if len(calls) == number:
                     signal.raise_signal(signal.SIGUSR1)
                 return function(*arguments, **named)
 
-            stack.enter_context(mock.patch.object(owner, name, signalled))
+            stack.enter_context(mock.patch.object(owner, name, signaled))
         stop = stack.enter_context(StopSignal(first=lambda number: None))
         warned = train.train(config, Ranks(rank=rank, world_size=dist.get_world_size(), local_rank=rank), stop)
         assert stop.warned == (phase is not None and rank == WARNED_RANK)

@@ -9,7 +9,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from farspan.kernels.backend import Work, choose_backend
+from farspan.kernels.backend import KernelRequest, choose_backend
 from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.parallel.comm import Channel, Traffic
 from farspan.parallel.context_parallel.routing import choose_alone
@@ -74,7 +74,7 @@ class Entrant(ABC):
     is_rival: ClassVar[bool] = True
 
     @abstractmethod
-    def refusal(self, mechanism: Mechanism, layout: str, heads: Heads, degree: int) -> str | None:
+    def unsupported_reason(self, mechanism: Mechanism, layout: str, heads: Heads, degree: int) -> str | None:
         """Return why it cannot compute this, as a sentence, or None if it can."""
 
     def width(self, mechanism: Mechanism, heads: Heads, degree: int) -> int:
@@ -95,18 +95,18 @@ class Under(Entrant):
     strategy: type[Strategy]
     is_rival: ClassVar[bool] = False
 
-    def refusal(self, mechanism: Mechanism, layout: str, heads: Heads, degree: int) -> str | None:
-        return self.strategy.refusal(mechanism, heads, degree, self.width(mechanism, heads, degree))
+    def unsupported_reason(self, mechanism: Mechanism, layout: str, heads: Heads, degree: int) -> str | None:
+        return self.strategy.unsupported_reason(mechanism, heads, degree, self.width(mechanism, heads, degree))
 
     def width(self, mechanism: Mechanism, heads: Heads, degree: int) -> int:
         """Return the first that the strategy takes: strategies of two levels want a grid."""
         widths = [width for width in range(1, degree) if degree % width == 0]
-        able = (width for width in widths if self.strategy.refusal(mechanism, heads, degree, width) is None)
+        able = (width for width in widths if self.strategy.unsupported_reason(mechanism, heads, degree, width) is None)
         return next(able, 1)
 
     def plan(self, job: Job, channel: Channel) -> Planned:
         shape, strategy = job.shape, self.strategy(channel)
-        work = Work.of(job.mechanism, shape.dtype, shape.head_dim, shape.value_dim)
+        work = KernelRequest.of(job.mechanism, shape.dtype, shape.head_dim, shape.value_dim)
         backend = choose_backend("auto", shape.device, work)
         attend = strategy.prepare(job.mechanism, job.shards, shape.heads, backend=backend)
         sizes = Sizes.of(shape.dtype, shape.head_dim, shape.value_dim)
@@ -139,7 +139,7 @@ class Row:
     def job(self, tokens: int, shape: Shape) -> Job:
         """Return the job of measuring it."""
         mechanism, rows = self.case.mechanism, self.case.rows(tokens)
-        shards = Shards.deal(rows, layout=self.layout, degree=self.degree, work=mechanism.visible_keys)
+        shards = Shards.deal(rows, layout=self.layout, degree=self.degree, work=mechanism.keys_per_query)
         return Job(mechanism=mechanism, shards=shards, shape=shape)
 
 
@@ -158,6 +158,6 @@ def rows_of(
     for degree in degrees:
         for entrant in entrants:
             for layout in layouts:
-                if entrant.refusal(case.mechanism, layout, heads, degree) is None:
+                if entrant.unsupported_reason(case.mechanism, layout, heads, degree) is None:
                     rows.append(Row(entrant=entrant, case=case, layout=layout, degree=degree))
     return rows

@@ -71,17 +71,21 @@ class Judge:
         """Return the verdict of a row: its own mechanism, and the examples of that which it takes."""
         said = []
         for number, check in enumerate(checks(row.case, self.shape, row.entrant.packed)):
-            refusal = row.entrant.refusal(check.mechanism, row.layout, check.shape.heads, row.degree)
-            expected = None if refusal else self._expect(check)
+            unsupported_reason = row.entrant.unsupported_reason(
+                check.mechanism, row.layout, check.shape.heads, row.degree
+            )
+            expected = None if unsupported_reason else self._expect(check)
             if expected is None:
                 if number == 0:
-                    return Verdict(False, refusal or f"{check}: the reference cannot compute it", refused=True)
+                    return Verdict(
+                        False, unsupported_reason or f"{check}: the reference cannot compute it", refused=True
+                    )
                 continue
             try:
                 parts = self.pools.of(row.degree, row.threads).run(on_rank.check, row, check)
             except RankError as error:
                 return Verdict(False, f"{check}: {error}", refused=row.entrant.is_rival)
-            shards = Shards.deal(check.rows, layout=row.layout, degree=row.degree, work=check.mechanism.visible_keys)
+            shards = Shards.deal(check.rows, layout=row.layout, degree=row.degree, work=check.mechanism.keys_per_query)
             whole = [shards.unshard(torch.stack(part)) for part in zip(*parts, strict=True)]
             got = [x.to(truth.device) for x, truth in zip(whole, expected.truth, strict=True)]
             verdict = expected.verdict(got, SLACK if row.entrant.is_rival else 1.0)

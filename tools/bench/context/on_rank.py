@@ -40,7 +40,7 @@ class _Prepared:
 
 def check(here: Here, row: Row, of: Check) -> list[Tensor]:
     """Return this rank's rows of out and of the gradients, on the CPU."""
-    shards = Shards.deal(of.rows, layout=row.layout, degree=row.degree, work=of.mechanism.visible_keys)
+    shards = Shards.deal(of.rows, layout=row.layout, degree=row.degree, work=of.mechanism.keys_per_query)
     job = Job(mechanism=of.mechanism, shards=shards, shape=_shape(here, of.shape))
     planned, rank = _plan(here, row, job), here.ranks.rank
     whole = replace(of, shape=job.shape).inputs()
@@ -83,7 +83,7 @@ def measure(here: Here, row: Row, tokens: int, shape: Shape) -> Needs:
         volume = planned.volume(prepared.job)
         stated = volume.forward + volume.backward
     shards, queries = prepared.job.shards, planned.queries
-    of_token = prepared.job.mechanism.visible_keys(shards.rows)
+    of_token = prepared.job.mechanism.keys_per_query(shards.rows)
     work = float(of_token[queries.tokens[queries.tokens >= 0]].sum()) * queries.heads
     return Needs(peak=peak, sent=sent, stated=stated, work=work)
 

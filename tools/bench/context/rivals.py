@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from farspan.errors import ConfigError
-from farspan.kernels.backend import Work, choose_backend
+from farspan.kernels.backend import KernelRequest, choose_backend
 from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.parallel.comm import Channel, Traffic
@@ -40,7 +40,7 @@ class DeepSpeedUlysses(Entrant):
 
     name: str = "deepspeed_ulysses"
 
-    def refusal(self, mechanism: Mechanism, layout: str, heads: Heads, degree: int) -> str | None:
+    def unsupported_reason(self, mechanism: Mechanism, layout: str, heads: Heads, degree: int) -> str | None:
         if importlib.util.find_spec("deepspeed") is None:
             return "deepspeed is not installed."
         if layout != "contiguous":
@@ -75,8 +75,10 @@ def _local_attention(job: Job, channel: Channel) -> Callable[[Tensor, Tensor, Te
     """Return attention of `[1, tokens, heads, width]`, of this rank's share of the heads, over all tokens."""
     heads, shape = job.shape.heads, job.shape
     each = heads.query // channel.size
-    share = HeadShare(everyone=heads, which=range(channel.rank * each, (channel.rank + 1) * each))
-    backend = choose_backend("auto", shape.device, Work.of(job.mechanism, shape.dtype, shape.head_dim, shape.value_dim))
+    share = HeadShare(all_heads=heads, which=range(channel.rank * each, (channel.rank + 1) * each))
+    backend = choose_backend(
+        "auto", shape.device, KernelRequest.of(job.mechanism, shape.dtype, shape.head_dim, shape.value_dim)
+    )
     rows = job.shards.rows.take(job.shards.index.flatten())
     shards = Shards(rows=rows, index=torch.arange(len(rows)).unsqueeze(0))
     attend = STRATEGIES.get(SINGLE)(Unconnected(0, 1)).plan(job.mechanism, shards, share, backend=backend)
@@ -111,7 +113,7 @@ class TorchContextParallel(Entrant):
     name: str = "torch_context_parallel"
     packed: ClassVar[bool] = False
 
-    def refusal(self, mechanism: Mechanism, layout: str, heads: Heads, degree: int) -> str | None:
+    def unsupported_reason(self, mechanism: Mechanism, layout: str, heads: Heads, degree: int) -> str | None:
         if mechanism != Dense(causal=True):
             return f"{self.name} computes dense causal attention over one document only."
         if layout != "zigzag":

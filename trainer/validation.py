@@ -16,7 +16,7 @@ from farspan.trainer.evaluate import Evaluation, evaluate, share
 log = logging.getLogger("farspan")
 
 
-class HeldOut:
+class Validation:
     """The sequences that a run is evaluated on, and the bytes that their tokens stand for."""
 
     def __init__(self, source: TokenSource, config: Config) -> None:

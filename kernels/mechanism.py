@@ -12,6 +12,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from farspan.kernels.kinds.token_choice import ChosenTokens
 from farspan.kernels.lifetimes.gradient import SUMS
 from farspan.kernels.lifetimes.lifetimes import Lifetimes, chosen_types
 from farspan.kernels.masks.attention_mask import AttentionMask
@@ -20,7 +21,6 @@ from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockExtent, BlockPartition, BlockSelection
 from farspan.kernels.planning.gathered_batches import count_pairs
 from farspan.kernels.planning.plan import Plan
-from farspan.kernels.routing.token_choice import ChosenTokens
 from farspan.registry import Registry
 
 AllReduceSum = Callable[[Tensor], Tensor]

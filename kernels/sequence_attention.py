@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.attention import attention_backward, attention_forward
-from farspan.kernels.lifetime_shard import LifetimeShard, TypeLearning
+from farspan.kernels.kinds.kv_lifetime import LifetimeShard, TypeLearning
+from farspan.kernels.kinds.token_choice import ChosenTokens, gate, gate_backward
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import (
     Heads,
@@ -25,7 +26,6 @@ from farspan.kernels.mechanism import (
     identity,
 )
 from farspan.kernels.planning.plan import Plan
-from farspan.kernels.routing.token_choice import ChosenTokens, gate, gate_backward
 from farspan.kernels.sequence_scan import SequenceScan
 
 

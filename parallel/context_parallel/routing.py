@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from farspan.kernels.lifetime_shard import LifetimeShard, TypeLearning
+from farspan.kernels.kinds.kv_lifetime import LifetimeShard, TypeLearning
 from farspan.kernels.lifetimes.lifetimes import Lifetimes
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockSelection

@@ -11,8 +11,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from farspan.kernels.kinds.token_choice import ChosenTokens
 from farspan.kernels.mechanism import Heads, TokenChoice
-from farspan.kernels.routing.token_choice import ChosenTokens
 from farspan.kernels.sequence_attention import Saved, token_choice_backward, token_choice_forward, token_choice_lse
 from farspan.parallel.comm import Channel
 from farspan.parallel.context_parallel.routing import moves_of_choice

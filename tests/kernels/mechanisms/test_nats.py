@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.attention import attention_forward
-from farspan.kernels.lifetime_shard import LifetimeShard, TypeLearning
+from farspan.kernels.kinds.kv_lifetime import LifetimeShard, TypeLearning
 from farspan.kernels.lifetimes import gradient as type_gradient
 from farspan.kernels.lifetimes.lifetimes import GLOBAL, LOCAL, SLIDING, Lifetimes, chosen_types
 from farspan.kernels.masks.rows import Rows

@@ -1,77 +1,159 @@
-"""What one holder of rows does for attention whose keys have lifetimes: agree on them, and learn from them."""
+"""KV lifetime: each KV head evicts keys; by its routing it gives every key a type, and so the last query that sees it.
 
-from dataclasses import dataclass
+All owners of rows learn the types of all tokens, one byte per token and KV head, and so evict the same keys. Routing
+learns from what the types did to the output (`kernels/lifetimes/gradient.py`): from every causal pair, those hidden by
+the eviction too, so that the forward pass also needs the log-sum-exp of all causal scores.
+"""
+
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
 
+from farspan.kernels.attention import attention_forward
+from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.lifetimes.gradient import SUMS, pair_sums, straight_through, type_gradient
 from farspan.kernels.lifetimes.lifetimes import Lifetimes, Line, chosen_types
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import AllReduceSum, Heads, KVLifetime
+from farspan.kernels.mechanism import Access, generator_of_samples
+from farspan.kernels.merge import accumulation_dtype
+from farspan.kernels.planner import AttentionPlanner, Heads, KeyRouting, RoutedKeys, Routing, RoutingGradient, Sizes
 from farspan.kernels.planning.plan import Plan
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class LifetimeShard:
-    """rows: token of the whole sequence `global_rows` behind each row that is held here, int64 `[rows]`; -1 is padding.
+class KVLifetime(Masked):
+    """Routing has three logits per token and KV head, of the types global, local and sliding.
 
-    share: of the query heads of a KV head, how many are held here. total: sums over the holders of the other rows.
+    The highest wins, the first of equals. `temperature` divides them in the softmax that stands for the choice in the
+    backward pass.
     """
 
-    mechanism: KVLifetime
-    global_rows: Rows
-    rows: Tensor
-    share: float
-    total: AllReduceSum
+    temperature: float
 
-    @staticmethod
-    def share_of(heads: Heads, which: range) -> float:
-        """Return how many of the query heads of a KV head are among `which`."""
-        group = heads.query // heads.kv
-        return min(len(which), group) / group
+    @property
+    def routing_width(self) -> int:
+        return 3
 
-    def lifetimes(self, routing: Tensor) -> Lifetimes:
-        """Return the lifetimes of the whole sequence by the routing `[rows, Hk, 3]` of the rows held here."""
-        types = torch.zeros(len(self.global_rows), routing.shape[1], dtype=torch.int8, device=routing.device)
-        _add_rows(types, self.rows, chosen_types(routing))
-        return self.mechanism.lifetimes(self.total(types), self.global_rows)
+    @property
+    def accesses(self) -> frozenset[Access]:
+        return frozenset({Access.LIFETIMES})
 
-    def routing_gradient(self, sums: Tensor, routing: Tensor, lifetimes: Lifetimes) -> Tensor:
-        """Return the gradient of routing `[rows, Hk, 3]` by this holder's part of the sums, `[tokens, Hk, SUMS]`."""
-        gradient = type_gradient(self.total(sums), lifetimes, self.global_rows)
-        # A KV head whose query heads are spread has this gradient summed over their holders.
-        gradient += self.share * self.mechanism.penalties(lifetimes, self.global_rows).to(gradient.device)
-        line, rows = Line.of(self.global_rows), self.rows.to(gradient.device)
+    @property
+    def static_mask(self) -> AttentionMask | None:
+        return None
+
+    @abstractmethod
+    def lifetimes(self, types: Tensor, global_rows: Rows) -> Lifetimes:
+        """Return the lifetimes of a full sequence by the types of its tokens, int8 `[tokens, Hk]`."""
+
+    @abstractmethod
+    def penalties(self, lifetimes: Lifetimes, global_rows: Rows) -> Tensor:
+        """Return what is added to the gradient of the one-hot types to evict keys early, float64 `[tokens, Hk, 3]`."""
+
+    def attention_mask(self) -> AttentionMask:
+        return AttentionMask(causal=True)
+
+    def key_routing(self, planner: AttentionPlanner) -> KeyRouting:
+        return LifetimeRouting(self, planner)
+
+    def unmasked_pairs(self, queries: Rows, keys: Rows) -> int:
+        """The pairs of a router that has learned nothing."""
+        routing = torch.randn(len(keys), 1, self.routing_width, generator=generator_of_samples())
+        return self.lifetimes(chosen_types(routing), keys).pairs(queries, keys)
+
+    def route(self, global_rows: Rows, heads: Heads, q: Tensor, k: Tensor, *routing: Tensor) -> Routing:
+        return TypeRouting(chosen_types(*routing))
+
+
+class TypeRouting(Routing):
+    """The types of all tokens, int8 `[tokens, Hk]`; strategies move keys whatever their types."""
+
+    def __init__(self, types: Tensor) -> None:
+        self.types = types
+
+    def tensors(self) -> list[Tensor]:
+        return [self.types]
+
+
+class LifetimeRouting(KeyRouting):
+    """Evicts keys of one sequence."""
+
+    def __init__(self, mechanism: KVLifetime, planner: AttentionPlanner) -> None:
+        self.mechanism, self.planner = mechanism, planner
+        self.routing_width = mechanism.routing_width
+
+    def all_reduced(self, sizes: Sizes) -> tuple[int, int]:
+        """Types forward, sums over pairs backward."""
+        numbers = len(self.planner.global_rows) * self.planner.share.local_heads.kv
+        return numbers * torch.int8.itemsize, numbers * SUMS * sizes.accumulation_bytes
+
+    def route(self, q: Tensor, k: Tensor, *routing: Tensor) -> "ActiveKeys":
+        types = self.planner.all_rows(chosen_types(*routing), kind="types")  # int8 [tokens, Hk]
+        return ActiveKeys(self, self.mechanism.lifetimes(types, self.planner.global_rows))
+
+    def gradient(self, sums: Tensor, routing: Tensor, lifetimes: Lifetimes) -> Tensor:
+        """Return the gradient of routing `[T, Hk, 3]` by this owner's part of the sums, `[tokens, Hk, SUMS]`."""
+        planner = self.planner
+        gradient = type_gradient(planner.all_reduce_sum(sums, kind="types"), lifetimes, planner.global_rows)
+        # A KV head whose query heads are sharded has this gradient summed over their owners, each with its share of 1.
+        group = planner.share.all_heads.query // planner.share.all_heads.kv
+        share = min(len(planner.share.head_range), group) / group
+        gradient += share * self.mechanism.penalties(lifetimes, planner.global_rows).to(gradient.device)
+        line, tokens = Line.of(planner.global_rows), planner.tokens.to(gradient.device)
         gradient.masked_fill_(line.back(line.forced)[:, None, None].to(gradient.device), 0.0)
-        mine = gradient.new_zeros(routing.shape)
-        mine[rows >= 0] = gradient[rows[rows >= 0]]
-        return straight_through(mine, routing, self.mechanism.temperature)
+        local = gradient.new_zeros(routing.shape)
+        local[tokens >= 0] = gradient[tokens[tokens >= 0]]
+        return straight_through(local, routing, self.mechanism.temperature)
 
 
-class TypeLearning:
-    """Collects what a backward pass finds out about types, part by part of the keys.
+class ActiveKeys(RoutedKeys):
+    """The keys that a query sees are those whose lifetime has not ended."""
 
-    causal_lse: of all causal keys, `[T, Hq]`. routing: `[T, Hk, 3]` of the rows held here, which are the queries.
-    """
+    def __init__(self, of: LifetimeRouting, lifetimes: Lifetimes) -> None:
+        self.of, self.lifetimes = of, lifetimes
 
-    def __init__(self, local_shard: LifetimeShard, lifetimes: Lifetimes, causal_lse: Tensor, routing: Tensor) -> None:
-        self.local_shard, self.lifetimes, self.causal_lse, self.routing = local_shard, lifetimes, causal_lse, routing
-        self.sums = routing.new_zeros(len(local_shard.global_rows), routing.shape[1], SUMS)
+    def narrow(self, plan: Plan, tokens: Tensor) -> Plan:
+        return plan.living(self.lifetimes.take(tokens).last)
 
-    def add(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, plan: Plan, keys: Tensor) -> None:
-        """Add the causal pairs, as `plan` has them, of the held queries and the tokens `keys`, int64 `[S]`."""
-        of_keys = self.lifetimes.take(keys)
-        sums = pair_sums(dout, q, k, v, out, self.causal_lse, plan=plan, lifetimes=of_keys)
-        for rows, part in zip((self.local_shard.rows, keys), sums, strict=True):
-            _add_rows(self.sums, rows, part)
+    def start(self, q: Tensor, *routing: Tensor) -> "TypeGradient":
+        # The log-sum-exp [T, Hq] of no key yet.
+        causal_lse = torch.full(q.shape[:2], float("-inf"), dtype=accumulation_dtype(q.dtype), device=q.device)
+        return TypeGradient(self.of, self.lifetimes, *routing, causal_lse)
 
-    def gradient(self) -> Tensor:
-        """Return the gradient of routing, `[T, Hk, 3]`; every holder has to ask."""
-        return self.local_shard.routing_gradient(self.sums, self.routing, self.lifetimes)
+    def resume(self, *saved: Tensor) -> "TypeGradient":
+        return TypeGradient(self.of, self.lifetimes, *saved)
 
 
-def _add_rows(total: Tensor, rows: Tensor, part: Tensor) -> None:
-    """Add part `[n, ...]` to the rows of `total` that int64 `rows` `[n]` names; -1 is none."""
-    rows = rows.to(total.device)
-    total.index_add_(0, rows[rows >= 0], part[rows >= 0])
+class TypeGradient(RoutingGradient):
+    """routing: `[T, Hk, 3]` of the local rows. causal_lse: of the causal keys observed so far, `[T, Hq]`."""
+
+    def __init__(self, of: LifetimeRouting, lifetimes: Lifetimes, routing: Tensor, causal_lse: Tensor) -> None:
+        self.of, self.lifetimes, self.routing, self.causal_lse = of, lifetimes, routing, causal_lse
+        self.sums: Tensor | None = None
+
+    @property
+    def saved(self) -> tuple[Tensor, ...]:
+        return self.routing, self.causal_lse
+
+    def observe(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
+        part = attention_forward(q, k, v, plan, backend=self.of.planner.backend)[1]
+        self.causal_lse = torch.logaddexp(self.causal_lse, part)
+
+    def add(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, plan: Plan, tokens: Tensor) -> None:
+        of_keys = self.lifetimes.take(tokens)
+        found = pair_sums(dout, q, k, v, out, self.causal_lse, plan=plan, lifetimes=of_keys)
+        sums = self._sums()
+        for rows, part in zip((self.of.planner.tokens, tokens), found, strict=True):
+            rows = rows.to(sums.device)
+            sums.index_add_(0, rows[rows >= 0], part[rows >= 0])
+
+    def gradients(self) -> tuple[Tensor, ...]:
+        return (self.of.gradient(self._sums(), self.routing, self.lifetimes),)
+
+    def _sums(self) -> Tensor:
+        """The sums over pairs, `[tokens, Hk, SUMS]`; made in the backward pass only."""
+        if self.sums is None:
+            tokens, kv_heads = len(self.of.planner.global_rows), self.routing.shape[1]
+            self.sums = self.routing.new_zeros(tokens, kv_heads, SUMS)
+        return self.sums

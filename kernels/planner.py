@@ -165,8 +165,10 @@ class SequenceAttention(ABC):
 class RoutingGradient:
     """Collects the gradient of the routing over parts of the keys; in this base class there is none."""
 
-    saved: tuple[Tensor, ...] = ()
-    """Tensors that the forward pass saves and `RoutedKeys.resume` gets back."""
+    @property
+    def saved(self) -> tuple[Tensor, ...]:
+        """Tensors that the forward pass saves and `RoutedKeys.resume` gets back."""
+        return ()
 
     def observe(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
         """See a part of the keys under the mask alone; all parts must be observed before any is added."""
@@ -180,12 +182,12 @@ class RoutingGradient:
 
 
 class RoutedKeys:
-    """The keys that a mask shows, narrowed by content for one pass; in this base class all of them.
+    """The keys that a mask shows, narrowed by content for one pass; in this base class all of them."""
 
-    selection: of the local queries, where they select blocks.
-    """
-
-    selection: BlockSelection | None = None
+    @property
+    def selection(self) -> BlockSelection | None:
+        """The blocks that the local queries select, if they do."""
+        return None
 
     def narrow(self, plan: Plan, tokens: Tensor) -> Plan:
         """Narrow a plan of the local queries against the keys of these tokens, int64 `[keys]`, -1 for padding."""

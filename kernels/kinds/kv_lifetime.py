@@ -119,7 +119,7 @@ class ActiveKeys(RoutedKeys):
     def start(self, q: Tensor, *routing: Tensor) -> "TypeGradient":
         # The log-sum-exp [T, Hq] of no key yet.
         causal_lse = torch.full(q.shape[:2], float("-inf"), dtype=accumulation_dtype(q.dtype), device=q.device)
-        return TypeGradient(self.of, self.lifetimes, *routing, causal_lse)
+        return TypeGradient(self.of, self.lifetimes, routing[0], causal_lse)
 
     def resume(self, *saved: Tensor) -> "TypeGradient":
         return TypeGradient(self.of, self.lifetimes, *saved)

@@ -200,7 +200,11 @@ class _BlockRouting(KeyRouting):
 
 class _SelectedKeys(RoutedKeys):
     def __init__(self, selection: BlockSelection) -> None:
-        self.selection = selection
+        self._selection = selection
+
+    @property
+    def selection(self) -> BlockSelection:
+        return self._selection
 
     def narrow(self, plan: Plan, tokens: Tensor) -> Plan:
-        return plan.choosing(self.selection)
+        return plan.choosing(self._selection)

@@ -197,8 +197,11 @@ def is_refused_whatever_the_heads(strategy: str, degree: int, mechanism: str) ->
 
 
 MOVE_KEYS = {Access.MASK, Access.BLOCKS, Access.LIFETIMES}
-SERVED = dict.fromkeys(("ring", "double_ring", "gather", "fetch"), MOVE_KEYS)
-SERVED |= {"ship": {Access.BLOCKS}, "state": {Access.STATE}}
+SERVED: dict[str, set[Access]] = {
+    **dict.fromkeys(("ring", "double_ring", "gather", "fetch"), MOVE_KEYS),
+    "ship": {Access.BLOCKS},
+    "state": {Access.STATE},
+}
 """The accesses that strategies serve; the others serve all. A strategy that refuses some has to be put here."""
 
 

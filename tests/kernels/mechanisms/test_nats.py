@@ -86,7 +86,7 @@ def learning(mechanism: NAtS, tensors: list[Tensor], logits: Tensor, rows: Rows,
         of_part = TypeGradient(of_mine, lifetimes, logits[mine], lse[mine])
         between = Plan.build(rows.take(mine), rows.take(keys), mechanism.attention_mask(), heads=q.shape[1])
         of_part.add(dout[mine], q[mine], k[keys], v[keys], out[mine], plan=between, tokens=keys)
-        learned.sums = of_part.sums if learned.sums is None else learned.sums + of_part.sums
+        learned.sums = sums_of(of_part) if learned.sums is None else learned.sums + sums_of(of_part)
     return learned
 
 

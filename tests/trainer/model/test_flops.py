@@ -28,7 +28,9 @@ from farspan.trainer.toml_config import load_config
 class Three(Masked):
     """A router of three numbers for each token and KV head."""
 
-    routing_width = 3
+    @property
+    def routing_width(self) -> int:
+        return 3
 
     @classmethod
     def examples(cls) -> Sequence[Self]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from farspan.errors import ConfigError
 from farspan.kernels.linear_attention.segment import Segment
 from farspan.kernels.linear_attention.state import State
-from farspan.kernels.mechanism import Masked, Mechanism, Recurrent, Routed
+from farspan.kernels.mechanism import Access, Mechanism
 from farspan.kernels.planning.plan import Plan
 from farspan.registry import Registry
 
@@ -30,13 +30,12 @@ class KernelRequest:
     @staticmethod
     def of(mechanism: Mechanism, dtype: torch.dtype, head_dim: int, value_dim: int) -> "KernelRequest":
         """Return what a mechanism asks of a backend."""
-        routed = isinstance(mechanism, Routed) or (isinstance(mechanism, Masked) and mechanism.routing_width > 0)
         return KernelRequest(
             dtype=dtype,
             head_dim=head_dim,
             value_dim=value_dim,
-            chooses_keys=routed,
-            scans=isinstance(mechanism, Recurrent),
+            chooses_keys=not mechanism.accesses.isdisjoint({Access.BLOCKS, Access.LIFETIMES}),
+            scans=Access.STATE in mechanism.accesses,
         )
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from farspan.errors import ConfigError
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import Mechanism, Routed
+from farspan.kernels.mechanism import Access, Mechanism
+from farspan.kernels.planner import Routing, Sizes
 from farspan.parallel.comm import Traffic
-from farspan.parallel.context_parallel.routing import choose_alone, typical_choice
-from farspan.parallel.context_parallel.strategy import STRATEGIES, Chosen, Sizes
+from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.parallel.layout import LAYOUTS, Shards
 from farspan.parallel.mesh import Mesh
 from farspan.parallel.ranks import Ranks, connected
@@ -35,7 +35,7 @@ from farspan.trainer.weights.io import load_weights
 ONE_PROCESS = ("parallel.context=1", "parallel.dp_shard=0", "parallel.strategy=single", "attention.backend=auto")
 
 
-def chosen_by_layers(folder: Path) -> tuple[Config, Rows, list[Chosen]]:
+def chosen_by_layers(folder: Path) -> tuple[Config, Rows, list[Routing]]:
     """Return the configuration of a run, the rows of its first held-out sequence, and what each layer chooses there."""
     config = load_config(Config, folder / "config.toml", ONE_PROCESS)
     resolved = resolve(config, Ranks())
@@ -53,7 +53,7 @@ def chosen_by_layers(folder: Path) -> tuple[Config, Rows, list[Chosen]]:
         model(batch.tokens, batch.labels, replace(batch.context, attends=attends))  # pyright: ignore[reportArgumentType]
     rows = batch.context.rows.to("cpu")
     inputs, heads_of = zip(config.mechanisms(), seen, strict=True), config.model.heads_of
-    return config, rows, [choose_alone(mechanism, rows, heads_of(mechanism), q, k) for mechanism, (q, k, *_) in inputs]
+    return config, rows, [m.route(rows, heads_of(m), q, k, *routing) for m, (q, k, _, *routing) in inputs]
 
 
 def _watched(attend: Callable[..., Tensor], seen: list[tuple[Tensor, ...]]) -> Callable[..., Tensor]:
@@ -64,14 +64,14 @@ def _watched(attend: Callable[..., Tensor], seen: list[tuple[Tensor, ...]]) -> C
     return call
 
 
-def moved(strategy: str, mechanism: Mechanism, shards: Shards, config: Config, chosen: Chosen) -> int:
+def moved(strategy: str, mechanism: Mechanism, shards: Shards, config: Config, routing: Routing) -> int:
     """Return the bytes that all ranks of a layer send forward."""
     sizes = Sizes.of(config.train.torch_dtype, config.model.head_dim, config.model.head_dim)
     heads, total = config.model.heads_of(mechanism), 0
     for rank in range(shards.degree):
         channel = Unconnected(rank, shards.degree)
         planned = STRATEGIES.get(strategy)(channel).prepare(mechanism, shards, heads, backend="reference")
-        total += planned.volume(sizes, chosen).forward
+        total += planned.volume(sizes, lambda: routing).forward
     return total
 
 
@@ -79,18 +79,19 @@ def lines(folder: Path, degrees: Sequence[int]) -> list[str]:
     """Return a Markdown table, a line for each degree, layout and layer."""
     config, rows, choices = chosen_by_layers(folder)
     mechanisms = config.mechanisms()
-    if not any(isinstance(mechanism, Routed) for mechanism in mechanisms):
+    if not any(Access.BLOCKS in mechanism.accesses for mechanism in mechanisms):
         raise ConfigError(f"{folder} is a run without a routed mechanism: nothing is chosen there.")
     found = ["| ranks | layout | layer | of what is visible | normal q, k | of a ring |", "|--:|---|--:|--:|--:|--:|"]
     for degree in degrees:
         for layout in LAYOUTS:
             for layer, (mechanism, chosen) in enumerate(zip(mechanisms, choices, strict=True)):
-                if not isinstance(mechanism, Routed):
+                if Access.BLOCKS not in mechanism.accesses:
                     continue
                 shards = Shards.deal(rows, layout=layout, degree=degree, work=mechanism.keys_per_query)
-                drawn = typical_choice(mechanism, rows, config.model.heads_of(mechanism))
-                trained, normal, visible = (moved("fetch", mechanism, shards, config, x) for x in (chosen, drawn, None))
-                ring = moved("ring", mechanism, shards, config, None)
+                drawn = mechanism.sample_routing(rows, config.model.heads_of(mechanism))
+                sources = chosen, drawn, Routing()
+                trained, normal, visible = (moved("fetch", mechanism, shards, config, x) for x in sources)
+                ring = moved("ring", mechanism, shards, config, Routing())
                 shares = " | ".join(f"{100 * x:.0f} %" for x in (trained / visible, normal / visible, trained / ring))
                 found.append(f"| {degree} | {layout} | {layer} | {shares} |")
     return found

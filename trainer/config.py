@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from farspan.errors import ConfigError
-from farspan.kernels.mechanism import MECHANISMS, Masked, Mechanism
+from farspan.kernels.mechanism import MECHANISMS, Mechanism
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.optim import OptimizerConfig
@@ -73,8 +73,7 @@ class AttentionConfig:
     def _build(self, name: str, options: dict[str, Any], where: str) -> Mechanism:
         try:
             mechanism = from_tree(MECHANISMS.get(name), options, where)
-            if isinstance(mechanism, Masked):
-                mechanism.attention_mask()
+            _ = mechanism.static_mask  # masks check options too
         except ValueError as error:
             raise ConfigError(
                 f"{where}={toml_value(options)} does not suit attention.mechanism={self.mechanism!r}: {error}."

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from farspan.kernels.kinds.routed import LocalShard
 from farspan.kernels.masks.selection import BlockSelection
-from farspan.kernels.mechanism import LocalShard
 from farspan.kernels.routing.ranking import affinity, sortable
 
 SCORES_AT_ONCE = 1 << 23
@@ -17,8 +17,8 @@ ONE = 1 << 40
 
 def candidates(local_shard: LocalShard, units: Tensor, *, causal: bool) -> Tensor:
     """Return which blocks each held tile may choose, bool `[units, blocks]`: of its document, and not all later."""
-    tiles, blocks = local_shard.tile_extent, local_shard.block_extent
-    tile = local_shard.held_tiles[0][units]
+    tiles, blocks = local_shard.query_block_extent, local_shard.key_block_extent
+    tile = local_shard.local_query_blocks[0][units]
     may = (tiles.document[tile, None] == blocks.document) & (blocks.last >= 0)
     return may & (blocks.first <= tiles.last[tile, None]) if causal else may
 
@@ -30,9 +30,9 @@ def scaled_scores(queries: Tensor, keys: Tensor) -> Tensor:
 
 def few_units(local_shard: LocalShard, heads: int) -> Iterator[Tensor]:
     """Yield the places of the held tiles, a few at a time, so that no more than SCORES_AT_ONCE belong to them."""
-    if len(local_shard.held_tiles[0]):
-        count = max(SCORES_AT_ONCE // (heads * local_shard.blocks.count), 1)
-        yield from torch.arange(len(local_shard.held_tiles[0])).split(count)
+    if len(local_shard.local_query_blocks[0]):
+        count = max(SCORES_AT_ONCE // (heads * local_shard.key_blocks.count), 1)
+        yield from torch.arange(len(local_shard.local_query_blocks[0])).split(count)
 
 
 def best(scores: Tensor, allowed: Tensor, *, at_least: Tensor, mass: float | None) -> Tensor:
@@ -57,5 +57,5 @@ def best(scores: Tensor, allowed: Tensor, *, at_least: Tensor, mass: float | Non
 
 def selected(local_shard: LocalShard, masks: Iterator[Tensor], heads: int) -> BlockSelection:
     """Return the selection of the held tiles by masks `[heads, some units, blocks]`, in the order of the units."""
-    none = torch.zeros(heads, 0, local_shard.blocks.count, dtype=torch.bool)
-    return BlockSelection.from_parts(local_shard.held_tiles[1], local_shard.blocks, [none, *masks])
+    none = torch.zeros(heads, 0, local_shard.key_blocks.count, dtype=torch.bool)
+    return BlockSelection.from_parts(local_shard.local_query_blocks[1], local_shard.key_blocks, [none, *masks])

@@ -12,11 +12,13 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
+from farspan.kernels.kinds.routed import LocalShard, Routed
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
-from farspan.kernels.mechanism import MECHANISMS, Heads, LocalShard, Routed
+from farspan.kernels.mechanism import MECHANISMS
 from farspan.kernels.mechanisms._pooled_scores import candidates, few_units, selected
+from farspan.kernels.planner import Heads
 
 TILES_AT_ONCE = 1 << 10
 """Tiles whose blocks are drawn at the same time."""
@@ -60,10 +62,10 @@ class BlockSparse(Routed):
     def attention_mask(self) -> AttentionMask:
         return AttentionMask(causal=self.causal)
 
-    def blocks(self, global_rows: Rows) -> BlockPartition:
+    def key_blocks(self, global_rows: Rows) -> BlockPartition:
         return BlockPartition.blocks(global_rows, self.block)
 
-    def tiles(self, global_rows: Rows) -> BlockPartition:
+    def query_blocks(self, global_rows: Rows) -> BlockPartition:
         return BlockPartition.blocks(global_rows, self.block)
 
     def unsupported_reason(self, heads: Heads, longest: int) -> str | None:
@@ -99,20 +101,20 @@ class BlockSparse(Routed):
         return self._drawn(local_shard)
 
     def _given(self, local_shard: LocalShard) -> Iterator[Tensor]:
-        blocks, kv_heads = local_shard.blocks, len(local_shard.kv_heads)
+        blocks, kv_heads = local_shard.key_blocks, len(local_shard.kv_heads)
         longest = int(blocks.first.diff().max()) if len(blocks.documents) else 0
         if longest > len(self.mask):
             raise ValueError(self._too_few(longest))
         rows = [[c == "1" for c in row.ljust(longest, "0")[:longest]] for row in self.mask]
         table, number = torch.tensor(rows, dtype=torch.bool), blocks.number
         for units in few_units(local_shard, kv_heads):
-            tile = local_shard.held_tiles[0][units]
+            tile = local_shard.local_query_blocks[0][units]
             mask = table[number[tile][:, None], number] & candidates(local_shard, units, causal=self.causal)
             yield mask.expand(kv_heads, -1, -1)
 
     def _drawn(self, local_shard: LocalShard) -> BlockSelection:
         """Draw without a mask of all blocks, a few tiles at a time, so that memory follows what is drawn."""
-        blocks, tiles = local_shard.blocks, local_shard.held_tiles[0]
+        blocks, tiles = local_shard.key_blocks, local_shard.local_query_blocks[0]
         sizes = blocks.first.diff()
         first, stop = (edge.repeat_interleave(sizes) for edge in (blocks.first[:-1], blocks.first[1:]))
         count, chosen = [], []
@@ -123,7 +125,7 @@ class BlockSparse(Routed):
                 count.append(drawn + 1)
                 chosen.append(self._draw(head, tile, first[tile], others, drawn))
         return BlockSelection.from_ragged(
-            local_shard.held_tiles[1], blocks, count, chosen, heads=len(local_shard.kv_heads)
+            local_shard.local_query_blocks[1], blocks, count, chosen, heads=len(local_shard.kv_heads)
         )
 
     def _draw(self, head: int, tile: Tensor, first: Tensor, others: Tensor, drawn: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
-from farspan.kernels.mechanism import MECHANISMS, Recurrent
+from farspan.kernels.kinds.recurrent import Recurrent
+from farspan.kernels.mechanism import MECHANISMS
 
 
 @final

@@ -12,10 +12,12 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
+from farspan.kernels.kinds.routed import LocalShard, Routed
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
-from farspan.kernels.mechanism import MECHANISMS, Heads, LocalShard, Routed
+from farspan.kernels.mechanism import MECHANISMS
+from farspan.kernels.planner import Heads
 from farspan.kernels.routing.ranking import affinity, top
 
 SCORES_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 24}
@@ -45,12 +47,12 @@ class MoBA(Routed):
     def attention_mask(self) -> AttentionMask:
         return AttentionMask(causal=True)
 
-    def blocks(self, global_rows: Rows) -> BlockPartition:
+    def key_blocks(self, global_rows: Rows) -> BlockPartition:
         return BlockPartition.blocks(global_rows, self.block)
 
     @torch.no_grad()
     def select(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> BlockSelection:
-        blocks, own = local_shard.blocks, local_shard.block
+        blocks, own = local_shard.key_blocks, local_shard.key_block_of_row
         means = local_shard.key_means(k)
         first_of_document = blocks.first[:-1].repeat_interleave(blocks.first.diff())
         first = first_of_document[own.clamp(min=0)] if blocks.count else own
@@ -76,7 +78,7 @@ class MoBA(Routed):
         return top(scores, self.top_k)
 
     def all_reduce_bytes(self, global_rows: Rows, heads: Heads, head_dim: int) -> int:
-        return self.blocks(global_rows).count * heads.kv * head_dim * torch.float64.itemsize
+        return self.key_blocks(global_rows).count * heads.kv * head_dim * torch.float64.itemsize
 
     def keys_per_query(self, global_rows: Rows) -> Tensor:
         """The same for any choice: every earlier block is full, and a query takes min(top_k - 1, earlier) of them."""

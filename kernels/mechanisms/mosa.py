@@ -20,8 +20,10 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
+from farspan.kernels.kinds.masked import Masked
+from farspan.kernels.kinds.token_choice import TokenChoice
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import MECHANISMS, Masked, TokenChoice
+from farspan.kernels.mechanism import MECHANISMS
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.routing.ranking import rank_among_earlier, rank_in_group
 

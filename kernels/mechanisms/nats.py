@@ -13,9 +13,10 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
+from farspan.kernels.kinds.kv_lifetime import KVLifetime
 from farspan.kernels.lifetimes.lifetimes import GLOBAL, LOCAL, Lifetimes, Line
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import MECHANISMS, KVLifetime
+from farspan.kernels.mechanism import MECHANISMS
 
 
 @final

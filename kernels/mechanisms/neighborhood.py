@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self, final
 
+from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.neighborhood import Dimension
 from farspan.kernels.masks.neighborhood import Neighborhood as Grid
-from farspan.kernels.mechanism import MECHANISMS, Masked
+from farspan.kernels.mechanism import MECHANISMS
 
 
 @final

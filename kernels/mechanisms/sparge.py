@@ -17,11 +17,13 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
+from farspan.kernels.kinds.routed import LocalShard, Routed
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
-from farspan.kernels.mechanism import MECHANISMS, Heads, LocalShard, Routed
+from farspan.kernels.mechanism import MECHANISMS
 from farspan.kernels.mechanisms._pooled_scores import best, candidates, few_units, scaled_scores, selected
+from farspan.kernels.planner import Heads
 
 
 @final
@@ -64,10 +66,10 @@ class SpargeAttention(Routed):
     def attention_mask(self) -> AttentionMask:
         return AttentionMask(causal=self.causal)
 
-    def blocks(self, global_rows: Rows) -> BlockPartition:
+    def key_blocks(self, global_rows: Rows) -> BlockPartition:
         return BlockPartition.blocks(global_rows, self.block)
 
-    def tiles(self, global_rows: Rows) -> BlockPartition:
+    def query_blocks(self, global_rows: Rows) -> BlockPartition:
         return BlockPartition.blocks(global_rows, self.tile)
 
     @torch.no_grad()
@@ -75,14 +77,14 @@ class SpargeAttention(Routed):
         return selected(local_shard, self._masks(q, k, local_shard), q.shape[1])
 
     def _masks(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> Iterator[Tensor]:
-        group, tile = q.shape[1] // k.shape[1], local_shard.held_tiles[0]
+        group, tile = q.shape[1] // k.shape[1], local_shard.local_query_blocks[0]
         query_means, key_means = local_shard.query_means(q), local_shard.key_means(k)
-        k = k - _document_means(key_means, local_shard)[local_shard.block].to(k.dtype)
-        query_alike = (_similarity(q, local_shard, local_shard.tiles)[tile] > self.similarity).t()  # [Hq, units]
+        k = k - _document_means(key_means, local_shard)[local_shard.key_block_of_row].to(k.dtype)
+        query_alike = (_similarity(q, local_shard, local_shard.query_blocks)[tile] > self.similarity).t()  # [Hq, units]
         key_alike = (
-            (_similarity(k, local_shard, local_shard.blocks) > self.similarity).t().repeat_interleave(group, dim=0)
+            (_similarity(k, local_shard, local_shard.key_blocks) > self.similarity).t().repeat_interleave(group, dim=0)
         )
-        in_document = local_shard.blocks.first.diff()[local_shard.tile_extent.document[tile]]
+        in_document = local_shard.key_blocks.first.diff()[local_shard.query_block_extent.document[tile]]
         for units in few_units(local_shard, q.shape[1]):
             seen = candidates(local_shard, units, causal=self.causal).to(q.device)
             alike = key_alike[:, None, :]
@@ -94,25 +96,25 @@ class SpargeAttention(Routed):
 
     def _forced(self, local_shard: LocalShard, tile: Tensor) -> Tensor:
         """Return which blocks these tiles take whatever their scores, bool `[units, blocks]`."""
-        tiles, blocks = local_shard.tile_extent, local_shard.block_extent
-        forced = torch.zeros(len(tile), local_shard.blocks.count, dtype=torch.bool)
+        tiles, blocks = local_shard.query_block_extent, local_shard.key_block_extent
+        forced = torch.zeros(len(tile), local_shard.key_blocks.count, dtype=torch.bool)
         if self.sink:
-            forced[:, local_shard.blocks.first[:-1]] = True
+            forced[:, local_shard.key_blocks.first[:-1]] = True
         if self.diagonal:
             forced |= (blocks.last >= tiles.first[tile, None]) & (blocks.first <= tiles.last[tile, None])
         return forced
 
     def all_reduce_bytes(self, global_rows: Rows, heads: Heads, head_dim: int) -> int:
         """Sums of rows and of rows of length one, of tiles and of blocks."""
-        counts = self.tiles(global_rows).count * heads.query + self.blocks(global_rows).count * heads.kv
+        counts = self.query_blocks(global_rows).count * heads.query + self.key_blocks(global_rows).count * heads.kv
         return 2 * counts * head_dim * torch.float64.itemsize
 
 
 def _document_means(block_means: Tensor, local_shard: LocalShard) -> Tensor:
     """Return for each block the mean over its document, float32, of the means of blocks `[blocks, Hk, D]`; then 0."""
-    weight = local_shard.blocks.sizes.to(block_means.device).double().view(-1, 1, 1)
-    document = local_shard.block_extent.document.to(block_means.device)
-    shape = len(local_shard.blocks.documents), *block_means.shape[1:]
+    weight = local_shard.key_blocks.sizes.to(block_means.device).double().view(-1, 1, 1)
+    document = local_shard.key_block_extent.document.to(block_means.device)
+    shape = len(local_shard.key_blocks.documents), *block_means.shape[1:]
     sums = block_means.new_zeros(shape, dtype=torch.float64).index_add_(0, document, block_means.double() * weight)
     counts = weight.new_zeros(shape[0], 1, 1).index_add_(0, document, weight)
     # A last row of zeros: padding has block -1.
@@ -126,7 +128,7 @@ def _similarity(x: Tensor, local_shard: LocalShard, partition: BlockPartition) -
     """
     x = x.double()
     unit_rows = x / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    sums = local_shard.total(partition.sums(unit_rows, local_shard.rows))
+    sums = local_shard.all_reduce_sum(partition.sums(unit_rows, local_shard.rows))
     return (sums.square().sum(dim=-1) / partition.sizes.to(x.device).square()[:, None]).float()
 
 

@@ -14,11 +14,13 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
+from farspan.kernels.kinds.routed import LocalShard, Routed
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
-from farspan.kernels.mechanism import MECHANISMS, Heads, LocalShard, Routed
+from farspan.kernels.mechanism import MECHANISMS
 from farspan.kernels.mechanisms._pooled_scores import best, candidates, few_units, scaled_scores, selected
+from farspan.kernels.planner import Heads
 
 MASS_MARGIN = 1e-5
 """Added to `mass`, as in the published code, against rounding in the cumulative sum."""
@@ -62,10 +64,10 @@ class VGGT(Routed):
     def attention_mask(self) -> AttentionMask:
         return AttentionMask(causal=False)
 
-    def blocks(self, global_rows: Rows) -> BlockPartition:
+    def key_blocks(self, global_rows: Rows) -> BlockPartition:
         return BlockPartition.build(global_rows, partial(self._place, size=self.block))
 
-    def tiles(self, global_rows: Rows) -> BlockPartition:
+    def query_blocks(self, global_rows: Rows) -> BlockPartition:
         return BlockPartition.build(global_rows, partial(self._place, size=self.tile))
 
     def _place(self, position: Tensor, size: int) -> Tensor:
@@ -83,8 +85,8 @@ class VGGT(Routed):
 
     def _masks(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> Iterator[Tensor]:
         query_means, key_means = local_shard.query_means(q), local_shard.key_means(k)
-        tile, blocks = local_shard.held_tiles[0], local_shard.blocks
-        is_patch_block, is_patch_tile = (self._is_patch(x).to(q.device) for x in (blocks, local_shard.tiles))
+        tile, blocks = local_shard.local_query_blocks[0], local_shard.key_blocks
+        is_patch_block, is_patch_tile = (self._is_patch(x).to(q.device) for x in (blocks, local_shard.query_blocks))
         for units in few_units(local_shard, q.shape[1]):
             seen = candidates(local_shard, units, causal=False).to(q.device)
             patches = seen & is_patch_block
@@ -98,7 +100,7 @@ class VGGT(Routed):
         return partition.number % 2 == 0
 
     def all_reduce_bytes(self, global_rows: Rows, heads: Heads, head_dim: int) -> int:
-        counts = self.tiles(global_rows).count * heads.query + self.blocks(global_rows).count * heads.kv
+        counts = self.query_blocks(global_rows).count * heads.query + self.key_blocks(global_rows).count * heads.kv
         return counts * head_dim * torch.float64.itemsize
 
 

@@ -14,11 +14,13 @@ from typing import Literal, Self, final
 import torch
 from torch import Tensor
 
+from farspan.kernels.kinds.routed import LocalShard, Routed
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
-from farspan.kernels.mechanism import MECHANISMS, Heads, LocalShard, Routed
+from farspan.kernels.mechanism import MECHANISMS
 from farspan.kernels.mechanisms._global_threshold import Pairs, cut_bytes, find_cut
+from farspan.kernels.planner import Heads
 from farspan.kernels.routing.ranking import affinity, from_sortable, sortable, sortable_from_zero
 
 SCORES_AT_ONCE = 1 << 22
@@ -68,7 +70,7 @@ class VMoBA(Routed):
     def attention_mask(self) -> AttentionMask:
         return AttentionMask(causal=False)
 
-    def blocks(self, global_rows: Rows) -> BlockPartition:
+    def key_blocks(self, global_rows: Rows) -> BlockPartition:
         return BlockPartition.build(global_rows, self._place)
 
     def _place(self, position: Tensor) -> Tensor:
@@ -84,12 +86,12 @@ class VMoBA(Routed):
     def select(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> BlockSelection:
         ranking = _Ranking(self, q, local_shard.key_means(k), local_shard)
         take = ranking.of_queries if self.scope == "query" else ranking.of_heads
-        unit = torch.arange(len(q)).masked_fill(local_shard.block < 0, -1)
-        none = torch.zeros(q.shape[1], 0, local_shard.blocks.count, dtype=torch.bool)
-        return BlockSelection.from_parts(unit, local_shard.blocks, [none, *take()])
+        unit = torch.arange(len(q)).masked_fill(local_shard.key_block_of_row < 0, -1)
+        none = torch.zeros(q.shape[1], 0, local_shard.key_blocks.count, dtype=torch.bool)
+        return BlockSelection.from_parts(unit, local_shard.key_blocks, [none, *take()])
 
     def all_reduce_bytes(self, global_rows: Rows, heads: Heads, head_dim: int) -> int:
-        blocks = self.blocks(global_rows)
+        blocks = self.key_blocks(global_rows)
         cuts = 0 if self.scope == "query" else 3 if self.rule == "threshold" else 1
         weights = cuts // 3 * 2 * heads.query * len(blocks.documents) * torch.int64.itemsize
         means = blocks.count * heads.kv * head_dim * torch.float64.itemsize
@@ -120,13 +122,13 @@ class _Ranking:
     local_shard: LocalShard
 
     def parts(self) -> Iterator[_Part]:
-        blocks, device = self.local_shard.blocks, self.q.device
+        blocks, device = self.local_shard.key_blocks, self.q.device
         if not blocks.count:
             return
-        document = self.local_shard.block_extent.document.to(device)
+        document = self.local_shard.key_block_extent.document.to(device)
         filled = (blocks.sizes > 0).to(device)
         for rows in torch.arange(len(self.q)).split(max(SCORES_AT_ONCE // (self.q.shape[1] * blocks.count), 1)):
-            mine = self.local_shard.block[rows].to(device)
+            mine = self.local_shard.key_block_of_row[rows].to(device)
             scores = affinity(self.q[rows.to(device)], self.means)
             own = torch.arange(blocks.count, device=device) == mine[:, None]
             group = document[mine].masked_fill(mine < 0, -1)
@@ -158,8 +160,8 @@ class _Ranking:
 
     def _cut(self) -> Tensor:
         """Return the key from which on pairs are taken, int64 `[Hq, documents]`."""
-        blocks, total, device = self.local_shard.blocks, self.local_shard.total, self.q.device
-        document = self.local_shard.block_extent.document.to(device)
+        blocks, total, device = self.local_shard.key_blocks, self.local_shard.all_reduce_sum, self.q.device
+        document = self.local_shard.key_block_extent.document.to(device)
 
         def per_document(of_blocks: Tensor) -> Tensor:
             sums = torch.zeros(len(blocks.documents), dtype=torch.int64, device=device)

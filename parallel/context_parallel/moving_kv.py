@@ -6,29 +6,27 @@ What strategies that move keys and values have in common: each gives the route, 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import final
 
 import torch
 from torch import Tensor
 
 from farspan.kernels.attention import attention_backward, attention_forward
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.selection import BlockSelection
-from farspan.kernels.mechanism import Heads, Masked, Mechanism, TokenChoice
+from farspan.kernels.mechanism import Access, Mechanism
 from farspan.kernels.merge import accumulation_dtype, empty_partial, merge_
+from farspan.kernels.planner import Heads, HeadShare, KeyRouting, RoutingSource, Saved, Sizes, no_routing
 from farspan.kernels.planning.plan import Plan
-from farspan.kernels.sequence_attention import Saved
 from farspan.parallel.comm import Channel
-from farspan.parallel.context_parallel.routing import Choice, moves_of_choice
 from farspan.parallel.context_parallel.strategy import (
-    Chosen,
     DistributedAttention,
-    HeadShare,
     Move,
     Queries,
-    Sizes,
+    ShardedPlanner,
     Strategy,
+    all_reduce_move,
 )
-from farspan.parallel.context_parallel.token_choice import TokenChoiceAttention, token_choice_heads
 from farspan.parallel.layout import Shards
 
 
@@ -52,11 +50,11 @@ class KVExchange(ABC):
         """Return the journey of what the local queries chose; every rank has to call."""
 
     @abstractmethod
-    def moves(self, sizes: Sizes, chosen: Chosen) -> tuple[Move, ...]:
-        """Return what this rank sends; chosen: of the whole sequence, by a routed mechanism."""
+    def moves(self, sizes: Sizes, routing: RoutingSource) -> tuple[Move, ...]:
+        """Return what this rank sends; routing: of the full sequence."""
 
     @abstractmethod
-    def working_bytes(self, sizes: Sizes, chosen: Chosen) -> int:
+    def working_bytes(self, sizes: Sizes, routing: RoutingSource) -> int:
         """Return the most bytes of parts and gradients that are here, or on their way, at once."""
 
 
@@ -88,37 +86,34 @@ class KVSchedule(KVExchange):
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MovingKVAttention(DistributedAttention):
-    """Attention of local queries to the parts of a journey along a route."""
+    """Attention of the local queries to the parts of a schedule."""
 
-    mechanism: Masked
-    shards: Shards
+    tokens: Tensor
     channel: Channel
     kv_exchange: KVExchange
-    choice: Choice
+    key_routing: KeyRouting
     backend: str
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v, *routing = inputs
-        choices = self.choice.choose(q, k, *routing)
-        kv_schedule = self.kv_exchange.to_chosen(choices.selection)
-        plans = choices.applied(kv_schedule.plans, kv_schedule.tokens)
+        routed = self.key_routing.route(q, k, *routing)
+        kv_schedule = self.kv_exchange.to_chosen(routed.selection)
+        masked = kv_schedule.plans
+        plans = [routed.narrow(plan, keys) for plan, keys in zip(masked, kv_schedule.tokens, strict=True)]
+        of_routing = routed.start(q, *routing)
         out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
-        causal_lse = lse.clone()
         for number, (key, value) in enumerate(kv_schedule.parts(k, v)):
             if plans[number].is_empty:
                 continue
             merge_(out, lse, *attention_forward(q, key, value, plans[number], backend=self.backend))
-            if choices.lifetimes is not None:
-                part = attention_forward(q, key, value, kv_schedule.plans[number], backend=self.backend)[1]
-                causal_lse = torch.logaddexp(causal_lse, part)
+            of_routing.observe(q, key, value, masked[number])
         out = out.to(q.dtype)
-        learning = () if choices.lifetimes is None else (causal_lse, *routing)
-        return out, Saved((q, k, v, out, lse, *learning), (kv_schedule, plans, choices.lifetimes))
+        return out, Saved((q, k, v, out, lse, *of_routing.saved), (kv_schedule, plans, routed))
 
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
-        q, k, v, out, lse, *learning = saved.tensors
-        kv_schedule, plans, lifetimes = saved.kept
-        of_types = self.choice.learning(lifetimes, learning)
+        q, k, v, out, lse, *of_forward = saved.tensors
+        kv_schedule, plans, routed = saved.extras
+        of_routing = routed.resume(*of_forward)
         dq = torch.zeros(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
         grad_return = kv_schedule.grad_return(k, v)
         for number, (key, value) in enumerate(kv_schedule.parts(k, v)):
@@ -127,40 +122,38 @@ class MovingKVAttention(DistributedAttention):
                 continue
             part_dq, dk, dv = attention_backward(dout, q, key, value, out, lse, plans[number], backend=self.backend)
             dq += part_dq
-            if of_types is not None:
-                all_causal, tokens = kv_schedule.plans[number], kv_schedule.tokens[number]
-                of_types.add(dout, q, key, value, out, plan=all_causal, keys=tokens)
+            masked, tokens = kv_schedule.plans[number], kv_schedule.tokens[number]
+            of_routing.add(dout, q, key, value, out, plan=masked, tokens=tokens)
             grad_return.add(dk, dv)
-        gradients = dq, *grad_return.finish()
-        return gradients if of_types is None else (*gradients, of_types.gradient())
+        return dq, *grad_return.finish(), *of_routing.gradients()
 
     def lse(self, saved: Saved) -> Tensor:
         return saved.tensors[4]
 
-    def moves(self, sizes: Sizes, chosen: Chosen = None) -> tuple[Move, ...]:
-        """What the route moves, and what all ranks sum to choose by and to learn from."""
-        choice = moves_of_choice(self.mechanism, self.shards.rows, self.heads, sizes, self.channel)
-        return *self.kv_exchange.moves(sizes, chosen), choice
+    def moves(self, sizes: Sizes, routing: RoutingSource = no_routing) -> tuple[Move, ...]:
+        """What the exchange sends, and what all ranks sum for the routing and its gradient."""
+        summed = all_reduce_move(self.key_routing.all_reduced(sizes), self.channel)
+        return *self.kv_exchange.moves(sizes, routing), summed
 
     @property
     def queries(self) -> Queries:
-        return Queries(self.shards.index[self.channel.rank], self.heads.query)
+        return Queries(self.tokens, self.heads.query)
 
-    def working_bytes(self, sizes: Sizes, chosen: Chosen = None) -> int:
-        """Backward: what is on its way, the gradient of the queries and that of the part at hand."""
+    def working_bytes(self, sizes: Sizes, routing: RoutingSource = no_routing) -> int:
+        """Backward: what the exchange holds, the gradient of the queries and that of the part at hand."""
         dq = self.tokens_local * self.heads.query * sizes.head_dim * sizes.accumulation_bytes
-        return dq + self.kv_exchange.working_bytes(sizes, chosen)
+        return dq + self.kv_exchange.working_bytes(sizes, routing)
 
 
 class KVMovingStrategy(Strategy):
-    """Moves keys and values, along the route that it gives; of gathered mechanisms, those that were chosen."""
+    """Moves keys and values, along the schedule that it gives."""
 
-    name: ClassVar[str]
+    serves = frozenset({Access.MASK, Access.BLOCKS, Access.LIFETIMES})
     fallback_strategy = "state"
 
     @classmethod
     def unsupported_reason(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
-        if isinstance(mechanism, (Masked, TokenChoice)):
+        if mechanism.accesses <= cls.serves:
             return None
         return (
             f"strategy {cls.name!r} moves keys and values, which {type(mechanism).__name__} does not attend to; "
@@ -168,33 +161,26 @@ class KVMovingStrategy(Strategy):
         )
 
     @abstractmethod
-    def kv_exchange(self, mechanism: Masked, shards: Shards, share: HeadShare) -> KVExchange:
-        """Plan how the keys of a dealt sequence come to this rank's queries."""
+    def kv_schedule(self, attention_mask: AttentionMask, shards: Shards, share: HeadShare) -> KVSchedule:
+        """Plan how the keys that a mask (of these heads) shows come to this rank's queries."""
 
-    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> DistributedAttention:
-        if isinstance(mechanism, TokenChoice):
-            among = HeadShare.whole(token_choice_heads(share.here))
-            return TokenChoiceAttention(
-                tokens_local=shards.tokens_local,
-                heads=share.here,
-                routing_width=mechanism.routing_width,
-                mechanism=mechanism,
-                shards=shards,
-                channel=self.channel,
-                strategy=self.name,
-                plan=lambda dealt: self.plan(mechanism.among(), dealt, among, backend=backend),
-            )
-        assert isinstance(mechanism, Masked)
+    def kv_exchange_of_blocks(self, attention_mask: AttentionMask, shards: Shards, share: HeadShare) -> KVExchange:
+        """Plan the same where the queries select blocks of these keys: here all come, selected or not."""
+        return self.kv_schedule(attention_mask, shards, share)
+
+    def attend(
+        self, planner: ShardedPlanner, attention_mask: AttentionMask, key_routing: KeyRouting
+    ) -> DistributedAttention:
+        exchange_of = self.kv_exchange_of_blocks if key_routing.selects_blocks else self.kv_schedule
         return MovingKVAttention(
-            tokens_local=shards.tokens_local,
-            heads=share.here,
-            routing_width=mechanism.routing_width,
-            mechanism=mechanism,
-            shards=shards,
+            tokens_local=len(planner.tokens),
+            heads=planner.share.local_heads,
+            routing_width=key_routing.routing_width,
+            tokens=planner.tokens,
             channel=self.channel,
-            kv_exchange=self.kv_exchange(mechanism, shards, share),
-            choice=Choice.of(mechanism, shards, share, self.channel, strategy=self.name),
-            backend=backend,
+            kv_exchange=exchange_of(attention_mask, planner.shards, planner.share),
+            key_routing=key_routing,
+            backend=planner.backend,
         )
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
-from farspan.kernels.mechanism import Routed
 from farspan.kernels.planning.plan import Plan
 from farspan.parallel.layout import Shards
 
@@ -64,13 +64,13 @@ class BlockOwners:
     causal: bool
 
     @staticmethod
-    def of(mechanism: Routed, blocks: BlockPartition, shards: Shards) -> "BlockOwners":
+    def of(attention_mask: AttentionMask, blocks: BlockPartition, shards: Shards) -> "BlockOwners":
         first = torch.full((blocks.count, shards.degree), ANYWHERE)
         for rank in range(shards.degree):
             rows = shards.rows_of(rank)
             block = blocks.of(rows)
             first[:, rank].scatter_reduce_(0, block[block >= 0], rows.position[block >= 0].long(), "amin")
-        return BlockOwners(first, mechanism.attention_mask().causal)
+        return BlockOwners(first, attention_mask.causal)
 
 
 def _choices(selection: BlockSelection, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +101,7 @@ class ReceivedQueries:
 
     @staticmethod
     def of(
-        mechanism: Routed, blocks: BlockPartition, shards: Shards, rank: int, *, heads: int, kv_heads: int,
+        attention_mask: AttentionMask, blocks: BlockPartition, shards: Shards, rank: int, *, heads: int, kv_heads: int,
         token: Tensor, head: Tensor, count: Tensor, block: Tensor,
     ) -> "ReceivedQueries":  # fmt: skip
         """Plan for items of these tokens and query heads, that chose `count` blocks each, set end to end."""
@@ -125,7 +125,7 @@ class ReceivedQueries:
             offsets=torch.cat((count.new_zeros(1), count.cumsum(0))),
             chosen=(block + kv_head.repeat_interleave(count) * blocks.count).int(),
         )
-        plan = Plan.build(queries, keys, mechanism.attention_mask(), heads=1, selection=selection)
+        plan = Plan.build(queries, keys, attention_mask, heads=1, selection=selection)
         return ReceivedQueries(plan=plan, kv_heads=kv_heads)
 
     def keys(self, x: Tensor) -> Tensor:

@@ -7,15 +7,14 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.backend import BACKENDS
-from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import MECHANISMS, Heads, KVLifetime, Masked, Mechanism, Recurrent, Routed, TokenChoice
+from farspan.kernels.mechanism import MECHANISMS, Mechanism
 from farspan.kernels.mechanisms.nats import NAtS
 from farspan.kernels.merge import accumulation_dtype
+from farspan.kernels.planner import Heads
 from farspan.kernels.sequence_attention import plan_sequence_attention
-from tests.support import lifetimes as lifetime_shard
 from tests.support import oracle
-from tests.support.sequence_shards import select
+from tests.support.truth import expect, visible
 
 CPU = torch.device("cpu")
 ABLE = [name for name in BACKENDS if BACKENDS.get(name).unsupported_reason(CPU) is None]
@@ -42,49 +41,6 @@ def random_inputs(mechanism: Mechanism, rows: Rows, heads: Heads, dtype: torch.d
     if mechanism.routing_width:
         inputs.append(draw(heads.kv, mechanism.routing_width).to(accumulation_dtype(dtype)))
     return inputs, draw(heads.query, 8)
-
-
-def visible(mechanism: Mechanism, inputs: list[Tensor], rows: Rows) -> Tensor:
-    """Return which keys each query sees, bool `[Hq, T, T]`."""
-    q, k = inputs[:2]
-    heads, group = q.shape[1], q.shape[1] // k.shape[1]
-    if isinstance(mechanism, TokenChoice):
-        chosen = mechanism.choose(inputs[3][..., 0].float(), rows).t().repeat_interleave(group, dim=0)
-        both = chosen[:, :, None] & chosen[:, None, :]
-        return both & oracle.visible_mask(rows, rows, mechanism.among().attention_mask(), heads)
-    if isinstance(mechanism, Recurrent):
-        return oracle.visible_mask(rows, rows, AttentionMask(causal=True), heads)
-    if isinstance(mechanism, KVLifetime):
-        assert isinstance(mechanism, NAtS)
-        return lifetime_shard.visible(inputs[3], rows, mechanism.window).repeat_interleave(group, dim=0)
-    assert isinstance(mechanism, Masked)
-    mask = oracle.visible_mask(rows, rows, mechanism.attention_mask(), heads)
-    return (
-        mask & oracle.selected_mask(select(mechanism, q, k, rows), rows, heads)
-        if isinstance(mechanism, Routed)
-        else mask
-    )
-
-
-def expect(mechanism: Mechanism, inputs: list[Tensor], dout: Tensor, rows: Rows) -> list[Tensor]:
-    """Return out, lse if there is a softmax, and the gradient of each input."""
-    leaves = [x.double().requires_grad_() for x in inputs]
-    q, k, v = leaves[:3]
-    if isinstance(mechanism, Recurrent):
-        out = oracle.decayed_sums(q, k, v, mechanism.decay(q.shape[1]), rows)
-        return [out.detach(), *torch.autograd.grad(out, leaves, dout.double())]
-    if isinstance(mechanism, KVLifetime):
-        assert isinstance(mechanism, NAtS)
-        types = lifetime_shard.one_hot_types(leaves[3], rows, mechanism.temperature)
-        out, lse = lifetime_shard.attention(q, k, v, types, rows, mechanism.window)
-        loss = (out * dout.double()).sum() + lifetime_shard.penalty(types, rows, mechanism.penalty)
-        return [out.detach(), lse.detach(), *torch.autograd.grad(loss, leaves, materialize_grads=True)]
-    out, lse = oracle.attention(q, k, v, visible(mechanism, inputs, rows))
-    if isinstance(mechanism, TokenChoice):
-        group = q.shape[1] // k.shape[1]
-        out = out / (1 + torch.exp(-leaves[3])).repeat_interleave(group, dim=1)
-    gradients = torch.autograd.grad(out, leaves, dout.double(), allow_unused=True, materialize_grads=True)
-    return [out.detach(), lse.detach(), *gradients]
 
 
 def run(mechanism: Mechanism, inputs: list[Tensor], dout: Tensor, rows: Rows, heads: Heads, backend: str):

@@ -7,7 +7,7 @@ from torch import Tensor
 from farspan.kernels.backend import BACKENDS
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanisms.lightning import Lightning
-from farspan.kernels.sequence_scan import SequenceScan
+from farspan.kernels.sequence_attention import SequenceScan
 from tests.support.oracle import RELATIVE_TOLERANCE, relative_error
 
 CPU = torch.device("cpu")

@@ -7,22 +7,27 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from farspan.kernels.kinds.routed import LocalShard, Routed
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockSelection
-from farspan.kernels.mechanism import AllReduceSum, Heads, LocalShard, Routed, identity
+from farspan.kernels.planner import AllReduceSum, Heads, HeadShare, identity
 
 
 def select(
-    mechanism: Routed, q: Tensor, k: Tensor, rows: Rows, global_rows: Rows | None = None, total: AllReduceSum = identity
+    mechanism: Routed,
+    q: Tensor,
+    k: Tensor,
+    rows: Rows,
+    global_rows: Rows | None = None,
+    all_reduce_sum: AllReduceSum = identity,
 ) -> BlockSelection:
     """Return the choice for q `[T, Hq, D]` of the local rows; `global_rows` defaults to `rows`."""
     local_shard = LocalShard(
         mechanism=mechanism,
         rows=rows,
         global_rows=rows if global_rows is None else global_rows,
-        heads=range(q.shape[1]),
-        all_heads=Heads(query=q.shape[1], kv=k.shape[1]),
-        total=total,
+        share=HeadShare.all(Heads(query=q.shape[1], kv=k.shape[1])),
+        all_reduce_sum=all_reduce_sum,
     )
     return mechanism.select(q, k, local_shard)
 

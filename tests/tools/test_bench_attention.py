@@ -15,9 +15,10 @@ from torch import Tensor
 
 from farspan.errors import ConfigError
 from farspan.kernels.backend import BACKENDS, Backend
+from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import MECHANISMS, Heads, Masked
+from farspan.kernels.mechanism import MECHANISMS, Heads
 from farspan.kernels.mechanisms.block_sparse import BlockSparse
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.moba import MoBA

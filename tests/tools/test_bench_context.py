@@ -20,8 +20,9 @@ from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.mosa import MoSA
+from farspan.kernels.planner import HeadShare
 from farspan.parallel.comm import Traffic
-from farspan.parallel.context_parallel.strategy import STRATEGIES, DistributedAttention, HeadShare, Strategy
+from farspan.parallel.context_parallel.strategy import STRATEGIES, DistributedAttention, Strategy
 from farspan.parallel.layout import Shards
 from farspan.parallel.ranks import Ranks, connected
 from farspan.tools.bench.case import Case, Shape

@@ -9,8 +9,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from farspan.errors import ConfigError
+from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import Heads, LocalShard, Masked, Mechanism, identity
+from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.mechanisms.block_sparse import BlockSparse
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.moba import MoBA
@@ -64,12 +65,8 @@ def in_blocks(count: Tensor | None, index: Tensor | None, heads: int, tokens: in
 
 
 def plan_of(mechanism: BlockSparse, rows: Rows) -> Plan:
-    heads = range(HEADS.query)
-    local_shard = LocalShard(
-        mechanism=mechanism, rows=rows, global_rows=rows, heads=heads, all_heads=HEADS, total=identity
-    )
     q, k = torch.randn(len(rows), HEADS.query, 8), torch.randn(len(rows), HEADS.kv, 8)
-    selection = mechanism.select(q, k, local_shard)
+    selection = mechanism.route(rows, HEADS, q, k).selection
     return Plan.build(rows, rows, mechanism.attention_mask(), heads=HEADS.query, selection=selection)
 
 

@@ -71,7 +71,7 @@ def test_choices_are_compared_with_the_cpu(
     verdict = device_checks.same_choice(example, rows, shape)
     assert verdict is not None
     assert verdict.correct
-    right, calls = device_checks._choice, itertools.count()
+    right, calls = device_checks._selection, itertools.count()
 
     def change_every_second(*arguments: object) -> list[torch.Tensor] | None:
         found = right(*arguments)  # pyright: ignore[reportArgumentType]
@@ -79,7 +79,7 @@ def test_choices_are_compared_with_the_cpu(
             found[-1].flatten()[5] = ~found[-1].flatten()[5]
         return found
 
-    monkeypatch.setattr(device_checks, "_choice", change_every_second)
+    monkeypatch.setattr(device_checks, "_selection", change_every_second)
     assert gpu_checks.main([*arguments, "--budget-s", "-1"]) == gpu_checks.WRONG
     assert "chooses otherwise than on the CPU, numbers random" in capsys.readouterr().out
 

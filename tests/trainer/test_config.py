@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from farspan.errors import ConfigError
+from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.masks.attention_mask import AttentionMask
-from farspan.kernels.mechanism import MECHANISMS, Masked
+from farspan.kernels.mechanism import MECHANISMS
 from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.parallel.mesh import ParallelConfig

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from farspan.errors import ConfigError
 from farspan.kernels.backend import BACKENDS
-from farspan.kernels.lifetimes.lifetimes import chosen_types
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import Heads, KVLifetime, LocalShard, Mechanism, Routed, TokenChoice, identity
+from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.mechanisms.window import Window
 from farspan.tools.bench import experts
 from farspan.tools.bench.case import Ours, Shape, gradient_of_out, inputs_of
@@ -36,31 +35,18 @@ def same_choice(mechanism: Mechanism, rows: Rows, shape: Shape) -> Verdict | Non
     inputs = [x.detach() for x in inputs_of(mechanism, len(rows), on_cpu)]
     for said, change in (("random", lambda x: x), ("full of ties", lambda x: (x * 2).round() / 2)):
         changed = [change(x) for x in inputs]
-        expected, found = (_choice(mechanism, [x.to(d) for x in changed], rows) for d in ("cpu", shape.device))
-        if expected is None or found is None:
+        expected, found = (_selection(mechanism, [x.to(d) for x in changed], rows) for d in ("cpu", shape.device))
+        if not expected:
             return None
         if not all(torch.equal(a, b.cpu()) for a, b in zip(expected, found, strict=True)):
             return Verdict(False, f"{mechanism} chooses otherwise than on the CPU, numbers {said}")
     return Verdict(True, f"{mechanism} chooses as on the CPU")
 
 
-def _choice(mechanism: Mechanism, inputs: list[Tensor], rows: Rows) -> list[Tensor] | None:
-    """Return what is chosen for q, k, v and routing, as tensors."""
-    q, k, *_, last = inputs
-    if isinstance(mechanism, Routed):
-        local_shard = LocalShard(
-            mechanism=mechanism,
-            rows=rows,
-            global_rows=rows,
-            heads=range(q.shape[1]),
-            all_heads=Heads(query=q.shape[1], kv=k.shape[1]),
-            total=identity,
-        )
-        selection = mechanism.select(q, k, local_shard)
-        return [selection.offsets, selection.chosen]
-    if isinstance(mechanism, TokenChoice):
-        return [mechanism.choose(last[..., 0].float(), rows)]
-    return [chosen_types(last)] if isinstance(mechanism, KVLifetime) else None
+def _selection(mechanism: Mechanism, inputs: list[Tensor], rows: Rows) -> list[Tensor]:
+    """Return the selection for q, k, v and routing as tensors; none if there is none."""
+    q, k, _, *routing = inputs
+    return mechanism.route(rows, Heads(query=q.shape[1], kv=k.shape[1]), q, k, *routing).tensors()
 
 
 def same_bits(contender: Ours, check: Check) -> Verdict:

@@ -13,7 +13,7 @@ from farspan.kernels.cuda import packages as flash_attn
 from farspan.kernels.cuda.operators import DTYPES
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import KVLifetime, Masked, Mechanism, Routed
+from farspan.kernels.mechanism import Mechanism
 from farspan.tools.bench.case import Attention, Contender, Shape
 
 MODULES = {
@@ -41,9 +41,9 @@ class FlashAttn(Contender):
         self.name = name
 
     def plan(self, mechanism: Mechanism, rows: Rows, shape: Shape) -> Attention:
-        if not isinstance(mechanism, Masked) or isinstance(mechanism, Routed | KVLifetime):
+        attention_mask = mechanism.static_mask
+        if attention_mask is None:
             raise ConfigError(f"{self.name} is compared where what a query sees is static.")
-        attention_mask = mechanism.attention_mask()
         if not attention_mask.is_uniform or attention_mask.sinks or attention_mask.neighborhood is not None:
             raise ConfigError(f"{self.name} computes dense attention and one sliding window, without sinks.")
         check_dtype(self.name, shape)

@@ -12,7 +12,7 @@ from farspan.errors import ConfigError
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockSelection
-from farspan.kernels.mechanism import Heads, KVLifetime, LocalShard, Masked, Mechanism, Routed, identity
+from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.mechanisms.block_sparse import BlockSparse
 from farspan.tools.bench.case import Attention, Contender, Shape
 
@@ -29,9 +29,9 @@ class Flex(Contender):
     def plan(self, mechanism: Mechanism, rows: Rows, shape: Shape) -> Attention:
         if isinstance(mechanism, BlockSparse):
             return partial(_flex, mask=pattern_mask(mechanism, rows, shape.heads, shape.device))
-        if not isinstance(mechanism, Masked) or isinstance(mechanism, Routed | KVLifetime):
+        attention_mask = mechanism.static_mask
+        if attention_mask is None:
             raise ConfigError(f"{self.name} is compared where what a query sees is static.")
-        attention_mask = mechanism.attention_mask()
         if not attention_mask.is_uniform or attention_mask.neighborhood is not None:
             raise ConfigError(f"{self.name} is compared where all heads see the same, and no grid.")
         return partial(_flex, mask=attention_block_mask(attention_mask, rows, shape.device))
@@ -50,13 +50,9 @@ def attention_block_mask(attention_mask: AttentionMask, rows: Rows, device: torc
 
 def pattern_mask(mechanism: BlockSparse, rows: Rows, heads: Heads, device: torch.device) -> BlockMask:
     """Return what rows see of each other in each query head by a pattern; made of blocks, without looking at pairs."""
-    query_heads = range(heads.query)
-    local_shard = LocalShard(
-        mechanism=mechanism, rows=rows, global_rows=rows, heads=query_heads, all_heads=heads, total=identity
-    )
     # The pattern does not depend on what they hold.
     q, k = (torch.zeros(len(rows), number, 1) for number in (heads.query, heads.kv))
-    selection = mechanism.select(q, k, local_shard)
+    selection = mechanism.route(rows, heads, q, k).selection
     partial_blocks, full_blocks = _blocks(selection, rows, mechanism.causal, device)
     group = heads.query // heads.kv
     return BlockMask.from_kv_blocks(

@@ -11,12 +11,11 @@ import torch
 from farspan.kernels.backend import BACKENDS
 from farspan.kernels.layers.cross_entropy import chunk_tokens
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import Mechanism, TokenChoice
+from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.merge import accumulation_dtype
+from farspan.kernels.planner import Sizes
 from farspan.parallel.context_parallel.cost_model import SAMPLED
 from farspan.parallel.context_parallel.halo import mean_rows_sent
-from farspan.parallel.context_parallel.routing import typical_choice
-from farspan.parallel.context_parallel.strategy import Sizes
 from farspan.parallel.layout import Shards
 from farspan.parallel.mesh import Degrees
 from farspan.parallel.simulation import Unconnected
@@ -212,13 +211,11 @@ def block_activations(config: Config, mechanism: Mechanism, has_experts: bool, *
         kept += normed
     if model.key_convolution and not gated:
         kept += kv
-    attention = (2 * query + 2 * kv) * compute.itemsize + heads.query * wide.itemsize
     if gated:
         attention = (2 * 3 + 3) * query * compute.itemsize
-    if isinstance(mechanism, TokenChoice):
-        length = config.data.sequence_tokens
-        gathered = attention + heads.kv * wide.itemsize
-        attention = query * compute.itemsize + gathered * len(mechanism.typical(Rows.packed([length]))) // length
+    else:
+        sizes, rows = Sizes.of(compute, model.head_dim, model.head_dim), Rows.packed([config.data.sequence_tokens])
+        attention = mechanism.saved_bytes(heads, sizes, rows)
     return tokens * (kept * compute.itemsize + attention)
 
 
@@ -239,8 +236,8 @@ def attention_bytes(config: Config, degrees: Degrees) -> int:
     for (mechanism, name), count in layers.items():
         strategy = strategies[name]
         heads = config.model.heads_of(mechanism)
-        chosen = typical_choice(mechanism, rows, heads, most=SAMPLED) if strategy.moves_chosen(mechanism) else None
-        volume = strategy.prepare(mechanism, shards, heads, backend="reference").volume(sizes, chosen)
+        routing = partial(mechanism.sample_routing, rows, heads, max_queries=SAMPLED)
+        volume = strategy.prepare(mechanism, shards, heads, backend="reference").volume(sizes, routing)
         sent += count * (volume.forward + volume.backward)
     return sent
 

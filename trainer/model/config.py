@@ -5,7 +5,7 @@ from typing import Literal
 
 from farspan.errors import ConfigError
 from farspan.kernels.layers.rope import Llama3Scaling, RopeScaling, YarnScaling
-from farspan.kernels.mechanism import Heads, Mechanism, Recurrent
+from farspan.kernels.mechanism import Access, Heads, Mechanism
 from farspan.kernels.moe.expert_router import ExpertRouter
 from farspan.kernels.moe.head_router import AttentionExperts, MixtureOfHeads
 from farspan.trainer.pattern import parse_pattern
@@ -175,7 +175,7 @@ class ModelConfig:
 
     def is_gated(self, mechanism: Mechanism) -> bool:
         """Return whether a layer with this mechanism is a gated recurrence."""
-        return self.recurrent_layer == "gated" and isinstance(mechanism, Recurrent)
+        return self.recurrent_layer == "gated" and mechanism.accesses == {Access.STATE}
 
     def mixes_heads(self, mechanism: Mechanism) -> bool:
         """Return whether tokens choose heads in a layer with this mechanism."""

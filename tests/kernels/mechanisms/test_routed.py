@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from farspan.kernels.kinds.routed import LocalShard, Routed
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockSelection
-from farspan.kernels.mechanism import MECHANISMS, Heads, LocalShard, Routed, identity
+from farspan.kernels.mechanism import MECHANISMS
 from farspan.kernels.mechanisms import moba
+from farspan.kernels.planner import Heads, HeadShare, identity
 from farspan.kernels.planning.gathered_batches import count_pairs
 from farspan.kernels.planning.plan import Plan
 from tests.support.sequence_shards import lists, select, select_spread
@@ -67,9 +69,8 @@ def test_heads_choose_alike_when_they_are_dealt(mechanism: Routed) -> None:
             mechanism=mechanism,
             rows=ROWS,
             global_rows=ROWS,
-            heads=heads,
-            all_heads=Heads(query=4, kv=2),
-            total=identity,
+            share=HeadShare(all_heads=Heads(query=4, kv=2), head_range=heads),
+            all_reduce_sum=identity,
         )
         selection = mechanism.select(q[:, heads.start : heads.stop], k[:, kv], local_shard)
         found, group = lists(selection), len(heads) // selection.heads
@@ -84,7 +85,7 @@ def test_each_query_chooses_some_visible_block_or_none_is_there(mechanism: Route
     """Blocks of other documents, later ones and empty ones are never on a list."""
     q, k = inputs()
     selection = select(mechanism, q, k, ROWS)
-    blocks, visible = mechanism.blocks(ROWS).of(ROWS), mechanism.attention_mask().mask(ROWS, ROWS)
+    blocks, visible = mechanism.key_blocks(ROWS).of(ROWS), mechanism.attention_mask().mask(ROWS, ROWS)
     for (_, unit), chosen in lists(selection).items():
         of_unit = visible[selection.unit == unit].any(dim=0)
         assert set(chosen) <= set(blocks[of_unit].tolist())

@@ -10,10 +10,12 @@ from torch import Tensor
 from farspan.errors import ConfigError
 from farspan.kernels.attention import attention_backward, attention_forward
 from farspan.kernels.backend import BACKENDS, KernelRequest, choose_backend
+from farspan.kernels.kinds.recurrent import Recurrent
+from farspan.kernels.kinds.token_choice import TokenChoice
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
-from farspan.kernels.mechanism import Heads, Mechanism, Recurrent, Routed, TokenChoice
+from farspan.kernels.mechanism import Access, Heads, Mechanism
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.merge import empty_partial, merge_
 from farspan.kernels.planning.plan import Plan
@@ -22,7 +24,7 @@ from farspan.kernels.triton_kernels.shapes import Shape, Shapes, shapes_for
 from tests.kernels import test_contract as contract
 from tests.kernels import test_sequence_attention as whole
 from tests.kernels.test_contract import Tensors
-from tests.support import interpreter_bfloat16, oracle
+from tests.support import interpreter_bfloat16, oracle, truth
 from tests.support.sequence_shards import select
 
 # Of several sizes, so that no kernel gets by with the tiles of another. The interpreter takes some 10 ms for a step of
@@ -69,7 +71,7 @@ def test_mechanism_equals_the_formula(mechanism: Mechanism) -> None:
     rows, heads = RAGGED, Heads(query=8, kv=2)
     inputs, dout = whole.random_inputs(mechanism, rows, heads, torch.float32)
     got = whole.run(mechanism, inputs, dout, rows, heads, "triton")
-    for number, expected in enumerate(whole.expect(mechanism, inputs, dout, rows)):
+    for number, expected in enumerate(truth.expect(mechanism, inputs, dout, rows)):
         assert oracle.relative_error(got[number], expected) <= TOLERANCE, number
 
 
@@ -81,11 +83,11 @@ def test_mechanism_equals_the_formula(mechanism: Mechanism) -> None:
 )
 def test_bfloat16_is_as_good_as_plain_attention(mechanism: Mechanism) -> None:
     """At most twice the error of attention whose every step is rounded to bfloat16."""
-    rows, heads = SHUFFLED, Heads(query=8, kv=8 if isinstance(mechanism, Routed) else 1)
+    rows, heads = SHUFFLED, Heads(query=8, kv=8 if Access.BLOCKS in mechanism.accesses else 1)
     inputs, dout = whole.random_inputs(mechanism, rows, heads, torch.bfloat16)
-    exact = whole.expect(mechanism, inputs, dout, rows)
+    exact = truth.expect(mechanism, inputs, dout, rows)
     got = whole.run(mechanism, inputs, dout, rows, heads, "triton")
-    plain = plain_attention(inputs, dout, whole.visible(mechanism, inputs, rows))
+    plain = plain_attention(inputs, dout, truth.visible(mechanism, inputs, rows))
     for name, mine, theirs, expected in zip(NAMES, got[:5], plain, exact[:5], strict=True):
         assert oracle.rms_error(mine, expected) <= 2 * oracle.rms_error(theirs, expected), name
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import Masked, Mechanism
+from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.mosa import MoSA
@@ -27,7 +28,9 @@ from farspan.trainer.toml_config import load_config
 class Three(Masked):
     """A router of three numbers for each token and KV head."""
 
-    routing_width = 3
+    @property
+    def routing_width(self) -> int:
+        return 3
 
     @classmethod
     def examples(cls) -> Sequence[Self]:

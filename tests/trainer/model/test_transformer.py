@@ -26,8 +26,11 @@ CONFIG = ModelConfig(layers=1, width=12, heads=4, kv_heads=2, head_dim=6, feed_f
 class Detached(MoSA):  # pyright: ignore[reportGeneralTypeIssues]
     """A router of three numbers that learns alone."""
 
-    routing_width = 3
     routing_reads_detached = True
+
+    @property
+    def routing_width(self) -> int:
+        return 3
 
 
 def handed_over(mechanism: Mechanism, x: Tensor) -> tuple[Attention, list[Tensor]]:

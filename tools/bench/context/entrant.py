@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.backend import KernelRequest, choose_backend
-from farspan.kernels.mechanism import Heads, Mechanism
+from farspan.kernels.mechanism import Mechanism
+from farspan.kernels.planner import Heads, Routing, Sizes
 from farspan.parallel.comm import Channel, Traffic
-from farspan.parallel.context_parallel.routing import choose_alone
-from farspan.parallel.context_parallel.strategy import STRATEGIES, Chosen, Queries, Sizes, Strategy, Volume
+from farspan.parallel.context_parallel.strategy import STRATEGIES, Queries, Strategy, Volume
 from farspan.parallel.layout import Shards
 from farspan.tools.bench.case import Attention, Case, Shape, gradient_of_out, inputs_of
 
@@ -42,11 +42,11 @@ class Job:
         dout[self.shards.index[rank] < 0] = 0
         return dout
 
-    def chosen(self) -> Chosen:
-        """Return what the mechanism chooses of the inputs of all ranks."""
+    def routing(self) -> Routing:
+        """Return the routing of the inputs of all ranks."""
         parts = zip(*(self.inputs(rank) for rank in range(self.shards.degree)), strict=True)
-        q, k, _, *routing = (self.shards.unshard(torch.stack(part).detach()) for part in parts)
-        return choose_alone(self.mechanism, self.shards.rows, self.shape.heads, q, k, *routing)
+        q, k, _, *of_router = (self.shards.unshard(torch.stack(part).detach()) for part in parts)
+        return self.mechanism.route(self.shards.rows, self.shape.heads, q, k, *of_router)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +112,7 @@ class Under(Entrant):
         sizes = Sizes.of(shape.dtype, shape.head_dim, shape.value_dim)
 
         def volume(of: Job) -> Volume:
-            return attend.volume(sizes, of.chosen() if strategy.moves_chosen(of.mechanism) else None)
+            return attend.volume(sizes, of.routing)
 
         return Planned(attention=attend, queries=attend.queries, traffic=channel.traffic, volume=volume)
 

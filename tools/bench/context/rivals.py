@@ -16,10 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from farspan.errors import ConfigError
 from farspan.kernels.backend import KernelRequest, choose_backend
-from farspan.kernels.mechanism import Heads, Mechanism
+from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.mechanisms.dense import Dense
+from farspan.kernels.planner import Heads, HeadShare
 from farspan.parallel.comm import Channel, Traffic
-from farspan.parallel.context_parallel.strategy import STRATEGIES, HeadShare, Queries
+from farspan.parallel.context_parallel.strategy import STRATEGIES, Queries
 from farspan.parallel.layout import Shards
 from farspan.parallel.simulation import Unconnected
 from farspan.tools.bench.context.entrant import SINGLE, Entrant, Job, Planned
@@ -75,7 +76,7 @@ def _local_attention(job: Job, channel: Channel) -> Callable[[Tensor, Tensor, Te
     """Return attention of `[1, tokens, heads, width]`, of this rank's share of the heads, over all tokens."""
     heads, shape = job.shape.heads, job.shape
     each = heads.query // channel.size
-    share = HeadShare(all_heads=heads, which=range(channel.rank * each, (channel.rank + 1) * each))
+    share = HeadShare(all_heads=heads, head_range=range(channel.rank * each, (channel.rank + 1) * each))
     backend = choose_backend(
         "auto", shape.device, KernelRequest.of(job.mechanism, shape.dtype, shape.head_dim, shape.value_dim)
     )

@@ -8,8 +8,8 @@ import pytest
 from farspan.errors import ConfigError
 from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.parallel.mesh import Degrees, ParallelConfig
-from farspan.trainer.auto import choose_strategy, machine_of, strategy_costs
 from farspan.trainer.config import AttentionConfig, Config
+from farspan.trainer.resolve import choose_strategy, machine_of, strategy_costs
 from farspan.trainer.validate import validate
 from tests.support import tiny
 

@@ -61,7 +61,7 @@ def test_a_run_that_moves_is_the_run_that_stays(
             checkpoint=CheckpointConfig(every_steps=1, keep=1),
             evaluate=EvaluateConfig(every_steps=len(places), sequences=3),
             # Nothing is so far off; what it compares with has to travel along.
-            skip=SkipConfig(sigma=1e6, window=3),
+            skip=SkipConfig(spike_sigma=1e6, window=3),
         )
 
     tiny.make_data(tmp_path)

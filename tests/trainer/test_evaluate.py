@@ -59,7 +59,7 @@ def evaluate_dealt(config: Config, stop_on_rank: int | None) -> tuple[Evaluation
         model,
         batches(),
         sequence_tokens=SEQUENCE_TOKENS,
-        poll=lambda: stop_on_rank == dist.get_rank() and ran == 1,
+        is_stopping=lambda: stop_on_rank == dist.get_rank() and ran == 1,
     )
     # The ranks are still in step: what comes next is not taken for a part of the evaluation.
     number = torch.tensor(10 + dist.get_rank())

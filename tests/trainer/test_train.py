@@ -1,6 +1,5 @@
 """The loop, in one process: what is on record after stops and resumes, and what a rerun of a finished run does."""
 
-import json
 import logging
 import os
 import threading
@@ -19,8 +18,8 @@ import torch.distributed as dist
 from farspan.errors import CheckpointError, ConfigError, DataError, TrainingError
 from farspan.parallel.mesh import ParallelConfig
 from farspan.parallel.ranks import Ranks
+from farspan.trainer import evaluate, metrics
 from farspan.trainer import train as module
-from farspan.trainer import validation
 from farspan.trainer.checkpoint import background, checkpointer, shards
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
@@ -35,6 +34,7 @@ from farspan.trainer.state import TrainState
 from farspan.trainer.toml_config import load_config
 from farspan.trainer.train import train
 from tests.support import tiny
+from tests.support.runs import records, steps
 
 STEPS = 4
 STEP_FIELDS = {"step", "loss", "grad_norm", "tokens_per_s", "mfu", "peak_memory_bytes", "comm_bytes"}
@@ -59,7 +59,7 @@ class AskedWhen(StopSignal):
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    monkeypatch.setattr(module, "peak_flops", lambda device, dtype: 1e10)
+    monkeypatch.setattr(metrics, "peak_flops", lambda device, dtype: 1e10)
     config = tiny.config(tiny.make_data(tmp_path), tmp_path / "run", ParallelConfig(), steps=STEPS)
     return replace(
         config,
@@ -70,17 +70,9 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 
 def run(config: Config, stop: StopSignal | None = None) -> bool:
     torch.manual_seed(0)
-    warned = train(config, Ranks(), stop or StopSignal())
+    asks_requeue = train(config, Ranks(), stop or StopSignal())
     assert not dist.is_initialized()
-    return warned
-
-
-def records(config: Config) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (config.run.folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def steps(config: Config, kind: str) -> list[int]:
-    return [record["step"] for record in records(config) if kind in record]
+    return asks_requeue
 
 
 def saved(config: Config) -> list[int]:
@@ -89,24 +81,26 @@ def saved(config: Config) -> list[int]:
 
 def without_times(config: Config) -> list[dict[str, Any]]:
     vary = {"tokens_per_s", "mfu", "peak_memory_bytes", "step_s"}
-    return [{name: value for name, value in record.items() if name not in vary} for record in records(config)]
+    return [
+        {name: value for name, value in record.items() if name not in vary} for record in records(config.run.folder)
+    ]
 
 
 def test_an_undisturbed_run(config: Config, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="farspan")
     run(config)
-    assert steps(config, "loss") == [1, 2, 3, 4]
-    assert steps(config, "eval_loss") == [2, 4]
+    assert steps(config.run.folder, "loss") == [1, 2, 3, 4]
+    assert steps(config.run.folder, "eval_loss") == [2, 4]
     assert saved(config) == [3, 4]
-    for record in records(config):
+    for record in records(config.run.folder):
         fields = EVALUATION_FIELDS if "eval_loss" in record else STEP_FIELDS
         assert fields <= record.keys()
         assert all(value is not None for value in record.values())
     validation = PackedSequences(open_data(config)[1], sequence_tokens=101, seed=0, shuffle=False, repeat=False)
     measured_on = sum(int((validation.sequence(index).labels != IGNORED).sum()) for index in range(2))
-    assert {record["eval_tokens"] for record in records(config) if "eval_loss" in record} == {measured_on}
+    assert {record["eval_tokens"] for record in records(config.run.folder) if "eval_loss" in record} == {measured_on}
     assert f" bits per byte over 2 sequences, {measured_on} tokens (unigram entropy " in caplog.text
-    first, last = (record for record in records(config) if record["step"] in (1, 4) and "loss" in record)
+    first, last = (record for record in records(config.run.folder) if record["step"] in (1, 4) and "loss" in record)
     # Nothing is learned before the first update: ln 264; the text is simple.
     assert first["loss"] == pytest.approx(5.58, abs=0.2)
     assert last["loss"] < first["loss"] - 0.3
@@ -114,7 +108,7 @@ def test_an_undisturbed_run(config: Config, caplog: pytest.LogCaptureFixture) ->
     packed = PackedSequences(open_data(config)[0], sequence_tokens=101, seed=config.run.seed)
     data = ShuffledSequences(packed, seed=config.run.seed)
     labeled = [int((data.sequence(index).labels != IGNORED).sum()) for index in range(2 * STEPS)]
-    seen = [record["tokens"] for record in records(config) if "loss" in record]
+    seen = [record["tokens"] for record in records(config.run.folder) if "loss" in record]
     assert seen == [sum(labeled[: 2 * step]) for step in range(1, STEPS + 1)]
     assert len(set(labeled)) > 2
     assert first["tokens_per_s"] * first["step_s"] == pytest.approx(202)
@@ -136,24 +130,24 @@ def test_each_phase_and_each_held_out_sequence_has_its_time(config: Config, monk
     assert given == dict.fromkeys(once, 1) | {("evaluation", 2): 3, ("evaluation", 4): 3, ("save", 4): 2}
 
 
-class Warned(AskedWhen):
+class Preempted(AskedWhen):
     """A stop request that a scheduler makes."""
 
     @property
-    def warned(self) -> bool:
+    def preemption_warning(self) -> bool:
         return True
 
 
-def test_a_run_says_whether_a_warning_stopped_it(config: Config) -> None:
+def test_a_run_stopped_by_a_preemption_warning_asks_to_be_queued_again(config: Config) -> None:
     metrics = config.run.folder / "metrics.jsonl"
     assert not run(config, AskedWhen(lambda: metrics.exists() and '"step": 1' in metrics.read_text()))
-    assert run(config, Warned(lambda: '"step": 3' in metrics.read_text()))
-    assert steps(config, "loss") == [1, 2, 3]
-    # One that is warned when all is done has nothing to come back for, once it knows.
+    assert run(config, Preempted(lambda: '"step": 3' in metrics.read_text()))
+    assert steps(config.run.folder, "loss") == [1, 2, 3]
+    # A finished run has nothing to come back for, once it knows that it is finished.
     assert not run(config)
-    assert not run(config, Warned())
-    assert not run(config, asked_at_poll(3, Warned))
-    assert run(config, asked_at_poll(2, Warned))
+    assert not run(config, Preempted())
+    assert not run(config, asked_at_poll(3, Preempted))
+    assert run(config, asked_at_poll(2, Preempted))
 
 
 def asked_at_poll(number: int, kind: type[AskedWhen] = AskedWhen) -> AskedWhen:
@@ -169,15 +163,15 @@ def test_a_stop_after_a_step_saves_and_a_resume_goes_on(config: Config, caplog: 
     metrics = config.run.folder / "metrics.jsonl"
     run(config, AskedWhen(lambda: metrics.exists() and '"step": 1' in metrics.read_text()))
     # Asked after the first step, noticed at the end of the second, before its evaluation.
-    assert steps(config, "loss") == [1, 2]
-    assert steps(config, "eval_loss") == []
+    assert steps(config.run.folder, "loss") == [1, 2]
+    assert steps(config.run.folder, "eval_loss") == []
     assert saved(config) == [2]
     assert "stopped     at step 2; the same command resumes" in caplog.text
     caplog.clear()
     run(config)
     assert "resumed     at step 2 from" in caplog.text
-    assert steps(config, "loss") == [1, 2, 3, 4]
-    assert steps(config, "eval_loss") == [2, 4]
+    assert steps(config.run.folder, "loss") == [1, 2, 3, 4]
+    assert steps(config.run.folder, "eval_loss") == [2, 4]
     assert saved(config) == [2, 3, 4]
     assert without_times(config) == without_times(undisturbed)
 
@@ -186,7 +180,7 @@ def test_a_stop_is_noticed_at_the_end_of_the_step(config: Config) -> None:
     rarely = replace(config, checkpoint=CheckpointConfig(every_steps=9), evaluate=EvaluateConfig(every_steps=0))
     metrics = config.run.folder / "metrics.jsonl"
     run(rarely, AskedWhen(lambda: metrics.exists() and '"step": 2' in metrics.read_text()))
-    assert steps(config, "loss") == [1, 2, 3]
+    assert steps(config.run.folder, "loss") == [1, 2, 3]
     assert saved(config) == [3]
 
 
@@ -195,28 +189,28 @@ def test_a_stop_during_the_last_evaluation_leaves_it_for_the_resume(
 ) -> None:
     caplog.set_level(logging.INFO, logger="farspan")
     evaluating: list[int] = []
-    evaluate = validation.evaluate
+    function = evaluate.evaluate
 
     def note(*arguments: Any, **named: Any) -> Any:
         evaluating.append(1)
-        return evaluate(*arguments, **named)
+        return function(*arguments, **named)
 
-    monkeypatch.setattr(validation, "evaluate", note)
+    monkeypatch.setattr(evaluate, "evaluate", note)
     run(config, AskedWhen(lambda: len(evaluating) == 2))
-    assert steps(config, "loss") == [1, 2, 3, 4]
-    assert steps(config, "eval_loss") == [2]
+    assert steps(config.run.folder, "loss") == [1, 2, 3, 4]
+    assert steps(config.run.folder, "eval_loss") == [2]
     assert saved(config) == [3, 4]
     assert "stopped     at step 4; the same command resumes" in caplog.text
     caplog.clear()
     run(config)
-    assert steps(config, "eval_loss") == [2, 4]
+    assert steps(config.run.folder, "eval_loss") == [2, 4]
     assert "finished    at step 4" in caplog.text
 
 
 def test_a_stop_before_the_first_step_saves_nothing(config: Config, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="farspan")
     run(config, asked_at_poll(3))
-    assert records(config) == []
+    assert records(config.run.folder) == []
     assert not (config.run.folder / "checkpoints").exists()
     assert "stopped     before the first step; nothing was saved" in caplog.text
     assert "resumes" not in caplog.text
@@ -236,8 +230,8 @@ def test_a_finished_run_says_so_and_changes_nothing(config: Config, caplog: pyte
     assert "finished    already, at step 4 of train.steps=4: raise it to go on" in caplog.text
     assert {path: path.read_bytes() for path in before} == before
     run(replace(config, train=replace(config.train, steps=5)))
-    assert steps(config, "loss") == [1, 2, 3, 4, 5]
-    assert steps(config, "eval_loss") == [2, 4, 5]
+    assert steps(config.run.folder, "loss") == [1, 2, 3, 4, 5]
+    assert steps(config.run.folder, "eval_loss") == [2, 4, 5]
 
 
 def test_the_configuration_left_in_the_folder_runs_the_same(config: Config, tmp_path: Path) -> None:
@@ -329,11 +323,11 @@ def test_a_save_that_fails_ends_the_run_at_the_next_step(config: Config, monkeyp
     monkeypatch.setattr(Checkpointer, "start_saving", second_fails)
     with pytest.raises(CheckpointError, match=r"step_00000002 cannot be written .*No space left"):
         run(config)
-    assert steps(config, "loss") == [1, 2, 3]
+    assert steps(config.run.folder, "loss") == [1, 2, 3]
     monkeypatch.undo()
-    monkeypatch.setattr(module, "peak_flops", lambda device, dtype: 1e10)
+    monkeypatch.setattr(metrics, "peak_flops", lambda device, dtype: 1e10)
     run(config)
-    assert steps(config, "loss") == [1, 2, 3, 4]
+    assert steps(config.run.folder, "loss") == [1, 2, 3, 4]
     assert len(list((config.run.folder / "checkpoints").iterdir())) == 4
 
 
@@ -376,7 +370,7 @@ def test_data_that_was_changed_in_place_is_refused(config: Config) -> None:
     os.utime(folder / META_FILE, (1, 1))
     with pytest.raises(DataError, match="was changed since it was prepared"):
         run(replace(config, train=replace(config.train, steps=STEPS + 1)))
-    assert steps(config, "loss") == [1, 2, 3, 4]
+    assert steps(config.run.folder, "loss") == [1, 2, 3, 4]
 
 
 def test_missing_weights_are_found_before_the_model_is_built(

@@ -9,10 +9,10 @@ import pytest
 from farspan.errors import TrainingError
 from farspan.parallel.mesh import ParallelConfig
 from farspan.parallel.ranks import Ranks
-from farspan.trainer import metrics
-from farspan.trainer import train as module
+from farspan.trainer import config_history, metrics
 from farspan.trainer.config import EvaluateConfig
 from farspan.trainer.resilience.signals import StopSignal
+from farspan.trainer.train import train
 from tests.support import tiny
 
 
@@ -29,7 +29,7 @@ def test_a_full_disk_is_one_sentence(
 ) -> None:
     config = tiny.config(tiny.make_data(tmp_path), tmp_path / "run", ParallelConfig(), steps=4)
     config = replace(config, evaluate=EvaluateConfig(every_steps=2, sequences=2))
-    monkeypatch.setattr(module, "peak_flops", lambda device, dtype: 1e10)
+    monkeypatch.setattr(metrics, "peak_flops", lambda device, dtype: 1e10)
     write, written = metrics.MetricsWriter._write, []
 
     def third_fails(writer: metrics.MetricsWriter, record: dict[str, Any]) -> None:
@@ -38,11 +38,11 @@ def test_a_full_disk_is_one_sentence(
 
     owner, name, replaced = {
         "a record": (metrics.MetricsWriter, "_write", third_fails),
-        "the configuration": (module, "record_config", full),
-        "the metrics": (module, "MetricsWriter", full),
+        "the configuration": (config_history, "to_toml", full),
+        "the metrics": (metrics, "MetricsWriter", full),
     }[where]
     monkeypatch.setattr(owner, name, replaced)
-    with pytest.raises(TrainingError, match=r"cannot be written \(No space left on device\): make room, and the same"):
-        module.train(config, Ranks(), StopSignal())
+    with pytest.raises(TrainingError, match=r"run\.folder=.*No space left on device"):
+        train(config, Ranks(), StopSignal())
     # Two steps and an evaluation, which is written in vain: that is known at the next step.
     assert written == done

@@ -13,10 +13,10 @@ from farspan.trainer.resilience.signals import StopSignal, stop_signals_blocked
 
 PROGRAM = """
 import sys, time
-from farspan.trainer.resilience import signals as faults
-faults.SAME_REQUEST_S = {same_request_s}
+from farspan.trainer.resilience import signals
+signals.SAME_REQUEST_S = {same_request_s}
 {before}
-with faults.StopSignal() as stop:
+with signals.StopSignal() as stop:
     print("ready", flush=True)
     give_up_at = time.monotonic() + 20
     while not stop.requested and time.monotonic() < give_up_at:
@@ -103,10 +103,10 @@ def test_warnings_never_end_the_process_at_once(monkeypatch: pytest.MonkeyPatch)
     seen = []
     with StopSignal(first=lambda number: seen.append("first"), again=lambda number: seen.append("again")) as stop:
         signal.raise_signal(signal.SIGTERM)
-        assert not stop.warned
+        assert not stop.preemption_warning
         time.sleep(0.01)
         signal.raise_signal(signal.SIGUSR1)
-        assert stop.warned
+        assert stop.preemption_warning
         assert seen == ["first"]
         signal.raise_signal(signal.SIGTERM)
     assert seen == ["first", "again"]

@@ -16,14 +16,16 @@ import pytest
 import torch
 
 from farspan.parallel.mesh import ParallelConfig
-from farspan.parallel.ranks import Ranks, connected
+from farspan.parallel.ranks import Ranks
+from farspan.trainer.checkpoint.checkpointer import Checkpointer
+from farspan.trainer.data.shuffle import ShuffledSequences
+from farspan.trainer.evaluate import Validation
 from farspan.trainer.resilience import watchdog as module
 from farspan.trainer.resilience.signals import EXIT_HUNG, StopSignal
 from farspan.trainer.resilience.watchdog import Watchdog, WatchdogConfig
 from farspan.trainer.train import train
 from tests.support import tiny
 from tests.support.rank_pool import PRELOAD
-from tests.support.runs import built
 
 WAIT_S = 60
 
@@ -145,24 +147,22 @@ def train_with_one_that_stops(folder: Path, rank: int, port: int, phase: str) ->
         watchdog=WatchdogConfig(**{f"{phase}_s": 2.0}),
         optimizer=replace(config.optimizer, warmup_steps=0),
     )
-    with connected(Ranks(rank=rank, world_size=2), torch.device("cpu")), built(config) as run:
-        run.load()
-        if rank == 1:
-            owner, name = {
-                "step": (run.data, "sequence"),
-                "evaluation": (run.validation, "measure"),
-                "save": (run.checkpoints, "start_saving"),
-            }[phase]
-            function, calls = getattr(owner, name), []
+    if rank == 1:
+        owner, name = {
+            "step": (ShuffledSequences, "sequence"),
+            "evaluation": (Validation, "measure"),
+            "save": (Checkpointer, "start_saving"),
+        }[phase]
+        function, calls = getattr(owner, name), []
 
-            def stopping(*arguments: object) -> object:
-                calls.append(1)
-                if phase != "step" or len(calls) == 3:
-                    os.kill(os.getpid(), signal.SIGSTOP)
-                return function(*arguments)
+        def stopping(*arguments: object) -> object:
+            calls.append(1)
+            if phase != "step" or len(calls) == 3:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return function(*arguments)
 
-            setattr(owner, name, stopping)
-        run.loop()
+        setattr(owner, name, stopping)
+    train(config, Ranks(rank=rank, world_size=2), StopSignal())
 
 
 def free_port() -> int:
@@ -187,4 +187,4 @@ def test_ranks_that_wait_for_one_that_is_stopped_end(tmp_path: Path, phase: str,
     stacks = tmp_path / "run" / "stacks"
     assert [path.name for path in stacks.iterdir()] == [f"{phase}_{step:08d}"]
     (written,) = (stacks / f"{phase}_{step:08d}").iterdir()
-    assert "in loop\n" in written.read_text()
+    assert "in train\n" in written.read_text()

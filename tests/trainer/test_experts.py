@@ -23,7 +23,7 @@ from farspan.trainer.model.config import ExpertsConfig
 from farspan.trainer.model.transformer import Block
 from tests.support import tiny
 from tests.support.rank_pool import RankPool
-from tests.support.steps import Trajectory, assert_alike, initial_parameters, train_alone, train_dealt
+from tests.support.steps import Trajectory, assert_same, initial_parameters, train_reference, train_sharded
 
 EXPERTS = {
     "softmax": ExpertsConfig(count=8, per_token=2, feed_forward=16, balance_loss=0.02, z_loss=0.01),
@@ -60,7 +60,7 @@ def truth(base: Config, ranks: Callable[[int], RankPool]) -> Truth:
     def compute(experts: str, together: int) -> Trajectory:
         if (experts, together) not in known:
             config = tiny.with_model(base, experts=EXPERTS[experts])
-            known[experts, together] = train_alone(config, ranks(1).run(initial_parameters, config)[0], together)
+            known[experts, together] = train_reference(config, ranks(1).run(initial_parameters, config)[0], together)
         return known[experts, together]
 
     return compute
@@ -90,9 +90,9 @@ def test_ten_steps_do_not_depend_on_the_ranks(
 ) -> None:
     parallel = ParallelConfig(context=context, dp_shard=data, expert=expert, strategy=strategy)
     config = tiny.with_model(replace(base, parallel=parallel), experts=EXPERTS[experts])
-    courses = ranks(context * data).run(train_dealt, config)
+    courses = ranks(context * data).run(train_sharded, config)
     for course in (courses[0], courses[-1]):
-        assert_alike(course, truth(experts, data))
+        assert_same(course, truth(experts, data))
 
 
 VARIANTS = {
@@ -116,8 +116,8 @@ def test_variants_of_the_run(
     config: Config = tiny.with_model(VARIANTS[variant](base), experts=EXPERTS[experts])
     parallel = config.parallel
     data = parallel.dp_replicate * max(parallel.dp_shard, 1)
-    courses = ranks(data * parallel.context).run(train_dealt, config)
-    assert_alike(courses[-1], truth(experts, data))
+    courses = ranks(data * parallel.context).run(train_sharded, config)
+    assert_same(courses[-1], truth(experts, data))
 
 
 @pytest.mark.parametrize("parallel_blocks", [True, False])

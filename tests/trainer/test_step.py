@@ -101,7 +101,7 @@ def test_the_gradient_is_clipped_and_its_norm_reported(ranks: Callable[[int], Ra
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_no_update_on_any_rank(ranks: Callable[[int], RankPool], weight: float) -> None:
-    # No label on rank 1: it alone would see nothing wrong.
+    # No label on rank 1: by itself it would see nothing wrong.
     labels = [LABELS[0], [[IGNORED] * 3] * 2]
     outcomes = ranks(2).run(run, weight, labels, 1.0)
     assert [outcome.result.skipped for outcome in outcomes] == [f"the loss is {weight}"] * 2

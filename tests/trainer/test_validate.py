@@ -1,4 +1,4 @@
-"""Each rule between fields: the sentence that it says, and the neighboring value that it accepts."""
+"""Each rule between fields: the keys and values that its error names, and the nearest settings that it accepts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -27,230 +27,191 @@ def check(changes: dict[str, Any], *, num_ranks: int = 4) -> None:
     validate(config, Degrees.resolve(config.parallel, num_ranks))
 
 
-CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
-    "heads share KV heads": (
+def rope(**options: Any) -> dict[str, Any]:
+    return {"model.rope": RopeConfig(**options)}
+
+
+def experts(**options: Any) -> dict[str, Any]:
+    return {"model.experts": ExpertsConfig(**{"count": 4, "feed_forward": 16} | options)}
+
+
+def heads(**options: Any) -> dict[str, Any]:
+    return {"model.head_mixture": HeadMixtureConfig(**options)}
+
+
+def attention(mechanism: str, **options: Any) -> dict[str, Any]:
+    return {"attention.mechanism": mechanism, "attention.options": options}
+
+
+def wsd(warmup: int, decay: float) -> dict[str, Any]:
+    return {"optimizer.schedule": "wsd", "optimizer.warmup_steps": warmup, "optimizer.decay_fraction": decay}
+
+
+GATED = {"model.recurrent_layer": "gated"}
+TILES = ["1", "11", "101"]
+
+# What is wrong, fragments of the error, and what is right.
+CASES: list[tuple[dict[str, Any], list[str], dict[str, Any]]] = [
+    (
         {"model.heads": 12, "model.kv_heads": 5},
-        "model.kv_heads=5 must divide model.heads=12: 1, 2, 3, 4, 6, 12 do.",
+        ["model.kv_heads=5", "model.heads=12", "1, 2, 3, 4, 6, 12 do"],
         {"model.heads": 12, "model.kv_heads": 4},
     ),
-    "head_dim is even": (
-        {"model.head_dim": 7},
-        "model.head_dim=7 must be even: rotary embedding turns pairs.",
-        {"model.head_dim": 6},
+    ({"model.head_dim": 7}, ["model.head_dim=7", "even"], {"model.head_dim": 6}),
+    (rope(rotated=5), ["model.rope.rotated=5", "even", "model.head_dim=8"], rope(rotated=6)),
+    (rope(rotated=10), ["model.rope.rotated=10", "at most model.head_dim=8"], rope(rotated=8)),
+    (rope(factor=4.0), ["model.rope.factor=4.0", "model.rope.scaling"], rope(factor=4.0, scaling="yarn")),
+    (
+        rope(scaling="llama3"),
+        ["model.rope.scaling='llama3'", "model.rope.factor=1.0"],
+        rope(scaling="llama3", factor=1.5),
     ),
-    "what rotates is even": (
-        {"model.rope": RopeConfig(rotated=5)},
-        "model.rope.rotated=5 must be even and at most model.head_dim=8: rotary embedding turns pairs of a head's "
-        "numbers. 0 turns all.",
-        {"model.rope": RopeConfig(rotated=6)},
+    (rope(scaling="yarn"), ["model.rope.scaling='yarn'", "model.rope.factor=1.0"], rope(scaling="yarn", factor=1.5)),
+    (
+        rope(scaling="llama3", factor=2.0, low_frequency_factor=4.0),
+        ["model.rope.low_frequency_factor=4.0", "model.rope.high_frequency_factor=4.0"],
+        rope(scaling="llama3", factor=2.0, low_frequency_factor=3.9),
     ),
-    "what rotates is in the head": (
-        {"model.rope": RopeConfig(rotated=10)},
-        "model.rope.rotated=10 must be even and at most model.head_dim=8: rotary embedding turns pairs of a head's "
-        "numbers. 0 turns all.",
-        {"model.rope": RopeConfig(rotated=8)},
+    (
+        rope(scaling="yarn", factor=2.0, beta_slow=32.0),
+        ["model.rope.beta_slow=32.0", "model.rope.beta_fast=32.0"],
+        rope(scaling="yarn", factor=2.0, beta_slow=31.0),
     ),
-    "gates are around a recurrence": (
-        {"model.recurrent_layer": "gated", "attention.mechanism": "dense, window"},
-        "model.recurrent_layer='gated' is in no layer: attention.mechanism='dense, window' has no recurrence, such as "
-        "lightning. Add one, or set model.recurrent_layer=plain.",
-        {"model.recurrent_layer": "gated", "attention.mechanism": "dense, lightning"},
+    (
+        GATED | attention("dense, window"),
+        ["model.recurrent_layer='gated'", "attention.mechanism='dense, window'"],
+        GATED | attention("dense, lightning"),
     ),
-    "windows are for the model's heads": (
-        {"attention.mechanism": "spans", "attention.options": {"alpha": [64.0] * 2, "beta": [0.0] * 2, "length": 512}},
-        "attention.mechanism='spans' refuses this run: 2 windows for 4 query heads: give one per head, or one for all.",
-        {"attention.mechanism": "spans", "attention.options": {"alpha": [64.0] * 4, "beta": [0.0] * 4, "length": 512}},
+    (
+        attention("spans", alpha=[64.0] * 2, beta=[0.0] * 2, length=512),
+        ["attention.mechanism='spans'", "2 windows for 4 query heads"],
+        attention("spans", alpha=[64.0] * 4, beta=[0.0] * 4, length=512),
     ),
-    "a mask is for the longest document": (
-        {"attention.mechanism": "block_sparse", "attention.options": {"block": 26, "mask": ["1", "11", "101"]}},
-        "attention.mechanism='block_sparse' refuses this run: mask has 3 tiles, but a document has 4: give a row for "
-        "each.",
-        {"attention.mechanism": "block_sparse", "attention.options": {"block": 34, "mask": ["1", "11", "101"]}},
+    (
+        attention("block_sparse", block=26, mask=TILES),
+        ["attention.mechanism='block_sparse'", "mask has 3", "has 4"],
+        attention("block_sparse", block=34, mask=TILES),
     ),
-    "experts are dealt where there are some": (
-        {"parallel.expert": 2},
-        "parallel.expert=2 deals experts, but model.experts.count=0: set one.",
-        {"parallel.expert": 2, "model.experts": ExpertsConfig(count=4, feed_forward=16)},
+    ({"parallel.expert": 2}, ["parallel.expert=2", "model.experts.count=0"], {"parallel.expert": 2} | experts()),
+    (
+        experts(layers="dense*2, experts"),
+        ["model.experts.count=4", "model.experts.layers='dense*2, experts'"],
+        experts(layers="dense, experts"),
     ),
-    "some layer has the experts": (
-        {"model.experts": ExpertsConfig(count=4, feed_forward=16, layers="dense*2, experts")},
-        "no layer has the experts of model.experts.count=4: change model.experts.layers='dense*2, experts', or set "
-        "model.experts.count=0.",
-        {"model.experts": ExpertsConfig(count=4, feed_forward=16, layers="dense, experts")},
+    (
+        experts(layers="dense, expert"),
+        ["model.experts.layers='dense, expert'", "'expert'"],
+        experts(layers="dense, experts"),
     ),
-    "layers are experts or dense": (
-        {"model.experts": ExpertsConfig(count=4, feed_forward=16, layers="dense, expert")},
-        "model.experts.layers='dense, expert' has 'expert': layers are experts or dense.",
-        {"model.experts": ExpertsConfig(count=4, feed_forward=16, layers="experts")},
+    (experts(feed_forward=0), ["model.experts.feed_forward=0"], experts()),
+    (experts(per_token=5), ["model.experts", "per_token=5", "experts=4"], experts(per_token=4)),
+    (
+        {"parallel.expert": 4} | experts(count=6),
+        ["parallel.expert=4", "model.experts.count=6"],
+        {"parallel.expert": 2} | experts(count=6),
     ),
-    "experts have a size": (
-        {"model.experts": ExpertsConfig(count=4)},
-        "model.experts.feed_forward=0 leaves experts without a size: set it.",
-        {"model.experts": ExpertsConfig(count=4, feed_forward=16)},
+    (
+        experts(choice="experts", normalized=False, capacity=1.5),
+        ["model.experts.capacity=1.5", "model.experts.choice='experts'", "set it to 0.0"],
+        experts(choice="experts", normalized=False),
     ),
-    "a token chooses among the experts": (
-        {"model.experts": ExpertsConfig(count=4, per_token=5, feed_forward=16)},
-        "model.experts does not fit together: per_token=5 must be from 1 to experts=4.",
-        {"model.experts": ExpertsConfig(count=4, per_token=4, feed_forward=16)},
+    (
+        {"parallel.expert": 2} | experts(feed_forward=15),
+        ["model.experts.feed_forward=15", "a multiple of the 2 ranks"],
+        {"parallel.expert": 4} | experts(feed_forward=15),
     ),
-    "experts divide by the ranks": (
-        {"parallel.expert": 4, "model.experts": ExpertsConfig(count=6, feed_forward=16)},
-        "parallel.expert=4 must divide model.experts.count=6: change one of them.",
-        {"parallel.expert": 2, "model.experts": ExpertsConfig(count=6, feed_forward=16)},
+    (
+        heads(kind="experts", count=2, per_token=3),
+        ["model.head_mixture", "per_token=3", "count=2"],
+        heads(kind="experts", count=3, per_token=3),
     ),
-    "where experts choose tokens do not": (
-        {"model.experts": ExpertsConfig(count=4, feed_forward=16, choice="experts", normalized=False, capacity=1.5)},
-        "model.experts.capacity=1.5 is for tokens that choose, but model.experts.choice='experts': set it to 0.0, or "
-        "choice='tokens'.",
-        {"model.experts": ExpertsConfig(count=4, feed_forward=16, choice="experts", normalized=False)},
+    (
+        heads(kind="experts", count=3, per_token=2, own_keys=True),
+        ["model.head_mixture.own_keys=true", "per_token=3"],
+        heads(kind="experts", count=3, per_token=3, own_keys=True),
     ),
-    "matrices of experts divide by those that hold them": (
-        {"parallel.expert": 2, "model.experts": ExpertsConfig(count=4, feed_forward=15)},
-        "model.experts.feed_forward=15 must be a multiple of the 2 ranks that hold the same experts (dp_shard x context"
-        " / expert): raise parallel.expert, or change it.",
-        {"parallel.expert": 4, "model.experts": ExpertsConfig(count=4, feed_forward=15)},
+    (
+        heads(kind="heads", count=1),
+        ["model.head_mixture.count=1", "model.head_mixture.kind='heads'", "set it to 0"],
+        heads(kind="heads"),
     ),
-    "experts of attention are enough": (
-        {"model.head_mixture": HeadMixtureConfig(kind="experts", count=2, per_token=3)},
-        "model.head_mixture does not fit together: per_token=3 must be from 1 to count=2.",
-        {"model.head_mixture": HeadMixtureConfig(kind="experts", count=3, per_token=3)},
+    (
+        heads(kind="heads", normalized=False),
+        ["model.head_mixture.normalized=false", "model.head_mixture.kind='heads'", "set it to true"],
+        heads(kind="experts", count=2, normalized=False),
     ),
-    "keys of their own are there for all": (
-        {"model.head_mixture": HeadMixtureConfig(kind="experts", count=3, per_token=2, own_keys=True)},
-        "model.head_mixture.own_keys=true is for kind='experts' and tokens that choose all of them: set kind and "
-        "per_token=3, or own_keys=false.",
-        {"model.head_mixture": HeadMixtureConfig(kind="experts", count=3, per_token=3, own_keys=True)},
+    (
+        heads(kind="experts", count=2, shared=1),
+        ["model.head_mixture.shared=1", "model.head_mixture.kind='experts'", "set it to 0"],
+        heads(kind="heads", shared=1),
     ),
-    "experts are counted where there are some": (
-        {"model.head_mixture": HeadMixtureConfig(kind="heads", count=1)},
-        "model.head_mixture.count=1 is for kind='experts', but model.head_mixture.kind='heads': set it to 0, or "
-        "change kind.",
-        {"model.head_mixture": HeadMixtureConfig(kind="heads")},
+    (
+        GATED | heads(kind="experts", count=3) | attention("lightning"),
+        ["model.head_mixture.kind='experts'", "attention.mechanism='lightning'", "model.recurrent_layer='gated'"],
+        GATED | heads(kind="experts", count=3) | attention("lightning, dense"),
     ),
-    "weights of heads add up as they do": (
-        {"model.head_mixture": HeadMixtureConfig(kind="heads", normalized=False)},
-        "model.head_mixture.normalized=false is for kind='experts', but model.head_mixture.kind='heads': set it to "
-        "true, or change kind.",
-        {"model.head_mixture": HeadMixtureConfig(kind="experts", count=2, normalized=False)},
+    (
+        heads(kind="experts", count=3, per_token=2) | attention("lightning"),
+        ["attention.mechanism='lightning'", "by their number", "model.head_mixture.kind='none'"],
+        heads(kind="experts", count=3, per_token=3) | attention("lightning"),
     ),
-    "heads are shared, not experts": (
-        {"model.head_mixture": HeadMixtureConfig(kind="experts", count=2, shared=1)},
-        "model.head_mixture.shared=1 is for kind='heads', but model.head_mixture.kind='experts': set it to 0, or "
-        "change kind.",
-        {"model.head_mixture": HeadMixtureConfig(kind="heads", shared=1)},
-    ),
-    "heads mix in some layer": (
-        {
-            "model.head_mixture": HeadMixtureConfig(kind="experts", count=3),
-            "model.recurrent_layer": "gated",
-            "attention.mechanism": "lightning",
-        },
-        "model.head_mixture.kind='experts' is in no layer: attention.mechanism='lightning' with "
-        "model.recurrent_layer='gated' has gated ones only. Add another mechanism, or set "
-        "model.head_mixture.kind='none'.",
-        {
-            "model.head_mixture": HeadMixtureConfig(kind="experts", count=3),
-            "model.recurrent_layer": "gated",
-            "attention.mechanism": "lightning, dense",
-        },
-    ),
-    "chosen heads are alike": (
-        {
-            "model.head_mixture": HeadMixtureConfig(kind="experts", count=3, per_token=2),
-            "attention.mechanism": "lightning",
-        },
-        "attention.mechanism='lightning' treats query heads differently by their number, which heads that tokens "
-        "choose do not keep: set model.head_mixture.kind='none', or choose another mechanism.",
-        {
-            "model.head_mixture": HeadMixtureConfig(kind="experts", count=3, per_token=3),
-            "attention.mechanism": "lightning",
-        },
-    ),
-    "a factor needs a scaling": (
-        {"model.rope": RopeConfig(factor=4.0)},
-        "model.rope.factor=4.0 needs model.rope.scaling: set it to llama3 or yarn.",
-        {"model.rope": RopeConfig(factor=4.0, scaling="yarn")},
-    ),
-    "llama3 needs a factor": (
-        {"model.rope": RopeConfig(scaling="llama3")},
-        "model.rope.scaling='llama3' does nothing with model.rope.factor=1.0: set model.rope.factor to how many times "
-        "longer than model.rope.original_positions the context is.",
-        {"model.rope": RopeConfig(scaling="llama3", factor=1.5)},
-    ),
-    "yarn needs a factor": (
-        {"model.rope": RopeConfig(scaling="yarn", factor=1.0)},
-        "model.rope.scaling='yarn' does nothing with model.rope.factor=1.0: set model.rope.factor to how many times "
-        "longer than model.rope.original_positions the context is.",
-        {"model.rope": RopeConfig(scaling="yarn", factor=1.5)},
-    ),
-    "llama3's frequencies are in order": (
-        {"model.rope": RopeConfig(scaling="llama3", factor=2.0, low_frequency_factor=4.0)},
-        "model.rope.low_frequency_factor=4.0 must be below model.rope.high_frequency_factor=4.0.",
-        {"model.rope": RopeConfig(scaling="llama3", factor=2.0, low_frequency_factor=3.9)},
-    ),
-    "yarn's betas are in order": (
-        {"model.rope": RopeConfig(scaling="yarn", factor=2.0, beta_slow=32.0)},
-        "model.rope.beta_slow=32.0 must be below model.rope.beta_fast=32.0.",
-        {"model.rope": RopeConfig(scaling="yarn", factor=2.0, beta_slow=31.0)},
-    ),
-    "the warm-up ends": (
+    (
         {"optimizer.warmup_steps": 11},
-        "optimizer.warmup_steps=11 exceeds train.steps=10: the peak learning rate would never be reached; set "
-        "optimizer.warmup_steps=10 or less.",
+        ["optimizer.warmup_steps=11", "train.steps=10", "optimizer.warmup_steps=10 or less"],
         {"optimizer.warmup_steps": 10},
     ),
-    "the warm-up ends before the decay": (
-        {"optimizer.schedule": "wsd", "optimizer.warmup_steps": 11, "optimizer.decay_fraction": 0.4},
-        "optimizer.warmup_steps=11 exceeds train.steps=10: the peak learning rate would never be reached; set "
-        "optimizer.warmup_steps=6 or less.",
-        {"optimizer.schedule": "wsd", "optimizer.warmup_steps": 6, "optimizer.decay_fraction": 0.4},
+    (
+        wsd(11, 0.4),
+        ["optimizer.warmup_steps=11", "train.steps=10", "optimizer.warmup_steps=6 or less"],
+        wsd(6, 0.4),
     ),
-    "the decay leaves no warm-up": (
-        {"optimizer.schedule": "wsd", "optimizer.warmup_steps": 11, "optimizer.decay_fraction": 1.0},
-        "optimizer.warmup_steps=11 exceeds train.steps=10: the peak learning rate would never be reached; set "
-        "optimizer.warmup_steps=0.",
-        {"optimizer.schedule": "wsd", "optimizer.warmup_steps": 0, "optimizer.decay_fraction": 1.0},
+    (wsd(11, 1.0), ["optimizer.warmup_steps=11", "train.steps=10", "set optimizer.warmup_steps=0."], wsd(0, 1.0)),
+    (
+        wsd(7, 0.4),
+        [
+            "optimizer.warmup_steps=7",
+            "last 4 steps",
+            "optimizer.decay_fraction=0.4",
+            "optimizer.warmup_steps=6 or less",
+        ],
+        wsd(6, 0.4),
     ),
-    "the decay follows the warm-up": (
-        {"optimizer.schedule": "wsd", "optimizer.warmup_steps": 7, "optimizer.decay_fraction": 0.4},
-        "optimizer.warmup_steps=7 and a decay over the last 4 steps (optimizer.decay_fraction=0.4) overlap in "
-        "train.steps=10: set optimizer.warmup_steps=6 or less, or lower optimizer.decay_fraction.",
-        {"optimizer.schedule": "wsd", "optimizer.warmup_steps": 6, "optimizer.decay_fraction": 0.4},
-    ),
-    "groups share the batch": (
+    (
         {"train.sequences_per_step": 3},
-        "train.sequences_per_step=3 must be a multiple of the 2 data-parallel groups (dp_replicate x dp_shard); 4 is.",
+        ["train.sequences_per_step=3", "the 2 data-parallel groups", "4 is"],
         {"train.sequences_per_step": 4},
     ),
-    "the layout exists": (
+    (
         {"parallel.layout": "zigzak"},
-        "parallel.layout='zigzak' does not exist; choose one of balanced, contiguous, striped, zigzag. "
-        "Did you mean 'zigzag'?",
+        ["parallel.layout='zigzak'", "balanced, contiguous, striped, zigzag", "Did you mean 'zigzag'?"],
         {"parallel.layout": "striped"},
     ),
-    "the strategy takes it": (
+    (
         {"parallel.strategy": "single"},
-        "parallel.strategy='single' refuses this run: strategy 'single' keeps the sequence on one rank: set "
-        "parallel.context=1 instead of 2.",
+        ["parallel.strategy='single'", "set parallel.context=1 instead of 2"],
         {"parallel.strategy": "single", "parallel.context": 1, "train.sequences_per_step": 4},
     ),
-}
+]
 
 
-@pytest.mark.parametrize("rule", list(CASES))
-def test_rule(rule: str) -> None:
-    wrong, message, right = CASES[rule]
+@pytest.mark.parametrize(("wrong", "fragments", "right"), CASES, ids=[fragments[0] for _, fragments, _ in CASES])
+def test_rule(wrong: dict[str, Any], fragments: list[str], right: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as refused:
         check(wrong)
-    assert str(refused.value) == message
+    assert [fragment for fragment in fragments if fragment not in str(refused.value)] == []
     check(right)
 
 
-def test_a_strategy_that_does_not_exist() -> None:
+def test_one_golden_sentence() -> None:
+    with pytest.raises(ConfigError) as refused:
+        check({"train.sequences_per_step": 3})
+    assert str(refused.value) == (
+        "train.sequences_per_step=3 must be a multiple of the 2 data-parallel groups (dp_replicate x dp_shard); 4 is."
+    )
+
+
+def test_names_that_do_not_exist() -> None:
     with pytest.raises(ConfigError, match=r"strategy 'rings' does not exist; .* Did you mean 'ring'\?"):
         check({"parallel.strategy": "rings"})
-
-
-def test_an_option_that_the_mechanism_does_not_have() -> None:
     with pytest.raises(ConfigError, match=r"attention\.options\.casual=true is not a known key"):
         check({"attention.options": {"casual": True}})

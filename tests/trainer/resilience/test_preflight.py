@@ -15,7 +15,7 @@ from farspan.trainer.resilience.preflight import BadNodeError, NodeCheck, report
 
 
 def check(folder: Path, what: str | None, bad: tuple[int, ...]) -> tuple[str | None, list[str]]:
-    """On a rank: return the error, and what is to be said, where `what` is wrong with the nodes of `bad` ranks."""
+    """On a rank: return the error and the lines to log, where `what` is wrong with the nodes of `bad` ranks."""
     rank = dist.get_rank()
     fault = what if rank in bad else None
 

@@ -31,7 +31,7 @@ WAIT_S = 60
 
 
 def start(work: Callable[..., None], folder: Path, *arguments: object) -> Any:
-    """Start a process whose standard error goes to FOLDER/said_ARGUMENTS."""
+    """Start a process whose standard error goes to FOLDER/errors_ARGUMENTS."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([PRELOAD])
     process = context.Process(target=_with_own_errors, args=(work, folder, arguments), daemon=True)
@@ -40,7 +40,7 @@ def start(work: Callable[..., None], folder: Path, *arguments: object) -> Any:
 
 
 def _with_own_errors(work: Callable[..., None], folder: Path, arguments: tuple[object, ...]) -> None:
-    file = os.open(folder / f"said_{'_'.join(map(str, arguments))}", os.O_WRONLY | os.O_CREAT)
+    file = os.open(folder / f"errors_{'_'.join(map(str, arguments))}", os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 2)
     module.GRACE_S = 0.3
     work(folder, *arguments)
@@ -88,20 +88,20 @@ def test_a_phase_that_does_not_end_leaves_its_stacks(tmp_path: Path, how: str) -
     # The main thread's, and that of the watchdog itself.
     assert f"in {how}\n" in text
     assert "in _expire\n" in text
-    said = (tmp_path / f"said_{how}").read_text()
+    errors = (tmp_path / f"errors_{how}").read_text()
     what = "farspan: rank 3 hangs: step at step 12 did not end within watchdog.step_s=0.3; "
-    assert said == f"{what}stacks are in {written.parent}/.\n"
+    assert errors == f"{what}stacks are in {written.parent}/.\n"
 
 
 def test_code_that_keeps_python_from_running_is_ended_too(tmp_path: Path) -> None:
     assert exit_status(start(hang_in_a_step, tmp_path, "hold_the_lock")) == 1
-    assert "in hold_the_lock\n" in (tmp_path / "said_hold_the_lock").read_text()
+    assert "in hold_the_lock\n" in (tmp_path / "errors_hold_the_lock").read_text()
 
 
 def test_a_folder_that_cannot_be_written_does_not_keep_it_from_ending(tmp_path: Path) -> None:
     (tmp_path / "stacks").write_text("a file in the way")
     assert exit_status(start(hang_in_a_step, tmp_path, "busy")) == EXIT_HUNG
-    assert "in busy\n" in (tmp_path / "said_busy").read_text()
+    assert "in busy\n" in (tmp_path / "errors_busy").read_text()
 
 
 def go_on_for_long(folder: Path) -> None:
@@ -119,7 +119,7 @@ def go_on_for_long(folder: Path) -> None:
     time.sleep(0.7)
 
 
-def test_phases_that_end_in_time_and_those_without_a_limit_are_left_alone(tmp_path: Path) -> None:
+def test_phases_that_end_in_time_and_those_without_a_limit_are_not_ended(tmp_path: Path) -> None:
     assert exit_status(start(go_on_for_long, tmp_path)) == 0
     assert not (tmp_path / "stacks").exists()
 

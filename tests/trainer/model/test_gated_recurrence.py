@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.support.recurrence import gated_recurrence
 from torch import Tensor
 
 from farspan.kernels.masks.rows import Rows
@@ -22,6 +21,7 @@ from farspan.trainer.model.config import ExpertsConfig, ModelConfig, RopeConfig
 from farspan.trainer.model.gated_recurrence import GatedRecurrence
 from farspan.trainer.train import identity
 from tests.support import tiny
+from tests.support.decoder import gated_recurrence
 from tests.support.rank_pool import RankPool
 from tests.support.steps import (
     STEPS,

@@ -1,4 +1,4 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from farspan.kernels.mechanism import MECHANISMS
@@ -19,7 +19,7 @@ def test_the_file_is_up_to_date() -> None:
 def test_every_key_is_listed() -> None:
     keys = [row[0].strip("`") for row in rows()]
     expected = [name.rpartition(".")[2] for name in flat(tiny.config(Path("data"), Path("run"), ParallelConfig()))]
-    options = [name for mechanism in MECHANISMS for name in MECHANISMS.get(mechanism).__dataclass_fields__]
+    options = [part.name for name in MECHANISMS for part in fields(MECHANISMS.get(name))]  # pyright: ignore[reportArgumentType]
     # A table of options has no keys of its own when it is empty.
     assert sorted(keys) == sorted([*expected, "options", *options])
 

@@ -247,7 +247,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory that this rank has held: allocated on a GPU, resident in RAM on a CPU."""
+    """Return the peak memory of this rank: allocated on a GPU, resident in RAM on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

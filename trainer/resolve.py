@@ -138,9 +138,9 @@ def choose_strategy(config: Config, degrees: Degrees, device_type: str) -> tuple
     """
     if config.parallel.strategy != AUTO:
         return config, []
-    costs, refusals = strategy_costs(config, degrees, device_type)
+    costs, unsupported = strategy_costs(config, degrees, device_type)
     if not costs:
-        raise ConfigError("parallel.strategy='auto' finds none: " + " ".join(sorted(set(refusals.values()))))
+        raise ConfigError("parallel.strategy='auto' finds none: " + " ".join(sorted(set(unsupported.values()))))
     lines = [f"{'auto' if n == 0 else '':<12}{name}: {cost}" for n, (name, cost) in enumerate(costs.items())]
     return replace(config, parallel=replace(config.parallel, strategy=next(iter(costs)))), lines
 

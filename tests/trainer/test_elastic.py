@@ -31,19 +31,8 @@ EXPERTS = [
     (8, ParallelConfig(dp_replicate=2, dp_shard=2, context=2, expert=2)),
     (2, ParallelConfig(context=2)),
 ]
-MODELS = {
-    "dense, tied": {"tied_embeddings": True},
-    "experts with biases": {
-        "experts": ExpertsConfig(
-            count=4,
-            feed_forward=16,
-            score="sigmoid",
-            bias_rate=0.05,
-            balance_loss=0.01,
-            z_loss=0.01,
-        )
-    },
-}
+BALANCED = ExpertsConfig(count=4, feed_forward=16, score="sigmoid", bias_rate=0.05, balance_loss=0.01, z_loss=0.01)
+MODELS = {"dense, tied": {"tied_embeddings": True}, "experts with biases": {"experts": BALANCED}}
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -52,24 +52,21 @@ def test_ten_steps_do_not_depend_on_the_strategy(
     assert_same(ranks(4).run(train_sharded, replace(base, parallel=parallel))[2], reference)
 
 
+FOUR = ParallelConfig(context=4)
+# By name: ranks, and settings of training and of the model.
 VARIANTS = {
-    "replicas": lambda config: replace(config, parallel=ParallelConfig(context=2, dp_replicate=2)),
-    "striped": lambda config: replace(config, parallel=ParallelConfig(context=4, layout="striped")),
-    "recompute": lambda config: replace(
-        config, parallel=ParallelConfig(context=4), train=replace(config.train, recompute="block")
-    ),
-    "key convolution": lambda config: tiny.with_model(
-        replace(config, parallel=ParallelConfig(context=4)), key_convolution=3
-    ),
-    "tied, no qk norm, MQA": lambda config: tiny.with_model(
-        replace(config, parallel=ParallelConfig(context=4)), tied_embeddings=True, qk_norm=False, kv_heads=1
-    ),
+    "replicas": (ParallelConfig(context=2, dp_replicate=2), {}, {}),
+    "striped": (ParallelConfig(context=4, layout="striped"), {}, {}),
+    "recompute": (FOUR, {"recompute": "block"}, {}),
+    "key convolution": (FOUR, {}, {"key_convolution": 3}),
+    "tied, no qk norm, MQA": (FOUR, {}, {"tied_embeddings": True, "qk_norm": False, "kv_heads": 1}),
 }
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_variants_of_the_run(base: Config, ranks: Callable[[int], RankPool], variant: str) -> None:
-    config: Config = VARIANTS[variant](base)
+    parallel, training, model = VARIANTS[variant]
+    config = replace(tiny.with_model(base, **model), parallel=parallel, train=replace(base.train, **training))
     single = replace(config, parallel=ParallelConfig(strategy="single"))
     truth = train_reference(single, ranks(1).run(initial_parameters, single)[0])
     assert_same(ranks(4).run(train_sharded, config)[3], truth)

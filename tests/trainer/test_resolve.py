@@ -47,36 +47,30 @@ def test_a_resolved_configuration_resolves_to_itself(config: Config, tmp_path: P
 
 @pytest.mark.parametrize(
     ("asked", "num_gpus", "local_rank", "expected"),
-    [("cpu", 8, 0, "cpu"), ("auto", 0, 5, "cpu"), ("auto", 2, 1, "cuda:1"), ("cuda", 8, 7, "cuda:7")],
+    [
+        ("cpu", 8, 0, "cpu"),
+        ("auto", 0, 5, "cpu"),
+        ("auto", 2, 1, "cuda:1"),
+        ("cuda", 8, 7, "cuda:7"),
+        ("cuda", 0, 0, "train.device='cuda' but torch sees no GPU"),
+        ("cuda", 2, 2, "rank 2 of this machine has no GPU, torch sees 2"),
+        ("auto", 2, 3, "rank 3 of this machine has no GPU, torch sees 2"),
+    ],
 )
 def test_device(
     config: Config, monkeypatch: pytest.MonkeyPatch, asked, num_gpus: int, local_rank: int, expected: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
     asking = replace(config, train=replace(config.train, device=asked))
-    assert str(choose_device(asking, local_rank)) == expected
-
-
-@pytest.mark.parametrize(
-    ("asked", "num_gpus", "local_rank", "message"),
-    [
-        ("cuda", 0, 0, "train.device='cuda' but torch sees no GPU"),
-        ("cuda", 2, 2, "rank 2 of this machine has no GPU, torch sees 2"),
-        ("auto", 2, 3, "rank 3 of this machine has no GPU, torch sees 2"),
-    ],
-)
-def test_a_gpu_that_is_not_there(
-    config: Config, monkeypatch: pytest.MonkeyPatch, asked, num_gpus: int, local_rank: int, message: str
-) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
-    with pytest.raises(ConfigError, match=message):
-        choose_device(replace(config, train=replace(config.train, device=asked)), local_rank)
+    if " " in expected:
+        with pytest.raises(ConfigError, match=expected):
+            choose_device(asking, local_rank)
+    else:
+        assert str(choose_device(asking, local_rank)) == expected
 
 
 def test_a_vocabulary_that_is_too_small(config: Config) -> None:
-    with pytest.raises(
-        ConfigError, match=r"model\.vocabulary_size=256 is smaller than the 257 tokens of data\.folder="
-    ):
+    with pytest.raises(ConfigError, match=r"model\.vocabulary_size=256 .* 257 tokens of data\.folder="):
         resolve(tiny.with_model(config, vocabulary_size=256), Ranks(world_size=2))
     resolve(tiny.with_model(config, vocabulary_size=257), Ranks(world_size=2))
 

@@ -164,6 +164,12 @@ def test_overrides_win_over_the_file_and_over_earlier_ones(write):
     assert load_config(Config, path, ["train.steps=3", "train.steps=4"]).train.steps == 4
 
 
+def assert_ends_with(refused: pytest.ExceptionInfo[ConfigError], message: str) -> None:
+    """A fragment without its final dot is anywhere in the sentence."""
+    assert message in str(refused.value)
+    assert not message.endswith(".") or str(refused.value).endswith(message)
+
+
 KEYS = "choose one of run, seed, attention, train, moe."
 
 
@@ -212,7 +218,7 @@ def test_refuses_a_bad_value_by_name(write, text, message):
     before, brace, after = text.partition("[")
     with pytest.raises(ConfigError) as refused:
         load_config(Config, write(before + "\n" + BASE + brace + after if brace else text + "\n" + BASE))
-    assert message in str(refused.value)
+    assert_ends_with(refused, message)
 
 
 @pytest.mark.parametrize(
@@ -241,12 +247,7 @@ def test_refuses_a_bad_value_by_name(write, text, message):
 def test_refuses_a_bad_override_by_name(write, override, message):
     with pytest.raises(ConfigError) as refused:
         load_config(Config, write(BASE), [override])
-    assert message in str(refused.value)
-
-
-def test_choices_that_are_all_listed_need_no_guess(write):
-    with pytest.raises(ConfigError, match=r"'mosa'\.$"):
-        load_config(Config, write(BASE), ["attention.mechanism=dens"])
+    assert_ends_with(refused, message)
 
 
 def test_override_below_a_scalar_of_the_file_is_refused(write):
@@ -333,12 +334,6 @@ def test_dump_is_plain_toml():
     assert to_toml(config, brief=True) == (
         '[run]\nname = "demo"\n\n[attention]\n\n[attention.options]\nwindow = 8\n\n[train]\nclip = "none"\n'
     )
-
-
-def test_from_tree_names_its_section():
-    assert from_tree(Moe, {"experts": 2}, "model.moe") == Moe(experts=2)
-    with pytest.raises(ConfigError, match=r"^model\.moe\.experts=1 must be at least 2\.$"):
-        from_tree(Moe, {"experts": 1}, "model.moe")
 
 
 def test_field_of_an_unknown_type_is_the_authors_error():

@@ -90,10 +90,9 @@ def test_that_all_ranks_lack_the_device_is_no_fault_of_nodes(ranks, tmp_path: Pa
 def test_what_is_odd_is_a_line_for_each_rank() -> None:
     usual = NodeCheck(host="n1", clock=1e9, memory=2**34, product_s=0.01, disk=2**40, no_device=None, fault=None)
     few = [usual, replace(usual, host="n2")]
-    assert list(report([*few, *few])) == [
-        "nodes       2 with 4 ranks; each has 16.0 GiB of memory free, a product takes 10.00 ms (medians); "
-        "1,024 GiB of disk free"
-    ]
+    (line,) = report([*few, *few])
+    for number in ("2 with 4 ranks", "16.0 GiB of memory", "10.00 ms", "1,024 GiB of disk"):
+        assert number in line
     odd = [
         replace(usual, host="n3", clock=1e9 - 3),
         replace(usual, host="n4", product_s=0.0151, memory=2**33),

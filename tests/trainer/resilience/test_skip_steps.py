@@ -81,12 +81,8 @@ def test_skipped_steps_are_counted_and_not_compared_with() -> None:
         remember(config, state, math.nan, 3.0, "the loss is nan")
     assert (state.skipped, state.skipped_in_a_row, state.recent_losses, state.recent_norms) == (2, 2, [1.0], [2.0])
     remember(config, state, 5.0, 6.0, None)
-    assert (state.skipped, state.skipped_in_a_row, state.recent_losses, state.recent_norms) == (
-        2,
-        0,
-        [1.0, 5.0],
-        [2, 6],
-    )
+    assert (state.skipped, state.skipped_in_a_row) == (2, 0)
+    assert (state.recent_losses, state.recent_norms) == ([1.0, 5.0], [2.0, 6.0])
     # A run that goes on without the rule has nothing to carry along.
     remember(SkipConfig(), state, 5.0, 6.0, None)
     assert (state.recent_losses, state.recent_norms) == ([], [])

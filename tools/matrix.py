@@ -16,8 +16,8 @@ from farspan.parallel.context_parallel.cost_model import Cost
 from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.parallel.mesh import Degrees
 from farspan.tools.command import print_all
-from farspan.trainer.auto import strategy_costs
 from farspan.trainer.config import Config
+from farspan.trainer.resolve import strategy_costs
 from farspan.trainer.toml_config import load_config
 
 COLUMNS = (

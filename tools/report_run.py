@@ -21,7 +21,7 @@ from farspan.tools.command import print_all
 from farspan.trainer.config import Config
 from farspan.trainer.metrics import EVALUATION_KEY
 from farspan.trainer.model.flops import matrix_parameters, total_parameters
-from farspan.trainer.records import records
+from farspan.trainer.state import records
 from farspan.trainer.toml_config import load_config
 
 MOST_POINTS = 300

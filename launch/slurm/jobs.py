@@ -10,7 +10,7 @@ from typing import NamedTuple
 from farspan.launch.slurm.client import SlurmError, slurm
 from farspan.launch.slurm.failures import failures
 from farspan.launch.slurm.history import FILE, runs_of, submissions
-from farspan.trainer.records import records
+from farspan.trainer.state import records
 
 LOG_LINES = 100
 FAILURES_SHOWN = 3

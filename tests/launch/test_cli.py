@@ -333,7 +333,7 @@ class Seen:
 sys.meta_path.insert(0, Seen)
 from farspan.launch import cli
 def train(config, ranks, stop):
-    print(stop.warned)
+    print(stop.preemption_warning)
 sys.modules["farspan.trainer.train"] = types.SimpleNamespace(train=train)
 sys.exit(cli.main(["train", "configs/demo.toml"]))
 """

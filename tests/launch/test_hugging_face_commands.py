@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from farspan.launch import cli
-from farspan.trainer import train as module
+from farspan.trainer import metrics as module
 from farspan.trainer.toml_config import load_config
 from farspan.trainer.weights.locate import Decoder
 from tests.support import hugging_face_models as ours

@@ -41,7 +41,7 @@ folder = Path(sys.argv[1])
 while not (folder / "sent").exists():
     time.sleep(0.01)
 with StopSignal(first=lambda number: None) as stop:
-    sys.exit(EXIT_WARNED if stop.warned else 0 if stop.requested else 1)
+    sys.exit(EXIT_WARNED if stop.preemption_warning else 0 if stop.requested else 1)
 """
 
 

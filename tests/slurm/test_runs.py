@@ -15,7 +15,7 @@ import pytest
 from farspan.launch.slurm.failures import failures
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import CheckpointConfig, EvaluateConfig
-from farspan.trainer.records import records
+from farspan.trainer.state import records
 from farspan.trainer.toml_config import to_toml
 from tests.slurm.conftest import Cluster
 from tests.support import tiny

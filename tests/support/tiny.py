@@ -31,14 +31,7 @@ def config(data: Path, folder: Path, parallel: ParallelConfig, *, steps: int = 1
     return Config(
         run=RunConfig(folder=folder, seed=11),
         model=ModelConfig(
-            layers=2,
-            width=32,
-            heads=4,
-            kv_heads=2,
-            head_dim=8,
-            feed_forward=48,
-            vocabulary_size=264,
-            qk_norm=True,
+            layers=2, width=32, heads=4, kv_heads=2, head_dim=8, feed_forward=48, vocabulary_size=264, qk_norm=True
         ),
         data=DataConfig(folder=data, sequence_tokens=SEQUENCE_TOKENS),
         train=TrainConfig(steps=steps, sequences_per_step=2, compute_dtype="float64", device="cpu"),

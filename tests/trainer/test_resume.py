@@ -58,7 +58,7 @@ EXPERTS = ExpertsConfig(
 @pytest.mark.filterwarnings("ignore")
 def test_a_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
     parallel = ParallelConfig(context=2, expert=2)
-    config = tiny.config(tiny.make_data(tmp_path), tmp_path / "whole", parallel, steps=STEPS)
+    config = tiny.config(tiny.make_data(tmp_path), tmp_path / "undisturbed", parallel, steps=STEPS)
     config = tiny.with_model(config, experts=EXPERTS)
     config = replace(
         config,
@@ -66,17 +66,17 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
         checkpoint=CheckpointConfig(every_steps=RESUME_AT, keep=2),
         evaluate=EvaluateConfig(every_steps=0, sequences=3),
     )
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    (tmp_path / "whole.toml").write_text(to_toml(config))
-    launch(tmp_path / "whole.toml")
+    undisturbed, resumed = tmp_path / "undisturbed", tmp_path / "resumed"
+    (tmp_path / "undisturbed.toml").write_text(to_toml(config))
+    launch(tmp_path / "undisturbed.toml")
 
     # The folder as a run leaves it that was killed after step 3: the last checkpoint is gone, its records are not.
-    shutil.copytree(whole, resumed)
+    shutil.copytree(undisturbed, resumed)
     shutil.rmtree(resumed / "checkpoints" / f"step_{STEPS:08d}")
     (tmp_path / "resumed.toml").write_text(to_toml(replace(config, run=replace(config.run, folder=resumed))))
     launch(tmp_path / "resumed.toml")
 
-    before, after = records(whole), records(resumed)
+    before, after = records(undisturbed), records(resumed)
     assert (
         [record["step"] for record in after] == [record["step"] for record in before] == [*range(1, STEPS + 1), STEPS]
     )
@@ -84,4 +84,4 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
         for name in ("loss", "grad_norm", "tokens", "eval_loss", "loss_by_position", *EXPERT_RECORDS):
             assert old.get(name) == new.get(name), (name, old["step"])
     assert before[-2]["step_s"] != after[-2]["step_s"], "the steps after the resume were not run again"
-    assert_same_bits(checkpoint(whole, STEPS, tmp_path / "a.pt"), checkpoint(resumed, STEPS, tmp_path / "b.pt"))
+    assert_same_bits(checkpoint(undisturbed, STEPS, tmp_path / "a.pt"), checkpoint(resumed, STEPS, tmp_path / "b.pt"))

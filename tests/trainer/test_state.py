@@ -6,7 +6,7 @@ from farspan.trainer.data.sample_hash import follow
 from farspan.trainer.state import TrainState
 
 
-def test_a_state_comes_back_whole() -> None:
+def test_a_state_comes_back_complete() -> None:
     saved = TrainState(step=3, sequences=12, tokens=1000, stream="a", skipped=2, recent_losses=[0.1, 1 / 3])
     loaded = TrainState()
     loaded.load_state_dict(json.loads(json.dumps(saved.state_dict())))

@@ -28,6 +28,7 @@ from farspan.trainer.checkpoint.shards import read_shards, write_shards
 from farspan.trainer.checkpoint.steps import finished, make_room, prune, publish, step_name
 from farspan.trainer.checkpoint.verify import check_sizes, verified
 from farspan.trainer.config import CheckpointConfig
+from farspan.trainer.renamed import current_names
 from farspan.trainer.resilience.agreement import all_gather_objects, on_first_rank, raise_on_all_ranks
 from farspan.trainer.state import TrainState
 
@@ -158,6 +159,7 @@ class Checkpointer:
         return manifest
 
     def _check_identity(self, folder: Path, saved: Mapping[str, Any]) -> None:
+        saved = current_names(saved)
         differences = {
             name: f"{name} ({saved.get(name)!r}, now {self._identity.get(name)!r})"
             for name in sorted({*saved, *self._identity})

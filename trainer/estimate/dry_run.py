@@ -7,11 +7,10 @@ import torch
 
 from farspan.parallel.mesh import Degrees, Mesh
 from farspan.parallel.ranks import pretended
-from farspan.trainer.auto import choose_strategy
 from farspan.trainer.build import parameters_held
 from farspan.trainer.config import Config
 from farspan.trainer.estimate.summary import describe
-from farspan.trainer.resolve import fill_in, open_data
+from farspan.trainer.resolve import choose_strategy, fill_in, open_data
 from farspan.trainer.validate import validate
 
 log = logging.getLogger("farspan")

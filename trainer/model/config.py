@@ -8,8 +8,7 @@ from farspan.kernels.layers.rope import Llama3Scaling, RopeScaling, YarnScaling
 from farspan.kernels.mechanism import Access, Heads, Mechanism
 from farspan.kernels.moe.expert_router import ExpertRouter
 from farspan.kernels.moe.head_router import AttentionExperts, MixtureOfHeads
-from farspan.trainer.pattern import parse_pattern
-from farspan.trainer.toml_config import bounded
+from farspan.trainer.toml_config import bounded, parse_pattern
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,17 +21,15 @@ from farspan.trainer.model.config import ExpertsConfig, ModelConfig, RopeConfig
 from farspan.trainer.model.gated_recurrence import GatedRecurrence
 from farspan.trainer.train import identity
 from tests.support import tiny
+from tests.support.decoder import gated_recurrence
 from tests.support.rank_pool import RankPool
-from tests.support.recurrence import gated_recurrence
 from tests.support.steps import (
     STEPS,
-    TOLERANCE,
     Trajectory,
-    assert_alike,
-    difference,
+    assert_same,
     initial_parameters,
-    train_alone,
-    train_dealt,
+    train_reference,
+    train_sharded,
 )
 
 
@@ -84,7 +82,7 @@ def truth(base: Config, ranks: Callable[[int], RankPool]) -> Truth:
     def compute(pattern: str) -> Trajectory:
         if pattern not in known:
             config = with_mechanism(base, pattern)
-            known[pattern] = train_alone(config, ranks(1).run(initial_parameters, config)[0])
+            known[pattern] = train_reference(config, ranks(1).run(initial_parameters, config)[0])
         return known[pattern]
 
     return compute
@@ -110,9 +108,9 @@ def test_ten_steps_do_not_depend_on_the_ranks(
     parallel = ParallelConfig(context=context, strategy=strategy, layout=layout)
     train = replace(base.train, recompute="block" if context == 4 else "none")
     config = with_mechanism(replace(base, parallel=parallel, train=train), pattern)
-    course = ranks(context).run(train_dealt, config)[-1]
+    course = ranks(context).run(train_sharded, config)[-1]
     assert any(name.endswith("attention.gate.weight") for name in course.gradients[0])
-    assert difference(course, truth(pattern)) <= TOLERANCE
+    assert_same(course, truth(pattern))
 
 
 EXPERTS = ExpertsConfig(count=8, per_token=2, feed_forward=16, balance_loss=0.02)
@@ -123,15 +121,15 @@ def test_ten_steps_with_experts(base: Config, ranks: Callable[[int], RankPool]) 
     config = tiny.with_model(with_mechanism(base, HYBRID), experts=EXPERTS)
     start = ranks(1).run(initial_parameters, config)[0]
     for parallel in (ParallelConfig(context=4, expert=4), ParallelConfig(context=2, dp_shard=2, expert=4)):
-        course = ranks(4).run(train_dealt, replace(config, parallel=parallel))[1]
-        assert_alike(course, train_alone(config, start, max(parallel.dp_shard, 1)))
+        course = ranks(4).run(train_sharded, replace(config, parallel=parallel))[1]
+        assert_same(course, train_reference(config, start, max(parallel.dp_shard, 1)))
 
 
 def test_bfloat16_follows_float64(base: Config, truth: Truth, ranks: Callable[[int], RankPool]) -> None:
     """Losses within 1 %; parameters and their gradients stay float32."""
     config = with_mechanism(replace(base, parallel=ParallelConfig(context=2)), HYBRID)
     rounded = replace(config, train=replace(config.train, compute_dtype="bfloat16"))
-    course = ranks(2).run(train_dealt, rounded)[0]
+    course = ranks(2).run(train_sharded, rounded)[0]
     assert course.losses == pytest.approx(truth(HYBRID).losses, rel=1e-2)
     assert len(set(course.losses)) == STEPS
     assert {gradient.dtype for gradient in course.gradients[-1].values()} == {torch.float32}

@@ -15,13 +15,11 @@ from farspan.trainer.model.config import ExpertsConfig, HeadMixtureConfig
 from tests.support import tiny
 from tests.support.rank_pool import RankPool
 from tests.support.steps import (
-    TOLERANCE,
     Trajectory,
-    assert_alike,
-    difference,
+    assert_same,
     initial_parameters,
-    train_alone,
-    train_dealt,
+    train_reference,
+    train_sharded,
 )
 
 EXPERTS = ExpertsConfig(count=4, per_token=2, feed_forward=16, shared=8, score="sigmoid", bias_rate=0.01)
@@ -77,8 +75,8 @@ def test_ten_steps_do_not_depend_on_the_ranks(base: Config, ranks: Callable[[int
     dealt = replace(config, parallel=parallel, train=replace(config.train, recompute=recompute))
     data = max(parallel.dp_shard, 1)
     for run, together in ((config, 1), (dealt, data)):
-        courses = ranks(run.parallel.context * max(run.parallel.dp_shard, 1)).run(train_dealt, run)
-        assert_alike(courses[-1], train_alone(config, start, together))
+        courses = ranks(run.parallel.context * max(run.parallel.dp_shard, 1)).run(train_sharded, run)
+        assert_same(courses[-1], train_reference(config, start, together))
 
 
 MECHANISMS = {
@@ -91,7 +89,7 @@ MECHANISMS = {
 
 def train_all(configs: list[Config]) -> list[Trajectory]:
     """On each rank: two steps of every run."""
-    return [train_dealt(config, 2) for config in configs]
+    return [train_sharded(config, 2) for config in configs]
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
@@ -108,7 +106,7 @@ def test_any_mechanism_attends_with_chosen_heads(
         dealt = [replace(config, parallel=ParallelConfig(context=2, strategy=strategy)) for config in configs]
         for mine, other in zip(ranks(2).run(train_all, dealt)[1], alone, strict=True):
             assert all(gradient.abs().max() > 0 for gradient in other.gradients[0].values())
-            assert difference(mine, other) <= TOLERANCE
+            assert_same(mine, other)
 
 
 def test_heads_are_chosen_beside_gated_recurrences(base: Config, ranks: Callable[[int], RankPool]) -> None:
@@ -118,4 +116,4 @@ def test_heads_are_chosen_beside_gated_recurrences(base: Config, ranks: Callable
     start = ranks(1).run(initial_parameters, config)[0]
     assert [name for name in start if name.endswith("head_router.weight")] == ["blocks.1.attention.head_router.weight"]
     dealt = replace(config, parallel=ParallelConfig(context=2, strategy="ring"))
-    assert_alike(ranks(2).run(train_dealt, dealt)[-1], train_alone(config, start, 1))
+    assert_same(ranks(2).run(train_sharded, dealt)[-1], train_reference(config, start, 1))

@@ -16,7 +16,7 @@ from farspan.errors import CheckpointError, ConfigError
 from farspan.parallel.comm import Traffic
 from farspan.parallel.mesh import Mesh, ParallelConfig
 from farspan.parallel.ranks import Ranks, connected
-from farspan.trainer import train as module
+from farspan.trainer import metrics as module
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.checkpoint.verify import newest_whole
 from farspan.trainer.config import Config

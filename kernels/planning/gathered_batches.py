@@ -17,7 +17,7 @@ from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.planning.bounds import Bounds, all_see, may_see
 from farspan.kernels.planning.plan import Plan
-from farspan.kernels.planning.ragged import ranges
+from farspan.kernels.ragged import ranges
 from farspan.kernels.planning.regions import Kind
 
 SHARED_ROWS = 16

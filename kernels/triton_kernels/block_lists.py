@@ -19,7 +19,7 @@ from farspan.kernels.masks.rows import PADDING, Rows
 from farspan.kernels.planning.bounds import Bounds, all_see, may_see
 from farspan.kernels.planning.candidates import candidates
 from farspan.kernels.planning.plan import HeadPlan, Plan
-from farspan.kernels.planning.ragged import ranges
+from farspan.kernels.ragged import ranges
 from farspan.kernels.planning.tiles import Tiling
 
 COUNT_BITS = 12

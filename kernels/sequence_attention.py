@@ -99,7 +99,7 @@ class _MaskedAttention(SequenceAttention):
         q, k, v = inputs
         plan = self.plan
         if self.local_shard is not None:
-            plan = plan.choosing(self.local_shard.mechanism.select(q, k, self.local_shard))
+            plan = plan.with_selection(self.local_shard.mechanism.select(q, k, self.local_shard))
         out, lse = attention_forward(q, k, v, plan, backend=self.backend)
         out = out.to(q.dtype)
         return out, Saved((q, k, v, out, lse), (plan,))
@@ -189,7 +189,7 @@ class _LifetimeAttention(SequenceAttention):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v, routing = inputs
         lifetimes = self.local_shard.lifetimes(routing)
-        plan = self.plan.living(lifetimes.last)
+        plan = self.plan.with_lifetimes(lifetimes.last)
         out, lse = attention_forward(q, k, v, plan, backend=self.backend)
         out = out.to(q.dtype)
         return out, Saved((q, k, v, out, lse, routing), (plan, lifetimes))

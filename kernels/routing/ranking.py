@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from farspan.kernels.ragged import expand
+
 
 def affinity(q: Tensor, summary: Tensor) -> Tensor:
     """Return q . summary, float32 `[heads, queries, blocks]`, of q `[queries, Hq, D]` and summary `[blocks, Hk, D]`.
@@ -62,9 +64,7 @@ def rank_in_group(scores: Tensor, group: Tensor) -> Tensor:
     """
     worst_first = -sortable(scores) - 1
     order = ((group[:, None] << 32) + worst_first).sort(dim=0, stable=True).indices
-    sizes = group.bincount()
-    start = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-    place = torch.arange(len(group), device=scores.device) - start
+    _, place = expand(group.bincount())  # ranks in the sorted order, [n]
     return torch.zeros_like(order).scatter_(0, order, place[:, None].expand_as(order))
 
 

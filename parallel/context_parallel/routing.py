@@ -32,9 +32,9 @@ class Choices(NamedTuple):
         """Return the plans of local queries with what was chosen; tokens: of the keys of each, int64 `[keys]`."""
         if self.lifetimes is not None:
             last = (self.lifetimes.take(of_keys).last for of_keys in tokens)
-            return tuple(plan.living(x) for plan, x in zip(plans, last, strict=True))
+            return tuple(plan.with_lifetimes(x) for plan, x in zip(plans, last, strict=True))
         if self.selection is not None:
-            return tuple(plan.choosing(self.selection) for plan in plans)
+            return tuple(plan.with_selection(self.selection) for plan in plans)
         return tuple(plans)
 
 

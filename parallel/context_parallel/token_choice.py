@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.mechanism import Heads, TokenChoice
+from farspan.kernels.ragged import expand
 from farspan.kernels.routing.token_choice import ChosenTokens
 from farspan.kernels.sequence_attention import Saved, token_choice_backward, token_choice_forward, token_choice_lse
 from farspan.parallel.comm import Channel
@@ -81,8 +82,7 @@ def shard_chosen_tokens(chosen: Tensor, shards: Shards, rank: int) -> tuple[Shar
     # At least one row, of padding if need be: transfers are not empty.
     index = torch.full((shards.degree, max(int(counts.max()), 1)), -1)
     order = holder.argsort(stable=True)
-    nth = torch.arange(len(order)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    index[holder[order], nth] = order
+    index[holder[order], expand(counts)[1]] = order
     mine = index[rank]
     chosen_tokens = ChosenTokens(
         token=torch.cat((token, token.new_full((1,), -1)))[mine],

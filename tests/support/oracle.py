@@ -69,14 +69,14 @@ def visible_mask(queries: Rows, keys: Rows, attention_mask: AttentionMask, heads
 
 def selected_mask(selection: BlockSelection, keys: Rows, heads: int) -> Tensor:
     """Return whether the block of each key is on the list of each head and query, list by list."""
-    queries = len(selection.unit)
-    offsets, chosen = selection.offsets.tolist(), selection.chosen.tolist()
+    queries = len(selection.query_block)
+    offsets, chosen = selection.offsets.tolist(), selection.key_blocks.tolist()
     blocks = selection.blocks.of(keys)
     mask = torch.zeros(heads, queries, len(keys), dtype=torch.bool)
     for head in range(heads):
-        for row, unit in enumerate(selection.unit.tolist()):
+        for row, unit in enumerate(selection.query_block.tolist()):
             if unit >= 0:
-                number = head // (heads // selection.heads) * selection.num_units + unit
+                number = head // (heads // selection.heads) * selection.num_query_blocks + unit
                 mine = torch.tensor(chosen[offsets[number] : offsets[number + 1]], dtype=torch.int64)
                 mask[head, row] = torch.isin(blocks, mine)
     return mask

@@ -29,13 +29,13 @@ def select(
 
 def lists(selection: BlockSelection) -> dict[tuple[int, int], list[int]]:
     """Return the blocks of each (head, unit)."""
-    offsets, chosen = selection.offsets.tolist(), selection.chosen.tolist()
+    offsets, chosen = selection.offsets.tolist(), selection.key_blocks.tolist()
     return {
         (head, unit): chosen[
-            offsets[head * selection.num_units + unit] : offsets[head * selection.num_units + unit + 1]
+            offsets[head * selection.num_query_blocks + unit] : offsets[head * selection.num_query_blocks + unit + 1]
         ]
         for head in range(selection.heads)
-        for unit in set(selection.unit.tolist()) - {-1}
+        for unit in set(selection.query_block.tolist()) - {-1}
     }
 
 

@@ -57,7 +57,7 @@ def _choice(mechanism: Mechanism, inputs: list[Tensor], rows: Rows) -> list[Tens
             total=identity,
         )
         selection = mechanism.select(q, k, local_shard)
-        return [selection.offsets, selection.chosen]
+        return [selection.offsets, selection.key_blocks]
     if isinstance(mechanism, TokenChoice):
         return [mechanism.choose(last[..., 0].float(), rows)]
     return [chosen_types(last)] if isinstance(mechanism, KVLifetime) else None

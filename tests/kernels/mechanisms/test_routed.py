@@ -33,7 +33,7 @@ def by_row(selection: BlockSelection, held: Tensor) -> dict[tuple[int, int], lis
     return {
         (head, row): of_units[head // group, unit]
         for head in range(4)
-        for row, unit in zip(held.tolist(), selection.unit.tolist(), strict=True)
+        for row, unit in zip(held.tolist(), selection.query_block.tolist(), strict=True)
         if unit >= 0
     }
 
@@ -74,7 +74,7 @@ def test_heads_choose_alike_when_they_are_dealt(mechanism: Routed) -> None:
         selection = mechanism.select(q[:, heads.start : heads.stop], k[:, kv], local_shard)
         found, group = lists(selection), len(heads) // selection.heads
         for head in heads:
-            for row, unit in enumerate(selection.unit.tolist()):
+            for row, unit in enumerate(selection.query_block.tolist()):
                 if unit >= 0:
                     assert found[(head - heads.start) // group, unit] == whole[head, row]
 
@@ -86,7 +86,7 @@ def test_each_query_chooses_some_visible_block_or_none_is_there(mechanism: Route
     selection = select(mechanism, q, k, ROWS)
     blocks, visible = mechanism.blocks(ROWS).of(ROWS), mechanism.attention_mask().mask(ROWS, ROWS)
     for (_, unit), chosen in lists(selection).items():
-        of_unit = visible[selection.unit == unit].any(dim=0)
+        of_unit = visible[selection.query_block == unit].any(dim=0)
         assert set(chosen) <= set(blocks[of_unit].tolist())
         assert chosen == sorted(set(chosen))
 

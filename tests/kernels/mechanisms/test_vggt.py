@@ -66,4 +66,4 @@ def test_the_least_number_of_blocks_is_rounded_as_in_python() -> None:
     """int(20 * (1 - 0.9)) is 1, as 1 - 0.9 is below a tenth; in float32 it would be 2."""
     rows = Rows.packed([20 * 4])
     q, k = torch.ones(80, 1, 16), torch.zeros(80, 1, 16)
-    assert select(VGGT(mass=0.0, sparsity=0.9, tile=80, block=4), q, k, rows).chosen.tolist() == [0]
+    assert select(VGGT(mass=0.0, sparsity=0.9, tile=80, block=4), q, k, rows).key_blocks.tolist() == [0]

@@ -9,7 +9,7 @@ from farspan.kernels.lifetimes.lifetimes import Lifetimes
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.planning import lifetime_batches as alive
-from farspan.kernels.planning.lifetime_batches import alive_batches
+from farspan.kernels.planning.lifetime_batches import lifetime_batches
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.planning.regions import Kind
 from tests.support.oracle import relative_error
@@ -29,7 +29,7 @@ def random_lifetime(rows: Rows) -> Tensor:
 
 def plan_of(queries: Tensor, keys: Tensor, rows: Rows = ROWS) -> Plan:
     plan = Plan.build(rows.take(queries), rows.take(keys), AttentionMask(), heads=KV_HEADS * GROUP)
-    return plan.living(random_lifetime(rows)[:, keys])
+    return plan.with_lifetimes(random_lifetime(rows)[:, keys])
 
 
 PARTS = {
@@ -58,7 +58,7 @@ def test_every_visible_pair_is_in_one_batch(part: str, small: bool, monkeypatch:
     heads = KV_HEADS * GROUP
     count = torch.zeros(len(plan.queries), heads, len(plan.keys), KV_HEADS, dtype=torch.int32).flatten(2).flatten(0, 1)
     kinds = set()
-    for batch in alive_batches(plan, KV_HEADS):
+    for batch in lifetime_batches(plan, KV_HEADS):
         kinds.add(batch.kind)
         assert batch.queries.unique().numel() == batch.queries.numel()
         for number, (query, key) in enumerate(zip(batch.queries, batch.keys, strict=True)):
@@ -101,6 +101,6 @@ def test_work_follows_the_visible_pairs() -> None:
     rows = Rows.packed([6000])
     types = torch.where(torch.rand(6000, 2, generator=torch.Generator().manual_seed(0)) < 0.05, 0, 2).to(torch.int8)
     lifetimes = Lifetimes.of(types, rows, window=16)
-    plan = Plan.build(rows, rows, AttentionMask(), heads=4).living(lifetimes.last)
-    visited = sum(batch.queries.numel() * batch.keys.shape[1] for batch in alive_batches(plan, 2)) // 4
+    plan = Plan.build(rows, rows, AttentionMask(), heads=4).with_lifetimes(lifetimes.last)
+    visited = sum(batch.queries.numel() * batch.keys.shape[1] for batch in lifetime_batches(plan, 2)) // 4
     assert visited < 2.5 * lifetimes.pairs(rows, rows) < 0.2 * 6000 * 6001 / 2

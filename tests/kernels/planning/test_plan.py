@@ -170,7 +170,7 @@ def test_a_million_tokens_in_tiny_documents_take_linear_time_and_memory() -> Non
 
 
 def test_candidates_are_found_in_small_portions_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("farspan.kernels.planning.candidates.MAX_CANDIDATES", 7)
+    monkeypatch.setattr("farspan.kernels.planning.bounds.MAX_CANDIDATES", 7)
     rows = Rows.packed([60, 3, 50, 9, 80]).take(torch.randperm(202, generator=torch.Generator().manual_seed(0)))
     for keys in (rows, Rows.packed([60, 3, 50, 9, 80])):
         plan = Plan.build(rows, keys, AttentionMask(), shortest_run=8, heads=1)
@@ -218,15 +218,15 @@ def test_lifetimes_go_with_later_queries_of_a_document_only() -> None:
         torch.arange(20), BlockPartition.blocks(rows, 20), torch.zeros(1, 20, 1, dtype=torch.int64)
     )
     plan = Plan.build(rows, rows, AttentionMask(), heads=1)
-    assert torch.equal(plan.living(lifetime).mask(), plan.mask())
+    assert torch.equal(plan.with_lifetimes(lifetime).mask(), plan.mask())
     for refused in (
-        lambda: plan.living(lifetime).choosing(everything),
-        lambda: plan.choosing(everything).living(lifetime),
-        lambda: Plan.build(rows, rows, AttentionMask(window=5), heads=1).living(lifetime),
-        lambda: Plan.build(rows, rows, AttentionMask(causal=False), heads=1).living(lifetime),
+        lambda: plan.with_lifetimes(lifetime).with_selection(everything),
+        lambda: plan.with_selection(everything).with_lifetimes(lifetime),
+        lambda: Plan.build(rows, rows, AttentionMask(window=5), heads=1).with_lifetimes(lifetime),
+        lambda: Plan.build(rows, rows, AttentionMask(causal=False), heads=1).with_lifetimes(lifetime),
     ):
         with pytest.raises(ValueError, match="a plan with lifetimes must be causal"):
             refused()
     for wrong in (lifetime.long(), lifetime[:, 1:]):
         with pytest.raises(ValueError, match="lifetimes must be int32"):
-            plan.living(wrong)
+            plan.with_lifetimes(wrong)

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from farspan.kernels.lifetimes.gradient import SUMS
 from farspan.kernels.lifetimes.lifetimes import Lifetimes, chosen_types
-from farspan.kernels.masks.attention_mask import AttentionMask
-from farspan.kernels.masks.attention_mask import count_keys_per_query
+from farspan.kernels.masks.attention_mask import AttentionMask, count_keys_per_query
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockExtent, BlockPartition, BlockSelection
 from farspan.kernels.planning.gathered_batches import count_pairs

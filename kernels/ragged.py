@@ -4,7 +4,7 @@ Three lists of 2, 0 and 3 entries, counts = [2, 0, 3]:
 
     offsets_of(counts)              [0, 2, 2, 5]           list i is entries[offsets[i]:offsets[i + 1]]
     expand(counts)                  [0, 0, 2, 2, 2]        the list of each entry
-                                    [0, 1, 0, 1, 2]        its place in that list
+                                    [0, 1, 0, 1, 2]        and its index in that list
     ranges([7, 0, 4], [9, 0, 7])    [7, 8, 4, 5, 6]        np.arange(start, stop) of each pair
     runs([5, 5, 8, 8, 8])           [0, 2], [2, 5]         where each run of equal values starts and stops
 """
@@ -22,7 +22,7 @@ def offsets_of(counts: Tensor) -> Tensor:
 
 
 def expand(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The list of each entry and its place in the list, int64 `[entries]`, of the lists' int64 lengths `[lists]`."""
+    """The list of each entry and its index in that list, int64 `[entries]`, of the lists' int64 lengths `[lists]`."""
     number = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
     first = counts.cumsum(0) - counts
     return number, torch.arange(len(number), device=counts.device) - first[number]

@@ -117,9 +117,9 @@ class _GatherBuffer:
         # The C library returns fresh memory to the system each time, which would cost its page faults per batch.
         if rows.numel() > len(self.memory):
             self.memory = self.memory.new_empty(rows.numel(), self.memory.shape[1])
-        taken = self.memory[: rows.numel()]
-        torch.index_select(self.rows, 0, rows.flatten(), out=taken)
-        return taken.view(rows.shape[0], 1, rows.shape[1], -1)  # [problems * R, width] -> [problems, 1, R, width]
+        gathered = self.memory[: rows.numel()]
+        torch.index_select(self.rows, 0, rows.flatten(), out=gathered)
+        return gathered.view(rows.shape[0], 1, rows.shape[1], -1)  # [problems * R, width] -> [problems, 1, R, width]
 
 
 def _batches(plan: Plan, kv_heads: int) -> Iterable[Batch]:

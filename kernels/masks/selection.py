@@ -26,27 +26,27 @@ class BlockPartition:
 
     Blocks are a function of position, so any subset of the rows, in any order, finds its blocks without the others.
     documents: ids, ascending, int32 `[documents]`. first: each document's first block, then the number of blocks, int64
-    `[documents + 1]`. place: block inside the document of each position, int32 `[longest document]`. sizes: rows per
-    block, int64 `[blocks]`; may be 0.
+    `[documents + 1]`. block_in_document: of each position, int32 `[longest document]`. sizes: rows per block, int64
+    `[blocks]`; may be 0.
     """
 
     documents: Tensor
     first: Tensor
-    place: Tensor
+    block_in_document: Tensor
     sizes: Tensor
 
     @staticmethod
-    def build(global_rows: Rows, place: Callable[[Tensor], Tensor]) -> "BlockPartition":
-        """Partition a full sequence; `place` maps int64 positions to block numbers inside their document."""
+    def build(global_rows: Rows, number: Callable[[Tensor], Tensor]) -> "BlockPartition":
+        """Partition a full sequence; `number` maps int64 positions to block numbers inside their document."""
         real = global_rows.document >= 0
         documents, document = global_rows.document[real].unique(return_inverse=True)
         positions = global_rows.position[real].long()
-        table = place(torch.arange(int(positions.max()) + 1 if len(positions) else 0)).int()
+        table = number(torch.arange(int(positions.max()) + 1 if len(positions) else 0)).int()
         last = torch.full((len(documents),), -1, dtype=torch.int64)
         last.scatter_reduce_(0, document, table[positions].long(), "amax")
         first = offsets_of(last + 1)
         sizes = (first[document] + table[positions]).bincount(minlength=int(first[-1]))
-        return BlockPartition(documents=documents, first=first, place=table, sizes=sizes)
+        return BlockPartition(documents=documents, first=first, block_in_document=table, sizes=sizes)
 
     @staticmethod
     def blocks(global_rows: Rows, size: int) -> "BlockPartition":
@@ -68,7 +68,10 @@ class BlockPartition:
             return torch.full((len(rows),), -1, dtype=torch.int64)
         real = rows.document >= 0
         document = torch.searchsorted(self.documents, rows.document.clamp(min=0)).clamp(max=len(self.documents) - 1)
-        block = self.first[document] + self.place[rows.position.clamp(max=len(self.place) - 1).long()]
+        block = (
+            self.first[document]
+            + self.block_in_document[rows.position.clamp(max=len(self.block_in_document) - 1).long()]
+        )
         return block.masked_fill(~real, -1)
 
     def sums(self, x: Tensor, rows: Rows) -> Tensor:

@@ -27,7 +27,7 @@ class Bounds:
 
     A group of padding only has its least values above its greatest, so it is visible to nothing and sees nothing.
     padded: whether some row is padding. reach: least first, greatest first, least last and greatest last coordinate of
-    the queries' neighborhoods; place: least and greatest coordinate of the keys; int64 `[4 or 2, groups, dimensions]`.
+    the queries' neighborhoods; cell: least and greatest coordinate of the keys; int64 `[4 or 2, groups, dimensions]`.
     lifetime: least and greatest lifetime of the keys, int64 `[2, groups]`; None without lifetimes.
     """
 
@@ -37,7 +37,7 @@ class Bounds:
     document_high: Array
     padded: Array
     reach: Array | None = None
-    place: Array | None = None
+    cell: Array | None = None
     lifetime: Array | None = None
 
     @staticmethod
@@ -61,11 +61,11 @@ class Bounds:
 
         position_low, position_high = extremes(rows.position.numpy())
         document_low, document_high = extremes(rows.document.numpy())
-        reach = place = None
+        reach = cell = None
         if attention_mask.neighborhood is not None:
             first, last = (torch.stack(x, dim=1).numpy() for x in attention_mask.neighborhood.intervals(rows.position))
             coordinates = torch.stack(attention_mask.neighborhood.coordinates(rows.position), dim=1).numpy()
-            reach, place = np.stack((*extremes(first), *extremes(last))), np.stack(extremes(coordinates))
+            reach, cell = np.stack((*extremes(first), *extremes(last))), np.stack(extremes(coordinates))
         return Bounds(
             position_low=position_low,
             position_high=position_high,
@@ -73,7 +73,7 @@ class Bounds:
             document_high=document_high,
             padded=~_reduce(np.logical_and, real, starts, stops),
             reach=reach,
-            place=place,
+            cell=cell,
             lifetime=None if lifetime is None else np.stack(extremes(lifetime)),
         )
 
@@ -113,9 +113,9 @@ def any_unmasked(queries: Bounds, keys: Bounds, attention_mask: AttentionMask) -
         near = queries.position_low - keys.position_high < attention_mask.window
         near &= keys.position_low - queries.position_high < attention_mask.window
         possible &= near | (keys.position_low < attention_mask.sinks)
-    if queries.reach is not None and keys.place is not None:
+    if queries.reach is not None and keys.cell is not None:
         # Least first <= greatest key, and least key <= greatest last, in each dimension.
-        possible &= ((queries.reach[0] <= keys.place[1]) & (keys.place[0] <= queries.reach[3])).all(axis=1)
+        possible &= ((queries.reach[0] <= keys.cell[1]) & (keys.cell[0] <= queries.reach[3])).all(axis=1)
     if keys.lifetime is not None:
         possible &= queries.position_low <= keys.lifetime[1]
     return possible
@@ -132,9 +132,9 @@ def all_unmasked(queries: Bounds, keys: Bounds, attention_mask: AttentionMask) -
     if attention_mask.window is not None:
         near = (abs(nearest) < attention_mask.window) & (abs(farthest) < attention_mask.window)
         proven &= near | (keys.position_high < attention_mask.sinks)
-    if queries.reach is not None and keys.place is not None:
+    if queries.reach is not None and keys.cell is not None:
         assert attention_mask.neighborhood is not None
-        proven &= ((queries.reach[1] <= keys.place[0]) & (keys.place[1] <= queries.reach[2])).all(axis=1)
+        proven &= ((queries.reach[1] <= keys.cell[0]) & (keys.cell[1] <= queries.reach[2])).all(axis=1)
         # Dilated windows have holes that intervals do not show.
         if any(dimension.dilation > 1 for dimension in attention_mask.neighborhood.dimensions):
             proven[:] = False

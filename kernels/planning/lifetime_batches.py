@@ -114,10 +114,10 @@ class _Tiles:
         for low, high, kind in halves:
             width = -(-(high - low) // KEY_MULTIPLE) * KEY_MULTIPLE
             for num_rows, num_keys, same_shape in _by_shape(rows, width):
-                # [problems, S]: places in `key`; those beyond the end repeat the last key, masked.
-                places = low[same_shape, None] + np.arange(num_keys)
-                present = places < high[same_shape, None]
-                key = problems.key[np.minimum(places, high[same_shape, None] - 1)]
+                # [problems, S]: indices into `key`; those beyond the end repeat the last key, masked.
+                index = low[same_shape, None] + np.arange(num_keys)
+                present = index < high[same_shape, None]
+                key = problems.key[np.minimum(index, high[same_shape, None] - 1)]
                 limit = BATCH_ROWS if kind is Kind.FULL else BATCH_PAIRS // (num_rows * self.group)
                 at_once = max(limit // num_keys, 1)
                 for part in (slice(nth, nth + at_once) for nth in range(0, len(same_shape), at_once)):
@@ -126,16 +126,16 @@ class _Tiles:
     def _batch(self, kind: Kind, number: np.ndarray, rows: int, key: np.ndarray, present: np.ndarray) -> Batch:
         """The batch of the problems `number` `[n]`, of `rows` rows each, and keys `[n, S]`, those `present`."""
         head, tile = np.divmod(number[:, None], self.count)  # [n, 1]
-        place = tile * TILE + np.arange(rows)  # [n, rows]
+        index = tile * TILE + np.arange(rows)  # [n, rows]
         # The query heads of a KV head run side by side: R = rows * group, head fastest.
         query_head = np.tile(np.arange(self.group), rows) + head * self.group  # [n, R]
-        row = np.repeat(self.queries.row[place], self.group, axis=1)  # [n, R]
+        row = np.repeat(self.queries.row[index], self.group, axis=1)  # [n, R]
         queries = torch.from_numpy(row * self.plan.heads + query_head)
         keys = torch.from_numpy(self.keys.row[key] * self.kv_heads + head)
         if kind is Kind.FULL:
             return Batch(kind, queries, keys)
-        query, born, last = self.queries.ordinal[place][:, :, None], self.keys.ordinal[key], self.last[head, key]
-        active = (born[:, None] <= query) & (query <= last[:, None]) & present[:, None]  # [n, rows, S]
+        query, first, last = self.queries.ordinal[index][:, :, None], self.keys.ordinal[key], self.last[head, key]
+        active = (first[:, None] <= query) & (query <= last[:, None]) & present[:, None]  # [n, rows, S]
         return Batch(kind, queries, keys, torch.from_numpy(np.repeat(active, self.group, axis=1)))  # [n, R, S]
 
 

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import PADDING, Rows
-from farspan.kernels.planning.bounds import Bounds, all_unmasked, any_unmasked
-from farspan.kernels.planning.bounds import candidate_pairs
+from farspan.kernels.planning.bounds import Bounds, all_unmasked, any_unmasked, candidate_pairs
 from farspan.kernels.planning.plan import HeadPlan, Plan
-from farspan.kernels.ragged import ranges
 from farspan.kernels.planning.tiles import Tiling
+from farspan.kernels.ragged import ranges
 
 COUNT_BITS = 12
 """Low bits of an entry: the number of tiles in the interval. The others: its first tile."""

@@ -115,7 +115,7 @@ class ReceivedQueries:
         partition = BlockPartition(
             documents=torch.arange(len(blocks.documents) * kv_heads, dtype=torch.int32),
             first=torch.cat(((blocks.first[:-1] + numbers * blocks.count).flatten(), blocks.first[-1:] * kv_heads)),
-            place=blocks.place,
+            block_in_document=blocks.block_in_document,
             sizes=blocks.sizes.repeat(kv_heads),
         )
         selection = BlockSelection(

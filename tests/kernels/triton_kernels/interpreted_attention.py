@@ -19,10 +19,10 @@ from farspan.kernels.merge import empty_partial, merge_
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.triton_kernels import attention_launch as schedule
 from farspan.kernels.triton_kernels.shapes import Shape, Shapes, shapes_for
-from tests.kernels import test_contract as contract
 from tests.kernels import test_sequence_attention as whole
-from tests.kernels.test_contract import Tensors
+from tests.support import attention_cases as contract
 from tests.support import interpreter_bfloat16, oracle
+from tests.support.attention_cases import Tensors
 from tests.support.sequence_shards import select
 
 # Of several sizes, so that no kernel gets by with the tiles of another. The interpreter takes some 10 ms for a step of

@@ -118,11 +118,9 @@ class BlockSparse(Routed):
         table, number = self._mask_table(longest), blocks.number
         for chunk in pooled.tile_chunks(local_shard, kv_heads):
             tile = local_shard.held_tiles[0][chunk]
+            allowed = pooled.candidate_blocks(local_shard, chunk, causal=self.causal)
             # [tiles, 1] and [blocks] -> [tiles, blocks]: numbers inside the document on both sides
-            mask = table[number[tile][:, None], number] & pooled.candidate_blocks(
-                local_shard, chunk, causal=self.causal
-            )
-            yield mask.expand(kv_heads, -1, -1)
+            yield (table[number[tile][:, None], number] & allowed).expand(kv_heads, -1, -1)
 
     def _drawn(self, local_shard: LocalShard) -> BlockSelection:
         """Draw lists instead of a mask of all blocks, a few tiles at a time: memory follows the blocks drawn."""

@@ -15,19 +15,10 @@ from farspan.kernels.mechanisms.neighborhood import Neighborhood
 from farspan.kernels.mechanisms.spans import Spans
 from farspan.kernels.planning.plan import Plan
 from tests.support import oracle
-from tests.support.attention_cases import (
-    ABLE,
-    ATTENTION_MASKS,
-    ROWS,
-    Tensors,
-    check,
-    mask_and_selection,
-    mask_of,
-    run,
-)
+from tests.support.attention_cases import ABLE, ATTENTION_MASKS, ROWS, Tensors, check, mask_and_selection, mask_of, run
 
-# One mechanism for each way that a plan hides keys.
-HIDING = [Dense(), Spans.examples()[0], Neighborhood.examples()[0], MoBA.examples()[0], BlockSparse.examples()[1]]
+# One mechanism for each way that a plan hides keys: a mask, one per head, a grid, selections by row and by tile.
+HIDING = [Dense(), Spans.examples()[0], Neighborhood.examples()[0], MoBA(block=4, top_k=2), BlockSparse(block=8)]
 
 
 @pytest.mark.parametrize("attention_mask", ATTENTION_MASKS, ids=str)

@@ -104,13 +104,13 @@ def plan_of(name: str) -> Plan:
     }.get(name, AttentionMask())
     plan = Plan.build(rows, rows, attention_mask, heads=HEADS)
     if name == "lifetimes":
-        return plan.living(torch.zeros(KV_HEADS, ROWS, dtype=torch.int32))
+        return plan.with_lifetimes(torch.zeros(KV_HEADS, ROWS, dtype=torch.int32))
     if name.endswith("choose"):
         # Blocks that no tile is aligned with, so that rows are loaded through an index.
         blocks = BlockPartition.blocks(rows, 100)
         unit = blocks.of(rows) if name == "tiles choose" else torch.arange(ROWS)
         own = blocks.of(rows) if name == "rows choose" else torch.arange(blocks.count)
-        return plan.choosing(BlockSelection.from_lists(unit, blocks, own[None, :, None].expand(HEADS, -1, 1)))
+        return plan.with_selection(BlockSelection.from_lists(unit, blocks, own[None, :, None].expand(HEADS, -1, 1)))
     return plan
 
 

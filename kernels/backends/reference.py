@@ -1,4 +1,4 @@
-"""Reference backend: attention as it is written on paper, in any dtype on any device; the judge of all others."""
+"""Reference backend: attention as written on paper, in any dtype on any device; all others are tested against it."""
 
 from typing import final
 
@@ -24,9 +24,9 @@ class ReferenceBackend(Backend):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         scores, group = _scores(q, k, plan)
         lse = scores.logsumexp(dim=-1)  # [Hq, T]
-        probability = (scores - _finite(lse).unsqueeze(-1)).exp()
-        values = v.to(scores.dtype).repeat_interleave(group, dim=1)
-        return torch.einsum("hts,shd->thd", probability, values), lse.t().contiguous()
+        probability = (scores - _finite(lse).unsqueeze(-1)).exp()  # [Hq, T, S]
+        values = v.to(scores.dtype).repeat_interleave(group, dim=1)  # [S, Hk, Dv] -> [S, Hq, Dv]
+        return torch.einsum("hts,shd->thd", probability, values), lse.t().contiguous()  # lse [T, Hq]
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan
@@ -37,12 +37,13 @@ class ReferenceBackend(Backend):
         probability = (scores - _finite(lse.to(dtype)).t().unsqueeze(-1)).exp()  # [Hq, T, S]
         dout, scale = dout.to(dtype), q.shape[-1] ** -0.5
         delta = (dout * out.to(dtype)).sum(dim=-1).t().unsqueeze(-1)  # [Hq, T, 1]
+        # Hk -> Hq by repetition on the way in, Hq -> [Hk, group] -> Hk by a sum on the way out.
         dprobability = torch.einsum("thd,shd->hts", dout, v.to(dtype).repeat_interleave(group, dim=1))
         dscores = probability * (dprobability - delta) * scale
         dq = torch.einsum("hts,shd->thd", dscores, k.to(dtype).repeat_interleave(group, dim=1))
         dk = torch.einsum("hts,thd->shd", dscores, q.to(dtype))
         dv = torch.einsum("hts,thd->shd", probability, dout)
-        return dq, dk.unflatten(1, shared).sum(2), dv.unflatten(1, shared).sum(2)
+        return dq, dk.unflatten(1, shared).sum(2), dv.unflatten(1, shared).sum(2)  # [S, Hk, group, ..] -> [S, Hk, ..]
 
     def scan_unsupported_reason(self) -> str | None:
         return None
@@ -52,11 +53,11 @@ class ReferenceBackend(Backend):
     ) -> tuple[Tensor, State]:
         group = q.shape[1] // k.shape[1]
         queries, keys, values = (x.to(state.value.dtype) for x in (q, k, v))
-        keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
+        keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)  # [T, Hq, ..]
         weight, of_state, to_end, state_to_end = _weights(segment, decay.to(state.value), state)
-        scores = torch.einsum("ihd,jhd->hij", queries, keys) * weight
+        scores = torch.einsum("ihd,jhd->hij", queries, keys) * weight  # [Hq, T, T]
         out = torch.einsum("hij,jhe->ihe", scores, values)
-        out += torch.einsum("ihd,hde->ihe", queries, state.value) * of_state
+        out += torch.einsum("ihd,hde->ihe", queries, state.value) * of_state  # the state is [Hq, D, Dv]
         left = torch.einsum("jhd,jhe->hde", keys * to_end, values) + state_to_end * state.value
         return out, State(left, segment.last if segment.tokens else state.place)
 
@@ -71,13 +72,17 @@ class ReferenceBackend(Backend):
         decay: Tensor,
         state: State,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Out and the state left are sums of products: each factor's gradient is the sum without that factor."""
+        """Out and the final state are sums of products: each factor's gradient is the sum without that factor."""
         shared = (k.shape[1], q.shape[1] // k.shape[1])
         dout, queries, keys, values = (x.to(state.value.dtype) for x in (dout, q, k, v))
-        keys, values = keys.repeat_interleave(shared[1], dim=1), values.repeat_interleave(shared[1], dim=1)
+        keys, values = (
+            keys.repeat_interleave(shared[1], dim=1),
+            values.repeat_interleave(shared[1], dim=1),
+        )  # [T, Hq, ..]
         weight, of_state, to_end, state_to_end = _weights(segment, decay.to(state.value), state)
         scores = torch.einsum("ihd,jhd->hij", queries, keys) * weight
         dscores = torch.einsum("ihe,jhe->hij", dout, values) * weight
+        # Each gradient: the part through the scores, then the part through a state.
         dq = torch.einsum("hij,jhd->ihd", dscores, keys)
         dq += torch.einsum("ihe,hde->ihd", dout, state.value) * of_state
         dk = torch.einsum("hij,ihd->jhd", dscores, queries)
@@ -89,31 +94,33 @@ class ReferenceBackend(Backend):
 
 
 def _weights(segment: Segment, decay: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the weights exp(-s distance) of what comes before, in the same document, for what comes after, else 0.
+    """Weights exp(-s distance) of earlier rows of the same document for later ones, else 0.
 
-    Of rows for rows `[Hq, T, T]`, of the state for rows and of rows for the state left `[T, Hq, 1]`, of the state for
-    the state left `[Hq, 1, 1]`.
+    Rows for rows `[Hq, T, T]`, state for rows and rows for the final state `[T, Hq, 1]`, state for the final state
+    `[Hq, 1, 1]`.
     """
     place, end = state.place, segment.last if segment.tokens else state.place
+    # The state and the final state join the rows as two more rows, at their own positions: [T + 2].
     documents, positions = segment.rows.document, segment.rows.position
     document = torch.cat([documents, documents.new_tensor([place.document, end.document])]).to(decay.device)
     position = torch.cat([positions, positions.new_tensor([place.position, end.position])]).to(decay.device)
     distance = position[:, None] - position[None, :]
     visible = (document[:, None] == document[None, :]) & (document >= 0) & (distance >= 0)
     weight = torch.where(visible, torch.exp(-decay[:, None, None] * distance.clamp(min=0)), 0.0)
+    # [Hq, T] -> [T, Hq, 1]
     of_state, to_end = weight[:, :-2, -2].t().unsqueeze(-1), weight[:, -1, :-2].t().unsqueeze(-1)
     return weight[:, :-2, :-2], of_state, to_end, weight[:, -1, -2, None, None]
 
 
 def _scores(q: Tensor, k: Tensor, plan: Plan) -> tuple[Tensor, int]:
-    """Return scaled scores `[query heads, queries, keys]`, -inf where invisible, and the query heads per KV head."""
+    """Scaled scores `[Hq, T, S]`, -inf where masked, and the query heads per KV head."""
     dtype, group = accumulation_dtype(q.dtype), q.shape[1] // k.shape[1]
     scores = torch.einsum("thd,shd->hts", q.to(dtype), k.to(dtype).repeat_interleave(group, dim=1))
     return (scores * q.shape[-1] ** -0.5).masked_fill(~plan.mask().to(q.device), float("-inf")), group
 
 
 def _finite(lse: Tensor) -> Tensor:
-    """Replace the -inf of rows that see nothing, so that exp(score - lse) is exp(-inf) = 0 and not NaN."""
+    """lse with 0 for the -inf of rows that see nothing: exp(-inf - 0) = 0, where -inf - -inf is NaN."""
     return lse.masked_fill(lse == float("-inf"), 0.0)
 
 

@@ -114,7 +114,7 @@ class ActiveKeys(RoutedKeys):
         self.of, self.lifetimes = of, lifetimes
 
     def narrow(self, plan: Plan, tokens: Tensor) -> Plan:
-        return plan.living(self.lifetimes.take(tokens).last)
+        return plan.with_lifetimes(self.lifetimes.take(tokens).last)
 
     def start(self, q: Tensor, *routing: Tensor) -> "TypeGradient":
         # The log-sum-exp [T, Hq] of no key yet.

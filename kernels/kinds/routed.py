@@ -112,7 +112,7 @@ class SelectedBlocks(Routing):
     one_in: int = 1
 
     def tensors(self) -> list[Tensor]:
-        return [self.selection.offsets, self.selection.chosen]
+        return [self.selection.offsets, self.selection.key_blocks]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -207,4 +207,4 @@ class _SelectedKeys(RoutedKeys):
         return self._selection
 
     def narrow(self, plan: Plan, tokens: Tensor) -> Plan:
-        return plan.choosing(self._selection)
+        return plan.with_selection(self._selection)

@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 
 from farspan.kernels.merge import empty_partial
+from farspan.kernels.planning.gathered_batches import selects_by_tile
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.planning.tiles import Tiling
 from farspan.kernels.triton_kernels import attention as kernels
@@ -28,8 +29,6 @@ from farspan.kernels.triton_kernels.packed_coordinates import pack
 from farspan.kernels.triton_kernels.row_block_lists import Portion, portions
 from farspan.kernels.triton_kernels.shapes import Shape, Shapes
 
-SHARED_ROWS = 16
-"""Rows that choose together, on average, from which on they make tiles of their own."""
 SLOT_BYTES = 1 << 29
 """Partial results that are held at the same time, where rows choose one by one."""
 LOG2E = 1.4426950408889634
@@ -50,9 +49,8 @@ class Tiles(NamedTuple):
 
 
 def is_gathered(plan: Plan) -> bool:
-    """Whether rows choose one by one, or in units too small to make a tile of."""
-    selection = plan.selection
-    return selection is not None and int((selection.unit >= 0).sum()) < SHARED_ROWS * selection.num_units
+    """Whether rows choose one by one, or in query blocks too small to make a tile of."""
+    return plan.selection is not None and not selects_by_tile(plan, count_padding=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -277,6 +275,6 @@ def _terms(plan: Plan, device: torch.device) -> Terms:
 
 def _once(plan: Plan, key: tuple[Any, ...], make: Any) -> Any:
     """Return what `make` returns, made once for a plan."""
-    if key not in plan.derived:
-        plan.derived[key] = make()
-    return plan.derived[key]
+    if key not in plan.cache:
+        plan.cache[key] = make()
+    return plan.cache[key]

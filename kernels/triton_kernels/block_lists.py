@@ -16,11 +16,10 @@ from torch import Tensor
 
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import PADDING, Rows
-from farspan.kernels.planning.bounds import Bounds, all_see, may_see
-from farspan.kernels.planning.candidates import candidates
+from farspan.kernels.planning.bounds import Bounds, all_unmasked, any_unmasked, candidate_pairs
 from farspan.kernels.planning.plan import HeadPlan, Plan
-from farspan.kernels.planning.ragged import ranges
 from farspan.kernels.planning.tiles import Tiling
+from farspan.kernels.ragged import ranges
 
 COUNT_BITS = 12
 """Low bits of an entry: the number of tiles in the interval. The others: its first tile."""
@@ -77,7 +76,7 @@ def real_rows(plan: Plan) -> tuple[Rows, Rows]:
     if plan.selection is None:
         return plan.queries, plan.keys
     return (
-        _without(plan.queries, plan.selection.unit < 0),
+        _without(plan.queries, plan.selection.query_block < 0),
         _without(plan.keys, plan.selection.blocks.of(plan.keys) < 0),
     )
 
@@ -107,7 +106,7 @@ def tile_plan(plan: Plan, query_tile: int, key_tile: int, staying: Literal["quer
 def _tilings(plan: Plan, query_tile: int, key_tile: int) -> tuple[Tiling, Tiling]:
     if plan.selection is None:
         return Tiling.of(plan.queries, query_tile), Tiling.of(plan.keys, key_tile)
-    unit, block = plan.selection.unit, plan.selection.blocks.of(plan.keys)
+    unit, block = plan.selection.query_block, plan.selection.blocks.of(plan.keys)
     return Tiling.of(plan.queries, query_tile, unit), Tiling.of(plan.keys, key_tile, block)
 
 
@@ -144,9 +143,9 @@ def _lists_of(plan: Plan, head: int) -> tuple[np.ndarray, np.ndarray]:
     """Return where the lists of a head's units start, and the blocks on them."""
     selection = plan.selection
     assert selection is not None
-    first = head * selection.heads // plan.heads * selection.num_units
-    offsets = selection.offsets[first : first + selection.num_units + 1].numpy()
-    return offsets - offsets[0], selection.chosen[int(offsets[0]) : int(offsets[-1])].contiguous().numpy()
+    first = head * selection.heads // plan.heads * selection.num_query_blocks
+    offsets = selection.offsets[first : first + selection.num_query_blocks + 1].numpy()
+    return offsets - offsets[0], selection.key_blocks[int(offsets[0]) : int(offsets[-1])].contiguous().numpy()
 
 
 def _kv_head(plan: Plan, head: int) -> int:
@@ -181,8 +180,8 @@ def _pairs(plan: Plan, part: HeadPlan, head: int, queries: Tiling, keys: Tiling)
             yield _sort_out(i, j, *fine, attention_mask)
         return
     coarse = bounds(COARSE)
-    for i, j in candidates(*coarse, attention_mask):
-        whole = all_see(coarse[0].take(i), coarse[1].take(j), attention_mask)
+    for i, j in candidate_pairs(*coarse, attention_mask):
+        whole = all_unmasked(coarse[0].take(i), coarse[1].take(j), attention_mask)
         yield _Pairs(i[whole], j[whole], np.zeros(int(whole.sum()), dtype=bool), COARSE)
         rest = np.flatnonzero(~whole)
         for at in range(0, len(rest), PAIRS_AT_ONCE // COARSE**2):
@@ -196,15 +195,15 @@ def _pairs(plan: Plan, part: HeadPlan, head: int, queries: Tiling, keys: Tiling)
 def _sort_out(i: np.ndarray, j: np.ndarray, queries: Bounds, keys: Bounds, attention_mask: AttentionMask) -> _Pairs:
     """Drop the pairs of tiles that cannot see each other, and tell the full from the partial."""
     of_queries, of_keys = queries.take(i), keys.take(j)
-    may = may_see(of_queries, of_keys, attention_mask)
-    whole = all_see(of_queries, of_keys, attention_mask)
+    may = any_unmasked(of_queries, of_keys, attention_mask)
+    whole = all_unmasked(of_queries, of_keys, attention_mask)
     return _Pairs(i[may].astype(np.int32), j[may].astype(np.int32), ~whole[may], 1)
 
 
 def _chosen(plan: Plan, head: int, queries: Tiling, keys: Tiling) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the pairs (query tile, key tile) that a head chose, in stretches of its lists."""
     assert plan.selection is not None
-    unit_first, unit_stop = queries.of_number(plan.selection.num_units)
+    unit_first, unit_stop = queries.of_number(plan.selection.num_query_blocks)
     block_first, block_stop = keys.of_number(plan.selection.blocks.count)
     of_unit, of_block = unit_stop - unit_first, block_stop - block_first
     offsets, chosen = _lists_of(plan, head)

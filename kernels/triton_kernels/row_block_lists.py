@@ -13,9 +13,10 @@ from torch import Tensor
 
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.selection import BlockSelection
-from farspan.kernels.planning.bounds import Bounds, all_see, may_see
+from farspan.kernels.planning.bounds import Bounds, all_unmasked, any_unmasked
 from farspan.kernels.planning.plan import HeadPlan, Plan
 from farspan.kernels.planning.tiles import Tiling
+from farspan.kernels.ragged import chunks_by_budget, expand, offsets_of
 from farspan.kernels.triton_kernels.block_lists import COUNT_BITS, MAX_COUNT, MAX_TILES, BlockMask
 
 
@@ -47,13 +48,16 @@ def portions(
     assert plan.selection is not None
     chosen = plan.selection
     selection = replace(
-        chosen, unit=chosen.unit.to(device), offsets=chosen.offsets.to(device), chosen=chosen.chosen.to(device)
+        chosen,
+        query_block=chosen.query_block.to(device),
+        offsets=chosen.offsets.to(device),
+        key_blocks=chosen.key_blocks.to(device),
     )
     blocks = _Blocks.of(keys, chosen.blocks.count)
     if not (blocks.stop > blocks.first).any():
         return
     for rows in _cut(chosen, plan.heads // chosen.heads, max_slots):
-        unit = selection.unit[rows]
+        unit = selection.query_block[rows]
         flat, block, partial = [], [], []
         for part in plan.parts:
             heads = torch.tensor(part.heads, device=device)
@@ -97,13 +101,8 @@ class _Blocks:
 def _cut(selection: BlockSelection, share: int, max_slots: int) -> Iterator[slice]:
     """Yield stretches of rows that together chose about `max_slots` blocks; at least one row each."""
     of_unit = selection.offsets.diff().view(selection.heads, -1).sum(dim=0) * share
-    of_row = torch.cat((of_unit, of_unit.new_zeros(1)))[selection.unit]
-    ends, start = of_row.cumsum(0).numpy(), 0
-    while start < len(ends):
-        limit = (ends[start - 1] if start else 0) + max_slots
-        stop = max(start + 1, int(np.searchsorted(ends, limit, side="right")))
-        yield slice(start, stop)
-        start = stop
+    of_row = torch.cat((of_unit, of_unit.new_zeros(1)))[selection.query_block]
+    yield from (slice(*chunk) for chunk in chunks_by_budget(of_row.numpy(), max_slots))
 
 
 def _choices(selection: BlockSelection, unit: Tensor, heads: Tensor, share: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,12 +110,11 @@ def _choices(selection: BlockSelection, unit: Tensor, heads: Tensor, share: int)
 
     `share` neighboring heads have one list.
     """
-    number = heads // share * selection.num_units + unit.clamp(min=0)[:, None]
-    start, stop = (selection.offsets[number + more] if selection.num_units else number for more in (0, 1))
+    number = heads // share * selection.num_query_blocks + unit.clamp(min=0)[:, None]
+    start, stop = (selection.offsets[number + more] if selection.num_query_blocks else number for more in (0, 1))
     counts = (stop - start).masked_fill(unit[:, None] < 0, 0).flatten()
-    cell = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-    nth = torch.arange(len(cell), device=counts.device) - (counts.cumsum(0) - counts)[cell]
-    block = selection.chosen[start.flatten()[cell] + nth].long()
+    cell, nth = expand(counts)
+    block = selection.key_blocks[start.flatten()[cell] + nth].long()
     return cell // len(heads), heads[cell % len(heads)], block
 
 
@@ -130,10 +128,10 @@ def _sort_out(
     row = Bounds(
         position_low=position, position_high=position, document_low=document, document_high=document, padded=~real
     )
-    whole = all_see(row, bounds, part.attention_mask)
+    whole = all_unmasked(row, bounds, part.attention_mask)
     if part.attention_mask.neighborhood is not None or plan.lifetime is not None:
         whole = torch.zeros_like(whole)
-    return may_see(row, bounds, part.attention_mask) & real & present, whole
+    return any_unmasked(row, bounds, part.attention_mask) & real & present, whole
 
 
 def _portion(
@@ -153,24 +151,22 @@ def _portion(
     segment, sizes = ((kv_head * count + block) * 2 + partial)[order].unique_consecutive(return_counts=True)
     tiles = (sizes + query_tile - 1) // query_tile
     first_tile = tiles.cumsum(0) - tiles
-    slot = torch.arange(len(flat), device=device)
-    slot += (first_tile * query_tile - (sizes.cumsum(0) - sizes)).repeat_interleave(sizes)
+    number, nth = expand(sizes)
+    slot = first_tile[number] * query_tile + nth
     total = int(tiles.sum())
     if total > MAX_TILES:
         raise ValueError(f"{len(flat)} choices make {total} tiles of {query_tile} rows: take larger blocks")
     index = torch.full((total * query_tile,), -1, dtype=torch.int32, device=device)
     index[slot] = flat[order].int()
     here = (rows.stop - rows.start) * plan.heads
-    counts = torch.zeros(here + 1, dtype=torch.int64, device=device)
     mine = flat[order] - rows.start * plan.heads
     by_row = mine.argsort(stable=True)
-    counts[1:] = torch.bincount(mine, minlength=here)
     return Portion(
         rows=rows,
         index=index,
         of_queries=_of_queries(segment.repeat_interleave(tiles), blocks, count),
         of_keys=_of_keys(segment, first_tile, tiles, blocks, kv_heads),
-        slot_offsets=counts.cumsum(0).int(),
+        slot_offsets=offsets_of(torch.bincount(mine, minlength=here)).int(),
         slots=slot[by_row].int(),
     )
 
@@ -199,14 +195,13 @@ def _of_keys(segment: Tensor, first: Tensor, tiles: Tensor, blocks: _Blocks, kv_
 def _lists(first: Tensor, visits: Tensor, tiles: int, group: Tensor) -> BlockMask:
     """Return lists of one interval each, cut where an entry could not say its length."""
     pieces = (visits + MAX_COUNT - 1) // MAX_COUNT
-    offsets = torch.cat((pieces.new_zeros(1), pieces.cumsum(0)))
-    nth = torch.arange(int(offsets[-1]), device=first.device) - offsets[:-1].repeat_interleave(pieces)
-    start = first.repeat_interleave(pieces) + nth * MAX_COUNT
-    length = (visits.repeat_interleave(pieces) - nth * MAX_COUNT).clamp(max=MAX_COUNT)
+    number, nth = expand(pieces)
+    start = first[number] + nth * MAX_COUNT
+    length = (visits[number] - nth * MAX_COUNT).clamp(max=MAX_COUNT)
     entries = torch.cat((start << COUNT_BITS | length, start.new_zeros(1)))
     work = visits.view(-1, tiles, 2).sum(dim=(0, 2)) if tiles else visits
     return BlockMask(
-        offsets=offsets.int(),
+        offsets=offsets_of(pieces).int(),
         visits=visits.int(),
         entries=entries.int(),
         order=work.argsort(descending=True, stable=True).int(),

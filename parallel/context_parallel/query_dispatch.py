@@ -10,6 +10,7 @@ from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.planning.plan import Plan
+from farspan.kernels.ragged import expand, offsets_of
 from farspan.parallel.layout import Shards
 
 
@@ -75,15 +76,15 @@ class BlockOwners:
 
 def _choices(selection: BlockSelection, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return row, query head and block of every choice of every row, int64 `[choices]`."""
-    rows_of_unit = selection.unit.clamp(min=-1) + 1
+    rows_of_unit = selection.query_block.clamp(min=-1) + 1
     order = rows_of_unit.argsort(stable=True)
-    sizes = rows_of_unit.bincount(minlength=selection.num_units + 1)
+    sizes = rows_of_unit.bincount(minlength=selection.num_query_blocks + 1)
     first = sizes.cumsum(0) - sizes
-    unit, chooser = selection.lists % max(selection.num_units, 1) + 1, selection.lists // max(selection.num_units, 1)
+    num_query_blocks = max(selection.num_query_blocks, 1)
+    unit, chooser = selection.lists % num_query_blocks + 1, selection.lists // num_query_blocks
     repeats = sizes[unit]
-    choice = torch.arange(len(unit)).repeat_interleave(repeats)
-    nth = torch.arange(len(choice)) - (repeats.cumsum(0) - repeats)[choice]
-    row, block = order[first[unit[choice]] + nth], selection.chosen.long()[choice]
+    choice, nth = expand(repeats)
+    row, block = order[first[unit[choice]] + nth], selection.key_blocks.long()[choice]
     shared = heads // selection.heads
     head = chooser[choice][:, None] * shared + torch.arange(shared)
     return row.repeat_interleave(shared), head.flatten(), block.repeat_interleave(shared)
@@ -114,16 +115,16 @@ class ReceivedQueries:
         partition = BlockPartition(
             documents=torch.arange(len(blocks.documents) * kv_heads, dtype=torch.int32),
             first=torch.cat(((blocks.first[:-1] + numbers * blocks.count).flatten(), blocks.first[-1:] * kv_heads)),
-            place=blocks.place,
+            block_in_document=blocks.block_in_document,
             sizes=blocks.sizes.repeat(kv_heads),
         )
         selection = BlockSelection(
             heads=1,
-            unit=torch.arange(len(token)),
-            num_units=len(token),
+            query_block=torch.arange(len(token)),
+            num_query_blocks=len(token),
             blocks=partition,
-            offsets=torch.cat((count.new_zeros(1), count.cumsum(0))),
-            chosen=(block + kv_head.repeat_interleave(count) * blocks.count).int(),
+            offsets=offsets_of(count),
+            key_blocks=(block + kv_head.repeat_interleave(count) * blocks.count).int(),
         )
         plan = Plan.build(queries, keys, attention_mask, heads=1, selection=selection)
         return ReceivedQueries(plan=plan, kv_heads=kv_heads)

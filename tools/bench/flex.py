@@ -81,7 +81,7 @@ def _pattern(
 def _places(selection: BlockSelection, rows: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the row and the column of each row of the sequence in the selection's table."""
     return (
-        (selection.unit % (selection.num_units + 1)).to(device),
+        (selection.query_block % (selection.num_query_blocks + 1)).to(device),
         (selection.blocks.of(rows) % (selection.blocks.count + 1)).to(device),
     )
 

@@ -99,7 +99,7 @@ class _Sequence:
 
 
 def _choosing(plan: Plan, selection: BlockSelection | None) -> Plan:
-    return plan if selection is None else plan.choosing(selection)
+    return plan if selection is None else plan.with_selection(selection)
 
 
 @final

@@ -90,7 +90,7 @@ class _QueryDispatchAttention(DistributedAttention):
         leaving = self._leaving(selection, self.channel.rank)
         arriving, planned = self._announce(leaving)
         sent = self._send(q[self._places(leaving, q)], leaving.items, arriving, kind="q")
-        local = self.local.choosing(selection)
+        local = self.local.with_selection(selection)
         out, lse = (x.to(accumulation_dtype(q.dtype)) for x in attention_forward(q, k, v, local, backend=self.backend))
         found = self._attend_arrivals(sent.wait(), k, v, planned)
         arrived = self._send(found, arriving, leaving.items, kind="out").wait()

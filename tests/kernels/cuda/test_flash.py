@@ -228,10 +228,10 @@ def test_what_it_cannot_compute_is_refused_with_what_can() -> None:
         BACKENDS.get("library").forward(q, q, q, plan)
     blocks = BlockPartition.blocks(rows, 4)
     selection = BlockSelection.from_lists(torch.arange(8), blocks, torch.zeros(2, 8, 1, dtype=torch.int64))
-    chosen = plan.choosing(selection)
+    chosen = plan.with_selection(selection)
     with pytest.raises(ConfigError, match="chosen by content"):
         BACKENDS.get("library").forward(q.half(), q.half(), q.half(), chosen)
-    living = plan.living(torch.zeros(2, 8, dtype=torch.int32))
+    living = plan.with_lifetimes(torch.zeros(2, 8, dtype=torch.int32))
     with pytest.raises(ConfigError, match="chosen by content"):
         BACKENDS.get("library").forward(q.half(), q.half(), q.half(), living)
 

@@ -49,13 +49,15 @@ def test_lifetimes_by_hand() -> None:
 def test_who_sees_whom(rows: Rows, window: int) -> None:
     logits, mechanism = random_logits(rows), NAtS(window=window)
     lifetimes = mechanism.lifetimes(chosen_types(logits), rows)
-    plan = Plan.build(rows, rows, mechanism.attention_mask(), heads=6).living(lifetimes.last)
+    plan = Plan.build(rows, rows, mechanism.attention_mask(), heads=6).with_lifetimes(lifetimes.last)
     expected = truth.visible(logits, rows, window)
     assert lifetimes.types.tolist() == truth.types(logits, rows)
     assert torch.equal(plan.mask(), expected.repeat_interleave(2, dim=0))
     assert lifetimes.pairs(rows, rows) == int(expected.sum()) // 3
     part = torch.tensor([5, -1, 30, 2, 17])
-    some = Plan.build(rows, rows.take(part), mechanism.attention_mask(), heads=3).living(lifetimes.take(part).last)
+    some = Plan.build(rows, rows.take(part), mechanism.attention_mask(), heads=3).with_lifetimes(
+        lifetimes.take(part).last
+    )
     assert torch.equal(some.mask(), expected[:, :, part] & (part >= 0))
 
 
@@ -78,7 +80,7 @@ def learning(mechanism: NAtS, tensors: list[Tensor], logits: Tensor, rows: Rows,
     plan = Plan.build(rows, rows, mechanism.attention_mask(), heads=q.shape[1])
     planner = SequencePlanner.of(rows, HeadShare.all(Heads(query=q.shape[1], kv=k.shape[1])), backend="reference")
     lifetimes = mechanism.lifetimes(chosen_types(logits), rows)
-    out = attention_forward(q, k, v, plan.living(lifetimes.last), backend="reference")[0]
+    out = attention_forward(q, k, v, plan.with_lifetimes(lifetimes.last), backend="reference")[0]
     lse = attention_forward(q, k, v, plan, backend="reference")[1]
     learned = TypeGradient(LifetimeRouting(mechanism, planner), lifetimes, logits, lse)
     for mine, keys in parts:

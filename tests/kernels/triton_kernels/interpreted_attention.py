@@ -21,10 +21,10 @@ from farspan.kernels.merge import empty_partial, merge_
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.triton_kernels import attention_launch as schedule
 from farspan.kernels.triton_kernels.shapes import Shape, Shapes, shapes_for
-from tests.kernels import test_contract as contract
 from tests.kernels import test_sequence_attention as whole
-from tests.kernels.test_contract import Tensors
+from tests.support import attention_cases as contract
 from tests.support import interpreter_bfloat16, oracle, truth
+from tests.support.attention_cases import Tensors
 from tests.support.sequence_shards import select
 
 # Of several sizes, so that no kernel gets by with the tiles of another. The interpreter takes some 10 ms for a step of
@@ -182,7 +182,7 @@ def test_tile_selections_aligned_with_tiles_or_not(tile: int) -> None:
 def test_lifetimes(rows: Rows) -> None:
     generator = torch.Generator().manual_seed(2)
     lifetime = rows.position + torch.randint(-1, 30, (2, len(rows)), generator=generator, dtype=torch.int32)
-    plan = plan_of(rows, rows, AttentionMask(), None).living(lifetime)
+    plan = plan_of(rows, rows, AttentionMask(), None).with_lifetimes(lifetime)
     mask = oracle.visible_mask(rows, rows, plan.attention_mask, 4)
     mask &= (rows.position[:, None] <= lifetime[:, None, :]).repeat_interleave(2, dim=0)
     check(Tensors.random(len(rows), len(rows), (4, 2), 16, 16, torch.float32), plan, mask)
@@ -269,11 +269,11 @@ def test_lists_are_made_once_for_a_plan() -> None:
     tensors = Tensors.random(40, 40, (4, 2), 16, 16, torch.float32)
     plan = plan_of(rows, rows, AttentionMask())
     run(tensors, plan)
-    made = {key: id(value) for key, value in plan.derived.items()}
+    made = {key: id(value) for key, value in plan.cache.items()}
     run(tensors, plan)
-    assert {key: id(value) for key, value in plan.derived.items()} == made
+    assert {key: id(value) for key, value in plan.cache.items()} == made
     assert len(made) == 4  # terms, and lists for three kernels
-    assert not plan.living(torch.zeros(2, 40, dtype=torch.int32)).derived
+    assert not plan.with_lifetimes(torch.zeros(2, 40, dtype=torch.int32)).cache
 
 
 def test_what_the_kernels_cannot_do_is_refused() -> None:

@@ -81,7 +81,7 @@ def test_all_that_is_seen_is_needed(mechanism: Masked, layout: str) -> None:
         plan = Plan.build(shards.rows_of(rank), global_rows, mechanism.attention_mask(), heads=HEADS.query)
         shown = plan.mask().any(dim=1).view(HEADS.kv, -1, len(global_rows)).any(dim=1)
         if selection is not None:
-            plan = plan.choosing(selection.of_queries(mine))
+            plan = plan.with_selection(selection.of_queries(mine))
         seen = plan.mask().any(dim=1).view(HEADS.kv, -1, len(global_rows)).any(dim=1)
         (needed,) = needed_keys(plan, HEADS.kv)
         assert not (seen & ~needed).any()

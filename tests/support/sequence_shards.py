@@ -1,4 +1,4 @@
-"""What a routed mechanism chooses for a whole sequence, or for the rows of one holder of several."""
+"""The selection of a routed mechanism for a full sequence, or for the rows of one owner of several."""
 
 import threading
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def select(
     global_rows: Rows | None = None,
     all_reduce_sum: AllReduceSum = identity,
 ) -> BlockSelection:
-    """Return the choice for q `[T, Hq, D]` of the local rows; `global_rows` defaults to `rows`."""
+    """Return the selection for q `[T, Hq, D]` of the local rows; `global_rows` defaults to `rows`."""
     local_shard = LocalShard(
         mechanism=mechanism,
         rows=rows,
@@ -44,10 +44,10 @@ def lists(selection: BlockSelection) -> dict[tuple[int, int], list[int]]:
     }
 
 
-def select_spread(
+def select_sharded(
     mechanism: Routed, q: Tensor, k: Tensor, rows: Rows, parts: Sequence[Tensor]
 ) -> tuple[list[BlockSelection], int]:
-    """Return what holders of the rows `parts` choose, in lockstep, and the bytes of what they sum."""
+    """Return what the owners of the rows `parts` select, in lockstep, and the bytes of what they sum."""
     barrier, shared = threading.Barrier(len(parts)), {}
     summed_bytes = [0] * len(parts)
 
@@ -69,5 +69,5 @@ def select_spread(
 
     with ThreadPoolExecutor(len(parts)) as pool:
         selections = list(pool.map(hold, range(len(parts))))
-    assert len(set(summed_bytes)) == 1, "holders must make the same calls"
+    assert len(set(summed_bytes)) == 1, "owners must make the same calls"
     return selections, summed_bytes[0]

@@ -12,7 +12,7 @@ from farspan.kernels.mechanisms import moba
 from farspan.kernels.planner import Heads, HeadShare, identity
 from farspan.kernels.planning.gathered_batches import count_pairs
 from farspan.kernels.planning.plan import Plan
-from tests.support.sequence_shards import lists, select, select_spread
+from tests.support.sequence_shards import lists, select, select_sharded
 
 EXAMPLES = [
     pytest.param(example, id=str(example))
@@ -51,7 +51,7 @@ def test_the_choice_does_not_depend_on_who_holds_what(mechanism: Routed, spread:
         "shuffled": list(torch.randperm(count, generator=torch.Generator().manual_seed(1)).split(100)),
     }[spread]
     whole = by_row(select(mechanism, q, k, ROWS), torch.arange(count))
-    selections, summed_bytes = select_spread(mechanism, q, k, ROWS, parts)
+    selections, summed_bytes = select_sharded(mechanism, q, k, ROWS, parts)
     assert summed_bytes == mechanism.all_reduce_bytes(ROWS, Heads(query=4, kv=2), 16)
     together = {}
     for part, selection in zip(parts, selections, strict=True):

@@ -82,7 +82,7 @@ class TokenChoice(Mechanism):
 
     def saved_bytes(self, heads: Heads, sizes: Sizes, global_rows: Rows) -> int:
         """Out of all tokens; q, k, v, out, log-sum-exp and routing of the selected ones."""
-        # Selected rows are counted per token of the sequence, each with one KV head's share.
+        # The rows that one KV head selects stand for those of every head.
         of_selected = super().saved_bytes(heads, sizes, global_rows) + heads.kv * sizes.accumulation_bytes
         out = heads.query * sizes.value_dim * sizes.element_bytes
         return out + of_selected * len(self._sample_rows(global_rows)) // len(global_rows)
@@ -147,7 +147,7 @@ class ChosenTokens:
 
     def scatter(self, x: Tensor, shape: Sequence[int], *, fill: float = 0.0) -> Tensor:
         """Return `[tokens, Hk x G, width]`, `shape` its first two, of x `[rows, G, width]`; the rest is `fill`."""
-        # Of rows and tokens each pair of a token and a head occurs once at most, so that nothing is summed.
+        # Each pair of a token and a head occurs at most once, so that nothing is summed.
         real = (self.token >= 0).to(x.device)
         full = x.new_full((shape[0], shape[1] // x.shape[1], *x.shape[1:]), fill)  # [tokens, Hk, G, width]
         full[self.token.to(x.device)[real], self.head.to(x.device)[real]] = x[real]

@@ -41,7 +41,7 @@ class Line:
         """Set the rows of a full sequence, which come in any order, in line."""
         documents, document = global_rows.document.unique(return_inverse=True)
         order = global_rows.ordinal().argsort()
-        # Of each place the first place of its document, and the one after its last.
+        # For each place: the first place of its document, and the one after its last.
         sizes = document.bincount(minlength=len(documents))
         stop = sizes.cumsum(0).repeat_interleave(sizes)
         first, place = stop - sizes.repeat_interleave(sizes), torch.arange(len(order))

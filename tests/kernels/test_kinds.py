@@ -69,4 +69,4 @@ def test_what_a_kind_saves_is_what_it_says(mechanism: Mechanism) -> None:
     out, saved = plan_sequence_attention(mechanism, rows, HEADS, range(8), backend="cpu").forward(*tensors)
     kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (out, *saved.tensors)}
     stated = mechanism.saved_bytes(HEADS, Sizes.of(torch.float32, 64, 64), rows) * len(rows)
-    assert 0.7 * stated <= sum(kept.values()) <= 1.1 * stated
+    assert 0.6 * stated <= sum(kept.values()) <= 1.1 * stated

@@ -30,6 +30,8 @@ class Access(Enum):
 class Mechanism(ABC):
     """A frozen dataclass whose fields are the mechanism's options."""
 
+    # The model asks: what a router has to give.
+
     routing_reads_detached: ClassVar[bool] = False
     """Whether the router learns alone: its gradient stops at what it reads, the layer's input."""
 
@@ -43,6 +45,8 @@ class Mechanism(ABC):
         """Whether the number of a query head matters for what it attends to, or how."""
         return False
 
+    # Strategies and backends ask: whether they can run it.
+
     @property
     @abstractmethod
     def accesses(self) -> frozenset[Access]:
@@ -52,6 +56,8 @@ class Mechanism(ABC):
     def static_mask(self) -> AttentionMask | None:
         """The mask that says all about what queries see; None where there is more to it."""
         return None
+
+    # Tests, benchmarks and configurations ask: which instances there are.
 
     @classmethod
     @abstractmethod
@@ -67,12 +73,16 @@ class Mechanism(ABC):
         """Return the instances to measure, by the name of their row; if none, the first example is measured."""
         return {}
 
+    # A strategy asks: how it runs.
+
     @abstractmethod
     def plan(self, planner: AttentionPlanner) -> SequenceAttention:
         """Plan attention of the local rows and heads of one sequence.
 
         Raises ValueError when the mechanism's options are for another number of heads.
         """
+
+    # The cost model, the layouts and the estimates ask: how much work, memory and traffic it is.
 
     @abstractmethod
     def unmasked_pairs(self, queries: Rows, keys: Rows) -> int:

@@ -59,6 +59,7 @@ class HeadShare:
 
     @property
     def kv_heads(self) -> range:
+        # Query heads 0 to G - 1 share KV head 0, and so on; a share may begin inside such a group.
         group = self.all_heads.query // self.all_heads.kv
         return range(self.head_range.start // group, (self.head_range.stop - 1) // group + 1)
 
@@ -93,6 +94,9 @@ class Sizes:
     def gradient_bytes(self, *, rounded: bool) -> int:
         """Bytes of an element of a gradient that is sent."""
         return self.element_bytes if rounded else self.accumulation_bytes
+
+
+# Routing of a full sequence: for the costs of a plan, which one process can compute for all ranks.
 
 
 class Routing:
@@ -160,6 +164,12 @@ class SequenceAttention(ABC):
     def composition(self, sizes: Sizes, routing: RoutingSource) -> Composition:
         """Return the other attentions that this one plans; for the bytes and the memory under a strategy."""
         return Composition()
+
+
+# Routing of one pass, found by all owners of rows together. A kind that narrows a mask has three classes of its own:
+#   KeyRouting       made with the plan          route(q, k, routing) -> RoutedKeys
+#   RoutedKeys       made in the forward pass    narrow(plan) of each part of the keys; start, resume -> RoutingGradient
+#   RoutingGradient  in both passes              observe each part, later add each part; gradients
 
 
 class RoutingGradient:
@@ -244,6 +254,7 @@ class AttentionPlanner(ABC):
     @cached_property
     def row_of_token(self) -> Tensor:
         """The local row of each token of the sequence, int64 `[tokens]`; -1 where another owner has it."""
+        # The inverse of `tokens`, as far as there is one.
         row = torch.full((len(self.global_rows),), -1)
         row[self.tokens[self.tokens >= 0]] = torch.arange(len(self.tokens))[self.tokens >= 0]
         return row
@@ -269,6 +280,7 @@ class AttentionPlanner(ABC):
 
     def all_rows(self, x: Tensor, *, kind: str) -> Tensor:
         """Return the full sequence's `[tokens, ...]` of the local rows' x `[T, ...]`."""
+        # Every token has one owner: a sum of zeros and one value is exact in any dtype.
         index = self.tokens.to(x.device)
         full = x.new_zeros(len(self.global_rows), *x.shape[1:])
         full[index[index >= 0]] = x[index >= 0]

@@ -76,6 +76,7 @@ class _MaskedAttention(SequenceAttention):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v, *routing = inputs
+        # One part with all keys.
         routed = self.key_routing.route(q, k, *routing)
         plan = routed.narrow(self.plan, self.tokens)
         out, lse = attention_forward(q, k, v, plan, backend=self.backend)
@@ -114,6 +115,7 @@ class SequenceScan(SequenceAttention):
     @staticmethod
     def build(rows: Rows, decay: Tensor, *, backend: str) -> "SequenceScan":
         """Plan a scan of `rows`, which contain all of their documents."""
+        # A recurrence runs along documents: most sequences are in that order already, and need no copies.
         index = order(rows)
         if torch.equal(index, torch.arange(len(rows), device=index.device)):
             return SequenceScan(segment=Segment.of(rows), order=None, inverse=None, decay=decay, backend=backend)
@@ -127,6 +129,7 @@ class SequenceScan(SequenceAttention):
 
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
         dout, q, k, v = (_take(x, self.order) for x in (dout, *saved.tensors))
+        # No rows follow, so that the state left has no gradient; none came before, so that the fourth result is 0.
         gradients = recurrent_attention_backward(dout, None, q, k, v, self.segment, self.decay, backend=self.backend)
         return tuple(_take(gradient, self.inverse) for gradient in gradients[:3])
 

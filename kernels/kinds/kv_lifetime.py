@@ -100,8 +100,10 @@ class LifetimeRouting(KeyRouting):
         group = planner.share.all_heads.query // planner.share.all_heads.kv
         share = min(len(planner.share.head_range), group) / group
         gradient += share * self.mechanism.penalties(lifetimes, planner.global_rows).to(gradient.device)
+        # The ends of documents are global whatever their routing: they learn nothing.
         line, tokens = Line.of(planner.global_rows), planner.tokens.to(gradient.device)
         gradient.masked_fill_(line.back(line.forced)[:, None, None].to(gradient.device), 0.0)
+        # [tokens, Hk, 3] -> [T, Hk, 3]
         local = gradient.new_zeros(routing.shape)
         local[tokens >= 0] = gradient[tokens[tokens >= 0]]
         return straight_through(local, routing, self.mechanism.temperature)
@@ -137,6 +139,7 @@ class TypeGradient(RoutingGradient):
         return self.routing, self.causal_lse
 
     def observe(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
+        # Only the log-sum-exp is of use: there is no cheaper kernel for it.
         part = attention_forward(q, k, v, plan, backend=self.of.planner.backend)[1]
         self.causal_lse = torch.logaddexp(self.causal_lse, part)
 
@@ -144,6 +147,7 @@ class TypeGradient(RoutingGradient):
         of_keys = self.lifetimes.take(tokens)
         found = pair_sums(dout, q, k, v, out, self.causal_lse, plan=plan, lifetimes=of_keys)
         sums = self._sums()
+        # Sums over the keys of a query belong to the query's token, those over the queries of a key to the key's.
         for rows, part in zip((self.of.planner.tokens, tokens), found, strict=True):
             rows = rows.to(sums.device)
             sums.index_add_(0, rows[rows >= 0], part[rows >= 0])

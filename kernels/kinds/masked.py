@@ -43,10 +43,12 @@ class Masked(Mechanism):
 
     def unmasked_pairs(self, queries: Rows, keys: Rows) -> int:
         attention_mask = self.attention_mask()
+        # The mean over heads, where these have windows of their own.
         heads = len(attention_mask.window) if isinstance(attention_mask.window, tuple) else 1
         return Plan.build(queries, keys, attention_mask, heads=heads).unmasked_pairs
 
     def unsupported_reason(self, heads: Heads, longest: int) -> str | None:
+        # Windows of heads have to be as many as the heads.
         try:
             self.attention_mask().by_heads(heads.query)
         except ValueError as error:

@@ -25,6 +25,7 @@ class Recurrent(Mechanism):
         """Return the rates s >= 0, float64 `[num_heads]`, of all query heads: a token n back weighs exp(-s n)."""
 
     def plan(self, planner: AttentionPlanner) -> SequenceAttention:
+        # The rate of a head depends on its number among all heads, not among the local ones.
         return planner.scan(self.decay(planner.share.all_heads.query)[planner.share.slice])
 
     def unmasked_pairs(self, queries: Rows, keys: Rows) -> int:

@@ -87,12 +87,14 @@ class Routed(Masked):
 
     def sample_routing(self, global_rows: Rows, heads: Heads, *, max_queries: int | None = None) -> "SelectedBlocks":
         generator, tokens = generator_of_samples(), len(global_rows)
+        # Few queries select among all blocks: long sequences would take as long as the attention itself.
         one_in = -(-tokens // max_queries) if max_queries else 1
         index = torch.arange(0, tokens, one_in)
         q, k = (torch.randn(len(index), n, SAMPLE_HEAD_DIM, generator=generator) for n in (heads.query, heads.kv))
         selection = self.select(q, k, self._unsharded(global_rows.take(index), global_rows, heads))
         if one_in == 1:
             return SelectedBlocks(selection)
+        # The sampled queries are rows 0, 1, ... of the selection; the others have no query block.
         nth = torch.full((tokens,), -1)
         nth[index] = torch.arange(len(index))
         return SelectedBlocks(selection.of_queries(nth), one_in)
@@ -148,6 +150,7 @@ class LocalShard:
     @cached_property
     def local_query_blocks(self) -> tuple[Tensor, Tensor]:
         """The query blocks with local rows, ascending, int64 `[blocks]`; and where each row's is among them, or -1."""
+        # A -1 in front makes sure that padding is the first of the unique blocks, to be dropped.
         block = self.query_blocks.of(self.rows)
         local, nth = torch.cat((block.new_full((1,), -1), block)).unique(return_inverse=True)
         return local[1:], nth[1:] - 1
@@ -172,6 +175,7 @@ class LocalShard:
 
     def query_means(self, q: Tensor) -> Tensor:
         """Return the mean of the queries of each query block with local rows, float32 `[blocks, Hq, D]`."""
+        # All owners sum the means of all query blocks; each needs those of its own rows.
         return self._means(q, self.query_blocks)[self.local_query_blocks[0].to(q.device)]
 
     def _means(self, x: Tensor, partition: BlockPartition) -> Tensor:
@@ -191,6 +195,7 @@ class _BlockRouting(KeyRouting):
         return self.local_shard.key_blocks
 
     def all_reduced(self, sizes: Sizes) -> tuple[int, int]:
+        # Nothing is summed backward: the selection has no gradient.
         shard = self.local_shard
         return shard.mechanism.all_reduce_bytes(shard.global_rows, shard.share.local_heads, sizes.head_dim), 0
 

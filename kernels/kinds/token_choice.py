@@ -82,6 +82,7 @@ class TokenChoice(Mechanism):
 
     def saved_bytes(self, heads: Heads, sizes: Sizes, global_rows: Rows) -> int:
         """Out of all tokens; q, k, v, out, log-sum-exp and routing of the selected ones."""
+        # The rows that one KV head selects stand for those of every head.
         of_selected = super().saved_bytes(heads, sizes, global_rows) + heads.kv * sizes.accumulation_bytes
         out = heads.query * sizes.value_dim * sizes.element_bytes
         return out + of_selected * len(self._sample_rows(global_rows)) // len(global_rows)
@@ -117,9 +118,11 @@ class ChosenTokens:
         """Return the rows of `chosen`, bool `[tokens, Hk]`, of a full sequence."""
         documents, document = global_rows.document.unique(return_inverse=True)
         order = global_rows.ordinal().argsort()
+        # [tokens, Hk] -> [Hk, tokens]: rows come head by head, each head's in the order of the sequence.
         head, place = chosen.cpu()[order].t().nonzero(as_tuple=True)
         token = order[place]
         number = head * len(documents) + document[token]
+        # Where the row's document begins: the first row of its number.
         first = torch.searchsorted(number, number)
         rows = Rows(position=(torch.arange(len(number)) - first).int(), document=number.int())
         return ChosenTokens(token=token, head=head, rows=rows)
@@ -144,10 +147,11 @@ class ChosenTokens:
 
     def scatter(self, x: Tensor, shape: Sequence[int], *, fill: float = 0.0) -> Tensor:
         """Return `[tokens, Hk x G, width]`, `shape` its first two, of x `[rows, G, width]`; the rest is `fill`."""
+        # Each pair of a token and a head occurs at most once, so that nothing is summed.
         real = (self.token >= 0).to(x.device)
         full = x.new_full((shape[0], shape[1] // x.shape[1], *x.shape[1:]), fill)  # [tokens, Hk, G, width]
         full[self.token.to(x.device)[real], self.head.to(x.device)[real]] = x[real]
-        return full.flatten(1, 2)
+        return full.flatten(1, 2)  # [tokens, Hk, G, width] -> [tokens, Hk x G, width]
 
 
 @final
@@ -207,5 +211,6 @@ def gate(part: Tensor, logits: Tensor) -> Tensor:
 def gate_backward(dout: Tensor, part: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of part, in its dtype, and of logits."""
     dout, weight = dout.to(logits.dtype), logits.sigmoid()
+    # out = w part with w = sigmoid(logit), so that dlogit = (dout . part) w (1 - w).
     dweight = (dout * part.to(logits.dtype)).sum(dim=(1, 2), keepdim=True)
     return (dout * weight).to(part.dtype), dweight * weight * (1 - weight)

@@ -1,6 +1,10 @@
-"""Attention where tokens are dealt and keys travel: local queries meet all keys part by part, however these come.
+"""Attention where tokens are sharded and keys move: local queries attend to all keys, part by part.
 
-What strategies that move keys and values have in common: each gives the route, how parts come and gradients get home.
+Shared by all strategies that move keys and values; each has its own `KVSchedule`, by which these arrive and their
+gradients return. On rank 0 of two, under `ring`:
+
+    forward     part 0: own keys      attend, merge        part 1: keys of rank 1     attend, merge
+    backward    part 0: own keys      dq +=, return dk dv  part 1: keys of rank 1     dq +=, return dk dv
 """
 
 from abc import ABC, abstractmethod
@@ -31,11 +35,11 @@ from farspan.parallel.layout import Shards
 
 
 class GradReturn(ABC):
-    """The way home of the gradients of one rank's backward pass, summed in the accumulation dtype."""
+    """Returns the gradients of keys and values to their owners, which sum them in the accumulation dtype."""
 
     @abstractmethod
     def add(self, dk: Tensor | None, dv: Tensor | None) -> None:
-        """Add what was found for the part that came last; None: nothing. Called once for each part, in order."""
+        """Add the gradients of the next part, None if there are none; called once for each part, in order."""
 
     @abstractmethod
     def finish(self) -> tuple[Tensor, Tensor]:
@@ -43,11 +47,11 @@ class GradReturn(ABC):
 
 
 class KVExchange(ABC):
-    """How keys and values come to the ranks, as far as it is known before queries choose."""
+    """How keys and values come to the ranks, as far as it is known before queries select blocks."""
 
     @abstractmethod
-    def to_chosen(self, selection: BlockSelection | None) -> "KVSchedule":
-        """Return the journey of what the local queries chose; every rank has to call."""
+    def for_selection(self, selection: BlockSelection | None) -> "KVSchedule":
+        """Return the schedule of the keys that the local queries need; every rank has to call."""
 
     @abstractmethod
     def moves(self, sizes: Sizes, routing: RoutingSource) -> tuple[Move, ...]:
@@ -55,11 +59,11 @@ class KVExchange(ABC):
 
     @abstractmethod
     def working_bytes(self, sizes: Sizes, routing: RoutingSource) -> int:
-        """Return the most bytes of parts and gradients that are here, or on their way, at once."""
+        """Return the most bytes of parts and gradients that this rank has, or is sending, at once."""
 
 
 class KVSchedule(KVExchange):
-    """How the keys and values of all ranks come to this one, in parts, planned for one dealt sequence.
+    """How the keys and values of all ranks come to this one, in parts, planned for one sharded sequence.
 
     plans: local queries against each part. tokens: of the keys of each part, int64 `[keys]`, -1 for padding.
     """
@@ -67,20 +71,20 @@ class KVSchedule(KVExchange):
     plans: tuple[Plan, ...]
     tokens: tuple[Tensor, ...]
 
-    def to_chosen(self, selection: BlockSelection | None) -> "KVSchedule":
-        """Return this journey: it brings whatever may be chosen."""
+    def for_selection(self, selection: BlockSelection | None) -> "KVSchedule":
+        """Return this schedule: it brings all keys, selected or not."""
         return self
 
     @abstractmethod
     def parts(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield keys and values of each part, of the local ones k `[tokens_local, Hk, D]` and v `[.., Hk, Dv]`.
 
-        Each is used before the next is asked for; what comes next is on its way meanwhile.
+        Each is used before the next is asked for; the next part is sent meanwhile.
         """
 
     @abstractmethod
     def grad_return(self, k: Tensor, v: Tensor) -> GradReturn:
-        """Return the way home of gradients for local keys and values of these shapes."""
+        """Return what collects the gradients of local keys and values of these shapes."""
 
 
 @final
@@ -96,13 +100,15 @@ class MovingKVAttention(DistributedAttention):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v, *routing = inputs
+        # Routing is agreed on by all ranks before any key moves: strategies may move only what it leaves.
         routed = self.key_routing.route(q, k, *routing)
-        kv_schedule = self.kv_exchange.to_chosen(routed.selection)
+        kv_schedule = self.kv_exchange.for_selection(routed.selection)
         masked = kv_schedule.plans
         plans = [routed.narrow(plan, keys) for plan, keys in zip(masked, kv_schedule.tokens, strict=True)]
         of_routing = routed.start(q, *routing)
         out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
         for number, (key, value) in enumerate(kv_schedule.parts(k, v)):
+            # A rank passes keys on even if its own queries see none of them.
             if plans[number].is_empty:
                 continue
             merge_(out, lse, *attention_forward(q, key, value, plans[number], backend=self.backend))
@@ -114,6 +120,7 @@ class MovingKVAttention(DistributedAttention):
         q, k, v, out, lse, *of_forward = saved.tensors
         kv_schedule, plans, routed = saved.extras
         of_routing = routed.resume(*of_forward)
+        # The queries stay, and so does their gradient; those of keys and values go back part by part.
         dq = torch.zeros(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
         grad_return = kv_schedule.grad_return(k, v)
         for number, (key, value) in enumerate(kv_schedule.parts(k, v)):
@@ -165,12 +172,13 @@ class KVMovingStrategy(Strategy):
         """Plan how the keys that a mask (of these heads) shows come to this rank's queries."""
 
     def kv_exchange_of_blocks(self, attention_mask: AttentionMask, shards: Shards, share: HeadShare) -> KVExchange:
-        """Plan the same where the queries select blocks of these keys: here all come, selected or not."""
+        """Plan the same where the queries select blocks of these keys: by default all come, selected or not."""
         return self.kv_schedule(attention_mask, shards, share)
 
     def attend(
         self, planner: ShardedPlanner, attention_mask: AttentionMask, key_routing: KeyRouting
     ) -> DistributedAttention:
+        # What moves may depend on a selection of blocks, but not on lifetimes: evicted keys are moved all the same.
         exchange_of = self.kv_exchange_of_blocks if key_routing.selects_blocks else self.kv_schedule
         return MovingKVAttention(
             tokens_local=len(planner.tokens),
@@ -189,16 +197,19 @@ class KeysAndValues:
 
     def __init__(self, buffer: Tensor, key_shape: torch.Size, value_shape: torch.Size) -> None:
         self.buffer = buffer
-        self.key, self.value = buffer.split((key_shape.numel(), value_shape.numel()))
-        self.key, self.value = self.key.view(key_shape), self.value.view(value_shape)
+        # [tokens x Hk x D + tokens x Hk x Dv] -> [tokens, Hk, D] and [tokens, Hk, Dv]
+        key, value = buffer.split((key_shape.numel(), value_shape.numel()))
+        self.key, self.value = key.view(key_shape), value.view(value_shape)
 
     @staticmethod
     def pack(key: Tensor, value: Tensor) -> "KeysAndValues":
-        return KeysAndValues(torch.cat((key.reshape(-1), value.reshape(-1))), key.shape, value.shape)
+        buffer = torch.cat((key.reshape(-1), value.reshape(-1)))  # [tokens x Hk x (D + Dv)]
+        return KeysAndValues(buffer, key.shape, value.shape)
 
     @staticmethod
     def no_gradients(key: Tensor, value: Tensor) -> "KeysAndValues":
         """Return gradients of 0, in the accumulation dtype."""
+        # Gradients of many parts are summed here, wider than they are kept.
         buffer = torch.zeros(key.numel() + value.numel(), dtype=accumulation_dtype(key.dtype), device=key.device)
         return KeysAndValues(buffer, key.shape, value.shape)
 

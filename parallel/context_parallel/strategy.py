@@ -1,4 +1,9 @@
-"""Strategy: how queries meet the keys that other ranks hold; one file each in `context/`."""
+"""Strategy: how queries get at the keys of other ranks; one file each in `strategies/`.
+
+A kind of mechanism plans its attention with a `ShardedPlanner`, which hands each part of it to the strategy:
+
+    Strategy.prepare -> Mechanism.plan(planner) -> planner.attend(mask, routing) -> Strategy.attend -> ring, fetch, ...
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -46,7 +51,7 @@ class Volume:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """What one rank sends over a channel; hidden: while it computes, so that the longer of both counts."""
+    """What one rank sends over a channel; hidden: while it computes, so that only the longer of the two takes time."""
 
     volume: Volume
     channel: Channel
@@ -63,7 +68,7 @@ class Queries:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DistributedAttention(SequenceAttention):
-    """Attention over one dealt sequence, planned: called with the rows that this rank holds, differentiable.
+    """Attention over one sharded sequence, planned: called with the local rows, differentiable.
 
     Inputs and results are of these rows, T being `tokens_local`, and gradients are summed over all ranks. Every rank
     has to make the same calls, `lse` included, as any of them may send.
@@ -112,6 +117,7 @@ class DistributedAttention(SequenceAttention):
             )
         if not q.dtype == k.dtype == v.dtype:
             raise ValueError(f"attention wants q, k and v of one dtype; got {q.dtype}, {k.dtype} and {v.dtype}")
+        # A router works in the accumulation dtype, so that equal tokens have equal numbers: ties are real.
         wanted = [((*of_keys, self.routing_width), accumulation_dtype(q.dtype))] if self.routing_width else []
         if [(tuple(x.shape), x.dtype) for x in routing] != wanted:
             raise ValueError(
@@ -135,6 +141,7 @@ class _AttentionFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # Sums in the accumulation dtype are rounded to the dtype of the inputs here, once.
         gradients = ctx.attend.backward(dout, Saved(ctx.saved_tensors, ctx.extras))
         return None, *(gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True))
 
@@ -159,6 +166,7 @@ class ComposedAttention(DistributedAttention):
     def moves(self, sizes: Sizes, routing: RoutingSource = no_routing) -> tuple[Move, ...]:
         """What the branches send, one after another, and the kind's own sums over all ranks."""
         found = self.attention.composition(sizes, routing)
+        # Branches run one after another, so that their moves add up.
         of_branches = [
             move
             for attention, of_branch in found.branches
@@ -182,6 +190,7 @@ class ComposedAttention(DistributedAttention):
 
 def all_reduce_move(all_reduced: tuple[int, int], channel: Channel) -> Move:
     """Return what a rank sends in sums over all ranks of tensors of so many bytes, forward and backward: 2 (P-1)/P."""
+    # A reduce-scatter and an all-gather, each of (P-1)/P of the bytes.
     forward, backward = (2 * (channel.size - 1) * total // channel.size for total in all_reduced)
     return Move(Volume(forward=forward, backward=backward), channel, hidden=False)
 
@@ -201,7 +210,7 @@ class Strategy(ABC):
     """The strategy that serves layers whose mechanism this one does not take, if there is one."""
 
     def __init__(self, channel: Channel, *, rounded_gradients: bool = False) -> None:
-        """rounded_gradients: gradients of keys and values travel in their dtype; they are summed wider all the same."""
+        """rounded_gradients: gradients of keys and values are sent in their dtype, and summed wider all the same."""
         self.channel = channel
         self.rounded_gradients = rounded_gradients
 
@@ -214,13 +223,14 @@ class Strategy(ABC):
         """
 
     def prepare(self, mechanism: Mechanism, shards: Shards, heads: Heads, *, backend: str) -> DistributedAttention:
-        """Plan the attention of one dealt sequence; the result serves every layer of that mechanism.
+        """Plan the attention of one sharded sequence; the result serves every layer of that mechanism.
 
         Raises ConfigError with the `unsupported_reason` of the strategy or of the mechanism, ValueError for a sequence
         sharded over another number of ranks.
         """
         if heads.query % heads.kv:
             raise ConfigError(f"{heads.query} query heads cannot share {heads.kv} KV heads evenly: change one of them.")
+        # Refused before anything is planned, let alone sent.
         longest = int(shards.rows.position.max()) + 1 if len(shards.rows) else 0
         for reason in (
             self.unsupported_reason(mechanism, heads, self.channel.size, self.channel.width),
@@ -229,7 +239,7 @@ class Strategy(ABC):
             if reason is not None:
                 raise ConfigError(reason)
         if shards.degree != self.channel.size:
-            raise ValueError(f"a sequence dealt to {shards.degree} ranks cannot run on {self.channel.size}")
+            raise ValueError(f"a sequence sharded over {shards.degree} ranks cannot run on {self.channel.size}")
         return self.plan(mechanism, shards, HeadShare.all(heads), backend=backend)
 
     def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> DistributedAttention:
@@ -273,12 +283,14 @@ class ShardedPlanner(AttentionPlanner):
         return self.strategy.channel.all_reduce(x, kind=f"{self.strategy.name}_{kind}")
 
     def of_tokens(self, rows: Rows, token: Tensor) -> Self:
+        # Rows stay where their tokens are: to plan among them moves nothing.
         shards = shard_with_tokens(rows, token, self.shards)
         tokens = shards.index[self.strategy.channel.rank]
         return replace(self, global_rows=rows, tokens=tokens, shards=shards)
 
     def distributed(self, attention: SequenceAttention, routing_width: int) -> DistributedAttention:
         """Return attention that this planner has planned with its costs: that of a strategy has them already."""
+        # What a strategy planned knows its costs; what a kind composed has those of its branches.
         if isinstance(attention, DistributedAttention):
             return attention
         return ComposedAttention(
@@ -295,6 +307,7 @@ def shard_with_tokens(rows: Rows, token: Tensor, shards: Shards) -> Shards:
 
     Rows stay in their order; ranks with fewer rows than others are padded.
     """
+    # A place counts the rows of all ranks set end to end: [P, T] -> [P x T]
     owner = shards.places()[token] // shards.tokens_local
     counts = owner.bincount(minlength=shards.degree)
     # At least one row, of padding if need be: transfers are not empty.

@@ -68,7 +68,7 @@ class GatedSum(Mechanism):
         return torch.stack([branch.keys_per_query(global_rows) for branch in self.branches()]).sum(dim=0)
 
     def saved_bytes(self, heads: Heads, sizes: Sizes, global_rows: Rows) -> int:
-        # Each branch saves what it does alone, and its output is saved once more for the gradient of its gate.
+        # The output of a branch is saved once more, for the gradient of its gate.
         out = heads.query * sizes.value_dim * sizes.element_bytes
         return sum(branch.saved_bytes(heads, sizes, global_rows) + out for branch in self.branches())
 

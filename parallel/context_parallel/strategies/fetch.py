@@ -45,7 +45,7 @@ class Fetch(KVMovingStrategy):
         return _FetchKVSchedule(sequence, sequence.wanted(), sequence.given())
 
     def kv_exchange_of_blocks(self, attention_mask: AttentionMask, shards: Shards, share: HeadShare) -> KVExchange:
-        return _ToBeChosen(self._sequence(attention_mask, shards, share))
+        return _SelectedKVExchange(self._sequence(attention_mask, shards, share))
 
     def _sequence(self, attention_mask: AttentionMask, shards: Shards, share: HeadShare) -> "_Sequence":
         return _Sequence(
@@ -233,27 +233,27 @@ class _FetchGradReturn(GradReturn):
 
 
 @final
-class _ToBeChosen(KVExchange):
-    """What is needed is known once the queries have chosen: each rank then asks the others for it."""
+class _SelectedKVExchange(KVExchange):
+    """The keys to move are known once the queries have selected blocks: each rank then asks the others for them."""
 
     def __init__(self, sequence: _Sequence) -> None:
         self.sequence = sequence
 
-    def to_chosen(self, selection: BlockSelection | None) -> KVSchedule:
+    def for_selection(self, selection: BlockSelection | None) -> KVSchedule:
         wanted = self.sequence.wanted(selection)
         return _FetchKVSchedule(self.sequence, wanted, self.sequence.channel.all_to_all(wanted, kind="fetch_requests"))
 
     def moves(self, sizes: Sizes, routing: RoutingSource) -> tuple[Move, ...]:
         """Besides what was chosen, a byte for every row and KV head of other ranks: whether it is needed."""
-        kv_schedule = self._journey(routing)
+        kv_schedule = self._schedule(routing)
         requests = kv_schedule.wanted.numel() - kv_schedule.wanted[self.sequence.channel.rank].numel()
         asked = Move(Volume(forward=requests, backward=0), self.sequence.channel, hidden=False)
         return *kv_schedule.moves(sizes, routing), asked
 
     def working_bytes(self, sizes: Sizes, routing: RoutingSource) -> int:
-        return self._journey(routing).working_bytes(sizes, routing)
+        return self._schedule(routing).working_bytes(sizes, routing)
 
-    def _journey(self, routing: RoutingSource) -> "_FetchKVSchedule":
+    def _schedule(self, routing: RoutingSource) -> "_FetchKVSchedule":
         """Return the schedule of the keys that all ranks select; without a full selection, of all they may select."""
         found = routing()
         if not isinstance(found, SelectedBlocks) or found.one_in > 1:

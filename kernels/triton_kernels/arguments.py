@@ -33,7 +33,7 @@ class Terms(NamedTuple):
 
 
 class Lists(NamedTuple):
-    """The columns of `farspan.kernels.triton_kernels.block_lists.BlockMask`."""
+    """The columns of `farspan.kernels.triton_kernels.block_mask.BlockMask`."""
 
     offsets: Tensor
     visits: Tensor

@@ -22,7 +22,7 @@ from farspan.kernels.planning.plan import Plan
 from farspan.kernels.planning.tiles import Tiling
 from farspan.kernels.triton_kernels import attention as kernels
 from farspan.kernels.triton_kernels.arguments import Lists, Operand, Terms
-from farspan.kernels.triton_kernels.block_lists import BlockMask, real_rows, tile_plan
+from farspan.kernels.triton_kernels.block_mask import BlockMask, real_rows, tile_plan
 from farspan.kernels.triton_kernels.key_ranks import Ranking
 from farspan.kernels.triton_kernels.packed_coordinates import pack
 from farspan.kernels.triton_kernels.row_block_lists import Portion, portions

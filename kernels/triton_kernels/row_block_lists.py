@@ -16,7 +16,7 @@ from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.planning.bounds import Bounds, all_see, may_see
 from farspan.kernels.planning.plan import HeadPlan, Plan
 from farspan.kernels.planning.tiles import Tiling
-from farspan.kernels.triton_kernels.block_lists import COUNT_BITS, MAX_COUNT, MAX_TILES, BlockMask
+from farspan.kernels.triton_kernels.block_mask import COUNT_BITS, MAX_COUNT, MAX_TILES, BlockMask
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

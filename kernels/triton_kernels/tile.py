@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from farspan.kernels.triton_kernels import block_lists as tile_lists
+from farspan.kernels.triton_kernels import block_mask as tile_lists
 
 COUNT_BITS = tl.constexpr(tile_lists.COUNT_BITS)
 MAX_COUNT = tl.constexpr(tile_lists.MAX_COUNT)

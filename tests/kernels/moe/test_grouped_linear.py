@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.moe.grouped_linear import grouped_linear
-from tests.kernels.moe.test_grouped_swiglu import COUNTS, TOLERANCE
+from tests.kernels.moe.test_grouped_gemm import COUNTS, TOLERANCE
 
 
 def inputs(rows: int, dtype: torch.dtype, sizes: tuple[int, int]) -> list[Tensor]:

@@ -17,7 +17,7 @@ from farspan.kernels.moe.grouped_swiglu import grouped_swiglu
 from farspan.kernels.triton_kernels import grouped_launch as grouped
 from farspan.kernels.triton_kernels.grouped_launch import Matrices, Stretches, Tile, Tiles
 from tests.kernels.moe import test_grouped_linear as linear
-from tests.kernels.moe import test_grouped_swiglu as swiglu
+from tests.kernels.moe import test_grouped_gemm as swiglu
 from tests.support import interpreter_bfloat16
 from tests.support.oracle import RELATIVE_TOLERANCE, relative_error, rms_error
 

@@ -9,7 +9,7 @@ import torch
 from farspan.kernels.moe import expert_threads
 from farspan.kernels.moe.expert_threads import for_each_expert, share_out
 from tests.kernels.moe import test_grouped_linear as linear
-from tests.kernels.moe import test_grouped_swiglu as swiglu
+from tests.kernels.moe import test_grouped_gemm as swiglu
 
 CPU = torch.device("cpu")
 

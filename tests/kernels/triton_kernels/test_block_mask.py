@@ -15,7 +15,7 @@ from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.planning.tiles import Tiling
-from farspan.kernels.triton_kernels.block_lists import COUNT_BITS, MAX_COUNT, BlockMask, TiledPlan, tile_plan
+from farspan.kernels.triton_kernels.block_mask import COUNT_BITS, MAX_COUNT, BlockMask, TiledPlan, tile_plan
 
 GENERATOR = torch.Generator().manual_seed(0)
 ROWS = {
@@ -203,7 +203,7 @@ import torch
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import Partition, Selection
-from farspan.kernels.triton_kernels.block_lists import tile_plan
+from farspan.kernels.triton_kernels.block_mask import tile_plan
 from farspan.kernels.planning.tiles import Tiling
 from farspan.kernels.masks.attention_mask import Visibility
 

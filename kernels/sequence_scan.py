@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farspan.kernels.linear_attention.segment import Segment, order
+from farspan.kernels.linear_attention.state import Segment, order
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.recurrent_attention import recurrent_attention_backward, recurrent_attention_forward
 

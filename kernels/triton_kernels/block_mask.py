@@ -1,14 +1,26 @@
-"""Tile lists: for each tile of rows the tiles of the other side to visit, as intervals, found from bounds alone.
+"""Block mask: for each tile of rows the tiles of the other side to visit, found from bounds of tiles alone.
 
-A visit is full where all rows of the queries' tile that are not padding see all keys of the keys' tile, and partial
-where only the predicate can tell. Lists are kept as CSR; an entry is an interval of tiles in one int32, so that dense
-attention takes a few entries per list, and scattered blocks take 4 bytes each.
+A visit is full where all queries of the tile that are not padding attend to all keys of the other tile, and partial
+where only the mask of single rows decides. Lists are CSR, and tiles that follow each other are one run in one int32: a
+list of dense attention is a few runs, and scattered blocks take 4 bytes each.
+
+Example: 12 tokens, causal, 3 query tiles of 4 rows and 4 key tiles of 3 rows; F is full, p is partial.
+
+    key tile        0  1  2  3      full: runs (first, count)    partial: runs
+    query tile 0    p  p  .  .      none                         (0, 2)
+    query tile 1    F  p  p  .      (0, 1)                       (1, 2)
+    query tile 2    F  F  F  p      (0, 3)                       (3, 1)
+
+    runs     (0, 2) (0, 1) (1, 2) (0, 3) (3, 1)    full before partial, query tile by query tile; as first << 12 | count
+    offsets  0 0 1 2 3 4 5                         where each half of a list starts in `runs`
+    counts   0 2 1 2 3 1                           how many tiles each half visits
+    order    2 1 0                                 the longest list starts first
 """
 
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,57 +35,49 @@ from farspan.kernels.planning.ragged import ranges
 from farspan.kernels.planning.tiles import Tiling
 
 COUNT_BITS = 12
-"""Low bits of an entry: the number of tiles in the interval. The others: its first tile."""
+"""Low bits of a run: the number of its tiles. The others: its first tile."""
 MAX_COUNT = (1 << COUNT_BITS) - 1
 MAX_TILES = (1 << (31 - COUNT_BITS)) - 1
 COARSE = 16
-"""Tiles, on either side, that are ruled out or in together before they are looked at one by one."""
+"""Tiles, on either side, that are tested together before they are tested one by one."""
 PAIRS_AT_ONCE = 1 << 17
-"""Pairs of tiles that are looked at in one go."""
+"""Pairs of tiles that are tested in one go: bounds memory, and is enough for NumPy."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class BlockMask:
-    """For each list the full visits, then the partial ones; list number = group * tiles + tile.
+class BlockMask(NamedTuple):
+    """Lists of tiles to visit, an argument of kernels as it is; list number = group * tiles + tile.
 
-    offsets: int32 `[2 * lists + 1]`, where the entries of list l start: full at 2 l, partial at 2 l + 1.
-    visits: int32 `[2 * lists]`, the number of tiles in them. entries: int32, first tile << COUNT_BITS | count; one
-    more than there are, so that a kernel may read one ahead. order: int32 `[tiles]`, those with most visits first, so
-    that no long one is left for the end. group: int32 `[heads]`, the group whose lists each query head follows.
+    offsets: int32 `[2 * lists + 1]`, where the runs of list l start: full ones at 2 l, partial ones at 2 l + 1.
+    counts: int32 `[2 * lists]`, the number of tiles in them. runs: int32, first tile << COUNT_BITS | tiles; one more
+    than there are, so that a kernel may read one ahead. order: int32 `[tiles]`, those with most visits first, so that
+    no long one is left for the end. group: int32 `[heads]`, the group whose lists each query head follows.
     """
 
     offsets: Tensor
-    visits: Tensor
-    entries: Tensor
+    counts: Tensor
+    runs: Tensor
     order: Tensor
     group: Tensor
 
     @property
-    def tiles(self) -> int:
+    def num_tiles(self) -> int:
         return len(self.order)
 
     def to(self, device: torch.device) -> "BlockMask":
-        """Return the same lists on `device`."""
-        return BlockMask(
-            offsets=self.offsets.to(device),
-            visits=self.visits.to(device),
-            entries=self.entries.to(device),
-            order=self.order.to(device),
-            group=self.group.to(device),
-        )
+        return BlockMask(*(column.to(device) for column in self))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TiledPlan:
-    """Tiles of query rows and of key rows, and the lists of those on the side that stays: of queries or of keys."""
+    """Tiles of query rows and of key rows, and the lists of those on the stationary side: queries or keys."""
 
     queries: Tiling
     keys: Tiling
     lists: BlockMask
 
 
-def real_rows(plan: Plan) -> tuple[Rows, Rows]:
-    """Return the rows of queries and of keys, padding also where the selection has no unit or block for a row."""
+def active_rows(plan: Plan) -> tuple[Rows, Rows]:
+    """Return the rows of queries and of keys; rows that are in no block of the selection count as padding."""
     if plan.selection is None:
         return plan.queries, plan.keys
     return (
@@ -82,10 +86,10 @@ def real_rows(plan: Plan) -> tuple[Rows, Rows]:
     )
 
 
-def tile_plan(plan: Plan, query_tile: int, key_tile: int, staying: Literal["queries", "keys"]) -> TiledPlan:
+def tile_plan(plan: Plan, query_tile: int, key_tile: int, stationary: Literal["queries", "keys"]) -> TiledPlan:
     """Return tiles and lists of a plan for tiles of so many rows; a selection must be of tiles of rows.
 
-    staying: the side whose tiles own a list, of tiles of the other side. Raises ValueError for too many tiles.
+    stationary: the side whose tiles own a list, of tiles of the other side. Raises ValueError for too many tiles.
     """
     queries, keys = _tilings(plan, query_tile, key_tile)
     if max(len(queries), len(keys)) > MAX_TILES:
@@ -93,12 +97,12 @@ def tile_plan(plan: Plan, query_tile: int, key_tile: int, staying: Literal["quer
             f"{len(plan.queries)} queries and {len(plan.keys)} keys make more than {MAX_TILES} tiles of "
             f"{query_tile} x {key_tile}: split the sequence over more ranks"
         )
-    rows, columns = (queries, keys) if staying == "queries" else (keys, queries)
+    rows, columns = (queries, keys) if stationary == "queries" else (keys, queries)
     group, members = _groups(plan)
     found = []
     for part, head in members:
         pairs = _pairs(plan, part, head, queries, keys)
-        if staying == "keys":
+        if stationary == "keys":
             pairs = (_Pairs(x.columns, x.rows, x.partial, x.width) for x in pairs)
         found.append(_encode(pairs, len(rows), len(columns)))
     return TiledPlan(queries=queries, keys=keys, lists=_join(found, group, len(rows)))
@@ -107,8 +111,9 @@ def tile_plan(plan: Plan, query_tile: int, key_tile: int, staying: Literal["quer
 def _tilings(plan: Plan, query_tile: int, key_tile: int) -> tuple[Tiling, Tiling]:
     if plan.selection is None:
         return Tiling.of(plan.queries, query_tile), Tiling.of(plan.keys, key_tile)
-    unit, block = plan.selection.unit, plan.selection.blocks.of(plan.keys)
-    return Tiling.of(plan.queries, query_tile, unit), Tiling.of(plan.keys, key_tile, block)
+    # Rows are sorted by block where they are not yet, so that no tile mixes rows of two lists.
+    query_block, key_block = plan.selection.unit, plan.selection.blocks.of(plan.keys)
+    return Tiling.of(plan.queries, query_tile, query_block), Tiling.of(plan.keys, key_tile, key_block)
 
 
 def _without(rows: Rows, absent: Tensor) -> Rows:
@@ -116,7 +121,7 @@ def _without(rows: Rows, absent: Tensor) -> Rows:
 
 
 def _groups(plan: Plan) -> tuple[np.ndarray, list[tuple[HeadPlan, int]]]:
-    """Return the group of each query head, and the part and first head of each group; one group sees the same."""
+    """Return the group of each query head, and the part and first head of each group: heads with equal lists."""
     number: dict[tuple[int, bytes, int], int] = {}
     members: list[tuple[HeadPlan, int]] = []
     group = np.zeros(plan.heads, dtype=np.int32)
@@ -131,17 +136,17 @@ def _groups(plan: Plan) -> tuple[np.ndarray, list[tuple[HeadPlan, int]]]:
 
 
 def _digest(plan: Plan, head: int) -> bytes:
-    """Return what tells the lists of a head from other lists."""
+    """Return a digest of the key blocks that a head selects; equal for equal lists."""
     if plan.selection is None:
         return b""
-    offsets, chosen = _lists_of(plan, head)
+    offsets, blocks = _selected_blocks(plan, head)
     digest = hashlib.blake2b(offsets.tobytes(), digest_size=16)
-    digest.update(chosen.data)
+    digest.update(blocks.data)
     return digest.digest()
 
 
-def _lists_of(plan: Plan, head: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return where the lists of a head's units start, and the blocks on them."""
+def _selected_blocks(plan: Plan, head: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the key blocks that a head selects as CSR over its query blocks: offsets and block ids."""
     selection = plan.selection
     assert selection is not None
     first = head * selection.heads // plan.heads * selection.num_units
@@ -171,138 +176,141 @@ def _pairs(plan: Plan, part: HeadPlan, head: int, queries: Tiling, keys: Tiling)
 
     def bounds(tiles: int) -> tuple[Bounds, Bounds]:
         of_queries = queries.bounds(attention_mask, tiles=tiles)
-        # Rows of padding in a tile of queries see nothing whatever the predicate says: kernels store nothing for them.
-        seeing = replace(of_queries, padded=np.zeros_like(of_queries.padded))
-        return seeing, keys.bounds(attention_mask, lifetime, tiles)
+        # A full visit may compute anything for padding among the queries: kernels store 0 for such rows.
+        unpadded = replace(of_queries, padded=np.zeros_like(of_queries.padded))
+        return unpadded, keys.bounds(attention_mask, lifetime, tiles)
 
     fine = bounds(1)
     if plan.selection is not None:
-        for i, j in _chosen(plan, head, queries, keys):
-            yield _sort_out(i, j, *fine, attention_mask)
+        for i, j in _selected_tiles(plan, head, queries, keys):
+            yield _classify(i, j, *fine, attention_mask)
         return
+    # Two levels: squares of COARSE x COARSE tiles first, so that time follows the border of the mask and not its area.
     coarse = bounds(COARSE)
     for i, j in candidates(*coarse, attention_mask):
-        whole = all_see(coarse[0].take(i), coarse[1].take(j), attention_mask)
-        yield _Pairs(i[whole], j[whole], np.zeros(int(whole.sum()), dtype=bool), COARSE)
-        rest = np.flatnonzero(~whole)
-        for at in range(0, len(rest), PAIRS_AT_ONCE // COARSE**2):
-            some = rest[at : at + PAIRS_AT_ONCE // COARSE**2]
+        full = all_see(coarse[0].take(i), coarse[1].take(j), attention_mask)
+        yield _Pairs(i[full], j[full], np.zeros(int(full.sum()), dtype=bool), COARSE)
+        rest = np.flatnonzero(~full)
+        for start in range(0, len(rest), PAIRS_AT_ONCE // COARSE**2):
+            some = rest[start : start + PAIRS_AT_ONCE // COARSE**2]
+            # Squares [n] -> their tiles [n, COARSE, COARSE] -> [n * COARSE^2]
             rows = (i[some, None, None] * COARSE + np.arange(COARSE)[:, None]).repeat(COARSE, axis=2).reshape(-1)
             columns = (j[some, None, None] * COARSE + np.arange(COARSE)).repeat(COARSE, axis=1).reshape(-1)
             inside = (rows < len(queries)) & (columns < len(keys))
-            yield _sort_out(rows[inside], columns[inside], *fine, attention_mask)
+            yield _classify(rows[inside], columns[inside], *fine, attention_mask)
 
 
-def _sort_out(i: np.ndarray, j: np.ndarray, queries: Bounds, keys: Bounds, attention_mask: AttentionMask) -> _Pairs:
-    """Drop the pairs of tiles that cannot see each other, and tell the full from the partial."""
+def _classify(i: np.ndarray, j: np.ndarray, queries: Bounds, keys: Bounds, attention_mask: AttentionMask) -> _Pairs:
+    """Drop the pairs of tiles without any unmasked pair of rows, and mark those with masked ones as partial."""
     of_queries, of_keys = queries.take(i), keys.take(j)
-    may = may_see(of_queries, of_keys, attention_mask)
-    whole = all_see(of_queries, of_keys, attention_mask)
-    return _Pairs(i[may].astype(np.int32), j[may].astype(np.int32), ~whole[may], 1)
+    some = may_see(of_queries, of_keys, attention_mask)
+    full = all_see(of_queries, of_keys, attention_mask)
+    return _Pairs(i[some].astype(np.int32), j[some].astype(np.int32), ~full[some], 1)
 
 
-def _chosen(plan: Plan, head: int, queries: Tiling, keys: Tiling) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the pairs (query tile, key tile) that a head chose, in stretches of its lists."""
+def _selected_tiles(plan: Plan, head: int, queries: Tiling, keys: Tiling) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the pairs (query tile, key tile) that a head selects, some of its lists at a time."""
     assert plan.selection is not None
-    unit_first, unit_stop = queries.of_number(plan.selection.num_units)
-    block_first, block_stop = keys.of_number(plan.selection.blocks.count)
-    of_unit, of_block = unit_stop - unit_first, block_stop - block_first
-    offsets, chosen = _lists_of(plan, head)
-    # An entry is as many pairs as its unit and its block have tiles here.
-    step = max(PAIRS_AT_ONCE // max(int(of_unit.max(initial=1)) * int(of_block.max(initial=1)), 1), 1)
-    for at in range(0, len(chosen), step):
-        block = chosen[at : at + step]
-        unit = np.searchsorted(offsets, np.arange(at, at + len(block)), side="right") - 1
-        # Each entry once for each tile of its unit, then once for each tile of its block.
-        i = ranges(unit_first[unit], unit_stop[unit])
-        block = block.repeat(of_unit[unit])
-        yield i.repeat(of_block[block]), ranges(block_first[block], block_stop[block])
+    query_first, query_stop = queries.of_number(plan.selection.num_units)
+    key_first, key_stop = keys.of_number(plan.selection.blocks.count)
+    query_tiles, key_tiles = query_stop - query_first, key_stop - key_first
+    offsets, selected = _selected_blocks(plan, head)
+    # A selected block makes as many pairs as its query block and key block have tiles.
+    step = max(PAIRS_AT_ONCE // max(int(query_tiles.max(initial=1)) * int(key_tiles.max(initial=1)), 1), 1)
+    for start in range(0, len(selected), step):
+        key_block = selected[start : start + step]
+        query_block = np.searchsorted(offsets, np.arange(start, start + len(key_block)), side="right") - 1
+        # Each selected block once for each tile of its query block, then once for each tile of its key block.
+        i = ranges(query_first[query_block], query_stop[query_block])
+        key_block = key_block.repeat(query_tiles[query_block])
+        yield i.repeat(key_tiles[key_block]), ranges(key_first[key_block], key_stop[key_block])
 
 
 def _encode(pairs: Iterator[_Pairs], rows: int, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the numbers of entries `[2 * rows]`, visits `[2 * rows]` and entries of one group.
-
-    An interval is one int64 while it is sorted: list, 31 bits of entry.
-    """
+    """Return the numbers of runs `[2 * rows]`, of visits `[2 * rows]`, and the runs of one group."""
     keys: list[np.ndarray] = []
     for found in pairs:
         if found.width == 1:
-            keys.append(_key(found.rows, found.columns, 1, found.partial))
+            keys.append(_sort_key(found.rows, found.columns, 1, found.partial))
         elif len(found.rows):
-            keys.append(_squares(found, rows, columns))
+            keys.append(_square_runs(found, rows, columns))
     key = _concatenate(keys, np.int64)
     key.sort()
-    counts, visits = np.zeros(2 * rows, dtype=np.int64), np.zeros(2 * rows, dtype=np.int32)
-    entries, at = [], 0
-    while at < len(key):
-        # Some whole lists at a time: what is needed on the way is many times as large as the entries.
-        stop = min(at + PAIRS_AT_ONCE, len(key)) - 1
+    num_runs, counts = np.zeros(2 * rows, dtype=np.int64), np.zeros(2 * rows, dtype=np.int32)
+    runs, start = [], 0
+    while start < len(key):
+        # Some complete lists at a time: the temporaries are many times as large as the runs.
+        stop = min(start + PAIRS_AT_ONCE, len(key)) - 1
         stop = int(np.searchsorted(key, ((key[stop] >> 31) + 1) << 31))
-        number, length, entry = _intervals(key[at:stop])
-        counts += np.bincount(number, minlength=2 * rows)
-        visits += np.bincount(number, weights=length, minlength=2 * rows).astype(np.int32)
-        entries.append(entry)
-        at = stop
-    return counts, visits, _concatenate(entries, np.int32)
+        number, length, run = _merge_runs(key[start:stop])
+        num_runs += np.bincount(number, minlength=2 * rows)
+        counts += np.bincount(number, weights=length, minlength=2 * rows).astype(np.int32)
+        runs.append(run)
+        start = stop
+    return num_runs, counts, _concatenate(runs, np.int32)
 
 
-def _intervals(key: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Join intervals that follow each other, cut those too long for an entry; return list, length, entry of each."""
+def _merge_runs(key: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Join runs that follow each other, cut those longer than MAX_COUNT; return half list, length, run of each."""
     first, length = key >> COUNT_BITS, key & MAX_COUNT
     starts = np.flatnonzero(np.append(True, first[1:] != first[:-1] + length[:-1]))
     first, length = first[starts], np.add.reduceat(length, starts)
-    pieces = -(-length // MAX_COUNT)
-    nth = ranges(np.zeros_like(pieces), pieces)
-    first, length = first.repeat(pieces) + nth * MAX_COUNT, length.repeat(pieces) - nth * MAX_COUNT
+    cuts = -(-length // MAX_COUNT)
+    nth = ranges(np.zeros_like(cuts), cuts)
+    first, length = first.repeat(cuts) + nth * MAX_COUNT, length.repeat(cuts) - nth * MAX_COUNT
     length = np.minimum(length, MAX_COUNT)
     return first >> (31 - COUNT_BITS), length, ((first & MAX_TILES) << COUNT_BITS | length).astype(np.int32)
 
 
-def _key(row: np.ndarray, first: np.ndarray, count: np.ndarray | int, partial: np.ndarray) -> np.ndarray:
-    entry = first.astype(np.int64) << COUNT_BITS | count
-    return (row.astype(np.int64) * 2 + partial) << 31 | entry
+def _sort_key(row: np.ndarray, first: np.ndarray, count: np.ndarray | int, partial: np.ndarray) -> np.ndarray:
+    """Return one int64 for each run, by which runs are sorted: half list above 31 bits of run."""
+    run = first.astype(np.int64) << COUNT_BITS | count
+    return (row.astype(np.int64) * 2 + partial) << 31 | run
 
 
-def _squares(found: _Pairs, rows: int, columns: int) -> np.ndarray:
-    """Return the intervals of squares of full visits: joined along the columns, then once for each row tile."""
+def _square_runs(found: _Pairs, rows: int, columns: int) -> np.ndarray:
+    """Return the runs of squares of full visits: joined along the columns, then once for each row tile."""
     order = np.lexsort((found.columns, found.rows))
     row, column = found.rows[order], found.columns[order]
-    borders = np.append(True, (row[1:] != row[:-1]) | (column[1:] != column[:-1] + 1))
-    # No interval may be longer than an entry can say.
-    nth = np.arange(len(row)) - np.maximum.accumulate(np.where(borders, np.arange(len(row)), 0))
-    starts = np.flatnonzero(borders | (nth % (MAX_COUNT // found.width) == 0))
+    breaks = np.append(True, (row[1:] != row[:-1]) | (column[1:] != column[:-1] + 1))
+    # No run is longer than MAX_COUNT tiles.
+    nth = np.arange(len(row)) - np.maximum.accumulate(np.where(breaks, np.arange(len(row)), 0))
+    starts = np.flatnonzero(breaks | (nth % (MAX_COUNT // found.width) == 0))
     length = np.diff(np.append(starts, len(row)))
     first = column[starts] * found.width
     count = np.minimum(first + length * found.width, columns) - first
+    # [runs, width]: the row tiles of each run; squares at the end may reach beyond the last tile.
     tile = row[starts, None] * found.width + np.arange(found.width)
     inside = tile < rows
-    spread = [np.broadcast_to(x[:, None], tile.shape)[inside] for x in (first, count)]
-    return _key(tile[inside], spread[0], spread[1], np.zeros(int(inside.sum()), dtype=bool))
+    # [runs] -> [runs, width] -> [row tiles inside]
+    first, count = (np.broadcast_to(x[:, None], tile.shape)[inside] for x in (first, count))
+    return _sort_key(tile[inside], first, count, np.zeros(int(inside.sum()), dtype=bool))
 
 
 def _join(found: list[tuple[np.ndarray, np.ndarray, np.ndarray]], group: np.ndarray, tiles: int) -> BlockMask:
-    """Put the lists of all groups one after another."""
-    counts = np.concatenate([counts for counts, _, _ in found])
-    visits = np.concatenate([visits for _, visits, _ in found])
-    work = visits.reshape(len(found), tiles, 2).sum(axis=(0, 2))
-    entries = [entries for _, _, entries in found]
+    """Concatenate the lists of all groups."""
+    num_runs = np.concatenate([num_runs for num_runs, _, _ in found])
+    counts = np.concatenate([counts for _, counts, _ in found])
+    # [groups * tiles * 2] -> [groups, tiles, 2] -> [tiles]
+    visits = counts.reshape(len(found), tiles, 2).sum(axis=(0, 2))
+    runs = [runs for _, _, runs in found]
     found.clear()
-    entries.append(np.zeros(1, dtype=np.int32))
+    runs.append(np.zeros(1, dtype=np.int32))
     return BlockMask(
-        offsets=torch.from_numpy(np.append(0, np.cumsum(counts)).astype(np.int32)),
-        visits=torch.from_numpy(visits),
-        entries=torch.from_numpy(_concatenate(entries, np.int32)),
-        order=torch.from_numpy(np.argsort(-work, kind="stable").astype(np.int32)),
+        offsets=torch.from_numpy(np.append(0, np.cumsum(num_runs)).astype(np.int32)),
+        counts=torch.from_numpy(counts),
+        runs=torch.from_numpy(_concatenate(runs, np.int32)),
+        order=torch.from_numpy(np.argsort(-visits, kind="stable").astype(np.int32)),
         group=torch.from_numpy(group),
     )
 
 
-def _concatenate(pieces: list[np.ndarray], dtype: type) -> np.ndarray:
-    """Concatenate and empty `pieces`, each given back as soon as it is copied: the whole is not held twice."""
-    whole = np.empty(sum(len(piece) for piece in pieces), dtype=dtype)
-    at = len(whole)
-    while pieces:
-        piece = pieces.pop()
-        whole[at - len(piece) : at] = piece
-        at -= len(piece)
-    return whole
+def _concatenate(parts: list[np.ndarray], dtype: type) -> np.ndarray:
+    """Concatenate and empty `parts`, each freed as soon as it is copied, so that no element is held twice."""
+    joined = np.empty(sum(len(part) for part in parts), dtype=dtype)
+    stop = len(joined)
+    while parts:
+        part = parts.pop()
+        joined[stop - len(part) : stop] = part
+        stop -= len(part)
+    return joined

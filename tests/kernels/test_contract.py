@@ -24,7 +24,7 @@ from tests.support.sequence_shards import select
 
 CPU = torch.device("cpu")
 DTYPES = list(oracle.RELATIVE_TOLERANCE)
-ABLE = [name for name in BACKENDS if BACKENDS.get(name).unsupported_reason(CPU) is None]
+ABLE = [name for name in BACKENDS if BACKENDS.get(name).unavailable_reason(CPU) is None]
 EXAMPLES = [
     pytest.param(example, id=str(example))
     for name in MECHANISMS

@@ -18,7 +18,7 @@ from tests.support import oracle
 from tests.support.sequence_shards import select
 
 CPU = torch.device("cpu")
-ABLE = [name for name in BACKENDS if BACKENDS.get(name).unsupported_reason(CPU) is None]
+ABLE = [name for name in BACKENDS if BACKENDS.get(name).unavailable_reason(CPU) is None]
 EXAMPLES = [
     pytest.param(example, id=str(example)) for name in MECHANISMS for example in MECHANISMS.get(name).examples()
 ]

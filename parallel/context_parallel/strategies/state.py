@@ -13,7 +13,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from farspan.kernels.linear_attention.segment import Segment, order
+from farspan.kernels.linear_attention.state import Segment, order
 from farspan.kernels.mechanism import Heads, Mechanism, Recurrent
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.recurrent_attention import recurrent_attention_backward, recurrent_attention_forward

@@ -138,7 +138,7 @@ def draw(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
 
 
 def run(plan: Plan, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
-    library = BACKENDS.get("library")
+    library = BACKENDS.get("cuda")
     out, lse = library.forward(q, k, v, plan)
     return [out, lse, *library.backward(dout, q, k, v, out.to(q.dtype), lse, plan)]
 
@@ -193,7 +193,7 @@ def test_parts_over_disjoint_keys_merge_and_their_gradients_add_up(operators: Fa
     """What a ring does: out and lse are of more keys than a call's own, and sums of parts are float32."""
     rows = Rows.packed([200])
     q, k, v, dout = (draw(200, n, 16, dtype=torch.bfloat16, seed=i) for i, n in enumerate((4, 2, 2, 4)))
-    library = BACKENDS.get("library")
+    library = BACKENDS.get("cuda")
     parts = [slice(0, 70), slice(70, 200)]
     plans = [Plan.build(rows, rows.slice(part), AttentionMask(), heads=4) for part in parts]
     out, lse = empty_partial(200, 4, 16, like=q)
@@ -225,15 +225,15 @@ def test_what_it_cannot_compute_is_refused_with_what_can() -> None:
     plan = Plan.build(rows, rows, AttentionMask(), heads=2)
     q = torch.zeros(8, 2, 16)
     with pytest.raises(ConfigError, match="takes bfloat16 and float16, not float32; use "):
-        BACKENDS.get("library").forward(q, q, q, plan)
+        BACKENDS.get("cuda").forward(q, q, q, plan)
     blocks = BlockPartition.blocks(rows, 4)
     selection = BlockSelection.from_lists(torch.arange(8), blocks, torch.zeros(2, 8, 1, dtype=torch.int64))
     chosen = plan.choosing(selection)
-    with pytest.raises(ConfigError, match="chosen by content"):
-        BACKENDS.get("library").forward(q.half(), q.half(), q.half(), chosen)
+    with pytest.raises(ConfigError, match="selected by content"):
+        BACKENDS.get("cuda").forward(q.half(), q.half(), q.half(), chosen)
     living = plan.living(torch.zeros(2, 8, dtype=torch.int32))
-    with pytest.raises(ConfigError, match="chosen by content"):
-        BACKENDS.get("library").forward(q.half(), q.half(), q.half(), living)
+    with pytest.raises(ConfigError, match="selected by content"):
+        BACKENDS.get("cuda").forward(q.half(), q.half(), q.half(), living)
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -67,7 +67,7 @@ def test_out_and_lse_may_be_of_more_keys(version: str) -> None:
     parts = [slice(0, 70), slice(70, 200)]
     plans = [Plan.build(rows, rows.slice(part), AttentionMask(), heads=4) for part in parts]
     out, lse = empty_partial(200, 4, 16, like=q)
-    library = BACKENDS.get("library")
+    library = BACKENDS.get("cuda")
     for part, plan in zip(parts, plans, strict=True):
         merge_(out, lse, *library.forward(q, k[part], v[part], plan))
     found = [
@@ -182,7 +182,7 @@ def test_choice(
 
 def test_what_was_found_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(monkeypatch, "fa2", "fa3_b1", cudnn=91501)
-    assert BACKENDS.get("library").calls() == ""
+    assert BACKENDS.get("cuda").calls() == ""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert BACKENDS.get("library").calls() == "FlashAttention 3, cuDNN, FlashAttention 2, torch's FlashAttention"
+    assert BACKENDS.get("cuda").calls() == "FlashAttention 3, cuDNN, FlashAttention 2, torch's FlashAttention"
     assert BACKENDS.get("reference").calls() == ""

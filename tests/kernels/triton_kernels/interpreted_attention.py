@@ -17,7 +17,7 @@ from farspan.kernels.mechanism import Heads, Mechanism, Recurrent, Routed, Token
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.merge import empty_partial, merge_
 from farspan.kernels.planning.plan import Plan
-from farspan.kernels.triton_kernels import attention_launch as schedule
+from farspan.kernels.triton_kernels import attention_launch
 from farspan.kernels.triton_kernels.shapes import Shape, Shapes, shapes_for
 from tests.kernels import test_contract as contract
 from tests.kernels import test_sequence_attention as whole
@@ -99,7 +99,7 @@ def plain_attention(inputs: list[Tensor], dout: Tensor, mask: Tensor) -> list[Te
 
 
 @pytest.mark.parametrize("attention_mask", contract.ATTENTION_MASKS, ids=str)
-def test_visibility_equals_the_formula(attention_mask: AttentionMask) -> None:
+def test_masks_equal_the_formula(attention_mask: AttentionMask) -> None:
     rows, keys = contract.ROWS["ragged"], contract.ROWS["strided"]
     mask = oracle.visible_mask(rows, keys, attention_mask, 4)
     check(
@@ -112,7 +112,7 @@ def plan_of(rows: Rows, keys: Rows, attention_mask: AttentionMask, selection: Bl
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(0, 5), (5, 0), (0, 0), (9, 9)])
-def test_rows_that_see_nothing(queries: int, keys: int) -> None:
+def test_rows_that_attend_to_nothing(queries: int, keys: int) -> None:
     """No rows at all, and rows that are all padding."""
     rows, other = (Rows.packed([], padding=9), Rows.packed([], padding=9)) if queries == 9 else (
         Rows.packed([queries]), Rows.packed([keys])
@@ -186,27 +186,27 @@ def test_lifetimes(rows: Rows) -> None:
     check(Tensors.random(len(rows), len(rows), (4, 2), 16, 16, torch.float32), plan, mask)
 
 
-def test_rows_are_gathered_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_some_rows_are_gathered_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Partial results are bounded: here to those of about 7 rows at a time, in whichever portion a block is chosen."""
     rows = RAGGED
     tensors = Tensors.random(len(rows), len(rows), (4, 2), 16, 16, torch.float32)
     plan = plan_of(rows, rows, AttentionMask(), row_selection(rows))
     at_once = run(tensors, plan)
-    monkeypatch.setattr(schedule, "SLOT_BYTES", 50 * 4 * 16)
+    monkeypatch.setattr(attention_launch, "SLOT_BYTES", 50 * 4 * 16)
     seen: list[slice] = []
-    monkeypatch.setattr(schedule, "portions", lambda *a: noted(seen, *a))
+    monkeypatch.setattr(attention_launch, "gathered_rows", lambda *a: noted(seen, *a))
     for name, got, expected in zip(NAMES, run(tensors, plan), at_once, strict=True):
         assert oracle.relative_error(got, expected) <= TOLERANCE, name
     assert len(seen) > 3 * 5
 
 
-PORTIONS = schedule.portions
+GATHERED_ROWS = attention_launch.gathered_rows
 
 
 def noted(seen: list[slice], *arguments) -> Iterator:
-    for portion in PORTIONS(*arguments):
-        seen.append(portion.rows)
-        yield portion
+    for gathered in GATHERED_ROWS(*arguments):
+        seen.append(gathered.rows)
+        yield gathered
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
@@ -245,7 +245,7 @@ def test_the_same_bits_from_any_layout(selection: str) -> None:
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_nothing_leaks_from_what_is_hidden(selection: str) -> None:
+def test_masked_keys_do_not_leak(selection: str) -> None:
     """A key changes nothing but what sees it, even if its score would tower over all."""
     rows = Rows.packed([20, 23], padding=3)
     tensors = Tensors.random(len(rows), len(rows), (4, 1), 16, 16, torch.float32)
@@ -274,9 +274,9 @@ def test_lists_are_made_once_for_a_plan() -> None:
     assert not plan.living(torch.zeros(2, 40, dtype=torch.int32)).derived
 
 
-def test_what_the_kernels_cannot_do_is_refused() -> None:
-    work = KernelRequest.of(MoBA(), torch.bfloat16, 256, 16)
-    assert choose_backend("triton", torch.device("cpu"), work) == "triton"
+def test_unsupported_requests_are_refused() -> None:
+    request = KernelRequest.of(MoBA(), torch.bfloat16, 256, 16)
+    assert choose_backend("triton", torch.device("cpu"), request) == "triton"
     rows = Rows.packed([5])
     plan = plan_of(rows, rows, AttentionMask())
     for head_dim, dtype, message in ((16, torch.float64, "not float64"), (264, torch.float32, "up to 256, not 264")):

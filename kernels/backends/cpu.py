@@ -1,7 +1,7 @@
 """CPU backend: torch's flash attention for CPU, called for the regions of a plan, or for batches
 of gathered rows.
 
-Recurrences are matrix products over chunks of rows.
+Scans are matrix products over chunks of rows.
 """
 
 from collections.abc import Iterable

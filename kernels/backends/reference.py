@@ -1,4 +1,4 @@
-"""Reference backend: attention as papers write it, in any dtype on any device; all others are compared with it."""
+"""Reference backend: attention as it is written on paper, in any dtype on any device; the judge of all others."""
 
 from typing import final
 
@@ -42,7 +42,6 @@ class ReferenceBackend(Backend, RecurrentBackend):
         dq = torch.einsum("hts,shd->thd", dscores, k.to(dtype).repeat_interleave(group, dim=1))
         dk = torch.einsum("hts,thd->shd", dscores, q.to(dtype))
         dv = torch.einsum("hts,thd->shd", probability, dout)
-        # Sums over the query heads of a KV head: [S, Hq, width] -> [S, Hk, Hq/Hk, width] -> [S, Hk, width]
         return dq, dk.unflatten(1, shared).sum(2), dv.unflatten(1, shared).sum(2)
 
     def scan(self, inputs: RecurrenceInputs) -> tuple[Tensor, State]:
@@ -99,14 +98,14 @@ def _weights(inputs: RecurrenceInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _scores(q: Tensor, k: Tensor, plan: Plan) -> tuple[Tensor, int]:
-    """Return scaled scores `[Hq, T, S]`, -inf where masked, and the query heads per KV head."""
+    """Return scaled scores `[query heads, queries, keys]`, -inf where invisible, and the query heads per KV head."""
     dtype, group = accumulation_dtype(q.dtype), q.shape[1] // k.shape[1]
     scores = torch.einsum("thd,shd->hts", q.to(dtype), k.to(dtype).repeat_interleave(group, dim=1))
     return (scores * q.shape[-1] ** -0.5).masked_fill(~plan.mask().to(q.device), float("-inf")), group
 
 
 def _finite(lse: Tensor) -> Tensor:
-    """Replace the -inf of rows that attend to nothing, so that exp(score - lse) is exp(-inf) = 0 and not NaN."""
+    """Replace the -inf of rows that see nothing, so that exp(score - lse) is exp(-inf) = 0 and not NaN."""
     return lse.masked_fill(lse == float("-inf"), 0.0)
 
 

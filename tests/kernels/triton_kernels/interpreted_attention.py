@@ -42,7 +42,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim
 
 @pytest.fixture(scope="module", autouse=True)
 def _bfloat16() -> None:
-    interpreter_bfloat16.teach()
+    interpreter_bfloat16.patch()
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,7 @@ NAN = float("nan")
 
 @pytest.fixture(autouse=True)
 def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    interpreter_bfloat16.teach()
+    interpreter_bfloat16.patch()
     monkeypatch.setattr(choice, "on_gpu", lambda x: True)
     for name in ("HALF", "ODD_HALF", "FLOAT32"):
         monkeypatch.setattr(grouped, name, SMALL)

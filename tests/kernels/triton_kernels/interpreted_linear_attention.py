@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim
 
 @pytest.fixture(autouse=True, scope="module")
 def _bfloat16_as_it_is() -> None:
-    interpreter_bfloat16.teach()
+    interpreter_bfloat16.patch()
 
 
 WIDEST = {dtype: max(tilings) for dtype, tilings in linear_attention.TILINGS.items()}

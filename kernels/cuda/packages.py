@@ -55,12 +55,14 @@ def call(function: Callable[..., Any], **arguments: Any) -> Any:
 class Package(Library):
     """A library of a package: the layout of its base class outside, the package's own layout inside.
 
-    mark: a parameter of the forward function that only the versions which this class can call have.
+    mark: a parameter of the forward function that only the versions which this class can call have. options: arguments
+    of the forward function besides tensors, scale and causal.
     """
 
     module: ClassVar[str]
     functions: ClassVar[tuple[str, str]]
     mark: ClassVar[str]
+    options: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
         self._forward, self._backward = forward, backward
@@ -73,6 +75,22 @@ class Package(Library):
             return None
         return cls(forward, backward)
 
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        q, k, v = _swap(q, k, v)
+        out, lse, *_ = call(self._forward, q=q, k=k, v=v, softmax_scale=scale, causal=causal, **self.options)
+        # [N, T, H, D] -> [N, H, T, D]
+        return out.transpose(1, 2), lse
+
+    def _backward_in_place(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, **options: Any
+    ) -> Gradients:
+        """Call a backward function that writes its results into tensors it is given."""
+        dout, q, k, v, out = _swap(dout, q, k, v, out)
+        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+        call(self._backward, dout=dout, q=q, k=k, v=v, out=out, softmax_lse=lse, dq=dq, dk=dk, dv=dv, **options)
+        dq, dk, dv = _swap(dq, dk, dv)
+        return dq, dk, dv
+
 
 @final
 class FlashAttn2(Package):
@@ -83,25 +101,14 @@ class FlashAttn2(Package):
     module = "flash_attn.flash_attn_interface"
     functions = ("_flash_attn_forward", "_flash_attn_backward")
     mark = "window_size_left"
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        q, k, v = _swap(q, k, v)
-        out, lse, *_ = call(
-            self._forward, q=q, k=k, v=v, softmax_scale=scale, causal=causal, return_softmax=False, **PLAIN
-        )
-        # [N, T, H, D] -> [N, H, T, D]
-        return out.transpose(1, 2), lse
+    options: ClassVar[dict[str, Any]] = {"return_softmax": False, **PLAIN}
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
     ) -> Gradients:
-        dout, q, k, v, out = _swap(dout, q, k, v, out)
-        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-        call(
-            self._backward, dout=dout, q=q, k=k, v=v, out=out, softmax_lse=lse, dq=dq, dk=dk, dv=dv,
-            softmax_scale=scale, causal=causal, deterministic=False, **PLAIN,
-        )  # fmt: skip
-        return _gradients(dq, dk, dv)
+        return self._backward_in_place(
+            dout, q, k, v, out, lse, softmax_scale=scale, causal=causal, deterministic=False, **PLAIN
+        )
 
 
 @final
@@ -114,22 +121,11 @@ class FlashAttn3(Package):
     functions = ("_flash_attn_forward", "_flash_attn_backward")
     mark = "attention_chunk"
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        q, k, v = _swap(q, k, v)
-        out, lse, *_ = call(self._forward, q=q, k=k, v=v, softmax_scale=scale, causal=causal)
-        return out.transpose(1, 2), lse
-
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
     ) -> Gradients:
-        dout, q, k, v, out = _swap(dout, q, k, v, out)
-        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-        causal_by_version = {"is_causal" if "is_causal" in parameters(self._backward) else "causal": causal}
-        call(
-            self._backward, dout=dout, q=q, k=k, v=v, out=out, softmax_lse=lse, dq=dq, dk=dk, dv=dv,
-            softmax_scale=scale, **causal_by_version,
-        )  # fmt: skip
-        return _gradients(dq, dk, dv)
+        name = "is_causal" if "is_causal" in parameters(self._backward) else "causal"
+        return self._backward_in_place(dout, q, k, v, out, lse, softmax_scale=scale, **{name: causal})
 
 
 @final
@@ -144,11 +140,7 @@ class FlashAttn4(Package):
     module = "flash_attn.cute.interface"
     functions = ("_flash_attn_fwd", "_flash_attn_bwd")
     mark = "return_lse"
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        q, k, v = _swap(q, k, v)
-        out, lse, *_ = call(self._forward, q=q, k=k, v=v, softmax_scale=scale, causal=causal, return_lse=True)
-        return out.transpose(1, 2), lse
+    options: ClassVar[dict[str, Any]] = {"return_lse": True}
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
@@ -157,14 +149,10 @@ class FlashAttn4(Package):
         dq, dk, dv, *_ = call(
             self._backward, q=q, k=k, v=v, out=out, dout=dout, lse=lse, softmax_scale=scale, causal=causal
         )
-        return _gradients(dq, dk, dv)
+        dq, dk, dv = _swap(dq, dk, dv)
+        return dq, dk, dv
 
 
 def _swap(*tensors: Tensor) -> list[Tensor]:
     # [N, H, T, D] -> [N, T, H, D], or back
     return [x.transpose(1, 2) for x in tensors]
-
-
-def _gradients(*tensors: Tensor) -> Gradients:
-    dq, dk, dv = _swap(*tensors)
-    return dq, dk, dv

@@ -122,7 +122,7 @@ def check(case: Case, backend: str) -> None:
 
 
 class RecurrenceContract:
-    """The tests of one backend: a file of its own for each, so that they spread over workers."""
+    """The tests of one backend: each has a file of its own, so that they spread over workers."""
 
     backend: str
 

@@ -55,7 +55,7 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     check_operands(q, k, v, causal)
     # [N, H, T, D] -> [N, T, H, D] and back
-    out, lse = fake_flash_attn.padded_forward("aten", 256, *swapped(q, k, v), causal, scale)
+    out, lse = fake_flash_attn.padded_forward("aten", 256, *swapped(q, k, v), causal=causal, scale=scale)
     return out.transpose(1, 2), lse
 
 
@@ -64,7 +64,9 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_operands(q, k, v, causal)
     assert dout.shape == out.shape == q.shape
-    found = fake_flash_attn.padded_backward("aten", 256, *swapped(dout, q, k, v, out), lse, causal, scale)
+    found = fake_flash_attn.padded_backward(
+        "aten", 256, *swapped(dout, q, k, v, out), lse=lse, causal=causal, scale=scale
+    )
     dq, dk, dv = swapped(*found)
     return dq, dk, dv
 
@@ -236,9 +238,9 @@ def test_unsupported_requests_are_refused() -> None:
     chosen = plan.choosing(selection)
     with pytest.raises(ConfigError, match="selected by content"):
         BACKENDS.get("cuda").forward(q.half(), q.half(), q.half(), chosen)
-    living = plan.living(torch.zeros(2, 8, dtype=torch.int32))
+    expiring = plan.living(torch.zeros(2, 8, dtype=torch.int32))
     with pytest.raises(ConfigError, match="selected by content"):
-        BACKENDS.get("cuda").forward(q.half(), q.half(), q.half(), living)
+        BACKENDS.get("cuda").forward(q.half(), q.half(), q.half(), expiring)
 
 
 @pytest.mark.parametrize("causal", [True, False])

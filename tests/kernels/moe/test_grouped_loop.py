@@ -24,16 +24,16 @@ def _two_threads() -> Iterator[None]:
 @pytest.mark.usefixtures("_two_threads")
 def test_each_expert_with_rows_comes_once_large_ones_to_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grouped_loop, "SHARED_ROWS", 8)
-    seen: dict[int, tuple[bool, int, bool]] = {}
+    calls: dict[int, tuple[bool, int, bool]] = {}
 
     def work(expert: int) -> None:
-        assert expert not in seen
+        assert expert not in calls
         main = threading.current_thread() is threading.main_thread()
-        seen[expert] = main, torch.get_num_threads(), torch.is_grad_enabled()
+        calls[expert] = main, torch.get_num_threads(), torch.is_grad_enabled()
 
     with torch.no_grad():
         for_each_expert([3, 0, 9, 1, 8, 2], CPU, work)
-    assert seen == {expert: (True, 2, False) if expert in (2, 4) else (False, 1, False) for expert in (0, 2, 3, 4, 5)}
+    assert calls == {expert: (True, 2, False) if expert in (2, 4) else (False, 1, False) for expert in (0, 2, 3, 4, 5)}
 
 
 @pytest.mark.usefixtures("_two_threads")

@@ -26,8 +26,8 @@ def by_hand(router: MixtureOfHeads, logits: list[float], bias: list[float]) -> d
     p = softmax(logits[: groups * routed])
     chosen = []
     for group in range(groups):
-        mine = range(group * routed, (group + 1) * routed)
-        chosen += sorted(mine, key=lambda i: (-(p[i] + bias[i]), i))[: router.per_token]
+        candidates = range(group * routed, (group + 1) * routed)
+        chosen += sorted(candidates, key=lambda i: (-(p[i] + bias[i]), i))[: router.per_token]
     total, gates = sum(p[i] for i in chosen), {}
     between = [1.0, 1.0]
     if shared:

@@ -127,10 +127,10 @@ def test_the_example_of_the_docstring() -> None:
 
 def random_selection(rows: Rows, tile: int, block: int, heads: int, density: float = 0.4) -> BlockSelection:
     blocks = BlockPartition.blocks(rows, block)
-    unit = BlockPartition.blocks(rows, tile).of(rows)
-    units = int(unit.max()) + 1 if len(rows) else 0
-    mask = torch.rand(heads, units, blocks.count, generator=torch.Generator().manual_seed(1)) < density
-    return BlockSelection.from_parts(unit, blocks, [mask])
+    query_block = BlockPartition.blocks(rows, tile).of(rows)
+    num_query_blocks = int(query_block.max()) + 1 if len(rows) else 0
+    mask = torch.rand(heads, num_query_blocks, blocks.count, generator=torch.Generator().manual_seed(1)) < density
+    return BlockSelection.from_parts(query_block, blocks, [mask])
 
 
 @pytest.mark.parametrize(("tile", "block"), [(16, 8), (32, 16), (20, 12), (5, 3)])
@@ -157,7 +157,7 @@ def test_heads_with_equal_masks_share_lists() -> None:
 
 
 def table(selection: BlockSelection) -> Tensor:
-    """The selection's lists as bool `[heads, units, blocks]`."""
+    """The selection's lists as bool `[heads, query blocks, key blocks]`."""
     found = torch.zeros(selection.heads * selection.num_units, selection.blocks.count, dtype=torch.bool)
     found[selection.lists, selection.chosen.long()] = True
     return found.view(selection.heads, selection.num_units, -1)

@@ -48,16 +48,16 @@ def check_all(run: Callable[..., Tensor], formula: Callable[..., Tensor], inputs
     assert out.dtype == dtype
     got = [out, *torch.autograd.grad(out, inputs, dout)]
     wanted = [expected, *torch.autograd.grad(expected, exact, dout.double())]
-    for number, (mine, right) in enumerate(zip(got, wanted, strict=True)):
-        assert mine.dtype == dtype
-        assert mine.shape == right.shape
+    for number, (result, right) in enumerate(zip(got, wanted, strict=True)):
+        assert result.dtype == dtype
+        assert result.shape == right.shape
         if not right.any():
-            assert not mine.any(), number
+            assert not result.any(), number
         elif dtype == torch.float32:
-            assert relative_error(mine, right) <= RELATIVE_TOLERANCE[dtype], number
+            assert relative_error(result, right) <= RELATIVE_TOLERANCE[dtype], number
         else:
             # Twice rounded at most, inner values and result, by half an eps each.
-            assert rms_error(mine, right) <= torch.finfo(dtype).eps, number
+            assert rms_error(result, right) <= torch.finfo(dtype).eps, number
     for expert, count in enumerate(counts):
         if not count:
             assert all(not gradient[expert].any() for gradient in got[2:])
@@ -86,14 +86,14 @@ def test_rows_and_weights_of_any_layout_give_the_same_bits() -> None:
     counts = [3, 17, 0, 0, 1]
     x, *weights = swiglu.inputs(21, torch.float32, (40, 37))
     dout = torch.randn(21, 40)
-    out = grouped_swiglu(x, *weights, counts)
+    out = grouped_swiglu(x, *weights, counts=counts)
     expected = [out, *torch.autograd.grad(out, (x, *weights), dout)]
     wide = torch.full((42, 80), NAN)
     wide[::2, :40] = x.detach()
     turned = [w.detach().permute(2, 0, 1).contiguous().permute(1, 2, 0).requires_grad_() for w in weights]
     for other, matrices in ((wide[::2, :40], weights), (x.detach().t().contiguous().t(), turned)):
         leaves = (other.requires_grad_(), *matrices)
-        out = grouped_swiglu(*leaves, counts)
+        out = grouped_swiglu(*leaves, counts=counts)
         got = [out, *torch.autograd.grad(out, leaves, dout.t().contiguous().t())]
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
         # Laid out like its weight, so that adding it to another, as over micro-batches, copies nothing.
@@ -143,7 +143,7 @@ def test_rows_of_other_experts_do_not_matter() -> None:
     found = []
     for rows_in, gradient in ((x, dout), (bad, bad_dout)):
         leaves = (rows_in, gate, up, down)
-        out = grouped_swiglu(*leaves, counts)
+        out = grouped_swiglu(*leaves, counts=counts)
         found.append([out, *torch.autograd.grad(out, leaves, gradient)])
     keep = torch.ones(40, dtype=torch.bool)
     keep[rows] = False

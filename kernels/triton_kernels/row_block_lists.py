@@ -182,7 +182,7 @@ def _gather(
     slot += (first_tile * query_tile - (sizes.cumsum(0) - sizes)).repeat_interleave(sizes)
     total = int(tiles.sum())
     if total > MAX_TILES:
-        raise ValueError(f"{len(flat)} choices make {total} tiles of {query_tile} rows: take larger blocks")
+        raise ValueError(f"{len(flat)} selected blocks make {total} tiles of {query_tile} rows: take larger blocks")
     index = torch.full((total * query_tile,), -1, dtype=torch.int32, device=device)
     index[slot] = flat[order].int()
     # The transpose, row -> slots, as CSR; the sort is stable, so the slots of a row ascend.

@@ -49,7 +49,7 @@ def test_equals_every_matrix_on_every_token(case: str, dtype: torch.dtype, toler
         assert (a.double() - b).abs().max().item() <= tolerance * b.abs().max().item()
 
 
-def test_matrices_that_nobody_chose_are_not_read() -> None:
+def test_matrices_that_no_token_chooses_are_not_read() -> None:
     choices = Choices.of(torch.tensor([[0, 2], [2, 0]]), 3)
     weight = torch.ones(3, 4, 4)
     weight[1] = torch.nan

@@ -31,11 +31,12 @@ export CHECK_PYTHON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test faults check gpu
+.PHONY: help train test test-all faults check gpu
 
 help:
 	@echo "make train   train a small model on this machine, two processes, on Python's own sources"
 	@echo "make test    run all tests"
+	@echo "make test-all   run all tests, and compile the Triton kernels even where they have not changed"
 	@echo "make faults  run the tests that kill and stop runs for minutes, on a SLURM cluster of virtual nodes too"
 	@echo "make check   format, lint, types and the layout's rules"
 	@echo "make gpu     on a machine with a GPU: check attention and experts, then measure them; $(PYTHON) needs torch, triton, numpy"
@@ -46,6 +47,9 @@ train: $(TRAIN_READY) $(CORPUS)/train/meta.json
 # One process more than there are cores, as many tests wait; each file is run by one of them, in the order of the files.
 test: $(DEV_READY) $(TRITON_READY)
 	$(RUN) -m pytest tests -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --dist loadfile --no-loadscope-reorder
+
+test-all:
+	COMPILE_KERNELS=1 $(MAKE) test
 
 faults: $(DEV_READY)
 	$(RUN) -m pytest -m faults tests

@@ -1,4 +1,4 @@
-"""Backend: what computes attention on one device; one file each in `backends/`."""
+"""Backend: an implementation of attention on one device; one file each in `backends/`."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from farspan.errors import ConfigError
-from farspan.kernels.linear_attention.segment import Segment
-from farspan.kernels.linear_attention.state import State
+from farspan.kernels.linear_attention.recurrence import RecurrentBackend
 from farspan.kernels.mechanism import Access, Mechanism
 from farspan.kernels.planning.plan import Plan
 from farspan.registry import Registry
@@ -16,31 +15,34 @@ from farspan.registry import Registry
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KernelRequest:
-    """What backends differ in being able to compute.
+    """The properties of a layer that not every backend supports.
 
-    chooses_keys: whether keys are chosen by content, or die. scans: whether it is a recurrence instead of a softmax.
+    selects_keys: whether keys are selected by content, or expire. is_recurrent: whether it is a recurrence and not
+    softmax attention.
     """
 
     dtype: torch.dtype
     head_dim: int
     value_dim: int
-    chooses_keys: bool
-    scans: bool
+    selects_keys: bool
+    is_recurrent: bool
 
     @staticmethod
     def of(mechanism: Mechanism, dtype: torch.dtype, head_dim: int, value_dim: int) -> "KernelRequest":
-        """Return what a mechanism asks of a backend."""
         return KernelRequest(
             dtype=dtype,
             head_dim=head_dim,
             value_dim=value_dim,
-            chooses_keys=not mechanism.accesses.isdisjoint({Access.BLOCKS, Access.LIFETIMES}),
-            scans=Access.STATE in mechanism.accesses,
+            selects_keys=not mechanism.accesses.isdisjoint({Access.BLOCKS, Access.LIFETIMES}),
+            is_recurrent=Access.STATE in mechanism.accesses,
         )
 
 
 class Backend(ABC):
-    """Computes softmax attention of rows to rows as a plan says, and scans if it can; forward and backward."""
+    """Computes softmax attention of rows to rows by a plan, forward and backward.
+
+    One that runs recurrent mechanisms too is a `RecurrentBackend` as well.
+    """
 
     rank: int
     """Order in which `auto` tries the backends: the lowest rank that runs on the device is taken."""
@@ -48,20 +50,20 @@ class Backend(ABC):
     """Whether the same inputs give the same bits every time."""
 
     @abstractmethod
-    def unsupported_reason(self, device: torch.device) -> str | None:
+    def unavailable_reason(self, device: torch.device) -> str | None:
         """Return why this backend can't run on `device`, or None if it can."""
 
-    def calls(self) -> str:
-        """Return the libraries that it calls on this machine, for people to read; nothing if it is all our own."""
-        return ""
-
-    def limit(self, work: KernelRequest) -> str | None:
-        """Return why this backend can't compute `work` on any device, or None if it can."""
+    def unsupported_reason(self, request: KernelRequest) -> str | None:
+        """Return why this backend can't compute `request` on any device, or None if it can."""
         return None
+
+    def calls(self) -> str:
+        """Return the names of the libraries that it calls on this machine; nothing if all kernels are our own."""
+        return ""
 
     @abstractmethod
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        """See `farspan.kernels.attention.attend`."""
+        """See `farspan.kernels.attention.attention_forward`."""
 
     @abstractmethod
     def backward(
@@ -69,43 +71,19 @@ class Backend(ABC):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `farspan.kernels.attention.attention_backward`."""
 
-    def scan_unsupported_reason(self) -> str | None:
-        """Return why this backend cannot scan, or None if it can; one that can has the two methods below."""
-        return "it computes softmax attention only"
-
-    def scan(
-        self, q: Tensor, k: Tensor, v: Tensor, segment: Segment, decay: Tensor, state: State
-    ) -> tuple[Tensor, State]:
-        """See `farspan.kernels.recurrent_attention.scan`; a state is always given."""
-        raise NotImplementedError(self.scan_unsupported_reason())
-
-    def scan_backward(
-        self,
-        dout: Tensor,
-        dstate: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        segment: Segment,
-        decay: Tensor,
-        state: State,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """See `farspan.kernels.recurrent_attention.scan_backward`; both states are always given."""
-        raise NotImplementedError(self.scan_unsupported_reason())
-
 
 BACKENDS: Registry[Backend] = Registry("attention backend", "farspan.kernels.backends")
 
 
-def choose_backend(name: str, device: torch.device, work: KernelRequest) -> str:
-    """Return the backend to use on `device`; `auto` takes the fastest that can do the work there.
+def choose_backend(name: str, device: torch.device, request: KernelRequest) -> str:
+    """Return the backend to use on `device`; `auto` takes the fastest that supports the request there.
 
-    Raises ConfigError when the backend asked for does not exist, cannot run on the device or cannot do the work.
+    Raises ConfigError when the backend asked for does not exist, is unavailable or does not support the request.
     """
-    able = {key: part.rank for key, part in BACKENDS.load().items() if _refusal(part, device, work) is None}
+    able = {key: part.rank for key, part in BACKENDS.load().items() if _reason(part, device, request) is None}
     if name == "auto":
         return min(able, key=lambda key: able[key])
-    reason = _refusal(BACKENDS.get(name), device, work)
+    reason = _reason(BACKENDS.get(name), device, request)
     if reason is not None:
         raise ConfigError(
             f"attention.backend={name!r} cannot run on {device.type}: {reason}; these can: {', '.join(able)}."
@@ -113,9 +91,9 @@ def choose_backend(name: str, device: torch.device, work: KernelRequest) -> str:
     return name
 
 
-def _refusal(backend: Backend, device: torch.device, work: KernelRequest) -> str | None:
-    return (
-        backend.unsupported_reason(device)
-        or backend.limit(work)
-        or (backend.scan_unsupported_reason() if work.scans else None)
-    )
+def _reason(backend: Backend, device: torch.device, request: KernelRequest) -> str | None:
+    if reason := backend.unavailable_reason(device) or backend.unsupported_reason(request):
+        return reason
+    if request.is_recurrent and not isinstance(backend, RecurrentBackend):
+        return "it has softmax attention only"
+    return None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.attention import attention_backward, attention_forward
-from farspan.kernels.linear_attention.segment import Segment, order
+from farspan.kernels.linear_attention.state import Segment, order
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism

@@ -40,7 +40,7 @@ def test_there_is_no_toy_without_its_file() -> None:
 def test_contract_and_matrix_find_it() -> None:
     found = pytest_with_toy("--collect-only", CONTRACT, MATRIX, "-k", "toy").splitlines()
     able = [
-        name for name, backend in BACKENDS.load().items() if backend.unsupported_reason(torch.device("cpu")) is None
+        name for name, backend in BACKENDS.load().items() if backend.unavailable_reason(torch.device("cpu")) is None
     ]
     for backend in able:
         for dtype in oracle.RELATIVE_TOLERANCE:

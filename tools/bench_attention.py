@@ -101,12 +101,12 @@ def contenders_on(device: torch.device, chosen: Sequence[str]) -> list[Contender
     Raises ConfigError for a backend that does not exist or cannot run here.
     """
     for name in chosen:
-        if reason := BACKENDS.get(name).unsupported_reason(device):
+        if reason := BACKENDS.get(name).unavailable_reason(device):
             raise ConfigError(f"--backends {name} cannot run on {device.type}: {reason}.")
     able = [
         name
         for name, backend in BACKENDS.load().items()
-        if name != JUDGE and backend.unsupported_reason(device) is None
+        if name != JUDGE and backend.unavailable_reason(device) is None
     ]
     return [*(Ours(name) for name in chosen or able), *rivals_on(device)]
 

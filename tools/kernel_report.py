@@ -3,12 +3,15 @@
 
     python -m farspan.tools.kernel_report docs/kernels_sm90.md
 
-Kernels are compiled with the very arguments that the backend launches them with: a plan is run on empty tensors while a
-driver that only names the target stands in for the real one. Exit status 1 when registers spill to memory or a kernel
-wants more shared memory than there is.
+Kernels are compiled with the arguments that the backend launches them with: a plan is run on tensors of zeros by a
+driver that only names the target. Exit status 1 when registers spill to memory or a kernel takes more shared memory
+than a block can have. The report begins with a digest of the kernels' code and of the pinned Triton: while it is
+unchanged, tests need not compile again.
 """
 
 import argparse
+import ast
+import hashlib
 import multiprocessing
 import re
 import subprocess
@@ -22,14 +25,18 @@ from typing import Any
 
 import torch
 
-from farspan.kernels.linear_attention.segment import Segment
-from farspan.kernels.linear_attention.state import empty_state
+from farspan.kernels.linear_attention.state import Segment
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.neighborhood import Dimension, Neighborhood
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.planning.plan import Plan
+from farspan.kernels.recurrent_attention import recurrent_attention_backward, recurrent_attention_forward
 from farspan.kernels.triton_kernels.shapes import shapes_for
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA_ONLY = {"block_mask", "row_block_lists", "key_ranks", "packed_coordinates"}
+"""Files beside the kernels that make their data, and have no part in compiling."""
 
 SHARED_BYTES = 227 << 10
 """Shared memory that a block of threads can have on an H100."""
@@ -44,10 +51,12 @@ GRID = Neighborhood(
 TITLE = """# What the Triton kernels need of an H100
 
 Written by `python -m farspan.tools.kernel_report docs/kernels_sm90.md` (Triton 3.6.0, its own ptxas). Every kernel
-that a plan launches, at every head size and dtype; what is one binary for several of them stands once. `experts`: what
-a mixture's experts launch, at a width and inner size; its tiles are rows x columns x depth. `regs`: registers of a
-thread, at most 255. `stack`: bytes of a thread's stack, which registers spill to; 0 is none. `shared`: bytes of shared
-memory of a block, at most 232,448.
+that a plan launches, at every head size and dtype; one binary that serves several of them is one line. `experts`: a
+mixture's experts, at a width and inner size; tiles are rows x columns x depth. `regs`: registers of a thread, at most
+255. `stack`: bytes of a thread's stack, which registers spill to; 0 is none. `shared`: bytes of shared memory of a
+block, at most 232,448.
+
+Digest of the code: {digest}
 
 | plan | head size | dtype | kernel | queries x keys, or chunk x columns | warps | stages | regs | stack | shared |
 |---|---|---|---|---|---|---|---|---|---|
@@ -56,7 +65,7 @@ memory of a block, at most 232,448.
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A plan of `plan_of`, or a scan, with tensors of one dtype and of head sizes `width` and `value_width`.
+    """A plan of `plan_of`, or a recurrence, with tensors of one dtype and of head sizes `width` and `value_width`.
 
     Or experts, of that width and inner size.
     """
@@ -73,7 +82,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a kernel that a case launches needs; equal binaries are one, whichever cases launch them."""
+    """The resources of a kernel that a case launches."""
 
     case: Case
     kernel: str
@@ -86,17 +95,17 @@ class Usage:
     shared: int
 
 
-PLANS = ("causal", "window and sinks", "neighborhood", "lifetimes", "tiles choose", "rows choose", "scan")
+PLANS = ("causal", "window and sinks", "neighborhood", "lifetimes", "tiles select", "rows select", "recurrence")
 SIZES = ((64, 64), (128, 128), (192, 128), (256, 256))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EXPERT_SIZES = ((1024, 512), (1000, 500))
-"""Width and inner size of experts: multiples of 16 numbers, which are loaded 16 bytes at a time, and others."""
+"""Width and inner size of experts: multiples of 16 elements, which are loaded 16 bytes at a time, and others."""
 CASES = [Case(plan, *sizes, dtype) for sizes in SIZES for dtype in DTYPES for plan in PLANS]
 CASES += [Case("experts", *sizes, dtype) for sizes in EXPERT_SIZES for dtype in DTYPES]
 
 
 def plan_of(name: str) -> Plan:
-    """Return a plan that makes the kernels load all that such plans make them load."""
+    """Return a small plan for which the kernels load everything that such plans need."""
     rows = Rows.packed([ROWS])
     attention_mask = {
         "window and sinks": AttentionMask(window=100, sinks=4),
@@ -105,17 +114,20 @@ def plan_of(name: str) -> Plan:
     plan = Plan.build(rows, rows, attention_mask, heads=HEADS)
     if name == "lifetimes":
         return plan.with_lifetimes(torch.zeros(KV_HEADS, ROWS, dtype=torch.int32))
-    if name.endswith("choose"):
+    if name.endswith("select"):
         # Blocks that no tile is aligned with, so that rows are loaded through an index.
         blocks = BlockPartition.blocks(rows, 100)
-        unit = blocks.of(rows) if name == "tiles choose" else torch.arange(ROWS)
-        own = blocks.of(rows) if name == "rows choose" else torch.arange(blocks.count)
-        return plan.with_selection(BlockSelection.from_lists(unit, blocks, own[None, :, None].expand(HEADS, -1, 1)))
+        query_block = blocks.of(rows) if name == "tiles select" else torch.arange(ROWS)
+        own = blocks.of(rows) if name == "rows select" else torch.arange(blocks.count)
+        # [query blocks] -> [heads, query blocks, 1]
+        return plan.with_selection(
+            BlockSelection.from_lists(query_block, blocks, own[None, :, None].expand(HEADS, -1, 1))
+        )
     return plan
 
 
 class _Driver:
-    """Names the target; whatever would touch a GPU is missing."""
+    """Names the target, and has nothing that would touch a GPU."""
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
@@ -145,20 +157,20 @@ def compile_case(case: Case) -> list[Usage]:
     triton.runtime.driver.set_active(_Driver())
     JITFunction.run = compile_only
     try:
-        {"scan": _scan, "experts": _experts}.get(case.plan, _attention)(case)
+        {"recurrence": _recurrence, "experts": _experts}.get(case.plan, _attention)(case)
     finally:
         JITFunction.run = run
     return list(dict.fromkeys(launched))
 
 
 def _attention(case: Case) -> None:
-    from farspan.kernels.triton_kernels import attention_launch as schedule
+    from farspan.kernels.triton_kernels import attention_launch
 
     q, k, v = _tensors(case)
     shapes = shapes_for(case.width, case.value_width, case.dtype)
-    problem = schedule.Problem(q=q, k=k, v=v, plan=plan_of(case.plan), shapes=shapes)
-    out, lse = schedule.forward(problem)
-    schedule.backward(problem, out.to(case.dtype), out.to(case.dtype), lse)
+    problem = attention_launch.Problem(q=q, k=k, v=v, plan=plan_of(case.plan), shapes=shapes)
+    out, lse = attention_launch.forward(problem)
+    attention_launch.backward(problem, out.to(case.dtype), out.to(case.dtype), lse)
 
 
 def _tensors(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -167,31 +179,22 @@ def _tensors(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return q, k, v
 
 
-def _scan(case: Case) -> None:
-    from farspan.kernels.triton_kernels import linear_attention as scan
-
+def _recurrence(case: Case) -> None:
     q, k, v = _tensors(case)
     segment, decay = Segment.of(Rows.packed([ROWS])), torch.ones(HEADS, dtype=torch.float64)
-    state = empty_state(HEADS, q.shape[2], v.shape[2], like=q)
-    out, left = scan.scan_forward(q, k, v, segment, decay, state)
-    scan.scan_backward(out.to(q.dtype), left.value, q, k, v, segment, decay, state)
+    out, state = recurrent_attention_forward(q, k, v, segment, decay, backend="triton")
+    recurrent_attention_backward(out.to(q.dtype), state.value, q, k, v, segment, decay, backend="triton")
 
 
 def _experts(case: Case) -> None:
-    from farspan.kernels.triton_kernels import grouped_launch as grouped
+    from farspan.kernels.triton_kernels import grouped_launch
 
     width, inner, counts = case.width, case.value_width, (ROWS - 300, 0, 300)
     x = torch.zeros(ROWS, width, dtype=case.dtype)
     gate = torch.zeros(len(counts), inner, width, dtype=case.dtype)
     down = torch.zeros(len(counts), width, inner, dtype=case.dtype)
-    out = grouped.swiglu(x, gate, gate, down, counts)
-    grouped.swiglu_backward(x, gate, gate, down, counts, out)
-    # A view of one matrix for all experts, as of the heads of a projection.
-    weight = torch.zeros(width, len(counts) * inner, dtype=case.dtype).unflatten(1, (len(counts), inner))
-    inside = torch.zeros(ROWS, inner, dtype=case.dtype)
-    grouped.linear_backward(
-        inside, weight.transpose(0, 1), counts, grouped.linear(inside, weight.transpose(0, 1), counts)
-    )
+    out = grouped_launch.swiglu(x, gate, gate, down, counts)
+    grouped_launch.swiglu_backward(x, gate, gate, down, counts, out)
 
 
 def _usage(case: Case, kernel: str, options: dict[str, Any], compiled: Any) -> Usage:
@@ -223,15 +226,45 @@ def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def code_digest(folder: Path = ROOT / "kernels" / "triton_kernels") -> str:
+    """Return a digest of everything that decides the binaries: the code of kernels and launches, the pinned Triton.
+
+    Comments and docstrings do not count, nor does where lines break.
+    """
+    pins = [
+        line for line in (ROOT / "Makefile").read_text(encoding="utf-8").splitlines() if line.startswith("TRITON :=")
+    ]
+    digest = hashlib.sha256("".join(pins).encode())
+    for path in sorted(folder.glob("*.py")):
+        if path.stem not in DATA_ONLY:
+            digest.update(f"{path.name} {_normalized(ast.parse(path.read_text(encoding='utf-8')))}".encode())
+    return digest.hexdigest()
+
+
+def _normalized(node: object) -> str:
+    """Return code as a string that is the same under every version of Python."""
+    if isinstance(node, list):
+        return f"[{', '.join(_normalized(part) for part in node if not _is_docstring(part))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    # Newer versions have more fields, which are empty in code for older ones.
+    fields = [f"{name}={_normalized(value)}" for name, value in ast.iter_fields(node) if value not in (None, [])]
+    return f"{type(node).__name__}({', '.join(fields)})"
+
+
+def _is_docstring(node: object) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
 def compile_all(processes: int) -> Iterator[Usage]:
-    """Compile all cases in so many processes, which find in Triton's cache what another case has compiled already."""
+    """Compile all cases in so many processes, which share binaries through Triton's cache."""
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         for found in pool.map(compile_case, CASES):
             yield from found
 
 
 def row(same: list[Usage]) -> str:
-    """Return the line of the table for usages of one binary: which cases launch it, and what it needs."""
+    """Return the line of the table for usages of one binary: the cases that launch it, and its resources."""
     first = same[0]
     plans, sizes, dtypes = (
         ", ".join(dict.fromkeys(names))
@@ -256,7 +289,8 @@ def main() -> int:
     binaries: dict[str, list[Usage]] = {}
     for usage in compile_all(options.processes):
         binaries.setdefault(usage.binary, []).append(usage)
-    options.out.write_text(TITLE + "".join(f"{row(same)}\n" for same in binaries.values()), encoding="utf-8")
+    table = "".join(f"{row(same)}\n" for same in binaries.values())
+    options.out.write_text(TITLE.format(digest=code_digest()) + table, encoding="utf-8")
     bad = [row(same) for same in binaries.values() if same[0].stack or same[0].shared > SHARED_BYTES]
     for line in bad:
         print(f"does not fit: {line}", file=sys.stderr)

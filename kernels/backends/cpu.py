@@ -11,10 +11,8 @@ from torch import Tensor
 
 from farspan.kernels.backend import BACKENDS, Backend
 from farspan.kernels.cpu.flash import flash, flash_backward
-from farspan.kernels.cpu.linear_attention import sweep
-from farspan.kernels.linear_attention.recurrence import scan_backward_by_sweeps, scan_by_sweep
-from farspan.kernels.linear_attention.segment import Segment
-from farspan.kernels.linear_attention.state import State
+from farspan.kernels.cpu.linear_attention import chunked_recurrence
+from farspan.kernels.linear_attention.recurrence import ChunkedRecurrentBackend
 from farspan.kernels.merge import GatheredSums
 from farspan.kernels.planning.gathered_batches import Batch, selection_batches, selects_by_tile
 from farspan.kernels.planning.lifetime_batches import lifetime_batches
@@ -26,12 +24,12 @@ _REGIONS = RegionAttention(flash, flash_backward)
 
 
 @final
-class CpuBackend(Backend):
+class CpuBackend(Backend, ChunkedRecurrentBackend):
     """Time follows the visible area; memory is linear in the rows."""
 
     rank = 10
 
-    def unsupported_reason(self, device: torch.device) -> str | None:
+    def unavailable_reason(self, device: torch.device) -> str | None:
         return None if device.type == "cpu" else "it calls torch's CPU flash attention"
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -48,26 +46,7 @@ class CpuBackend(Backend):
             return _selected_backward(dout, q, k, v, out, lse, plan)
         return _REGIONS.backward(dout, q, k, v, out, lse, plan)
 
-    def scan_unsupported_reason(self) -> str | None:
-        return None
-
-    def scan(
-        self, q: Tensor, k: Tensor, v: Tensor, segment: Segment, decay: Tensor, state: State
-    ) -> tuple[Tensor, State]:
-        return scan_by_sweep(sweep, q, k, v, segment, decay, state)
-
-    def scan_backward(
-        self,
-        dout: Tensor,
-        dstate: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        segment: Segment,
-        decay: Tensor,
-        state: State,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return scan_backward_by_sweeps(sweep, dout, dstate, q, k, v, segment, decay, state)
+    chunked_recurrence = staticmethod(chunked_recurrence)
 
 
 def _selected_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:

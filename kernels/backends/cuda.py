@@ -1,4 +1,4 @@
-"""Library backend: fused attention for CUDA, of torch or of packages, called once for each region of a plan."""
+"""CUDA backend: fused attention of torch, cuDNN or flash-attn, called once for each region of a plan."""
 
 from typing import final
 
@@ -16,13 +16,13 @@ _REGIONS = RegionAttention(flash, flash_backward)
 
 
 @final
-class LibraryBackend(Backend):
-    """Fast on long runs of rows; each region costs a launch, and keys chosen by content are beyond it."""
+class CudaBackend(Backend):
+    """Fast on long runs of rows; each region costs a launch, and keys selected by content are not supported."""
 
     rank = 50
     deterministic = False
 
-    def unsupported_reason(self, device: torch.device) -> str | None:
+    def unavailable_reason(self, device: torch.device) -> str | None:
         return None if device.type == "cuda" else "it calls CUDA flash attention"
 
     def calls(self) -> str:
@@ -30,13 +30,13 @@ class LibraryBackend(Backend):
             return ""
         return ", ".join(library.name for library in installed(torch.device("cuda")))
 
-    def limit(self, work: KernelRequest) -> str | None:
-        if work.dtype not in DTYPES:
-            return f"it takes bfloat16 and float16, not {str(work.dtype).removeprefix('torch.')}"
-        if max(work.head_dim, work.value_dim) > WIDEST:
-            return f"it takes head sizes up to {WIDEST}, not {max(work.head_dim, work.value_dim)}"
-        if work.chooses_keys:
-            return "it cannot attend to keys that are chosen by content"
+    def unsupported_reason(self, request: KernelRequest) -> str | None:
+        if request.dtype not in DTYPES:
+            return f"it takes bfloat16 and float16, not {str(request.dtype).removeprefix('torch.')}"
+        if max(request.head_dim, request.value_dim) > WIDEST:
+            return f"it takes head sizes up to {WIDEST}, not {max(request.head_dim, request.value_dim)}"
+        if request.selects_keys:
+            return "it cannot attend to keys that are selected by content"
         return None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -50,15 +50,15 @@ class LibraryBackend(Backend):
         return _REGIONS.backward(dout, q, k, v, out, lse, plan)
 
     def _check(self, q: Tensor, v: Tensor, plan: Plan) -> None:
-        chooses_keys = plan.selection is not None or plan.lifetime is not None
-        sizes = q.shape[-1], v.shape[-1]
-        work = KernelRequest(
-            dtype=q.dtype, head_dim=sizes[0], value_dim=sizes[1], chooses_keys=chooses_keys, scans=False
+        request = KernelRequest(
+            dtype=q.dtype,
+            head_dim=q.shape[-1],
+            value_dim=v.shape[-1],
+            selects_keys=plan.selection is not None or plan.lifetime is not None,
+            is_recurrent=False,
         )
-        if reason := self.limit(work):
-            raise ConfigError(
-                f"attention.backend='library' cannot compute this: {reason}; use attention.backend='auto'."
-            )
+        if reason := self.unsupported_reason(request):
+            raise ConfigError(f"attention.backend='cuda' cannot compute this: {reason}; use attention.backend='auto'.")
 
 
-BACKENDS.add("library", LibraryBackend())
+BACKENDS.add("cuda", CudaBackend())

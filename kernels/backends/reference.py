@@ -6,19 +6,19 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.backend import BACKENDS, Backend
-from farspan.kernels.linear_attention.segment import Segment
-from farspan.kernels.linear_attention.state import State
+from farspan.kernels.linear_attention.recurrence import RecurrentBackend
+from farspan.kernels.linear_attention.state import RecurrenceInputs, State
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.planning.plan import Plan
 
 
 @final
-class ReferenceBackend(Backend):
+class ReferenceBackend(Backend, RecurrentBackend):
     """Holds all scores at once: memory and time grow with queries x keys."""
 
     rank = 100
 
-    def unsupported_reason(self, device: torch.device) -> str | None:
+    def unavailable_reason(self, device: torch.device) -> str | None:
         return None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -45,41 +45,26 @@ class ReferenceBackend(Backend):
         dv = torch.einsum("hts,thd->shd", probability, dout)
         return dq, dk.unflatten(1, shared).sum(2), dv.unflatten(1, shared).sum(2)  # [S, Hk, group, ..] -> [S, Hk, ..]
 
-    def scan_unsupported_reason(self) -> str | None:
-        return None
-
-    def scan(
-        self, q: Tensor, k: Tensor, v: Tensor, segment: Segment, decay: Tensor, state: State
-    ) -> tuple[Tensor, State]:
-        group = q.shape[1] // k.shape[1]
-        queries, keys, values = (x.to(state.value.dtype) for x in (q, k, v))
-        keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)  # [T, Hq, ..]
-        weight, of_state, to_end, state_to_end = _weights(segment, decay.to(state.value), state)
-        scores = torch.einsum("ihd,jhd->hij", queries, keys) * weight  # [Hq, T, T]
+    def scan(self, inputs: RecurrenceInputs) -> tuple[Tensor, State]:
+        segment, state, group = inputs.segment, inputs.state, inputs.q.shape[1] // inputs.k.shape[1]
+        queries, keys, values = (x.to(state.value.dtype) for x in (inputs.q, inputs.k, inputs.v))
+        # [T, Hk, width] -> [T, Hq, width]
+        keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
+        weight, of_state, to_end, state_to_end = _weights(inputs)
+        scores = torch.einsum("ihd,jhd->hij", queries, keys) * weight
         out = torch.einsum("hij,jhe->ihe", scores, values)
-        out += torch.einsum("ihd,hde->ihe", queries, state.value) * of_state  # the state is [Hq, D, Dv]
-        left = torch.einsum("jhd,jhe->hde", keys * to_end, values) + state_to_end * state.value
-        return out, State(left, segment.last if segment.tokens else state.place)
+        out += torch.einsum("ihd,hde->ihe", queries, state.value) * of_state
+        after = torch.einsum("jhd,jhe->hde", keys * to_end, values) + state_to_end * state.value
+        return out, State(after, segment.last if segment.tokens else state.last)
 
     def scan_backward(
-        self,
-        dout: Tensor,
-        dstate: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        segment: Segment,
-        decay: Tensor,
-        state: State,
+        self, dout: Tensor, dstate: Tensor, inputs: RecurrenceInputs
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Out and the final state are sums of products: each factor's gradient is the sum without that factor."""
-        shared = (k.shape[1], q.shape[1] // k.shape[1])
-        dout, queries, keys, values = (x.to(state.value.dtype) for x in (dout, q, k, v))
-        keys, values = (
-            keys.repeat_interleave(shared[1], dim=1),
-            values.repeat_interleave(shared[1], dim=1),
-        )  # [T, Hq, ..]
-        weight, of_state, to_end, state_to_end = _weights(segment, decay.to(state.value), state)
+        """Out and the state after are sums of products: each factor's gradient is the sum without that factor."""
+        state, shared = inputs.state, (inputs.k.shape[1], inputs.q.shape[1] // inputs.k.shape[1])
+        dout, queries, keys, values = (x.to(state.value.dtype) for x in (dout, inputs.q, inputs.k, inputs.v))
+        keys, values = keys.repeat_interleave(shared[1], dim=1), values.repeat_interleave(shared[1], dim=1)
+        weight, of_state, to_end, state_to_end = _weights(inputs)
         scores = torch.einsum("ihd,jhd->hij", queries, keys) * weight
         dscores = torch.einsum("ihe,jhe->hij", dout, values) * weight
         # Each gradient: the part through the scores, then the part through a state.
@@ -90,24 +75,26 @@ class ReferenceBackend(Backend):
         dv = torch.einsum("hij,ihe->jhe", scores, dout)
         dv += torch.einsum("jhd,hde->jhe", keys, dstate) * to_end
         dbefore = torch.einsum("ihd,ihe->hde", queries * of_state, dout) + state_to_end * dstate
+        # [T, Hq, width] -> [T, Hk, Hq/Hk, width] -> [T, Hk, width]
         return dq, dk.unflatten(1, shared).sum(2), dv.unflatten(1, shared).sum(2), dbefore
 
 
-def _weights(segment: Segment, decay: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights exp(-s distance) of earlier rows of the same document for later ones, else 0.
+def _weights(inputs: RecurrenceInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the weights exp(-s distance) of earlier for later tokens of the same document, else 0.
 
-    Rows for rows `[Hq, T, T]`, state for rows and rows for the final state `[T, Hq, 1]`, state for the final state
-    `[Hq, 1, 1]`.
+    Of rows for rows `[Hq, T, T]`, of the state for rows and of rows for the state after `[T, Hq, 1]`, of the state for
+    the state after `[Hq, 1, 1]`.
     """
-    place, end = state.place, segment.last if segment.tokens else state.place
-    # The state and the final state join the rows as two more rows, at their own positions: [T + 2].
+    segment, decay = inputs.segment, inputs.decay.to(inputs.state.value)
+    before = inputs.state.last
+    after = segment.last if segment.tokens else before
     documents, positions = segment.rows.document, segment.rows.position
-    document = torch.cat([documents, documents.new_tensor([place.document, end.document])]).to(decay.device)
-    position = torch.cat([positions, positions.new_tensor([place.position, end.position])]).to(decay.device)
+    document = torch.cat([documents, documents.new_tensor([before.document, after.document])]).to(decay.device)
+    position = torch.cat([positions, positions.new_tensor([before.position, after.position])]).to(decay.device)
     distance = position[:, None] - position[None, :]
-    visible = (document[:, None] == document[None, :]) & (document >= 0) & (distance >= 0)
-    weight = torch.where(visible, torch.exp(-decay[:, None, None] * distance.clamp(min=0)), 0.0)
-    # [Hq, T] -> [T, Hq, 1]
+    mask = (document[:, None] == document[None, :]) & (document >= 0) & (distance >= 0)
+    weight = torch.where(mask, torch.exp(-decay[:, None, None] * distance.clamp(min=0)), 0.0)
+    # Row and column -2 are the state before, -1 the state after. [Hq, T] -> [T, Hq, 1]
     of_state, to_end = weight[:, :-2, -2].t().unsqueeze(-1), weight[:, -1, :-2].t().unsqueeze(-1)
     return weight[:, :-2, :-2], of_state, to_end, weight[:, -1, -2, None, None]
 

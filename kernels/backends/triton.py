@@ -1,4 +1,7 @@
-"""Triton backend: flash attention over lists of tiles, for any plan, and scans; on GPUs."""
+"""Triton backend: flash attention over block masks, for any plan, and recurrences; on GPUs.
+
+Kernel files import Triton, which need not be installed: they are imported at the first call.
+"""
 
 import importlib.util
 from typing import final
@@ -8,15 +11,15 @@ from torch import Tensor
 
 from farspan.errors import ConfigError
 from farspan.kernels.backend import BACKENDS, Backend, KernelRequest
-from farspan.kernels.linear_attention.segment import Segment
-from farspan.kernels.linear_attention.state import State
+from farspan.kernels.linear_attention.recurrence import ChunkedRecurrentBackend
+from farspan.kernels.linear_attention.state import Segment, State
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.triton_kernels.shapes import MAX_WIDTH, Shapes, shapes_for
 
 
 @final
-class TritonBackend(Backend):
-    """Time follows the visible tiles; memory is linear in the rows. float32 to float16, head sizes to 256.
+class TritonBackend(Backend, ChunkedRecurrentBackend):
+    """Time follows the unmasked tiles; memory is linear in the rows. float32 to float16, head sizes to 256.
 
     Triton's interpreter, which it reads from the environment by itself, runs the same kernels on a CPU: for tests.
     """
@@ -24,7 +27,7 @@ class TritonBackend(Backend):
     # After torch's own kernels, until it has been measured on a GPU.
     rank = 60
 
-    def unsupported_reason(self, device: torch.device) -> str | None:
+    def unavailable_reason(self, device: torch.device) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed: pip install 'farspan[triton]'"
         import triton.knobs  # pyright: ignore[reportMissingImports]
@@ -33,67 +36,49 @@ class TritonBackend(Backend):
             return None
         return "its kernels are for CUDA devices"
 
-    def limit(self, work: KernelRequest) -> str | None:
-        if work.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"it takes float32, bfloat16 and float16, not {str(work.dtype).removeprefix('torch.')}"
-        if max(work.head_dim, work.value_dim) > MAX_WIDTH:
-            return f"it takes head sizes up to {MAX_WIDTH}, not {max(work.head_dim, work.value_dim)}"
+    def unsupported_reason(self, request: KernelRequest) -> str | None:
+        if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"it takes float32, bfloat16 and float16, not {str(request.dtype).removeprefix('torch.')}"
+        if max(request.head_dim, request.value_dim) > MAX_WIDTH:
+            return f"it takes head sizes up to {MAX_WIDTH}, not {max(request.head_dim, request.value_dim)}"
         return None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        from farspan.kernels.triton_kernels import attention_launch as schedule
+        from farspan.kernels.triton_kernels import attention_launch
 
-        problem = schedule.Problem(q=q, k=k, v=v, plan=plan, shapes=self._shapes(q, v))
+        problem = attention_launch.Problem(q=q, k=k, v=v, plan=plan, shapes=_checked_shapes(q, v))
         with torch.cuda.device_of(q):
-            return schedule.forward(problem)
+            return attention_launch.forward(problem)
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan
     ) -> tuple[Tensor, Tensor, Tensor]:
-        from farspan.kernels.triton_kernels import attention_launch as schedule
+        from farspan.kernels.triton_kernels import attention_launch
 
-        problem = schedule.Problem(q=q, k=k, v=v, plan=plan, shapes=self._shapes(q, v))
+        problem = attention_launch.Problem(q=q, k=k, v=v, plan=plan, shapes=_checked_shapes(q, v))
         with torch.cuda.device_of(q):
-            return schedule.backward(problem, dout, out, lse)
+            return attention_launch.backward(problem, dout, out, lse)
 
-    def scan_unsupported_reason(self) -> str | None:
-        return None
-
-    def scan(
-        self, q: Tensor, k: Tensor, v: Tensor, segment: Segment, decay: Tensor, state: State
+    @staticmethod
+    def chunked_recurrence(
+        x: Tensor, a: Tensor, b: Tensor, segment: Segment, decay: Tensor, state: State, *, reverse: bool
     ) -> tuple[Tensor, State]:
-        from farspan.kernels.triton_kernels import linear_attention as scan
+        from farspan.kernels.triton_kernels import linear_attention
 
-        self._shapes(q, v, scans=True)
-        with torch.cuda.device_of(q):
-            return scan.scan_forward(q, k, v, segment, decay, state)
-
-    def scan_backward(
-        self,
-        dout: Tensor,
-        dstate: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        segment: Segment,
-        decay: Tensor,
-        state: State,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        from farspan.kernels.triton_kernels import linear_attention as scan
-
-        self._shapes(q, v, scans=True)
-        with torch.cuda.device_of(q):
-            return scan.scan_backward(dout, dstate, q, k, v, segment, decay, state)
-
-    def _shapes(self, q: Tensor, v: Tensor, *, scans: bool = False) -> Shapes:
-        """Return the shapes of tiles for these tensors; raises ConfigError for what the kernels cannot do."""
-        sizes = q.shape[2], v.shape[2]
-        work = KernelRequest(dtype=q.dtype, head_dim=sizes[0], value_dim=sizes[1], chooses_keys=False, scans=scans)
-        if reason := self.limit(work):
-            raise ConfigError(
-                f"attention.backend='triton' cannot compute this: {reason}; use attention.backend='auto'."
-            )
-        return shapes_for(*sizes, q.dtype)
+        _checked_shapes(x, b)
+        with torch.cuda.device_of(x):
+            return linear_attention.chunked_recurrence(x, a, b, segment, decay, state, reverse=reverse)
 
 
-BACKENDS.add("triton", TritonBackend())
+def _checked_shapes(q: Tensor, v: Tensor) -> Shapes:
+    """Return the tile shapes for q `[T, heads, D]` and v `[S, heads, Dv]`; ConfigError if they are not supported."""
+    request = KernelRequest(
+        dtype=q.dtype, head_dim=q.shape[2], value_dim=v.shape[2], selects_keys=False, is_recurrent=False
+    )
+    if reason := _BACKEND.unsupported_reason(request):
+        raise ConfigError(f"attention.backend='triton' cannot compute this: {reason}; use attention.backend='auto'.")
+    return shapes_for(q.shape[2], v.shape[2], q.dtype)
+
+
+_BACKEND = TritonBackend()
+BACKENDS.add("triton", _BACKEND)

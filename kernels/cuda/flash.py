@@ -1,8 +1,11 @@
-"""Attention of a region by the fastest library that is installed, with what it cannot do kept away from it.
+"""Attention of a region by the fastest library that is installed, prepared so that every library supports it.
 
-The traps are in `library.py`. So causal regions are cut into squares; keys of grouped heads are repeated, and their
-gradients summed here, in float32; head sizes are padded with zeros; regions with a mask, which are small, are computed
-here, by the formula.
+Their limits are listed in `operators.py`. So causal regions are cut into squares; keys of grouped heads are repeated,
+and their gradients summed here, in float32; head sizes are padded with zeros; regions with a mask, which are small, are
+computed here, by the formula.
+
+Legend: N regions of the same size, Hq query heads, Hk KV heads, T queries, S keys, D head size, Dv value head size,
+W = the larger of D and Dv, rounded up to a multiple of 8.
 """
 
 import torch
@@ -15,15 +18,15 @@ from farspan.kernels.cuda.packages import FlashAttn2, FlashAttn3, FlashAttn4
 WIDEST = TorchFlash.widest
 MULTIPLE = 8
 
-# What others measured on an H100, TFLOP/s forward and backward (causal, 32K tokens, head size 128): FlashAttention 3
-# 679 and 585, cuDNN 607 and 517, FlashAttention 2 366 and 330; FlashAttention 4 is said to come close to 3.
+# TFLOP/s that their authors report on an H100, forward and backward (causal, 32K tokens, head size 128): FlashAttention
+# 3 679 and 585, cuDNN 607 and 517, FlashAttention 2 366 and 330; FlashAttention 4 comes close to 3.
 FASTEST_FIRST: dict[int, tuple[type[Library], ...]] = {
     9: (FlashAttn3, Cudnn, FlashAttn4, FlashAttn2, TorchFlash),
     10: (FlashAttn4, Cudnn, FlashAttn2, TorchFlash),
 }
-"""By the generation of a GPU; the last one takes every region."""
+"""By the generation of a GPU; the last one supports every region."""
 ELSEWHERE: tuple[type[Library], ...] = (FlashAttn2, TorchFlash)
-"""Other generations, where torch prefers FlashAttention 2 to cuDNN too."""
+"""Other generations: torch, too, prefers FlashAttention 2 to cuDNN there."""
 
 
 def generation(device: torch.device) -> int:
@@ -32,13 +35,13 @@ def generation(device: torch.device) -> int:
 
 
 def installed(device: torch.device) -> list[Library]:
-    """Return the libraries that there are for a GPU, the fastest first."""
+    """Return the libraries that are installed for a GPU, the fastest first."""
     found = [library.find() for library in FASTEST_FIRST.get(generation(device), ELSEWHERE)]
     return [library for library in found if library is not None]
 
 
 def choose(libraries: list[Library], queries: int, keys: int, width: int) -> Library:
-    """Return the first of the libraries that takes a region of this size."""
+    """Return the first of the libraries that supports a region of this size."""
     return next(x for x in libraries if width <= x.widest and min(queries, keys) >= x.fewest)
 
 
@@ -48,6 +51,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None)
         return _masked(q, k, v, mask)
     group, scale, width = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5, _width(q, v)
     libraries = installed(q.device)
+    # [N, Hq, T, D] -> [N, Hq, T, W]; [N, Hk, S, D or Dv] -> [N, Hq, S, W]
     query, key, value = (_fit(x, heads, width) for x, heads in ((q, 1), (k, group), (v, group)))
     parts = []
     for rows, keys, is_triangle in _squares(q.shape[2], k.shape[2], causal):
@@ -55,6 +59,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None)
         parts.append(
             library.forward(query[:, :, rows], key[:, :, keys], value[:, :, keys], causal=is_triangle, scale=scale)
         )
+    # [N, Hq, T of a part, W] -> [N, Hq, T, W] -> [N, Hq, T, Dv]
     out, lse = parts[0] if len(parts) == 1 else (torch.cat(x, dim=2) for x in zip(*parts, strict=True))
     return out[..., : v.shape[-1]], lse
 
@@ -68,30 +73,36 @@ def flash_backward(
         return _masked_backward(dout, q, k, v, out, lse, mask)
     group, scale, width = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5, _width(q, v)
     libraries = installed(q.device)
+    # [N, Hq, T, D or Dv] -> [N, Hq, T, W]; [N, Hk, S, D or Dv] -> [N, Hq, S, W]
     query, dout, out = (_fit(x, 1, width) for x in (q, dout, out))
     key, value = (_fit(x, group, width) for x in (k, v))
     dq, dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (query, key, value))
     for rows, keys, is_triangle in _squares(q.shape[2], k.shape[2], causal):
-        of_rows = (x[:, :, rows].contiguous() for x in (dout, query, out, lse))
-        my_dout, my_q, my_out, my_lse = of_rows
+        row_dout, row_q, row_out, row_lse = (x[:, :, rows].contiguous() for x in (dout, query, out, lse))
         library = choose(libraries, rows.stop - rows.start, keys.stop, width)
         found = library.backward(
-            my_dout, my_q, key[:, :, keys], value[:, :, keys], my_out, my_lse, causal=is_triangle, scale=scale
+            row_dout, row_q, key[:, :, keys], value[:, :, keys], row_out, row_lse, causal=is_triangle, scale=scale
         )
+        # Libraries return 16 bits: each is rounded once, and their sum is float32.
         dq[:, :, rows] += found[0]
         dk[:, :, keys] += found[1]
         dv[:, :, keys] += found[2]
+    # [N, Hq, S, W] -> [N, Hk, Hq/Hk, S, W] -> [N, Hk, S, W]
     dk, dv = (x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv))
     return dq[..., : q.shape[-1]], dk[..., : k.shape[-1]], dv[..., : v.shape[-1]]
 
 
 def _squares(queries: int, keys: int, causal: bool) -> list[tuple[slice, slice, bool]]:
-    """Cut a region into (queries, keys, is a triangle): causal ones into a triangle and queries that see all keys."""
+    """Cut a region into (queries, keys, is a triangle); a causal one by the number of queries T and of keys S.
+
+    causal, T > S     triangle [0, S) x [0, S), then rectangle [S, T) x [0, S)
+    causal, T <= S    triangle [0, T) x [0, T); no query attends to keys after T
+    """
     if not causal:
         return [(slice(0, queries), slice(0, keys), False)]
-    edge = min(queries, keys)
-    triangle = (slice(0, edge), slice(0, edge), True)
-    return [triangle] if queries == edge else [triangle, (slice(edge, queries), slice(0, keys), False)]
+    side = min(queries, keys)
+    triangle = (slice(0, side), slice(0, side), True)
+    return [triangle] if queries == side else [triangle, (slice(side, queries), slice(0, keys), False)]
 
 
 def _width(q: Tensor, v: Tensor) -> int:
@@ -99,21 +110,23 @@ def _width(q: Tensor, v: Tensor) -> int:
 
 
 def _fit(x: Tensor, group: int, width: int) -> Tensor:
-    """Return x with each head `group` times, and zeros up to `width`."""
+    """Return x `[N, heads, rows, D]` as `[N, heads * group, rows, width]`: heads repeated, padded with zeros."""
     x = x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
     x = x if x.stride(-1) == 1 else x.contiguous()
     return x if group == 1 else x.repeat_interleave(group, dim=1)
 
 
 def _scores(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-    """Return scaled scores `[N, Hq, T, S]` in float32, -inf where invisible."""
+    """Return scaled scores `[N, Hq, T, S]` in float32, -inf where masked."""
+    # [N, Hk, S, D] -> [N, Hq, S, D]
     key = k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = (q.float() @ key.transpose(-1, -2)) * q.shape[-1] ** -0.5
     return scores.masked_fill(~mask, float("-inf"))
 
 
 def _probability(scores: Tensor, lse: Tensor) -> Tensor:
-    """Return exp(score - lse): 0 for a row that sees nothing, where -inf - -inf would give NaN."""
+    """Return exp(score - lse) `[N, Hq, T, S]`."""
+    # 0 for a row that attends to nothing, where -inf - -inf would give NaN.
     return (scores - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1)).exp()
 
 
@@ -133,5 +146,6 @@ def _masked_backward(
     key, value = (x.float().repeat_interleave(group, dim=1) for x in (k, v))
     delta = (dout * out.float()).sum(dim=-1, keepdim=True)
     dscores = probability * (dout @ value.transpose(-1, -2) - delta) * q.shape[-1] ** -0.5
+    # [N, Hq, S, D or Dv], then [N, Hq, S, ...] -> [N, Hk, Hq/Hk, S, ...] -> [N, Hk, S, ...]
     dk, dv = dscores.transpose(-1, -2) @ query, probability.transpose(-1, -2) @ dout
     return dscores @ key, dk.unflatten(1, (-1, group)).sum(2), dv.unflatten(1, (-1, group)).sum(2)

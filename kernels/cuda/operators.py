@@ -1,8 +1,10 @@
-"""Library: fused attention that somebody else wrote; here torch's two for CUDA, others are in `flash_attn.py`.
+"""Libraries of fused attention: their interface, and torch's two for CUDA; the packages are in `packages.py`.
 
-What they have in common: causal masks of unequal lengths mean different things (cuDNN aligns them top left,
-FlashAttention bottom right: they only see squares), gradients of grouped heads may be summed in 16 bits (keys come
-repeated), head sizes are one multiple of 8 for keys and values (they come padded), cuDNN refuses a single key.
+Common limits: causal masks of unequal lengths differ (cuDNN aligns them top left, FlashAttention bottom right, so they
+only get squares), gradients of grouped heads may be summed in 16 bits (so keys come repeated), keys and values have one
+head size, a multiple of 8 (so they come padded), and cuDNN refuses a single key.
+
+Legend: N regions, H heads, T queries, S keys, D head size.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +17,7 @@ aten = torch.ops.aten
 
 DTYPES = (torch.bfloat16, torch.float16)
 CUDNN_VERSION = 91501
-"""Older ones make memory errors at lengths that are no multiple of 128 (github.com/pytorch/pytorch/issues/169849)."""
+"""Older ones have memory errors at lengths that are no multiple of 128 (github.com/pytorch/pytorch/issues/169849)."""
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -24,11 +26,11 @@ class Library(ABC):
     """A fused operator for DTYPES: heads are not grouped, of one size, a multiple of 8, and causal means a square."""
 
     name: ClassVar[str]
-    """What people call it."""
+    """Its name in reports."""
     widest: ClassVar[int]
-    """Largest head size that it takes."""
+    """Largest head size that it supports."""
     fewest: ClassVar[int] = 1
-    """Queries and keys from which on it is asked."""
+    """Fewest queries and fewest keys that it is called with."""
 
     @classmethod
     @abstractmethod
@@ -43,7 +45,7 @@ class Library(ABC):
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
     ) -> Gradients:
-        """Return (dq, dk, dv) in the dtype of q, from an out and lse that may be of more keys."""
+        """Return (dq, dk, dv) in the dtype of q; out and lse may be over more keys than k."""
 
 
 @final
@@ -64,7 +66,7 @@ class TorchFlash(Library):
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
     ) -> Gradients:
-        # State of a random generator that is asked for nothing, as there is no dropout.
+        # The state of a random generator that is not used, as there is no dropout.
         seed, unused = (torch.zeros(size, dtype=torch.uint64, device=q.device) for size in ((2,), ()))
         return aten._scaled_dot_product_flash_attention_backward(
             dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, seed, unused, scale=scale
@@ -77,7 +79,7 @@ class Cudnn(Library):
 
     name = "cuDNN"
     widest = 128
-    # Short ones are where its versions differ in what they take.
+    # Its versions differ in the short lengths that they support.
     fewest = 64
 
     @classmethod
@@ -86,6 +88,7 @@ class Cudnn(Library):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
+        # [N, H, T, 1] -> [N, H, T]
         return out, lse.view(q.shape[:3])
 
     def backward(

@@ -1,10 +1,10 @@
 """FlashAttention 2, 3 and 4 of the packages flash-attn, flash_attn_3 and flash-attn-4, where they are installed.
 
-Read from the sources of flash-attn 2.8.3.post2, of FlashAttention 3 (3.0.0.b1 and the head of its repository) and of
-flash-attn-4 (4.0.0b3, b13, b36): tensors are `[N, T, H, D]`, the lse is natural and float32, `[N, H, T]` (`[H, T]` of
-packed sequences), and causal is aligned bottom right. Only what lies below their public functions takes an out and an
-lse from outside; its signatures change, so all arguments go by keyword. `deterministic` is left at the packages'
-default, the fast one: gradients of queries are summed by atomics, in any order (the Triton backend's are not).
+Written from the sources of flash-attn 2.8.3.post2, of FlashAttention 3 (3.0.0.b1 and the head of its repository) and of
+flash-attn-4 (4.0.0b3, b13, b36): tensors are `[N, T, H, D]`, the lse is natural and float32, `[N, H, T]` (`[H, T]` for
+packed sequences), and causal is aligned bottom right. Only functions below the public ones take an external out and
+lse; their signatures change, so all arguments go by keyword. `deterministic` is left at the packages' default, the fast
+one: gradients of queries are summed by atomics, in any order (the Triton backend's are not).
 """
 
 import importlib
@@ -25,41 +25,44 @@ PLAIN: dict[str, Any] = {
     "softcap": 0.0,
     "alibi_slopes": None,
 }
-"""What FlashAttention 2 wants to be told of plain softmax attention."""
+"""Arguments of FlashAttention 2 that say plain softmax attention."""
 
 
 @cache
 def module(name: str) -> ModuleType | None:
     """Return a module, or None where it is not installed or does not load."""
+    # Without its CUDA extension, or built for another torch, a package fails in many ways.
     try:
         return importlib.import_module(name)
-    except Exception:  # without its CUDA extension, or built for another torch, a package fails in many ways
+    except Exception:
         return None
 
 
 @cache
 def parameters(function: Callable[..., Any]) -> dict[str, bool]:
     """Return the names of a function's parameters and whether each has to be given."""
-    # A custom operator of torch shows (*args, **kwargs), and what it was made of in `_init_fn`.
+    # A custom operator of torch has the signature (*args, **kwargs), and its function in `_init_fn`.
     signature = inspect.signature(getattr(function, "_init_fn", function))
     return {name: parameter.default is parameter.empty for name, parameter in signature.parameters.items()}
 
 
 def call(function: Callable[..., Any], **arguments: Any) -> Any:
-    """Call a function by keyword, with None for whatever else has to be given."""
+    """Call a function by keyword, with None for all other required parameters."""
     missing = {name for name, needed in parameters(function).items() if needed} - arguments.keys()
     return function(**arguments, **dict.fromkeys(missing))
 
 
 class Package(Library):
-    """A library of a package; out, lse and gradients are as in its base class, in its functions as in this file's head.
+    """A library of a package: the layout of its base class outside, the package's own layout inside.
 
-    mark: a parameter of the forward function by which the versions that this class can call are known.
+    mark: a parameter of the forward function that only the versions which this class can call have. options: arguments
+    of the forward function besides tensors, scale and causal.
     """
 
     module: ClassVar[str]
     functions: ClassVar[tuple[str, str]]
     mark: ClassVar[str]
+    options: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
         self._forward, self._backward = forward, backward
@@ -72,6 +75,22 @@ class Package(Library):
             return None
         return cls(forward, backward)
 
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        q, k, v = _swap(q, k, v)
+        out, lse, *_ = call(self._forward, q=q, k=k, v=v, softmax_scale=scale, causal=causal, **self.options)
+        # [N, T, H, D] -> [N, H, T, D]
+        return out.transpose(1, 2), lse
+
+    def _backward_in_place(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, **options: Any
+    ) -> Gradients:
+        """Call a backward function that writes its results into tensors it is given."""
+        dout, q, k, v, out = _swap(dout, q, k, v, out)
+        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+        call(self._backward, dout=dout, q=q, k=k, v=v, out=out, softmax_lse=lse, dq=dq, dk=dk, dv=dv, **options)
+        dq, dk, dv = _swap(dq, dk, dv)
+        return dq, dk, dv
+
 
 @final
 class FlashAttn2(Package):
@@ -82,29 +101,19 @@ class FlashAttn2(Package):
     module = "flash_attn.flash_attn_interface"
     functions = ("_flash_attn_forward", "_flash_attn_backward")
     mark = "window_size_left"
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        q, k, v = _swap(q, k, v)
-        out, lse, *_ = call(
-            self._forward, q=q, k=k, v=v, softmax_scale=scale, causal=causal, return_softmax=False, **PLAIN
-        )
-        return out.transpose(1, 2), lse
+    options: ClassVar[dict[str, Any]] = {"return_softmax": False, **PLAIN}
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
     ) -> Gradients:
-        dout, q, k, v, out = _swap(dout, q, k, v, out)
-        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-        call(
-            self._backward, dout=dout, q=q, k=k, v=v, out=out, softmax_lse=lse, dq=dq, dk=dk, dv=dv,
-            softmax_scale=scale, causal=causal, deterministic=False, **PLAIN,
-        )  # fmt: skip
-        return _gradients(dq, dk, dv)
+        return self._backward_in_place(
+            dout, q, k, v, out, lse, softmax_scale=scale, causal=causal, deterministic=False, **PLAIN
+        )
 
 
 @final
 class FlashAttn3(Package):
-    """FlashAttention 3, for Hopper, from 3.0.0.b1 on, which demands all that later versions let be left out."""
+    """FlashAttention 3, for Hopper, from 3.0.0.b1 on, which requires arguments that are optional later."""
 
     name = "FlashAttention 3"
     widest = 256
@@ -112,29 +121,18 @@ class FlashAttn3(Package):
     functions = ("_flash_attn_forward", "_flash_attn_backward")
     mark = "attention_chunk"
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        q, k, v = _swap(q, k, v)
-        out, lse, *_ = call(self._forward, q=q, k=k, v=v, softmax_scale=scale, causal=causal)
-        return out.transpose(1, 2), lse
-
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
     ) -> Gradients:
-        dout, q, k, v, out = _swap(dout, q, k, v, out)
-        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-        causal_by_version = {"is_causal" if "is_causal" in parameters(self._backward) else "causal": causal}
-        call(
-            self._backward, dout=dout, q=q, k=k, v=v, out=out, softmax_lse=lse, dq=dq, dk=dk, dv=dv,
-            softmax_scale=scale, **causal_by_version,
-        )  # fmt: skip
-        return _gradients(dq, dk, dv)
+        name = "is_causal" if "is_causal" in parameters(self._backward) else "causal"
+        return self._backward_in_place(dout, q, k, v, out, lse, softmax_scale=scale, **{name: causal})
 
 
 @final
 class FlashAttn4(Package):
-    """FlashAttention 4, for Hopper and Blackwell; versions differ in what they take above 128, and in what they return.
+    """FlashAttention 4, for Hopper and Blackwell; versions differ above head size 128, and in what else they return.
 
-    The first one, inside flash-attn 2.8, does not give its lse away: it counts as absent.
+    The first one, inside flash-attn 2.8, does not return its lse: it counts as absent.
     """
 
     name = "FlashAttention 4"
@@ -142,11 +140,7 @@ class FlashAttn4(Package):
     module = "flash_attn.cute.interface"
     functions = ("_flash_attn_fwd", "_flash_attn_bwd")
     mark = "return_lse"
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        q, k, v = _swap(q, k, v)
-        out, lse, *_ = call(self._forward, q=q, k=k, v=v, softmax_scale=scale, causal=causal, return_lse=True)
-        return out.transpose(1, 2), lse
+    options: ClassVar[dict[str, Any]] = {"return_lse": True}
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
@@ -155,14 +149,10 @@ class FlashAttn4(Package):
         dq, dk, dv, *_ = call(
             self._backward, q=q, k=k, v=v, out=out, dout=dout, lse=lse, softmax_scale=scale, causal=causal
         )
-        return _gradients(dq, dk, dv)
+        dq, dk, dv = _swap(dq, dk, dv)
+        return dq, dk, dv
 
 
 def _swap(*tensors: Tensor) -> list[Tensor]:
-    """From `[N, H, T, D]` to `[N, T, H, D]`, or back."""
+    # [N, H, T, D] -> [N, T, H, D], or back
     return [x.transpose(1, 2) for x in tensors]
-
-
-def _gradients(*tensors: Tensor) -> Gradients:
-    dq, dk, dv = _swap(*tensors)
-    return dq, dk, dv

@@ -2,10 +2,9 @@
 
 from abc import abstractmethod
 
-from farspan.kernels.masks.keys_per_query import count_keys_per_query
 from torch import Tensor
 
-from farspan.kernels.masks.attention_mask import AttentionMask
+from farspan.kernels.masks.attention_mask import AttentionMask, count_keys_per_query
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Access, Mechanism
 from farspan.kernels.planner import AttentionPlanner, Heads, KeyRouting, SequenceAttention

@@ -1,65 +1,76 @@
-"""Sweep: the one sum that a scan and all of its gradients are made of, each time of other tensors.
+"""Backends of recurrences, and the chunked recurrence that linear attention and all of its gradients are made of.
 
-Along a stretch, from its start or from its end, out_i = sum over j up to i of w_ij (x_i a_j) b_j with
-w_ij = exp(-s |position_i - position_j|) within a document, else 0. Then, for out of q, k, v and its gradient dout,
-dq sweeps (dout, v, k) from the start, dk sweeps (v, dout, q) and dv sweeps (k, q, dout) from the end. A sweep carries
-the state, the sum of w_j a_j b_j^T so far, from block to block: the backward pass needs nothing kept but q, k and v.
+Along a segment, from its start or in reverse, out_i = sum over j up to i of w_ij (x_i a_j) b_j with
+w_ij = exp(-s |position_i - position_j|) within a document, else 0 (MiniMax-01, arXiv 2501.08313, section 2.2). Then,
+with the gradient dout of out,
+
+    out = recurrence(q, k, v)                dq = recurrence(dout, v, k)
+    dk = recurrence(v, dout, q) reversed     dv = recurrence(k, q, dout) reversed
+
+A recurrence carries the state, the sum of w_j a_j b_j^T so far, from chunk to chunk: the backward pass needs nothing
+but q, k, v and the state before the segment.
 """
 
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
-from farspan.kernels.linear_attention.segment import Segment, SequencePosition
-from farspan.kernels.linear_attention.state import State, decayed
+from farspan.kernels.linear_attention.state import RecurrenceInputs, Segment, SequencePosition, State
 
 
-class Sweep(Protocol):
-    """What a backend has to give."""
+class RecurrentBackend(ABC):
+    """What a backend computes besides softmax attention if it can run recurrent mechanisms."""
 
-    def __call__(
-        self, x: Tensor, a: Tensor, b: Tensor, segment: Segment, decay: Tensor, carried: State, *, from_end: bool
+    @abstractmethod
+    def scan(self, inputs: RecurrenceInputs) -> tuple[Tensor, State]:
+        """See `farspan.kernels.recurrent_attention.recurrent_attention_forward`."""
+
+    @abstractmethod
+    def scan_backward(
+        self, dout: Tensor, dstate: Tensor, inputs: RecurrenceInputs
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See `farspan.kernels.recurrent_attention.recurrent_attention_backward`."""
+
+
+class ChunkedRecurrentBackend(RecurrentBackend):
+    """A recurrent backend by one function, the chunked recurrence."""
+
+    @staticmethod
+    @abstractmethod
+    def chunked_recurrence(
+        x: Tensor, a: Tensor, b: Tensor, segment: Segment, decay: Tensor, state: State, *, reverse: bool
     ) -> tuple[Tensor, State]:
-        """Return (out `[T, H, B]`, the state after the last row swept) of x `[T, H, A]`, a and b `[T, H', A or B]`.
+        """Return (out `[T, H, B]`, the state after the last row) of x `[T, H, A]`, a and b `[T, H', A or B]`.
 
         The larger of H and H' is Hq. Where H is the smaller, out is summed over the query heads that share one of H.
-        carried: the sum of w a_j b_j^T over the rows swept before, `[Hq, A, B]`, of its document at its position.
+        state: the sum of w a_j b_j^T over the rows before, `[Hq, A, B]`, of its document at its last position; in
+        reverse, over the rows after.
         """
-        ...
+
+    def scan(self, inputs: RecurrenceInputs) -> tuple[Tensor, State]:
+        x = inputs
+        return self.chunked_recurrence(x.q, x.k, x.v, x.segment, x.decay, x.state, reverse=False)
+
+    def scan_backward(
+        self, dout: Tensor, dstate: Tensor, inputs: RecurrenceInputs
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        q, k, v, segment, state = inputs.q, inputs.k, inputs.v, inputs.segment, inputs.state
+        if not segment.tokens:
+            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dstate
+        # [Hq, D, Dv] -> [Hq, Dv, D]: dq and dk read and write states of (v, k), not of (k, v).
+        before = State(state.value.mT.contiguous(), state.last)
+        after, after_transposed = State(dstate, segment.last), State(dstate.mT.contiguous(), segment.last)
+        dq, _ = self.chunked_recurrence(dout, v, k, segment, inputs.decay, before, reverse=False)
+        dk, _ = self.chunked_recurrence(v, dout, q, segment, inputs.decay, after_transposed, reverse=True)
+        dv, at_first = self.chunked_recurrence(k, q, dout, segment, inputs.decay, after, reverse=True)
+        return dq, dk, dv, _state_gradient(state.last, at_first, inputs.decay)
 
 
-def scan_by_sweep(
-    sweep: Sweep, q: Tensor, k: Tensor, v: Tensor, segment: Segment, decay: Tensor, state: State
-) -> tuple[Tensor, State]:
-    """See `farspan.kernels.recurrent_attention.scan`."""
-    return sweep(q, k, v, segment, decay, state, from_end=False)
-
-
-def scan_backward_by_sweeps(
-    sweep: Sweep,
-    dout: Tensor,
-    dstate: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    segment: Segment,
-    decay: Tensor,
-    state: State,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `farspan.kernels.recurrent_attention.scan_backward`."""
-    if not segment.tokens:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dstate
-    after, after_transposed = State(dstate, segment.last), State(dstate.mT.contiguous(), segment.last)
-    before = State(state.value.mT.contiguous(), state.place)
-    dq, _ = sweep(dout, v, k, segment, decay, before, from_end=False)
-    dk, _ = sweep(v, dout, q, segment, decay, after_transposed, from_end=True)
-    dv, reached = sweep(k, q, dout, segment, decay, after, from_end=True)
-    return dq, dk, dv, _gradient_at(state.place, reached, decay)
-
-
-def _gradient_at(place: SequencePosition, reached: State, decay: Tensor) -> Tensor:
-    """Return the gradient of a state at `place` from what a sweep from the end has carried to the first row."""
-    if place.document != reached.place.document:
-        return torch.zeros_like(reached.value)
-    return decayed(reached.value, reached.place.position - place.position, decay)
+def _state_gradient(last: SequencePosition, at_first: State, decay: Tensor) -> Tensor:
+    """Return the gradient of a state at `last` from the gradient `[Hq, D, Dv]` at the first row of the segment."""
+    if last.document != at_first.last.document:
+        return torch.zeros_like(at_first.value)
+    distance = at_first.last.position - last.position
+    # [Hq] -> [Hq, 1, 1]
+    return at_first.value * torch.exp(-distance * decay.double()).to(at_first.value)[:, None, None]

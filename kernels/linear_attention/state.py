@@ -1,49 +1,88 @@
-"""State: what the rows of a stretch leave to the rows after it in a recurrence."""
+"""Segment and State: the rows that a recurrence runs along, and what they leave to the rows after them."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from farspan.kernels.linear_attention.segment import NOWHERE, SequencePosition
+from farspan.kernels.masks.rows import PADDING, Rows
 from farspan.kernels.merge import accumulation_dtype
+
+
+class SequencePosition(NamedTuple):
+    """A token of the sequence; document -1 is no token at all."""
+
+    document: int
+    position: int
+
+
+NO_POSITION = SequencePosition(PADDING, 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Segment:
+    """Rows in the order of the sequence: documents one after another, each by rising position, padding at the end.
+
+    Positions may have gaps. tokens: rows before the padding. first, last: the positions of the first and last of them.
+    """
+
+    rows: Rows
+    tokens: int
+    first: SequencePosition
+    last: SequencePosition
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @staticmethod
+    def of(rows: Rows) -> "Segment":
+        """Return `rows` as a segment; raises ValueError if they are in another order, which `order` fixes."""
+        tokens = int((rows.document >= 0).sum())
+        position, document = rows.position[:tokens], rows.document[:tokens]
+        starts = document.diff(prepend=document.new_full((1,), PADDING)) != 0
+        if bool((document < 0).any()) or starts.sum() != document.unique().numel():
+            raise ValueError("the rows of a segment must be documents one after another, then padding: sort them")
+        if bool(((position.diff() <= 0) & ~starts[1:]).any()):
+            raise ValueError("the rows of a document in a segment must be in the order of their positions: sort them")
+        if not tokens:
+            return Segment(rows=rows, tokens=0, first=NO_POSITION, last=NO_POSITION)
+        first, last = (SequencePosition(int(document[i]), int(position[i])) for i in (0, -1))
+        return Segment(rows=rows, tokens=tokens, first=first, last=last)
+
+
+def order(rows: Rows) -> Tensor:
+    """Return the index, int64 `[rows]`, that sorts rows into a segment."""
+    # One number that sorts as (document, position); padding comes last.
+    document = rows.document.to(torch.int64).masked_fill(rows.document < 0, 2**31)
+    return ((document << 31) + rows.position).argsort(stable=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class State:
     """The sum over the tokens j of the last document of exp(-s (P - position_j)) k_j v_j^T, at its last position P.
 
-    value: `[Hq, D, Dv]` in the accumulation dtype. place: the document and P, which follow from the rows alone, so
-    that only values have to be sent. Rows without a token leave value 0 at document -1: it changes no other state.
+    value: `[Hq, D, Dv]` in the accumulation dtype. last: the document and P, which follow from the rows alone, so that
+    only values have to be sent. Rows without a token leave value 0 at NO_POSITION, which enters no row.
     """
 
     value: Tensor
-    place: SequencePosition
+    last: SequencePosition
 
 
 def empty_state(heads: int, head_dim: int, value_dim: int, like: Tensor) -> State:
-    """Return the state that no token has left."""
+    """Return the state before any token."""
     dtype = accumulation_dtype(like.dtype)
-    return State(torch.zeros(heads, head_dim, value_dim, dtype=dtype, device=like.device), NOWHERE)
+    return State(torch.zeros(heads, head_dim, value_dim, dtype=dtype, device=like.device), NO_POSITION)
 
 
-def merge_states(earlier: State, later: State, decay: Tensor) -> State:
-    """Return the state that two stretches, one after the other, leave together; decay: the rates s, `[Hq]`.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class RecurrenceInputs:
+    """q `[T, Hq, D]`, k `[T, Hk, D]`, v `[T, Hk, Dv]`, the rates s of decay `[Hq]`, the state before the segment."""
 
-    Associative, with `empty_state` as its neutral element: LASP+ of MiniMax-01 (arXiv 2501.08313), with documents. One
-    that ends before the later stretch does leaves nothing.
-    """
-    if later.place.document == NOWHERE.document:
-        return earlier
-    if earlier.place.document != later.place.document:
-        return later
-    return State(
-        decayed(earlier.value, later.place.position - earlier.place.position, decay) + later.value, later.place
-    )
-
-
-def decayed(value: Tensor, distance: int, decay: Tensor) -> Tensor:
-    """Return `value` `[Hq, D, Dv]` times exp(-s distance)."""
-    if distance < 0:
-        raise ValueError(f"a state decays forward only, not by {distance} positions: the later stretch comes second")
-    return value * torch.exp(-distance * decay.double()).to(value)[:, None, None]
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    segment: Segment
+    decay: Tensor
+    state: State

@@ -164,7 +164,7 @@ class _Ranking:
 
     def _threshold(self) -> Tensor:
         """The key from which on pairs are selected, int64 `[Hq, documents]`."""
-        blocks, total, device = self.local_shard.key_blocks, self.local_shard.total, self.q.device
+        blocks, total, device = self.local_shard.key_blocks, self.local_shard.all_reduce_sum, self.q.device
         document = self.local_shard.key_block_extent.document.to(device)
 
         # [blocks] -> sums [Hq, documents]

@@ -1,7 +1,9 @@
 """Routers of experts: from a token's logits to its experts and their weights.
 
-Logits are float32 (float64 for float64 inputs), whatever the model computes in. Where softmax scores are normalized
-over the chosen experts, that is the softmax of the chosen logits alone: one setting says both.
+Logits are float32 (float64 for float64 inputs) in any dtype of the model. Softmax scores that are normalized over the
+chosen experts are the softmax of the chosen logits: one setting covers both.
+
+Legend: T tokens, E experts, K experts of a token, G groups of neighboring experts.
 """
 
 from dataclasses import dataclass
@@ -18,9 +20,9 @@ class ExpertRouter:
     """Token choice: each token takes its `per_token` best of `experts` experts; the lower number wins a tie.
 
     score: softmax over all experts, or sigmoid of each (DeepSeek-V3, arXiv 2412.19437, eq. 15). normalized: weights of
-    the chosen experts are divided by their sum. scale: of the weights. groups, groups_per_token: experts are chosen
-    among those of the best groups only, of `groups` of neighbors; a group is as good as the sum of its best
-    per_token / groups_per_token experts (arXiv 2412.19437, section 2.1.2). Raises ValueError where these do not fit.
+    the chosen experts are divided by their sum. scale: a factor of the weights. groups, groups_per_token: experts are
+    chosen from the best groups only; the score of a group is the sum of its best per_token / groups_per_token experts
+    (arXiv 2412.19437, section 2.1.2). Raises ValueError where these do not fit.
     """
 
     experts: int
@@ -45,35 +47,41 @@ class ExpertRouter:
             )
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Return the score of each expert, of logits `[T, E]`."""
+        """Return the score of each expert `[T, E]`, from logits `[T, E]`."""
         return logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
 
     @torch.no_grad()
     def choose(self, scores: Tensor, bias: Tensor) -> Tensor:
-        """Return the experts of each token, int64 `[T, K]`, best first; bias `[E]` counts here only (2408.15664)."""
-        # A NaN whose sign is set ranks below -inf: its token would be left without experts.
+        """Return the experts of each token, int64 `[T, K]`, best first.
+
+        bias `[E]` counts in the choice only, not in the weights (arXiv 2408.15664).
+        """
+        # A NaN whose sign is set ranks below -inf: its token would get no experts.
         scores = (scores.float() + bias.float()).nan_to_num(nan=float("inf"))
         if self.groups_per_token < self.groups:
             scores = scores.masked_fill(~self._of_best_groups(scores), float("-inf"))
         return top(scores, self.per_token)
 
     def _of_best_groups(self, scores: Tensor) -> Tensor:
+        # [T, E] -> [T, G, E/G]
         grouped = scores.unflatten(-1, (self.groups, -1))
         counted = min(max(self.per_token // self.groups_per_token, 1), grouped.shape[-1])
         best = top(grouped.topk(counted, dim=-1).values.sum(-1), self.groups_per_token)
+        # [T, G] -> [T, G, E/G] -> [T, E]
         chosen = torch.zeros(grouped.shape[:-1], dtype=torch.bool, device=scores.device).scatter_(-1, best, True)
         return chosen.unsqueeze(-1).expand_as(grouped).flatten(-2)
 
     def weights(self, scores: Tensor, chosen: Tensor) -> Tensor:
         """Return the weight of each chosen expert, `[T, K]`, differentiable."""
-        of_chosen = scores.gather(-1, chosen)
-        return (_parts_of_one(of_chosen) if self.normalized else of_chosen) * self.scale
+        # [T, E] -> [T, K]
+        weights = scores.gather(-1, chosen)
+        return (_normalized(weights) if self.normalized else weights) * self.scale
 
     def shares(self, scores: Tensor) -> Tensor:
-        """Return scores that add up to 1 for each token, `[T, E]`: what balance losses push on."""
-        return scores if self.score == "softmax" else _parts_of_one(scores)
+        """Return scores that add up to 1 for each token, `[T, E]`, for balance losses."""
+        return scores if self.score == "softmax" else _normalized(scores)
 
 
-def _parts_of_one(scores: Tensor) -> Tensor:
+def _normalized(scores: Tensor) -> Tensor:
     # Sigmoids may all be 0 in float32.
     return scores / scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)

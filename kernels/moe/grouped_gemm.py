@@ -1,6 +1,6 @@
-"""Products of rows, sorted by expert, with matrices of their expert: what a device computes them with.
+"""SwiGLU by many experts: rows sorted by expert, the rows of each multiplied by its own matrices.
 
-A way to compute them is a module with `linear`, `linear_backward`, `swiglu` and `swiglu_backward`.
+Legend: N rows, C width, F inner size, E experts.
 """
 
 from collections.abc import Sequence
@@ -8,21 +8,47 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from farspan.kernels.moe import grouped_loop
 
 
-def products_of(x: Tensor) -> ModuleType:
-    """Return what computes products of these rows: Triton's kernels on a GPU, else a loop over experts.
+def grouped_swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return down_e(silu(gate_e(x)) * up_e(x)) `[N, C]` of x `[N, C]`; expert e has the next counts[e] rows.
 
-    No kernel multiplies float64, which checks use, and which is a loop everywhere.
+    gate, up `[E, F, C]`, down `[E, C, F]`, of x's dtype. Any count may be 0. Of the rows only x is saved: gate and up
+    are computed again in the backward pass. Raises ValueError when the counts are not those of the rows and experts, or
+    shapes or dtypes do not fit.
     """
+    width, inner = x.shape[-1], gate.shape[-2]
+    shapes = {"gate": (gate, (inner, width)), "up": (up, (inner, width)), "down": (down, (width, inner))}
+    _check(x, counts, shapes)
+    return _GroupedSwiglu.apply(x, gate, up, down, tuple(counts))  # pyright: ignore[reportReturnType]
+
+
+class _GroupedSwiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(x, gate, up, down)
+        ctx.counts = counts
+        return _products_of(x).swiglu(x, gate, up, down, counts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, *weights = ctx.saved_tensors
+        return *_products_of(x).swiglu_backward(x, *weights, ctx.counts, dout), None
+
+
+def _products_of(x: Tensor) -> ModuleType:
+    """Return the module, with `swiglu` and `swiglu_backward`, for these rows: Triton's on a GPU, else a loop."""
+    # No kernel multiplies float64, which is for checks.
     if not on_gpu(x) or x.dtype == torch.float64:
         return grouped_loop
-    # Triton is there wherever torch has CUDA, and need not be elsewhere.
-    from farspan.kernels.triton_kernels import grouped_launch as grouped
+    # Triton is installed wherever torch has CUDA, and need not be elsewhere.
+    from farspan.kernels.triton_kernels import grouped_launch
 
-    return grouped
+    return grouped_launch
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -30,14 +56,12 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def check(x: Tensor, counts: Sequence[int], shapes: dict[str, tuple[Tensor, tuple[int, int]]]) -> None:
-    """Raise ValueError unless counts are those of rows `[rows, in]` and of each weight `[E, *shape]`, by its name.
-
-    A kernel would read past the end of what is too small.
-    """
+def _check(x: Tensor, counts: Sequence[int], shapes: dict[str, tuple[Tensor, tuple[int, int]]]) -> None:
+    """Raise ValueError unless the counts fit rows `[N, C]` and each weight is `[E, *shape]`, by its name."""
+    # A kernel would read past the end of a tensor that is too small.
     experts = len(next(iter(shapes.values()))[0])
     if len(counts) != experts or sum(counts) != len(x):
-        raise ValueError(f"{len(counts)} experts with {sum(counts)} rows in all, but {experts} and {len(x)} are here")
+        raise ValueError(f"{len(counts)} experts with {sum(counts)} rows in all, but {experts} and {len(x)} are given")
     if min(counts, default=0) < 0:
         raise ValueError(f"an expert has 0 rows or more; got counts {list(counts)}")
     for name, (weight, shape) in shapes.items():

@@ -1,8 +1,8 @@
 """Routers of attention heads: from a token's logits to the heads that it works with and their weights.
 
-Two kinds, both with float32 logits (float64 for float64 inputs). Every token works with as many query heads for each
-KV head as any other, so that attention is that of fewer heads under any mechanism and strategy: what nobody chose is
-nowhere computed.
+Two kinds, both with float32 logits (float64 for float64 inputs). All tokens have the same number of query heads for
+each KV head, so attention runs with that many heads under any mechanism and strategy. Heads that no token selects are
+skipped.
 
 Legend: T tokens, Hk KV heads, G query heads of each.
 """
@@ -17,13 +17,13 @@ from farspan.kernels.routing.ranking import top
 
 
 class ChosenHeads(NamedTuple):
-    """units: what each slot of a token holds, int64 `[T, slots]`; gates: its weight, `[T, slots]`, differentiable.
+    """indices: the head or expert in each slot of a token, int64 `[T, slots]`; gates: its weight, differentiable.
 
-    chosen: what was chosen for that, ascending, int64 `[T, choices]`, of those that are chosen from; shares: the parts
-    of 1 that a balance loss pushes on, `[T, what is chosen from]`.
+    chosen: the chosen ones among the candidates, ascending, int64 `[T, chosen]`; shares: scores of the candidates that
+    add up to 1, `[T, candidates]`, for balance losses.
     """
 
-    units: Tensor
+    indices: Tensor
     gates: Tensor
     chosen: Tensor
     shares: Tensor
@@ -49,12 +49,12 @@ class AttentionExperts:
 
     @property
     def logits(self) -> int:
-        """Numbers that the router gives for each token."""
+        """Logits of each token."""
         return self.count
 
     @property
     def choices(self) -> int:
-        """Among how many a token chooses."""
+        """Candidates of each token."""
         return self.count
 
     def choose(self, logits: Tensor, bias: Tensor) -> ChosenHeads:
@@ -65,22 +65,22 @@ class AttentionExperts:
         gates = shares.gather(1, chosen)
         if self.normalized:
             gates = gates / gates.detach().sum(1, keepdim=True)
-        return ChosenHeads(units=chosen, gates=gates, chosen=chosen, shares=shares)
+        return ChosenHeads(indices=chosen, gates=gates, chosen=chosen, shares=shares)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MixtureOfHeads:
     """Heads of which each token works with some (MoH, arXiv 2410.11842, in the scaling of its code).
 
-    Of the G query heads of each of `kv_heads` KV heads the first `shared` work on every token, and of the others the
-    `per_token` with the highest softmax. The paper chooses among the heads of all groups at once, which is the same for
-    one KV head. With p the softmax over all heads that are chosen from, S shared and K chosen heads in all:
+    Each of `kv_heads` KV heads has G query heads: the first `shared` of them work on every token, and the `per_token`
+    others with the highest softmax. The paper chooses among the heads of all groups at once, which is the same for one
+    KV head. With p the softmax over all candidates, S shared and K chosen heads in all:
 
         shared head i   2 softmax(W_h x)_1  S softmax(W_s x)_i
         chosen head i   2 softmax(W_h x)_2  K p_i / (sum of p over the chosen)
 
-    and without shared heads K p_i / (sum of p over the chosen): gates are 1 on average. Logits are those of the heads
-    that are chosen from, group by group, then W_s x, then W_h x. Raises ValueError where these do not fit.
+    and without shared heads K p_i / (sum of p over the chosen): gates are 1 on average. Logits are those of the
+    candidates, group by group, then W_s x, then W_h x. Raises ValueError where these do not fit.
     """
 
     kv_heads: int
@@ -102,12 +102,12 @@ class MixtureOfHeads:
 
     @property
     def logits(self) -> int:
-        """Numbers that the router gives for each token."""
+        """Logits of each token."""
         return self.choices + (self.kv_heads * self.shared + 2 if self.shared else 0)
 
     @property
     def choices(self) -> int:
-        """Among how many heads a token chooses."""
+        """Candidates of each token: all heads that are not shared."""
         return self.kv_heads * (self.group - self.shared)
 
     def choose(self, logits: Tensor, bias: Tensor) -> ChosenHeads:
@@ -117,17 +117,23 @@ class MixtureOfHeads:
         """
         shares = logits[:, : self.choices].softmax(-1)
         with torch.no_grad():
+            # [T, Hk * candidates] -> [T, Hk, candidates of a KV head]
             scores = (shares.float() + bias.float()).unflatten(1, (self.kv_heads, -1))
             in_group = top(scores, self.per_token).sort(dim=2).values  # [T, Hk, per_token]
             first = torch.arange(self.kv_heads, device=logits.device).view(-1, 1)
+            # [T, Hk, per_token] -> [T, Hk * per_token], numbered over all candidates
             chosen = (in_group + first * (self.group - self.shared)).flatten(1)
             always = torch.arange(self.shared, device=logits.device).expand(*in_group.shape[:2], -1)
-            units = torch.cat((always, in_group + self.shared), dim=2) + first * self.group
+            # [T, Hk, shared + per_token]
+            indices = torch.cat((always, in_group + self.shared), dim=2) + first * self.group
+        # Divided by their sum, so that the gates of a token's chosen heads are 1 on average.
         gates = shares.gather(1, chosen)
         gates = gates / gates.sum(1, keepdim=True) * chosen.shape[1]
+        # [T, Hk * per_token] -> [T, Hk, per_token]
         gates = gates.unflatten(1, (self.kv_heads, -1))
         if self.shared:
             of_shared, between = logits[:, self.choices : -2].softmax(-1), 2 * logits[:, -2:].softmax(-1)
             of_shared = (of_shared * of_shared.shape[1]).unflatten(1, (self.kv_heads, -1))
+            # [T, Hk, shared + per_token]
             gates = torch.cat((of_shared * between[:, :1, None], gates * between[:, 1:, None]), dim=2)
-        return ChosenHeads(units=units.flatten(1), gates=gates.flatten(1), chosen=chosen, shares=shares)
+        return ChosenHeads(indices=indices.flatten(1), gates=gates.flatten(1), chosen=chosen, shares=shares)

@@ -1,18 +1,18 @@
-"""What kernels are given besides tensors of rows: tuples of pointers, where None is a term that is absent."""
+"""Arguments of the attention kernels besides plain tensors: tuples of pointers, where None is an absent term."""
 
 from typing import NamedTuple
 
 from torch import Tensor
 
 
-class Terms(NamedTuple):
-    """Visibility, as columns of rows (T queries, S keys); int32.
+class MaskTerms(NamedTuple):
+    """The attention mask as columns of rows (T queries, S keys); int32.
 
-    q_document `[T]`: -1 is padding. k_rank `[S]`, and of each query the first and last rank that it sees: near ones by
-    the number of windows, `[windows, T]`, with the window of each head `[Hq]`; sinks `[T]`. Lifetimes `[Hk, S]` are
-    compared with q_position `[T]`. Of a neighborhood, packed into one number with a guard bit above each coordinate:
-    least and greatest (guards set) coordinates of each query `[T]`, coordinates of each key `[S]`; and a class `[T]`,
-    `[S]`, which is equal where grid and residue of dilation are.
+    q_document `[T]`: -1 is padding. k_rank `[S]`: keys by document and position, and for each query the first and last
+    rank that it attends to, one row for each distinct window, `[windows, T]`, with the window of each head `[Hq]`, and
+    again for sinks, `[T]`. lifetime `[Hk, S]`: compared with q_position `[T]`. For a neighborhood, coordinates packed
+    into one number with a guard bit above each: the least and the greatest (guards set) of each query `[T]` and those
+    of each key `[S]`; and a class, `[T]` and `[S]`, which is equal where grid and residue of dilation are.
     """
 
     q_document: Tensor
@@ -26,28 +26,18 @@ class Terms(NamedTuple):
     lifetime: Tensor | None
     q_low: Tensor | None
     q_high: Tensor | None
-    k_place: Tensor | None
+    k_coordinates: Tensor | None
     guards: int | None
     q_class: Tensor | None
     k_class: Tensor | None
-
-
-class Lists(NamedTuple):
-    """The columns of `farspan.kernels.triton_kernels.block_lists.BlockMask`."""
-
-    offsets: Tensor
-    visits: Tensor
-    entries: Tensor
-    order: Tensor
-    group: Tensor
 
 
 class Operand(NamedTuple):
     """A tensor `[rows, heads, width]` whose width has stride 1."""
 
     pointer: Tensor
-    row: int
-    head: int
+    row_stride: int
+    head_stride: int
 
     @staticmethod
     def of(x: Tensor) -> "Operand":

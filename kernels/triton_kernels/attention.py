@@ -1,8 +1,9 @@
 # pyright: reportMissingImports=false
-"""Flash attention kernels (arXiv 2205.14135, 2307.08691) over tile lists.
+"""Flash attention kernels (arXiv 2205.14135, 2307.08691) over the lists of a block mask.
 
 A tile of queries is consecutive rows of one head, or GATHERED: rows of any heads of one KV head, named by row * HEADS +
-head, whose results go to slots, one for each place of each tile. Scores are scaled inside the exponent, base 2.
+head, whose results go to slots, one for each row of each tile. Scores are scaled inside the exponent, base 2: exp2 is
+one instruction, exp is two.
 """
 
 import triton
@@ -11,65 +12,69 @@ import triton.language as tl
 from farspan.kernels.triton_kernels.tile import (
     LN2,
     LOG2E,
-    advance,
+    evaluate_mask,
+    first_tile,
     load_keys,
     load_queries,
-    open_list,
-    places,
-    query_places,
-    result_places,
-    visible,
+    next_tile,
+    query_rows,
+    result_offsets,
+    tile_rows,
 )
 
 
 @triton.jit
-def _own(lists, num_tiles, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GATHERED: tl.constexpr):
+def _query_program(lists, num_tiles, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GATHERED: tl.constexpr):
     """Return (tile, query head, KV head, list) of this program of a query-stationary kernel."""
-    program = tl.program_id(0)
+    i_program = tl.program_id(0)
     if GATHERED:
-        tile = tl.load(lists.order + program)
-        head = 0
-        kv_head = tl.load(lists.group + tile)
-        number = tile
+        i_tile = tl.load(lists.order + i_program)
+        i_head = 0
+        i_kv_head = tl.load(lists.group + i_tile)
+        i_list = i_tile
     else:
-        # Heads that share keys run side by side, so that these are read from memory once.
+        # Heads that share keys run side by side, so that L2 serves all but the first of them.
         share: tl.constexpr = HEADS // KV_HEADS
-        tile = tl.load(lists.order + program // share % num_tiles)
-        kv_head = program // share // num_tiles
-        head = kv_head * share + program % share
-        number = tl.load(lists.group + head) * num_tiles + tile
-    return tile, head, kv_head, number
+        i_tile = tl.load(lists.order + i_program // share % num_tiles)
+        i_kv_head = i_program // share // num_tiles
+        i_head = i_kv_head * share + i_program % share
+        i_list = tl.load(lists.group + i_head) * num_tiles + i_tile
+    return i_tile, i_head, i_kv_head, i_list
 
 
 @triton.jit
-def _attend(
-    acc, total, top, query, k, v, k_index, terms, lists, number, row, head, there, kv_head, num_queries, num_keys,
-    scale, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr,
-    BLOCK_K: tl.constexpr, PARTIAL: tl.constexpr,
+def _forward_list(
+    b_out, b_sum, b_max, b_q, k, v, k_index, terms, lists, i_list, o_row, o_head, m_row, i_kv_head, num_queries,
+    num_keys, scale, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    PADDED_VALUE: tl.constexpr, BLOCK_K: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
-    """Attend to all tiles of half a list; `top` is the greatest scaled score, base 2, -inf if none was seen."""
-    visits, at, tile, left = open_list(lists, 2 * number + PARTIAL)
-    for _ in range(0, visits):
-        key = load_keys(k, k_index, tile, kv_head, num_keys, BLOCK_K, HEAD_DIM, PADDED_DIM, PARTIAL)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+    """Attend to all key tiles of half a list; b_max: the greatest scaled score so far, base 2, -inf before any."""
+    count, o_run, i_tile, remaining = first_tile(lists, 2 * i_list + PARTIAL)
+    for _ in range(0, count):
+        # [BLOCK_K, PADDED_DIM]
+        b_k = load_keys(k, k_index, i_tile, i_kv_head, num_keys, BLOCK_K, HEAD_DIM, PADDED_DIM, PARTIAL)
+        # [BLOCK_Q, BLOCK_K]; "ieee": no TF32 for float32, which is for checks.
+        b_scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         if PARTIAL:
-            place, key_there = places(k_index, tile, num_keys, BLOCK_K)
-            seen = visible(
-                terms, row[:, None], head[:, None], there[:, None], place[None, :], key_there[None, :], kv_head,
+            o_key, m_key = tile_rows(k_index, i_tile, num_keys, BLOCK_K)
+            mask = evaluate_mask(
+                terms, o_row[:, None], o_head[:, None], m_row[:, None], o_key[None, :], m_key[None, :], i_kv_head,
                 num_queries, num_keys,
             )  # fmt: skip
-            scores = tl.where(seen, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-        # A row that has seen nothing yet: exp2(-inf - 0) is 0, where -inf - -inf would be NaN.
-        base = tl.where(new_top == float("-inf"), 0.0, new_top) if PARTIAL else new_top
-        probability = tl.math.exp2(scores * scale - base[:, None])
-        rescale = tl.math.exp2(top - base)
-        total = total * rescale + tl.sum(probability, 1)
-        value = load_keys(v, k_index, tile, kv_head, num_keys, BLOCK_K, VALUE_DIM, PADDED_VALUE, PARTIAL)
-        acc = tl.dot(probability.to(value.dtype), value, acc * rescale[:, None], input_precision="ieee")
-        top = new_top
-        at, tile, left = advance(lists, at, tile, left)
-    return acc, total, top
+            b_scores = tl.where(mask, b_scores, float("-inf"))
+        b_new_max = tl.maximum(b_max, tl.max(b_scores, 1) * scale)
+        # For a row without any key yet: exp2(-inf - 0) is 0, where -inf - -inf would be NaN.
+        b_base = tl.where(b_new_max == float("-inf"), 0.0, b_new_max) if PARTIAL else b_new_max
+        b_p = tl.math.exp2(b_scores * scale - b_base[:, None])
+        # What was summed under the old maximum is rescaled before this tile is added.
+        b_rescale = tl.math.exp2(b_max - b_base)
+        b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
+        # [BLOCK_K, PADDED_VALUE]
+        b_v = load_keys(v, k_index, i_tile, i_kv_head, num_keys, BLOCK_K, VALUE_DIM, PADDED_VALUE, PARTIAL)
+        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_rescale[:, None], input_precision="ieee")
+        b_max = b_new_max
+        o_run, i_tile, remaining = next_tile(lists, o_run, i_tile, remaining)
+    return b_out, b_sum, b_max
 
 
 @triton.jit
@@ -79,28 +84,31 @@ def forward_kernel(
     PADDED_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     GATHERED: tl.constexpr,
 ):  # fmt: skip
-    """Write out and lse, float32: `[T, HEADS, VALUE_DIM]` and `[T, HEADS]`, or of slots. scale: times log2(e)."""
-    tile, head, kv_head, number = _own(lists, num_tiles, HEADS, KV_HEADS, GATHERED)
-    row, heads, there = query_places(q_index, tile, head, num_queries, BLOCK_Q, HEADS, GATHERED)
-    query = load_queries(q, row, heads, there, HEAD_DIM, PADDED_DIM)
-    acc = tl.zeros([BLOCK_Q, PADDED_VALUE], tl.float32)
-    total = tl.zeros([BLOCK_Q], tl.float32)
-    top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    """Write out and lse, float32: `[T, HEADS, VALUE_DIM]` and `[T, HEADS]`, or by slot. scale: times log2(e)."""
+    i_tile, i_head, i_kv_head, i_list = _query_program(lists, num_tiles, HEADS, KV_HEADS, GATHERED)
+    o_row, o_head, m_row = query_rows(q_index, i_tile, i_head, num_queries, BLOCK_Q, HEADS, GATHERED)
+    # Queries, sums and maxima stay in registers for all key tiles.
+    # [BLOCK_Q, PADDED_DIM]
+    b_q = load_queries(q, o_row, o_head, m_row, HEAD_DIM, PADDED_DIM)
+    b_out = tl.zeros([BLOCK_Q, PADDED_VALUE], tl.float32)
+    b_sum = tl.zeros([BLOCK_Q], tl.float32)
+    b_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    # Full tiles first, in a loop of their own without the mask; then partial ones.
     for partial in tl.static_range(2):
-        acc, total, top = _attend(
-            acc, total, top, query, k, v, k_index, terms, lists, number, row, heads, there, kv_head, num_queries,
-            num_keys, scale, HEAD_DIM, VALUE_DIM, PADDED_DIM, PADDED_VALUE, BLOCK_K, partial,
+        b_out, b_sum, b_max = _forward_list(
+            b_out, b_sum, b_max, b_q, k, v, k_index, terms, lists, i_list, o_row, o_head, m_row, i_kv_head,
+            num_queries, num_keys, scale, HEAD_DIM, VALUE_DIM, PADDED_DIM, PADDED_VALUE, BLOCK_K, partial,
         )  # fmt: skip
-    # Full visits do not ask whether a row is padding.
-    real = tl.load(terms.q_document + row, mask=there, other=-1) >= 0
-    sees = real & (total > 0)
-    result = tl.where(sees[:, None], acc / tl.where(sees, total, 1.0)[:, None], 0.0)
-    log_sum = tl.where(sees, (top + tl.math.log2(tl.where(sees, total, 1.0))) * LN2, float("-inf"))
-    slot = result_places(tile, row, heads, BLOCK_Q, HEADS, GATHERED)
-    column = tl.arange(0, PADDED_VALUE)
-    mask = there[:, None] & (column < VALUE_DIM)[None, :]
-    tl.store(out + slot[:, None] * VALUE_DIM + column[None, :], result, mask=mask)
-    tl.store(lse + slot, log_sum, mask=there)
+    # Full tiles do not check whether a query is padding.
+    m_token = tl.load(terms.q_document + o_row, mask=m_row, other=-1) >= 0
+    m_attends = m_token & (b_sum > 0)
+    b_out = tl.where(m_attends[:, None], b_out / tl.where(m_attends, b_sum, 1.0)[:, None], 0.0)
+    b_lse = tl.where(m_attends, (b_max + tl.math.log2(tl.where(m_attends, b_sum, 1.0))) * LN2, float("-inf"))
+    o_result = result_offsets(i_tile, o_row, o_head, BLOCK_Q, HEADS, GATHERED)
+    o_column = tl.arange(0, PADDED_VALUE)
+    mask = m_row[:, None] & (o_column < VALUE_DIM)[None, :]
+    tl.store(out + o_result[:, None] * VALUE_DIM + o_column[None, :], b_out, mask=mask)
+    tl.store(lse + o_result, b_lse, mask=m_row)
 
 
 @triton.jit
@@ -110,46 +118,52 @@ def delta_kernel(
 ):  # fmt: skip
     """Write delta = rowsum(dout * out) and base = lse * log2(e), float32 `[HEADS, T]`.
 
-    Rows that see nothing have base inf instead of -inf: exp2(score - inf) is the 0 that their gradients need.
+    Rows that attend to nothing have base inf instead of -inf: exp2(score - inf) is the 0 that their gradients need.
     """
-    head = tl.program_id(0) % HEADS
-    row = tl.program_id(0) // HEADS * BLOCK + tl.arange(0, BLOCK)
-    heads = tl.zeros_like(row) + head
-    there = row < num_queries
-    product = load_queries(dout, row, heads, there, VALUE_DIM, PADDED_VALUE).to(tl.float32)
-    product *= load_queries(out, row, heads, there, VALUE_DIM, PADDED_VALUE).to(tl.float32)
-    log_sum = tl.load(lse + row.to(tl.int64) * HEADS + head, mask=there, other=0.0).to(tl.float32)
-    real = tl.load(q_document + row, mask=there, other=-1) >= 0
-    sees = real & (log_sum > float("-inf"))
-    to = head.to(tl.int64) * num_queries + row
-    tl.store(delta + to, tl.sum(product, 1), mask=there)
-    tl.store(base + to, tl.where(sees, log_sum * LOG2E, float("inf")), mask=there)
+    i_head = tl.program_id(0) % HEADS
+    o_row = tl.program_id(0) // HEADS * BLOCK + tl.arange(0, BLOCK)
+    o_head = tl.zeros_like(o_row) + i_head
+    m_row = o_row < num_queries
+    # [BLOCK, PADDED_VALUE]
+    b_product = load_queries(dout, o_row, o_head, m_row, VALUE_DIM, PADDED_VALUE).to(tl.float32)
+    b_product *= load_queries(out, o_row, o_head, m_row, VALUE_DIM, PADDED_VALUE).to(tl.float32)
+    b_lse = tl.load(lse + o_row.to(tl.int64) * HEADS + i_head, mask=m_row, other=0.0).to(tl.float32)
+    m_token = tl.load(q_document + o_row, mask=m_row, other=-1) >= 0
+    m_attends = m_token & (b_lse > float("-inf"))
+    # Heads first: the backward kernels read rows of one head.
+    o_result = i_head.to(tl.int64) * num_queries + o_row
+    tl.store(delta + o_result, tl.sum(b_product, 1), mask=m_row)
+    tl.store(base + o_result, tl.where(m_attends, b_lse * LOG2E, float("inf")), mask=m_row)
 
 
 @triton.jit
-def _gather_dq(
-    dq, query, dout, base, delta, k, v, k_index, terms, lists, number, row, head, there, kv_head, num_queries, num_keys,
-    scale, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr,
-    BLOCK_K: tl.constexpr, PARTIAL: tl.constexpr,
+def _dq_list(
+    b_dq, b_q, b_dout, b_base, b_delta, k, v, k_index, terms, lists, i_list, o_row, o_head, m_row, i_kv_head,
+    num_queries, num_keys, scale, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    PADDED_VALUE: tl.constexpr, BLOCK_K: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
-    visits, at, tile, left = open_list(lists, 2 * number + PARTIAL)
-    for _ in range(0, visits):
-        key = load_keys(k, k_index, tile, kv_head, num_keys, BLOCK_K, HEAD_DIM, PADDED_DIM, PARTIAL)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
-        probability = tl.math.exp2(scores * scale - base[:, None])
+    """Add dS K over all key tiles of half a list; dS = P * (dO V^T - delta) (arXiv 2205.14135, appendix B.2)."""
+    count, o_run, i_tile, remaining = first_tile(lists, 2 * i_list + PARTIAL)
+    for _ in range(0, count):
+        # [BLOCK_K, PADDED_DIM]
+        b_k = load_keys(k, k_index, i_tile, i_kv_head, num_keys, BLOCK_K, HEAD_DIM, PADDED_DIM, PARTIAL)
+        b_scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        # [BLOCK_Q, BLOCK_K]; the final lse is known, so nothing is rescaled.
+        b_p = tl.math.exp2(b_scores * scale - b_base[:, None])
         if PARTIAL:
-            place, key_there = places(k_index, tile, num_keys, BLOCK_K)
-            seen = visible(
-                terms, row[:, None], head[:, None], there[:, None], place[None, :], key_there[None, :], kv_head,
+            o_key, m_key = tile_rows(k_index, i_tile, num_keys, BLOCK_K)
+            mask = evaluate_mask(
+                terms, o_row[:, None], o_head[:, None], m_row[:, None], o_key[None, :], m_key[None, :], i_kv_head,
                 num_queries, num_keys,
             )  # fmt: skip
-            probability = tl.where(seen, probability, 0.0)
-        value = load_keys(v, k_index, tile, kv_head, num_keys, BLOCK_K, VALUE_DIM, PADDED_VALUE, PARTIAL)
-        dprobability = tl.dot(dout, tl.trans(value), input_precision="ieee")
-        dscores = probability * (dprobability - delta[:, None])
-        dq = tl.dot(dscores.to(key.dtype), key, dq, input_precision="ieee")
-        at, tile, left = advance(lists, at, tile, left)
-    return dq
+            b_p = tl.where(mask, b_p, 0.0)
+        # [BLOCK_K, PADDED_VALUE]
+        b_v = load_keys(v, k_index, i_tile, i_kv_head, num_keys, BLOCK_K, VALUE_DIM, PADDED_VALUE, PARTIAL)
+        b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision="ieee")
+        b_ds = b_p * (b_dp - b_delta[:, None])
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+        o_run, i_tile, remaining = next_tile(lists, o_run, i_tile, remaining)
+    return b_dq
 
 
 @triton.jit
@@ -159,59 +173,64 @@ def dq_kernel(
     PADDED_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     GATHERED: tl.constexpr,
 ):  # fmt: skip
-    """Write dq, float32: `[T, HEADS, HEAD_DIM]`, or of slots. dscale: the scale without log2(e)."""
-    tile, head, kv_head, number = _own(lists, num_tiles, HEADS, KV_HEADS, GATHERED)
-    row, heads, there = query_places(q_index, tile, head, num_queries, BLOCK_Q, HEADS, GATHERED)
-    query = load_queries(q, row, heads, there, HEAD_DIM, PADDED_DIM)
-    dresult = load_queries(dout, row, heads, there, VALUE_DIM, PADDED_VALUE)
-    of_row = heads.to(tl.int64) * num_queries + row
-    my_base = tl.load(base + of_row, mask=there, other=float("inf"))
-    my_delta = tl.load(delta + of_row, mask=there, other=0.0)
-    acc = tl.zeros([BLOCK_Q, PADDED_DIM], tl.float32)
+    """Write dq, float32: `[T, HEADS, HEAD_DIM]`, or by slot. dscale: the scale without log2(e)."""
+    i_tile, i_head, i_kv_head, i_list = _query_program(lists, num_tiles, HEADS, KV_HEADS, GATHERED)
+    o_row, o_head, m_row = query_rows(q_index, i_tile, i_head, num_queries, BLOCK_Q, HEADS, GATHERED)
+    # [BLOCK_Q, PADDED_DIM], [BLOCK_Q, PADDED_VALUE]
+    b_q = load_queries(q, o_row, o_head, m_row, HEAD_DIM, PADDED_DIM)
+    b_dout = load_queries(dout, o_row, o_head, m_row, VALUE_DIM, PADDED_VALUE)
+    o_statistic = o_head.to(tl.int64) * num_queries + o_row
+    b_base = tl.load(base + o_statistic, mask=m_row, other=float("inf"))
+    b_delta = tl.load(delta + o_statistic, mask=m_row, other=0.0)
+    b_dq = tl.zeros([BLOCK_Q, PADDED_DIM], tl.float32)
     for partial in tl.static_range(2):
-        acc = _gather_dq(
-            acc, query, dresult, my_base, my_delta, k, v, k_index, terms, lists, number, row, heads, there, kv_head,
+        b_dq = _dq_list(
+            b_dq, b_q, b_dout, b_base, b_delta, k, v, k_index, terms, lists, i_list, o_row, o_head, m_row, i_kv_head,
             num_queries, num_keys, scale, HEAD_DIM, VALUE_DIM, PADDED_DIM, PADDED_VALUE, BLOCK_K,
             partial,
         )  # fmt: skip
-    slot = result_places(tile, row, heads, BLOCK_Q, HEADS, GATHERED)
-    column = tl.arange(0, PADDED_DIM)
-    mask = there[:, None] & (column < HEAD_DIM)[None, :]
-    tl.store(dq + slot[:, None] * HEAD_DIM + column[None, :], acc * dscale, mask=mask)
+    o_result = result_offsets(i_tile, o_row, o_head, BLOCK_Q, HEADS, GATHERED)
+    o_column = tl.arange(0, PADDED_DIM)
+    mask = m_row[:, None] & (o_column < HEAD_DIM)[None, :]
+    # Scaled once at the end, not at every tile.
+    tl.store(dq + o_result[:, None] * HEAD_DIM + o_column[None, :], b_dq * dscale, mask=mask)
 
 
 @triton.jit
-def _gather_dkv(
-    dk, dv, key, value, q, dout, base, delta, q_index, terms, lists, number, place, key_there, head, kv_head,
+def _dkv_list(
+    b_dk, b_dv, b_k, b_v, q, dout, base, delta, q_index, terms, lists, i_list, o_key, m_key, i_head, i_kv_head,
     num_queries, num_keys, scale, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr, BLOCK_Q: tl.constexpr, GATHERED: tl.constexpr,
     FOR_K: tl.constexpr, FOR_V: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
-    """Scores are held transposed, [keys, queries]: so they are the left operand of both sums without another layout."""
-    visits, at, tile, left = open_list(lists, 2 * number + PARTIAL)
-    for _ in range(0, visits):
-        row, heads, there = query_places(q_index, tile, head, num_queries, BLOCK_Q, HEADS, GATHERED)
-        query = load_queries(q, row, heads, there, HEAD_DIM, PADDED_DIM)
-        of_row = heads.to(tl.int64) * num_queries + row
-        my_base = tl.load(base + of_row, mask=there, other=float("inf"))
-        scores = tl.dot(key, tl.trans(query), input_precision="ieee")
-        probability = tl.math.exp2(scores * scale - my_base[None, :])
+    """Add dS^T Q and P^T dO over all query tiles of half a list of the key tile."""
+    count, o_run, i_tile, remaining = first_tile(lists, 2 * i_list + PARTIAL)
+    for _ in range(0, count):
+        o_row, o_head, m_row = query_rows(q_index, i_tile, i_head, num_queries, BLOCK_Q, HEADS, GATHERED)
+        # [BLOCK_Q, PADDED_DIM]
+        b_q = load_queries(q, o_row, o_head, m_row, HEAD_DIM, PADDED_DIM)
+        o_statistic = o_head.to(tl.int64) * num_queries + o_row
+        b_base = tl.load(base + o_statistic, mask=m_row, other=float("inf"))
+        # [BLOCK_K, BLOCK_Q]: transposed, so that scores are the left operand of both sums without another layout.
+        b_scores = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
+        b_p = tl.math.exp2(b_scores * scale - b_base[None, :])
         if PARTIAL:
-            seen = visible(
-                terms, row[None, :], heads[None, :], there[None, :], place[:, None], key_there[:, None], kv_head,
+            mask = evaluate_mask(
+                terms, o_row[None, :], o_head[None, :], m_row[None, :], o_key[:, None], m_key[:, None], i_kv_head,
                 num_queries, num_keys,
             )  # fmt: skip
-            probability = tl.where(seen, probability, 0.0)
-        dresult = load_queries(dout, row, heads, there, VALUE_DIM, PADDED_VALUE)
+            b_p = tl.where(mask, b_p, 0.0)
+        # [BLOCK_Q, PADDED_VALUE]
+        b_dout = load_queries(dout, o_row, o_head, m_row, VALUE_DIM, PADDED_VALUE)
         if FOR_V:
-            dv = tl.dot(probability.to(dresult.dtype), dresult, dv, input_precision="ieee")
+            b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")
         if FOR_K:
-            my_delta = tl.load(delta + of_row, mask=there, other=0.0)
-            dprobability = tl.dot(value, tl.trans(dresult), input_precision="ieee")
-            dscores = probability * (dprobability - my_delta[None, :])
-            dk = tl.dot(dscores.to(query.dtype), query, dk, input_precision="ieee")
-        at, tile, left = advance(lists, at, tile, left)
-    return dk, dv
+            b_delta = tl.load(delta + o_statistic, mask=m_row, other=0.0)
+            b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
+            b_ds = b_p * (b_dp - b_delta[None, :])
+            b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+        o_run, i_tile, remaining = next_tile(lists, o_run, i_tile, remaining)
+    return b_dk, b_dv
 
 
 @triton.jit
@@ -222,80 +241,86 @@ def dkv_kernel(
     GATHERED: tl.constexpr, FOR_K: tl.constexpr, FOR_V: tl.constexpr,
 ):  # fmt: skip
     """Write dk `[S, KV_HEADS, HEAD_DIM]`, dv `[S, KV_HEADS, VALUE_DIM]` or both, float32; gathered queries add."""
-    program = tl.program_id(0)
-    tile = tl.load(lists.order + program % num_tiles)
-    kv_head = program // num_tiles
-    place, key_there = places(k_index, tile, num_keys, BLOCK_K)
-    key = load_keys(k, k_index, tile, kv_head, num_keys, BLOCK_K, HEAD_DIM, PADDED_DIM, True)
-    value = load_keys(v, k_index, tile, kv_head, num_keys, BLOCK_K, VALUE_DIM, PADDED_VALUE, True)
-    acc_k = tl.zeros([BLOCK_K, PADDED_DIM], tl.float32)
-    acc_v = tl.zeros([BLOCK_K, PADDED_VALUE], tl.float32)
+    i_program = tl.program_id(0)
+    i_tile = tl.load(lists.order + i_program % num_tiles)
+    i_kv_head = i_program // num_tiles
+    o_key, m_key = tile_rows(k_index, i_tile, num_keys, BLOCK_K)
+    # Keys, values and both sums stay in registers; queries of all heads that share the keys pass by, so that no two
+    # programs add to the same row.
+    # [BLOCK_K, PADDED_DIM], [BLOCK_K, PADDED_VALUE]
+    b_k = load_keys(k, k_index, i_tile, i_kv_head, num_keys, BLOCK_K, HEAD_DIM, PADDED_DIM, True)
+    b_v = load_keys(v, k_index, i_tile, i_kv_head, num_keys, BLOCK_K, VALUE_DIM, PADDED_VALUE, True)
+    b_dk = tl.zeros([BLOCK_K, PADDED_DIM], tl.float32)
+    b_dv = tl.zeros([BLOCK_K, PADDED_VALUE], tl.float32)
     # Gathered queries of all heads of the group are on one list.
     share: tl.constexpr = 1 if GATHERED else HEADS // KV_HEADS
-    for nth in range(0, share):
-        head = kv_head * share + nth
-        number = tl.load(lists.group + head) * num_tiles + tile
+    for i_member in range(0, share):
+        i_head = i_kv_head * share + i_member
+        i_list = tl.load(lists.group + i_head) * num_tiles + i_tile
         for partial in tl.static_range(2):
-            acc_k, acc_v = _gather_dkv(
-                acc_k, acc_v, key, value, q, dout, base, delta, q_index, terms, lists, number, place, key_there, head,
-                kv_head, num_queries, num_keys, scale, HEADS, HEAD_DIM, VALUE_DIM, PADDED_DIM, PADDED_VALUE, BLOCK_Q,
+            b_dk, b_dv = _dkv_list(
+                b_dk, b_dv, b_k, b_v, q, dout, base, delta, q_index, terms, lists, i_list, o_key, m_key, i_head,
+                i_kv_head, num_queries, num_keys, scale, HEADS, HEAD_DIM, VALUE_DIM, PADDED_DIM, PADDED_VALUE, BLOCK_Q,
                 GATHERED, FOR_K, FOR_V, partial,
             )  # fmt: skip
-    slot = place.to(tl.int64) * KV_HEADS + kv_head
+    o_result = o_key.to(tl.int64) * KV_HEADS + i_kv_head
     if FOR_K:
-        _store_keys(dk, acc_k * dscale, slot, key_there, HEAD_DIM, PADDED_DIM, GATHERED)
+        _store_keys(dk, b_dk * dscale, o_result, m_key, HEAD_DIM, PADDED_DIM, GATHERED)
     if FOR_V:
-        _store_keys(dv, acc_v, slot, key_there, VALUE_DIM, PADDED_VALUE, GATHERED)
+        _store_keys(dv, b_dv, o_result, m_key, VALUE_DIM, PADDED_VALUE, GATHERED)
 
 
 @triton.jit
-def _store_keys(to, rows, slot, there, WIDTH: tl.constexpr, PADDED: tl.constexpr, ADD: tl.constexpr):
-    """Write, or add, rows `[BLOCK, PADDED]` to float32 slots of WIDTH; no other program has a part in these."""
-    column = tl.arange(0, PADDED)
-    pointers = to + slot[:, None] * WIDTH + column[None, :]
-    mask = there[:, None] & (column < WIDTH)[None, :]
+def _store_keys(result, b_rows, o_result, m_row, WIDTH: tl.constexpr, PADDED: tl.constexpr, ADD: tl.constexpr):
+    """Write, or add, rows `[BLOCK, PADDED]` to float32 rows of WIDTH; no other program writes to these."""
+    o_column = tl.arange(0, PADDED)
+    pointers = result + o_result[:, None] * WIDTH + o_column[None, :]
+    mask = m_row[:, None] & (o_column < WIDTH)[None, :]
     if ADD:
-        # To load what is there would take as many registers as the rows have, and spill these.
-        tl.atomic_add(pointers, rows, mask=mask, sem="relaxed")
+        # Loading the old sums would take as many registers as b_rows has, and spill them; the atomic adds in L2.
+        tl.atomic_add(pointers, b_rows, mask=mask, sem="relaxed")
     else:
-        tl.store(pointers, rows, mask=mask)
+        tl.store(pointers, b_rows, mask=mask)
 
 
 @triton.jit
 def combine_kernel(
-    part, part_lse, out, lse, slot_offsets, slots, count, WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr
-):
+    part, part_lse, out, lse, slot_offsets, slots, num_rows, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """Merge the slots of each row of each head into float32 `[rows * heads, WIDTH]`, in the order of `slots`.
 
     With part_lse: partial results of attention, weighted by log-sum-exp, and lse `[rows * heads]` is written too.
     Without: summands.
     """
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = row < count
-    column = tl.arange(0, PADDED)
-    wide = (column < WIDTH)[None, :]
-    start = tl.load(slot_offsets + row, mask=there, other=0)
-    number = tl.load(slot_offsets + row + 1, mask=there, other=0) - start
-    acc = tl.zeros([BLOCK, PADDED], tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    top = tl.full([BLOCK], float("-inf"), tl.float32)
-    for nth in range(0, tl.max(number, 0)):
-        mine = nth < number
-        slot = tl.load(slots + start + nth, mask=mine, other=0).to(tl.int64)
-        term = tl.load(part + slot[:, None] * WIDTH + column[None, :], mask=mine[:, None] & wide, other=0.0)
+    # A fixed order of slots, one program for each row: the same bits every time.
+    o_row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_row = o_row < num_rows
+    o_column = tl.arange(0, PADDED)
+    m_column = (o_column < WIDTH)[None, :]
+    o_first = tl.load(slot_offsets + o_row, mask=m_row, other=0)
+    b_count = tl.load(slot_offsets + o_row + 1, mask=m_row, other=0) - o_first
+    b_acc = tl.zeros([BLOCK, PADDED], tl.float32)
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    b_max = tl.full([BLOCK], float("-inf"), tl.float32)
+    for i_slot in range(0, tl.max(b_count, 0)):
+        m_slot = i_slot < b_count
+        o_slot = tl.load(slots + o_first + i_slot, mask=m_slot, other=0).to(tl.int64)
+        # [BLOCK, PADDED]
+        b_part = tl.load(part + o_slot[:, None] * WIDTH + o_column[None, :], mask=m_slot[:, None] & m_column, other=0.0)
         if part_lse is None:
-            acc += term
+            b_acc += b_part
         else:
-            log_sum = tl.load(part_lse + slot, mask=mine, other=float("-inf"))
-            new_top = tl.maximum(top, log_sum)
-            base = tl.where(new_top == float("-inf"), 0.0, new_top)
-            rescale, weight = tl.exp(top - base), tl.exp(log_sum - base)
-            total = total * rescale + weight
-            acc = acc * rescale[:, None] + term * weight[:, None]
-            top = new_top
+            b_lse = tl.load(part_lse + o_slot, mask=m_slot, other=float("-inf"))
+            b_new_max = tl.maximum(b_max, b_lse)
+            b_base = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
+            b_rescale, b_weight = tl.exp(b_max - b_base), tl.exp(b_lse - b_base)
+            b_sum = b_sum * b_rescale + b_weight
+            b_acc = b_acc * b_rescale[:, None] + b_part * b_weight[:, None]
+            b_max = b_new_max
     if part_lse is not None:
-        sees = total > 0
-        divisor = tl.where(sees, total, 1.0)
-        acc = acc / divisor[:, None]
-        tl.store(lse + row, tl.where(sees, top + tl.log(divisor), float("-inf")), mask=there)
-    tl.store(out + row[:, None] * WIDTH + column[None, :], acc, mask=there[:, None] & wide)
+        m_attends = b_sum > 0
+        b_divisor = tl.where(m_attends, b_sum, 1.0)
+        b_acc = b_acc / b_divisor[:, None]
+        tl.store(lse + o_row, tl.where(m_attends, b_max + tl.log(b_divisor), float("-inf")), mask=m_row)
+    tl.store(out + o_row[:, None] * WIDTH + o_column[None, :], b_acc, mask=m_row[:, None] & m_column)

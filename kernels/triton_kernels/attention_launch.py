@@ -1,10 +1,12 @@
 # pyright: reportMissingImports=false
-"""Launches of the attention kernels: what a plan becomes on a device, and in which order the kernels run.
+"""Launches of the attention kernels: arguments of a plan on a device, and the order in which the kernels run.
 
-Two schedules. Tiles of consecutive queries visit tiles of keys: all plans but those whose selection is by single rows.
-There, rows of any heads that chose a block are gathered into tiles that visit it; each leaves a partial result in a
-slot of its own, and slots are merged in a fixed order. Either way no two programs add to the same place: results have
-the same bits each time.
+Two schedules. In all plans but those that select blocks by single rows, tiles of consecutive queries visit tiles of
+keys. In the others, rows of any heads that select a block are gathered into tiles that visit it; each leaves a partial
+result in a slot of its own, and slots are merged in a fixed order. Either way no two programs add to the same row:
+results have the same bits each time.
+
+Legend: T queries, S keys, Hq query heads, Hk KV heads, D head size, Dv value head size.
 """
 
 from collections.abc import Iterator
@@ -18,39 +20,33 @@ import triton
 from torch import Tensor
 
 from farspan.kernels.merge import empty_partial
-from farspan.kernels.planning.gathered_batches import selects_by_tile
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.planning.tiles import Tiling
 from farspan.kernels.triton_kernels import attention as kernels
-from farspan.kernels.triton_kernels.arguments import Lists, Operand, Terms
-from farspan.kernels.triton_kernels.block_lists import BlockMask, real_rows, tile_plan
-from farspan.kernels.triton_kernels.key_ranks import Ranking
+from farspan.kernels.triton_kernels.arguments import MaskTerms, Operand
+from farspan.kernels.triton_kernels.block_mask import BlockMask, active_rows, tile_plan
+from farspan.kernels.triton_kernels.key_ranks import KeyRanks
 from farspan.kernels.triton_kernels.packed_coordinates import pack
-from farspan.kernels.triton_kernels.row_block_lists import Portion, portions
+from farspan.kernels.triton_kernels.row_block_lists import GatheredRows, gathered_rows, selects_by_row
 from farspan.kernels.triton_kernels.shapes import Shape, Shapes
 
 SLOT_BYTES = 1 << 29
-"""Partial results that are held at the same time, where rows choose one by one."""
+"""Partial results that exist at the same time, where single rows select blocks."""
 LOG2E = 1.4426950408889634
-MOST_REGISTERS = 255
-"""Of a thread: all that it can have. ptxas, left alone, would rather spill a few than fit one block less."""
-ROWS_OF_DELTA = 64
-VALUES_OF_COMBINE = 4096
-"""32 for each thread of a program: of 64 rows of 256, registers spill."""
+MAX_REGISTERS = 255
+"""The most that a thread can have. Without this bound ptxas would rather spill a few than run one block less."""
+DELTA_ROWS = 64
+COMBINED_VALUES = 4096
+"""32 for each thread of a program: at 64 rows of 256, registers spill."""
 
 
 class Tiles(NamedTuple):
-    """Tiles of the side that stays and their lists; the row at each place of query and key tiles, unless in order."""
+    """Lists of the stationary tiles, how many these are, and the rows in query and key tiles, None if in order."""
 
-    lists: Lists
+    lists: BlockMask
     q_index: Tensor | None
     k_index: Tensor | None
-    staying: int
-
-
-def is_gathered(plan: Plan) -> bool:
-    """Whether rows choose one by one, or in query blocks too small to make a tile of."""
-    return plan.selection is not None and not selects_by_tile(plan, count_padding=False)
+    num_tiles: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -64,7 +60,7 @@ class Problem:
     shapes: Shapes
 
     def constants(self, shape: Shape) -> dict[str, Any]:
-        """Return what attention kernels know at compile time, and their warps and stages."""
+        """Return the compile-time arguments of the attention kernels, and their warps and stages."""
         width, value_width = self.q.shape[2], self.v.shape[2]
         return {
             "HEADS": self.q.shape[1],
@@ -77,14 +73,14 @@ class Problem:
             "BLOCK_K": shape.keys,
             "num_warps": shape.warps,
             "num_stages": shape.stages,
-            "maxnreg": MOST_REGISTERS,
+            "maxnreg": MAX_REGISTERS,
         }
 
     def shared(self, tiles: Tiles) -> tuple[Any, ...]:
-        """Return the arguments that attention kernels have in common, after their operands and results."""
+        """Return the arguments that all attention kernels take after their operands and results."""
         return (
             tiles.q_index, tiles.k_index, self.terms(), tiles.lists,
-            len(self.q), len(self.k), tiles.staying, self.scale * LOG2E,
+            len(self.q), len(self.k), tiles.num_tiles, self.scale * LOG2E,
         )  # fmt: skip
 
     @property
@@ -95,35 +91,29 @@ class Problem:
     def scale(self) -> float:
         return self.q.shape[2] ** -0.5
 
-    def terms(self) -> Terms:
-        """Return the plan's visibility as columns on the device; made once for a plan."""
+    def terms(self) -> MaskTerms:
+        """Return the plan's mask as columns on the device; made once for a plan."""
         return _once(self.plan, ("terms", self.q.device), partial(_terms, self.plan, self.q.device))
 
-    def tiles(self, shape: Shape, staying: Literal["queries", "keys"]) -> Tiles:
+    def tiles(self, shape: Shape, stationary: Literal["queries", "keys"]) -> Tiles:
         """Return tiles of so many rows and their lists; made once for a plan."""
         device = self.q.device
 
         def make() -> Tiles:
-            found = tile_plan(self.plan, shape.queries, shape.keys, staying)
+            found = tile_plan(self.plan, shape.queries, shape.keys, stationary)
             q_index, k_index = index_of(found.queries, device), index_of(found.keys, device)
-            return Tiles(columns(found.lists, device), q_index, k_index, found.lists.tiles)
+            return Tiles(found.lists.to(device), q_index, k_index, found.lists.num_tiles)
 
-        return _once(self.plan, ("tiles", shape.queries, shape.keys, staying, device), make)
+        return _once(self.plan, ("tiles", shape.queries, shape.keys, stationary, device), make)
 
 
 def padded(width: int) -> int:
-    """Return the width of a tile: a power of two that tensor cores take."""
+    """Return the width of a tile: a power of two that tensor cores take, at least 16."""
     return max(triton.next_power_of_2(width), 16)
 
 
-def columns(lists: BlockMask, device: torch.device) -> Lists:
-    """Return lists as an argument of kernels."""
-    lists = lists.to(device)
-    return Lists(lists.offsets, lists.visits, lists.entries, lists.order, lists.group)
-
-
 def index_of(tiling: Tiling, device: torch.device) -> Tensor | None:
-    """Return the row at each place of the tiles, int32; None where rows are in order."""
+    """Return the rows of the tiles, int32 `[tiles * size]`; None where rows are in order."""
     return None if tiling.index is None else torch.from_numpy(tiling.index).to(device)
 
 
@@ -131,7 +121,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """Return out `[T, Hq, Dv]` and lse `[T, Hq]`, float32."""
     q, v = problem.q, problem.v
     out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
-    if is_gathered(problem.plan):
+    if selects_by_row(problem.plan):
         _gathered_forward(problem, out, lse)
         return out, lse
     _forward(problem, out, lse, problem.tiles(problem.shapes.forward, "queries"), gathered=False)
@@ -143,41 +133,41 @@ def backward(problem: Problem, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[
     q, k, v = problem.q, problem.k, problem.v
     dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format) for x in (q, k, v))
     base, delta = _delta(problem, dout, out, lse)
-    # Operands of a product have one dtype.
-    given = Operand.of(dout.to(q.dtype)), base, delta
-    if is_gathered(problem.plan):
-        _gathered_backward(problem, given, dq, dk, dv)
+    # Both operands of a product have one dtype.
+    statistics = Operand.of(dout.to(q.dtype)), base, delta
+    if selects_by_row(problem.plan):
+        _gathered_backward(problem, statistics, dq, dk, dv)
         return dq, dk, dv
-    _dkv(problem, given, dk, dv, problem.tiles(problem.shapes.dkv, "keys"), gathered=False)
-    _dq(problem, given, dq, problem.tiles(problem.shapes.dq, "queries"), gathered=False)
+    _dkv(problem, statistics, dk, dv, problem.tiles(problem.shapes.dkv, "keys"), gathered=False)
+    _dq(problem, statistics, dq, problem.tiles(problem.shapes.dq, "queries"), gathered=False)
     return dq, dk, dv
 
 
-Given = tuple[Operand, Tensor, Tensor]
-"""dout, base and delta."""
+Statistics = tuple[Operand, Tensor, Tensor]
+"""dout `[T, Hq, Dv]`, and base and delta `[Hq, T]` of `delta_kernel`."""
 
 
 def _forward(problem: Problem, out: Tensor, lse: Tensor, tiles: Tiles, *, gathered: bool) -> None:
-    programs = tiles.staying * (1 if gathered else problem.q.shape[1])
+    programs = tiles.num_tiles * (1 if gathered else problem.q.shape[1])
     _launch(
         kernels.forward_kernel, programs, *problem.operands, out, lse, *problem.shared(tiles),
         **problem.constants(problem.shapes.forward), GATHERED=gathered,
     )  # fmt: skip
 
 
-def _dq(problem: Problem, given: Given, dq: Tensor, tiles: Tiles, *, gathered: bool) -> None:
-    programs = tiles.staying * (1 if gathered else problem.q.shape[1])
+def _dq(problem: Problem, statistics: Statistics, dq: Tensor, tiles: Tiles, *, gathered: bool) -> None:
+    programs = tiles.num_tiles * (1 if gathered else problem.q.shape[1])
     _launch(
-        kernels.dq_kernel, programs, *problem.operands, *given, dq, *problem.shared(tiles), problem.scale,
+        kernels.dq_kernel, programs, *problem.operands, *statistics, dq, *problem.shared(tiles), problem.scale,
         **problem.constants(problem.shapes.dq), GATHERED=gathered,
     )  # fmt: skip
 
 
-def _dkv(problem: Problem, given: Given, dk: Tensor, dv: Tensor, tiles: Tiles, *, gathered: bool) -> None:
+def _dkv(problem: Problem, statistics: Statistics, dk: Tensor, dv: Tensor, tiles: Tiles, *, gathered: bool) -> None:
     shapes = problem.shapes
     for for_k, for_v in ((True, False), (False, True)) if shapes.dkv_in_turn else ((True, True),):
         _launch(
-            kernels.dkv_kernel, tiles.staying * problem.k.shape[1], *problem.operands, *given, dk, dv,
+            kernels.dkv_kernel, tiles.num_tiles * problem.k.shape[1], *problem.operands, *statistics, dk, dv,
             *problem.shared(tiles), problem.scale,
             **problem.constants(shapes.dkv), GATHERED=gathered, FOR_K=for_k, FOR_V=for_v,
         )  # fmt: skip
@@ -194,33 +184,35 @@ def _delta(problem: Problem, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Te
     queries, heads, width = dout.shape
     base, delta = (torch.empty(heads, queries, dtype=torch.float32, device=dout.device) for _ in range(2))
     _launch(
-        kernels.delta_kernel, triton.cdiv(queries, ROWS_OF_DELTA) * heads, Operand.of(dout), Operand.of(out),
+        kernels.delta_kernel, triton.cdiv(queries, DELTA_ROWS) * heads, Operand.of(dout), Operand.of(out),
         lse.contiguous(), delta, base, problem.terms().q_document, queries,
-        HEADS=heads, VALUE_DIM=width, PADDED_VALUE=padded(width), BLOCK=ROWS_OF_DELTA,
+        HEADS=heads, VALUE_DIM=width, PADDED_VALUE=padded(width), BLOCK=DELTA_ROWS,
     )  # fmt: skip
     return base, delta
 
 
 def _gathered_forward(problem: Problem, out: Tensor, lse: Tensor) -> None:
-    for portion, of_queries, _ in _portions(problem, problem.shapes.forward):
-        part, part_lse = out.new_empty(len(portion.index), out.shape[2]), lse.new_empty(len(portion.index))
+    for rows, of_queries, _ in _gathered_tiles(problem, problem.shapes.forward):
+        # [slots, Dv], [slots]
+        part, part_lse = out.new_empty(len(rows.index), out.shape[2]), lse.new_empty(len(rows.index))
         _forward(problem, part, part_lse, of_queries, gathered=True)
-        _combine(portion, part, part_lse, out, lse)
+        _combine(rows, part, part_lse, out, lse)
 
 
-def _gathered_backward(problem: Problem, given: Given, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-    for _, _, of_keys in _portions(problem, problem.shapes.dkv):
-        _dkv(problem, given, dk, dv, of_keys, gathered=True)
-    for portion, of_queries, _ in _portions(problem, problem.shapes.dq):
-        part = dq.new_empty(len(portion.index), dq.shape[2])
-        _dq(problem, given, part, of_queries, gathered=True)
-        _combine(portion, part, None, dq, None)
+def _gathered_backward(problem: Problem, statistics: Statistics, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    for _, _, of_keys in _gathered_tiles(problem, problem.shapes.dkv):
+        _dkv(problem, statistics, dk, dv, of_keys, gathered=True)
+    for rows, of_queries, _ in _gathered_tiles(problem, problem.shapes.dq):
+        # [slots, D]
+        part = dq.new_empty(len(rows.index), dq.shape[2])
+        _dq(problem, statistics, part, of_queries, gathered=True)
+        _combine(rows, part, None, dq, None)
 
 
-def _portions(problem: Problem, shape: Shape) -> Iterator[tuple[Portion, Tiles, Tiles]]:
-    """Yield the portions of a plan that have rows, each with its tiles of queries and of keys.
+def _gathered_tiles(problem: Problem, shape: Shape) -> Iterator[tuple[GatheredRows, Tiles, Tiles]]:
+    """Yield the gathered rows of a plan, some rows at a time, each with its tiles of queries and of keys.
 
-    They are not kept: every layer has such a plan of its own, which would hold 8 bytes for each choice.
+    They are made anew in each pass: every layer has such a plan, which would keep 8 bytes for each selected block.
     """
     plan, device = problem.plan, problem.q.device
     selection = plan.selection
@@ -228,40 +220,41 @@ def _portions(problem: Problem, shape: Shape) -> Iterator[tuple[Portion, Tiles, 
     keys = _once(plan, ("blocks", shape.keys), lambda: Tiling.of(plan.keys, shape.keys, selection.blocks.of(plan.keys)))
     k_index = index_of(keys, device)
     max_slots = SLOT_BYTES // (4 * max(problem.q.shape[2], problem.v.shape[2]))
-    for portion in portions(plan, keys, problem.k.shape[1], shape.queries, max_slots, device):
-        if len(portion.index):
+    for rows in gathered_rows(plan, keys, problem.k.shape[1], shape.queries, max_slots, device):
+        if len(rows.index):
             of_queries, of_keys = (
-                Tiles(columns(lists, device), portion.index, k_index, lists.tiles)
-                for lists in (portion.of_queries, portion.of_keys)
+                Tiles(lists.to(device), rows.index, k_index, lists.num_tiles)
+                for lists in (rows.of_queries, rows.of_keys)
             )
-            yield portion, of_queries, of_keys
+            yield rows, of_queries, of_keys
 
 
-def _combine(portion: Portion, part: Tensor, part_lse: Tensor | None, total: Tensor, lse: Tensor | None) -> None:
-    """Merge the slots of a portion into its rows of `total` `[T, Hq, width]`, and of `lse` if there is one."""
-    rows, width = portion.rows, total.shape[2]
-    count, block = (rows.stop - rows.start) * total.shape[1], VALUES_OF_COMBINE // padded(width)
+def _combine(rows: GatheredRows, part: Tensor, part_lse: Tensor | None, total: Tensor, lse: Tensor | None) -> None:
+    """Merge the slots of some rows into these rows of `total` `[T, Hq, width]`, and of `lse` if there is one."""
+    width = total.shape[2]
+    count, block = (rows.rows.stop - rows.rows.start) * total.shape[1], COMBINED_VALUES // padded(width)
     _launch(
-        kernels.combine_kernel, triton.cdiv(count, block), part, part_lse, total[rows],
-        None if lse is None else lse[rows], portion.slot_offsets, portion.slots, count,
+        kernels.combine_kernel, triton.cdiv(count, block), part, part_lse, total[rows.rows],
+        None if lse is None else lse[rows.rows], rows.slot_offsets, rows.slots, count,
         WIDTH=width, PADDED=padded(width), BLOCK=block,
     )  # fmt: skip
 
 
-def _terms(plan: Plan, device: torch.device) -> Terms:
-    """Return what `visible` of the kernels compares."""
+def _terms(plan: Plan, device: torch.device) -> MaskTerms:
+    """Return the columns that `evaluate_mask` compares."""
     attention_mask = plan.attention_mask
-    queries, keys = real_rows(plan)
-    ranking = Ranking.of(keys)
-    near = np.stack([ranking.near(queries, part.attention_mask) for part in plan.parts], axis=1)
+    queries, keys = active_rows(plan)
+    ranks = KeyRanks.of(keys)
+    # [2, windows, T]
+    near = np.stack([ranks.near(queries, part.attention_mask) for part in plan.parts], axis=1)
     window = np.zeros(plan.heads, dtype=np.int32)
     for number, part in enumerate(plan.parts):
         window[list(part.heads)] = number
     columns: dict[str, Any] = {
-        "q_document": queries.document, "k_rank": ranking.rank, "window": window, "q_first": near[0], "q_last": near[1]
+        "q_document": queries.document, "k_rank": ranks.rank, "window": window, "q_first": near[0], "q_last": near[1]
     }  # fmt: skip
     if attention_mask.sinks:
-        columns["q_first_sink"], columns["q_last_sink"] = ranking.sinks(queries, attention_mask)
+        columns["q_first_sink"], columns["q_last_sink"] = ranks.sinks(queries, attention_mask)
     if plan.lifetime is not None:
         columns["q_position"], columns["lifetime"] = queries.position, plan.lifetime
     if attention_mask.neighborhood is not None:
@@ -270,7 +263,7 @@ def _terms(plan: Plan, device: torch.device) -> Terms:
         name: column if isinstance(column, int) else torch.as_tensor(column).to(device, torch.int32).contiguous()
         for name, column in columns.items()
     }
-    return Terms(**{name: found.get(name) for name in Terms._fields})  # pyright: ignore[reportArgumentType]
+    return MaskTerms(**{name: found.get(name) for name in MaskTerms._fields})  # pyright: ignore[reportArgumentType]
 
 
 def _once(plan: Plan, key: tuple[Any, ...], make: Any) -> Any:

@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false
-"""Kernels for products of rows, sorted by expert, with matrices of their expert.
+"""Kernels for products of rows, sorted by expert, with the matrices of their experts.
 
 A tile is (expert, first row, end): no row at or after the end is used or written, whatever is there. Sums are float32;
 float32 is multiplied in full.
@@ -13,70 +13,80 @@ GROUP = tl.constexpr(8)
 
 
 @triton.jit
-def _own(tiles, num_tiles, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return (expert, rows `[ROWS]`, whether they are the tile's, columns `[COLUMNS]`) of this program."""
-    blocks = tl.cdiv(width, COLUMNS)
-    group = tl.program_id(0) // (GROUP * blocks)
-    within = tl.program_id(0) % (GROUP * blocks)
-    size = tl.minimum(num_tiles - group * GROUP, GROUP)
-    at = tiles + (group * GROUP + within % size) * 3
-    row = tl.load(at + 1) + tl.arange(0, ROWS)
-    return tl.load(at), row, row < tl.load(at + 2), within // size * COLUMNS + tl.arange(0, COLUMNS)
+def _tile(tiles, num_tiles, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return (expert, rows `[ROWS]`, which of them are the tile's, columns `[COLUMNS]`) of this program."""
+    num_blocks = tl.cdiv(width, COLUMNS)
+    i_group = tl.program_id(0) // (GROUP * num_blocks)
+    i_member = tl.program_id(0) % (GROUP * num_blocks)
+    size = tl.minimum(num_tiles - i_group * GROUP, GROUP)
+    p_tile = tiles + (i_group * GROUP + i_member % size) * 3
+    o_row = tl.load(p_tile + 1) + tl.arange(0, ROWS)
+    o_column = i_member // size * COLUMNS + tl.arange(0, COLUMNS)
+    return tl.load(p_tile), o_row, o_row < tl.load(p_tile + 2), o_column
 
 
 @triton.jit
-def _rows_at(rows, row, column):
-    return rows.pointer + row.to(tl.int64)[:, None] * rows.row + column[None, :]
+def _rows_at(rows, o_row, o_column):
+    """Return pointers `[rows, columns]`."""
+    # int64: rows x width exceeds 2^31 at a few hundred thousand tokens of 8 experts each.
+    return rows.pointer + o_row.to(tl.int64)[:, None] * rows.row_stride + o_column[None, :]
 
 
 @triton.jit
-def _matrix_at(matrices, expert, depth, column):
+def _matrix_at(matrices, i_expert, o_depth, o_column):
     """Return pointers `[depth, columns]` to the matrix of an expert."""
-    start = matrices.pointer + expert.to(tl.int64) * matrices.expert
-    return start + depth.to(tl.int64)[:, None] * matrices.depth + column.to(tl.int64)[None, :] * matrices.column
+    p_matrix = matrices.pointer + i_expert.to(tl.int64) * matrices.expert_stride
+    return (
+        p_matrix
+        + o_depth.to(tl.int64)[:, None] * matrices.depth_stride
+        + o_column.to(tl.int64)[None, :] * matrices.column_stride
+    )
 
 
 @triton.jit
-def _multiply(acc, x, matrices, expert, row, there, column, width, depth, DEPTH: tl.constexpr):
-    """Return acc plus the product of rows of x and columns of the expert's matrix."""
-    nth = tl.arange(0, DEPTH)
-    x_at, at = _rows_at(x, row, nth), _matrix_at(matrices, expert, nth, column)
+def _multiply(b_acc, x, matrices, i_expert, o_row, m_row, o_column, width, depth, DEPTH: tl.constexpr):
+    """Return b_acc plus the product of rows of x and columns of the expert's matrix, `[ROWS, COLUMNS]`."""
+    o_depth = tl.arange(0, DEPTH)
+    p_x, p_matrix = _rows_at(x, o_row, o_depth), _matrix_at(matrices, i_expert, o_depth, o_column)
     for start in range(0, depth, DEPTH):
-        inside = nth < depth - start
-        rows = tl.load(x_at, mask=there[:, None] & inside[None, :], other=0.0)
-        matrix = tl.load(at, mask=inside[:, None] & (column < width)[None, :], other=0.0)
-        acc = tl.dot(rows, matrix, acc, input_precision="ieee")
-        x_at += DEPTH
-        at += DEPTH * matrices.depth
-    return acc
+        m_depth = o_depth < depth - start
+        # [ROWS, DEPTH], [DEPTH, COLUMNS]
+        b_x = tl.load(p_x, mask=m_row[:, None] & m_depth[None, :], other=0.0)
+        b_matrix = tl.load(p_matrix, mask=m_depth[:, None] & (o_column < width)[None, :], other=0.0)
+        b_acc = tl.dot(b_x, b_matrix, b_acc, input_precision="ieee")
+        p_x += DEPTH
+        p_matrix += DEPTH * matrices.depth_stride
+    return b_acc
 
 
 @triton.jit
 def _gate_and_up(
-    x, gate, up, expert, row, there, column, width, depth, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, gate, up, i_expert, o_row, m_row, o_column, width, depth, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Return the products of rows of x with the expert's gate and up, float32 `[ROWS, COLUMNS]`."""
-    gated = tl.zeros([ROWS, COLUMNS], tl.float32)
-    raised = tl.zeros([ROWS, COLUMNS], tl.float32)
-    nth = tl.arange(0, DEPTH)
-    x_at = _rows_at(x, row, nth)
-    gate_at, up_at = _matrix_at(gate, expert, nth, column), _matrix_at(up, expert, nth, column)
+    # One loop for both, so that rows of x are loaded once.
+    b_gate = tl.zeros([ROWS, COLUMNS], tl.float32)
+    b_up = tl.zeros([ROWS, COLUMNS], tl.float32)
+    o_depth = tl.arange(0, DEPTH)
+    p_x = _rows_at(x, o_row, o_depth)
+    p_gate, p_up = _matrix_at(gate, i_expert, o_depth, o_column), _matrix_at(up, i_expert, o_depth, o_column)
     for start in range(0, depth, DEPTH):
-        inside = nth < depth - start
-        rows = tl.load(x_at, mask=there[:, None] & inside[None, :], other=0.0)
-        mask = inside[:, None] & (column < width)[None, :]
-        gated = tl.dot(rows, tl.load(gate_at, mask=mask, other=0.0), gated, input_precision="ieee")
-        raised = tl.dot(rows, tl.load(up_at, mask=mask, other=0.0), raised, input_precision="ieee")
-        x_at += DEPTH
-        gate_at += DEPTH * gate.depth
-        up_at += DEPTH * up.depth
-    return gated, raised
+        m_depth = o_depth < depth - start
+        # [ROWS, DEPTH]; matrices [DEPTH, COLUMNS]
+        b_x = tl.load(p_x, mask=m_row[:, None] & m_depth[None, :], other=0.0)
+        mask = m_depth[:, None] & (o_column < width)[None, :]
+        b_gate = tl.dot(b_x, tl.load(p_gate, mask=mask, other=0.0), b_gate, input_precision="ieee")
+        b_up = tl.dot(b_x, tl.load(p_up, mask=mask, other=0.0), b_up, input_precision="ieee")
+        p_x += DEPTH
+        p_gate += DEPTH * gate.depth_stride
+        p_up += DEPTH * up.depth_stride
+    return b_gate, b_up
 
 
 @triton.jit
-def _store(out, values, row, there, column, width):
-    tl.store(_rows_at(out, row, column), values, mask=there[:, None] & (column < width)[None, :])
+def _store(out, b_values, o_row, m_row, o_column, width):
+    tl.store(_rows_at(out, o_row, o_column), b_values, mask=m_row[:, None] & (o_column < width)[None, :])
 
 
 @triton.jit
@@ -85,12 +95,12 @@ def product_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Write x matrix, or x matrix + y other: rows `[N, width]` of x, y `[N, depth]`."""
-    expert, row, there, column = _own(tiles, num_tiles, width, ROWS, COLUMNS)
-    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    acc = _multiply(acc, x, matrices, expert, row, there, column, width, depth, DEPTH)
+    i_expert, o_row, m_row, o_column = _tile(tiles, num_tiles, width, ROWS, COLUMNS)
+    b_acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    b_acc = _multiply(b_acc, x, matrices, i_expert, o_row, m_row, o_column, width, depth, DEPTH)
     if y is not None:
-        acc = _multiply(acc, y, others, expert, row, there, column, width, depth, DEPTH)
-    _store(out, acc, row, there, column, width)
+        b_acc = _multiply(b_acc, y, others, i_expert, o_row, m_row, o_column, width, depth, DEPTH)
+    _store(out, b_acc, o_row, m_row, o_column, width)
 
 
 @triton.jit
@@ -99,53 +109,56 @@ def swiglu_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Write silu(x gate) * (x up): rows `[N, width]` of x `[N, depth]`."""
-    expert, row, there, column = _own(tiles, num_tiles, width, ROWS, COLUMNS)
-    gated, raised = _gate_and_up(x, gate, up, expert, row, there, column, width, depth, ROWS, COLUMNS, DEPTH)
-    _store(inner, gated * tl.sigmoid(gated) * raised, row, there, column, width)
+    i_expert, o_row, m_row, o_column = _tile(tiles, num_tiles, width, ROWS, COLUMNS)
+    b_gate, b_up = _gate_and_up(x, gate, up, i_expert, o_row, m_row, o_column, width, depth, ROWS, COLUMNS, DEPTH)
+    _store(inner, b_gate * tl.sigmoid(b_gate) * b_up, o_row, m_row, o_column, width)
 
 
 @triton.jit
 def swiglu_backward_kernel(
-    inner, dgated, draised, x, dout, gate, up, down, tiles, num_tiles, width, depth,
+    inner, dgate, dup, x, dout, gate, up, down, tiles, num_tiles, width, depth,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Write silu(gated) * raised and the gradients of gated = x gate and raised = x up: rows `[N, width]`.
+    """Write inner = silu(x gate) * (x up), and the gradients of x gate and of x up: rows `[N, width]`.
 
-    dout, as x, `[N, depth]`.
+    dout, like x, `[N, depth]`.
     """
-    expert, row, there, column = _own(tiles, num_tiles, width, ROWS, COLUMNS)
-    gated, raised = _gate_and_up(x, gate, up, expert, row, there, column, width, depth, ROWS, COLUMNS, DEPTH)
-    dinner = tl.zeros([ROWS, COLUMNS], tl.float32)
-    dinner = _multiply(dinner, dout, down, expert, row, there, column, width, depth, DEPTH)
-    sigmoid = tl.sigmoid(gated)
-    silu = gated * sigmoid
-    _store(inner, silu * raised, row, there, column, width)
-    _store(draised, dinner * silu, row, there, column, width)
-    # The derivative of silu is sigmoid (1 + gated (1 - sigmoid)).
-    _store(dgated, dinner * raised * sigmoid * (1 + gated * (1 - sigmoid)), row, there, column, width)
+    i_expert, o_row, m_row, o_column = _tile(tiles, num_tiles, width, ROWS, COLUMNS)
+    b_gate, b_up = _gate_and_up(x, gate, up, i_expert, o_row, m_row, o_column, width, depth, ROWS, COLUMNS, DEPTH)
+    b_dinner = tl.zeros([ROWS, COLUMNS], tl.float32)
+    b_dinner = _multiply(b_dinner, dout, down, i_expert, o_row, m_row, o_column, width, depth, DEPTH)
+    b_sigmoid = tl.sigmoid(b_gate)
+    b_silu = b_gate * b_sigmoid
+    _store(inner, b_silu * b_up, o_row, m_row, o_column, width)
+    _store(dup, b_dinner * b_silu, o_row, m_row, o_column, width)
+    # The derivative of silu is sigmoid (1 + gate (1 - sigmoid)).
+    _store(dgate, b_dinner * b_up * b_sigmoid * (1 + b_gate * (1 - b_sigmoid)), o_row, m_row, o_column, width)
 
 
 @triton.jit
 def weight_kernel(
-    dweight, dout, x, stretches, width, depth,
+    dweight, dout, x, experts, width, depth,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Write dout^T x over all rows of an expert: a matrix of `depth` columns for each of `width`; 0 without rows."""
-    down, across = tl.cdiv(width, COLUMNS), tl.cdiv(depth, DEPTH)
-    segment, block = tl.program_id(0) // (down * across), tl.program_id(0) % (down * across)
-    column = block // across * COLUMNS + tl.arange(0, COLUMNS)
-    nth = block % across * DEPTH + tl.arange(0, DEPTH)
-    expert, first, end = (tl.load(stretches + segment * 3), tl.load(stretches + segment * 3 + 1),
-                          tl.load(stretches + segment * 3 + 2))  # fmt: skip
-    acc = tl.zeros([COLUMNS, DEPTH], tl.float32)
-    row = first + tl.arange(0, ROWS)
-    out_at, x_at = _rows_at(dout, row, column), _rows_at(x, row, nth)
+    num_down, num_across = tl.cdiv(width, COLUMNS), tl.cdiv(depth, DEPTH)
+    i_nth, i_block = tl.program_id(0) // (num_down * num_across), tl.program_id(0) % (num_down * num_across)
+    o_column = i_block // num_across * COLUMNS + tl.arange(0, COLUMNS)
+    o_depth = i_block % num_across * DEPTH + tl.arange(0, DEPTH)
+    p_expert = experts + i_nth * 3
+    i_expert, first, end = tl.load(p_expert), tl.load(p_expert + 1), tl.load(p_expert + 2)
+    # One program sums over all rows of its expert: nothing is added by atomics, and the sum stays in registers.
+    b_acc = tl.zeros([COLUMNS, DEPTH], tl.float32)
+    o_row = first + tl.arange(0, ROWS)
+    p_dout, p_x = _rows_at(dout, o_row, o_column), _rows_at(x, o_row, o_depth)
     for start in range(first, end, ROWS):
-        there = start - first + row < end
-        of_rows = tl.load(out_at, mask=there[:, None] & (column < width)[None, :], other=0.0)
-        rows = tl.load(x_at, mask=there[:, None] & (nth < depth)[None, :], other=0.0)
-        acc = tl.dot(tl.trans(of_rows), rows, acc, input_precision="ieee")
-        out_at += ROWS * tl.cast(dout.row, tl.int64)
-        x_at += ROWS * tl.cast(x.row, tl.int64)
-    to = tl.trans(_matrix_at(dweight, expert, nth, column))
-    tl.store(to, acc, mask=(column < width)[:, None] & (nth < depth)[None, :])
+        m_row = start - first + o_row < end
+        # [ROWS, COLUMNS], [ROWS, DEPTH]
+        b_dout = tl.load(p_dout, mask=m_row[:, None] & (o_column < width)[None, :], other=0.0)
+        b_x = tl.load(p_x, mask=m_row[:, None] & (o_depth < depth)[None, :], other=0.0)
+        b_acc = tl.dot(tl.trans(b_dout), b_x, b_acc, input_precision="ieee")
+        p_dout += ROWS * tl.cast(dout.row_stride, tl.int64)
+        p_x += ROWS * tl.cast(x.row_stride, tl.int64)
+    # [DEPTH, COLUMNS] -> [COLUMNS, DEPTH]
+    p_dweight = tl.trans(_matrix_at(dweight, i_expert, o_depth, o_column))
+    tl.store(p_dweight, b_acc, mask=(o_column < width)[:, None] & (o_depth < depth)[None, :])

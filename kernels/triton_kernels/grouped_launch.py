@@ -1,9 +1,11 @@
 # pyright: reportMissingImports=false
-"""Products of rows, sorted by expert, with matrices of their expert: launches of the kernels.
+"""Products of rows, sorted by expert, with the matrices of their experts: launches of the kernels.
 
 The host knows how many rows an expert has, so it cuts them into tiles of one expert each: nothing waits for the device,
-and an expert without rows costs nothing but the zeros of its gradients. No two programs write to the same place:
-results have the same bits each time.
+and an expert without rows costs nothing but the zeros of its gradients. No two programs write to the same row: results
+have the same bits each time.
+
+Legend: N rows, C width, F inner size, E experts.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +23,7 @@ from farspan.kernels.triton_kernels import grouped as kernels
 class Tile(NamedTuple):
     """Rows of x, columns of the result and depth of the sum that a program takes at a time; its warps and stages.
 
-    Of a gradient of weights: rows summed at a time, and rows and columns of the gradient.
+    For a gradient of weights: rows summed at a time, and rows and columns of the gradient.
     """
 
     rows: int
@@ -33,7 +35,7 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tiles:
-    """Of each kernel."""
+    """The tile of each kernel."""
 
     product: Tile
     swiglu: Tile
@@ -48,7 +50,7 @@ HALF = Tiles(
     swiglu_backward=Tile(128, 64, 64, 8, 3),
     weight=Tile(64, 128, 128, 8, 3),
 )
-# Where rows do not begin at multiples of 16 numbers, each number is loaded by itself, and takes registers on its way.
+# Where rows do not start at multiples of 16 elements, every element is a load of its own, which takes registers.
 ODD_HALF = Tiles(
     product=Tile(64, 64, 32, 8, 2),
     swiglu=Tile(64, 64, 32, 8, 2),
@@ -63,14 +65,14 @@ FLOAT32 = Tiles(
     weight=Tile(16, 64, 64, 8, 2),
 )
 EVEN = 16
-"""Triton knows of pointers, strides and sizes whether they are multiples of it."""
+"""Triton compiles for pointers, strides and sizes that are multiples of it, and for others."""
 
 
 class Rows(NamedTuple):
     """Rows `[N, width]` whose width has stride 1."""
 
     pointer: Tensor
-    row: int
+    row_stride: int
 
     @staticmethod
     def of(x: Tensor) -> "Rows":
@@ -80,47 +82,45 @@ class Rows(NamedTuple):
 
 
 class Matrices(NamedTuple):
-    """A matrix of each expert with any strides: from `depth` numbers to `column` numbers."""
+    """A matrix `[depth, columns]` of each expert with any strides."""
 
     pointer: Tensor
-    expert: int
-    column: int
-    depth: int
+    expert_stride: int
+    column_stride: int
+    depth_stride: int
 
     @staticmethod
-    def of(weight: Tensor) -> "Matrices":
-        """Return those of x weight^T, weight `[E, column, depth]`."""
+    def transposed(weight: Tensor) -> "Matrices":
+        """Return the matrices of x weight^T, weight `[E, columns, depth]`."""
         return Matrices(weight, *weight.stride())
 
     @staticmethod
-    def back(weight: Tensor) -> "Matrices":
-        """Return those of dout weight, weight `[E, depth, column]`."""
+    def of(weight: Tensor) -> "Matrices":
+        """Return the matrices of dout weight, weight `[E, depth, columns]`."""
         return Matrices(weight, weight.stride(0), weight.stride(2), weight.stride(1))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Stretches:
-    """Rows of each expert, and what the kernels of one pass are told of them, each made once and sent to the device."""
+class ExpertRows:
+    """The rows of each expert as tiles, each kind made once and sent to the device."""
 
     counts: Sequence[int]
     device: torch.device
     made: dict[int, Tensor] = field(default_factory=dict)
 
     def tiles(self, rows: int) -> Tensor:
-        """Return (expert, first row, end) of stretches of an expert of at most so many rows, int32 `[tiles, 3]`."""
+        """Return (expert, first row, end) of tiles of at most so many rows of an expert, int32 `[tiles, 3]`."""
         if rows not in self.made:
             self.made[rows] = self._send(row_tiles(self.counts, rows))
         return self.made[rows]
 
-    def whole(self) -> Tensor:
-        """Return the same of all rows of each expert, also of those without; the longest come first.
-
-        So no long one is begun when all others are done.
-        """
+    def experts(self) -> Tensor:
+        """Return (expert, first row, end) of every expert, also of those without rows, int32 `[E, 3]`."""
         if 0 not in self.made:
             ends = zip(range(len(self.counts)), self.counts, accumulate(self.counts), strict=True)
-            stretches = [(expert, end - count, end) for expert, count, end in ends]
-            self.made[0] = self._send(sorted(stretches, key=lambda part: part[1] - part[2]))
+            experts = [(expert, end - count, end) for expert, count, end in ends]
+            # The longest come first, so that none of them starts when all others are done.
+            self.made[0] = self._send(sorted(experts, key=lambda expert: expert[1] - expert[2]))
         return self.made[0]
 
     def _send(self, tiles: list[tuple[int, int, int]]) -> Tensor:
@@ -129,7 +129,7 @@ class Stretches:
 
 
 def row_tiles(counts: Sequence[int], rows: int) -> list[tuple[int, int, int]]:
-    """See `Stretches.tiles`."""
+    """See `ExpertRows.tiles`."""
     return [
         (expert, start, min(start + rows, end))
         for expert, (count, end) in enumerate(zip(counts, accumulate(counts), strict=True))
@@ -137,29 +137,15 @@ def row_tiles(counts: Sequence[int], rows: int) -> list[tuple[int, int, int]]:
     ]
 
 
-def linear(x: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
-    """See `farspan.kernels.moe.grouped_loop.linear`; float32, bfloat16 or float16."""
-    out = x.new_empty(len(x), weight.shape[1])
-    product(out, Stretches(counts, x.device), (x, Matrices.of(weight)))
-    return out
-
-
-def linear_backward(x: Tensor, weight: Tensor, counts: Sequence[int], dout: Tensor) -> tuple[Tensor, Tensor]:
-    """See `farspan.kernels.moe.grouped_loop.linear_backward`."""
-    dx, dweight, stretches = x.new_empty(x.shape), torch.empty_like(weight), Stretches(counts, x.device)
-    product(dx, stretches, (dout, Matrices.back(weight)))
-    weight_gradient(dweight, stretches, dout, x)
-    return dx, dweight
-
-
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: Sequence[int]) -> Tensor:
     """See `farspan.kernels.moe.grouped_loop.swiglu`; float32, bfloat16 or float16."""
-    out, inner, stretches = x.new_empty(x.shape), x.new_empty(len(x), gate.shape[1]), Stretches(counts, x.device)
+    # [N, C], [N, F]
+    out, inner, expert_rows = x.new_empty(x.shape), x.new_empty(len(x), gate.shape[1]), ExpertRows(counts, x.device)
     _by_rows(
-        kernels.swiglu_kernel, lambda tiles: tiles.swiglu, stretches, inner.shape[1], x.shape[1],
-        Rows.of(inner), Rows.of(x), Matrices.of(gate), Matrices.of(up),
+        kernels.swiglu_kernel, lambda tiles: tiles.swiglu, expert_rows, inner.shape[1], x.shape[1],
+        Rows.of(inner), Rows.of(x), Matrices.transposed(gate), Matrices.transposed(up),
     )  # fmt: skip
-    product(out, stretches, (inner, Matrices.of(down)))
+    product(out, expert_rows, (inner, Matrices.transposed(down)))
     return out
 
 
@@ -168,55 +154,56 @@ def swiglu_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `farspan.kernels.moe.grouped_loop.swiglu_backward`."""
     dx, (dgate, dup, ddown) = x.new_empty(x.shape), (torch.empty_like(weight) for weight in (gate, up, down))
+    # [N, F]: silu(x gate) * (x up), and the gradients of x gate and of x up.
     inner, dgated, draised = (x.new_empty(len(x), gate.shape[1]) for _ in range(3))
-    stretches = Stretches(counts, x.device)
+    expert_rows = ExpertRows(counts, x.device)
     _by_rows(
-        kernels.swiglu_backward_kernel, lambda tiles: tiles.swiglu_backward, stretches, inner.shape[1], x.shape[1],
+        kernels.swiglu_backward_kernel, lambda tiles: tiles.swiglu_backward, expert_rows, inner.shape[1], x.shape[1],
         Rows.of(inner), Rows.of(dgated), Rows.of(draised), Rows.of(x), Rows.of(dout),
-        Matrices.of(gate), Matrices.of(up), Matrices.back(down),
+        Matrices.transposed(gate), Matrices.transposed(up), Matrices.of(down),
     )  # fmt: skip
-    weight_gradient(ddown, stretches, dout, inner)
-    product(dx, stretches, (dgated, Matrices.back(gate)), (draised, Matrices.back(up)))
-    weight_gradient(dgate, stretches, dgated, x)
-    weight_gradient(dup, stretches, draised, x)
+    weight_gradient(ddown, expert_rows, dout, inner)
+    product(dx, expert_rows, (dgated, Matrices.of(gate)), (draised, Matrices.of(up)))
+    weight_gradient(dgate, expert_rows, dgated, x)
+    weight_gradient(dup, expert_rows, draised, x)
     return dx, dgate, dup, ddown
 
 
 def product(
-    out: Tensor, stretches: Stretches, first: tuple[Tensor, Matrices], second: tuple[Tensor, Matrices] | None = None
+    out: Tensor, expert_rows: ExpertRows, first: tuple[Tensor, Matrices], second: tuple[Tensor, Matrices] | None = None
 ) -> None:
     """Set rows of `out` `[N, column]` to the product of rows `[N, depth]` and matrices, or to the sum of two."""
     x, matrices = first
     y, others = second or (None, None)
     _by_rows(
-        kernels.product_kernel, lambda tiles: tiles.product, stretches, out.shape[1], x.shape[1],
+        kernels.product_kernel, lambda tiles: tiles.product, expert_rows, out.shape[1], x.shape[1],
         Rows.of(out), Rows.of(x), matrices, None if y is None else Rows.of(y), others,
     )  # fmt: skip
 
 
-def weight_gradient(dweight: Tensor, stretches: Stretches, dout: Tensor, x: Tensor) -> None:
+def weight_gradient(dweight: Tensor, expert_rows: ExpertRows, dout: Tensor, x: Tensor) -> None:
     """Set dweight `[E, out, in]`, of any strides, to dout_e^T x_e of rows `[N, out]` and `[N, in]`."""
     width, depth = dweight.shape[1:]
-    operands = Matrices.of(dweight), Rows.of(dout), Rows.of(x)
+    operands = Matrices.transposed(dweight), Rows.of(dout), Rows.of(x)
     tile = tiles_for(operands, width, depth).weight
     programs = len(dweight) * triton.cdiv(width, tile.columns) * triton.cdiv(depth, tile.depth)
-    _launch(kernels.weight_kernel, programs, tile, *operands, stretches.whole(), width, depth)
+    _launch(kernels.weight_kernel, programs, tile, *operands, expert_rows.experts(), width, depth)
 
 
 def tiles_for(operands: Iterable[Rows | Matrices | None], width: int, depth: int) -> Tiles:
     """Return the tiles for operands of one dtype, by how they can be loaded."""
-    there = [part for part in operands if part is not None]
-    if there[0].pointer.dtype == torch.float32:
+    present = [part for part in operands if part is not None]
+    if present[0].pointer.dtype == torch.float32:
         return FLOAT32
-    even = all(part.pointer.data_ptr() % EVEN == 0 for part in there)
-    numbers = {width, depth, *(stride for part in there for stride in part[1:])} - {1}
+    even = all(part.pointer.data_ptr() % EVEN == 0 for part in present)
+    numbers = {width, depth, *(stride for part in present for stride in part[1:])} - {1}
     return HALF if even and not any(number % EVEN for number in numbers) else ODD_HALF
 
 
 def _by_rows(
     kernel: Any,
     tile_of: Callable[[Tiles], Tile],
-    stretches: Stretches,
+    expert_rows: ExpertRows,
     width: int,
     depth: int,
     result: Rows,
@@ -224,7 +211,7 @@ def _by_rows(
 ) -> None:
     """Launch a kernel for each tile of rows and block of columns of its result `[N, width]`."""
     tile = tile_of(tiles_for((result, *operands), width, depth))
-    tiles = stretches.tiles(tile.rows)
+    tiles = expert_rows.tiles(tile.rows)
     programs = len(tiles) * triton.cdiv(width, tile.columns)
     _launch(kernel, programs, tile, result, *operands, tiles, len(tiles), width, depth)
 

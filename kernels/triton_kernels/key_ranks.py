@@ -1,7 +1,8 @@
-"""Intervals: visibility as ranks of keys, so that a kernel compares two numbers instead of all terms.
+"""Masks as intervals of key ranks, so that a kernel compares two numbers instead of documents, positions and windows.
 
-Keys that are ranked by document and position form one interval for each query: those of its document, not later than
-the query, not further than the window. Sinks form a second one; a neighborhood is not an interval and stays outside.
+Keys are ranked by document and position. The keys that a query attends to are then one interval of ranks: those of its
+document, not later than the query, inside the window. Sinks are a second interval; a neighborhood is none, and is
+compared apart (packed_coordinates.py).
 """
 
 from dataclasses import dataclass
@@ -13,25 +14,25 @@ from farspan.kernels.masks.rows import Rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Ranking:
+class KeyRanks:
     """Keys by document and position: `rank` int32 `[keys]`, -1 for padding; `ordered` int64, ascending."""
 
     rank: np.ndarray
     ordered: np.ndarray
 
     @staticmethod
-    def of(keys: Rows) -> "Ranking":
+    def of(keys: Rows) -> "KeyRanks":
         """Rank the keys that are not padding."""
         document = keys.document.numpy()
         code = _code(document, keys.position.numpy())
-        real = np.flatnonzero(document >= 0)
-        order = real[np.argsort(code[real], kind="stable")]
+        tokens = np.flatnonzero(document >= 0)
+        order = tokens[np.argsort(code[tokens], kind="stable")]
         rank = np.full(len(keys), -1, dtype=np.int32)
         rank[order] = np.arange(len(order))
-        return Ranking(rank, code[order])
+        return KeyRanks(rank, code[order])
 
     def near(self, queries: Rows, attention_mask: AttentionMask) -> np.ndarray:
-        """Return the first and last rank that each query sees apart from sinks, int32 `[2, queries]`; -1 last if none.
+        """Return the first and last rank of each query's window, without sinks, int32 `[2, queries]`; -1 last if none.
 
         `attention_mask` has one window at most.
         """
@@ -59,4 +60,5 @@ class Ranking:
 
 
 def _code(document: np.ndarray, position: np.ndarray) -> np.ndarray:
+    # One number that sorts as (document, position).
     return document.astype(np.int64) << 32 | position

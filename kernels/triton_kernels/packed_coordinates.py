@@ -1,4 +1,11 @@
-"""Packing: the coordinates of a grid in one number, so that all dimensions are compared at once."""
+"""Coordinates of a grid packed into one number, so that all dimensions are compared at once.
+
+Example: a grid of 4 x 8 takes fields of 2 and 3 bits, each below a guard bit G: `G yy G xxx`. The query at (2, 5) with
+a window of 3 in both directions has low (1, 4) and high (3, 6), and the key at (2, 7):
+
+    key with guards set - low     1 10 1 111 - 0 01 0 100 = 1 01 1 011    both guards survive: not below low
+    high with guards set - key    1 11 1 110 - 0 10 0 111 = 1 01 0 111    the guard of x is gone: 7 > 6, masked
+"""
 
 import torch
 from torch import Tensor
@@ -11,11 +18,11 @@ BITS = 31
 
 
 def pack(neighborhood: Neighborhood, queries: Rows, keys: Rows) -> dict[str, Tensor | int]:
-    """Return a neighborhood as packed int32 columns: a key is in it iff no field of place - low, high - place borrows.
+    """Return a neighborhood as packed int32 columns: a key is in it if no field of key - low or high - key borrows.
 
-    q_low, q_high `[queries]`, k_place `[keys]`: coordinates, each with a guard bit above it that is set in q_high only.
+    q_low, q_high `[queries]`, k_coordinates `[keys]`: each coordinate below a guard bit that is set in q_high only.
     guards: all guard bits. q_class, k_class, if there are several grids or dilation: the grid and the residue of
-    dilation, equal where a key may be seen. Raises ValueError for a grid that takes more than 31 bits.
+    dilation, equal where a query may attend to a key. Raises ValueError for a grid that takes more than 31 bits.
     """
     dimensions = neighborhood.dimensions
     widths = [(dimension.length - 1).bit_length() for dimension in dimensions]
@@ -25,17 +32,18 @@ def pack(neighborhood: Neighborhood, queries: Rows, keys: Rows) -> dict[str, Ten
             f"more than {BITS}: attention.backend='reference' has no such limit"
         )
     (q_class, *lows), (_, *highs) = neighborhood.intervals(queries.position)
-    k_class, *places = neighborhood.coordinates(keys.position)
-    packed = {name: torch.zeros_like(x[0]) for name, x in (("q_low", lows), ("q_high", highs), ("k_place", places))}
+    k_class, *coordinates = neighborhood.coordinates(keys.position)
+    columns = {"q_low": lows, "q_high": highs, "k_coordinates": coordinates}
+    packed = {name: torch.zeros_like(x[0]) for name, x in columns.items()}
     guards = 0
     several = bool((q_class > 0).any() or (k_class > 0).any())
     for n, (dimension, width) in enumerate(zip(dimensions, widths, strict=True)):
-        for name, coordinates in (("q_low", lows), ("q_high", highs), ("k_place", places)):
-            packed[name] = packed[name] << (width + 1) | coordinates[n]
+        for name, x in columns.items():
+            packed[name] = packed[name] << (width + 1) | x[n]
         guards = guards << (width + 1) | 1 << width
-        # Keys of a window are `dilation` apart: they are those of the same residue.
+        # Keys of a window are `dilation` apart, so they have the same residue.
         q_class = q_class * dimension.dilation + lows[n] % dimension.dilation
-        k_class = k_class * dimension.dilation + places[n] % dimension.dilation
+        k_class = k_class * dimension.dilation + coordinates[n] % dimension.dilation
         several |= dimension.dilation > 1
     packed["q_high"] |= guards
     return {**packed, "guards": guards, **({"q_class": q_class, "k_class": k_class} if several else {})}

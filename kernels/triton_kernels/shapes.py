@@ -1,4 +1,4 @@
-"""Shapes: how many rows a tile has, by kernel, head sizes and dtype."""
+"""Shapes: rows of a tile, warps and pipeline stages, by kernel, head sizes and dtype."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,13 +17,13 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shapes:
-    """Of each kernel; queries change with every step of dkv."""
+    """The shape of each kernel; dkv is key-stationary, so its queries are the side that changes at every step."""
 
     forward: Shape
     dq: Shape
     dkv: Shape
     dkv_in_turn: bool = False
-    """dk, then dv, with scores computed for each: registers do not hold both sums of so wide heads."""
+    """dk first, then dv, each with scores of its own: registers do not hold both sums of heads this wide."""
 
 
 def shapes_for(width: int, value_width: int, dtype: torch.dtype) -> Shapes:
@@ -34,9 +34,9 @@ def shapes_for(width: int, value_width: int, dtype: torch.dtype) -> Shapes:
 
 MAX_WIDTH = 256
 # Found by compiling for an H100 (docs/kernels_sm90.md): large tiles whose registers do not spill for any kind of plan,
-# in bfloat16 and float16 alike. The side that stays has 64 rows for each of two groups of 4 warps: with fewer, both
-# compute the same scores. Of three stages two are on their way while one is computed on; of two, none is (docs/log.md).
-# No timings yet.
+# in bfloat16 and in float16. The stationary side has 64 rows for each of two groups of 4 warps: with fewer, both
+# groups compute the same scores. With three stages two loads are in flight during a step; with two, none is
+# (docs/log.md). Keyed by the largest (head size, value head size). No timings yet.
 _HALF = {
     (64, 64): Shapes(forward=Shape(128, 64, 8, 3), dq=Shape(128, 64, 8, 3), dkv=Shape(64, 128, 8, 3)),
     (128, 128): Shapes(forward=Shape(128, 64, 8, 3), dq=Shape(128, 64, 8, 3), dkv=Shape(32, 128, 8, 3)),

@@ -1,126 +1,143 @@
 # pyright: reportMissingImports=false
 # ruff: noqa: SIM108 - the branch that is not taken is not compiled either
-"""What the attention kernels do with a tile: walk a list, load rows, evaluate the predicate."""
+"""Device functions of the attention kernels: walk a list of the block mask, load rows, evaluate the mask.
+
+Names in kernels: `i_` program and loop indices, `o_` offsets, `m_` masks, `p_` pointers, `b_` blocks of values.
+"""
 
 import triton
 import triton.language as tl
 
-from farspan.kernels.triton_kernels import block_lists as tile_lists
+from farspan.kernels.triton_kernels import block_mask
 
-COUNT_BITS = tl.constexpr(tile_lists.COUNT_BITS)
-MAX_COUNT = tl.constexpr(tile_lists.MAX_COUNT)
+COUNT_BITS = tl.constexpr(block_mask.COUNT_BITS)
+MAX_COUNT = tl.constexpr(block_mask.MAX_COUNT)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def open_list(lists, number):
-    """Return (number of visits, place of the entry, its first tile, tiles left in it) of one half of a list."""
-    at = tl.load(lists.offsets + number)
-    entry = tl.load(lists.entries + at)
-    return tl.load(lists.visits + number), at, entry >> COUNT_BITS, entry & MAX_COUNT
+def first_tile(lists, i_list):
+    """Return (tiles to visit, offset of their first run, first tile, tiles that remain in the run) of half a list."""
+    o_run = tl.load(lists.offsets + i_list)
+    run = tl.load(lists.runs + o_run)
+    return tl.load(lists.counts + i_list), o_run, run >> COUNT_BITS, run & MAX_COUNT
 
 
 @triton.jit
-def advance(lists, at, tile, left):
-    """Return the same after one visit; a flat loop over tiles, not over entries, is what gets pipelined."""
-    ended = left == 1
-    at += ended.to(tl.int32)
-    entry = tl.load(lists.entries + at)
-    return at, tl.where(ended, entry >> COUNT_BITS, tile + 1), tl.where(ended, entry & MAX_COUNT, left - 1)
+def next_tile(lists, o_run, i_tile, remaining):
+    """Return (offset of the run, tile, tiles that remain in the run) of the next visit."""
+    # One flat loop over tiles, not a loop over runs around one over their tiles: only a flat loop gets pipelined. The
+    # next run is therefore loaded at every step, and used where the last one has ended.
+    is_last = remaining == 1
+    o_run += is_last.to(tl.int32)
+    run = tl.load(lists.runs + o_run)
+    return (
+        o_run,
+        tl.where(is_last, run >> COUNT_BITS, i_tile + 1),
+        tl.where(is_last, run & MAX_COUNT, remaining - 1),
+    )
 
 
 @triton.jit
-def places(index, tile, count, BLOCK: tl.constexpr):
-    """Return the rows of a tile `[BLOCK]` and whether there are such rows; absent ones are row 0."""
-    row = tile * BLOCK + tl.arange(0, BLOCK)
+def tile_rows(index, i_tile, num_rows, BLOCK: tl.constexpr):
+    """Return (rows of a tile `[BLOCK]`, which of them exist); a row that does not is row 0."""
+    o_row = i_tile * BLOCK + tl.arange(0, BLOCK)
     if index is None:
-        there = row < count
+        m_row = o_row < num_rows
     else:
-        row = tl.load(index + row)
-        there = row >= 0
-    return tl.where(there, row, 0), there
+        o_row = tl.load(index + o_row)
+        m_row = o_row >= 0
+    return tl.where(m_row, o_row, 0), m_row
 
 
 @triton.jit
-def query_places(index, tile, head, count, BLOCK: tl.constexpr, HEADS: tl.constexpr, GATHERED: tl.constexpr):
-    """Return rows and heads of a tile of queries `[BLOCK]`, and whether they are there; gathered rows bring heads."""
-    row, there = places(index, tile, count, BLOCK)
+def query_rows(index, i_tile, i_head, num_queries, BLOCK: tl.constexpr, HEADS: tl.constexpr, GATHERED: tl.constexpr):
+    """Return (rows, heads, which of them exist), each `[BLOCK]`, of a tile of queries."""
+    o_row, m_row = tile_rows(index, i_tile, num_queries, BLOCK)
     if GATHERED:
-        heads = row % HEADS
-        row = row // HEADS
+        # Gathered queries are named by row * HEADS + head.
+        o_head = o_row % HEADS
+        o_row = o_row // HEADS
     else:
-        heads = tl.zeros_like(row) + head
-    return row, heads, there
+        o_head = tl.zeros_like(o_row) + i_head
+    return o_row, o_head, m_row
 
 
 @triton.jit
-def result_places(tile, row, head, BLOCK: tl.constexpr, HEADS: tl.constexpr, GATHERED: tl.constexpr):
-    """Return where results of a tile of queries go, int64 `[BLOCK]`: to slots of their own, or to row and head."""
+def result_offsets(i_tile, o_row, o_head, BLOCK: tl.constexpr, HEADS: tl.constexpr, GATHERED: tl.constexpr):
+    """Return where results of a tile of queries go, int64 `[BLOCK]`: to (row, head), or to slots of the tile itself."""
+    # int64: rows x heads x width exceeds 2^31 from a few million tokens on.
     if GATHERED:
-        place = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        o_result = i_tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     else:
-        place = row.to(tl.int64) * HEADS + head
-    return place
+        o_result = o_row.to(tl.int64) * HEADS + o_head
+    return o_result
 
 
 @triton.jit
-def load_queries(x, row, head, there, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Return rows of an operand `[BLOCK, PADDED]`, 0 where there is none."""
-    column = tl.arange(0, PADDED)
-    start = row.to(tl.int64) * x.row + head.to(tl.int64) * x.head
-    mask = there[:, None]
+def load_queries(x, o_row, o_head, m_row, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Return rows of an operand `[BLOCK, PADDED]`, 0 for those that do not exist."""
+    o_column = tl.arange(0, PADDED)
+    o_start = o_row.to(tl.int64) * x.row_stride + o_head.to(tl.int64) * x.head_stride
+    mask = m_row[:, None]
     if PADDED != WIDTH:
-        mask = mask & (column < WIDTH)[None, :]
-    return tl.load(x.pointer + start[:, None] + column[None, :], mask=mask, other=0.0)
+        mask = mask & (o_column < WIDTH)[None, :]
+    # [BLOCK, PADDED]
+    return tl.load(x.pointer + o_start[:, None] + o_column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def load_keys(
-    x, index, tile, head, count, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, SHORT: tl.constexpr
-):
+    x, index, i_tile, i_head, num_rows, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    SHORT: tl.constexpr,
+):  # fmt: skip
     """Return a tile of rows of an operand `[BLOCK, PADDED]`; only a SHORT tile may lack rows, which are 0."""
-    column = tl.arange(0, PADDED)
-    base = x.pointer + tl.cast(head, tl.int64) * x.head
+    o_column = tl.arange(0, PADDED)
+    p_base = x.pointer + tl.cast(i_head, tl.int64) * x.head_stride
     if index is None:
-        nth = tl.arange(0, BLOCK)
-        there = tile * BLOCK + nth < count
-        pointers = base + tl.cast(tile * BLOCK, tl.int64) * x.row + (nth[:, None] * x.row + column[None, :])
+        # The tile's start is one int64 scalar; offsets inside a tile fit int32 and cost half the registers.
+        o_nth = tl.arange(0, BLOCK)
+        m_row = i_tile * BLOCK + o_nth < num_rows
+        p_start = p_base + tl.cast(i_tile * BLOCK, tl.int64) * x.row_stride
+        pointers = p_start + (o_nth[:, None] * x.row_stride + o_column[None, :])
     else:
-        row, there = places(index, tile, count, BLOCK)
-        pointers = base + (row.to(tl.int64) * x.row)[:, None] + column[None, :]
+        o_row, m_row = tile_rows(index, i_tile, num_rows, BLOCK)
+        pointers = p_base + (o_row.to(tl.int64) * x.row_stride)[:, None] + o_column[None, :]
+    # [BLOCK, PADDED]; full tiles of the padded width need no mask, and load faster without one.
     if SHORT:
-        loaded = tl.load(pointers, mask=there[:, None] & (column < WIDTH)[None, :], other=0.0)
+        b_rows = tl.load(pointers, mask=m_row[:, None] & (o_column < WIDTH)[None, :], other=0.0)
     elif PADDED != WIDTH:
-        loaded = tl.load(pointers, mask=(column < WIDTH)[None, :], other=0.0)
+        b_rows = tl.load(pointers, mask=(o_column < WIDTH)[None, :], other=0.0)
     else:
-        loaded = tl.load(pointers)
-    return loaded
+        b_rows = tl.load(pointers)
+    return b_rows
 
 
 @triton.jit
-def visible(terms, row, head, there, key, key_there, kv_head, num_queries, num_keys):
-    """Return which queries see which keys: row, head, there of queries and key, key_there broadcast together."""
-    # Absent keys and padding have rank -1, absent queries and padding end at -1.
-    rank = tl.load(terms.k_rank + key, mask=key_there, other=-1)
-    of_window = tl.load(terms.window + head).to(tl.int64) * num_queries + row
-    seen = rank <= tl.load(terms.q_last + of_window, mask=there, other=-1)
-    seen &= rank >= tl.load(terms.q_first + of_window, mask=there, other=0)
+def evaluate_mask(terms, o_query, o_head, m_query, o_key, m_key, i_kv_head, num_queries, num_keys):
+    """Return which queries attend to which keys; offsets and masks of queries and of keys broadcast together."""
+    # Keys that do not exist and padding have rank -1; queries that do not exist and padding have last rank -1.
+    b_rank = tl.load(terms.k_rank + o_key, mask=m_key, other=-1)
+    o_window = tl.load(terms.window + o_head).to(tl.int64) * num_queries + o_query
+    mask = b_rank <= tl.load(terms.q_last + o_window, mask=m_query, other=-1)
+    mask &= b_rank >= tl.load(terms.q_first + o_window, mask=m_query, other=0)
     if terms.q_first_sink is not None:
-        is_sink = rank <= tl.load(terms.q_last_sink + row, mask=there, other=-1)
-        is_sink &= rank >= tl.load(terms.q_first_sink + row, mask=there, other=0)
-        seen |= is_sink
+        m_sink = b_rank <= tl.load(terms.q_last_sink + o_query, mask=m_query, other=-1)
+        m_sink &= b_rank >= tl.load(terms.q_first_sink + o_query, mask=m_query, other=0)
+        mask |= m_sink
     if terms.lifetime is not None:
-        lifetime = terms.lifetime + tl.cast(kv_head, tl.int64) * num_keys
-        q_position = tl.load(terms.q_position + row, mask=there, other=0)
-        seen &= q_position <= tl.load(lifetime + key, mask=key_there, other=-1)
-    if terms.k_place is not None:
-        # Each guard survives where place - low, or high - place, takes nothing from it.
-        place = tl.load(terms.k_place + key, mask=key_there, other=0)
-        above = (place | terms.guards) - tl.load(terms.q_low + row, mask=there, other=0)
-        below = tl.load(terms.q_high + row, mask=there, other=0) - place
-        seen &= (above & below & terms.guards) == terms.guards
+        p_lifetime = terms.lifetime + tl.cast(i_kv_head, tl.int64) * num_keys
+        b_position = tl.load(terms.q_position + o_query, mask=m_query, other=0)
+        mask &= b_position <= tl.load(p_lifetime + o_key, mask=m_key, other=-1)
+    if terms.k_coordinates is not None:
+        # All dimensions of the grid at once: a guard bit survives where its field of coordinate - low, or of
+        # high - coordinate, borrows nothing from it (packed_coordinates.py).
+        b_key = tl.load(terms.k_coordinates + o_key, mask=m_key, other=0)
+        b_above = (b_key | terms.guards) - tl.load(terms.q_low + o_query, mask=m_query, other=0)
+        b_below = tl.load(terms.q_high + o_query, mask=m_query, other=0) - b_key
+        mask &= (b_above & b_below & terms.guards) == terms.guards
     if terms.k_class is not None:
-        q_class = tl.load(terms.q_class + row, mask=there, other=0)
-        seen &= q_class == tl.load(terms.k_class + key, mask=key_there, other=-1)
-    return seen
+        b_class = tl.load(terms.q_class + o_query, mask=m_query, other=0)
+        mask &= b_class == tl.load(terms.k_class + o_key, mask=m_key, other=-1)
+    return mask

@@ -14,19 +14,19 @@ BF16 = KernelRequest.of(Dense(), torch.bfloat16, 128, 128)
 
 def test_auto_takes_the_fastest_that_runs() -> None:
     assert choose_backend("auto", CPU, BF16) == "cpu"
-    assert choose_backend("auto", CUDA, BF16) == "library"
+    assert choose_backend("auto", CUDA, BF16) == "cuda"
 
 
-def test_auto_takes_what_can_do_the_work() -> None:
-    rest = "reference" if BACKENDS.get("triton").unsupported_reason(CUDA) else "triton"
+def test_auto_takes_a_backend_that_supports_the_request() -> None:
+    rest = "reference" if BACKENDS.get("triton").unavailable_reason(CUDA) else "triton"
     assert choose_backend("auto", CUDA, KernelRequest.of(Dense(), torch.float32, 128, 128)) == rest
     assert choose_backend("auto", CUDA, KernelRequest.of(MoBA(), torch.bfloat16, 128, 128)) == rest
     assert choose_backend("auto", CUDA, KernelRequest.of(Dense(), torch.float64, 128, 128)) == "reference"
 
 
-def test_what_is_asked_for_by_name_is_given_or_refused() -> None:
+def test_a_backend_asked_for_by_name_is_taken_or_refused() -> None:
     assert choose_backend("reference", CPU, BF16) == "reference"
-    assert choose_backend("library", CUDA, KernelRequest.of(Window(), torch.float16, 192, 128)) == "library"
+    assert choose_backend("cuda", CUDA, KernelRequest.of(Window(), torch.float16, 192, 128)) == "cuda"
     with pytest.raises(ConfigError, match=r"attention\.backend='cpu' cannot run on cuda"):
         choose_backend("cpu", CUDA, BF16)
     with pytest.raises(ConfigError, match=r"attention backend 'refrence' does not exist.* Did you mean 'reference'"):
@@ -38,18 +38,18 @@ def test_what_is_asked_for_by_name_is_given_or_refused() -> None:
     [
         (Dense(), torch.float32, 128, "it takes bfloat16 and float16, not float32"),
         (Dense(), torch.bfloat16, 264, "it takes head sizes up to 256, not 264"),
-        (MoBA(), torch.bfloat16, 128, "it cannot attend to keys that are chosen by content"),
+        (MoBA(), torch.bfloat16, 128, "it cannot attend to keys that are selected by content"),
     ],
 )
-def test_what_a_backend_cannot_do_is_an_error_that_names_those_that_can(
+def test_unsupported_requests_are_errors_that_name_other_backends(
     mechanism: Mechanism, dtype: torch.dtype, value_dim: int, reason: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"'library' cannot run on cuda: {reason}; these can: .*reference"):
-        choose_backend("library", CUDA, KernelRequest.of(mechanism, dtype, 128, value_dim))
+    with pytest.raises(ConfigError, match=f"'cuda' cannot run on cuda: {reason}; these can: .*reference"):
+        choose_backend("cuda", CUDA, KernelRequest.of(mechanism, dtype, 128, value_dim))
 
 
-def test_every_backend_but_the_library_claims_all_work() -> None:
+def test_backends_of_this_device_support_every_request() -> None:
     """The contract test runs those of this device over all mechanisms and dtypes, and so holds them to it."""
     for name, backend in BACKENDS.load().items():
-        if backend.unsupported_reason(CPU) is None:
-            assert backend.limit(KernelRequest.of(MoBA(), torch.float64, 256, 256)) is None, name
+        if backend.unavailable_reason(CPU) is None:
+            assert backend.unsupported_reason(KernelRequest.of(MoBA(), torch.float64, 256, 256)) is None, name

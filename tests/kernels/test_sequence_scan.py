@@ -8,17 +8,14 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.backend import BACKENDS
+from farspan.kernels.linear_attention.recurrence import RecurrentBackend
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.sequence_attention import SequenceScan
 from tests.support.oracle import RELATIVE_TOLERANCE, decayed_sums, relative_error
 
 CPU = torch.device("cpu")
-ABLE = [
-    n
-    for n in BACKENDS
-    if BACKENDS.get(n).unsupported_reason(CPU) is None and BACKENDS.get(n).scan_unsupported_reason() is None
-]
+ABLE = [n for n, b in BACKENDS.load().items() if b.unavailable_reason(CPU) is None and isinstance(b, RecurrentBackend)]
 PACKED = Rows.packed([50, 1, 130], padding=3)
 ROWS = {
     "packed": PACKED,

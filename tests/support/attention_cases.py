@@ -8,18 +8,20 @@ from torch import Tensor
 
 from farspan.kernels.attention import attention_backward, attention_forward
 from farspan.kernels.backend import BACKENDS
+from farspan.kernels.kinds.masked import Masked
+from farspan.kernels.kinds.routed import Routed
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.neighborhood import Dimension, Neighborhood
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockSelection
-from farspan.kernels.mechanism import MECHANISMS, Masked, Mechanism, Routed
+from farspan.kernels.mechanism import MECHANISMS, Mechanism
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.planning.plan import Plan
 from tests.support import oracle
 from tests.support.sequence_shards import select
 
 CPU = torch.device("cpu")
-ABLE = [name for name in BACKENDS if BACKENDS.get(name).unsupported_reason(CPU) is None]
+ABLE = [name for name in BACKENDS if BACKENDS.get(name).unavailable_reason(CPU) is None]
 ROWS = {
     "one": Rows.packed([97]),
     "ragged": Rows.packed([1, 40, 3, 33], padding=5),

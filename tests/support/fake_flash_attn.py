@@ -1,8 +1,8 @@
-"""flash-attn 2, 3 and 4 where they are not installed: their functions' signatures, played in plain torch.
+"""flash-attn 2, 3 and 4 where they are not installed: the signatures of their functions, computed by plain torch.
 
-Parameters, their order and what is returned are those of flash-attn 2.8.3.post2, FlashAttention 3 (3.0.0.b1 and the
-head of its repository) and flash-attn-4 (4.0.0b3 and b36). Like the real ones, those of flash-attn 2 and of the head of
-FlashAttention 3 are custom operators, whose signatures cannot be seen. Each fails on what the real one cannot do.
+Parameters, their order and the results are those of flash-attn 2.8.3.post2, FlashAttention 3 (3.0.0.b1 and the head of
+its repository) and flash-attn-4 (4.0.0b36). Like the real ones, those of flash-attn 2 and of the head of FlashAttention
+3 are custom operators, whose signatures cannot be inspected. Each fails on inputs that the real one does not support.
 """
 
 import math
@@ -30,8 +30,8 @@ def scores(q: Tensor, k: Tensor, causal: bool, scale: float, window: tuple[int, 
     found = torch.einsum("thd,shd->hts", q.float(), key) * scale
     distance = torch.arange(k.shape[0]) - torch.arange(q.shape[0])[:, None] - (k.shape[0] - q.shape[0])
     left, right = window[0], 0 if causal else window[1]
-    seen = ((distance >= -left) | (left < 0)) & ((distance <= right) | (right < 0))
-    return found.masked_fill(~seen, -math.inf)
+    mask = ((distance >= -left) | (left < 0)) & ((distance <= right) | (right < 0))
+    return found.masked_fill(~mask, -math.inf)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -111,7 +111,7 @@ def packed(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, max_q: int | None, max_k: int | None,
     scale: float | None, causal: bool, window: tuple[int, int],
 ) -> Tensor:  # fmt: skip
-    """Play a public function, which autograd can differentiate."""
+    """Compute a public function, which autograd can differentiate."""
     outs = []
     for rows, keys in sequences(cu_q, cu_k, max_q, max_k):
         probability = scores(q[rows], k[keys], causal, scale or q.shape[-1] ** -0.5, window).softmax(-1)
@@ -196,7 +196,7 @@ def fa2_varlen_func(
 
 def fa2_old_forward(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_softmax):
     """flash-attn 2.6, which has one window and returns eight values."""
-    raise AssertionError("nobody calls this version")
+    raise AssertionError("this version is never called")
 
 
 def fa3_b1_forward(
@@ -257,27 +257,6 @@ def fa3_head_backward(
     return empty()
 
 
-def fa4_b3_forward(
-    q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None,
-    page_table=None, softmax_scale=None, causal=False, softcap=None, window_size_left=None, window_size_right=None,
-    learnable_sink=None, m_block_size=128, n_block_size=128, num_threads=384, num_splits=1, pack_gqa=None, _arch=None,
-    score_mod=None, mask_mod=None, block_sparse_tensors=None, return_lse=False, out=None, lse=None, aux_tensors=None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    assert return_lse or any(x.requires_grad for x in (q, k, v)), "it keeps its lse to itself"
-    return padded_forward("fa4", 128, q, k, v, causal, softmax_scale)
-
-
-def fa4_b3_backward(
-    q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
-    window_size_right=None, m_block_size=64, n_block_size=128, num_threads=256, pack_gqa=False, num_stages_Q=2,
-    num_stages_dO=2, SdP_swapAB=False, dKV_swapAB=False, dQ_swapAB=False, AtomLayoutMSdP=2, AtomLayoutNdKV=2,
-    AtomLayoutMdQ=2, V_in_regs=False, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
-    max_seqlen_q=None, max_seqlen_k=None, deterministic=False, dq=None, dk=None, dv=None, score_mod=None,
-    score_mod_bwd=None, mask_mod=None, aux_tensors=None, block_sparse_tensors=None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    return padded_backward("fa4", 128, dout, q, k, v, out, lse, causal, softmax_scale)
-
-
 def fa4_b36_forward(
     q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None,
     max_seqlen_k=None, min_seqlen_k=None, page_table=None, softmax_scale=None, causal=False, softcap=None,
@@ -309,7 +288,7 @@ def fa4_early_forward(
     n_block_size=128, num_threads=384, pack_gqa=None, _compute_capability=None,
 ):  # fmt: skip
     """That inside flash-attn 2.8.3, whose lse is None where nothing requires a gradient."""
-    raise AssertionError("nobody calls this version")
+    raise AssertionError("this version is never called")
 
 
 def fa4_varlen_func(
@@ -343,16 +322,13 @@ VERSIONS: dict[str, tuple[str, dict[str, Any]]] = {
         {"_flash_attn_forward": fa3_head_forward, "_flash_attn_backward": fa3_head_backward,
          "flash_attn_varlen_func": fa3_varlen_func},
     ),
-    "fa4_b3": (
-        "flash_attn.cute.interface", {"_flash_attn_fwd": fa4_b3_forward, "_flash_attn_bwd": fa4_b3_backward},
-    ),
     "fa4_b36": (
         "flash_attn.cute.interface",
         {"_flash_attn_fwd": fa4_b36_forward, "_flash_attn_bwd": fa4_b36_backward,
          "flash_attn_varlen_func": fa4_varlen_func},
     ),
     "fa4_early": (
-        "flash_attn.cute.interface", {"_flash_attn_fwd": fa4_early_forward, "_flash_attn_bwd": fa4_b3_backward},
+        "flash_attn.cute.interface", {"_flash_attn_fwd": fa4_early_forward, "_flash_attn_bwd": fa4_b36_backward},
     ),
 }  # fmt: skip
 """The module and the functions of each version."""

@@ -1,8 +1,8 @@
 # pyright: reportMissingImports=false, reportInvalidTypeForm=false
-"""Triton's interpreter, taught bfloat16.
+"""bfloat16 for Triton's interpreter.
 
-It keeps bfloat16 as 16-bit integers and computes with these: products, sums and comparisons are silently wrong, and
-casts truncate. Here operands are widened to float32 and results rounded to the nearest even, as a GPU does.
+The interpreter stores bfloat16 as 16-bit integers and computes with these: products, sums and comparisons are silently
+wrong, and casts truncate. The patch widens operands to float32 and rounds results to the nearest even, as a GPU does.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from triton.runtime import interpreter
 Handle = interpreter.TensorHandle
 
 
-def teach() -> None:
+def patch() -> None:
     """Patch the interpreter of this process; it also gets faster."""
     builder = interpreter.InterpreterBuilder
     for name in ("binary_op", "unary_op", "ternary_op", "create_fma"):
@@ -38,7 +38,8 @@ def teach() -> None:
         return convert(self, source, dtype, rounding)
 
     def called(self: Any, *arguments: Any, **options: Any) -> Any:
-        # The language is prepared anew for each function that a kernel calls: a third of the time, in vain for ours.
+        # The interpreter patches the language again for each function that a kernel calls. Functions of a kernel find
+        # it patched already, and without the repetition run in two thirds of the time.
         ours = self.fn.__module__.startswith("farspan.")
         return self.rewrite()(*arguments, **options) if ours else call(self, *arguments, **options)
 

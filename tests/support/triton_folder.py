@@ -1,6 +1,6 @@
-"""Triton for the tests of its kernels: a pinned one in a folder of its own, for processes that are started with it.
+"""Triton for the tests of its kernels: a pinned version in a folder of its own, for processes that start with it.
 
-It is no requirement of farspan: a CUDA build of torch brings a Triton of its own, and would refuse another one.
+It is no requirement of farspan: a CUDA build of torch brings its own Triton, and refuses another one.
 """
 
 import os

@@ -68,7 +68,7 @@ class WrongBackend(Backend):
 
     rank = 1000
 
-    def unsupported_reason(self, device: torch.device) -> str | None:
+    def unavailable_reason(self, device: torch.device) -> str | None:
         return None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ def test_loads_share_out_all_rows() -> None:
 def test_files_have_every_row_and_its_ratio(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_experts.main([*SMALL, "--out", str(tmp_path / "found")]) == 0
     records = json.loads((tmp_path / "found.json").read_text())
-    names = ["dense linear", "dense SwiGLU", "dense SwiGLU that keeps gate and up", "grouped_linear", "grouped_swiglu"]
+    names = ["dense linear", "dense SwiGLU", "dense SwiGLU that keeps gate and up", "grouped_swiglu"]
     assert [(r["load"], r["products"], r["direction"]) for r in records] == [
         (load, name, direction) for load in ("even", "skewed") for name in names for direction in DIRECTIONS
     ]
@@ -54,7 +54,7 @@ def test_rivals_compute_the_same(rival: experts.Contender) -> None:
 def test_flops_and_ratios_of_a_row() -> None:
     load = Load(name="even", counts=(2, 3), width=8, inner=4, dtype=torch.float32, device=torch.device("cpu"))
     verdict = experts.Verdict(True, "")
-    dense, ours = experts.DENSE[1], experts.OURS[1]
+    dense, ours = experts.DENSE[1], experts.OURS[0]
     rows = [
         bench_experts.Row(dense, load, verdict, Times([1.0, 2.0, 3.0], [2.0, 2.0, 2.0])),
         bench_experts.Row(ours, load, verdict, Times([2.0, 2.0, 2.0], [2.0, 6.0, 3.0])),
@@ -67,13 +67,13 @@ def test_flops_and_ratios_of_a_row() -> None:
 
 
 def test_a_wrong_one_has_no_number(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def wrong(x: Tensor, weight: Tensor, counts: tuple[int, ...]) -> Tensor:
-        return experts.formula(experts.LINEAR, counts)(x, weight.roll(1, 0))
+    def wrong(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: tuple[int, ...]) -> Tensor:
+        return experts.formula(experts.SWIGLU, counts)(x, gate.roll(1, 0), up, down)
 
-    monkeypatch.setattr(experts, "grouped_linear", wrong)
+    monkeypatch.setattr(experts, "grouped_swiglu", wrong)
     assert bench_experts.main([*SMALL, "--out", str(tmp_path / "found")]) == 0
     text = (tmp_path / "found.md").read_text()
-    assert "| skewed | grouped_linear | not correct |" in text
+    assert "| skewed | grouped_swiglu | not correct |" in text
     assert "result 0 has error" in text
 
 

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from farspan.kernels.moe import grouped_loop
-from farspan.kernels.moe.grouped_linear import grouped_linear
-from farspan.kernels.moe.grouped_swiglu import grouped_swiglu
+from farspan.kernels.moe.grouped_gemm import grouped_swiglu
 from farspan.tools.bench.case import Attention
 from farspan.tools.bench.correctness import TOLERANCE, Verdict, excess, outcome
 
@@ -118,10 +117,7 @@ def _grouped_swiglu(load: Load) -> Attention:
     return lambda x, gate, up, down: grouped_swiglu(x, gate, up, down, load.counts)
 
 
-OURS = [
-    Contender("grouped_linear", LINEAR, lambda load: lambda x, w: grouped_linear(x, w, load.counts)),
-    Contender("grouped_swiglu", SWIGLU, _grouped_swiglu),
-]
+OURS = [Contender("grouped_swiglu", SWIGLU, _grouped_swiglu)]
 DENSE = [
     Contender("dense linear", LINEAR, lambda load: lambda x, w: F.linear(x, w[0]), dense=True),
     Contender("dense SwiGLU", SWIGLU, lambda load: _DenseSwiglu.apply, dense=True),

@@ -29,7 +29,7 @@ def facts(device: torch.device, arguments: Sequence[str], *, tool: str = "bench_
     } | {package: version(package) for package in ("triton", "flash-attn", "flash-attn-3", "flash-attn-4")}
     if device.type == "cuda":
         found |= {"gpu": device_name(device), "cuda": str(torch.version.cuda)}
-        found |= {"cudnn": str(torch.backends.cudnn.version()), "library": BACKENDS.get("library").calls()}
+        found |= {"cudnn": str(torch.backends.cudnn.version()), "cuda_backend": BACKENDS.get("cuda").calls()}
     return found
 
 

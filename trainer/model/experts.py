@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from farspan.kernels.moe.grouped_swiglu import grouped_swiglu
+from farspan.kernels.moe.grouped_gemm import grouped_swiglu
 from farspan.kernels.routing.router_logits import routing_logits
 from farspan.parallel.comm import Channel
 from farspan.parallel.expert_parallel.capacity import SharedSequence

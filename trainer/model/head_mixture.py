@@ -37,11 +37,11 @@ class HeadMixture(Attention):
         """Return `[T, C]` of x `[T, C]`, and what was chosen."""
         logits = routing_logits(x, self.head_router.weight)
         heads = self.choice.choose(logits, self.bias)
-        if heads.units.shape[1] == self.units:
-            gates = torch.zeros_like(heads.gates).scatter(1, heads.units, heads.gates)
+        if heads.indices.shape[1] == self.units:
+            gates = torch.zeros_like(heads.gates).scatter(1, heads.indices, heads.gates)
             out = self.out(self._attend(self.query(x).unflatten(1, (self.units, -1)), gates, x, inputs).flatten(1))
         else:
-            choices = Choices.of(heads.units, self.units)
+            choices = Choices.of(heads.indices, self.units)
             q = project_chosen(x, self.query.weight.unflatten(0, (self.units, -1)), choices)
             weight = self.out.weight.unflatten(1, (self.units, -1)).transpose(0, 1)  # [U, C, heads * D]
             out = combine_chosen(self._attend(q, heads.gates, x, inputs), weight, choices)

@@ -13,7 +13,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from farspan.kernels.linear_attention.segment import Segment, order
+from farspan.kernels.linear_attention.state import Segment, order
 from farspan.kernels.mechanism import Access, Mechanism
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.planner import Heads, RoutingSource, Saved, Sizes, no_routing

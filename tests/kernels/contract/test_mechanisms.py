@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from farspan.kernels.attention import attention_backward, attention_forward
+from farspan.kernels.kinds.masked import Masked
+from farspan.kernels.kinds.routed import Routed
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import Masked, Mechanism, Routed
+from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.merge import empty_partial, merge_
 from farspan.kernels.planning.plan import Plan
 from tests.support import oracle

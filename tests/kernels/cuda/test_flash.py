@@ -1,10 +1,9 @@
-"""The library backend where there is no GPU: its operators are played by plain torch, with their conventions.
+"""The CUDA backend where there is no GPU: its operators are computed by plain torch, with their conventions.
 
-A stand-in takes and returns what the operator does, and fails on what the operator cannot do. That the operators take
-our calls is tried on tensors without data.
+Each takes and returns the same tensors as the real operator, and fails on inputs that the real one does not support.
+The real operators are called on tensors without data.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +13,8 @@ from torch import Tensor
 
 from farspan.errors import ConfigError
 from farspan.kernels.backend import BACKENDS
-from farspan.kernels.cuda import flash as library_flash
-from farspan.kernels.cuda import operators as library
+from farspan.kernels.cuda import flash as cuda_flash
+from farspan.kernels.cuda import operators as cuda_operators
 from farspan.kernels.cuda.operators import Cudnn, Library, TorchFlash
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.neighborhood import Dimension, Neighborhood
@@ -53,29 +52,27 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
     assert not causal or q.shape[2] == k.shape[2], "causal is a square"
 
 
-def probability(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
-    scores = q.float() @ k.float().transpose(-1, -2) * scale
-    return scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -math.inf) if causal else scores
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     check_operands(q, k, v, causal)
-    scores = probability(q, k, causal, scale)
-    return (scores.softmax(-1) @ v.float()).to(q.dtype), scores.logsumexp(-1)
+    # [N, H, T, D] -> [N, T, H, D] and back
+    out, lse = fake_flash_attn.padded_forward("aten", 256, *swapped(q, k, v), causal=causal, scale=scale)
+    return out.transpose(1, 2), lse
 
 
 def gradients(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_operands(q, k, v, causal)
-    assert dout.dtype == out.dtype == q.dtype
-    assert lse.dtype == torch.float32
     assert dout.shape == out.shape == q.shape
-    p = (probability(q, k, causal, scale) - lse.unsqueeze(-1)).exp()
-    ds = p * (dout.float() @ v.float().transpose(-1, -2) - (dout.float() * out.float()).sum(-1, keepdim=True)) * scale
-    found = ds @ k.float(), ds.transpose(-1, -2) @ q.float(), p.transpose(-1, -2) @ dout.float()
-    dq, dk, dv = (x.to(q.dtype) for x in found)
+    found = fake_flash_attn.padded_backward(
+        "aten", 256, *swapped(dout, q, k, v, out), lse=lse, causal=causal, scale=scale
+    )
+    dq, dk, dv = swapped(*found)
     return dq, dk, dv
+
+
+def swapped(*tensors: Tensor) -> list[Tensor]:
+    return [x.transpose(1, 2) for x in tensors]
 
 
 class FakeAten:
@@ -124,11 +121,11 @@ class FakeAten:
 
 @pytest.fixture(params=["flash", "cudnn"])
 def operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> FakeAten:
-    """Play the operators on a Hopper GPU; with cuDNN present it takes all regions that it can."""
+    """The operators on a Hopper GPU; with cuDNN installed it takes all regions that it supports."""
     fake = FakeAten()
     fake_flash_attn.install(monkeypatch)
-    monkeypatch.setattr(library, "aten", fake)
-    monkeypatch.setattr(library_flash, "generation", lambda device: 9)
+    monkeypatch.setattr(cuda_operators, "aten", fake)
+    monkeypatch.setattr(cuda_flash, "generation", lambda device: 9)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91501 if request.param == "cudnn" else 91500)
     return fake
 
@@ -138,9 +135,9 @@ def draw(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
 
 
 def run(plan: Plan, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
-    library = BACKENDS.get("library")
-    out, lse = library.forward(q, k, v, plan)
-    return [out, lse, *library.backward(dout, q, k, v, out.to(q.dtype), lse, plan)]
+    backend = BACKENDS.get("cuda")
+    out, lse = backend.forward(q, k, v, plan)
+    return [out, lse, *backend.backward(dout, q, k, v, out.to(q.dtype), lse, plan)]
 
 
 def expect(mask: Tensor, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
@@ -149,12 +146,18 @@ def expect(mask: Tensor, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[
     return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout.double())]
 
 
-@pytest.mark.parametrize(("head_dim", "value_dim"), [(16, 16), (20, 12), (192, 128)])
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "value_dim"),
+    [((4, 4), 16, 16), ((4, 2), 16, 16), ((4, 2), 20, 12), ((4, 1), 192, 128), ((4, 4), 20, 12)],
+)
 @pytest.mark.parametrize("attention_mask", ATTENTION_MASKS, ids=str)
 def test_equals_the_formula(
     operators: FakeAten, attention_mask: AttentionMask, heads: tuple[int, int], head_dim: int, value_dim: int
 ) -> None:
+    check_formula(attention_mask, heads, head_dim, value_dim)
+
+
+def check_formula(attention_mask: AttentionMask, heads: tuple[int, int], head_dim: int, value_dim: int) -> None:
     for rows in ROWS.values():
         shapes = ((heads[0], head_dim), (heads[1], head_dim), (heads[1], value_dim), (heads[0], value_dim))
         q, k, v, dout = (draw(len(rows), *s, dtype=torch.bfloat16, seed=i) for i, s in enumerate(shapes))
@@ -164,7 +167,7 @@ def test_equals_the_formula(
             assert oracle.relative_error(got, right) <= oracle.RELATIVE_TOLERANCE[torch.bfloat16], name
 
 
-def test_each_operator_is_given_what_it_is_for(operators: FakeAten, request: pytest.FixtureRequest) -> None:
+def test_each_operator_takes_the_regions_that_it_supports(operators: FakeAten, request: pytest.FixtureRequest) -> None:
     """One document is one triangle, without a mask; cuDNN is not asked for short regions or wide heads."""
     chosen = request.node.callspec.params["operators"]
     for tokens, width, expected in ((150, 16, chosen), (40, 16, "flash"), (150, 192, "flash")):
@@ -177,37 +180,41 @@ def test_each_operator_is_given_what_it_is_for(operators: FakeAten, request: pyt
 
 @pytest.mark.parametrize(("queries", "keys"), [(90, 90), (90, 70), (70, 90)])
 def test_causal_regions_that_are_no_squares(operators: FakeAten, queries: int, keys: int) -> None:
-    """Aligned at the top left: query i sees keys 0 to i, and none sees keys past the last query."""
+    """Aligned at the top left: query i sees keys 0 to i, and no query sees keys past the last query."""
     q, dout = (draw(1, 4, queries, 16, dtype=torch.bfloat16, seed=i) for i in (0, 3))
     k, v = (draw(1, 2, keys, 16, dtype=torch.bfloat16, seed=i) for i in (1, 2))
-    out, lse = library_flash.flash(q, k, v, causal=True, mask=None)
-    got = [out, lse, *library_flash.flash_backward(dout, q, k, v, out, lse, causal=True, mask=None)]
+    out, lse = cuda_flash.flash(q, k, v, causal=True, mask=None)
+    got = [out, lse, *cuda_flash.flash_backward(dout, q, k, v, out, lse, causal=True, mask=None)]
     mask = torch.ones(queries, keys, dtype=torch.bool).tril().expand(4, -1, -1)
     tokens_first = [x.squeeze(0).transpose(0, 1) for x in (q, k, v, dout)]
     expected = expect(mask, tokens_first[0], tokens_first[1], tokens_first[2], tokens_first[3])
-    for mine, right in zip(got, expected, strict=True):
-        assert oracle.relative_error(mine.squeeze(0).transpose(0, 1), right) <= 2e-2
+    for result, right in zip(got, expected, strict=True):
+        assert oracle.relative_error(result.squeeze(0).transpose(0, 1), right) <= 2e-2
 
 
 def test_parts_over_disjoint_keys_merge_and_their_gradients_add_up(operators: FakeAten) -> None:
-    """What a ring does: out and lse are of more keys than a call's own, and sums of parts are float32."""
+    """As in a ring: out and lse are of more keys than a call's own, and sums of parts are float32."""
+    check_parts_over_disjoint_keys(scale=1)
+
+
+def check_parts_over_disjoint_keys(scale: float) -> None:
     rows = Rows.packed([200])
     q, k, v, dout = (draw(200, n, 16, dtype=torch.bfloat16, seed=i) for i, n in enumerate((4, 2, 2, 4)))
-    library = BACKENDS.get("library")
+    q, backend = q * scale, BACKENDS.get("cuda")
     parts = [slice(0, 70), slice(70, 200)]
     plans = [Plan.build(rows, rows.slice(part), AttentionMask(), heads=4) for part in parts]
     out, lse = empty_partial(200, 4, 16, like=q)
     for part, plan in zip(parts, plans, strict=True):
-        merge_(out, lse, *library.forward(q, k[part], v[part], plan))
+        merge_(out, lse, *backend.forward(q, k[part], v[part], plan))
     found = [
-        library.backward(dout, q, k[part], v[part], out.to(q.dtype), lse, plan)
+        backend.backward(dout, q, k[part], v[part], out.to(q.dtype), lse, plan)
         for part, plan in zip(parts, plans, strict=True)
     ]
     got = [out, lse, found[0][0] + found[1][0], *(torch.cat((found[0][i], found[1][i])) for i in (1, 2))]
     assert all(x.dtype == torch.float32 for part in found for x in part)
     expected = expect(oracle.visible_mask(rows, rows, AttentionMask(), 4), q, k, v, dout)
-    for mine, right in zip(got, expected, strict=True):
-        assert oracle.relative_error(mine, right) <= 2e-2
+    for name, result, right in zip(("out", "lse", "dq", "dk", "dv"), got, expected, strict=True):
+        assert oracle.relative_error(result, right) <= 2e-2, name
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(0, 5), (5, 0), (0, 0)])
@@ -220,20 +227,20 @@ def test_no_rows_at_all(queries: int, keys: int) -> None:
     assert [x.shape for x in found] == [x.shape for x in (q, k, v)]
 
 
-def test_what_it_cannot_compute_is_refused_with_what_can() -> None:
+def test_unsupported_requests_are_refused() -> None:
     rows = Rows.packed([8])
     plan = Plan.build(rows, rows, AttentionMask(), heads=2)
     q = torch.zeros(8, 2, 16)
     with pytest.raises(ConfigError, match="takes bfloat16 and float16, not float32; use "):
-        BACKENDS.get("library").forward(q, q, q, plan)
+        BACKENDS.get("cuda").forward(q, q, q, plan)
     blocks = BlockPartition.blocks(rows, 4)
     selection = BlockSelection.from_lists(torch.arange(8), blocks, torch.zeros(2, 8, 1, dtype=torch.int64))
     chosen = plan.with_selection(selection)
-    with pytest.raises(ConfigError, match="chosen by content"):
-        BACKENDS.get("library").forward(q.half(), q.half(), q.half(), chosen)
-    living = plan.with_lifetimes(torch.zeros(2, 8, dtype=torch.int32))
-    with pytest.raises(ConfigError, match="chosen by content"):
-        BACKENDS.get("library").forward(q.half(), q.half(), q.half(), living)
+    with pytest.raises(ConfigError, match="selected by content"):
+        BACKENDS.get("cuda").forward(q.half(), q.half(), q.half(), chosen)
+    expiring = plan.with_lifetimes(torch.zeros(2, 8, dtype=torch.int32))
+    with pytest.raises(ConfigError, match="selected by content"):
+        BACKENDS.get("cuda").forward(q.half(), q.half(), q.half(), expiring)
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -1,45 +1,50 @@
 import pytest
 import torch
 
-from farspan.kernels.linear_attention.segment import SequencePosition
-from farspan.kernels.linear_attention.state import State, empty_state, merge_states
-
-DECAY = torch.tensor([0.0, 0.5, 1e4], dtype=torch.float64)
+from farspan.kernels.linear_attention.state import NO_POSITION, Segment, SequencePosition, empty_state, order
+from farspan.kernels.masks.rows import PADDING, Rows
 
 
-def state(seed: int, document: int, position: int) -> State:
-    value = torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return State(value, SequencePosition(document, position))
+def rows(document: list[int], position: list[int]) -> Rows:
+    return Rows(position=torch.tensor(position, dtype=torch.int32), document=torch.tensor(document, dtype=torch.int32))
 
 
-def test_the_later_state_decays_the_earlier_of_its_document() -> None:
-    earlier, later = state(0, 2, 10), state(1, 2, 13)
-    merged = merge_states(earlier, later, DECAY)
-    assert merged.place == later.place
-    for head, kept in enumerate([1.0, torch.e**-1.5, 0.0]):
-        assert torch.allclose(merged.value[head], kept * earlier.value[head] + later.value[head], rtol=1e-14)
+def test_ends_of_a_segment() -> None:
+    segment = Segment.of(rows([7, 7, 3, 3, 3, -1], [4, 9, 0, 2, 5, 0]))
+    assert (len(segment), segment.tokens) == (6, 5)
+    assert (segment.first, segment.last) == (SequencePosition(7, 4), SequencePosition(3, 5))
+    for nothing in (Rows.packed([]), Rows.packed([], padding=3)):
+        segment = Segment.of(nothing)
+        assert (segment.tokens, segment.first, segment.last) == (0, NO_POSITION, NO_POSITION)
 
 
-def test_another_document_starts_anew_and_nothing_changes_nothing() -> None:
-    earlier, later, empty = state(0, 2, 10), state(1, 3, 0), empty_state(3, 4, 5, like=DECAY)
-    assert merge_states(earlier, later, DECAY) is later
-    assert merge_states(earlier, empty, DECAY) is earlier
-    assert merge_states(empty, later, DECAY) is later
-    assert empty_state(3, 4, 5, like=DECAY.bfloat16()).value.dtype == torch.float32
+@pytest.mark.parametrize(
+    ("document", "position", "message"),
+    [
+        ([0, 0], [1, 0], "order of their positions"),
+        ([0, 0], [1, 1], "order of their positions"),
+        ([0, 1, 0], [0, 0, 1], "documents one after another"),
+        ([-1, 0], [0, 0], "documents one after another, then padding"),
+        ([0, -1, 0], [0, 0, 1], "documents one after another, then padding"),
+    ],
+)
+def test_rows_in_another_order_are_refused(document: list[int], position: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Segment.of(rows(document, position))
 
 
-def test_states_in_the_wrong_order_are_refused() -> None:
-    with pytest.raises(ValueError, match="the later stretch comes second"):
-        merge_states(state(0, 2, 13), state(1, 2, 10), DECAY)
+def test_order_makes_a_segment_of_any_rows() -> None:
+    packed = Rows.packed([3, 1, 70_000], padding=4)
+    shuffled = packed.take(torch.randperm(len(packed), generator=torch.Generator().manual_seed(0)))
+    with pytest.raises(ValueError, match="sort them"):
+        Segment.of(shuffled)
+    ordered = Segment.of(shuffled.take(order(shuffled))).rows
+    assert torch.equal(ordered.position, packed.position)
+    assert torch.equal(ordered.document, packed.document)
+    assert ordered.document[-1] == PADDING
 
 
-@pytest.mark.parametrize("documents", [(1, 1, 1), (1, 1, 2), (1, 2, 2), (1, 2, 3), (1, -1, 1), (-1, -1, 1), (1, 1, -1)])
-def test_merging_is_associative(documents: tuple[int, int, int]) -> None:
-    a, b, c = (
-        state(i, document, 5 * i) if document >= 0 else empty_state(3, 4, 5, like=DECAY)
-        for i, document in enumerate(documents)
-    )
-    left = merge_states(merge_states(a, b, DECAY), c, DECAY)
-    right = merge_states(a, merge_states(b, c, DECAY), DECAY)
-    assert left.place == right.place
-    assert torch.allclose(left.value, right.value, rtol=1e-14)
+def test_an_empty_state_is_zeros_in_the_accumulation_dtype() -> None:
+    state = empty_state(3, 4, 5, like=torch.zeros(1, dtype=torch.bfloat16))
+    assert (state.value.shape, state.value.dtype, state.last) == ((3, 4, 5), torch.float32, NO_POSITION)
+    assert not state.value.any()

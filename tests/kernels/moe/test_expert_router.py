@@ -89,7 +89,7 @@ def test_shares_add_up_to_one_even_far_out(score: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ({"per_token": 9}, "per_token=9 must be from 1 to experts=8"),
         ({"groups": 3}, "groups=3 must divide experts=8"),
@@ -97,6 +97,6 @@ def test_shares_add_up_to_one_even_far_out(score: str) -> None:
         ({"groups": 4, "per_token": 3}, "groups_per_token=1 groups of 2 experts are fewer than per_token=3"),
     ],
 )
-def test_what_does_not_fit_is_refused(wrong: dict[str, int], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_bad_settings_are_refused(wrong: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         ExpertRouter(**{"experts": 8, "per_token": 2} | wrong)  # pyright: ignore[reportArgumentType]

@@ -28,10 +28,10 @@ def test_equals_every_matrix_on_every_token(case: str, dtype: torch.dtype, toler
     chosen = torch.tensor(CHOSEN[case])
     assert all(len(set(row)) == len(row) for row in chosen.tolist())
     choices = Choices.of(chosen, 5)
-    mine = leaves(chosen.shape[1], dtype)
-    exact = [leaf.detach().double().requires_grad_() for leaf in mine]
+    inputs = leaves(chosen.shape[1], dtype)
+    exact = [leaf.detach().double().requires_grad_() for leaf in inputs]
 
-    x, weight, y, out = mine
+    x, weight, y, out = inputs
     projected = project_chosen(x, weight, choices)
     combined = combine_chosen(y, out.unflatten(1, (5, INNER)).transpose(0, 1), choices)
     assert projected.dtype == combined.dtype == dtype
@@ -43,13 +43,13 @@ def test_equals_every_matrix_on_every_token(case: str, dtype: torch.dtype, toler
         assert (a.double() - b).abs().max().item() <= tolerance * b.abs().max().item()
     generator = torch.Generator().manual_seed(1)
     dout = [torch.randn(a.shape, generator=generator, dtype=torch.float64).to(dtype) for a in (projected, combined)]
-    got = torch.autograd.grad([projected, combined], mine, dout)
+    got = torch.autograd.grad([projected, combined], inputs, dout)
     expected = torch.autograd.grad([wanted, wanted_combined], exact, [d.double() for d in dout])
     for a, b in zip(got, expected, strict=True):
         assert (a.double() - b).abs().max().item() <= tolerance * b.abs().max().item()
 
 
-def test_matrices_that_nobody_chose_are_not_read() -> None:
+def test_matrices_that_no_token_chooses_are_not_read() -> None:
     choices = Choices.of(torch.tensor([[0, 2], [2, 0]]), 3)
     weight = torch.ones(3, 4, 4)
     weight[1] = torch.nan

@@ -26,8 +26,8 @@ def by_hand(router: MixtureOfHeads, logits: list[float], bias: list[float]) -> d
     p = softmax(logits[: groups * routed])
     chosen = []
     for group in range(groups):
-        mine = range(group * routed, (group + 1) * routed)
-        chosen += sorted(mine, key=lambda i: (-(p[i] + bias[i]), i))[: router.per_token]
+        candidates = range(group * routed, (group + 1) * routed)
+        chosen += sorted(candidates, key=lambda i: (-(p[i] + bias[i]), i))[: router.per_token]
     total, gates = sum(p[i] for i in chosen), {}
     between = [1.0, 1.0]
     if shared:
@@ -47,15 +47,15 @@ def test_mixture_of_heads_by_hand(router: MixtureOfHeads) -> None:
     bias = 0.1 * torch.randn(router.choices, generator=generator, dtype=torch.float64)
     found = router.choose(logits, bias)
     slots = router.kv_heads * (router.shared + router.per_token)
-    assert found.units.shape == found.gates.shape == (40, slots)
+    assert found.indices.shape == found.gates.shape == (40, slots)
     group_of_slot = torch.arange(slots) // (router.shared + router.per_token)
-    assert torch.equal(found.units // router.group, group_of_slot.expand(40, -1))
+    assert torch.equal(found.indices // router.group, group_of_slot.expand(40, -1))
     assert torch.allclose(found.shares.sum(1), torch.ones(40, dtype=torch.float64))
     # In float32, as the choice is made.
     rounded_bias = bias.float().double().tolist()
     for token in range(40):
         wanted = by_hand(router, logits[token].tolist(), rounded_bias)
-        got = dict(zip(found.units[token].tolist(), found.gates[token].tolist(), strict=True))
+        got = dict(zip(found.indices[token].tolist(), found.gates[token].tolist(), strict=True))
         assert got == pytest.approx(wanted, abs=1e-12)
         routed = router.group - router.shared
         chosen = {i // routed * router.group + router.shared + i % routed for i in found.chosen[token].tolist()}
@@ -74,7 +74,7 @@ def test_experts_by_hand(normalized: bool) -> None:
         p = softmax(logits[token].tolist())
         chosen = sorted(range(6), key=lambda e: (-(p[e] + float(bias[e].float())), e))[:2]
         total = sum(p[e] for e in chosen) if normalized else 1.0
-        got = dict(zip(found.units[token].tolist(), found.gates[token].tolist(), strict=True))
+        got = dict(zip(found.indices[token].tolist(), found.gates[token].tolist(), strict=True))
         assert got == pytest.approx({e: p[e] / total for e in chosen}, abs=1e-12)
 
 

@@ -19,7 +19,7 @@ from farspan.kernels.mechanism import Access, Heads, Mechanism
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.merge import empty_partial, merge_
 from farspan.kernels.planning.plan import Plan
-from farspan.kernels.triton_kernels import attention_launch as schedule
+from farspan.kernels.triton_kernels import attention_launch
 from farspan.kernels.triton_kernels.shapes import Shape, Shapes, shapes_for
 from tests.kernels import test_sequence_attention as whole
 from tests.support import attention_cases as contract
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim
 
 @pytest.fixture(scope="module", autouse=True)
 def _bfloat16() -> None:
-    interpreter_bfloat16.teach()
+    interpreter_bfloat16.patch()
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def run(tensors: Tensors, plan: Plan) -> list[Tensor]:
 
 
 def check(tensors: Tensors, plan: Plan, mask: Tensor) -> None:
-    """Compare with the oracle in float64; `mask` is what may be seen, bool `[heads, queries, keys]`."""
+    """Compare with the oracle in float64; `mask` is True where unmasked, bool `[heads, queries, keys]`."""
     assert torch.equal(plan.mask(), mask)
     for name, got, expected in zip(NAMES, run(tensors, plan), contract.expect(tensors, mask), strict=True):
         assert oracle.relative_error(got, expected) <= TOLERANCE, name
@@ -75,8 +75,8 @@ def test_mechanism_equals_the_formula(mechanism: Mechanism) -> None:
         assert oracle.relative_error(got[number], expected) <= TOLERANCE, number
 
 
-# One example of each mechanism, and none of the gathered ones: these weigh their output by a router, which is not the
-# kernels', and are compared in float32.
+# One example of each mechanism without token choice: there a router weights the output outside of the kernels, which is
+# compared in float32.
 @pytest.mark.parametrize(
     "mechanism",
     list({type(x.values[0]): x for x in EXAMPLES if not isinstance(x.values[0], TokenChoice)}.values()),
@@ -88,8 +88,8 @@ def test_bfloat16_is_as_good_as_plain_attention(mechanism: Mechanism) -> None:
     exact = truth.expect(mechanism, inputs, dout, rows)
     got = whole.run(mechanism, inputs, dout, rows, heads, "triton")
     plain = plain_attention(inputs, dout, truth.visible(mechanism, inputs, rows))
-    for name, mine, theirs, expected in zip(NAMES, got[:5], plain, exact[:5], strict=True):
-        assert oracle.rms_error(mine, expected) <= 2 * oracle.rms_error(theirs, expected), name
+    for name, result, rounded, expected in zip(NAMES, got[:5], plain, exact[:5], strict=True):
+        assert oracle.rms_error(result, expected) <= 2 * oracle.rms_error(rounded, expected), name
 
 
 def plain_attention(inputs: list[Tensor], dout: Tensor, mask: Tensor) -> list[Tensor]:
@@ -101,7 +101,7 @@ def plain_attention(inputs: list[Tensor], dout: Tensor, mask: Tensor) -> list[Te
 
 
 @pytest.mark.parametrize("attention_mask", contract.ATTENTION_MASKS, ids=str)
-def test_visibility_equals_the_formula(attention_mask: AttentionMask) -> None:
+def test_masks_equal_the_formula(attention_mask: AttentionMask) -> None:
     rows, keys = contract.ROWS["ragged"], contract.ROWS["strided"]
     mask = oracle.visible_mask(rows, keys, attention_mask, 4)
     check(
@@ -114,7 +114,7 @@ def plan_of(rows: Rows, keys: Rows, attention_mask: AttentionMask, selection: Bl
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(0, 5), (5, 0), (0, 0), (9, 9)])
-def test_rows_that_see_nothing(queries: int, keys: int) -> None:
+def test_rows_that_attend_to_nothing(queries: int, keys: int) -> None:
     """No rows at all, and rows that are all padding."""
     rows, other = (Rows.packed([], padding=9), Rows.packed([], padding=9)) if queries == 9 else (
         Rows.packed([queries]), Rows.packed([keys])
@@ -135,10 +135,10 @@ def test_rows_that_see_nothing(queries: int, keys: int) -> None:
 
 def tile_selection(rows: Rows, tile: int = 16, block: int = 16) -> BlockSelection:
     blocks = BlockPartition.blocks(rows, block)
-    unit = BlockPartition.blocks(rows, tile).of(rows)
+    query_block = BlockPartition.blocks(rows, tile).of(rows)
     # Two heads share a list, as the heads of one KV head may.
-    mask = torch.rand(2, int(unit.max()) + 1, blocks.count, generator=torch.Generator().manual_seed(1)) < 0.6
-    return BlockSelection.from_parts(unit, blocks, [mask])
+    mask = torch.rand(2, int(query_block.max()) + 1, blocks.count, generator=torch.Generator().manual_seed(1)) < 0.6
+    return BlockSelection.from_parts(query_block, blocks, [mask])
 
 
 def row_selection(rows: Rows) -> BlockSelection:
@@ -161,12 +161,12 @@ def test_head_sizes_and_dtypes(head_sizes: tuple[int, int], dtype: torch.dtype, 
     mask = contract.mask_of(rows, rows, AttentionMask(), 4, chosen)
     exact, got = contract.expect(tensors, mask), run(tensors, plan)
     plain = plain_attention([tensors.q, tensors.k, tensors.v], tensors.dout, mask)
-    for name, mine, theirs, expected in zip(NAMES, got, plain, exact, strict=True):
-        assert mine.dtype == torch.float32, name
+    for name, result, rounded, expected in zip(NAMES, got, plain, exact, strict=True):
+        assert result.dtype == torch.float32, name
         if dtype == torch.float32:
-            assert oracle.relative_error(mine, expected) <= TOLERANCE, name
+            assert oracle.relative_error(result, expected) <= TOLERANCE, name
         else:
-            assert oracle.rms_error(mine, expected) <= 2 * oracle.rms_error(theirs, expected), name
+            assert oracle.rms_error(result, expected) <= 2 * oracle.rms_error(rounded, expected), name
 
 
 @pytest.mark.parametrize("tile", [16, 20, 32])
@@ -188,27 +188,27 @@ def test_lifetimes(rows: Rows) -> None:
     check(Tensors.random(len(rows), len(rows), (4, 2), 16, 16, torch.float32), plan, mask)
 
 
-def test_rows_are_gathered_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Partial results are bounded: here to those of about 7 rows at a time, in whichever portion a block is chosen."""
+def test_some_rows_are_gathered_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Partial results are bounded: here to those of about 7 rows at a time, wherever the rows of a block are."""
     rows = RAGGED
     tensors = Tensors.random(len(rows), len(rows), (4, 2), 16, 16, torch.float32)
     plan = plan_of(rows, rows, AttentionMask(), row_selection(rows))
     at_once = run(tensors, plan)
-    monkeypatch.setattr(schedule, "SLOT_BYTES", 50 * 4 * 16)
-    seen: list[slice] = []
-    monkeypatch.setattr(schedule, "portions", lambda *a: noted(seen, *a))
+    monkeypatch.setattr(attention_launch, "SLOT_BYTES", 50 * 4 * 16)
+    calls: list[slice] = []
+    monkeypatch.setattr(attention_launch, "gathered_rows", lambda *a: noted(calls, *a))
     for name, got, expected in zip(NAMES, run(tensors, plan), at_once, strict=True):
         assert oracle.relative_error(got, expected) <= TOLERANCE, name
-    assert len(seen) > 3 * 5
+    assert len(calls) > 3 * 5
 
 
-PORTIONS = schedule.portions
+GATHERED_ROWS = attention_launch.gathered_rows
 
 
-def noted(seen: list[slice], *arguments) -> Iterator:
-    for portion in PORTIONS(*arguments):
-        seen.append(portion.rows)
-        yield portion
+def noted(calls: list[slice], *arguments) -> Iterator:
+    for gathered in GATHERED_ROWS(*arguments):
+        calls.append(gathered.rows)
+        yield gathered
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
@@ -224,11 +224,11 @@ def test_parts_over_disjoint_keys_merge_and_their_gradients_add_up(selection: st
         merge_(out, lse, *attention_forward(tensors.q, tensors.k[part], tensors.v[part], plan, backend="triton"))
     dq, dk, dv = (torch.zeros_like(x) for x in (tensors.q, tensors.k, tensors.v))
     for part, plan in zip(parts, plans, strict=True):
-        mine = attention_backward(
+        of_part = attention_backward(
             tensors.dout, tensors.q, tensors.k[part], tensors.v[part], out, lse, plan, backend="triton"
         )
-        dq += mine[0]
-        dk[part], dv[part] = mine[1], mine[2]
+        dq += of_part[0]
+        dk[part], dv[part] = of_part[1], of_part[2]
     mask = contract.mask_of(rows, rows, AttentionMask(), 4, chosen)
     for name, got, expected in zip(NAMES, (out, lse, dq, dk, dv), contract.expect(tensors, mask), strict=True):
         assert oracle.relative_error(got, expected) <= TOLERANCE, name
@@ -247,8 +247,8 @@ def test_the_same_bits_from_any_layout(selection: str) -> None:
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_nothing_leaks_from_what_is_hidden(selection: str) -> None:
-    """A key changes nothing but what sees it, even if its score would tower over all."""
+def test_masked_keys_do_not_leak(selection: str) -> None:
+    """A key changes only the queries that attend to it, even if its score would exceed all others."""
     rows = Rows.packed([20, 23], padding=3)
     tensors = Tensors.random(len(rows), len(rows), (4, 1), 16, 16, torch.float32)
     chosen = SELECTIONS[selection](rows)
@@ -276,9 +276,9 @@ def test_lists_are_made_once_for_a_plan() -> None:
     assert not plan.with_lifetimes(torch.zeros(2, 40, dtype=torch.int32)).cache
 
 
-def test_what_the_kernels_cannot_do_is_refused() -> None:
-    work = KernelRequest.of(MoBA(), torch.bfloat16, 256, 16)
-    assert choose_backend("triton", torch.device("cpu"), work) == "triton"
+def test_unsupported_requests_are_refused() -> None:
+    request = KernelRequest.of(MoBA(), torch.bfloat16, 256, 16)
+    assert choose_backend("triton", torch.device("cpu"), request) == "triton"
     rows = Rows.packed([5])
     plan = plan_of(rows, rows, AttentionMask())
     for head_dim, dtype, message in ((16, torch.float64, "not float64"), (264, torch.float32, "up to 256, not 264")):

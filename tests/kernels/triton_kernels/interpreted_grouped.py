@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.moe import grouped_gemm as choice
-from farspan.kernels.moe.grouped_linear import grouped_linear
-from farspan.kernels.moe.grouped_swiglu import grouped_swiglu
+from farspan.kernels.moe.grouped_gemm import grouped_swiglu
 from farspan.kernels.triton_kernels import grouped_launch as grouped
-from farspan.kernels.triton_kernels.grouped_launch import Matrices, Stretches, Tile, Tiles
-from tests.kernels.moe import test_grouped_linear as linear
-from tests.kernels.moe import test_grouped_swiglu as swiglu
+from farspan.kernels.triton_kernels.grouped_launch import ExpertRows, Matrices, Tile, Tiles
+from tests.kernels.moe import test_grouped_gemm as swiglu
 from tests.support import interpreter_bfloat16
 from tests.support.oracle import RELATIVE_TOLERANCE, relative_error, rms_error
 
@@ -35,7 +33,7 @@ NAN = float("nan")
 
 @pytest.fixture(autouse=True)
 def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    interpreter_bfloat16.teach()
+    interpreter_bfloat16.patch()
     monkeypatch.setattr(choice, "on_gpu", lambda x: True)
     for name in ("HALF", "ODD_HALF", "FLOAT32"):
         monkeypatch.setattr(grouped, name, SMALL)
@@ -50,16 +48,16 @@ def check_all(run: Callable[..., Tensor], formula: Callable[..., Tensor], inputs
     assert out.dtype == dtype
     got = [out, *torch.autograd.grad(out, inputs, dout)]
     wanted = [expected, *torch.autograd.grad(expected, exact, dout.double())]
-    for number, (mine, right) in enumerate(zip(got, wanted, strict=True)):
-        assert mine.dtype == dtype
-        assert mine.shape == right.shape
+    for number, (result, right) in enumerate(zip(got, wanted, strict=True)):
+        assert result.dtype == dtype
+        assert result.shape == right.shape
         if not right.any():
-            assert not mine.any(), number
+            assert not result.any(), number
         elif dtype == torch.float32:
-            assert relative_error(mine, right) <= RELATIVE_TOLERANCE[dtype], number
+            assert relative_error(result, right) <= RELATIVE_TOLERANCE[dtype], number
         else:
             # Twice rounded at most, inner values and result, by half an eps each.
-            assert rms_error(mine, right) <= torch.finfo(dtype).eps, number
+            assert rms_error(result, right) <= torch.finfo(dtype).eps, number
     for expert, count in enumerate(counts):
         if not count:
             assert all(not gradient[expert].any() for gradient in got[2:])
@@ -69,13 +67,8 @@ COUNTS = {
     "ragged": [3, 33, 0, 16, 1],
     "one has all": [0, 0, 35, 0, 0],
     "one row": [0, 0, 0, 0, 1],
-    "nobody": [0, 0, 0, 0, 0],
+    "none": [0, 0, 0, 0, 0],
 }
-
-
-@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
-def test_linear_equals_the_formula(counts: list[int]) -> None:
-    check_all(grouped_linear, linear.by_formula, linear.inputs(sum(counts), torch.float32, (40, 37)), counts)
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
@@ -86,64 +79,61 @@ def test_swiglu_equals_the_formula(counts: list[int]) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bits(dtype: torch.dtype) -> None:
     counts = [3, 20, 0, 0, 1]
-    check_all(grouped_linear, linear.by_formula, linear.inputs(sum(counts), dtype, (20, 37)), counts)
     check_all(grouped_swiglu, swiglu.by_formula, swiglu.inputs(sum(counts), dtype, (20, 37)), counts)
 
 
-@pytest.mark.parametrize("name", linear.VIEWS)
-def test_views_of_weights(name: str) -> None:
-    linear.check_view(name, torch.float32)
-
-
-def test_rows_of_any_layout_give_the_same_bits() -> None:
+def test_rows_and_weights_of_any_layout_give_the_same_bits() -> None:
     counts = [3, 17, 0, 0, 1]
-    x, weight = linear.inputs(21, torch.float32, (40, 37))
-    dout = torch.randn(21, 37)
-    out = grouped_linear(x, weight, counts)
-    expected = [out, *torch.autograd.grad(out, (x, weight), dout)]
+    x, *weights = swiglu.inputs(21, torch.float32, (40, 37))
+    dout = torch.randn(21, 40)
+    out = grouped_swiglu(x, *weights, counts=counts)
+    expected = [out, *torch.autograd.grad(out, (x, *weights), dout)]
     wide = torch.full((42, 80), NAN)
     wide[::2, :40] = x.detach()
-    for other in (wide[::2, :40], x.detach().t().contiguous().t()):
-        other = other.requires_grad_()
-        out = grouped_linear(other, weight, counts)
-        got = [out, *torch.autograd.grad(out, (other, weight), dout.t().contiguous().t())]
+    turned = [w.detach().permute(2, 0, 1).contiguous().permute(1, 2, 0).requires_grad_() for w in weights]
+    for other, matrices in ((wide[::2, :40], weights), (x.detach().t().contiguous().t(), turned)):
+        leaves = (other.requires_grad_(), *matrices)
+        out = grouped_swiglu(*leaves, counts=counts)
+        got = [out, *torch.autograd.grad(out, leaves, dout.t().contiguous().t())]
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        # Laid out like its weight, so that adding it to another, as over micro-batches, copies nothing.
+        assert all(gradient.stride() == w.stride() for gradient, w in zip(got[2:], matrices, strict=True))
 
 
 @pytest.fixture
 def _last_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs run in another order: rows that one writes beyond its stretch stay, instead of being written again."""
+    """Programs run in another order: rows that one writes beyond its tile stay, instead of being written again."""
     tiles = grouped.row_tiles
     monkeypatch.setattr(grouped, "row_tiles", lambda *a, **k: tiles(*a, **k)[::-1])
 
 
 @pytest.mark.usefixtures("_last_first")
-def test_nothing_is_written_beyond_a_stretch() -> None:
+def test_nothing_is_written_beyond_a_tile() -> None:
     counts = [3, 33, 0, 16, 1]
     check_all(grouped_swiglu, swiglu.by_formula, swiglu.inputs(sum(counts), torch.float32, (16, 15)), counts)
 
 
 def test_rows_after_the_last_are_neither_read_nor_written() -> None:
-    """What is read has NaN around it, before, behind and beside; what is written, another number."""
+    """Inputs have NaN around them, on all sides; outputs another number."""
     counts = [3, 18, 0, 0, 1]
-    x, weight = (t.detach() for t in linear.inputs(22, torch.float32, (40, 37)))
-    expected = linear.by_formula(x, weight, counts=counts)
+    x, weight, *_ = (t.detach() for t in swiglu.inputs(22, torch.float32, (40, 37)))
+    expected = torch.einsum("nc,nfc->nf", x, weight[torch.arange(5).repeat_interleave(torch.tensor(counts))])
     given, dout = torch.full((40, 64), NAN), torch.full((40, 64), NAN)
     given[9:31, :40], dout[9:31, :37] = x, expected
     into, back = torch.full((40, 64), 7.0), torch.full((5, 48, 48), 7.0)
-    stretches = Stretches(counts, x.device)
-    grouped.product(into[9:31, :37], stretches, (given[9:31, :40], Matrices.of(weight)))
+    expert_rows = ExpertRows(counts, x.device)
+    grouped.product(into[9:31, :37], expert_rows, (given[9:31, :40], Matrices.transposed(weight)))
     assert relative_error(into[9:31, :37], expected) <= RELATIVE_TOLERANCE[torch.float32]
-    grouped.weight_gradient(back[:, :37, :40], stretches, dout[9:31, :37], given[9:31, :40])
+    grouped.weight_gradient(back[:, :37, :40], expert_rows, dout[9:31, :37], given[9:31, :40])
     wanted = torch.stack([a.t() @ b for a, b in zip(expected.split(counts), x.split(counts), strict=True)])
     assert relative_error(back[:, :37, :40], wanted) <= RELATIVE_TOLERANCE[torch.float32]
     assert int((into == 7.0).sum()) == into.numel() - 22 * 37
     assert int((back == 7.0).sum()) == back.numel() - 5 * 37 * 40
 
 
-def test_what_a_neighbour_holds_does_not_matter() -> None:
+def test_rows_of_other_experts_do_not_matter() -> None:
     """Rows of one expert are NaN: those of all others, and gradients of their weights, are the same bits."""
-    counts, spoilt = [5, 18, 0, 16, 1], 1
+    counts, bad_expert = [5, 18, 0, 16, 1], 1
     rows = slice(5, 23)
     x, gate, up, down = swiglu.inputs(40, torch.float32, (16, 15))
     dout = torch.randn(40, 16)
@@ -153,13 +143,13 @@ def test_what_a_neighbour_holds_does_not_matter() -> None:
     found = []
     for rows_in, gradient in ((x, dout), (bad, bad_dout)):
         leaves = (rows_in, gate, up, down)
-        out = grouped_swiglu(*leaves, counts)
+        out = grouped_swiglu(*leaves, counts=counts)
         found.append([out, *torch.autograd.grad(out, leaves, gradient)])
     keep = torch.ones(40, dtype=torch.bool)
     keep[rows] = False
-    others = [expert for expert in range(5) if expert != spoilt]
+    others = [expert for expert in range(5) if expert != bad_expert]
     for a, b in zip(found[0][:2], found[1][:2], strict=True):
         assert torch.equal(a[keep], b[keep])
     for a, b in zip(found[0][2:], found[1][2:], strict=True):
         assert torch.equal(a[others], b[others])
-        assert b[spoilt].isnan().all()
+        assert b[bad_expert].isnan().all()

@@ -1,19 +1,18 @@
-"""Checks of the Triton scan, to be called where TRITON_INTERPRET=1 was set before Triton was imported.
+"""Checks of the Triton recurrence, to be called where TRITON_INTERPRET=1 was set before Triton was imported.
 
-Segments are made short, so that a few hundred rows have several of several chunks, and the last of each is cut. Tiles
-of float32 and float16 are made large, as the interpreter's time goes by their number; those of bfloat16 are the real
-ones, and as wide as the real ones are all.
+Spans are short, so that a few hundred rows have several of several chunks, and the last of each is cut. Tiles of
+float32 and float16 are large, as the interpreter's time follows their number; those of bfloat16 are the product's, and
+all are as wide as the product's.
 """
 
 import pytest
 import torch
 from torch import Tensor
 
-from farspan.kernels.backend import BACKENDS
-from farspan.kernels.linear_attention.segment import NOWHERE, Segment, SequencePosition
-from farspan.kernels.linear_attention.state import State
+from farspan.kernels.linear_attention.state import NO_POSITION, Segment, SequencePosition, State
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.triton_kernels import linear_attention as triton_scan
+from farspan.kernels.recurrent_attention import recurrent_attention_backward, recurrent_attention_forward
+from farspan.kernels.triton_kernels import linear_attention
 from tests.support import interpreter_bfloat16
 from tests.support.oracle import relative_error, rms_error
 
@@ -22,20 +21,20 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim
 
 @pytest.fixture(autouse=True, scope="module")
 def _bfloat16_as_it_is() -> None:
-    interpreter_bfloat16.teach()
+    interpreter_bfloat16.patch()
 
 
-WIDEST = {dtype: max(tilings) for dtype, tilings in triton_scan.TILINGS.items()}
+WIDEST = {dtype: max(tilings) for dtype, tilings in linear_attention.TILINGS.items()}
 NAMES = ("out", "state", "dq", "dk", "dv", "dstate")
 
 
 def both(
-    rows: Rows, heads: tuple[int, int], dims: tuple[int, int], dtype: torch.dtype, place: SequencePosition | None = None
+    rows: Rows, heads: tuple[int, int], dims: tuple[int, int], dtype: torch.dtype, last: SequencePosition | None = None
 ) -> list[tuple[str, Tensor, Tensor]]:
-    """Return (name, Triton's, the reference's in float64) of everything that a scan and its backward pass give."""
-    triton_scan.CHUNKS_PER_SEGMENT = 2
+    """Return (name, Triton's, the reference's in float64) of all results of the forward and backward passes."""
+    linear_attention.CHUNKS_PER_SPAN = 2
     for like in (torch.float32, torch.float16):
-        triton_scan.TILINGS[like] = {WIDEST[like]: triton_scan.Tiling(32, 64, 8, 1)}
+        linear_attention.TILINGS[like] = {WIDEST[like]: linear_attention.Tiling(32, 64, 8, 1)}
     generator, tokens = torch.Generator().manual_seed(0), len(rows)
 
     def draw(*shape: int) -> Tensor:
@@ -46,19 +45,20 @@ def both(
         for h, d in ((heads[0], dims[0]), (heads[1], dims[0]), (heads[1], dims[1]), (heads[0], dims[1]))
     )
     segment = Segment.of(rows)
-    place = place or SequencePosition(segment.first.document, segment.first.position - 2)
+    last = last or SequencePosition(segment.first.document, segment.first.position - 2)
     value, dstate = draw(heads[0], *dims), draw(heads[0], *dims)
     decay = torch.tensor([0.02, 0.0, 1.0, 1e4], dtype=torch.float64)[: heads[0]]
-    out, left = triton_scan.scan_forward(q, k, v, segment, decay, State(value, place))
-    got = [out, left.value]
-    got += triton_scan.scan_backward(dout, dstate, q, k, v, segment, decay, State(value, place))
-    judge, wide = BACKENDS.get("reference"), [x.double() for x in (q, k, v)]
-    state = State(value.double(), place)
-    out, left_by_judge = judge.scan(wide[0], wide[1], wide[2], segment, decay, state)
-    expected = [out, left_by_judge.value]
-    expected += judge.scan_backward(dout.double(), dstate.double(), wide[0], wide[1], wide[2], segment, decay, state)
-    assert left.place == left_by_judge.place
-    return list(zip(NAMES, got, expected, strict=True))
+    found, ends = [], []
+    for backend, wide in (("triton", False), ("reference", True)):
+        of_q, of_k, of_v, of_dout, of_value, of_dstate = (
+            x.double() if wide else x for x in (q, k, v, dout, value, dstate)
+        )
+        inputs = of_q, of_k, of_v, segment, decay, State(of_value, last)
+        out, after = recurrent_attention_forward(*inputs, backend=backend)
+        found.append([out, after.value, *recurrent_attention_backward(of_dout, of_dstate, *inputs, backend=backend)])
+        ends.append(after.last)
+    assert ends[0] == ends[1]
+    return list(zip(NAMES, *found, strict=True))
 
 
 def begun_before(lengths: list[int], padding: int = 0) -> Rows:
@@ -71,7 +71,7 @@ def close(results: list[tuple[str, Tensor, Tensor]], tolerance: float) -> None:
     assert max(errors.values()) <= tolerance, errors
 
 
-def check_float32_with_documents_cut_by_segments() -> None:
+def check_float32_with_documents_cut_by_spans() -> None:
     close(both(begun_before([40, 1, 2, 90], padding=3), (4, 2), (32, 16), torch.float32), 1e-4)
 
 
@@ -89,7 +89,7 @@ def check_gaps_and_a_state_of_another_document() -> None:
 
 
 def check_tiny_documents() -> None:
-    close(both(Rows.packed([1 + i % 4 for i in range(40)]), (2, 1), (16, 16), torch.float32, NOWHERE), 1e-4)
+    close(both(Rows.packed([1 + i % 4 for i in range(40)]), (2, 1), (16, 16), torch.float32, NO_POSITION), 1e-4)
 
 
 def check_padding_only_and_a_single_token() -> None:
@@ -112,8 +112,8 @@ def check_head_sizes_and_dtypes(dims: tuple[int, int], dtype: torch.dtype) -> No
 def check_float16_does_not_overflow_inside() -> None:
     """q k of 16 x 100 x 100 is more than float16 holds; times v of 0.001 it is not."""
     q, v = torch.full((5, 1, 16), 100.0).half(), torch.full((5, 1, 16), 1e-3).half()
-    decay, state = torch.ones(1, dtype=torch.float64), State(torch.zeros(1, 16, 16), NOWHERE)
-    out, _ = triton_scan.scan_forward(q, q, v, Segment.of(Rows.packed([5])), decay, state)
+    decay, state = torch.ones(1, dtype=torch.float64), State(torch.zeros(1, 16, 16), NO_POSITION)
+    out, _ = recurrent_attention_forward(q, q, v, Segment.of(Rows.packed([5])), decay, state, backend="triton")
     expected = 160 * torch.exp(-torch.arange(5.0)).sum()  # of the last row
     assert relative_error(out[-1], expected.expand(1, 16)) < 2.0**-9
 

@@ -19,17 +19,17 @@ GRIDS = [
 
 
 @pytest.mark.parametrize("dimensions", GRIDS, ids=str)
-def test_one_comparison_is_all_dimensions(dimensions: tuple[Dimension, ...]) -> None:
+def test_one_comparison_covers_all_dimensions(dimensions: tuple[Dimension, ...]) -> None:
     neighborhood = Neighborhood(dimensions=dimensions)
     queries, keys = Rows.packed([neighborhood.tokens * 2 + 1]), Rows.packed([neighborhood.tokens + 3])
     packed = {name: torch.as_tensor(column) for name, column in pack(neighborhood, queries, keys).items()}
     guards = packed["guards"]
-    above = (packed["k_place"] | guards) - packed["q_low"][:, None]
-    below = packed["q_high"][:, None] - packed["k_place"]
-    seen = (above & below & guards) == guards
+    above = (packed["k_coordinates"] | guards) - packed["q_low"][:, None]
+    below = packed["q_high"][:, None] - packed["k_coordinates"]
+    mask = (above & below & guards) == guards
     if "q_class" in packed:
-        seen &= packed["q_class"][:, None] == packed["k_class"]
-    assert torch.equal(seen, neighborhood.mask_mod(queries.position[:, None], keys.position[None, :]))
+        mask &= packed["q_class"][:, None] == packed["k_class"]
+    assert torch.equal(mask, neighborhood.mask_mod(queries.position[:, None], keys.position[None, :]))
 
 
 def test_one_grid_without_dilation_needs_no_class() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from farspan.kernels.moe.grouped_swiglu import grouped_swiglu
+from farspan.kernels.moe.grouped_gemm import grouped_swiglu
 from farspan.parallel.expert_parallel.dispatch import send_to_experts
 from tests.support.rank_pool import RankPool, world_channel
 

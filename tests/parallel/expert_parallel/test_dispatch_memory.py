@@ -7,7 +7,7 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from farspan.kernels.moe import grouped_loop
-from farspan.kernels.moe.grouped_swiglu import grouped_swiglu
+from farspan.kernels.moe.grouped_gemm import grouped_swiglu
 from farspan.parallel.expert_parallel.dispatch import send_to_experts
 from tests.support.rank_pool import RankPool, world_channel
 

@@ -202,21 +202,21 @@ def test_the_reference_backend_is_marked(config: Config) -> None:
 
 def test_layers_that_need_different_backends_have_them(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     mixed = tiny.with_model(replace(config, attention=AttentionConfig(mechanism="lightning, dense")), layers=4)
-    chosen = {Lightning: "triton", Dense: "library"}
+    chosen = {Lightning: "triton", Dense: "cuda"}
     monkeypatch.setattr(
         describe_module, "backends_of_layers", lambda config, device: [chosen[type(m)] for m in config.mechanisms()]
     )
-    assert ", computed by triton and library\n" in describe(mixed, Degrees.resolve(config.parallel, 1))
+    assert ", computed by triton and cuda\n" in describe(mixed, Degrees.resolve(config.parallel, 1))
     chosen[Lightning] = "reference"
     said_so = ", computed by reference: for checks only, as it holds all scores, which the memory below leaves out and "
-    assert f"{said_so}library\n" in describe(mixed, Degrees.resolve(config.parallel, 1))
+    assert f"{said_so}cuda\n" in describe(mixed, Degrees.resolve(config.parallel, 1))
 
 
-def test_what_the_library_backend_calls_is_named(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    library = replace(config, attention=replace(config.attention, backend="library"))
-    monkeypatch.setattr(type(BACKENDS.get("library")), "calls", lambda self: "cuDNN, torch's FlashAttention")
-    assert ("attention   Dense(causal=True), computed by library (cuDNN, torch's FlashAttention)\n") in describe(
-        library, Degrees.resolve(config.parallel, 1)
+def test_libraries_that_the_cuda_backend_calls_are_named(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cuda = replace(config, attention=replace(config.attention, backend="cuda"))
+    monkeypatch.setattr(type(BACKENDS.get("cuda")), "calls", lambda self: "cuDNN, torch's FlashAttention")
+    assert ("attention   Dense(causal=True), computed by cuda (cuDNN, torch's FlashAttention)\n") in describe(
+        on_cuda, Degrees.resolve(config.parallel, 1)
     )
 
 

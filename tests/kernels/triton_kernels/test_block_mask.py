@@ -15,7 +15,7 @@ from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.planning.tiles import Tiling
-from farspan.kernels.triton_kernels.block_lists import COUNT_BITS, MAX_COUNT, BlockMask, TiledPlan, tile_plan
+from farspan.kernels.triton_kernels.block_mask import COUNT_BITS, MAX_COUNT, BlockMask, TiledPlan, tile_plan
 
 GENERATOR = torch.Generator().manual_seed(0)
 ROWS = {
@@ -51,53 +51,53 @@ class Visits:
 
 
 def decode(lists: BlockMask, others: int) -> Visits:
-    """Follow the lists entry by entry; a tile that is visited twice fails."""
-    groups, tiles = int(lists.group.max()) + 1, lists.tiles
+    """Follow the lists run by run; a tile that is visited twice fails."""
+    groups, tiles = int(lists.group.max()) + 1, lists.num_tiles
     found = torch.zeros(2 * groups * tiles, others, dtype=torch.int32)
-    offsets, entries = lists.offsets.tolist(), lists.entries.tolist()
+    offsets, runs = lists.offsets.tolist(), lists.runs.tolist()
     assert len(offsets) == len(found) + 1
-    assert len(entries) == offsets[-1] + 1
+    assert len(runs) == offsets[-1] + 1
     for number in range(len(found)):
         visits = 0
-        for entry in entries[offsets[number] : offsets[number + 1]]:
-            first, count = entry >> COUNT_BITS, entry & MAX_COUNT
+        for run in runs[offsets[number] : offsets[number + 1]]:
+            first, count = run >> COUNT_BITS, run & MAX_COUNT
             assert count > 0
             assert first + count <= others
             found[number, first : first + count] += 1
             visits += count
-        assert visits == lists.visits[number]
+        assert visits == lists.counts[number]
     assert not (found > 1).any()
     return Visits(*found.bool().view(groups, tiles, 2, others).unbind(2))
 
 
-def places(tiling: Tiling) -> Tensor:
-    """The row at each place of each tile, -1 where there is none."""
+def rows_of_tiles(tiling: Tiling) -> Tensor:
+    """The rows of each tile, -1 for none."""
     if tiling.index is not None:
         return torch.from_numpy(tiling.index).long()
     index = torch.arange(len(tiling) * tiling.size)
     return index.masked_fill(index >= len(tiling.rows), -1)
 
 
-def visible(plan: Plan, tiled: TiledPlan) -> Tensor:
-    """The plan's mask by places of the tiles, bool `[heads, query tiles, query tile, key tiles, key tile]`."""
+def mask_by_tile(plan: Plan, tiled: TiledPlan) -> Tensor:
+    """The plan's mask by rows of the tiles, bool `[heads, query tiles, query tile, key tiles, key tile]`."""
     mask = torch.nn.functional.pad(plan.mask(), (0, 1, 0, 1))
-    mask = mask[:, places(tiled.queries)][:, :, places(tiled.keys)]
+    mask = mask[:, rows_of_tiles(tiled.queries)][:, :, rows_of_tiles(tiled.keys)]
     return mask.unflatten(2, (len(tiled.keys), tiled.keys.size)).unflatten(1, (len(tiled.queries), tiled.queries.size))
 
 
 def check(plan: Plan, query_tile: int, key_tile: int) -> TiledPlan:
-    """Full visits see all, partial ones hold the rest, and both directions say the same."""
+    """Full visits have no masked pair, partial ones hold the rest, and both directions agree."""
     tiled = tile_plan(plan, query_tile, key_tile, "queries")
-    visits, mask = decode(tiled.lists, len(tiled.keys)), visible(plan, tiled)
-    sees_some = mask.any(dim=4).any(dim=2)
-    # Rows of queries that see nothing at all are padding, or as good as that.
+    visits, mask = decode(tiled.lists, len(tiled.keys)), mask_by_tile(plan, tiled)
+    has_some = mask.any(dim=4).any(dim=2)
+    # Queries without any key are padding, or as good as padding.
     padding = ~mask.any(dim=4).any(dim=3, keepdim=True).unsqueeze(4)
-    sees_all = (mask | padding).all(dim=4).all(dim=2) & sees_some
+    has_all = (mask | padding).all(dim=4).all(dim=2) & has_some
     group = tiled.lists.group.long()
     full, partial = visits.full[group], visits.partial[group]
     assert not (full & partial).any()
-    assert not (sees_some & ~full & ~partial).any()
-    assert not (full & ~sees_all).any()
+    assert not (has_some & ~full & ~partial).any()
+    assert not (full & ~has_all).any()
     transposed = tile_plan(plan, query_tile, key_tile, "keys")
     back = decode(transposed.lists, len(tiled.queries))
     assert torch.equal(transposed.lists.group, tiled.lists.group)
@@ -110,17 +110,27 @@ def check(plan: Plan, query_tile: int, key_tile: int) -> TiledPlan:
 
 @pytest.mark.parametrize("attention_mask", ATTENTION_MASKS, ids=str)
 @pytest.mark.parametrize("rows", ROWS)
-def test_lists_hold_exactly_what_is_visible(rows: str, attention_mask: AttentionMask) -> None:
+def test_lists_hold_every_unmasked_pair(rows: str, attention_mask: AttentionMask) -> None:
     for keys in (ROWS[rows], ROWS["zigzag"]):
         check(Plan.build(ROWS[rows], keys, attention_mask, heads=4), 16, 8)
 
 
+def test_the_example_of_the_docstring() -> None:
+    rows = Rows.packed([12])
+    lists = tile_plan(Plan.build(rows, rows, AttentionMask(), heads=1), 4, 3, "queries").lists
+    runs = [(run >> COUNT_BITS, run & MAX_COUNT) for run in lists.runs.tolist()]
+    assert runs == [(0, 2), (0, 1), (1, 2), (0, 3), (3, 1), (0, 0)]
+    assert lists.offsets.tolist() == [0, 0, 1, 2, 3, 4, 5]
+    assert lists.counts.tolist() == [0, 2, 1, 2, 3, 1]
+    assert lists.order.tolist() == [2, 1, 0]
+
+
 def random_selection(rows: Rows, tile: int, block: int, heads: int, density: float = 0.4) -> BlockSelection:
     blocks = BlockPartition.blocks(rows, block)
-    unit = BlockPartition.blocks(rows, tile).of(rows)
-    units = int(unit.max()) + 1 if len(rows) else 0
-    mask = torch.rand(heads, units, blocks.count, generator=torch.Generator().manual_seed(1)) < density
-    return BlockSelection.from_parts(unit, blocks, [mask])
+    query_block = BlockPartition.blocks(rows, tile).of(rows)
+    num_query_blocks = int(query_block.max()) + 1 if len(rows) else 0
+    mask = torch.rand(heads, num_query_blocks, blocks.count, generator=torch.Generator().manual_seed(1)) < density
+    return BlockSelection.from_parts(query_block, blocks, [mask])
 
 
 @pytest.mark.parametrize(("tile", "block"), [(16, 8), (32, 16), (20, 12), (5, 3)])
@@ -136,14 +146,10 @@ def test_lists_follow_a_selection(rows: str, tile: int, block: int) -> None:
         assert tiled.queries.index is not None
 
 
-def test_heads_that_see_the_same_share_lists() -> None:
+def test_heads_with_equal_masks_share_lists() -> None:
     rows = ROWS["one"]
-    assert check(Plan.build(rows, rows, AttentionMask(window=(5, 9, 5, 9)), heads=4), 16, 8).lists.group.tolist() == [
-        0,
-        1,
-        0,
-        1,
-    ]
+    plan = Plan.build(rows, rows, AttentionMask(window=(5, 9, 5, 9)), heads=4)
+    assert check(plan, 16, 8).lists.group.tolist() == [0, 1, 0, 1]
     selection = random_selection(rows, 16, 8, heads=1)
     twice = BlockSelection.from_parts(selection.query_block, selection.blocks, [table(selection).repeat(4, 1, 1)])
     plan = Plan.build(rows, rows, AttentionMask(), heads=4, selection=twice)
@@ -151,7 +157,7 @@ def test_heads_that_see_the_same_share_lists() -> None:
 
 
 def table(selection: BlockSelection) -> Tensor:
-    """The selection's lists as bool `[heads, units, blocks]`."""
+    """The selection's lists as bool `[heads, query blocks, key blocks]`."""
     found = torch.zeros(selection.heads * selection.num_query_blocks, selection.blocks.count, dtype=torch.bool)
     found[selection.lists, selection.key_blocks.long()] = True
     return found.view(selection.heads, selection.num_query_blocks, -1)
@@ -167,27 +173,27 @@ def test_lists_follow_lifetimes(rows: str) -> None:
     assert tiled.lists.group.tolist() == [0, 0, 1, 1]
 
 
-def test_causal_attention_takes_few_entries() -> None:
+def test_causal_attention_takes_few_runs() -> None:
     rows = Rows.packed([128 * 300])
     lists = tile_plan(Plan.build(rows, rows, AttentionMask(), heads=8), 128, 128, "queries").lists
-    assert len(lists.entries) <= 2 * 300 + 1
-    assert int(lists.visits.sum()) == 300 * 301 // 2
+    assert len(lists.runs) <= 2 * 300 + 1
+    assert int(lists.counts.sum()) == 300 * 301 // 2
 
 
-def test_no_interval_is_longer_than_an_entry_can_say() -> None:
+def test_no_run_is_longer_than_its_bits() -> None:
     rows = Rows.packed([5000 * 16])
     plan = Plan.build(Rows.packed([5000 * 16]), rows, AttentionMask(causal=False), heads=1)
     lists = tile_plan(plan, 4096, 16, "queries").lists
-    counts = lists.entries[:-1] & MAX_COUNT
+    counts = lists.runs[:-1] & MAX_COUNT
     assert counts.max() <= MAX_COUNT
-    assert lists.visits.view(-1, 2)[:, 0].tolist() == [5000] * 20
+    assert lists.counts.view(-1, 2)[:, 0].tolist() == [5000] * 20
 
 
 def test_many_small_documents_are_not_compared_with_each_other() -> None:
     """32,768 documents: all pairs of tiles would be 67 million."""
     rows = Rows.packed([32] * 32768)
     lists = tile_plan(Plan.build(rows, rows, AttentionMask(), heads=8), 128, 128, "queries").lists
-    assert int(lists.visits.sum()) == 8192
+    assert int(lists.counts.sum()) == 8192
 
 
 def test_too_many_tiles_are_refused() -> None:
@@ -202,14 +208,13 @@ import re
 import torch
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.masks.selection import Partition, Selection
-from farspan.kernels.triton_kernels.block_lists import tile_plan
-from farspan.kernels.planning.tiles import Tiling
-from farspan.kernels.masks.attention_mask import Visibility
+from farspan.kernels.masks.selection import BlockPartition, BlockSelection
+from farspan.kernels.triton_kernels.block_mask import tile_plan
+from farspan.kernels.masks.attention_mask import AttentionMask
 
 tiles, heads, density = 8192, 8, 0.05
 rows = Rows.packed([tiles * 128])
-blocks = Partition.blocks(rows, 128)
+blocks = BlockPartition.blocks(rows, 128)
 rank = torch.arange(tiles)
 generator = torch.Generator().manual_seed(0)
 chosen, counts = [], []
@@ -218,11 +223,11 @@ for part in rank.split(512):
     chosen.append(mask.nonzero()[:, 1].int())
     counts.append(mask.sum(dim=1))
 counts, chosen = torch.cat(counts), torch.cat(chosen)
-# The last tile chooses something else in each head, so that no two heads share lists.
+# The last tile selects other blocks in each head, so that no two heads share lists.
 counts = [torch.cat((counts[:-1], counts[-1:] - head)) for head in range(heads)]
 chosen = [chosen[: len(chosen) - head] for head in range(heads)]
-selection = Selection.from_ragged(rank.repeat_interleave(128), blocks, counts, chosen, heads=heads)
-plan = Plan.build(rows, rows, Visibility(), heads=heads, selection=selection)
+selection = BlockSelection.from_ragged(rank.repeat_interleave(128), blocks, counts, chosen, heads=heads)
+plan = Plan.build(rows, rows, AttentionMask(), heads=heads, selection=selection)
 del counts, chosen, mask
 
 
@@ -232,8 +237,8 @@ def kilobytes(name):
 
 open("/proc/self/clear_refs", "w").write("5")  # forgets the peak so far
 before = kilobytes("VmRSS")
-both = [tile_plan(plan, 128, 128, staying).lists for staying in ("queries", "keys")]
-assert all(int(lists.visits.sum()) == len(selection.key_blocks) for lists in both)
+both = [tile_plan(plan, 128, 128, stationary).lists for stationary in ("queries", "keys")]
+assert all(int(lists.counts.sum()) == len(selection.key_blocks) for lists in both)
 print(len(selection.key_blocks), kilobytes("VmHWM") - before)
 """
 

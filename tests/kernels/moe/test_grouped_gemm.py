@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from farspan.kernels.moe.grouped_swiglu import grouped_swiglu
+from farspan.kernels.moe.grouped_gemm import grouped_swiglu
 
-COUNTS = {"ragged": [3, 1, 0, 7, 2], "one has all": [0, 0, 13, 0, 0], "nobody": [0, 0, 0, 0, 0]}
+COUNTS = {"ragged": [3, 1, 0, 7, 2], "one has all": [0, 0, 13, 0, 0], "none": [0, 0, 0, 0, 0]}
 
 
 def inputs(rows: int, dtype: torch.dtype, sizes: tuple[int, int] = (6, 10)) -> Any:
@@ -32,17 +32,28 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 def test_equals_the_formula(counts: list[int], dtype: torch.dtype) -> None:
-    mine = inputs(sum(counts), dtype)
-    exact = [x.detach().double().requires_grad_() for x in mine]
+    check(inputs(sum(counts), dtype), counts)
+
+
+def check(leaves: list[Tensor], counts: list[int]) -> None:
+    dtype = leaves[0].dtype
+    exact = [x.detach().double().requires_grad_() for x in leaves]
     dout = torch.randn(sum(counts), 6, dtype=torch.float64).to(dtype)
-    out = grouped_swiglu(*mine, counts=counts)
-    expected = by_formula(*exact, counts=counts)
+    out, expected = grouped_swiglu(*leaves, counts=counts), by_formula(*exact, counts=counts)
     assert out.dtype == dtype
-    got = [out, *torch.autograd.grad(out, mine, dout)]
+    got = [out, *torch.autograd.grad(out, leaves, dout)]
     wanted = [expected, *torch.autograd.grad(expected, exact, dout.double())]
     for a, b in zip(got, wanted, strict=True):
         assert a.shape == b.shape
         assert not a.numel() or (a - b).abs().amax().item() <= TOLERANCE[dtype] * b.abs().amax().item()
+
+
+def test_weights_may_be_views() -> None:
+    """Parts of larger matrices, transposed; and one matrix for all experts."""
+    x, *weights = inputs(13, torch.float64)
+    views = [F.pad(w.detach(), (1, 2)).transpose(1, 2).contiguous().transpose(1, 2)[..., 1:-2] for w in weights]
+    for leaves in (views, [w.detach()[:1].expand(5, -1, -1) for w in weights]):
+        check([x, *(w.requires_grad_() for w in leaves)], [3, 1, 0, 7, 2])
 
 
 def test_rows_of_an_expert_may_come_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,10 +63,13 @@ def test_rows_of_an_expert_may_come_in_chunks(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("counts", [[3, 1, 0, 7], [3, 1, 0, 7, 3]])
 def test_counts_that_do_not_fit_are_refused(counts: list[int]) -> None:
-    with pytest.raises(
-        ValueError, match=f"{len(counts)} experts with {sum(counts)} rows in all, but 5 and 13 are here"
-    ):
+    with pytest.raises(ValueError, match=f"{len(counts)} experts with {sum(counts)} rows in all, but 5 and 13"):
         grouped_swiglu(*inputs(13, torch.float64), counts=counts)
+
+
+def test_negative_counts_are_refused() -> None:
+    with pytest.raises(ValueError, match="an expert has 0 rows or more"):
+        grouped_swiglu(*inputs(13, torch.float64), counts=[14, 0, 0, 0, -1])
 
 
 def test_matrices_that_do_not_fit_are_refused() -> None:
@@ -64,3 +78,5 @@ def test_matrices_that_do_not_fit_are_refused() -> None:
         grouped_swiglu(x, gate, up, down.transpose(1, 2), [13, 0, 0, 0, 0])
     with pytest.raises(ValueError, match=r"up \[4, 10, 6\] does not fit"):
         grouped_swiglu(x, gate, up[1:], down, [13, 0, 0, 0, 0])
+    with pytest.raises(ValueError, match=r"up is torch\.float32, and its rows are torch\.float64"):
+        grouped_swiglu(x, gate, up.float(), down, [13, 0, 0, 0, 0])

@@ -1,4 +1,4 @@
-"""Experts shared out to threads: the same results as by one, and shares of about as many rows."""
+"""Small experts in threads of their own: the same results as in one, and about as many rows for each thread."""
 
 import threading
 from collections.abc import Iterator
@@ -6,10 +6,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from farspan.kernels.moe import expert_threads
-from farspan.kernels.moe.expert_threads import for_each_expert, share_out
-from tests.kernels.moe import test_grouped_linear as linear
-from tests.kernels.moe import test_grouped_swiglu as swiglu
+from farspan.kernels.moe import grouped_loop
+from farspan.kernels.moe.grouped_loop import for_each_expert, share_out
+from tests.kernels.moe.test_grouped_gemm import test_equals_the_formula as check_formula
 
 CPU = torch.device("cpu")
 
@@ -24,21 +23,21 @@ def _two_threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_two_threads")
 def test_each_expert_with_rows_comes_once_large_ones_to_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expert_threads, "ALONE_ROWS", 8)
-    seen: dict[int, tuple[bool, int, bool]] = {}
+    monkeypatch.setattr(grouped_loop, "SHARED_ROWS", 8)
+    calls: dict[int, tuple[bool, int, bool]] = {}
 
     def work(expert: int) -> None:
-        assert expert not in seen
+        assert expert not in calls
         main = threading.current_thread() is threading.main_thread()
-        seen[expert] = main, torch.get_num_threads(), torch.is_grad_enabled()
+        calls[expert] = main, torch.get_num_threads(), torch.is_grad_enabled()
 
     with torch.no_grad():
         for_each_expert([3, 0, 9, 1, 8, 2], CPU, work)
-    assert seen == {expert: (True, 2, False) if expert in (2, 4) else (False, 1, False) for expert in (0, 2, 3, 4, 5)}
+    assert calls == {expert: (True, 2, False) if expert in (2, 4) else (False, 1, False) for expert in (0, 2, 3, 4, 5)}
 
 
 @pytest.mark.usefixtures("_two_threads")
-def test_what_a_thread_raises_is_raised() -> None:
+def test_errors_in_threads_are_raised() -> None:
     with pytest.raises(ZeroDivisionError):
         for_each_expert([1, 1, 1], CPU, lambda expert: print(1 // (expert - 1)))
 
@@ -50,5 +49,4 @@ def test_shares_have_about_as_many_rows() -> None:
 
 @pytest.mark.usefixtures("_two_threads")
 def test_products_equal_the_formula() -> None:
-    linear.test_equals_the_formula([3, 1, 0, 7, 2], torch.float64)
-    swiglu.test_equals_the_formula([3, 1, 0, 7, 2], torch.float64)
+    check_formula([3, 1, 0, 7, 2], torch.float64)

@@ -1,0 +1,315 @@
+"""Block mask: for each tile of rows the tiles of the other side to visit, found from bounds of tiles alone.
+
+A visit is full where all queries of the tile that are not padding attend to all keys of the other tile, and partial
+where only the mask of single rows decides. Lists are CSR, and tiles that follow each other are one run in one int32: a
+list of dense attention is a few runs, and scattered blocks take 4 bytes each.
+
+Example: 12 tokens, causal, 3 query tiles of 4 rows and 4 key tiles of 3 rows; F is full, p is partial.
+
+    key tile        0  1  2  3      full: runs (first, count)    partial: runs
+    query tile 0    p  p  .  .      none                         (0, 2)
+    query tile 1    F  p  p  .      (0, 1)                       (1, 2)
+    query tile 2    F  F  F  p      (0, 3)                       (3, 1)
+
+    runs     (0, 2) (0, 1) (1, 2) (0, 3) (3, 1)    full before partial, query tile by query tile; as first << 12 | count
+    offsets  0 0 1 2 3 4 5                         where each half of a list starts in `runs`
+    counts   0 2 1 2 3 1                           how many tiles each half visits
+    order    2 1 0                                 the longest list starts first
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from farspan.kernels.masks.attention_mask import AttentionMask
+from farspan.kernels.masks.rows import PADDING, Rows
+from farspan.kernels.planning.bounds import Bounds, all_unmasked, any_unmasked, candidate_pairs
+from farspan.kernels.planning.plan import HeadPlan, Plan
+from farspan.kernels.planning.tiles import Tiling
+from farspan.kernels.ragged import ranges
+
+COUNT_BITS = 12
+"""Low bits of a run: the number of its tiles. The others: its first tile."""
+MAX_COUNT = (1 << COUNT_BITS) - 1
+MAX_TILES = (1 << (31 - COUNT_BITS)) - 1
+COARSE = 16
+"""Tiles, on either side, that are tested together before they are tested one by one."""
+PAIRS_AT_ONCE = 1 << 17
+"""Pairs of tiles that are tested in one go: bounds memory, and is enough for NumPy."""
+
+
+class BlockMask(NamedTuple):
+    """Lists of tiles to visit, an argument of kernels as it is; list number = group * tiles + tile.
+
+    offsets: int32 `[2 * lists + 1]`, where the runs of list l start: full ones at 2 l, partial ones at 2 l + 1.
+    counts: int32 `[2 * lists]`, the number of tiles in them. runs: int32, first tile << COUNT_BITS | tiles; one more
+    than there are, so that a kernel may read one ahead. order: int32 `[tiles]`, those with most visits first, so that
+    no long one is left for the end. group: int32 `[heads]`, the group whose lists each query head follows.
+    """
+
+    offsets: Tensor
+    counts: Tensor
+    runs: Tensor
+    order: Tensor
+    group: Tensor
+
+    @property
+    def num_tiles(self) -> int:
+        return len(self.order)
+
+    def to(self, device: torch.device) -> "BlockMask":
+        return BlockMask(*(column.to(device) for column in self))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TiledPlan:
+    """Tiles of query rows and of key rows, and the lists of those on the stationary side: queries or keys."""
+
+    queries: Tiling
+    keys: Tiling
+    lists: BlockMask
+
+
+def active_rows(plan: Plan) -> tuple[Rows, Rows]:
+    """Return the rows of queries and of keys; rows that are in no block of the selection count as padding."""
+    if plan.selection is None:
+        return plan.queries, plan.keys
+    return (
+        _without(plan.queries, plan.selection.query_block < 0),
+        _without(plan.keys, plan.selection.blocks.of(plan.keys) < 0),
+    )
+
+
+def tile_plan(plan: Plan, query_tile: int, key_tile: int, stationary: Literal["queries", "keys"]) -> TiledPlan:
+    """Return tiles and lists of a plan for tiles of so many rows; a selection must be of tiles of rows.
+
+    stationary: the side whose tiles own a list, of tiles of the other side. Raises ValueError for too many tiles.
+    """
+    queries, keys = _tilings(plan, query_tile, key_tile)
+    if max(len(queries), len(keys)) > MAX_TILES:
+        raise ValueError(
+            f"{len(plan.queries)} queries and {len(plan.keys)} keys make more than {MAX_TILES} tiles of "
+            f"{query_tile} x {key_tile}: split the sequence over more ranks"
+        )
+    rows, columns = (queries, keys) if stationary == "queries" else (keys, queries)
+    group, members = _groups(plan)
+    found = []
+    for part, head in members:
+        pairs = _pairs(plan, part, head, queries, keys)
+        if stationary == "keys":
+            pairs = (_Pairs(x.columns, x.rows, x.partial, x.width) for x in pairs)
+        found.append(_encode(pairs, len(rows), len(columns)))
+    return TiledPlan(queries=queries, keys=keys, lists=_join(found, group, len(rows)))
+
+
+def _tilings(plan: Plan, query_tile: int, key_tile: int) -> tuple[Tiling, Tiling]:
+    if plan.selection is None:
+        return Tiling.of(plan.queries, query_tile), Tiling.of(plan.keys, key_tile)
+    # Rows are sorted by block where they are not yet, so that no tile mixes rows of two lists.
+    query_block, key_block = plan.selection.query_block, plan.selection.blocks.of(plan.keys)
+    return Tiling.of(plan.queries, query_tile, query_block), Tiling.of(plan.keys, key_tile, key_block)
+
+
+def _without(rows: Rows, absent: Tensor) -> Rows:
+    return Rows(position=rows.position, document=rows.document.masked_fill(absent, PADDING))
+
+
+def _groups(plan: Plan) -> tuple[np.ndarray, list[tuple[HeadPlan, int]]]:
+    """Return the group of each query head, and the part and first head of each group: heads with equal lists."""
+    number: dict[tuple[int, bytes, int], int] = {}
+    members: list[tuple[HeadPlan, int]] = []
+    group = np.zeros(plan.heads, dtype=np.int32)
+    for part_number, part in enumerate(plan.parts):
+        for head in part.heads:
+            key = part_number, _digest(plan, head), _kv_head(plan, head)
+            if key not in number:
+                number[key] = len(members)
+                members.append((part, head))
+            group[head] = number[key]
+    return group, members
+
+
+def _digest(plan: Plan, head: int) -> bytes:
+    """Return a digest of the key blocks that a head selects; equal for equal lists."""
+    if plan.selection is None:
+        return b""
+    offsets, blocks = _selected_blocks(plan, head)
+    digest = hashlib.blake2b(offsets.tobytes(), digest_size=16)
+    digest.update(blocks.data)
+    return digest.digest()
+
+
+def _selected_blocks(plan: Plan, head: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the key blocks that a head selects as CSR over its query blocks: offsets and block ids."""
+    selection = plan.selection
+    assert selection is not None
+    first = head * selection.heads // plan.heads * selection.num_query_blocks
+    offsets = selection.offsets[first : first + selection.num_query_blocks + 1].numpy()
+    return offsets - offsets[0], selection.key_blocks[int(offsets[0]) : int(offsets[-1])].contiguous().numpy()
+
+
+def _kv_head(plan: Plan, head: int) -> int:
+    """Return the row of `plan.lifetime` of a query head; 0 if there is none."""
+    return 0 if plan.lifetime is None else head * len(plan.lifetime) // plan.heads
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pairs:
+    """Squares of `width` x `width` tiles, each row tile visiting each column tile in the same way."""
+
+    rows: np.ndarray
+    columns: np.ndarray
+    partial: np.ndarray
+    width: int
+
+
+def _pairs(plan: Plan, part: HeadPlan, head: int, queries: Tiling, keys: Tiling) -> Iterator[_Pairs]:
+    """Yield the visits of query tiles (rows) to key tiles (columns) of a head, each once."""
+    lifetime = None if plan.lifetime is None else plan.lifetime[_kv_head(plan, head)].numpy()
+    attention_mask = part.attention_mask
+
+    def bounds(tiles: int) -> tuple[Bounds, Bounds]:
+        of_queries = queries.bounds(attention_mask, tiles=tiles)
+        # A full visit may compute anything for padding among the queries: kernels store 0 for such rows.
+        unpadded = replace(of_queries, padded=np.zeros_like(of_queries.padded))
+        return unpadded, keys.bounds(attention_mask, lifetime, tiles)
+
+    fine = bounds(1)
+    if plan.selection is not None:
+        for i, j in _selected_tiles(plan, head, queries, keys):
+            yield _classify(i, j, *fine, attention_mask)
+        return
+    # Two levels: squares of COARSE x COARSE tiles first, so that time follows the border of the mask and not its area.
+    coarse = bounds(COARSE)
+    for i, j in candidate_pairs(*coarse, attention_mask):
+        full = all_unmasked(coarse[0].take(i), coarse[1].take(j), attention_mask)
+        yield _Pairs(i[full], j[full], np.zeros(int(full.sum()), dtype=bool), COARSE)
+        rest = np.flatnonzero(~full)
+        for start in range(0, len(rest), PAIRS_AT_ONCE // COARSE**2):
+            some = rest[start : start + PAIRS_AT_ONCE // COARSE**2]
+            # Squares [n] -> their tiles [n, COARSE, COARSE] -> [n * COARSE^2]
+            rows = (i[some, None, None] * COARSE + np.arange(COARSE)[:, None]).repeat(COARSE, axis=2).reshape(-1)
+            columns = (j[some, None, None] * COARSE + np.arange(COARSE)).repeat(COARSE, axis=1).reshape(-1)
+            inside = (rows < len(queries)) & (columns < len(keys))
+            yield _classify(rows[inside], columns[inside], *fine, attention_mask)
+
+
+def _classify(i: np.ndarray, j: np.ndarray, queries: Bounds, keys: Bounds, attention_mask: AttentionMask) -> _Pairs:
+    """Drop the pairs of tiles without any unmasked pair of rows, and mark those with masked ones as partial."""
+    of_queries, of_keys = queries.take(i), keys.take(j)
+    some = any_unmasked(of_queries, of_keys, attention_mask)
+    full = all_unmasked(of_queries, of_keys, attention_mask)
+    return _Pairs(i[some].astype(np.int32), j[some].astype(np.int32), ~full[some], 1)
+
+
+def _selected_tiles(plan: Plan, head: int, queries: Tiling, keys: Tiling) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the pairs (query tile, key tile) that a head selects, some of its lists at a time."""
+    assert plan.selection is not None
+    query_first, query_stop = queries.of_number(plan.selection.num_query_blocks)
+    key_first, key_stop = keys.of_number(plan.selection.blocks.count)
+    query_tiles, key_tiles = query_stop - query_first, key_stop - key_first
+    offsets, selected = _selected_blocks(plan, head)
+    # A selected block makes as many pairs as its query block and key block have tiles.
+    step = max(PAIRS_AT_ONCE // max(int(query_tiles.max(initial=1)) * int(key_tiles.max(initial=1)), 1), 1)
+    for start in range(0, len(selected), step):
+        key_block = selected[start : start + step]
+        query_block = np.searchsorted(offsets, np.arange(start, start + len(key_block)), side="right") - 1
+        # Each selected block once for each tile of its query block, then once for each tile of its key block.
+        i = ranges(query_first[query_block], query_stop[query_block])
+        key_block = key_block.repeat(query_tiles[query_block])
+        yield i.repeat(key_tiles[key_block]), ranges(key_first[key_block], key_stop[key_block])
+
+
+def _encode(pairs: Iterator[_Pairs], rows: int, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the numbers of runs `[2 * rows]`, of visits `[2 * rows]`, and the runs of one group."""
+    keys: list[np.ndarray] = []
+    for found in pairs:
+        if found.width == 1:
+            keys.append(_sort_key(found.rows, found.columns, 1, found.partial))
+        elif len(found.rows):
+            keys.append(_square_runs(found, rows, columns))
+    key = _concatenate(keys, np.int64)
+    key.sort()
+    num_runs, counts = np.zeros(2 * rows, dtype=np.int64), np.zeros(2 * rows, dtype=np.int32)
+    runs, start = [], 0
+    while start < len(key):
+        # Some complete lists at a time: the temporaries are many times as large as the runs.
+        stop = min(start + PAIRS_AT_ONCE, len(key)) - 1
+        stop = int(np.searchsorted(key, ((key[stop] >> 31) + 1) << 31))
+        number, length, run = _merge_runs(key[start:stop])
+        num_runs += np.bincount(number, minlength=2 * rows)
+        counts += np.bincount(number, weights=length, minlength=2 * rows).astype(np.int32)
+        runs.append(run)
+        start = stop
+    return num_runs, counts, _concatenate(runs, np.int32)
+
+
+def _merge_runs(key: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Join runs that follow each other, cut those longer than MAX_COUNT; return half list, length, run of each."""
+    first, length = key >> COUNT_BITS, key & MAX_COUNT
+    starts = np.flatnonzero(np.append(True, first[1:] != first[:-1] + length[:-1]))
+    first, length = first[starts], np.add.reduceat(length, starts)
+    cuts = -(-length // MAX_COUNT)
+    nth = ranges(np.zeros_like(cuts), cuts)
+    first, length = first.repeat(cuts) + nth * MAX_COUNT, length.repeat(cuts) - nth * MAX_COUNT
+    length = np.minimum(length, MAX_COUNT)
+    return first >> (31 - COUNT_BITS), length, ((first & MAX_TILES) << COUNT_BITS | length).astype(np.int32)
+
+
+def _sort_key(row: np.ndarray, first: np.ndarray, count: np.ndarray | int, partial: np.ndarray) -> np.ndarray:
+    """Return one int64 for each run, by which runs are sorted: half list above 31 bits of run."""
+    run = first.astype(np.int64) << COUNT_BITS | count
+    return (row.astype(np.int64) * 2 + partial) << 31 | run
+
+
+def _square_runs(found: _Pairs, rows: int, columns: int) -> np.ndarray:
+    """Return the runs of squares of full visits: joined along the columns, then once for each row tile."""
+    order = np.lexsort((found.columns, found.rows))
+    row, column = found.rows[order], found.columns[order]
+    breaks = np.append(True, (row[1:] != row[:-1]) | (column[1:] != column[:-1] + 1))
+    # No run is longer than MAX_COUNT tiles.
+    nth = np.arange(len(row)) - np.maximum.accumulate(np.where(breaks, np.arange(len(row)), 0))
+    starts = np.flatnonzero(breaks | (nth % (MAX_COUNT // found.width) == 0))
+    length = np.diff(np.append(starts, len(row)))
+    first = column[starts] * found.width
+    count = np.minimum(first + length * found.width, columns) - first
+    # [runs, width]: the row tiles of each run; squares at the end may reach beyond the last tile.
+    tile = row[starts, None] * found.width + np.arange(found.width)
+    inside = tile < rows
+    # [runs] -> [runs, width] -> [row tiles inside]
+    first, count = (np.broadcast_to(x[:, None], tile.shape)[inside] for x in (first, count))
+    return _sort_key(tile[inside], first, count, np.zeros(int(inside.sum()), dtype=bool))
+
+
+def _join(found: list[tuple[np.ndarray, np.ndarray, np.ndarray]], group: np.ndarray, tiles: int) -> BlockMask:
+    """Concatenate the lists of all groups."""
+    num_runs = np.concatenate([num_runs for num_runs, _, _ in found])
+    counts = np.concatenate([counts for _, counts, _ in found])
+    # [groups * tiles * 2] -> [groups, tiles, 2] -> [tiles]
+    visits = counts.reshape(len(found), tiles, 2).sum(axis=(0, 2))
+    runs = [runs for _, _, runs in found]
+    found.clear()
+    runs.append(np.zeros(1, dtype=np.int32))
+    return BlockMask(
+        offsets=torch.from_numpy(np.append(0, np.cumsum(num_runs)).astype(np.int32)),
+        counts=torch.from_numpy(counts),
+        runs=torch.from_numpy(_concatenate(runs, np.int32)),
+        order=torch.from_numpy(np.argsort(-visits, kind="stable").astype(np.int32)),
+        group=torch.from_numpy(group),
+    )
+
+
+def _concatenate(parts: list[np.ndarray], dtype: type) -> np.ndarray:
+    """Concatenate and empty `parts`, each freed as soon as it is copied, so that no element is held twice."""
+    joined = np.empty(sum(len(part) for part in parts), dtype=dtype)
+    stop = len(joined)
+    while parts:
+        part = parts.pop()
+        joined[stop - len(part) : stop] = part
+        stop -= len(part)
+    return joined

@@ -1,0 +1,5 @@
+from tests.support.recurrence_contract import RecurrenceContract
+
+
+class TestRecurrence(RecurrenceContract):
+    backend = "cpu"

@@ -48,9 +48,9 @@ def chosen_by_layers(folder: Path) -> tuple[Config, Rows, list[Chosen]]:
     )
     batch = build_batches(config, mesh, device, Traffic()).build(data.sequence(0))
     seen: list[tuple[Tensor, ...]] = []
-    attends = tuple(_watched(attend, seen) for attend in batch.context.attends)
+    attention = tuple(_watched(attend, seen) for attend in batch.context.attention)
     with torch.no_grad():
-        model(batch.tokens, batch.labels, replace(batch.context, attends=attends))  # pyright: ignore[reportArgumentType]
+        model(batch.tokens, batch.labels, replace(batch.context, attention=attention))  # pyright: ignore[reportArgumentType]
     rows = batch.context.rows.to("cpu")
     inputs, heads_of = zip(config.mechanisms(), seen, strict=True), config.model.heads_of
     return config, rows, [choose_alone(mechanism, rows, heads_of(mechanism), q, k) for mechanism, (q, k, *_) in inputs]

@@ -107,7 +107,7 @@ class BatchBuilder:
             labels=labels.to(self.device),
             context=SequenceContext(
                 rows=mine.to(self.device),
-                attends=tuple(planned[layer] for layer in self.layers),
+                attention=tuple(planned[layer] for layer in self.layers),
                 key_convolution=convolution,
                 experts=self._places(shards),
             ),

@@ -39,7 +39,7 @@ def handed_over(mechanism: Mechanism, x: Tensor) -> tuple[Attention, list[Tensor
         return inputs[0]
 
     turned = torch.ones(len(x), 3, dtype=torch.float64), torch.zeros(len(x), 3, dtype=torch.float64)
-    inputs: Any = SimpleNamespace(cos=turned[0], sin=turned[1], attend=attend)
+    inputs: Any = SimpleNamespace(cos=turned[0], sin=turned[1], attention=attend)
     attention(x, inputs)
     return attention, handed
 
@@ -81,7 +81,7 @@ def test_a_part_of_each_head_rotates() -> None:
         return inputs[0]
 
     rows, tokens = Rows.packed([3, 40]), torch.arange(43) % 16
-    model(tokens, tokens, SequenceContext(rows=rows, attends=(attend,)))  # pyright: ignore[reportArgumentType]
+    model(tokens, tokens, SequenceContext(rows=rows, attention=(attend,)))  # pyright: ignore[reportArgumentType]
     scaling = YarnScaling(factor=4.0, original_positions=64, beta_fast=8.0)
     frequencies = torch.tensor([scalar_frequency(i, 4, 100.0, scaling) for i in range(2)], dtype=torch.float64)
     turn = torch.polar(

@@ -155,9 +155,9 @@ class _Run:
         if isinstance(error, FarspanError):
             # All ranks are well: what is being saved is whole soon, and a thread left alone could abort the process.
             with self.watchdog.phase("save", self.state.step):
-                self.checkpoints.settle_saving()
+                self.checkpoints.finish_saving_or_log()
         else:
-            self.checkpoints.abandon_saving()
+            self.checkpoints.wait_briefly()
         if self.writer is not None:
             self.writer.close()
 

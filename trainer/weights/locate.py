@@ -7,7 +7,7 @@ import torch
 
 from farspan.errors import CheckpointError
 from farspan.kernels.mechanism import Mechanism
-from farspan.trainer.checkpoint.verify import check_whole, newest_whole
+from farspan.trainer.checkpoint.verify import check_complete, newest_complete
 from farspan.trainer.config import AttentionConfig, Config
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.transformer import Transformer
@@ -62,6 +62,6 @@ def find_trained(folder: Path) -> Trained:
         )
     config = load_config(Config, run / "config.toml")
     if is_step:
-        check_whole(folder)
-    weights = folder if is_step else newest_whole(run / "checkpoints")
+        check_complete(folder)
+    weights = folder if is_step else newest_complete(run / "checkpoints")
     return Trained(decoder=Decoder(model=config.model, attention=config.attention), weights=weights, run=config)

@@ -15,7 +15,7 @@ from torch import Tensor
 from farspan.errors import ConfigError
 from farspan.parallel.mesh import Degrees
 from farspan.parallel.ranks import Ranks, connected
-from farspan.trainer.checkpoint.verify import newest_whole
+from farspan.trainer.checkpoint.verify import newest_complete
 from farspan.trainer.config import Config
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.init import initialize
@@ -79,7 +79,7 @@ def _combined(sources: Sequence[Tensor], shape: torch.Size) -> Tensor:
 
 def _tensors_of(run: Path, config: Config) -> Tensors:
     shapes = Decoder(model=config.model, attention=config.attention).shapes()
-    stored = StoredWeights(newest_whole(run / "checkpoints"))
+    stored = StoredWeights(newest_complete(run / "checkpoints"))
     stored.check(shapes)
     return stored.read(shapes)
 

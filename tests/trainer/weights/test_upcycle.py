@@ -18,7 +18,7 @@ from farspan.parallel.mesh import Mesh, ParallelConfig
 from farspan.parallel.ranks import Ranks, connected
 from farspan.trainer import train as module
 from farspan.trainer.build import build_batches, build_model
-from farspan.trainer.checkpoint.verify import newest_whole
+from farspan.trainer.checkpoint.verify import newest_complete
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import PackedSequences
 from farspan.trainer.model.config import ExpertsConfig, HeadMixtureConfig
@@ -76,7 +76,7 @@ def test_copies_of_one_model_compute_what_it_does(dense: list[Config], tmp_path:
     """Their weights add up to 1."""
     config, run = tiny.with_model(dense[0], **MIXTURES[mixture]), Path(dense[0].run.folder)
     upcycle(config, [run], tmp_path / "weights")
-    wanted = losses(dense[0], newest_whole(run / "checkpoints"))
+    wanted = losses(dense[0], newest_complete(run / "checkpoints"))
     assert wanted.std() > 0.1
     assert torch.allclose(losses(config, tmp_path / "weights"), wanted, rtol=0, atol=1e-12)
 
@@ -155,7 +155,7 @@ def test_models_that_do_not_fit_are_refused(dense: list[Config], tmp_path: Path)
 def test_weights_that_are_none_or_of_another_model_are_refused(dense: list[Config], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no weights"):
         losses(dense[0], tmp_path)
-    whole = newest_whole(Path(dense[0].run.folder) / "checkpoints")
+    whole = newest_complete(Path(dense[0].run.folder) / "checkpoints")
     with pytest.raises(CheckpointError, match=r"does not fill this model .*: change model\.\*"):
         losses(tiny.with_model(dense[0], width=16), whole)
     for smaller in ({"layers": 1}, {"qk_norm": False}):
@@ -164,7 +164,7 @@ def test_weights_that_are_none_or_of_another_model_are_refused(dense: list[Confi
         ):
             losses(tiny.with_model(dense[0], **smaller), whole)
     with pytest.raises(CheckpointError, match="holds no finished checkpoint"):
-        newest_whole(tmp_path)
+        newest_complete(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def loaded(config: Config, whole: Path) -> str:
 
 
 def test_all_ranks_say_that_one_finds_no_weights(dense: list[Config], ranks: Callable[[int], RankPool]) -> None:
-    whole = newest_whole(Path(dense[0].run.folder) / "checkpoints")
+    whole = newest_complete(Path(dense[0].run.folder) / "checkpoints")
     said = ranks(2).run(loaded, dense[0], whole)
     assert said[0] == said[1]
     assert said[0].startswith(f"rank 1: {whole / 'elsewhere'} holds no weights")

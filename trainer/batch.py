@@ -14,8 +14,7 @@ from farspan.parallel.context_parallel.key_convolution import KeyConvolution
 from farspan.parallel.context_parallel.strategy import DistributedAttention, Strategy
 from farspan.parallel.expert_parallel.capacity import SharedSequence
 from farspan.parallel.layout import Shards
-from farspan.trainer.data.packing import IGNORED, PackedSequence
-from farspan.trainer.data.sample_hash import fingerprint, sequence_seed
+from farspan.trainer.data.packing import IGNORED, PackedSequence, sequence_hash, sequence_seed
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.flops import attention_flops
 from farspan.trainer.model.transformer import ExpertPlaces, SequenceContext
@@ -112,7 +111,7 @@ class BatchBuilder:
                 experts=self._places(shards),
             ),
             attention_flops=attention_flops(self.model, self.mechanisms, rows) if rank == 0 else 0,
-            fingerprint=fingerprint(index, sequence) if rank == 0 else 0,
+            fingerprint=sequence_hash(index, sequence) if rank == 0 else 0,
             seed=sequence_seed(self.seed, index),
         )
 

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from farspan.trainer.data.sample_hash import follow
+from farspan.trainer.data.packing import stream_hash
 
 
 @dataclass(kw_only=True, slots=True)
@@ -12,7 +12,7 @@ class TrainState:
 
     stream: hash of all samples consumed so far. skipped: steps that were no update, those at the end in_a_row.
     recent_losses, recent_norms: of the last updates, what `skip.sigma` compares with; empty without it.
-    Random streams have no state of their own: each is a function of a sequence's index, see `data/stream.py`.
+    Random streams have no state of their own: each is a function of a sequence's index, see `data/packing.py`.
     """
 
     step: int = 0
@@ -39,4 +39,4 @@ class TrainState:
         self.step += 1
         self.sequences += sequences
         self.tokens += tokens
-        self.stream = follow(self.stream, fingerprint)
+        self.stream = stream_hash(self.stream, fingerprint)

@@ -24,7 +24,7 @@ from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.checkpoint.steps import finished
 from farspan.trainer.config import Config, flat
 from farspan.trainer.config_history import record_config
-from farspan.trainer.data.integrity import check_unchanged
+from farspan.trainer.data.integrity import check_integrity
 from farspan.trainer.data.packing import PackedSequences
 from farspan.trainer.data.shuffle import ShuffledSequences
 from farspan.trainer.data.source import SPLITS
@@ -96,7 +96,7 @@ def _start(config: Config, ranks: Ranks, stop: StopSignal, watchdog: Watchdog, s
 def _check_files(config: Config) -> None:
     """Raise FarspanError where what the run reads is missing or was changed, before anything large is built."""
     for split in SPLITS:
-        check_unchanged(Path(config.data.folder) / split)
+        check_integrity(Path(config.data.folder) / split)
     if config.run.start_from is not None and not finished(Path(config.run.folder) / "checkpoints"):
         check_weights(Path(config.run.start_from))
 

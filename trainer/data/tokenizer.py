@@ -14,12 +14,12 @@ USUAL_END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]"
 
 
 class Tokenizer(ABC):
-    """Turns text into token ids; `end_id` closes a document and never comes out of `encode`'s text."""
+    """Turns text into token ids; `end_id` closes a document, and `encode` never returns it."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """What `load_tokenizer` was given."""
+        """The argument of `load_tokenizer`."""
 
     @property
     @abstractmethod
@@ -63,15 +63,17 @@ class FileTokenizer(Tokenizer):
     def __init__(self, path: str, *, end_token: str | None = None) -> None:
         """Read `path`; raises DataError when it cannot be read or has no end-of-document token."""
         if not Path(path).is_file():
-            what = "is a folder; pass the tokenizer.json inside it" if Path(path).is_dir() else "does not exist"
-            raise DataError(f"The tokenizer file {path} {what} (or pass --tokenizer {BYTES}).")
+            problem = "is a folder; pass the tokenizer.json inside it" if Path(path).is_dir() else "does not exist"
+            raise DataError(f"The tokenizer file {path} {problem} (or pass --tokenizer {BYTES}).")
         tokenizers = _import_tokenizers(path)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(path)
         except Exception as error:  # the Rust side raises bare Exception
-            raise DataError(f"{path} is not a tokenizers JSON file ({error}); pass a whole tokenizer.json.") from error
+            raise DataError(
+                f"{path} is not a tokenizers JSON file ({error}); pass a complete tokenizer.json."
+            ) from error
         self._name = path
-        # A file may carry its model's truncation and padding, which would cut documents without a word.
+        # A file may set truncation and padding for its model, which would silently cut documents.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         # A document that spells out a special token must not end there.

@@ -82,7 +82,7 @@ def share_timeout(source: dist.ProcessGroup, target: dist.ProcessGroup) -> None:
 
 
 @contextmanager
-def pretended(world_size: int) -> Iterator[None]:
+def fake_process_group(world_size: int) -> Iterator[None]:
     """Join a default process group of `world_size` ranks that do not exist: shapes and memory, no data."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

@@ -46,8 +46,8 @@ def check_weights(folder: Path) -> None:
     """Raise CheckpointError where `folder` has no weights."""
     if not (folder / INDEX).is_file():
         raise CheckpointError(
-            f"{folder} holds no weights: name a folder that `farspan upcycle` or `farspan import` wrote, or one step in "
-            "a run's checkpoints/."
+            f"{folder} holds no weights: name a folder that `farspan upcycle` or `farspan import` wrote, or one step "
+            "in a run's checkpoints/."
         )
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face files that farspan refuses, by the name of the field, file or tensor; a refused import writes nothing."""
+"""Hugging Face files that farspan refuses, by the name of field, file or tensor; a refused import writes nothing."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Sequences in random order within each epoch, computed from their index: there is no state to store or resume.
+"""Sequences in random order within each epoch, computed from their index: no state to store or resume.
 
 Packing puts documents end to end, so that a long document fills many sequences in a row. Read in that order, a training
 batch, and the batches after it, would come from a single document.

@@ -2,7 +2,7 @@
 
 Legend: T local tokens of one micro-batch, C width, Hq query heads, Hk KV heads, D head dim.
 
-Where q goes from here: `inputs.attention` is what `trainer/batch.py` planned for this layer and sequence, with the
+Where q goes next: `inputs.attention` is what `trainer/batch.py` planned for this layer and sequence, with the
 mechanism, strategy and backend that `trainer/build.py` chose. Calling it runs the strategy
 (`parallel/context_parallel/strategy.py`), which moves keys, heads or queries between ranks, and calls the backend's
 kernels (`kernels/attention.py`) on each block that arrives.

@@ -68,8 +68,8 @@ class ExpertsConfig:
     layers: str = "experts"
     """Which layers have experts: a pattern of `experts` and `dense` that repeats, such as 'dense, experts*3'."""
     choice: Literal["tokens", "experts"] = "tokens"
-    """Who chooses. Experts that choose tokens (arXiv 2202.09368) see the whole sequence, the future too: unfit for
-    generating text."""
+    """Who chooses. Experts that choose tokens (arXiv 2202.09368) see the full sequence: such a model cannot generate
+    text token by token."""
     capacity: float = bounded(0.0, minimum=0)
     """Most tokens of a sequence that an expert takes, as a multiple of its even share; 0 sets no limit."""
     drop: Literal["weight", "position"] = "weight"

@@ -68,7 +68,7 @@ def _local_part(parameter: nn.Parameter) -> tuple[Tensor, list[int]]:
         return parameter, first
     for axis, placement in enumerate(parameter.placements):
         if isinstance(placement, Shard):
-            assert placement.dim < max(parameter.dim() - 1, 1), f"initialization draws whole rows, not {placement}"
+            assert placement.dim < max(parameter.dim() - 1, 1), f"initialization draws full rows, not {placement}"
             # DTensor shards as torch.chunk does: equal chunks, the last ones shorter or empty.
             chunk = -(-parameter.shape[placement.dim] // parameter.device_mesh.size(axis))
             first[placement.dim] = parameter.device_mesh.get_local_rank(axis) * chunk

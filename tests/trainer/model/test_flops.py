@@ -80,7 +80,7 @@ def test_parameters_of_experts() -> None:
 @pytest.mark.parametrize("mechanisms", [[Lightning()] * 3, [Lightning(), MoSA(), Lightning(layer=2, layers=3)]])
 @pytest.mark.parametrize("mixture", [HeadMixtureConfig(), HeadMixtureConfig(kind="heads", per_token=3)])
 def test_parameters_of_gated_recurrences(mechanisms: list[Mechanism], mixture: HeadMixtureConfig) -> None:
-    """Beside layers whose tokens choose heads, all of them here; in gated ones they do not."""
+    """With head mixtures in the other layers, whose tokens choose all heads; gated layers have none."""
     config = ModelConfig(
         layers=3, width=10, heads=6, kv_heads=2, head_dim=4, feed_forward=14, vocabulary_size=23, qk_norm=True,
         key_convolution=3, recurrent_layer="gated", head_mixture=mixture,
@@ -116,7 +116,7 @@ def test_presets_have_the_published_number_of_parameters(preset: str, parameters
     ],
 )
 def test_parameters_of_heads_that_tokens_choose(mixture: HeadMixtureConfig, chosen: float) -> None:
-    """Of queries and outputs those of the chosen heads multiply a token, all else does."""
+    """Active are the queries and outputs of the chosen heads, and all other matrices."""
     config = ModelConfig(
         layers=2, width=24, heads=8, kv_heads=2, head_dim=6, feed_forward=10, vocabulary_size=64, qk_norm=True,
         parallel_blocks=True, head_mixture=mixture,
@@ -173,7 +173,7 @@ def test_flops_of_a_sequence_written_out() -> None:
     # A convolution of the 2 features of a key, of which each reads 5.
     convolving = replace(config, key_convolution=5)
     assert training_flops(convolving, [Dense()] * 2, tokens, attention) == 3 * (forward + 2 * (2 * 3 * 2 * 5))
-    # A router of 3 numbers per KV head; without a gradient of what it reads where that is not wanted.
+    # A router of 3 numbers per KV head; one product less where its gradient stops at its input.
     router = 2 * (2 * 3 * 4 * 3)
     assert training_flops(config, [Three()] * 2, tokens, attention) == 3 * (forward + router)
     assert training_flops(config, [ThreeDetached()] * 2, tokens, attention) == 3 * forward + 2 * router

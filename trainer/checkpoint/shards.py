@@ -162,7 +162,6 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 def _causes(error: CheckpointException) -> str:
-    """Return the causes on all ranks, each once."""
     return "; ".join(
         sorted({" ".join(str(failure[0]).split()) or repr(failure[0]) for failure in error.failures.values()})
     )

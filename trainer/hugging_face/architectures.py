@@ -120,7 +120,7 @@ ARCHITECTURES = {architecture.name: architecture for architecture in (LLAMA, QWE
 
 
 def architecture_of(model: ModelConfig, mechanisms: Sequence[Mechanism]) -> Architecture:
-    """Return the architecture of this decoder; raises ConfigError, which names the setting, where there is none."""
+    """Raises ConfigError, which names the setting, where no architecture computes this model."""
     for mechanism in mechanisms:
         if mechanism != Dense():
             raise ConfigError(

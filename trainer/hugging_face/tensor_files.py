@@ -98,7 +98,6 @@ def write_tensors(
 
 
 def _files(sizes: Mapping[str, int], file_bytes: int) -> Iterator[list[str]]:
-    """Yield the names of the tensors of each file."""
     names, filled = [], 0
     for name, size in sizes.items():
         if names and filled + size > file_bytes:

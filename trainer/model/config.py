@@ -189,11 +189,9 @@ class ModelConfig:
         return self.experts.in_layers(self.layers)
 
     def is_gated(self, mechanism: Mechanism) -> bool:
-        """Return whether a layer with this mechanism is a gated recurrence."""
         return self.recurrent_layer == "gated" and isinstance(mechanism, Recurrent)
 
     def mixes_heads(self, mechanism: Mechanism) -> bool:
-        """Return whether tokens choose heads in a layer with this mechanism."""
         return self.head_mixture.kind != "none" and not self.is_gated(mechanism)
 
     def projected_heads_of(self, mechanism: Mechanism) -> Heads:

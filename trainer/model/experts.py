@@ -26,7 +26,6 @@ class ExpertMatrices(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, fan_out, fan_in))
 
     def local(self) -> Tensor:
-        """Return the matrices of this rank's experts."""
         # FSDP gathers it over the data-parallel axis only: it is still a DTensor over the expert axis.
         weight: Tensor = self.weight
         return weight.to_local() if isinstance(weight, DTensor) else weight

@@ -124,25 +124,6 @@ def test_resume_ranks_and_random_access(source):
         assert as_lists(PackedSequences(source, sequence_tokens=11, seed=7).sequence(index)) == run[index]
 
 
-@pytest.mark.parametrize("trial", range(8))
-def test_labels_never_cross_documents(make_source, trial):
-    rng = np.random.default_rng(trial)
-    lengths = rng.integers(0, 12, size=20).tolist()
-    source = make_source(lengths)
-    owner = {token: i for i in range(20) for token in source.document(i)[:-1].tolist()}
-    packed = PackedSequences(source, sequence_tokens=int(rng.integers(1, 40)), seed=trial)
-    for index in range(12):
-        sequence = packed.sequence(index)
-        for token, label in zip(sequence.tokens.tolist(), sequence.labels.tolist(), strict=True):
-            if token == END:
-                assert label == IGNORED
-            elif label == END:
-                assert token == source.document(owner[token])[-2]
-            else:
-                assert label == token + 1
-                assert owner[label] == owner[token]
-
-
 def test_without_repeat_the_tail_is_padded(source):
     packed = PackedSequences(source, sequence_tokens=7, seed=3, repeat=False)
     assert len(packed) == 7  # 46 tokens: six full sequences and four tokens

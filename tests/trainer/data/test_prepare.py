@@ -30,6 +30,10 @@ def corpus(tmp_path):
     return folder
 
 
+def prepared(inputs, out, fraction=0.3, **options):
+    return prepare([inputs], **{"tokenizer": BYTES, "out": out, "validation_fraction": fraction} | options)
+
+
 def documents(out, split):
     """Read a split back with nothing but json, numpy's file reader and a loop."""
     meta = json.loads((out / split / "meta.json").read_text())
@@ -52,7 +56,7 @@ def parse(*arguments):
 
 
 def test_every_document_is_in_exactly_one_split_in_order(corpus, tmp_path):
-    report = prepare([corpus], tokenizer=BYTES, out=tmp_path / "out", validation_fraction=0.3)
+    report = prepared(corpus, tmp_path / "out")
     train, validation = documents(tmp_path / "out", "train"), documents(tmp_path / "out", "validation")
     assert sorted(train + validation) == sorted(TEXTS)
     assert train == [text for text in TEXTS if text in train]
@@ -64,7 +68,7 @@ def test_every_document_is_in_exactly_one_split_in_order(corpus, tmp_path):
 
 
 def test_files_agree_with_meta(corpus, tmp_path):
-    prepare([corpus], tokenizer=BYTES, out=tmp_path / "out", validation_fraction=0.3)
+    prepared(corpus, tmp_path / "out")
     folder = tmp_path / "out" / "train"
     meta = json.loads((folder / "meta.json").read_text())
     offsets = np.load(folder / "offsets.npy")
@@ -87,11 +91,11 @@ def test_files_agree_with_meta(corpus, tmp_path):
 
 
 def test_the_split_depends_on_content_only(corpus, tmp_path):
-    prepare([corpus], tokenizer=BYTES, out=tmp_path / "one", validation_fraction=0.3)
+    prepared(corpus, tmp_path / "one")
     validation = set(documents(tmp_path / "one", "validation"))
     lines = tmp_path / "x.jsonl"
     lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS[::-1], *TEXTS, "a new one"]))
-    prepare([lines], tokenizer=BYTES, out=tmp_path / "two", validation_fraction=0.3)
+    prepared(lines, tmp_path / "two")
     assert set(documents(tmp_path / "two", "validation")) - {"a new one"} == validation
     assert len(documents(tmp_path / "two", "validation")) >= 2 * len(validation)
 
@@ -99,7 +103,7 @@ def test_the_split_depends_on_content_only(corpus, tmp_path):
 def test_two_runs_write_the_same_bytes_and_splits_are_nested(corpus, tmp_path):
     fingerprints = []
     for name, fraction in (("a", 0.3), ("b", 0.3), ("c", 0.6)):
-        report = prepare([corpus], tokenizer=BYTES, out=tmp_path / name, validation_fraction=fraction)
+        report = prepared(corpus, tmp_path / name, fraction)
         fingerprints.append((report.train.fingerprint, report.validation.fingerprint))
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
     assert set(documents(tmp_path / "a", "validation")) < set(documents(tmp_path / "c", "validation"))
@@ -129,7 +133,7 @@ def test_an_encoding_failure_names_the_document(corpus, tmp_path):
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
 def test_a_fraction_outside_of_0_to_1_is_refused(corpus, tmp_path, fraction):
     with pytest.raises(DataError, match=rf"--validation-fraction {fraction} "):
-        prepare([corpus], tokenizer=BYTES, out=tmp_path / "out", validation_fraction=fraction)
+        prepared(corpus, tmp_path / "out", fraction)
 
 
 @pytest.mark.parametrize(("fraction", "split"), [(1e-9, "validation"), (1 - 1e-9, "train")])
@@ -193,7 +197,7 @@ def test_nothing_readable_is_refused(tmp_path):
 
 def test_the_folder_has_the_usual_permissions(corpus, tmp_path):
     (tmp_path / "plain").mkdir()
-    prepare([corpus], tokenizer=BYTES, out=tmp_path / "out", validation_fraction=0.3)
+    prepared(corpus, tmp_path / "out")
     assert os.stat(tmp_path / "out").st_mode == os.stat(tmp_path / "plain").st_mode
 
 
@@ -204,7 +208,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
             for i in range(num_documents):
                 file.write(json.dumps({"text": f"{i} " + "x" * 20_000}) + "\n")
         tracemalloc.start()
-        prepare([lines], tokenizer=BYTES, out=tmp_path / f"out{num_documents}", validation_fraction=0.3)
+        prepared(lines, tmp_path / f"out{num_documents}")
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peak
@@ -250,7 +254,7 @@ def test_flags_of_earlier_versions_are_refused_with_the_new_name(capsys, old, ne
 def test_an_interrupted_run_leaves_things_as_they_were(corpus, tmp_path, monkeypatch, error, earlier):
     out = tmp_path / "out"
     if earlier:
-        prepare([corpus], tokenizer=BYTES, out=out, validation_fraction=0.3)
+        prepared(corpus, out)
     before = {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))}
     calls = 0
     add = module.SplitWriter.add
@@ -265,21 +269,21 @@ def test_an_interrupted_run_leaves_things_as_they_were(corpus, tmp_path, monkeyp
     monkeypatch.setattr(module.SplitWriter, "add", fail_late)
     expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else DataError
     with pytest.raises(expected, match=None if earlier or expected is KeyboardInterrupt else r"out cannot be written"):
-        prepare([corpus], tokenizer=BYTES, out=out, validation_fraction=0.3, overwrite=True)
+        prepared(corpus, out, overwrite=True)
     assert {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))} == before
 
 
 def test_a_corrupt_input_leaves_nothing(corpus, tmp_path):
     (corpus / "999.txt").write_bytes(b"\xff")
     with pytest.raises(DataError, match=r"999\.txt is not UTF-8"):
-        prepare([corpus], tokenizer=BYTES, out=tmp_path / "deep" / "out", validation_fraction=0.3)
+        prepared(corpus, tmp_path / "deep" / "out")
     assert list(tmp_path.rglob("*.bin")) == []
     assert list((tmp_path / "deep").iterdir()) == []
 
 
 def test_a_failing_rename_brings_the_earlier_result_back(corpus, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    first = prepare([corpus], tokenizer=BYTES, out=out, validation_fraction=0.3)
+    first = prepared(corpus, out)
     rename = module.Path.rename
 
     def fail_for_partial(self, target):
@@ -289,30 +293,30 @@ def test_a_failing_rename_brings_the_earlier_result_back(corpus, tmp_path, monke
 
     monkeypatch.setattr(module.Path, "rename", fail_for_partial)
     with pytest.raises(DataError, match=r"out cannot be written: Input/output error"):
-        prepare([corpus], tokenizer=BYTES, out=out, validation_fraction=0.5, overwrite=True)
+        prepared(corpus, out, 0.5, overwrite=True)
     assert TokenSource(out / "train").fingerprint == first.train.fingerprint
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out"]
 
 
 def test_an_existing_result_needs_overwrite(corpus, tmp_path):
     out = tmp_path / "out"
-    prepare([corpus], tokenizer=BYTES, out=out, validation_fraction=0.3)
+    prepared(corpus, out)
     with pytest.raises(DataError, match=r"out exists already; .*--overwrite"):
         prepare([corpus], tokenizer=BYTES, out=out)
-    report = prepare([corpus], tokenizer=BYTES, out=out, validation_fraction=0.6, overwrite=True)
+    report = prepared(corpus, out, 0.6, overwrite=True)
     assert TokenSource(out / "train").fingerprint == report.train.fingerprint
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out"]
 
 
 def test_overwrite_never_deletes_a_corpus(corpus):
     with pytest.raises(DataError, match=r"\.txt is not a result"):
-        prepare([corpus], tokenizer=BYTES, out=corpus, validation_fraction=0.3, overwrite=True)
+        prepared(corpus, corpus, overwrite=True)
     with pytest.raises(DataError, match=r"000\.txt is not a result"):
-        prepare([corpus], tokenizer=BYTES, out=corpus / "000.txt", validation_fraction=0.3, overwrite=True)
+        prepared(corpus, corpus / "000.txt", overwrite=True)
     assert len(list(corpus.iterdir())) == len(TEXTS)
 
 
 def test_a_result_inside_the_corpus_is_not_read_back(corpus):
-    first = prepare([corpus], tokenizer=BYTES, out=corpus / "out", validation_fraction=0.3)
-    again = prepare([corpus], tokenizer=BYTES, out=corpus / "out", validation_fraction=0.3, overwrite=True)
+    first = prepared(corpus, corpus / "out")
+    again = prepared(corpus, corpus / "out", overwrite=True)
     assert again.train == first.train

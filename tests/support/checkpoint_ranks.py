@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,7 @@ class RankState:
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.folder = config.run.folder / "checkpoints"
         self.checkpoints = Checkpointer(
-            self.folder,
-            self.model,
-            self.optimizer,
-            identity=identity(config, fingerprint),
-            config=config.checkpoint,
+            self.folder, self.model, self.optimizer, identity=identity(config, fingerprint), config=config.checkpoint
         )
 
     def update(self, number: int) -> None:
@@ -77,33 +74,18 @@ def load(config: Config, fingerprint: str = "data") -> tuple[str | None, TrainSt
     return folder and folder.name, state, rank.bits(), [group["weight_decay"] for group in rank.optimizer.param_groups]
 
 
-class Lines(logging.Handler):
-    """Lines that farspan logs inside a `with` block."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-    def __enter__(self) -> list[str]:
-        log = logging.getLogger("farspan")
-        self._level = log.level
-        log.addHandler(self)
-        log.setLevel(logging.INFO)
-        return self.lines
-
-    def __exit__(self, *error: object) -> None:
-        log = logging.getLogger("farspan")
-        log.removeHandler(self)
-        log.setLevel(self._level)
-
-
 def walk_back(config: Config) -> tuple[str | None, Bits, list[str]]:
     """On a rank: load; return the folder's name, the bits and the log lines of skipped checkpoints."""
-    with Lines() as lines:
+    log, records = logging.getLogger("farspan"), BufferingHandler(1000)
+    level = log.level
+    log.addHandler(records)
+    log.setLevel(logging.INFO)
+    try:
         folder, _, bits, _ = load(config)
+    finally:
+        log.removeHandler(records)
+        log.setLevel(level)
+    lines = [record.getMessage() for record in records.buffer]
     return folder, bits, [line for line in lines if line.startswith("skipped")]
 
 

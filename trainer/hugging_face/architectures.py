@@ -128,12 +128,9 @@ def architecture_of(model: ModelConfig, mechanisms: Sequence[Mechanism]) -> Arch
                 "attention.mechanism=dense before an export."
             )
     has_experts = any(model.expert_layers)
-    architecture = {
-        (False, False): LLAMA,
-        (False, True): QWEN3,
-        (True, False): MIXTRAL,
-        (True, True): QWEN3_MOE,
-    }[has_experts, model.qk_norm]
+    architecture = {(False, False): LLAMA, (False, True): QWEN3, (True, False): MIXTRAL, (True, True): QWEN3_MOE}[
+        has_experts, model.qk_norm
+    ]
     required = {
         "parallel_blocks": (model.parallel_blocks, False),
         "key_convolution": (model.key_convolution, 0),

@@ -90,12 +90,6 @@ def test_files_that_are_cut_or_lost_are_found(config: Config, newest: Path, writ
     assert_walked_back(ranks(2).run(walks_back, config, harms), written, newest, harms)
 
 
-def test_the_undamaged_are_loaded(config: Config, newest: Path, written: Written, ranks: Pool) -> None:
-    for rank, (folder, bits, lines) in enumerate(ranks(2).run(walk_back, config)):
-        assert (folder, lines) == ("step_00000002", [])
-        assert same_bits(bits, written.bits[rank][1])
-
-
 def test_all_damaged_is_no_fresh_start(config: Config, newest: Path, ranks: Pool) -> None:
     for folder in (newest, newest.with_name("step_00000001")):
         flip(folder / "__0_0.distcp", 5000)

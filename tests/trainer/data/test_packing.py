@@ -15,29 +15,10 @@ from farspan.trainer.data.packing import (
     sequence_seed,
     stream_hash,
 )
-from farspan.trainer.data.source import SplitWriter, TokenSource
-from farspan.trainer.data.tokenizer import ByteTokenizer
 
 END = 256
 LENGTHS = (5, 1, 0, 9, 2, 3, 17, 1)
 FIELDS = ("tokens", "labels", "position", "document")
-
-
-@pytest.fixture
-def make_source(tmp_path):
-    """Return a function that writes documents of the given lengths; no two documents share a token but END."""
-
-    def make(lengths) -> TokenSource:
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        first = 0
-        with SplitWriter(folder, tokenizer=ByteTokenizer()) as writer:
-            for length in lengths:
-                writer.add(np.arange(first, first + length), num_bytes=max(length, 1))
-                first += length
-            writer.finish()
-        return TokenSource(folder)
-
-    return make
 
 
 @pytest.fixture
@@ -161,13 +142,6 @@ def test_a_repeating_stream_has_no_length(source):
 def test_impossible_options_are_refused(source, options, message):
     with pytest.raises(ConfigError, match=message):
         PackedSequences(source, **options)
-
-
-def test_the_last_token_of_the_file_at_a_border(make_source):
-    packed = PackedSequences(make_source([3, 0]), sequence_tokens=5, seed=0, shuffle=False)
-    assert packed.sequence(0).tokens.tolist() == [0, 1, 2, END, END]
-    assert packed.sequence(0).labels.tolist() == [1, 2, END, IGNORED, IGNORED]
-    assert packed.sequence(0).document.tolist() == [0, 0, 0, 0, 1]
 
 
 def test_a_far_index_costs_one_epoch(source):

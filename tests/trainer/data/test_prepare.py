@@ -240,8 +240,7 @@ def test_command_line_defaults():
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
-    [("--held-out 0.1", "--validation-fraction"), ("--hold-out-ends", "--validation-from-ends")],
+    ("old", "new"), [("--held-out 0.1", "--validation-fraction"), ("--hold-out-ends", "--validation-from-ends")]
 )
 def test_flags_of_earlier_versions_are_refused_with_the_new_name(capsys, old, new):
     with pytest.raises(SystemExit):

@@ -1,22 +1,17 @@
 import itertools
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 
 from farspan.trainer.data.packing import PackedSequences
 from farspan.trainer.data.shuffle import ShuffledSequences, shuffled_place
-from farspan.trainer.data.source import SplitWriter, TokenSource
-from farspan.trainer.data.tokenizer import ByteTokenizer
+from farspan.trainer.data.source import TokenSource
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> TokenSource:
-    with SplitWriter(tmp_path / "split", tokenizer=ByteTokenizer()) as writer:
-        for length in (30, 3, 11, 1, 47, 8):
-            writer.add(np.arange(length), num_bytes=length)
-        writer.finish()
-    return TokenSource(tmp_path / "split")
+def source(make_source: Callable[[Sequence[int]], TokenSource]) -> TokenSource:
+    return make_source((30, 3, 11, 1, 47, 8))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 16, 17, 1000])

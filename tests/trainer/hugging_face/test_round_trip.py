@@ -32,13 +32,7 @@ SIZES = {
     "initializer_range": 0.1,
 }
 # With the default ramp, heads of 16 would not differ.
-YARN = {
-    "rope_type": "yarn",
-    "factor": 4.0,
-    "original_max_position_embeddings": 64,
-    "beta_fast": 2.0,
-    "beta_slow": 0.25,
-}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 2.0, "beta_slow": 0.25}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,

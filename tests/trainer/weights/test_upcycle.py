@@ -168,11 +168,7 @@ def test_missing_weights_and_those_of_another_model_are_refused(dense: list[Conf
 
 
 @pytest.mark.parametrize(
-    ("new", "old", "recurrent_layer"),
-    [
-        ("dense, lightning", "lightning, dense", "gated"),
-        ("mosa", "nats", "plain"),
-    ],
+    ("new", "old", "recurrent_layer"), [("dense, lightning", "lightning, dense", "gated"), ("mosa", "nats", "plain")]
 )
 def test_layers_of_another_kind_are_refused(
     tmp_path: Path, new: str, old: str, recurrent_layer: Literal["gated", "plain"]

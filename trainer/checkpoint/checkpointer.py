@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from farspan.errors import CheckpointError
 from farspan.parallel.groups import group_along
-from farspan.trainer.checkpoint.manifest import START_ANEW, DamagedError, Manifest, damaged
+from farspan.trainer.checkpoint.manifest import START_AGAIN, DamagedError, Manifest, damaged
 from farspan.trainer.checkpoint.shards import read_shards, write_shards
 from farspan.trainer.checkpoint.steps import finished, make_room, prune, publish, step_name
 from farspan.trainer.checkpoint.verify import check_sizes, verified
@@ -129,7 +129,7 @@ class Checkpointer:
         if found:
             raise CheckpointError(
                 f"none of the {len(found)} checkpoints in {self._folder} can be used, see the lines before: restore "
-                f"one of them, or {START_ANEW}."
+                f"one of them, or {START_AGAIN}."
             )
         return None
 
@@ -175,7 +175,7 @@ class Checkpointer:
             names = ", ".join(f'"{name}"' for name in differences)
             raise CheckpointError(
                 f"checkpoint {folder} was trained with another {', another '.join(differences.values())}: go back to "
-                f"that, or {START_ANEW}, or go on with what is new by checkpoint.accept_changed=[{names}]."
+                f"that, or {START_AGAIN}, or accept it with checkpoint.accept_changed=[{names}]."
             )
 
     def _make_room(self, step: int, num_bytes: int) -> Path:

@@ -15,7 +15,7 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 HASH = "sha256"
 """The key of the hash of the rest of the manifest."""
-START_ANEW = "start anew with another run.folder"
+START_AGAIN = "start again with another run.folder"
 
 
 class DamagedError(CheckpointError):
@@ -66,7 +66,7 @@ class Manifest:
         if version != FORMAT and (is_intact or HASH not in content):
             raise CheckpointError(
                 f"checkpoint {folder} has format {version!r} but this farspan reads {FORMAT}: use the farspan that "
-                f"wrote it, or {START_ANEW}."
+                f"wrote it, or {START_AGAIN}."
             )
         if not is_intact:
             raise damaged(folder, f"{MANIFEST} is not as it was written")

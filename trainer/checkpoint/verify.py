@@ -1,4 +1,4 @@
-"""Whether a checkpoint is complete: its sizes, every byte of it, and which is the newest complete one."""
+"""Verification of checkpoints: sizes, every byte, and the newest complete one."""
 
 import hashlib
 import logging

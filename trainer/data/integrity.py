@@ -1,4 +1,4 @@
-"""Whether prepared data is unchanged: its files are not newer than the metadata, which is written last.
+"""Verification of prepared data: unchanged if its files are not newer than the metadata, which is written last.
 
 Where they are, as after copying, every byte is hashed: about a second for each gigabyte.
 """

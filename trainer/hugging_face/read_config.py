@@ -73,7 +73,7 @@ def _architecture(fields: Any, path: Path) -> Architecture:
 
 
 def _model(fields: Fields, architecture: Architecture) -> dict[str, Any]:
-    """Return the tree of a ModelConfig; raises KeyError for a field that is missing."""
+    """Return the tree of a ModelConfig; raises KeyError for a missing field."""
     for name, supported in REQUIRED.items():
         if fields.get(name, supported) != supported:
             raise ConfigError(f"{name}={_shown(fields[name])}, but farspan computes {_shown(supported)} only.")

@@ -2,10 +2,9 @@
 
 Legend: T local tokens of one micro-batch, C width, Hq query heads, Hk KV heads, D head dim.
 
-Where q goes next: `inputs.attention` is what `trainer/batch.py` planned for this layer and sequence, with the
-mechanism, strategy and backend that `trainer/build.py` chose. Calling it runs the strategy
-(`parallel/context_parallel/strategy.py`), which moves keys, heads or queries between ranks, and calls the backend's
-kernels (`kernels/attention.py`) on each block that arrives.
+Where q goes next: `trainer/build.py` chooses mechanism, strategy and backend of each layer; `trainer/batch.py` plans
+them for a sequence, as `inputs.attention`. Calling that runs the strategy, `parallel/context_parallel/strategy.py`,
+which moves keys, heads or queries between ranks and runs the backend's kernels, `kernels/attention.py`, on each block.
 """
 
 from dataclasses import dataclass

@@ -9,7 +9,7 @@ from pathlib import Path
 from farspan.errors import CheckpointError, ConfigError
 from farspan.trainer.checkpoint.manifest import DamagedError, Manifest
 from farspan.trainer.checkpoint.steps import PREFIX, REFUSED, finished, prune, step_of
-from farspan.trainer.checkpoint.verify import check_sizes, check_whole
+from farspan.trainer.checkpoint.verify import check_complete, check_sizes
 from farspan.trainer.resilience.lock import lock_folder
 
 log = logging.getLogger("farspan")
@@ -44,7 +44,7 @@ def verify(folder: Path) -> bool:
     all_whole = True
     for path in [folder] if is_step else _finished(folder):
         try:
-            manifest = check_whole(path)
+            manifest = check_complete(path)
         except DamagedError as error:
             if path is not folder and not path.exists():
                 # By a run under way, which keeps a few only.
@@ -69,7 +69,7 @@ def prune_run(run: Path, *, keep: int, permanent_every: int) -> None:
         raise ConfigError(f"--permanent-every {permanent_every} must be at least 0.")
     newest = _finished(run)[-1]
     # Before it is locked, as it takes a while: a job that started meanwhile would end.
-    check_whole(newest)
+    check_complete(newest)
     with lock_folder(run):
         if _finished(run)[-1] != newest:
             raise CheckpointError(f"{run} has saved another checkpoint meanwhile: try again.")

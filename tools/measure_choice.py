@@ -25,7 +25,7 @@ from farspan.parallel.ranks import Ranks, connected
 from farspan.parallel.simulation import Unconnected
 from farspan.tools.command import print_all
 from farspan.trainer.build import build_batches, build_model
-from farspan.trainer.checkpoint.verify import newest_whole
+from farspan.trainer.checkpoint.verify import newest_complete
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import PackedSequences
 from farspan.trainer.resolve import resolve
@@ -42,15 +42,15 @@ def chosen_by_layers(folder: Path) -> tuple[Config, Rows, list[Routing]]:
     config, device = resolved.config, resolved.device
     mesh = Mesh.build(config.parallel, device.type)
     model = build_model(config, mesh, device)
-    load_weights(model, newest_whole(folder / "checkpoints"))
+    load_weights(model, newest_complete(folder / "checkpoints"))
     data = PackedSequences(
         resolved.validation_source, sequence_tokens=config.data.sequence_tokens, seed=0, shuffle=False, repeat=False
     )
     batch = build_batches(config, mesh, device, Traffic()).build(data.sequence(0))
     seen: list[tuple[Tensor, ...]] = []
-    attends = tuple(_watched(attend, seen) for attend in batch.context.attends)
+    attention = tuple(_watched(attend, seen) for attend in batch.context.attention)
     with torch.no_grad():
-        model(batch.tokens, batch.labels, replace(batch.context, attends=attends))  # pyright: ignore[reportArgumentType]
+        model(batch.tokens, batch.labels, replace(batch.context, attention=attention))  # pyright: ignore[reportArgumentType]
     rows = batch.context.rows.to("cpu")
     inputs, heads_of = zip(config.mechanisms(), seen, strict=True), config.model.heads_of
     return config, rows, [m.route(rows, heads_of(m), q, k, *routing) for m, (q, k, _, *routing) in inputs]

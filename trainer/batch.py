@@ -16,8 +16,7 @@ from farspan.parallel.expert_parallel.capacity import SharedSequence
 from farspan.parallel.layout import Shards
 from farspan.parallel.mesh import Mesh
 from farspan.trainer.config import Config
-from farspan.trainer.data.packing import IGNORED, PackedSequence, PackedSequences
-from farspan.trainer.data.sample_hash import fingerprint, sequence_seed
+from farspan.trainer.data.packing import IGNORED, PackedSequence, PackedSequences, sequence_hash, sequence_seed
 from farspan.trainer.data.shuffle import ShuffledSequences
 from farspan.trainer.data.source import TokenSource
 from farspan.trainer.model.config import ModelConfig
@@ -109,12 +108,12 @@ class BatchBuilder:
             labels=labels.to(self.device),
             context=SequenceContext(
                 rows=shards.rows_of(rank).to(self.device),
-                attends=tuple(planned[layer] for layer in self.layers),
+                attention=tuple(planned[layer] for layer in self.layers),
                 key_convolution=convolution,
                 experts=self._places(shards),
             ),
             attention_flops=attention_flops(self.model, self.mechanisms, rows) if rank == 0 else 0,
-            fingerprint=fingerprint(index, sequence) if rank == 0 else 0,
+            fingerprint=sequence_hash(index, sequence) if rank == 0 else 0,
             seed=sequence_seed(self.seed, index),
         )
 

@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from farspan.trainer.data.sample_hash import follow
+from farspan.trainer.data.packing import stream_hash
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainState:
     """With parameters and optimizer state, all that a resume needs.
 
-    Random streams have no state of their own: each is a function of a sequence's index, see `data/sample_hash.py`.
+    Random streams have no state of their own: each is a function of a sequence's index, see `data/packing.py`.
     """
 
     step: int = 0
@@ -46,7 +46,7 @@ class TrainState:
         self.step += 1
         self.sequences += sequences
         self.tokens += tokens
-        self.stream = follow(self.stream, fingerprint)
+        self.stream = stream_hash(self.stream, fingerprint)
 
 
 def records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:

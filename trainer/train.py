@@ -21,7 +21,7 @@ from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.checkpoint.steps import finished
 from farspan.trainer.config import Config, flat
 from farspan.trainer.config_history import record_config
-from farspan.trainer.data.integrity import check_unchanged
+from farspan.trainer.data.integrity import check_integrity
 from farspan.trainer.data.source import SPLITS
 from farspan.trainer.estimate.summary import describe, format_layers
 from farspan.trainer.evaluate import Validation
@@ -135,7 +135,7 @@ def lock_and_check_files(config: Config, ranks: Ranks, stack: ExitStack) -> None
     """Raise FarspanError if another run has the folder, or an input of this run is missing or was changed."""
     stack.enter_context(lock_folder(Path(config.run.folder), ranks.job))
     for split in SPLITS:
-        check_unchanged(Path(config.data.folder) / split)
+        check_integrity(Path(config.data.folder) / split)
     if config.run.start_from is not None and not finished(Path(config.run.folder) / "checkpoints"):
         check_weights(Path(config.run.start_from))
 
@@ -177,10 +177,10 @@ def saves_settled(checkpoints: Checkpointer, state: TrainState, watchdog: Watchd
     except FarspanError:
         # All ranks are well, so that the save ends soon, and a thread left running could abort the process.
         with watchdog.phase("save", state.step):
-            checkpoints.settle_saving()
+            checkpoints.finish_saving_or_log()
         raise
     finally:
-        checkpoints.abandon_saving()
+        checkpoints.wait_briefly()
 
 
 def load(config: Config, model: Transformer, checkpoints: Checkpointer, state: TrainState) -> None:

@@ -70,7 +70,7 @@ def launch_slurm(options: argparse.Namespace) -> int:
     from farspan.launch.slurm.site import load_site
     from farspan.launch.slurm.submit import check_ready, next_submission, submit
     from farspan.trainer.config import Config
-    from farspan.trainer.estimate.dry_run import dry_run, rehearse
+    from farspan.trainer.estimate.dry_run import dry_run, dry_run_plan
     from farspan.trainer.resolve import open_data
     from farspan.trainer.toml_config import load_config, to_toml
 
@@ -114,7 +114,7 @@ def launch_slurm(options: argparse.Namespace) -> int:
     check_ready(run)
     for each in configs:
         open_data(each)
-        rehearse(each, num_ranks)
+        dry_run_plan(each, num_ranks)
     ids = submit(job, [to_toml(each) for each in configs], options.chain)
     log.info("%-12s%s; see `farspan jobs status %s`", "submitted", " then ".join(ids), config.run.folder)
     return 0

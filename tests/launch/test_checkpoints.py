@@ -68,13 +68,13 @@ def test_ls_shows_a_line_for_each(run: Path, capsys: pytest.CaptureFixture[str])
 def test_what_a_run_deletes_meanwhile_is_not_damaged(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check = checkpoints.check_whole
+    check = checkpoints.check_complete
 
     def slow(path: Path) -> Manifest:
         shutil.rmtree(run / "checkpoints" / "step_00000020", ignore_errors=True)
         return check(path)
 
-    monkeypatch.setattr(checkpoints, "check_whole", slow)
+    monkeypatch.setattr(checkpoints, "check_complete", slow)
     assert farspan("verify", run) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["whole", "deleted", "whole"]
     assert farspan("verify", run / "checkpoints" / "step_00000020") == 1

@@ -147,7 +147,7 @@ def test_overrides_stand_anywhere_and_the_last_wins(
     words: str, config_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main([str(config_file) if word == "CONFIG" else word for word in words.split()]) == 0
-    assert "; 3 layers, width 32" in capsys.readouterr().out
+    assert "3 of width 32" in capsys.readouterr().out
 
 
 PRESETS = {
@@ -157,17 +157,20 @@ PRESETS = {
     ("qwen3_8b_128k", 64): ("dp_shard 8 x context 8", "8,190,735,360 parameters", "sharded     127,980,"),
     ("qwen3_30b_a3b_128k", 64): (
         "dp_shard 8 x context 8", "30,532,122,624 parameters", "sharded     477,064,416",
-        "experts     8 of 128 of size 768 in 48 layers, dealt to 8 ranks; 3,041,656,832 parameters multiply a token",
+        "3,041,656,832 active per token",
+        "experts     8 of 128 per token, feed_forward 768, in 48 layers, expert-parallel degree 8",
     ),
     ("mixtral_8x7b_64k", 32): (
         "dp_shard 8 x context 4", "46,702,792,704 parameters", "sharded     1,459,560,576",
-        "experts     2 of 8 of size 14336 in 32 layers, dealt to 8 ranks; 12,748,587,008 parameters multiply a token",
+        "12,748,587,008 active per token",
+        "experts     2 of 8 per token, feed_forward 14336, in 32 layers, expert-parallel degree 8",
     ),
     ("minimax_style", 8): (
         "dp_shard 1 x context 8", "20,778,248,192 parameters", "sharded     2,597,281,024",
-        "experts     2 of 32 of size 3072 in 32 layers, dealt to 8 ranks; 2,248,933,376 parameters multiply a token",
-        "attention   7 x Lightning, Dense(causal=True), 7 x Lightning, ", ", recurrences gated, computed by ",
-        "context     state and ring, zigzag; ",
+        "2,248,933,376 active per token",
+        "experts     2 of 32 per token, feed_forward 3072, in 32 layers, expert-parallel degree 8",
+        "attention   7 x Lightning, Dense(causal=True), 7 x Lightning, ", "recurrences in gated layers",
+        "strategy    state and ring, zigzag",
     ),
 }  # fmt: skip
 
@@ -182,21 +185,22 @@ def test_a_dry_run_of_a_preset_needs_neither_gpus_nor_data(
     assert err == ""
     lines = dict(line.split(maxsplit=1) for line in out.splitlines())
     experts = ["experts"] if "experts" in "".join(PRESETS[preset, num_ranks]) else []
+    recurrences = ["recurrences"] if preset == "minimax_style" else []
     assert list(lines) == [
-        "ranks", "step", "model", *experts, "compute", "attention", "context", "memory", "sharded", "dry"
+        "ranks", "step", "micro-batch", "model", "layers", *experts, "compute", "attention", *recurrences, "backend",
+        "strategy", "traffic", "memory", "sharded", "dry",
     ]  # fmt: skip
     assert lines["ranks"].startswith(f"{num_ranks} = ")
     tokens = {"mixtral_8x7b_64k": 65_536, "minimax_style": 262_144}.get(preset, 131_072)
     local = 32_768 if preset == "minimax_style" else 16_384
-    assert lines["step"].startswith(
-        f"4,194,304 tokens = {2**22 // tokens} x {tokens:,}; each rank holds {local:,} at a time and accumulates "
-    )
+    assert lines["step"] == f"4,194,304 tokens = {2**22 // tokens} sequences x {tokens:,}"
+    assert lines["micro-batch"].startswith(f"{local:,} tokens per rank, ")
     assert all(part in out for part in PRESETS[preset, num_ranks])
     assert "GFLOP per token" in lines["compute"]
     if preset != "minimax_style":
-        assert lines["attention"].startswith("Dense(causal=True), computed by ")
-        assert lines["context"].startswith("ring, zigzag; each rank sends ")
-    assert " GiB per rank (estimate): " in lines["memory"]
+        assert lines["attention"] == "Dense(causal=True)"
+        assert lines["strategy"].startswith("ring, zigzag")
+    assert " GiB per rank (estimate)" in lines["memory"]
     assert not dist.is_initialized()
     assert list(tmp_path.iterdir()) == []
 

@@ -12,8 +12,7 @@ from farspan.parallel.mesh import Mesh, ParallelConfig
 from farspan.trainer.batch import MicroBatch
 from farspan.trainer.build import build_batches
 from farspan.trainer.config import Config
-from farspan.trainer.data.packing import IGNORED, PackedSequence
-from farspan.trainer.data.sample_hash import fingerprint, sequence_seed
+from farspan.trainer.data.packing import IGNORED, PackedSequence, sequence_hash, sequence_seed
 from tests.support import tiny
 from tests.support.rank_pool import RankPool
 
@@ -61,7 +60,7 @@ def stream_of(config: Config) -> tuple[int, int]:
 def test_ranks_of_a_sequence_count_it_once_and_draw_by_its_place(ranks: Callable[[int], RankPool]) -> None:
     config = tiny.config(Path("none"), Path("none"), ParallelConfig(context=2))
     seed = sequence_seed(config.run.seed, 5)
-    assert ranks(2).run(stream_of, config) == [(fingerprint(5, SEQUENCE), seed), (0, seed)]
+    assert ranks(2).run(stream_of, config) == [(sequence_hash(5, SEQUENCE), seed), (0, seed)]
 
 
 def test_rank_order_is_the_layouts(ranks: Callable[[int], RankPool]) -> None:

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from farspan.trainer.data.sample_hash import follow
+from farspan.trainer.data.packing import stream_hash
 from farspan.trainer.state import TrainState
 
 
@@ -17,7 +17,7 @@ def test_a_step_advances_all_of_it() -> None:
     state = TrainState()
     state.advance(sequences=2, tokens=100, fingerprint=5)
     state.advance(sequences=2, tokens=90, fingerprint=6)
-    assert state == TrainState(step=2, sequences=4, tokens=190, stream=follow(follow("", 5), 6))
+    assert state == TrainState(step=2, sequences=4, tokens=190, stream=stream_hash(stream_hash("", 5), 6))
 
 
 def test_a_cut_state_is_refused_and_changes_nothing() -> None:

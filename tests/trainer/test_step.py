@@ -54,7 +54,7 @@ def run(weight: float, labels: list, max_norm: float) -> Outcome:
         MicroBatch(
             tokens=torch.tensor(t, dtype=torch.float64),
             labels=torch.tensor(y),
-            context=SequenceContext(rows=Rows.packed([len(t)]), attends=()),
+            context=SequenceContext(rows=Rows.packed([len(t)]), attention=()),
             attention_flops=10 * rank + i,
             fingerprint=2**32 - 10 * rank - i,
             seed=10 * rank + i,

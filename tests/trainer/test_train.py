@@ -20,7 +20,7 @@ from farspan.parallel.mesh import ParallelConfig
 from farspan.parallel.ranks import Ranks
 from farspan.trainer import config_history, evaluate, metrics
 from farspan.trainer import train as module
-from farspan.trainer.checkpoint import background, checkpointer, shards
+from farspan.trainer.checkpoint import checkpointer, shards
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
 from farspan.trainer.data.packing import IGNORED, PackedSequences
@@ -332,7 +332,7 @@ def test_a_save_under_way_is_finished_when_the_run_ends_of_something_else(
     step, calls = module.train_step, count(1)
     monkeypatch.setattr(module, "train_step", second_fails)
     monkeypatch.setattr(checkpointer, "write_shards", slow)
-    monkeypatch.setattr(background, "LAST_MOMENT_S", 0.0)
+    monkeypatch.setattr(checkpointer, "LAST_MOMENT_S", 0.0)
     with pytest.raises(TrainingError, match="has a label"):
         run(config)
     assert done(config)[2] == [1]

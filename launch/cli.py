@@ -15,7 +15,7 @@ from typing import TextIO
 from farspan.errors import ConfigError, FarspanError
 from farspan.launch.commands import checkpoint as checkpoint_commands
 from farspan.launch.commands.arguments import add_config_arguments, check_count
-from farspan.launch.commands.slurm import add_jobs, add_slurm, launch_slurm
+from farspan.launch.commands.launch import add_jobs, add_slurm, launch_slurm
 from farspan.launch.env import read_ranks
 from farspan.launch.local import LocalJob
 from farspan.trainer.resilience.signals import (

@@ -17,36 +17,52 @@
 #SBATCH --requeue
 #SBATCH --dependency=singleton
 
-# Made by `farspan launch slurm`; sbatch takes this file by hand too. Jobs of one run have one name and, being
-# singletons, wait for each other: submit it several times to go on after the time limit.
-#
-# It has three parts. `job` runs once, on the first node, and starts a `task` for each rank.
-# A task starts its ranks, each of them as a `rank`.
+# Made by `farspan launch slurm`; it can also be submitted by hand. Jobs of one run share a name and, as singletons,
+# wait for each other: submit the script several times to continue after the time limit.
+submitted=/scratch/runs/long/submitted/001
+run=/scratch/runs/long
+is_array=false
+task_per_rank=true
+num_nodes=2
+ranks_per_node=8
+threads_per_rank=6
+host_python=/home/me/farspan/.venv/bin/python
+python=python3
+srun=(srun --kill-on-bad-exit=1 '--container-image=my image.sqsh' nice -n 5)
+requeue_limits=(--requeues=3 --max-failures=3 --exclude-hours=24 --max-excluded=8)
+exit_warned=75
+warning_signal=USR1
+
+# The script has three parts, and calls itself. `job`, the part that sbatch runs, runs once, on the first node. It
+# starts a `task` on each node, or one for each rank. A task starts one `rank` or several.
 set -euo pipefail
 
-# What runs is the code and the configuration of when the job was submitted.
-submitted=/scratch/runs/long/submitted/001
 config=$submitted/config.toml
-run=/scratch/runs/long
 job=$SLURM_JOB_ID
+if "$is_array"; then
+    # Each element of the array is a run of its own.
+    element=$(printf %03d "$SLURM_ARRAY_TASK_ID")
+    config=$submitted/config_$element.toml
+    run=$run/$element
+    job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+fi
+# SLURM leaves the variable out at the first start.
 restarts=${SLURM_RESTART_COUNT:-0}
 logs=$run/logs/$job/$restarts
-python=python3
 
-# Before the ranks start: whether the job was started too often or fails in a row. After their end: what failed and
-# where, and whether the job is queued again, and without which nodes.
+# `before` the ranks start: may the job start, or was it started too often, or does it fail in a row? `after` they ended:
+# record what failed and where, and queue the job again if that is of use, without nodes that failed.
 requeue() {
-    /home/me/farspan/.venv/bin/python -m farspan.launch.slurm.requeue "$@" \
-        --run="$run" --job="$job" --restarts="$restarts" --script="$submitted/job.sh" \
-        --requeues=3 --max-failures=3 --exclude-hours=24 --max-excluded=8
+    "$host_python" -m farspan.launch.slurm.requeue "$@" --run="$run" --job="$job" --restarts="$restarts" \
+        --script="$submitted/job.sh" "${requeue_limits[@]}"
 }
 
 case ${1:-job} in
 job)
     mkdir -p "$logs/ended"
     scontrol show hostnames "$SLURM_JOB_NODELIST" >"$logs/nodes"
-    export OMP_NUM_THREADS=6 PYTHONUNBUFFERED=1
-    # Without the second, Python would prefer code that lies in the current folder.
+    export OMP_NUM_THREADS=$threads_per_rank PYTHONUNBUFFERED=1
+    # The job runs the code of its submission. Without PYTHONSAFEPATH, Python would prefer code in the current folder.
     export PYTHONPATH=$submitted/code PYTHONSAFEPATH=1
     set +u
     module load cuda
@@ -56,34 +72,46 @@ job)
     requeue before || exit
     # srun does not take this over from sbatch.
     export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
-    # Ranks meet on the first node, at a port that other jobs there do not have.
+    # Ranks meet on the first node. The port is below those that Linux gives out by itself (32768 and up), and differs
+    # between jobs that share the node.
     read -r MASTER_ADDR <"$logs/nodes"
     export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
-    # SLURM sends SIGTERM to every process when it ends the job: ranks save, and this shell waits for them.
-    told=
-    trap 'told=--told' TERM
+    # SLURM sends SIGTERM to every process when it ends the job. The ranks save; this shell must outlive them, and bash
+    # runs a trap only after the command in the foreground, srun, has ended.
+    got_sigterm=
+    trap 'got_sigterm=--got-sigterm' TERM
     status=0
-    srun --kill-on-bad-exit=1 '--container-image=my image.sqsh' nice -n 5 bash "$submitted/job.sh" task || status=$?
-    # To queue the job again ends this shell.
+    "${srun[@]}" bash "$submitted/job.sh" task || status=$?
+    # `scontrol requeue` makes SLURM send SIGTERM to this shell, which still has to exclude nodes and to exit.
     trap '' TERM
-    requeue after --status="$status" $told
+    requeue after --status="$status" ${got_sigterm:+"$got_sigterm"}
     ;;
 task)
-    # SLURM's warning reaches every process: the ranks act on it, and nothing else may die of it.
-    trap '' USR1
+    # SLURM sends its warning to every process of the step. Only the ranks act on it; ignored here, it is ignored in all
+    # that this shell starts, until a rank installs its handler.
+    trap '' "$warning_signal"
+    # A handler, unlike '', is not inherited: this shell survives SIGTERM, and torchrun still gets it.
     trap : TERM
     status=0
-    export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
-    bash "$submitted/job.sh" rank || status=$?
+    if "$task_per_rank"; then
+        export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
+        bash "$submitted/job.sh" rank || status=$?
+    else
+        # The id of the rendezvous differs between starts, so that late ranks of the last one cannot join.
+        "$python" -m farspan.launch.torchrun --nnodes="$num_nodes" --nproc-per-node="$ranks_per_node" \
+            --rdzv-backend=c10d --rdzv-id="$job-$restarts" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" \
+            --no-python bash "$submitted/job.sh" rank || status=$?
+    fi
     echo "$SLURMD_NODENAME $HOSTNAME $status" >"$logs/ended/$SLURM_PROCID"
-    # Ranks that saved after a warning: to srun that would be a failure, for which it kills those of other nodes.
-    [ "$status" != 75 ] || status=0
+    # Ranks that saved after a warning: srun would take that for a failure and kill the tasks of other nodes.
+    [ "$status" != "$exit_warned" ] || status=0
     exit "$status"
     ;;
 rank)
-    # Ranks catch signals themselves; what writes their logs ends when they do.
+    # The rank catches signals itself. tee and sed must live on, to write down what it prints while it saves.
     trap '' INT TERM
-    # Output goes to a file of the rank and, with the rank before each line, into the log of the job.
+    # Output goes to a file of the rank and, with the rank before each line, into the log of the job. By pipefail the
+    # exit status is the rank's.
     "$python" -m farspan.launch.cli train "$config" 2>&1 |
         tee -a "$logs/rank_$RANK.log" | sed -u "s/^/$RANK: /"
     ;;

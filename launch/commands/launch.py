@@ -19,7 +19,6 @@ from farspan.launch.env import site_file
 from farspan.launch.local import LocalJob
 
 if TYPE_CHECKING:
-    from farspan.launch.slurm.job import SlurmJob
     from farspan.trainer.config import Config
 
 log = logging.getLogger("farspan")
@@ -90,57 +89,17 @@ def run_local(options: argparse.Namespace) -> int:
 
 def run_slurm(options: argparse.Namespace) -> int:
     """Submit a run, or several as a job array, or print the batch script."""
-    from farspan.launch.slurm.submit import check_ready, submit
+    from farspan.launch.slurm.job import SlurmJob
+    from farspan.launch.slurm.site import load_site
+    from farspan.launch.slurm.submit import check_ready, next_submission, submit
     from farspan.trainer.estimate.dry_run import dry_run, rehearse
     from farspan.trainer.resolve import open_data
     from farspan.trainer.toml_config import to_toml
 
     check_count(options.chain, "--chain")
     run_folder, configs = _slurm_configs(options)
-    job = _slurm_job(options, Path.cwd() / run_folder, configs)
-    job.check()
-    num_ranks = options.nodes * options.gpus_per_node
-    if options.dry_run:
-        for config in configs:
-            dry_run(config, num_ranks)
-        print(job.script(), end="")
-        return 0
-    check_ready(job.run)
-    for config in configs:
-        open_data(config)
-        rehearse(config, num_ranks)
-    ids = submit(job, [to_toml(config) for config in configs], options.chain)
-    log.info("%-12s%s; see `farspan jobs status %s`", "submitted", " then ".join(ids), run_folder)
-    return 0
-
-
-def _slurm_configs(options: argparse.Namespace) -> "tuple[Path, list[Config]]":
-    """Return run.folder and the configurations of the runs: one, or one for each element of an array."""
-    from farspan.launch.slurm.array import array_overrides
-    from farspan.launch.slurm.job import element_name
-    from farspan.trainer.config import Config
-    from farspan.trainer.toml_config import load_config
-
-    config = load_config(Config, options.config, options.overrides)
-    changes = array_overrides(options.each)
-    configs = [load_config(Config, options.config, [*options.overrides, *change]) for change in changes] or [config]
-    for number, change in enumerate(changes):
-        name = element_name(number)
-        configs[number] = replace(configs[number], run=replace(configs[number].run, folder=config.run.folder / name))
-        log.info("%-12s%s", name, "  ".join(change))
-    # This machine may have no GPUs, and on the job's nodes "auto" must not fall back to the CPU.
-    return config.run.folder, [
-        replace(each, train=replace(each.train, device="cuda")) if each.train.device == "auto" else each
-        for each in configs
-    ]
-
-
-def _slurm_job(options: argparse.Namespace, run: Path, configs: "list[Config]") -> "SlurmJob":
-    from farspan.launch.slurm.job import SlurmJob
-    from farspan.launch.slurm.site import load_site
-    from farspan.launch.slurm.submit import next_submission
-
-    return SlurmJob(
+    run = Path.cwd() / run_folder
+    job = SlurmJob(
         run=run,
         submitted=next_submission(run),
         workdir=Path.cwd(),
@@ -156,3 +115,37 @@ def _slurm_job(options: argparse.Namespace, run: Path, configs: "list[Config]") 
         elements=len(configs) if options.each else 0,
         site=load_site(options.site or site_file()),
     )
+    job.check()
+    num_ranks = options.nodes * options.gpus_per_node
+    if options.dry_run:
+        for config in configs:
+            dry_run(config, num_ranks)
+        print(job.script(), end="")
+        return 0
+    check_ready(run)
+    for config in configs:
+        open_data(config)
+        rehearse(config, num_ranks)
+    ids = submit(job, [to_toml(config) for config in configs], options.chain)
+    log.info("%-12s%s; see `farspan jobs status %s`", "submitted", " then ".join(ids), run_folder)
+    return 0
+
+
+def _slurm_configs(options: argparse.Namespace) -> "tuple[Path, list[Config]]":
+    """Return run.folder and the configurations of the runs: one, or one for each element of an array."""
+    from farspan.launch.slurm.array import array_overrides, element_name
+    from farspan.trainer.config import Config
+    from farspan.trainer.toml_config import load_config
+
+    folder = load_config(Config, options.config, options.overrides).run.folder
+    changes = array_overrides(options.each)
+    configs = [load_config(Config, options.config, [*options.overrides, *change]) for change in changes or [()]]
+    for number, change in enumerate(changes):
+        name = element_name(number)
+        configs[number] = replace(configs[number], run=replace(configs[number].run, folder=folder / name))
+        log.info("%-12s%s", name, "  ".join(change))
+    # This machine may have no GPUs, and on the job's nodes "auto" must not fall back to the CPU.
+    return folder, [
+        replace(config, train=replace(config.train, device="cuda")) if config.train.device == "auto" else config
+        for config in configs
+    ]

@@ -19,3 +19,8 @@ def array_overrides(each: Sequence[str]) -> list[tuple[str, ...]]:
         counts = ", ".join(str(len(column)) for column in columns)
         raise ConfigError(f"all --each must have as many values, since they change together; these have {counts}.")
     return list(zip(*columns, strict=True))
+
+
+def element_name(number: int) -> str:
+    """Return the name of the folder of an array's element; sbatch's `%3a` is the same."""
+    return f"{number:03}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from zlib import crc32
 
 from farspan.errors import ConfigError
+from farspan.launch.slurm.array import element_name
 from farspan.launch.slurm.site import SIGNAL_EARLY_S, Site
 from farspan.trainer.resilience.signals import EXIT_WARNED, WARNING_SIGNAL
 
@@ -149,11 +150,6 @@ class SlurmJob:
             return []
         words = (*self.site.container.srun, *self.site.container.command)
         return [word.replace("{image}", self.container) for word in words]
-
-
-def element_name(number: int) -> str:
-    """Return the name of the folder of an array's element; sbatch's `%3a` is the same."""
-    return f"{number:03}"
 
 
 def _seconds(time: str) -> int:

@@ -19,8 +19,8 @@ fi
 restarts=${SLURM_RESTART_COUNT:-0}
 logs=$run/logs/$job/$restarts
 
-# `before` the ranks start: may the job start, or was it started too often, or does it fail in a row? `after` they ended:
-# record what failed and where, and queue the job again if that is of use, without nodes that failed.
+# `before` the ranks start: refuse a job that was queued too often or keeps failing. `after` they ended: record failures
+# and their nodes, and queue the job again if that can help, without those nodes.
 requeue() {
     "$host_python" -m farspan.launch.slurm.requeue "$@" --run="$run" --job="$job" --restarts="$restarts" \
         --script="$submitted/job.sh" "${requeue_limits[@]}"

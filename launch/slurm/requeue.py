@@ -13,16 +13,8 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from farspan.launch.slurm import history
 from farspan.launch.slurm.client import SlurmError, run_slurm
-from farspan.launch.slurm.history import (
-    FAILURES_FILE,
-    ExclusionPolicy,
-    add_failure,
-    consecutive_failures,
-    last_submitted,
-    newest_checkpoint,
-    nodes_to_exclude,
-)
 from farspan.trainer.resilience.signals import EXIT_HUNG, EXIT_UNFIT, EXIT_USER_ERROR, EXIT_WARNED, KILLED, UNFIT_FILE
 
 EXIT_FAILED = 1
@@ -71,7 +63,7 @@ class JobStart:
     script: Path
     requeues: int
     max_failures: int
-    exclusion: ExclusionPolicy
+    exclusion: history.ExclusionPolicy
 
     def logs(self, restart: int) -> Path:
         return self.run / "logs" / self.job / str(restart)
@@ -84,7 +76,7 @@ class JobStart:
         lost = self.lost_nodes()
         if lost:
             report(f"SLURM lost {', '.join(lost)} under the job.")
-            add_failure(self.run, self.job, "lost by SLURM", lost)
+            history.add_failure(self.run, self.job, "lost by SLURM", lost)
         return EXIT_FAILED if self.too_many_failures() else 0
 
     def after(self, srun_status: int, *, got_sigterm: bool) -> int:
@@ -97,7 +89,7 @@ class JobStart:
         (self.logs(self.restarts) / "over").touch()
         if outcome.failure is not None:
             report(f"{outcome.failure}.")
-            add_failure(self.run, self.job, outcome.failure, outcome.nodes)
+            history.add_failure(self.run, self.job, outcome.failure, outcome.nodes)
             if self.too_many_failures():
                 return outcome.status
         if outcome.requeue:
@@ -147,11 +139,12 @@ class JobStart:
         return EndCause.TIME_LIMIT if fields.get("Reason") == "TimeLimit" else EndCause.EXTERNAL
 
     def too_many_failures(self) -> bool:
-        if consecutive_failures(self.run, since=last_submitted(self.run)) < self.max_failures:
+        if history.consecutive_failures(self.run, since=history.last_submitted(self.run)) < self.max_failures:
             return False
+        newest, file = history.newest_checkpoint(self.run), self.run / history.FAILURES_FILE
         report(
-            f"{self.max_failures} failures in a row with no newer checkpoint ({newest_checkpoint(self.run)}): the job "
-            f"ends; see {self.run / FAILURES_FILE}, and {self.resume_hint()}."
+            f"{self.max_failures} failures in a row with no newer checkpoint ({newest}): the job ends; see {file}, and "
+            f"{self.resume_hint()}."
         )
         return True
 
@@ -160,7 +153,7 @@ class JobStart:
             report(f"not queued again, as restart {self.restarts} was the last one allowed; {self.resume_hint()}.")
             return
         report(f"queued again, restart {self.restarts + 1} of at most {self.requeues}.")
-        nodes = nodes_to_exclude([self.run], self.script, self.exclusion, report)
+        nodes = history.nodes_to_exclude([self.run], self.script, self.exclusion, report)
         try:
             # SLURM takes the list of nodes only after the requeue, which sends SIGTERM; the batch script ignores that.
             run_slurm(["scontrol", "requeue", self.job])
@@ -229,7 +222,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         script=options.script,
         requeues=options.requeues,
         max_failures=options.max_failures,
-        exclusion=ExclusionPolicy(hours=options.exclude_hours, max_nodes=options.max_excluded, always=options.exclude),
+        exclusion=history.ExclusionPolicy(
+            hours=options.exclude_hours, max_nodes=options.max_excluded, always=options.exclude
+        ),
     )
     return start.before() if options.when == "before" else start.after(options.status, got_sigterm=options.got_sigterm)
 

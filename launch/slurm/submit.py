@@ -8,15 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import farspan
+from farspan.launch.slurm import history
 from farspan.launch.slurm.client import SlurmError, run_slurm
-from farspan.launch.slurm.history import (
-    ExclusionPolicy,
-    Submission,
-    add_submission,
-    nodes_to_exclude,
-    now,
-    read_submissions,
-)
 from farspan.launch.slurm.job import SlurmJob
 from farspan.launch.slurm.jobs import END_STATES, queue
 
@@ -63,16 +56,16 @@ def submit(job: SlurmJob, configs: Sequence[str], chain: int) -> list[str]:
         ids.append(number)
         for element, run in enumerate(job.runs()):
             name = f"{number}_{element}" if job.elements else number
-            add_submission(run, Submission(job=name, script=str(script), submitted=now()))
+            history.add_submission(run, history.Submission(job=name, script=str(script), submitted=history.now()))
     return ids
 
 
-def resume(run: Path, exclusion: ExclusionPolicy) -> str:
+def resume(run: Path, exclusion: history.ExclusionPolicy) -> str:
     """Submit a run's last script again, with the code and configuration of that time; return the id.
 
     Raises SlurmError while a job of the run is pending or running.
     """
-    past = read_submissions(run)
+    past = history.read_submissions(run)
     for job, row in queue([submission.job for submission in past]).items():
         if row.state not in END_STATES:
             raise SlurmError(f"job {job} of {run} is {row.state}: cancel it first, with `farspan jobs cancel {run}`.")
@@ -84,12 +77,12 @@ def resume(run: Path, exclusion: ExclusionPolicy) -> str:
     element_options = [f"--array={element}", f"--job-name={run.name}-of-{run.parent.name}"] if element else []
     number = _sbatch(script, *element_options, *_exclude_option([run], script, exclusion))
     name = f"{number}_{element}" if element else number
-    add_submission(run, Submission(job=name, script=str(script), submitted=now()))
+    history.add_submission(run, history.Submission(job=name, script=str(script), submitted=history.now()))
     return name
 
 
-def _exclude_option(runs: Sequence[Path], script: Path, exclusion: ExclusionPolicy) -> list[str]:
-    nodes = nodes_to_exclude(runs, script, exclusion, lambda message: log.info("%-12s%s", "nodes", message))
+def _exclude_option(runs: Sequence[Path], script: Path, exclusion: history.ExclusionPolicy) -> list[str]:
+    nodes = history.nodes_to_exclude(runs, script, exclusion, lambda message: log.info("%-12s%s", "nodes", message))
     return [] if nodes is None else [f"--exclude={nodes}"]
 
 

@@ -37,23 +37,32 @@ SITE = Site(
     requeues=3,
     container=Container(srun=("--container-image={image}",), command=("nice", "-n", "5"), python="python3"),
 )
+SITE_LINES = """\
+    set +u
+    module load cuda
+    set -u
+    export NCCL_SOCKET_IFNAME=ib0
+    export TEXT='it'"'"'s'
+"""
 JOBS = {
-    "torchrun_header.sh": JOB,
+    "torchrun.sh": JOB,
     "tasks.sh": replace(
         JOB, task_per_rank=True, time="2-00", partition="long", constraint="a&b", container="my image.sqsh", site=SITE
     ),
-    "array_header.sh": replace(JOB, elements=3),
+    "array.sh": replace(JOB, elements=3),
 }
 
 
 @pytest.mark.parametrize("name", list(JOBS))
-def test_the_script_is_the_one_on_file(name: str) -> None:
+def test_the_script_is_the_header_on_file_and_the_body(name: str) -> None:
     """After an intended change, look at the difference and write the file again."""
-    script = JOBS[name].script()
-    # One file has the complete script, the others have its header.
-    expected = script.partition("\n\n# The script has")[0] + "\n" if name.endswith("_header.sh") else script
-    assert expected == (GOLDEN / name).read_text()
-    assert SITE_MARK not in script
+    job = JOBS[name]
+    header = (GOLDEN / name).read_text()
+    head, tail = BODY.read_text().partition("\n\n")[2].split(SITE_MARK)
+    script = job.script()
+    assert script.startswith(f"{header}\n{head}")
+    assert script.endswith(tail)
+    assert script[len(f"{header}\n{head}") : -len(tail)] == (SITE_LINES if job.site is SITE else "")
     assert "#SBATCH" not in script[script.index("\nset -euo") :], "sbatch reads none after the first command"
 
 

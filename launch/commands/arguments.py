@@ -7,7 +7,7 @@ from pathlib import Path
 from farspan.errors import ConfigError
 from farspan.trainer.resilience.signals import EXIT_USER_ERROR
 
-Subparsers = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Subparsers = argparse._SubParsersAction
 
 
 def add_subparsers(parser: argparse.ArgumentParser, metavar: str) -> Subparsers:

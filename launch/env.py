@@ -44,11 +44,11 @@ def read_ranks() -> Ranks:
     return Ranks(rank=rank, world_size=world_size, local_rank=local_rank, job=job_id())
 
 
-def job_id() -> str | None:
-    """Return the id of the SLURM job that this process is part of, for an array's element such as 17_3."""
-    if "SLURM_ARRAY_JOB_ID" in os.environ:
-        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    return os.environ.get("SLURM_JOB_ID")
+def job_id(environment: Mapping[str, str] = os.environ) -> str | None:
+    """Return the id of the SLURM job that a process is part of, for an array's element such as 17_3."""
+    if "SLURM_ARRAY_JOB_ID" in environment:
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    return environment.get("SLURM_JOB_ID")
 
 
 def environment_with_threads(num_threads: int) -> Mapping[str, str]:

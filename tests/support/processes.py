@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from farspan.launch.env import job_id
+
 DEADLINE_S = 120
 
 
@@ -29,8 +31,8 @@ def ranks_of(job: str) -> dict[int, int]:
     for pid, line in _command_lines():
         variables = _read(pid, "environ") if line.split("\0")[1:4] == ["-m", "farspan.launch.cli", "train"] else ""
         values = dict(re.findall(r"(?:^|\0)(\w+)=([^\0]*)", variables))
-        template = "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}" if "SLURM_ARRAY_JOB_ID" in values else "{SLURM_JOB_ID}"
-        if values and template.format_map(values) == job:
+        # Ranks that belong to no job may run on this machine, too.
+        if job_id(values) == job:
             found[int(values["RANK"])] = pid
     return found
 

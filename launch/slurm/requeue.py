@@ -203,18 +203,19 @@ def report(message: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="farspan.launch.slurm.requeue", description="Start or end a SLURM job.")
     parser.add_argument("when", choices=("before", "after"))
-    parser.add_argument("--run", type=Path, required=True)
+    for name in ("run", "script"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    for name in ("restarts", "requeues", "max-failures", "max-excluded"):
+        parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--job", required=True)
-    parser.add_argument("--restarts", type=int, required=True)
-    parser.add_argument("--script", type=Path, required=True)
-    parser.add_argument("--requeues", type=int, required=True)
-    parser.add_argument("--max-failures", type=int, required=True)
     parser.add_argument("--exclude-hours", type=float, required=True)
-    parser.add_argument("--max-excluded", type=int, required=True)
     parser.add_argument("--exclude", default="")
     parser.add_argument("--status", type=int, default=0)
     parser.add_argument("--got-sigterm", action="store_true")
     options = parser.parse_args(arguments)
+    exclusion = history.ExclusionPolicy(
+        hours=options.exclude_hours, max_nodes=options.max_excluded, always=options.exclude
+    )
     start = JobStart(
         run=options.run,
         job=options.job,
@@ -222,9 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         script=options.script,
         requeues=options.requeues,
         max_failures=options.max_failures,
-        exclusion=history.ExclusionPolicy(
-            hours=options.exclude_hours, max_nodes=options.max_excluded, always=options.exclude
-        ),
+        exclusion=exclusion,
     )
     return start.before() if options.when == "before" else start.after(options.status, got_sigterm=options.got_sigterm)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from farspan.launch.env import job_id
 
-DEADLINE_S = 120
+DEADLINE_S = 240
 
 
 def wait_for(condition: Callable[[], object], event: str) -> None:

@@ -98,7 +98,7 @@ def pause(run: Path, job: str, restart: int) -> dict[int, int]:
     log = logs(run, job, restart) / "rank_0.log"
     step = re.compile(rf"^step +\d+/{STEPS}  ", re.MULTILINE)
     wait_for(lambda: log.exists() and step.search(log.read_text()), f"a step of start {restart}")
-    ranks = ranks_of(job)
+    ranks = ranks_of(run, job)
     assert sorted(ranks) == [0, 1, 2, 3]
     send(signal.SIGSTOP, ranks.values())
     return ranks
@@ -184,7 +184,7 @@ def test_runs_of_an_array_are_requeued_and_resumed_one_by_one(
     metrics = runs / "000" / "metrics.jsonl"
     wait_for((runs / "001" / "metrics.jsonl").exists, "the start of the second")
     wait_for(lambda: metrics.exists() and losses(runs / "000"), "a step of the first")
-    send(signal.SIGKILL, ranks_of(first).values())
+    send(signal.SIGKILL, ranks_of(runs, first).values())
     for job in (first, second):
         cluster.await_state(job, "COMPLETED", "FAILED")
     status = cluster.run([*FARSPAN, "jobs", "status", str(runs)]).stdout

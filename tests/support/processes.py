@@ -25,15 +25,15 @@ def find(*words: str) -> list[int]:
     return [pid for pid, line in _command_lines() if line == wanted or line.startswith(f"{wanted}\0")]
 
 
-def ranks_of(job: str) -> dict[int, int]:
-    """Return the process of each rank of a job, such as 17 or 17_3, by rank."""
+def ranks_of(run: Path, job: str) -> dict[int, int]:
+    """Return the process of each rank of a run's job, such as 17 or 17_3, by rank."""
     found = {}
     for pid, line in _command_lines():
-        variables = _read(pid, "environ") if line.split("\0")[1:4] == ["-m", "farspan.launch.cli", "train"] else ""
-        values = dict(re.findall(r"(?:^|\0)(\w+)=([^\0]*)", variables))
-        # Ranks that belong to no job may run on this machine, too.
-        if job_id(values) == job:
-            found[int(values["RANK"])] = pid
+        # Jobs of other clusters on this machine may have the same id.
+        if line.split("\0")[1:4] == ["-m", "farspan.launch.cli", "train"] and f"\0{run}/submitted/" in line:
+            values = dict(re.findall(r"(?:^|\0)(\w+)=([^\0]*)", _read(pid, "environ")))
+            if job_id(values) == job:
+                found[int(values["RANK"])] = pid
     return found
 
 

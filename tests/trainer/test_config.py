@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Self
 
 import pytest
-import torch
 
 from farspan.errors import ConfigError
 from farspan.kernels.kinds.masked import Masked
@@ -16,7 +15,7 @@ from farspan.kernels.mechanism import MECHANISMS
 from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.parallel.mesh import ParallelConfig
-from farspan.trainer.config import AttentionConfig, Config, TrainConfig, flat
+from farspan.trainer.config import AttentionConfig, Config, flat
 from farspan.trainer.renamed import current_names, renamed_key
 from farspan.trainer.toml_config import from_tree, load_config, to_toml
 from tests.support import tiny
@@ -29,7 +28,7 @@ def test_flat_names_every_setting_once() -> None:
     assert found["model.rope.base"] == 10_000.0
     assert found["parallel.context"] == 4
     assert not any(isinstance(value, dict) for value in found.values())
-    # Ten sections' worth: nothing is lost when two sections share a name, such as every_steps.
+    # Nothing is lost when two sections share a name.
     assert (found["checkpoint.every_steps"], found["evaluate.every_steps"]) == (100, 100)
 
 
@@ -64,11 +63,6 @@ def test_an_option_that_the_mechanism_refuses(monkeypatch: pytest.MonkeyPatch, o
     expected = rf"attention\.options={{{option} = 0}} .* attention\.mechanism='picky': {option}=0 must be at least 1"
     with pytest.raises(ConfigError, match=expected):
         AttentionConfig(mechanism="picky", options={option: 0}).build_mechanisms(1)
-
-
-@pytest.mark.parametrize("name", ["bfloat16", "float32", "float64"])
-def test_dtype(name) -> None:
-    assert TrainConfig(steps=1, compute_dtype=name).torch_dtype == getattr(torch, name)
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.toml")), ids=str)

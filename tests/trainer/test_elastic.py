@@ -8,7 +8,6 @@ import pytest
 
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
-from farspan.trainer.model.config import ExpertsConfig
 from farspan.trainer.resilience.skip_steps import SkipConfig
 from tests.support import tiny
 from tests.support.rank_pool import RankPool
@@ -31,8 +30,7 @@ EXPERTS = [
     (8, ParallelConfig(dp_replicate=2, dp_shard=2, context=2, expert=2)),
     (2, ParallelConfig(context=2)),
 ]
-BALANCED = ExpertsConfig(count=4, feed_forward=16, score="sigmoid", bias_rate=0.05, balance_loss=0.01, z_loss=0.01)
-MODELS = {"dense, tied": {"tied_embeddings": True}, "experts with biases": {"experts": BALANCED}}
+MODELS = {"dense, tied": {"tied_embeddings": True}, "experts with biases": {"experts": tiny.EXPERTS}}
 
 
 @pytest.mark.filterwarnings("ignore")

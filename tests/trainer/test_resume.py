@@ -13,7 +13,6 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import CheckpointConfig, EvaluateConfig
-from farspan.trainer.model.config import ExpertsConfig
 from farspan.trainer.toml_config import to_toml
 from tests.support import tiny
 from tests.support.runs import records
@@ -50,9 +49,7 @@ def assert_same_bits(a: Any, b: Any, where: str = "checkpoint") -> None:
 
 
 EXPERT_RECORDS = ("expert_load", "expert_bias", "expert_balance_loss", "expert_z_loss")
-EXPERTS = ExpertsConfig(
-    count=4, feed_forward=16, layers="dense, experts", score="sigmoid", bias_rate=0.05, balance_loss=0.01, z_loss=0.01
-)
+EXPERTS = replace(tiny.EXPERTS, layers="dense, experts")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -77,9 +74,8 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
     launch(tmp_path / "resumed.toml")
 
     before, after = records(undisturbed), records(resumed)
-    assert (
-        [record["step"] for record in after] == [record["step"] for record in before] == [*range(1, STEPS + 1), STEPS]
-    )
+    for run in (before, after):
+        assert [record["step"] for record in run] == [*range(1, STEPS + 1), STEPS]
     for old, new in zip(before, after, strict=True):
         for name in ("loss", "grad_norm", "tokens", "eval_loss", "loss_by_position", *EXPERT_RECORDS):
             assert old.get(name) == new.get(name), (name, old["step"])

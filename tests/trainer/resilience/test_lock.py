@@ -52,12 +52,8 @@ def test_a_folder_belongs_to_one_process_until_it_ends(tmp_path: Path, monkeypat
     monkeypatch.setattr(lock.time, "sleep", lambda seconds: pytest.fail("another job is not waited for"))
     with owner(folder, job="17_3") as process:
         host = socket.gethostname()
-        with pytest.raises(ConfigError) as refused:
+        with pytest.raises(ConfigError, match=rf"run\.folder='{folder}' .* {process.pid} on {host}, job 17_3: stop"):
             lock_folder(folder, "18")
-        cure = "stop that run first, or choose another folder."
-        assert str(refused.value) == (
-            f"run.folder='{folder}' is in use by process {process.pid} on {host}, job 17_3: {cure}"
-        )
     # However it ends, the lock is free again.
     with lock_folder(folder), pytest.raises(ConfigError, match=rf"is in use by process {os.getpid()} on {host}: stop"):
         lock_folder(folder)
@@ -81,17 +77,16 @@ def test_without_locks_between_nodes_the_owner_is_seen_to_run(tmp_path: Path, mo
     monkeypatch.setattr(lock.fcntl, "flock", lambda file, how: None)
     monkeypatch.setattr(lock, "WATCH_S", 20)
     with owner(tmp_path, host="other", beat_s=0.05, has_locks=False):
-        with pytest.raises(ConfigError, match=r"is in use by process \d+ on other: stop that run first"):
-            lock_folder(tmp_path)
-        with pytest.raises(ConfigError, match=r"is in use by process \d+ on other: stop that run first"):
-            lock_folder(tmp_path, "18")
+        for job in (None, "18"):
+            with pytest.raises(ConfigError, match=r"is in use by process \d+ on other: stop"):
+                lock_folder(tmp_path, job)
     # It is dead, and its name is still there.
     assert "on other" in (tmp_path / "lock").read_text()
     monkeypatch.setattr(lock, "WATCH_S", 0.3)
     lock_folder(tmp_path).close()
 
 
-def test_without_any_locks_the_holder_is_watched_on_this_host_too(
+def test_without_any_locks_the_owner_is_watched_on_this_host_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(file: object, how: int) -> None:
@@ -115,9 +110,7 @@ def test_with_locks_nobody_is_watched_on_the_same_host(tmp_path: Path, monkeypat
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(
-        ConfigError, match=r"file/run' cannot be written \(Not a directory\): make room, or choose another\."
-    ):
+    with pytest.raises(ConfigError, match=r"run\.folder='.*file/run' cannot be written \(Not a directory\)"):
         lock_folder(tmp_path / "file" / "run")
 
 

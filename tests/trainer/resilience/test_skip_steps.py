@@ -21,7 +21,6 @@ from farspan.trainer import train
 from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
 from farspan.trainer.data.packing import PackedSequences
 from farspan.trainer.data.shuffle import ShuffledSequences
-from farspan.trainer.model.config import ExpertsConfig
 from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.replay import read_batch, write_batch
 from farspan.trainer.resilience.skip_steps import SkipConfig, not_finite, reason_to_skip, remember
@@ -32,9 +31,7 @@ from tests.support import tiny
 from tests.support.rank_pool import RankPool
 from tests.support.runs import Parts, records, run
 
-EXPERTS = ExpertsConfig(
-    count=4, feed_forward=16, score="sigmoid", bias_rate=0.05, balance_loss=0.01, z_loss=0.01, groups=2
-)
+EXPERTS = replace(tiny.EXPERTS, groups=2)
 POISON = ord("o")
 """A byte of every document."""
 

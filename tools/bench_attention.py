@@ -18,11 +18,11 @@ from farspan.kernels.backend import BACKENDS
 from farspan.kernels.mechanism import Heads
 from farspan.parallel.ranks import Ranks, connected
 from farspan.tools.bench import machine, report
+from farspan.tools.bench.attention import records_of
 from farspan.tools.bench.case import BASELINE, Contender, Ours, Shape, find_cases
-from farspan.tools.bench.measure import LeftOut, Limits, Pair, Result, judge_all, measure_all, measure_memory
+from farspan.tools.bench.contenders import rivals_on
 from farspan.tools.bench.plot import human
-from farspan.tools.bench.records import records_of
-from farspan.tools.bench.rivals import rivals_on
+from farspan.tools.bench.run import LeftOut, Limits, Pair, Result, judge_all, measure_all, measure_memory
 from farspan.tools.command import print_all
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

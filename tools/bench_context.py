@@ -17,18 +17,18 @@ from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.parallel.layout import LAYOUTS
 from farspan.parallel.ranks import Ranks, connected
 from farspan.registry import nearest_name_hint
+from farspan.tools.bench import context_report as report
 from farspan.tools.bench import machine
+from farspan.tools.bench.baselines.context_parallel import rivals
 from farspan.tools.bench.case import BASELINE, Case, Shape, find_cases
-from farspan.tools.bench.context import report
-from farspan.tools.bench.context.entrant import SINGLE, Entrant, Row, Under, rows_of
-from farspan.tools.bench.context.measure import TRAVELS, Judge, Result, cores, measure_all, measure_overlap, rate
-from farspan.tools.bench.context.pool import Pools, RankError
-from farspan.tools.bench.context.rivals import rivals
-from farspan.tools.bench.correctness import Verdict
-from farspan.tools.bench.measure import LeftOut
+from farspan.tools.bench.check import Verdict
+from farspan.tools.bench.context import TRAVELS, Judge, Result, cores, measure_all, measure_overlap, rate
+from farspan.tools.bench.context_contenders import SINGLE, Entrant, Row, Under, rows_of
 from farspan.tools.bench.plot import human
+from farspan.tools.bench.run import LeftOut
 from farspan.tools.bench_attention import DTYPES, device_of, heads, names, sizes
 from farspan.tools.command import print_all
+from farspan.tools.rank_pool import Pools, RankError
 
 LATE_ON_CPU = "transfers of CPU tensors alone can be delayed."
 MECHANISMS = "dense,window_1024,moba_512x8,mosa_16,lightning"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from farspan.parallel.ranks import Ranks, connected
 from farspan.tools.bench import machine
-from farspan.tools.bench.correctness import Verdict
+from farspan.tools.bench.check import Verdict
 from farspan.tools.bench.experts import (
     MULTIPLE,
     PRODUCTS,

@@ -19,7 +19,7 @@ from farspan.errors import FarspanError
 from farspan.kernels.mechanism import MECHANISMS, Heads, Mechanism
 from farspan.parallel.ranks import Ranks, connected
 from farspan.tools.bench.case import Ours, Shape
-from farspan.tools.bench.correctness import Check, Verdict, check_rows, compare
+from farspan.tools.bench.check import Check, Verdict, check_rows, compare
 from farspan.tools.bench.device_checks import expert_products, far_rows, poison, same_bits, same_choice
 from farspan.tools.bench_attention import JUDGE, contenders_on, device_of, names
 

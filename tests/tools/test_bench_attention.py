@@ -24,7 +24,8 @@ from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.window import Window
 from farspan.kernels.planning.plan import Plan
 from farspan.parallel.ranks import Ranks, connected
-from farspan.tools.bench import rivals
+from farspan.tools.bench import contenders as rivals
+from farspan.tools.bench.attention import Record, useful_flops
 from farspan.tools.bench.case import (
     Case,
     Contender,
@@ -34,10 +35,9 @@ from farspan.tools.bench.case import (
     find_cases,
     unmasked_share,
 )
-from farspan.tools.bench.correctness import SPARSE_SHARE, checks, excess
-from farspan.tools.bench.measure import LeftOut, Limits, judge_all
+from farspan.tools.bench.check import SPARSE_SHARE, checks, excess
 from farspan.tools.bench.plot import human, log_log
-from farspan.tools.bench.records import Record, useful_flops
+from farspan.tools.bench.run import LeftOut, Limits, judge_all
 from farspan.tools.bench.timing import Times
 from farspan.tools.bench_attention import main, parse, sizes
 

@@ -24,18 +24,18 @@ from farspan.parallel.comm import Traffic
 from farspan.parallel.context_parallel.strategy import STRATEGIES, DistributedAttention, HeadShare, Strategy
 from farspan.parallel.layout import Shards
 from farspan.parallel.ranks import Ranks, connected
+from farspan.tools.bench import on_rank
+from farspan.tools.bench.baselines.context_parallel import rivals
 from farspan.tools.bench.case import Case, Shape
-from farspan.tools.bench.context import on_rank
-from farspan.tools.bench.context.entrant import Row, Under, rows_of
-from farspan.tools.bench.context.late import Delay, LateChannel
-from farspan.tools.bench.context.measure import Judge, Result, predicted, ratio
-from farspan.tools.bench.context.pool import Here, Pool, Pools, RankError
-from farspan.tools.bench.context.report import Record
-from farspan.tools.bench.context.rivals import rivals
-from farspan.tools.bench.correctness import Verdict
-from farspan.tools.bench.measure import LeftOut
+from farspan.tools.bench.check import Verdict
+from farspan.tools.bench.context import Judge, Result, predicted, ratio
+from farspan.tools.bench.context_contenders import Row, Under, rows_of
+from farspan.tools.bench.context_report import Record
+from farspan.tools.bench.delayed import Delay, LateChannel
+from farspan.tools.bench.run import LeftOut
 from farspan.tools.bench.timing import Times
 from farspan.tools.bench_context import main, parse
+from farspan.tools.rank_pool import Here, Pool, Pools, RankError
 from tests.support.rank_pool import RankPool
 
 FIELDS = [

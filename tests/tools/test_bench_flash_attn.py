@@ -14,11 +14,11 @@ from farspan.kernels.mechanisms.nats import NAtS
 from farspan.kernels.mechanisms.spans import Spans
 from farspan.kernels.mechanisms.window import Window
 from farspan.parallel.ranks import Ranks, connected
+from farspan.tools.bench.baselines.flash_packages import FlashAttn, whole_documents
+from farspan.tools.bench.baselines.public_moba import Blocks, PublicMoBA, choose
 from farspan.tools.bench.case import Contender, Shape, gradient_of_out, inputs_of
-from farspan.tools.bench.correctness import Check, check_rows, compare
-from farspan.tools.bench.flash_rivals import FlashAttn, whole_documents
-from farspan.tools.bench.public_moba import Blocks, PublicMoBA, choose
-from farspan.tools.bench.rivals import rivals_on
+from farspan.tools.bench.check import Check, check_rows, compare
+from farspan.tools.bench.contenders import rivals_on
 from tests.support import fake_flash_attn
 from tests.support.fake_flash_attn import CALLED
 

@@ -19,10 +19,10 @@ from farspan.kernels.mechanisms.spans import Spans
 from farspan.kernels.mechanisms.window import Window
 from farspan.kernels.planning.plan import Plan
 from farspan.parallel.ranks import Ranks, connected
-from farspan.tools.bench import flex
+from farspan.tools.bench.baselines import flex
+from farspan.tools.bench.baselines.flex import BLOCK, Flex, attention_block_mask, pattern_mask
 from farspan.tools.bench.case import Shape, inputs_of
-from farspan.tools.bench.correctness import REFERENCE, check_rows, excess
-from farspan.tools.bench.flex import BLOCK, Flex, attention_block_mask, pattern_mask
+from farspan.tools.bench.check import REFERENCE, check_rows, excess
 
 CPU = torch.device("cpu")
 HEADS = Heads(query=4, kv=2)

@@ -17,7 +17,7 @@ from farspan.parallel.ranks import Ranks, connected
 from farspan.tools import gpu_checks
 from farspan.tools.bench import device_checks, experts
 from farspan.tools.bench.case import Ours, Shape
-from farspan.tools.bench.correctness import check_rows
+from farspan.tools.bench.check import check_rows
 from tests.tools.test_bench_attention import WrongBackend
 
 CPU = torch.device("cpu")

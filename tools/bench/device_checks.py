@@ -17,7 +17,7 @@ from farspan.kernels.mechanism import Heads, KVLifetime, LocalShard, Mechanism, 
 from farspan.kernels.mechanisms.window import Window
 from farspan.tools.bench import experts
 from farspan.tools.bench.case import Ours, Shape, gradient_of_out, inputs_of
-from farspan.tools.bench.correctness import REFERENCE, Check, Verdict, excess, outcome
+from farspan.tools.bench.check import REFERENCE, Check, Verdict, excess, outcome
 
 POISON_BYTES = 1 << 30
 FAR_WINDOW, FAR_ROWS = 128, 256

@@ -14,7 +14,7 @@ from farspan.kernels.moe import grouped_loop
 from farspan.kernels.moe.grouped_linear import grouped_linear
 from farspan.kernels.moe.grouped_swiglu import grouped_swiglu
 from farspan.tools.bench.case import Attention
-from farspan.tools.bench.correctness import TOLERANCE, Verdict, excess, outcome
+from farspan.tools.bench.check import TOLERANCE, Verdict, excess, outcome
 
 aten = torch.ops.aten
 

@@ -16,7 +16,7 @@ from farspan.tools.measure_loss_memory import resident_bytes
 Peaks = dict[str, int]
 """Bytes by direction. Each is above the inputs; backward above what forward left, too."""
 WARM_UP_TOKENS = 64
-PRELOAD = ["farspan.tools.bench.memory", "farspan.tools.bench.rivals"]
+PRELOAD = ["farspan.tools.bench.memory", "farspan.tools.bench.contenders"]
 """Imported once, in the process that those of all cases are forked from."""
 
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from farspan.tools.bench.attention import Record
 from farspan.tools.bench.files import table_line, write_files
-from farspan.tools.bench.measure import LeftOut, Pair, Result
 from farspan.tools.bench.plot import human, log_log
-from farspan.tools.bench.records import Record
+from farspan.tools.bench.run import LeftOut, Pair, Result
 from farspan.tools.bench.timing import DIRECTIONS
 
 MIB = 2**20

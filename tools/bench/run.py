@@ -8,7 +8,7 @@ from torch import Tensor
 
 from farspan.errors import ConfigError
 from farspan.tools.bench.case import BASELINE, Attention, Case, Contender, Ours, Shape, gradient_of_out, inputs_of
-from farspan.tools.bench.correctness import Judge, Verdict
+from farspan.tools.bench.check import Judge, Verdict
 from farspan.tools.bench.memory import Peaks, peaks_of
 from farspan.tools.bench.timing import Times, time_once
 

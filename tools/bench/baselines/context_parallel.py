@@ -22,7 +22,7 @@ from farspan.parallel.comm import Channel, Traffic
 from farspan.parallel.context_parallel.strategy import STRATEGIES, HeadShare, Queries
 from farspan.parallel.layout import Shards
 from farspan.parallel.simulation import Unconnected
-from farspan.tools.bench.context.entrant import SINGLE, Entrant, Job, Planned
+from farspan.tools.bench.context_contenders import SINGLE, Entrant, Job, Planned
 
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
 """What DeepSpeed would compile, for minutes, when it starts on a CPU; it does without."""

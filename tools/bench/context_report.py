@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from farspan.tools.bench.case import BASELINE
-from farspan.tools.bench.context.entrant import SINGLE, Row
-from farspan.tools.bench.context.measure import Overlap, Result, rate, ratio
-from farspan.tools.bench.correctness import Verdict
-from farspan.tools.bench.measure import LeftOut
+from farspan.tools.bench.check import Verdict
+from farspan.tools.bench.context import Overlap, Result, rate, ratio
+from farspan.tools.bench.context_contenders import SINGLE, Row
 from farspan.tools.bench.plot import human, log_log
+from farspan.tools.bench.run import LeftOut
 
 MIB = 2**20
 COLUMNS = (

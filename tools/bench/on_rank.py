@@ -8,10 +8,10 @@ from torch import Tensor
 
 from farspan.parallel.layout import Shards
 from farspan.tools.bench.case import Shape, gradient_of_out
-from farspan.tools.bench.context.entrant import Job, Planned, Row
-from farspan.tools.bench.context.pool import Here
-from farspan.tools.bench.correctness import Check, outcome
+from farspan.tools.bench.check import Check, outcome
+from farspan.tools.bench.context_contenders import Job, Planned, Row
 from farspan.tools.bench.memory import WARM_UP_TOKENS, peaks_of_pass, tells_memory
+from farspan.tools.rank_pool import Here
 
 WARM_UPS = {"cpu": 0, "cuda": 2}
 """Passes before the first that is timed: a GPU's kernels are compiled for shapes; a CPU is warm from the checks."""

@@ -16,11 +16,11 @@ import torch.distributed as dist
 from farspan.errors import FarspanError
 from farspan.parallel.comm import Traffic
 from farspan.parallel.ranks import Ranks, connected
-from farspan.tools.bench.context.late import Delay, LateChannel
+from farspan.tools.bench.delayed import Delay, LateChannel
 
 Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")
-PRELOAD = ["farspan.tools.bench.context.on_rank"]
+PRELOAD = ["farspan.tools.bench.on_rank"]
 """Imported once, in the process that all ranks are forked from."""
 GRACE_S, STOP_S = 3.0, 10.0
 """How long ranks may take to tell their own failures once one has failed, and to stop."""

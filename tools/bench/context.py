@@ -9,13 +9,13 @@ import torch
 
 from farspan.errors import ConfigError
 from farspan.parallel.layout import Shards
+from farspan.tools.bench import on_rank
 from farspan.tools.bench.case import Shape
-from farspan.tools.bench.context import on_rank
-from farspan.tools.bench.context.entrant import SINGLE, Row
-from farspan.tools.bench.context.pool import Pool, Pools, RankError
-from farspan.tools.bench.correctness import SLACK, Check, Expected, Verdict, checks
-from farspan.tools.bench.measure import LeftOut
+from farspan.tools.bench.check import SLACK, Check, Expected, Verdict, checks
+from farspan.tools.bench.context_contenders import SINGLE, Row
+from farspan.tools.bench.run import LeftOut
 from farspan.tools.bench.timing import DIRECTIONS, Times
+from farspan.tools.rank_pool import Pool, Pools, RankError
 
 TRAVELS = "ring"
 """The strategy of which it is shown that transfers are hidden behind computing."""

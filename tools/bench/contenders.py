@@ -13,10 +13,10 @@ from farspan.kernels.cuda.packages import FlashAttn2
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.mechanisms.dense import Dense
+from farspan.tools.bench.baselines.flash_packages import installed_flash_attn
+from farspan.tools.bench.baselines.flex import Flex
+from farspan.tools.bench.baselines.public_moba import PublicMoBA
 from farspan.tools.bench.case import Attention, Contender, Shape
-from farspan.tools.bench.flash_rivals import installed_flash_attn
-from farspan.tools.bench.flex import Flex
-from farspan.tools.bench.public_moba import PublicMoBA
 
 
 def rivals_on(device: torch.device) -> list[Contender]:

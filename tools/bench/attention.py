@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.tools.bench.case import Shape
-from farspan.tools.bench.measure import Result
+from farspan.tools.bench.run import Result
 from farspan.tools.bench.timing import DIRECTIONS
 
 MATMULS = {"fwd": 2, "bwd": 5, "fwd_bwd": 7}

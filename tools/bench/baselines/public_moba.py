@@ -19,8 +19,8 @@ from farspan.kernels.cuda import packages as flash_attn
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.mechanisms.moba import MoBA
+from farspan.tools.bench.baselines.flash_packages import check_dtype, edges_of, whole_documents, with_padding
 from farspan.tools.bench.case import Attention, Contender, Shape
-from farspan.tools.bench.flash_rivals import check_dtype, edges_of, whole_documents, with_padding
 
 MODULE = flash_attn.FlashAttn2.module
 

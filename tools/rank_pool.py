@@ -1,81 +1,59 @@
-"""Worlds of rank processes that serve calls: started once per number of ranks, afresh after a rank has failed."""
+"""Pools of rank processes, for benchmarks and tests: a world is started once, then a call costs milliseconds.
 
+`run` sends a module-level function to every rank and returns the results. A rank that raises, dies or does not answer
+in time makes `run` raise; the pool is then started afresh by the next call.
+"""
+
+import functools
 import multiprocessing
 import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Self
 
-import torch
 import torch.distributed as dist
 
 from farspan.errors import FarspanError
-from farspan.parallel.comm import Traffic
-from farspan.parallel.ranks import Ranks, connected
-from farspan.tools.bench.delayed import Delay, LateChannel
+from farspan.parallel.ranks import Ranks
 
-Arguments = ParamSpec("Arguments")
-Answer = TypeVar("Answer")
-PRELOAD = ["farspan.tools.bench.on_rank"]
-"""Imported once, in the process that all ranks are forked from."""
-GRACE_S, STOP_S = 3.0, 10.0
-"""How long ranks may take to tell their own failures once one has failed, and to stop."""
+GRACE_S = 3.0
+"""How long the others may take to report their own failures once a rank has failed."""
+STOP_S = 10.0
+
+Join = Callable[[Ranks, dist.Store], AbstractContextManager[tuple[object, ...]]]  # pyright: ignore[reportPrivateImportUsage]
+"""Entered by each rank process: joins the process group that meets at the store, and returns the first arguments of
+every call."""
 
 
 class RankError(FarspanError):
-    """A rank raised or died; says what the first one said last."""
+    """A rank raised, died or did not answer: all tracebacks; `summary`: the last line of the first one."""
+
+    def __init__(self, failures: dict[int, str], size: int) -> None:
+        super().__init__("\n".join(f"--- rank {rank} of {size}\n{text}" for rank, text in failures.items()))
+        self.summary = next(iter(failures.values())).strip().splitlines()[-1]
 
 
-class Here:
-    """What a rank process is and keeps between calls. kept: by whoever is called, under names of its own."""
-
-    def __init__(self, ranks: Ranks, device: torch.device) -> None:
-        self.ranks, self.device = ranks, device
-        self.delay, self.traffic = Delay(), Traffic()
-        self.kept: dict[str, Any] = {}
-        self._channels: dict[int, LateChannel] = {}
-
-    def channel(self, width: int) -> LateChannel:
-        """Return the channel of all ranks, a grid if `width`, the ranks of its inner axis, is more than 1."""
-        if width not in self._channels:
-            inner = outer = None
-            if width > 1:
-                ranks = list(range(self.ranks.world_size))
-                inner = self._axis([ranks[start : start + width] for start in range(0, len(ranks), width)])
-                outer = self._axis([ranks[place::width] for place in range(width)])
-            world = dist.group.WORLD
-            assert world is not None
-            self._channels[width] = LateChannel(world, self.traffic, self.delay, inner=inner, outer=outer)
-        return self._channels[width]
-
-    def _axis(self, groups: list[list[int]]) -> LateChannel:
-        group = dist.new_subgroups_by_enumeration(groups)[0]
-        assert isinstance(group, dist.ProcessGroup)
-        return LateChannel(group, self.traffic, self.delay)
-
-    def align(self) -> None:
-        """Wait until all ranks have come so far, and this one's GPU is done."""
-        if self.ranks.world_size > 1:
-            arrived = torch.zeros(1, device=self.device)
-            dist.all_reduce(arrived)
-            arrived.item()
-        self.synchronize()
-
-    def synchronize(self) -> None:
-        """Wait for this rank's GPU, if it has one."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+@functools.cache
+def grid_groups(width: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """On a rank: return its inner group, `width` neighbors, and its outer group; all ranks have to call."""
+    ranks = list(range(dist.get_world_size()))
+    inner = [ranks[start : start + width] for start in range(0, len(ranks), width)]
+    outer = [ranks[column::width] for column in range(width)]
+    return tuple(dist.new_subgroups_by_enumeration(axis)[0] for axis in (inner, outer))  # pyright: ignore[reportReturnType]
 
 
-class Pool:
-    """A world of ranks that serves one call at a time. device: the kind of device; of GPUs each rank has its own."""
+class RankPool:
+    """A world of ranks that serves one call at a time.
 
-    def __init__(self, size: int, threads: int, device: str) -> None:
-        self.size, self.threads, self.device = size, threads, device
+    preload: the module that the server of all processes imports before it forks them. timeout_s: of a call.
+    """
+
+    def __init__(self, size: int, join: Join, *, preload: str, timeout_s: float | None = None) -> None:
+        self.size, self._join, self._preload, self.timeout_s = size, join, preload, timeout_s
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -86,26 +64,21 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def run(
-        self,
-        function: Callable[Concatenate[Here, Arguments], Answer],
-        *args: Arguments.args,
-        **kwargs: Arguments.kwargs,
-    ) -> list[Answer]:
-        """Call a function of a module on every rank; return what each returned. Raises RankError if one did not."""
+    def run(self, function: Callable[..., Any], *arguments: object, grace_s: float = GRACE_S) -> list[Any]:
+        """Call the function on every rank; return the results in the order of the ranks. Raises RankError."""
         if not self._processes:
             self._start()
         # Plain pickle: torch's own way through connections would keep a file open for every tensor.
-        task = pickle.dumps((function, args, kwargs))
-        answers: dict[int, Any] = {}
+        task = pickle.dumps((function, arguments))
+        results: dict[int, Any] = {}
         failures: dict[int, str] = {}
         pending = {connection: rank for rank, connection in enumerate(self._connections)}
         for connection in pending:
             with suppress(OSError):  # it has died: there will be no answer either
                 connection.send_bytes(task)
         while pending:
-            # Once a rank has failed, the others may wait for it for ever.
-            ready = wait(list(pending), timeout=GRACE_S if failures else None)
+            # Once a rank has failed, the others may wait for it forever.
+            ready = wait(list(pending), timeout=grace_s if failures else self.timeout_s)
             for connection in ready:
                 assert isinstance(connection, Connection)
                 rank = pending.pop(connection)
@@ -113,24 +86,26 @@ class Pool:
                     succeeded, value = pickle.loads(connection.recv_bytes())
                 except (EOFError, ConnectionResetError):
                     succeeded, value = False, "the process died"
-                (answers if succeeded else failures)[rank] = value
+                (results if succeeded else failures)[rank] = value
             if not ready:
+                failures |= dict.fromkeys(pending.values(), "no answer")
                 break
         if failures:
-            self._kill()
-            raise RankError(next(iter(failures.values())).strip().splitlines()[-1])
-        return [answers[rank] for rank in range(self.size)]
+            self.kill()
+            raise RankError(failures, self.size)
+        return [results[rank] for rank in range(self.size)]
 
     def stop(self) -> None:
-        """End all ranks, kindly at first."""
+        """Let all ranks leave their process group and end; kill those that do not."""
         for connection in self._connections:
             with suppress(OSError):
                 connection.send_bytes(pickle.dumps(None))
         for process in self._processes:
             process.join(STOP_S)
-        self._kill()
+        self.kill()
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
+        """End all ranks at once."""
         for process in self._processes:
             process.kill()
             process.join()
@@ -142,54 +117,26 @@ class Pool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        context.set_forkserver_preload([self._preload])
         self._folder = tempfile.TemporaryDirectory(prefix="farspan-ranks-")
         store = str(Path(self._folder.name) / "store")
         for rank in range(self.size):
-            ours, theirs = context.Pipe()
+            parent_end, child_end = context.Pipe()
             ranks = Ranks(rank=rank, world_size=self.size, local_rank=rank)
-            process = context.Process(
-                target=_serve, args=(ranks, self.threads, self.device, store, theirs), daemon=True
-            )
+            process = context.Process(target=_serve, args=(self._join, ranks, store, child_end), daemon=True)
             process.start()
-            theirs.close()
+            child_end.close()
             self._processes.append(process)
-            self._connections.append(ours)
+            self._connections.append(parent_end)
 
 
-def _serve(ranks: Ranks, threads: int, kind: str, store: str, connection: Connection) -> None:
-    torch.set_num_threads(threads)
-    device = torch.device(kind, ranks.local_rank) if kind == "cuda" else torch.device(kind)
+def _serve(join: Join, ranks: Ranks, store: str, connection: Connection) -> None:
     meeting = dist.FileStore(store, ranks.world_size)  # pyright: ignore[reportPrivateImportUsage]
-    with connected(ranks, device, store=meeting):
-        here = Here(ranks, device)
+    with join(ranks, meeting) as first_arguments:
         while (task := pickle.loads(connection.recv_bytes())) is not None:
-            function, args, kwargs = task
             try:
-                answer = pickle.dumps((True, function(here, *args, **kwargs)))
+                function, arguments = task
+                answer = pickle.dumps((True, function(*first_arguments, *arguments)))
             except BaseException:
                 answer = pickle.dumps((False, traceback.format_exc()))
             connection.send_bytes(answer)
-
-
-class Pools:
-    """Pools by numbers of ranks and threads, started when they are first asked for."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self._pools: dict[tuple[int, int], Pool] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for pool in self._pools.values():
-            pool.stop()
-
-    def of(self, size: int, threads: int) -> Pool:
-        """Return the pool of so many ranks, of so many threads each."""
-        return self._pools.setdefault((size, threads), Pool(size, threads, self.device))
-
-    def all(self) -> list[Pool]:
-        """Return the pools so far."""
-        return list(self._pools.values())

@@ -1,4 +1,4 @@
-"""Rivals that call flash-attn, played by plain torch where it is not installed: they compute our mechanisms."""
+"""Baselines that call flash-attn, replaced by plain torch where it is not installed: they compute our mechanisms."""
 
 from dataclasses import replace
 
@@ -14,11 +14,12 @@ from farspan.kernels.mechanisms.nats import NAtS
 from farspan.kernels.mechanisms.spans import Spans
 from farspan.kernels.mechanisms.window import Window
 from farspan.parallel.ranks import Ranks, connected
+from farspan.tools.bench.attention import baselines_on
 from farspan.tools.bench.baselines.flash_packages import FlashAttn, whole_documents
 from farspan.tools.bench.baselines.public_moba import Blocks, PublicMoBA, choose
-from farspan.tools.bench.case import Contender, Shape, gradient_of_out, inputs_of
-from farspan.tools.bench.check import Check, check_rows, compare
-from farspan.tools.bench.contenders import rivals_on
+from farspan.tools.bench.case import Shape, gradient_of_out, inputs_of
+from farspan.tools.bench.check import Check, check_rows, compare_contender
+from farspan.tools.bench.contenders import Contender
 from tests.support import fake_flash_attn
 from tests.support.fake_flash_attn import CALLED
 
@@ -30,8 +31,8 @@ VERSIONS = {"flash_attn_2": "fa2", "flash_attn_3": "fa3_b1", "flash_attn_4": "fa
 
 def check(contender: Contender, mechanism: Mechanism, rows: Rows) -> None:
     with connected(Ranks(), CPU):
-        verdict = compare(contender, Check(mechanism, rows, SHAPE))
-    assert verdict.correct, verdict.said
+        verdict = compare_contender(contender, Check(mechanism, rows, SHAPE))
+    assert verdict.correct, verdict.message
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
@@ -90,11 +91,11 @@ def test_what_they_do_not_compute_is_refused(contender: Contender) -> None:
         contender.plan(own, shuffled, SHAPE)
 
 
-def test_those_are_rivals_that_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_installed_packages_are_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
     def names(*versions: str) -> list[str]:
         fake_flash_attn.install(monkeypatch, *versions)
-        assert not any("flash_attn" in x.name or "moba" in x.name for x in rivals_on(CPU))
-        return [x.name for x in rivals_on(CUDA) if not x.name.startswith("torch_")]
+        assert not any("flash_attn" in x.name or "moba" in x.name for x in baselines_on(CPU))
+        return [x.name for x in baselines_on(CUDA) if not x.name.startswith("torch_")]
 
     assert names() == []
     assert names("fa2") == ["flash_attn_2", "public_moba"]

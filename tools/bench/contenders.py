@@ -1,35 +1,60 @@
-"""Rivals: what torch and installed packages offer, measured in the same run where they compute the same function."""
+"""Contenders: the ways of computing attention on one device, farspan's backends and what torch and packages offer."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, final
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from farspan.errors import ConfigError
-from farspan.kernels.cuda.packages import FlashAttn2
+from farspan.kernels.backend import BACKENDS, KernelRequest, choose_backend
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.mechanisms.dense import Dense
-from farspan.tools.bench.baselines.flash_packages import installed_flash_attn
-from farspan.tools.bench.baselines.flex import Flex
-from farspan.tools.bench.baselines.public_moba import PublicMoBA
-from farspan.tools.bench.case import Attention, Contender, Shape
+from farspan.parallel.comm import Channel, Traffic
+from farspan.parallel.context_parallel.strategy import STRATEGIES
+from farspan.parallel.layout import Shards
+from farspan.tools.bench.case import Attention, Shape
+
+REFERENCE = "reference"
+"""The backend that the others are checked against."""
 
 
-def rivals_on(device: torch.device) -> list[Contender]:
-    """Return the rivals that run on a device."""
-    if device.type == "cpu":
-        return [Sdpa("torch_sdpa", "FLASH_ATTENTION")]
-    return [
-        Sdpa("torch_sdpa_flash", "FLASH_ATTENTION"),
-        Sdpa("torch_sdpa_cudnn", "CUDNN_ATTENTION"),
-        Flex(),
-        *installed_flash_attn(),
-        *([] if FlashAttn2.find() is None else [PublicMoBA()]),
-    ]
+class Contender(ABC):
+    """One way of computing attention."""
+
+    name: str
+    packed: ClassVar[bool] = True
+    """Whether it can compute packed documents."""
+    is_baseline: ClassVar[bool] = True
+    """Whether it is somebody else's."""
+
+    @abstractmethod
+    def plan(self, mechanism: Mechanism, rows: Rows, shape: Shape) -> Attention:
+        """Return differentiable attention over `rows`; raises ConfigError or ValueError where it can't compute it."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Ours(Contender):
+    """A backend of farspan, called as a model calls it: through the strategy of a single rank."""
+
+    name: str
+    is_baseline: ClassVar[bool] = False
+
+    def plan(self, mechanism: Mechanism, rows: Rows, shape: Shape) -> Attention:
+        choose_backend(
+            self.name, shape.device, KernelRequest.of(mechanism, shape.dtype, shape.head_dim, shape.value_dim)
+        )
+        channel = Channel(dist.group.WORLD, Traffic())  # pyright: ignore[reportArgumentType]
+        shards = Shards.deal(rows, layout="contiguous", degree=1)
+        return STRATEGIES.get("single")(channel).prepare(mechanism, shards, shape.heads, backend=self.name)
 
 
 @final
@@ -45,17 +70,27 @@ class Sdpa(Contender):
         self.name, self.kernel = name, kernel
 
     def plan(self, mechanism: Mechanism, rows: Rows, shape: Shape) -> Attention:
-        if mechanism != Dense(causal=True) or not _is_one_document(rows):
+        one_document = bool((rows.document == 0).all()) and torch.equal(rows.position, torch.arange(len(rows)).int())
+        if mechanism != Dense(causal=True) or not one_document:
             raise ConfigError(f"{self.name} computes dense causal attention over one document only.")
         return partial(_sdpa, kernel=self.kernel)
 
 
-def _is_one_document(rows: Rows) -> bool:
-    return bool((rows.document == 0).all()) and torch.equal(rows.position, torch.arange(len(rows)).int())
-
-
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, kernel: str) -> Tensor:
     with sdpa_kernel(getattr(SDPBackend, kernel)):
+        # [T, H, D] -> [1, H, T, D]
         query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     return out.squeeze(0).transpose(0, 1)
+
+
+def our_backends(device: torch.device, chosen: Sequence[str]) -> list[Ours]:
+    """Return our backends: those `chosen`, or all that run on the device but the reference.
+
+    Raises ConfigError for a backend that does not exist or cannot run here.
+    """
+    for name in chosen:
+        if reason := BACKENDS.get(name).unsupported_reason(device):
+            raise ConfigError(f"--backends {name} cannot run on {device.type}: {reason}.")
+    able = [name for name, backend in BACKENDS.load().items() if backend.unsupported_reason(device) is None]
+    return [Ours(name) for name in chosen or able if chosen or name != REFERENCE]

@@ -1,178 +1,46 @@
-"""The run: judge every row against one process, then measure those that are correct, round by round."""
+"""The benchmark of context parallelism: strategies, layouts and mechanisms over ranks, beside one rank."""
 
 import os
-import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Self, final
 
 import torch
 
 from farspan.errors import ConfigError
-from farspan.parallel.layout import Shards
 from farspan.tools.bench import on_rank
 from farspan.tools.bench.case import Shape
-from farspan.tools.bench.check import SLACK, Check, Expected, Verdict, checks
-from farspan.tools.bench.context_contenders import SINGLE, Row
-from farspan.tools.bench.run import LeftOut
-from farspan.tools.bench.timing import DIRECTIONS, Times
-from farspan.tools.rank_pool import Pool, Pools, RankError
+from farspan.tools.bench.check import SLACK, Check, Checker, Run, Verdict, first_line
+from farspan.tools.bench.context_contenders import SINGLE, ContextRow
+from farspan.tools.bench.on_rank import worker_pool
+from farspan.tools.bench.plot import Plot
+from farspan.tools.bench.report import Report, Table, mib
+from farspan.tools.bench.run import Bench, Pass, Record, Result
+from farspan.tools.bench.timing import Times
+from farspan.tools.command import human
+from farspan.tools.rank_pool import RankError, RankPool
 
-TRAVELS = "ring"
-"""The strategy of which it is shown that transfers are hidden behind computing."""
+OVERLAPPED = "ring"
+"""The strategy whose transfers are delayed, to show that they overlap with computing."""
 DELAYS = (0.0, 0.5, 1.0, 2.0)
 """Delays of transfers over the time of a step's computing."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Result:
-    """What was measured of a row. as_many_threads: of one rank with as many threads, in the same rounds.
-
-    peak, sent, stated: of the rank with most. balance: the work of the busiest rank over the mean.
-    """
-
-    row: Row
-    verdict: Verdict
-    tokens: int
-    times: Times | None = None
-    as_many_threads: Times | None = None
-    peak: int | None = None
-    sent: int | None = None
-    stated: int | None = None
-    differs: bool = False
-    balance: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Overlap:
-    """A ring's passes with late transfers. late_ms: of each. step_ms: computing between two transfers, without delay.
-
-    ms: as measured. hidden_ms, exposed_ms: as they would be if a step took the longer of both, or their sum.
-    """
-
-    degree: int
-    direction: str
-    late_ms: float
-    step_ms: float
-    ms: float
-    hidden_ms: float
-    exposed_ms: float
-
-
-@dataclass(slots=True)
-class Judge:
-    """Compares what ranks compute, put together, with the reference on the whole sequence in float64."""
-
-    pools: Pools
-    shape: Shape
-    left_out: LeftOut
-    _expected: dict[str, Expected | None] = field(default_factory=dict)
-
-    def judge(self, row: Row) -> Verdict:
-        """Return the verdict of a row: its own mechanism, and the examples of that which it takes."""
-        said = []
-        for number, check in enumerate(checks(row.case, self.shape, row.entrant.packed)):
-            unsupported_reason = row.entrant.unsupported_reason(
-                check.mechanism, row.layout, check.shape.heads, row.degree
-            )
-            expected = None if unsupported_reason else self._expect(check)
-            if expected is None:
-                if number == 0:
-                    return Verdict(
-                        False, unsupported_reason or f"{check}: the reference cannot compute it", refused=True
-                    )
-                continue
-            try:
-                parts = self.pools.of(row.degree, row.threads).run(on_rank.check, row, check)
-            except RankError as error:
-                return Verdict(False, f"{check}: {error}", refused=row.entrant.is_rival)
-            shards = Shards.deal(check.rows, layout=row.layout, degree=row.degree, work=check.mechanism.keys_per_query)
-            whole = [shards.unshard(torch.stack(part)) for part in zip(*parts, strict=True)]
-            got = [x.to(truth.device) for x, truth in zip(whole, expected.truth, strict=True)]
-            verdict = expected.verdict(got, SLACK if row.entrant.is_rival else 1.0)
-            if not verdict.correct:
-                return verdict
-            said.append(verdict.said)
-        return Verdict(True, "; ".join(said))
-
-    def _expect(self, check: Check) -> Expected | None:
-        if str(check) not in self._expected:
-            try:
-                self._expected[str(check)] = Expected.of(check)
-            except (ConfigError, ValueError):
-                self._expected[str(check)] = None
-        return self._expected[str(check)]
-
-    def judge_all(self, rows: Iterable[Row]) -> list[tuple[Row, Verdict]]:
-        """Return all rows but those of rivals that do not run, which are left out with what they said."""
-        judged = []
-        for row in rows:
-            verdict = self.judge(row)
-            if verdict.refused:
-                self.left_out.add(row.name, verdict.said)
-            else:
-                judged.append((row, verdict))
-        return judged
-
-
-def measure_all(
-    judged: Sequence[tuple[Row, Verdict]],
-    tokens: int,
-    shape: Shape,
-    rounds: int,
-    late_s: float,
-    pools: Pools,
-    left_out: LeftOut,
-) -> list[Result]:
-    """Return the results of one mechanism at one size: in each round every correct row runs once.
-
-    late_s: delay of every transfer. A row that dies, for want of memory perhaps, is left out from there on.
-    """
-    times = {row.name: Times() for row, verdict in judged if verdict.correct}
-    for _ in range(rounds):
-        for row, _ in judged:
-            if row.name not in times:
-                continue
-            try:
-                seconds = pools.of(row.degree, row.threads).run(
-                    on_rank.time_pass, row, tokens, shape, late_s=(late_s, late_s)
-                )
-            except RankError as error:
-                left_out.add(f"{row.name}, {tokens} tokens", str(error))
-                del times[row.name]
-                continue
-            _add(times[row.name], seconds)
-    for pool in pools.all():
-        pool.run(on_rank.forget)
-    alone = {row.threads: times.get(row.name) for row, _ in judged if row.entrant.name == SINGLE and row.threads > 1}
-    results = []
-    for row, verdict in judged:
-        result = Result(row=row, verdict=verdict, tokens=tokens)
-        if row.name in times:
-            result = replace(result, times=times[row.name], as_many_threads=alone.get(row.degree))
-            result = _with_needs(result, shape, pools.device, left_out)
-        if row.name in times or not verdict.correct:
-            results.append(result)
-    return results
-
-
-def _with_needs(result: Result, shape: Shape, device: str, left_out: LeftOut) -> Result:
-    """Return a result with what fresh processes tell of memory and bytes."""
-    row = result.row
-    try:
-        with Pool(row.degree, row.threads, device) as pool:
-            needs = pool.run(on_rank.measure, row, result.tokens, shape)
-    except RankError as error:
-        left_out.add(f"memory and bytes of {row.name}, {result.tokens} tokens", str(error))
-        return result
-    work = [need.work for need in needs]
-    return replace(
-        result,
-        peak=_most([need.peak for need in needs]),
-        sent=_most([need.sent for need in needs]),
-        stated=_most([need.stated for need in needs]),
-        differs=any(need.stated is not None and need.sent != need.stated for need in needs),
-        balance=max(work) * len(work) / sum(work) if sum(work) else None,
-    )
+NOTES = """Ranks are processes of one thread each, over {backend}. Milliseconds are medians of {rounds} rounds, of the
+slowest rank; forward and backward each begin when all ranks are ready, and every row of a table runs once per round.
+`speed over one rank` compares tokens/s with one process that has as many threads as there are ranks: the median of the
+rounds' ratios. Bytes are those of the rank that sends most, forward and backward, as its channel counted them and as
+the strategy's formula states them; a * marks rows where the two differ on some rank. `balance` is the number of pairs
+of queries and keys of the busiest rank over the mean; where content decides, of the pairs that may be unmasked. The
+peak, of the rank with most, is above its inputs. Every row was checked in the same run against one process in float64,
+at the sizes listed below: out and gradients of all ranks put together. A row without numbers failed: its numbers would
+mean nothing.
+"""
+DELAYED = "Every transfer of the tables completes no earlier than {delay_ms:g} ms after its start.\n"
+OVERLAP = """Each transfer of {strategy} ({layout}, {mechanism}, {tokens} tokens) completes no earlier than a delay
+after its sender started it; senders do not wait. A step is a rank's computing between two hops: the time without delay
+over the number of ranks. `overlapped` is the time if transfers overlap with computing, the longer of both; `exposed`
+is the time if they do not, their sum. Backward, the last gradient arrives after all computing, in both.
+"""
 
 
 def _most(values: Sequence[int | None]) -> int | None:
@@ -180,72 +48,166 @@ def _most(values: Sequence[int | None]) -> int | None:
     return max(known) if len(known) == len(values) else None
 
 
-def _add(times: Times, seconds: Sequence[tuple[float, float]]) -> None:
-    """Add a round: a pass takes as long as its slowest rank."""
-    forward, backward = (max(of_direction) for of_direction in zip(*seconds, strict=True))
-    times.fwd.append(1e3 * forward)
-    times.bwd.append(1e3 * backward)
+@final
+class ContextBench(Bench[ContextRow]):
+    """Rows that run on pools of ranks. delay_s: of every transfer."""
+
+    def __init__(self, shape: Shape, delay_s: float = 0.0) -> None:
+        super().__init__()
+        self.shape, self.delay_s = shape, delay_s
+        self._checker = Checker(shape)
+        self._pools: dict[tuple[int, int], RankPool] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in self._pools.values():
+            pool.stop()
+
+    def pool(self, row: ContextRow) -> RankPool:
+        """Return the pool that a row runs on, started at its first call."""
+        size = row.degree, row.threads
+        if size not in self._pools:
+            self._pools[size] = worker_pool(*size, self.shape.device.type)
+        return self._pools[size]
+
+    def check(self, row: ContextRow) -> Verdict:
+        slack, packed = SLACK if row.contender.is_baseline else 1.0, row.contender.packed
+        verdict = self._checker.check(row.setting, row.case, partial(self._plan, row), packed=packed, slack=slack)
+        # A baseline that dies is left out; a strategy of ours that dies is wrong.
+        return replace(verdict, refused=True) if verdict.crashed and row.contender.is_baseline else verdict
+
+    def _plan(self, row: ContextRow, check: Check) -> Run:
+        if reason := row.contender.unsupported_reason(check.mechanism, row.layout, check.shape.heads, row.degree):
+            raise ConfigError(reason)
+        return partial(self._run, row, check)
+
+    def _run(self, row: ContextRow, check: Check) -> list[torch.Tensor]:
+        """Return what the ranks compute, put together."""
+        ranks = self.pool(row).run(on_rank.check, row, check)
+        shards = row.shards(check.mechanism, check.rows)
+        return [shards.unshard(torch.stack(parts)).to(check.shape.device) for parts in zip(*ranks, strict=True)]
+
+    def start(self, row: ContextRow, size: int) -> Pass:
+        return partial(self._time, row, size, (self.delay_s, self.delay_s))
+
+    def _time(self, row: ContextRow, size: int, delays_s: tuple[float, float]) -> tuple[float, float]:
+        """Time a pass: it takes as long as its slowest rank."""
+        forward, backward = zip(*self.pool(row).run(on_rank.time_pass, row, size, self.shape, delays_s), strict=True)
+        return max(forward), max(backward)
+
+    def release(self) -> None:
+        for pool in self._pools.values():
+            pool.run(on_rank.forget)
+
+    def is_baseline(self, other: ContextRow, row: ContextRow) -> bool:
+        return other.contender.name == SINGLE and other.threads == row.degree > 1
+
+    def needs(self, row: ContextRow, size: int) -> Record:
+        """Measure memory and bytes in fresh processes; the numbers of the rank with most."""
+        try:
+            with worker_pool(row.degree, row.threads, self.shape.device.type) as pool:
+                ranks = pool.run(on_rank.measure, row, size, self.shape)
+        except RankError as error:
+            self.leave_out(f"memory and bytes of {row.name}, {human(size)} tokens", first_line(error))
+            return {}
+        work = [needs.work for needs in ranks]
+        return {
+            "bytes_sent": _most([needs.sent for needs in ranks]),
+            "bytes_formula": _most([needs.formula for needs in ranks]),
+            "balance": max(work) * len(work) / sum(work) if sum(work) else None,
+            "peak_bytes": _most([needs.peak for needs in ranks]),
+            "differs": any(needs.formula is not None and needs.sent != needs.formula for needs in ranks),
+        }
+
+    def records(self, result: Result[ContextRow]) -> list[Record]:
+        row, needs = result.row, result.needs or {}
+        record: Record = {
+            "strategy": row.strategy,
+            "layout": row.layout,
+            "mechanism": row.case.name,
+            "degree": row.degree,
+            "tokens": result.size,
+            "tokens_per_s": None if result.times is None else result.size / (result.times.median("fwd_bwd") / 1e3),
+        }
+        return [record | {name: needs.get(name) for name in ("bytes_sent", "bytes_formula", "balance", "peak_bytes")}]
+
+    def overlap(self, row: ContextRow, size: int, rounds: int) -> Table:
+        """Time a ring's passes with each of the delays, in turn; return the times beside those that they should take.
+
+        Raises RankError if a rank fails.
+        """
+        calm, times, degree = Times(), [Times() for _ in DELAYS], row.degree
+        for _ in range(rounds):
+            calm.add(*self._time(row, size, (0.0, 0.0)))
+        steps = {direction: calm.median(direction) / degree for direction in ("fwd", "bwd")}
+        for _ in range(rounds):
+            for delay, of_delay in zip(DELAYS, times, strict=True):
+                delays_s = delay * steps["fwd"] / 1e3, delay * steps["bwd"] / 1e3
+                of_delay.add(*self._time(row, size, delays_s))
+        self.release()
+        lines = []
+        for direction, calm_step in steps.items():
+            step = times[0].median(direction) / degree
+            for delay, of_delay in zip(DELAYS, times, strict=True):
+                ms, delay_ms = of_delay.median(direction), delay * calm_step
+                overlapped, exposed = predicted(degree, direction, step, delay_ms)
+                lines.append([direction, step, delay_ms, ms, overlapped, exposed, ms / overlapped])
+        note = OVERLAP.format(strategy=row.strategy, layout=row.layout, mechanism=row.case.name, tokens=human(size))
+        return Table(heading=f"Overlap, {degree} ranks", note=note, columns=OVERLAP_COLUMNS, lines=lines)
+
+    def report(self, machine: Mapping[str, str], overlap: Sequence[Table], rounds: int) -> Report:
+        title = f"Context parallelism: {machine.get('gpu') or machine['cpu']}, {self.shape}"
+        groups: dict[tuple[str, int], list[Result[ContextRow]]] = {}
+        for result in self.results:
+            groups.setdefault((result.row.case.name, result.size), []).append(result)
+        tables = [
+            Table.of_results(COLUMNS, results, 3, f"{case}, {human(size)} tokens")
+            for (case, size), results in groups.items()
+        ]
+        notes = NOTES.format(rounds=rounds, backend="NCCL" if "gpu" in machine else "gloo")
+        notes += DELAYED.format(delay_ms=1e3 * self.delay_s) if self.delay_s else ""
+        # The plot is of the first case, dense if it was measured, and its longest sequence.
+        case, size = max((key for key in groups if key[0] == next(iter(groups))[0]), default=("nothing", 0))
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for result in groups.get((case, size), []):
+            if result.times is not None:
+                row = result.row
+                name = "one rank, threads" if row.contender.name == SINGLE else f"{row.strategy}, {row.layout}"
+                lines.setdefault(name, []).append((row.degree * row.threads, result.records[0]["tokens_per_s"]))
+        plot = Plot(title=f"{title}: {case}, {human(size)} tokens", series=lines, x="ranks", y="tokens/s", log=True)
+        return self.report_with(machine, title=title, notes=notes, tables=[*tables, *overlap], plot=plot)
 
 
-def measure_overlap(row: Row, tokens: int, shape: Shape, rounds: int, pools: Pools) -> list[Overlap]:
-    """Return the times of a ring's passes with each of the delays, measured in turn, and what they should be.
-
-    Raises RankError if a rank fails.
-    """
-    pool, degree = pools.of(row.degree, row.threads), row.degree
-    calm = Times()
-    for _ in range(rounds):
-        _add(calm, pool.run(on_rank.time_pass, row, tokens, shape))
-    steps = {direction: calm.median(direction) / degree for direction in DIRECTIONS}
-    times = [Times() for _ in DELAYS]
-    for _ in range(rounds):
-        for delay, of_delay in zip(DELAYS, times, strict=True):
-            late_s = delay * steps["fwd"] / 1e3, delay * steps["bwd"] / 1e3
-            _add(of_delay, pool.run(on_rank.time_pass, row, tokens, shape, late_s=late_s))
-    pool.run(on_rank.forget)
-    found = []
-    for direction in ("fwd", "bwd"):
-        step = times[0].median(direction) / degree
-        for delay, of_delay in zip(DELAYS, times, strict=True):
-            late = delay * steps[direction]
-            hidden, exposed = predicted(degree, direction, step, late)
-            found.append(
-                Overlap(
-                    degree=degree,
-                    direction=direction,
-                    late_ms=late,
-                    step_ms=step,
-                    ms=of_delay.median(direction),
-                    hidden_ms=hidden,
-                    exposed_ms=exposed,
-                )
-            )
-    return found
+COLUMNS = {
+    "strategy": lambda result: result.row.strategy,
+    "layout": lambda result: result.row.layout,
+    "ranks": lambda result: result.row.degree,
+    "tokens/s": lambda result: result.records[0]["tokens_per_s"],
+    "forward ms": lambda result: result.times.median("fwd"),
+    "backward ms": lambda result: result.times.median("bwd"),
+    "speed over one rank": lambda result: result.speedup("fwd_bwd"),
+    "MiB sent": lambda result: f"{mib(result.needs.get('bytes_sent'))}{'*' if result.needs.get('differs') else ''}",
+    "MiB by formula": lambda result: mib(result.records[0]["bytes_formula"]),
+    "balance": lambda result: result.records[0]["balance"],
+    "peak MiB": lambda result: mib(result.records[0]["peak_bytes"]),
+}
+OVERLAP_COLUMNS = (
+    "pass", "step ms", "delay ms", "measured ms", "overlapped ms", "exposed ms", "measured over overlapped",
+)  # fmt: skip
 
 
-def predicted(degree: int, direction: str, step: float, late: float) -> tuple[float, float]:
-    """Return how long a ring's pass takes if transfers are hidden behind computing, and if they are not.
+def predicted(degree: int, direction: str, step: float, delay: float) -> tuple[float, float]:
+    """Return how long a ring's pass takes if transfers overlap with computing, and if they do not.
 
     `degree` steps with a hop between each two; backward the gradient of the last chunk has a hop to go when all is
     computed, the others go together with chunks.
     """
-    home = late if direction == "bwd" else 0.0
-    return step + (degree - 1) * max(step, late) + home, degree * step + (degree - 1) * late + home
+    last_hop = delay if direction == "bwd" else 0.0
+    return step + (degree - 1) * max(step, delay) + last_hop, degree * step + (degree - 1) * delay + last_hop
 
 
 def cores() -> int:
     """Return how many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def rate(tokens: int, times: Times) -> float:
-    """Return tokens per second, forward and backward together, by the median of the rounds."""
-    return tokens / (times.median("fwd_bwd") / 1e3)
-
-
-def ratio(result: Result) -> float | None:
-    """Return the speed of a row over that of one rank with as many threads: the median of the rounds' ratios."""
-    if result.times is None or result.as_many_threads is None:
-        return None
-    pairs = zip(result.as_many_threads.of("fwd_bwd"), result.times.of("fwd_bwd"), strict=False)
-    return statistics.median(theirs / mine for theirs, mine in pairs)

@@ -1,206 +1,222 @@
-"""The run: judge every pair of a mechanism and a contender, then measure those that are correct, size by size."""
+"""A benchmark's run, the same for all kinds: check every row, then time those that are correct in rounds."""
 
+import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Protocol, TypeVar
 
-from torch import Tensor
+from farspan.errors import FarspanError
+from farspan.tools.bench.check import Verdict, first_line
+from farspan.tools.bench.plot import Plot
+from farspan.tools.bench.report import Report, Table
+from farspan.tools.bench.timing import Times
+from farspan.tools.command import human
 
-from farspan.errors import ConfigError
-from farspan.tools.bench.case import BASELINE, Attention, Case, Contender, Ours, Shape, gradient_of_out, inputs_of
-from farspan.tools.bench.check import Judge, Verdict
-from farspan.tools.bench.memory import Peaks, peaks_of
-from farspan.tools.bench.timing import Times, time_once
-
-WARM_UPS = {"cpu": 0, "cuda": 2}
-"""Passes at full size before the rounds: a GPU's kernels are compiled for shapes; a CPU is warm from the checks."""
 FEWEST_ROUNDS = 3
-ROUNDS_S = 15.0
+ATTEMPT_ERRORS = (FarspanError, ValueError, RuntimeError)
+"""A row that raises one of them, for want of memory perhaps, is left out."""
+
+Pass = Callable[[], tuple[float, float]]
+"""Runs a forward and a backward pass; returns their milliseconds."""
+Record = dict[str, object]
+"""Measured numbers as they are written to JSON; None where a row is not correct, or was not measured."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Pair:
-    """A row of the table: a case as one contender computes it, with what the check said."""
-
-    case: Case
-    contender: Contender
-    verdict: Verdict
-
-    @property
-    def name(self) -> str:
-        return f"{self.case.name} by {self.contender.name}"
+class Row(Protocol):
+    """A row of the tables: a contender with its work."""
 
     @property
-    def is_baseline(self) -> bool:
-        return self.case.name == BASELINE and isinstance(self.contender, Ours) and self.verdict.correct
+    def name(self) -> str: ...
+
+
+R = TypeVar("R", bound=Row)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Result:
-    """What was measured of a pair at one size; `baseline` are the times of dense attention in the same rounds."""
+class Result(Generic[R]):
+    """Measurements of a row at one size. baseline: times in the same rounds that speed-ups refer to.
 
-    pair: Pair
-    tokens: int
+    needs: memory, bytes sent and the like, as the kind of benchmark measures them. records: for JSON.
+    """
+
+    row: R
+    verdict: Verdict
+    size: int
     times: Times | None = None
-    baseline: list[Times] = field(default_factory=list)
-    peaks: Peaks | None = None
+    baseline: Sequence[Times] = ()
+    needs: Any = None
+    records: Sequence[Record] = ()
+
+    def speedups(self, direction: str) -> list[float]:
+        """Return the ratios of the fastest baseline's time to this one's, round by round; none without a baseline."""
+        if self.times is None or not self.baseline:
+            return []
+        fastest = min(self.baseline, key=lambda times: times.median(direction))
+        return self.times.ratios_to(fastest, direction)
+
+    def speedup(self, direction: str) -> float | None:
+        """Return the median of the rounds' ratios, if there is a baseline."""
+        ratios = self.speedups(direction)
+        return statistics.median(ratios) if ratios else None
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """rounds: of timing, fewer where they would take over ROUNDS_S. case_s: no case is started that would take longer.
+    """rounds: of timing, fewer where they would take over rounds_s. row_s: no row is started that would take longer.
 
-    deadline: of `time.monotonic`; nothing is started that would end later.
+    deadline: of `time.monotonic`; nothing is started that would end later. rounds_until: after it the rounds end, once
+    FEWEST_ROUNDS have run.
     """
 
     rounds: int
-    case_s: float
-    deadline: float
+    rounds_s: float = float("inf")
+    row_s: float = float("inf")
+    deadline: float = float("inf")
+    rounds_until: float = float("inf")
 
-    def unsupported_reason(self, passes_s: float | None) -> str:
-        """Return why a case whose passes take so long, if that is known, is not started; or nothing."""
-        if time.monotonic() + FEWEST_ROUNDS * (passes_s or 0.0) > self.deadline:
+    def reason_to_skip(self, pass_s: float | None) -> str:
+        """Return why a row whose pass takes so long, if that is known, is not started; or nothing."""
+        if time.monotonic() + FEWEST_ROUNDS * (pass_s or 0.0) > self.deadline:
             return "the time budget is used up"
-        if passes_s is not None and passes_s > self.case_s:
-            return f"a forward and backward pass would take {passes_s:.0f} s, over the limit of {self.case_s:.0f} s"
+        if pass_s is not None and pass_s > self.row_s:
+            return f"a forward and backward pass would take {pass_s:.0f} s, over the limit of {self.row_s:.0f} s"
         return ""
 
     def rounds_of(self, round_s: float) -> int:
         """Return how many rounds to run if one takes so long."""
-        return max(FEWEST_ROUNDS, min(self.rounds, int(ROUNDS_S / max(round_s, 1e-9))))
+        fitting = self.rounds_s / max(round_s, 1e-9)
+        return max(FEWEST_ROUNDS, int(min(self.rounds, fitting)))
 
 
-@dataclass(slots=True)
-class LeftOut:
-    """What was not measured, and why, in the order of the run."""
+class Bench(ABC, Generic[R]):
+    """A kind of benchmark: how its rows are checked, run and measured, and what was found so far.
 
-    reasons: dict[str, str] = field(default_factory=dict)
-
-    def add(self, what: str, reason: str) -> None:
-        self.reasons.setdefault(what, reason)
-
-
-def judge_all(cases: Sequence[Case], contenders: Sequence[Contender], shape: Shape, left_out: LeftOut) -> list[Pair]:
-    """Return every pair that claims to work, with its verdict."""
-    pairs, judge = [], Judge(shape)
-    for case in cases:
-        for contender in contenders:
-            if case.packed and not contender.packed:
-                continue
-            verdict = judge.judge(contender, case)
-            if not verdict.refused:
-                pairs.append(Pair(case, contender, verdict))
-            elif isinstance(contender, Ours):
-                left_out.add(f"{case.name} by {contender.name}", verdict.said)
-    return pairs
-
-
-def measure_all(
-    pairs: Sequence[Pair], sizes: Iterable[int], shape: Shape, limits: Limits, left_out: LeftOut
-) -> Iterator[list[Result]]:
-    """Yield the results of each size: of each pair that is wrong, without a number, and of those that were measured."""
-    seconds_per_pair: dict[str, float] = {}
-    for tokens in sorted(sizes):
-        chosen: list[tuple[Pair, int]] = []
-        round_s = 0.0
-        for pair in pairs:
-            if not pair.verdict.correct:
-                continue
-            rows = pair.case.rows(tokens)
-            work = pair.case.mechanism.unmasked_pairs(rows, rows)
-            rate = seconds_per_pair.get(pair.name)
-            passes_s = None if rate is None else rate * work
-            if reason := limits.unsupported_reason(passes_s):
-                left_out.add(f"{pair.name}, {tokens} tokens", reason)
-            else:
-                chosen.append((pair, work))
-                round_s += passes_s or 0.0
-        times = _rounds([pair for pair, _ in chosen], tokens, shape, limits, round_s, left_out)
-        baseline = [times[pair.name] for pair, _ in chosen if pair.is_baseline and pair.name in times]
-        results = [Result(pair=pair, tokens=tokens) for pair in pairs if not pair.verdict.correct]
-        for pair, work in chosen:
-            if pair.name in times:
-                mine = times[pair.name]
-                passes_s = mine.median("fwd_bwd") / 1e3
-                seconds_per_pair[pair.name] = passes_s / max(work, 1)
-                peaks = (
-                    None if limits.unsupported_reason(passes_s) else peaks_of(pair.contender, pair.case, tokens, shape)
-                )
-                results.append(Result(pair=pair, tokens=tokens, times=mine, baseline=baseline, peaks=peaks))
-        yield sorted(results, key=lambda result: pairs.index(result.pair))
-
-
-def _rounds(
-    pairs: Sequence[Pair], tokens: int, shape: Shape, limits: Limits, round_s: float, left_out: LeftOut
-) -> dict[str, Times]:
-    """Return the times of each pair by name; one that dies, for want of memory perhaps, is left out from there on.
-
-    round_s: how long a round will take, as far as is known.
+    checked: rows that claim to compute their case, by name. left_out: reasons by the name of a row.
     """
-    planned = _plan_and_warm_up(pairs, tokens, shape, limits, left_out)
-    dout = gradient_of_out(tokens, shape)
-    times = {name: Times() for name in planned}
-    for _ in range(limits.rounds_of(round_s)):
-        for name in list(times):
-            attention, inputs = planned[name]
+
+    def __init__(self) -> None:
+        self.checked: dict[str, tuple[R, Verdict]] = {}
+        self.results: list[Result[R]] = []
+        self.left_out: dict[str, str] = {}
+
+    @abstractmethod
+    def check(self, row: R) -> Verdict:
+        """Compare a row with the truth."""
+
+    @abstractmethod
+    def start(self, row: R, size: int) -> Pass:
+        """Prepare a row's pass and warm it up; raises one of ATTEMPT_ERRORS where that fails."""
+
+    @abstractmethod
+    def is_baseline(self, other: R, row: R) -> bool:
+        """Whether speed-ups of `row` refer to `other`."""
+
+    @abstractmethod
+    def records(self, result: Result[R]) -> list[Record]:
+        """Return the records of a result."""
+
+    def work(self, row: R, size: int) -> float:
+        """Return what a row's time is proportional to."""
+        return 1.0
+
+    def release(self) -> None:
+        """Drop what `start` prepared."""
+        return None
+
+    def needs(self, row: R, size: int) -> Any:
+        """Measure what a pass needs besides time."""
+        return None
+
+    def leave_out(self, what: str, reason: str) -> None:
+        self.left_out.setdefault(what, reason)
+
+    def refuse(self, row: R, verdict: Verdict) -> None:
+        """Report a row that does not claim to compute its case."""
+        self.leave_out(row.name, verdict.message)
+
+    def check_all(self, rows: Iterable[R]) -> dict[str, tuple[R, Verdict]]:
+        """Return the rows that claim to compute their case by name, with their verdicts; print those."""
+        checked: dict[str, tuple[R, Verdict]] = {}
+        for row in rows:
+            verdict = self.check(row)
+            if verdict.refused:
+                self.refuse(row, verdict)
+                continue
+            checked[row.name] = row, verdict
+            print(f"{row.name}: {'correct' if verdict.correct else f'NOT CORRECT: {verdict.message}'}", flush=True)
+        self.checked |= checked
+        return checked
+
+    def measure(self, checked: Mapping[str, tuple[R, Verdict]], sizes: Iterable[int], limits: Limits) -> None:
+        """Add the results of all sizes: of wrong rows without a number, and of those that were measured."""
+        rates: dict[str, float] = {}
+        for size in sorted(sizes):
+            rows = {name: row for name, (row, verdict) in checked.items() if verdict.correct}
+            pass_s = {name: rates[name] * self.work(row, size) for name, row in rows.items() if name in rates}
+            times = self._rounds(rows, pass_s, size, limits)
+            for name, (row, verdict) in checked.items():
+                result = Result(row=row, verdict=verdict, size=size)
+                if name in times:
+                    result = self._result(row, verdict, size, rows, times, limits)
+                    rates[name] = times[name].median("fwd_bwd") / 1e3 / max(self.work(row, size), 1)
+                if name in times or not verdict.correct:
+                    self.results.append(replace(result, records=self.records(result)))
+
+    def _rounds(
+        self, rows: Mapping[str, R], pass_s: Mapping[str, float], size: int, limits: Limits
+    ) -> dict[str, Times]:
+        """Return the times of each row by name; one that dies is left out from there on."""
+        passes: dict[str, Pass] = {}
+        for name, row in rows.items():
+            reason = limits.reason_to_skip(pass_s.get(name))
             try:
-                forward, backward = time_once(attention, inputs, dout)
-            except RuntimeError as error:
-                left_out.add(f"{name}, {tokens} tokens", _first_line(error))
-                del times[name]
-                continue
-            times[name].fwd.append(forward)
-            times[name].bwd.append(backward)
-    return times
-
-
-def _plan_and_warm_up(
-    pairs: Sequence[Pair], tokens: int, shape: Shape, limits: Limits, left_out: LeftOut
-) -> dict[str, tuple[Attention, list[Tensor]]]:
-    """Return the attention and the inputs of each pair by name; inputs are shared where they are alike."""
-    inputs: dict[int, list[Tensor]] = {}
-    planned: dict[str, tuple[Attention, list[Tensor]]] = {}
-    dout = gradient_of_out(tokens, shape)
-    for pair in pairs:
-        mechanism = pair.case.mechanism
-        reason = limits.unsupported_reason(None)
-        try:
-            if not reason:
-                width = mechanism.routing_width
-                inputs[width] = inputs.get(width) or inputs_of(mechanism, tokens, shape)
-                attention = pair.contender.plan(mechanism, pair.case.rows(tokens), shape)
-                for _ in range(WARM_UPS[shape.device.type]):
-                    time_once(attention, inputs[width], dout)
-                planned[pair.name] = attention, inputs[width]
-        except (ConfigError, ValueError, RuntimeError) as error:
-            reason = _first_line(error)
-        if reason:
-            left_out.add(f"{pair.name}, {tokens} tokens", reason)
-    return planned
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-
-
-def measure_memory(
-    results: Sequence[Result], pairs: Sequence[Pair], sizes: Sequence[int], shape: Shape, limits: Limits
-) -> dict[str, list[int]]:
-    """Return the peak of a forward and backward pass at each size, by pair; a row ends where the budget does.
-
-    What `results` hold is not measured again.
-    """
-    known = {(result.pair.name, result.tokens): result.peaks for result in results}
-    found: dict[str, list[int]] = {}
-    for pair in pairs:
-        if not pair.verdict.correct:
-            continue
-        found[pair.name] = []
-        for tokens in sizes:
-            peaks = known.get((pair.name, tokens))
-            if peaks is None and not limits.unsupported_reason(None):
-                peaks = peaks_of(pair.contender, pair.case, tokens, shape)
-            if peaks is None:
+                if not reason:
+                    passes[name] = self.start(row, size)
+            except ATTEMPT_ERRORS as error:
+                reason = first_line(error)
+            if reason:
+                self.leave_out(f"{name}, {human(size)} tokens", reason)
+        times = {name: Times() for name in passes}
+        for number in range(limits.rounds_of(sum(pass_s.get(name, 0.0) for name in passes))):
+            if number >= FEWEST_ROUNDS and time.monotonic() > limits.rounds_until:
                 break
-            found[pair.name].append(peaks["fwd_bwd"])
-    return found
+            for name in list(times):
+                try:
+                    times[name].add(*passes[name]())
+                except ATTEMPT_ERRORS as error:
+                    self.leave_out(f"{name}, {human(size)} tokens", first_line(error))
+                    del times[name]
+        self.release()
+        return times
+
+    def _result(
+        self, row: R, verdict: Verdict, size: int, rows: Mapping[str, R], times: Mapping[str, Times], limits: Limits
+    ) -> Result[R]:
+        own = times[row.name]
+        ms = own.median("fwd_bwd")
+        print(f"{human(size):>6} {row.name:<60}{ms:12.2f} ms", flush=True)
+        return Result(
+            row=row,
+            verdict=verdict,
+            size=size,
+            times=own,
+            baseline=[times[name] for name, other in rows.items() if name in times and self.is_baseline(other, row)],
+            needs=None if limits.reason_to_skip(ms / 1e3) else self.needs(row, size),
+        )
+
+    def report_with(
+        self, machine: Mapping[str, str], *, title: str, notes: str, tables: Sequence[Table], plot: Plot | None = None
+    ) -> Report:
+        """Return the report of everything that was found."""
+        return Report(
+            title=title,
+            machine=machine,
+            notes=notes,
+            tables=tables,
+            records=[record for result in self.results for record in result.records],
+            checked={name: verdict.message for name, (_, verdict) in self.checked.items()},
+            left_out=self.left_out,
+            plots={} if plot is None else {"": plot},
+        )

@@ -1,4 +1,4 @@
-"""Timing by rounds: in each round every contender runs once, so that all meet the same ups and downs of the machine."""
+"""Timing by rounds: every row runs once per round, so that all meet the same ups and downs of the machine."""
 
 import statistics
 import time
@@ -20,6 +20,10 @@ class Times:
     fwd: list[float] = field(default_factory=list)
     bwd: list[float] = field(default_factory=list)
 
+    def add(self, forward: float, backward: float) -> None:
+        self.fwd.append(forward)
+        self.bwd.append(backward)
+
     def of(self, direction: str) -> list[float]:
         """Return the milliseconds of each round in one of DIRECTIONS."""
         if direction == "fwd_bwd":
@@ -29,13 +33,12 @@ class Times:
     def median(self, direction: str) -> float:
         return statistics.median(self.of(direction))
 
-    def least(self, direction: str) -> float:
+    def shortest(self, direction: str) -> float:
         return min(self.of(direction))
 
-    def speedup_over(self, other: "Times", direction: str) -> float:
-        """Return the median of the rounds' ratios: what slows a whole round down does not count."""
-        pairs = zip(other.of(direction), self.of(direction), strict=True)
-        return statistics.median(theirs / mine for theirs, mine in pairs)
+    def ratios_to(self, other: "Times", direction: str) -> list[float]:
+        """Return the other's time over this one's, round by round: a slow round slows both and does not count."""
+        return [x / y for x, y in zip(other.of(direction), self.of(direction), strict=True)]
 
 
 def time_once(attention: Attention, inputs: Sequence[Tensor], dout: Tensor) -> tuple[float, float]:

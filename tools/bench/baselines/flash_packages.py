@@ -14,7 +14,8 @@ from farspan.kernels.cuda.operators import DTYPES
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import KVLifetime, Masked, Mechanism, Routed
-from farspan.tools.bench.case import Attention, Contender, Shape
+from farspan.tools.bench.case import Attention, Shape
+from farspan.tools.bench.contenders import Contender
 
 MODULES = {
     "flash_attn_2": "flash_attn.flash_attn_interface",

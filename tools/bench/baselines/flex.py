@@ -14,7 +14,8 @@ from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.mechanism import Heads, KVLifetime, LocalShard, Masked, Mechanism, Routed, identity
 from farspan.kernels.mechanisms.block_sparse import BlockSparse
-from farspan.tools.bench.case import Attention, Contender, Shape
+from farspan.tools.bench.case import Attention, Shape
+from farspan.tools.bench.contenders import Contender
 
 BLOCK = 128
 """Rows and keys of a block of its masks: its default."""

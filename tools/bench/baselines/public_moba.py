@@ -20,7 +20,8 @@ from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.tools.bench.baselines.flash_packages import check_dtype, edges_of, whole_documents, with_padding
-from farspan.tools.bench.case import Attention, Contender, Shape
+from farspan.tools.bench.case import Attention, Shape
+from farspan.tools.bench.contenders import Contender
 
 MODULE = flash_attn.FlashAttn2.module
 

@@ -16,28 +16,22 @@ from farspan.errors import ConfigError
 from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.parallel.layout import LAYOUTS
 from farspan.parallel.ranks import Ranks, connected
+from farspan.tools import command
 from farspan.tools.bench import machine
 from farspan.tools.bench.baselines.context_parallel import context_baselines
-from farspan.tools.bench.case import BASELINE, Case, Shape, find_cases, known
+from farspan.tools.bench.case import BASELINE, Shape, find_cases, known
 from farspan.tools.bench.check import first_line
 from farspan.tools.bench.context import OVERLAPPED, ContextBench, cores
-from farspan.tools.bench.context_contenders import SINGLE, ContextContender, StrategyContender, rows_of
+from farspan.tools.bench.context_contenders import SINGLE, ContextContender, StrategyContender
 from farspan.tools.bench.report import Table
 from farspan.tools.bench.run import FEWEST_ROUNDS, Limits
-from farspan.tools.command import (
-    DTYPES,
-    benchmark_parser,
-    device_of,
-    heads,
-    names,
-    print_all,
-    require_at_least,
-    sizes,
-)
 from farspan.tools.rank_pool import RankError
 
 CPU_ONLY = "only transfers of CPU tensors can be delayed."
-MECHANISMS = "dense,window_1024,moba_512x8,mosa_16,lightning"
+DEFAULTS = {
+    "mechanisms": "dense,window_1024,moba_512x8,mosa_16,lightning", "tokens": "8K,16K", "heads": "8:2", "head_dim": 64,
+    "dtype": "float32",
+}  # fmt: skip
 
 
 def degrees(text: str) -> list[int]:
@@ -49,43 +43,37 @@ def degrees(text: str) -> list[int]:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the options."""
-    parser = benchmark_parser(__doc__, "context", rounds=3)
-    parser.add_argument("--strategies", type=names, default=[], help="strategies and baselines; all by default")
-    parser.add_argument("--layouts", type=names, default=["contiguous", "zigzag"])
-    parser.add_argument("--mechanisms", type=names, default=names(MECHANISMS), help="mechanisms, or single cases")
-    parser.add_argument("--degrees", type=degrees, default=[2, 4], help="numbers of ranks, such as 2,4")
-    parser.add_argument("--tokens", type=sizes, default=sizes("8K,16K"), help="such as 8K,16K,1M")
-    parser.add_argument("--heads", type=heads, default=heads("8:2"), help="query heads:KV heads, such as 32:8")
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser = command.benchmark_parser(__doc__, "context", rounds=3)
+    command.add_attention_options(parser)
+    parser.set_defaults(**DEFAULTS)
+    parser.add_argument("--strategies", type=command.names, default=[], help="and baselines; all by default")
+    parser.add_argument("--layouts", type=command.names, default="contiguous,zigzag")
+    parser.add_argument("--degrees", type=degrees, default="2,4", help="numbers of ranks, such as 2,4")
     parser.add_argument("--delay-ms", type=float, default=0.0, help="complete every transfer so long after its start")
     options = parser.parse_args(arguments)
-    require_at_least(parser, options, rounds=FEWEST_ROUNDS, delay_ms=0)
+    command.require_at_least(parser, options, rounds=FEWEST_ROUNDS, delay_ms=0)
     return options
 
 
-def bench(options: argparse.Namespace, command: Sequence[str]) -> list[Path]:
+def bench(options: argparse.Namespace, arguments: Sequence[str]) -> list[Path]:
     """Check, measure, and write the files; return their paths. Raises ConfigError for options that cannot work."""
-    device, dim = device_of(options.device), options.head_dim
+    device, dim = command.device_of(options.device), options.head_dim
     _check_ranks(options)
     # Dense attention comes first among the cases in any event; here it is measured only by request.
     cases = [c for c in find_cases(options.mechanisms, []) if c.name != BASELINE or BASELINE in options.mechanisms]
     contenders = chosen_contenders(options.strategies)
     layouts = [known(name, "layout", list(LAYOUTS)) for name in options.layouts]
-    shape = Shape(heads=options.heads, head_dim=dim, value_dim=dim, dtype=DTYPES[options.dtype], device=device)
+    dtype = command.DTYPES[options.dtype]
+    shape = Shape(heads=options.heads, head_dim=dim, value_dim=dim, dtype=dtype, device=device)
     with connected(Ranks(), device), ContextBench(shape, options.delay_ms / 1e3) as found:
-        _explain_absence(found, contenders, cases, layouts, options)
-        if options.delay_ms:
-            contenders = [contender for contender in contenders if not contender.is_baseline]
         for case in cases:
             if reason := case.mechanism.unsupported_reason(options.heads, max(options.tokens)):
                 found.leave_out(case.name, reason)
                 continue
-            checked = found.check_all(rows_of(case, contenders, layouts, options.degrees, shape))
+            checked = found.check_all(found.rows(case, contenders, layouts, options.degrees))
             found.measure(checked, options.tokens, Limits(rounds=options.rounds))
         overlap = _overlap(found, options)
-    facts = machine.facts(device, command, tool="bench_context") | {"threads": "1 per rank", "cores": str(cores())}
+    facts = machine.facts(device, arguments, tool="bench_context") | {"threads": "1 per rank", "cores": str(cores())}
     facts |= {"deepspeed": machine.version("deepspeed")}
     return found.report(facts, overlap, options.rounds).write(options.out or machine.default_out(device, "context"))
 
@@ -114,25 +102,6 @@ def chosen_contenders(chosen: Sequence[str]) -> list[ContextContender]:
     return [able[known(name, "strategy", list(able))] for name in chosen or able if name != SINGLE]
 
 
-def _explain_absence(
-    found: ContextBench, contenders: Sequence[ContextContender], cases: Sequence[Case], layouts: Sequence[str],
-    options: argparse.Namespace,
-) -> None:  # fmt: skip
-    """Report why a contender that was asked for by name, or a baseline, has no row at a number of ranks."""
-    for contender in contenders:
-        if contender.is_baseline and options.delay_ms:
-            found.leave_out(contender.name, "its transfers cannot be delayed from outside.")
-        elif contender.is_baseline or contender.name in options.strategies:
-            for degree in options.degrees:
-                refusals = [
-                    contender.unsupported_reason(case.mechanism, layout, options.heads, degree)
-                    for case in cases
-                    for layout in layouts
-                ]
-                if refusals and None not in refusals:
-                    found.leave_out(f"{contender.name}, {degree} ranks", str(refusals[0]))
-
-
 def _overlap(found: ContextBench, options: argparse.Namespace) -> list[Table]:
     """Measure a ring with delayed transfers: at each number of ranks its last correct row of the first mechanism.
 
@@ -155,7 +124,7 @@ def _overlap(found: ContextBench, options: argparse.Namespace) -> list[Table]:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; return its exit status, 2 for an error that the caller can fix."""
-    return print_all(lambda: bench(parse(arguments), arguments))
+    return command.print_all(lambda: bench(parse(arguments), arguments))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -40,11 +40,20 @@ def benchmark_parser(doc: str | None, name: str, *, rounds: int | None = None) -
     return parser
 
 
-def fill_in(options: argparse.Namespace, defaults: Mapping[str, object]) -> None:
-    """Set the options that were not given."""
-    for name, value in defaults.items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+def add_attention_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mechanisms", type=names, default=[], help="mechanisms, or single cases; all by default")
+    parser.add_argument("--tokens", type=sizes, help="such as 8K,16K,1M")
+    parser.add_argument("--heads", type=heads, help="query heads:KV heads, such as 32:8")
+    parser.add_argument("--head-dim", type=int)
+    parser.add_argument("--dtype", choices=DTYPES)
+
+
+def parse_for_device(
+    parser: argparse.ArgumentParser, arguments: Sequence[str], defaults: Mapping[str, Mapping[str, object]]
+) -> argparse.Namespace:
+    """Return the options, those not given as is usual for the device."""
+    parser.set_defaults(**defaults[parser.parse_known_args(arguments)[0].device])
+    return parser.parse_args(arguments)
 
 
 def require_at_least(parser: argparse.ArgumentParser, options: argparse.Namespace, **least: float) -> None:

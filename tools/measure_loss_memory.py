@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=131_072)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--chunk-bytes", type=int, default=DEFAULT_CHUNK_BYTES, help="largest chunk of logits held")
+    parser.add_argument("--chunk-bytes", type=int, default=DEFAULT_CHUNK_BYTES, help="largest chunk of logits")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

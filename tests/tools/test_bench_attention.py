@@ -27,8 +27,8 @@ from farspan.tools.bench.attention import AttentionBench, AttentionRow, baseline
 from farspan.tools.bench.case import Case, Shape, document_lengths, find_cases, unmasked_share
 from farspan.tools.bench.check import SPARSE_SHARE, Verdict, checks, excess
 from farspan.tools.bench.contenders import Contender, Ours
-from farspan.tools.bench.run import Limits, Pass, Result
-from farspan.tools.bench.timing import Times
+from farspan.tools.bench.run import Limits, Result
+from farspan.tools.bench.timing import Pass, Times
 from farspan.tools.bench_attention import main
 
 RECORDED = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "2026-11-26_amd_epyc_attention.json"

@@ -27,7 +27,7 @@ from farspan.tools.bench import on_rank
 from farspan.tools.bench.baselines.context_parallel import context_baselines
 from farspan.tools.bench.case import Case, Shape
 from farspan.tools.bench.context import ContextBench, predicted
-from farspan.tools.bench.context_contenders import ContextRow, StrategyContender, rows_of
+from farspan.tools.bench.context_contenders import ContextRow, StrategyContender
 from farspan.tools.bench.delayed import Delay, DelayedChannel
 from farspan.tools.bench.on_rank import Worker, worker_pool
 from farspan.tools.bench_context import main
@@ -80,7 +80,7 @@ def test_writes_records_tables_machine_and_plot(
     assert all(record["tokens"] == 301 for record in records)
     ring, single = by_strategy["ring"], by_strategy["single"]
     assert (ring["layout"], ring["mechanism"], ring["degree"], single["degree"]) == ("zigzag", "dense", 2, 1)
-    chunk = 152 * 2 * (8 + 8) * 4  # tokens of a rank, filled up to 4 stretches of 76, KV heads, D and Dv, bytes
+    chunk = 152 * 2 * (8 + 8) * 4  # tokens of a rank, padded to 4 chunks of 76, KV heads, D and Dv, bytes
     assert ring["bytes_sent"] == ring["bytes_formula"] == chunk + chunk + 2 * chunk
     assert single["bytes_sent"] == single["bytes_formula"] == 0
     assert 1 <= ring["balance"] < 1.1
@@ -100,7 +100,7 @@ def check_files(folder: Path) -> None:
     overlap = text.split("## Overlap, 2 ranks")[1].split("## What was checked")[0] if "## Overlap" in text else ""
     left_out = text.split("## Left out")[1]
     assert (overlap.count("| fwd |"), overlap.count("| bwd |")) == (4, 4) or "overlap, 2 ranks: it needs" in left_out
-    assert "double_ring, 2 ranks: strategy 'double_ring' needs a grid of ranks" in left_out
+    assert "dense by double_ring, zigzag, 2 ranks: strategy 'double_ring' needs a grid of ranks" in left_out
     assert "torch_context_parallel, zigzag, 2 ranks" in text
     texts = {element.text for element in ElementTree.parse(folder / "bench.svg").iter()}
     assert {"ranks", "tokens/s", "ring, zigzag", "one rank, threads"} <= texts
@@ -146,11 +146,13 @@ def test_work_is_uneven_where_ranks_have_contiguous_tokens(two: RankPool) -> Non
 
 def test_only_supported_contenders_have_a_row() -> None:
     contenders = [StrategyContender(name, strategy) for name, strategy in STRATEGIES.load().items() if name != "single"]
-    rows = rows_of(Case(name="lightning", mechanism=Lightning()), contenders, ["zigzag"], [2, 4], SHAPE)
+    bench = ContextBench(SHAPE)
+    rows = bench.rows(Case(name="lightning", mechanism=Lightning()), contenders, ["zigzag"], [2, 4])
     assert [(row.strategy, row.degree) for row in rows] == [
         ("single", 1), ("single_2_threads", 1), ("single_4_threads", 1), ("state", 2), ("ulysses", 2), ("hybrid", 4),
         ("hybrid_outer", 4), ("state", 4), ("ulysses", 4),
     ]  # fmt: skip
+    assert "'state'" in bench.left_out["lightning by ring, zigzag, 2 ranks"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 HEADS = Heads(query=4, kv=2)
 SHAPE = Shape(heads=HEADS, head_dim=16, value_dim=16, dtype=torch.float32, device=CPU)
 ROWS = {
-    "whole blocks": Rows.packed([512]),
+    "full blocks": Rows.packed([512]),
     "a last block of 30": Rows.packed([414]),
     "packed": Rows.packed([1, 200, 128, 170], padding=13),
     "packed blocks": Rows.packed([128, 256, 128]),
@@ -100,7 +100,7 @@ def test_functions_of_pairs_change_nothing_in_place(mechanism: Masked) -> None:
         assert not (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable), node
 
 
-@pytest.mark.parametrize("rows", [ROWS["whole blocks"], ROWS["packed blocks"]], ids=["one", "packed"])
+@pytest.mark.parametrize("rows", [ROWS["full blocks"], ROWS["packed blocks"]], ids=["one", "packed"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_blocks_that_lie_on_blocks_are_full_but_for_the_diagonal(causal: bool, rows: Rows) -> None:
     """Work is what was chosen, and functions of pairs are asked on the diagonal only."""

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from torch import Tensor
 
 from farspan.kernels.cuda.packages import FlashAttn2
 from farspan.kernels.mechanisms.dense import Dense
@@ -19,8 +18,8 @@ from farspan.tools.bench.memory import WARM_UP_TOKENS, Peaks, peaks_of_pass, rep
 from farspan.tools.bench.on_rank import WARM_UPS, Worker, worker_pool
 from farspan.tools.bench.plot import Plot
 from farspan.tools.bench.report import Report, Table, mib
-from farspan.tools.bench.run import Bench, Limits, Pass, Record, Result
-from farspan.tools.bench.timing import DIRECTIONS, time_once
+from farspan.tools.bench.run import Bench, Limits, Record, Result
+from farspan.tools.bench.timing import DIRECTIONS, Pass, warm_pass
 from farspan.tools.command import human
 from farspan.tools.rank_pool import RankError
 
@@ -70,12 +69,12 @@ class AttentionBench(Bench[AttentionRow]):
         super().__init__()
         self.shape = shape
         self._checker = Checker(shape)
-        self._inputs: dict[int, list[Tensor]] = {}
 
     def check(self, row: AttentionRow) -> Verdict:
         contender, slack = row.contender, SLACK if row.contender.is_baseline else 1.0
-        plan = lambda check: check.run_of(contender)  # noqa: E731
-        return self._checker.check(contender.name, row.case, plan, packed=contender.packed, slack=slack)
+        return self._checker.check(
+            contender.name, row.case, lambda check: check.run_of(contender), packed=contender.packed, slack=slack
+        )
 
     def refuse(self, row: AttentionRow, verdict: Verdict) -> None:
         # Each baseline refuses most mechanisms.
@@ -83,17 +82,11 @@ class AttentionBench(Bench[AttentionRow]):
             super().refuse(row, verdict)
 
     def start(self, row: AttentionRow, size: int) -> Pass:
-        width = row.case.mechanism.routing_width
-        if width not in self._inputs:
-            self._inputs[width] = inputs_of(row.case.mechanism, size, self.shape)
-        inputs, dout = self._inputs[width], gradient_of_out(size, self.shape)
-        attention = row.contender.plan(row.case.mechanism, row.case.rows(size), self.shape)
-        for _ in range(WARM_UPS[self.shape.device.type]):
-            time_once(attention, inputs, dout)
-        return lambda: time_once(attention, inputs, dout)
-
-    def release(self) -> None:
-        self._inputs.clear()
+        mechanism, shape = row.case.mechanism, self.shape
+        inputs = self.shared(mechanism.routing_width, lambda: inputs_of(mechanism, size, shape))
+        dout = self.shared("dout", lambda: gradient_of_out(size, shape))
+        attention = row.contender.plan(mechanism, row.case.rows(size), shape)
+        return warm_pass(attention, inputs, dout, WARM_UPS[shape.device.type])
 
     def work(self, row: AttentionRow, size: int) -> float:
         return row.case.unmasked_pairs(size)

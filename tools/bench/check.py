@@ -96,7 +96,9 @@ class Expected:
     def failures(self, got: Sequence[Tensor], slack: float, names: Sequence[str] = RESULTS) -> list[str]:
         """Return how results differ by more than they may."""
         compared = zip(names[: len(self.exact)], got, self.exact, self.rounded, strict=True)
-        return [f"{name} {failure}" for name, *values in compared if (failure := excess(*values, slack=slack))]
+        return [
+            f"{name} {failure}" for name, x, exact, rounded in compared if (failure := excess(x, exact, rounded, slack))
+        ]
 
 
 def check_rows(tokens: int, packed: bool) -> Rows:
@@ -147,7 +149,7 @@ class Checker:
         plan: returns the computation of a check, or raises ConfigError or ValueError. Examples that the contender or
         the reference cannot compute in this shape are passed over: they tell nothing about the case.
         """
-        if case != self._case:  # expected results are large: kept for the contenders of one case
+        if case != self._case:  # expected results are large: cached for the contenders of one case
             self._case, self._expected = case, {}
         messages = []
         for number, check in enumerate(checks(case, self._shape, packed)):

@@ -25,7 +25,7 @@ STEP_S = 0.05
 NOTES = """{megabytes:,.0f} MB of parameters and optimizer state of one rank, float32, {layers} layers of width {width}.
 A round runs the same steps, {steps} of them, each products of matrices: `alone`, without a save; `waiting`, after a
 save that they wait for; `background`, beside a save that starts with them; `begun` is how long they stood still until
-it had started. Then it reads without verification and loads with it: `stored` after the system was told to drop the
+it had started. Then it reads without verification and loads with it: `stored` after the system dropped the
 files from memory, and `cached`; the two take turns in going first. Seconds are medians of {rounds} rounds.
 `of all saving`: the cost of the background's save to the steps over that of the save they wait for. `verified`: what
 verification adds. These are medians of the rounds' ratios.
@@ -119,13 +119,13 @@ class CheckpointBench:
             "reading": lambda: self.checkpoints.read(newest),
             "loading": lambda: self.checkpoints.load_latest(TrainState()),
         }
-        for place in ("stored", "cached"):
-            found |= {f"{kind}_{place}": 0.0 for kind in kinds}  # the order of the records
+        for source in ("stored", "cached"):
+            found |= {f"{kind}_{source}": 0.0 for kind in kinds}  # the order of the records
             # Each round has two saves. Something outside of this system may keep what was read last.
             for kind in kinds if self.step_number // 2 % 2 else reversed(kinds):
-                if place == "stored":
+                if source == "stored":
                     drop_from_memory(newest)
-                found[f"{kind}_{place}"] = seconds(kinds[kind])
+                found[f"{kind}_{source}"] = seconds(kinds[kind])
         return found
 
     @property

@@ -26,14 +26,18 @@ REFERENCE = "reference"
 """The backend that the others are checked against."""
 
 
-class Contender(ABC):
-    """One way of computing attention."""
+class NamedContender(ABC):
+    """A way of computing attention, on one device or over ranks."""
 
     name: str
     packed: ClassVar[bool] = True
     """Whether it can compute packed documents."""
     is_baseline: ClassVar[bool] = True
-    """Whether it is somebody else's."""
+    """Whether it is from outside of farspan."""
+
+
+class Contender(NamedContender):
+    """One way of computing attention on one device."""
 
     @abstractmethod
     def plan(self, mechanism: Mechanism, rows: Rows, shape: Shape) -> Attention:

@@ -4,20 +4,22 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Self, final
 
 import torch
 
 from farspan.errors import ConfigError
+from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.tools.bench import on_rank
-from farspan.tools.bench.case import Shape
+from farspan.tools.bench.case import Case, Shape
 from farspan.tools.bench.check import SLACK, Check, Checker, Run, Verdict, first_line
-from farspan.tools.bench.context_contenders import SINGLE, ContextRow
+from farspan.tools.bench.context_contenders import SINGLE, ContextContender, ContextRow, StrategyContender
 from farspan.tools.bench.on_rank import worker_pool
 from farspan.tools.bench.plot import Plot
 from farspan.tools.bench.report import Report, Table, mib
-from farspan.tools.bench.run import Bench, Pass, Record, Result
-from farspan.tools.bench.timing import Times
+from farspan.tools.bench.run import Bench, Record, Result
+from farspan.tools.bench.timing import Pass, Times
 from farspan.tools.command import human
 from farspan.tools.rank_pool import RankError, RankPool
 
@@ -71,6 +73,28 @@ class ContextBench(Bench[ContextRow]):
         if size not in self._pools:
             self._pools[size] = worker_pool(*size, self.shape.device.type)
         return self._pools[size]
+
+    def rows(
+        self, case: Case, contenders: Sequence[ContextContender], layouts: Sequence[str], degrees: Sequence[int]
+    ) -> list[ContextRow]:
+        """Return the rows of a case that their contenders support, and leave out the others; first those of one rank.
+
+        On CPUs also one rank with as many threads as there are ranks in others.
+        """
+        single, heads = StrategyContender(SINGLE, STRATEGIES.get(SINGLE)), self.shape.heads
+        rows = [
+            ContextRow(contender=single, case=case, layout="contiguous", degree=1, threads=threads)
+            for threads in dict.fromkeys((1, *(degrees if self.shape.device.type == "cpu" else ())))
+        ]
+        for degree, contender, layout in product(degrees, contenders, layouts):
+            row = ContextRow(contender=contender, case=case, layout=layout, degree=degree)
+            if contender.is_baseline and self.delay_s:
+                self.leave_out(contender.name, "its transfers cannot be delayed from outside.")
+            elif reason := contender.unsupported_reason(case.mechanism, layout, heads, degree):
+                self.leave_out(row.name, reason)
+            else:
+                rows.append(row)
+        return rows
 
     def check(self, row: ContextRow) -> Verdict:
         slack, packed = SLACK if row.contender.is_baseline else 1.0, row.contender.packed

@@ -1,7 +1,7 @@
 """Contenders of the context-parallel benchmark: attention over a sequence that is sharded over ranks."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -14,9 +14,10 @@ from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.parallel.comm import Channel, Traffic
 from farspan.parallel.context_parallel.routing import choose_alone
-from farspan.parallel.context_parallel.strategy import STRATEGIES, Chosen, Queries, Sizes, Strategy, Volume
+from farspan.parallel.context_parallel.strategy import Chosen, Queries, Sizes, Strategy, Volume
 from farspan.parallel.layout import Shards
 from farspan.tools.bench.case import Attention, Case, Shape, gradient_of_out, inputs_of
+from farspan.tools.bench.contenders import NamedContender
 
 SINGLE = "single"
 
@@ -66,14 +67,8 @@ class Planned:
     scope: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
-class ContextContender(ABC):
+class ContextContender(NamedContender):
     """One way of computing attention over ranks."""
-
-    name: str
-    packed: ClassVar[bool] = True
-    """Whether it can compute packed documents."""
-    is_baseline: ClassVar[bool] = True
-    """Whether it is somebody else's."""
 
     @abstractmethod
     def unsupported_reason(self, mechanism: Mechanism, layout: str, heads: Heads, degree: int) -> str | None:
@@ -149,23 +144,3 @@ class ContextRow:
         """Return the sharded case that is timed."""
         shards = self.shards(self.case.mechanism, self.case.rows(tokens))
         return ShardedCase(mechanism=self.case.mechanism, shards=shards, shape=shape)
-
-
-def rows_of(
-    case: Case, contenders: Sequence[ContextContender], layouts: Sequence[str], degrees: Sequence[int], shape: Shape
-) -> list[ContextRow]:
-    """Return the rows of a case that their contenders support; first those of one rank.
-
-    On CPUs also one rank with as many threads as there are ranks in others.
-    """
-    single = StrategyContender(SINGLE, STRATEGIES.get(SINGLE))
-    rows = [
-        ContextRow(contender=single, case=case, layout="contiguous", degree=1, threads=threads)
-        for threads in dict.fromkeys((1, *(degrees if shape.device.type == "cpu" else ())))
-    ]
-    for degree in degrees:
-        for contender in contenders:
-            for layout in layouts:
-                if contender.unsupported_reason(case.mechanism, layout, shape.heads, degree) is None:
-                    rows.append(ContextRow(contender=contender, case=case, layout=layout, degree=degree))
-    return rows

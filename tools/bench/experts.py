@@ -16,8 +16,8 @@ from farspan.kernels.moe.grouped_swiglu import grouped_swiglu
 from farspan.tools.bench.case import Attention
 from farspan.tools.bench.check import Expected, Run, Verdict, compare, outcome
 from farspan.tools.bench.report import Report, Table
-from farspan.tools.bench.run import Bench, Pass, Record, Result
-from farspan.tools.bench.timing import DIRECTIONS, time_once
+from farspan.tools.bench.run import Bench, Record, Result
+from farspan.tools.bench.timing import DIRECTIONS, Pass, warm_pass
 
 aten = torch.ops.aten
 
@@ -218,7 +218,6 @@ class ExpertBench(Bench[ExpertRow]):
     def __init__(self, loads: Sequence[Load]) -> None:
         super().__init__()
         self.loads = loads
-        self._inputs: dict[bool, list[Tensor]] = {}
 
     def rows(self) -> list[ExpertRow]:
         contenders = [*DENSE, *OURS, *(BASELINES if self.loads[0].device.type == "cuda" else [])]
@@ -228,16 +227,9 @@ class ExpertBench(Bench[ExpertRow]):
         return verdict(row.contender, row.load.small())
 
     def start(self, row: ExpertRow, size: int) -> Pass:
-        run, dout = row.contender.plan(row.load), row.load.gradient()
-        if row.contender.dense not in self._inputs:
-            self._inputs[row.contender.dense] = row.contender.inputs(row.load)
-        inputs = self._inputs[row.contender.dense]
-        for _ in range(WARM_UPS[row.load.device.type]):
-            time_once(run, inputs, dout)
-        return lambda: time_once(run, inputs, dout)
-
-    def release(self) -> None:
-        self._inputs.clear()
+        inputs = self.shared(row.contender.dense, lambda: row.contender.inputs(row.load))
+        dout = self.shared("dout", row.load.gradient)
+        return warm_pass(row.contender.plan(row.load), inputs, dout, WARM_UPS[row.load.device.type])
 
     def is_baseline(self, other: ExpertRow, row: ExpertRow) -> bool:
         return other.contender is DENSE[0] and other.load == row.load

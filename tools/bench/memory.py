@@ -1,4 +1,4 @@
-"""Peak memory of one forward and backward pass, above what was held before."""
+"""Peak memory of one forward and backward pass, above the memory in use before."""
 
 import contextlib
 from collections.abc import Sequence

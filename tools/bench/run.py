@@ -11,16 +11,14 @@ from farspan.errors import FarspanError
 from farspan.tools.bench.check import Verdict, first_line
 from farspan.tools.bench.plot import Plot
 from farspan.tools.bench.report import Report, Table
-from farspan.tools.bench.timing import Times
+from farspan.tools.bench.timing import Pass, Times
 from farspan.tools.command import human
 
 FEWEST_ROUNDS = 3
 ATTEMPT_ERRORS = (FarspanError, ValueError, RuntimeError)
 """A row that raises one of them, for want of memory perhaps, is left out."""
 
-Pass = Callable[[], tuple[float, float]]
-"""Runs a forward and a backward pass; returns their milliseconds."""
-Record = dict[str, object]
+Record = dict[str, Any]
 """Measured numbers as they are written to JSON; None where a row is not correct, or was not measured."""
 
 
@@ -100,6 +98,7 @@ class Bench(ABC, Generic[R]):
         self.checked: dict[str, tuple[R, Verdict]] = {}
         self.results: list[Result[R]] = []
         self.left_out: dict[str, str] = {}
+        self._shared: dict[object, Any] = {}
 
     @abstractmethod
     def check(self, row: R) -> Verdict:
@@ -121,9 +120,15 @@ class Bench(ABC, Generic[R]):
         """Return what a row's time is proportional to."""
         return 1.0
 
+    def shared(self, key: object, make: Callable[[], Any]) -> Any:
+        """Return a value that the passes of one size share, made by the first that needs it."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
     def release(self) -> None:
         """Drop what `start` prepared."""
-        return None
+        self._shared.clear()
 
     def needs(self, row: R, size: int) -> Any:
         """Measure what a pass needs besides time."""

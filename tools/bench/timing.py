@@ -2,8 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from farspan.tools.bench.case import Attention
 
 DIRECTIONS = ("fwd", "bwd", "fwd_bwd")
+Pass = Callable[[], tuple[float, float]]
+"""Runs a forward and a backward pass; returns their milliseconds."""
 
 
 @dataclass(slots=True)
@@ -39,6 +42,13 @@ class Times:
     def ratios_to(self, other: "Times", direction: str) -> list[float]:
         """Return the other's time over this one's, round by round: a slow round slows both and does not count."""
         return [x / y for x, y in zip(other.of(direction), self.of(direction), strict=True)]
+
+
+def warm_pass(attention: Attention, inputs: Sequence[Tensor], dout: Tensor, warm_ups: int) -> Pass:
+    """Run so many passes, and return the next one."""
+    for _ in range(warm_ups):
+        time_once(attention, inputs, dout)
+    return partial(time_once, attention, inputs, dout)
 
 
 def time_once(attention: Attention, inputs: Sequence[Tensor], dout: Tensor) -> tuple[float, float]:

@@ -38,7 +38,7 @@ def test_there_is_no_toy_without_its_file() -> None:
 
 def test_contract_and_matrix_find_it() -> None:
     found = pytest_with_toy("--collect-only", SEQUENCE, MATRIX, "-k", "gated or WindowAndBlocks").splitlines()
-    able = [name for name, x in BACKENDS.load().items() if x.unsupported_reason(torch.device("cpu")) is None]
+    able = [name for name, x in BACKENDS.load().items() if x.unavailable_reason(torch.device("cpu")) is None]
     for example in EXAMPLES:
         for backend in able:
             for dtype in oracle.RELATIVE_TOLERANCE:

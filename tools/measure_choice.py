@@ -1,10 +1,9 @@
 """Measure how much of other ranks' keys a trained model's choice of blocks needs: `... RUN_FOLDER --degrees 4,8`.
 
-Of each layer and rank, the union over its queries: what `fetch` moves forward, beside what it would move if all that is
-visible were chosen, and beside a ring. Also for normal queries and keys, which the cost model takes a choice of.
+For each layer, the bytes that `fetch` moves forward, over those that it would move if all unmasked blocks were chosen,
+and over those of a ring. Also for normal queries and keys, whose choice the cost model assumes.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,7 +22,7 @@ from farspan.parallel.layout import LAYOUTS, Shards
 from farspan.parallel.mesh import Mesh
 from farspan.parallel.ranks import Ranks, connected
 from farspan.parallel.simulation import Unconnected
-from farspan.tools.command import print_all
+from farspan.tools.command import parser_of, print_all
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.checkpoint.verify import newest_complete
 from farspan.trainer.config import Config
@@ -36,7 +35,7 @@ ONE_PROCESS = ("parallel.context=1", "parallel.dp_shard=0", "parallel.strategy=s
 
 
 def chosen_by_layers(folder: Path) -> tuple[Config, Rows, list[Routing]]:
-    """Return the configuration of a run, the rows of its first held-out sequence, and what each layer chooses there."""
+    """Return the configuration of a run, the rows of its first validation sequence, and each layer's routing there."""
     config = load_config(Config, folder / "config.toml", ONE_PROCESS)
     resolved = resolve(config, Ranks())
     config, device = resolved.config, resolved.device
@@ -47,18 +46,18 @@ def chosen_by_layers(folder: Path) -> tuple[Config, Rows, list[Routing]]:
         resolved.validation_source, sequence_tokens=config.data.sequence_tokens, seed=0, shuffle=False, repeat=False
     )
     batch = build_batches(config, mesh, device, Traffic()).build(data.sequence(0))
-    seen: list[tuple[Tensor, ...]] = []
-    attention = tuple(_watched(attend, seen) for attend in batch.context.attention)
+    inputs_of_layers: list[tuple[Tensor, ...]] = []
+    attention = tuple(_recorded(attend, inputs_of_layers) for attend in batch.context.attention)
     with torch.no_grad():
         model(batch.tokens, batch.labels, replace(batch.context, attention=attention))  # pyright: ignore[reportArgumentType]
     rows = batch.context.rows.to("cpu")
-    inputs, heads_of = zip(config.mechanisms(), seen, strict=True), config.model.heads_of
-    return config, rows, [m.route(rows, heads_of(m), q, k, *routing) for m, (q, k, _, *routing) in inputs]
+    layers, heads_of = zip(config.mechanisms(), inputs_of_layers, strict=True), config.model.heads_of
+    return config, rows, [m.route(rows, heads_of(m), q, k, *routing) for m, (q, k, _, *routing) in layers]
 
 
-def _watched(attend: Callable[..., Tensor], seen: list[tuple[Tensor, ...]]) -> Callable[..., Tensor]:
+def _recorded(attend: Callable[..., Tensor], inputs_of_layers: list[tuple[Tensor, ...]]) -> Callable[..., Tensor]:
     def call(*inputs: Tensor) -> Tensor:
-        seen.append(inputs)
+        inputs_of_layers.append(inputs)
         return attend(*inputs)
 
     return call
@@ -80,8 +79,9 @@ def lines(folder: Path, degrees: Sequence[int]) -> list[str]:
     config, rows, choices = chosen_by_layers(folder)
     mechanisms = config.mechanisms()
     if not any(Access.BLOCKS in mechanism.accesses for mechanism in mechanisms):
-        raise ConfigError(f"{folder} is a run without a routed mechanism: nothing is chosen there.")
-    found = ["| ranks | layout | layer | of what is visible | normal q, k | of a ring |", "|--:|---|--:|--:|--:|--:|"]
+        raise ConfigError(f"{folder} is a run without a routed mechanism: no layer chooses keys.")
+    found = ["| ranks | layout | layer | of all unmasked | normal q, k, of all unmasked | of a ring |"]
+    found.append("|--:|---|--:|--:|--:|--:|")
     for degree in degrees:
         for layout in LAYOUTS:
             for layer, (mechanism, chosen) in enumerate(zip(mechanisms, choices, strict=True)):
@@ -90,15 +90,15 @@ def lines(folder: Path, degrees: Sequence[int]) -> list[str]:
                 shards = Shards.deal(rows, layout=layout, degree=degree, work=mechanism.keys_per_query)
                 drawn = mechanism.sample_routing(rows, config.model.heads_of(mechanism))
                 sources = chosen, drawn, Routing()
-                trained, normal, visible = (moved("fetch", mechanism, shards, config, x) for x in sources)
+                trained, normal, unmasked = (moved("fetch", mechanism, shards, config, x) for x in sources)
                 ring = moved("ring", mechanism, shards, config, Routing())
-                shares = " | ".join(f"{100 * x:.0f} %" for x in (trained / visible, normal / visible, trained / ring))
+                shares = " | ".join(f"{100 * x:.0f} %" for x in (trained / unmasked, normal / unmasked, trained / ring))
                 found.append(f"| {degree} | {layout} | {layer} | {shares} |")
     return found
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("folder", type=Path, help="of a run that has a checkpoint")
     parser.add_argument("--degrees", default="4,8", help="of context parallelism")
     options = parser.parse_args(arguments)

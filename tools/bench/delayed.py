@@ -1,4 +1,4 @@
-"""Late transfers: a channel whose messages take longer, as over a slower network, without keeping their senders."""
+"""Delayed transfers: a channel whose messages take longer, as over a slower network; senders do not wait."""
 
 import time
 from dataclasses import dataclass
@@ -11,19 +11,19 @@ from torch import Tensor
 from farspan.parallel.comm import Channel, Traffic, Transfer
 
 STAMP_TAGS = 1000
-"""What is added to the tag of a transfer for the time at which it was started."""
+"""Added to the tag of a transfer for the message with its start time."""
 
 
 @dataclass(slots=True)
 class Delay:
-    """seconds: after the last of its senders started it, a transfer is complete no earlier."""
+    """seconds: a transfer completes no earlier than so long after the last of its senders started it."""
 
     seconds: float = 0.0
 
 
 @final
-class LateChannel(Channel):
-    """A channel on one machine, whose ranks share a clock; senders tell when they started, which is not counted."""
+class DelayedChannel(Channel):
+    """A channel on one machine, whose ranks share a clock; senders also send their start time, which is not counted."""
 
     def __init__(
         self,
@@ -31,8 +31,8 @@ class LateChannel(Channel):
         traffic: Traffic,
         delay: Delay,
         *,
-        inner: "LateChannel | None" = None,
-        outer: "LateChannel | None" = None,
+        inner: "DelayedChannel | None" = None,
+        outer: "DelayedChannel | None" = None,
     ) -> None:
         super().__init__(group, traffic, inner=inner, outer=outer)
         self.delay = delay
@@ -41,16 +41,17 @@ class LateChannel(Channel):
         if not self.delay.seconds:
             return super()._shift(buffer, tag, to, source, kind)
         started = super()._shift(_now(), STAMP_TAGS + tag, to, source, kind)
-        return LateTransfer(super()._shift(buffer, tag, to, source, kind), started, self.delay.seconds)
+        return DelayedTransfer(super()._shift(buffer, tag, to, source, kind), started, self.delay.seconds)
 
     def _all_to_all(self, buffer: Tensor, sent: list[int], received: list[int], kind: str) -> Transfer:
         if not self.delay.seconds:
             return super()._all_to_all(buffer, sent, received, kind)
-        # Only from those who send something: to wait for others is no transfer.
-        told = [int(rank != self.rank and rows > 0) for rank, rows in enumerate(sent)]
-        heard = [int(rank != self.rank and rows > 0) for rank, rows in enumerate(received)]
-        started = super()._all_to_all(_now().expand(sum(told)).contiguous(), told, heard, kind)
-        return LateTransfer(super()._all_to_all(buffer, sent, received, kind), started, self.delay.seconds)
+        # Only from ranks that send something: waiting for others is no transfer.
+        stamps_out, stamps_in = (
+            [int(rank != self.rank and rows > 0) for rank, rows in enumerate(counts)] for counts in (sent, received)
+        )
+        started = super()._all_to_all(_now().expand(sum(stamps_out)).contiguous(), stamps_out, stamps_in, kind)
+        return DelayedTransfer(super()._all_to_all(buffer, sent, received, kind), started, self.delay.seconds)
 
     def _all_gather(self, buffer: Tensor, kind: str) -> list[Tensor]:
         if not self.delay.seconds:
@@ -70,8 +71,8 @@ class LateChannel(Channel):
 
 
 @final
-class LateTransfer(Transfer):
-    """A transfer, and the times at which its senders started it, on their way too."""
+class DelayedTransfer(Transfer):
+    """A transfer, and a second one with the start times of its senders."""
 
     def __init__(self, transfer: Transfer, started: Transfer, seconds: float) -> None:
         self.transfer, self.started, self.seconds = transfer, started, seconds

@@ -1,4 +1,4 @@
-"""flash-attn's own functions as rivals, those of the versions that are installed."""
+"""flash-attn's own functions as baselines, of the installed versions."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +14,8 @@ from farspan.kernels.cuda.operators import DTYPES
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
-from farspan.tools.bench.case import Attention, Contender, Shape
+from farspan.tools.bench.case import Attention, Shape
+from farspan.tools.bench.contenders import Contender
 
 MODULES = {
     "flash_attn_2": "flash_attn.flash_attn_interface",
@@ -24,7 +25,6 @@ MODULES = {
 
 
 def installed_flash_attn() -> list[Contender]:
-    """Return the rivals whose packages are installed."""
     return [FlashAttn(name) for name in MODULES if public_function(name) is not None]
 
 
@@ -43,13 +43,13 @@ class FlashAttn(Contender):
     def plan(self, mechanism: Mechanism, rows: Rows, shape: Shape) -> Attention:
         attention_mask = mechanism.static_mask
         if attention_mask is None:
-            raise ConfigError(f"{self.name} is compared where what a query sees is static.")
+            raise ConfigError(f"{self.name} is compared where the mask is static.")
         if not attention_mask.is_uniform or attention_mask.sinks or attention_mask.neighborhood is not None:
             raise ConfigError(f"{self.name} computes dense attention and one sliding window, without sinks.")
         check_dtype(self.name, shape)
-        lengths = whole_documents(self.name, rows)
-        edges = edges_of(lengths, shape.device)
-        options = _window(attention_mask) | {"cu_seqlens_q": edges, "cu_seqlens_k": edges}
+        lengths = packed_lengths(self.name, rows)
+        starts = cu_seqlens(lengths, shape.device)
+        options = _window(attention_mask) | {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
         options |= {"max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths), "causal": attention_mask.causal}
         return partial(_attend, name=self.name, tokens=sum(lengths), options=options)
 
@@ -63,7 +63,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *, name: str, tokens: int, options:
 
 
 def _window(attention_mask: AttentionMask) -> dict[str, Any]:
-    """Return the keys that are seen before and after a query, itself left out; nothing where all are."""
+    """Return the number of unmasked keys before and after a query's own; nothing where all are unmasked."""
     if attention_mask.window is None:
         return {}
     assert isinstance(attention_mask.window, int)
@@ -77,17 +77,17 @@ def check_dtype(name: str, shape: Shape) -> None:
         raise ConfigError(f"{name} computes in bfloat16 and float16 only.")
 
 
-def whole_documents(name: str, rows: Rows) -> list[int]:
-    """Return the lengths of documents that lie one after another in rows, padding last; raises ConfigError if not."""
+def packed_lengths(name: str, rows: Rows) -> list[int]:
+    """Return the lengths of packed documents, padding last; raises ConfigError for other rows."""
     lengths = rows.document[rows.document >= 0].unique_consecutive(return_counts=True)[1].tolist()
     packed = Rows.packed(lengths, padding=len(rows) - sum(lengths))
     if not lengths or not torch.equal(packed.ordinal(), rows.ordinal()):
-        raise ConfigError(f"{name} is compared where whole documents follow one another.")
+        raise ConfigError(f"{name} is compared where complete documents follow one another.")
     return lengths
 
 
-def edges_of(lengths: list[int], device: torch.device) -> Tensor:
-    """Return where sequences of these lengths start, and where the last one stops, int32."""
+def cu_seqlens(lengths: list[int], device: torch.device) -> Tensor:
+    """Return the starts of sequences of these lengths and the end of the last one, int32."""
     return torch.tensor([0, *lengths]).cumsum(0).int().to(device)
 
 

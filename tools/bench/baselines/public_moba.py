@@ -1,9 +1,10 @@
-"""MoBA in the way of its public code (MoonshotAI/MoBA, "efficient"), written from its description, as a rival.
+"""MoBA in the way of its public code (MoonshotAI/MoBA, "efficient"), written from its description, as a baseline.
 
-It runs on flash-attn 2: a gate of every block, head and query is held in float32; each block that is not a document's
-last is a sequence of its own for each head, with the queries that chose it; own blocks and chosen ones are two calls,
-merged by log-sum-exp in float32; both backward calls are given the merged out and lse. Keys that heads share are
-copied. Unlike there, means of keys are taken in float32: in bfloat16 they choose other blocks than the definition.
+It runs on flash-attn 2: the gates of all blocks, heads and queries are stored in float32; each block that is not a
+document's last is a sequence of its own for each head, with the queries that chose it; own blocks and chosen ones are
+two calls, merged by log-sum-exp in float32; both backward calls get the merged out and lse. Keys that heads share are
+copied. Unlike the public code, means of keys are taken in float32: in bfloat16 they choose other blocks than the
+definition.
 """
 
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from farspan.kernels.cuda import packages as flash_attn
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.mechanisms.moba import MoBA
-from farspan.tools.bench.case import Attention, Contender, Shape
-from farspan.tools.bench.flash_rivals import check_dtype, edges_of, whole_documents, with_padding
+from farspan.tools.bench.baselines.flash_packages import check_dtype, cu_seqlens, packed_lengths, with_padding
+from farspan.tools.bench.case import Attention, Shape
+from farspan.tools.bench.contenders import Contender
 
 MODULE = flash_attn.FlashAttn2.module
 
@@ -35,23 +37,22 @@ class PublicMoBA(Contender):
         if not isinstance(mechanism, MoBA):
             raise ConfigError(f"{self.name} computes MoBA only.")
         check_dtype(self.name, shape)
-        lengths = whole_documents(self.name, rows)
+        lengths = packed_lengths(self.name, rows)
         blocks = Blocks.cut(lengths, mechanism.block, shape.device)
         return partial(_attend, tokens=sum(lengths), blocks=blocks, others=mechanism.top_k - 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Blocks:
-    """Blocks of `size` tokens of packed documents, of which a document's last may be shorter.
+    """Blocks of `size` tokens of packed documents; a document's last block may be shorter.
 
-    longest: tokens of the longest. edges: where they start, int32 `[blocks + 1]`. start, end: of those that other
-    tokens can choose, all but the last of each document, the first row and the first row behind its document; int64
-    `[candidates]`.
+    longest: tokens of the longest. starts: int32 `[blocks + 1]`. start, end: the first row, and the first row behind
+    its document, of each candidate, a block that other tokens can choose: all but the last of each document; int64.
     """
 
     size: int
     longest: int
-    edges: Tensor
+    starts: Tensor
     start: Tensor
     end: Tensor
 
@@ -65,7 +66,7 @@ class Blocks:
             start += candidates
             end += [stop] * len(candidates)
         starts, ends = (torch.tensor(rows, device=device).long() for rows in (start, end))
-        return Blocks(size, max(sizes), edges_of(sizes, device), starts, ends)
+        return Blocks(size, max(sizes), cu_seqlens(sizes, device), starts, ends)
 
     def rows(self) -> Tensor:
         """Return the rows of each candidate, int64 `[candidates, size]`."""
@@ -123,7 +124,7 @@ class _MixedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, others: int) -> Tensor:
-        own = {"cu_seqlens_q": blocks.edges, "cu_seqlens_k": blocks.edges, "causal": True}
+        own = {"cu_seqlens_q": blocks.starts, "cu_seqlens_k": blocks.starts, "causal": True}
         own |= {"max_seqlen_q": blocks.longest, "max_seqlen_k": blocks.longest}
         lists = Lists.of(choose(q, k, blocks, others), blocks)
         out, lse = _flash(q, k, v, own)

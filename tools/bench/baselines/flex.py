@@ -1,4 +1,4 @@
-"""FlexAttention of torch as a rival: static visibility, and block-sparse patterns, each said as its block mask."""
+"""FlexAttention of torch as a baseline: static masks, and block-sparse patterns, as its block masks."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -14,15 +14,16 @@ from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.mechanisms.block_sparse import BlockSparse
-from farspan.tools.bench.case import Attention, Contender, Shape
+from farspan.tools.bench.case import Attention, Shape
+from farspan.tools.bench.contenders import Contender
 
 BLOCK = 128
-"""Rows and keys of a block of its masks: its default."""
+"""Queries and keys of a block of its masks: its default."""
 
 
 @final
 class Flex(Contender):
-    """torch's FlexAttention, compiled: what a query sees does not depend on content. Its mask is made beforehand."""
+    """torch's FlexAttention, compiled, for masks that do not depend on content; they are built in advance."""
 
     name = "torch_flex"
 
@@ -31,26 +32,26 @@ class Flex(Contender):
             return partial(_flex, mask=pattern_mask(mechanism, rows, shape.heads, shape.device))
         attention_mask = mechanism.static_mask
         if attention_mask is None:
-            raise ConfigError(f"{self.name} is compared where what a query sees is static.")
+            raise ConfigError(f"{self.name} is compared where the mask is static.")
         if not attention_mask.is_uniform or attention_mask.neighborhood is not None:
-            raise ConfigError(f"{self.name} is compared where all heads see the same, and no grid.")
+            raise ConfigError(f"{self.name} is compared where all heads share a mask, and no grid.")
         return partial(_flex, mask=attention_block_mask(attention_mask, rows, shape.device))
 
 
 def attention_block_mask(attention_mask: AttentionMask, rows: Rows, device: torch.device) -> BlockMask:
-    """Return what rows see of each other in all heads."""
+    """Return the block mask of rows in all heads."""
     position, document = rows.position.to(device), rows.document.to(device)
 
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return attention_mask.mask_mod(position[query], document[query], position[key], document[key])
 
     count = len(rows)
-    return create_block_mask(sees, None, None, count, count, device=str(device), _compile=device.type == "cuda")
+    return create_block_mask(mask_mod, None, None, count, count, device=str(device), _compile=device.type == "cuda")
 
 
 def pattern_mask(mechanism: BlockSparse, rows: Rows, heads: Heads, device: torch.device) -> BlockMask:
-    """Return what rows see of each other in each query head by a pattern; made of blocks, without looking at pairs."""
-    # The pattern does not depend on what they hold.
+    """Return the block mask of a pattern in each query head; built from blocks, without a look at pairs."""
+    # The pattern does not depend on their values.
     q, k = (torch.zeros(len(rows), number, 1) for number in (heads.query, heads.kv))
     selection = mechanism.route(rows, heads, q, k).selection
     partial_blocks, full_blocks = _blocks(selection, rows, mechanism.causal, device)
@@ -67,19 +68,19 @@ def pattern_mask(mechanism: BlockSparse, rows: Rows, heads: Heads, device: torch
 def _pattern(
     selection: BlockSelection, attention_mask: AttentionMask, rows: Rows, group: int, device: torch.device
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Return the function of a query and a key that blocks are masked by which are seen in part."""
+    """Return the function of a query and a key that masks partial blocks."""
     table, position, document = selection.table().to(device), rows.position.to(device), rows.document.to(device)
-    unit, block = _places(selection, rows, device)
+    query_block, key_block = _pattern_blocks(selection, rows, device)
 
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        visible = attention_mask.mask_mod(position[query], document[query], position[key], document[key])
-        return visible & table[head // group, unit[query], block[key]]
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        unmasked = attention_mask.mask_mod(position[query], document[query], position[key], document[key])
+        return unmasked & table[head // group, query_block[query], key_block[key]]
 
-    return sees
+    return mask_mod
 
 
-def _places(selection: BlockSelection, rows: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the row and the column of each row of the sequence in the selection's table."""
+def _pattern_blocks(selection: BlockSelection, rows: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the query block and the key block of each token in the selection's table."""
     return (
         (selection.query_block % (selection.num_query_blocks + 1)).to(device),
         (selection.blocks.of(rows) % (selection.blocks.count + 1)).to(device),
@@ -87,26 +88,27 @@ def _places(selection: BlockSelection, rows: Rows, device: torch.device) -> tupl
 
 
 def _blocks(selection: BlockSelection, rows: Rows, causal: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return which blocks of FlexAttention are seen in part and which as a whole, bool `[Hk, blocks, blocks]` each.
+    """Return the partial and the full blocks of FlexAttention, bool `[Hk, blocks, blocks]` each.
 
-    Its blocks are BLOCK rows of the sequence, the pattern's are of a document: they need not be the same.
+    Its blocks are BLOCK tokens of the sequence, the pattern's are of a document: they need not coincide.
     """
-    table, (unit, block) = selection.table().to(device), _places(selection, rows, device)
-    queries, keys = _members(unit, table.shape[1]), _members(block, table.shape[2])
+    table, (query_block, key_block) = selection.table().to(device), _pattern_blocks(selection, rows, device)
+    queries, keys = _members(query_block, table.shape[1]), _members(key_block, table.shape[2])
+    # [blocks, query blocks] @ [query blocks, key blocks] @ [key blocks, blocks] -> [Hk, blocks, blocks]
     pairs = torch.stack([queries @ of_head.float() @ keys.T for of_head in table])
-    # Blocks are chosen inside documents, so order is all that visibility adds.
+    # The pattern stays inside documents, so the mask adds causal order only.
     earliest, latest = _ends(rows.ordinal().to(device))
-    seen, all_seen = pairs > 0, pairs == BLOCK * BLOCK
+    active, full = pairs > 0, pairs == BLOCK * BLOCK
     if causal:
-        seen, all_seen = seen & (earliest <= latest[:, None]), all_seen & (latest <= earliest[:, None])
-    return seen & ~all_seen, all_seen
+        active, full = active & (earliest <= latest[:, None]), full & (latest <= earliest[:, None])
+    return active & ~full, full
 
 
-def _members(place: Tensor, count: int) -> Tensor:
-    """Return how many rows of each block of FlexAttention are at each place, float32 `[blocks, count]`."""
-    number, one = _numbers(place), torch.ones((), device=place.device)
-    members = torch.zeros(int(number[-1]) + 1, count, device=place.device)
-    return members.index_put_((number, place), one, accumulate=True)
+def _members(index: Tensor, count: int) -> Tensor:
+    """Return how many tokens of each block of FlexAttention each of `count` blocks has, float32 `[blocks, count]`."""
+    number, one = _numbers(index), torch.ones((), device=index.device)
+    members = torch.zeros(int(number[-1]) + 1, count, device=index.device)
+    return members.index_put_((number, index), one, accumulate=True)
 
 
 def _ends(ordinal: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,12 +121,12 @@ def _ends(ordinal: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _numbers(rows: Tensor) -> Tensor:
-    """Return the block of FlexAttention of each row."""
+    """Return the block of FlexAttention of each token."""
     return torch.arange(len(rows), device=rows.device) // BLOCK
 
 
 def _lists(blocks: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Return the numbers of blocks and the blocks, those seen first, int32 `[1, Hq, blocks, ..]`, of `[Hk, ...]`."""
+    """Return counts and indices of blocks, the set ones first, int32 `[1, Hq, blocks, ..]`, from bool `[Hk, ...]`."""
     order = (~blocks).to(torch.uint8).argsort(dim=2, stable=True).int()
     count = blocks.sum(dim=2).int()
     return count.repeat_interleave(group, dim=0).unsqueeze(0), order.repeat_interleave(group, dim=0).unsqueeze(0)
@@ -132,10 +134,11 @@ def _lists(blocks: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    """Return FlexAttention compiled; not before it is wanted, as the compiler takes seconds to import."""
+    """Compile FlexAttention at the first call: the compiler takes seconds to import."""
     return torch.compile(flex_attention, dynamic=False)  # pyright: ignore[reportReturnType]
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, *, mask: BlockMask) -> Tensor:
+    # [T, H, D] -> [1, H, T, D]
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     return _compiled()(query, key, value, block_mask=mask, enable_gqa=True).squeeze(0).transpose(0, 1)

@@ -1,7 +1,7 @@
-"""What is measured: attention over one sequence that is dealt to ranks, as one strategy or rival computes it."""
+"""Contenders of the context-parallel benchmark: attention over a sequence that is sharded over ranks."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -10,19 +10,21 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.backend import KernelRequest, choose_backend
+from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.planner import Heads, Routing, Sizes
 from farspan.parallel.comm import Channel, Traffic
-from farspan.parallel.context_parallel.strategy import STRATEGIES, Queries, Strategy, Volume
+from farspan.parallel.context_parallel.strategy import Queries, Strategy, Volume
 from farspan.parallel.layout import Shards
 from farspan.tools.bench.case import Attention, Case, Shape, gradient_of_out, inputs_of
+from farspan.tools.bench.contenders import NamedContender
 
 SINGLE = "single"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Job:
-    """Attention over a sequence that is dealt."""
+class ShardedCase:
+    """Attention over a sharded sequence, whose inputs each rank draws for itself."""
 
     mechanism: Mechanism
     shards: Shards
@@ -43,9 +45,9 @@ class Job:
         return dout
 
     def routing(self) -> Routing:
-        """Return the routing of the inputs of all ranks."""
-        parts = zip(*(self.inputs(rank) for rank in range(self.shards.degree)), strict=True)
-        q, k, _, *of_router = (self.shards.unshard(torch.stack(part).detach()) for part in parts)
+        """Return the mechanism's routing of the inputs of all ranks."""
+        shards = zip(*(self.inputs(rank) for rank in range(self.shards.degree)), strict=True)
+        q, k, _, *of_router = (self.shards.unshard(torch.stack(parts).detach()) for parts in shards)
         return self.mechanism.route(self.shards.rows, self.shape.heads, q, k, *of_router)
 
 
@@ -53,25 +55,20 @@ class Job:
 class Planned:
     """Attention as it is called on one rank.
 
-    queries: those that the rank attends with. traffic: where what it sends is counted, while `counting`; None: nowhere.
+    queries: those that the rank attends with. traffic: counts what it sends, while `counting`; None: nothing does.
     volume: the formula of what it sends; None: there is none. scope: entered for every pass.
     """
 
     attention: Attention
     queries: Queries
     traffic: Traffic | None = None
-    volume: Callable[[Job], Volume] | None = None
+    volume: Callable[[ShardedCase], Volume] | None = None
     counting: Callable[[], AbstractContextManager[object]] = nullcontext
     scope: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
-class Entrant(ABC):
+class ContextContender(NamedContender):
     """One way of computing attention over ranks."""
-
-    name: str
-    packed: ClassVar[bool] = True
-    """Whether it can compute packed documents."""
-    is_rival: ClassVar[bool] = True
 
     @abstractmethod
     def unsupported_reason(self, mechanism: Mechanism, layout: str, heads: Heads, degree: int) -> str | None:
@@ -82,18 +79,18 @@ class Entrant(ABC):
         return 1
 
     @abstractmethod
-    def plan(self, job: Job, channel: Channel) -> Planned:
+    def plan(self, case: ShardedCase, channel: Channel) -> Planned:
         """Plan on a rank; all ranks call."""
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Under(Entrant):
+class StrategyContender(ContextContender):
     """A strategy of farspan, with the fastest backend that can do the work."""
 
     name: str
     strategy: type[Strategy]
-    is_rival: ClassVar[bool] = False
+    is_baseline: ClassVar[bool] = False
 
     def unsupported_reason(self, mechanism: Mechanism, layout: str, heads: Heads, degree: int) -> str | None:
         return self.strategy.unsupported_reason(mechanism, heads, degree, self.width(mechanism, heads, degree))
@@ -104,24 +101,24 @@ class Under(Entrant):
         able = (width for width in widths if self.strategy.unsupported_reason(mechanism, heads, degree, width) is None)
         return next(able, 1)
 
-    def plan(self, job: Job, channel: Channel) -> Planned:
-        shape, strategy = job.shape, self.strategy(channel)
-        work = KernelRequest.of(job.mechanism, shape.dtype, shape.head_dim, shape.value_dim)
-        backend = choose_backend("auto", shape.device, work)
-        attend = strategy.prepare(job.mechanism, job.shards, shape.heads, backend=backend)
+    def plan(self, case: ShardedCase, channel: Channel) -> Planned:
+        shape, strategy = case.shape, self.strategy(channel)
+        request = KernelRequest.of(case.mechanism, shape.dtype, shape.head_dim, shape.value_dim)
+        backend = choose_backend("auto", shape.device, request)
+        attend = strategy.prepare(case.mechanism, case.shards, shape.heads, backend=backend)
         sizes = Sizes.of(shape.dtype, shape.head_dim, shape.value_dim)
 
-        def volume(of: Job) -> Volume:
+        def volume(of: ShardedCase) -> Volume:
             return attend.volume(sizes, of.routing)
 
         return Planned(attention=attend, queries=attend.queries, traffic=channel.traffic, volume=volume)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """A row of the table. threads: of each rank; more than one only where a single rank is compared with several."""
+class ContextRow:
+    """A row of the tables. threads: of each rank; more than one only where a single rank is compared with several."""
 
-    entrant: Entrant
+    contender: ContextContender
     case: Case
     layout: str
     degree: int
@@ -129,35 +126,21 @@ class Row:
 
     @property
     def strategy(self) -> str:
-        """The name of what computes it: rows of one rank say how many threads it has."""
-        return self.entrant.name if self.threads == 1 else f"{self.entrant.name}_{self.threads}_threads"
+        """The name of the contender; rows of one rank add how many threads it has."""
+        return self.contender.name if self.threads == 1 else f"{self.contender.name}_{self.threads}_threads"
+
+    @property
+    def setting(self) -> str:
+        return f"{self.strategy}, {self.layout}, {self.degree} rank{'s' if self.degree > 1 else ''}"
 
     @property
     def name(self) -> str:
-        return f"{self.case.name} by {self.strategy}, {self.layout}, {self.degree} rank{'s' if self.degree > 1 else ''}"
+        return f"{self.case.name} by {self.setting}"
 
-    def job(self, tokens: int, shape: Shape) -> Job:
-        """Return the job of measuring it."""
-        mechanism, rows = self.case.mechanism, self.case.rows(tokens)
-        shards = Shards.deal(rows, layout=self.layout, degree=self.degree, work=mechanism.keys_per_query)
-        return Job(mechanism=mechanism, shards=shards, shape=shape)
+    def shards(self, mechanism: Mechanism, rows: Rows) -> Shards:
+        return Shards.deal(rows, layout=self.layout, degree=self.degree, work=mechanism.keys_per_query)
 
-
-def rows_of(
-    case: Case, entrants: Sequence[Entrant], layouts: Sequence[str], degrees: Sequence[int], shape: Shape
-) -> list[Row]:
-    """Return the rows of a mechanism that nobody refuses; first those of one rank.
-
-    On CPUs also of one rank with as many threads as there are ranks in others.
-    """
-    alone, heads = Under(SINGLE, STRATEGIES.get(SINGLE)), shape.heads
-    rows = [
-        Row(entrant=alone, case=case, layout="contiguous", degree=1, threads=threads)
-        for threads in dict.fromkeys((1, *(degrees if shape.device.type == "cpu" else ())))
-    ]
-    for degree in degrees:
-        for entrant in entrants:
-            for layout in layouts:
-                if entrant.unsupported_reason(case.mechanism, layout, heads, degree) is None:
-                    rows.append(Row(entrant=entrant, case=case, layout=layout, degree=degree))
-    return rows
+    def sharded(self, tokens: int, shape: Shape) -> ShardedCase:
+        """Return the sharded case that is timed."""
+        shards = self.shards(self.case.mechanism, self.case.rows(tokens))
+        return ShardedCase(mechanism=self.case.mechanism, shards=shards, shape=shape)

@@ -1,4 +1,4 @@
-"""Rivals: context parallelism of torch and of installed packages, measured where they compute the same function."""
+"""Baselines: context parallelism of torch and of installed packages, where they compute the same function."""
 
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -23,20 +23,20 @@ from farspan.parallel.comm import Channel, Traffic
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Queries
 from farspan.parallel.layout import Shards
 from farspan.parallel.simulation import Unconnected
-from farspan.tools.bench.context.entrant import SINGLE, Entrant, Job, Planned
+from farspan.tools.bench.context_contenders import SINGLE, ContextContender, Planned, ShardedCase
 
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
-"""What DeepSpeed would compile, for minutes, when it starts on a CPU; it does without."""
+"""DeepSpeed would compile it for minutes when it starts on a CPU, and works without."""
 
 
-def rivals() -> dict[str, Entrant]:
-    """Return the rivals by name, installed or not."""
-    return {rival.name: rival for rival in (DeepSpeedUlysses(), TorchContextParallel())}
+def context_baselines() -> dict[str, ContextContender]:
+    """Return the baselines by name, installed or not."""
+    return {baseline.name: baseline for baseline in (DeepSpeedUlysses(), TorchContextParallel())}
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class DeepSpeedUlysses(Entrant):
+class DeepSpeedUlysses(ContextContender):
     """deepspeed.sequence.layer.DistributedAttention around the kernel that our own strategies call."""
 
     name: str = "deepspeed_ulysses"
@@ -45,21 +45,21 @@ class DeepSpeedUlysses(Entrant):
         if importlib.util.find_spec("deepspeed") is None:
             return "deepspeed is not installed."
         if layout != "contiguous":
-            return f"{self.name} sets the ranks' tokens end to end: measured where that is their order."
+            return f"{self.name} concatenates the ranks' tokens: measured where that is their order."
         if mechanism.routing_width:
             return f"{self.name} exchanges queries, keys and values only."
         if heads.kv % degree:
             return f"{self.name} needs the {heads.kv} KV heads to divide by the {degree} ranks: it repeats none."
         return None
 
-    def plan(self, job: Job, channel: Channel) -> Planned:
+    def plan(self, case: ShardedCase, channel: Channel) -> Planned:
         _start_deepspeed()
-        local, traffic = _local_attention(job, channel), Traffic()
+        attention, traffic = _local_attention(case, channel), Traffic()
         layer = importlib.import_module("deepspeed.sequence.layer")
-        distributed = layer.DistributedAttention(local, channel.group, scatter_idx=2, gather_idx=1)
+        distributed = layer.DistributedAttention(attention, channel.group, scatter_idx=2, gather_idx=1)
         return Planned(
             attention=partial(_attend_in_batch, distributed),
-            queries=Queries(job.shards.index.flatten(), job.shape.heads.query // channel.size),
+            queries=Queries(case.shards.index.flatten(), case.shape.heads.query // channel.size),
             traffic=traffic,
             counting=partial(CountedExchanges, traffic, channel.size),
         )
@@ -72,17 +72,17 @@ def _start_deepspeed() -> None:
         comm.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
 
 
-def _local_attention(job: Job, channel: Channel) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Return attention of `[1, tokens, heads, width]`, of this rank's share of the heads, over all tokens."""
-    heads, shape = job.shape.heads, job.shape
-    each = heads.query // channel.size
-    share = HeadShare(all_heads=heads, head_range=range(channel.rank * each, (channel.rank + 1) * each))
+def _local_attention(case: ShardedCase, channel: Channel) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return attention of `[1, T, H/P, D]`, this rank's share of the heads, over all tokens."""
+    heads, shape = case.shape.heads, case.shape
+    local = heads.query // channel.size
+    share = HeadShare(all_heads=heads, head_range=range(channel.rank * local, (channel.rank + 1) * local))
     backend = choose_backend(
-        "auto", shape.device, KernelRequest.of(job.mechanism, shape.dtype, shape.head_dim, shape.value_dim)
+        "auto", shape.device, KernelRequest.of(case.mechanism, shape.dtype, shape.head_dim, shape.value_dim)
     )
-    rows = job.shards.rows.take(job.shards.index.flatten())
+    rows = case.shards.rows.take(case.shards.index.flatten())
     shards = Shards(rows=rows, index=torch.arange(len(rows)).unsqueeze(0))
-    attend = STRATEGIES.get(SINGLE)(Unconnected(0, 1)).plan(job.mechanism, shards, share, backend=backend)
+    attend = STRATEGIES.get(SINGLE)(Unconnected(0, 1)).plan(case.mechanism, shards, share, backend=backend)
     return lambda q, k, v: attend(q[0], k[0], v[0]).unsqueeze(0)
 
 
@@ -108,7 +108,7 @@ class CountedExchanges(TorchDispatchMode):
 
 @final
 @dataclass(frozen=True, slots=True)
-class TorchContextParallel(Entrant):
+class TorchContextParallel(ContextContender):
     """torch.distributed.tensor.experimental.context_parallel: a ring, for scaled_dot_product_attention."""
 
     name: str = "torch_context_parallel"
@@ -118,26 +118,26 @@ class TorchContextParallel(Entrant):
         if mechanism != Dense(causal=True):
             return f"{self.name} computes dense causal attention over one document only."
         if layout != "zigzag":
-            return f"{self.name} deals tokens in zigzag."
+            return f"{self.name} shards tokens in zigzag."
         return None
 
-    def plan(self, job: Job, channel: Channel) -> Planned:
-        if job.shards.tokens_local * channel.size != len(job.shards.rows):
+    def plan(self, case: ShardedCase, channel: Channel) -> Planned:
+        if case.shards.tokens_local * channel.size != len(case.shards.rows):
             raise ConfigError(f"{self.name} needs tokens that divide by twice the ranks.")
-        mesh = DeviceMesh.from_group(channel.group, job.shape.device.type)
+        mesh = DeviceMesh.from_group(channel.group, case.shape.device.type)
         return Planned(
             attention=_sdpa,
-            queries=Queries(job.shards.index[channel.rank], job.shape.heads.query),
+            queries=Queries(case.shards.index[channel.rank], case.shape.heads.query),
             scope=partial(_context_parallel, mesh),
         )
 
 
 @contextmanager
 def _context_parallel(mesh: DeviceMesh) -> Iterator[None]:
-    """Have scaled_dot_product_attention take its arguments for this rank's part, in zigzag."""
+    """Let scaled_dot_product_attention take its arguments for this rank's shard, in zigzag."""
     from torch.distributed.tensor.experimental import context_parallel
 
-    # It wants a buffer to deal, by whose length it decides for zigzag; our inputs are dealt already.
+    # It wants a buffer to shard, by whose length it decides for zigzag; our inputs are sharded already.
     buffer = torch.zeros(2 * mesh.size(), device=mesh.device_type)
     with context_parallel(mesh, buffers=[buffer], buffer_seq_dims=[0]):
         yield
@@ -146,5 +146,6 @@ def _context_parallel(mesh: DeviceMesh) -> Iterator[None]:
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     group = q.shape[1] // k.shape[1]
     key, value = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    # [T/P, H, D] -> [1, H, T/P, D]
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (q, key, value))
     return F.scaled_dot_product_attention(query, key, value, is_causal=True).squeeze(0).transpose(0, 1)

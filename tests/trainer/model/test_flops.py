@@ -48,8 +48,10 @@ CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 
 def small(**changes: Any) -> ModelConfig:
-    fields = {"layers": 3, "width": 24, "heads": 8, "kv_heads": 2, "head_dim": 4, "feed_forward": 14}
-    return ModelConfig(**fields | {"vocabulary_size": 23} | changes)
+    config = ModelConfig(
+        layers=3, width=24, heads=8, kv_heads=2, head_dim=4, feed_forward=14, vocabulary_size=23
+    )  # fmt: skip
+    return replace(config, **changes)
 
 
 def assert_counted(config: ModelConfig, mechanisms: Sequence[Mechanism], active_heads: float = 1) -> None:

@@ -1,6 +1,6 @@
 """What attention of rows to rows owes on every backend and in every dtype, against the oracle in float64.
 
-Of the mechanisms, those that a plan describes; `test_whole.py` has all of them.
+Of the mechanisms, those that a plan describes; `test_sequence_attention.py` has all of them.
 """
 
 from dataclasses import dataclass

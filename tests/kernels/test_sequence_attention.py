@@ -1,4 +1,4 @@
-"""Every mechanism over a whole sequence, on every backend and in every dtype, against the oracle in float64."""
+"""Every mechanism over a full sequence, on every backend and in every dtype, against the oracle in float64."""
 
 from dataclasses import replace
 
@@ -44,10 +44,10 @@ def random_inputs(mechanism: Mechanism, rows: Rows, heads: Heads, dtype: torch.d
 
 
 def run(mechanism: Mechanism, inputs: list[Tensor], dout: Tensor, rows: Rows, heads: Heads, backend: str):
-    whole = plan_sequence_attention(mechanism, rows, heads, range(heads.query), backend=backend)
-    out, saved = whole.forward(*inputs)
+    attention = plan_sequence_attention(mechanism, rows, heads, range(heads.query), backend=backend)
+    out, saved = attention.forward(*inputs)
     assert out.dtype == inputs[0].dtype
-    return results(out, whole.lse(saved), whole.backward(dout, saved))
+    return results(out, attention.lse(saved), attention.backward(dout, saved))
 
 
 def results(out: Tensor, lse: Tensor | None, gradients: tuple[Tensor, ...]) -> list[Tensor]:
@@ -69,17 +69,17 @@ def test_equals_the_formula(mechanism: Mechanism, backend: str, dtype: torch.dty
 
 @pytest.mark.parametrize("backend", ABLE)
 @pytest.mark.parametrize("mechanism", EXAMPLES)
-def test_heads_can_be_dealt(mechanism: Mechanism, backend: str) -> None:
-    """A part of the heads does what it does among all of them: what strategies that deal heads stand on."""
+def test_heads_can_be_sharded(mechanism: Mechanism, backend: str) -> None:
+    """A part of the heads does what it does among all of them: what strategies that shard heads rely on."""
     rows, heads = ROWS["ragged"], Heads(query=8, kv=4)
     inputs, dout = random_inputs(mechanism, rows, heads, torch.float64)
-    whole = run(mechanism, inputs, dout, rows, heads, backend)
+    of_all = run(mechanism, inputs, dout, rows, heads, backend)
     for first in (0, 2, 6):
         part = plan_sequence_attention(mechanism, rows, heads, range(first, first + 2), backend=backend)
         mine = [x[:, first : first + 2] if x.shape[1] == 8 else x[:, first // 2 : first // 2 + 1] for x in inputs]
         out, saved = part.forward(*mine)
         got = results(out, part.lse(saved), part.backward(dout[:, first : first + 2], saved))
-        for mine, all_heads in zip(got, whole, strict=True):
+        for mine, all_heads in zip(got, of_all, strict=True):
             at = first if all_heads.shape[1] == 8 else first // 2
             error = oracle.relative_error(mine, all_heads[:, at : at + mine.shape[1]])
             assert error <= oracle.RELATIVE_TOLERANCE[torch.float64]
@@ -96,13 +96,13 @@ def test_nothing_leaks_from_hidden_tokens(mechanism: Mechanism, backend: str) ->
     if isinstance(mechanism, NAtS):
         mechanism = replace(mechanism, penalty=0.0)
     inputs, dout = random_inputs(mechanism, rows, heads, torch.float64)
-    whole = plan_sequence_attention(mechanism, rows, heads, range(8), backend=backend)
-    _, saved = whole.forward(*inputs)
+    attention = plan_sequence_attention(mechanism, rows, heads, range(8), backend=backend)
+    _, saved = attention.forward(*inputs)
     mask, document = visible(mechanism, inputs, rows).any(dim=0), rows.document
     for t in (0, 7, 19, 20, 30, 42):
         only_t = torch.zeros_like(dout)
         only_t[t] = dout[t]
-        dq, dk, dv, *drouting = whole.backward(only_t, saved)
+        dq, dk, dv, *drouting = attention.backward(only_t, saved)
         assert not dq[torch.arange(len(rows)) != t].any()
         assert not dk[~mask[t]].any()
         assert not dv[~mask[t]].any()

@@ -1,4 +1,4 @@
-"""A recurrence over whole sequences in any order, under autograd of the formula, for some or all heads."""
+"""A recurrence over full sequences in any order, under autograd of the formula, for some or all heads."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What every routed mechanism owes: one choice, however rows and heads are spread, with the bytes that it states."""
+"""What every routed mechanism owes: one selection, however rows and heads are sharded, and the bytes that it states."""
 
 import pytest
 import torch
@@ -29,40 +29,40 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     return q.to(dtype), k.to(dtype)
 
 
-def by_row(selection: BlockSelection, held: Tensor) -> dict[tuple[int, int], list[int]]:
-    """The blocks of each (query head, row of the sequence), of a selection for the rows `held`."""
+def by_row(selection: BlockSelection, rows: Tensor) -> dict[tuple[int, int], list[int]]:
+    """The blocks of each (query head, row of the sequence), of a selection for the sequence's `rows`."""
     of_units, group = lists(selection), 4 // selection.heads
     return {
         (head, row): of_units[head // group, unit]
         for head in range(4)
-        for row, unit in zip(held.tolist(), selection.unit.tolist(), strict=True)
+        for row, unit in zip(rows.tolist(), selection.unit.tolist(), strict=True)
         if unit >= 0
     }
 
 
 @pytest.mark.parametrize("mechanism", EXAMPLES)
-@pytest.mark.parametrize("spread", ["striped", "stretches", "shuffled"])
-def test_the_choice_does_not_depend_on_who_holds_what(mechanism: Routed, spread: str) -> None:
+@pytest.mark.parametrize("sharding", ["striped", "chunks", "shuffled"])
+def test_the_selection_does_not_depend_on_the_sharding(mechanism: Routed, sharding: str) -> None:
     q, k = inputs()
     count = len(ROWS)
     parts = {
         "striped": [torch.arange(i, count, 3) for i in range(3)],
-        "stretches": [torch.arange(0, 140), torch.arange(140, 246), torch.arange(246, count)],  # the last is padding
+        "chunks": [torch.arange(0, 140), torch.arange(140, 246), torch.arange(246, count)],  # the last is padding
         "shuffled": list(torch.randperm(count, generator=torch.Generator().manual_seed(1)).split(100)),
-    }[spread]
-    whole = by_row(select(mechanism, q, k, ROWS), torch.arange(count))
+    }[sharding]
+    of_all = by_row(select(mechanism, q, k, ROWS), torch.arange(count))
     selections, summed_bytes = select_sharded(mechanism, q, k, ROWS, parts)
     assert summed_bytes == mechanism.all_reduce_bytes(ROWS, Heads(query=4, kv=2), 16)
     together = {}
     for part, selection in zip(parts, selections, strict=True):
         together |= by_row(selection, part)
-    assert together == whole
+    assert together == of_all
 
 
 @pytest.mark.parametrize("mechanism", EXAMPLES)
-def test_heads_choose_alike_when_they_are_dealt(mechanism: Routed) -> None:
+def test_sharded_heads_select_as_all_heads_do(mechanism: Routed) -> None:
     q, k = inputs()
-    whole = by_row(select(mechanism, q, k, ROWS), torch.arange(len(ROWS)))
+    of_all = by_row(select(mechanism, q, k, ROWS), torch.arange(len(ROWS)))
     for heads in (range(0, 2), range(3, 4)):
         kv = slice(heads.start // 2, heads.start // 2 + 1)
         local_shard = LocalShard(
@@ -77,7 +77,7 @@ def test_heads_choose_alike_when_they_are_dealt(mechanism: Routed) -> None:
         for head in heads:
             for row, unit in enumerate(selection.unit.tolist()):
                 if unit >= 0:
-                    assert found[(head - heads.start) // group, unit] == whole[head, row]
+                    assert found[(head - heads.start) // group, unit] == of_all[head, row]
 
 
 @pytest.mark.parametrize("mechanism", EXAMPLES)
@@ -102,11 +102,11 @@ def test_pairs_are_counted(mechanism: Routed) -> None:
 
 @pytest.mark.parametrize("mechanism", EXAMPLES)
 def test_memory_is_bounded_by_parts(mechanism: Routed, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The choice is the same where scores are held a few queries at a time."""
+    """The choice is the same where scores are computed for a few queries at a time."""
     q, k = inputs(torch.float32)
-    whole = lists(select(mechanism, q, k, ROWS))
+    of_all = lists(select(mechanism, q, k, ROWS))
     for module in ("farspan.kernels.mechanisms._pooled_scores", "farspan.kernels.mechanisms.vmoba"):
         monkeypatch.setattr(f"{module}.SCORES_AT_ONCE", 500)
     monkeypatch.setitem(moba.SCORES_AT_ONCE, "cpu", 500)
     monkeypatch.setattr("farspan.kernels.mechanisms.block_sparse.TILES_AT_ONCE", 3)
-    assert lists(select(mechanism, q, k, ROWS)) == whole
+    assert lists(select(mechanism, q, k, ROWS)) == of_all

@@ -51,7 +51,7 @@ def test_contract_and_matrix_find_it() -> None:
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_it_computes_its_definition(backend: str) -> None:
     """Out and the gradients of q, k, v and routing, in all dtypes; and a part of the heads does what it does in all."""
-    chosen = f"(WindowAndBlocks and {backend}) and (formula or dealt or leaks)"
+    chosen = f"(WindowAndBlocks and {backend}) and (formula or sharded or leaks)"
     assert "10 passed" in pytest_with_toy(SEQUENCE, "-k", chosen)
 
 

@@ -20,6 +20,39 @@ from farspan.errors import ConfigError, FarspanError
 from farspan.kernels.backend import BACKENDS
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import MECHANISMS, Mechanism
+from farspan.kernels.mechanisms.window import Window
+from farspan.kernels.planner import Heads
+from farspan.parallel.ranks import Ranks, connected
+from farspan.tools import command
+from farspan.tools.bench import experts
+from farspan.tools.bench.case import Shape, inputs_of
+from farspan.tools.bench.check import (
+    Check,
+    Expected,
+    Verdict,
+    check_rows,
+    compare_contender,
+    first_line,
+    outcome,
+    same_bits,
+)  # fmt: skip
+from farspan.tools.bench.contenders import REFERENCE, Ours, our_backends
+
+TOKENS = 1024
+FAR_TOKENS = 3 << 20
+"""With the first shape, q has more than 2^31 numbers, and everything together takes some 50 GiB."""
+FAR_WINDOW, FAR_ROWS = 128, 256
+POISON_BYTES = 1 << 30
+WRONG, INCOMPLETE = 1, 3
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+HEADS = [Heads(query=8, kv=2), Heads(query=8, kv=8), Heads(query=8, kv=1)]
+HEAD_SIZES = [(128, 128), (64, 64), (192, 128), (256, 256)]
+"""Of queries and keys, and of values."""
+
+
+def shapes(device: torch.device) -> list[Shape]:
+    """Return the product of the lists above, the shapes with fewest differences from the first of each list first."""
+    indices = itertools.product(*(range(len(values)) for values in (DTYPES, HEADS, HEAD_SIZES)))
     ordered = sorted(indices, key=lambda index: (sum(number > 0 for number in index), index))
     found = []
     for dtype, heads, size in ordered:

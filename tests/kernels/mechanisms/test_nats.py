@@ -137,15 +137,15 @@ def test_what_is_learnt_from_parts_adds_up() -> None:
 
 
 def test_query_heads_of_a_kv_head_can_be_held_apart() -> None:
-    """The gradients of routing add up; the penalty is not counted once for each holder."""
+    """The gradients of routing add up; the penalty is not counted once for each owner."""
     heads, mechanism = Heads(query=8, kv=1), NAtS(window=3, penalty=0.5)
     q, k, v, dout = draw(PACKED, heads)
     logits = random_logits(PACKED)[:, :1]
 
     def gradient(head_range: range) -> Tensor:
-        whole = plan_sequence_attention(mechanism, PACKED, heads, head_range, backend="reference")
+        attention = plan_sequence_attention(mechanism, PACKED, heads, head_range, backend="reference")
         mine = slice(head_range.start, head_range.stop)
-        return whole.backward(dout[:, mine], whole.forward(q[:, mine], k, v, logits)[1])[3]
+        return attention.backward(dout[:, mine], attention.forward(q[:, mine], k, v, logits)[1])[3]
 
     for size in (1, 2):
         apart = sum(gradient(range(first, first + size)) for first in range(0, 8, size))
@@ -170,8 +170,8 @@ def test_the_ends_of_documents_learn_nothing_and_hidden_scores_do_not_overflow()
     logits = torch.zeros(len(rows), 2, 3)
     logits[..., SLIDING] = 1.0
     q[..., 0], k[10, :, 0] = 100.0, 40.0
-    whole = plan_sequence_attention(mechanism, rows, HEADS, range(4), backend="cpu")
-    gradient = whole.backward(dout, whole.forward(q, k, v, logits)[1])[3]
+    attention = plan_sequence_attention(mechanism, rows, HEADS, range(4), backend="cpu")
+    gradient = attention.backward(dout, attention.forward(q, k, v, logits)[1])[3]
     assert gradient.isfinite().all()
     assert gradient[10].abs().max() > 1e-3
     assert not gradient[~truth.free(rows)].any()

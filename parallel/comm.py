@@ -179,3 +179,24 @@ class Channel:
         with _waiting_for_peers(kind):
             work = dist.all_to_all_single(arrived, buffer, received, sent, group=self.group, async_op=True)
         return Transfer(arrived, buffer, [work] if work is not None else [], kind)
+
+
+class Unconnected(Channel):
+    """The channel of one rank whose peers do not exist: for plans and their formulas; nothing can be sent."""
+
+    def __init__(self, rank: int, size: int, *, width: int = 1) -> None:
+        self.rank, self.size, self.traffic = rank, size, Traffic()
+        self.inner = Unconnected(rank % width, width) if width > 1 else None
+        self.outer = Unconnected(rank // width, size // width) if width > 1 else None
+
+    def _shift(self, buffer: Tensor, tag: int, to: int, source: int, kind: str) -> Transfer:
+        raise RuntimeError("there is nobody to send to: this channel is for plans")
+
+    def _all_reduce(self, x: Tensor, kind: str) -> Tensor:
+        raise RuntimeError("there is nobody to sum with: this channel is for plans")
+
+    def _all_gather(self, buffer: Tensor, kind: str) -> list[Tensor]:
+        raise RuntimeError("there is nobody to gather from: this channel is for plans")
+
+    def _all_to_all(self, buffer: Tensor, sent: list[int], received: list[int], kind: str) -> Transfer:
+        raise RuntimeError("there is nobody to exchange with: this channel is for plans")

@@ -15,8 +15,8 @@ import torch
 from farspan.kernels.backend import BACKENDS
 from farspan.kernels.mechanism import MECHANISMS
 from farspan.parallel.context_parallel.strategy import STRATEGIES
-from tests.parallel.test_matrix import DEGREES
 from tests.support import oracle
+from tests.support.matrix import DEGREES
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTRACT, MATRIX = "tests/kernels/test_contract.py", "tests/parallel/test_matrix.py"

@@ -16,13 +16,12 @@ from torch import Tensor
 from farspan.errors import ConfigError
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism, Routed
-from farspan.parallel.comm import Traffic
+from farspan.parallel.comm import Traffic, Unconnected
 from farspan.parallel.context_parallel.routing import choose_alone, typical_choice
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Chosen, Sizes
 from farspan.parallel.layout import LAYOUTS, Shards
 from farspan.parallel.mesh import Mesh
 from farspan.parallel.ranks import Ranks, connected
-from farspan.parallel.simulation import Unconnected
 from farspan.tools.command import print_all
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.checkpoint.verify import newest_whole

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from farspan.errors import ConfigError
 from farspan.kernels.mechanism import Heads, Mechanism
-from farspan.parallel.comm import Channel
+from farspan.parallel.comm import Channel, Unconnected
 from farspan.parallel.context_parallel.routing import typical_choice
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Chosen, DistributedAttention, Move, Sizes, Volume
 from farspan.parallel.layout import Shards
-from farspan.parallel.simulation import Unconnected
 
 BACKWARD_FLOPS = 2.5
 """Of the backward pass over the forward pass: five products of a pair instead of two."""

@@ -13,13 +13,13 @@ from farspan.kernels.layers.cross_entropy import chunk_tokens
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism, TokenChoice
 from farspan.kernels.merge import accumulation_dtype
+from farspan.parallel.comm import Unconnected
 from farspan.parallel.context_parallel.cost_model import SAMPLED
 from farspan.parallel.context_parallel.halo import mean_rows_sent
 from farspan.parallel.context_parallel.routing import typical_choice
 from farspan.parallel.context_parallel.strategy import Sizes
 from farspan.parallel.layout import Shards
 from farspan.parallel.mesh import Degrees
-from farspan.parallel.simulation import Unconnected
 from farspan.trainer.batch import work_of_layers
 from farspan.trainer.build import backends_of_layers, build_strategies, strategies_of_layers
 from farspan.trainer.config import Config

@@ -11,6 +11,7 @@ from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.window import Window
+from farspan.parallel.comm import Unconnected
 from farspan.parallel.context_parallel import cost_model as cost_model
 from farspan.parallel.context_parallel.cost_model import (
     BACKWARD_FLOPS,
@@ -26,7 +27,6 @@ from farspan.parallel.context_parallel.cost_model import (
 from farspan.parallel.context_parallel.routing import typical_choice
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Sample, Sizes, Volume
 from farspan.parallel.layout import Shards
-from farspan.parallel.simulation import Unconnected
 
 FAST = Machine(flops_per_s=1e14, inner_bytes_per_s=2e11, outer_bytes_per_s=2e10, node_ranks=8)
 

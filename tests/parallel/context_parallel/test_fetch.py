@@ -10,11 +10,11 @@ from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.neighborhood import Neighborhood
 from farspan.kernels.mechanisms.window import Window
 from farspan.kernels.planning.plan import Plan
+from farspan.parallel.comm import Unconnected
 from farspan.parallel.context_parallel.required_keys import needed_keys
 from farspan.parallel.context_parallel.routing import choose_alone
 from farspan.parallel.context_parallel.strategy import STRATEGIES, DistributedAttention, Sizes
 from farspan.parallel.layout import LAYOUTS, Shards
-from farspan.parallel.simulation import Unconnected
 from tests.support.oracle import selected_mask
 
 HEADS = Heads(query=8, kv=2)

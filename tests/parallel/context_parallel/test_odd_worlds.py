@@ -16,12 +16,12 @@ from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.spans import Spans
 from farspan.kernels.sequence_attention import plan_sequence_attention
-from farspan.parallel.comm import Channel
+from farspan.parallel.comm import Channel, Unconnected
 from farspan.parallel.context_parallel.cost_model import together
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes, Volume
 from farspan.parallel.layout import Shards
-from farspan.parallel.simulation import Unconnected, simulate
 from tests.parallel.context_parallel.test_cost_model import FAST, job, predict
+from tests.support.simulation import simulate
 
 
 @pytest.mark.parametrize("degree", [3, 5, 6])

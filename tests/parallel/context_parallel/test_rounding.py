@@ -12,7 +12,7 @@ import torch
 from farspan.kernels.mechanism import MECHANISMS
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.parallel.context_parallel.strategy import STRATEGIES
-from tests.parallel.test_matrix import HEADS, Case, differing_bytes, put_together, reference, run_cases, width_for
+from tests.support.matrix import HEADS, Case, differing_bytes, put_together, reference, run_cases, width_for
 from tests.support.oracle import rms_error
 from tests.support.rank_pool import RankPool
 

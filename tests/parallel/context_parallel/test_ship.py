@@ -11,11 +11,11 @@ from farspan.kernels.mechanism import Heads, Routed
 from farspan.kernels.mechanisms.block_sparse import BlockSparse
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.vggt import VGGT
+from farspan.parallel.comm import Unconnected
 from farspan.parallel.context_parallel.query_dispatch import BlockOwners, DispatchPlan
 from farspan.parallel.context_parallel.routing import typical_choice
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes
 from farspan.parallel.layout import LAYOUTS, Shards
-from farspan.parallel.simulation import Unconnected
 from tests.support.oracle import selected_mask, visible_mask
 
 TOKENS, BLOCK = 1 << 14, 128

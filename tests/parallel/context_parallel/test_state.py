@@ -8,11 +8,11 @@ from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Heads
 from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.sequence_attention import plan_sequence_attention
-from farspan.parallel.comm import Channel
+from farspan.parallel.comm import Channel, Unconnected
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes, Volume
 from farspan.parallel.layout import LAYOUTS, Shards
-from farspan.parallel.simulation import Unconnected, simulate
 from tests.support.oracle import relative_error
+from tests.support.simulation import simulate
 
 HEADS = Heads(query=4, kv=2)
 

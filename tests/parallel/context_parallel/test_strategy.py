@@ -18,12 +18,11 @@ from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.mosa import MoSA
-from farspan.parallel.comm import Channel, Traffic
+from farspan.parallel.comm import Channel, Traffic, Unconnected
 from farspan.parallel.context_parallel import moving_kv as dealt
 from farspan.parallel.context_parallel.strategies import ship
 from farspan.parallel.context_parallel.strategy import STRATEGIES, DistributedAttention, Sizes, Volume
 from farspan.parallel.layout import Shards
-from farspan.parallel.simulation import Unconnected
 from tests.support.rank_pool import RankError, RankPool, world_channel
 
 

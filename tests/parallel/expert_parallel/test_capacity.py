@@ -8,7 +8,7 @@ from farspan.kernels.masks.rows import Rows
 from farspan.parallel.comm import Channel
 from farspan.parallel.expert_parallel.capacity import SharedSequence
 from farspan.parallel.layout import LAYOUTS, Shards
-from farspan.parallel.simulation import simulate
+from tests.support.simulation import simulate
 
 TOKENS, EXPERTS = 37, 5
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Heads
 from farspan.kernels.mechanisms.lightning import Lightning
+from farspan.parallel.comm import Unconnected
 from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.parallel.layout import Shards
 from farspan.parallel.mesh import ParallelConfig
-from farspan.parallel.simulation import Unconnected
 from farspan.trainer.config import AttentionConfig, Config
 from farspan.trainer.model.attention import AttentionInputs
 from farspan.trainer.model.config import ExpertsConfig, ModelConfig, RopeConfig

@@ -18,10 +18,9 @@ from farspan.errors import ConfigError
 from farspan.kernels.backend import KernelRequest, choose_backend
 from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.mechanisms.dense import Dense
-from farspan.parallel.comm import Channel, Traffic
+from farspan.parallel.comm import Channel, Traffic, Unconnected
 from farspan.parallel.context_parallel.strategy import STRATEGIES, HeadShare, Queries
 from farspan.parallel.layout import Shards
-from farspan.parallel.simulation import Unconnected
 from farspan.tools.bench.context.entrant import SINGLE, Entrant, Job, Planned
 
 SHARED_MEMORY_OP = "deepspeed_shm_comm"

@@ -12,12 +12,12 @@ from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.mosa import MoSA
 from farspan.kernels.mechanisms.window import Window
 from farspan.kernels.sequence_attention import plan_sequence_attention
-from farspan.parallel.comm import Channel
+from farspan.parallel.comm import Channel, Unconnected
 from farspan.parallel.context_parallel.routing import choose_alone
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes, Volume
 from farspan.parallel.layout import Shards
-from farspan.parallel.simulation import Unconnected, simulate
 from tests.support.oracle import relative_error
+from tests.support.simulation import simulate
 
 HEADS = Heads(query=4, kv=2)
 ROWS = Rows.packed([391, 7, 250, 1, 112])

@@ -86,7 +86,7 @@ def lines(folder: Path, degrees: Sequence[int]) -> list[str]:
             for layer, (mechanism, chosen) in enumerate(zip(mechanisms, choices, strict=True)):
                 if not isinstance(mechanism, Routed):
                     continue
-                shards = Shards.deal(rows, layout=layout, degree=degree, work=mechanism.keys_per_query)
+                shards = Shards.build(rows, layout=layout, degree=degree, work=mechanism.keys_per_query)
                 drawn = typical_choice(mechanism, rows, config.model.heads_of(mechanism))
                 trained, normal, visible = (moved("fetch", mechanism, shards, config, x) for x in (chosen, drawn, None))
                 ring = moved("ring", mechanism, shards, config, None)

@@ -31,7 +31,7 @@ def choose_strategy(config: Config, degrees: Degrees, device_type: str) -> tuple
 def strategy_costs(config: Config, degrees: Degrees, device_type: str) -> tuple[dict[str, Cost], dict[str, str]]:
     """Return what each strategy would cost, a document filling the sequence, the best first; and why others refuse."""
     parallel, head_dim, mechanisms = config.parallel, config.model.head_dim, config.mechanisms()
-    shards = Shards.deal(
+    shards = Shards.build(
         Rows.packed([config.data.sequence_tokens]),
         layout=parallel.layout,
         degree=degrees.context,
@@ -43,8 +43,8 @@ def strategy_costs(config: Config, degrees: Degrees, device_type: str) -> tuple[
             shards=shards,
             heads=config.model.heads_of(mechanism),
             sizes=Sizes.of(config.train.torch_dtype, head_dim, head_dim),
-            width=parallel.context_inner,
-            rounded_gradients=parallel.rounded_gradients,
+            inner_size=parallel.context_inner,
+            grad_comm_dtype=parallel.grad_comm_dtype,
         )
         for mechanism in mechanisms
     }

@@ -48,7 +48,7 @@ class KVExchange(ABC):
     """How keys and values come to the ranks, as far as it is known before queries choose."""
 
     @abstractmethod
-    def to_chosen(self, selection: BlockSelection | None) -> "KVSchedule":
+    def schedule_for(self, selection: BlockSelection | None) -> "KVSchedule":
         """Return the journey of what the local queries chose; every rank has to call."""
 
     @abstractmethod
@@ -69,12 +69,12 @@ class KVSchedule(KVExchange):
     plans: tuple[Plan, ...]
     tokens: tuple[Tensor, ...]
 
-    def to_chosen(self, selection: BlockSelection | None) -> "KVSchedule":
+    def schedule_for(self, selection: BlockSelection | None) -> "KVSchedule":
         """Return this journey: it brings whatever may be chosen."""
         return self
 
     @abstractmethod
-    def parts(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def kv_blocks(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield keys and values of each part, of the local ones k `[tokens_local, Hk, D]` and v `[.., Hk, Dv]`.
 
         Each is used before the next is asked for; what comes next is on its way meanwhile.
@@ -100,11 +100,11 @@ class MovingKVAttention(DistributedAttention):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v, *routing = inputs
         choices = self.choice.choose(q, k, *routing)
-        kv_schedule = self.kv_exchange.to_chosen(choices.selection)
+        kv_schedule = self.kv_exchange.schedule_for(choices.selection)
         plans = choices.applied(kv_schedule.plans, kv_schedule.tokens)
         out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
         causal_lse = lse.clone()
-        for number, (key, value) in enumerate(kv_schedule.parts(k, v)):
+        for number, (key, value) in enumerate(kv_schedule.kv_blocks(k, v)):
             if plans[number].is_empty:
                 continue
             merge_(out, lse, *attention_forward(q, key, value, plans[number], backend=self.backend))
@@ -121,7 +121,7 @@ class MovingKVAttention(DistributedAttention):
         of_types = self.choice.learning(lifetimes, learning)
         dq = torch.zeros(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
         grad_return = kv_schedule.grad_return(k, v)
-        for number, (key, value) in enumerate(kv_schedule.parts(k, v)):
+        for number, (key, value) in enumerate(kv_schedule.kv_blocks(k, v)):
             if plans[number].is_empty:
                 grad_return.add(None, None)
                 continue

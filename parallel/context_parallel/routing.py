@@ -94,7 +94,7 @@ def moves_of_choice(mechanism: Mechanism, global_rows: Rows, here: Heads, sizes:
     chosen_by = mechanism.all_reduce_bytes(global_rows, here, sizes.head_dim)
     learned_from = mechanism.gradient_all_reduce_bytes(global_rows, here, sizes.accumulation_bytes)
     forward, backward = (2 * (channel.size - 1) * total // channel.size for total in (chosen_by, learned_from))
-    return Move(Volume(forward=forward, backward=backward), channel, hidden=False)
+    return Move(Volume(forward=forward, backward=backward), channel, overlapped=False)
 
 
 def choose_alone(

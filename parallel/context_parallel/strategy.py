@@ -14,7 +14,7 @@ from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.mechanism import Heads, Mechanism, Routed, TokenChoice
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.sequence_attention import Saved, SequenceAttention
-from farspan.parallel.comm import Channel
+from farspan.parallel.comm import Channel, GradCommDtype
 from farspan.parallel.layout import Shards
 from farspan.registry import Registry
 
@@ -55,9 +55,9 @@ class Sizes:
         """Numbers in the key and the value of one head."""
         return self.head_dim + self.value_dim
 
-    def gradient_bytes(self, *, rounded: bool) -> int:
-        """Return the bytes of a number of a gradient on its way."""
-        return self.element_bytes if rounded else self.accumulation_bytes
+    def gradient_bytes(self, grad_comm_dtype: GradCommDtype) -> int:
+        """Return the bytes of one number of a gradient that travels between ranks."""
+        return self.element_bytes if grad_comm_dtype == "compute" else self.accumulation_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,11 +76,11 @@ class Volume:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """What one rank sends over a channel; hidden: while it computes, so that the longer of both counts."""
+    """What one rank sends over a channel; overlapped: while it computes, so that the longer of both counts."""
 
     volume: Volume
     channel: Channel
-    hidden: bool
+    overlapped: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,10 +214,10 @@ class Strategy(ABC):
             return not cls.shards_heads
         return isinstance(mechanism, Routed) and cls.moves_selected_blocks
 
-    def __init__(self, channel: Channel, *, rounded_gradients: bool = False) -> None:
-        """rounded_gradients: gradients of keys and values travel in their dtype; they are summed wider all the same."""
+    def __init__(self, channel: Channel, *, grad_comm_dtype: GradCommDtype = "accumulation") -> None:
+        """grad_comm_dtype: in which gradients of keys and values travel; they are summed in float32 or wider."""
         self.channel = channel
-        self.rounded_gradients = rounded_gradients
+        self.grad_comm_dtype: GradCommDtype = grad_comm_dtype
 
     @classmethod
     @abstractmethod
@@ -237,7 +237,7 @@ class Strategy(ABC):
             raise ConfigError(f"{heads.query} query heads cannot share {heads.kv} KV heads evenly: change one of them.")
         longest = int(shards.rows.position.max()) + 1 if len(shards.rows) else 0
         for reason in (
-            self.unsupported_reason(mechanism, heads, self.channel.size, self.channel.width),
+            self.unsupported_reason(mechanism, heads, self.channel.size, self.channel.inner_size),
             mechanism.unsupported_reason(heads, longest),
         ):
             if reason is not None:

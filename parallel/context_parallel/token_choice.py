@@ -75,7 +75,7 @@ def shard_chosen_tokens(chosen: Tensor, shards: Shards, rank: int) -> tuple[Shar
     The latter name their tokens as the rank has them.
     """
     whole = ChosenTokens.of(chosen, shards.rows)
-    place = shards.places()
+    place = shards.slots()
     holder, token = place[whole.token] // shards.tokens_local, place[whole.token] % shards.tokens_local
     counts = holder.bincount(minlength=shards.degree)
     # At least one row, of padding if need be: transfers are not empty.

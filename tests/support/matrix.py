@@ -82,7 +82,7 @@ def run_cases(chosen: list[Case]) -> list[tuple[list[Tensor], list[Sent]]]:
 
 def run_case(case: Case) -> tuple[list[Tensor], list[Sent]]:
     channel = world_channel(case.width)
-    shards = Shards.deal(case.rows, layout=case.layout, degree=channel.size, work=case.mechanism.keys_per_query)
+    shards = Shards.build(case.rows, layout=case.layout, degree=channel.size, work=case.mechanism.keys_per_query)
     strategy = STRATEGIES.get(case.strategy)(channel, rounded_gradients=case.rounded)
     planned = strategy.prepare(case.mechanism, shards, case.heads, backend="cpu")
     *whole, dout = case.inputs()
@@ -147,7 +147,7 @@ def label(case: Case) -> str:
 
 def put_together(case: Case, degree: int, parts: list[list[Tensor]]) -> list[Tensor]:
     """Return the whole sequence's tensors from every rank's list of them."""
-    shards = Shards.deal(case.rows, layout=case.layout, degree=degree, work=case.mechanism.keys_per_query)
+    shards = Shards.build(case.rows, layout=case.layout, degree=degree, work=case.mechanism.keys_per_query)
     return [shards.unshard(torch.stack(part)) for part in zip(*parts, strict=True)]
 
 

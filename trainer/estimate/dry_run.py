@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from farspan.parallel.mesh import Degrees, Mesh
-from farspan.parallel.ranks import pretended
+from farspan.parallel.ranks import fake_process_group
 from farspan.trainer.auto import choose_strategy
 from farspan.trainer.build import parameters_held
 from farspan.trainer.config import Config
@@ -36,6 +36,6 @@ def rehearse(config: Config, num_ranks: int) -> None:
     config, why = choose_strategy(config, degrees, device.type)
     config = fill_in(config, degrees, device, open_data(config)[0].vocabulary_size if has_data else None)
     log.info("%s", "\n".join((describe(config, degrees), *why)))
-    with pretended(num_ranks):
+    with fake_process_group(num_ranks):
         held = parameters_held(config, Mesh.build(config.parallel, "cpu"))
     log.info("%-12s%s parameters on rank 0 of %d", "sharded", f"{held:,}", num_ranks)

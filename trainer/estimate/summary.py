@@ -230,8 +230,10 @@ def tokens_local(config: Config, degrees: Degrees) -> int:
 def attention_bytes(config: Config, degrees: Degrees) -> int:
     """Return the bytes that the first rank sends in the attention of all layers, a document filling the sequence."""
     parallel, mechanisms, rows = config.parallel, config.mechanisms(), Rows.packed([config.data.sequence_tokens])
-    shards = Shards.deal(rows, layout=parallel.layout, degree=degrees.context, work=partial(work_of_layers, mechanisms))
-    channel = Unconnected(0, degrees.context, width=parallel.context_inner)
+    shards = Shards.build(
+        rows, layout=parallel.layout, degree=degrees.context, work=partial(work_of_layers, mechanisms)
+    )
+    channel = Unconnected(0, degrees.context, inner_size=parallel.context_inner)
     sizes = Sizes.of(config.train.torch_dtype, config.model.head_dim, config.model.head_dim)
     names = strategies_of_layers(config, degrees)
     strategies = build_strategies(names, channel, parallel)
@@ -251,7 +253,7 @@ def convolution_bytes(config: Config, degrees: Degrees) -> int:
     if not model.key_convolution:
         return 0
     rows = Rows.packed([config.data.sequence_tokens])
-    shards = Shards.deal(rows, layout=config.parallel.layout, degree=degrees.context)
+    shards = Shards.build(rows, layout=config.parallel.layout, degree=degrees.context)
     heads = sum(model.projected_heads_of(m).kv for m in config.mechanisms() if not model.is_gated(m))
     sent = mean_rows_sent(shards, model.key_convolution - 1) * heads * model.head_dim
     return sent * (compute.itemsize + accumulation_dtype(compute).itemsize)

@@ -20,7 +20,7 @@ from farspan.kernels.mechanism import Mechanism
 from farspan.parallel.comm import Channel
 from farspan.parallel.context_parallel.key_convolution import KeyConvolution
 from farspan.parallel.context_parallel.strategy import DistributedAttention
-from farspan.parallel.expert_parallel.capacity import SharedSequence
+from farspan.parallel.expert_parallel.capacity import ExpertCapacity
 from farspan.trainer.model.attention import Attention, AttentionInputs
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.experts import ExpertFeedForward
@@ -36,7 +36,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 class ExpertPlaces:
     """sequence: who shares it, and which of its tokens are here. channel: of the ranks that hold the experts."""
 
-    sequence: SharedSequence
+    sequence: ExpertCapacity
     channel: Channel
 
 

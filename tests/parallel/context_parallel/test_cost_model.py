@@ -43,7 +43,7 @@ def job(
     rows = Rows.packed([1 << 16])
     return Job(
         mechanism=mechanism,
-        shards=Shards.deal(rows, layout=layout, degree=degree, work=mechanism.keys_per_query),
+        shards=Shards.build(rows, layout=layout, degree=degree, work=mechanism.keys_per_query),
         heads=heads or Heads(query=32, kv=8),
         sizes=Sizes.of(torch.bfloat16, 128, 128),
         width=width,
@@ -68,18 +68,18 @@ def test_computing_is_the_visible_pairs_of_the_busiest_rank() -> None:
 
 def test_time_is_the_longer_of_computing_and_what_is_hidden_and_all_that_is_not() -> None:
     ring, ulysses = (predict(name, job(Dense(), 8), FAST) for name in ("ring", "ulysses"))
-    assert (ring.exposed_s, ulysses.hidden_s) == (0, 0)
+    assert (ring.exposed_s, ulysses.overlapped_s) == (0, 0)
     assert ring.seconds == pytest.approx(ring.compute_s)
     assert ulysses.seconds == pytest.approx(ulysses.compute_s + ulysses.exposed_s)
     sent = ring.volume.forward + ring.volume.backward
-    assert ring.hidden_s == pytest.approx(sent / FAST.inner_bytes_per_s)
+    assert ring.overlapped_s == pytest.approx(sent / FAST.inner_bytes_per_s)
     # Sixteen ranks span two nodes, and links between these are slow.
     far = predict("ring", job(Dense(), 16), FAST)
-    assert far.hidden_s == pytest.approx((far.volume.forward + far.volume.backward) / FAST.outer_bytes_per_s)
+    assert far.overlapped_s == pytest.approx((far.volume.forward + far.volume.backward) / FAST.outer_bytes_per_s)
     # Two rings send one chunk in eight between nodes.
     double = predict("double_ring", job(Dense(), 16, width=8), FAST)
     assert double.volume == far.volume
-    assert double.hidden_s < far.hidden_s / 3
+    assert double.overlapped_s < far.overlapped_s / 3
 
 
 CHUNK = 4096 * 8 * (128 + 128) * 2
@@ -98,13 +98,13 @@ CHUNK = 4096 * 8 * (128 + 128) * 2
 def test_each_ring_of_two_has_links_of_its_own(rounded: bool, inner: int, outer: int) -> None:
     found = predict("double_ring", job(Dense(), 16, width=8, rounded=rounded), FAST)
     seconds = CHUNK * inner / FAST.inner_bytes_per_s + CHUNK * outer / FAST.outer_bytes_per_s
-    assert found.hidden_s == pytest.approx(seconds)
+    assert found.overlapped_s == pytest.approx(seconds)
 
 
 def test_the_outer_axis_leaves_the_node_however_few_ranks_it_has() -> None:
     """Two nodes: heads within these, and between them a ring of two, its chunks those of 8 ranks, of one head each."""
     found = predict("hybrid", job(Dense(), 16, width=8), FAST)
-    assert found.hidden_s == pytest.approx(CHUNK * (1 + 1 + 2 * 2) / FAST.outer_bytes_per_s)
+    assert found.overlapped_s == pytest.approx(CHUNK * (1 + 1 + 2 * 2) / FAST.outer_bytes_per_s)
     exchanged = found.volume.forward + found.volume.backward - CHUNK * (1 + 1 + 2 * 2)
     assert found.exposed_s == pytest.approx(exchanged / FAST.inner_bytes_per_s)
 
@@ -116,7 +116,7 @@ def cost(seconds: float, working_bytes: int = 0, *, flops: float = 1.0, balance:
         balance=balance,
         working_bytes=working_bytes,
         compute_s=seconds,
-        hidden_s=0,
+        overlapped_s=0,
         exposed_s=0,
         seconds=seconds,
     )
@@ -182,7 +182,7 @@ def test_recurrences_have_a_strategy_of_their_own_where_keys_travel() -> None:
 def test_what_is_chosen_of_a_long_sequence_is_drawn_for_some_queries() -> None:
     """What `ship` moves is what all would, to a few per cent; `fetch` is taken to need all that may be chosen."""
     mechanism, heads, rows = MoBA(block=128, top_k=3), Heads(query=2, kv=2), Rows.packed([1 << 14])
-    shards = Shards.deal(rows, layout="contiguous", degree=4)
+    shards = Shards.build(rows, layout="contiguous", degree=4)
     sizes, sample = Sizes.of(torch.bfloat16, 64, 64), typical_choice(mechanism, rows, heads, most=SAMPLED)
     every = typical_choice(mechanism, rows, heads)
     assert isinstance(sample, Sample)

@@ -24,7 +24,7 @@ def attend(strategy: str, mechanism: Mechanism, fault: str, folder: Path) -> Non
     """On a rank: attend, with a fault on rank 1; write down the error and end, as the process of a job would."""
     channel = world_channel()
     rank = channel.rank
-    shards = Shards.deal(Rows.packed([96]), layout="contiguous", degree=channel.size)
+    shards = Shards.build(Rows.packed([96]), layout="contiguous", degree=channel.size)
     heads = Heads(query=4, kv=2)
     planned = STRATEGIES.get(strategy)(channel).prepare(mechanism, shards, heads, backend="cpu")
     if fault == "death" and rank == 1:

@@ -11,7 +11,7 @@ from farspan.kernels.mechanisms.neighborhood import Neighborhood
 from farspan.kernels.mechanisms.window import Window
 from farspan.kernels.planning.plan import Plan
 from farspan.parallel.comm import Unconnected
-from farspan.parallel.context_parallel.required_keys import needed_keys
+from farspan.parallel.context_parallel.required_keys import required_keys
 from farspan.parallel.context_parallel.routing import choose_alone
 from farspan.parallel.context_parallel.strategy import STRATEGIES, DistributedAttention, Sizes
 from farspan.parallel.layout import LAYOUTS, Shards
@@ -32,7 +32,7 @@ def planned(
 def test_a_window_moves_its_halo(layout: str) -> None:
     """64K tokens on 8 ranks, window 1024: each stretch needs the 1,023 keys before it, and the ring moves all."""
     tokens, degree, window = 1 << 16, 8, 1024
-    shards = Shards.deal(Rows.packed([tokens]), layout=layout, degree=degree)
+    shards = Shards.build(Rows.packed([tokens]), layout=layout, degree=degree)
     needed = 0
     for mine in shards.index:
         reads = torch.zeros(tokens, dtype=torch.bool)
@@ -52,9 +52,9 @@ def test_a_window_moves_its_halo(layout: str) -> None:
 
 
 def test_documents_that_end_on_a_rank_are_not_moved() -> None:
-    shards = Shards.deal(Rows.packed([64] * 8), layout="contiguous", degree=4)
+    shards = Shards.build(Rows.packed([64] * 8), layout="contiguous", degree=4)
     assert [planned("fetch", Dense(), shards, rank).volume(SIZES).forward for rank in range(4)] == [0] * 4
-    shards = Shards.deal(Rows.packed([100] + [52] * 3 + [256]), layout="contiguous", degree=4)
+    shards = Shards.build(Rows.packed([100] + [52] * 3 + [256]), layout="contiguous", degree=4)
     row = HEADS.kv * SIZES.kv_width * SIZES.element_bytes
     # Rank 1 holds 128 to 255: 104 to 127 of rank 0 belong to its first document. Rank 3 reads all of rank 2.
     sent = [planned("fetch", Dense(), shards, rank).volume(SIZES).forward for rank in range(4)]
@@ -70,7 +70,7 @@ MASKED = [x for name in MECHANISMS for x in MECHANISMS.get(name).examples() if i
 def test_all_that_is_seen_is_needed(mechanism: Masked, layout: str) -> None:
     """Against a mask with every pair: no key is missing, and none moves in vain but what some chose and others see."""
     rows = Rows.packed([230, 90, 1])
-    shards = Shards.deal(rows, layout=layout, degree=4)
+    shards = Shards.build(rows, layout=layout, degree=4)
     global_rows = shards.rows.take(shards.index.flatten())
     selection = None
     if isinstance(mechanism, Routed):
@@ -84,7 +84,7 @@ def test_all_that_is_seen_is_needed(mechanism: Masked, layout: str) -> None:
         if selection is not None:
             plan = plan.choosing(selection.of_queries(mine))
         seen = plan.mask().any(dim=1).view(HEADS.kv, -1, len(global_rows)).any(dim=1)
-        (needed,) = needed_keys(plan, HEADS.kv)
+        (needed,) = required_keys(plan, HEADS.kv)
         assert not (seen & ~needed).any()
         if selection is not None:
             asked = selected_mask(selection.of_queries(mine), global_rows, HEADS.query).any(dim=1)
@@ -97,12 +97,12 @@ def test_all_that_is_seen_is_needed(mechanism: Masked, layout: str) -> None:
 @pytest.mark.parametrize("mechanism", [Dense(), Window(window=40, sinks=4), NEIGHBOURHOOD], ids=str)
 def test_reader_and_owner_agree(mechanism: Masked, layout: str) -> None:
     """What a rank wants is found from its queries, what it gives from its keys; each pair of ranks finds the same."""
-    shards = Shards.deal(Rows.packed([230, 90, 1], padding=40), layout=layout, degree=4)
+    shards = Shards.build(Rows.packed([230, 90, 1], padding=40), layout=layout, degree=4)
     global_rows = shards.rows.take(shards.index.flatten())
     for rank in range(4):
         mine = shards.rows_of(rank)
-        wanted = needed_keys(Plan.build(mine, global_rows, mechanism.attention_mask(), heads=4), 2)[0]
+        wanted = required_keys(Plan.build(mine, global_rows, mechanism.attention_mask(), heads=4), 2)[0]
         for owner in range(4):
             plan = Plan.build(global_rows, shards.rows_of(owner), mechanism.attention_mask(), heads=4)
-            given = needed_keys(plan, 2, groups=4)[rank]
+            given = required_keys(plan, 2, groups=4)[rank]
             assert torch.equal(given, wanted.unflatten(1, (4, -1))[:, owner])

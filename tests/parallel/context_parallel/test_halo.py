@@ -11,7 +11,7 @@ from farspan.parallel.layout import LAYOUTS, Shards
 @pytest.mark.parametrize("reach", [2, 4])
 def test_rows_by_hand(reach: int) -> None:
     """One document of 96 tokens on 4 ranks."""
-    shards = {layout: Shards.deal(Rows.packed([96]), layout=layout, degree=4) for layout in LAYOUTS}
+    shards = {layout: Shards.build(Rows.packed([96]), layout=layout, degree=4) for layout in LAYOUTS}
     rows = {
         # Each rank but the last gives its end to the next.
         "contiguous": [reach, reach, reach, 0],
@@ -35,6 +35,6 @@ def test_rows_by_hand(reach: int) -> None:
 
 
 def test_documents_that_ranks_do_not_share_send_nothing() -> None:
-    shards = Shards.deal(Rows.packed([24] * 4), layout="contiguous", degree=4)
-    assert all(Halo.plan(shards, rank, 4).is_quiet for rank in range(4))
+    shards = Shards.build(Rows.packed([24] * 4), layout="contiguous", degree=4)
+    assert all(Halo.plan(shards, rank, 4).is_empty for rank in range(4))
     assert mean_rows_sent(shards, 4) == 0

@@ -55,7 +55,7 @@ def run_cases(cases: list[Case]) -> list[Outcome]:
 
 def run_case(case: Case) -> Outcome:
     channel = Channel(dist.group.WORLD, Traffic())  # pyright: ignore[reportArgumentType]
-    shards = Shards.deal(DOCUMENTS[case.documents], layout=case.layout, degree=channel.size)
+    shards = Shards.build(DOCUMENTS[case.documents], layout=case.layout, degree=channel.size)
     planned = KeyConvolution.plan(channel, shards, case.width)
     whole, weight, whole_dout = case.inputs()
     k, weight = shards.shard(whole, channel.rank).requires_grad_(), weight.requires_grad_()
@@ -76,7 +76,7 @@ def alone(case: Case) -> list[Tensor]:
 
 
 def put_together(case: Case, parts: list[list[Tensor]]) -> list[Tensor]:
-    shards = Shards.deal(DOCUMENTS[case.documents], layout=case.layout, degree=len(parts))
+    shards = Shards.build(DOCUMENTS[case.documents], layout=case.layout, degree=len(parts))
     out, dk, dweight = (torch.stack(part) for part in zip(*parts, strict=True))
     return [shards.unshard(out), shards.unshard(dk), dweight.sum(dim=0)]
 
@@ -113,7 +113,7 @@ def kinds() -> tuple[set[str], set[str], str]:
     _, forward, backward, _ = run_case(Case("zigzag", "one", 3))
     channel = Channel(dist.group.WORLD, Traffic())  # pyright: ignore[reportArgumentType]
     try:
-        KeyConvolution.plan(channel, Shards.deal(Rows.packed([9]), layout="zigzag", degree=3), 3)
+        KeyConvolution.plan(channel, Shards.build(Rows.packed([9]), layout="zigzag", degree=3), 3)
     except ValueError as error:
         return set(forward.sent), set(backward.sent), str(error)
     raise AssertionError("a sequence dealt to three ranks was taken by two")

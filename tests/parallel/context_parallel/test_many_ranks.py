@@ -50,7 +50,7 @@ def operands(mechanism: Mechanism) -> list[Tensor]:
 )
 def test_many_ranks_equal_one(strategy: str, mechanism: Mechanism, layout: str, degree: int, width: int) -> None:
     *inputs, dout = operands(mechanism)
-    shards = Shards.deal(ROWS, layout=layout, degree=degree)
+    shards = Shards.build(ROWS, layout=layout, degree=degree)
     planning = STRATEGIES.get(strategy)
     chosen = None
     if planning.moves_chosen(mechanism):
@@ -66,7 +66,7 @@ def test_many_ranks_equal_one(strategy: str, mechanism: Mechanism, layout: str, 
         return [out, *gradients], counted, planned.volume(Sizes.of(torch.float64, 8, 4), chosen)
 
     with torch.no_grad():
-        found = simulate(degree, attend, width=width)
+        found = simulate(degree, attend, inner_size=width)
         whole = plan_sequence_attention(mechanism, ROWS, HEADS, range(HEADS.query), backend="reference")
         out, saved = whole.forward(*inputs)
         expected = [out, *whole.backward(dout, saved)]
@@ -81,7 +81,7 @@ def test_many_ranks_equal_one(strategy: str, mechanism: Mechanism, layout: str, 
 def test_padding_rows_come_out_as_zeros(strategy: str, layout: str) -> None:
     """Whatever is in them, results and gradients: layers after this one would spread what is not a number."""
     mechanism = {"state": Lightning(), "ship": MoBA(block=8, top_k=2)}.get(strategy, Dense())
-    shards = Shards.deal(Rows.packed([13]), layout=layout, degree=4)
+    shards = Shards.build(Rows.packed([13]), layout=layout, degree=4)
     width = 1 if STRATEGIES.get(strategy).unsupported_reason(mechanism, HEADS, 4, 1) is None else 2
 
     def attend(channel: Channel) -> list[Tensor]:
@@ -92,7 +92,7 @@ def test_padding_rows_come_out_as_zeros(strategy: str, layout: str) -> None:
 
     padding = shards.index < 0
     assert padding.any()
-    for found in zip(*simulate(4, attend, width=width), strict=True):
+    for found in zip(*simulate(4, attend, inner_size=width), strict=True):
         assert (torch.stack(found)[padding] == 0).all()
 
 
@@ -100,7 +100,7 @@ def test_padding_rows_come_out_as_zeros(strategy: str, layout: str) -> None:
 def test_plans_and_bytes_at_512_ranks(strategy: str) -> None:
     """Any rank's plan is made without the others, and its bytes follow from the formula: here 1M tokens."""
     mechanism = Lightning() if strategy == "state" else Window(window=1024)
-    shards = Shards.deal(Rows.packed([1 << 20]), layout="contiguous", degree=512)
+    shards = Shards.build(Rows.packed([1 << 20]), layout="contiguous", degree=512)
     row = 2 * 16 * 2 * 2
     expected = {
         "ring": 511 * 2048 * row,
@@ -109,7 +109,7 @@ def test_plans_and_bytes_at_512_ranks(strategy: str) -> None:
         "fetch": 1023 * row,
         "state": 511 * HEADS.query * 16 * 16 * 4,
     }
-    channel = Unconnected(300, 512, width=8)
+    channel = Unconnected(300, 512, inner_size=8)
     planned = STRATEGIES.get(strategy)(channel).prepare(mechanism, shards, HEADS, backend="cpu")
     assert planned.volume(Sizes.of(torch.bfloat16, 16, 16)).forward == expected[strategy]
 

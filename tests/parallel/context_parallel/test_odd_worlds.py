@@ -29,7 +29,7 @@ from tests.support.simulation import simulate
 def test_bytes_where_the_degree_divides_nothing(name: str, degree: int) -> None:
     """Of what is summed over ranks each has 2 (P-1)/P, rounded down once, however many sums there are."""
     rows, heads, mechanism = Rows.packed([200]), Heads(query=8, kv=2), MECHANISMS.get(name).examples()[0]
-    shards = Shards.deal(rows, layout="zigzag", degree=degree)
+    shards = Shards.build(rows, layout="zigzag", degree=degree)
 
     def run(channel: Channel) -> tuple[Volume, Volume]:
         planned = STRATEGIES.get("ring")(channel).prepare(mechanism, shards, heads, backend="cpu")
@@ -54,7 +54,7 @@ def test_ids_of_documents_may_be_anything(strategy: str) -> None:
     ids = torch.tensor([3, 1 << 28, (1 << 31) - 2], dtype=torch.int32)
     document = torch.where(base.document < 0, base.document, ids[base.document.clamp(min=0).long()])
     rows = Rows(position=base.position, document=document)
-    shards = Shards.deal(rows, layout="zigzag", degree=2)
+    shards = Shards.build(rows, layout="zigzag", degree=2)
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(len(rows), 4, 8, generator=generator, dtype=torch.float64) for _ in range(3)]
 
@@ -80,9 +80,9 @@ def test_ids_of_documents_may_be_anything(strategy: str) -> None:
 def test_what_does_not_fit_is_refused_before_it_runs(
     strategy: str, mechanism: Mechanism, heads: Heads, said: str
 ) -> None:
-    shards = Shards.deal(Rows.packed([32]), layout="contiguous", degree=4)
+    shards = Shards.build(Rows.packed([32]), layout="contiguous", degree=4)
     with pytest.raises(ConfigError, match=said):
-        STRATEGIES.get(strategy)(Unconnected(0, 4, width=2)).prepare(mechanism, shards, heads, backend="cpu")
+        STRATEGIES.get(strategy)(Unconnected(0, 4, inner_size=2)).prepare(mechanism, shards, heads, backend="cpu")
 
 
 @pytest.mark.parametrize("strategy", ["hybrid", "hybrid_outer", "double_ring"])

@@ -24,7 +24,7 @@ TOKENS, BLOCK = 1 << 14, 128
 def sent(strategy: str, degree: int, heads: Heads, top_k: int) -> int:
     """Return the bytes that all ranks send in a bfloat16 layer with heads of 64, forward."""
     mechanism, rows = MoBA(block=BLOCK, top_k=top_k), Rows.packed([TOKENS])
-    shards = Shards.deal(rows, layout="contiguous", degree=degree)
+    shards = Shards.build(rows, layout="contiguous", degree=degree)
     chosen = typical_choice(mechanism, rows, heads) if strategy == "ship" else None
     total = 0
     for rank in range(0, degree, max(degree // 4, 1)):
@@ -69,7 +69,7 @@ MECHANISMS = [
 @pytest.mark.parametrize("mechanism", MECHANISMS, ids=str)
 def test_a_row_goes_where_it_sees_a_chosen_key_and_nowhere_else(mechanism: Routed, layout: str) -> None:
     rows, heads, degree = Rows.packed([50, 1, 33], padding=11), Heads(query=4, kv=2), 5
-    shards = Shards.deal(rows, layout=layout, degree=degree)
+    shards = Shards.build(rows, layout=layout, degree=degree)
     chosen = typical_choice(mechanism, rows, heads)
     assert isinstance(chosen, BlockSelection)
     sees = visible_mask(rows, rows, mechanism.attention_mask(), heads.query) & selected_mask(chosen, rows, heads.query)

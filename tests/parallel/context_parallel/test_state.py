@@ -23,7 +23,7 @@ def test_what_comes_later_is_not_heard_however_far_it_is(degree: int, layout: st
     """The fastest rate is 1/4: exp(s n) of 8192 tokens is beyond float64."""
     rows, generator = Rows.packed([8192]), torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(8192, heads, 2, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
-    shards = Shards.deal(rows, layout=layout, degree=degree)
+    shards = Shards.build(rows, layout=layout, degree=degree)
 
     def attend(channel: Channel) -> Tensor:
         planned = STRATEGIES.get("state")(channel).prepare(Lightning(), shards, HEADS, backend="cpu")
@@ -36,7 +36,7 @@ def test_what_comes_later_is_not_heard_however_far_it_is(degree: int, layout: st
 
 def error(rows: Rows, layout: str, degree: int) -> float:
     """Return the largest error of out, dq, dk and dv of simulated ranks, against one process."""
-    generator, shards = torch.Generator().manual_seed(0), Shards.deal(rows, layout=layout, degree=degree)
+    generator, shards = torch.Generator().manual_seed(0), Shards.build(rows, layout=layout, degree=degree)
     *inputs, dout = (torch.randn(len(rows), n, 2, generator=generator, dtype=torch.float64) for n in (4, 2, 2, 4))
 
     def attend(channel: Channel) -> tuple[Tensor, ...]:
@@ -70,7 +70,7 @@ def test_rows_in_any_order(layout: str) -> None:
 )
 def test_volumes_by_hand(layout: str, stretches: int, redealt: int) -> None:
     """1024 tokens on each of 8 ranks: a float32 matrix a head and stretch; bfloat16 rows of such as are dealt anew."""
-    shards = Shards.deal(Rows.packed([8192]), layout=layout, degree=8)
+    shards = Shards.build(Rows.packed([8192]), layout=layout, degree=8)
     planned = STRATEGIES.get("state")(Unconnected(3, 8)).prepare(Lightning(), shards, HEADS, backend="cpu")
     sums, rows = 7 * stretches * 4 * 64 * 32 * 4, redealt * (4 * 64 + 2 * (64 + 32) + 4 * 32) * 2
     assert planned.volume(Sizes.of(torch.bfloat16, 64, 32)) == Volume(forward=sums + rows, backward=sums + rows)
@@ -79,7 +79,7 @@ def test_volumes_by_hand(layout: str, stretches: int, redealt: int) -> None:
 def test_layers_of_one_sequence_have_its_stretches_in_common() -> None:
     """Rates differ by layer, stretches do not; another sequence, dealt alike, has its own."""
     strategy = STRATEGIES.get("state")(Unconnected(0, 2))
-    first, second = (Shards.deal(Rows.packed(lengths), layout="zigzag", degree=2) for lengths in ([9, 23], [30, 2]))
+    first, second = (Shards.build(Rows.packed(lengths), layout="zigzag", degree=2) for lengths in ([9, 23], [30, 2]))
     planned = [
         strategy.prepare(Lightning(layer=layer, layers=3), shards, HEADS, backend="cpu")
         for shards in (first, second)

@@ -43,8 +43,8 @@ def test_what_cannot_run_is_refused_with_what_can(strategy: str, heads: Heads, d
 
 def volume(strategy: str, degree: int, *, width: int = 1, rounded: bool = False) -> Volume:
     """Of the first rank: 64:8 heads of 128 in bfloat16, 8192 tokens on each rank, one document."""
-    shards = Shards.deal(Rows.packed([8192 * degree]), layout="contiguous", degree=degree)
-    channel = Unconnected(0, degree, width=width)
+    shards = Shards.build(Rows.packed([8192 * degree]), layout="contiguous", degree=degree)
+    channel = Unconnected(0, degree, inner_size=width)
     strategy_of = STRATEGIES.get(strategy)(channel, rounded_gradients=rounded)
     planned = strategy_of.prepare(Dense(), shards, Heads(query=64, kv=8), backend="cpu")
     return planned.volume(Sizes.of(torch.bfloat16, 128, 128))
@@ -97,7 +97,7 @@ KINDS = {
 
 def planned(strategy: str, degree_of_shards: int, heads: Heads, channel: Channel | None = None) -> DistributedAttention:
     channel = channel or world_channel(2 if needs_grid(strategy) else 1)
-    shards = Shards.deal(Rows.packed([24]), layout="contiguous", degree=degree_of_shards)
+    shards = Shards.build(Rows.packed([24]), layout="contiguous", degree=degree_of_shards)
     return STRATEGIES.get(strategy)(channel).prepare(suitable(strategy), shards, heads, backend="cpu")
 
 
@@ -158,7 +158,7 @@ def test_inputs_that_do_not_fit_the_plan_are_refused(ranks: Callable[[int], Rank
 
 def test_routing_that_does_not_fit_the_plan_is_refused() -> None:
     """Its numbers are as wide as sums, whatever the dtype of keys."""
-    shards = Shards.deal(Rows.packed([24]), layout="contiguous", degree=1)
+    shards = Shards.build(Rows.packed([24]), layout="contiguous", degree=1)
     planning = STRATEGIES.get("single")(Unconnected(0, 1))
     q, k, good = torch.ones(24, 4, 8).bfloat16(), torch.ones(24, 2, 8).bfloat16(), torch.ones(24, 2, 1)
     attend = planning.prepare(MoSA(), shards, Heads(query=4, kv=2), backend="cpu")
@@ -250,7 +250,7 @@ def events(
 
     for name in ("attend", "attention_backward"):
         monkeypatch.setattr(module, name, recorded(getattr(module, name)))
-    shards = Shards.deal(Rows.packed([24]), layout="contiguous", degree=3)
+    shards = Shards.build(Rows.packed([24]), layout="contiguous", degree=3)
     heads = Heads(query=4, kv=2)
     planning = STRATEGIES.get(strategy)(channel)  # pyright: ignore[reportArgumentType]
     attend = planning.prepare(mechanism, shards, heads, backend="cpu")
@@ -337,7 +337,7 @@ def test_shifts_go_round_the_ring_and_are_counted(ranks: Callable[[int], RankPoo
 def sums_of_bfloat16_parts(strategy: str) -> dict[str, bool]:
     """Whether each gradient that leaves the strategy is float32 and holds more than bfloat16 can."""
     channel = world_channel()
-    shards = Shards.deal(Rows.packed([160]), layout="zigzag", degree=channel.size)
+    shards = Shards.build(Rows.packed([160]), layout="zigzag", degree=channel.size)
     heads = Heads(query=8, kv=2)
     planned = STRATEGIES.get(strategy)(channel).prepare(Dense(), shards, heads, backend="cpu")
     generator = torch.Generator().manual_seed(channel.rank)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from farspan.kernels.masks.rows import Rows
 from farspan.parallel.comm import Channel
-from farspan.parallel.expert_parallel.capacity import SharedSequence
+from farspan.parallel.expert_parallel.capacity import ExpertCapacity
 from farspan.parallel.layout import LAYOUTS, Shards
 from tests.support.simulation import simulate
 
@@ -15,10 +15,10 @@ TOKENS, EXPERTS = 37, 5
 
 def dealt(layout: str, degree: int, parts: list[Tensor], choose) -> tuple[Tensor, list[int]]:
     """What the ranks find, put together in the order of the sequence, and the bytes that each sent."""
-    shards = Shards.deal(Rows.packed([TOKENS]), layout=layout, degree=degree, work=lambda rows: rows.position + 1.0)
+    shards = Shards.build(Rows.packed([TOKENS]), layout=layout, degree=degree, work=lambda rows: rows.position + 1.0)
 
     def run(channel: Channel) -> tuple[Tensor, int]:
-        sequence = SharedSequence(channel, shards.index[channel.rank])
+        sequence = ExpertCapacity(channel, shards.index[channel.rank])
         found = choose(sequence, *(shards.shard(x, channel.rank, fill=1) for x in parts))
         return found, channel.traffic.sent.total()
 

@@ -59,7 +59,7 @@ def dealt(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, int],
     mine += [m[channel.rank * held : (channel.rank + 1) * held].clone().requires_grad_() for m in matrices]
     kept = real[start:stop, None].expand(-1, PER_TOKEN)
     under_way = send_to_experts(mine[0], chosen[start:stop], mine[1], kept, channel, EXPERTS)
-    out = under_way.attended_by(lambda rows, counts: grouped_swiglu(rows, mine[2], mine[3], mine[4], counts))
+    out = under_way.combine(lambda rows, counts: grouped_swiglu(rows, mine[2], mine[3], mine[4], counts))
     gradients = torch.autograd.grad(out, mine, dout[start:stop])
     leaving = chosen[start:stop][real[start:stop]] // held != channel.rank
     return [out.detach(), *gradients], dict(channel.traffic.sent), int(leaving.sum())
@@ -135,7 +135,7 @@ def test_what_is_computed_meanwhile_hides_the_way_there_and_that_of_its_gradient
     chosen, kept = torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1, dtype=torch.bool)
     under_way = send_to_experts(x, chosen, torch.ones(4, 1), kept, channel, 1)  # pyright: ignore[reportArgumentType]
     meanwhile: Tensor = Noted.apply(x, channel.events, "meanwhile")  # pyright: ignore[reportAssignmentType]
-    out = under_way.attended_by(lambda rows, _: Noted.apply(rows, channel.events, "experts"))  # pyright: ignore
+    out = under_way.combine(lambda rows, _: Noted.apply(rows, channel.events, "experts"))  # pyright: ignore
     assert channel.events == [
         "start expert_rows", "meanwhile", "wait expert_rows", "experts", "start expert_out", "wait expert_out",
     ]  # fmt: skip

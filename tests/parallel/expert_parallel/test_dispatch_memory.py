@@ -32,7 +32,7 @@ def peak_bytes(tokens: int, hot: bool) -> int:
     try:
         with tracker:
             under_way = send_to_experts(x, chosen, weights, kept, channel, EXPERTS)
-            out = under_way.attended_by(lambda rows, counts: grouped_swiglu(rows, gate, up, down, counts))
+            out = under_way.combine(lambda rows, counts: grouped_swiglu(rows, gate, up, down, counts))
             gradients = torch.autograd.grad(out, (x, weights, *matrices), dout)
     finally:
         grouped_loop.CHUNK_ROWS = whole

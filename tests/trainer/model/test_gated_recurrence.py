@@ -44,7 +44,7 @@ def test_the_layer_on_packed_documents(backend: str) -> None:
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, generator=generator)
     strategy = STRATEGIES.get("single")(Unconnected(0, 1))
-    shards = Shards.deal(rows, layout="contiguous", degree=1)
+    shards = Shards.build(rows, layout="contiguous", degree=1)
     attend = strategy.prepare(mechanism, shards, Heads(query=3, kv=3), backend=backend)
     x, dout = torch.randn(2, 33, 10, dtype=torch.float64, generator=generator)
     nothing = torch.empty(0)

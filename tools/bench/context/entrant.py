@@ -139,7 +139,7 @@ class Row:
     def job(self, tokens: int, shape: Shape) -> Job:
         """Return the job of measuring it."""
         mechanism, rows = self.case.mechanism, self.case.rows(tokens)
-        shards = Shards.deal(rows, layout=self.layout, degree=self.degree, work=mechanism.keys_per_query)
+        shards = Shards.build(rows, layout=self.layout, degree=self.degree, work=mechanism.keys_per_query)
         return Job(mechanism=mechanism, shards=shards, shape=shape)
 
 

@@ -85,7 +85,7 @@ class Judge:
                 parts = self.pools.of(row.degree, row.threads).run(on_rank.check, row, check)
             except RankError as error:
                 return Verdict(False, f"{check}: {error}", refused=row.entrant.is_rival)
-            shards = Shards.deal(check.rows, layout=row.layout, degree=row.degree, work=check.mechanism.keys_per_query)
+            shards = Shards.build(check.rows, layout=row.layout, degree=row.degree, work=check.mechanism.keys_per_query)
             whole = [shards.unshard(torch.stack(part)) for part in zip(*parts, strict=True)]
             got = [x.to(truth.device) for x, truth in zip(whole, expected.truth, strict=True)]
             verdict = expected.verdict(got, SLACK if row.entrant.is_rival else 1.0)

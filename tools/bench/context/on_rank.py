@@ -40,7 +40,7 @@ class _Prepared:
 
 def check(here: Here, row: Row, of: Check) -> list[Tensor]:
     """Return this rank's rows of out and of the gradients, on the CPU."""
-    shards = Shards.deal(of.rows, layout=row.layout, degree=row.degree, work=of.mechanism.keys_per_query)
+    shards = Shards.build(of.rows, layout=row.layout, degree=row.degree, work=of.mechanism.keys_per_query)
     job = Job(mechanism=of.mechanism, shards=shards, shape=_shape(here, of.shape))
     planned, rank = _plan(here, row, job), here.ranks.rank
     whole = replace(of, shape=job.shape).inputs()

@@ -1,4 +1,4 @@
-"""Plans of what ranks read of each other, by hand; that the rows are the right ones: see test_key_convolution.py."""
+"""Numbers of rows that ranks read from each other, by hand; test_key_convolution.py checks which rows."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def test_rows_by_hand(reach: int) -> None:
         assert mean_rows_sent(shards[layout], reach) == -(-sum(expected) // 4)
     volume = Halo.plan(shards["contiguous"], 0, reach).volume(10, 2, 4)
     assert volume == Volume(forward=reach * 10 * 2, backward=0)
-    # The last rank gives nothing, and sends home the gradients of what it got.
+    # The last rank sends no rows, and returns the gradients of its halo.
     volume = Halo.plan(shards["contiguous"], 3, reach).volume(10, 2, 4)
     assert volume == Volume(forward=0, backward=reach * 10 * 4)
 

@@ -125,9 +125,9 @@ def clip_known_gradients(parallel: ParallelConfig, max_norm: float) -> tuple[flo
     model = build_model(config, mesh, torch.device("cpu"))
     first = 0
     for parameter in model.parameters():
-        whole = torch.arange(first, first + parameter.numel(), dtype=torch.float64).view(parameter.shape)
+        gradient = torch.arange(first, first + parameter.numel(), dtype=torch.float64).view(parameter.shape)
         of_parameter = parameter.device_mesh, parameter.placements  # pyright: ignore
-        parameter.grad = distribute_tensor(whole, *of_parameter)
+        parameter.grad = distribute_tensor(gradient, *of_parameter)
         first += parameter.numel()
     norm = clip_gradients(model.parameters(), max_norm).item()
     squares = [p.grad.full_tensor().square().sum().item() for p in model.parameters()]  # pyright: ignore
@@ -160,7 +160,7 @@ def clip_infinite() -> tuple[float, bool]:
     return norm, bool(parameter.grad[0] == 1.0)
 
 
-def test_a_norm_that_is_not_finite_leaves_the_gradients_alone(ranks: Callable[[int], RankPool]) -> None:
+def test_a_norm_that_is_not_finite_leaves_the_gradients_unchanged(ranks: Callable[[int], RankPool]) -> None:
     norm, untouched = ranks(1).run(clip_infinite)[0]
     assert norm == torch.inf
     assert untouched

@@ -168,7 +168,7 @@ def compare(layers: Sequence[tuple[Job, int]], machine: Machine) -> tuple[dict[s
     for name in STRATEGIES:
         names = [_strategy_of_layer(name, job) for job, _ in layers]
         if name not in names:
-            # Fallbacks alone are no reason to choose it: report why it supports no layer.
+            # Only fallbacks would run: report why it supports no layer.
             names = [name] * len(layers)
         try:
             costs[name] = total_cost(

@@ -1,4 +1,4 @@
-"""Which keys the queries of a plan require, row by row: strategies that send only those ask here."""
+"""The keys that the queries of a plan require, row by row, for strategies that send no others."""
 
 from dataclasses import replace
 

@@ -1,7 +1,7 @@
 """Ring exchange: chunks of keys and values pass from rank to rank, around one ring or around rings of node groups.
 
 P ranks are a grid of P/W node groups of W; a single ring has W = P. At step o W + i, rank r has the chunk of the rank
-o groups and i places before it. Example: 4 ranks, two node groups of 2; each cell names the chunk on a rank:
+o groups and i members before it. Example: 4 ranks, two node groups of 2; each cell names the chunk on a rank:
 
                  group A         group B
     step       rank 0  rank 1  rank 2  rank 3
@@ -46,20 +46,20 @@ class RingTopology:
         """Rounds within node groups, one for each group."""
         return self.size // self.inner_size
 
-    def shifted(self, rank: int, groups: int, places: int) -> int:
-        """Return the rank that is `groups` groups and `places` places after `rank`, each around its ring."""
-        group, place = divmod(rank, self.inner_size)
-        return (group + groups) % self.rounds * self.inner_size + (place + places) % self.inner_size
+    def shifted(self, rank: int, groups: int, members: int) -> int:
+        """Return the rank that is `groups` groups and `members` members of a group after `rank`, around both rings."""
+        group, member = divmod(rank, self.inner_size)
+        return (group + groups) % self.rounds * self.inner_size + (member + members) % self.inner_size
 
     def owner_at(self, rank: int, step: int) -> int:
         """Return the owner of the chunk that `rank` has at a step."""
-        groups, places = divmod(step, self.inner_size)
-        return self.shifted(rank, -groups, -places)
+        groups, members = divmod(step, self.inner_size)
+        return self.shifted(rank, -groups, -members)
 
     def rank_with_chunk(self, owner: int, step: int) -> int:
         """Return the rank that has the chunk of `owner` at a step; after the last step, `owner` itself."""
-        groups, places = divmod(step, self.inner_size)
-        return self.shifted(owner, groups, places) if step < self.size else owner
+        groups, members = divmod(step, self.inner_size)
+        return self.shifted(owner, groups, members) if step < self.size else owner
 
 
 @final
@@ -89,13 +89,13 @@ class RingKVSchedule(KVSchedule):
             starts_round = step % self.ring.inner_size == 0
             if starts_round and step + self.ring.inner_size < self.ring.size:
                 # The slow links have the time of a full round for this chunk.
-                next_round = self._send_chunk(chunk, groups=1, places=0, tag=OUTER_TAG)
+                next_round = self._send_chunk(chunk, groups=1, members=0, tag=OUTER_TAG)
             ends_round = (step + 1) % self.ring.inner_size == 0
-            next_chunk = next_round if ends_round else self._send_chunk(chunk, groups=0, places=1, tag=INNER_TAG)
+            next_chunk = next_round if ends_round else self._send_chunk(chunk, groups=0, members=1, tag=INNER_TAG)
             yield chunk.key, chunk.value
 
-    def _send_chunk(self, chunk: KeysAndValues, *, groups: int, places: int, tag: int) -> Transfer:
-        to, source = (self.ring.shifted(self.channel.rank, sign * groups, sign * places) for sign in (1, -1))
+    def _send_chunk(self, chunk: KeysAndValues, *, groups: int, members: int, tag: int) -> Transfer:
+        to, source = (self.ring.shifted(self.channel.rank, sign * groups, sign * members) for sign in (1, -1))
         return self.channel.shift(chunk.buffer, kind=f"{self.name}_kv", tag=tag, to=to, source=source)
 
     def grad_return(self, k: Tensor, v: Tensor) -> GradReturn:

@@ -24,7 +24,7 @@ from tests.support.rank_pool import RankPool
 
 
 class CollectiveBytes(TorchDispatchMode):
-    """Bytes that this rank puts into each kind of collective, by the number of ranks; seen from under FSDP."""
+    """Bytes that this rank puts into each kind of collective, by the number of ranks; below FSDP."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,9 +33,9 @@ class CollectiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             name = func.overloadpacket.__name__
-            place = {"_allgather_base_": 1, "_reduce_scatter_base_": 1, "allreduce_": 0}.get(name)
-            if place is not None:
-                tensors = args[place] if isinstance(args[place], list) else [args[place]]
+            argument = {"_allgather_base_": 1, "_reduce_scatter_base_": 1, "allreduce_": 0}.get(name)
+            if argument is not None:
+                tensors = args[argument] if isinstance(args[argument], list) else [args[argument]]
                 group = dist.ProcessGroup.unbox(args[1 if name == "allreduce_" else 2])
                 self.put_in[name, group.size()] += sum(tensor.nbytes for tensor in tensors)
         return func(*args, **(kwargs or {}))

@@ -15,7 +15,7 @@ def test_rows_by_hand(reach: int) -> None:
     rows = {
         # Each rank but the last gives its end to the next.
         "contiguous": [reach, reach, reach, 0],
-        # Of 8 stretches each but the last gives its end to the next, unless the same rank has it: rank 3 has the 4th
+        # Of 8 chunks each but the last gives its end to the next, unless the same rank has it: rank 3 has the 4th
         # and the 5th.
         "zigzag": [reach, 2 * reach, 2 * reach, reach],
         # A row goes to the ranks of the rows after it, but for the end of the document; at most all three others.

@@ -51,7 +51,7 @@ def test_ship_sends_less_than_a_ring_where_the_formula_says_so(
 ) -> None:
     """Published, for results as wide as queries: when degree - 1 > (Hq / Hk) (K - 1).
 
-    Here they return in float32: 404 bytes a query where a key and a value have 256.
+    In farspan they return in float32: 404 bytes a query where a key and a value have 256.
     """
     condition = degree - 1 > (heads.query / heads.kv) * (top_k - 1) * 404 / 256
     assert condition == ships

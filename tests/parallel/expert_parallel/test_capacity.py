@@ -43,9 +43,9 @@ def test_capacity_by_hand(drop, degree: int, layout: str) -> None:
     for expert in range(EXPERTS):
         line = [(t, k) for t in range(TOKENS) for k in range(2) if chosen[t, k] == expert]
         if drop == "weight":
-            line.sort(key=lambda place: -weights[place].item())
-        for place in line[:capacity]:
-            expected[place] = True
+            line.sort(key=lambda choice: -weights[choice].item())
+        for choice in line[:capacity]:
+            expected[choice] = True
     assert torch.equal(kept, expected)
     assert not kept.all()
     rows = -(-TOKENS // degree) if layout != "zigzag" else 2 * -(-TOKENS // (2 * degree))

@@ -44,7 +44,7 @@ QUERY_BYTES, BLOCK_BYTES, COUNT_BYTES = 12, 4, 16
 
 @final
 class Ship(Strategy):
-    """For routed mechanisms alone; works under every layout and any numbers of heads."""
+    """For routed mechanisms only; works under every layout and any numbers of heads."""
 
     moves_selected_blocks, fallback_strategy = True, "state"
 

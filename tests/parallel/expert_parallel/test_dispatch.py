@@ -59,7 +59,8 @@ def on_rank(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, int
     local += [m[channel.rank * experts : (channel.rank + 1) * experts].clone().requires_grad_() for m in matrices]
     kept = real[start:stop, None].expand(-1, PER_TOKEN)
     in_flight = send_to_experts(local[0], chosen[start:stop], local[1], kept, channel, EXPERTS)
-    out = in_flight.combine(lambda rows, counts: grouped_swiglu(rows, *local[2:], counts))
+    gate, up, down = local[2:]
+    out = in_flight.combine(lambda rows, counts: grouped_swiglu(rows, gate, up, down, counts))
     gradients = torch.autograd.grad(out, local, dout[start:stop])
     leaving = chosen[start:stop][real[start:stop]] // experts != channel.rank
     return [out.detach(), *gradients], dict(channel.traffic.sent), int(leaving.sum())

@@ -192,7 +192,7 @@ def group_along(purpose: str, shape: Mapping[str, int], axis: str, backend: str 
     for key in [key for key in _GROUPS if key[0] is not world]:
         # Groups of a destroyed world would stay referenced.
         del _GROUPS[key]
-    ranks_of_groups = torch.arange(dist.get_world_size()).view(*shape.values())
+    ranks_of_groups = torch.arange(dist.get_world_size()).view(*shape.values())  # [ranks] -> one dimension per axis
     ranks_of_groups = ranks_of_groups.movedim(list(shape).index(axis), -1).reshape(-1, shape[axis])  # [groups, ranks]
     own = None
     for ranks in map(tuple, ranks_of_groups.tolist()):
@@ -208,7 +208,7 @@ def group_along(purpose: str, shape: Mapping[str, int], axis: str, backend: str 
 def device_mesh(purpose: str, shape: Mapping[str, int], device_type: str) -> DeviceMesh:
     """Return the grid of all ranks with a group along each axis; every rank has to call it."""
     groups = [group_along(f"{purpose} {axis}", shape, axis) for axis in shape]
-    ranks = torch.arange(dist.get_world_size()).view(*shape.values())  # [W] -> one dimension per axis
+    ranks = torch.arange(dist.get_world_size()).view(*shape.values())  # [ranks] -> one dimension per axis
     return DeviceMesh.from_group(
         groups if len(groups) > 1 else groups[0], device_type, mesh=ranks, mesh_dim_names=tuple(shape)
     )

@@ -110,6 +110,7 @@ class HeadParallelAttention(DistributedAttention):
         (dq,) = self._scatter_tokens([gradients.pop(0).to(dout.dtype)], kind="dq")
         kv_gradients = self._scatter_tokens([gradients.pop(0).to(comm_dtype) for _ in ("dk", "dv")], kind="dkv")
         kv_gradients += self._scatter_tokens(gradients, kind="drouting")
+        # [T, P, H/P, D] -> [T, H, D]
         return dq.flatten(1, 2), *(_sum_replicas(gradient, self.heads.kv) for gradient in kv_gradients)
 
     def lse(self, saved: Saved) -> Tensor | None:

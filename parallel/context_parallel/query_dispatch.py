@@ -103,12 +103,13 @@ def _choices(selection: BlockSelection, heads: int) -> tuple[Tensor, Tensor, Ten
     of_choice, selecting_head = selection.lists % num_query_blocks + 1, selection.lists // num_query_blocks
     # Expand each choice to all rows of its query block.
     repeats = num_rows[of_choice]
-    choice = torch.arange(len(of_choice)).repeat_interleave(repeats)
+    choice = torch.arange(len(of_choice)).repeat_interleave(repeats)  # [choices] -> [rows' choices]
     nth = torch.arange(len(choice)) - (repeats.cumsum(0) - repeats)[choice]
     row, block = order[first_row[of_choice[choice]] + nth], selection.chosen.long()[choice]
     # Then to all query heads that share the selecting head.
     shared = heads // selection.heads
     head = selecting_head[choice][:, None] * shared + torch.arange(shared)  # [choices, shared]
+    # [choices, shared] -> [choices * shared]
     return row.repeat_interleave(shared), head.flatten(), block.repeat_interleave(shared)
 
 
@@ -146,6 +147,7 @@ class ReceivedQueries:
             num_units=len(token),
             blocks=partition,
             offsets=torch.cat((num_blocks.new_zeros(1), num_blocks.cumsum(0))),
+            # kv_head: [queries] -> [sum(num_blocks)]
             chosen=(block + kv_head.repeat_interleave(num_blocks) * blocks.count).int(),
         )
         plan = Plan.build(queries, keys, mechanism.attention_mask(), heads=1, selection=selection)

@@ -95,6 +95,7 @@ class Dispatch:
         row = torch.empty_like(choice)
         row[choice] = torch.arange(len(choice), device=choice.device)
         local_expert = torch.arange(counts_received.shape[1], device=choice.device).repeat(channel.size)  # [P * E/P]
+        # [P * E/P] -> [N received]
         expert_of_arrival = local_expert.repeat_interleave(counts_received.flatten(), output_size=sum(received))
         by_expert = expert_of_arrival.argsort(stable=True)
         return Dispatch(

@@ -184,6 +184,7 @@ class _Stage:
             rows=rows,
             slots=arriving.flatten(0, 1)[rows].flatten().nonzero().squeeze(1),  # [P * T, Hk] -> [rows * Hk] -> [pairs]
             leaving=leaving.flatten(1).nonzero()[:, 1],  # [P, T * Hk] -> [pairs]
+            # [P, T * Hk] -> [P]
             sent=tuple(leaving.flatten(1).sum(dim=1).tolist()),
             received=tuple(arriving.flatten(1).sum(dim=1).tolist()),
         )

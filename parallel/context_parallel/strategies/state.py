@@ -215,7 +215,7 @@ class _StatePassingAttention(DistributedAttention):
 
     def _weights(self, *, backward: bool = False) -> Tensor:
         """Return weights of all segments at this rank's, `[Hq, M, P * M]`; backward, of this rank's at all segments."""
-        influence = self.influence.transpose(1, 2) if backward else self.influence
+        influence = self.influence.transpose(1, 2) if backward else self.influence  # [Hq, P * M, P * M]
         return influence[:, self.channel.rank * self.max_segments : (self.channel.rank + 1) * self.max_segments]
 
     def _weighted_sum(self, states: Tensor, weight: Tensor) -> Tensor:

@@ -5,8 +5,10 @@ bytes equal the strategy's own formula. The tests are in tests/parallel/matrix, 
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -161,6 +163,18 @@ def differing_bytes(case: Case, sent: list[list[Sent]]) -> list[str]:
         if sum(one.counted.received.total() for one in passes) != sum(one.stated for one in passes):
             wrong.append(f"{label(case)}: ranks received less {direction} than was sent")
     return wrong
+
+
+def matrix_test(strategies: list[str], degrees: list[int]) -> Callable[..., None]:
+    """Return the test of these strategies and degrees with every mechanism."""
+
+    @pytest.mark.parametrize("mechanism", list(MECHANISMS))
+    @pytest.mark.parametrize("degree", degrees)
+    @pytest.mark.parametrize("strategy", strategies)
+    def equals_one_process(ranks: Callable[[int], RankPool], strategy: str, degree: int, mechanism: str) -> None:
+        check_equals_one_process(ranks(degree), strategy, degree, mechanism)
+
+    return equals_one_process
 
 
 def check_equals_one_process(pool: RankPool, strategy: str, degree: int, mechanism: str) -> None:

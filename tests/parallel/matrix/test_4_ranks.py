@@ -1,17 +1,6 @@
 """The matrix on four ranks; see tests/support/matrix.py."""
 
-from collections.abc import Callable
-
-import pytest
-
-from farspan.kernels.mechanism import MECHANISMS
 from farspan.parallel.context_parallel.strategy import STRATEGIES
-from tests.support.matrix import check_equals_one_process
-from tests.support.rank_pool import RankPool
+from tests.support.matrix import matrix_test
 
-
-@pytest.mark.parametrize("mechanism", list(MECHANISMS))
-@pytest.mark.parametrize("degree", [4])
-@pytest.mark.parametrize("strategy", list(STRATEGIES))
-def test_equals_one_process(ranks: Callable[[int], RankPool], strategy: str, degree: int, mechanism: str) -> None:
-    check_equals_one_process(ranks(degree), strategy, degree, mechanism)
+test_equals_one_process = matrix_test(list(STRATEGIES), [4])

@@ -1,13 +1,29 @@
-"""Channels: what strategies send over one process group, overlapped where it can be, and counted always."""
+"""Channels: transfers of tensors over one process group, asynchronous where callers overlap them, all bytes counted.
+
+The ranks of a channel may form a grid of node groups, such as the GPUs of a node; each has a channel of its own:
+
+    rank = outer.rank x inner.size + inner.rank        inner: the ranks 0 1, 2 3, …   outer: the ranks 0 2, 1 3, …
+"""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from farspan.kernels.merge import accumulation_dtype
+
+GradCommDtype = Literal["accumulation", "compute"]
+"""How gradients of keys and values travel: in the dtype of sums, or in that of the keys."""
+
+
+def grad_dtype(setting: GradCommDtype, compute_dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which gradients of tensors of `compute_dtype` travel."""
+    return compute_dtype if setting == "compute" else accumulation_dtype(compute_dtype)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -16,6 +32,7 @@ class Traffic:
 
     sent: Counter[str] = field(default_factory=Counter)
     received: Counter[str] = field(default_factory=Counter)
+    # All-reduced bytes by kind and ranks.
     _reduced: Counter[tuple[str, int]] = field(default_factory=Counter, repr=False, compare=False)
 
     def add(self, kind: str, *, sent: int, received: int) -> None:
@@ -23,14 +40,15 @@ class Traffic:
         self.received[kind] += received
 
     def add_reduced(self, kind: str, size: int, ranks: int) -> None:
-        """Count an all-reduce of `size` bytes: 2 (P-1)/P of them, rounded down once for all of a kind."""
+        """Count an all-reduce of `size` bytes: a ring all-reduce sends 2 (P-1)/P of them."""
+        # Rounded down once for the sum of a kind, not per call: a formula need not know the number of calls.
         before = 2 * (ranks - 1) * self._reduced[kind, ranks] // ranks
         self._reduced[kind, ranks] += size
         moved = 2 * (ranks - 1) * self._reduced[kind, ranks] // ranks - before
         self.add(kind, sent=moved, received=moved)
 
     def take(self) -> "Traffic":
-        """Return what was counted since the last call, and start over."""
+        """Return the bytes counted since the last call, and reset the counters."""
         taken = Traffic(sent=self.sent.copy(), received=self.received.copy())
         self.sent.clear()
         self.received.clear()
@@ -39,12 +57,12 @@ class Traffic:
 
 
 class PeerError(RuntimeError):
-    """Another rank did not send what this one waits for: it failed, or hangs."""
+    """Another rank failed or hangs, and this rank waits for it."""
 
 
 @contextmanager
 def _waiting_for_peers(kind: str) -> Iterator[None]:
-    """Say what this rank was waiting for if the backend gives up."""
+    """Turn an error of the backend into one that names what this rank was waiting for."""
     try:
         yield
     except RuntimeError as error:
@@ -56,15 +74,15 @@ def _waiting_for_peers(kind: str) -> Iterator[None]:
 
 
 class Transfer:
-    """Something on its way to this rank."""
+    """An asynchronous transfer to this rank."""
 
     def __init__(self, received: Tensor, sent: Tensor, works: Sequence[dist.Work], kind: str) -> None:
         self._received, self._works, self._kind = received, works, kind
-        # The backend reads the buffer until the transfer is done: it must outlive the caller's own reference.
+        # The backend reads the buffer until the transfer is done, so it must outlive the caller's reference.
         self._sent = sent
 
     def wait(self) -> Tensor:
-        """Return what other ranks sent, once it is here; raises PeerError if they do not send it."""
+        """Return the received tensor once it is complete; raises PeerError if other ranks do not send it."""
         with _waiting_for_peers(self._kind):
             for work in self._works:
                 work.wait()
@@ -72,9 +90,9 @@ class Transfer:
 
 
 class Channel:
-    """One process group; ranks are counted within it. Whatever waits for others raises PeerError if they fail.
+    """One process group; ranks are numbered within it. Every method that waits raises PeerError if other ranks fail.
 
-    inner, outer: the channels of two axes, where the ranks form a grid: rank = outer.rank x inner.size + inner.rank.
+    inner, outer: the channels of the two axes, where the ranks form a grid.
     """
 
     def __init__(
@@ -92,20 +110,21 @@ class Channel:
         self.inner, self.outer = inner, outer
 
     @property
-    def width(self) -> int:
-        """The ranks of the inner axis; 1 if there is none."""
+    def inner_size(self) -> int:
+        """The ranks of a node group, W; 1 without a grid."""
         return 1 if self.inner is None else self.inner.size
 
     def shift(
         self, buffer: Tensor, *, kind: str, tag: int, to: int | None = None, source: int | None = None
     ) -> Transfer:
-        """Start sending `buffer` to one rank and receiving one of the same size from another.
+        """Start sending `buffer` to one rank, by default the next, and receiving the same size, by default from the
+        previous one.
 
-        Without ranks: to the next and from the previous one. Every rank has to call, so that each sends what another
-        receives. Transfers of one tag arrive in the order they were started; different tags are independent.
+        Every rank has to call, with sources that match the targets of the others. Transfers of one tag arrive in the
+        order they were started; different tags are independent.
         """
-        assert self.size > 1, "a ring of one rank has nobody to send to"
-        assert buffer.is_contiguous(), "a transfer reads one stretch of memory"
+        assert self.size > 1, "a ring of one rank has no neighbor"
+        assert buffer.is_contiguous(), "a transfer reads contiguous memory"
         to = (self.rank + 1) % self.size if to is None else to
         source = (self.rank - 1) % self.size if source is None else source
         self.traffic.add(kind, sent=buffer.nbytes, received=buffer.nbytes)
@@ -127,25 +146,26 @@ class Channel:
         return self._all_gather(buffer.contiguous(), kind)
 
     def all_to_all(self, buffer: Tensor, *, kind: str) -> Tensor:
-        """Send part i of `buffer` `[size, ...]` to rank i and return `[size, ...]`, part i from rank i."""
+        """Send row i of `buffer` `[P, ...]` to rank i and return `[P, ...]`, row i from rank i."""
         assert buffer.shape[0] == self.size
         ones = [1] * self.size
         return self.start_all_to_all(buffer, sent=ones, received=ones, kind=kind).wait()
 
     def all_to_all_uneven(self, buffer: Tensor, *, sent: Sequence[int], received: Sequence[int], kind: str) -> Tensor:
-        """Do what `start_all_to_all` says and wait."""
+        """Call `start_all_to_all` and wait."""
         return self.start_all_to_all(buffer, sent=sent, received=received, kind=kind).wait()
 
     def start_all_to_all(self, buffer: Tensor, *, sent: Sequence[int], received: Sequence[int], kind: str) -> Transfer:
         """Start sending the first `sent[0]` rows of `buffer` to rank 0, the next `sent[1]` to rank 1, and so on.
 
-        What arrives is `[sum of received, ...]`, first the `received[0]` rows from rank 0; both sides know all counts.
+        The result is `[sum(received), ...]`, the `received[0]` rows from rank 0 first; both sides know all counts.
         """
         assert len(sent) == len(received) == self.size
         assert sum(sent) == len(buffer)
         if self.size == 1:
             return Transfer(buffer, buffer, (), kind)
         row = buffer.element_size() * buffer.shape[1:].numel()
+        # Rows to the rank itself are copied, not sent.
         self.traffic.add(
             kind, sent=(len(buffer) - sent[self.rank]) * row, received=(sum(received) - received[self.rank]) * row
         )
@@ -155,6 +175,7 @@ class Channel:
         received = torch.empty_like(buffer)
         ranks = dist.get_process_group_ranks(self.group)
         with _waiting_for_peers(kind):
+            # One batch: NCCL would deadlock on separate sends that wait for each other around a ring.
             works = dist.batch_isend_irecv(
                 [
                     dist.P2POp(dist.isend, buffer, ranks[to], self.group, tag),
@@ -179,3 +200,17 @@ class Channel:
         with _waiting_for_peers(kind):
             work = dist.all_to_all_single(arrived, buffer, received, sent, group=self.group, async_op=True)
         return Transfer(arrived, buffer, [work] if work is not None else [], kind)
+
+
+class Unconnected(Channel):
+    """The channel of one rank without its peers: for plans and their formulas; it cannot send."""
+
+    def __init__(self, rank: int, size: int, *, inner_size: int = 1) -> None:
+        self.rank, self.size, self.traffic = rank, size, Traffic()
+        self.inner = Unconnected(rank % inner_size, inner_size) if inner_size > 1 else None
+        self.outer = Unconnected(rank // inner_size, size // inner_size) if inner_size > 1 else None
+
+    def _fail(self, *_: object, **__: object) -> NoReturn:
+        raise RuntimeError("this channel is for plans: it has no peers to send to")
+
+    _shift = _all_reduce = _all_gather = _all_to_all = _fail

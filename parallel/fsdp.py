@@ -1,4 +1,4 @@
-"""FSDP2: parameters, gradients and optimizer state sharded over the ranks of a data- and context-parallel group."""
+"""FSDP2: parameters, gradients and optimizer state sharded over dp_shard x context."""
 
 import math
 from collections.abc import Iterable
@@ -14,40 +14,42 @@ from farspan.kernels.merge import accumulation_dtype
 from farspan.parallel.mesh import Mesh
 
 
-def shard_parameters(model: nn.Module, units: Iterable[nn.Module], mesh: Mesh, compute_dtype: torch.dtype) -> None:
-    """Shard each unit, then what is left of the model; each unit is gathered for its own forward and backward pass.
+def shard_parameters(model: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, compute_dtype: torch.dtype) -> None:
+    """Shard each block, then the rest of the model; a block is gathered for its own forward and backward pass.
 
-    Gradients are summed over all ranks in float32 (float64 for float64), not averaged: what a part adds to its gradient
-    by itself counts the same on any number of ranks. Inputs are not cast: rotary tables stay float32.
+    Gradients are summed over all ranks in float32 (float64 for float64), not averaged: whatever a rank adds to its
+    gradient counts the same on any number of ranks. Inputs are not cast: rotary tables stay float32.
     """
-    for part in (*units, model):
-        _summing(fully_shard(part, mesh=mesh.fsdp, mp_policy=_policy(compute_dtype)))
+    for module in (*blocks, model):
+        _sum_gradients(fully_shard(module, mesh=mesh.fsdp, mp_policy=_policy(compute_dtype)))
 
 
-def shard_experts(units: Iterable[nn.Module], mesh: Mesh, compute_dtype: torch.dtype) -> None:
-    """Deal the experts of each unit, the first dimension of its parameters, and shard the second over their replicas.
+def shard_experts(layers: Iterable[nn.Module], mesh: Mesh, compute_dtype: torch.dtype) -> None:
+    """Split the experts of each layer, the first dimension of its parameters; shard the second over their replicas.
 
-    The units are on the meta device; parameters are DTensors of all experts afterwards. Gradients are sums over all
-    tokens of all ranks, as those of any parameter. Call it before `shard_parameters`. Raises ConfigError where the
+    The layers are on the meta device; parameters are DTensors of all experts afterwards. Gradients are sums over all
+    tokens of all ranks, as for any parameter. Call it before `shard_parameters`. Raises ConfigError where the
     dimensions do not divide.
     """
-    dealers, shards = mesh.degrees.expert, mesh.degrees.shard // mesh.degrees.expert
-    for unit in units:
-        for module in unit.modules():
+    expert_ranks = mesh.degrees.expert
+    shards = mesh.degrees.shard // expert_ranks
+    for layer in layers:
+        for module in layer.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
-                if parameter.shape[0] % dealers or parameter.shape[1] % shards:
+                if parameter.shape[0] % expert_ranks or parameter.shape[1] % shards:
                     raise ConfigError(
-                        f"matrices of {parameter.shape[0]} experts with {parameter.shape[1]} rows cannot be dealt to "
-                        f"parallel.expert={dealers} ranks and sharded over the {shards} that hold the same experts: "
-                        "change parallel.expert or the model's sizes."
+                        f"matrices of {parameter.shape[0]} experts with {parameter.shape[1]} rows cannot be split over "
+                        f"parallel.expert={expert_ranks} ranks and sharded over the {shards} that hold the same "
+                        "experts: change parallel.expert or the model's sizes."
                     )
-                mine = torch.empty(parameter.shape[0] // dealers, *parameter.shape[1:], device="meta")
-                dealt = DTensor.from_local(
-                    mine.to(parameter.dtype), mesh.experts["expert"], [Shard(0)], run_check=False
-                )
-                module.register_parameter(name, nn.Parameter(dealt))
+                local = torch.empty(parameter.shape[0] // expert_ranks, *parameter.shape[1:], device="meta")
+                split = DTensor.from_local(
+                    local.to(parameter.dtype), mesh.experts["expert"], [Shard(0)], run_check=False
+                )  # [E/P, out, in] -> [E, out, in]
+                module.register_parameter(name, nn.Parameter(split))
         axes = mesh.experts[tuple(name for name in mesh.experts.mesh_dim_names or () if name != "expert")]
-        _summing(fully_shard(unit, mesh=axes, mp_policy=_policy(compute_dtype), shard_placement_fn=lambda _: Shard(1)))
+        policy = _policy(compute_dtype)
+        _sum_gradients(fully_shard(layer, mesh=axes, mp_policy=policy, shard_placement_fn=lambda _: Shard(1)))
 
 
 def _policy(compute_dtype: torch.dtype) -> MixedPrecisionPolicy:
@@ -56,26 +58,27 @@ def _policy(compute_dtype: torch.dtype) -> MixedPrecisionPolicy:
     )
 
 
-def _summing(sharded: FSDPModule) -> None:
-    """Let gradients be summed, not averaged."""
-    sharded.set_gradient_divide_factor(1.0)
-    # Without this, a factor is applied by an operation that only NCCL has.
-    sharded.set_force_sum_reduction_for_comms(True)
+def _sum_gradients(module: FSDPModule) -> None:
+    """Make FSDP sum gradients instead of averaging them."""
+    module.set_gradient_divide_factor(1.0)
+    # Without this, FSDP applies the factor by PREMUL_SUM, which only NCCL has.
+    module.set_force_sum_reduction_for_comms(True)
 
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale all gradients so that their norm over the whole model is at most `max_norm`; return the norm before.
+    """Scale all gradients so that their norm over the model is at most `max_norm`; return the norm before.
 
-    The norm counts every element of every shard once, whatever mesh it is sharded over. A norm that is not finite
-    leaves the gradients as they are.
+    The norm counts every element of every shard once, whatever its mesh. Gradients of a norm that is not finite are
+    left unchanged.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    dealt = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
-    total = torch.stack([g.to_local().norm().square() / _holders(g) for g in dealt] or [torch.zeros(())]).sum()
+    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    # Every rank adds its local part of an element that `_num_replicas` ranks hold.
+    total = torch.stack([g.to_local().norm().square() / _num_replicas(g) for g in sharded] or [torch.zeros(())]).sum()
     dist.all_reduce(total)
-    whole = [g.norm().square() for g in gradients if not isinstance(g, DTensor)]
-    norm = torch.stack([total, *whole]).sum().sqrt()
+    unsharded = [g.norm().square() for g in gradients if not isinstance(g, DTensor)]
+    norm = torch.stack([total, *unsharded]).sum().sqrt()
     if torch.isfinite(norm):
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for gradient in gradients:
@@ -83,33 +86,34 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     return norm
 
 
-def _holders(gradient: DTensor) -> int:
-    """Return how many ranks hold each element; meshes are of all ranks."""
+def _num_replicas(gradient: DTensor) -> int:
+    """Return how many ranks hold each element; meshes contain all ranks."""
     sizes = zip(gradient.device_mesh.shape, gradient.placements, strict=True)
     return math.prod(size for size, placement in sizes if placement.is_replicate())
 
 
-def sharding_bytes(model: nn.Module, units: Iterable[nn.Module], mesh: Mesh, compute_dtype: torch.dtype) -> int:
+def sharding_bytes(model: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, compute_dtype: torch.dtype) -> int:
     """Return the bytes that a rank sends for one micro-batch's forward and backward pass.
 
-    With S shards of N bytes in all, an all-gather and a reduce-scatter send (S-1)/S N each, and an all-reduce over R
-    replicas 2 (R-1)/R of a shard. Units are gathered for each pass, what is left of the model once for both. Rows of
-    a parameter are padded until they divide by S. Of experts, S is the number of ranks that hold the same ones.
+    S shards of N bytes in all: an all-gather and a reduce-scatter send (S-1)/S N each, an all-reduce over R replicas
+    2 (R-1)/R of a shard. Experts are sharded over the ranks that hold the same ones only.
     """
     replicas, reduce_itemsize = mesh.degrees.dp_replicate, accumulation_dtype(compute_dtype).itemsize
 
     def sent(parameters: list[nn.Parameter], gathers: int) -> int:
         total = 0
         for p in parameters:
-            dealers = mesh.degrees.expert if _is_of_experts(p) else 1
-            shards, rows = mesh.degrees.shard // dealers, p.shape[1] if _is_of_experts(p) else p.shape[0]
-            padded = p.numel() // dealers // rows * (-(-rows // shards) * shards)
+            expert_ranks = mesh.degrees.expert if _is_of_experts(p) else 1
+            shards, rows = mesh.degrees.shard // expert_ranks, p.shape[1] if _is_of_experts(p) else p.shape[0]
+            # FSDP pads rows until they divide by the shards.
+            padded = p.numel() // expert_ranks // rows * (-(-rows // shards) * shards)
             total += (gathers * compute_dtype.itemsize + reduce_itemsize) * padded * (shards - 1) // shards
             total += 2 * padded * reduce_itemsize * (replicas - 1) // (replicas * shards)
         return total
 
-    in_units = {p for unit in units for p in unit.parameters()}
-    return sent(list(in_units), 2) + sent([p for p in model.parameters() if p not in in_units], 1)
+    # Blocks are gathered once per pass, the rest of the model once for both passes.
+    in_blocks = {p for block in blocks for p in block.parameters()}
+    return sent(list(in_blocks), 2) + sent([p for p in model.parameters() if p not in in_blocks], 1)
 
 
 def _is_of_experts(parameter: nn.Parameter) -> bool:

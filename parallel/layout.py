@@ -1,4 +1,11 @@
-"""Layouts: which rank holds which tokens of a sequence, as an index map; strategies work under any of them."""
+"""Layouts: which rank holds which tokens of a sequence, as an index map; strategies work under any of them.
+
+Eight tokens on two ranks, P = 2 (`balanced` depends on the work of each token):
+
+    contiguous   rank 0: 0 1 2 3   rank 1: 4 5 6 7     rank 1 sees more keys under a causal mask
+    zigzag       rank 0: 0 1 6 7   rank 1: 2 3 4 5     2P chunks, rank r has chunks r and 2P-1-r
+    striped      rank 0: 0 2 4 6   rank 1: 1 3 5 7     token t is on rank t mod P
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,36 +20,34 @@ from farspan.kernels.masks.rows import Rows
 from farspan.registry import nearest_name_hint
 
 TokenWork = Callable[[], Tensor]
-"""The work of each token, float64 `[tokens]`, asked for where it matters only."""
+"""Computes the work of each token, float64 `[tokens]`; only layouts that depend on it call it."""
 
 
 def contiguous(tokens: int, degree: int, work: TokenWork) -> Tensor:
-    """Rank r holds the r-th stretch. Causal work is uneven: the last rank does almost twice the mean."""
+    """Rank r holds the r-th chunk. Causal work is uneven: the last rank does almost twice the mean."""
     return equal_chunks(tokens, degree)
 
 
 def zigzag(tokens: int, degree: int, work: TokenWork) -> Tensor:
-    """Of 2 * degree stretches rank r holds the r-th and the r-th from the end: causal work is even."""
+    """Rank r holds the r-th of 2P chunks from the start and the r-th from the end: causal work is even."""
     chunks = equal_chunks(tokens, 2 * degree)
-    return torch.cat((chunks[:degree], chunks[degree:].flip(0)), dim=1)
+    return torch.cat((chunks[:degree], chunks[degree:].flip(0)), dim=1)  # 2 x [P, T/2] -> [P, T]
 
 
 def striped(tokens: int, degree: int, work: TokenWork) -> Tensor:
-    """Rank r holds tokens r, r + degree, ... (arXiv 2311.09431): causal work is even at every step of a ring."""
+    """Rank r holds tokens r, r + P, ... (arXiv 2311.09431): causal work is even at every step of a ring."""
     return equal_chunks(tokens, degree, interleaved=True)
 
 
 def balanced(tokens: int, degree: int, work: TokenWork) -> Tensor:
-    """Short stretches, as many for each rank, dealt so that the work of all ranks is even, whatever it is.
-
-    As few stretches as do it, since each costs calls: twice as many until the busiest rank has EVEN times the mean, or
-    stretches are SHORTEST tokens.
-    """
-    of_token, each = work(), 2
-    index, imbalance = _deal_chunks(of_token, degree, each)
-    while imbalance > EVEN and tokens >= 2 * each * degree * SHORTEST:
-        each *= 2
-        index, imbalance = _deal_chunks(of_token, degree, each)
+    """Assign as many short chunks to each rank, so that all ranks have the same work under any mask."""
+    # Few chunks, since each costs kernel calls: their number doubles until the busiest rank has at most MAX_IMBALANCE
+    # times the mean, or chunks have MIN_CHUNK_TOKENS.
+    token_work, chunks_per_rank = work(), 2
+    index, imbalance = _assign_chunks(token_work, degree, chunks_per_rank)
+    while imbalance > MAX_IMBALANCE and tokens >= 2 * chunks_per_rank * degree * MIN_CHUNK_TOKENS:
+        chunks_per_rank *= 2
+        index, imbalance = _assign_chunks(token_work, degree, chunks_per_rank)
     return index
 
 
@@ -52,85 +57,88 @@ LAYOUTS: dict[str, Callable[[int, int, TokenWork], Tensor]] = {
     "striped": striped,
     "zigzag": zigzag,
 }
-EVEN = 1.01
+MAX_IMBALANCE = 1.01
 """Most work of any rank over the mean that is good enough."""
-SHORTEST = 128
-"""Tokens of a stretch: attention in shorter pieces is slow."""
-SWAPS, EVEN_ENOUGH = 200, 1.001
-"""Most swaps that even out what is dealt, and what is not worth one more."""
+MIN_CHUNK_TOKENS = 128
+"""Attention of shorter chunks is slow."""
+MAX_SWAPS, SWAP_IMBALANCE = 200, 1.001
+"""Swaps of chunks end after so many, or once the busiest rank has so little over the mean."""
 
 
 def equal_chunks(tokens: int, count: int, *, interleaved: bool = False) -> Tensor:
-    """Deal tokens to `count` equal chunks, int64 `[count, ceil(tokens / count)]`; -1 fills up the last ones."""
+    """Split tokens into `count` equal chunks, int64 `[count, ceil(tokens / count)]`; -1 pads the last ones."""
     length = -(-tokens // count)
     index = torch.arange(count * length)
+    # [count * length] -> [count, length]
     index = index.view(length, count).t() if interleaved else index.view(count, length)
     return index.masked_fill(index >= tokens, -1)
 
 
-def _deal_chunks(work: Tensor, degree: int, each: int) -> tuple[Tensor, float]:
-    """Deal `each` chunks to every rank; return the index map, and the most work of a rank over the mean."""
-    chunks = equal_chunks(len(work), degree * each)
-    of_chunk = torch.cat((work, work.new_zeros(chunks.numel() - len(work)))).view(chunks.shape).sum(dim=1).numpy()
-    dealt = _even_out(of_chunk, _greedy(of_chunk, degree))
-    loads = of_chunk[dealt].sum(axis=1)
-    order = torch.from_numpy(np.sort(dealt, axis=1))
-    return chunks[order].flatten(1), float(loads.max() * degree / max(loads.sum(), 1.0))
+def _assign_chunks(work: Tensor, degree: int, chunks_per_rank: int) -> tuple[Tensor, float]:
+    """Assign chunks to every rank; return the index map, and the most work of a rank over the mean."""
+    chunks = equal_chunks(len(work), degree * chunks_per_rank)
+    padded = torch.cat((work, work.new_zeros(chunks.numel() - len(work))))
+    chunk_work = padded.view(chunks.shape).sum(dim=1).numpy()  # [tokens] -> [chunks, length] -> [chunks]
+    assigned = _swap_chunks(chunk_work, _assign_greedily(chunk_work, degree))
+    rank_work = chunk_work[assigned].sum(axis=1)  # [P, chunks per rank] -> [P]
+    order = torch.from_numpy(np.sort(assigned, axis=1))
+    # [P, chunks per rank, length] -> [P, T]
+    return chunks[order].flatten(1), float(rank_work.max() * degree / max(rank_work.sum(), 1.0))
 
 
-def _greedy(work: np.ndarray, degree: int) -> np.ndarray:
-    """Deal chunks in rounds, the heaviest left first, to the ranks that have least so far; int64 `[degree, rounds]`."""
-    rounds = (-work).argsort(kind="stable").reshape(-1, degree)
-    dealt, loads = np.empty((degree, len(rounds)), dtype=np.int64), np.zeros(degree)
+def _assign_greedily(work: np.ndarray, degree: int) -> np.ndarray:
+    """Assign a chunk to each rank per round, the heaviest to the rank with least so far; int64 `[P, rounds]`."""
+    rounds = (-work).argsort(kind="stable").reshape(-1, degree)  # [chunks] -> [rounds, P]
+    assigned, rank_work = np.empty((degree, len(rounds)), dtype=np.int64), np.zeros(degree)
     for number, chunks in enumerate(rounds):
-        lightest = loads.argsort(kind="stable")
-        dealt[lightest, number] = chunks
-        loads[lightest] += work[chunks]
-    return dealt
+        lightest_first = rank_work.argsort(kind="stable")
+        assigned[lightest_first, number] = chunks
+        rank_work[lightest_first] += work[chunks]
+    return assigned
 
 
-def _even_out(work: np.ndarray, dealt: np.ndarray) -> np.ndarray:
-    """Swap chunks of the rank that has most with such of others, as long as that makes the most less."""
-    loads = work[dealt].sum(axis=1)
-    for _ in range(SWAPS):
-        heavy = int(loads.argmax())
-        if loads[heavy] <= EVEN_ENOUGH * loads.mean():
+def _swap_chunks(work: np.ndarray, assigned: np.ndarray) -> np.ndarray:
+    """Swap chunks of the busiest rank with chunks of other ranks, as long as that lowers the maximum."""
+    rank_work = work[assigned].sum(axis=1)
+    for _ in range(MAX_SWAPS):
+        busiest = int(rank_work.argmax())
+        if rank_work[busiest] <= SWAP_IMBALANCE * rank_work.mean():
             break
-        # What every swap with a chunk of any rank would leave the heavier of both with.
-        change = work[dealt[heavy]][:, None, None] - work[dealt]
-        worst = np.maximum(loads[heavy] - change, loads[:, None] + change)
-        worst[:, heavy] = np.inf
-        mine, rank, theirs = np.unravel_index(worst.argmin(), worst.shape)
-        if worst[mine, rank, theirs] >= loads[heavy]:
+        # The larger work of the two ranks after each possible swap, [own chunks, P, other chunks].
+        change = work[assigned[busiest]][:, None, None] - work[assigned]
+        larger = np.maximum(rank_work[busiest] - change, rank_work[:, None] + change)
+        larger[:, busiest] = np.inf
+        own, rank, other = np.unravel_index(larger.argmin(), larger.shape)
+        if larger[own, rank, other] >= rank_work[busiest]:
             break
-        moved = change[mine, rank, theirs]
-        loads[heavy] -= moved
-        loads[rank] += moved
-        dealt[heavy, mine], dealt[rank, theirs] = dealt[rank, theirs], dealt[heavy, mine]
-    return dealt
+        moved = change[own, rank, other]
+        rank_work[busiest] -= moved
+        rank_work[rank] += moved
+        assigned[busiest, own], assigned[rank, other] = assigned[rank, other], assigned[busiest, own]
+    return assigned
 
 
 def causal_keys(rows: Rows) -> Tensor:
-    """The work of tokens that attend to all before them."""
+    """The work of tokens under dense causal attention."""
     return count_keys_per_query(AttentionMask(causal=True), rows)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Shards:
-    """One sequence dealt to the ranks of a context-parallel group.
+    """One sequence sharded over the ranks of a context-parallel group.
 
-    rows: of the whole sequence, in order, on the CPU; every rank knows them all.
-    index: int64 `[degree, tokens_local]`, the token of the sequence behind each local row; -1 is padding.
+    rows: all rows of the sequence, in order, on the CPU; every rank knows them all.
+    index: int64 `[P, tokens_local]`, the token behind each local row; -1 is padding.
     """
 
     rows: Rows
     index: Tensor
 
     @staticmethod
-    def deal(rows: Rows, *, layout: str, degree: int, work: Callable[[Rows], Tensor] = causal_keys) -> "Shards":
-        """Deal `rows` to `degree` ranks; raises ConfigError for an unknown layout.
+    def build(rows: Rows, *, layout: str, degree: int, work: Callable[[Rows], Tensor] = causal_keys) -> "Shards":
+        """Shard `rows` over `degree` ranks; raises ConfigError for an unknown layout.
 
-        work: of each token, as `Mechanism.keys_per_query` has it; dense causal attention if not given.
+        work: of each token, as `Mechanism.keys_per_query` returns it.
         """
         if layout not in LAYOUTS:
             hint = nearest_name_hint(layout, list(LAYOUTS))
@@ -146,27 +154,30 @@ class Shards:
         return self.index.shape[1]
 
     def rows_of(self, rank: int) -> Rows:
-        """Return the rows that `rank` holds, in its order."""
+        """Return the rows of `rank`, in its order."""
         return self.rows.take(self.index[rank])
 
     def shard(self, x: Tensor, rank: int, *, fill: int | float = 0) -> Tensor:
-        """Return the part of `x` `[tokens, ...]` that `rank` holds, `[tokens_local, ...]`; padding is `fill`."""
+        """Return the rows of `x` `[tokens, ...]` that `rank` holds, `[tokens_local, ...]`; padding is `fill`."""
         index = self.index[rank].to(x.device)
-        absent = (index < 0).view(-1, *[1] * (x.dim() - 1))
-        return x[index.clamp(min=0)].masked_fill(absent, fill)
+        padding = (index < 0).view(-1, *[1] * (x.dim() - 1))  # [tokens_local] -> [tokens_local, 1, ...]
+        return x[index.clamp(min=0)].masked_fill(padding, fill)
 
     def unshard(self, parts: Tensor) -> Tensor:
-        """Return `[tokens, ...]` in order from all ranks' parts `[degree, tokens_local, ...]`, padding dropped."""
+        """Return `[tokens, ...]` in order from the rows of all ranks `[P, tokens_local, ...]`, without padding."""
+        # [P, T, ...] -> [P * T, ...] -> [tokens, ...]
         return parts.flatten(0, 1)[self.order()[: len(self.rows)].to(parts.device)]
 
-    def places(self) -> Tensor:
-        """Return where each token of the sequence lies in the ranks' rows set end to end, int64 `[tokens]`."""
-        index = self.index.flatten()
-        places = torch.empty(len(self.rows), dtype=torch.int64)
-        places[index[index >= 0]] = torch.arange(len(index))[index >= 0]
-        return places
+    # A slot is a row of all ranks' rows set end to end: slot = rank x tokens_local + local row.
+
+    def slots(self) -> Tensor:
+        """Return the slot of each token, int64 `[tokens]`."""
+        index = self.index.flatten()  # [P, T] -> [P * T]
+        slots = torch.empty(len(self.rows), dtype=torch.int64)
+        slots[index[index >= 0]] = torch.arange(len(index))[index >= 0]
+        return slots
 
     def order(self) -> Tensor:
-        """Return where each token of the sequence, then each padding row, lies in the ranks' rows set end to end."""
-        index = self.index.flatten()
+        """Return the slot of each token, then of each padding row, int64 `[P * tokens_local]`."""
+        index = self.index.flatten()  # [P, T] -> [P * T]
         return index.masked_fill(index < 0, len(self.rows)).argsort(stable=True)

@@ -1,50 +1,73 @@
-"""Mesh: every rank's place on the axes dp_replicate x dp_shard x context, and the groups that follow from it.
+"""Mesh: the coordinates of each rank on the axes dp_replicate x dp_shard x context, and its process groups.
 
 Experts have axes of their own over the same ranks (folding, arXiv 2504.14960): dp_shard x context = expert_shard x
-expert, neighbors hold different experts.
+expert. Example: 8 ranks, dp_replicate 2, dp_shard 2, context 2, expert 2; the last axis varies fastest.
+
+    rank           0 1 2 3 4 5 6 7
+    dp_replicate   0 0 0 0 1 1 1 1     copies of the parameters
+    dp_shard       0 0 1 1 0 0 1 1     sequences that share one copy
+    context        0 1 0 1 0 1 0 1     ranks 0 and 1 share a sequence
+    fsdp shard     0 1 2 3 0 1 2 3     parameters are sharded over dp_shard x context
+    expert         0 1 0 1 0 1 0 1     neighbors hold different experts
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from farspan.errors import ConfigError
-from farspan.parallel.comm import Channel, Traffic
-from farspan.parallel.groups import device_mesh, group_along
+from farspan.parallel.comm import Channel, GradCommDtype, Traffic
+from farspan.parallel.ranks import share_timeout
+
+_GROUPS: dict[tuple[dist.ProcessGroup, str, tuple[int, ...]], object] = {}
+"""Groups by world, purpose and ranks; for groups without this rank, torch's placeholder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
-    """How ranks share the work.
-
-    context: ranks that share one sequence.
-    dp_shard: groups of ranks with sequences of their own that share one copy of the parameters; 0 takes what is left.
-    dp_replicate: whole copies of the parameters (HSDP).
-    expert: neighboring ranks that share out the experts of a layer; a divisor of dp_shard x context.
-    context_inner: of those, neighbors with fast links, such as the GPUs of a node; for strategies of two levels.
-    strategy: how queries meet keys of other ranks, a file of parallel/context_parallel/strategies; `auto` takes the
-    fastest by the cost model and says why. inner_gbytes_per_s, outer_gbytes_per_s: what a rank sends in a second within
-    its node and out of it, for `auto`; 0 takes what is usual.
-    layout: which rank holds which tokens of a sequence: contiguous, zigzag, striped or balanced.
-    timeout_s: how long a rank waits for others before it gives up; a rank that fails is noticed at once, and limits of
-    [watchdog] act before, if they are no longer.
-    rounded_gradients: whether gradients of keys and values travel in the dtype of these, in half the bytes; summed in
-    float32 all the same.
-    """
+    """How ranks share the work."""
 
     context: int = field(default=1, metadata={"minimum": 1})
+    """ranks that share one sequence"""
+
     dp_shard: int = field(default=0, metadata={"minimum": 0})
+    """groups of ranks that train on sequences of their own and share one copy of the parameters; 0 uses all ranks that
+    the other degrees leave"""
+
     dp_replicate: int = field(default=1, metadata={"minimum": 1})
+    """full copies of the parameters (HSDP)"""
+
     expert: int = field(default=1, metadata={"minimum": 1})
+    """neighboring ranks that split the experts of a layer; a divisor of dp_shard x context"""
+
     context_inner: int = field(default=1, metadata={"minimum": 1})
+    """neighboring ranks with fast links among those of `context`, such as the GPUs of a node; for strategies of two
+    levels"""
+
     strategy: str = "ring"
+    """how queries meet the keys of other ranks, a file of parallel/context_parallel/strategies; `auto` takes the
+    fastest by the cost model and logs why"""
+
     layout: str = "zigzag"
-    rounded_gradients: bool = False
+    """which rank holds which tokens of a sequence: contiguous, zigzag, striped or balanced"""
+
+    grad_comm_dtype: GradCommDtype = "accumulation"
+    """dtype in which gradients of keys and values travel between ranks: `accumulation`, float32 for bfloat16, or
+    `compute`, the dtype of the keys, in half the bytes; both are summed in float32"""
+
     inner_gbytes_per_s: float = field(default=0.0, metadata={"minimum": 0})
+    """bandwidth of a rank within its node, for `auto`; 0 takes a typical value"""
+
     outer_gbytes_per_s: float = field(default=0.0, metadata={"minimum": 0})
+    """bandwidth of a rank between nodes, for `auto`; 0 takes a typical value"""
+
     timeout_s: int = field(default=1800, metadata={"minimum": 1})
+    """how long a rank waits for other ranks before it gives up; a rank that fails is noticed at once, and shorter
+    limits of [watchdog] act first"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,12 +81,12 @@ class Degrees:
 
     @property
     def data(self) -> int:
-        """How many sequences are worked on at the same time."""
+        """Sequences that are trained on at the same time."""
         return self.dp_replicate * self.dp_shard
 
     @property
     def shard(self) -> int:
-        """Over how many ranks parameters are sharded: a context-parallel group shares its parameters too."""
+        """Ranks that share one copy of the parameters: FSDP shards over the context axis too."""
         return self.dp_shard * self.context
 
     @staticmethod
@@ -100,10 +123,10 @@ class Degrees:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Mesh:
-    """The process groups of this rank and its coordinates.
+    """The process groups of this rank.
 
     fsdp: parameters are sharded over its last axis and, for HSDP, replicated over its first. inner, outer: axes of the
-    context group, where it is a grid.
+    context group, where it is a grid of node groups.
     """
 
     degrees: Degrees
@@ -117,22 +140,22 @@ class Mesh:
     def build(config: ParallelConfig, device_type: str) -> "Mesh":
         """Build the mesh of the initialized default process group; every rank has to call it."""
         degrees = Degrees.resolve(config, dist.get_world_size())
-        width = config.context_inner
-        grid = {"data": degrees.data, "outer": degrees.context // width, "inner": width}
+        inner_size = config.context_inner
+        grid = {"data": degrees.data, "outer": degrees.context // inner_size, "inner": inner_size}
         return Mesh(
             degrees=degrees,
             device_type=device_type,
             context=group_along("context", {"data": degrees.data, "context": degrees.context}, "context"),
             fsdp=device_mesh("parameters", _replicated(degrees, {"shard": degrees.shard}), device_type),
-            inner=group_along("inner", grid, "inner") if width > 1 else None,
-            outer=group_along("outer", grid, "outer") if width > 1 else None,
+            inner=group_along("inner", grid, "inner") if inner_size > 1 else None,
+            outer=group_along("outer", grid, "outer") if inner_size > 1 else None,
         )
 
     @cached_property
     def experts(self) -> DeviceMesh:
-        """Parameters of experts are dealt over its axis `expert`, sharded over `shard` and, for HSDP, replicated.
+        """The mesh of expert parameters: split over axis `expert`, sharded over `shard` and, for HSDP, replicated.
 
-        Every rank has to ask for it, as its groups are made then.
+        The first access creates its groups, so every rank has to make it.
         """
         shape = {"shard": self.degrees.shard // self.degrees.expert, "expert": self.degrees.expert}
         return device_mesh("experts", _replicated(self.degrees, shape), self.device_type)
@@ -144,19 +167,48 @@ class Mesh:
 
     @property
     def data_rank(self) -> int:
-        """Which of the groups that share a sequence this rank is in."""
+        """The index of this rank's context group among all of them."""
         return dist.get_rank() // self.degrees.context
 
-    @property
-    def context_rank(self) -> int:
-        """This rank's place among those that share its sequence."""
-        return dist.get_rank() % self.degrees.context
-
     def context_channel(self, traffic: Traffic) -> Channel:
-        """Return the channel of this rank's context group."""
         inner, outer = (Channel(group, traffic) if group else None for group in (self.inner, self.outer))
         return Channel(self.context, traffic, inner=inner, outer=outer)
 
 
 def _replicated(degrees: Degrees, shape: dict[str, int]) -> dict[str, int]:
     return {"replicate": degrees.dp_replicate, **shape} if degrees.dp_replicate > 1 else shape
+
+
+def group_along(purpose: str, shape: Mapping[str, int], axis: str, backend: str | None = None) -> dist.ProcessGroup:
+    """Return this rank's group along one axis of a grid of all ranks, the last axis the innermost.
+
+    Groups are created once for each purpose and set of ranks, and time out no later than the world. backend: the
+    world's, if left out. Every rank has to call it.
+    """
+    # Purposes do not share groups: a GPU runs the transfers of one group in order, and parameters gathered in advance
+    # would delay the keys of a ring. Nor is a group created twice: on CPUs each has a thread that polls until exit.
+    world, global_rank = dist.group.WORLD, dist.get_rank()
+    assert world is not None
+    for key in [key for key in _GROUPS if key[0] is not world]:
+        # Groups of a destroyed world would stay referenced.
+        del _GROUPS[key]
+    ranks_of_groups = torch.arange(dist.get_world_size()).view(*shape.values())  # [ranks] -> one dimension per axis
+    ranks_of_groups = ranks_of_groups.movedim(list(shape).index(axis), -1).reshape(-1, shape[axis])  # [groups, ranks]
+    own = None
+    for ranks in map(tuple, ranks_of_groups.tolist()):
+        if (world, purpose, ranks) not in _GROUPS:
+            _GROUPS[world, purpose, ranks] = dist.new_group(ranks, backend=backend)
+        if global_rank in ranks:
+            own = _GROUPS[world, purpose, ranks]
+    assert isinstance(own, dist.ProcessGroup)
+    share_timeout(world, own)
+    return own
+
+
+def device_mesh(purpose: str, shape: Mapping[str, int], device_type: str) -> DeviceMesh:
+    """Return the grid of all ranks with a group along each axis; every rank has to call it."""
+    groups = [group_along(f"{purpose} {axis}", shape, axis) for axis in shape]
+    ranks = torch.arange(dist.get_world_size()).view(*shape.values())  # [ranks] -> one dimension per axis
+    return DeviceMesh.from_group(
+        groups if len(groups) > 1 else groups[0], device_type, mesh=ranks, mesh_dim_names=tuple(shape)
+    )

@@ -1,4 +1,4 @@
-"""This process's place among all processes of the run, and the connection to them."""
+"""The rank of this process in the run, and the connection to all other ranks."""
 
 import ctypes
 import sys
@@ -17,14 +17,13 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ranks:
-    """rank: of this process in the whole run. local_rank: among those of its node; says which GPU is its own.
-
-    job: what a scheduler calls the run, if one started it.
-    """
+    """The rank of one process."""
 
     rank: int = 0
     world_size: int = 1
+    # Among the ranks of its node: the index of its GPU.
     local_rank: int = 0
+    # The scheduler's id of the run, if a scheduler started it.
     job: str | None = None
 
 
@@ -35,17 +34,17 @@ def connected(
     timeout: timedelta = COLLECTIVE_TIMEOUT,
     store: dist.Store | None = None,  # pyright: ignore[reportPrivateImportUsage]
 ) -> Iterator[None]:
-    """Join the default process group for the time of the block: gloo for CPU tensors, NCCL for CUDA tensors.
+    """Join the default process group inside the block: gloo for CPU tensors, NCCL for CUDA tensors.
 
-    timeout: how long a rank waits for others before it raises. store: where the ranks meet; without one, more ranks
-    than one meet at MASTER_ADDR:MASTER_PORT, as torchrun sets them.
+    timeout: how long a rank waits for others before it raises. store: the rendezvous; without one, several ranks meet
+    at MASTER_ADDR:MASTER_PORT, as torchrun sets them.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
-    # One rank keeps the store to itself; None makes torch meet the others at the address in the environment.
+    # A single rank needs no rendezvous; with None, torch reads the address of the others from the environment.
     if store is None and ranks.world_size == 1:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group(
@@ -62,10 +61,8 @@ def connected(
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what is freed for the next tensor, on Linux: fresh memory costs a page fault per page.
-
-    Attention that computes little for each of its outputs, such as MoSA's, gains up to a fifth.
-    """
+    """Let glibc reuse freed memory for the next tensor instead of returning it to Linux."""
+    # Fresh memory costs a page fault per page; attention with few FLOPs per output, such as MoSA, gains up to a fifth.
     if sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -75,7 +72,7 @@ def keep_freed_memory() -> None:
 
 
 def share_timeout(source: dist.ProcessGroup, target: dist.ProcessGroup) -> None:
-    """Let collectives of `target` give up as early as those of `source`; torch gives new groups half an hour."""
+    """Give `target` the timeout of `source`; torch gives every new group half an hour."""
     if dist.get_backend(source) != "fake":
         timeout = source._get_backend(source._device_types[0]).options._timeout
         dist.distributed_c10d._set_pg_timeout(timeout, target)

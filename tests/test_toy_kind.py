@@ -14,8 +14,8 @@ import torch
 from farspan.kernels.backend import BACKENDS
 from farspan.kernels.mechanism import MECHANISMS
 from farspan.parallel.context_parallel.strategy import STRATEGIES
-from tests.parallel.test_matrix import DEGREES
 from tests.support import oracle
+from tests.support.matrix import DEGREES
 from tests.test_toy_mechanism import MATRIX, python
 
 TOY = "tests.support.toy_kind"

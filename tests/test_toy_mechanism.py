@@ -15,11 +15,11 @@ import torch
 from farspan.kernels.backend import BACKENDS
 from farspan.kernels.mechanism import MECHANISMS
 from farspan.parallel.context_parallel.strategy import STRATEGIES
-from tests.parallel.test_matrix import DEGREES
 from tests.support import oracle
+from tests.support.matrix import DEGREES
 
 ROOT = Path(__file__).resolve().parents[1]
-CONTRACT, MATRIX = "tests/kernels/test_sequence_attention.py", "tests/parallel/test_matrix.py"
+CONTRACT, MATRIX = "tests/kernels/test_sequence_attention.py", "tests/parallel/matrix"
 
 
 def python(*arguments: str) -> str:
@@ -47,14 +47,15 @@ def test_contract_and_matrix_find_it() -> None:
             assert f"{CONTRACT}::test_mechanism_equals_the_formula[Toy(reach=5)-{backend}-{dtype}]" in found
     for strategy in STRATEGIES:
         for degree in DEGREES:
-            assert f"{MATRIX}::test_equals_one_process[{strategy}-{degree}-toy]" in found
+            case = f"test_equals_one_process[{strategy}-{degree}-toy]"
+            assert sum(line.startswith(MATRIX) and line.endswith(f"::{case}") for line in found) == 1, case
 
 
 @pytest.mark.parametrize(
     "case",
     [
         f"{CONTRACT}::test_mechanism_equals_the_formula[Toy(reach=5)-cpu-torch.float64]",
-        f"{MATRIX}::test_equals_one_process[ring-2-toy]",
+        f"{MATRIX}/test_1_and_2_ranks.py::test_equals_one_process[ring-2-toy]",
     ],
 )
 def test_it_passes(case: str) -> None:

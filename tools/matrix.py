@@ -73,7 +73,7 @@ def cost_table(found: dict[str, Cost], refusals: dict[str, str]) -> str:
     """Return a Markdown table, a strategy per line, of one sequence in all layers, and the refusals."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" + "|--:" * (len(COLUMNS) - 1) + "|"]
     for name, cost in found.items():
-        times = (1e3 * seconds for seconds in (cost.seconds, cost.compute_s, cost.hidden_s, cost.exposed_s))
+        times = (1e3 * seconds for seconds in (cost.seconds, cost.compute_s, cost.overlapped_s, cost.exposed_s))
         sizes = (size / 2**20 for size in (cost.volume.forward, cost.volume.backward, cost.working_bytes))
         numbers = [*(f"{time:,.3g}" for time in times), *(f"{size:,.1f}" for size in sizes)]
         lines.append(f"| {name} | {' | '.join(numbers)} | {cost.flops / 1e12:,.3g} | {cost.balance:.3f} |")

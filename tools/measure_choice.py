@@ -16,12 +16,11 @@ from farspan.errors import ConfigError
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Access, Mechanism
 from farspan.kernels.planner import Routing, Sizes
-from farspan.parallel.comm import Traffic
+from farspan.parallel.comm import Traffic, Unconnected
 from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.parallel.layout import LAYOUTS, Shards
 from farspan.parallel.mesh import Mesh
 from farspan.parallel.ranks import Ranks, connected
-from farspan.parallel.simulation import Unconnected
 from farspan.tools.command import parser_of, print_all
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.checkpoint.verify import newest_complete
@@ -87,7 +86,7 @@ def lines(folder: Path, degrees: Sequence[int]) -> list[str]:
             for layer, (mechanism, chosen) in enumerate(zip(mechanisms, choices, strict=True)):
                 if Access.BLOCKS not in mechanism.accesses:
                     continue
-                shards = Shards.deal(rows, layout=layout, degree=degree, work=mechanism.keys_per_query)
+                shards = Shards.build(rows, layout=layout, degree=degree, work=mechanism.keys_per_query)
                 drawn = mechanism.sample_routing(rows, config.model.heads_of(mechanism))
                 sources = chosen, drawn, Routing()
                 trained, normal, unmasked = (moved("fetch", mechanism, shards, config, x) for x in sources)

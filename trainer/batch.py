@@ -12,7 +12,7 @@ from farspan.kernels.mechanism import Mechanism
 from farspan.parallel.comm import Channel
 from farspan.parallel.context_parallel.key_convolution import KeyConvolution
 from farspan.parallel.context_parallel.strategy import DistributedAttention, Strategy
-from farspan.parallel.expert_parallel.capacity import SharedSequence
+from farspan.parallel.expert_parallel.capacity import ExpertCapacity
 from farspan.parallel.layout import Shards
 from farspan.parallel.mesh import Mesh
 from farspan.trainer.config import Config
@@ -96,7 +96,7 @@ class BatchBuilder:
         rows = Rows(position=torch.from_numpy(sequence.position), document=torch.from_numpy(sequence.document))
         channel = self.channel
         rank = channel.rank
-        shards = Shards.deal(rows, layout=self.layout, degree=channel.size, work=self.work)
+        shards = Shards.build(rows, layout=self.layout, degree=channel.size, work=self.work)
         tokens = shards.shard(torch.from_numpy(sequence.tokens), rank)
         labels = shards.shard(torch.from_numpy(sequence.labels), rank, fill=IGNORED)
         planned = {layer: layer.plan(shards, self.model) for layer in dict.fromkeys(self.layers)}
@@ -123,7 +123,7 @@ class BatchBuilder:
         rank = self.channel.rank
         # Padding of the sequence itself is no token either.
         index = shards.index[rank].masked_fill(shards.rows_of(rank).document < 0, -1)
-        return ExpertPlaces(SharedSequence(self.channel, index.to(self.device)), self.expert_channel)
+        return ExpertPlaces(ExpertCapacity(self.channel, index.to(self.device)), self.expert_channel)
 
     @property
     def mechanisms(self) -> tuple[Mechanism, ...]:

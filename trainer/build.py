@@ -83,8 +83,7 @@ def build_batches(config: Config, mesh: Mesh, device: torch.device, traffic: Tra
 def build_strategies(names: Sequence[str], channel: Channel, parallel: ParallelConfig) -> dict[str, Strategy]:
     """Return one strategy for each name, shared by its layers."""
     return {
-        name: STRATEGIES.get(name)(channel, rounded_gradients=parallel.rounded_gradients)
-        for name in dict.fromkeys(names)
+        name: STRATEGIES.get(name)(channel, grad_comm_dtype=parallel.grad_comm_dtype) for name in dict.fromkeys(names)
     }
 
 

@@ -148,7 +148,7 @@ def choose_strategy(config: Config, degrees: Degrees, device_type: str) -> tuple
 def strategy_costs(config: Config, degrees: Degrees, device_type: str) -> tuple[dict[str, Cost], dict[str, str]]:
     """Return each strategy's cost for one document per sequence, the best first; and why others are unsupported."""
     parallel, head_dim, mechanisms = config.parallel, config.model.head_dim, config.mechanisms()
-    shards = Shards.deal(
+    shards = Shards.build(
         Rows.packed([config.data.sequence_tokens]),
         layout=parallel.layout,
         degree=degrees.context,
@@ -160,8 +160,8 @@ def strategy_costs(config: Config, degrees: Degrees, device_type: str) -> tuple[
             shards=shards,
             heads=config.model.heads_of(mechanism),
             sizes=Sizes.of(config.train.torch_dtype, head_dim, head_dim),
-            width=parallel.context_inner,
-            rounded_gradients=parallel.rounded_gradients,
+            inner_size=parallel.context_inner,
+            grad_comm_dtype=parallel.grad_comm_dtype,
         )
         for mechanism in mechanisms
     }

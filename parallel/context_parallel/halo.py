@@ -1,7 +1,10 @@
 """Halo: rows of other ranks that a rank reads because they come just before its own, under any layout.
 
-Of a document over all ranks, contiguous ranks read the end of one neighbor's rows, zigzag ranks of two neighbors';
-striped ranks read all rows of as many ranks as the reach.
+Example: 8 tokens on 2 ranks, each token reads 1 row before it (reach 1):
+
+    contiguous   rank 0: 0 1 2 3, rank 1: 4 5 6 7    rank 1 reads 3: the end of one neighbor's rows
+    zigzag       rank 0: 0 1 6 7, rank 1: 2 3 4 5    rank 1 reads 1, rank 0 reads 5: of up to two neighbors
+    striped      rank 0: 0 2 4 6, rank 1: 1 3 5 7    each reads all rows of as many ranks as the reach
 """
 
 from dataclasses import dataclass
@@ -17,37 +20,36 @@ from farspan.parallel.layout import Shards
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Halo:
-    """What one rank gets from the others and gives to them, planned for one dealt sequence.
+    """The rows that one rank reads from the others and sends to them, planned for one sharded sequence.
 
-    rows: what arrives, from rank 0 first. places: int64, the local rows that go out, those to rank 0 first; a row may
-    go to several ranks. sent, received: how many to and from each rank. is_quiet: no rank reads of another.
+    rows: the halo, from rank 0 first. leaving: int64, the local rows that other ranks read, those to rank 0 first; a
+    row may go to several ranks. sent, received: rows to and from each rank. is_empty: no rank reads from another.
     """
 
     rows: Rows
-    places: Tensor
+    leaving: Tensor
     sent: tuple[int, ...]
     received: tuple[int, ...]
-    is_quiet: bool
+    is_empty: bool
 
     @staticmethod
     def plan(shards: Shards, rank: int, reach: int) -> "Halo":
         """Plan for the rows up to `reach` positions before those of `rank`, in their documents."""
-        reader, token, place = _transfers(shards, reach)
-        holder, degree = place // shards.tokens_local, shards.degree
-        wanted, given = reader == rank, holder == rank
-        # By token already: sender and reader list what goes between them in the same order.
-        arriving = token[wanted][holder[wanted].argsort(stable=True)]
-        leaving = place[given] % shards.tokens_local
+        reader, token, slot = _transfers(shards, reach)
+        owner, degree = slot // shards.tokens_local, shards.degree
+        reads, sends = reader == rank, owner == rank
+        # Transfers are sorted by token, so sender and reader list the rows between them in the same order.
+        arriving = token[reads][owner[reads].argsort(stable=True)]
         return Halo(
             rows=shards.rows.take(arriving),
-            places=leaving,
-            sent=tuple(reader[given].bincount(minlength=degree).tolist()),
-            received=tuple(holder[wanted].bincount(minlength=degree).tolist()),
-            is_quiet=not len(token),
+            leaving=slot[sends] % shards.tokens_local,
+            sent=tuple(reader[sends].bincount(minlength=degree).tolist()),
+            received=tuple(owner[reads].bincount(minlength=degree).tolist()),
+            is_empty=not len(token),
         )
 
     def volume(self, row_elements: int, element_bytes: int, accumulation_bytes: int) -> Volume:
-        """Return the bytes that this rank sends: rows forward; backward the gradients of what it got, accumulated."""
+        """Return the bytes that this rank sends: rows forward; backward the accumulated gradients of its halo."""
         return Volume(
             forward=sum(self.sent) * row_elements * element_bytes,
             backward=sum(self.received) * row_elements * accumulation_bytes,
@@ -55,19 +57,20 @@ class Halo:
 
     def fetch(self, x: Tensor, channel: Channel, *, kind: str) -> Tensor:
         """Return the halo `[len(rows), ...]` of x `[tokens_local, ...]`; every rank has to call."""
-        outgoing = x[self.places.to(x.device)]
-        if self.is_quiet:
+        outgoing = x[self.leaving.to(x.device)]
+        if self.is_empty:
             return outgoing
         return channel.all_to_all_uneven(outgoing, sent=self.sent, received=self.received, kind=kind)
 
-    def give_back_(self, dx: Tensor, dhalo: Tensor, channel: Channel, *, kind: str) -> None:
-        """Send the gradient of the halo home and add what comes home to `dx` `[tokens_local, ...]`, rank by rank."""
-        if self.is_quiet:
+    def return_gradients_(self, dx: Tensor, dhalo: Tensor, channel: Channel, *, kind: str) -> None:
+        """Send the gradient of the halo to its owners, and add the received gradients to `dx` `[tokens_local, ...]`."""
+        if self.is_empty:
             return
         arrived = channel.all_to_all_uneven(dhalo, sent=self.received, received=self.sent, kind=kind)
-        parts = zip(self.places.to(dx.device).split(self.sent), arrived.split(self.sent), strict=True)
-        for places, part in parts:
-            dx[places] += part
+        # Rank by rank: indexed addition drops duplicates, and one rank sends the gradient of a row once.
+        parts = zip(self.leaving.to(dx.device).split(self.sent), arrived.split(self.sent), strict=True)
+        for rows, part in parts:
+            dx[rows] += part
 
 
 def mean_rows_sent(shards: Shards, reach: int) -> int:
@@ -76,15 +79,14 @@ def mean_rows_sent(shards: Shards, reach: int) -> int:
 
 
 def _transfers(shards: Shards, reach: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return all transfers, int64: the rank that reads, the token, and its place in the ranks' rows set end to end.
-
-    By reader, then by token.
-    """
-    place = shards.places()
-    holder = place // shards.tokens_local
+    """Return all transfers by reader, then by token, int64: the rank that reads, the token, and the token's slot."""
+    slots = shards.slots()
+    owner = slots // shards.tokens_local
     source = earlier_rows(shards.rows, shards.rows, reach)
-    reader = holder.expand(reach, -1)
-    remote = (source >= 0) & (holder[source.clamp(min=0)] != reader)
+    reader = owner.expand(reach, -1)  # [tokens] -> [reach, tokens]
+    remote = (source >= 0) & (owner[source.clamp(min=0)] != reader)
+    # One number per pair of reader and token: a row is sent to a rank once, however many of its rows read it.
+    num_tokens = max(len(shards.rows), 1)
     transfers = (reader[remote] * len(shards.rows) + source[remote]).unique()
-    token = transfers % max(len(shards.rows), 1)
-    return transfers // max(len(shards.rows), 1), token, place[token]
+    token = transfers % num_tokens
+    return transfers // num_tokens, token, slots[token]

@@ -1,6 +1,6 @@
-"""The key convolution over a dealt sequence: each rank fetches the keys just before its own and convolves these.
+"""The key convolution over a sharded sequence: each rank fetches the keys just before its own (see halo.py).
 
-Keys travel as they are; their gradients in the accumulation dtype, and are rounded once, when all are added up.
+Keys travel in their dtype, gradients in the accumulation dtype; the sum of the gradients is rounded once.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from farspan.parallel.layout import Shards
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class KeyConvolution:
-    """Planned for one dealt sequence and a width; serves every layer."""
+    """Planned for one sharded sequence and a width; serves every layer."""
 
     channel: Channel
     halo: Halo
@@ -25,9 +25,9 @@ class KeyConvolution:
 
     @staticmethod
     def plan(channel: Channel, shards: Shards, width: int, device: torch.device | str = "cpu") -> "KeyConvolution":
-        """Plan for `width` taps; every rank of the channel plans the same sequence. Maps lie on `device`."""
+        """Plan for `width` taps; every rank of the channel plans the same sequence. Index maps are on `device`."""
         if shards.degree != channel.size:
-            raise ValueError(f"a sequence dealt to {shards.degree} ranks cannot be convolved on {channel.size}")
+            raise ValueError(f"a sequence sharded over {shards.degree} ranks cannot be convolved on {channel.size}")
         halo = Halo.plan(shards, channel.rank, width - 1)
         taps = Taps.build(shards.rows_of(channel.rank), halo.rows, width)
         return KeyConvolution(channel=channel, halo=halo, taps=taps.to(device))
@@ -53,5 +53,5 @@ class _KeyConvolutionFunction(torch.autograd.Function):
     def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         k, halo, weight = ctx.saved_tensors
         dk, dhalo, dweight = convolve_backward(dout, k, halo, weight, ctx.planned.taps)
-        ctx.planned.halo.give_back_(dk, dhalo, ctx.planned.channel, kind="halo_gradient")
+        ctx.planned.halo.return_gradients_(dk, dhalo, ctx.planned.channel, kind="halo_gradient")
         return None, dk.to(k.dtype), dweight.to(weight.dtype)

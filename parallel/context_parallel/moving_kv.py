@@ -50,7 +50,7 @@ class KVExchange(ABC):
     """How keys and values come to the ranks, as far as it is known before queries select blocks."""
 
     @abstractmethod
-    def for_selection(self, selection: BlockSelection | None) -> "KVSchedule":
+    def schedule_for(self, selection: BlockSelection | None) -> "KVSchedule":
         """Return the schedule of the keys that the local queries need; every rank has to call."""
 
     @abstractmethod
@@ -71,12 +71,12 @@ class KVSchedule(KVExchange):
     plans: tuple[Plan, ...]
     tokens: tuple[Tensor, ...]
 
-    def for_selection(self, selection: BlockSelection | None) -> "KVSchedule":
+    def schedule_for(self, selection: BlockSelection | None) -> "KVSchedule":
         """Return this schedule: it brings all keys, selected or not."""
         return self
 
     @abstractmethod
-    def parts(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def kv_blocks(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield keys and values of each part, of the local ones k `[tokens_local, Hk, D]` and v `[.., Hk, Dv]`.
 
         Each is used before the next is asked for; the next part is sent meanwhile.
@@ -102,12 +102,12 @@ class MovingKVAttention(DistributedAttention):
         q, k, v, *routing = inputs
         # Routing is agreed on by all ranks before any key moves: strategies may move only what it leaves.
         routed = self.key_routing.route(q, k, *routing)
-        kv_schedule = self.kv_exchange.for_selection(routed.selection)
+        kv_schedule = self.kv_exchange.schedule_for(routed.selection)
         masked = kv_schedule.plans
         plans = [routed.narrow(plan, keys) for plan, keys in zip(masked, kv_schedule.tokens, strict=True)]
         of_routing = routed.start(q, *routing)
         out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
-        for number, (key, value) in enumerate(kv_schedule.parts(k, v)):
+        for number, (key, value) in enumerate(kv_schedule.kv_blocks(k, v)):
             # A rank passes keys on even if its own queries see none of them.
             if plans[number].is_empty:
                 continue
@@ -123,7 +123,7 @@ class MovingKVAttention(DistributedAttention):
         # The queries stay, and so does their gradient; those of keys and values go back part by part.
         dq = torch.zeros(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
         grad_return = kv_schedule.grad_return(k, v)
-        for number, (key, value) in enumerate(kv_schedule.parts(k, v)):
+        for number, (key, value) in enumerate(kv_schedule.kv_blocks(k, v)):
             if plans[number].is_empty:
                 grad_return.add(None, None)
                 continue

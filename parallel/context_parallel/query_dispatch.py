@@ -1,4 +1,20 @@
-"""Shipments: which queries go to which ranks, as these hold blocks of keys that the queries chose."""
+"""Query dispatch: which queries go to which ranks, because these hold keys of blocks that the queries chose.
+
+A dispatched query is one token and query head on its way to one rank. Example: 4 blocks of 2 tokens, contiguous on 2
+ranks, 1 head, top-2 routing; rank 1 holds the tokens 4 to 7 and dispatches 3 of its 4 queries:
+
+                      chosen blocks    on rank 0 (blocks 0 1)    on rank 1 (blocks 2 3)
+    rank 1, token 4       0 2              block 0  -> dispatched    block 2  -> local attention
+    rank 1, token 5       1 2              block 1  -> dispatched    block 2  -> local attention
+    rank 1, token 6       2 3              -                         blocks 2 3
+    rank 1, token 7       0 1              blocks 0 1 -> dispatched  -
+
+    DispatchPlan of rank 1:   row 0 1 3   head 0 0 0   num_blocks 1 1 2   block 0 | 1 | 0 1
+                              queries_per_rank (3, 0)   blocks_per_rank (4, 0)
+
+Rank 0 attends to its keys with the received queries, each a row of one head (`ReceivedQueries`), and returns out and
+log-sum-exp, which rank 1 merges into its local results. Rank 0 dispatches nothing: the mask is causal.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,60 +29,60 @@ from farspan.kernels.planning.plan import Plan
 from farspan.kernels.ragged import expand, offsets_of
 from farspan.parallel.layout import Shards
 
+BEYOND = 1 << 31
+"""Above every position."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class DispatchPlan:
-    """Queries of one rank that leave it; an item is one row and query head on its way to one rank.
+    """The queries that one rank dispatches, those to rank 0 first, then by row and head.
 
-    row, head: of each item, int64 `[items]`, those to rank 0 first, by row, then by head. block: int64 `[entries]`,
-    what each chose of what the other rank holds, item by item; count: int64 `[items]`, how many. items, entries: to
-    each rank.
+    row, head: of each query, int64 `[queries]`. num_blocks: how many blocks of the other rank each chose, int64
+    `[queries]`; block: these, query by query, int64 `[sum(num_blocks)]`. queries_per_rank, blocks_per_rank: how many go
+    to each rank.
     """
 
     row: Tensor
     head: Tensor
-    count: Tensor
+    num_blocks: Tensor
     block: Tensor
-    items: tuple[int, ...]
-    entries: tuple[int, ...]
+    queries_per_rank: tuple[int, ...]
+    blocks_per_rank: tuple[int, ...]
 
     @staticmethod
-    def of(selection: BlockSelection, holders: "BlockOwners", shards: Shards, rank: int, heads: int) -> "DispatchPlan":
-        """Return what leaves `rank`, whose rows made the selection, of `heads` query heads."""
+    def of(selection: BlockSelection, owners: "BlockOwners", shards: Shards, rank: int, heads: int) -> "DispatchPlan":
+        """Plan what `rank` dispatches, whose rows made the selection with `heads` query heads."""
         row, head, block = _choices(selection, heads)
         position = shards.rows_of(rank).position[row].long()
-        goes = holders.first_seen[block] <= (position[:, None] if holders.causal else ANYWHERE - 1)
-        goes[:, rank] = False
-        entry, to = goes.nonzero().t()
-        # By rank, row and head, as the entries of one item have to be neighbors.
-        item = (to * len(shards.index[rank]) + row[entry]) * heads + head[entry]
-        order = item.argsort(stable=True)
-        items, count = item[order].unique_consecutive(return_counts=True)
-        degree = shards.degree
+        # [choices, P]: whether a rank has a key of the chosen block that the query sees.
+        sees = owners.first_position[block] <= (position[:, None] if owners.causal else BEYOND - 1)
+        sees[:, rank] = False
+        choice, to = sees.nonzero().t()
+        # One number per dispatched query that sorts by rank, row and head; its blocks end up side by side.
+        tokens = shards.tokens_local
+        query = (to * tokens + row[choice]) * heads + head[choice]
+        order = query.argsort(stable=True)
+        query, num_blocks = query[order].unique_consecutive(return_counts=True)
         return DispatchPlan(
-            row=items // heads % len(shards.index[rank]),
-            head=items % heads,
-            count=count,
-            block=block[entry[order]],
-            items=tuple((items // heads // len(shards.index[rank])).bincount(minlength=degree).tolist()),
-            entries=tuple(to.bincount(minlength=degree).tolist()),
+            row=query // heads % tokens,
+            head=query % heads,
+            num_blocks=num_blocks,
+            block=block[choice[order]],
+            queries_per_rank=tuple((query // heads // tokens).bincount(minlength=shards.degree).tolist()),
+            blocks_per_rank=tuple(to.bincount(minlength=shards.degree).tolist()),
         )
-
-
-ANYWHERE = 1 << 31
-"""Above every position."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockOwners:
-    """first_seen: least position of each block's rows on each rank, int64 `[blocks, P]`; ANYWHERE where it has none."""
+    """first_position: least position of each block's rows on each rank, int64 `[blocks, P]`; BEYOND if it has none."""
 
-    first_seen: Tensor
+    first_position: Tensor
     causal: bool
 
     @staticmethod
     def of(attention_mask: AttentionMask, blocks: BlockPartition, shards: Shards) -> "BlockOwners":
-        first = torch.full((blocks.count, shards.degree), ANYWHERE)
+        first = torch.full((blocks.count, shards.degree), BEYOND)
         for rank in range(shards.degree):
             rows = shards.rows_of(rank)
             block = blocks.of(rows)
@@ -75,26 +91,32 @@ class BlockOwners:
 
 
 def _choices(selection: BlockSelection, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return row, query head and block of every choice of every row, int64 `[choices]`."""
-    rows_of_unit = selection.query_block.clamp(min=-1) + 1
-    order = rows_of_unit.argsort(stable=True)
-    sizes = rows_of_unit.bincount(minlength=selection.num_query_blocks + 1)
-    first = sizes.cumsum(0) - sizes
+    """Return row, query head and block of every choice of every row, int64 `[choices]`.
+
+    A selection has one list of blocks for each query block and selecting head; both stand for several rows and heads.
+    """
     num_query_blocks = max(selection.num_query_blocks, 1)
-    unit, chooser = selection.lists % num_query_blocks + 1, selection.lists // num_query_blocks
-    repeats = sizes[unit]
-    choice, nth = expand(repeats)
-    row, block = order[first[unit[choice]] + nth], selection.key_blocks.long()[choice]
+    # Query block 0 collects the rows that choose nothing.
+    query_block = selection.query_block.clamp(min=-1) + 1  # [rows]
+    order = query_block.argsort(stable=True)
+    num_rows = query_block.bincount(minlength=selection.num_query_blocks + 1)
+    first_row = num_rows.cumsum(0) - num_rows
+    of_choice, selecting_head = selection.lists % num_query_blocks + 1, selection.lists // num_query_blocks
+    # Expand each choice to all rows of its query block.
+    choice, nth = expand(num_rows[of_choice])  # [choices] -> [rows' choices]
+    row, block = order[first_row[of_choice[choice]] + nth], selection.key_blocks.long()[choice]
+    # Then to all query heads that share the selecting head.
     shared = heads // selection.heads
-    head = chooser[choice][:, None] * shared + torch.arange(shared)
+    head = selecting_head[choice][:, None] * shared + torch.arange(shared)  # [choices, shared]
+    # [choices, shared] -> [choices * shared]
     return row.repeat_interleave(shared), head.flatten(), block.repeat_interleave(shared)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ReceivedQueries:
-    """Attention of items that arrived to the keys held here: one head, each KV head's keys as documents of their own.
+    """Attention of received queries to the local keys, as one head: keys of each KV head are documents of their own.
 
-    Queries are `[items, 1, D]`, keys `[Hk x tokens_local, 1, D]`.
+    Queries are `[queries, 1, D]`, keys `[Hk * T, 1, D]`.
     """
 
     plan: Plan
@@ -103,49 +125,49 @@ class ReceivedQueries:
     @staticmethod
     def of(
         attention_mask: AttentionMask, blocks: BlockPartition, shards: Shards, rank: int, *, heads: int, kv_heads: int,
-        token: Tensor, head: Tensor, count: Tensor, block: Tensor,
+        token: Tensor, head: Tensor, num_blocks: Tensor, block: Tensor,
     ) -> "ReceivedQueries":  # fmt: skip
-        """Plan for items of these tokens and query heads, that chose `count` blocks each, set end to end."""
-        global_rows = shards.rows
+        """Plan for queries of these tokens and query heads, whose `num_blocks` chosen blocks each are concatenated."""
         kv_head = head // (heads // kv_heads)
-        queries = _of_heads(global_rows.take(token), kv_head, blocks)
-        mine = shards.rows_of(rank)
-        keys = _set_end_to_end([_of_heads(mine, torch.full((len(mine),), h), blocks) for h in range(kv_heads)])
-        numbers = torch.arange(kv_heads)[:, None]
+        queries = _rows_of_heads(shards.rows.take(token), kv_head, blocks)
+        local = shards.rows_of(rank)
+        keys = _concatenate([_rows_of_heads(local, torch.full((len(local),), h), blocks) for h in range(kv_heads)])
+        # The partition once per KV head: block b of KV head h has the number h * blocks.count + b.
+        first = blocks.first[:-1] + torch.arange(kv_heads)[:, None] * blocks.count  # [Hk, documents]
         partition = BlockPartition(
             documents=torch.arange(len(blocks.documents) * kv_heads, dtype=torch.int32),
-            first=torch.cat(((blocks.first[:-1] + numbers * blocks.count).flatten(), blocks.first[-1:] * kv_heads)),
+            first=torch.cat((first.flatten(), blocks.first[-1:] * kv_heads)),  # [Hk * documents + 1]
             block_in_document=blocks.block_in_document,
-            sizes=blocks.sizes.repeat(kv_heads),
+            sizes=blocks.sizes.repeat(kv_heads),  # [Hk * blocks]
         )
         selection = BlockSelection(
             heads=1,
             query_block=torch.arange(len(token)),
             num_query_blocks=len(token),
             blocks=partition,
-            offsets=offsets_of(count),
-            key_blocks=(block + kv_head.repeat_interleave(count) * blocks.count).int(),
+            offsets=offsets_of(num_blocks),
+            # kv_head: [queries] -> [sum(num_blocks)]
+            key_blocks=(block + kv_head.repeat_interleave(num_blocks) * blocks.count).int(),
         )
         plan = Plan.build(queries, keys, attention_mask, heads=1, selection=selection)
         return ReceivedQueries(plan=plan, kv_heads=kv_heads)
 
-    def keys(self, x: Tensor) -> Tensor:
-        """Return `[Hk x tokens_local, 1, width]` of x `[tokens_local, Hk, width]`."""
-        return x.transpose(0, 1).reshape(-1, 1, x.shape[2])
+    def as_one_head(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1).reshape(-1, 1, x.shape[2])  # [T, Hk, D] -> [Hk, T, D] -> [Hk * T, 1, D]
 
-    def back(self, x: Tensor) -> Tensor:
-        """Return `[tokens_local, Hk, width]` of x `[Hk x tokens_local, 1, width]`."""
-        return x.view(self.kv_heads, -1, x.shape[2]).transpose(0, 1)
+    def as_kv_heads(self, x: Tensor) -> Tensor:
+        return x.view(self.kv_heads, -1, x.shape[2]).transpose(0, 1)  # [Hk * T, 1, D] -> [Hk, T, D] -> [T, Hk, D]
 
 
-def _of_heads(rows: Rows, head: Tensor, blocks: BlockPartition) -> Rows:
-    """Return the rows with documents of their own for each head, numbered anew: ids may be as large as int32."""
+def _rows_of_heads(rows: Rows, head: Tensor, blocks: BlockPartition) -> Rows:
+    """Return the rows with documents of their own for each head."""
+    # Documents are renumbered: an id times the number of heads could overflow int32.
     number = torch.searchsorted(blocks.documents, rows.document.clamp(min=0)) + head * len(blocks.documents)
     document = torch.where(rows.document < 0, rows.document, number.int())
     return Rows(position=rows.position, document=document)
 
 
-def _set_end_to_end(parts: Sequence[Rows]) -> Rows:
+def _concatenate(parts: Sequence[Rows]) -> Rows:
     return Rows(
         position=torch.cat([part.position for part in parts]), document=torch.cat([part.document for part in parts])
     )

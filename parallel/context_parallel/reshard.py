@@ -1,4 +1,4 @@
-"""Redealing: rows change ranks so that each rank holds a stretch of the sequence, and come back."""
+"""Resharding: rows change ranks, from one layout of a sequence to another, and results change back."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,57 +12,61 @@ from farspan.parallel.layout import Shards
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Reshard:
-    """Where the local rows go and what comes instead, planned for one rank.
+    """The rows that one rank sends and receives when a sequence changes its layout.
 
-    leaving: local rows, int64, those to rank 0 first. slots: where what arrives belongs, those from rank 0 first.
-    sent, received: rows to and from each rank. here, there: rows of this rank before and after.
+    leaving: local rows before, int64, those to rank 0 first. arriving: local rows after, those from rank 0 first.
+    sent, received: rows to and from each rank. rows_before, rows_after: of this rank, padding included.
     """
 
     leaving: Tensor
-    slots: Tensor
+    arriving: Tensor
     sent: tuple[int, ...]
     received: tuple[int, ...]
-    here: int
-    there: int
+    rows_before: int
+    rows_after: int
 
     @staticmethod
-    def plan(shards: Shards, target: Shards, rank: int) -> "Reshard":
-        """Plan from how a sequence is dealt to how it is to be."""
-        degree, here, there = shards.degree, shards.tokens_local, target.tokens_local
-        source_place, target_place = shards.places(), target.places()
-        mine, coming = (dealt.index[rank][dealt.index[rank] >= 0] for dealt in (shards, target))
-        to, source = target_place[mine] // there, source_place[coming] // here
-        outgoing = mine[target_place[mine].argsort()]
+    def plan(source: Shards, target: Shards, rank: int) -> "Reshard":
+        before, after = source.tokens_local, target.tokens_local
+        source_slots, target_slots = source.slots(), target.slots()
+        tokens_before, tokens_after = (shards.index[rank][shards.index[rank] >= 0] for shards in (source, target))
+        to_rank, from_rank = target_slots[tokens_before] // after, source_slots[tokens_after] // before
+        # Rows to one rank leave in the order in which it holds them, so both sides need no further agreement.
+        outgoing = tokens_before[target_slots[tokens_before].argsort()]
         return Reshard(
-            leaving=source_place[outgoing] % here,
-            slots=(target_place[coming] % there)[source.argsort(stable=True)],
-            sent=tuple(to.bincount(minlength=degree).tolist()),
-            received=tuple(source.bincount(minlength=degree).tolist()),
-            here=here,
-            there=there,
+            leaving=source_slots[outgoing] % before,
+            arriving=(target_slots[tokens_after] % after)[from_rank.argsort(stable=True)],
+            sent=tuple(to_rank.bincount(minlength=source.degree).tolist()),
+            received=tuple(from_rank.bincount(minlength=source.degree).tolist()),
+            rows_before=before,
+            rows_after=after,
         )
 
     def moved_rows(self, rank: int) -> tuple[int, int]:
         """Return how many rows go to other ranks, and how many come from them."""
         return sum(self.sent) - self.sent[rank], sum(self.received) - self.received[rank]
 
-    def go(self, parts: Sequence[Tensor], channel: Channel, *, kind: str) -> list[Tensor]:
-        """Return `[there, heads, width]` tensors of such `[here, heads, width]`; rows that nobody sent are 0."""
-        packed = torch.cat([part.flatten(1) for part in parts], dim=1)
-        outgoing = packed[self.leaving.to(packed.device)]
-        arrived = channel.all_to_all_uneven(outgoing, sent=self.sent, received=self.received, kind=kind)
-        return _placed(arrived, self.slots, self.there, parts)
+    def apply(self, tensors: Sequence[Tensor], channel: Channel, *, kind: str) -> list[Tensor]:
+        """Reshard tensors `[rows_before, heads, width]` to `[rows_after, heads, width]`; padding rows are 0."""
+        packed = _pack(tensors, self.leaving)
+        arrived = channel.all_to_all_uneven(packed, sent=self.sent, received=self.received, kind=kind)
+        return _unpack(arrived, self.arriving, self.rows_after, tensors)
 
-    def come_back(self, parts: Sequence[Tensor], channel: Channel, *, kind: str) -> list[Tensor]:
-        """Return `[here, heads, width]` tensors of such `[there, heads, width]`: the way of `go` backwards."""
-        packed = torch.cat([part.flatten(1) for part in parts], dim=1)
-        outgoing = packed[self.slots.to(packed.device)]
-        arrived = channel.all_to_all_uneven(outgoing, sent=self.received, received=self.sent, kind=kind)
-        return _placed(arrived, self.leaving, self.here, parts)
+    def undo(self, tensors: Sequence[Tensor], channel: Channel, *, kind: str) -> list[Tensor]:
+        """Reshard tensors `[rows_after, heads, width]` back to `[rows_before, heads, width]`."""
+        packed = _pack(tensors, self.arriving)
+        arrived = channel.all_to_all_uneven(packed, sent=self.received, received=self.sent, kind=kind)
+        return _unpack(arrived, self.leaving, self.rows_before, tensors)
 
 
-def _placed(arrived: Tensor, slots: Tensor, rows: int, like: Sequence[Tensor]) -> list[Tensor]:
-    placed = arrived.new_zeros(rows, arrived.shape[1])
-    placed[slots.to(placed.device)] = arrived
-    parts = placed.split([part.shape[1:].numel() for part in like], dim=1)
-    return [part.unflatten(1, of.shape[1:]) for part, of in zip(parts, like, strict=True)]
+def _pack(tensors: Sequence[Tensor], rows: Tensor) -> Tensor:
+    packed = torch.cat([x.flatten(1) for x in tensors], dim=1)  # [T, heads, width] -> [T, sum of heads * width]
+    return packed[rows.to(packed.device)]
+
+
+def _unpack(packed: Tensor, rows: Tensor, num_rows: int, like: Sequence[Tensor]) -> list[Tensor]:
+    unpacked = packed.new_zeros(num_rows, packed.shape[1])
+    unpacked[rows.to(packed.device)] = packed
+    parts = unpacked.split([x.shape[1:].numel() for x in like], dim=1)
+    # [T, heads * width] -> [T, heads, width]
+    return [part.unflatten(1, x.shape[1:]) for part, x in zip(parts, like, strict=True)]

@@ -1,8 +1,19 @@
-"""Rings: the journey of chunks of keys and values from rank to rank, around one ring or two nested ones.
+"""Ring exchange: chunks of keys and values pass from rank to rank, around one ring or around rings of node groups.
 
-P ranks are a grid of P/W neighborhoods of W; one ring has W = P. At step o W + i a rank has the chunk of the rank o
-neighborhoods and i places before it: it gets the next chunk from its neighbor and, at the end of a round, the one
-that the same place of the neighborhood before it began its round with, on its way since then.
+P ranks are a grid of P/W node groups of W; a single ring has W = P. At step o W + i, rank r has the chunk of the rank
+o groups and i members before it. Example: 4 ranks, two node groups of 2; each cell names the chunk on a rank:
+
+                 group A         group B
+    step       rank 0  rank 1  rank 2  rank 3
+    0            0       1       2       3      send on: to the other group, ready at step 2; and to the neighbor
+    1            1       0       3       2      from the neighbor, by the fast links of the node
+    2            2       3       0       1      chunks of step 0 from the other group, over two steps of attention
+    3            3       2       1       0      from the neighbor
+
+Backward, chunks make the same trip again. The gradient of chunk 0 is found on ranks 0, 1, 2, 3 in turn:
+
+    trailing ("accumulation")   one sum follows its chunk a step behind, 0 -> 1 -> 2 -> 3, and one more hop to rank 0
+    direct   ("compute")        ranks 1, 2, 3 each send their part, rounded once, straight to rank 0, which sums them
 """
 
 from collections.abc import Iterator
@@ -15,128 +26,150 @@ from torch import Tensor
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.planner import HeadShare, RoutingSource, Sizes
 from farspan.kernels.planning.plan import Plan
-from farspan.parallel.comm import Channel, Transfer
+from farspan.parallel.comm import Channel, GradCommDtype, Transfer
 from farspan.parallel.context_parallel.moving_kv import GradReturn, KeysAndValues, KVMovingStrategy, KVSchedule
 from farspan.parallel.context_parallel.strategy import Move, Volume
 from farspan.parallel.layout import Shards
 
+# Transfers of one tag keep their order; a chunk for the next round must not be taken for one of this round.
 INNER_TAG, OUTER_TAG, GRADIENT_TAG = 1, 2, 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rings:
-    """size: all ranks. width: those of a neighborhood, which divides the size."""
+class RingTopology:
+    """size: all ranks, P. inner_size: ranks of a node group, W, which divides P."""
 
     size: int
-    width: int
+    inner_size: int
 
-    def moved(self, rank: int, outer: int, inner: int) -> int:
-        """Return the rank as many neighborhoods and places further on, each around its ring."""
-        a, b = divmod(rank, self.width)
-        return (a + outer) % (self.size // self.width) * self.width + (b + inner) % self.width
+    @property
+    def rounds(self) -> int:
+        """Rounds within node groups, one for each group."""
+        return self.size // self.inner_size
 
-    def owner(self, rank: int, step: int) -> int:
-        """Return whose chunk `rank` has at a step."""
-        outer, inner = divmod(step, self.width)
-        return self.moved(rank, -outer, -inner)
+    def shifted(self, rank: int, groups: int, members: int) -> int:
+        """Return the rank that is `groups` groups and `members` members of a group after `rank`, around both rings."""
+        group, member = divmod(rank, self.inner_size)
+        return (group + groups) % self.rounds * self.inner_size + (member + members) % self.inner_size
 
-    def holder(self, owner: int, step: int) -> int:
-        """Return who has the chunk of `owner` at a step; after the last step, `owner` itself."""
-        outer, inner = divmod(step, self.width)
-        return self.moved(owner, outer, inner) if step < self.size else owner
+    def owner_at(self, rank: int, step: int) -> int:
+        """Return the owner of the chunk that `rank` has at a step."""
+        groups, members = divmod(step, self.inner_size)
+        return self.shifted(rank, -groups, -members)
+
+    def rank_with_chunk(self, owner: int, step: int) -> int:
+        """Return the rank that has the chunk of `owner` at a step; after the last step, `owner` itself."""
+        groups, members = divmod(step, self.inner_size)
+        return self.shifted(owner, groups, members) if step < self.size else owner
 
 
 @final
 class RingKVSchedule(KVSchedule):
-    """One part per step: the chunk that is here at that step."""
+    """One KV block per step: the chunk that the rank has at that step."""
 
     def __init__(
-        self, strategy: KVMovingStrategy, rings: Rings, attention_mask: AttentionMask, shards: Shards, share: HeadShare
+        self,
+        strategy: KVMovingStrategy,
+        ring: RingTopology,
+        attention_mask: AttentionMask,
+        shards: Shards,
+        share: HeadShare,
     ) -> None:
-        self.name, self.channel, self.rounded = strategy.name, strategy.channel, strategy.rounded_gradients
-        self.rings, channel = rings, strategy.channel
+        self.name, self.channel, self.ring = strategy.name, strategy.channel, ring
+        self.grad_comm_dtype: GradCommDtype = strategy.grad_comm_dtype
         self.kv_rows = shards.tokens_local * share.local_heads.kv
-        owners = [rings.owner(channel.rank, step) for step in range(rings.size)]
-        queries = shards.rows_of(channel.rank)
+        rank = strategy.channel.rank
+        owners = [ring.owner_at(rank, step) for step in range(ring.size)]
+        queries = shards.rows_of(rank)
         self.plans = tuple(
             Plan.build(queries, shards.rows_of(owner), attention_mask, heads=share.local_heads.query)
             for owner in owners
         )
         self.tokens = tuple(shards.index[owner] for owner in owners)
 
-    def parts(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def kv_blocks(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         chunk = KeysAndValues.pack(k, v)
-        following = next_round = None
-        for step in range(self.rings.size):
-            if following is not None:
-                chunk = chunk.like(following.wait())
-            if step % self.rings.width == 0 and step + self.rings.width < self.rings.size:
-                next_round = self._pass_on(chunk, 1, 0, OUTER_TAG)
-            goes_round = (step + 1) % self.rings.width
-            following = self._pass_on(chunk, 0, 1, INNER_TAG) if goes_round else next_round
+        next_chunk = next_round = None
+        for step in range(self.ring.size):
+            if next_chunk is not None:
+                chunk = chunk.like(next_chunk.wait())
+            starts_round = step % self.ring.inner_size == 0
+            if starts_round and step + self.ring.inner_size < self.ring.size:
+                # The slow links have the time of a full round for this chunk.
+                next_round = self._send_chunk(chunk, groups=1, members=0, tag=OUTER_TAG)
+            ends_round = (step + 1) % self.ring.inner_size == 0
+            next_chunk = next_round if ends_round else self._send_chunk(chunk, groups=0, members=1, tag=INNER_TAG)
             yield chunk.key, chunk.value
 
-    def _pass_on(self, chunk: KeysAndValues, outer: int, inner: int, tag: int) -> Transfer:
-        to, source = (self.rings.moved(self.channel.rank, sign * outer, sign * inner) for sign in (1, -1))
+    def _send_chunk(self, chunk: KeysAndValues, *, groups: int, members: int, tag: int) -> Transfer:
+        to, source = (self.ring.shifted(self.channel.rank, sign * groups, sign * members) for sign in (1, -1))
         return self.channel.shift(chunk.buffer, kind=f"{self.name}_kv", tag=tag, to=to, source=source)
 
     def grad_return(self, k: Tensor, v: Tensor) -> GradReturn:
         gradient = KeysAndValues.no_gradients(k, v)
-        return _DirectGradReturn(self, gradient, k.dtype) if self.rounded else _TrailingGradReturn(self, gradient)
+        if self.grad_comm_dtype == "compute":
+            return _DirectGradReturn(self, gradient, k.dtype)
+        return _TrailingGradReturn(self, gradient)
+
+    # What it costs.
 
     def moves(self, sizes: Sizes, routing: RoutingSource) -> tuple[Move, ...]:
-        """Forward (P-1) hops of a chunk; backward the same, and P hops of its gradient as it is summed.
+        """Forward P-1 hops of a chunk; backward the same, and the gradient of a chunk: P hops of a sum, or P-1 direct.
 
-        Rounded gradients: (P-1) of them, each to the owner of its chunk. Of two rings the inner one has the hops within
-        rounds, W-1 of each W.
+        With node groups, the inner ring has the hops within rounds, W-1 of each W.
         """
-        size, rounds = self.rings.size, self.rings.size // self.rings.width
+        size, inner_size, rounds = self.ring.size, self.ring.inner_size, self.ring.rounds
         if size == 1:
             return ()
+        direct = self.grad_comm_dtype == "compute"
         chunk = self.kv_rows * sizes.kv_width
-        gradient = chunk * sizes.gradient_bytes(rounded=self.rounded)
+        gradient = chunk * sizes.gradient_bytes(rounded=self.grad_comm_dtype == "compute")
 
         def move(chunks: int, gradients: int, channel: Channel) -> Move:
-            collected = chunks * chunk * sizes.element_bytes
-            return Move(Volume(forward=collected, backward=collected + gradients * gradient), channel, hidden=True)
+            sent = chunks * chunk * sizes.element_bytes
+            return Move(Volume(forward=sent, backward=sent + gradients * gradient), channel, overlapped=True)
 
         if self.channel.inner is None or rounds == 1:
-            return (move(size - 1, size - 1 if self.rounded else size, self.channel),)
-        # Rounded, a gradient crosses neighborhoods unless its owner is in this one.
-        within = self.rings.width - 1 if self.rounded else size - rounds
-        across = size - self.rings.width if self.rounded else rounds
-        return move(size - rounds, within, self.channel.inner), move(rounds - 1, across, self.channel)
+            return (move(size - 1, size - 1 if direct else size, self.channel),)
+        # A direct gradient crosses groups unless its owner is in the same group.
+        inner_gradients = inner_size - 1 if direct else size - rounds
+        outer_gradients = size - inner_size if direct else rounds
+        return (
+            move(size - rounds, inner_gradients, self.channel.inner),
+            move(rounds - 1, outer_gradients, self.channel),
+        )
 
     def working_bytes(self, sizes: Sizes, routing: RoutingSource) -> int:
-        """A chunk here and one arriving, of two rings another; its gradient here, arriving, and as it was found."""
-        rings = 1 if self.rings.width == self.rings.size else 2
+        """The chunk in use, one arriving per ring; gradients: the sum, one arriving, and that of this step."""
+        rings = 1 if self.ring.rounds == 1 else 2
         chunks = (1 + rings) * sizes.element_bytes + 3 * sizes.accumulation_bytes
         return self.kv_rows * sizes.kv_width * chunks
 
 
 @final
 class _TrailingGradReturn(GradReturn):
-    """The gradient of a chunk follows it, one step behind; it needs one hop more to be home."""
+    """The sum of gradients follows its chunk one step behind, and takes one more hop to its owner."""
 
     def __init__(self, kv_schedule: RingKVSchedule, gradient: KeysAndValues) -> None:
         self.kv_schedule, self.gradient, self.step = kv_schedule, gradient, 0
         self.arriving: Transfer | None = None
 
     def add(self, dk: Tensor | None, dv: Tensor | None) -> None:
-        # The gradient of this chunk comes from the rank that had the chunk one step ago.
+        # The sum so far comes from the rank that had this chunk one step ago.
         self.finish()
         if dk is not None and dv is not None:
             self.gradient.key.add_(dk)
             self.gradient.value.add_(dv)
-        rings, channel = self.kv_schedule.rings, self.kv_schedule.channel
-        if rings.size > 1:
-            next_owner = rings.owner(channel.rank, self.step + 1) if self.step + 1 < rings.size else channel.rank
+        ring, channel, step = self.kv_schedule.ring, self.kv_schedule.channel, self.step
+        if ring.size > 1:
+            # After the last step a rank receives the sum of its own chunk.
+            next_owner = ring.owner_at(channel.rank, step + 1) if step + 1 < ring.size else channel.rank
             self.arriving = channel.shift(
                 self.gradient.buffer,
                 kind=f"{self.kv_schedule.name}_dkv",
                 tag=GRADIENT_TAG,
-                to=rings.holder(rings.owner(channel.rank, self.step), self.step + 1),
-                source=rings.holder(next_owner, self.step),
+                to=ring.rank_with_chunk(ring.owner_at(channel.rank, step), step + 1),
+                source=ring.rank_with_chunk(next_owner, step),
             )
         self.step += 1
 
@@ -148,27 +181,28 @@ class _TrailingGradReturn(GradReturn):
 
 @final
 class _DirectGradReturn(GradReturn):
-    """Each gradient, rounded once, goes to the owner of its chunk, who sums them in the order of the steps."""
+    """Each rank sends its gradient, rounded once, to the owner of the chunk, which sums them in the order of steps."""
 
-    def __init__(self, kv_schedule: RingKVSchedule, gradient: KeysAndValues, dtype: torch.dtype) -> None:
-        self.kv_schedule, self.gradient, self.dtype, self.step = kv_schedule, gradient, dtype, 0
+    def __init__(self, kv_schedule: RingKVSchedule, gradient: KeysAndValues, comm_dtype: torch.dtype) -> None:
+        self.kv_schedule, self.gradient, self.comm_dtype, self.step = kv_schedule, gradient, comm_dtype, 0
         self.arriving: Transfer | None = None
 
     def add(self, dk: Tensor | None, dv: Tensor | None) -> None:
         if dk is None or dv is None:
+            # The owner waits for a message all the same.
             dk, dv = torch.zeros_like(self.gradient.key), torch.zeros_like(self.gradient.value)
         if self.step == 0:
             self.gradient.key.add_(dk)
             self.gradient.value.add_(dv)
         else:
             self.finish()
-            rings, channel = self.kv_schedule.rings, self.kv_schedule.channel
+            ring, channel = self.kv_schedule.ring, self.kv_schedule.channel
             self.arriving = channel.shift(
-                KeysAndValues.pack(dk.to(self.dtype), dv.to(self.dtype)).buffer,
+                KeysAndValues.pack(dk.to(self.comm_dtype), dv.to(self.comm_dtype)).buffer,
                 kind=f"{self.kv_schedule.name}_dkv",
                 tag=GRADIENT_TAG,
-                to=rings.owner(channel.rank, self.step),
-                source=rings.holder(channel.rank, self.step),
+                to=ring.owner_at(channel.rank, self.step),
+                source=ring.rank_with_chunk(channel.rank, self.step),
             )
         self.step += 1
 

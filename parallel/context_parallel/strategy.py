@@ -30,7 +30,7 @@ from farspan.kernels.planner import (
     Sizes,
     no_routing,
 )
-from farspan.parallel.comm import Channel
+from farspan.parallel.comm import Channel, GradCommDtype
 from farspan.parallel.layout import Shards
 from farspan.registry import Registry
 
@@ -51,11 +51,11 @@ class Volume:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """What one rank sends over a channel; hidden: while it computes, so that only the longer of the two takes time."""
+    """What one rank sends over a channel; overlapped: while it computes, so that only the longer of both takes time."""
 
     volume: Volume
     channel: Channel
-    hidden: bool
+    overlapped: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +192,7 @@ def all_reduce_move(all_reduced: tuple[int, int], channel: Channel) -> Move:
     """Return what a rank sends in sums over all ranks of tensors of so many bytes, forward and backward: 2 (P-1)/P."""
     # A reduce-scatter and an all-gather, each of (P-1)/P of the bytes.
     forward, backward = (2 * (channel.size - 1) * total // channel.size for total in all_reduced)
-    return Move(Volume(forward=forward, backward=backward), channel, hidden=False)
+    return Move(Volume(forward=forward, backward=backward), channel, overlapped=False)
 
 
 class Strategy(ABC):
@@ -209,10 +209,10 @@ class Strategy(ABC):
     fallback_strategy: ClassVar[str | None] = None
     """The strategy that serves layers whose mechanism this one does not take, if there is one."""
 
-    def __init__(self, channel: Channel, *, rounded_gradients: bool = False) -> None:
-        """rounded_gradients: gradients of keys and values are sent in their dtype, and summed wider all the same."""
+    def __init__(self, channel: Channel, *, grad_comm_dtype: GradCommDtype = "accumulation") -> None:
+        """grad_comm_dtype: in which gradients of keys and values travel; they are summed in float32 or wider."""
         self.channel = channel
-        self.rounded_gradients = rounded_gradients
+        self.grad_comm_dtype: GradCommDtype = grad_comm_dtype
 
     @classmethod
     @abstractmethod
@@ -233,7 +233,7 @@ class Strategy(ABC):
         # Refused before anything is planned, let alone sent.
         longest = int(shards.rows.position.max()) + 1 if len(shards.rows) else 0
         for reason in (
-            self.unsupported_reason(mechanism, heads, self.channel.size, self.channel.width),
+            self.unsupported_reason(mechanism, heads, self.channel.size, self.channel.inner_size),
             mechanism.unsupported_reason(heads, longest),
         ):
             if reason is not None:
@@ -307,8 +307,8 @@ def shard_with_tokens(rows: Rows, token: Tensor, shards: Shards) -> Shards:
 
     Rows stay in their order; ranks with fewer rows than others are padded.
     """
-    # A place counts the rows of all ranks set end to end: [P, T] -> [P x T]
-    owner = shards.places()[token] // shards.tokens_local
+    # A slot counts the rows of all ranks set end to end: [P, T] -> [P * T]
+    owner = shards.slots()[token] // shards.tokens_local
     counts = owner.bincount(minlength=shards.degree)
     # At least one row, of padding if need be: transfers are not empty.
     index = torch.full((shards.degree, max(int(counts.max()), 1)), -1)

@@ -1,9 +1,15 @@
-"""Expert parallelism: rows of chosen tokens go to the ranks that hold their experts, and what these make of them back.
+"""Expert parallelism: tokens travel to the ranks that hold their experts, and the outputs of the experts back.
 
-Rank r of P holds the experts [r E/P, (r+1) E/P). A rank sorts its choices by expert, ranks tell each other how many
-they send, rows travel in one uneven all-to-all there and one back, and each token adds up what came back, weighed, in
-the accumulation dtype and in the order of its choices: nothing depends on how tokens are dealt. Both passes of a layer
-send each row that leaves its rank twice, and 8 bytes for each expert and rank.
+Rank r of P holds the experts [r E/P, (r+1) E/P). Example: 2 ranks, 4 experts, K = 2 experts of a token, rank 0 with the
+tokens a and b, which choose (3, 0) and (1, 3); rank 1 sends it one row for expert 1, of its token c:
+
+    dispatch   rank 0 sorts its choices by expert: a->0, b->1 stay, a->3, b->3 go to rank 1    choice 1 2 | 0 3
+    experts    rank 0 has rows a b c, by expert: 0 has 1 row, 1 has 2                          counts 1 2
+    combine    the outputs travel back; out[a] = w[a, 0] expert_3(a) + w[a, 1] expert_0(a)
+
+A token sums its outputs in the accumulation dtype and in the order of its choices, so results do not depend on the
+layout. Each row for another rank is sent twice in both passes of a layer, plus 8 bytes for each expert and rank.
+Legend: T local tokens, C width, E experts, K experts of a token, N rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,55 +23,56 @@ from farspan.kernels.merge import accumulation_dtype
 from farspan.parallel.comm import Channel, Transfer
 
 Experts = Callable[[Tensor, Sequence[int]], Tensor]
-"""From rows `[N, C]` sorted by this rank's experts, and how many each has, to rows `[N, C]`."""
+"""From rows `[N, C]` sorted by this rank's experts, and the number of rows of each, to rows `[N, C]`."""
 
 
 def send_to_experts(
     x: Tensor, chosen: Tensor, weights: Tensor, kept: Tensor, channel: Channel, experts: int
-) -> "RowsUnderWay":
-    """Start sending a row of each token to each expert that it chose; what is computed next does so meanwhile.
+) -> "InFlightTokens":
+    """Start sending a row of each token to each expert that it chose; computation until `combine` overlaps.
 
-    x `[T, C]`; chosen int64 and weights `[T, K]`; kept bool `[T, K]`, False for choices that go nowhere, such as those
+    x `[T, C]`; chosen int64 and weights `[T, K]`; kept bool `[T, K]`, False for choices that are dropped, such as those
     of padding. experts: in all, a multiple of the ranks. Every rank of the channel has to call it. Gradients reach x,
-    weights and what experts use; on their way back they travel during the backward pass of what was computed meanwhile.
+    weights and the parameters of the experts; their transfers overlap with the backward pass of the same computation.
     """
     dispatch = Dispatch.plan(chosen, kept, channel, experts)
-    there = _Exchange(channel, dispatch.sent, dispatch.received, "expert_rows")
-    link: Tensor = _Start.apply(_Spread.apply(x, dispatch), there)  # pyright: ignore[reportAssignmentType]
-    return RowsUnderWay(link, weights, dispatch, there)
+    exchange = _RowExchange(channel, dispatch.sent, dispatch.received, "expert_rows")
+    link: Tensor = _Start.apply(_Expand.apply(x, dispatch), exchange)  # pyright: ignore[reportAssignmentType]
+    return InFlightTokens(link, weights, dispatch, exchange)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RowsUnderWay:
-    """Rows of tokens on their way to their experts; link: the edge of the graph that leads back to them."""
+class InFlightTokens:
+    """Rows of tokens in flight to their experts; link: the autograd edge back to them."""
 
     link: Tensor
     weights: Tensor
     dispatch: "Dispatch"
-    there: "_Exchange"
+    exchange: "_RowExchange"
 
-    def attended_by(self, run: Experts) -> Tensor:
-        """Return the weighed sum of what its experts make of each token, `[T, C]` in the dtype of x; 0 without any."""
-        dispatch, there = self.dispatch, self.there
-        rows: Tensor = _Land.apply(self.link, there)  # pyright: ignore[reportAssignmentType]
-        made = run(rows.index_select(0, dispatch.by_expert), dispatch.counts).index_select(0, dispatch.by_arrival)
-        back = _Exchange(there.channel, dispatch.received, dispatch.sent, "expert_out")
-        made = _Land.apply(_Start.apply(made, back), back)
-        return _Collect.apply(made, self.weights, dispatch)  # pyright: ignore[reportReturnType]
+    def combine(self, run: Experts) -> Tensor:
+        """Run the experts; return the weighted sum of each token's outputs, `[T, C]` in the dtype of x."""
+        dispatch, exchange = self.dispatch, self.exchange
+        rows: Tensor = _Finish.apply(self.link, exchange)  # pyright: ignore[reportAssignmentType]
+        # [N, C] by sender -> by expert -> by sender
+        outputs = run(rows.index_select(0, dispatch.by_expert), dispatch.counts).index_select(0, dispatch.by_arrival)
+        back = _RowExchange(exchange.channel, dispatch.received, dispatch.sent, "expert_out")
+        outputs = _Finish.apply(_Start.apply(outputs, back), back)
+        return _Combine.apply(outputs, self.weights, dispatch)  # pyright: ignore[reportReturnType]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Dispatch:
-    """Where the rows of a rank's tokens go in one layer.
+    """The routes of a rank's tokens in one layer.
 
-    choice: of each row sent, the choice t * K + k of token t that it is for, int64 `[N]`, by expert and token. place:
-    the row of each choice, int64 `[T, K]`; -1 where none is sent. sent, received: rows to and from each rank.
-    counts: rows that each of this rank's experts gets; by_expert: rows in the order of arrival to be taken for that
-    order, and by_arrival back.
+    choice: the choice t * K + k behind each sent row, int64 `[N sent]`, by expert, then by token. row: the sent row of
+    each choice, int64 `[T, K]`; -1 if it is dropped. sent, received: rows to and from each rank.
+    counts: rows of each of this rank's experts. by_expert: permutation of the received rows from the order of arrival
+    to that of experts; by_arrival: its inverse.
     """
 
     choice: Tensor
-    place: Tensor
+    row: Tensor
     sent: list[int]
     received: list[int]
     counts: list[int]
@@ -75,22 +82,25 @@ class Dispatch:
     @staticmethod
     @torch.no_grad()
     def plan(chosen: Tensor, kept: Tensor, channel: Channel, experts: int) -> "Dispatch":
-        """Tell the other ranks of the channel how many rows come; the host waits for the device once."""
-        # What goes nowhere is sorted behind all experts.
+        """Exchange the numbers of rows with the other ranks; the host waits for the device once."""
+        # Dropped choices sort behind all experts: [T, K] -> [T * K].
         expert, choice = chosen.masked_fill(~kept, experts).flatten().sort(stable=True)
-        mine = torch.zeros(experts + 1, dtype=torch.int64, device=chosen.device)
-        mine = mine.scatter_add_(0, expert, torch.ones_like(expert))[:experts].view(channel.size, -1)
-        theirs = channel.all_to_all(mine, kind="expert_counts")
-        to_ranks, from_ranks = torch.stack((mine, theirs)).tolist()
+        counts = torch.zeros(experts + 1, dtype=torch.int64, device=chosen.device)
+        counts = counts.scatter_add_(0, expert, torch.ones_like(expert))
+        counts_sent = counts[:experts].view(channel.size, -1)  # [E + 1] -> [P, E/P]
+        counts_received = channel.all_to_all(counts_sent, kind="expert_counts")  # [P, E/P]
+        # The only synchronization with the device.
+        to_ranks, from_ranks = torch.stack((counts_sent, counts_received)).tolist()
         sent, received = [sum(row) for row in to_ranks], [sum(row) for row in from_ranks]
-        place = torch.empty_like(choice)
-        place[choice] = torch.arange(len(choice), device=choice.device)
-        local = torch.arange(theirs.shape[1], device=choice.device).repeat(channel.size)
-        of_arrival = local.repeat_interleave(theirs.flatten(), output_size=sum(received))
-        by_expert = of_arrival.argsort(stable=True)
+        row = torch.empty_like(choice)
+        row[choice] = torch.arange(len(choice), device=choice.device)
+        local_expert = torch.arange(counts_received.shape[1], device=choice.device).repeat(channel.size)  # [P * E/P]
+        # [P * E/P] -> [N received]
+        expert_of_arrival = local_expert.repeat_interleave(counts_received.flatten(), output_size=sum(received))
+        by_expert = expert_of_arrival.argsort(stable=True)
         return Dispatch(
             choice=choice[: sum(sent)],
-            place=place.masked_fill_(place >= sum(sent), -1).view(chosen.shape),
+            row=row.masked_fill_(row >= sum(sent), -1).view(chosen.shape),  # [T * K] -> [T, K]
             sent=sent,
             received=received,
             counts=[sum(column) for column in zip(*from_ranks, strict=True)],
@@ -98,33 +108,34 @@ class Dispatch:
             by_arrival=by_expert.argsort(),
         )
 
-    def collect(self, rows: Tensor, weights: Tensor | None) -> Tensor:
-        """Return for each token the sum of its rows, weighed by `[T, K]`, in the dtype of sums; `[T, C]`."""
+    def combine(self, rows: Tensor, weights: Tensor | None) -> Tensor:
+        """Return the sum of each token's rows `[N, C]`, weighted by `[T, K]`; `[T, C]` in the accumulation dtype."""
         dtype = accumulation_dtype(rows.dtype)
-        total = torch.zeros(len(self.place), rows.shape[1], dtype=dtype, device=rows.device)
-        for k in range(self.place.shape[1] if len(rows) else 0):
-            part = rows.index_select(0, self.place[:, k].clamp(min=0)).to(dtype)
-            share = (self.place[:, k] >= 0).to(dtype)
-            total.addcmul_(part, (share if weights is None else share * weights[:, k])[:, None])
+        total = torch.zeros(len(self.row), rows.shape[1], dtype=dtype, device=rows.device)
+        # One choice of all tokens at a time: the sum has a fixed order, and memory for one row of each token.
+        for k in range(self.row.shape[1] if len(rows) else 0):
+            part = rows.index_select(0, self.row[:, k].clamp(min=0)).to(dtype)
+            weight = (self.row[:, k] >= 0).to(dtype)
+            total.addcmul_(part, (weight if weights is None else weight * weights[:, k])[:, None])
         return total
 
 
-class _Spread(torch.autograd.Function):
-    """A row for each choice; backward, a token's gradients are summed in the order of its choices."""
+class _Expand(torch.autograd.Function):
+    """From tokens `[T, C]` to a row of each choice `[N, C]`; backward, gradients are summed in the order of choices."""
 
     @staticmethod
     def forward(ctx, x: Tensor, dispatch: Dispatch) -> Tensor:
         ctx.dispatch = dispatch
-        return x.index_select(0, dispatch.choice // dispatch.place.shape[1])
+        return x.index_select(0, dispatch.choice // dispatch.row.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, drows: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ctx.dispatch.collect(drows, None).to(drows.dtype), None
+        return ctx.dispatch.combine(drows, None).to(drows.dtype), None
 
 
-class _Exchange:
-    """Rows to and from the ranks of a channel, one transfer under way at a time; gradients take the way back."""
+class _RowExchange:
+    """An all-to-all of rows, one transfer in flight at a time; gradients travel in the opposite direction."""
 
     def __init__(self, channel: Channel, sent: list[int], received: list[int], kind: str) -> None:
         self.channel = channel
@@ -132,26 +143,28 @@ class _Exchange:
         self._transfer: Transfer | None = None
 
     def start(self, rows: Tensor) -> None:
-        self._begin(rows, self._sent, self._received, self._kind)
+        self._start(rows, self._sent, self._received, self._kind)
 
-    def start_back(self, gradients: Tensor) -> None:
-        self._begin(gradients, self._received, self._sent, f"{self._kind}_gradient")
+    def start_backward(self, gradients: Tensor) -> None:
+        self._start(gradients, self._received, self._sent, f"{self._kind}_gradient")
 
-    def land(self) -> Tensor:
-        """Return what arrives of what was started."""
+    def finish(self) -> Tensor:
+        """Wait for the transfer in flight and return its rows."""
         assert self._transfer is not None
         arrived, self._transfer = self._transfer.wait(), None
         return arrived
 
-    def _begin(self, rows: Tensor, sent: list[int], received: list[int], kind: str) -> None:
+    def _start(self, rows: Tensor, sent: list[int], received: list[int], kind: str) -> None:
         self._transfer = self.channel.start_all_to_all(rows, sent=sent, received=received, kind=kind)
 
 
-class _Start(torch.autograd.Function):
-    """What goes from here to `_Land`, and the gradient from there to here, only makes autograd call them in turn."""
+# Autograd sees a transfer as two functions, so that it runs other nodes between them in both passes. The empty tensor
+# between `_Start` and `_Finish`, and its gradient, only order the calls.
 
+
+class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: Tensor, exchange: _Exchange) -> Tensor:
+    def forward(ctx, rows: Tensor, exchange: _RowExchange) -> Tensor:
         ctx.exchange = exchange
         exchange.start(rows)
         return rows.new_empty(0)
@@ -159,37 +172,38 @@ class _Start(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, link: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ctx.exchange.land(), None
+        return ctx.exchange.finish(), None
 
 
-class _Land(torch.autograd.Function):
+class _Finish(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, link: Tensor, exchange: _Exchange) -> Tensor:
+    def forward(ctx, link: Tensor, exchange: _RowExchange) -> Tensor:
         ctx.exchange = exchange
-        # Alone on a channel, rows arrive as the very tensor that left, which has a history.
-        return exchange.land().detach()
+        # A channel of one rank returns the very tensor that was sent, which is part of the graph already.
+        return exchange.finish().detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, drows: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.exchange.start_back(drows)
+        ctx.exchange.start_backward(drows)
         return drows.new_empty(0), None
 
 
-class _Collect(torch.autograd.Function):
+class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, made: Tensor, weights: Tensor, dispatch: Dispatch) -> Tensor:
-        ctx.save_for_backward(made, weights)
+    def forward(ctx, outputs: Tensor, weights: Tensor, dispatch: Dispatch) -> Tensor:
+        ctx.save_for_backward(outputs, weights)
         ctx.dispatch = dispatch
-        return dispatch.collect(made, weights).to(made.dtype)
+        return dispatch.combine(outputs, weights).to(outputs.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        made, weights = ctx.saved_tensors
+        outputs, weights = ctx.saved_tensors
         choice, per_token = ctx.dispatch.choice, weights.shape[1]
-        of_rows = dout.index_select(0, choice // per_token).to(accumulation_dtype(made.dtype))
+        # [T, C] -> [N, C], a row of each sent choice
+        dout_rows = dout.index_select(0, choice // per_token).to(accumulation_dtype(outputs.dtype))
         dweights = torch.zeros_like(weights)
-        dweights.view(-1)[choice] = (of_rows * made).sum(-1).to(weights.dtype)
-        dmade = of_rows.mul_(weights.flatten()[choice].unsqueeze(-1)).to(made.dtype)
-        return dmade, dweights, None
+        dweights.view(-1)[choice] = (dout_rows * outputs).sum(-1).to(weights.dtype)  # [T, K] as [T * K]
+        doutputs = dout_rows.mul_(weights.flatten()[choice].unsqueeze(-1)).to(outputs.dtype)  # weights [N, 1]
+        return doutputs, dweights, None

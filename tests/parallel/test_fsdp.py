@@ -24,7 +24,7 @@ from tests.support.rank_pool import RankPool
 
 
 class CollectiveBytes(TorchDispatchMode):
-    """Bytes that this rank puts into each kind of collective, by the number of ranks; seen from under FSDP."""
+    """Bytes that this rank puts into each kind of collective, by the number of ranks; below FSDP."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,9 +33,9 @@ class CollectiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             name = func.overloadpacket.__name__
-            place = {"_allgather_base_": 1, "_reduce_scatter_base_": 1, "allreduce_": 0}.get(name)
-            if place is not None:
-                tensors = args[place] if isinstance(args[place], list) else [args[place]]
+            argument = {"_allgather_base_": 1, "_reduce_scatter_base_": 1, "allreduce_": 0}.get(name)
+            if argument is not None:
+                tensors = args[argument] if isinstance(args[argument], list) else [args[argument]]
                 group = dist.ProcessGroup.unbox(args[1 if name == "allreduce_" else 2])
                 self.put_in[name, group.size()] += sum(tensor.nbytes for tensor in tensors)
         return func(*args, **(kwargs or {}))
@@ -125,9 +125,9 @@ def clip_known_gradients(parallel: ParallelConfig, max_norm: float) -> tuple[flo
     model = build_model(config, mesh, torch.device("cpu"))
     first = 0
     for parameter in model.parameters():
-        whole = torch.arange(first, first + parameter.numel(), dtype=torch.float64).view(parameter.shape)
+        gradient = torch.arange(first, first + parameter.numel(), dtype=torch.float64).view(parameter.shape)
         of_parameter = parameter.device_mesh, parameter.placements  # pyright: ignore
-        parameter.grad = distribute_tensor(whole, *of_parameter)
+        parameter.grad = distribute_tensor(gradient, *of_parameter)
         first += parameter.numel()
     norm = clip_gradients(model.parameters(), max_norm).item()
     squares = [p.grad.full_tensor().square().sum().item() for p in model.parameters()]  # pyright: ignore
@@ -160,7 +160,7 @@ def clip_infinite() -> tuple[float, bool]:
     return norm, bool(parameter.grad[0] == 1.0)
 
 
-def test_a_norm_that_is_not_finite_leaves_the_gradients_alone(ranks: Callable[[int], RankPool]) -> None:
+def test_a_norm_that_is_not_finite_leaves_the_gradients_unchanged(ranks: Callable[[int], RankPool]) -> None:
     norm, untouched = ranks(1).run(clip_infinite)[0]
     assert norm == torch.inf
     assert untouched

@@ -17,7 +17,7 @@ from farspan.kernels.mechanisms.neighborhood import Neighborhood
 from farspan.kernels.mechanisms.window import Window
 from farspan.kernels.planning.gathered_batches import count_pairs
 from farspan.kernels.planning.plan import Plan
-from farspan.parallel.layout import LAYOUTS, SHORTEST, Shards
+from farspan.parallel.layout import LAYOUTS, MIN_CHUNK_TOKENS, Shards
 
 
 @pytest.mark.parametrize(
@@ -28,17 +28,17 @@ from farspan.parallel.layout import LAYOUTS, SHORTEST, Shards
         ("striped", [[0, 2, 4, 6], [1, 3, 5, 7]]),
     ],
 )
-def test_who_holds_what(layout: str, expected: list[list[int]]) -> None:
+def test_tokens_of_ranks(layout: str, expected: list[list[int]]) -> None:
     assert LAYOUTS[layout](8, 2, lambda: torch.ones(8)).tolist() == expected
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 64, 101])
 @pytest.mark.parametrize("degree", [1, 2, 3, 8])
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_every_token_has_one_place_and_the_way_back(layout: str, degree: int, tokens: int) -> None:
-    shards = Shards.deal(Rows.packed([tokens]), layout=layout, degree=degree)
-    held = shards.index[shards.index >= 0]
-    assert held.sort().values.tolist() == list(range(tokens))
+def test_every_token_is_on_one_rank_and_unshard_inverts_shard(layout: str, degree: int, tokens: int) -> None:
+    shards = Shards.build(Rows.packed([tokens]), layout=layout, degree=degree)
+    tokens_of_ranks = shards.index[shards.index >= 0]
+    assert tokens_of_ranks.sort().values.tolist() == list(range(tokens))
     assert shards.tokens_local * degree < tokens + 2 * degree
     x = torch.randn(tokens, 3)
     parts = torch.stack([shards.shard(x, rank, fill=torch.nan) for rank in range(degree)])
@@ -47,7 +47,7 @@ def test_every_token_has_one_place_and_the_way_back(layout: str, degree: int, to
 
 
 def test_padding_rows_belong_to_no_document() -> None:
-    shards = Shards.deal(Rows.packed([5]), layout="contiguous", degree=2)
+    shards = Shards.build(Rows.packed([5]), layout="contiguous", degree=2)
     assert shards.rows_of(1).document.tolist() == [0, 0, PADDING]
 
 
@@ -58,7 +58,7 @@ def test_zigzag_and_striped_even_out_causal_work(degree: int) -> None:
     rows = Rows.packed([tokens])
 
     def imbalance(layout: str) -> float:
-        shards = Shards.deal(rows, layout=layout, degree=degree)
+        shards = Shards.build(rows, layout=layout, degree=degree)
         work = [
             Plan.build(shards.rows_of(rank), rows, AttentionMask(), heads=1).unmasked_pairs for rank in range(degree)
         ]
@@ -72,17 +72,17 @@ def test_zigzag_and_striped_even_out_causal_work(degree: int) -> None:
 
 def test_an_unknown_layout_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"parallel\.layout='zigzg' does not exist.*Did you mean 'zigzag'"):
-        Shards.deal(Rows.packed([4]), layout="zigzg", degree=2)
+        Shards.build(Rows.packed([4]), layout="zigzg", degree=2)
 
 
 def visible_area(mechanism: Mechanism, rows: Rows, index: Tensor) -> float:
-    """Count the pairs that the queries of one rank see, by a plan of their own."""
+    """Count the pairs that the queries of one rank see, by a plan."""
     queries, attention_mask = rows.take(index), mechanism.attention_mask()  # pyright: ignore[reportAttributeAccessIssue]
     selection = None
     if isinstance(mechanism, Routed):
         one = Heads(query=1, kv=1)
-        whole = mechanism.route(rows, one, torch.zeros(len(rows), 1, 8), torch.zeros(len(rows), 1, 8))
-        selection = whole.selection.of_queries(index)
+        routing = mechanism.route(rows, one, torch.zeros(len(rows), 1, 8), torch.zeros(len(rows), 1, 8))
+        selection = routing.selection.of_queries(index)
     plan = Plan.build(queries, rows, attention_mask, heads=1, selection=selection)
     return plan.unmasked_pairs if selection is None else count_pairs(plan, kv_heads=1)
 
@@ -108,30 +108,30 @@ WORKS = {
 
 @pytest.mark.parametrize("degree", [8, 64])
 @pytest.mark.parametrize("name", list(WORKS))
-def test_balanced_evens_out_what_is_seen(name: str, degree: int) -> None:
+def test_balanced_evens_out_unmasked_pairs(name: str, degree: int) -> None:
     """At most 1.05 times the mean on any rank, as plans count; round robin would have 1.5 for some of these."""
     mechanism, lengths = WORKS[name]
     rows = Rows.packed(lengths)
-    shards = Shards.deal(rows, layout="balanced", degree=degree, work=mechanism.keys_per_query)
+    shards = Shards.build(rows, layout="balanced", degree=degree, work=mechanism.keys_per_query)
     work = [visible_area(mechanism, rows, index) for index in shards.index]
     assert max(work) * degree / sum(work) <= 1.05
     assert (shards.index >= 0).sum() == len(rows)
 
 
-def test_balanced_deals_as_few_stretches_as_do_it() -> None:
-    """Two for each rank, as zigzag has them, where these are even already."""
-    index = Shards.deal(Rows.packed([1 << 14]), layout="balanced", degree=8).index
+def test_balanced_assigns_as_few_chunks_as_possible() -> None:
+    """Two per rank, as zigzag has them, where these are even already."""
+    index = Shards.build(Rows.packed([1 << 14]), layout="balanced", degree=8).index
     assert int((index.diff(dim=1) != 1).sum(dim=1).max()) == 1
 
 
-def test_balanced_deals_no_stretch_that_is_too_short() -> None:
-    """One token that is all the work cannot be evened out: 8192 tokens are cut into 64 stretches of 128, no further."""
+def test_balanced_assigns_no_chunk_that_is_too_short() -> None:
+    """One token that is all the work cannot be evened out: 8192 tokens are split into 64 chunks of 128, no further."""
     work = torch.zeros(8192, dtype=torch.float64)
     work[1000] = 1
-    index = Shards.deal(Rows.packed([8192]), layout="balanced", degree=8, work=lambda _: work).index
-    stretches = index.view(8, -1, SHORTEST)
-    assert (stretches.diff(dim=2) == 1).all()
-    assert (stretches[:, :, 0] % SHORTEST == 0).all()
+    index = Shards.build(Rows.packed([8192]), layout="balanced", degree=8, work=lambda _: work).index
+    chunks = index.view(8, -1, MIN_CHUNK_TOKENS)
+    assert (chunks.diff(dim=2) == 1).all()
+    assert (chunks[:, :, 0] % MIN_CHUNK_TOKENS == 0).all()
     assert int((index.diff(dim=1) != 1).sum(dim=1).max()) > 3
 
 

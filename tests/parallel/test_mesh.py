@@ -41,22 +41,16 @@ def test_degrees_that_do_not_fit_are_refused(config: ParallelConfig, num_ranks: 
         Degrees.resolve(config, num_ranks)
 
 
-def places(config: ParallelConfig) -> tuple[int, int, list[int], list[str], list[int]]:
+def places(config: ParallelConfig) -> tuple[int, list[int], list[str], list[int]]:
     mesh = Mesh.build(config, "cpu")
     names = list(mesh.fsdp.mesh_dim_names or ())
-    return (
-        mesh.data_rank,
-        mesh.context_rank,
-        dist.get_process_group_ranks(mesh.context),
-        names,
-        mesh.fsdp.mesh.flatten().tolist(),
-    )
+    return mesh.data_rank, dist.get_process_group_ranks(mesh.context), names, mesh.fsdp.mesh.flatten().tolist()
 
 
-def test_context_groups_are_neighbours_and_parameters_are_sharded_over_all(ranks: Callable[[int], RankPool]) -> None:
+def test_context_groups_are_neighbors_and_parameters_are_sharded_over_all(ranks: Callable[[int], RankPool]) -> None:
     found = ranks(4).run(places, ParallelConfig(context=2))
-    assert [place[:3] for place in found] == [(0, 0, [0, 1]), (0, 1, [0, 1]), (1, 0, [2, 3]), (1, 1, [2, 3])]
-    assert all(place[3:] == (["shard"], [0, 1, 2, 3]) for place in found)
+    assert [place[:2] for place in found] == [(0, [0, 1]), (0, [0, 1]), (1, [2, 3]), (1, [2, 3])]
+    assert all(place[2:] == (["shard"], [0, 1, 2, 3]) for place in found)
 
 
 def timeouts() -> set[float]:
@@ -66,7 +60,7 @@ def timeouts() -> set[float]:
 
 
 def test_no_group_waits_longer_than_the_world(ranks: Callable[[int], RankPool]) -> None:
-    """torch gives each new group half an hour of its own."""
+    """torch gives every new group half an hour."""
     assert ranks(4).run(timeouts) == [{COLLECTIVE_TIMEOUT_S}] * 4
 
 
@@ -101,7 +95,7 @@ def shape_of_parameters(config: ParallelConfig) -> list[list[int]]:
 
 def test_replicas_shard_their_own_copy(ranks: Callable[[int], RankPool]) -> None:
     found = ranks(4).run(places, ParallelConfig(context=2, dp_replicate=2))
-    assert all(place[3:] == (["replicate", "shard"], [0, 1, 2, 3]) for place in found)
+    assert all(place[2:] == (["replicate", "shard"], [0, 1, 2, 3]) for place in found)
 
 
 def lines() -> list[list[int]]:
@@ -112,7 +106,7 @@ def lines() -> list[list[int]]:
     return [dist.get_process_group_ranks(group) for group in groups]
 
 
-def test_ranks_of_an_inner_axis_and_those_that_hold_all_experts_are_neighbours(
+def test_ranks_of_an_inner_axis_and_those_that_hold_all_experts_are_neighbors(
     ranks: Callable[[int], RankPool],
 ) -> None:
     near, far = [[0, 1], [0, 1], [2, 3], [2, 3]], [[0, 2], [1, 3], [0, 2], [1, 3]]

@@ -116,7 +116,7 @@ def test_rows_travel_to_experts_during_attention_where_it_is_parallel(
 
     def send(x: Tensor, *rest: object) -> SimpleNamespace:
         events.append("rows leave")
-        return SimpleNamespace(attended_by=lambda run: events.append("rows are awaited") or torch.zeros_like(x))
+        return SimpleNamespace(combine=lambda run: events.append("rows are awaited") or torch.zeros_like(x))
 
     def attend(q: Tensor, *rest: Tensor) -> Tensor:
         events.append("attention")

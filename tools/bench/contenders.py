@@ -57,7 +57,7 @@ class Ours(Contender):
             self.name, shape.device, KernelRequest.of(mechanism, shape.dtype, shape.head_dim, shape.value_dim)
         )
         channel = Channel(dist.group.WORLD, Traffic())  # pyright: ignore[reportArgumentType]
-        shards = Shards.deal(rows, layout="contiguous", degree=1)
+        shards = Shards.build(rows, layout="contiguous", degree=1)
         return STRATEGIES.get("single")(channel).prepare(mechanism, shards, shape.heads, backend=self.name)
 
 

@@ -138,7 +138,7 @@ class ContextRow:
         return f"{self.case.name} by {self.setting}"
 
     def shards(self, mechanism: Mechanism, rows: Rows) -> Shards:
-        return Shards.deal(rows, layout=self.layout, degree=self.degree, work=mechanism.keys_per_query)
+        return Shards.build(rows, layout=self.layout, degree=self.degree, work=mechanism.keys_per_query)
 
     def sharded(self, tokens: int, shape: Shape) -> ShardedCase:
         """Return the sharded case that is timed."""

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from farspan.errors import CheckpointError
-from farspan.parallel.groups import group_along
+from farspan.parallel.mesh import group_along
 from farspan.trainer.checkpoint.manifest import START_AGAIN, DamagedError, Manifest, damaged
 from farspan.trainer.checkpoint.shards import read_shards, write_shards
 from farspan.trainer.checkpoint.steps import finished, make_room, prune, publish, step_name

@@ -12,11 +12,11 @@ from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.planner import Sizes
+from farspan.parallel.comm import Unconnected
 from farspan.parallel.context_parallel.cost_model import SAMPLED
 from farspan.parallel.context_parallel.halo import mean_rows_sent
 from farspan.parallel.layout import Shards
 from farspan.parallel.mesh import Degrees
-from farspan.parallel.simulation import Unconnected
 from farspan.trainer.batch import work_of_layers
 from farspan.trainer.build import backends_of_layers, build_strategies, strategies_of_layers
 from farspan.trainer.config import Config
@@ -129,8 +129,10 @@ def _backend(name: str) -> str:
 def attention_bytes(config: Config, degrees: Degrees) -> int:
     """Return the bytes that rank 0 sends for the attention of all layers, for a sequence of one document."""
     parallel, mechanisms, rows = config.parallel, config.mechanisms(), Rows.packed([config.data.sequence_tokens])
-    shards = Shards.deal(rows, layout=parallel.layout, degree=degrees.context, work=partial(work_of_layers, mechanisms))
-    channel = Unconnected(0, degrees.context, width=parallel.context_inner)
+    shards = Shards.build(
+        rows, layout=parallel.layout, degree=degrees.context, work=partial(work_of_layers, mechanisms)
+    )
+    channel = Unconnected(0, degrees.context, inner_size=parallel.context_inner)
     sizes = Sizes.of(config.train.torch_dtype, config.model.head_dim, config.model.head_dim)
     names = strategies_of_layers(config, degrees)
     strategies = build_strategies(names, channel, parallel)
@@ -150,7 +152,7 @@ def convolution_bytes(config: Config, degrees: Degrees) -> int:
     if not model.key_convolution:
         return 0
     rows = Rows.packed([config.data.sequence_tokens])
-    shards = Shards.deal(rows, layout=config.parallel.layout, degree=degrees.context)
+    shards = Shards.build(rows, layout=config.parallel.layout, degree=degrees.context)
     heads = sum(model.projected_heads_of(m).kv for m in config.mechanisms() if not model.is_gated(m))
     sent = mean_rows_sent(shards, model.key_convolution - 1) * heads * model.head_dim
     return sent * (compute.itemsize + accumulation_dtype(compute).itemsize)

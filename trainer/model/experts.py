@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from farspan.kernels.moe.grouped_gemm import grouped_swiglu
 from farspan.kernels.routing.router_logits import routing_logits
 from farspan.parallel.comm import Channel
-from farspan.parallel.expert_parallel.capacity import SharedSequence
+from farspan.parallel.expert_parallel.capacity import ExpertCapacity
 from farspan.parallel.expert_parallel.dispatch import send_to_experts
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.statistics import RoutingStatistics
@@ -58,7 +58,7 @@ class ExpertFeedForward(nn.Module):
         self.bias = nn.Buffer(torch.empty(self.count))
 
     def begin(
-        self, x: Tensor, sequence: SharedSequence, channel: Channel
+        self, x: Tensor, sequence: ExpertCapacity, channel: Channel
     ) -> Callable[[], tuple[Tensor, RoutingStatistics]]:
         """Send x `[T, C]` to the ranks of its experts; return a function that waits for their results `[T, C]`.
 
@@ -77,13 +77,13 @@ class ExpertFeedForward(nn.Module):
 
         def finish() -> tuple[Tensor, RoutingStatistics]:
             shared = None if self.shared is None else self.shared(x)
-            out = under_way.attended_by(self.experts)
+            out = under_way.combine(self.experts)
             return out if shared is None else out + shared, statistics
 
         return finish
 
     @torch.no_grad()
-    def _choose(self, scores: Tensor, sequence: SharedSequence) -> tuple[Tensor, Tensor]:
+    def _choose(self, scores: Tensor, sequence: ExpertCapacity) -> tuple[Tensor, Tensor]:
         """Return experts of each token, int64 `[T, K]`, and a mask of the entries that are choices, bool `[T, K]`."""
         if self.config.choice == "experts":
             taken = sequence.chosen_by_experts(scores, self.config.per_token)  # [T, E]

@@ -20,7 +20,7 @@ from farspan.kernels.mechanism import Mechanism
 from farspan.parallel.comm import Channel
 from farspan.parallel.context_parallel.key_convolution import KeyConvolution
 from farspan.parallel.context_parallel.strategy import DistributedAttention
-from farspan.parallel.expert_parallel.capacity import SharedSequence
+from farspan.parallel.expert_parallel.capacity import ExpertCapacity
 from farspan.trainer.model.attention import Attention, AttentionInputs, RmsNorm
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.experts import ExpertFeedForward
@@ -35,7 +35,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 class ExpertPlaces:
     """sequence: its ranks and the local tokens of it. channel: to the ranks that own the experts."""
 
-    sequence: SharedSequence
+    sequence: ExpertCapacity
     channel: Channel
 
 

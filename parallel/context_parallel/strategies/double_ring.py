@@ -1,8 +1,8 @@
-"""Double ring (LoongTrain, arXiv 2406.18485, section 4.3): rings within neighborhoods, within a ring of those.
+"""Double ring (LoongTrain, arXiv 2406.18485, section 4.3): rings within node groups, within a ring of groups.
 
-Chunks go round among the ranks of a neighborhood, such as the GPUs of a node, while the chunk that a rank began with
-is on its way to the next neighborhood: the slow links between nodes have the time of a whole inner round for one
-chunk, and all of a node's links are used at once. Bytes are those of one ring.
+Chunks pass around the ranks of a node group, such as the GPUs of a node, while the chunk that a rank began with travels
+to the next group: the slow links between nodes have the time of a full inner round for one chunk, and all links of a
+node are used at once. It sends the bytes of one ring.
 """
 
 from typing import final
@@ -11,14 +11,14 @@ from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.planner import Heads, HeadShare
 from farspan.parallel.context_parallel.moving_kv import KVMovingStrategy
-from farspan.parallel.context_parallel.ring_exchange import RingKVSchedule, Rings
+from farspan.parallel.context_parallel.ring_exchange import RingKVSchedule, RingTopology
 from farspan.parallel.context_parallel.strategy import STRATEGIES, grid_unsupported_reason
 from farspan.parallel.layout import Shards
 
 
 @final
 class DoubleRing(KVMovingStrategy):
-    """Neighborhoods are the inner axis of the channel."""
+    """Node groups are the inner axis of the channel."""
 
     name = "double_ring"
 
@@ -29,8 +29,8 @@ class DoubleRing(KVMovingStrategy):
         )
 
     def kv_schedule(self, attention_mask: AttentionMask, shards: Shards, share: HeadShare) -> RingKVSchedule:
-        rings = Rings(size=self.channel.size, width=self.channel.width)
-        return RingKVSchedule(self, rings, attention_mask, shards, share)
+        ring = RingTopology(size=self.channel.size, inner_size=self.channel.inner_size)
+        return RingKVSchedule(self, ring, attention_mask, shards, share)
 
 
 STRATEGIES.add(DoubleRing.name, DoubleRing)

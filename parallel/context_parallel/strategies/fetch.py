@@ -1,9 +1,14 @@
-"""Fetch: a rank gets those keys and values of other ranks that its own queries need, and no others.
+"""Fetch: a rank receives the keys and values of other ranks that its own queries require, and no others.
 
-Windows and neighborhoods need halos, documents what they have elsewhere, block-sparse and routed mechanisms the union
-of the blocks that were chosen, head by head. Keys come in stages, from ranks ever farther away, each on its way during
-the work on the one before; gradients go back the way that keys came, and are summed in the accumulation dtype where
-they are at home, rank by rank.
+Windows and neighborhoods require halos, documents their rows on other ranks, block-sparse and routed mechanisms the
+union of the selected blocks of each head. Keys arrive in stages, from ranks at growing distances, each stage while the
+one before it is computed. Example: 8 ranks; of 7 distances, stage 1 has 1 and 2, so that rank 5 receives from 4 and 3:
+
+    stage       0        1          2          3          4
+    distance    local    1 2        3 4        5 6        7
+    rank 5      5        4 3        2 1        0 7        6
+
+Gradients return along the same routes; their owner sums them in the accumulation dtype, in the order of the ranks.
 """
 
 from collections.abc import Iterator
@@ -18,7 +23,7 @@ from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.planner import Heads, HeadShare, RoutingSource, Sizes
 from farspan.kernels.planning.plan import Plan
-from farspan.parallel.comm import Channel, Transfer
+from farspan.parallel.comm import Channel, GradCommDtype, Transfer, grad_dtype
 from farspan.parallel.context_parallel.moving_kv import (
     GradReturn,
     KeysAndValues,
@@ -26,59 +31,58 @@ from farspan.parallel.context_parallel.moving_kv import (
     KVMovingStrategy,
     KVSchedule,
 )
-from farspan.parallel.context_parallel.required_keys import needed_keys
+from farspan.parallel.context_parallel.required_keys import required_keys
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Move, Volume
 from farspan.parallel.layout import Shards
 
 STAGES = 4
-"""Most stages in which the keys of other ranks come: more hide more of the transfers, fewer make larger calls."""
+"""Most stages for the keys of other ranks: more stages overlap more of the transfers, fewer make larger calls."""
 
 
 @final
 class Fetch(KVMovingStrategy):
-    """Works under every layout; moves least where the keys of a query lie on few ranks."""
+    """Works under every layout; sends least where the keys of a query are on few ranks."""
 
     name = "fetch"
 
     def kv_schedule(self, attention_mask: AttentionMask, shards: Shards, share: HeadShare) -> KVSchedule:
         sequence = self._sequence(attention_mask, shards, share)
-        return _FetchKVSchedule(sequence, sequence.wanted(), sequence.given())
+        return _FetchKVSchedule(sequence, sequence.required(), sequence.requested())
 
     def kv_exchange_of_blocks(self, attention_mask: AttentionMask, shards: Shards, share: HeadShare) -> KVExchange:
         return _SelectedKVExchange(self._sequence(attention_mask, shards, share))
 
-    def _sequence(self, attention_mask: AttentionMask, shards: Shards, share: HeadShare) -> "_Sequence":
-        return _Sequence(
+    def _sequence(self, attention_mask: AttentionMask, shards: Shards, share: HeadShare) -> "_ShardedSequence":
+        return _ShardedSequence(
             channel=self.channel,
             shards=shards,
             attention_mask=attention_mask,
             heads=share.local_heads,
-            rounded=self.rounded_gradients,
+            grad_comm_dtype=self.grad_comm_dtype,
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Sequence:
-    """One dealt sequence and what its queries may see; keys are the ranks' rows set end to end."""
+class _ShardedSequence:
+    """One sharded sequence and what its queries may see; global rows are the ranks' rows set end to end."""
 
     channel: Channel
     shards: Shards
     attention_mask: AttentionMask
     heads: Heads
-    rounded: bool
+    grad_comm_dtype: GradCommDtype
 
     @property
-    def global_rows(self) -> Tensor:
-        """Token of each row of all ranks set end to end, int64 `[P x tokens_local]`."""
-        return self.shards.index.flatten()
+    def global_tokens(self) -> Tensor:
+        return self.shards.index.flatten()  # [P, T] -> [P * T]
 
     @property
-    def mine(self) -> Tensor:
+    def local_tokens(self) -> Tensor:
         return self.shards.index[self.channel.rank]
 
     @property
     def stages(self) -> tuple[range, ...]:
-        """Distances from owner to reader of each stage."""
+        """The distances from owner to reader of each stage."""
         distances = torch.arange(1, self.channel.size).tensor_split(min(STAGES, self.channel.size - 1) or 1)
         return tuple(range(int(part[0]), int(part[-1]) + 1) for part in distances if len(part))
 
@@ -87,102 +91,104 @@ class _Sequence:
         rows = self.shards.rows
         return Plan.build(rows.take(queries), rows.take(keys), self.attention_mask, heads=self.heads.query)
 
-    def wanted(self, selection: BlockSelection | None = None) -> Tensor:
-        """Return what this rank needs, of what its queries chose if they did; bool `[P, tokens_local, Hk]`."""
-        needed = needed_keys(_choosing(self.plan(self.mine, self.global_rows), selection), self.heads.kv)
-        return needed[0].t().unflatten(0, (self.channel.size, -1))
+    def required(self, selection: BlockSelection | None = None) -> Tensor:
+        """Return the keys that this rank's queries require, bool `[P, T, Hk]`; selection: of these queries."""
+        plan = _with_selection(self.plan(self.local_tokens, self.global_tokens), selection)
+        keys = required_keys(plan, self.heads.kv)[0]
+        return keys.t().unflatten(0, (self.channel.size, -1))  # [Hk, P * T] -> [P, T, Hk]
 
-    def given(self, selection: BlockSelection | None = None) -> Tensor:
-        """Return what each rank needs of this one's keys; bool `[P, tokens_local, Hk]`."""
-        plan = _choosing(self.plan(self.global_rows, self.mine), selection)
-        return needed_keys(plan, self.heads.kv, groups=self.channel.size).transpose(1, 2)
+    def requested(self, selection: BlockSelection | None = None) -> Tensor:
+        """Return this rank's keys that each rank requires, bool `[P, T, Hk]`; selection: of the global rows."""
+        plan = _with_selection(self.plan(self.global_tokens, self.local_tokens), selection)
+        return required_keys(plan, self.heads.kv, groups=self.channel.size).transpose(1, 2)  # [P, Hk, T] -> [P, T, Hk]
 
 
-def _choosing(plan: Plan, selection: BlockSelection | None) -> Plan:
+def _with_selection(plan: Plan, selection: BlockSelection | None) -> Plan:
     return plan if selection is None else plan.with_selection(selection)
 
 
 @final
 class _FetchKVSchedule(KVSchedule):
-    """First the local rows, then stage by stage what is needed of those of others.
+    """KV blocks: the local rows, then stage by stage the required rows of other ranks.
 
-    wanted: of all ranks' rows, by this one; given: of this rank's, by each; bool `[P, tokens_local, Hk]`.
+    required: of all ranks' rows, by this one; requested: of this rank's, by each; bool `[P, T, Hk]`.
     """
 
-    def __init__(self, sequence: _Sequence, wanted: Tensor, given: Tensor) -> None:
-        self.sequence, self.wanted, self.given = sequence, wanted, given
+    def __init__(self, sequence: _ShardedSequence, required: Tensor, requested: Tensor) -> None:
+        self.sequence, self.required, self.requested = sequence, required, requested
         rank = sequence.channel.rank
-        self.stages = tuple(_Stage.of(wanted, given, rank, distances) for distances in sequence.stages)
-        self.tokens = (sequence.mine, *(sequence.global_rows[stage.rows] for stage in self.stages))
-        self.plans = tuple(sequence.plan(sequence.mine, keys) for keys in self.tokens)
+        self.stages = tuple(_Stage.of(required, requested, rank, distances) for distances in sequence.stages)
+        self.tokens = (sequence.local_tokens, *(sequence.global_tokens[stage.rows] for stage in self.stages))
+        self.plans = tuple(sequence.plan(sequence.local_tokens, keys) for keys in self.tokens)
 
-    def parts(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def kv_blocks(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         transfer = self._start(0, k, v)
         yield k, v
         for number, stage in enumerate(self.stages):
             assert transfer is not None
             arrived = transfer.wait()
             transfer = self._start(number + 1, k, v)
-            key, value = (x.new_zeros(len(stage.rows) * x.shape[1], x.shape[2]) for x in (k, v))
+            # Heads differ in what they require; the other heads of a row are masked, and stay 0.
+            key, value = (x.new_zeros(len(stage.rows) * x.shape[1], x.shape[2]) for x in (k, v))  # [rows * Hk, D]
             slots = stage.slots.to(key.device)
-            key[slots], value[slots] = arrived.split((k.shape[2], v.shape[2]), dim=1)
+            key[slots], value[slots] = arrived.split((k.shape[2], v.shape[2]), dim=1)  # [pairs, D + Dv]
+            # [rows * Hk, D] -> [rows, Hk, D]
             yield key.unflatten(0, (-1, k.shape[1])), value.unflatten(0, (-1, v.shape[1]))
 
     def _start(self, number: int, k: Tensor, v: Tensor) -> Transfer | None:
         if number >= len(self.stages):
             return None
         stage = self.stages[number]
-        given = stage.given.to(k.device)
-        outgoing = torch.cat((k.flatten(0, 1)[given], v.flatten(0, 1)[given]), dim=1)
-        return self.sequence.channel.start_all_to_all(
-            outgoing, sent=stage.sent, received=stage.received, kind="fetch_kv"
-        )
+        leaving = stage.leaving.to(k.device)
+        # [T, Hk, D] -> [T * Hk, D] -> [pairs, D + Dv]
+        packed = torch.cat((k.flatten(0, 1)[leaving], v.flatten(0, 1)[leaving]), dim=1)
+        return self.sequence.channel.start_all_to_all(packed, sent=stage.sent, received=stage.received, kind="fetch_kv")
 
     def grad_return(self, k: Tensor, v: Tensor) -> GradReturn:
-        return _FetchGradReturn(self, KeysAndValues.no_gradients(k, v), k.dtype)
+        comm_dtype = grad_dtype(self.sequence.grad_comm_dtype, k.dtype)
+        return _FetchGradReturn(self, KeysAndValues.no_gradients(k, v), comm_dtype)
+
+    # What it costs.
 
     def moves(self, sizes: Sizes, routing: RoutingSource) -> tuple[Move, ...]:
-        """What others need of the local keys and values, both ways; backward also gradients of what this rank needed.
-
-        Counted by row and KV head.
-        """
+        """Requested keys and values in both passes; backward also gradients of required ones. By row and KV head."""
         rank, width = self.sequence.channel.rank, sizes.kv_width
-        given = int(self.given.sum() - self.given[rank].sum()) * width * sizes.element_bytes
-        gradient_bytes = sizes.gradient_bytes(rounded=self.sequence.rounded)
-        returned = int(self.wanted.sum() - self.wanted[rank].sum()) * width * gradient_bytes
-        return (Move(Volume(forward=given, backward=given + returned), self.sequence.channel, hidden=True),)
+        sent = int(self.requested.sum() - self.requested[rank].sum()) * width * sizes.element_bytes
+        gradient_bytes = sizes.gradient_bytes(rounded=self.sequence.grad_comm_dtype == "compute")
+        returned = int(self.required.sum() - self.required[rank].sum()) * width * gradient_bytes
+        return (Move(Volume(forward=sent, backward=sent + returned), self.sequence.channel, overlapped=True),)
 
     def working_bytes(self, sizes: Sizes, routing: RoutingSource) -> int:
-        """The keys of a stage and those of the next on their way, and their gradients, found and leaving."""
+        """The keys of two stages, in use and arriving, and their gradients, computed and packed."""
         largest = max((len(stage.rows) for stage in self.stages), default=0) * self.sequence.heads.kv
         return largest * sizes.kv_width * 2 * (sizes.element_bytes + sizes.accumulation_bytes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Stage:
-    """What moves at a few distances between ranks; pairs of a row and a KV head, by row, then by head.
+    """The transfers at a few distances between ranks, as pairs of a row and a KV head, by row, then by head.
 
-    rows: those that arrive, places among all ranks' rows, int64. slots: row x Hk + head of what arrives. given: the
-    same of local rows that leave, those to rank 0 first. sent, received: pairs to and from each rank.
+    rows: the rows that arrive, of the global rows, int64. slots: row x Hk + head of the pairs that arrive, rows counted
+    within `rows`. leaving: the same of local pairs, those to rank 0 first. sent, received: pairs to and from each rank.
     """
 
     rows: Tensor
     slots: Tensor
-    given: Tensor
+    leaving: Tensor
     sent: tuple[int, ...]
     received: tuple[int, ...]
 
     @staticmethod
-    def of(wanted: Tensor, given: Tensor, rank: int, distances: range) -> "_Stage":
-        ranks = torch.arange(len(wanted))
-        near = torch.tensor([*distances])
-        arriving = wanted & torch.isin((rank - ranks).remainder(len(ranks)), near)[:, None, None]
-        leaving = given & torch.isin((ranks - rank).remainder(len(ranks)), near)[:, None, None]
-        rows = arriving.any(dim=2).flatten().nonzero().squeeze(1)
+    def of(required: Tensor, requested: Tensor, rank: int, distances: range) -> "_Stage":
+        ranks, in_stage = torch.arange(len(required)), torch.tensor([*distances])
+        arriving = required & torch.isin((rank - ranks).remainder(len(ranks)), in_stage)[:, None, None]  # [P, T, Hk]
+        leaving = requested & torch.isin((ranks - rank).remainder(len(ranks)), in_stage)[:, None, None]
+        rows = arriving.any(dim=2).flatten().nonzero().squeeze(1)  # [P, T] -> [P * T] -> [rows]
         return _Stage(
             rows=rows,
-            slots=arriving.flatten(0, 1)[rows].flatten().nonzero().squeeze(1),
-            given=leaving.flatten(1).nonzero()[:, 1],
+            slots=arriving.flatten(0, 1)[rows].flatten().nonzero().squeeze(1),  # [P * T, Hk] -> [rows * Hk] -> [pairs]
+            leaving=leaving.flatten(1).nonzero()[:, 1],  # [P, T * Hk] -> [pairs]
+            # [P, T * Hk] -> [P]
             sent=tuple(leaving.flatten(1).sum(dim=1).tolist()),
             received=tuple(arriving.flatten(1).sum(dim=1).tolist()),
         )
@@ -190,77 +196,84 @@ class _Stage:
 
 @final
 class _FetchGradReturn(GradReturn):
-    def __init__(self, kv_schedule: _FetchKVSchedule, gradient: KeysAndValues, dtype: torch.dtype) -> None:
-        self.kv_schedule, self.gradient, self.part = kv_schedule, gradient, 0
-        self.wire_dtype = dtype if kv_schedule.sequence.rounded else gradient.buffer.dtype
-        self.arriving: Transfer | None = None
+    """Each stage's gradients return to their owners while the next stage is computed."""
+
+    def __init__(self, kv_schedule: _FetchKVSchedule, gradient: KeysAndValues, comm_dtype: torch.dtype) -> None:
+        self.kv_schedule, self.gradient, self.comm_dtype = kv_schedule, gradient, comm_dtype
+        self.stages = iter(kv_schedule.stages)
+        self.is_local = True
+        self.arriving: tuple[Transfer, _Stage] | None = None
 
     def add(self, dk: Tensor | None, dv: Tensor | None) -> None:
-        self.part += 1
-        if self.part == 1:
+        if self.is_local:
+            self.is_local = False
             if dk is not None and dv is not None:
                 self.gradient.key.add_(dk)
                 self.gradient.value.add_(dv)
             return
-        self._take_in()
-        stage = self.kv_schedule.stages[self.part - 2]
+        self._add_arrived()
+        stage = next(self.stages)
         width = self.gradient.key.shape[2] + self.gradient.value.shape[2]
         if dk is None or dv is None:
-            found = self.gradient.buffer.new_zeros(len(stage.slots), width)
+            packed = self.gradient.buffer.new_zeros(len(stage.slots), width)
         else:
             slots = stage.slots.to(dk.device)
-            found = torch.cat((dk.flatten(0, 1)[slots], dv.flatten(0, 1)[slots]), dim=1)
-        self.arriving = self.kv_schedule.sequence.channel.start_all_to_all(
-            found.to(self.wire_dtype), sent=stage.received, received=stage.sent, kind="fetch_dkv"
+            # [rows, Hk, D] -> [rows * Hk, D] -> [pairs, D + Dv]
+            packed = torch.cat((dk.flatten(0, 1)[slots], dv.flatten(0, 1)[slots]), dim=1)
+        transfer = self.kv_schedule.sequence.channel.start_all_to_all(
+            packed.to(self.comm_dtype), sent=stage.received, received=stage.sent, kind="fetch_dkv"
         )
-
-    def _take_in(self) -> None:
-        """Add what came home for the stage before; a row may come from several ranks."""
-        if self.arriving is None:
-            return
-        arrived, stage = self.arriving.wait(), self.kv_schedule.stages[self.part - 3]
-        key, value = self.gradient.key.flatten(0, 1), self.gradient.value.flatten(0, 1)
-        places = stage.given.to(key.device).split(stage.sent)
-        for place, part in zip(places, arrived.split(stage.sent), strict=True):
-            key[place] += part[:, : key.shape[1]]
-            value[place] += part[:, key.shape[1] :]
-        self.arriving = None
+        self.arriving = transfer, stage
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        self.part += 1
-        self._take_in()
+        self._add_arrived()
         return self.gradient.key, self.gradient.value
+
+    def _add_arrived(self) -> None:
+        if self.arriving is None:
+            return
+        transfer, stage = self.arriving
+        arrived = transfer.wait()
+        key, value = self.gradient.key.flatten(0, 1), self.gradient.value.flatten(0, 1)  # views [T * Hk, D]
+        # Rank by rank: several ranks may return the gradient of a pair, and indexed addition drops duplicates.
+        for rows, part in zip(stage.leaving.to(key.device).split(stage.sent), arrived.split(stage.sent), strict=True):
+            key[rows] += part[:, : key.shape[1]]
+            value[rows] += part[:, key.shape[1] :]
+        self.arriving = None
 
 
 @final
 class _SelectedKVExchange(KVExchange):
-    """The keys to move are known once the queries have selected blocks: each rank then asks the others for them."""
+    """The required keys are known once the queries have selected blocks; each rank then requests them."""
 
-    def __init__(self, sequence: _Sequence) -> None:
+    def __init__(self, sequence: _ShardedSequence) -> None:
         self.sequence = sequence
 
-    def for_selection(self, selection: BlockSelection | None) -> KVSchedule:
-        wanted = self.sequence.wanted(selection)
-        return _FetchKVSchedule(self.sequence, wanted, self.sequence.channel.all_to_all(wanted, kind="fetch_requests"))
+    def schedule_for(self, selection: BlockSelection | None) -> KVSchedule:
+        required = self.sequence.required(selection)
+        requested = self.sequence.channel.all_to_all(required, kind="fetch_requests")
+        return _FetchKVSchedule(self.sequence, required, requested)
+
+    # What it costs.
 
     def moves(self, sizes: Sizes, routing: RoutingSource) -> tuple[Move, ...]:
-        """Besides what was chosen, a byte for every row and KV head of other ranks: whether it is needed."""
-        kv_schedule = self._schedule(routing)
-        requests = kv_schedule.wanted.numel() - kv_schedule.wanted[self.sequence.channel.rank].numel()
-        asked = Move(Volume(forward=requests, backward=0), self.sequence.channel, hidden=False)
-        return *kv_schedule.moves(sizes, routing), asked
+        """The requested keys and, for every row and KV head of other ranks, a byte: whether it is required."""
+        kv_schedule = self._typical_schedule(routing)
+        requests = kv_schedule.required.numel() - kv_schedule.required[self.sequence.channel.rank].numel()
+        move = Move(Volume(forward=requests, backward=0), self.sequence.channel, overlapped=False)
+        return *kv_schedule.moves(sizes, routing), move
 
     def working_bytes(self, sizes: Sizes, routing: RoutingSource) -> int:
-        return self._schedule(routing).working_bytes(sizes, routing)
+        return self._typical_schedule(routing).working_bytes(sizes, routing)
 
-    def _schedule(self, routing: RoutingSource) -> "_FetchKVSchedule":
+    def _typical_schedule(self, routing: RoutingSource) -> "_FetchKVSchedule":
         """Return the schedule of the keys that all ranks select; without a full selection, of all they may select."""
-        found = routing()
+        sequence, found = self.sequence, routing()
         if not isinstance(found, SelectedBlocks) or found.one_in > 1:
-            return _FetchKVSchedule(self.sequence, self.sequence.wanted(), self.sequence.given())
-        rows = self.sequence.global_rows, self.sequence.mine
-        of_all, of_mine = (found.selection.of_queries(of_rows) for of_rows in rows)
-        return _FetchKVSchedule(self.sequence, self.sequence.wanted(of_mine), self.sequence.given(of_all))
+            return _FetchKVSchedule(sequence, sequence.required(), sequence.requested())
+        rows = sequence.global_tokens, sequence.local_tokens
+        of_all, of_local = (found.selection.of_queries(tokens) for tokens in rows)
+        return _FetchKVSchedule(sequence, sequence.required(of_local), sequence.requested(of_all))
 
 
 STRATEGIES.add(Fetch.name, Fetch)

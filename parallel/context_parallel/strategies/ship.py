@@ -1,10 +1,11 @@
 """Ship: queries travel to the ranks that hold the keys they chose, and partial results come back.
 
-For routed mechanisms, whose queries choose few blocks: at many ranks less moves than if all keys went round, about when
-degree - 1 > (Hq / Hk) x (ranks that a query needs), times what a query and its result weigh over a key and its value.
-Queries are sent one head at a time, to each rank that holds rows of a chosen block that the query sees; their local
-part is computed meanwhile. Results are merged in float32, rank by rank. Backward, queries are sent again with the
-gradient of out, out and the log-sum-exp; gradients of keys stay where these are: there is nothing to round on the way.
+For routed mechanisms, whose queries choose few blocks: at many ranks this sends less than passing all keys around, when
+P - 1 > (Hq / Hk) x (ranks that a query needs) x (bytes of a query and its result / bytes of a key and its value).
+Queries are sent one head at a time, to each rank that holds visible rows of a chosen block (see query_dispatch.py),
+while local attention runs. Results are merged in float32, in the order of the ranks. Backward, queries are sent again
+with the gradient of out, out and the log-sum-exp; gradients of keys stay with their owner, so `grad_comm_dtype` has no
+effect.
 """
 
 from dataclasses import dataclass
@@ -35,13 +36,14 @@ from farspan.parallel.context_parallel.strategy import (
 )
 from farspan.parallel.layout import Shards
 
-ITEM_BYTES, ENTRY_BYTES, COUNT_BYTES = 12, 4, 16
-"""Of an item: its token, head and number of blocks; of a block's number; of what a rank says to another beforehand."""
+# int32 numbers sent ahead of attention. For each query: token, head and number of blocks; for each chosen block: its
+# number; int64 to each rank: how many queries and blocks follow.
+QUERY_BYTES, BLOCK_BYTES, COUNT_BYTES = 12, 4, 16
 
 
 @final
 class Ship(Strategy):
-    """For routed mechanisms alone; works under every layout and any numbers of heads."""
+    """For routed mechanisms only; works under every layout and any numbers of heads."""
 
     name, serves, fallback_strategy = "ship", frozenset({Access.BLOCKS}), "state"
 
@@ -57,7 +59,7 @@ class Ship(Strategy):
     def attend(
         self, planner: ShardedPlanner, attention_mask: AttentionMask, key_routing: KeyRouting
     ) -> DistributedAttention:
-        shards, blocks, mine, heads = planner.shards, key_routing.blocks, planner.local_rows, planner.share.local_heads
+        shards, blocks, local, heads = planner.shards, key_routing.blocks, planner.local_rows, planner.share.local_heads
         return _QueryDispatchAttention(
             tokens_local=shards.tokens_local,
             heads=heads,
@@ -66,8 +68,8 @@ class Ship(Strategy):
             shards=shards,
             channel=self.channel,
             key_routing=key_routing,
-            holders=BlockOwners.of(attention_mask, blocks, shards),
-            local=Plan.build(mine, mine, attention_mask, heads=heads.query),
+            owners=BlockOwners.of(attention_mask, blocks, shards),
+            local=Plan.build(local, local, attention_mask, heads=heads.query),
             backend=planner.backend,
         )
 
@@ -79,7 +81,7 @@ class _QueryDispatchAttention(DistributedAttention):
     shards: Shards
     channel: Channel
     key_routing: KeyRouting
-    holders: BlockOwners
+    owners: BlockOwners
     local: Plan
     backend: str
 
@@ -87,94 +89,62 @@ class _QueryDispatchAttention(DistributedAttention):
         q, k, v = inputs
         selection = self.key_routing.route(q, k).selection
         assert selection is not None
-        leaving = self._leaving(selection, self.channel.rank)
-        arriving, planned = self._announce(leaving)
-        sent = self._send(q[self._places(leaving, q)], leaving.items, arriving, kind="q")
+        dispatch = self._dispatch_plan(selection, self.channel.rank)
+        counts, received = self._announce(dispatch)
+        sent, row, head = dispatch.queries_per_rank, dispatch.row.to(q.device), dispatch.head.to(q.device)
+        # Dispatched queries are rows of one head: [T, Hq, D] -> [queries, D]
+        transfer = self._send(q[row, head], sent, counts, kind="q")
         local = self.local.with_selection(selection)
         out, lse = (x.to(accumulation_dtype(q.dtype)) for x in attention_forward(q, k, v, local, backend=self.backend))
-        found = self._attend_arrivals(sent.wait(), k, v, planned)
-        arrived = self._send(found, arriving, leaving.items, kind="out").wait()
-        for row, head, part in self._by_rank(leaving, arrived):
-            my_out, my_lse = out[row, head][:, None], lse[row, head][:, None]
-            merge_(my_out, my_lse, part[:, None, :-1], part[:, -1:])
-            out[row, head], lse[row, head] = my_out[:, 0], my_lse[:, 0]
+        partial = self._attend_received(transfer.wait(), k, v, received)
+        arrived = self._send(partial, counts, sent, kind="out").wait()
+        # Rank by rank: one rank returns a row and head at most once, so indexed assignment has no duplicates.
+        for rows, heads, part in zip(*(x.split(sent) for x in (row, head, arrived)), strict=True):
+            row_out, row_lse = out[rows, heads][:, None], lse[rows, heads][:, None]  # [queries, 1, Dv], [queries, 1]
+            merge_(row_out, row_lse, part[:, None, :-1], part[:, -1:])
+            out[rows, heads], lse[rows, heads] = row_out[:, 0], row_lse[:, 0]
         out = out.to(q.dtype)
-        return out, Saved((q, k, v, out, lse), (leaving, arriving, planned, local))
+        return out, Saved((q, k, v, out, lse), (dispatch, counts, received, local))
 
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
         q, k, v, out, lse = saved.tensors
-        leaving, arriving, planned, local = saved.extras
-        row, head = self._places(leaving, q)
-        rows = torch.cat((q[row, head], dout[row, head], out[row, head]), dim=1)
-        rows_sent = self._send(rows, leaving.items, arriving, kind="dout")
-        lse_sent = self._send(lse[row, head][:, None], leaving.items, arriving, kind="lse")
+        dispatch, counts, received, local = saved.extras
+        sent, row, head = dispatch.queries_per_rank, dispatch.row.to(q.device), dispatch.head.to(q.device)
+        packed = torch.cat((q[row, head], dout[row, head], out[row, head]), dim=1)  # [queries, D + 2 Dv]
+        rows_transfer = self._send(packed, sent, counts, kind="dout")
+        lse_transfer = self._send(lse[row, head][:, None], sent, counts, kind="lse")  # [queries, 1]
         gradients = attention_backward(dout, q, k, v, out, lse, local, backend=self.backend)
         dq, dk, dv = (x.to(accumulation_dtype(q.dtype)) for x in gradients)
-        my_q, my_dout, my_out = (
-            x[:, None].contiguous() for x in rows_sent.wait().split((q.shape[2], v.shape[2], v.shape[2]), dim=1)
+        widths = q.shape[2], v.shape[2], v.shape[2]
+        # [queries, D + 2 Dv] -> [queries, 1, D], [queries, 1, Dv], [queries, 1, Dv]
+        their_q, their_dout, their_out = (x[:, None].contiguous() for x in rows_transfer.wait().split(widths, dim=1))
+        their_k, their_v = received.as_one_head(k), received.as_one_head(v)
+        their_dq, part_dk, part_dv = attention_backward(
+            their_dout, their_q, their_k, their_v, their_out, lse_transfer.wait(), received.plan, backend=self.backend
         )
-        found = attention_backward(
-            my_dout, my_q, planned.keys(k), planned.keys(v), my_out, lse_sent.wait(), planned.plan, backend=self.backend
-        )
-        dk = dk + planned.back(found[1])
-        dv = dv + planned.back(found[2])
-        arrived = self._send(found[0][:, 0].to(dq.dtype), arriving, leaving.items, kind="dq").wait()
-        for row, head, part in self._by_rank(leaving, arrived):
-            dq[row, head] += part
+        dk = dk + received.as_kv_heads(part_dk)
+        dv = dv + received.as_kv_heads(part_dv)
+        arrived = self._send(their_dq[:, 0].to(dq.dtype), counts, sent, kind="dq").wait()  # [queries, D]
+        for rows, heads, part in zip(*(x.split(sent) for x in (row, head, arrived)), strict=True):
+            dq[rows, heads] += part
         return dq, dk, dv
 
     def lse(self, saved: Saved) -> Tensor:
         return saved.tensors[4]
 
-    def moves(self, sizes: Sizes, routing: RoutingSource = no_routing) -> tuple[Move, ...]:
-        """Of each item: q and what it chose go, out and its log-sum-exp come back in the accumulation dtype.
+    def _dispatch_plan(self, selection: BlockSelection, rank: int) -> DispatchPlan:
+        return DispatchPlan.of(selection, self.owners, self.shards, rank, self.heads.query)
 
-        Backward: q, dout, out and the log-sum-exp go, dq comes back. Before the first, how many come.
-        """
-        leaving, arriving, entries = self._counts(routing())
-        asked = leaving * (ITEM_BYTES + sizes.head_dim * sizes.element_bytes) + entries * ENTRY_BYTES
-        asked += (self.channel.size - 1) * COUNT_BYTES
-        given_again = (sizes.head_dim + 2 * sizes.value_dim) * sizes.element_bytes + sizes.accumulation_bytes
-        there = Volume(forward=asked, backward=leaving * given_again)
-        back = Volume(
-            forward=arriving * (sizes.value_dim + 1) * sizes.accumulation_bytes,
-            backward=arriving * sizes.head_dim * sizes.accumulation_bytes,
-        )
-        choice = all_reduce_move(self.key_routing.all_reduced(sizes), self.channel)
-        return Move(there, self.channel, hidden=True), Move(back, self.channel, hidden=False), choice
-
-    @property
-    def queries(self) -> Queries:
-        return Queries(self.shards.index[self.channel.rank], self.heads.query)
-
-    def working_bytes(self, sizes: Sizes, routing: RoutingSource = no_routing) -> int:
-        """Backward: items here and leaving, their gradients, and those of the local keys."""
-        leaving, arriving, _ = self._counts(routing())
-        item = (sizes.head_dim + 2 * sizes.value_dim) * sizes.element_bytes + sizes.head_dim * sizes.accumulation_bytes
-        keys = self.tokens_local * self.heads.kv * sizes.kv_width * (sizes.element_bytes + 2 * sizes.accumulation_bytes)
-        return (leaving + arriving) * item + keys
-
-    def _counts(self, routing: Routing) -> tuple[int, int, int]:
-        """Return the items that leave and arrive, and the entries that leave, by the routing of the full sequence."""
-        assert isinstance(routing, SelectedBlocks), "which queries are sent depends on the blocks that they select"
-        rank, one_in, selection = self.channel.rank, routing.one_in, routing.selection
-        by_rank = [self._leaving(selection.of_queries(rows), reader) for reader, rows in enumerate(self.shards.index)]
-        arriving = sum(shipments.items[rank] for shipments in by_rank)
-        return sum(by_rank[rank].items) * one_in, arriving * one_in, sum(by_rank[rank].entries) * one_in
-
-    def _leaving(self, selection: BlockSelection, rank: int) -> DispatchPlan:
-        return DispatchPlan.of(selection, self.holders, self.shards, rank, self.heads.query)
-
-    def _announce(self, leaving: DispatchPlan) -> tuple[tuple[int, ...], ReceivedQueries]:
-        """Tell the others what comes; return how many items come here from each, and what they attend to."""
-        counts = torch.tensor((leaving.items, leaving.entries)).t().contiguous()
-        items, entries = self.channel.all_to_all(counts, kind="ship_choice").t().tolist()
-        token = self.shards.index[self.channel.rank][leaving.row]
-        described = torch.stack((token, leaving.head, leaving.count), dim=1).int()
-        described = self._exchange(described, leaving.items, items)
-        block = self._exchange(leaving.block.int(), leaving.entries, entries)
-        token, head, count = described.long().t()
-        planned = ReceivedQueries.of(
+    def _announce(self, dispatch: DispatchPlan) -> tuple[tuple[int, ...], ReceivedQueries]:
+        """Exchange what is dispatched; return the number of queries from each rank, and the plan of their attention."""
+        sizes = torch.tensor((dispatch.queries_per_rank, dispatch.blocks_per_rank)).t().contiguous()  # [P, 2]
+        queries, blocks = self.channel.all_to_all(sizes, kind="ship_choice").t().tolist()
+        token = self.shards.index[self.channel.rank][dispatch.row]
+        described = torch.stack((token, dispatch.head, dispatch.num_blocks), dim=1).int()  # [queries, 3]
+        described = self._exchange(described, dispatch.queries_per_rank, queries)
+        block = self._exchange(dispatch.block.int(), dispatch.blocks_per_rank, blocks)
+        token, head, num_blocks = described.long().t()
+        received = ReceivedQueries.of(
             self.attention_mask,
             self.key_routing.blocks,
             self.shards,
@@ -183,10 +153,10 @@ class _QueryDispatchAttention(DistributedAttention):
             kv_heads=self.heads.kv,
             token=token,
             head=head,
-            count=count,
+            num_blocks=num_blocks,
             block=block.long(),
         )
-        return tuple(items), planned
+        return tuple(queries), received
 
     def _exchange(self, x: Tensor, sent: tuple[int, ...], received: list[int]) -> Tensor:
         return self.channel.all_to_all_uneven(x, sent=sent, received=received, kind="ship_choice")
@@ -194,19 +164,52 @@ class _QueryDispatchAttention(DistributedAttention):
     def _send(self, x: Tensor, sent: tuple[int, ...], received: tuple[int, ...], *, kind: str) -> Transfer:
         return self.channel.start_all_to_all(x, sent=sent, received=received, kind=f"ship_{kind}")
 
-    def _attend_arrivals(self, q: Tensor, k: Tensor, v: Tensor, planned: ReceivedQueries) -> Tensor:
-        """Return out and log-sum-exp of items, `[items, Dv + 1]` in the accumulation dtype."""
-        out, lse = attention_forward(q[:, None], planned.keys(k), planned.keys(v), planned.plan, backend=self.backend)
+    def _attend_received(self, q: Tensor, k: Tensor, v: Tensor, received: ReceivedQueries) -> Tensor:
+        """Return out and log-sum-exp of received queries, `[queries, Dv + 1]` in the accumulation dtype."""
+        keys, values = received.as_one_head(k), received.as_one_head(v)
+        out, lse = attention_forward(q[:, None], keys, values, received.plan, backend=self.backend)
         return torch.cat((out[:, 0].to(lse.dtype), lse), dim=1)
 
-    @staticmethod
-    def _places(leaving: DispatchPlan, like: Tensor) -> tuple[Tensor, Tensor]:
-        return leaving.row.to(like.device), leaving.head.to(like.device)
+    # What it costs.
 
-    def _by_rank(self, leaving: DispatchPlan, arrived: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Return rows, heads and results, rank by rank: of one rank, no row and head comes twice."""
-        row, head = self._places(leaving, arrived)
-        return list(zip(*(x.split(leaving.items) for x in (row, head, arrived)), strict=True))
+    def moves(self, sizes: Sizes, routing: RoutingSource = no_routing) -> tuple[Move, ...]:
+        """Forward: the numbers of queries and blocks, q and its chosen blocks go, accumulated out and lse come back.
+
+        Backward: q, dout, out and lse go, accumulated dq comes back.
+        """
+        sent, received, blocks = self._counts(routing())
+        asked = sent * (QUERY_BYTES + sizes.head_dim * sizes.element_bytes) + blocks * BLOCK_BYTES
+        asked += (self.channel.size - 1) * COUNT_BYTES
+        asked_again = (sizes.head_dim + 2 * sizes.value_dim) * sizes.element_bytes + sizes.accumulation_bytes
+        queries = Volume(forward=asked, backward=sent * asked_again)
+        results = Volume(
+            forward=received * (sizes.value_dim + 1) * sizes.accumulation_bytes,
+            backward=received * sizes.head_dim * sizes.accumulation_bytes,
+        )
+        choice = all_reduce_move(self.key_routing.all_reduced(sizes), self.channel)
+        # Queries travel during local attention; nothing is left to compute while the last results return.
+        return Move(queries, self.channel, overlapped=True), Move(results, self.channel, overlapped=False), choice
+
+    @property
+    def queries(self) -> Queries:
+        return Queries(self.shards.index[self.channel.rank], self.heads.query)
+
+    def working_bytes(self, sizes: Sizes, routing: RoutingSource = no_routing) -> int:
+        """Backward: queries sent and received, their gradients, and those of the local keys."""
+        sent, received, _ = self._counts(routing())
+        query = (sizes.head_dim + 2 * sizes.value_dim) * sizes.element_bytes + sizes.head_dim * sizes.accumulation_bytes
+        keys = self.tokens_local * self.heads.kv * sizes.kv_width * (sizes.element_bytes + 2 * sizes.accumulation_bytes)
+        return (sent + received) * query + keys
+
+    def _counts(self, routing: Routing) -> tuple[int, int, int]:
+        """Return the queries sent and received, and the selected blocks sent, by the routing of the full sequence."""
+        assert isinstance(routing, SelectedBlocks), "the traffic of ship depends on the selection"
+        rank, one_in, selection = self.channel.rank, routing.one_in, routing.selection
+        plans = [
+            self._dispatch_plan(selection.of_queries(rows), sender) for sender, rows in enumerate(self.shards.index)
+        ]
+        received = sum(plan.queries_per_rank[rank] for plan in plans)
+        return sum(plans[rank].queries_per_rank) * one_in, received * one_in, sum(plans[rank].blocks_per_rank) * one_in
 
 
 STRATEGIES.add(Ship.name, Ship)

@@ -1,4 +1,4 @@
-"""Single: one rank holds the whole sequence and nothing moves."""
+"""Single: one rank holds the full sequence and sends nothing."""
 
 from dataclasses import dataclass
 from typing import final
@@ -36,7 +36,7 @@ class Single(Strategy):
             heads=share.local_heads,
             routing_width=mechanism.routing_width,
             tokens=shards.index[self.channel.rank],
-            whole=plan_sequence_attention(
+            attention=plan_sequence_attention(
                 mechanism, shards.rows_of(self.channel.rank), share.all_heads, share.head_range, backend=backend
             ),
         )
@@ -45,17 +45,17 @@ class Single(Strategy):
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _SingleRankAttention(DistributedAttention):
-    whole: SequenceAttention
+    attention: SequenceAttention
     tokens: Tensor
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
-        return self.whole.forward(*inputs)
+        return self.attention.forward(*inputs)
 
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
-        return self.whole.backward(dout, saved)
+        return self.attention.backward(dout, saved)
 
     def lse(self, saved: Saved) -> Tensor | None:
-        return self.whole.lse(saved)
+        return self.attention.lse(saved)
 
     def moves(self, sizes: Sizes, routing: RoutingSource = no_routing) -> tuple[Move, ...]:
         return ()

@@ -1,9 +1,15 @@
-"""State: of a recurrence only the sums that stretches of tokens leave behind travel, whatever their length.
+"""State: ranks exchange only the states that segments of a recurrence leave behind, whatever their length.
 
-LASP-2 (arXiv 2502.07563) with documents and any layout: every rank scans its stretches as if nothing came before them,
-all ranks learn all sums by one all-gather, and each adds to its outputs what the sums of the stretches before it give.
-Backward likewise: gradients of what came in, all-gathered, are those of what was left. A layout that leaves a rank more
-than a few stretches is dealt anew first, and its outputs come back.
+LASP-2 (arXiv 2502.07563) with documents and any layout: every rank runs its segments as if nothing came before them,
+all ranks all-gather the states, and each adds to its outputs the contribution of the segments before. Example: zigzag,
+2 ranks, chunks A B C D of one document in the order of the sequence:
+
+    rank 0: segments A D    rank 1: segments B C    all-gather: states of A D B C
+    the state that enters D is the decayed sum of those of A, B and C; influence[D] = [A: d_A, D: 0, B: d_B, C: d_C]
+
+Backward likewise: gradients of entering states, all-gathered, give those of the states left behind. A layout with more
+than a few segments per rank is resharded first, and its outputs are sent back.
+Legend: M segments per rank, D head dim, Dv value head dim.
 """
 
 from collections.abc import Sequence
@@ -31,13 +37,13 @@ from farspan.parallel.context_parallel.strategy import (
 )
 from farspan.parallel.layout import Shards, equal_chunks
 
-MOST_STRETCHES = 2
-"""Per rank, as zigzag has them; layouts with more are dealt anew."""
+MAX_SEGMENTS = 2
+"""Per rank, as zigzag has them; layouts with more are resharded."""
 
 
 @final
 class States(Strategy):
-    """For recurrences alone; works under every layout."""
+    """For recurrences only; works under every layout."""
 
     name, serves = "state", frozenset({Access.STATE})
 
@@ -50,106 +56,108 @@ class States(Strategy):
             "set parallel.strategy='ring'."
         )
 
-    _planned: "tuple[Shards, _Stretches] | None" = None
-    """Of the last sequence: layers whose rates differ have their stretches in common."""
+    # The segments of the last sequence: layers whose decay differs share them.
+    _planned: "tuple[Shards, _Segments] | None" = None
 
     def scan(self, planner: ShardedPlanner, decay: Tensor) -> DistributedAttention:
-        shards = planner.shards
+        shards, rank = planner.shards, self.channel.rank
         if self._planned is None or self._planned[0] is not shards:
-            self._planned = shards, _Stretches.plan(shards, self.channel.rank)
-        rank, planned = self.channel.rank, self._planned[1]
+            self._planned = shards, _Segments.plan(shards, rank)
+        segments = self._planned[1]
         return _StatePassingAttention(
             tokens_local=shards.tokens_local,
             heads=planner.share.local_heads,
             routing_width=0,
             channel=self.channel,
-            tokens=planned.tokens,
-            reshard=planned.reshard,
-            runs=planned.runs,
-            stretches=planned.everywhere[rank],
-            most=planned.most,
-            influence=_influence(planned.everywhere, planned.most, decay),
+            tokens=segments.tokens,
+            reshard=segments.reshard,
+            slices=segments.slices,
+            segments=segments.by_rank[rank],
+            max_segments=segments.max_segments,
+            influence=_influence(segments.by_rank, segments.max_segments, decay),
             decay=decay,
             backend=planner.backend,
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Stretches:
-    """What is scanned where, whatever the rates.
+class _Segments:
+    """The segments of all ranks, whatever the decay.
 
-    redeal: how rows are dealt anew first, if they are. tokens: of this rank's rows then. runs: slices of these, each a
-    stretch. everywhere: the stretches of all ranks; most: that any rank has.
+    reshard: None if the layout is kept. tokens: of this rank's rows after it. slices: of these rows, one per segment.
+    by_rank: the segments of every rank; max_segments: the most of any rank.
     """
 
     reshard: Reshard | None
     tokens: Tensor
-    runs: tuple[slice, ...]
-    everywhere: tuple[tuple[Segment, ...], ...]
-    most: int
+    slices: tuple[slice, ...]
+    by_rank: tuple[tuple[Segment, ...], ...]
+    max_segments: int
 
     @staticmethod
-    def plan(shards: Shards, rank: int) -> "_Stretches":
+    def plan(shards: Shards, rank: int) -> "_Segments":
         reshard = None
-        runs = [_runs(index) for index in shards.index]
+        slices = [_segment_slices(index) for index in shards.index]
         sequence = order(shards.rows)
         is_sorted = torch.equal(sequence, torch.arange(len(sequence)))
-        if max(map(len, runs)) > MOST_STRETCHES or not is_sorted:
-            dealt = equal_chunks(len(shards.rows), shards.degree)
-            index = torch.cat((sequence, sequence.new_full((1,), -1)))[dealt]
+        if max(map(len, slices)) > MAX_SEGMENTS or not is_sorted:
+            # Contiguous chunks of the sorted sequence; chunk index -1, padding, takes the last entry.
+            chunks = equal_chunks(len(shards.rows), shards.degree)
+            index = torch.cat((sequence, sequence.new_full((1,), -1)))[chunks]
             target = Shards(rows=shards.rows, index=index)
             reshard, shards = Reshard.plan(shards, target, rank), target
-            runs = [[slice(0, shards.tokens_local)]] * shards.degree
-        held = [shards.rows_of(holder) for holder in range(shards.degree)]
-        return _Stretches(
+            slices = [[slice(0, shards.tokens_local)]] * shards.degree
+        rows_of_ranks = [shards.rows_of(owner) for owner in range(shards.degree)]
+        return _Segments(
             reshard=reshard,
             tokens=shards.index[rank],
-            runs=tuple(runs[rank]),
-            everywhere=tuple(
-                tuple(Segment.of(rows.slice(run)) for run in of_holder)
-                for rows, of_holder in zip(held, runs, strict=True)
+            slices=tuple(slices[rank]),
+            by_rank=tuple(
+                tuple(Segment.of(rows.slice(part)) for part in parts)
+                for rows, parts in zip(rows_of_ranks, slices, strict=True)
             ),
-            most=max(map(len, runs)),
+            max_segments=max(map(len, slices)),
         )
 
 
-def _runs(index: Tensor) -> list[slice]:
-    """Return the slices of a rank's rows, int64 tokens, that are stretches of the sequence; padding belongs to any."""
+def _segment_slices(index: Tensor) -> list[slice]:
+    """Return the slices of a rank's rows, int64 tokens, whose tokens are consecutive; padding extends any of them."""
     breaks = (index.diff() != 1) & (index[1:] >= 0)
     starts = [0, *(breaks.nonzero().squeeze(1) + 1).tolist()]
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(index)], strict=True)]
 
 
-def _influence(stretches: Sequence[Sequence[Segment]], most: int, decay: Tensor) -> Tensor:
-    """Return by how much the sum that one stretch left weighs at the first token of another, float64.
+def _influence(segments: Sequence[Sequence[Segment]], max_segments: int, decay: Tensor) -> Tensor:
+    """Return the weight of the state of each segment at the first token of each other, float64 `[Hq, P * M, P * M]`.
 
-    `[Hq, P x most, P x most]`, by reader and writer, rank by rank: exp(-s (first position - last position)) if the
-    second comes earlier and ends in the document in which the first begins, else 0.
+    By reader and writer: exp(-s (first position - last position)) if the writer comes earlier and ends in the document
+    in which the reader begins, else 0.
     """
-    size = len(stretches) * most
+    size = len(segments) * max_segments
+    # (document, position) of the first and last token of each segment; documents -1 and -2 match none.
     first, last = torch.full((2, size), -1), torch.full((2, size), -2)
-    for rank, of_rank in enumerate(stretches):
+    for rank, of_rank in enumerate(segments):
         for number, segment in enumerate(of_rank):
             if segment.tokens:
-                place = rank * most + number
-                first[:, place], last[:, place] = torch.tensor(segment.first), torch.tensor(segment.last)
+                column = rank * max_segments + number
+                first[:, column], last[:, column] = torch.tensor(segment.first), torch.tensor(segment.last)
     distance = first[1][:, None] - last[1]
-    heard = (first[0][:, None] == last[0]) & (first[0] >= 0)[:, None] & (distance > 0)
-    # Clamped, since what comes later would be infinite before it is dropped.
-    return torch.exp(-decay.double()[:, None, None] * distance.clamp(min=0)) * heard
+    reaches = (first[0][:, None] == last[0]) & (first[0] >= 0)[:, None] & (distance > 0)
+    # Clamped: the exponential of a later writer would be infinite, and 0 x infinity is NaN.
+    return torch.exp(-decay.double()[:, None, None] * distance.clamp(min=0)) * reaches
 
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _StatePassingAttention(DistributedAttention):
-    """runs: slices of this rank's rows, dealt anew if `reshard` says so; `most` any rank has; stretches: their rows."""
+    """slices: of this rank's rows, after `reshard` if there is one; segments: their rows."""
 
     channel: Channel
     tokens: Tensor
     reshard: Reshard | None
-    runs: tuple[slice, ...]
-    stretches: tuple[Segment, ...]
-    most: int
+    slices: tuple[slice, ...]
+    segments: tuple[Segment, ...]
+    max_segments: int
     influence: Tensor
     decay: Tensor
     backend: str
@@ -157,97 +165,100 @@ class _StatePassingAttention(DistributedAttention):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v = inputs
         if self.reshard is not None:
-            q, k, v = self.reshard.go((q, k, v), self.channel, kind="state_qkv")
+            q, k, v = self.reshard.apply((q, k, v), self.channel, kind="state_qkv")
         out = torch.empty(len(q), q.shape[1], v.shape[2], dtype=accumulation_dtype(q.dtype), device=q.device)
-        left = out.new_zeros(self.most, q.shape[1], q.shape[2], v.shape[2])
-        for number, (run, segment) in enumerate(zip(self.runs, self.stretches, strict=True)):
-            out[run], state = recurrent_attention_forward(
-                q[run], k[run], v[run], segment, self.decay, backend=self.backend
+        left = out.new_zeros(self.max_segments, q.shape[1], q.shape[2], v.shape[2])  # [M, Hq, D, Dv]
+        for number, (rows, segment) in enumerate(zip(self.slices, self.segments, strict=True)):
+            out[rows], state = recurrent_attention_forward(
+                q[rows], k[rows], v[rows], segment, self.decay, backend=self.backend
             )
             left[number] = state.value
-        entering = self._weighted(self._all(left), self._heard())
-        for number, (run, segment) in enumerate(zip(self.runs, self.stretches, strict=True)):
-            rows, weight = self._opening(run, segment, out)
-            read = torch.einsum("thd,hdv->thv", q[rows].to(out.dtype) * weight, entering[number])
-            out[rows] += read
+        entering = self._weighted_sum(self._all_gather(left), self._weights())
+        for number, (rows, segment) in enumerate(zip(self.slices, self.segments, strict=True)):
+            rows, decayed = self._first_document(rows, segment, out)
+            # A slice: the sum is added in place.
+            out[rows] += torch.einsum("thd,hdv->thv", q[rows].to(out.dtype) * decayed, entering[number])
         out, saved = out.to(q.dtype), Saved((q, k, v, entering))
         if self.reshard is not None:
-            (out,) = self.reshard.come_back((out,), self.channel, kind="state_out")
+            (out,) = self.reshard.undo((out,), self.channel, kind="state_out")
         return out, saved
 
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
         q, k, v, entering = saved.tensors
         if self.reshard is not None:
-            (dout,) = self.reshard.go((dout,), self.channel, kind="state_dout")
+            (dout,) = self.reshard.apply((dout,), self.channel, kind="state_dout")
         dtype = accumulation_dtype(q.dtype)
         dentering = torch.zeros_like(entering)
         dq, dk, dv = (torch.empty_like(x, dtype=dtype) for x in (q, k, v))
-        for number, (run, segment) in enumerate(zip(self.runs, self.stretches, strict=True)):
-            rows, weight = self._opening(run, segment, dq)
-            dentering[number] = torch.einsum("thd,thv->hdv", q[rows].to(dtype) * weight, dout[rows].to(dtype))
-        dleft = self._weighted(self._all(dentering), self._heard(backward=True))
-        for number, (run, segment) in enumerate(zip(self.runs, self.stretches, strict=True)):
-            dq[run], dk[run], dv[run], _ = recurrent_attention_backward(
-                dout[run], dleft[number], q[run], k[run], v[run], segment, self.decay, backend=self.backend
+        for number, (rows, segment) in enumerate(zip(self.slices, self.segments, strict=True)):
+            rows, decayed = self._first_document(rows, segment, dq)
+            dentering[number] = torch.einsum("thd,thv->hdv", q[rows].to(dtype) * decayed, dout[rows].to(dtype))
+        dleft = self._weighted_sum(self._all_gather(dentering), self._weights(backward=True))
+        for number, (rows, segment) in enumerate(zip(self.slices, self.segments, strict=True)):
+            dq[rows], dk[rows], dv[rows], _ = recurrent_attention_backward(
+                dout[rows], dleft[number], q[rows], k[rows], v[rows], segment, self.decay, backend=self.backend
             )
-            rows, weight = self._opening(run, segment, dq)
-            dq[rows] += torch.einsum("thv,hdv->thd", dout[rows].to(dtype), entering[number]) * weight
+            rows, decayed = self._first_document(rows, segment, dq)
+            dq[rows] += torch.einsum("thv,hdv->thd", dout[rows].to(dtype), entering[number]) * decayed
         if self.reshard is None:
             return dq, dk, dv
         gradients = [gradient.to(dout.dtype) for gradient in (dq, dk, dv)]
-        return tuple(self.reshard.come_back(gradients, self.channel, kind="state_dqkv"))
+        return tuple(self.reshard.undo(gradients, self.channel, kind="state_dqkv"))
+
+    def lse(self, saved: Saved) -> None:
+        return None
+
+    def _all_gather(self, states: Tensor) -> Tensor:
+        return torch.cat(self.channel.all_gather(states, kind="state"))  # P x [M, Hq, D, Dv] -> [P * M, Hq, D, Dv]
+
+    def _weights(self, *, backward: bool = False) -> Tensor:
+        """Return weights of all segments at this rank's, `[Hq, M, P * M]`; backward, of this rank's at all segments."""
+        influence = self.influence.transpose(1, 2) if backward else self.influence  # [Hq, P * M, P * M]
+        return influence[:, self.channel.rank * self.max_segments : (self.channel.rank + 1) * self.max_segments]
+
+    def _weighted_sum(self, states: Tensor, weight: Tensor) -> Tensor:
+        return torch.einsum("hms,shdv->mhdv", weight.to(states), states)  # [P * M, Hq, D, Dv] -> [M, Hq, D, Dv]
+
+    def _first_document(self, rows: slice, segment: Segment, like: Tensor) -> tuple[slice, Tensor]:
+        """Return the rows of the document that a segment begins with, and the decay of the entering state there.
+
+        exp(-s (position - first position)), `[rows, Hq, 1]`: the entering state is as of the first token.
+        """
+        real = segment.rows.slice(slice(0, segment.tokens))
+        count = int((real.document == segment.first.document).sum())
+        distance = real.position[:count].double() - segment.first.position
+        decayed = torch.exp(-distance[:, None] * self.decay.double())  # [rows, Hq]
+        return slice(rows.start, rows.start + count), decayed.to(like)[:, :, None]
+
+    # What it costs.
 
     def moves(self, sizes: Sizes, routing: RoutingSource = no_routing) -> tuple[Move, ...]:
-        """A rank's sums to (P-1) others, `most x Hq` matrices, each way; if dealt anew, also rows there and back."""
+        """A rank's states to P-1 others, M x Hq matrices, each way; resharded, also rows both ways."""
         width = sizes.head_dim * sizes.value_dim * sizes.accumulation_bytes
-        states = (self.channel.size - 1) * self.most * self.heads.query * width
-        moved = Move(Volume(forward=states, backward=states), self.channel, hidden=False)
+        states = (self.channel.size - 1) * self.max_segments * self.heads.query * width
+        moved = Move(Volume(forward=states, backward=states), self.channel, overlapped=False)
         if self.reshard is None:
             return (moved,)
         leaving, arriving = self.reshard.moved_rows(self.channel.rank)
         inputs = self.heads.query * sizes.head_dim + self.heads.kv * sizes.kv_width
         outputs = self.heads.query * sizes.value_dim
-        dealt_anew = Volume(
+        resharded = Volume(
             forward=(leaving * inputs + arriving * outputs) * sizes.element_bytes,
             backward=(leaving * outputs + arriving * inputs) * sizes.element_bytes,
         )
-        return moved, Move(dealt_anew, self.channel, hidden=False)
+        return moved, Move(resharded, self.channel, overlapped=False)
 
     @property
     def queries(self) -> Queries:
         return Queries(self.tokens, self.heads.query)
 
     def working_bytes(self, sizes: Sizes, routing: RoutingSource = no_routing) -> int:
-        """All ranks' sums, those that come in, gradients as they are summed and, if dealt anew, the rows as dealt."""
+        """States of all ranks, entering states, accumulated gradients and, resharded, the rows."""
         width = sizes.head_dim * sizes.value_dim * sizes.accumulation_bytes
-        states = (self.channel.size + 2) * self.most * self.heads.query * width
+        states = (self.channel.size + 2) * self.max_segments * self.heads.query * width
         queries, keys = self.heads.query * sizes.kv_width, self.heads.kv * sizes.kv_width
         rows = (queries + keys) * len(self.tokens)
         return states + rows * (sizes.accumulation_bytes + (sizes.element_bytes if self.reshard else 0))
-
-    def _all(self, mine: Tensor) -> Tensor:
-        """Return all ranks' `[most, Hq, D, Dv]` set end to end, rank by rank."""
-        return torch.cat(self.channel.all_gather(mine, kind="state"))
-
-    def _heard(self, *, backward: bool = False) -> Tensor:
-        """Return how much each stretch of this rank hears of all; backward, how much it is heard."""
-        influence = self.influence.transpose(1, 2) if backward else self.influence
-        return influence[:, self.channel.rank * self.most : (self.channel.rank + 1) * self.most]
-
-    def _weighted(self, states: Tensor, weight: Tensor) -> Tensor:
-        """Return sums `[most, Hq, D, Dv]` of all states by weight `[Hq, most, states]`."""
-        return torch.einsum("hms,shdv->mhdv", weight.to(states), states)
-
-    def _opening(self, run: slice, segment: Segment, like: Tensor) -> tuple[slice, Tensor]:
-        """Return the rows of the document that a run begins with, and how much what came before weighs there.
-
-        exp(-s (position - first position)), `[rows, Hq, 1]`: what came in is as of the first token.
-        """
-        rows = segment.rows.slice(slice(0, segment.tokens))
-        count = int((rows.document == segment.first.document).sum())
-        distance = rows.position[:count].double() - segment.first.position
-        weight = torch.exp(-distance[:, None] * self.decay.double())
-        return slice(run.start, run.start + count), weight.to(like)[:, :, None]
 
 
 STRATEGIES.add(States.name, States)

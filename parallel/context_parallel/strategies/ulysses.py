@@ -1,4 +1,7 @@
-"""Ulysses (arXiv 2309.14509): an all-to-all turns each rank's tokens of all heads into all tokens of its heads."""
+"""Ulysses (arXiv 2309.14509): an all-to-all turns each rank's tokens of all heads into all tokens of its heads.
+
+See head_exchange.py for an example.
+"""
 
 from typing import final
 
@@ -7,7 +10,7 @@ from farspan.kernels.planner import Heads, HeadShare
 from farspan.kernels.sequence_attention import plan_sequence_attention
 from farspan.parallel.context_parallel.head_exchange import (
     HeadParallelAttention,
-    Reordering,
+    RowPermutation,
     heads_unsupported_reason,
     local_heads,
 )
@@ -26,20 +29,22 @@ class Ulysses(Strategy):
         return heads_unsupported_reason(cls.name, "parallel.context", heads, degree)
 
     def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> DistributedAttention:
-        # In the order of the sequence, so that documents are runs again whatever the layout.
-        order, mine = shards.order(), local_heads(share, self.channel)
-        rows = shards.rows.take(shards.index.flatten()[order])
+        # In the order of the sequence, so that documents are contiguous whatever the layout.
+        order, local_share = shards.order(), local_heads(share, self.channel)
+        tokens = shards.index.flatten()[order]  # [P, T] -> [P * T]
         return HeadParallelAttention(
             tokens_local=shards.tokens_local,
             heads=share.local_heads,
             routing_width=mechanism.routing_width,
             name=self.name,
             channel=self.channel,
-            tokens=shards.index.flatten()[order],
-            reordering=Reordering.of(order),
-            inside=plan_sequence_attention(mechanism, rows, mine.all_heads, mine.head_range, backend=backend),
-            share=mine,
-            rounded=self.rounded_gradients,
+            tokens=tokens,
+            permutation=RowPermutation.of(order),
+            attention=plan_sequence_attention(
+                mechanism, shards.rows.take(tokens), local_share.all_heads, local_share.head_range, backend=backend
+            ),
+            share=local_share,
+            grad_comm_dtype=self.grad_comm_dtype,
         )
 
 

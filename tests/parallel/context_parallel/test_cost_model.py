@@ -1,4 +1,4 @@
-"""The cost model: what it says of cases that are known, and that `auto` follows it."""
+"""The cost model on cases that are known by hand, and `auto`, which follows it."""
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.window import Window
 from farspan.kernels.planner import no_routing
-from farspan.parallel.context_parallel import cost_model as cost_model
+from farspan.parallel.comm import GradCommDtype, Unconnected
+from farspan.parallel.context_parallel import cost_model
 from farspan.parallel.context_parallel.cost_model import (
     BACKWARD_FLOPS,
     SAMPLED,
@@ -21,11 +22,10 @@ from farspan.parallel.context_parallel.cost_model import (
     compare,
     predict,
     strategy_for,
-    together,
+    total_cost,
 )
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes, Volume
 from farspan.parallel.layout import Shards
-from farspan.parallel.simulation import Unconnected
 
 FAST = Machine(flops_per_s=1e14, inner_bytes_per_s=2e11, outer_bytes_per_s=2e10, node_ranks=8)
 
@@ -36,21 +36,21 @@ def job(
     *,
     heads: Heads | None = None,
     layout: str = "zigzag",
-    width: int = 1,
-    rounded: bool = False,
+    inner_size: int = 1,
+    grad_comm_dtype: GradCommDtype = "accumulation",
 ) -> Job:
     rows = Rows.packed([1 << 16])
     return Job(
         mechanism=mechanism,
-        shards=Shards.deal(rows, layout=layout, degree=degree, work=mechanism.keys_per_query),
+        shards=Shards.build(rows, layout=layout, degree=degree, work=mechanism.keys_per_query),
         heads=heads or Heads(query=32, kv=8),
         sizes=Sizes.of(torch.bfloat16, 128, 128),
-        width=width,
-        rounded_gradients=rounded,
+        inner_size=inner_size,
+        grad_comm_dtype=grad_comm_dtype,
     )
 
 
-def test_computing_is_the_visible_pairs_of_the_busiest_rank() -> None:
+def test_flops_are_the_unmasked_pairs_of_the_busiest_rank() -> None:
     """Dense causal, 8 ranks: zigzag has an eighth each; of contiguous ranks the last has (2 - 1/8) of that."""
     pairs = (1 << 16) * ((1 << 16) + 1) / 2
     even = predict("ring", job(Dense(), 8), FAST)
@@ -65,20 +65,20 @@ def test_computing_is_the_visible_pairs_of_the_busiest_rank() -> None:
     assert predict("ulysses", job(Dense(), 8, layout="contiguous"), FAST).balance == pytest.approx(1)
 
 
-def test_time_is_the_longer_of_computing_and_what_is_hidden_and_all_that_is_not() -> None:
+def test_time_is_the_longer_of_compute_and_overlapped_transfers_plus_exposed_ones() -> None:
     ring, ulysses = (predict(name, job(Dense(), 8), FAST) for name in ("ring", "ulysses"))
-    assert (ring.exposed_s, ulysses.hidden_s) == (0, 0)
+    assert (ring.exposed_s, ulysses.overlapped_s) == (0, 0)
     assert ring.seconds == pytest.approx(ring.compute_s)
     assert ulysses.seconds == pytest.approx(ulysses.compute_s + ulysses.exposed_s)
     sent = ring.volume.forward + ring.volume.backward
-    assert ring.hidden_s == pytest.approx(sent / FAST.inner_bytes_per_s)
+    assert ring.overlapped_s == pytest.approx(sent / FAST.inner_bytes_per_s)
     # Sixteen ranks span two nodes, and links between these are slow.
     far = predict("ring", job(Dense(), 16), FAST)
-    assert far.hidden_s == pytest.approx((far.volume.forward + far.volume.backward) / FAST.outer_bytes_per_s)
+    assert far.overlapped_s == pytest.approx((far.volume.forward + far.volume.backward) / FAST.outer_bytes_per_s)
     # Two rings send one chunk in eight between nodes.
-    double = predict("double_ring", job(Dense(), 16, width=8), FAST)
+    double = predict("double_ring", job(Dense(), 16, inner_size=8), FAST)
     assert double.volume == far.volume
-    assert double.hidden_s < far.hidden_s / 3
+    assert double.overlapped_s < far.overlapped_s / 3
 
 
 CHUNK = 4096 * 8 * (128 + 128) * 2
@@ -86,24 +86,24 @@ CHUNK = 4096 * 8 * (128 + 128) * 2
 
 
 @pytest.mark.parametrize(
-    ("rounded", "inner", "outer"),
+    ("grad_comm_dtype", "inner", "outer"),
     [
         # Within a node 7 hops of each round of 8, both ways, and as many of gradients, in float32.
-        (False, 14 + 14 + 2 * 14, 1 + 1 + 2 * 2),
-        # Rounded gradients go straight home: of 15 owners 7 are in the same node.
-        (True, 14 + 14 + 7, 1 + 1 + 8),
+        ("accumulation", 14 + 14 + 2 * 14, 1 + 1 + 2 * 2),
+        # Rounded gradients go straight to the owner: 7 of 15 owners are in the same node.
+        ("compute", 14 + 14 + 7, 1 + 1 + 8),
     ],
 )
-def test_each_ring_of_two_has_links_of_its_own(rounded: bool, inner: int, outer: int) -> None:
-    found = predict("double_ring", job(Dense(), 16, width=8, rounded=rounded), FAST)
+def test_each_ring_of_two_has_links_of_its_own(grad_comm_dtype: GradCommDtype, inner: int, outer: int) -> None:
+    found = predict("double_ring", job(Dense(), 16, inner_size=8, grad_comm_dtype=grad_comm_dtype), FAST)
     seconds = CHUNK * inner / FAST.inner_bytes_per_s + CHUNK * outer / FAST.outer_bytes_per_s
-    assert found.hidden_s == pytest.approx(seconds)
+    assert found.overlapped_s == pytest.approx(seconds)
 
 
 def test_the_outer_axis_leaves_the_node_however_few_ranks_it_has() -> None:
     """Two nodes: heads within these, and between them a ring of two, its chunks those of 8 ranks, of one head each."""
-    found = predict("hybrid", job(Dense(), 16, width=8), FAST)
-    assert found.hidden_s == pytest.approx(CHUNK * (1 + 1 + 2 * 2) / FAST.outer_bytes_per_s)
+    found = predict("hybrid", job(Dense(), 16, inner_size=8), FAST)
+    assert found.overlapped_s == pytest.approx(CHUNK * (1 + 1 + 2 * 2) / FAST.outer_bytes_per_s)
     exchanged = found.volume.forward + found.volume.backward - CHUNK * (1 + 1 + 2 * 2)
     assert found.exposed_s == pytest.approx(exchanged / FAST.inner_bytes_per_s)
 
@@ -115,13 +115,13 @@ def cost(seconds: float, working_bytes: int = 0, *, flops: float = 1.0, balance:
         balance=balance,
         working_bytes=working_bytes,
         compute_s=seconds,
-        hidden_s=0,
+        overlapped_s=0,
         exposed_s=0,
         seconds=seconds,
     )
 
 
-def test_of_those_about_as_fast_the_one_that_holds_least_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_those_about_as_fast_the_one_with_least_memory_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"ring": cost(1.0, 3), "fetch": cost(1.015, 1), "gather": cost(1.03, 0)}
 
     def predicted(strategy: str, job: Job, machine: Machine) -> Cost:
@@ -137,7 +137,7 @@ def test_of_those_about_as_fast_the_one_that_holds_least_is_best(monkeypatch: py
 
 def test_layers_weigh_by_their_flops() -> None:
     """Three even layers of 10 and one of 30 that is 1.5 times the mean on the busiest rank: 60 over 30 + 20."""
-    every = together([(cost(1, 5, flops=10), 3), (cost(2, 4, flops=30, balance=1.5), 1)])
+    every = total_cost([(cost(1, 5, flops=10), 3), (cost(2, 4, flops=30, balance=1.5), 1)])
     assert (every.flops, every.seconds, every.working_bytes) == (60, 5, 5)
     assert every.balance == pytest.approx(60 / 50)
 
@@ -162,8 +162,8 @@ def test_layers_add_up() -> None:
     """Seven layers of a recurrence beside one that moves keys: each under the strategy that serves it."""
     layers = [(job(Lightning(layer=1, layers=8), 8), 7), (job(Dense(), 8), 1)]
     costs, _ = compare(layers, FAST)
-    alone = predict("state", layers[0][0], FAST).seconds * 7 + predict("ring", layers[1][0], FAST).seconds
-    assert costs["ring"].seconds == pytest.approx(alone)
+    expected = predict("state", layers[0][0], FAST).seconds * 7 + predict("ring", layers[1][0], FAST).seconds
+    assert costs["ring"].seconds == pytest.approx(expected)
     assert costs["ring"].volume.forward == (
         7 * predict("state", layers[0][0], FAST).volume.forward + predict("ring", layers[1][0], FAST).volume.forward
     )
@@ -178,10 +178,10 @@ def test_recurrences_have_a_strategy_of_their_own_where_keys_travel() -> None:
     assert strategy_for("single", Lightning(), heads, 4, 1) == "single"
 
 
-def test_what_is_chosen_of_a_long_sequence_is_drawn_for_some_queries() -> None:
-    """What `ship` moves is what all would, to a few per cent; `fetch` is taken to need all that may be chosen."""
+def test_the_choice_of_a_long_sequence_is_drawn_for_some_queries() -> None:
+    """`ship` sends what it would with all queries, within a few per cent; `fetch` is taken to require all keys."""
     mechanism, heads, rows = MoBA(block=128, top_k=3), Heads(query=2, kv=2), Rows.packed([1 << 14])
-    shards = Shards.deal(rows, layout="contiguous", degree=4)
+    shards = Shards.build(rows, layout="contiguous", degree=4)
     sizes, sample = Sizes.of(torch.bfloat16, 64, 64), mechanism.sample_routing(rows, heads, max_queries=SAMPLED)
     every = mechanism.sample_routing(rows, heads)
     assert (sample.one_in, every.one_in) == (8, 1)

@@ -1,4 +1,4 @@
-"""A rank that fails or hangs: every other rank raises, soon, and says what it waited for."""
+"""A rank that fails or hangs: every other rank raises soon, and names what it waited for."""
 
 import os
 import re
@@ -21,10 +21,10 @@ from tests.support.rank_pool import RankError, RankPool, world_channel
 
 
 def attend(strategy: str, mechanism: Mechanism, fault: str, folder: Path) -> None:
-    """On a rank: attend, with a fault on rank 1; write down the error and end, as the process of a job would."""
+    """On a rank: attend, with a fault on rank 1; write the error to a file and exit, as the process of a job would."""
     channel = world_channel()
     rank = channel.rank
-    shards = Shards.deal(Rows.packed([96]), layout="contiguous", degree=channel.size)
+    shards = Shards.build(Rows.packed([96]), layout="contiguous", degree=channel.size)
     heads = Heads(query=4, kv=2)
     planned = STRATEGIES.get(strategy)(channel).prepare(mechanism, shards, heads, backend="cpu")
     if fault == "death" and rank == 1:
@@ -46,7 +46,7 @@ def attend(strategy: str, mechanism: Mechanism, fault: str, folder: Path) -> Non
         ("gather", Dense(), "gather_kv"),
         ("fetch", Dense(), "fetch_d?kv"),
         ("ulysses", Dense(), "ulysses_qkv"),
-        # Those that choose by a sum over all ranks fail there.
+        # Routed mechanisms fail in the all-reduce of their choice.
         ("fetch", MoBA(block=8, top_k=2), "fetch_choice"),
     ],
     ids=str,
@@ -61,11 +61,11 @@ def test_every_rank_raises_when_one_is_gone(
     finally:
         pool.stop()
     assert time.monotonic() - start < 30
-    said = {int(file.name): file.read_text() for file in tmp_path.iterdir()}
+    errors = {int(file.name): file.read_text() for file in tmp_path.iterdir()}
     if fault == "shape":
-        assert said.pop(1).startswith("this attention is planned for q [24, 4] x D")
-    assert sorted(said) == [0, 2, 3]
-    for rank, error in said.items():
+        assert "q [24, 4] x D" in errors.pop(1)
+    assert sorted(errors) == [0, 2, 3]
+    for rank, error in errors.items():
         assert re.match(f"rank {rank} gave up waiting for '{kinds}'", error), error
 
 
@@ -92,7 +92,7 @@ def test_a_rank_that_hangs_is_given_up_after_the_timeout() -> None:
     finally:
         pool.stop()
     assert found[1] == "slept"
-    # Of a transfer it is the wait that says so, not what is asked for after it.
+    # The wait for the transfer raises, not the all-reduce after it.
     assert found[2].startswith("rank 2 gave up waiting for 'ring_kv'"), found
     for rank in (0, 2):
         assert found[rank].startswith(f"rank {rank} gave up waiting for 'ring_"), found

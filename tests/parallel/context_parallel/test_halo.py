@@ -1,4 +1,4 @@
-"""Plans of what ranks read of each other, by hand; that the rows are the right ones: see test_key_convolution.py."""
+"""Numbers of rows that ranks read from each other, by hand; test_key_convolution.py checks which rows."""
 
 import pytest
 
@@ -11,11 +11,11 @@ from farspan.parallel.layout import LAYOUTS, Shards
 @pytest.mark.parametrize("reach", [2, 4])
 def test_rows_by_hand(reach: int) -> None:
     """One document of 96 tokens on 4 ranks."""
-    shards = {layout: Shards.deal(Rows.packed([96]), layout=layout, degree=4) for layout in LAYOUTS}
+    shards = {layout: Shards.build(Rows.packed([96]), layout=layout, degree=4) for layout in LAYOUTS}
     rows = {
         # Each rank but the last gives its end to the next.
         "contiguous": [reach, reach, reach, 0],
-        # Of 8 stretches each but the last gives its end to the next, unless the same rank has it: rank 3 has the 4th
+        # Of 8 chunks each but the last gives its end to the next, unless the same rank has it: rank 3 has the 4th
         # and the 5th.
         "zigzag": [reach, 2 * reach, 2 * reach, reach],
         # A row goes to the ranks of the rows after it, but for the end of the document; at most all three others.
@@ -29,12 +29,12 @@ def test_rows_by_hand(reach: int) -> None:
         assert mean_rows_sent(shards[layout], reach) == -(-sum(expected) // 4)
     volume = Halo.plan(shards["contiguous"], 0, reach).volume(10, 2, 4)
     assert volume == Volume(forward=reach * 10 * 2, backward=0)
-    # The last rank gives nothing, and sends home the gradients of what it got.
+    # The last rank sends no rows, and returns the gradients of its halo.
     volume = Halo.plan(shards["contiguous"], 3, reach).volume(10, 2, 4)
     assert volume == Volume(forward=0, backward=reach * 10 * 4)
 
 
 def test_documents_that_ranks_do_not_share_send_nothing() -> None:
-    shards = Shards.deal(Rows.packed([24] * 4), layout="contiguous", degree=4)
-    assert all(Halo.plan(shards, rank, 4).is_quiet for rank in range(4))
+    shards = Shards.build(Rows.packed([24] * 4), layout="contiguous", degree=4)
+    assert all(Halo.plan(shards, rank, 4).is_empty for rank in range(4))
     assert mean_rows_sent(shards, 4) == 0

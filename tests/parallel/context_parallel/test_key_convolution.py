@@ -36,7 +36,7 @@ class Case:
     dtype: torch.dtype = torch.float64
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The whole sequence's k, the weight and the gradient of what comes out; the same on every rank."""
+        """k of the full sequence, the weight and the gradient of what comes out; the same on every rank."""
         generator = torch.Generator().manual_seed(1)
         tokens = len(DOCUMENTS[self.documents])
         shapes = (tokens, HEADS, HEAD_DIM), (self.width, HEADS, HEAD_DIM), (tokens, HEADS, HEAD_DIM)
@@ -55,20 +55,20 @@ def run_cases(cases: list[Case]) -> list[Outcome]:
 
 def run_case(case: Case) -> Outcome:
     channel = Channel(dist.group.WORLD, Traffic())  # pyright: ignore[reportArgumentType]
-    shards = Shards.deal(DOCUMENTS[case.documents], layout=case.layout, degree=channel.size)
+    shards = Shards.build(DOCUMENTS[case.documents], layout=case.layout, degree=channel.size)
     planned = KeyConvolution.plan(channel, shards, case.width)
-    whole, weight, whole_dout = case.inputs()
-    k, weight = shards.shard(whole, channel.rank).requires_grad_(), weight.requires_grad_()
+    global_k, weight, global_dout = case.inputs()
+    k, weight = shards.shard(global_k, channel.rank).requires_grad_(), weight.requires_grad_()
     out = planned(k, weight)
     forward = channel.traffic.take()
-    gradients = torch.autograd.grad(out, (k, weight), shards.shard(whole_dout, channel.rank))
+    gradients = torch.autograd.grad(out, (k, weight), shards.shard(global_dout, channel.rank))
     backward = channel.traffic.take()
     wide = 8 if case.dtype == torch.float64 else 4
     volume = planned.halo.volume(HEADS * HEAD_DIM, case.dtype.itemsize, wide)
     return [out.detach(), *gradients], forward, backward, volume
 
 
-def alone(case: Case) -> list[Tensor]:
+def expected_of(case: Case) -> list[Tensor]:
     k, weight, dout = (x.double() for x in case.inputs())
     taps = Taps.build(DOCUMENTS[case.documents], Rows.packed([]), case.width)
     dk, _, dweight = convolve_backward(dout, k, k[:0], weight, taps)
@@ -76,7 +76,7 @@ def alone(case: Case) -> list[Tensor]:
 
 
 def put_together(case: Case, parts: list[list[Tensor]]) -> list[Tensor]:
-    shards = Shards.deal(DOCUMENTS[case.documents], layout=case.layout, degree=len(parts))
+    shards = Shards.build(DOCUMENTS[case.documents], layout=case.layout, degree=len(parts))
     out, dk, dweight = (torch.stack(part) for part in zip(*parts, strict=True))
     return [shards.unshard(out), shards.unshard(dk), dweight.sum(dim=0)]
 
@@ -87,8 +87,8 @@ def test_equals_one_process(ranks: Callable[[int], RankPool], degree: int) -> No
     wrong = []
     for number, case in enumerate(CASES):
         outcomes: list[Outcome] = [of_rank[number] for of_rank in results]
-        whole = put_together(case, [outcome[0] for outcome in outcomes])
-        error = max(relative_error(a, b) for a, b in zip(whole, alone(case), strict=True))
+        found = put_together(case, [outcome[0] for outcome in outcomes])
+        error = max(relative_error(a, b) for a, b in zip(found, expected_of(case), strict=True))
         if error > TOLERANCE:
             wrong.append(f"{case}: {error:.1e}")
         for rank, (_, forward, backward, volume) in enumerate(outcomes):
@@ -104,7 +104,7 @@ def test_gradients_of_a_key_are_rounded_once(ranks: Callable[[int], RankPool]) -
     case = Case("striped", "one", 5, torch.bfloat16)
     parts = [of_rank[0][0] for of_rank in ranks(4).run(run_cases, [case])]
     out, dk, _ = put_together(case, parts)
-    exact_out, exact_dk, _ = alone(case)
+    exact_out, exact_dk, _ = expected_of(case)
     for got, exact in ((out, exact_out), (dk, exact_dk)):
         assert (got == exact.bfloat16()).double().mean() > 0.99
 
@@ -113,12 +113,12 @@ def kinds() -> tuple[set[str], set[str], str]:
     _, forward, backward, _ = run_case(Case("zigzag", "one", 3))
     channel = Channel(dist.group.WORLD, Traffic())  # pyright: ignore[reportArgumentType]
     try:
-        KeyConvolution.plan(channel, Shards.deal(Rows.packed([9]), layout="zigzag", degree=3), 3)
+        KeyConvolution.plan(channel, Shards.build(Rows.packed([9]), layout="zigzag", degree=3), 3)
     except ValueError as error:
         return set(forward.sent), set(backward.sent), str(error)
-    raise AssertionError("a sequence dealt to three ranks was taken by two")
+    raise AssertionError("a sequence of three ranks was accepted by two")
 
 
 def test_bytes_are_counted_by_kind_and_other_degrees_refused(ranks: Callable[[int], RankPool]) -> None:
-    message = "a sequence dealt to 3 ranks cannot be convolved on 2"
+    message = "a sequence sharded over 3 ranks cannot be convolved on 2"
     assert ranks(2).run(kinds) == [({"halo"}, {"halo_gradient"}, message)] * 2

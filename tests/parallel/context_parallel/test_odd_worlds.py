@@ -1,4 +1,4 @@
-"""Worlds that the matrix has not: degrees that are no power of two, sparse ids, what must be refused before it runs.
+"""Worlds beyond the matrix: degrees that are no power of two, sparse ids, and what is refused before it runs.
 
 Found by an independent fuzzer; thousands of its random cases agreed with one process.
 """
@@ -16,60 +16,44 @@ from farspan.kernels.mechanisms.block_sparse import BlockSparse
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.spans import Spans
-from farspan.kernels.sequence_attention import plan_sequence_attention
-from farspan.parallel.comm import Channel
-from farspan.parallel.context_parallel.cost_model import together
-from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes, Volume
+from farspan.parallel.comm import Unconnected
+from farspan.parallel.context_parallel.cost_model import total_cost
+from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes
 from farspan.parallel.layout import Shards
-from farspan.parallel.simulation import Unconnected, simulate
 from tests.parallel.context_parallel.test_cost_model import FAST, job, predict
+from tests.support.simulation import attend_in_one_process, simulate_attention
 
 
 @pytest.mark.parametrize("degree", [3, 5, 6])
 @pytest.mark.parametrize("name", [name for name in MECHANISMS if issubclass(MECHANISMS.get(name), Masked)])
 def test_bytes_where_the_degree_divides_nothing(name: str, degree: int) -> None:
-    """Of what is summed over ranks each has 2 (P-1)/P, rounded down once, however many sums there are."""
+    """Each rank sends 2 (P-1)/P of what is all-reduced, rounded down once, however many all-reduces there are."""
     rows, heads, mechanism = Rows.packed([200]), Heads(query=8, kv=2), MECHANISMS.get(name).examples()[0]
-    shards = Shards.deal(rows, layout="zigzag", degree=degree)
-
-    def run(channel: Channel) -> tuple[Volume, Volume]:
-        planned = STRATEGIES.get("ring")(channel).prepare(mechanism, shards, heads, backend="cpu")
-        widths = [(8, 4), (2, 4), (2, 4), *([(2, mechanism.routing_width)] if mechanism.routing_width else [])]
-        generator = torch.Generator().manual_seed(channel.rank)
-        inputs = [
-            torch.randn(shards.tokens_local, *width, generator=generator, dtype=torch.float64) for width in widths
-        ]
-        out, saved = planned.forward(*inputs)
-        forward = channel.traffic.take().sent.total()
-        planned.backward(torch.ones_like(out), saved)
-        counted = Volume(forward=forward, backward=channel.traffic.take().sent.total())
-        return counted, planned.volume(Sizes.of(torch.float64, 4, 4))
-
-    assert all(counted == stated for counted, stated in simulate(degree, run))
+    shards = Shards.build(rows, layout="zigzag", degree=degree)
+    widths = [(8, 4), (2, 4), (2, 4), *([(2, mechanism.routing_width)] if mechanism.routing_width else []), (8, 4)]
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(len(rows), *width, generator=generator, dtype=torch.float64) for width in widths]
+    found = simulate_attention("ring", mechanism, shards, heads, inputs)
+    assert found.sent == [plan.volume(Sizes.of(torch.float64, 4, 4)) for plan in found.plans]
 
 
 @pytest.mark.parametrize("strategy", ["ship", "ring", "fetch"])
 def test_ids_of_documents_may_be_anything(strategy: str) -> None:
-    """Up to the largest of int32: nothing is computed with them that would overflow."""
+    """Up to the largest of int32: no arithmetic on them overflows."""
     base, heads, mechanism = Rows.packed([20, 5, 7], padding=3), Heads(query=4, kv=4), MoBA(block=4, top_k=3)
     ids = torch.tensor([3, 1 << 28, (1 << 31) - 2], dtype=torch.int32)
     document = torch.where(base.document < 0, base.document, ids[base.document.clamp(min=0).long()])
     rows = Rows(position=base.position, document=document)
-    shards = Shards.deal(rows, layout="zigzag", degree=2)
+    shards = Shards.build(rows, layout="zigzag", degree=2)
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(len(rows), 4, 8, generator=generator, dtype=torch.float64) for _ in range(3)]
-
-    def run(channel: Channel) -> torch.Tensor:
-        planned = STRATEGIES.get(strategy)(channel).prepare(mechanism, shards, heads, backend="cpu")
-        return planned.forward(*(shards.shard(x, channel.rank) for x in inputs))[0]
-
-    out = shards.unshard(torch.stack(simulate(2, run)))
-    truth = plan_sequence_attention(mechanism, base, heads, range(4), backend="reference").forward(*inputs)[0]
-    assert (out - truth)[:32].abs().max().item() <= 1e-12
+    inputs = [torch.randn(len(rows), 4, 8, generator=generator, dtype=torch.float64) for _ in range(4)]
+    found = simulate_attention(strategy, mechanism, shards, heads, inputs).tensors
+    for x, expected in zip(found, attend_in_one_process(mechanism, base, heads, inputs), strict=True):
+        assert (x - expected)[:32].abs().max().item() <= 1e-12
 
 
 @pytest.mark.parametrize(
-    ("mechanism", "heads", "said"),
+    ("mechanism", "heads", "message"),
     [
         (Dense(), Heads(query=5, kv=2), "5 query heads cannot share 2 KV heads evenly"),
         (Spans(alpha=(4.0,) * 8, beta=(0.0,) * 8, length=64), Heads(query=4, kv=2), "8 windows for 4 query heads"),
@@ -79,11 +63,11 @@ def test_ids_of_documents_may_be_anything(strategy: str) -> None:
 )
 @pytest.mark.parametrize("strategy", ["ring", "gather", "fetch", "hybrid", "ulysses"])
 def test_what_does_not_fit_is_refused_before_it_runs(
-    strategy: str, mechanism: Mechanism, heads: Heads, said: str
+    strategy: str, mechanism: Mechanism, heads: Heads, message: str
 ) -> None:
-    shards = Shards.deal(Rows.packed([32]), layout="contiguous", degree=4)
-    with pytest.raises(ConfigError, match=said):
-        STRATEGIES.get(strategy)(Unconnected(0, 4, width=2)).prepare(mechanism, shards, heads, backend="cpu")
+    shards = Shards.build(Rows.packed([32]), layout="contiguous", degree=4)
+    with pytest.raises(ConfigError, match=message):
+        STRATEGIES.get(strategy)(Unconnected(0, 4, inner_size=2)).prepare(mechanism, shards, heads, backend="cpu")
 
 
 @pytest.mark.parametrize("strategy", ["hybrid", "hybrid_outer", "double_ring"])
@@ -97,5 +81,5 @@ def test_what_is_no_grid_is_refused(strategy: str, inner: int) -> None:
 def test_layers_of_a_sequence_of_padding_cost_nothing() -> None:
     cost = predict("ring", job(Dense(), 4), FAST)
     idle = replace(cost, flops=0, balance=0)
-    assert together([(idle, 2)]).balance == 1.0
-    assert together([(idle, 2), (cost, 1)]).balance == pytest.approx(cost.balance)
+    assert total_cost([(idle, 2)]).balance == 1.0
+    assert total_cost([(idle, 2), (cost, 1)]).balance == pytest.approx(cost.balance)

@@ -1,4 +1,4 @@
-"""The wire dtype of key and value gradients: rounded once each, they cost half the bytes and little accuracy.
+"""`grad_comm_dtype`: gradients of keys and values rounded once cost half the bytes and little accuracy.
 
 Whatever the dtype, errors do not grow with the number of ranks, as every owner sums in float32.
 """
@@ -12,7 +12,7 @@ import torch
 from farspan.kernels.mechanism import MECHANISMS
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.parallel.context_parallel.strategy import STRATEGIES
-from tests.parallel.test_matrix import HEADS, Case, differing_bytes, put_together, reference, run_cases, width_for
+from tests.support.matrix import HEADS, Case, differing_bytes, inner_size_for, put_together, reference, run_cases
 from tests.support.oracle import rms_error
 from tests.support.rank_pool import RankPool
 
@@ -24,10 +24,10 @@ ONE_KV_HEAD = HEADS[2]
 def errors(ranks: Callable[[int], RankPool], case: Case, degree: int) -> tuple[float, int]:
     """Return the error of dk and dv together, and the bytes that all ranks sent backward."""
     results = ranks(degree).run(run_cases, [case])
-    whole = put_together(case, degree, [parts[0][0] for parts in results])
+    found = put_together(case, degree, [parts[0][0] for parts in results])
     expected = reference(case.mechanism, case.documents, case.heads, case.dtype)
     sent = sum(parts[0][1][1].counted.sent.total() for parts in results)
-    found, truth = (torch.cat([x.flatten() for x in tensors[3:]]) for tensors in (whole, expected))
+    found, truth = (torch.cat([x.flatten() for x in tensors[3:]]) for tensors in (found, expected))
     return rms_error(found, truth), sent
 
 
@@ -39,12 +39,12 @@ def test_errors_do_not_grow_with_the_degree(ranks: Callable[[int], RankPool], st
     take; and the sum is rounded too: the root of 2 of one process, and some.
     """
     exact = Case(Dense(), strategy, "zigzag", "ragged", ONE_KV_HEAD, dtype=torch.bfloat16)
-    alone, _ = errors(ranks, replace(exact, strategy="single"), 1)
+    single, _ = errors(ranks, replace(exact, strategy="single"), 1)
     found = {degree: errors(ranks, exact, degree) for degree in (2, 4, 8)}
-    rounded = {degree: errors(ranks, replace(exact, rounded=True), degree) for degree in (2, 4, 8)}
+    rounded = {degree: errors(ranks, replace(exact, grad_comm_dtype="compute"), degree) for degree in (2, 4, 8)}
     for degree in (2, 4, 8):
-        assert found[degree][0] <= 1.2 * alone
-        assert rounded[degree][0] <= 1.7 * alone
+        assert found[degree][0] <= 1.2 * single
+        assert rounded[degree][0] <= 1.7 * single
         assert rounded[degree][1] < found[degree][1]
     assert found[8][0] <= 1.2 * found[2][0]
     assert rounded[8][0] <= 1.2 * rounded[2][0]
@@ -54,13 +54,13 @@ def test_errors_do_not_grow_with_the_degree(ranks: Callable[[int], RankPool], st
 @pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "single"])
 def test_bytes_are_those_of_the_formula_where_sums_are_wider(ranks: Callable[[int], RankPool], strategy: str) -> None:
     """In bfloat16, with gradients rounded or not; in float64, as the matrix has it, a number and a sum are as wide."""
-    width = width_for(strategy, 4, turn=0)
+    inner_size = inner_size_for(strategy, 4, turn=0)
     examples = [MECHANISMS.get(name).examples()[0] for name in MECHANISMS]
     cases = [
-        Case(example, strategy, "striped", "ragged", ONE_KV_HEAD, width, torch.bfloat16, rounded)
+        Case(example, strategy, "striped", "ragged", ONE_KV_HEAD, inner_size, torch.bfloat16, grad_comm_dtype)
         for example in examples
-        if STRATEGIES.get(strategy).unsupported_reason(example, ONE_KV_HEAD, 4, width) is None
-        for rounded in (False, True)
+        if STRATEGIES.get(strategy).unsupported_reason(example, ONE_KV_HEAD, 4, inner_size) is None
+        for grad_comm_dtype in ("accumulation", "compute")
     ]
     results = ranks(4).run(run_cases, cases)
     wrong = [

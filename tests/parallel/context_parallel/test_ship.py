@@ -1,4 +1,4 @@
-"""Queries that travel to the keys they chose: what moves, against a ring, and in worlds of many ranks."""
+"""Queries that travel to the keys they chose: bytes against a ring, and which queries are dispatched."""
 
 import itertools
 
@@ -11,10 +11,10 @@ from farspan.kernels.mechanism import Heads
 from farspan.kernels.mechanisms.block_sparse import BlockSparse
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.vggt import VGGT
+from farspan.parallel.comm import Unconnected
 from farspan.parallel.context_parallel.query_dispatch import BlockOwners, DispatchPlan
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes
 from farspan.parallel.layout import LAYOUTS, Shards
-from farspan.parallel.simulation import Unconnected
 from tests.support.oracle import selected_mask, visible_mask
 
 TOKENS, BLOCK = 1 << 14, 128
@@ -23,7 +23,7 @@ TOKENS, BLOCK = 1 << 14, 128
 def sent(strategy: str, degree: int, heads: Heads, top_k: int) -> int:
     """Return the bytes that all ranks send in a bfloat16 layer with heads of 64, forward."""
     mechanism, rows = MoBA(block=BLOCK, top_k=top_k), Rows.packed([TOKENS])
-    shards = Shards.deal(rows, layout="contiguous", degree=degree)
+    shards = Shards.build(rows, layout="contiguous", degree=degree)
     routing = mechanism.sample_routing(rows, heads)
     total = 0
     for rank in range(0, degree, max(degree // 4, 1)):
@@ -45,12 +45,12 @@ def sent(strategy: str, degree: int, heads: Heads, top_k: int) -> int:
         (8, Heads(query=4, kv=1), 8, False),
     ],
 )
-def test_less_moves_than_around_a_ring_where_the_formula_says_so(
+def test_ship_sends_less_than_a_ring_where_the_formula_says_so(
     degree: int, heads: Heads, top_k: int, ships: bool
 ) -> None:
     """Published, for results as wide as queries: when degree - 1 > (Hq / Hk) (K - 1).
 
-    Ours come back in float32: 404 bytes an item where a key and a value have 256.
+    In farspan they return in float32: 404 bytes a query where a key and a value have 256.
     """
     condition = degree - 1 > (heads.query / heads.kv) * (top_k - 1) * 404 / 256
     assert condition == ships
@@ -66,24 +66,24 @@ MECHANISMS = [
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 @pytest.mark.parametrize("mechanism", MECHANISMS, ids=str)
-def test_a_row_goes_where_it_sees_a_chosen_key_and_nowhere_else(mechanism: Routed, layout: str) -> None:
+def test_a_query_goes_to_ranks_with_visible_chosen_keys_only(mechanism: Routed, layout: str) -> None:
     rows, heads, degree = Rows.packed([50, 1, 33], padding=11), Heads(query=4, kv=2), 5
-    shards = Shards.deal(rows, layout=layout, degree=degree)
+    shards = Shards.build(rows, layout=layout, degree=degree)
     chosen = mechanism.sample_routing(rows, heads).selection
     sees = visible_mask(rows, rows, mechanism.attention_mask(), heads.query) & selected_mask(chosen, rows, heads.query)
     index = shards.index.flatten()
-    holder = torch.full((len(rows),), -1)
-    holder[index[index >= 0]] = torch.arange(degree).repeat_interleave(shards.tokens_local)[index >= 0]
-    holders = BlockOwners.of(mechanism.attention_mask(), mechanism.key_blocks(rows), shards)
-    shipped = 0
+    owner = torch.full((len(rows),), -1)
+    owner[index[index >= 0]] = torch.arange(degree).repeat_interleave(shards.tokens_local)[index >= 0]
+    owners = BlockOwners.of(mechanism.attention_mask(), mechanism.key_blocks(rows), shards)
+    dispatched = 0
     for rank, other in itertools.product(range(degree), range(degree)):
         selection = chosen.of_queries(shards.index[rank])
-        leaving = DispatchPlan.of(selection, holders, shards, rank, heads.query)
-        row, head = (x.split(leaving.items)[other] for x in (leaving.row, leaving.head))
+        plan = DispatchPlan.of(selection, owners, shards, rank, heads.query)
+        row, head = (x.split(plan.queries_per_rank)[other] for x in (plan.row, plan.head))
         sent = torch.zeros(heads.query, len(rows), dtype=torch.bool)
         sent[head, shards.index[rank][row]] = True
         assert len(row) == sent.sum(), "a row of a head goes to a rank once"
-        wanted = sees[:, :, holder == other].any(dim=2) & (holder == rank)
+        wanted = sees[:, :, owner == other].any(dim=2) & (owner == rank)
         assert torch.equal(sent, wanted & (rank != other))
-        shipped += len(row)
-    assert shipped > 0
+        dispatched += len(row)
+    assert dispatched > 0

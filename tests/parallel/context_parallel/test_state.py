@@ -1,59 +1,39 @@
-"""States of sequences longer than those of the matrix; there, equality and bytes of all layouts and degrees."""
+"""States of sequences that are longer, shorter or less sorted than those of the matrix."""
 
 import pytest
 import torch
-from torch import Tensor
 
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Heads
 from farspan.kernels.mechanisms.lightning import Lightning
-from farspan.kernels.sequence_attention import plan_sequence_attention
-from farspan.parallel.comm import Channel
+from farspan.parallel.comm import Unconnected
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes, Volume
 from farspan.parallel.layout import LAYOUTS, Shards
-from farspan.parallel.simulation import Unconnected, simulate
 from tests.support.oracle import relative_error
+from tests.support.simulation import attend_in_one_process, simulate_attention
 
 HEADS = Heads(query=4, kv=2)
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS))
-@pytest.mark.parametrize("degree", [1, 2])
-def test_what_comes_later_is_not_heard_however_far_it_is(degree: int, layout: str) -> None:
-    """The fastest rate is 1/4: exp(s n) of 8192 tokens is beyond float64."""
-    rows, generator = Rows.packed([8192]), torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(8192, heads, 2, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
-    shards = Shards.deal(rows, layout=layout, degree=degree)
-
-    def attend(channel: Channel) -> Tensor:
-        planned = STRATEGIES.get("state")(channel).prepare(Lightning(), shards, HEADS, backend="cpu")
-        return planned.forward(*(shards.shard(x, channel.rank) for x in (q, k, v)))[0]
-
-    out = shards.unshard(torch.stack(simulate(degree, attend)))
-    alone, _ = plan_sequence_attention(Lightning(), rows, HEADS, range(4), backend="cpu").forward(q, k, v)
-    assert relative_error(out, alone) <= 1e-10
-
-
 def error(rows: Rows, layout: str, degree: int) -> float:
     """Return the largest error of out, dq, dk and dv of simulated ranks, against one process."""
-    generator, shards = torch.Generator().manual_seed(0), Shards.deal(rows, layout=layout, degree=degree)
-    *inputs, dout = (torch.randn(len(rows), n, 2, generator=generator, dtype=torch.float64) for n in (4, 2, 2, 4))
+    generator, shards = torch.Generator().manual_seed(0), Shards.build(rows, layout=layout, degree=degree)
+    inputs = [torch.randn(len(rows), n, 2, generator=generator, dtype=torch.float64) for n in (4, 2, 2, 4)]
+    found = simulate_attention("state", Lightning(), shards, HEADS, inputs).tensors
+    return max(map(relative_error, found, attend_in_one_process(Lightning(), rows, HEADS, inputs, backend="cpu")))
 
-    def attend(channel: Channel) -> tuple[Tensor, ...]:
-        planned = STRATEGIES.get("state")(channel).prepare(Lightning(), shards, HEADS, backend="cpu")
-        out, saved = planned.forward(*(shards.shard(x, channel.rank) for x in inputs))
-        return out, *planned.backward(shards.shard(dout, channel.rank), saved)
 
-    found = [shards.unshard(torch.stack(part)) for part in zip(*simulate(degree, attend), strict=True)]
-    whole = plan_sequence_attention(Lightning(), rows, HEADS, range(4), backend="cpu")
-    out, saved = whole.forward(*inputs)
-    return max(map(relative_error, found, (out, *whole.backward(dout, saved))))
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("degree", [1, 2])
+def test_later_tokens_have_no_influence_however_far_they_are(degree: int, layout: str) -> None:
+    """The fastest rate is 1/4: exp(s n) of 8192 tokens is beyond float64."""
+    assert error(Rows.packed([8192]), layout, degree) <= 1e-10
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 @pytest.mark.parametrize("degree", [2, 3])
-def test_stretches_of_one_token_or_none(degree: int, layout: str) -> None:
-    """Short sequences leave the last ranks such: what a token leaves behind is not heard by itself."""
+def test_segments_of_one_token_or_none(degree: int, layout: str) -> None:
+    """Short sequences leave them to the last ranks: the state of a token has no influence on the token."""
     for tokens in range(1, 8):
         assert error(Rows.packed([tokens]), layout, degree) <= 1e-10, f"{tokens} tokens"
 
@@ -66,28 +46,28 @@ def test_rows_in_any_order(layout: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "stretches", "redealt"), [("contiguous", 1, 0), ("zigzag", 2, 0), ("striped", 1, 1024 * 7 // 8)]
+    ("layout", "segments", "resharded"), [("contiguous", 1, 0), ("zigzag", 2, 0), ("striped", 1, 1024 * 7 // 8)]
 )
-def test_volumes_by_hand(layout: str, stretches: int, redealt: int) -> None:
-    """1024 tokens on each of 8 ranks: a float32 matrix a head and stretch; bfloat16 rows of such as are dealt anew."""
-    shards = Shards.deal(Rows.packed([8192]), layout=layout, degree=8)
+def test_volumes_by_hand(layout: str, segments: int, resharded: int) -> None:
+    """1024 tokens on each of 8 ranks: a float32 matrix per head and segment; bfloat16 rows if resharded."""
+    shards = Shards.build(Rows.packed([8192]), layout=layout, degree=8)
     planned = STRATEGIES.get("state")(Unconnected(3, 8)).prepare(Lightning(), shards, HEADS, backend="cpu")
-    sums, rows = 7 * stretches * 4 * 64 * 32 * 4, redealt * (4 * 64 + 2 * (64 + 32) + 4 * 32) * 2
+    sums, rows = 7 * segments * 4 * 64 * 32 * 4, resharded * (4 * 64 + 2 * (64 + 32) + 4 * 32) * 2
     assert planned.volume(Sizes.of(torch.bfloat16, 64, 32)) == Volume(forward=sums + rows, backward=sums + rows)
 
 
-def test_layers_of_one_sequence_have_its_stretches_in_common() -> None:
-    """Rates differ by layer, stretches do not; another sequence, dealt alike, has its own."""
+def test_layers_of_one_sequence_share_its_segments() -> None:
+    """Decay differs by layer, segments do not; another sequence of the same layout has its own."""
     strategy = STRATEGIES.get("state")(Unconnected(0, 2))
-    first, second = (Shards.deal(Rows.packed(lengths), layout="zigzag", degree=2) for lengths in ([9, 23], [30, 2]))
+    first, second = (Shards.build(Rows.packed(lengths), layout="zigzag", degree=2) for lengths in ([9, 23], [30, 2]))
     planned = [
         strategy.prepare(Lightning(layer=layer, layers=3), shards, HEADS, backend="cpu")
         for shards in (first, second)
         for layer in range(2)
     ]
-    stretches = [attend.stretches for attend in planned]  # pyright: ignore[reportAttributeAccessIssue]
-    assert stretches[0] is stretches[1]
-    assert stretches[2] is stretches[3]
-    assert [len(segment) for segment in stretches[0]] == [len(segment) for segment in stretches[2]] == [8, 8]
-    assert stretches[0][1].last != stretches[2][1].last
+    segments = [attention.segments for attention in planned]  # pyright: ignore[reportAttributeAccessIssue]
+    assert segments[0] is segments[1]
+    assert segments[2] is segments[3]
+    assert [len(segment) for segment in segments[0]] == [len(segment) for segment in segments[2]] == [8, 8]
+    assert segments[0][1].last != segments[2][1].last
     assert not torch.equal(planned[0].influence, planned[1].influence)  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,4 @@
-"""Choices over a whole sequence: the same whoever holds which tokens, by hand, with the bytes that are stated."""
+"""Choices over a full sequence: independent of the layout, checked by hand, with the bytes of the formula."""
 
 import pytest
 import torch
@@ -6,19 +6,19 @@ from torch import Tensor
 
 from farspan.kernels.masks.rows import Rows
 from farspan.parallel.comm import Channel
-from farspan.parallel.expert_parallel.capacity import SharedSequence
+from farspan.parallel.expert_parallel.capacity import ExpertCapacity
 from farspan.parallel.layout import LAYOUTS, Shards
-from farspan.parallel.simulation import simulate
+from tests.support.simulation import simulate
 
 TOKENS, EXPERTS = 37, 5
 
 
-def dealt(layout: str, degree: int, parts: list[Tensor], choose) -> tuple[Tensor, list[int]]:
-    """What the ranks find, put together in the order of the sequence, and the bytes that each sent."""
-    shards = Shards.deal(Rows.packed([TOKENS]), layout=layout, degree=degree, work=lambda rows: rows.position + 1.0)
+def on_ranks(layout: str, degree: int, parts: list[Tensor], choose) -> tuple[Tensor, list[int]]:
+    """Return the results of the ranks in the order of the sequence, and the bytes that each sent."""
+    shards = Shards.build(Rows.packed([TOKENS]), layout=layout, degree=degree, work=lambda rows: rows.position + 1.0)
 
     def run(channel: Channel) -> tuple[Tensor, int]:
-        sequence = SharedSequence(channel, shards.index[channel.rank])
+        sequence = ExpertCapacity(channel, shards.index[channel.rank])
         found = choose(sequence, *(shards.shard(x, channel.rank, fill=1) for x in parts))
         return found, channel.traffic.sent.total()
 
@@ -35,7 +35,7 @@ def test_capacity_by_hand(drop, degree: int, layout: str) -> None:
     generator = torch.Generator().manual_seed(0)
     chosen = torch.rand(TOKENS, EXPERTS, generator=generator).argsort(dim=1)[:, :2]
     weights = torch.rand(TOKENS, 2, generator=generator).mul(4).round()  # many are equal: earlier tokens win
-    kept, sent = dealt(
+    kept, sent = on_ranks(
         layout, degree, [chosen, weights], lambda s, c, w: s.within_capacity(c, w, EXPERTS, factor=0.8, drop=drop)
     )
     capacity = 12  # 0.8 x 37 x 2 / 5 = 11.84
@@ -43,9 +43,9 @@ def test_capacity_by_hand(drop, degree: int, layout: str) -> None:
     for expert in range(EXPERTS):
         line = [(t, k) for t in range(TOKENS) for k in range(2) if chosen[t, k] == expert]
         if drop == "weight":
-            line.sort(key=lambda place: -weights[place].item())
-        for place in line[:capacity]:
-            expected[place] = True
+            line.sort(key=lambda choice: -weights[choice].item())
+        for choice in line[:capacity]:
+            expected[choice] = True
     assert torch.equal(kept, expected)
     assert not kept.all()
     rows = -(-TOKENS // degree) if layout != "zigzag" else 2 * -(-TOKENS // (2 * degree))
@@ -57,7 +57,7 @@ def test_capacity_by_hand(drop, degree: int, layout: str) -> None:
 @pytest.mark.parametrize("degree", [1, 2, 3, 4])
 def test_experts_take_their_best_tokens(degree: int, layout: str) -> None:
     scores = torch.rand(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(0)).mul(6).round()
-    taken, _ = dealt(layout, degree, [scores], lambda s, x: s.chosen_by_experts(x, 2))
+    taken, _ = on_ranks(layout, degree, [scores], lambda s, x: s.chosen_by_experts(x, 2))
     for expert in range(EXPERTS):
         best = sorted(range(TOKENS), key=lambda token: (-scores[token, expert].item(), token))[:15]  # 37 x 2 / 5 = 14.8
         assert taken[:, expert].nonzero().flatten().tolist() == sorted(best)

@@ -1,8 +1,7 @@
-"""Expert parallelism: whoever holds the experts, each token gets the weighed sum of what its experts make of it."""
+"""Expert parallelism: whichever rank holds the experts, each token gets the weighted sum of their outputs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,13 +11,14 @@ from torch import Tensor
 from farspan.kernels.moe.grouped_gemm import grouped_swiglu
 from farspan.parallel.expert_parallel.dispatch import send_to_experts
 from tests.support.rank_pool import RankPool, world_channel
+from tests.support.recording_channel import RecordingChannel
 
 EXPERTS, PER_TOKEN, WIDTH, INNER = 8, 3, 6, 10
 
 
 @dataclass(frozen=True)
 class Case:
-    """tokens: of each of 8 parts, dealt to the ranks end to end. experts: those that are chosen from."""
+    """tokens: of each of 8 parts, which are split over the ranks in order. experts: those that tokens may choose."""
 
     tokens: tuple[int, ...]
     padding: tuple[int, ...] = (0,) * 8
@@ -46,26 +46,27 @@ def inputs(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Tensor
     return leaves, torch.tensor(case.experts)[order], real, dout
 
 
-def dealt(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, int], int]:
-    """On a rank: its out and gradients, what its channel counted, and the rows that left it."""
+def on_rank(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, int], int]:
+    """On a rank: its out and gradients, the bytes by kind, and the number of rows for other ranks."""
     channel = world_channel()
     (x, weights, *matrices), chosen, real, dout = inputs(case, dtype)
     parts = 8 // channel.size
     start, stop = (sum(case.tokens[: parts * rank]) for rank in (channel.rank, channel.rank + 1))
-    held = EXPERTS // channel.size
-    mine = [part[start:stop].clone().requires_grad_() for part in (x, weights)]
-    # Whatever padding holds must not be seen.
-    mine[0].data[~real[start:stop]] = torch.nan
-    mine += [m[channel.rank * held : (channel.rank + 1) * held].clone().requires_grad_() for m in matrices]
+    experts = EXPERTS // channel.size
+    local = [part[start:stop].clone().requires_grad_() for part in (x, weights)]
+    # The contents of padding must not be read.
+    local[0].data[~real[start:stop]] = torch.nan
+    local += [m[channel.rank * experts : (channel.rank + 1) * experts].clone().requires_grad_() for m in matrices]
     kept = real[start:stop, None].expand(-1, PER_TOKEN)
-    under_way = send_to_experts(mine[0], chosen[start:stop], mine[1], kept, channel, EXPERTS)
-    out = under_way.attended_by(lambda rows, counts: grouped_swiglu(rows, mine[2], mine[3], mine[4], counts))
-    gradients = torch.autograd.grad(out, mine, dout[start:stop])
-    leaving = chosen[start:stop][real[start:stop]] // held != channel.rank
+    in_flight = send_to_experts(local[0], chosen[start:stop], local[1], kept, channel, EXPERTS)
+    gate, up, down = local[2:]
+    out = in_flight.combine(lambda rows, counts: grouped_swiglu(rows, gate, up, down, counts))
+    gradients = torch.autograd.grad(out, local, dout[start:stop])
+    leaving = chosen[start:stop][real[start:stop]] // experts != channel.rank
     return [out.detach(), *gradients], dict(channel.traffic.sent), int(leaving.sum())
 
 
-def whole(case: Case, dtype: torch.dtype) -> list[Tensor]:
+def expected_of(case: Case, dtype: torch.dtype) -> list[Tensor]:
     """Every expert on every token, in float64."""
     leaves, chosen, real, dout = inputs(case, dtype)
     x, weights, gate, up, down = exact = [leaf.double().requires_grad_() for leaf in leaves]
@@ -81,40 +82,19 @@ def whole(case: Case, dtype: torch.dtype) -> list[Tensor]:
 def test_equals_every_expert_on_every_token(
     ranks: Callable[[int], RankPool], degree: int, case: Case, dtype: torch.dtype, tolerance: float
 ) -> None:
-    results = ranks(degree).run(dealt, case, dtype)
-    expected = whole(case, dtype)
+    results = ranks(degree).run(on_rank, case, dtype)
+    expected = expected_of(case, dtype)
     got = [torch.cat(parts) for parts in zip(*(tensors for tensors, *_ in results), strict=True)]
     for a, b in zip(got, expected, strict=True):
         assert (a - b).abs().amax().item() <= tolerance * max(b.abs().amax().item(), 1e-300)
     for _, sent, leaving in results:
         row = WIDTH * dtype.itemsize
-        there, back = sent.get("expert_rows", 0), sent.get("expert_out_gradient", 0)
-        assert there == back == leaving * row
+        assert sent.get("expert_rows", 0) == sent.get("expert_out_gradient", 0) == leaving * row
         assert sent.get("expert_counts", 0) == (degree - 1) * EXPERTS // degree * 8
-    # What leaves a rank comes back: as many rows of out, and of the gradient, are sent by those who made them.
-    for back, there in (("expert_out", "expert_rows"), ("expert_rows_gradient", "expert_out_gradient")):
-        assert sum(sent.get(back, 0) for _, sent, _ in results) == sum(sent.get(there, 0) for _, sent, _ in results)
-
-
-class RecordingChannel:
-    """Of one rank alone: says when transfers start and when they are waited for."""
-
-    rank, size = 0, 1
-
-    def __init__(self) -> None:
-        self.events: list[str] = []
-
-    def all_to_all(self, buffer: Tensor, *, kind: str) -> Tensor:
-        return buffer
-
-    def start_all_to_all(self, buffer: Tensor, *, sent: list[int], received: list[int], kind: str) -> Any:
-        self.events.append(f"start {kind}")
-
-        def wait() -> Tensor:
-            self.events.append(f"wait {kind}")
-            return buffer
-
-        return SimpleNamespace(wait=wait)
+    # Every row for another rank returns: as many rows of out, and of the gradient of rows.
+    for returned, sent_out in (("expert_out", "expert_rows"), ("expert_rows_gradient", "expert_out_gradient")):
+        totals = [sum(sent.get(kind, 0) for _, sent, _ in results) for kind in (returned, sent_out)]
+        assert totals[0] == totals[1]
 
 
 class Noted(torch.autograd.Function):
@@ -130,18 +110,18 @@ class Noted(torch.autograd.Function):
         return dout, None, None
 
 
-def test_what_is_computed_meanwhile_hides_the_way_there_and_that_of_its_gradient() -> None:
-    channel, x = RecordingChannel(), torch.ones(4, 2, requires_grad=True)
+def test_computation_between_send_and_combine_overlaps_in_both_passes() -> None:
+    channel, x = RecordingChannel(0, 1), torch.ones(4, 2, requires_grad=True)
     chosen, kept = torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1, dtype=torch.bool)
-    under_way = send_to_experts(x, chosen, torch.ones(4, 1), kept, channel, 1)  # pyright: ignore[reportArgumentType]
-    meanwhile: Tensor = Noted.apply(x, channel.events, "meanwhile")  # pyright: ignore[reportAssignmentType]
-    out = under_way.attended_by(lambda rows, _: Noted.apply(rows, channel.events, "experts"))  # pyright: ignore
+    in_flight = send_to_experts(x, chosen, torch.ones(4, 1), kept, channel, 1)  # pyright: ignore[reportArgumentType]
+    overlapped: Tensor = Noted.apply(x, channel.events, "overlapped")  # pyright: ignore[reportAssignmentType]
+    out = in_flight.combine(lambda rows, _: Noted.apply(rows, channel.events, "experts"))  # pyright: ignore
     assert channel.events == [
-        "start expert_rows", "meanwhile", "wait expert_rows", "experts", "start expert_out", "wait expert_out",
+        "send expert_rows", "overlapped", "wait expert_rows", "experts", "send expert_out", "wait expert_out",
     ]  # fmt: skip
     channel.events.clear()
-    (out + meanwhile).sum().backward()
+    (out + overlapped).sum().backward()
     assert channel.events == [
-        "start expert_out_gradient", "wait expert_out_gradient", "experts backward",
-        "start expert_rows_gradient", "meanwhile backward", "wait expert_rows_gradient",
+        "send expert_out_gradient", "wait expert_out_gradient", "experts backward",
+        "send expert_rows_gradient", "overlapped backward", "wait expert_rows_gradient",
     ]  # fmt: skip

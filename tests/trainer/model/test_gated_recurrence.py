@@ -11,10 +11,10 @@ from torch import Tensor
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Heads
 from farspan.kernels.mechanisms.lightning import Lightning
+from farspan.parallel.comm import Unconnected
 from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.parallel.layout import Shards
 from farspan.parallel.mesh import ParallelConfig
-from farspan.parallel.simulation import Unconnected
 from farspan.trainer.config import AttentionConfig, Config
 from farspan.trainer.model.attention import AttentionInputs
 from farspan.trainer.model.config import ExpertsConfig, ModelConfig, RopeConfig
@@ -42,7 +42,7 @@ def test_the_layer_on_packed_documents(backend: str) -> None:
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, generator=generator)
     strategy = STRATEGIES.get("single")(Unconnected(0, 1))
-    shards = Shards.deal(rows, layout="contiguous", degree=1)
+    shards = Shards.build(rows, layout="contiguous", degree=1)
     attention = strategy.prepare(mechanism, shards, Heads(query=3, kv=3), backend=backend)
     x, dout = torch.randn(2, 33, 10, dtype=torch.float64, generator=generator)
     unused = torch.empty(0)

@@ -19,10 +19,9 @@ from farspan.kernels.backend import KernelRequest, choose_backend
 from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.planner import Heads, HeadShare
-from farspan.parallel.comm import Channel, Traffic
+from farspan.parallel.comm import Channel, Traffic, Unconnected
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Queries
 from farspan.parallel.layout import Shards
-from farspan.parallel.simulation import Unconnected
 from farspan.tools.bench.context_contenders import SINGLE, ContextContender, Planned, ShardedCase
 
 SHARED_MEMORY_OP = "deepspeed_shm_comm"

@@ -1,54 +1,36 @@
-"""Ranks without processes: channels for plans alone, and worlds of threads whose transfers are real.
-
-The same strategies run on both, at degrees far beyond the processes of one machine.
-"""
+"""Worlds of threads: channels whose transfers are real, at degrees beyond the processes of one machine."""
 
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.mechanism import Heads, Mechanism
+from farspan.kernels.sequence_attention import plan_sequence_attention
 from farspan.parallel.comm import Channel, Traffic, Transfer
+from farspan.parallel.context_parallel.strategy import STRATEGIES, DistributedAttention, Volume
+from farspan.parallel.layout import Shards
 
 Result = TypeVar("Result")
 Address = tuple[tuple[int, ...], int, int, int]
-"""Ranks of the channel, sender, reader, tag."""
+"""Ranks of the channel, sender, receiver, tag."""
 TIMEOUT_S, POLL_S = 60.0, 0.5
 COLLECTIVE = 0
 """Tag of messages that belong to collectives."""
 
 
-class Unconnected(Channel):
-    """The channel of one rank whose peers do not exist: for plans and their formulas; nothing can be sent."""
-
-    def __init__(self, rank: int, size: int, *, width: int = 1) -> None:
-        self.rank, self.size, self.traffic = rank, size, Traffic()
-        self.inner = Unconnected(rank % width, width) if width > 1 else None
-        self.outer = Unconnected(rank // width, size // width) if width > 1 else None
-
-    def _shift(self, buffer: Tensor, tag: int, to: int, source: int, kind: str) -> Transfer:
-        raise RuntimeError("there is nobody to send to: this channel is for plans")
-
-    def _all_reduce(self, x: Tensor, kind: str) -> Tensor:
-        raise RuntimeError("there is nobody to sum with: this channel is for plans")
-
-    def _all_gather(self, buffer: Tensor, kind: str) -> list[Tensor]:
-        raise RuntimeError("there is nobody to gather from: this channel is for plans")
-
-    def _all_to_all(self, buffer: Tensor, sent: list[int], received: list[int], kind: str) -> Transfer:
-        raise RuntimeError("there is nobody to exchange with: this channel is for plans")
-
-
 class MissingMessageError(RuntimeError):
-    """A message did not come."""
+    """A message did not arrive."""
 
 
 class World:
-    """What the threads of a simulated world share: what each has sent to others, by address."""
+    """The messages in flight between the threads of a simulated world, by address."""
 
     def __init__(self) -> None:
         self.mail: dict[Address, SimpleQueue[Tensor]] = {}
@@ -58,13 +40,13 @@ class World:
         self._box(address).put(x)
 
     def take(self, address: Address) -> Tensor:
-        """Return the first message of an address; raises MissingMessageError once somebody has failed."""
+        """Return the first message of an address; raises MissingMessageError once a thread has failed."""
         for _ in range(round(TIMEOUT_S / POLL_S)):
             with suppress(Empty):
                 return self._box(address).get(timeout=POLL_S)
             if self.failed:
                 break
-        raise MissingMessageError(f"nobody sent {address}")
+        raise MissingMessageError(f"no message for {address}")
 
     def _box(self, address: Address) -> SimpleQueue[Tensor]:
         return self.mail.setdefault(address, SimpleQueue())
@@ -73,19 +55,19 @@ class World:
 class Threaded(Channel):
     """The channel of one thread of a simulated world, by messages in memory."""
 
-    def __init__(self, world: World, ranks: Sequence[int], rank: int, traffic: Traffic, *, width: int = 1) -> None:
-        """ranks: those of the channel, in its order, of the world's. rank: this one's place among them."""
+    def __init__(self, world: World, ranks: Sequence[int], rank: int, traffic: Traffic, *, inner_size: int = 1) -> None:
+        """ranks: the world's, in the order of the channel. rank: the index of this one among them."""
         self.world, self.ranks, self.rank, self.size, self.traffic = world, tuple(ranks), rank, len(ranks), traffic
         self.inner = self.outer = None
-        if width > 1:
-            outer, inner = divmod(rank, width)
-            row, column = self.ranks[outer * width : (outer + 1) * width], self.ranks[inner::width]
-            self.inner = Threaded(world, row, inner, traffic)
+        if inner_size > 1:
+            outer, inner = divmod(rank, inner_size)
+            group, column = self.ranks[outer * inner_size : (outer + 1) * inner_size], self.ranks[inner::inner_size]
+            self.inner = Threaded(world, group, inner, traffic)
             self.outer = Threaded(world, column, outer, traffic)
 
     def _shift(self, buffer: Tensor, tag: int, to: int, source: int, kind: str) -> Transfer:
         self._send(buffer, to, tag)
-        return _Awaited(self, source, tag)
+        return _Message(self, source, tag)
 
     def _all_reduce(self, x: Tensor, kind: str) -> Tensor:
         return torch.stack(self._all_gather(x, kind)).sum(dim=0, dtype=x.dtype)
@@ -109,8 +91,8 @@ class Threaded(Channel):
         return self.world.take((self.ranks, source, self.rank, tag))
 
 
-class _Awaited(Transfer):
-    """A message of another thread, taken when it is waited for."""
+class _Message(Transfer):
+    """A message of another thread, received by `wait`."""
 
     def __init__(self, channel: Threaded, source: int, tag: int) -> None:
         self.channel, self.source, self.tag = channel, source, tag
@@ -119,10 +101,10 @@ class _Awaited(Transfer):
         return self.channel._receive(self.source, self.tag)
 
 
-def simulate(size: int, function: Callable[[Channel], Result], *, width: int = 1) -> list[Result]:
+def simulate(size: int, function: Callable[[Channel], Result], *, inner_size: int = 1) -> list[Result]:
     """Call `function` on every rank of a world of threads, each with its channel; return the results in rank order.
 
-    Raises the error of the lowest rank that failed by itself.
+    Raises the error of the lowest rank that did not fail for lack of a message.
     """
     world = World()
     results: list[Result | None] = [None] * size
@@ -130,7 +112,7 @@ def simulate(size: int, function: Callable[[Channel], Result], *, width: int = 1
 
     def run(rank: int) -> None:
         try:
-            results[rank] = function(Threaded(world, range(size), rank, Traffic(), width=width))
+            results[rank] = function(Threaded(world, range(size), rank, Traffic(), inner_size=inner_size))
         except BaseException as error:
             errors[rank] = error
             world.failed = True
@@ -144,3 +126,40 @@ def simulate(size: int, function: Callable[[Channel], Result], *, width: int = 1
     if failed:
         raise next((error for error in failed if not isinstance(error, MissingMessageError)), failed[0])
     return results  # pyright: ignore[reportReturnType]
+
+
+@dataclass(frozen=True)
+class SimulatedAttention:
+    """tensors: out and the gradients of the inputs, of the full sequence. sent, plans: of each rank."""
+
+    tensors: list[Tensor]
+    sent: list[Volume]
+    plans: list[DistributedAttention]
+
+
+def simulate_attention(
+    strategy: str, mechanism: Mechanism, shards: Shards, heads: Heads, inputs: Sequence[Tensor], *, inner_size: int = 1
+) -> SimulatedAttention:
+    """Run attention forward and backward on simulated ranks; inputs: q, k, v, routing and dout of the full sequence."""
+
+    def attend(channel: Channel) -> tuple[list[Tensor], Volume, DistributedAttention]:
+        planned = STRATEGIES.get(strategy)(channel).prepare(mechanism, shards, heads, backend="cpu")
+        *local, dout = (shards.shard(x, channel.rank) for x in inputs)
+        out, saved = planned.forward(*local)
+        forward = channel.traffic.take().sent.total()
+        gradients = planned.backward(dout, saved)
+        return [out, *gradients], Volume(forward=forward, backward=channel.traffic.take().sent.total()), planned
+
+    tensors, sent, plans = zip(*simulate(shards.degree, attend, inner_size=inner_size), strict=True)
+    together = [shards.unshard(torch.stack(parts)) for parts in zip(*tensors, strict=True)]
+    return SimulatedAttention(together, list(sent), list(plans))
+
+
+def attend_in_one_process(
+    mechanism: Mechanism, rows: Rows, heads: Heads, inputs: Sequence[Tensor], *, backend: str = "reference"
+) -> list[Tensor]:
+    """Return out and the gradients of the inputs: q, k, v, routing and dout."""
+    *inputs, dout = inputs
+    attention = plan_sequence_attention(mechanism, rows, heads, range(heads.query), backend=backend)
+    out, saved = attention.forward(*inputs)
+    return [out, *attention.backward(dout, saved)]

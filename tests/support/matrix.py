@@ -1,27 +1,27 @@
 """Every mechanism under every strategy, degree and layout, against one process in float64.
 
-out, lse, dq, dk, dv of the ranks, put together, equal the reference backend's on the whole sequence; and the bytes
-that were counted on the way equal the strategy's own formula.
+out, lse, dq, dk, dv of the ranks, put together, equal the reference backend's on the full sequence; and the counted
+bytes equal the strategy's own formula. The tests are in tests/parallel/matrix, in files of about equal time.
 """
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import MECHANISMS, Access, Mechanism
+from farspan.kernels.mechanism import MECHANISMS, Mechanism
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.planner import Heads, Sizes
 from farspan.kernels.sequence_attention import plan_sequence_attention
-from farspan.parallel.comm import Traffic
+from farspan.parallel.comm import GradCommDtype, Traffic
 from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.parallel.layout import LAYOUTS, Shards
-from tests.support.oracle import relative_error, rms_error
+from tests.support.oracle import relative_error
 from tests.support.rank_pool import RankPool, world_channel
 
 # Sums of a few hundred float64 terms in another order: errors stay some ten times 1e-16 times the values.
@@ -44,16 +44,16 @@ class Case:
     layout: str
     documents: str
     heads: Heads
-    width: int = 1
+    inner_size: int = 1
     dtype: torch.dtype = torch.float64
-    rounded: bool = False
+    grad_comm_dtype: GradCommDtype = "accumulation"
 
     @property
     def rows(self) -> Rows:
         return DOCUMENTS[self.documents]
 
     def inputs(self) -> tuple[Tensor, ...]:
-        """The whole sequence's q, k, v, routing and the gradient of out; the same on every rank."""
+        """q, k, v, routing and the gradient of out of the full sequence; the same on every rank."""
         generator = torch.Generator().manual_seed(1)
         tokens, width = len(self.rows), self.mechanism.routing_width
         shapes = [
@@ -75,27 +75,27 @@ class Sent:
     stated: int
 
 
-def run_cases(chosen: list[Case]) -> list[tuple[list[Tensor], list[Sent]]]:
+def run_cases(cases: list[Case]) -> list[tuple[list[Tensor], list[Sent]]]:
     """On each rank: return its out, lse, dq, dk, dv and what it sent forward and backward, for every case."""
-    return [run_case(case) for case in chosen]
+    return [run_case(case) for case in cases]
 
 
 def run_case(case: Case) -> tuple[list[Tensor], list[Sent]]:
-    channel = world_channel(case.width)
-    shards = Shards.deal(case.rows, layout=case.layout, degree=channel.size, work=case.mechanism.keys_per_query)
-    strategy = STRATEGIES.get(case.strategy)(channel, rounded_gradients=case.rounded)
+    channel = world_channel(case.inner_size)
+    shards = Shards.build(case.rows, layout=case.layout, degree=channel.size, work=case.mechanism.keys_per_query)
+    strategy = STRATEGIES.get(case.strategy)(channel, grad_comm_dtype=case.grad_comm_dtype)
     planned = strategy.prepare(case.mechanism, shards, case.heads, backend="cpu")
-    *whole, dout = case.inputs()
-    *inputs, dout = (shards.shard(x, channel.rank) for x in (*whole, dout))
+    *global_inputs, global_dout = case.inputs()
+    *inputs, dout = (shards.shard(x, channel.rank) for x in (*global_inputs, global_dout))
     with torch.no_grad():
         out, saved = planned.forward(*inputs)
         forward_traffic = channel.traffic.take()
         gradients = [x.to(of.dtype) for x, of in zip(planned.backward(dout, saved), inputs, strict=True)]
         backward_traffic = channel.traffic.take()
         lse = planned.lse(saved)
-        q, k, _, *routing = whole
+        q, k, _, *routing = global_inputs
         source = functools.partial(case.mechanism.route, case.rows, case.heads, q, k, *routing)
-        stated = planned.volume(Sizes.of(case.dtype, HEAD_DIM, VALUE_DIM), source)
+    stated = planned.volume(Sizes.of(case.dtype, HEAD_DIM, VALUE_DIM), source)
     sent = [Sent(forward_traffic, stated.forward), Sent(backward_traffic, stated.backward)]
     return [out, *([] if lse is None else [lse]), *gradients], sent
 
@@ -105,35 +105,34 @@ def reference(mechanism: Mechanism, documents: str, heads: Heads, dtype: torch.d
     """One process, the reference backend, float64, of inputs rounded to `dtype`."""
     case = Case(mechanism, "single", "contiguous", documents, heads, dtype=dtype)
     *inputs, dout = (x.double() for x in case.inputs())
-    whole = plan_sequence_attention(mechanism, case.rows, heads, range(heads.query), backend="reference")
-    out, saved = whole.forward(*inputs)
-    lse = whole.lse(saved)
-    return [out, *([] if lse is None else [lse]), *whole.backward(dout, saved)]
+    attention = plan_sequence_attention(mechanism, case.rows, heads, range(heads.query), backend="reference")
+    out, saved = attention.forward(*inputs)
+    lse = attention.lse(saved)
+    return [out, *([] if lse is None else [lse]), *attention.backward(dout, saved)]
 
 
-def cases(strategy: str, degree: int, mechanism_name: str) -> list[Case]:
+def cases_of(strategy: str, degree: int, mechanism_name: str) -> list[Case]:
     """Every example under every layout, with every kind of documents and heads, if the strategy admits it.
 
-    At each degree one of nine triples; which changes with degree, example and strategy, so that all have their turn.
+    At each degree one of nine triples; it changes with degree, example and strategy, so that all are tried.
     """
     turn = DEGREES.index(degree)
     return [
-        Case(mechanism, strategy, layout, documents, heads, width)
+        Case(mechanism, strategy, layout, documents, heads, inner_size)
         for number, mechanism in enumerate(MECHANISMS.get(mechanism_name).examples())
         for a, layout in enumerate(LAYOUTS)
         for b, documents in enumerate(DOCUMENTS)
         for c, heads in enumerate(HEADS)
         if (a + b + c - turn) % 3 == 0 and (a - b + number + list(STRATEGIES).index(strategy)) % 3 == 0
-        for width in [width_for(strategy, degree, turn=a)]
-        if STRATEGIES.get(strategy).unsupported_reason(mechanism, heads, degree, width) is None
+        for inner_size in [inner_size_for(strategy, degree, turn=a)]
+        if STRATEGIES.get(strategy).unsupported_reason(mechanism, heads, degree, inner_size) is None
     ]
 
 
-def width_for(strategy: str, degree: int, turn: int) -> int:
+def inner_size_for(strategy: str, degree: int, turn: int) -> int:
     """Return the inner axis of a strategy that needs a grid: of eight ranks two or four, in turn."""
-    if degree < 4 or STRATEGIES.get(strategy).unsupported_reason(Dense(), HEADS[0], degree, 2) == STRATEGIES.get(
-        strategy
-    ).unsupported_reason(Dense(), HEADS[0], degree, 1):
+    reason = STRATEGIES.get(strategy).unsupported_reason
+    if degree < 4 or reason(Dense(), HEADS[0], degree, 2) == reason(Dense(), HEADS[0], degree, 1):
         return 1
     return 4 if degree == 8 and turn % 2 else 2
 
@@ -144,16 +143,13 @@ def label(case: Case) -> str:
 
 
 def put_together(case: Case, degree: int, parts: list[list[Tensor]]) -> list[Tensor]:
-    """Return the whole sequence's tensors from every rank's list of them."""
-    shards = Shards.deal(case.rows, layout=case.layout, degree=degree, work=case.mechanism.keys_per_query)
+    """Return the full sequence's tensors from every rank's list of them."""
+    shards = Shards.build(case.rows, layout=case.layout, degree=degree, work=case.mechanism.keys_per_query)
     return [shards.unshard(torch.stack(part)) for part in zip(*parts, strict=True)]
 
 
 def differing_bytes(case: Case, sent: list[list[Sent]]) -> list[str]:
-    """Return a line for each pass of each rank in which the bytes are not those of the formula.
-
-    And one if what all ranks received is not what all sent.
-    """
+    """Return a line for each pass of each rank whose bytes are not those of the formula, or were not received."""
     wrong = []
     for number, direction in enumerate(("forward", "backward")):
         passes = [of_rank[number] for of_rank in sent]
@@ -163,78 +159,44 @@ def differing_bytes(case: Case, sent: list[list[Sent]]) -> list[str]:
             if one.counted.sent.total() != one.stated
         ]
         if sum(one.counted.received.total() for one in passes) != sum(one.stated for one in passes):
-            wrong.append(f"{label(case)}: not all that was sent {direction} was received")
+            wrong.append(f"{label(case)}: ranks received less {direction} than was sent")
     return wrong
 
 
-@pytest.mark.parametrize("mechanism", list(MECHANISMS))
-@pytest.mark.parametrize("degree", DEGREES)
-@pytest.mark.parametrize("strategy", list(STRATEGIES))
-def test_equals_one_process(ranks: Callable[[int], RankPool], strategy: str, degree: int, mechanism: str) -> None:
-    chosen = cases(strategy, degree, mechanism)
-    if not chosen:
+def matrix_test(strategies: list[str], degrees: list[int]) -> Callable[..., None]:
+    """Return the test of these strategies and degrees with every mechanism."""
+
+    @pytest.mark.parametrize("mechanism", list(MECHANISMS))
+    @pytest.mark.parametrize("degree", degrees)
+    @pytest.mark.parametrize("strategy", strategies)
+    def equals_one_process(ranks: Callable[[int], RankPool], strategy: str, degree: int, mechanism: str) -> None:
+        check_equals_one_process(ranks(degree), strategy, degree, mechanism)
+
+    return equals_one_process
+
+
+def check_equals_one_process(pool: RankPool, strategy: str, degree: int, mechanism: str) -> None:
+    """Run the cases of a strategy, degree and mechanism; those without a case must be refused whatever the heads."""
+    cases = cases_of(strategy, degree, mechanism)
+    if not cases:
         assert is_refused_whatever_the_heads(strategy, degree, mechanism)
         return
-    results = ranks(degree).run(run_cases, chosen)
+    results = pool.run(run_cases, cases)
     wrong = []
-    for number, case in enumerate(chosen):
-        whole = put_together(case, degree, [of_rank[number][0] for of_rank in results])
+    for number, case in enumerate(cases):
+        found = put_together(case, degree, [of_rank[number][0] for of_rank in results])
         expected = reference(case.mechanism, case.documents, case.heads)
-        error = max(relative_error(a, b) for a, b in zip(whole, expected, strict=True))
+        error = max(relative_error(a, b) for a, b in zip(found, expected, strict=True))
         if not error <= FLOAT64_TOLERANCE:
             wrong.append(f"{label(case)}: {error:.1e}")
         wrong += differing_bytes(case, [of_rank[number][1] for of_rank in results])
-    assert not wrong, f"{len(chosen)} cases differ from one process or their formula:\n" + "\n".join(wrong)
+    assert not wrong, f"of {len(cases)} cases these differ from one process or their formula:\n" + "\n".join(wrong)
 
 
 def is_refused_whatever_the_heads(strategy: str, degree: int, mechanism: str) -> bool:
     """Whether a pair may have no case: the strategy does not serve its accesses, or the degree does not suit it."""
     example = MECHANISMS.get(mechanism).examples()[0]
-    width = width_for(strategy, degree, turn=0)
+    inner_size = inner_size_for(strategy, degree, turn=0)
     return all(
-        STRATEGIES.get(strategy).unsupported_reason(example, heads, degree, width) is not None for heads in HEADS
+        STRATEGIES.get(strategy).unsupported_reason(example, heads, degree, inner_size) is not None for heads in HEADS
     )
-
-
-MOVE_KEYS = {Access.MASK, Access.BLOCKS, Access.LIFETIMES}
-SERVED: dict[str, set[Access]] = {
-    **dict.fromkeys(("ring", "double_ring", "gather", "fetch"), MOVE_KEYS),
-    "ship": {Access.BLOCKS},
-    "state": {Access.STATE},
-}
-"""The accesses that strategies serve; the others serve all. A strategy that refuses some has to be put here."""
-
-
-@pytest.mark.parametrize("strategy", list(STRATEGIES))
-def test_accesses_decide_what_a_strategy_takes(strategy: str) -> None:
-    """At a degree that suits it."""
-    for name in MECHANISMS:
-        refused = all(is_refused_whatever_the_heads(strategy, degree, name) for degree in DEGREES)
-        served = MECHANISMS.get(name).examples()[0].accesses <= SERVED.get(strategy, set(Access))
-        assert refused != served, name
-
-
-@pytest.mark.parametrize("mechanism", list(MECHANISMS))
-@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "single"])
-def test_bfloat16_loses_no_more_than_one_process_does(
-    ranks: Callable[[int], RankPool], strategy: str, mechanism: str
-) -> None:
-    """Partial results are merged in float32: the error of eight ranks is that of one process in bfloat16.
-
-    1.5: Ulysses rounds the gradients of a KV head's replicas before it sums them, and the sum again: of two equal
-    roundings the root of 2, give or take. An lse is float32 throughout; its errors are too small to compare.
-    """
-    example = MECHANISMS.get(mechanism).examples()[0]
-    width = width_for(strategy, 8, turn=0)
-    case = Case(example, strategy, "zigzag", "ragged", HEADS[1], width, torch.bfloat16)
-    if STRATEGIES.get(strategy).unsupported_reason(example, case.heads, 8, width) is not None:
-        return
-    alone = replace(case, strategy="single", width=1)
-    expected = reference(example, case.documents, case.heads, torch.bfloat16)
-
-    def error(of: Case, degree: int, expected: list[Tensor] = expected) -> list[float]:
-        whole = put_together(of, degree, [parts[0][0] for parts in ranks(degree).run(run_cases, [of])])
-        return [rms_error(a, b) for a, b in zip(whole, expected, strict=True)]
-
-    for got, allowed in zip(error(case, 8), error(alone, 1), strict=True):
-        assert got <= max(1.5 * allowed, 1e-5), f"{label(case)}: {got:.1e}, one process {allowed:.1e}"

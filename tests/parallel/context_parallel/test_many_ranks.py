@@ -11,12 +11,11 @@ from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.mosa import MoSA
 from farspan.kernels.mechanisms.window import Window
-from farspan.kernels.sequence_attention import plan_sequence_attention
-from farspan.parallel.comm import Channel
-from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes, Volume
+from farspan.parallel.comm import Channel, Unconnected
+from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes
 from farspan.parallel.layout import Shards
-from farspan.parallel.simulation import Unconnected, simulate
 from tests.support.oracle import relative_error
+from tests.support.simulation import attend_in_one_process, simulate, simulate_attention
 
 HEADS = Heads(query=4, kv=2)
 ROWS = Rows.packed([391, 7, 250, 1, 112])
@@ -33,7 +32,7 @@ def operands(mechanism: Mechanism) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "mechanism", "layout", "degree", "width"),
+    ("strategy", "mechanism", "layout", "degree", "inner_size"),
     [
         ("ring", Dense(), "zigzag", 16, 1),
         ("double_ring", Window(window=40), "striped", 16, 4),
@@ -47,39 +46,24 @@ def operands(mechanism: Mechanism) -> list[Tensor]:
     ],
     ids=str,
 )
-def test_many_ranks_equal_one(strategy: str, mechanism: Mechanism, layout: str, degree: int, width: int) -> None:
-    *inputs, dout = operands(mechanism)
-    shards = Shards.deal(ROWS, layout=layout, degree=degree)
-    planning = STRATEGIES.get(strategy)
-    routing = mechanism.route(ROWS, HEADS, *inputs[:2], *inputs[3:])
-
-    def attend(channel: Channel) -> tuple[list[Tensor], Volume, Volume]:
-        planned = planning(channel).prepare(mechanism, shards, HEADS, backend="cpu")
-        mine = [shards.shard(x, channel.rank) for x in inputs]
-        out, saved = planned.forward(*mine)
-        forward = channel.traffic.take().sent.total()
-        gradients = planned.backward(shards.shard(dout, channel.rank), saved)
-        counted = Volume(forward=forward, backward=channel.traffic.take().sent.total())
-        return [out, *gradients], counted, planned.volume(Sizes.of(torch.float64, 8, 4), lambda: routing)
-
+def test_many_ranks_equal_one(strategy: str, mechanism: Mechanism, layout: str, degree: int, inner_size: int) -> None:
+    inputs = operands(mechanism)
+    shards = Shards.build(ROWS, layout=layout, degree=degree)
+    routing = mechanism.route(ROWS, HEADS, *inputs[:2], *inputs[3:-1])
     with torch.no_grad():
-        found = simulate(degree, attend, width=width)
-        whole = plan_sequence_attention(mechanism, ROWS, HEADS, range(HEADS.query), backend="reference")
-        out, saved = whole.forward(*inputs)
-        expected = [out, *whole.backward(dout, saved)]
-    for number, truth in enumerate(expected):
-        together = shards.unshard(torch.stack([parts[number] for parts, _, _ in found]))
-        assert relative_error(together, truth) < 1e-10
-    assert [counted for _, counted, _ in found] == [stated for _, _, stated in found]
+        found = simulate_attention(strategy, mechanism, shards, HEADS, inputs, inner_size=inner_size)
+        expected = attend_in_one_process(mechanism, ROWS, HEADS, inputs)
+    assert max(map(relative_error, found.tensors, expected)) < 1e-10
+    assert found.sent == [plan.volume(Sizes.of(torch.float64, 8, 4), lambda: routing) for plan in found.plans]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "striped"])
 @pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "single"])
 def test_padding_rows_come_out_as_zeros(strategy: str, layout: str) -> None:
-    """Whatever is in them, results and gradients: layers after this one would spread what is not a number."""
+    """Results and gradients, whatever the inputs: layers after this one would spread a NaN."""
     mechanism = {"state": Lightning(), "ship": MoBA(block=8, top_k=2)}.get(strategy, Dense())
-    shards = Shards.deal(Rows.packed([13]), layout=layout, degree=4)
-    width = 1 if STRATEGIES.get(strategy).unsupported_reason(mechanism, HEADS, 4, 1) is None else 2
+    shards = Shards.build(Rows.packed([13]), layout=layout, degree=4)
+    inner_size = 1 if STRATEGIES.get(strategy).unsupported_reason(mechanism, HEADS, 4, 1) is None else 2
 
     def attend(channel: Channel) -> list[Tensor]:
         planned = STRATEGIES.get(strategy)(channel).prepare(mechanism, shards, HEADS, backend="cpu")
@@ -89,7 +73,7 @@ def test_padding_rows_come_out_as_zeros(strategy: str, layout: str) -> None:
 
     padding = shards.index < 0
     assert padding.any()
-    for found in zip(*simulate(4, attend, width=width), strict=True):
+    for found in zip(*simulate(4, attend, inner_size=inner_size), strict=True):
         assert (torch.stack(found)[padding] == 0).all()
 
 
@@ -97,7 +81,7 @@ def test_padding_rows_come_out_as_zeros(strategy: str, layout: str) -> None:
 def test_plans_and_bytes_at_512_ranks(strategy: str) -> None:
     """Any rank's plan is made without the others, and its bytes follow from the formula: here 1M tokens."""
     mechanism = Lightning() if strategy == "state" else Window(window=1024)
-    shards = Shards.deal(Rows.packed([1 << 20]), layout="contiguous", degree=512)
+    shards = Shards.build(Rows.packed([1 << 20]), layout="contiguous", degree=512)
     row = 2 * 16 * 2 * 2
     expected = {
         "ring": 511 * 2048 * row,
@@ -106,12 +90,12 @@ def test_plans_and_bytes_at_512_ranks(strategy: str) -> None:
         "fetch": 1023 * row,
         "state": 511 * HEADS.query * 16 * 16 * 4,
     }
-    channel = Unconnected(300, 512, width=8)
+    channel = Unconnected(300, 512, inner_size=8)
     planned = STRATEGIES.get(strategy)(channel).prepare(mechanism, shards, HEADS, backend="cpu")
     assert planned.volume(Sizes.of(torch.bfloat16, 16, 16)).forward == expected[strategy]
 
 
-def test_the_error_of_a_rank_is_raised_and_nobody_waits() -> None:
+def test_the_error_of_a_rank_is_raised_and_the_others_end() -> None:
     def fail(channel: Channel) -> None:
         if channel.rank == 3:
             raise ValueError("rank 3 had enough")

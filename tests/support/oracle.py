@@ -64,7 +64,7 @@ def visible_mask(queries: Rows, keys: Rows, attention_mask: AttentionMask, heads
     return _visible_mask(queries, keys, attention_mask, heads).clone()
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _visible_mask(queries: Rows, keys: Rows, attention_mask: AttentionMask, heads: int) -> Tensor:
     # Tests ask for the same rows, compared by identity, on each backend and in each dtype.
     mask = torch.zeros(heads, len(queries), len(keys), dtype=torch.bool)

@@ -48,7 +48,7 @@ class KVExchange(ABC):
     """How keys and values come to the ranks, as far as it is known before queries choose."""
 
     @abstractmethod
-    def schedule_for(self, selection: BlockSelection | None) -> "KVSchedule":
+    def for_selection(self, selection: BlockSelection | None) -> "KVSchedule":
         """Return the journey of what the local queries chose; every rank has to call."""
 
     @abstractmethod
@@ -69,7 +69,7 @@ class KVSchedule(KVExchange):
     plans: tuple[Plan, ...]
     tokens: tuple[Tensor, ...]
 
-    def schedule_for(self, selection: BlockSelection | None) -> "KVSchedule":
+    def for_selection(self, selection: BlockSelection | None) -> "KVSchedule":
         """Return this journey: it brings whatever may be chosen."""
         return self
 
@@ -100,7 +100,7 @@ class MovingKVAttention(DistributedAttention):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v, *routing = inputs
         choices = self.choice.choose(q, k, *routing)
-        kv_schedule = self.kv_exchange.schedule_for(choices.selection)
+        kv_schedule = self.kv_exchange.for_selection(choices.selection)
         plans = choices.applied(kv_schedule.plans, kv_schedule.tokens)
         out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
         causal_lse = lse.clone()

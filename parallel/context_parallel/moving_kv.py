@@ -50,7 +50,7 @@ class KVExchange(ABC):
     """How keys and values come to the ranks, as far as it is known before queries select blocks."""
 
     @abstractmethod
-    def schedule_for(self, selection: BlockSelection | None) -> "KVSchedule":
+    def for_selection(self, selection: BlockSelection | None) -> "KVSchedule":
         """Return the schedule of the keys that the local queries need; every rank has to call."""
 
     @abstractmethod
@@ -71,7 +71,7 @@ class KVSchedule(KVExchange):
     plans: tuple[Plan, ...]
     tokens: tuple[Tensor, ...]
 
-    def schedule_for(self, selection: BlockSelection | None) -> "KVSchedule":
+    def for_selection(self, selection: BlockSelection | None) -> "KVSchedule":
         """Return this schedule: it brings all keys, selected or not."""
         return self
 
@@ -102,7 +102,7 @@ class MovingKVAttention(DistributedAttention):
         q, k, v, *routing = inputs
         # Routing is agreed on by all ranks before any key moves: strategies may move only what it leaves.
         routed = self.key_routing.route(q, k, *routing)
-        kv_schedule = self.kv_exchange.schedule_for(routed.selection)
+        kv_schedule = self.kv_exchange.for_selection(routed.selection)
         masked = kv_schedule.plans
         plans = [routed.narrow(plan, keys) for plan, keys in zip(masked, kv_schedule.tokens, strict=True)]
         of_routing = routed.start(q, *routing)

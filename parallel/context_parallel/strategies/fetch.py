@@ -249,7 +249,7 @@ class _SelectedKVExchange(KVExchange):
     def __init__(self, sequence: _ShardedSequence) -> None:
         self.sequence = sequence
 
-    def schedule_for(self, selection: BlockSelection | None) -> KVSchedule:
+    def for_selection(self, selection: BlockSelection | None) -> KVSchedule:
         required = self.sequence.required(selection)
         requested = self.sequence.channel.all_to_all(required, kind="fetch_requests")
         return _FetchKVSchedule(self.sequence, required, requested)

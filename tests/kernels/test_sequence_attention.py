@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import Mechanism
+from farspan.kernels.mechanism import Access, Mechanism
 from farspan.kernels.mechanisms.nats import NAtS
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.planner import Heads
@@ -49,6 +49,8 @@ def results(out: Tensor, lse: Tensor | None, gradients: tuple[Tensor, ...]) -> l
 @pytest.mark.parametrize("mechanism", EXAMPLES)
 def test_mechanism_equals_the_formula(mechanism: Mechanism, backend: str, dtype: torch.dtype) -> None:
     for name, rows in ROWS.items():
+        if name == "strided" and Access.LIFETIMES in mechanism.accesses:
+            continue  # lifetimes follow from all tokens of a document
         for heads in HEADS:
             inputs, dout = random_inputs(mechanism, rows, heads, dtype)
             got = run(mechanism, inputs, dout, rows, heads, backend)

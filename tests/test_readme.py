@@ -44,7 +44,7 @@ def test_commands_are_understood(command: str) -> None:
 def test_commands_of_the_guide_for_contributors_run_tests_that_exist() -> None:
     guide = (ROOT / "CONTRIBUTING.md").read_text()
     commands = re.findall(r"```bash\n(.*?)```", guide, flags=re.DOTALL)
-    assert len(commands) == 2
+    assert len(commands) == 3
     for command in commands:
         assert all((ROOT / word).exists() for word in command.split() if word.startswith("tests/"))
 

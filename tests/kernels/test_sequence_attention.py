@@ -93,6 +93,8 @@ def results(out: Tensor, lse: Tensor | None, gradients: tuple[Tensor, ...]) -> l
 @pytest.mark.parametrize("mechanism", EXAMPLES)
 def test_mechanism_equals_the_formula(mechanism: Mechanism, backend: str, dtype: torch.dtype) -> None:
     for name, rows in ROWS.items():
+        if name == "strided" and isinstance(mechanism, KVLifetime):
+            continue  # lifetimes are of complete documents
         for heads in HEADS:
             inputs, dout = random_inputs(mechanism, rows, heads, dtype)
             got = run(mechanism, inputs, dout, rows, heads, backend)

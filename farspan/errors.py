@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: each message is one sentence that says what to change."""
+"""Errors that a user can fix: each message is one sentence that says what to change."""
 
 
 class FarspanError(Exception):
@@ -18,4 +18,4 @@ class CheckpointError(FarspanError):
 
 
 class TrainingError(FarspanError):
-    """A run that cannot go on, such as one whose loss is no longer finite."""
+    """A run that cannot continue, such as one whose loss is no longer finite."""

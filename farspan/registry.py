@@ -1,4 +1,4 @@
-"""Registries: one folder, one kind of part, one `add` line per file; nothing else has to know a new part."""
+"""Registries: a folder of parts of one kind, each of which registers itself with one `add` line."""
 
 import difflib
 import importlib
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def nearest_name_hint(name: str, valid: list[str]) -> str:
-    """Return ' Did you mean X?' for a near miss, else an empty string."""
+    """' Did you mean X?' for a near miss, else an empty string."""
     near = difflib.get_close_matches(name, valid, n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
 
@@ -26,20 +26,22 @@ class Registry(Generic[T]):
         self._parts: dict[str, T] = {}
 
     def add(self, name: str, part: T) -> T:
-        """Register `part`; a name can be taken once."""
+        """Register `part`; raises ValueError if the name is taken."""
         if name in self._parts:
             raise ValueError(f"{self._kind} {name!r} is registered twice")
         self._parts[name] = part
         return part
 
     def load(self) -> dict[str, T]:
-        """Import every module of the package and return all parts by name, sorted."""
+        """Import every module of the package; all parts by name, sorted."""
+        # Helper modules of the folder ("_name.py") are imported too: they register nothing.
         for module in pkgutil.iter_modules(importlib.import_module(self._package).__path__):
             importlib.import_module(f"{self._package}.{module.name}")
         return dict(sorted(self._parts.items()))
 
     def get(self, name: str) -> T:
-        """Return the part called `name`; raises ConfigError with the nearest valid name."""
+        """The part called `name`; raises ConfigError with the nearest valid name."""
+        # Parts whose module is already imported need no scan of the folder.
         if name in self._parts:
             return self._parts[name]
         parts = self.load()

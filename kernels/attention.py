@@ -1,6 +1,6 @@
 """Attention of rows to rows on one device: the two functions that every strategy is built from.
 
-Legend: T query rows, S key rows, Hq query heads, Hk key/value heads (Hq % Hk == 0), D head size, Dv value head size.
+Legend: T query rows, S key rows, Hq query heads, Hk KV heads (Hq % Hk == 0), D head dim, Dv value head dim.
 """
 
 import torch
@@ -18,9 +18,11 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, backend: s
     q `[T, Hq, D]`, k `[S, Hk, D]`, v `[S, Hk, Dv]` of one dtype, float64 to float16. `out` comes in that dtype or in
     the accumulation dtype; `lse` is the natural log-sum-exp of the scaled scores in the accumulation dtype (float64
     for float64, else float32). A row that sees no key has out 0 and lse -inf. Not differentiable by autograd: see
-    `attention_backward`. Rows of padding must be finite, and far below 1e30. Raises ValueError on bad shapes.
+    `attention_backward`. Padding rows must be finite and far below 1e30. Raises ValueError on bad shapes or dtypes, and
+    for a plan of other rows or heads.
     """
     _check_shapes(q, k, v, plan)
+    # Backends never meet a plan without visible pairs, nor tensors without rows.
     if plan.is_empty:
         return empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
     return BACKENDS.get(backend).forward(q, k, v, plan)
@@ -32,11 +34,13 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (dq `[T, Hq, D]`, dk `[S, Hk, D]`, dv `[S, Hk, Dv]`) for the pairs of `plan`.
 
-    `out` `[T, Hq, Dv]` and `lse` `[T, Hq]` may be those of softmax over MORE keys than the plan's: already merged
-    over all parts. Then the gradients of disjoint parts simply add up. They come in the dtype of q or wider.
+    `out` `[T, Hq, Dv]` and `lse` `[T, Hq]` may be those of softmax over MORE keys than the plan's, already merged over
+    all parts: then the gradients of disjoint parts add up (FlashAttention, arXiv 2205.14135, appendix B.2). Gradients
+    have the dtype of q or wider. Raises ValueError on bad shapes or dtypes.
     """
     _check_shapes(q, k, v, plan)
     if dout.shape != out.shape or out.shape != (*q.shape[:2], v.shape[2]) or lse.shape != q.shape[:2]:
+        # out may be float32 next to 16-bit q, so only shapes are compared
         shapes = f"dout {list(dout.shape)}, out {list(out.shape)}, lse {list(lse.shape)}"
         raise ValueError(f"{shapes} do not fit q {list(q.shape)} and v {list(v.shape)}")
     if plan.is_empty:

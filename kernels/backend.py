@@ -8,7 +8,7 @@ from torch import Tensor
 
 from farspan.errors import ConfigError
 from farspan.kernels.linear_attention.recurrence import RecurrentBackend
-from farspan.kernels.mechanism import Masked, Mechanism, Recurrent, Routed
+from farspan.kernels.mechanism import Access, Mechanism
 from farspan.kernels.planning.plan import Plan
 from farspan.registry import Registry
 
@@ -29,13 +29,12 @@ class KernelRequest:
 
     @staticmethod
     def of(mechanism: Mechanism, dtype: torch.dtype, head_dim: int, value_dim: int) -> "KernelRequest":
-        routed = isinstance(mechanism, Routed) or (isinstance(mechanism, Masked) and mechanism.routing_width > 0)
         return KernelRequest(
             dtype=dtype,
             head_dim=head_dim,
             value_dim=value_dim,
-            selects_keys=routed,
-            is_recurrent=isinstance(mechanism, Recurrent),
+            selects_keys=not mechanism.accesses.isdisjoint({Access.BLOCKS, Access.LIFETIMES}),
+            is_recurrent=Access.STATE in mechanism.accesses,
         )
 
 

@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which partial results of `dtype` inputs are summed: float64 for float64, else float32."""
+    """The dtype in which partial results of `dtype` inputs are summed: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def empty_partial(queries: int, heads: int, value_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (out, lse) of attention to no key at all: out 0 `[queries, heads, value_dim]`, lse -inf."""
+    """(out, lse) of attention to no key at all: out 0 `[queries, heads, value_dim]`, lse -inf `[queries, heads]`."""
     dtype = accumulation_dtype(like.dtype)
     out = torch.zeros(queries, heads, value_dim, dtype=dtype, device=like.device)
     lse = torch.full((queries, heads), float("-inf"), dtype=dtype, device=like.device)
@@ -28,7 +28,7 @@ def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None
     Rows that saw no key on either side stay out 0, lse -inf.
     """
     merged = torch.logaddexp(lse, part_lse)
-    # exp(-inf - -inf) is NaN: a row that has seen nothing yet gets weight exp(-inf - 0) = 0 instead.
+    # exp(-inf - -inf) is NaN: a row without keys so far gets weight exp(-inf - 0) = 0 instead.
     base = merged.masked_fill(merged == float("-inf"), 0.0)
     out.mul_((lse - base).exp_().unsqueeze(-1))
     out.addcmul_(part_out.to(out.dtype), (part_lse - base).exp_().unsqueeze(-1))
@@ -37,10 +37,10 @@ def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GatheredSums:
-    """Attention of rows to parts of their keys, summed without normalizing after each part: one pass over its rows.
+    """Partial attention results summed without normalizing after each part: one pass over a part's rows.
 
-    A part weighs exp(its lse - base), where base is that of the first part of a row, until a part outweighs it so far
-    that sums might overflow (FlashAttention-4's rule: rescale seldom).
+    A part weighs exp(its lse - base), where base is the lse of the row's first part, until a part outweighs it so far
+    that sums might overflow (FlashAttention-4's rule: rescale rarely).
     total `[rows, Dv]`: sums of weight times out. weight, base `[rows]`; base is LOWEST for a row without parts.
     """
 
@@ -50,12 +50,12 @@ class GatheredSums:
 
     @classmethod
     def empty(cls, rows: int, value_dim: int, like: Tensor) -> Self:
-        """Return sums of no part at all, in the accumulation dtype of `like`."""
+        """Sums of no part at all, in the accumulation dtype of `like`."""
         total = torch.zeros(rows, value_dim, dtype=accumulation_dtype(like.dtype), device=like.device)
         return cls(total, total.new_zeros(rows), total.new_full((rows,), LOWEST))
 
     def add(self, index: Tensor, out: Tensor, lse: Tensor) -> None:
-        """Add a part, which is used up: out `[n, Dv]` and lse `[n]` of the rows `index` `[n]`, each once."""
+        """Add a part: out `[n, Dv]`, overwritten, and lse `[n]` of the rows `index` `[n]`, each row at most once."""
         excess = lse - self.base.index_select(0, index)
         heavy = excess > HEAVIEST
         if heavy.any():
@@ -66,6 +66,7 @@ class GatheredSums:
         self.total.index_add_(0, index, out.to(self.total.dtype).mul_(weight.unsqueeze(-1)))
 
     def _rebase(self, rows: Tensor, base: Tensor) -> None:
+        # Rows with parts shrink to the new base; the others have nothing to shrink.
         old = self.base.index_select(0, rows)
         self.base.index_copy_(0, rows, base)
         known = old > LOWEST
@@ -74,7 +75,8 @@ class GatheredSums:
         self.total[rows] *= shrink.unsqueeze(-1)
 
     def merged(self) -> tuple[Tensor, Tensor]:
-        """Return (out `[rows, Dv]`, lse `[rows]`), 0 and -inf for rows without parts; the sums are used up."""
+        """(out `[rows, Dv]`, lse `[rows]`), 0 and -inf for rows without parts; overwrites the sums."""
+        # tiny keeps 0 / 0 of rows without parts at 0
         out = self.total.div_(self.weight.clamp(min=torch.finfo(self.weight.dtype).tiny).unsqueeze(-1))
         return out, self.base + self.weight.log_()
 
@@ -82,4 +84,4 @@ class GatheredSums:
 LOWEST = torch.finfo(torch.float32).min
 """The base before the first part: a difference to it is never NaN, not even that of a log-sum-exp of -inf."""
 HEAVIEST = 40.0
-"""Of lse - base: exp(40) times thousands of parts of any useful size still fit into float32."""
+"""Bound of lse - base: exp(40) times thousands of parts still fits into float32."""

@@ -1,208 +1,138 @@
-"""Attention over one whole sequence whose rows are all held here: every mechanism, whatever its kind.
+"""Attention over a full sequence in one process: every mechanism, whatever its kind.
 
-A single rank does just this; so does each rank of a strategy that deals heads instead of tokens.
+A single rank does just this; so does each rank of a strategy that shards heads instead of tokens.
 """
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, final
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Self, final
 
 import torch
 from torch import Tensor
 
 from farspan.kernels.attention import attention_backward, attention_forward
-from farspan.kernels.lifetime_shard import LifetimeShard, TypeLearning
+from farspan.kernels.linear_attention.state import Segment, order
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import (
-    Heads,
-    KVLifetime,
-    LocalShard,
-    Masked,
-    Mechanism,
-    Recurrent,
-    Routed,
-    TokenChoice,
-    identity,
-)
+from farspan.kernels.mechanism import Mechanism
+from farspan.kernels.planner import AttentionPlanner, Heads, HeadShare, KeyRouting, Saved, SequenceAttention
 from farspan.kernels.planning.plan import Plan
-from farspan.kernels.routing.token_choice import ChosenTokens, gate, gate_backward
-from farspan.kernels.sequence_scan import SequenceScan
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Saved:
-    """What a forward pass keeps for its backward pass; nothing in it grows with the square of the sequence.
-
-    kept: what is not a tensor to save, such as plans with what was selected.
-    """
-
-    tensors: tuple[Tensor, ...]
-    kept: tuple[Any, ...] = ()
-
-
-class SequenceAttention(ABC):
-    """Attention of the rows of one sequence to each other, planned; `inputs` are q, k, v and, if it has one, routing.
-
-    Shapes: q `[T, Hq, D]`, k `[T, Hk, D]`, v `[T, Hk, Dv]`, routing `[T, Hk, routing_width]`, out `[T, Hq, Dv]`.
-    """
-
-    @abstractmethod
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
-        """Return out, in the dtype of q, and what `backward` and `lse` need."""
-
-    @abstractmethod
-    def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
-        """Return the gradient of each input, in its dtype or wider."""
-
-    @abstractmethod
-    def lse(self, saved: Saved) -> Tensor | None:
-        """Return the log-sum-exp `[T, Hq]`, None where there is no softmax."""
+from farspan.kernels.recurrent_attention import recurrent_attention_backward, recurrent_attention_forward
 
 
 def plan_sequence_attention(
-    mechanism: Mechanism, rows: Rows, heads: Heads, which: range, *, backend: str
+    mechanism: Mechanism, rows: Rows, heads: Heads, head_range: range, *, backend: str
 ) -> SequenceAttention:
-    """Plan attention of the query heads `which`, of `heads` in all, over a sequence of `rows`.
+    """Plan attention of the query heads `head_range`, of `heads` in all, over a sequence of `rows`.
 
     Raises ValueError when the mechanism's options are for another number of heads.
     """
-    if isinstance(mechanism, Recurrent):
-        decay = mechanism.decay(heads.query)[which.start : which.stop]
-        return _RecurrentAttention(SequenceScan.build(rows, decay, backend=backend))
-    if isinstance(mechanism, TokenChoice):
-        return _TokenChoiceAttention(mechanism, rows, backend)
-    assert isinstance(mechanism, Masked)
-    attention_mask = mechanism.attention_mask()
-    # A part of the windows fits a part of the heads; all of them must fit all heads.
-    attention_mask.by_heads(heads.query)
-    plan = Plan.build(rows, rows, attention_mask.of_heads(slice(which.start, which.stop)), heads=len(which))
-    if isinstance(mechanism, KVLifetime):
-        share, index = LifetimeShard.share_of(heads, which), torch.arange(len(rows))
-        lifetime_shard = LifetimeShard(mechanism=mechanism, global_rows=rows, rows=index, share=share, total=identity)
-        return _LifetimeAttention(plan, lifetime_shard, backend)
-    local_shard = None
-    if isinstance(mechanism, Routed):
-        local_shard = LocalShard(
-            mechanism=mechanism, rows=rows, global_rows=rows, heads=which, all_heads=heads, total=identity
-        )
-    return _MaskedAttention(plan, local_shard, backend)
+    share = HeadShare(all_heads=heads, head_range=head_range)
+    return mechanism.plan(SequencePlanner.of(rows, share, backend=backend))
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SequencePlanner(AttentionPlanner):
+    """All rows are local, so that nothing is summed."""
+
+    @staticmethod
+    def of(rows: Rows, share: HeadShare, *, backend: str) -> "SequencePlanner":
+        return SequencePlanner(global_rows=rows, tokens=torch.arange(len(rows)), share=share, backend=backend)
+
+    @cached_property
+    def local_rows(self) -> Rows:
+        return self.global_rows
+
+    def attend(self, attention_mask: AttentionMask, key_routing: KeyRouting) -> SequenceAttention:
+        # A part of the windows fits a part of the heads; all of them must fit all heads.
+        attention_mask.by_heads(self.share.all_heads.query)
+        local_mask, heads = attention_mask.of_heads(self.share.slice), len(self.share.head_range)
+        plan = Plan.build(self.local_rows, self.local_rows, local_mask, heads=heads)
+        return _MaskedAttention(plan, self.tokens, key_routing, self.backend)
+
+    def scan(self, decay: Tensor) -> SequenceAttention:
+        return SequenceScan.build(self.local_rows, decay, backend=self.backend)
+
+    def all_reduce_sum(self, x: Tensor, *, kind: str) -> Tensor:
+        return x
+
+    def all_rows(self, x: Tensor, *, kind: str) -> Tensor:
+        return x
+
+    def of_tokens(self, rows: Rows, token: Tensor) -> Self:
+        return replace(self, global_rows=rows, tokens=torch.arange(len(rows)))
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class _MaskedAttention(SequenceAttention):
+    """plan: under the mask alone. tokens: of the sequence behind each row."""
+
     plan: Plan
-    local_shard: LocalShard | None
+    tokens: Tensor
+    key_routing: KeyRouting
     backend: str
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
-        q, k, v = inputs
-        plan = self.plan
-        if self.local_shard is not None:
-            plan = plan.choosing(self.local_shard.mechanism.select(q, k, self.local_shard))
+        q, k, v, *routing = inputs
+        # One part with all keys.
+        routed = self.key_routing.route(q, k, *routing)
+        plan = routed.narrow(self.plan, self.tokens)
         out, lse = attention_forward(q, k, v, plan, backend=self.backend)
         out = out.to(q.dtype)
-        return out, Saved((q, k, v, out, lse), (plan,))
+        return out, Saved((q, k, v, out, lse, *routing), (plan, routed))
 
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
-        return attention_backward(dout, *saved.tensors, plan=saved.kept[0], backend=self.backend)
+        q, k, v, out, lse, *routing = saved.tensors
+        plan, routed = saved.extras
+        gradients = attention_backward(dout, q, k, v, out, lse, plan=plan, backend=self.backend)
+        # All keys are at hand, so that the routing need not observe them before.
+        of_routing = routed.start(q, *routing)
+        of_routing.observe(q, k, v, self.plan)
+        of_routing.add(dout, q, k, v, out, plan=self.plan, tokens=self.tokens)
+        return *gradients, *of_routing.gradients()
 
     def lse(self, saved: Saved) -> Tensor:
-        return saved.tensors[-1]
+        return saved.tensors[4]
 
 
 @final
-@dataclass(frozen=True, slots=True, eq=False)
-class _TokenChoiceAttention(SequenceAttention):
-    mechanism: TokenChoice
-    rows: Rows
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class SequenceScan(SequenceAttention):
+    """A recurrence over rows in any order, planned once for a sequence and the layers with the same rates.
+
+    segment: the rows, sorted. order: where each of them is found, None if they came sorted; inverse leads back.
+    decay: the rates of the local query heads, `[Hq]`.
+    """
+
+    segment: Segment
+    order: Tensor | None
+    inverse: Tensor | None
+    decay: Tensor
     backend: str
 
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
-        q, k, _, routing = inputs
-        chosen_tokens = ChosenTokens.of(self.mechanism.choose(routing[..., 0].float(), self.rows), self.rows)
-        heads = Heads(query=q.shape[1] // k.shape[1], kv=1)
-        among = plan_sequence_attention(
-            self.mechanism.among(), chosen_tokens.rows, heads, range(heads.query), backend=self.backend
-        )
-        return token_choice_forward(among, chosen_tokens, *inputs)
-
-    def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
-        return token_choice_backward(dout, saved)
-
-    def lse(self, saved: Saved) -> Tensor:
-        return token_choice_lse(saved)
-
-
-def token_choice_forward(
-    among: SequenceAttention, chosen_tokens: ChosenTokens, *inputs: Tensor
-) -> tuple[Tensor, Saved]:
-    """Return out of attention `among` the rows of `chosen_tokens`, gated by their routing; 0 at all other tokens."""
-    q, k, v, routing = inputs
-    part, saved = among.forward(*(chosen_tokens.collect(x, k.shape[1]) for x in (q, k, v)))
-    logits = chosen_tokens.collect(routing, k.shape[1])
-    out = chosen_tokens.spread(gate(part, logits), q.shape[:2])
-    return out, Saved((part, logits, *saved.tensors), (chosen_tokens, among, q.shape[:2], k.shape[:2], *saved.kept))
-
-
-def token_choice_backward(dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
-    """Return the gradients of q, k, v and routing."""
-    part, logits, *tensors = saved.tensors
-    chosen_tokens, among, of_queries, of_keys, *kept = saved.kept
-    dpart, dlogits = gate_backward(chosen_tokens.collect(dout, of_keys[1]), part, logits)
-    dq, *of_key_rows = among.backward(dpart, Saved(tuple(tensors), tuple(kept)))
-    return chosen_tokens.spread(dq, of_queries), *(chosen_tokens.spread(x, of_keys) for x in (*of_key_rows, dlogits))
-
-
-def token_choice_lse(saved: Saved) -> Tensor:
-    """Return the log-sum-exp `[T, Hq]`, -inf where nothing was gathered."""
-    chosen_tokens, among, of_queries, _, *kept = saved.kept
-    lse = among.lse(Saved(saved.tensors[2:], tuple(kept)))
-    return chosen_tokens.spread(lse.unsqueeze(-1), of_queries, fill=float("-inf")).squeeze(-1)
-
-
-@final
-@dataclass(frozen=True, slots=True, eq=False)
-class _RecurrentAttention(SequenceAttention):
-    scan: SequenceScan
+    @staticmethod
+    def build(rows: Rows, decay: Tensor, *, backend: str) -> "SequenceScan":
+        """Plan a scan of `rows`, which contain all of their documents."""
+        # A recurrence runs along documents: most sequences are in that order already, and need no copies.
+        index = order(rows)
+        if torch.equal(index, torch.arange(len(rows), device=index.device)):
+            return SequenceScan(segment=Segment.of(rows), order=None, inverse=None, decay=decay, backend=backend)
+        segment = Segment.of(rows.take(index))
+        return SequenceScan(segment=segment, order=index, inverse=index.argsort(), decay=decay, backend=backend)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
-        q, k, v = inputs
-        out, tensors = self.scan.forward(q, k, v)
-        return out, Saved(tensors)
+        q, k, v = (_take(x, self.order) for x in inputs)
+        out, _ = recurrent_attention_forward(q, k, v, self.segment, self.decay, backend=self.backend)
+        return _take(out, self.inverse).to(q.dtype), Saved(inputs)
 
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
-        return self.scan.backward(dout, saved.tensors)
+        dout, q, k, v = (_take(x, self.order) for x in (dout, *saved.tensors))
+        # No rows follow, so that the state left has no gradient; none came before, so that the fourth result is 0.
+        gradients = recurrent_attention_backward(dout, None, q, k, v, self.segment, self.decay, backend=self.backend)
+        return tuple(_take(gradient, self.inverse) for gradient in gradients[:3])
 
-    def lse(self, saved: Saved) -> None:
-        return None
 
-
-@final
-@dataclass(frozen=True, slots=True, eq=False)
-class _LifetimeAttention(SequenceAttention):
-    plan: Plan
-    """Of all causal pairs."""
-    local_shard: LifetimeShard
-    backend: str
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
-        q, k, v, routing = inputs
-        lifetimes = self.local_shard.lifetimes(routing)
-        plan = self.plan.living(lifetimes.last)
-        out, lse = attention_forward(q, k, v, plan, backend=self.backend)
-        out = out.to(q.dtype)
-        return out, Saved((q, k, v, out, lse, routing), (plan, lifetimes))
-
-    def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
-        *operands, routing = saved.tensors
-        q, k, v, out, _ = operands
-        plan, lifetimes = saved.kept
-        gradients = attention_backward(dout, *operands, plan=plan, backend=self.backend)
-        causal_lse = attention_forward(q, k, v, self.plan, backend=self.backend)[1]
-        learning = TypeLearning(self.local_shard, lifetimes, causal_lse, routing)
-        learning.add(dout, q, k, v, out, plan=self.plan, keys=self.local_shard.rows)
-        return *gradients, learning.gradient()
-
-    def lse(self, saved: Saved) -> Tensor:
-        return saved.tensors[-2]
+def _take(x: Tensor, index: Tensor | None) -> Tensor:
+    return x if index is None else x[index.to(x.device)]

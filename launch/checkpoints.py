@@ -1,4 +1,4 @@
-"""What a run has saved: a table, whether it is whole, and less of it."""
+"""The checkpoints of a run: list, verify, prune."""
 
 import logging
 import shutil
@@ -9,14 +9,14 @@ from pathlib import Path
 from farspan.errors import CheckpointError, ConfigError
 from farspan.trainer.checkpoint.manifest import DamagedError, Manifest
 from farspan.trainer.checkpoint.steps import PREFIX, REFUSED, finished, prune, step_of
-from farspan.trainer.checkpoint.verify import check_sizes, check_whole
+from farspan.trainer.checkpoint.verify import check_complete, check_sizes
 from farspan.trainer.resilience.lock import lock_folder
 
 log = logging.getLogger("farspan")
 
 
-def show(run: Path) -> None:
-    """Say what checkpoints a run has, a line each; raises CheckpointError where there are none."""
+def list_checkpoints(run: Path) -> None:
+    """Print a line for each checkpoint of a run; raises CheckpointError if there are none."""
     rows = [("step", "saved", "MB", "files", "tokens", "")]
     rows += [_row(path) for path in [*_finished(run), *_refused(run)]]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -33,46 +33,46 @@ def _row(path: Path) -> tuple[str, ...]:
         check_sizes(path, manifest.files)
     except CheckpointError as error:
         return step, saved, "", "", "", str(error).removeprefix(f"checkpoint {path} ")
-    said = "refused" if path.name.startswith(REFUSED) else ""
+    note = "refused" if path.name.startswith(REFUSED) else ""
     sizes = f"{manifest.total_bytes / 1e6:,.1f}", str(len(manifest.files)), f"{manifest.train_state['tokens']:,}"
-    return step, saved, *sizes, said
+    return step, saved, *sizes, note
 
 
 def verify(folder: Path) -> bool:
-    """Read every byte of a run's checkpoints, or of one of them; say what was found; return whether all are whole."""
+    """Read every byte of a run's checkpoints, or of one; print the results; return whether all are complete."""
     is_step = folder.name.startswith((PREFIX, REFUSED)) and not (folder / "checkpoints").exists()
-    all_whole = True
+    all_complete = True
     for path in [folder] if is_step else _finished(folder):
         try:
-            manifest = check_whole(path)
+            manifest = check_complete(path)
         except DamagedError as error:
             if path is not folder and not path.exists():
-                # By a run under way, which keeps a few only.
-                log.info("deleted     %s meanwhile", path)
+                # By the run itself, which keeps only its newest checkpoints.
+                log.info("deleted     %s in the meantime", path)
                 continue
             log.info("damaged     %s", error)
-            all_whole = False
+            all_complete = False
         else:
-            log.info("whole       %s, %s bytes in %d files", path, f"{manifest.total_bytes:,}", len(manifest.files))
-    return all_whole
+            log.info("complete    %s, %s bytes in %d files", path, f"{manifest.total_bytes:,}", len(manifest.files))
+    return all_complete
 
 
 def prune_run(run: Path, *, keep: int, permanent_every: int) -> None:
-    """Delete checkpoints of a run that nobody trains: old ones, and those that it refused; say which.
+    """Delete old and refused checkpoints of a run that is not training, and print their paths.
 
-    Raises ConfigError for numbers that cannot be, or a run that is under way, CheckpointError where the newest
-    checkpoint is not whole.
+    Raises ConfigError for invalid numbers or a run that is training, CheckpointError if the newest checkpoint is
+    damaged.
     """
     if keep < 1:
         raise ConfigError(f"--keep {keep} must be at least 1: the newest checkpoint is never deleted.")
     if permanent_every < 0:
         raise ConfigError(f"--permanent-every {permanent_every} must be at least 0.")
     newest = _finished(run)[-1]
-    # Before it is locked, as it takes a while: a job that started meanwhile would end.
-    check_whole(newest)
+    # Before the lock, as it takes a while: a job that starts while the folder is locked fails.
+    check_complete(newest)
     with lock_folder(run):
         if _finished(run)[-1] != newest:
-            raise CheckpointError(f"{run} has saved another checkpoint meanwhile: try again.")
+            raise CheckpointError(f"{run} saved another checkpoint in the meantime: try again.")
         gone = prune(newest.parent, keep=keep, permanent_every=permanent_every)
         for path in _refused(run):
             shutil.rmtree(path)
@@ -80,7 +80,7 @@ def prune_run(run: Path, *, keep: int, permanent_every: int) -> None:
     for path in gone:
         log.info("deleted     %s", path)
     if not gone:
-        log.info("deleted     nothing: there is no more than asked for")
+        log.info("deleted     nothing: every checkpoint is to be kept")
 
 
 def _finished(run: Path) -> Sequence[Path]:

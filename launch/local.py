@@ -1,4 +1,4 @@
-"""Ranks on this machine: torchrun in a session of its own, so that Ctrl-C reaches the ranks once and in order."""
+"""Ranks on this machine: torchrun runs in its own session, so that the launcher alone gets Ctrl-C and forwards it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from farspan.launch.env import with_threads
+from farspan.launch.env import environment_with_threads
 from farspan.trainer.resilience.signals import KILLED, WARNING_SIGNAL, StopSignal, announce, stop_signals_blocked
 
 INTERRUPTED = KILLED + signal.SIGINT
@@ -26,37 +26,38 @@ class LocalJob:
     num_ranks: int
 
     def command_line(self) -> str:
-        """Return the command that starts the ranks, as one would type it."""
+        """Return the command that starts the ranks, for a shell."""
         return f"OMP_NUM_THREADS={self.threads_per_rank()} {shlex.join(['torchrun', *self._torchrun_arguments()])}"
 
     def threads_per_rank(self) -> int:
         return max(len(os.sched_getaffinity(0)) // self.num_ranks, 1)
 
     def run(self) -> int:
-        """Start the ranks, wait for them and return 0 if all ended well, else the status of the first that did not.
+        """Start the ranks, wait for them and return 0 if all succeeded, else the exit status of the first that failed.
 
-        The first SIGINT, SIGTERM or SIGUSR1 asks the ranks to save and exit; a second one, or one before any rank has
-        been started, ends them at once: status 130.
+        The first SIGINT, SIGTERM or SIGUSR1 asks the ranks to save and exit. A second one, or one before any rank has
+        started, kills them: status 130.
         """
         torchrun: subprocess.Popen[bytes] | None = None
 
-        def pass_on(number: int) -> None:
+        def forward(number: int) -> None:
             announce(number)
             ranks = _children(torchrun)
             if not ranks:
-                # torchrun has not come so far as to start any: there is nothing to save.
+                # torchrun has not started any yet, so there is nothing to save.
                 _kill(torchrun)
             for rank in ranks:
                 with suppress(ProcessLookupError):
+                    # To the ranks and not to torchrun, which would kill them after 30 s, saved or not.
                     os.kill(rank, number if number == WARNING_SIGNAL else signal.SIGINT)
 
-        with StopSignal(first=pass_on, again=lambda number: _kill(torchrun)):
+        with StopSignal(first=forward, again=lambda number: _kill(torchrun)):
             try:
-                # A signal that comes before a rank can act on it waits until it can.
+                # Ranks inherit the block: a signal stays pending until the rank has installed its handler.
                 with stop_signals_blocked():
                     torchrun = subprocess.Popen(
                         [sys.executable, "-m", "farspan.launch.torchrun", *self._torchrun_arguments()],
-                        env=with_threads(self.threads_per_rank()),
+                        env=environment_with_threads(self.threads_per_rank()),
                         stdin=subprocess.DEVNULL,
                         start_new_session=True,
                     )
@@ -73,7 +74,7 @@ class LocalJob:
 
 
 def _children(process: subprocess.Popen[bytes] | None) -> list[int]:
-    """Return the processes that `process` has started and that are left."""
+    """Return the child processes of `process` that still run."""
     if process is None or process.poll() is not None:
         return []
     with suppress(FileNotFoundError):
@@ -83,7 +84,7 @@ def _children(process: subprocess.Popen[bytes] | None) -> list[int]:
 
 
 def _kill(torchrun: subprocess.Popen[bytes] | None) -> None:
-    """End torchrun and its ranks, each of which leads a session of its own."""
+    """Kill torchrun and its ranks, each of which leads its own session."""
     for pid in [*_children(torchrun), *([torchrun.pid] if torchrun and torchrun.poll() is None else [])]:
         with suppress(ProcessLookupError):
             os.killpg(os.getpgid(pid), signal.SIGKILL)

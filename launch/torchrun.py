@@ -1,4 +1,4 @@
-"""torchrun without its report: ranks say themselves what is wrong, and the exit status of the first is passed on."""
+"""torchrun without its own report: ranks report errors themselves, and the first one's exit status is passed on."""
 
 import logging
 import signal
@@ -6,14 +6,14 @@ import sys
 
 from farspan.trainer.resilience.signals import EXIT_HUNG, EXIT_UNFIT, EXIT_USER_ERROR, EXIT_WARNED, KILLED, STOP_SIGNALS
 
-SAID = (EXIT_USER_ERROR, EXIT_WARNED, EXIT_HUNG, EXIT_UNFIT)
-"""Exit statuses of ranks that have said themselves what the matter is."""
+REPORTED = (EXIT_USER_ERROR, EXIT_WARNED, EXIT_HUNG, EXIT_UNFIT)
+"""Exit statuses of ranks that have already reported their error."""
 
 
 def main(arguments: list[str]) -> int:
     """Start ranks as `torchrun` does with these arguments and wait for them; return an exit status."""
-    # SLURM signals every process: ranks act on that, once they can, and torchrun ends when they do. Before torch starts
-    # threads, which would let them through, and for good, since torch's handler raises.
+    # SLURM signals every process. The ranks act on it, and torchrun ends when they do: its own handler, which would
+    # raise and kill them, must never run. Blocked before torch starts threads, each of which could still take a signal.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -28,11 +28,11 @@ def main(arguments: list[str]) -> int:
 
 
 def _report(rank: int, status: int) -> int:
-    """Say how a rank failed, unless it has said so itself; return the exit status to pass on."""
-    if status in SAID:
+    """Print how a rank failed, unless the rank has; return the exit status to pass on."""
+    if status in REPORTED:
         return status
     if status - KILLED in signal.valid_signals():
-        # So says a shell between torchrun and the rank.
+        # The status of a shell between torchrun and the rank, which has the signal as 128 + number.
         status = KILLED - status
     how = f"failed with exit status {status}"
     if status < 0:

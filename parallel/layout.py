@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from farspan.errors import ConfigError
-from farspan.kernels.masks.attention_mask import AttentionMask
-from farspan.kernels.masks.keys_per_query import count_keys_per_query
+from farspan.kernels.masks.attention_mask import AttentionMask, count_keys_per_query
 from farspan.kernels.masks.rows import Rows
 from farspan.registry import nearest_name_hint
 

@@ -82,8 +82,8 @@ def share_timeout(source: dist.ProcessGroup, target: dist.ProcessGroup) -> None:
 
 
 @contextmanager
-def pretended(world_size: int) -> Iterator[None]:
-    """Join a default process group of `world_size` ranks that do not exist: shapes and memory, no data."""
+def fake_process_group(world_size: int) -> Iterator[None]:
+    """Join a default process group of `world_size` ranks without the other processes: shapes and memory, no data."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())

@@ -24,5 +24,5 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
 @pytest.fixture(autouse=True)
 def _one_thread_poisoned_memory() -> None:
     torch.set_num_threads(1)
-    # In deterministic mode torch fills fresh memory with NaN: whoever reads what nobody wrote is found out.
+    # In deterministic mode torch fills fresh memory with NaN, which shows any read of unwritten memory.
     torch.use_deterministic_algorithms(True)

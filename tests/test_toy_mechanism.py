@@ -19,7 +19,7 @@ from tests.parallel.test_matrix import DEGREES
 from tests.support import oracle
 
 ROOT = Path(__file__).resolve().parents[1]
-CONTRACT, MATRIX = "tests/kernels/test_contract.py", "tests/parallel/test_matrix.py"
+CONTRACT, MATRIX = "tests/kernels/test_sequence_attention.py", "tests/parallel/test_matrix.py"
 
 
 def python(*arguments: str) -> str:

@@ -1,14 +1,17 @@
-"""Write docs/configuration.md: every key of a configuration, from the dataclasses that read it.
+"""Write docs/configuration.md: every key of a configuration, from the string under each field of its dataclass.
 
 Run again when a test says that the file is out of date: `python -m farspan.tools.config_reference`.
 """
 
-import re
+import ast
+import inspect
+import textwrap
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from farspan.kernels.mechanism import MECHANISMS
 from farspan.trainer.config import Config
 from farspan.trainer.toml_config import BOUNDS, describe_type, toml_value
 
@@ -18,37 +21,56 @@ HEAD = """# Configuration
 Every key of a configuration file. Each can be changed on the command line, as `section.key=value`. Rules between keys
 are in `trainer/validate.py`. Written by `python -m farspan.tools.config_reference`: do not edit.
 """
+OPTIONS = """## [attention.options]
+
+The options of each value of `attention.mechanism`.
+"""
 COLUMNS = ("key", "type", "default", "bounds", "meaning")
 
 
 def reference() -> str:
     """Return the text of the file."""
-    return "\n".join([HEAD, *_sections(Config, "")])
+    options = (_table(MECHANISMS.get(name), f"### {name}") for name in MECHANISMS)
+    return "\n".join([HEAD, *_sections(Config, ""), OPTIONS, *options])
 
 
-def meanings(cls: type) -> tuple[str, dict[str, str]]:
-    """Return what a docstring says of the class, and what it says of each field, as in `steps: updates in all.`"""
-    name = f"(?:{'|'.join(part.name for part in fields(cls))})"
-    text = " ".join((cls.__doc__ or "").split())
-    about, *pairs = re.split(rf"(?:^|(?<=[.;] ))({name}(?:, {name})*): ", text)
-    said = {
-        key: said.strip(" .;") for keys, said in zip(pairs[::2], pairs[1::2], strict=True) for key in keys.split(", ")
-    }
-    return about.strip(), said
+def meanings(cls: type) -> dict[str, str]:
+    """Return the string literal that follows each field in the source of a class or of its bases, on one line."""
+    found: dict[str, str] = {}
+    # The nearest class wins.
+    for owner in reversed([base for base in cls.__mro__ if is_dataclass(base)]):
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        assert isinstance(tree, ast.ClassDef)
+        for statement, following in zip(tree.body, tree.body[1:], strict=False):
+            if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+                continue
+            if isinstance(following, ast.Expr) and isinstance(text := ast.literal_eval(following.value), str):
+                found[statement.target.id] = " ".join(text.split()).rstrip(".")
+    return found
 
 
 def _sections(cls: type, where: str) -> Iterator[str]:
-    """Yield the Markdown of a section, then of those inside it."""
-    kinds, (about, said) = get_type_hints(cls), meanings(cls)
+    """Yield the Markdown of a section, then of the sections inside it."""
+    kinds = get_type_hints(cls)
     inside = [part for part in fields(cls) if is_dataclass(kinds[part.name])]
-    keys = [part for part in fields(cls) if part not in inside]
-    if keys:
-        rows = [COLUMNS, ("---",) * len(COLUMNS)]
-        rows += [_row(part, kinds[part.name], said[part.name]) for part in keys]
-        title = [f"## [{where}]", "", *([about, ""] if about else [])]
-        yield "\n".join([*title, *(f"| {' | '.join(row)} |" for row in rows), ""])
+    if len(inside) < len(fields(cls)):
+        yield _table(cls, f"## [{where}]")
     for part in inside:
         yield from _sections(kinds[part.name], f"{where}.{part.name}" if where else part.name)
+
+
+def _table(cls: type, title: str) -> str:
+    """Return the Markdown of a class, without the sections in it."""
+    kinds, texts = get_type_hints(cls), meanings(cls)
+    keys = [part for part in fields(cls) if part.init and not is_dataclass(kinds[part.name])]
+    # A dataclass without a docstring gets its signature for one.
+    about = "" if (cls.__doc__ or "").startswith(f"{cls.__name__}(") else inspect.getdoc(cls) or ""
+    lines = [title, "", *([about, ""] if about else [])]
+    if keys:
+        rows = [COLUMNS, ("---",) * len(COLUMNS)]
+        rows += [_row(part, kinds[part.name], texts.get(part.name, "")) for part in keys]
+        lines += [*(f"| {' | '.join(row)} |" for row in rows), ""]
+    return "\n".join(lines)
 
 
 def _row(part: Field[Any], kind: Any, meaning: str) -> tuple[str, ...]:

@@ -113,14 +113,16 @@ def plan_of(name: str) -> Plan:
     }.get(name, AttentionMask())
     plan = Plan.build(rows, rows, attention_mask, heads=HEADS)
     if name == "lifetimes":
-        return plan.living(torch.zeros(KV_HEADS, ROWS, dtype=torch.int32))
+        return plan.with_lifetimes(torch.zeros(KV_HEADS, ROWS, dtype=torch.int32))
     if name.endswith("select"):
         # Blocks that no tile is aligned with, so that rows are loaded through an index.
         blocks = BlockPartition.blocks(rows, 100)
         query_block = blocks.of(rows) if name == "tiles select" else torch.arange(ROWS)
         own = blocks.of(rows) if name == "rows select" else torch.arange(blocks.count)
         # [query blocks] -> [heads, query blocks, 1]
-        return plan.choosing(BlockSelection.from_lists(query_block, blocks, own[None, :, None].expand(HEADS, -1, 1)))
+        return plan.with_selection(
+            BlockSelection.from_lists(query_block, blocks, own[None, :, None].expand(HEADS, -1, 1))
+        )
     return plan
 
 

@@ -1,10 +1,9 @@
 """Print which mechanism runs under which context-parallel strategy, from the registries.
 
 `python -m farspan.tools.matrix` prints the table of the README.
-`--costs CONFIG` adds what each strategy would cost a configuration, by the cost model; `--json` prints records.
+`--costs CONFIG` prints what each strategy would cost a configuration, by the cost model; `--json` prints records.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,22 +14,22 @@ from farspan.kernels.mechanism import MECHANISMS, Heads
 from farspan.parallel.context_parallel.cost_model import Cost
 from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.parallel.mesh import Degrees
-from farspan.tools.command import print_all
-from farspan.trainer.auto import strategy_costs
+from farspan.tools.command import parser_of, print_all
 from farspan.trainer.config import Config
+from farspan.trainer.resolve import strategy_costs
 from farspan.trainer.toml_config import load_config
 
 COLUMNS = (
-    "strategy", "ms", "computing", "sending meanwhile", "sending besides", "MiB sent forward", "backward", "MiB held",
-    "TFLOP forward", "balance",
+    "strategy", "ms", "compute ms", "overlapped ms", "exposed ms", "MiB sent forward", "MiB sent backward",
+    "working MiB", "TFLOP forward", "balance",
 )  # fmt: skip
 GRIDS = ((4, 2), (4, 1), (1, 1))
-"""Degree and inner axis with which a pair is asked for, in this order: strategies of two levels need the first."""
+"""Degree and inner axis with which a pair is tried, in this order: strategies of two levels need the first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
-    """reason: why it is not supported; empty if it is."""
+    """A mechanism under a strategy. reason: why it is not supported; empty if it is."""
 
     mechanism: str
     strategy: str
@@ -62,7 +61,7 @@ def table(found: Sequence[Pair]) -> str:
 
 
 def costs(path: Path, overrides: Sequence[str], ranks: int) -> tuple[dict[str, Cost], dict[str, str]]:
-    """Return what each strategy would cost the attention of a configuration, the best first; and why others refuse."""
+    """Return what each strategy would cost the attention of a configuration, best first; and why others refuse."""
     config = load_config(Config, path, overrides)
     parallel = config.parallel
     axes = parallel.context * parallel.dp_replicate * (parallel.dp_shard or 1)
@@ -82,22 +81,21 @@ def cost_table(found: dict[str, Cost], refusals: dict[str, str]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--json", action="store_true", help="print records instead of a table")
-    parser.add_argument("--costs", type=Path, metavar="CONFIG", help="what each strategy would cost it, instead")
-    parser.add_argument(
-        "--ranks", type=int, default=0, help="of the run, for --costs; as many as its axes if not given"
-    )
+    parser.add_argument("--costs", type=Path, metavar="CONFIG", help="print what each strategy would cost it, instead")
+    parser.add_argument("--ranks", type=int, default=0, help="of the run, for --costs; by default those of its axes")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes of CONFIG")
     options = parser.parse_args(arguments)
 
     def found() -> Iterator[str]:
         if options.costs is None:
-            records, text = [asdict(pair) for pair in pairs()], table(pairs())
+            all_pairs = pairs()
+            records, text = [asdict(pair) for pair in all_pairs], table(all_pairs)
         else:
-            of_strategies, refusals = costs(options.costs, options.overrides, options.ranks)
-            records = [{"strategy": name, **asdict(cost)} for name, cost in of_strategies.items()]
-            text = cost_table(of_strategies, refusals)
+            by_strategy, refusals = costs(options.costs, options.overrides, options.ranks)
+            records = [{"strategy": name, **asdict(cost)} for name, cost in by_strategy.items()]
+            text = cost_table(by_strategy, refusals)
         yield json.dumps(records, indent=1) if options.json else text
 
     return print_all(found)

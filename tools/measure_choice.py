@@ -1,10 +1,9 @@
 """Measure how much of other ranks' keys a trained model's choice of blocks needs: `... RUN_FOLDER --degrees 4,8`.
 
-Of each layer and rank, the union over its queries: what `fetch` moves forward, beside what it would move if all that is
-visible were chosen, and beside a ring. Also for normal queries and keys, which the cost model takes a choice of.
+For each layer, the bytes that `fetch` moves forward, over those that it would move if all unmasked blocks were chosen,
+and over those of a ring. Also for normal queries and keys, whose choice the cost model assumes.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,17 +14,17 @@ from torch import Tensor
 
 from farspan.errors import ConfigError
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import Mechanism, Routed
+from farspan.kernels.mechanism import Access, Mechanism
+from farspan.kernels.planner import Routing, Sizes
 from farspan.parallel.comm import Traffic
-from farspan.parallel.context_parallel.routing import choose_alone, typical_choice
-from farspan.parallel.context_parallel.strategy import STRATEGIES, Chosen, Sizes
+from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.parallel.layout import LAYOUTS, Shards
 from farspan.parallel.mesh import Mesh
 from farspan.parallel.ranks import Ranks, connected
 from farspan.parallel.simulation import Unconnected
-from farspan.tools.command import print_all
+from farspan.tools.command import parser_of, print_all
 from farspan.trainer.build import build_batches, build_model
-from farspan.trainer.checkpoint.verify import newest_whole
+from farspan.trainer.checkpoint.verify import newest_complete
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import PackedSequences
 from farspan.trainer.resolve import resolve
@@ -35,43 +34,43 @@ from farspan.trainer.weights.io import load_weights
 ONE_PROCESS = ("parallel.context=1", "parallel.dp_shard=0", "parallel.strategy=single", "attention.backend=auto")
 
 
-def chosen_by_layers(folder: Path) -> tuple[Config, Rows, list[Chosen]]:
-    """Return the configuration of a run, the rows of its first held-out sequence, and what each layer chooses there."""
+def chosen_by_layers(folder: Path) -> tuple[Config, Rows, list[Routing]]:
+    """Return the configuration of a run, the rows of its first validation sequence, and each layer's routing there."""
     config = load_config(Config, folder / "config.toml", ONE_PROCESS)
     resolved = resolve(config, Ranks())
     config, device = resolved.config, resolved.device
     mesh = Mesh.build(config.parallel, device.type)
     model = build_model(config, mesh, device)
-    load_weights(model, newest_whole(folder / "checkpoints"))
+    load_weights(model, newest_complete(folder / "checkpoints"))
     data = PackedSequences(
         resolved.validation_source, sequence_tokens=config.data.sequence_tokens, seed=0, shuffle=False, repeat=False
     )
     batch = build_batches(config, mesh, device, Traffic()).build(data.sequence(0))
-    seen: list[tuple[Tensor, ...]] = []
-    attends = tuple(_watched(attend, seen) for attend in batch.context.attends)
+    inputs_of_layers: list[tuple[Tensor, ...]] = []
+    attention = tuple(_recorded(attend, inputs_of_layers) for attend in batch.context.attention)
     with torch.no_grad():
-        model(batch.tokens, batch.labels, replace(batch.context, attends=attends))  # pyright: ignore[reportArgumentType]
+        model(batch.tokens, batch.labels, replace(batch.context, attention=attention))  # pyright: ignore[reportArgumentType]
     rows = batch.context.rows.to("cpu")
-    inputs, heads_of = zip(config.mechanisms(), seen, strict=True), config.model.heads_of
-    return config, rows, [choose_alone(mechanism, rows, heads_of(mechanism), q, k) for mechanism, (q, k, *_) in inputs]
+    layers, heads_of = zip(config.mechanisms(), inputs_of_layers, strict=True), config.model.heads_of
+    return config, rows, [m.route(rows, heads_of(m), q, k, *routing) for m, (q, k, _, *routing) in layers]
 
 
-def _watched(attend: Callable[..., Tensor], seen: list[tuple[Tensor, ...]]) -> Callable[..., Tensor]:
+def _recorded(attend: Callable[..., Tensor], inputs_of_layers: list[tuple[Tensor, ...]]) -> Callable[..., Tensor]:
     def call(*inputs: Tensor) -> Tensor:
-        seen.append(inputs)
+        inputs_of_layers.append(inputs)
         return attend(*inputs)
 
     return call
 
 
-def moved(strategy: str, mechanism: Mechanism, shards: Shards, config: Config, chosen: Chosen) -> int:
+def moved(strategy: str, mechanism: Mechanism, shards: Shards, config: Config, routing: Routing) -> int:
     """Return the bytes that all ranks of a layer send forward."""
     sizes = Sizes.of(config.train.torch_dtype, config.model.head_dim, config.model.head_dim)
     heads, total = config.model.heads_of(mechanism), 0
     for rank in range(shards.degree):
         channel = Unconnected(rank, shards.degree)
         planned = STRATEGIES.get(strategy)(channel).prepare(mechanism, shards, heads, backend="reference")
-        total += planned.volume(sizes, chosen).forward
+        total += planned.volume(sizes, lambda: routing).forward
     return total
 
 
@@ -79,25 +78,27 @@ def lines(folder: Path, degrees: Sequence[int]) -> list[str]:
     """Return a Markdown table, a line for each degree, layout and layer."""
     config, rows, choices = chosen_by_layers(folder)
     mechanisms = config.mechanisms()
-    if not any(isinstance(mechanism, Routed) for mechanism in mechanisms):
-        raise ConfigError(f"{folder} is a run without a routed mechanism: nothing is chosen there.")
-    found = ["| ranks | layout | layer | of what is visible | normal q, k | of a ring |", "|--:|---|--:|--:|--:|--:|"]
+    if not any(Access.BLOCKS in mechanism.accesses for mechanism in mechanisms):
+        raise ConfigError(f"{folder} is a run without a routed mechanism: no layer chooses keys.")
+    found = ["| ranks | layout | layer | of all unmasked | normal q, k, of all unmasked | of a ring |"]
+    found.append("|--:|---|--:|--:|--:|--:|")
     for degree in degrees:
         for layout in LAYOUTS:
             for layer, (mechanism, chosen) in enumerate(zip(mechanisms, choices, strict=True)):
-                if not isinstance(mechanism, Routed):
+                if Access.BLOCKS not in mechanism.accesses:
                     continue
                 shards = Shards.deal(rows, layout=layout, degree=degree, work=mechanism.keys_per_query)
-                drawn = typical_choice(mechanism, rows, config.model.heads_of(mechanism))
-                trained, normal, visible = (moved("fetch", mechanism, shards, config, x) for x in (chosen, drawn, None))
-                ring = moved("ring", mechanism, shards, config, None)
-                shares = " | ".join(f"{100 * x:.0f} %" for x in (trained / visible, normal / visible, trained / ring))
+                drawn = mechanism.sample_routing(rows, config.model.heads_of(mechanism))
+                sources = chosen, drawn, Routing()
+                trained, normal, unmasked = (moved("fetch", mechanism, shards, config, x) for x in sources)
+                ring = moved("ring", mechanism, shards, config, Routing())
+                shares = " | ".join(f"{100 * x:.0f} %" for x in (trained / unmasked, normal / unmasked, trained / ring))
                 found.append(f"| {degree} | {layout} | {layer} | {shares} |")
     return found
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("folder", type=Path, help="of a run that has a checkpoint")
     parser.add_argument("--degrees", default="4,8", help="of context parallelism")
     options = parser.parse_args(arguments)

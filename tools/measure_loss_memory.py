@@ -1,28 +1,17 @@
 """Measure the memory that one forward and backward pass of `linear_cross_entropy` needs beyond what must exist.
 
 Prints one JSON line. Run in a process of its own: `python -m farspan.tools.measure_loss_memory --tokens 32768`.
-CPU and Linux only: the peak is the kernel's own count of resident pages (VmHWM, proc_pid_status(5)).
+CPU and Linux only: the peak is the system's own count of resident pages (VmHWM, proc_pid_status(5)).
 """
 
-import argparse
-import contextlib
 import json
 import time
-from pathlib import Path
 
 import torch
 
 from farspan.kernels.layers.cross_entropy import DEFAULT_CHUNK_BYTES, chunk_tokens, linear_cross_entropy
-
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def resident_bytes(field: str) -> int:
-    """Return VmRSS (now) or VmHWM (highest since start or reset) of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}; this measurement needs Linux")
+from farspan.tools.bench.memory import Meter
+from farspan.tools.command import DTYPES, parser_of
 
 
 def one_pass(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_bytes: int) -> float:
@@ -34,7 +23,7 @@ def one_pass(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, c
 
 
 def measure(tokens: int, vocabulary: int, width: int, dtype: torch.dtype, chunk_bytes: int) -> dict[str, float | str]:
-    """Return peak bytes above inputs, weight and their gradients, with what was measured."""
+    """Return the peak bytes above inputs, weight and their gradients, beside the sizes."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -44,11 +33,9 @@ def measure(tokens: int, vocabulary: int, width: int, dtype: torch.dtype, chunk_
     one_pass(normal(8, width), normal(8, width), warm_up, chunk_bytes)  # loads the matrix library and its workspace
     hidden, weight = normal(tokens, width), normal(vocabulary, width)
     labels = torch.randint(vocabulary, (tokens,), generator=generator)
-    with contextlib.suppress(OSError):  # where a sandbox forbids it, the figure is an upper bound
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
-    before = resident_bytes("VmRSS")
+    meter = Meter()
+    before = meter.reset()
     seconds = one_pass(hidden, weight, labels, chunk_bytes)
-    gradients = hidden.nbytes + weight.nbytes
     return {
         "tokens": tokens,
         "vocabulary": vocabulary,
@@ -57,25 +44,23 @@ def measure(tokens: int, vocabulary: int, width: int, dtype: torch.dtype, chunk_
         "chunk_tokens": chunk_tokens(vocabulary, dtype, chunk_bytes),
         "chunk_bytes": chunk_bytes,
         "full_logits_bytes": tokens * vocabulary * max(dtype.itemsize, 4),
-        "peak_extra_bytes": resident_bytes("VmHWM") - before - gradients,
+        "peak_extra_bytes": meter.peak() - before - hidden.nbytes - weight.nbytes,
         "seconds": round(seconds, 3),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--tokens", type=int, default=32_768)
     parser.add_argument("--vocabulary", type=int, default=131_072)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--chunk-bytes", type=int, default=DEFAULT_CHUNK_BYTES, help="largest chunk of logits held")
+    parser.add_argument("--chunk-bytes", type=int, default=DEFAULT_CHUNK_BYTES, help="largest chunk of logits")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    result = measure(
-        arguments.tokens, arguments.vocabulary, arguments.width, DTYPES[arguments.dtype], arguments.chunk_bytes
-    )
-    print(json.dumps(result))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    dtype = DTYPES[options.dtype]
+    print(json.dumps(measure(options.tokens, options.vocabulary, options.width, dtype, options.chunk_bytes)))
 
 
 if __name__ == "__main__":

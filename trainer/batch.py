@@ -1,4 +1,4 @@
-"""From a packed sequence to what this rank computes on: its tokens, labels and rows, and the planned attention."""
+"""From packed sequences to this rank's micro-batches: its tokens, labels and rows, and the planned attention."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -14,8 +14,11 @@ from farspan.parallel.context_parallel.key_convolution import KeyConvolution
 from farspan.parallel.context_parallel.strategy import DistributedAttention, Strategy
 from farspan.parallel.expert_parallel.capacity import SharedSequence
 from farspan.parallel.layout import Shards
-from farspan.trainer.data.packing import IGNORED, PackedSequence
-from farspan.trainer.data.sample_hash import fingerprint, sequence_seed
+from farspan.parallel.mesh import Mesh
+from farspan.trainer.config import Config
+from farspan.trainer.data.packing import IGNORED, PackedSequence, PackedSequences, sequence_hash, sequence_seed
+from farspan.trainer.data.shuffle import ShuffledSequences
+from farspan.trainer.data.source import TokenSource
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.flops import attention_flops
 from farspan.trainer.model.transformer import ExpertPlaces, SequenceContext
@@ -23,19 +26,19 @@ from farspan.trainer.model.transformer import ExpertPlaces, SequenceContext
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class MicroBatch:
-    """This rank's part of one sequence; tokens and labels int64 `[tokens_local]`.
-
-    attention_flops: forward, of the whole sequence in all layers. fingerprint: of the whole sequence and its place in
-    the data. Both are counted by the first rank of a context-parallel group alone, so that a sum over ranks counts them
-    once. seed: of what is drawn for the sequence.
-    """
+    """This rank's part of one sequence."""
 
     tokens: Tensor
     labels: Tensor
+    """int64 `[tokens_local]`, both."""
     context: SequenceContext
     attention_flops: int
+    """Forward, of the full sequence in all layers. Like `fingerprint` it is 0 on all ranks of a context-parallel group
+    but the first, so that a sum over ranks counts it once."""
     fingerprint: int = 0
+    """Of the full sequence and its index in the data."""
     seed: int = 0
+    """Of random numbers drawn for the sequence."""
 
     @property
     def valid_tokens(self) -> int:
@@ -44,13 +47,13 @@ class MicroBatch:
 
     @property
     def real_tokens(self) -> int:
-        """How many local tokens are no padding."""
+        """How many local tokens are not padding."""
         return int((self.context.rows.document >= 0).sum())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerAttention:
-    """What a layer attends by; layers that are equal share their plans."""
+    """How a layer attends; equal layers share their plans."""
 
     mechanism: Mechanism
     strategy: Strategy
@@ -68,18 +71,17 @@ def work_of_layers(mechanisms: Sequence[Mechanism], rows: Rows) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchBuilder:
-    """Deals sequences to the ranks of a context-parallel group, each of which reads the whole sequence.
-
-    layers: of each layer the mechanism, strategy and backend; the first layer's channel is that of all.
-    expert_channel: of the ranks that hold the experts, for a model that has these. seed: of the run.
-    """
+    """Shards sequences over the ranks of a context-parallel group, each of which reads the full sequence."""
 
     model: ModelConfig
     layers: tuple[LayerAttention, ...]
+    """All with one channel."""
     layout: str
     device: torch.device
     seed: int
+    """Of the run."""
     expert_channel: Channel | None = None
+    """Of the ranks that share the experts, in a model with experts."""
 
     @property
     def channel(self) -> Channel:
@@ -87,7 +89,7 @@ class BatchBuilder:
         return self.layers[0].strategy.channel
 
     def build(self, sequence: PackedSequence, index: int = 0) -> MicroBatch:
-        """Return this rank's part of `sequence`, number `index` of those that a run trains on.
+        """Return this rank's part of `sequence`, the run's training sequence number `index`.
 
         Padding added by the layout has no label and no document.
         """
@@ -101,18 +103,17 @@ class BatchBuilder:
         convolution = None
         if self.model.key_convolution:
             convolution = KeyConvolution.plan(channel, shards, self.model.key_convolution, self.device)
-        mine = shards.rows_of(rank)
         return MicroBatch(
             tokens=tokens.to(self.device),
             labels=labels.to(self.device),
             context=SequenceContext(
-                rows=mine.to(self.device),
-                attends=tuple(planned[layer] for layer in self.layers),
+                rows=shards.rows_of(rank).to(self.device),
+                attention=tuple(planned[layer] for layer in self.layers),
                 key_convolution=convolution,
                 experts=self._places(shards),
             ),
             attention_flops=attention_flops(self.model, self.mechanisms, rows) if rank == 0 else 0,
-            fingerprint=fingerprint(index, sequence) if rank == 0 else 0,
+            fingerprint=sequence_hash(index, sequence) if rank == 0 else 0,
             seed=sequence_seed(self.seed, index),
         )
 
@@ -120,7 +121,7 @@ class BatchBuilder:
         if self.expert_channel is None:
             return None
         rank = self.channel.rank
-        # Rows that pad the sequence itself are no tokens either.
+        # Padding of the sequence itself is no token either.
         index = shards.index[rank].masked_fill(shards.rows_of(rank).document < 0, -1)
         return ExpertPlaces(SharedSequence(self.channel, index.to(self.device)), self.expert_channel)
 
@@ -131,3 +132,27 @@ class BatchBuilder:
     def work(self, rows: Rows) -> Tensor:
         """Return the work of each token in all layers, float64 `[tokens]`."""
         return work_of_layers(self.mechanisms, rows)
+
+
+class DataLoader:
+    """The training sequences in their order, and this rank's micro-batches of each step."""
+
+    def __init__(self, config: Config, source: TokenSource, mesh: Mesh, batches: BatchBuilder) -> None:
+        seed = config.run.seed
+        packed = PackedSequences(source, sequence_tokens=config.data.sequence_tokens, seed=seed)
+        self._sequences = ShuffledSequences(packed, seed=seed)
+        self._per_step, self._mesh, self._batches = config.train.sequences_per_step, mesh, batches
+
+    @property
+    def channel(self) -> Channel:
+        """Of the ranks that share a sequence."""
+        return self._batches.channel
+
+    def micro_batches(self, first: int) -> list[MicroBatch]:
+        """Return those of this data-parallel group in the step that begins with sequence `first`."""
+        group = range(first + self._mesh.data_rank, first + self._per_step, self._mesh.degrees.data)
+        return [self._batches.build(self._sequences.sequence(index), index) for index in group]
+
+    def sequences(self, first: int) -> dict[int, PackedSequence]:
+        """Return the sequences of all groups in the step that begins with sequence `first`, by index."""
+        return {index: self._sequences.sequence(index) for index in range(first, first + self._per_step)}

@@ -1,4 +1,4 @@
-"""From a resolved configuration to the parts of a run: model and batches."""
+"""From a resolved configuration to the model and the batch builder of a run."""
 
 from collections.abc import Sequence
 
@@ -29,24 +29,25 @@ def build_model(config: Config, mesh: Mesh, device: torch.device) -> Transformer
 
 def build_on_meta(config: Config, mesh: Mesh) -> Transformer:
     """Return the model sharded over the mesh, without memory for its parameters."""
-    model = _whole_on_meta(config)
+    model = _unsharded_on_meta(config)
     _shard(model, mesh, config.train.torch_dtype)
     return model
 
 
 def parameters_held(config: Config, mesh: Mesh) -> int:
-    """Return how many parameters this rank holds; of blocks that are alike only one is sharded, which takes a while."""
-    model = _whole_on_meta(config)
-    alike: dict[tuple[object, ...], list[nn.Module]] = {}
+    """Return how many parameters this rank has."""
+    model = _unsharded_on_meta(config)
+    # Sharding a block takes a while: only the first block of each shape is sharded.
+    by_shape: dict[tuple[object, ...], list[nn.Module]] = {}
     for block in model.blocks:
-        alike.setdefault(tuple((name, p.shape) for name, p in block.named_parameters()), []).append(block)
-    model.blocks = nn.ModuleList(blocks[0] for blocks in alike.values())
+        by_shape.setdefault(tuple((name, p.shape) for name, p in block.named_parameters()), []).append(block)
+    model.blocks = nn.ModuleList(blocks[0] for blocks in by_shape.values())
     _shard(model, mesh, config.train.torch_dtype)
-    spared = sum((len(blocks) - 1) * _held(block) for block, blocks in zip(model.blocks, alike.values(), strict=True))
-    return _held(model) + spared
+    others = zip(model.blocks, by_shape.values(), strict=True)
+    return _num_local(model) + sum((len(blocks) - 1) * _num_local(block) for block, blocks in others)
 
 
-def _whole_on_meta(config: Config) -> Transformer:
+def _unsharded_on_meta(config: Config) -> Transformer:
     with torch.device("meta"):
         model = Transformer(config.model, config.mechanisms(), recompute=config.train.recompute == "block")
     return model.double() if config.train.torch_dtype == torch.float64 else model
@@ -57,12 +58,11 @@ def _shard(model: Transformer, mesh: Mesh, compute_dtype: torch.dtype) -> None:
     shard_parameters(model, model.blocks, mesh, compute_dtype)
 
 
-def _held(module: nn.Module) -> int:
+def _num_local(module: nn.Module) -> int:
     return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in module.parameters())
 
 
 def build_batches(config: Config, mesh: Mesh, device: torch.device, traffic: Traffic) -> BatchBuilder:
-    """Return what turns sequences into this rank's micro-batches."""
     channel, parallel = mesh.context_channel(traffic), config.parallel
     names = strategies_of_layers(config, mesh.degrees)
     strategies = build_strategies(names, channel, parallel)
@@ -81,7 +81,7 @@ def build_batches(config: Config, mesh: Mesh, device: torch.device, traffic: Tra
 
 
 def build_strategies(names: Sequence[str], channel: Channel, parallel: ParallelConfig) -> dict[str, Strategy]:
-    """Return one strategy of each name, which keeps what its layers have in common."""
+    """Return one strategy for each name, shared by its layers."""
     return {
         name: STRATEGIES.get(name)(channel, rounded_gradients=parallel.rounded_gradients)
         for name in dict.fromkeys(names)
@@ -89,7 +89,7 @@ def build_strategies(names: Sequence[str], channel: Channel, parallel: ParallelC
 
 
 def strategies_of_layers(config: Config, degrees: Degrees) -> list[str]:
-    """Return the strategy of each layer: the configured one or, of recurrences that it refuses, their own."""
+    """Return the strategy of each layer: the configured one or, for recurrences that it does not support, their own."""
     name, inner = config.parallel.strategy, config.parallel.context_inner
     return [strategy_for(name, m, config.model.heads_of(m), degrees.context, inner) for m in config.mechanisms()]
 

@@ -1,4 +1,4 @@
-"""The whole configuration of a run: each section is the dataclass of the code that reads it."""
+"""The configuration of a run: each section is the dataclass of the code that reads it, documented field by field."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -7,14 +7,13 @@ from typing import Any, Literal
 import torch
 
 from farspan.errors import ConfigError
-from farspan.kernels.mechanism import MECHANISMS, Masked, Mechanism
+from farspan.kernels.mechanism import MECHANISMS, Mechanism
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.optim import OptimizerConfig
-from farspan.trainer.pattern import parse_pattern
 from farspan.trainer.resilience.skip_steps import SkipConfig
 from farspan.trainer.resilience.watchdog import WatchdogConfig
-from farspan.trainer.toml_config import bounded, from_tree, toml_value
+from farspan.trainer.toml_config import bounded, from_tree, parse_pattern, toml_value
 
 AUTO = "auto"
 """The value of parallel.strategy that leaves it to the cost model."""
@@ -22,36 +21,31 @@ AUTO = "auto"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """folder: where everything that the run writes goes. seed: of parameters and of the order of the data.
-
-    start_from: a folder of weights that a run without checkpoints begins with, such as `farspan import` and `farspan
-    upcycle` write, or one step below another run's checkpoints/; without one parameters are random.
-    replay: a folder below a run's failed_batch/. The run then computes that batch with the parameters of its newest
-    checkpoint, says what is not finite, and ends; it changes nothing.
-    """
-
     folder: Path
+    """Where everything that the run writes goes."""
     seed: int = bounded(0, minimum=0)
+    """Of the initial parameters and of the order of the data."""
     start_from: Path | None = None
+    """Initial weights, for a run without checkpoints: a folder that `farspan import` or `farspan upcycle` wrote, or one
+    step below another run's checkpoints/. Without it parameters are random."""
     replay: Path | None = None
+    """A folder below a run's failed_batch/: compute that batch with the parameters of the newest checkpoint, log what
+    is not finite, and end, without changing anything."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionConfig:
-    """mechanism: what a query may attend to, a file of kernels/mechanisms/, or by layers, 'lightning*7, dense'.
-
-    options: the fields of that file's class; of several mechanisms, a table of them for each, by its name.
-    backend: what computes it, a file of kernels/backends/; `auto` takes the fastest.
-    """
-
     mechanism: str = "dense"
+    """Which keys a query attends to: a file of kernels/mechanisms/, or a pattern of layers, 'lightning*7, dense'."""
     options: dict[str, Any] = field(default_factory=dict)
+    """The mechanism's options, see [attention.options]; for a pattern of several, a table for each, by its name."""
     backend: str = "auto"
+    """The implementation, a file of kernels/backends/; `auto` takes the fastest."""
 
     def build_mechanisms(self, layers: int) -> tuple[Mechanism, ...]:
         """Return the mechanism of each layer; the pattern is repeated.
 
-        Raises ConfigError for an unknown name or option, or one that the mechanism refuses.
+        Raises ConfigError for an unknown name or option, or one that the mechanism does not support.
         """
         pattern = parse_pattern(self.mechanism, "attention.mechanism")
         options, where = self._options(list(dict.fromkeys(pattern)))
@@ -59,7 +53,7 @@ class AttentionConfig:
         return tuple(built[pattern[layer % len(pattern)]].in_layer(layer, layers) for layer in range(layers))
 
     def _options(self, names: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
-        """Return the options of each mechanism, and where they stand."""
+        """Return the options of each mechanism, and the keys of their tables."""
         if len(names) == 1:
             return {names[0]: self.options}, {names[0]: "attention.options"}
         for name in self.options:
@@ -73,8 +67,7 @@ class AttentionConfig:
     def _build(self, name: str, options: dict[str, Any], where: str) -> Mechanism:
         try:
             mechanism = from_tree(MECHANISMS.get(name), options, where)
-            if isinstance(mechanism, Masked):
-                mechanism.attention_mask()
+            _ = mechanism.static_mask  # masks check options too
         except ValueError as error:
             raise ConfigError(
                 f"{where}={toml_value(options)} does not suit attention.mechanism={self.mechanism!r}: {error}."
@@ -84,26 +77,25 @@ class AttentionConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """folder: made by `farspan data prepare`, with `train/` and `validation/`. sequence_tokens: the context length."""
-
     folder: Path
+    """Made by `farspan data prepare`, with train/ and validation/."""
     sequence_tokens: int = bounded(minimum=2)
+    """The context length."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """steps: updates in all. sequences_per_step: the global batch; accumulation follows from it and the mesh.
-
-    compute_dtype: of activations and gathered parameters; master parameters, gradient sums and optimizer state are
-    float32 (float64 for float64). float16 is missing since it needs loss scaling. recompute: which activations are
-    computed again instead of kept. device: `auto` takes a GPU where there is one.
-    """
-
     steps: int = bounded(minimum=1)
+    """Updates of the whole run."""
     sequences_per_step: int = bounded(1, minimum=1)
+    """The global batch; gradient accumulation follows from it and the mesh."""
     compute_dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
+    """Of activations and gathered parameters; master parameters, gradient sums and optimizer state are float32 (float64
+    for float64). float16 is missing since it needs loss scaling."""
     recompute: Literal["none", "block"] = "none"
+    """Activation checkpointing: which activations the backward pass computes again."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes a GPU where there is one."""
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -112,32 +104,28 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
-    """every_steps: how often to save; the end of the run and a stop signal save too. keep: how many to keep.
-
-    permanent_every: checkpoints of every so many steps are kept for good, 0 for none. background: save while the run
-    goes on, which takes a copy of what is saved in the memory of the CPU. accept_changed: settings that may differ from
-    those a checkpoint was trained with, such as ["data.folder"].
-    """
-
     every_steps: int = bounded(100, minimum=1)
+    """How often to save; the end of the run and a stop signal save too."""
     keep: int = bounded(2, minimum=1)
+    """How many of the newest checkpoints to keep."""
     permanent_every: int = bounded(0, minimum=0)
+    """Never delete checkpoints whose step is a multiple of this; 0 for none."""
     background: bool = True
+    """Save while the run goes on, from a copy in CPU memory."""
     accept_changed: tuple[str, ...] = ()
+    """Settings that may differ from those that a checkpoint was trained with, such as ["data.folder"]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
-    """every_steps: how often to measure held-out loss, 0 only at the end. sequences: how many to measure it on."""
-
     every_steps: int = bounded(100, minimum=0)
+    """How often to measure held-out loss; 0 only at the end."""
     sequences: int = bounded(8, minimum=1)
+    """How many held-out sequences to measure it on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """A run; see each section."""
-
     run: RunConfig
     model: ModelConfig
     data: DataConfig

@@ -1,5 +1,6 @@
 """Held-out loss: nats per token, bits per byte, and loss by how much context a token has."""
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -10,33 +11,40 @@ import torch.distributed as dist
 from torch import nn
 
 from farspan.errors import DataError
-from farspan.trainer.batch import MicroBatch
+from farspan.parallel.mesh import Mesh
+from farspan.trainer.batch import BatchBuilder, MicroBatch
+from farspan.trainer.config import Config
 from farspan.trainer.data.packing import IGNORED, PackedSequence, PackedSequences
+from farspan.trainer.data.source import TokenSource, unigram_bits_per_byte
+from farspan.trainer.metrics import Metrics
 from farspan.trainer.resilience.agreement import any_rank
+from farspan.trainer.resilience.signals import StopSignal
+from farspan.trainer.resilience.watchdog import Watchdog
 
 FIRST_BIN_TOKENS = 64
+
+log = logging.getLogger("farspan")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """loss: mean nats per labeled token, of which there are `tokens`. by_position: by position in their document.
-
-    Keys of `by_position` are "from-to" in tokens, both included; bins double in width; empty ones are left out.
-    """
+    """The loss of a model on some sequences."""
 
     loss: float
+    """Mean nats per labeled token."""
     tokens: int
+    """Labeled tokens."""
     by_position: dict[str, float]
+    """The same by position in the document; keys are "first-last" in tokens; bins double in width; none is empty."""
 
     def bits_per_byte(self, bytes_per_token: float) -> float:
-        """Return the loss per byte of text, of which a labeled token stands for `bytes_per_token`."""
         return self.loss / math.log(2) / bytes_per_token
 
 
 def share(validation: PackedSequences, sequences: int, *, data_rank: int, groups: int) -> Iterator[PackedSequence]:
     """Yield one data-parallel group's part of the first `sequences`; every group gets equally many.
 
-    What is missing for that is made up by sequences without labels.
+    Groups with fewer sequences get some without labels besides.
     """
     wanted = min(sequences, len(validation))
     for index in range(data_rank, -(-wanted // groups) * groups, groups):
@@ -52,12 +60,11 @@ def evaluate(
     batches: Iterator[MicroBatch],
     *,
     sequence_tokens: int,
-    poll: Callable[[], bool] = lambda: False,
+    is_stopping: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Run `batches`, equally many on every rank; return the same result on every rank.
 
-    poll: called before each of them, says whether to stop; None if it said so on some rank. Raises DataError when no
-    token has a label.
+    is_stopping: called before each batch; None if it is true on some rank. Raises DataError when no token has a label.
     """
     edges = _bin_edges(sequence_tokens)
     totals = torch.zeros(2, len(edges), dtype=torch.float64)
@@ -65,7 +72,7 @@ def evaluate(
     model.eval()
     try:
         for batch in batches:
-            if any_rank(poll()):
+            if any_rank(is_stopping()):
                 return None
             losses = model(batch.tokens, batch.labels, batch.context).losses.double()
             # A token at position p has p + 1 tokens to predict the next one from.
@@ -96,3 +103,79 @@ def _bin_edges(sequence_tokens: int) -> torch.Tensor:
         edges.append(edge)
         edge *= 2
     return torch.tensor(edges, dtype=torch.int32)
+
+
+class Validation:
+    """The held-out data of a run and when to evaluate on it; all ranks make the same calls."""
+
+    def __init__(
+        self,
+        config: Config,
+        source: TokenSource,
+        mesh: Mesh,
+        batches: BatchBuilder,
+        stop: StopSignal,
+        watchdog: Watchdog,
+    ) -> None:
+        self._steps, self._config = config.train.steps, config.evaluate
+        self._mesh, self._batches, self._stop, self._watchdog = mesh, batches, stop, watchdog
+        self._data = PackedSequences(
+            source, sequence_tokens=config.data.sequence_tokens, seed=config.run.seed, shuffle=False, repeat=False
+        )
+        # The end token is predicted as well, but stands for no text, and the first token is not predicted.
+        self._bytes_per_token = source.num_bytes / (source.num_tokens - source.num_documents)
+        self._unigram_bits_per_byte = unigram_bits_per_byte(source)
+
+    def is_due(self, step: int) -> bool:
+        every = self._config.every_steps
+        return step >= self._steps or (every > 0 and step > 0 and step % every == 0)
+
+    def is_missing(self, step: int, metrics: Metrics) -> bool:
+        """Return whether the evaluation of `step` is due and not on record: a stop prevented it."""
+        return self.is_due(step) and not metrics.has_evaluation(step)
+
+    def run(self, model: nn.Module, step: int, metrics: Metrics) -> bool:
+        """Evaluate, record and log; return whether a stop signal prevented that."""
+        with self._watchdog.phase("evaluation", step):
+            evaluation = self.measure(model)
+        if evaluation is None:
+            return True
+        bits_per_byte = evaluation.bits_per_byte(self._bytes_per_token)
+        metrics.write(
+            {
+                "step": step,
+                "eval_loss": evaluation.loss,
+                "eval_tokens": evaluation.tokens,
+                "bits_per_byte": bits_per_byte,
+                "unigram_bits_per_byte": self._unigram_bits_per_byte,
+                "loss_by_position": evaluation.by_position,
+            }
+        )
+        log.info(
+            "held out    %.3f bits per byte over %d sequences, %s tokens (unigram entropy %.3f)",
+            bits_per_byte,
+            min(self._config.sequences, len(self._data)),
+            f"{evaluation.tokens:,}",
+            self._unigram_bits_per_byte,
+        )
+        by_position = "  ".join(f"{where}: {loss:.3f}" for where, loss in evaluation.by_position.items())
+        log.info("            loss by position  %s", by_position)
+        return False
+
+    def measure(self, model: nn.Module) -> Evaluation | None:
+        """Return the loss on the run's sequences, None if a stop signal came first."""
+
+        def is_stopping() -> bool:
+            # Each sequence has the phase's whole time.
+            self._watchdog.restart()
+            return self._stop.requested
+
+        sequences = share(
+            self._data, self._config.sequences, data_rank=self._mesh.data_rank, groups=self._mesh.degrees.data
+        )
+        return evaluate(
+            model,
+            map(self._batches.build, sequences),
+            sequence_tokens=self._data.sequence_tokens,
+            is_stopping=is_stopping,
+        )

@@ -1,4 +1,4 @@
-"""Keeping what is chosen equally busy, experts or heads: auxiliary losses in the gradient, biases after each step."""
+"""Load balancing of experts and of attention heads: auxiliary losses in the gradient, biases after each step."""
 
 import math
 from collections.abc import Sequence
@@ -18,20 +18,20 @@ from farspan.trainer.model.statistics import RoutingStatistics
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertLoad:
-    """Of one step, over all ranks, on the CPU: counts, choices of each expert in each layer, int64 `[layers, E]`.
-
-    dropped: choices beyond the capacity of experts in each layer, int64 `[layers]`. balance_loss, z_loss: as they were
-    added to the loss, coefficients included. bias: `[layers, E]`, after the step.
-    """
+    """The loads of one step, over all ranks, on the CPU."""
 
     counts: Tensor
+    """How often each expert was chosen in each layer, int64 `[layers, E]`."""
     dropped: Tensor
+    """Choices beyond the capacity of experts in each layer, int64 `[layers]`."""
     balance_loss: float
     z_loss: float
+    """As they were added to the loss, coefficients included."""
     bias: Tensor
+    """`[layers, E]`, after the step."""
 
     def summary(self, kind: str) -> dict[str, Any]:
-        """Return what is on record of a step, with names that begin with `kind`; by layer, numbered among their like.
+        """Return the metrics of a step, with names that begin with `kind`; layers with routers are numbered from 0.
 
         dropped: part of the choices. load: of the busiest over the mean. entropy: of the loads, 1 where they are even.
         bias: from the least to the greatest.
@@ -56,7 +56,7 @@ class ExpertBalance:
 
     Balance loss (Switch, arXiv 2101.03961, eq. 4): E sum_i f_i P_i in each layer, f_i the part of all choices that fell
     on expert i and P_i its mean share; over the tokens of each sequence, the mean over sequences by their tokens. Over
-    the step (arXiv 2501.11873) f is that of all sequences of the step so far: those that all ranks have done and do.
+    the step (arXiv 2501.11873) f is that of all sequences of the step so far, on all ranks, this micro-batch included.
     z-loss (ST-MoE, arXiv 2202.08906, eq. 5): the mean squared log-sum-exp of the logits. Layers add up.
     """
 
@@ -74,7 +74,7 @@ class ExpertBalance:
         self._losses = torch.zeros(2, dtype=torch.float64, device=device)
 
     def loss(self, statistics: Sequence[RoutingStatistics]) -> Tensor:
-        """Return this rank's part of the auxiliary losses of one micro-batch; the sum over ranks is the whole."""
+        """Return this rank's part of the auxiliary losses of one micro-batch; ranks add up to the full loss."""
         config = self._config
         counts = torch.stack([layer.counts for layer in statistics])
         self._counts += counts

@@ -1,29 +1,149 @@
-"""What a run shows of itself: a line a step, JSONL records, TensorBoard events; written by rank 0 alone."""
+"""Metrics of a run: a progress line per step, JSONL records, TensorBoard events; the first rank writes them."""
 
 import json
+import logging
 import math
 import os
 import resource
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
-from farspan.trainer.records import records
+from farspan.errors import TrainingError
+from farspan.parallel.fsdp import sharding_bytes
+from farspan.parallel.mesh import Mesh
+from farspan.trainer.batch import BatchBuilder
+from farspan.trainer.config import Config
+from farspan.trainer.model.flops import training_flops
+from farspan.trainer.model.transformer import Transformer
+from farspan.trainer.resilience.agreement import on_first_rank
+from farspan.trainer.state import TrainState, records
+from farspan.trainer.step import StepResult
 
 # Dense peak of the tensor cores in bfloat16, FLOP/s, from the vendors' data sheets; by a part of the device's name.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
 EVALUATION_KEY = "eval_loss"
 
+log = logging.getLogger("farspan")
+
+
+class Metrics:
+    """Measures and records the steps of a run; all ranks make the same calls, the first one writes."""
+
+    def __init__(self, config: Config, model: Transformer, mesh: Mesh, batches: BatchBuilder, step: int) -> None:
+        """Open the records of a run that goes on after `step`; raises TrainingError, on all ranks, if that fails."""
+        train, dtype = config.train, config.train.torch_dtype
+        self._folder, self._steps, self._model = Path(config.run.folder), train.steps, config.model
+        self._tokens_per_step = train.sequences_per_step * config.data.sequence_tokens
+        self._mechanisms, self._traffic, self._device = batches.mechanisms, batches.channel.traffic, batches.device
+        micro_batches = train.sequences_per_step // mesh.degrees.data
+        self._fsdp_bytes = micro_batches * sharding_bytes(model, model.blocks, mesh, dtype)
+        self._peak_flops = dist.get_world_size() * peak_flops(batches.device, dtype)
+        self._timer = StepTimer(train.steps - step)
+        self._writer: MetricsWriter | None = None
+        on_first_rank(lambda: self._open(step))
+
+    def _open(self, step: int) -> None:
+        with writing_to(self._folder):
+            self._writer = MetricsWriter(self._folder, resumed_step=step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if self._writer is not None:
+            self._writer.close()
+
+    def start_step(self) -> None:
+        """Begin to count time and traffic, which leaves out those since the step before."""
+        self._timer.restart()
+        self._traffic.take()
+
+    def peak_memory_bytes(self) -> int:
+        """Return that of this rank."""
+        return peak_memory_bytes(self._device)
+
+    def log_step(self, result: StepResult, state: TrainState, *, learning_rate: float, memory: int) -> None:
+        """Record a step. memory: the peak of any rank, in bytes; traffic is that of the first rank."""
+        seconds, seconds_left = self._timer.lap()
+        if self._writer is None:
+            return
+        traffic = self._traffic.take()
+        traffic.add("fsdp", sent=self._fsdp_bytes, received=self._fsdp_bytes)
+        flops = training_flops(self._model, self._mechanisms, self._tokens_per_step, result.attention_flops)
+        mfu = flops / seconds / self._peak_flops
+        record = {
+            "step": state.step,
+            "loss": result.loss,
+            "grad_norm": result.gradient_norm,
+            "tokens_per_s": self._tokens_per_step / seconds,
+            "mfu": mfu if math.isfinite(mfu) else None,
+            "peak_memory_bytes": memory,
+            "comm_bytes": traffic.sent.total(),
+            "comm_bytes_by_kind": dict(traffic.sent),
+            "comm_bytes_received_by_kind": dict(traffic.received),
+            "learning_rate": learning_rate,
+            "tokens": state.tokens,
+            "step_s": seconds,
+            "stream": state.stream,
+            "skipped": state.skipped,
+            **({} if result.skipped is None else {"skipped_since": result.skipped}),
+            **({} if result.experts is None else result.experts.summary("expert")),
+            **({} if result.heads is None else result.heads.summary("head")),
+        }
+        self._writer.write(record)
+        log.info("%s", progress_line(record, self._steps, seconds_left))
+        if result.skipped is not None:
+            log.info("skipped     step %d, no update: %s", state.step, result.skipped)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Write a record of something else than a step."""
+        if self._writer is not None:
+            self._writer.write(record)
+
+    def has_evaluation(self, step: int) -> bool:
+        """Return on all ranks whether an evaluation of `step` is on record."""
+        return on_first_rank(lambda: self._writer is not None and self._writer.has_evaluation(step))
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank could not write a record; see `check`."""
+        return self._writer is not None and self._writer.error is not None
+
+    def check(self) -> None:
+        """Raise TrainingError on all ranks if a record could not be written."""
+        on_first_rank(self._raise_error)
+
+    def _raise_error(self) -> None:
+        if self._writer is not None and self._writer.error is not None:
+            with writing_to(self._folder):
+                raise self._writer.error
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Turn an OSError, such as that of a full disk, into a TrainingError."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"run.folder={str(folder)!r} cannot be written ({error.strerror or error}): make room, and the same "
+            "command goes on from the last checkpoint."
+        ) from None
+
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl` and `tensorboard/` what happens after `resumed_step`.
+    """Appends records of the steps after `resumed_step` to `metrics.jsonl` and `tensorboard/`.
 
-    Records of later steps, which the resumed run will write anew, and a line that a crash cut short are dropped first.
+    First drops records of later steps, which the resumed run will write again, and a line that a crash cut short.
     """
 
     def __init__(self, folder: Path, *, resumed_step: int) -> None:
@@ -35,14 +155,13 @@ class MetricsWriter:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
 
     def has_evaluation(self, step: int) -> bool:
-        """Return whether an evaluation of `step` is on record."""
         return step in self._evaluated
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one record, which has a `step`; numbers and tables of numbers go to TensorBoard too.
 
-        What is not finite is null on record. Where there is no room, `error` says so from then on: only one rank
-        writes, and has to tell the others before it gives up.
+        Numbers that are not finite become null. An error is kept in `error`: only one rank writes, and the others
+        have to learn of it before it gives up.
         """
         try:
             self._write({name: _finite(value) for name, value in record.items()})
@@ -64,7 +183,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         for file in (self._file, self._board):
-            # What is still in their buffers may find no room either.
+            # The disk may be full for their buffers too.
             with suppress(OSError):
                 file.close()
 
@@ -81,13 +200,13 @@ def _drop_records_after(path: Path, step: int) -> set[int]:
     evaluated: set[int] = set()
     if not path.exists():
         return evaluated
-    kept_bytes = 0
+    intact_bytes = 0
     # Records are in the order of steps.
     for record, size in takewhile(lambda found: found[0]["step"] <= step, records(path)):
         if EVALUATION_KEY in record:
             evaluated.add(record["step"])
-        kept_bytes += size
-    os.truncate(path, kept_bytes)
+        intact_bytes += size
+    os.truncate(path, intact_bytes)
     return evaluated
 
 
@@ -107,13 +226,13 @@ class StepTimer:
         self._left -= 1
         return seconds, self._mean * self._left
 
-    def skip(self) -> None:
-        """Leave the time since the last lap out: something other than training happened."""
+    def restart(self) -> None:
+        """Leave out the time since the last lap: something other than training happened."""
         self._last = time.monotonic()
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return what this rank's device can do per second, NaN if unknown: from a table for GPUs, measured for CPUs."""
+    """Return the peak FLOP/s of this rank's device, NaN if unknown: from a table for GPUs, measured for CPUs."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return next((flops for part, flops in PEAK_FLOPS.items() if part in name), math.nan)
@@ -128,14 +247,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory that this rank has held: allocated on a GPU, resident in RAM on a CPU."""
+    """Return the peak memory of this rank: allocated on a GPU, resident in RAM on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def progress_line(record: dict[str, Any], steps: int, seconds_left: float) -> str:
-    """Return the line that a person watches."""
     minutes, seconds = divmod(round(seconds_left), 60)
     hours, minutes = divmod(minutes, 60)
     mfu = record["mfu"]

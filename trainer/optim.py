@@ -1,4 +1,4 @@
-"""AdamW and its learning-rate schedules; the rate is a function of the step, so nothing of it needs saving."""
+"""AdamW and its learning-rate schedules; the rate is a function of the step and needs no saving."""
 
 import math
 from dataclasses import dataclass
@@ -12,29 +12,32 @@ from farspan.trainer.toml_config import bounded
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
-    """AdamW (arXiv 1711.05101).
-
-    learning_rate: the peak. schedule: after a linear warm-up, `cosine` falls to final_fraction of the peak over the
-    whole run, `wsd` (warm-up, stable, decay; arXiv 2404.06395) stays at the peak and falls linearly at the end.
-    warmup_steps: updates until the peak. final_fraction: the last rate as a part of the peak. decay_fraction: the part
-    of all updates in which `wsd` falls. beta1, beta2: of the running means of the gradient and of its square.
-    epsilon: added to the denominator. weight_decay: of matrices, not of norms. max_gradient_norm: longer gradients of
-    all parameters together are scaled down to it.
-    """
+    """AdamW (arXiv 1711.05101)."""
 
     learning_rate: float = bounded(3e-4, above=0)
+    """The peak."""
     schedule: Literal["cosine", "wsd"] = "cosine"
+    """After a linear warm-up, `cosine` falls to final_fraction of the peak over the whole run, `wsd` (warm-up, stable,
+    decay; arXiv 2404.06395) stays at the peak and falls linearly at the end."""
     warmup_steps: int = bounded(100, minimum=0)
+    """Updates until the peak."""
     final_fraction: float = bounded(0.1, minimum=0, maximum=1)
+    """The last rate as a part of the peak."""
     decay_fraction: float = bounded(0.2, minimum=0, maximum=1)
+    """The part of all updates in which `wsd` falls."""
     beta1: float = bounded(0.9, minimum=0, maximum=0.999999)
+    """Decay of the running mean of the gradient."""
     beta2: float = bounded(0.95, minimum=0, maximum=0.999999)
+    """Decay of the running mean of its square."""
     epsilon: float = bounded(1e-8, above=0)
+    """Added to the denominator."""
     weight_decay: float = bounded(0.1, minimum=0)
+    """Of matrices, not of norms."""
     max_gradient_norm: float = bounded(1.0, above=0)
+    """A longer gradient, of all parameters together, is scaled down to this norm."""
 
     def decay_steps(self, steps: int) -> int:
-        """Return over how many of `steps` updates `wsd` falls."""
+        """Return in how many of `steps` updates `wsd` falls."""
         return round(steps * self.decay_fraction)
 
 
@@ -49,8 +52,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon
     )
     for parameter in parameters:
-        # As AdamW does at its first update. Without it, torch makes up for a state that is to be saved or loaded before
-        # then by an update with zero gradients, which counts, or leaves it out where gradients are there.
+        # As AdamW does at its first update. Without it, torch makes the state that is saved or loaded before then with
+        # an update of zero gradients, which counts, or leaves the state out where there are gradients.
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.get_default_dtype()),
             "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
@@ -72,6 +75,5 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Use `rate` from the next update on."""
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -1,9 +1,9 @@
-"""The batch of a step that a run gave up at: written to a folder, and computed again from there."""
+"""The batch of the step at which a run gave up: written to a folder, and computed again from there."""
 
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from zipfile import BadZipFile
 
 import numpy as np
@@ -13,17 +13,33 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from farspan.errors import ConfigError, TrainingError
-from farspan.trainer.batch import BatchBuilder
+from farspan.parallel.mesh import Mesh
+from farspan.trainer.batch import BatchBuilder, DataLoader
+from farspan.trainer.checkpoint.checkpointer import Checkpointer
+from farspan.trainer.config import Config
 from farspan.trainer.data.packing import PackedSequence
 from farspan.trainer.model.transformer import Transformer
-from farspan.trainer.resilience.agreement import raise_on_all_ranks
+from farspan.trainer.resilience.agreement import on_first_rank, raise_on_all_ranks
+from farspan.trainer.state import TrainState
 from farspan.trainer.step import train_step
 
 BATCH_FILE = "batch.npz"
 PARTS = ("tokens", "labels", "position", "document")
-MOST_SHOWN = 4
+MAX_SHOWN = 4
 
 log = logging.getLogger("farspan")
+
+
+def give_up(config: Config, data: DataLoader, checkpoints: Checkpointer, state: TrainState, reason: str) -> NoReturn:
+    """Write the batch of the last step, which was skipped for `reason`, and a checkpoint; raise TrainingError."""
+    folder = Path(config.run.folder) / "failed_batch" / f"step_{state.step:08d}"
+    on_first_rank(lambda: write_batch(folder, data.sequences(state.sequences - config.train.sequences_per_step)))
+    checkpoints.save(state)
+    raise TrainingError(
+        f"{state.skipped_in_a_row} steps in a row had to be skipped, the last, {state.step}, because {reason}: compute "
+        f"its batch again with run.replay={folder}, lower optimizer.learning_rate, or look at the data; the same "
+        "command goes on with the next batch."
+    )
 
 
 def write_batch(folder: Path, sequences: Mapping[int, PackedSequence]) -> None:
@@ -60,12 +76,12 @@ def read_batch(folder: Path) -> dict[int, PackedSequence]:
     }
 
 
-def replay(model: Transformer, batches: BatchBuilder, folder: Path, *, data_rank: int, groups: int) -> None:
-    """Compute loss and gradients of a written batch, change nothing, and say what is not finite.
+def replay(model: Transformer, batches: BatchBuilder, folder: Path, mesh: Mesh) -> None:
+    """Compute loss and gradients of a written batch, change nothing, and log what is not finite.
 
-    data_rank: which of the `groups` that share a sequence this rank is in. Raises ConfigError where these cannot share
-    the batch.
+    Raises ConfigError where the data-parallel groups cannot share the batch.
     """
+    groups = mesh.degrees.data
 
     def read() -> dict[int, PackedSequence]:
         found = read_batch(folder)
@@ -77,17 +93,17 @@ def replay(model: Transformer, batches: BatchBuilder, folder: Path, *, data_rank
         return found
 
     sequences = raise_on_all_ranks(read)
-    mine = {place: batches.build(sequences[index], index) for place, index in enumerate(sequences)
-            if place % groups == data_rank}  # fmt: skip
+    local = {place: batches.build(sequences[index], index) for place, index in enumerate(sequences)
+             if place % groups == mesh.data_rank}  # fmt: skip
     losses = torch.zeros(len(sequences), dtype=torch.float64, device=batches.device)
     with torch.no_grad():
-        for place, batch in mine.items():
+        for place, batch in local.items():
             losses[place] = model(batch.tokens, batch.labels, batch.context).losses.sum(dtype=torch.float64)
     dist.all_reduce(losses)
     result = train_step(
         model,
         torch.optim.SGD(model.parameters()),
-        list(mine.values()),
+        list(local.values()),
         context=batches.channel,
         max_gradient_norm=1.0,
         reason_to_skip=lambda loss, gradient_norm: "replayed",
@@ -101,7 +117,7 @@ def replay(model: Transformer, batches: BatchBuilder, folder: Path, *, data_rank
         ("parameters", _not_finite(parameters)),
         ("gradients", _not_finite(gradients)),
     ):
-        shown = ", ".join(found[:MOST_SHOWN]) + (f" and {len(found) - MOST_SHOWN} more" if found[MOST_SHOWN:] else "")
+        shown = ", ".join(found[:MAX_SHOWN]) + (f" and {len(found) - MAX_SHOWN} more" if found[MAX_SHOWN:] else "")
         log.info("            not finite: %s %s", what, shown or "none")
 
 

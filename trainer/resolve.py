@@ -1,34 +1,41 @@
-"""From a configuration to a resolved one: checked against ranks, devices and data, everything derived written out."""
+"""From a configuration to a resolved one: checked against ranks, devices and data, derived values filled in."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from farspan.errors import ConfigError, DataError
-from farspan.parallel.mesh import Degrees
+from farspan.kernels.masks.rows import Rows
+from farspan.parallel.context_parallel.cost_model import MACHINES, Cost, Job, Machine, compare
+from farspan.parallel.context_parallel.strategy import Sizes
+from farspan.parallel.layout import Shards
+from farspan.parallel.mesh import Degrees, ParallelConfig
 from farspan.parallel.ranks import Ranks
-from farspan.trainer.auto import choose_strategy
+from farspan.trainer.batch import work_of_layers
 from farspan.trainer.build import backends_of_layers
-from farspan.trainer.config import Config
+from farspan.trainer.config import AUTO, Config
 from farspan.trainer.data.source import META_FILE, SPLITS, TokenSource
+from farspan.trainer.renamed import RENAMED_SPLITS
 from farspan.trainer.validate import validate
 
 VOCABULARY_MULTIPLE = 64
-"""Matrix products like the vocabulary to be a multiple of this."""
+"""Matrix products are fastest with a vocabulary that is a multiple of this."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Resolved:
-    """A configuration that can run on this rank, and what was found out on the way."""
+    """A configuration that can run on this rank, and what follows from it."""
 
     config: Config
     degrees: Degrees
     device: torch.device
     train_source: TokenSource
     validation_source: TokenSource
-    why: tuple[str, ...]
-    """Lines that say why the strategy was chosen, if it was left open."""
+    reasons: tuple[str, ...]
+    """Lines about the choice of the strategy, if it was `auto`."""
 
 
 def resolve(config: Config, ranks: Ranks) -> Resolved:
@@ -37,14 +44,14 @@ def resolve(config: Config, ranks: Ranks) -> Resolved:
     validate(config, degrees)
     device = choose_device(config, ranks.local_rank)
     train_source, validation_source = open_data(config)
-    config, why = choose_strategy(config, degrees, device.type)
+    config, reasons = choose_strategy(config, degrees, device.type)
     return Resolved(
         config=fill_in(config, degrees, device, train_source.vocabulary_size),
         degrees=degrees,
         device=device,
         train_source=train_source,
         validation_source=validation_source,
-        why=tuple(why),
+        reasons=tuple(reasons),
     )
 
 
@@ -64,13 +71,15 @@ def choose_device(config: Config, local_rank: int) -> torch.device:
 
 
 def open_data(config: Config) -> tuple[TokenSource, TokenSource]:
-    """Return the training and the held-out documents; raises DataError when they cannot be read or used."""
+    """Return the training and the validation documents; raises DataError when they cannot be read or used."""
     folder = Path(config.data.folder)
     _check_prepared(folder)
     sources = TokenSource(folder / SPLITS[0]), TokenSource(folder / SPLITS[1])
     for split, source in zip(SPLITS, sources, strict=True):
         if source.num_tokens == source.num_documents:
-            raise DataError(f"{folder / split} has documents of one token only, which teach nothing; prepare others.")
+            raise DataError(
+                f"{folder / split} has documents of one token only, which have nothing to predict; prepare others."
+            )
     if sources[0].vocabulary_size != sources[1].vocabulary_size:
         raise DataError(
             f"{folder} has train/ of {sources[0].vocabulary_size} tokens and validation/ of "
@@ -82,6 +91,12 @@ def open_data(config: Config) -> tuple[TokenSource, TokenSource]:
 def _check_prepared(folder: Path) -> None:
     if (folder / META_FILE).is_file():
         raise DataError(f"data.folder={str(folder)!r} is one split of the data: set data.folder={folder.parent}.")
+    for old, new in RENAMED_SPLITS.items():
+        if (folder / old / META_FILE).is_file() and not (folder / new).exists():
+            raise DataError(
+                f"data.folder={str(folder)!r} has {old}/, which was renamed to {new}/: run "
+                f"`mv {folder / old} {folder / new}`."
+            )
     missing = next((f"{split}/{META_FILE}" for split in SPLITS if not (folder / split / META_FILE).is_file()), None)
     if missing is not None:
         state = f"has no {missing}" if folder.exists() else "does not exist"
@@ -89,9 +104,9 @@ def _check_prepared(folder: Path) -> None:
 
 
 def fill_in(config: Config, degrees: Degrees, device: torch.device, vocabulary_size: int | None) -> Config:
-    """Return the configuration with everything derived written out; `vocabulary_size` is the data's, None if unknown.
+    """Fill in all derived values; `vocabulary_size` is the data's, None if unknown.
 
-    Raises ConfigError when the data has tokens that the model does not know, or the backend cannot run on `device`.
+    Raises ConfigError when the data has more tokens than the model, or the backend cannot run on `device`.
     """
     model = config.model
     if model.vocabulary_size == 0:
@@ -105,7 +120,7 @@ def fill_in(config: Config, degrees: Degrees, device: torch.device, vocabulary_s
             f"data.folder={str(config.data.folder)!r}: raise it, or set 0 to take the data's."
         )
     backends = set(backends_of_layers(config, device))
-    # Layers that need different backends each choose their own, again.
+    # Layers that need different backends keep `auto`.
     backend = backends.pop() if len(backends) == 1 else config.attention.backend
     return replace(
         config,
@@ -114,3 +129,53 @@ def fill_in(config: Config, degrees: Degrees, device: torch.device, vocabulary_s
         attention=replace(config.attention, backend=backend),
         train=replace(config.train, device=device.type),
     )
+
+
+def choose_strategy(config: Config, degrees: Degrees, device_type: str) -> tuple[Config, list[str]]:
+    """Replace parallel.strategy='auto' by the strategy that the cost model finds fastest; return the reasons too.
+
+    Raises ConfigError if no strategy supports the run. All ranks choose the same: nothing is measured.
+    """
+    if config.parallel.strategy != AUTO:
+        return config, []
+    costs, unsupported = strategy_costs(config, degrees, device_type)
+    if not costs:
+        raise ConfigError("parallel.strategy='auto' finds none: " + " ".join(sorted(set(unsupported.values()))))
+    lines = [f"{'auto' if n == 0 else '':<12}{name}: {cost}" for n, (name, cost) in enumerate(costs.items())]
+    return replace(config, parallel=replace(config.parallel, strategy=next(iter(costs)))), lines
+
+
+def strategy_costs(config: Config, degrees: Degrees, device_type: str) -> tuple[dict[str, Cost], dict[str, str]]:
+    """Return each strategy's cost for one document per sequence, the best first; and why others are unsupported."""
+    parallel, head_dim, mechanisms = config.parallel, config.model.head_dim, config.mechanisms()
+    shards = Shards.deal(
+        Rows.packed([config.data.sequence_tokens]),
+        layout=parallel.layout,
+        degree=degrees.context,
+        work=partial(work_of_layers, mechanisms),
+    )
+    jobs = {
+        mechanism: Job(
+            mechanism=mechanism,
+            shards=shards,
+            heads=config.model.heads_of(mechanism),
+            sizes=Sizes.of(config.train.torch_dtype, head_dim, head_dim),
+            width=parallel.context_inner,
+            rounded_gradients=parallel.rounded_gradients,
+        )
+        for mechanism in mechanisms
+    }
+    layers = [(jobs[mechanism], count) for mechanism, count in Counter(mechanisms).items()]
+    return compare(layers, machine_of(parallel, device_type))
+
+
+def machine_of(parallel: ParallelConfig, device_type: str) -> Machine:
+    """Return the machine for the cost model; ranks of the inner axis, if there is one, share a node."""
+    machine = MACHINES[device_type]
+    if parallel.context_inner > 1:
+        machine = replace(machine, node_ranks=parallel.context_inner)
+    if parallel.inner_gbytes_per_s:
+        machine = replace(machine, inner_bytes_per_s=1e9 * parallel.inner_gbytes_per_s)
+    if parallel.outer_gbytes_per_s:
+        machine = replace(machine, outer_bytes_per_s=1e9 * parallel.outer_gbytes_per_s)
+    return machine

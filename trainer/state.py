@@ -1,28 +1,35 @@
-"""TrainState: where a run stands; with parameters and optimizer state it is all that a resume needs."""
+"""Where a run stands: the state that a checkpoint keeps beside its tensors, and the records that its steps left."""
 
+import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from farspan.trainer.data.sample_hash import follow
+from farspan.trainer.data.packing import stream_hash
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainState:
-    """step: steps done. sequences: samples consumed, the global cursor into the data. tokens: labeled tokens seen.
+    """With parameters and optimizer state, all that a resume needs.
 
-    stream: hash of all samples consumed so far. skipped: steps that were no update, those at the end in_a_row.
-    recent_losses, recent_norms: of the last updates, what `skip.sigma` compares with; empty without it.
-    Random streams have no state of their own: each is a function of a sequence's index, see `data/stream.py`.
+    Random streams have no state of their own: each is a function of a sequence's index, see `data/packing.py`.
     """
 
     step: int = 0
+    """Steps done."""
     sequences: int = 0
+    """Sequences consumed: the global cursor into the data."""
     tokens: int = 0
+    """Labeled tokens consumed."""
     stream: str = ""
+    """Hash of all sequences consumed so far."""
     skipped: int = 0
     skipped_in_a_row: int = 0
+    """Skipped steps in all, and since the last update."""
     recent_losses: list[float] = field(default_factory=list)
     recent_norms: list[float] = field(default_factory=list)
+    """Of the last updates, for `skip.spike_sigma`; empty without it."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as values that JSON can hold."""
@@ -35,8 +42,24 @@ class TrainState:
             setattr(self, name, value)
 
     def advance(self, *, sequences: int, tokens: int, fingerprint: int) -> None:
-        """Count a step that has consumed `sequences`, whose fingerprints add up to `fingerprint`."""
+        """Count a step over `sequences`, whose fingerprints add up to `fingerprint`."""
         self.step += 1
         self.sequences += sequences
         self.tokens += tokens
-        self.stream = follow(self.stream, fingerprint)
+        self.stream = stream_hash(self.stream, fingerprint)
+
+
+def records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield each record of a run's metrics.jsonl and the bytes of its line, up to one that is unreadable or cut short.
+
+    Needs no torch, so that `farspan jobs` is quick.
+    """
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+            # A line without its end was cut short, even where it reads well.
+            if not isinstance(record["step"], int) or not line.endswith(b"\n"):
+                return
+        except (ValueError, KeyError, TypeError):
+            return
+        yield record, len(line)

@@ -19,20 +19,22 @@ from farspan.trainer.resilience.skip_steps import not_finite
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """loss: mean nats per labeled token of the whole batch. gradient_norm: before clipping.
-
-    attention_flops: forward, of the whole batch. fingerprint: the sum of those of its sequences. experts, heads: what
-    tokens chose; None where there is no choice. skipped: why the step was no update, None if it was one.
-    """
+    """A step over the global batch; equal on all ranks."""
 
     loss: float
+    """Mean nats per labeled token."""
     gradient_norm: float
+    """Before clipping."""
     labeled_tokens: int
     attention_flops: float
+    """Of the forward pass."""
     fingerprint: int
+    """The sum of those of its sequences."""
     experts: ExpertLoad | None
     heads: ExpertLoad | None
+    """How tokens chose experts and attention heads; None without such routers."""
     skipped: str | None
+    """Why the step was no update, None if it was one."""
 
 
 def train_step(
@@ -47,10 +49,10 @@ def train_step(
     """Accumulate gradients over `batches`, clip, and update unless there is a reason not to.
 
     context: of the ranks that share a sequence. reason_to_skip: called with the loss and the gradient norm, which have
-    the same bits on all ranks. A step that it gives a reason for leaves parameters, optimizer and routers as they are.
+    the same bits on all ranks. A skipped step leaves parameters, optimizer and routers as they are.
 
     The loss is divided by the labeled tokens of all ranks and all micro-batches, not averaged over averages: so it
-    and its gradient do not depend on how the tokens are dealt.
+    and its gradient do not depend on how tokens are sharded.
     """
     device = batches[0].tokens.device
     counted = ((b.valid_tokens, b.attention_flops, b.real_tokens, b.fingerprint) for b in batches)

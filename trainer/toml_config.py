@@ -1,9 +1,9 @@
 """TOML into nested frozen dataclasses, strictly: each bad value is refused in a sentence that names its key.
 
-A field's type says which values are legal: int, float, bool, str, Path, Literal, X | None, tuple, nested dataclass (a
-section), and dict[str, V] (a free table, whose keys are not checked). Bounds are stated by the field itself, with
-`bounded` or, below trainer/, with `dataclasses.field(metadata={"minimum": 1})`. The word none stands for no value in an
-optional field, since TOML has no null.
+A field's type gives its legal values: int, float, bool, str, Path, Literal, X | None, tuple, nested dataclass (a
+section), and dict[str, V] (a free table, whose keys are not checked). A field gives its bounds with `bounded` or, below
+trainer/, with `dataclasses.field(metadata={"minimum": 1})`. The word none stands for no value in an optional field,
+since TOML has no null.
 """
 
 import json
@@ -19,6 +19,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_o
 
 from farspan.errors import ConfigError
 from farspan.registry import nearest_name_hint
+from farspan.trainer.renamed import renamed_key, renamed_value
 
 T = TypeVar("T")
 Tree = dict[str, Any]
@@ -69,7 +70,7 @@ def from_tree(cls: type[T], tree: Tree, where: str = "") -> T:
     for name, value in tree.items():
         key = _join(where, name)
         if name not in parts:
-            _refuse_key(f"{key}={_show(value)}", name, parts)
+            _refuse_key(key, f"{key}={_show(value)}", name, parts)
         part, kind = parts[name]
         values[name] = _convert(kind, value, key)
         _check_bounds(part.metadata, values[name], key)
@@ -87,7 +88,7 @@ def from_tree(cls: type[T], tree: Tree, where: str = "") -> T:
 def to_toml(config: Any, *, brief: bool = False) -> str:
     """Write `config` as TOML that loads again to an equal object; absent optional values are left out.
 
-    brief: without all that is as by default.
+    brief: leave out all values that equal their defaults.
     """
     return "\n\n".join(_sections(_tree(config, brief=brief), "")).strip() + "\n"
 
@@ -114,12 +115,12 @@ def _read(path: Path) -> Tree:
         raise ConfigError(f"{path} is not UTF-8 text at byte {error.start}; save it as UTF-8.") from None
     except ValueError as error:
         place = str(error).replace("(at end of document)", f"(at line {len(text.splitlines())}, the end of the file)")
-        raise ConfigError(f"{path} is not valid TOML; mend this: {place}.") from None
+        raise ConfigError(f"{path} is not valid TOML; fix this: {place}.") from None
 
 
 def _override(cls: Any, tree: Tree, text: str) -> None:
     """Put the value of one `section.key=value` into `tree`, typed by the field it is for."""
-    dotted, equals, value = (piece.strip() for piece in text.partition("="))
+    dotted, equals, value = (part.strip() for part in text.partition("="))
     names = dotted.split(".")
     if not equals or not all(names):
         raise ConfigError(f"Override {text!r} has no key and value; write it as section.key=value.")
@@ -134,7 +135,7 @@ def _override(cls: Any, tree: Tree, text: str) -> None:
         if is_dataclass(section):
             parts = _fields(section)
             if name not in parts:
-                _refuse_key(f"{dotted}={value}", name, parts)
+                _refuse_key(key, f"{dotted}={value}", name, parts)
             kind = parts[name][1]
         else:
             kind = get_args(section)[1] if get_args(section) else Any
@@ -185,11 +186,12 @@ def _fits(kind: Any, value: Any) -> bool:
         return isinstance(value, list | tuple)
     if origin is dict or kind is dict or is_dataclass(kind):
         return isinstance(value, dict)
-    raise TypeError(f"config_io has no rule for fields of type {kind}")
+    raise TypeError(f"toml_config has no rule for fields of type {kind}")
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
     """Return `value` as `kind`, or refuse it by name."""
+    _refuse_renamed(renamed_value(where, value))
     if not _fits(kind, value):
         if _section_type(kind) is not None and kind is not Any:
             _refuse_section(where, value)
@@ -208,6 +210,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if is_dataclass(kind):
         return from_tree(cast(type, kind), value, where)
     if origin is dict:
+        for name in value:
+            _refuse_renamed(renamed_key(_join(where, name)))
         return {name: _convert(get_args(kind)[1], part, _join(where, name)) for name, part in value.items()}
     return value
 
@@ -232,7 +236,7 @@ def _check_bounds(rules: Mapping[str, Any], value: Any, where: str) -> None:
 
 
 def describe_type(kind: Any) -> str:
-    """Return the words for the values that a field of type `kind` takes."""
+    """Describe the values that a field of type `kind` takes."""
     if kind in SCALARS:
         return SCALARS[kind][1]
     if kind is NoneType:
@@ -251,9 +255,16 @@ def _show(value: Any) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…"
 
 
-def _refuse_key(shown: str, name: str, parts: Mapping[str, Any]) -> NoReturn:
+def _refuse_key(key: str, shown: str, name: str, parts: Mapping[str, Any]) -> NoReturn:
+    """Refuse a key that does not exist; `shown` is the setting as the user wrote it."""
+    _refuse_renamed(renamed_key(key))
     hint = nearest_name_hint(name, list(parts))
     raise ConfigError(f"{shown} is not a known key; choose one of {', '.join(parts)}.{hint}")
+
+
+def _refuse_renamed(hint: str | None) -> None:
+    if hint is not None:
+        raise ConfigError(hint)
 
 
 def _refuse_section(where: str, value: Any) -> NoReturn:
@@ -305,3 +316,20 @@ def toml_value(value: Any) -> str:
     if isinstance(value, dict):
         return f"{{{', '.join(f'{_key(name)} = {toml_value(part)}' for name, part in value.items())}}}"
     return repr(value) if isinstance(value, int | float) else str(value)
+
+
+def parse_pattern(text: str, setting: str) -> list[str]:
+    """Return the names of one round of a pattern of layers, such as 'lightning*7, dense'.
+
+    Raises ConfigError, which names the setting, for anything else.
+    """
+    names: list[str] = []
+    for part in text.split(","):
+        name, star, times = (word.strip() for word in part.partition("*"))
+        if not name or (star and not (times.isdecimal() and int(times) > 0)):
+            raise ConfigError(
+                f"{setting}={text!r} must be names with commas between, each with how many "
+                "layers in a row have it, such as 'lightning*7, dense'."
+            )
+        names += [name] * (int(times) if star else 1)
+    return names

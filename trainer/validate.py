@@ -1,4 +1,4 @@
-"""Rules between fields: each a small function that raises ConfigError with what to change."""
+"""Rules between fields: each a small function that raises ConfigError and names the fix."""
 
 from farspan.errors import ConfigError
 from farspan.parallel.context_parallel.cost_model import strategy_for
@@ -10,11 +10,11 @@ from farspan.trainer.config import AUTO, Config
 
 
 def validate(config: Config, degrees: Degrees) -> None:
-    """Check everything that no single field can say; nothing has been started yet."""
+    """Check all rules between fields; nothing has been started yet."""
     heads_share_kv_heads(config)
     head_dim_is_even(config)
     rotated_part_fits_heads(config)
-    rope_scalings_are_whole(config)
+    rope_scaling_is_complete(config)
     warmup_ends(config)
     decay_follows_warmup(config)
     batch_divides(config, degrees)
@@ -49,7 +49,7 @@ def rotated_part_fits_heads(config: Config) -> None:
         )
 
 
-def rope_scalings_are_whole(config: Config) -> None:
+def rope_scaling_is_complete(config: Config) -> None:
     rope = config.model.rope
     if rope.scaling == "none" and rope.factor != 1.0:
         raise ConfigError(f"model.rope.factor={rope.factor} needs model.rope.scaling: set it to llama3 or yarn.")
@@ -106,7 +106,7 @@ def experts_fit(config: Config, degrees: Degrees) -> None:
     experts, layers = config.model.experts, config.model.expert_layers
     if not experts.count:
         if degrees.expert > 1:
-            raise ConfigError(f"parallel.expert={degrees.expert} deals experts, but model.experts.count=0: set one.")
+            raise ConfigError(f"parallel.expert={degrees.expert} shards experts, but model.experts.count=0: set one.")
         return
     if not any(layers):
         raise ConfigError(
@@ -134,8 +134,8 @@ def experts_fit(config: Config, degrees: Degrees) -> None:
     for name, size in (("model.experts.feed_forward", experts.feed_forward), ("model.width", config.model.width)):
         if size % shards:
             raise ConfigError(
-                f"{name}={size} must be a multiple of the {shards} ranks that hold the same experts (dp_shard x "
-                "context / expert): raise parallel.expert, or change it."
+                f"{name}={size} must be a multiple of the {shards} ranks that share the same experts (dp_shard "
+                "x context / expert): raise parallel.expert, or change it."
             )
 
 
@@ -196,7 +196,7 @@ def mechanism_takes_model(config: Config) -> None:
         unsupported_reason = mechanism.unsupported_reason(config.model.heads_of(mechanism), config.data.sequence_tokens)
         if unsupported_reason is not None:
             raise ConfigError(
-                f"attention.mechanism={config.attention.mechanism!r} refuses this run: {unsupported_reason}."
+                f"attention.mechanism={config.attention.mechanism!r} does not support this run: {unsupported_reason}."
             )
 
 
@@ -211,4 +211,6 @@ def strategy_takes_mechanism(config: Config, degrees: Degrees) -> None:
             mechanism, heads, degrees.context, parallel.context_inner
         )
         if unsupported_reason is not None:
-            raise ConfigError(f"parallel.strategy={parallel.strategy!r} refuses this run: {unsupported_reason}")
+            raise ConfigError(
+                f"parallel.strategy={parallel.strategy!r} does not support this run: {unsupported_reason}"
+            )

@@ -1,4 +1,4 @@
-"""Reference backend: attention as it is written on paper, in any dtype on any device; the judge of all others."""
+"""Reference backend: attention as written on paper, in any dtype on any device; all others are tested against it."""
 
 from typing import final
 
@@ -24,9 +24,9 @@ class ReferenceBackend(Backend, RecurrentBackend):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         scores, group = _scores(q, k, plan)
         lse = scores.logsumexp(dim=-1)  # [Hq, T]
-        probability = (scores - _finite(lse).unsqueeze(-1)).exp()
-        values = v.to(scores.dtype).repeat_interleave(group, dim=1)
-        return torch.einsum("hts,shd->thd", probability, values), lse.t().contiguous()
+        probability = (scores - _finite(lse).unsqueeze(-1)).exp()  # [Hq, T, S]
+        values = v.to(scores.dtype).repeat_interleave(group, dim=1)  # [S, Hk, Dv] -> [S, Hq, Dv]
+        return torch.einsum("hts,shd->thd", probability, values), lse.t().contiguous()  # lse [T, Hq]
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan
@@ -37,12 +37,13 @@ class ReferenceBackend(Backend, RecurrentBackend):
         probability = (scores - _finite(lse.to(dtype)).t().unsqueeze(-1)).exp()  # [Hq, T, S]
         dout, scale = dout.to(dtype), q.shape[-1] ** -0.5
         delta = (dout * out.to(dtype)).sum(dim=-1).t().unsqueeze(-1)  # [Hq, T, 1]
+        # Hk -> Hq by repetition on the way in, Hq -> [Hk, group] -> Hk by a sum on the way out.
         dprobability = torch.einsum("thd,shd->hts", dout, v.to(dtype).repeat_interleave(group, dim=1))
         dscores = probability * (dprobability - delta) * scale
         dq = torch.einsum("hts,shd->thd", dscores, k.to(dtype).repeat_interleave(group, dim=1))
         dk = torch.einsum("hts,thd->shd", dscores, q.to(dtype))
         dv = torch.einsum("hts,thd->shd", probability, dout)
-        return dq, dk.unflatten(1, shared).sum(2), dv.unflatten(1, shared).sum(2)
+        return dq, dk.unflatten(1, shared).sum(2), dv.unflatten(1, shared).sum(2)  # [S, Hk, group, ..] -> [S, Hk, ..]
 
     def scan(self, inputs: RecurrenceInputs) -> tuple[Tensor, State]:
         segment, state, group = inputs.segment, inputs.state, inputs.q.shape[1] // inputs.k.shape[1]
@@ -66,6 +67,7 @@ class ReferenceBackend(Backend, RecurrentBackend):
         weight, of_state, to_end, state_to_end = _weights(inputs)
         scores = torch.einsum("ihd,jhd->hij", queries, keys) * weight
         dscores = torch.einsum("ihe,jhe->hij", dout, values) * weight
+        # Each gradient: the part through the scores, then the part through a state.
         dq = torch.einsum("hij,jhd->ihd", dscores, keys)
         dq += torch.einsum("ihe,hde->ihd", dout, state.value) * of_state
         dk = torch.einsum("hij,ihd->jhd", dscores, queries)
@@ -98,14 +100,14 @@ def _weights(inputs: RecurrenceInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _scores(q: Tensor, k: Tensor, plan: Plan) -> tuple[Tensor, int]:
-    """Return scaled scores `[query heads, queries, keys]`, -inf where invisible, and the query heads per KV head."""
+    """Scaled scores `[Hq, T, S]`, -inf where masked, and the query heads per KV head."""
     dtype, group = accumulation_dtype(q.dtype), q.shape[1] // k.shape[1]
     scores = torch.einsum("thd,shd->hts", q.to(dtype), k.to(dtype).repeat_interleave(group, dim=1))
     return (scores * q.shape[-1] ** -0.5).masked_fill(~plan.mask().to(q.device), float("-inf")), group
 
 
 def _finite(lse: Tensor) -> Tensor:
-    """Replace the -inf of rows that see nothing, so that exp(score - lse) is exp(-inf) = 0 and not NaN."""
+    """lse with 0 for the -inf of rows that see nothing: exp(-inf - 0) = 0, where -inf - -inf is NaN."""
     return lse.masked_fill(lse == float("-inf"), 0.0)
 
 

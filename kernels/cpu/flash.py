@@ -1,9 +1,9 @@
-"""torch's flash attention for CPU, with what it does badly kept away from it.
+"""torch's flash attention operator for CPU, behind wrappers that avoid its traps.
 
 The operator takes float64 to bfloat16, grouped heads, unequal lengths, and in its backward an external out and lse.
-Its traps: an -inf mask (fully masked rows would return lse 0, so masks are -1e30), empty inputs (the process dies), an
-inner dimension that is not contiguous (silently wrong), value heads of another size (refused, so the shorter of the
-two is padded with zeros), and gradients summed in the dtype of its inputs (so 16 bits are widened before).
+Its traps: -inf masks (fully masked rows would return lse 0, so masks are -1e30), empty inputs (the process dies), a
+non-contiguous inner dimension (silently wrong), value heads of another size (refused, so the shorter of the two is
+padded with zeros), and gradients summed in the dtype of its inputs (so 16-bit inputs are widened first).
 """
 
 import torch
@@ -26,18 +26,20 @@ def flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None)
     """Return out `[N, Hq, T, Dv]` and lse `[N, Hq, T]` of q `[N, Hq, T, D]`, k `[N, Hk, S, D]`, v `[N, Hk, S, Dv]`.
 
     causal: key j to query i iff j <= i. mask: bool `[T, S]` or `[N, 1, T, S]`, True where visible. Rows that see
-    nothing have out 0 and lse -inf. None of N, T, S may be 0.
+    nothing have out 0 and lse -inf. N, T and S must be positive.
     """
     if mask is not None:
         return _masked(q, k, v, mask)
     if not causal:
         out, lse = _call(_by_group(q, k.shape[1]), k, v, causal=False, mask=None)
+        # [N, Hk, group x T, ..] -> [N, Hq, T, ..]
         return out.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
     if not _is_cut(q, k):
         return _call(q, k, v, causal=True, mask=None)
+    # The two triangles on the diagonal as one batch, then the square below it: later queries on earlier keys.
     half = q.shape[2] // 2
     halves = flash(_halves(q), _halves(k), _halves(v), causal=True, mask=None)
-    out, lse = (_whole(x, len(q)) for x in halves)
+    out, lse = (_join_halves(x, len(q)) for x in halves)
     later = flash(q[:, :, half:], k[:, :, :half], v[:, :, :half], causal=False, mask=None)
     merge_(out[:, :, half:], lse[:, :, half:], *later)
     return out, lse
@@ -50,43 +52,44 @@ def flash_backward(
     if mask is not None or (causal and not _is_cut(q, k)):
         return _call_backward(dout, q, k, v, out, lse, causal=causal, mask=mask)
     if not causal:
-        my_dout, my_q, my_out, my_lse = (_by_group(x, k.shape[1]) for x in (dout, q, out, lse))
-        dq, dk, dv = _call_backward(my_dout, my_q, k, v, my_out, my_lse, causal=False, mask=None)
-        return dq.reshape(q.shape), dk, dv
+        grouped_dout, grouped_q, grouped_out, grouped_lse = (_by_group(x, k.shape[1]) for x in (dout, q, out, lse))
+        dq, dk, dv = _call_backward(grouped_dout, grouped_q, k, v, grouped_out, grouped_lse, causal=False, mask=None)
+        return dq.reshape(q.shape), dk, dv  # [N, Hk, group x T, D] -> [N, Hq, T, D]
     half = q.shape[2] // 2
     halves = flash_backward(*(_halves(x) for x in (dout, q, k, v, out, lse)), causal=True, mask=None)
-    dq, dk, dv = (_whole(x, len(q)) for x in halves)
-    my_dout, my_q, my_out, my_lse = (x[:, :, half:] for x in (dout, q, out, lse))
-    later = flash_backward(my_dout, my_q, k[:, :, :half], v[:, :, :half], my_out, my_lse, causal=False, mask=None)
-    dq[:, :, half:] += later[0]
-    dk[:, :, :half] += later[1]
-    dv[:, :, :half] += later[2]
+    dq, dk, dv = (_join_halves(x, len(q)) for x in halves)
+    late_dout, late_q, late_out, late_lse = (x[:, :, half:] for x in (dout, q, out, lse))
+    square = flash_backward(
+        late_dout, late_q, k[:, :, :half], v[:, :, :half], late_out, late_lse, causal=False, mask=None
+    )
+    dq[:, :, half:] += square[0]
+    dk[:, :, :half] += square[1]
+    dv[:, :, :half] += square[2]
     return dq, dk, dv
 
 
 def _is_cut(q: Tensor, k: Tensor) -> bool:
-    """Whether a causal square is computed as two half as large, and the queries of one on the keys of the other.
-
-    At its diagonal the operator computes up to 512 keys that no query sees: much of a small square, little of a large
-    one. The smallest are slow as halves; halves of 16 bits would be rounded before they are merged.
-    """
+    """Whether a causal square is cut into two triangles half as large and the square between them."""
     size = q.shape[2]
+    # At its diagonal the operator computes up to 512 masked keys: much of a small square, little of a large one. The
+    # smallest are slow as halves; 16-bit halves would be rounded before they are merged.
     fits = size == k.shape[2] and size % 2 == 0 and SLICE <= 2 * size <= 2 * LARGEST_CUT
     return fits and q.dtype == accumulation_dtype(q.dtype)
 
 
 def _halves(x: Tensor) -> Tensor:
-    """From `[N, heads, rows, ...]` to `[2 N, heads, half the rows, ...]`."""
+    """`[N, heads, rows, ...]` -> `[2 N, heads, rows / 2, ...]`."""
+    # -> [N, heads, 2, rows / 2, ...] -> [N, 2, heads, rows / 2, ...] -> [2 N, ...]
     return x.unflatten(2, (2, -1)).transpose(1, 2).flatten(0, 1)
 
 
-def _whole(x: Tensor, count: int) -> Tensor:
-    """Back from `_halves`, `count` is N."""
+def _join_halves(x: Tensor, count: int) -> Tensor:
+    """The inverse of `_halves`: `[2 N, heads, rows / 2, ...]` -> `[N, heads, rows, ...]`, N = `count`."""
     return x.unflatten(0, (count, 2)).transpose(1, 2).flatten(2, 3)
 
 
 def _by_group(x: Tensor, kv_heads: int) -> Tensor:
-    """From `[N, Hq, T, ...]` to `[N, Hk, group x T, ...]` where T is small: more rows that share their keys."""
+    """`[N, Hq, T, ...]` -> `[N, Hk, group x T, ...]` where T is small: more rows that share their keys."""
     if x.shape[2] >= SLICE or x.shape[1] == kv_heads:
         return x
     return x.unflatten(1, (kv_heads, -1)).flatten(2, 3)
@@ -94,7 +97,7 @@ def _by_group(x: Tensor, kv_heads: int) -> Tensor:
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     out, lse = _call(q, k, v, causal=False, mask=mask)
-    blind = ~mask.any(dim=-1)
+    blind = ~mask.any(dim=-1)  # [T] or [N, 1, T]
     return out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, float("-inf"))
 
 
@@ -104,7 +107,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None)
         *(_widen(x, width) for x in (q, k, v)), 0.0, causal,
         attn_mask=_additive(mask, q.dtype), scale=q.shape[-1] ** -0.5,
     )  # fmt: skip
-    return out[..., : v.shape[-1]], lse
+    return out[..., : v.shape[-1]], lse  # [N, Hq, T, max(D, Dv)] -> [N, Hq, T, Dv]
 
 
 def _call_backward(

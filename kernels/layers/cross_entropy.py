@@ -3,13 +3,13 @@
 Legend: T tokens, N tokens with a label, n tokens of one chunk, V vocabulary, C width.
 
 For a token with hidden h, label y and logits z = W h the loss is lse(z) - z_y. The forward pass keeps lse(z) alone;
-the backward pass makes the chunk's logits again and turns them in place into p = exp(z - lse(z)), with 1 taken from
-p_y. With u the gradient that arrives for the token, dh = u Wᵀp and dW = Σ u p hᵀ; the weighting by u is done on h and
+the backward pass recomputes the chunk's logits and turns them in place into p = exp(z - lse(z)), with 1 taken from
+p_y. With u the gradient of the token's loss, dh = u Wᵀp and dW = Σ u p hᵀ; the weighting by u is done on h and
 dh, which are narrow, and not on the logits. The idea is that of Wijmans et al., arXiv:2411.09009, at the level of
 matrix products.
 
 Exactness: logits and all that follows from them are float32 (float64 for float64 inputs). For bfloat16 and float16
-inputs the products of 16-bit numbers are accumulated and kept in float32, so a logit is never rounded to 16 bits. On
+inputs the products of 16-bit numbers are accumulated and stored in float32, so a logit is never rounded to 16 bits. On
 CUDA p (and u h) is rounded to the input dtype to be multiplied, as in any 16-bit backward pass; elsewhere it is not.
 Gradients of the weight are summed over chunks in float32, and all gradients rounded once.
 """
@@ -27,7 +27,7 @@ _CHUNK_MULTIPLE_TOKENS = 16
 
 
 def chunk_tokens(vocabulary: int, dtype: torch.dtype, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> int:
-    """Return how many tokens' logits are held at once: all that fit `chunk_bytes`, but at least one.
+    """The number of tokens whose logits exist at once: as many as fit `chunk_bytes`, but at least one.
 
     Logits are float32, or float64 for float64 inputs. From 16 tokens on the count is a multiple of 16, which matrix
     units like.
@@ -48,7 +48,7 @@ def _widens(x: Tensor) -> bool:
 
 
 def _weight_tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the rows of `weight` in `dtype`: whole where no copy is needed, else copied tile by tile to one scratch."""
+    """Yield the rows of `weight` in `dtype`: all at once if no copy is needed, else tile by tile in one scratch."""
     if weight.dtype == dtype:
         yield slice(None), weight
         return
@@ -107,13 +107,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         lse = hidden.new_empty(rows.shape[0], dtype=dtype)
         buffer = _logits_buffer(weight, len(rows), tokens_per_chunk, dtype)
         for chunk in _chunks(len(rows), tokens_per_chunk):
-            chosen, picked = rows[chunk], target[chunk, None]  # [n], [n, 1]
-            logits = buffer[: len(chosen)]
-            _write_logits(hidden[chosen], weight, logits)
+            tokens, label = rows[chunk], target[chunk, None]  # [n], [n, 1]
+            logits = buffer[: len(tokens)]
+            _write_logits(hidden[tokens], weight, logits)
             top = logits.amax(dim=1, keepdim=True)  # [n, 1]
-            at_label = logits.gather(1, picked) - top
+            at_label = logits.gather(1, label) - top
             log_sum = _exp_in_place(logits.sub_(top)).sum(dim=1, keepdim=True).log_()
-            losses[chosen] = (log_sum - at_label)[:, 0]
+            losses[tokens] = (log_sum - at_label)[:, 0]
             lse[chunk] = (log_sum + top)[:, 0]
         ctx.save_for_backward(hidden, weight, rows, target, lse)
         ctx.tokens_per_chunk = tokens_per_chunk
@@ -130,16 +130,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = weight.new_zeros(weight.shape, dtype=lse.dtype) if wants_weight else None
         buffer = _logits_buffer(weight, len(rows), ctx.tokens_per_chunk, lse.dtype)
         for chunk in _chunks(len(rows), ctx.tokens_per_chunk):
-            chosen, picked = rows[chunk], target[chunk, None]  # [n], [n, 1]
-            part, upstream = hidden[chosen], grad_losses[chosen, None]  # [n, C], [n, 1]
-            logits = buffer[: len(chosen)]
+            tokens, label = rows[chunk], target[chunk, None]  # [n], [n, 1]
+            part, upstream = hidden[tokens], grad_losses[tokens, None]  # [n, C], [n, 1]
+            logits = buffer[: len(tokens)]
             _write_logits(part, weight, logits)
             softmax = _exp_in_place(logits.sub_(lse[chunk, None]))
-            slope = softmax.scatter_(1, picked, softmax.gather(1, picked) - 1)  # ∂loss/∂logits [n, V]
+            slope = softmax.scatter_(1, label, softmax.gather(1, label) - 1)  # ∂loss/∂logits [n, V]
             if _widens(part):
                 slope = slope.to(part.dtype)
             if grad_hidden is not None:
-                grad_hidden[chosen] = (_hidden_gradient(slope, weight) * upstream).to(hidden.dtype)
+                grad_hidden[tokens] = (_hidden_gradient(slope, weight) * upstream).to(hidden.dtype)
             if grad_weight is not None:
                 _add_weight_gradient(grad_weight, slope, part.to(lse.dtype) * upstream)
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
@@ -161,12 +161,13 @@ def linear_cross_entropy(
     ignored: int = -100,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> Tensor:
-    """Return -log softmax(weight · hidden_t)[label_t] for every token t: float32 [T], float64 for float64 inputs.
+    """-log softmax(weight · hidden_t)[label_t] of every token t: float32 [T], float64 for float64 inputs.
 
     hidden [T, C] and weight [V, C] share a dtype and are differentiable, once. labels are int64 [T]; where a label is
-    `ignored` the loss is 0 and no work is done, whatever the hidden state there holds. Memory beyond the gradients: one
+    `ignored` the loss is 0 and no work is done, whatever the hidden state, even NaN. Memory beyond the gradients: one
     chunk of logits within `chunk_bytes` (see `chunk_tokens`; on CUDA a 16-bit backward pass adds a 16-bit copy of it),
-    and for a 16-bit weight its float32 gradient until that is rounded.
+    and for a 16-bit weight its float32 gradient until that is rounded. Raises ValueError for other shapes or dtypes and
+    for labels outside the vocabulary.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(

@@ -1,10 +1,10 @@
-"""Key convolution: each key takes in the keys just before it (FlashMoBA, arXiv 2511.11571, "key convolution").
+"""Key convolution: a short causal convolution over keys (FlashMoBA, arXiv 2511.11571, "key convolution").
 
     k'_t = k_t + silu(sum over l < W of w_l * k_{t-l})        w_l: one weight per KV head and feature, [W, Hk, D]
 
-Of this, the paper's abstract (a short convolution on keys, which gathers related keys in a block) and its widths of 3
-and 5 are verified; depthwise, causal, SiLU and the residual are from memory, as the released code has no convolution.
-A document's first keys have fewer before them: nothing is read across documents.
+Verified in the paper: the abstract (a short convolution on keys, which gathers related keys in a block) and the widths
+of 3 and 5. From memory, as the released code has no convolution: depthwise, causal, SiLU, the residual. Nothing is read
+across documents, so a document's first keys have fewer terms.
 """
 
 from collections.abc import Iterator
@@ -18,16 +18,16 @@ from farspan.kernels.masks.rows import Rows
 from farspan.kernels.merge import accumulation_dtype
 
 CHUNK_ELEMENTS = 1 << 22
-"""Elements of the keys that are worked on at the same time: scratch stays small, and is used again."""
+"""Elements of the keys that are processed at once: scratch stays small, and is reused."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Taps:
-    """Which key each tap of the convolution reads, for rows in any order and a halo of rows that are held elsewhere.
+    """The key that each tap of the convolution reads, for rows in any order and a halo of rows of other ranks.
 
-    sources: int64 `[W - 1, rows]`, for lags 1, 2 ... the place of what a row reads, in the rows and the halo set end to
-    end; `rows + halo` where it reads nothing. readers: the same map backwards, int64 `[W - 1, rows + halo]`: which row
-    reads a place, `rows` where none does.
+    sources: int64 `[W - 1, rows]`, the index that a row reads at lags 1, 2, ... in the concatenated rows and halo;
+    `rows + halo` where it reads nothing. readers: the inverse map, int64 `[W - 1, rows + halo]`: the row that reads an
+    index, `rows` where none does.
     """
 
     sources: Tensor
@@ -39,38 +39,38 @@ class Taps:
         among = Rows(
             position=torch.cat((rows.position, halo.position)), document=torch.cat((rows.document, halo.document))
         )
-        found = earlier_rows(rows, among, width - 1)
-        sources = torch.where(found < 0, len(among), found)
+        earlier = earlier_rows(rows, among, width - 1)
+        sources = torch.where(earlier < 0, len(among), earlier)
+        # The last column, read by rows without a source, is dropped.
         readers = torch.full((width - 1, len(among) + 1), len(rows))
         readers.scatter_(1, sources, torch.arange(len(rows)).expand(width - 1, -1))
         return Taps(sources=sources, readers=readers[:, :-1].contiguous())
 
     def to(self, device: torch.device | str) -> "Taps":
-        """Return the same taps on `device`."""
         return Taps(sources=self.sources.to(device), readers=self.readers.to(device))
 
 
 def earlier_rows(rows: Rows, among: Rows, reach: int) -> Tensor:
-    """Return where the row 1, 2 ... `reach` positions earlier in the same document is among others, or -1.
+    """The indices in `among` of the rows 1, 2, ... `reach` positions earlier in the same document, or -1.
 
     int64 `[reach, rows]`. Padding has and is no earlier row. No two of `among` have the same document and position.
     """
-    found = torch.full((reach, len(rows)), -1)
+    earlier = torch.full((reach, len(rows)), -1)
     if not len(among):
-        return found
+        return earlier
     keys, order = among.ordinal().sort()
     for lag in range(1, reach + 1):
-        # A lag does not reach from one document into another.
+        # Ordinals of different documents are 2^32 apart, so a lag never reaches into another document.
         wanted = rows.ordinal() - lag
-        place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
-        exists = (keys[place] == wanted) & (rows.document >= 0)
-        found[lag - 1] = torch.where(exists, order[place], -1)
-    return found
+        index = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
+        exists = (keys[index] == wanted) & (rows.document >= 0)
+        earlier[lag - 1] = torch.where(exists, order[index], -1)
+    return earlier
 
 
 @torch.no_grad()
 def convolve(k: Tensor, halo: Tensor, weight: Tensor, taps: Taps) -> Tensor:
-    """Return the convolved keys `[T, Hk, D]` of k `[T, Hk, D]` with halo `[N, Hk, D]` and weight `[W, Hk, D]`.
+    """The convolved keys `[T, Hk, D]` of k `[T, Hk, D]` with halo `[N, Hk, D]` and weight `[W, Hk, D]`.
 
     All of one dtype, as is the result; sums are float32 (float64 for float64). Not differentiable by autograd: see
     `convolve_backward`. Raises ValueError where shapes do not fit the taps.
@@ -87,20 +87,21 @@ def convolve(k: Tensor, halo: Tensor, weight: Tensor, taps: Taps) -> Tensor:
 def convolve_backward(
     dout: Tensor, k: Tensor, halo: Tensor, weight: Tensor, taps: Taps
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of k, halo and weight, in the accumulation dtype; for the sums that `convolve` has.
+    """(dk, dhalo, dweight) in the accumulation dtype; the sums of `convolve` are recomputed, chunk by chunk.
 
-    Each place has at most one reader at each lag, so that nothing is added up in an order that may change.
+    Each key has at most one reader at each lag, so no sum depends on the order of concurrent additions.
     """
     _check_shapes(k, halo, weight, taps)
     source, weight = _padded(k, halo), _widened(weight)
     wide = weight.dtype
-    dsums = torch.zeros(len(k) + 1, *k.shape[1:], dtype=wide, device=k.device)  # one more, for who has no reader
+    dsums = torch.zeros(len(k) + 1, *k.shape[1:], dtype=wide, device=k.device)  # last: keys without a reader
     dweight = torch.zeros_like(weight)
     for rows in _chunks(len(k), k[0:1].numel()):
         part = dsums[rows]
         sums = _sums(source, weight, taps, rows)
         gate = sums.sigmoid()
         torch.mul(dout[rows], gate.addcmul_(sums.mul_(1 - gate), gate), out=part)  # silu' = s + x s (1 - s)
+        # [rows, Hk, D] -> [Hk, D] for each lag
         dweight[0] += (part * k[rows]).sum(dim=0)
         for lag, sources in enumerate(taps.sources[:, rows], start=1):
             dweight[lag] += (part * source.index_select(0, sources)).sum(dim=0)
@@ -119,7 +120,7 @@ def _chunks(rows: int, row_elements: int) -> Iterator[slice]:
 
 
 def _padded(k: Tensor, halo: Tensor) -> Tensor:
-    """Return the keys, the halo and a row of 0 for those who read nothing."""
+    """Keys, halo and a row of zeros for taps that read nothing: [T + N + 1, Hk, D]."""
     return torch.cat((k, halo, k.new_zeros(1, *k.shape[1:])))
 
 
@@ -128,7 +129,7 @@ def _widened(weight: Tensor) -> Tensor:
 
 
 def _sums(source: Tensor, weight: Tensor, taps: Taps, rows: slice) -> Tensor:
-    """Return the convolution of `rows` without SiLU and residual, in the dtype of the widened weight."""
+    """The convolution of `rows` without SiLU and residual, in the dtype of the widened weight."""
     sums = source[rows] * weight[0]
     for sources, of_lag in zip(taps.sources[:, rows], weight[1:], strict=True):
         sums.addcmul_(source.index_select(0, sources).to(sums.dtype), of_lag)
@@ -136,11 +137,11 @@ def _sums(source: Tensor, weight: Tensor, taps: Taps, rows: slice) -> Tensor:
 
 
 def _check_shapes(k: Tensor, halo: Tensor, weight: Tensor, taps: Taps) -> None:
-    taps_and_rows, places = taps.sources.shape, taps.readers.shape[1]
-    if (weight.shape[0] - 1, len(k)) != taps_and_rows or len(k) + len(halo) != places:
+    taps_and_rows, num_keys = taps.sources.shape, taps.readers.shape[1]
+    if (weight.shape[0] - 1, len(k)) != taps_and_rows or len(k) + len(halo) != num_keys:
         raise ValueError(
             f"these taps are for a weight of {taps_and_rows[0] + 1}, {taps_and_rows[1]} keys and "
-            f"{places - taps_and_rows[1]} of a halo; got {weight.shape[0]}, {len(k)} and {len(halo)}"
+            f"{num_keys - taps_and_rows[1]} of a halo; got {weight.shape[0]}, {len(k)} and {len(halo)}"
         )
     if not k.shape[1:] == halo.shape[1:] == weight.shape[1:]:
         raise ValueError(

@@ -1,12 +1,12 @@
 """Rotary position embedding by explicit absolute position, with the rescalings that long-context models use.
 
-Legend: T tokens, H heads, D head width, R features that turn: the first of a head, all (R = D) unless rotation is
-partial. Feature i turns together with feature i + R/2 (the half-split pairing of the Hugging Face Llama, Qwen and NeoX
-weights). Positions are data, one per token and in any order, so a shard cut by zigzag, permutation or packing needs no
-other code.
+Legend: T tokens, H heads, D head dim, R features that rotate: the first of a head, all (R = D) unless rotation is
+partial. Feature i rotates with feature i + R/2 (the half-split pairing of the Hugging Face Llama, Qwen and NeoX
+weights). Positions are data, one per token and in any order: shards cut by zigzag, permutation or packing need no other
+code.
 
 Rotation: Su et al., RoFormer, arXiv:2104.09864, section 3.2.2, equations 15 and 34.
-Of a part of each head: Black et al., GPT-NeoX-20B, arXiv:2204.06745, section 2.1.
+Partial rotation: Black et al., GPT-NeoX-20B, arXiv:2204.06745, section 2.1.
 """
 
 import math
@@ -20,16 +20,16 @@ _TABLE_CHUNK_TOKENS = 65_536  # bounds the float64 scratch of a table: 32 MiB a 
 
 
 class RopeScaling(ABC):
-    """A way to stretch the frequencies of a model trained on short text over a longer context."""
+    """Rescales the frequencies of a model trained on short text for a longer context."""
 
     __slots__ = ()
 
     @abstractmethod
     def rescale(self, frequencies: Tensor, base: float) -> Tensor:
-        """Return the stretched inverse frequencies [R/2], float64 like `frequencies`."""
+        """The rescaled inverse frequencies [R/2], float64 like `frequencies`."""
 
     def table_factor(self) -> float:
-        """Return what multiplies cos and sin, hence queries and keys, so scores by its square."""
+        """The factor of cos and sin, hence of queries and keys; scores are multiplied by its square."""
         return 1.0
 
 
@@ -48,7 +48,7 @@ class Llama3Scaling(RopeScaling):
     original_positions: int
 
     def __post_init__(self) -> None:
-        _check_stretch(self.factor, self.original_positions)
+        _check_scaling(self.factor, self.original_positions)
         if not 0 < self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 f"low_freq_factor={self.low_freq_factor} must be positive and below "
@@ -57,8 +57,8 @@ class Llama3Scaling(RopeScaling):
 
     def rescale(self, frequencies: Tensor, base: float) -> Tensor:
         turns = self.original_positions * frequencies / (2 * math.pi)
-        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        return _blend(frequencies, self.factor, kept.clamp(0, 1))
+        unscaled = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        return _blend(frequencies, self.factor, unscaled.clamp(0, 1))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +77,7 @@ class YarnScaling(RopeScaling):
     attention_factor: float | None = None  # None: 0.1 ln(factor) + 1
 
     def __post_init__(self) -> None:
-        _check_stretch(self.factor, self.original_positions)
+        _check_scaling(self.factor, self.original_positions)
         if not 0 < self.beta_slow <= self.beta_fast:
             raise ValueError(f"beta_slow={self.beta_slow} must be positive and at most beta_fast={self.beta_fast}")
 
@@ -85,26 +85,26 @@ class YarnScaling(RopeScaling):
         rotated = 2 * len(frequencies)
 
         def index_turning(turns: float) -> float:
-            """Return the real-valued i with original_positions · base^(-2i/R) = 2π · turns."""
+            """The real-valued i with original_positions · base^(-2i/R) = 2π · turns."""
             return rotated * math.log(self.original_positions / (2 * math.pi * turns)) / (2 * math.log(base))
 
         first = max(math.floor(index_turning(self.beta_fast)), 0)
         last = min(math.ceil(index_turning(self.beta_slow)), rotated - 1)  # R, not R / 2: as released
         index = torch.arange(len(frequencies), dtype=frequencies.dtype)
-        stretched = ((index - first) / (last - first if last != first else 1e-3)).clamp(0, 1)
-        return _blend(frequencies, self.factor, 1 - stretched)
+        scaled = ((index - first) / (last - first if last != first else 1e-3)).clamp(0, 1)
+        return _blend(frequencies, self.factor, 1 - scaled)
 
     def table_factor(self) -> float:
         return 0.1 * math.log(self.factor) + 1.0 if self.attention_factor is None else self.attention_factor
 
 
 def attention_factor_of(scaling: RopeScaling | None) -> float:
-    """Return the `attention_factor` that `rotation_table` needs for `scaling`."""
+    """The `attention_factor` that `rotation_table` needs for `scaling`."""
     return 1.0 if scaling is None else scaling.table_factor()
 
 
 def inverse_frequencies(rotated: int, base: float, scaling: RopeScaling | None = None) -> Tensor:
-    """Return the angle per position of each feature pair, base^(-2i/R) and then rescaled: float64 [R/2], on the CPU."""
+    """The angle per position of each feature pair, base^(-2i/R) and then rescaled: float64 [R/2], on the CPU."""
     if rotated < 2 or rotated % 2:
         raise ValueError(f"rotated={rotated} must be even and positive: rotary embedding turns features in pairs")
     if base <= 1:
@@ -119,7 +119,7 @@ def rotation_table(
     attention_factor: float = 1.0,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Return cos and sin [T, R/2] of position · frequency, times `attention_factor`, on the device of `position`.
+    """cos and sin [T, R/2] of position · frequency, times `attention_factor`, on the device of `position`.
 
     Angles are float64, since a float32 angle at position 10 million is wrong by more than half a radian. The float64
     angle is good to 3e-9 there, so a float32 table is the exact one rounded (error below 2^-24), at any position up to
@@ -130,7 +130,7 @@ def rotation_table(
     frequencies = inverse_frequencies.to(position.device, torch.float64)
     for start in range(0, len(position), _TABLE_CHUNK_TOKENS):
         rows = slice(start, start + _TABLE_CHUNK_TOKENS)
-        angle = position[rows, None].double() * frequencies
+        angle = position[rows, None].double() * frequencies  # [chunk, R/2]
         cos[rows] = angle.cos() * attention_factor
         sin[rows] = angle.sin() * attention_factor
     return cos, sin
@@ -151,12 +151,12 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin, still), dim=-1).to(x.dtype)
 
 
-def _blend(frequencies: Tensor, factor: float, kept: Tensor) -> Tensor:
-    """Return frequencies where `kept` is 1, frequencies / factor where it is 0, and the line between them."""
-    return frequencies * (kept + (1 - kept) / factor)
+def _blend(frequencies: Tensor, factor: float, unscaled: Tensor) -> Tensor:
+    """Return frequencies where `unscaled` is 1, frequencies / factor where it is 0, and the line between them."""
+    return frequencies * (unscaled + (1 - unscaled) / factor)
 
 
-def _check_stretch(factor: float, original_positions: int) -> None:
+def _check_scaling(factor: float, original_positions: int) -> None:
     if factor < 1:
         raise ValueError(f"rope scaling factor={factor} must be at least 1: it is new context / original context")
     if original_positions < 1:

@@ -15,11 +15,11 @@ j, g(m) the previous one before m, all i and j of one document:
 
 A token sees itself whatever its type: its own pair adds the same to all three, which the softmax drops. The subtracted
 sum is what a global token takes from earlier local ones, whose lives it ends. Where m is not global, i and j lie in the
-same stretch between two global tokens, and the rectangle is a difference of sums of columns and of rows:
+same run between two global tokens, and the rectangle is a difference of sums of columns and of rows:
 
     sum over local j in (g(m), m) of dt1_j  -  sum over i in (g(m), m] of Q_i,  Q_i = sum of D_ij over local j seen by i
 
-Where m is global, i lies in the stretch after it: the sum over local j in (g(m), m) of that of D_ij over n(j) < i <=
+Where m is global, i lies in the run after it: the sum over local j in (g(m), m) of that of D_ij over n(j) < i <=
 n(n(j)). The published kernel has the subtracted sum at global tokens only, and corrects it for the window of a
 convolution; its dt0 leaves out the pairs that a local key would see too.
 """
@@ -68,6 +68,7 @@ def pair_sums(
         if tile.kind is Kind.MASKED or plan.keys.position[tile.keys].max() >= first:
             d.masked_fill_(~_later(plan, tile).to(device), 0.0)
         of_keys[tile.keys, :, LATER] += d.sum(dim=1).t()
+        # Beyond the reach of all of its keys a tile counts in the sum over later queries only.
         if reach[tile.keys].max() < first:
             continue
         i, n, n_of_n = position[tile.queries], following[:, None, tile.keys], beyond[:, None, tile.keys]
@@ -95,6 +96,7 @@ def type_gradient(sums: Tensor, lifetimes: Lifetimes, global_rows: Rows) -> Tens
 
 def straight_through(dtypes: Tensor, logits: Tensor, temperature: float) -> Tensor:
     """Return the gradient of logits `[T, Hk, 3]` whose softmax stands for the one-hot types in the backward pass."""
+    # The Jacobian of a softmax: w (dt - sum of w dt), by the logits divided by the temperature.
     weight = (logits / temperature).softmax(dim=-1)
     dtypes = dtypes.to(logits.dtype)
     return weight * (dtypes - (weight * dtypes).sum(dim=-1, keepdim=True)) / temperature
@@ -151,6 +153,7 @@ def _since_global(x: Tensor, is_global: Tensor) -> Tensor:
         return x
     place = torch.arange(x.shape[1], device=x.device)
     since = place - torch.where(is_global, place, 0).cummax(dim=1).values
+    # Doubling: after step s each place holds the sum of up to 2^s places of its run.
     shift = 1
     while shift <= int(since.max()):
         x = x + torch.where(since >= shift, x.roll(shift, dims=1), 0.0)

@@ -38,9 +38,10 @@ class Line:
 
     @staticmethod
     def of(global_rows: Rows) -> "Line":
-        """Set the rows of a whole sequence, which come in any order, in line."""
+        """Set the rows of a full sequence, which come in any order, in line."""
         documents, document = global_rows.document.unique(return_inverse=True)
         order = global_rows.ordinal().argsort()
+        # For each place: the first place of its document, and the one after its last.
         sizes = document.bincount(minlength=len(documents))
         stop = sizes.cumsum(0).repeat_interleave(sizes)
         first, place = stop - sizes.repeat_interleave(sizes), torch.arange(len(order))
@@ -70,15 +71,17 @@ class Lifetimes:
 
     @staticmethod
     def of(types: Tensor, global_rows: Rows, window: int) -> "Lifetimes":
-        """Return the lifetimes of a whole sequence by types, int8 `[tokens, Hk]`."""
+        """Return the lifetimes of a full sequence by types, int8 `[tokens, Hk]`."""
         line = Line.of(global_rows)
         kind = types.cpu().t()[:, line.order].masked_fill(line.forced, GLOBAL)
         position = global_rows.position[line.order].masked_fill(global_rows.document[line.order] < 0, -1)
+        # n(j) and n(n(j)) of the gradient.
         after = _next_global(kind, line)
         following, beyond = position[after], position[after.gather(1, after)]
         end = position[line.end]
         sliding = torch.minimum(position.long() + window, end).int()
         last = torch.where(kind == GLOBAL, end, torch.where(kind == LOCAL, following, sliding))
+        # From the order of the line back to that of the sequence.
         columns = (line.back(x) for x in (kind, last, following, beyond))
         kind, last, following, beyond = columns
         return Lifetimes(types=kind, last=last, following=following, beyond=beyond, window=window)
@@ -96,6 +99,7 @@ class Lifetimes:
     def pairs(self, queries: Rows, keys: Rows) -> int:
         """Return how many of `queries` see each of `keys`, which these lifetimes are of: the mean sum over KV heads."""
         real = queries.document >= 0
+        # A key is seen by a run of its document's queries, from its own position to its last.
         seen_by = ordinal(queries.document[real], queries.position[real]).sort().values
         first = torch.searchsorted(seen_by, ordinal(keys.document, keys.position))
         stop = torch.searchsorted(seen_by, ordinal(keys.document, self.last), right=True)
@@ -108,5 +112,6 @@ def _next_global(kind: Tensor, line: Line) -> Tensor:
     if not tokens:
         return kind.long()
     place = torch.arange(tokens)
+    # A running minimum from the right, then one place to the left: at or after becomes after.
     at_or_after = torch.where(kind == GLOBAL, place, tokens).flip(1).cummin(dim=1).values.flip(1)
     return torch.where(place == line.end, place, at_or_after.roll(-1, dims=1))

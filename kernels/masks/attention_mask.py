@@ -1,10 +1,11 @@
-"""Visibility: which rows see which, as data; evaluated here only where quadratic cost is fine."""
+"""Attention masks as data: evaluated here only where quadratic cost is fine, counted in closed form."""
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from farspan.kernels.masks.neighborhood import Neighborhood
+from farspan.kernels.masks.neighborhood import Dimension, Neighborhood
 from farspan.kernels.masks.rows import Rows
 
 MAX_WINDOW = 2**31 - 1
@@ -12,12 +13,13 @@ MAX_WINDOW = 2**31 - 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionMask:
-    """A query sees a key iff all terms hold: same document, not padding, and those below.
+    """A query attends to a key iff all terms hold: same document, not padding, and those below.
 
     causal: key position <= query position.
     window: |query position - key position| < window, so 1 is the token itself; a tuple has one window per query head.
-    sinks: keys of the first `sinks` positions of the document are seen from outside the window too.
+    sinks: the first `sinks` keys of the document are visible from outside the window too (StreamingLLM, 2309.17453).
     neighborhood: the key lies in the query's neighborhood on the grid.
+    Raises ValueError for windows outside 1 to 2^31 - 1, negative sinks, and sinks without a window.
     """
 
     causal: bool = True
@@ -42,15 +44,15 @@ class AttentionMask:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all heads see the same."""
+        """Whether all heads have the same mask."""
         return not isinstance(self.window, tuple)
 
     def of_heads(self, heads: slice) -> "AttentionMask":
-        """Return what these of the query heads see."""
+        """The mask of a slice of the query heads."""
         return replace(self, window=self.window[heads]) if isinstance(self.window, tuple) else self
 
     def by_heads(self, num_heads: int) -> dict["AttentionMask", list[int]]:
-        """Return uniform visibilities and the query heads of each; raises ValueError for another number of windows."""
+        """Uniform masks and the query heads of each; raises ValueError unless there is a window for each head."""
         if not isinstance(self.window, tuple):
             return {self: list(range(num_heads))}
         if len(self.window) != num_heads:
@@ -63,17 +65,16 @@ class AttentionMask:
         return groups
 
     def mask(self, queries: Rows, keys: Rows) -> Tensor:
-        """Return the definition itself, bool `[queries, keys]`; quadratic, for references and irregular tiles."""
+        """The dense mask, bool `[queries, keys]`; quadratic, for references and irregular tiles."""
+        # [queries, 1] against [1, keys]
         return self.mask_mod(
             queries.position[:, None], queries.document[:, None], keys.position[None, :], keys.document[None, :]
         )
 
     def mask_mod(self, position: Tensor, document: Tensor, key_position: Tensor, key_document: Tensor) -> Tensor:
-        """Return whether queries see keys, bool of the shape that the four tensors have when broadcast together.
-
-        Nothing is changed in place: torch's compiler makes part of FlexAttention's kernel of this.
-        """
+        """Whether queries attend to keys, bool of the four tensors' broadcast shape (FlexAttention's `mask_mod`)."""
         assert not isinstance(self.window, tuple), "every head has a mask of its own: see by_heads"
+        # No in-place operations: torch.compile inlines this into FlexAttention's kernel.
         visible = (document == key_document) & (document >= 0)
         distance = position - key_position
         if self.causal:
@@ -84,3 +85,45 @@ class AttentionMask:
         if self.neighborhood is not None:
             visible = visible & self.neighborhood.mask_mod(position, key_position)
         return visible
+
+
+def count_keys_per_query(attention_mask: AttentionMask, global_rows: Rows) -> Tensor:
+    """Keys that each row of a full sequence attends to, the mean over heads, float64 `[tokens]`; 0 for padding.
+
+    Closed form, linear in the rows, which must hold all positions of their documents.
+    """
+    if isinstance(attention_mask.window, tuple):
+        uniform = attention_mask.by_heads(len(attention_mask.window))
+        weighted = [count_keys_per_query(one, global_rows) * len(heads) for one, heads in uniform.items()]
+        return torch.stack(weighted).sum(dim=0) / len(attention_mask.window)
+    real = global_rows.document >= 0
+    if attention_mask.neighborhood is not None:
+        cell = global_rows.position.long() % attention_mask.neighborhood.tokens
+        return _keys_per_cell(attention_mask.neighborhood)[cell].masked_fill_(~real, 0)
+    position = global_rows.position.double()
+    # Rows come in any order: a document's last position is its row count - 1.
+    document = global_rows.document.clamp(min=0).long()
+    last = torch.bincount(document, weights=real.double())[document] - 1
+    # Visible keys are positions low..high, and the sinks outside of them.
+    high = position if attention_mask.causal else last
+    count = high + 1
+    if attention_mask.window is not None:
+        low = (position - attention_mask.window + 1).clamp(min=0)
+        high = torch.minimum(high, position + attention_mask.window - 1)
+        count = high - low + 1 + low.clamp(max=attention_mask.sinks)
+        if not attention_mask.causal:
+            count += (last.clamp(max=attention_mask.sinks - 1) - high).clamp(min=0)  # sinks after the window
+    return count.masked_fill_(~real, 0)
+
+
+def _keys_per_cell(neighborhood: Neighborhood) -> Tensor:
+    """Keys that each cell of a full grid attends to, float64 `[cells]`: the product over dimensions."""
+    table = torch.ones(1, dtype=torch.float64)
+    for dimension in neighborhood.dimensions:
+        table = (table[:, None] * _keys_per_coordinate(dimension)).flatten()  # [cells so far, length] -> [cells]
+    return table
+
+
+def _keys_per_coordinate(dimension: Dimension) -> Tensor:
+    low, high = dimension.interval(torch.arange(dimension.length))
+    return ((high - low) // dimension.dilation + 1).clamp(min=0).double()

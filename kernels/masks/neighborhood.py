@@ -1,4 +1,4 @@
-"""Neighborhood attention on a grid: which keys a query sees, per dimension, as an interval.
+"""Neighborhood attention on a grid: the keys that a query attends to, an interval in each dimension.
 
 NATTEN (arXiv 2204.07143), dilation (arXiv 2209.15001), stride (generalized neighborhood attention, arXiv 2504.16922).
 """
@@ -14,9 +14,10 @@ from torch import Tensor
 class Dimension:
     """One dimension of the grid.
 
-    length: tokens. window: keys that a query sees. stride: neighboring queries that share one window; 1 is plain
-    neighborhood attention, `window` is blocked attention. dilation: distance between the keys of a window. causal:
-    keys after the query are hidden. An even window has one key more before its center than after it.
+    length: tokens. window: keys that a query attends to; an even one has one key more before its center than after it.
+    stride: neighboring queries that share one window; 1 is plain neighborhood attention, `window` is blocked attention.
+    dilation: distance between the keys of a window. causal: keys after the query are hidden.
+    Raises ValueError where a window does not fit or a value is below 1.
     """
 
     length: int
@@ -34,11 +35,12 @@ class Dimension:
             raise ValueError(f"stride={self.stride} must be from 1 to window={self.window}")
 
     def interval(self, coordinate: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the first and last key coordinate that each query coordinate sees; those between are `dilation` apart.
+        """The first and last key coordinate of each query coordinate's window; those between are `dilation` apart.
 
-        Away from the borders a query sees `window` keys around the leader of its stride group; at a border the window
-        moves inwards and keeps its size. Causal windows end at the query and shrink at the border.
+        Away from the borders, a window is centered at the leader of its stride group; at a border it moves inwards and
+        keeps its size. Causal windows end at the query and shrink at the border.
         """
+        # With dilation, tokens of equal remainder form a dimension of their own: x, of `length` tokens.
         group, x = coordinate % self.dilation, coordinate // self.dilation
         length = self.length // self.dilation + (group < self.length % self.dilation).to(x.dtype)
         first_of_group = x // self.stride * self.stride
@@ -46,6 +48,7 @@ class Dimension:
             leader = torch.minimum(first_of_group + self.stride - 1, length - 1)
             low, high = (leader - self.window + 1).clamp(min=0), x
         else:
+            # The leader is the middle of the stride group (GNA, 2504.16922); its window is clamped to the grid.
             leader = torch.minimum(first_of_group + self.stride // 2, length - 1)
             before = self.window // 2
             after = self.window - 1 - before
@@ -56,7 +59,7 @@ class Dimension:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Neighborhood:
-    """A grid in row-major order; a document is one grid, or several after one another, which do not see each other."""
+    """A grid in row-major order; a document is one grid, or several in sequence that do not attend to each other."""
 
     dimensions: tuple[Dimension, ...]
 
@@ -70,26 +73,26 @@ class Neighborhood:
         return math.prod(dimension.length for dimension in self.dimensions)
 
     def coordinates(self, position: Tensor) -> list[Tensor]:
-        """Return the number of the grid in its document, then the place in it along each dimension."""
-        rest, places = position, []
-        for dimension in reversed(self.dimensions):
-            places.append(rest % dimension.length)
+        """The number of the grid in its document, then the coordinate along each dimension."""
+        rest, coordinates = position, []
+        for dimension in reversed(self.dimensions):  # row-major: the last dimension is the fastest
+            coordinates.append(rest % dimension.length)
             rest = rest // dimension.length
-        return [rest, *reversed(places)]
+        return [rest, *reversed(coordinates)]
 
     def intervals(self, position: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the lowest and the highest of the coordinates that each query sees, grid and dimensions."""
-        grid, *places = self.coordinates(position)
-        intervals = [d.interval(place) for d, place in zip(self.dimensions, places, strict=True)]
+        """The lowest and the highest coordinates in each query's neighborhood, grid and dimensions."""
+        grid, *coordinates = self.coordinates(position)
+        intervals = [d.interval(coordinate) for d, coordinate in zip(self.dimensions, coordinates, strict=True)]
         return [grid, *(low for low, _ in intervals)], [grid, *(high for _, high in intervals)]
 
     def mask_mod(self, position: Tensor, key_position: Tensor) -> Tensor:
-        """Return whether keys lie in the neighborhoods of queries of the same document, broadcast together."""
+        """Whether keys lie in the neighborhoods of queries of the same document, broadcast together."""
         lows, highs = self.intervals(position)
-        grid, *places = self.coordinates(key_position)
+        grid, *coordinates = self.coordinates(key_position)
         visible = grid == lows[0]
-        for dimension, place, low, high in zip(self.dimensions, places, lows[1:], highs[1:], strict=True):
-            visible &= (place >= low) & (place <= high)
+        for dimension, key, low, high in zip(self.dimensions, coordinates, lows[1:], highs[1:], strict=True):
+            visible &= (key >= low) & (key <= high)
             if dimension.dilation > 1:
-                visible &= (place - low) % dimension.dilation == 0
+                visible &= (key - low) % dimension.dilation == 0
         return visible

@@ -1,19 +1,21 @@
-"""Dense attention: every query sees its whole document (arXiv 1706.03762, equation 1)."""
+"""Dense attention: every query sees its full document (arXiv 1706.03762, equation 1)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self, final
 
+from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.masks.attention_mask import AttentionMask
-from farspan.kernels.mechanism import MECHANISMS, Masked
+from farspan.kernels.mechanism import MECHANISMS
 
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dense(Masked):
-    """causal: later tokens are hidden, as a language model wants it."""
+    """Full attention inside each document."""
 
     causal: bool = True
+    """Whether later tokens are hidden, as a language model needs."""
 
     @classmethod
     def examples(cls) -> Sequence[Self]:

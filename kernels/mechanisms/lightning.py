@@ -11,16 +11,19 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
-from farspan.kernels.mechanism import MECHANISMS, Recurrent
+from farspan.kernels.kinds.recurrent import Recurrent
+from farspan.kernels.mechanism import MECHANISMS
 
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lightning(Recurrent):
-    """layer: the layer's number, from 0, of `layers` in all; the later, the slower the decay. Of 1: the model says."""
+    """A fixed decay per head, slower in later layers."""
 
     layer: int = 0
+    """The layer's number, from 0."""
     layers: int = 1
+    """Layers in all; with 1, the model fills in both."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.layer < self.layers:
@@ -34,6 +37,7 @@ class Lightning(Recurrent):
         return replace(self, layer=layer, layers=layers) if self.layers == 1 else self
 
     def decay(self, num_heads: int) -> Tensor:
+        # h + 1 of the formula above
         head = torch.arange(1, num_heads + 1, dtype=torch.float64)
         return torch.exp2(-8 * head / num_heads) * (1 - self.layer / (self.layers - 1 + 1e-5) + 1e-5)
 

@@ -1,8 +1,8 @@
 """MoBA, mixture of block attention (arXiv 2502.13189, section 2): each query of each head attends to its best blocks.
 
 Reference semantics: the published naive implementation. A document is cut into blocks of `block` tokens. A block's
-score for a query is the product of the query with the mean of the block's keys, both as they enter attention. The block
-that holds the query is always taken and counts as one of `top_k`; later blocks never are.
+score for a query is the product of the query with the mean of the block's keys, both as they enter attention. The
+query's own block is always selected and counts as one of `top_k`; later blocks never are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,23 +12,27 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
+from farspan.kernels.kinds.routed import LocalShard, Routed
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
-from farspan.kernels.mechanism import MECHANISMS, Heads, LocalShard, Routed
+from farspan.kernels.mechanism import MECHANISMS
+from farspan.kernels.planner import Heads
 from farspan.kernels.routing.ranking import affinity, top
 
 SCORES_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 24}
-"""Scores that are held at the same time, by kind of device: few enough for a cache, or enough to fill a GPU."""
+"""Scores that exist at the same time, by kind of device: few enough for a cache, or enough to fill a GPU."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoBA(Routed):
-    """block: tokens per block. top_k: blocks per query, its own included. Defaults: the paper's scaling runs at 8K."""
+    """Top-k blocks for each query of each head; the defaults are those of the paper's scaling runs at 8K."""
 
     block: int = 512
+    """Tokens per block."""
     top_k: int = 3
+    """Blocks per query, its own included."""
 
     def __post_init__(self) -> None:
         if self.block < 1 or self.top_k < 1:
@@ -45,44 +49,46 @@ class MoBA(Routed):
     def attention_mask(self) -> AttentionMask:
         return AttentionMask(causal=True)
 
-    def blocks(self, global_rows: Rows) -> BlockPartition:
+    def key_blocks(self, global_rows: Rows) -> BlockPartition:
         return BlockPartition.blocks(global_rows, self.block)
 
     @torch.no_grad()
     def select(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> BlockSelection:
-        blocks, own = local_shard.blocks, local_shard.block
-        means = local_shard.key_means(k)
-        first_of_document = blocks.first[:-1].repeat_interleave(blocks.first.diff())
-        first = first_of_document[own.clamp(min=0)] if blocks.count else own
-        chosen = torch.full((q.shape[1], len(own), min(self.top_k, blocks.count)), -1, dtype=torch.int32)
+        blocks, own_block = local_shard.key_blocks, local_shard.key_block_of_row
+        means = local_shard.key_means(k)  # [blocks, Hk, D]
+        document_first = blocks.first[:-1].repeat_interleave(
+            blocks.first.diff()
+        )  # first block of each block's document
+        first_block = document_first[own_block.clamp(min=0)] if blocks.count else own_block
+        selected = torch.full((q.shape[1], len(own_block), min(self.top_k, blocks.count)), -1, dtype=torch.int32)
         at_once = max(SCORES_AT_ONCE[q.device.type] // (q.shape[1] * max(blocks.count, 1)), 1)
-        for start in range(0, len(own), at_once):
+        for start in range(0, len(own_block), at_once):
             part = slice(start, start + at_once)
-            # Blocks that some of these queries may choose.
-            low, stop = int(first[part].min()), int(own[part].max()) + 1
+            # Only blocks that some of these queries may select are scored.
+            low, stop = int(first_block[part].min()), int(own_block[part].max()) + 1
             if low < stop:
-                found = self._best(q[part], means[low:stop], own[part] - low, first[part] - low)
-                chosen[:, part, : found.shape[2]] = torch.where(found < 0, -1, found + low).int().cpu()
-        unit = torch.arange(len(own)).masked_fill(own < 0, -1)
-        return BlockSelection.from_lists(unit, blocks, chosen)
+                best = self._best(q[part], means[low:stop], own_block[part] - low, first_block[part] - low)
+                selected[:, part, : best.shape[2]] = torch.where(best < 0, -1, best + low).int().cpu()
+        query_block = torch.arange(len(own_block)).masked_fill(own_block < 0, -1)  # every row by itself
+        return BlockSelection.from_lists(query_block, blocks, selected)
 
-    def _best(self, q: Tensor, means: Tensor, own: Tensor, first: Tensor) -> Tensor:
-        """Return the best blocks from `first` to `own` of each query, int64 `[Hq, queries, K]`, -1 for none."""
+    def _best(self, q: Tensor, means: Tensor, own_block: Tensor, first_block: Tensor) -> Tensor:
+        """The best blocks from `first_block` to `own_block` of each query, int64 `[Hq, queries, K]`, -1 for none."""
         block = torch.arange(len(means), device=q.device)
-        own, first = own.to(q.device), first.to(q.device)
+        own_block, first_block = own_block.to(q.device)[:, None], first_block.to(q.device)[:, None]  # [queries, 1]
         scores = affinity(q, means)  # [Hq, queries, blocks]
-        scores.masked_fill_((block >= own[:, None]) | (block < first[:, None]), float("-inf"))
-        scores.masked_fill_(block == own[:, None], float("inf"))
+        scores.masked_fill_((block >= own_block) | (block < first_block), float("-inf"))
+        scores.masked_fill_(block == own_block, float("inf"))
         return top(scores, self.top_k)
 
     def all_reduce_bytes(self, global_rows: Rows, heads: Heads, head_dim: int) -> int:
-        return self.blocks(global_rows).count * heads.kv * head_dim * torch.float64.itemsize
+        return self.key_blocks(global_rows).count * heads.kv * head_dim * torch.float64.itemsize
 
     def keys_per_query(self, global_rows: Rows) -> Tensor:
-        """The same for any choice: every earlier block is full, and a query takes min(top_k - 1, earlier) of them."""
+        """Independent of the scores: earlier blocks are full, and a query selects min(top_k - 1, earlier) of them."""
         earlier = (global_rows.position // self.block).clamp(max=self.top_k - 1)
-        seen = global_rows.position % self.block + 1 + earlier * self.block
-        return seen.masked_fill(global_rows.document < 0, 0).double()
+        count = global_rows.position % self.block + 1 + earlier * self.block
+        return count.masked_fill(global_rows.document < 0, 0).double()
 
     def unmasked_pairs(self, queries: Rows, keys: Rows) -> int:
         return int(self.keys_per_query(queries).sum())

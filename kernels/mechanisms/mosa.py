@@ -1,16 +1,16 @@
 """MoSA, mixture of sparse attention (arXiv 2505.00315, section 3): every head chooses the tokens that it works on.
 
 Expert choice, as in the published code: a head takes the `tokens / sparsity` tokens of a document with the highest
-routing, at least two, and attends causally among them; its output is multiplied by the sigmoid of their routing. With
-grouped heads, the query heads of a group choose together. Later tokens take part in the choice, though what they hold
-stays hidden.
+routing logits, at least two, and attends causally among them; its output is multiplied by the sigmoid of their logits.
+Query heads that share a KV head share a choice. Later tokens take part in the choice, though their contents stay
+hidden.
 
 `causal_choice` is for autoregressive use, where later tokens cannot be known: a token is taken if it ranks among the
-best `1 / sparsity` of the tokens of its document up to itself, or is the best of fewer tokens than that. Of tokens in
-random order about as many are taken.
+best `1 / sparsity` of the tokens of its document up to itself, or is the best of fewer tokens than that. With tokens in
+random order, about as many are taken.
 
-Defaults are the published code's, but that there rotary embedding turns half of each head only; what is rotated here is
-the model's affair, by the tokens' positions in their documents.
+Defaults are those of the published code, which rotates half of each head only; here the model decides what is rotated,
+by the tokens' positions in their documents.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,8 +20,10 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
+from farspan.kernels.kinds.masked import Masked
+from farspan.kernels.kinds.token_choice import TokenChoice
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import MECHANISMS, Masked, TokenChoice
+from farspan.kernels.mechanism import MECHANISMS
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.routing.ranking import rank_among_earlier, rank_in_group
 
@@ -29,15 +31,16 @@ from farspan.kernels.routing.ranking import rank_among_earlier, rank_in_group
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoSA(TokenChoice):
-    """sparsity: tokens of a document for each that a head takes. include_first: every head takes the first token.
-
-    causal_choice: whether a token is taken depends on earlier tokens only. causal: so does what it sees.
-    """
+    """Expert choice of tokens by each KV head."""
 
     sparsity: int = 16
+    """A head takes one in this many tokens of a document."""
     include_first: bool = False
+    """Whether every head takes the first token of a document."""
     causal_choice: bool = False
+    """Whether the choice of a token depends on earlier tokens only."""
     causal: bool = True
+    """Whether a chosen token attends to earlier chosen tokens only."""
 
     def __post_init__(self) -> None:
         if self.sparsity < 1:
@@ -61,6 +64,7 @@ class MoSA(TokenChoice):
     @torch.no_grad()
     def choose(self, logits: Tensor, global_rows: Rows) -> Tensor:
         documents, document = global_rows.document.unique(return_inverse=True)
+        # Everything below is in document order, [tokens] and [tokens, Hk]; the result goes back to the rows' order.
         order = global_rows.ordinal().argsort()
         document, position = document[order].to(logits.device), global_rows.position[order].long().to(logits.device)
         scores = logits[order.to(logits.device)].float()
@@ -70,6 +74,7 @@ class MoSA(TokenChoice):
             count = ((position + 1) // self.sparsity).clamp(min=1)
             chosen = rank_among_earlier(scores, document) < count[:, None]
         else:
+            # Two tokens at least, as in the published code, but no more than there are.
             length = document.bincount(minlength=len(documents))[document]
             count = torch.minimum((length // self.sparsity).clamp(min=2), length)
             chosen = rank_in_group(scores, document) < count[:, None]

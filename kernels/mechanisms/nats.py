@@ -13,22 +13,23 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
+from farspan.kernels.kinds.kv_lifetime import KVLifetime
 from farspan.kernels.lifetimes.lifetimes import GLOBAL, LOCAL, Lifetimes, Line
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import MECHANISMS, KVLifetime
+from farspan.kernels.mechanism import MECHANISMS
 
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NAtS(KVLifetime):
-    """window: tokens after a sliding one that see it. temperature: of the softmax that the router learns through.
-
-    penalty: what a life of a document's length adds to the gradient of its type, whatever the scale of the loss.
-    """
+    """Keys are global, local or sliding, as the router decides for each token and KV head."""
 
     window: int = 16
+    """Number of tokens after a sliding token that see it."""
     temperature: float = 1.0
+    """Temperature of the softmax whose gradient the router learns from."""
     penalty: float = 5e-7
+    """Added to the gradient of a key's type for a lifetime of a full document, whatever the scale of the loss."""
 
     def __post_init__(self) -> None:
         if self.window < 1:
@@ -49,11 +50,12 @@ class NAtS(KVLifetime):
         """Global: penalty * (length - position) / length to its type; local: penalty * (last - position) / length."""
         line = Line.of(global_rows)
         length = line.back(line.end - line.first + 1)
-        alive = torch.where(lifetimes.types == GLOBAL, length, lifetimes.last) - global_rows.position
-        share = self.penalty * alive.double() / length
+        # [Hk, tokens]: a global key lives to the end of its document, a local one to the next global one.
+        active = torch.where(lifetimes.types == GLOBAL, length, lifetimes.last) - global_rows.position
+        share = self.penalty * active.double() / length
         kind = lifetimes.types
         of_types = (share * (kind == GLOBAL), share * (kind == LOCAL), torch.zeros_like(share))
-        return torch.stack(of_types, dim=-1).transpose(0, 1)
+        return torch.stack(of_types, dim=-1).transpose(0, 1)  # [Hk, tokens, 3] -> [tokens, Hk, 3]
 
 
 MECHANISMS.add("nats", NAtS)

@@ -8,26 +8,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self, final
 
+from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.neighborhood import Dimension
 from farspan.kernels.masks.neighborhood import Neighborhood as Grid
-from farspan.kernels.mechanism import MECHANISMS, Masked
+from farspan.kernels.mechanism import MECHANISMS
 
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Neighborhood(Masked):
-    """Each option has one value per dimension of the grid; stride, dilation and causal may be left empty.
-
-    grid: lengths. window: keys that a query sees. stride: neighboring queries that share a window, 1 if empty.
-    dilation: distance between the keys of a window, 1 if empty. causal: whether later keys are hidden, false if empty.
-    """
+    """Each option has one value per dimension of the grid; stride, dilation and causal may be left empty."""
 
     grid: tuple[int, ...]
+    """Lengths of the grid."""
     window: tuple[int, ...]
+    """Keys that a query attends to."""
     stride: tuple[int, ...] = ()
+    """Neighboring queries that share a window; 1 if empty."""
     dilation: tuple[int, ...] = ()
+    """Distance between the keys of a window; 1 if empty."""
     causal: tuple[bool, ...] = ()
+    """Whether later keys are hidden; false if empty."""
 
     def __post_init__(self) -> None:
         for name in ("window", "stride", "dilation", "causal"):
@@ -44,17 +46,13 @@ class Neighborhood(Masked):
 
     @classmethod
     def benchmarks(cls) -> Mapping[str, Self]:
-        return {"neighbourhood_8x32x32": cls(grid=(8, 32, 32), window=(4, 16, 16), stride=(1, 8, 8))}
+        return {"neighborhood_8x32x32": cls(grid=(8, 32, 32), window=(4, 16, 16), stride=(1, 8, 8))}
 
     def attention_mask(self) -> AttentionMask:
         count = len(self.grid)
-        columns = (
-            self.grid,
-            self.window,
-            self.stride or (1,) * count,
-            self.dilation or (1,) * count,
-            self.causal or (False,) * count,
-        )
+        # One column per option, one row per dimension.
+        stride, dilation = self.stride or (1,) * count, self.dilation or (1,) * count
+        columns = self.grid, self.window, stride, dilation, self.causal or (False,) * count
         dimensions = tuple(
             Dimension(length=length, window=window, stride=stride, dilation=dilation, causal=causal)
             for length, window, stride, dilation, causal in zip(*columns, strict=True)

@@ -1,9 +1,9 @@
-"""Block-sparse global attention for VGGT (arXiv 2509.07120, section 4): pooled softmax, special tokens whole.
+"""Block-sparse global attention for VGGT (arXiv 2509.07120, section 4): pooled softmax, dense special tokens.
 
-A document is a row of frames; each begins with special tokens (camera, registers), the rest are patches. Patches are
-pooled by tiles of queries and blocks of keys; a tile takes the blocks with the highest pooled scores, up to a share of
-their softmax and at least a share of the blocks. Special tokens see and are seen by all. Reference semantics: the
-published code, whose special keys stand in blocks of their own.
+A document is a sequence of frames; each begins with special tokens (camera, registers), the rest are patches. Patches
+are pooled by tiles of queries and blocks of keys; a tile selects the blocks with the highest pooled scores, up to a
+share of their softmax and at least a share of the blocks. Special tokens attend to all and are attended to by all.
+Reference semantics: the published code, where special keys have blocks of their own.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,11 +14,13 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
+from farspan.kernels.kinds.routed import LocalShard, Routed
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
-from farspan.kernels.mechanism import MECHANISMS, Heads, LocalShard, Routed
-from farspan.kernels.mechanisms._pooled_scores import best, candidates, few_units, scaled_scores, selected
+from farspan.kernels.mechanism import MECHANISMS
+from farspan.kernels.mechanisms import _pooled_scores as pooled
+from farspan.kernels.planner import Heads
 
 MASS_MARGIN = 1e-5
 """Added to `mass`, as in the published code, against rounding in the cumulative sum."""
@@ -27,18 +29,20 @@ MASS_MARGIN = 1e-5
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VGGT(Routed):
-    """frame: tokens of a frame; 0: there are no frames, all tokens are patches. special: tokens that begin each frame.
-
-    mass: share of the softmax that is taken. sparsity: share of a document's patch blocks that may be left out, the
-    rest is taken in any case. tile: queries that choose together. block: keys. Defaults: the published example's.
-    """
+    """Tiles of patches select blocks of patches; defaults are those of the published example."""
 
     frame: int = 0
+    """Tokens per frame; 0 for no frames: all tokens are patches."""
     special: int = 0
+    """Special tokens at the start of each frame."""
     mass: float = 0.97
+    """Share of the softmax that is selected."""
     sparsity: float = 0.1
+    """Largest share of a document's patch blocks that is left out; the rest is selected in any case."""
     tile: int = 128
+    """Queries that share a selection."""
     block: int = 64
+    """Keys per block."""
 
     def __post_init__(self) -> None:
         if self.tile < 1 or self.block < 1:
@@ -62,43 +66,45 @@ class VGGT(Routed):
     def attention_mask(self) -> AttentionMask:
         return AttentionMask(causal=False)
 
-    def blocks(self, global_rows: Rows) -> BlockPartition:
-        return BlockPartition.build(global_rows, partial(self._place, size=self.block))
+    def key_blocks(self, global_rows: Rows) -> BlockPartition:
+        return BlockPartition.build(global_rows, partial(self._block_number, size=self.block))
 
-    def tiles(self, global_rows: Rows) -> BlockPartition:
-        return BlockPartition.build(global_rows, partial(self._place, size=self.tile))
+    def query_blocks(self, global_rows: Rows) -> BlockPartition:
+        return BlockPartition.build(global_rows, partial(self._block_number, size=self.tile))
 
-    def _place(self, position: Tensor, size: int) -> Tensor:
-        """Patches lie in blocks of even number, special tokens in those of odd number, some of which may be empty."""
+    def _block_number(self, position: Tensor, size: int) -> Tensor:
+        """Patches have even block numbers, special tokens odd ones; some of these blocks may be empty."""
         if not self.special:
             return 2 * (position // size)
-        frame, place = position // self.frame, position % self.frame
-        patch = frame * (self.frame - self.special) + place - self.special
-        special = frame * self.special + place
-        return torch.where(place < self.special, 2 * (special // size) + 1, 2 * (patch // size))
+        # Patches and special tokens are counted separately through the document.
+        frame, offset = position // self.frame, position % self.frame
+        patch = frame * (self.frame - self.special) + offset - self.special
+        special = frame * self.special + offset
+        return torch.where(offset < self.special, 2 * (special // size) + 1, 2 * (patch // size))
 
     @torch.no_grad()
     def select(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> BlockSelection:
-        return selected(local_shard, self._masks(q, k, local_shard), q.shape[1])
+        return pooled.selection_of_tiles(local_shard, self._masks(q, k, local_shard), q.shape[1])
 
     def _masks(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> Iterator[Tensor]:
         query_means, key_means = local_shard.query_means(q), local_shard.key_means(k)
-        tile, blocks = local_shard.held_tiles[0], local_shard.blocks
-        is_patch_block, is_patch_tile = (self._is_patch(x).to(q.device) for x in (blocks, local_shard.tiles))
-        for units in few_units(local_shard, q.shape[1]):
-            seen = candidates(local_shard, units, causal=False).to(q.device)
-            patches = seen & is_patch_block
+        tile, blocks = local_shard.local_query_blocks[0], local_shard.key_blocks
+        is_patch_block, is_patch_tile = (self._is_patch(x).to(q.device) for x in (blocks, local_shard.query_blocks))
+        for chunk in pooled.tile_chunks(local_shard, q.shape[1]):
+            visible = pooled.candidate_blocks(local_shard, chunk, causal=False).to(q.device)  # [tiles, blocks]
+            patches = visible & is_patch_block
+            # float64, as Python's own int(count * (1 - sparsity)) in the published code
             count = (patches.sum(dim=1).double() * (1 - self.sparsity)).long()
-            scores = scaled_scores(query_means[units], key_means)
-            taken = best(scores, patches[None], at_least=count, mass=self.mass + MASS_MARGIN)
-            yield seen & (taken | ~is_patch_block | ~is_patch_tile[tile[units], None])
+            scores = pooled.scaled_scores(query_means[chunk], key_means)
+            best = pooled.best_blocks(scores, patches[None], at_least=count, mass=self.mass + MASS_MARGIN)
+            yield visible & (best | ~is_patch_block | ~is_patch_tile[tile[chunk], None])  # [Hq, tiles, blocks]
 
     @staticmethod
     def _is_patch(partition: BlockPartition) -> Tensor:
         return partition.number % 2 == 0
 
     def all_reduce_bytes(self, global_rows: Rows, heads: Heads, head_dim: int) -> int:
-        counts = self.tiles(global_rows).count * heads.query + self.blocks(global_rows).count * heads.kv
+        counts = self.query_blocks(global_rows).count * heads.query + self.key_blocks(global_rows).count * heads.kv
         return counts * head_dim * torch.float64.itemsize
 
 

@@ -7,21 +7,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self, final
 
+from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.masks.attention_mask import AttentionMask
-from farspan.kernels.mechanism import MECHANISMS, Masked
+from farspan.kernels.mechanism import MECHANISMS
 
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Window(Masked):
-    """window: a causal query sees itself and the window - 1 tokens before it; otherwise as many on the other side too.
-
-    sinks: tokens at the start of a document that are seen from everywhere.
-    """
+    """A sliding window, with attention sinks if asked for."""
 
     window: int = 1024
+    """A query attends to itself and the window - 1 tokens before it; unless causal, to as many after it too."""
     sinks: int = 0
+    """Tokens at the start of a document that are visible from everywhere."""
     causal: bool = True
+    """Whether later tokens are hidden."""
 
     @classmethod
     def examples(cls) -> Sequence[Self]:

@@ -1,8 +1,22 @@
-"""Tasks: a selection turned into gathers of query rows and key rows that see each other in full, or nearly.
+"""A block selection turned into batches of small dense attention problems over gathered rows.
 
-Where every row chooses for itself, a task is one block of keys and all rows, of all heads of the group, that chose it:
-the keys are read once. Where whole tiles of rows choose together, a task is one tile and all blocks that it chose,
-side by side: its rows need no merging. Tasks of one shape share a batch.
+A problem is R query rows times S key rows that attend to each other in full, as a triangle, or under a mask; problems
+of one shape share a batch. Worked example: one head, causal, key blocks of two rows A = {0, 1}, B = {2, 3}, C = {4, 5},
+D = {6, 7}, and the query rows 3, 4 and 5, each a query block of its own, which select
+
+    query 3: A B        query 4: A C        query 5: A D
+
+Entries (query, key block) fall into three classes:
+
+    full      (3, A) (4, A) (5, A)      one problem [3, 2]: queries 3, 4, 5 x keys 0, 1; A is gathered once
+    partial   (3, B) (4, C)             4 sees only the first row of C: a batch of two problems [1, 2] with masks
+    empty     (5, D)                    D lies in the future: dropped
+
+(3, B) counts as partial though 3 sees all of B: if query 2 is local too and selects B, rows 2 and 3 form a causal
+triangle with B, which needs no mask; without row 3 it would not be one.
+
+Where tiles of rows select (`selects_by_tile`), a problem is instead one tile and all key blocks that it selects, side
+by side: [R, S1 + S2 + ...]. Its rows are complete after one problem and need no merging.
 """
 
 from collections.abc import Iterator
@@ -15,74 +29,82 @@ from torch import Tensor
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockSelection
-from farspan.kernels.planning.bounds import Bounds, all_see, may_see
+from farspan.kernels.planning.bounds import Bounds, all_unmasked, any_unmasked
 from farspan.kernels.planning.plan import Plan
-from farspan.kernels.planning.ragged import ranges
 from farspan.kernels.planning.regions import Kind
+from farspan.kernels.ragged import group_equal, ranges, runs
 
 SHARED_ROWS = 16
-"""Rows that choose together, on average, from which on a task is made of their blocks and not of a block's rows."""
+"""Rows per query block, on average, from which on a query block is worth a tile of its own."""
 ENTRIES_AT_ONCE = 1 << 16
-"""Pairs of a unit and a block whose bounds are compared at the same time: few enough for a cache."""
+"""Pairs of a query block and a key block whose bounds are compared at once: few enough for a cache."""
 BATCH_ROWS = 1 << 17
-"""Key rows that a batch of several tasks may gather: what bounds memory."""
+"""Key rows that a batch of several problems may gather: bounds memory."""
 BATCH_PAIRS = 1 << 22
-"""Pairs that a batch of several tasks may have a mask for."""
+"""Pairs that a batch of several problems may have a mask for."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Tasks of one shape; a row of a head is counted as row * heads + head.
+    """Problems of one shape; a row of a head is numbered row * heads + head.
 
-    queries: int32 or int64 `[tasks, R]`, of query heads; no row occurs twice. keys: int64 `[tasks, S]`, of KV heads.
-    mask: bool `[tasks, R, S]` where kind is MASKED. surplus: how many rows at the end of the last task only fill it up,
-    and repeat its last; they count for nothing.
+    queries: int32 or int64 `[problems, R]`, rows of query heads, each at most once. keys: int64 `[problems, S]`, rows
+    of KV heads. mask: bool `[problems, R, S]` where kind is MASKED. filler: rows at the end of the last problem that
+    repeat its last row only to fill the shape; their results are to be ignored.
     """
 
     kind: Kind
     queries: Tensor
     keys: Tensor
     mask: Tensor | None = None
-    surplus: int = 0
+    filler: int = 0
 
     def pairs(self) -> int:
-        """Return the number of visible pairs."""
-        tasks, rows = self.queries.shape
+        """The number of visible pairs."""
+        problems, rows = self.queries.shape
         if self.mask is not None:
             return int(self.mask.sum())
         if self.kind is Kind.CAUSAL:
-            return tasks * (rows * (rows + 1) // 2)
-        return (tasks * rows - self.surplus) * self.keys.shape[1]
+            return problems * (rows * (rows + 1) // 2)
+        return (problems * rows - self.filler) * self.keys.shape[1]
 
 
-def batches(plan: Plan, kv_heads: int) -> Iterator[Batch]:
+def selection_batches(plan: Plan, kv_heads: int) -> Iterator[Batch]:
     """Yield disjoint batches that hold every visible pair of a plan with a selection."""
     assert plan.selection is not None
-    assert plan.selection.heads % kv_heads == 0, "query heads that choose together share a KV head"
-    units, pieces = _Groups.of_units(plan), _Groups.of_blocks(plan)
-    if not len(units) or not len(pieces):
+    assert plan.selection.heads % kv_heads == 0, "query heads that share a selection share a KV head"
+    query_blocks, key_blocks = _RowBlocks.of_queries(plan), _RowBlocks.of_keys(plan)
+    if not len(query_blocks) or not len(key_blocks):
         return
     for part in plan.parts:
-        choosers = _Choosers.of(part.heads, plan.heads // plan.selection.heads)
-        lists = _Lists.of(plan.selection, choosers, units, plan.heads)
-        entries = _Entries.find(plan.selection, lists, pieces)
-        yield from _Tasks(plan, part.attention_mask, choosers, units, pieces, lists, kv_heads).of(entries)
+        head_groups = _HeadGroups.of(part.heads, plan.heads // plan.selection.heads)
+        lists = _Lists.of(plan.selection, head_groups, query_blocks, plan.heads)
+        entries = _Entries.find(plan.selection, lists, key_blocks)
+        yield from _Builder(
+            plan, part.attention_mask, head_groups, query_blocks, key_blocks, lists, kv_heads
+        ).batches(entries)  # fmt: skip
 
 
-def choose_together(plan: Plan) -> bool:
-    """Return whether whole tiles of rows choose, so that tasks list pairs of a tile and a key: more than linear."""
+def selects_by_tile(plan: Plan, *, count_padding: bool) -> bool:
+    """Whether query blocks are tiles of rows rather than (nearly) single rows.
+
+    Backends differ in the rows they count: CPU batches count padding (`count_padding`), Triton's row blocks do not. On
+    a shard that is mostly padding the two may decide differently; both decisions are correct.
+    """
     assert plan.selection is not None
-    return len(plan.queries) >= SHARED_ROWS * plan.selection.num_units
+    query_block = plan.selection.query_block
+    rows = len(query_block) if count_padding else int((query_block >= 0).sum())
+    return rows >= SHARED_ROWS * plan.selection.num_query_blocks
 
 
 def count_pairs(plan: Plan, kv_heads: int) -> int:
-    """Return the number of visible (query, key) pairs of a plan with a selection, the mean over heads."""
-    return sum(batch.pairs() for batch in batches(plan, kv_heads)) // plan.heads
+    """The number of visible (query, key) pairs of a plan with a selection, the mean over heads."""
+    return sum(batch.pairs() for batch in selection_batches(plan, kv_heads)) // plan.heads
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Groups:
-    """Rows by a number that some share: rows order[start[i]:stop[i]] share `number[i]`; ascending, none empty."""
+class _RowBlocks:
+    """Local rows grouped by block: order[start[i]:stop[i]] lie in block `number[i]`; ascending, none empty."""
 
     number: np.ndarray
     order: np.ndarray
@@ -91,22 +113,22 @@ class _Groups:
     rows: Rows
 
     @staticmethod
-    def by(number: np.ndarray, rows: Rows) -> "_Groups":
+    def by(number: np.ndarray, rows: Rows) -> "_RowBlocks":
         order = np.argsort(number, kind="stable")
-        order = order[np.searchsorted(number[order], 0) :]  # -1 belongs to no group
-        start, stop = _edges(number[order])
-        return _Groups(number[order][start], order, start, stop, rows)
+        order = order[np.searchsorted(number[order], 0) :]  # drop rows without a block, -1
+        start, stop = runs(number[order])
+        return _RowBlocks(number[order][start], order, start, stop, rows)
 
     @staticmethod
-    def of_units(plan: Plan) -> "_Groups":
+    def of_queries(plan: Plan) -> "_RowBlocks":
         assert plan.selection is not None
-        unit = plan.selection.unit.masked_fill(plan.queries.document < 0, -1)
-        return _Groups.by(unit.numpy(), plan.queries)
+        query_block = plan.selection.query_block.masked_fill(plan.queries.document < 0, -1)
+        return _RowBlocks.by(query_block.numpy(), plan.queries)
 
     @staticmethod
-    def of_blocks(plan: Plan) -> "_Groups":
+    def of_keys(plan: Plan) -> "_RowBlocks":
         assert plan.selection is not None
-        return _Groups.by(plan.selection.blocks.of(plan.keys).numpy(), plan.keys)
+        return _RowBlocks.by(plan.selection.blocks.of(plan.keys).numpy(), plan.keys)
 
     def __len__(self) -> int:
         return len(self.number)
@@ -117,14 +139,14 @@ class _Groups:
     def sizes(self) -> np.ndarray:
         return self.stop - self.start
 
-    def members(self, groups: np.ndarray) -> np.ndarray:
-        """Return the rows of these groups, one group after another."""
-        return self.order[ranges(self.start[groups], self.stop[groups])]
+    def members(self, blocks: np.ndarray) -> np.ndarray:
+        """The rows of these blocks, one block after another."""
+        return self.order[ranges(self.start[blocks], self.stop[blocks])]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Choosers:
-    """The heads that a selection has lists for, `number`, and the query heads of each: heads[start[i]:stop[i]]."""
+class _HeadGroups:
+    """The head groups with lists of their own, `number`, and the query heads of each: heads[start[i]:stop[i]]."""
 
     number: np.ndarray
     heads: np.ndarray
@@ -132,10 +154,10 @@ class _Choosers:
     stop: np.ndarray
 
     @staticmethod
-    def of(heads: tuple[int, ...], group: int) -> "_Choosers":
+    def of(heads: tuple[int, ...], group: int) -> "_HeadGroups":
         array = np.array(heads)
-        start, stop = _edges(array // group)
-        return _Choosers(array[start] // group, array, start, stop)
+        start, stop = runs(array // group)
+        return _HeadGroups(array[start] // group, array, start, stop)
 
     def sizes(self) -> np.ndarray:
         return self.stop - self.start
@@ -143,159 +165,168 @@ class _Choosers:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Lists:
-    """Who wrote each list of a selection, int32 `[lists]`: a chooser and a unit, -1 for those without rows here.
+    """The head group and query block of each list, int32 indices `[lists]`; -1 where there are no such rows or heads.
 
-    queries: the rows of the lists' units in each query head of their choosers, one list after another; those of list l
-    are queries[first[l]:first[l + 1]].
+    queries: the rows of the list's query block in each query head of its head group, one list after another; those of
+    list l are queries[first[l]:first[l + 1]].
     """
 
-    chooser: np.ndarray
-    unit: np.ndarray
+    head_group: np.ndarray
+    query_block: np.ndarray
     queries: np.ndarray
     first: np.ndarray
 
     @staticmethod
-    def of(selection: BlockSelection, choosers: _Choosers, units: _Groups, heads: int) -> "_Lists":
-        chooser = np.repeat(_inverse(choosers.number, selection.heads), selection.num_units)
-        unit = np.tile(_inverse(units.number, selection.num_units), selection.heads)
-        here = (chooser >= 0) & (unit >= 0)
-        chooser[~here] = unit[~here] = -1
-        by, rows = chooser[here], units.members(unit[here])
-        of_row = np.repeat(by, units.sizes()[unit[here]])
-        queries = np.repeat(rows, choosers.sizes()[of_row]) * heads
-        queries += choosers.heads[ranges(choosers.start[of_row], choosers.stop[of_row])]
-        sizes = np.zeros(len(here) + 1, dtype=np.int64)
-        sizes[1:][here] = units.sizes()[unit[here]] * choosers.sizes()[by]
+    def of(selection: BlockSelection, head_groups: _HeadGroups, query_blocks: _RowBlocks, heads: int) -> "_Lists":
+        # List number = head group * Q + query block: each group repeats for all blocks, all blocks for each group.
+        group = np.repeat(_inverse(head_groups.number, selection.heads), selection.num_query_blocks)
+        block = np.tile(_inverse(query_blocks.number, selection.num_query_blocks), selection.heads)
+        local = (group >= 0) & (block >= 0)
+        group[~local] = block[~local] = -1
+        of_list, rows = group[local], query_blocks.members(block[local])
+        of_row = np.repeat(of_list, query_blocks.sizes()[block[local]])
+        queries = np.repeat(rows, head_groups.sizes()[of_row]) * heads
+        queries += head_groups.heads[ranges(head_groups.start[of_row], head_groups.stop[of_row])]
+        sizes = np.zeros(len(local) + 1, dtype=np.int64)
+        sizes[1:][local] = query_blocks.sizes()[block[local]] * head_groups.sizes()[of_list]
         # Entries are gathered from this table by the million: half the width is half the time.
-        narrow = len(units.rows) * heads <= np.iinfo(np.int32).max
-        return _Lists(chooser, unit, queries.astype(np.int32 if narrow else np.int64), sizes.cumsum())
+        narrow = len(query_blocks.rows) * heads <= np.iinfo(np.int32).max
+        return _Lists(group, block, queries.astype(np.int32 if narrow else np.int64), sizes.cumsum())
 
     def sizes(self) -> np.ndarray:
         return self.first[1:] - self.first[:-1]
 
     def members(self, lists: np.ndarray) -> np.ndarray:
-        """Return the queries of these lists, one list after another."""
+        """The queries of these lists, one list after another."""
         return self.queries[ranges(self.first[lists], self.first[lists + 1])]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Entries:
-    """Which list names which piece: int32 arrays of one length, in the order of lists."""
+    """Pairs of a list and a key block on it: int32 `[entries]` each, in the order of lists."""
 
     list: np.ndarray
-    piece: np.ndarray
+    key_block: np.ndarray
 
     @staticmethod
-    def find(selection: BlockSelection, lists: _Lists, pieces: _Groups) -> "_Entries":
-        """Return the entries of lists that have rows here, if their blocks do too."""
-        number = np.arange(len(lists.unit), dtype=np.int32)
-        number[lists.unit < 0] = -1
-        of = np.repeat(number, selection.offsets.diff().numpy())
-        piece = _inverse(pieces.number, selection.blocks.count)[selection.chosen.numpy()]
-        return _Entries(of, piece).where((piece >= 0) & (of >= 0))
+    def find(selection: BlockSelection, lists: _Lists, key_blocks: _RowBlocks) -> "_Entries":
+        """The entries whose query block and key block both have local rows."""
+        number = np.arange(len(lists.query_block), dtype=np.int32)
+        number[lists.query_block < 0] = -1
+        of_entry = np.repeat(number, selection.offsets.diff().numpy())
+        block = _inverse(key_blocks.number, selection.blocks.count)[selection.key_blocks.numpy()]
+        return _Entries(of_entry, block).where((block >= 0) & (of_entry >= 0))
 
-    def where(self, keep: np.ndarray) -> "_Entries":
-        """Return the entries where `keep` is True."""
-        return self if keep.all() else self.take(np.flatnonzero(keep))
+    def where(self, condition: np.ndarray) -> "_Entries":
+        return self if condition.all() else self.take(np.flatnonzero(condition))
 
     def take(self, index: np.ndarray) -> "_Entries":
-        return _Entries(self.list[index], self.piece[index])
+        return _Entries(self.list[index], self.key_block[index])
 
     def __len__(self) -> int:
         return len(self.list)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Tasks:
+class _Builder:
+    """Batches of the query heads that share one attention mask."""
+
     plan: Plan
     attention_mask: AttentionMask
-    choosers: _Choosers
-    units: _Groups
-    pieces: _Groups
+    head_groups: _HeadGroups
+    query_blocks: _RowBlocks
+    key_blocks: _RowBlocks
     lists: _Lists
     kv_heads: int
 
-    def of(self, entries: _Entries) -> Iterator[Batch]:
-        together = choose_together(self.plan)
-        whole, partly = self._visible(entries, triangles=self.attention_mask.causal and not together)
-        yield from self._by_tile(entries.where(whole)) if together else self._by_block(entries.where(whole))
-        yield from self._partial(entries.where(partly))
+    def batches(self, entries: _Entries) -> Iterator[Batch]:
+        by_tile = selects_by_tile(self.plan, count_padding=True)
+        full, partial = self._classify(entries, keep_triangles=self.attention_mask.causal and not by_tile)
+        yield from self._per_tile(entries.where(full)) if by_tile else self._per_key_block(entries.where(full))
+        yield from self._partial(entries.where(partial))
 
-    def _visible(self, entries: _Entries, *, triangles: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Return of which entries all pairs are visible, and of which some may be.
+    def _classify(self, entries: _Entries, *, keep_triangles: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Whether all pairs of each entry are visible, and whether only some may be; bool `[entries]` each.
 
-        triangles: a block's last row, which sees all of it, is kept with the others: without it they are no triangle.
+        keep_triangles: a key block's last row, which sees all of it, counts as partial: with the rows before it, it
+        forms a causal triangle; without it they need a mask.
         """
-        units, pieces = (groups.bounds(self.attention_mask) for groups in (self.units, self.pieces))
-        whole, partly = (np.empty(len(entries), dtype=bool) for _ in range(2))
+        query_bounds, key_bounds = (x.bounds(self.attention_mask) for x in (self.query_blocks, self.key_blocks))
+        full, partial = (np.empty(len(entries), dtype=bool) for _ in range(2))
         for start in range(0, len(entries), ENTRIES_AT_ONCE):
-            part = slice(start, start + ENTRIES_AT_ONCE)
-            queries = units.take(self.lists.unit[entries.list[part]])
-            keys = pieces.take(entries.piece[part])
-            sees = all_see(queries, keys, self.attention_mask)
-            if triangles:
-                sees &= queries.position_low != keys.position_high
-            whole[part] = sees
-            partly[part] = ~sees & may_see(queries, keys, self.attention_mask)
-        return whole, partly
+            chunk = slice(start, start + ENTRIES_AT_ONCE)
+            queries = query_bounds.take(self.lists.query_block[entries.list[chunk]])
+            keys = key_bounds.take(entries.key_block[chunk])
+            all_visible = all_unmasked(queries, keys, self.attention_mask)
+            if keep_triangles:
+                all_visible &= queries.position_low != keys.position_high
+            full[chunk] = all_visible
+            partial[chunk] = ~all_visible & any_unmasked(queries, keys, self.attention_mask)
+        return full, partial
 
-    def _by_block(self, entries: _Entries) -> Iterator[Batch]:
-        """One task per piece and KV head: all rows that chose it."""
-        kv_head = self._kv_head(self.lists.chooser)
-        group = kv_head[entries.list] * len(self.pieces) + entries.piece
-        for chunk in _runs_of_equal(group):
-            of = entries.list[chunk]
-            keys = self.pieces.members(entries.piece[chunk[:1]]) * self.kv_heads + kv_head[of[0]]
-            yield _spread(torch.from_numpy(self.lists.members(of))[None], torch.from_numpy(keys)[None])
+    def _per_key_block(self, entries: _Entries) -> Iterator[Batch]:
+        """One problem per key block and KV head: all rows that select it, so its keys are gathered once."""
+        kv_head = self._kv_head(self.lists.head_group)
+        for same_keys in group_equal(kv_head[entries.list] * len(self.key_blocks) + entries.key_block):
+            of_entry = entries.list[same_keys]
+            queries = self.lists.members(of_entry)[None]  # [1, R]
+            keys = self.key_blocks.members(entries.key_block[same_keys[:1]])[None]  # [1, S]
+            keys = keys * self.kv_heads + kv_head[of_entry[0]]
+            yield _split_over_threads(torch.from_numpy(queries), torch.from_numpy(keys))
 
-    def _by_tile(self, entries: _Entries) -> Iterator[Batch]:
-        """One task per unit and chooser: all pieces that it chose; tasks of one shape in batches."""
+    def _per_tile(self, entries: _Entries) -> Iterator[Batch]:
+        """One problem per query block and head group: all key blocks that it selects, side by side."""
         if not len(entries):
             return
-        first, stop = _edges(entries.list)
-        keys = np.add.reduceat(self.pieces.sizes()[entries.piece], first)
-        of = entries.list[first]
-        rows = self.lists.sizes()[of]
-        for alike in _runs_of_equal(rows * (keys.max() + 1) + keys):
-            shape = int(rows[alike[0]]), int(keys[alike[0]])
-            for part in np.array_split(alike, -(-len(alike) * shape[1] // BATCH_ROWS)):
-                chosen = entries.piece[ranges(first[part], stop[part])]
-                kv_head = np.repeat(self._kv_head(self.lists.chooser[of[part]]), shape[1])
-                key_rows = self.pieces.members(chosen) * self.kv_heads + kv_head
-                queries = self.lists.members(of[part]).reshape(-1, shape[0])
-                yield _spread(torch.from_numpy(queries), torch.from_numpy(key_rows.reshape(-1, shape[1])))
+        first, stop = runs(entries.list)
+        keys = np.add.reduceat(self.key_blocks.sizes()[entries.key_block], first)
+        of_problem = entries.list[first]
+        rows = self.lists.sizes()[of_problem]
+        for same_shape in group_equal(rows * (keys.max() + 1) + keys):
+            num_rows, num_keys = int(rows[same_shape[0]]), int(keys[same_shape[0]])
+            for chunk in np.array_split(same_shape, -(-len(same_shape) * num_keys // BATCH_ROWS)):
+                key_block = entries.key_block[ranges(first[chunk], stop[chunk])]
+                kv_head = np.repeat(self._kv_head(self.lists.head_group[of_problem[chunk]]), num_keys)
+                key_rows = self.key_blocks.members(key_block) * self.kv_heads + kv_head
+                queries = self.lists.members(of_problem[chunk]).reshape(-1, num_rows)  # [problems, R]
+                yield _split_over_threads(
+                    torch.from_numpy(queries),
+                    torch.from_numpy(key_rows.reshape(-1, num_keys)),  # [problems, S]
+                )
 
     def _partial(self, entries: _Entries) -> Iterator[Batch]:
-        """Pairs that see some of each other: triangles where rows and keys are the same positions, else masks."""
+        """Entries of which only some pairs are visible: triangles where rows and keys match, else masks."""
         if not len(entries):
             return
-        # Every query head by itself, as only then a task's rows may form a triangle with its keys.
-        chooser = self.lists.chooser[entries.list]
-        head = self.choosers.heads[ranges(self.choosers.start[chooser], self.choosers.stop[chooser])]
-        each = np.repeat(np.arange(len(entries)), self.choosers.sizes()[chooser])
-        unit, piece = self.lists.unit[entries.list[each]], entries.piece[each]
-        # A row that sees some of several pieces meets them in several rounds, as a batch may have it only once.
-        order = np.lexsort((piece, unit, head))
-        unit, piece, head = unit[order], piece[order], head[order]
-        start, stop = _edges(head * len(self.units) + unit)
-        nth = np.arange(len(unit)) - np.repeat(start, stop - start)
-        order = np.lexsort((unit, piece, head, nth))
-        unit, piece, head, nth = unit[order], piece[order], head[order], nth[order]
-        first, stop = _edges((nth * self.plan.heads + head) * len(self.pieces) + piece)
-        rows = np.add.reduceat(self.units.sizes()[unit], first)
-        keys = self.pieces.sizes()[piece[first]]
-        for alike in _runs_of_equal((nth[first] * (rows.max() + 1) + rows) * (keys.max() + 1) + keys):
-            shape = int(rows[alike[0]]), int(keys[alike[0]])
-            for part in np.array_split(alike, -(-len(alike) * shape[0] * shape[1] // BATCH_PAIRS)):
-                row = self.units.members(unit[ranges(first[part], stop[part])])
-                key = self.pieces.members(piece[first[part]])
+        # Every query head by itself: only then can a problem's rows form a triangle with its keys.
+        group = self.lists.head_group[entries.list]
+        head = self.head_groups.heads[ranges(self.head_groups.start[group], self.head_groups.stop[group])]
+        entry = np.repeat(np.arange(len(entries)), self.head_groups.sizes()[group])
+        query_block, key_block = self.lists.query_block[entries.list[entry]], entries.key_block[entry]
+        # A batch may contain a row once only: the n-th partial key block of a row goes to round n.
+        order = np.lexsort((key_block, query_block, head))
+        query_block, key_block, head = query_block[order], key_block[order], head[order]
+        start, stop = runs(head * len(self.query_blocks) + query_block)
+        nth = ranges(np.zeros_like(start), stop - start)
+        order = np.lexsort((query_block, key_block, head, nth))
+        query_block, key_block, head, nth = query_block[order], key_block[order], head[order], nth[order]
+        # A problem is the rows of one round and head with one key block.
+        first, stop = runs((nth * self.plan.heads + head) * len(self.key_blocks) + key_block)
+        rows = np.add.reduceat(self.query_blocks.sizes()[query_block], first)
+        keys = self.key_blocks.sizes()[key_block[first]]
+        for same_shape in group_equal((nth[first] * (rows.max() + 1) + rows) * (keys.max() + 1) + keys):
+            num_rows, num_keys = int(rows[same_shape[0]]), int(keys[same_shape[0]])
+            for chunk in np.array_split(same_shape, -(-len(same_shape) * num_rows * num_keys // BATCH_PAIRS)):
+                row = self.query_blocks.members(query_block[ranges(first[chunk], stop[chunk])])
+                key = self.key_blocks.members(key_block[first[chunk]])
                 yield from self._partial_batches(
-                    torch.from_numpy(row.reshape(-1, shape[0])), torch.from_numpy(key.reshape(-1, shape[1])),
-                    torch.from_numpy(head[first[part], None]),
-                )  # fmt: skip
+                    torch.from_numpy(row.reshape(-1, num_rows)),  # [problems, R]
+                    torch.from_numpy(key.reshape(-1, num_keys)),  # [problems, S]
+                    torch.from_numpy(head[first[chunk], None]),  # [problems, 1]
+                )
 
     def _partial_batches(self, queries: Tensor, keys: Tensor, head: Tensor) -> Iterator[Batch]:
-        """Tasks of rows `[tasks, R]` and `[tasks, S]`, each of one query head `[tasks, 1]`."""
+        """At most two batches of rows `[problems, R]` and `[problems, S]`, each of one query head `[problems, 1]`."""
         position, document = self.plan.queries.position[queries], self.plan.queries.document[queries]
         key_position, key_document = self.plan.keys.position[keys], self.plan.keys.document[keys]
         triangle = torch.zeros(len(queries), dtype=torch.bool)
@@ -309,50 +340,32 @@ class _Tasks:
         if triangle.any():
             yield Batch(Kind.CAUSAL, query_index[triangle], key_index[triangle])
         if not triangle.all():
-            edge = ~triangle
-            mask = self.attention_mask.mask_mod(
-                position[edge, :, None], document[edge, :, None], key_position[edge, None], key_document[edge, None]
+            rest = ~triangle
+            mask = self.attention_mask.mask_mod(  # [problems, R, 1] against [problems, 1, S]
+                position[rest, :, None], document[rest, :, None], key_position[rest, None], key_document[rest, None]
             )
-            yield Batch(Kind.MASKED, query_index[edge], key_index[edge], mask)
+            yield Batch(Kind.MASKED, query_index[rest], key_index[rest], mask)
 
-    def _kv_head(self, chooser: np.ndarray) -> np.ndarray:
-        """Return the KV head of these choosers' query heads, int32."""
-        kv_head = self.choosers.heads[self.choosers.start] // (self.plan.heads // self.kv_heads)
-        return kv_head.astype(np.int32)[chooser]
+    def _kv_head(self, head_group: np.ndarray) -> np.ndarray:
+        """The KV head of these head groups, int32."""
+        kv_head = self.head_groups.heads[self.head_groups.start] // (self.plan.heads // self.kv_heads)
+        return kv_head.astype(np.int32)[head_group]
 
 
-def _spread(queries: Tensor, keys: Tensor) -> Batch:
-    """Tasks whose rows see all their keys; where they are few, each as several, one for each thread to work on."""
-    tasks, rows = queries.shape
-    count = 1 if tasks >= 2 * torch.get_num_threads() else torch.get_num_threads()
-    surplus = -rows % count
-    if rows < count or (surplus and tasks > 1):
+def _split_over_threads(queries: Tensor, keys: Tensor) -> Batch:
+    """A batch of full problems; few problems are cut into one part of their rows for each thread."""
+    problems, rows = queries.shape
+    count = 1 if problems >= 2 * torch.get_num_threads() else torch.get_num_threads()
+    filler = -rows % count
+    if rows < count or (filler and problems > 1):
         return Batch(Kind.FULL, queries, keys)
-    filled = torch.cat((queries, queries[:, -1:].expand(-1, surplus)), dim=1) if surplus else queries
-    return Batch(Kind.FULL, filled.reshape(tasks * count, -1), keys.repeat_interleave(count, dim=0), surplus=surplus)
-
-
-def _edges(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return where each stretch of equal values starts and stops."""
-    start = np.flatnonzero(np.diff(values, prepend=-1))
-    return start, np.append(start[1:], len(values))[: len(start)]
+    filled = torch.cat((queries, queries[:, -1:].expand(-1, filler)), dim=1) if filler else queries
+    # [problems, R + filler] -> [problems * count, (R + filler) / count]
+    return Batch(Kind.FULL, filled.reshape(problems * count, -1), keys.repeat_interleave(count, dim=0), filler=filler)
 
 
 def _inverse(number: np.ndarray, count: int) -> np.ndarray:
-    """Return int32 `[count]`: the place of each number in `number`, -1 where it is absent."""
-    place = np.full(count, -1, dtype=np.int32)
-    place[number] = np.arange(len(number))
-    return place
-
-
-def _runs_of_equal(values: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield, for each distinct value, where it stands, ascending."""
-    if not len(values):
-        return
-    if values.max() < 1 << 16:
-        # numpy sorts 16 bits by radix, anything wider by comparisons.
-        order, counts = np.argsort(values.astype(np.uint16), kind="stable"), np.bincount(values)
-        yield from np.split(order, np.cumsum(counts[counts > 0])[:-1])
-    else:
-        order = np.argsort(values, kind="stable")
-        yield from np.split(order, np.flatnonzero(np.diff(values[order])) + 1)
+    """int32 `[count]`: the index of each of 0 to count - 1 in `number`, -1 where it is absent."""
+    index = np.full(count, -1, dtype=np.int32)
+    index[number] = np.arange(len(number))
+    return index

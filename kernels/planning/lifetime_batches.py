@@ -1,7 +1,12 @@
-"""Alive: a plan with lifetimes turned into gathers of tiles of query rows and of the keys that are alive for them.
+"""A plan with lifetimes (KV eviction) turned into batches of gathered tiles of query rows and their active keys.
 
-A key is alive over one stretch of queries, its own position to its last: so every tile of neighboring queries finds
-its keys without looking at the others. Those alive for the whole tile need no mask: global ones, mostly.
+A key is active for the queries from its own position to its last one, an interval in document order: so each tile of
+neighboring queries finds its keys without looking at the others. Keys active for the whole tile, mostly global ones,
+need no mask:
+
+    queries, tiles of 3    0 1 2 | 3 4 5 | 6 7 8
+    key 1, lifetime 4        x x | x x   |           tiles 0 and 1, both under a mask
+    key 2, lifetime 8          x | x x x | x x x     tile 0 under a mask; tiles 1 and 2 in full
 """
 
 from collections.abc import Iterator
@@ -14,49 +19,51 @@ from farspan.kernels.masks.rows import Rows
 from farspan.kernels.planning.gathered_batches import BATCH_PAIRS, BATCH_ROWS, Batch
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.planning.regions import Kind
+from farspan.kernels.ragged import chunks_by_budget, ranges, runs
 
 TILE = 128
-"""Query rows that look for their keys together."""
-KEYS_ALIKE = 64
-"""Tiles take keys without a mask by this many, so that enough tiles are alike and share a batch."""
+"""Query rows that share one list of keys."""
+KEY_MULTIPLE = 64
+"""Tiles take keys without a mask in multiples of this, so that enough tiles have one shape and share a batch."""
 ENTRIES_AT_ONCE = 1 << 22
-"""Pairs of a tile and a key that are listed at the same time, unless a single tile has more."""
+"""Pairs of a tile and a key that are listed at once, unless a single tile has more."""
 
 
-def alive_batches(plan: Plan, kv_heads: int) -> Iterator[Batch]:
+def lifetime_batches(plan: Plan, kv_heads: int) -> Iterator[Batch]:
     """Yield disjoint batches that hold every visible pair of a plan with lifetimes."""
     assert plan.lifetime is not None
     assert len(plan.lifetime) == kv_heads, "every KV head has lifetimes of its own"
-    queries, keys = _InLine.of(plan.queries), _InLine.of(plan.keys)
+    queries, keys = _DocumentOrder.of(plan.queries), _DocumentOrder.of(plan.keys)
     if not len(queries.row) or not len(keys.row):
         return
+    # The last query that sees each key, as an ordinal: [Hk, keys].
     last = keys.document * (1 << 32) + plan.lifetime.numpy()[:, keys.row].astype(np.int64)
     tiles = _Tiles(plan, kv_heads, queries, keys, last)
-    for start, stop in tiles.portions():
+    for start, stop in chunks_by_budget(tiles.num_keys(), ENTRIES_AT_ONCE):
         yield from tiles.batches(start, stop)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _InLine:
-    """Rows that are not padding, by document and position; `ordinal` is a number that orders them so."""
+class _DocumentOrder:
+    """Rows that are not padding, sorted by document and position; `ordinal` is the number they are sorted by."""
 
     row: np.ndarray
     document: np.ndarray
     ordinal: np.ndarray
 
     @staticmethod
-    def of(rows: Rows) -> "_InLine":
+    def of(rows: Rows) -> "_DocumentOrder":
         document, ordinal = rows.document.numpy().astype(np.int64), rows.ordinal().numpy()
         row = np.argsort(ordinal, kind="stable")
         row = row[np.searchsorted(document[row], 0) :]
-        return _InLine(row, document[row], ordinal[row])
+        return _DocumentOrder(row, document[row], ordinal[row])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Tasks:
-    """Pairs of a KV head and a tile, `number` = head * tiles + tile, each with keys alive for some of the tile's rows.
+class _Problems:
+    """Pairs of a KV head and a tile, `number` = head * tiles + tile, each with the keys active for some of its rows.
 
-    The keys are key[begin:end]; key[begin:middle] are alive for all rows, and as many as a multiple of KEYS_ALIKE.
+    The keys are key[begin:end]; key[begin:middle] are active for all rows, a multiple of KEY_MULTIPLE of them.
     """
 
     number: np.ndarray
@@ -67,9 +74,11 @@ class _Tasks:
 
 
 class _Tiles:
-    """Tiles of the queries in line, and of each key of each KV head the tiles that it is alive for: first to stop."""
+    """Tiles of the queries in document order, and the tiles [first, stop) each key is active for, `[Hk, keys]`."""
 
-    def __init__(self, plan: Plan, kv_heads: int, queries: _InLine, keys: _InLine, last: np.ndarray) -> None:
+    def __init__(
+        self, plan: Plan, kv_heads: int, queries: _DocumentOrder, keys: _DocumentOrder, last: np.ndarray
+    ) -> None:
         self.plan, self.kv_heads, self.queries, self.keys, self.last = plan, kv_heads, queries, keys, last
         self.group, self.count = plan.heads // kv_heads, -(-len(queries.row) // TILE)
         self.rows = np.minimum(len(queries.row) - np.arange(self.count) * TILE, TILE)
@@ -78,65 +87,60 @@ class _Tiles:
         self.first = np.broadcast_to(np.searchsorted(self.high, keys.ordinal), last.shape)
         self.stop = np.maximum(np.searchsorted(self.low, last, side="right"), self.first)
 
-    def portions(self) -> Iterator[tuple[int, int]]:
-        """Yield stretches of tiles, at least one, that have about ENTRIES_AT_ONCE keys together."""
+    def num_keys(self) -> np.ndarray:
+        """Keys of each tile, all KV heads together, `[tiles]`: those begun minus those over."""
         begun, over = (np.bincount(x.flatten(), minlength=self.count + 1) for x in (self.first, self.stop))
-        ends = np.cumsum(np.cumsum(begun - over)[: self.count])
-        start = 0
-        while start < self.count:
-            limit = (ends[start - 1] if start else 0) + ENTRIES_AT_ONCE
-            stop = max(start + 1, int(np.searchsorted(ends, limit, side="right")))
-            yield start, stop
-            start = stop
+        return np.cumsum(begun - over)[: self.count]
 
-    def tasks(self, start: int, stop: int) -> _Tasks:
-        """Return the tasks of tiles [start, stop) that have keys."""
-        first, over = np.clip(self.first, start, stop), np.clip(self.stop, start, stop)
-        sizes = (over - first).flatten()
-        entry = np.repeat(np.arange(sizes.size), sizes)
-        tile = np.arange(len(entry)) - np.repeat(np.cumsum(sizes) - sizes - first.flatten(), sizes)
+    def problems(self, start: int, stop: int) -> _Problems:
+        """The problems of tiles [start, stop) that have keys."""
+        first, over = (np.clip(x, start, stop).flatten() for x in (self.first, self.stop))  # [Hk * keys]
+        entry, tile = np.repeat(np.arange(len(first)), over - first), ranges(first, over)
         head, key = np.divmod(entry, len(self.keys.row))
-        whole = (self.keys.ordinal[key] <= self.low[tile]) & (self.last[head, key] >= self.high[tile])
+        full = (self.keys.ordinal[key] <= self.low[tile]) & (self.last[head, key] >= self.high[tile])
         number = head * self.count + tile
-        order = np.argsort(number * 2 + ~whole, kind="stable")
+        # Within a problem, keys that need no mask come first.
+        order = np.argsort(number * 2 + ~full, kind="stable")
         number, key = number[order], key[order]
-        begin = np.flatnonzero(np.diff(number, prepend=-1))
-        end = np.append(begin[1:], len(number))[: len(begin)]
-        alike = np.diff(np.cumsum(whole[order])[end - 1], prepend=0) // KEYS_ALIKE * KEYS_ALIKE
-        return _Tasks(number[begin], key, begin, begin + alike, end)
+        begin, end = runs(number)
+        num_full = np.diff(np.cumsum(full[order])[end - 1], prepend=0)
+        return _Problems(number[begin], key, begin, begin + num_full // KEY_MULTIPLE * KEY_MULTIPLE, end)
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """Yield the batches of tiles [start, stop)."""
-        tasks = self.tasks(start, stop)
-        rows = self.rows[tasks.number % self.count]
-        for low, high, kind in ((tasks.begin, tasks.middle, Kind.FULL), (tasks.middle, tasks.end, Kind.MASKED)):
-            width = -(-(high - low) // KEYS_ALIKE) * KEYS_ALIKE
-            for num_rows, num_keys, alike in _alike(rows, width):
-                places = low[alike, None] + np.arange(num_keys)
-                present = places < high[alike, None]
-                key = tasks.key[np.minimum(places, high[alike, None] - 1)]
+        problems = self.problems(start, stop)
+        rows = self.rows[problems.number % self.count]
+        halves = (problems.begin, problems.middle, Kind.FULL), (problems.middle, problems.end, Kind.MASKED)
+        for low, high, kind in halves:
+            width = -(-(high - low) // KEY_MULTIPLE) * KEY_MULTIPLE
+            for num_rows, num_keys, same_shape in _by_shape(rows, width):
+                # [problems, S]: indices into `key`; those beyond the end repeat the last key, masked.
+                index = low[same_shape, None] + np.arange(num_keys)
+                present = index < high[same_shape, None]
+                key = problems.key[np.minimum(index, high[same_shape, None] - 1)]
                 limit = BATCH_ROWS if kind is Kind.FULL else BATCH_PAIRS // (num_rows * self.group)
                 at_once = max(limit // num_keys, 1)
-                for part in (slice(nth, nth + at_once) for nth in range(0, len(alike), at_once)):
-                    yield self._batch(kind, tasks.number[alike[part]], num_rows, key[part], present[part])
+                for part in (slice(nth, nth + at_once) for nth in range(0, len(same_shape), at_once)):
+                    yield self._batch(kind, problems.number[same_shape[part]], num_rows, key[part], present[part])
 
     def _batch(self, kind: Kind, number: np.ndarray, rows: int, key: np.ndarray, present: np.ndarray) -> Batch:
-        """Return the batch of the tasks `number` `[n]`, of as many rows each, and keys `[n, S]`, those `present`."""
-        head, tile = np.divmod(number[:, None], self.count)
-        place = tile * TILE + np.arange(rows)
-        query_head = np.tile(np.arange(self.group), rows) + head * self.group
-        row = np.repeat(self.queries.row[place], self.group, axis=1)
+        """The batch of the problems `number` `[n]`, of `rows` rows each, and keys `[n, S]`, those `present`."""
+        head, tile = np.divmod(number[:, None], self.count)  # [n, 1]
+        index = tile * TILE + np.arange(rows)  # [n, rows]
+        # The query heads of a KV head run side by side: R = rows * group, head fastest.
+        query_head = np.tile(np.arange(self.group), rows) + head * self.group  # [n, R]
+        row = np.repeat(self.queries.row[index], self.group, axis=1)  # [n, R]
         queries = torch.from_numpy(row * self.plan.heads + query_head)
         keys = torch.from_numpy(self.keys.row[key] * self.kv_heads + head)
         if kind is Kind.FULL:
             return Batch(kind, queries, keys)
-        query, born, last = self.queries.ordinal[place][:, :, None], self.keys.ordinal[key], self.last[head, key]
-        alive = (born[:, None] <= query) & (query <= last[:, None]) & present[:, None]
-        return Batch(kind, queries, keys, torch.from_numpy(np.repeat(alive, self.group, axis=1)))
+        query, first, last = self.queries.ordinal[index][:, :, None], self.keys.ordinal[key], self.last[head, key]
+        active = (first[:, None] <= query) & (query <= last[:, None]) & present[:, None]  # [n, rows, S]
+        return Batch(kind, queries, keys, torch.from_numpy(np.repeat(active, self.group, axis=1)))  # [n, R, S]
 
 
-def _alike(rows: np.ndarray, width: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Yield the shapes (rows, keys) of tasks that have keys, and the tasks of each."""
+def _by_shape(rows: np.ndarray, width: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Yield the shapes (rows, keys) of problems that have keys, and the problems of each."""
     some = np.flatnonzero(width)
     shape = rows[some] << 32 | width[some]
     for number in np.unique(shape).tolist():

@@ -1,4 +1,14 @@
-"""Plan: what attention of some query rows to some key rows has to compute; made before any tensor is touched."""
+"""Plan: the (query, key) pairs that attention of some rows to others has to compute, made before any tensor exists.
+
+Example: a causal document of 100 tokens, two query heads, the second with a window of 70.
+Plan.build(rows, rows, AttentionMask(window=(100, 70)), heads=2).parts are
+
+    HeadPlan(heads=(0,))    CAUSAL queries [0, 100) x keys [0, 100)
+    HeadPlan(heads=(1,))    CAUSAL [0, 64) x [0, 64), FULL [64, 69) x [0, 30), ANTICAUSAL [69, 99) x [0, 30), ...
+
+Regions cover the static mask. A selection or lifetimes, known only once a layer has its queries, are put on top by
+`with_selection` and `with_lifetimes`: regions are cut once, however many layers share them.
+"""
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
@@ -16,7 +26,7 @@ from farspan.kernels.planning.regions import Kind, Region, cut_regions
 
 @dataclass(frozen=True, slots=True)
 class HeadPlan:
-    """What some of the query heads have in common: one visibility, and the disjoint regions with its visible pairs."""
+    """The query heads that share one uniform mask, and the disjoint regions that hold its visible pairs."""
 
     heads: tuple[int, ...]
     attention_mask: AttentionMask
@@ -25,10 +35,10 @@ class HeadPlan:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
-    """Which query rows attend to which key rows: those that `attention_mask` shows and, where there is one, that
-    `selection` names.
+    """The pairs visible under `attention_mask` and, where there is one, in the key blocks of `selection`.
 
-    lifetime: int32 `[Hk, keys]`, or None: the last query position that sees each key of each KV head (-1: none does).
+    lifetime: int32 `[Hk, keys]` or None, the last query position that sees each key of each KV head; -1: none does.
+    Raises ValueError for lifetimes with any mask but the plain causal one, or with a selection.
     """
 
     queries: Rows
@@ -38,8 +48,8 @@ class Plan:
     parts: tuple[HeadPlan, ...]
     selection: BlockSelection | None
     lifetime: Tensor | None = None
-    derived: dict[Hashable, Any] = field(default_factory=dict, init=False)
-    """What backends made of the plan, by keys of their own: once for forward and backward, and for all layers."""
+    cache: dict[Hashable, Any] = field(default_factory=dict, init=False)
+    """What backends compute from the plan, under keys of their own: shared by forward, backward and all layers."""
 
     def __post_init__(self) -> None:
         if self.lifetime is not None and (
@@ -68,19 +78,19 @@ class Plan:
             for uniform, group in attention_mask.by_heads(heads).items()
         )
         plan = Plan(queries=queries, keys=keys, attention_mask=attention_mask, heads=heads, parts=parts, selection=None)
-        return plan if selection is None else plan.choosing(selection)
+        return plan if selection is None else plan.with_selection(selection)
 
-    def choosing(self, selection: BlockSelection) -> "Plan":
-        """Return the same plan, of whose keys the queries see only those that `selection` chose."""
-        if self.heads % selection.heads or len(selection.unit) != len(self.queries):
+    def with_selection(self, selection: BlockSelection) -> "Plan":
+        """The same plan, restricted to the key blocks that each query selects; its cache starts empty."""
+        if self.heads % selection.heads or len(selection.query_block) != len(self.queries):
             raise ValueError(
-                f"a selection for {selection.heads} heads and {len(selection.unit)} queries cannot go with a plan for "
-                f"{self.heads} heads and {len(self.queries)} queries"
+                f"a selection for {selection.heads} heads and {len(selection.query_block)} queries cannot go with a "
+                f"plan for {self.heads} heads and {len(self.queries)} queries"
             )
         return replace(self, selection=selection)
 
-    def living(self, lifetime: Tensor) -> "Plan":
-        """Return the same plan, of whose keys the queries see only those still alive at their positions."""
+    def with_lifetimes(self, lifetime: Tensor) -> "Plan":
+        """The same plan, restricted to keys that are still active at the query's position; its cache starts empty."""
         if lifetime.dtype != torch.int32 or lifetime.dim() != 2 or lifetime.shape[1] != len(self.keys):
             raise ValueError(
                 f"lifetimes must be int32 [KV heads, {len(self.keys)}], not {lifetime.dtype} {list(lifetime.shape)}"
@@ -89,12 +99,12 @@ class Plan:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no query sees any key, as far as visibility goes."""
+        """Whether the mask alone hides every key from every query."""
         return not any(part.regions for part in self.parts)
 
     @cached_property
     def unmasked_pairs(self) -> int:
-        """The number of (query, key) pairs that visibility shows, the mean over heads."""
+        """The number of (query, key) pairs visible under the mask alone, the mean over heads."""
         pairs = sum(
             self._pairs(part.attention_mask, region) * len(part.heads) for part in self.parts for region in part.regions
         )
@@ -106,24 +116,26 @@ class Plan:
         if region.kind is Kind.FULL:
             return num_queries * num_keys
         if region.kind is Kind.CAUSAL:
-            edge = min(num_queries, num_keys)
-            return edge * (edge + 1) // 2 + (num_queries - edge) * num_keys
+            # Query i sees keys 0..i; queries from num_keys on see all of them.
+            side = min(num_queries, num_keys)
+            return side * (side + 1) // 2 + (num_queries - side) * num_keys
         if region.kind is Kind.ANTICAUSAL:
             return num_queries * (num_queries + 1) // 2
         return int(self.region_mask(attention_mask, region).sum())
 
     def region_mask(self, attention_mask: AttentionMask, region: Region) -> Tensor:
-        """Return which pairs of the region are visible, bool `[region's queries, region's keys]`."""
+        """The pairs of the region that are visible, bool `[region's queries, region's keys]`."""
         return attention_mask.mask(self.queries.slice(region.queries), self.keys.slice(region.keys))
 
     def mask(self) -> Tensor:
-        """Return the definition of the whole plan, bool `[heads, queries, keys]`; quadratic, for references."""
+        """The dense mask of the plan, bool `[heads, queries, keys]`; quadratic, for references."""
         visible = torch.empty(self.heads, len(self.queries), len(self.keys), dtype=torch.bool)
         for part in self.parts:
             visible[list(part.heads)] = part.attention_mask.mask(self.queries, self.keys)
         if self.selection is not None:
+            # [head groups, queries, keys] -> [heads, queries, keys]
             visible &= self.selection.mask(self.keys).repeat_interleave(self.heads // self.selection.heads, dim=0)
         if self.lifetime is not None:
-            alive = self.queries.position[:, None] <= self.lifetime[:, None, :]
-            visible &= alive.repeat_interleave(self.heads // len(self.lifetime), dim=0)
+            active = self.queries.position[:, None] <= self.lifetime[:, None, :]  # [Hk, queries, keys]
+            visible &= active.repeat_interleave(self.heads // len(self.lifetime), dim=0)
         return visible

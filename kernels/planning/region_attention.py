@@ -1,7 +1,8 @@
 """Attention of a plan without a selection: a flash function called for its regions, partial results merged.
 
 A flash function knows neither rows nor documents: a region is full, causal from its top-left corner, or has a mask.
-An anticausal region is a causal one once its rows are turned round.
+An anticausal region becomes a causal one by reversing its rows. Regions of one shape at equal distances, such as the
+chunks of a window or documents of one length, go into one call as a strided view (`_Row`).
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from farspan.kernels.planning.plan import HeadPlan, Plan
 from farspan.kernels.planning.regions import Kind, Region
 
 ROWS_AT_ONCE = 1 << 13
-"""Query rows of small regions that one call takes together: what bounds the memory of partial results."""
+"""Query rows of small regions that one call takes together: bounds the memory of partial results."""
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -33,7 +34,7 @@ class FlashForward(Protocol):
 
 
 class FlashBackward(Protocol):
-    """From the same, dout, and an out and lse that may be of more keys, to (dq, dk, dv) in q's dtype or wider."""
+    """From the same, dout, and an out and lse that may cover more keys, to (dq, dk, dv) in q's dtype or wider."""
 
     def __call__(
         self,
@@ -63,8 +64,9 @@ class RegionAttention:
         out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
         for part in plan.parts:
             heads, kv_heads = _index_of_heads(part, q, k)
-            found = self._part_forward(q[:, heads], k[:, kv_heads], v[:, kv_heads], plan, part)
-            out[:, heads], lse[:, heads] = found[0].to(out.dtype), found[1]
+            # [T, Hq, ..] -> [T, heads of the part, ..]; k and v are repeated for each of these heads
+            part_out, part_lse = self._part_forward(q[:, heads], k[:, kv_heads], v[:, kv_heads], plan, part)
+            out[:, heads], lse[:, heads] = part_out.to(out.dtype), part_lse
         return out, lse
 
     def backward(
@@ -76,35 +78,38 @@ class RegionAttention:
         dq, dk, dv = zeros(q, k, v)
         for part in plan.parts:
             heads, kv_heads = _index_of_heads(part, q, k)
-            of_queries, of_keys = (x[:, heads] for x in (dout, q, out, lse)), (x[:, kv_heads] for x in (k, v))
-            (my_dout, my_q, my_out, my_lse), (my_k, my_v) = of_queries, of_keys
-            found = self._part_backward(my_dout, my_q, my_k, my_v, my_out, my_lse, plan, part)
-            dq[:, heads] = found[0].to(dq.dtype)
-            dk.index_add_(1, kv_heads, found[1].to(dk.dtype))
-            dv.index_add_(1, kv_heads, found[2].to(dv.dtype))
+            part_dout, part_q, part_out, part_lse = (x[:, heads] for x in (dout, q, out, lse))
+            part_dq, part_dk, part_dv = self._part_backward(
+                part_dout, part_q, k[:, kv_heads], v[:, kv_heads], part_out, part_lse, plan, part
+            )
+            dq[:, heads] = part_dq.to(dq.dtype)
+            # Query heads that share a KV head: their gradients add up.
+            dk.index_add_(1, kv_heads, part_dk.to(dk.dtype))
+            dv.index_add_(1, kv_heads, part_dv.to(dv.dtype))
         return dq, dk, dv
 
     def _part_forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, part: HeadPlan) -> tuple[Tensor, Tensor]:
-        if _is_whole(plan, part):
+        if _is_single_region(plan, part):
             out, lse = self._row_forward(q, k, v, plan, part, _Row(part.regions[0]))
-            return out.squeeze(0), lse.squeeze(0)
+            return out.squeeze(0), lse.squeeze(0)  # [1, T, Hq, ..] -> [T, Hq, ..]
         out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
         for row in _rows_of(part):
-            found = self._row_forward(q, k, v, plan, part, row)
-            merge_(row.of_queries(out), row.of_queries(lse), *found)
+            row_out, row_lse = self._row_forward(q, k, v, plan, part, row)
+            merge_(row.of_queries(out), row.of_queries(lse), row_out, row_lse)
         return out, lse
 
     def _part_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan, part: HeadPlan
     ) -> Gradients:
-        if _is_whole(plan, part):
+        if _is_single_region(plan, part):
             gradients = self._row_backward(dout, q, k, v, out, lse, plan, part, _Row(part.regions[0]))
-            dq, dk, dv = (gradient.squeeze(0) for gradient in gradients)
+            dq, dk, dv = (gradient.squeeze(0) for gradient in gradients)  # [1, rows, ..] -> [rows, ..]
             return dq, dk, dv
         dq, dk, dv = zeros(q, k, v)
         for row in _rows_of(part):
             part_dq, part_dk, part_dv = self._row_backward(dout, q, k, v, out, lse, plan, part, row)
             row.of_queries(dq).add_(part_dq)
+            # Windows of neighboring regions overlap in keys: an in-place sum must not meet a key twice.
             for some in row.apart():
                 row.of_keys(dk, some).add_(part_dk[some])
                 row.of_keys(dv, some).add_(part_dv[some])
@@ -114,10 +119,10 @@ class RegionAttention:
         self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, part: HeadPlan, row: "_Row"
     ) -> tuple[Tensor, Tensor]:
         """Return out `[regions, T, Hq, Dv]` and lse `[regions, T, Hq]`."""
-        my_q, my_k, my_v = (row.turn(_by_head(x)) for x in (row.of_queries(q), row.of_keys(k), row.of_keys(v)))
+        q, k, v = (row.flip(_by_head(x)) for x in (row.of_queries(q), row.of_keys(k), row.of_keys(v)))
         mask = _mask(plan, part, row.first, q.device)
-        out, lse = self.flash(my_q, my_k, my_v, causal=row.is_causal, mask=mask)
-        return _by_head(row.turn(out)), row.turn(lse).transpose(1, 2)
+        out, lse = self.flash(q, k, v, causal=row.is_causal, mask=mask)
+        return _by_head(row.flip(out)), row.flip(lse).transpose(1, 2)  # [regions, Hq, T] -> [regions, T, Hq]
 
     def _row_backward(
         self,
@@ -132,21 +137,21 @@ class RegionAttention:
         row: "_Row",
     ) -> Gradients:
         """Return dq `[regions, T, Hq, D]`, dk and dv `[regions, S, Hk, ..]`."""
-        my_dout, my_q, my_out = (row.turn(_by_head(row.of_queries(x))) for x in (dout, q, out))
-        my_k, my_v = (row.turn(_by_head(row.of_keys(x))) for x in (k, v))
-        my_lse = row.turn(row.of_queries(lse).transpose(1, 2))
+        dout, q, out = (row.flip(_by_head(row.of_queries(x))) for x in (dout, q, out))
+        k, v = (row.flip(_by_head(row.of_keys(x))) for x in (k, v))
+        lse = row.flip(row.of_queries(lse).transpose(1, 2))  # [regions, T, Hq] -> [regions, Hq, T]
         mask = _mask(plan, part, row.first, q.device)
-        gradients = self.flash_backward(my_dout, my_q, my_k, my_v, my_out, my_lse, causal=row.is_causal, mask=mask)
-        dq, dk, dv = (_by_head(row.turn(gradient)) for gradient in gradients)
+        gradients = self.flash_backward(dout, q, k, v, out, lse, causal=row.is_causal, mask=mask)
+        dq, dk, dv = (_by_head(row.flip(gradient)) for gradient in gradients)
         return dq, dk, dv
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """Regions of one kind and shape at equal distances, as pieces of a window or documents of one length: one call.
+    """Regions of one kind and shape at equal distances, such as the chunks of a window: one call of flash.
 
-    first: the first of `count`; queries and keys of each further one lie `query_step` and `key_step` rows on. Queries
-    do not overlap.
+    first: the first of `count` regions; queries and keys of each further one lie `query_step` and `key_step` rows on.
+    Queries do not overlap.
     """
 
     first: Region
@@ -159,36 +164,38 @@ class _Row:
         return self.first.kind in (Kind.CAUSAL, Kind.ANTICAUSAL)
 
     def apart(self) -> Iterator[slice]:
-        """Yield slices of the regions, those in each so far apart that they share no keys."""
+        """Yield slices of the regions; those in one slice are so far apart that they share no keys."""
         num_keys = self.first.key_stop - self.first.key_start
         step = min(-(-num_keys // self.key_step), self.count) if self.key_step else self.count
         yield from (slice(start, self.count, step) for start in range(step))
 
     def of_queries(self, x: Tensor) -> Tensor:
-        """Return the regions' queries as a view `[regions, T, ...]` of x `[rows, ...]`."""
+        """The regions' queries as a view `[regions, T, ...]` of x `[rows, ...]`."""
         return self._view(x, self.first.queries, self.query_step, slice(0, self.count, 1))
 
     def of_keys(self, x: Tensor, some: slice | None = None) -> Tensor:
-        """Return the keys of the regions, or of `some` of them, as a view `[regions, S, ...]` of x `[rows, ...]`."""
+        """The keys of the regions, or of `some` of them, as a view `[regions, S, ...]` of x `[rows, ...]`."""
         return self._view(x, self.first.keys, self.key_step, some or slice(0, self.count, 1))
 
-    def turn(self, x: Tensor) -> Tensor:
-        """Turn the rows of x `[regions, heads, rows, ...]` round if that makes a causal region of these, and back."""
+    def flip(self, x: Tensor) -> Tensor:
+        """Reverse the rows of x `[regions, heads, rows, ...]` where that makes the regions causal, and back."""
         return x.flip(2) if self.first.kind is Kind.ANTICAUSAL else x
 
     def _view(self, x: Tensor, rows: slice, step: int, some: slice) -> Tensor:
         first = x[rows.start + some.start * step : rows.stop + some.start * step]
         count = len(range(some.start, some.stop, some.step))
+        # [rows, ...] -> [regions, rows of a region, ...] without a copy: regions `step` rows apart may overlap.
         return first.as_strided((count, *first.shape), (some.step * step * x.stride(0), *first.stride()))
 
 
 def _rows_of(part: HeadPlan) -> Iterator[_Row]:
-    """Yield a part's regions, those that go together in one call; nothing is said of their order."""
+    """Yield a part's regions by calls of flash, in no particular order."""
     by_shape: dict[tuple[Kind, int, int], list[Region]] = {}
     for region in part.regions:
         num_queries, num_keys = region.query_stop - region.query_start, region.key_stop - region.key_start
         by_shape.setdefault((region.kind, num_queries, num_keys), []).append(region)
     for (kind, num_queries, _), regions in by_shape.items():
+        # Masks differ from region to region.
         most = 1 if kind is Kind.MASKED else max(ROWS_AT_ONCE // num_queries, 1)
         row = _Row(regions[0])
         for region in regions[1:]:
@@ -204,19 +211,19 @@ def _rows_of(part: HeadPlan) -> Iterator[_Row]:
 
 
 def zeros(*like: Tensor) -> Gradients:
-    """Return zeros of three shapes, in the accumulation dtype."""
+    """Zeros like three tensors, in their accumulation dtype."""
     dq, dk, dv = (torch.zeros(x.shape, dtype=accumulation_dtype(x.dtype), device=x.device) for x in like)
     return dq, dk, dv
 
 
 def _index_of_heads(part: HeadPlan, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the part's query heads and, for each, its KV head."""
+    """The part's query heads and the KV head of each."""
     heads = torch.tensor(part.heads, device=q.device)
     return heads, heads // (q.shape[1] // k.shape[1])
 
 
-def _is_whole(plan: Plan, part: HeadPlan) -> bool:
-    """Whether one region holds all rows, so that nothing has to be merged."""
+def _is_single_region(plan: Plan, part: HeadPlan) -> bool:
+    """Whether one region holds all rows and keys, so that nothing has to be merged."""
     if len(part.regions) != 1:
         return False
     region = part.regions[0]

@@ -1,4 +1,4 @@
-"""Tiling: rows cut into tiles of one size, in the order given or gathered by a number that some of them share."""
+"""Tilings: rows cut into tiles of one size, in the order given or gathered by a number that some of them share."""
 
 from dataclasses import dataclass
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import PADDING, Rows
 from farspan.kernels.planning.bounds import Bounds
+from farspan.kernels.ragged import ranges
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -16,8 +17,8 @@ class Tiling:
     """Tiles of `size` rows.
 
     index: int32 `[tiles * size]`, the row at each place, -1 where there is none; None where place i holds row i.
-    number: int64 `[tiles]`, what the rows of a tile share; None where they were not cut by number. rows: what is known
-    of the row at each place; the last tile may be short where they are in order.
+    number: int64 `[tiles]`, the number that a tile's rows share, such as their block; None where they were not cut by
+    number. rows: position and document of the row at each place; the last tile may be short where rows are in order.
     """
 
     size: int
@@ -27,15 +28,16 @@ class Tiling:
 
     @staticmethod
     def of(rows: Rows, size: int, number: Tensor | None = None) -> "Tiling":
-        """Cut `rows` into tiles, so that all rows of a tile share one `number` (int64 `[rows]`), if it is given.
+        """Cut `rows` into tiles; with a `number`, int64 `[rows]`, all rows of a tile share it.
 
-        Rows stay in order if their numbers allow it, the tiles of each number one after another; else they are sorted
-        by number. Those with number -1 are padding, or left out.
+        Rows stay in order where their numbers allow it, the tiles of each number one after another; else they are
+        sorted by number. Rows with number -1 become padding, or are left out.
         """
         if number is None:
             return Tiling(size=size, index=None, number=None, rows=rows)
         rows = Rows(position=rows.position, document=rows.document.masked_fill(number < 0, PADDING))
         numbers = number.masked_fill(rows.document < 0, -1).numpy()
+        # The number of each tile if rows stay in order: they may if every tile has one, and every number one run.
         shared = np.maximum.reduceat(numbers, np.arange(0, len(rows), size)) if len(rows) else numbers
         present = shared[shared >= 0]
         in_order = np.count_nonzero(np.diff(present, prepend=-1)) == len(np.unique(present))
@@ -48,37 +50,37 @@ class Tiling:
         return -(-len(self.rows) // self.size)
 
     def bounds(self, attention_mask: AttentionMask, lifetime: np.ndarray | None = None, tiles: int = 1) -> Bounds:
-        """Return the bounds of groups of `tiles` tiles; `lifetime` is of each row, in the order before tiling.
+        """Bounds of groups of `tiles` tiles; `lifetime` is per row, in the order before tiling.
 
         A short tile counts as padded.
         """
         starts = np.arange(0, len(self.rows), self.size * tiles)
         stops = np.minimum(starts + self.size * tiles, len(self.rows))
         if lifetime is not None and self.index is not None:
-            lifetime = np.append(lifetime, -1)[self.index]
-        found = Bounds.of(self.rows, starts, stops, attention_mask, lifetime)
+            lifetime = np.append(lifetime, -1)[self.index]  # index -1 takes the extra element
+        bounds = Bounds.of(self.rows, starts, stops, attention_mask, lifetime)
         if len(self.rows) % self.size:
-            found.padded[-1] = True
-        return found
+            bounds.padded[-1] = True
+        return bounds
 
     def of_number(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the first tile of each of `count` numbers, and the last plus 1, int64 `[count]`; 0, 0 if absent."""
+        """The first tile of each of `count` numbers, and the last plus 1, int64 `[count]`; 0, 0 if absent."""
         assert self.number is not None
         present = np.flatnonzero(self.number >= 0)
         first, stop = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
-        # Written backwards, so that the first tile of a number is what stays.
+        # Assigned backwards: of several tiles with one number the last write, the first tile, remains.
         first[self.number[present[::-1]]] = present[::-1]
         stop[self.number[present]] = present + 1
         return first, stop
 
 
 def _gather(numbers: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the index of rows sorted by number, and the number of each tile; a number fills up tiles of its own."""
+    """The index of rows sorted by number, and the number of each tile; each number starts a new tile."""
     order = np.argsort(numbers, kind="stable")
     order = order[np.searchsorted(numbers[order], 0) :]
-    present, first, count = np.unique(numbers[order], return_index=True, return_counts=True)
+    present, count = np.unique(numbers[order], return_counts=True)
     tiles = -(-count // size)
     start = (np.cumsum(tiles) - tiles) * size
     index = np.full(tiles.sum() * size, -1, dtype=np.int32)
-    index[np.arange(len(order)) + np.repeat(start - first, count)] = order
+    index[ranges(start, start + count)] = order
     return index, np.repeat(present, tiles)

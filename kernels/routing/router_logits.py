@@ -1,4 +1,4 @@
-"""Routing: the numbers that a router gives for each token, by which a mechanism chooses."""
+"""Router logits: the numbers per token by which a mechanism chooses."""
 
 import torch
 from torch import Tensor
@@ -7,15 +7,14 @@ from torch.autograd.function import once_differentiable
 from farspan.kernels.merge import accumulation_dtype
 
 CHUNK_TOKENS = 4096
-"""Tokens whose copies in float64 are held at the same time."""
+"""Tokens whose float64 copies exist at the same time."""
 
 
 def routing_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x weight^T `[tokens, out]` in the accumulation dtype, of x `[tokens, width]` and weight `[out, width]`.
+    """x weight^T `[tokens, out]` in the accumulation dtype, of x `[tokens, width]` and weight `[out, width]`.
 
-    Products and sums are float64 and rounded once, so that equal tokens have equal logits wherever they are computed:
-    ties are real, and broken by position. What x and weight were rounded to is all that is lost. The backward pass
-    keeps both as they came, and sums in the accumulation dtype.
+    Products and sums are float64 and rounded once: equal tokens have equal logits wherever they are computed, so ties
+    are real, and broken by position. The backward pass saves x and weight as given and sums in the accumulation dtype.
     """
     return _RoutingFunction.apply(x, weight)  # pyright: ignore[reportReturnType]
 
@@ -25,7 +24,7 @@ class _RoutingFunction(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         logits = torch.empty(len(x), len(weight), dtype=accumulation_dtype(x.dtype), device=x.device)
-        across = weight.double().t()
+        across = weight.double().t()  # [width, out]
         for part, rows in zip(logits.split(CHUNK_TOKENS), x.split(CHUNK_TOKENS), strict=True):
             part.copy_(rows.double() @ across)
         return logits
@@ -35,6 +34,7 @@ class _RoutingFunction(torch.autograd.Function):
     def backward(ctx, dlogits: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
         wants_dx, wants_dweight = ctx.needs_input_grad
+        # [tokens, out] x [out, width], and [out, tokens] x [tokens, width]
         dx = (dlogits @ weight.to(dlogits.dtype)).to(x.dtype) if wants_dx else None
         dweight = (dlogits.t() @ x.to(dlogits.dtype)).to(weight.dtype) if wants_dweight else None
         return dx, dweight

@@ -268,6 +268,6 @@ def _terms(plan: Plan, device: torch.device) -> MaskTerms:
 
 def _once(plan: Plan, key: tuple[Any, ...], make: Any) -> Any:
     """Return what `make` returns, made once for a plan."""
-    if key not in plan.derived:
-        plan.derived[key] = make()
-    return plan.derived[key]
+    if key not in plan.cache:
+        plan.cache[key] = make()
+    return plan.cache[key]

@@ -28,11 +28,10 @@ from torch import Tensor
 
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import PADDING, Rows
-from farspan.kernels.planning.bounds import Bounds, all_see, may_see
-from farspan.kernels.planning.candidates import candidates
+from farspan.kernels.planning.bounds import Bounds, all_unmasked, any_unmasked, candidate_pairs
 from farspan.kernels.planning.plan import HeadPlan, Plan
-from farspan.kernels.planning.ragged import ranges
 from farspan.kernels.planning.tiles import Tiling
+from farspan.kernels.ragged import ranges
 
 COUNT_BITS = 12
 """Low bits of a run: the number of its tiles. The others: its first tile."""
@@ -81,7 +80,7 @@ def active_rows(plan: Plan) -> tuple[Rows, Rows]:
     if plan.selection is None:
         return plan.queries, plan.keys
     return (
-        _without(plan.queries, plan.selection.unit < 0),
+        _without(plan.queries, plan.selection.query_block < 0),
         _without(plan.keys, plan.selection.blocks.of(plan.keys) < 0),
     )
 
@@ -112,7 +111,7 @@ def _tilings(plan: Plan, query_tile: int, key_tile: int) -> tuple[Tiling, Tiling
     if plan.selection is None:
         return Tiling.of(plan.queries, query_tile), Tiling.of(plan.keys, key_tile)
     # Rows are sorted by block where they are not yet, so that no tile mixes rows of two lists.
-    query_block, key_block = plan.selection.unit, plan.selection.blocks.of(plan.keys)
+    query_block, key_block = plan.selection.query_block, plan.selection.blocks.of(plan.keys)
     return Tiling.of(plan.queries, query_tile, query_block), Tiling.of(plan.keys, key_tile, key_block)
 
 
@@ -149,9 +148,9 @@ def _selected_blocks(plan: Plan, head: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the key blocks that a head selects as CSR over its query blocks: offsets and block ids."""
     selection = plan.selection
     assert selection is not None
-    first = head * selection.heads // plan.heads * selection.num_units
-    offsets = selection.offsets[first : first + selection.num_units + 1].numpy()
-    return offsets - offsets[0], selection.chosen[int(offsets[0]) : int(offsets[-1])].contiguous().numpy()
+    first = head * selection.heads // plan.heads * selection.num_query_blocks
+    offsets = selection.offsets[first : first + selection.num_query_blocks + 1].numpy()
+    return offsets - offsets[0], selection.key_blocks[int(offsets[0]) : int(offsets[-1])].contiguous().numpy()
 
 
 def _kv_head(plan: Plan, head: int) -> int:
@@ -187,8 +186,8 @@ def _pairs(plan: Plan, part: HeadPlan, head: int, queries: Tiling, keys: Tiling)
         return
     # Two levels: squares of COARSE x COARSE tiles first, so that time follows the border of the mask and not its area.
     coarse = bounds(COARSE)
-    for i, j in candidates(*coarse, attention_mask):
-        full = all_see(coarse[0].take(i), coarse[1].take(j), attention_mask)
+    for i, j in candidate_pairs(*coarse, attention_mask):
+        full = all_unmasked(coarse[0].take(i), coarse[1].take(j), attention_mask)
         yield _Pairs(i[full], j[full], np.zeros(int(full.sum()), dtype=bool), COARSE)
         rest = np.flatnonzero(~full)
         for start in range(0, len(rest), PAIRS_AT_ONCE // COARSE**2):
@@ -203,15 +202,15 @@ def _pairs(plan: Plan, part: HeadPlan, head: int, queries: Tiling, keys: Tiling)
 def _classify(i: np.ndarray, j: np.ndarray, queries: Bounds, keys: Bounds, attention_mask: AttentionMask) -> _Pairs:
     """Drop the pairs of tiles without any unmasked pair of rows, and mark those with masked ones as partial."""
     of_queries, of_keys = queries.take(i), keys.take(j)
-    some = may_see(of_queries, of_keys, attention_mask)
-    full = all_see(of_queries, of_keys, attention_mask)
+    some = any_unmasked(of_queries, of_keys, attention_mask)
+    full = all_unmasked(of_queries, of_keys, attention_mask)
     return _Pairs(i[some].astype(np.int32), j[some].astype(np.int32), ~full[some], 1)
 
 
 def _selected_tiles(plan: Plan, head: int, queries: Tiling, keys: Tiling) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the pairs (query tile, key tile) that a head selects, some of its lists at a time."""
     assert plan.selection is not None
-    query_first, query_stop = queries.of_number(plan.selection.num_units)
+    query_first, query_stop = queries.of_number(plan.selection.num_query_blocks)
     key_first, key_stop = keys.of_number(plan.selection.blocks.count)
     query_tiles, key_tiles = query_stop - query_first, key_stop - key_first
     offsets, selected = _selected_blocks(plan, head)

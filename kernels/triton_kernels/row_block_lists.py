@@ -21,19 +21,17 @@ from torch import Tensor
 
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.selection import BlockSelection
-from farspan.kernels.planning.bounds import Bounds, all_see, may_see
+from farspan.kernels.planning.bounds import Bounds, all_unmasked, any_unmasked
+from farspan.kernels.planning.gathered_batches import selects_by_tile
 from farspan.kernels.planning.plan import HeadPlan, Plan
 from farspan.kernels.planning.tiles import Tiling
+from farspan.kernels.ragged import chunks_by_budget, expand, offsets_of
 from farspan.kernels.triton_kernels.block_mask import COUNT_BITS, MAX_COUNT, MAX_TILES, BlockMask
-
-SHARED_ROWS = 16
-"""Rows that select together, on average, from which on they make tiles of their own."""
 
 
 def selects_by_row(plan: Plan) -> bool:
     """Whether single rows select blocks, or query blocks too small to make a tile of."""
-    selection = plan.selection
-    return selection is not None and int((selection.unit >= 0).sum()) < SHARED_ROWS * selection.num_units
+    return plan.selection is not None and not selects_by_tile(plan, count_padding=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -64,13 +62,16 @@ def gathered_rows(
     assert plan.selection is not None
     on_host = plan.selection
     selection = replace(
-        on_host, unit=on_host.unit.to(device), offsets=on_host.offsets.to(device), chosen=on_host.chosen.to(device)
+        on_host,
+        query_block=on_host.query_block.to(device),
+        offsets=on_host.offsets.to(device),
+        key_blocks=on_host.key_blocks.to(device),
     )
     blocks = _Blocks.of(keys, on_host.blocks.count)
     if not (blocks.stop > blocks.first).any():
         return
     for rows in _split_rows(on_host, plan.heads // on_host.heads, max_slots):
-        query_block = selection.unit[rows]
+        query_block = selection.query_block[rows]
         flat, block, partial = [], [], []
         for part in plan.parts:
             heads = torch.tensor(part.heads, device=device)
@@ -115,13 +116,8 @@ def _split_rows(selection: BlockSelection, share: int, max_slots: int) -> Iterat
     """Yield consecutive rows that select about `max_slots` blocks together, at least one row at a time."""
     # Offsets [heads * query blocks + 1] -> blocks selected by all heads, by query block -> by row (-1 selects none).
     of_query_block = selection.offsets.diff().view(selection.heads, -1).sum(dim=0) * share
-    of_row = torch.cat((of_query_block, of_query_block.new_zeros(1)))[selection.unit]
-    ends, start = of_row.cumsum(0).numpy(), 0
-    while start < len(ends):
-        limit = (ends[start - 1] if start else 0) + max_slots
-        stop = max(start + 1, int(np.searchsorted(ends, limit, side="right")))
-        yield slice(start, stop)
-        start = stop
+    of_row = torch.cat((of_query_block, of_query_block.new_zeros(1)))[selection.query_block]
+    yield from (slice(*chunk) for chunk in chunks_by_budget(of_row.numpy(), max_slots))
 
 
 def _selected_blocks(
@@ -132,14 +128,13 @@ def _selected_blocks(
     `share` neighboring heads have one list.
     """
     # [rows, heads]: the list of each row and head.
-    number = heads // share * selection.num_units + query_block.clamp(min=0)[:, None]
-    start, stop = (selection.offsets[number + more] if selection.num_units else number for more in (0, 1))
+    number = heads // share * selection.num_query_blocks + query_block.clamp(min=0)[:, None]
+    start, stop = (selection.offsets[number + more] if selection.num_query_blocks else number for more in (0, 1))
     # [rows, heads] -> [rows * heads]
     counts = (stop - start).masked_fill(query_block[:, None] < 0, 0).flatten()
     # One element for each selected block: its cell (row, head), and which of the cell's blocks it is.
-    cell = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-    nth = torch.arange(len(cell), device=counts.device) - (counts.cumsum(0) - counts)[cell]
-    block = selection.chosen[start.flatten()[cell] + nth].long()
+    cell, nth = expand(counts)
+    block = selection.key_blocks[start.flatten()[cell] + nth].long()
     return cell // len(heads), heads[cell % len(heads)], block
 
 
@@ -153,10 +148,10 @@ def _classify(
     row = Bounds(
         position_low=position, position_high=position, document_low=document, document_high=document, padded=~is_token
     )
-    full = all_see(row, bounds, part.attention_mask)
+    full = all_unmasked(row, bounds, part.attention_mask)
     if part.attention_mask.neighborhood is not None or plan.lifetime is not None:
         full = torch.zeros_like(full)
-    return may_see(row, bounds, part.attention_mask) & is_token & present, full
+    return any_unmasked(row, bounds, part.attention_mask) & is_token & present, full
 
 
 def _gather(
@@ -178,8 +173,8 @@ def _gather(
     tiles = (sizes + query_tile - 1) // query_tile
     first_tile = tiles.cumsum(0) - tiles
     # Rows keep their order; each run starts at a tile of its own.
-    slot = torch.arange(len(flat), device=device)
-    slot += (first_tile * query_tile - (sizes.cumsum(0) - sizes)).repeat_interleave(sizes)
+    number, nth = expand(sizes)
+    slot = first_tile[number] * query_tile + nth
     total = int(tiles.sum())
     if total > MAX_TILES:
         raise ValueError(f"{len(flat)} selected blocks make {total} tiles of {query_tile} rows: take larger blocks")
@@ -187,16 +182,14 @@ def _gather(
     index[slot] = flat[order].int()
     # The transpose, row -> slots, as CSR; the sort is stable, so the slots of a row ascend.
     num_cells = (rows.stop - rows.start) * plan.heads
-    counts = torch.zeros(num_cells + 1, dtype=torch.int64, device=device)
     cell = flat[order] - rows.start * plan.heads
     by_cell = cell.argsort(stable=True)
-    counts[1:] = torch.bincount(cell, minlength=num_cells)
     return GatheredRows(
         rows=rows,
         index=index,
         of_queries=_of_queries(run.repeat_interleave(tiles), blocks, count),
         of_keys=_of_keys(run, first_tile, tiles, blocks, kv_heads),
-        slot_offsets=counts.cumsum(0).int(),
+        slot_offsets=offsets_of(torch.bincount(cell, minlength=num_cells)).int(),
         slots=slot[by_cell].int(),
     )
 
@@ -228,15 +221,14 @@ def _of_keys(run: Tensor, first: Tensor, tiles: Tensor, blocks: _Blocks, kv_head
 def _lists(first: Tensor, counts: Tensor, tiles: int, group: Tensor) -> BlockMask:
     """Return lists of one run in each half, cut where it is longer than MAX_COUNT."""
     cuts = (counts + MAX_COUNT - 1) // MAX_COUNT
-    offsets = torch.cat((cuts.new_zeros(1), cuts.cumsum(0)))
-    nth = torch.arange(int(offsets[-1]), device=first.device) - offsets[:-1].repeat_interleave(cuts)
-    start = first.repeat_interleave(cuts) + nth * MAX_COUNT
-    length = (counts.repeat_interleave(cuts) - nth * MAX_COUNT).clamp(max=MAX_COUNT)
+    number, nth = expand(cuts)
+    start = first[number] + nth * MAX_COUNT
+    length = (counts[number] - nth * MAX_COUNT).clamp(max=MAX_COUNT)
     runs = torch.cat((start << COUNT_BITS | length, start.new_zeros(1)))
     # [groups * tiles * 2] -> [groups, tiles, 2] -> [tiles]
     visits = counts.view(-1, tiles, 2).sum(dim=(0, 2)) if tiles else counts
     return BlockMask(
-        offsets=offsets.int(),
+        offsets=offsets_of(cuts).int(),
         counts=counts.int(),
         runs=runs.int(),
         order=visits.argsort(descending=True, stable=True).int(),

@@ -1,24 +1,42 @@
-"""Arguments that several commands have."""
+"""Arguments and checks that several commands share."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from farspan.errors import ConfigError
+from farspan.trainer.resilience.signals import EXIT_USER_ERROR
+
+Subparsers = argparse._SubParsersAction
+
+
+def add_subparsers(parser: argparse.ArgumentParser, metavar: str) -> Subparsers:
+    """Add commands below `parser`, which are listed if none is given."""
+
+    def list_commands(options: argparse.Namespace) -> int:
+        parser.print_help(sys.stderr)
+        return EXIT_USER_ERROR
+
+    parser.set_defaults(command=list_commands)
+    return parser.add_subparsers(metavar=metavar)
 
 
 def add_config_arguments(
-    parser: argparse.ArgumentParser, dry_run: str = "print everything derived and start nothing"
+    parser: argparse.ArgumentParser, dry_run: str = "print all derived values and start nothing"
 ) -> None:
     """Add a configuration file, overrides and --dry-run."""
     parser.add_argument("config", type=Path, help="TOML file, such as configs/demo.toml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single values")
+    add_overrides(parser)
     parser.add_argument("--dry-run", action="store_true", help=dry_run)
 
 
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single values")
+
+
 def add_site(parser: argparse.ArgumentParser) -> None:
-    """Add --site."""
     parser.add_argument(
-        "--site", type=Path, metavar="FILE", help="the cluster's settings, else the file that FARSPAN_SITE names"
+        "--site", type=Path, metavar="FILE", help="the cluster's settings; by default the file that FARSPAN_SITE names"
     )
 
 
@@ -26,3 +44,13 @@ def check_count(count: int, flag: str) -> None:
     """Raise ConfigError for less than one."""
     if count < 1:
         raise ConfigError(f"{flag} {count} must be at least 1.")
+
+
+def print_dry_run(options: argparse.Namespace, num_ranks: int, *, flag: str) -> None:
+    """Print the values derived from a configuration for `num_ranks`, the value of `flag`."""
+    check_count(num_ranks, flag)
+    from farspan.trainer.config import Config
+    from farspan.trainer.estimate.dry_run import dry_run
+    from farspan.trainer.toml_config import load_config
+
+    dry_run(load_config(Config, options.config, options.overrides), num_ranks)

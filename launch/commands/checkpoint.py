@@ -1,32 +1,37 @@
-"""The arguments of `farspan checkpoint ls|verify|prune`; what they do imports torch, and is imported when they run."""
+"""`farspan checkpoint ls|verify|prune|export`."""
 
 import argparse
 from pathlib import Path
 
+from farspan.launch.commands import models
+from farspan.launch.commands.arguments import Subparsers, add_subparsers
+
 EXIT_DAMAGED = 1
 
 
-def add_arguments(commands: "argparse._SubParsersAction") -> None:
-    """Add the three commands; each sets `command`, which takes the options and returns an exit status."""
-    listed = commands.add_parser("ls", help="what a run has saved")
-    listed.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
-    listed.set_defaults(command=_ls)
+def add_parser(subparsers: Subparsers) -> None:
+    commands = add_subparsers(subparsers.add_parser("checkpoint", help="list, verify, delete checkpoints"), "COMMAND")
+    parser = commands.add_parser("ls", help="list the checkpoints of a run")
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    parser.set_defaults(command=_ls)
 
-    verified = commands.add_parser("verify", help="read every byte; exit status 1 where one is not as it was written")
-    verified.add_argument("folder", type=Path, metavar="FOLDER", help="of a run, or of one step below checkpoints/")
-    verified.set_defaults(command=_verify)
+    parser = commands.add_parser("verify", help="read every byte; exit status 1 if a checkpoint is damaged")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a run, or one of its folders checkpoints/step_*")
+    parser.set_defaults(command=_verify)
 
-    pruned = commands.add_parser("prune", help="delete old checkpoints, and those that a resumed run refused")
-    pruned.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
-    pruned.add_argument("--keep", type=int, required=True, metavar="N", help="how many of the newest stay")
-    pruned.add_argument("--permanent-every", type=int, default=0, metavar="N", help="those of every N steps stay too")
-    pruned.set_defaults(command=_prune)
+    parser = commands.add_parser("prune", help="delete old checkpoints, and those that a resumed run refused")
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    parser.add_argument("--keep", type=int, required=True, metavar="N", help="keep the newest N")
+    parser.add_argument("--permanent-every", type=int, default=0, metavar="N", help="also keep one every N steps")
+    parser.set_defaults(command=_prune)
+
+    models.add_export(commands)
 
 
 def _ls(options: argparse.Namespace) -> int:
-    from farspan.launch.checkpoints import show
+    from farspan.launch.checkpoints import list_checkpoints
 
-    show(options.run)
+    list_checkpoints(options.run)
     return 0
 
 

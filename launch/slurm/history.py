@@ -1,44 +1,137 @@
-"""The jobs that a run was submitted as: one file in its folder."""
+"""The records of a run's jobs, two files in its folder: which jobs were submitted, and which failures they had.
+
+A job reads and writes them before its environment is set up: only Python's own library is imported.
+"""
 
 import json
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from farspan.launch.slurm.client import SlurmError
+from farspan.launch.slurm.client import SlurmError, run_slurm
+from farspan.trainer.checkpoint.steps import finished
 
-FILE = "jobs.jsonl"
+JOBS_FILE = "jobs.jsonl"
+FAILURES_FILE = "failures.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Submission:
-    """job: its id, of an array's element such as 17_3. script: what was submitted. submitted: when, in ISO form."""
+    """job: its id, for an array's element such as 17_3. script: the batch script. submitted: the time, in ISO form."""
 
     job: str
     script: str
     submitted: str
 
 
-def add(run: Path, submission: Submission) -> None:
-    with (run / FILE).open("a") as file:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """when: in ISO form. job: its id. nodes: those to blame. checkpoint: the newest one at that time."""
+
+    when: str
+    job: str
+    reason: str
+    nodes: tuple[str, ...]
+    checkpoint: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExclusionPolicy:
+    """hours: how long a node is excluded after a failure. max_nodes: how many at once. always: the site's own list."""
+
+    hours: float
+    max_nodes: int
+    always: str = ""
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def add_submission(run: Path, submission: Submission) -> None:
+    with (run / JOBS_FILE).open("a") as file:
         file.write(json.dumps(asdict(submission)) + "\n")
 
 
-def submissions(run: Path) -> list[Submission]:
-    """Return the jobs of a run, oldest first; raises SlurmError where there have been none."""
-    path = run / FILE
+def read_submissions(run: Path) -> list[Submission]:
+    """Return the jobs of a run, oldest first; raises SlurmError if there are none."""
+    path = run / JOBS_FILE
     if not path.is_file():
-        runs = runs_of(run)
+        runs = array_runs(run)
         if runs:
             raise SlurmError(f"{run} holds {len(runs)} runs: name one of them, such as {runs[0]}.")
-        raise SlurmError(f"{run} has no {FILE}: name the folder of a run that was submitted to SLURM.")
+        raise SlurmError(f"{run} has no {JOBS_FILE}: name the folder of a run that was submitted to SLURM.")
     return [Submission(**json.loads(line)) for line in path.read_text().splitlines()]
 
 
-def runs_of(folder: Path) -> list[Path]:
+def array_runs(folder: Path) -> list[Path]:
     """Return the runs of a job array, one for each element."""
-    return sorted(path.parent for path in folder.glob(f"*/{FILE}") if path.parent.name.isdigit())
+    return sorted(path.parent for path in folder.glob(f"*/{JOBS_FILE}") if path.parent.name.isdigit())
 
 
 def last_submitted(run: Path) -> str:
-    """Return when the run was last submitted; of one submitted by hand alone, a time before all others."""
-    return submissions(run)[-1].submitted if (run / FILE).is_file() else ""
+    """Return when the run was last submitted; a time before all others if that was by hand only."""
+    return read_submissions(run)[-1].submitted if (run / JOBS_FILE).is_file() else ""
+
+
+def add_failure(run: Path, job: str, reason: str, nodes: Sequence[str]) -> None:
+    failure = Failure(when=now(), job=job, reason=reason, nodes=tuple(nodes), checkpoint=newest_checkpoint(run))
+    with (run / FAILURES_FILE).open("a") as file:
+        file.write(json.dumps(asdict(failure)) + "\n")
+
+
+def read_failures(run: Path) -> list[Failure]:
+    """Return the failures of a run, oldest first."""
+    path, found = run / FAILURES_FILE, []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        # A full disk or a dying node may have cut a line short, which must not keep a job from starting.
+        with suppress(ValueError, TypeError, KeyError):
+            values = json.loads(line)
+            found.append(Failure(**values | {"nodes": tuple(values["nodes"])}))
+    return found
+
+
+def newest_checkpoint(run: Path) -> str | None:
+    found = finished(run / "checkpoints")
+    return found[-1].name if found else None
+
+
+def consecutive_failures(run: Path, since: str) -> int:
+    """Return how many failures, none before `since`, have happened since the newest checkpoint was saved."""
+    newest, count = newest_checkpoint(run), 0
+    for failure in reversed(read_failures(run)):
+        if failure.checkpoint != newest or failure.when < since:
+            break
+        count += 1
+    return count
+
+
+def failed_nodes(runs: Sequence[Path], hours: float) -> list[str]:
+    """Return the nodes to blame for failures of the last hours, the most recent first."""
+    oldest = (datetime.now(UTC) - timedelta(hours=hours)).isoformat(timespec="seconds")
+    recent = [failure for run in runs for failure in read_failures(run) if failure.when > oldest]
+    recent.sort(key=lambda failure: failure.when, reverse=True)
+    return list(dict.fromkeys(node for failure in recent for node in failure.nodes))
+
+
+def nodes_to_exclude(
+    runs: Sequence[Path], script: Path, policy: ExclusionPolicy, report: Callable[[str], object]
+) -> str | None:
+    """Return the list of nodes to exclude from a job of the runs, as SLURM takes it, or None for no change.
+
+    A node that failed is excluded only if the job can still run without it; otherwise that is reported.
+    """
+    failed = failed_nodes(runs, policy.hours)[: policy.max_nodes]
+    for count in range(len(failed), 0, -1):
+        nodes = ",".join([*([policy.always] if policy.always else []), *failed[:count]])
+        try:
+            # SLURM knows best: it considers partition, constraint, GPUs and nodes that are down.
+            run_slurm(["sbatch", "--test-only", f"--exclude={nodes}", str(script)])
+        except SlurmError as error:
+            report(f"{failed[count - 1]} failed but is not excluded, as the job could not run without it: {error}")
+        else:
+            report(f"excluded, as the run failed there: {', '.join(failed[:count])}")
+            return nodes
+    return None

@@ -1,4 +1,4 @@
-"""From a job to SLURM's queue: the run's folder gets the code, the configuration and the script; then sbatch."""
+"""Submission of jobs: the run's folder gets the code, the configuration and the batch script, then sbatch is called."""
 
 import logging
 import os
@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import farspan
-from farspan.launch.slurm.client import SlurmError, slurm
-from farspan.launch.slurm.failures import Exclusion, exclude, now
-from farspan.launch.slurm.history import Submission, add, submissions
+from farspan.launch.slurm import history
+from farspan.launch.slurm.client import SlurmError, run_slurm
 from farspan.launch.slurm.job import SlurmJob
-from farspan.launch.slurm.jobs import OVER, queue
+from farspan.launch.slurm.jobs import END_STATES, queue
 
 SUBMITTED = "submitted"
 
@@ -20,27 +19,28 @@ log = logging.getLogger("farspan")
 
 
 def next_submission(run: Path) -> Path:
-    """Return the folder of the next submission of a run; it is not made yet."""
+    """Return the folder for the next submission of a run; it does not exist yet."""
     numbers = [int(path.name) for path in (run / SUBMITTED).glob("*") if path.name.isdigit()]
     return run / SUBMITTED / f"{max(numbers, default=0) + 1:03}"
 
 
 def check_ready(run: Path) -> None:
-    """Raise FarspanError when the run's folder cannot be written or there is no sbatch."""
+    """Raise SlurmError if the run's folder cannot be written or sbatch is missing."""
     nearest = next(path for path in (run, *run.parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise SlurmError(f"run.folder={str(run)!r} cannot be written at {nearest}: choose another.")
     if shutil.which("sbatch") is None:
         raise SlurmError(
-            "sbatch was not found: submit from a machine of the cluster, or see the script with --dry-run."
+            "sbatch was not found: submit from a machine of the cluster, or print the script with --dry-run."
         )
 
 
 def submit(job: SlurmJob, configs: Sequence[str], chain: int) -> list[str]:
-    """Write what the job needs, the TOML of each run, and submit it `chain` times; return the ids in turn."""
+    """Write the job's files and submit it `chain` times; return the ids. configs: the TOML of each run."""
     try:
         job.submitted.mkdir(parents=True)
         for run in job.runs():
+            # Without the folder of its log, SLURM fails the job and leaves no message.
             (run / "logs").mkdir(parents=True, exist_ok=True)
         for path, config in zip(job.configs(), configs, strict=True):
             path.write_text(config)
@@ -49,47 +49,47 @@ def submit(job: SlurmJob, configs: Sequence[str], chain: int) -> list[str]:
         copy_code(job.submitted / "code")
     except OSError as error:
         raise SlurmError(f"{error.filename or job.submitted} cannot be written ({error.strerror}).") from None
-    without = _without_failed_nodes(job.runs(), script, job.site.exclusion)
+    exclude = _exclude_option(job.runs(), script, job.site.exclusion)
     ids = []
     for _ in range(chain):
-        number = _sbatch(script, *without)
+        number = _sbatch(script, *exclude)
         ids.append(number)
         for element, run in enumerate(job.runs()):
             name = f"{number}_{element}" if job.elements else number
-            add(run, Submission(job=name, script=str(script), submitted=now()))
+            history.add_submission(run, history.Submission(job=name, script=str(script), submitted=history.now()))
     return ids
 
 
-def resume(run: Path, exclusion: Exclusion) -> str:
-    """Submit a run's last script anew, with the code and configuration of then; return the id.
+def resume(run: Path, exclusion: history.ExclusionPolicy) -> str:
+    """Submit a run's last script again, with the code and configuration of that time; return the id.
 
-    Raises SlurmError while a job of the run is waiting or running.
+    Raises SlurmError while a job of the run is pending or running.
     """
-    past = submissions(run)
+    past = history.read_submissions(run)
     for job, row in queue([submission.job for submission in past]).items():
-        if row.state not in OVER:
+        if row.state not in END_STATES:
             raise SlurmError(f"job {job} of {run} is {row.state}: cancel it first, with `farspan jobs cancel {run}`.")
     script = Path(past[-1].script)
     if not script.exists():
         raise SlurmError(f"{script} is gone: submit the run with `farspan launch slurm`.")
     element = past[-1].job.partition("_")[2]
-    # By its own name, an element does not wait for the other runs of its array.
-    alone = [f"--array={element}", f"--job-name={run.name}-of-{run.parent.name}"] if element else []
-    number = _sbatch(script, *alone, *_without_failed_nodes([run], script, exclusion))
+    # Under a name of its own, as the array's name would make it wait for the other runs of the array.
+    element_options = [f"--array={element}", f"--job-name={run.name}-of-{run.parent.name}"] if element else []
+    number = _sbatch(script, *element_options, *_exclude_option([run], script, exclusion))
     name = f"{number}_{element}" if element else number
-    add(run, Submission(job=name, script=str(script), submitted=now()))
+    history.add_submission(run, history.Submission(job=name, script=str(script), submitted=history.now()))
     return name
 
 
-def _without_failed_nodes(runs: Sequence[Path], script: Path, exclusion: Exclusion) -> list[str]:
-    nodes = exclude(runs, script, exclusion, lambda what: log.info("%-12s%s", "nodes", what))
+def _exclude_option(runs: Sequence[Path], script: Path, exclusion: history.ExclusionPolicy) -> list[str]:
+    nodes = history.nodes_to_exclude(runs, script, exclusion, lambda message: log.info("%-12s%s", "nodes", message))
     return [] if nodes is None else [f"--exclude={nodes}"]
 
 
 def copy_code(target: Path) -> None:
-    """Copy the code that runs now, with the commit that it is of and the changes since, if git knows them."""
+    """Copy the running code, with its commit and uncommitted changes if git knows them."""
     package = Path(farspan.__file__).parent
-    # Its folders are links in a checkout; the copy is one tree of real files.
+    # In a checkout its folders are links; copytree follows them, so the copy is a tree of real files.
     shutil.copytree(package, target / package.name, ignore=shutil.ignore_patterns("__pycache__"))
     checkout = package.parent
     commit = _git(checkout, "rev-parse", "HEAD")
@@ -99,8 +99,8 @@ def copy_code(target: Path) -> None:
 
 
 def _sbatch(script: Path, *options: str) -> str:
-    # With --parsable: the id and, where there are several clusters, the name of one.
-    return slurm(["sbatch", "--parsable", *options, str(script)]).strip().partition(";")[0]
+    # --parsable prints the id, followed by `;cluster` if there are several clusters.
+    return run_slurm(["sbatch", "--parsable", *options, str(script)]).strip().partition(";")[0]
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

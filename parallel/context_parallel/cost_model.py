@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from farspan.errors import ConfigError
-from farspan.kernels.mechanism import Heads, Mechanism
+from farspan.kernels.mechanism import Mechanism
+from farspan.kernels.planner import Heads, Routing, Sizes
 from farspan.parallel.comm import Channel
-from farspan.parallel.context_parallel.routing import typical_choice
-from farspan.parallel.context_parallel.strategy import STRATEGIES, Chosen, DistributedAttention, Move, Sizes, Volume
+from farspan.parallel.context_parallel.strategy import STRATEGIES, DistributedAttention, Move, Volume
 from farspan.parallel.layout import Shards
 from farspan.parallel.simulation import Unconnected
 
@@ -80,9 +80,12 @@ class Job:
         return self.mechanism.useful_flops(rows, rows, self.sizes.head_dim, self.sizes.value_dim)
 
     @cached_property
-    def choice(self) -> Chosen:
-        """What some of the queries choose."""
-        return typical_choice(self.mechanism, self.shards.rows, self.heads, most=SAMPLED)
+    def _routing(self) -> Routing:
+        return self.mechanism.sample_routing(self.shards.rows, self.heads, max_queries=SAMPLED)
+
+    def routing(self) -> Routing:
+        """The routing of some of the queries, for normal inputs."""
+        return self._routing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,7 +140,6 @@ def strategy_for(name: str, mechanism: Mechanism, heads: Heads, degree: int, inn
 def predict(strategy: str, job: Job, machine: Machine) -> Cost:
     """Return what a strategy would cost; raises ConfigError where it refuses the job."""
     degree, cls = job.shards.degree, STRATEGIES.get(strategy)
-    chosen = job.choice if cls.moves_chosen(job.mechanism) else None
     planned = []
     for rank in _spread(degree):
         channel = Unconnected(rank, degree, width=job.width)
@@ -145,7 +147,7 @@ def predict(strategy: str, job: Job, machine: Machine) -> Cost:
         planned.append((planning.prepare(job.mechanism, job.shards, job.heads, backend="reference"), channel))
     shares = [_share(attend, job.work, job.heads.query) for attend, _ in planned]
     flops = max(shares) * job.flops_per_head * job.heads.query
-    moves = [attend.moves(job.sizes, chosen) for attend, _ in planned]
+    moves = [attend.moves(job.sizes, job.routing) for attend, _ in planned]
     times = [_times(of_rank, whole, machine, flops) for of_rank, (_, whole) in zip(moves, planned, strict=True)]
     volumes = [Volume.total(move.volume for move in of_rank) for of_rank in moves]
     slowest = max(times, key=lambda time: time.seconds)
@@ -153,7 +155,7 @@ def predict(strategy: str, job: Job, machine: Machine) -> Cost:
         volume=Volume(forward=max(v.forward for v in volumes), backward=max(v.backward for v in volumes)),
         flops=flops,
         balance=max(shares) * degree,
-        working_bytes=max(attend.working_bytes(job.sizes, chosen) for attend, _ in planned),
+        working_bytes=max(attend.working_bytes(job.sizes, job.routing) for attend, _ in planned),
         hidden_s=slowest.hidden,
         exposed_s=slowest.exposed,
         compute_s=slowest.compute,

@@ -10,17 +10,13 @@ from typing import final
 import torch
 from torch import Tensor
 
-from farspan.kernels.mechanism import Heads
 from farspan.kernels.merge import accumulation_dtype
-from farspan.kernels.sequence_attention import Saved, SequenceAttention
+from farspan.kernels.planner import Heads, HeadShare, RoutingSource, Saved, SequenceAttention, Sizes, no_routing
 from farspan.parallel.comm import Channel
 from farspan.parallel.context_parallel.strategy import (
-    Chosen,
     DistributedAttention,
-    HeadShare,
     Move,
     Queries,
-    Sizes,
     Volume,
 )
 
@@ -42,9 +38,9 @@ def heads_unsupported_reason(strategy: str, setting: str, heads: Heads, degree: 
 
 def local_heads(share: HeadShare, channel: Channel) -> HeadShare:
     """Return the heads, of a share, that this rank of the channel attends to."""
-    local = len(share.which) // channel.size
-    start = share.which.start + channel.rank * local
-    return HeadShare(all_heads=share.all_heads, which=range(start, start + local))
+    local = len(share.head_range) // channel.size
+    start = share.head_range.start + channel.rank * local
+    return HeadShare(all_heads=share.all_heads, head_range=range(start, start + local))
 
 
 @final
@@ -118,7 +114,7 @@ class HeadParallelAttention(DistributedAttention):
         """Whether gradients are summed that did not travel rounded."""
         return self.channel.size > self.heads.kv and not self.rounded
 
-    def moves(self, sizes: Sizes, chosen: Chosen = None) -> tuple[Move, ...]:
+    def moves(self, sizes: Sizes, routing: RoutingSource = no_routing) -> tuple[Move, ...]:
         """Each way (P-1)/P of q, k, v, routing and out, with max(Hk, P) KV heads, and what is sent inside.
 
         The gradients of replicated keys and values move in the accumulation dtype unless they are rounded.
@@ -126,38 +122,37 @@ class HeadParallelAttention(DistributedAttention):
         degree, elements = self.channel.size, sizes.element_bytes
         queries = self.heads.query * sizes.kv_width * elements
         keys = max(self.heads.kv, degree) * sizes.kv_width
-        routing = max(self.heads.kv, degree) * self.routing_width * sizes.accumulation_bytes
+        of_routing = max(self.heads.kv, degree) * self.routing_width * sizes.accumulation_bytes
         gradients = keys * (sizes.accumulation_bytes if self._sums_replicas else elements)
         forward, backward = (
-            (degree - 1) * (self.tokens_local * (queries + of_keys + routing) // degree)
+            (degree - 1) * (self.tokens_local * (queries + of_keys + of_routing) // degree)
             for of_keys in (keys * elements, gradients)
         )
         exchanged = Move(Volume(forward=forward, backward=backward), self.channel, hidden=False)
         return exchanged, *(
-            self.inside.moves(sizes, self._of_share(chosen)) if isinstance(self.inside, DistributedAttention) else ()
+            self.inside.moves(sizes, self._of_share(routing)) if isinstance(self.inside, DistributedAttention) else ()
         )
 
     @property
     def queries(self) -> Queries:
         if isinstance(self.inside, DistributedAttention):
             return self.inside.queries
-        return Queries(self.tokens, len(self.share.which))
+        return Queries(self.tokens, len(self.share.head_range))
 
-    def working_bytes(self, sizes: Sizes, chosen: Chosen = None) -> int:
+    def working_bytes(self, sizes: Sizes, routing: RoutingSource = no_routing) -> int:
         """q, k, v, out and, backward, their gradients as they are summed, of all tokens of this rank's heads."""
-        here = self.share.here
+        here = self.share.local_heads
         width = (here.query + here.kv) * sizes.kv_width * (sizes.element_bytes + sizes.accumulation_bytes)
         inside = (
-            self.inside.working_bytes(sizes, self._of_share(chosen))
+            self.inside.working_bytes(sizes, self._of_share(routing))
             if isinstance(self.inside, DistributedAttention)
             else 0
         )
         return len(self.tokens) * width + inside
 
-    def _of_share(self, chosen: Chosen) -> Chosen:
-        """Return what this rank's heads chose; of blocks, what all chose, as strategies for one axis move all keys."""
-        kv_heads = self.share.kv_heads
-        return chosen[:, kv_heads.start : kv_heads.stop] if isinstance(chosen, Tensor) else chosen
+    def _of_share(self, routing: RoutingSource) -> RoutingSource:
+        """Return the routing of this rank's heads."""
+        return lambda: routing().of_heads(self.share)
 
     def _gather_tokens(self, parts: list[Tensor], *, kind: str) -> list[Tensor]:
         """Exchange `[tokens_local, P, heads, width]` tensors for this rank's heads of all tokens, in `order`."""

@@ -1,43 +1,45 @@
-"""Attention where tokens are dealt and keys travel: local queries meet all keys part by part, however these come.
+"""Attention where tokens are sharded and keys move: local queries attend to all keys, part by part.
 
-What strategies that move keys and values have in common: each gives the route, how parts come and gradients get home.
+Shared by all strategies that move keys and values; each has its own `KVSchedule`, by which these arrive and their
+gradients return. On rank 0 of two, under `ring`:
+
+    forward     part 0: own keys      attend, merge        part 1: keys of rank 1     attend, merge
+    backward    part 0: own keys      dq +=, return dk dv  part 1: keys of rank 1     dq +=, return dk dv
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import final
 
 import torch
 from torch import Tensor
 
 from farspan.kernels.attention import attention_backward, attention_forward
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.selection import BlockSelection
-from farspan.kernels.mechanism import Heads, Masked, Mechanism, TokenChoice
+from farspan.kernels.mechanism import Access, Mechanism
 from farspan.kernels.merge import accumulation_dtype, empty_partial, merge_
+from farspan.kernels.planner import Heads, HeadShare, KeyRouting, RoutingSource, Saved, Sizes, no_routing
 from farspan.kernels.planning.plan import Plan
-from farspan.kernels.sequence_attention import Saved
 from farspan.parallel.comm import Channel
-from farspan.parallel.context_parallel.routing import Choice, moves_of_choice
 from farspan.parallel.context_parallel.strategy import (
-    Chosen,
     DistributedAttention,
-    HeadShare,
     Move,
     Queries,
-    Sizes,
+    ShardedPlanner,
     Strategy,
+    all_reduce_move,
 )
-from farspan.parallel.context_parallel.token_choice import TokenChoiceAttention, token_choice_heads
 from farspan.parallel.layout import Shards
 
 
 class GradReturn(ABC):
-    """The way home of the gradients of one rank's backward pass, summed in the accumulation dtype."""
+    """Returns the gradients of keys and values to their owners, which sum them in the accumulation dtype."""
 
     @abstractmethod
     def add(self, dk: Tensor | None, dv: Tensor | None) -> None:
-        """Add what was found for the part that came last; None: nothing. Called once for each part, in order."""
+        """Add the gradients of the next part, None if there are none; called once for each part, in order."""
 
     @abstractmethod
     def finish(self) -> tuple[Tensor, Tensor]:
@@ -45,23 +47,23 @@ class GradReturn(ABC):
 
 
 class KVExchange(ABC):
-    """How keys and values come to the ranks, as far as it is known before queries choose."""
+    """How keys and values come to the ranks, as far as it is known before queries select blocks."""
 
     @abstractmethod
-    def to_chosen(self, selection: BlockSelection | None) -> "KVSchedule":
-        """Return the journey of what the local queries chose; every rank has to call."""
+    def for_selection(self, selection: BlockSelection | None) -> "KVSchedule":
+        """Return the schedule of the keys that the local queries need; every rank has to call."""
 
     @abstractmethod
-    def moves(self, sizes: Sizes, chosen: Chosen) -> tuple[Move, ...]:
-        """Return what this rank sends; chosen: of the whole sequence, by a routed mechanism."""
+    def moves(self, sizes: Sizes, routing: RoutingSource) -> tuple[Move, ...]:
+        """Return what this rank sends; routing: of the full sequence."""
 
     @abstractmethod
-    def working_bytes(self, sizes: Sizes, chosen: Chosen) -> int:
-        """Return the most bytes of parts and gradients that are here, or on their way, at once."""
+    def working_bytes(self, sizes: Sizes, routing: RoutingSource) -> int:
+        """Return the most bytes of parts and gradients that this rank has, or is sending, at once."""
 
 
 class KVSchedule(KVExchange):
-    """How the keys and values of all ranks come to this one, in parts, planned for one dealt sequence.
+    """How the keys and values of all ranks come to this one, in parts, planned for one sharded sequence.
 
     plans: local queries against each part. tokens: of the keys of each part, int64 `[keys]`, -1 for padding.
     """
@@ -69,56 +71,56 @@ class KVSchedule(KVExchange):
     plans: tuple[Plan, ...]
     tokens: tuple[Tensor, ...]
 
-    def to_chosen(self, selection: BlockSelection | None) -> "KVSchedule":
-        """Return this journey: it brings whatever may be chosen."""
+    def for_selection(self, selection: BlockSelection | None) -> "KVSchedule":
+        """Return this schedule: it brings all keys, selected or not."""
         return self
 
     @abstractmethod
     def parts(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield keys and values of each part, of the local ones k `[tokens_local, Hk, D]` and v `[.., Hk, Dv]`.
 
-        Each is used before the next is asked for; what comes next is on its way meanwhile.
+        Each is used before the next is asked for; the next part is sent meanwhile.
         """
 
     @abstractmethod
     def grad_return(self, k: Tensor, v: Tensor) -> GradReturn:
-        """Return the way home of gradients for local keys and values of these shapes."""
+        """Return what collects the gradients of local keys and values of these shapes."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MovingKVAttention(DistributedAttention):
-    """Attention of local queries to the parts of a journey along a route."""
+    """Attention of the local queries to the parts of a schedule."""
 
-    mechanism: Masked
-    shards: Shards
+    tokens: Tensor
     channel: Channel
     kv_exchange: KVExchange
-    choice: Choice
+    key_routing: KeyRouting
     backend: str
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v, *routing = inputs
-        choices = self.choice.choose(q, k, *routing)
-        kv_schedule = self.kv_exchange.to_chosen(choices.selection)
-        plans = choices.applied(kv_schedule.plans, kv_schedule.tokens)
+        # Routing is agreed on by all ranks before any key moves: strategies may move only what it leaves.
+        routed = self.key_routing.route(q, k, *routing)
+        kv_schedule = self.kv_exchange.for_selection(routed.selection)
+        masked = kv_schedule.plans
+        plans = [routed.narrow(plan, keys) for plan, keys in zip(masked, kv_schedule.tokens, strict=True)]
+        of_routing = routed.start(q, *routing)
         out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
-        causal_lse = lse.clone()
         for number, (key, value) in enumerate(kv_schedule.parts(k, v)):
+            # A rank passes keys on even if its own queries see none of them.
             if plans[number].is_empty:
                 continue
             merge_(out, lse, *attention_forward(q, key, value, plans[number], backend=self.backend))
-            if choices.lifetimes is not None:
-                part = attention_forward(q, key, value, kv_schedule.plans[number], backend=self.backend)[1]
-                causal_lse = torch.logaddexp(causal_lse, part)
+            of_routing.observe(q, key, value, masked[number])
         out = out.to(q.dtype)
-        learning = () if choices.lifetimes is None else (causal_lse, *routing)
-        return out, Saved((q, k, v, out, lse, *learning), (kv_schedule, plans, choices.lifetimes))
+        return out, Saved((q, k, v, out, lse, *of_routing.saved), (kv_schedule, plans, routed))
 
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
-        q, k, v, out, lse, *learning = saved.tensors
-        kv_schedule, plans, lifetimes = saved.kept
-        of_types = self.choice.learning(lifetimes, learning)
+        q, k, v, out, lse, *of_forward = saved.tensors
+        kv_schedule, plans, routed = saved.extras
+        of_routing = routed.resume(*of_forward)
+        # The queries stay, and so does their gradient; those of keys and values go back part by part.
         dq = torch.zeros(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
         grad_return = kv_schedule.grad_return(k, v)
         for number, (key, value) in enumerate(kv_schedule.parts(k, v)):
@@ -127,40 +129,38 @@ class MovingKVAttention(DistributedAttention):
                 continue
             part_dq, dk, dv = attention_backward(dout, q, key, value, out, lse, plans[number], backend=self.backend)
             dq += part_dq
-            if of_types is not None:
-                all_causal, tokens = kv_schedule.plans[number], kv_schedule.tokens[number]
-                of_types.add(dout, q, key, value, out, plan=all_causal, keys=tokens)
+            masked, tokens = kv_schedule.plans[number], kv_schedule.tokens[number]
+            of_routing.add(dout, q, key, value, out, plan=masked, tokens=tokens)
             grad_return.add(dk, dv)
-        gradients = dq, *grad_return.finish()
-        return gradients if of_types is None else (*gradients, of_types.gradient())
+        return dq, *grad_return.finish(), *of_routing.gradients()
 
     def lse(self, saved: Saved) -> Tensor:
         return saved.tensors[4]
 
-    def moves(self, sizes: Sizes, chosen: Chosen = None) -> tuple[Move, ...]:
-        """What the route moves, and what all ranks sum to choose by and to learn from."""
-        choice = moves_of_choice(self.mechanism, self.shards.rows, self.heads, sizes, self.channel)
-        return *self.kv_exchange.moves(sizes, chosen), choice
+    def moves(self, sizes: Sizes, routing: RoutingSource = no_routing) -> tuple[Move, ...]:
+        """What the exchange sends, and what all ranks sum for the routing and its gradient."""
+        summed = all_reduce_move(self.key_routing.all_reduced(sizes), self.channel)
+        return *self.kv_exchange.moves(sizes, routing), summed
 
     @property
     def queries(self) -> Queries:
-        return Queries(self.shards.index[self.channel.rank], self.heads.query)
+        return Queries(self.tokens, self.heads.query)
 
-    def working_bytes(self, sizes: Sizes, chosen: Chosen = None) -> int:
-        """Backward: what is on its way, the gradient of the queries and that of the part at hand."""
+    def working_bytes(self, sizes: Sizes, routing: RoutingSource = no_routing) -> int:
+        """Backward: what the exchange holds, the gradient of the queries and that of the part at hand."""
         dq = self.tokens_local * self.heads.query * sizes.head_dim * sizes.accumulation_bytes
-        return dq + self.kv_exchange.working_bytes(sizes, chosen)
+        return dq + self.kv_exchange.working_bytes(sizes, routing)
 
 
 class KVMovingStrategy(Strategy):
-    """Moves keys and values, along the route that it gives; of gathered mechanisms, those that were chosen."""
+    """Moves keys and values, along the schedule that it gives."""
 
-    name: ClassVar[str]
+    serves = frozenset({Access.MASK, Access.BLOCKS, Access.LIFETIMES})
     fallback_strategy = "state"
 
     @classmethod
     def unsupported_reason(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
-        if isinstance(mechanism, (Masked, TokenChoice)):
+        if mechanism.accesses <= cls.serves:
             return None
         return (
             f"strategy {cls.name!r} moves keys and values, which {type(mechanism).__name__} does not attend to; "
@@ -168,33 +168,27 @@ class KVMovingStrategy(Strategy):
         )
 
     @abstractmethod
-    def kv_exchange(self, mechanism: Masked, shards: Shards, share: HeadShare) -> KVExchange:
-        """Plan how the keys of a dealt sequence come to this rank's queries."""
+    def kv_schedule(self, attention_mask: AttentionMask, shards: Shards, share: HeadShare) -> KVSchedule:
+        """Plan how the keys that a mask (of these heads) shows come to this rank's queries."""
 
-    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> DistributedAttention:
-        if isinstance(mechanism, TokenChoice):
-            among = HeadShare.whole(token_choice_heads(share.here))
-            return TokenChoiceAttention(
-                tokens_local=shards.tokens_local,
-                heads=share.here,
-                routing_width=mechanism.routing_width,
-                mechanism=mechanism,
-                shards=shards,
-                channel=self.channel,
-                strategy=self.name,
-                plan=lambda dealt: self.plan(mechanism.among(), dealt, among, backend=backend),
-            )
-        assert isinstance(mechanism, Masked)
+    def kv_exchange_of_blocks(self, attention_mask: AttentionMask, shards: Shards, share: HeadShare) -> KVExchange:
+        """Plan the same where the queries select blocks of these keys: by default all come, selected or not."""
+        return self.kv_schedule(attention_mask, shards, share)
+
+    def attend(
+        self, planner: ShardedPlanner, attention_mask: AttentionMask, key_routing: KeyRouting
+    ) -> DistributedAttention:
+        # What moves may depend on a selection of blocks, but not on lifetimes: evicted keys are moved all the same.
+        exchange_of = self.kv_exchange_of_blocks if key_routing.selects_blocks else self.kv_schedule
         return MovingKVAttention(
-            tokens_local=shards.tokens_local,
-            heads=share.here,
-            routing_width=mechanism.routing_width,
-            mechanism=mechanism,
-            shards=shards,
+            tokens_local=len(planner.tokens),
+            heads=planner.share.local_heads,
+            routing_width=key_routing.routing_width,
+            tokens=planner.tokens,
             channel=self.channel,
-            kv_exchange=self.kv_exchange(mechanism, shards, share),
-            choice=Choice.of(mechanism, shards, share, self.channel, strategy=self.name),
-            backend=backend,
+            kv_exchange=exchange_of(attention_mask, planner.shards, planner.share),
+            key_routing=key_routing,
+            backend=planner.backend,
         )
 
 
@@ -203,16 +197,19 @@ class KeysAndValues:
 
     def __init__(self, buffer: Tensor, key_shape: torch.Size, value_shape: torch.Size) -> None:
         self.buffer = buffer
-        self.key, self.value = buffer.split((key_shape.numel(), value_shape.numel()))
-        self.key, self.value = self.key.view(key_shape), self.value.view(value_shape)
+        # [tokens x Hk x D + tokens x Hk x Dv] -> [tokens, Hk, D] and [tokens, Hk, Dv]
+        key, value = buffer.split((key_shape.numel(), value_shape.numel()))
+        self.key, self.value = key.view(key_shape), value.view(value_shape)
 
     @staticmethod
     def pack(key: Tensor, value: Tensor) -> "KeysAndValues":
-        return KeysAndValues(torch.cat((key.reshape(-1), value.reshape(-1))), key.shape, value.shape)
+        buffer = torch.cat((key.reshape(-1), value.reshape(-1)))  # [tokens x Hk x (D + Dv)]
+        return KeysAndValues(buffer, key.shape, value.shape)
 
     @staticmethod
     def no_gradients(key: Tensor, value: Tensor) -> "KeysAndValues":
         """Return gradients of 0, in the accumulation dtype."""
+        # Gradients of many parts are summed here, wider than they are kept.
         buffer = torch.zeros(key.numel() + value.numel(), dtype=accumulation_dtype(key.dtype), device=key.device)
         return KeysAndValues(buffer, key.shape, value.shape)
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
-from farspan.kernels.mechanism import Routed
 from farspan.kernels.planning.plan import Plan
+from farspan.kernels.ragged import expand, offsets_of
 from farspan.parallel.layout import Shards
 
 
@@ -64,26 +65,26 @@ class BlockOwners:
     causal: bool
 
     @staticmethod
-    def of(mechanism: Routed, blocks: BlockPartition, shards: Shards) -> "BlockOwners":
+    def of(attention_mask: AttentionMask, blocks: BlockPartition, shards: Shards) -> "BlockOwners":
         first = torch.full((blocks.count, shards.degree), ANYWHERE)
         for rank in range(shards.degree):
             rows = shards.rows_of(rank)
             block = blocks.of(rows)
             first[:, rank].scatter_reduce_(0, block[block >= 0], rows.position[block >= 0].long(), "amin")
-        return BlockOwners(first, mechanism.attention_mask().causal)
+        return BlockOwners(first, attention_mask.causal)
 
 
 def _choices(selection: BlockSelection, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return row, query head and block of every choice of every row, int64 `[choices]`."""
-    rows_of_unit = selection.unit.clamp(min=-1) + 1
+    rows_of_unit = selection.query_block.clamp(min=-1) + 1
     order = rows_of_unit.argsort(stable=True)
-    sizes = rows_of_unit.bincount(minlength=selection.num_units + 1)
+    sizes = rows_of_unit.bincount(minlength=selection.num_query_blocks + 1)
     first = sizes.cumsum(0) - sizes
-    unit, chooser = selection.lists % max(selection.num_units, 1) + 1, selection.lists // max(selection.num_units, 1)
+    num_query_blocks = max(selection.num_query_blocks, 1)
+    unit, chooser = selection.lists % num_query_blocks + 1, selection.lists // num_query_blocks
     repeats = sizes[unit]
-    choice = torch.arange(len(unit)).repeat_interleave(repeats)
-    nth = torch.arange(len(choice)) - (repeats.cumsum(0) - repeats)[choice]
-    row, block = order[first[unit[choice]] + nth], selection.chosen.long()[choice]
+    choice, nth = expand(repeats)
+    row, block = order[first[unit[choice]] + nth], selection.key_blocks.long()[choice]
     shared = heads // selection.heads
     head = chooser[choice][:, None] * shared + torch.arange(shared)
     return row.repeat_interleave(shared), head.flatten(), block.repeat_interleave(shared)
@@ -101,7 +102,7 @@ class ReceivedQueries:
 
     @staticmethod
     def of(
-        mechanism: Routed, blocks: BlockPartition, shards: Shards, rank: int, *, heads: int, kv_heads: int,
+        attention_mask: AttentionMask, blocks: BlockPartition, shards: Shards, rank: int, *, heads: int, kv_heads: int,
         token: Tensor, head: Tensor, count: Tensor, block: Tensor,
     ) -> "ReceivedQueries":  # fmt: skip
         """Plan for items of these tokens and query heads, that chose `count` blocks each, set end to end."""
@@ -114,18 +115,18 @@ class ReceivedQueries:
         partition = BlockPartition(
             documents=torch.arange(len(blocks.documents) * kv_heads, dtype=torch.int32),
             first=torch.cat(((blocks.first[:-1] + numbers * blocks.count).flatten(), blocks.first[-1:] * kv_heads)),
-            place=blocks.place,
+            block_in_document=blocks.block_in_document,
             sizes=blocks.sizes.repeat(kv_heads),
         )
         selection = BlockSelection(
             heads=1,
-            unit=torch.arange(len(token)),
-            num_units=len(token),
+            query_block=torch.arange(len(token)),
+            num_query_blocks=len(token),
             blocks=partition,
-            offsets=torch.cat((count.new_zeros(1), count.cumsum(0))),
-            chosen=(block + kv_head.repeat_interleave(count) * blocks.count).int(),
+            offsets=offsets_of(count),
+            key_blocks=(block + kv_head.repeat_interleave(count) * blocks.count).int(),
         )
-        plan = Plan.build(queries, keys, mechanism.attention_mask(), heads=1, selection=selection)
+        plan = Plan.build(queries, keys, attention_mask, heads=1, selection=selection)
         return ReceivedQueries(plan=plan, kv_heads=kv_heads)
 
     def keys(self, x: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ def needed_keys(plan: Plan, kv_heads: int, *, groups: int = 1) -> Tensor:
         for head in {head // of_head for head in part.heads}:
             needed[:, head] |= seen
     if plan.selection is not None:
-        units = plan.selection.unit.view(groups, -1)
+        units = plan.selection.query_block.view(groups, -1)
         for group, unit in enumerate(units):
-            needed[group] &= _chosen_keys(plan, replace(plan.selection, unit=unit), kv_heads)
+            needed[group] &= _chosen_keys(plan, replace(plan.selection, query_block=unit), kv_heads)
     return needed
 
 
@@ -59,10 +59,10 @@ def _interval(region: Region, first: int, last: int) -> tuple[int, int]:
 
 def _chosen_keys(plan: Plan, selection: BlockSelection, kv_heads: int) -> Tensor:
     """Return the keys of each KV head whose block some query chose, bool `[Hk, keys]`."""
-    asks = torch.zeros(selection.heads, selection.num_units, dtype=torch.bool)
-    asks[:, selection.unit[selection.unit >= 0]] = True
+    asks = torch.zeros(selection.heads, selection.num_query_blocks, dtype=torch.bool)
+    asks[:, selection.query_block[selection.query_block >= 0]] = True
     asked = asks.flatten()[selection.lists]
     block = torch.zeros(selection.heads, selection.blocks.count + 1, dtype=torch.bool)
-    block[selection.lists[asked] // max(selection.num_units, 1), selection.chosen[asked].long()] = True
+    block[selection.lists[asked] // max(selection.num_query_blocks, 1), selection.key_blocks[asked].long()] = True
     block = block.view(kv_heads, -1, selection.blocks.count + 1).any(dim=1)
     return block[:, selection.blocks.of(plan.keys)]

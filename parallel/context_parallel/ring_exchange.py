@@ -12,11 +12,12 @@ from typing import final
 import torch
 from torch import Tensor
 
-from farspan.kernels.mechanism import Masked
+from farspan.kernels.masks.attention_mask import AttentionMask
+from farspan.kernels.planner import HeadShare, RoutingSource, Sizes
 from farspan.kernels.planning.plan import Plan
 from farspan.parallel.comm import Channel, Transfer
 from farspan.parallel.context_parallel.moving_kv import GradReturn, KeysAndValues, KVMovingStrategy, KVSchedule
-from farspan.parallel.context_parallel.strategy import Chosen, HeadShare, Move, Sizes, Volume
+from farspan.parallel.context_parallel.strategy import Move, Volume
 from farspan.parallel.layout import Shards
 
 INNER_TAG, OUTER_TAG, GRADIENT_TAG = 1, 2, 3
@@ -50,15 +51,16 @@ class RingKVSchedule(KVSchedule):
     """One part per step: the chunk that is here at that step."""
 
     def __init__(
-        self, strategy: KVMovingStrategy, rings: Rings, mechanism: Masked, shards: Shards, share: HeadShare
+        self, strategy: KVMovingStrategy, rings: Rings, attention_mask: AttentionMask, shards: Shards, share: HeadShare
     ) -> None:
         self.name, self.channel, self.rounded = strategy.name, strategy.channel, strategy.rounded_gradients
         self.rings, channel = rings, strategy.channel
-        self.kv_rows = shards.tokens_local * share.here.kv
+        self.kv_rows = shards.tokens_local * share.local_heads.kv
         owners = [rings.owner(channel.rank, step) for step in range(rings.size)]
-        queries, attention_mask = shards.rows_of(channel.rank), mechanism.attention_mask().of_heads(share.slice)
+        queries = shards.rows_of(channel.rank)
         self.plans = tuple(
-            Plan.build(queries, shards.rows_of(owner), attention_mask, heads=share.here.query) for owner in owners
+            Plan.build(queries, shards.rows_of(owner), attention_mask, heads=share.local_heads.query)
+            for owner in owners
         )
         self.tokens = tuple(shards.index[owner] for owner in owners)
 
@@ -82,7 +84,7 @@ class RingKVSchedule(KVSchedule):
         gradient = KeysAndValues.no_gradients(k, v)
         return _DirectGradReturn(self, gradient, k.dtype) if self.rounded else _TrailingGradReturn(self, gradient)
 
-    def moves(self, sizes: Sizes, chosen: Chosen) -> tuple[Move, ...]:
+    def moves(self, sizes: Sizes, routing: RoutingSource) -> tuple[Move, ...]:
         """Forward (P-1) hops of a chunk; backward the same, and P hops of its gradient as it is summed.
 
         Rounded gradients: (P-1) of them, each to the owner of its chunk. Of two rings the inner one has the hops within
@@ -105,7 +107,7 @@ class RingKVSchedule(KVSchedule):
         across = size - self.rings.width if self.rounded else rounds
         return move(size - rounds, within, self.channel.inner), move(rounds - 1, across, self.channel)
 
-    def working_bytes(self, sizes: Sizes, chosen: Chosen) -> int:
+    def working_bytes(self, sizes: Sizes, routing: RoutingSource) -> int:
         """A chunk here and one arriving, of two rings another; its gradient here, arriving, and as it was found."""
         rings = 1 if self.rings.width == self.rings.size else 2
         chunks = (1 + rings) * sizes.element_bytes + 3 * sizes.accumulation_bytes

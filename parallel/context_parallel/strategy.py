@@ -1,63 +1,38 @@
-"""Strategy: how queries meet the keys that other ranks hold; one file each in `context/`."""
+"""Strategy: how queries get at the keys of other ranks; one file each in `strategies/`.
+
+A kind of mechanism plans its attention with a `ShardedPlanner`, which hands each part of it to the strategy:
+
+    Strategy.prepare -> Mechanism.plan(planner) -> planner.attend(mask, routing) -> Strategy.attend -> ring, fetch, ...
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self, final
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from farspan.errors import ConfigError
-from farspan.kernels.masks.selection import BlockSelection
-from farspan.kernels.mechanism import Heads, Mechanism, Routed, TokenChoice
+from farspan.kernels.masks.attention_mask import AttentionMask
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.mechanism import Access, Mechanism
 from farspan.kernels.merge import accumulation_dtype
-from farspan.kernels.sequence_attention import Saved, SequenceAttention
+from farspan.kernels.planner import (
+    AttentionPlanner,
+    Heads,
+    HeadShare,
+    KeyRouting,
+    RoutingSource,
+    Saved,
+    SequenceAttention,
+    Sizes,
+    no_routing,
+)
 from farspan.parallel.comm import Channel
 from farspan.parallel.layout import Shards
 from farspan.registry import Registry
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """What one in so many queries of a whole sequence chose; other queries have no unit."""
-
-    selection: BlockSelection
-    one_in: int
-
-
-Chosen = BlockSelection | Sample | Tensor | None
-"""What a mechanism chose of a whole sequence: a routed one's blocks; tokens, bool `[tokens, Hk]`, of a gathered one."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sizes:
-    """Of one row: the numbers of a key and of a value, and the bytes of a number as it is and as it is summed."""
-
-    head_dim: int
-    value_dim: int
-    element_bytes: int
-    accumulation_bytes: int
-
-    @staticmethod
-    def of(dtype: torch.dtype, head_dim: int, value_dim: int) -> "Sizes":
-        """Return the sizes of tensors of `dtype`."""
-        return Sizes(
-            head_dim=head_dim,
-            value_dim=value_dim,
-            element_bytes=dtype.itemsize,
-            accumulation_bytes=accumulation_dtype(dtype).itemsize,
-        )
-
-    @property
-    def kv_width(self) -> int:
-        """Numbers in the key and the value of one head."""
-        return self.head_dim + self.value_dim
-
-    def gradient_bytes(self, *, rounded: bool) -> int:
-        """Return the bytes of a number of a gradient on its way."""
-        return self.element_bytes if rounded else self.accumulation_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +51,7 @@ class Volume:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """What one rank sends over a channel; hidden: while it computes, so that the longer of both counts."""
+    """What one rank sends over a channel; hidden: while it computes, so that only the longer of the two takes time."""
 
     volume: Volume
     channel: Channel
@@ -92,35 +67,8 @@ class Queries:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HeadShare:
-    """The query heads `which`, of `all_heads`'s, that are attended to here, with their KV heads."""
-
-    all_heads: Heads
-    which: range
-
-    @staticmethod
-    def whole(heads: Heads) -> "HeadShare":
-        return HeadShare(all_heads=heads, which=range(heads.query))
-
-    @property
-    def slice(self) -> slice:
-        return slice(self.which.start, self.which.stop)
-
-    @property
-    def kv_heads(self) -> range:
-        """Their KV heads."""
-        group = self.all_heads.query // self.all_heads.kv
-        return range(self.which.start // group, (self.which.stop - 1) // group + 1)
-
-    @property
-    def here(self) -> Heads:
-        """How many they are."""
-        return Heads(query=len(self.which), kv=len(self.kv_heads))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class DistributedAttention(SequenceAttention):
-    """Attention over one dealt sequence, planned: called with the rows that this rank holds, differentiable.
+    """Attention over one sharded sequence, planned: called with the local rows, differentiable.
 
     Inputs and results are of these rows, T being `tokens_local`, and gradients are summed over all ranks. Every rank
     has to make the same calls, `lse` included, as any of them may send.
@@ -140,10 +88,10 @@ class DistributedAttention(SequenceAttention):
         return _AttentionFunction.apply(self, q, k, v, *routing)  # pyright: ignore[reportReturnType]
 
     @abstractmethod
-    def moves(self, sizes: Sizes, chosen: Chosen = None) -> tuple[Move, ...]:
+    def moves(self, sizes: Sizes, routing: RoutingSource = no_routing) -> tuple[Move, ...]:
         """Return what this rank sends: the strategy's formula, which a test compares with counted bytes.
 
-        chosen: of the whole sequence, by a mechanism that chooses; strategies that move all keys do without.
+        routing: of the full sequence; asked for only where messages depend on it.
         """
 
     @property
@@ -152,12 +100,12 @@ class DistributedAttention(SequenceAttention):
         """The queries that this rank attends with."""
 
     @abstractmethod
-    def working_bytes(self, sizes: Sizes, chosen: Chosen = None) -> int:
+    def working_bytes(self, sizes: Sizes, routing: RoutingSource = no_routing) -> int:
         """Return the most bytes that a pass holds at once besides its inputs, results and what the kernel needs."""
 
-    def volume(self, sizes: Sizes, chosen: Chosen = None) -> Volume:
+    def volume(self, sizes: Sizes, routing: RoutingSource = no_routing) -> Volume:
         """Return the bytes that this rank sends, all moves together."""
-        return Volume.total(move.volume for move in self.moves(sizes, chosen))
+        return Volume.total(move.volume for move in self.moves(sizes, routing))
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor, routing: tuple[Tensor, ...]) -> None:
         of_queries, of_keys = (self.tokens_local, self.heads.query), (self.tokens_local, self.heads.kv)
@@ -169,6 +117,7 @@ class DistributedAttention(SequenceAttention):
             )
         if not q.dtype == k.dtype == v.dtype:
             raise ValueError(f"attention wants q, k and v of one dtype; got {q.dtype}, {k.dtype} and {v.dtype}")
+        # A router works in the accumulation dtype, so that equal tokens have equal numbers: ties are real.
         wanted = [((*of_keys, self.routing_width), accumulation_dtype(q.dtype))] if self.routing_width else []
         if [(tuple(x.shape), x.dtype) for x in routing] != wanted:
             raise ValueError(
@@ -186,36 +135,82 @@ class _AttentionFunction(torch.autograd.Function):
     def forward(ctx, attend: DistributedAttention, *inputs: Tensor) -> Tensor:
         out, saved = attend.forward(*inputs)
         ctx.save_for_backward(*saved.tensors)
-        ctx.attend, ctx.kept, ctx.dtypes = attend, saved.kept, [x.dtype for x in inputs]
+        ctx.attend, ctx.extras, ctx.dtypes = attend, saved.extras, [x.dtype for x in inputs]
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gradients = ctx.attend.backward(dout, Saved(ctx.saved_tensors, ctx.kept))
+        # Sums in the accumulation dtype are rounded to the dtype of the inputs here, once.
+        gradients = ctx.attend.backward(dout, Saved(ctx.saved_tensors, ctx.extras))
         return None, *(gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True))
 
 
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComposedAttention(DistributedAttention):
+    """Attention that a kind makes of others, which are planned under the same strategy."""
+
+    attention: SequenceAttention
+    planner: "ShardedPlanner"
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
+        return self.attention.forward(*inputs)
+
+    def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
+        return self.attention.backward(dout, saved)
+
+    def lse(self, saved: Saved) -> Tensor | None:
+        return self.attention.lse(saved)
+
+    def moves(self, sizes: Sizes, routing: RoutingSource = no_routing) -> tuple[Move, ...]:
+        """What the branches send, one after another, and the kind's own sums over all ranks."""
+        found = self.attention.composition(sizes, routing)
+        # Branches run one after another, so that their moves add up.
+        of_branches = [
+            move
+            for attention, of_branch in found.branches
+            for move in self._distributed(attention).moves(sizes, of_branch)
+        ]
+        return *of_branches, all_reduce_move(found.all_reduced, self.planner.strategy.channel)
+
+    @property
+    def queries(self) -> Queries:
+        return Queries(self.planner.tokens, self.heads.query)
+
+    def working_bytes(self, sizes: Sizes, routing: RoutingSource = no_routing) -> int:
+        """The most of any branch, on top of the kind's own."""
+        found = self.attention.composition(sizes, routing)
+        of_branches = (self._distributed(attention).working_bytes(sizes, of) for attention, of in found.branches)
+        return found.working_bytes + max(of_branches, default=0)
+
+    def _distributed(self, attention: SequenceAttention) -> DistributedAttention:
+        return self.planner.distributed(attention, self.routing_width)
+
+
+def all_reduce_move(all_reduced: tuple[int, int], channel: Channel) -> Move:
+    """Return what a rank sends in sums over all ranks of tensors of so many bytes, forward and backward: 2 (P-1)/P."""
+    # A reduce-scatter and an all-gather, each of (P-1)/P of the bytes.
+    forward, backward = (2 * (channel.size - 1) * total // channel.size for total in all_reduced)
+    return Move(Volume(forward=forward, backward=backward), channel, hidden=False)
+
+
 class Strategy(ABC):
-    """Moves rows over a channel; every rank of the channel makes the same calls in the same order."""
+    """Moves rows over a channel; every rank of the channel makes the same calls in the same order.
 
-    shards_heads: ClassVar[bool] = False
-    """Whether a rank attends to the whole sequence, with some of the heads."""
-    moves_selected_blocks: ClassVar[bool] = False
-    """Whether what moves depends on the blocks that a routed mechanism chose."""
+    A strategy that shards tokens implements `attend` or `scan`, the parts that kinds make their attention of; one that
+    does otherwise implements `plan`.
+    """
 
+    name: ClassVar[str]
+    """Its messages are counted under it."""
+    serves: ClassVar[frozenset[Access]] = frozenset(Access)
+    """The accesses to other tokens that it can do."""
     fallback_strategy: ClassVar[str | None] = None
     """The strategy that serves layers whose mechanism this one does not take, if there is one."""
 
-    @classmethod
-    def moves_chosen(cls, mechanism: Mechanism) -> bool:
-        """Return whether what moves depends on what the mechanism chose."""
-        if isinstance(mechanism, TokenChoice):
-            return not cls.shards_heads
-        return isinstance(mechanism, Routed) and cls.moves_selected_blocks
-
     def __init__(self, channel: Channel, *, rounded_gradients: bool = False) -> None:
-        """rounded_gradients: gradients of keys and values travel in their dtype; they are summed wider all the same."""
+        """rounded_gradients: gradients of keys and values are sent in their dtype, and summed wider all the same."""
         self.channel = channel
         self.rounded_gradients = rounded_gradients
 
@@ -228,13 +223,14 @@ class Strategy(ABC):
         """
 
     def prepare(self, mechanism: Mechanism, shards: Shards, heads: Heads, *, backend: str) -> DistributedAttention:
-        """Plan the attention of one dealt sequence; the result serves every layer of that mechanism.
+        """Plan the attention of one sharded sequence; the result serves every layer of that mechanism.
 
         Raises ConfigError with the `unsupported_reason` of the strategy or of the mechanism, ValueError for a sequence
         sharded over another number of ranks.
         """
         if heads.query % heads.kv:
             raise ConfigError(f"{heads.query} query heads cannot share {heads.kv} KV heads evenly: change one of them.")
+        # Refused before anything is planned, let alone sent.
         longest = int(shards.rows.position.max()) + 1 if len(shards.rows) else 0
         for reason in (
             self.unsupported_reason(mechanism, heads, self.channel.size, self.channel.width),
@@ -243,12 +239,84 @@ class Strategy(ABC):
             if reason is not None:
                 raise ConfigError(reason)
         if shards.degree != self.channel.size:
-            raise ValueError(f"a sequence dealt to {shards.degree} ranks cannot run on {self.channel.size}")
-        return self.plan(mechanism, shards, HeadShare.whole(heads), backend=backend)
+            raise ValueError(f"a sequence sharded over {shards.degree} ranks cannot run on {self.channel.size}")
+        return self.plan(mechanism, shards, HeadShare.all(heads), backend=backend)
 
-    @abstractmethod
     def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> DistributedAttention:
-        """Do what `prepare` says, for what was checked and some of the heads."""
+        """Plan like `prepare`, checks left out, for some of the heads."""
+        planner = ShardedPlanner(
+            global_rows=shards.rows,
+            tokens=shards.index[self.channel.rank],
+            share=share,
+            backend=backend,
+            strategy=self,
+            shards=shards,
+        )
+        return planner.distributed(mechanism.plan(planner), mechanism.routing_width)
+
+    def attend(
+        self, planner: "ShardedPlanner", attention_mask: AttentionMask, key_routing: KeyRouting
+    ) -> DistributedAttention:
+        """Plan softmax attention to the keys that a mask (of the local heads) shows and the routing leaves."""
+        raise NotImplementedError(f"strategy {self.name!r} attends to no keys")
+
+    def scan(self, planner: "ShardedPlanner", decay: Tensor) -> DistributedAttention:
+        """Plan a recurrence with these rates of the local heads, float64 `[Hq]`."""
+        raise NotImplementedError(f"strategy {self.name!r} passes no state")
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ShardedPlanner(AttentionPlanner):
+    """Plans under a strategy that shards the tokens of a sequence over the ranks of its channel."""
+
+    strategy: Strategy
+    shards: Shards
+
+    def attend(self, attention_mask: AttentionMask, key_routing: KeyRouting) -> DistributedAttention:
+        return self.strategy.attend(self, attention_mask.of_heads(self.share.slice), key_routing)
+
+    def scan(self, decay: Tensor) -> DistributedAttention:
+        return self.strategy.scan(self, decay)
+
+    def all_reduce_sum(self, x: Tensor, *, kind: str) -> Tensor:
+        return self.strategy.channel.all_reduce(x, kind=f"{self.strategy.name}_{kind}")
+
+    def of_tokens(self, rows: Rows, token: Tensor) -> Self:
+        # Rows stay where their tokens are: to plan among them moves nothing.
+        shards = shard_with_tokens(rows, token, self.shards)
+        tokens = shards.index[self.strategy.channel.rank]
+        return replace(self, global_rows=rows, tokens=tokens, shards=shards)
+
+    def distributed(self, attention: SequenceAttention, routing_width: int) -> DistributedAttention:
+        """Return attention that this planner has planned with its costs: that of a strategy has them already."""
+        # What a strategy planned knows its costs; what a kind composed has those of its branches.
+        if isinstance(attention, DistributedAttention):
+            return attention
+        return ComposedAttention(
+            tokens_local=self.shards.tokens_local,
+            heads=self.share.local_heads,
+            routing_width=routing_width,
+            attention=attention,
+            planner=self,
+        )
+
+
+def shard_with_tokens(rows: Rows, token: Tensor, shards: Shards) -> Shards:
+    """Shard another sequence so that each row lies on the rank of its `token`, int64 `[rows]`, of a sharded one.
+
+    Rows stay in their order; ranks with fewer rows than others are padded.
+    """
+    # A place counts the rows of all ranks set end to end: [P, T] -> [P x T]
+    owner = shards.places()[token] // shards.tokens_local
+    counts = owner.bincount(minlength=shards.degree)
+    # At least one row, of padding if need be: transfers are not empty.
+    index = torch.full((shards.degree, max(int(counts.max()), 1)), -1)
+    order = owner.argsort(stable=True)
+    # The number of each row among those of its owner.
+    nth = torch.arange(len(order)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    index[owner[order], nth] = order
+    return Shards(rows=rows, index=index)
 
 
 def grid_unsupported_reason(strategy: str, degree: int, inner: int) -> str | None:

@@ -1,4 +1,4 @@
-"""Every mechanism over a whole sequence, on every backend and in every dtype, against the oracle in float64."""
+"""Every mechanism over a full sequence, on every backend and in every dtype, against the oracle in float64."""
 
 from dataclasses import replace
 
@@ -6,33 +6,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from farspan.kernels.backend import BACKENDS
-from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import MECHANISMS, Heads, KVLifetime, Masked, Mechanism, Recurrent, Routed, TokenChoice
+from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.mechanisms.nats import NAtS
 from farspan.kernels.merge import accumulation_dtype
+from farspan.kernels.planner import Heads
 from farspan.kernels.sequence_attention import plan_sequence_attention
-from tests.support import lifetimes as lifetime_shard
 from tests.support import oracle
-from tests.support.sequence_shards import select
+from tests.support.attention_cases import ABLE, ROWS, examples
+from tests.support.truth import expect, visible
 
-CPU = torch.device("cpu")
-ABLE = [name for name in BACKENDS if BACKENDS.get(name).unavailable_reason(CPU) is None]
-EXAMPLES = [
-    pytest.param(example, id=str(example)) for name in MECHANISMS for example in MECHANISMS.get(name).examples()
-]
-ROWS = {
-    "one": Rows.packed([97]),
-    "ragged": Rows.packed([1, 40, 3, 33], padding=5),
-    "padding_only": Rows.packed([], padding=9),
-    "shuffled": Rows.packed([50, 30], padding=3).take(torch.randperm(83, generator=torch.Generator().manual_seed(0))),
-}
+EXAMPLES = examples()
 HEADS = [Heads(query=8, kv=8), Heads(query=8, kv=2), Heads(query=8, kv=1)]
 
 
 def random_inputs(mechanism: Mechanism, rows: Rows, heads: Heads, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """Return q, k, v and routing if there is one, and the gradient of out."""
+    """q, k, v and routing if there is one, and the gradient of out."""
     generator = torch.Generator().manual_seed(3)
 
     def draw(*shape: int) -> Tensor:
@@ -44,54 +33,11 @@ def random_inputs(mechanism: Mechanism, rows: Rows, heads: Heads, dtype: torch.d
     return inputs, draw(heads.query, 8)
 
 
-def visible(mechanism: Mechanism, inputs: list[Tensor], rows: Rows) -> Tensor:
-    """Return which keys each query sees, bool `[Hq, T, T]`."""
-    q, k = inputs[:2]
-    heads, group = q.shape[1], q.shape[1] // k.shape[1]
-    if isinstance(mechanism, TokenChoice):
-        chosen = mechanism.choose(inputs[3][..., 0].float(), rows).t().repeat_interleave(group, dim=0)
-        both = chosen[:, :, None] & chosen[:, None, :]
-        return both & oracle.visible_mask(rows, rows, mechanism.among().attention_mask(), heads)
-    if isinstance(mechanism, Recurrent):
-        return oracle.visible_mask(rows, rows, AttentionMask(causal=True), heads)
-    if isinstance(mechanism, KVLifetime):
-        assert isinstance(mechanism, NAtS)
-        return lifetime_shard.visible(inputs[3], rows, mechanism.window).repeat_interleave(group, dim=0)
-    assert isinstance(mechanism, Masked)
-    mask = oracle.visible_mask(rows, rows, mechanism.attention_mask(), heads)
-    return (
-        mask & oracle.selected_mask(select(mechanism, q, k, rows), rows, heads)
-        if isinstance(mechanism, Routed)
-        else mask
-    )
-
-
-def expect(mechanism: Mechanism, inputs: list[Tensor], dout: Tensor, rows: Rows) -> list[Tensor]:
-    """Return out, lse if there is a softmax, and the gradient of each input."""
-    leaves = [x.double().requires_grad_() for x in inputs]
-    q, k, v = leaves[:3]
-    if isinstance(mechanism, Recurrent):
-        out = oracle.decayed_sums(q, k, v, mechanism.decay(q.shape[1]), rows)
-        return [out.detach(), *torch.autograd.grad(out, leaves, dout.double())]
-    if isinstance(mechanism, KVLifetime):
-        assert isinstance(mechanism, NAtS)
-        types = lifetime_shard.one_hot_types(leaves[3], rows, mechanism.temperature)
-        out, lse = lifetime_shard.attention(q, k, v, types, rows, mechanism.window)
-        loss = (out * dout.double()).sum() + lifetime_shard.penalty(types, rows, mechanism.penalty)
-        return [out.detach(), lse.detach(), *torch.autograd.grad(loss, leaves, materialize_grads=True)]
-    out, lse = oracle.attention(q, k, v, visible(mechanism, inputs, rows))
-    if isinstance(mechanism, TokenChoice):
-        group = q.shape[1] // k.shape[1]
-        out = out / (1 + torch.exp(-leaves[3])).repeat_interleave(group, dim=1)
-    gradients = torch.autograd.grad(out, leaves, dout.double(), allow_unused=True, materialize_grads=True)
-    return [out.detach(), lse.detach(), *gradients]
-
-
 def run(mechanism: Mechanism, inputs: list[Tensor], dout: Tensor, rows: Rows, heads: Heads, backend: str):
-    whole = plan_sequence_attention(mechanism, rows, heads, range(heads.query), backend=backend)
-    out, saved = whole.forward(*inputs)
+    attention = plan_sequence_attention(mechanism, rows, heads, range(heads.query), backend=backend)
+    out, saved = attention.forward(*inputs)
     assert out.dtype == inputs[0].dtype
-    return results(out, whole.lse(saved), whole.backward(dout, saved))
+    return results(out, attention.lse(saved), attention.backward(dout, saved))
 
 
 def results(out: Tensor, lse: Tensor | None, gradients: tuple[Tensor, ...]) -> list[Tensor]:
@@ -101,7 +47,7 @@ def results(out: Tensor, lse: Tensor | None, gradients: tuple[Tensor, ...]) -> l
 @pytest.mark.parametrize("dtype", list(oracle.RELATIVE_TOLERANCE), ids=str)
 @pytest.mark.parametrize("backend", ABLE)
 @pytest.mark.parametrize("mechanism", EXAMPLES)
-def test_equals_the_formula(mechanism: Mechanism, backend: str, dtype: torch.dtype) -> None:
+def test_mechanism_equals_the_formula(mechanism: Mechanism, backend: str, dtype: torch.dtype) -> None:
     for name, rows in ROWS.items():
         for heads in HEADS:
             inputs, dout = random_inputs(mechanism, rows, heads, dtype)
@@ -113,19 +59,19 @@ def test_equals_the_formula(mechanism: Mechanism, backend: str, dtype: torch.dty
 
 @pytest.mark.parametrize("backend", ABLE)
 @pytest.mark.parametrize("mechanism", EXAMPLES)
-def test_heads_can_be_dealt(mechanism: Mechanism, backend: str) -> None:
-    """A part of the heads does what it does among all of them: what strategies that deal heads stand on."""
+def test_some_heads_equal_a_slice_of_all(mechanism: Mechanism, backend: str) -> None:
+    """Strategies that shard heads rely on it."""
     rows, heads = ROWS["ragged"], Heads(query=8, kv=4)
     inputs, dout = random_inputs(mechanism, rows, heads, torch.float64)
-    whole = run(mechanism, inputs, dout, rows, heads, backend)
+    expected = run(mechanism, inputs, dout, rows, heads, backend)
     for first in (0, 2, 6):
         part = plan_sequence_attention(mechanism, rows, heads, range(first, first + 2), backend=backend)
-        mine = [x[:, first : first + 2] if x.shape[1] == 8 else x[:, first // 2 : first // 2 + 1] for x in inputs]
-        out, saved = part.forward(*mine)
+        local = [x[:, first : first + 2] if x.shape[1] == 8 else x[:, first // 2 : first // 2 + 1] for x in inputs]
+        out, saved = part.forward(*local)
         got = results(out, part.lse(saved), part.backward(dout[:, first : first + 2], saved))
-        for mine, all_heads in zip(got, whole, strict=True):
-            at = first if all_heads.shape[1] == 8 else first // 2
-            error = oracle.relative_error(mine, all_heads[:, at : at + mine.shape[1]])
+        for some_heads, all_heads in zip(got, expected, strict=True):
+            start = first if all_heads.shape[1] == 8 else first // 2
+            error = oracle.relative_error(some_heads, all_heads[:, start : start + some_heads.shape[1]])
             assert error <= oracle.RELATIVE_TOLERANCE[torch.float64]
 
 
@@ -140,13 +86,13 @@ def test_nothing_leaks_from_hidden_tokens(mechanism: Mechanism, backend: str) ->
     if isinstance(mechanism, NAtS):
         mechanism = replace(mechanism, penalty=0.0)
     inputs, dout = random_inputs(mechanism, rows, heads, torch.float64)
-    whole = plan_sequence_attention(mechanism, rows, heads, range(8), backend=backend)
-    _, saved = whole.forward(*inputs)
+    attention = plan_sequence_attention(mechanism, rows, heads, range(8), backend=backend)
+    _, saved = attention.forward(*inputs)
     mask, document = visible(mechanism, inputs, rows).any(dim=0), rows.document
     for t in (0, 7, 19, 20, 30, 42):
         only_t = torch.zeros_like(dout)
         only_t[t] = dout[t]
-        dq, dk, dv, *drouting = whole.backward(only_t, saved)
+        dq, dk, dv, *drouting = attention.backward(only_t, saved)
         assert not dq[torch.arange(len(rows)) != t].any()
         assert not dk[~mask[t]].any()
         assert not dv[~mask[t]].any()

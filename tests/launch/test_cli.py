@@ -1,4 +1,4 @@
-"""The command line in this process: refusals in one sentence with exit status 2, overrides, dry runs, what is slow."""
+"""The command line in this process: refusals in one sentence with exit status 2, overrides, dry runs, start-up."""
 
 import logging
 import os
@@ -19,6 +19,7 @@ from farspan.trainer.config import Config
 from farspan.trainer.data import prepare
 from farspan.trainer.toml_config import load_config, to_toml
 from tests.support import tiny
+from tests.support.programs import install
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -39,62 +40,54 @@ def _starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LocalJob, "run", start)
 
 
+LOCAL, SLURM = "launch local CONFIG --gpus-per-node", "launch slurm CONFIG --nodes 1 --gpus-per-node 2"
+# The command, and what its error names: key, value, and a fix if there is one.
 REFUSALS = [
-    ("train CONFIG model.layer=3", "model.layer=3 is not a known key; choose one of layers, "),
-    ("train CONFIG model.head_dim=7", "model.head_dim=7 must be even"),
-    ("train CONFIG train.compute_dtype=float16", "train.compute_dtype=\"float16\" must be one of 'bfloat16', "),
-    ("train CONFIG other.toml", "Override 'other.toml' has no key and value; write it as section.key=value."),
-    ("train CONFIG parallel.context=2", "parallel.context=2 x parallel.dp_replicate=1 = 2 must divide the number of "),
+    ("train CONFIG model.layer=3", ["model.layer=3", "layers"]),
+    ("train CONFIG model.head_dim=7", ["model.head_dim=7", "even"]),
+    ("train CONFIG train.compute_dtype=float16", ['train.compute_dtype="float16"', "'bfloat16'"]),
+    ("train CONFIG other.toml", ["'other.toml'", "section.key=value"]),
+    ("train CONFIG parallel.context=2", ["parallel.context=2 x parallel.dp_replicate=1 = 2"]),
     (
         "train CONFIG --dry-run parallel.context=2",
-        "the number of ranks, 1: change a degree, or start 2 ranks with `farspan launch local CONFIG --gpus-per-node 2`"
-        " (with --dry-run: --ranks 2).",
+        ["the number of ranks, 1", "`farspan launch local CONFIG --gpus-per-node 2`", "--ranks 2"],
     ),
-    (
-        "train CONFIG --dry-run parallel.context=2 --ranks 3",
-        "must divide the number of ranks, 3: change a degree, or start another number of ranks.",
-    ),
-    ("train CONFIG", "tokens' does not exist: make it with `farspan data prepare`, or name another."),
-    ("train nowhere.toml", "nowhere.toml does not exist; name a configuration file that does."),
-    ("train CONFIG --ranks 4", "--ranks 4 goes with --dry-run; torchrun or 'farspan launch' starts real ranks."),
-    ("train CONFIG --ranks 0 --dry-run", "--ranks 0 must be at least 1."),
-    ("train CONFIG --ranks 3 --dry-run", "train.sequences_per_step=2 must be a multiple of the 3 data-parallel groups"),
-    ("launch local CONFIG --gpus-per-node 0", "--gpus-per-node 0 must be at least 1."),
-    ("launch local CONFIG --gpus-per-node 2", "data.folder="),
-    ("launch local CONFIG --gpus-per-node 3", "train.sequences_per_step=2 must be a multiple of the 3 data-parallel"),
-    ("launch local CONFIG --gpus-per-node 2 parallel.layout=x", "parallel.layout='x' does not exist; choose one of "),
-    ("launch local CONFIG --gpus-per-node 2 model.x=1", "model.x=1 is not a known key; choose one of layers, "),
-    ("launch local nowhere.toml --gpus-per-node 2", "nowhere.toml does not exist; name a configuration file that does"),
-    ("launch slurm CONFIG --nodes 0 --gpus-per-node 2", "--nodes 0 must be at least 1."),
-    ("launch slurm CONFIG --nodes 1 --gpus-per-node 2 --chain 0", "--chain 0 must be at least 1."),
-    ("launch slurm CONFIG --nodes 1 --gpus-per-node 2 --time x", "--time x is not a time limit: write minutes, "),
-    (
-        "launch slurm CONFIG --nodes 3 --gpus-per-node 1 --dry-run",
-        "train.sequences_per_step=2 must be a multiple of the 3",
-    ),
-    ("launch slurm CONFIG --nodes 1 --gpus-per-node 2 --site nowhere.toml", "nowhere.toml does not exist; name a conf"),
-    ("launch slurm CONFIG --nodes 1 --gpus-per-node 2 --each run.seed", "--each run.seed has no values; write it as "),
-    ("launch slurm CONFIG --nodes 1 --gpus-per-node 2 --each run.folder=a,b", "--each run.folder=... cannot be: "),
-    (
-        "launch slurm CONFIG --nodes 1 --gpus-per-node 2 --each run.seed=1,2 --each train.steps=1,2,3",
-        "all --each must have as many values, since they change together; these have 2, 3.",
-    ),
-    ("launch slurm CONFIG --nodes 1 --gpus-per-node 2 --each run.seed=1,x", "run.seed="),
-    ("jobs status nowhere", "nowhere has no jobs.jsonl: name the folder of a run that was submitted to SLURM."),
-    ("data prepare nowhere --tokenizer bytes --out OUT", "nowhere"),
+    ("train CONFIG --dry-run parallel.context=2 --ranks 3", ["the number of ranks, 3"]),
+    ("train CONFIG", ["tokens'", "`farspan data prepare`"]),
+    ("train nowhere.toml", ["nowhere.toml does not exist"]),
+    ("train CONFIG --ranks 4", ["--ranks 4", "--dry-run", "torchrun"]),
+    ("train CONFIG --ranks 0 --dry-run", ["--ranks 0 must be at least 1."]),
+    ("train CONFIG --ranks 3 --dry-run", ["train.sequences_per_step=2", "3 data-parallel groups"]),
+    (f"{LOCAL} 0", ["--gpus-per-node 0 must be at least 1."]),
+    (f"{LOCAL} 2", ["data.folder="]),
+    (f"{LOCAL} 3", ["train.sequences_per_step=2", "3 data-parallel groups"]),
+    (f"{LOCAL} 2 parallel.layout=x", ["parallel.layout='x'"]),
+    (f"{LOCAL} 2 model.x=1", ["model.x=1", "layers"]),
+    ("launch local nowhere.toml --gpus-per-node 2", ["nowhere.toml does not exist"]),
+    ("launch slurm CONFIG --nodes 0 --gpus-per-node 2", ["--nodes 0 must be at least 1."]),
+    (f"{SLURM} --chain 0", ["--chain 0 must be at least 1."]),
+    (f"{SLURM} --time x", ["--time x"]),
+    ("launch slurm CONFIG --nodes 3 --gpus-per-node 1 --dry-run", ["train.sequences_per_step=2", "multiple of the 3"]),
+    (f"{SLURM} --site nowhere.toml", ["nowhere.toml does not exist"]),
+    (f"{SLURM} --each run.seed", ["--each run.seed ", "section.key=A,B"]),
+    (f"{SLURM} --each run.folder=a,b", ["--each run.folder="]),
+    (f"{SLURM} --each run.seed=1,2 --each train.steps=1,2,3", ["--each", " 2, 3."]),
+    (f"{SLURM} --each run.seed=1,x", ["run.seed="]),
+    ("jobs status nowhere", ["nowhere has no jobs.jsonl"]),
+    ("data prepare nowhere --tokenizer bytes --out OUT", ["nowhere"]),
 ]
 
 
-@pytest.mark.parametrize(("command", "message"), REFUSALS, ids=[command for command, _ in REFUSALS])
+@pytest.mark.parametrize(("command", "parts"), REFUSALS, ids=[command for command, _ in REFUSALS])
 def test_a_refusal_is_one_sentence_and_status_2(
-    command: str, message: str, config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, parts: list[str], config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     places = {"CONFIG": str(config_file), "OUT": str(tmp_path / "out")}
     assert cli.main([places.get(word, word) for word in command.split()]) == cli.EXIT_USER_ERROR
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("farspan: ")
-    assert message in err
+    assert [part for part in parts if part not in err] == []
     assert err.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.toml"]
     assert not dist.is_initialized()
@@ -118,7 +111,7 @@ def test_wrong_usage_is_status_2(command: str, capsys: pytest.CaptureFixture[str
         ("data", ["prepare"]),
     ],
 )
-def test_without_a_command_they_are_listed(
+def test_commands_are_listed_if_none_is_given(
     command: str, commands: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(command.split()) == cli.EXIT_USER_ERROR
@@ -131,7 +124,7 @@ def test_without_a_command_they_are_listed(
 def test_an_override_with_dashes_is_understood_in_the_refusal(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["train", "x.toml", *words.split()])
-    assert capsys.readouterr().err.endswith("; a value is changed without dashes: train.steps=VALUE\n")
+    assert capsys.readouterr().err.endswith(" without dashes: train.steps=VALUE\n")
 
 
 @pytest.mark.parametrize(
@@ -147,7 +140,7 @@ def test_overrides_stand_anywhere_and_the_last_wins(
     words: str, config_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main([str(config_file) if word == "CONFIG" else word for word in words.split()]) == 0
-    assert "; 3 layers, width 32" in capsys.readouterr().out
+    assert "3 of width 32" in capsys.readouterr().out
 
 
 PRESETS = {
@@ -157,17 +150,20 @@ PRESETS = {
     ("qwen3_8b_128k", 64): ("dp_shard 8 x context 8", "8,190,735,360 parameters", "sharded     127,980,"),
     ("qwen3_30b_a3b_128k", 64): (
         "dp_shard 8 x context 8", "30,532,122,624 parameters", "sharded     477,064,416",
-        "experts     8 of 128 of size 768 in 48 layers, dealt to 8 ranks; 3,041,656,832 parameters multiply a token",
+        "3,041,656,832 active per token",
+        "experts     8 of 128 per token, feed_forward 768, in 48 layers, expert-parallel degree 8",
     ),
     ("mixtral_8x7b_64k", 32): (
         "dp_shard 8 x context 4", "46,702,792,704 parameters", "sharded     1,459,560,576",
-        "experts     2 of 8 of size 14336 in 32 layers, dealt to 8 ranks; 12,748,587,008 parameters multiply a token",
+        "12,748,587,008 active per token",
+        "experts     2 of 8 per token, feed_forward 14336, in 32 layers, expert-parallel degree 8",
     ),
     ("minimax_style", 8): (
         "dp_shard 1 x context 8", "20,778,248,192 parameters", "sharded     2,597,281,024",
-        "experts     2 of 32 of size 3072 in 32 layers, dealt to 8 ranks; 2,248,933,376 parameters multiply a token",
-        "attention   7 x Lightning, Dense(causal=True), 7 x Lightning, ", ", recurrences gated, computed by ",
-        "context     state and ring, zigzag; ",
+        "2,248,933,376 active per token",
+        "experts     2 of 32 per token, feed_forward 3072, in 32 layers, expert-parallel degree 8",
+        "attention   7 x Lightning, Dense(causal=True), 7 x Lightning, ", "recurrences in gated layers",
+        "strategy    state and ring, zigzag",
     ),
 }  # fmt: skip
 
@@ -182,21 +178,22 @@ def test_a_dry_run_of_a_preset_needs_neither_gpus_nor_data(
     assert err == ""
     lines = dict(line.split(maxsplit=1) for line in out.splitlines())
     experts = ["experts"] if "experts" in "".join(PRESETS[preset, num_ranks]) else []
+    recurrences = ["recurrences"] if preset == "minimax_style" else []
     assert list(lines) == [
-        "ranks", "step", "model", *experts, "compute", "attention", "context", "memory", "sharded", "dry"
+        "ranks", "step", "micro-batch", "model", "layers", *experts, "compute", "attention", *recurrences, "backend",
+        "strategy", "traffic", "memory", "sharded", "dry",
     ]  # fmt: skip
     assert lines["ranks"].startswith(f"{num_ranks} = ")
     tokens = {"mixtral_8x7b_64k": 65_536, "minimax_style": 262_144}.get(preset, 131_072)
     local = 32_768 if preset == "minimax_style" else 16_384
-    assert lines["step"].startswith(
-        f"4,194,304 tokens = {2**22 // tokens} x {tokens:,}; each rank holds {local:,} at a time and accumulates "
-    )
+    assert lines["step"] == f"4,194,304 tokens = {2**22 // tokens} sequences x {tokens:,}"
+    assert lines["micro-batch"].startswith(f"{local:,} tokens per rank, ")
     assert all(part in out for part in PRESETS[preset, num_ranks])
     assert "GFLOP per token" in lines["compute"]
     if preset != "minimax_style":
-        assert lines["attention"].startswith("Dense(causal=True), computed by ")
-        assert lines["context"].startswith("ring, zigzag; each rank sends ")
-    assert " GiB per rank (estimate): " in lines["memory"]
+        assert lines["attention"] == "Dense(causal=True)"
+        assert lines["strategy"].startswith("ring, zigzag")
+    assert " GiB per rank (estimate)" in lines["memory"]
     assert not dist.is_initialized()
     assert list(tmp_path.iterdir()) == []
 
@@ -212,24 +209,14 @@ def test_a_dry_launch_prints_the_command(config_file: Path, capsys: pytest.Captu
     )
 
 
-def test_a_dry_launch_on_slurm_prints_the_script_alone_on_standard_output(
+def test_a_dry_launch_on_slurm_prints_only_the_script_on_standard_output(
     tmp_path: Path, config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = tmp_path / "site.toml"
-    site.write_text('[sbatch]\naccount = "mine"\n')
+    site.write_text('[sbatch]\naccount = "my_project"\n')
     monkeypatch.setenv("FARSPAN_SITE", str(site))
     monkeypatch.chdir(tmp_path)
-    words = [
-        "launch",
-        "slurm",
-        str(config_file),
-        "run.folder=runs/x",
-        "--nodes",
-        "2",
-        "--gpus-per-node",
-        "1",
-        "--dry-run",
-    ]
+    words = f"launch slurm {config_file} run.folder=runs/x --nodes 2 --gpus-per-node 1 --dry-run".split()
     assert cli.main(words) == 0
     out, err = capsys.readouterr()
     job = SlurmJob(
@@ -240,25 +227,28 @@ def test_a_dry_launch_on_slurm_prints_the_script_alone_on_standard_output(
         nodes=2,
         ranks_per_node=1,
         gpus=False,
-        site=Site(sbatch={"account": "mine"}),
+        site=Site(sbatch={"account": "my_project"}),
     )
     assert out == job.script()
     assert err.startswith("ranks       2 = ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.toml", "site.toml"]
-    # Submitted from a machine without GPUs, a run that takes what there is has to get GPUs.
+    # Submitted from a machine without GPUs, a run with device=auto has to get GPUs.
     assert cli.main([*words, "train.device=auto", "train.compute_dtype=bfloat16", "attention.backend=auto"]) == 0
     assert "#SBATCH --gpus-per-node=1\n" in capsys.readouterr().out
 
 
-def test_a_launch_on_slurm_submits_what_was_checked(
-    tmp_path: Path, config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake sbatch, which copies the script and prints the id 5."""
+    folder = install(tmp_path / "bin", sbatch='cp "$2" "$2.submitted"; echo 5')
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+@pytest.mark.usefixtures("sbatch")
+def test_a_launch_on_slurm_submits_the_checked_configuration(
+    tmp_path: Path, config_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sbatch = tmp_path / "bin" / "sbatch"
-    sbatch.parent.mkdir()
-    sbatch.write_text('#!/bin/bash\ncp "$2" "$2.seen"\necho 5\n')
-    sbatch.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
-    words = ["launch", "slurm", str(config_file), "run.seed=3", "--nodes", "1", "--gpus-per-node", "2", "--chain", "2"]
+    words = f"launch slurm {config_file} run.seed=3 --nodes 1 --gpus-per-node 2 --chain 2".split()
     assert cli.main(words) == cli.EXIT_USER_ERROR
     assert "data.folder=" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -268,18 +258,14 @@ def test_a_launch_on_slurm_submits_what_was_checked(
     assert f"submitted   5 then 5; see `farspan jobs status {tmp_path}/run`\n" in out
     assert "nothing was started" not in out
     submitted = tmp_path / "run/submitted/001"
-    assert (submitted / "job.sh.seen").read_text() == (submitted / "job.sh").read_text()
+    assert (submitted / "job.sh.submitted").read_text() == (submitted / "job.sh").read_text()
     assert load_config(Config, submitted / "config.toml") == load_config(Config, config_file, ["run.seed=3"])
 
 
+@pytest.mark.usefixtures("sbatch")
 def test_a_launch_of_several_runs_is_a_job_array(
-    tmp_path: Path, config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, config_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sbatch = tmp_path / "bin" / "sbatch"
-    sbatch.parent.mkdir()
-    sbatch.write_text("#!/bin/bash\necho 5\n")
-    sbatch.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
     tiny.make_data(tmp_path)
     each = ["--each", "run.seed=3, 4", "--each", "optimizer.learning_rate=1e-3,2e-3"]
     assert cli.main(["launch", "slurm", str(config_file), "--nodes", "1", "--gpus-per-node", "2", *each]) == 0
@@ -303,37 +289,34 @@ def test_a_launch_starts_as_many_ranks_as_asked(
     assert started == [LocalJob(config=config_file, overrides=("run.seed=3",), num_ranks=2)]
 
 
-def test_one_rank_speaks_for_all(
+def test_only_the_first_rank_prints_errors(
     config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     variables = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    said = {}
-    for rank in ("0", "1"):
+    for rank, prints in (("0", True), ("1", False)):
         monkeypatch.setenv("RANK", rank)
         assert cli.main(["train", str(config_file), "model.x=1"]) == cli.EXIT_USER_ERROR
-        said[rank] = capsys.readouterr().err
-    assert said["0"].startswith("farspan: model.x=1 is not a known key")
-    assert said["1"] == ""
+        assert ("model.x=1" in capsys.readouterr().err) == prints
 
 
-def test_stop_signals_wait_from_before_torch_is_there() -> None:
-    """A shell above ignores the warning, which would be lost; so would one that a thread of numpy or torch lets by."""
+def test_stop_signals_are_blocked_before_torch_is_imported() -> None:
+    """Otherwise a warning is lost: ignored by the shell above, or taken by a thread of numpy or torch."""
     program = """
 import signal, sys, types
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-class Seen:
+class Finder:
     def find_spec(name, *_):
         if name in ("numpy", "torch"):
             assert signal.SIGUSR1 in signal.pthread_sigmask(signal.SIG_BLOCK, []), name
             signal.raise_signal(signal.SIGUSR1)
             print(name, flush=True)
-            sys.meta_path.remove(Seen)
-sys.meta_path.insert(0, Seen)
+            sys.meta_path.remove(Finder)
+sys.meta_path.insert(0, Finder)
 from farspan.launch import cli
 def train(config, ranks, stop):
-    print(stop.warned)
+    print(stop.preemption_warning)
 sys.modules["farspan.trainer.train"] = types.SimpleNamespace(train=train)
 sys.exit(cli.main(["train", "configs/demo.toml"]))
 """

@@ -1,7 +1,7 @@
 import pytest
 
 from farspan.errors import ConfigError
-from farspan.launch.env import read_ranks, with_threads
+from farspan.launch.env import environment_with_threads, read_ranks
 from farspan.parallel.ranks import Ranks
 
 TORCHRUN = {
@@ -24,16 +24,16 @@ def set_all(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
         monkeypatch.setenv(name, value)
 
 
-def test_a_process_alone_is_the_only_rank() -> None:
+def test_without_torchrun_there_is_one_rank() -> None:
     assert read_ranks() == Ranks(rank=0, world_size=1, local_rank=0)
 
 
-def test_ranks_are_as_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_are_those_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     set_all(monkeypatch, TORCHRUN)
     assert read_ranks() == Ranks(rank=3, world_size=8, local_rank=1)
 
 
-def test_ranks_know_their_job_by_the_name_that_slurm_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_know_their_slurm_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     assert read_ranks().job == "17"
     set_all(monkeypatch, TORCHRUN | {"SLURM_ARRAY_JOB_ID": "16", "SLURM_ARRAY_TASK_ID": "3"})
@@ -41,9 +41,9 @@ def test_ranks_know_their_job_by_the_name_that_slurm_takes(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
-def test_a_variable_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_missing_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     set_all(monkeypatch, {key: value for key, value in TORCHRUN.items() if key != name})
-    with pytest.raises(ConfigError, match=rf"^RANK is set but {name} is not.*: start ranks with torchrun"):
+    with pytest.raises(ConfigError, match=rf"^RANK is set but {name} is not.*torchrun"):
         read_ranks()
 
 
@@ -56,9 +56,7 @@ def test_a_variable_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, na
         ({"LOCAL_RANK": "-1"}, "RANK=3, LOCAL_RANK=-1 do not fit WORLD_SIZE=8"),
     ],
 )
-def test_a_value_that_cannot_be_is_refused(
-    monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], message: str
-) -> None:
+def test_an_invalid_value_is_refused(monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], message: str) -> None:
     set_all(monkeypatch, TORCHRUN | changes)
     with pytest.raises(ConfigError) as refused:
         read_ranks()
@@ -67,11 +65,7 @@ def test_a_value_that_cannot_be_is_refused(
 
 def test_ranks_get_their_threads_and_the_rest_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FARSPAN_TEST_MARKER", "kept")
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    given = with_threads(3)
-    assert (given["OMP_NUM_THREADS"], given["FARSPAN_TEST_MARKER"]) == ("3", "kept")
-
-
-def test_threads_that_the_user_has_chosen_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = environment_with_threads(3)
+    assert (environment["OMP_NUM_THREADS"], environment["FARSPAN_TEST_MARKER"]) == ("3", "kept")
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert with_threads(3)["OMP_NUM_THREADS"] == "7"
+    assert environment_with_threads(3)["OMP_NUM_THREADS"] == "7"

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from farspan.launch import cli
-from farspan.trainer import train as module
+from farspan.trainer import metrics as module
 from farspan.trainer.toml_config import load_config
 from farspan.trainer.weights.locate import Decoder
-from tests.support import hugging_face_models as ours
-from tests.support import tiny
+from tests.support import hugging_face_models, tiny
 
 safetensors = pytest.importorskip("safetensors.torch")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -35,32 +34,39 @@ device = "cpu"
 
 def test_out_and_in_and_on(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     data = tiny.make_data(tmp_path)
-    decoder = Decoder(model=replace(ours.MODEL, vocabulary_size=264, tied_embeddings=True, qk_norm=True))
-    model = ours.random_model(decoder)
-    run, out, weights = ours.save_run(model, decoder, tmp_path / "run"), tmp_path / "out", tmp_path / "weights"
+    decoder = Decoder(model=replace(hugging_face_models.MODEL, vocabulary_size=264, tied_embeddings=True, qk_norm=True))
+    model = hugging_face_models.random_model(decoder)
+    run, out, weights = (
+        hugging_face_models.save_run(model, decoder, tmp_path / "run"),
+        tmp_path / "out",
+        tmp_path / "weights",
+    )
 
-    def said(*words: object) -> str:
+    def output_of(*words: object) -> str:
         assert cli.main([str(word) for word in words]) == 0
         return capsys.readouterr().out
 
-    assert f"{out}, a Qwen3ForCausalLM; its" in said("export", run, "--out", out, "--dtype", "bfloat16")
+    assert f"{out}, a Qwen3ForCausalLM;" in output_of("export", run, "--out", out, "--dtype", "bfloat16")
     written = safetensors.load_file(out / "model.safetensors")
     assert "lm_head.weight" not in written
     assert torch.equal(written["model.norm.weight"], model.norm.weight.to(torch.bfloat16))
-    text = said("import", out, "--out", weights)
+    text = output_of("import", out, "--out", weights)
     described = (weights / "model.toml").read_text()
-    assert text.startswith(f"imported    {weights}: begin a run with it by run.start_from={weights}\n")
+    assert text.startswith(f"imported    {weights}: ")
+    assert f"run.start_from={weights}\n" in text
     assert text.endswith(described + "\n")
-    assert load_config(Decoder, weights / "model.toml").model == ours.replaced_positions(decoder.model, 512)
-    assert f"model.kv_heads=1; see {tmp_path}/mqa/model.toml" in said(
+    assert load_config(Decoder, weights / "model.toml").model == hugging_face_models.replaced_positions(
+        decoder.model, 512
+    )
+    assert f"model.kv_heads=1; see {tmp_path}/mqa/model.toml" in output_of(
         "pool-heads", weights, "--kv-heads", 1, "--out", tmp_path / "mqa"
     )
 
-    # The sections are pasted as they are.
+    # The printed sections, pasted into a configuration.
     (tmp_path / "second.toml").write_text(described + REST.format(folder=tmp_path, data=data))
     monkeypatch.setattr(module, "peak_flops", lambda device, dtype: 1e10)
-    said("train", tmp_path / "second.toml", "optimizer.learning_rate=1e-9", "optimizer.warmup_steps=0")
-    said("export", tmp_path / "second", "--out", tmp_path / "on")
+    output_of("train", tmp_path / "second.toml", "optimizer.learning_rate=1e-9", "optimizer.warmup_steps=0")
+    output_of("export", tmp_path / "second", "--out", tmp_path / "on")
     fields = json.loads((tmp_path / "on" / "config.json").read_text())
     assert (fields["eos_token_id"], fields["max_position_embeddings"], fields["torch_dtype"]) == (256, 101, "float32")
     trained = safetensors.load_file(tmp_path / "on" / "model.safetensors")

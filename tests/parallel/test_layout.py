@@ -3,10 +3,11 @@ import torch
 from torch import Tensor
 
 from farspan.errors import ConfigError
+from farspan.kernels.kinds.masked import Masked
+from farspan.kernels.kinds.routed import Routed
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import PADDING, Rows
-from farspan.kernels.masks.selection import BlockSelection
-from farspan.kernels.mechanism import MECHANISMS, Heads, Masked, Mechanism, Routed
+from farspan.kernels.mechanism import MECHANISMS, Heads, Mechanism
 from farspan.kernels.mechanisms.block_sparse import BlockSparse
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.lightning import Lightning
@@ -16,7 +17,6 @@ from farspan.kernels.mechanisms.neighborhood import Neighborhood
 from farspan.kernels.mechanisms.window import Window
 from farspan.kernels.planning.gathered_batches import count_pairs
 from farspan.kernels.planning.plan import Plan
-from farspan.parallel.context_parallel.routing import choose_alone
 from farspan.parallel.layout import LAYOUTS, SHORTEST, Shards
 
 
@@ -81,9 +81,8 @@ def visible_area(mechanism: Mechanism, rows: Rows, index: Tensor) -> float:
     selection = None
     if isinstance(mechanism, Routed):
         one = Heads(query=1, kv=1)
-        whole = choose_alone(mechanism, rows, one, torch.zeros(len(rows), 1, 8), torch.zeros(len(rows), 1, 8))
-        assert isinstance(whole, BlockSelection)
-        selection = whole.of_queries(index)
+        whole = mechanism.route(rows, one, torch.zeros(len(rows), 1, 8), torch.zeros(len(rows), 1, 8))
+        selection = whole.selection.of_queries(index)
     plan = Plan.build(queries, rows, attention_mask, heads=1, selection=selection)
     return plan.unmasked_pairs if selection is None else count_pairs(plan, kv_heads=1)
 
@@ -139,7 +138,7 @@ def test_balanced_deals_no_stretch_that_is_too_short() -> None:
 MASKED = [x for name in MECHANISMS for x in MECHANISMS.get(name).examples() if isinstance(x, Masked)]
 
 
-@pytest.mark.parametrize("mechanism", [x for x in MASKED if not isinstance(x, (Routed, Neighborhood))], ids=str)
+@pytest.mark.parametrize("mechanism", [x for x in MASKED if x.static_mask and not isinstance(x, Neighborhood)], ids=str)
 def test_visible_keys_are_those_of_the_mask(mechanism: Masked) -> None:
     rows = Rows.packed([1, 130, 3, 77], padding=5)
     attention_mask = mechanism.attention_mask()
@@ -160,8 +159,7 @@ def test_visible_keys_of_grids_blocks_and_routers() -> None:
     ):
         rows, one = Rows.packed([1, 128, 96], padding=3), Heads(query=1, kv=1)
         q = torch.randn(len(rows), 1, 8, generator=torch.Generator().manual_seed(0))
-        selection = choose_alone(mechanism, rows, one, q, q)
-        assert isinstance(selection, BlockSelection)
+        selection = mechanism.route(rows, one, q, q).selection
         plan = Plan.build(rows, rows, mechanism.attention_mask(), heads=1, selection=selection)
         assert torch.equal(mechanism.keys_per_query(rows), plan.mask()[0].double().sum(dim=1)), mechanism
     assert MoSA().keys_per_query(rows).sum() == Lightning().keys_per_query(rows).sum() == 225

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import MECHANISMS, Heads, KVLifetime, Masked, Mechanism, Recurrent, Routed, TokenChoice
+from farspan.kernels.mechanism import MECHANISMS, Access, Mechanism
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.merge import accumulation_dtype
+from farspan.kernels.planner import Heads, Sizes
 from farspan.kernels.sequence_attention import plan_sequence_attention
 from farspan.parallel.comm import Traffic
-from farspan.parallel.context_parallel.routing import choose_alone
-from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes
+from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.parallel.layout import LAYOUTS, Shards
 from tests.support.oracle import relative_error, rms_error
 from tests.support.rank_pool import RankPool, world_channel
@@ -93,11 +93,9 @@ def run_case(case: Case) -> tuple[list[Tensor], list[Sent]]:
         gradients = [x.to(of.dtype) for x, of in zip(planned.backward(dout, saved), inputs, strict=True)]
         backward_traffic = channel.traffic.take()
         lse = planned.lse(saved)
-        chosen = None
-        if strategy.moves_chosen(case.mechanism):
-            q, k, _, *routing = whole
-            chosen = choose_alone(case.mechanism, case.rows, case.heads, q, k, *routing)
-    stated = planned.volume(Sizes.of(case.dtype, HEAD_DIM, VALUE_DIM), chosen)
+        q, k, _, *routing = whole
+        source = functools.partial(case.mechanism.route, case.rows, case.heads, q, k, *routing)
+        stated = planned.volume(Sizes.of(case.dtype, HEAD_DIM, VALUE_DIM), source)
     sent = [Sent(forward_traffic, stated.forward), Sent(backward_traffic, stated.backward)]
     return [out, *([] if lse is None else [lse]), *gradients], sent
 
@@ -190,7 +188,7 @@ def test_equals_one_process(ranks: Callable[[int], RankPool], strategy: str, deg
 
 
 def is_refused_whatever_the_heads(strategy: str, degree: int, mechanism: str) -> bool:
-    """Whether a pair may have no case: the base class is not the strategy's, or the degree is not."""
+    """Whether a pair may have no case: the strategy does not serve its accesses, or the degree does not suit it."""
     example = MECHANISMS.get(mechanism).examples()[0]
     width = width_for(strategy, degree, turn=0)
     return all(
@@ -198,23 +196,22 @@ def is_refused_whatever_the_heads(strategy: str, degree: int, mechanism: str) ->
     )
 
 
-def test_the_base_class_decides_what_a_strategy_takes() -> None:
-    """Which kinds of mechanism each strategy refuses at a degree that suits it; a new refusal has to be put here."""
-    refused = {
-        (strategy, kind.__name__)
-        for strategy in STRATEGIES
-        for name in MECHANISMS
-        for kind in [kind_of(MECHANISMS.get(name))]
-        if all(is_refused_whatever_the_heads(strategy, degree, name) for degree in DEGREES)
-    }
-    move_keys, softmax = ("ring", "double_ring", "gather", "fetch"), ("Masked", "Routed", "KVLifetime", "TokenChoice")
-    expected = {(name, "Recurrent") for name in move_keys} | {("state", kind) for kind in softmax}
-    assert refused == expected | {("ship", kind) for kind in ("Masked", "KVLifetime", "TokenChoice", "Recurrent")}
+MOVE_KEYS = {Access.MASK, Access.BLOCKS, Access.LIFETIMES}
+SERVED: dict[str, set[Access]] = {
+    **dict.fromkeys(("ring", "double_ring", "gather", "fetch"), MOVE_KEYS),
+    "ship": {Access.BLOCKS},
+    "state": {Access.STATE},
+}
+"""The accesses that strategies serve; the others serve all. A strategy that refuses some has to be put here."""
 
 
-def kind_of(mechanism: type[Mechanism]) -> type[Mechanism]:
-    kinds = [kind for kind in (Recurrent, TokenChoice, Routed, KVLifetime, Masked) if issubclass(mechanism, kind)]
-    return kinds[0]
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
+def test_accesses_decide_what_a_strategy_takes(strategy: str) -> None:
+    """At a degree that suits it."""
+    for name in MECHANISMS:
+        refused = all(is_refused_whatever_the_heads(strategy, degree, name) for degree in DEGREES)
+        served = MECHANISMS.get(name).examples()[0].accesses <= SERVED.get(strategy, set(Access))
+        assert refused != served, name
 
 
 @pytest.mark.parametrize("mechanism", list(MECHANISMS))

@@ -13,7 +13,6 @@ from farspan.kernels.mechanisms.mosa import MoSA
 from farspan.kernels.mechanisms.window import Window
 from farspan.kernels.sequence_attention import plan_sequence_attention
 from farspan.parallel.comm import Channel
-from farspan.parallel.context_parallel.routing import choose_alone
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes, Volume
 from farspan.parallel.layout import Shards
 from farspan.parallel.simulation import Unconnected, simulate
@@ -52,9 +51,7 @@ def test_many_ranks_equal_one(strategy: str, mechanism: Mechanism, layout: str, 
     *inputs, dout = operands(mechanism)
     shards = Shards.deal(ROWS, layout=layout, degree=degree)
     planning = STRATEGIES.get(strategy)
-    chosen = None
-    if planning.moves_chosen(mechanism):
-        chosen = choose_alone(mechanism, ROWS, HEADS, *inputs[:2], *inputs[3:])
+    routing = mechanism.route(ROWS, HEADS, *inputs[:2], *inputs[3:])
 
     def attend(channel: Channel) -> tuple[list[Tensor], Volume, Volume]:
         planned = planning(channel).prepare(mechanism, shards, HEADS, backend="cpu")
@@ -63,7 +60,7 @@ def test_many_ranks_equal_one(strategy: str, mechanism: Mechanism, layout: str, 
         forward = channel.traffic.take().sent.total()
         gradients = planned.backward(shards.shard(dout, channel.rank), saved)
         counted = Volume(forward=forward, backward=channel.traffic.take().sent.total())
-        return [out, *gradients], counted, planned.volume(Sizes.of(torch.float64, 8, 4), chosen)
+        return [out, *gradients], counted, planned.volume(Sizes.of(torch.float64, 8, 4), lambda: routing)
 
     with torch.no_grad():
         found = simulate(degree, attend, width=width)

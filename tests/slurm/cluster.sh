@@ -2,8 +2,8 @@
 # A SLURM cluster of virtual nodes on this machine: cluster.sh FOLDER NODES CPUS_PER_NODE, as root.
 #
 # Every node has a network, hostname, process ids and /dev/shm of its own; nothing is written outside FOLDER, which has
-# to be new and short (sockets). Prints "ready" when all nodes are idle, then starts each node that its standard input
-# names anew, and lives until that ends. Its only child is the head node:
+# to be new and short (sockets). Prints "ready" when all nodes are idle, then restarts each node that its standard input
+# names, and lives until that ends. Its only child is the head node:
 # `SLURM_CONF=FOLDER/slurm.conf nsenter -t CHILD -a sinfo`.
 set -euo pipefail
 self=$(readlink -f "$0")

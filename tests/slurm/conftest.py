@@ -24,7 +24,7 @@ COMMAND_TIMEOUT_S = 240
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
-    """A running cluster; `pid` is the first process of its head node. commands: its standard input."""
+    """A running cluster. pid: the first process of its head node. commands: its standard input."""
 
     folder: Path
     pid: int
@@ -32,7 +32,7 @@ class Cluster:
 
     def run(self, command: Sequence[str], *, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a command on the head node, from the current folder, and return what it printed."""
-        # Entering a mount namespace would lead to the root of the file system.
+        # Entering a mount namespace changes the current folder to /.
         entered = ["nsenter", "-t", str(self.pid), "-a", f"--wd={Path.cwd()}", *command]
         environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf"), "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
@@ -51,23 +51,23 @@ class Cluster:
         return self.run(["sbatch", "--parsable", *options]).stdout.strip()
 
     def kill_daemon(self, node: str) -> None:
-        """Kill a node's slurmd; what it has started lives on."""
+        """Kill a node's slurmd; the processes that it has started live on."""
         send(signal.SIGKILL, find("slurmd", "-D", "-N", node, "-f", f"{self.folder}/slurm.conf"))
 
     def power_off(self, node: str) -> None:
-        """End all processes of a node, its network too."""
+        """Kill all processes of a node, with its network."""
         script = str(Path(__file__).with_name("cluster.sh"))
         send(signal.SIGKILL, find("bash", script, "node", str(self.folder), node))
 
     def power_on(self, node: str) -> None:
-        """Start a node anew and wait until SLURM can use it."""
+        """Start a node again and wait until SLURM can use it."""
         self.commands.write(f"{node}\n")
         self.commands.flush()
         idle = ["sinfo", "-h", "-N", "-n", node, "-t", "idle", "-o", "%N"]
         wait_for(lambda: node in self.run(idle).stdout, f"{node} is idle")
 
     def state(self, job: str) -> str:
-        """Return the state of a job, such as RUNNING, also when it has ended."""
+        """Return the state of a job, such as RUNNING, also after its end."""
         return self.run(["squeue", "-h", "-t", "all", "-j", job, "-o", "%T"]).stdout.strip()
 
     def await_state(self, job: str, *states: str, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
@@ -80,13 +80,13 @@ class Cluster:
 
 
 def missing() -> str | None:
-    """Return what the cluster needs and this machine lacks."""
+    """Return what the cluster needs but this machine lacks."""
     if os.geteuid() != 0:
         return "root, for virtual nodes"
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
     if absent:
         return f"{', '.join(absent)}: on Debian and Ubuntu, apt-get install --no-install-recommends {PACKAGES}"
-    network = "ip link add br0 type bridge && ip link add here type veth peer name there && mount -t tmpfs none /mnt"
+    network = "ip link add br0 type bridge && ip link add v1 type veth peer name v2 && mount -t tmpfs none /mnt"
     spaces = ["unshare", "--mount", "--net", "--uts", "--ipc", "--pid", "--fork", "--mount-proc", "sh", "-c", network]
     if subprocess.run(spaces).returncode:
         return "namespaces with networks and mounts of their own"
@@ -94,11 +94,11 @@ def missing() -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests of this folder where there can be no cluster; as marks they are one line of the report."""
-    ours = [item for item in items if item.path.parent == Path(__file__).parent]
-    lacking = missing() if ours else None
+    """Skip the tests of this folder if the machine cannot run a cluster; as marks they are one line of the report."""
+    items = [item for item in items if item.path.parent == Path(__file__).parent]
+    lacking = missing() if items else None
     if lacking is not None:
-        for item in ours:
+        for item in items:
             item.add_marker(pytest.mark.skip(reason=f"a SLURM cluster on this machine needs {lacking}"))
 
 

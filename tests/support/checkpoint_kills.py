@@ -1,4 +1,4 @@
-"""A rank that is killed at a chosen moment of a save: each call that changes files is one, and so is half a write."""
+"""A rank that is killed at a chosen moment of a save: at each call that changes files, and in the middle of a write."""
 
 import hashlib
 import json
@@ -16,16 +16,16 @@ import torch.distributed as dist
 from farspan.trainer.checkpoint import shards
 from farspan.trainer.config import Config
 from farspan.trainer.state import TrainState
-from tests.support.checkpoint_ranks import Bits, Side, state_of
+from tests.support.checkpoint_ranks import Bits, RankState, state_of
 
 CHANGES = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir"}
 SAVES = 2
-"""Of one life; in all but the first, each of them drops an old checkpoint."""
+"""Saves between two deaths; in all but the first process, each of them deletes an old checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Death:
-    """rank: who dies. moment: before what. times: the how many-th time in this life."""
+    """rank: the one that dies. moment: the call before which it dies. times: counts the calls of this process."""
 
     rank: int
     moment: str
@@ -33,7 +33,7 @@ class Death:
 
 
 class Moments:
-    """Counts the moments of this process's saves, and ends it at the one where it has to die."""
+    """Counts the calls of this process's saves, and kills it at its `death`."""
 
     def __init__(self, death: Death | None, log: Path) -> None:
         self.names: list[str] = []
@@ -46,14 +46,14 @@ class Moments:
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        """What changes files in this block is a moment."""
+        """Calls in this block count."""
         self._counts = True
         yield
         self._counts = False
 
     def _half_write(self, stream: Any, data: Any) -> int:
         view, middle = memoryview(data).cast("B"), memoryview(data).nbytes // 2
-        # What was handed over is in the file when the process dies, as if the system had written it out.
+        # The first half reaches the file before the process dies.
         self._write(stream, view[:middle])
         stream.flush()
         self.pass_by("write", stream._file.name)
@@ -83,11 +83,11 @@ class Moments:
 
 
 def _kind(path: Path) -> str:
-    """Return what a file is in a checkpoint, without its numbers."""
-    of_folder = path.suffix.removeprefix(".") if path.name.startswith(".step_") else None
-    if of_folder is None and path.name.startswith(("step_", "checkpoints", "run")):
-        of_folder = "finished" if path.name.startswith("step_") else "parent"
-    return f"{of_folder} folder" if of_folder else path.name.replace("__1_", "__0_")
+    """Return the kind of a file or folder, without its numbers."""
+    folder_kind = path.suffix.removeprefix(".") if path.name.startswith(".step_") else None
+    if folder_kind is None and path.name.startswith(("step_", "checkpoints", "run")):
+        folder_kind = "finished" if path.name.startswith("step_") else "parent"
+    return f"{folder_kind} folder" if folder_kind else path.name.replace("__1_", "__0_")
 
 
 def digest(bits: Bits) -> str:
@@ -99,41 +99,40 @@ def digest(bits: Bits) -> str:
 
 
 def undisturbed(config: Config, steps: int) -> list[str]:
-    """On a rank: return what it holds after each step, the first before any, when nothing is saved."""
-    side = Side(config)
-    found = []
+    """On a rank: return digests of its state after each step, when nothing is saved; the first is for step 0."""
+    rank = RankState(config)
+    digests = []
     for step in range(1, steps + 1):
-        side.update(step)
-        found.append(digest(side.bits()))
-    return ["", *found]
+        rank.update(step)
+        digests.append(digest(rank.bits()))
+    return ["", *digests]
 
 
-def live(config: Config, expected: list[list[str]], death: Death | None) -> list[str]:
-    """On a rank: resume, go on for some steps, each of them saved, and die if it has to; return all moments.
+def resume_and_save(config: Config, expected: list[list[str]], death: Death | None) -> list[str]:
+    """On a rank: resume, save each of the next steps, and die if told to; return the names of all calls.
 
-    What happens is written to a log of the rank, line by line, since the dead return nothing.
+    The rank logs events to a file, line by line, as a killed process returns nothing.
     """
-    rank = dist.get_rank()
-    log = config.run.folder / f"log_{rank}.jsonl"
+    log = config.run.folder / f"log_{dist.get_rank()}.jsonl"
 
     def write(**line: object) -> None:
         with log.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    side, state = Side(config), TrainState()
-    side.checkpoints.load_latest(state)
-    write(loaded=state.step, same=state == state_of(state.step) and _same(side, expected[rank][state.step], state.step))
+    rank, state, digests = RankState(config), TrainState(), expected[dist.get_rank()]
+    rank.checkpoints.load_latest(state)
+    write(loaded=state.step, same=state == state_of(state.step) and _same(rank, digests[state.step], state.step))
     moments = Moments(death, log)
     for step in range(state.step + 1, state.step + 1 + SAVES):
-        side.update(step)
+        rank.update(step)
         with moments.counted():
-            side.checkpoints.save(state_of(step))
-        write(saved=step, same=_same(side, expected[rank][step], step))
+            rank.checkpoints.save(state_of(step))
+        write(saved=step, same=_same(rank, digests[step], step))
     return moments.names
 
 
-def _same(side: Side, expected: str, step: int) -> bool:
-    return step == 0 or digest(side.bits()) == expected
+def _same(rank: RankState, expected: str, step: int) -> bool:
+    return step == 0 or digest(rank.bits()) == expected
 
 
 def events(run: Path, rank: int) -> list[Mapping[str, Any]]:

@@ -1,7 +1,8 @@
-"""What tests of checkpoints do on each rank: a sharded model whose contents follow from a number, saved and loaded."""
+"""Steps of checkpoint tests on each rank: save and load a sharded model whose contents follow from a number."""
 
 import logging
 from collections.abc import Sequence
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from farspan.trainer.train import identity
 Bits = dict[str, torch.Tensor]
 
 
-class Side:
+class RankState:
     """One rank's model, optimizer and checkpointer."""
 
     def __init__(self, config: Config, fingerprint: str = "data") -> None:
@@ -30,11 +31,7 @@ class Side:
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.folder = config.run.folder / "checkpoints"
         self.checkpoints = Checkpointer(
-            self.folder,
-            self.model,
-            self.optimizer,
-            identity=identity(config, fingerprint),
-            config=config.checkpoint,
+            self.folder, self.model, self.optimizer, identity=identity(config, fingerprint), config=config.checkpoint
         )
 
     def update(self, number: int) -> None:
@@ -46,13 +43,13 @@ class Side:
         self.optimizer.step()
 
     def bits(self) -> Bits:
-        """This rank's shards of everything that a checkpoint holds."""
-        found = {}
+        """This rank's shards of everything in a checkpoint."""
+        shards = {}
         for name, parameter in self.model.named_parameters():
             moments = self.optimizer.state[parameter]
             for key, value in {"value": parameter, **moments}.items():
-                found[f"{name}.{key}"] = (value.to_local() if isinstance(value, DTensor) else value).detach().clone()
-        return found
+                shards[f"{name}.{key}"] = (value.to_local() if isinstance(value, DTensor) else value).detach().clone()
+        return shards
 
 
 def state_of(step: int) -> TrainState:
@@ -60,57 +57,42 @@ def state_of(step: int) -> TrainState:
 
 
 def save(config: Config, steps: Sequence[int]) -> list[Bits]:
-    """On a rank: save these steps; return what was saved."""
-    side, saved = Side(config), []
+    """On a rank: save these steps; return the bits of each."""
+    rank, saved = RankState(config), []
     for step in steps:
-        side.update(step)
-        side.checkpoints.save(state_of(step))
-        saved.append(side.bits())
+        rank.update(step)
+        rank.checkpoints.save(state_of(step))
+        saved.append(rank.bits())
     return saved
 
 
 def load(config: Config, fingerprint: str = "data") -> tuple[str | None, TrainState, Bits, Any]:
-    """On a rank: load into a model of other contents; return the folder's name and what was loaded."""
-    side, state = Side(config, fingerprint), TrainState()
-    side.update(77)
-    folder = side.checkpoints.load_latest(state)
-    return folder and folder.name, state, side.bits(), [group["weight_decay"] for group in side.optimizer.param_groups]
-
-
-class Lines(logging.Handler):
-    """What farspan logs while a `with` block runs."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-    def __enter__(self) -> list[str]:
-        log = logging.getLogger("farspan")
-        self._level = log.level
-        log.addHandler(self)
-        log.setLevel(logging.INFO)
-        return self.lines
-
-    def __exit__(self, *error: object) -> None:
-        log = logging.getLogger("farspan")
-        log.removeHandler(self)
-        log.setLevel(self._level)
+    """On a rank: load into a model of other contents; return folder name, state, bits and weight decays."""
+    rank, state = RankState(config, fingerprint), TrainState()
+    rank.update(77)
+    folder = rank.checkpoints.load_latest(state)
+    return folder and folder.name, state, rank.bits(), [group["weight_decay"] for group in rank.optimizer.param_groups]
 
 
 def walk_back(config: Config) -> tuple[str | None, Bits, list[str]]:
-    """On a rank: load; return the folder's name, what was loaded and what was said of checkpoints that were refused."""
-    with Lines() as lines:
+    """On a rank: load; return the folder's name, the bits and the log lines of skipped checkpoints."""
+    log, records = logging.getLogger("farspan"), BufferingHandler(1000)
+    level = log.level
+    log.addHandler(records)
+    log.setLevel(logging.INFO)
+    try:
         folder, _, bits, _ = load(config)
-    return folder, bits, [line for line in lines if line.startswith("refused")]
+    finally:
+        log.removeHandler(records)
+        log.setLevel(level)
+    lines = [record.getMessage() for record in records.buffer]
+    return folder, bits, [line for line in lines if line.startswith("skipped")]
 
 
-def unsupported_reason(config: Config, fingerprint: str = "data") -> str:
-    """On a rank: return why nothing can be loaded."""
+def load_error(config: Config, fingerprint: str = "data") -> str:
+    """On a rank: return the error of a load."""
     with pytest.raises(CheckpointError) as refused:
-        Side(config, fingerprint).checkpoints.load_latest(TrainState())
+        RankState(config, fingerprint).checkpoints.load_latest(TrainState())
     dist.barrier()
     return str(refused.value)
 

@@ -1,4 +1,4 @@
-"""The decoder, a second time from its formulas, in float64 on whole sequences, with torch's own cross-entropy."""
+"""The decoder a second time, by its formulas, in float64 on full sequences, with torch's own cross-entropy."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,6 @@ from farspan.trainer.config import Config
 from farspan.trainer.data.packing import PackedSequence
 from farspan.trainer.model.config import ModelConfig
 from tests.support.mixture import Seen, head_gates, mixed
-from tests.support.recurrence import gated_recurrence
 
 
 def rms(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -61,8 +60,26 @@ def attention(
     return attended.flatten(1) @ p[name + "out.weight"].T
 
 
+def gated_recurrence(
+    p: dict[str, Tensor], name: str, model: ModelConfig, x: Tensor, position: Tensor, visible: Tensor
+) -> Tensor:
+    """As in MiniMax-01, decays as one matrix; visible `[T, S]`: of the same document and not later."""
+    layer = int(name.split(".")[1])
+    q, k, v = (
+        F.silu(x @ p[f"{name}{part}.weight"].T).unflatten(-1, (model.heads, model.head_dim))
+        for part in ("query", "key", "value")
+    )
+    slower = 1 - layer / (model.layers - 1 + 1e-5) + 1e-5
+    slopes = [2 ** (-8 * (head + 1) / model.heads) * slower for head in range(model.heads)]
+    age = (position[:, None] - position[None]).clamp(min=0)
+    weights = torch.exp(-torch.tensor(slopes, dtype=torch.float64)[:, None, None] * age) * visible  # [H, T, S]
+    sums = torch.einsum("hts,shd->thd", torch.einsum("thd,shd->hts", q, k) * weights, v).flatten(1)
+    normed = sums / (sums.square().mean(-1, keepdim=True) + model.norm_epsilon).sqrt() * p[name + "norm.weight"]
+    return (torch.sigmoid(x @ p[name + "gate.weight"].T) * normed) @ p[name + "out.weight"].T
+
+
 def summed_loss(parameters: dict[str, Tensor], config: Config, sequence: PackedSequence, seen: Seen) -> Tensor:
-    """The decoder by its formulas, over one whole sequence; the sum of the losses of its labeled tokens."""
+    """The sum of the losses of the labeled tokens of one full sequence."""
     model, p = config.model, parameters
     tokens, position, document = (torch.from_numpy(x) for x in (sequence.tokens, sequence.position, sequence.document))
     visible = (document[:, None] == document[None]) & (position[:, None] >= position[None])

@@ -1,4 +1,4 @@
-"""What tests of import and export share: runs without data, and the logits of our decoder."""
+"""Runs without data, and logits of a decoder, for tests of import and export."""
 
 import tempfile
 from dataclasses import replace
@@ -25,7 +25,7 @@ from farspan.trainer.weights.locate import Decoder
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(0, 96, (300,), generator=torch.Generator().manual_seed(5))
-"""Longer than the context that the frequencies of `YARN` and `LLAMA3` were made for."""
+"""More than the original context length of `YARN` and `LLAMA3`."""
 YARN = RopeConfig(scaling="yarn", factor=4.0, original_positions=64, beta_fast=2.0, beta_slow=0.25)
 LLAMA3 = RopeConfig(base=5e5, scaling="llama3", factor=8.0, original_positions=40)
 MODEL = ModelConfig(
@@ -35,7 +35,7 @@ EXPERTS = ExpertsConfig(count=5, per_token=2, feed_forward=24)
 
 
 def run_config(decoder: Decoder, folder: Path) -> Config:
-    """A run of this decoder whose data nobody has."""
+    """A run of this decoder whose data does not exist."""
     return Config(
         run=RunConfig(folder=folder),
         model=decoder.model,
@@ -70,13 +70,13 @@ def save_run(model: Transformer, decoder: Decoder, folder: Path) -> Path:
 def logits(decoder: Decoder, weights: Path, tokens: Tensor = TOKENS) -> Tensor:
     """Return `[T, V]` in float32, of one document."""
     config = run_config(decoder, Path(tempfile.gettempdir()))
-    seen: list[Tensor] = []
+    hidden: list[Tensor] = []
     with connected(Ranks(), CPU), torch.no_grad():
         model = Transformer(decoder.model, decoder.mechanisms())
         load_weights(model, weights)
 
         def keep(module: torch.nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            seen.append(output)
+            hidden.append(output)
 
         model.norm.register_forward_hook(keep)
         count = len(tokens)
@@ -88,11 +88,11 @@ def logits(decoder: Decoder, weights: Path, tokens: Tensor = TOKENS) -> Tensor:
         )
         batch = build_batches(config, Mesh.build(ParallelConfig(), "cpu"), CPU, Traffic()).build(sequence)
         losses = model(batch.tokens, batch.labels, batch.context).losses
-        made = seen[0] @ model.head.weight.t()
-    assert torch.allclose(losses, made.logsumexp(-1) - made[:, 0], atol=1e-5), "logits are those of the losses"
-    return made
+        logits = hidden[0] @ model.head.weight.t()
+    assert torch.allclose(losses, logits.logsumexp(-1) - logits[:, 0], atol=1e-5), "logits are those of the losses"
+    return logits
 
 
 def replaced_positions(model: ModelConfig, positions: int) -> ModelConfig:
-    """Return `model` as it comes back from Hugging Face, whose files say what context it is for."""
+    """Return `model` after an export and import: files of Hugging Face have its context length."""
     return replace(model, rope=replace(model.rope, original_positions=positions))

@@ -14,22 +14,22 @@ GLOBAL, LOCAL, SLIDING = 0, 1, 2
 
 def documents(rows: Rows) -> list[list[int]]:
     """The rows of each document, in the order of their positions."""
-    found: dict[int, list[tuple[int, int]]] = {}
+    result: dict[int, list[tuple[int, int]]] = {}
     for row, (document, position) in enumerate(zip(rows.document.tolist(), rows.position.tolist(), strict=True)):
         if document >= 0:
-            found.setdefault(document, []).append((position, row))
-    return [[row for _, row in sorted(members)] for members in found.values()]
+            result.setdefault(document, []).append((position, row))
+    return [[row for _, row in sorted(members)] for members in result.values()]
 
 
 def types(logits: Tensor, rows: Rows) -> list[list[int]]:
     """The type of each token of each KV head, by logits `[T, Hk, 3]`; padding counts as global."""
-    found = [[GLOBAL] * len(rows) for _ in range(logits.shape[1])]
-    for head, of_head in enumerate(found):
+    result = [[GLOBAL] * len(rows) for _ in range(logits.shape[1])]
+    for head, of_head in enumerate(result):
         for members in documents(rows):
             for row in members[1:-1]:
                 scores = logits[row, head].tolist()
                 of_head[row] = scores.index(max(scores))
-    return found
+    return result
 
 
 def visible(logits: Tensor, rows: Rows, window: int) -> Tensor:
@@ -70,10 +70,10 @@ def relaxed(t: Tensor, rows: Rows, window: int) -> Tensor:
 
 def free(rows: Rows) -> Tensor:
     """Which tokens may have a type of their own, bool `[T]`: all but the ends of documents, and padding."""
-    found = torch.zeros(len(rows), dtype=torch.bool)
+    result = torch.zeros(len(rows), dtype=torch.bool)
     for members in documents(rows):
-        found[members[1:-1]] = True
-    return found
+        result[members[1:-1]] = True
+    return result
 
 
 def one_hot_types(logits: Tensor, rows: Rows, temperature: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Mixtures by their formulas, in float64 on one whole sequence: every expert, and every head, computes every token."""
+"""Mixtures by their formulas, in float64 on one full sequence: every expert, and every head, computes every token."""
 
 import math
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from farspan.trainer.model.config import ExpertsConfig, ModelConfig
 
 @dataclass(frozen=True)
 class Seen:
-    """The logits of routers of a sequence, by layer: of experts, and of attention heads those that are chosen by."""
+    """The logits of a sequence's routers, by layer: of experts, and of attention heads those that choose."""
 
     experts: list[Tensor] = field(default_factory=list)
     heads: list[Tensor] = field(default_factory=list)
@@ -23,7 +23,7 @@ def scores_of(experts: ExpertsConfig, logits: Tensor) -> Tensor:
 
 
 def weights_of(experts: ExpertsConfig, logits: Tensor, wanted: Tensor) -> Tensor:
-    """Of all experts, `[T, E]`; 0 for those that are not wanted."""
+    """Of all experts, `[T, E]`; 0 where not wanted."""
     weights = scores_of(experts, logits) * wanted
     if experts.normalized:
         weights = weights / weights.sum(-1, keepdim=True)
@@ -43,23 +43,23 @@ def choices(experts: ExpertsConfig, logits: Tensor, bias: Tensor) -> tuple[Tenso
     wanted.scatter_(1, (scores.float() + bias.float()).topk(experts.per_token, dim=-1).indices, True)
     if not experts.capacity:
         return wanted, wanted
-    kept = torch.zeros_like(wanted)
+    within = torch.zeros_like(wanted)
     capacity = math.ceil(experts.capacity * tokens * experts.per_token / experts.count)
     weights = weights_of(experts, logits, wanted).detach().float()
     for expert in range(experts.count):
         line = wanted[:, expert].nonzero().flatten().tolist()
         if experts.drop == "weight":
             line.sort(key=lambda token: (-weights[token, expert].item(), token))
-        kept[line[:capacity], expert] = True
-    return wanted, kept
+        within[line[:capacity], expert] = True
+    return wanted, within
 
 
 def mixed(p: dict[str, Tensor], name: str, experts: ExpertsConfig, x: Tensor, seen: Seen) -> Tensor:
     """Expert parameters are `[E, out, in]`, the bias a buffer; `seen` gets the logits."""
     logits = x @ p[name + "router.weight"].T
     seen.experts.append(logits)
-    wanted, kept = choices(experts, logits, p[name + "bias"])
-    weights = weights_of(experts, logits, wanted) * kept
+    wanted, within = choices(experts, logits, p[name + "bias"])
+    weights = weights_of(experts, logits, wanted) * within
     gate, up, down = (p[f"{name}experts.{part}.weight"] for part in ("gate", "up", "down"))
     inner = F.silu(torch.einsum("tc,efc->tef", x, gate)) * torch.einsum("tc,efc->tef", x, up)
     out = torch.einsum("te,tef,ecf->tc", weights, inner, down)
@@ -70,7 +70,7 @@ def mixed(p: dict[str, Tensor], name: str, experts: ExpertsConfig, x: Tensor, se
 
 
 def head_choices(model: ModelConfig, logits: Tensor, bias: Tensor) -> Tensor:
-    """Which experts, or heads that are not shared, each token chose, bool `[T, what is chosen from]`."""
+    """Which experts, or heads that are not shared, each token chose, bool `[T, choices]`."""
     mixture, scores = model.head_mixture, logits.softmax(-1).detach().float() + bias.float()
     groups = model.kv_heads if mixture.kind == "heads" else 1
     chosen = torch.zeros(scores.shape, dtype=torch.bool).unflatten(1, (groups, -1))
@@ -79,7 +79,7 @@ def head_choices(model: ModelConfig, logits: Tensor, bias: Tensor) -> Tensor:
 
 
 def head_gates(model: ModelConfig, logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Of all heads that have matrices `[T, heads]`, 0 for those that did not work; and the logits chosen by."""
+    """Of all heads that have matrices `[T, heads]`, 0 for those not chosen; and the logits that choose."""
     mixture = model.head_mixture
     if mixture.kind == "experts":
         gates = logits.softmax(-1) * head_choices(model, logits, bias)

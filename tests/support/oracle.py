@@ -1,5 +1,6 @@
 """Attention written a second time, from the definitions; it shares nothing with the code under test."""
 
+import functools
 import math
 
 import torch
@@ -16,7 +17,7 @@ RELATIVE_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16:
 
 
 def unmasked_pairs(queries: Rows, keys: Rows, attention_mask: AttentionMask, head: int = 0) -> list[list[int]]:
-    """Return for each query row the key rows that it may see in a query head, by plain comparison of integers."""
+    """The key rows that each query row may see in a query head, by plain comparison of integers."""
     window = attention_mask.window[head] if isinstance(attention_mask.window, tuple) else attention_mask.window
     key_list = list(zip(keys.position.tolist(), keys.document.tolist(), strict=True))
     pairs = []
@@ -38,10 +39,10 @@ def unmasked_pairs(queries: Rows, keys: Rows, attention_mask: AttentionMask, hea
 
 
 def neighbors(position: int, neighborhood: Neighborhood) -> set[int]:
-    """Return the positions in a query's neighborhood: a list of the coordinates of its dilation group, sliced."""
+    """The positions in a query's neighborhood: a list of the coordinates of its dilation group, sliced."""
     shape = [dimension.length for dimension in neighborhood.dimensions]
     grid, place = divmod(position, math.prod(shape))
-    found = [grid]
+    positions = [grid]
     for number, dimension in enumerate(neighborhood.dimensions):
         coordinate = place // math.prod(shape[number + 1 :]) % dimension.length
         line = list(range(coordinate % dimension.dilation, dimension.length, dimension.dilation))
@@ -54,31 +55,37 @@ def neighbors(position: int, neighborhood: Neighborhood) -> set[int]:
             leader = min(at - at % dimension.stride + dimension.stride // 2, len(line) - 1)
             start = min(max(leader - dimension.window // 2, 0), len(line) - dimension.window)
             seen = line[start : start + dimension.window]
-        found = [so_far * dimension.length + c for so_far in found for c in seen]
-    return set(found)
+        positions = [so_far * dimension.length + c for so_far in positions for c in seen]
+    return set(positions)
 
 
 def visible_mask(queries: Rows, keys: Rows, attention_mask: AttentionMask, heads: int) -> Tensor:
-    """Return the same as bool `[heads, queries, keys]`."""
+    """The same as bool `[heads, queries, keys]`."""
+    return _visible_mask(queries, keys, attention_mask, heads).clone()
+
+
+@functools.cache
+def _visible_mask(queries: Rows, keys: Rows, attention_mask: AttentionMask, heads: int) -> Tensor:
+    # Tests ask for the same rows, compared by identity, on each backend and in each dtype.
     mask = torch.zeros(heads, len(queries), len(keys), dtype=torch.bool)
     for head in range(heads if isinstance(attention_mask.window, tuple) else 1):
         for row, seen in enumerate(unmasked_pairs(queries, keys, attention_mask, head)):
             mask[head, row, seen] = True
-    return mask if isinstance(attention_mask.window, tuple) else mask[:1].expand(heads, -1, -1).clone()
+    return mask if isinstance(attention_mask.window, tuple) else mask[:1].expand(heads, -1, -1)
 
 
 def selected_mask(selection: BlockSelection, keys: Rows, heads: int) -> Tensor:
-    """Return whether the block of each key is on the list of each head and query, list by list."""
-    queries = len(selection.unit)
-    offsets, chosen = selection.offsets.tolist(), selection.chosen.tolist()
+    """Whether the block of each key is on the list of each head and query, list by list."""
+    queries = len(selection.query_block)
+    offsets, chosen = selection.offsets.tolist(), selection.key_blocks.tolist()
     blocks = selection.blocks.of(keys)
     mask = torch.zeros(heads, queries, len(keys), dtype=torch.bool)
     for head in range(heads):
-        for row, unit in enumerate(selection.unit.tolist()):
-            if unit >= 0:
-                number = head // (heads // selection.heads) * selection.num_units + unit
-                mine = torch.tensor(chosen[offsets[number] : offsets[number + 1]], dtype=torch.int64)
-                mask[head, row] = torch.isin(blocks, mine)
+        for row, query_block in enumerate(selection.query_block.tolist()):
+            if query_block >= 0:
+                number = head // (heads // selection.heads) * selection.num_query_blocks + query_block
+                on_list = torch.tensor(chosen[offsets[number] : offsets[number + 1]], dtype=torch.int64)
+                mask[head, row] = torch.isin(blocks, on_list)
     return mask
 
 

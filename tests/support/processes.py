@@ -1,4 +1,4 @@
-"""Processes on the virtual nodes, which this machine sees all: found by what they run, held, killed."""
+"""Processes of this machine, also those of virtual nodes, which it sees too: found by their command, then signaled."""
 
 import os
 import re
@@ -7,31 +7,33 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-DEADLINE_S = 120
+from farspan.launch.env import job_id
+
+DEADLINE_S = 240
 
 
-def wait_for(condition: Callable[[], object], what: str) -> None:
+def wait_for(condition: Callable[[], object], event: str) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while not condition():
-        assert time.monotonic() < deadline, f"never: {what}"
+        assert time.monotonic() < deadline, f"never: {event}"
         time.sleep(0.02)
 
 
 def find(*words: str) -> list[int]:
-    """Return the processes whose command line has these words one after another, its first word among them."""
+    """Return the processes whose command line starts with these words."""
     wanted = "\0".join(words)
     return [pid for pid, line in _command_lines() if line == wanted or line.startswith(f"{wanted}\0")]
 
 
-def ranks_of(job: str) -> dict[int, int]:
-    """Return the process of each rank of a job, such as 17 or 17_3, by rank."""
+def ranks_of(run: Path, job: str) -> dict[int, int]:
+    """Return the process of each rank of a run's job, such as 17 or 17_3, by rank."""
     found = {}
     for pid, line in _command_lines():
-        variables = _read(pid, "environ") if line.split("\0")[1:4] == ["-m", "farspan.launch.cli", "train"] else ""
-        values = dict(re.findall(r"(?:^|\0)(\w+)=([^\0]*)", variables))
-        of_array = "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}" if "SLURM_ARRAY_JOB_ID" in values else "{SLURM_JOB_ID}"
-        if values and of_array.format_map(values) == job:
-            found[int(values["RANK"])] = pid
+        # Jobs of other clusters on this machine may have the same id.
+        if line.split("\0")[1:4] == ["-m", "farspan.launch.cli", "train"] and f"\0{run}/submitted/" in line:
+            values = dict(re.findall(r"(?:^|\0)(\w+)=([^\0]*)", _read(pid, "environ")))
+            if job_id(values) == job:
+                found[int(values["RANK"])] = pid
     return found
 
 

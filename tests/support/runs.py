@@ -1,9 +1,9 @@
-"""Whole runs on the ranks of a pool, which are connected already: built, loaded, looped and closed as `train` does."""
+"""Whole runs on the ranks of a pool, which are connected already."""
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,50 +13,77 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from farspan.parallel.ranks import Ranks
+from farspan.trainer import metrics
 from farspan.trainer import train as module
+from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.config import Config
+from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.resilience.signals import StopSignal
-from farspan.trainer.resilience.watchdog import Watchdog
-from farspan.trainer.resolve import resolve
-from farspan.trainer.train import _Run
+from farspan.trainer.resolve import Resolved
+from farspan.trainer.state import TrainState
 
 
-@contextmanager
-def built(config: Config, stop: StopSignal | None = None) -> Iterator[_Run]:
-    """On a rank: the parts of a run, before anything is loaded."""
+@dataclass
+class Parts:
+    """What `train` keeps to itself; asks_requeue: what it returns."""
+
+    model: Transformer = field(init=False)
+    optimizer: torch.optim.Optimizer = field(init=False)
+    state: TrainState = field(init=False)
+    asks_requeue: bool = False
+
+    def bits(self) -> dict[str, str]:
+        """The hash of every full tensor that a checkpoint has, by its name; a collective call."""
+        tensors = dict(self.model.named_buffers())
+        for name, parameter in self.model.named_parameters():
+            states = {"value": parameter, **self.optimizer.state[parameter]}
+            tensors |= {f"{name}.{key}": value for key, value in states.items()}
+        return {name: digest(tensor) for name, tensor in tensors.items()}
+
+
+def run(
+    config: Config, *, stop: StopSignal | None = None, after_load: Callable[[Parts], object] = lambda parts: None
+) -> Parts:
+    """On a rank: `train` as under torchrun; `after_load` is called before the first step."""
+    parts, build, load = Parts(), module.build_checkpointer, module.load
     rank, size = dist.get_rank(), dist.get_world_size()
-    Path(config.run.folder).mkdir(exist_ok=True)
-    resolved = resolve(config, Ranks(rank=rank, world_size=size, local_rank=rank))
-    watchdog = Watchdog(config.watchdog, config.run.folder / "stacks", rank)
-    with mock.patch.object(module, "peak_flops", return_value=1e10):
-        run = _Run(resolved, stop or StopSignal(), watchdog)
-    with run:
-        yield run
 
+    def keep_and_build(resolved: Resolved, model: Transformer, optimizer: torch.optim.Optimizer) -> Checkpointer:
+        parts.model, parts.optimizer = model, optimizer
+        return build(resolved, model, optimizer)
 
-def bits(run: _Run) -> dict[str, str]:
-    """On a rank: the hash of every whole tensor that a checkpoint holds, by its name."""
-    found = dict(run.model.named_buffers())
-    for name, parameter in run.model.named_parameters():
-        found |= {
-            f"{name}.{key}": value for key, value in {"value": parameter, **run.optimizer.state[parameter]}.items()
-        }
-    return {name: digest(tensor) for name, tensor in found.items()}
+    def keep_and_load(config: Config, model: Transformer, checkpoints: Checkpointer, state: TrainState) -> None:
+        load(config, model, checkpoints, state)
+        parts.state = state
+        after_load(parts)
+
+    with (
+        mock.patch.object(module, "connected"),
+        mock.patch.object(metrics, "peak_flops", return_value=1e10),
+        mock.patch.object(module, "build_checkpointer", keep_and_build),
+        mock.patch.object(module, "load", keep_and_load),
+    ):
+        ranks = Ranks(rank=rank, world_size=size, local_rank=rank)
+        parts.asks_requeue = module.train(config, ranks, stop or StopSignal())
+    return parts
 
 
 def digest(tensor: torch.Tensor) -> str:
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return hashlib.sha256(whole.detach().contiguous().numpy().tobytes()).hexdigest()[:12]
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return hashlib.sha256(full.detach().contiguous().numpy().tobytes()).hexdigest()[:12]
 
 
 def train_all(config: Config) -> tuple[dict[str, str], dict[str, str]]:
     """On a rank: resume, go on to the last step; return the bits after the load and at the end."""
-    with built(config) as run:
-        run.load()
-        loaded = bits(run)
-        run.loop()
-        return loaded, bits(run)
+    loaded: dict[str, str] = {}
+    parts = run(config, after_load=lambda parts: loaded.update(parts.bits()))
+    return loaded, parts.bits()
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(folder: Path, kind: str) -> list[int]:
+    """The steps of the records that have a key `kind`."""
+    return [record["step"] for record in records(folder) if kind in record]

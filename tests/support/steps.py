@@ -1,10 +1,11 @@
 """Training steps on real ranks, and in one process by formula: losses, gradients, loads and biases."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from farspan.parallel.comm import Traffic
 from farspan.parallel.mesh import Mesh
@@ -26,11 +27,36 @@ TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class Trajectory:
-    losses: list[float]
-    norms: list[float]
-    gradients: list[dict[str, Tensor]]
-    loads: list[ExpertLoad | None] = field(default_factory=list)
+    """Of each step; loads are None without such routers."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    expert_loads: list[ExpertLoad | None] = field(default_factory=list)
     head_loads: list[ExpertLoad | None] = field(default_factory=list)
+
+
+Step = Callable[[int, range], tuple[float, float, ExpertLoad | None, ExpertLoad | None]]
+
+
+def follow(config: Config, steps: int, parameters: Mapping[str, Tensor], do_step: Step) -> Trajectory:
+    """Do steps, each with its number and the indexes of its sequences; gradients are gathered from all ranks."""
+    course, per_step = Trajectory(), config.train.sequences_per_step
+    for step in range(steps):
+        loss, norm, expert_load, head_load = do_step(step, range(step * per_step, (step + 1) * per_step))
+        course.losses.append(loss)
+        course.norms.append(norm)
+        gradients = {name: parameter.grad for name, parameter in parameters.items()}
+        course.gradients.append(
+            {
+                name: g.full_tensor() if isinstance(g, DTensor) else g.clone()
+                for name, g in gradients.items()
+                if g is not None
+            }
+        )
+        course.expert_loads.append(expert_load)
+        course.head_loads.append(head_load)
+    return course
 
 
 def sequences(config: Config) -> PackedSequences:
@@ -38,30 +64,25 @@ def sequences(config: Config) -> PackedSequences:
     return PackedSequences(source, sequence_tokens=config.data.sequence_tokens, seed=config.run.seed)
 
 
-def train_dealt(config: Config, steps: int = STEPS) -> Trajectory:
-    """On each rank: the real parts of a run; gradients are gathered whole."""
+def train_sharded(config: Config, steps: int = STEPS) -> Trajectory:
+    """On each rank: the real parts of a run."""
     mesh, device = Mesh.build(config.parallel, "cpu"), torch.device("cpu")
     model = build_model(config, mesh, device)
     optimizer = build_optimizer(model, config.optimizer)
     batches, data = build_batches(config, mesh, device, Traffic()), sequences(config)
-    result = Trajectory([], [], [])
-    for step in range(steps):
+
+    def do_step(step: int, indexes: range) -> tuple[float, float, ExpertLoad | None, ExpertLoad | None]:
         set_learning_rate(optimizer, learning_rate(config.optimizer, step, steps))
-        per_step = config.train.sequences_per_step
-        mine = range(step * per_step + mesh.data_rank, (step + 1) * per_step, mesh.degrees.data)
         done = train_step(
             model,
             optimizer,
-            [batches.build(data.sequence(i)) for i in mine],
+            [batches.build(data.sequence(i)) for i in indexes[mesh.data_rank :: mesh.degrees.data]],
             context=batches.channel,
             max_gradient_norm=config.optimizer.max_gradient_norm,
         )
-        result.losses.append(done.loss)
-        result.norms.append(done.gradient_norm)
-        result.gradients.append({name: p.grad.full_tensor() for name, p in model.named_parameters()})  # pyright: ignore
-        result.loads.append(done.experts)
-        result.head_loads.append(done.heads)
-    return result
+        return done.loss, done.gradient_norm, done.experts, done.heads
+
+    return follow(config, steps, dict(model.named_parameters()), do_step)
 
 
 def initial_parameters(config: Config) -> dict[str, Tensor]:
@@ -83,9 +104,9 @@ class Family:
     shares: Callable[[Tensor], Tensor]
 
     def losses_and_load(self, seen: Sequence[Seen], together: int) -> tuple[Tensor, ExpertLoad | None]:
-        """The auxiliary losses of a step and what is on record of it; biases move.
+        """The auxiliary losses of a step and its loads; biases move.
 
-        together: sequences that are worked on at the same time, for the loss over the step.
+        together: sequences of one micro-batch step of all ranks, for the loss over the step.
         """
         if not self.biases:
             return torch.zeros(()), None
@@ -149,9 +170,9 @@ def _choices(config: Config) -> int:
     return mixture.count if mixture.kind == "experts" else model.heads - model.kv_heads * mixture.shared
 
 
-def train_alone(config: Config, start: dict[str, Tensor], together: int = 1) -> Trajectory:
-    """In one process, with torch's own gradient clipping and AdamW; see `Family` for `together`."""
-    optim = config.optimizer
+def train_reference(config: Config, start: dict[str, Tensor], together: int = 1) -> Trajectory:
+    """In one process, by formula, with torch's own gradient clipping and AdamW; see `Family` for `together`."""
+    optim, data = config.optimizer, sequences(config)
     parameters = {name: value.clone().requires_grad_() for name, value in start.items()}
     of_experts, of_heads = families(config, list(parameters))
     optimizer = torch.optim.AdamW(
@@ -162,51 +183,39 @@ def train_alone(config: Config, start: dict[str, Tensor], together: int = 1) -> 
         betas=(optim.beta1, optim.beta2),
         eps=optim.epsilon,
     )
-    data, course = sequences(config), Trajectory([], [], [])
-    for step in range(STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(optim, step, STEPS)
-        per_step = config.train.sequences_per_step
-        batch = [data.sequence(step * per_step + i) for i in range(per_step)]
+
+    def do_step(step: int, indexes: range) -> tuple[float, float, ExpertLoad | None, ExpertLoad | None]:
+        set_learning_rate(optimizer, learning_rate(optim, step, STEPS))
+        batch = [data.sequence(i) for i in indexes]
         count = sum(int((sequence.labels != -100).sum()) for sequence in batch)
         seen = [Seen() for _ in batch]
         known = parameters | of_experts.biases | of_heads.biases
         sums = [summed_loss(known, config, *each) for each in zip(batch, seen, strict=True)]
         loss = torch.stack(sums).sum() / count
-        auxiliary, load = of_experts.losses_and_load(seen, together)
+        of_expert_losses, expert_load = of_experts.losses_and_load(seen, together)
         of_head_losses, head_load = of_heads.losses_and_load(seen, together)
         optimizer.zero_grad()
-        (loss + auxiliary + of_head_losses).backward()
+        (loss + of_expert_losses + of_head_losses).backward()
         norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), optim.max_gradient_norm)
         optimizer.step()
-        course.losses.append(loss.item())
-        course.norms.append(norm.item())
-        course.gradients.append({name: p.grad.clone() for name, p in parameters.items()})  # pyright: ignore
-        course.loads.append(load)
-        course.head_loads.append(head_load)
-    return course
+        return loss.item(), norm.item(), expert_load, head_load
+
+    return follow(config, STEPS, parameters, do_step)
 
 
-def difference(a: Trajectory, b: Trajectory) -> float:
-    """The largest difference in any loss, norm or gradient."""
-    scalars = zip(a.losses + a.norms, b.losses + b.norms, strict=True)
-    largest = max(abs(x - y) for x, y in scalars)
-    for mine, other in zip(a.gradients, b.gradients, strict=True):
-        assert mine.keys() == other.keys()
-        largest = max(largest, *((mine[name] - other[name]).abs().max().item() for name in mine))
-    return largest
-
-
-def assert_alike(mine: Trajectory, truth: Trajectory) -> None:
+def assert_same(found: Trajectory, truth: Trajectory) -> None:
     """Loads to the last token, biases to float32, all else to TOLERANCE."""
-    largest = difference(mine, truth)
-    for step in range(STEPS):
-        for a, b in ((mine.loads[step], truth.loads[step]), (mine.head_loads[step], truth.head_loads[step])):
-            assert (a is None) == (b is None)
-            if a is None or b is None:
-                continue
-            assert torch.equal(a.counts, b.counts), step
-            assert torch.equal(a.dropped, b.dropped), step
-            assert torch.allclose(a.bias, b.bias, rtol=0, atol=1e-7)
-            largest = max(largest, abs(a.balance_loss - b.balance_loss), abs(a.z_loss - b.z_loss))
+    largest = max(abs(x - y) for x, y in zip(found.losses + found.norms, truth.losses + truth.norms, strict=True))
+    for a, b in zip(found.gradients, truth.gradients, strict=True):
+        assert a.keys() == b.keys()
+        largest = max(largest, *((a[name] - b[name]).abs().max().item() for name in a))
+    loads = zip(found.expert_loads + found.head_loads, truth.expert_loads + truth.head_loads, strict=True)
+    for number, (a, b) in enumerate(loads):
+        assert (a is None) == (b is None)
+        if a is None or b is None:
+            continue
+        assert torch.equal(a.counts, b.counts), number
+        assert torch.equal(a.dropped, b.dropped), number
+        assert torch.allclose(a.bias, b.bias, rtol=0, atol=1e-7)
+        largest = max(largest, abs(a.balance_loss - b.balance_loss), abs(a.z_loss - b.z_loss))
     assert largest <= TOLERANCE

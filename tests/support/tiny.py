@@ -8,11 +8,12 @@ from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import AttentionConfig, Config, DataConfig, RunConfig, TrainConfig
 from farspan.trainer.data.prepare import prepare
 from farspan.trainer.data.tokenizer import load_tokenizer
-from farspan.trainer.model.config import ModelConfig
+from farspan.trainer.model.config import ExpertsConfig, ModelConfig
 from farspan.trainer.optim import OptimizerConfig
 
 SEQUENCE_TOKENS = 101
 """Odd and prime: every layout has to pad it."""
+EXPERTS = ExpertsConfig(count=4, feed_forward=16, score="sigmoid", bias_rate=0.05, balance_loss=0.01, z_loss=0.01)
 
 
 def make_data(folder: Path) -> Path:
@@ -31,14 +32,7 @@ def config(data: Path, folder: Path, parallel: ParallelConfig, *, steps: int = 1
     return Config(
         run=RunConfig(folder=folder, seed=11),
         model=ModelConfig(
-            layers=2,
-            width=32,
-            heads=4,
-            kv_heads=2,
-            head_dim=8,
-            feed_forward=48,
-            vocabulary_size=264,
-            qk_norm=True,
+            layers=2, width=32, heads=4, kv_heads=2, head_dim=8, feed_forward=48, vocabulary_size=264, qk_norm=True
         ),
         data=DataConfig(folder=data, sequence_tokens=SEQUENCE_TOKENS),
         train=TrainConfig(steps=steps, sequences_per_step=2, compute_dtype="float64", device="cpu"),

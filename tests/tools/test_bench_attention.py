@@ -2,10 +2,9 @@
 
 import itertools
 import json
-import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, final
 
@@ -15,38 +14,28 @@ from torch import Tensor
 
 from farspan.errors import ConfigError
 from farspan.kernels.backend import BACKENDS, Backend
+from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import MECHANISMS, Heads, Masked
+from farspan.kernels.mechanism import MECHANISMS, Heads
 from farspan.kernels.mechanisms.block_sparse import BlockSparse
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.window import Window
 from farspan.kernels.planning.plan import Plan
 from farspan.parallel.ranks import Ranks, connected
-from farspan.tools.bench import rivals
-from farspan.tools.bench.case import (
-    Case,
-    Contender,
-    Ours,
-    Shape,
-    document_lengths,
-    find_cases,
-    unmasked_share,
-)
-from farspan.tools.bench.correctness import SPARSE_SHARE, checks, excess
-from farspan.tools.bench.measure import LeftOut, Limits, judge_all
-from farspan.tools.bench.plot import human, log_log
-from farspan.tools.bench.records import Record, useful_flops
-from farspan.tools.bench.timing import Times
-from farspan.tools.bench_attention import main, parse, sizes
+from farspan.tools.bench.attention import AttentionBench, AttentionRow, baselines_on, useful_flops
+from farspan.tools.bench.case import Case, Shape, document_lengths, find_cases, unmasked_share
+from farspan.tools.bench.check import SPARSE_SHARE, Verdict, checks, excess
+from farspan.tools.bench.contenders import Contender, Ours
+from farspan.tools.bench.run import Limits, Result
+from farspan.tools.bench.timing import Pass, Times
+from farspan.tools.bench_attention import main
 
-FIELDS = [
-    "mechanism", "backend", "device", "dtype", "tokens", "heads", "kv_heads", "head_dim", "direction", "ms",
-    "useful_tflops", "speedup_over_dense", "ideal_speedup", "fraction_of_ideal", "peak_bytes", "correct",
-]  # fmt: skip
+RECORDED = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "2026-11-26_amd_epyc_attention.json"
 TINY = ["--heads", "2:1", "--head-dim", "8", "--tokens", "64,128"]
-SHAPE = Shape(heads=Heads(query=2, kv=1), head_dim=8, value_dim=8, dtype=torch.float32, device=torch.device("cpu"))
+CPU = torch.device("cpu")
+SHAPE = Shape(heads=Heads(query=2, kv=1), head_dim=8, value_dim=8, dtype=torch.float32, device=CPU)
 
 
 @final
@@ -94,8 +83,7 @@ def test_writes_records_tables_machine_and_plot(
     monkeypatch.setitem(BACKENDS._parts, "wrong", WrongBackend())
     chosen = ["--mechanisms", "dense,toy", "--backends", "cpu,wrong", "--memory", "64,128"]
     records = run(tmp_path / "new" / "bench", *chosen)
-    assert [list(record) for record in records] == [FIELDS] * len(records)
-    assert [part.name for part in fields(Record)] == FIELDS
+    assert [list(record) for record in records] == [list(json.loads(RECORDED.read_text())[0])] * len(records)
     pairs = {(record["mechanism"], record["backend"]) for record in records}
     assert pairs == {
         ("dense", "cpu"), ("dense", "wrong"), ("dense", "torch_sdpa"), ("dense_varlen", "cpu"),
@@ -117,58 +105,21 @@ def test_writes_records_tables_machine_and_plot(
             if (record["mechanism"], record["backend"]) == ("dense", "cpu"):
                 assert record["speedup_over_dense"] == 1
     check_files(tmp_path / "new")
-    said = capsys.readouterr().out
-    assert "toy by wrong: NOT CORRECT: Toy(), 1024 tokens, 2:1 heads" in said
-    assert "dq has error" in said
+    printed = capsys.readouterr().out
+    assert "toy by wrong: NOT CORRECT: Toy(), 1024 tokens, 2:1 heads" in printed
+    assert "dq has error" in printed
 
 
 def check_files(folder: Path) -> None:
     machine = json.loads((folder / "bench_machine.json").read_text())
     assert {"date", "commit", "command", "cpu", "threads", "torch", "triton"} <= set(machine)
     text = (folder / "bench.md").read_text()
-    assert "![time against tokens](bench.svg)" in text
+    assert "](bench.svg)" in text
     assert text.count("| toy | wrong | not correct |") == 2
     assert "| toy by cpu |" in text.split("## Peak memory")[1]
-    plot = ElementTree.parse(folder / "bench.svg").getroot()
-    lines = [element for element in plot if element.tag.endswith("polyline")]
-    assert len(lines) == 4, "dense by two, dense_varlen and toy by cpu"
-    assert "toy, cpu" in [element.text for element in plot]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--mechanisms", "dens"], "mechanism 'dens' does not exist.* Did you mean 'dense'"),
-        (["--mechanisms", "moba_512x9"], "Did you mean 'moba_512x8'"),
-        (["--varlen", "nothing"], "mechanism 'nothing' does not exist"),
-        (["--backends", "cpuu"], "attention backend 'cpuu' does not exist.* Did you mean 'cpu'"),
-    ],
-)
-def test_unknown_names_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*TINY, *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert re.search(message, error), error
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-def test_without_a_gpu_cuda_is_refused_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--device", "cuda"]) == 2
-    assert capsys.readouterr().err.startswith("error: --device cuda needs a CUDA GPU")
-
-
-@pytest.mark.parametrize(
-    "arguments", [["--tokens", "8G"], ["--tokens", ""], ["--heads", "8:3"], ["--heads", "8"], ["--rounds", "2"]]
-)
-def test_options_that_make_no_sense_are_refused(arguments: list[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        parse(arguments)
-    assert stop.value.code == 2
-
-
-def test_sizes_are_read_and_written_as_people_say_them() -> None:
-    assert sizes("100,8K, 16k,1M") == [100, 8192, 16384, 1 << 20]
-    assert [human(tokens) for tokens in (100, 8192, 1 << 20, 1025)] == ["100", "8K", "1M", "1025"]
+    texts = {element.text for element in ElementTree.parse(folder / "bench.svg").iter()}
+    named = {text for text in texts if text and " by " in text}
+    assert named == {"dense by cpu", "dense by torch_sdpa", "dense_varlen by cpu", "toy by cpu"}
 
 
 def test_every_mechanism_has_rows_that_can_be_planned() -> None:
@@ -227,13 +178,15 @@ def test_useful_work_counts_visible_pairs_and_two_and_five_products() -> None:
 
 def test_speedup_is_the_median_of_ratios_within_rounds() -> None:
     """The machine was ten times slower in the second round: it does not count."""
-    mine, dense = Times([1.0, 10.0, 1.0], [1.0, 10.0, 1.0]), Times([3.0, 30.0, 4.0], [5.0, 50.0, 4.0])
-    assert mine.speedup_over(dense, "fwd") == 3.0
-    assert mine.speedup_over(dense, "fwd_bwd") == 4.0
-    assert (mine.median("fwd_bwd"), mine.least("fwd_bwd")) == (2.0, 2.0)
+    times, dense = Times([1.0, 10.0, 1.0], [1.0, 10.0, 1.0]), Times([3.0, 30.0, 4.0], [5.0, 50.0, 4.0])
+    slower, row = Times([9.0, 90.0, 9.0], [9.0, 90.0, 9.0]), AttentionRow(Ours("cpu"), find_cases(["dense"], [])[0])
+    result = Result(row=row, verdict=Verdict(True, ""), size=8, times=times, baseline=[slower, dense])
+    assert result.speedup("fwd") == 3.0
+    assert result.speedup("fwd_bwd") == 4.0
+    assert (times.median("fwd_bwd"), times.shortest("fwd_bwd")) == (2.0, 2.0)
 
 
-def test_errors_are_told_from_rounding() -> None:
+def test_errors_are_more_than_rounding() -> None:
     exact = torch.randn(64, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert excess(exact.float(), exact, None, 1.0) == ""
     assert "error" in excess(exact.float() * (1 + 1e-4), exact, None, 1.0)
@@ -246,10 +199,11 @@ def test_errors_are_told_from_rounding() -> None:
 
 
 def test_limits_say_why_nothing_is_started() -> None:
-    open_ended = Limits(rounds=3, case_s=2.0, deadline=float("inf"))
-    assert open_ended.unsupported_reason(None) == open_ended.unsupported_reason(1.0) == ""
-    assert "over the limit of 2 s" in open_ended.unsupported_reason(3.0)
-    assert "budget" in Limits(rounds=3, case_s=2.0, deadline=0.0).unsupported_reason(None)
+    limits = Limits(rounds=9, rounds_s=10.0, row_s=2.0)
+    assert limits.reason_to_skip(None) == limits.reason_to_skip(1.0) == ""
+    assert "over the limit of 2 s" in limits.reason_to_skip(3.0)
+    assert "budget" in Limits(rounds=3, deadline=0.0).reason_to_skip(None)
+    assert [limits.rounds_of(round_s) for round_s in (0.0, 2.0, 100.0)] == [9, 5, 3]
 
 
 def test_a_spent_budget_leaves_everything_out_and_says_so(tmp_path: Path) -> None:
@@ -258,30 +212,45 @@ def test_a_spent_budget_leaves_everything_out_and_says_so(tmp_path: Path) -> Non
     assert left_out.count("the time budget is used up") == 6
 
 
-def test_a_plot_of_nothing_and_of_one_point_is_well_formed() -> None:
-    for series in ({}, {"a & b": [(1024, 1.0)]}, {"a": [(1024, 0.5), (2048, 900.0)], "b": []}):
-        ElementTree.fromstring(log_log(series, "times < 1"))
-
-
-@pytest.mark.parametrize("rival", rivals.rivals_on(torch.device("cuda")), ids=lambda rival: rival.name)
-def test_rivals_refuse_what_they_do_not_compute(rival: Contender) -> None:
-    with pytest.raises(ConfigError, match=rival.name):
-        rival.plan(MoBA(), Rows.packed([64]), SHAPE)
-    if not rival.packed:
+@pytest.mark.parametrize("baseline", baselines_on(torch.device("cuda")), ids=lambda baseline: baseline.name)
+def test_baselines_refuse_what_they_do_not_compute(baseline: Contender) -> None:
+    with pytest.raises(ConfigError, match=baseline.name):
+        baseline.plan(MoBA(), Rows.packed([64]), SHAPE)
+    if not baseline.packed:
         with pytest.raises(ConfigError, match="one document only"):
-            rival.plan(Dense(), Rows.packed([32, 32]), SHAPE)
+            baseline.plan(Dense(), Rows.packed([32, 32]), SHAPE)
 
 
-def test_names_at_the_ends_of_lines_do_not_overlap() -> None:
-    plot = ElementTree.fromstring(log_log({f"s{i}": [(1024, 1.0), (2048, 1.0 + i / 1000)] for i in range(12)}, "t"))
-    heights = sorted(float(e.attrib["y"]) for e in plot if (e.text or "").startswith("s"))
-    assert len(heights) == 12
-    assert min(b - a for a, b in itertools.pairwise(heights)) >= 14
-
-
-def test_what_cannot_be_planned_in_a_shape_is_left_out_with_its_reason() -> None:
-    left_out = LeftOut()
-    spans = [case for case in find_cases(["spans"], []) if case.name == "spans"]
+def test_a_case_that_cannot_be_planned_is_left_out_with_its_reason() -> None:
+    bench = AttentionBench(SHAPE)
+    (spans,) = [case for case in find_cases(["spans"], []) if case.name == "spans"]
     with connected(Ranks(), SHAPE.device):
-        assert judge_all(spans, [Ours("cpu")], SHAPE, left_out) == []
-    assert "8 windows for 2 query heads" in left_out.reasons["spans by cpu"]
+        assert bench.check_all([AttentionRow(Ours("cpu"), spans)]) == {}
+    assert "8 windows for 2 query heads" in bench.left_out["spans by cpu"]
+
+
+def test_a_check_of_one_document_is_not_compared_with_packed_documents() -> None:
+    """Both have the same text: the first contender computes packed documents, the second does not."""
+    dense, bench = find_cases(["dense"], [])[0], AttentionBench(SHAPE)
+    with connected(Ranks(), SHAPE.device):
+        checked = bench.check_all(AttentionRow(contender, dense) for contender in (Ours("cpu"), *baselines_on(CPU)))
+    assert [verdict.correct for _, verdict in checked.values()] == [True, True]
+
+
+def test_a_row_that_dies_in_a_round_is_left_out_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = itertools.count()
+
+    def start(self: AttentionBench, row: AttentionRow, size: int) -> Pass:
+        def run() -> tuple[float, float]:
+            if row.contender.name != "cpu" and next(calls) == 1:
+                raise RuntimeError("out of memory\nsee above")
+            return 1.0, 2.0
+
+        return run
+
+    monkeypatch.setattr(AttentionBench, "start", start)
+    bench, dense = AttentionBench(SHAPE), find_cases(["dense"], [])[0]
+    rows = [AttentionRow(contender, dense) for contender in (Ours("cpu"), *baselines_on(CPU))]
+    bench.measure({row.name: (row, Verdict(True, "")) for row in rows}, [64], Limits(rounds=3))
+    assert [result.row.name for result in bench.results] == ["dense by cpu"]
+    assert bench.left_out == {"dense by torch_sdpa, 64 tokens": "RuntimeError: out of memory"}

@@ -1,4 +1,4 @@
-"""Rivals that call flash-attn, played by plain torch where it is not installed: they compute our mechanisms."""
+"""Baselines that call flash-attn, replaced by plain torch where it is not installed: they compute our mechanisms."""
 
 from dataclasses import replace
 
@@ -14,11 +14,12 @@ from farspan.kernels.mechanisms.nats import NAtS
 from farspan.kernels.mechanisms.spans import Spans
 from farspan.kernels.mechanisms.window import Window
 from farspan.parallel.ranks import Ranks, connected
-from farspan.tools.bench.case import Contender, Shape, gradient_of_out, inputs_of
-from farspan.tools.bench.correctness import Check, check_rows, compare
-from farspan.tools.bench.flash_rivals import FlashAttn, whole_documents
-from farspan.tools.bench.public_moba import Blocks, PublicMoBA, choose
-from farspan.tools.bench.rivals import rivals_on
+from farspan.tools.bench.attention import baselines_on
+from farspan.tools.bench.baselines.flash_packages import FlashAttn, packed_lengths
+from farspan.tools.bench.baselines.public_moba import Blocks, PublicMoBA, choose
+from farspan.tools.bench.case import Shape, gradient_of_out, inputs_of
+from farspan.tools.bench.check import Check, check_rows, compare_contender
+from farspan.tools.bench.contenders import Contender
 from tests.support import fake_flash_attn
 from tests.support.fake_flash_attn import CALLED
 
@@ -30,8 +31,8 @@ VERSIONS = {"flash_attn_2": "fa2", "flash_attn_3": "fa3_b1", "flash_attn_4": "fa
 
 def check(contender: Contender, mechanism: Mechanism, rows: Rows) -> None:
     with connected(Ranks(), CPU):
-        verdict = compare(contender, Check(mechanism, rows, SHAPE))
-    assert verdict.correct, verdict.said
+        verdict = compare_contender(contender, Check(mechanism, rows, SHAPE))
+    assert verdict.correct, verdict.message
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
@@ -51,7 +52,7 @@ def test_moba_of_the_public_code(block: int, top_k: int, rows: Rows, monkeypatch
     """Two calls forward and two backward; one each where no block but a query's own is chosen."""
     fake_flash_attn.install(monkeypatch, "fa2")
     check(PublicMoBA(), MoBA(block=block, top_k=top_k), rows)
-    longest = max(whole_documents("", rows))
+    longest = max(packed_lengths("", rows))
     assert ["fa2_varlen"] * (4 if top_k > 1 and longest > block else 2) == CALLED
 
 
@@ -68,7 +69,7 @@ def test_moba_with_scores_that_are_large(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_candidates_of_moba() -> None:
     """Two documents, of 70 and 32 tokens, in blocks of 32: the last block of each is chosen by its own tokens only."""
     blocks = Blocks.cut([70, 32], 32, CPU)
-    assert blocks.edges.tolist() == [0, 32, 64, 70, 102]
+    assert blocks.starts.tolist() == [0, 32, 64, 70, 102]
     assert (blocks.start.tolist(), blocks.end.tolist(), blocks.longest) == ([0, 32], [70, 70], 32)
     q, k = (torch.randn(102, 2, 8, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
     one, two = choose(q, k, blocks, 1), choose(q, k, blocks, 2)
@@ -86,15 +87,15 @@ def test_what_they_do_not_compute_is_refused(contender: Contender) -> None:
     with pytest.raises(ConfigError, match="bfloat16 and float16 only"):
         contender.plan(own, Rows.packed([64]), replace(SHAPE, dtype=torch.float32))
     shuffled = Rows.packed([64]).take(torch.arange(64).flip(0))
-    with pytest.raises(ConfigError, match="whole documents"):
+    with pytest.raises(ConfigError, match="complete documents"):
         contender.plan(own, shuffled, SHAPE)
 
 
-def test_those_are_rivals_that_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_installed_packages_are_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
     def names(*versions: str) -> list[str]:
         fake_flash_attn.install(monkeypatch, *versions)
-        assert not any("flash_attn" in x.name or "moba" in x.name for x in rivals_on(CPU))
-        return [x.name for x in rivals_on(CUDA) if not x.name.startswith("torch_")]
+        assert not any("flash_attn" in x.name or "moba" in x.name for x in baselines_on(CPU))
+        return [x.name for x in baselines_on(CUDA) if not x.name.startswith("torch_")]
 
     assert names() == []
     assert names("fa2") == ["flash_attn_2", "public_moba"]

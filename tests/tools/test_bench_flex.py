@@ -1,4 +1,4 @@
-"""FlexAttention as a rival: the masks that it is given show what our mechanisms show."""
+"""FlexAttention as a baseline: its masks are those of our mechanisms."""
 
 from dataclasses import replace
 
@@ -9,8 +9,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from farspan.errors import ConfigError
+from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import Heads, LocalShard, Masked, Mechanism, identity
+from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.mechanisms.block_sparse import BlockSparse
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.moba import MoBA
@@ -19,16 +20,17 @@ from farspan.kernels.mechanisms.spans import Spans
 from farspan.kernels.mechanisms.window import Window
 from farspan.kernels.planning.plan import Plan
 from farspan.parallel.ranks import Ranks, connected
-from farspan.tools.bench import flex
+from farspan.tools.bench.baselines import flex
+from farspan.tools.bench.baselines.flex import BLOCK, Flex, attention_block_mask, pattern_mask
 from farspan.tools.bench.case import Shape, inputs_of
-from farspan.tools.bench.correctness import REFERENCE, check_rows, excess
-from farspan.tools.bench.flex import BLOCK, Flex, attention_block_mask, pattern_mask
+from farspan.tools.bench.check import check_rows, excess
+from farspan.tools.bench.contenders import REFERENCE, Ours
 
 CPU = torch.device("cpu")
 HEADS = Heads(query=4, kv=2)
 SHAPE = Shape(heads=HEADS, head_dim=16, value_dim=16, dtype=torch.float32, device=CPU)
 ROWS = {
-    "whole blocks": Rows.packed([512]),
+    "full blocks": Rows.packed([512]),
     "a last block of 30": Rows.packed([414]),
     "packed": Rows.packed([1, 200, 128, 170], padding=13),
     "packed blocks": Rows.packed([128, 256, 128]),
@@ -43,13 +45,13 @@ PATTERNS = [
 
 
 def shown(mask: BlockMask, heads: int, tokens: int) -> Tensor:
-    """Return what FlexAttention attends to: all of full blocks, of partial ones what the function says."""
+    """Return the mask that FlexAttention applies: full blocks, and partial ones by the function."""
     head, query, key = torch.arange(heads)[:, None, None], torch.arange(tokens)[:, None], torch.arange(tokens)
-    said = mask.mask_mod(torch.tensor(0), head, query, key)
+    by_pair = mask.mask_mod(torch.tensor(0), head, query, key)
     full = in_blocks(mask.full_kv_num_blocks, mask.full_kv_indices, heads, tokens)
     part = in_blocks(mask.kv_num_blocks, mask.kv_indices, heads, tokens)
     assert not (full & part).any()
-    return full | (part & said)
+    return full | (part & by_pair)
 
 
 def in_blocks(count: Tensor | None, index: Tensor | None, heads: int, tokens: int) -> Tensor:
@@ -64,12 +66,8 @@ def in_blocks(count: Tensor | None, index: Tensor | None, heads: int, tokens: in
 
 
 def plan_of(mechanism: BlockSparse, rows: Rows) -> Plan:
-    heads = range(HEADS.query)
-    local_shard = LocalShard(
-        mechanism=mechanism, rows=rows, global_rows=rows, heads=heads, all_heads=HEADS, total=identity
-    )
     q, k = torch.randn(len(rows), HEADS.query, 8), torch.randn(len(rows), HEADS.kv, 8)
-    selection = mechanism.select(q, k, local_shard)
+    selection = mechanism.route(rows, HEADS, q, k).selection
     return Plan.build(rows, rows, mechanism.attention_mask(), heads=HEADS.query, selection=selection)
 
 
@@ -99,7 +97,7 @@ def test_functions_of_pairs_change_nothing_in_place(mechanism: Masked) -> None:
         assert not (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable), node
 
 
-@pytest.mark.parametrize("rows", [ROWS["whole blocks"], ROWS["packed blocks"]], ids=["one", "packed"])
+@pytest.mark.parametrize("rows", [ROWS["full blocks"], ROWS["packed blocks"]], ids=["one", "packed"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_blocks_that_lie_on_blocks_are_full_but_for_the_diagonal(causal: bool, rows: Rows) -> None:
     """Work is what was chosen, and functions of pairs are asked on the diagonal only."""
@@ -123,17 +121,17 @@ def test_visibility_is_shown_as_it_is(mechanism: Masked, rows: Rows) -> None:
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("mechanism", [Dense(), Window(window=100, sinks=4), *PATTERNS[:3]], ids=str)
-def test_it_is_asked_for_the_same_function(mechanism: Masked, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_computes_the_same_function(mechanism: Masked, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flex, "_compiled", lambda: flex_attention)
     rows = check_rows(300, packed)
     with connected(Ranks(), CPU), torch.no_grad():
         attention = Flex().plan(mechanism, rows, SHAPE)
         inputs = [x.detach() for x in inputs_of(mechanism, 300, SHAPE)]
-        expected = REFERENCE.plan(mechanism, rows, SHAPE)(*inputs)
+        expected = Ours(REFERENCE).plan(mechanism, rows, SHAPE)(*inputs)
         assert excess(attention(*inputs), expected.double(), None, 1.0) == ""
 
 
 @pytest.mark.parametrize("mechanism", [MoBA(), NAtS.examples()[0], Spans.examples()[0]], ids=str)
-def test_what_depends_on_content_or_head_is_refused(mechanism: Mechanism) -> None:
+def test_masks_that_depend_on_content_or_head_are_refused(mechanism: Mechanism) -> None:
     with pytest.raises(ConfigError, match="torch_flex is compared where"):
         Flex().plan(mechanism, Rows.packed([64]), replace(SHAPE, dtype=torch.bfloat16))

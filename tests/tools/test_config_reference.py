@@ -1,44 +1,61 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+from farspan.kernels.mechanism import MECHANISMS
 from farspan.parallel.mesh import ParallelConfig
 from farspan.tools.config_reference import TARGET, meanings, reference
 from farspan.trainer.config import flat
 from tests.support import tiny
 
 
+def rows() -> list[list[str]]:
+    return [line.strip("| ").split(" | ") for line in reference().splitlines() if line.startswith("| `")]
+
+
 def test_the_file_is_up_to_date() -> None:
     assert TARGET.read_text() == reference(), "run `python -m farspan.tools.config_reference`"
 
 
-def test_every_key_is_there_with_a_meaning() -> None:
-    rows = [line.split(" | ") for line in reference().splitlines() if line.startswith("| `")]
-    keys = [row[0].strip("| `") for row in rows]
+def test_every_key_is_listed() -> None:
+    keys = [row[0].strip("`") for row in rows()]
     expected = [name.rpartition(".")[2] for name in flat(tiny.config(Path("data"), Path("run"), ParallelConfig()))]
+    options = [part.name for name in MECHANISMS for part in fields(MECHANISMS.get(name))]  # pyright: ignore[reportArgumentType]
     # A table of options has no keys of its own when it is empty.
-    assert sorted(keys) == sorted([*expected, "options"])
-    assert [row[0] for row in rows if len(row[4].strip(" |")) < 5] == []
+    assert sorted(keys) == sorted([*expected, "options", *options])
+
+
+def test_every_key_has_a_meaning() -> None:
+    assert [row[0] for row in rows() if len(row) < 5 or len(row[4]) < 5] == []
 
 
 def test_a_row_in_full() -> None:
     text = reference()
-    assert "| `learning_rate` | a number | `0.0003` | greater than 0 | the peak |" in text
-    assert "| `folder` | a path | required |  | where everything that the run writes goes |" in text
-    assert "## [model.rope]\n\nRotary position embedding; the fields after" in text
+    assert "| `learning_rate` | a number | `0.0003` | greater than 0 | The peak |" in text
+    assert "| `folder` | a path | required |  | Where everything that the run writes goes |" in text
+    assert "## [optimizer]\n\nAdamW (arXiv 1711.05101).\n\n| key" in text
+    assert "## [train]\n\n| key" in text
+    assert "### moba\n" in text
 
 
 @dataclass
-class Example:
-    """An example: of nothing. steps: updates, with a word: explained; more. low, high: of a range; top: none"""
+class Base:
+    """About the class."""
 
-    steps: int
     low: int
+    """The base's."""
     high: int
-    top: int
+    """Also
+    the base's."""
 
 
-def test_a_docstring_is_taken_apart() -> None:
-    assert meanings(Example) == (
-        "An example: of nothing.",
-        {"steps": "updates, with a word: explained; more", "low": "of a range", "high": "of a range", "top": "none"},
-    )
+@dataclass
+class Example(Base):
+    low: int
+    """Its own: `a`, b."""
+    missing: int
+    steps: int = 3
+    """Updates."""
+
+
+def test_strings_are_found_under_their_fields() -> None:
+    assert meanings(Example) == {"low": "Its own: `a`, b", "high": "Also the base's", "steps": "Updates"}

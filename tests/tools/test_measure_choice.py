@@ -24,7 +24,7 @@ def trained(folder: Path, attention: AttentionConfig) -> Path:
 
 
 def test_shares_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With as many blocks as there are, all that is visible is chosen."""
+    """With as many blocks as there are, all unmasked blocks are chosen."""
     many = AttentionConfig(mechanism="moba", options={"block": 8, "top_k": 99}, backend="cpu")
     assert main([str(trained(tmp_path, many)), "--degrees", "4"]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 4 |")]

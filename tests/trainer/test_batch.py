@@ -12,8 +12,7 @@ from farspan.parallel.mesh import Mesh, ParallelConfig
 from farspan.trainer.batch import MicroBatch
 from farspan.trainer.build import build_batches
 from farspan.trainer.config import Config
-from farspan.trainer.data.packing import IGNORED, PackedSequence
-from farspan.trainer.data.sample_hash import fingerprint, sequence_seed
+from farspan.trainer.data.packing import IGNORED, PackedSequence, sequence_hash, sequence_seed
 from tests.support import tiny
 from tests.support.rank_pool import RankPool
 
@@ -25,25 +24,25 @@ SEQUENCE = PackedSequence(
 )
 
 
-def build_whole(config: Config, index: int = 0) -> MicroBatch:
+def build_batch(config: Config, index: int = 0) -> MicroBatch:
     mesh = Mesh.build(config.parallel, "cpu")
     return build_batches(config, mesh, torch.device("cpu"), Traffic()).build(SEQUENCE, index)
 
 
 def build(config: Config) -> tuple[list[list[int]], int, int]:
-    batch = build_whole(config)
+    batch = build_batch(config)
     rows = batch.context.rows
     columns = [x.tolist() for x in (batch.tokens, batch.labels, rows.position, rows.document)]
     return columns, batch.valid_tokens, batch.attention_flops
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_ranks_hold_the_whole_sequence_between_them(ranks: Callable[[int], RankPool], layout: str) -> None:
+def test_ranks_share_the_full_sequence(ranks: Callable[[int], RankPool], layout: str) -> None:
     config = tiny.config(Path("none"), Path("none"), ParallelConfig(context=2, layout=layout))
     found = ranks(2).run(build, config)
-    held = sorted(row for columns, _, _ in found for row in zip(*columns, strict=True) if row[3] >= 0)
-    whole = zip(SEQUENCE.tokens, SEQUENCE.labels, SEQUENCE.position, SEQUENCE.document, strict=True)
-    assert held == [tuple(map(int, row)) for row in whole if row[3] >= 0]
+    found_rows = sorted(row for columns, _, _ in found for row in zip(*columns, strict=True) if row[3] >= 0)
+    expected = zip(SEQUENCE.tokens, SEQUENCE.labels, SEQUENCE.position, SEQUENCE.document, strict=True)
+    assert found_rows == [tuple(map(int, row)) for row in expected if row[3] >= 0]
     # Padding, the data's and the layout's, has neither label nor document.
     for columns, _, _ in found:
         assert all(row[1] == IGNORED for row in zip(*columns, strict=True) if row[3] < 0)
@@ -54,14 +53,14 @@ def test_ranks_hold_the_whole_sequence_between_them(ranks: Callable[[int], RankP
 
 
 def stream_of(config: Config) -> tuple[int, int]:
-    batch = build_whole(config, 5)
+    batch = build_batch(config, 5)
     return batch.fingerprint, batch.seed
 
 
 def test_ranks_of_a_sequence_count_it_once_and_draw_by_its_place(ranks: Callable[[int], RankPool]) -> None:
     config = tiny.config(Path("none"), Path("none"), ParallelConfig(context=2))
     seed = sequence_seed(config.run.seed, 5)
-    assert ranks(2).run(stream_of, config) == [(fingerprint(5, SEQUENCE), seed), (0, seed)]
+    assert ranks(2).run(stream_of, config) == [(sequence_hash(5, SEQUENCE), seed), (0, seed)]
 
 
 def test_rank_order_is_the_layouts(ranks: Callable[[int], RankPool]) -> None:

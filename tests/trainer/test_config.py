@@ -1,19 +1,23 @@
+import functools
+import re
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import pytest
-import torch
 
 from farspan.errors import ConfigError
+from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.masks.attention_mask import AttentionMask
-from farspan.kernels.mechanism import MECHANISMS, Masked
+from farspan.kernels.mechanism import MECHANISMS
 from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.parallel.mesh import ParallelConfig
-from farspan.trainer.config import AttentionConfig, TrainConfig, flat
-from farspan.trainer.toml_config import load_config
+from farspan.trainer.config import AttentionConfig, Config, flat
+from farspan.trainer.renamed import current_names, renamed_key
+from farspan.trainer.toml_config import from_tree, load_config, to_toml
 from tests.support import tiny
 
 
@@ -24,7 +28,7 @@ def test_flat_names_every_setting_once() -> None:
     assert found["model.rope.base"] == 10_000.0
     assert found["parallel.context"] == 4
     assert not any(isinstance(value, dict) for value in found.values())
-    # Ten sections' worth: nothing is lost when two sections share a name, such as every_steps.
+    # Nothing is lost when two sections share a name.
     assert (found["checkpoint.every_steps"], found["evaluate.every_steps"]) == (100, 100)
 
 
@@ -53,36 +57,21 @@ class Picky(Masked):
         return AttentionMask(window=self.window)
 
 
-@pytest.mark.parametrize(
-    ("option", "cause"),
-    [
-        ("blocks", "blocks=0 must be at least 1"),
-        ("window", "window=0 must be at least 1: a query always sees its own position"),
-    ],
-)
-def test_an_option_that_the_mechanism_refuses(monkeypatch: pytest.MonkeyPatch, option: str, cause: str) -> None:
+@pytest.mark.parametrize("option", ["blocks", "window"])
+def test_an_option_that_the_mechanism_refuses(monkeypatch: pytest.MonkeyPatch, option: str) -> None:
     monkeypatch.setitem(MECHANISMS._parts, "picky", Picky)
-    with pytest.raises(ConfigError) as refused:
+    expected = rf"attention\.options={{{option} = 0}} .* attention\.mechanism='picky': {option}=0 must be at least 1"
+    with pytest.raises(ConfigError, match=expected):
         AttentionConfig(mechanism="picky", options={option: 0}).build_mechanisms(1)
-    assert str(refused.value) == (
-        f"attention.options={{{option} = 0}} does not suit attention.mechanism='picky': {cause}."
-    )
-
-
-@pytest.mark.parametrize("name", ["bfloat16", "float32", "float64"])
-def test_dtype(name) -> None:
-    assert TrainConfig(steps=1, compute_dtype=name).torch_dtype == getattr(torch, name)
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.toml")), ids=str)
 def test_every_preset_loads(path: Path) -> None:
-    from farspan.trainer.config import Config
-
     assert load_config(Config, path).run.folder == Path("runs") / path.stem
 
 
 def test_patterns_of_layers() -> None:
-    """A pattern is repeated; layers are told their number; options stand by name."""
+    """A pattern is repeated; layers get their number; options are by name."""
     built = AttentionConfig(mechanism="lightning*2, moba", options={"moba": {"block": 8}}).build_mechanisms(5)
     assert built == (
         Lightning(layer=0, layers=5),
@@ -107,6 +96,42 @@ def test_patterns_of_layers() -> None:
     ],
 )
 def test_patterns_that_make_no_sense_are_refused(mechanism: str, options: dict[str, object], message: str) -> None:
-    with pytest.raises(ConfigError) as unsupported_reason:
+    with pytest.raises(ConfigError) as refused:
         AttentionConfig(mechanism=mechanism, options=options).build_mechanisms(4)
-    assert message in str(unsupported_reason.value)
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("skip.most=3", "skip.most was renamed to skip.max_consecutive_skips."),
+        ("skip.sigma=3.0", "skip.sigma was renamed to skip.spike_sigma."),
+        ("model.experts.normalised=true", "model.experts.normalised was renamed to model.experts.normalized."),
+        ("model.head_mixture.normalised=true", "normalised was renamed to model.head_mixture.normalized."),
+        ("attention.mechanism=neighbourhood", "'neighbourhood' was renamed to 'neighborhood'."),
+        ("attention.mechanism=neighbourhood*3, dense", "'neighbourhood' was renamed to 'neighborhood'."),
+        ("attention.options.neighbourhood.window=[3]", "neighbourhood was renamed to attention.options.neighborhood."),
+        ("attention.backend=library", "'library' was renamed to 'cuda'."),
+    ],
+)
+def test_old_names_are_refused_with_the_new_ones(tmp_path: Path, setting: str, message: str) -> None:
+    key, value = setting.split("=", 1)
+    config = tiny.config(Path("tokens"), Path("run"), ParallelConfig())
+    path, tree = tmp_path / "config.toml", tomllib.loads(to_toml(config, brief=True))
+    path.write_text(to_toml(config, brief=True))
+    with pytest.raises(ConfigError, match=f"{re.escape(message)}$"):
+        load_config(Config, path, [setting])
+    # The same in the file.
+    *sections, name = key.split(".")
+    functools.reduce(lambda node, section: node.setdefault(section, {}), sections, tree)[name] = value
+    with pytest.raises(ConfigError, match=f"{re.escape(message)}$"):
+        from_tree(Config, tree)
+
+
+def test_settings_of_an_old_checkpoint_have_the_names_of_today() -> None:
+    assert renamed_key("parallel.rounded_gradients") == (
+        'parallel.rounded_gradients was renamed to parallel.grad_comm_dtype ("compute" for true, "accumulation" for '
+        "false)."
+    )
+    old = {"model.experts.normalised": True, "model.width": 8}
+    assert current_names(old) == {"model.experts.normalized": True, "model.width": 8}

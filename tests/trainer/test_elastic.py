@@ -8,7 +8,6 @@ import pytest
 
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
-from farspan.trainer.model.config import ExpertsConfig
 from farspan.trainer.resilience.skip_steps import SkipConfig
 from tests.support import tiny
 from tests.support.rank_pool import RankPool
@@ -31,19 +30,7 @@ EXPERTS = [
     (8, ParallelConfig(dp_replicate=2, dp_shard=2, context=2, expert=2)),
     (2, ParallelConfig(context=2)),
 ]
-MODELS = {
-    "dense, tied": {"tied_embeddings": True},
-    "experts with biases": {
-        "experts": ExpertsConfig(
-            count=4,
-            feed_forward=16,
-            score="sigmoid",
-            bias_rate=0.05,
-            balance_loss=0.01,
-            z_loss=0.01,
-        )
-    },
-}
+MODELS = {"dense, tied": {"tied_embeddings": True}, "experts with biases": {"experts": tiny.EXPERTS}}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -55,13 +42,13 @@ def test_a_run_that_moves_is_the_run_that_stays(
         base = tiny.config(tmp_path / "tokens", tmp_path / folder, parallel, steps=len(places))
         return replace(
             tiny.with_model(base, layers=1, **MODELS[model]),
-            # The learning rate is that of the whole run at every stop on the way.
+            # Every stop on the way has the learning rate of the full run.
             train=replace(base.train, sequences_per_step=8, steps=steps),
             optimizer=replace(base.optimizer, schedule="wsd", warmup_steps=0, decay_fraction=0.0),
             checkpoint=CheckpointConfig(every_steps=1, keep=1),
             evaluate=EvaluateConfig(every_steps=len(places), sequences=3),
             # Nothing is so far off; what it compares with has to travel along.
-            skip=SkipConfig(sigma=1e6, window=3),
+            skip=SkipConfig(spike_sigma=1e6, window=3),
         )
 
     tiny.make_data(tmp_path)
@@ -77,9 +64,9 @@ def test_a_run_that_moves_is_the_run_that_stays(
     moved, stayed = records(tmp_path / "moving"), records(tmp_path / "staying")
     last = [record for record in moved if record["step"] == len(places) or "loss" in record]
     assert [record["step"] for record in last] == [record["step"] for record in stayed]
-    for mine, truth in zip(last, stayed, strict=True):
+    for found, truth in zip(last, stayed, strict=True):
         for name in ("stream", "tokens", "sequences", "expert_load", "expert_bias", "eval_tokens"):
-            assert mine.get(name) == truth.get(name), (name, mine["step"])
+            assert found.get(name) == truth.get(name), (name, found["step"])
         for name in ("loss", "grad_norm", "eval_loss", "expert_balance_loss"):
-            assert mine.get(name) == pytest.approx(truth.get(name), abs=TOLERANCE), (name, mine["step"])
+            assert found.get(name) == pytest.approx(truth.get(name), abs=TOLERANCE), (name, found["step"])
     assert len({record["stream"] for record in stayed if "stream" in record}) == len(places)

@@ -1,4 +1,4 @@
-"""Ten training steps: losses and all parameters' gradients are the same however the work is dealt to ranks.
+"""Ten training steps: losses and all parameters' gradients are the same however tokens and parameters are sharded.
 
 The truth is a decoder written a second time from its formulas, see `decoder.py`.
 """
@@ -16,15 +16,7 @@ from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import Config
 from tests.support import tiny
 from tests.support.rank_pool import RankPool
-from tests.support.steps import (
-    STEPS,
-    TOLERANCE,
-    Trajectory,
-    difference,
-    initial_parameters,
-    train_alone,
-    train_dealt,
-)
+from tests.support.steps import STEPS, Trajectory, assert_same, initial_parameters, train_reference, train_sharded
 
 
 @pytest.fixture(scope="module")
@@ -34,61 +26,58 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 @pytest.fixture(scope="module")
-def alone(base: Config, ranks: Callable[[int], RankPool]) -> Trajectory:
-    return train_alone(base, ranks(1).run(initial_parameters, base)[0])
+def reference(base: Config, ranks: Callable[[int], RankPool]) -> Trajectory:
+    return train_reference(base, ranks(1).run(initial_parameters, base)[0])
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ulysses"])
 @pytest.mark.parametrize("data", [1, 2])
 @pytest.mark.parametrize("context", [1, 2, 4])
 def test_ten_steps_do_not_depend_on_the_ranks(
-    base: Config, alone: Trajectory, ranks: Callable[[int], RankPool], context: int, data: int, strategy: str
+    base: Config, reference: Trajectory, ranks: Callable[[int], RankPool], context: int, data: int, strategy: str
 ) -> None:
     config = replace(base, parallel=ParallelConfig(context=context, dp_shard=data, strategy=strategy))
-    trajectories = ranks(context * data).run(train_dealt, config)
+    trajectories = ranks(context * data).run(train_sharded, config)
     assert len(set(trajectories[0].losses)) == STEPS
     for trajectory in trajectories:
-        assert difference(trajectory, alone) <= TOLERANCE
+        assert_same(trajectory, reference)
 
 
 @pytest.mark.parametrize("strategy", ["gather", "fetch", "double_ring", "hybrid", "hybrid_outer"])
 def test_ten_steps_do_not_depend_on_the_strategy(
-    base: Config, alone: Trajectory, ranks: Callable[[int], RankPool], strategy: str
+    base: Config, reference: Trajectory, ranks: Callable[[int], RankPool], strategy: str
 ) -> None:
     inner = 2 if STRATEGIES.get(strategy).unsupported_reason(Dense(), base.model.heads_of(Dense()), 4, 1) else 1
     parallel = ParallelConfig(context=4, context_inner=inner, strategy=strategy, layout="balanced")
-    assert difference(ranks(4).run(train_dealt, replace(base, parallel=parallel))[2], alone) <= TOLERANCE
+    assert_same(ranks(4).run(train_sharded, replace(base, parallel=parallel))[2], reference)
 
 
+FOUR = ParallelConfig(context=4)
+# By name: ranks, and settings of training and of the model.
 VARIANTS = {
-    "replicas": lambda config: replace(config, parallel=ParallelConfig(context=2, dp_replicate=2)),
-    "striped": lambda config: replace(config, parallel=ParallelConfig(context=4, layout="striped")),
-    "recompute": lambda config: replace(
-        config, parallel=ParallelConfig(context=4), train=replace(config.train, recompute="block")
-    ),
-    "key convolution": lambda config: tiny.with_model(
-        replace(config, parallel=ParallelConfig(context=4)), key_convolution=3
-    ),
-    "tied, no qk norm, MQA": lambda config: tiny.with_model(
-        replace(config, parallel=ParallelConfig(context=4)), tied_embeddings=True, qk_norm=False, kv_heads=1
-    ),
+    "replicas": (ParallelConfig(context=2, dp_replicate=2), {}, {}),
+    "striped": (ParallelConfig(context=4, layout="striped"), {}, {}),
+    "recompute": (FOUR, {"recompute": "block"}, {}),
+    "key convolution": (FOUR, {}, {"key_convolution": 3}),
+    "tied, no qk norm, MQA": (FOUR, {}, {"tied_embeddings": True, "qk_norm": False, "kv_heads": 1}),
 }
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_variants_of_the_run(base: Config, ranks: Callable[[int], RankPool], variant: str) -> None:
-    config: Config = VARIANTS[variant](base)
+    parallel, training, model = VARIANTS[variant]
+    config = replace(tiny.with_model(base, **model), parallel=parallel, train=replace(base.train, **training))
     single = replace(config, parallel=ParallelConfig(strategy="single"))
-    truth = train_alone(single, ranks(1).run(initial_parameters, single)[0])
-    assert difference(ranks(4).run(train_dealt, config)[3], truth) <= TOLERANCE
+    truth = train_reference(single, ranks(1).run(initial_parameters, single)[0])
+    assert_same(ranks(4).run(train_sharded, config)[3], truth)
 
 
 def test_bfloat16_compute_follows_float64_with_float32_masters(
-    base: Config, alone: Trajectory, ranks: Callable[[int], RankPool]
+    base: Config, reference: Trajectory, ranks: Callable[[int], RankPool]
 ) -> None:
     """Eight bits of mantissa: losses within 1 %, while parameters and gradients stay float32."""
     config = replace(base, parallel=ParallelConfig(context=2), train=replace(base.train, compute_dtype="bfloat16"))
-    trajectory = ranks(2).run(train_dealt, config)[0]
-    assert trajectory.losses == pytest.approx(alone.losses, rel=1e-2)
-    assert trajectory.losses != alone.losses
+    trajectory = ranks(2).run(train_sharded, config)[0]
+    assert trajectory.losses == pytest.approx(reference.losses, rel=1e-2)
+    assert trajectory.losses != reference.losses
     assert {gradient.dtype for gradient in trajectory.gradients[-1].values()} == {torch.float32}

@@ -42,7 +42,7 @@ def validation(config: Config) -> PackedSequences:
     return PackedSequences(open_data(config)[1], sequence_tokens=SEQUENCE_TOKENS, seed=0, shuffle=False, repeat=False)
 
 
-def evaluate_dealt(config: Config, stop_on_rank: int | None) -> tuple[Evaluation | None, int, bool, int]:
+def evaluate_on_rank(config: Config, stop_on_rank: int | None) -> tuple[Evaluation | None, int, bool, int]:
     """On each rank: the result, how many batches were run, whether the model is back in training, the ranks' sum."""
     mesh = Mesh.build(config.parallel, "cpu")
     builder, model = build_batches(config, mesh, torch.device("cpu"), Traffic()), KnownLoss()
@@ -50,8 +50,10 @@ def evaluate_dealt(config: Config, stop_on_rank: int | None) -> tuple[Evaluation
 
     def batches():
         nonlocal ran
-        mine = share(validation(config), config.evaluate.sequences, data_rank=mesh.data_rank, groups=mesh.degrees.data)
-        for sequence in mine:
+        sequences = share(
+            validation(config), config.evaluate.sequences, data_rank=mesh.data_rank, groups=mesh.degrees.data
+        )
+        for sequence in sequences:
             yield builder.build(sequence)
             ran += 1
 
@@ -59,7 +61,7 @@ def evaluate_dealt(config: Config, stop_on_rank: int | None) -> tuple[Evaluation
         model,
         batches(),
         sequence_tokens=SEQUENCE_TOKENS,
-        poll=lambda: stop_on_rank == dist.get_rank() and ran == 1,
+        is_stopping=lambda: stop_on_rank == dist.get_rank() and ran == 1,
     )
     # The ranks are still in step: what comes next is not taken for a part of the evaluation.
     number = torch.tensor(10 + dist.get_rank())
@@ -101,7 +103,7 @@ def test_equals_a_plain_loop(
     config = replace(base, parallel=parallel, evaluate=replace(base.evaluate, sequences=sequences))
     loss, tokens, by_position = by_loop(config)
     assert list(by_position) == ["0-63", "64-127", "128-149"], "the data does not fill the bins"
-    for result, _, training, _ in ranks(max(parallel.context, parallel.dp_shard)).run(evaluate_dealt, config, None):
+    for result, _, training, _ in ranks(max(parallel.context, parallel.dp_shard)).run(evaluate_on_rank, config, None):
         assert result.loss == pytest.approx(loss, rel=1e-12)
         assert result.tokens == tokens
         assert result.by_position == pytest.approx(by_position, rel=1e-12)
@@ -113,7 +115,7 @@ def test_a_stop_asked_of_one_rank_ends_it_on_all(
     base: Config, ranks: Callable[[int], RankPool], stop_on_rank: int
 ) -> None:
     config = replace(base, parallel=ParallelConfig(context=2))
-    assert ranks(2).run(evaluate_dealt, config, stop_on_rank) == [(None, 1, True, 21)] * 2
+    assert ranks(2).run(evaluate_on_rank, config, stop_on_rank) == [(None, 1, True, 21)] * 2
 
 
 def evaluate_nothing(config: Config) -> str:

@@ -1,7 +1,6 @@
-"""Ten training steps of models with experts: whoever holds experts and tokens, all is as in one process.
+"""Ten training steps of models with experts: however experts and tokens are sharded, all is as in one process.
 
-The truth computes every expert on every token; see `decoder.py` for the rest. Losses, clipped
-norms, every gradient, auxiliary losses, loads and biases are compared in float64.
+The reference computes every expert on every token.
 """
 
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from farspan.trainer.model.config import ExpertsConfig
 from farspan.trainer.model.transformer import Block
 from tests.support import tiny
 from tests.support.rank_pool import RankPool
-from tests.support.steps import Trajectory, assert_alike, initial_parameters, train_alone, train_dealt
+from tests.support.steps import Trajectory, assert_same, initial_parameters, train_reference, train_sharded
 
 EXPERTS = {
     "softmax": ExpertsConfig(count=8, per_token=2, feed_forward=16, balance_loss=0.02, z_loss=0.01),
@@ -60,7 +59,7 @@ def truth(base: Config, ranks: Callable[[int], RankPool]) -> Truth:
     def compute(experts: str, together: int) -> Trajectory:
         if (experts, together) not in known:
             config = tiny.with_model(base, experts=EXPERTS[experts])
-            known[experts, together] = train_alone(config, ranks(1).run(initial_parameters, config)[0], together)
+            known[experts, together] = train_reference(config, ranks(1).run(initial_parameters, config)[0], together)
         return known[experts, together]
 
     return compute
@@ -75,37 +74,25 @@ MESHES = [
 
 
 @pytest.mark.parametrize(
-    ("context", "data", "expert", "strategy", "experts"),
-    [(*mesh, list(EXPERTS)[number % len(EXPERTS)]) for number, mesh in enumerate(MESHES)],
+    ("mesh", "experts"), [(mesh, list(EXPERTS)[number % len(EXPERTS)]) for number, mesh in enumerate(MESHES)]
 )
 def test_ten_steps_do_not_depend_on_the_ranks(
-    base: Config,
-    truth: Truth,
-    ranks: Callable[[int], RankPool],
-    context: int,
-    data: int,
-    expert: int,
-    strategy: str,
-    experts: str,
+    base: Config, truth: Truth, ranks: Callable[[int], RankPool], mesh: tuple[int, int, int, str], experts: str
 ) -> None:
+    context, data, expert, strategy = mesh
     parallel = ParallelConfig(context=context, dp_shard=data, expert=expert, strategy=strategy)
     config = tiny.with_model(replace(base, parallel=parallel), experts=EXPERTS[experts])
-    courses = ranks(context * data).run(train_dealt, config)
+    courses = ranks(context * data).run(train_sharded, config)
     for course in (courses[0], courses[-1]):
-        assert_alike(course, truth(experts, data))
+        assert_same(course, truth(experts, data))
 
 
+# By name: ranks, and whether blocks are recomputed; one rank accumulates gradients.
 VARIANTS = {
-    "recompute": lambda config: replace(
-        config, parallel=ParallelConfig(context=4, expert=2), train=replace(config.train, recompute="block")
-    ),
-    "accumulation under recompute": lambda config: replace(
-        config, parallel=ParallelConfig(dp_shard=1, strategy="single"), train=replace(config.train, recompute="block")
-    ),
-    "replicas": lambda config: replace(config, parallel=ParallelConfig(context=2, dp_replicate=2, expert=2)),
-    "8 ranks of context and of experts": lambda config: replace(
-        config, parallel=ParallelConfig(context=8, expert=8, layout="striped")
-    ),
+    "recompute": (ParallelConfig(context=4, expert=2), "block"),
+    "accumulation under recompute": (ParallelConfig(dp_shard=1, strategy="single"), "block"),
+    "replicas": (ParallelConfig(context=2, dp_replicate=2, expert=2), "none"),
+    "8 ranks of context and of experts": (ParallelConfig(context=8, expert=8, layout="striped"), "none"),
 }
 
 
@@ -113,11 +100,11 @@ VARIANTS = {
 def test_variants_of_the_run(
     base: Config, truth: Truth, ranks: Callable[[int], RankPool], variant: str, experts: str
 ) -> None:
-    config: Config = tiny.with_model(VARIANTS[variant](base), experts=EXPERTS[experts])
-    parallel = config.parallel
+    parallel, recompute = VARIANTS[variant]
+    config = replace(base, parallel=parallel, train=replace(base.train, recompute=recompute))
     data = parallel.dp_replicate * max(parallel.dp_shard, 1)
-    courses = ranks(data * parallel.context).run(train_dealt, config)
-    assert_alike(courses[-1], truth(experts, data))
+    courses = ranks(data * parallel.context).run(train_sharded, tiny.with_model(config, experts=EXPERTS[experts]))
+    assert_same(courses[-1], truth(experts, data))
 
 
 @pytest.mark.parametrize("parallel_blocks", [True, False])

@@ -14,11 +14,11 @@ from farspan.trainer.config import AttentionConfig, Config
 from farspan.trainer.validate import validate
 from tests.support import tiny
 from tests.support.rank_pool import RankPool
-from tests.support.steps import TOLERANCE, Trajectory, difference, train_dealt
+from tests.support.steps import Trajectory, assert_same, train_sharded
 
 STEPS = 2
-ALONE = ParallelConfig(strategy="single")
-DEALT = [
+SINGLE = ParallelConfig(strategy="single")
+SHARDED = [
     ParallelConfig(context=2, strategy="ring", layout="zigzag"),
     ParallelConfig(context=2, strategy="ring", layout="striped"),
     ParallelConfig(context=2, strategy="ulysses"),
@@ -30,7 +30,7 @@ DEALT = [
 def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """Eight query heads, which the mechanisms' examples are for."""
     folder: Path = tmp_path_factory.mktemp("mechanisms")
-    config = tiny.config(tiny.make_data(folder), folder / "run", ALONE)
+    config = tiny.config(tiny.make_data(folder), folder / "run", SINGLE)
     return tiny.with_model(config, heads=8, head_dim=4)
 
 
@@ -54,21 +54,21 @@ def example(base: Config, name: str) -> Config:
 
 def train_all(configs: list[Config]) -> list[Trajectory]:
     """On each rank: two steps of every run."""
-    return [train_dealt(config, STEPS) for config in configs]
+    return [train_sharded(config, STEPS) for config in configs]
 
 
 @pytest.mark.parametrize("name", list(MECHANISMS))
 def test_two_steps_do_not_depend_on_the_ranks(base: Config, ranks: Callable[[int], RankPool], name: str) -> None:
     config = example(base, name)
-    (alone,) = ranks(1).run(train_all, [config])[0]
-    assert len(set(alone.losses)) == STEPS
-    for gradients in alone.gradients:
+    (single,) = ranks(1).run(train_all, [config])[0]
+    assert len(set(single.losses)) == STEPS
+    for gradients in single.gradients:
         assert all(gradient.abs().max() > 0 for gradient in gradients.values())
-    dealt = [run for parallel in DEALT if is_valid(run := replace(config, parallel=parallel))]
-    assert dealt
-    for of_rank in ranks(2).run(train_all, dealt):
-        for run, trajectory in zip(dealt, of_rank, strict=True):
-            assert difference(trajectory, alone) <= TOLERANCE, run.parallel
+    sharded = [run for parallel in SHARDED if is_valid(run := replace(config, parallel=parallel))]
+    assert sharded
+    for of_rank in ranks(2).run(train_all, sharded):
+        for trajectory in of_rank:
+            assert_same(trajectory, single)
 
 
 MIXTURES = {
@@ -77,12 +77,12 @@ MIXTURES = {
     "lightning*7, dense": {},
 }
 """What `attention.mechanism` may say, with options."""
-ALSO_DEALT = [
+ALSO_SHARDED = [
     ParallelConfig(context=4, strategy="fetch", layout="balanced"),
     ParallelConfig(context=4, context_inner=2, strategy="hybrid"),
 ]
 SHIPPED = ParallelConfig(context=2, strategy="ship")
-"""For routed mechanisms alone."""
+"""For routed mechanisms only."""
 
 
 @pytest.mark.parametrize("pattern", list(MIXTURES))
@@ -90,13 +90,13 @@ def test_steps_of_patterns_of_layers(base: Config, ranks: Callable[[int], RankPo
     """Ten steps on two ranks, two steps on four. Layers with a recurrence run under `state` if keys travel."""
     config = tiny.with_model(base, layers=8 if "," in pattern else 2)
     config = replace(config, attention=AttentionConfig(mechanism=pattern, options=MIXTURES[pattern], backend="cpu"))
-    others = [*ALSO_DEALT, *([SHIPPED] if pattern == "moba" else [])]
-    for steps, parallel in ((10, DEALT[0]), *((2, parallel) for parallel in others)):
-        dealt = replace(config, parallel=parallel)
-        assert is_valid(dealt)
-        alone = ranks(1).run(train_dealt, config, steps)[0]
-        assert len(set(alone.losses)) == len(alone.losses) == steps
-        assert difference(ranks(parallel.context).run(train_dealt, dealt, steps)[1], alone) <= TOLERANCE, parallel
+    others = [*ALSO_SHARDED, *([SHIPPED] if pattern == "moba" else [])]
+    for steps, parallel in ((10, SHARDED[0]), *((2, parallel) for parallel in others)):
+        sharded = replace(config, parallel=parallel)
+        assert is_valid(sharded)
+        single = ranks(1).run(train_sharded, config, steps)[0]
+        assert len(set(single.losses)) == len(single.losses) == steps
+        assert_same(ranks(parallel.context).run(train_sharded, sharded, steps)[1], single)
 
 
 @pytest.mark.parametrize("name", ["dense", "moba", "mosa"])
@@ -105,21 +105,21 @@ def test_two_steps_of_a_model_that_convolves_its_keys(
 ) -> None:
     """The weights start at 0; the second step is the first that they change. Recomputed blocks fetch keys again."""
     config = tiny.with_model(example(base, name), key_convolution=5)
-    (alone,) = ranks(1).run(train_all, [config])[0]
-    dealt = [replace(config, parallel=parallel) for parallel in DEALT]
-    dealt.append(replace(dealt[0], train=replace(config.train, recompute="block")))
-    for of_rank in ranks(2).run(train_all, dealt):
-        for run, trajectory in zip(dealt, of_rank, strict=True):
-            assert difference(trajectory, alone) <= TOLERANCE, run.parallel
+    (single,) = ranks(1).run(train_all, [config])[0]
+    sharded = [replace(config, parallel=parallel) for parallel in SHARDED]
+    sharded.append(replace(sharded[0], train=replace(config.train, recompute="block")))
+    for of_rank in ranks(2).run(train_all, sharded):
+        for trajectory in of_rank:
+            assert_same(trajectory, single)
 
 
 def test_routers_and_convolutions_in_bfloat16(base: Config, ranks: Callable[[int], RankPool]) -> None:
     """Losses within 1 %; parameters and their gradients stay float32."""
     config = tiny.with_model(example(base, "mosa"), key_convolution=3)
-    rounded = replace(config, parallel=DEALT[0], train=replace(config.train, compute_dtype="bfloat16"))
-    (alone,) = ranks(1).run(train_all, [config])[0]
+    rounded = replace(config, parallel=SHARDED[0], train=replace(config.train, compute_dtype="bfloat16"))
+    (single,) = ranks(1).run(train_all, [config])[0]
     (trajectory,) = ranks(2).run(train_all, [rounded])[0]
-    assert trajectory.losses == pytest.approx(alone.losses, rel=1e-2)
+    assert trajectory.losses == pytest.approx(single.losses, rel=1e-2)
     assert {gradient.dtype for gradient in trajectory.gradients[-1].values()} == {torch.float32}
 
 

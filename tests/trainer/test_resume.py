@@ -13,7 +13,6 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import CheckpointConfig, EvaluateConfig
-from farspan.trainer.model.config import ExpertsConfig
 from farspan.trainer.toml_config import to_toml
 from tests.support import tiny
 from tests.support.runs import records
@@ -50,15 +49,13 @@ def assert_same_bits(a: Any, b: Any, where: str = "checkpoint") -> None:
 
 
 EXPERT_RECORDS = ("expert_load", "expert_bias", "expert_balance_loss", "expert_z_loss")
-EXPERTS = ExpertsConfig(
-    count=4, feed_forward=16, layers="dense, experts", score="sigmoid", bias_rate=0.05, balance_loss=0.01, z_loss=0.01
-)
+EXPERTS = replace(tiny.EXPERTS, layers="dense, experts")
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
     parallel = ParallelConfig(context=2, expert=2)
-    config = tiny.config(tiny.make_data(tmp_path), tmp_path / "whole", parallel, steps=STEPS)
+    config = tiny.config(tiny.make_data(tmp_path), tmp_path / "undisturbed", parallel, steps=STEPS)
     config = tiny.with_model(config, experts=EXPERTS)
     config = replace(
         config,
@@ -66,22 +63,21 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
         checkpoint=CheckpointConfig(every_steps=RESUME_AT, keep=2),
         evaluate=EvaluateConfig(every_steps=0, sequences=3),
     )
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    (tmp_path / "whole.toml").write_text(to_toml(config))
-    launch(tmp_path / "whole.toml")
+    undisturbed, resumed = tmp_path / "undisturbed", tmp_path / "resumed"
+    (tmp_path / "undisturbed.toml").write_text(to_toml(config))
+    launch(tmp_path / "undisturbed.toml")
 
     # The folder as a run leaves it that was killed after step 3: the last checkpoint is gone, its records are not.
-    shutil.copytree(whole, resumed)
+    shutil.copytree(undisturbed, resumed)
     shutil.rmtree(resumed / "checkpoints" / f"step_{STEPS:08d}")
     (tmp_path / "resumed.toml").write_text(to_toml(replace(config, run=replace(config.run, folder=resumed))))
     launch(tmp_path / "resumed.toml")
 
-    before, after = records(whole), records(resumed)
-    assert (
-        [record["step"] for record in after] == [record["step"] for record in before] == [*range(1, STEPS + 1), STEPS]
-    )
+    before, after = records(undisturbed), records(resumed)
+    for run in (before, after):
+        assert [record["step"] for record in run] == [*range(1, STEPS + 1), STEPS]
     for old, new in zip(before, after, strict=True):
         for name in ("loss", "grad_norm", "tokens", "eval_loss", "loss_by_position", *EXPERT_RECORDS):
             assert old.get(name) == new.get(name), (name, old["step"])
     assert before[-2]["step_s"] != after[-2]["step_s"], "the steps after the resume were not run again"
-    assert_same_bits(checkpoint(whole, STEPS, tmp_path / "a.pt"), checkpoint(resumed, STEPS, tmp_path / "b.pt"))
+    assert_same_bits(checkpoint(undisturbed, STEPS, tmp_path / "a.pt"), checkpoint(resumed, STEPS, tmp_path / "b.pt"))

@@ -2,11 +2,11 @@ import json
 
 import pytest
 
-from farspan.trainer.data.sample_hash import follow
+from farspan.trainer.data.packing import stream_hash
 from farspan.trainer.state import TrainState
 
 
-def test_a_state_comes_back_whole() -> None:
+def test_a_state_comes_back_complete() -> None:
     saved = TrainState(step=3, sequences=12, tokens=1000, stream="a", skipped=2, recent_losses=[0.1, 1 / 3])
     loaded = TrainState()
     loaded.load_state_dict(json.loads(json.dumps(saved.state_dict())))
@@ -17,7 +17,7 @@ def test_a_step_advances_all_of_it() -> None:
     state = TrainState()
     state.advance(sequences=2, tokens=100, fingerprint=5)
     state.advance(sequences=2, tokens=90, fingerprint=6)
-    assert state == TrainState(step=2, sequences=4, tokens=190, stream=follow(follow("", 5), 6))
+    assert state == TrainState(step=2, sequences=4, tokens=190, stream=stream_hash(stream_hash("", 5), 6))
 
 
 def test_a_cut_state_is_refused_and_changes_nothing() -> None:

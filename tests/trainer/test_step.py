@@ -54,27 +54,22 @@ def run(weight: float, labels: list, max_norm: float) -> Outcome:
         MicroBatch(
             tokens=torch.tensor(t, dtype=torch.float64),
             labels=torch.tensor(y),
-            context=SequenceContext(rows=Rows.packed([len(t)]), attends=()),
+            context=SequenceContext(rows=Rows.packed([len(t)]), attention=()),
             attention_flops=10 * rank + i,
             fingerprint=2**32 - 10 * rank - i,
             seed=10 * rank + i,
         )
         for i, (t, y) in enumerate(zip(TOKENS[rank], labels[rank], strict=True))
     ]
-    result, message = None, ""
+    outcome = Outcome(None, "", float("nan"), weight, 0, model.seeds)
     try:
-        result = train_step(model, optimizer, batches, context=world_channel(), max_gradient_norm=max_norm)
+        outcome.result = train_step(model, optimizer, batches, context=world_channel(), max_gradient_norm=max_norm)
     except TrainingError as error:
-        message = str(error)
-    gradient = model.weight.grad
-    return Outcome(
-        result,
-        message,
-        float("nan") if gradient is None else gradient.item(),
-        model.weight.item(),
-        len(optimizer.state),
-        model.seeds,
-    )
+        outcome.message = str(error)
+    if model.weight.grad is not None:
+        outcome.gradient = model.weight.grad.item()
+    outcome.weight, outcome.steps_of_optimizer = model.weight.item(), len(optimizer.state)
+    return outcome
 
 
 def test_the_loss_is_the_mean_over_all_labelled_tokens(ranks: Callable[[int], RankPool]) -> None:
@@ -101,7 +96,7 @@ def test_the_gradient_is_clipped_and_its_norm_reported(ranks: Callable[[int], Ra
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_no_update_on_any_rank(ranks: Callable[[int], RankPool], weight: float) -> None:
-    # No label on rank 1: it alone would see nothing wrong.
+    # No label on rank 1: by itself it would see nothing wrong.
     labels = [LABELS[0], [[IGNORED] * 3] * 2]
     outcomes = ranks(2).run(run, weight, labels, 1.0)
     assert [outcome.result.skipped for outcome in outcomes] == [f"the loss is {weight}"] * 2

@@ -1,6 +1,5 @@
 """The loop, in one process: what is on record after stops and resumes, and what a rerun of a finished run does."""
 
-import json
 import logging
 import os
 import threading
@@ -19,9 +18,9 @@ import torch.distributed as dist
 from farspan.errors import CheckpointError, ConfigError, DataError, TrainingError
 from farspan.parallel.mesh import ParallelConfig
 from farspan.parallel.ranks import Ranks
+from farspan.trainer import config_history, evaluate, metrics
 from farspan.trainer import train as module
-from farspan.trainer import validation
-from farspan.trainer.checkpoint import background, checkpointer, shards
+from farspan.trainer.checkpoint import checkpointer, shards
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
 from farspan.trainer.data.packing import IGNORED, PackedSequences
@@ -35,6 +34,7 @@ from farspan.trainer.state import TrainState
 from farspan.trainer.toml_config import load_config
 from farspan.trainer.train import train
 from tests.support import tiny
+from tests.support.runs import records, steps
 
 STEPS = 4
 STEP_FIELDS = {"step", "loss", "grad_norm", "tokens_per_s", "mfu", "peak_memory_bytes", "comm_bytes"}
@@ -58,8 +58,14 @@ class AskedWhen(StopSignal):
 
 
 @pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, logger="farspan")
+    return caplog
+
+
+@pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    monkeypatch.setattr(module, "peak_flops", lambda device, dtype: 1e10)
+    monkeypatch.setattr(metrics, "peak_flops", lambda device, dtype: 1e10)
     config = tiny.config(tiny.make_data(tmp_path), tmp_path / "run", ParallelConfig(), steps=STEPS)
     return replace(
         config,
@@ -70,43 +76,35 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 
 def run(config: Config, stop: StopSignal | None = None) -> bool:
     torch.manual_seed(0)
-    warned = train(config, Ranks(), stop or StopSignal())
+    asks_requeue = train(config, Ranks(), stop or StopSignal())
     assert not dist.is_initialized()
-    return warned
+    return asks_requeue
 
 
-def records(config: Config) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (config.run.folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def steps(config: Config, kind: str) -> list[int]:
-    return [record["step"] for record in records(config) if kind in record]
-
-
-def saved(config: Config) -> list[int]:
-    return sorted(int(path.name.removeprefix("step_")) for path in (config.run.folder / "checkpoints").iterdir())
+def done(config: Config) -> tuple[list[int], list[int], list[int]]:
+    """The steps that were trained, evaluated and saved."""
+    folder = config.run.folder
+    saved = sorted(int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").glob("*"))
+    return steps(folder, "loss"), steps(folder, "eval_loss"), saved
 
 
 def without_times(config: Config) -> list[dict[str, Any]]:
     vary = {"tokens_per_s", "mfu", "peak_memory_bytes", "step_s"}
-    return [{name: value for name, value in record.items() if name not in vary} for record in records(config)]
+    return [{name: record[name] for name in record.keys() - vary} for record in records(config.run.folder)]
 
 
-def test_an_undisturbed_run(config: Config, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="farspan")
+def test_an_undisturbed_run(config: Config, log: pytest.LogCaptureFixture) -> None:
     run(config)
-    assert steps(config, "loss") == [1, 2, 3, 4]
-    assert steps(config, "eval_loss") == [2, 4]
-    assert saved(config) == [3, 4]
-    for record in records(config):
+    assert done(config) == ([1, 2, 3, 4], [2, 4], [3, 4])
+    for record in records(config.run.folder):
         fields = EVALUATION_FIELDS if "eval_loss" in record else STEP_FIELDS
         assert fields <= record.keys()
         assert all(value is not None for value in record.values())
     validation = PackedSequences(open_data(config)[1], sequence_tokens=101, seed=0, shuffle=False, repeat=False)
     measured_on = sum(int((validation.sequence(index).labels != IGNORED).sum()) for index in range(2))
-    assert {record["eval_tokens"] for record in records(config) if "eval_loss" in record} == {measured_on}
-    assert f" bits per byte over 2 sequences, {measured_on} tokens (unigram entropy " in caplog.text
-    first, last = (record for record in records(config) if record["step"] in (1, 4) and "loss" in record)
+    assert {record["eval_tokens"] for record in records(config.run.folder) if "eval_loss" in record} == {measured_on}
+    assert f" over 2 sequences, {measured_on} tokens" in log.text
+    first, last = (record for record in records(config.run.folder) if record["step"] in (1, 4) and "loss" in record)
     # Nothing is learned before the first update: ln 264; the text is simple.
     assert first["loss"] == pytest.approx(5.58, abs=0.2)
     assert last["loss"] < first["loss"] - 0.3
@@ -114,7 +112,7 @@ def test_an_undisturbed_run(config: Config, caplog: pytest.LogCaptureFixture) ->
     packed = PackedSequences(open_data(config)[0], sequence_tokens=101, seed=config.run.seed)
     data = ShuffledSequences(packed, seed=config.run.seed)
     labeled = [int((data.sequence(index).labels != IGNORED).sum()) for index in range(2 * STEPS)]
-    seen = [record["tokens"] for record in records(config) if "loss" in record]
+    seen = [record["tokens"] for record in records(config.run.folder) if "loss" in record]
     assert seen == [sum(labeled[: 2 * step]) for step in range(1, STEPS + 1)]
     assert len(set(labeled)) > 2
     assert first["tokens_per_s"] * first["step_s"] == pytest.approx(202)
@@ -136,24 +134,24 @@ def test_each_phase_and_each_held_out_sequence_has_its_time(config: Config, monk
     assert given == dict.fromkeys(once, 1) | {("evaluation", 2): 3, ("evaluation", 4): 3, ("save", 4): 2}
 
 
-class Warned(AskedWhen):
+class Preempted(AskedWhen):
     """A stop request that a scheduler makes."""
 
     @property
-    def warned(self) -> bool:
+    def preemption_warning(self) -> bool:
         return True
 
 
-def test_a_run_says_whether_a_warning_stopped_it(config: Config) -> None:
+def test_a_run_stopped_by_a_preemption_warning_asks_to_be_queued_again(config: Config) -> None:
     metrics = config.run.folder / "metrics.jsonl"
     assert not run(config, AskedWhen(lambda: metrics.exists() and '"step": 1' in metrics.read_text()))
-    assert run(config, Warned(lambda: '"step": 3' in metrics.read_text()))
-    assert steps(config, "loss") == [1, 2, 3]
-    # One that is warned when all is done has nothing to come back for, once it knows.
+    assert run(config, Preempted(lambda: '"step": 3' in metrics.read_text()))
+    assert done(config)[0] == [1, 2, 3]
+    # A finished run has nothing to come back for, once it knows that it is finished.
     assert not run(config)
-    assert not run(config, Warned())
-    assert not run(config, asked_at_poll(3, Warned))
-    assert run(config, asked_at_poll(2, Warned))
+    assert not run(config, Preempted())
+    assert not run(config, asked_at_poll(3, Preempted))
+    assert run(config, asked_at_poll(2, Preempted))
 
 
 def asked_at_poll(number: int, kind: type[AskedWhen] = AskedWhen) -> AskedWhen:
@@ -162,23 +160,18 @@ def asked_at_poll(number: int, kind: type[AskedWhen] = AskedWhen) -> AskedWhen:
     return kind(lambda: next(polls) >= number)
 
 
-def test_a_stop_after_a_step_saves_and_a_resume_goes_on(config: Config, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="farspan")
+def test_a_stop_after_a_step_saves_and_a_resume_goes_on(config: Config, log: pytest.LogCaptureFixture) -> None:
     undisturbed = replace(config, run=replace(config.run, folder=config.run.folder / "undisturbed"))
     run(undisturbed)
     metrics = config.run.folder / "metrics.jsonl"
     run(config, AskedWhen(lambda: metrics.exists() and '"step": 1' in metrics.read_text()))
     # Asked after the first step, noticed at the end of the second, before its evaluation.
-    assert steps(config, "loss") == [1, 2]
-    assert steps(config, "eval_loss") == []
-    assert saved(config) == [2]
-    assert "stopped     at step 2; the same command resumes" in caplog.text
-    caplog.clear()
+    assert done(config) == ([1, 2], [], [2])
+    assert "stopped     at step 2" in log.text
+    log.clear()
     run(config)
-    assert "resumed     at step 2 from" in caplog.text
-    assert steps(config, "loss") == [1, 2, 3, 4]
-    assert steps(config, "eval_loss") == [2, 4]
-    assert saved(config) == [2, 3, 4]
+    assert "resumed     at step 2 from" in log.text
+    assert done(config) == ([1, 2, 3, 4], [2, 4], [2, 3, 4])
     assert without_times(config) == without_times(undisturbed)
 
 
@@ -186,58 +179,47 @@ def test_a_stop_is_noticed_at_the_end_of_the_step(config: Config) -> None:
     rarely = replace(config, checkpoint=CheckpointConfig(every_steps=9), evaluate=EvaluateConfig(every_steps=0))
     metrics = config.run.folder / "metrics.jsonl"
     run(rarely, AskedWhen(lambda: metrics.exists() and '"step": 2' in metrics.read_text()))
-    assert steps(config, "loss") == [1, 2, 3]
-    assert saved(config) == [3]
+    assert done(config) == ([1, 2, 3], [], [3])
 
 
 def test_a_stop_during_the_last_evaluation_leaves_it_for_the_resume(
-    config: Config, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    config: Config, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caplog.set_level(logging.INFO, logger="farspan")
     evaluating: list[int] = []
-    evaluate = validation.evaluate
+    function = evaluate.evaluate
 
     def note(*arguments: Any, **named: Any) -> Any:
         evaluating.append(1)
-        return evaluate(*arguments, **named)
+        return function(*arguments, **named)
 
-    monkeypatch.setattr(validation, "evaluate", note)
+    monkeypatch.setattr(evaluate, "evaluate", note)
     run(config, AskedWhen(lambda: len(evaluating) == 2))
-    assert steps(config, "loss") == [1, 2, 3, 4]
-    assert steps(config, "eval_loss") == [2]
-    assert saved(config) == [3, 4]
-    assert "stopped     at step 4; the same command resumes" in caplog.text
-    caplog.clear()
+    assert done(config) == ([1, 2, 3, 4], [2], [3, 4])
+    assert "stopped     at step 4" in log.text
+    log.clear()
     run(config)
-    assert steps(config, "eval_loss") == [2, 4]
-    assert "finished    at step 4" in caplog.text
+    assert done(config) == ([1, 2, 3, 4], [2, 4], [3, 4])
+    assert "finished    at step 4" in log.text
 
 
-def test_a_stop_before_the_first_step_saves_nothing(config: Config, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="farspan")
+def test_a_stop_before_the_first_step_saves_nothing(config: Config, log: pytest.LogCaptureFixture) -> None:
     run(config, asked_at_poll(3))
-    assert records(config) == []
-    assert not (config.run.folder / "checkpoints").exists()
-    assert "stopped     before the first step; nothing was saved" in caplog.text
-    assert "resumes" not in caplog.text
-    assert "results" not in caplog.text
+    assert done(config) == ([], [], [])
+    assert "stopped     before the first step" in log.text
+    assert "resumes" not in log.text
+    assert "results" not in log.text
 
 
-def test_a_finished_run_says_so_and_changes_nothing(config: Config, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="farspan")
+def test_a_finished_run_says_so_and_changes_nothing(config: Config, log: pytest.LogCaptureFixture) -> None:
     run(config)
-    before = {
-        path: path.read_bytes()
-        for path in config.run.folder.rglob("*")
-        if path.is_file() and "tensorboard" not in path.parts
-    }
-    caplog.clear()
+    files = [path for path in config.run.folder.rglob("*") if path.is_file() and "tensorboard" not in path.parts]
+    before = [path.read_bytes() for path in files]
+    log.clear()
     run(config)
-    assert "finished    already, at step 4 of train.steps=4: raise it to go on" in caplog.text
-    assert {path: path.read_bytes() for path in before} == before
+    assert "finished    already, at step 4 of train.steps=4" in log.text
+    assert [path.read_bytes() for path in files] == before
     run(replace(config, train=replace(config.train, steps=5)))
-    assert steps(config, "loss") == [1, 2, 3, 4, 5]
-    assert steps(config, "eval_loss") == [2, 4, 5]
+    assert done(config) == ([1, 2, 3, 4, 5], [2, 4, 5], [3, 4, 5])
 
 
 def test_the_configuration_left_in_the_folder_runs_the_same(config: Config, tmp_path: Path) -> None:
@@ -260,22 +242,16 @@ def test_refusals_leave_no_trace(config: Config, tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_run_is_refused_before_anything_is_written(config: Config) -> None:
     run(config)
-    before = (config.run.folder / "metrics.jsonl").read_bytes(), (config.run.folder / "config.toml").read_bytes()
-    with pytest.raises(CheckpointError, match=r"was trained with another run\.seed \(11, now 12\)"):
+    files = [config.run.folder / name for name in ("metrics.jsonl", "config.toml")]
+    before = [path.read_bytes() for path in files]
+    with pytest.raises(CheckpointError, match=r"run\.seed \(11, now 12\)"):
         run(replace(config, run=replace(config.run, seed=12)))
-    after = (config.run.folder / "metrics.jsonl").read_bytes(), (config.run.folder / "config.toml").read_bytes()
-    assert after == before
-
-
-@pytest.mark.parametrize("steps", [STEPS, STEPS + 1])
-def test_another_mechanism_is_refused(config: Config, steps: int) -> None:
-    run(config)
     other = replace(config, attention=replace(config.attention, options={"causal": False}))
-    with pytest.raises(
-        CheckpointError, match=r"another attention\.mechanism \('Dense\(causal=True\)', now 'Dense\(caus"
-    ):
-        run(replace(other, train=replace(other.train, steps=steps)))
-    # What is written out and what is the default anyway are the same.
+    for last in (STEPS, STEPS + 1):
+        with pytest.raises(CheckpointError, match=r"mechanism \('Dense\(causal=True\)', now 'Dense\(causal=F"):
+            run(replace(other, train=replace(other.train, steps=last)))
+    assert [path.read_bytes() for path in files] == before
+    # A value written out and the same as a default are equal.
     run(replace(config, attention=replace(config.attention, options={"causal": True})))
 
 
@@ -293,17 +269,16 @@ def test_a_launch_that_trains_nothing_leaves_the_configuration(config: Config) -
 
 
 def test_a_resume_with_other_settings_keeps_the_earlier_configuration(
-    config: Config, caplog: pytest.LogCaptureFixture
+    config: Config, log: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, logger="farspan")
     run(config)
-    assert "changed" not in caplog.text
+    assert "changed" not in log.text
     path = config.run.folder / "config.toml"
     before = path.read_bytes()
     longer = replace(config, train=replace(config.train, steps=STEPS + 1))
     run(replace(longer, optimizer=replace(config.optimizer, learning_rate=1e-3)))
     kept = config.run.folder / "config_until_step_4.toml"
-    assert f"changed     train.steps 4 -> 5, optimizer.learning_rate 0.01 -> 0.001; see {kept}\n" in caplog.text
+    assert f"train.steps 4 -> 5, optimizer.learning_rate 0.01 -> 0.001; see {kept}\n" in log.text
     assert kept.read_bytes() == before
     assert load_config(Config, path).optimizer.learning_rate == 1e-3
 
@@ -321,6 +296,8 @@ def test_a_save_that_fails_ends_the_run_at_the_next_step(config: Config, monkeyp
 
     def second_fails(checkpoints: Checkpointer, state: TrainState) -> None:
         number = next(saves)
+        # Whatever is under way is not to fail.
+        checkpoints.finish_saving()
         monkeypatch.setattr(shards._HashedStream, "write", write if number == 1 else disk_full)
         start(checkpoints, state)
         while number > 1 and not checkpoints.has_failed:
@@ -329,12 +306,11 @@ def test_a_save_that_fails_ends_the_run_at_the_next_step(config: Config, monkeyp
     monkeypatch.setattr(Checkpointer, "start_saving", second_fails)
     with pytest.raises(CheckpointError, match=r"step_00000002 cannot be written .*No space left"):
         run(config)
-    assert steps(config, "loss") == [1, 2, 3]
+    assert done(config)[0] == [1, 2, 3]
     monkeypatch.undo()
-    monkeypatch.setattr(module, "peak_flops", lambda device, dtype: 1e10)
+    monkeypatch.setattr(metrics, "peak_flops", lambda device, dtype: 1e10)
     run(config)
-    assert steps(config, "loss") == [1, 2, 3, 4]
-    assert len(list((config.run.folder / "checkpoints").iterdir())) == 4
+    assert done(config) == ([1, 2, 3, 4], [2, 4], [1, 2, 3, 4])
 
 
 def test_a_save_under_way_is_finished_when_the_run_ends_of_something_else(
@@ -356,14 +332,38 @@ def test_a_save_under_way_is_finished_when_the_run_ends_of_something_else(
     step, calls = module.train_step, count(1)
     monkeypatch.setattr(module, "train_step", second_fails)
     monkeypatch.setattr(checkpointer, "write_shards", slow)
-    monkeypatch.setattr(background, "LAST_MOMENT_S", 0.0)
+    monkeypatch.setattr(checkpointer, "LAST_MOMENT_S", 0.0)
     with pytest.raises(TrainingError, match="has a label"):
         run(config)
-    assert [path.name for path in (config.run.folder / "checkpoints").iterdir()] == ["step_00000001"]
+    assert done(config)[2] == [1]
 
 
-def disk_full(stream: object, data: object) -> int:
+def disk_full(*arguments: object, **named: object) -> int:
     raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("where", "written"), [("a record", [1, 2, 2, 3]), ("the configuration", []), ("the metrics", [])]
+)
+def test_a_full_disk_is_one_sentence(
+    config: Config, monkeypatch: pytest.MonkeyPatch, where: str, written: list[int]
+) -> None:
+    write, tried = metrics.MetricsWriter._write, []
+
+    def third_fails(writer: metrics.MetricsWriter, record: dict[str, Any]) -> None:
+        tried.append(record["step"])
+        write(writer, record) if len(tried) != 3 else disk_full()
+
+    owner, name, replaced = {
+        "a record": (metrics.MetricsWriter, "_write", third_fails),
+        "the configuration": (config_history, "to_toml", disk_full),
+        "the metrics": (metrics, "MetricsWriter", disk_full),
+    }[where]
+    monkeypatch.setattr(owner, name, replaced)
+    with pytest.raises(TrainingError, match=r"run\.folder=.*No space left on device"):
+        run(config)
+    # Two steps and an evaluation, which is written in vain: the run learns that at the next step.
+    assert tried == written
 
 
 def test_data_that_was_changed_in_place_is_refused(config: Config) -> None:
@@ -376,7 +376,7 @@ def test_data_that_was_changed_in_place_is_refused(config: Config) -> None:
     os.utime(folder / META_FILE, (1, 1))
     with pytest.raises(DataError, match="was changed since it was prepared"):
         run(replace(config, train=replace(config.train, steps=STEPS + 1)))
-    assert steps(config, "loss") == [1, 2, 3, 4]
+    assert done(config)[0] == [1, 2, 3, 4]
 
 
 def test_missing_weights_are_found_before_the_model_is_built(

@@ -1,10 +1,11 @@
-"""Products of rows with matrices of their experts: what is measured, beside what, and whether it is right.
+"""The benchmark of experts: SwiGLUs of rows with matrices of their experts, beside one matrix for all rows.
 
 Legend: N rows, C width, F inner size, E experts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import final
 
 import torch
 import torch.nn.functional as F
@@ -13,18 +14,33 @@ from torch import Tensor
 from farspan.kernels.moe import grouped_loop
 from farspan.kernels.moe.grouped_gemm import grouped_swiglu
 from farspan.tools.bench.case import Attention
-from farspan.tools.bench.correctness import TOLERANCE, Verdict, excess, outcome
+from farspan.tools.bench.check import Expected, Run, Verdict, compare, outcome
+from farspan.tools.bench.report import Report, Table
+from farspan.tools.bench.run import Bench, Record, Result
+from farspan.tools.bench.timing import DIRECTIONS, Pass, warm_pass
 
 aten = torch.ops.aten
 
-SWIGLU, LINEAR = "swiglu", "linear"
-PRODUCTS = {LINEAR: {"fwd": 1, "bwd": 2, "fwd_bwd": 3}, SWIGLU: {"fwd": 3, "bwd": 8, "fwd_bwd": 11}}
-"""Products of N x C x F by direction; of a SwiGLU's backward pass, two are gate and up computed again."""
+BOTH = "fwd_bwd"
+PRODUCTS = {"fwd": 3, "bwd": 8, "fwd_bwd": 11}
+"""Products of N x C x F by direction; in the backward pass, two compute gate and up again."""
+RESULTS = ("out", "dx", "dgate", "dup", "ddown")
+WARM_UPS = {"cpu": 1, "cuda": 2}
+MULTIPLE = {"cpu": 1, "cuda": 16}
+"""Counts are multiples of it: torch's own products want 16 bytes, in 16-bit dtypes too."""
+NOTES = """{experts} experts, {rows} rows in all, of width {width} with matrices of inner size {inner}, {dtype}.
+`skewed`: counts in proportion to 1, 1/2, 1/3, ..., and none for a tenth of the experts: {skewed}. Milliseconds are
+medians of {rounds} rounds; `shortest` is the shortest round, forward and backward; every row runs once per round.
+`speed over dense` is the time of one matrix for all rows over this one's, forward and backward: the median of the
+rounds' ratios, with the `lowest` and `highest` round. Dense SwiGLU is torch's products and as many FLOPs as the
+experts': the backward pass computes gate and up again (11 products instead of 9), unless it keeps them. Every row was
+checked in the same run against float64.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Load:
-    """How many rows each expert has, of how wide rows and matrices."""
+    """How many rows each expert has, and the widths of rows and matrices."""
 
     name: str
     counts: tuple[int, ...]
@@ -37,21 +53,27 @@ class Load:
     def rows(self) -> int:
         return sum(self.counts)
 
-    def inputs(self, kind: str, *, experts: int | None = None) -> list[Tensor]:
-        """Return normal rows and matrices of so many experts, of all if not given; the same at every call."""
+    def inputs(self, experts: int) -> list[Tensor]:
+        """Return normal rows and matrices of so many experts; the same at every call."""
         generator = torch.Generator(self.device).manual_seed(0)
-        count, (wide, inner) = experts or len(self.counts), (self.width, self.inner)
-        shapes = [(self.rows, wide), *[(count, inner, wide)] * (1 if kind == LINEAR else 2)]
-        shapes += [] if kind == LINEAR else [(count, wide, inner)]
+        wide, inner = self.width, self.inner
+        shapes = [(self.rows, wide), (experts, inner, wide), (experts, inner, wide), (experts, wide, inner)]
         drawn = [torch.randn(shape, generator=generator, device=self.device) for shape in shapes]
         scales = [1.0, *(shape[-1] ** -0.5 for shape in shapes[1:])]
         return [x.mul_(scale).to(self.dtype).requires_grad_() for x, scale in zip(drawn, scales, strict=True)]
 
-    def gradient(self, kind: str) -> Tensor:
+    def gradient(self) -> Tensor:
         """Return a normal gradient of the result."""
         generator = torch.Generator(self.device).manual_seed(1)
-        width = self.inner if kind == LINEAR else self.width
-        return torch.randn(self.rows, width, generator=generator, device=self.device).to(self.dtype)
+        return torch.randn(self.rows, self.width, generator=generator, device=self.device).to(self.dtype)
+
+    def small(self) -> "Load":
+        """Return a load like it of about an eighth of the rows, to be checked before it is measured."""
+        step = MULTIPLE[self.device.type]
+        return replace(self, counts=tuple(-(-count // (8 * step)) * step for count in self.counts))
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.rows} rows, {self.width} x {self.inner}, {self.dtype}"
 
 
 def even_counts(experts: int, rows: int) -> tuple[int, ...]:
@@ -68,21 +90,19 @@ def skewed_counts(experts: int, rows: int) -> tuple[int, ...]:
     return tuple(counts[torch.randperm(experts, generator=torch.Generator().manual_seed(0))].tolist())
 
 
-MULTIPLE = {"cpu": 1, "cuda": 16}
-"""Counts are multiples of it: of 16 bits, torch's own products want 16 bytes."""
-
-
 @dataclass(frozen=True, slots=True)
-class Contender:
-    """kind: LINEAR or SWIGLU. dense: whether it is one matrix for all rows, which the others are compared with."""
+class ExpertContender:
+    """dense: whether it is one matrix for all rows, the baseline of the others."""
 
     name: str
-    kind: str
-    of: Callable[[Load], Attention]
+    plan: Callable[[Load], Attention]
     dense: bool = False
 
+    def counts(self, load: Load) -> tuple[int, ...]:
+        return (load.rows,) if self.dense else load.counts
+
     def inputs(self, load: Load) -> list[Tensor]:
-        return load.inputs(self.kind, experts=1 if self.dense else None)
+        return load.inputs(len(self.counts(load)))
 
 
 class _DenseSwiglu(torch.autograd.Function):
@@ -103,13 +123,12 @@ def _kept_swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.silu(F.linear(x, gate[0])) * F.linear(x, up[0]), down[0])
 
 
-def _torch_multiply(load: Load) -> Callable[[Tensor, Tensor], Tensor]:
-    ends = torch.tensor(load.counts, device=load.device).cumsum(0).to(torch.int32)
-    return lambda x, weight: aten._grouped_mm(x, weight.transpose(1, 2), ends)
-
-
 def _torch_swiglu(load: Load) -> Attention:
-    multiply = _torch_multiply(load)
+    ends = torch.tensor(load.counts, device=load.device).cumsum(0).to(torch.int32)
+
+    def multiply(x: Tensor, weight: Tensor) -> Tensor:
+        return aten._grouped_mm(x, weight.transpose(1, 2), ends)
+
     return lambda x, gate, up, down: multiply(F.silu(multiply(x, gate)) * multiply(x, up), down)
 
 
@@ -117,70 +136,49 @@ def _grouped_swiglu(load: Load) -> Attention:
     return lambda x, gate, up, down: grouped_swiglu(x, gate, up, down, load.counts)
 
 
-OURS = [Contender("grouped_swiglu", SWIGLU, _grouped_swiglu)]
+OURS = [ExpertContender("grouped_swiglu", _grouped_swiglu)]
 DENSE = [
-    Contender("dense linear", LINEAR, lambda load: lambda x, w: F.linear(x, w[0]), dense=True),
-    Contender("dense SwiGLU", SWIGLU, lambda load: _DenseSwiglu.apply, dense=True),
-    Contender("dense SwiGLU that keeps gate and up", SWIGLU, lambda load: _kept_swiglu, dense=True),
+    ExpertContender("dense SwiGLU", lambda load: _DenseSwiglu.apply, dense=True),
+    ExpertContender("dense SwiGLU that keeps gate and up", lambda load: _kept_swiglu, dense=True),
 ]
-RIVALS = [
-    Contender("torch._grouped_mm", LINEAR, _torch_multiply),
-    Contender("torch._grouped_mm, SwiGLU that keeps gate and up", SWIGLU, _torch_swiglu),
-]
-"""Of CUDA: torch's own, which takes bfloat16."""
+BASELINES = [ExpertContender("torch._grouped_mm, SwiGLU that keeps gate and up", _torch_swiglu)]
+"""On CUDA only: torch's own, which takes bfloat16."""
 
 
-def contenders_on(device: torch.device) -> list[Contender]:
-    """Return what is measured on a device: one matrix for all rows, ours, and torch's own there."""
-    return [*DENSE, *OURS, *(RIVALS if device.type == "cuda" else [])]
-
-
-def formula(kind: str, counts: Sequence[int]) -> Attention:
-    """Return the products written down expert by expert, with torch's own gradients."""
+def formula(counts: Sequence[int]) -> Attention:
+    """Return the SwiGLUs written down expert by expert, with torch's own gradients."""
 
     def run(x: Tensor, *weights: Tensor) -> Tensor:
-        parts = [
-            F.linear(rows, weights[0][expert])
-            if kind == LINEAR
-            else _kept_swiglu(rows, *(weight[expert : expert + 1] for weight in weights))
-            for expert, rows in enumerate(x.split(list(counts)))
-        ]
-        return torch.cat(parts)
+        parts = enumerate(x.split(list(counts)))
+        return torch.cat(
+            [_kept_swiglu(rows, *(weight[expert : expert + 1] for weight in weights)) for expert, rows in parts]
+        )
 
     return run
 
 
-def verdict(contender: Contender, load: Load) -> Verdict:
+def run_of(contender: ExpertContender, load: Load) -> Run:
+    """Return the computation of out and all gradients."""
+    inputs, dout = contender.inputs(load), load.gradient()
+    idle = torch.tensor([not count for count in contender.counts(load)], device=load.device)
+
+    def run() -> list[Tensor]:
+        found = outcome(contender.plan(load), inputs, dout)
+        if any(bool(gradient[idle].any()) for gradient in found[2:]):
+            raise ArithmeticError("an expert without rows has a gradient")
+        return found
+
+    return run
+
+
+def verdict(contender: ExpertContender, load: Load) -> Verdict:
     """Compare out and all gradients with the formula in float64; gradients of experts without rows have to be 0."""
-    inputs, dout = contender.inputs(load), load.gradient(contender.kind)
-    said = f"{load.name}, {load.rows} rows, {load.width} x {load.inner}, {load.dtype}"
-    counts = (load.rows,) if contender.dense else load.counts
-    right = formula(contender.kind, counts)
-    truth = outcome(right, [x.detach().double().requires_grad_() for x in inputs], dout.double())
-    rounded: list[Tensor] | list[None] = [None] * len(truth)
-    if load.dtype not in TOLERANCE:
-        rounded = outcome(right, inputs, dout)
-    try:
-        got = outcome(contender.of(load), inputs, dout)
-    except Exception as error:  # whatever a kernel dies of, the others are measured
-        return Verdict(False, f"{said}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
-    failures = [
-        f"result {number} {failure}"
-        for number, (mine, exact, of_dtype) in enumerate(zip(got, truth, rounded, strict=True))
-        if (failure := excess(mine, exact, of_dtype, 1.0) if exact.any() else "is not 0" * bool(mine.any()))
-    ]
-    idle = torch.tensor([not count for count in counts], device=load.device)
-    if any(bool(gradient[idle].any()) for gradient in got[2:]):
-        failures.append("an expert without rows has a gradient")
-    return Verdict(not failures, f"{said}: {', '.join(failures) or 'correct'}")
+    truth = formula(contender.counts(load))
 
+    def expect() -> Expected:
+        return Expected.of(truth, truth, contender.inputs(load), load.gradient())
 
-def same_bits(contender: Contender, load: Load) -> Verdict:
-    """Compute twice and compare."""
-    inputs, dout = contender.inputs(load), load.gradient(contender.kind)
-    first, second = (outcome(contender.of(load), inputs, dout) for _ in range(2))
-    equal = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    return Verdict(equal, f"{load.name}: {'the same bits twice' if equal else 'other bits the second time'}")
+    return compare(str(load), lambda: run_of(contender, load), expect, names=RESULTS)
 
 
 CHECKED_SIZES = ((256, 128), (200, 100))
@@ -194,14 +192,93 @@ CHECKED_COUNTS = {
 
 
 def checks(device: torch.device) -> Iterator[Load]:
-    """Yield what a device's kernels have to get right."""
+    """Yield the loads that a device's kernels have to compute right."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for width, inner in CHECKED_SIZES:
             for name, counts in CHECKED_COUNTS.items():
                 yield Load(name=name, counts=counts, width=width, inner=inner, dtype=dtype, device=device)
 
 
-def small(load: Load) -> Load:
-    """Return a load like it of about an eighth of the rows, to be checked before it is measured."""
-    step = MULTIPLE[load.device.type]
-    return replace(load, counts=tuple(-(-count // (8 * step)) * step for count in load.counts))
+@dataclass(frozen=True, slots=True)
+class ExpertRow:
+    """A load as one contender computes it."""
+
+    contender: ExpertContender
+    load: Load
+
+    @property
+    def name(self) -> str:
+        return f"{self.load.name} by {self.contender.name}"
+
+
+@final
+class ExpertBench(Bench[ExpertRow]):
+    """Rows of one process; matrices and rows are shared by all that have as many."""
+
+    def __init__(self, loads: Sequence[Load]) -> None:
+        super().__init__()
+        self.loads = loads
+
+    def rows(self) -> list[ExpertRow]:
+        contenders = [*DENSE, *OURS, *(BASELINES if self.loads[0].device.type == "cuda" else [])]
+        return [ExpertRow(contender, load) for load in self.loads for contender in contenders]
+
+    def check(self, row: ExpertRow) -> Verdict:
+        return verdict(row.contender, row.load.small())
+
+    def start(self, row: ExpertRow, size: int) -> Pass:
+        inputs = self.shared(row.contender.dense, lambda: row.contender.inputs(row.load))
+        dout = self.shared("dout", row.load.gradient)
+        return warm_pass(row.contender.plan(row.load), inputs, dout, WARM_UPS[row.load.device.type])
+
+    def is_baseline(self, other: ExpertRow, row: ExpertRow) -> bool:
+        return other.contender is DENSE[0] and other.load == row.load
+
+    def records(self, result: Result[ExpertRow]) -> list[Record]:
+        load, records = result.row.load, []
+        for direction in DIRECTIONS:
+            ms = None if result.times is None else result.times.median(direction)
+            flops = 2 * load.rows * load.width * load.inner * PRODUCTS[direction]
+            records.append(
+                {
+                    "products": result.row.contender.name,
+                    "load": load.name,
+                    "device": load.device.type,
+                    "dtype": str(load.dtype).removeprefix("torch."),
+                    "experts": len(load.counts),
+                    "rows": load.rows,
+                    "width": load.width,
+                    "inner": load.inner,
+                    "direction": direction,
+                    "ms": ms,
+                    "tflops": None if ms is None else flops / ms / 1e9,
+                    "of_dense": result.speedup(direction),
+                    "correct": result.verdict.correct,
+                }
+            )
+        return records
+
+    def report(self, machine: Mapping[str, str]) -> Report:
+        load, skewed = self.loads[0], max(self.loads, key=lambda load: max(load.counts))
+        counts = " ".join(map(str, sorted(skewed.counts, reverse=True)))
+        rounds = max((len(result.times.fwd) for result in self.results if result.times is not None), default=0)
+        notes = NOTES.format(
+            experts=len(load.counts), rows=load.rows, width=load.width, inner=load.inner, rounds=rounds, skewed=counts,
+            dtype=str(load.dtype).removeprefix("torch."),
+        )  # fmt: skip
+        title = f"Products of experts, forward and backward: {machine.get('gpu') or machine['cpu']}"
+        return self.report_with(machine, title=title, notes=notes, tables=[Table.of_results(COLUMNS, self.results, 2)])
+
+
+COLUMNS = {
+    "load": lambda result: result.row.load.name,
+    "products": lambda result: result.row.contender.name,
+    "forward ms": lambda result: result.times.median("fwd"),
+    "backward ms": lambda result: result.times.median("bwd"),
+    "both ms": lambda result: result.times.median(BOTH),
+    "shortest ms": lambda result: result.times.shortest(BOTH),
+    "TFLOP/s": lambda result: result.records[-1]["tflops"],
+    "speed over dense": lambda result: result.speedup(BOTH),
+    "lowest": lambda result: min(result.speedups(BOTH), default=None),
+    "highest": lambda result: max(result.speedups(BOTH), default=None),
+}

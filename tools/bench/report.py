@@ -1,122 +1,97 @@
-"""The files of a measurement: records as JSON, the machine beside them, tables as Markdown, and a plot."""
+"""Reports as files: records as JSON, the machine beside them, tables as Markdown, and plots."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from farspan.tools.bench.files import table_line, write_files
-from farspan.tools.bench.measure import LeftOut, Pair, Result
-from farspan.tools.bench.plot import human, log_log
-from farspan.tools.bench.records import Record
-from farspan.tools.bench.timing import DIRECTIONS
+from farspan.tools.bench.plot import Plot, draw
 
-MIB = 2**20
-PLOTTED = "fwd_bwd"
-COLUMNS = (
-    "mechanism", "backend", "fwd ms", "bwd ms", "fwd+bwd ms", "least", "useful TFLOP/s", "speed-up over dense",
-    "ideal", "of ideal", "peak MiB",
-)  # fmt: skip
-HOW = """Milliseconds are medians of 3 to {rounds} rounds (`least`: of fwd+bwd, the shortest); in each round every row
-ran once, and a speed-up is the median of the rounds' ratios to dense causal attention over one document, by the
-fastest of our backends. Useful FLOPs: products over visible pairs only, 2 forward and 5 backward. `ideal`: pairs that
-dense attention sees over those that the mechanism sees. Speed-up, TFLOP/s and peak are of forward and backward
-together; the peak is above the inputs. Every row was checked in the same run against float64, at the sizes listed
-below: a row without numbers failed, and its numbers would mean nothing.
-"""
+Columns = Mapping[str, Callable[[Any], object]]
+"""Cells of a row of a table, by the column's heading."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """note: text between the heading and the table."""
+
+    columns: Sequence[str]
+    lines: Iterable[Sequence[object]]
+    heading: str = ""
+    note: str = ""
+
+    @staticmethod
+    def of_results(columns: Columns, results: Iterable[Any], keys: int, heading: str = "") -> "Table":
+        """Return a table of results; a wrong row has the first columns, `keys` of them, and no number."""
+        lines = []
+        for result in results:
+            measured = list(columns.values())[: keys if result.times is None else None]
+            lines.append([cell(result) for cell in measured])
+            if result.times is None:
+                lines[-1] += ["not correct", *[None] * (len(columns) - keys - 1)]
+        return Table(heading=heading, columns=list(columns), lines=lines)
+
+    def markdown(self) -> Iterator[str]:
+        yield _line(self.columns)
+        yield _line(["---"] * len(self.columns))
+        yield from map(_line, self.lines)
+
+
+def _line(cells: Sequence[object]) -> str:
+    return f"| {' | '.join(map(shown, cells))} |"
+
+
+def shown(value: object) -> str:
+    """Return a number to three digits, and nothing for None."""
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def mib(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**20:,.1f}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """All that was found in a run. memory: bytes by pair, at each of memory_sizes."""
+    """notes: how to read the tables. records: none if None. checked: messages by row. plots: by suffix of the file."""
 
+    title: str
     machine: Mapping[str, str]
-    pairs: Sequence[Pair]
-    results: Sequence[Result]
-    records: Sequence[Record]
-    left_out: LeftOut
-    rounds: int
-    memory_sizes: Sequence[int]
-    memory: Mapping[str, Sequence[int]]
+    notes: str
+    tables: Sequence[Table]
+    records: Sequence[Mapping[str, object]] | None = None
+    checked: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    plots: Mapping[str, Plot] = field(default_factory=dict)
+
+    def write(self, out: Path) -> list[Path]:
+        """Write `out`.json and `out`_machine.json if there are records, `out`.md and the plots; return their paths."""
+        out.parent.mkdir(parents=True, exist_ok=True)
+        drawn = draw({f"{out.name}{suffix}.svg": plot for suffix, plot in self.plots.items()}, out.parent)
+        texts = {}
+        if self.records is not None:
+            texts["json"] = out.parent / f"{out.name}.json", json.dumps(list(self.records), indent=1) + "\n"
+            texts["machine"] = out.parent / f"{out.name}_machine.json", json.dumps(dict(self.machine), indent=1) + "\n"
+        images = dict(zip((plot.title for plot in self.plots.values()), (path.name for path in drawn), strict=False))
+        texts["markdown"] = out.parent / f"{out.name}.md", self.markdown(images)
+        for path, text in texts.values():
+            path.write_text(text, encoding="utf-8")
+        return [*(path for path, _ in texts.values()), *drawn]
+
+    def markdown(self, images: Mapping[str, str]) -> str:
+        """Return the report as Markdown; images: file names by title."""
+        lines = [f"# {self.title}", "", *_bullets(self.machine), "", "## How to read the numbers", "", self.notes]
+        for table in self.tables:
+            lines += [f"## {table.heading}", ""] if table.heading else []
+            lines += [table.note] if table.note else []
+            lines += [*table.markdown(), ""]
+        for heading, bullets in (("What was checked", self.checked), ("Left out", self.left_out)):
+            lines += [f"## {heading}", "", *_bullets(bullets), ""] if bullets else []
+        lines += ["## Plots", "", *(f"![{title}]({name})\n" for title, name in images.items())] if images else []
+        return "\n".join(lines)
 
 
-def write(report: Report, out: Path) -> list[Path]:
-    """Write `out`.json, `out`_machine.json, `out`.md and `out`.svg; return their paths."""
-    texts = {
-        f"{out.name}.json": json.dumps([record.as_dict() for record in report.records], indent=1) + "\n",
-        f"{out.name}_machine.json": json.dumps(dict(report.machine), indent=1) + "\n",
-        f"{out.name}.md": markdown(report, plot=f"{out.name}.svg"),
-        f"{out.name}.svg": log_log(series(report.records), _title(report)),
-    }
-    return write_files(out.parent, texts)
-
-
-def series(records: Sequence[Record]) -> dict[str, list[tuple[int, float]]]:
-    """Return the lines of the plot: milliseconds forward and backward of each mechanism and backend."""
-    backends = {record.backend for record in records}
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for record in records:
-        if record.direction == PLOTTED and record.ms is not None:
-            name = record.mechanism if len(backends) == 1 else f"{record.mechanism}, {record.backend}"
-            lines.setdefault(name, []).append((record.tokens, record.ms))
-    return lines
-
-
-def markdown(report: Report, *, plot: str) -> str:
-    """Return the report as Markdown; `plot` is the name of the image beside it."""
-    lines = [f"# {_title(report)}", "", *(f"- {name}: {value}" for name, value in report.machine.items()), ""]
-    lines += [f"![time against tokens]({plot})", "", HOW.format(rounds=report.rounds)]
-    for tokens in dict.fromkeys(result.tokens for result in report.results):
-        lines += [f"## {human(tokens)} tokens", "", *_table(report, tokens), ""]
-    if report.memory:
-        lines += ["## Peak memory, forward and backward", "", *_memory_table(report), ""]
-    lines += ["## What was checked", "", *(f"- {pair.name}: {pair.verdict.said}" for pair in report.pairs), ""]
-    if report.left_out.reasons:
-        lines += ["## Left out", "", *(f"- {what}: {why}" for what, why in report.left_out.reasons.items()), ""]
-    return "\n".join(lines)
-
-
-def _title(report: Report) -> str:
-    device = report.machine.get("gpu") or report.machine["cpu"]
-    first = report.records[0] if report.records else None
-    shape = f", {first.heads}:{first.kv_heads} heads of {first.head_dim}, {first.dtype}" if first else ""
-    return f"Attention, forward and backward: {device}{shape}"
-
-
-def _table(report: Report, tokens: int) -> Iterator[str]:
-    yield table_line(COLUMNS)
-    yield table_line(["---"] * len(COLUMNS))
-    least = {
-        (result.pair.case.name, result.pair.contender.name): result.times.least(PLOTTED)
-        for result in report.results
-        if result.tokens == tokens and result.times is not None
-    }
-    rows: dict[tuple[str, str], dict[str, Record]] = {}
-    for record in report.records:
-        if record.tokens == tokens:
-            rows.setdefault((record.mechanism, record.backend), {})[record.direction] = record
-    for key, row in rows.items():
-        both = row[PLOTTED]
-        if not both.correct:
-            yield table_line([*key, "not correct", *[""] * (len(COLUMNS) - 3)])
-            continue
-        cells = [*(_number(row[direction].ms) for direction in DIRECTIONS), _number(least[key])]
-        cells += [_number(both.useful_tflops), _number(both.speedup_over_dense), _number(both.ideal_speedup)]
-        cells.append("" if both.fraction_of_ideal is None else f"{both.fraction_of_ideal:.0%}")
-        cells.append("" if both.peak_bytes is None else f"{both.peak_bytes / MIB:,.0f}")
-        yield table_line([*key, *cells])
-
-
-def _memory_table(report: Report) -> Iterator[str]:
-    """Peaks in MiB, and how often the first fits into the last, beside how often the tokens do."""
-    sizes = report.memory_sizes
-    yield table_line(["", *(f"{human(tokens)} MiB" for tokens in sizes), f"growth (tokens: {sizes[-1] / sizes[0]:g})"])
-    yield table_line(["---"] * (len(sizes) + 2))
-    for name, peaks in report.memory.items():
-        cells = [f"{peak / MIB:,.0f}" for peak in peaks] + [""] * (len(sizes) - len(peaks))
-        whole = len(peaks) == len(sizes) and peaks[0] > 0
-        yield table_line([name, *cells, f"{peaks[-1] / peaks[0]:.1f}" if whole else ""])
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+def _bullets(found: Mapping[str, str]) -> Iterator[str]:
+    return (f"- {name}: {value}" for name, value in found.items())

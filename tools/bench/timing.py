@@ -1,9 +1,10 @@
-"""Timing by rounds: in each round every contender runs once, so that all meet the same ups and downs of the machine."""
+"""Timing by rounds: every row runs once per round, so that all meet the same ups and downs of the machine."""
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from farspan.tools.bench.case import Attention
 
 DIRECTIONS = ("fwd", "bwd", "fwd_bwd")
+Pass = Callable[[], tuple[float, float]]
+"""Runs a forward and a backward pass; returns their milliseconds."""
 
 
 @dataclass(slots=True)
@@ -19,6 +22,10 @@ class Times:
 
     fwd: list[float] = field(default_factory=list)
     bwd: list[float] = field(default_factory=list)
+
+    def add(self, forward: float, backward: float) -> None:
+        self.fwd.append(forward)
+        self.bwd.append(backward)
 
     def of(self, direction: str) -> list[float]:
         """Return the milliseconds of each round in one of DIRECTIONS."""
@@ -29,13 +36,19 @@ class Times:
     def median(self, direction: str) -> float:
         return statistics.median(self.of(direction))
 
-    def least(self, direction: str) -> float:
+    def shortest(self, direction: str) -> float:
         return min(self.of(direction))
 
-    def speedup_over(self, other: "Times", direction: str) -> float:
-        """Return the median of the rounds' ratios: what slows a whole round down does not count."""
-        pairs = zip(other.of(direction), self.of(direction), strict=True)
-        return statistics.median(theirs / mine for theirs, mine in pairs)
+    def ratios_to(self, other: "Times", direction: str) -> list[float]:
+        """Return the other's time over this one's, round by round: a slow round slows both and does not count."""
+        return [x / y for x, y in zip(other.of(direction), self.of(direction), strict=True)]
+
+
+def warm_pass(attention: Attention, inputs: Sequence[Tensor], dout: Tensor, warm_ups: int) -> Pass:
+    """Run so many passes, and return the next one."""
+    for _ in range(warm_ups):
+        time_once(attention, inputs, dout)
+    return partial(time_once, attention, inputs, dout)
 
 
 def time_once(attention: Attention, inputs: Sequence[Tensor], dout: Tensor) -> tuple[float, float]:

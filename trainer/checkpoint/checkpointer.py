@@ -1,15 +1,22 @@
-"""Saving and loading of a run: parameters, optimizer state and TrainState of all ranks, as one folder for each step.
+"""Saving and loading of a run: parameters, optimizer state and TrainState of all ranks, one folder for each step.
 
     checkpoints/step_00000100/   __0_0.distcp __1_0.distcp .metadata   parameters and optimizer state
                                  manifest.json                         identity, TrainState, hashes of the files
-A save copies what it saves and goes on in a thread of each rank, which talk over a process group of their own. It is
-written under a hidden name and renamed when it is whole and durable: a folder with its final name is finished.
-Rank 0 decides and tells the others, whose view of a shared file system may be older.
+A save copies the state, then writes it from a thread on each rank; the threads have their own process group. They write
+to a hidden folder, renamed when it is complete and durable: a folder with its final name is finished.
+Rank 0 decides and broadcasts, as other ranks may see an older state of a shared file system.
+
+Order of a commit, so that a crash at any point leaves either the old or the new checkpoint:
+    all ranks   write and fsync their shards, hash them on the way     a crash leaves .step_…partial, deleted later
+    rank 0      compare sizes, write and fsync manifest.json           sizes and hashes of all shards
+    rank 0      fsync the folder, rename it, fsync its parent          now it is finished
+    rank 0      delete old checkpoints                                 each renamed first, for the same reason
 """
 
 import json
 import logging
 import shutil
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,17 +29,19 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from farspan.errors import CheckpointError
 from farspan.parallel.groups import group_along
-from farspan.trainer.checkpoint.background import Background
-from farspan.trainer.checkpoint.manifest import START_ANEW, DamagedError, Manifest, damaged
+from farspan.trainer.checkpoint.manifest import START_AGAIN, DamagedError, Manifest, damaged
 from farspan.trainer.checkpoint.shards import read_shards, write_shards
 from farspan.trainer.checkpoint.steps import finished, make_room, prune, publish, step_name
 from farspan.trainer.checkpoint.verify import check_sizes, verified
 from farspan.trainer.config import CheckpointConfig
+from farspan.trainer.renamed import current_names
 from farspan.trainer.resilience.agreement import all_gather_objects, on_first_rank, raise_on_all_ranks
 from farspan.trainer.state import TrainState
 
 SPARE_BYTES = 1 << 20
-"""Of room on the disk, for the index and the manifest."""
+"""Disk space for the index and the manifest."""
+LAST_MOMENT_S = 2.0
+"""How long a rank that is about to exit waits for its save."""
 
 log = logging.getLogger("farspan")
 
@@ -40,7 +49,7 @@ log = logging.getLogger("farspan")
 class Checkpointer:
     """Saves and loads one model and its optimizer in `folder`; every rank makes the same calls.
 
-    identity: settings by dotted name, as JSON values, that a resumed run must share with the checkpoint.
+    identity: settings by dotted name, as JSON values, that a run must share with the checkpoint it resumes from.
     """
 
     def __init__(
@@ -54,15 +63,15 @@ class Checkpointer:
     ) -> None:
         self._folder = folder
         self._model, self._optimizer = model, optimizer
-        # As it will be read back: tuples become lists.
+        # As JSON reads it back: tuples become lists.
         self._identity: dict[str, Any] = json.loads(json.dumps(dict(identity)))
         self._config = config
         self._group = group_along("checkpoint", {"ranks": dist.get_world_size()}, "ranks", backend="gloo")
         self._copies = BlockingAsyncStager(cache_staged_state_dict=True)
-        self._writing = Background("checkpoint")
+        self._writer = _WriterThread()
 
     def save(self, state: TrainState) -> Path:
-        """Write a checkpoint of `state.step` and drop old ones, then return its folder.
+        """Write a checkpoint of `state.step`, delete old ones, and return its folder.
 
         Raises CheckpointError when it cannot be written; finished checkpoints are untouched then.
         """
@@ -71,57 +80,57 @@ class Checkpointer:
         return self._folder / step_name(state.step)
 
     def start_saving(self, state: TrainState) -> None:
-        """Copy everything and go on saving in the background; wait first for a save that is under way.
+        """Copy the state and save it in the background, after the save in progress, if any.
 
-        Raises CheckpointError as `finish_saving` does for that one, or when there is no room for this one.
+        Raises CheckpointError as `finish_saving` does for the earlier save, or when there is no room for this one.
         """
         self.finish_saving()
-        tensors = _saved(*get_state_dict(self._model, self._optimizer))
+        tensors = _to_save(*get_state_dict(self._model, self._optimizer))
         manifest = Manifest(identity=self._identity, train_state=state.state_dict(), files={})
         num_bytes = _num_bytes(tensors)
         partial = on_first_rank(lambda: self._writable(state.step, lambda: self._make_room(state.step, num_bytes)))
         copies = self._copy(tensors)
-        self._writing.start(lambda: self._write(copies, partial, manifest))
+        self._writer.start(lambda: self._write(copies, partial, manifest))
 
     @property
     def has_failed(self) -> bool:
-        """Whether this rank knows that the save under way has failed; the others may come to know it later."""
-        return self._writing.has_failed
+        """Whether the save in progress has failed, as far as this rank knows; others may learn it later."""
+        return self._writer.error is not None
 
     def finish_saving(self) -> None:
-        """Wait for the save under way, if any; raises CheckpointError, on all ranks, when it failed."""
-        raise_on_all_ranks(self._writing.finish)
+        """Wait for the save in progress, if any; raises CheckpointError, on all ranks, when it failed."""
+        raise_on_all_ranks(self._writer.join)
 
-    def settle_saving(self) -> None:
-        """Wait for the save under way, if any, and only say so when it failed: the run ends of something else."""
+    def finish_saving_or_log(self) -> None:
+        """Wait for the save in progress, if any, and only log its failure: the run ends for another reason."""
         try:
-            self._writing.finish()
+            self._writer.join()
         except Exception as error:
             log.error("not saved   %s", error)
 
-    def abandon_saving(self) -> None:
-        """Wait no longer than a moment for the save under way: this rank is about to end, and others may have."""
-        self._writing.abandon()
+    def wait_briefly(self) -> None:
+        """Wait a moment for the save in progress: this rank is about to exit, and others may have exited."""
+        self._writer.join_for(LAST_MOMENT_S)
 
     def load_latest(self, state: TrainState) -> Path | None:
-        """Load the newest checkpoint that is whole into model, optimizer and `state`; return its folder.
+        """Load the newest complete checkpoint into model, optimizer and `state`; return its folder, None without any.
 
-        None if there is no checkpoint. Each newer one that is damaged is said in one line. Learning rate, decay and the
-        like stay those of the optimizer. Raises CheckpointError when all are damaged, or one is of another run.
+        Logs one line for each newer one that is damaged. Learning rate, weight decay and the like stay those of the
+        optimizer. Raises CheckpointError when all are damaged, or one is of another run.
         """
         found = on_first_rank(lambda: finished(self._folder))
         for folder in reversed(found):
             try:
                 manifest = self._load(folder)
             except DamagedError as error:
-                log.info("refused     %s", error)
+                log.info("skipped     %s", error)
                 continue
             state.load_state_dict(dict(manifest.train_state))
             return folder
         if found:
             raise CheckpointError(
                 f"none of the {len(found)} checkpoints in {self._folder} can be used, see the lines before: restore "
-                f"one of them, or {START_ANEW}."
+                f"one of them, or {START_AGAIN}."
             )
         return None
 
@@ -133,21 +142,21 @@ class Checkpointer:
         return manifest
 
     def read(self, folder: Path) -> None:
-        """Fill model and optimizer with what the files of a checkpoint hold, whether or not that is what was written.
+        """Fill model and optimizer from the files of a checkpoint, without comparing hashes.
 
-        Raises DamagedError, on all ranks, where one cannot be read; model and optimizer may be half filled then.
+        Raises DamagedError, on all ranks, where one cannot read its part; model and optimizer may be half filled then.
         """
         model, optimizer = get_state_dict(self._model, self._optimizer)
         try:
-            read_shards(_saved(model, optimizer), folder)
+            read_shards(_to_save(model, optimizer), folder)
         except CheckpointError as error:
             raise damaged(folder, str(error)) from None
         set_state_dict(self._model, self._optimizer, model_state_dict=model, optim_state_dict=optimizer)
 
     def _copy(self, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Copy tensors to the CPU, into the memory of the last copy: fresh memory costs more than the copying."""
+        """Copy tensors to the CPU, into the memory of the last copy: fresh memory costs more than the copy."""
         if self._copies.state_dict_cache is None and not torch.cuda.is_available():
-            # The stager's own would be pinned, which is for GPUs.
+            # By default the stager pins its memory, which needs a GPU.
             self._copies.state_dict_cache = BlockingAsyncStager().stage(tensors)
         return self._copies.stage(tensors)
 
@@ -158,6 +167,7 @@ class Checkpointer:
         return manifest
 
     def _check_identity(self, folder: Path, saved: Mapping[str, Any]) -> None:
+        saved = current_names(saved)
         differences = {
             name: f"{name} ({saved.get(name)!r}, now {self._identity.get(name)!r})"
             for name in sorted({*saved, *self._identity})
@@ -167,7 +177,7 @@ class Checkpointer:
             names = ", ".join(f'"{name}"' for name in differences)
             raise CheckpointError(
                 f"checkpoint {folder} was trained with another {', another '.join(differences.values())}: go back to "
-                f"that, or {START_ANEW}, or go on with what is new by checkpoint.accept_changed=[{names}]."
+                f"that, or {START_AGAIN}, or accept it with checkpoint.accept_changed=[{names}]."
             )
 
     def _make_room(self, step: int, num_bytes: int) -> Path:
@@ -183,7 +193,7 @@ class Checkpointer:
         return partial
 
     def _write(self, tensors: Mapping[str, Any], partial: Path, manifest: Manifest) -> None:
-        """Write this rank's part, then, on rank 0, what makes a checkpoint of all parts."""
+        """Write this rank's shards; then rank 0 commits the checkpoint."""
         step = manifest.train_state["step"]
         try:
             written = write_shards(tensors, partial, self._group)
@@ -202,8 +212,8 @@ class Checkpointer:
             try:
                 prune(self._folder, keep=self._config.keep, permanent_every=self._config.permanent_every)
             except OSError as error:
-                # This one is saved: the run can go on for as long as there is room.
-                log.warning("not deleted %s", error)
+                # The new checkpoint is saved: the run can go on while there is room.
+                log.warning("not pruned  %s", error)
 
         on_first_rank(lambda: self._writable(step, commit), self._group)
 
@@ -220,13 +230,47 @@ class Checkpointer:
         )
 
 
-def _saved(model: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint holds: settings of the optimizer are the configuration's."""
+class _WriterThread:
+    """Runs one task at a time in a thread; `join` raises the task's error."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+
+    def start(self, task: Callable[[], None]) -> None:
+        """Start a task; the task before has to be joined."""
+
+        def run() -> None:
+            try:
+                task()
+            except BaseException as error:
+                self.error = error
+
+        assert self._thread is None
+        # A daemon, so that the process can exit while this thread waits for ranks that have died.
+        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+        self._thread, error, self.error = None, self.error, None
+        if error is not None:
+            raise error
+
+    def join_for(self, seconds: float) -> None:
+        """Wait at most `seconds`, and raise nothing."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+
+
+def _to_save(model: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tree of a checkpoint; settings of the optimizer come from the configuration and are not saved."""
     return {"model": model, "optimizer": optimizer["state"]}
 
 
 def _num_bytes(tensors: Mapping[str, Any]) -> int:
-    """Return the bytes of whole tensors, each counted once however many ranks hold it."""
+    """Return the bytes of full tensors, each counted once however many ranks have a part of it."""
     return sum(
         _num_bytes(part) if isinstance(part, Mapping) else part.numel() * part.element_size()
         for part in tensors.values()

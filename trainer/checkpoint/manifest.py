@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what it is of, and the size and SHA-256 of each of its files. It is written last."""
+"""The manifest of a checkpoint: identity and state of its run, size and SHA-256 of its files. It is written last."""
 
 import hashlib
 import json
@@ -14,17 +14,17 @@ from farspan.trainer.state import TrainState
 FORMAT = 2
 MANIFEST = "manifest.json"
 HASH = "sha256"
-"""The part of a manifest that is the hash of the rest."""
-START_ANEW = "start anew with another run.folder"
+"""The key of the hash of the rest of the manifest."""
+START_AGAIN = "start again with another run.folder"
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint whose files are not those that were written; an older one may serve instead."""
+    """A checkpoint whose files differ from those written; load an older one instead."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileRecord:
-    """What one file held when it was written."""
+    """Size and hash of a file as it was written."""
 
     bytes: int
     sha256: str
@@ -32,7 +32,7 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """identity: settings by dotted name, as JSON values. train_state: see `TrainState`. files: by their names."""
+    """identity: settings by dotted name, as JSON values. train_state: of `TrainState`. files: by name."""
 
     identity: Mapping[str, Any]
     train_state: Mapping[str, Any]
@@ -43,7 +43,7 @@ class Manifest:
         return sum(record.bytes for record in self.files.values())
 
     def write(self, folder: Path) -> None:
-        """Write it into `folder`, durably."""
+        """Write to `folder`, durably."""
         with (folder / MANIFEST).open("w") as file:
             file.write(_text({"format": FORMAT, **asdict(self)}))
             file.flush()
@@ -51,7 +51,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Read that of the checkpoint in `folder`; raises DamagedError where a byte of it is not as written.
+        """Read the manifest in `folder`; raises DamagedError where a byte of it differs from what was written.
 
         Raises CheckpointError for a manifest of another format.
         """
@@ -61,14 +61,14 @@ class Manifest:
             version = content["format"]
         except (OSError, ValueError, KeyError, TypeError):
             raise damaged(folder, f"{MANIFEST} is missing or unreadable") from None
-        is_whole = text == _text({name: part for name, part in content.items() if name != HASH})
-        # The first format had no hash of its own.
-        if version != FORMAT and (is_whole or HASH not in content):
+        is_intact = text == _text({name: part for name, part in content.items() if name != HASH})
+        # Format 1 had no hash of the manifest.
+        if version != FORMAT and (is_intact or HASH not in content):
             raise CheckpointError(
                 f"checkpoint {folder} has format {version!r} but this farspan reads {FORMAT}: use the farspan that "
-                f"wrote it, or {START_ANEW}."
+                f"wrote it, or {START_AGAIN}."
             )
-        if not is_whole:
+        if not is_intact:
             raise damaged(folder, f"{MANIFEST} is not as it was written")
         try:
             TrainState().load_state_dict(content["train_state"])
@@ -79,12 +79,11 @@ class Manifest:
 
 
 def damaged(folder: Path, cause: str) -> DamagedError:
-    """Return the error for a checkpoint that cannot be used."""
     return DamagedError(f"checkpoint {folder} is damaged ({cause}): restore or delete it.")
 
 
 def _text(content: Mapping[str, Any]) -> str:
-    """Return the one text that stands for `content`; it ends with the hash of the rest."""
+    """Return `content` as canonical JSON, with a hash of it as the last key."""
     body = json.dumps(content, indent=1, sort_keys=True)
     sha256 = hashlib.sha256(body.encode()).hexdigest()
     return f'{body[:-2]},\n "{HASH}": "{sha256}"\n}}\n'

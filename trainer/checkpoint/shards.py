@@ -1,7 +1,7 @@
-"""Tensors as files of torch DCP: every rank writes and hashes its own, and nothing that is read can run code.
+"""Tensors as files of torch DCP: every rank writes and hashes its own, and reading cannot run code.
 
-DCP reads its index, `.metadata`, by an unrestricted pickle.load, and values that are no tensors likewise: a file that
-somebody else wrote could do anything. Here an index may name nothing but DCP's records of tensors.
+DCP reads its index, `.metadata`, and values that are not tensors with an unrestricted pickle.load: a file from someone
+else could run anything. This reader allows only DCP's records of tensors in an index.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from farspan.trainer.checkpoint.steps import sync
 from farspan.trainer.resilience.agreement import raise_on_all_ranks
 
 INDEX = ".metadata"
-"""DCP's list of which tensor is where; it writes it when all shards are written."""
+"""DCP's list of which tensor is where, written after all shards."""
 
 _RECORDS = "torch.distributed.checkpoint.metadata"
 _ALLOWED = {
@@ -40,34 +40,34 @@ _ALLOWED = {
     *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
 }
 Tensors = Mapping[str, Any]
-"""Tensors by name, in mappings of mappings."""
+"""Tensors by name, in nested mappings."""
 
 
 def write_shards(tensors: Tensors, folder: Path, group: dist.ProcessGroup | None = None) -> dict[str, FileRecord]:
-    """Write this rank's part of `tensors` durably; return what it wrote, by the names of the files.
+    """Write this rank's shards of `tensors` durably; return size and hash of each file by its name.
 
-    Every rank of `group` makes the same call; a replica is written by one of them. Raises CheckpointError, on all of
-    them, when one cannot write.
+    Every rank of `group` makes the same call; one of them writes a replica. Raises CheckpointError, on all of them,
+    when one cannot write.
     """
-    # All is on the CPU. To copy ahead, DCP would wait for a GPU, in a thread that has not chosen one: for the first.
+    # Tensors are on the CPU. To copy ahead, DCP would synchronize with a GPU: device 0, as this thread has set none.
     writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
     writer.fs = files = _HashedFiles()
-    # A weaker sum of each tensor beside that of the file would take as long again.
-    sums = get_crc32_options()
+    # CRCs of each tensor would take as long again as the SHA-256 of the file, which is stronger.
+    crc_option = get_crc32_options()
     set_crc32_options(False)
     try:
         save(dict(tensors), storage_writer=writer, process_group=group)
     except CheckpointException as error:
         raise CheckpointError(_causes(error)) from None
     finally:
-        set_crc32_options(sums)
+        set_crc32_options(crc_option)
     return files.written
 
 
 def read_shards(tensors: Tensors, folder: Path) -> None:
-    """Fill `tensors`, sharded or not, with what `folder` holds under their names; every rank makes the same call.
+    """Fill `tensors`, sharded or not, from the tensors of these names in `folder`; every rank makes the same call.
 
-    Raises CheckpointError, on all ranks, when one of them cannot be read or has another shape.
+    Raises CheckpointError, on all ranks, when one tensor cannot be read or has another shape.
     """
     reader = raise_on_all_ranks(lambda: _SafeReader(folder))
     try:
@@ -77,12 +77,12 @@ def read_shards(tensors: Tensors, folder: Path) -> None:
 
 
 def read_index(folder: Path) -> dict[str, TensorStorageMetadata]:
-    """Return shape, dtype and the like of each stored tensor; raises CheckpointError where that cannot be read."""
+    """Return shape and dtype of each stored tensor; raises CheckpointError where the index cannot be read."""
     return cast(dict[str, TensorStorageMetadata], _SafeReader(folder).read_metadata().state_dict_metadata)
 
 
 class _HashedFiles(FileSystem):
-    """Hashes what is written to each file on its way."""
+    """Hashes each file while writing it."""
 
     def __init__(self) -> None:
         self.written: dict[str, FileRecord] = {}
@@ -92,7 +92,7 @@ class _HashedFiles(FileSystem):
         with open(path, mode) as file:
             stream = _HashedStream(cast(IO[bytes], file))
             yield stream
-        # Here, as DCP tells all ranks of what goes wrong on one.
+        # Sync in here, so that DCP raises a failure on all ranks.
         sync(Path(path).parent)
         self.written[Path(path).name] = stream.record()
 
@@ -102,7 +102,7 @@ class _HashedFiles(FileSystem):
 
 
 class _HashedStream(io.IOBase):
-    """A file that is written from its beginning to its end."""
+    """A file that is written from start to end, and hashed."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._digest, self._bytes = file, hashlib.sha256(), 0
@@ -124,7 +124,7 @@ class _HashedStream(io.IOBase):
             self._file.flush()
 
     def fileno(self) -> int:
-        # Whoever asks wants to sync the file, and DCP does not flush it before.
+        # DCP asks for it to fsync, and does not flush first.
         self._file.flush()
         return self._file.fileno()
 
@@ -133,17 +133,18 @@ class _HashedStream(io.IOBase):
 
 
 class _SafeReader(FileSystemReader):
-    """Reads tensors, and no objects of other kinds; raises CheckpointError for an index that it cannot read."""
+    """Reads tensors and no other objects; raises CheckpointError for an index that it cannot read."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         try:
             with (folder / INDEX).open("rb") as file:
                 self._index: Metadata = _IndexUnpickler(file).load()
-                outside = {place.relative_path for place in self._index.storage_data.values() if _is_outside(place)}
+                paths = {info.relative_path for info in self._index.storage_data.values()}
+                outside = [path for path in paths if Path(path).name != path]
         except CheckpointError:
             raise
-        # Damaged bytes make pickle raise nearly anything.
+        # Damaged bytes make pickle raise almost any exception.
         except Exception as error:
             raise CheckpointError(f"{INDEX} is unreadable: {error}") from None
         if outside:
@@ -151,10 +152,6 @@ class _SafeReader(FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self._index
-
-
-def _is_outside(place: Any) -> bool:
-    return Path(place.relative_path).name != place.relative_path
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -165,7 +162,6 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 def _causes(error: CheckpointException) -> str:
-    """Return what went wrong on any rank, each cause once."""
     return "; ".join(
         sorted({" ".join(str(failure[0]).split()) or repr(failure[0]) for failure in error.failures.values()})
     )

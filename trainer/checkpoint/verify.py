@@ -1,4 +1,4 @@
-"""Whether a checkpoint holds what was written: its sizes, its every byte, and which is the newest that does."""
+"""Verification of checkpoints: sizes, every byte, and the newest complete one."""
 
 import hashlib
 import logging
@@ -15,21 +15,21 @@ from farspan.trainer.checkpoint.steps import finished
 from farspan.trainer.resilience.agreement import raise_on_all_ranks
 
 HASHING_THREADS = 4
-"""Of one process; hashing lets other threads run."""
+"""Threads of one process; hashing releases the GIL."""
 
 log = logging.getLogger("farspan")
 
 
-def check_whole(folder: Path) -> Manifest:
-    """Return the manifest of a checkpoint; raises DamagedError unless every file holds what was written."""
+def check_complete(folder: Path) -> Manifest:
+    """Return the manifest of a checkpoint; raises DamagedError unless every file has the bytes that were written."""
     manifest = Manifest.read(folder)
     check_sizes(folder, manifest.files)
     check_content(folder, manifest.files)
     return manifest
 
 
-def newest_whole(folder: Path) -> Path:
-    """Return the newest checkpoint in `folder` that is whole; say in one line why each newer one is not.
+def newest_complete(folder: Path) -> Path:
+    """Return the newest complete checkpoint in `folder`; log a line for each newer, damaged one.
 
     Raises CheckpointError if there is none.
     """
@@ -38,27 +38,27 @@ def newest_whole(folder: Path) -> Path:
         raise CheckpointError(f"{folder} holds no finished checkpoint: name the folder of a run that has saved one.")
     for path in reversed(found):
         try:
-            check_whole(path)
+            check_complete(path)
         except DamagedError as error:
-            log.info("refused     %s", error)
+            log.info("skipped     %s", error)
         else:
             return path
-    raise CheckpointError(f"none of the {len(found)} checkpoints in {folder} is whole: restore one of them.")
+    raise CheckpointError(f"none of the {len(found)} checkpoints in {folder} is complete: restore one of them.")
 
 
 @contextmanager
 def verified(folder: Path, files: Mapping[str, FileRecord]) -> Iterator[None]:
-    """Read `files` beside what the block does, each rank a part of them; every rank makes the same call.
+    """Verify `files` while the block runs, each rank a share of them; every rank makes the same call.
 
-    Raises DamagedError, on all ranks, where one holds other bytes than were written, whatever the block raises.
+    Raises DamagedError, on all ranks, where a file has other bytes than were written, whatever the block raises.
     """
-    share = deal(files, dist.get_world_size())[dist.get_rank()]
-    with ThreadPoolExecutor(1) as beside:
-        result = beside.submit(check_content, folder, share)
+    share = split_files(files, dist.get_world_size())[dist.get_rank()]
+    with ThreadPoolExecutor(1) as thread:
+        result = thread.submit(check_content, folder, share)
         try:
             yield
         finally:
-            # What is wrong with a file says more than what came of reading it.
+            # A damaged file explains more than the error of the block that read it.
             raise_on_all_ranks(result.result)
 
 
@@ -76,17 +76,17 @@ def check_sizes(folder: Path, files: Mapping[str, FileRecord]) -> None:
 
 
 def check_content(folder: Path, files: Mapping[str, FileRecord]) -> None:
-    """Read `files` whole, several at a time; raise DamagedError where one holds other bytes than were written."""
+    """Hash `files`, several at a time; raise DamagedError where one has other bytes than were written."""
     with ThreadPoolExecutor(HASHING_THREADS) as threads:
         for wrong in threads.map(lambda item: _difference(folder / item[0], item[1]), files.items()):
             if wrong is not None:
                 raise damaged(folder, wrong)
 
 
-def deal(files: Mapping[str, FileRecord], among: int) -> list[dict[str, FileRecord]]:
-    """Deal files among so many readers, the largest first, each to the reader that has least."""
-    shares: list[dict[str, FileRecord]] = [{} for _ in range(among)]
-    loads = [0] * among
+def split_files(files: Mapping[str, FileRecord], readers: int) -> list[dict[str, FileRecord]]:
+    """Assign files to readers, the largest first, each to the reader with the fewest bytes."""
+    shares: list[dict[str, FileRecord]] = [{} for _ in range(readers)]
+    loads = [0] * readers
     for name, record in sorted(files.items(), key=lambda item: (-item[1].bytes, item[0])):
         reader = loads.index(min(loads))
         shares[reader][name] = record

@@ -1,6 +1,6 @@
-"""Whether prepared data still is what it was: its files are older than the description that was written after them.
+"""Verification of prepared data: unchanged if its files are not newer than the metadata, which is written last.
 
-Where they are not, as after copying, every byte is hashed, which takes a second for each gigabyte or two.
+Where they are, as after copying, every byte is hashed: about a second for each gigabyte.
 """
 
 import hashlib
@@ -17,21 +17,21 @@ CHUNK_TOKENS = 1 << 21
 log = logging.getLogger("farspan")
 
 
-def check_unchanged(folder: Path) -> None:
-    """Raise DataError where a split's tokens or documents are not those that it was prepared with."""
+def check_integrity(folder: Path) -> None:
+    """Raise DataError where the tokens or document offsets of a split have changed since it was prepared."""
     meta = folder / META_FILE
     written = meta.stat().st_mtime_ns
     if all((folder / name).stat().st_mtime_ns <= written for name in (TOKENS_FILE, OFFSETS_FILE)):
         return
     source = TokenSource(folder)
-    log.info("%-12s%s: its files are newer than their description", "hashing", folder)
-    found = _fingerprint(source)
-    if found != source.fingerprint:
+    log.info("%-12s%s, whose files are newer than its %s", "hashing", folder, META_FILE)
+    now = _fingerprint(source)
+    if now != source.fingerprint:
         raise DataError(
-            f"{folder} was changed since it was prepared (fingerprint {source.fingerprint[:12]}..., now {found[:12]}"
-            "...): restore it, or prepare it anew."
+            f"{folder} was changed since it was prepared (fingerprint {source.fingerprint[:12]}..., now {now[:12]}"
+            "...): restore it, or prepare it again."
         )
-    # So that the next start need not look again; where it cannot be written, it does.
+    # So that the next start need not hash again; in a read-only folder it does.
     with suppress(OSError):
         os.utime(meta)
 

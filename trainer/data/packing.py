@@ -1,4 +1,4 @@
-"""Documents into sequences of one length: a stream addressed by a global cursor, the same for every world size.
+"""Documents packed into sequences of one length: a stream addressed by a global cursor, the same for every world size.
 
     epoch e    | doc 4 ......... | doc 0 .. | doc 2 ........... |        epoch e + 1  | doc 2 ...
     sequences  [     i     ][    i + 1     ][    i + 2     ][    i + 3     ] ...
@@ -6,8 +6,16 @@
 
 An epoch is all documents in an order drawn from (seed, epoch);
 sequence i is tokens [i * L, (i + 1) * L) of all epochs in a row.
+
+Example: documents a b . | c . | d e f . in this order, where "." is the end token, packed into sequences of 4 tokens.
+
+    tokens      a  b  .  c      .  d  e  f      .
+    labels      b  .  -  .      -  e  f  .      -        "-" is IGNORED; f knows its label past the border
+    position    0  1  2  0      0  0  1  2      0        a fragment starts again at 0
+    document    0  0  0  1      0  1  1  1      0        counts fragments of this sequence
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,14 +25,16 @@ from farspan.trainer.data.source import TokenSource
 
 IGNORED = -100
 PADDING = -1
+HASH_BYTES = 4
+"""float64 sums two million numbers of so many bytes exactly, in any order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedSequence:
-    """One training sequence; a document cut by a border goes on in the next sequence as a fresh fragment."""
+    """One training sequence; a document cut at its border goes on in the next sequence as a new fragment."""
 
     tokens: np.ndarray
-    """int64 [tokens]"""
+    """int64 [tokens]."""
     labels: np.ndarray
     """int64 [tokens]: the next token of the same document, known even past the border; IGNORED at its end token."""
     position: np.ndarray
@@ -35,16 +45,16 @@ class PackedSequence:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Epoch:
-    """The documents of one epoch in stream order: int64 [documents] and their stream borders, int64 [documents + 1]."""
-
     number: int
     order: np.ndarray
+    """Documents in stream order, int64 [documents]."""
     borders: np.ndarray
+    """Where each starts in the stream of this epoch, and where the last ends, int64 [documents + 1]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Span:
-    """Consecutive stream tokens of one epoch: ids, labels and position [tokens], fragment number from 0 [tokens]."""
+    """Consecutive stream tokens of one epoch, all [tokens]; fragments count from 0."""
 
     tokens: np.ndarray
     labels: np.ndarray
@@ -53,12 +63,12 @@ class _Span:
 
 
 class PackedSequences:
-    """Sequences of `sequence_tokens` by index, with no state but a cache of the current epoch's order."""
+    """Sequences of `sequence_tokens` by index; the only state is a cache of the current epoch's order."""
 
     def __init__(
         self, source: TokenSource, *, sequence_tokens: int, seed: int, shuffle: bool = True, repeat: bool = True
     ) -> None:
-        """Read nothing yet; raises ConfigError for a length below 1 or a negative seed."""
+        """Raises ConfigError for a length below 1 or a negative seed."""
         if sequence_tokens < 1:
             raise ConfigError(f"sequence_tokens={sequence_tokens} is too small; give at least 1.")
         if seed < 0:
@@ -91,6 +101,7 @@ class PackedSequences:
         position = np.zeros(length, dtype=np.int32)
         document = np.full(length, PADDING, dtype=np.int32)
         filled = num_fragments = 0
+        # One span for each epoch that the sequence touches.
         while filled < length:
             epoch, start = divmod(index * length + filled, self._source.num_tokens)
             if epoch > 0 and not self._repeat:
@@ -107,22 +118,23 @@ class PackedSequences:
         """Gather stream tokens [start, stop) of one epoch."""
         first = int(np.searchsorted(epoch.borders, start, side="right")) - 1
         last = int(np.searchsorted(epoch.borders, stop, side="left"))
+        # Documents [first, last) of the epoch overlap the span; the outer two may be cut.
         borders = epoch.borders[first : last + 1]
-        begins = np.maximum(borders[:-1], start)  # [fragments], in the stream
-        lengths = np.minimum(borders[1:], stop) - begins
+        starts = np.maximum(borders[:-1], start)  # [fragments], in the stream
+        lengths = np.minimum(borders[1:], stop) - starts
         documents = epoch.order[first:last]
-        # What to add to a stream index for the index in the file: constant within a fragment.
+        # Index in the file minus index in the stream: constant within a fragment.
         shifts = self._source.offsets[documents] - borders[:-1]
         ends = self._source.offsets[documents + 1] - 1  # file index of each fragment's end token
 
         stream = np.arange(start, stop, dtype=np.int64)  # [tokens]
-        where = stream + np.repeat(shifts, lengths)
-        at_end = where == np.repeat(ends, lengths)
-        following = np.where(at_end, where, where + 1)  # the file's last token has no next one to read
+        in_file = stream + np.repeat(shifts, lengths)
+        at_end = in_file == np.repeat(ends, lengths)
+        following = np.where(at_end, in_file, in_file + 1)  # the last token of the file has no next one to read
         return _Span(
-            tokens=self._source.tokens[where],
+            tokens=self._source.tokens[in_file],
             labels=np.where(at_end, IGNORED, self._source.tokens[following].astype(np.int64)),
-            position=stream - np.repeat(begins, lengths),
+            position=stream - np.repeat(starts, lengths),
             fragment=np.repeat(np.arange(last - first), lengths),
         )
 
@@ -136,11 +148,31 @@ class PackedSequences:
         return cached
 
     def _order(self, epoch: int) -> np.ndarray:
-        """Return the documents of `epoch` in stream order, int64 [documents]."""
         num_documents = self._source.num_documents
         if not self._shuffle:
             return np.arange(num_documents, dtype=np.int64)
-        # numpy keeps raw bit streams the same between versions, unlike Generator.permutation: a resume under a
-        # newer numpy must see the same documents.
+        # numpy keeps raw bit streams the same across versions, unlike Generator.permutation: a run resumed with a newer
+        # numpy must see the same documents.
         bits = np.random.PCG64(np.random.SeedSequence(self._seed, spawn_key=(epoch,)))
         return np.argsort(np.asarray(bits.random_raw(num_documents)), kind="stable")
+
+
+def sequence_hash(index: int, sequence: PackedSequence) -> int:
+    """Return a hash of `sequence` at `index` of the stream: its tokens, labels and documents."""
+    digest = hashlib.sha256(str(index).encode())
+    for part in (sequence.tokens, sequence.labels, sequence.document):
+        digest.update(part.tobytes())
+    return int.from_bytes(digest.digest()[:HASH_BYTES])
+
+
+def stream_hash(stream: str, total: int) -> str:
+    """Return the hash of a stream after a step; `total` is the sum of the hashes of the step's sequences.
+
+    A sum, so that it does not depend on how sequences are sharded over ranks.
+    """
+    return hashlib.sha256(f"{stream}/{total}".encode()).hexdigest()[:16]
+
+
+def sequence_seed(seed: int, index: int) -> int:
+    """Return the seed of the random numbers for sequence `index` in a run of `seed`, on whatever rank."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:7])

@@ -1,4 +1,4 @@
-"""`farspan data prepare`: documents into a memory-mappable folder of token ids, split into train and validation."""
+"""`farspan data prepare`: documents into a folder of token ids to memory-map, split into train and validation."""
 
 import argparse
 import hashlib
@@ -16,11 +16,12 @@ from farspan.trainer.data.source import META_FILE, OFFSETS_FILE, SPLITS, TOKENS_
 from farspan.trainer.data.tokenizer import Tokenizer, load_tokenizer
 
 HASH_BYTES = 8
+RENAMED = {"--held-out": "--validation-fraction", "--hold-out-ends": "--validation-from-ends"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareReport:
-    """What `prepare` wrote, per split, how many unreadable documents it skipped, and how long it took."""
+    """The result of `prepare`."""
 
     out: Path
     train: SplitMeta
@@ -29,14 +30,13 @@ class PrepareReport:
     duration_s: float
 
     def summary(self) -> str:
-        """Return a line per split and one for the whole."""
         lines = [
-            f"{name:8}  {meta.num_documents:,} documents, {meta.num_tokens:,} tokens, "
+            f"{name:<12}{meta.num_documents:,} documents, {meta.num_tokens:,} tokens, "
             f"{meta.num_bytes / meta.num_tokens:.2f} bytes per token"
             for name, meta in (("train", self.train), ("validation", self.validation))
         ]
         skipped = f", {self.num_skipped:,} unreadable documents skipped" if self.num_skipped else ""
-        return "\n".join([*lines, f"written to {self.out} in {self.duration_s:.1f} s{skipped}"])
+        return "\n".join([*lines, f"{'written':<12}{self.out} in {self.duration_s:.1f} s{skipped}"])
 
 
 def prepare(
@@ -47,27 +47,27 @@ def prepare(
     suffixes: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
     validation_fraction: float = 0.05,
-    hold_out_ends: bool = False,
+    validation_from_ends: bool = False,
     text_key: str = "text",
     skip_unreadable: bool = False,
     overwrite: bool = False,
 ) -> PrepareReport:
-    """Write `out`/train and `out`/validation from the documents of `paths`, whole or not at all; raises DataError.
+    """Write `out`/train and `out`/validation from the documents of `paths`, both or neither; raises DataError.
 
-    hold_out_ends: hold out the last fraction of every document instead of a fraction of the documents.
+    validation_from_ends: the last fraction of every document instead of a fraction of the documents.
     """
     started_s = time.perf_counter()
     if not 0 < validation_fraction < 1:
         raise DataError(f"--validation-fraction {validation_fraction} must be greater than 0 and less than 1.")
     out = Path(out)
-    target = out.resolve()  # `out` may be a link or end in `..`, and the folder is put in place by renaming
+    target = out.resolve()  # `out` may be a link or end in `..`, and the folder is moved in by a rename
     _check_target(target, overwrite)
     reader = DocumentReader(
         paths, suffixes=suffixes, exclude=exclude, text_key=text_key, skip_unreadable=skip_unreadable, omit=target
     )
     partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")  # hidden, so no reader takes it in
     try:
-        train, validation = _write_splits(reader, partial, tokenizer, validation_fraction, hold_out_ends)
+        train, validation = _write_splits(reader, partial, tokenizer, validation_fraction, validation_from_ends)
         _publish(partial, target, overwrite)
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error.strerror or error}; choose another --out.") from error
@@ -89,17 +89,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--exclude", nargs="+", action="extend", default=[], metavar="NAME", help="file and folder names or globs"
     )
     parser.add_argument(
-        "--validation-fraction", type=float, default=0.05, metavar="FRACTION", help="documents held out (0.05)"
+        "--validation-fraction",
+        type=float,
+        default=0.05,
+        metavar="F",
+        help="fraction of the documents for validation (0.05)",
     )
     parser.add_argument(
-        "--hold-out-ends", action="store_true", help="hold out the end of every document instead of whole documents"
+        "--validation-from-ends",
+        action="store_true",
+        help="the end of every document for validation, as for one long book",
     )
+    for old, new in RENAMED.items():
+        parser.add_argument(old, nargs="?", action=_RenamedFlag, const=new, help=argparse.SUPPRESS)
     parser.add_argument("--text-key", default="text", metavar="KEY", help="JSONL key or parquet column (text)")
     parser.add_argument(
         "--skip-unreadable", action="store_true", help="inside folders, skip and count empty or non-UTF-8 documents"
     )
     parser.add_argument("--end-token", metavar="TOKEN", help="end-of-document token of the tokenizer file")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result in DIR")
+
+
+class _RenamedFlag(argparse.Action):
+    """A flag of earlier versions; `const` is its new name."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *rest: object) -> None:
+        parser.error(f"{self.option_strings[0]} was renamed to {self.const}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -110,8 +125,8 @@ def run(args: argparse.Namespace) -> None:
         out=args.out,
         suffixes=args.suffix,
         exclude=args.exclude,
-        validation_fraction=args.validation,
-        hold_out_ends=args.hold_out_ends,
+        validation_fraction=args.validation_fraction,
+        validation_from_ends=args.validation_from_ends,
         text_key=args.text_key,
         skip_unreadable=args.skip_unreadable,
         overwrite=args.overwrite,
@@ -129,82 +144,83 @@ def _check_target(target: Path, overwrite: bool) -> None:
     stranger = next((path for path in target.rglob("*") if path not in ours), None)
     # --overwrite must never be able to delete a corpus.
     if stranger is not None or not target.is_dir():
-        raise DataError(f"{stranger or target} is no result of an earlier prepare; pass another --out.")
+        raise DataError(f"{stranger or target} is not a result of an earlier prepare; pass another --out.")
 
 
 def _write_splits(
-    reader: DocumentReader, folder: Path, tokenizer: Tokenizer, validation_fraction: float, hold_out_ends: bool
+    reader: DocumentReader, folder: Path, tokenizer: Tokenizer, validation_fraction: float, from_ends: bool
 ) -> tuple[SplitMeta, SplitMeta]:
-    """Stream every document to its side and return both metas; raises DataError when a side stays empty."""
+    """Write every document to its split; return the metas of train and validation. DataError when one stays empty."""
     lowest, highest = 1.0, 0.0
     with (
         SplitWriter(folder / SPLITS[0], tokenizer=tokenizer) as train,
         SplitWriter(folder / SPLITS[1], tokenizer=tokenizer) as validation,
     ):
         for document in reader:
-            if hold_out_ends:
+            if from_ends:
                 start = _end_start(document.text, validation_fraction)
-                sides = [(train, document.text[:start]), (validation, document.text[start:])]
+                parts = [(train, document.text[:start]), (validation, document.text[start:])]
             else:
-                place = _place(document.text.encode())
-                lowest, highest = min(lowest, place), max(highest, place)
-                sides = [(validation if place < validation_fraction else train, document.text)]
-            for side, text in sides:
+                # By content, so that the split does not depend on the order or the company of documents.
+                point = _unit_hash(document.text.encode())
+                lowest, highest = min(lowest, point), max(highest, point)
+                parts = [(validation if point < validation_fraction else train, document.text)]
+            for split, text in parts:
                 if not text:
                     continue
                 try:
                     ids = tokenizer.encode(text)
                 except DataError as error:
                     raise DataError(f"{document.origin}: {error}") from error
-                side.add(ids, num_bytes=len(text.encode()))
+                split.add(ids, num_bytes=len(text.encode()))
         if train.num_documents + validation.num_documents == 0:
             raise DataError(f"No input holds a readable document ({reader.num_skipped} skipped); give other paths.")
-        if hold_out_ends and validation.num_documents == 0:
-            raise DataError("Documents of a single character have no end to hold out; drop --hold-out-ends.")
+        if from_ends and validation.num_documents == 0:
+            raise DataError("Documents of a single character have no end to split off; drop --validation-from-ends.")
         if train.num_documents == 0 or validation.num_documents == 0:
-            raise DataError(_empty_side(train.num_documents, validation.num_documents, lowest, highest))
+            raise DataError(_empty_split(train.num_documents, validation.num_documents, lowest, highest))
         return train.finish(), validation.finish()
 
 
-def _place(data: bytes) -> float:
-    """Return the place of a document's content in [0, 1]: the same on every machine, equal for duplicates."""
+def _unit_hash(data: bytes) -> float:
+    """Hash a document to a point in [0, 1]: the same on every machine, and for duplicates."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=HASH_BYTES).digest()) / 2 ** (8 * HASH_BYTES)
 
 
 def _end_start(text: str, fraction: float) -> int:
-    """Return where the last `fraction` of `text` starts: at a line or else a word if one starts near by.
+    """Return where the last `fraction` of `text` starts: at a line, or else a word, if one starts near.
 
-    Both sides get a character at least, a text of one character aside, which has no end. Near by: the end becomes
-    longer or shorter by a half at most.
+    Near: the end becomes longer or shorter by a half at most. Both parts get at least one character, unless the text
+    has only one.
     """
     wanted = min(max(round(len(text) * (1 - fraction)), 1), max(len(text) - 1, 1))
     reach = min(wanted, len(text) - wanted) // 2
-    for ends_here in (lambda character: character == "\n", str.isspace):
+    for is_boundary in (lambda character: character == "\n", str.isspace):
         for distance in range(reach + 1):
             for start in (wanted - distance, wanted + distance):
-                if ends_here(text[start - 1]):
+                if is_boundary(text[start - 1]):
                     return start
     return wanted
 
 
-def _empty_side(num_train: int, num_validation: int, lowest: float, highest: float) -> str:
-    """Say which side is empty and, where one exists, a fraction between the documents' places that works."""
-    side = "validation" if num_validation == 0 else "train"
-    # Rounded inwards: up from the lowest place, or down from the highest.
+def _empty_split(num_train: int, num_validation: int, lowest: float, highest: float) -> str:
+    """Return the error for an empty split, with a fraction that works where there is one."""
+    split = "validation" if num_validation == 0 else "train"
+    # A fraction between the points of the documents, rounded inwards: up from the lowest, or down from the highest.
     works = (math.floor(lowest * 1000) + 1 if num_validation == 0 else math.ceil(highest * 1000) - 1) / 1000
-    cure = (
+    fix = (
         f"pass --validation-fraction {works:g}"
         if lowest < works <= highest and works < 1
         else "give more different documents"
     )
-    cure += ", or pass --hold-out-ends, which holds out the end of every document"
-    return f"None of the {num_train + num_validation} documents falls into the {side} split; {cure}."
+    fix += ", or pass --validation-from-ends, which takes the end of every document"
+    return f"None of the {num_train + num_validation} documents falls into the {split} split; {fix}."
 
 
 def _publish(partial: Path, target: Path, overwrite: bool) -> None:
     """Rename `partial` to `target`, keeping an earlier result until the new one is in place; raises OSError."""
     if not (overwrite and target.exists()):
-        partial.rename(target)  # fails if somebody else has filled `target` meanwhile
+        partial.rename(target)  # fails if another process has made `target` meanwhile
         return
     old = target.with_name(f".{target.name}.old-{secrets.token_hex(4)}")
     target.rename(old)

@@ -1,4 +1,4 @@
-"""Documents from text files, folders, JSONL and parquet; what is empty, truncated or corrupt is refused by name."""
+"""Documents from text files, folders, JSONL and parquet; errors name the file that is empty, cut or corrupt."""
 
 import json
 import os
@@ -46,7 +46,7 @@ class DocumentReader:
         skip_unreadable: bool = False,
         omit: Path | None = None,
     ) -> None:
-        """`suffixes`, `exclude` (names or globs) and the folder `omit` choose among what lies inside folders."""
+        """`suffixes`, `exclude` (names or globs) and the folder `omit` filter the files inside folders."""
         self._paths = [Path(path) for path in paths]
         self._suffixes = None if not suffixes else tuple(s if s.startswith(".") else f".{s}" for s in suffixes)
         self._exclude = tuple(exclude)
@@ -82,7 +82,7 @@ class DocumentReader:
             with os.scandir(folder) as scan:
                 entries = sorted(scan, key=lambda entry: entry.name)
         except OSError as error:
-            raise DataError(f"The folder {folder} cannot be listed: {error.strerror}; mend or exclude it.") from error
+            raise DataError(f"The folder {folder} cannot be listed: {error.strerror}; fix or exclude it.") from error
         for entry in entries:
             if entry.name.startswith(".") or entry.name == "__pycache__":
                 continue
@@ -93,7 +93,7 @@ class DocumentReader:
                 # The result of an earlier run may lie inside the corpus folder.
                 if self._omit is None or path.resolve() != self._omit:
                     yield from self._files(path)
-            # A linked folder may lead back up, or repeat what is read under its own name: not followed.
+            # Linked folders are not followed: they may lead back up, or repeat files.
             elif not entry.is_dir() and (self._suffixes is None or entry.name.endswith(self._suffixes)):
                 yield path
 
@@ -108,7 +108,7 @@ class DocumentReader:
 
 
 def _read_file(path: Path, text_key: str) -> Iterator[_Item]:
-    """Yield the documents of one file; raises DataError where the whole file is corrupt."""
+    """Yield the documents of one file; raises DataError where the file is corrupt."""
     suffix = path.suffix.lower()
     num_items = 0
     try:
@@ -122,7 +122,7 @@ def _read_file(path: Path, text_key: str) -> Iterator[_Item]:
             num_items += 1
             yield item
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}; mend or exclude it.") from error
+        raise DataError(f"{path} cannot be read: {error.strerror or error}; fix or exclude it.") from error
     if num_items == 0:
         yield _Unreadable(message=_empty(str(path)))
 
@@ -140,7 +140,7 @@ def _undecodable(origin: str, error: UnicodeError) -> str:
 
 
 def _read_text(path: Path) -> Iterator[_Item]:
-    data = path.read_bytes()  # not read_text: newlines stay as they are, so bytes are counted right
+    data = path.read_bytes()  # not read_text, which converts newlines: byte counts have to be exact
     if not data:
         return
     try:
@@ -163,7 +163,7 @@ def _read_jsonl(path: Path, text_key: str) -> Iterator[_Item]:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{origin} is not JSON ({error}); mend the line (a cut file?).") from error
+                raise DataError(f"{origin} is not JSON ({error}); fix the line (a cut file?).") from error
             yield _record_item(record, text_key, origin)
 
 

@@ -1,7 +1,7 @@
-"""Sequences in random order within each epoch, by arithmetic on their index: nothing is stored, nothing has to resume.
+"""Sequences in random order within each epoch, computed from their index: no state to store or resume.
 
-Packing puts documents end to end, so that a long document fills many sequences in a row. Read in that order they would
-make a training batch, and the batches after it, of a single document.
+Packing puts documents end to end, so that a long document fills many sequences in a row. Read in that order, a training
+batch, and the batches after it, would come from a single document.
 """
 
 import hashlib
@@ -12,18 +12,20 @@ FEISTEL_ROUNDS = 4
 
 
 def shuffled_place(index: int, count: int, key: str) -> int:
-    """Return where `index` of `count` goes in the permutation named `key`; each place is taken once.
+    """Return where `index` of `count` goes in the permutation named `key`.
 
-    A Feistel network permutes the next power of four; places outside of `count` are sent through it again until they
-    fall inside (cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains", method 2).
+    A Feistel network permutes the next power of four; results of `count` or more go through it again until they fall
+    below (cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains", method 2).
     """
     assert 0 <= index < count, (index, count)
+    # Two halves of equal width, so that a round can swap them; [0, 4 ** half_bits) is the domain.
     half_bits = max(((count - 1).bit_length() + 1) // 2, 1)
     mask = (1 << half_bits) - 1
     while True:
         left, right = index >> half_bits, index & mask
         for number in range(FEISTEL_ROUNDS):
             digest = hashlib.blake2b(f"{key}/{number}/{right}".encode(), digest_size=8).digest()
+            # A bijection whatever the digest: XOR with it again inverts the round.
             left, right = right, left ^ (int.from_bytes(digest) & mask)
         index = left << half_bits | right
         if index < count:
@@ -31,7 +33,7 @@ def shuffled_place(index: int, count: int, key: str) -> int:
 
 
 class ShuffledSequences:
-    """The endless stream of a repeating `PackedSequences`, each epoch's sequences in an order of its own.
+    """The endless stream of a repeating `PackedSequences`, with a different order of sequences in each epoch.
 
     A sequence that straddles two epochs belongs to the one in which it starts.
     """
@@ -46,6 +48,7 @@ class ShuffledSequences:
             raise IndexError(f"sequence {index} is outside of the stream")
         length, epoch_tokens = self._packed.sequence_tokens, self._packed.epoch_tokens
         epoch = index * length // epoch_tokens
+        # Sequences [first, first + count) start in this epoch: ceil of where the epoch starts, in sequences.
         first = -(-epoch * epoch_tokens // length)
         count = -(-(epoch + 1) * epoch_tokens // length) - first
         return self._packed.sequence(first + shuffled_place(index - first, count, f"{self._seed}/{epoch}"))

@@ -1,4 +1,9 @@
-"""One prepared split on disk: token ids, document boundaries and what they were made of; its writer and its reader."""
+"""One prepared split on disk: token ids, document offsets and metadata; its writer and its reader.
+
+tokens.bin    uint16 or uint32, documents end to end, each closed by the end token
+offsets.npy   int64 [documents + 1], where each document starts in tokens.bin
+meta.json     SplitMeta, written last, so that it is newer than the other two
+"""
 
 import hashlib
 import json
@@ -26,7 +31,7 @@ ADVICE = "prepare the folder again with `farspan data prepare`"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitMeta:
-    """What `meta.json` says of a split; `fingerprint` is the SHA-256 of the token bytes, then the offset bytes."""
+    """The content of `meta.json`; `fingerprint` is the SHA-256 of the token bytes, then the offset bytes."""
 
     format_version: int
     tokenizer: str
@@ -45,7 +50,7 @@ def token_dtype(vocabulary_size: int) -> np.dtype:
 
 
 class SplitWriter:
-    """Writes one split folder document by document; in memory it keeps only the offsets, 8 bytes a document."""
+    """Writes one split document by document; only the offsets stay in memory, 8 bytes a document."""
 
     def __init__(self, folder: Path, *, tokenizer: Tokenizer) -> None:
         """Make `folder` and open its token file; raises OSError."""
@@ -66,7 +71,6 @@ class SplitWriter:
 
     @property
     def num_documents(self) -> int:
-        """Documents added so far."""
         return len(self._offsets) - 1
 
     def add(self, ids: np.ndarray, *, num_bytes: int) -> None:
@@ -132,8 +136,8 @@ def unigram_bits_per_byte(source: TokenSource) -> float:
     for start in range(0, source.num_tokens, COUNT_CHUNK_TOKENS):
         chunk = source.tokens[start : start + COUNT_CHUNK_TOKENS]
         counts += np.bincount(chunk, minlength=source.vocabulary_size)
-    seen = counts[counts > 0]
-    bits = seen @ (np.log2(source.num_tokens) - np.log2(seen))
+    nonzero = counts[counts > 0]
+    bits = nonzero @ (np.log2(source.num_tokens) - np.log2(nonzero))
     return float(bits) / source.num_bytes
 
 
@@ -141,8 +145,8 @@ def _read_meta(folder: Path) -> SplitMeta:
     path = folder / META_FILE
     if not path.is_file():
         splits = [str(folder / split) for split in SPLITS if (folder / split / META_FILE).is_file()]
-        cure = f"open {' or '.join(splits)}" if splits else "make it with `farspan data prepare`"
-        raise DataError(f"{path} does not exist; {cure}.")
+        fix = f"open {' or '.join(splits)}" if splits else "make it with `farspan data prepare`"
+        raise DataError(f"{path} does not exist; {fix}.")
     try:
         record = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:

@@ -14,22 +14,14 @@ USUAL_END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]"
 
 
 class Tokenizer(ABC):
-    """Turns text into token ids; `end_id` closes a document and never comes out of `encode`'s text."""
+    """Turns text into token ids.
 
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """What `load_tokenizer` was given."""
+    name: the argument of `load_tokenizer`. vocabulary_size: one more than the largest id. end_id: closes a document;
+    `encode` never returns it.
+    """
 
-    @property
-    @abstractmethod
-    def vocabulary_size(self) -> int:
-        """One more than the largest id."""
-
-    @property
-    @abstractmethod
-    def end_id(self) -> int:
-        """Id of the end-of-document token."""
+    def __init__(self, *, name: str, vocabulary_size: int, end_id: int) -> None:
+        self.name, self.vocabulary_size, self.end_id = name, vocabulary_size, end_id
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
@@ -40,17 +32,8 @@ class Tokenizer(ABC):
 class ByteTokenizer(Tokenizer):
     """UTF-8 bytes as ids 0..255 and id 256 for the end of a document."""
 
-    @property
-    def name(self) -> str:
-        return BYTES
-
-    @property
-    def vocabulary_size(self) -> int:
-        return 257
-
-    @property
-    def end_id(self) -> int:
-        return 256
+    def __init__(self) -> None:
+        super().__init__(name=BYTES, vocabulary_size=257, end_id=256)
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint32)
@@ -63,41 +46,30 @@ class FileTokenizer(Tokenizer):
     def __init__(self, path: str, *, end_token: str | None = None) -> None:
         """Read `path`; raises DataError when it cannot be read or has no end-of-document token."""
         if not Path(path).is_file():
-            what = "is a folder; pass the tokenizer.json inside it" if Path(path).is_dir() else "does not exist"
-            raise DataError(f"The tokenizer file {path} {what} (or pass --tokenizer {BYTES}).")
+            problem = "is a folder; pass the tokenizer.json inside it" if Path(path).is_dir() else "does not exist"
+            raise DataError(f"The tokenizer file {path} {problem} (or pass --tokenizer {BYTES}).")
         tokenizers = _import_tokenizers(path)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(path)
         except Exception as error:  # the Rust side raises bare Exception
-            raise DataError(f"{path} is not a tokenizers JSON file ({error}); pass a whole tokenizer.json.") from error
-        self._name = path
-        # A file may carry its model's truncation and padding, which would cut documents without a word.
+            raise DataError(
+                f"{path} is not a tokenizers JSON file ({error}); pass a complete tokenizer.json."
+            ) from error
+        # A file may set truncation and padding for its model, which would silently cut documents.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         # A document that spells out a special token must not end there.
         self._tokenizer.encode_special_tokens = True
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         # Ids may have holes, so the number of entries is not enough.
-        self._vocabulary_size = max(vocabulary.values(), default=-1) + 1
-        self._end_id = _end_id(path, vocabulary, end_token)
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def vocabulary_size(self) -> int:
-        return self._vocabulary_size
-
-    @property
-    def end_id(self) -> int:
-        return self._end_id
+        vocabulary_size = max(vocabulary.values(), default=-1) + 1
+        super().__init__(name=path, vocabulary_size=vocabulary_size, end_id=_end_id(path, vocabulary, end_token))
 
     def encode(self, text: str) -> np.ndarray:
         try:
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
         except Exception as error:  # the Rust side raises bare Exception, such as for a missing unknown token
-            raise DataError(f"The tokenizer {self._name} cannot encode a document ({error}); use another.") from error
+            raise DataError(f"The tokenizer {self.name} cannot encode a document ({error}); use another.") from error
         return np.array(encoding.ids, dtype=np.uint32)
 
 

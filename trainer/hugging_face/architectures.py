@@ -1,6 +1,6 @@
-"""The architectures of Hugging Face that are decoders of ours: what they are called, and what their tensors are.
+"""The architectures of Hugging Face that farspan computes: their names, and those of their tensors.
 
-Both sides pair the two halves of a head in rotary embedding, so that no matrix is permuted.
+Both rotate feature i of a head with feature i + D/2, so that no matrix has to be permuted.
 """
 
 from collections.abc import Sequence
@@ -34,29 +34,29 @@ OF_A_BLOCK = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertNames:
-    """count, size: fields of `config.json`; count also has another name in newer versions of transformers.
-
-    module: what a block calls its mixture. gate, up, down: the matrices of each expert.
-    """
+    """Names of a mixture of experts in `config.json` and in the tensors."""
 
     count: str
+    """Field of `config.json`; newer versions of transformers call it num_local_experts everywhere."""
     size: str
+    """Field of `config.json`."""
     module: str
+    """The mixture in a block."""
     gate: str
     up: str
     down: str
 
 
-class Half(NamedTuple):
-    """One half of the rows of the matrices of a tensor `[E, 2 * rows, in]`; number None: all of them."""
+class FusedTensor(NamedTuple):
+    """A tensor of all experts; half 0 or 1: the first or second half of its rows `[E, 2 * rows, in]`, None: all."""
 
     tensor: str
-    number: int | None
+    half: int | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """name, model_type: in `config.json`. base: of rotary embedding where the file has none. experts: None without."""
+    """name, model_type: in `config.json`. base: of RoPE where the file has none. experts: None without any."""
 
     name: str
     model_type: str
@@ -65,29 +65,29 @@ class Architecture:
     experts: ExpertNames | None = None
 
     def tensors_of(self, parameter: str, experts: int) -> list[str]:
-        """Return the tensors that a parameter is made of: one or, stacked, one of each expert."""
+        """Return the tensors of a parameter: one or, to be stacked, one for each expert."""
         if parameter in OUTSIDE_OF_BLOCKS:
             return [OUTSIDE_OF_BLOCKS[parameter]]
         _, layer, part = parameter.split(".", 2)
         block = f"model.layers.{layer}."
         if part in OF_A_BLOCK:
             return [block + OF_A_BLOCK[part]]
-        assert self.experts is not None, f"{self.name} has no place for {parameter}"
+        assert self.experts is not None, f"{self.name} has no tensor for {parameter}"
         if part == "feed_forward.router.weight":
             return [f"{block}{self.experts.module}.gate.weight"]
         matrix = getattr(self.experts, part.split(".")[-2])
         return [f"{block}{self.experts.module}.experts.{expert}.{matrix}.weight" for expert in range(experts)]
 
     @staticmethod
-    def fused_tensor_of(parameter: str) -> Half | None:
-        """Return where a parameter of a mixture is in files that are written as transformers 5 computes."""
+    def fused_tensor_of(parameter: str) -> FusedTensor | None:
+        """Return the tensor of a mixture's parameter in files that keep the layout of transformers 5."""
         layer, part = parameter.split(".", 2)[1:] if parameter.startswith("blocks.") else ("", "")
         mixture = f"model.layers.{layer}.mlp."
         return {
-            "feed_forward.router.weight": Half(f"{mixture}gate.weight", None),
-            "feed_forward.experts.gate.weight": Half(f"{mixture}experts.gate_up_proj", 0),
-            "feed_forward.experts.up.weight": Half(f"{mixture}experts.gate_up_proj", 1),
-            "feed_forward.experts.down.weight": Half(f"{mixture}experts.down_proj", None),
+            "feed_forward.router.weight": FusedTensor(f"{mixture}gate.weight", None),
+            "feed_forward.experts.gate.weight": FusedTensor(f"{mixture}experts.gate_up_proj", 0),
+            "feed_forward.experts.up.weight": FusedTensor(f"{mixture}experts.gate_up_proj", 1),
+            "feed_forward.experts.down.weight": FusedTensor(f"{mixture}experts.down_proj", None),
         }.get(part)
 
 
@@ -120,35 +120,29 @@ ARCHITECTURES = {architecture.name: architecture for architecture in (LLAMA, QWE
 
 
 def architecture_of(model: ModelConfig, mechanisms: Sequence[Mechanism]) -> Architecture:
-    """Return the architecture that computes what this decoder does.
-
-    Raises ConfigError, which names the setting, where there is none.
-    """
+    """Raises ConfigError, which names the setting, where no architecture computes this model."""
     for mechanism in mechanisms:
         if mechanism != Dense():
             raise ConfigError(
-                f"attention.mechanism has {mechanism}, which no architecture of Hugging Face among "
-                f"{', '.join(ARCHITECTURES)} computes: train with attention.mechanism=dense before an export."
+                f"attention.mechanism has {mechanism}, which none of {', '.join(ARCHITECTURES)} computes: train with "
+                "attention.mechanism=dense before an export."
             )
     has_experts = any(model.expert_layers)
-    architecture = {
-        (False, False): LLAMA,
-        (False, True): QWEN3,
-        (True, False): MIXTRAL,
-        (True, True): QWEN3_MOE,
-    }[has_experts, model.qk_norm]
-    wanted = {
+    architecture = {(False, False): LLAMA, (False, True): QWEN3, (True, False): MIXTRAL, (True, True): QWEN3_MOE}[
+        has_experts, model.qk_norm
+    ]
+    required = {
         "parallel_blocks": (model.parallel_blocks, False),
         "key_convolution": (model.key_convolution, 0),
         "head_mixture.kind": (model.head_mixture.kind, "none"),
         "rope.rotated": (model.rope.rotated % model.head_dim, 0),
         **(_experts(model, architecture) if has_experts else {}),
     }
-    for name, (value, plain) in wanted.items():
-        if value != plain:
+    for name, (value, supported) in required.items():
+        if value != supported:
             raise ConfigError(
-                f"model.{name}={value!r} has no place in {architecture.name}, the architecture of Hugging Face nearest "
-                f"to this model: only a model that was trained with {plain!r} there can be exported."
+                f"model.{name}={value!r} does not exist in {architecture.name}, the Hugging Face architecture nearest "
+                f"to this model: only a model that was trained with {supported!r} can be exported."
             )
     if architecture is LLAMA and model.width % model.heads:
         raise ConfigError(
@@ -159,9 +153,9 @@ def architecture_of(model: ModelConfig, mechanisms: Sequence[Mechanism]) -> Arch
 
 
 def _experts(model: ModelConfig, architecture: Architecture) -> dict[str, tuple[object, object]]:
-    """Return settings of experts, each with the only value that these architectures have."""
+    """Return settings of experts, each with the only value that these architectures support."""
     experts = model.experts
-    wanted: dict[str, tuple[object, object]] = {
+    required: dict[str, tuple[object, object]] = {
         "experts.shared": (experts.shared, 0),
         "experts.choice": (experts.choice, "tokens"),
         "experts.capacity": (experts.capacity, 0.0),
@@ -171,6 +165,6 @@ def _experts(model: ModelConfig, architecture: Architecture) -> dict[str, tuple[
         "experts.bias_rate": (experts.bias_rate, 0.0),
     }
     if architecture is MIXTRAL:
-        wanted["experts.normalized"] = (experts.normalized, True)
-        wanted["experts.layers"] = (experts.layers, "experts") if not all(model.expert_layers) else ("", "")
-    return wanted
+        required["experts.normalized"] = (experts.normalized, True)
+        required["experts.layers"] = (experts.layers, "experts") if not all(model.expert_layers) else ("", "")
+    return required

@@ -1,4 +1,4 @@
-"""A trained model as a folder that `AutoModelForCausalLM.from_pretrained` of Hugging Face's transformers loads."""
+"""Export of a trained model to a folder that `AutoModelForCausalLM.from_pretrained` of transformers loads."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -18,49 +18,47 @@ from farspan.trainer.hugging_face.read_config import CONFIG_FILE
 from farspan.trainer.hugging_face.tensor_files import write_tensors
 from farspan.trainer.hugging_face.write_config import config_fields
 from farspan.trainer.weights.io import StoredWeights, new_folder
-from farspan.trainer.weights.locate import Trained, find_trained
+from farspan.trainer.weights.locate import TrainedModel, find_trained_model
 
 FILE_BYTES = 5_000_000_000
 
 
 class _Part(NamedTuple):
-    """A parameter of ours or, with `expert`, the matrix of one expert in it."""
+    """A parameter of farspan or, with `expert`, the matrix of one expert in it."""
 
     parameter: str
     expert: int | None
 
-    @property
-    def first_axis(self) -> int:
-        """Of the parameter that this has."""
-        return 0 if self.expert is None else 1
+    def shape(self, shapes: Mapping[str, torch.Size]) -> torch.Size:
+        # [E, out, in] -> [out, in]
+        return shapes[self.parameter] if self.expert is None else shapes[self.parameter][1:]
 
-    def of(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Return it, of parameters by name."""
-        whole = parameters[self.parameter]
-        return whole if self.expert is None else whole[self.expert]
+    def take(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        tensor = parameters[self.parameter]
+        return tensor if self.expert is None else tensor[self.expert]
 
 
 def export_model(
     source: Path, out: Path, *, dtype: torch.dtype | None = None, file_bytes: int = FILE_BYTES
 ) -> Architecture:
-    """Write the model in `source` (see `find_trained`) in `dtype`, or as it is stored; return its architecture.
+    """Write the model in `source` (see `find_trained_model`) in `dtype`, or as stored; return its architecture.
 
-    Raises ConfigError for a model that Hugging Face has no architecture for.
+    Raises ConfigError for a model without an architecture of Hugging Face.
     """
-    trained = find_trained(source)
+    trained = find_trained_model(source)
     model = trained.decoder.model
     architecture = architecture_of(model, trained.decoder.mechanisms())
     stored, shapes = StoredWeights(trained.weights), trained.decoder.shapes()
     stored.check(shapes)
     parts = dict(_parts(shapes, architecture, tied=model.tied_embeddings))
     sizes = {
-        name: shapes[part.parameter][part.first_axis :].numel() * (dtype or stored.dtype_of(part.parameter)).itemsize
+        name: part.shape(shapes).numel() * (dtype or stored.dtype_of(part.parameter)).itemsize
         for name, part in parts.items()
     }
 
     def read(names: list[str]) -> Mapping[str, Tensor]:
         tensors = stored.read({parts[name].parameter for name in names})
-        return {name: parts[name].of(tensors).to(dtype) for name in names}
+        return {name: parts[name].take(tensors).to(dtype) for name in names}
 
     fields = config_fields(
         model,
@@ -77,7 +75,7 @@ def export_model(
 
 
 def _parts(shapes: Mapping[str, torch.Size], architecture: Architecture, *, tied: bool) -> Iterator[tuple[str, _Part]]:
-    """Yield each tensor of Hugging Face with where it is in ours; a tied table is written once."""
+    """Yield each tensor of Hugging Face with its part of a parameter; a tied table is written once."""
     for name, shape in shapes.items():
         if name.endswith(ROUTER_BIAS) or (tied and name == "head.weight"):
             continue
@@ -87,23 +85,23 @@ def _parts(shapes: Mapping[str, torch.Size], architecture: Architecture, *, tied
 
 
 def _check_biases(stored: StoredWeights, shapes: Mapping[str, torch.Size], source: Path) -> None:
-    """Refuse routers whose biases have moved; a run without `bias_rate` may have begun with such."""
+    """Refuse routers with biases, which a run may have loaded even if its own `bias_rate` is 0."""
     for name, bias in stored.read(name for name in shapes if name.endswith(ROUTER_BIAS)).items():
         if bias.any():
             raise CheckpointError(
-                f"{source} has biases of experts ({name}), which Hugging Face's routers lack: export a model that was "
-                "trained with model.experts.bias_rate=0 from its start."
+                f"{source} has biases of experts ({name}), which routers of Hugging Face lack: export a model that was "
+                "trained with model.experts.bias_rate=0 from the start."
             )
 
 
-def _positions(trained: Trained) -> int:
-    """Return the longest context that the model is for: the run's, or what its rotary embedding was made for."""
+def _positions(trained: TrainedModel) -> int:
+    """Return the context length of the model: that of the run, or else of its rotary embedding."""
     rope = trained.decoder.model.rope
     return trained.run.data.sequence_tokens if trained.run else round(rope.original_positions * rope.factor)
 
 
 def _end_id(run: Config | None) -> int | None:
-    """Return the token that ends a document in the run's data, None where these are not at hand."""
+    """Return the end-of-document token of the run's data, None without the data."""
     if run is None or not (run.data.folder / SPLITS[0] / META_FILE).is_file():
         return None
     return TokenSource(run.data.folder / SPLITS[0]).end_id

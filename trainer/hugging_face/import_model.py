@@ -1,4 +1,4 @@
-"""A model of Hugging Face as weights that a run can begin with."""
+"""Import of a Hugging Face model as weights that a run can start from."""
 
 from pathlib import Path
 
@@ -14,15 +14,15 @@ from farspan.trainer.weights.io import save_weights
 from farspan.trainer.weights.locate import DECODER_FILE, Decoder
 
 DERIVED = "rotary_emb.inv_freq"
-"""What files of older versions of transformers hold besides parameters: it follows from their configuration."""
+"""Tensors of older versions of transformers that follow from the configuration."""
 ROUTER_BIAS = "feed_forward.bias"
-"""The end of the name of our only buffers, which these architectures have not."""
+"""Suffix of the only buffers of a decoder, which these architectures lack."""
 
 
 def import_model(folder: Path, out: Path) -> Decoder:
-    """Write the model in `folder` as weights, in the dtype that it is stored in, beside their `model.toml`.
+    """Write the model in `folder` as weights with a `model.toml`, in the dtype that it is stored in.
 
-    Raises ConfigError for a model that we have no decoder for, CheckpointError where its files are not whole.
+    Raises ConfigError for a model that farspan does not compute, CheckpointError for incomplete files.
     """
     architecture, model = read_config(folder)
     decoder, files = Decoder(model=model), TensorFiles(folder)
@@ -31,11 +31,11 @@ def import_model(folder: Path, out: Path) -> Decoder:
         if name.endswith(ROUTER_BIAS):
             tensors[name] = torch.zeros(shape)
             continue
-        # With tied embeddings both names are of one table, and files hold it once.
-        of_table = "embedding.weight" if model.tied_embeddings and name == "head.weight" else name
-        names = _sources(of_table, architecture, files, model.experts.count)
-        tensors[name] = _parameter(of_table, names, files, shape, folder)
-        used |= set(names)
+        # Tied embeddings are one table, stored once.
+        stored_name = "embedding.weight" if model.tied_embeddings and name == "head.weight" else name
+        sources = _sources(stored_name, architecture, files, model.experts.count)
+        tensors[name] = _parameter(stored_name, sources, files, shape, folder)
+        used |= set(sources)
     _check_all_used(files, used, architecture, folder, tied=model.tied_embeddings)
     with connected(Ranks(), torch.device("cpu")):
         save_weights(tensors, out, {DECODER_FILE: decoder.text()})
@@ -43,7 +43,7 @@ def import_model(folder: Path, out: Path) -> Decoder:
 
 
 def _sources(name: str, architecture: Architecture, files: TensorFiles, experts: int) -> list[str]:
-    """Return the tensors that a parameter is made of, in the layout that these files have."""
+    """Return the tensors of a parameter, in the layout of these files."""
     published = architecture.tensors_of(name, experts)
     fused = architecture.fused_tensor_of(name)
     if fused is not None and published[0] not in files and fused.tensor in files:
@@ -54,11 +54,11 @@ def _sources(name: str, architecture: Architecture, files: TensorFiles, experts:
 def _parameter(name: str, sources: list[str], files: TensorFiles, shape: torch.Size, folder: Path) -> Tensor:
     parts = [files.tensor(source) for source in sources]
     fused = Architecture.fused_tensor_of(name)
-    if fused is not None and fused.tensor == sources[0] and fused.number is not None:
-        whole = torch.Size((shape[0], 2 * shape[1], shape[2]))
-        _check_shape(parts[0], whole, sources[0], folder)
-        return parts[0].chunk(2, dim=1)[fused.number]
-    # Experts stacked are one parameter; all others are a tensor of their own.
+    if fused is not None and fused.tensor == sources[0] and fused.half is not None:
+        both = torch.Size((shape[0], 2 * shape[1], shape[2]))
+        _check_shape(parts[0], both, sources[0], folder)
+        return parts[0].chunk(2, dim=1)[fused.half]  # [E, 2 * F, C] -> [E, F, C]
+    # Matrices of experts are stacked to one parameter, E x [out, in] -> [E, out, in]; other parameters are one tensor.
     stacked = len(shape) == 3 and parts[0].dim() == 2
     for source, part in zip(sources, parts, strict=True):
         _check_shape(part, shape[1:] if stacked else shape, source, folder)
@@ -68,8 +68,8 @@ def _parameter(name: str, sources: list[str], files: TensorFiles, shape: torch.S
 def _check_shape(tensor: Tensor, shape: torch.Size, name: str, folder: Path) -> None:
     if tensor.shape != shape:
         raise CheckpointError(
-            f"{folder} has {name} of shape {list(tensor.shape)}, and its config.json makes it {list(shape)}: download "
-            "or save the model again."
+            f"{folder} has {name} of shape {list(tensor.shape)}, not {list(shape)} as in its config.json: download or "
+            "save the model again."
         )
 
 
@@ -80,6 +80,6 @@ def _check_all_used(
         if name in used or name.endswith(DERIVED) or (tied and name == "lm_head.weight"):
             continue
         raise CheckpointError(
-            f"{folder} has {name}, which {architecture.name} has no place for by its config.json: it is part of "
-            "what the model computes, so take another."
+            f"{folder} has {name}, which is not in {architecture.name} as its config.json describes it: farspan would "
+            "compute another model; import a model without it."
         )

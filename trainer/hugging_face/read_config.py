@@ -1,4 +1,4 @@
-"""From a `config.json` of Hugging Face to a model of ours; what we do not compute is refused by its name."""
+"""From a `config.json` of Hugging Face to a ModelConfig; fields that farspan does not compute are refused by name."""
 
 import json
 import math
@@ -14,13 +14,13 @@ from farspan.trainer.toml_config import from_tree
 Fields = Mapping[str, Any]
 CONFIG_FILE = "config.json"
 QWEN3_HEAD_DIM = 128
-"""What transformers takes where a `config.json` of Qwen3 has no head_dim."""
-WANTED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
-"""Fields with the only value that our decoder has."""
+"""The default of transformers for a `config.json` of Qwen3 without head_dim."""
+REQUIRED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
+"""Fields with the only value that farspan computes."""
 
 
 def read_config(folder: Path) -> tuple[Architecture, ModelConfig]:
-    """Return what the model in `folder` is; raises ConfigError for one that we have no decoder for."""
+    """Raises ConfigError for a model that farspan does not compute."""
     path = folder / CONFIG_FILE
     try:
         fields = json.loads(path.read_text())
@@ -36,25 +36,25 @@ def read_config(folder: Path) -> tuple[Architecture, ModelConfig]:
     except TypeError as error:
         raise ConfigError(f"{path} has a field of the wrong type ({error}): save the model again.") from None
     except ConfigError as error:
-        raise ConfigError(f"{path} is of no model that farspan trains: {error}") from None
+        raise ConfigError(f"{path} describes a model that farspan does not train: {error}") from None
 
 
 def balance_loss_of(coefficient: float, per_token: int, layers: int) -> float:
-    """Return our coefficient of the balance loss for `router_aux_loss_coef`.
+    """Return `model.experts.balance_loss` for `router_aux_loss_coef`, so that even loads give the same loss.
 
-    Theirs is E sum_i f_i P_i with f_i choices per token, which add up to `per_token`, and both means over all layers of
-    experts; ours has f_i as parts of 1, and layers add up. Loads that are even give the same loss.
+    transformers computes E sum_i f_i P_i with f_i in choices per token, which add up to `per_token`, and takes the mean
+    over layers; here f_i add up to 1, and the losses of layers are added.
     """
     return float(f"{coefficient * per_token / layers:.6g}")
 
 
 def pattern_of(has_experts: Sequence[bool]) -> str:
-    """Return `model.experts.layers` for these layers, its shortest round."""
+    """Return `model.experts.layers` for these layers, as the shortest pattern that repeats."""
     total = len(has_experts)
     length = next(n for n in range(1, total + 1) if all(has_experts[i] == has_experts[i % n] for i in range(total)))
     runs: list[list[Any]] = []
-    for here in has_experts[:length]:
-        name = "experts" if here else "dense"
+    for is_mixture in has_experts[:length]:
+        name = "experts" if is_mixture else "dense"
         if runs and runs[-1][0] == name:
             runs[-1][1] += 1
         else:
@@ -73,11 +73,11 @@ def _architecture(fields: Any, path: Path) -> Architecture:
 
 
 def _model(fields: Fields, architecture: Architecture) -> dict[str, Any]:
-    """Return the tree of a ModelConfig; raises KeyError for a field that is missing."""
-    for name, wanted in WANTED.items():
-        if fields.get(name, wanted) != wanted:
-            raise ConfigError(f"{name}={_shown(fields[name])}, and our decoder has {_shown(wanted)} only.")
-    # Mixtral has no switch for its window.
+    """Return the tree of a ModelConfig; raises KeyError for a missing field."""
+    for name, supported in REQUIRED.items():
+        if fields.get(name, supported) != supported:
+            raise ConfigError(f"{name}={_shown(fields[name])}, but farspan computes {_shown(supported)} only.")
+    # Mixtral has no use_sliding_window: its window is on wherever it is set.
     if fields.get("sliding_window") is not None and fields.get("use_sliding_window", architecture is MIXTRAL):
         raise ConfigError(
             f"sliding_window={fields['sliding_window']}; set it to null there and give runs attention.mechanism=window."
@@ -123,14 +123,14 @@ def _experts(fields: Fields, architecture: Architecture) -> dict[str, Any]:
 
 
 def _rope(fields: Fields, base: float) -> dict[str, Any]:
-    """Return the tree of a RopeConfig, of `rope_theta` and `rope_scaling` or, in newer files, `rope_parameters`."""
+    """Return the tree of a RopeConfig from `rope_theta` and `rope_scaling` or, in newer files, `rope_parameters`."""
     rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3", "yarn"):
-        raise ConfigError(f"its rotary embedding is of type {kind}, and ours is default, llama3 or yarn.")
+        raise ConfigError(f"rope_type={kind}, but farspan computes default, llama3 and yarn only.")
     partial = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
-        raise ConfigError(f"partial_rotary_factor={partial}, and {', '.join(ARCHITECTURES)} turn all of a head.")
+        raise ConfigError(f"partial_rotary_factor={partial}, but {', '.join(ARCHITECTURES)} rotate all of a head.")
     positions = fields["max_position_embeddings"]
     tree = {"base": rope.get("rope_theta", fields.get("rope_theta", base)), "original_positions": positions}
     if kind == "default":
@@ -152,18 +152,19 @@ def _rope(fields: Fields, base: float) -> dict[str, Any]:
 
 
 def _check_yarn(rope: Fields, factor: float) -> None:
-    """Refuse what our YaRN has not: another size of queries and keys than the paper's, a ramp that is not rounded."""
+    """Refuse another attention factor than the paper's, and a ramp that is not rounded."""
 
-    def size(scale: float) -> float:
+    def attention_factor(scale: float) -> float:
         return 0.1 * scale * math.log(factor) + 1.0
 
     given = rope.get("attention_factor")
     if given is None and rope.get("mscale") and rope.get("mscale_all_dim"):
-        given = size(rope["mscale"]) / size(rope["mscale_all_dim"])
-    if given is not None and not math.isclose(given, size(1.0), rel_tol=1e-6):
-        raise ConfigError(f"YaRN's attention factor is {given}, and ours is 0.1 ln(factor) + 1 = {size(1.0)}.")
+        given = attention_factor(rope["mscale"]) / attention_factor(rope["mscale_all_dim"])
+    ours = attention_factor(1.0)
+    if given is not None and not math.isclose(given, ours, rel_tol=1e-6):
+        raise ConfigError(f"YaRN's attention_factor={given}, but farspan computes 0.1 ln(factor) + 1 = {ours} only.")
     if not rope.get("truncate", True):
-        raise ConfigError("YaRN's truncate is false, and our ramp is always rounded outwards, as in the released code.")
+        raise ConfigError("YaRN's truncate=false, but farspan computes the rounded ramp of the released code only.")
 
 
 def _shown(value: Any) -> str:

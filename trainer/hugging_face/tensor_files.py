@@ -1,4 +1,4 @@
-"""Folders of safetensors: one file, or several with an index of what is where."""
+"""Folders of safetensors: one file, or several with an index."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -17,12 +17,12 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class TensorFiles:
-    """Tensors of a folder by name, mapped from its files: memory is taken where they are read."""
+    """Tensors of a folder by name, memory-mapped."""
 
     def __init__(self, folder: Path) -> None:
-        """Read which tensors there are; raises CheckpointError where a file is missing or damaged."""
+        """List the tensors; raises CheckpointError where a file is missing or damaged."""
         self._folder, self._safetensors = folder, _import_safetensors()
-        self._files = self._indexed() if (folder / INDEX).is_file() else self._of_one_file()
+        self._files = self._indexed() if (folder / INDEX).is_file() else self._of_single_file()
 
     @property
     def names(self) -> list[str]:
@@ -32,17 +32,17 @@ class TensorFiles:
         return name in self._files
 
     def tensor(self, name: str) -> Tensor:
-        """Return one tensor; raises CheckpointError where it is missing, or holds no plain numbers."""
+        """Return one tensor; raises CheckpointError where it is missing or quantized."""
         if name not in self._files:
             raise CheckpointError(f"{self._folder} has no tensor {name}: download or save the model again.")
         tensor = self._files[name].get_tensor(name)
         if tensor.dtype not in FLOATS:
             raise CheckpointError(
-                f"{self._folder} has {name} in {tensor.dtype}, which is quantised: take weights in bfloat16 or float32."
+                f"{self._folder} has {name} in {tensor.dtype}, which is quantized: take weights in bfloat16 or float32."
             )
         return tensor
 
-    def _of_one_file(self) -> dict[str, Any]:
+    def _of_single_file(self) -> dict[str, Any]:
         if not (self._folder / ONE_FILE).is_file():
             raise CheckpointError(
                 f"{self._folder} has neither {ONE_FILE} nor {INDEX}: save the model as safetensors there."
@@ -52,17 +52,17 @@ class TensorFiles:
 
     def _indexed(self) -> dict[str, Any]:
         try:
-            places = json.loads((self._folder / INDEX).read_text())["weight_map"]
-            files = {name: self._opened(name) for name in sorted(set(places.values()))}
+            file_of = json.loads((self._folder / INDEX).read_text())["weight_map"]
+            files = {name: self._opened(name) for name in sorted(set(file_of.values()))}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{self._folder / INDEX} is damaged ({error}): download it again.") from None
-        held = {name: set(file.keys()) for name, file in files.items()}
-        for tensor, name in places.items():
-            if tensor not in held[name]:
+        tensors = {name: set(file.keys()) for name, file in files.items()}
+        for tensor, name in file_of.items():
+            if tensor not in tensors[name]:
                 raise CheckpointError(
-                    f"{self._folder / name} lacks {tensor}, which {INDEX} has there: download it again."
+                    f"{self._folder / name} lacks {tensor}, which is there by {INDEX}: download it again."
                 )
-        return {tensor: files[name] for tensor, name in places.items()}
+        return {tensor: files[name] for tensor, name in file_of.items()}
 
     def _opened(self, name: str) -> Any:
         path = self._folder / name
@@ -79,33 +79,32 @@ def write_tensors(
 ) -> None:
     """Write tensors into files of at most `file_bytes` where each fits in one; raises OSError.
 
-    sizes: of each in bytes, in the order in which they are written. read: what returns tensors; it is asked for those
-    of one file at a time.
+    sizes: bytes of each, in the order of the files. read: returns the tensors of these names; called once for each
+    file, so that no more than those are in memory.
     """
     safetensors = _import_safetensors()
     files = list(_files(sizes, file_bytes))
-    total, places = sum(sizes.values()), {}
+    total, file_of = sum(sizes.values()), {}
     for number, names in enumerate(files, start=1):
         file = ONE_FILE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         try:
             safetensors.torch.save_file(dict(read(names)), folder / file, metadata={"format": "pt"})
         except safetensors.SafetensorError as error:
             raise OSError(str(error)) from None
-        places |= dict.fromkeys(names, file)
+        file_of |= dict.fromkeys(names, file)
     if len(files) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": places}
+        index = {"metadata": {"total_size": total}, "weight_map": file_of}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _files(sizes: Mapping[str, int], file_bytes: int) -> Iterator[list[str]]:
-    """Yield the names of the tensors of each file."""
-    names, taken = [], 0
+    names, filled = [], 0
     for name, size in sizes.items():
-        if names and taken + size > file_bytes:
+        if names and filled + size > file_bytes:
             yield names
-            names, taken = [], 0
+            names, filled = [], 0
         names.append(name)
-        taken += size
+        filled += size
     yield names
 
 

@@ -1,4 +1,4 @@
-"""From a model of ours to the `config.json` of Hugging Face."""
+"""From a ModelConfig to the `config.json` of Hugging Face."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ def config_fields(
 ) -> dict[str, Any]:
     """Return the fields of `config.json`, in the form that transformers 4 and 5 both read.
 
-    positions: how many it was trained on. end_id: of the token that ends a document, None where that is unknown.
+    positions: context length of the training. end_id: the end-of-document token, None if unknown.
     """
     fields = {
         "architectures": [architecture.name],
@@ -30,7 +30,7 @@ def config_fields(
         "max_position_embeddings": positions,
         "rope_theta": model.rope.base,
         "rope_scaling": _rope_scaling(model.rope),
-        # Documents begin with no token of their own here; left out, Llama's would be taken.
+        # Documents do not start with a token here; without the field, transformers takes Llama's.
         "bos_token_id": None,
         "eos_token_id": end_id,
     }

@@ -1,6 +1,10 @@
-"""The attention layer: projections around what a mechanism and a strategy have planned.
+"""The attention layer: projections, norms and RoPE around the attention that a mechanism and a strategy have planned.
 
-Legend: T local tokens of one micro-batch, C width, Hq query heads, Hk key/value heads, D head size.
+Legend: T local tokens of one micro-batch, C width, Hq query heads, Hk KV heads, D head dim.
+
+Where q goes next: `trainer/build.py` chooses mechanism, strategy and backend of each layer; `trainer/batch.py` plans
+them for a sequence, as `inputs.attention`. Calling that runs the strategy, `parallel/context_parallel/strategy.py`,
+which moves keys, heads or queries between ranks and runs the backend's kernels, `kernels/attention.py`, on each block.
 """
 
 from dataclasses import dataclass
@@ -8,31 +12,44 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from farspan.kernels.layers.norm import rms_norm
 from farspan.kernels.layers.rope import apply_rope
 from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.routing.router_logits import routing_logits
 from farspan.parallel.context_parallel.key_convolution import KeyConvolution
 from farspan.parallel.context_parallel.strategy import DistributedAttention
 from farspan.trainer.model.config import ModelConfig
-from farspan.trainer.model.norm import RmsNorm
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionInputs:
-    """What an attention layer needs of the sequence; cos and sin `[T, D/2]` stay float32 whatever the compute dtype.
+    """What an attention layer needs to know of the sequence beside its tokens.
 
-    real: which tokens are no padding, bool `[T]`.
+    real: tokens that are not padding, bool `[T]`. cos, sin: `[T, D/2]`, float32 whatever the compute dtype.
+    attention: over the full sequence, for the local queries; it communicates.
     """
 
     real: Tensor
     cos: Tensor
     sin: Tensor
-    attend: DistributedAttention
+    attention: DistributedAttention
     key_convolution: KeyConvolution | None
 
 
+class RmsNorm(nn.Module):
+    """Root-mean-square norm over the last dimension."""
+
+    def __init__(self, size: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.epsilon)
+
+
 class Router(nn.Linear):
-    """What a mechanism chooses by: numbers for each token and KV head, in the accumulation dtype."""
+    """Routing logits of a mechanism: numbers for each token and KV head, in the accumulation dtype."""
 
     def __init__(self, config: ModelConfig, mechanism: Mechanism) -> None:
         heads = config.projected_heads_of(mechanism).kv
@@ -41,11 +58,12 @@ class Router(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         x = input.detach() if self.detached else input
+        # [T, Hk * routing_width] -> [T, Hk, routing_width]
         return routing_logits(x, self.weight).unflatten(-1, (self.kv_heads, -1))
 
 
 class ConvolutionWeight(nn.Module):
-    """The taps of the convolution on keys, `[Hk * D, W]`: many rows, which sharding deals evenly."""
+    """The taps of the convolution on keys, `[Hk * D, taps]`: many rows, so that FSDP shards them evenly."""
 
     def __init__(self, keys_width: int, taps: int) -> None:
         super().__init__()
@@ -53,11 +71,11 @@ class ConvolutionWeight(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245): the only place where the model meets mechanism and strategy.
+    """Grouped-query attention (arXiv 2305.13245).
 
-    Keys are convolved as projected. Before their norm, so that it still bounds the scores. Before they are rotated, so
-    that scores still depend on distances only: what SiLU gives of rotated keys depends on where they are. Where the
-    paper has it is not known to us.
+    Keys are convolved as projected: before their norm, so that the norm still bounds the scores; and before RoPE, so
+    that scores still depend on distances only, as SiLU of rotated keys would depend on positions. The paper does not
+    say where it convolves.
     """
 
     def __init__(self, config: ModelConfig, mechanism: Mechanism) -> None:
@@ -74,17 +92,21 @@ class Attention(nn.Module):
         self.key_convolution = ConvolutionWeight(kv_width, config.key_convolution) if config.key_convolution else None
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
-        """Return `[T, C]` of x `[T, C]`."""
-        q = self.query(x).unflatten(-1, (-1, self.head_dim))
-        return self.out(self.attend(q, x, inputs).flatten(1))
+        """`[T, C] -> [T, C]`"""
+        q = self.query(x).unflatten(-1, (-1, self.head_dim))  # [T, Hq * D] -> [T, Hq, D]
+        return self.out(self.head_outputs(q, x, inputs).flatten(1))  # [T, Hq, D] -> [T, Hq * D] -> [T, C]
 
-    def attend(self, q: Tensor, x: Tensor, inputs: AttentionInputs) -> Tensor:
-        """Return what queries `[T, Hq, D]`, as projected, find in the layer's input x `[T, C]`; `[T, Hq, D]`."""
+    def head_outputs(self, q: Tensor, x: Tensor, inputs: AttentionInputs) -> Tensor:
+        """Return the output of each query head `[T, Hq, D]`, for q `[T, Hq, D]` as projected and x `[T, C]`."""
+        # [T, Hk * D] -> [T, Hk, D]
         k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.key, self.value))
         if self.key_convolution is not None:
             assert inputs.key_convolution is not None, "this model's sequences come with a planned convolution"
-            k = inputs.key_convolution(k, self.key_convolution.weight.t().unflatten(1, (-1, self.head_dim)))
+            # [Hk * D, taps] -> [taps, Hk, D]
+            taps = self.key_convolution.weight.t().unflatten(1, (-1, self.head_dim))
+            k = inputs.key_convolution(k, taps)
         q = apply_rope(self.query_norm(q), inputs.cos, inputs.sin)  # [T, Hq, D]
         k = apply_rope(self.key_norm(k), inputs.cos, inputs.sin)  # [T, Hk, D]
         routing = () if self.router is None else (self.router(x),)  # [T, Hk, routing_width]
-        return inputs.attend(q, k, v, *routing)
+        # The seam between model and parallelism, see above: keys of all ranks for the queries of this one.
+        return inputs.attention(q, k, v, *routing)

@@ -1,40 +1,40 @@
-"""What a decoder is made of."""
+"""The configuration of a decoder; the string under each field is its line in docs/configuration.md."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 from farspan.errors import ConfigError
 from farspan.kernels.layers.rope import Llama3Scaling, RopeScaling, YarnScaling
-from farspan.kernels.mechanism import Heads, Mechanism, Recurrent
+from farspan.kernels.mechanism import Access, Heads, Mechanism
 from farspan.kernels.moe.expert_router import ExpertRouter
 from farspan.kernels.moe.head_router import AttentionExperts, MixtureOfHeads
-from farspan.trainer.pattern import parse_pattern
-from farspan.trainer.toml_config import bounded
+from farspan.trainer.toml_config import bounded, parse_pattern
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeConfig:
-    """Rotary position embedding; the fields after `scaling` matter only to the scalings that have them.
-
-    base: longest wavelength is 2 pi base. rotated: how many numbers of each head turn, the first ones, 0 for all; what
-    scalings call the head's size is then this. scaling: how frequencies are stretched over a longer context.
-    factor: how many times longer than `original_positions` the context is. original_positions: the context that the
-    frequencies were made for. low_frequency_factor, high_frequency_factor: of Llama 3, in turns over
-    `original_positions`; beta_fast, beta_slow: of YaRN, in turns over `original_positions`.
-    """
+    """Rotary position embedding (RoPE)."""
 
     base: float = bounded(10_000.0, above=1)
+    """Base of the wavelengths; the longest is 2 pi base tokens."""
     rotated: int = bounded(0, minimum=0)
+    """How many dimensions of each head rotate, the first ones; 0 rotates all. Scalings take this for the head size."""
     scaling: Literal["none", "llama3", "yarn"] = "none"
+    """How frequencies are scaled to a longer context."""
     factor: float = bounded(1.0, minimum=1)
+    """Ratio of the context length to `original_positions`; for llama3 and yarn."""
     original_positions: int = bounded(8192, minimum=1)
+    """Context length that the frequencies were made for; for llama3 and yarn."""
     low_frequency_factor: float = bounded(1.0, above=0)
+    """llama3: fewer turns over `original_positions` than this scale by the full factor."""
     high_frequency_factor: float = bounded(4.0, above=0)
+    """llama3: more turns over `original_positions` than this stay unscaled."""
     beta_fast: float = bounded(32.0, above=0)
+    """yarn: more turns over `original_positions` than this stay unscaled."""
     beta_slow: float = bounded(1.0, above=0)
+    """yarn: fewer turns over `original_positions` than this scale by the full factor."""
 
     def build_scaling(self) -> RopeScaling | None:
-        """Return the scaling that these fields describe."""
         if self.scaling == "llama3":
             return Llama3Scaling(
                 factor=self.factor,
@@ -54,41 +54,46 @@ class RopeConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertsConfig:
-    """Mixtures of experts in place of the feed-forward layer; every token is computed by the experts that it chose.
-
-    count: experts of a layer, 0 without any. per_token: how many each token chooses. feed_forward: inner size of each.
-    shared: inner size of one more, which computes all tokens; 0 without. layers: which layers have experts, by a
-    pattern that is repeated, of `experts` and `dense`, such as 'dense, experts*3'. choice: who chooses; where experts
-    choose tokens (arXiv 2202.09368), they look at the whole sequence, the future too: not for generating text.
-    capacity: how many times its even share of a sequence an expert takes at most, 0 for any; the rest of the choices is
-    dropped. drop: which, those of the lowest weights or of the last positions. score: of an expert for a token,
-    softmax over all experts, or sigmoid. normalized: whether weights of the chosen ones add up to 1, before scale.
-    scale: of the weights. groups: of neighboring experts. groups_per_token: how many of these, the best, a token
-    chooses from. bias_rate: how far the bias of an expert moves each step to even out loads; it counts in the choice
-    only (arXiv 2408.15664). balance_loss: coefficient of Switch's loss. balance_over: what that is computed over, each
-    sequence or all of the step. z_loss: coefficient of the squared log-sum-exps of logits.
-    """
+    """Mixture of experts (MoE) in place of the feed-forward layer."""
 
     count: int = bounded(0, minimum=0)
+    """Experts of a layer; 0 makes every layer dense."""
     per_token: int = bounded(2, minimum=1)
+    """Experts that each token is routed to."""
     feed_forward: int = bounded(0, minimum=0)
+    """Inner size of each expert."""
     shared: int = bounded(0, minimum=0)
+    """Inner size of one more expert, which computes all tokens; 0 leaves it out."""
     layers: str = "experts"
+    """Which layers have experts: a pattern of `experts` and `dense` that repeats, such as 'dense, experts*3'."""
     choice: Literal["tokens", "experts"] = "tokens"
+    """Who chooses. Experts that choose tokens (arXiv 2202.09368) see the full sequence: such a model cannot generate
+    text token by token."""
     capacity: float = bounded(0.0, minimum=0)
+    """Most tokens of a sequence that an expert takes, as a multiple of its even share; 0 sets no limit."""
     drop: Literal["weight", "position"] = "weight"
+    """Which tokens an expert over its capacity drops: those of the lowest weights or of the last positions."""
     score: Literal["softmax", "sigmoid"] = "softmax"
+    """Score of an expert for a token: softmax over all experts, or sigmoid."""
     normalized: bool = True
+    """Whether the weights of the chosen experts add up to 1, before `scale`."""
     scale: float = bounded(1.0, above=0)
+    """Factor of the weights."""
     groups: int = bounded(1, minimum=1)
+    """Number of groups that neighboring experts form."""
     groups_per_token: int = bounded(1, minimum=1)
+    """Groups, the best ones, that a token chooses its experts from."""
     bias_rate: float = bounded(0.0, minimum=0)
+    """How far each step moves an expert's bias to even out loads; only the choice uses it (arXiv 2408.15664)."""
     balance_loss: float = bounded(0.0, minimum=0)
+    """Coefficient of the load balancing loss of Switch Transformer."""
     balance_over: Literal["sequence", "step"] = "sequence"
+    """Tokens that the load balancing loss is computed over."""
     z_loss: float = bounded(0.0, minimum=0)
+    """Coefficient of the router z-loss, the squared log-sum-exp of the logits."""
 
     def build_router(self) -> ExpertRouter:
-        """Return how experts are chosen; raises ValueError where the fields do not fit."""
+        """Raises ValueError where the fields do not fit."""
         return ExpertRouter(
             experts=self.count,
             per_token=self.per_token,
@@ -100,7 +105,7 @@ class ExpertsConfig:
         )
 
     def in_layers(self, layers: int) -> tuple[bool, ...]:
-        """Return whether each layer has experts; raises ConfigError for a pattern that is none."""
+        """Return whether each layer has experts; raises ConfigError for a pattern of other names."""
         if not self.count:
             return (False,) * layers
         pattern = parse_pattern(self.layers, "model.experts.layers")
@@ -112,61 +117,70 @@ class ExpertsConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadMixtureConfig:
-    """Mixtures of attention: tokens choose whose queries and outputs they use; any mechanism attends with these.
-
-    kind: experts, each with `model.heads` queries and an output of its own (arXiv 2210.05144), or heads, some of
-    `model.heads` (MoH, arXiv 2410.11842). count: of experts. per_token: how many experts a token chooses or, of heads,
-    how many for each KV head. shared: heads of each KV head that work on every token besides. own_keys: whether each
-    expert has keys and values of its own, too (BAM, arXiv 2408.08274); tokens have to choose all experts then, as their
-    keys are there for other tokens. normalized: whether weights of the chosen experts add up to 1. bias_rate,
-    balance_loss, balance_over, z_loss: as in `model.experts`.
-    """
+    """Mixture of attention heads: tokens choose whose queries and outputs they use, with any mechanism."""
 
     kind: Literal["none", "experts", "heads"] = "none"
+    """What a token chooses: experts, each with `model.heads` queries and its own output (arXiv 2210.05144), or heads,
+    some of `model.heads` (MoH, arXiv 2410.11842)."""
     count: int = bounded(0, minimum=0)
+    """Number of experts; for kind=experts."""
     per_token: int = bounded(1, minimum=1)
+    """Experts that a token chooses or, for kind=heads, heads that it chooses for each KV head."""
     shared: int = bounded(0, minimum=0)
+    """Heads of each KV head that compute every token besides; for kind=heads."""
     own_keys: bool = False
+    """Whether each expert has its own keys and values, too (BAM, arXiv 2408.08274). Tokens then have to choose all
+    experts, as other tokens read those keys."""
     normalized: bool = True
+    """Whether the weights of the chosen experts add up to 1."""
     bias_rate: float = bounded(0.0, minimum=0)
+    """As in `model.experts`."""
     balance_loss: float = bounded(0.0, minimum=0)
+    """As in `model.experts`."""
     balance_over: Literal["sequence", "step"] = "sequence"
+    """As in `model.experts`."""
     z_loss: float = bounded(0.0, minimum=0)
+    """As in `model.experts`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """A pre-norm decoder with grouped-query attention and SwiGLU.
-
-    layers: blocks of attention and SwiGLU. width: size of the residual stream. heads: of queries. kv_heads: of keys
-    and values, each shared by heads / kv_heads query heads. head_dim: size of a head; heads * head_dim need not be
-    the width. feed_forward: inner size of SwiGLU. vocabulary_size: of the model; 0 takes the data's, rounded up to a
-    multiple of 64. norm_epsilon: of every RMSNorm. qk_norm: normalize the queries and keys of each head.
-    tied_embeddings: one table for input and output. key_convolution: how many keys a short convolution on the
-    keys reads, 0 without one (FlashMoBA, arXiv 2511.11571). parallel_blocks: whether attention and SwiGLU of a block
-    read the same norm and are added together, instead of one after the other. recurrent_layer: what a recurrence is
-    wrapped in, `plain` the same as all other mechanisms, `gated` as in MiniMax-01 (arXiv 2501.08313, section 2.2), SiLU
-    of queries, keys and values, as many heads of each, without rotary embedding, qk_norm and key_convolution, and
-    behind it a norm over all heads and a gate. experts: of layers that have a mixture instead of SwiGLU. head_mixture:
-    of attention, in all layers but gated ones.
-    """
+    """A pre-norm decoder with grouped-query attention and SwiGLU."""
 
     layers: int = bounded(minimum=1)
+    """Number of blocks of attention and feed-forward."""
     width: int = bounded(minimum=1)
+    """Size of the residual stream."""
     heads: int = bounded(minimum=1)
+    """Number of query heads."""
     kv_heads: int = bounded(minimum=1)
+    """Number of key/value heads (GQA), each shared by heads / kv_heads query heads."""
     head_dim: int = bounded(minimum=2)
+    """Size of a head; heads * head_dim need not be the width."""
     feed_forward: int = bounded(minimum=1)
+    """Inner size of SwiGLU."""
     vocabulary_size: int = bounded(0, minimum=0)
+    """Number of tokens in the vocabulary; 0 takes the data's, rounded up to a multiple of 64."""
     norm_epsilon: float = bounded(1e-5, above=0)
+    """Epsilon of every RMSNorm."""
     qk_norm: bool = False
+    """Whether to normalize the queries and keys of each head."""
     tied_embeddings: bool = False
+    """Whether input embedding and output head share one table."""
     key_convolution: Literal[0, 3, 5] = 0
+    """Keys that a short causal convolution on the keys reads (FlashMoBA, arXiv 2511.11571); 0 leaves it out."""
     parallel_blocks: bool = False
+    """Whether attention and feed-forward of a block read the same norm and are added together, instead of in turn."""
     recurrent_layer: Literal["plain", "gated"] = "plain"
+    """Layer around a recurrence: `plain` is that of all other mechanisms; `gated` is MiniMax-01's (arXiv 2501.08313,
+    section 2.2): SiLU of queries, keys and values, one KV head per query head, no RoPE, qk_norm or key_convolution,
+    then a norm over all heads and an output gate."""
     rope: RopeConfig = field(default_factory=RopeConfig)
+    """Rotary position embedding."""
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    """Mixture of experts."""
     head_mixture: HeadMixtureConfig = field(default_factory=HeadMixtureConfig)
+    """Mixture of attention heads, in all layers but gated recurrences."""
 
     @property
     def expert_layers(self) -> tuple[bool, ...]:
@@ -174,15 +188,13 @@ class ModelConfig:
         return self.experts.in_layers(self.layers)
 
     def is_gated(self, mechanism: Mechanism) -> bool:
-        """Return whether a layer with this mechanism is a gated recurrence."""
-        return self.recurrent_layer == "gated" and isinstance(mechanism, Recurrent)
+        return self.recurrent_layer == "gated" and mechanism.accesses == {Access.STATE}
 
     def mixes_heads(self, mechanism: Mechanism) -> bool:
-        """Return whether tokens choose heads in a layer with this mechanism."""
         return self.head_mixture.kind != "none" and not self.is_gated(mechanism)
 
     def projected_heads_of(self, mechanism: Mechanism) -> Heads:
-        """Return how many heads a layer with this mechanism has matrices for; a gated recurrence shares none."""
+        """Return the heads that a layer with this mechanism has matrices for; a gated recurrence shares no KV heads."""
         if self.is_gated(mechanism):
             return Heads(query=self.heads, kv=self.heads)
         mixture = self.head_mixture
@@ -190,7 +202,7 @@ class ModelConfig:
         return Heads(query=copies * self.heads, kv=self.kv_heads * (copies if mixture.own_keys else 1))
 
     def heads_of(self, mechanism: Mechanism) -> Heads:
-        """Return how many heads each token works with in a layer with this mechanism: those of its attention."""
+        """Return the heads that attend for each token in a layer with this mechanism."""
         projected, mixture = self.projected_heads_of(mechanism), self.head_mixture
         if not self.mixes_heads(mechanism):
             return projected
@@ -199,7 +211,7 @@ class ModelConfig:
         return Heads(query=projected.kv * (mixture.shared + mixture.per_token), kv=projected.kv)
 
     def build_head_router(self) -> AttentionExperts | MixtureOfHeads | None:
-        """Return how heads are chosen, None without a mixture; raises ValueError where the fields do not fit."""
+        """Return None without a mixture; raises ValueError where the fields do not fit."""
         mixture = self.head_mixture
         if mixture.kind == "experts":
             return AttentionExperts(count=mixture.count, per_token=mixture.per_token, normalized=mixture.normalized)

@@ -1,6 +1,6 @@
-"""Mixture of experts in place of a block's feed-forward: a router, experts on this rank and others, and shared ones.
+"""Mixture of experts in place of a block's feed-forward: a router, experts of this and other ranks, a shared expert.
 
-Legend: T local tokens, C width, E experts, K experts of a token, F inner size of an expert.
+Legend: T local tokens, C width, E experts, K experts of a token, F inner size of an expert, N received rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,15 +19,14 @@ from farspan.trainer.model.statistics import RoutingStatistics
 
 
 class ExpertMatrices(nn.Module):
-    """One matrix of each expert, `[E, out, in]`; sharded, those of this rank's experts."""
+    """One matrix of each expert, `[E, out, in]`, sharded over the ranks of the expert mesh axis."""
 
     def __init__(self, experts: int, fan_in: int, fan_out: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, fan_out, fan_in))
 
     def local(self) -> Tensor:
-        """Return the matrices of this rank's experts."""
-        # Gathered over its data-parallel axis, a sharded parameter still is a DTensor over the expert axis.
+        # FSDP gathers it over the data-parallel axis only: it is still a DTensor over the expert axis.
         weight: Tensor = self.weight
         return weight.to_local() if isinstance(weight, DTensor) else weight
 
@@ -43,12 +42,12 @@ class Experts(nn.Module):
         self.down = ExpertMatrices(count, inner, config.width)
 
     def forward(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """rows `[N, C]`, of which each expert has the next of `counts`."""
+        """`[N, C] -> [N, C]`; rows are sorted by expert, `counts` says how many each has."""
         return grouped_swiglu(rows, self.gate.local(), self.up.local(), self.down.local(), counts)
 
 
 class ExpertFeedForward(nn.Module):
-    """What its experts make of each token, weighed and summed, and what the shared expert makes of all."""
+    """The weighted sum of the chosen experts' outputs for each token, plus the shared expert's."""
 
     def __init__(self, config: ModelConfig, shared: nn.Module | None) -> None:
         super().__init__()
@@ -61,7 +60,10 @@ class ExpertFeedForward(nn.Module):
     def begin(
         self, x: Tensor, sequence: SharedSequence, channel: Channel
     ) -> Callable[[], tuple[Tensor, RoutingStatistics]]:
-        """Send x `[T, C]`, tokens of the sequence, to the ranks of the channel; return what waits for the result."""
+        """Send x `[T, C]` to the ranks of its experts; return a function that waits for their results `[T, C]`.
+
+        The caller computes attention in between, so that it overlaps the exchange.
+        """
         real = sequence.index >= 0
         logits = routing_logits(x, self.router.weight)  # [T, E]
         scores = self.choice.scores(logits)
@@ -82,11 +84,12 @@ class ExpertFeedForward(nn.Module):
 
     @torch.no_grad()
     def _choose(self, scores: Tensor, sequence: SharedSequence) -> tuple[Tensor, Tensor]:
-        """Return experts of each token, int64 `[T, K]`, and which of them are chosen, bool."""
+        """Return experts of each token, int64 `[T, K]`, and a mask of the entries that are choices, bool `[T, K]`."""
         if self.config.choice == "experts":
-            taken = sequence.chosen_by_experts(scores, self.config.per_token)
+            taken = sequence.chosen_by_experts(scores, self.config.per_token)  # [T, E]
+            # K is the largest number of experts that took one token; a stable sort puts takers first: [T, E] -> [T, K].
             most = max(int(taken.sum(1).max()), 1) if len(taken) else 1
             chosen = (~taken).byte().argsort(dim=1, stable=True)[:, :most]
             return chosen, taken.gather(1, chosen)
-        chosen = self.choice.choose(scores, self.bias)
+        chosen = self.choice.choose(scores, self.bias)  # [T, K]
         return chosen, (sequence.index >= 0)[:, None].expand_as(chosen)

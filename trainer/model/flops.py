@@ -1,4 +1,4 @@
-"""FLOPs that the mathematics needs, for MFU: no recomputation, no padding, attention by visible pairs.
+"""Parameters, and model FLOPs for MFU: no recomputation, no padding, attention by unmasked pairs.
 
 A multiply-add is two FLOPs; the backward pass of a matrix product is two products of the same size.
 """
@@ -18,9 +18,9 @@ def router_parameters(config: ModelConfig, mechanisms: Sequence[Mechanism]) -> i
 
 
 def projection_parameters(config: ModelConfig, mechanism: Mechanism) -> int:
-    """Parameters of a layer's matrices and convolution before and behind its attention, a mechanism's router left out.
+    """Active parameters of a layer's projections and convolution; without a mechanism's router.
 
-    Of heads that tokens choose, those of as many as one works with.
+    Where tokens choose heads, only as many count as one token chooses.
     """
     heads, gated = config.heads_of(mechanism), config.is_gated(mechanism)
     projections = config.width * config.head_dim * ((3 if gated else 2) * heads.query + 2 * heads.kv)
@@ -30,9 +30,9 @@ def projection_parameters(config: ModelConfig, mechanism: Mechanism) -> int:
 
 
 def matrix_parameters(config: ModelConfig, mechanisms: Sequence[Mechanism]) -> int:
-    """Parameters that multiply a token: matrices, of experts and heads those of as many as it chooses; convolutions.
+    """Active parameters per token: those of all matrices and convolutions, of the experts and heads that it chooses.
 
-    The embedding table is a look-up.
+    The embedding table is a look-up and does not count.
     """
     attention = sum(projection_parameters(config, mechanism) for mechanism in mechanisms)
     feed_forward = feed_forward_parameters(config, config.experts.per_token)
@@ -41,7 +41,7 @@ def matrix_parameters(config: ModelConfig, mechanisms: Sequence[Mechanism]) -> i
 
 
 def feed_forward_parameters(config: ModelConfig, experts: int) -> int:
-    """Parameters between a block's second norm and its end, in all layers, with so many experts of each mixture."""
+    """Parameters of the feed-forward of all layers, counting `experts` experts of each mixture."""
     mixture, with_experts = config.experts, sum(config.expert_layers)
     inner = (config.layers - with_experts) * config.feed_forward
     inner += with_experts * (experts * mixture.feed_forward + mixture.shared)
@@ -49,18 +49,18 @@ def feed_forward_parameters(config: ModelConfig, experts: int) -> int:
 
 
 def attention_flops(config: ModelConfig, mechanisms: Sequence[Mechanism], rows: Rows) -> int:
-    """Return the forward FLOPs of one sequence's attention in all layers: 4 D a visible pair if there is a softmax."""
+    """Forward FLOPs of one sequence's attention in all layers; softmax attention takes 4 D for an unmasked pair."""
     once = {m: m.useful_flops(rows, rows, config.head_dim, config.head_dim) for m in dict.fromkeys(mechanisms)}
     return sum(config.heads_of(mechanism).query * once[mechanism] for mechanism in mechanisms)
 
 
 def training_flops(config: ModelConfig, mechanisms: Sequence[Mechanism], tokens: int, attention: float) -> float:
-    """Forward and backward FLOPs of `tokens`, whose attention takes as many forward as `attention` says.
+    """Forward and backward FLOPs of `tokens`; `attention` is what their attention takes forward.
 
-    Twice that backward. A router whose gradient stops at its input has one product in its backward pass.
+    The backward pass takes twice the forward pass, less one product for a router whose gradient stops at its input.
     """
-    stopped = 2 * router_parameters(config, [m for m in mechanisms if m.routing_reads_detached])
-    return (6 * matrix_parameters(config, mechanisms) - stopped) * tokens + 3 * attention
+    detached = 2 * router_parameters(config, [m for m in mechanisms if m.routing_reads_detached])
+    return (6 * matrix_parameters(config, mechanisms) - detached) * tokens + 3 * attention
 
 
 def total_parameters(config: ModelConfig, mechanisms: Sequence[Mechanism]) -> int:
@@ -68,15 +68,15 @@ def total_parameters(config: ModelConfig, mechanisms: Sequence[Mechanism]) -> in
     in_blocks = (1 if config.parallel_blocks else 2) * config.layers * config.width
     norms = in_blocks + config.width + sum(_norm_parameters(config, mechanism) for mechanism in mechanisms)
     embedding = 0 if config.tied_embeddings else config.width * config.vocabulary_size
-    unchosen = feed_forward_parameters(config, config.experts.count)
-    unchosen -= feed_forward_parameters(config, config.experts.per_token)
-    idle_heads = sum(config.projected_heads_of(m).query - config.heads_of(m).query for m in mechanisms)
-    unchosen += 2 * config.width * config.head_dim * idle_heads
-    return matrix_parameters(config, mechanisms) + unchosen + embedding + norms
+    inactive = feed_forward_parameters(config, config.experts.count)
+    inactive -= feed_forward_parameters(config, config.experts.per_token)
+    inactive_heads = sum(config.projected_heads_of(m).query - config.heads_of(m).query for m in mechanisms)
+    inactive += 2 * config.width * config.head_dim * inactive_heads  # columns of query, rows of out
+    return matrix_parameters(config, mechanisms) + inactive + embedding + norms
 
 
 def _norm_parameters(config: ModelConfig, mechanism: Mechanism) -> int:
-    """Of the norms inside a layer's attention."""
+    """Parameters of the norms inside a layer's attention."""
     if config.is_gated(mechanism):
         return config.heads * config.head_dim
     return 2 * config.head_dim if config.qk_norm else 0

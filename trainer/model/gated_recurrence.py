@@ -1,22 +1,21 @@
 """The gated layer of a recurrence: MiniMax-01's attention layer around lightning attention.
 
-Legend: T local tokens of one micro-batch, C width, H heads, D head size.
+Legend: T local tokens of one micro-batch, C width, H heads, D head dim.
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from farspan.trainer.model.attention import AttentionInputs
+from farspan.trainer.model.attention import AttentionInputs, RmsNorm
 from farspan.trainer.model.config import ModelConfig
-from farspan.trainer.model.norm import RmsNorm
 
 
 class GatedRecurrence(nn.Module):
     """out(sigmoid(gate(x)) * norm(o)), o of the recurrence of SiLU(query(x)), SiLU(key(x)), SiLU(value(x)).
 
-    MiniMax-01, arXiv 2501.08313, section 2.2, and its published code. Order is told by the decay alone: nothing is
-    rotated. Sums of k v^T are not divided by sqrt(D) or by how much has been summed: the norm, over all heads together,
-    is what keeps them in size. Each head has keys and values of its own.
+    MiniMax-01, arXiv 2501.08313, section 2.2, and its published code. Only the decay encodes order: there is no RoPE.
+    Sums of k v^T are not divided by sqrt(D) or by the number of terms: the norm, over all heads together, bounds them.
+    Each head has its own keys and values.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -30,6 +29,7 @@ class GatedRecurrence(nn.Module):
         self.out = nn.Linear(inner, config.width, bias=False)
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
+        # [T, H * D] -> [T, H, D]
         q, k, v = (F.silu(layer(x)).unflatten(-1, (-1, self.head_dim)) for layer in (self.query, self.key, self.value))
-        o = inputs.attend(q, k, v).flatten(1)  # [T, H * D]
+        o = inputs.attention(q, k, v).flatten(1)  # [T, H, D] -> [T, H * D]
         return self.out(self.gate(x).sigmoid() * self.norm(o))  # [T, C]

@@ -1,9 +1,9 @@
 """Initial parameters: the same numbers whatever the mesh, since each is a function of (seed, name, row) alone.
 
-embedding                       normal, std 1: the residual stream starts at the size that norms keep it at
-head, and a tied embedding      normal, std 0.02: nothing is predicted with confidence before it is learned
+embedding                       normal, std 1: the residual stream starts at the scale that norms keep
+head, and a tied embedding      normal, std 0.02: predictions start near uniform
 query, key, value, router       normal, std 1 / sqrt(fan in); up and gates too
-out, down                       normal, std 1 / sqrt(fan in) / sqrt(2 layers): the residual stream keeps its size
+out, down                       normal, std 1 / sqrt(fan in) / sqrt(2 layers): the residual stream keeps its scale
 norms                           1
 key_convolution                 0: keys start as they are projected
 """
@@ -19,12 +19,12 @@ from farspan.trainer.model.config import ModelConfig
 
 HEAD_STD = 0.02
 BLOCK_ROWS = 1024
-"""Rows that share a random stream; a rank draws the streams that its shard touches, not the whole parameter."""
+"""Rows that share a random stream; a rank draws only the streams that its shard touches."""
 
 
 @torch.no_grad()
 def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill every parameter and buffer of a materialised model, sharded over its first dimensions or not at all."""
+    """Fill every parameter and buffer of a materialized model, sharded over its first dimensions or not at all."""
     for buffer in model.buffers():
         buffer.zero_()
     for name, parameter in model.named_parameters():
@@ -34,16 +34,16 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
             local.fill_(constant)
             continue
         std = _std(name, parameter, config)
-        # The matrices of experts, `[E, out, in]`, are drawn as one with the rows of all.
-        whole = torch.Size((parameter.shape[:-1].numel(), parameter.shape[-1]))
+        # The matrices of experts are drawn as one matrix: [E, out, in] -> [E * out, in].
+        stacked = torch.Size((parameter.shape[:-1].numel(), parameter.shape[-1]))
         for number, matrix in enumerate(local if local.dim() == 3 else [local]):
             first_row = (first[0] + number) * parameter.shape[1] + first[1] if local.dim() == 3 else first[0]
-            for start, rows in _normal_rows(f"{seed}/{name}", whole, first_row, matrix.shape[0]):
+            for start, rows in _normal_rows(f"{seed}/{name}", stacked, first_row, matrix.shape[0]):
                 matrix[start : start + len(rows)] = (rows * std).to(matrix)
 
 
 def _constant(name: str, parameter: Tensor) -> float | None:
-    """Return the value of a parameter that is not drawn."""
+    """Return the value of a parameter that is not drawn from a distribution."""
     if parameter.dim() == 1:
         return 1.0
     return 0.0 if name.endswith("key_convolution.weight") else None
@@ -56,19 +56,19 @@ def _std(name: str, parameter: Tensor, config: ModelConfig) -> float:
     if layer in ("embedding", "head"):
         return HEAD_STD
     depth = (2 * config.layers) ** -0.5 if layer in ("out", "down") else 1.0
-    # The output matrix of experts reads the heads of all, whose weights add up to 1.
+    # A token uses the heads of some attention experts, with weights that add up to 1: the fan-in is that of one expert.
     fan_in = config.heads * config.head_dim if layer == "out" else parameter.shape[-1]
     return fan_in**-0.5 * depth
 
 
 def _local_part(parameter: nn.Parameter) -> tuple[Tensor, list[int]]:
-    """Return the local part of a parameter and where in the whole it starts, in each dimension."""
+    """Return the local part of a parameter and its offset in the full one, in each dimension."""
     first = [0] * parameter.dim()
     if not isinstance(parameter, DTensor):
         return parameter, first
     for axis, placement in enumerate(parameter.placements):
         if isinstance(placement, Shard):
-            assert placement.dim < max(parameter.dim() - 1, 1), f"initialization draws whole rows, not {placement}"
+            assert placement.dim < max(parameter.dim() - 1, 1), f"initialization draws full rows, not {placement}"
             # DTensor shards as torch.chunk does: equal chunks, the last ones shorter or empty.
             chunk = -(-parameter.shape[placement.dim] // parameter.device_mesh.size(axis))
             first[placement.dim] = parameter.device_mesh.get_local_rank(axis) * chunk
@@ -83,7 +83,7 @@ def _normal_rows(stream: str, shape: torch.Size, first_row: int, num_rows: int) 
         block_start, block_stop = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, shape[0])
         digest = hashlib.sha256(f"{stream}/{block}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
-        # Always a whole block: what randn gives first depends on how many numbers are asked for.
+        # Always draw the full block: the first numbers of randn depend on how many are drawn.
         rows = torch.randn(block_stop - block_start, *shape[1:], generator=generator)
         until = min(block_stop, stop)
         yield row - first_row, rows[row - block_start : until - block_start]

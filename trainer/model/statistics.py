@@ -1,4 +1,4 @@
-"""What routers did with the tokens of a rank, for losses that keep loads even and for the record."""
+"""Statistics of the routing of a rank's tokens, for load balancing losses and for the metrics."""
 
 from typing import NamedTuple
 
@@ -7,17 +7,16 @@ from torch import Tensor
 
 
 class RoutingStatistics(NamedTuple):
-    """Of one layer and this rank's tokens, padding left out; E experts, or heads, are chosen from.
-
-    counts: tokens that chose each, int64 `[E]`, and dropped: for how many in vain, int64. shares: the sum over tokens
-    of their scores as parts of 1, `[E]`. squares: the sum over tokens of the squared log-sum-exp of their logits.
-    Gradients reach shares and squares.
-    """
+    """Sums over this rank's tokens, padding left out, in one layer; tokens choose among E experts, or heads."""
 
     counts: Tensor
+    """Tokens that chose each, int64 `[E]`."""
     dropped: Tensor
+    """Choices that were dropped over capacity, int64 scalar."""
     shares: Tensor
+    """Scores normalized to add up to 1 for each token, `[E]`; differentiable."""
     squares: Tensor
+    """Squared log-sum-exp of the logits, scalar; differentiable."""
 
     @staticmethod
     def of(
@@ -25,7 +24,7 @@ class RoutingStatistics(NamedTuple):
     ) -> "RoutingStatistics":
         """Sum over tokens: chosen int64 `[T, K]`, wanted and kept bool `[T, K]`, shares and logits `[T, E]`.
 
-        wanted: which of the chosen are no padding; kept: which of these are not in vain. real: bool `[T]`.
+        wanted: choices of tokens that are not padding. kept: those of them within capacity. real: bool `[T]`.
         """
         counts = torch.zeros(shares.shape[1], dtype=torch.int64, device=shares.device)
         return RoutingStatistics(

@@ -1,7 +1,7 @@
 """The decoder: embeddings, pre-norm blocks of grouped-query attention and SwiGLU, and the loss head.
 
-Legend: T local tokens of one micro-batch, C width, Hq query heads, Hk key/value heads, D head size, V vocabulary.
-Tensors are flat over tokens: a batch is one sequence of packed documents, told apart by its rows.
+Legend: T local tokens of one micro-batch, C width, D head dim.
+Tensors are flat over tokens: a batch is one sequence of packed documents; its rows say which document each token is in.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,12 +21,11 @@ from farspan.parallel.comm import Channel
 from farspan.parallel.context_parallel.key_convolution import KeyConvolution
 from farspan.parallel.context_parallel.strategy import DistributedAttention
 from farspan.parallel.expert_parallel.capacity import SharedSequence
-from farspan.trainer.model.attention import Attention, AttentionInputs
+from farspan.trainer.model.attention import Attention, AttentionInputs, RmsNorm
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.experts import ExpertFeedForward
 from farspan.trainer.model.gated_recurrence import GatedRecurrence
 from farspan.trainer.model.head_mixture import HeadMixture
-from farspan.trainer.model.norm import RmsNorm
 from farspan.trainer.model.statistics import RoutingStatistics
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -34,7 +33,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertPlaces:
-    """sequence: who shares it, and which of its tokens are here. channel: of the ranks that hold the experts."""
+    """sequence: its ranks and the local tokens of it. channel: to the ranks that own the experts."""
 
     sequence: SharedSequence
     channel: Channel
@@ -44,18 +43,18 @@ class ExpertPlaces:
 class SequenceContext:
     """What the layers need to know of the sequence beside its tokens.
 
-    rows: of this rank's tokens. attends: attention of each layer over the whole sequence, for these rows.
-    key_convolution: the same of the convolution on keys, for a model that has it. experts: for a model that has these.
+    rows: of the local tokens. attention: of each layer, planned over the full sequence for these rows.
+    key_convolution: planned likewise, for a model that has it. experts: for a model that has experts.
     """
 
     rows: Rows
-    attends: tuple[DistributedAttention, ...]
+    attention: tuple[DistributedAttention, ...]
     key_convolution: KeyConvolution | None = None
     experts: ExpertPlaces | None = None
 
 
 class Output(NamedTuple):
-    """losses `[T]` in nats, float32 or float64; 0 where a label is ignored. experts, heads: of layers that choose."""
+    """losses `[T]` in nats, float32 or float64; 0 where a label is ignored. experts, heads: of layers with a router."""
 
     losses: Tensor
     experts: tuple[RoutingStatistics, ...]
@@ -82,10 +81,9 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer; with `recompute` its activations are computed again in the backward pass instead of kept.
+    """Attention, then SwiGLU or experts; with `recompute`, activations are recomputed in the backward pass.
 
-    Attention, then SwiGLU or experts; where blocks are parallel both read the same norm, and rows travel to experts
-    during attention.
+    In a parallel block both read the same norm, and the exchange of rows with experts overlaps attention.
     """
 
     def __init__(self, config: ModelConfig, mechanism: Mechanism, *, has_experts: bool, recompute: bool) -> None:
@@ -97,7 +95,7 @@ class Block(nn.Module):
         self.recompute = recompute
 
     def forward(self, x: Tensor, inputs: AttentionInputs, experts: ExpertPlaces | None) -> _BlockOutput:
-        # What is computed again is thrown away but for gradients: loads are counted, and losses added, once.
+        # The outputs of the recomputation are discarded, so that loads are counted, and losses added, once.
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._layer, x, inputs, experts, use_reentrant=False, preserve_rng_state=False)
         return self._layer(x, inputs, experts)
@@ -105,21 +103,22 @@ class Block(nn.Module):
     def _layer(self, x: Tensor, inputs: AttentionInputs, experts: ExpertPlaces | None) -> _BlockOutput:
         normed = self.attention_norm(x)
         if self.feed_forward_norm is None:
-            finish = self._begin_to_feed(normed, experts)
-            attended, of_heads = self._attend(normed, inputs)
-            fed, of_experts = finish()
-            return _BlockOutput(x + attended + fed, of_experts, of_heads)
-        attended, of_heads = self._attend(normed, inputs)
-        x = x + attended
-        fed, of_experts = self._begin_to_feed(self.feed_forward_norm(x), experts)()
-        return _BlockOutput(x + fed, of_experts, of_heads)
+            # Start the exchange with experts, compute attention meanwhile, then wait for the experts.
+            wait = self._start_feed_forward(normed, experts)
+            attention_out, of_heads = self._attention_out(normed, inputs)
+            feed_forward_out, of_experts = wait()
+            return _BlockOutput(x + attention_out + feed_forward_out, of_experts, of_heads)
+        attention_out, of_heads = self._attention_out(normed, inputs)
+        x = x + attention_out
+        feed_forward_out, of_experts = self._start_feed_forward(self.feed_forward_norm(x), experts)()
+        return _BlockOutput(x + feed_forward_out, of_experts, of_heads)
 
-    def _attend(self, normed: Tensor, inputs: AttentionInputs) -> tuple[Tensor, RoutingStatistics | None]:
+    def _attention_out(self, normed: Tensor, inputs: AttentionInputs) -> tuple[Tensor, RoutingStatistics | None]:
         if isinstance(self.attention, HeadMixture):
             return self.attention.mix(normed, inputs)
         return self.attention(normed, inputs), None
 
-    def _begin_to_feed(
+    def _start_feed_forward(
         self, normed: Tensor, experts: ExpertPlaces | None
     ) -> Callable[[], tuple[Tensor, RoutingStatistics | None]]:
         if not isinstance(self.feed_forward, ExpertFeedForward):
@@ -140,7 +139,7 @@ def _experts(config: ModelConfig) -> ExpertFeedForward:
 
 
 class Transformer(nn.Module):
-    """Tokens and labels in, the loss of each token out; `mechanisms` are those of the layers."""
+    """Tokens and labels in, the loss of each token out; `mechanisms`: one for each layer."""
 
     def __init__(self, config: ModelConfig, mechanisms: Sequence[Mechanism], *, recompute: bool = False) -> None:
         super().__init__()
@@ -156,21 +155,21 @@ class Transformer(nn.Module):
             self.head.weight = self.embedding.weight
 
     def forward(self, tokens: Tensor, labels: Tensor, context: SequenceContext) -> Output:
-        """tokens and labels are int64 `[T]`."""
+        """tokens, labels: int64 `[T]`."""
         x = self.embedding(tokens)  # [T, C]
-        cos, sin = self._rotation(context.rows.position, x.dtype)
+        cos, sin = self._rotation(context.rows.position, x.dtype)  # [T, D/2]
         real = context.rows.document >= 0
         experts, heads = [], []
-        for block, attend in zip(self.blocks, context.attends, strict=True):
-            made = block(x, AttentionInputs(real, cos, sin, attend, context.key_convolution), context.experts)
-            x = made.x
-            experts += [made.experts] if made.experts is not None else []
-            heads += [made.heads] if made.heads is not None else []
+        for block, attention in zip(self.blocks, context.attention, strict=True):
+            out = block(x, AttentionInputs(real, cos, sin, attention, context.key_convolution), context.experts)
+            x = out.x
+            experts += [out.experts] if out.experts is not None else []
+            heads += [out.heads] if out.heads is not None else []
         losses = linear_cross_entropy(self.norm(x), self.head.weight, labels)
         return Output(losses, tuple(experts), tuple(heads))
 
     def layers_of(self, kind: type[Layer]) -> list[Layer]:
-        """Return the parts of blocks that are of this kind, in the order of the blocks."""
+        """Return the modules of this class, in the order of the blocks."""
         return [module for module in self.modules() if isinstance(module, kind)]
 
     def _rotation(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

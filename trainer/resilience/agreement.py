@@ -1,6 +1,6 @@
-"""Agreement of all ranks: what one of them finds out all know, so that none waits for one that has given up.
+"""Agreement of all ranks: what one rank finds out all ranks learn, so that none waits for one that has given up.
 
-Inside a run every FarspanError is raised by all ranks alike, with the same words.
+Inside a run all ranks raise the same FarspanError.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,29 +12,30 @@ import torch.distributed as dist
 from farspan.errors import ConfigError, FarspanError
 
 T = TypeVar("T")
+SHOWN_CHARACTERS = 60
 
 
 def raise_on_all_ranks(work: Callable[[], T]) -> T:
     """Call `work`, which waits for no other rank, on every rank; if it raises a FarspanError on one, all raise it."""
     result: T | None = None
-    mine: FarspanError | None = None
+    own_error: FarspanError | None = None
     try:
         result = work()
     except FarspanError as error:
-        mine = error
-    errors = all_gather_objects(mine)
+        own_error = error
+    errors = all_gather_objects(own_error)
     failed = [(rank, error) for rank, error in enumerate(errors) if error is not None]
     if failed:
         rank, error = failed[0]
         where = "" if len({str(e) for e in errors}) == 1 else f"rank {rank}: "
-        raise type(error)(f"{where}{error}") from mine
+        raise type(error)(f"{where}{error}") from own_error
     return result  # pyright: ignore[reportReturnType]
 
 
 def on_first_rank(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Call `work` on rank 0 alone; return its result, or raise its FarspanError, on every rank.
+    """Call `work` on rank 0 only; return its result, or raise its FarspanError, on every rank.
 
-    group: one of all ranks, for calls beside those of others; the world, if left out.
+    group: one of all ranks, for calls beside those of another thread; the world by default.
     """
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -55,22 +56,22 @@ def any_rank(flag: bool) -> bool:
 
 
 def max_over_ranks(values: Sequence[int]) -> list[int]:
-    """Return on every rank the largest of all ranks, for each of the values."""
-    agreed = torch.tensor(values, dtype=torch.int64)
-    dist.all_reduce(agreed, dist.ReduceOp.MAX)
-    return agreed.tolist()
+    """Return on every rank the largest value of any rank, for each of the values."""
+    largest = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
 
 
 def check_same(values: Mapping[str, object]) -> None:
-    """Raise ConfigError on every rank unless each value, given by what it is, equals that of rank 0."""
-    everywhere = all_gather_objects(dict(values))
-    for rank, there in enumerate(everywhere):
-        for name in {**everywhere[0], **there}:
-            first, other = everywhere[0].get(name), there.get(name)
-            if first != other:
+    """Raise ConfigError on every rank unless each value, given by its name, equals that of rank 0."""
+    by_rank = all_gather_objects(dict(values))
+    first = by_rank[0]
+    for rank, other in enumerate(by_rank):
+        for name in {**first, **other}:
+            if first.get(name) != other.get(name):
                 raise ConfigError(
-                    f"{name} differs between ranks, {_short(first)} on rank 0 and {_short(other)} on rank {rank}: "
-                    "start all with the same command, on like machines that hold the same files."
+                    f"{name} differs between ranks, {_short(first.get(name))} on rank 0 and {_short(other.get(name))} "
+                    f"on rank {rank}: start all with the same command, on equal machines that have the same files."
                 )
 
 
@@ -83,4 +84,4 @@ def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list
 
 def _short(value: object) -> str:
     text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."

@@ -1,7 +1,7 @@
-"""One run per folder: a lock that the system gives back when the process ends, however it ends.
+"""One run per folder: a lock that the system releases when the process ends, however it ends.
 
-Some file systems have no locks between nodes. So the holder also leaves its name and touches the file again and again,
-and whoever gets the lock though another host's process is on record first watches whether that still happens.
+Some file systems have no locks between nodes. So the owner also writes its name into the file and touches it again and
+again; a process that gets the lock although the file names one on another host first watches for such a touch.
 """
 
 import fcntl
@@ -20,9 +20,9 @@ from farspan.errors import ConfigError
 LOCK_FILE = "lock"
 BEAT_S = 2.0
 WATCH_S = 5.0
-"""Longer than the time between two beats, on a busy machine too."""
+"""Longer than the time between two touches, on a busy machine too."""
 PATIENCE_S = 60.0
-"""How long a job that was started again waits for what is left of its last start."""
+"""How long a restarted job waits for the last process of its previous start to end."""
 
 RECORD = re.compile(r"process \d+ on (?P<host>[^,]+)(, job (?P<job>.+))?")
 
@@ -56,14 +56,14 @@ class FolderLock:
             try:
                 os.utime(self._file.fileno())
             except OSError as error:
-                # As when a file server is away for a while: the next beat may come through.
+                # A file server may be away for a while: the next touch may work.
                 log.debug("lock not touched: %s", error)
 
 
 def lock_folder(folder: Path, job: str | None = None) -> FolderLock:
     """Make `folder` and lock it until the result is closed; raises ConfigError when another run has it.
 
-    job: what a scheduler calls this run; what is left of the same job's last start is waited for.
+    job: the scheduler's name of this run; waits for the same job's previous start to end.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,11 +72,11 @@ def lock_folder(folder: Path, job: str | None = None) -> FolderLock:
         raise _not_writable(folder, error) from None
     host = socket.gethostname()
     give_up_at = time.monotonic() + PATIENCE_S
-    while (holder := _holder(file, folder, host)) is not None:
-        if job is None or _job_of(holder) != job or time.monotonic() > give_up_at:
+    while (owner := _lock_or_owner(file, folder, host)) is not None:
+        if job is None or _job_of(owner) != job or time.monotonic() > give_up_at:
             file.close()
             raise ConfigError(
-                f"run.folder={str(folder)!r} is in use by {holder}: stop that run first, or choose another folder."
+                f"run.folder={str(folder)!r} is in use by {owner}: stop that run first, or choose another folder."
             )
         time.sleep(BEAT_S / 10)
     try:
@@ -94,8 +94,8 @@ def _not_writable(folder: Path, error: OSError) -> ConfigError:
     )
 
 
-def _holder(file: IO[str], folder: Path, host: str) -> str | None:
-    """Lock the file and return None, or return who has it."""
+def _lock_or_owner(file: IO[str], folder: Path, host: str) -> str | None:
+    """Lock the file and return None, or return the process that has it."""
     has_locks = True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -105,7 +105,7 @@ def _holder(file: IO[str], folder: Path, host: str) -> str | None:
         has_locks = False
         log.warning("not locked  %s: its file system has no locks (%s)", folder, error.strerror)
     recorded = _recorded(file)
-    # Of a process on the same host the lock itself tells whether it is alive.
+    # On the same host the lock itself shows whether that process is running.
     if not recorded or (has_locks and _host_of(recorded) == host):
         return None
     return recorded if _is_touched(Path(file.name)) else None

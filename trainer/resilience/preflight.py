@@ -1,4 +1,4 @@
-"""A look at every rank's node before a run starts: what cannot work ends it at once, what is odd is said in a line."""
+"""A check of every rank's node before a run starts: bad nodes end it at once, odd ones are logged."""
 
 import os
 import re
@@ -20,7 +20,8 @@ from farspan.trainer.resilience.agreement import all_gather_objects
 from farspan.trainer.resilience.signals import UNFIT_FILE
 
 CLOCK_S, SLOWER, LESS_MEMORY = 2.0, 1.5, 0.8
-"""What is odd: a clock that far off the median, a product that many times slower, that part of the median's memory."""
+"""A node is odd if its clock is this far off the median, a matrix product takes this many times the median, or less
+than this part of the median memory is free."""
 PRODUCT_WIDTH = {"cpu": 256, "cuda": 4096}
 PRODUCTS = 10
 PROBE_BYTES = 4096
@@ -32,27 +33,29 @@ class BadNodeError(FarspanError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
-    """What one rank found on its node: seconds of its clock and of a product, free bytes, and what does not work.
-
-    no_device: why it has not the device that the run asks for.
-    """
+class NodeCheck:
+    """What one rank measured on its node."""
 
     host: str
     clock: float
+    """Seconds since the epoch, taken by all ranks at one moment."""
     memory: int
+    """Free bytes of the device."""
     product_s: float
     disk: int
+    """Free bytes."""
     no_device: str | None
+    """Why the rank lacks the device that the run asks for."""
     fault: str | None
+    """What does not work."""
 
 
 def run_preflight(folder: Path, choose_device: Callable[[], torch.device]) -> list[str]:
-    """Check every rank's device, memory, clock, connection and access to the run's folder; return what is to be said.
+    """Check every rank's device, memory, clock, connection and access to the run's folder; return lines to log.
 
     choose_device: returns this rank's device; raises ConfigError where there is none. All ranks have to call. Raises
     BadNodeError on all where some node cannot take part, and leaves a line for each such host in the folder's file
-    `unfit`. That no rank has its device is not for this to say.
+    `unfit`. Where no rank has its device the nodes are not at fault, and the caller refuses the run.
     """
     # All at one time, so that clocks can be compared.
     dist.all_reduce(torch.zeros(1))
@@ -61,68 +64,68 @@ def run_preflight(folder: Path, choose_device: Callable[[], torch.device]) -> li
         device, no_device = choose_device(), None
     except ConfigError as error:
         device, no_device = torch.device("cpu"), str(error)
-    everywhere = all_gather_objects(_look(folder, device, clock, no_device))
-    if all(found.no_device for found in everywhere):
+    checks = all_gather_objects(_check(folder, device, clock, no_device))
+    if all(check.no_device for check in checks):
         return []
-    _refuse(folder, {found.host: found.no_device or found.fault for found in everywhere})
+    _raise_if_bad(folder, {check.host: check.no_device or check.fault for check in checks})
     sums = all_gather_objects((socket.gethostname(), _fault_of_sum(device)))
-    _refuse(folder, dict(sorted(sums, key=lambda each: each[1] is not None)))
-    return list(report(everywhere))
+    _raise_if_bad(folder, dict(sorted(sums, key=lambda each: each[1] is not None)))
+    return list(report(checks))
 
 
-def report(everywhere: list[Found]) -> Iterable[str]:
+def report(checks: list[NodeCheck]) -> Iterable[str]:
     """Yield a line for all nodes and one for each rank with something odd."""
-    product = median(found.product_s for found in everywhere)
-    memory = median(found.memory for found in everywhere)
-    clock = median(found.clock for found in everywhere)
+    product = median(check.product_s for check in checks)
+    memory = median(check.memory for check in checks)
+    clock = median(check.clock for check in checks)
     yield (
-        f"nodes       {len({found.host for found in everywhere})} with {len(everywhere)} ranks; each has "
+        f"nodes       {len({check.host for check in checks})} with {len(checks)} ranks; each has "
         f"{memory / 2**30:.1f} GiB of memory free, a product takes {product * 1e3:.2f} ms (medians); "
-        f"{min(found.disk for found in everywhere) / 2**30:,.0f} GiB of disk free"
+        f"{min(check.disk for check in checks) / 2**30:,.0f} GiB of disk free"
     )
-    for rank, found in enumerate(everywhere):
+    for rank, check in enumerate(checks):
         odd = []
-        if abs(found.clock - clock) > CLOCK_S:
-            odd.append(f"its clock is {found.clock - clock:+.1f} s off")
-        if found.product_s > SLOWER * product:
-            odd.append(f"a product takes {found.product_s * 1e3:.2f} ms")
-        if found.memory < LESS_MEMORY * memory:
-            odd.append(f"only {found.memory / 2**30:.1f} GiB of memory is free")
+        if abs(check.clock - clock) > CLOCK_S:
+            odd.append(f"its clock is {check.clock - clock:+.1f} s off")
+        if check.product_s > SLOWER * product:
+            odd.append(f"a product takes {check.product_s * 1e3:.2f} ms")
+        if check.memory < LESS_MEMORY * memory:
+            odd.append(f"only {check.memory / 2**30:.1f} GiB of memory is free")
         if odd:
-            yield f"odd node    {found.host}, rank {rank}: {', '.join(odd)}"
+            yield f"check node  {check.host}, rank {rank}: {', '.join(odd)}"
 
 
-def _look(folder: Path, device: torch.device, clock: float, no_device: str | None) -> Found:
+def _check(folder: Path, device: torch.device, clock: float, no_device: str | None) -> NodeCheck:
     memory, product_s, fault = 0, 0.0, _fault_of_folder(folder)
     try:
         memory, product_s = _free_memory(device), _product_seconds(device)
     except RuntimeError as error:
         fault = f"{device} cannot compute ({str(error).splitlines()[0]})"
-    return Found(
+    return NodeCheck(
         host=socket.gethostname(),
         clock=clock,
         memory=memory,
         product_s=product_s,
-        disk=shutil.disk_usage(_nearest(folder)).free,
+        disk=shutil.disk_usage(_nearest_existing(folder)).free,
         no_device=no_device,
         fault=fault,
     )
 
 
-def _refuse(folder: Path, faults: Mapping[str, str | None]) -> None:
-    """Raise BadNodeError, with a note in the folder, if some host has a fault; it is the same on all ranks."""
-    unfit = {host: fault for host, fault in faults.items() if fault is not None}
-    if not unfit:
+def _raise_if_bad(folder: Path, faults: Mapping[str, str | None]) -> None:
+    """Raise BadNodeError, with a note in the folder, if some host has a fault; faults are equal on all ranks."""
+    bad = {host: fault for host, fault in faults.items() if fault is not None}
+    if not bad:
         return
-    # One host after another: that of rank 0 may be the one that cannot write.
-    if socket.gethostname() not in unfit:
+    # Each host with working storage writes the same note: that of rank 0 may be unable to.
+    if socket.gethostname() not in bad:
         with suppress(OSError):
-            (folder / UNFIT_FILE).write_text("".join(f"{host} {fault}\n" for host, fault in unfit.items()))
-    raise BadNodeError(f"{'; '.join(f'{host}: {fault}' for host, fault in unfit.items())}: start on other nodes.")
+            (folder / UNFIT_FILE).write_text("".join(f"{host} {fault}\n" for host, fault in bad.items()))
+    raise BadNodeError(f"{'; '.join(f'{host}: {fault}' for host, fault in bad.items())}: start on other nodes.")
 
 
-def _nearest(folder: Path) -> Path:
-    """Return the folder or, while it does not exist, the nearest one above: refused runs shall leave none behind."""
+def _nearest_existing(folder: Path) -> Path:
+    """Return the folder or, while it does not exist, the nearest one above: a refused run leaves no folder behind."""
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
@@ -136,8 +139,8 @@ def _fault_of_sum(device: torch.device) -> str | None:
 
 
 def _fault_of_folder(folder: Path) -> str | None:
-    # Other runs may look at the same folder now.
-    path, written = _nearest(folder) / f".probe_{uuid4().hex}", os.urandom(PROBE_BYTES)
+    # A name of its own, since other runs may check the same folder now.
+    path, written = _nearest_existing(folder) / f".probe_{uuid4().hex}", os.urandom(PROBE_BYTES)
     try:
         try:
             path.write_bytes(written)
@@ -158,13 +161,13 @@ def _free_memory(device: torch.device) -> int:
 
 
 def _product_seconds(device: torch.device) -> float:
-    """Return how long a product of two matrices takes at best, after one to get ready."""
+    """Return the best time of a product of two matrices, after one to warm up."""
     width = PRODUCT_WIDTH[device.type]
     a = torch.ones(width, width, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     seconds = []
     for _ in range(1 + PRODUCTS):
         start = time.perf_counter()
-        # To read a number waits for the device.
+        # Reading a number waits for the device.
         (a @ a)[0, 0].item()
         seconds.append(time.perf_counter() - start)
     return min(seconds[1:])

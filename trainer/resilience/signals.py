@@ -1,8 +1,8 @@
 """Stop requests: a first signal asks for a save and a clean exit, a later one ends the process at once.
 
-SIGUSR1 is how a scheduler warns of the end of a job's time, or of a job that goes first: the run wants to go on later.
-A launcher blocks these signals while it starts ranks and the ranks inherit that, so that one that comes before a rank
-can act on it waits instead of killing the rank.
+With SIGUSR1 a scheduler warns that it is about to end the job, at its time limit or for another job: the run should be
+queued again. A launcher blocks these signals while it starts ranks and the ranks inherit that, so that a signal that
+comes before a rank can act on it waits instead of killing the rank.
 """
 
 import os
@@ -16,17 +16,17 @@ from typing import Any, Self
 WARNING_SIGNAL = signal.SIGUSR1
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, WARNING_SIGNAL)
 EXIT_USER_ERROR = 2
-"""Exit status of a run that ended with one sentence about what the user can mend."""
+"""Exit status of a run that ended with one sentence about what the user can fix."""
 EXIT_WARNED = 75
-"""Exit status of a run that a scheduler's warning stopped: it has saved and wants to go on (EX_TEMPFAIL)."""
+"""Exit status of a run that a preemption warning stopped: it has saved and should be queued again (EX_TEMPFAIL)."""
 EXIT_HUNG = 76
-"""Exit status of a run in which something took longer than it may: all ranks have written their stacks."""
+"""Exit status of a run that the watchdog ended: ranks have written their stacks."""
 EXIT_UNFIT = 77
-"""Exit status of a run that has found, before its start, that a node cannot take part."""
+"""Exit status of a run that a bad node kept from starting."""
 UNFIT_FILE = "unfit"
-"""Where it says which: lines of a host and why, in the run's folder."""
+"""The file in the run's folder that lists bad nodes: a line for each host, with the reason."""
 KILLED = 128
-"""A process that died of signal n counts as exit status 128 + n, as shells have it."""
+"""A process that signal n killed counts as exit status 128 + n, as in shells."""
 SAME_REQUEST_S = 3.0
 """A terminal and torchrun may both deliver one Ctrl-C: signals this close together are one request."""
 
@@ -34,7 +34,7 @@ Action = Callable[[int], object]
 
 
 def announce(number: int) -> None:
-    """Say what happens next, by the one way of writing that is safe inside a signal handler."""
+    """Print what happens next, with the one call that may write inside a signal handler."""
     again = f"Ctrl-C again after {SAME_REQUEST_S:g} seconds to end at once"
     with suppress(OSError):  # The terminal may be gone.
         os.write(2, f"\nstopping    after this step, with a checkpoint; {again}\n".encode())
@@ -47,16 +47,16 @@ def end_at_once(number: int) -> None:
 
 
 class StopSignal:
-    """Catches SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal is gone) and SIGUSR1 for the time of a `with` block.
+    """Catches SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal is gone) and SIGUSR1 inside a `with` block.
 
-    SIGHUP stays ignored where it was, which is what nohup asks for.
-    first: called on the first signal. again: called on a signal that comes later than SAME_REQUEST_S.
+    SIGHUP stays ignored where it was, as nohup asks for.
+    first: called on the first signal. again: called on a signal more than SAME_REQUEST_S later.
     """
 
     def __init__(self, *, first: Action = announce, again: Action = end_at_once) -> None:
         self._first, self._again = first, again
         self._requested_at: float | None = None
-        self._warned = False
+        self._preemption_warning = False
         self._before: dict[signal.Signals, Any] = {}
 
     @property
@@ -65,9 +65,9 @@ class StopSignal:
         return self._requested_at is not None
 
     @property
-    def warned(self) -> bool:
-        """Whether a scheduler gave this process a warning."""
-        return self._warned
+    def preemption_warning(self) -> bool:
+        """Whether a scheduler warned this process of the job's end."""
+        return self._preemption_warning
 
     def __enter__(self) -> Self:
         for number in STOP_SIGNALS:
@@ -82,7 +82,7 @@ class StopSignal:
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        self._warned |= number == WARNING_SIGNAL
+        self._preemption_warning |= number == WARNING_SIGNAL
         if self._requested_at is None:
             self._requested_at = now
             self._first(number)
@@ -92,7 +92,7 @@ class StopSignal:
 
 @contextmanager
 def stop_signals_blocked() -> Iterator[None]:
-    """Hold stop signals back for the time of the block; processes started in it go on holding them back."""
+    """Delay stop signals to the end of the block; processes started inside inherit the delay."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield

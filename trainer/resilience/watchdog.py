@@ -1,6 +1,6 @@
-"""The watchdog: a phase of a run that does not end leaves word of where every rank stands, and the process ends.
+"""The watchdog: when a phase of a run hangs, every rank writes its stacks, and the process ends.
 
-What it cannot do from a thread of its own, since other code holds Python's lock, C code does a little later: stacks go
+Where its thread cannot run, since other code has Python's lock, faulthandler's C thread acts a little later: stacks go
 to standard error then, and the exit status is 1.
 """
 
@@ -21,27 +21,30 @@ from farspan.trainer.resilience.signals import EXIT_HUNG
 from farspan.trainer.toml_config import bounded
 
 GRACE_S = 5.0
-"""How long a rank that has left word waits for others to do the same: those that wait for it fail when it ends."""
+"""How long a rank waits for others to write their stacks too: ranks that communicate with it fail when it ends."""
 STANDARD_ERROR = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WatchdogConfig:
-    """How long phases of a run may last, 0 for ever; then ranks write their stacks into stacks/ and exit with 76.
+    """Time limits of a run's phases, 0 for none; at the limit ranks write their stacks into stacks/ and exit with 76.
 
-    Limits above parallel.timeout_s come too late: ranks that wait for others have given up by then. A process that is
-    paused for longer counts as one that hangs. start_s: until the first step, with the meeting of ranks and the loading
-    of a checkpoint. step_s: of a step. evaluation_s: of each held-out sequence of a rank. save_s: of a checkpoint.
+    A limit above parallel.timeout_s comes too late: ranks that wait for others have given up by then. A process paused
+    for longer counts as one that hangs.
     """
 
     start_s: float = bounded(1800.0, minimum=0)
+    """Seconds until the first step, connecting the ranks and loading a checkpoint included."""
     step_s: float = bounded(900.0, minimum=0)
+    """Seconds of a step."""
     evaluation_s: float = bounded(900.0, minimum=0)
+    """Seconds of each held-out sequence of a rank."""
     save_s: float = bounded(1800.0, minimum=0)
+    """Seconds of a checkpoint."""
 
 
 class Watchdog:
-    """Watches over one phase at a time of one rank; stacks go to FOLDER/PHASE_STEP/rank_RANK_HOST.txt."""
+    """Times one phase at a time of one rank; stacks go to FOLDER/PHASE_STEP/rank_RANK_HOST.txt."""
 
     def __init__(self, config: WatchdogConfig, folder: Path, rank: int) -> None:
         self._config, self._folder, self._rank = config, folder, rank
@@ -50,7 +53,7 @@ class Watchdog:
 
     @contextmanager
     def phase(self, name: str, step: int) -> Iterator[None]:
-        """Watch over the block; name: one that has a limit, such as `step` has `step_s`."""
+        """Limit the time of the block; name: one with a limit in the configuration, as `step` has `step_s`."""
         self._phase = name, step
         self.restart()
         try:
@@ -59,7 +62,7 @@ class Watchdog:
             self._cancel()
 
     def restart(self) -> None:
-        """Give the phase its whole time again: it has made progress."""
+        """Begin the phase's time anew: it has made progress."""
         self._cancel()
         limit = getattr(self._config, f"{self._phase[0]}_s")
         if limit:
@@ -97,7 +100,7 @@ class Watchdog:
 
 
 def _write_flight_record(path: Path) -> None:
-    """Write what NCCL remembers of its last collectives, where there is NCCL."""
+    """Write NCCL's record of its last collectives, where there is NCCL."""
     if dist.is_available() and dist.is_nccl_available():
         dump = import_module("torch._C._distributed_c10d")._dump_nccl_trace_json
         with suppress(OSError):

@@ -1,6 +1,6 @@
-"""Weights by themselves, which a run can begin with: a folder of torch DCP shards.
+"""Weights without a run, for a run to start from: a folder of torch DCP shards.
 
-A checkpoint of a run is such a folder too, whose optimizer state is left alone.
+A checkpoint of a run is such a folder, too; its optimizer state is not read.
 """
 
 import shutil
@@ -19,13 +19,13 @@ from farspan.trainer.checkpoint.verify import verified
 from farspan.trainer.resilience.agreement import on_first_rank, raise_on_all_ranks
 
 PREFIX = "model."
-"""Of the names of parameters in a folder, where an optimizer's state may be beside them."""
+"""Prefix of parameter names in a folder, which may contain optimizer state, too."""
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Fill a model, sharded or not, with the weights in `folder`; every rank makes the same call.
 
-    Raises CheckpointError where there are none, or they are those of another model, which may be half filled then.
+    Raises CheckpointError where there are none, or those of another model; `model` may be half filled then.
     """
     raise_on_all_ranks(lambda: check_weights(folder))
     tensors = {"model": get_model_state_dict(model)}
@@ -38,36 +38,39 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         raise
     except CheckpointError as error:
         raise CheckpointError(f"{folder} does not fill this model ({error}): change model.*.") from None
-    raise_on_all_ranks(lambda: _check_all_taken(folder, tensors["model"]))
+    raise_on_all_ranks(lambda: _check_all_used(folder, tensors["model"]))
     set_model_state_dict(model, tensors["model"])
 
 
 def check_weights(folder: Path) -> None:
-    """Raise CheckpointError where `folder` is no folder of weights."""
+    """Raise CheckpointError where `folder` has no weights."""
     if not (folder / INDEX).is_file():
-        raise CheckpointError(_no_weights(folder))
-
-
-def _check_all_taken(folder: Path, tensors: Mapping[str, object]) -> None:
-    """A model of fewer layers, or without a norm, takes from a larger one what it can: it would be another model."""
-    left = [name for name in StoredWeights(folder).names if name not in tensors]
-    if left:
         raise CheckpointError(
-            f"{folder} holds weights that this model does not have ({left[0]}{', ...' if len(left) > 1 else ''}): "
+            f"{folder} holds no weights: name a folder that `farspan upcycle` or `farspan import` wrote, or one step "
+            "in a run's checkpoints/."
+        )
+
+
+def _check_all_used(folder: Path, tensors: Mapping[str, object]) -> None:
+    """DCP lets a model with fewer layers, or without a norm, load a part of a larger one: that is another model."""
+    unused = [name for name in StoredWeights(folder).names if name not in tensors]
+    if unused:
+        raise CheckpointError(
+            f"{folder} holds weights that this model does not have ({unused[0]}{', ...' if len(unused) > 1 else ''}): "
             "change model.*."
         )
 
 
 class StoredWeights:
-    """Whole tensors of a folder of weights, on the CPU, read by the only rank, no more at once than are asked for."""
+    """Full tensors of a folder of weights, on the CPU of a single rank; `read` loads only those asked for."""
 
     def __init__(self, folder: Path) -> None:
-        """Read what there is; raises CheckpointError for a folder without weights, or with damaged ones."""
+        """Read the index; raises CheckpointError for a folder without weights, or with a damaged index."""
         check_weights(folder)
         try:
             stored = read_index(folder)
         except CheckpointError as error:
-            raise CheckpointError(f"{folder} is damaged ({error}): write it anew.") from None
+            raise CheckpointError(f"{folder} is damaged ({error}): write it again.") from None
         self._folder = folder
         self._tensors = {
             name.removeprefix(PREFIX): tensor for name, tensor in stored.items() if name.startswith(PREFIX)
@@ -75,22 +78,20 @@ class StoredWeights:
 
     @property
     def names(self) -> list[str]:
-        """The names of all tensors, sorted."""
         return sorted(self._tensors)
 
     def check(self, shapes: Mapping[str, torch.Size]) -> None:
-        """Raise CheckpointError unless there is a tensor of each name, and of its shape."""
+        """Raise CheckpointError unless there is a tensor of each name and shape."""
         for name, shape in shapes.items():
             stored = self._tensors.get(name)
             if stored is None or stored.size != shape:
-                found = "is missing" if stored is None else f"has shape {list(stored.size)}, not {list(shape)}"
+                problem = "is missing" if stored is None else f"has shape {list(stored.size)}, not {list(shape)}"
                 raise CheckpointError(
-                    f"{self._folder} does not fill the model that its configuration describes ({name} {found}): "
-                    "restore its model section, or write it anew."
+                    f"{self._folder} does not fill the model that its configuration describes ({name} {problem}): "
+                    "restore its model section, or write it again."
                 )
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """Return the dtype that a tensor is stored in."""
         return self._tensors[name].properties.dtype
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -99,12 +100,12 @@ class StoredWeights:
         try:
             read_shards({f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}, self._folder)
         except CheckpointError as error:
-            raise CheckpointError(f"{self._folder} is damaged ({error}): write it anew.") from None
+            raise CheckpointError(f"{self._folder} is damaged ({error}): write it again.") from None
         return tensors
 
 
 def save_weights(tensors: Mapping[str, Tensor], folder: Path, texts: Mapping[str, str] | None = None) -> None:
-    """Write whole tensors, and files of text beside them, from the only rank.
+    """Write full tensors, and text files beside them, from a single rank.
 
     Raises CheckpointError where `folder` exists or cannot be written.
     """
@@ -119,9 +120,9 @@ def save_weights(tensors: Mapping[str, Tensor], folder: Path, texts: Mapping[str
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a hidden folder to write into, which becomes `folder` when the block is done.
+    """Yield a hidden folder to write into; it becomes `folder` at the end of the block.
 
-    Raises CheckpointError where `folder` exists or cannot be written; nothing is left behind then.
+    Raises CheckpointError where `folder` exists or cannot be written, and leaves nothing then.
     """
     if folder.exists():
         raise CheckpointError(f"{folder} exists already: name another folder, or delete it.")
@@ -135,13 +136,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise CheckpointError(_not_written(folder, error.strerror or str(error))) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _no_weights(folder: Path) -> str:
-    return (
-        f"{folder} holds no weights: name a folder that `farspan upcycle` or `farspan import` wrote, or one step below "
-        "a run's checkpoints/."
-    )
 
 
 def _not_written(folder: Path, cause: str) -> str:

@@ -1,7 +1,7 @@
-"""Fewer KV heads for a trained model: each is the mean of a group of them (GQA uptraining, arXiv 2305.13245).
+"""Fewer KV heads for a trained model: the mean of each group of heads (GQA uptraining, arXiv 2305.13245).
 
-Section 2.1: key and value matrices of the heads of a group are mean-pooled, all else is kept; training then goes on for
-about a twentieth of its steps.
+Section 2.1: mean-pool the key and value matrices of the heads of a group, keep all else, and train on for about 5 % of
+the steps.
 """
 
 from dataclasses import replace
@@ -13,15 +13,15 @@ from torch import Tensor
 from farspan.errors import ConfigError
 from farspan.parallel.ranks import Ranks, connected
 from farspan.trainer.weights.io import StoredWeights, save_weights
-from farspan.trainer.weights.locate import DECODER_FILE, Decoder, find_trained
+from farspan.trainer.weights.locate import DECODER_FILE, Decoder, find_trained_model
 
 
 def pool_heads(source: Path, kv_heads: int, out: Path) -> Decoder:
-    """Write the weights of the model in `source` (see `find_trained`) with `kv_heads` KV heads; return its decoder.
+    """Write the model in `source` (see `find_trained_model`) with `kv_heads` KV heads; return its decoder.
 
     Raises ConfigError where heads cannot be pooled.
     """
-    trained = find_trained(source)
+    trained = find_trained_model(source)
     before = trained.decoder
     _check(before, kv_heads)
     after = replace(before, model=replace(before.model, kv_heads=kv_heads))
@@ -30,30 +30,30 @@ def pool_heads(source: Path, kv_heads: int, out: Path) -> Decoder:
     with connected(Ranks(), torch.device("cpu")):
         tensors = stored.read(old_shapes)
         for name, shape in new_shapes.items():
-            # Keys and values, and convolutions on keys, have other shapes then; gated recurrences share no heads.
+            # Shapes differ for keys, values and convolutions on keys; not in gated recurrences, which share no heads.
             if shape != old_shapes[name]:
-                tensors[name] = pooled(tensors[name], before.model.kv_heads // kv_heads, before.model.head_dim)
+                tensors[name] = pool_rows(tensors[name], before.model.kv_heads // kv_heads, before.model.head_dim)
         save_weights(tensors, out, {DECODER_FILE: after.text()})
     return after
 
 
-def pooled(matrix: Tensor, group: int, head_dim: int) -> Tensor:
+def pool_rows(matrix: Tensor, group: int, head_dim: int) -> Tensor:
     """Return the mean over each `group` of neighboring heads of a matrix `[heads * head_dim, in]`."""
-    heads = matrix.unflatten(0, (-1, group, head_dim))
+    heads = matrix.unflatten(0, (-1, group, head_dim))  # [heads / group, group, head_dim, in]
     return heads.double().mean(dim=1).flatten(0, 1).to(matrix.dtype)
 
 
 def _check(decoder: Decoder, kv_heads: int) -> None:
     model = decoder.model
     if not 1 <= kv_heads < model.kv_heads or model.kv_heads % kv_heads:
-        fitting = [str(number) for number in range(1, model.kv_heads) if model.kv_heads % number == 0]
+        divisors = [str(number) for number in range(1, model.kv_heads) if model.kv_heads % number == 0]
         raise ConfigError(
-            f"--kv-heads {kv_heads} makes no even groups of the model.kv_heads={model.kv_heads} of this model: "
-            + (f"take {', '.join(fitting)}." if fitting else "it has one already, which all queries share.")
+            f"--kv-heads {kv_heads} does not divide the model.kv_heads={model.kv_heads} of this model: "
+            + (f"take {', '.join(divisors)}." if divisors else "it has a single KV head already.")
         )
     if model.head_mixture.kind == "heads":
         raise ConfigError(
-            "model.head_mixture.kind='heads' counts heads for each KV head, so that pooled ones leave tokens fewer: "
+            "model.head_mixture.kind='heads' chooses heads for each KV head, so that fewer would attend after pooling: "
             "pool a model without it."
         )
     for mechanism in dict.fromkeys(decoder.mechanisms()):

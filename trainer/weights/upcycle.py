@@ -1,8 +1,8 @@
-"""Upcycling: a model with experts, and experts of attention, from trained models without.
+"""Upcycling: a model with mixtures of experts, or of attention experts, from trained dense models.
 
-Expert e is a copy of what the dense models have in its place, of model e mod N for N of them; all that is not chosen
-is their mean; routers are new. One model is sparse upcycling (arXiv 2212.05055), several that were trained on different
-data are Branch-Attend-Mix (BAM, arXiv 2408.08274).
+Of N dense models, expert e is a copy of the feed-forward, or of the attention heads, of model e mod N. All other
+parameters are the mean over the models; routers are new. With one model this is sparse upcycling (arXiv 2212.05055),
+with several, trained on different data, Branch-Attend-Mix (BAM, arXiv 2408.08274).
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 from farspan.errors import ConfigError
 from farspan.parallel.mesh import Degrees
 from farspan.parallel.ranks import Ranks, connected
-from farspan.trainer.checkpoint.verify import newest_whole
+from farspan.trainer.checkpoint.verify import newest_complete
 from farspan.trainer.config import Config
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.init import initialize
@@ -29,9 +29,9 @@ Tensors = Mapping[str, Tensor]
 
 
 def upcycle(config: Config, runs: Sequence[Path], out: Path) -> None:
-    """Write the weights that `config` can begin with, made of the newest checkpoints of `runs`.
+    """Write weights for `config` to start from, made of the newest checkpoints of `runs`.
 
-    Raises ConfigError where the models do not fit each other, CheckpointError where there is nothing to read.
+    Raises ConfigError where the models do not fit each other, CheckpointError where a run has no checkpoint.
     """
     if out.exists():
         raise ConfigError(f"{out} exists already: name another folder, or delete it.")
@@ -39,10 +39,10 @@ def upcycle(config: Config, runs: Sequence[Path], out: Path) -> None:
     vocabulary = config.model.vocabulary_size or dense[0].model.vocabulary_size
     model = replace(config.model, vocabulary_size=vocabulary)
     if not any(model.expert_layers) and model.head_mixture.kind == "none":
-        raise ConfigError("a model without experts leaves nothing to choose: set model.experts or model.head_mixture.")
-    for run, of_run in zip(runs, dense, strict=True):
-        _check_fit(model, of_run.model, run)
-        _check_layers(config, of_run, run)
+        raise ConfigError("this model has no experts: set model.experts or model.head_mixture.")
+    for run, dense_config in zip(runs, dense, strict=True):
+        _check_fit(model, dense_config.model, run)
+        _check_layers(config, dense_config, run)
     experts_fit(config, Degrees(dp_replicate=1, dp_shard=1, context=1))
     head_mixture_fits(config)
     mechanism_takes_model(config)
@@ -51,71 +51,70 @@ def upcycle(config: Config, runs: Sequence[Path], out: Path) -> None:
         if config.train.torch_dtype == torch.float64:
             mixture = mixture.double()
         initialize(mixture, model, config.run.seed)
-        sources = [_tensors_of(*each) for each in zip(runs, dense, strict=True)]
-        save_weights(mixed_of(sources, mixture.state_dict()), out)
+        sources = [_read_newest(*each) for each in zip(runs, dense, strict=True)]
+        save_weights(upcycled(sources, mixture.state_dict()), out)
 
 
-def mixed_of(dense: Sequence[Tensors], start: Tensors) -> dict[str, Tensor]:
-    """Return the weights of a model with mixtures, of weights of dense ones; what these lack is as in `start`."""
-    mixed = {}
-    for name, tensor in start.items():
-        plain = name.replace("feed_forward.experts.", "feed_forward.").replace("feed_forward.shared.", "feed_forward.")
-        sources = [source[plain] for source in dense if plain in source]
-        mixed[name] = _combined(sources, tensor.shape).to(tensor.dtype) if sources else tensor
-    return mixed
+def upcycled(dense: Sequence[Tensors], initial: Tensors) -> dict[str, Tensor]:
+    """Return the weights of a model with mixtures; tensors that the dense models lack are those in `initial`."""
+    weights = {}
+    for name, tensor in initial.items():
+        dense_name = name.replace("feed_forward.experts.", "feed_forward.").replace(
+            "feed_forward.shared.", "feed_forward."
+        )
+        sources = [source[dense_name] for source in dense if dense_name in source]
+        weights[name] = _mean_or_copies(sources, tensor.shape).to(tensor.dtype) if sources else tensor
+    return weights
 
 
-def _combined(sources: Sequence[Tensor], shape: torch.Size) -> Tensor:
-    """Return the mean of tensors or, where the shape has room for more than one, copies of them in turn."""
-    one = sources[0]
-    if one.shape == shape:
+def _mean_or_copies(sources: Sequence[Tensor], shape: torch.Size) -> Tensor:
+    """Return the mean of tensors of this shape or, for a larger shape, copies of the tensors in turn."""
+    first = sources[0]
+    if first.shape == shape:
         return torch.stack(list(sources)).double().mean(0)
-    copies = [sources[number % len(sources)] for number in range(shape.numel() // one.numel())]
-    if len(shape) > one.dim():
-        return torch.stack(copies)
-    # Queries, and keys of their own, have rows for each expert; the output matrix has columns.
-    return torch.cat(copies, dim=0 if shape[0] > one.shape[0] else 1)
+    copies = [sources[number % len(sources)] for number in range(shape.numel() // first.numel())]
+    if len(shape) > first.dim():
+        return torch.stack(copies)  # E x [out, in] -> [E, out, in]
+    # Attention experts: rows of the query, key and value matrices, columns of the output matrix.
+    return torch.cat(copies, dim=0 if shape[0] > first.shape[0] else 1)
 
 
-def _tensors_of(run: Path, config: Config) -> Tensors:
+def _read_newest(run: Path, config: Config) -> Tensors:
     shapes = Decoder(model=config.model, attention=config.attention).shapes()
-    stored = StoredWeights(newest_whole(run / "checkpoints"))
+    stored = StoredWeights(newest_complete(run / "checkpoints"))
     stored.check(shapes)
     return stored.read(shapes)
 
 
 def _check_fit(model: ModelConfig, dense: ModelConfig, run: Path) -> None:
-    mine, theirs = asdict(model), asdict(dense)
-    for mixture, without in (
-        ("experts", dense.experts.count == 0),
-        ("head_mixture", dense.head_mixture.kind == "none"),
-    ):
-        if not without:
-            raise ConfigError(f"{run} has model.{mixture} already: upcycle runs without.")
-        del mine[mixture], theirs[mixture]
-    for name, value in mine.items():
-        if value != theirs[name]:
+    mixtures = {"experts": dense.experts.count > 0, "head_mixture": dense.head_mixture.kind != "none"}
+    for name, is_mixture in mixtures.items():
+        if is_mixture:
+            raise ConfigError(f"{run} has model.{name} already: upcycle dense runs.")
+    dense_fields = asdict(dense)
+    for name, value in asdict(model).items():
+        if name not in mixtures and value != dense_fields[name]:
             raise ConfigError(
-                f"{run} has model.{name}={theirs[name]!r}, not {value!r}: experts are copies, set the same."
+                f"{run} has model.{name}={dense_fields[name]!r}, not {value!r}: experts are copies, set the same."
             )
     experts = model.experts
     if experts.count and experts.feed_forward != dense.feed_forward:
         raise ConfigError(
             f"model.experts.feed_forward={experts.feed_forward} must be the model.feed_forward={dense.feed_forward} of "
-            f"{run}, which experts are copies of."
+            f"{run}: experts are copies of its feed-forward."
         )
     if experts.shared not in (0, dense.feed_forward):
         raise ConfigError(
-            f"model.experts.shared={experts.shared} must be 0 or the model.feed_forward={dense.feed_forward} of {run}, "
-            "whose mean the shared expert is."
+            f"model.experts.shared={experts.shared} must be 0 or the model.feed_forward={dense.feed_forward} of {run}: "
+            "the shared expert is a mean of feed-forwards."
         )
 
 
 def _check_layers(config: Config, dense: Config, run: Path) -> None:
-    """Layers of another kind have matrices of the same names and other sizes, which would be taken for copies."""
-    for mine, theirs in zip(config.mechanisms(), dense.mechanisms(), strict=True):
-        routed_differently = mine.routing_width and theirs.routing_width and type(mine) is not type(theirs)
-        if config.model.is_gated(mine) != dense.model.is_gated(theirs) or routed_differently:
+    """Refuse layers of another kind, whose matrices have the same names: `_mean_or_copies` would mix them up."""
+    for new, old in zip(config.mechanisms(), dense.mechanisms(), strict=True):
+        other_router = new.routing_width and old.routing_width and type(new) is not type(old)
+        if config.model.is_gated(new) != dense.model.is_gated(old) or other_router:
             raise ConfigError(
                 f"{run} has attention.mechanism={dense.attention.mechanism!r}, whose layers have other matrices than "
                 f"those of {config.attention.mechanism!r}: set the same."

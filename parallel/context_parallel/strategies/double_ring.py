@@ -7,10 +7,12 @@ chunk, and all of a node's links are used at once. Bytes are those of one ring.
 
 from typing import final
 
-from farspan.kernels.mechanism import Heads, Masked, Mechanism
+from farspan.kernels.masks.attention_mask import AttentionMask
+from farspan.kernels.mechanism import Mechanism
+from farspan.kernels.planner import Heads, HeadShare
 from farspan.parallel.context_parallel.moving_kv import KVMovingStrategy
 from farspan.parallel.context_parallel.ring_exchange import RingKVSchedule, Rings
-from farspan.parallel.context_parallel.strategy import STRATEGIES, HeadShare, grid_unsupported_reason
+from farspan.parallel.context_parallel.strategy import STRATEGIES, grid_unsupported_reason
 from farspan.parallel.layout import Shards
 
 
@@ -26,9 +28,9 @@ class DoubleRing(KVMovingStrategy):
             cls.name, degree, inner
         )
 
-    def kv_exchange(self, mechanism: Masked, shards: Shards, share: HeadShare) -> RingKVSchedule:
+    def kv_schedule(self, attention_mask: AttentionMask, shards: Shards, share: HeadShare) -> RingKVSchedule:
         rings = Rings(size=self.channel.size, width=self.channel.width)
-        return RingKVSchedule(self, rings, mechanism, shards, share)
+        return RingKVSchedule(self, rings, attention_mask, shards, share)
 
 
 STRATEGIES.add(DoubleRing.name, DoubleRing)

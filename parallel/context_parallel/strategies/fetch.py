@@ -13,9 +13,10 @@ from typing import final
 import torch
 from torch import Tensor
 
+from farspan.kernels.kinds.routed import SelectedBlocks
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.selection import BlockSelection
-from farspan.kernels.mechanism import Heads, Masked, Routed
+from farspan.kernels.planner import Heads, HeadShare, RoutingSource, Sizes
 from farspan.kernels.planning.plan import Plan
 from farspan.parallel.comm import Channel, Transfer
 from farspan.parallel.context_parallel.moving_kv import (
@@ -26,7 +27,7 @@ from farspan.parallel.context_parallel.moving_kv import (
     KVSchedule,
 )
 from farspan.parallel.context_parallel.required_keys import needed_keys
-from farspan.parallel.context_parallel.strategy import STRATEGIES, Chosen, HeadShare, Move, Sizes, Volume
+from farspan.parallel.context_parallel.strategy import STRATEGIES, Move, Volume
 from farspan.parallel.layout import Shards
 
 STAGES = 4
@@ -38,19 +39,22 @@ class Fetch(KVMovingStrategy):
     """Works under every layout; moves least where the keys of a query lie on few ranks."""
 
     name = "fetch"
-    moves_selected_blocks = True
 
-    def kv_exchange(self, mechanism: Masked, shards: Shards, share: HeadShare) -> KVExchange:
-        sequence = _Sequence(
+    def kv_schedule(self, attention_mask: AttentionMask, shards: Shards, share: HeadShare) -> KVSchedule:
+        sequence = self._sequence(attention_mask, shards, share)
+        return _FetchKVSchedule(sequence, sequence.wanted(), sequence.given())
+
+    def kv_exchange_of_blocks(self, attention_mask: AttentionMask, shards: Shards, share: HeadShare) -> KVExchange:
+        return _SelectedKVExchange(self._sequence(attention_mask, shards, share))
+
+    def _sequence(self, attention_mask: AttentionMask, shards: Shards, share: HeadShare) -> "_Sequence":
+        return _Sequence(
             channel=self.channel,
             shards=shards,
-            attention_mask=mechanism.attention_mask().of_heads(share.slice),
-            heads=share.here,
+            attention_mask=attention_mask,
+            heads=share.local_heads,
             rounded=self.rounded_gradients,
         )
-        if isinstance(mechanism, Routed):
-            return _ToBeChosen(sequence)
-        return _FetchKVSchedule(sequence, sequence.wanted(), sequence.given())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -95,7 +99,7 @@ class _Sequence:
 
 
 def _choosing(plan: Plan, selection: BlockSelection | None) -> Plan:
-    return plan if selection is None else plan.choosing(selection)
+    return plan if selection is None else plan.with_selection(selection)
 
 
 @final
@@ -137,7 +141,7 @@ class _FetchKVSchedule(KVSchedule):
     def grad_return(self, k: Tensor, v: Tensor) -> GradReturn:
         return _FetchGradReturn(self, KeysAndValues.no_gradients(k, v), k.dtype)
 
-    def moves(self, sizes: Sizes, chosen: Chosen) -> tuple[Move, ...]:
+    def moves(self, sizes: Sizes, routing: RoutingSource) -> tuple[Move, ...]:
         """What others need of the local keys and values, both ways; backward also gradients of what this rank needed.
 
         Counted by row and KV head.
@@ -148,7 +152,7 @@ class _FetchKVSchedule(KVSchedule):
         returned = int(self.wanted.sum() - self.wanted[rank].sum()) * width * gradient_bytes
         return (Move(Volume(forward=given, backward=given + returned), self.sequence.channel, hidden=True),)
 
-    def working_bytes(self, sizes: Sizes, chosen: Chosen) -> int:
+    def working_bytes(self, sizes: Sizes, routing: RoutingSource) -> int:
         """The keys of a stage and those of the next on their way, and their gradients, found and leaving."""
         largest = max((len(stage.rows) for stage in self.stages), default=0) * self.sequence.heads.kv
         return largest * sizes.kv_width * 2 * (sizes.element_bytes + sizes.accumulation_bytes)
@@ -229,31 +233,33 @@ class _FetchGradReturn(GradReturn):
 
 
 @final
-class _ToBeChosen(KVExchange):
-    """What is needed is known once the queries have chosen: each rank then asks the others for it."""
+class _SelectedKVExchange(KVExchange):
+    """The keys to move are known once the queries have selected blocks: each rank then asks the others for them."""
 
     def __init__(self, sequence: _Sequence) -> None:
         self.sequence = sequence
 
-    def to_chosen(self, selection: BlockSelection | None) -> KVSchedule:
+    def for_selection(self, selection: BlockSelection | None) -> KVSchedule:
         wanted = self.sequence.wanted(selection)
         return _FetchKVSchedule(self.sequence, wanted, self.sequence.channel.all_to_all(wanted, kind="fetch_requests"))
 
-    def moves(self, sizes: Sizes, chosen: Chosen) -> tuple[Move, ...]:
+    def moves(self, sizes: Sizes, routing: RoutingSource) -> tuple[Move, ...]:
         """Besides what was chosen, a byte for every row and KV head of other ranks: whether it is needed."""
-        kv_schedule = self._journey(chosen)
+        kv_schedule = self._schedule(routing)
         requests = kv_schedule.wanted.numel() - kv_schedule.wanted[self.sequence.channel.rank].numel()
         asked = Move(Volume(forward=requests, backward=0), self.sequence.channel, hidden=False)
-        return *kv_schedule.moves(sizes, None), asked
+        return *kv_schedule.moves(sizes, routing), asked
 
-    def working_bytes(self, sizes: Sizes, chosen: Chosen) -> int:
-        return self._journey(chosen).working_bytes(sizes, None)
+    def working_bytes(self, sizes: Sizes, routing: RoutingSource) -> int:
+        return self._schedule(routing).working_bytes(sizes, routing)
 
-    def _journey(self, chosen: Chosen) -> "_FetchKVSchedule":
-        """Return the journey of what all ranks chose, `chosen` of the whole sequence; None: of all they may choose."""
-        if not isinstance(chosen, BlockSelection):
+    def _schedule(self, routing: RoutingSource) -> "_FetchKVSchedule":
+        """Return the schedule of the keys that all ranks select; without a full selection, of all they may select."""
+        found = routing()
+        if not isinstance(found, SelectedBlocks) or found.one_in > 1:
             return _FetchKVSchedule(self.sequence, self.sequence.wanted(), self.sequence.given())
-        of_all, of_mine = (chosen.of_queries(rows) for rows in (self.sequence.global_rows, self.sequence.mine))
+        rows = self.sequence.global_rows, self.sequence.mine
+        of_all, of_mine = (found.selection.of_queries(of_rows) for of_rows in rows)
         return _FetchKVSchedule(self.sequence, self.sequence.wanted(of_mine), self.sequence.given(of_all))
 
 

@@ -11,11 +11,12 @@ from typing import final
 import torch
 from torch import Tensor
 
-from farspan.kernels.mechanism import Masked
+from farspan.kernels.masks.attention_mask import AttentionMask
+from farspan.kernels.planner import HeadShare, RoutingSource, Sizes
 from farspan.kernels.planning.plan import Plan
 from farspan.parallel.comm import Channel
 from farspan.parallel.context_parallel.moving_kv import GradReturn, KeysAndValues, KVMovingStrategy, KVSchedule
-from farspan.parallel.context_parallel.strategy import STRATEGIES, Chosen, HeadShare, Move, Sizes, Volume
+from farspan.parallel.context_parallel.strategy import STRATEGIES, Move, Volume
 from farspan.parallel.layout import Shards
 
 
@@ -25,20 +26,21 @@ class Gather(KVMovingStrategy):
 
     name = "gather"
 
-    def kv_exchange(self, mechanism: Masked, shards: Shards, share: HeadShare) -> "_GatherKVSchedule":
-        return _GatherKVSchedule(self.channel, self.rounded_gradients, mechanism, shards, share)
+    def kv_schedule(self, attention_mask: AttentionMask, shards: Shards, share: HeadShare) -> "_GatherKVSchedule":
+        return _GatherKVSchedule(self.channel, self.rounded_gradients, attention_mask, shards, share)
 
 
 @final
 class _GatherKVSchedule(KVSchedule):
     """One part: the rows of all ranks, set end to end."""
 
-    def __init__(self, channel: Channel, rounded: bool, mechanism: Masked, shards: Shards, share: HeadShare) -> None:
-        self.channel, self.rounded, self.kv_rows = channel, rounded, shards.tokens_local * share.here.kv
+    def __init__(
+        self, channel: Channel, rounded: bool, attention_mask: AttentionMask, shards: Shards, share: HeadShare
+    ) -> None:
+        self.channel, self.rounded, self.kv_rows = channel, rounded, shards.tokens_local * share.local_heads.kv
         everywhere = shards.index.flatten()
         keys, queries = shards.rows.take(everywhere), shards.rows_of(channel.rank)
-        attention_mask = mechanism.attention_mask().of_heads(share.slice)
-        self.plans = (Plan.build(queries, keys, attention_mask, heads=share.here.query),)
+        self.plans = (Plan.build(queries, keys, attention_mask, heads=share.local_heads.query),)
         self.tokens = (everywhere,)
 
     def parts(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -49,14 +51,14 @@ class _GatherKVSchedule(KVSchedule):
     def grad_return(self, k: Tensor, v: Tensor) -> GradReturn:
         return _GatherGradReturn(self.channel, KeysAndValues.no_gradients(k, v), k.dtype if self.rounded else None)
 
-    def moves(self, sizes: Sizes, chosen: Chosen) -> tuple[Move, ...]:
+    def moves(self, sizes: Sizes, routing: RoutingSource) -> tuple[Move, ...]:
         """A rank's keys and values to (P-1) others, forward and backward; (P-1) gradients of others' go home."""
         numbers = (self.channel.size - 1) * self.kv_rows * sizes.kv_width
         collected = numbers * sizes.element_bytes
         gradients = numbers * sizes.gradient_bytes(rounded=self.rounded)
         return (Move(Volume(forward=collected, backward=collected + gradients), self.channel, hidden=False),)
 
-    def working_bytes(self, sizes: Sizes, chosen: Chosen) -> int:
+    def working_bytes(self, sizes: Sizes, routing: RoutingSource) -> int:
         """Everybody's keys and values, twice as they are set end to end; their gradients, found and leaving."""
         numbers = self.channel.size * self.kv_rows * sizes.kv_width
         gradients = sizes.accumulation_bytes + sizes.gradient_bytes(rounded=self.rounded)

@@ -10,7 +10,8 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from farspan.kernels.mechanism import Heads, Mechanism
+from farspan.kernels.mechanism import Mechanism
+from farspan.kernels.planner import Heads, HeadShare
 from farspan.parallel.comm import Channel
 from farspan.parallel.context_parallel.head_exchange import (
     HeadParallelAttention,
@@ -21,7 +22,6 @@ from farspan.parallel.context_parallel.head_exchange import (
 from farspan.parallel.context_parallel.strategy import (
     STRATEGIES,
     DistributedAttention,
-    HeadShare,
     Strategy,
     grid_unsupported_reason,
 )
@@ -34,7 +34,6 @@ ALONG_TOKENS = ("ring", "state")
 class _Grid(Strategy):
     """The channel's two axes: heads are dealt along one."""
 
-    name: ClassVar[str]
     setting: ClassVar[str]
 
     @classmethod
@@ -75,12 +74,12 @@ class _Grid(Strategy):
         along = next(
             strategy
             for strategy in map(STRATEGIES.get, ALONG_TOKENS)
-            if strategy.unsupported_reason(mechanism, mine.here, of_tokens.size) is None
+            if strategy.unsupported_reason(mechanism, mine.local_heads, of_tokens.size) is None
         )(of_tokens, rounded_gradients=self.rounded_gradients)
         together = Shards(rows=shards.rows, index=groups.gather(1, orders))
         return HeadParallelAttention(
             tokens_local=shards.tokens_local,
-            heads=share.here,
+            heads=share.local_heads,
             routing_width=mechanism.routing_width,
             name=self.name,
             channel=of_heads,

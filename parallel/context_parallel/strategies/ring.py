@@ -9,10 +9,11 @@ needs one hop more to be home. Sums over chunks are float32 (float64 for float64
 
 from typing import final
 
-from farspan.kernels.mechanism import Masked
+from farspan.kernels.masks.attention_mask import AttentionMask
+from farspan.kernels.planner import HeadShare
 from farspan.parallel.context_parallel.moving_kv import KVMovingStrategy
 from farspan.parallel.context_parallel.ring_exchange import RingKVSchedule, Rings
-from farspan.parallel.context_parallel.strategy import STRATEGIES, HeadShare
+from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.parallel.layout import Shards
 
 
@@ -22,9 +23,9 @@ class Ring(KVMovingStrategy):
 
     name = "ring"
 
-    def kv_exchange(self, mechanism: Masked, shards: Shards, share: HeadShare) -> RingKVSchedule:
+    def kv_schedule(self, attention_mask: AttentionMask, shards: Shards, share: HeadShare) -> RingKVSchedule:
         rings = Rings(size=self.channel.size, width=self.channel.size)
-        return RingKVSchedule(self, rings, mechanism, shards, share)
+        return RingKVSchedule(self, rings, attention_mask, shards, share)
 
 
 STRATEGIES.add(Ring.name, Ring)

@@ -14,25 +14,24 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.attention import attention_backward, attention_forward
-from farspan.kernels.masks.selection import BlockPartition, BlockSelection
-from farspan.kernels.mechanism import Heads, Mechanism, Routed
+from farspan.kernels.kinds.routed import SelectedBlocks
+from farspan.kernels.masks.attention_mask import AttentionMask
+from farspan.kernels.masks.selection import BlockSelection
+from farspan.kernels.mechanism import Access, Mechanism
 from farspan.kernels.merge import accumulation_dtype, merge_
+from farspan.kernels.planner import Heads, KeyRouting, Routing, RoutingSource, Saved, Sizes, no_routing
 from farspan.kernels.planning.plan import Plan
-from farspan.kernels.sequence_attention import Saved
 from farspan.parallel.comm import Channel, Transfer
 from farspan.parallel.context_parallel.query_dispatch import BlockOwners, DispatchPlan, ReceivedQueries
-from farspan.parallel.context_parallel.routing import Choice, moves_of_choice
 from farspan.parallel.context_parallel.strategy import (
     STRATEGIES,
-    Chosen,
     DistributedAttention,
-    HeadShare,
     Move,
     Queries,
-    Sample,
-    Sizes,
+    ShardedPlanner,
     Strategy,
     Volume,
+    all_reduce_move,
 )
 from farspan.parallel.layout import Shards
 
@@ -44,55 +43,54 @@ ITEM_BYTES, ENTRY_BYTES, COUNT_BYTES = 12, 4, 16
 class Ship(Strategy):
     """For routed mechanisms alone; works under every layout and any numbers of heads."""
 
-    moves_selected_blocks, fallback_strategy = True, "state"
+    name, serves, fallback_strategy = "ship", frozenset({Access.BLOCKS}), "state"
 
     @classmethod
     def unsupported_reason(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
-        if isinstance(mechanism, Routed):
+        if mechanism.accesses <= cls.serves:
             return None
         return (
             f"strategy 'ship' sends queries to the blocks that they chose, and {type(mechanism).__name__} chooses no "
             "blocks; set parallel.strategy='ring' or 'fetch'."
         )
 
-    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> DistributedAttention:
-        assert isinstance(mechanism, Routed)
-        blocks, mine = mechanism.blocks(shards.rows), shards.rows_of(self.channel.rank)
+    def attend(
+        self, planner: ShardedPlanner, attention_mask: AttentionMask, key_routing: KeyRouting
+    ) -> DistributedAttention:
+        shards, blocks, mine, heads = planner.shards, key_routing.blocks, planner.local_rows, planner.share.local_heads
         return _QueryDispatchAttention(
             tokens_local=shards.tokens_local,
-            heads=share.here,
-            routing_width=0,
-            mechanism=mechanism,
+            heads=heads,
+            routing_width=key_routing.routing_width,
+            attention_mask=attention_mask,
             shards=shards,
             channel=self.channel,
-            choice=Choice.of(mechanism, shards, share, self.channel, strategy="ship"),
-            blocks=blocks,
-            holders=BlockOwners.of(mechanism, blocks, shards),
-            local=Plan.build(mine, mine, mechanism.attention_mask(), heads=share.here.query),
-            backend=backend,
+            key_routing=key_routing,
+            holders=BlockOwners.of(attention_mask, blocks, shards),
+            local=Plan.build(mine, mine, attention_mask, heads=heads.query),
+            backend=planner.backend,
         )
 
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _QueryDispatchAttention(DistributedAttention):
-    mechanism: Routed
+    attention_mask: AttentionMask
     shards: Shards
     channel: Channel
-    choice: Choice
-    blocks: BlockPartition
+    key_routing: KeyRouting
     holders: BlockOwners
     local: Plan
     backend: str
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v = inputs
-        selection = self.choice.choose(q, k).selection
+        selection = self.key_routing.route(q, k).selection
         assert selection is not None
         leaving = self._leaving(selection, self.channel.rank)
         arriving, planned = self._announce(leaving)
         sent = self._send(q[self._places(leaving, q)], leaving.items, arriving, kind="q")
-        local = self.local.choosing(selection)
+        local = self.local.with_selection(selection)
         out, lse = (x.to(accumulation_dtype(q.dtype)) for x in attention_forward(q, k, v, local, backend=self.backend))
         found = self._attend_arrivals(sent.wait(), k, v, planned)
         arrived = self._send(found, arriving, leaving.items, kind="out").wait()
@@ -105,7 +103,7 @@ class _QueryDispatchAttention(DistributedAttention):
 
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
         q, k, v, out, lse = saved.tensors
-        leaving, arriving, planned, local = saved.kept
+        leaving, arriving, planned, local = saved.extras
         row, head = self._places(leaving, q)
         rows = torch.cat((q[row, head], dout[row, head], out[row, head]), dim=1)
         rows_sent = self._send(rows, leaving.items, arriving, kind="dout")
@@ -128,12 +126,12 @@ class _QueryDispatchAttention(DistributedAttention):
     def lse(self, saved: Saved) -> Tensor:
         return saved.tensors[4]
 
-    def moves(self, sizes: Sizes, chosen: Chosen = None) -> tuple[Move, ...]:
+    def moves(self, sizes: Sizes, routing: RoutingSource = no_routing) -> tuple[Move, ...]:
         """Of each item: q and what it chose go, out and its log-sum-exp come back in the accumulation dtype.
 
         Backward: q, dout, out and the log-sum-exp go, dq comes back. Before the first, how many come.
         """
-        leaving, arriving, entries = self._counts(chosen)
+        leaving, arriving, entries = self._counts(routing())
         asked = leaving * (ITEM_BYTES + sizes.head_dim * sizes.element_bytes) + entries * ENTRY_BYTES
         asked += (self.channel.size - 1) * COUNT_BYTES
         given_again = (sizes.head_dim + 2 * sizes.value_dim) * sizes.element_bytes + sizes.accumulation_bytes
@@ -142,30 +140,27 @@ class _QueryDispatchAttention(DistributedAttention):
             forward=arriving * (sizes.value_dim + 1) * sizes.accumulation_bytes,
             backward=arriving * sizes.head_dim * sizes.accumulation_bytes,
         )
-        choice = moves_of_choice(self.mechanism, self.shards.rows, self.heads, sizes, self.channel)
+        choice = all_reduce_move(self.key_routing.all_reduced(sizes), self.channel)
         return Move(there, self.channel, hidden=True), Move(back, self.channel, hidden=False), choice
 
     @property
     def queries(self) -> Queries:
         return Queries(self.shards.index[self.channel.rank], self.heads.query)
 
-    def working_bytes(self, sizes: Sizes, chosen: Chosen = None) -> int:
+    def working_bytes(self, sizes: Sizes, routing: RoutingSource = no_routing) -> int:
         """Backward: items here and leaving, their gradients, and those of the local keys."""
-        leaving, arriving, _ = self._counts(chosen)
+        leaving, arriving, _ = self._counts(routing())
         item = (sizes.head_dim + 2 * sizes.value_dim) * sizes.element_bytes + sizes.head_dim * sizes.accumulation_bytes
         keys = self.tokens_local * self.heads.kv * sizes.kv_width * (sizes.element_bytes + 2 * sizes.accumulation_bytes)
         return (leaving + arriving) * item + keys
 
-    def _counts(self, chosen: Chosen) -> tuple[int, int, int]:
-        """Return the items that leave and arrive, and the entries that leave, of what the whole sequence chose."""
-        if isinstance(chosen, Sample):
-            leaving, arriving, entries = self._counts(chosen.selection)
-            return leaving * chosen.one_in, arriving * chosen.one_in, entries * chosen.one_in
-        assert isinstance(chosen, BlockSelection), "what is shipped depends on what was chosen"
-        rank = self.channel.rank
-        by_rank = [self._leaving(chosen.of_queries(rows), reader) for reader, rows in enumerate(self.shards.index)]
+    def _counts(self, routing: Routing) -> tuple[int, int, int]:
+        """Return the items that leave and arrive, and the entries that leave, by the routing of the full sequence."""
+        assert isinstance(routing, SelectedBlocks), "which queries are sent depends on the blocks that they select"
+        rank, one_in, selection = self.channel.rank, routing.one_in, routing.selection
+        by_rank = [self._leaving(selection.of_queries(rows), reader) for reader, rows in enumerate(self.shards.index)]
         arriving = sum(shipments.items[rank] for shipments in by_rank)
-        return sum(by_rank[rank].items), arriving, sum(by_rank[rank].entries)
+        return sum(by_rank[rank].items) * one_in, arriving * one_in, sum(by_rank[rank].entries) * one_in
 
     def _leaving(self, selection: BlockSelection, rank: int) -> DispatchPlan:
         return DispatchPlan.of(selection, self.holders, self.shards, rank, self.heads.query)
@@ -180,8 +175,8 @@ class _QueryDispatchAttention(DistributedAttention):
         block = self._exchange(leaving.block.int(), leaving.entries, entries)
         token, head, count = described.long().t()
         planned = ReceivedQueries.of(
-            self.mechanism,
-            self.blocks,
+            self.attention_mask,
+            self.key_routing.blocks,
             self.shards,
             self.channel.rank,
             heads=self.heads.query,
@@ -214,4 +209,4 @@ class _QueryDispatchAttention(DistributedAttention):
         return list(zip(*(x.split(leaving.items) for x in (row, head, arrived)), strict=True))
 
 
-STRATEGIES.add("ship", Ship)
+STRATEGIES.add(Ship.name, Ship)

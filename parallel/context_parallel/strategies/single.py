@@ -5,16 +5,14 @@ from typing import final
 
 from torch import Tensor
 
-from farspan.kernels.mechanism import Heads, Mechanism
-from farspan.kernels.sequence_attention import Saved, SequenceAttention, plan_sequence_attention
+from farspan.kernels.mechanism import Mechanism
+from farspan.kernels.planner import Heads, HeadShare, RoutingSource, Saved, SequenceAttention, Sizes, no_routing
+from farspan.kernels.sequence_attention import plan_sequence_attention
 from farspan.parallel.context_parallel.strategy import (
     STRATEGIES,
-    Chosen,
     DistributedAttention,
-    HeadShare,
     Move,
     Queries,
-    Sizes,
     Strategy,
 )
 from farspan.parallel.layout import Shards
@@ -24,7 +22,7 @@ from farspan.parallel.layout import Shards
 class Single(Strategy):
     """Context parallelism of degree 1."""
 
-    shards_heads = True
+    name = "single"
 
     @classmethod
     def unsupported_reason(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
@@ -35,11 +33,11 @@ class Single(Strategy):
     def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> DistributedAttention:
         return _SingleRankAttention(
             tokens_local=shards.tokens_local,
-            heads=share.here,
+            heads=share.local_heads,
             routing_width=mechanism.routing_width,
             tokens=shards.index[self.channel.rank],
             whole=plan_sequence_attention(
-                mechanism, shards.rows_of(self.channel.rank), share.all_heads, share.which, backend=backend
+                mechanism, shards.rows_of(self.channel.rank), share.all_heads, share.head_range, backend=backend
             ),
         )
 
@@ -59,15 +57,15 @@ class _SingleRankAttention(DistributedAttention):
     def lse(self, saved: Saved) -> Tensor | None:
         return self.whole.lse(saved)
 
-    def moves(self, sizes: Sizes, chosen: Chosen = None) -> tuple[Move, ...]:
+    def moves(self, sizes: Sizes, routing: RoutingSource = no_routing) -> tuple[Move, ...]:
         return ()
 
     @property
     def queries(self) -> Queries:
         return Queries(self.tokens, self.heads.query)
 
-    def working_bytes(self, sizes: Sizes, chosen: Chosen = None) -> int:
+    def working_bytes(self, sizes: Sizes, routing: RoutingSource = no_routing) -> int:
         return 0
 
 
-STRATEGIES.add("single", Single)
+STRATEGIES.add(Single.name, Single)

@@ -14,20 +14,18 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.linear_attention.state import Segment, order
-from farspan.kernels.mechanism import Heads, Mechanism, Recurrent
+from farspan.kernels.mechanism import Access, Mechanism
 from farspan.kernels.merge import accumulation_dtype
+from farspan.kernels.planner import Heads, RoutingSource, Saved, Sizes, no_routing
 from farspan.kernels.recurrent_attention import recurrent_attention_backward, recurrent_attention_forward
-from farspan.kernels.sequence_attention import Saved
 from farspan.parallel.comm import Channel
 from farspan.parallel.context_parallel.reshard import Reshard
 from farspan.parallel.context_parallel.strategy import (
     STRATEGIES,
-    Chosen,
     DistributedAttention,
-    HeadShare,
     Move,
     Queries,
-    Sizes,
+    ShardedPlanner,
     Strategy,
     Volume,
 )
@@ -41,9 +39,11 @@ MOST_STRETCHES = 2
 class States(Strategy):
     """For recurrences alone; works under every layout."""
 
+    name, serves = "state", frozenset({Access.STATE})
+
     @classmethod
     def unsupported_reason(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
-        if isinstance(mechanism, Recurrent):
+        if mechanism.accesses <= cls.serves:
             return None
         return (
             f"strategy 'state' moves the sums of recurrences, which {type(mechanism).__name__} is not; "
@@ -53,15 +53,14 @@ class States(Strategy):
     _planned: "tuple[Shards, _Stretches] | None" = None
     """Of the last sequence: layers whose rates differ have their stretches in common."""
 
-    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> DistributedAttention:
-        assert isinstance(mechanism, Recurrent)
+    def scan(self, planner: ShardedPlanner, decay: Tensor) -> DistributedAttention:
+        shards = planner.shards
         if self._planned is None or self._planned[0] is not shards:
             self._planned = shards, _Stretches.plan(shards, self.channel.rank)
         rank, planned = self.channel.rank, self._planned[1]
-        decay = mechanism.decay(share.all_heads.query)[share.slice]
         return _StatePassingAttention(
             tokens_local=shards.tokens_local,
-            heads=share.here,
+            heads=planner.share.local_heads,
             routing_width=0,
             channel=self.channel,
             tokens=planned.tokens,
@@ -71,7 +70,7 @@ class States(Strategy):
             most=planned.most,
             influence=_influence(planned.everywhere, planned.most, decay),
             decay=decay,
-            backend=backend,
+            backend=planner.backend,
         )
 
 
@@ -198,10 +197,7 @@ class _StatePassingAttention(DistributedAttention):
         gradients = [gradient.to(dout.dtype) for gradient in (dq, dk, dv)]
         return tuple(self.reshard.come_back(gradients, self.channel, kind="state_dqkv"))
 
-    def lse(self, saved: Saved) -> None:
-        return None
-
-    def moves(self, sizes: Sizes, chosen: Chosen = None) -> tuple[Move, ...]:
+    def moves(self, sizes: Sizes, routing: RoutingSource = no_routing) -> tuple[Move, ...]:
         """A rank's sums to (P-1) others, `most x Hq` matrices, each way; if dealt anew, also rows there and back."""
         width = sizes.head_dim * sizes.value_dim * sizes.accumulation_bytes
         states = (self.channel.size - 1) * self.most * self.heads.query * width
@@ -221,7 +217,7 @@ class _StatePassingAttention(DistributedAttention):
     def queries(self) -> Queries:
         return Queries(self.tokens, self.heads.query)
 
-    def working_bytes(self, sizes: Sizes, chosen: Chosen = None) -> int:
+    def working_bytes(self, sizes: Sizes, routing: RoutingSource = no_routing) -> int:
         """All ranks' sums, those that come in, gradients as they are summed and, if dealt anew, the rows as dealt."""
         width = sizes.head_dim * sizes.value_dim * sizes.accumulation_bytes
         states = (self.channel.size + 2) * self.most * self.heads.query * width
@@ -254,4 +250,4 @@ class _StatePassingAttention(DistributedAttention):
         return slice(run.start, run.start + count), weight.to(like)[:, :, None]
 
 
-STRATEGIES.add("state", States)
+STRATEGIES.add(States.name, States)

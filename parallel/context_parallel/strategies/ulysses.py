@@ -2,7 +2,8 @@
 
 from typing import final
 
-from farspan.kernels.mechanism import Heads, Mechanism
+from farspan.kernels.mechanism import Mechanism
+from farspan.kernels.planner import Heads, HeadShare
 from farspan.kernels.sequence_attention import plan_sequence_attention
 from farspan.parallel.context_parallel.head_exchange import (
     HeadParallelAttention,
@@ -10,7 +11,7 @@ from farspan.parallel.context_parallel.head_exchange import (
     heads_unsupported_reason,
     local_heads,
 )
-from farspan.parallel.context_parallel.strategy import STRATEGIES, DistributedAttention, HeadShare, Strategy
+from farspan.parallel.context_parallel.strategy import STRATEGIES, DistributedAttention, Strategy
 from farspan.parallel.layout import Shards
 
 
@@ -18,11 +19,11 @@ from farspan.parallel.layout import Shards
 class Ulysses(Strategy):
     """Needs the query heads to divide by the degree, and KV heads and degree to divide one way or the other."""
 
-    shards_heads = True
+    name = "ulysses"
 
     @classmethod
     def unsupported_reason(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
-        return heads_unsupported_reason("ulysses", "parallel.context", heads, degree)
+        return heads_unsupported_reason(cls.name, "parallel.context", heads, degree)
 
     def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> DistributedAttention:
         # In the order of the sequence, so that documents are runs again whatever the layout.
@@ -30,16 +31,16 @@ class Ulysses(Strategy):
         rows = shards.rows.take(shards.index.flatten()[order])
         return HeadParallelAttention(
             tokens_local=shards.tokens_local,
-            heads=share.here,
+            heads=share.local_heads,
             routing_width=mechanism.routing_width,
-            name="ulysses",
+            name=self.name,
             channel=self.channel,
             tokens=shards.index.flatten()[order],
             reordering=Reordering.of(order),
-            inside=plan_sequence_attention(mechanism, rows, mine.all_heads, mine.which, backend=backend),
+            inside=plan_sequence_attention(mechanism, rows, mine.all_heads, mine.head_range, backend=backend),
             share=mine,
             rounded=self.rounded_gradients,
         )
 
 
-STRATEGIES.add("ulysses", Ulysses)
+STRATEGIES.add(Ulysses.name, Ulysses)

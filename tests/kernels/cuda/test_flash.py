@@ -235,10 +235,10 @@ def test_unsupported_requests_are_refused() -> None:
         BACKENDS.get("cuda").forward(q, q, q, plan)
     blocks = BlockPartition.blocks(rows, 4)
     selection = BlockSelection.from_lists(torch.arange(8), blocks, torch.zeros(2, 8, 1, dtype=torch.int64))
-    chosen = plan.choosing(selection)
+    chosen = plan.with_selection(selection)
     with pytest.raises(ConfigError, match="selected by content"):
         BACKENDS.get("cuda").forward(q.half(), q.half(), q.half(), chosen)
-    expiring = plan.living(torch.zeros(2, 8, dtype=torch.int32))
+    expiring = plan.with_lifetimes(torch.zeros(2, 8, dtype=torch.int32))
     with pytest.raises(ConfigError, match="selected by content"):
         BACKENDS.get("cuda").forward(q.half(), q.half(), q.half(), expiring)
 

@@ -45,12 +45,12 @@ def assert_same(hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor
     ours = linear_cross_entropy(hidden, weight, labels, chunk_bytes=chunk_bytes)
     theirs = reference(hidden, weight, labels)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-    for mine, true in zip(
+    for got, true in zip(
         torch.autograd.grad(ours, (hidden, weight), upstream),
         torch.autograd.grad(theirs, (hidden, weight), upstream),
         strict=True,
     ):
-        torch.testing.assert_close(mine, true, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(got, true, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16, TOKENS, 10 * TOKENS], ids="chunk{}".format)
@@ -63,7 +63,7 @@ def test_equals_torch_in_float64(chunk: int) -> None:
 def test_ignored_tokens_cost_and_give_nothing(chunk: int) -> None:
     hidden, weight, labels, upstream = inputs()
     labels[::3] = -100
-    labels[8:24] = -100  # whole chunks without a label
+    labels[8:24] = -100  # complete chunks without a label
     assert_same(hidden, weight, labels, upstream, bytes_for(chunk))
     poisoned = hidden.detach().clone()
     poisoned[labels == -100] = float("nan")
@@ -106,7 +106,7 @@ def test_only_one_input_wants_a_gradient(wanted: int, monkeypatch: pytest.Monkey
     both[1 - wanted] = both[1 - wanted].detach()
     losses = linear_cross_entropy(both[0], both[1], labels, chunk_bytes=bytes_for(5))
     skipped = ("_add_weight_gradient", "_hidden_gradient")[wanted]
-    monkeypatch.setattr(cross_entropy, skipped, lambda *_: pytest.fail("a gradient that nobody wants was computed"))
+    monkeypatch.setattr(cross_entropy, skipped, lambda *_: pytest.fail("an unwanted gradient was computed"))
     torch.testing.assert_close(torch.autograd.grad(losses, both[wanted], upstream)[0], expected, rtol=1e-12, atol=1e-12)
 
 
@@ -120,11 +120,11 @@ def test_evaluation_saves_nothing() -> None:
 
 def test_training_saves_the_inputs_and_one_number_a_token() -> None:
     hidden, weight, labels, _ = inputs()
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         linear_cross_entropy(hidden, weight, labels)
-    inputs_kept = {hidden.data_ptr(), weight.data_ptr()}
-    assert {tuple(t.shape) for t in kept if t.data_ptr() not in inputs_kept} == {(TOKENS,)}
+    inputs_saved = {hidden.data_ptr(), weight.data_ptr()}
+    assert {tuple(t.shape) for t in saved if t.data_ptr() not in inputs_saved} == {(TOKENS,)}
 
 
 def test_extreme_logits_stay_finite() -> None:
@@ -151,7 +151,7 @@ def test_lost_hidden_states_show_in_the_loss() -> None:
 
 
 def plain_path(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """What one writes without this module: 16-bit logits, float32 statistics."""
+    """The code one writes without this module: 16-bit logits, float32 statistics."""
     return functional.cross_entropy((hidden @ weight.T).float(), labels, reduction="none")
 
 

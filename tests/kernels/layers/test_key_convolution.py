@@ -63,22 +63,22 @@ def test_equals_a_loop(
 
 @pytest.mark.parametrize("width", [3, 5])
 def test_a_halo_is_rows_like_others(width: int) -> None:
-    """Half of the rows are held elsewhere: only those read come along, and their gradient is what the loop says."""
+    """Half of the rows are on other ranks; their gradient is that of the loop."""
     rows = Rows.packed([1, 9, 2, 3, 7])
     index = torch.randperm(len(rows), generator=torch.Generator().manual_seed(3))
-    mine, others = index[:11], index[11:]
+    local, halo = index[:11], index[11:]
     k, weight = draw(len(rows), HEADS, HEAD_DIM).requires_grad_(), draw(width, HEADS, HEAD_DIM, seed=1).requires_grad_()
-    dout = draw(len(mine), HEADS, HEAD_DIM, seed=2)
-    expected = loop(k, weight, rows)[mine]
+    dout = draw(len(local), HEADS, HEAD_DIM, seed=2)
+    expected = loop(k, weight, rows)[local]
     dk, dweight = torch.autograd.grad(expected, (k, weight), dout)
-    taps = Taps.build(rows.take(mine), rows.take(others), width)
-    torch.testing.assert_close(convolve(k[mine], k[others], weight, taps), expected, rtol=1e-12, atol=1e-12)
-    got = convolve_backward(dout, k[mine], k[others], weight, taps)
-    for gradient, want in zip(got, (dk[mine], dk[others], dweight), strict=True):
+    taps = Taps.build(rows.take(local), rows.take(halo), width)
+    torch.testing.assert_close(convolve(k[local], k[halo], weight, taps), expected, rtol=1e-12, atol=1e-12)
+    got = convolve_backward(dout, k[local], k[halo], weight, taps)
+    for gradient, want in zip(got, (dk[local], dk[halo], dweight), strict=True):
         torch.testing.assert_close(gradient, want, rtol=1e-12, atol=1e-12)
 
 
-def test_documents_begin_anew() -> None:
+def test_documents_are_independent() -> None:
     rows = Rows.packed([4, 3])
     k, weight = torch.zeros(7, 1, 1), torch.ones(3, 1, 1)
     k[3] = 1.0
@@ -113,7 +113,7 @@ def test_sums_of_half_precision_are_float32(dtype: torch.dtype) -> None:
         torch.testing.assert_close(gradient.double(), want, rtol=1e-5, atol=1e-5)
 
 
-def test_rows_that_are_not_there() -> None:
+def test_missing_rows() -> None:
     """A fragment that begins at a later position; padding reads and is read by nothing, wherever it claims to be."""
     position, document = torch.tensor([5, 6, 8, 1, 0], dtype=torch.int32), torch.tensor([0, 0, 0, -1, -1]).int()
     rows = Rows(position=position, document=document)

@@ -25,50 +25,22 @@ QWEN_3 = YarnScaling(factor=4.0, original_positions=32768)
 YARN_16 = YarnScaling(factor=16.0, original_positions=4096, beta_fast=16.0, beta_slow=2.0, attention_factor=1.25)
 YARN_LONG = YarnScaling(factor=2.0, original_positions=131_072)
 
-# transformers 5.23.0, ROPE_INIT_FUNCTIONS on torch 2.13.0 (CPU, float32): some inverse frequencies by index, and the
-# attention factor.
-GOLDEN = [
-    pytest.param(
-        128,
-        500_000.0,
-        LLAMA_31,
-        1.0,
-        {0: 1.0, 1: 0.814617217, 24: 0.00729266508, 29: 0.00216657063, 32: 0.000524846022, 63: 3.06892588e-07},
-        id="llama-3.1-8b",
-    ),
-    pytest.param(
-        64,
-        500_000.0,
-        LLAMA_32,
-        1.0,
-        {0: 1.0, 1: 0.663601279, 13: 0.00483942125, 16: 0.000429556705, 20: 8.57025589e-06, 31: 9.41830649e-08},
-        id="llama-3.2-1b",
-    ),
-    pytest.param(
-        128,
-        1_000_000.0,
-        QWEN_3,
-        1.138629436111989,
-        {0: 1.0, 1: 0.805842221, 24: 0.00537532149, 29: 0.00140511245, 32: 0.000602941145, 40: 4.44569851e-05},
-        id="qwen3-yarn-4",
-    ),
-    pytest.param(
-        64,
-        10_000.0,
-        YARN_16,
-        1.25,
-        {0: 1.0, 1: 0.749894202, 13: 0.0212435555, 16: 0.00583333336, 20: 0.000527046272, 31: 8.3345094e-06},
-        id="yarn-16-own-betas",
-    ),
-    pytest.param(
-        64,
-        10_000.0,
-        YARN_LONG,
-        1.0693147180559945,
-        {0: 1.0, 1: 0.749894202, 20: 0.00316227786, 24: 0.000923076936, 28: 0.000243252143, 31: 8.71917873e-05},
-        id="yarn-2-ramp-past-the-last-pair",
-    ),
-]
+# transformers 5.23.0, ROPE_INIT_FUNCTIONS on torch 2.13.0 (CPU, float32): head dim, base, scaling, attention factor and
+# some inverse frequencies by index.
+# fmt: off
+GOLDEN = {
+    "llama-3.1-8b": (128, 500_000.0, LLAMA_31, 1.0, {
+        0: 1.0, 1: 0.814617217, 24: 0.00729266508, 29: 0.00216657063, 32: 0.000524846022, 63: 3.06892588e-07}),
+    "llama-3.2-1b": (64, 500_000.0, LLAMA_32, 1.0, {
+        0: 1.0, 1: 0.663601279, 13: 0.00483942125, 16: 0.000429556705, 20: 8.57025589e-06, 31: 9.41830649e-08}),
+    "qwen3-yarn-4": (128, 1_000_000.0, QWEN_3, 1.138629436111989, {
+        0: 1.0, 1: 0.805842221, 24: 0.00537532149, 29: 0.00140511245, 32: 0.000602941145, 40: 4.44569851e-05}),
+    "yarn-16-own-betas": (64, 10_000.0, YARN_16, 1.25, {
+        0: 1.0, 1: 0.749894202, 13: 0.0212435555, 16: 0.00583333336, 20: 0.000527046272, 31: 8.3345094e-06}),
+    "yarn-2-ramp-past-the-last-pair": (64, 10_000.0, YARN_LONG, 1.0693147180559945, {
+        0: 1.0, 1: 0.749894202, 20: 0.00316227786, 24: 0.000923076936, 28: 0.000243252143, 31: 8.71917873e-05}),
+}
+# fmt: on
 
 
 def scalar_frequency(index: int, head_dim: int, base: float, scaling: RopeScaling | None) -> float:
@@ -98,7 +70,7 @@ def scalar_frequency(index: int, head_dim: int, base: float, scaling: RopeScalin
     return plain
 
 
-@pytest.mark.parametrize(("head_dim", "base", "scaling", "factor", "values"), GOLDEN)
+@pytest.mark.parametrize(("head_dim", "base", "scaling", "factor", "values"), GOLDEN.values(), ids=GOLDEN)
 def test_frequencies_equal_those_of_transformers(
     head_dim: int, base: float, scaling: RopeScaling, factor: float, values: dict[int, float]
 ) -> None:
@@ -186,45 +158,27 @@ def test_order_of_tokens_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     in_order = rotation_table(torch.arange(100, dtype=torch.int32), frequencies, dtype=torch.float64)
     monkeypatch.setattr(rope, "_TABLE_CHUNK_TOKENS", 7)
     shuffled = rotation_table(position, frequencies, dtype=torch.float64)
-    for whole, part in zip(in_order, shuffled, strict=True):
-        torch.testing.assert_close(part, whole[position.long()], rtol=1e-15, atol=1e-15)
-
-
-def test_rotation_equals_complex_multiplication() -> None:
-    """Half-split pairing: feature i and feature i + D/2 are the two parts of one complex number."""
-    tokens, heads, head_dim = 5, 3, 8
-    x = torch.randn(tokens, heads, head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    position = torch.tensor([7, 0, 100_000, 3, 3], dtype=torch.int32)
-    out = apply_rope(x, *rotation_table(position, inverse_frequencies(head_dim, 10_000.0), dtype=torch.float64))
-    for t, h, i in ((t, h, i) for t in range(tokens) for h in range(heads) for i in range(head_dim // 2)):
-        angle = position[t].item() * scalar_frequency(i, head_dim, 10_000.0, None)
-        turned = complex(x[t, h, i].item(), x[t, h, i + head_dim // 2].item()) * cmath.exp(1j * angle)
-        assert out[t, h, i].item() == pytest.approx(turned.real, abs=1e-10)
-        assert out[t, h, i + head_dim // 2].item() == pytest.approx(turned.imag, abs=1e-10)
+    for expected, got in zip(in_order, shuffled, strict=True):
+        torch.testing.assert_close(got, expected[position.long()], rtol=1e-15, atol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_a_part_of_a_head_rotates(dtype: torch.dtype) -> None:
-    """The first 4 of 10 features, i with i + 2; frequencies are those of heads of 4, the others keep their bits."""
-    tokens, heads, rotated = 4, 3, 4
-    x = torch.randn(tokens, heads, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).to(dtype)
-    position = torch.tensor([7, 0, 100_000, 3], dtype=torch.int32)
+@pytest.mark.parametrize(("head_dim", "rotated"), [(8, 8), (10, 4)])
+def test_rotation_equals_complex_multiplication(head_dim: int, rotated: int, dtype: torch.dtype) -> None:
+    """Half-split pairing: features i and i + R/2 are one complex number; those from R on keep their bits."""
+    tokens, heads = 5, 3
+    x = torch.randn(tokens, heads, head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    position = torch.tensor([7, 0, 100_000, 3, 3], dtype=torch.int32)
     table = rotation_table(position, inverse_frequencies(rotated, 10_000.0, YARN_16), 1.25, torch.float64)
     out = apply_rope(x, *table)
     assert out.dtype == dtype
     assert torch.equal(out[..., rotated:], x[..., rotated:])
+    bound = 2**-8 if dtype == torch.bfloat16 else 1e-10
     for t, h, i in ((t, h, i) for t in range(tokens) for h in range(heads) for i in range(rotated // 2)):
         angle = position[t].item() * scalar_frequency(i, rotated, 10_000.0, YARN_16)
-        turned = complex(x[t, h, i].item(), x[t, h, i + 2].item()) * cmath.rect(1.25, angle)
-        bound = 2**-8 if dtype == torch.bfloat16 else 1e-10
+        turned = complex(x[t, h, i].item(), x[t, h, i + rotated // 2].item()) * cmath.rect(1.25, angle)
         assert out[t, h, i].item() == pytest.approx(turned.real, rel=bound, abs=1e-10)
-        assert out[t, h, i + 2].item() == pytest.approx(turned.imag, rel=bound, abs=1e-10)
-
-
-def test_gradient_of_a_head_of_which_a_part_rotates() -> None:
-    x = torch.randn(4, 2, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(6)).requires_grad_()
-    table = rotation_table(torch.tensor([9, 2, 2, 40]), inverse_frequencies(4, 10_000.0), dtype=torch.float64)
-    assert torch.autograd.gradcheck(apply_rope, (x, *table))
+        assert out[t, h, i + rotated // 2].item() == pytest.approx(turned.imag, rel=bound, abs=1e-10)
 
 
 @pytest.mark.parametrize("scaling", [None, LLAMA_31, QWEN_3], ids=str)
@@ -252,16 +206,18 @@ def test_result_is_rounded_once_to_the_input_dtype(dtype: torch.dtype) -> None:
     assert ((out.double() - exact).abs() <= bound).all()
 
 
-def test_gradient_is_right_and_keeps_nothing_of_the_input() -> None:
-    x = torch.randn(4, 2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(4)).requires_grad_()
+@pytest.mark.parametrize(("head_dim", "rotated"), [(6, 6), (10, 4)])
+def test_gradient_is_right_and_saves_only_the_tables(head_dim: int, rotated: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(4, 2, head_dim, dtype=torch.float64, generator=generator).requires_grad_()
     position = torch.tensor([9, 2, 2, 40], dtype=torch.int32)
-    cos, sin = rotation_table(position, inverse_frequencies(6, 10_000.0), 1.1, torch.float64)
+    cos, sin = rotation_table(position, inverse_frequencies(rotated, 10_000.0), 1.1, torch.float64)
     assert torch.autograd.gradcheck(apply_rope, (x, cos, sin))
-    kept: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         apply_rope(x, cos, sin)
     tables = {cos.untyped_storage().data_ptr(), sin.untyped_storage().data_ptr()}
-    assert {t.untyped_storage().data_ptr() for t in kept} == tables
+    assert {t.untyped_storage().data_ptr() for t in saved} == tables
 
 
 def test_empty_shard_and_wrong_table() -> None:

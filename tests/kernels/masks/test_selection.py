@@ -4,9 +4,10 @@ import torch
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
-from farspan.kernels.planning.gathered_batches import Batch, batches
+from farspan.kernels.planning.gathered_batches import selection_batches
 from farspan.kernels.planning.plan import Plan
 from tests.support import oracle
+from tests.support.batches import covered
 
 
 def test_blocks_are_numbered_document_by_document() -> None:
@@ -28,44 +29,22 @@ def test_no_rows_have_no_blocks() -> None:
     assert blocks.of(rows).tolist() == [-1, -1, -1]
 
 
-def test_lists_and_masks_say_the_same() -> None:
+def test_lists_and_masks_are_equal() -> None:
     rows = Rows.packed([6, 4])
-    blocks, unit = BlockPartition.blocks(rows, 2), torch.arange(10)
+    blocks, query_block = BlockPartition.blocks(rows, 2), torch.arange(10)
     generator = torch.Generator().manual_seed(0)
     mask = torch.rand(3, 10, 5, generator=generator) < 0.4
     lists = torch.where(mask, torch.arange(5), -1).flip(2)
     parts = mask.split((3, 1, 6), dim=1)
-    for selection in (BlockSelection.from_parts(unit, blocks, parts), BlockSelection.from_lists(unit, blocks, lists)):
+    for selection in (
+        BlockSelection.from_parts(query_block, blocks, parts),
+        BlockSelection.from_lists(query_block, blocks, lists),
+    ):
         assert torch.equal(selection.mask(rows), mask[:, :, blocks.of(rows)])
         assert torch.equal(selection.mask(rows), oracle.selected_mask(selection, rows, 3))
 
 
-def covered(plan: Plan, kv_heads: int) -> torch.Tensor:
-    """How many batches claim each pair, int32 `[heads, queries, keys]`."""
-    count = torch.zeros(plan.heads, len(plan.queries), len(plan.keys), dtype=torch.int32)
-    for batch in batches(plan, kv_heads):
-        claimed = batch.queries.numel() - batch.surplus
-        assert batch.queries.flatten()[:claimed].unique().numel() == batch.queries.unique().numel() == claimed
-        _claim(batch, count, kv_heads)
-    return count
-
-
-def _claim(batch: Batch, count: torch.Tensor, kv_heads: int) -> None:
-    heads = count.shape[0]
-    for number, (queries, keys) in enumerate(zip(batch.queries, batch.keys, strict=True)):
-        full = torch.ones(len(queries), len(keys), dtype=torch.int32)
-        part = {"full": full, "causal": full.tril()}.get(batch.kind.value)
-        if part is None:
-            assert batch.mask is not None
-            part = batch.mask[number].int()
-        if number == len(batch.queries) - 1:
-            queries, part = queries[: len(queries) - batch.surplus], part[: len(queries) - batch.surplus]
-        head, row, key = queries % heads, queries // heads, keys // kv_heads
-        assert (head // (heads // kv_heads))[:, None].eq((keys % kv_heads)[None]).all()
-        count[head[:, None], row[:, None], key[None, :]] += part
-
-
-@pytest.mark.parametrize(("unit_rows", "choosers"), [(1, 4), (1, 2), (16, 4), (16, 2)])
+@pytest.mark.parametrize(("block_rows", "head_groups"), [(1, 4), (1, 2), (16, 4), (16, 2)])
 @pytest.mark.parametrize(
     "attention_mask",
     [
@@ -76,27 +55,27 @@ def _claim(batch: Batch, count: torch.Tensor, kv_heads: int) -> None:
     ],
     ids=str,
 )
-def test_batches_hold_every_chosen_pair_once(
-    unit_rows: int, choosers: int, attention_mask: AttentionMask, monkeypatch: pytest.MonkeyPatch
+def test_batches_hold_every_selected_pair_once(
+    block_rows: int, head_groups: int, attention_mask: AttentionMask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Tasks are cut into as many parts, and filled up where these are uneven.
+    # Problems are split into as many parts, with filler rows where these are uneven.
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     generator = torch.Generator().manual_seed(0)
     rows = Rows.packed([70, 1, 33, 40], padding=5)
     blocks = BlockPartition.blocks(rows, 8)
-    units = BlockPartition.blocks(rows, unit_rows)
-    chosen = torch.rand(choosers, units.count, blocks.count, generator=generator) < 0.4
+    query_blocks = BlockPartition.blocks(rows, block_rows)
+    selected = torch.rand(head_groups, query_blocks.count, blocks.count, generator=generator) < 0.4
     orders = [
         torch.arange(149),
         torch.randperm(149, generator=generator),
         torch.arange(0, 149, 3),
         torch.arange(60, 149),
     ]
-    for queries in orders:
-        mine = rows.take(queries)
-        selection = BlockSelection.from_parts(units.of(mine), blocks, [chosen])
-        for keys in orders:
-            others = rows.take(keys)
-            plan = Plan.build(mine, others, attention_mask, heads=4, selection=selection)
-            expected = oracle.visible_mask(mine, others, attention_mask, 4) & oracle.selected_mask(selection, others, 4)
-            assert torch.equal(covered(plan, 2), expected.int())
+    for query_order in orders:
+        queries = rows.take(query_order)
+        selection = BlockSelection.from_parts(query_blocks.of(queries), blocks, [selected])
+        for key_order in orders:
+            keys = rows.take(key_order)
+            plan = Plan.build(queries, keys, attention_mask, heads=4, selection=selection)
+            expected = oracle.visible_mask(queries, keys, attention_mask, 4) & oracle.selected_mask(selection, keys, 4)
+            assert torch.equal(covered(selection_batches(plan, 2), plan, 2), expected.int())

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from farspan.errors import ConfigError
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import MECHANISMS, Heads
+from farspan.kernels.mechanism import MECHANISMS
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.planning.gathered_batches import count_pairs
 from farspan.kernels.planning.plan import Plan
@@ -17,9 +17,9 @@ LENGTHS = [1, 40, 64, 7, 90]
 
 
 def expected(q: Tensor, k: Tensor, lengths: list[int], block: int, top_k: int) -> dict[tuple[int, int], list[int]]:
-    """Document by document, as the paper says it."""
+    """Document by document, as in the paper."""
     group = q.shape[1] // k.shape[1]
-    found, first_row, first_block = {}, 0, 0
+    selected, first_row, first_block = {}, 0, 0
     for length in lengths:
         blocks = [range(start, min(start + block, length)) for start in range(0, length, block)]
         means = [k[[first_row + t for t in rows]].mean(dim=0) for rows in blocks]
@@ -27,9 +27,9 @@ def expected(q: Tensor, k: Tensor, lengths: list[int], block: int, top_k: int) -
             for head in range(q.shape[1]):
                 scores = [float(q[first_row + t, head] @ means[i][head // group]) for i in range(t // block)]
                 best = sorted(range(len(scores)), key=lambda i: -scores[i])[: top_k - 1]
-                found[head, first_row + t] = sorted(first_block + i for i in [*best, t // block])
+                selected[head, first_row + t] = sorted(first_block + i for i in [*best, t // block])
         first_row, first_block = first_row + length, first_block + len(blocks)
-    return found
+    return selected
 
 
 @pytest.mark.parametrize(("block", "top_k"), [(8, 3), (16, 1), (5, 100), (64, 2)])
@@ -59,7 +59,7 @@ def test_equal_scores_go_to_the_earlier_block() -> None:
     assert chosen[0, 17] == [0, 1, 2]
 
 
-def test_the_choice_of_a_token_does_not_know_the_future() -> None:
+def test_the_selection_of_a_token_does_not_depend_on_later_ones() -> None:
     rows, generator = Rows.packed([96]), torch.Generator().manual_seed(0)
     q, k = (torch.randn(96, 2, 8, generator=generator) for _ in range(2))
     before = lists(select(MoBA(block=8, top_k=3), q, k, rows))
@@ -69,30 +69,7 @@ def test_the_choice_of_a_token_does_not_know_the_future() -> None:
     assert before != after
 
 
-@pytest.mark.parametrize("holders", [2, 3, 8])
-def test_holders_of_any_rows_choose_as_one_would(holders: int) -> None:
-    rows, generator = Rows.packed(LENGTHS), torch.Generator().manual_seed(0)
-    q, k = (torch.randn(len(rows), n, 16, generator=generator).bfloat16() for n in (4, 2))
-    mechanism = MoBA(block=8, top_k=3)
-    whole = lists(select(mechanism, q, k, rows))
-    parts = torch.randperm(len(rows), generator=generator).tensor_split(holders)
-    sums: list[Tensor] = []
-
-    def remember(x: Tensor) -> Tensor:
-        sums.append(x)
-        return x
-
-    for part in parts:
-        select(mechanism, q[part], k[part], rows.take(part), rows, remember)
-    total = torch.stack(sums).sum(dim=0)
-    for part in parts:
-        mine = lists(select(mechanism, q[part], k[part], rows.take(part), rows, lambda _: total))
-        for (head, unit), chosen in mine.items():
-            assert chosen == whole[head, int(part[unit])]
-    assert total.nbytes == mechanism.all_reduce_bytes(rows, Heads(query=4, kv=2), 16)
-
-
 @pytest.mark.parametrize("options", [{"block": 0}, {"top_k": 0}])
-def test_what_makes_no_sense_is_refused(options: dict[str, int]) -> None:
+def test_bad_options_are_refused(options: dict[str, int]) -> None:
     with pytest.raises((ValueError, ConfigError), match="must be at least 1"):
         from_tree(MECHANISMS.get("moba"), options)

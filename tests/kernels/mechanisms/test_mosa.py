@@ -6,17 +6,9 @@ from torch import Tensor
 
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanisms.mosa import MoSA
+from tests.support.lifetimes import documents
 
 LENGTHS = [1, 40, 2, 7, 90, 64]
-
-
-def documents(rows: Rows) -> list[list[int]]:
-    """The rows of each document, in the order of their positions."""
-    found: dict[int, list[tuple[int, int]]] = {}
-    for row, (document, position) in enumerate(zip(rows.document.tolist(), rows.position.tolist(), strict=True)):
-        if document >= 0:
-            found.setdefault(document, []).append((position, row))
-    return [[row for _, row in sorted(members)] for members in found.values()]
 
 
 def expected(logits: Tensor, rows: Rows, mosa: MoSA) -> Tensor:
@@ -50,7 +42,7 @@ def test_the_best_tokens_of_each_document_are_chosen(sparsity: int, include_firs
         assert torch.equal(mosa.choose(logits, rows), expected(logits, rows, mosa))
 
 
-def test_a_causal_choice_does_not_know_what_comes() -> None:
+def test_a_causal_choice_does_not_depend_on_later_tokens() -> None:
     rows, generator = Rows.packed([50, 30]), torch.Generator().manual_seed(0)
     logits = torch.randn(80, 2, generator=generator)
     later = logits.clone()

@@ -1,19 +1,21 @@
 """NAtS: who sees whom, token by token, and what its router learns, against autograd through the relaxed mask."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from farspan.kernels.attention import attention_forward
-from farspan.kernels.lifetime_shard import LifetimeShard, TypeLearning
+from farspan.kernels.kinds.kv_lifetime import LifetimeRouting, TypeGradient
 from farspan.kernels.lifetimes import gradient as type_gradient
 from farspan.kernels.lifetimes.lifetimes import GLOBAL, LOCAL, SLIDING, Lifetimes, chosen_types
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import Heads, identity
 from farspan.kernels.mechanisms.nats import NAtS
+from farspan.kernels.planner import Heads, HeadShare
 from farspan.kernels.planning.plan import Plan
-from farspan.kernels.sequence_attention import plan_sequence_attention
-from tests.support import lifetimes as lifetime_shard
+from farspan.kernels.sequence_attention import SequencePlanner, plan_sequence_attention
+from tests.support import lifetimes as truth
 from tests.support.oracle import relative_error
 
 PACKED = Rows.packed([1, 2, 3, 40, 33, 4], padding=6)
@@ -47,13 +49,15 @@ def test_lifetimes_by_hand() -> None:
 def test_who_sees_whom(rows: Rows, window: int) -> None:
     logits, mechanism = random_logits(rows), NAtS(window=window)
     lifetimes = mechanism.lifetimes(chosen_types(logits), rows)
-    plan = Plan.build(rows, rows, mechanism.attention_mask(), heads=6).living(lifetimes.last)
-    expected = lifetime_shard.visible(logits, rows, window)
-    assert lifetimes.types.tolist() == lifetime_shard.types(logits, rows)
+    plan = Plan.build(rows, rows, mechanism.attention_mask(), heads=6).with_lifetimes(lifetimes.last)
+    expected = truth.visible(logits, rows, window)
+    assert lifetimes.types.tolist() == truth.types(logits, rows)
     assert torch.equal(plan.mask(), expected.repeat_interleave(2, dim=0))
     assert lifetimes.pairs(rows, rows) == int(expected.sum()) // 3
     part = torch.tensor([5, -1, 30, 2, 17])
-    some = Plan.build(rows, rows.take(part), mechanism.attention_mask(), heads=3).living(lifetimes.take(part).last)
+    some = Plan.build(rows, rows.take(part), mechanism.attention_mask(), heads=3).with_lifetimes(
+        lifetimes.take(part).last
+    )
     assert torch.equal(some.mask(), expected[:, :, part] & (part >= 0))
 
 
@@ -74,20 +78,23 @@ def learning(mechanism: NAtS, tensors: list[Tensor], logits: Tensor, rows: Rows,
     """Return what is learned of the types by these (queries, keys), each a part of the rows."""
     q, k, v, dout = tensors
     plan = Plan.build(rows, rows, mechanism.attention_mask(), heads=q.shape[1])
-    local_shard = LifetimeShard(
-        mechanism=mechanism, global_rows=rows, rows=torch.arange(len(rows)), share=1.0, total=identity
-    )
-    lifetimes = local_shard.lifetimes(logits)
-    out = attention_forward(q, k, v, plan.living(lifetimes.last), backend="reference")[0]
+    planner = SequencePlanner.of(rows, HeadShare.all(Heads(query=q.shape[1], kv=k.shape[1])), backend="reference")
+    lifetimes = mechanism.lifetimes(chosen_types(logits), rows)
+    out = attention_forward(q, k, v, plan.with_lifetimes(lifetimes.last), backend="reference")[0]
     lse = attention_forward(q, k, v, plan, backend="reference")[1]
-    learned = TypeLearning(local_shard, lifetimes, lse, logits)
+    learned = TypeGradient(LifetimeRouting(mechanism, planner), lifetimes, logits, lse)
     for mine, keys in parts:
-        held = LifetimeShard(mechanism=mechanism, global_rows=rows, rows=mine, share=1.0, total=identity)
-        of_part = TypeLearning(held, lifetimes, lse[mine], logits[mine])
+        of_mine = LifetimeRouting(mechanism, replace(planner, tokens=mine))
+        of_part = TypeGradient(of_mine, lifetimes, logits[mine], lse[mine])
         between = Plan.build(rows.take(mine), rows.take(keys), mechanism.attention_mask(), heads=q.shape[1])
-        of_part.add(dout[mine], q[mine], k[keys], v[keys], out[mine], plan=between, keys=keys)
-        learned.sums += of_part.sums
+        of_part.add(dout[mine], q[mine], k[keys], v[keys], out[mine], plan=between, tokens=keys)
+        learned.sums = sums_of(of_part) if learned.sums is None else learned.sums + sums_of(of_part)
     return learned
+
+
+def sums_of(learned: TypeGradient) -> Tensor:
+    assert learned.sums is not None
+    return learned.sums
 
 
 @pytest.mark.parametrize("rows", [PACKED, SHUFFLED], ids=["packed", "shuffled"])
@@ -102,14 +109,14 @@ def test_the_gradient_of_types_is_that_of_the_relaxed_mask(
     logits, mechanism, tensors = random_logits(rows), NAtS(window=window, penalty=0.0), draw(rows, heads)
     everything = [(torch.arange(len(rows)), torch.arange(len(rows)))]
     learned = learning(mechanism, tensors, logits, rows, everything)
-    got = type_gradient.type_gradient(learned.sums, learned.lifetimes, rows)
+    got = type_gradient.type_gradient(sums_of(learned), learned.lifetimes, rows)
 
-    t = lifetime_shard.one_hot_types(logits, rows, 1.0).requires_grad_()
+    t = truth.one_hot_types(logits, rows, 1.0).requires_grad_()
     q, k, v, dout = tensors
-    out, _ = lifetime_shard.attention(q, k, v, t, rows, window)
+    out, _ = truth.attention(q, k, v, t, rows, window)
     (expected,) = torch.autograd.grad((out * dout).sum(), t)
-    free = lifetime_shard.free(rows)
-    assert len(lifetime_shard.documents(rows)) == 6
+    free = truth.free(rows)
+    assert len(truth.documents(rows)) == 6
     for a, b in ((GLOBAL, LOCAL), (GLOBAL, SLIDING)):
         found, right = ((x[free, :, a] - x[free, :, b]) for x in (got, expected))
         assert right.abs().max() > 0.1
@@ -124,21 +131,21 @@ def test_what_is_learnt_from_parts_adds_up() -> None:
     mine = [torch.arange(0, count, 2), torch.arange(1, count, 2)]
     keys = [torch.arange(0, 30), torch.arange(30, 41), torch.arange(41, count)]
     parts = learning(mechanism, tensors, logits, PACKED, [(a, b) for a in mine for b in keys])
-    assert relative_error(parts.sums, whole.sums) < 1e-12
-    assert relative_error(parts.gradient(), whole.gradient()) < 1e-12
-    assert whole.gradient().abs().max() > 0.1
+    assert relative_error(sums_of(parts), sums_of(whole)) < 1e-12
+    assert relative_error(parts.gradients()[0], whole.gradients()[0]) < 1e-12
+    assert whole.gradients()[0].abs().max() > 0.1
 
 
 def test_query_heads_of_a_kv_head_can_be_held_apart() -> None:
-    """The gradients of routing add up; the penalty is not counted once for each holder."""
+    """The gradients of routing add up; the penalty is not counted once for each owner."""
     heads, mechanism = Heads(query=8, kv=1), NAtS(window=3, penalty=0.5)
     q, k, v, dout = draw(PACKED, heads)
     logits = random_logits(PACKED)[:, :1]
 
-    def gradient(which: range) -> Tensor:
-        whole = plan_sequence_attention(mechanism, PACKED, heads, which, backend="reference")
-        mine = slice(which.start, which.stop)
-        return whole.backward(dout[:, mine], whole.forward(q[:, mine], k, v, logits)[1])[3]
+    def gradient(head_range: range) -> Tensor:
+        attention = plan_sequence_attention(mechanism, PACKED, heads, head_range, backend="reference")
+        mine = slice(head_range.start, head_range.stop)
+        return attention.backward(dout[:, mine], attention.forward(q[:, mine], k, v, logits)[1])[3]
 
     for size in (1, 2):
         apart = sum(gradient(range(first, first + size)) for first in range(0, 8, size))
@@ -163,11 +170,11 @@ def test_the_ends_of_documents_learn_nothing_and_hidden_scores_do_not_overflow()
     logits = torch.zeros(len(rows), 2, 3)
     logits[..., SLIDING] = 1.0
     q[..., 0], k[10, :, 0] = 100.0, 40.0
-    whole = plan_sequence_attention(mechanism, rows, HEADS, range(4), backend="cpu")
-    gradient = whole.backward(dout, whole.forward(q, k, v, logits)[1])[3]
+    attention = plan_sequence_attention(mechanism, rows, HEADS, range(4), backend="cpu")
+    gradient = attention.backward(dout, attention.forward(q, k, v, logits)[1])[3]
     assert gradient.isfinite().all()
     assert gradient[10].abs().max() > 1e-3
-    assert not gradient[~lifetime_shard.free(rows)].any()
+    assert not gradient[~truth.free(rows)].any()
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,20 @@
-"""What every routed mechanism owes: one choice, however rows and heads are spread, with the bytes that it states."""
+"""Every routed mechanism: one selection, however rows and heads are sharded, with the bytes that it states."""
 
 import pytest
 import torch
 from torch import Tensor
 
+from farspan.kernels.kinds.routed import LocalShard, Routed
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockSelection
-from farspan.kernels.mechanism import MECHANISMS, Heads, LocalShard, Routed, identity
 from farspan.kernels.mechanisms import moba
+from farspan.kernels.planner import Heads, HeadShare, identity
 from farspan.kernels.planning.gathered_batches import count_pairs
 from farspan.kernels.planning.plan import Plan
-from tests.support.sequence_shards import lists, select, select_spread
+from tests.support.attention_cases import examples
+from tests.support.sequence_shards import lists, select, select_on_ranks
 
-EXAMPLES = [
-    pytest.param(example, id=str(example))
-    for name in MECHANISMS
-    for example in MECHANISMS.get(name).examples()
-    if isinstance(example, Routed)
-]
+EXAMPLES = examples(Routed)
 ROWS = Rows.packed([130, 1, 75, 40], padding=9)
 
 
@@ -27,67 +24,66 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     return q.to(dtype), k.to(dtype)
 
 
-def by_row(selection: BlockSelection, held: Tensor) -> dict[tuple[int, int], list[int]]:
-    """The blocks of each (query head, row of the sequence), of a selection for the rows `held`."""
-    of_units, group = lists(selection), 4 // selection.heads
+def by_row(selection: BlockSelection, rows: Tensor) -> dict[tuple[int, int], list[int]]:
+    """The blocks of each (query head, row of the sequence), of a selection for some rows."""
+    of_block, group = lists(selection), 4 // selection.heads
     return {
-        (head, row): of_units[head // group, unit]
+        (head, row): of_block[head // group, block]
         for head in range(4)
-        for row, unit in zip(held.tolist(), selection.unit.tolist(), strict=True)
-        if unit >= 0
+        for row, block in zip(rows.tolist(), selection.query_block.tolist(), strict=True)
+        if block >= 0
     }
 
 
 @pytest.mark.parametrize("mechanism", EXAMPLES)
-@pytest.mark.parametrize("spread", ["striped", "stretches", "shuffled"])
-def test_the_choice_does_not_depend_on_who_holds_what(mechanism: Routed, spread: str) -> None:
+@pytest.mark.parametrize("shards", ["striped", "contiguous", "shuffled"])
+def test_the_selection_does_not_depend_on_the_shards(mechanism: Routed, shards: str) -> None:
     q, k = inputs()
     count = len(ROWS)
     parts = {
         "striped": [torch.arange(i, count, 3) for i in range(3)],
-        "stretches": [torch.arange(0, 140), torch.arange(140, 246), torch.arange(246, count)],  # the last is padding
+        "contiguous": [torch.arange(0, 140), torch.arange(140, 246), torch.arange(246, count)],  # the last is padding
         "shuffled": list(torch.randperm(count, generator=torch.Generator().manual_seed(1)).split(100)),
-    }[spread]
-    whole = by_row(select(mechanism, q, k, ROWS), torch.arange(count))
-    selections, summed_bytes = select_spread(mechanism, q, k, ROWS, parts)
+    }[shards]
+    expected = by_row(select(mechanism, q, k, ROWS), torch.arange(count))
+    selections, summed_bytes = select_on_ranks(mechanism, q, k, ROWS, parts)
     assert summed_bytes == mechanism.all_reduce_bytes(ROWS, Heads(query=4, kv=2), 16)
-    together = {}
+    got = {}
     for part, selection in zip(parts, selections, strict=True):
-        together |= by_row(selection, part)
-    assert together == whole
+        got |= by_row(selection, part)
+    assert got == expected
 
 
 @pytest.mark.parametrize("mechanism", EXAMPLES)
-def test_heads_choose_alike_when_they_are_dealt(mechanism: Routed) -> None:
+def test_sharded_heads_select_the_same(mechanism: Routed) -> None:
     q, k = inputs()
-    whole = by_row(select(mechanism, q, k, ROWS), torch.arange(len(ROWS)))
+    expected = by_row(select(mechanism, q, k, ROWS), torch.arange(len(ROWS)))
     for heads in (range(0, 2), range(3, 4)):
         kv = slice(heads.start // 2, heads.start // 2 + 1)
         local_shard = LocalShard(
             mechanism=mechanism,
             rows=ROWS,
             global_rows=ROWS,
-            heads=heads,
-            all_heads=Heads(query=4, kv=2),
-            total=identity,
+            share=HeadShare(all_heads=Heads(query=4, kv=2), head_range=heads),
+            all_reduce_sum=identity,
         )
         selection = mechanism.select(q[:, heads.start : heads.stop], k[:, kv], local_shard)
         found, group = lists(selection), len(heads) // selection.heads
         for head in heads:
-            for row, unit in enumerate(selection.unit.tolist()):
-                if unit >= 0:
-                    assert found[(head - heads.start) // group, unit] == whole[head, row]
+            for row, block in enumerate(selection.query_block.tolist()):
+                if block >= 0:
+                    assert found[(head - heads.start) // group, block] == expected[head, row]
 
 
 @pytest.mark.parametrize("mechanism", EXAMPLES)
-def test_each_query_chooses_some_visible_block_or_none_is_there(mechanism: Routed) -> None:
+def test_selected_blocks_hold_visible_keys(mechanism: Routed) -> None:
     """Blocks of other documents, later ones and empty ones are never on a list."""
     q, k = inputs()
     selection = select(mechanism, q, k, ROWS)
-    blocks, visible = mechanism.blocks(ROWS).of(ROWS), mechanism.attention_mask().mask(ROWS, ROWS)
-    for (_, unit), chosen in lists(selection).items():
-        of_unit = visible[selection.unit == unit].any(dim=0)
-        assert set(chosen) <= set(blocks[of_unit].tolist())
+    blocks, visible = mechanism.key_blocks(ROWS).of(ROWS), mechanism.attention_mask().mask(ROWS, ROWS)
+    for (_, query_block), chosen in lists(selection).items():
+        seen = visible[selection.query_block == query_block].any(dim=0)
+        assert set(chosen) <= set(blocks[seen].tolist())
         assert chosen == sorted(set(chosen))
 
 
@@ -101,11 +97,11 @@ def test_pairs_are_counted(mechanism: Routed) -> None:
 
 @pytest.mark.parametrize("mechanism", EXAMPLES)
 def test_memory_is_bounded_by_parts(mechanism: Routed, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The choice is the same where scores are held a few queries at a time."""
+    """The selection is the same where scores are computed a few queries at a time."""
     q, k = inputs(torch.float32)
-    whole = lists(select(mechanism, q, k, ROWS))
+    expected = lists(select(mechanism, q, k, ROWS))
     for module in ("farspan.kernels.mechanisms._pooled_scores", "farspan.kernels.mechanisms.vmoba"):
         monkeypatch.setattr(f"{module}.SCORES_AT_ONCE", 500)
     monkeypatch.setitem(moba.SCORES_AT_ONCE, "cpu", 500)
     monkeypatch.setattr("farspan.kernels.mechanisms.block_sparse.TILES_AT_ONCE", 3)
-    assert lists(select(mechanism, q, k, ROWS)) == whole
+    assert lists(select(mechanism, q, k, ROWS)) == expected

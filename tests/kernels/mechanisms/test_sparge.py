@@ -13,11 +13,11 @@ from tests.support.sequence_shards import lists, select
 LENGTHS = [2, 50, 33, 128]
 
 
-def pieces(x: Tensor, size: int) -> list[Tensor]:
+def chunks(x: Tensor, size: int) -> list[Tensor]:
     return [x[start : start + size] for start in range(0, len(x), size)]
 
 
-def alike(x: Tensor, threshold: float) -> bool:
+def similar(x: Tensor, threshold: float) -> bool:
     """Whether the mean cosine of all pairs of rows exceeds the threshold."""
     lengths = [math.sqrt(float(row @ row)) for row in x]
     cosines = [float(a @ b) / (m * n) for a, m in zip(x, lengths, strict=True) for b, n in zip(x, lengths, strict=True)]
@@ -27,14 +27,14 @@ def alike(x: Tensor, threshold: float) -> bool:
 def block_map(q: Tensor, k: Tensor, options: SpargeAttention) -> list[list[int]]:
     """One head of one document: the blocks of each tile."""
     k = k - k.mean(dim=0)
-    tiles, blocks = pieces(q, options.tile), pieces(k, options.block)
-    found = []
-    block_alike = [alike(block, options.similarity) for block in blocks]
+    tiles, blocks = chunks(q, options.tile), chunks(k, options.block)
+    lists_of_tiles = []
+    block_similar = [similar(block, options.similarity) for block in blocks]
     for number, tile in enumerate(tiles):
         visible = [not options.causal or j * options.block < (number + 1) * options.tile for j in range(len(blocks))]
         scores = [
             float(tile.mean(dim=0) @ block.mean(dim=0)) / math.sqrt(q.shape[1]) if ok and visible[j] else -math.inf
-            for j, (block, ok) in enumerate(zip(blocks, block_alike, strict=True))
+            for j, (block, ok) in enumerate(zip(blocks, block_similar, strict=True))
         ]
         weights = [math.exp(score - max(scores)) if score > -math.inf else 0.0 for score in scores]
         order = sorted(range(len(blocks)), key=lambda j: (-scores[j], j))
@@ -43,14 +43,14 @@ def block_map(q: Tensor, k: Tensor, options: SpargeAttention) -> list[list[int]]
         else:
             cumulative = torch.tensor([weights[j] for j in order]).double().cumsum(0) / max(sum(weights), 1e-300)
             count = int((cumulative <= options.mass).sum())
-        taken = set(order[: max(count, 1)])
-        taken |= {j for j, ok in enumerate(block_alike) if not ok}
-        taken |= set() if alike(tile, options.similarity) else set(range(len(blocks)))
-        taken |= {0} if options.sink else set()
+        selected = set(order[: max(count, 1)])
+        selected |= {j for j, ok in enumerate(block_similar) if not ok}
+        selected |= set() if similar(tile, options.similarity) else set(range(len(blocks)))
+        selected |= {0} if options.sink else set()
         if options.diagonal:
-            taken |= {t // options.block for t in range(number * options.tile, number * options.tile + len(tile))}
-        found.append(sorted(j for j in taken if visible[j]))
-    return found
+            selected |= {t // options.block for t in range(number * options.tile, number * options.tile + len(tile))}
+        lists_of_tiles.append(sorted(j for j in selected if visible[j]))
+    return lists_of_tiles
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanisms.vggt import VGGT
-from tests.support.sequence_shards import select
+from tests.support.sequence_shards import check_by_document, select
 
 LENGTHS = [60, 7, 100]
 
@@ -44,17 +44,7 @@ def visible(q: Tensor, k: Tensor, options: VGGT) -> Tensor:
 )
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
 def test_equals_the_published_choice(options: VGGT, heads: tuple[int, int]) -> None:
-    rows, generator = Rows.packed(LENGTHS, padding=3), torch.Generator().manual_seed(0)
-    q, k = (torch.randn(len(rows), n, 16, generator=generator, dtype=torch.float64) for n in heads)
-    got = select(options, q, k, rows).mask(rows)
-    first = 0
-    for length in LENGTHS:
-        of_document = slice(first, first + length)
-        for head in range(heads[0]):
-            expected = visible(q[of_document, head], k[of_document, head // (heads[0] // heads[1])], options)
-            assert torch.equal(got[head, of_document, of_document], expected)
-        assert not got[:, of_document, :first].any()
-        first += length
+    check_by_document(options, LENGTHS, heads, lambda q, k: visible(q, k, options))
 
 
 def test_special_tokens_must_leave_room() -> None:
@@ -66,4 +56,4 @@ def test_the_least_number_of_blocks_is_rounded_as_in_python() -> None:
     """int(20 * (1 - 0.9)) is 1, as 1 - 0.9 is below a tenth; in float32 it would be 2."""
     rows = Rows.packed([20 * 4])
     q, k = torch.ones(80, 1, 16), torch.zeros(80, 1, 16)
-    assert select(VGGT(mass=0.0, sparsity=0.9, tile=80, block=4), q, k, rows).chosen.tolist() == [0]
+    assert select(VGGT(mass=0.0, sparsity=0.9, tile=80, block=4), q, k, rows).key_blocks.tolist() == [0]

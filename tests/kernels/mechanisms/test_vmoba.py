@@ -10,7 +10,7 @@ from torch import Tensor
 
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanisms.vmoba import VMoBA
-from tests.support.sequence_shards import select
+from tests.support.sequence_shards import check_by_document, select
 
 LENGTHS = [96, 5, 130]
 
@@ -24,8 +24,8 @@ def brick_of(position: int, options: VMoBA) -> tuple[int, ...]:
     return tuple(c // brick if brick else 0 for c, brick in zip(coordinates, options.brick, strict=True))
 
 
-def taken(scores: dict[tuple[int, int], float], own: set[tuple[int, int]], options: VMoBA) -> set[tuple[int, int]]:
-    """Of (query, block) pairs that are ranked together."""
+def selected(scores: dict[tuple[int, int], float], own: set[tuple[int, int]], options: VMoBA) -> set[tuple[int, int]]:
+    """The selected ones of (query, block) pairs that are ranked together."""
     others = sorted((pair for pair in scores if pair not in own), key=lambda pair: -scores[pair])
     if options.rule == "top_k":
         return own | set(others[: (options.top_k - 1) * len(own)])
@@ -48,10 +48,10 @@ def visible(q: Tensor, k: Tensor, options: VMoBA) -> Tensor:
     scores = {(t, j): float(q[t] @ mean) for t in range(length) for j, mean in enumerate(means)}
     own = {(t, int(block[t])) for t in range(length)}
     if options.scope == "head":
-        pairs = taken(scores, own, options)
+        pairs = selected(scores, own, options)
     else:
         rows = [{pair: s for pair, s in scores.items() if pair[0] == t} for t in range(length)]
-        pairs = set().union(*(taken(row, {(t, int(block[t]))}, options) for t, row in enumerate(rows)))
+        pairs = set().union(*(selected(row, {(t, int(block[t]))}, options) for t, row in enumerate(rows)))
     mask = torch.zeros(length, length, dtype=torch.bool)
     for t, j in pairs:
         mask[t] |= block == j
@@ -74,17 +74,7 @@ OPTIONS += [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_equals_the_published_choice(options: VMoBA) -> None:
-    rows, generator = Rows.packed(LENGTHS, padding=3), torch.Generator().manual_seed(0)
-    q, k = (torch.randn(len(rows), n, 16, generator=generator, dtype=torch.float64) for n in (2, 1))
-    got = select(options, q, k, rows).mask(rows)
-    first = 0
-    for length in LENGTHS:
-        of_document = slice(first, first + length)
-        for head in range(2):
-            expected = visible(q[of_document, head], k[of_document, 0], options)
-            assert torch.equal(got[head, of_document, of_document], expected)
-        assert not got[:, of_document, :first].any()
-        first += length
+    check_by_document(options, LENGTHS, (2, 1), lambda q, k: visible(q, k, options))
 
 
 @pytest.mark.parametrize("scope", SCOPES)

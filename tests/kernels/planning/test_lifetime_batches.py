@@ -1,4 +1,4 @@
-"""Gathers of living keys: every visible pair once, and not many others."""
+"""Batches of active keys: every visible pair once, and not many others."""
 
 import pytest
 import torch
@@ -8,10 +8,11 @@ from farspan.kernels.attention import attention_backward, attention_forward
 from farspan.kernels.lifetimes.lifetimes import Lifetimes
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.planning import lifetime_batches as alive
-from farspan.kernels.planning.lifetime_batches import alive_batches
+from farspan.kernels.planning import lifetime_batches as module
+from farspan.kernels.planning.lifetime_batches import lifetime_batches
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.planning.regions import Kind
+from tests.support.batches import covered
 from tests.support.oracle import relative_error
 
 KV_HEADS, GROUP = 2, 3
@@ -29,7 +30,7 @@ def random_lifetime(rows: Rows) -> Tensor:
 
 def plan_of(queries: Tensor, keys: Tensor, rows: Rows = ROWS) -> Plan:
     plan = Plan.build(rows.take(queries), rows.take(keys), AttentionMask(), heads=KV_HEADS * GROUP)
-    return plan.living(random_lifetime(rows)[:, keys])
+    return plan.with_lifetimes(random_lifetime(rows)[:, keys])
 
 
 PARTS = {
@@ -42,11 +43,11 @@ PARTS = {
 
 
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(alive, "TILE", 16)
-    monkeypatch.setattr(alive, "KEYS_ALIKE", 4)
-    monkeypatch.setattr(alive, "ENTRIES_AT_ONCE", 100)
-    monkeypatch.setattr(alive, "BATCH_PAIRS", 4000)
-    monkeypatch.setattr(alive, "BATCH_ROWS", 40)
+    monkeypatch.setattr(module, "TILE", 16)
+    monkeypatch.setattr(module, "KEY_MULTIPLE", 4)
+    monkeypatch.setattr(module, "ENTRIES_AT_ONCE", 100)
+    monkeypatch.setattr(module, "BATCH_PAIRS", 4000)
+    monkeypatch.setattr(module, "BATCH_ROWS", 40)
 
 
 @pytest.mark.parametrize("part", list(PARTS))
@@ -55,30 +56,15 @@ def test_every_visible_pair_is_in_one_batch(part: str, small: bool, monkeypatch:
     if small:
         small_tiles(monkeypatch)
     plan = plan_of(*PARTS[part])
-    heads = KV_HEADS * GROUP
-    count = torch.zeros(len(plan.queries), heads, len(plan.keys), KV_HEADS, dtype=torch.int32).flatten(2).flatten(0, 1)
-    kinds = set()
-    for batch in alive_batches(plan, KV_HEADS):
-        kinds.add(batch.kind)
-        assert batch.queries.unique().numel() == batch.queries.numel()
-        for number, (query, key) in enumerate(zip(batch.queries, batch.keys, strict=True)):
-            seen = torch.ones(len(query), len(key)) if batch.mask is None else batch.mask[number]
-            count.index_put_((query[:, None], key), seen.int(), accumulate=True)
-    count = count.view(len(plan.queries), heads, len(plan.keys), KV_HEADS)
-    expected = plan.mask()
-    for head in range(heads):
-        for kv_head in range(KV_HEADS):
-            right = expected[head] if head // GROUP == kv_head else torch.zeros_like(expected[head])
-            assert torch.equal(count[:, head, :, kv_head], right.int())
+    batches = list(lifetime_batches(plan, KV_HEADS))
+    assert torch.equal(covered(batches, plan, KV_HEADS), plan.mask().int())
     if small and part in ("all", "striped", "earlier keys"):
-        assert kinds == {Kind.FULL, Kind.MASKED}
+        assert {batch.kind for batch in batches} == {Kind.FULL, Kind.MASKED}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("part", list(PARTS))
-def test_many_small_tiles_compute_what_one_mask_does(
-    part: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_small_tiles_equal_one_mask(part: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     small_tiles(monkeypatch)
     plan, generator = plan_of(*PARTS[part]), torch.Generator().manual_seed(3)
 
@@ -101,6 +87,6 @@ def test_work_follows_the_visible_pairs() -> None:
     rows = Rows.packed([6000])
     types = torch.where(torch.rand(6000, 2, generator=torch.Generator().manual_seed(0)) < 0.05, 0, 2).to(torch.int8)
     lifetimes = Lifetimes.of(types, rows, window=16)
-    plan = Plan.build(rows, rows, AttentionMask(), heads=4).living(lifetimes.last)
-    visited = sum(batch.queries.numel() * batch.keys.shape[1] for batch in alive_batches(plan, 2)) // 4
+    plan = Plan.build(rows, rows, AttentionMask(), heads=4).with_lifetimes(lifetimes.last)
+    visited = sum(batch.queries.numel() * batch.keys.shape[1] for batch in lifetime_batches(plan, 2)) // 4
     assert visited < 2.5 * lifetimes.pairs(rows, rows) < 0.2 * 6000 * 6001 / 2

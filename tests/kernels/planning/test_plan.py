@@ -63,8 +63,8 @@ def test_regions_hold_every_visible_pair_once(seed: int) -> None:
         window = rng.choice([None, None, 1, 3, 20, 100, 500])
         sinks = 0 if window is None else rng.choice([0, 0, 1, 9, 64])
         attention_mask = AttentionMask(causal=rng.random() < 0.7, window=window, sinks=sinks)
-        mine, others = random_rows(rng, rows), random_rows(rng, rows)
-        plan = Plan.build(mine, others, attention_mask, shortest_run=rng.choice([2, 8, 32]), heads=1)
+        queries, keys = random_rows(rng, rows), random_rows(rng, rows)
+        plan = Plan.build(queries, keys, attention_mask, shortest_run=rng.choice([2, 8, 32]), heads=1)
         expected = true_mask(plan)
         assert torch.equal(covered(plan), expected)
         assert plan.unmasked_pairs == int(expected.sum())
@@ -85,13 +85,13 @@ GRIDS = [
 
 
 @pytest.mark.parametrize("neighborhood", GRIDS, ids=lambda grid: str(len(grid.dimensions)))
-def test_regions_hold_every_neighbour_once(neighborhood: Neighborhood, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_regions_hold_every_neighbor_once(neighborhood: Neighborhood, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("farspan.kernels.planning.regions.IRREGULAR_TILE", 8)
     rng = random.Random(0)
     for causal in (False, True):
         rows = Rows.packed([neighborhood.tokens, 2 * neighborhood.tokens + 3, 5], padding=4)
-        mine, others = random_rows(rng, rows), random_rows(rng, rows)
-        plan = Plan.build(mine, others, AttentionMask(causal=causal, neighborhood=neighborhood), heads=1)
+        queries, keys = random_rows(rng, rows), random_rows(rng, rows)
+        plan = Plan.build(queries, keys, AttentionMask(causal=causal, neighborhood=neighborhood), heads=1)
         assert torch.equal(covered(plan), true_mask(plan))
 
 
@@ -118,16 +118,16 @@ def test_a_causal_document_is_one_region_and_a_zigzag_step_needs_no_mask() -> No
         Kind.CAUSAL
     ]
     chunks = torch.arange(4096).chunk(8)
-    mine, other = rows.take(torch.cat((chunks[1], chunks[6]))), rows.take(torch.cat((chunks[0], chunks[7])))
-    for keys in (mine, other):
-        assert {region.kind for region in Plan.build(mine, keys, AttentionMask(), heads=1).parts[0].regions} <= {
+    local, remote = rows.take(torch.cat((chunks[1], chunks[6]))), rows.take(torch.cat((chunks[0], chunks[7])))
+    for keys in (local, remote):
+        assert {region.kind for region in Plan.build(local, keys, AttentionMask(), heads=1).parts[0].regions} <= {
             Kind.FULL,
             Kind.CAUSAL,
         }
 
 
 def test_a_million_tokens_are_planned_by_their_runs() -> None:
-    """Work and size follow the number of documents, not of pairs: 10^12 pairs here."""
+    """Work and size follow the number of documents, not of pairs: 10^12 pairs."""
     rows = Rows.packed([500_000, 300_000, 248_576])
     plan = Plan.build(rows, rows, AttentionMask(), heads=1)
     assert len(plan.parts[0].regions) == 3
@@ -169,8 +169,8 @@ def test_a_million_tokens_in_tiny_documents_take_linear_time_and_memory() -> Non
     assert plan.unmasked_pairs == 32768 * (32 * 8 - 8 * 7 // 2)
 
 
-def test_candidates_are_found_in_small_portions_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("farspan.kernels.planning.candidates.MAX_CANDIDATES", 7)
+def test_candidates_are_found_in_small_chunks_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("farspan.kernels.planning.bounds.MAX_CANDIDATES", 7)
     rows = Rows.packed([60, 3, 50, 9, 80]).take(torch.randperm(202, generator=torch.Generator().manual_seed(0)))
     for keys in (rows, Rows.packed([60, 3, 50, 9, 80])):
         plan = Plan.build(rows, keys, AttentionMask(), shortest_run=8, heads=1)
@@ -211,22 +211,22 @@ def test_the_widest_window_hides_nothing() -> None:
 
 
 def test_lifetimes_go_with_later_queries_of_a_document_only() -> None:
-    """Backends need not look out for lifetimes together with anything else."""
+    """Backends need not support lifetimes together with anything else."""
     rows = Rows.packed([20])
     lifetime = torch.full((1, 20), 19, dtype=torch.int32)
-    everything = BlockSelection.from_lists(
+    all_blocks = BlockSelection.from_lists(
         torch.arange(20), BlockPartition.blocks(rows, 20), torch.zeros(1, 20, 1, dtype=torch.int64)
     )
     plan = Plan.build(rows, rows, AttentionMask(), heads=1)
-    assert torch.equal(plan.living(lifetime).mask(), plan.mask())
+    assert torch.equal(plan.with_lifetimes(lifetime).mask(), plan.mask())
     for refused in (
-        lambda: plan.living(lifetime).choosing(everything),
-        lambda: plan.choosing(everything).living(lifetime),
-        lambda: Plan.build(rows, rows, AttentionMask(window=5), heads=1).living(lifetime),
-        lambda: Plan.build(rows, rows, AttentionMask(causal=False), heads=1).living(lifetime),
+        lambda: plan.with_lifetimes(lifetime).with_selection(all_blocks),
+        lambda: plan.with_selection(all_blocks).with_lifetimes(lifetime),
+        lambda: Plan.build(rows, rows, AttentionMask(window=5), heads=1).with_lifetimes(lifetime),
+        lambda: Plan.build(rows, rows, AttentionMask(causal=False), heads=1).with_lifetimes(lifetime),
     ):
         with pytest.raises(ValueError, match="a plan with lifetimes must be causal"):
             refused()
     for wrong in (lifetime.long(), lifetime[:, 1:]):
         with pytest.raises(ValueError, match="lifetimes must be int32"):
-            plan.living(wrong)
+            plan.with_lifetimes(wrong)

@@ -31,6 +31,6 @@ def test_products_are_not_rounded_to_the_inputs_dtype(dtype: torch.dtype) -> Non
 def test_equal_tokens_have_equal_logits_wherever_they_are() -> None:
     """A product of float32 matrices sums in an order that depends on the number of rows and on the place."""
     x, weight = torch.randn(1, 1000), torch.randn(3, 1000)
-    alone = routing_logits(x, weight)
+    single = routing_logits(x, weight)
     for count in (2, 3, 17, 130):
-        assert torch.equal(routing_logits(x.expand(count, -1), weight), alone.expand(count, -1))
+        assert torch.equal(routing_logits(x.expand(count, -1), weight), single.expand(count, -1))

@@ -10,19 +10,21 @@ from torch import Tensor
 from farspan.errors import ConfigError
 from farspan.kernels.attention import attention_backward, attention_forward
 from farspan.kernels.backend import BACKENDS, KernelRequest, choose_backend
+from farspan.kernels.kinds.recurrent import Recurrent
+from farspan.kernels.kinds.token_choice import TokenChoice
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
-from farspan.kernels.mechanism import Heads, Mechanism, Recurrent, Routed, TokenChoice
+from farspan.kernels.mechanism import Access, Heads, Mechanism
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.merge import empty_partial, merge_
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.triton_kernels import attention_launch
 from farspan.kernels.triton_kernels.shapes import Shape, Shapes, shapes_for
-from tests.kernels import test_contract as contract
 from tests.kernels import test_sequence_attention as whole
-from tests.kernels.test_contract import Tensors
-from tests.support import interpreter_bfloat16, oracle
+from tests.support import attention_cases as contract
+from tests.support import interpreter_bfloat16, oracle, truth
+from tests.support.attention_cases import Tensors
 from tests.support.sequence_shards import select
 
 # Of several sizes, so that no kernel gets by with the tiles of another. The interpreter takes some 10 ms for a step of
@@ -69,7 +71,7 @@ def test_mechanism_equals_the_formula(mechanism: Mechanism) -> None:
     rows, heads = RAGGED, Heads(query=8, kv=2)
     inputs, dout = whole.random_inputs(mechanism, rows, heads, torch.float32)
     got = whole.run(mechanism, inputs, dout, rows, heads, "triton")
-    for number, expected in enumerate(whole.expect(mechanism, inputs, dout, rows)):
+    for number, expected in enumerate(truth.expect(mechanism, inputs, dout, rows)):
         assert oracle.relative_error(got[number], expected) <= TOLERANCE, number
 
 
@@ -81,11 +83,11 @@ def test_mechanism_equals_the_formula(mechanism: Mechanism) -> None:
 )
 def test_bfloat16_is_as_good_as_plain_attention(mechanism: Mechanism) -> None:
     """At most twice the error of attention whose every step is rounded to bfloat16."""
-    rows, heads = SHUFFLED, Heads(query=8, kv=8 if isinstance(mechanism, Routed) else 1)
+    rows, heads = SHUFFLED, Heads(query=8, kv=8 if Access.BLOCKS in mechanism.accesses else 1)
     inputs, dout = whole.random_inputs(mechanism, rows, heads, torch.bfloat16)
-    exact = whole.expect(mechanism, inputs, dout, rows)
+    exact = truth.expect(mechanism, inputs, dout, rows)
     got = whole.run(mechanism, inputs, dout, rows, heads, "triton")
-    plain = plain_attention(inputs, dout, whole.visible(mechanism, inputs, rows))
+    plain = plain_attention(inputs, dout, truth.visible(mechanism, inputs, rows))
     for name, result, rounded, expected in zip(NAMES, got[:5], plain, exact[:5], strict=True):
         assert oracle.rms_error(result, expected) <= 2 * oracle.rms_error(rounded, expected), name
 
@@ -180,7 +182,7 @@ def test_tile_selections_aligned_with_tiles_or_not(tile: int) -> None:
 def test_lifetimes(rows: Rows) -> None:
     generator = torch.Generator().manual_seed(2)
     lifetime = rows.position + torch.randint(-1, 30, (2, len(rows)), generator=generator, dtype=torch.int32)
-    plan = plan_of(rows, rows, AttentionMask(), None).living(lifetime)
+    plan = plan_of(rows, rows, AttentionMask(), None).with_lifetimes(lifetime)
     mask = oracle.visible_mask(rows, rows, plan.attention_mask, 4)
     mask &= (rows.position[:, None] <= lifetime[:, None, :]).repeat_interleave(2, dim=0)
     check(Tensors.random(len(rows), len(rows), (4, 2), 16, 16, torch.float32), plan, mask)
@@ -267,11 +269,11 @@ def test_lists_are_made_once_for_a_plan() -> None:
     tensors = Tensors.random(40, 40, (4, 2), 16, 16, torch.float32)
     plan = plan_of(rows, rows, AttentionMask())
     run(tensors, plan)
-    made = {key: id(value) for key, value in plan.derived.items()}
+    made = {key: id(value) for key, value in plan.cache.items()}
     run(tensors, plan)
-    assert {key: id(value) for key, value in plan.derived.items()} == made
+    assert {key: id(value) for key, value in plan.cache.items()} == made
     assert len(made) == 4  # terms, and lists for three kernels
-    assert not plan.living(torch.zeros(2, 40, dtype=torch.int32)).derived
+    assert not plan.with_lifetimes(torch.zeros(2, 40, dtype=torch.int32)).cache
 
 
 def test_unsupported_requests_are_refused() -> None:

@@ -151,16 +151,16 @@ def test_heads_with_equal_masks_share_lists() -> None:
     plan = Plan.build(rows, rows, AttentionMask(window=(5, 9, 5, 9)), heads=4)
     assert check(plan, 16, 8).lists.group.tolist() == [0, 1, 0, 1]
     selection = random_selection(rows, 16, 8, heads=1)
-    twice = BlockSelection.from_parts(selection.unit, selection.blocks, [table(selection).repeat(4, 1, 1)])
+    twice = BlockSelection.from_parts(selection.query_block, selection.blocks, [table(selection).repeat(4, 1, 1)])
     plan = Plan.build(rows, rows, AttentionMask(), heads=4, selection=twice)
     assert check(plan, 16, 8).lists.group.tolist() == [0, 0, 0, 0]
 
 
 def table(selection: BlockSelection) -> Tensor:
     """The selection's lists as bool `[heads, query blocks, key blocks]`."""
-    found = torch.zeros(selection.heads * selection.num_units, selection.blocks.count, dtype=torch.bool)
-    found[selection.lists, selection.chosen.long()] = True
-    return found.view(selection.heads, selection.num_units, -1)
+    found = torch.zeros(selection.heads * selection.num_query_blocks, selection.blocks.count, dtype=torch.bool)
+    found[selection.lists, selection.key_blocks.long()] = True
+    return found.view(selection.heads, selection.num_query_blocks, -1)
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -168,7 +168,7 @@ def test_lists_follow_lifetimes(rows: str) -> None:
     keys = ROWS[rows]
     lifetime = keys.position + torch.randint(-1, 300, (2, len(keys)), generator=GENERATOR, dtype=torch.int32)
     lifetime[1, : len(keys) // 2] = 2**31 - 1
-    plan = Plan.build(keys, keys, AttentionMask(), heads=4).living(lifetime)
+    plan = Plan.build(keys, keys, AttentionMask(), heads=4).with_lifetimes(lifetime)
     tiled = check(plan, 16, 8)
     assert tiled.lists.group.tolist() == [0, 0, 1, 1]
 
@@ -238,8 +238,8 @@ def kilobytes(name):
 open("/proc/self/clear_refs", "w").write("5")  # forgets the peak so far
 before = kilobytes("VmRSS")
 both = [tile_plan(plan, 128, 128, stationary).lists for stationary in ("queries", "keys")]
-assert all(int(lists.counts.sum()) == len(selection.chosen) for lists in both)
-print(len(selection.chosen), kilobytes("VmHWM") - before)
+assert all(int(lists.counts.sum()) == len(selection.key_blocks) for lists in both)
+print(len(selection.key_blocks), kilobytes("VmHWM") - before)
 """
 
 

@@ -1,4 +1,4 @@
-"""The batch script at the start and the end of a job, with stand-ins for SLURM; tests/slurm has a real one."""
+"""The batch script at the start and the end of a job, on a fake SLURM; tests/slurm has a real one."""
 
 import json
 import os
@@ -11,36 +11,34 @@ from pathlib import Path
 
 import pytest
 
-from farspan.launch.slurm.failures import failures
-from farspan.launch.slurm.history import Submission, add
+from farspan.launch.slurm.history import Submission, add_submission, read_failures
 from farspan.launch.slurm.job import SlurmJob
 from farspan.launch.slurm.site import Site
+from tests.support.programs import install
 
 ROOT = Path(__file__).resolve().parents[3]
-# Says what it is called with, and answers with what stands in a file of its name; as srun, does that.
-STAND_IN = """#!/bin/bash
-here=$(dirname "$0")
+# Records its call and prints the file of its name; srun does the step. As SLURM does, requeue sends SIGTERM to the job.
+FAKE = """
+folder=$(dirname "$0")
 name=$(basename "$0")
 [ "$1 $2" != "show hostnames" ] || { echo node7; echo node8; exit; }
-[ "$1 $2" != "show job" ] || { cat "$here/job.says"; exit; }
-echo "$name $*" >>"$here/called"
-[ "$name" != srun ] || . "$here/step"
+[ "$1 $2" != "show job" ] || { cat "$folder/job.output"; exit; }
+echo "$name $*" >>"$folder/calls"
+[ "$name" != srun ] || . "$folder/step"
 [ "$1" != requeue ] || kill -TERM $PPID $(ps -o ppid= $PPID)
-[ ! -e "$here/$name.says" ] || cat "$here/$name.says"
-[ ! -e "$here/$name.refuses" ] || { echo no >&2; exit 1; }
+[ ! -e "$folder/$name.output" ] || cat "$folder/$name.output"
+[ ! -e "$folder/$name.refuses" ] || { echo no >&2; exit 1; }
 """
 END = 'end() {{ echo "node$1 host$1 $2" >{logs}/ended/$1; }}\n'
-REQUEUE, NOT_AGAIN = ["scontrol requeue 17"], []
-RESUME = "go on with `farspan jobs resume {run}`"
+REQUEUE = ["scontrol requeue 17"]
+Start = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def start(tmp_path: Path) -> Start:
     """Return a function that runs the batch script of job 17, whose tasks do `step`."""
-    for name in ("srun", "scontrol", "sbatch", "sinfo"):
-        (tmp_path / name).write_text(STAND_IN)
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / "job.says").write_text(shown("RUNNING", "None", "None"))
+    install(tmp_path, srun=FAKE, scontrol=FAKE, sbatch=FAKE, sinfo=FAKE)
+    (tmp_path / "job.output").write_text(job_output("RUNNING", "None", "None"))
     run = tmp_path / "run"
     job = SlurmJob(
         run=run,
@@ -61,7 +59,7 @@ def start(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
             (job.submitted / "code").symlink_to(ROOT)
         logs = changed.runs()[-1] / "logs" / ("16_1" if changed.elements else "17") / str(restarts)
         (tmp_path / "step").write_text(END.format(logs=logs) + step)
-        (tmp_path / "called").unlink(missing_ok=True)
+        (tmp_path / "calls").unlink(missing_ok=True)
         environment = {
             "PATH": f"{tmp_path}:/usr/bin:/bin",
             "SLURM_JOB_ID": "17",
@@ -77,8 +75,8 @@ def start(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return start
 
 
-def shown(state: str, reason: str, preempted: str) -> str:
-    """As `scontrol show job` does."""
+def job_output(state: str, reason: str, preempted: str) -> str:
+    """Return what `scontrol show job` prints."""
     return f"""JobId=17 JobName=x
    JobState={state} Reason={reason} Dependency=(null)
    StartTime=2026-11-28T08:42:51 EndTime=2027-11-28T08:42:51
@@ -86,14 +84,14 @@ def shown(state: str, reason: str, preempted: str) -> str:
 """
 
 
-def called(folder: Path, *names: str) -> list[str]:
-    path = folder / "called"
+def calls(folder: Path, *names: str) -> list[str]:
+    path = folder / "calls"
     lines = path.read_text().splitlines() if path.exists() else []
     return [line for line in lines if line.split()[0] in names]
 
 
 @pytest.mark.parametrize(
-    ("step", "status", "again", "why"),
+    ("step", "status", "requeued", "reason"),
     [
         ("end 7 0; end 8 0", 0, False, None),
         ("end 7 75; end 8 75", 75, True, None),
@@ -106,111 +104,100 @@ def called(folder: Path, *names: str) -> list[str]:
         ("end 7 134; end 8 143; exit 143", 1, True, "ranks failed with exit status 143"),
         ("exit 9", 1, True, "ranks failed with exit status 9"),
         (
-            'end 7 77; end 8 77; echo "host8 no device" >"$here/run/unfit"; exit 77',
+            'end 7 77; end 8 77; echo "host8 no device" >"$folder/run/unfit"; exit 77',
             77,
             True,
-            "node8 is unfit (no device)",
+            "node8 is bad (no device)",
         ),
     ],
 )
-def test_how_ranks_end_says_whether_the_job_starts_again(
-    start: Callable[..., subprocess.CompletedProcess[str]],
-    tmp_path: Path,
-    step: str,
-    status: int,
-    again: bool,
-    why: str | None,
+def test_the_exits_of_ranks_decide_whether_the_job_is_requeued(
+    start: Start, tmp_path: Path, step: str, status: int, requeued: bool, reason: str | None
 ) -> None:
     done = start(step)
     assert (done.returncode, done.stderr) == (status, "")
-    nodes = [node for node in ("node7", "node8") if why is not None and node in why]
-    failed = [(failure.job, failure.reason, list(failure.nodes)) for failure in failures(tmp_path / "run")]
-    assert failed == ([] if why is None else [("17", why, nodes)])
-    assert ("queued again, restart 1 of 20 at most" in done.stdout) == again
+    nodes = [node for node in ("node7", "node8") if reason is not None and node in reason]
+    failures = [(failure.job, failure.reason, list(failure.nodes)) for failure in read_failures(tmp_path / "run")]
+    assert failures == ([] if reason is None else [("17", reason, nodes)])
+    assert ("restart 1 of at most 20" in done.stdout) == requeued
     exclude = [f"scontrol update JobId=17 ExcNodeList=bad[1-2],{','.join(nodes)}"] if nodes else []
-    assert called(tmp_path, "scontrol") == ([*REQUEUE, *exclude] if again else NOT_AGAIN)
+    assert calls(tmp_path, "scontrol") == ([*REQUEUE, *exclude] if requeued else [])
     assert not (tmp_path / "run/unfit").exists()
 
 
-def test_what_a_full_disk_cut_short_keeps_no_job_from_starting(
-    start: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
+def test_records_that_a_full_disk_cut_short_do_not_stop_a_job(start: Start, tmp_path: Path) -> None:
     cut = '{"when": "2026-11-28T08:42:51+00:00", "job": "1'
     (tmp_path / "run").mkdir()
     (tmp_path / "run/failures.jsonl").write_text(cut + "\n")
-    done = start("end 7 1; : >$here/run/logs/17/0/ended/8; exit 1")
+    done = start("end 7 1; : >$folder/run/logs/17/0/ended/8; exit 1")
     assert (done.returncode, done.stderr) == (1, "")
-    assert [failure.reason for failure in failures(tmp_path / "run")] == ["ranks failed with exit status 1"]
-    assert called(tmp_path, "scontrol") == REQUEUE
+    assert [failure.reason for failure in read_failures(tmp_path / "run")] == ["ranks failed with exit status 1"]
+    assert calls(tmp_path, "scontrol") == REQUEUE
 
 
-@pytest.mark.parametrize(("restarts", "again"), [(19, True), (20, False), (21, None)])
-def test_there_is_a_cap_on_restarts(
-    start: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, restarts: int, again: bool | None
+@pytest.mark.parametrize(
+    ("restarts", "starts", "requeued", "message"),
+    [
+        (19, True, True, "queued again, restart 20 of at most 20."),
+        (20, True, False, "not queued again, as restart 20 was the last one allowed;"),
+        (21, False, False, "the job was queued again 20 times, the most allowed;"),
+    ],
+)
+def test_restarts_are_limited(
+    start: Start, tmp_path: Path, restarts: int, starts: bool, requeued: bool, message: str
 ) -> None:
     done = start("end 7 75; end 8 75", restarts)
     assert (done.returncode, done.stderr) == (75, "")
-    assert called(tmp_path, "srun") == (
-        [] if again is None else [f"srun --kill-on-bad-exit=1 bash {tmp_path}/run/submitted/001/job.sh task"]
-    )
-    assert called(tmp_path, "scontrol") == (REQUEUE if again else NOT_AGAIN)
-    resume = RESUME.format(run=tmp_path / "run")
-    said = {
-        True: "farspan: queued again, restart 20 of 20 at most.\n",
-        False: f"farspan: not queued again, as restart 20 was the last that it may have; {resume}.\n",
-        None: f"farspan: the job was started again 20 times, the most that it may be; {resume}.\n",
-    }
-    assert done.stdout == said[again]
+    srun = f"srun --kill-on-bad-exit=1 bash {tmp_path}/run/submitted/001/job.sh task"
+    assert calls(tmp_path, "srun") == ([srun] if starts else [])
+    assert calls(tmp_path, "scontrol") == (REQUEUE if requeued else [])
+    assert done.stdout.startswith(f"farspan: {message}")
+    assert (f"`farspan jobs resume {tmp_path}/run`" in done.stdout) != requeued
 
 
-def test_a_run_that_fails_without_getting_further_ends(
-    start: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
+def test_a_run_that_fails_without_progress_ends(start: Start, tmp_path: Path) -> None:
     run = tmp_path / "run"
     fail = "end 7 1; end 8 1; exit 1"
     hour = timedelta(hours=1)
     run.mkdir()
-    add(run, Submission(job="17", script="s", submitted=(datetime.now(UTC) - hour).isoformat(timespec="seconds")))
+    add_submission(
+        run, Submission(job="17", script="s", submitted=(datetime.now(UTC) - hour).isoformat(timespec="seconds"))
+    )
     for restarts in range(2):
         assert "queued again" in start(fail, restarts).stdout
     (run / "checkpoints/step_00000008").mkdir(parents=True)
     (run / "checkpoints/step_00000009.part").mkdir()
     for restarts in range(2, 4):
         assert "queued again" in start(fail, restarts).stdout
-    # A warning is no failure, and does not hide failures.
+    # A save after a warning is no failure, and does not hide failures.
     assert start("end 7 75; end 8 75", 4).returncode == 75
     done = start(fail, 5)
     assert done.returncode == 1
-    assert called(tmp_path, "scontrol") == NOT_AGAIN
-    line = (
-        f"farspan: 3 failures in a row with no newer checkpoint (step_00000008): the job ends; see {run}/failures.jsonl"
-    )
-    assert line in done.stdout
-    # So does the next job of a chain, before it starts.
+    assert calls(tmp_path, "scontrol") == []
+    assert "3 failures in a row with no newer checkpoint (step_00000008)" in done.stdout
+    assert f"{run}/failures.jsonl" in done.stdout
+    # The next job of a chain does not start.
     assert start(fail).returncode == 1
-    assert called(tmp_path, "srun") == []
-    # Submitted anew, there are new tries.
+    assert calls(tmp_path, "srun") == []
+    # A new submission starts counting again.
     later = (datetime.now(UTC) + hour).isoformat(timespec="seconds")
-    add(run, Submission(job="18", script="s", submitted=later))
+    add_submission(run, Submission(job="18", script="s", submitted=later))
     assert "queued again" in start(fail).stdout
 
 
-def test_nodes_that_the_job_needs_are_not_left_out(
-    start: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
+def test_nodes_that_the_job_needs_are_not_excluded(start: Start, tmp_path: Path) -> None:
     (tmp_path / "sbatch.refuses").touch()
     done = start("end 7 137; end 8 137; exit 143")
-    assert "node7 failed but is not left out, as the job could not run without it: sbatch refused: no" in done.stdout
-    assert called(tmp_path, "scontrol") == REQUEUE
+    assert "node7 failed but is not excluded" in done.stdout
+    assert "sbatch refused: no" in done.stdout
+    assert calls(tmp_path, "scontrol") == REQUEUE
     script = tmp_path / "run/submitted/001/job.sh"
-    assert called(tmp_path, "sbatch") == [
+    assert calls(tmp_path, "sbatch") == [
         f"sbatch --test-only --exclude=bad[1-2],{nodes} {script}" for nodes in ("node7,node8", "node7")
     ]
 
 
-def test_few_nodes_are_left_out_and_not_for_ever(
-    start: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
+def test_few_nodes_are_excluded_and_not_for_ever(start: Start, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     lines = []
@@ -219,76 +206,79 @@ def test_few_nodes_are_left_out_and_not_for_ever(
         lines.append({"when": when, "job": "1", "reason": "r", "nodes": [node], "checkpoint": "step_1"})
     (run / "failures.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     start("end 7 75; end 8 75")
-    assert called(tmp_path, "scontrol")[1:] == ["scontrol update JobId=17 ExcNodeList=bad[1-2],second,third"]
+    assert calls(tmp_path, "scontrol")[1:] == ["scontrol update JobId=17 ExcNodeList=bad[1-2],second,third"]
     start("end 7 139; end 8 1; exit 1", site=Site(max_excluded=2))
-    assert called(tmp_path, "scontrol")[1:] == ["scontrol update JobId=17 ExcNodeList=node7,second"]
+    assert calls(tmp_path, "scontrol")[1:] == ["scontrol update JobId=17 ExcNodeList=node7,second"]
     start("end 7 75; end 8 75", site=Site(exclude_hours=0))
-    assert called(tmp_path, "scontrol") == REQUEUE
+    assert calls(tmp_path, "scontrol") == REQUEUE
 
 
 @pytest.mark.parametrize(
-    ("told", "state", "statuses", "status", "again", "why"),
+    ("sigterm", "state", "statuses", "status", "requeued", "reason"),
     [
-        # Cancelled, or queued again by SLURM; or SLURM gives no answer.
+        # Canceled, or requeued by SLURM itself; or SLURM does not answer.
         (True, ("COMPLETING", "None", "None"), (0, 0), 0, False, None),
         (True, None, (0, 0), 0, False, None),
         (True, ("COMPLETING", "TimeLimit", "None"), (0, 75), 75, True, None),
-        (True, ("COMPLETING", "TimeLimit", "None"), (0, 143), 1, True, "the time was over before the ranks had saved"),
-        # Others go first: SLURM asks the ranks alone to end.
+        (
+            True,
+            ("COMPLETING", "TimeLimit", "None"),
+            (0, 143),
+            1,
+            True,
+            "the time limit came before the ranks had saved",
+        ),
+        # Preempted: SLURM sends SIGTERM to the ranks alone.
         (False, ("RUNNING", "None", "2026-11-28T08:42:55"), (0, 0), 75, True, None),
         (True, ("RUNNING", "None", "2026-11-28T08:42:55"), (137, 143), 75, True, None),
-        # That was before the job's last start.
+        # That preemption was before the job's last start.
         (False, ("RUNNING", "None", "2026-11-28T08:42:50"), (0, 0), 0, False, None),
         (False, None, (0, 0), 0, False, None),
     ],
 )
-def test_a_job_that_slurm_ends_starts_again_unless_cancelled(
-    start: Callable[..., subprocess.CompletedProcess[str]],
+def test_a_job_that_slurm_ends_is_requeued_unless_canceled(
+    start: Start,
     tmp_path: Path,
-    told: bool,
+    sigterm: bool,
     state: tuple[str, str, str] | None,
     statuses: tuple[int, int],
     status: int,
-    again: bool,
-    why: str | None,
+    requeued: bool,
+    reason: str | None,
 ) -> None:
-    (tmp_path / "job.says").unlink()
+    (tmp_path / "job.output").unlink()
     if state is not None:
-        (tmp_path / "job.says").write_text(shown(*state))
-    done = start(f"{'kill -TERM $PPID; ' if told else ''}end 7 {statuses[0]}; end 8 {statuses[1]}")
+        (tmp_path / "job.output").write_text(job_output(*state))
+    done = start(f"{'kill -TERM $PPID; ' if sigterm else ''}end 7 {statuses[0]}; end 8 {statuses[1]}")
     assert (done.returncode, done.stderr) == (status, "")
-    assert called(tmp_path, "scontrol") == (REQUEUE if again else NOT_AGAIN)
-    assert [(failure.reason, failure.nodes) for failure in failures(tmp_path / "run")] == ([(why, ())] if why else [])
+    assert calls(tmp_path, "scontrol") == (REQUEUE if requeued else [])
+    failures = [(failure.reason, failure.nodes) for failure in read_failures(tmp_path / "run")]
+    assert failures == ([(reason, ())] if reason else [])
 
 
-def test_nodes_that_slurm_lost_are_remembered(
-    start: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
-    (tmp_path / "sinfo.says").write_text("node8\nnode8\n")
-    (tmp_path / "job.says").write_text(shown("COMPLETING", "NodeDown", "None"))
+def test_nodes_that_slurm_lost_are_recorded(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "sinfo.output").write_text("node8\nnode8\n")
+    (tmp_path / "job.output").write_text(job_output("COMPLETING", "NodeDown", "None"))
     start("kill -TERM $PPID; exit 143")
-    assert failures(tmp_path / "run") == []
+    assert read_failures(tmp_path / "run") == []
     done = start("end 7 0; end 8 0", 1)
     assert (done.returncode, done.stderr) == (0, "")
-    assert [(failure.reason, failure.nodes) for failure in failures(tmp_path / "run")] == [
-        ("lost by SLURM", ("node8",))
-    ]
-    assert "--nodes=node7,node8 --states=down," in called(tmp_path, "sinfo")[0]
-    # The second start has told its end itself: what is down now was not lost under it.
+    (failure,) = read_failures(tmp_path / "run")
+    assert (failure.reason, failure.nodes) == ("lost by SLURM", ("node8",))
+    assert "--nodes=node7,node8 --states=down," in calls(tmp_path, "sinfo")[0]
+    # The second start ended by itself, so nodes that are down now were not lost under it.
     assert start("end 7 0; end 8 0", 2).returncode == 0
-    assert called(tmp_path, "sinfo") == []
+    assert calls(tmp_path, "sinfo") == []
 
 
-def test_an_element_of_an_array_is_a_run_of_its_own(
-    start: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
+def test_an_element_of_an_array_is_a_run_of_its_own(start: Start, tmp_path: Path) -> None:
     done = start("end 7 137; end 8 1; exit 1", elements=2)
     assert (done.returncode, done.stderr) == (1, "")
-    assert called(tmp_path, "scontrol") == [
+    assert calls(tmp_path, "scontrol") == [
         "scontrol requeue 16_1",
         "scontrol update JobId=16_1 ExcNodeList=bad[1-2],node7",
     ]
-    assert [failure.job for failure in failures(tmp_path / "run/001")] == ["16_1"]
+    assert [failure.job for failure in read_failures(tmp_path / "run/001")] == ["16_1"]
     assert not (tmp_path / "run/failures.jsonl").exists()
 
 

@@ -5,12 +5,12 @@ import torch
 
 from farspan.errors import ConfigError
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.window import Window
+from farspan.kernels.planner import no_routing
 from farspan.parallel.context_parallel import cost_model as cost_model
 from farspan.parallel.context_parallel.cost_model import (
     BACKWARD_FLOPS,
@@ -23,8 +23,7 @@ from farspan.parallel.context_parallel.cost_model import (
     strategy_for,
     together,
 )
-from farspan.parallel.context_parallel.routing import typical_choice
-from farspan.parallel.context_parallel.strategy import STRATEGIES, Sample, Sizes, Volume
+from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes, Volume
 from farspan.parallel.layout import Shards
 from farspan.parallel.simulation import Unconnected
 
@@ -183,12 +182,10 @@ def test_what_is_chosen_of_a_long_sequence_is_drawn_for_some_queries() -> None:
     """What `ship` moves is what all would, to a few per cent; `fetch` is taken to need all that may be chosen."""
     mechanism, heads, rows = MoBA(block=128, top_k=3), Heads(query=2, kv=2), Rows.packed([1 << 14])
     shards = Shards.deal(rows, layout="contiguous", degree=4)
-    sizes, sample = Sizes.of(torch.bfloat16, 64, 64), typical_choice(mechanism, rows, heads, most=SAMPLED)
-    every = typical_choice(mechanism, rows, heads)
-    assert isinstance(sample, Sample)
-    assert sample.one_in == 8
-    assert isinstance(every, BlockSelection)
-    for strategy, chosen, bound in (("ship", every, 0.05), ("fetch", None, 0.0)):
+    sizes, sample = Sizes.of(torch.bfloat16, 64, 64), mechanism.sample_routing(rows, heads, max_queries=SAMPLED)
+    every = mechanism.sample_routing(rows, heads)
+    assert (sample.one_in, every.one_in) == (8, 1)
+    for strategy, routing, bound in (("ship", lambda: every, 0.05), ("fetch", no_routing, 0.0)):
         planned = STRATEGIES.get(strategy)(Unconnected(3, 4)).prepare(mechanism, shards, heads, backend="cpu")
-        expected = planned.volume(sizes, chosen).forward
-        assert planned.volume(sizes, sample).forward == pytest.approx(expected, rel=bound)
+        expected = planned.volume(sizes, routing).forward
+        assert planned.volume(sizes, lambda: sample).forward == pytest.approx(expected, rel=bound)

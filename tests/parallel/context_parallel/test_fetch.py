@@ -3,15 +3,15 @@
 import pytest
 import torch
 
+from farspan.kernels.kinds.masked import Masked
+from farspan.kernels.kinds.routed import Routed
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.masks.selection import BlockSelection
-from farspan.kernels.mechanism import MECHANISMS, Heads, Masked, Mechanism, Routed
+from farspan.kernels.mechanism import MECHANISMS, Heads, Mechanism
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.neighborhood import Neighborhood
 from farspan.kernels.mechanisms.window import Window
 from farspan.kernels.planning.plan import Plan
 from farspan.parallel.context_parallel.required_keys import needed_keys
-from farspan.parallel.context_parallel.routing import choose_alone
 from farspan.parallel.context_parallel.strategy import STRATEGIES, DistributedAttention, Sizes
 from farspan.parallel.layout import LAYOUTS, Shards
 from farspan.parallel.simulation import Unconnected
@@ -76,13 +76,12 @@ def test_all_that_is_seen_is_needed(mechanism: Masked, layout: str) -> None:
     if isinstance(mechanism, Routed):
         generator = torch.Generator().manual_seed(0)
         q, k = (torch.randn(len(rows), n, 16, generator=generator) for n in (HEADS.query, HEADS.kv))
-        selection = choose_alone(mechanism, rows, HEADS, q, k)
-        assert isinstance(selection, BlockSelection)
+        selection = mechanism.route(rows, HEADS, q, k).selection
     for rank, mine in enumerate(shards.index):
         plan = Plan.build(shards.rows_of(rank), global_rows, mechanism.attention_mask(), heads=HEADS.query)
         shown = plan.mask().any(dim=1).view(HEADS.kv, -1, len(global_rows)).any(dim=1)
         if selection is not None:
-            plan = plan.choosing(selection.of_queries(mine))
+            plan = plan.with_selection(selection.of_queries(mine))
         seen = plan.mask().any(dim=1).view(HEADS.kv, -1, len(global_rows)).any(dim=1)
         (needed,) = needed_keys(plan, HEADS.kv)
         assert not (seen & ~needed).any()

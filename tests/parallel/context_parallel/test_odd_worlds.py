@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from farspan.errors import ConfigError
+from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import MECHANISMS, Heads, Masked, Mechanism
+from farspan.kernels.mechanism import MECHANISMS, Heads, Mechanism
 from farspan.kernels.mechanisms.block_sparse import BlockSparse
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.moba import MoBA

@@ -5,14 +5,13 @@ import itertools
 import pytest
 import torch
 
+from farspan.kernels.kinds.routed import Routed
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.masks.selection import BlockSelection
-from farspan.kernels.mechanism import Heads, Routed
+from farspan.kernels.mechanism import Heads
 from farspan.kernels.mechanisms.block_sparse import BlockSparse
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.vggt import VGGT
 from farspan.parallel.context_parallel.query_dispatch import BlockOwners, DispatchPlan
-from farspan.parallel.context_parallel.routing import typical_choice
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes
 from farspan.parallel.layout import LAYOUTS, Shards
 from farspan.parallel.simulation import Unconnected
@@ -25,12 +24,12 @@ def sent(strategy: str, degree: int, heads: Heads, top_k: int) -> int:
     """Return the bytes that all ranks send in a bfloat16 layer with heads of 64, forward."""
     mechanism, rows = MoBA(block=BLOCK, top_k=top_k), Rows.packed([TOKENS])
     shards = Shards.deal(rows, layout="contiguous", degree=degree)
-    chosen = typical_choice(mechanism, rows, heads) if strategy == "ship" else None
+    routing = mechanism.sample_routing(rows, heads)
     total = 0
     for rank in range(0, degree, max(degree // 4, 1)):
         channel = Unconnected(rank, degree)
         planned = STRATEGIES.get(strategy)(channel).prepare(mechanism, shards, heads, backend="cpu")
-        total += planned.volume(Sizes.of(torch.bfloat16, 64, 64), chosen).forward
+        total += planned.volume(Sizes.of(torch.bfloat16, 64, 64), lambda: routing).forward
     return total
 
 
@@ -70,13 +69,12 @@ MECHANISMS = [
 def test_a_row_goes_where_it_sees_a_chosen_key_and_nowhere_else(mechanism: Routed, layout: str) -> None:
     rows, heads, degree = Rows.packed([50, 1, 33], padding=11), Heads(query=4, kv=2), 5
     shards = Shards.deal(rows, layout=layout, degree=degree)
-    chosen = typical_choice(mechanism, rows, heads)
-    assert isinstance(chosen, BlockSelection)
+    chosen = mechanism.sample_routing(rows, heads).selection
     sees = visible_mask(rows, rows, mechanism.attention_mask(), heads.query) & selected_mask(chosen, rows, heads.query)
     index = shards.index.flatten()
     holder = torch.full((len(rows),), -1)
     holder[index[index >= 0]] = torch.arange(degree).repeat_interleave(shards.tokens_local)[index >= 0]
-    holders = BlockOwners.of(mechanism, mechanism.blocks(rows), shards)
+    holders = BlockOwners.of(mechanism.attention_mask(), mechanism.key_blocks(rows), shards)
     shipped = 0
     for rank, other in itertools.product(range(degree), range(degree)):
         selection = chosen.of_queries(shards.index[rank])

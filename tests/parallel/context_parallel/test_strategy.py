@@ -192,7 +192,7 @@ def refusal_of_heads() -> str:
 def test_plans_that_cannot_be_made_are_refused(ranks: Callable[[int], RankPool]) -> None:
     for strategy in ("ring", "ulysses"):
         said = ranks(2).run(refusal_of_shards, strategy)
-        assert said == ["a sequence dealt to 3 ranks cannot run on 2"] * 2
+        assert said == ["a sequence sharded over 3 ranks cannot run on 2"] * 2
     assert all("these degrees work: 1, 3" in said for said in ranks(2).run(refusal_of_heads))
 
 

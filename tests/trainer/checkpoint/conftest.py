@@ -25,7 +25,7 @@ def small(folder: Path, **checkpoint: object) -> Config:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Written:
-    """A run's folder, and what each rank saved at steps 1 and 2."""
+    """A run's folder, and the bits that each rank saved at steps 1 and 2."""
 
     run: Path
     bits: list[list[Bits]]
@@ -38,7 +38,7 @@ def config(tmp_path: Path) -> Config:
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory: pytest.TempPathFactory, ranks: Callable[[int], RankPool]) -> Written:
-    """Made once; tests work on copies."""
+    """Written once; tests use copies."""
     config = small(tmp_path_factory.mktemp("checkpoint"))
     return Written(bits=ranks(2).run(save, config, [1, 2]), run=config.run.folder)
 

@@ -1,4 +1,4 @@
-"""SIGKILL of a rank at any moment of saving: what is finished is whole, and the next life goes on, to the bit."""
+"""SIGKILL of a rank at any moment of a save: finished checkpoints are complete, and the next start resumes, bitwise."""
 
 import random
 from collections import Counter
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from farspan.trainer.checkpoint.steps import finished, step_of
-from farspan.trainer.checkpoint.verify import check_whole
+from farspan.trainer.checkpoint.verify import check_complete
 from farspan.trainer.config import Config
-from tests.support.checkpoint_kills import SAVES, Death, events, live, undisturbed
+from tests.support.checkpoint_kills import SAVES, Death, events, resume_and_save, undisturbed
 from tests.support.rank_pool import RankError, RankPool
 from tests.trainer.checkpoint.conftest import small
 
@@ -19,7 +19,7 @@ IN_ALL = 200
 
 
 def deaths(moments: list[list[str]], number: int | None) -> Iterator[Death]:
-    """Take each kind of moment on each rank, at any of the times that it comes by; so many in all, or each once."""
+    """Yield `number` deaths, or each kind of call on each rank once, at any of its occurrences."""
     chance = random.Random(0)
     kinds = [(rank, name, times) for rank, names in enumerate(moments) for name, times in Counter(names).items()]
     chance.shuffle(kinds)
@@ -28,21 +28,21 @@ def deaths(moments: list[list[str]], number: int | None) -> Iterator[Death]:
 
 
 def die(config: Config, expected: list[list[str]], death: Death) -> str:
-    """Let two ranks live until one dies; return at what, once everything was as it must be."""
+    """Run two ranks until one dies; check logs and checkpoints, and return where it died."""
     folder = config.run.folder / "checkpoints"
     newest = max((step_of(path) for path in finished(folder)), default=0)
-    heard = [len(events(config.run.folder, rank)) for rank in range(2)]
+    logged = [len(events(config.run.folder, rank)) for rank in range(2)]
     pool = RankPool(2)
-    # Which rank is heard first, the dead or the one that misses it, is chance.
+    # Either the killed rank or the one that waits for it fails first.
     with pytest.raises(RankError):
-        pool.run(live, config, expected, death, grace_s=0)
-    logs = [events(config.run.folder, rank)[heard[rank] :] for rank in range(2)]
+        pool.run(resume_and_save, config, expected, death, grace_s=0)
+    logs = [events(config.run.folder, rank)[logged[rank] :] for rank in range(2)]
     for log in logs:
         assert log[0] == {"loaded": newest, "same": True}
         assert all(line["same"] for line in log if "same" in line), log
     saved = [line["saved"] for line in logs[0] if "saved" in line]
     for path in finished(folder):
-        check_whole(path)
+        check_complete(path)
     now = max((step_of(path) for path in finished(folder)), default=0)
     assert now >= max(saved, default=newest), "a save that had ended is not there"
     assert logs[death.rank][-1] == {"died": death.moment}
@@ -54,15 +54,17 @@ def kill(config: Config, number: int | None) -> Counter[str]:
     for rank in range(2):
         (config.run.folder / f"log_{rank}.jsonl").touch()
     pool = RankPool(2)
-    expected = pool.run(undisturbed, config, SAVES * (IN_ALL + 3))
-    pool.run(live, config, expected, None)
+    expected = pool.run(undisturbed, config, 2 * SAVES)
+    pool.run(resume_and_save, config, expected, None)
     pool.stop()
     pool = RankPool(2)
-    moments = pool.run(live, config, expected, None)
+    moments = pool.run(resume_and_save, config, expected, None)
+    planned = list(deaths(moments, number))
+    expected = pool.run(undisturbed, config, SAVES * (len(planned) + 3))
     pool.stop()
-    where = Counter(die(config, expected, death) for death in deaths(moments, number))
+    where = Counter(die(config, expected, death) for death in planned)
     last = RankPool(2)
-    last.run(live, config, expected, None)
+    last.run(resume_and_save, config, expected, None)
     last.stop()
     assert all(line["same"] for rank in range(2) for line in events(config.run.folder, rank) if "same" in line)
     return where

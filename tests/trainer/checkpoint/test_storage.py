@@ -1,4 +1,4 @@
-"""Real file systems that are full or cannot be written: said on all ranks, and what was saved before stays."""
+"""Real file systems that are full or read-only: all ranks report it, and earlier checkpoints stay."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from farspan.errors import CheckpointError
 from farspan.trainer.checkpoint import checkpointer, shards
 from farspan.trainer.config import Config
-from tests.support.checkpoint_ranks import Side, files, load, same_bits, state_of
+from tests.support.checkpoint_ranks import RankState, files, load, same_bits, state_of
 from tests.support.rank_pool import RankPool
 from tests.trainer.checkpoint.conftest import small
 
@@ -38,25 +38,25 @@ def config(tmp_path: Path) -> Iterator[Config]:
 
 
 def save_until_refused(config: Config, after_two: Callable[[Path], None]) -> tuple[str, list[str], dict]:
-    """On a rank: save twice, change something, and return why the third save fails, what is left, what was saved."""
-    side = Side(config)
+    """On a rank: save twice, call `after_two`; return the error of a third save, the files left, the bits saved."""
+    rank = RankState(config)
     for step in (1, 2):
-        side.update(step)
-        side.checkpoints.save(state_of(step))
-    saved = side.bits()
+        rank.update(step)
+        rank.checkpoints.save(state_of(step))
+    saved = rank.bits()
     dist.barrier()
     if dist.get_rank() == 0:
         after_two(config.run.folder)
     dist.barrier()
-    side.update(3)
+    rank.update(3)
     with pytest.raises(CheckpointError) as refused:
-        side.checkpoints.save(state_of(3))
+        rank.checkpoints.save(state_of(3))
     dist.barrier()
-    return str(refused.value), files(side.folder), saved
+    return str(refused.value), files(rank.folder), saved
 
 
 def fill(folder: Path) -> None:
-    """Leave room for the shards, and none for what comes after them."""
+    """Leave room for the shards, and none for index and manifest."""
     with (folder / "filler").open("wb") as file:
         free = os.statvfs(folder)
         file.write(bytes(free.f_bavail * free.f_frsize - 500_000))
@@ -71,7 +71,7 @@ def make_read_only(folder: Path) -> None:
 
 
 def blindly(config: Config, after_two: Callable[[Path], None]) -> tuple[str, list[str], dict]:
-    """As `save_until_refused`, by a run that believes there is room: others may fill the disk while it writes."""
+    """As `save_until_refused`, by a run that believes there is room: other processes may fill the disk meanwhile."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpointer.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1 << 60}))
         return save_until_refused(config, after_two)
@@ -80,13 +80,13 @@ def blindly(config: Config, after_two: Callable[[Path], None]) -> tuple[str, lis
 @pytest.mark.parametrize(
     ("try_to_save", "after_two", "reason"),
     [
-        (save_until_refused, nothing, r"step_00000003 takes 0.00\d GB and 0.00\d GB are free: make room"),
+        (save_until_refused, nothing, r"step_00000003 takes 0.00\d GB and 0.00\d GB are free"),
         (blindly, fill, r"step_00000003 cannot be written \(.*No space left on device.*\): make room"),
         (save_until_refused, make_read_only, r"step_00000003 cannot be written \(Read-only file system\): make room"),
     ],
     ids=["no room", "full while writing", "read-only"],
 )
-def test_what_was_saved_stays(
+def test_earlier_checkpoints_stay(
     config: Config, ranks: Pool, try_to_save: Callable, after_two: Callable, reason: str
 ) -> None:
     results = ranks(2).run(try_to_save, config, after_two)
@@ -112,38 +112,38 @@ def gone(folder: Path) -> None:
 
 
 def fail_in_background(config: Config, name: str, failure: Callable) -> tuple[str, list[str]]:
-    """One rank's writer fails: return what all raise, and what is left; then save again."""
-    side = Side(config)
-    side.checkpoints.save(state_of(1))
+    """Let one rank's writer fail; return the error and the files left; then save again."""
+    rank = RankState(config)
+    rank.checkpoints.save(state_of(1))
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
             patch.setattr(f"{shards.__name__}.{name}", failure)
-        side.checkpoints.start_saving(state_of(3))
-        while not side.checkpoints.has_failed:
+        rank.checkpoints.start_saving(state_of(3))
+        while not rank.checkpoints.has_failed:
             time.sleep(0.01)
         with pytest.raises(CheckpointError) as refused:
-            side.checkpoints.finish_saving()
-    left = files(side.folder)
+            rank.checkpoints.finish_saving()
+    left = files(rank.folder)
     dist.barrier()
-    side.checkpoints.save(state_of(4))
+    rank.checkpoints.save(state_of(4))
     return str(refused.value), left
 
 
 @pytest.mark.parametrize(
-    ("name", "failure", "said"),
+    ("name", "failure", "cause"),
     [
         ("_HashedStream.write", disk_full, "[Errno 28] No space left on device"),
         ("_HashedStream.write", killed, "SystemExit()"),
         ("sync", gone, "[Errno 116] Stale file handle"),
     ],
 )
-def test_a_writer_that_dies_in_the_background_is_known_to_all_ranks(
-    tmp_path: Path, ranks: Pool, name: str, failure: Callable, said: str
+def test_all_ranks_learn_of_a_writer_that_fails(
+    tmp_path: Path, ranks: Pool, name: str, failure: Callable, cause: str
 ) -> None:
     config = small(tmp_path)
     results = ranks(2).run(fail_in_background, config, name, failure)
     for message, left in results:
         assert message == results[0][0]
-        assert f"step_00000003 cannot be written ({said}): make room" in message
+        assert f"step_00000003 cannot be written ({cause})" in message
         assert left == ["step_00000001"]
     assert files(config.run.folder / "checkpoints") == ["step_00000001", "step_00000004"]

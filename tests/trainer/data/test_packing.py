@@ -1,33 +1,24 @@
-"""Packing against a stream rebuilt token by token in plain Python."""
+"""Packing against a stream rebuilt token by token in plain Python; hashes and seeds of sequences."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from farspan.errors import ConfigError
-from farspan.trainer.data.packing import IGNORED, PADDING, PackedSequences
-from farspan.trainer.data.source import SplitWriter, TokenSource
-from farspan.trainer.data.tokenizer import ByteTokenizer
+from farspan.trainer.data.packing import (
+    IGNORED,
+    PADDING,
+    PackedSequence,
+    PackedSequences,
+    sequence_hash,
+    sequence_seed,
+    stream_hash,
+)
 
 END = 256
 LENGTHS = (5, 1, 0, 9, 2, 3, 17, 1)
 FIELDS = ("tokens", "labels", "position", "document")
-
-
-@pytest.fixture
-def make_source(tmp_path):
-    """Return a function that writes documents of the given lengths; no two documents share a token but END."""
-
-    def make(lengths) -> TokenSource:
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        first = 0
-        with SplitWriter(folder, tokenizer=ByteTokenizer()) as writer:
-            for length in lengths:
-                writer.add(np.arange(first, first + length), num_bytes=max(length, 1))
-                first += length
-            writer.finish()
-        return TokenSource(folder)
-
-    return make
 
 
 @pytest.fixture
@@ -50,16 +41,16 @@ def epoch_documents(source, seed, epoch, shuffle=True):
 
 def expected(documents, start, stop):
     """Walk over a list of documents and return tokens, labels, position, document of stream tokens [start, stop)."""
-    rows, at, fragment = [], 0, -1
+    rows, index, fragment = [], 0, -1
     for document in documents:
         position = 0
         for i, token in enumerate(document):
-            if start <= at < stop:
+            if start <= index < stop:
                 if position == 0:
                     fragment += 1
                 rows.append((token, document[i + 1] if i + 1 < len(document) else IGNORED, position, fragment))
                 position += 1
-            at += 1
+            index += 1
     return tuple(list(column) for column in zip(*rows, strict=True))
 
 
@@ -69,7 +60,7 @@ def as_lists(sequence):
 
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("length", [1, 2, 7, 23, 46, 100])  # an epoch is 46 tokens: also several epochs a sequence
-def test_sequences_are_the_stream_in_pieces(source, length, shuffle):
+def test_sequences_are_the_stream_cut_up(source, length, shuffle):
     num_sequences = source.num_tokens // length + 3  # into the second epoch, or several epochs
     num_epochs = -(-num_sequences * length // source.num_tokens)
     documents = [d for epoch in range(num_epochs) for d in epoch_documents(source, 3, epoch, shuffle)]
@@ -79,19 +70,19 @@ def test_sequences_are_the_stream_in_pieces(source, length, shuffle):
 
 
 def test_an_epoch_holds_every_document_once(source):
-    whole = sorted(source.document(i).tolist() for i in range(source.num_documents))
+    documents = sorted(source.document(i).tolist() for i in range(source.num_documents))
     for epoch in range(3):
-        assert sorted(epoch_documents(source, 3, epoch)) == whole
+        assert sorted(epoch_documents(source, 3, epoch)) == documents
 
 
 def test_order_depends_on_seed_and_epoch_only(source):
-    in_file = [source.document(i).tolist() for i in range(source.num_documents)]
+    unshuffled = [source.document(i).tolist() for i in range(source.num_documents)]
     orders = [epoch_documents(source, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
     for i, order in enumerate(orders):
         assert order not in orders[:i]
-        assert order != in_file
+        assert order != unshuffled
     assert epoch_documents(source, 1, 1) == orders[3]
-    assert epoch_documents(source, 5, 2, shuffle=False) == in_file
+    assert epoch_documents(source, 5, 2, shuffle=False) == unshuffled
 
 
 def test_order_is_pinned_for_resumes_under_other_versions(source):
@@ -105,15 +96,8 @@ def test_types(source):
     assert (IGNORED, PADDING) == (-100, -1)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_dealing_to_any_number_of_ranks_gives_one_stream(source, world_size):
-    alone = PackedSequences(source, sequence_tokens=11, seed=7)
-    ranks = [PackedSequences(source, sequence_tokens=11, seed=7) for _ in range(world_size)]
-    for index in range(20):
-        assert as_lists(ranks[index % world_size].sequence(index)) == as_lists(alone.sequence(index))
-
-
-def test_resume_and_random_access(source):
+def test_resume_ranks_and_random_access(source):
+    """A sequence depends on its index only, not on the sequences that an instance, or a rank, read before."""
     packed = PackedSequences(source, sequence_tokens=11, seed=7)
     run = [as_lists(packed.sequence(index)) for index in range(30)]
     for index in (29, 0, 13, 13, 4, 28):
@@ -121,28 +105,9 @@ def test_resume_and_random_access(source):
         assert as_lists(PackedSequences(source, sequence_tokens=11, seed=7).sequence(index)) == run[index]
 
 
-@pytest.mark.parametrize("trial", range(8))
-def test_labels_never_cross_documents(make_source, trial):
-    rng = np.random.default_rng(trial)
-    lengths = rng.integers(0, 12, size=20).tolist()
-    source = make_source(lengths)
-    owner = {token: i for i in range(20) for token in source.document(i)[:-1].tolist()}
-    packed = PackedSequences(source, sequence_tokens=int(rng.integers(1, 40)), seed=trial)
-    for index in range(12):
-        sequence = packed.sequence(index)
-        for token, label in zip(sequence.tokens.tolist(), sequence.labels.tolist(), strict=True):
-            if token == END:
-                assert label == IGNORED
-            elif label == END:
-                assert token == source.document(owner[token])[-2]
-            else:
-                assert label == token + 1
-                assert owner[label] == owner[token]
-
-
 def test_without_repeat_the_tail_is_padded(source):
     packed = PackedSequences(source, sequence_tokens=7, seed=3, repeat=False)
-    assert len(packed) == 7  # 46 tokens: six whole sequences and four tokens
+    assert len(packed) == 7  # 46 tokens: six full sequences and four tokens
     documents = epoch_documents(source, 3, 0)
     for index in range(6):
         assert as_lists(packed.sequence(index)) == expected(documents, index * 7, index * 7 + 7)
@@ -179,13 +144,6 @@ def test_impossible_options_are_refused(source, options, message):
         PackedSequences(source, **options)
 
 
-def test_the_last_token_of_the_file_at_a_border(make_source):
-    packed = PackedSequences(make_source([3, 0]), sequence_tokens=5, seed=0, shuffle=False)
-    assert packed.sequence(0).tokens.tolist() == [0, 1, 2, END, END]
-    assert packed.sequence(0).labels.tolist() == [1, 2, END, IGNORED, IGNORED]
-    assert packed.sequence(0).document.tolist() == [0, 0, 0, 0, 1]
-
-
 def test_a_far_index_costs_one_epoch(source):
     packed = PackedSequences(source, sequence_tokens=7, seed=3)
     far = 10**12
@@ -193,3 +151,32 @@ def test_a_far_index_costs_one_epoch(source):
     epoch, start = divmod(far * 7, source.num_tokens)
     documents = epoch_documents(source, 3, epoch) + epoch_documents(source, 3, epoch + 1)
     assert as_lists(sequence) == expected(documents, start, start + 7)
+
+
+SEQUENCE = PackedSequence(
+    tokens=np.array([1, 2, 3]),
+    labels=np.array([2, 3, -100]),
+    position=np.array([0, 1, 2], dtype=np.int32),
+    document=np.array([0, 0, 0], dtype=np.int32),
+)
+
+
+def test_a_hash_depends_on_everything_that_a_step_learns_from() -> None:
+    others = [
+        sequence_hash(5, replace(SEQUENCE, tokens=np.array([1, 2, 4]))),
+        sequence_hash(5, replace(SEQUENCE, labels=np.array([2, -100, -100]))),
+        sequence_hash(5, replace(SEQUENCE, document=np.array([0, 0, 1], dtype=np.int32))),
+        sequence_hash(6, SEQUENCE),
+    ]
+    assert len({sequence_hash(5, SEQUENCE), *others}) == 5
+    assert sequence_hash(5, replace(SEQUENCE)) == sequence_hash(5, SEQUENCE)
+    assert all(0 <= number < 2**32 for number in others)
+
+
+def test_the_hash_of_a_stream_depends_on_the_order_of_steps() -> None:
+    assert stream_hash(stream_hash("", 1), 2) != stream_hash(stream_hash("", 2), 1)
+    assert len({stream_hash("", 1), stream_hash("", 2), stream_hash("a", 1)}) == 3
+
+
+def test_seeds_differ_between_runs_and_sequences() -> None:
+    assert len({sequence_seed(1, 5), sequence_seed(5, 1), sequence_seed(1, 6), sequence_seed(2, 5)}) == 4

@@ -1,4 +1,4 @@
-"""`prepare`: what it writes against plain Python, the split, and that it leaves a whole result or none."""
+"""`prepare`: its files against plain Python, the split, and that it writes a complete result or none."""
 
 import argparse
 import hashlib
@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from farspan.errors import DataError
+from farspan.trainer.data import prepare as module
 from farspan.trainer.data.prepare import add_arguments, prepare, run
 from farspan.trainer.data.source import TokenSource
-from farspan.trainer.data.tokenizer import ByteTokenizer
+from farspan.trainer.data.tokenizer import ByteTokenizer, load_tokenizer
 
 BYTES = ByteTokenizer()
+TO_BYTES = ["--tokenizer", "bytes", "--out"]
 TEXTS = [f"document {i} says é" + "!" * (i % 5) for i in range(40)]
 
 
@@ -28,19 +30,23 @@ def corpus(tmp_path):
     return folder
 
 
+def prepared(inputs, out, fraction=0.3, **options):
+    return prepare([inputs], **{"tokenizer": BYTES, "out": out, "validation_fraction": fraction} | options)
+
+
 def documents(out, split):
     """Read a split back with nothing but json, numpy's file reader and a loop."""
     meta = json.loads((out / split / "meta.json").read_text())
     tokens = np.fromfile(out / split / "tokens.bin", dtype={"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]]).tolist()
-    found, current = [], []
+    texts, current = [], []
     for token in tokens:
         if token == meta["end_id"]:
-            found.append(bytes(current).decode("utf-8"))
+            texts.append(bytes(current).decode("utf-8"))
             current = []
         else:
             current.append(token)
     assert current == []  # the last document is closed
-    return found
+    return texts
 
 
 def parse(*arguments):
@@ -49,8 +55,8 @@ def parse(*arguments):
     return parser.parse_args([str(argument) for argument in arguments])
 
 
-def test_every_document_is_on_exactly_one_side_in_order(corpus, tmp_path):
-    report = prepare([corpus], tokenizer=BYTES, out=tmp_path / "out", validation_fraction=0.3)
+def test_every_document_is_in_exactly_one_split_in_order(corpus, tmp_path):
+    report = prepared(corpus, tmp_path / "out")
     train, validation = documents(tmp_path / "out", "train"), documents(tmp_path / "out", "validation")
     assert sorted(train + validation) == sorted(TEXTS)
     assert train == [text for text in TEXTS if text in train]
@@ -62,7 +68,7 @@ def test_every_document_is_on_exactly_one_side_in_order(corpus, tmp_path):
 
 
 def test_files_agree_with_meta(corpus, tmp_path):
-    prepare([corpus], tokenizer=BYTES, out=tmp_path / "out", validation_fraction=0.3)
+    prepared(corpus, tmp_path / "out")
     folder = tmp_path / "out" / "train"
     meta = json.loads((folder / "meta.json").read_text())
     offsets = np.load(folder / "offsets.npy")
@@ -84,20 +90,20 @@ def test_files_agree_with_meta(corpus, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["meta.json", "offsets.npy", "tokens.bin"]
 
 
-def test_split_follows_content_not_place_or_company(corpus, tmp_path):
-    prepare([corpus], tokenizer=BYTES, out=tmp_path / "one", validation_fraction=0.3)
+def test_the_split_depends_on_content_only(corpus, tmp_path):
+    prepared(corpus, tmp_path / "one")
     validation = set(documents(tmp_path / "one", "validation"))
     lines = tmp_path / "x.jsonl"
     lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS[::-1], *TEXTS, "a new one"]))
-    prepare([lines], tokenizer=BYTES, out=tmp_path / "two", validation_fraction=0.3)
+    prepared(lines, tmp_path / "two")
     assert set(documents(tmp_path / "two", "validation")) - {"a new one"} == validation
     assert len(documents(tmp_path / "two", "validation")) >= 2 * len(validation)
 
 
-def test_two_runs_write_the_same_bytes_and_a_larger_fraction_holds_out_more(corpus, tmp_path):
+def test_two_runs_write_the_same_bytes_and_splits_are_nested(corpus, tmp_path):
     fingerprints = []
     for name, fraction in (("a", 0.3), ("b", 0.3), ("c", 0.6)):
-        report = prepare([corpus], tokenizer=BYTES, out=tmp_path / name, validation_fraction=fraction)
+        report = prepared(corpus, tmp_path / name, fraction)
         fingerprints.append((report.train.fingerprint, report.validation.fingerprint))
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
     assert set(documents(tmp_path / "a", "validation")) < set(documents(tmp_path / "c", "validation"))
@@ -105,8 +111,6 @@ def test_two_runs_write_the_same_bytes_and_a_larger_fraction_holds_out_more(corp
 
 def test_large_vocabulary_is_written_as_uint32(corpus, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
-    from farspan.trainer.data.tokenizer import load_tokenizer
-
     words = {"<eos>": 70_000, "<unk>": 1, "document": 69_999}
     raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -121,8 +125,6 @@ def test_large_vocabulary_is_written_as_uint32(corpus, tmp_path):
 
 def test_an_encoding_failure_names_the_document(corpus, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
-    from farspan.trainer.data.tokenizer import load_tokenizer
-
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eos>": 0}, unk_token="<unk>")).save(str(tmp_path / "t.json"))
     with pytest.raises(DataError, match=r"000\.txt: The tokenizer .*t\.json cannot encode"):
         prepare([corpus], tokenizer=load_tokenizer(str(tmp_path / "t.json")), out=tmp_path / "out")
@@ -130,17 +132,17 @@ def test_an_encoding_failure_names_the_document(corpus, tmp_path):
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
 def test_a_fraction_outside_of_0_to_1_is_refused(corpus, tmp_path, fraction):
-    with pytest.raises(DataError, match=r"--validation-fraction .* must be greater than 0 and less than 1\."):
-        prepare([corpus], tokenizer=BYTES, out=tmp_path / "out", validation_fraction=fraction)
+    with pytest.raises(DataError, match=rf"--validation-fraction {fraction} "):
+        prepared(corpus, tmp_path / "out", fraction)
 
 
-@pytest.mark.parametrize(("fraction", "side"), [(1e-9, "validation"), (1 - 1e-9, "train")])
-def test_an_empty_side_is_refused_with_a_fraction_that_works(corpus, tmp_path, fraction, side):
+@pytest.mark.parametrize(("fraction", "split"), [(1e-9, "validation"), (1 - 1e-9, "train")])
+def test_an_empty_split_is_refused_with_a_fraction_that_works(corpus, tmp_path, fraction, split):
     options = {"tokenizer": BYTES, "out": tmp_path / "out"}
-    with pytest.raises(DataError, match=rf"None of the 40 documents falls into the {side} split") as caught:
+    with pytest.raises(DataError, match=rf"None of the 40 documents falls into the {split} split") as caught:
         prepare([corpus], **options, validation_fraction=fraction)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus"]
-    advised = float(str(caught.value).split("pass --validation-fraction ")[1].split(", or pass --hold-out-ends")[0])
+    advised = float(str(caught.value).split("pass --validation-fraction ")[1].split(",")[0])
     prepare([corpus], **options, validation_fraction=advised)
 
 
@@ -163,33 +165,27 @@ def test_duplicates_alone_cannot_be_split(tmp_path):
     ],
     ids=["line", "word", "character", "far line", "two characters"],
 )
-def test_the_end_of_a_book_is_held_out(tmp_path, text, train):
+def test_the_end_of_a_book_is_the_validation_split(tmp_path, text, train):
     (tmp_path / "book.txt").write_text(text, encoding="utf-8")
     out = tmp_path / "out"
-    report = prepare([tmp_path / "book.txt"], tokenizer=BYTES, out=out, validation_fraction=0.2, hold_out_ends=True)
+    run(parse(tmp_path / "book.txt", *TO_BYTES, out, "--validation-from-ends", "--validation-fraction", "0.2"))
     assert (documents(out, "train"), documents(out, "validation")) == ([train], [text[len(train) :]])
-    assert report.train.num_bytes + report.validation.num_bytes == len(text.encode())
+    assert sum(TokenSource(out / split).num_bytes for split in ("train", "validation")) == len(text.encode())
 
 
-def test_every_document_has_its_end_held_out(corpus, tmp_path):
-    run(
-        parse(
-            corpus, "--tokenizer", "bytes", "--out", tmp_path / "out", "--hold-out-ends", "--validation-fraction", "0.3"
-        )
-    )
-    halves = zip(documents(tmp_path / "out", "train"), documents(tmp_path / "out", "validation"), strict=True)
-    assert [start + end for start, end in halves] == TEXTS
+def test_the_end_of_every_document_is_the_validation_split(corpus, tmp_path):
+    run(parse(corpus, *TO_BYTES, tmp_path / "out", "--validation-from-ends", "--validation-fraction", "0.3"))
+    parts = zip(documents(tmp_path / "out", "train"), documents(tmp_path / "out", "validation"), strict=True)
+    assert [start + end for start, end in parts] == TEXTS
 
 
 def test_a_single_document_is_refused_with_the_way_out(tmp_path):
     (tmp_path / "book.txt").write_text("once upon a time")
-    with pytest.raises(
-        DataError, match=r"documents falls into the (train|validation) split; .*, or pass --hold-out-ends, which"
-    ):
+    with pytest.raises(DataError, match=r"None of the 1 documents .*, or pass --validation-from-ends"):
         prepare([tmp_path / "book.txt"], tokenizer=BYTES, out=tmp_path / "out")
     (tmp_path / "book.txt").write_text("x")
-    with pytest.raises(DataError, match=r"a single character have no end to hold out; drop --hold-out-ends\."):
-        prepare([tmp_path / "book.txt"], tokenizer=BYTES, out=tmp_path / "out", hold_out_ends=True)
+    with pytest.raises(DataError, match=r"single character .*; drop --validation-from-ends\."):
+        prepare([tmp_path / "book.txt"], tokenizer=BYTES, out=tmp_path / "out", validation_from_ends=True)
 
 
 def test_nothing_readable_is_refused(tmp_path):
@@ -201,7 +197,7 @@ def test_nothing_readable_is_refused(tmp_path):
 
 def test_the_folder_has_the_usual_permissions(corpus, tmp_path):
     (tmp_path / "plain").mkdir()
-    prepare([corpus], tokenizer=BYTES, out=tmp_path / "out", validation_fraction=0.3)
+    prepared(corpus, tmp_path / "out")
     assert os.stat(tmp_path / "out").st_mode == os.stat(tmp_path / "plain").st_mode
 
 
@@ -212,7 +208,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
             for i in range(num_documents):
                 file.write(json.dumps({"text": f"{i} " + "x" * 20_000}) + "\n")
         tracemalloc.start()
-        prepare([lines], tokenizer=BYTES, out=tmp_path / f"out{num_documents}", validation_fraction=0.3)
+        prepared(lines, tmp_path / f"out{num_documents}")
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peak
@@ -225,38 +221,101 @@ def test_command_line(corpus, tmp_path, capsys):
     (corpus / "empty.txt").write_text("")
     (corpus / "notes.md").write_text("not wanted")
     (corpus / "secret.txt").write_text("not wanted either")
-    run(
-        parse(
-            *[
-                corpus,
-                "--tokenizer",
-                "bytes",
-                "--out",
-                tmp_path / "out",
-                "--suffix",
-                ".txt",
-                "--validation-fraction",
-                "0.3",
-            ],
-            *["--exclude", "secret.txt", "--skip-unreadable"],
-        )
-    )
+    filters = ["--suffix", ".txt", "--exclude", "secret.txt", "--skip-unreadable"]
+    run(parse(corpus, *TO_BYTES, tmp_path / "out", "--validation-fraction", "0.3", *filters))
     assert sorted(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "validation")) == sorted(TEXTS)
-    train, validation, total = capsys.readouterr().out.splitlines()
+    train, validation, written = capsys.readouterr().out.splitlines()
     num_train = len(documents(tmp_path / "out", "train"))
-    assert train.startswith(f"train     {num_train} documents, ")
+    assert train.startswith(f"train       {num_train} documents, ")
     assert validation.startswith(f"validation  {40 - num_train} documents, ")
     assert "0.95 bytes per token" in train
-    assert "1 unreadable documents skipped" in total
+    assert "1 unreadable documents skipped" in written
 
 
 def test_command_line_defaults():
     args = parse("a", "b", "--tokenizer", "t.json", "--out", "o")
-    assert (args.paths, args.validation, args.text_key, args.suffix, args.exclude) == (
-        ["a", "b"],
-        0.05,
-        "text",
-        None,
-        [],
-    )
-    assert (args.skip_unreadable, args.overwrite, args.end_token, args.hold_out_ends) == (False, False, None, False)
+    assert (args.paths, args.text_key, args.suffix, args.exclude) == (["a", "b"], "text", None, [])
+    assert (args.validation_fraction, args.validation_from_ends) == (0.05, False)
+    assert (args.skip_unreadable, args.overwrite, args.end_token) == (False, False, None)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("--held-out 0.1", "--validation-fraction"), ("--hold-out-ends", "--validation-from-ends")]
+)
+def test_flags_of_earlier_versions_are_refused_with_the_new_name(capsys, old, new):
+    with pytest.raises(SystemExit):
+        parse("a", *TO_BYTES, "o", *old.split())
+    assert f"{old.split()[0]} was renamed to {new}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_an_interrupted_run_leaves_things_as_they_were(corpus, tmp_path, monkeypatch, error, earlier):
+    out = tmp_path / "out"
+    if earlier:
+        prepared(corpus, out)
+    before = {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))}
+    calls = 0
+    add = module.SplitWriter.add
+
+    def fail_late(self, ids, *, num_bytes):
+        nonlocal calls
+        calls += 1
+        if calls == 30:
+            raise error
+        add(self, ids, num_bytes=num_bytes)
+
+    monkeypatch.setattr(module.SplitWriter, "add", fail_late)
+    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else DataError
+    with pytest.raises(expected, match=None if earlier or expected is KeyboardInterrupt else r"out cannot be written"):
+        prepared(corpus, out, overwrite=True)
+    assert {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))} == before
+
+
+def test_a_corrupt_input_leaves_nothing(corpus, tmp_path):
+    (corpus / "999.txt").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"999\.txt is not UTF-8"):
+        prepared(corpus, tmp_path / "deep" / "out")
+    assert list(tmp_path.rglob("*.bin")) == []
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_a_failing_rename_brings_the_earlier_result_back(corpus, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    first = prepared(corpus, out)
+    rename = module.Path.rename
+
+    def fail_for_partial(self, target):
+        if ".partial-" in self.name:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(module.Path, "rename", fail_for_partial)
+    with pytest.raises(DataError, match=r"out cannot be written: Input/output error"):
+        prepared(corpus, out, 0.5, overwrite=True)
+    assert TokenSource(out / "train").fingerprint == first.train.fingerprint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out"]
+
+
+def test_an_existing_result_needs_overwrite(corpus, tmp_path):
+    out = tmp_path / "out"
+    prepared(corpus, out)
+    with pytest.raises(DataError, match=r"out exists already; .*--overwrite"):
+        prepare([corpus], tokenizer=BYTES, out=out)
+    report = prepared(corpus, out, 0.6, overwrite=True)
+    assert TokenSource(out / "train").fingerprint == report.train.fingerprint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out"]
+
+
+def test_overwrite_never_deletes_a_corpus(corpus):
+    with pytest.raises(DataError, match=r"\.txt is not a result"):
+        prepared(corpus, corpus, overwrite=True)
+    with pytest.raises(DataError, match=r"000\.txt is not a result"):
+        prepared(corpus, corpus / "000.txt", overwrite=True)
+    assert len(list(corpus.iterdir())) == len(TEXTS)
+
+
+def test_a_result_inside_the_corpus_is_not_read_back(corpus):
+    first = prepared(corpus, corpus / "out")
+    again = prepared(corpus, corpus / "out", overwrite=True)
+    assert again.train == first.train

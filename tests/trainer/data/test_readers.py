@@ -169,9 +169,9 @@ def test_corrupt_parquet_is_refused(tmp_path):
         texts(path, text_key="texts")
     with pytest.raises(DataError, match=r"x\.parquet, row 1: 'n' is not a string"):
         texts(path, text_key="n")
-    whole = path.read_bytes()
-    for cut in (1, 5, len(whole) // 2, len(whole) - 3):
-        path.write_bytes(whole[:-cut])
+    content = path.read_bytes()
+    for cut in (1, 5, len(content) // 2, len(content) - 3):
+        path.write_bytes(content[:-cut])
         with pytest.raises(DataError, match=r"x\.parquet is a truncated or corrupt parquet file"):
             texts(tmp_path, skip_unreadable=True)
     write_parquet(path, {"text": ["a", None, ""]})

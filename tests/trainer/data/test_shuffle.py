@@ -1,33 +1,28 @@
 import itertools
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 
 from farspan.trainer.data.packing import PackedSequences
 from farspan.trainer.data.shuffle import ShuffledSequences, shuffled_place
-from farspan.trainer.data.source import SplitWriter, TokenSource
-from farspan.trainer.data.tokenizer import ByteTokenizer
+from farspan.trainer.data.source import TokenSource
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> TokenSource:
-    with SplitWriter(tmp_path / "split", tokenizer=ByteTokenizer()) as writer:
-        for length in (30, 3, 11, 1, 47, 8):
-            writer.add(np.arange(length), num_bytes=length)
-        writer.finish()
-    return TokenSource(tmp_path / "split")
+def source(make_source: Callable[[Sequence[int]], TokenSource]) -> TokenSource:
+    return make_source((30, 3, 11, 1, 47, 8))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 16, 17, 1000])
-def test_every_place_is_taken_once(count: int) -> None:
+def test_it_is_a_permutation(count: int) -> None:
     assert sorted(shuffled_place(i, count, "7/0") for i in range(count)) == list(range(count))
 
 
 def test_orders_differ_and_look_random() -> None:
     orders = [[shuffled_place(i, 1000, key) for i in range(1000)] for key in ("0/0", "0/1", "1/0")]
     for one, other in itertools.combinations([*orders, list(range(1000))], 2):
-        # Two random orders of 1000 have on average one element in the same place.
+        # Two random permutations have on average one element at the same index.
         assert sum(a == b for a, b in zip(one, other, strict=True)) < 10
     for order in orders:
         neighbors = sum(abs(a - b) == 1 for a, b in itertools.pairwise(order))
@@ -47,8 +42,8 @@ def test_each_epoch_has_the_sequences_that_start_in_it(source: TokenSource, leng
     epochs = 4
 
     def content(sequences: PackedSequences | ShuffledSequences, index: int) -> tuple[bytes, ...]:
-        found = sequences.sequence(index)
-        return found.tokens.tobytes(), found.labels.tobytes(), found.position.tobytes(), found.document.tobytes()
+        sequence = sequences.sequence(index)
+        return tuple(getattr(sequence, name).tobytes() for name in ("tokens", "labels", "position", "document"))
 
     first = 0
     moved = 0
@@ -57,9 +52,9 @@ def test_each_epoch_has_the_sequences_that_start_in_it(source: TokenSource, leng
         while stop * length < (epoch + 1) * source.num_tokens:
             stop += 1
         in_order = [content(packed, i) for i in range(first, stop)]
-        dealt = [content(shuffled, i) for i in range(first, stop)]
-        assert sorted(in_order) == sorted(dealt)
-        moved += in_order != dealt
+        reordered = [content(shuffled, i) for i in range(first, stop)]
+        assert sorted(in_order) == sorted(reordered)
+        moved += in_order != reordered
         first = stop
     assert moved > 0 or length > 100
     with pytest.raises(IndexError, match="sequence -1"):

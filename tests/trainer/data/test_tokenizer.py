@@ -10,13 +10,14 @@ import pytest
 from farspan.errors import DataError
 from farspan.trainer.data.tokenizer import load_tokenizer
 
+tokenizers = pytest.importorskip("tokenizers")
+
 CORPUS = ["the cat sat on the mat", "the dog sat on the log", "a cat and a dog"]
 
 
 @pytest.fixture
 def bpe_file(tmp_path):
     """Return a function that trains a byte-level BPE with the given special tokens and returns its file."""
-    tokenizers = pytest.importorskip("tokenizers")
 
     def train(*special: str, truncate: bool = False) -> str:
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -64,7 +65,6 @@ def test_file_finds_the_usual_end_token(bpe_file, end):
 
 
 def test_file_encodes_text_that_decodes_back(bpe_file):
-    tokenizers = pytest.importorskip("tokenizers")
     path = bpe_file("</s>")
     ids = load_tokenizer(path).encode(CORPUS[0] + " é🙂")
     assert ids.dtype == np.uint32
@@ -73,7 +73,6 @@ def test_file_encodes_text_that_decodes_back(bpe_file):
 
 
 def test_file_with_truncation_and_padding_cuts_nothing(bpe_file):
-    tokenizers = pytest.importorskip("tokenizers")
     path = bpe_file("</s>", truncate=True)
     text = " ".join(CORPUS * 20)
     assert tokenizers.Tokenizer.from_file(path).decode(load_tokenizer(path).encode(text).tolist()) == text
@@ -88,7 +87,6 @@ def test_spelled_out_end_token_does_not_end_a_document(bpe_file):
 
 
 def test_no_start_or_end_token_is_added(bpe_file):
-    tokenizers = pytest.importorskip("tokenizers")
     path = bpe_file("</s>")
     raw = tokenizers.Tokenizer.from_file(path)
     raw.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 0)])
@@ -98,7 +96,6 @@ def test_no_start_or_end_token_is_added(bpe_file):
 
 
 def test_vocabulary_with_holes_counts_the_largest_id(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
     path = tmp_path / "holes.json"
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eos>": 0, "cat": 9}, unk_token="<unk>")).save(str(path))
     tokenizer = load_tokenizer(str(path))
@@ -121,7 +118,6 @@ def test_file_without_end_token_is_refused(bpe_file):
 
 
 def test_unreadable_files_are_refused(tmp_path):
-    pytest.importorskip("tokenizers")
     with pytest.raises(DataError, match=r"gone\.json does not exist"):
         load_tokenizer(str(tmp_path / "gone.json"))
     with pytest.raises(DataError, match=r"is a folder; pass the tokenizer\.json inside it"):

@@ -1,4 +1,4 @@
-"""Models of Hugging Face in and out, with transformers as the judge: the same logits in float32, the same bits back."""
+"""Import and export against transformers: the same logits in float32, the same bits back."""
 
 import json
 from dataclasses import replace
@@ -28,17 +28,11 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "max_position_embeddings": 320,
-    # As trained models have them: logits of tiny random weights hardly differ.
+    # As large as trained weights: logits of tiny random ones hardly differ.
     "initializer_range": 0.1,
 }
-# So that the ramp begins and ends elsewhere than with its defaults, in heads of 16.
-YARN = {
-    "rope_type": "yarn",
-    "factor": 4.0,
-    "original_max_position_embeddings": 64,
-    "beta_fast": 2.0,
-    "beta_slow": 0.25,
-}
+# With the default ramp, heads of 16 would not differ.
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 2.0, "beta_slow": 0.25}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -76,7 +70,7 @@ OURS = {
 
 
 def random_model(name: str) -> Any:
-    """One of `THEIRS`, with norms that are no ones."""
+    """One of `THEIRS`, with random norms."""
     kind, fields = THEIRS[name]
     torch.manual_seed(7)
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**SIZES | fields))
@@ -97,9 +91,9 @@ def test_an_imported_model_has_their_logits(name: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
     assert (tmp_path / "theirs" / "model.safetensors.index.json").is_file()
     decoder = import_model(tmp_path / "theirs", tmp_path / "weights")
-    wanted = their_logits(model)
-    assert wanted.std() > 0.1
-    assert (ours.logits(decoder, tmp_path / "weights") - wanted).abs().max() <= 1e-5
+    expected = their_logits(model)
+    assert expected.std() > 0.1
+    assert (ours.logits(decoder, tmp_path / "weights") - expected).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3 moe"])
@@ -124,9 +118,9 @@ def test_an_exported_run_has_our_logits_and_comes_back_bit_by_bit(name: str, tmp
     assert type(loaded).__name__ == name
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
-    wanted = ours.logits(decoder, run / "checkpoints" / "step_00000001")
-    assert wanted.std() > 0.1
-    assert (their_logits(loaded) - wanted).abs().max() <= 1e-5
+    expected = ours.logits(decoder, run / "checkpoints" / "step_00000001")
+    assert expected.std() > 0.1
+    assert (their_logits(loaded) - expected).abs().max() <= 1e-5
     assert loaded.config.max_position_embeddings == 512
     back = import_model(tmp_path / "out", tmp_path / "back")
     assert back.model == decoder.model
@@ -134,7 +128,7 @@ def test_an_exported_run_has_our_logits_and_comes_back_bit_by_bit(name: str, tmp
     assert_same(first, read(StoredWeights(tmp_path / "back"), decoder.shapes()))
 
 
-def test_a_model_goes_through_us_and_comes_out_as_it_was(tmp_path: Path) -> None:
+def test_import_then_export_returns_the_same_model(tmp_path: Path) -> None:
     model = random_model("qwen3 moe, not normalized, dense layers")
     model.to(torch.bfloat16).save_pretrained(tmp_path / "theirs")
     import_model(tmp_path / "theirs", tmp_path / "weights")

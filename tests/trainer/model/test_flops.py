@@ -3,15 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Self
 
 import pytest
 import torch
 from torch import nn
 
+from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import Masked, Mechanism
+from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.mosa import MoSA
@@ -27,7 +28,9 @@ from farspan.trainer.toml_config import load_config
 class Three(Masked):
     """A router of three numbers for each token and KV head."""
 
-    routing_width = 3
+    @property
+    def routing_width(self) -> int:
+        return 3
 
     @classmethod
     def examples(cls) -> Sequence[Self]:
@@ -44,52 +47,65 @@ class ThreeDetached(Three):
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 
+def small(**changes: Any) -> ModelConfig:
+    config = ModelConfig(
+        layers=3, width=24, heads=8, kv_heads=2, head_dim=4, feed_forward=14, vocabulary_size=23
+    )  # fmt: skip
+    return replace(config, **changes)
+
+
+def assert_counted(config: ModelConfig, mechanisms: Sequence[Mechanism], active_heads: float = 1) -> None:
+    """Compare with the parameters of a model; `active_heads`: the share of heads that a token chooses."""
+    with torch.device("meta"):
+        model = Transformer(config, mechanisms)
+    assert total_parameters(config, mechanisms) == sum(p.numel() for p in model.parameters())
+    active = 0.0
+    for name, layer in model.named_modules():
+        if isinstance(layer, (nn.Linear, ConvolutionWeight)):
+            chosen = active_heads if name.endswith(("attention.query", "attention.out")) else 1
+            active += chosen * layer.weight.numel()
+        elif isinstance(layer, ExpertMatrices):
+            active += layer.weight[: config.experts.per_token].numel()
+    assert matrix_parameters(config, mechanisms) == round(active)
+
+
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
     ("mechanism", "key_convolution"), [(Dense(), 0), (MoSA(), 3), (Three(), 5)], ids=["Dense", "MoSA", "Three"]
 )
-def test_parameters_are_those_of_the_model(
-    qk_norm: bool, tied: bool, mechanism: Mechanism, key_convolution: Literal[0, 3, 5]
-) -> None:
-    config = ModelConfig(
-        layers=3, width=10, heads=6, kv_heads=2, head_dim=4, feed_forward=14, vocabulary_size=23, qk_norm=qk_norm,
-        tied_embeddings=tied, key_convolution=key_convolution,
-    )  # fmt: skip
-    mechanisms = [mechanism, Dense(), mechanism]
-    with torch.device("meta"):
-        model = Transformer(config, mechanisms)
-    assert total_parameters(config, mechanisms) == sum(p.numel() for p in model.parameters())
-    products = [layer.weight for layer in model.modules() if isinstance(layer, (nn.Linear, ConvolutionWeight))]
-    assert matrix_parameters(config, mechanisms) == sum(weight.numel() for weight in products)
+def test_parameters_of_dense_models(mechanism: Mechanism, key_convolution: int, qk_norm: bool, tied: bool) -> None:
+    config = small(key_convolution=key_convolution, qk_norm=qk_norm, tied_embeddings=tied)
+    assert_counted(config, [mechanism, Dense(), mechanism])
 
 
 def test_parameters_of_experts() -> None:
     experts = ExpertsConfig(count=6, per_token=2, feed_forward=7, shared=5, layers="dense, experts*2")
-    config = ModelConfig(
-        layers=3, width=10, heads=6, kv_heads=2, head_dim=4, feed_forward=14, vocabulary_size=23, experts=experts
-    )
-    with torch.device("meta"):
-        model = Transformer(config, [Dense()] * 3)
-    assert total_parameters(config, [Dense()] * 3) == sum(p.numel() for p in model.parameters())
-    products = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
-    chosen = sum(layer.weight[:2].numel() for layer in model.modules() if isinstance(layer, ExpertMatrices))
-    assert matrix_parameters(config, [Dense()] * 3) == products + chosen
+    assert_counted(small(experts=experts), [Dense()] * 3)
 
 
 @pytest.mark.parametrize("mechanisms", [[Lightning()] * 3, [Lightning(), MoSA(), Lightning(layer=2, layers=3)]])
-@pytest.mark.parametrize("mixture", [HeadMixtureConfig(), HeadMixtureConfig(kind="heads", per_token=3)])
+@pytest.mark.parametrize("mixture", [HeadMixtureConfig(), HeadMixtureConfig(kind="heads", per_token=4)])
 def test_parameters_of_gated_recurrences(mechanisms: list[Mechanism], mixture: HeadMixtureConfig) -> None:
-    """Beside layers whose tokens choose heads, all of them here; in gated ones they do not."""
-    config = ModelConfig(
-        layers=3, width=10, heads=6, kv_heads=2, head_dim=4, feed_forward=14, vocabulary_size=23, qk_norm=True,
-        key_convolution=3, recurrent_layer="gated", head_mixture=mixture,
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = Transformer(config, mechanisms)
-    assert total_parameters(config, mechanisms) == sum(p.numel() for p in model.parameters())
-    products = [layer.weight for layer in model.modules() if isinstance(layer, (nn.Linear, ConvolutionWeight))]
-    assert matrix_parameters(config, mechanisms) == sum(weight.numel() for weight in products)
+    """With head mixtures in the other layers, whose tokens choose all heads; gated layers have none."""
+    config = small(qk_norm=True, key_convolution=3, recurrent_layer="gated", head_mixture=mixture)
+    assert_counted(config, mechanisms)
+
+
+@pytest.mark.parametrize(
+    ("mixture", "active_heads"),
+    [
+        (HeadMixtureConfig(kind="experts", count=5, per_token=2), 2 / 5),
+        (HeadMixtureConfig(kind="experts", count=3, per_token=3, own_keys=True), 1),
+        (HeadMixtureConfig(kind="heads", shared=1, per_token=2), 3 / 4),
+    ],
+)
+def test_parameters_and_flops_of_head_mixtures(mixture: HeadMixtureConfig, active_heads: float) -> None:
+    config = small(qk_norm=True, parallel_blocks=True, head_mixture=mixture)
+    assert_counted(config, [Dense()] * 3, active_heads)
+    heads = config.heads_of(Dense()).query
+    assert heads == round(config.projected_heads_of(Dense()).query * active_heads)
+    assert attention_flops(config, [Dense()] * 3, Rows.packed([7])) == 3 * heads * 4 * 4 * (7 * 8 // 2)
 
 
 @pytest.mark.parametrize(
@@ -105,32 +121,6 @@ def test_presets_have_the_published_number_of_parameters(preset: str, parameters
     """As counted in the released weights: Llama-3.1-8B 8.03B, Qwen3-8B 8.19B, Qwen3-30B-A3B 30.5B, Mixtral 46.7B."""
     config = load_config(Config, CONFIGS / f"{preset}.toml")
     assert total_parameters(config.model, config.mechanisms()) == parameters
-
-
-@pytest.mark.parametrize(
-    ("mixture", "chosen"),
-    [
-        (HeadMixtureConfig(kind="experts", count=5, per_token=2), 2 / 5),
-        (HeadMixtureConfig(kind="experts", count=3, per_token=3, own_keys=True), 1),
-        (HeadMixtureConfig(kind="heads", shared=1, per_token=2), 3 / 4),
-    ],
-)
-def test_parameters_of_heads_that_tokens_choose(mixture: HeadMixtureConfig, chosen: float) -> None:
-    """Of queries and outputs those of the chosen heads multiply a token, all else does."""
-    config = ModelConfig(
-        layers=2, width=24, heads=8, kv_heads=2, head_dim=6, feed_forward=10, vocabulary_size=64, qk_norm=True,
-        parallel_blocks=True, head_mixture=mixture,
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = Transformer(config, [Dense()] * 2)
-    assert total_parameters(config, [Dense()] * 2) == sum(p.numel() for p in model.parameters())
-    layers = {name: layer.weight.numel() for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    idle = sum(size for name, size in layers.items() if name.endswith(("attention.query", "attention.out")))
-    assert matrix_parameters(config, [Dense()] * 2) == sum(layers.values()) - round(idle * (1 - chosen))
-    rows = Rows.packed([7])
-    heads = config.heads_of(Dense()).query
-    assert heads == round(config.projected_heads_of(Dense()).query * chosen)
-    assert attention_flops(config, [Dense()] * 2, rows) == 2 * heads * 4 * 6 * (7 * 8 // 2)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +163,7 @@ def test_flops_of_a_sequence_written_out() -> None:
     # A convolution of the 2 features of a key, of which each reads 5.
     convolving = replace(config, key_convolution=5)
     assert training_flops(convolving, [Dense()] * 2, tokens, attention) == 3 * (forward + 2 * (2 * 3 * 2 * 5))
-    # A router of 3 numbers per KV head; without a gradient of what it reads where that is not wanted.
+    # A router of 3 numbers per KV head; one product less where its gradient stops at its input.
     router = 2 * (2 * 3 * 4 * 3)
     assert training_flops(config, [Three()] * 2, tokens, attention) == 3 * (forward + router)
     assert training_flops(config, [ThreeDetached()] * 2, tokens, attention) == 3 * forward + 2 * router

@@ -1,4 +1,4 @@
-"""MiniMax-01's layer in training: it is what its formulas say, whoever holds tokens, heads and experts."""
+"""MiniMax-01's layer against its formulas, and in training on any number of ranks."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,23 +21,21 @@ from farspan.trainer.model.config import ExpertsConfig, ModelConfig, RopeConfig
 from farspan.trainer.model.gated_recurrence import GatedRecurrence
 from farspan.trainer.train import identity
 from tests.support import tiny
+from tests.support.decoder import gated_recurrence
 from tests.support.rank_pool import RankPool
-from tests.support.recurrence import gated_recurrence
 from tests.support.steps import (
     STEPS,
-    TOLERANCE,
     Trajectory,
-    assert_alike,
-    difference,
+    assert_same,
     initial_parameters,
-    train_alone,
-    train_dealt,
+    train_reference,
+    train_sharded,
 )
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_the_layer_on_packed_documents(backend: str) -> None:
-    """Out, and the gradients of the input and of every parameter, in float64; documents of 9, 1 and 23 tokens."""
+    """Out, and the gradients of the input and of every parameter, in float64."""
     model = ModelConfig(layers=4, width=10, heads=3, kv_heads=1, head_dim=4, feed_forward=8, norm_epsilon=1e-3)
     rows, mechanism, generator = Rows.packed([9, 1, 23]), Lightning(layer=2, layers=4), torch.Generator().manual_seed(0)
     layer = GatedRecurrence(model).double()
@@ -45,17 +43,17 @@ def test_the_layer_on_packed_documents(backend: str) -> None:
         torch.nn.init.normal_(parameter, generator=generator)
     strategy = STRATEGIES.get("single")(Unconnected(0, 1))
     shards = Shards.deal(rows, layout="contiguous", degree=1)
-    attend = strategy.prepare(mechanism, shards, Heads(query=3, kv=3), backend=backend)
+    attention = strategy.prepare(mechanism, shards, Heads(query=3, kv=3), backend=backend)
     x, dout = torch.randn(2, 33, 10, dtype=torch.float64, generator=generator)
-    nothing = torch.empty(0)
-    mine = layer(x.requires_grad_(), AttentionInputs(nothing, nothing, nothing, attend, None))
+    unused = torch.empty(0)
+    out = layer(x.requires_grad_(), AttentionInputs(unused, unused, unused, attention, None))
     visible = (rows.document[:, None] == rows.document[None]) & (rows.position[:, None] >= rows.position[None])
     parameters: dict[str, Tensor] = {f"blocks.2.attention.{name}": p for name, p in layer.named_parameters()}
     truth = gated_recurrence(parameters, "blocks.2.attention.", model, x, rows.position, visible)
-    torch.testing.assert_close(mine, truth, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(out, truth, rtol=1e-12, atol=1e-12)
     wanted = [x, *parameters.values()]
     assert len(wanted) == 1 + 6
-    gradients = zip(torch.autograd.grad(mine, wanted, dout), torch.autograd.grad(truth, wanted, dout), strict=True)
+    gradients = zip(torch.autograd.grad(out, wanted, dout), torch.autograd.grad(truth, wanted, dout), strict=True)
     for gradient, expected in gradients:
         assert expected.abs().max() > 0.1
         torch.testing.assert_close(gradient, expected, rtol=1e-11, atol=1e-11)
@@ -63,7 +61,7 @@ def test_the_layer_on_packed_documents(backend: str) -> None:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """Two KV heads in layers that are not gated, half of whose heads rotates."""
+    """Layers that are not gated have two KV heads and rotate half of each head."""
     folder: Path = tmp_path_factory.mktemp("gated")
     config = tiny.config(tiny.make_data(folder), folder / "run", ParallelConfig(strategy="single"))
     return tiny.with_model(config, layers=3, recurrent_layer="gated", rope=RopeConfig(rotated=4))
@@ -84,7 +82,7 @@ def truth(base: Config, ranks: Callable[[int], RankPool]) -> Truth:
     def compute(pattern: str) -> Trajectory:
         if pattern not in known:
             config = with_mechanism(base, pattern)
-            known[pattern] = train_alone(config, ranks(1).run(initial_parameters, config)[0])
+            known[pattern] = train_reference(config, ranks(1).run(initial_parameters, config)[0])
         return known[pattern]
 
     return compute
@@ -106,37 +104,37 @@ def truth(base: Config, ranks: Callable[[int], RankPool]) -> Truth:
 def test_ten_steps_do_not_depend_on_the_ranks(
     base: Config, truth: Truth, ranks: Callable[[int], RankPool], pattern: str, strategy: str, context: int, layout: str
 ) -> None:
-    """Under `ring` the recurrences run under `state`. The largest worlds recompute blocks."""
+    """With `ring`, recurrences run with `state`. On 4 ranks, blocks are recomputed."""
     parallel = ParallelConfig(context=context, strategy=strategy, layout=layout)
     train = replace(base.train, recompute="block" if context == 4 else "none")
     config = with_mechanism(replace(base, parallel=parallel, train=train), pattern)
-    course = ranks(context).run(train_dealt, config)[-1]
+    course = ranks(context).run(train_sharded, config)[-1]
     assert any(name.endswith("attention.gate.weight") for name in course.gradients[0])
-    assert difference(course, truth(pattern)) <= TOLERANCE
+    assert_same(course, truth(pattern))
 
 
 EXPERTS = ExpertsConfig(count=8, per_token=2, feed_forward=16, balance_loss=0.02)
 
 
 def test_ten_steps_with_experts(base: Config, ranks: Callable[[int], RankPool]) -> None:
-    """The whole of MiniMax-01: four ranks share each sequence and the experts, or two of each share them crosswise."""
+    """All of MiniMax-01: context and expert parallelism over the same 4 ranks, or context 2 x dp_shard 2."""
     config = tiny.with_model(with_mechanism(base, HYBRID), experts=EXPERTS)
     start = ranks(1).run(initial_parameters, config)[0]
     for parallel in (ParallelConfig(context=4, expert=4), ParallelConfig(context=2, dp_shard=2, expert=4)):
-        course = ranks(4).run(train_dealt, replace(config, parallel=parallel))[1]
-        assert_alike(course, train_alone(config, start, max(parallel.dp_shard, 1)))
+        course = ranks(4).run(train_sharded, replace(config, parallel=parallel))[1]
+        assert_same(course, train_reference(config, start, max(parallel.dp_shard, 1)))
 
 
 def test_bfloat16_follows_float64(base: Config, truth: Truth, ranks: Callable[[int], RankPool]) -> None:
     """Losses within 1 %; parameters and their gradients stay float32."""
     config = with_mechanism(replace(base, parallel=ParallelConfig(context=2)), HYBRID)
     rounded = replace(config, train=replace(config.train, compute_dtype="bfloat16"))
-    course = ranks(2).run(train_dealt, rounded)[0]
+    course = ranks(2).run(train_sharded, rounded)[0]
     assert course.losses == pytest.approx(truth(HYBRID).losses, rel=1e-2)
     assert len(set(course.losses)) == STEPS
     assert {gradient.dtype for gradient in course.gradients[-1].values()} == {torch.float32}
 
 
 def test_a_resumed_run_has_the_same_layers(base: Config) -> None:
-    is_now = identity(base, "data")
-    assert (is_now["model.recurrent_layer"], is_now["model.rope.rotated"]) == ("gated", 4)
+    settings = identity(base, "data")
+    assert (settings["model.recurrent_layer"], settings["model.rope.rotated"]) == ("gated", 4)

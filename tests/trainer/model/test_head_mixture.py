@@ -1,6 +1,6 @@
-"""Ten training steps of models whose tokens choose heads: whoever holds the tokens, all is as in one process.
+"""Ten training steps of models whose tokens choose heads: the same on any number of ranks as in one process.
 
-The truth computes every head for every token and weighs it by 0 where it was not chosen.
+The truth computes every head for every token, with weight 0 where it was not chosen.
 """
 
 from collections.abc import Callable
@@ -15,13 +15,11 @@ from farspan.trainer.model.config import ExpertsConfig, HeadMixtureConfig
 from tests.support import tiny
 from tests.support.rank_pool import RankPool
 from tests.support.steps import (
-    TOLERANCE,
     Trajectory,
-    assert_alike,
-    difference,
+    assert_same,
     initial_parameters,
-    train_alone,
-    train_dealt,
+    train_reference,
+    train_sharded,
 )
 
 EXPERTS = ExpertsConfig(count=4, per_token=2, feed_forward=16, shared=8, score="sigmoid", bias_rate=0.01)
@@ -52,7 +50,7 @@ MIXTURES = {
         "head_mixture": HeadMixtureConfig(kind="heads", per_token=2, z_loss=0.02), "experts": EXPERTS, "kv_heads": 1,
     },
 }  # fmt: skip
-DEALT = {
+SHARDED = {
     "ring": ParallelConfig(context=2, strategy="ring"),
     "ulysses": ParallelConfig(context=2, dp_shard=2, strategy="ulysses"),
     "fetch, striped": ParallelConfig(context=4, strategy="fetch", layout="striped"),
@@ -67,18 +65,18 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 @pytest.mark.parametrize("mixture", MIXTURES)
 def test_ten_steps_do_not_depend_on_the_ranks(base: Config, ranks: Callable[[int], RankPool], mixture: str) -> None:
-    """Each mixture alone and under one strategy, in turns; under recomputation where tokens are dealt to four."""
+    """Each mixture on one rank and under one strategy, in turns; with recomputation on four ranks."""
     config = tiny.with_model(base, **MIXTURES[mixture])
     start = ranks(1).run(initial_parameters, config)[0]
-    parallel = list(DEALT.values())[list(MIXTURES).index(mixture) % len(DEALT)]
+    parallel = list(SHARDED.values())[list(MIXTURES).index(mixture) % len(SHARDED)]
     if config.model.experts.count:
         parallel = replace(parallel, expert=parallel.context)
     recompute = "block" if parallel.context == 4 else "none"
-    dealt = replace(config, parallel=parallel, train=replace(config.train, recompute=recompute))
+    sharded = replace(config, parallel=parallel, train=replace(config.train, recompute=recompute))
     data = max(parallel.dp_shard, 1)
-    for run, together in ((config, 1), (dealt, data)):
-        courses = ranks(run.parallel.context * max(run.parallel.dp_shard, 1)).run(train_dealt, run)
-        assert_alike(courses[-1], train_alone(config, start, together))
+    for run, together in ((config, 1), (sharded, data)):
+        courses = ranks(run.parallel.context * max(run.parallel.dp_shard, 1)).run(train_sharded, run)
+        assert_same(courses[-1], train_reference(config, start, together))
 
 
 MECHANISMS = {
@@ -91,7 +89,7 @@ MECHANISMS = {
 
 def train_all(configs: list[Config]) -> list[Trajectory]:
     """On each rank: two steps of every run."""
-    return [train_dealt(config, 2) for config in configs]
+    return [train_sharded(config, 2) for config in configs]
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
@@ -103,19 +101,19 @@ def test_any_mechanism_attends_with_chosen_heads(
         replace(tiny.with_model(base, **MIXTURES[mixture]), attention=attention)
         for mixture in ("experts of attention", "heads")
     ]
-    alone = ranks(1).run(train_all, configs)[0]
+    single = ranks(1).run(train_all, configs)[0]
     for strategy in ("ring", "ulysses"):
-        dealt = [replace(config, parallel=ParallelConfig(context=2, strategy=strategy)) for config in configs]
-        for mine, other in zip(ranks(2).run(train_all, dealt)[1], alone, strict=True):
-            assert all(gradient.abs().max() > 0 for gradient in other.gradients[0].values())
-            assert difference(mine, other) <= TOLERANCE
+        sharded = [replace(config, parallel=ParallelConfig(context=2, strategy=strategy)) for config in configs]
+        for found, expected in zip(ranks(2).run(train_all, sharded)[1], single, strict=True):
+            assert all(gradient.abs().max() > 0 for gradient in expected.gradients[0].values())
+            assert_same(found, expected)
 
 
-def test_heads_are_chosen_beside_gated_recurrences(base: Config, ranks: Callable[[int], RankPool]) -> None:
-    """Layers of both kinds, in which keys are convolved and are not."""
+def test_head_mixtures_beside_gated_recurrences(base: Config, ranks: Callable[[int], RankPool]) -> None:
+    """Layers of both kinds, with and without key convolution."""
     config = tiny.with_model(base, **MIXTURES["experts of attention"], recurrent_layer="gated", key_convolution=3)
     config = replace(config, attention=AttentionConfig(mechanism="lightning, dense", backend="cpu"))
     start = ranks(1).run(initial_parameters, config)[0]
     assert [name for name in start if name.endswith("head_router.weight")] == ["blocks.1.attention.head_router.weight"]
-    dealt = replace(config, parallel=ParallelConfig(context=2, strategy="ring"))
-    assert_alike(ranks(2).run(train_dealt, dealt)[-1], train_alone(config, start, 1))
+    sharded = replace(config, parallel=ParallelConfig(context=2, strategy="ring"))
+    assert_same(ranks(2).run(train_sharded, sharded)[-1], train_reference(config, start, 1))

@@ -21,7 +21,7 @@ from tests.support.rank_pool import RankPool
 CONFIG = tiny.config(Path("nowhere"), Path("nowhere"), ParallelConfig())
 
 
-def whole_parameters(config: Config, block_rows: int) -> dict[str, Tensor]:
+def full_parameters(config: Config, block_rows: int) -> dict[str, Tensor]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(init, "BLOCK_ROWS", block_rows)
         model = build_model(config, Mesh.build(config.parallel, "cpu"), torch.device("cpu"))
@@ -30,15 +30,15 @@ def whole_parameters(config: Config, block_rows: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("block_rows", [1024, 5])
 def test_parameters_do_not_depend_on_the_sharding(ranks: Callable[[int], RankPool], block_rows: int) -> None:
-    """Shards that cut streams, and streams that cut shards; a width that 4 ranks cannot deal evenly."""
+    """Shards that cut random streams, and streams that cut shards; a width that 4 ranks cannot split evenly."""
     config = tiny.with_model(CONFIG, feed_forward=50)
     parallel = [ParallelConfig(), ParallelConfig(context=2, dp_replicate=2)]
-    alone = ranks(1).run(whole_parameters, config, block_rows)[0]
+    expected = ranks(1).run(full_parameters, config, block_rows)[0]
     for layout in parallel:
-        for dealt in ranks(4).run(whole_parameters, replace(config, parallel=layout), block_rows):
-            assert dealt.keys() == alone.keys()
-            for name, value in alone.items():
-                assert torch.equal(dealt[name], value), name
+        for sharded in ranks(4).run(full_parameters, replace(config, parallel=layout), block_rows):
+            assert sharded.keys() == expected.keys()
+            for name, value in expected.items():
+                assert torch.equal(sharded[name], value), name
 
 
 def test_distributions_and_seeds() -> None:
@@ -62,7 +62,7 @@ def test_distributions_and_seeds() -> None:
         }
         for ending, std in expected.items():
             if name.endswith(f".{ending}") or name == ending:
-                # A router has 512 numbers, of which mean and deviation are less certain.
+                # A router has only 512 numbers, so that mean and deviation vary more.
                 slack = max(0.05, 3.5 * value.numel() ** -0.5)
                 assert value.std().item() == pytest.approx(std, rel=slack), name
                 assert abs(value.mean().item()) < std * slack, name

@@ -1,4 +1,4 @@
-"""What the model hands to attention, against its formulas; attention itself is a recorder."""
+"""The inputs of attention, against their formulas; attention itself only records them."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -24,38 +24,47 @@ CONFIG = ModelConfig(layers=1, width=12, heads=4, kv_heads=2, head_dim=6, feed_f
 
 
 class Detached(MoSA):  # pyright: ignore[reportGeneralTypeIssues]
-    """A router of three numbers that learns alone."""
+    """A router of three numbers whose gradient stops at its input."""
 
-    routing_width = 3
     routing_reads_detached = True
 
+    @property
+    def routing_width(self) -> int:
+        return 3
 
-def handed_over(mechanism: Mechanism, x: Tensor) -> tuple[Attention, list[Tensor]]:
-    """Return a layer and what it hands to attention for x, positions 0."""
-    attention, handed = Attention(CONFIG, mechanism).double(), []
 
-    def attend(*inputs: Tensor) -> Tensor:
-        handed.extend(inputs)
+class Recorder:
+    """Stands for the attention of a strategy; returns q."""
+
+    def __init__(self) -> None:
+        self.inputs: tuple[Tensor, ...] = ()
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        self.inputs = inputs
         return inputs[0]
 
-    turned = torch.ones(len(x), 3, dtype=torch.float64), torch.zeros(len(x), 3, dtype=torch.float64)
-    inputs: Any = SimpleNamespace(cos=turned[0], sin=turned[1], attend=attend)
-    attention(x, inputs)
-    return attention, handed
+
+def recorded(mechanism: Mechanism, x: Tensor) -> tuple[Attention, tuple[Tensor, ...]]:
+    """Return a layer and its inputs of attention for x, all at position 0."""
+    layer, recorder = Attention(CONFIG, mechanism).double(), Recorder()
+    cos = torch.ones(len(x), 3, dtype=torch.float64)
+    inputs: Any = SimpleNamespace(cos=cos, sin=torch.zeros_like(cos), attention=recorder)
+    layer(x, inputs)
+    return layer, recorder.inputs
 
 
 def test_without_a_router_attention_gets_three_inputs() -> None:
-    attention, handed = handed_over(Dense(), torch.randn(5, 12, dtype=torch.float64))
-    assert [tuple(x.shape) for x in handed] == [(5, 4, 6), (5, 2, 6), (5, 2, 6)]
+    attention, inputs = recorded(Dense(), torch.randn(5, 12, dtype=torch.float64))
+    assert [tuple(x.shape) for x in inputs] == [(5, 4, 6), (5, 2, 6), (5, 2, 6)]
     assert attention.router is None
 
 
 @pytest.mark.parametrize("mechanism", [MoSA(), Detached()], ids=["mosa", "detached"])
-def test_a_router_reads_what_the_projections_read(mechanism: Mechanism) -> None:
+def test_a_router_reads_the_input_of_the_layer(mechanism: Mechanism) -> None:
     x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
-    attention, handed = handed_over(mechanism, x)
+    attention, inputs = recorded(mechanism, x)
     assert attention.router is not None
-    weight, routing = attention.router.weight, handed[3]
+    weight, routing = attention.router.weight, inputs[3]
     expected = torch.einsum("tc,hwc->thw", x, weight.view(2, mechanism.routing_width, 12))
     torch.testing.assert_close(routing, expected, rtol=1e-13, atol=1e-13)
     dx, dweight = torch.autograd.grad(routing.sum(), (x, weight), allow_unused=True)
@@ -66,7 +75,7 @@ def test_a_router_reads_what_the_projections_read(mechanism: Mechanism) -> None:
 def test_a_part_of_each_head_rotates() -> None:
     """The first 4 numbers of 6, i with i + 2, at YaRN's frequencies for heads of 4; the others are as projected."""
     rope = RopeConfig(base=100.0, rotated=4, scaling="yarn", factor=4.0, original_positions=64, beta_fast=8.0)
-    model, handed = Transformer(replace(CONFIG, rope=rope), [Dense()]).double(), []
+    model, recorder = Transformer(replace(CONFIG, rope=rope), [Dense()]).double(), Recorder()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
     projected: list[Tensor] = []
@@ -76,23 +85,19 @@ def test_a_part_of_each_head_rotates() -> None:
     attention.query.register_forward_hook(keep)
     attention.key.register_forward_hook(keep)
 
-    def attend(*inputs: Tensor) -> Tensor:
-        handed.extend(inputs)
-        return inputs[0]
-
     rows, tokens = Rows.packed([3, 40]), torch.arange(43) % 16
-    model(tokens, tokens, SequenceContext(rows=rows, attends=(attend,)))  # pyright: ignore[reportArgumentType]
+    model(tokens, tokens, SequenceContext(rows=rows, attention=(recorder,)))  # pyright: ignore[reportArgumentType]
     scaling = YarnScaling(factor=4.0, original_positions=64, beta_fast=8.0)
     frequencies = torch.tensor([scalar_frequency(i, 4, 100.0, scaling) for i in range(2)], dtype=torch.float64)
     turn = torch.polar(
         torch.full((43, 2), scaling.table_factor(), dtype=torch.float64), rows.position[:, None] * frequencies
     )
     assert turn[-1, 1].angle().abs() > 0.1
-    for raw, mine in zip(projected, handed, strict=False):
+    for raw, x_rotated in zip(projected, recorder.inputs, strict=False):
         x = raw.unflatten(-1, (-1, 6))
-        turned = torch.complex(x[..., :2], x[..., 2:4]) * turn[:, None]
-        expected = torch.cat((turned.real, turned.imag, x[..., 4:]), dim=-1)
-        torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
+        rotated = torch.complex(x[..., :2], x[..., 2:4]) * turn[:, None]
+        expected = torch.cat((rotated.real, rotated.imag, x[..., 4:]), dim=-1)
+        torch.testing.assert_close(x_rotated, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("recurrent_layer", ["plain", "gated"])

@@ -3,7 +3,7 @@ from collections.abc import Callable
 import pytest
 import torch.distributed as dist
 
-from farspan.errors import CheckpointError, ConfigError, DataError, FarspanError
+from farspan.errors import ConfigError, DataError, FarspanError
 from farspan.trainer.resilience.agreement import any_rank, check_same, on_first_rank, raise_on_all_ranks
 from tests.support.rank_pool import RankPool
 
@@ -12,47 +12,32 @@ def fail(message: str) -> str:
     raise DataError(message)
 
 
-def unsupported_reason(work: Callable[[], object]) -> tuple[str, str]:
+def scenario(fails: dict[int, str], on_first: bool) -> tuple[str, str]:
+    """On a rank: the error of work that fails on some ranks with a message, or of work of the first rank."""
+
+    def work() -> str:
+        message = fails.get(dist.get_rank())
+        return fail(message) if message else "fine"
+
     with pytest.raises(FarspanError) as refused:
-        work()
+        on_first_rank(work) if on_first else raise_on_all_ranks(work)
     dist.barrier()
     return type(refused.value).__name__, str(refused.value)
 
 
-def one_rank_fails() -> tuple[str, str]:
-    return unsupported_reason(
-        lambda: raise_on_all_ranks(lambda: fail("no such folder") if dist.get_rank() == 1 else "fine")
-    )
-
-
-def all_fail_alike() -> tuple[str, str]:
-    return unsupported_reason(lambda: raise_on_all_ranks(lambda: fail("no such folder")))
-
-
-def all_fail_differently() -> tuple[str, str]:
-    return unsupported_reason(lambda: raise_on_all_ranks(lambda: fail(f"no folder {dist.get_rank()}")))
-
-
-def first_fails() -> tuple[str, str]:
-    def work() -> None:
-        raise CheckpointError("it is damaged")
-
-    return unsupported_reason(lambda: on_first_rank(work))
-
-
 @pytest.mark.parametrize(
-    ("scenario", "expected"),
+    ("fails", "on_first", "message"),
     [
-        (one_rank_fails, ("DataError", "rank 1: no such folder")),
-        (all_fail_alike, ("DataError", "no such folder")),
-        (all_fail_differently, ("DataError", "rank 0: no folder 0")),
-        (first_fails, ("CheckpointError", "it is damaged")),
+        ({1: "no such folder"}, False, "rank 1: no such folder"),
+        ({0: "no such folder", 1: "no such folder"}, False, "no such folder"),
+        ({0: "no folder 0", 1: "no folder 1"}, False, "rank 0: no folder 0"),
+        ({0: "it is damaged"}, True, "it is damaged"),
     ],
 )
-def test_all_ranks_raise_what_one_finds(
-    ranks: Callable[[int], RankPool], scenario: Callable[[], object], expected: tuple[str, str]
+def test_all_ranks_raise_the_error_of_one(
+    ranks: Callable[[int], RankPool], fails: dict[int, str], on_first: bool, message: str
 ) -> None:
-    assert ranks(2).run(scenario) == [expected] * 2
+    assert ranks(2).run(scenario, fails, on_first) == [("DataError", message)] * 2
 
 
 def results() -> tuple[object, object, list[bool]]:
@@ -82,7 +67,7 @@ def compare(values: list[dict[str, object]]) -> str:
         ([{"a": 1}, {"a": 1, "b": 2}], "b differs between ranks, None on rank 0 and 2 on rank 1"),
     ],
 )
-def test_differences_are_refused_alike(
+def test_all_ranks_refuse_differences(
     ranks: Callable[[int], RankPool], values: list[dict[str, object]], expected: str
 ) -> None:
     messages = ranks(2).run(compare, values)

@@ -5,7 +5,10 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,23 +17,21 @@ import torch.distributed as dist
 
 from farspan.errors import ConfigError, TrainingError
 from farspan.parallel.mesh import ParallelConfig
+from farspan.trainer import train
 from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
 from farspan.trainer.data.packing import PackedSequences
 from farspan.trainer.data.shuffle import ShuffledSequences
-from farspan.trainer.metrics import StepTimer
-from farspan.trainer.model.config import ExpertsConfig
+from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.replay import read_batch, write_batch
 from farspan.trainer.resilience.skip_steps import SkipConfig, not_finite, reason_to_skip, remember
 from farspan.trainer.resolve import open_data
 from farspan.trainer.state import TrainState
-from farspan.trainer.train import _Run
+from farspan.trainer.step import StepResult
 from tests.support import tiny
 from tests.support.rank_pool import RankPool
-from tests.support.runs import bits, built, records
+from tests.support.runs import Parts, records, run
 
-EXPERTS = ExpertsConfig(
-    count=4, feed_forward=16, score="sigmoid", bias_rate=0.05, balance_loss=0.01, z_loss=0.01, groups=2
-)
+EXPERTS = replace(tiny.EXPERTS, groups=2)
 POISON = ord("o")
 """A byte of every document."""
 
@@ -50,7 +51,7 @@ def history(config: SkipConfig, losses: list[float], norms: list[float]) -> Trai
 
 
 def test_a_spike_is_what_is_far_above_the_last_updates() -> None:
-    config = SkipConfig(sigma=2.0, window=4)
+    config = SkipConfig(spike_sigma=2.0, window=4)
     # The first one has left the window: mean 2.5, standard deviation sqrt(1.25); norms have none.
     state = history(config, [100.0, 1.0, 2.0, 3.0, 4.0], [1.0] * 5)
     assert (state.recent_losses, state.recent_norms) == ([1.0, 2.0, 3.0, 4.0], [1.0] * 4)
@@ -64,105 +65,106 @@ def test_a_spike_is_what_is_far_above_the_last_updates() -> None:
 
 
 def test_no_spike_is_seen_before_there_are_enough_updates() -> None:
-    config = SkipConfig(sigma=1.0, window=4)
+    config = SkipConfig(spike_sigma=1.0, window=4)
     state = history(config, [1.0, 1.0, 1.0], [1.0] * 3)
     assert reason_to_skip(config, state, 9.0, 9.0) is None
     assert reason_to_skip(SkipConfig(), history(config, [1.0] * 4, [1.0] * 4), 9.0, 9.0) is None
 
 
 def test_skipped_steps_are_counted_and_not_compared_with() -> None:
-    config = SkipConfig(sigma=1.0, window=4)
+    config = SkipConfig(spike_sigma=1.0, window=4)
     state = history(config, [1.0], [2.0])
     for _ in range(2):
         remember(config, state, math.nan, 3.0, "the loss is nan")
     assert (state.skipped, state.skipped_in_a_row, state.recent_losses, state.recent_norms) == (2, 2, [1.0], [2.0])
     remember(config, state, 5.0, 6.0, None)
-    assert (state.skipped, state.skipped_in_a_row, state.recent_losses, state.recent_norms) == (
-        2,
-        0,
-        [1.0, 5.0],
-        [2, 6],
-    )
+    assert (state.skipped, state.skipped_in_a_row) == (2, 0)
+    assert (state.recent_losses, state.recent_norms) == ([1.0, 5.0], [2.0, 6.0])
     # A run that goes on without the rule has nothing to carry along.
     remember(SkipConfig(), state, 5.0, 6.0, None)
     assert (state.recent_losses, state.recent_norms) == ([], [])
-
-
-def steps(run: _Run, spoil_on: int | None) -> tuple[list[str | None], dict[str, str], dict[str, int]]:
-    """On a rank: three steps; the second has a NaN in a gradient on one rank, or is left out."""
-    timer, reasons = StepTimer(3), []
-    for step in range(3):
-        handles = []
-        if step == 1 and spoil_on is None:
-            run.state.step += 1
-            run.state.sequences += run.config.train.sequences_per_step
-            continue
-        if step == 1 and spoil_on == dist.get_rank():
-            handles.append(run.model.blocks[0].register_forward_hook(spoil))
-        reasons.append(run.step(timer)[1])
-        for handle in handles:
-            handle.remove()
-    state = run.state
-    counted = {"step": state.step, "sequences": state.sequences, "skipped": state.skipped}
-    return reasons, bits(run), counted
 
 
 def spoil(module: object, inputs: object, output: tuple[torch.Tensor, ...]) -> None:
     output[0].register_hook(lambda gradient: gradient * math.nan)
 
 
-def spoilt_and_left_out(config: Config, spoil_on: int) -> list[tuple[list[str | None], dict[str, str], dict[str, int]]]:
-    answers = []
-    for rank in (spoil_on, None):
-        with built(config) as run:
-            answers.append(steps(run, rank))
-    return answers
+def three_steps(config: Config, spoil_on: int | None) -> tuple[dict[str, str], dict[str, int]]:
+    """On a rank: the second step has a NaN in a gradient of one rank or, if that is None, is not done at all."""
+    step, calls = train.train_step, count(1)
+
+    def second_differs(model: Transformer, *arguments: Any, **named: Any) -> StepResult:
+        is_second = next(calls) == 2
+        if is_second and spoil_on is None:
+            return StepResult(
+                loss=math.nan, gradient_norm=math.nan, labeled_tokens=0, attention_flops=0, fingerprint=0,
+                experts=None, heads=None, skipped="left out",
+            )  # fmt: skip
+        if is_second and spoil_on == dist.get_rank():
+            handle = model.blocks[0].register_forward_hook(spoil)
+            try:
+                return step(model, *arguments, **named)
+            finally:
+                handle.remove()
+        return step(model, *arguments, **named)
+
+    with mock.patch.object(train, "train_step", second_differs):
+        parts = run(config)
+    state = parts.state
+    return parts.bits(), {"step": state.step, "sequences": state.sequences, "skipped": state.skipped}
 
 
-@pytest.mark.parametrize("parallel", [ParallelConfig(context=2, dp_shard=2, expert=4)], ids=["context 2, data 2"])
+@pytest.mark.filterwarnings("ignore")
 def test_a_step_that_one_rank_spoils_is_as_if_it_were_left_out(
-    tmp_path: Path, ranks: Callable[[int], RankPool], parallel: ParallelConfig
+    tmp_path: Path, ranks: Callable[[int], RankPool]
 ) -> None:
-    config = tiny.with_model(
-        tiny.config(tiny.make_data(tmp_path), tmp_path / "run", parallel, steps=3), experts=EXPERTS
+    parallel, data = ParallelConfig(context=2, dp_shard=2, expert=4), tiny.make_data(tmp_path)
+    spoilt, left_out = (
+        tiny.with_model(tiny.config(data, tmp_path / name, parallel, steps=3), experts=EXPERTS)
+        for name in ("spoilt", "left_out")
     )
-    for spoilt, left_out in ranks(4).run(spoilt_and_left_out, config, 2):
-        assert spoilt[0] == [None, "the gradient norm is nan", None]
-        assert left_out[0] == [None, None]
-        assert any("bias" in name for name in spoilt[1])
-        assert [name for name, value in spoilt[1].items() if value != left_out[1][name]] == []
-        assert spoilt[2] == {"step": 3, "sequences": 6, "skipped": 1}
+    ended = ranks(4).run(three_steps, spoilt, 2)
+    for (bits, counts), (other_bits, other_counts) in zip(
+        ended, ranks(4).run(three_steps, left_out, None), strict=True
+    ):
+        assert any("bias" in name for name in bits)
+        assert [name for name, value in bits.items() if value != other_bits[name]] == []
+        assert counts == other_counts == {"step": 3, "sequences": 6, "skipped": 1}
+    reasons = [record.get("skipped_since") for record in records(tmp_path / "spoilt") if "loss" in record]
+    assert reasons == [None, "the gradient norm is nan", None]
 
 
 def given_up(config: Config, is_poisoned: bool) -> str:
-    """On a rank: what the run ends with."""
-    with built(config) as run:
-        run.load()
+    """On a rank: the error that ends the run."""
+
+    def poison(parts: Parts) -> None:
         if is_poisoned and dist.get_rank() == 0:
             with torch.no_grad():
-                run.model.embedding.weight.to_local()[POISON] = math.inf  # pyright: ignore[reportAttributeAccessIssue]
-        with pytest.raises(TrainingError) as stopped:
-            run.loop()
-        return str(stopped.value)
+                parts.model.embedding.weight.to_local()[POISON] = math.inf  # pyright: ignore[reportAttributeAccessIssue]
+
+    with pytest.raises(TrainingError) as stopped:
+        run(config, after_load=poison)
+    return str(stopped.value)
 
 
 def replayed(config: Config, folder: Path) -> list[str]:
-    """On a rank: what is said of a batch."""
-    said: list[str] = []
+    """On a rank: the log lines about a batch."""
+    lines: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
+    handler.emit = lambda record: lines.append(record.getMessage())
     log = logging.getLogger("farspan")
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+    loaded: dict[str, str] = {}
     try:
-        with built(config) as run:
-            run.load()
-            before = bits(run)
-            run.replay(folder)
-            assert bits(run) == before
+        parts = run(
+            replace(config, run=replace(config.run, replay=folder)),
+            after_load=lambda parts: loaded.update(parts.bits()),
+        )
     finally:
         log.removeHandler(handler)
-    return said
+    assert parts.bits() == loaded
+    return lines[next(number for number, line in enumerate(lines) if line.startswith("resumed")) :]
 
 
 @pytest.fixture
@@ -179,13 +181,11 @@ def config(tmp_path: Path) -> Config:
 @pytest.mark.filterwarnings("ignore")
 def test_too_many_in_a_row_end_the_run_and_leave_the_batch(config: Config, ranks: Callable[[int], RankPool]) -> None:
     folder = config.run.folder / "failed_batch" / "step_00000003"
-    expected = (
-        "3 steps in a row had to be skipped, the last, 3, since the loss is nan: compute its batch again with "
-        f"run.replay={folder}, lower optimizer.learning_rate, or look at the data; the same command goes on with the "
-        "next batch."
-    )
-    poisoned = replace(config, skip=SkipConfig(most=2))
-    assert ranks(2).run(given_up, poisoned, True) == [expected] * 2
+    poisoned = replace(config, skip=SkipConfig(max_consecutive_skips=2))
+    message, other = ranks(2).run(given_up, poisoned, True)
+    assert message == other
+    for part in ("3 steps in a row", "the loss is nan", f"run.replay={folder},", "optimizer.learning_rate"):
+        assert part in message
     on_record = records(config.run.folder)
     assert [(record["step"], record["loss"], record["skipped"]) for record in on_record] == [
         (1, None, 1), (2, None, 2), (3, None, 3),
@@ -193,26 +193,27 @@ def test_too_many_in_a_row_end_the_run_and_leave_the_batch(config: Config, ranks
     assert {record["skipped_since"] for record in on_record} == {"the loss is nan"}
     assert [path.name for path in (config.run.folder / "checkpoints").iterdir()] == ["step_00000003"]
 
-    said = ranks(2).run(replayed, config, folder)
-    assert said[0] == [
+    lines = ranks(2).run(replayed, config, folder)[0]
+    assert lines[:4] == [
         f"resumed     at step 3 from {config.run.folder}/checkpoints/step_00000003",
         f"replayed    {folder}: loss nan, gradient norm nan",
         "            not finite: losses of sequences 4, 5",
         "            not finite: parameters embedding.weight",
-        *said[0][4:],
     ]
-    assert re.fullmatch(r" +not finite: gradients \S+, \S+, \S+, \S+ and \d+ more", said[0][4])
-    assert len(said[0]) == 5
+    assert re.fullmatch(r" +not finite: gradients \S+, \S+, \S+, \S+ and \d+ more", lines[4])
+    assert len(lines) == 5
     # From the checkpoint, which has the poison, it goes on with the next batch, to be stopped at once.
-    assert ranks(2).run(given_up, poisoned, False)[0].startswith("4 steps in a row had to be skipped, the last, 4, ")
+    assert ranks(2).run(given_up, poisoned, False)[0].startswith("4 steps in a row ")
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_replayed_batch_has_the_loss_that_it_had(config: Config, ranks: Callable[[int], RankPool]) -> None:
     # The first step that is above the mean of the two before.
-    message = ranks(2).run(given_up, replace(config, skip=SkipConfig(most=0, sigma=1e-9, window=2)), False)[0]
+    message = ranks(2).run(
+        given_up, replace(config, skip=SkipConfig(max_consecutive_skips=0, spike_sigma=1e-9, window=2)), False
+    )[0]
     last = records(config.run.folder)[-1]
-    assert message.startswith(f"1 steps in a row had to be skipped, the last, {last['step']}, since the ")
+    assert message.startswith("1 steps in a row ")
     folder = config.run.folder / "failed_batch" / f"step_{last['step']:08d}"
     data = ShuffledSequences(
         PackedSequences(open_data(config)[0], sequence_tokens=tiny.SEQUENCE_TOKENS, seed=config.run.seed),
@@ -240,8 +241,8 @@ def test_a_folder_without_a_batch_is_refused(tmp_path: Path) -> None:
 
 
 def refused(config: Config, folder: Path) -> str:
-    with built(config) as run, pytest.raises(ConfigError) as stopped:
-        run.replay(folder)
+    with pytest.raises(ConfigError) as stopped:
+        run(replace(config, run=replace(config.run, replay=folder)))
     return str(stopped.value)
 
 

@@ -12,36 +12,31 @@ import pytest
 import torch.distributed as dist
 
 from farspan.parallel.mesh import ParallelConfig
-from farspan.parallel.ranks import Ranks
-from farspan.trainer import train, validation
+from farspan.trainer import evaluate, train
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
 from farspan.trainer.resilience.signals import StopSignal
 from tests.support import tiny
 from tests.support.rank_pool import RankPool
-from tests.support.runs import records
+from tests.support.runs import run, steps
 
 WARNED_RANK = 1
 # By phase: what is going on when the signal comes, and at which call of it.
 PHASES: dict[str, tuple[Any, str, int]] = {
-    "connecting": (train, "connected", 1),
+    "connecting": (train, "device_to_connect_on", 1),
     "building": (train, "build_model", 1),
     "loading": (Checkpointer, "load_latest", 1),
     "a step": (train, "train_step", 2),
-    "an evaluation": (validation, "evaluate", 1),
+    "an evaluation": (evaluate, "evaluate", 1),
     "a save": (Checkpointer, "start_saving", 1),
 }
 
 
-def run(config: Config, phase: str | None) -> tuple[bool, int]:
-    """On a rank: train, with a signal to one rank; return whether `train` says it was warned, and the ranks' sum."""
-    rank = dist.get_rank()
+def train_with_signal(config: Config, phase: str | None) -> tuple[bool, int]:
+    """On a rank: train, with a signal to one rank; return whether to queue the run again, and calls of the phase."""
     calls = []
     with ExitStack() as stack:
-        # The pool is connected already.
-        stack.enter_context(mock.patch.object(train, "connected"))
-        stack.enter_context(mock.patch.object(train, "peak_flops", return_value=1e10))
-        if phase is not None and rank == WARNED_RANK:
+        if phase is not None and dist.get_rank() == WARNED_RANK:
             owner, name, number = PHASES[phase]
             function = getattr(owner, name)
 
@@ -53,14 +48,14 @@ def run(config: Config, phase: str | None) -> tuple[bool, int]:
 
             stack.enter_context(mock.patch.object(owner, name, signaled))
         stop = stack.enter_context(StopSignal(first=lambda number: None))
-        warned = train.train(config, Ranks(rank=rank, world_size=dist.get_world_size(), local_rank=rank), stop)
-        assert stop.warned == (phase is not None and rank == WARNED_RANK)
-    return warned, len(calls)
+        parts = run(config, stop=stop)
+        assert stop.preemption_warning == (phase is not None and dist.get_rank() == WARNED_RANK)
+    return parts.asks_requeue, len(calls)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("phase", "steps", "evaluations", "saved"),
+    ("phase", "done", "evaluations", "saved"),
     [
         ("connecting", None, None, []),
         ("building", None, None, []),
@@ -76,7 +71,7 @@ def test_a_signal_to_one_rank_stops_all(
     tmp_path: Path,
     ranks: Callable[[int], RankPool],
     phase: str,
-    steps: list[int] | None,
+    done: list[int] | None,
     evaluations: list[int] | None,
     saved: list[int],
 ) -> None:
@@ -86,19 +81,17 @@ def test_a_signal_to_one_rank_stops_all(
         checkpoint=CheckpointConfig(every_steps=3, keep=9),
         evaluate=EvaluateConfig(every_steps=2, sequences=2),
     )
-    answers = ranks(2).run(run, config, phase)
-    assert [warned for warned, _ in answers] == [True, True]
+    answers = ranks(2).run(train_with_signal, config, phase)
+    assert [asks_requeue for asks_requeue, _ in answers] == [True, True]
     assert answers[WARNED_RANK][1] > 0
     # It is locked, and so made, between the first two looks at the flag.
     assert (tmp_path / "run").exists() == (phase != "connecting")
     checkpoints = tmp_path / "run" / "checkpoints"
     assert [int(path.name[5:]) for path in sorted(checkpoints.glob("step_*"))] == saved
-    if steps is None:
+    if done is None:
         # Nothing is on record before it is known what was done.
         assert not (tmp_path / "run" / "metrics.jsonl").exists()
     else:
-        assert [record["step"] for record in records(tmp_path / "run") if "loss" in record] == steps
-        assert [record["step"] for record in records(tmp_path / "run") if "eval_loss" in record] == evaluations
-    assert ranks(2).run(run, config, None) == [(False, 0)] * 2
-    assert [record["step"] for record in records(tmp_path / "run") if "loss" in record] == [1, 2, 3, 4]
-    assert [record["step"] for record in records(tmp_path / "run") if "eval_loss" in record] == [2, 4]
+        assert (steps(tmp_path / "run", "loss"), steps(tmp_path / "run", "eval_loss")) == (done, evaluations)
+    assert ranks(2).run(train_with_signal, config, None) == [(False, 0)] * 2
+    assert (steps(tmp_path / "run", "loss"), steps(tmp_path / "run", "eval_loss")) == ([1, 2, 3, 4], [2, 4])

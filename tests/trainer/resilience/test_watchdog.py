@@ -16,20 +16,22 @@ import pytest
 import torch
 
 from farspan.parallel.mesh import ParallelConfig
-from farspan.parallel.ranks import Ranks, connected
+from farspan.parallel.ranks import Ranks
+from farspan.trainer.checkpoint.checkpointer import Checkpointer
+from farspan.trainer.data.shuffle import ShuffledSequences
+from farspan.trainer.evaluate import Validation
 from farspan.trainer.resilience import watchdog as module
 from farspan.trainer.resilience.signals import EXIT_HUNG, StopSignal
 from farspan.trainer.resilience.watchdog import Watchdog, WatchdogConfig
 from farspan.trainer.train import train
 from tests.support import tiny
 from tests.support.rank_pool import PRELOAD
-from tests.support.runs import built
 
 WAIT_S = 60
 
 
 def start(work: Callable[..., None], folder: Path, *arguments: object) -> Any:
-    """Start a process whose standard error goes to FOLDER/said_ARGUMENTS."""
+    """Start a process whose standard error goes to FOLDER/errors_ARGUMENTS."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([PRELOAD])
     process = context.Process(target=_with_own_errors, args=(work, folder, arguments), daemon=True)
@@ -38,7 +40,7 @@ def start(work: Callable[..., None], folder: Path, *arguments: object) -> Any:
 
 
 def _with_own_errors(work: Callable[..., None], folder: Path, arguments: tuple[object, ...]) -> None:
-    file = os.open(folder / f"said_{'_'.join(map(str, arguments))}", os.O_WRONLY | os.O_CREAT)
+    file = os.open(folder / f"errors_{'_'.join(map(str, arguments))}", os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 2)
     module.GRACE_S = 0.3
     work(folder, *arguments)
@@ -86,20 +88,20 @@ def test_a_phase_that_does_not_end_leaves_its_stacks(tmp_path: Path, how: str) -
     # The main thread's, and that of the watchdog itself.
     assert f"in {how}\n" in text
     assert "in _expire\n" in text
-    said = (tmp_path / f"said_{how}").read_text()
+    errors = (tmp_path / f"errors_{how}").read_text()
     what = "farspan: rank 3 hangs: step at step 12 did not end within watchdog.step_s=0.3; "
-    assert said == f"{what}stacks are in {written.parent}/.\n"
+    assert errors == f"{what}stacks are in {written.parent}/.\n"
 
 
 def test_code_that_keeps_python_from_running_is_ended_too(tmp_path: Path) -> None:
     assert exit_status(start(hang_in_a_step, tmp_path, "hold_the_lock")) == 1
-    assert "in hold_the_lock\n" in (tmp_path / "said_hold_the_lock").read_text()
+    assert "in hold_the_lock\n" in (tmp_path / "errors_hold_the_lock").read_text()
 
 
 def test_a_folder_that_cannot_be_written_does_not_keep_it_from_ending(tmp_path: Path) -> None:
     (tmp_path / "stacks").write_text("a file in the way")
     assert exit_status(start(hang_in_a_step, tmp_path, "busy")) == EXIT_HUNG
-    assert "in busy\n" in (tmp_path / "said_busy").read_text()
+    assert "in busy\n" in (tmp_path / "errors_busy").read_text()
 
 
 def go_on_for_long(folder: Path) -> None:
@@ -117,7 +119,7 @@ def go_on_for_long(folder: Path) -> None:
     time.sleep(0.7)
 
 
-def test_phases_that_end_in_time_and_those_without_a_limit_are_left_alone(tmp_path: Path) -> None:
+def test_phases_that_end_in_time_and_those_without_a_limit_are_not_ended(tmp_path: Path) -> None:
     assert exit_status(start(go_on_for_long, tmp_path)) == 0
     assert not (tmp_path / "stacks").exists()
 
@@ -145,24 +147,22 @@ def train_with_one_that_stops(folder: Path, rank: int, port: int, phase: str) ->
         watchdog=WatchdogConfig(**{f"{phase}_s": 2.0}),
         optimizer=replace(config.optimizer, warmup_steps=0),
     )
-    with connected(Ranks(rank=rank, world_size=2), torch.device("cpu")), built(config) as run:
-        run.load()
-        if rank == 1:
-            owner, name = {
-                "step": (run.data, "sequence"),
-                "evaluation": (run.validation, "measure"),
-                "save": (run.checkpoints, "start_saving"),
-            }[phase]
-            function, calls = getattr(owner, name), []
+    if rank == 1:
+        owner, name = {
+            "step": (ShuffledSequences, "sequence"),
+            "evaluation": (Validation, "measure"),
+            "save": (Checkpointer, "start_saving"),
+        }[phase]
+        function, calls = getattr(owner, name), []
 
-            def stopping(*arguments: object) -> object:
-                calls.append(1)
-                if phase != "step" or len(calls) == 3:
-                    os.kill(os.getpid(), signal.SIGSTOP)
-                return function(*arguments)
+        def stopping(*arguments: object) -> object:
+            calls.append(1)
+            if phase != "step" or len(calls) == 3:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return function(*arguments)
 
-            setattr(owner, name, stopping)
-        run.loop()
+        setattr(owner, name, stopping)
+    train(config, Ranks(rank=rank, world_size=2), StopSignal())
 
 
 def free_port() -> int:
@@ -187,4 +187,4 @@ def test_ranks_that_wait_for_one_that_is_stopped_end(tmp_path: Path, phase: str,
     stacks = tmp_path / "run" / "stacks"
     assert [path.name for path in stacks.iterdir()] == [f"{phase}_{step:08d}"]
     (written,) = (stacks / f"{phase}_{step:08d}").iterdir()
-    assert "in loop\n" in written.read_text()
+    assert "in train\n" in written.read_text()

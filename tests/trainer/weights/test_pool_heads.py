@@ -1,4 +1,4 @@
-"""KV heads made fewer: equal heads pool to what they are, different ones to their mean."""
+"""Pooling of KV heads: equal heads compute the same, different heads become their mean."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +13,8 @@ from farspan.trainer.config import AttentionConfig
 from farspan.trainer.model.config import HeadMixtureConfig
 from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.weights.io import StoredWeights
-from farspan.trainer.weights.locate import Decoder, find_trained
-from farspan.trainer.weights.pool_heads import pool_heads, pooled
+from farspan.trainer.weights.locate import Decoder, find_trained_model
+from farspan.trainer.weights.pool_heads import pool_heads, pool_rows
 from tests.support import hugging_face_models as ours
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -43,13 +43,13 @@ def with_equal_heads(decoder: Decoder, kv_heads: int) -> Transformer:
     ],
     ids=["plain", "norms and convolution", "experts with keys of their own"],
 )
-def test_equal_heads_compute_what_they_did(changes: dict[str, Any], kv_heads: int, tmp_path: Path) -> None:
+def test_equal_heads_compute_the_same(changes: dict[str, Any], kv_heads: int, tmp_path: Path) -> None:
     decoder = Decoder(model=replace(MHA, **changes))
     copies = 2 if "head_mixture" in changes else 1
     run = ours.save_run(with_equal_heads(decoder, copies * kv_heads), decoder, tmp_path / "run")
     fewer = pool_heads(run, kv_heads, tmp_path / "weights")
     assert fewer == Decoder(model=replace(decoder.model, kv_heads=kv_heads))
-    assert find_trained(tmp_path / "weights").decoder == fewer
+    assert find_trained_model(tmp_path / "weights").decoder == fewer
     before = ours.logits(decoder, run / "checkpoints" / "step_00000001")
     assert before.std() > 0.1
     assert (ours.logits(fewer, tmp_path / "weights") - before).abs().max() <= 2e-6
@@ -57,10 +57,10 @@ def test_equal_heads_compute_what_they_did(changes: dict[str, Any], kv_heads: in
 
 def test_different_heads_become_their_mean() -> None:
     heads = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 8.0], [7.0, 0.0]]).repeat_interleave(3, dim=0)  # 4 heads of 3
-    two, one = pooled(heads, group=2, head_dim=3), pooled(heads, group=4, head_dim=3)
+    two, one = pool_rows(heads, group=2, head_dim=3), pool_rows(heads, group=4, head_dim=3)
     assert two.tolist() == [[2.0, 3.0]] * 3 + [[6.0, 4.0]] * 3
     assert one.tolist() == [[4.0, 3.5]] * 3
-    assert pooled(heads.bfloat16(), group=2, head_dim=3).dtype == torch.bfloat16
+    assert pool_rows(heads.bfloat16(), group=2, head_dim=3).dtype == torch.bfloat16
 
 
 def test_all_else_is_kept(tmp_path: Path) -> None:
@@ -75,10 +75,12 @@ def test_all_else_is_kept(tmp_path: Path) -> None:
         after = StoredWeights(tmp_path / "weights").read(fewer.shapes())
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"blocks.1.attention.key.weight", "blocks.1.attention.value.weight"}
-    assert torch.equal(after["blocks.1.attention.key.weight"], pooled(before["blocks.1.attention.key.weight"], 2, 16))
+    assert torch.equal(
+        after["blocks.1.attention.key.weight"], pool_rows(before["blocks.1.attention.key.weight"], 2, 16)
+    )
 
 
-def test_what_cannot_be_pooled_is_refused(tmp_path: Path) -> None:
+def test_heads_that_do_not_divide_or_have_a_router_are_refused(tmp_path: Path) -> None:
     def refused(kv_heads: int, decoder: Decoder) -> str:
         folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         run = ours.save_run(ours.random_model(decoder), decoder, folder)
@@ -88,15 +90,11 @@ def test_what_cannot_be_pooled_is_refused(tmp_path: Path) -> None:
         return str(error.value)
 
     for kv_heads in (3, 4, 0, 8):
-        assert refused(kv_heads, Decoder(model=replace(MHA, layers=1))).endswith(
-            f"--kv-heads {kv_heads} makes no even groups of the model.kv_heads=4 of this model: take 1, 2."
-        )
-    assert refused(1, Decoder(model=replace(MHA, layers=1, kv_heads=1))).endswith(
-        "it has one already, which all queries share."
-    )
+        message = refused(kv_heads, Decoder(model=replace(MHA, layers=1)))
+        assert f"--kv-heads {kv_heads} " in message
+        assert "model.kv_heads=4 of this model: take 1, 2." in message
+    assert "single KV head" in refused(1, Decoder(model=replace(MHA, layers=1, kv_heads=1)))
     heads = HeadMixtureConfig(kind="heads", per_token=1)
-    assert "model.head_mixture.kind='heads' counts heads" in refused(
-        1, Decoder(model=replace(ours.MODEL, head_mixture=heads))
-    )
+    assert "model.head_mixture.kind='heads'" in refused(1, Decoder(model=replace(ours.MODEL, head_mixture=heads)))
     mosa = Decoder(model=ours.MODEL, attention=AttentionConfig(mechanism="mosa"))
     assert "attention.mechanism has MoSA(" in refused(1, mosa)

@@ -17,74 +17,18 @@
 #SBATCH --requeue
 #SBATCH --dependency=singleton
 
-# Made by `farspan launch slurm`; sbatch takes this file by hand too. Jobs of one run have one name and, being
-# singletons, wait for each other: submit it several times to go on after the time limit.
-#
-# It has three parts. `job` runs once, on the first node, and starts a `task` for each rank.
-# A task starts its ranks, each of them as a `rank`.
-set -euo pipefail
-
-# What runs is the code and the configuration of when the job was submitted.
+# Made by `farspan launch slurm`; it can also be submitted by hand. Jobs of one run share a name and, as singletons,
+# wait for each other: submit the script several times to continue after the time limit.
 submitted=/scratch/runs/long/submitted/001
-config=$submitted/config.toml
 run=/scratch/runs/long
-job=$SLURM_JOB_ID
-restarts=${SLURM_RESTART_COUNT:-0}
-logs=$run/logs/$job/$restarts
+is_array=false
+task_per_rank=true
+num_nodes=2
+ranks_per_node=8
+threads_per_rank=6
+host_python=/home/me/farspan/.venv/bin/python
 python=python3
-
-# Before the ranks start: whether the job was started too often or fails in a row. After their end: what failed and
-# where, and whether the job is queued again, and without which nodes.
-requeue() {
-    /home/me/farspan/.venv/bin/python -m farspan.launch.slurm.requeue "$@" \
-        --run="$run" --job="$job" --restarts="$restarts" --script="$submitted/job.sh" \
-        --requeues=3 --max-failures=3 --exclude-hours=24 --max-excluded=8
-}
-
-case ${1:-job} in
-job)
-    mkdir -p "$logs/ended"
-    scontrol show hostnames "$SLURM_JOB_NODELIST" >"$logs/nodes"
-    export OMP_NUM_THREADS=6 PYTHONUNBUFFERED=1
-    # Without the second, Python would prefer code that lies in the current folder.
-    export PYTHONPATH=$submitted/code PYTHONSAFEPATH=1
-    set +u
-    module load cuda
-    set -u
-    export NCCL_SOCKET_IFNAME=ib0
-    export TEXT='it'"'"'s'
-    requeue before || exit
-    # srun does not take this over from sbatch.
-    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
-    # Ranks meet on the first node, at a port that other jobs there do not have.
-    read -r MASTER_ADDR <"$logs/nodes"
-    export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
-    # SLURM sends SIGTERM to every process when it ends the job: ranks save, and this shell waits for them.
-    told=
-    trap 'told=--told' TERM
-    status=0
-    srun --kill-on-bad-exit=1 '--container-image=my image.sqsh' nice -n 5 bash "$submitted/job.sh" task || status=$?
-    # To queue the job again ends this shell.
-    trap '' TERM
-    requeue after --status="$status" $told
-    ;;
-task)
-    # SLURM's warning reaches every process: the ranks act on it, and nothing else may die of it.
-    trap '' USR1
-    trap : TERM
-    status=0
-    export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
-    bash "$submitted/job.sh" rank || status=$?
-    echo "$SLURMD_NODENAME $HOSTNAME $status" >"$logs/ended/$SLURM_PROCID"
-    # Ranks that saved after a warning: to srun that would be a failure, for which it kills those of other nodes.
-    [ "$status" != 75 ] || status=0
-    exit "$status"
-    ;;
-rank)
-    # Ranks catch signals themselves; what writes their logs ends when they do.
-    trap '' INT TERM
-    # Output goes to a file of the rank and, with the rank before each line, into the log of the job.
-    "$python" -m farspan.launch.cli train "$config" 2>&1 |
-        tee -a "$logs/rank_$RANK.log" | sed -u "s/^/$RANK: /"
-    ;;
-esac
+srun=(srun --kill-on-bad-exit=1 '--container-image=my image.sqsh' nice -n 5)
+requeue_limits=(--requeues=3 --max-failures=3 --exclude-hours=24 --max-excluded=8)
+exit_warned=75
+warning_signal=USR1

@@ -1,0 +1,163 @@
+"""KV lifetime: each KV head evicts keys; by its routing it gives every key a type, and so the last query that sees it.
+
+All owners of rows learn the types of all tokens, one byte per token and KV head, and so evict the same keys. Routing
+learns from what the types did to the output (`kernels/lifetimes/gradient.py`): from every causal pair, those hidden by
+the eviction too, so that the forward pass also needs the log-sum-exp of all causal scores.
+"""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from farspan.kernels.attention import attention_forward
+from farspan.kernels.kinds.masked import Masked
+from farspan.kernels.lifetimes.gradient import SUMS, pair_sums, straight_through, type_gradient
+from farspan.kernels.lifetimes.lifetimes import Lifetimes, Line, chosen_types
+from farspan.kernels.masks.attention_mask import AttentionMask
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.mechanism import Access, generator_of_samples
+from farspan.kernels.merge import accumulation_dtype
+from farspan.kernels.planner import AttentionPlanner, Heads, KeyRouting, RoutedKeys, Routing, RoutingGradient, Sizes
+from farspan.kernels.planning.plan import Plan
+
+
+class KVLifetime(Masked):
+    """Routing has three logits per token and KV head, of the types global, local and sliding.
+
+    The highest wins, the first of equals. `temperature` divides them in the softmax that stands for the choice in the
+    backward pass.
+    """
+
+    temperature: float
+
+    @property
+    def routing_width(self) -> int:
+        return 3
+
+    @property
+    def accesses(self) -> frozenset[Access]:
+        return frozenset({Access.LIFETIMES})
+
+    @property
+    def static_mask(self) -> AttentionMask | None:
+        return None
+
+    @abstractmethod
+    def lifetimes(self, types: Tensor, global_rows: Rows) -> Lifetimes:
+        """Return the lifetimes of a full sequence by the types of its tokens, int8 `[tokens, Hk]`."""
+
+    @abstractmethod
+    def penalties(self, lifetimes: Lifetimes, global_rows: Rows) -> Tensor:
+        """Return what is added to the gradient of the one-hot types to evict keys early, float64 `[tokens, Hk, 3]`."""
+
+    def attention_mask(self) -> AttentionMask:
+        return AttentionMask(causal=True)
+
+    def key_routing(self, planner: AttentionPlanner) -> KeyRouting:
+        return LifetimeRouting(self, planner)
+
+    def unmasked_pairs(self, queries: Rows, keys: Rows) -> int:
+        """The pairs of a router that has learned nothing."""
+        routing = torch.randn(len(keys), 1, self.routing_width, generator=generator_of_samples())
+        return self.lifetimes(chosen_types(routing), keys).pairs(queries, keys)
+
+    def route(self, global_rows: Rows, heads: Heads, q: Tensor, k: Tensor, *routing: Tensor) -> Routing:
+        return TypeRouting(chosen_types(*routing))
+
+
+class TypeRouting(Routing):
+    """The types of all tokens, int8 `[tokens, Hk]`; strategies move keys whatever their types."""
+
+    def __init__(self, types: Tensor) -> None:
+        self.types = types
+
+    def tensors(self) -> list[Tensor]:
+        return [self.types]
+
+
+class LifetimeRouting(KeyRouting):
+    """Evicts keys of one sequence."""
+
+    def __init__(self, mechanism: KVLifetime, planner: AttentionPlanner) -> None:
+        self.mechanism, self.planner = mechanism, planner
+        self.routing_width = mechanism.routing_width
+
+    def all_reduced(self, sizes: Sizes) -> tuple[int, int]:
+        """Types forward, sums over pairs backward."""
+        numbers = len(self.planner.global_rows) * self.planner.share.local_heads.kv
+        return numbers * torch.int8.itemsize, numbers * SUMS * sizes.accumulation_bytes
+
+    def route(self, q: Tensor, k: Tensor, *routing: Tensor) -> "ActiveKeys":
+        types = self.planner.all_rows(chosen_types(*routing), kind="types")  # int8 [tokens, Hk]
+        return ActiveKeys(self, self.mechanism.lifetimes(types, self.planner.global_rows))
+
+    def gradient(self, sums: Tensor, routing: Tensor, lifetimes: Lifetimes) -> Tensor:
+        """Return the gradient of routing `[T, Hk, 3]` by this owner's part of the sums, `[tokens, Hk, SUMS]`."""
+        planner = self.planner
+        gradient = type_gradient(planner.all_reduce_sum(sums, kind="types"), lifetimes, planner.global_rows)
+        # A KV head whose query heads are sharded has this gradient summed over their owners, each with its share of 1.
+        group = planner.share.all_heads.query // planner.share.all_heads.kv
+        share = min(len(planner.share.head_range), group) / group
+        gradient += share * self.mechanism.penalties(lifetimes, planner.global_rows).to(gradient.device)
+        # The ends of documents are global whatever their routing: they learn nothing.
+        line, tokens = Line.of(planner.global_rows), planner.tokens.to(gradient.device)
+        gradient.masked_fill_(line.back(line.forced)[:, None, None].to(gradient.device), 0.0)
+        # [tokens, Hk, 3] -> [T, Hk, 3]
+        local = gradient.new_zeros(routing.shape)
+        local[tokens >= 0] = gradient[tokens[tokens >= 0]]
+        return straight_through(local, routing, self.mechanism.temperature)
+
+
+class ActiveKeys(RoutedKeys):
+    """The keys that a query sees are those whose lifetime has not ended."""
+
+    def __init__(self, of: LifetimeRouting, lifetimes: Lifetimes) -> None:
+        self.of, self.lifetimes = of, lifetimes
+
+    def narrow(self, plan: Plan, tokens: Tensor) -> Plan:
+        return plan.with_lifetimes(self.lifetimes.take(tokens).last)
+
+    def start(self, q: Tensor, *routing: Tensor) -> "TypeGradient":
+        # The log-sum-exp [T, Hq] of no key yet.
+        causal_lse = torch.full(q.shape[:2], float("-inf"), dtype=accumulation_dtype(q.dtype), device=q.device)
+        return TypeGradient(self.of, self.lifetimes, routing[0], causal_lse)
+
+    def resume(self, *saved: Tensor) -> "TypeGradient":
+        return TypeGradient(self.of, self.lifetimes, *saved)
+
+
+class TypeGradient(RoutingGradient):
+    """routing: `[T, Hk, 3]` of the local rows. causal_lse: of the causal keys observed so far, `[T, Hq]`."""
+
+    def __init__(self, of: LifetimeRouting, lifetimes: Lifetimes, routing: Tensor, causal_lse: Tensor) -> None:
+        self.of, self.lifetimes, self.routing, self.causal_lse = of, lifetimes, routing, causal_lse
+        self.sums: Tensor | None = None
+
+    @property
+    def saved(self) -> tuple[Tensor, ...]:
+        return self.routing, self.causal_lse
+
+    def observe(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
+        # Only the log-sum-exp is of use: there is no cheaper kernel for it.
+        part = attention_forward(q, k, v, plan, backend=self.of.planner.backend)[1]
+        self.causal_lse = torch.logaddexp(self.causal_lse, part)
+
+    def add(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, plan: Plan, tokens: Tensor) -> None:
+        of_keys = self.lifetimes.take(tokens)
+        found = pair_sums(dout, q, k, v, out, self.causal_lse, plan=plan, lifetimes=of_keys)
+        sums = self._sums()
+        # Sums over the keys of a query belong to the query's token, those over the queries of a key to the key's.
+        for rows, part in zip((self.of.planner.tokens, tokens), found, strict=True):
+            rows = rows.to(sums.device)
+            sums.index_add_(0, rows[rows >= 0], part[rows >= 0])
+
+    def gradients(self) -> tuple[Tensor, ...]:
+        return (self.of.gradient(self._sums(), self.routing, self.lifetimes),)
+
+    def _sums(self) -> Tensor:
+        """The sums over pairs, `[tokens, Hk, SUMS]`; made in the backward pass only."""
+        if self.sums is None:
+            tokens, kv_heads = len(self.of.planner.global_rows), self.routing.shape[1]
+            self.sums = self.routing.new_zeros(tokens, kv_heads, SUMS)
+        return self.sums

@@ -1,0 +1,215 @@
+"""Routed: queries attend to blocks of keys that they select, by content or by a pattern, among those of a mask."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from farspan.kernels.kinds.masked import Masked
+from farspan.kernels.masks.attention_mask import AttentionMask
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.masks.selection import BlockExtent, BlockPartition, BlockSelection
+from farspan.kernels.mechanism import Access, generator_of_samples
+from farspan.kernels.planner import (
+    AllReduceSum,
+    AttentionPlanner,
+    Heads,
+    HeadShare,
+    KeyRouting,
+    RoutedKeys,
+    Routing,
+    Sizes,
+    identity,
+)
+from farspan.kernels.planning.gathered_batches import count_pairs
+from farspan.kernels.planning.plan import Plan
+
+SAMPLE_HEAD_DIM = 16
+"""Of the normal queries and keys that stand for real ones: blocks win by chance, whatever the width."""
+
+
+class Routed(Masked):
+    """Rows may be sharded over several owners, in any order. Each calls `select` with the rows that it has.
+
+    Scores are made of sums over the owners, so that all select the same however rows are sharded.
+    """
+
+    @property
+    def accesses(self) -> frozenset[Access]:
+        return frozenset({Access.BLOCKS})
+
+    @property
+    def static_mask(self) -> AttentionMask | None:
+        return None
+
+    @abstractmethod
+    def key_blocks(self, global_rows: Rows) -> BlockPartition:
+        """Return the blocks of keys of a full sequence."""
+
+    def query_blocks(self, global_rows: Rows) -> BlockPartition | None:
+        """Return the blocks of queries that select together, or None where every query selects for itself."""
+        return None
+
+    @abstractmethod
+    def select(self, q: Tensor, k: Tensor, local_shard: "LocalShard") -> BlockSelection:
+        """Select blocks for the local queries q `[T, Hq, D]` among all keys, of which k `[T, Hk, D]` are local.
+
+        The selection is not differentiable: gradients flow through the selected blocks.
+        """
+
+    def all_reduce_bytes(self, global_rows: Rows, heads: Heads, head_dim: int) -> int:
+        """Return the bytes of the tensors that `select` sums over all owners of rows; none for a pattern."""
+        return 0
+
+    def key_routing(self, planner: AttentionPlanner) -> KeyRouting:
+        return _BlockRouting(
+            LocalShard(
+                mechanism=self,
+                rows=planner.local_rows,
+                global_rows=planner.global_rows,
+                share=planner.share,
+                all_reduce_sum=lambda x: planner.all_reduce_sum(x, kind="choice"),
+            )
+        )
+
+    def unmasked_pairs(self, queries: Rows, keys: Rows) -> int:
+        """The pairs of the selection for normal queries and keys."""
+        generator = generator_of_samples()
+        q, k = (torch.randn(len(rows), 1, SAMPLE_HEAD_DIM, generator=generator) for rows in (queries, keys))
+        selection = self.select(q, k, self._unsharded(queries, keys, Heads(query=1, kv=1)))
+        plan = Plan.build(queries, keys, self.attention_mask(), heads=1, selection=selection)
+        return count_pairs(plan, kv_heads=1)
+
+    def route(self, global_rows: Rows, heads: Heads, q: Tensor, k: Tensor, *routing: Tensor) -> "SelectedBlocks":
+        return SelectedBlocks(self.select(q, k, self._unsharded(global_rows, global_rows, heads)))
+
+    def sample_routing(self, global_rows: Rows, heads: Heads, *, max_queries: int | None = None) -> "SelectedBlocks":
+        generator, tokens = generator_of_samples(), len(global_rows)
+        # Few queries select among all blocks: long sequences would take as long as the attention itself.
+        one_in = -(-tokens // max_queries) if max_queries else 1
+        index = torch.arange(0, tokens, one_in)
+        q, k = (torch.randn(len(index), n, SAMPLE_HEAD_DIM, generator=generator) for n in (heads.query, heads.kv))
+        selection = self.select(q, k, self._unsharded(global_rows.take(index), global_rows, heads))
+        if one_in == 1:
+            return SelectedBlocks(selection)
+        # The sampled queries are rows 0, 1, ... of the selection; the others have no query block.
+        nth = torch.full((tokens,), -1)
+        nth[index] = torch.arange(len(index))
+        return SelectedBlocks(selection.of_queries(nth), one_in)
+
+    def _unsharded(self, rows: Rows, global_rows: Rows, heads: Heads) -> "LocalShard":
+        """Return these rows, with all heads, as those of a single owner."""
+        return LocalShard(
+            mechanism=self, rows=rows, global_rows=global_rows, share=HeadShare.all(heads), all_reduce_sum=identity
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SelectedBlocks(Routing):
+    """one_in: one in so many queries of the sequence has selected and stands for all; others have no query block."""
+
+    selection: BlockSelection
+    one_in: int = 1
+
+    def tensors(self) -> list[Tensor]:
+        return [self.selection.offsets, self.selection.key_blocks]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LocalShard:
+    """The local rows and heads of a sequence that may be sharded over several owners.
+
+    rows: of the local tensors, in their order. global_rows: the full sequence, known to all. share: the heads of the
+    local tensors. all_reduce_sum: over the owners of the other rows of these heads.
+    """
+
+    mechanism: Routed
+    rows: Rows
+    global_rows: Rows
+    share: HeadShare
+    all_reduce_sum: AllReduceSum
+
+    @cached_property
+    def key_blocks(self) -> BlockPartition:
+        """The blocks of keys of the full sequence."""
+        return self.mechanism.key_blocks(self.global_rows)
+
+    @cached_property
+    def query_blocks(self) -> BlockPartition:
+        """The query blocks of the full sequence; every position is one where every query selects for itself."""
+        query_blocks = self.mechanism.query_blocks(self.global_rows)
+        return BlockPartition.blocks(self.global_rows, 1) if query_blocks is None else query_blocks
+
+    @cached_property
+    def key_block_of_row(self) -> Tensor:
+        """The key block of each local row, int64 `[rows]`; -1 for padding."""
+        return self.key_blocks.of(self.rows)
+
+    @cached_property
+    def local_query_blocks(self) -> tuple[Tensor, Tensor]:
+        """The query blocks with local rows, ascending, int64 `[blocks]`; and where each row's is among them, or -1."""
+        # A -1 in front makes sure that padding is the first of the unique blocks, to be dropped.
+        block = self.query_blocks.of(self.rows)
+        local, nth = torch.cat((block.new_full((1,), -1), block)).unique(return_inverse=True)
+        return local[1:], nth[1:] - 1
+
+    @cached_property
+    def query_block_extent(self) -> BlockExtent:
+        """Where the query blocks lie in their documents."""
+        return BlockExtent.of(self.query_blocks, self.global_rows)
+
+    @cached_property
+    def key_block_extent(self) -> BlockExtent:
+        """Where the key blocks lie in their documents."""
+        return BlockExtent.of(self.key_blocks, self.global_rows)
+
+    @property
+    def kv_heads(self) -> range:
+        return self.share.kv_heads
+
+    def key_means(self, k: Tensor) -> Tensor:
+        """Return the mean of the keys of each key block of the sequence, float32 `[blocks, Hk, D]`."""
+        return self._means(k, self.key_blocks)
+
+    def query_means(self, q: Tensor) -> Tensor:
+        """Return the mean of the queries of each query block with local rows, float32 `[blocks, Hq, D]`."""
+        # All owners sum the means of all query blocks; each needs those of its own rows.
+        return self._means(q, self.query_blocks)[self.local_query_blocks[0].to(q.device)]
+
+    def _means(self, x: Tensor, partition: BlockPartition) -> Tensor:
+        # Sums are float64, so that the mean rounds to the same float32 however the rows are sharded.
+        counts = partition.sizes.to(x.device).view(-1, *[1] * (x.dim() - 1))  # [blocks] -> [blocks, 1, 1]
+        return (self.all_reduce_sum(partition.sums(x, self.rows)) / counts).float()
+
+
+class _BlockRouting(KeyRouting):
+    selects_blocks = True
+
+    def __init__(self, local_shard: LocalShard) -> None:
+        self.local_shard = local_shard
+
+    @property
+    def blocks(self) -> BlockPartition:
+        return self.local_shard.key_blocks
+
+    def all_reduced(self, sizes: Sizes) -> tuple[int, int]:
+        # Nothing is summed backward: the selection has no gradient.
+        shard = self.local_shard
+        return shard.mechanism.all_reduce_bytes(shard.global_rows, shard.share.local_heads, sizes.head_dim), 0
+
+    def route(self, q: Tensor, k: Tensor, *routing: Tensor) -> RoutedKeys:
+        return _SelectedKeys(self.local_shard.mechanism.select(q, k, self.local_shard))
+
+
+class _SelectedKeys(RoutedKeys):
+    def __init__(self, selection: BlockSelection) -> None:
+        self._selection = selection
+
+    @property
+    def selection(self) -> BlockSelection:
+        return self._selection
+
+    def narrow(self, plan: Plan, tokens: Tensor) -> Plan:
+        return plan.with_selection(self._selection)

@@ -1,0 +1,48 @@
+"""`farspan train`: one rank, alone or under torchrun."""
+
+import argparse
+import logging
+import sys
+
+from farspan.errors import ConfigError, FarspanError
+from farspan.launch.commands.arguments import Subparsers, add_config_arguments, print_dry_run
+from farspan.launch.env import read_ranks
+from farspan.trainer.resilience.signals import EXIT_UNFIT, EXIT_USER_ERROR, EXIT_WARNED, StopSignal, announce
+
+log = logging.getLogger("farspan")
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser("train", help="train in this process, or as one rank under torchrun")
+    add_config_arguments(parser)
+    parser.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: the number of ranks to assume")
+    parser.set_defaults(command=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.ranks is not None and not options.dry_run:
+        raise ConfigError(
+            f"--ranks {options.ranks} goes with --dry-run; torchrun or 'farspan launch' starts real ranks."
+        )
+    if options.dry_run:
+        print_dry_run(options, 1 if options.ranks is None else options.ranks, flag="--ranks")
+        return 0
+    ranks = read_ranks()
+    log.setLevel(logging.INFO if ranks.rank == 0 else logging.WARNING)
+    # Under 'launch local' the launcher announces the stop, once for all ranks.
+    first = announce if ranks.world_size == 1 else lambda number: None
+    with StopSignal(first=first) as stop:
+        # The handlers come before these imports, which take seconds: a signal in the meantime is not lost.
+        from farspan.trainer.config import Config
+        from farspan.trainer.resilience.preflight import BadNodeError
+        from farspan.trainer.toml_config import load_config
+        from farspan.trainer.train import train
+
+        try:
+            wants_requeue = train(load_config(Config, options.config, options.overrides), ranks, stop)
+        except FarspanError as error:
+            # `train` raises the same error on all ranks.
+            if ranks.rank == 0:
+                print(f"farspan: {error}", file=sys.stderr)
+            return EXIT_UNFIT if isinstance(error, BadNodeError) else EXIT_USER_ERROR
+    return EXIT_WARNED if wants_requeue else 0

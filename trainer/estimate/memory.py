@@ -1,0 +1,115 @@
+"""Memory of one rank at the peak of a step, estimated before anything is allocated.
+
+Counts tensors, not what torch and its allocator take besides.
+"""
+
+from dataclasses import dataclass
+
+from farspan.kernels.layers.cross_entropy import chunk_tokens
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.mechanism import Mechanism
+from farspan.kernels.merge import accumulation_dtype
+from farspan.kernels.planner import Sizes
+from farspan.parallel.mesh import Degrees
+from farspan.trainer.config import Config
+from farspan.trainer.model.flops import total_parameters
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Estimated bytes on one rank."""
+
+    states: int
+    """Master parameters, gradients and the two moments of AdamW, sharded."""
+    gathered: int
+    """Full parameters outside the blocks and of two blocks, one in use and one prefetched, with only the local experts;
+    gradients of the head and of one block, and a copy of the latter in the dtype of the reduction."""
+    activations: int
+    """Of all blocks, see `block_activations`; with recompute: the inputs of all blocks, and one block's activations."""
+    working: int
+    """The larger of two that are not in memory together. Loss: a chunk of logits, the gradient of the hidden states
+    and, for a 16-bit head, its float32 gradient. Backward of a block: gradients inside SwiGLU (three of the inner size,
+    one of the width) or of attention (out, q, k, v, accumulated)."""
+
+    @property
+    def total(self) -> int:
+        return self.states + self.gathered + self.activations + self.working
+
+    def __str__(self) -> str:
+        parts = {
+            "parameters, gradients and optimizer": self.states,
+            "gathered": self.gathered,
+            "activations": self.activations,
+            "working": self.working,
+        }
+        return " + ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+
+
+def estimate_memory(config: Config, degrees: Degrees) -> Memory:
+    model, compute = config.model, config.train.torch_dtype
+    item, master = compute.itemsize, accumulation_dtype(compute).itemsize
+    parameters, head = total_parameters(model, config.mechanisms()), model.width * model.vocabulary_size
+    outside = head * (1 if model.tied_embeddings else 2)
+    experts = 3 * model.width * model.experts.count * model.experts.feed_forward if any(model.expert_layers) else 0
+    # The largest kind of block: one with experts, if there is any.
+    block = (parameters - outside - sum(model.expert_layers) * experts) // model.layers + experts // degrees.expert
+    tokens, heads = tokens_local(config, degrees), [model.heads_of(mechanism) for mechanism in config.mechanisms()]
+    query, kv = (max(numbers) * model.head_dim for numbers in zip(*((h.query, h.kv) for h in heads), strict=True))
+    layers = zip(config.mechanisms(), model.expert_layers, strict=True)
+    by_block = [block_activations(config, *layer, tokens=tokens) for layer in layers]
+    inputs = tokens * model.width * item
+    saved = model.layers * inputs + max(by_block) if config.train.recompute == "block" else sum(by_block)
+    logits = min(chunk_tokens(model.vocabulary_size, compute), tokens) * model.vocabulary_size * master
+    loss = logits + inputs + (head * master if item < master else 0)
+    inner = max(model.feed_forward, model.experts.per_token * model.experts.feed_forward if experts else 0)
+    swiglu = tokens * (3 * inner + model.width) * item
+    attention = tokens * (2 * query * item + (query + 2 * kv) * master)
+    return Memory(
+        states=4 * master * parameters // degrees.shard,
+        gathered=(outside + 2 * block + head + block) * item + block * master,
+        # Outside the blocks: the last residual stream and its norm.
+        activations=saved + 2 * inputs,
+        working=max(loss, swiglu, attention),
+    )
+
+
+def block_activations(config: Config, mechanism: Mechanism, has_experts: bool, *, tokens: int) -> int:
+    """Return the bytes that a block with this mechanism saves for its backward pass, for `tokens` local tokens.
+
+    Per token: the residual stream before both norms, and the norms of it (on CPU also the normalized input of each);
+    rotated q and k, v, out and a float32 lse, with qk_norm also q and k before it; gate, silu(gate), up, their product.
+    Token choice: out of all tokens; q, k, v, out, lse and routing logits of the chosen tokens.
+    Key convolution: its input. Routing decisions of a routed mechanism are not counted.
+    Gated recurrence: q, k, v before and after SiLU, out, its norm, the gate, the product of these two.
+    Experts: rows sent and received, at even loads, scores of all experts, the inside of the shared one.
+    Head mixture: gated out as well.
+    """
+    model, compute, gated = config.model, config.train.torch_dtype, config.model.is_gated(mechanism)
+    heads, wide, norms = model.heads_of(mechanism), accumulation_dtype(compute), 1 if model.parallel_blocks else 2
+    query, kv = heads.query * model.head_dim, heads.kv * model.head_dim
+    normed = norms * model.width
+    if gated or model.qk_norm:
+        normed += query if gated else query + kv
+    feed_forward = 4 * model.feed_forward
+    if has_experts:
+        feed_forward = 4 * model.experts.shared + 2 * model.experts.per_token * model.width
+        feed_forward += 3 * model.experts.count * wide.itemsize // compute.itemsize
+    elements = norms * model.width + normed + feed_forward
+    elements += query if model.mixes_heads(mechanism) else 0
+    if config.train.device == "cpu":
+        elements += normed
+    if model.key_convolution and not gated:
+        elements += kv
+    if gated:
+        attention = (2 * 3 + 3) * query * compute.itemsize
+    else:
+        sizes, rows = Sizes.of(compute, model.head_dim, model.head_dim), Rows.packed([config.data.sequence_tokens])
+        attention = mechanism.saved_bytes(heads, sizes, rows)
+    return tokens * (elements * compute.itemsize + attention)
+
+
+def tokens_local(config: Config, degrees: Degrees) -> int:
+    """Return the local tokens of a sequence, padding included."""
+    return -(-config.data.sequence_tokens // degrees.context)

@@ -1,0 +1,38 @@
+"""Keys, values and folders that were renamed: an old name is refused in one sentence that gives the new one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+KEYS = {
+    "skip.most": "skip.max_consecutive_skips",
+    "skip.sigma": "skip.spike_sigma",
+    "parallel.rounded_gradients": 'parallel.grad_comm_dtype ("compute" for true, "accumulation" for false)',
+    "model.experts.normalised": "model.experts.normalized",
+    "model.head_mixture.normalised": "model.head_mixture.normalized",
+    "attention.options.neighbourhood": "attention.options.neighborhood",
+}
+VALUES = {"attention.mechanism": {"neighbourhood": "neighborhood"}, "attention.backend": {"library": "cuda"}}
+"""By key; of a pattern of layers, the names in it."""
+RENAMED_SPLITS = {"held_out": "validation"}
+"""Folders of prepared data."""
+
+
+def renamed_key(key: str) -> str | None:
+    """Return the sentence that refuses an old key, None for all others."""
+    return f"{key} was renamed to {KEYS[key]}." if key in KEYS else None
+
+
+def renamed_value(key: str, value: Any) -> str | None:
+    """Return the sentence that refuses an old value of a key, None for all others."""
+    if key in VALUES and isinstance(value, str):
+        # A pattern such as 'neighborhood*3, dense'; most values are a single name.
+        names = [part.partition("*")[0].strip() for part in value.split(",")]
+        for old in names:
+            if old in VALUES[key]:
+                return f"{key}={value!r}: {old!r} was renamed to {VALUES[key][old]!r}."
+    return None
+
+
+def current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of an earlier version, by dotted name, under the names of today."""
+    return {KEYS.get(key, key): value for key, value in settings.items()}

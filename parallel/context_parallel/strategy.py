@@ -30,6 +30,7 @@ from farspan.kernels.planner import (
     Sizes,
     no_routing,
 )
+from farspan.kernels.ragged import expand
 from farspan.parallel.comm import Channel, GradCommDtype
 from farspan.parallel.layout import Shards
 from farspan.registry import Registry
@@ -313,9 +314,9 @@ def shard_with_tokens(rows: Rows, token: Tensor, shards: Shards) -> Shards:
     # At least one row, of padding if need be: transfers are not empty.
     index = torch.full((shards.degree, max(int(counts.max()), 1)), -1)
     order = owner.argsort(stable=True)
-    # The number of each row among those of its owner.
-    nth = torch.arange(len(order)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    index[owner[order], nth] = order
+    # Rows by owner, and the number of each among those of its owner.
+    rank, nth = expand(counts)
+    index[rank, nth] = order
     return Shards(rows=rows, index=index)
 
 

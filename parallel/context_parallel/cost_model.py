@@ -134,7 +134,7 @@ def predict(strategy: str, job: Job, machine: Machine) -> Cost:
     """Return the cost of a strategy; raises ConfigError where it does not support the job."""
     degree, cls = job.shards.degree, STRATEGIES.get(strategy)
     planned = []
-    for rank in _planned_ranks(degree):
+    for rank in torch.linspace(0, degree - 1, min(degree, MAX_RANKS)).round().long().tolist():
         channel = Unconnected(rank, degree, inner_size=job.inner_size)
         planner = cls(channel, grad_comm_dtype=job.grad_comm_dtype)
         planned.append(planner.prepare(job.mechanism, job.shards, job.heads, backend="reference"))
@@ -160,7 +160,7 @@ def compare(layers: Sequence[tuple[Job, int]], machine: Machine) -> tuple[dict[s
     """
     costs, refusals = {}, {}
     for name in STRATEGIES:
-        names = [_strategy_of_layer(name, job) for job, _ in layers]
+        names = [strategy_for(name, job.mechanism, job.heads, job.shards.degree, job.inner_size) for job, _ in layers]
         if name not in names:
             # Only fallbacks would run: report why it supports no layer.
             names = [name] * len(layers)
@@ -173,10 +173,6 @@ def compare(layers: Sequence[tuple[Job, int]], machine: Machine) -> tuple[dict[s
     fastest = min((cost.seconds for cost in costs.values()), default=0.0)
     best = sorted(costs, key=lambda name: (max(costs[name].seconds, 1.02 * fastest), costs[name].working_bytes))
     return {name: costs[name] for name in best}, refusals
-
-
-def _strategy_of_layer(name: str, job: Job) -> str:
-    return strategy_for(name, job.mechanism, job.heads, job.shards.degree, job.inner_size)
 
 
 def _times(moves: Sequence[Move], context: Channel, machine: Machine, flops: float) -> dict[str, float]:
@@ -201,7 +197,3 @@ def _share_of_work(attention: DistributedAttention, work: Tensor, heads: int) ->
     """Return this rank's share of all work; work: of each token, the same for all of its `heads`."""
     tokens = attention.queries.tokens
     return float(work[tokens[tokens >= 0]].sum() / work.sum().clamp(min=1)) * attention.queries.heads / heads
-
-
-def _planned_ranks(degree: int) -> Sequence[int]:
-    return torch.linspace(0, degree - 1, min(degree, MAX_RANKS)).round().long().tolist()

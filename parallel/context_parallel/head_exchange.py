@@ -101,11 +101,9 @@ class HeadParallelAttention(DistributedAttention):
         packed = tensors[0].new_empty(self.head_axis.size, self.tokens_local, sum(shape.numel() for shape in shapes))
         for view, x in zip(_split_heads(packed, shapes), tensors, strict=True):
             view.copy_(x.transpose(0, 1))  # [T, P, H/P, D] -> [P, T, H/P, D]
-        received = self.head_axis.all_to_all(packed, kind=f"{self.planner.strategy.name}_{kind}").flatten(
-            0, 1
-        )  # [P, T, …] -> [P * T, …]
+        received = self.head_axis.all_to_all(packed, kind=f"{self.planner.strategy.name}_{kind}")
         del packed
-        return _split_heads(self.permutation.apply(received), shapes)
+        return _split_heads(self.permutation.apply(received.flatten(0, 1)), shapes)  # [P, T, …] -> [P * T, …]
 
     def _scatter_tokens(self, tensors: list[Tensor], *, kind: str) -> list[Tensor]:
         """From all tokens of this rank's heads `[P * T, H/P, D]` to its tokens of all heads `[T, P, H/P, D]`.

@@ -23,13 +23,7 @@ from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.planner import RoutingSource, Sizes
 from farspan.parallel.comm import Transfer
-from farspan.parallel.context_parallel.moving_kv import (
-    Gradients,
-    GradReturn,
-    KVExchange,
-    KVMovingStrategy,
-    KVSchedule,
-)
+from farspan.parallel.context_parallel.moving_kv import Gradients, GradReturn, KVExchange, KVMovingStrategy, KVSchedule
 from farspan.parallel.context_parallel.required_keys import required_keys
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Move, ShardedPlanner
 

@@ -17,8 +17,8 @@ o groups and i members before it. Example: 4 ranks, two node groups of 2; each c
     2            2       3       0       1      chunks of step 0 from the other group, over two steps of attention
     3            3       2       1       0      from the neighbor
 
-Backward, chunks make the same trip again. Sums are float32 (float64 for float64 inputs), in transfers too. The gradient
-of chunk 0 is found on ranks 0, 1, 2, 3 in turn:
+Backward, chunks make the same trip again. Sums are float32 (float64 for float64 inputs). The gradient of chunk 0 is
+found on ranks 0, 1, 2, 3 in turn:
 
     trailing ("accumulation")   one sum follows its chunk a step behind, 0 -> 1 -> 2 -> 3, and one more hop to rank 0
     direct   ("compute")        ranks 1, 2, 3 each send their part, rounded once, straight to rank 0, which sums them

@@ -121,7 +121,7 @@ class _QueryDispatchAttention(DistributedAttention):
     def _dispatch_plan(self, selection: BlockSelection, rank: int) -> DispatchPlan:
         return DispatchPlan.of(selection, self.owners, self.planner.shards, rank, self.heads.query)
 
-    def _announce(self, dispatch: DispatchPlan) -> tuple[tuple[int, ...], ReceivedQueries]:
+    def _announce(self, dispatch: DispatchPlan) -> tuple[list[int], ReceivedQueries]:
         """Exchange what is dispatched; return the number of queries from each rank, and the plan of their attention."""
         sizes = torch.tensor((dispatch.queries_per_rank, dispatch.blocks_per_rank)).t().contiguous()  # [P, 2]
         queries, blocks = self.channel.all_to_all(sizes, kind="ship_choice").t().tolist()
@@ -132,7 +132,7 @@ class _QueryDispatchAttention(DistributedAttention):
         received = ReceivedQueries.of(
             self.planner, self.attention_mask, self.key_routing.blocks, described.long(), block.long()
         )
-        return tuple(queries), received
+        return queries, received
 
     def _send(self, x: Tensor, sent: Sequence[int], received: Sequence[int], *, kind: str) -> Transfer:
         return self.channel.start_all_to_all(x, sent=sent, received=received, kind=f"ship_{kind}")

@@ -12,13 +12,11 @@ from contextlib import contextmanager, nullcontext
 from typing import TextIO
 
 from farspan.errors import FarspanError
-from farspan.launch.commands import checkpoint, data, jobs, launch, models, train
-from farspan.launch.commands.arguments import add_subparsers
+from farspan.launch.commands import checkpoint, jobs, launch, models, train
+from farspan.launch.commands.arguments import Subparsers, add_command, add_subparsers
 from farspan.trainer.resilience.signals import EXIT_USER_ERROR, stop_signals_blocked
 
 EXIT_INTERRUPTED = 130
-COMMANDS = (train, launch, jobs, data, models, checkpoint)
-"""In the order of `farspan --help`."""
 DASHED_OVERRIDE = re.compile(r"--\w+\.[\w.]+(=|$)")
 
 log = logging.getLogger("farspan")
@@ -50,8 +48,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse arguments; overrides may stand before, between and after flags, which argparse alone does not allow."""
     parser = argparse.ArgumentParser(prog="farspan", description="Train language models on long context.")
     subparsers = add_subparsers(parser, "COMMAND")
-    for command in COMMANDS:
+    # In the order of `farspan --help`.
+    for command in (train, launch, jobs):
         command.add_parser(subparsers)
+    _add_data(subparsers)
+    models.add_parser(subparsers)
+    checkpoint.add_parser(subparsers)
     options, rest = parser.parse_known_args(arguments)
     unknown = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
     if unknown:
@@ -61,6 +63,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
+
+
+def _add_data(subparsers: Subparsers) -> None:
+    """Add `farspan data prepare`, whose arguments are beside the code."""
+    # Imports numpy, which must not start threads before `farspan train` has blocked signals: see main.
+    from farspan.trainer.data import prepare
+
+    commands = add_subparsers(subparsers.add_parser("data", help="make training data"), "COMMAND")
+    prepare.add_arguments(add_command(commands, "prepare", prepare.run, "turn text into memory-mapped tokens"))
 
 
 @contextmanager

@@ -15,15 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from farspan.kernels.merge import accumulation_dtype
-
 GradCommDtype = Literal["accumulation", "compute"]
 """How gradients of keys and values travel: in the dtype of sums, or in that of the keys."""
-
-
-def grad_dtype(setting: GradCommDtype, compute_dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which gradients of tensors of `compute_dtype` travel."""
-    return compute_dtype if setting == "compute" else accumulation_dtype(compute_dtype)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -150,10 +143,6 @@ class Channel:
         assert buffer.shape[0] == self.size
         ones = [1] * self.size
         return self.start_all_to_all(buffer, sent=ones, received=ones, kind=kind).wait()
-
-    def all_to_all_uneven(self, buffer: Tensor, *, sent: Sequence[int], received: Sequence[int], kind: str) -> Tensor:
-        """Call `start_all_to_all` and wait."""
-        return self.start_all_to_all(buffer, sent=sent, received=received, kind=kind).wait()
 
     def start_all_to_all(self, buffer: Tensor, *, sent: Sequence[int], received: Sequence[int], kind: str) -> Transfer:
         """Start sending the first `sent[0]` rows of `buffer` to rank 0, the next `sent[1]` to rank 1, and so on.

@@ -52,10 +52,7 @@ def balanced(tokens: int, degree: int, work: TokenWork) -> Tensor:
 
 
 LAYOUTS: dict[str, Callable[[int, int, TokenWork], Tensor]] = {
-    "balanced": balanced,
-    "contiguous": contiguous,
-    "striped": striped,
-    "zigzag": zigzag,
+    layout.__name__: layout for layout in (balanced, contiguous, striped, zigzag)
 }
 MAX_IMBALANCE = 1.01
 """Most work of any rank over the mean that is good enough."""

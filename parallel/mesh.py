@@ -49,7 +49,7 @@ class ParallelConfig:
     levels"""
 
     strategy: str = "ring"
-    """how queries meet the keys of other ranks, a file of parallel/context_parallel/strategies; `auto` takes the
+    """how queries meet the keys of other ranks, see parallel/context_parallel/strategies; `auto` takes the
     fastest by the cost model and logs why"""
 
     layout: str = "zigzag"

@@ -1,11 +1,18 @@
 """Arguments and checks that several commands share."""
 
+from __future__ import annotations
+
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from farspan.errors import ConfigError
 from farspan.trainer.resilience.signals import EXIT_USER_ERROR
+
+if TYPE_CHECKING:
+    from farspan.trainer.config import Config
 
 Subparsers = argparse._SubParsersAction
 
@@ -19,6 +26,15 @@ def add_subparsers(parser: argparse.ArgumentParser, metavar: str) -> Subparsers:
 
     parser.set_defaults(command=list_commands)
     return parser.add_subparsers(metavar=metavar)
+
+
+def add_command(
+    subparsers: Subparsers, name: str, command: Callable[[argparse.Namespace], int | None], text: str
+) -> argparse.ArgumentParser:
+    """Add a command, described by a text; it returns its exit status, None for 0."""
+    parser = subparsers.add_parser(name, help=text)
+    parser.set_defaults(command=command)
+    return parser
 
 
 def add_config_arguments(
@@ -46,11 +62,17 @@ def check_count(count: int, flag: str) -> None:
         raise ConfigError(f"{flag} {count} must be at least 1.")
 
 
+def config_of(options: argparse.Namespace) -> Config:
+    """Load the configuration file with its overrides."""
+    from farspan.trainer.config import Config
+    from farspan.trainer.toml_config import load_config
+
+    return load_config(Config, options.config, options.overrides)
+
+
 def print_dry_run(options: argparse.Namespace, num_ranks: int, *, flag: str) -> None:
     """Print the values derived from a configuration for `num_ranks`, the value of `flag`."""
     check_count(num_ranks, flag)
-    from farspan.trainer.config import Config
     from farspan.trainer.estimate.dry_run import dry_run
-    from farspan.trainer.toml_config import load_config
 
-    dry_run(load_config(Config, options.config, options.overrides), num_ranks)
+    dry_run(config_of(options), num_ranks)

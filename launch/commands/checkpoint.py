@@ -1,48 +1,121 @@
 """`farspan checkpoint ls|verify|prune|export`."""
 
 import argparse
+import logging
+import shutil
+from datetime import datetime
 from pathlib import Path
 
+from farspan.errors import CheckpointError, ConfigError
 from farspan.launch.commands import models
-from farspan.launch.commands.arguments import Subparsers, add_subparsers
+from farspan.launch.commands.arguments import Subparsers, add_command, add_subparsers
+from farspan.trainer.checkpoint.steps import PREFIX, REFUSED, finished, prune, step_of
+from farspan.trainer.resilience.lock import lock_folder
 
 EXIT_DAMAGED = 1
+
+log = logging.getLogger("farspan")
 
 
 def add_parser(subparsers: Subparsers) -> None:
     commands = add_subparsers(subparsers.add_parser("checkpoint", help="list, verify, delete checkpoints"), "COMMAND")
-    parser = commands.add_parser("ls", help="list the checkpoints of a run")
+    parser = add_command(commands, "ls", _ls, "list the checkpoints of a run")
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
-    parser.set_defaults(command=_ls)
 
-    parser = commands.add_parser("verify", help="read every byte; exit status 1 if a checkpoint is damaged")
+    parser = add_command(commands, "verify", _verify, "read every byte; exit status 1 if a checkpoint is damaged")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a run, or one of its folders checkpoints/step_*")
-    parser.set_defaults(command=_verify)
 
-    parser = commands.add_parser("prune", help="delete old checkpoints, and those that a resumed run refused")
+    parser = add_command(commands, "prune", _prune, "delete old checkpoints, and those that a resumed run refused")
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     parser.add_argument("--keep", type=int, required=True, metavar="N", help="keep the newest N")
     parser.add_argument("--permanent-every", type=int, default=0, metavar="N", help="also keep one every N steps")
-    parser.set_defaults(command=_prune)
 
     models.add_export(commands)
 
 
-def _ls(options: argparse.Namespace) -> int:
-    from farspan.launch.checkpoints import list_checkpoints
+def _ls(options: argparse.Namespace) -> None:
+    """Print a line for each checkpoint of a run; raises CheckpointError if there are none."""
+    rows = [("step", "saved", "MB", "files", "tokens", "")]
+    rows += [_row(path) for path in [*_finished(options.run), *_refused(options.run)]]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        *columns, note = row
+        log.info("%s", "  ".join([*map(str.rjust, columns, widths), note]).rstrip())
 
-    list_checkpoints(options.run)
-    return 0
+
+def _row(path: Path) -> tuple[str, ...]:
+    from farspan.trainer.checkpoint.manifest import Manifest
+    from farspan.trainer.checkpoint.verify import check_sizes
+
+    step = str(step_of(Path(path.name.removeprefix(REFUSED))))
+    saved = f"{datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M:%S}"
+    try:
+        manifest = Manifest.read(path)
+        check_sizes(path, manifest.files)
+    except CheckpointError as error:
+        return step, saved, "", "", "", str(error).removeprefix(f"checkpoint {path} ")
+    note = "refused" if path.name.startswith(REFUSED) else ""
+    sizes = f"{manifest.total_bytes / 1e6:,.1f}", str(len(manifest.files)), f"{manifest.train_state['tokens']:,}"
+    return step, saved, *sizes, note
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from farspan.launch.checkpoints import verify
+    """Read every byte of a run's checkpoints, or of one, and print the results."""
+    from farspan.trainer.checkpoint.manifest import DamagedError
+    from farspan.trainer.checkpoint.verify import check_complete
 
-    return 0 if verify(options.folder) else EXIT_DAMAGED
+    folder, status = options.folder, 0
+    is_step = folder.name.startswith((PREFIX, REFUSED)) and not (folder / "checkpoints").exists()
+    for path in [folder] if is_step else _finished(folder):
+        try:
+            manifest = check_complete(path)
+        except DamagedError as error:
+            if path is not folder and not path.exists():
+                # By the run itself, which keeps only its newest checkpoints.
+                log.info("deleted     %s in the meantime", path)
+                continue
+            log.info("damaged     %s", error)
+            status = EXIT_DAMAGED
+        else:
+            log.info("complete    %s, %s bytes in %d files", path, f"{manifest.total_bytes:,}", len(manifest.files))
+    return status
 
 
-def _prune(options: argparse.Namespace) -> int:
-    from farspan.launch.checkpoints import prune_run
+def _prune(options: argparse.Namespace) -> None:
+    """Delete old and refused checkpoints of a run that is not training, and print their paths.
 
-    prune_run(options.run, keep=options.keep, permanent_every=options.permanent_every)
-    return 0
+    Raises ConfigError for invalid numbers or a run that is training, CheckpointError if the newest checkpoint is
+    damaged.
+    """
+    from farspan.trainer.checkpoint.verify import check_complete
+
+    run, keep, permanent_every = options.run, options.keep, options.permanent_every
+    if keep < 1:
+        raise ConfigError(f"--keep {keep} must be at least 1: the newest checkpoint is never deleted.")
+    if permanent_every < 0:
+        raise ConfigError(f"--permanent-every {permanent_every} must be at least 0.")
+    newest = _finished(run)[-1]
+    # Before the lock, as it takes a while: a job that starts while the folder is locked fails.
+    check_complete(newest)
+    with lock_folder(run):
+        if _finished(run)[-1] != newest:
+            raise CheckpointError(f"{run} saved another checkpoint in the meantime: try again.")
+        gone = prune(newest.parent, keep=keep, permanent_every=permanent_every)
+        for path in _refused(run):
+            shutil.rmtree(path)
+            gone.append(path)
+    for path in gone:
+        log.info("deleted     %s", path)
+    if not gone:
+        log.info("deleted     nothing: every checkpoint is to be kept")
+
+
+def _finished(run: Path) -> list[Path]:
+    found = finished(run / "checkpoints")
+    if not found:
+        raise CheckpointError(f"{run} has no finished checkpoint: name the folder of a run that has saved one.")
+    return found
+
+
+def _refused(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob(f"{REFUSED}{PREFIX}*"))

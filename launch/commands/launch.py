@@ -3,16 +3,20 @@
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from farspan.errors import ConfigError
 from farspan.launch.commands.arguments import (
     Subparsers,
+    add_command,
     add_config_arguments,
     add_site,
     add_subparsers,
     check_count,
+    config_of,
     print_dry_run,
 )
 from farspan.launch.env import site_file
@@ -26,17 +30,13 @@ log = logging.getLogger("farspan")
 
 def add_parser(subparsers: Subparsers) -> None:
     commands = add_subparsers(subparsers.add_parser("launch", help="start all ranks of a run"), "WHERE")
-    local = commands.add_parser("local", help="on this machine")
+    local = add_command(commands, "local", run_local, "on this machine")
     add_config_arguments(local)
     local.add_argument(
         "--gpus-per-node", type=int, required=True, metavar="N", help="number of ranks; without GPUs, CPU processes"
     )
-    local.set_defaults(command=run_local)
-    _add_slurm(commands)
 
-
-def _add_slurm(subparsers: Subparsers) -> None:
-    slurm = subparsers.add_parser("slurm", help="as a SLURM job")
+    slurm = add_command(commands, "slurm", run_slurm, "as a SLURM job")
     add_config_arguments(slurm, "print the batch script; submit nothing; derived values go to standard error")
     slurm.add_argument("--nodes", type=int, required=True, metavar="N")
     slurm.add_argument(
@@ -65,7 +65,6 @@ def _add_slurm(subparsers: Subparsers) -> None:
         help="submit a job array: the first run has value A, the second B, in run.folder/000, 001 and so on; if given "
         "several times, the values change together",
     )
-    slurm.set_defaults(command=run_slurm)
 
 
 def run_local(options: argparse.Namespace) -> int:
@@ -77,17 +76,14 @@ def run_local(options: argparse.Namespace) -> int:
         return 0
     check_count(num_ranks, "--gpus-per-node")
     from farspan.parallel.ranks import Ranks
-    from farspan.trainer.config import Config
     from farspan.trainer.resolve import resolve
-    from farspan.trainer.toml_config import load_config
 
     # Checked before the ranks start, so that an error is reported once. The last rank needs the most GPUs.
-    config = load_config(Config, options.config, options.overrides)
-    resolve(config, Ranks(world_size=num_ranks, local_rank=num_ranks - 1))
+    resolve(config_of(options), Ranks(world_size=num_ranks, local_rank=num_ranks - 1))
     return job.run()
 
 
-def run_slurm(options: argparse.Namespace) -> int:
+def run_slurm(options: argparse.Namespace) -> None:
     """Submit a run, or several as a job array, or print the batch script."""
     from farspan.launch.slurm.job import SlurmJob
     from farspan.launch.slurm.site import load_site
@@ -121,24 +117,23 @@ def run_slurm(options: argparse.Namespace) -> int:
         for config in configs:
             dry_run(config, num_ranks)
         print(job.script(), end="")
-        return 0
+        return
     check_ready(run)
     for config in configs:
         open_data(config)
         dry_run_plan(config, num_ranks)
     ids = submit(job, [to_toml(config) for config in configs], options.chain)
     log.info("%-12s%s; see `farspan jobs status %s`", "submitted", " then ".join(ids), run_folder)
-    return 0
 
 
 def _slurm_configs(options: argparse.Namespace) -> "tuple[Path, list[Config]]":
     """Return run.folder and the configurations of the runs: one, or one for each element of an array."""
-    from farspan.launch.slurm.array import array_overrides, element_name
+    from farspan.launch.slurm.job import element_name
     from farspan.trainer.config import Config
     from farspan.trainer.toml_config import load_config
 
-    folder = load_config(Config, options.config, options.overrides).run.folder
-    changes = array_overrides(options.each)
+    folder = config_of(options).run.folder
+    changes = _array_overrides(options.each)
     configs = [load_config(Config, options.config, [*options.overrides, *change]) for change in changes or [()]]
     for number, change in enumerate(changes):
         name = element_name(number)
@@ -149,3 +144,19 @@ def _slurm_configs(options: argparse.Namespace) -> "tuple[Path, list[Config]]":
         replace(config, train=replace(config.train, device="cuda")) if config.train.device == "auto" else config
         for config in configs
     ]
+
+
+def _array_overrides(each: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the overrides of each run of a job array, which change together, from `section.key=A,B,...`."""
+    columns = []
+    for text in each:
+        key, equals, values = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--each {text} has no values; write it as section.key=A,B,...")
+        if key.strip() == "run.folder":
+            raise ConfigError("--each run.folder=... is not possible: each run has a numbered folder in run.folder.")
+        columns.append([f"{key}={value.strip()}" for value in values.split(",")])
+    if len({len(column) for column in columns}) > 1:
+        counts = ", ".join(str(len(column)) for column in columns)
+        raise ConfigError(f"all --each must have as many values, since they change together; these have {counts}.")
+    return list(zip(*columns, strict=True))

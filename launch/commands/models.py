@@ -4,77 +4,68 @@ import argparse
 import logging
 from pathlib import Path
 
-from farspan.launch.commands.arguments import Subparsers, add_overrides
+from farspan.launch.commands.arguments import Subparsers, add_command, add_overrides, config_of
 
 log = logging.getLogger("farspan")
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    parser = subparsers.add_parser("upcycle", help="make experts from trained models, to start a run from")
+    parser = add_command(subparsers, "upcycle", _upcycle, "make experts from trained models, to start a run from")
     parser.add_argument("config", type=Path, help="TOML file of the model with experts")
     add_overrides(parser)
     parser.add_argument(
         "--of", type=Path, nargs="+", required=True, metavar="RUN", help="folders of runs without experts, one or more"
     )
     _add_out(parser)
-    parser.set_defaults(command=_upcycle)
 
-    parser = subparsers.add_parser("pool-heads", help="reduce KV heads, to GQA or MQA, to start a run from")
+    parser = add_command(subparsers, "pool-heads", _pool_heads, "reduce KV heads, to GQA or MQA, to start a run from")
     parser.add_argument("source", type=Path, metavar="MODEL", help="a run, one of its checkpoints, or imported weights")
     parser.add_argument("--kv-heads", type=int, required=True, metavar="N", help="1 for multi-query attention")
     _add_out(parser)
-    parser.set_defaults(command=_pool_heads)
 
-    parser = subparsers.add_parser("import", help="read a Hugging Face model, to start a run from")
+    parser = add_command(subparsers, "import", _import, "read a Hugging Face model, to start a run from")
     parser.add_argument("source", type=Path, metavar="FOLDER", help="config.json and safetensors")
     _add_out(parser)
-    parser.set_defaults(command=_import)
 
     add_export(subparsers)
 
 
 def add_export(subparsers: Subparsers) -> None:
     """Add `export`, which is also a command of `farspan checkpoint`."""
-    parser = subparsers.add_parser("export", help="write a trained model for Hugging Face's transformers")
+    parser = add_command(subparsers, "export", _export, "write a trained model for Hugging Face's transformers")
     parser.add_argument("source", type=Path, metavar="MODEL", help="a run, one of its checkpoints, or weights")
     _add_out(parser, "gets config.json and safetensors")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the tensors; default: as saved")
-    parser.set_defaults(command=_export)
 
 
 def _add_out(parser: argparse.ArgumentParser, text: str = "for run.start_from") -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help=text)
 
 
-def _upcycle(options: argparse.Namespace) -> int:
-    from farspan.trainer.config import Config
-    from farspan.trainer.toml_config import load_config
+def _upcycle(options: argparse.Namespace) -> None:
     from farspan.trainer.weights.upcycle import upcycle
 
-    upcycle(load_config(Config, options.config, options.overrides), options.of, options.out)
+    upcycle(config_of(options), options.of, options.out)
     _log_written("upcycled", options.out)
-    return 0
 
 
-def _pool_heads(options: argparse.Namespace) -> int:
+def _pool_heads(options: argparse.Namespace) -> None:
     from farspan.trainer.weights.pool_heads import pool_heads
 
     pool_heads(options.source, options.kv_heads, options.out)
     _log_written("pooled", options.out)
     log.info("%-12smodel.kv_heads=%d; see %s", "requires", options.kv_heads, options.out / "model.toml")
-    return 0
 
 
-def _import(options: argparse.Namespace) -> int:
+def _import(options: argparse.Namespace) -> None:
     from farspan.trainer.hugging_face.import_model import import_model
 
     decoder = import_model(options.source, options.out)
     _log_written("imported", options.out)
     log.info("%-12sthis [model], also in %s:\n\n%s", "requires", options.out / "model.toml", decoder.text())
-    return 0
 
 
-def _export(options: argparse.Namespace) -> int:
+def _export(options: argparse.Namespace) -> None:
     import torch
 
     from farspan.trainer.hugging_face.export_model import export_model
@@ -82,7 +73,6 @@ def _export(options: argparse.Namespace) -> int:
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     architecture = export_model(options.source, options.out, dtype=dtype)
     log.info("%-12s%s, a %s; copy its tokenizer's files there yourself", "exported", options.out, architecture.name)
-    return 0
 
 
 def _log_written(action: str, weights: Path) -> None:

@@ -5,7 +5,7 @@ import logging
 import sys
 
 from farspan.errors import ConfigError, FarspanError
-from farspan.launch.commands.arguments import Subparsers, add_config_arguments, print_dry_run
+from farspan.launch.commands.arguments import Subparsers, add_command, add_config_arguments, config_of, print_dry_run
 from farspan.launch.env import read_ranks
 from farspan.trainer.resilience.signals import EXIT_UNFIT, EXIT_USER_ERROR, EXIT_WARNED, StopSignal, announce
 
@@ -13,10 +13,9 @@ log = logging.getLogger("farspan")
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    parser = subparsers.add_parser("train", help="train in this process, or as one rank under torchrun")
+    parser = add_command(subparsers, "train", run, "train in this process, or as one rank under torchrun")
     add_config_arguments(parser)
     parser.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: the number of ranks to assume")
-    parser.set_defaults(command=run)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -33,13 +32,11 @@ def run(options: argparse.Namespace) -> int:
     first = announce if ranks.world_size == 1 else lambda number: None
     with StopSignal(first=first) as stop:
         # The handlers come before these imports, which take seconds: a signal in the meantime is not lost.
-        from farspan.trainer.config import Config
         from farspan.trainer.resilience.preflight import BadNodeError
-        from farspan.trainer.toml_config import load_config
         from farspan.trainer.train import train
 
         try:
-            wants_requeue = train(load_config(Config, options.config, options.overrides), ranks, stop)
+            wants_requeue = train(config_of(options), ranks, stop)
         except FarspanError as error:
             # `train` raises the same error on all ranks.
             if ranks.rank == 0:

@@ -6,7 +6,7 @@ A job reads and writes them before its environment is set up: only Python's own 
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -17,20 +17,24 @@ JOBS_FILE = "jobs.jsonl"
 FAILURES_FILE = "failures.jsonl"
 
 
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Submission:
     """job: its id, for an array's element such as 17_3. script: the batch script. submitted: the time, in ISO form."""
 
     job: str
     script: str
-    submitted: str
+    submitted: str = field(default_factory=now)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failure:
     """when: in ISO form. job: its id. nodes: those to blame. checkpoint: the newest one at that time."""
 
-    when: str
+    when: str = field(default_factory=now)
     job: str
     reason: str
     nodes: tuple[str, ...]
@@ -46,13 +50,8 @@ class ExclusionPolicy:
     always: str = ""
 
 
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
 def add_submission(run: Path, submission: Submission) -> None:
-    with (run / JOBS_FILE).open("a") as file:
-        file.write(json.dumps(asdict(submission)) + "\n")
+    _append(run / JOBS_FILE, submission)
 
 
 def read_submissions(run: Path) -> list[Submission]:
@@ -71,15 +70,14 @@ def array_runs(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"*/{JOBS_FILE}") if path.parent.name.isdigit())
 
 
-def last_submitted(run: Path) -> str:
-    """Return when the run was last submitted; a time before all others if that was by hand only."""
-    return read_submissions(run)[-1].submitted if (run / JOBS_FILE).is_file() else ""
-
-
 def add_failure(run: Path, job: str, reason: str, nodes: Sequence[str]) -> None:
-    failure = Failure(when=now(), job=job, reason=reason, nodes=tuple(nodes), checkpoint=newest_checkpoint(run))
-    with (run / FAILURES_FILE).open("a") as file:
-        file.write(json.dumps(asdict(failure)) + "\n")
+    failure = Failure(job=job, reason=reason, nodes=tuple(nodes), checkpoint=newest_checkpoint(run))
+    _append(run / FAILURES_FILE, failure)
+
+
+def _append(path: Path, record: Submission | Failure) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(asdict(record)) + "\n")
 
 
 def read_failures(run: Path) -> list[Failure]:
@@ -98,9 +96,11 @@ def newest_checkpoint(run: Path) -> str | None:
     return found[-1].name if found else None
 
 
-def consecutive_failures(run: Path, since: str) -> int:
-    """Return how many failures, none before `since`, have happened since the newest checkpoint was saved."""
+def consecutive_failures(run: Path) -> int:
+    """Return how many failures have happened since the newest checkpoint was saved and the run was last submitted."""
     newest, count = newest_checkpoint(run), 0
+    # A time before all others for a run that was submitted by hand only.
+    since = read_submissions(run)[-1].submitted if (run / JOBS_FILE).is_file() else ""
     for failure in reversed(read_failures(run)):
         if failure.checkpoint != newest or failure.when < since:
             break

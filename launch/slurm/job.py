@@ -7,7 +7,6 @@ from pathlib import Path
 from zlib import crc32
 
 from farspan.errors import ConfigError
-from farspan.launch.slurm.array import element_name
 from farspan.launch.slurm.site import SIGNAL_EARLY_S, Site
 from farspan.trainer.resilience.signals import EXIT_WARNED, WARNING_SIGNAL
 
@@ -20,6 +19,11 @@ HEADER = """\
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 NOT_IN_PATHS = re.compile(r"[^\w./,+=:@~ -]")
 """SLURM expands some of these, such as %, and #SBATCH lines have their own rules for quotes."""
+
+
+def element_name(number: int) -> str:
+    """Return the name of the folder of an array's element; sbatch's `%3a` is the same."""
+    return f"{number:03}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

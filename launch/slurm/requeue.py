@@ -139,7 +139,7 @@ class JobStart:
         return EndCause.TIME_LIMIT if fields.get("Reason") == "TimeLimit" else EndCause.EXTERNAL
 
     def too_many_failures(self) -> bool:
-        if history.consecutive_failures(self.run, since=history.last_submitted(self.run)) < self.max_failures:
+        if history.consecutive_failures(self.run) < self.max_failures:
             return False
         newest, file = history.newest_checkpoint(self.run), self.run / history.FAILURES_FILE
         report(
@@ -212,20 +212,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--exclude", default="")
     parser.add_argument("--status", type=int, default=0)
     parser.add_argument("--got-sigterm", action="store_true")
-    options = parser.parse_args(arguments)
+    options = vars(parser.parse_args(arguments))
+    when, status, got_sigterm = (options.pop(name) for name in ("when", "status", "got_sigterm"))
     exclusion = history.ExclusionPolicy(
-        hours=options.exclude_hours, max_nodes=options.max_excluded, always=options.exclude
+        hours=options.pop("exclude_hours"), max_nodes=options.pop("max_excluded"), always=options.pop("exclude")
     )
-    start = JobStart(
-        run=options.run,
-        job=options.job,
-        restarts=options.restarts,
-        script=options.script,
-        requeues=options.requeues,
-        max_failures=options.max_failures,
-        exclusion=exclusion,
-    )
-    return start.before() if options.when == "before" else start.after(options.status, got_sigterm=options.got_sigterm)
+    start = JobStart(**options, exclusion=exclusion)
+    return start.before() if when == "before" else start.after(status, got_sigterm=got_sigterm)
 
 
 if __name__ == "__main__":

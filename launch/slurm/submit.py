@@ -9,9 +9,8 @@ from pathlib import Path
 
 import farspan
 from farspan.launch.slurm import history
-from farspan.launch.slurm.client import SlurmError, run_slurm
+from farspan.launch.slurm.client import END_STATES, SlurmError, queue, run_slurm
 from farspan.launch.slurm.job import SlurmJob
-from farspan.launch.slurm.jobs import END_STATES, queue
 
 SUBMITTED = "submitted"
 
@@ -56,7 +55,7 @@ def submit(job: SlurmJob, configs: Sequence[str], chain: int) -> list[str]:
         ids.append(number)
         for element, run in enumerate(job.runs()):
             name = f"{number}_{element}" if job.elements else number
-            history.add_submission(run, history.Submission(job=name, script=str(script), submitted=history.now()))
+            history.add_submission(run, history.Submission(job=name, script=str(script)))
     return ids
 
 
@@ -77,7 +76,7 @@ def resume(run: Path, exclusion: history.ExclusionPolicy) -> str:
     element_options = [f"--array={element}", f"--job-name={run.name}-of-{run.parent.name}"] if element else []
     number = _sbatch(script, *element_options, *_exclude_option([run], script, exclusion))
     name = f"{number}_{element}" if element else number
-    history.add_submission(run, history.Submission(job=name, script=str(script), submitted=history.now()))
+    history.add_submission(run, history.Submission(job=name, script=str(script)))
     return name
 
 

@@ -9,14 +9,14 @@ to require all visible keys.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 
 from farspan.errors import ConfigError
 from farspan.kernels.mechanism import Mechanism
-from farspan.kernels.planner import Heads, Routing, Sizes
+from farspan.kernels.planner import Heads, RoutingSource, Sizes
 from farspan.parallel.comm import Channel, GradCommDtype, Unconnected
 from farspan.parallel.context_parallel.strategy import STRATEGIES, DistributedAttention, Move, Volume
 from farspan.parallel.layout import Shards
@@ -78,12 +78,9 @@ class Job:
         return self.mechanism.useful_flops(rows, rows, self.sizes.head_dim, self.sizes.value_dim)
 
     @cached_property
-    def _routing(self) -> Routing:
-        return self.mechanism.sample_routing(self.shards.rows, self.heads, max_queries=SAMPLED)
-
-    def routing(self) -> Routing:
+    def routing(self) -> RoutingSource:
         """The routing of some of the queries, for normal inputs."""
-        return self._routing
+        return cache(lambda: self.mechanism.sample_routing(self.shards.rows, self.heads, max_queries=SAMPLED))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,9 +110,8 @@ def total_cost(costs: Sequence[tuple[Cost, int]]) -> Cost:
     """Sum pairs of a cost and the number of layers that have it."""
     flops = sum(cost.flops * layers for cost, layers in costs)
     mean = sum(cost.flops / cost.balance * layers for cost, layers in costs if cost.flops)
-    moved = [Volume(forward=c.volume.forward * n, backward=c.volume.backward * n) for c, n in costs]
     return Cost(
-        volume=Volume.total(moved),
+        volume=Volume.total([cost.volume for cost, layers in costs for _ in range(layers)]),
         flops=flops,
         balance=flops / mean if flops else 1.0,
         working_bytes=max(cost.working_bytes for cost, _ in costs),
@@ -138,25 +134,21 @@ def predict(strategy: str, job: Job, machine: Machine) -> Cost:
     """Return the cost of a strategy; raises ConfigError where it does not support the job."""
     degree, cls = job.shards.degree, STRATEGIES.get(strategy)
     planned = []
-    for rank in _planned_ranks(degree):
+    for rank in torch.linspace(0, degree - 1, min(degree, MAX_RANKS)).round().long().tolist():
         channel = Unconnected(rank, degree, inner_size=job.inner_size)
         planner = cls(channel, grad_comm_dtype=job.grad_comm_dtype)
-        planned.append((planner.prepare(job.mechanism, job.shards, job.heads, backend="reference"), channel))
-    shares = [_share_of_work(attention, job.work, job.heads.query) for attention, _ in planned]
+        planned.append(planner.prepare(job.mechanism, job.shards, job.heads, backend="reference"))
+    shares = [_share_of_work(attention, job.work, job.heads.query) for attention in planned]
     flops = max(shares) * job.flops_per_head * job.heads.query
-    moves = [attention.moves(job.sizes, job.routing) for attention, _ in planned]
-    times = [_times(of_rank, context, machine, flops) for of_rank, (_, context) in zip(moves, planned, strict=True)]
-    volumes = [Volume.total(move.volume for move in of_rank) for of_rank in moves]
-    slowest = max(times, key=lambda time: time.seconds)
+    moves = [attention.moves(job.sizes, job.routing) for attention in planned]
+    times = [_times(of, attention.channel, machine, flops) for of, attention in zip(moves, planned, strict=True)]
+    volumes = [Volume.total(of_rank) for of_rank in moves]
     return Cost(
         volume=Volume(forward=max(v.forward for v in volumes), backward=max(v.backward for v in volumes)),
         flops=flops,
         balance=max(shares) * degree,
-        working_bytes=max(attention.working_bytes(job.sizes, job.routing) for attention, _ in planned),
-        compute_s=slowest.compute,
-        overlapped_s=slowest.overlapped,
-        exposed_s=slowest.exposed,
-        seconds=slowest.seconds,
+        working_bytes=max(attention.working_bytes(job.sizes, job.routing) for attention in planned),
+        **max(times, key=lambda time: time["seconds"]),
     )
 
 
@@ -168,7 +160,7 @@ def compare(layers: Sequence[tuple[Job, int]], machine: Machine) -> tuple[dict[s
     """
     costs, refusals = {}, {}
     for name in STRATEGIES:
-        names = [_strategy_of_layer(name, job) for job, _ in layers]
+        names = [strategy_for(name, job.mechanism, job.heads, job.shards.degree, job.inner_size) for job, _ in layers]
         if name not in names:
             # Only fallbacks would run: report why it supports no layer.
             names = [name] * len(layers)
@@ -183,37 +175,25 @@ def compare(layers: Sequence[tuple[Job, int]], machine: Machine) -> tuple[dict[s
     return {name: costs[name] for name in best}, refusals
 
 
-def _strategy_of_layer(name: str, job: Job) -> str:
-    return strategy_for(name, job.mechanism, job.heads, job.shards.degree, job.inner_size)
-
-
-@dataclass(frozen=True, slots=True)
-class _Times:
-    """Seconds of both passes."""
-
-    compute: float
-    overlapped: float
-    exposed: float
-    seconds: float
-
-
-def _times(moves: Sequence[Move], context: Channel, machine: Machine, flops: float) -> _Times:
+def _times(moves: Sequence[Move], context: Channel, machine: Machine, flops: float) -> dict[str, float]:
+    """Return the times of a rank, as `Cost` names them."""
     # [forward, backward] each: transfers of one pass overlap with that pass only.
-    compute, overlapped, exposed = ([0.0, 0.0] for _ in range(3))
-    for direction, name in enumerate(("forward", "backward")):
-        compute[direction] = flops * (BACKWARD_FLOPS if direction else 1.0) / machine.flops_per_s
-        for move in moves:
-            transfers = overlapped if move.overlapped else exposed
-            transfers[direction] += machine.seconds(getattr(move.volume, name), move.channel, context)
+    compute = [flops / machine.flops_per_s, flops * BACKWARD_FLOPS / machine.flops_per_s]
+    overlapped, exposed = [0.0, 0.0], [0.0, 0.0]
+    for move in moves:
+        transfers = overlapped if move.overlapped else exposed
+        for direction, sent in enumerate((move.forward, move.backward)):
+            transfers[direction] += machine.seconds(sent, move.channel, context)
     seconds = sum(max(a, b) + c for a, b, c in zip(compute, overlapped, exposed, strict=True))
-    return _Times(sum(compute), sum(overlapped), sum(exposed), seconds)
+    return {
+        "compute_s": sum(compute),
+        "overlapped_s": sum(overlapped),
+        "exposed_s": sum(exposed),
+        "seconds": seconds,
+    }
 
 
 def _share_of_work(attention: DistributedAttention, work: Tensor, heads: int) -> float:
     """Return this rank's share of all work; work: of each token, the same for all of its `heads`."""
     tokens = attention.queries.tokens
     return float(work[tokens[tokens >= 0]].sum() / work.sum().clamp(min=1)) * attention.queries.heads / heads
-
-
-def _planned_ranks(degree: int) -> Sequence[int]:
-    return torch.linspace(0, degree - 1, min(degree, MAX_RANKS)).round().long().tolist()

@@ -18,36 +18,9 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.merge import accumulation_dtype
-from farspan.kernels.planner import Heads, HeadShare, RoutingSource, Saved, SequenceAttention, Sizes, no_routing
-from farspan.parallel.comm import Channel, GradCommDtype
-from farspan.parallel.context_parallel.strategy import (
-    DistributedAttention,
-    Move,
-    Queries,
-    Volume,
-)
-
-
-def heads_unsupported_reason(strategy: str, setting: str, heads: Heads, degree: int) -> str | None:
-    """Return why heads cannot be split over `degree` ranks, with the degrees that work; None if they can."""
-
-    def divides(n: int) -> bool:
-        return heads.query % n == 0 and (heads.kv % n == 0 or n % heads.kv == 0)
-
-    works = [n for n in range(1, heads.query + 1) if divides(n)]
-    if degree in works:
-        return None
-    return (
-        f"strategy {strategy!r} cannot split {heads.query} query heads and {heads.kv} KV heads over "
-        f"{setting}={degree} ranks; these degrees work: {', '.join(map(str, works))}."
-    )
-
-
-def local_heads(share: HeadShare, channel: Channel) -> HeadShare:
-    """Return the heads of a share that this rank of the channel attends with."""
-    local = len(share.head_range) // channel.size
-    start = share.head_range.start + channel.rank * local
-    return HeadShare(all_heads=share.all_heads, head_range=range(start, start + local))
+from farspan.kernels.planner import RoutingSource, Saved, Sizes, no_routing
+from farspan.parallel.comm import Channel
+from farspan.parallel.context_parallel.strategy import DistributedAttention, Move, Queries
 
 
 @final
@@ -76,20 +49,16 @@ class RowPermutation:
 class HeadParallelAttention(DistributedAttention):
     """Attention to the tokens of all ranks of a channel, each with some of the heads.
 
-    tokens: of the sequence, behind each row after the exchange. permutation: from the ranks' rows set end to end to
-    that order. attention: of one rank after the exchange. share: the heads of this rank.
+    head_axis: these ranks, P. permutation: from their rows set end to end to the rows of `attention`, which is that of
+    one rank, with its heads, after the exchange.
     """
 
-    name: str
-    channel: Channel
-    tokens: Tensor
+    head_axis: Channel
     permutation: RowPermutation
-    attention: SequenceAttention
-    share: HeadShare
-    grad_comm_dtype: GradCommDtype
+    attention: DistributedAttention
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
-        by_rank = [_heads_by_rank(x, self.channel.size) for x in inputs]  # [T, H, D] -> [T, P, H/P, D]
+        by_rank = [_heads_by_rank(x, self.head_axis.size) for x in inputs]  # [T, H, D] -> [T, P, H/P, D]
         exchanged = self._gather_tokens(by_rank[:3], kind="qkv")
         # Routing has the accumulation dtype, so it is a message of its own.
         exchanged += self._gather_tokens(by_rank[3:], kind="routing")
@@ -98,7 +67,7 @@ class HeadParallelAttention(DistributedAttention):
         return out.flatten(1, 2), saved  # [T, P, H/P, D] -> [T, H, D]
 
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
-        (global_dout,) = self._gather_tokens([_heads_by_rank(dout, self.channel.size)], kind="dout")
+        (global_dout,) = self._gather_tokens([_heads_by_rank(dout, self.head_axis.size)], kind="dout")
         gradients = list(self.attention.backward(global_dout, saved))
         # Freed, and gradients popped, as early as possible: each has all tokens of the sequence.
         del global_dout
@@ -119,22 +88,22 @@ class HeadParallelAttention(DistributedAttention):
     @property
     def _sums_replicas(self) -> bool:
         """Whether replicas of KV heads have gradients that travel in the accumulation dtype."""
-        return self.channel.size > self.heads.kv and self.grad_comm_dtype == "accumulation"
+        return self.head_axis.size > self.heads.kv and not self.planner.strategy.rounds_gradients
 
     def _gather_tokens(self, tensors: list[Tensor], *, kind: str) -> list[Tensor]:
         """From this rank's tokens of all heads `[T, P, H/P, D]` to all tokens of its heads `[P * T, H/P, D]`.
 
-        One message for all tensors; the result is in the order of `tokens`.
+        One message for all tensors; the result is in the order of `attention`.
         """
         if not tensors:
             return []
         shapes = [x.shape[2:] for x in tensors]
-        packed = tensors[0].new_empty(self.channel.size, self.tokens_local, sum(shape.numel() for shape in shapes))
+        packed = tensors[0].new_empty(self.head_axis.size, self.tokens_local, sum(shape.numel() for shape in shapes))
         for view, x in zip(_split_heads(packed, shapes), tensors, strict=True):
             view.copy_(x.transpose(0, 1))  # [T, P, H/P, D] -> [P, T, H/P, D]
-        received = self.channel.all_to_all(packed, kind=f"{self.name}_{kind}").flatten(0, 1)  # [P, T, …] -> [P * T, …]
+        received = self.head_axis.all_to_all(packed, kind=f"{self.planner.strategy.name}_{kind}")
         del packed
-        return _split_heads(self.permutation.apply(received), shapes)
+        return _split_heads(self.permutation.apply(received.flatten(0, 1)), shapes)  # [P, T, …] -> [P * T, …]
 
     def _scatter_tokens(self, tensors: list[Tensor], *, kind: str) -> list[Tensor]:
         """From all tokens of this rank's heads `[P * T, H/P, D]` to its tokens of all heads `[T, P, H/P, D]`.
@@ -144,18 +113,20 @@ class HeadParallelAttention(DistributedAttention):
         if not tensors:
             return []
         shapes = [x.shape[1:] for x in tensors]
-        packed = tensors[0].new_empty(len(self.tokens), sum(shape.numel() for shape in shapes))
+        packed = tensors[0].new_empty(self.head_axis.size * self.tokens_local, sum(shape.numel() for shape in shapes))
         for view in _split_heads(packed, shapes):
             view.copy_(self.permutation.undo(tensors.pop(0)))
-        by_rank = packed.unflatten(0, (self.channel.size, -1))  # [P * T, …] -> [P, T, …]
-        received = self.channel.all_to_all(by_rank, kind=f"{self.name}_{kind}").transpose(0, 1)  # [T, P, …]
+        by_rank = packed.unflatten(0, (self.head_axis.size, -1))  # [P * T, …] -> [P, T, …]
+        received = self.head_axis.all_to_all(by_rank, kind=f"{self.planner.strategy.name}_{kind}").transpose(
+            0, 1
+        )  # [T, P, …]
         return _split_heads(received, shapes)
 
     # What it costs.
 
     def moves(self, sizes: Sizes, routing: RoutingSource = no_routing) -> tuple[Move, ...]:
         """Each way (P-1)/P of q, k, v, routing and out, with max(Hk, P) KV heads, and the moves of `attention`."""
-        degree, elements = self.channel.size, sizes.element_bytes
+        degree, elements = self.head_axis.size, sizes.element_bytes
         queries = self.heads.query * sizes.kv_width * elements
         keys = max(self.heads.kv, degree) * sizes.kv_width
         of_routing = max(self.heads.kv, degree) * self.routing_width * sizes.accumulation_bytes
@@ -164,31 +135,22 @@ class HeadParallelAttention(DistributedAttention):
             (degree - 1) * (self.tokens_local * (queries + of_keys + of_routing) // degree)
             for of_keys in (keys * elements, gradients)
         )
-        exchanged = Move(Volume(forward=forward, backward=backward), self.channel, overlapped=False)
-        if isinstance(self.attention, DistributedAttention):
-            return exchanged, *self.attention.moves(sizes, self._of_share(routing))
-        return (exchanged,)
+        exchanged = Move(forward=forward, backward=backward, channel=self.head_axis)
+        return exchanged, *self.attention.moves(sizes, self._of_share(routing))
 
     @property
     def queries(self) -> Queries:
-        if isinstance(self.attention, DistributedAttention):
-            return self.attention.queries
-        return Queries(self.tokens, len(self.share.head_range))
+        return self.attention.queries
 
     def working_bytes(self, sizes: Sizes, routing: RoutingSource = no_routing) -> int:
         """q, k, v, out and, backward, their accumulated gradients, for all tokens of this rank's heads."""
-        local = self.share.local_heads
+        local, tokens = self.attention.heads, self.head_axis.size * self.tokens_local
         width = (local.query + local.kv) * sizes.kv_width * (sizes.element_bytes + sizes.accumulation_bytes)
-        of_attention = (
-            self.attention.working_bytes(sizes, self._of_share(routing))
-            if isinstance(self.attention, DistributedAttention)
-            else 0
-        )
-        return len(self.tokens) * width + of_attention
+        return tokens * width + self.attention.working_bytes(sizes, self._of_share(routing))
 
     def _of_share(self, routing: RoutingSource) -> RoutingSource:
         """Return the routing of this rank's heads."""
-        return lambda: routing().of_heads(self.share)
+        return lambda: routing().of_heads(self.attention.planner.share)
 
 
 def _split_heads(packed: Tensor, shapes: list[torch.Size]) -> list[Tensor]:

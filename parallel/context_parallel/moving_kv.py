@@ -8,7 +8,7 @@ gradients return. On rank 0 of two, under `ring`:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -18,36 +18,30 @@ from torch import Tensor
 from farspan.kernels.attention import attention_backward, attention_forward
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.selection import BlockSelection
-from farspan.kernels.mechanism import Access, Mechanism
+from farspan.kernels.mechanism import Access
 from farspan.kernels.merge import accumulation_dtype, empty_partial, merge_
-from farspan.kernels.planner import Heads, HeadShare, KeyRouting, RoutingSource, Saved, Sizes, no_routing
-from farspan.kernels.planning.plan import Plan
-from farspan.parallel.comm import Channel
+from farspan.kernels.planner import KeyRouting, RoutingSource, Saved, Sizes, no_routing
 from farspan.parallel.context_parallel.strategy import (
     DistributedAttention,
     Move,
-    Queries,
     ShardedPlanner,
     Strategy,
     all_reduce_move,
 )
-from farspan.parallel.layout import Shards
-
-
-class GradReturn(ABC):
-    """Returns the gradients of keys and values to their owners, which sum them in the accumulation dtype."""
-
-    @abstractmethod
-    def add(self, dk: Tensor | None, dv: Tensor | None) -> None:
-        """Add the gradients of the next part, None if there are none; called once for each part, in order."""
-
-    @abstractmethod
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """Return the gradients of the local keys and values, summed over all ranks."""
 
 
 class KVExchange(ABC):
     """How keys and values come to the ranks, as far as it is known before queries select blocks."""
+
+    def __init__(self, planner: ShardedPlanner, attention_mask: AttentionMask) -> None:
+        self.planner, self.attention_mask = planner, attention_mask
+        self.strategy, self.channel = planner.strategy, planner.strategy.channel
+        # Local rows, each once for each KV head.
+        self.kv_rows = planner.shards.tokens_local * planner.share.local_heads.kv
+
+    def gradient_bytes(self, sizes: Sizes) -> int:
+        """Bytes of an element of a gradient that is sent."""
+        return sizes.gradient_bytes(rounded=self.strategy.rounds_gradients)
 
     @abstractmethod
     def for_selection(self, selection: BlockSelection | None) -> "KVSchedule":
@@ -68,8 +62,10 @@ class KVSchedule(KVExchange):
     plans: local queries against each part. tokens: of the keys of each part, int64 `[keys]`, -1 for padding.
     """
 
-    plans: tuple[Plan, ...]
-    tokens: tuple[Tensor, ...]
+    def __init__(self, planner: ShardedPlanner, attention_mask: AttentionMask, tokens: Sequence[Tensor]) -> None:
+        super().__init__(planner, attention_mask)
+        self.tokens = tokens
+        self.plans = [planner.plan_of(attention_mask, planner.tokens, keys) for keys in tokens]
 
     def for_selection(self, selection: BlockSelection | None) -> "KVSchedule":
         """Return this schedule: it brings all keys, selected or not."""
@@ -83,8 +79,64 @@ class KVSchedule(KVExchange):
         """
 
     @abstractmethod
-    def grad_return(self, k: Tensor, v: Tensor) -> GradReturn:
+    def grad_return(self, k: Tensor, v: Tensor) -> "GradReturn":
         """Return what collects the gradients of local keys and values of these shapes."""
+
+
+class KeysAndValues:
+    """Keys `[tokens, Hk, D]` and values `[tokens, Hk, Dv]` as views of one flat buffer, sent as one message."""
+
+    def __init__(self, buffer: Tensor, key_shape: torch.Size, value_shape: torch.Size) -> None:
+        self.buffer = buffer
+        # [tokens x Hk x D + tokens x Hk x Dv] -> [tokens, Hk, D] and [tokens, Hk, Dv]
+        key, value = buffer.split((key_shape.numel(), value_shape.numel()))
+        self.key, self.value = key.view(key_shape), value.view(value_shape)
+
+    @staticmethod
+    def pack(key: Tensor, value: Tensor) -> "KeysAndValues":
+        buffer = torch.cat((key.reshape(-1), value.reshape(-1)))  # [tokens x Hk x (D + Dv)]
+        return KeysAndValues(buffer, key.shape, value.shape)
+
+    def like(self, buffer: Tensor) -> "KeysAndValues":
+        """Return another buffer, of the same shapes."""
+        return KeysAndValues(buffer, self.key.shape, self.value.shape)
+
+
+Gradients = tuple[Tensor, Tensor] | None
+"""dk and dv of a part; None if its keys are not attended to, which other ranks may not know."""
+
+
+class GradReturn(ABC):
+    """Returns the gradients of keys and values to their owners, which sum them in the accumulation dtype.
+
+    total: the sum so far. comm_dtype: the dtype in which gradients travel.
+    """
+
+    def __init__(self, kv_schedule: KVSchedule, k: Tensor, v: Tensor) -> None:
+        dtype = accumulation_dtype(k.dtype)
+        # Gradients of many parts are summed here, wider than they are saved.
+        buffer = torch.zeros(k.numel() + v.numel(), dtype=dtype, device=k.device)
+        self.total = KeysAndValues(buffer, k.shape, v.shape)
+        self.comm_dtype = k.dtype if kv_schedule.strategy.rounds_gradients else dtype
+        self.channel = kv_schedule.channel
+
+    @abstractmethod
+    def add(self, gradients: Gradients) -> None:
+        """Add the gradients of the next part; called once for each part, in order."""
+
+    @abstractmethod
+    def receive(self) -> None:
+        """Take what is on its way into the total."""
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Return the gradients of the local keys and values, summed over all ranks."""
+        self.receive()
+        return self.total.key, self.total.value
+
+    def _add_local(self, gradients: Gradients) -> None:
+        if gradients is not None:
+            self.total.key.add_(gradients[0])
+            self.total.value.add_(gradients[1])
 
 
 @final
@@ -92,11 +144,8 @@ class KVSchedule(KVExchange):
 class MovingKVAttention(DistributedAttention):
     """Attention of the local queries to the parts of a schedule."""
 
-    tokens: Tensor
-    channel: Channel
     kv_exchange: KVExchange
     key_routing: KeyRouting
-    backend: str
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v, *routing = inputs
@@ -125,13 +174,13 @@ class MovingKVAttention(DistributedAttention):
         grad_return = kv_schedule.grad_return(k, v)
         for number, (key, value) in enumerate(kv_schedule.kv_blocks(k, v)):
             if plans[number].is_empty:
-                grad_return.add(None, None)
+                grad_return.add(None)
                 continue
             part_dq, dk, dv = attention_backward(dout, q, key, value, out, lse, plans[number], backend=self.backend)
             dq += part_dq
             masked, tokens = kv_schedule.plans[number], kv_schedule.tokens[number]
             of_routing.add(dout, q, key, value, out, plan=masked, tokens=tokens)
-            grad_return.add(dk, dv)
+            grad_return.add((dk, dv))
         return dq, *grad_return.finish(), *of_routing.gradients()
 
     def lse(self, saved: Saved) -> Tensor:
@@ -141,10 +190,6 @@ class MovingKVAttention(DistributedAttention):
         """What the exchange sends, and what all ranks sum for the routing and its gradient."""
         summed = all_reduce_move(self.key_routing.all_reduced(sizes), self.channel)
         return *self.kv_exchange.moves(sizes, routing), summed
-
-    @property
-    def queries(self) -> Queries:
-        return Queries(self.tokens, self.heads.query)
 
     def working_bytes(self, sizes: Sizes, routing: RoutingSource = no_routing) -> int:
         """Backward: what the exchange holds, the gradient of the queries and that of the part at hand."""
@@ -156,24 +201,18 @@ class KVMovingStrategy(Strategy):
     """Moves keys and values, along the schedule that it gives."""
 
     serves = frozenset({Access.MASK, Access.BLOCKS, Access.LIFETIMES})
+    not_served = (
+        "moves keys and values, which {mechanism} does not attend to; set parallel.strategy='state' or 'ulysses'."
+    )
     fallback_strategy = "state"
 
-    @classmethod
-    def unsupported_reason(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
-        if mechanism.accesses <= cls.serves:
-            return None
-        return (
-            f"strategy {cls.name!r} moves keys and values, which {type(mechanism).__name__} does not attend to; "
-            "set parallel.strategy='state' or 'ulysses'."
-        )
-
     @abstractmethod
-    def kv_schedule(self, attention_mask: AttentionMask, shards: Shards, share: HeadShare) -> KVSchedule:
-        """Plan how the keys that a mask (of these heads) shows come to this rank's queries."""
+    def kv_schedule(self, planner: ShardedPlanner, attention_mask: AttentionMask) -> KVSchedule:
+        """Plan how the keys that a mask (of the local heads) shows come to this rank's queries."""
 
-    def kv_exchange_of_blocks(self, attention_mask: AttentionMask, shards: Shards, share: HeadShare) -> KVExchange:
+    def kv_exchange_of_blocks(self, planner: ShardedPlanner, attention_mask: AttentionMask) -> KVExchange:
         """Plan the same where the queries select blocks of these keys: by default all come, selected or not."""
-        return self.kv_schedule(attention_mask, shards, share)
+        return self.kv_schedule(planner, attention_mask)
 
     def attend(
         self, planner: ShardedPlanner, attention_mask: AttentionMask, key_routing: KeyRouting
@@ -181,38 +220,8 @@ class KVMovingStrategy(Strategy):
         # What moves may depend on a selection of blocks, but not on lifetimes: evicted keys are moved all the same.
         exchange_of = self.kv_exchange_of_blocks if key_routing.selects_blocks else self.kv_schedule
         return MovingKVAttention(
-            tokens_local=len(planner.tokens),
-            heads=planner.share.local_heads,
+            planner=planner,
             routing_width=key_routing.routing_width,
-            tokens=planner.tokens,
-            channel=self.channel,
-            kv_exchange=exchange_of(attention_mask, planner.shards, planner.share),
+            kv_exchange=exchange_of(planner, attention_mask),
             key_routing=key_routing,
-            backend=planner.backend,
         )
-
-
-class KeysAndValues:
-    """Keys `[tokens, Hk, D]` and values `[tokens, Hk, Dv]` as views of one flat buffer, sent as one message."""
-
-    def __init__(self, buffer: Tensor, key_shape: torch.Size, value_shape: torch.Size) -> None:
-        self.buffer = buffer
-        # [tokens x Hk x D + tokens x Hk x Dv] -> [tokens, Hk, D] and [tokens, Hk, Dv]
-        key, value = buffer.split((key_shape.numel(), value_shape.numel()))
-        self.key, self.value = key.view(key_shape), value.view(value_shape)
-
-    @staticmethod
-    def pack(key: Tensor, value: Tensor) -> "KeysAndValues":
-        buffer = torch.cat((key.reshape(-1), value.reshape(-1)))  # [tokens x Hk x (D + Dv)]
-        return KeysAndValues(buffer, key.shape, value.shape)
-
-    @staticmethod
-    def no_gradients(key: Tensor, value: Tensor) -> "KeysAndValues":
-        """Return gradients of 0, in the accumulation dtype."""
-        # Gradients of many parts are summed here, wider than they are kept.
-        buffer = torch.zeros(key.numel() + value.numel(), dtype=accumulation_dtype(key.dtype), device=key.device)
-        return KeysAndValues(buffer, key.shape, value.shape)
-
-    def like(self, buffer: Tensor) -> "KeysAndValues":
-        """Return another buffer, of the same shapes."""
-        return KeysAndValues(buffer, self.key.shape, self.value.shape)

@@ -16,7 +16,6 @@ Rank 0 attends to its keys with the received queries, each a row of one head (`R
 log-sum-exp, which rank 1 merges into its local results. Rank 0 dispatches nothing: the mask is causal.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +26,7 @@ from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.ragged import expand, offsets_of
+from farspan.parallel.context_parallel.strategy import ShardedPlanner
 from farspan.parallel.layout import Shards
 
 BEYOND = 1 << 31
@@ -124,14 +124,18 @@ class ReceivedQueries:
 
     @staticmethod
     def of(
-        attention_mask: AttentionMask, blocks: BlockPartition, shards: Shards, rank: int, *, heads: int, kv_heads: int,
-        token: Tensor, head: Tensor, num_blocks: Tensor, block: Tensor,
-    ) -> "ReceivedQueries":  # fmt: skip
-        """Plan for queries of these tokens and query heads, whose `num_blocks` chosen blocks each are concatenated."""
-        kv_head = head // (heads // kv_heads)
-        queries = _rows_of_heads(shards.rows.take(token), kv_head, blocks)
-        local = shards.rows_of(rank)
-        keys = _concatenate([_rows_of_heads(local, torch.full((len(local),), h), blocks) for h in range(kv_heads)])
+        planner: ShardedPlanner, attention_mask: AttentionMask, blocks: BlockPartition, described: Tensor, block: Tensor
+    ) -> "ReceivedQueries":
+        """Plan for the queries of a message.
+
+        described: token, query head and number of chosen blocks of each, int64 `[queries, 3]`; block: these blocks,
+        query by query, int64 `[sum of numbers]`.
+        """
+        (token, head, num_blocks), kv_heads = described.t(), planner.share.local_heads.kv
+        kv_head = head // (planner.share.local_heads.query // kv_heads)
+        queries = _rows_of_heads(planner.global_rows.take(token), kv_head, blocks)
+        local, num_keys = planner.global_rows.take(planner.tokens.repeat(kv_heads)), len(planner.tokens)
+        keys = _rows_of_heads(local, torch.arange(kv_heads).repeat_interleave(num_keys), blocks)  # [Hk * T]
         # The partition once per KV head: block b of KV head h has the number h * blocks.count + b.
         first = blocks.first[:-1] + torch.arange(kv_heads)[:, None] * blocks.count  # [Hk, documents]
         partition = BlockPartition(
@@ -165,9 +169,3 @@ def _rows_of_heads(rows: Rows, head: Tensor, blocks: BlockPartition) -> Rows:
     number = torch.searchsorted(blocks.documents, rows.document.clamp(min=0)) + head * len(blocks.documents)
     document = torch.where(rows.document < 0, rows.document, number.int())
     return Rows(position=rows.position, document=document)
-
-
-def _concatenate(parts: Sequence[Rows]) -> Rows:
-    return Rows(
-        position=torch.cat([part.position for part in parts]), document=torch.cat([part.document for part in parts])
-    )

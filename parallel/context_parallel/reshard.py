@@ -48,25 +48,23 @@ class Reshard:
 
     def apply(self, tensors: Sequence[Tensor], channel: Channel, *, kind: str) -> list[Tensor]:
         """Reshard tensors `[rows_before, heads, width]` to `[rows_after, heads, width]`; padding rows are 0."""
-        packed = _pack(tensors, self.leaving)
-        arrived = channel.all_to_all_uneven(packed, sent=self.sent, received=self.received, kind=kind)
-        return _unpack(arrived, self.arriving, self.rows_after, tensors)
+        packed = torch.cat([x.flatten(1) for x in tensors], dim=1)  # [T, heads, width] -> [T, sum of heads * width]
+        outgoing = packed[self.leaving.to(packed.device)]
+        arrived = channel.start_all_to_all(outgoing, sent=self.sent, received=self.received, kind=kind).wait()
+        resharded = packed.new_zeros(self.rows_after, packed.shape[1])
+        resharded[self.arriving.to(packed.device)] = arrived
+        parts = resharded.split([x.shape[1:].numel() for x in tensors], dim=1)
+        # [T, heads * width] -> [T, heads, width]
+        return [part.unflatten(1, x.shape[1:]) for part, x in zip(parts, tensors, strict=True)]
 
     def undo(self, tensors: Sequence[Tensor], channel: Channel, *, kind: str) -> list[Tensor]:
         """Reshard tensors `[rows_after, heads, width]` back to `[rows_before, heads, width]`."""
-        packed = _pack(tensors, self.arriving)
-        arrived = channel.all_to_all_uneven(packed, sent=self.received, received=self.sent, kind=kind)
-        return _unpack(arrived, self.leaving, self.rows_before, tensors)
-
-
-def _pack(tensors: Sequence[Tensor], rows: Tensor) -> Tensor:
-    packed = torch.cat([x.flatten(1) for x in tensors], dim=1)  # [T, heads, width] -> [T, sum of heads * width]
-    return packed[rows.to(packed.device)]
-
-
-def _unpack(packed: Tensor, rows: Tensor, num_rows: int, like: Sequence[Tensor]) -> list[Tensor]:
-    unpacked = packed.new_zeros(num_rows, packed.shape[1])
-    unpacked[rows.to(packed.device)] = packed
-    parts = unpacked.split([x.shape[1:].numel() for x in like], dim=1)
-    # [T, heads * width] -> [T, heads, width]
-    return [part.unflatten(1, x.shape[1:]) for part, x in zip(parts, like, strict=True)]
+        inverse = Reshard(
+            leaving=self.arriving,
+            arriving=self.leaving,
+            sent=self.received,
+            received=self.sent,
+            rows_before=self.rows_after,
+            rows_after=self.rows_before,
+        )
+        return inverse.apply(tensors, channel, kind=kind)

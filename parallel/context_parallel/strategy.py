@@ -6,7 +6,7 @@ A kind of mechanism plans its attention with a `ShardedPlanner`, which hands eac
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self, final
 
@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from farspan.errors import ConfigError
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
+from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.mechanism import Access, Mechanism
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.planner import (
@@ -30,6 +31,7 @@ from farspan.kernels.planner import (
     Sizes,
     no_routing,
 )
+from farspan.kernels.planning.plan import Plan
 from farspan.kernels.ragged import expand
 from farspan.parallel.comm import Channel, GradCommDtype
 from farspan.parallel.layout import Shards
@@ -44,19 +46,16 @@ class Volume:
     backward: int
 
     @staticmethod
-    def total(volumes: Iterable["Volume"]) -> "Volume":
-        """Return the sum."""
-        forward, backward = zip((0, 0), *((volume.forward, volume.backward) for volume in volumes), strict=True)
-        return Volume(forward=sum(forward), backward=sum(backward))
+    def total(volumes: Sequence["Volume"]) -> "Volume":
+        return Volume(forward=sum(of.forward for of in volumes), backward=sum(of.backward for of in volumes))
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Move(Volume):
     """What one rank sends over a channel; overlapped: while it computes, so that only the longer of both takes time."""
 
-    volume: Volume
     channel: Channel
-    overlapped: bool
+    overlapped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +74,29 @@ class DistributedAttention(SequenceAttention):
     has to make the same calls, `lse` included, as any of them may send.
     """
 
-    tokens_local: int
-    heads: Heads
+    planner: "ShardedPlanner"
     routing_width: int
+
+    @property
+    def tokens_local(self) -> int:
+        return self.planner.shards.tokens_local
+
+    @property
+    def heads(self) -> Heads:
+        return self.planner.share.local_heads
+
+    @property
+    def channel(self) -> Channel:
+        return self.planner.strategy.channel
+
+    @property
+    def backend(self) -> str:
+        return self.planner.backend
+
+    @property
+    def queries(self) -> Queries:
+        """The queries that this rank attends with."""
+        return Queries(self.planner.tokens, self.heads.query)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *routing: Tensor) -> Tensor:
         """Attend q `[tokens_local, Hq, D]` to k `[.., Hk, D]` and v `[.., Hk, Dv]`; return `[tokens_local, Hq, Dv]`.
@@ -95,18 +114,13 @@ class DistributedAttention(SequenceAttention):
         routing: of the full sequence; asked for only where messages depend on it.
         """
 
-    @property
-    @abstractmethod
-    def queries(self) -> Queries:
-        """The queries that this rank attends with."""
-
     @abstractmethod
     def working_bytes(self, sizes: Sizes, routing: RoutingSource = no_routing) -> int:
         """Return the most bytes that a pass holds at once besides its inputs, results and what the kernel needs."""
 
     def volume(self, sizes: Sizes, routing: RoutingSource = no_routing) -> Volume:
         """Return the bytes that this rank sends, all moves together."""
-        return Volume.total(move.volume for move in self.moves(sizes, routing))
+        return Volume.total(self.moves(sizes, routing))
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor, routing: tuple[Tensor, ...]) -> None:
         of_queries, of_keys = (self.tokens_local, self.heads.query), (self.tokens_local, self.heads.kv)
@@ -147,13 +161,11 @@ class _AttentionFunction(torch.autograd.Function):
         return None, *(gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True))
 
 
-@final
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ComposedAttention(DistributedAttention):
-    """Attention that a kind makes of others, which are planned under the same strategy."""
+class LocalAttention(DistributedAttention):
+    """Attention to rows of this rank alone, which sends nothing."""
 
     attention: SequenceAttention
-    planner: "ShardedPlanner"
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         return self.attention.forward(*inputs)
@@ -165,6 +177,18 @@ class ComposedAttention(DistributedAttention):
         return self.attention.lse(saved)
 
     def moves(self, sizes: Sizes, routing: RoutingSource = no_routing) -> tuple[Move, ...]:
+        return ()
+
+    def working_bytes(self, sizes: Sizes, routing: RoutingSource = no_routing) -> int:
+        return 0
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComposedAttention(LocalAttention):
+    """Attention that a kind makes of others, which are planned under the same strategy and may send."""
+
+    def moves(self, sizes: Sizes, routing: RoutingSource = no_routing) -> tuple[Move, ...]:
         """What the branches send, one after another, and the kind's own sums over all ranks."""
         found = self.attention.composition(sizes, routing)
         # Branches run one after another, so that their moves add up.
@@ -173,11 +197,7 @@ class ComposedAttention(DistributedAttention):
             for attention, of_branch in found.branches
             for move in self._distributed(attention).moves(sizes, of_branch)
         ]
-        return *of_branches, all_reduce_move(found.all_reduced, self.planner.strategy.channel)
-
-    @property
-    def queries(self) -> Queries:
-        return Queries(self.planner.tokens, self.heads.query)
+        return *of_branches, all_reduce_move(found.all_reduced, self.channel)
 
     def working_bytes(self, sizes: Sizes, routing: RoutingSource = no_routing) -> int:
         """The most of any branch, on top of the kind's own."""
@@ -193,20 +213,22 @@ def all_reduce_move(all_reduced: tuple[int, int], channel: Channel) -> Move:
     """Return what a rank sends in sums over all ranks of tensors of so many bytes, forward and backward: 2 (P-1)/P."""
     # A reduce-scatter and an all-gather, each of (P-1)/P of the bytes.
     forward, backward = (2 * (channel.size - 1) * total // channel.size for total in all_reduced)
-    return Move(Volume(forward=forward, backward=backward), channel, overlapped=False)
+    return Move(forward=forward, backward=backward, channel=channel)
 
 
 class Strategy(ABC):
     """Moves rows over a channel; every rank of the channel makes the same calls in the same order.
 
     A strategy that shards tokens implements `attend` or `scan`, the parts that kinds make their attention of; one that
-    does otherwise implements `plan`.
+    does otherwise implements `plan_with`.
     """
 
     name: ClassVar[str]
     """Its messages are counted under it."""
     serves: ClassVar[frozenset[Access]] = frozenset(Access)
     """The accesses to other tokens that it can do."""
+    not_served: ClassVar[str] = ""
+    """How the sentence `strategy NAME ...` goes on about a `{mechanism}` of other accesses, and what to change."""
     fallback_strategy: ClassVar[str | None] = None
     """The strategy that serves layers whose mechanism this one does not take, if there is one."""
 
@@ -214,14 +236,17 @@ class Strategy(ABC):
         """grad_comm_dtype: in which gradients of keys and values travel; they are summed in float32 or wider."""
         self.channel = channel
         self.grad_comm_dtype: GradCommDtype = grad_comm_dtype
+        self.rounds_gradients = grad_comm_dtype == "compute"
 
     @classmethod
-    @abstractmethod
     def unsupported_reason(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
         """Return why these cannot run together, as a sentence that says what to change, or None if they can.
 
-        inner: the ranks of the inner axis, for strategies of two levels.
+        Here only accesses decide. inner: the ranks of the inner axis, for strategies of two levels.
         """
+        if mechanism.accesses <= cls.serves:
+            return None
+        return f"strategy {cls.name!r} {cls.not_served.format(mechanism=type(mechanism).__name__)}"
 
     def prepare(self, mechanism: Mechanism, shards: Shards, heads: Heads, *, backend: str) -> DistributedAttention:
         """Plan the attention of one sharded sequence; the result serves every layer of that mechanism.
@@ -245,14 +270,14 @@ class Strategy(ABC):
 
     def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> DistributedAttention:
         """Plan like `prepare`, checks left out, for some of the heads."""
+        tokens = shards.index[self.channel.rank]
         planner = ShardedPlanner(
-            global_rows=shards.rows,
-            tokens=shards.index[self.channel.rank],
-            share=share,
-            backend=backend,
-            strategy=self,
-            shards=shards,
+            global_rows=shards.rows, tokens=tokens, share=share, backend=backend, strategy=self, shards=shards
         )
+        return self.plan_with(planner, mechanism)
+
+    def plan_with(self, planner: "ShardedPlanner", mechanism: Mechanism) -> DistributedAttention:
+        """Plan the attention of the planner's rows and heads."""
         return planner.distributed(mechanism.plan(planner), mechanism.routing_width)
 
     def attend(
@@ -277,6 +302,13 @@ class ShardedPlanner(AttentionPlanner):
     def attend(self, attention_mask: AttentionMask, key_routing: KeyRouting) -> DistributedAttention:
         return self.strategy.attend(self, attention_mask.of_heads(self.share.slice), key_routing)
 
+    def plan_of(
+        self, attention_mask: AttentionMask, queries: Tensor, keys: Tensor, selection: BlockSelection | None = None
+    ) -> Plan:
+        """Plan attention of queries to keys, both tokens of the sequence, under a mask (of the local heads)."""
+        rows, heads = self.global_rows, self.share.local_heads.query
+        return Plan.build(rows.take(queries), rows.take(keys), attention_mask, heads=heads, selection=selection)
+
     def scan(self, decay: Tensor) -> DistributedAttention:
         return self.strategy.scan(self, decay)
 
@@ -294,13 +326,7 @@ class ShardedPlanner(AttentionPlanner):
         # What a strategy planned knows its costs; what a kind composed has those of its branches.
         if isinstance(attention, DistributedAttention):
             return attention
-        return ComposedAttention(
-            tokens_local=self.shards.tokens_local,
-            heads=self.share.local_heads,
-            routing_width=routing_width,
-            attention=attention,
-            planner=self,
-        )
+        return ComposedAttention(planner=self, routing_width=routing_width, attention=attention)
 
 
 def shard_with_tokens(rows: Rows, token: Tensor, shards: Shards) -> Shards:

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from farspan.launch import checkpoints, cli
+from farspan.launch import cli
 from farspan.parallel.mesh import Mesh, ParallelConfig
 from farspan.parallel.ranks import Ranks, connected
 from farspan.trainer.build import build_model
+from farspan.trainer.checkpoint import verify
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.checkpoint.manifest import Manifest
 from farspan.trainer.config import CheckpointConfig
@@ -68,13 +69,13 @@ def test_ls_prints_a_line_for_each(run: Path, capsys: pytest.CaptureFixture[str]
 def test_a_checkpoint_that_the_run_deletes_meanwhile_is_not_damaged(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check = checkpoints.check_complete
+    check = verify.check_complete
 
     def slow(path: Path) -> Manifest:
         shutil.rmtree(run / "checkpoints" / "step_00000020", ignore_errors=True)
         return check(path)
 
-    monkeypatch.setattr(checkpoints, "check_complete", slow)
+    monkeypatch.setattr(verify, "check_complete", slow)
     assert farspan("verify", run) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["complete", "deleted", "complete"]
     assert farspan("verify", run / "checkpoints" / "step_00000020") == 1

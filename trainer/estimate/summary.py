@@ -14,7 +14,7 @@ from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.planner import Sizes
 from farspan.parallel.comm import Unconnected
 from farspan.parallel.context_parallel.cost_model import SAMPLED
-from farspan.parallel.context_parallel.halo import mean_rows_sent
+from farspan.parallel.context_parallel.key_convolution import mean_rows_sent
 from farspan.parallel.layout import Shards
 from farspan.parallel.mesh import Degrees
 from farspan.trainer.batch import work_of_layers

@@ -8,6 +8,7 @@ with the gradient of out, out and the log-sum-exp; gradients of keys stay with t
 effect.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -18,23 +19,20 @@ from farspan.kernels.attention import attention_backward, attention_forward
 from farspan.kernels.kinds.routed import SelectedBlocks
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.selection import BlockSelection
-from farspan.kernels.mechanism import Access, Mechanism
+from farspan.kernels.mechanism import Access
 from farspan.kernels.merge import accumulation_dtype, merge_
-from farspan.kernels.planner import Heads, KeyRouting, Routing, RoutingSource, Saved, Sizes, no_routing
+from farspan.kernels.planner import KeyRouting, Routing, RoutingSource, Saved, Sizes, no_routing
 from farspan.kernels.planning.plan import Plan
-from farspan.parallel.comm import Channel, Transfer
+from farspan.parallel.comm import Transfer
 from farspan.parallel.context_parallel.query_dispatch import BlockOwners, DispatchPlan, ReceivedQueries
 from farspan.parallel.context_parallel.strategy import (
     STRATEGIES,
     DistributedAttention,
     Move,
-    Queries,
     ShardedPlanner,
     Strategy,
-    Volume,
     all_reduce_move,
 )
-from farspan.parallel.layout import Shards
 
 # int32 numbers sent ahead of attention. For each query: token, head and number of blocks; for each chosen block: its
 # number; int64 to each rank: how many queries and blocks follow.
@@ -47,30 +45,21 @@ class Ship(Strategy):
 
     name, serves, fallback_strategy = "ship", frozenset({Access.BLOCKS}), "state"
 
-    @classmethod
-    def unsupported_reason(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
-        if mechanism.accesses <= cls.serves:
-            return None
-        return (
-            f"strategy 'ship' sends queries to the blocks that they chose, and {type(mechanism).__name__} chooses no "
-            "blocks; set parallel.strategy='ring' or 'fetch'."
-        )
+    not_served = (
+        "sends queries to the blocks that they chose, and {mechanism} chooses no blocks; set parallel.strategy='ring' "
+        "or 'fetch'."
+    )
 
     def attend(
         self, planner: ShardedPlanner, attention_mask: AttentionMask, key_routing: KeyRouting
     ) -> DistributedAttention:
-        shards, blocks, local, heads = planner.shards, key_routing.blocks, planner.local_rows, planner.share.local_heads
         return _QueryDispatchAttention(
-            tokens_local=shards.tokens_local,
-            heads=heads,
+            planner=planner,
             routing_width=key_routing.routing_width,
             attention_mask=attention_mask,
-            shards=shards,
-            channel=self.channel,
             key_routing=key_routing,
-            owners=BlockOwners.of(attention_mask, blocks, shards),
-            local=Plan.build(local, local, attention_mask, heads=heads.query),
-            backend=planner.backend,
+            owners=BlockOwners.of(attention_mask, key_routing.blocks, planner.shards),
+            local=planner.plan_of(attention_mask, planner.tokens, planner.tokens),
         )
 
 
@@ -78,12 +67,9 @@ class Ship(Strategy):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _QueryDispatchAttention(DistributedAttention):
     attention_mask: AttentionMask
-    shards: Shards
-    channel: Channel
     key_routing: KeyRouting
     owners: BlockOwners
     local: Plan
-    backend: str
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v = inputs
@@ -133,35 +119,22 @@ class _QueryDispatchAttention(DistributedAttention):
         return saved.tensors[4]
 
     def _dispatch_plan(self, selection: BlockSelection, rank: int) -> DispatchPlan:
-        return DispatchPlan.of(selection, self.owners, self.shards, rank, self.heads.query)
+        return DispatchPlan.of(selection, self.owners, self.planner.shards, rank, self.heads.query)
 
-    def _announce(self, dispatch: DispatchPlan) -> tuple[tuple[int, ...], ReceivedQueries]:
+    def _announce(self, dispatch: DispatchPlan) -> tuple[list[int], ReceivedQueries]:
         """Exchange what is dispatched; return the number of queries from each rank, and the plan of their attention."""
         sizes = torch.tensor((dispatch.queries_per_rank, dispatch.blocks_per_rank)).t().contiguous()  # [P, 2]
         queries, blocks = self.channel.all_to_all(sizes, kind="ship_choice").t().tolist()
-        token = self.shards.index[self.channel.rank][dispatch.row]
+        token = self.planner.tokens[dispatch.row]
         described = torch.stack((token, dispatch.head, dispatch.num_blocks), dim=1).int()  # [queries, 3]
-        described = self._exchange(described, dispatch.queries_per_rank, queries)
-        block = self._exchange(dispatch.block.int(), dispatch.blocks_per_rank, blocks)
-        token, head, num_blocks = described.long().t()
+        described = self._send(described, dispatch.queries_per_rank, queries, kind="choice").wait()
+        block = self._send(dispatch.block.int(), dispatch.blocks_per_rank, blocks, kind="choice").wait()
         received = ReceivedQueries.of(
-            self.attention_mask,
-            self.key_routing.blocks,
-            self.shards,
-            self.channel.rank,
-            heads=self.heads.query,
-            kv_heads=self.heads.kv,
-            token=token,
-            head=head,
-            num_blocks=num_blocks,
-            block=block.long(),
+            self.planner, self.attention_mask, self.key_routing.blocks, described.long(), block.long()
         )
-        return tuple(queries), received
+        return queries, received
 
-    def _exchange(self, x: Tensor, sent: tuple[int, ...], received: list[int]) -> Tensor:
-        return self.channel.all_to_all_uneven(x, sent=sent, received=received, kind="ship_choice")
-
-    def _send(self, x: Tensor, sent: tuple[int, ...], received: tuple[int, ...], *, kind: str) -> Transfer:
+    def _send(self, x: Tensor, sent: Sequence[int], received: Sequence[int], *, kind: str) -> Transfer:
         return self.channel.start_all_to_all(x, sent=sent, received=received, kind=f"ship_{kind}")
 
     def _attend_received(self, q: Tensor, k: Tensor, v: Tensor, received: ReceivedQueries) -> Tensor:
@@ -181,18 +154,14 @@ class _QueryDispatchAttention(DistributedAttention):
         asked = sent * (QUERY_BYTES + sizes.head_dim * sizes.element_bytes) + blocks * BLOCK_BYTES
         asked += (self.channel.size - 1) * COUNT_BYTES
         asked_again = (sizes.head_dim + 2 * sizes.value_dim) * sizes.element_bytes + sizes.accumulation_bytes
-        queries = Volume(forward=asked, backward=sent * asked_again)
-        results = Volume(
+        # Queries travel during local attention; nothing is left to compute while the last results return.
+        queries = Move(forward=asked, backward=sent * asked_again, channel=self.channel, overlapped=True)
+        results = Move(
             forward=received * (sizes.value_dim + 1) * sizes.accumulation_bytes,
             backward=received * sizes.head_dim * sizes.accumulation_bytes,
+            channel=self.channel,
         )
-        choice = all_reduce_move(self.key_routing.all_reduced(sizes), self.channel)
-        # Queries travel during local attention; nothing is left to compute while the last results return.
-        return Move(queries, self.channel, overlapped=True), Move(results, self.channel, overlapped=False), choice
-
-    @property
-    def queries(self) -> Queries:
-        return Queries(self.shards.index[self.channel.rank], self.heads.query)
+        return queries, results, all_reduce_move(self.key_routing.all_reduced(sizes), self.channel)
 
     def working_bytes(self, sizes: Sizes, routing: RoutingSource = no_routing) -> int:
         """Backward: queries sent and received, their gradients, and those of the local keys."""
@@ -205,9 +174,8 @@ class _QueryDispatchAttention(DistributedAttention):
         """Return the queries sent and received, and the selected blocks sent, by the routing of the full sequence."""
         assert isinstance(routing, SelectedBlocks), "the traffic of ship depends on the selection"
         rank, one_in, selection = self.channel.rank, routing.one_in, routing.selection
-        plans = [
-            self._dispatch_plan(selection.of_queries(rows), sender) for sender, rows in enumerate(self.shards.index)
-        ]
+        index = self.planner.shards.index
+        plans = [self._dispatch_plan(selection.of_queries(tokens), sender) for sender, tokens in enumerate(index)]
         received = sum(plan.queries_per_rank[rank] for plan in plans)
         return sum(plans[rank].queries_per_rank) * one_in, received * one_in, sum(plans[rank].blocks_per_rank) * one_in
 

@@ -1,21 +1,11 @@
 """Single: one rank holds the full sequence and sends nothing."""
 
-from dataclasses import dataclass
 from typing import final
 
-from torch import Tensor
-
 from farspan.kernels.mechanism import Mechanism
-from farspan.kernels.planner import Heads, HeadShare, RoutingSource, Saved, SequenceAttention, Sizes, no_routing
+from farspan.kernels.planner import Heads
 from farspan.kernels.sequence_attention import plan_sequence_attention
-from farspan.parallel.context_parallel.strategy import (
-    STRATEGIES,
-    DistributedAttention,
-    Move,
-    Queries,
-    Strategy,
-)
-from farspan.parallel.layout import Shards
+from farspan.parallel.context_parallel.strategy import STRATEGIES, LocalAttention, ShardedPlanner, Strategy
 
 
 @final
@@ -30,42 +20,10 @@ class Single(Strategy):
             return f"strategy 'single' keeps the sequence on one rank: set parallel.context=1 instead of {degree}."
         return None
 
-    def plan(self, mechanism: Mechanism, shards: Shards, share: HeadShare, *, backend: str) -> DistributedAttention:
-        return _SingleRankAttention(
-            tokens_local=shards.tokens_local,
-            heads=share.local_heads,
-            routing_width=mechanism.routing_width,
-            tokens=shards.index[self.channel.rank],
-            attention=plan_sequence_attention(
-                mechanism, shards.rows_of(self.channel.rank), share.all_heads, share.head_range, backend=backend
-            ),
-        )
-
-
-@final
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _SingleRankAttention(DistributedAttention):
-    attention: SequenceAttention
-    tokens: Tensor
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
-        return self.attention.forward(*inputs)
-
-    def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
-        return self.attention.backward(dout, saved)
-
-    def lse(self, saved: Saved) -> Tensor | None:
-        return self.attention.lse(saved)
-
-    def moves(self, sizes: Sizes, routing: RoutingSource = no_routing) -> tuple[Move, ...]:
-        return ()
-
-    @property
-    def queries(self) -> Queries:
-        return Queries(self.tokens, self.heads.query)
-
-    def working_bytes(self, sizes: Sizes, routing: RoutingSource = no_routing) -> int:
-        return 0
+    def plan_with(self, planner: ShardedPlanner, mechanism: Mechanism) -> LocalAttention:
+        rows, share = planner.local_rows, planner.share
+        attention = plan_sequence_attention(mechanism, rows, share.all_heads, share.head_range, backend=planner.backend)
+        return LocalAttention(planner=planner, routing_width=mechanism.routing_width, attention=attention)
 
 
 STRATEGIES.add(Single.name, Single)

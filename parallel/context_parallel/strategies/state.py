@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.linear_attention.state import Segment, order
-from farspan.kernels.mechanism import Access, Mechanism
+from farspan.kernels.mechanism import Access
 from farspan.kernels.merge import accumulation_dtype
-from farspan.kernels.planner import Heads, RoutingSource, Saved, Sizes, no_routing
+from farspan.kernels.planner import RoutingSource, Saved, Sizes, no_routing
 from farspan.kernels.recurrent_attention import recurrent_attention_backward, recurrent_attention_forward
-from farspan.parallel.comm import Channel
 from farspan.parallel.context_parallel.reshard import Reshard
 from farspan.parallel.context_parallel.strategy import (
     STRATEGIES,
@@ -33,7 +32,6 @@ from farspan.parallel.context_parallel.strategy import (
     Queries,
     ShardedPlanner,
     Strategy,
-    Volume,
 )
 from farspan.parallel.layout import Shards, equal_chunks
 
@@ -47,15 +45,7 @@ class States(Strategy):
 
     name, serves = "state", frozenset({Access.STATE})
 
-    @classmethod
-    def unsupported_reason(cls, mechanism: Mechanism, heads: Heads, degree: int, inner: int = 1) -> str | None:
-        if mechanism.accesses <= cls.serves:
-            return None
-        return (
-            f"strategy 'state' moves the sums of recurrences, which {type(mechanism).__name__} is not; "
-            "set parallel.strategy='ring'."
-        )
-
+    not_served = "moves the sums of recurrences, which {mechanism} is not; set parallel.strategy='ring'."
     # The segments of the last sequence: layers whose decay differs share them.
     _planned: "tuple[Shards, _Segments] | None" = None
 
@@ -64,19 +54,9 @@ class States(Strategy):
         if self._planned is None or self._planned[0] is not shards:
             self._planned = shards, _Segments.plan(shards, rank)
         segments = self._planned[1]
+        influence = _influence(segments.by_rank, segments.max_segments, decay)
         return _StatePassingAttention(
-            tokens_local=shards.tokens_local,
-            heads=planner.share.local_heads,
-            routing_width=0,
-            channel=self.channel,
-            tokens=segments.tokens,
-            reshard=segments.reshard,
-            slices=segments.slices,
-            segments=segments.by_rank[rank],
-            max_segments=segments.max_segments,
-            influence=_influence(segments.by_rank, segments.max_segments, decay),
-            decay=decay,
-            backend=planner.backend,
+            planner=planner, routing_width=0, segments=segments, influence=influence, decay=decay
         )
 
 
@@ -84,14 +64,14 @@ class States(Strategy):
 class _Segments:
     """The segments of all ranks, whatever the decay.
 
-    reshard: None if the layout is kept. tokens: of this rank's rows after it. slices: of these rows, one per segment.
-    by_rank: the segments of every rank; max_segments: the most of any rank.
+    reshard: None if the layout stays. tokens: of this rank's rows after it. local: which of these rows each of its
+    segments has. by_rank: the segments of every rank; max_segments: the most of any rank.
     """
 
     reshard: Reshard | None
     tokens: Tensor
-    slices: tuple[slice, ...]
-    by_rank: tuple[tuple[Segment, ...], ...]
+    local: list[tuple[slice, Segment]]
+    by_rank: list[list[Segment]]
     max_segments: int
 
     @staticmethod
@@ -107,15 +87,15 @@ class _Segments:
             target = Shards(rows=shards.rows, index=index)
             reshard, shards = Reshard.plan(shards, target, rank), target
             slices = [[slice(0, shards.tokens_local)]] * shards.degree
-        rows_of_ranks = [shards.rows_of(owner) for owner in range(shards.degree)]
+        by_rank = []
+        for owner, parts in enumerate(slices):
+            rows = shards.rows_of(owner)
+            by_rank.append([Segment.of(rows.slice(part)) for part in parts])
         return _Segments(
             reshard=reshard,
             tokens=shards.index[rank],
-            slices=tuple(slices[rank]),
-            by_rank=tuple(
-                tuple(Segment.of(rows.slice(part)) for part in parts)
-                for rows, parts in zip(rows_of_ranks, slices, strict=True)
-            ),
+            local=[*zip(slices[rank], by_rank[rank], strict=True)],
+            by_rank=by_rank,
             max_segments=max(map(len, slices)),
         )
 
@@ -150,60 +130,52 @@ def _influence(segments: Sequence[Sequence[Segment]], max_segments: int, decay: 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _StatePassingAttention(DistributedAttention):
-    """slices: of this rank's rows, after `reshard` if there is one; segments: their rows."""
-
-    channel: Channel
-    tokens: Tensor
-    reshard: Reshard | None
-    slices: tuple[slice, ...]
-    segments: tuple[Segment, ...]
-    max_segments: int
+    segments: _Segments
     influence: Tensor
     decay: Tensor
-    backend: str
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v = inputs
-        if self.reshard is not None:
-            q, k, v = self.reshard.apply((q, k, v), self.channel, kind="state_qkv")
+        if self.segments.reshard is not None:
+            q, k, v = self.segments.reshard.apply((q, k, v), self.channel, kind="state_qkv")
         out = torch.empty(len(q), q.shape[1], v.shape[2], dtype=accumulation_dtype(q.dtype), device=q.device)
-        left = out.new_zeros(self.max_segments, q.shape[1], q.shape[2], v.shape[2])  # [M, Hq, D, Dv]
-        for number, (rows, segment) in enumerate(zip(self.slices, self.segments, strict=True)):
+        left = out.new_zeros(self.segments.max_segments, q.shape[1], q.shape[2], v.shape[2])  # [M, Hq, D, Dv]
+        for number, (rows, segment) in enumerate(self.segments.local):
             out[rows], state = recurrent_attention_forward(
                 q[rows], k[rows], v[rows], segment, self.decay, backend=self.backend
             )
             left[number] = state.value
         entering = self._weighted_sum(self._all_gather(left), self._weights())
-        for number, (rows, segment) in enumerate(zip(self.slices, self.segments, strict=True)):
+        for number, (rows, segment) in enumerate(self.segments.local):
             rows, decayed = self._first_document(rows, segment, out)
             # A slice: the sum is added in place.
             out[rows] += torch.einsum("thd,hdv->thv", q[rows].to(out.dtype) * decayed, entering[number])
         out, saved = out.to(q.dtype), Saved((q, k, v, entering))
-        if self.reshard is not None:
-            (out,) = self.reshard.undo((out,), self.channel, kind="state_out")
+        if self.segments.reshard is not None:
+            (out,) = self.segments.reshard.undo((out,), self.channel, kind="state_out")
         return out, saved
 
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
         q, k, v, entering = saved.tensors
-        if self.reshard is not None:
-            (dout,) = self.reshard.apply((dout,), self.channel, kind="state_dout")
+        if self.segments.reshard is not None:
+            (dout,) = self.segments.reshard.apply((dout,), self.channel, kind="state_dout")
         dtype = accumulation_dtype(q.dtype)
         dentering = torch.zeros_like(entering)
         dq, dk, dv = (torch.empty_like(x, dtype=dtype) for x in (q, k, v))
-        for number, (rows, segment) in enumerate(zip(self.slices, self.segments, strict=True)):
+        for number, (rows, segment) in enumerate(self.segments.local):
             rows, decayed = self._first_document(rows, segment, dq)
             dentering[number] = torch.einsum("thd,thv->hdv", q[rows].to(dtype) * decayed, dout[rows].to(dtype))
         dleft = self._weighted_sum(self._all_gather(dentering), self._weights(backward=True))
-        for number, (rows, segment) in enumerate(zip(self.slices, self.segments, strict=True)):
+        for number, (rows, segment) in enumerate(self.segments.local):
             dq[rows], dk[rows], dv[rows], _ = recurrent_attention_backward(
                 dout[rows], dleft[number], q[rows], k[rows], v[rows], segment, self.decay, backend=self.backend
             )
             rows, decayed = self._first_document(rows, segment, dq)
             dq[rows] += torch.einsum("thv,hdv->thd", dout[rows].to(dtype), entering[number]) * decayed
-        if self.reshard is None:
+        if self.segments.reshard is None:
             return dq, dk, dv
         gradients = [gradient.to(dout.dtype) for gradient in (dq, dk, dv)]
-        return tuple(self.reshard.undo(gradients, self.channel, kind="state_dqkv"))
+        return tuple(self.segments.reshard.undo(gradients, self.channel, kind="state_dqkv"))
 
     def lse(self, saved: Saved) -> None:
         return None
@@ -214,7 +186,7 @@ class _StatePassingAttention(DistributedAttention):
     def _weights(self, *, backward: bool = False) -> Tensor:
         """Return weights of all segments at this rank's, `[Hq, M, P * M]`; backward, of this rank's at all segments."""
         influence = self.influence.transpose(1, 2) if backward else self.influence  # [Hq, P * M, P * M]
-        return influence[:, self.channel.rank * self.max_segments : (self.channel.rank + 1) * self.max_segments]
+        return influence.unflatten(1, (self.channel.size, -1))[:, self.channel.rank]  # [Hq, P, M, P * M]
 
     def _weighted_sum(self, states: Tensor, weight: Tensor) -> Tensor:
         return torch.einsum("hms,shdv->mhdv", weight.to(states), states)  # [P * M, Hq, D, Dv] -> [M, Hq, D, Dv]
@@ -235,30 +207,31 @@ class _StatePassingAttention(DistributedAttention):
     def moves(self, sizes: Sizes, routing: RoutingSource = no_routing) -> tuple[Move, ...]:
         """A rank's states to P-1 others, M x Hq matrices, each way; resharded, also rows both ways."""
         width = sizes.head_dim * sizes.value_dim * sizes.accumulation_bytes
-        states = (self.channel.size - 1) * self.max_segments * self.heads.query * width
-        moved = Move(Volume(forward=states, backward=states), self.channel, overlapped=False)
-        if self.reshard is None:
+        states = (self.channel.size - 1) * self.segments.max_segments * self.heads.query * width
+        moved = Move(forward=states, backward=states, channel=self.channel)
+        if self.segments.reshard is None:
             return (moved,)
-        leaving, arriving = self.reshard.moved_rows(self.channel.rank)
+        leaving, arriving = self.segments.reshard.moved_rows(self.channel.rank)
         inputs = self.heads.query * sizes.head_dim + self.heads.kv * sizes.kv_width
         outputs = self.heads.query * sizes.value_dim
-        resharded = Volume(
+        resharded = Move(
             forward=(leaving * inputs + arriving * outputs) * sizes.element_bytes,
             backward=(leaving * outputs + arriving * inputs) * sizes.element_bytes,
+            channel=self.channel,
         )
-        return moved, Move(resharded, self.channel, overlapped=False)
+        return moved, resharded
 
     @property
     def queries(self) -> Queries:
-        return Queries(self.tokens, self.heads.query)
+        return Queries(self.segments.tokens, self.heads.query)
 
     def working_bytes(self, sizes: Sizes, routing: RoutingSource = no_routing) -> int:
         """States of all ranks, entering states, accumulated gradients and, resharded, the rows."""
         width = sizes.head_dim * sizes.value_dim * sizes.accumulation_bytes
-        states = (self.channel.size + 2) * self.max_segments * self.heads.query * width
+        states = (self.channel.size + 2) * self.segments.max_segments * self.heads.query * width
         queries, keys = self.heads.query * sizes.kv_width, self.heads.kv * sizes.kv_width
-        rows = (queries + keys) * len(self.tokens)
-        return states + rows * (sizes.accumulation_bytes + (sizes.element_bytes if self.reshard else 0))
+        rows = (queries + keys) * len(self.segments.tokens)
+        return states + rows * (sizes.accumulation_bytes + (sizes.element_bytes if self.segments.reshard else 0))
 
 
 STRATEGIES.add(States.name, States)

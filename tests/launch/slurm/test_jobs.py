@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from farspan.launch import cli
+from farspan.launch.commands.jobs import log_file
 from farspan.launch.slurm.client import SlurmError
 from farspan.launch.slurm.history import add_failure
-from farspan.launch.slurm.jobs import log_file
 from tests.support.programs import install
 
 SQUEUE = """[ $6 = -o ] || { echo '9                   |2                   |'; exit; }

@@ -3,7 +3,7 @@
 import pytest
 
 from farspan.kernels.masks.rows import Rows
-from farspan.parallel.context_parallel.halo import Halo, mean_rows_sent
+from farspan.parallel.context_parallel.key_convolution import Halo, mean_rows_sent
 from farspan.parallel.context_parallel.strategy import Volume
 from farspan.parallel.layout import LAYOUTS, Shards
 

@@ -224,7 +224,17 @@ def test_fetch_computes_while_the_next_stage_travels(monkeypatch: pytest.MonkeyP
 
 def test_ship_computes_the_local_part_while_queries_travel(monkeypatch: pytest.MonkeyPatch) -> None:
     forward, backward = events("ship", MoBA(block=4, top_k=3), ship, monkeypatch)
-    assert forward == ["send ship_q", "compute", "wait ship_q", "compute", "send ship_out", "wait ship_out"]
+    choice = ["send ship_choice", "wait ship_choice"]
+    assert forward == [
+        *choice,
+        *choice,
+        "send ship_q",
+        "compute",
+        "wait ship_q",
+        "compute",
+        "send ship_out",
+        "wait ship_out",
+    ]
     queries = ["send ship_dout", "send ship_lse", "compute", "wait ship_dout", "wait ship_lse"]
     assert backward == [*queries, "compute", "send ship_dq", "wait ship_dq"]
 

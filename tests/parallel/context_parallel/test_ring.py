@@ -2,7 +2,7 @@
 
 import pytest
 
-from farspan.parallel.context_parallel.ring_exchange import RingTopology
+from farspan.parallel.context_parallel.strategies.ring import RingTopology
 
 SHAPES = [(1, 1), (4, 4), (4, 2), (4, 1), (8, 2), (8, 4), (12, 3), (512, 8)]
 

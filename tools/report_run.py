@@ -14,8 +14,7 @@ import torch
 
 from farspan.errors import ConfigError
 from farspan.tools.bench import machine
-from farspan.tools.bench.plot import Plot
-from farspan.tools.bench.report import Report, Table
+from farspan.tools.bench.report import Plot, markdown_table, write_report
 from farspan.tools.command import parser_of, print_all
 from farspan.trainer.config import Config
 from farspan.trainer.metrics import EVALUATION_KEY
@@ -93,19 +92,19 @@ def report(folders: Sequence[Path], out: Path, facts: Mapping[str, str]) -> list
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     runs = [Run.read(folder, name) for folder, name in zip(folders, names, strict=True)]
-    tables = [Table(columns=COLUMNS, lines=[_line(run) for run in runs])]
+    tables = [markdown_table(COLUMNS, [_line(run) for run in runs])]
     for run in runs:
         if run.layers:
-            heading = f"Experts of {run.name}, last {LAST_STEPS} steps"
-            lines = [_expert_line(run, layer) for layer in run.layers]
-            tables.append(Table(heading=heading, columns=EXPERT_COLUMNS, lines=lines))
-    return Report(
+            table = markdown_table(EXPERT_COLUMNS, [_expert_line(run, layer) for layer in run.layers])
+            tables.append(f"## Experts of {run.name}, last {LAST_STEPS} steps\n\n{table}")
+    return write_report(
+        out,
         title=" and ".join(run.name for run in runs),
         machine=facts,
         notes=NOTES.format(last=LAST_STEPS, most=MAX_POINTS),
         tables=tables,
         plots={f"_{key}": plot for key, plot in plots_of(runs).items()},
-    ).write(out)
+    )
 
 
 def plots_of(runs: Sequence[Run]) -> dict[str, Plot]:
@@ -161,7 +160,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="path and beginning of the files' names; report in the first folder")
     options = parser.parse_args(arguments)
     # Where and how the report was made: runs do not record their machine.
-    facts = machine.facts(torch.device("cpu"), arguments, tool="report_run")
+    facts = machine.facts(torch.device("cpu"), "report_run", arguments)
     facts = {name: facts[name] for name in ("date", "commit", "command", "cpu", "torch")}
     return print_all(lambda: report(options.folders, options.out or options.folders[0] / "report", facts))
 

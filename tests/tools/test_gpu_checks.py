@@ -14,8 +14,7 @@ from farspan.kernels.mechanisms.window import Window
 from farspan.kernels.moe import grouped_loop
 from farspan.kernels.planning.plan import Plan
 from farspan.parallel.ranks import Ranks, connected
-from farspan.tools import gpu_checks
-from farspan.tools.bench import experts
+from farspan.tools import bench_experts, gpu_checks
 from farspan.tools.bench.case import Shape
 from farspan.tools.bench.check import check_rows
 from farspan.tools.bench.contenders import Ours
@@ -29,8 +28,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_checks, "DTYPES", [torch.bfloat16, torch.float32])
     monkeypatch.setattr(gpu_checks, "HEADS", [Heads(query=4, kv=2)])
     monkeypatch.setattr(gpu_checks, "HEAD_SIZES", [(16, 16), (24, 16)])
-    monkeypatch.setattr(experts, "CHECKED_SIZES", [(16, 8)])
-    monkeypatch.setattr(experts, "CHECKED_COUNTS", {"some": (3, 0, 5), "none": (0, 0)})
+    monkeypatch.setattr(bench_experts, "CHECKED_SIZES", [(16, 8)])
+    monkeypatch.setattr(bench_experts, "CHECKED_COUNTS", {"some": (3, 0, 5), "none": (0, 0)})
 
 
 def test_one_thing_changes_at_a_time_before_all_do() -> None:

@@ -16,7 +16,7 @@ from farspan.kernels.backend import BACKENDS
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def facts(device: torch.device, arguments: Sequence[str], *, tool: str = "bench_attention") -> dict[str, str]:
+def facts(device: torch.device, tool: str, arguments: Sequence[str]) -> dict[str, str]:
     """Return the machine, the software, the commit and the command, in words."""
     found = {
         "date": datetime.date.today().isoformat(),
@@ -28,28 +28,27 @@ def facts(device: torch.device, arguments: Sequence[str], *, tool: str = "bench_
         "torch": torch.__version__,
     } | {package: version(package) for package in ("triton", "flash-attn", "flash-attn-3", "flash-attn-4")}
     if device.type == "cuda":
-        found |= {"gpu": device_name(device), "cuda": str(torch.version.cuda)}
+        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
         found |= {"cudnn": str(torch.backends.cudnn.version()), "cuda_backend": BACKENDS.get("cuda").calls()}
     return found
 
 
-def default_out(device: torch.device, what: str) -> Path:
+def default_out(machine: dict[str, str], what: str) -> Path:
     """Return docs/benchmarks/DATE_DEVICE_WHAT in this checkout."""
-    model = re.sub(r"[^a-z0-9]+", "_", device_name(device).lower()).strip("_")
-    return ROOT / "docs" / "benchmarks" / f"{datetime.date.today():%Y-%m-%d}_{model}_{what}"
+    device = re.sub(r"[^a-z0-9]+", "_", model(machine).lower()).strip("_")
+    return ROOT / "docs" / "benchmarks" / f"{machine['date']}_{device}_{what}"
 
 
-def device_name(device: torch.device) -> str:
-    """Return the model of the GPU, or of the CPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
+def model(machine: dict[str, str]) -> str:
+    """Return the GPU, or without one the CPU, of a machine's facts."""
+    return machine.get("gpu") or machine["cpu"]
 
 
 def cpu_model() -> str:
     """Return the model of the CPU, as Linux tells it, or its architecture."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.*\S)", info.read_text(), re.MULTILINE) if info.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def commit() -> str:
@@ -66,7 +65,6 @@ def _git(*arguments: str) -> str:
 
 
 def version(package: str) -> str:
-    """Return the version of a package, or that there is none."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

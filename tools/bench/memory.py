@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from farspan.tools.bench.case import Attention
+from farspan.tools.bench.case import Attention, Case, Shape, gradient_of_out, inputs_of
+from farspan.tools.bench.contenders import Contender
 
 Peaks = dict[str, int]
 """Bytes by direction. Each is above the inputs; backward above what forward left, too."""
@@ -19,46 +20,50 @@ def reports_memory(device: torch.device) -> bool:
     return device.type == "cuda" or Path("/proc/self/status").exists()
 
 
-def resident_bytes(field: str) -> int:
+def peaks_of_pass(attention: Attention, inputs: Sequence[Tensor], dout: Tensor) -> Peaks:
+    """Return the peaks of one pass in this process; on a CPU memory freed before it hides what it needs."""
+    before = reset_peak(dout.device)
+    out = attention(*inputs)
+    forward = peak(dout.device) - before
+    between = reset_peak(dout.device)
+    gradients = torch.autograd.grad(out, inputs, dout)
+    backward = peak(dout.device) - between
+    del gradients
+    return {"fwd": forward, "bwd": backward, "fwd_bwd": max(forward, backward + between - before)}
+
+
+def peaks_of_case(contender: Contender, case: Case, tokens: int, shape: Shape) -> Peaks:
+    attention = contender.plan(case.mechanism, case.rows(tokens), shape)
+    return peaks_of_pass(attention, inputs_of(case.mechanism, tokens, shape), gradient_of_out(tokens, shape))
+
+
+def peaks_in_fresh_process(worker: object, contender: Contender, case: Case, tokens: int, shape: Shape) -> Peaks:
+    peaks_of_case(contender, case, WARM_UP_TOKENS, shape)  # loads libraries and their workspaces
+    return peaks_of_case(contender, case, tokens, shape)
+
+
+def reset_peak(device: torch.device) -> int:
+    """Return the bytes in use, by torch's allocator or this process's resident pages; peaks count from now on."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    with contextlib.suppress(OSError):  # where a sandbox forbids it, peaks count from the start of the process
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
+    return _resident_bytes("VmRSS")
+
+
+def peak(device: torch.device) -> int:
+    """Return the most bytes in use since `reset_peak`."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    return _resident_bytes("VmHWM")
+
+
+def _resident_bytes(field: str) -> int:
     """Return VmRSS (now) or VmHWM (highest since start or reset) of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {field}; this measurement needs Linux")
-
-
-def peaks_of_pass(attention: Attention, inputs: Sequence[Tensor], dout: Tensor) -> Peaks:
-    """Return the peaks of one pass in this process; on a CPU memory freed before it hides what it needs."""
-    meter = _CudaMeter() if dout.is_cuda else Meter()
-    before = meter.reset()
-    out = attention(*inputs)
-    forward = meter.peak() - before
-    between = meter.reset()
-    gradients = torch.autograd.grad(out, inputs, dout)
-    backward = meter.peak() - between
-    del gradients
-    return {"fwd": forward, "bwd": backward, "fwd_bwd": max(forward, backward + between - before)}
-
-
-class Meter:
-    """Counts this process's resident pages, on Linux."""
-
-    def reset(self) -> int:
-        """Return the bytes in use; peaks count from now on."""
-        with contextlib.suppress(OSError):  # where a sandbox forbids it, peaks count from the start of the process
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
-        return resident_bytes("VmRSS")
-
-    def peak(self) -> int:
-        return resident_bytes("VmHWM")
-
-
-class _CudaMeter:
-    def reset(self) -> int:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-
-    def peak(self) -> int:
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()

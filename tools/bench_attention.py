@@ -24,7 +24,7 @@ from farspan.tools.bench.baselines.public_moba import PublicMoBA
 from farspan.tools.bench.case import BASELINE, Case, Shape, dtype_name, find_cases, gradient_of_out, inputs_of
 from farspan.tools.bench.check import Checker, Verdict
 from farspan.tools.bench.contenders import REFERENCE, Contender, Sdpa, our_backends
-from farspan.tools.bench.memory import Peaks, peaks_in_fresh_process, peaks_of_case, reports_memory
+from farspan.tools.bench.memory import Peaks, peaks_in_fresh_process, peaks_of_case
 from farspan.tools.bench.on_rank import WARM_UPS, worker_pool
 from farspan.tools.bench.report import Plot, Record, markdown_table, mib
 from farspan.tools.bench.run import (
@@ -110,15 +110,10 @@ class AttentionBench(Bench[AttentionRow]):
         return other.case.name == BASELINE and not other.contender.is_baseline
 
     def needs(self, row: AttentionRow, size: int) -> Peaks | None:
-        """Return the peaks of a pass; None where this system does not report memory.
-
-        CUDA: by torch's allocator. CPU: by the system's count of resident pages, in a process of its own (Linux only).
-        """
+        """Return the peaks of a pass, on a CPU in a process of its own; None where this system does not report them."""
         of_row = row.contender, row.case, size, self.shape
         if self.shape.device.type == "cuda":
             return peaks_of_case(*of_row)
-        if not reports_memory(self.shape.device):
-            return None
         try:
             with worker_pool(1, torch.get_num_threads(), "cpu") as pool:
                 return pool.run(peaks_in_fresh_process, *of_row)[0]

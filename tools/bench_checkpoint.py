@@ -45,7 +45,6 @@ Round = dict[str, float]
 
 
 def ratios(one: Round) -> Round:
-    """Return the ratios of a round's seconds."""
     return {
         "of_all_saving": (one["background"] - one["alone"]) / (one["waiting"] - one["alone"]),
         "verified_stored": one["loading_stored"] / one["reading_stored"] - 1,

@@ -6,7 +6,6 @@ no number: `python -m farspan.tools.bench_context --tokens 8K,16K --degrees 2,4`
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -116,7 +115,6 @@ class ContextBench(Bench[ContextRow]):
         return partial(self._run, row, check)
 
     def _run(self, row: ContextRow, check: Check) -> list[torch.Tensor]:
-        """Return what the ranks compute, put together."""
         ranks = self.pool(row).run(on_rank.check, row, check)
         shards = row.shards(check.mechanism, check.rows)
         return [shards.unshard(torch.stack(parts)).to(check.shape.device) for parts in zip(*ranks, strict=True)]
@@ -308,21 +306,15 @@ def plot(title: str, results: Sequence[Result[ContextRow]]) -> Plot:
     return Plot(title=f"{title}: {case}, {human(size)} tokens", series=lines, x="ranks", y="tokens/s", log=True)
 
 
-def degrees(text: str) -> list[int]:
-    """Return the numbers of ranks in a list such as 2,4."""
-    found = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch(r"\d+", part) and int(part) > 1 for part in found):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers of ranks, at least 2, such as 2,4")
-    return [int(part) for part in found]
-
-
 def main(arguments: Sequence[str]) -> int:
     parser = command.benchmark_parser(__doc__)
     command.add_attention_options(parser)
     parser.add_argument("--strategies", type=command.names, default=[], help="and baselines; all by default")
     parser.add_argument("--layouts", type=command.names, default="contiguous,zigzag")
-    parser.add_argument("--degrees", type=degrees, default="2,4", help="numbers of ranks, such as 2,4")
+    parser.add_argument("--degrees", type=command.sizes, default="2,4", help="numbers of ranks, such as 2,4")
     options = command.parse(parser, arguments, dict.fromkeys(("cpu", "cuda"), DEFAULTS), rounds=FEWEST_ROUNDS)
+    if min(options.degrees) < 2:
+        parser.error("--degrees must be numbers of ranks, at least 2, such as 2,4")
     return command.print_all(lambda: bench(options, arguments))
 
 

@@ -84,7 +84,6 @@ class Load:
         return [x.mul_(scale).to(self.dtype).requires_grad_() for x, scale in zip(drawn, scales, strict=True)]
 
     def gradient(self) -> Tensor:
-        """Return a normal gradient of the result."""
         generator = torch.Generator(self.device).manual_seed(1)
         return torch.randn(self.rows, self.width, generator=generator, device=self.device).to(self.dtype)
 

@@ -28,12 +28,10 @@ def print_all(find: Callable[[], Iterable[object]]) -> int:
 
 
 def parser_of(doc: str | None) -> argparse.ArgumentParser:
-    """Return a parser described by a module's docstring."""
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def benchmark_parser(doc: str | None) -> argparse.ArgumentParser:
-    """Return a parser with the options of every benchmark."""
     parser = parser_of(doc)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, help="how often each row is timed")
@@ -71,10 +69,10 @@ def parse(
 
 
 def sizes(text: str) -> list[int]:
-    """Return the numbers of tokens in a list such as 8K,16K,1M."""
+    """Return the numbers in a list such as 2,4 or 8K,1M."""
     found = [re.fullmatch(r"([1-9]\d*)([KM]?)", part.strip().upper()) for part in text.split(",")]
     if not all(found):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of tokens such as 8K,16K,1M")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 2,4 or 8K,1M")
     return [int(match[1]) * SUFFIXES[match[2]] for match in found if match]
 
 
@@ -85,7 +83,6 @@ def human(tokens: int) -> str:
 
 
 def heads(text: str) -> Heads:
-    """Return the query and KV heads of a text such as 32:8."""
     match = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text)
     if not match or int(match[1]) % int(match[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not query heads:KV heads, the first a multiple, such as 32:8")
@@ -93,7 +90,6 @@ def heads(text: str) -> Heads:
 
 
 def names(text: str) -> list[str]:
-    """Return the names in a list such as dense,window."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 

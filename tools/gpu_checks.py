@@ -153,7 +153,6 @@ def verdicts(
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command line; return its exit status."""
     parser = command.parser_of(__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--mechanisms", type=command.names, default=[], help="such as dense,moba; all by default")

@@ -82,7 +82,6 @@ class Run:
         return [(statistics.fmean(steps[group]), statistics.fmean(values[group])) for group in groups]
 
     def last(self, key: str, layer: str) -> list[float]:
-        """Return a layer's values in the last steps."""
         return [record[key][layer] for record in self.updates[-LAST_STEPS:]]
 
 

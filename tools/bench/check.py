@@ -176,7 +176,6 @@ def compare(
 
 
 def compare_contender(contender: Contender, check: Check) -> Verdict:
-    """Compare a contender with the reference in one check."""
     return compare(str(check), lambda: check.run_of(contender), check.expected, contender.slack)
 
 
@@ -189,7 +188,6 @@ def first_line(error: Exception) -> str:
 
 
 def outcome(attention: Attention, inputs: Sequence[Tensor], dout: Tensor) -> list[Tensor]:
-    """Return out and the gradients of the inputs."""
     out = attention(*inputs)
     return [out.detach(), *torch.autograd.grad(out, inputs, dout)]
 

@@ -43,6 +43,11 @@ class NamedContender(ABC):
         return SLACK if self.is_baseline else 1.0
 
 
+def backend_for(mechanism: Mechanism, shape: Shape, name: str = "auto") -> str:
+    """Return a backend that can do the work, or raise ConfigError."""
+    return choose_backend(name, shape.device, KernelRequest.of(mechanism, shape.dtype, shape.head_dim, shape.value_dim))
+
+
 class Contender(NamedContender):
     """One way of computing attention on one device."""
 
@@ -60,9 +65,7 @@ class Ours(Contender):
     is_baseline: ClassVar[bool] = False
 
     def plan(self, mechanism: Mechanism, rows: Rows, shape: Shape) -> Attention:
-        choose_backend(
-            self.name, shape.device, KernelRequest.of(mechanism, shape.dtype, shape.head_dim, shape.value_dim)
-        )
+        backend_for(mechanism, shape, self.name)
         channel = Channel(dist.group.WORLD, Traffic())  # pyright: ignore[reportArgumentType]
         shards = Shards.build(rows, layout="contiguous", degree=1)
         return STRATEGIES.get("single")(channel).prepare(mechanism, shards, shape.heads, backend=self.name)

@@ -7,13 +7,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from farspan.kernels.backend import KernelRequest, choose_backend
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.planner import Heads, Routing, Sizes
@@ -23,8 +22,8 @@ from farspan.parallel.layout import Shards
 from farspan.parallel.ranks import Ranks, connected
 from farspan.tools.bench.case import Attention, Case, Shape, gradient_of_out, inputs_of
 from farspan.tools.bench.check import Check, outcome
-from farspan.tools.bench.contenders import NamedContender
-from farspan.tools.bench.memory import WARM_UP_TOKENS, peaks_of_pass, reports_memory
+from farspan.tools.bench.contenders import NamedContender, backend_for
+from farspan.tools.bench.memory import WARM_UP_TOKENS, peaks_of_pass
 from farspan.tools.rank_pool import RankPool, grid_groups
 
 WARM_UPS = {"cpu": 0, "cuda": 2}
@@ -61,24 +60,20 @@ class ShardedCase:
         q, k, _, *of_router = (self.shards.unshard(torch.stack(parts).detach()) for parts in shards)
         return self.mechanism.route(self.shards.rows, self.shape.heads, q, k, *of_router)
 
-    def choose_backend(self) -> str:
-        shape = self.shape
-        request = KernelRequest.of(self.mechanism, shape.dtype, shape.head_dim, shape.value_dim)
-        return choose_backend("auto", shape.device, request)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Planned:
-    """Attention as it is called on one rank.
+    """Attention of a case as it is called on one rank.
 
     queries: those that the rank attends with. traffic: counts what it sends, while `counting`; None: nothing does.
     volume: the formula of what it sends; None: there is none. scope: entered for every pass.
     """
 
+    case: ShardedCase
     attention: Attention
     queries: Queries
     traffic: Traffic | None = None
-    volume: Callable[[ShardedCase], Volume] | None = None
+    volume: Callable[[], Volume] | None = None
     counting: Callable[[], AbstractContextManager[object]] = nullcontext
     scope: Callable[[], AbstractContextManager[object]] = nullcontext
 
@@ -118,14 +113,10 @@ class StrategyContender(ContextContender):
         return next(able, 1)
 
     def plan(self, case: ShardedCase, channel: Channel) -> Planned:
-        shape, strategy = case.shape, self.strategy(channel)
-        attend = strategy.prepare(case.mechanism, case.shards, shape.heads, backend=case.choose_backend())
-        sizes = Sizes.of(shape.dtype, shape.head_dim, shape.value_dim)
-
-        def volume(of: ShardedCase) -> Volume:
-            return attend.volume(sizes, of.routing)
-
-        return Planned(attention=attend, queries=attend.queries, traffic=channel.traffic, volume=volume)
+        shape, backend = case.shape, backend_for(case.mechanism, case.shape)
+        attend = self.strategy(channel).prepare(case.mechanism, case.shards, shape.heads, backend=backend)
+        volume = partial(attend.volume, Sizes.of(shape.dtype, shape.head_dim, shape.value_dim), case.routing)
+        return Planned(case=case, attention=attend, queries=attend.queries, traffic=channel.traffic, volume=volume)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,14 +175,8 @@ class DelayedTransfer(Transfer):
         return received
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A planned pass on one rank with its inputs."""
-
-    case: ShardedCase
-    planned: Planned
-    inputs: list[Tensor]
-    dout: Tensor
+Prepared = tuple[Planned, list[Tensor], Tensor]
+"""With the inputs of a pass, and the gradient of its out."""
 
 
 class Worker:
@@ -230,15 +215,15 @@ class Worker:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def plan(self, row: ContextRow, mechanism: Mechanism, rows: Rows, shape: Shape) -> tuple[ShardedCase, Planned]:
+    def plan(self, row: ContextRow, mechanism: Mechanism, rows: Rows, shape: Shape) -> Planned:
         shards, shape = row.shards(mechanism, rows), replace(shape, device=self.device)
         case = ShardedCase(mechanism=mechanism, shards=shards, shape=shape)
         width = row.contender.width(mechanism, shape.heads, row.degree)
-        return case, row.contender.plan(case, self.channel(width))
+        return row.contender.plan(case, self.channel(width))
 
     def prepare(self, row: ContextRow, tokens: int, shape: Shape) -> Prepared:
-        case, planned = self.plan(row, row.case.mechanism, row.case.rows(tokens), shape)
-        return Prepared(case, planned, case.inputs(self.ranks.rank), case.gradient_of_out(self.ranks.rank))
+        planned, rank = self.plan(row, row.case.mechanism, row.case.rows(tokens), shape), self.ranks.rank
+        return planned, planned.case.inputs(rank), planned.case.gradient_of_out(rank)
 
 
 def worker_pool(size: int, threads: int, device: str) -> RankPool:
@@ -270,8 +255,8 @@ class Needs:
 def check(worker: Worker, row: ContextRow, of: Check) -> list[Tensor]:
     """Return this rank's rows of out and of the gradients, on the CPU."""
     of = replace(of, shape=replace(of.shape, device=worker.device))
-    case, planned = worker.plan(row, of.mechanism, of.rows, of.shape)
-    shards, rank = case.shards, worker.ranks.rank
+    planned = worker.plan(row, of.mechanism, of.rows, of.shape)
+    shards, rank = planned.case.shards, worker.ranks.rank
     inputs = [shards.shard(x.detach(), rank).requires_grad_() for x in of.inputs()]
     with planned.scope():
         return [x.cpu() for x in outcome(planned.attention, inputs, shards.shard(of.gradient(), rank))]
@@ -287,27 +272,26 @@ def time_pass(
     key, warm_ups = f"{row.name}, {tokens} tokens", 0
     if key not in worker.prepared:
         worker.prepared[key], warm_ups = worker.prepare(row, tokens, shape), WARM_UPS[worker.device.type]
-    prepared = worker.prepared[key]
-    with prepared.planned.scope():
+    with worker.prepared[key][0].scope():
         for _ in range(warm_ups):
-            _time(worker, prepared, (0.0, 0.0))
-        return _time(worker, prepared, delays_s)
+            _time(worker, worker.prepared[key], (0.0, 0.0))
+        return _time(worker, worker.prepared[key], delays_s)
 
 
 def _time(worker: Worker, prepared: Prepared, delays_s: tuple[float, float]) -> tuple[float, float]:
-    def seconds(delay_s: float, work: Callable[[], object]) -> float:
+    def timed(delay_s: float, work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
         worker.align()
         worker.delay_transfers(delay_s)
         begin = perf_counter()
-        work()
+        found = work(*arguments)
         worker.synchronize()
-        return perf_counter() - begin
+        return found, 1e3 * (perf_counter() - begin)
 
-    out: list[Tensor] = []
-    forward = seconds(delays_s[0], lambda: out.append(prepared.planned.attention(*prepared.inputs)))
-    backward = seconds(delays_s[1], lambda: torch.autograd.grad(out[0], prepared.inputs, prepared.dout))
+    planned, inputs, dout = prepared
+    out, forward = timed(delays_s[0], planned.attention, *inputs)
+    _, backward = timed(delays_s[1], torch.autograd.grad, out, inputs, dout)
     worker.delay_transfers(0.0)
-    return 1e3 * forward, 1e3 * backward
+    return forward, backward
 
 
 def forget(worker: Worker) -> None:
@@ -317,22 +301,16 @@ def forget(worker: Worker) -> None:
 
 def measure(worker: Worker, row: ContextRow, tokens: int, shape: Shape) -> Needs:
     """Measure what a pass needs; the first call of a fresh process, as memory freed before hides what is needed."""
-    warm_up = worker.prepare(row, min(WARM_UP_TOKENS * row.degree, tokens), shape)
-    with warm_up.planned.scope(), warm_up.planned.counting():
-        outcome(warm_up.planned.attention, warm_up.inputs, warm_up.dout)  # loads libraries and their workspaces
-    prepared = worker.prepare(row, tokens, shape)
-    planned, case, peak = prepared.planned, prepared.case, None
-    worker.align()
-    if planned.traffic is not None:
-        planned.traffic.take()
-    with planned.scope(), planned.counting():
-        if reports_memory(worker.device):
-            peak = peaks_of_pass(planned.attention, prepared.inputs, prepared.dout)["fwd_bwd"]
-        else:
-            outcome(planned.attention, prepared.inputs, prepared.dout)
+    for size in (min(WARM_UP_TOKENS * row.degree, tokens), tokens):  # the first loads libraries and their workspaces
+        planned, inputs, dout = worker.prepare(row, size, shape)
+        worker.align()
+        if planned.traffic is not None:
+            planned.traffic.take()
+        with planned.scope(), planned.counting():
+            peaks = peaks_of_pass(planned.attention, inputs, dout)
     sent = None if planned.traffic is None else planned.traffic.take().sent.total()
-    volume = None if planned.volume is None else planned.volume(case)
+    volume = None if planned.volume is None else planned.volume()
     formula = None if volume is None else volume.forward + volume.backward
-    keys, queries = case.mechanism.keys_per_query(case.shards.rows), planned.queries
+    keys, queries = planned.case.mechanism.keys_per_query(planned.case.shards.rows), planned.queries
     work = float(keys[queries.tokens[queries.tokens >= 0]].sum()) * queries.heads
-    return Needs(peak=peak, sent=sent, formula=formula, work=work)
+    return Needs(peak=None if peaks is None else peaks["fwd_bwd"], sent=sent, formula=formula, work=work)

@@ -129,7 +129,6 @@ class Limits:
         return ""
 
     def rounds_of(self, round_s: float) -> int:
-        """Return how many rounds to run if one takes so long."""
         return max(FEWEST_ROUNDS, int(min(self.rounds, self.rounds_s / max(round_s, 1e-9))))
 
 
@@ -259,7 +258,6 @@ class Bench(ABC, Generic[R]):
 
 
 def warm_pass(attention: Attention, inputs: Sequence[Tensor], dout: Tensor, warm_ups: int) -> Pass:
-    """Run so many passes, and return the next one."""
     for _ in range(warm_ups):
         time_once(attention, inputs, dout)
     return partial(time_once, attention, inputs, dout)

@@ -21,6 +21,7 @@ from farspan.kernels.planner import Heads, HeadShare
 from farspan.parallel.comm import Channel, Traffic, Unconnected
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Queries
 from farspan.parallel.layout import Shards
+from farspan.tools.bench.contenders import backend_for
 from farspan.tools.bench.on_rank import ContextContender, Planned, ShardedCase
 
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
@@ -56,6 +57,7 @@ class DeepSpeedUlysses(ContextContender):
         layer = importlib.import_module("deepspeed.sequence.layer")
         distributed = layer.DistributedAttention(attention, channel.group, scatter_idx=2, gather_idx=1)
         return Planned(
+            case=case,
             attention=partial(_attend_in_batch, distributed),
             queries=Queries(case.shards.index.flatten(), case.shape.heads.query // channel.size),
             traffic=traffic,
@@ -77,7 +79,7 @@ def _local_attention(case: ShardedCase, channel: Channel) -> Callable[[Tensor, T
     rows = case.shards.rows.take(case.shards.index.flatten())
     shards = Shards(rows=rows, index=torch.arange(len(rows)).unsqueeze(0))
     single = STRATEGIES.get("single")(Unconnected(0, 1))
-    attend = single.plan(case.mechanism, shards, share, backend=case.choose_backend())
+    attend = single.plan(case.mechanism, shards, share, backend=backend_for(case.mechanism, case.shape))
     return lambda q, k, v: attend(q[0], k[0], v[0]).unsqueeze(0)
 
 
@@ -121,6 +123,7 @@ class TorchContextParallel(ContextContender):
             raise ConfigError(f"{self.name} needs tokens that divide by twice the ranks.")
         mesh = DeviceMesh.from_group(channel.group, case.shape.device.type)
         return Planned(
+            case=case,
             attention=_sdpa,
             queries=Queries(case.shards.index[channel.rank], case.shape.heads.query),
             scope=partial(_context_parallel, mesh),

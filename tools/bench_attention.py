@@ -17,28 +17,16 @@ import torch
 from farspan.kernels.cuda.packages import FlashAttn2
 from farspan.parallel.ranks import Ranks, connected
 from farspan.tools import command
-from farspan.tools.bench import machine
+from farspan.tools.bench import run
 from farspan.tools.bench.baselines.flash_packages import installed_flash_attn
 from farspan.tools.bench.baselines.flex import Flex
 from farspan.tools.bench.baselines.public_moba import PublicMoBA
 from farspan.tools.bench.case import BASELINE, Case, Shape, dtype_name, find_cases, gradient_of_out, inputs_of
 from farspan.tools.bench.check import Checker, Verdict
 from farspan.tools.bench.contenders import REFERENCE, Contender, Sdpa, our_backends
-from farspan.tools.bench.memory import Peaks, peaks_in_fresh_process, peaks_of_case
 from farspan.tools.bench.on_rank import WARM_UPS, worker_pool
-from farspan.tools.bench.report import Plot, Record, markdown_table, mib
-from farspan.tools.bench.run import (
-    DIRECTIONS,
-    FEWEST_ROUNDS,
-    TIMES,
-    Bench,
-    Columns,
-    Limits,
-    Pass,
-    Result,
-    results_table,
-    warm_pass,
-)  # fmt: skip
+from farspan.tools.bench.report import Plot, Record, default_out, machine_facts, markdown_table, mib, processor
+from farspan.tools.bench.run import Bench, Columns, Limits, Pass, Peaks, Result
 from farspan.tools.command import human
 from farspan.tools.rank_pool import RankError
 
@@ -101,7 +89,7 @@ class AttentionBench(Bench[AttentionRow]):
         inputs = self.shared(mechanism.routing_width, lambda: inputs_of(mechanism, size, shape))
         dout = self.shared("dout", lambda: gradient_of_out(size, shape))
         attention = row.contender.plan(mechanism, row.case.rows(size), shape)
-        return warm_pass(attention, inputs, dout, WARM_UPS[shape.device.type])
+        return run.warm_pass(attention, inputs, dout, WARM_UPS[shape.device.type])
 
     def work(self, row: AttentionRow, size: int) -> float:
         return row.case.unmasked_pairs(size)
@@ -113,10 +101,10 @@ class AttentionBench(Bench[AttentionRow]):
         """Return the peaks of a pass, on a CPU in a process of its own; None where this system does not report them."""
         of_row = row.contender, row.case, size, self.shape
         if self.shape.device.type == "cuda":
-            return peaks_of_case(*of_row)
+            return run.peaks_of_case(*of_row)
         try:
             with worker_pool(1, torch.get_num_threads(), "cpu") as pool:
-                return pool.run(peaks_in_fresh_process, *of_row)[0]
+                return pool.run(run.peaks_in_fresh_process, *of_row)[0]
         except RankError:
             return None
 
@@ -142,7 +130,7 @@ class AttentionBench(Bench[AttentionRow]):
         pairs = case.unmasked_pairs(tokens)
         # The pairs of dense causal attention over one document, to those of the case.
         ideal = tokens * (tokens + 1) // 2 / max(pairs, 1)
-        for direction in DIRECTIONS:
+        for direction in run.DIRECTIONS:
             ms, speedup = result.ms(direction), result.speedup(direction)
             records.append(
                 {
@@ -178,7 +166,7 @@ def useful_flops(pairs: int, shape: Shape, direction: str) -> float:
 COLUMNS: Columns = {
     "mechanism": lambda result: result.row.case.name,
     "backend": lambda result: result.row.contender.name,
-    **TIMES,
+    **run.TIMES,
     "useful TFLOP/s": lambda result: result.records[-1]["useful_tflops"],
     "speed-up over dense": lambda result: result.records[-1]["speedup_over_dense"],
     "ideal speed-up": lambda result: result.records[-1]["ideal_speedup"],
@@ -198,7 +186,6 @@ def memory_table(memory: Mapping[str, Sequence[int]], sizes: Sequence[int]) -> s
 
 
 def bench(options: argparse.Namespace, arguments: Sequence[str]) -> list[Path]:
-    """Check, measure, and write the files; return their paths. Raises ConfigError for options that cannot work."""
     shape = command.shape_of(options)
     cases, device = find_cases(options.mechanisms, options.varlen), shape.device
     contenders = [*our_backends(device, options.backends), *baselines_on(device)]
@@ -209,17 +196,17 @@ def bench(options: argparse.Namespace, arguments: Sequence[str]) -> list[Path]:
         checked = found.check_all(row for row in rows if row.contender.packed or not row.case.packed)
         found.measure(checked, options.tokens, limits)
         memory = found.peaks_at(options.memory, limits)
-    facts = machine.facts(device, "bench_attention", arguments)
-    title = f"Attention, forward and backward: {machine.model(facts)}, {shape}"
+    facts = machine_facts(device, "bench_attention", arguments)
+    title = f"Attention, forward and backward: {processor(facts)}, {shape}"
     tables, lines = [], {}
     for size in sorted({result.size for result in found.results}):
-        table = results_table(COLUMNS, [result for result in found.results if result.size == size], 2)
+        table = run.results_table(COLUMNS, [result for result in found.results if result.size == size], 2)
         tables.append(f"## {human(size)} tokens\n\n{table}")
     for result in found.results:
         if result.times is not None:
             lines.setdefault(result.row.name, []).append((result.size, result.ms("fwd_bwd")))
     return found.write(
-        options.out or machine.default_out(facts, "attention"),
+        options.out or default_out(facts, "attention"),
         facts,
         title=title,
         notes=NOTES.format(rounds=options.rounds),
@@ -236,7 +223,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--memory", type=command.sizes, default=[], help="also a table of peaks at these tokens")
     parser.add_argument("--case-s", type=float, help="leave out rows whose pass takes more seconds")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="start nothing after so many seconds")
-    options = command.parse(parser, arguments, DEFAULTS, rounds=FEWEST_ROUNDS)
+    options = command.parse(parser, arguments, DEFAULTS, rounds=run.FEWEST_ROUNDS)
     return command.print_all(lambda: bench(options, arguments))
 
 

@@ -17,8 +17,7 @@ import torch
 
 from farspan.parallel.mesh import Mesh, ParallelConfig
 from farspan.parallel.ranks import Ranks, connected
-from farspan.tools.bench import machine
-from farspan.tools.bench.report import markdown_table, write_report
+from farspan.tools.bench.report import default_out, machine_facts, markdown_table, processor, write_report
 from farspan.tools.command import benchmark_parser, device_of, print_all
 from farspan.trainer.build import build_model
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
@@ -150,7 +149,7 @@ def bench(options: argparse.Namespace, arguments: Sequence[str]) -> Iterator[obj
     """Measure and write the files; yield lines and paths. Raises ConfigError for options that cannot work."""
     device = device_of(options.device)
     torch.set_num_threads(max((os.cpu_count() or 2) - 1, 1))
-    facts = machine.facts(device, "bench_checkpoint", arguments)
+    facts = machine_facts(device, "bench_checkpoint", arguments)
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch, connected(Ranks(), device):
         run = CheckpointBench(options.layers, options.width, device, Path(scratch))
         run.round()
@@ -159,8 +158,8 @@ def bench(options: argparse.Namespace, arguments: Sequence[str]) -> Iterator[obj
     sizes = {"megabytes": megabytes, "layers": options.layers, "width": options.width, "steps": run.steps}
     yield table(rounds)
     yield from write_report(
-        options.out or machine.default_out(facts, "checkpoint"),
-        title=f"Saving beside the steps, and verified loading: {machine.model(facts)}",
+        options.out or default_out(facts, "checkpoint"),
+        title=f"Saving beside the steps, and verified loading: {processor(facts)}",
         machine=facts,
         notes=NOTES.format(**sizes, rounds=len(rounds)),
         tables=[table(rounds)],

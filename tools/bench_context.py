@@ -22,12 +22,12 @@ from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.parallel.layout import LAYOUTS
 from farspan.parallel.ranks import Ranks, connected
 from farspan.tools import command
-from farspan.tools.bench import machine, on_rank
+from farspan.tools.bench import on_rank
 from farspan.tools.bench.baselines.context_parallel import context_baselines
 from farspan.tools.bench.case import BASELINE, Case, Shape, find_cases, known
 from farspan.tools.bench.check import Check, Checker, Run, Verdict, first_line
 from farspan.tools.bench.on_rank import ContextContender, ContextRow, StrategyContender, worker_pool
-from farspan.tools.bench.report import Plot, Record, markdown_table, mib
+from farspan.tools.bench.report import Plot, Record, default_out, machine_facts, markdown_table, mib, processor, version
 from farspan.tools.bench.run import FEWEST_ROUNDS, Bench, Columns, Limits, Pass, Result, Times, results_table
 from farspan.tools.command import human
 from farspan.tools.rank_pool import RankError, RankPool
@@ -60,11 +60,6 @@ over the number of ranks. `overlapped` is the time if transfers overlap with com
 is the time if they do not, their sum. Backward, the last gradient arrives after all computing, in both.
 
 {table}"""
-
-
-def _most(values: Sequence[int | None]) -> int | None:
-    known = [value for value in values if value is not None]
-    return max(known) if len(known) == len(values) else None
 
 
 @final
@@ -142,13 +137,13 @@ class ContextBench(Bench[ContextRow]):
         except RankError as error:
             self.left_out.setdefault(f"memory and bytes of {row.name}, {human(size)} tokens", first_line(error))
             return {}
-        work = [needs.work for needs in ranks]
+        sent, formula, peak, work = ([needs[of] for needs in ranks] for of in ("sent", "formula", "peak", "work"))
         return {
-            "bytes_sent": _most([needs.sent for needs in ranks]),
-            "bytes_formula": _most([needs.formula for needs in ranks]),
+            "bytes_sent": None if None in sent else max(sent),
+            "bytes_formula": None if None in formula else max(formula),
             "balance": max(work) * len(work) / sum(work) if sum(work) else None,
-            "peak_bytes": _most([needs.peak for needs in ranks]),
-            "differs": any(needs.formula is not None and needs.sent != needs.formula for needs in ranks),
+            "peak_bytes": None if None in peak else max(peak),
+            "differs": None not in formula and sent != formula,
         }
 
     def records(self, result: Result[ContextRow]) -> list[Record]:
@@ -252,7 +247,6 @@ def chosen_contenders(chosen: Sequence[str]) -> list[ContextContender]:
 
 
 def bench(options: argparse.Namespace, arguments: Sequence[str]) -> list[Path]:
-    """Check, measure, and write the files; return their paths. Raises ConfigError for options that cannot work."""
     shape, most = command.shape_of(options), max(options.degrees)
     if options.device == "cuda" and torch.cuda.device_count() < most:
         raise ConfigError(
@@ -272,9 +266,9 @@ def bench(options: argparse.Namespace, arguments: Sequence[str]) -> list[Path]:
             checked = found.check_all(found.rows(case, contenders, layouts, options.degrees))
             found.measure(checked, options.tokens, Limits(rounds=options.rounds))
         overlaps = list(overlap(found, min(options.tokens), options.rounds))
-    facts = machine.facts(shape.device, "bench_context", arguments) | {"threads": "1 per rank", "cores": str(cores())}
-    facts |= {"deepspeed": machine.version("deepspeed")}
-    title = f"Context parallelism: {machine.model(facts)}, {shape}"
+    facts = machine_facts(shape.device, "bench_context", arguments) | {"threads": "1 per rank", "cores": str(cores())}
+    facts |= {"deepspeed": version("deepspeed")}
+    title = f"Context parallelism: {processor(facts)}, {shape}"
     groups: dict[tuple[str, int], list[Result[ContextRow]]] = {}
     for result in found.results:
         groups.setdefault((result.row.case.name, result.size), []).append(result)
@@ -283,7 +277,7 @@ def bench(options: argparse.Namespace, arguments: Sequence[str]) -> list[Path]:
         for (case, size), group in groups.items()
     ]
     return found.write(
-        options.out or machine.default_out(facts, "context"),
+        options.out or default_out(facts, "context"),
         facts,
         title=title,
         notes=NOTES.format(rounds=options.rounds, backend="NCCL" if options.device == "cuda" else "gloo"),

@@ -21,22 +21,11 @@ from farspan.kernels.moe import grouped_loop
 from farspan.kernels.moe.grouped_gemm import grouped_swiglu
 from farspan.parallel.ranks import Ranks, connected
 from farspan.tools import command
-from farspan.tools.bench import machine
+from farspan.tools.bench import run
 from farspan.tools.bench.case import Attention, dtype_name
 from farspan.tools.bench.check import Verdict, compare, expected_of, outcome
-from farspan.tools.bench.report import Record
-from farspan.tools.bench.run import (
-    DIRECTIONS,
-    FEWEST_ROUNDS,
-    TIMES,
-    Bench,
-    Columns,
-    Limits,
-    Pass,
-    Result,
-    results_table,
-    warm_pass,
-)  # fmt: skip
+from farspan.tools.bench.report import Record, default_out, machine_facts, processor
+from farspan.tools.bench.run import Bench, Columns, Limits, Pass, Result
 
 DEFAULTS = {
     "cpu": {"rows": 8192, "width": 1024, "inner": 512, "dtype": "float32", "rounds": 7},
@@ -225,14 +214,14 @@ class ExpertBench(Bench[ExpertRow]):
     def start(self, row: ExpertRow, size: int) -> Pass:
         inputs = self.shared(row.contender.dense, row.inputs)
         dout = self.shared("dout", row.load.gradient)
-        return warm_pass(row.contender.plan(row.load), inputs, dout, WARM_UPS[row.load.device.type])
+        return run.warm_pass(row.contender.plan(row.load), inputs, dout, WARM_UPS[row.load.device.type])
 
     def is_baseline(self, other: ExpertRow, row: ExpertRow) -> bool:
         return other.contender is DENSE and other.load == row.load
 
     def records(self, result: Result[ExpertRow]) -> list[Record]:
         load, records = result.row.load, []
-        for direction in DIRECTIONS:
+        for direction in run.DIRECTIONS:
             ms = result.ms(direction)
             flops = 2 * load.rows * load.width * load.inner * PRODUCTS[direction]
             records.append(
@@ -258,7 +247,7 @@ class ExpertBench(Bench[ExpertRow]):
 COLUMNS: Columns = {
     "load": lambda result: result.row.load.name,
     "products": lambda result: result.row.contender.name,
-    **TIMES,
+    **run.TIMES,
     "TFLOP/s": lambda result: result.records[-1]["tflops"],
     "speed over dense": lambda result: result.speedup("fwd_bwd"),
     "lowest": lambda result: min(result.speedups("fwd_bwd"), default=None),
@@ -267,14 +256,13 @@ COLUMNS: Columns = {
 
 
 def bench(options: argparse.Namespace, arguments: Sequence[str]) -> list[Path]:
-    """Check, measure, and write the files; return their paths. Raises ConfigError for options that cannot work."""
     device, dtype, step = command.device_of(options.device), command.DTYPES[options.dtype], MULTIPLE[options.device]
     sizes = {"width": options.width, "inner": options.inner, "dtype": dtype, "device": device}
     even, skewed = (
         Load(name=name, counts=tuple(step * count for count in counts(options.experts, options.rows // step)), **sizes)
         for name, counts in (("even", even_counts), ("skewed", skewed_counts))
     )
-    facts = machine.facts(device, "bench_experts", arguments)
+    facts = machine_facts(device, "bench_experts", arguments)
     contenders = [DENSE, DENSE_KEPT, OURS, *([TORCH] if device.type == "cuda" else [])]
     rows = [ExpertRow(contender, load) for load in (even, skewed) for contender in contenders]
     found, limits = ExpertBench(), Limits(rounds=options.rounds, rounds_until=time.monotonic() + options.budget_s)
@@ -286,8 +274,8 @@ def bench(options: argparse.Namespace, arguments: Sequence[str]) -> list[Path]:
         skewed=" ".join(map(str, sorted(skewed.counts, reverse=True))),
         rounds=max((len(result.times or ()) for result in found.results), default=0),
     )  # fmt: skip
-    title = f"Products of experts, forward and backward: {machine.model(facts)}"
-    out, tables = options.out or machine.default_out(facts, "experts"), [results_table(COLUMNS, found.results, 2)]
+    title = f"Products of experts, forward and backward: {processor(facts)}"
+    out, tables = options.out or default_out(facts, "experts"), [run.results_table(COLUMNS, found.results, 2)]
     return found.write(out, facts, title=title, notes=notes, tables=tables, plot=None)
 
 
@@ -299,9 +287,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--inner", type=int)
     parser.add_argument("--dtype", choices=command.DTYPES)
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="fewer rounds after so many seconds")
-    options = command.parse(
-        parser, arguments, DEFAULTS, rounds=FEWEST_ROUNDS, experts=1, rows=1, width=1, inner=1
-    )  # fmt: skip
+    least = {"rounds": run.FEWEST_ROUNDS, "experts": 1, "rows": 1, "width": 1, "inner": 1}
+    options = command.parse(parser, arguments, DEFAULTS, **least)
     return command.print_all(lambda: bench(options, arguments))
 
 

@@ -9,7 +9,7 @@ import json
 import torch
 
 from farspan.kernels.layers.cross_entropy import DEFAULT_CHUNK_BYTES, chunk_tokens, linear_cross_entropy
-from farspan.tools.bench.memory import peak, reset_peak
+from farspan.tools.bench.run import peak, reset_peak
 from farspan.tools.command import parser_of
 
 

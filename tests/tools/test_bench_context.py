@@ -124,14 +124,13 @@ def a_row(mechanism: Mechanism, strategy: str, degree: int, layout: str = "zigza
 def test_counted_bytes_are_those_of_the_formula(four: RankPool, strategy: str, mechanism: Mechanism) -> None:
     """Of the very inputs that are measured, where what is sent depends on them."""
     needs = four.run(on_rank.measure, a_row(mechanism, strategy, 4), 301, SHAPE)
-    assert all(need.sent == need.formula for need in needs), needs
-    assert all(need.sent for need in needs)
-    assert all(need.work > 0 for need in needs)
+    assert all(need["sent"] == need["formula"] for need in needs), needs
+    assert all(need["sent"] and need["work"] > 0 for need in needs)
 
 
 def test_work_is_uneven_where_ranks_have_contiguous_tokens(two: RankPool) -> None:
     contiguous, zigzag = (
-        [need.work for need in two.run(on_rank.measure, a_row(Dense(), "ring", 2, layout), 256, SHAPE)]
+        [need["work"] for need in two.run(on_rank.measure, a_row(Dense(), "ring", 2, layout), 256, SHAPE)]
         for layout in ("contiguous", "zigzag")
     )
     assert contiguous == [4 * 128 * 129 / 2, 4 * (256 * 257 - 128 * 129) / 2]
@@ -249,5 +248,5 @@ def test_deepspeed_is_called_as_it_wants_to_be(two: RankPool) -> None:
     bench = ContextBench(SHAPE)
     with connected(Ranks(), SHAPE.device), bench.pools:
         assert bench.check(row).correct
-    sent = {need.sent for need in two.run(on_rank.measure, row, 256, SHAPE)}
+    sent = {need["sent"] for need in two.run(on_rank.measure, row, 256, SHAPE)}
     assert sent == {2 * 128 * (4 + 2 + 2 + 4) * 8 * 4 // 2}, "half of q, k, v and out, each way"

@@ -23,7 +23,7 @@ from farspan.parallel.ranks import Ranks, connected
 from farspan.tools.bench.case import Attention, Case, Shape, gradient_of_out, inputs_of
 from farspan.tools.bench.check import Check, outcome
 from farspan.tools.bench.contenders import NamedContender, backend_for
-from farspan.tools.bench.memory import WARM_UP_TOKENS, peaks_of_pass
+from farspan.tools.bench.run import WARM_UP_TOKENS, peaks_of_pass
 from farspan.tools.rank_pool import RankPool, grid_groups
 
 WARM_UPS = {"cpu": 0, "cuda": 2}
@@ -40,23 +40,21 @@ class ShardedCase:
     shards: Shards
     shape: Shape
 
-    def inputs(self, rank: int) -> list[Tensor]:
-        """Return normal q, k, v and routing of a rank's rows, 0 for padding; leaves that require gradients."""
-        inputs = inputs_of(self.mechanism, self.shards.tokens_local, self.shape, seed=rank)
-        with torch.no_grad():
-            for x in inputs:
-                x[self.shards.index[rank] < 0] = 0
-        return inputs
+    def inputs(self, rank: int) -> tuple[list[Tensor], Tensor]:
+        """Return q, k, v and routing of a rank's rows, leaves that require gradients, and a gradient of its out.
 
-    def gradient_of_out(self, rank: int) -> Tensor:
-        """Return a normal gradient of a rank's out, 0 for padding."""
+        All are normal, and 0 for padding.
+        """
+        inputs = inputs_of(self.mechanism, self.shards.tokens_local, self.shape, seed=rank)
         dout = gradient_of_out(self.shards.tokens_local, self.shape)
-        dout[self.shards.index[rank] < 0] = 0
-        return dout
+        with torch.no_grad():
+            for x in (*inputs, dout):
+                x[self.shards.index[rank] < 0] = 0
+        return inputs, dout
 
     def routing(self) -> Routing:
         """Return the mechanism's routing of the inputs of all ranks."""
-        shards = zip(*(self.inputs(rank) for rank in range(self.shards.degree)), strict=True)
+        shards = zip(*(self.inputs(rank)[0] for rank in range(self.shards.degree)), strict=True)
         q, k, _, *of_router = (self.shards.unshard(torch.stack(parts).detach()) for parts in shards)
         return self.mechanism.route(self.shards.rows, self.shape.heads, q, k, *of_router)
 
@@ -222,8 +220,8 @@ class Worker:
         return row.contender.plan(case, self.channel(width))
 
     def prepare(self, row: ContextRow, tokens: int, shape: Shape) -> Prepared:
-        planned, rank = self.plan(row, row.case.mechanism, row.case.rows(tokens), shape), self.ranks.rank
-        return planned, planned.case.inputs(rank), planned.case.gradient_of_out(rank)
+        planned = self.plan(row, row.case.mechanism, row.case.rows(tokens), shape)
+        return planned, *planned.case.inputs(self.ranks.rank)
 
 
 def worker_pool(size: int, threads: int, device: str) -> RankPool:
@@ -237,19 +235,6 @@ def _join(threads: int, kind: str, ranks: Ranks, store: dist.Store) -> Iterator[
     device = torch.device(kind, ranks.local_rank) if kind == "cuda" else torch.device(kind)
     with connected(ranks, device, store=store):
         yield (Worker(ranks, device),)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Needs:
-    """Measurements of one pass on one rank. peak: bytes above the inputs. sent, formula: bytes, counted and stated.
-
-    work: unmasked pairs of a query head and a key, of this rank's queries; where content decides, all that may be.
-    """
-
-    peak: int | None
-    sent: int | None
-    formula: int | None
-    work: float
 
 
 def check(worker: Worker, row: ContextRow, of: Check) -> list[Tensor]:
@@ -299,8 +284,12 @@ def forget(worker: Worker) -> None:
     worker.prepared.clear()
 
 
-def measure(worker: Worker, row: ContextRow, tokens: int, shape: Shape) -> Needs:
-    """Measure what a pass needs; the first call of a fresh process, as memory freed before hides what is needed."""
+def measure(worker: Worker, row: ContextRow, tokens: int, shape: Shape) -> dict[str, Any]:
+    """Measure what a pass needs; the first call of a fresh process, as memory freed before hides what is needed.
+
+    peak: bytes above the inputs. sent, formula: bytes, counted and stated; both None where they are unknown. work:
+    unmasked pairs of a query head and a key, of this rank's queries; where content decides, all that may be.
+    """
     for size in (min(WARM_UP_TOKENS * row.degree, tokens), tokens):  # the first loads libraries and their workspaces
         planned, inputs, dout = worker.prepare(row, size, shape)
         worker.align()
@@ -313,4 +302,4 @@ def measure(worker: Worker, row: ContextRow, tokens: int, shape: Shape) -> Needs
     formula = None if volume is None else volume.forward + volume.backward
     keys, queries = planned.case.mechanism.keys_per_query(planned.case.shards.rows), planned.queries
     work = float(keys[queries.tokens[queries.tokens >= 0]].sum()) * queries.heads
-    return Needs(peak=None if peaks is None else peaks["fwd_bwd"], sent=sent, formula=formula, work=work)
+    return {"peak": peaks and peaks["fwd_bwd"], "sent": sent, "formula": formula, "work": work}

@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, final
 
 import torch
@@ -87,15 +86,14 @@ class Sdpa(Contender):
         one_document = bool((rows.document == 0).all()) and torch.equal(rows.position, torch.arange(len(rows)).int())
         if mechanism != Dense(causal=True) or not one_document:
             raise ConfigError(f"{self.name} computes dense causal attention over one document only.")
-        return partial(_sdpa, kernel=self.kernel)
+        return self.attend
 
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, kernel: str) -> Tensor:
-    with sdpa_kernel(getattr(SDPBackend, kernel)):
-        # [T, H, D] -> [1, H, T, D]
-        query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-    return out.squeeze(0).transpose(0, 1)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(getattr(SDPBackend, self.kernel)):
+            # [T, H, D] -> [1, H, T, D]
+            query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        return out.squeeze(0).transpose(0, 1)
 
 
 def our_backends(device: torch.device, chosen: Sequence[str]) -> list[Ours]:

@@ -58,7 +58,7 @@ class DeepSpeedUlysses(ContextContender):
         distributed = layer.DistributedAttention(attention, channel.group, scatter_idx=2, gather_idx=1)
         return Planned(
             case=case,
-            attention=partial(_attend_in_batch, distributed),
+            attention=lambda q, k, v: distributed(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), 0)[0],
             queries=Queries(case.shards.index.flatten(), case.shape.heads.query // channel.size),
             traffic=traffic,
             counting=partial(CountedExchanges, traffic, channel.size),
@@ -81,10 +81,6 @@ def _local_attention(case: ShardedCase, channel: Channel) -> Callable[[Tensor, T
     single = STRATEGIES.get("single")(Unconnected(0, 1))
     attend = single.plan(case.mechanism, shards, share, backend=backend_for(case.mechanism, case.shape))
     return lambda q, k, v: attend(q[0], k[0], v[0]).unsqueeze(0)
-
-
-def _attend_in_batch(distributed: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return distributed(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), 0)[0]
 
 
 class CountedExchanges(TorchDispatchMode):

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, final
 
 import torch
@@ -56,15 +55,15 @@ class FlashAttn(Contender):
             # The number of unmasked keys before and after a query's own.
             before = attention_mask.window - 1
             options["window_size"] = (before, 0 if attention_mask.causal else before)
-        return partial(_attend, name=self.name, tokens=sum(lengths), options=options)
+        function, tokens = public_function(self.name), sum(lengths)
+        assert function is not None
 
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            found = function(q[:tokens], k[:tokens], v[:tokens], **options)
+            # Version 4 returns the lse, or None, besides.
+            return with_padding(found[0] if isinstance(found, tuple) else found, len(q))
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, *, name: str, tokens: int, options: dict[str, Any]) -> Tensor:
-    function = public_function(name)
-    assert function is not None
-    found = function(q[:tokens], k[:tokens], v[:tokens], **options)
-    # Version 4 returns the lse, or None, besides.
-    return with_padding(found[0] if isinstance(found, tuple) else found, len(q))
+        return attend
 
 
 def check_dtype(name: str, shape: Shape) -> None:

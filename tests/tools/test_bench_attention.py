@@ -3,7 +3,7 @@
 import itertools
 import json
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, final
@@ -49,10 +49,13 @@ class Toy(Masked):
         return AttentionMask(window=2)
 
 
-class WrongBackend(Backend):
-    """The reference, but for one query of one head, whose gradient comes out twice as large."""
+class ChangedBackend(Backend):
+    """The reference, but for a change of dq and dk, in place."""
 
     rank = 1000
+
+    def __init__(self, change: Callable[[Tensor, Tensor], object]) -> None:
+        self.change = change
 
     def unavailable_reason(self, device: torch.device) -> str | None:
         return None
@@ -64,8 +67,12 @@ class WrongBackend(Backend):
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = BACKENDS.get("reference").backward(dout, q, k, v, out, lse, plan)
-        dq[5, 0] *= 2
+        self.change(dq, dk)
         return dq, dk, dv
+
+
+WRONG = ChangedBackend(lambda dq, _: dq[5, 0].mul_(2))
+"""The gradient of one query of one head comes out twice as large."""
 
 
 def run(out: Path, *arguments: str) -> list[dict[str, Any]]:
@@ -78,7 +85,7 @@ def test_writes_records_tables_machine_and_plot(
 ) -> None:
     """One run with a mechanism and a backend that were registered a moment ago, the backend wrong."""
     monkeypatch.setitem(MECHANISMS._parts, "toy", Toy)
-    monkeypatch.setitem(BACKENDS._parts, "wrong", WrongBackend())
+    monkeypatch.setitem(BACKENDS._parts, "wrong", WRONG)
     chosen = ["--mechanisms", "dense,toy", "--backends", "cpu,wrong", "--memory", "64,128"]
     records = run(tmp_path / "new" / "bench", *chosen)
     assert [list(record) for record in records] == [list(json.loads(RECORDED.read_text())[0])] * len(records)

@@ -1,7 +1,6 @@
 """The GPU's checks, on a CPU: their order, their verdicts, their exit status."""
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,13 +11,12 @@ from farspan.kernels.backend import BACKENDS
 from farspan.kernels.mechanism import MECHANISMS, Heads
 from farspan.kernels.mechanisms.window import Window
 from farspan.kernels.moe import grouped_loop
-from farspan.kernels.planning.plan import Plan
 from farspan.parallel.ranks import Ranks, connected
 from farspan.tools import bench_experts, gpu_checks
 from farspan.tools.bench.case import Shape
 from farspan.tools.bench.check import check_rows
 from farspan.tools.bench.contenders import Ours
-from tests.tools.test_bench_attention import WrongBackend
+from tests.tools.test_bench_attention import WRONG, ChangedBackend
 
 CPU = torch.device("cpu")
 
@@ -89,24 +87,10 @@ def test_choices_are_compared_with_the_cpu(
     assert "chooses otherwise than on the CPU, numbers random" in printed
 
 
-class ChangedBackend(WrongBackend):
-    """The reference, but for a factor of one gradient."""
-
-    def __init__(self, factor: Callable[[], Tensor | float]) -> None:
-        self.factor = factor
-
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = BACKENDS.get("reference").backward(dout, q, k, v, out, lse, plan)
-        dk[-10] *= self.factor()
-        return dq, dk, dv
-
-
 def test_other_bits_the_second_time_are_wrong(
     small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(BACKENDS._parts, "moody", ChangedBackend(lambda: 1 + 1e-5 * torch.rand(())))
+    monkeypatch.setitem(BACKENDS._parts, "moody", ChangedBackend(lambda _, dk: dk[-10].mul_(1 + 1e-5 * torch.rand(()))))
     monkeypatch.setattr(gpu_checks, "DTYPES", [torch.float32])
     status, printed = run(capsys, "--mechanisms", "dense", "--backends", "moody", "--tokens", "64")
     assert status == gpu_checks.WRONG
@@ -115,7 +99,7 @@ def test_other_bits_the_second_time_are_wrong(
 
 def test_far_rows_are_compared_with_the_same_rows_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Shape(heads=Heads(query=4, kv=2), head_dim=16, value_dim=8, dtype=torch.bfloat16, device=CPU)
-    monkeypatch.setitem(BACKENDS._parts, "wrong", ChangedBackend(lambda: 2.0))
+    monkeypatch.setitem(BACKENDS._parts, "wrong", ChangedBackend(lambda _, dk: dk[-10].mul_(2)))
     with connected(Ranks(), CPU):
         right, wrong = (gpu_checks.far_rows(Ours(name), shape, 2000) for name in ("cpu", "wrong"))
     assert right.correct, right.message
@@ -126,7 +110,7 @@ def test_far_rows_are_compared_with_the_same_rows_by_themselves(monkeypatch: pyt
 def test_wrong_ones_are_named_and_fail(
     small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(BACKENDS._parts, "wrong", WrongBackend())
+    monkeypatch.setitem(BACKENDS._parts, "wrong", WRONG)
     status, printed = run(capsys, "--mechanisms", "dense", "--backends", "cpu,wrong", "--tokens", "64")
     assert status == gpu_checks.WRONG == 1
     assert "WRONG: wrong, torch.bfloat16, D=16:16: Dense(causal=True), 64 tokens, 4:2 heads" in printed

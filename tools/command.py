@@ -10,6 +10,7 @@ import torch
 
 from farspan.errors import ConfigError, FarspanError
 from farspan.kernels.mechanism import Heads
+from farspan.tools.bench.case import Shape
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20}
@@ -27,16 +28,14 @@ def print_all(find: Callable[[], Iterable[object]]) -> int:
 
 
 def parser_of(doc: str | None) -> argparse.ArgumentParser:
-    """Return a parser described by a module's docstring."""
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def benchmark_parser(doc: str | None, name: str, *, rounds: int | None = None) -> argparse.ArgumentParser:
-    """Return a parser with the options of every benchmark."""
+def benchmark_parser(doc: str | None) -> argparse.ArgumentParser:
     parser = parser_of(doc)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=int, default=rounds, help="how often each row is timed")
-    parser.add_argument("--out", type=Path, help=f"path without suffix; default docs/benchmarks/DATE_DEVICE_{name}")
+    parser.add_argument("--rounds", type=int, help="how often each row is timed")
+    parser.add_argument("--out", type=Path, help="path without suffix; default docs/benchmarks/DATE_DEVICE_BENCHMARK")
     return parser
 
 
@@ -48,26 +47,32 @@ def add_attention_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES)
 
 
-def parse_for_device(
-    parser: argparse.ArgumentParser, arguments: Sequence[str], defaults: Mapping[str, Mapping[str, object]]
+def shape_of(options: argparse.Namespace) -> Shape:
+    """Return the shape of `add_attention_options`; raises ConfigError where there is no such GPU."""
+    dim, dtype, device = options.head_dim, DTYPES[options.dtype], device_of(options.device)
+    return Shape(heads=options.heads, head_dim=dim, value_dim=dim, dtype=dtype, device=device)
+
+
+def parse(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str],
+    defaults: Mapping[str, Mapping[str, object]],
+    **least: float,
 ) -> argparse.Namespace:
-    """Return the options, those not given as is usual for the device."""
+    """Return the options, those not given as is usual for the device; exit with an error where one is too small."""
     parser.set_defaults(**defaults[parser.parse_known_args(arguments)[0].device])
-    return parser.parse_args(arguments)
-
-
-def require_at_least(parser: argparse.ArgumentParser, options: argparse.Namespace, **least: float) -> None:
-    """Exit with an error where an option is too small."""
+    options = parser.parse_args(arguments)
     for name, limit in least.items():
         if getattr(options, name) < limit:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name):g} must be at least {limit}")
+    return options
 
 
 def sizes(text: str) -> list[int]:
-    """Return the numbers of tokens in a list such as 8K,16K,1M."""
+    """Return the numbers in a list such as 2,4 or 8K,1M."""
     found = [re.fullmatch(r"([1-9]\d*)([KM]?)", part.strip().upper()) for part in text.split(",")]
     if not all(found):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of tokens such as 8K,16K,1M")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 2,4 or 8K,1M")
     return [int(match[1]) * SUFFIXES[match[2]] for match in found if match]
 
 
@@ -78,7 +83,6 @@ def human(tokens: int) -> str:
 
 
 def heads(text: str) -> Heads:
-    """Return the query and KV heads of a text such as 32:8."""
     match = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text)
     if not match or int(match[1]) % int(match[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not query heads:KV heads, the first a multiple, such as 32:8")
@@ -86,7 +90,6 @@ def heads(text: str) -> Heads:
 
 
 def names(text: str) -> list[str]:
-    """Return the names in a list such as dense,window."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 

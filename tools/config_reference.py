@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from farspan.kernels.mechanism import MECHANISMS
+from farspan.tools.bench.report import markdown_table
 from farspan.trainer.config import Config
 from farspan.trainer.toml_config import BOUNDS, describe_type, toml_value
 
@@ -29,8 +30,7 @@ COLUMNS = ("key", "type", "default", "bounds", "meaning")
 
 
 def reference() -> str:
-    """Return the text of the file."""
-    options = (_table(MECHANISMS.get(name), f"### {name}") for name in MECHANISMS)
+    options = (_table(cls, f"### {name}") for name, cls in MECHANISMS.load().items())
     return "\n".join([HEAD, *_sections(Config, ""), OPTIONS, *options])
 
 
@@ -67,9 +67,8 @@ def _table(cls: type, title: str) -> str:
     about = "" if (cls.__doc__ or "").startswith(f"{cls.__name__}(") else inspect.getdoc(cls) or ""
     lines = [title, "", *([about, ""] if about else [])]
     if keys:
-        rows = [COLUMNS, ("---",) * len(COLUMNS)]
-        rows += [_row(part, kinds[part.name], texts.get(part.name, "")) for part in keys]
-        lines += [*(f"| {' | '.join(row)} |" for row in rows), ""]
+        rows = [_row(part, kinds[part.name], texts.get(part.name, "")) for part in keys]
+        lines.append(markdown_table(COLUMNS, rows))
     return "\n".join(lines)
 
 

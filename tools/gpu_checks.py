@@ -11,31 +11,21 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from farspan.errors import ConfigError, FarspanError
+from farspan.errors import FarspanError
 from farspan.kernels.backend import BACKENDS
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import MECHANISMS, Mechanism
 from farspan.kernels.mechanisms.window import Window
 from farspan.kernels.planner import Heads
 from farspan.parallel.ranks import Ranks, connected
-from farspan.tools import command
-from farspan.tools.bench import experts
+from farspan.tools import bench_experts, command
 from farspan.tools.bench.case import Shape, inputs_of
-from farspan.tools.bench.check import (
-    Check,
-    Expected,
-    Verdict,
-    check_rows,
-    compare_contender,
-    first_line,
-    outcome,
-    same_bits,
-)  # fmt: skip
+from farspan.tools.bench.check import Check, Expected, Run, Verdict, check_rows, compare, compare_contender, outcome
 from farspan.tools.bench.contenders import REFERENCE, Ours, our_backends
 
 TOKENS = 1024
@@ -97,14 +87,10 @@ def _choice(mechanism: Mechanism, inputs: list[Tensor], rows: Rows) -> list[Tens
     return mechanism.route(rows, Heads(query=q.shape[1], kv=k.shape[1]), q, k, *routing).tensors()
 
 
-def same_bits_twice(contender: Ours, check: Check) -> Verdict:
-    """Compute twice and compare, if the backend says that the same inputs give the same bits."""
-    if not BACKENDS.get(contender.name).deterministic:
-        return Verdict(False, "it does not promise the same bits twice", refused=True)
-    try:
-        return same_bits(str(check), check.run_of(contender))
-    except (ConfigError, ValueError) as error:
-        return Verdict(False, str(error), refused=True)
+def same_bits(label: str, run: Run) -> Verdict:
+    """Compute twice and compare."""
+    equal = all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+    return Verdict(equal, f"{label}: {'the same bits twice' if equal else 'other bits the second time'}")
 
 
 def far_rows(contender: Ours, shape: Shape, tokens: int) -> Verdict:
@@ -114,99 +100,59 @@ def far_rows(contender: Ours, shape: Shape, tokens: int) -> Verdict:
     """
     check, count = Check(Window(window=FAR_WINDOW), Rows.packed([tokens]), shape), FAR_ROWS + FAR_WINDOW
     inputs, dout = check.inputs(), check.gradient()
-    label = f"the last of {tokens} rows, {max(x.numel() for x in inputs)} numbers"
-    try:
+
+    def plan() -> Run:
         attention = contender.plan(check.mechanism, check.rows, shape)
-    except (ConfigError, ValueError) as error:
-        return Verdict(False, str(error), refused=True)
-    try:
-        found = outcome(attention, inputs, dout)
-    except Exception as error:  # whatever a kernel dies of, the other checks are made
-        return Verdict(False, f"{label}: {first_line(error)}")
-    tail = [x.detach()[-count:].clone().requires_grad_() for x in inputs]
-    expected = replace(check, rows=Rows.packed([count])).expected_of(tail, dout[-count:].clone())
-    exact, rounded = ([x if x is None else x[-FAR_ROWS:] for x in xs] for xs in (expected.exact, expected.rounded))
-    failures = Expected(exact, rounded).failures([x[-FAR_ROWS:] for x in found], 1.0)  # pyright: ignore[reportArgumentType]
-    return Verdict(not failures, f"{label}: {', '.join(failures) or 'correct'}")
+        return lambda: [x[-FAR_ROWS:] for x in outcome(attention, inputs, dout)]
+
+    def expect() -> Expected:
+        tail = [x.detach()[-count:].clone().requires_grad_() for x in inputs]
+        exact, rounded = replace(check, rows=Rows.packed([count])).expected(tail, dout[-count:].clone())
+        return [x[-FAR_ROWS:] for x in exact], [None if x is None else x[-FAR_ROWS:] for x in rounded]
+
+    return compare(f"the last of {tokens} rows, {max(x.numel() for x in inputs)} numbers", plan, expect)
 
 
-def expert_products(device: torch.device) -> Iterator[Verdict]:
-    """Compare our products of rows with matrices of their experts with the formula, in all dtypes, and twice."""
-    for load in experts.checks(device):
-        for contender in experts.OURS:
-            poison(device)
-            verdict = experts.verdict(contender, load)
-            yield verdict
-            if verdict.correct:
-                yield same_bits(load.name, experts.run_of(contender, load))
+Pairs = set[tuple[str, str]]
+"""Mechanisms and backends."""
 
 
-@dataclass(slots=True)
-class Tally:
-    """How the checks went. due: pairs of a mechanism and a backend that have not been checked so far."""
+def verdicts(
+    examples: Sequence[Mechanism], contenders: Sequence[Ours], options: argparse.Namespace, due: Pairs
+) -> Iterator[tuple[str, str, Verdict | None]]:
+    """Yield a check's name, its shape in words and its verdict, which is None once the time budget is used up.
 
-    due: set[tuple[str, str]]
-    correct: Counter[str] = field(default_factory=Counter)
-    wrong: list[str] = field(default_factory=list)
-    refused: Counter[str] = field(default_factory=Counter)
-    left_out: int = 0
-
-    def check(self, contender: Ours, check: Check) -> None:
-        """Compare with float64; when a backend first meets a mechanism, also compute twice and compare the bits."""
-        pair = str(check.mechanism), contender.name
-        shape = f"{contender.name}, {check.shape.dtype}, D={check.shape.head_dim}:{check.shape.value_dim}"
-        verdict = compare_contender(contender, check)
-        self.add(contender.name, verdict, shape)
-        if pair in self.due:
-            self.due.remove(pair)
-            if verdict.correct:
-                self.add(f"{contender.name}, the same bits twice,", same_bits_twice(contender, check), shape)
-
-    def add(self, name: str, verdict: Verdict, shape: str) -> None:
-        """Count a verdict, and print it if something is wrong."""
-        if verdict.refused:
-            self.refused[f"{name}: {verdict.message}"] += 1
-        elif verdict.correct:
-            self.correct[name] += 1
-        else:
-            self.wrong.append(f"{shape}: {verdict.message}")
-            print(f"WRONG: {self.wrong[-1]}", flush=True)
-
-    def summary(self) -> str:
-        lines = [f"{count} checks of {name} are correct" for name, count in sorted(self.correct.items())]
-        lines += [f"{count} were refused by {reason}" for reason, count in sorted(self.refused.items())]
-        lines += [f"NOT CHECKED at all: {mechanism} by {backend}" for mechanism, backend in sorted(self.due)]
-        lines.append(f"{len(self.wrong)} are wrong, {self.left_out} were left out as the time budget was used up")
-        return "\n".join(lines)
-
-    def status(self) -> int:
-        return WRONG if self.wrong else INCOMPLETE if self.due else 0
-
-
-def check_all(examples: Sequence[Mechanism], contenders: Sequence[Ours], options: argparse.Namespace) -> Tally:
-    """Make all checks that the time budget allows."""
+    due: pairs that have not been checked so far.
+    """
     deadline, device = time.monotonic() + options.budget_s, torch.device(options.device)
-    tally = Tally({(str(example), contender.name) for example in examples for contender in contenders})
     first = shapes(device)[0]
     for example in examples:
-        verdict = same_choice(example, check_rows(options.tokens, packed=True), first)
-        if verdict is not None:
-            tally.add("choices", verdict, str(first.dtype))
-    for verdict in expert_products(device):
-        tally.add("products of experts", verdict, "products of experts")
+        if verdict := same_choice(example, check_rows(options.tokens, packed=True), first):
+            yield "choices", str(first.dtype), verdict
+    for load in bench_experts.checks(device):
+        row, name = bench_experts.ExpertRow(bench_experts.OURS, load), "products of experts"
+        poison(device)
+        yield name, name, (verdict := row.verdict())
+        if verdict.correct:
+            yield name, name, same_bits(load.name, row.run)
     for contender in contenders if options.far_tokens else []:
-        tally.add(contender.name, far_rows(contender, first, options.far_tokens), f"{contender.name}, {first.dtype}")
+        yield contender.name, f"{contender.name}, {first.dtype}", far_rows(contender, first, options.far_tokens)
     for contender, check in checks(examples, contenders, device, options.tokens):
+        name, pair = contender.name, (str(check.mechanism), contender.name)
+        shape = f"{name}, {check.shape.dtype}, D={check.shape.head_dim}:{check.shape.value_dim}"
         if time.monotonic() > deadline:
-            tally.left_out += 1
-        else:
-            poison(device)
-            tally.check(contender, check)
-    return tally
+            yield name, shape, None
+            continue
+        poison(device)
+        yield name, shape, (verdict := compare_contender(contender, check))
+        if pair in due and verdict.correct:  # when a backend first meets a mechanism, also compute twice
+            no_promise = Verdict(False, "it does not promise the same bits twice", refused=True)
+            twice = same_bits(str(check), check.run_of(contender)) if BACKENDS.get(name).deterministic else no_promise
+            yield f"{name}, the same bits twice,", shape, twice
+        due.discard(pair)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command line; return its exit status."""
     parser = command.parser_of(__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--mechanisms", type=command.names, default=[], help="such as dense,moba; all by default")
@@ -222,10 +168,28 @@ def main(arguments: Sequence[str]) -> int:
     except FarspanError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    examples = [example for cls in chosen for example in cls.examples()]
+    due = {(str(example), contender.name) for example in examples for contender in contenders}
+    correct, refused, wrong, left_out = Counter[str](), Counter[str](), 0, 0
     with connected(Ranks(), device):
-        tally = check_all([example for cls in chosen for example in cls.examples()], contenders, options)
-    print(tally.summary())
-    return tally.status()
+        for name, shape, verdict in verdicts(examples, contenders, options, due):
+            if verdict is None:
+                left_out += 1
+            elif verdict.refused:
+                refused[f"{name}: {verdict.message}"] += 1
+            elif verdict.correct:
+                correct[name] += 1
+            else:
+                wrong += 1
+                print(f"WRONG: {shape}: {verdict.message}", flush=True)
+    for name, count in sorted(correct.items()):
+        print(f"{count} checks of {name} are correct")
+    for reason, count in sorted(refused.items()):
+        print(f"{count} were refused by {reason}")
+    for mechanism, backend in sorted(due):
+        print(f"NOT CHECKED at all: {mechanism} by {backend}")
+    print(f"{wrong} are wrong, {left_out} were left out as the time budget was used up")
+    return WRONG if wrong else INCOMPLETE if due else 0
 
 
 if __name__ == "__main__":

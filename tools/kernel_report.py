@@ -9,7 +9,6 @@ than a block can have. The report begins with a digest of the kernels' code and 
 unchanged, tests need not compile again.
 """
 
-import argparse
 import ast
 import hashlib
 import multiprocessing
@@ -17,11 +16,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,11 +31,13 @@ from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.recurrent_attention import recurrent_attention_backward, recurrent_attention_forward
 from farspan.kernels.triton_kernels.shapes import shapes_for
+from farspan.tools.bench.case import dtype_name
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA_ONLY = {"block_mask", "row_block_lists", "key_ranks", "packed_coordinates"}
 """Files beside the kernels that make their data, and have no part in compiling."""
 
+PROCESSES = 2
 SHARED_BYTES = 227 << 10
 """Shared memory that a block of threads can have on an H100."""
 ROWS, HEADS, KV_HEADS = 1024, 8, 2
@@ -80,19 +80,17 @@ class Case:
         return str(self.width) if self.width == self.value_width else f"{self.width}/{self.value_width}"
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """The resources of a kernel that a case launches."""
+class Usage(NamedTuple):
+    """The resources of a kernel. binary: its hash."""
 
-    case: Case
     kernel: str
-    binary: str
     tile: str
     warps: int
     stages: int
     registers: int
     stack: int
     shared: int
+    binary: str
 
 
 PLANS = ("causal", "window and sinks", "neighborhood", "lifetimes", "tiles select", "rows select", "recurrence")
@@ -151,7 +149,7 @@ def compile_case(case: Case) -> list[Usage]:
 
     def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         compiled = run(kernel, *arguments, grid=grid, warmup=True, **options)
-        launched.append(_usage(case, kernel.fn.__name__.removesuffix("_kernel"), options, compiled))
+        launched.append(_usage(kernel.fn.__name__.removesuffix("_kernel"), options, compiled))
         return compiled
 
     triton.runtime.driver.set_active(_Driver())
@@ -197,20 +195,14 @@ def _experts(case: Case) -> None:
     grouped_launch.swiglu_backward(x, gate, gate, down, counts, out)
 
 
-def _usage(case: Case, kernel: str, options: dict[str, Any], compiled: Any) -> Usage:
-    if "CHUNK" in options:
-        tile = f"{options['CHUNK']} x {options['COLUMNS']}"
-    elif "DEPTH" in options:
-        tile = f"{options['ROWS']} x {options['COLUMNS']} x {options['DEPTH']}"
-    else:
-        tile = f"{options['BLOCK_Q']} x {options['BLOCK_K']}" if "BLOCK_Q" in options else str(options["BLOCK"])
+def _usage(kernel: str, options: dict[str, Any], compiled: Any) -> Usage:
+    sides = ("CHUNK", "ROWS", "COLUMNS", "DEPTH", "BLOCK_Q", "BLOCK_K", "BLOCK")
+    tile = " x ".join(str(options[side]) for side in sides if side in options)
     if options.get("FOR_K") != options.get("FOR_V"):
         kernel += " (dk)" if options["FOR_K"] else " (dv)"
     needs = compiled.metadata
     registers, stack = _registers_and_stack(compiled.asm["cubin"])
-    return Usage(
-        case, kernel, compiled.hash, tile, needs.num_warps, needs.num_stages, registers, stack, needs.shared
-    )  # fmt: skip
+    return Usage(kernel, tile, needs.num_warps, needs.num_stages, registers, stack, needs.shared, compiled.hash)
 
 
 def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
@@ -256,46 +248,30 @@ def _is_docstring(node: object) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
-def compile_all(processes: int) -> Iterator[Usage]:
-    """Compile all cases in so many processes, which share binaries through Triton's cache."""
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for found in pool.map(compile_case, CASES):
-            yield from found
-
-
-def row(same: list[Usage]) -> str:
-    """Return the line of the table for usages of one binary: the cases that launch it, and its resources."""
-    first = same[0]
-    plans, sizes, dtypes = (
-        ", ".join(dict.fromkeys(names))
-        for names in (
-            (usage.case.plan for usage in same),
-            (usage.case.size for usage in same),
-            (str(usage.case.dtype).removeprefix("torch.") for usage in same),
-        )
-    )
-    cells = (
-        plans, sizes, dtypes, first.kernel, first.tile, first.warps, first.stages, first.registers, first.stack,
-        f"{first.shared:,}",
-    )  # fmt: skip
+def row(usage: Usage, cases: list[Case]) -> str:
+    """Return the line of the table for a binary and the cases that launch it."""
+    names = ([case.plan for case in cases], [case.size for case in cases], [dtype_name(case.dtype) for case in cases])
+    cells = (*(", ".join(dict.fromkeys(of_cases)) for of_cases in names), *usage[:-2], f"{usage.shared:,}")
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--processes", type=int, default=2)
-    options = parser.parse_args()
-    binaries: dict[str, list[Usage]] = {}
-    for usage in compile_all(options.processes):
-        binaries.setdefault(usage.binary, []).append(usage)
-    table = "".join(f"{row(same)}\n" for same in binaries.values())
-    options.out.write_text(TITLE.format(digest=code_digest()) + table, encoding="utf-8")
-    bad = [row(same) for same in binaries.values() if same[0].stack or same[0].shared > SHARED_BYTES]
-    for line in bad:
-        print(f"does not fit: {line}", file=sys.stderr)
+def main(out: Path) -> int:
+    """Compile all cases in processes, which share binaries through Triton's cache, and write the report."""
+    usages: dict[str, Usage] = {}
+    cases: dict[str, list[Case]] = {}
+    with ProcessPoolExecutor(PROCESSES, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for case, launched in zip(CASES, pool.map(compile_case, CASES), strict=True):
+            for usage in launched:
+                usages.setdefault(usage.binary, usage)
+                cases.setdefault(usage.binary, []).append(case)
+    lines = {binary: row(usage, cases[binary]) for binary, usage in usages.items()}
+    table = "".join(f"{line}\n" for line in lines.values())
+    out.write_text(TITLE.format(digest=code_digest()) + table, encoding="utf-8")
+    bad = [binary for binary, usage in usages.items() if usage.stack or usage.shared > SHARED_BYTES]
+    for binary in bad:
+        print(f"does not fit: {lines[binary]}", file=sys.stderr)
     return 1 if bad else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(Path(sys.argv[1])))

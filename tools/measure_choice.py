@@ -7,6 +7,8 @@ and over those of a ring. Also for normal queries and keys, whose choice the cos
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -21,7 +23,8 @@ from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.parallel.layout import LAYOUTS, Shards
 from farspan.parallel.mesh import Mesh
 from farspan.parallel.ranks import Ranks, connected
-from farspan.tools.command import parser_of, print_all
+from farspan.tools.bench.report import markdown_table
+from farspan.tools.command import parser_of, print_all, sizes
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.checkpoint.verify import newest_complete
 from farspan.trainer.config import Config
@@ -30,6 +33,7 @@ from farspan.trainer.resolve import resolve
 from farspan.trainer.toml_config import load_config
 from farspan.trainer.weights.io import load_weights
 
+COLUMNS = ("ranks", "layout", "layer", "of all unmasked", "normal q, k, of all unmasked", "of a ring")
 ONE_PROCESS = ("parallel.context=1", "parallel.dp_shard=0", "parallel.strategy=single", "attention.backend=auto")
 
 
@@ -46,20 +50,17 @@ def chosen_by_layers(folder: Path) -> tuple[Config, Rows, list[Routing]]:
     )
     batch = build_batches(config, mesh, device, Traffic()).build(data.sequence(0))
     inputs_of_layers: list[tuple[Tensor, ...]] = []
-    attention = tuple(_recorded(attend, inputs_of_layers) for attend in batch.context.attention)
+
+    def recorded(attend: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        inputs_of_layers.append(inputs)
+        return attend(*inputs)
+
+    attention = tuple(partial(recorded, attend) for attend in batch.context.attention)
     with torch.no_grad():
         model(batch.tokens, batch.labels, replace(batch.context, attention=attention))  # pyright: ignore[reportArgumentType]
     rows = batch.context.rows.to("cpu")
     layers, heads_of = zip(config.mechanisms(), inputs_of_layers, strict=True), config.model.heads_of
     return config, rows, [m.route(rows, heads_of(m), q, k, *routing) for m, (q, k, _, *routing) in layers]
-
-
-def _recorded(attend: Callable[..., Tensor], inputs_of_layers: list[tuple[Tensor, ...]]) -> Callable[..., Tensor]:
-    def call(*inputs: Tensor) -> Tensor:
-        inputs_of_layers.append(inputs)
-        return attend(*inputs)
-
-    return call
 
 
 def moved(strategy: str, mechanism: Mechanism, shards: Shards, config: Config, routing: Routing) -> int:
@@ -73,36 +74,36 @@ def moved(strategy: str, mechanism: Mechanism, shards: Shards, config: Config, r
     return total
 
 
-def lines(folder: Path, degrees: Sequence[int]) -> list[str]:
+def table(folder: Path, degrees: Sequence[int]) -> str:
     """Return a Markdown table, a line for each degree, layout and layer."""
     config, rows, choices = chosen_by_layers(folder)
-    mechanisms = config.mechanisms()
-    if not any(Access.BLOCKS in mechanism.accesses for mechanism in mechanisms):
+    routed = [
+        (layer, mechanism, chosen)
+        for layer, (mechanism, chosen) in enumerate(zip(config.mechanisms(), choices, strict=True))
+        if Access.BLOCKS in mechanism.accesses
+    ]
+    if not routed:
         raise ConfigError(f"{folder} is a run without a routed mechanism: no layer chooses keys.")
-    found = ["| ranks | layout | layer | of all unmasked | normal q, k, of all unmasked | of a ring |"]
-    found.append("|--:|---|--:|--:|--:|--:|")
-    for degree in degrees:
-        for layout in LAYOUTS:
-            for layer, (mechanism, chosen) in enumerate(zip(mechanisms, choices, strict=True)):
-                if Access.BLOCKS not in mechanism.accesses:
-                    continue
-                shards = Shards.build(rows, layout=layout, degree=degree, work=mechanism.keys_per_query)
-                drawn = mechanism.sample_routing(rows, config.model.heads_of(mechanism))
-                sources = chosen, drawn, Routing()
-                trained, normal, unmasked = (moved("fetch", mechanism, shards, config, x) for x in sources)
-                ring = moved("ring", mechanism, shards, config, Routing())
-                shares = " | ".join(f"{100 * x:.0f} %" for x in (trained / unmasked, normal / unmasked, trained / ring))
-                found.append(f"| {degree} | {layout} | {layer} | {shares} |")
-    return found
+    lines = []
+    for degree, layout, (layer, mechanism, chosen) in product(degrees, LAYOUTS, routed):
+        shards = Shards.build(rows, layout=layout, degree=degree, work=mechanism.keys_per_query)
+        drawn = mechanism.sample_routing(rows, config.model.heads_of(mechanism))
+        trained, normal, unmasked = (
+            moved("fetch", mechanism, shards, config, routing) for routing in (chosen, drawn, Routing())
+        )
+        ring = moved("ring", mechanism, shards, config, Routing())
+        shares = trained / unmasked, normal / unmasked, trained / ring
+        lines.append([degree, layout, layer, *(f"{100 * share:.0f} %" for share in shares)])
+    return markdown_table(COLUMNS, lines)
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = parser_of(__doc__)
     parser.add_argument("folder", type=Path, help="of a run that has a checkpoint")
-    parser.add_argument("--degrees", default="4,8", help="of context parallelism")
+    parser.add_argument("--degrees", type=sizes, default="4,8", help="of context parallelism")
     options = parser.parse_args(arguments)
     with connected(Ranks(), torch.device("cpu")):
-        return print_all(lambda: lines(options.folder, [int(degree) for degree in options.degrees.split(",")]))
+        return print_all(lambda: [table(options.folder, options.degrees)])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch.distributed as dist
 
@@ -46,7 +46,7 @@ def grid_groups(width: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     return tuple(dist.new_subgroups_by_enumeration(axis)[0] for axis in (inner, outer))  # pyright: ignore[reportReturnType]
 
 
-class RankPool:
+class RankPool(AbstractContextManager["RankPool"]):
     """A world of ranks that serves one call at a time.
 
     preload: the module that the server of all processes imports before it forks them. timeout_s: of a call.
@@ -57,9 +57,6 @@ class RankPool:
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()

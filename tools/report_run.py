@@ -13,9 +13,7 @@ from typing import Any
 import torch
 
 from farspan.errors import ConfigError
-from farspan.tools.bench import machine
-from farspan.tools.bench.plot import Plot
-from farspan.tools.bench.report import Report, Table
+from farspan.tools.bench.report import Plot, machine_facts, markdown_table, write_report
 from farspan.tools.command import parser_of, print_all
 from farspan.trainer.config import Config
 from farspan.trainer.metrics import EVALUATION_KEY
@@ -33,11 +31,6 @@ EXPERT_PLOTS = {
     "expert_dropped": "share of the choices that was dropped",
     "expert_bias": "range of the biases",
 }
-COLUMNS = (
-    "run", "steps", "tokens", "parameters", "parameters per token", "validation bits per byte", "busiest expert",
-    "tokens/s", "minutes",
-)  # fmt: skip
-EXPERT_COLUMNS = ("layer", "load, mean", "load, worst", "entropy", "dropped", "range of biases")
 NOTES = """Validation bits per byte: of the last evaluation, beside those that the frequencies of tokens alone reach on
 its data. Parameters per token: matrices that multiply a token, routers and the output included, and only the experts
 that it chooses. Busiest expert: its tokens over the mean of all, averaged over the last {last} steps, in the layer
@@ -83,7 +76,6 @@ class Run:
         return [(statistics.fmean(steps[group]), statistics.fmean(values[group])) for group in groups]
 
     def last(self, key: str, layer: str) -> list[float]:
-        """Return a layer's values in the last steps."""
         return [record[key][layer] for record in self.updates[-LAST_STEPS:]]
 
 
@@ -93,19 +85,19 @@ def report(folders: Sequence[Path], out: Path, facts: Mapping[str, str]) -> list
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     runs = [Run.read(folder, name) for folder, name in zip(folders, names, strict=True)]
-    tables = [Table(columns=COLUMNS, lines=[_line(run) for run in runs])]
+    tables = [_table([_line(run) for run in runs])]
     for run in runs:
         if run.layers:
-            heading = f"Experts of {run.name}, last {LAST_STEPS} steps"
-            lines = [_expert_line(run, layer) for layer in run.layers]
-            tables.append(Table(heading=heading, columns=EXPERT_COLUMNS, lines=lines))
-    return Report(
+            table = _table([_expert_line(run, layer) for layer in run.layers])
+            tables.append(f"## Experts of {run.name}, last {LAST_STEPS} steps\n\n{table}")
+    return write_report(
+        out,
         title=" and ".join(run.name for run in runs),
         machine=facts,
         notes=NOTES.format(last=LAST_STEPS, most=MAX_POINTS),
         tables=tables,
         plots={f"_{key}": plot for key, plot in plots_of(runs).items()},
-    ).write(out)
+    )
 
 
 def plots_of(runs: Sequence[Run]) -> dict[str, Plot]:
@@ -125,7 +117,11 @@ def plots_of(runs: Sequence[Run]) -> dict[str, Plot]:
     }
 
 
-def _line(run: Run) -> Sequence[object]:
+def _table(lines: Sequence[Mapping[str, object]]) -> str:
+    return markdown_table(list(lines[0]), [list(line.values()) for line in lines])
+
+
+def _line(run: Run) -> Mapping[str, object]:
     config, last = run.config, run.updates[-1]
     mechanisms, steps = config.mechanisms(), config.train.steps
     evaluated = "not yet"
@@ -133,26 +129,30 @@ def _line(run: Run) -> Sequence[object]:
         unigram = record["unigram_bits_per_byte"]
         evaluated = f"{record['bits_per_byte']:.3f} at step {record['step']:,} (frequencies: {unigram:.3f})"
     loads = [statistics.fmean(run.last("expert_load", layer)) for layer in run.layers]
-    return (
-        run.name,
-        f"{last['step']:,}{'' if last['step'] >= steps else f' of {steps:,}'}",
-        last["tokens"],
-        total_parameters(config.model, mechanisms),
-        matrix_parameters(config.model, mechanisms),
-        evaluated,
-        f"{max(loads):.2f}" if loads else "",
-        f"{statistics.median(record['tokens_per_s'] for record in run.updates):,.0f}",
-        f"{sum(record['step_s'] for record in run.updates) / 60:.1f}",
-    )
+    return {
+        "run": run.name,
+        "steps": f"{last['step']:,}{'' if last['step'] >= steps else f' of {steps:,}'}",
+        "tokens": last["tokens"],
+        "parameters": total_parameters(config.model, mechanisms),
+        "parameters per token": matrix_parameters(config.model, mechanisms),
+        "validation bits per byte": evaluated,
+        "busiest expert": f"{max(loads):.2f}" if loads else "",
+        "tokens/s": f"{statistics.median(record['tokens_per_s'] for record in run.updates):,.0f}",
+        "minutes": f"{sum(record['step_s'] for record in run.updates) / 60:.1f}",
+    }
 
 
-def _expert_line(run: Run, layer: str) -> Sequence[str]:
-    loads = run.last("expert_load", layer)
-    entropy, dropped, bias = (
-        statistics.fmean(run.last(key, layer)) for key in ("expert_entropy", "expert_dropped", "expert_bias")
-    )
-    load, worst = statistics.fmean(loads), max(loads)
-    return layer, f"{load:.2f}", f"{worst:.2f}", f"{entropy:.3f}", f"{dropped:.1%}", f"{bias:.2f}"
+def _expert_line(run: Run, layer: str) -> Mapping[str, str]:
+    keys = ("expert_load", "expert_entropy", "expert_dropped", "expert_bias")
+    load, entropy, dropped, bias = (statistics.fmean(run.last(key, layer)) for key in keys)
+    return {
+        "layer": layer,
+        "load, mean": f"{load:.2f}",
+        "load, worst": f"{max(run.last('expert_load', layer)):.2f}",
+        "entropy": f"{entropy:.3f}",
+        "dropped": f"{dropped:.1%}",
+        "range of biases": f"{bias:.2f}",
+    }
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -161,7 +161,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="path and beginning of the files' names; report in the first folder")
     options = parser.parse_args(arguments)
     # Where and how the report was made: runs do not record their machine.
-    facts = machine.facts(torch.device("cpu"), arguments, tool="report_run")
+    facts = machine_facts(torch.device("cpu"), "report_run", arguments)
     facts = {name: facts[name] for name in ("date", "commit", "command", "cpu", "torch")}
     return print_all(lambda: report(options.folders, options.out or options.folders[0] / "report", facts))
 

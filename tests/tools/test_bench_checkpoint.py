@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from farspan.tools import bench_checkpoint
-from farspan.tools.bench.checkpoint import ratios
+from farspan.tools.bench_checkpoint import ratios
 
 RECORDED = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "2026-11-28_amd_epyc_checkpoint.json"
 

@@ -5,14 +5,13 @@ import json
 import os
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.mechanisms.dense import Dense
@@ -20,24 +19,19 @@ from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.mosa import MoSA
 from farspan.kernels.planner import HeadShare
-from farspan.parallel.comm import Traffic
 from farspan.parallel.context_parallel.strategy import STRATEGIES, DistributedAttention, Strategy
 from farspan.parallel.layout import Shards
 from farspan.parallel.ranks import Ranks, connected
 from farspan.tools.bench import on_rank
 from farspan.tools.bench.baselines.context_parallel import context_baselines
 from farspan.tools.bench.case import Case, Shape
-from farspan.tools.bench.context import ContextBench, predicted
-from farspan.tools.bench.context_contenders import ContextRow, StrategyContender
-from farspan.tools.bench.delayed import Delay, DelayedChannel
-from farspan.tools.bench.on_rank import Worker, worker_pool
-from farspan.tools.bench_context import main
+from farspan.tools.bench.on_rank import ContextRow, StrategyContender, Worker, worker_pool
+from farspan.tools.bench_context import ContextBench, main, predicted
 from farspan.tools.rank_pool import RankError, RankPool
 
 RECORDED = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "2026-11-28_amd_epyc_context_4k.json"
 NUMBERS = ["tokens_per_s", "bytes_sent", "bytes_formula", "balance", "peak_bytes"]
 SHAPE = Shape(heads=Heads(query=4, kv=2), head_dim=8, value_dim=8, dtype=torch.float32, device=torch.device("cpu"))
-DELAY_S = 0.4
 
 
 @final
@@ -130,14 +124,13 @@ def a_row(mechanism: Mechanism, strategy: str, degree: int, layout: str = "zigza
 def test_counted_bytes_are_those_of_the_formula(four: RankPool, strategy: str, mechanism: Mechanism) -> None:
     """Of the very inputs that are measured, where what is sent depends on them."""
     needs = four.run(on_rank.measure, a_row(mechanism, strategy, 4), 301, SHAPE)
-    assert all(need.sent == need.formula for need in needs), needs
-    assert all(need.sent for need in needs)
-    assert all(need.work > 0 for need in needs)
+    assert all(need["sent"] == need["formula"] for need in needs), needs
+    assert all(need["sent"] and need["work"] > 0 for need in needs)
 
 
 def test_work_is_uneven_where_ranks_have_contiguous_tokens(two: RankPool) -> None:
     contiguous, zigzag = (
-        [need.work for need in two.run(on_rank.measure, a_row(Dense(), "ring", 2, layout), 256, SHAPE)]
+        [need["work"] for need in two.run(on_rank.measure, a_row(Dense(), "ring", 2, layout), 256, SHAPE)]
         for layout in ("contiguous", "zigzag")
     )
     assert contiguous == [4 * 128 * 129 / 2, 4 * (256 * 257 - 128 * 129) / 2]
@@ -156,61 +149,30 @@ def test_only_supported_contenders_have_a_row() -> None:
     assert "'state'" in bench.left_out["lightning by ring, zigzag, 2 ranks"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Moved:
-    """Moments, by the clock that all ranks share, at which a rank began, went on and had what the other sent."""
-
-    begun: float
-    went_on: float
-    done: float
-
-
-def move_delayed(delay_s: float, second_s: float) -> tuple[dict[str, Moved], bool, Traffic]:
-    """On each of two ranks: return when each kind of transfer was made, whether all is right, and what was counted.
-
-    second_s: how much later than rank 0 rank 1 begins each.
+def move_delayed(worker: Worker, delay_s: float) -> tuple[float, float, float, bool]:
+    """On each of two ranks, the second later by half a delay: return the moments, by the clock that both share, at
+    which it began, went on and had what the other sent; and whether all is right, and only the message counted.
     """
-    group = dist.group.WORLD
-    assert isinstance(group, dist.ProcessGroup)
-    channel = DelayedChannel(group, Traffic(), Delay(delay_s))
-    local, other = torch.full((3,), float(channel.rank)), 1.0 - channel.rank
-    # What is started, and what waits for it; of collectives that wait themselves only the second.
-    calls: dict[str, tuple[Callable[[], Any], Callable[[Any], torch.Tensor]]] = {
-        "shift": (lambda: channel.shift(local, kind="shift", tag=1), lambda transfer: transfer.wait()),
-        "to_all": (
-            lambda: channel.start_all_to_all(local[:2], sent=[1, 1], received=[1, 1], kind="to_all"),
-            lambda transfer: transfer.wait()[1 - channel.rank],
-        ),
-        "gather": (lambda: None, lambda _: channel.all_gather(local, kind="gather")[1 - channel.rank]),
-        "reduce": (lambda: None, lambda _: channel.all_reduce(local.clone(), kind="reduce") - local),
-    }
-    moved, right = {}, []
-    for kind, (start, wait) in calls.items():
-        dist.barrier()
-        time.sleep(second_s * channel.rank)
-        begun = time.monotonic()
-        transfer = start()
-        went_on = time.monotonic()
-        right.append(bool((wait(transfer) == other).all()))
-        moved[kind] = Moved(begun=begun, went_on=went_on, done=time.monotonic())
-    return moved, all(right), channel.traffic
+    channel, rank = worker.channel(1), worker.ranks.rank
+    worker.delay_transfers(delay_s)
+    worker.align()
+    time.sleep(delay_s / 2 * rank)
+    begun = time.monotonic()
+    transfer = channel.shift(torch.full((3,), float(rank)), kind="shift", tag=1)
+    went_on = time.monotonic()
+    right = transfer.wait().tolist() == [1.0 - rank] * 3 and worker.traffic.take().sent == {"shift": 12}
+    return begun, went_on, time.monotonic(), right
 
 
-def test_delayed_transfers_do_not_block_their_senders(ranks: Callable[[int], RankPool]) -> None:
+@pytest.mark.parametrize("delay_s", [0.0, 0.4])
+def test_delayed_transfers_do_not_block_their_senders(two: RankPool, delay_s: float) -> None:
     """However early the reader began, a transfer completes a delay after its sender began."""
-    (first, right, traffic), (second, right_too, _) = ranks(2).run(move_delayed, DELAY_S, DELAY_S / 2)
+    (begun, went_on, done, right), (second_begun, _, second_done, right_too) = two.run(move_delayed, delay_s)
     assert right
     assert right_too
-    for kind, of_first in first.items():
-        of_second = second[kind]
-        assert of_first.done >= of_second.begun + DELAY_S, kind
-        assert of_second.done >= of_first.begun + DELAY_S, kind
-        assert of_first.went_on < of_first.begun + DELAY_S, kind
-    assert dict(traffic.sent) == {"shift": 12, "to_all": 4, "gather": 12, "reduce": 12}, "moments do not count"
-
-
-def test_without_delay_a_delayed_channel_is_a_channel(ranks: Callable[[int], RankPool]) -> None:
-    assert all(right for _, right, _ in ranks(2).run(move_delayed, 0.0, 0.0))
+    assert done >= second_begun + delay_s
+    assert second_done >= begun + delay_s
+    assert not delay_s or went_on < begun + delay_s
 
 
 def test_what_overlap_should_take() -> None:
@@ -263,15 +225,11 @@ def sleep(worker: Worker) -> None:
     time.sleep(60)
 
 
-def test_fewer_gpus_than_ranks_and_delays_of_gpus_are_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_fewer_gpus_than_ranks_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert main(["--device", "cuda", "--degrees", "2,4"]) == 2
     assert "error: --degrees 4 needs as many GPUs with --device cuda, and there are 2" in capsys.readouterr().err
-    assert main(["--device", "cuda", "--degrees", "2", "--delay-ms", "3"]) == 2
-    assert "error: --delay-ms" in capsys.readouterr().err
 
 
 def test_baselines_refuse_what_they_do_not_compute() -> None:
@@ -287,7 +245,8 @@ def test_deepspeed_is_called_as_it_wants_to_be(two: RankPool) -> None:
     baseline, case = context_baselines()["deepspeed_ulysses"], Case(name="lightning", mechanism=Lightning())
     row = ContextRow(contender=baseline, case=case, layout="contiguous", degree=2)
     assert "KV heads" in str(baseline.unsupported_reason(Dense(), "contiguous", SHAPE.heads, 4))
-    with connected(Ranks(), SHAPE.device), ContextBench(SHAPE) as bench:
+    bench = ContextBench(SHAPE)
+    with connected(Ranks(), SHAPE.device), bench.pools:
         assert bench.check(row).correct
-    sent = {need.sent for need in two.run(on_rank.measure, row, 256, SHAPE)}
+    sent = {need["sent"] for need in two.run(on_rank.measure, row, 256, SHAPE)}
     assert sent == {2 * 128 * (4 + 2 + 2 + 4) * 8 * 4 // 2}, "half of q, k, v and out, each way"

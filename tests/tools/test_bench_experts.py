@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from farspan.tools import bench_experts
-from farspan.tools.bench import experts
 from farspan.tools.bench.check import Verdict
-from farspan.tools.bench.experts import ExpertBench, ExpertRow, Load, even_counts, skewed_counts
-from farspan.tools.bench.run import Result
-from farspan.tools.bench.timing import DIRECTIONS, Times
+from farspan.tools.bench.run import DIRECTIONS, Result, Times
+from farspan.tools.bench_experts import OURS, TORCH, ExpertBench, ExpertRow, Load, even_counts, formula, skewed_counts
 
 SMALL = ["--rows", "100", "--width", "16", "--inner", "8", "--experts", "10", "--rounds", "3"]
 RECORDED = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "2026-11-28_amd_epyc_experts.json"
@@ -46,20 +44,19 @@ def test_files_have_every_row_and_its_ratio(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "found_machine.json").read_text())["threads"] == "1"
 
 
-@pytest.mark.parametrize("baseline", experts.BASELINES, ids=lambda baseline: baseline.name)
-def test_baselines_compute_the_same(baseline: experts.ExpertContender) -> None:
-    """On a CPU, where they are not measured."""
+def test_the_baseline_computes_the_same() -> None:
+    """On a CPU, where it is not measured."""
     load = Load(name="some", counts=(16, 0, 32, 16), width=64, inner=32, dtype=torch.bfloat16, device=CPU)
-    found = experts.verdict(baseline, load)
+    found = ExpertRow(TORCH, load).verdict()
     assert found.correct, found.message
 
 
 def test_flops_and_ratios_of_a_row() -> None:
     load = Load(name="even", counts=(2, 3), width=8, inner=4, dtype=torch.float32, device=CPU)
-    dense = Times([1.0, 2.0, 3.0], [2.0, 2.0, 2.0])
-    row, times = ExpertRow(experts.OURS[0], load), Times([2.0, 2.0, 2.0], [2.0, 6.0, 3.0])
+    dense = Times([(1.0, 2.0), (2.0, 2.0), (3.0, 2.0)])
+    row, times = ExpertRow(OURS, load), Times([(2.0, 2.0), (2.0, 6.0), (2.0, 3.0)])
     result = Result(row=row, verdict=Verdict(True, ""), size=5, times=times, baseline=[dense])
-    forward, _, both = ExpertBench([load]).records(result)
+    forward, _, both = ExpertBench().records(result)
     assert forward["tflops"] == 3 * 2 * 5 * 8 * 4 / 2e9
     assert both["tflops"] == 11 * 2 * 5 * 8 * 4 / 5e9
     assert (both["of_dense"], result.speedups("fwd_bwd")) == (3 / 4, [3 / 4, 4 / 8, 5 / 5])
@@ -69,10 +66,10 @@ def test_flops_and_ratios_of_a_row() -> None:
 def test_a_wrong_one_has_no_number(fault: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def wrong(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: tuple[int, ...]) -> Tensor:
         if fault == "out":
-            return experts.formula(counts)(x, gate.roll(1, 0), up, down)
-        return experts.formula(counts)(x, gate, up, down) + down.sum() - down.sum().detach()
+            return formula(x, gate.roll(1, 0), up, down, counts=counts)
+        return formula(x, gate, up, down, counts=counts) + down.sum() - down.sum().detach()
 
-    monkeypatch.setattr(experts, "grouped_swiglu", wrong)
+    monkeypatch.setattr(bench_experts, "grouped_swiglu", wrong)
     assert bench_experts.main([*SMALL, "--out", str(tmp_path / "found")]) == 0
     text = (tmp_path / "found.md").read_text()
     assert "| skewed | grouped_swiglu | not correct |" in text

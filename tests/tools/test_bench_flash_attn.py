@@ -14,12 +14,12 @@ from farspan.kernels.mechanisms.nats import NAtS
 from farspan.kernels.mechanisms.spans import Spans
 from farspan.kernels.mechanisms.window import Window
 from farspan.parallel.ranks import Ranks, connected
-from farspan.tools.bench.attention import baselines_on
 from farspan.tools.bench.baselines.flash_packages import FlashAttn, packed_lengths
 from farspan.tools.bench.baselines.public_moba import Blocks, PublicMoBA, choose
 from farspan.tools.bench.case import Shape, gradient_of_out, inputs_of
 from farspan.tools.bench.check import Check, check_rows, compare_contender
 from farspan.tools.bench.contenders import Contender
+from farspan.tools.bench_attention import baselines_on
 from tests.support import fake_flash_attn
 from tests.support.fake_flash_attn import CALLED
 

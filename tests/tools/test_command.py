@@ -49,7 +49,6 @@ def test_unknown_names_are_refused(
         (bench_context, "--degrees", "2;4"),
         (bench_context, "--degrees", ""),
         (bench_context, "--rounds", "2"),
-        (bench_context, "--delay-ms", "-1"),
         (bench_experts, "--rounds", "2"),
         (bench_experts, "--experts", "0"),
     ],

@@ -1,7 +1,6 @@
 """The GPU's checks, on a CPU: their order, their verdicts, their exit status."""
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,14 +11,12 @@ from farspan.kernels.backend import BACKENDS
 from farspan.kernels.mechanism import MECHANISMS, Heads
 from farspan.kernels.mechanisms.window import Window
 from farspan.kernels.moe import grouped_loop
-from farspan.kernels.planning.plan import Plan
 from farspan.parallel.ranks import Ranks, connected
-from farspan.tools import gpu_checks
-from farspan.tools.bench import experts
+from farspan.tools import bench_experts, gpu_checks
 from farspan.tools.bench.case import Shape
 from farspan.tools.bench.check import check_rows
 from farspan.tools.bench.contenders import Ours
-from tests.tools.test_bench_attention import WrongBackend
+from tests.tools.test_bench_attention import WRONG, ChangedBackend
 
 CPU = torch.device("cpu")
 
@@ -29,8 +26,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_checks, "DTYPES", [torch.bfloat16, torch.float32])
     monkeypatch.setattr(gpu_checks, "HEADS", [Heads(query=4, kv=2)])
     monkeypatch.setattr(gpu_checks, "HEAD_SIZES", [(16, 16), (24, 16)])
-    monkeypatch.setattr(experts, "CHECKED_SIZES", [(16, 8)])
-    monkeypatch.setattr(experts, "CHECKED_COUNTS", {"some": (3, 0, 5), "none": (0, 0)})
+    monkeypatch.setattr(bench_experts, "CHECKED_SIZES", [(16, 8)])
+    monkeypatch.setattr(bench_experts, "CHECKED_COUNTS", {"some": (3, 0, 5), "none": (0, 0)})
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Return the exit status of the checks on a CPU, and what they print."""
+    return gpu_checks.main(["--device", "cpu", *arguments]), capsys.readouterr().out
 
 
 def test_one_thing_changes_at_a_time_before_all_do() -> None:
@@ -53,11 +55,11 @@ def test_every_example_meets_every_shape_over_one_document_and_several(small: No
 
 
 def test_right_ones_pass(small: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_checks.main(["--device", "cpu", "--mechanisms", "window", "--tokens", "64"]) == 0
-    assert capsys.readouterr().out == (
+    assert run(capsys, "--mechanisms", "window", "--tokens", "64") == (
+        0,
         "24 checks of cpu are correct\n3 checks of cpu, the same bits twice, are correct\n"
         "12 checks of products of experts are correct\n"
-        "0 are wrong, 0 were left out as the time budget was used up\n"
+        "0 are wrong, 0 were left out as the time budget was used up\n",
     )
 
 
@@ -66,7 +68,6 @@ def test_choices_are_compared_with_the_cpu(
     small: None, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What is chosen on the device is changed behind its back: one block or token instead of another."""
-    arguments = ["--device", "cpu", "--mechanisms", name, "--tokens", "300"]
     example = MECHANISMS.get(name).examples()[0]
     shape, rows = gpu_checks.shapes(CPU)[0], check_rows(300, packed=True)
     verdict = gpu_checks.same_choice(example, rows, shape)
@@ -81,37 +82,24 @@ def test_choices_are_compared_with_the_cpu(
         return found
 
     monkeypatch.setattr(gpu_checks, "_choice", change_every_second)
-    assert gpu_checks.main([*arguments, "--budget-s", "-1"]) == gpu_checks.WRONG
-    assert "chooses otherwise than on the CPU, numbers random" in capsys.readouterr().out
-
-
-class ChangedBackend(WrongBackend):
-    """The reference, but for a factor of one gradient."""
-
-    def __init__(self, factor: Callable[[], Tensor | float]) -> None:
-        self.factor = factor
-
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = BACKENDS.get("reference").backward(dout, q, k, v, out, lse, plan)
-        dk[-10] *= self.factor()
-        return dq, dk, dv
+    status, printed = run(capsys, "--mechanisms", name, "--tokens", "300", "--budget-s", "-1")
+    assert status == gpu_checks.WRONG
+    assert "chooses otherwise than on the CPU, numbers random" in printed
 
 
 def test_other_bits_the_second_time_are_wrong(
     small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(BACKENDS._parts, "moody", ChangedBackend(lambda: 1 + 1e-5 * torch.rand(())))
+    monkeypatch.setitem(BACKENDS._parts, "moody", ChangedBackend(lambda _, dk: dk[-10].mul_(1 + 1e-5 * torch.rand(()))))
     monkeypatch.setattr(gpu_checks, "DTYPES", [torch.float32])
-    arguments = ["--device", "cpu", "--mechanisms", "dense", "--backends", "moody", "--tokens", "64"]
-    assert gpu_checks.main(arguments) == gpu_checks.WRONG
-    assert "other bits the second time" in capsys.readouterr().out
+    status, printed = run(capsys, "--mechanisms", "dense", "--backends", "moody", "--tokens", "64")
+    assert status == gpu_checks.WRONG
+    assert "other bits the second time" in printed
 
 
 def test_far_rows_are_compared_with_the_same_rows_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Shape(heads=Heads(query=4, kv=2), head_dim=16, value_dim=8, dtype=torch.bfloat16, device=CPU)
-    monkeypatch.setitem(BACKENDS._parts, "wrong", ChangedBackend(lambda: 2.0))
+    monkeypatch.setitem(BACKENDS._parts, "wrong", ChangedBackend(lambda _, dk: dk[-10].mul_(2)))
     with connected(Ranks(), CPU):
         right, wrong = (gpu_checks.far_rows(Ours(name), shape, 2000) for name in ("cpu", "wrong"))
     assert right.correct, right.message
@@ -122,10 +110,9 @@ def test_far_rows_are_compared_with_the_same_rows_by_themselves(monkeypatch: pyt
 def test_wrong_ones_are_named_and_fail(
     small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(BACKENDS._parts, "wrong", WrongBackend())
-    arguments = ["--device", "cpu", "--mechanisms", "dense", "--backends", "cpu,wrong", "--tokens", "64"]
-    assert gpu_checks.main(arguments) == 1
-    printed = capsys.readouterr().out
+    monkeypatch.setitem(BACKENDS._parts, "wrong", WRONG)
+    status, printed = run(capsys, "--mechanisms", "dense", "--backends", "cpu,wrong", "--tokens", "64")
+    assert status == gpu_checks.WRONG == 1
     assert "WRONG: wrong, torch.bfloat16, D=16:16: Dense(causal=True), 64 tokens, 4:2 heads" in printed
     assert "16 checks of cpu are correct" in printed
     assert "WRONG: cpu" not in printed
@@ -133,9 +120,8 @@ def test_wrong_ones_are_named_and_fail(
 
 def test_a_spent_budget_is_reported(small: None, capsys: pytest.CaptureFixture[str]) -> None:
     """And so is what was never checked at all, which is no success."""
-    arguments = ["--device", "cpu", "--mechanisms", "window", "--budget-s", "-1"]
-    assert gpu_checks.main(arguments) == gpu_checks.INCOMPLETE
-    printed = capsys.readouterr().out
+    status, printed = run(capsys, "--mechanisms", "window", "--budget-s", "-1")
+    assert status == gpu_checks.INCOMPLETE
     assert "NOT CHECKED at all: Window(window=7, sinks=0, causal=True) by cpu" in printed
     assert "0 are wrong, 24 were left out as the time budget was used up" in printed
 
@@ -152,9 +138,8 @@ def test_wrong_products_of_experts_fail(
         return 1.03 * found if isinstance(found, Tensor) else (found[0], 1.03 * found[1], *found[2:])
 
     monkeypatch.setattr(grouped_loop, name, rounded)
-    arguments = ["--device", "cpu", "--mechanisms", "dense", "--backends", "cpu", "--budget-s", "-1"]
-    assert gpu_checks.main(arguments) == gpu_checks.WRONG
-    printed = capsys.readouterr().out
+    status, printed = run(capsys, "--mechanisms", "dense", "--backends", "cpu", "--budget-s", "-1")
+    assert status == gpu_checks.WRONG
     wrong = "out" if name == "swiglu" else "dgate"
     assert f"WRONG: products of experts: some, 8 rows, 16 x 8, torch.float32: {wrong} has error" in printed
     assert "WRONG: products of experts: none" not in printed

@@ -5,8 +5,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from farspan.tools.bench import plot
-from farspan.tools.bench.plot import Plot, draw
+from farspan.tools.bench import report
+from farspan.tools.bench.report import Plot, draw
 
 pytest.importorskip("matplotlib")
 
@@ -32,7 +32,7 @@ def test_the_same_numbers_give_the_same_file(tmp_path: Path) -> None:
 def test_without_matplotlib_plots_are_skipped_and_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
     assert draw({"new.svg": Plot(title="t", series={}, x="x", y="y")}, tmp_path) == []
     assert "plots are skipped: matplotlib is not installed" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

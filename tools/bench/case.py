@@ -35,13 +35,12 @@ class Shape:
     dtype: torch.dtype
     device: torch.device
 
-    def exact(self) -> "Shape":
-        """Return the same shape in float64."""
-        return replace(self, dtype=torch.float64)
-
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.heads.query}:{self.heads.kv} heads of {self.head_dim}, {dtype}"
+        return f"{self.heads.query}:{self.heads.kv} heads of {self.head_dim}, {dtype_name(self.dtype)}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +52,6 @@ class Case:
     packed: bool = False
 
     def rows(self, tokens: int) -> Rows:
-        """Return the rows of its sequence."""
         return Rows.packed(document_lengths(tokens) if self.packed else [tokens])
 
     def unmasked_pairs(self, tokens: int) -> int:
@@ -78,17 +76,18 @@ def unmasked_share(mechanism: Mechanism, rows: Rows) -> float:
 
 def inputs_of(mechanism: Mechanism, tokens: int, shape: Shape, *, seed: int = 0) -> list[Tensor]:
     """Return normal q, k, v and, for a mechanism with a router, routing; leaves that require gradients."""
-    generator = torch.Generator(shape.device).manual_seed(seed)
-
-    def draw(heads: int, width: int, dtype: torch.dtype) -> Tensor:
-        x = torch.randn(tokens, heads, width, generator=generator, dtype=torch.float32, device=shape.device)
-        return x.to(dtype).requires_grad_()
-
-    heads, dtype = shape.heads, shape.dtype
-    inputs = [draw(heads.query, shape.head_dim, dtype), draw(heads.kv, shape.head_dim, dtype)]
-    inputs.append(draw(heads.kv, shape.value_dim, dtype))
+    generator, heads, dtype = torch.Generator(shape.device).manual_seed(seed), shape.heads, shape.dtype
+    wanted = [
+        (heads.query, shape.head_dim, dtype),
+        (heads.kv, shape.head_dim, dtype),
+        (heads.kv, shape.value_dim, dtype),
+    ]
     if mechanism.routing_width:
-        inputs.append(draw(heads.kv, mechanism.routing_width, accumulation_dtype(dtype)))
+        wanted.append((heads.kv, mechanism.routing_width, accumulation_dtype(dtype)))
+    inputs = []
+    for number, width, of_input in wanted:
+        x = torch.randn(tokens, number, width, generator=generator, device=shape.device)
+        inputs.append(x.to(of_input).requires_grad_())
     return inputs
 
 
@@ -96,7 +95,7 @@ def gradient_of_out(tokens: int, shape: Shape) -> Tensor:
     """Return a normal gradient of out, `[T, Hq, Dv]`."""
     generator = torch.Generator(shape.device).manual_seed(1)
     size = (tokens, shape.heads.query, shape.value_dim)
-    return torch.randn(size, generator=generator, dtype=torch.float32, device=shape.device).to(shape.dtype)
+    return torch.randn(size, generator=generator, device=shape.device).to(shape.dtype)
 
 
 def find_cases(names: Sequence[str], varlen: Sequence[str]) -> list[Case]:
@@ -117,7 +116,7 @@ def find_cases(names: Sequence[str], varlen: Sequence[str]) -> list[Case]:
             found[case.name] = case
             if case.name in varlen:
                 found[case.name + PACKED] = replace(case, name=case.name + PACKED, packed=True)
-    return sorted(found.values(), key=lambda case: case.name != BASELINE)
+    return list(found.values())
 
 
 def known(name: str, kind: str, choices: Sequence[str] | dict[str, list[Case]]) -> str:

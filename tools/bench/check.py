@@ -2,7 +2,7 @@
 
 16-bit dtypes: the error may be twice that of the reference run in the same dtype, which rounds inputs and results only;
 the largest difference, which depends on chance, three times. Wider dtypes: see TOLERANCE. Baselines may have SLACK
-times that: torch sums the gradients of a KV head's query heads in 16 bits.
+times that.
 """
 
 import math
@@ -17,13 +17,12 @@ from farspan.errors import ConfigError
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.tools.bench.case import Attention, Case, Shape, gradient_of_out, inputs_of, unmasked_share
-from farspan.tools.bench.contenders import REFERENCE, Contender, Ours
+from farspan.tools.bench.contenders import REFERENCE, Contender, NamedContender, Ours
 from farspan.tools.rank_pool import RankError
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 """Root mean square of the differences over that of the values, for dtypes whose own rounding hardly shows."""
 ROUNDED, ROUNDED_LARGEST = 2.0, 3.0
-SLACK = 4.0
 CHECK_TOKENS = 1024
 SPARSE_SHARE = 0.85
 """Unmasked share of the pairs of dense causal attention below which a check counts as one of a sparse mechanism."""
@@ -65,40 +64,24 @@ class Check:
         attention = contender.plan(self.mechanism, self.rows, self.shape)
         return lambda: outcome(attention, self.inputs(), self.gradient())
 
-    def expected(self) -> "Expected":
-        return self.expected_of(self.inputs(), self.gradient())
-
-    def expected_of(self, inputs: list[Tensor], dout: Tensor) -> "Expected":
+    def expected(self, inputs: list[Tensor] | None = None, dout: Tensor | None = None) -> "Expected":
         """Compute the expected results; raises ConfigError or ValueError where the reference cannot."""
-        exact, same_dtype = (
-            Ours(REFERENCE).plan(self.mechanism, self.rows, shape) for shape in (self.shape.exact(), self.shape)
-        )
-        return Expected.of(exact, same_dtype, inputs, dout)
+        shapes = replace(self.shape, dtype=torch.float64), self.shape
+        exact, same_dtype = (Ours(REFERENCE).plan(self.mechanism, self.rows, shape) for shape in shapes)
+        return expected_of(exact, same_dtype, inputs or self.inputs(), self.gradient() if dout is None else dout)
 
     def __str__(self) -> str:
         heads, share = self.shape.heads, unmasked_share(self.mechanism, self.rows)
         return f"{self.mechanism}, {len(self.rows)} tokens, {heads.query}:{heads.kv} heads, {share:.0%} of dense causal"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Expected:
-    """Out and gradients in float64 and, for 16-bit dtypes, the reference's in the same dtype."""
+Expected = tuple[Sequence[Tensor], Sequence[Tensor | None]]
+"""Out and gradients in float64 and, for 16-bit dtypes, the reference's in the same dtype."""
 
-    exact: list[Tensor]
-    rounded: list[Tensor] | list[None]
 
-    @staticmethod
-    def of(exact: Attention, same_dtype: Attention, inputs: Sequence[Tensor], dout: Tensor) -> "Expected":
-        truth = outcome(exact, [x.detach().double().requires_grad_() for x in inputs], dout.double())
-        rounded = [None] * len(truth) if dout.dtype in TOLERANCE else outcome(same_dtype, inputs, dout)
-        return Expected(truth, rounded)
-
-    def failures(self, got: Sequence[Tensor], slack: float, names: Sequence[str] = RESULTS) -> list[str]:
-        """Return how results differ by more than they may."""
-        compared = zip(names[: len(self.exact)], got, self.exact, self.rounded, strict=True)
-        return [
-            f"{name} {failure}" for name, x, exact, rounded in compared if (failure := excess(x, exact, rounded, slack))
-        ]
+def expected_of(exact: Attention, same_dtype: Attention, inputs: Sequence[Tensor], dout: Tensor) -> Expected:
+    truth = outcome(exact, [x.detach().double().requires_grad_() for x in inputs], dout.double())
+    return truth, [None] * len(truth) if dout.dtype in TOLERANCE else outcome(same_dtype, inputs, dout)
 
 
 def check_rows(tokens: int, packed: bool) -> Rows:
@@ -124,12 +107,11 @@ def checks(case: Case, shape: Shape, packed: bool) -> Iterator[Check]:
     if unmasked_share(case.mechanism, rows) < SPARSE_SHARE:
         return
     one_kv_head = replace(shape, heads=Heads(query=shape.heads.query // shape.heads.kv, kv=1))
-    tokens = 2 * CHECK_TOKENS
-    while tokens <= SPARSE_TOKENS[shape.device.type]:
-        if unmasked_share(case.mechanism, check_rows(tokens, packed)) < SPARSE_SHARE:
-            yield Check(case.mechanism, check_rows(tokens, packed), one_kv_head)
+    while len(rows) < SPARSE_TOKENS[shape.device.type]:
+        rows = check_rows(2 * len(rows), packed)
+        if unmasked_share(case.mechanism, rows) < SPARSE_SHARE:
+            yield Check(case.mechanism, rows, one_kv_head)
             return
-        tokens *= 2
 
 
 class Checker:
@@ -141,22 +123,21 @@ class Checker:
         self._case: Case | None = None
         self._expected: dict[tuple[str, bool], Expected] = {}
 
-    def check(
-        self, contender: str, case: Case, plan: Callable[[Check], Run], *, packed: bool, slack: float = 1.0
-    ) -> Verdict:
+    def check(self, contender: NamedContender, setting: str, case: Case, plan: Callable[[Check], Run]) -> Verdict:
         """Make every check of a case.
 
-        plan: returns the computation of a check, or raises ConfigError or ValueError. Examples that the contender or
-        the reference cannot compute in this shape are passed over: they tell nothing about the case.
+        setting: contender and all that its results depend on besides the check. plan: returns the computation of a
+        check, or raises ConfigError or ValueError. Examples that the contender or the reference cannot compute in this
+        shape are passed over: they tell nothing about the case.
         """
         if case != self._case:  # expected results are large: cached for the contenders of one case
             self._case, self._expected = case, {}
         messages = []
-        for number, check in enumerate(checks(case, self._shape, packed)):
-            key = contender, str(check)
+        for number, check in enumerate(checks(case, self._shape, contender.packed)):
+            key = setting, str(check)
             if key not in self._verdicts:
-                expect = partial(self._expect, check, packed)
-                self._verdicts[key] = compare(str(check), partial(plan, check), expect, slack)
+                expect = partial(self._expect, check, contender.packed)
+                self._verdicts[key] = compare(str(check), partial(plan, check), expect, contender.slack)
             verdict = self._verdicts[key]
             if verdict.refused and number > 0:
                 continue
@@ -182,28 +163,20 @@ def compare(
 ) -> Verdict:
     """Compare a computation with the expected results; where either cannot be planned, it is refused."""
     try:
-        run, expected = plan(), expect()
+        run, (exact, rounded) = plan(), expect()
     except (ConfigError, ValueError) as error:
         return Verdict(False, str(error), refused=True)
     try:
         got = run()
     except Exception as error:  # whatever a kernel dies of, the other rows are measured
         return Verdict(False, f"{label}: {first_line(error)}", crashed=True)
-    failures = expected.failures(got, slack, names)
+    compared = zip(names[: len(exact)], got, exact, rounded, strict=True)
+    failures = [f"{name} {failure}" for name, x, y, z in compared if (failure := excess(x, y, z, slack))]
     return Verdict(not failures, f"{label}: {', '.join(failures) or 'correct'}")
 
 
 def compare_contender(contender: Contender, check: Check) -> Verdict:
-    """Compare a contender with the reference in one check."""
-    slack = SLACK if contender.is_baseline else 1.0
-    return compare(str(check), lambda: check.run_of(contender), check.expected, slack)
-
-
-def same_bits(label: str, run: Run) -> Verdict:
-    """Compute twice and compare."""
-    first, second = run(), run()
-    equal = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    return Verdict(equal, f"{label}: {'the same bits twice' if equal else 'other bits the second time'}")
+    return compare(str(check), lambda: check.run_of(contender), check.expected, contender.slack)
 
 
 def first_line(error: Exception) -> str:
@@ -215,7 +188,6 @@ def first_line(error: Exception) -> str:
 
 
 def outcome(attention: Attention, inputs: Sequence[Tensor], dout: Tensor) -> list[Tensor]:
-    """Return out and the gradients of the inputs."""
     out = attention(*inputs)
     return [out.detach(), *torch.autograd.grad(out, inputs, dout)]
 
@@ -229,7 +201,7 @@ def excess(got: Tensor, exact: Tensor, rounded: Tensor | None, slack: float = 1.
     if rounded is None:
         error, allowed = relative_error(got, exact), slack * TOLERANCE[got.dtype]
         return "" if error <= allowed else f"has error {error:.1e}, {allowed:.0e} is allowed"
-    for kind, function, factor in (("", relative_error, ROUNDED), ("largest ", largest, ROUNDED_LARGEST)):
+    for kind, function, factor in (("", relative_error, ROUNDED), ("largest ", largest_error, ROUNDED_LARGEST)):
         error, allowed = function(got, exact), slack * factor * function(rounded, exact)
         if error > allowed:
             return f"has {kind}error {error:.1e}, {allowed:.1e} is allowed"
@@ -241,6 +213,5 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
     return ((got.double() - exact).square().mean() / exact.square().mean()).sqrt().item()
 
 
-def largest(got: Tensor, exact: Tensor) -> float:
-    """Return the largest difference."""
+def largest_error(got: Tensor, exact: Tensor) -> float:
     return (got.double() - exact).abs().max().item() if exact.numel() else -math.inf

@@ -15,14 +15,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from farspan.errors import ConfigError
-from farspan.kernels.backend import KernelRequest, choose_backend
 from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.planner import Heads, HeadShare
 from farspan.parallel.comm import Channel, Traffic, Unconnected
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Queries
 from farspan.parallel.layout import Shards
-from farspan.tools.bench.context_contenders import SINGLE, ContextContender, Planned, ShardedCase
+from farspan.tools.bench.contenders import backend_for
+from farspan.tools.bench.on_rank import ContextContender, Planned, ShardedCase
 
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
 """DeepSpeed would compile it for minutes when it starts on a CPU, and works without."""
@@ -57,7 +57,8 @@ class DeepSpeedUlysses(ContextContender):
         layer = importlib.import_module("deepspeed.sequence.layer")
         distributed = layer.DistributedAttention(attention, channel.group, scatter_idx=2, gather_idx=1)
         return Planned(
-            attention=partial(_attend_in_batch, distributed),
+            case=case,
+            attention=lambda q, k, v: distributed(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), 0)[0],
             queries=Queries(case.shards.index.flatten(), case.shape.heads.query // channel.size),
             traffic=traffic,
             counting=partial(CountedExchanges, traffic, channel.size),
@@ -73,20 +74,13 @@ def _start_deepspeed() -> None:
 
 def _local_attention(case: ShardedCase, channel: Channel) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Return attention of `[1, T, H/P, D]`, this rank's share of the heads, over all tokens."""
-    heads, shape = case.shape.heads, case.shape
-    local = heads.query // channel.size
+    heads, local = case.shape.heads, case.shape.heads.query // channel.size
     share = HeadShare(all_heads=heads, head_range=range(channel.rank * local, (channel.rank + 1) * local))
-    backend = choose_backend(
-        "auto", shape.device, KernelRequest.of(case.mechanism, shape.dtype, shape.head_dim, shape.value_dim)
-    )
     rows = case.shards.rows.take(case.shards.index.flatten())
     shards = Shards(rows=rows, index=torch.arange(len(rows)).unsqueeze(0))
-    attend = STRATEGIES.get(SINGLE)(Unconnected(0, 1)).plan(case.mechanism, shards, share, backend=backend)
+    single = STRATEGIES.get("single")(Unconnected(0, 1))
+    attend = single.plan(case.mechanism, shards, share, backend=backend_for(case.mechanism, case.shape))
     return lambda q, k, v: attend(q[0], k[0], v[0]).unsqueeze(0)
-
-
-def _attend_in_batch(distributed: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return distributed(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), 0)[0]
 
 
 class CountedExchanges(TorchDispatchMode):
@@ -125,6 +119,7 @@ class TorchContextParallel(ContextContender):
             raise ConfigError(f"{self.name} needs tokens that divide by twice the ranks.")
         mesh = DeviceMesh.from_group(channel.group, case.shape.device.type)
         return Planned(
+            case=case,
             attention=_sdpa,
             queries=Queries(case.shards.index[channel.rank], case.shape.heads.query),
             scope=partial(_context_parallel, mesh),

@@ -1,7 +1,7 @@
 """flash-attn's own functions as baselines, of the installed versions."""
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 from farspan.errors import ConfigError
 from farspan.kernels.cuda import packages as flash_attn
 from farspan.kernels.cuda.operators import DTYPES
-from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
 from farspan.tools.bench.case import Attention, Shape
@@ -34,11 +33,11 @@ def public_function(name: str) -> Callable[..., Any] | None:
 
 
 @final
+@dataclass(frozen=True, slots=True)
 class FlashAttn(Contender):
     """flash_attn_varlen_func of a version: dense attention or a sliding window over documents."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    name: str
 
     def plan(self, mechanism: Mechanism, rows: Rows, shape: Shape) -> Attention:
         attention_mask = mechanism.static_mask
@@ -49,26 +48,22 @@ class FlashAttn(Contender):
         check_dtype(self.name, shape)
         lengths = packed_lengths(self.name, rows)
         starts = cu_seqlens(lengths, shape.device)
-        options = _window(attention_mask) | {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
-        options |= {"max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths), "causal": attention_mask.causal}
-        return partial(_attend, name=self.name, tokens=sum(lengths), options=options)
+        options: dict[str, Any] = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "causal": attention_mask.causal}
+        options |= {"max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths)}
+        if attention_mask.window is not None:
+            assert isinstance(attention_mask.window, int)
+            # The number of unmasked keys before and after a query's own.
+            before = attention_mask.window - 1
+            options["window_size"] = (before, 0 if attention_mask.causal else before)
+        function, tokens = public_function(self.name), sum(lengths)
+        assert function is not None
 
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            found = function(q[:tokens], k[:tokens], v[:tokens], **options)
+            # Version 4 returns the lse, or None, besides.
+            return with_padding(found[0] if isinstance(found, tuple) else found, len(q))
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, *, name: str, tokens: int, options: dict[str, Any]) -> Tensor:
-    function = public_function(name)
-    assert function is not None
-    found = function(q[:tokens], k[:tokens], v[:tokens], **options)
-    # Version 4 returns the lse, or None, besides.
-    return with_padding(found[0] if isinstance(found, tuple) else found, len(q))
-
-
-def _window(attention_mask: AttentionMask) -> dict[str, Any]:
-    """Return the number of unmasked keys before and after a query's own; nothing where all are unmasked."""
-    if attention_mask.window is None:
-        return {}
-    assert isinstance(attention_mask.window, int)
-    before = attention_mask.window - 1
-    return {"window_size": (before, 0 if attention_mask.causal else before)}
+        return attend
 
 
 def check_dtype(name: str, shape: Shape) -> None:

@@ -90,33 +90,24 @@ def choose(q: Tensor, k: Tensor, blocks: Blocks, others: int) -> Tensor:
     return torch.zeros_like(gate, dtype=torch.bool).scatter_(0, best, True) & (gate > float("-inf"))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Lists:
-    """The sequences of the second call: a block and a head that some queries chose.
+def chosen_sequences(chosen: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Return the sequences of the second call: a block and a head that some queries chose.
 
-    query, key: which rows of `[T * H, D]` lie one after another in them, int64.
+    Which rows of `[T * H, D]` lie one after another as their queries and as their keys, int64, and their lengths.
     """
-
-    query: Tensor
-    key: Tensor
-    sequences: dict[str, Any]
-
-    @staticmethod
-    def of(chosen: Tensor, blocks: Blocks) -> "Lists":
-        heads = chosen.shape[1]
-        counts = chosen.sum(dim=2)
-        _, head, row = chosen.nonzero(as_tuple=True)
-        # A sequence without queries would have gradients of NaN.
-        block, of_head = counts.nonzero(as_tuple=True)
-        lengths = counts[block, of_head]
-        sequences = {
-            "cu_seqlens_q": F.pad(lengths.cumsum(0), (1, 0)).int(),
-            "cu_seqlens_k": torch.arange(len(lengths) + 1, device=chosen.device, dtype=torch.int32) * blocks.size,
-            "max_seqlen_q": int(lengths.max()) if len(lengths) else 0,
-            "max_seqlen_k": blocks.size,
-            "causal": False,
-        }
-        return Lists(row * heads + head, (blocks.rows()[block] * heads + of_head[:, None]).flatten(), sequences)
+    heads, counts = chosen.shape[1], chosen.sum(dim=2)
+    _, head, row = chosen.nonzero(as_tuple=True)
+    # A sequence without queries would have gradients of NaN.
+    block, of_head = counts.nonzero(as_tuple=True)
+    lengths = counts[block, of_head]
+    sequences = {
+        "cu_seqlens_q": F.pad(lengths.cumsum(0), (1, 0)).int(),
+        "cu_seqlens_k": torch.arange(len(lengths) + 1, device=chosen.device, dtype=torch.int32) * blocks.size,
+        "max_seqlen_q": int(lengths.max()) if len(lengths) else 0,
+        "max_seqlen_k": blocks.size,
+        "causal": False,
+    }
+    return row * heads + head, (blocks.rows()[block] * heads + of_head[:, None]).flatten(), sequences
 
 
 class _MixedAttention(torch.autograd.Function):
@@ -126,31 +117,29 @@ class _MixedAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, others: int) -> Tensor:
         own = {"cu_seqlens_q": blocks.starts, "cu_seqlens_k": blocks.starts, "causal": True}
         own |= {"max_seqlen_q": blocks.longest, "max_seqlen_k": blocks.longest}
-        lists = Lists.of(choose(q, k, blocks, others), blocks)
+        query, key, chosen = chosen_sequences(choose(q, k, blocks, others), blocks)
         out, lse = _flash(q, k, v, own)
         out, lse = out.flatten(0, 1), lse.T.flatten()
-        gathered = _gather(q, lists.query), _gather(k, lists.key), _gather(v, lists.key)
-        if len(lists.query):
-            part_out, part_lse = _flash(*gathered, lists.sequences)
-            out, lse = _merge(out, lse, part_out[:, 0], part_lse[0], lists.query)
+        gathered = _gather(q, query), _gather(k, key), _gather(v, key)
+        if len(query):
+            part_out, part_lse = _flash(*gathered, chosen)
+            out, lse = _merge(out, lse, part_out[:, 0], part_lse[0], query)
         out = out.to(q.dtype).view_as(q)
-        ctx.save_for_backward(q, k, v, out, lse, *gathered)
-        ctx.own, ctx.lists = own, lists
+        ctx.save_for_backward(q, k, v, out, lse, query, key, *gathered)
+        ctx.own, ctx.chosen = own, chosen
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, out, lse, chosen_q, chosen_k, chosen_v = ctx.saved_tensors
-        dout, lists = dout.contiguous(), ctx.lists
+        q, k, v, out, lse, query, key, chosen_q, chosen_k, chosen_v = ctx.saved_tensors
+        dout = dout.contiguous()
         gradients = _flash_backward(dout, q, k, v, out, lse.view(q.shape[:2]).T.contiguous(), ctx.own)
-        if not len(lists.query):
+        if not len(query):
             return *gradients, None, None
-        chosen_dout, chosen_out, chosen_lse = _gather(dout, lists.query), _gather(out, lists.query), lse[lists.query]
-        parts = _flash_backward(
-            chosen_dout, chosen_q, chosen_k, chosen_v, chosen_out, chosen_lse.unsqueeze(0), lists.sequences
-        )
+        chosen_dout, chosen_out, chosen_lse = _gather(dout, query), _gather(out, query), lse[query].unsqueeze(0)
+        parts = _flash_backward(chosen_dout, chosen_q, chosen_k, chosen_v, chosen_out, chosen_lse, ctx.chosen)
         added = []
-        for gradient, part, rows in zip(gradients, parts, (lists.query, lists.key, lists.key), strict=True):
+        for gradient, part, rows in zip(gradients, parts, (query, key, key), strict=True):
             total = gradient.float().flatten(0, 1).index_add_(0, rows, part[:, 0].float())
             added.append(total.view_as(gradient).to(gradient.dtype))
         return *added, None, None
@@ -172,21 +161,22 @@ def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, rows: Tenso
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, sequences: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Return out `[T, H, D]` and lse `[H, T]` of packed sequences."""
-    function = getattr(flash_attn.module(MODULE), "_flash_attn_varlen_forward", None)
-    assert function is not None
-    scale = q.shape[-1] ** -0.5
-    out, lse, *_ = flash_attn.call(function, q=q, k=k, v=v, softmax_scale=scale, **sequences, **flash_attn.PLAIN)
+    out, lse, *_ = _call("forward", q=q, k=k, v=v, **sequences)
     return out, lse
 
 
 def _flash_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sequences: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    function = getattr(flash_attn.module(MODULE), "_flash_attn_varlen_backward", None)
-    assert function is not None
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    flash_attn.call(
-        function, dout=dout, q=q, k=k, v=v, out=out, softmax_lse=lse, dq=dq, dk=dk, dv=dv,
-        softmax_scale=q.shape[-1] ** -0.5, deterministic=False, **sequences, **flash_attn.PLAIN,
+    _call(
+        "backward", dout=dout, q=q, k=k, v=v, out=out, softmax_lse=lse, dq=dq, dk=dk, dv=dv, deterministic=False,
+        **sequences,
     )  # fmt: skip
     return dq, dk, dv
+
+
+def _call(direction: str, q: Tensor, **arguments: Any) -> Any:
+    function = getattr(flash_attn.module(MODULE), f"_flash_attn_varlen_{direction}", None)
+    assert function is not None
+    return flash_attn.call(function, q=q, softmax_scale=q.shape[-1] ** -0.5, **arguments, **flash_attn.PLAIN)

@@ -19,7 +19,7 @@ from farspan.kernels.masks.rows import Rows
 from farspan.kernels.planning.gathered_batches import BATCH_PAIRS, BATCH_ROWS, Batch
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.planning.regions import Kind
-from farspan.kernels.ragged import chunks_by_budget, ranges, runs
+from farspan.kernels.ragged import chunks_by_budget, group_equal, ranges, runs
 
 TILE = 128
 """Query rows that share one list of keys."""
@@ -113,7 +113,9 @@ class _Tiles:
         halves = (problems.begin, problems.middle, Kind.FULL), (problems.middle, problems.end, Kind.MASKED)
         for low, high, kind in halves:
             width = -(-(high - low) // KEY_MULTIPLE) * KEY_MULTIPLE
-            for num_rows, num_keys, same_shape in _by_shape(rows, width):
+            some = np.flatnonzero(width)
+            for same_shape in (some[nth] for nth in group_equal(rows[some] << 32 | width[some])):
+                num_rows, num_keys = int(rows[same_shape[0]]), int(width[same_shape[0]])
                 # [problems, S]: indices into `key`; those beyond the end repeat the last key, masked.
                 index = low[same_shape, None] + np.arange(num_keys)
                 present = index < high[same_shape, None]
@@ -137,11 +139,3 @@ class _Tiles:
         query, first, last = self.queries.ordinal[index][:, :, None], self.keys.ordinal[key], self.last[head, key]
         active = (first[:, None] <= query) & (query <= last[:, None]) & present[:, None]  # [n, rows, S]
         return Batch(kind, queries, keys, torch.from_numpy(np.repeat(active, self.group, axis=1)))  # [n, R, S]
-
-
-def _by_shape(rows: np.ndarray, width: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Yield the shapes (rows, keys) of problems that have keys, and the problems of each."""
-    some = np.flatnonzero(width)
-    shape = rows[some] << 32 | width[some]
-    for number in np.unique(shape).tolist():
-        yield number >> 32, number & 0xFFFFFFFF, some[shape == number]

@@ -6,6 +6,7 @@ the eviction too, so that the forward pass also needs the log-sum-exp of all cau
 """
 
 from abc import abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -39,10 +40,6 @@ class KVLifetime(Masked):
     def accesses(self) -> frozenset[Access]:
         return frozenset({Access.LIFETIMES})
 
-    @property
-    def static_mask(self) -> AttentionMask | None:
-        return None
-
     @abstractmethod
     def lifetimes(self, types: Tensor, global_rows: Rows) -> Lifetimes:
         """Return the lifetimes of a full sequence by the types of its tokens, int8 `[tokens, Hk]`."""
@@ -57,10 +54,10 @@ class KVLifetime(Masked):
     def key_routing(self, planner: AttentionPlanner) -> KeyRouting:
         return LifetimeRouting(self, planner)
 
-    def unmasked_pairs(self, queries: Rows, keys: Rows) -> int:
+    def unmasked_pairs(self, rows: Rows) -> int:
         """The pairs of a router that has learned nothing."""
-        routing = torch.randn(len(keys), 1, self.routing_width, generator=generator_of_samples())
-        return self.lifetimes(chosen_types(routing), keys).pairs(queries, keys)
+        routing = torch.randn(len(rows), 1, self.routing_width, generator=generator_of_samples())
+        return self.lifetimes(chosen_types(routing), rows).pairs(rows)
 
     def route(self, global_rows: Rows, heads: Heads, q: Tensor, k: Tensor, *routing: Tensor) -> Routing:
         return TypeRouting(chosen_types(*routing))
@@ -90,7 +87,7 @@ class LifetimeRouting(KeyRouting):
 
     def route(self, q: Tensor, k: Tensor, *routing: Tensor) -> "ActiveKeys":
         types = self.planner.all_rows(chosen_types(*routing), kind="types")  # int8 [tokens, Hk]
-        return ActiveKeys(self, self.mechanism.lifetimes(types, self.planner.global_rows))
+        return ActiveKeys(of=self, lifetimes=self.mechanism.lifetimes(types, self.planner.global_rows))
 
     def gradient(self, sums: Tensor, routing: Tensor, lifetimes: Lifetimes) -> Tensor:
         """Return the gradient of routing `[T, Hk, 3]` by this owner's part of the sums, `[tokens, Hk, SUMS]`."""
@@ -109,11 +106,12 @@ class LifetimeRouting(KeyRouting):
         return straight_through(local, routing, self.mechanism.temperature)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ActiveKeys(RoutedKeys):
     """The keys that a query sees are those whose lifetime has not ended."""
 
-    def __init__(self, of: LifetimeRouting, lifetimes: Lifetimes) -> None:
-        self.of, self.lifetimes = of, lifetimes
+    of: LifetimeRouting
+    lifetimes: Lifetimes
 
     def narrow(self, plan: Plan, tokens: Tensor) -> Plan:
         return plan.with_lifetimes(self.lifetimes.take(tokens).last)

@@ -76,9 +76,8 @@ class TokenChoice(Mechanism):
         chosen = self.sample_routing(global_rows, Heads(query=1, kv=1)).chosen
         return ChosenTokens.of(chosen, global_rows).rows
 
-    def unmasked_pairs(self, queries: Rows, keys: Rows) -> int:
-        chosen = self._sample_rows(queries)
-        return self.among().unmasked_pairs(chosen, chosen)
+    def unmasked_pairs(self, rows: Rows) -> int:
+        return self.among().unmasked_pairs(self._sample_rows(rows))
 
     def saved_bytes(self, heads: Heads, sizes: Sizes, global_rows: Rows) -> int:
         """Out of all tokens; q, k, v, out, log-sum-exp and routing of the selected ones."""

@@ -96,13 +96,12 @@ class Lifetimes:
         )
         return Lifetimes(types=types, last=last, following=following, beyond=beyond, window=self.window)
 
-    def pairs(self, queries: Rows, keys: Rows) -> int:
-        """Return how many of `queries` see each of `keys`, which these lifetimes are of: the mean sum over KV heads."""
-        real = queries.document >= 0
-        # A key is seen by a run of its document's queries, from its own position to its last.
-        seen_by = ordinal(queries.document[real], queries.position[real]).sort().values
-        first = torch.searchsorted(seen_by, ordinal(keys.document, keys.position))
-        stop = torch.searchsorted(seen_by, ordinal(keys.document, self.last), right=True)
+    def pairs(self, rows: Rows) -> int:
+        """Return how many pairs of `rows`, which these lifetimes are of, see each other: the mean over KV heads."""
+        # A key is seen by a run of its document's queries, from its own position to its last; padding comes first.
+        seen_by = rows.ordinal().sort().values[int((rows.document < 0).sum()) :]
+        first = torch.searchsorted(seen_by, rows.ordinal())
+        stop = torch.searchsorted(seen_by, ordinal(rows.document, self.last), right=True)
         return int((stop - first).clamp(min=0).sum()) // len(self.last)
 
 

@@ -89,8 +89,7 @@ class VMoBA(Routed):
         ranking = _Ranking(self, q, local_shard.key_means(k), local_shard)
         masks = ranking.per_query() if self.scope == "query" else ranking.per_head()
         query_block = torch.arange(len(q)).masked_fill(local_shard.key_block_of_row < 0, -1)  # every row by itself
-        none = torch.zeros(q.shape[1], 0, local_shard.key_blocks.count, dtype=torch.bool)
-        return BlockSelection.from_parts(query_block, local_shard.key_blocks, [none, *masks])
+        return BlockSelection.from_parts(query_block, local_shard.key_blocks, masks, heads=q.shape[1])
 
     def all_reduce_bytes(self, global_rows: Rows, heads: Heads, head_dim: int) -> int:
         blocks = self.key_blocks(global_rows)
@@ -128,7 +127,7 @@ class _Ranking:
         blocks, device = self.local_shard.key_blocks, self.q.device
         if not blocks.count:
             return
-        document = self.local_shard.key_block_extent.document.to(device)
+        document = self.local_shard.key_blocks.document.to(device)
         filled = (blocks.sizes > 0).to(device)
         for rows in torch.arange(len(self.q)).split(max(SCORES_AT_ONCE // (self.q.shape[1] * blocks.count), 1)):
             own_block = self.local_shard.key_block_of_row[rows].to(device)
@@ -165,7 +164,7 @@ class _Ranking:
     def _threshold(self) -> Tensor:
         """The key from which on pairs are selected, int64 `[Hq, documents]`."""
         blocks, total, device = self.local_shard.key_blocks, self.local_shard.all_reduce_sum, self.q.device
-        document = self.local_shard.key_block_extent.document.to(device)
+        document = self.local_shard.key_blocks.document.to(device)
 
         # [blocks] -> sums [Hq, documents]
         def per_document(of_blocks: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class Ship(Strategy):
     def attend(
         self, planner: ShardedPlanner, attention_mask: AttentionMask, key_routing: KeyRouting
     ) -> DistributedAttention:
-        shards, blocks, local, heads = planner.shards, key_routing.blocks, planner.local_rows, planner.share.local_heads
+        shards, local, heads = planner.shards, planner.local_rows, planner.share.local_heads
         return _QueryDispatchAttention(
             tokens_local=shards.tokens_local,
             heads=heads,
@@ -68,7 +68,7 @@ class Ship(Strategy):
             shards=shards,
             channel=self.channel,
             key_routing=key_routing,
-            owners=BlockOwners.of(attention_mask, blocks, shards),
+            owners=BlockOwners.of(attention_mask, key_routing.key_blocks, shards),
             local=Plan.build(local, local, attention_mask, heads=heads.query),
             backend=planner.backend,
         )
@@ -146,7 +146,7 @@ class _QueryDispatchAttention(DistributedAttention):
         token, head, num_blocks = described.long().t()
         received = ReceivedQueries.of(
             self.attention_mask,
-            self.key_routing.blocks,
+            self.key_routing.key_blocks,
             self.shards,
             self.channel.rank,
             heads=self.heads.query,

@@ -53,7 +53,7 @@ def test_who_sees_whom(rows: Rows, window: int) -> None:
     expected = truth.visible(logits, rows, window)
     assert lifetimes.types.tolist() == truth.types(logits, rows)
     assert torch.equal(plan.mask(), expected.repeat_interleave(2, dim=0))
-    assert lifetimes.pairs(rows, rows) == int(expected.sum()) // 3
+    assert lifetimes.pairs(rows) == int(expected.sum()) // 3
     part = torch.tensor([5, -1, 30, 2, 17])
     some = Plan.build(rows, rows.take(part), mechanism.attention_mask(), heads=3).with_lifetimes(
         lifetimes.take(part).last
@@ -64,7 +64,7 @@ def test_who_sees_whom(rows: Rows, window: int) -> None:
 def test_pairs_of_a_router_that_knows_nothing() -> None:
     """A third of the keys is global, and local ones live for some three tokens."""
     rows = Rows.packed([3000])
-    assert 0.3 < NAtS(window=4).unmasked_pairs(rows, rows) / (3000 * 3001 / 2) < 0.37
+    assert 0.3 < NAtS(window=4).unmasked_pairs(rows) / (3000 * 3001 / 2) < 0.37
 
 
 def draw(rows: Rows, heads: Heads, dtype: torch.dtype = torch.float64) -> list[Tensor]:

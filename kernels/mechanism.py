@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import ClassVar, Self
 
-import torch
 from torch import Tensor
 
 from farspan.kernels.masks.attention_mask import AttentionMask
@@ -118,11 +117,6 @@ class Mechanism(ABC):
     def unsupported_reason(self, heads: Heads, longest: int) -> str | None:
         """Return why it cannot attend with these heads to documents of up to `longest` tokens; None if it can."""
         return None
-
-
-def generator_of_samples() -> torch.Generator:
-    """Return the source of the normal inputs that stand for real ones, the same at every call."""
-    return torch.Generator().manual_seed(0)
 
 
 MECHANISMS: Registry[type[Mechanism]] = Registry("attention mechanism", "farspan.kernels.mechanisms")

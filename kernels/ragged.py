@@ -22,6 +22,12 @@ def offsets_of(counts: Tensor) -> Tensor:
     return torch.cat((counts.new_zeros(1), counts.flatten().cumsum(0)))
 
 
+def take_or(x: Tensor, index: Tensor, fill: int) -> Tensor:
+    """x `[..., rows]` at `index`, int64 `[n]`, of its last dimension; an index of -1 gives `fill`."""
+    # -1 indexes the extra element at the end, which also serves where there are no rows.
+    return torch.cat((x, x.new_full((*x.shape[:-1], 1), fill)), dim=-1)[..., index]
+
+
 def expand(counts: Tensor) -> tuple[Tensor, Tensor]:
     """The list of each entry and its index in that list, int64 `[entries]`, of the lists' int64 lengths `[lists]`."""
     number = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)

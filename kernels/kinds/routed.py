@@ -10,7 +10,7 @@ from torch import Tensor
 from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
-from farspan.kernels.mechanism import Access, generator_of_samples
+from farspan.kernels.mechanism import Access
 from farspan.kernels.planner import (
     AllReduceSum,
     AttentionPlanner,
@@ -76,7 +76,7 @@ class Routed(Masked):
         return SelectedBlocks(self.select(q, k, self._unsharded(global_rows, global_rows, heads)))
 
     def sample_routing(self, global_rows: Rows, heads: Heads, *, max_queries: int | None = None) -> "SelectedBlocks":
-        generator, tokens = generator_of_samples(), len(global_rows)
+        generator, tokens = torch.Generator().manual_seed(0), len(global_rows)
         # Few queries select among all blocks: long sequences would take as long as the attention itself.
         one_in = -(-tokens // max_queries) if max_queries else 1
         index = torch.arange(0, tokens, one_in)
@@ -151,10 +151,6 @@ class LocalShard(KeyRouting):
     @cached_property
     def key_block_extent(self) -> tuple[Tensor, Tensor]:
         return self.key_blocks.extent(self.global_rows)
-
-    @property
-    def kv_heads(self) -> range:
-        return self.share.kv_heads
 
     def key_means(self, k: Tensor) -> Tensor:
         """Return the mean of the keys of each key block of the sequence, float32 `[blocks, Hk, D]`."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.ragged import expand, offsets_of
+from farspan.kernels.ragged import expand, offsets_of, take_or
 
 SUMMED_AT_ONCE = 1 << 20
 """Elements whose float64 copies exist at the same time: 8 MiB."""
@@ -152,8 +152,7 @@ class BlockSelection:
 
     def of_queries(self, index: Tensor) -> "BlockSelection":
         """The selection of the queries at `index`, int64 `[queries]`; an index of -1 attends to nothing."""
-        # -1 indexes the extra element at the end.
-        return replace(self, query_block=torch.cat((self.query_block, self.query_block.new_full((1,), -1)))[index])
+        return replace(self, query_block=take_or(self.query_block, index, -1))
 
     @cached_property
     def lists(self) -> Tensor:

@@ -89,13 +89,12 @@ class BlockSparse(Routed):
                 given = given.tril()
             tile = tile.clamp(max=len(given) - 1)
             has_own = given.diagonal()[tile]
-            others = given.sum(dim=1)[tile] - has_own.long()
-            return (others * self.block + has_own * own).masked_fill(~real, 0).double()
-        document = global_rows.document.clamp(min=0).long()
-        tiles = (torch.bincount(document, weights=real.double()).long() + self.block - 1) // self.block
-        others = tile if self.causal else tiles[document] - 1
-        drawn = self._num_drawn(others)
-        return (drawn * self.block + own).masked_fill(~real, 0).double()
+            others, own = given.sum(dim=1)[tile] - has_own.long(), has_own * own
+        else:
+            document = global_rows.document.clamp(min=0).long()
+            tiles = (torch.bincount(document, weights=real.double()).long() + self.block - 1) // self.block
+            others = self._num_drawn(tile if self.causal else tiles[document] - 1)
+        return (others * self.block + own).masked_fill(~real, 0).double()
 
     @torch.no_grad()
     def select(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> BlockSelection:
@@ -113,7 +112,7 @@ class BlockSparse(Routed):
         return ((others + 1) * self.density).round().long().clamp(min=1) - 1
 
     def _given(self, local_shard: LocalShard) -> Iterator[Tensor]:
-        blocks, kv_heads = local_shard.key_blocks, len(local_shard.kv_heads)
+        blocks, kv_heads = local_shard.key_blocks, len(local_shard.share.kv_heads)
         longest = int(blocks.first.diff().max()) if len(blocks.documents) else 0
         if longest > len(self.mask):
             raise ValueError(self._too_few(longest))
@@ -130,14 +129,14 @@ class BlockSparse(Routed):
         # The first block of each block's document, and the last plus 1.
         first, stop = blocks.first[blocks.document], blocks.first[blocks.document + 1]
         counts, key_blocks = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int32)]
-        for head in local_shard.kv_heads:
+        for head in local_shard.share.kv_heads:
             for tile in tiles.split(TILES_AT_ONCE):
                 others = (tile + 1 if self.causal else stop[tile]) - first[tile] - 1
                 drawn = self._num_drawn(others)
                 counts.append(drawn + 1)
                 key_blocks.append(self._draw(head, tile, first[tile], others, drawn))
         return BlockSelection(
-            heads=len(local_shard.kv_heads),
+            heads=len(local_shard.share.kv_heads),
             query_block=query_block,
             blocks=blocks,
             offsets=offsets_of(torch.cat(counts)),

@@ -27,9 +27,8 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.masks.attention_mask import AttentionMask
-from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.planning.bounds import Bounds, all_unmasked, any_unmasked
-from farspan.kernels.planning.plan import Plan
+from farspan.kernels.planning.plan import HeadPlan, Plan
 from farspan.kernels.planning.regions import Kind
 from farspan.kernels.ragged import Groups, group_equal, ranges, runs
 
@@ -78,11 +77,7 @@ def selection_batches(plan: Plan, kv_heads: int) -> Iterator[Batch]:
     if not len(query_blocks) or not len(key_blocks):
         return
     for part in plan.parts:
-        heads = np.array(part.heads)
-        head_groups = replace(Groups.by(heads // (plan.heads // plan.selection.heads)), member=heads)
-        lists = _Lists.of(plan, head_groups, query_blocks)
-        builder = _Builder(plan, part.attention_mask, head_groups, query_blocks, key_blocks, lists, kv_heads)
-        yield from builder.batches(_Entries.find(plan.selection, lists, key_blocks))
+        yield from _Builder(plan, part, query_blocks, key_blocks, kv_heads).batches()
 
 
 def selects_by_tile(plan: Plan, *, count_padding: bool) -> bool:
@@ -103,53 +98,11 @@ def count_pairs(plan: Plan, kv_heads: int) -> int:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Lists:
-    """The head group and query block of each list, int32 indices `[lists]`; -1 where there are no such rows or heads.
-
-    queries: by list, the rows of its query block in each query head of its head group.
-    """
-
-    head_group: np.ndarray
-    query_block: np.ndarray
-    queries: Groups
-
-    @staticmethod
-    def of(plan: Plan, head_groups: Groups, query_blocks: Groups) -> "_Lists":
-        """head_groups: the query heads that share one mask, by head group. query_blocks: the queries, by block."""
-        selection, heads = plan.selection, plan.heads
-        assert selection is not None
-        # List number = head group * Q + query block: each group repeats for all blocks, all blocks for each group.
-        group = np.repeat(head_groups.of_number(selection.heads), selection.num_query_blocks)
-        block = np.tile(query_blocks.of_number(selection.num_query_blocks), selection.heads)
-        local = (group >= 0) & (block >= 0)
-        group[~local] = block[~local] = -1
-        of_list, rows = group[local], query_blocks.members(block[local])
-        of_row = np.repeat(of_list, query_blocks.sizes()[block[local]])
-        queries = np.repeat(rows, head_groups.sizes()[of_row]) * heads + head_groups.members(of_row)
-        first = np.zeros(len(local) + 1, dtype=np.int64)
-        first[1:][local] = query_blocks.sizes()[block[local]] * head_groups.sizes()[of_list]
-        first = first.cumsum()
-        # Entries are gathered from this table by the million: half the width is half the time.
-        narrow = len(plan.queries) * heads <= np.iinfo(np.int32).max
-        queries = queries.astype(np.int32 if narrow else np.int64)
-        return _Lists(group, block, Groups(np.arange(len(local)), queries, first[:-1], first[1:]))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class _Entries:
     """Pairs of a list and a key block on it: int32 `[entries]` each, in the order of lists."""
 
     list: np.ndarray
     key_block: np.ndarray
-
-    @staticmethod
-    def find(selection: BlockSelection, lists: _Lists, key_blocks: Groups) -> "_Entries":
-        """The entries whose query block and key block both have local rows."""
-        number = np.arange(len(lists.query_block), dtype=np.int32)
-        number[lists.query_block < 0] = -1
-        of_entry = np.repeat(number, selection.offsets.diff().numpy())
-        block = key_blocks.of_number(selection.blocks.count)[selection.key_blocks.numpy()]
-        return _Entries(of_entry, block).where((block >= 0) & (of_entry >= 0))
 
     def where(self, condition: np.ndarray) -> "_Entries":
         index = np.flatnonzero(condition)
@@ -159,20 +112,42 @@ class _Entries:
         return len(self.list)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class _Builder:
-    """Batches of the query heads that share one attention mask."""
+    """Batches of the query heads that share one attention mask; query_blocks and key_blocks are local rows, by block.
 
-    plan: Plan
-    attention_mask: AttentionMask
-    head_groups: Groups
-    query_blocks: Groups
-    key_blocks: Groups
-    lists: _Lists
-    kv_heads: int
+    head_groups: the heads, by head group. queries: by list that has such heads and rows, the rows of its query block in
+    each query head of its head group. head_group, query_block: of each such list, int32 indices `[lists]`.
+    """
 
-    def batches(self, entries: _Entries) -> Iterator[Batch]:
-        by_tile = selects_by_tile(self.plan, count_padding=True)
+    def __init__(self, plan: Plan, part: HeadPlan, query_blocks: Groups, key_blocks: Groups, kv_heads: int) -> None:
+        assert plan.selection is not None
+        self.plan, self.selection, self.attention_mask = plan, plan.selection, part.attention_mask
+        self.query_blocks, self.key_blocks, self.kv_heads = query_blocks, key_blocks, kv_heads
+        heads = np.array(part.heads)
+        self.head_groups = replace(Groups.by(heads // (plan.heads // plan.selection.heads)), member=heads)
+        # List number = head group * Q + query block: each group repeats for all blocks, all blocks for each group.
+        group = np.repeat(self.head_groups.of_number(plan.selection.heads), plan.selection.num_query_blocks)
+        block = np.tile(query_blocks.of_number(plan.selection.num_query_blocks), plan.selection.heads)
+        local = np.flatnonzero((group >= 0) & (block >= 0))
+        self.head_group, self.query_block = group, block = group[local], block[local]
+        of_row = np.repeat(group, query_blocks.sizes()[block])
+        rows = np.repeat(query_blocks.members(block), self.head_groups.sizes()[of_row])
+        queries = rows * plan.heads + self.head_groups.members(of_row)
+        # Entries are gathered from this table by the million: half the width is half the time.
+        narrow = len(plan.queries) * plan.heads <= np.iinfo(np.int32).max
+        queries = queries.astype(np.int32 if narrow else np.int64)
+        sizes = query_blocks.sizes()[block] * self.head_groups.sizes()[group]
+        self.queries = Groups(local, queries, sizes.cumsum() - sizes, sizes.cumsum())
+
+    def entries(self) -> _Entries:
+        """The entries whose query block and key block both have local rows."""
+        counts = self.selection.offsets.diff().numpy()
+        of_entry = np.repeat(self.queries.of_number(len(counts)), counts)
+        block = self.key_blocks.of_number(self.selection.blocks.count)[self.selection.key_blocks.numpy()]
+        return _Entries(of_entry, block).where((block >= 0) & (of_entry >= 0))
+
+    def batches(self) -> Iterator[Batch]:
+        entries, by_tile = self.entries(), selects_by_tile(self.plan, count_padding=True)
         full, partial = self._classify(entries, keep_triangles=self.attention_mask.causal and not by_tile)
         yield from self._per_tile(entries.where(full)) if by_tile else self._per_key_block(entries.where(full))
         yield from self._partial(entries.where(partial))
@@ -190,7 +165,7 @@ class _Builder:
         full, partial = (np.empty(len(entries), dtype=bool) for _ in range(2))
         for start in range(0, len(entries), ENTRIES_AT_ONCE):
             chunk = slice(start, start + ENTRIES_AT_ONCE)
-            queries = query_bounds.take(self.lists.query_block[entries.list[chunk]])
+            queries = query_bounds.take(self.query_block[entries.list[chunk]])
             keys = key_bounds.take(entries.key_block[chunk])
             all_visible = all_unmasked(queries, keys, self.attention_mask)
             if keep_triangles:
@@ -201,10 +176,10 @@ class _Builder:
 
     def _per_key_block(self, entries: _Entries) -> Iterator[Batch]:
         """One problem per key block and KV head: all rows that select it, so its keys are gathered once."""
-        kv_head = self._kv_head(self.lists.head_group)
+        kv_head = self._kv_head(self.head_group)
         for same_keys in group_equal(kv_head[entries.list] * len(self.key_blocks) + entries.key_block):
             of_entry = entries.list[same_keys]
-            queries = self.lists.queries.members(of_entry)[None]  # [1, R]
+            queries = self.queries.members(of_entry)[None]  # [1, R]
             keys = self.key_blocks.members(entries.key_block[same_keys[:1]])[None]  # [1, S]
             keys = keys * self.kv_heads + kv_head[of_entry[0]]
             yield _split_over_threads(queries, keys)
@@ -216,14 +191,14 @@ class _Builder:
         first, stop = runs(entries.list)
         keys = np.add.reduceat(self.key_blocks.sizes()[entries.key_block], first)
         of_problem = entries.list[first]
-        rows = self.lists.queries.sizes()[of_problem]
+        rows = self.queries.sizes()[of_problem]
         for same_shape in group_equal(rows * (keys.max() + 1) + keys):
             num_rows, num_keys = int(rows[same_shape[0]]), int(keys[same_shape[0]])
             for chunk in np.array_split(same_shape, -(-len(same_shape) * num_keys // BATCH_ROWS)):
                 key_block = entries.key_block[ranges(first[chunk], stop[chunk])]
-                kv_head = np.repeat(self._kv_head(self.lists.head_group[of_problem[chunk]]), num_keys)
+                kv_head = np.repeat(self._kv_head(self.head_group[of_problem[chunk]]), num_keys)
                 key_rows = self.key_blocks.members(key_block) * self.kv_heads + kv_head
-                queries = self.lists.queries.members(of_problem[chunk])
+                queries = self.queries.members(of_problem[chunk])
                 # [problems, R] and [problems, S]
                 yield _split_over_threads(queries.reshape(-1, num_rows), key_rows.reshape(-1, num_keys))
 
@@ -232,10 +207,10 @@ class _Builder:
         if not len(entries):
             return
         # Every query head by itself: only then can a problem's rows form a triangle with its keys.
-        group = self.lists.head_group[entries.list]
+        group = self.head_group[entries.list]
         head = self.head_groups.members(group)
         entry = np.repeat(np.arange(len(entries)), self.head_groups.sizes()[group])
-        query_block, key_block = self.lists.query_block[entries.list[entry]], entries.key_block[entry]
+        query_block, key_block = self.query_block[entries.list[entry]], entries.key_block[entry]
         # A batch may contain a row once only: the n-th partial key block of a row goes to round n.
         order = np.lexsort((key_block, query_block, head))
         query_block, key_block, head = (x[order] for x in (query_block, key_block, head))

@@ -82,8 +82,6 @@ class Routed(Masked):
         index = torch.arange(0, tokens, one_in)
         q, k = (torch.randn(len(index), n, SAMPLE_HEAD_DIM, generator=generator) for n in (heads.query, heads.kv))
         selection = self.select(q, k, self._unsharded(global_rows.take(index), global_rows, heads))
-        if one_in == 1:
-            return SelectedBlocks(selection)
         # The sampled queries are rows 0, 1, ... of the selection; the others have no query block.
         nth = torch.full((tokens,), -1)
         nth[index] = torch.arange(len(index))

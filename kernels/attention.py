@@ -48,17 +48,23 @@ def attention_backward(
     return BACKENDS.get(backend).backward(dout, q, k, v, out, lse, plan)
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, name: str) -> None:
+    """Raise ValueError, about `name`, unless q `[T, Hq, D]`, k `[S, Hk, D]` and v `[S, Hk, Dv]` fit each other."""
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if q.dim() != 3 or k.dim() != 3 or v.dim() != 3 or q.shape[2] != k.shape[2] or k.shape[:2] != v.shape[:2]:
-        raise ValueError(f"attention wants q [T, Hq, D], k [S, Hk, D], v [S, Hk, Dv]; got {shapes}")
-    if min(q.shape[1], k.shape[1], q.shape[2]) < 1:
-        raise ValueError(f"attention wants at least one head of size 1; got {shapes}")
+        raise ValueError(f"{name} wants q [T, Hq, D], k [S, Hk, D], v [S, Hk, Dv]; got {shapes}")
+    if min(q.shape[1], k.shape[1], q.shape[2], v.shape[2]) < 1:
+        raise ValueError(f"{name} wants at least one head of size 1; got {shapes}")
     if q.shape[1] % k.shape[1] != 0:
         raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key/value heads evenly; got {shapes}")
     if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"attention wants one dtype; got q {q.dtype}, k {k.dtype}, v {v.dtype}")
+        raise ValueError(f"{name} wants one dtype; got q {q.dtype}, k {k.dtype}, v {v.dtype}")
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
+    check_qkv(q, k, v, name="attention")
     if q.shape[1] != plan.heads:
-        raise ValueError(f"the plan is for {plan.heads} query heads; got {shapes}")
+        raise ValueError(f"the plan is for {plan.heads} query heads; got q {list(q.shape)}")
     if q.shape[0] != len(plan.queries) or k.shape[0] != len(plan.keys):
+        shapes = f"q {list(q.shape)} and k {list(k.shape)}"
         raise ValueError(f"the plan is for {len(plan.queries)} queries and {len(plan.keys)} keys; got {shapes}")

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import ClassVar, Self
 
-import torch
 from torch import Tensor
 
 from farspan.kernels.masks.attention_mask import AttentionMask
@@ -84,9 +83,9 @@ class Mechanism(ABC):
 
     # The cost model, the layouts and the estimates ask: how much work, memory and traffic it is.
 
-    @abstractmethod
-    def unmasked_pairs(self, queries: Rows, keys: Rows) -> int:
-        """Return how many (query, key) pairs per head are attended to: the work that is useful."""
+    def unmasked_pairs(self, rows: Rows) -> int:
+        """Return how many (query, key) pairs of a full sequence are attended to, per head: the work that is useful."""
+        return int(self.keys_per_query(rows).sum())
 
     def keys_per_query(self, global_rows: Rows) -> Tensor:
         """Return the work of each token of a full sequence, to shard it by: float64 `[tokens]`, 0 for padding.
@@ -95,9 +94,9 @@ class Mechanism(ABC):
         """
         return (global_rows.document >= 0).double()
 
-    def useful_flops(self, queries: Rows, keys: Rows, head_dim: int, value_dim: int) -> int:
+    def useful_flops(self, rows: Rows, head_dim: int, value_dim: int) -> int:
         """Return the FLOPs per head that the forward pass needs: scores and weighted sums of unmasked pairs."""
-        return 2 * (head_dim + value_dim) * self.unmasked_pairs(queries, keys)
+        return 2 * (head_dim + value_dim) * self.unmasked_pairs(rows)
 
     def saved_bytes(self, heads: Heads, sizes: Sizes, global_rows: Rows) -> int:
         """Return the bytes per token of the sequence that a forward pass saves: q, k, v, out and a log-sum-exp."""
@@ -118,11 +117,6 @@ class Mechanism(ABC):
     def unsupported_reason(self, heads: Heads, longest: int) -> str | None:
         """Return why it cannot attend with these heads to documents of up to `longest` tokens; None if it can."""
         return None
-
-
-def generator_of_samples() -> torch.Generator:
-    """Return the source of the normal inputs that stand for real ones, the same at every call."""
-    return torch.Generator().manual_seed(0)
 
 
 MECHANISMS: Registry[type[Mechanism]] = Registry("attention mechanism", "farspan.kernels.mechanisms")

@@ -191,17 +191,15 @@ class RoutingGradient:
         return ()
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class RoutedKeys:
-    """The keys that a mask shows, narrowed by content for one pass; in this base class all of them."""
+    """The keys that a mask shows, narrowed by content for one pass; here to the blocks that local queries select."""
 
-    @property
-    def selection(self) -> BlockSelection | None:
-        """The blocks that the local queries select, if they do."""
-        return None
+    selection: BlockSelection | None = None
 
     def narrow(self, plan: Plan, tokens: Tensor) -> Plan:
         """Narrow a plan of the local queries against the keys of these tokens, int64 `[keys]`, -1 for padding."""
-        return plan
+        return plan if self.selection is None else plan.with_selection(self.selection)
 
     def start(self, q: Tensor, *routing: Tensor) -> RoutingGradient:
         return RoutingGradient()
@@ -220,8 +218,8 @@ class KeyRouting:
     selects_blocks: bool = False
     routing_width: int = 0
 
-    @property
-    def blocks(self) -> BlockPartition:
+    @cached_property
+    def key_blocks(self) -> BlockPartition:
         """The blocks of keys that queries select from."""
         raise NotImplementedError(f"{type(self).__name__} selects no blocks")
 

@@ -10,6 +10,7 @@ Three lists of 2, 0 and 3 entries, counts = [2, 0, 3]:
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,6 +20,12 @@ from torch import Tensor
 def offsets_of(counts: Tensor) -> Tensor:
     """Where each list starts and the last one stops, `[lists + 1]`, of their lengths (flattened)."""
     return torch.cat((counts.new_zeros(1), counts.flatten().cumsum(0)))
+
+
+def take_or(x: Tensor, index: Tensor, fill: int) -> Tensor:
+    """x `[..., rows]` at `index`, int64 `[n]`, of its last dimension; an index of -1 gives `fill`."""
+    # -1 indexes the extra element at the end, which also serves where there are no rows.
+    return torch.cat((x, x.new_full((*x.shape[:-1], 1), fill)), dim=-1)[..., index]
 
 
 def expand(counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,6 +47,40 @@ def runs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where each run of equal values, none of them negative, starts and stops."""
     start = np.flatnonzero(np.diff(values, prepend=-1))
     return start, np.append(start[1:], len(values))[: len(start)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Groups:
+    """Members of groups, none empty, one group after another: member[start[i]:stop[i]] belong to group number[i]."""
+
+    number: np.ndarray
+    member: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+
+    @staticmethod
+    def by(number: np.ndarray) -> "Groups":
+        """Group the indices of `number` by its values, both ascending; an index with a -1 is in no group."""
+        order = np.argsort(number, kind="stable")
+        order = order[np.searchsorted(number[order], 0) :]
+        start, stop = runs(number[order])
+        return Groups(number[order][start], order, start, stop)
+
+    def __len__(self) -> int:
+        return len(self.number)
+
+    def sizes(self) -> np.ndarray:
+        return self.stop - self.start
+
+    def members(self, groups: np.ndarray) -> np.ndarray:
+        """The members of groups i, j, ..., one group after another."""
+        return self.member[ranges(self.start[groups], self.stop[groups])]
+
+    def of_number(self, count: int) -> np.ndarray:
+        """The group of each of the numbers 0 to count - 1, int32 `[count]`; -1 where there is none."""
+        index = np.full(count, -1, dtype=np.int32)
+        index[self.number] = np.arange(len(self))
+        return index
 
 
 def group_equal(values: np.ndarray) -> Iterator[np.ndarray]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from farspan.errors import ConfigError
+from farspan.kernels.attention import check_qkv
 from farspan.kernels.backend import BACKENDS
 from farspan.kernels.linear_attention.recurrence import RecurrentBackend
 from farspan.kernels.linear_attention.state import RecurrenceInputs, Segment, State, empty_state
@@ -67,26 +68,16 @@ def _recurrent_backend(name: str) -> RecurrentBackend:
 
 def _checked(q: Tensor, k: Tensor, v: Tensor, segment: Segment, decay: Tensor, state: State | None) -> RecurrenceInputs:
     """Return the inputs, with an empty state if there is none; raises ValueError where they do not fit."""
-    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-    if q.dim() != 3 or k.dim() != 3 or v.dim() != 3 or q.shape[2] != k.shape[2] or k.shape[:2] != v.shape[:2]:
-        raise ValueError(f"a recurrence takes q [T, Hq, D], k [T, Hk, D], v [T, Hk, Dv]; got {shapes}")
+    check_qkv(q, k, v, name="a recurrence")
     if len(segment) != q.shape[0] or len(segment) != k.shape[0]:
-        raise ValueError(f"the segment has {len(segment)} rows; got {shapes}")
-    if min(q.shape[1], k.shape[1], q.shape[2], v.shape[2]) < 1 or q.shape[1] % k.shape[1] != 0:
-        raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key/value heads evenly; got {shapes}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"a recurrence takes one dtype; got q {q.dtype}, k {k.dtype}, v {v.dtype}")
+        raise ValueError(f"the segment has {len(segment)} rows; got q {list(q.shape)} and k {list(k.shape)}")
     if decay.shape != q.shape[1:2] or not bool(((decay >= 0) & decay.isfinite()).all()):
         raise ValueError(f"each of {q.shape[1]} query heads needs a finite rate of decay, 0 or more; got {decay}")
     if state is None:
         state = empty_state(q.shape[1], q.shape[2], v.shape[2], like=q)
-    else:
-        _check_state(state, (q.shape[1], q.shape[2], v.shape[2]), accumulation_dtype(q.dtype), segment)
-    return RecurrenceInputs(q=q, k=k, v=v, segment=segment, decay=decay, state=state)
-
-
-def _check_state(state: State, shape: tuple[int, ...], dtype: torch.dtype, segment: Segment) -> None:
-    if state.value.shape != shape or state.value.dtype != dtype:
-        raise ValueError(f"the state must be {[*shape]} in {dtype}; got {[*state.value.shape]} in {state.value.dtype}")
+    value, shape, dtype = state.value, (q.shape[1], q.shape[2], v.shape[2]), accumulation_dtype(q.dtype)
+    if value.shape != shape or value.dtype != dtype:
+        raise ValueError(f"the state must be {[*shape]} in {dtype}; got {[*value.shape]} in {value.dtype}")
     if state.last.document == segment.first.document != PADDING and state.last.position >= segment.first.position:
         raise ValueError(f"the state ends at {state.last}, which is not before the segment: {segment.first}")
+    return RecurrenceInputs(q=q, k=k, v=v, segment=segment, decay=decay, state=state)

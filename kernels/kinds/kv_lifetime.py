@@ -6,6 +6,7 @@ the eviction too, so that the forward pass also needs the log-sum-exp of all cau
 """
 
 from abc import abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from farspan.kernels.lifetimes.gradient import SUMS, pair_sums, straight_through
 from farspan.kernels.lifetimes.lifetimes import Lifetimes, Line, chosen_types
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import Access, generator_of_samples
+from farspan.kernels.mechanism import Access
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.planner import AttentionPlanner, Heads, KeyRouting, RoutedKeys, Routing, RoutingGradient, Sizes
 from farspan.kernels.planning.plan import Plan
@@ -25,10 +26,11 @@ from farspan.kernels.planning.plan import Plan
 class KVLifetime(Masked):
     """Routing has three logits per token and KV head, of the types global, local and sliding.
 
-    The highest wins, the first of equals. `temperature` divides them in the softmax that stands for the choice in the
-    backward pass.
+    The highest wins, the first of equals. `window` tokens after a sliding token see it. `temperature` divides logits in
+    the softmax that stands for the choice in the backward pass.
     """
 
+    window: int
     temperature: float
 
     @property
@@ -38,14 +40,6 @@ class KVLifetime(Masked):
     @property
     def accesses(self) -> frozenset[Access]:
         return frozenset({Access.LIFETIMES})
-
-    @property
-    def static_mask(self) -> AttentionMask | None:
-        return None
-
-    @abstractmethod
-    def lifetimes(self, types: Tensor, global_rows: Rows) -> Lifetimes:
-        """Return the lifetimes of a full sequence by the types of its tokens, int8 `[tokens, Hk]`."""
 
     @abstractmethod
     def penalties(self, lifetimes: Lifetimes, global_rows: Rows) -> Tensor:
@@ -57,20 +51,20 @@ class KVLifetime(Masked):
     def key_routing(self, planner: AttentionPlanner) -> KeyRouting:
         return LifetimeRouting(self, planner)
 
-    def unmasked_pairs(self, queries: Rows, keys: Rows) -> int:
+    def unmasked_pairs(self, rows: Rows) -> int:
         """The pairs of a router that has learned nothing."""
-        routing = torch.randn(len(keys), 1, self.routing_width, generator=generator_of_samples())
-        return self.lifetimes(chosen_types(routing), keys).pairs(queries, keys)
+        routing = torch.randn(len(rows), 1, self.routing_width, generator=torch.Generator().manual_seed(0))
+        return Lifetimes.of(chosen_types(routing), rows, self.window).pairs(rows)
 
     def route(self, global_rows: Rows, heads: Heads, q: Tensor, k: Tensor, *routing: Tensor) -> Routing:
         return TypeRouting(chosen_types(*routing))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class TypeRouting(Routing):
     """The types of all tokens, int8 `[tokens, Hk]`; strategies move keys whatever their types."""
 
-    def __init__(self, types: Tensor) -> None:
-        self.types = types
+    types: Tensor
 
     def tensors(self) -> list[Tensor]:
         return [self.types]
@@ -90,30 +84,15 @@ class LifetimeRouting(KeyRouting):
 
     def route(self, q: Tensor, k: Tensor, *routing: Tensor) -> "ActiveKeys":
         types = self.planner.all_rows(chosen_types(*routing), kind="types")  # int8 [tokens, Hk]
-        return ActiveKeys(self, self.mechanism.lifetimes(types, self.planner.global_rows))
-
-    def gradient(self, sums: Tensor, routing: Tensor, lifetimes: Lifetimes) -> Tensor:
-        """Return the gradient of routing `[T, Hk, 3]` by this owner's part of the sums, `[tokens, Hk, SUMS]`."""
-        planner = self.planner
-        gradient = type_gradient(planner.all_reduce_sum(sums, kind="types"), lifetimes, planner.global_rows)
-        # A KV head whose query heads are sharded has this gradient summed over their owners, each with its share of 1.
-        group = planner.share.all_heads.query // planner.share.all_heads.kv
-        share = min(len(planner.share.head_range), group) / group
-        gradient += share * self.mechanism.penalties(lifetimes, planner.global_rows).to(gradient.device)
-        # The ends of documents are global whatever their routing: they learn nothing.
-        line, tokens = Line.of(planner.global_rows), planner.tokens.to(gradient.device)
-        gradient.masked_fill_(line.back(line.forced)[:, None, None].to(gradient.device), 0.0)
-        # [tokens, Hk, 3] -> [T, Hk, 3]
-        local = gradient.new_zeros(routing.shape)
-        local[tokens >= 0] = gradient[tokens[tokens >= 0]]
-        return straight_through(local, routing, self.mechanism.temperature)
+        return ActiveKeys(of=self, lifetimes=Lifetimes.of(types, self.planner.global_rows, self.mechanism.window))
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ActiveKeys(RoutedKeys):
     """The keys that a query sees are those whose lifetime has not ended."""
 
-    def __init__(self, of: LifetimeRouting, lifetimes: Lifetimes) -> None:
-        self.of, self.lifetimes = of, lifetimes
+    of: LifetimeRouting
+    lifetimes: Lifetimes
 
     def narrow(self, plan: Plan, tokens: Tensor) -> Plan:
         return plan.with_lifetimes(self.lifetimes.take(tokens).last)
@@ -153,7 +132,20 @@ class TypeGradient(RoutingGradient):
             sums.index_add_(0, rows[rows >= 0], part[rows >= 0])
 
     def gradients(self) -> tuple[Tensor, ...]:
-        return (self.of.gradient(self._sums(), self.routing, self.lifetimes),)
+        planner, mechanism = self.of.planner, self.of.mechanism
+        sums = planner.all_reduce_sum(self._sums(), kind="types")
+        gradient = type_gradient(sums, self.lifetimes, planner.global_rows)
+        # A KV head whose query heads are sharded has this gradient summed over their owners, each with its share of 1.
+        group = planner.share.all_heads.query // planner.share.all_heads.kv
+        share = min(len(planner.share.head_range), group) / group
+        gradient += share * mechanism.penalties(self.lifetimes, planner.global_rows).to(gradient.device)
+        # The ends of documents are global whatever their routing: they learn nothing.
+        line, tokens = Line.of(planner.global_rows), planner.tokens.to(gradient.device)
+        gradient.masked_fill_(line.back(line.forced)[:, None, None].to(gradient.device), 0.0)
+        # [tokens, Hk, 3] -> [T, Hk, 3]
+        local = gradient.new_zeros(self.routing.shape)
+        local[tokens >= 0] = gradient[tokens[tokens >= 0]]
+        return (straight_through(local, self.routing, mechanism.temperature),)
 
     def _sums(self) -> Tensor:
         """The sums over pairs, `[tokens, Hk, SUMS]`; made in the backward pass only."""

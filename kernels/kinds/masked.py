@@ -24,7 +24,7 @@ class Masked(Mechanism):
 
     @property
     def static_mask(self) -> AttentionMask | None:
-        return self.attention_mask()
+        return self.attention_mask() if self.accesses == {Access.MASK} else None
 
     @abstractmethod
     def attention_mask(self) -> AttentionMask:
@@ -40,11 +40,11 @@ class Masked(Mechanism):
     def keys_per_query(self, global_rows: Rows) -> Tensor:
         return count_keys_per_query(self.attention_mask(), global_rows)
 
-    def unmasked_pairs(self, queries: Rows, keys: Rows) -> int:
+    def unmasked_pairs(self, rows: Rows) -> int:
         attention_mask = self.attention_mask()
         # The mean over heads, where these have windows of their own.
         heads = len(attention_mask.window) if isinstance(attention_mask.window, tuple) else 1
-        return Plan.build(queries, keys, attention_mask, heads=heads).unmasked_pairs
+        return Plan.build(rows, rows, attention_mask, heads=heads).unmasked_pairs
 
     def unsupported_reason(self, heads: Heads, longest: int) -> str | None:
         # Windows of heads have to be as many as the heads.

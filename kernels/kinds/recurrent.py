@@ -28,10 +28,7 @@ class Recurrent(Mechanism):
         # The rate of a head depends on its number among all heads, not among the local ones.
         return planner.scan(self.decay(planner.share.all_heads.query)[planner.share.slice])
 
-    def unmasked_pairs(self, queries: Rows, keys: Rows) -> int:
-        """The queries: each reads one sum that stands for all keys."""
-        return int((queries.document >= 0).sum())
-
-    def useful_flops(self, queries: Rows, keys: Rows, head_dim: int, value_dim: int) -> int:
-        # Two multiply-adds per element of the state `[D, Dv]`: k v^T into it, q out of it.
-        return 4 * self.unmasked_pairs(queries, keys) * head_dim * value_dim
+    def useful_flops(self, rows: Rows, head_dim: int, value_dim: int) -> int:
+        # A query reads one sum that stands for all keys, `unmasked_pairs` counts it as one. Two multiply-adds per
+        # element of the state `[D, Dv]`: k v^T into it, q out of it.
+        return 4 * self.unmasked_pairs(rows) * head_dim * value_dim

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.kinds.masked import Masked
-from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.masks.selection import BlockExtent, BlockPartition, BlockSelection
-from farspan.kernels.mechanism import Access, generator_of_samples
+from farspan.kernels.masks.selection import BlockPartition, BlockSelection
+from farspan.kernels.mechanism import Access
 from farspan.kernels.planner import (
     AllReduceSum,
     AttentionPlanner,
@@ -40,17 +39,13 @@ class Routed(Masked):
     def accesses(self) -> frozenset[Access]:
         return frozenset({Access.BLOCKS})
 
-    @property
-    def static_mask(self) -> AttentionMask | None:
-        return None
-
     @abstractmethod
     def key_blocks(self, global_rows: Rows) -> BlockPartition:
         """Return the blocks of keys of a full sequence."""
 
-    def query_blocks(self, global_rows: Rows) -> BlockPartition | None:
-        """Return the blocks of queries that select together, or None where every query selects for itself."""
-        return None
+    def query_blocks(self, global_rows: Rows) -> BlockPartition:
+        """Return the blocks of queries that select together; here every query selects for itself."""
+        return BlockPartition.blocks(global_rows, 1)
 
     @abstractmethod
     def select(self, q: Tensor, k: Tensor, local_shard: "LocalShard") -> BlockSelection:
@@ -64,36 +59,29 @@ class Routed(Masked):
         return 0
 
     def key_routing(self, planner: AttentionPlanner) -> KeyRouting:
-        return _BlockRouting(
-            LocalShard(
-                mechanism=self,
-                rows=planner.local_rows,
-                global_rows=planner.global_rows,
-                share=planner.share,
-                all_reduce_sum=lambda x: planner.all_reduce_sum(x, kind="choice"),
-            )
+        return LocalShard(
+            mechanism=self,
+            rows=planner.local_rows,
+            global_rows=planner.global_rows,
+            share=planner.share,
+            all_reduce_sum=lambda x: planner.all_reduce_sum(x, kind="choice"),
         )
 
-    def unmasked_pairs(self, queries: Rows, keys: Rows) -> int:
+    def unmasked_pairs(self, rows: Rows) -> int:
         """The pairs of the selection for normal queries and keys."""
-        generator = generator_of_samples()
-        q, k = (torch.randn(len(rows), 1, SAMPLE_HEAD_DIM, generator=generator) for rows in (queries, keys))
-        selection = self.select(q, k, self._unsharded(queries, keys, Heads(query=1, kv=1)))
-        plan = Plan.build(queries, keys, self.attention_mask(), heads=1, selection=selection)
-        return count_pairs(plan, kv_heads=1)
+        selection = self.sample_routing(rows, Heads(query=1, kv=1)).selection
+        return count_pairs(Plan.build(rows, rows, self.attention_mask(), heads=1, selection=selection), kv_heads=1)
 
     def route(self, global_rows: Rows, heads: Heads, q: Tensor, k: Tensor, *routing: Tensor) -> "SelectedBlocks":
         return SelectedBlocks(self.select(q, k, self._unsharded(global_rows, global_rows, heads)))
 
     def sample_routing(self, global_rows: Rows, heads: Heads, *, max_queries: int | None = None) -> "SelectedBlocks":
-        generator, tokens = generator_of_samples(), len(global_rows)
+        generator, tokens = torch.Generator().manual_seed(0), len(global_rows)
         # Few queries select among all blocks: long sequences would take as long as the attention itself.
         one_in = -(-tokens // max_queries) if max_queries else 1
         index = torch.arange(0, tokens, one_in)
         q, k = (torch.randn(len(index), n, SAMPLE_HEAD_DIM, generator=generator) for n in (heads.query, heads.kv))
         selection = self.select(q, k, self._unsharded(global_rows.take(index), global_rows, heads))
-        if one_in == 1:
-            return SelectedBlocks(selection)
         # The sampled queries are rows 0, 1, ... of the selection; the others have no query block.
         nth = torch.full((tokens,), -1)
         nth[index] = torch.arange(len(index))
@@ -118,12 +106,14 @@ class SelectedBlocks(Routing):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LocalShard:
+class LocalShard(KeyRouting):
     """The local rows and heads of a sequence that may be sharded over several owners.
 
     rows: of the local tensors, in their order. global_rows: the full sequence, known to all. share: the heads of the
     local tensors. all_reduce_sum: over the owners of the other rows of these heads.
     """
+
+    selects_blocks = True
 
     mechanism: Routed
     rows: Rows
@@ -133,14 +123,11 @@ class LocalShard:
 
     @cached_property
     def key_blocks(self) -> BlockPartition:
-        """The blocks of keys of the full sequence."""
         return self.mechanism.key_blocks(self.global_rows)
 
     @cached_property
     def query_blocks(self) -> BlockPartition:
-        """The query blocks of the full sequence; every position is one where every query selects for itself."""
-        query_blocks = self.mechanism.query_blocks(self.global_rows)
-        return BlockPartition.blocks(self.global_rows, 1) if query_blocks is None else query_blocks
+        return self.mechanism.query_blocks(self.global_rows)
 
     @cached_property
     def key_block_of_row(self) -> Tensor:
@@ -156,18 +143,12 @@ class LocalShard:
         return local[1:], nth[1:] - 1
 
     @cached_property
-    def query_block_extent(self) -> BlockExtent:
-        """Where the query blocks lie in their documents."""
-        return BlockExtent.of(self.query_blocks, self.global_rows)
+    def query_block_extent(self) -> tuple[Tensor, Tensor]:
+        return self.query_blocks.extent(self.global_rows)
 
     @cached_property
-    def key_block_extent(self) -> BlockExtent:
-        """Where the key blocks lie in their documents."""
-        return BlockExtent.of(self.key_blocks, self.global_rows)
-
-    @property
-    def kv_heads(self) -> range:
-        return self.share.kv_heads
+    def key_block_extent(self) -> tuple[Tensor, Tensor]:
+        return self.key_blocks.extent(self.global_rows)
 
     def key_means(self, k: Tensor) -> Tensor:
         """Return the mean of the keys of each key block of the sequence, float32 `[blocks, Hk, D]`."""
@@ -183,33 +164,9 @@ class LocalShard:
         counts = partition.sizes.to(x.device).view(-1, *[1] * (x.dim() - 1))  # [blocks] -> [blocks, 1, 1]
         return (self.all_reduce_sum(partition.sums(x, self.rows)) / counts).float()
 
-
-class _BlockRouting(KeyRouting):
-    selects_blocks = True
-
-    def __init__(self, local_shard: LocalShard) -> None:
-        self.local_shard = local_shard
-
-    @property
-    def blocks(self) -> BlockPartition:
-        return self.local_shard.key_blocks
-
     def all_reduced(self, sizes: Sizes) -> tuple[int, int]:
         # Nothing is summed backward: the selection has no gradient.
-        shard = self.local_shard
-        return shard.mechanism.all_reduce_bytes(shard.global_rows, shard.share.local_heads, sizes.head_dim), 0
+        return self.mechanism.all_reduce_bytes(self.global_rows, self.share.local_heads, sizes.head_dim), 0
 
     def route(self, q: Tensor, k: Tensor, *routing: Tensor) -> RoutedKeys:
-        return _SelectedKeys(self.local_shard.mechanism.select(q, k, self.local_shard))
-
-
-class _SelectedKeys(RoutedKeys):
-    def __init__(self, selection: BlockSelection) -> None:
-        self._selection = selection
-
-    @property
-    def selection(self) -> BlockSelection:
-        return self._selection
-
-    def narrow(self, plan: Plan, tokens: Tensor) -> Plan:
-        return plan.with_selection(self._selection)
+        return RoutedKeys(selection=self.mechanism.select(q, k, self))

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import Access, Mechanism, generator_of_samples
-from farspan.kernels.merge import accumulation_dtype
+from farspan.kernels.mechanism import Access, Mechanism
 from farspan.kernels.planner import (
     AttentionPlanner,
     Composition,
@@ -34,6 +33,7 @@ from farspan.kernels.planner import (
     Sizes,
     no_routing,
 )
+from farspan.kernels.ragged import take_or
 
 
 class TokenChoice(Mechanism):
@@ -68,7 +68,7 @@ class TokenChoice(Mechanism):
         return TokenRouting(self.choose(routing[0][..., 0].float(), global_rows))
 
     def sample_routing(self, global_rows: Rows, heads: Heads, *, max_queries: int | None = None) -> "TokenRouting":
-        logits = torch.randn(len(global_rows), heads.kv, generator=generator_of_samples())
+        logits = torch.randn(len(global_rows), heads.kv, generator=torch.Generator().manual_seed(0))
         return TokenRouting(self.choose(logits, global_rows))
 
     def _sample_rows(self, global_rows: Rows) -> Rows:
@@ -76,9 +76,8 @@ class TokenChoice(Mechanism):
         chosen = self.sample_routing(global_rows, Heads(query=1, kv=1)).chosen
         return ChosenTokens.of(chosen, global_rows).rows
 
-    def unmasked_pairs(self, queries: Rows, keys: Rows) -> int:
-        chosen = self._sample_rows(queries)
-        return self.among().unmasked_pairs(chosen, chosen)
+    def unmasked_pairs(self, rows: Rows) -> int:
+        return self.among().unmasked_pairs(self._sample_rows(rows))
 
     def saved_bytes(self, heads: Heads, sizes: Sizes, global_rows: Rows) -> int:
         """Out of all tokens; q, k, v, out, log-sum-exp and routing of the selected ones."""
@@ -129,14 +128,8 @@ class ChosenTokens:
 
     def local(self, index: Tensor, row_of_token: Tensor) -> "ChosenTokens":
         """Return the rows at `index`, -1 for padding, with local rows for tokens: `row_of_token`, int64 `[tokens]`."""
-
-        def take(x: Tensor, fill: int) -> Tensor:
-            # -1 is the last element of a column with one more.
-            return torch.cat((x, x.new_full((1,), fill)))[index]
-
-        return ChosenTokens(
-            token=take(row_of_token[self.token], -1), head=take(self.head, 0), rows=self.rows.take(index)
-        )
+        token, head = take_or(row_of_token[self.token], index, -1), take_or(self.head, index, 0)
+        return ChosenTokens(token=token, head=head, rows=self.rows.take(index))
 
     def collect(self, x: Tensor, kv_heads: int) -> Tensor:
         """Return `[rows, G, width]` of x `[tokens, Hk x G, width]`; padding is 0."""
@@ -166,14 +159,17 @@ class _TokenChoiceAttention(SequenceAttention):
         among, chosen_tokens = self._among(self.mechanism.choose(logits, self.planner.global_rows))
         part, saved = among.forward(*(chosen_tokens.collect(x, k.shape[1]) for x in (q, k, v)))
         gates = chosen_tokens.collect(routing, k.shape[1])  # [rows, 1, 1]
-        out = chosen_tokens.scatter(gate(part, gates), q.shape[:2])
+        # The product is in the accumulation dtype, which routing comes in.
+        out = chosen_tokens.scatter((part * gates.sigmoid()).to(part.dtype), q.shape[:2])
         return out, Saved((part, gates, *saved.tensors), (chosen_tokens, among, q.shape[:2], k.shape[:2], saved.extras))
 
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
         part, gates, *tensors = saved.tensors
         chosen_tokens, among, of_queries, of_keys, extras = saved.extras
-        dpart, dgates = gate_backward(chosen_tokens.collect(dout, of_keys[1]), part, gates)
-        dq, dk, dv = among.backward(dpart, Saved(tuple(tensors), extras))
+        dout, weight = chosen_tokens.collect(dout, of_keys[1]).to(gates.dtype), gates.sigmoid()
+        # out = w part with w = sigmoid(gate), so that dgate = (dout . part) w (1 - w).
+        dgates = (dout * part).sum(dim=(1, 2), keepdim=True) * weight * (1 - weight)
+        dq, dk, dv = among.backward((dout * weight).to(part.dtype), Saved(tuple(tensors), extras))
         return chosen_tokens.scatter(dq, of_queries), *(chosen_tokens.scatter(x, of_keys) for x in (dk, dv, dgates))
 
     def lse(self, saved: Saved) -> Tensor | None:
@@ -201,16 +197,3 @@ class _TokenChoiceAttention(SequenceAttention):
         of_rows = self.planner.of_tokens(selected.rows, selected.token)
         of_group = of_rows.of_heads(HeadShare.all(Heads(query=heads.query // heads.kv, kv=1)))
         return self.mechanism.among().plan(of_group), selected.local(of_rows.tokens, self.planner.row_of_token)
-
-
-def gate(part: Tensor, logits: Tensor) -> Tensor:
-    """Return part `[rows, G, Dv]` times the sigmoid of logits `[rows, 1, 1]`, in the dtype of part."""
-    return (part.to(accumulation_dtype(part.dtype)) * logits.sigmoid()).to(part.dtype)
-
-
-def gate_backward(dout: Tensor, part: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of part, in its dtype, and of logits."""
-    dout, weight = dout.to(logits.dtype), logits.sigmoid()
-    # out = w part with w = sigmoid(logit), so that dlogit = (dout . part) w (1 - w).
-    dweight = (dout * part.to(logits.dtype)).sum(dim=(1, 2), keepdim=True)
-    return (dout * weight).to(part.dtype), dweight * weight * (1 - weight)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.masks.rows import Rows, ordinal
+from farspan.kernels.ragged import take_or
 
 GLOBAL, LOCAL, SLIDING = range(3)
 
@@ -39,10 +40,9 @@ class Line:
     @staticmethod
     def of(global_rows: Rows) -> "Line":
         """Set the rows of a full sequence, which come in any order, in line."""
-        documents, document = global_rows.document.unique(return_inverse=True)
         order = global_rows.ordinal().argsort()
         # For each place: the first place of its document, and the one after its last.
-        sizes = document.bincount(minlength=len(documents))
+        sizes = global_rows.document.unique(return_counts=True)[1]
         stop = sizes.cumsum(0).repeat_interleave(sizes)
         first, place = stop - sizes.repeat_interleave(sizes), torch.arange(len(order))
         forced = (place == first) | (place == stop - 1) | (global_rows.document[order] < 0)
@@ -82,27 +82,21 @@ class Lifetimes:
         sliding = torch.minimum(position.long() + window, end).int()
         last = torch.where(kind == GLOBAL, end, torch.where(kind == LOCAL, following, sliding))
         # From the order of the line back to that of the sequence.
-        columns = (line.back(x) for x in (kind, last, following, beyond))
-        kind, last, following, beyond = columns
+        kind, last, following, beyond = (line.back(x) for x in (kind, last, following, beyond))
         return Lifetimes(types=kind, last=last, following=following, beyond=beyond, window=window)
 
     def take(self, index: Tensor) -> "Lifetimes":
         """Return those of the tokens at `index` (int64 `[n]`); an index of -1 gives padding."""
-        columns = (self.types, self.last, self.following, self.beyond)
-        padding = (GLOBAL, -1, -1, -1)
-        types, last, following, beyond = (
-            torch.cat((x, x.new_full((len(x), 1), fill)), dim=1)[:, index]
-            for x, fill in zip(columns, padding, strict=True)
-        )
+        last, following, beyond = (take_or(x, index, -1) for x in (self.last, self.following, self.beyond))
+        types = take_or(self.types, index, GLOBAL)
         return Lifetimes(types=types, last=last, following=following, beyond=beyond, window=self.window)
 
-    def pairs(self, queries: Rows, keys: Rows) -> int:
-        """Return how many of `queries` see each of `keys`, which these lifetimes are of: the mean sum over KV heads."""
-        real = queries.document >= 0
-        # A key is seen by a run of its document's queries, from its own position to its last.
-        seen_by = ordinal(queries.document[real], queries.position[real]).sort().values
-        first = torch.searchsorted(seen_by, ordinal(keys.document, keys.position))
-        stop = torch.searchsorted(seen_by, ordinal(keys.document, self.last), right=True)
+    def pairs(self, rows: Rows) -> int:
+        """Return how many pairs of `rows`, which these lifetimes are of, see each other: the mean over KV heads."""
+        # A key is seen by a run of its document's queries, from its own position to its last; padding comes first.
+        seen_by = rows.ordinal().sort().values[int((rows.document < 0).sum()) :]
+        first = torch.searchsorted(seen_by, rows.ordinal())
+        stop = torch.searchsorted(seen_by, ordinal(rows.document, self.last), right=True)
         return int((stop - first).clamp(min=0).sum()) // len(self.last)
 
 

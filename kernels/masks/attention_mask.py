@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from farspan.kernels.masks.neighborhood import Dimension, Neighborhood
+from farspan.kernels.masks.neighborhood import Neighborhood
 from farspan.kernels.masks.rows import Rows
 
 MAX_WINDOW = 2**31 - 1
@@ -120,10 +120,7 @@ def _keys_per_cell(neighborhood: Neighborhood) -> Tensor:
     """Keys that each cell of a full grid attends to, float64 `[cells]`: the product over dimensions."""
     table = torch.ones(1, dtype=torch.float64)
     for dimension in neighborhood.dimensions:
-        table = (table[:, None] * _keys_per_coordinate(dimension)).flatten()  # [cells so far, length] -> [cells]
+        low, high = dimension.interval(torch.arange(dimension.length))
+        keys = ((high - low) // dimension.dilation + 1).clamp(min=0).double()  # of each coordinate, [length]
+        table = (table[:, None] * keys).flatten()  # [cells so far, length] -> [cells]
     return table
-
-
-def _keys_per_coordinate(dimension: Dimension) -> Tensor:
-    low, high = dimension.interval(torch.arange(dimension.length))
-    return ((high - low) // dimension.dilation + 1).clamp(min=0).double()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farspan.kernels.ragged import expand
+from farspan.kernels.ragged import expand, take_or
 
 PADDING = -1
 """Document of a row that attends to nothing and that nothing attends to."""
@@ -43,11 +43,7 @@ class Rows:
 
     def take(self, index: Tensor) -> "Rows":
         """The rows at `index` (int64 `[n]`); an index of -1 gives a padding row."""
-        # -1 indexes the extra element at the end, which makes padding of it even where there are no rows.
-        return Rows(
-            position=torch.cat((self.position, self.position.new_zeros(1)))[index],
-            document=torch.cat((self.document, self.document.new_full((1,), PADDING)))[index],
-        )
+        return Rows(position=take_or(self.position, index, 0), document=take_or(self.document, index, PADDING))
 
     def slice(self, where: slice) -> "Rows":
         """The same columns as views of some rows."""

@@ -6,7 +6,7 @@ Three query blocks and four key blocks of one head, where block 0 selects {0}, 1
     key_blocks [0, 0, 1, 0, 3]
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.ragged import expand, offsets_of
+from farspan.kernels.ragged import expand, offsets_of, take_or
 
 SUMMED_AT_ONCE = 1 << 20
 """Elements whose float64 copies exist at the same time: 8 MiB."""
@@ -58,6 +58,11 @@ class BlockPartition:
         return int(self.first[-1])
 
     @property
+    def document(self) -> Tensor:
+        """The index in `documents` of each block's document, int64 `[blocks]`."""
+        return expand(self.first.diff())[0]
+
+    @property
     def number(self) -> Tensor:
         """The number of each block in its document, int64 `[blocks]`."""
         return expand(self.first.diff())[1]
@@ -66,13 +71,16 @@ class BlockPartition:
         """The block of each row, int64 `[rows]`; -1 for padding."""
         if not len(self.documents):
             return torch.full((len(rows),), -1, dtype=torch.int64)
-        real = rows.document >= 0
         document = torch.searchsorted(self.documents, rows.document.clamp(min=0)).clamp(max=len(self.documents) - 1)
-        block = (
-            self.first[document]
-            + self.block_in_document[rows.position.clamp(max=len(self.block_in_document) - 1).long()]
-        )
-        return block.masked_fill(~real, -1)
+        number = self.block_in_document[rows.position.clamp(max=len(self.block_in_document) - 1).long()]
+        return (self.first[document] + number).masked_fill(rows.document < 0, -1)
+
+    def extent(self, global_rows: Rows) -> tuple[Tensor, Tensor]:
+        """The least and the greatest position in each block, int64 `[blocks]`; least > greatest in empty ones."""
+        block = self.of(global_rows)
+        block, position = block[block >= 0], global_rows.position[block >= 0].long()
+        least = torch.full((self.count,), 1 << 31).scatter_reduce_(0, block, position, "amin")
+        return least, torch.full((self.count,), -1).scatter_reduce_(0, block, position, "amax")
 
     def sums(self, x: Tensor, rows: Rows) -> Tensor:
         """Sum `x` `[rows, ...]` over the rows of each block: float64 `[blocks, ...]`.
@@ -89,35 +97,13 @@ class BlockPartition:
         return total[:-1]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class BlockExtent:
-    """Where each block of a partition lies: document number, least and greatest position; int64 `[blocks]`.
-
-    Empty blocks have first > last.
-    """
-
-    document: Tensor
-    first: Tensor
-    last: Tensor
-
-    @staticmethod
-    def of(partition: BlockPartition, global_rows: Rows) -> "BlockExtent":
-        block = partition.of(global_rows)
-        real = block >= 0
-        block, position = block[real], global_rows.position[real].long()
-        last = torch.full((partition.count,), -1).scatter_reduce_(0, block, position, "amax")
-        first = torch.full((partition.count,), 1 << 31).scatter_reduce_(0, block, position, "amin")
-        document, _ = expand(partition.first.diff())
-        return BlockExtent(document, first, last)
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BlockSelection:
     """Key blocks selected by each (head group, query block): a list of block ids each, set end to end (CSR).
 
     heads: groups of query heads with lists of their own: every query head, or one per KV head.
     query_block: query block of each query row, int64 `[queries]`; -1 for rows that attend to nothing. A query block is
-    a single row or a tile of rows. num_query_blocks: their number Q.
+    a single row or a tile of rows; Q is their number.
     blocks: the partition of keys that block ids refer to.
     offsets: int64 `[heads * Q + 1]`. key_blocks: int32 block ids, ascending in each list. List h * Q + b is that of
     head group h and query block b.
@@ -125,70 +111,48 @@ class BlockSelection:
 
     heads: int
     query_block: Tensor
-    num_query_blocks: int
     blocks: BlockPartition
     offsets: Tensor
     key_blocks: Tensor
 
     @staticmethod
-    def from_parts(query_block: Tensor, blocks: BlockPartition, masks: Iterable[Tensor]) -> "BlockSelection":
+    def from_parts(
+        query_block: Tensor, blocks: BlockPartition, masks: Iterable[Tensor], *, heads: int
+    ) -> "BlockSelection":
         """Select where masks are True: bool `[heads, some query blocks, blocks]` each, consecutive query blocks.
 
         Masks come a few query blocks at a time, so the mask of the full sequence never exists.
         """
-        counts, selected = [], []
+        counts, selected = [torch.zeros(heads, 0, dtype=torch.int64)], [torch.zeros(0, 2, dtype=torch.int32)]
         for mask in masks:
             counts.append(mask.sum(dim=2).cpu())
             selected.append(mask.nonzero().int().cpu()[:, [0, 2]])  # [entries, (head, key block)]
-        count = torch.cat(counts, dim=1)  # [heads, Q]
         entries = torch.cat(selected)
         # Sorted by (part, head, query block) so far; lists are sorted by (head, query block).
-        order = entries[:, 0].argsort(stable=True)
+        key_blocks = entries[entries[:, 0].argsort(stable=True), 1]
+        offsets = offsets_of(torch.cat(counts, dim=1))  # counts [heads, Q]
         return BlockSelection(
-            heads=count.shape[0],
-            query_block=query_block,
-            num_query_blocks=count.shape[1],
-            blocks=blocks,
-            offsets=offsets_of(count),
-            key_blocks=entries[order, 1],
-        )
-
-    @staticmethod
-    def from_ragged(
-        query_block: Tensor, blocks: BlockPartition, counts: Sequence[Tensor], key_blocks: Sequence[Tensor],
-        *, heads: int,
-    ) -> "BlockSelection":  # fmt: skip
-        """Select `key_blocks`, int32, lists of `counts` blocks set end to end, head by head."""
-        count = torch.cat((torch.zeros(0, dtype=torch.int64), *counts)).view(heads, -1)  # [heads * Q] -> [heads, Q]
-        return BlockSelection(
-            heads=heads,
-            query_block=query_block,
-            num_query_blocks=count.shape[1],
-            blocks=blocks,
-            offsets=offsets_of(count),
-            key_blocks=torch.cat((torch.zeros(0, dtype=torch.int32), *key_blocks)),
+            heads=heads, query_block=query_block, blocks=blocks, offsets=offsets, key_blocks=key_blocks
         )
 
     @staticmethod
     def from_lists(query_block: Tensor, blocks: BlockPartition, key_blocks: Tensor) -> "BlockSelection":
         """Select `key_blocks`, int `[heads, Q, K]`, each at most once per list; -1 fills shorter lists."""
-        heads, num_query_blocks, _ = key_blocks.shape
         absent = torch.iinfo(torch.int32).max  # sorts behind every block
         key_blocks = key_blocks.int().masked_fill(key_blocks < 0, absent).sort(dim=2).values
         present = key_blocks != absent
+        offsets, selected = offsets_of(present.sum(dim=2)), key_blocks.masked_select(present)
         return BlockSelection(
-            heads=heads,
-            query_block=query_block,
-            num_query_blocks=num_query_blocks,
-            blocks=blocks,
-            offsets=offsets_of(present.sum(dim=2)),
-            key_blocks=key_blocks.masked_select(present),
+            heads=len(key_blocks), query_block=query_block, blocks=blocks, offsets=offsets, key_blocks=selected
         )
+
+    @property
+    def num_query_blocks(self) -> int:
+        return (len(self.offsets) - 1) // self.heads
 
     def of_queries(self, index: Tensor) -> "BlockSelection":
         """The selection of the queries at `index`, int64 `[queries]`; an index of -1 attends to nothing."""
-        # -1 indexes the extra element at the end.
-        return replace(self, query_block=torch.cat((self.query_block, self.query_block.new_full((1,), -1)))[index])
+        return replace(self, query_block=take_or(self.query_block, index, -1))
 
     @cached_property
     def lists(self) -> Tensor:

@@ -17,10 +17,10 @@ ONE = 1 << 40
 
 def candidate_blocks(local_shard: LocalShard, local_tiles: Tensor, *, causal: bool) -> Tensor:
     """Blocks that some local tiles may select, bool `[tiles, blocks]`: in their document and not all in the future."""
-    tiles, blocks = local_shard.query_block_extent, local_shard.key_block_extent
-    tile = local_shard.local_query_blocks[0][local_tiles]
-    allowed = (tiles.document[tile, None] == blocks.document) & (blocks.last >= 0)
-    return allowed & (blocks.first <= tiles.last[tile, None]) if causal else allowed
+    tile, (first_key, last_key) = local_shard.local_query_blocks[0][local_tiles], local_shard.key_block_extent
+    allowed = local_shard.query_blocks.document[tile, None] == local_shard.key_blocks.document
+    allowed &= last_key >= 0
+    return allowed & (first_key <= local_shard.query_block_extent[1][tile, None]) if causal else allowed
 
 
 def scaled_scores(queries: Tensor, keys: Tensor) -> Tensor:
@@ -59,5 +59,5 @@ def best_blocks(scores: Tensor, allowed: Tensor, *, at_least: Tensor, mass: floa
 
 def selection_of_tiles(local_shard: LocalShard, masks: Iterator[Tensor], heads: int) -> BlockSelection:
     """The selection of the local tiles by masks `[heads, some tiles, blocks]`, in the order of the tiles."""
-    none = torch.zeros(heads, 0, local_shard.key_blocks.count, dtype=torch.bool)
-    return BlockSelection.from_parts(local_shard.local_query_blocks[1], local_shard.key_blocks, [none, *masks])
+    query_block = local_shard.local_query_blocks[1]
+    return BlockSelection.from_parts(query_block, local_shard.key_blocks, masks, heads=heads)

@@ -19,7 +19,7 @@ from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.mechanism import MECHANISMS
 from farspan.kernels.mechanisms import _pooled_scores as pooled
 from farspan.kernels.planner import Heads
-from farspan.kernels.ragged import expand
+from farspan.kernels.ragged import expand, offsets_of
 
 TILES_AT_ONCE = 1 << 10
 """Tiles whose blocks are drawn at once."""
@@ -89,13 +89,12 @@ class BlockSparse(Routed):
                 given = given.tril()
             tile = tile.clamp(max=len(given) - 1)
             has_own = given.diagonal()[tile]
-            others = given.sum(dim=1)[tile] - has_own.long()
-            return (others * self.block + has_own * own).masked_fill(~real, 0).double()
-        document = global_rows.document.clamp(min=0).long()
-        tiles = (torch.bincount(document, weights=real.double()).long() + self.block - 1) // self.block
-        others = tile if self.causal else tiles[document] - 1
-        drawn = self._num_drawn(others)
-        return (drawn * self.block + own).masked_fill(~real, 0).double()
+            others, own = given.sum(dim=1)[tile] - has_own.long(), has_own * own
+        else:
+            document = global_rows.document.clamp(min=0).long()
+            tiles = (torch.bincount(document, weights=real.double()).long() + self.block - 1) // self.block
+            others = self._num_drawn(tile if self.causal else tiles[document] - 1)
+        return (others * self.block + own).masked_fill(~real, 0).double()
 
     @torch.no_grad()
     def select(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> BlockSelection:
@@ -113,7 +112,7 @@ class BlockSparse(Routed):
         return ((others + 1) * self.density).round().long().clamp(min=1) - 1
 
     def _given(self, local_shard: LocalShard) -> Iterator[Tensor]:
-        blocks, kv_heads = local_shard.key_blocks, len(local_shard.kv_heads)
+        blocks, kv_heads = local_shard.key_blocks, len(local_shard.share.kv_heads)
         longest = int(blocks.first.diff().max()) if len(blocks.documents) else 0
         if longest > len(self.mask):
             raise ValueError(self._too_few(longest))
@@ -126,19 +125,22 @@ class BlockSparse(Routed):
 
     def _drawn(self, local_shard: LocalShard) -> BlockSelection:
         """Draw lists instead of a mask of all blocks, a few tiles at a time: memory follows the blocks drawn."""
-        blocks, tiles = local_shard.key_blocks, local_shard.local_query_blocks[0]
-        sizes = blocks.first.diff()
+        blocks, (tiles, query_block) = local_shard.key_blocks, local_shard.local_query_blocks
         # The first block of each block's document, and the last plus 1.
-        first, stop = (border.repeat_interleave(sizes) for border in (blocks.first[:-1], blocks.first[1:]))
-        count, key_blocks = [], []
-        for head in local_shard.kv_heads:
+        first, stop = blocks.first[blocks.document], blocks.first[blocks.document + 1]
+        counts, key_blocks = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int32)]
+        for head in local_shard.share.kv_heads:
             for tile in tiles.split(TILES_AT_ONCE):
                 others = (tile + 1 if self.causal else stop[tile]) - first[tile] - 1
                 drawn = self._num_drawn(others)
-                count.append(drawn + 1)
+                counts.append(drawn + 1)
                 key_blocks.append(self._draw(head, tile, first[tile], others, drawn))
-        return BlockSelection.from_ragged(
-            local_shard.local_query_blocks[1], blocks, count, key_blocks, heads=len(local_shard.kv_heads)
+        return BlockSelection(
+            heads=len(local_shard.share.kv_heads),
+            query_block=query_block,
+            blocks=blocks,
+            offsets=offsets_of(torch.cat(counts)),
+            key_blocks=torch.cat(key_blocks),
         )
 
     def _draw(self, head: int, tile: Tensor, first: Tensor, others: Tensor, drawn: Tensor) -> Tensor:

@@ -56,10 +56,8 @@ class MoBA(Routed):
     def select(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> BlockSelection:
         blocks, own_block = local_shard.key_blocks, local_shard.key_block_of_row
         means = local_shard.key_means(k)  # [blocks, Hk, D]
-        document_first = blocks.first[:-1].repeat_interleave(
-            blocks.first.diff()
-        )  # first block of each block's document
-        first_block = document_first[own_block.clamp(min=0)] if blocks.count else own_block
+        # The first block of each row's document.
+        first_block = blocks.first[blocks.document[own_block.clamp(min=0)]] if blocks.count else own_block
         selected = torch.full((q.shape[1], len(own_block), min(self.top_k, blocks.count)), -1, dtype=torch.int32)
         at_once = max(SCORES_AT_ONCE[q.device.type] // (q.shape[1] * max(blocks.count, 1)), 1)
         for start in range(0, len(own_block), at_once):
@@ -90,8 +88,8 @@ class MoBA(Routed):
         count = global_rows.position % self.block + 1 + earlier * self.block
         return count.masked_fill(global_rows.document < 0, 0).double()
 
-    def unmasked_pairs(self, queries: Rows, keys: Rows) -> int:
-        return int(self.keys_per_query(queries).sum())
+    def unmasked_pairs(self, rows: Rows) -> int:
+        return int(self.keys_per_query(rows).sum())
 
 
 MECHANISMS.add("moba", MoBA)

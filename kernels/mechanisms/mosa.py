@@ -22,6 +22,7 @@ from torch import Tensor
 
 from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.kinds.token_choice import TokenChoice
+from farspan.kernels.lifetimes.lifetimes import Line
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import MECHANISMS
 from farspan.kernels.mechanisms.dense import Dense
@@ -63,23 +64,22 @@ class MoSA(TokenChoice):
 
     @torch.no_grad()
     def choose(self, logits: Tensor, global_rows: Rows) -> Tensor:
-        documents, document = global_rows.document.unique(return_inverse=True)
         # Everything below is in document order, [tokens] and [tokens, Hk]; the result goes back to the rows' order.
-        order = global_rows.ordinal().argsort()
-        document, position = document[order].to(logits.device), global_rows.position[order].long().to(logits.device)
-        scores = logits[order.to(logits.device)].float()
+        line = Line.of(global_rows)
+        order, first, end = (x.to(logits.device) for x in (line.order, line.first, line.end))
+        position, scores = global_rows.position[line.order].long().to(logits.device), logits[order].float()
         if self.include_first:
             scores = scores.masked_fill((position == 0)[:, None], float("inf"))
         if self.causal_choice:
             count = ((position + 1) // self.sparsity).clamp(min=1)
-            chosen = rank_among_earlier(scores, document) < count[:, None]
+            chosen = rank_among_earlier(scores, first) < count[:, None]
         else:
             # Two tokens at least, as in the published code, but no more than there are.
-            length = document.bincount(minlength=len(documents))[document]
+            length = end - first + 1
             count = torch.minimum((length // self.sparsity).clamp(min=2), length)
-            chosen = rank_in_group(scores, document) < count[:, None]
-        chosen &= (global_rows.document[order] >= 0).to(logits.device)[:, None]
-        return torch.empty_like(chosen).index_copy_(0, order.to(logits.device), chosen)
+            chosen = rank_in_group(scores, first) < count[:, None]
+        chosen &= (global_rows.document[line.order] >= 0).to(logits.device)[:, None]
+        return torch.empty_like(chosen).index_copy_(0, order, chosen)
 
 
 MECHANISMS.add("mosa", MoSA)

@@ -43,9 +43,6 @@ class NAtS(KVLifetime):
     def examples(cls) -> Sequence[Self]:
         return cls(window=5), cls(window=20, temperature=0.5, penalty=0.1)
 
-    def lifetimes(self, types: Tensor, global_rows: Rows) -> Lifetimes:
-        return Lifetimes.of(types, global_rows, self.window)
-
     def penalties(self, lifetimes: Lifetimes, global_rows: Rows) -> Tensor:
         """Global: penalty * (length - position) / length to its type; local: penalty * (last - position) / length."""
         line = Line.of(global_rows)

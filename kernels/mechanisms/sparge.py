@@ -83,12 +83,11 @@ class SpargeAttention(Routed):
         group, tile = q.shape[1] // k.shape[1], local_shard.local_query_blocks[0]
         query_means, key_means = local_shard.query_means(q), local_shard.key_means(k)
         k = k - _document_means(key_means, local_shard)[local_shard.key_block_of_row].to(k.dtype)
-        tile_similar = (
-            _similarity(q, local_shard, local_shard.query_blocks)[tile] > self.similarity
-        ).t()  # [Hq, tiles]
-        block_similar = _similarity(k, local_shard, local_shard.key_blocks) > self.similarity  # [blocks, Hk]
-        block_similar = block_similar.t().repeat_interleave(group, dim=0)[:, None, :]  # [Hq, 1, blocks]
-        in_document = local_shard.key_blocks.first.diff()[local_shard.query_block_extent.document[tile]]
+        # [tiles, Hq] -> [Hq, tiles], and [blocks, Hk] -> [Hq, 1, blocks]
+        tile_similar = (_similarity(q, local_shard, local_shard.query_blocks)[tile] > self.similarity).t()
+        block_similar = _similarity(k, local_shard, local_shard.key_blocks) > self.similarity
+        block_similar = block_similar.t().repeat_interleave(group, dim=0)[:, None, :]
+        in_document = local_shard.key_blocks.first.diff()[local_shard.query_blocks.document[tile]]
         for chunk in pooled.tile_chunks(local_shard, q.shape[1]):
             visible = pooled.candidate_blocks(local_shard, chunk, causal=self.causal).to(q.device)  # [tiles, blocks]
             scores = pooled.scaled_scores(query_means[chunk], key_means)
@@ -101,12 +100,12 @@ class SpargeAttention(Routed):
 
     def _forced(self, local_shard: LocalShard, tile: Tensor) -> Tensor:
         """Blocks that these tiles select whatever their scores, bool `[tiles, blocks]`."""
-        tiles, blocks = local_shard.query_block_extent, local_shard.key_block_extent
+        (first_query, last_query), (first_key, last_key) = local_shard.query_block_extent, local_shard.key_block_extent
         forced = torch.zeros(len(tile), local_shard.key_blocks.count, dtype=torch.bool)
         if self.sink:
             forced[:, local_shard.key_blocks.first[:-1]] = True
         if self.diagonal:
-            forced |= (blocks.last >= tiles.first[tile, None]) & (blocks.first <= tiles.last[tile, None])
+            forced |= (last_key >= first_query[tile, None]) & (first_key <= last_query[tile, None])
         return forced
 
     def all_reduce_bytes(self, global_rows: Rows, heads: Heads, head_dim: int) -> int:
@@ -118,7 +117,7 @@ class SpargeAttention(Routed):
 def _document_means(block_means: Tensor, local_shard: LocalShard) -> Tensor:
     """The mean key of each block's document, float32 `[blocks + 1, Hk, D]`, of block means `[blocks, Hk, D]`."""
     weight = local_shard.key_blocks.sizes.to(block_means.device).double().view(-1, 1, 1)  # [blocks, 1, 1]
-    document = local_shard.key_block_extent.document.to(block_means.device)
+    document = local_shard.key_blocks.document.to(block_means.device)
     shape = len(local_shard.key_blocks.documents), *block_means.shape[1:]
     sums = block_means.new_zeros(shape, dtype=torch.float64).index_add_(0, document, block_means.double() * weight)
     counts = weight.new_zeros(shape[0], 1, 1).index_add_(0, document, weight)

@@ -89,7 +89,8 @@ class VGGT(Routed):
     def _masks(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> Iterator[Tensor]:
         query_means, key_means = local_shard.query_means(q), local_shard.key_means(k)
         tile, blocks = local_shard.local_query_blocks[0], local_shard.key_blocks
-        is_patch_block, is_patch_tile = (self._is_patch(x).to(q.device) for x in (blocks, local_shard.query_blocks))
+        # Patches have even numbers.
+        is_patch_block, is_patch_tile = ((x.number % 2 == 0).to(q.device) for x in (blocks, local_shard.query_blocks))
         for chunk in pooled.tile_chunks(local_shard, q.shape[1]):
             visible = pooled.candidate_blocks(local_shard, chunk, causal=False).to(q.device)  # [tiles, blocks]
             patches = visible & is_patch_block
@@ -98,10 +99,6 @@ class VGGT(Routed):
             scores = pooled.scaled_scores(query_means[chunk], key_means)
             best = pooled.best_blocks(scores, patches[None], at_least=count, mass=self.mass + MASS_MARGIN)
             yield visible & (best | ~is_patch_block | ~is_patch_tile[tile[chunk], None])  # [Hq, tiles, blocks]
-
-    @staticmethod
-    def _is_patch(partition: BlockPartition) -> Tensor:
-        return partition.number % 2 == 0
 
     def all_reduce_bytes(self, global_rows: Rows, heads: Heads, head_dim: int) -> int:
         counts = self.query_blocks(global_rows).count * heads.query + self.key_blocks(global_rows).count * heads.kv

@@ -7,7 +7,7 @@ queries and blocks together. The paper alternates 1-, 2- and 3-dimensional brick
 ranking, pairs that tie with the last one selected are selected too.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self, final
 
@@ -19,14 +19,15 @@ from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.mechanism import MECHANISMS
-from farspan.kernels.mechanisms._global_threshold import Pairs, find_threshold, threshold_bytes
-from farspan.kernels.planner import Heads
+from farspan.kernels.planner import AllReduceSum, Heads
 from farspan.kernels.routing.ranking import affinity, from_sortable, sortable, sortable_from_zero
 
 SCORES_AT_ONCE = 1 << 22
 """Scores that exist at the same time."""
 ONE = 1 << 31
 """Scaled scores are integers from 0 to this: sums of integers do not depend on their order."""
+DIGIT_BITS = 8
+KEY_BITS = 32
 
 
 @final
@@ -89,8 +90,7 @@ class VMoBA(Routed):
         ranking = _Ranking(self, q, local_shard.key_means(k), local_shard)
         masks = ranking.per_query() if self.scope == "query" else ranking.per_head()
         query_block = torch.arange(len(q)).masked_fill(local_shard.key_block_of_row < 0, -1)  # every row by itself
-        none = torch.zeros(q.shape[1], 0, local_shard.key_blocks.count, dtype=torch.bool)
-        return BlockSelection.from_parts(query_block, local_shard.key_blocks, [none, *masks])
+        return BlockSelection.from_parts(query_block, local_shard.key_blocks, masks, heads=q.shape[1])
 
     def all_reduce_bytes(self, global_rows: Rows, heads: Heads, head_dim: int) -> int:
         blocks = self.key_blocks(global_rows)
@@ -98,7 +98,7 @@ class VMoBA(Routed):
         searches = 0 if self.scope == "query" else 3 if self.rule == "threshold" else 1
         weights = searches // 3 * 2 * heads.query * len(blocks.documents) * torch.int64.itemsize
         means = blocks.count * heads.kv * head_dim * torch.float64.itemsize
-        return means + searches * threshold_bytes(heads.query, len(blocks.documents)) + weights
+        return means + searches * _threshold_bytes(heads.query, len(blocks.documents)) + weights
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,7 +128,7 @@ class _Ranking:
         blocks, device = self.local_shard.key_blocks, self.q.device
         if not blocks.count:
             return
-        document = self.local_shard.key_block_extent.document.to(device)
+        document = self.local_shard.key_blocks.document.to(device)
         filled = (blocks.sizes > 0).to(device)
         for rows in torch.arange(len(self.q)).split(max(SCORES_AT_ONCE // (self.q.shape[1] * blocks.count), 1)):
             own_block = self.local_shard.key_block_of_row[rows].to(device)
@@ -165,7 +165,7 @@ class _Ranking:
     def _threshold(self) -> Tensor:
         """The key from which on pairs are selected, int64 `[Hq, documents]`."""
         blocks, total, device = self.local_shard.key_blocks, self.local_shard.all_reduce_sum, self.q.device
-        document = self.local_shard.key_block_extent.document.to(device)
+        document = self.local_shard.key_blocks.document.to(device)
 
         # [blocks] -> sums [Hq, documents]
         def per_document(of_blocks: Tensor) -> Tensor:
@@ -174,9 +174,10 @@ class _Ranking:
 
         tokens, filled = per_document(blocks.sizes), per_document(blocks.sizes > 0)
         if self.options.rule == "top_k":
-            return find_threshold(lambda: self._others(None), (self.options.top_k - 1) * tokens, total)
+            return _find_threshold(lambda: self._weighted(None, own=False), (self.options.top_k - 1) * tokens, total)
         # Highest and lowest score: the first and the last of all (query, block) pairs of a document.
-        high, low = (find_threshold(self._all, need, total) for need in (torch.ones_like(tokens), tokens * filled))
+        needs = torch.ones_like(tokens), tokens * filled
+        high, low = (_find_threshold(lambda: self._weighted(None, own=True), need, total) for need in needs)
         span = from_sortable(low), from_sortable(high)
         all_blocks, own = torch.zeros_like(tokens), torch.zeros_like(tokens)
         for part in self.parts():
@@ -184,19 +185,15 @@ class _Ranking:
             all_blocks = all_blocks.index_add(1, part.group.clamp(min=0), weight.sum(dim=-1))
             own = own.index_add(1, part.group.clamp(min=0), (weight * part.own).sum(dim=-1))
         need = (total(all_blocks).double() * self.options.share).ceil().long() - total(own)
-        return find_threshold(lambda: self._others(span), need.clamp(min=1), total)
+        return _find_threshold(lambda: self._weighted(span, own=False), need.clamp(min=1), total)
 
-    def _all(self) -> Iterator[Pairs]:
-        for part in self.parts():
-            yield Pairs(part.scores, part.in_document.long().expand_as(part.scores), part.group)
-
-    def _others(self, span: tuple[Tensor, Tensor] | None) -> Iterator[Pairs]:
-        """Pairs with blocks other than the query's own, weighted by their scaled scores, or by 1 each."""
+    def _weighted(self, span: tuple[Tensor, Tensor] | None, *, own: bool) -> Iterator[tuple[_Part, Tensor]]:
+        """Weigh pairs by their scores, scaled to the span, or by 1 each; with the queries' own blocks, or without."""
         for part in self.parts():
             weight = torch.ones_like(part.scores, dtype=torch.int64)
             if span is not None:
                 weight = _scaled(part.scores, *(_of_document(x, part) for x in span))
-            yield Pairs(part.scores, weight * (part.in_document & ~part.own), part.group)
+            yield part, weight * (part.in_document if own else part.in_document & ~part.own)
 
 
 def _of_document(values: Tensor, part: _Part) -> Tensor:
@@ -209,6 +206,43 @@ def _scaled(scores: Tensor, low: Tensor, high: Tensor) -> Tensor:
     span = (high.double() - low.double()).clamp(min=0)
     scaled = (scores.double() - low.double()) / span.masked_fill(span == 0, 1.0)
     return (scaled.masked_fill(span == 0, 1.0).clamp(0, 1) * ONE).round().long()
+
+
+def _find_threshold(
+    weighted: Callable[[], Iterator[tuple[_Part, Tensor]]], need: Tensor, total: AllReduceSum
+) -> Tensor:
+    """The greatest key such that pairs with this key or above weigh `need` or more, int64 `[Hq, documents]`.
+
+    Radix select: each pass over the scores fixes one 8-bit digit of the threshold by a histogram, summed over ranks; no
+    rank ever needs the scores of another, and no sort is needed. Keys are those of `sortable_from_zero`. need: int64
+    `[Hq, documents]`. Where all pairs weigh less, the threshold is 0; where nothing is needed, it is above all keys.
+    `weighted` is called once per digit and yields some queries and the weights of their pairs with all blocks, int64
+    `[Hq, queries, blocks]`. Weights are integers and their sums exact, so ranks and their order make no difference.
+    """
+    threshold, left = torch.zeros_like(need), need
+    for shift in range(KEY_BITS - DIGIT_BITS, -1, -DIGIT_BITS):
+        weights = need.new_zeros(*need.shape, 1 << DIGIT_BITS)  # histogram [Hq, documents, digits]
+        for part, weight in weighted():
+            keys, group = sortable_from_zero(part.scores), part.group.clamp(min=0)
+            # Only keys that share the digits fixed so far compete for the next one.
+            leads = keys >> (shift + DIGIT_BITS) == (threshold >> (shift + DIGIT_BITS))[:, group, None]
+            digit = (keys >> shift) & ((1 << DIGIT_BITS) - 1)
+            index = (group[None, :, None] << DIGIT_BITS) + digit  # [Hq, queries, blocks], in [0, documents * digits)
+            counted = torch.where(leads & (part.group >= 0)[:, None], weight, 0)
+            # [Hq, documents, digits] -> [Hq, documents * digits]
+            weights.flatten(1).scatter_add_(1, index.flatten(1), counted.flatten(1))
+        from_digit = total(weights).flip(-1).cumsum(-1).flip(-1)  # weight of this digit and all above
+        digit = ((from_digit >= left.unsqueeze(-1)).sum(dim=-1) - 1).clamp(min=0)
+        # The weight of greater digits is selected in any case; the rest must come from this digit.
+        beyond = torch.cat((from_digit[..., 1:], torch.zeros_like(from_digit[..., :1])), dim=-1)
+        left = left - beyond.gather(-1, digit.unsqueeze(-1)).squeeze(-1)
+        threshold = threshold + (digit << shift)
+    return threshold.masked_fill(need <= 0, 1 << KEY_BITS)
+
+
+def _threshold_bytes(heads: int, documents: int) -> int:
+    """Bytes that `_find_threshold` sums over ranks."""
+    return KEY_BITS // DIGIT_BITS * heads * documents * (1 << DIGIT_BITS) * torch.int64.itemsize
 
 
 MECHANISMS.add("vmoba", VMoBA)

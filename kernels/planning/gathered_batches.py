@@ -20,19 +20,17 @@ by side: [R, S1 + S2 + ...]. Its rows are complete after one problem and need no
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from farspan.kernels.masks.attention_mask import AttentionMask
-from farspan.kernels.masks.rows import Rows
-from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.planning.bounds import Bounds, all_unmasked, any_unmasked
-from farspan.kernels.planning.plan import Plan
+from farspan.kernels.planning.plan import HeadPlan, Plan
 from farspan.kernels.planning.regions import Kind
-from farspan.kernels.ragged import group_equal, ranges, runs
+from farspan.kernels.ragged import Groups, group_equal, ranges, runs
 
 SHARED_ROWS = 16
 """Rows per query block, on average, from which on a query block is worth a tile of its own."""
@@ -73,16 +71,13 @@ def selection_batches(plan: Plan, kv_heads: int) -> Iterator[Batch]:
     """Yield disjoint batches that hold every visible pair of a plan with a selection."""
     assert plan.selection is not None
     assert plan.selection.heads % kv_heads == 0, "query heads that share a selection share a KV head"
-    query_blocks, key_blocks = _RowBlocks.of_queries(plan), _RowBlocks.of_keys(plan)
+    query_block = plan.selection.query_block.masked_fill(plan.queries.document < 0, -1)
+    query_blocks = Groups.by(query_block.numpy())
+    key_blocks = Groups.by(plan.selection.blocks.of(plan.keys).numpy())
     if not len(query_blocks) or not len(key_blocks):
         return
     for part in plan.parts:
-        head_groups = _HeadGroups.of(part.heads, plan.heads // plan.selection.heads)
-        lists = _Lists.of(plan.selection, head_groups, query_blocks, plan.heads)
-        entries = _Entries.find(plan.selection, lists, key_blocks)
-        yield from _Builder(
-            plan, part.attention_mask, head_groups, query_blocks, key_blocks, lists, kv_heads
-        ).batches(entries)  # fmt: skip
+        yield from _Builder(plan, part, query_blocks, key_blocks, kv_heads).batches()
 
 
 def selects_by_tile(plan: Plan, *, count_padding: bool) -> bool:
@@ -103,144 +98,56 @@ def count_pairs(plan: Plan, kv_heads: int) -> int:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _RowBlocks:
-    """Local rows grouped by block: order[start[i]:stop[i]] lie in block `number[i]`; ascending, none empty."""
-
-    number: np.ndarray
-    order: np.ndarray
-    start: np.ndarray
-    stop: np.ndarray
-    rows: Rows
-
-    @staticmethod
-    def by(number: np.ndarray, rows: Rows) -> "_RowBlocks":
-        order = np.argsort(number, kind="stable")
-        order = order[np.searchsorted(number[order], 0) :]  # drop rows without a block, -1
-        start, stop = runs(number[order])
-        return _RowBlocks(number[order][start], order, start, stop, rows)
-
-    @staticmethod
-    def of_queries(plan: Plan) -> "_RowBlocks":
-        assert plan.selection is not None
-        query_block = plan.selection.query_block.masked_fill(plan.queries.document < 0, -1)
-        return _RowBlocks.by(query_block.numpy(), plan.queries)
-
-    @staticmethod
-    def of_keys(plan: Plan) -> "_RowBlocks":
-        assert plan.selection is not None
-        return _RowBlocks.by(plan.selection.blocks.of(plan.keys).numpy(), plan.keys)
-
-    def __len__(self) -> int:
-        return len(self.number)
-
-    def bounds(self, attention_mask: AttentionMask) -> Bounds:
-        return Bounds.of(self.rows.take(torch.from_numpy(self.order)), self.start, self.stop, attention_mask)
-
-    def sizes(self) -> np.ndarray:
-        return self.stop - self.start
-
-    def members(self, blocks: np.ndarray) -> np.ndarray:
-        """The rows of these blocks, one block after another."""
-        return self.order[ranges(self.start[blocks], self.stop[blocks])]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _HeadGroups:
-    """The head groups with lists of their own, `number`, and the query heads of each: heads[start[i]:stop[i]]."""
-
-    number: np.ndarray
-    heads: np.ndarray
-    start: np.ndarray
-    stop: np.ndarray
-
-    @staticmethod
-    def of(heads: tuple[int, ...], group: int) -> "_HeadGroups":
-        array = np.array(heads)
-        start, stop = runs(array // group)
-        return _HeadGroups(array[start] // group, array, start, stop)
-
-    def sizes(self) -> np.ndarray:
-        return self.stop - self.start
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Lists:
-    """The head group and query block of each list, int32 indices `[lists]`; -1 where there are no such rows or heads.
-
-    queries: the rows of the list's query block in each query head of its head group, one list after another; those of
-    list l are queries[first[l]:first[l + 1]].
-    """
-
-    head_group: np.ndarray
-    query_block: np.ndarray
-    queries: np.ndarray
-    first: np.ndarray
-
-    @staticmethod
-    def of(selection: BlockSelection, head_groups: _HeadGroups, query_blocks: _RowBlocks, heads: int) -> "_Lists":
-        # List number = head group * Q + query block: each group repeats for all blocks, all blocks for each group.
-        group = np.repeat(_inverse(head_groups.number, selection.heads), selection.num_query_blocks)
-        block = np.tile(_inverse(query_blocks.number, selection.num_query_blocks), selection.heads)
-        local = (group >= 0) & (block >= 0)
-        group[~local] = block[~local] = -1
-        of_list, rows = group[local], query_blocks.members(block[local])
-        of_row = np.repeat(of_list, query_blocks.sizes()[block[local]])
-        queries = np.repeat(rows, head_groups.sizes()[of_row]) * heads
-        queries += head_groups.heads[ranges(head_groups.start[of_row], head_groups.stop[of_row])]
-        sizes = np.zeros(len(local) + 1, dtype=np.int64)
-        sizes[1:][local] = query_blocks.sizes()[block[local]] * head_groups.sizes()[of_list]
-        # Entries are gathered from this table by the million: half the width is half the time.
-        narrow = len(query_blocks.rows) * heads <= np.iinfo(np.int32).max
-        return _Lists(group, block, queries.astype(np.int32 if narrow else np.int64), sizes.cumsum())
-
-    def sizes(self) -> np.ndarray:
-        return self.first[1:] - self.first[:-1]
-
-    def members(self, lists: np.ndarray) -> np.ndarray:
-        """The queries of these lists, one list after another."""
-        return self.queries[ranges(self.first[lists], self.first[lists + 1])]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class _Entries:
     """Pairs of a list and a key block on it: int32 `[entries]` each, in the order of lists."""
 
     list: np.ndarray
     key_block: np.ndarray
 
-    @staticmethod
-    def find(selection: BlockSelection, lists: _Lists, key_blocks: _RowBlocks) -> "_Entries":
-        """The entries whose query block and key block both have local rows."""
-        number = np.arange(len(lists.query_block), dtype=np.int32)
-        number[lists.query_block < 0] = -1
-        of_entry = np.repeat(number, selection.offsets.diff().numpy())
-        block = _inverse(key_blocks.number, selection.blocks.count)[selection.key_blocks.numpy()]
-        return _Entries(of_entry, block).where((block >= 0) & (of_entry >= 0))
-
     def where(self, condition: np.ndarray) -> "_Entries":
-        return self if condition.all() else self.take(np.flatnonzero(condition))
-
-    def take(self, index: np.ndarray) -> "_Entries":
-        return _Entries(self.list[index], self.key_block[index])
+        index = np.flatnonzero(condition)
+        return self if len(index) == len(self) else _Entries(self.list[index], self.key_block[index])
 
     def __len__(self) -> int:
         return len(self.list)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class _Builder:
-    """Batches of the query heads that share one attention mask."""
+    """Batches of the query heads that share one attention mask; query_blocks and key_blocks are local rows, by block.
 
-    plan: Plan
-    attention_mask: AttentionMask
-    head_groups: _HeadGroups
-    query_blocks: _RowBlocks
-    key_blocks: _RowBlocks
-    lists: _Lists
-    kv_heads: int
+    head_groups: the heads, by head group. queries: by list that has such heads and rows, the rows of its query block in
+    each query head of its head group. head_group, query_block: of each such list, int32 indices `[lists]`.
+    """
 
-    def batches(self, entries: _Entries) -> Iterator[Batch]:
-        by_tile = selects_by_tile(self.plan, count_padding=True)
+    def __init__(self, plan: Plan, part: HeadPlan, query_blocks: Groups, key_blocks: Groups, kv_heads: int) -> None:
+        assert plan.selection is not None
+        self.plan, self.selection, self.attention_mask = plan, plan.selection, part.attention_mask
+        self.query_blocks, self.key_blocks, self.kv_heads = query_blocks, key_blocks, kv_heads
+        heads = np.array(part.heads)
+        self.head_groups = replace(Groups.by(heads // (plan.heads // plan.selection.heads)), member=heads)
+        # List number = head group * Q + query block: each group repeats for all blocks, all blocks for each group.
+        group = np.repeat(self.head_groups.of_number(plan.selection.heads), plan.selection.num_query_blocks)
+        block = np.tile(query_blocks.of_number(plan.selection.num_query_blocks), plan.selection.heads)
+        local = np.flatnonzero((group >= 0) & (block >= 0))
+        self.head_group, self.query_block = group, block = group[local], block[local]
+        of_row = np.repeat(group, query_blocks.sizes()[block])
+        rows = np.repeat(query_blocks.members(block), self.head_groups.sizes()[of_row])
+        queries = rows * plan.heads + self.head_groups.members(of_row)
+        # Entries are gathered from this table by the million: half the width is half the time.
+        narrow = len(plan.queries) * plan.heads <= np.iinfo(np.int32).max
+        queries = queries.astype(np.int32 if narrow else np.int64)
+        sizes = query_blocks.sizes()[block] * self.head_groups.sizes()[group]
+        self.queries = Groups(local, queries, sizes.cumsum() - sizes, sizes.cumsum())
+
+    def entries(self) -> _Entries:
+        """The entries whose query block and key block both have local rows."""
+        counts = self.selection.offsets.diff().numpy()
+        of_entry = np.repeat(self.queries.of_number(len(counts)), counts)
+        block = self.key_blocks.of_number(self.selection.blocks.count)[self.selection.key_blocks.numpy()]
+        return _Entries(of_entry, block).where((block >= 0) & (of_entry >= 0))
+
+    def batches(self) -> Iterator[Batch]:
+        entries, by_tile = self.entries(), selects_by_tile(self.plan, count_padding=True)
         full, partial = self._classify(entries, keep_triangles=self.attention_mask.causal and not by_tile)
         yield from self._per_tile(entries.where(full)) if by_tile else self._per_key_block(entries.where(full))
         yield from self._partial(entries.where(partial))
@@ -251,11 +158,14 @@ class _Builder:
         keep_triangles: a key block's last row, which sees all of it, counts as partial: with the rows before it, it
         forms a causal triangle; without it they need a mask.
         """
-        query_bounds, key_bounds = (x.bounds(self.attention_mask) for x in (self.query_blocks, self.key_blocks))
+        query_bounds, key_bounds = (
+            Bounds.of(rows.take(torch.from_numpy(of.member)), of.start, of.stop, self.attention_mask)
+            for rows, of in ((self.plan.queries, self.query_blocks), (self.plan.keys, self.key_blocks))
+        )
         full, partial = (np.empty(len(entries), dtype=bool) for _ in range(2))
         for start in range(0, len(entries), ENTRIES_AT_ONCE):
             chunk = slice(start, start + ENTRIES_AT_ONCE)
-            queries = query_bounds.take(self.lists.query_block[entries.list[chunk]])
+            queries = query_bounds.take(self.query_block[entries.list[chunk]])
             keys = key_bounds.take(entries.key_block[chunk])
             all_visible = all_unmasked(queries, keys, self.attention_mask)
             if keep_triangles:
@@ -266,13 +176,13 @@ class _Builder:
 
     def _per_key_block(self, entries: _Entries) -> Iterator[Batch]:
         """One problem per key block and KV head: all rows that select it, so its keys are gathered once."""
-        kv_head = self._kv_head(self.lists.head_group)
+        kv_head = self._kv_head(self.head_group)
         for same_keys in group_equal(kv_head[entries.list] * len(self.key_blocks) + entries.key_block):
             of_entry = entries.list[same_keys]
-            queries = self.lists.members(of_entry)[None]  # [1, R]
+            queries = self.queries.members(of_entry)[None]  # [1, R]
             keys = self.key_blocks.members(entries.key_block[same_keys[:1]])[None]  # [1, S]
             keys = keys * self.kv_heads + kv_head[of_entry[0]]
-            yield _split_over_threads(torch.from_numpy(queries), torch.from_numpy(keys))
+            yield _split_over_threads(queries, keys)
 
     def _per_tile(self, entries: _Entries) -> Iterator[Batch]:
         """One problem per query block and head group: all key blocks that it selects, side by side."""
@@ -281,35 +191,33 @@ class _Builder:
         first, stop = runs(entries.list)
         keys = np.add.reduceat(self.key_blocks.sizes()[entries.key_block], first)
         of_problem = entries.list[first]
-        rows = self.lists.sizes()[of_problem]
+        rows = self.queries.sizes()[of_problem]
         for same_shape in group_equal(rows * (keys.max() + 1) + keys):
             num_rows, num_keys = int(rows[same_shape[0]]), int(keys[same_shape[0]])
             for chunk in np.array_split(same_shape, -(-len(same_shape) * num_keys // BATCH_ROWS)):
                 key_block = entries.key_block[ranges(first[chunk], stop[chunk])]
-                kv_head = np.repeat(self._kv_head(self.lists.head_group[of_problem[chunk]]), num_keys)
+                kv_head = np.repeat(self._kv_head(self.head_group[of_problem[chunk]]), num_keys)
                 key_rows = self.key_blocks.members(key_block) * self.kv_heads + kv_head
-                queries = self.lists.members(of_problem[chunk]).reshape(-1, num_rows)  # [problems, R]
-                yield _split_over_threads(
-                    torch.from_numpy(queries),
-                    torch.from_numpy(key_rows.reshape(-1, num_keys)),  # [problems, S]
-                )
+                queries = self.queries.members(of_problem[chunk])
+                # [problems, R] and [problems, S]
+                yield _split_over_threads(queries.reshape(-1, num_rows), key_rows.reshape(-1, num_keys))
 
     def _partial(self, entries: _Entries) -> Iterator[Batch]:
         """Entries of which only some pairs are visible: triangles where rows and keys match, else masks."""
         if not len(entries):
             return
         # Every query head by itself: only then can a problem's rows form a triangle with its keys.
-        group = self.lists.head_group[entries.list]
-        head = self.head_groups.heads[ranges(self.head_groups.start[group], self.head_groups.stop[group])]
+        group = self.head_group[entries.list]
+        head = self.head_groups.members(group)
         entry = np.repeat(np.arange(len(entries)), self.head_groups.sizes()[group])
-        query_block, key_block = self.lists.query_block[entries.list[entry]], entries.key_block[entry]
+        query_block, key_block = self.query_block[entries.list[entry]], entries.key_block[entry]
         # A batch may contain a row once only: the n-th partial key block of a row goes to round n.
         order = np.lexsort((key_block, query_block, head))
-        query_block, key_block, head = query_block[order], key_block[order], head[order]
+        query_block, key_block, head = (x[order] for x in (query_block, key_block, head))
         start, stop = runs(head * len(self.query_blocks) + query_block)
         nth = ranges(np.zeros_like(start), stop - start)
         order = np.lexsort((query_block, key_block, head, nth))
-        query_block, key_block, head, nth = query_block[order], key_block[order], head[order], nth[order]
+        query_block, key_block, head, nth = (x[order] for x in (query_block, key_block, head, nth))
         # A problem is the rows of one round and head with one key block.
         first, stop = runs((nth * self.plan.heads + head) * len(self.key_blocks) + key_block)
         rows = np.add.reduceat(self.query_blocks.sizes()[query_block], first)
@@ -348,24 +256,19 @@ class _Builder:
 
     def _kv_head(self, head_group: np.ndarray) -> np.ndarray:
         """The KV head of these head groups, int32."""
-        kv_head = self.head_groups.heads[self.head_groups.start] // (self.plan.heads // self.kv_heads)
+        kv_head = self.head_groups.member[self.head_groups.start] // (self.plan.heads // self.kv_heads)
         return kv_head.astype(np.int32)[head_group]
 
 
-def _split_over_threads(queries: Tensor, keys: Tensor) -> Batch:
+def _split_over_threads(queries: np.ndarray, keys: np.ndarray) -> Batch:
     """A batch of full problems; few problems are cut into one part of their rows for each thread."""
     problems, rows = queries.shape
     count = 1 if problems >= 2 * torch.get_num_threads() else torch.get_num_threads()
     filler = -rows % count
     if rows < count or (filler and problems > 1):
-        return Batch(Kind.FULL, queries, keys)
-    filled = torch.cat((queries, queries[:, -1:].expand(-1, filler)), dim=1) if filler else queries
+        count, filler = 1, 0
+    if filler:
+        queries = np.concatenate((queries, queries[:, -1:].repeat(filler, axis=1)), axis=1)
     # [problems, R + filler] -> [problems * count, (R + filler) / count]
-    return Batch(Kind.FULL, filled.reshape(problems * count, -1), keys.repeat_interleave(count, dim=0), filler=filler)
-
-
-def _inverse(number: np.ndarray, count: int) -> np.ndarray:
-    """int32 `[count]`: the index of each of 0 to count - 1 in `number`, -1 where it is absent."""
-    index = np.full(count, -1, dtype=np.int32)
-    index[number] = np.arange(len(number))
-    return index
+    queries, keys = queries.reshape(problems * count, -1), keys.repeat(count, axis=0)
+    return Batch(Kind.FULL, torch.from_numpy(queries), torch.from_numpy(keys), filler=filler)

@@ -19,7 +19,7 @@ from farspan.kernels.masks.rows import Rows
 from farspan.kernels.planning.gathered_batches import BATCH_PAIRS, BATCH_ROWS, Batch
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.planning.regions import Kind
-from farspan.kernels.ragged import chunks_by_budget, ranges, runs
+from farspan.kernels.ragged import Groups, chunks_by_budget, group_equal, ranges, runs
 
 TILE = 128
 """Query rows that share one list of keys."""
@@ -59,20 +59,6 @@ class _DocumentOrder:
         return _DocumentOrder(row, document[row], ordinal[row])
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Problems:
-    """Pairs of a KV head and a tile, `number` = head * tiles + tile, each with the keys active for some of its rows.
-
-    The keys are key[begin:end]; key[begin:middle] are active for all rows, a multiple of KEY_MULTIPLE of them.
-    """
-
-    number: np.ndarray
-    key: np.ndarray
-    begin: np.ndarray
-    middle: np.ndarray
-    end: np.ndarray
-
-
 class _Tiles:
     """Tiles of the queries in document order, and the tiles [first, stop) each key is active for, `[Hk, keys]`."""
 
@@ -92,8 +78,11 @@ class _Tiles:
         begun, over = (np.bincount(x.flatten(), minlength=self.count + 1) for x in (self.first, self.stop))
         return np.cumsum(begun - over)[: self.count]
 
-    def problems(self, start: int, stop: int) -> _Problems:
-        """The problems of tiles [start, stop) that have keys."""
+    def problems(self, start: int, stop: int) -> tuple[Groups, np.ndarray]:
+        """The keys of each pair of a KV head and one of tiles [start, stop), its number head * tiles + tile.
+
+        Also where the keys that need a mask start: those before, a multiple of KEY_MULTIPLE, are active for all rows.
+        """
         first, over = (np.clip(x, start, stop).flatten() for x in (self.first, self.stop))  # [Hk * keys]
         entry, tile = np.repeat(np.arange(len(first)), over - first), ranges(first, over)
         head, key = np.divmod(entry, len(self.keys.row))
@@ -104,20 +93,21 @@ class _Tiles:
         number, key = number[order], key[order]
         begin, end = runs(number)
         num_full = np.diff(np.cumsum(full[order])[end - 1], prepend=0)
-        return _Problems(number[begin], key, begin, begin + num_full // KEY_MULTIPLE * KEY_MULTIPLE, end)
+        return Groups(number[begin], key, begin, end), begin + num_full // KEY_MULTIPLE * KEY_MULTIPLE
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """Yield the batches of tiles [start, stop)."""
-        problems = self.problems(start, stop)
+        problems, middle = self.problems(start, stop)
         rows = self.rows[problems.number % self.count]
-        halves = (problems.begin, problems.middle, Kind.FULL), (problems.middle, problems.end, Kind.MASKED)
-        for low, high, kind in halves:
+        for low, high, kind in ((problems.start, middle, Kind.FULL), (middle, problems.stop, Kind.MASKED)):
             width = -(-(high - low) // KEY_MULTIPLE) * KEY_MULTIPLE
-            for num_rows, num_keys, same_shape in _by_shape(rows, width):
-                # [problems, S]: indices into `key`; those beyond the end repeat the last key, masked.
+            some = np.flatnonzero(width)
+            for same_shape in (some[nth] for nth in group_equal(rows[some] << 32 | width[some])):
+                num_rows, num_keys = int(rows[same_shape[0]]), int(width[same_shape[0]])
+                # [problems, S]: indices into the keys; those beyond the end repeat the last key, masked.
                 index = low[same_shape, None] + np.arange(num_keys)
                 present = index < high[same_shape, None]
-                key = problems.key[np.minimum(index, high[same_shape, None] - 1)]
+                key = problems.member[np.minimum(index, high[same_shape, None] - 1)]
                 limit = BATCH_ROWS if kind is Kind.FULL else BATCH_PAIRS // (num_rows * self.group)
                 at_once = max(limit // num_keys, 1)
                 for part in (slice(nth, nth + at_once) for nth in range(0, len(same_shape), at_once)):
@@ -137,11 +127,3 @@ class _Tiles:
         query, first, last = self.queries.ordinal[index][:, :, None], self.keys.ordinal[key], self.last[head, key]
         active = (first[:, None] <= query) & (query <= last[:, None]) & present[:, None]  # [n, rows, S]
         return Batch(kind, queries, keys, torch.from_numpy(np.repeat(active, self.group, axis=1)))  # [n, R, S]
-
-
-def _by_shape(rows: np.ndarray, width: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Yield the shapes (rows, keys) of problems that have keys, and the problems of each."""
-    some = np.flatnonzero(width)
-    shape = rows[some] << 32 | width[some]
-    for number in np.unique(shape).tolist():
-        yield number >> 32, number & 0xFFFFFFFF, some[shape == number]

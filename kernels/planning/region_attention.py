@@ -6,7 +6,7 @@ chunks of a window or documents of one length, go into one call as a strided vie
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -89,25 +89,26 @@ class RegionAttention:
         return dq, dk, dv
 
     def _part_forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, part: HeadPlan) -> tuple[Tensor, Tensor]:
+        rows = _rows_of(plan, part, q.device)
         if _is_single_region(plan, part):
-            out, lse = self._row_forward(q, k, v, plan, part, _Row(part.regions[0]))
+            out, lse = self._row_forward(q, k, v, next(rows))
             return out.squeeze(0), lse.squeeze(0)  # [1, T, Hq, ..] -> [T, Hq, ..]
         out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
-        for row in _rows_of(part):
-            row_out, row_lse = self._row_forward(q, k, v, plan, part, row)
+        for row in rows:
+            row_out, row_lse = self._row_forward(q, k, v, row)
             merge_(row.of_queries(out), row.of_queries(lse), row_out, row_lse)
         return out, lse
 
     def _part_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan, part: HeadPlan
     ) -> Gradients:
+        rows = _rows_of(plan, part, q.device)
         if _is_single_region(plan, part):
-            gradients = self._row_backward(dout, q, k, v, out, lse, plan, part, _Row(part.regions[0]))
-            dq, dk, dv = (gradient.squeeze(0) for gradient in gradients)  # [1, rows, ..] -> [rows, ..]
-            return dq, dk, dv
+            dq, dk, dv = self._row_backward(dout, q, k, v, out, lse, next(rows))
+            return dq.squeeze(0), dk.squeeze(0), dv.squeeze(0)  # [1, rows, ..] -> [rows, ..]
         dq, dk, dv = zeros(q, k, v)
-        for row in _rows_of(part):
-            part_dq, part_dk, part_dv = self._row_backward(dout, q, k, v, out, lse, plan, part, row)
+        for row in rows:
+            part_dq, part_dk, part_dv = self._row_backward(dout, q, k, v, out, lse, row)
             row.of_queries(dq).add_(part_dq)
             # Windows of neighboring regions overlap in keys: an in-place sum must not meet a key twice.
             for some in row.apart():
@@ -115,33 +116,20 @@ class RegionAttention:
                 row.of_keys(dv, some).add_(part_dv[some])
         return dq, dk, dv
 
-    def _row_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, part: HeadPlan, row: "_Row"
-    ) -> tuple[Tensor, Tensor]:
+    def _row_forward(self, q: Tensor, k: Tensor, v: Tensor, row: "_Row") -> tuple[Tensor, Tensor]:
         """Return out `[regions, T, Hq, Dv]` and lse `[regions, T, Hq]`."""
         q, k, v = (row.flip(_by_head(x)) for x in (row.of_queries(q), row.of_keys(k), row.of_keys(v)))
-        mask = _mask(plan, part, row.first, q.device)
-        out, lse = self.flash(q, k, v, causal=row.is_causal, mask=mask)
+        out, lse = self.flash(q, k, v, causal=row.is_causal, mask=row.mask)
         return _by_head(row.flip(out)), row.flip(lse).transpose(1, 2)  # [regions, Hq, T] -> [regions, T, Hq]
 
     def _row_backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        plan: Plan,
-        part: HeadPlan,
-        row: "_Row",
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, row: "_Row"
     ) -> Gradients:
         """Return dq `[regions, T, Hq, D]`, dk and dv `[regions, S, Hk, ..]`."""
         dout, q, out = (row.flip(_by_head(row.of_queries(x))) for x in (dout, q, out))
         k, v = (row.flip(_by_head(row.of_keys(x))) for x in (k, v))
         lse = row.flip(row.of_queries(lse).transpose(1, 2))  # [regions, T, Hq] -> [regions, Hq, T]
-        mask = _mask(plan, part, row.first, q.device)
-        gradients = self.flash_backward(dout, q, k, v, out, lse, causal=row.is_causal, mask=mask)
+        gradients = self.flash_backward(dout, q, k, v, out, lse, causal=row.is_causal, mask=row.mask)
         dq, dk, dv = (_by_head(row.flip(gradient)) for gradient in gradients)
         return dq, dk, dv
 
@@ -151,13 +139,14 @@ class _Row:
     """Regions of one kind and shape at equal distances, such as the chunks of a window: one call of flash.
 
     first: the first of `count` regions; queries and keys of each further one lie `query_step` and `key_step` rows on.
-    Queries do not overlap.
+    Queries do not overlap. mask: of a single masked region, bool `[T, S]`.
     """
 
     first: Region
     count: int = 1
     query_step: int = 0
     key_step: int = 0
+    mask: Tensor | None = None
 
     @property
     def is_causal(self) -> bool:
@@ -188,22 +177,25 @@ class _Row:
         return first.as_strided((count, *first.shape), (some.step * step * x.stride(0), *first.stride()))
 
 
-def _rows_of(part: HeadPlan) -> Iterator[_Row]:
+def _rows_of(plan: Plan, part: HeadPlan, device: torch.device) -> Iterator[_Row]:
     """Yield a part's regions by calls of flash, in no particular order."""
     by_shape: dict[tuple[Kind, int, int], list[Region]] = {}
     for region in part.regions:
         num_queries, num_keys = region.query_stop - region.query_start, region.key_stop - region.key_start
         by_shape.setdefault((region.kind, num_queries, num_keys), []).append(region)
     for (kind, num_queries, _), regions in by_shape.items():
-        # Masks differ from region to region.
-        most = 1 if kind is Kind.MASKED else max(ROWS_AT_ONCE // num_queries, 1)
+        if kind is Kind.MASKED:
+            # Masks differ from region to region.
+            yield from (_Row(x, mask=plan.region_mask(part.attention_mask, x).to(device)) for x in regions)
+            continue
+        most = max(ROWS_AT_ONCE // num_queries, 1)
         row = _Row(regions[0])
         for region in regions[1:]:
             steps = region.query_start - row.first.query_start, region.key_start - row.first.key_start
             if row.count == 1 and most > 1 and steps[0] >= num_queries and steps[1] >= 0:
                 row = _Row(row.first, 2, *steps)
             elif 1 < row.count < most and steps == (row.count * row.query_step, row.count * row.key_step):
-                row = _Row(row.first, row.count + 1, row.query_step, row.key_step)
+                row = replace(row, count=row.count + 1)
             else:
                 yield row
                 row = _Row(region)
@@ -228,10 +220,6 @@ def _is_single_region(plan: Plan, part: HeadPlan) -> bool:
         return False
     region = part.regions[0]
     return region.queries == slice(0, len(plan.queries)) and region.keys == slice(0, len(plan.keys))
-
-
-def _mask(plan: Plan, part: HeadPlan, region: Region, device: torch.device) -> Tensor | None:
-    return plan.region_mask(part.attention_mask, region).to(device) if region.kind is Kind.MASKED else None
 
 
 def _by_head(x: Tensor) -> Tensor:

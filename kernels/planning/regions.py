@@ -23,7 +23,7 @@ rank 1 chunks 1 and 2. Runs, as rows [start, stop) of the shard:
 
 import enum
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -75,7 +75,7 @@ def cut_regions(queries: Rows, keys: Rows, attention_mask: AttentionMask, shorte
     else:
         query_tiles, key_tiles = (_tiles(rows, 0, len(rows), attention_mask) for rows in (queries, keys))
         regions = _tile_regions(query_tiles, key_tiles, attention_mask)
-    return tuple(_merge_full(regions))
+    return _merge_full(regions)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -244,20 +244,13 @@ def _above_diagonal(query_start: int, query_stop: int, key_start: int, key_stop:
         yield Region(Kind.ANTICAUSAL, first, first + side, key_start, key_start + side)
 
 
-def _merge_full(regions: Iterator[Region]) -> Iterator[Region]:
+def _merge_full(regions: Iterator[Region]) -> tuple[Region, ...]:
     """Join full regions of the same queries whose keys follow each other."""
-    previous: Region | None = None
+    merged: list[Region] = []
     for region in regions:
-        if (
-            previous is not None
-            and previous.kind is region.kind is Kind.FULL
-            and previous.queries == region.queries
-            and previous.key_stop == region.key_start
-        ):
-            previous = Region(Kind.FULL, region.query_start, region.query_stop, previous.key_start, region.key_stop)
-            continue
-        if previous is not None:
-            yield previous
-        previous = region
-    if previous is not None:
-        yield previous
+        last = merged[-1] if merged and merged[-1].kind is region.kind is Kind.FULL else None
+        if last is not None and last.queries == region.queries and last.key_stop == region.key_start:
+            merged[-1] = replace(last, key_stop=region.key_stop)
+        else:
+            merged.append(region)
+    return tuple(merged)

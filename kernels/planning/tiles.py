@@ -9,7 +9,7 @@ from torch import Tensor
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import PADDING, Rows
 from farspan.kernels.planning.bounds import Bounds
-from farspan.kernels.ragged import ranges
+from farspan.kernels.ragged import Groups, ranges
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -76,11 +76,9 @@ class Tiling:
 
 def _gather(numbers: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """The index of rows sorted by number, and the number of each tile; each number starts a new tile."""
-    order = np.argsort(numbers, kind="stable")
-    order = order[np.searchsorted(numbers[order], 0) :]
-    present, count = np.unique(numbers[order], return_counts=True)
-    tiles = -(-count // size)
+    groups = Groups.by(numbers)
+    tiles = -(-groups.sizes() // size)
     start = (np.cumsum(tiles) - tiles) * size
     index = np.full(tiles.sum() * size, -1, dtype=np.int32)
-    index[ranges(start, start + count)] = order
-    return index, np.repeat(present, tiles)
+    index[ranges(start, start + groups.sizes())] = groups.member
+    return index, np.repeat(groups.number, tiles)

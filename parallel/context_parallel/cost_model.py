@@ -74,8 +74,7 @@ class Job:
     @cached_property
     def flops_per_head(self) -> int:
         """Of the forward pass."""
-        rows = self.shards.rows
-        return self.mechanism.useful_flops(rows, rows, self.sizes.head_dim, self.sizes.value_dim)
+        return self.mechanism.useful_flops(self.shards.rows, self.sizes.head_dim, self.sizes.value_dim)
 
     @cached_property
     def routing(self) -> RoutingSource:

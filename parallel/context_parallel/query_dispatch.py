@@ -147,7 +147,6 @@ class ReceivedQueries:
         selection = BlockSelection(
             heads=1,
             query_block=torch.arange(len(token)),
-            num_query_blocks=len(token),
             blocks=partition,
             offsets=offsets_of(num_blocks),
             # kv_head: [queries] -> [sum(num_blocks)]

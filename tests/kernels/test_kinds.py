@@ -38,7 +38,7 @@ def test_a_kind_asks_for_what_it_claims(mechanism: Mechanism, monkeypatch: pytes
         planner: SequencePlanner, attention_mask: AttentionMask, key_routing: KeyRouting
     ) -> SequenceAttention:
         asked.add(access_of(key_routing))
-        assert not key_routing.selects_blocks or key_routing.blocks.count > 0
+        assert not key_routing.selects_blocks or key_routing.key_blocks.count > 0
         return attend(planner, attention_mask, key_routing)
 
     def recorded_scan(planner: SequencePlanner, decay: Tensor) -> SequenceAttention:

@@ -48,8 +48,8 @@ def test_thousands_of_tiny_documents() -> None:
     ("change", "message"),
     [
         ({"q": torch.zeros(5, 4, 8), "k": torch.zeros(5, 3, 8), "v": torch.zeros(5, 3, 8)}, "4 query heads cannot"),
-        ({"k": torch.zeros(5, 2, 4)}, "a recurrence takes q"),
-        ({"v": torch.zeros(4, 2, 8)}, "the segment has 5 rows|a recurrence takes q"),
+        ({"k": torch.zeros(5, 2, 4)}, "a recurrence wants q"),
+        ({"v": torch.zeros(4, 2, 8)}, "the segment has 5 rows|a recurrence wants q"),
         ({"segment": Segment.of(Rows.packed([6]))}, "the segment has 6 rows"),
         ({"q": torch.zeros(5, 4, 8).double()}, "one dtype"),
         ({"decay": torch.zeros(3)}, "each of 4 query heads"),

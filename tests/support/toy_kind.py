@@ -61,8 +61,8 @@ class GatedSum(Mechanism):
     def plan(self, planner: AttentionPlanner) -> SequenceAttention:
         return _GatedSumAttention(self, planner, tuple(branch.plan(planner) for branch in self.branches()))
 
-    def unmasked_pairs(self, queries: Rows, keys: Rows) -> int:
-        return sum(branch.unmasked_pairs(queries, keys) for branch in self.branches())
+    def unmasked_pairs(self, rows: Rows) -> int:
+        return sum(branch.unmasked_pairs(rows) for branch in self.branches())
 
     def keys_per_query(self, global_rows: Rows) -> Tensor:
         return torch.stack([branch.keys_per_query(global_rows) for branch in self.branches()]).sum(dim=0)

@@ -138,7 +138,7 @@ def test_every_mechanism_has_rows_that_can_be_planned() -> None:
     for case in cases:
         rows = case.rows(300)
         assert len(rows) == 300
-        assert case.mechanism.unmasked_pairs(rows, rows) > 0
+        assert case.mechanism.unmasked_pairs(rows) > 0
 
 
 def test_filter_takes_mechanisms_and_rows() -> None:
@@ -174,7 +174,7 @@ def test_examples_for_shorter_documents_are_passed_over() -> None:
 def test_useful_work_counts_visible_pairs_and_two_and_five_products() -> None:
     shape = Shape(heads=Heads(query=4, kv=2), head_dim=16, value_dim=8, dtype=torch.float32, device=SHAPE.device)
     rows = Rows.packed([3])
-    pairs = Dense().unmasked_pairs(rows, rows)
+    pairs = Dense().unmasked_pairs(rows)
     assert pairs == 6
     assert useful_flops(pairs, shape, "fwd") == 6 * 4 * (2 * 16 + 2 * 8)
     assert useful_flops(pairs, shape, "bwd") == 2.5 * useful_flops(pairs, shape, "fwd")

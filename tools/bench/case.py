@@ -55,8 +55,7 @@ class Case:
         return Rows.packed(document_lengths(tokens) if self.packed else [tokens])
 
     def unmasked_pairs(self, tokens: int) -> int:
-        rows = self.rows(tokens)
-        return self.mechanism.unmasked_pairs(rows, rows)
+        return self.mechanism.unmasked_pairs(self.rows(tokens))
 
 
 def document_lengths(tokens: int) -> list[int]:
@@ -71,7 +70,7 @@ def document_lengths(tokens: int) -> list[int]:
 
 def unmasked_share(mechanism: Mechanism, rows: Rows) -> float:
     """Return the unmasked pairs over those of dense causal attention of the same rows."""
-    return mechanism.unmasked_pairs(rows, rows) / Dense().unmasked_pairs(rows, rows)
+    return mechanism.unmasked_pairs(rows) / Dense().unmasked_pairs(rows)
 
 
 def inputs_of(mechanism: Mechanism, tokens: int, shape: Shape, *, seed: int = 0) -> list[Tensor]:

@@ -50,7 +50,7 @@ def feed_forward_parameters(config: ModelConfig, experts: int) -> int:
 
 def attention_flops(config: ModelConfig, mechanisms: Sequence[Mechanism], rows: Rows) -> int:
     """Forward FLOPs of one sequence's attention in all layers; softmax attention takes 4 D for an unmasked pair."""
-    once = {m: m.useful_flops(rows, rows, config.head_dim, config.head_dim) for m in dict.fromkeys(mechanisms)}
+    once = {m: m.useful_flops(rows, config.head_dim, config.head_dim) for m in dict.fromkeys(mechanisms)}
     return sum(config.heads_of(mechanism).query * once[mechanism] for mechanism in mechanisms)
 
 

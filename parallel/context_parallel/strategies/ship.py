@@ -58,7 +58,7 @@ class Ship(Strategy):
             routing_width=key_routing.routing_width,
             attention_mask=attention_mask,
             key_routing=key_routing,
-            owners=BlockOwners.of(attention_mask, key_routing.blocks, planner.shards),
+            owners=BlockOwners.of(attention_mask, key_routing.key_blocks, planner.shards),
             local=planner.plan_of(attention_mask, planner.tokens, planner.tokens),
         )
 
@@ -130,7 +130,7 @@ class _QueryDispatchAttention(DistributedAttention):
         described = self._send(described, dispatch.queries_per_rank, queries, kind="choice").wait()
         block = self._send(dispatch.block.int(), dispatch.blocks_per_rank, blocks, kind="choice").wait()
         received = ReceivedQueries.of(
-            self.planner, self.attention_mask, self.key_routing.blocks, described.long(), block.long()
+            self.planner, self.attention_mask, self.key_routing.key_blocks, described.long(), block.long()
         )
         return queries, received
 

@@ -37,7 +37,7 @@ def test_lists_and_masks_are_equal() -> None:
     lists = torch.where(mask, torch.arange(5), -1).flip(2)
     parts = mask.split((3, 1, 6), dim=1)
     for selection in (
-        BlockSelection.from_parts(query_block, blocks, parts),
+        BlockSelection.from_parts(query_block, blocks, parts, heads=3),
         BlockSelection.from_lists(query_block, blocks, lists),
     ):
         assert torch.equal(selection.mask(rows), mask[:, :, blocks.of(rows)])
@@ -73,7 +73,7 @@ def test_batches_hold_every_selected_pair_once(
     ]
     for query_order in orders:
         queries = rows.take(query_order)
-        selection = BlockSelection.from_parts(query_blocks.of(queries), blocks, [selected])
+        selection = BlockSelection.from_parts(query_blocks.of(queries), blocks, [selected], heads=head_groups)
         for key_order in orders:
             keys = rows.take(key_order)
             plan = Plan.build(queries, keys, attention_mask, heads=4, selection=selection)

@@ -42,7 +42,7 @@ def test_a_layer_that_is_not_there_is_refused(options: dict) -> None:
 def test_useful_work_is_that_of_the_recurrence() -> None:
     """A token adds k v^T to the state and reads q S: D Dv multiply-adds each. Padding is of no use."""
     rows = Rows.packed([5, 3], padding=4)
-    assert Lightning().useful_flops(rows, rows, 16, 8) == 8 * 2 * (2 * 16 * 8)
-    assert Lightning().unmasked_pairs(rows, rows) == 8
+    assert Lightning().useful_flops(rows, 16, 8) == 8 * 2 * (2 * 16 * 8)
+    assert Lightning().unmasked_pairs(rows) == 8
     dense = MECHANISMS.get("dense")()
-    assert dense.useful_flops(rows, rows, 16, 8) == (15 + 6) * (2 * 16 + 2 * 8)
+    assert dense.useful_flops(rows, 16, 8) == (15 + 6) * (2 * 16 + 2 * 8)

@@ -40,7 +40,7 @@ def test_the_best_blocks_are_chosen(block: int, top_k: int, heads: tuple[int, in
     selection = select(MoBA(block=block, top_k=top_k), q, k, rows)
     assert lists(selection) == expected(q, k, LENGTHS, block, top_k)
     plan = Plan.build(rows, rows, MoBA().attention_mask(), heads=heads[0], selection=selection)
-    assert count_pairs(plan, heads[1]) == MoBA(block=block, top_k=top_k).unmasked_pairs(rows, rows)
+    assert count_pairs(plan, heads[1]) == MoBA(block=block, top_k=top_k).unmasked_pairs(rows)
 
 
 def test_all_blocks_are_dense_attention() -> None:

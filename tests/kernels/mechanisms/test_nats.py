@@ -48,12 +48,12 @@ def test_lifetimes_by_hand() -> None:
 @pytest.mark.parametrize("window", [1, 5, 2**31 - 1])
 def test_who_sees_whom(rows: Rows, window: int) -> None:
     logits, mechanism = random_logits(rows), NAtS(window=window)
-    lifetimes = mechanism.lifetimes(chosen_types(logits), rows)
+    lifetimes = Lifetimes.of(chosen_types(logits), rows, mechanism.window)
     plan = Plan.build(rows, rows, mechanism.attention_mask(), heads=6).with_lifetimes(lifetimes.last)
     expected = truth.visible(logits, rows, window)
     assert lifetimes.types.tolist() == truth.types(logits, rows)
     assert torch.equal(plan.mask(), expected.repeat_interleave(2, dim=0))
-    assert lifetimes.pairs(rows, rows) == int(expected.sum()) // 3
+    assert lifetimes.pairs(rows) == int(expected.sum()) // 3
     part = torch.tensor([5, -1, 30, 2, 17])
     some = Plan.build(rows, rows.take(part), mechanism.attention_mask(), heads=3).with_lifetimes(
         lifetimes.take(part).last
@@ -64,7 +64,7 @@ def test_who_sees_whom(rows: Rows, window: int) -> None:
 def test_pairs_of_a_router_that_knows_nothing() -> None:
     """A third of the keys is global, and local ones live for some three tokens."""
     rows = Rows.packed([3000])
-    assert 0.3 < NAtS(window=4).unmasked_pairs(rows, rows) / (3000 * 3001 / 2) < 0.37
+    assert 0.3 < NAtS(window=4).unmasked_pairs(rows) / (3000 * 3001 / 2) < 0.37
 
 
 def draw(rows: Rows, heads: Heads, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -79,7 +79,7 @@ def learning(mechanism: NAtS, tensors: list[Tensor], logits: Tensor, rows: Rows,
     q, k, v, dout = tensors
     plan = Plan.build(rows, rows, mechanism.attention_mask(), heads=q.shape[1])
     planner = SequencePlanner.of(rows, HeadShare.all(Heads(query=q.shape[1], kv=k.shape[1])), backend="reference")
-    lifetimes = mechanism.lifetimes(chosen_types(logits), rows)
+    lifetimes = Lifetimes.of(chosen_types(logits), rows, mechanism.window)
     out = attention_forward(q, k, v, plan.with_lifetimes(lifetimes.last), backend="reference")[0]
     lse = attention_forward(q, k, v, plan, backend="reference")[1]
     learned = TypeGradient(LifetimeRouting(mechanism, planner), lifetimes, logits, lse)
@@ -157,7 +157,7 @@ def test_penalties_by_hand() -> None:
     """A document of 8 with global tokens at 0, 3 and 7 and local ones at 1 and 5."""
     types = torch.tensor([2, 1, 2, 0, 2, 1, 2, 1], dtype=torch.int8)[:, None]
     rows, mechanism = Rows.packed([8]), NAtS(penalty=8.0)
-    found = mechanism.penalties(mechanism.lifetimes(types, rows), rows)[:, 0]
+    found = mechanism.penalties(Lifetimes.of(types, rows, mechanism.window), rows)[:, 0]
     assert found[:, GLOBAL].tolist() == [8, 0, 0, 5, 0, 0, 0, 1]
     assert found[:, LOCAL].tolist() == [0, 2, 0, 0, 0, 2, 0, 0]
     assert not found[:, SLIDING].any()

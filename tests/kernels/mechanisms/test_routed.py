@@ -92,7 +92,7 @@ def test_pairs_are_counted(mechanism: Routed) -> None:
     q, k = inputs()
     plan = Plan.build(ROWS, ROWS, mechanism.attention_mask(), heads=4, selection=select(mechanism, q, k, ROWS))
     assert count_pairs(plan, kv_heads=2) == int(plan.mask().sum()) // 4
-    assert 0 < mechanism.unmasked_pairs(ROWS, ROWS) <= int(mechanism.attention_mask().mask(ROWS, ROWS).sum())
+    assert 0 < mechanism.unmasked_pairs(ROWS) <= int(mechanism.attention_mask().mask(ROWS, ROWS).sum())
 
 
 @pytest.mark.parametrize("mechanism", EXAMPLES)

@@ -89,4 +89,4 @@ def test_work_follows_the_visible_pairs() -> None:
     lifetimes = Lifetimes.of(types, rows, window=16)
     plan = Plan.build(rows, rows, AttentionMask(), heads=4).with_lifetimes(lifetimes.last)
     visited = sum(batch.queries.numel() * batch.keys.shape[1] for batch in lifetime_batches(plan, 2)) // 4
-    assert visited < 2.5 * lifetimes.pairs(rows, rows) < 0.2 * 6000 * 6001 / 2
+    assert visited < 2.5 * lifetimes.pairs(rows) < 0.2 * 6000 * 6001 / 2

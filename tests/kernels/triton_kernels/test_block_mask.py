@@ -130,7 +130,7 @@ def random_selection(rows: Rows, tile: int, block: int, heads: int, density: flo
     query_block = BlockPartition.blocks(rows, tile).of(rows)
     num_query_blocks = int(query_block.max()) + 1 if len(rows) else 0
     mask = torch.rand(heads, num_query_blocks, blocks.count, generator=torch.Generator().manual_seed(1)) < density
-    return BlockSelection.from_parts(query_block, blocks, [mask])
+    return BlockSelection.from_parts(query_block, blocks, [mask], heads=len(mask))
 
 
 @pytest.mark.parametrize(("tile", "block"), [(16, 8), (32, 16), (20, 12), (5, 3)])
@@ -151,7 +151,8 @@ def test_heads_with_equal_masks_share_lists() -> None:
     plan = Plan.build(rows, rows, AttentionMask(window=(5, 9, 5, 9)), heads=4)
     assert check(plan, 16, 8).lists.group.tolist() == [0, 1, 0, 1]
     selection = random_selection(rows, 16, 8, heads=1)
-    twice = BlockSelection.from_parts(selection.query_block, selection.blocks, [table(selection).repeat(4, 1, 1)])
+    mask = table(selection).repeat(4, 1, 1)
+    twice = BlockSelection.from_parts(selection.query_block, selection.blocks, [mask], heads=len(mask))
     plan = Plan.build(rows, rows, AttentionMask(), heads=4, selection=twice)
     assert check(plan, 16, 8).lists.group.tolist() == [0, 0, 0, 0]
 
@@ -209,6 +210,7 @@ import torch
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
+from farspan.kernels.ragged import offsets_of
 from farspan.kernels.triton_kernels.block_mask import tile_plan
 from farspan.kernels.masks.attention_mask import AttentionMask
 
@@ -226,7 +228,10 @@ counts, chosen = torch.cat(counts), torch.cat(chosen)
 # The last tile selects other blocks in each head, so that no two heads share lists.
 counts = [torch.cat((counts[:-1], counts[-1:] - head)) for head in range(heads)]
 chosen = [chosen[: len(chosen) - head] for head in range(heads)]
-selection = BlockSelection.from_ragged(rank.repeat_interleave(128), blocks, counts, chosen, heads=heads)
+selection = BlockSelection(
+    heads=heads, query_block=rank.repeat_interleave(128), blocks=blocks,
+    offsets=offsets_of(torch.cat(counts)), key_blocks=torch.cat(chosen),
+)
 plan = Plan.build(rows, rows, AttentionMask(), heads=heads, selection=selection)
 del counts, chosen, mask
 

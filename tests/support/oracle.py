@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -131,6 +132,14 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     finite = expected.masked_fill(expected.isneginf(), 0.0)
     difference = (got.masked_fill(got.isneginf(), 0.0) - finite).abs().max().item()
     return difference / max(finite.abs().max().item(), 1.0)
+
+
+def assert_close(
+    got: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float = RELATIVE_TOLERANCE[torch.float64]
+) -> None:
+    """As many results as expected, each with a relative error of at most `tolerance`."""
+    errors = [relative_error(a, b) for a, b in zip(got, expected, strict=True)]
+    assert max(errors) <= tolerance, errors
 
 
 def rms_error(got: Tensor, expected: Tensor) -> float:

@@ -14,7 +14,7 @@ from tests.support.attention_cases import ABLE, Tensors, run
 def test_sums_of_parts_are_float32_for_half_inputs(backend: str) -> None:
     """A query meets its keys in dozens of parts: in bfloat16 their sum would drown in rounding."""
     rows = Rows.packed([700])
-    tensors = Tensors.random(len(rows), len(rows), (2, 1), 16, 16, torch.bfloat16)
+    tensors = Tensors.random(len(rows), len(rows), (2, 1), dtype=torch.bfloat16)
     plan = Plan.build(rows, rows, AttentionMask(window=600), heads=2)
     out, _, *gradients = run(tensors, plan, backend)
     for x in (out, *gradients):
@@ -27,8 +27,8 @@ def test_sums_of_parts_are_float32_for_half_inputs(backend: str) -> None:
 def test_half_precision_gradients_do_not_get_worse_with_length(backend: str, heads: tuple[int, int]) -> None:
     """One document of 2,048 tokens: dk and dv are sums of thousands of products, as exact as two roundings allow."""
     rows = Rows.packed([2048])
-    half = Tensors.random(2048, 2048, heads, 16, 16, torch.bfloat16)
-    full = Tensors(*(x.float() for x in vars(half).values()))
+    half = Tensors.random(2048, 2048, heads, dtype=torch.bfloat16)
+    full = Tensors(*(x.float() for x in half))
     plan = Plan.build(rows, rows, AttentionMask(), heads=heads[0])
     of_half, of_full = (run(tensors, plan, backend)[2:] for tensors in (half, full))
     for name, got, expected in zip(("dq", "dk", "dv"), of_half, of_full, strict=True):

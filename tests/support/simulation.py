@@ -10,9 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Heads, Mechanism
-from farspan.kernels.sequence_attention import plan_sequence_attention
 from farspan.parallel.comm import Channel, Traffic, Transfer
 from farspan.parallel.context_parallel.strategy import STRATEGIES, DistributedAttention, Volume
 from farspan.parallel.layout import Shards
@@ -130,7 +128,7 @@ def simulate(size: int, function: Callable[[Channel], Result], *, inner_size: in
 
 @dataclass(frozen=True)
 class SimulatedAttention:
-    """tensors: out and the gradients of the inputs, of the full sequence. sent, plans: of each rank."""
+    """tensors: as of `tests.support.mechanisms.attend`, of the full sequence. sent, plans: of each rank."""
 
     tensors: list[Tensor]
     sent: list[Volume]
@@ -148,18 +146,10 @@ def simulate_attention(
         out, saved = planned.forward(*local)
         forward = channel.traffic.take().sent.total()
         gradients = planned.backward(dout, saved)
-        return [out, *gradients], Volume(forward=forward, backward=channel.traffic.take().sent.total()), planned
+        volume = Volume(forward=forward, backward=channel.traffic.take().sent.total())
+        lse = planned.lse(saved)
+        return [out, *([] if lse is None else [lse]), *gradients], volume, planned
 
     tensors, sent, plans = zip(*simulate(shards.degree, attend, inner_size=inner_size), strict=True)
-    together = [shards.unshard(torch.stack(parts)) for parts in zip(*tensors, strict=True)]
-    return SimulatedAttention(together, list(sent), list(plans))
-
-
-def attend_in_one_process(
-    mechanism: Mechanism, rows: Rows, heads: Heads, inputs: Sequence[Tensor], *, backend: str = "reference"
-) -> list[Tensor]:
-    """Return out and the gradients of the inputs: q, k, v, routing and dout."""
-    *inputs, dout = inputs
-    attention = plan_sequence_attention(mechanism, rows, heads, range(heads.query), backend=backend)
-    out, saved = attention.forward(*inputs)
-    return [out, *attention.backward(dout, saved)]
+    full = [shards.unshard(torch.stack(parts)) for parts in zip(*tensors, strict=True)]
+    return SimulatedAttention(full, list(sent), list(plans))

@@ -5,14 +5,15 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from farspan.kernels.backend import BACKENDS
 from farspan.kernels.linear_attention.recurrence import RecurrentBackend
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanisms.lightning import Lightning
+from farspan.kernels.planner import Heads
 from farspan.kernels.sequence_attention import SequenceScan
-from tests.support.oracle import RELATIVE_TOLERANCE, decayed_sums, relative_error
+from tests.support.mechanisms import inputs_of
+from tests.support.oracle import RELATIVE_TOLERANCE, assert_close, decayed_sums
 
 CPU = torch.device("cpu")
 ABLE = [n for n, b in BACKENDS.load().items() if b.unavailable_reason(CPU) is None and isinstance(b, RecurrentBackend)]
@@ -25,27 +26,20 @@ ROWS = {
 }
 
 
-def draw(rows: Rows, dtype: torch.dtype, heads: tuple[int, int] = (8, 2)) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(heads[0], 16), (heads[1], 16), (heads[1], 8), (heads[0], 8)]
-    return [torch.randn(len(rows), *s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
-
-
 @pytest.mark.parametrize("dtype", list(RELATIVE_TOLERANCE), ids=str)
 @pytest.mark.parametrize("order", ROWS)
 @pytest.mark.parametrize("backend", ABLE)
 @pytest.mark.parametrize("mechanism", Lightning.examples(), ids=str)
 def test_rows_in_any_order(mechanism: Lightning, backend: str, order: str, dtype: torch.dtype) -> None:
     rows, decay = ROWS[order], mechanism.decay(8)
-    q, k, v, dout = draw(rows, dtype)
+    *inputs, dout = inputs_of(mechanism, len(rows), Heads(query=8, kv=2), dtype=dtype)
     planned = SequenceScan.build(rows, decay, backend=backend)
-    out, saved = planned.forward(q, k, v)
+    out, saved = planned.forward(*inputs)
     assert out.dtype == dtype
-    leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    expected = decayed_sums(leaves[0], leaves[1], leaves[2], decay, rows)
+    q, k, v = leaves = [x.double().requires_grad_() for x in inputs]
+    expected = decayed_sums(q, k, v, decay, rows)
     gradients = torch.autograd.grad(expected, leaves, dout.double())
-    pairs = zip((out, *planned.backward(dout, saved)), (expected.detach(), *gradients), strict=True)
-    assert max(relative_error(a, b) for a, b in pairs) <= RELATIVE_TOLERANCE[dtype]
+    assert_close((out, *planned.backward(dout, saved)), (expected, *gradients), RELATIVE_TOLERANCE[dtype])
 
 
 def test_rows_in_order_are_not_moved() -> None:

@@ -116,9 +116,9 @@ def packed(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return out `[T, H, D]` and lse `[H, T]` of packed sequences, one after another."""
     check(name, widest, q, k, v)
-    scale = scale or q.shape[-1] ** -0.5
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     parts = [
-        forward(q[rows], k[keys], v[keys], causal, scale, window) for rows, keys in sequences(cu_q, cu_k, max_q, max_k)
+        forward(q[rows], k[keys], v[keys], causal, factor, window) for rows, keys in sequences(cu_q, cu_k, max_q, max_k)
     ]
     outs, lses = zip(*parts, strict=True)
     out = torch.cat(outs)

@@ -60,13 +60,9 @@ def neighbors(position: int, neighborhood: Neighborhood) -> set[int]:
     return set(positions)
 
 
-def visible_mask(queries: Rows, keys: Rows, attention_mask: AttentionMask, heads: int) -> Tensor:
-    """The same as bool `[heads, queries, keys]`."""
-    return _visible_mask(queries, keys, attention_mask, heads).clone()
-
-
 @functools.lru_cache(maxsize=256)
-def _visible_mask(queries: Rows, keys: Rows, attention_mask: AttentionMask, heads: int) -> Tensor:
+def visible_mask(queries: Rows, keys: Rows, attention_mask: AttentionMask, heads: int) -> Tensor:
+    """The same as bool `[heads, queries, keys]`, not to be changed."""
     # Tests ask for the same rows, compared by identity, on each backend and in each dtype.
     mask = torch.zeros(heads, len(queries), len(keys), dtype=torch.bool)
     for head in range(heads if isinstance(attention_mask.window, tuple) else 1):

@@ -86,7 +86,8 @@ def test_bfloat16_is_as_good_as_plain_attention(mechanism: Mechanism) -> None:
     inputs = inputs_of(mechanism, len(rows), heads, dtype=torch.bfloat16)
     exact = truth.expect(mechanism, inputs, rows)[:5]
     got = attend(mechanism, rows, heads, inputs, backend="triton")[:5]
-    plain = plain_attention(Tensors(*inputs[:3], inputs[-1]), truth.visible(mechanism, inputs, rows))
+    q, k, v, *_, dout = inputs
+    plain = plain_attention(Tensors(q, k, v, dout), truth.visible(mechanism, inputs, rows))
     check_rounding(got, plain, exact)
 
 
@@ -170,9 +171,8 @@ def test_lifetimes(rows: Rows) -> None:
     generator = torch.Generator().manual_seed(2)
     lifetime = rows.position + torch.randint(-1, 30, (2, len(rows)), generator=generator, dtype=torch.int32)
     plan = plan_of(rows, rows, AttentionMask(), None).with_lifetimes(lifetime)
-    mask = oracle.visible_mask(rows, rows, plan.attention_mask, 4)
-    mask &= (rows.position[:, None] <= lifetime[:, None, :]).repeat_interleave(2, dim=0)
-    check(random_tensors(rows, rows), plan, mask)
+    alive = (rows.position[:, None] <= lifetime[:, None, :]).repeat_interleave(2, dim=0)
+    check(random_tensors(rows, rows), plan, oracle.visible_mask(rows, rows, plan.attention_mask, 4) & alive)
 
 
 def test_some_rows_are_gathered_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,12 +114,12 @@ def needs_grid(strategy: str) -> bool:
 
 def kinds_of_bytes(strategy: str) -> tuple[set[str], set[str]]:
     channel = world_channel()
+    q, k = torch.ones(12, 4, 8), torch.ones(12, 2, 8)
     attend = planned(strategy, 2, Heads(query=4, kv=2), channel)
-    traffic = channel.traffic
-    _, saved = attend.forward(torch.ones(12, 4, 8), torch.ones(12, 2, 8), torch.ones(12, 2, 8))
-    forward = set(traffic.take().sent)
-    attend.backward(torch.ones(12, 4, 8), saved)
-    return forward, set(traffic.take().sent)
+    _, saved = attend.forward(q, k, k)
+    forward = set(channel.traffic.take().sent)
+    attend.backward(q, saved)
+    return forward, set(channel.traffic.take().sent)
 
 
 @pytest.mark.parametrize("strategy", list(KINDS))
@@ -198,10 +198,11 @@ def events(
     heads = Heads(query=4, kv=2)
     planning = STRATEGIES.get(strategy)(channel)  # pyright: ignore[reportArgumentType]
     attend = planning.prepare(mechanism, shards, heads, backend="cpu")
-    _, saved = attend.forward(torch.ones(8, 4, 8), torch.ones(8, 2, 8), torch.ones(8, 2, 8))
+    q, k = torch.ones(8, 4, 8), torch.ones(8, 2, 8)
+    _, saved = attend.forward(q, k, k)
     forward = channel.events.copy()
     channel.events.clear()
-    attend.backward(torch.ones(8, 4, 8), saved)
+    attend.backward(q, saved)
     return forward, channel.events
 
 
@@ -250,15 +251,12 @@ def die_soon() -> None:
 
 
 def test_a_rank_that_dies_between_calls_is_reported_and_the_next_world_is_fresh() -> None:
-    pool = RankPool(2)
-    try:
+    with RankPool(2) as pool:
         pool.run(die_soon)
         time.sleep(0.5)
         with pytest.raises(RankError, match="died"):
             pool.run(dist.get_rank)
         assert pool.run(dist.get_rank) == [0, 1]
-    finally:
-        pool.stop()
 
 
 def two_transfers_at_once() -> list[float]:

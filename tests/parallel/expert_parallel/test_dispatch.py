@@ -10,6 +10,7 @@ from torch import Tensor
 
 from farspan.kernels.moe.grouped_gemm import grouped_swiglu
 from farspan.parallel.expert_parallel.dispatch import send_to_experts
+from tests.support.mechanisms import normal
 from tests.support.rank_pool import RankPool, world_channel
 from tests.support.recording_channel import RecordingChannel
 
@@ -39,10 +40,9 @@ def inputs(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Tensor
     generator = torch.Generator().manual_seed(0)
     tokens = sum(case.tokens)
     shapes = ((tokens, WIDTH), (tokens, PER_TOKEN), *[(EXPERTS, INNER, WIDTH)] * 2, (EXPERTS, WIDTH, INNER))
-    leaves = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    *leaves, dout = normal(*shapes, (tokens, WIDTH), dtype=dtype)
     order = torch.rand(tokens, len(case.experts), generator=generator).argsort(dim=1)[:, :PER_TOKEN]
     real = torch.cat([torch.arange(n) < n - pad for n, pad in zip(case.tokens, case.padding, strict=True)])
-    dout = torch.randn(tokens, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
     return leaves, torch.tensor(case.experts)[order], real, dout
 
 
@@ -57,8 +57,8 @@ def on_rank(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, int
     # The contents of padding must not be read.
     local[0].data[~real[start:stop]] = torch.nan
     local += [m[channel.rank * experts : (channel.rank + 1) * experts].clone().requires_grad_() for m in matrices]
-    kept = real[start:stop, None].expand(-1, PER_TOKEN)
-    in_flight = send_to_experts(local[0], chosen[start:stop], local[1], kept, channel, EXPERTS)
+    selected = real[start:stop, None].expand(-1, PER_TOKEN)
+    in_flight = send_to_experts(local[0], chosen[start:stop], local[1], selected, channel, EXPERTS)
     gate, up, down = local[2:]
     out = in_flight.combine(lambda rows, counts: grouped_swiglu(rows, gate, up, down, counts))
     gradients = torch.autograd.grad(out, local, dout[start:stop])
@@ -112,8 +112,8 @@ class Noted(torch.autograd.Function):
 
 def test_computation_between_send_and_combine_overlaps_in_both_passes() -> None:
     channel, x = RecordingChannel(0, 1), torch.ones(4, 2, requires_grad=True)
-    chosen, kept = torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1, dtype=torch.bool)
-    in_flight = send_to_experts(x, chosen, torch.ones(4, 1), kept, channel, 1)  # pyright: ignore[reportArgumentType]
+    chosen, selected = torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1, dtype=torch.bool)
+    in_flight = send_to_experts(x, chosen, torch.ones(4, 1), selected, channel, 1)  # pyright: ignore[reportArgumentType]
     overlapped: Tensor = Noted.apply(x, channel.events, "overlapped")  # pyright: ignore[reportAssignmentType]
     out = in_flight.combine(lambda rows, _: Noted.apply(rows, channel.events, "experts"))  # pyright: ignore
     assert channel.events == [

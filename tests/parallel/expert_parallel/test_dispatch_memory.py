@@ -27,12 +27,12 @@ def peak_bytes(tokens: int, hot: bool) -> int:
     shapes = ((experts, INNER, WIDTH), (experts, INNER, WIDTH), (experts, WIDTH, INNER))
     matrices = gate, up, down = [torch.randn(shape, requires_grad=True) for shape in shapes]
     chosen = torch.full((tokens_local, 1), EXPERTS - 1) if hot else torch.arange(tokens_local)[:, None] % EXPERTS
-    kept, dout = torch.ones(tokens_local, 1, dtype=torch.bool), torch.randn(tokens_local, WIDTH)
+    selected, dout = torch.ones(tokens_local, 1, dtype=torch.bool), torch.randn(tokens_local, WIDTH)
     chunk_rows, tracker = grouped_loop.CHUNK_ROWS, MemTracker()
     grouped_loop.CHUNK_ROWS = CHUNK_ROWS
     try:
         with tracker:
-            in_flight = send_to_experts(x, chosen, weights, kept, channel, EXPERTS)
+            in_flight = send_to_experts(x, chosen, weights, selected, channel, EXPERTS)
             out = in_flight.combine(lambda rows, counts: grouped_swiglu(rows, gate, up, down, counts))
             gradients = torch.autograd.grad(out, (x, weights, *matrices), dout)
     finally:

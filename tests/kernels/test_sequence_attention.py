@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from farspan.kernels.backend import BACKENDS
+from farspan.kernels.linear_attention.recurrence import RecurrentBackend
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Access, Mechanism
+from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.nats import NAtS
 from farspan.kernels.planner import Heads
-from farspan.kernels.sequence_attention import plan_sequence_attention
+from farspan.kernels.sequence_attention import SequenceScan, plan_sequence_attention
 from tests.support import oracle
 from tests.support.attention_cases import ABLE, ROWS
 from tests.support.mechanisms import attend, examples, inputs_of
@@ -75,3 +78,34 @@ def test_nothing_leaks_from_hidden_tokens(mechanism: Mechanism, backend: str) ->
         for gradient in drouting:
             assert not gradient[document != document[t]].any()
             assert (gradient[t + 1 :].abs() <= 1e-14).all()
+
+
+SCANNING = [name for name in ABLE if isinstance(BACKENDS.get(name), RecurrentBackend)]
+PACKED = Rows.packed([50, 1, 130], padding=3)
+SCANNED = {
+    "packed": PACKED,
+    "shuffled": PACKED.take(torch.randperm(len(PACKED), generator=torch.Generator().manual_seed(0))),
+    "padding_first": PACKED.take(torch.arange(len(PACKED)).flip(0)),
+    "nothing": Rows.packed([]),
+}
+
+
+@pytest.mark.parametrize("dtype", list(oracle.RELATIVE_TOLERANCE), ids=str)
+@pytest.mark.parametrize("order", SCANNED)
+@pytest.mark.parametrize("backend", SCANNING)
+@pytest.mark.parametrize("mechanism", Lightning.examples(), ids=str)
+def test_scan_of_rows_in_any_order(mechanism: Lightning, backend: str, order: str, dtype: torch.dtype) -> None:
+    rows, decay = SCANNED[order], mechanism.decay(8)
+    *inputs, dout = inputs_of(mechanism, len(rows), Heads(query=8, kv=2), dtype=dtype)
+    planned = SequenceScan.build(rows, decay, backend=backend)
+    out, saved = planned.forward(*inputs)
+    assert out.dtype == dtype
+    q, k, v = leaves = [x.double().requires_grad_() for x in inputs]
+    expected = oracle.decayed_sums(q, k, v, decay, rows)
+    gradients = torch.autograd.grad(expected, leaves, dout.double())
+    oracle.assert_close((out, *planned.backward(dout, saved)), (expected, *gradients), oracle.RELATIVE_TOLERANCE[dtype])
+
+
+def test_scanned_rows_in_order_are_not_moved() -> None:
+    assert SequenceScan.build(PACKED, torch.zeros(1), backend="cpu").order is None
+    assert SequenceScan.build(SCANNED["shuffled"], torch.zeros(1), backend="cpu").order is not None

@@ -1,7 +1,7 @@
 """Worlds of threads: channels whose transfers are real, at degrees beyond the processes of one machine."""
 
-import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -105,25 +105,20 @@ def simulate(size: int, function: Callable[[Channel], Result], *, inner_size: in
     Raises the error of the lowest rank that did not fail for lack of a message.
     """
     world = World()
-    results: list[Result | None] = [None] * size
-    errors: list[BaseException | None] = [None] * size
 
-    def run(rank: int) -> None:
+    def run(rank: int) -> Result:
         try:
-            results[rank] = function(Threaded(world, range(size), rank, Traffic(), inner_size=inner_size))
-        except BaseException as error:
-            errors[rank] = error
+            return function(Threaded(world, range(size), rank, Traffic(), inner_size=inner_size))
+        except BaseException:
             world.failed = True
+            raise
 
-    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    failed = [error for error in errors if error is not None]
-    if failed:
-        raise next((error for error in failed if not isinstance(error, MissingMessageError)), failed[0])
-    return results  # pyright: ignore[reportReturnType]
+    with ThreadPoolExecutor(size) as pool:
+        futures = [pool.submit(run, rank) for rank in range(size)]
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    if errors:
+        raise next((error for error in errors if not isinstance(error, MissingMessageError)), errors[0])
+    return [future.result() for future in futures]
 
 
 @dataclass(frozen=True)

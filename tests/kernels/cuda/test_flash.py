@@ -182,11 +182,6 @@ def check_parts_over_disjoint_keys(scale: float) -> None:
     oracle.assert_close(got, expect(tensors, mask), TOLERANCE)
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(0, 5), (5, 0), (0, 0)])
-def test_no_rows_at_all(queries: int, keys: int) -> None:
-    attention_cases.check_blind(Rows.packed([queries]), Rows.packed([keys]), "cuda", torch.bfloat16)
-
-
 def test_unsupported_requests_are_refused() -> None:
     rows = Rows.packed([8])
     plan = Plan.build(rows, rows, AttentionMask(), heads=2)

@@ -22,12 +22,12 @@ def inputs(dtype: torch.dtype = torch.float64) -> list[Tensor]:
     return normal((len(ROWS), 4, 16), (len(ROWS), 2, 16), dtype=dtype)
 
 
-def by_row(selection: BlockSelection, rows: Tensor) -> dict[tuple[int, int], list[int]]:
-    """The blocks of each (query head, row of the sequence), of a selection for some rows."""
-    of_block, group = lists(selection), 4 // selection.heads
+def by_row(selection: BlockSelection, rows: Tensor, heads: range = range(4)) -> dict[tuple[int, int], list[int]]:
+    """The blocks of each (query head, row of the sequence), of a selection for some heads and rows."""
+    of_block, group = lists(selection), len(heads) // selection.heads
     return {
-        (head, row): of_block[head // group, block]
-        for head in range(4)
+        (head, row): of_block[number // group, block]
+        for number, head in enumerate(heads)
         for row, block in zip(rows.tolist(), selection.query_block.tolist(), strict=True)
         if block >= 0
     }
@@ -59,11 +59,8 @@ def test_sharded_heads_select_the_same(mechanism: Routed) -> None:
         share = HeadShare(all_heads=Heads(query=4, kv=2), head_range=heads)
         kv = slice(heads.start // 2, heads.start // 2 + 1)
         selection = select(mechanism, q[:, heads.start : heads.stop], k[:, kv], ROWS, share=share)
-        found, group = lists(selection), len(heads) // selection.heads
-        for head in heads:
-            for row, block in enumerate(selection.query_block.tolist()):
-                if block >= 0:
-                    assert found[(head - heads.start) // group, block] == expected[head, row]
+        found = by_row(selection, torch.arange(len(ROWS)), heads)
+        assert found == {(head, row): blocks for (head, row), blocks in expected.items() if head in heads}
 
 
 @pytest.mark.parametrize("mechanism", EXAMPLES, ids=str)

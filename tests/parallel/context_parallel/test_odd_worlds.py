@@ -3,8 +3,6 @@
 Found by an independent fuzzer; thousands of its random cases agreed with one process.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -17,10 +15,8 @@ from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.spans import Spans
 from farspan.parallel.comm import Unconnected
-from farspan.parallel.context_parallel.cost_model import total_cost
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes
 from farspan.parallel.layout import Shards
-from tests.parallel.context_parallel.test_cost_model import FAST, job, predict
 from tests.support.mechanisms import attend, inputs_of
 from tests.support.oracle import assert_close
 from tests.support.simulation import simulate_attention
@@ -73,10 +69,3 @@ def test_what_is_no_grid_is_refused(strategy: str, inner: int) -> None:
     unsupported_reason = STRATEGIES.get(strategy).unsupported_reason(Dense(), Heads(query=8, kv=8), 4, inner)
     assert unsupported_reason is not None
     assert "needs a grid of ranks" in unsupported_reason
-
-
-def test_layers_of_a_sequence_of_padding_cost_nothing() -> None:
-    cost = predict("ring", job(Dense(), 4), FAST)
-    idle = replace(cost, flops=0, balance=0)
-    assert total_cost([(idle, 2)]).balance == 1.0
-    assert total_cost([(idle, 2), (cost, 1)]).balance == pytest.approx(cost.balance)

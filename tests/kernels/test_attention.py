@@ -1,9 +1,11 @@
-"""Attention of rows to rows under a mask, on every backend, against the oracle in float64."""
+"""Attention of rows to rows on every backend, against the oracle in float64, and what strategies build on."""
 
 import pytest
 import torch
 
 from farspan.kernels.attention import attention_backward, attention_forward
+from farspan.kernels.kinds.masked import Masked
+from farspan.kernels.kinds.routed import Routed
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
@@ -23,8 +25,10 @@ from tests.support.attention_cases import (
     mask_and_selection,
     mask_of,
     run,
+    run_parts,
 )
-from tests.support.oracle import assert_close
+from tests.support.mechanisms import examples
+from tests.support.oracle import assert_close, rms_error
 
 # One mechanism for each way that a plan hides keys: a mask, one per head, a grid, selections by row and by tile.
 HIDING = [Dense(), Spans.examples()[0], Neighborhood.examples()[0], MoBA(block=4, top_k=2), BlockSparse(block=8)]
@@ -73,10 +77,10 @@ def test_nothing_leaks_from_hidden_keys(mechanism: Mechanism, backend: str, orde
         assert not dv[hidden].any()
 
 
-@pytest.mark.parametrize("backend", ABLE)
+@pytest.mark.parametrize("backend", [*ABLE, "cuda"])
 @pytest.mark.parametrize(("queries", "keys"), [(0, 5), (5, 0), (0, 0)])
 def test_no_rows_at_all(backend: str, queries: int, keys: int) -> None:
-    check_blind(Rows.packed([queries]), Rows.packed([keys]), backend)
+    check_blind(Rows.packed([queries]), Rows.packed([keys]), backend, torch.bfloat16)
 
 
 @pytest.mark.parametrize("backend", ABLE)
@@ -117,3 +121,56 @@ def test_autograd_does_not_record_attention(backend: str, window: int | None) ->
     out, lse = attention_forward(t.q.requires_grad_(), t.k, t.v, plan, backend=backend)
     assert not out.requires_grad
     assert not lse.requires_grad
+
+
+@pytest.mark.parametrize("backend", ABLE)
+@pytest.mark.parametrize("mechanism", examples(Masked), ids=str)
+def test_parts_over_disjoint_keys_merge_and_their_gradients_add_up(mechanism: Mechanism, backend: str) -> None:
+    """The two facts that every strategy that moves keys relies on."""
+    rows = Rows.packed([30, 60, 5], padding=4)
+    tensors = Tensors.random(len(rows), len(rows), (8, 2))
+    attention_mask, selection = mask_and_selection(mechanism, tensors, rows)
+    # Three parts; the queries of the first document see nothing of the last.
+    parts = [torch.arange(0, 41, 2), torch.arange(1, 41, 2), torch.arange(41, len(rows))]
+    plan, *plans = (
+        Plan.build(rows, keys, attention_mask, heads=8, selection=selection, shortest_run=8)
+        for keys in (rows, *(rows.take(part) for part in parts))
+    )
+    assert_close(run_parts(tensors, parts, plans, backend), run(tensors, plan, backend))
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("mechanism", examples(Routed), ids=str)
+def test_batches_are_split_over_threads(mechanism: Mechanism, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Tests run on one thread; the number only changes how the batches of a selection are split.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for rows in (ROWS["ragged"], ROWS["strided"]):
+        tensors = Tensors.random(len(rows), len(rows), (8, 2), (16, 8))
+        attention_mask, selection = mask_and_selection(mechanism, tensors, rows)
+        check(tensors, rows, rows, attention_mask, "cpu", selection)
+
+
+@pytest.mark.parametrize("backend", ABLE)
+def test_sums_of_parts_are_float32_for_half_inputs(backend: str) -> None:
+    """A query meets its keys in dozens of parts: in bfloat16 their sum would drown in rounding."""
+    rows = Rows.packed([700])
+    tensors = Tensors.random(len(rows), len(rows), (2, 1), dtype=torch.bfloat16)
+    plan = Plan.build(rows, rows, AttentionMask(window=600), heads=2)
+    out, _, *gradients = run(tensors, plan, backend)
+    for x in (out, *gradients):
+        assert x.dtype == torch.float32
+        assert (x != x.bfloat16().float()).float().mean() > 0.1
+
+
+@pytest.mark.parametrize("heads", [(8, 1), (1, 1)])
+@pytest.mark.parametrize("backend", ABLE)
+def test_half_precision_gradients_do_not_get_worse_with_length(backend: str, heads: tuple[int, int]) -> None:
+    """One document of 2,048 tokens: dk and dv are sums of thousands of products, as exact as two roundings allow."""
+    rows = Rows.packed([2048])
+    half = Tensors.random(2048, 2048, heads, dtype=torch.bfloat16)
+    full = Tensors(*(x.float() for x in half))
+    plan = Plan.build(rows, rows, AttentionMask(), heads=heads[0])
+    of_half, of_full = (run(tensors, plan, backend)[2:] for tensors in (half, full))
+    for name, got, expected in zip(("dq", "dk", "dv"), of_half, of_full, strict=True):
+        # bfloat16 rounds to 2^-9: out once before the backward pass, the gradient once after it.
+        assert rms_error(got, expected) < 3e-3, name

@@ -157,27 +157,22 @@ def matrix_test(strategies: list[str], degrees: list[int]) -> Callable[..., None
     @pytest.mark.parametrize("degree", degrees)
     @pytest.mark.parametrize("strategy", strategies)
     def equals_one_process(ranks: Callable[[int], RankPool], strategy: str, degree: int, mechanism: str) -> None:
-        check_equals_one_process(ranks(degree), strategy, degree, mechanism)
+        """Pairs without a case must be refused whatever the heads."""
+        cases = cases_of(strategy, degree, mechanism)
+        if not cases:
+            assert is_refused_whatever_the_heads(strategy, degree, mechanism)
+            return
+        results, wrong = ranks(degree).run(run_cases, cases), []
+        for number, case in enumerate(cases):
+            found = unshard(case, [of_rank[number][0] for of_rank in results])
+            expected = reference(case.mechanism, case.documents, case.heads)
+            error = max(relative_error(a, b) for a, b in zip(found, expected, strict=True))
+            if not error <= FLOAT64_TOLERANCE:
+                wrong.append(f"{label(case)}: {error:.1e}")
+            wrong += differing_bytes(case, [of_rank[number][1] for of_rank in results])
+        assert not wrong, f"of {len(cases)} cases these differ from one process or their formula:\n" + "\n".join(wrong)
 
     return equals_one_process
-
-
-def check_equals_one_process(pool: RankPool, strategy: str, degree: int, mechanism: str) -> None:
-    """Run the cases of a strategy, degree and mechanism; those without a case must be refused whatever the heads."""
-    cases = cases_of(strategy, degree, mechanism)
-    if not cases:
-        assert is_refused_whatever_the_heads(strategy, degree, mechanism)
-        return
-    results = pool.run(run_cases, cases)
-    wrong = []
-    for number, case in enumerate(cases):
-        found = unshard(case, [of_rank[number][0] for of_rank in results])
-        expected = reference(case.mechanism, case.documents, case.heads)
-        error = max(relative_error(a, b) for a, b in zip(found, expected, strict=True))
-        if not error <= FLOAT64_TOLERANCE:
-            wrong.append(f"{label(case)}: {error:.1e}")
-        wrong += differing_bytes(case, [of_rank[number][1] for of_rank in results])
-    assert not wrong, f"of {len(cases)} cases these differ from one process or their formula:\n" + "\n".join(wrong)
 
 
 def is_refused_whatever_the_heads(strategy: str, degree: int, mechanism: str) -> bool:

@@ -72,15 +72,10 @@ def test_rows_and_weights_of_any_layout_give_the_same_bits() -> None:
         assert all(gradient.stride() == w.stride() for gradient, w in zip(got[2:], matrices, strict=True))
 
 
-@pytest.fixture
-def _last_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_written_beyond_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs run in another order: rows that one writes beyond its tile stay, instead of being written again."""
     tiles = grouped.row_tiles
     monkeypatch.setattr(grouped, "row_tiles", lambda *a, **k: tiles(*a, **k)[::-1])
-
-
-@pytest.mark.usefixtures("_last_first")
-def test_nothing_is_written_beyond_a_tile() -> None:
     counts = [3, 33, 0, 16, 1]
     swiglu.check(swiglu.inputs(sum(counts), torch.float32, (16, 15)), counts)
 

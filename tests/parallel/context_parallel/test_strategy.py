@@ -23,6 +23,7 @@ from farspan.parallel.context_parallel import moving_kv
 from farspan.parallel.context_parallel.strategies import ship
 from farspan.parallel.context_parallel.strategy import STRATEGIES, DistributedAttention, Sizes, Volume
 from farspan.parallel.layout import Shards
+from tests.support.matrix import inner_size_for
 from tests.support.rank_pool import RankError, RankPool, world_channel
 from tests.support.recording_channel import RecordingChannel
 
@@ -102,14 +103,9 @@ KINDS = {
 
 def planned(strategy: str, degree_of_shards: int, heads: Heads, channel: Channel | None = None) -> DistributedAttention:
     mechanism = {"state": Lightning(), "ship": MoBA(block=8, top_k=2)}.get(strategy, Dense())
-    channel = channel or world_channel(2 if needs_grid(strategy) else 1)
+    channel = channel or world_channel(inner_size_for(strategy, degree_of_shards, turn=0))
     shards = Shards.build(Rows.packed([24]), layout="contiguous", degree=degree_of_shards)
     return STRATEGIES.get(strategy)(channel).prepare(mechanism, shards, heads, backend="cpu")
-
-
-def needs_grid(strategy: str) -> bool:
-    unsupported_reason, heads = STRATEGIES.get(strategy).unsupported_reason, Heads(query=8, kv=8)
-    return unsupported_reason(Dense(), heads, 4, 1) is not None and unsupported_reason(Dense(), heads, 4, 2) is None
 
 
 def kinds_of_bytes(strategy: str) -> tuple[set[str], set[str]]:

@@ -27,12 +27,17 @@ def normal(*shapes: Sequence[int], seed: int = 0, dtype: torch.dtype = torch.flo
 
 
 def inputs_of(
-    mechanism: Mechanism, tokens: int, heads: Heads, dims: tuple[int, int] = (16, 8), dtype: torch.dtype = torch.float64
+    mechanism: Mechanism,
+    tokens: int,
+    heads: Heads,
+    dims: tuple[int, int] = (16, 8),
+    dtype: torch.dtype = torch.float64,
+    seed: int = 3,
 ) -> list[Tensor]:
     """q, k, v, routing if there is a router, and the gradient of out; dims: of q and k, and of v."""
     query, kv = (tokens, heads.query), (tokens, heads.kv)
     shapes = (*query, dims[0]), (*kv, dims[0]), (*kv, dims[1]), (*query, dims[1]), (*kv, mechanism.routing_width)
-    q, k, v, dout, routing = normal(*shapes, seed=3, dtype=dtype)
+    q, k, v, dout, routing = normal(*shapes, seed=seed, dtype=dtype)
     return [q, k, v, *([routing.to(accumulation_dtype(dtype))] if mechanism.routing_width else []), dout]
 
 

@@ -209,7 +209,5 @@ def test_planted_environment_read_is_found(source):
 
 
 def test_other_uses_of_os_are_allowed():
-    assert (
-        environment_reads("trainer/train.py", "import os\nos.replace(a, b)\nself.environ = 1\nfrom os import path")
-        == []
-    )
+    source = "import os\nos.replace(a, b)\nself.environ = 1\nfrom os import path"
+    assert environment_reads("trainer/train.py", source) == []

@@ -15,35 +15,39 @@ README = (ROOT / "README.md").read_text()
 PAGES = {"README.md": README} | {
     f"docs/{path.name}": path.read_text() for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "log.md"
 }
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+
+
+def blocks(language: str, page: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
+
+
 # `experts="…"` in a block is a variable of the shell.
 COMMANDS = [
     shlex.join(shlex.split(line.replace("$experts", "")))
     for page in PAGES.values()
-    for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
+    for block in blocks("bash", page)
     for line in block.replace("\\\n", " ").splitlines()
     if line.startswith("farspan ")
 ]
 
 
 def test_the_readme_has_its_three_ways_to_start() -> None:
-    assert "make train\n" in BLOCKS[0]
-    assert "source .venv/bin/activate\n" in BLOCKS[1], "without it farspan is not found"
-    assert "farspan " not in BLOCKS[0]
+    first, second, *_ = blocks("bash", README)
+    assert "make train\n" in first
+    assert "source .venv/bin/activate\n" in second, "without it farspan is not found"
+    assert "farspan " not in first
     assert all(f"farspan launch {way}" in README for way in ("local", "slurm"))
     assert len(README.splitlines()) <= 200
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_understood(command: str) -> None:
-    options = parse(shlex.split(command)[1:])
-    for config in [getattr(options, "config", None)]:
-        assert config is None or (ROOT / config).is_file()
+    config = getattr(parse(shlex.split(command)[1:]), "config", None)
+    assert config is None or (ROOT / config).is_file()
 
 
 def test_commands_of_the_guide_for_contributors_run_tests_that_exist() -> None:
-    guide = (ROOT / "CONTRIBUTING.md").read_text()
-    commands = re.findall(r"```bash\n(.*?)```", guide, flags=re.DOTALL)
+    commands = blocks("bash", (ROOT / "CONTRIBUTING.md").read_text())
     assert len(commands) == 3
     for command in commands:
         assert all((ROOT / word).exists() for word in command.split() if word.startswith("tests/"))
@@ -65,7 +69,7 @@ def test_the_tree_names_files_that_exist() -> None:
 
 
 def test_python_in_the_readme_runs() -> None:
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    (snippet,) = blocks("python", README)
     names: dict[str, Any] = {}
     exec(snippet, names)
     assert names["out"].shape == (1024, 8, 64)

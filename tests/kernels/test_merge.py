@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from farspan.kernels.merge import GatheredSums, empty_partial, merge_
+from tests.support.mechanisms import normal
 
 
 def test_merge_equals_softmax_over_the_union() -> None:
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(7, 3, 20, generator=generator, dtype=torch.float64) * 30
-    values = torch.randn(20, 5, generator=generator, dtype=torch.float64)
+    scores, values = normal((7, 3, 20), (20, 5))
+    scores *= 30
     out, lse = empty_partial(7, 3, 5, like=scores)
     for keys in (slice(0, 4), slice(4, 5), slice(5, 20)):
         merge_(out, lse, scores[..., keys].softmax(-1) @ values[keys], scores[..., keys].logsumexp(-1))
@@ -40,9 +40,8 @@ def test_extreme_scores_neither_overflow_nor_vanish() -> None:
 
 def test_gathered_sums_equal_softmax_over_the_union() -> None:
     """Rows meet their keys in different parts and orders; some parts outweigh others by more than exp(700)."""
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(9, 24, generator=generator, dtype=torch.float64) * 400
-    values = torch.randn(24, 5, generator=generator, dtype=torch.float64)
+    (scores, values), generator = normal((9, 24), (24, 5)), torch.Generator().manual_seed(0)
+    scores *= 400
     sums = GatheredSums.empty(9, 5, like=scores)
     seen = torch.zeros(9, 24, dtype=torch.bool)
     for number in range(6):

@@ -6,79 +6,56 @@ import pytest
 import torch
 from torch import Tensor
 
+from farspan.kernels.backend import BACKENDS
+from farspan.kernels.linear_attention.recurrence import RecurrentBackend
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Access, Mechanism
+from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.nats import NAtS
-from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.planner import Heads
-from farspan.kernels.sequence_attention import plan_sequence_attention
+from farspan.kernels.sequence_attention import SequenceScan, plan_sequence_attention
 from tests.support import oracle
-from tests.support.attention_cases import ABLE, ROWS, examples
+from tests.support.attention_cases import ABLE, ROWS
+from tests.support.mechanisms import attend, examples, inputs_of
 from tests.support.truth import expect, visible
 
 EXAMPLES = examples()
 HEADS = [Heads(query=8, kv=8), Heads(query=8, kv=2), Heads(query=8, kv=1)]
 
 
-def random_inputs(mechanism: Mechanism, rows: Rows, heads: Heads, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """q, k, v and routing if there is one, and the gradient of out."""
-    generator = torch.Generator().manual_seed(3)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(len(rows), *shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    inputs = [draw(heads.query, 16), draw(heads.kv, 16), draw(heads.kv, 8)]
-    if mechanism.routing_width:
-        inputs.append(draw(heads.kv, mechanism.routing_width).to(accumulation_dtype(dtype)))
-    return inputs, draw(heads.query, 8)
-
-
-def run(mechanism: Mechanism, inputs: list[Tensor], dout: Tensor, rows: Rows, heads: Heads, backend: str):
-    attention = plan_sequence_attention(mechanism, rows, heads, range(heads.query), backend=backend)
-    out, saved = attention.forward(*inputs)
-    assert out.dtype == inputs[0].dtype
-    return results(out, attention.lse(saved), attention.backward(dout, saved))
-
-
-def results(out: Tensor, lse: Tensor | None, gradients: tuple[Tensor, ...]) -> list[Tensor]:
-    return [out, *([] if lse is None else [lse]), *gradients]
-
-
 @pytest.mark.parametrize("dtype", list(oracle.RELATIVE_TOLERANCE), ids=str)
 @pytest.mark.parametrize("backend", ABLE)
-@pytest.mark.parametrize("mechanism", EXAMPLES)
+@pytest.mark.parametrize("mechanism", EXAMPLES, ids=str)
 def test_mechanism_equals_the_formula(mechanism: Mechanism, backend: str, dtype: torch.dtype) -> None:
     for name, rows in ROWS.items():
         if name == "strided" and Access.LIFETIMES in mechanism.accesses:
             continue  # lifetimes follow from all tokens of a document
         for heads in HEADS:
-            inputs, dout = random_inputs(mechanism, rows, heads, dtype)
-            got = run(mechanism, inputs, dout, rows, heads, backend)
-            expected = expect(mechanism, inputs, dout, rows)
-            errors = [oracle.relative_error(a, b) for a, b in zip(got, expected, strict=True)]
-            assert max(errors) <= oracle.RELATIVE_TOLERANCE[dtype], (name, heads, errors)
+            inputs = inputs_of(mechanism, len(rows), heads, dtype=dtype)
+            got, expected = attend(mechanism, rows, heads, inputs, backend=backend), expect(mechanism, inputs, rows)
+            oracle.assert_close(got, expected, oracle.RELATIVE_TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("backend", ABLE)
-@pytest.mark.parametrize("mechanism", EXAMPLES)
+@pytest.mark.parametrize("mechanism", EXAMPLES, ids=str)
 def test_some_heads_equal_a_slice_of_all(mechanism: Mechanism, backend: str) -> None:
     """Strategies that shard heads rely on it."""
     rows, heads = ROWS["ragged"], Heads(query=8, kv=4)
-    inputs, dout = random_inputs(mechanism, rows, heads, torch.float64)
-    expected = run(mechanism, inputs, dout, rows, heads, backend)
+
+    def some(x: Tensor, first: int) -> Tensor:
+        """Two query heads and their KV head."""
+        return x[:, first : first + 2] if x.shape[1] == 8 else x[:, first // 2 : first // 2 + 1]
+
+    inputs = inputs_of(mechanism, len(rows), heads)
+    expected = attend(mechanism, rows, heads, inputs, backend=backend)
     for first in (0, 2, 6):
-        part = plan_sequence_attention(mechanism, rows, heads, range(first, first + 2), backend=backend)
-        local = [x[:, first : first + 2] if x.shape[1] == 8 else x[:, first // 2 : first // 2 + 1] for x in inputs]
-        out, saved = part.forward(*local)
-        got = results(out, part.lse(saved), part.backward(dout[:, first : first + 2], saved))
-        for some_heads, all_heads in zip(got, expected, strict=True):
-            start = first if all_heads.shape[1] == 8 else first // 2
-            error = oracle.relative_error(some_heads, all_heads[:, start : start + some_heads.shape[1]])
-            assert error <= oracle.RELATIVE_TOLERANCE[torch.float64]
+        local, part = [some(x, first) for x in inputs], range(first, first + 2)
+        got = attend(mechanism, rows, heads, local, backend=backend, head_range=part)
+        oracle.assert_close(got, [some(x, first) for x in expected])
 
 
 @pytest.mark.parametrize("backend", ABLE)
-@pytest.mark.parametrize("mechanism", EXAMPLES)
+@pytest.mark.parametrize("mechanism", EXAMPLES, ids=str)
 def test_nothing_leaks_from_hidden_tokens(mechanism: Mechanism, backend: str) -> None:
     """d out_t / d (k, v)_s is exactly 0 wherever t does not see s: later tokens, other documents, tokens not chosen.
 
@@ -87,7 +64,7 @@ def test_nothing_leaks_from_hidden_tokens(mechanism: Mechanism, backend: str) ->
     rows, heads = Rows.packed([20, 23]), Heads(query=8, kv=1)
     if isinstance(mechanism, NAtS):
         mechanism = replace(mechanism, penalty=0.0)
-    inputs, dout = random_inputs(mechanism, rows, heads, torch.float64)
+    *inputs, dout = inputs_of(mechanism, len(rows), heads)
     attention = plan_sequence_attention(mechanism, rows, heads, range(8), backend=backend)
     _, saved = attention.forward(*inputs)
     mask, document = visible(mechanism, inputs, rows).any(dim=0), rows.document
@@ -101,3 +78,34 @@ def test_nothing_leaks_from_hidden_tokens(mechanism: Mechanism, backend: str) ->
         for gradient in drouting:
             assert not gradient[document != document[t]].any()
             assert (gradient[t + 1 :].abs() <= 1e-14).all()
+
+
+SCANNING = [name for name in ABLE if isinstance(BACKENDS.get(name), RecurrentBackend)]
+PACKED = Rows.packed([50, 1, 130], padding=3)
+SCANNED = {
+    "packed": PACKED,
+    "shuffled": PACKED.take(torch.randperm(len(PACKED), generator=torch.Generator().manual_seed(0))),
+    "padding_first": PACKED.take(torch.arange(len(PACKED)).flip(0)),
+    "nothing": Rows.packed([]),
+}
+
+
+@pytest.mark.parametrize("dtype", list(oracle.RELATIVE_TOLERANCE), ids=str)
+@pytest.mark.parametrize("order", SCANNED)
+@pytest.mark.parametrize("backend", SCANNING)
+@pytest.mark.parametrize("mechanism", Lightning.examples(), ids=str)
+def test_scan_of_rows_in_any_order(mechanism: Lightning, backend: str, order: str, dtype: torch.dtype) -> None:
+    rows, decay = SCANNED[order], mechanism.decay(8)
+    *inputs, dout = inputs_of(mechanism, len(rows), Heads(query=8, kv=2), dtype=dtype)
+    planned = SequenceScan.build(rows, decay, backend=backend)
+    out, saved = planned.forward(*inputs)
+    assert out.dtype == dtype
+    q, k, v = leaves = [x.double().requires_grad_() for x in inputs]
+    expected = oracle.decayed_sums(q, k, v, decay, rows)
+    gradients = torch.autograd.grad(expected, leaves, dout.double())
+    oracle.assert_close((out, *planned.backward(dout, saved)), (expected, *gradients), oracle.RELATIVE_TOLERANCE[dtype])
+
+
+def test_scanned_rows_in_order_are_not_moved() -> None:
+    assert SequenceScan.build(PACKED, torch.zeros(1), backend="cpu").order is None
+    assert SequenceScan.build(SCANNED["shuffled"], torch.zeros(1), backend="cpu").order is not None

@@ -13,11 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from farspan.parallel.comm import Traffic
 from farspan.parallel.fsdp import clip_gradients, sharding_bytes
 from farspan.parallel.mesh import Mesh, ParallelConfig
+from farspan.trainer.batch import MicroBatch
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import PackedSequences
 from farspan.trainer.model.attention import Attention
 from farspan.trainer.model.config import ExpertsConfig
+from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.resolve import open_data
 from tests.support import tiny
 from tests.support.rank_pool import RankPool
@@ -41,11 +43,16 @@ class CollectiveBytes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_sharding(config: Config) -> tuple[int, int, dict[tuple[str, int], int]]:
-    mesh = Mesh.build(config.parallel, "cpu")
-    model = build_model(config, mesh, torch.device("cpu"))
+def model_and_batch(config: Config) -> tuple[Transformer, MicroBatch, Mesh]:
+    """On a rank: the sharded model and its part of the first sequence."""
+    mesh, device = Mesh.build(config.parallel, "cpu"), torch.device("cpu")
     data = PackedSequences(open_data(config)[0], sequence_tokens=config.data.sequence_tokens, seed=0)
-    batch = build_batches(config, mesh, torch.device("cpu"), Traffic()).build(data.sequence(0))
+    batch = build_batches(config, mesh, device, Traffic()).build(data.sequence(0))
+    return build_model(config, mesh, device), batch, mesh
+
+
+def count_sharding(config: Config) -> tuple[int, int, dict[tuple[str, int], int]]:
+    model, batch, mesh = model_and_batch(config)
     with CollectiveBytes() as counter:
         model(batch.tokens, batch.labels, batch.context).losses.sum().backward()
     times = {
@@ -89,10 +96,7 @@ def test_bytes_of_sharding_are_as_stated(
 
 def dtypes_under_bfloat16(config: Config) -> tuple[set[torch.dtype], set[torch.dtype], float]:
     """Return the dtypes that rotary tables and weights have in a block, and the share of gradients beyond bfloat16."""
-    mesh = Mesh.build(config.parallel, "cpu")
-    model = build_model(config, mesh, torch.device("cpu"))
-    data = PackedSequences(open_data(config)[0], sequence_tokens=config.data.sequence_tokens, seed=0)
-    batch = build_batches(config, mesh, torch.device("cpu"), Traffic()).build(data.sequence(0))
+    model, batch, _ = model_and_batch(config)
     tables, weights = set(), set()
 
     def look(module: Attention, args: tuple[Any, ...]) -> None:

@@ -7,7 +7,7 @@ from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.kinds.routed import Routed
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import PADDING, Rows
-from farspan.kernels.mechanism import MECHANISMS, Heads, Mechanism
+from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.mechanisms.block_sparse import BlockSparse
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.lightning import Lightning
@@ -18,6 +18,7 @@ from farspan.kernels.mechanisms.window import Window
 from farspan.kernels.planning.gathered_batches import count_pairs
 from farspan.kernels.planning.plan import Plan
 from farspan.parallel.layout import LAYOUTS, MIN_CHUNK_TOKENS, Shards
+from tests.support.mechanisms import examples
 
 
 @pytest.mark.parametrize(
@@ -77,13 +78,13 @@ def test_an_unknown_layout_is_refused() -> None:
 
 def visible_area(mechanism: Mechanism, rows: Rows, index: Tensor) -> float:
     """Count the pairs that the queries of one rank see, by a plan."""
-    queries, attention_mask = rows.take(index), mechanism.attention_mask()  # pyright: ignore[reportAttributeAccessIssue]
+    assert isinstance(mechanism, Masked)
     selection = None
     if isinstance(mechanism, Routed):
         one = Heads(query=1, kv=1)
         routing = mechanism.route(rows, one, torch.zeros(len(rows), 1, 8), torch.zeros(len(rows), 1, 8))
         selection = routing.selection.of_queries(index)
-    plan = Plan.build(queries, rows, attention_mask, heads=1, selection=selection)
+    plan = Plan.build(rows.take(index), rows, mechanism.attention_mask(), heads=1, selection=selection)
     return plan.unmasked_pairs if selection is None else count_pairs(plan, kv_heads=1)
 
 
@@ -135,10 +136,9 @@ def test_balanced_assigns_no_chunk_that_is_too_short() -> None:
     assert int((index.diff(dim=1) != 1).sum(dim=1).max()) > 3
 
 
-MASKED = [x for name in MECHANISMS for x in MECHANISMS.get(name).examples() if isinstance(x, Masked)]
-
-
-@pytest.mark.parametrize("mechanism", [x for x in MASKED if x.static_mask and not isinstance(x, Neighborhood)], ids=str)
+@pytest.mark.parametrize(
+    "mechanism", [x for x in examples(Masked) if x.static_mask and not isinstance(x, Neighborhood)], ids=str
+)
 def test_visible_keys_are_those_of_the_mask(mechanism: Masked) -> None:
     rows = Rows.packed([1, 130, 3, 77], padding=5)
     attention_mask = mechanism.attention_mask()

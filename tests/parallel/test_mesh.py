@@ -29,11 +29,7 @@ def test_degrees_fill_the_ranks(config: ParallelConfig, num_ranks: int, expected
         (ParallelConfig(context=3), 8, r"parallel\.context=3 x parallel\.dp_replicate=1 = 3 must divide .* ranks, 8"),
         (ParallelConfig(dp_shard=2), 8, r"x parallel\.dp_shard=2 = 2 must equal the number of ranks, 8"),
         (ParallelConfig(context=16), 8, r"= 16 must divide the number of ranks, 8"),
-        (
-            ParallelConfig(context=2, dp_replicate=2, expert=3),
-            8,
-            r"expert=3 must divide .* = 2 x 2, the ranks",
-        ),
+        (ParallelConfig(context=2, dp_replicate=2, expert=3), 8, r"expert=3 must divide .* = 2 x 2, the ranks"),
     ],
 )
 def test_degrees_that_do_not_fit_are_refused(config: ParallelConfig, num_ranks: int, message: str) -> None:
@@ -41,16 +37,25 @@ def test_degrees_that_do_not_fit_are_refused(config: ParallelConfig, num_ranks: 
         Degrees.resolve(config, num_ranks)
 
 
-def places(config: ParallelConfig) -> tuple[int, list[int], list[str], list[int]]:
+def places(config: ParallelConfig) -> tuple[int, list[int], tuple[str, ...] | None, list[list[int]]]:
+    """On a rank: its data rank, the ranks of its context group, and the names and ranks of the mesh of parameters."""
     mesh = Mesh.build(config, "cpu")
-    names = list(mesh.fsdp.mesh_dim_names or ())
-    return mesh.data_rank, dist.get_process_group_ranks(mesh.context), names, mesh.fsdp.mesh.flatten().tolist()
+    return mesh.data_rank, dist.get_process_group_ranks(mesh.context), mesh.fsdp.mesh_dim_names, mesh.fsdp.mesh.tolist()
 
 
 def test_context_groups_are_neighbors_and_parameters_are_sharded_over_all(ranks: Callable[[int], RankPool]) -> None:
     found = ranks(4).run(places, ParallelConfig(context=2))
     assert [place[:2] for place in found] == [(0, [0, 1]), (0, [0, 1]), (1, [2, 3]), (1, [2, 3])]
-    assert all(place[2:] == (["shard"], [0, 1, 2, 3]) for place in found)
+    assert all(place[2:] == (("shard",), [0, 1, 2, 3]) for place in found)
+
+
+@pytest.mark.parametrize(("degree", "dp_shard"), [(4, 0), (8, 2)])
+def test_replicas_lie_far_apart_and_shard_their_own_copy(
+    ranks: Callable[[int], RankPool], degree: int, dp_shard: int
+) -> None:
+    rows = torch.arange(degree).view(2, -1).tolist()
+    for place in ranks(degree).run(places, ParallelConfig(context=2, dp_replicate=2, dp_shard=dp_shard)):
+        assert place[2:] == (("replicate", "shard"), rows)
 
 
 def timeouts() -> set[float]:
@@ -72,30 +77,14 @@ def made_twice() -> bool:
     pairs = zip(one.experts.get_all_groups(), other.experts.get_all_groups(), strict=True)
     assert all(a is b for a, b in pairs)
     assert one.fsdp.get_group() is other.fsdp.get_group()
-    groups = [one.context, one.fsdp.get_group(), one.expert]
-    assert len({id(group) for group in groups}) == len(groups)
     of_all = Mesh.build(ParallelConfig(context=4), "cpu")
-    groups = [of_all.context, of_all.fsdp.get_group(), of_all.experts.get_group("shard")]
-    assert len({id(group) for group in groups}) == len(groups)
+    for mesh, experts in ((one, one.expert), (of_all, of_all.experts.get_group("shard"))):
+        assert len({id(group) for group in (mesh.context, mesh.fsdp.get_group(), experts)}) == 3
     return True
 
 
 def test_groups_are_made_once_for_each_purpose(ranks: Callable[[int], RankPool]) -> None:
     assert all(ranks(4).run(made_twice))
-
-
-def test_replicas_lie_far_apart_and_shards_near(ranks: Callable[[int], RankPool]) -> None:
-    found = ranks(8).run(shape_of_parameters, ParallelConfig(context=2, dp_shard=2, dp_replicate=2))
-    assert found == [[[0, 1, 2, 3], [4, 5, 6, 7]]] * 8
-
-
-def shape_of_parameters(config: ParallelConfig) -> list[list[int]]:
-    return Mesh.build(config, "cpu").fsdp.mesh.tolist()
-
-
-def test_replicas_shard_their_own_copy(ranks: Callable[[int], RankPool]) -> None:
-    found = ranks(4).run(places, ParallelConfig(context=2, dp_replicate=2))
-    assert all(place[2:] == (["replicate", "shard"], [0, 1, 2, 3]) for place in found)
 
 
 def lines() -> list[list[int]]:

@@ -1,8 +1,8 @@
 """Attention of rows to rows on one backend: inputs, the result, and the oracle's in float64."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple, Self
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -14,10 +14,11 @@ from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.neighborhood import Dimension, Neighborhood
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockSelection
-from farspan.kernels.mechanism import MECHANISMS, Mechanism
-from farspan.kernels.merge import accumulation_dtype
+from farspan.kernels.mechanism import Mechanism
+from farspan.kernels.merge import accumulation_dtype, empty_partial, merge_
 from farspan.kernels.planning.plan import Plan
 from tests.support import oracle
+from tests.support.mechanisms import normal
 from tests.support.sequence_shards import select
 
 CPU = torch.device("cpu")
@@ -29,64 +30,69 @@ ROWS = {
     "shuffled": Rows.packed([50, 30], padding=3).take(torch.randperm(83, generator=torch.Generator().manual_seed(0))),
     "strided": Rows.packed([160]).take(torch.arange(1, 160, 2)),
 }
+GRID = AttentionMask(
+    causal=False,
+    neighborhood=Neighborhood(dimensions=(Dimension(length=5, window=3), Dimension(length=8, window=4, stride=2))),
+)
 # Masks that no mechanism uses obey the same contract.
 ATTENTION_MASKS = [
     *(AttentionMask(causal=causal, window=window) for causal in (True, False) for window in (1, 7, 40)),
     AttentionMask(window=(3, 40, 3, 9), sinks=2),
     AttentionMask(causal=False, window=(1, 2, 90, 1)),
-    AttentionMask(
-        causal=False,
-        neighborhood=Neighborhood(dimensions=(Dimension(length=5, window=3), Dimension(length=8, window=4, stride=2))),
-    ),
+    GRID,
 ]
 
 
-def examples(kind: type[Mechanism] = Mechanism) -> list:
-    """The examples of all mechanisms of a kind, as parameters of a test."""
-    found = [example for name in MECHANISMS for example in MECHANISMS.get(name).examples()]
-    return [pytest.param(example, id=str(example)) for example in found if isinstance(example, kind)]
-
-
-@dataclass(frozen=True)
-class Tensors:
+class Tensors(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
     dout: Tensor
 
-    @staticmethod
+    @classmethod
     def random(
-        queries: int, keys: int, heads: tuple[int, int], head_dim: int, value_dim: int, dtype: torch.dtype
-    ) -> "Tensors":
-        generator = torch.Generator().manual_seed(3)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-        return Tensors(
-            q=draw(queries, heads[0], head_dim),
-            k=draw(keys, heads[1], head_dim),
-            v=draw(keys, heads[1], value_dim),
-            dout=draw(queries, heads[0], value_dim),
-        )
+        cls,
+        queries: int,
+        keys: int,
+        heads: tuple[int, int] = (4, 2),
+        dims: tuple[int, int] = (16, 16),
+        dtype: torch.dtype = torch.float64,
+    ) -> Self:
+        """heads: of queries, and of keys. dims: of queries and keys, and of values."""
+        query, key = (queries, heads[0]), (keys, heads[1])
+        return cls(*normal((*query, dims[0]), (*key, dims[0]), (*key, dims[1]), (*query, dims[1]), seed=3, dtype=dtype))
 
 
 def run(tensors: Tensors, plan: Plan, backend: str) -> list[Tensor]:
     """out, lse, dq, dk and dv of a backend."""
-    out, lse = attention_forward(tensors.q, tensors.k, tensors.v, plan, backend=backend)
-    assert lse.dtype == accumulation_dtype(tensors.q.dtype)
-    assert out.dtype in (tensors.q.dtype, lse.dtype)
-    gradients = attention_backward(
-        tensors.dout, tensors.q, tensors.k, tensors.v, out.to(tensors.q.dtype), lse, plan, backend=backend
-    )
-    return [out, lse, *gradients]
+    q, k, v, dout = tensors
+    out, lse = attention_forward(q, k, v, plan, backend=backend)
+    assert lse.dtype == accumulation_dtype(q.dtype)
+    assert out.dtype in (q.dtype, lse.dtype)
+    return [out, lse, *attention_backward(dout, q, k, v, out.to(q.dtype), lse, plan, backend=backend)]
+
+
+def run_parts(tensors: Tensors, parts: Sequence[Tensor], plans: Sequence[Plan], backend: str) -> list[Tensor]:
+    """The same of keys in parts, each with its plan; backward with the out and lse of all parts."""
+    q, k, v, dout = tensors
+    out, lse = empty_partial(*dout.shape, like=q)
+    for part, plan in zip(parts, plans, strict=True):
+        merge_(out, lse, *attention_forward(q, k[part], v[part], plan, backend=backend))
+    dq, dk, dv = (torch.zeros_like(x, dtype=out.dtype) for x in (q, k, v))
+    for part, plan in zip(parts, plans, strict=True):
+        found = attention_backward(dout, q, k[part], v[part], out.to(q.dtype), lse, plan, backend=backend)
+        assert all(x.dtype == out.dtype for x in found)
+        dq += found[0]
+        dk[part], dv[part] = found[1:]
+    return [out, lse, dq, dk, dv]
 
 
 def expect(tensors: Tensors, mask: Tensor) -> list[Tensor]:
     """The same by the oracle, for a mask `[heads, queries, keys]`."""
-    q, k, v = (x.double().requires_grad_() for x in (tensors.q, tensors.k, tensors.v))
+    *leaves, dout = (x.detach().double() for x in tensors)
+    q, k, v = (x.requires_grad_() for x in leaves)
     out, lse = oracle.attention(q, k, v, mask)
-    gradients = torch.autograd.grad(out, (q, k, v), tensors.dout.double(), allow_unused=True, materialize_grads=True)
+    gradients = torch.autograd.grad(out, (q, k, v), dout, allow_unused=True, materialize_grads=True)
     return [out.detach(), lse.detach(), *gradients]
 
 
@@ -98,14 +104,22 @@ def check(
     backend: str,
     selection: BlockSelection | None = None,
 ) -> None:
-    """Compare the two for a plan with short runs."""
-    heads = tensors.q.shape[1]
+    """Compare `run` with `expect` for a plan with short runs."""
+    heads, tolerance = tensors.q.shape[1], oracle.RELATIVE_TOLERANCE[tensors.q.dtype]
     plan = Plan.build(queries, keys, attention_mask, heads=heads, selection=selection, shortest_run=8)
-    expected = expect(tensors, mask_of(queries, keys, attention_mask, heads, selection))
-    names = ("out", "lse", "dq", "dk", "dv")
-    pairs = zip(names, run(tensors, plan, backend), expected, strict=True)
-    errors = {name: oracle.relative_error(got, right) for name, got, right in pairs}
-    assert max(errors.values()) <= oracle.RELATIVE_TOLERANCE[tensors.q.dtype], errors
+    mask = mask_of(queries, keys, attention_mask, heads, selection)
+    oracle.assert_close(run(tensors, plan, backend), expect(tensors, mask), tolerance)
+
+
+def check_blind(queries: Rows, keys: Rows, backend: str, dtype: torch.dtype = torch.float32) -> None:
+    """No query sees a key: zeros, also by the backend itself, which `attention_forward` spares such plans."""
+    q, k, v, dout = tensors = Tensors.random(len(queries), len(keys), dtype=dtype)
+    plan, itself = Plan.build(queries, keys, AttentionMask(), heads=4), BACKENDS.get(backend)
+    out, lse = itself.forward(q, k, v, plan)
+    for results in (run(tensors, plan, backend), [out, lse, *itself.backward(dout, q, k, v, out.to(dtype), lse, plan)]):
+        assert results.pop(1).isneginf().all()
+        assert [x.shape for x in results] == [x.shape for x in (dout, q, k, v)]
+        assert not any(x.any() for x in results)
 
 
 def mask_of(

@@ -30,13 +30,7 @@ def convolved(k: Tensor, weight: Tensor, position: Tensor) -> Tensor:
 
 
 def attention(
-    p: dict[str, Tensor],
-    name: str,
-    model: ModelConfig,
-    x: Tensor,
-    position: Tensor,
-    visible: Tensor,
-    seen: Seen,
+    p: dict[str, Tensor], name: str, model: ModelConfig, x: Tensor, position: Tensor, visible: Tensor, seen: Seen
 ) -> Tensor:
     q, k, v = (
         (x @ p[f"{name}{part}.weight"].T).unflatten(-1, (-1, model.head_dim)) for part in ("query", "key", "value")
@@ -74,7 +68,7 @@ def gated_recurrence(
     age = (position[:, None] - position[None]).clamp(min=0)
     weights = torch.exp(-torch.tensor(slopes, dtype=torch.float64)[:, None, None] * age) * visible  # [H, T, S]
     sums = torch.einsum("hts,shd->thd", torch.einsum("thd,shd->hts", q, k) * weights, v).flatten(1)
-    normed = sums / (sums.square().mean(-1, keepdim=True) + model.norm_epsilon).sqrt() * p[name + "norm.weight"]
+    normed = rms(sums, p[name + "norm.weight"], model.norm_epsilon)
     return (torch.sigmoid(x @ p[name + "gate.weight"].T) * normed) @ p[name + "out.weight"].T
 
 

@@ -1,8 +1,9 @@
 """flash-attn 2, 3 and 4 where they are not installed: the signatures of their functions, computed by plain torch.
 
-Parameters, their order and the results are those of flash-attn 2.8.3.post2, FlashAttention 3 (3.0.0.b1 and the head of
-its repository) and flash-attn-4 (4.0.0b36). Like the real ones, those of flash-attn 2 and of the head of FlashAttention
-3 are custom operators, whose signatures cannot be inspected. Each fails on inputs that the real one does not support.
+Required parameters, their order and the results are those of flash-attn 2.8.3.post2, FlashAttention 3 (3.0.0.b1 and the
+head of its repository) and flash-attn-4 (4.0.0b36); of the optional ones only those are here that we pass, by keyword.
+Like the real ones, those of flash-attn 2 and of the head of FlashAttention 3 are custom operators, whose signatures
+cannot be inspected. Each fails on inputs that the real one does not support.
 """
 
 import math
@@ -24,7 +25,7 @@ UNCACHED = flash_attn.module.__wrapped__
 Three = tuple[Tensor, Tensor, Tensor]
 
 
-def scores(q: Tensor, k: Tensor, causal: bool, scale: float, window: tuple[int, int] = (-1, -1)) -> Tensor:
+def scores(q: Tensor, k: Tensor, causal: bool, scale: float, window: tuple[int, int]) -> Tensor:
     """Return scaled scores `[H, T, S]` of q `[T, H, D]` and k `[S, Hk, D]`, aligned bottom right."""
     key = k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     found = torch.einsum("thd,shd->hts", q.float(), key) * scale
@@ -34,9 +35,11 @@ def scores(q: Tensor, k: Tensor, causal: bool, scale: float, window: tuple[int, 
     return found.masked_fill(~mask, -math.inf)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Return out `[T, H, D]` and lse `[H, T]`."""
-    found = scores(q, k, causal, scale)
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: tuple[int, int] = (-1, -1)
+) -> tuple[Tensor, Tensor]:
+    """Return out `[T, H, D]` and lse `[H, T]`, which autograd can differentiate."""
+    found = scores(q, k, causal, scale, window)
     value = v.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     return torch.einsum("hts,shd->thd", found.softmax(-1), value).to(q.dtype), found.logsumexp(-1)
 
@@ -45,7 +48,7 @@ def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> Three:
     """Return (dq, dk, dv) by the formula, without grouped heads."""
-    p = (scores(q, k, causal, scale) - lse.unsqueeze(-1)).exp()
+    p = (scores(q, k, causal, scale, (-1, -1)) - lse.unsqueeze(-1)).exp()
     dout = dout.float()
     delta = (dout * out.float()).sum(-1).t().unsqueeze(-1)
     ds = p * (torch.einsum("thd,shd->hts", dout, v.float()) - delta) * scale
@@ -108,18 +111,19 @@ def sequences(
 
 
 def packed(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, max_q: int | None, max_k: int | None,
-    scale: float | None, causal: bool, window: tuple[int, int],
-) -> Tensor:  # fmt: skip
-    """Compute a public function, which autograd can differentiate."""
-    outs = []
-    for rows, keys in sequences(cu_q, cu_k, max_q, max_k):
-        probability = scores(q[rows], k[keys], causal, scale or q.shape[-1] ** -0.5, window).softmax(-1)
-        value = v[keys].float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        outs.append(torch.einsum("hts,shd->thd", probability, value).to(q.dtype))
+    name: str, widest: int, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
+    max_q: int | None, max_k: int | None, scale: float | None, causal: bool, window: tuple[int, int] = (-1, -1),
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return out `[T, H, D]` and lse `[H, T]` of packed sequences, one after another."""
+    check(name, widest, q, k, v)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    parts = [
+        forward(q[rows], k[keys], v[keys], causal, factor, window) for rows, keys in sequences(cu_q, cu_k, max_q, max_k)
+    ]
+    outs, lses = zip(*parts, strict=True)
     out = torch.cat(outs)
     assert out.shape[0] == q.shape[0]
-    return out
+    return out, torch.cat(lses, dim=1)
 
 
 def empty() -> Tensor:
@@ -140,7 +144,6 @@ def fa2_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor | None,
     dk: Tensor | None, dv: Tensor | None, dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int,
     window_size_right: int, softcap: float, alibi_slopes: Tensor | None, deterministic: bool,
-    rng_state: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     assert (dropout_p, window_size_left, window_size_right, softcap, alibi_slopes) == (0.0, -1, -1, 0.0, None)
     fill((dq, dk, dv), padded_backward("fa2", 256, dout, q, k, v, out, softmax_lse, causal, softmax_scale))
@@ -151,17 +154,10 @@ def fa2_backward(
 def fa2_varlen_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
     dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int = -1, window_size_right: int = -1,
-    softcap: float = 0.0, alibi_slopes: Tensor | None = None, return_softmax: bool = False,
-    block_table: Tensor | None = None, leftpad_k: Tensor | None = None, seqused_k: Tensor | None = None,
-    zero_tensors: bool = False,
+    softcap: float = 0.0, alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    check("fa2_varlen", 256, q, k, v)
-    parts = [
-        forward(q[rows], k[keys], v[keys], causal, softmax_scale)
-        for rows, keys in sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    ]
-    outs, lses = zip(*parts, strict=True)
-    return torch.cat(outs), torch.cat(lses, dim=1), empty(), empty()
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    return *packed("fa2_varlen", 256, q, k, v, *lengths, softmax_scale, causal), empty(), empty()
 
 
 @torch.library.custom_op("farspan_fake_2::varlen_backward", mutates_args=("dq", "dk", "dv"))
@@ -170,7 +166,6 @@ def fa2_varlen_backward(
     dk: Tensor | None, dv: Tensor | None, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
     max_seqlen_k: int, dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int,
     window_size_right: int, softcap: float, alibi_slopes: Tensor | None, deterministic: bool,
-    rng_state: Tensor | None = None, zero_tensors: bool = False,
 ) -> Tensor:  # fmt: skip
     check("fa2_varlen", 256, dout, q, k, v, out)
     assert softmax_lse.dtype == torch.float32
@@ -186,12 +181,10 @@ def fa2_varlen_backward(
 
 
 def fa2_varlen_func(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
-    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
-    block_table=None,
-) -> Tensor:  # fmt: skip
-    check("fa2_public", 256, q, k, v)
-    return packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size)
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, causal=False, window_size=(-1, -1)
+) -> Tensor:
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    return packed("fa2_public", 256, q, k, v, *lengths, None, causal, window_size)[0]
 
 
 def fa2_old_forward(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_softmax):
@@ -202,16 +195,15 @@ def fa2_old_forward(q, k, v, dropout_p, softmax_scale, causal, window_size, soft
 def fa3_b1_forward(
     q, k, v, k_new, v_new, qv, out, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q, seqused_k, max_seqlen_q,
     max_seqlen_k, page_table, kv_batch_idx, leftpad_k, rotary_cos, rotary_sin, seqlens_rotary, q_descale, k_descale,
-    v_descale, softmax_scale, causal, window_size=(-1, -1), attention_chunk=0, softcap=0.0, rotary_interleaved=True,
-    scheduler_metadata=None, num_splits=1, pack_gqa=None, sm_margin=0,
+    v_descale, softmax_scale, causal, *, attention_chunk=0,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    assert (k_new, qv, out, cu_seqlens_q, page_table, q_descale, window_size) == (*[None] * 6, (-1, -1))
+    assert (k_new, qv, out, cu_seqlens_q, page_table, q_descale) == (None,) * 6
     return *padded_forward("fa3", 256, q, k, v, causal, softmax_scale), empty(), empty()
 
 
 def fa3_b1_backward(
     dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, sequed_q, sequed_k, max_seqlen_q, max_seqlen_k, dq, dk,
-    dv, softmax_scale, causal, window_size=(-1, -1), softcap=0.0, deterministic=False, sm_margin=0,
+    dv, softmax_scale, causal,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     assert (cu_seqlens_q, cu_seqlens_k, sequed_q, sequed_k, max_seqlen_q, max_seqlen_k) == (None,) * 6
     fill((dq, dk, dv), padded_backward("fa3", 256, dout, q, k, v, out, softmax_lse, causal, softmax_scale))
@@ -219,91 +211,51 @@ def fa3_b1_backward(
 
 
 def fa3_varlen_func(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None, softmax_scale=None,
-    causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1), attention_chunk=0,
-    softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0,
-) -> Tensor:  # fmt: skip
-    check("fa3_public", 256, q, k, v)
-    return packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size)
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, causal=False, window_size=(-1, -1)
+) -> Tensor:
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    return packed("fa3_public", 256, q, k, v, *lengths, None, causal, window_size)[0]
 
 
 @torch.library.custom_op("farspan_fake_3::forward", mutates_args=())
 def fa3_head_forward(
-    q: Tensor, k: Tensor, v: Tensor, k_new: Tensor | None = None, v_new: Tensor | None = None, qv: Tensor | None = None,
-    out_: Tensor | None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
-    cu_seqlens_k_new: Tensor | None = None, seqused_q: Tensor | None = None, seqused_k: Tensor | None = None,
-    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, page_table: Tensor | None = None,
-    kv_batch_idx: Tensor | None = None, leftpad_k: Tensor | None = None, rotary_cos: Tensor | None = None,
-    rotary_sin: Tensor | None = None, seqlens_rotary: Tensor | None = None, q_descale: Tensor | None = None,
-    k_descale: Tensor | None = None, v_descale: Tensor | None = None, softmax_scale: float | None = None,
-    causal: bool = False, window_size_left: int = -1, window_size_right: int = -1, attention_chunk: int = 0,
-    softcap: float = 0.0, rotary_interleaved: bool = True, scheduler_metadata: Tensor | None = None,
-    num_splits: int = 1, pack_gqa: bool | None = None, sm_margin: int = 0,
+    q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None = None, causal: bool = False,
+    attention_chunk: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    assert (window_size_left, window_size_right) == (-1, -1)
     return *padded_forward("fa3", 256, q, k, v, causal, softmax_scale), empty(), empty()
 
 
 @torch.library.custom_op("farspan_fake_3::backward", mutates_args=("dq", "dk", "dv"))
 def fa3_head_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None, sequed_q: Tensor | None = None, sequed_k: Tensor | None = None,
-    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, dq: Tensor | None = None,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor | None = None,
     dk: Tensor | None = None, dv: Tensor | None = None, softmax_scale: float | None = None, is_causal: bool = False,
-    window_size_left: int = -1, window_size_right: int = -1, softcap: float = 0.0, deterministic: bool = False,
-    sm_margin: int = 0,
 ) -> Tensor:  # fmt: skip
     fill((dq, dk, dv), padded_backward("fa3", 256, dout, q, k, v, out, softmax_lse, is_causal, softmax_scale))
     return empty()
 
 
-def fa4_b36_forward(
-    q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None,
-    max_seqlen_k=None, min_seqlen_k=None, page_table=None, softmax_scale=None, causal=False, softcap=None,
-    window_size_left=None, window_size_right=None, learnable_sink=None, tile_mn=None, mma_pv_is_rs=None,
-    intra_wg_overlap=None, num_threads=384, num_splits=1, pack_gqa=None, _arch=None, score_mod=None, mask_mod=None,
-    block_sparse_tensors=None, return_lse=False, out=None, lse=None, aux_tensors=None, aux_scalars=None,
-    q_descale=None, k_descale=None, v_descale=None, gather_kv_indices=None, scheduler_metadata=None,
-    seqlen_k_per_split=None, disable_scheduler_metadata=False, gather_bwd_recompute_p=False,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+def fa4_b36_forward(q, k, v, *, softmax_scale=None, causal=False, return_lse=False) -> tuple[Tensor | None, ...]:
     assert return_lse or any(x.requires_grad for x in (q, k, v)), "it keeps its lse to itself"
     return *padded_forward("fa4", 128, q, k, v, causal, softmax_scale), None, None, None
 
 
-def fa4_b36_backward(
-    q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
-    window_size_right=None, m_block_size=64, n_block_size=128, num_threads=256, pack_gqa=False, num_stages_Q=2,
-    num_stages_dO=2, SdP_swapAB=False, dKV_swapAB=False, dQ_swapAB=False, AtomLayoutMSdP=2, AtomLayoutNdKV=2,
-    AtomLayoutMdQ=2, V_in_regs=False, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
-    max_seqlen_q=None, max_seqlen_k=None, deterministic=False, dq=None, dk=None, dv=None, score_mod=None,
-    score_mod_bwd=None, mask_mod=None, aux_tensors=None, aux_scalars=None, block_sparse_tensors=None, dlse=None,
-    learnable_sink=None,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def fa4_b36_backward(q, k, v, out, dout, lse, *, softmax_scale=None, causal=False) -> tuple[Tensor, ...]:
     return padded_backward("fa4", 128, dout, q, k, v, out, lse, causal, softmax_scale)
 
 
-def fa4_early_forward(
-    q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None, page_table=None, softmax_scale=None,
-    causal=False, softcap=None, window_size_left=None, window_size_right=None, learnable_sink=None, m_block_size=128,
-    n_block_size=128, num_threads=384, pack_gqa=None, _compute_capability=None,
-):  # fmt: skip
+def fa4_early_forward(q, k, v, *, softmax_scale=None, causal=False):
     """That inside flash-attn 2.8.3, whose lse is None where nothing requires a gradient."""
     raise AssertionError("this version is never called")
 
 
 def fa4_varlen_func(
-    q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, min_seqlen_k=None,
-    seqused_q=None, seqused_k=None, gather_kv_indices=None, page_table=None, softmax_scale=None, causal=False,
-    window_size=(None, None), learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
-    score_mod=None, score_mod_bwd=None, mask_mod=None, block_sparse_tensors=None, aux_tensors=None, aux_scalars=None,
-    return_lse=False, scheduler_metadata=None, seqlen_k_per_split=None, disable_scheduler_metadata=False,
-    gather_bwd_recompute_p=False, gather_bwd_token_chunk=None,
+    q, k, v, *, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, causal=False,
+    window_size=(None, None),
 ) -> tuple[Tensor, None]:  # fmt: skip
-    check("fa4_public", 128, q, k, v)
-    assert qv is None
     assert -1 not in window_size, "None is no window"
     window = (-1 if window_size[0] is None else window_size[0], -1 if window_size[1] is None else window_size[1])
-    return packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window), None
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    return packed("fa4_public", 128, q, k, v, *lengths, None, causal, window)[0], None
 
 
 FA2 = {"_flash_attn_forward": fa2_forward, "_flash_attn_backward": fa2_backward,

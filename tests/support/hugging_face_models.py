@@ -75,10 +75,7 @@ def logits(decoder: Decoder, weights: Path, tokens: Tensor = TOKENS) -> Tensor:
         model = Transformer(decoder.model, decoder.mechanisms())
         load_weights(model, weights)
 
-        def keep(module: torch.nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            hidden.append(output)
-
-        model.norm.register_forward_hook(keep)
+        model.norm.register_forward_hook(lambda module, inputs, output: hidden.append(output))  # pyright: ignore
         count = len(tokens)
         sequence = PackedSequence(
             tokens=tokens.numpy(),

@@ -15,12 +15,11 @@ from torch import Tensor
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import MECHANISMS, Mechanism
 from farspan.kernels.mechanisms.dense import Dense
-from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.planner import Heads, Sizes
-from farspan.kernels.sequence_attention import plan_sequence_attention
 from farspan.parallel.comm import GradCommDtype, Traffic
 from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.parallel.layout import LAYOUTS, Shards
+from tests.support.mechanisms import attend, inputs_of
 from tests.support.oracle import relative_error
 from tests.support.rank_pool import RankPool, world_channel
 
@@ -52,19 +51,12 @@ class Case:
     def rows(self) -> Rows:
         return DOCUMENTS[self.documents]
 
-    def inputs(self) -> tuple[Tensor, ...]:
+    def inputs(self) -> list[Tensor]:
         """q, k, v, routing and the gradient of out of the full sequence; the same on every rank."""
-        generator = torch.Generator().manual_seed(1)
-        tokens, width = len(self.rows), self.mechanism.routing_width
-        shapes = [
-            (tokens, self.heads.query, HEAD_DIM),
-            (tokens, self.heads.kv, HEAD_DIM),
-            (tokens, self.heads.kv, VALUE_DIM),
-            (tokens, self.heads.query, VALUE_DIM),
-        ]
-        q, k, v, dout = (torch.randn(*s, generator=generator, dtype=torch.float64).to(self.dtype) for s in shapes)
-        routing = torch.randn(tokens, self.heads.kv, width, generator=generator, dtype=torch.float64)
-        return q, k, v, *([routing.to(accumulation_dtype(self.dtype))] if width else []), dout
+        return inputs_of(self.mechanism, len(self.rows), self.heads, (HEAD_DIM, VALUE_DIM), self.dtype, seed=1)
+
+    def shards(self, degree: int) -> Shards:
+        return Shards.build(self.rows, layout=self.layout, degree=degree, work=self.mechanism.keys_per_query)
 
 
 @dataclass(frozen=True)
@@ -82,18 +74,17 @@ def run_cases(cases: list[Case]) -> list[tuple[list[Tensor], list[Sent]]]:
 
 def run_case(case: Case) -> tuple[list[Tensor], list[Sent]]:
     channel = world_channel(case.inner_size)
-    shards = Shards.build(case.rows, layout=case.layout, degree=channel.size, work=case.mechanism.keys_per_query)
+    shards = case.shards(channel.size)
     strategy = STRATEGIES.get(case.strategy)(channel, grad_comm_dtype=case.grad_comm_dtype)
     planned = strategy.prepare(case.mechanism, shards, case.heads, backend="cpu")
-    *global_inputs, global_dout = case.inputs()
-    *inputs, dout = (shards.shard(x, channel.rank) for x in (*global_inputs, global_dout))
+    q, k, _, *routing, _ = global_inputs = case.inputs()
+    *inputs, dout = (shards.shard(x, channel.rank) for x in global_inputs)
     with torch.no_grad():
         out, saved = planned.forward(*inputs)
         forward_traffic = channel.traffic.take()
         gradients = [x.to(of.dtype) for x, of in zip(planned.backward(dout, saved), inputs, strict=True)]
         backward_traffic = channel.traffic.take()
         lse = planned.lse(saved)
-        q, k, _, *routing = global_inputs
         source = functools.partial(case.mechanism.route, case.rows, case.heads, q, k, *routing)
     stated = planned.volume(Sizes.of(case.dtype, HEAD_DIM, VALUE_DIM), source)
     sent = [Sent(forward_traffic, stated.forward), Sent(backward_traffic, stated.backward)]
@@ -104,11 +95,7 @@ def run_case(case: Case) -> tuple[list[Tensor], list[Sent]]:
 def reference(mechanism: Mechanism, documents: str, heads: Heads, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """One process, the reference backend, float64, of inputs rounded to `dtype`."""
     case = Case(mechanism, "single", "contiguous", documents, heads, dtype=dtype)
-    *inputs, dout = (x.double() for x in case.inputs())
-    attention = plan_sequence_attention(mechanism, case.rows, heads, range(heads.query), backend="reference")
-    out, saved = attention.forward(*inputs)
-    lse = attention.lse(saved)
-    return [out, *([] if lse is None else [lse]), *attention.backward(dout, saved)]
+    return attend(mechanism, case.rows, heads, [x.double() for x in case.inputs()])
 
 
 def cases_of(strategy: str, degree: int, mechanism_name: str) -> list[Case]:
@@ -142,9 +129,9 @@ def label(case: Case) -> str:
     return f"{case.mechanism}-{case.strategy}-{case.layout}-{case.documents}-{heads}"
 
 
-def put_together(case: Case, degree: int, parts: list[list[Tensor]]) -> list[Tensor]:
+def unshard(case: Case, parts: list[list[Tensor]]) -> list[Tensor]:
     """Return the full sequence's tensors from every rank's list of them."""
-    shards = Shards.build(case.rows, layout=case.layout, degree=degree, work=case.mechanism.keys_per_query)
+    shards = case.shards(len(parts))
     return [shards.unshard(torch.stack(part)) for part in zip(*parts, strict=True)]
 
 
@@ -170,27 +157,22 @@ def matrix_test(strategies: list[str], degrees: list[int]) -> Callable[..., None
     @pytest.mark.parametrize("degree", degrees)
     @pytest.mark.parametrize("strategy", strategies)
     def equals_one_process(ranks: Callable[[int], RankPool], strategy: str, degree: int, mechanism: str) -> None:
-        check_equals_one_process(ranks(degree), strategy, degree, mechanism)
+        """Pairs without a case must be refused whatever the heads."""
+        cases = cases_of(strategy, degree, mechanism)
+        if not cases:
+            assert is_refused_whatever_the_heads(strategy, degree, mechanism)
+            return
+        results, wrong = ranks(degree).run(run_cases, cases), []
+        for number, case in enumerate(cases):
+            found = unshard(case, [of_rank[number][0] for of_rank in results])
+            expected = reference(case.mechanism, case.documents, case.heads)
+            error = max(relative_error(a, b) for a, b in zip(found, expected, strict=True))
+            if not error <= FLOAT64_TOLERANCE:
+                wrong.append(f"{label(case)}: {error:.1e}")
+            wrong += differing_bytes(case, [of_rank[number][1] for of_rank in results])
+        assert not wrong, f"of {len(cases)} cases these differ from one process or their formula:\n" + "\n".join(wrong)
 
     return equals_one_process
-
-
-def check_equals_one_process(pool: RankPool, strategy: str, degree: int, mechanism: str) -> None:
-    """Run the cases of a strategy, degree and mechanism; those without a case must be refused whatever the heads."""
-    cases = cases_of(strategy, degree, mechanism)
-    if not cases:
-        assert is_refused_whatever_the_heads(strategy, degree, mechanism)
-        return
-    results = pool.run(run_cases, cases)
-    wrong = []
-    for number, case in enumerate(cases):
-        found = put_together(case, degree, [of_rank[number][0] for of_rank in results])
-        expected = reference(case.mechanism, case.documents, case.heads)
-        error = max(relative_error(a, b) for a, b in zip(found, expected, strict=True))
-        if not error <= FLOAT64_TOLERANCE:
-            wrong.append(f"{label(case)}: {error:.1e}")
-        wrong += differing_bytes(case, [of_rank[number][1] for of_rank in results])
-    assert not wrong, f"of {len(cases)} cases these differ from one process or their formula:\n" + "\n".join(wrong)
 
 
 def is_refused_whatever_the_heads(strategy: str, degree: int, mechanism: str) -> bool:

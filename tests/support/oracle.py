@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -59,13 +60,9 @@ def neighbors(position: int, neighborhood: Neighborhood) -> set[int]:
     return set(positions)
 
 
-def visible_mask(queries: Rows, keys: Rows, attention_mask: AttentionMask, heads: int) -> Tensor:
-    """The same as bool `[heads, queries, keys]`."""
-    return _visible_mask(queries, keys, attention_mask, heads).clone()
-
-
 @functools.lru_cache(maxsize=256)
-def _visible_mask(queries: Rows, keys: Rows, attention_mask: AttentionMask, heads: int) -> Tensor:
+def visible_mask(queries: Rows, keys: Rows, attention_mask: AttentionMask, heads: int) -> Tensor:
+    """The same as bool `[heads, queries, keys]`, not to be changed."""
     # Tests ask for the same rows, compared by identity, on each backend and in each dtype.
     mask = torch.zeros(heads, len(queries), len(keys), dtype=torch.bool)
     for head in range(heads if isinstance(attention_mask.window, tuple) else 1):
@@ -131,6 +128,14 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     finite = expected.masked_fill(expected.isneginf(), 0.0)
     difference = (got.masked_fill(got.isneginf(), 0.0) - finite).abs().max().item()
     return difference / max(finite.abs().max().item(), 1.0)
+
+
+def assert_close(
+    got: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float = RELATIVE_TOLERANCE[torch.float64]
+) -> None:
+    """As many results as expected, each with a relative error of at most `tolerance`."""
+    errors = [relative_error(a, b) for a, b in zip(got, expected, strict=True)]
+    assert max(errors) <= tolerance, errors
 
 
 def rms_error(got: Tensor, expected: Tensor) -> float:

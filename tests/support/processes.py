@@ -5,6 +5,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from farspan.launch.env import job_id
@@ -39,10 +40,8 @@ def ranks_of(run: Path, job: str) -> dict[int, int]:
 
 def send(number: signal.Signals, pids: Iterable[int]) -> None:
     for pid in pids:
-        try:
+        with suppress(ProcessLookupError):
             os.kill(pid, number)
-        except ProcessLookupError:
-            continue
 
 
 def _command_lines() -> list[tuple[int, str]]:

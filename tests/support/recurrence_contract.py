@@ -1,6 +1,6 @@
 """Contract of recurrences on every backend, in every dtype, against the sum written pair by pair in float64."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,10 +10,9 @@ from farspan.kernels.linear_attention.state import NO_POSITION, Segment, Sequenc
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.recurrent_attention import recurrent_attention_backward, recurrent_attention_forward
-from tests.support.oracle import RELATIVE_TOLERANCE, relative_error, rms_error
+from tests.support.mechanisms import normal
+from tests.support.oracle import RELATIVE_TOLERANCE, assert_close, relative_error, rms_error
 
-DTYPES = list(RELATIVE_TOLERANCE)
-HEADS = [(8, 8), (8, 2), (8, 1)]
 NAMES = ("out", "state", "dq", "dk", "dv", "dstate")
 
 
@@ -57,25 +56,15 @@ class Case:
         last: SequencePosition | None = None,
     ) -> "Case":
         """Rates from 0 to such that the next token has forgotten, and a state of the first document at `last`."""
-        generator, tokens = torch.Generator().manual_seed(3), len(rows)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-        rates = torch.tensor([0.0, 1e-3, 0.02, 0.1, 0.5, 2.0, 60.0, 1e6], dtype=torch.float64)[: heads[0]]
-        value, dstate = (draw(heads[0], *dims).to(accumulation_dtype(dtype)) for _ in range(2))
+        (query_heads, kv_heads), tokens = heads, len(rows)
+        query, kv, state = (tokens, query_heads), (tokens, kv_heads), (query_heads, *dims)
+        q, k, v, dout = normal((*query, dims[0]), (*kv, dims[0]), (*kv, dims[1]), (*query, dims[1]), dtype=dtype)
+        value, dstate = normal(state, state, seed=1, dtype=accumulation_dtype(dtype))
+        rates = torch.tensor([0.0, 1e-3, 0.02, 0.1, 0.5, 2.0, 60.0, 1e6], dtype=torch.float64)[:query_heads]
         segment = Segment.of(rows)
         first = segment.first if segment.tokens else SequencePosition(0, 5)
-        return Case(
-            segment=segment,
-            decay=rates if decay is None else decay,
-            q=draw(tokens, heads[0], dims[0]).to(dtype),
-            k=draw(tokens, heads[1], dims[0]).to(dtype),
-            v=draw(tokens, heads[1], dims[1]).to(dtype),
-            dout=draw(tokens, heads[0], dims[1]).to(dtype),
-            dstate=dstate,
-            state=State(value, last or SequencePosition(first.document, first.position - 2)),
-        )
+        before = State(value, last or SequencePosition(first.document, first.position - 2))
+        return Case(segment, rates if decay is None else decay, q, k, v, dout, dstate, before)
 
     def run(self, backend: str) -> list[Tensor]:
         tensors = self.q, self.k, self.v, self.segment, self.decay, self.state
@@ -86,18 +75,13 @@ class Case:
 
     def expect(self) -> list[Tensor]:
         leaves = [x.double().requires_grad_() for x in (self.q, self.k, self.v, self.state.value)]
-        out, after = formula(leaves[0], leaves[1], leaves[2], leaves[3], self)
-        gradients = torch.autograd.grad(
-            (out, after),
-            leaves,
-            (self.dout.double(), self.dstate.double()),
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        out, after = formula(*leaves, case=self)
+        upstream = self.dout.double(), self.dstate.double()
+        gradients = torch.autograd.grad((out, after), leaves, upstream, allow_unused=True, materialize_grads=True)
         return [out.detach(), after.detach(), *gradients]
 
 
-def formula(q: Tensor, k: Tensor, v: Tensor, before: Tensor, case: Case) -> tuple[Tensor, Tensor]:
+def formula(q: Tensor, k: Tensor, v: Tensor, before: Tensor, *, case: Case) -> tuple[Tensor, Tensor]:
     """Head by head with a mask of row pairs; the state is a last key that is no row, the state after a last query."""
     last, rows, group = case.state.last, case.segment.rows, q.shape[1] // k.shape[1]
     end = case.segment.last if case.segment.tokens else last
@@ -116,9 +100,7 @@ def formula(q: Tensor, k: Tensor, v: Tensor, before: Tensor, case: Case) -> tupl
 
 
 def check(case: Case, backend: str) -> None:
-    tolerance = RELATIVE_TOLERANCE[case.q.dtype]
-    errors = {name: relative_error(a, b) for name, a, b in zip(NAMES, case.run(backend), case.expect(), strict=True)}
-    assert max(errors.values()) <= tolerance, errors
+    assert_close(case.run(backend), case.expect(), RELATIVE_TOLERANCE[case.q.dtype])
 
 
 class RecurrenceContract:
@@ -126,8 +108,8 @@ class RecurrenceContract:
 
     backend: str
 
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("heads", HEADS)
+    @pytest.mark.parametrize("dtype", list(RELATIVE_TOLERANCE), ids=str)
+    @pytest.mark.parametrize("heads", [(8, 8), (8, 2), (8, 1)])
     @pytest.mark.parametrize("rows", ROWS)
     def test_equals_the_formula(self, rows: str, heads: tuple[int, int], dtype: torch.dtype) -> None:
         check(Case.random(ROWS[rows], heads, dtype=dtype), self.backend)
@@ -155,41 +137,27 @@ class RecurrenceContract:
             position=torch.tensor([0, 1, 2, 10**6, 10**6 + 1, 2 * 10**9], dtype=torch.int32),
             document=torch.zeros(6, dtype=torch.int32),
         )
-        check(
-            Case.random(far, (1, 1), decay=torch.tensor([rate], dtype=dtype), dtype=dtype, last=NO_POSITION),
-            self.backend,
-        )
+        decay = torch.tensor([rate], dtype=dtype)
+        check(Case.random(far, (1, 1), decay=decay, dtype=dtype, last=NO_POSITION), self.backend)
 
     @pytest.mark.parametrize("cut", [0, 1, 64, 131, 132, 150, 362, 367])
     def test_two_segments_are_one_with_the_state_passed(self, cut: int) -> None:
         full = Case.random(ROWS["ragged"])
-        out, state, dq, dk, dv, dbefore = full.run(self.backend)
         parts = [slice(0, cut), slice(cut, len(full.segment))]
         segments = [Segment.of(full.segment.rows.slice(part)) for part in parts]
         tensors = [(full.q[part], full.k[part], full.v[part]) for part in parts]
         states, outs = [full.state], []
         for segment, of_part in zip(segments, tensors, strict=True):
-            part_out, after = recurrent_attention_forward(
-                *of_part, segment, full.decay, states[-1], backend=self.backend
-            )
-            outs.append(part_out)
+            out, after = recurrent_attention_forward(*of_part, segment, full.decay, states[-1], backend=self.backend)
+            outs.append(out)
             states.append(after)
         gradients, dstate = [], full.dstate
-        for number in (1, 0):
-            *gradient, dstate = recurrent_attention_backward(
-                full.dout[parts[number]],
-                dstate,
-                *tensors[number],
-                segments[number],
-                full.decay,
-                states[number],
-                backend=self.backend,
-            )
+        for i in (1, 0):
+            inputs = *tensors[i], segments[i], full.decay, states[i]
+            *gradient, dstate = recurrent_attention_backward(full.dout[parts[i]], dstate, *inputs, backend=self.backend)
             gradients.append(gradient)
-        got = [torch.cat(outs), states[-1].value]
-        got += [torch.cat(of_parts[::-1]) for of_parts in zip(*gradients, strict=True)] + [dstate]
-        for name, a, b in zip(NAMES, got, (out, state, dq, dk, dv, dbefore), strict=True):
-            assert relative_error(a, b) <= RELATIVE_TOLERANCE[torch.float64], name
+        joined = [torch.cat(of_parts[::-1]) for of_parts in zip(*gradients, strict=True)]
+        assert_close([torch.cat(outs), states[-1].value, *joined, dstate], full.run(self.backend))
 
     def test_nothing_leaks_from_later_tokens_or_other_documents(self) -> None:
         rows = Rows.packed([20, 70, 23], padding=2)
@@ -217,8 +185,7 @@ class RecurrenceContract:
         """bfloat16 rounds to 2^-9; sums over 1,500 tokens are float32, so only the rounding of the results is left."""
         case = Case.random(later_rows([1500], 10), heads, dtype=torch.bfloat16)
         exact = {name: x.double() for name, x in vars(case).items() if isinstance(x, Tensor)}
-        state = State(case.state.value.double(), case.state.last)
-        wide = Case(segment=case.segment, state=state, **exact)
+        wide = replace(case, state=State(case.state.value.double(), case.state.last), **exact)
         for name, got, expected in zip(NAMES, case.run(self.backend), wide.run(self.backend), strict=True):
             assert rms_error(got, expected) < 2.0**-9, name
 
@@ -229,8 +196,7 @@ class RecurrenceContract:
             for name, x in vars(plain).items()
             if isinstance(x, Tensor) and x.dim() == 3
         }
-        for a, b in zip(plain.run(self.backend), Case(**{**vars(plain), **turned}).run(self.backend), strict=True):
-            assert relative_error(b, a) <= RELATIVE_TOLERANCE[torch.float64]
+        assert_close(replace(plain, **turned).run(self.backend), plain.run(self.backend))
 
     def test_inputs_stay_as_they_are_and_autograd_does_not_look_in(self) -> None:
         case = Case.random(ROWS["ragged"])

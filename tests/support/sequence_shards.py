@@ -1,8 +1,6 @@
 """Selections of routed mechanisms: for a full sequence, for the rows of one rank, or on several ranks at once."""
 
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -11,6 +9,9 @@ from farspan.kernels.kinds.routed import LocalShard, Routed
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.planner import AllReduceSum, Heads, HeadShare, identity
+from farspan.parallel.comm import Channel
+from tests.support.mechanisms import normal
+from tests.support.simulation import simulate
 
 
 def select(
@@ -18,15 +19,17 @@ def select(
     q: Tensor,
     k: Tensor,
     rows: Rows,
+    *,
     global_rows: Rows | None = None,
+    share: HeadShare | None = None,
     all_reduce_sum: AllReduceSum = identity,
 ) -> BlockSelection:
-    """The selection for q `[T, Hq, D]` of the local rows; `global_rows` defaults to `rows`."""
+    """The selection for q `[T, Hq, D]` of the local rows; by default these are the global rows, and heads are all."""
     local_shard = LocalShard(
         mechanism=mechanism,
         rows=rows,
         global_rows=rows if global_rows is None else global_rows,
-        share=HeadShare.all(Heads(query=q.shape[1], kv=k.shape[1])),
+        share=share or HeadShare.all(Heads(query=q.shape[1], kv=k.shape[1])),
         all_reduce_sum=all_reduce_sum,
     )
     return mechanism.select(q, k, local_shard)
@@ -49,8 +52,8 @@ def check_by_document(
     visible: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
     """Compare the mask of a selection with `visible` of q and k `[length, D]`, one head and document at a time."""
-    rows, generator = Rows.packed(lengths, padding=3), torch.Generator().manual_seed(0)
-    q, k = (torch.randn(len(rows), n, 16, generator=generator, dtype=torch.float64) for n in heads)
+    rows = Rows.packed(lengths, padding=3)
+    q, k = normal(*((len(rows), n, 16) for n in heads))
     got, first = select(mechanism, q, k, rows).mask(rows), 0
     for length in lengths:
         document = slice(first, first + length)
@@ -65,26 +68,16 @@ def select_on_ranks(
     mechanism: Routed, q: Tensor, k: Tensor, rows: Rows, parts: Sequence[Tensor]
 ) -> tuple[list[BlockSelection], int]:
     """The selections of ranks with the rows `parts`, one thread each, and the bytes that they sum."""
-    barrier, shared = threading.Barrier(len(parts)), {}
     summed_bytes = [0] * len(parts)
 
-    def rank(number: int) -> BlockSelection:
+    def on_rank(channel: Channel) -> BlockSelection:
         def total(x: Tensor) -> Tensor:
-            shared[number] = x.clone()
-            summed_bytes[number] += x.nbytes
-            barrier.wait()
-            result = torch.stack([shared[other] for other in range(len(parts))]).sum(dim=0)
-            barrier.wait()
-            return result.to(x.dtype)
+            summed_bytes[channel.rank] += x.nbytes
+            return channel.all_reduce(x, kind="choice")
 
-        try:
-            part = parts[number]
-            return select(mechanism, q[part], k[part], rows.take(part), rows, total)
-        except BaseException:
-            barrier.abort()
-            raise
+        part = parts[channel.rank]
+        return select(mechanism, q[part], k[part], rows.take(part), global_rows=rows, all_reduce_sum=total)
 
-    with ThreadPoolExecutor(len(parts)) as pool:
-        selections = list(pool.map(rank, range(len(parts))))
+    selections = simulate(len(parts), on_rank)
     assert len(set(summed_bytes)) == 1, "ranks must make the same calls"
     return selections, summed_bytes[0]

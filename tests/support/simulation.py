@@ -1,7 +1,7 @@
 """Worlds of threads: channels whose transfers are real, at degrees beyond the processes of one machine."""
 
-import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -10,9 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Heads, Mechanism
-from farspan.kernels.sequence_attention import plan_sequence_attention
 from farspan.parallel.comm import Channel, Traffic, Transfer
 from farspan.parallel.context_parallel.strategy import STRATEGIES, DistributedAttention, Volume
 from farspan.parallel.layout import Shards
@@ -107,30 +105,25 @@ def simulate(size: int, function: Callable[[Channel], Result], *, inner_size: in
     Raises the error of the lowest rank that did not fail for lack of a message.
     """
     world = World()
-    results: list[Result | None] = [None] * size
-    errors: list[BaseException | None] = [None] * size
 
-    def run(rank: int) -> None:
+    def run(rank: int) -> Result:
         try:
-            results[rank] = function(Threaded(world, range(size), rank, Traffic(), inner_size=inner_size))
-        except BaseException as error:
-            errors[rank] = error
+            return function(Threaded(world, range(size), rank, Traffic(), inner_size=inner_size))
+        except BaseException:
             world.failed = True
+            raise
 
-    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    failed = [error for error in errors if error is not None]
-    if failed:
-        raise next((error for error in failed if not isinstance(error, MissingMessageError)), failed[0])
-    return results  # pyright: ignore[reportReturnType]
+    with ThreadPoolExecutor(size) as pool:
+        futures = [pool.submit(run, rank) for rank in range(size)]
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    if errors:
+        raise next((error for error in errors if not isinstance(error, MissingMessageError)), errors[0])
+    return [future.result() for future in futures]
 
 
 @dataclass(frozen=True)
 class SimulatedAttention:
-    """tensors: out and the gradients of the inputs, of the full sequence. sent, plans: of each rank."""
+    """tensors: as of `tests.support.mechanisms.attend`, of the full sequence. sent, plans: of each rank."""
 
     tensors: list[Tensor]
     sent: list[Volume]
@@ -148,18 +141,10 @@ def simulate_attention(
         out, saved = planned.forward(*local)
         forward = channel.traffic.take().sent.total()
         gradients = planned.backward(dout, saved)
-        return [out, *gradients], Volume(forward=forward, backward=channel.traffic.take().sent.total()), planned
+        volume = Volume(forward=forward, backward=channel.traffic.take().sent.total())
+        lse = planned.lse(saved)
+        return [out, *([] if lse is None else [lse]), *gradients], volume, planned
 
     tensors, sent, plans = zip(*simulate(shards.degree, attend, inner_size=inner_size), strict=True)
-    together = [shards.unshard(torch.stack(parts)) for parts in zip(*tensors, strict=True)]
-    return SimulatedAttention(together, list(sent), list(plans))
-
-
-def attend_in_one_process(
-    mechanism: Mechanism, rows: Rows, heads: Heads, inputs: Sequence[Tensor], *, backend: str = "reference"
-) -> list[Tensor]:
-    """Return out and the gradients of the inputs: q, k, v, routing and dout."""
-    *inputs, dout = inputs
-    attention = plan_sequence_attention(mechanism, rows, heads, range(heads.query), backend=backend)
-    out, saved = attention.forward(*inputs)
-    return [out, *attention.backward(dout, saved)]
+    full = [shards.unshard(torch.stack(parts)) for parts in zip(*tensors, strict=True)]
+    return SimulatedAttention(full, list(sent), list(plans))

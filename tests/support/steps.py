@@ -46,13 +46,9 @@ def follow(config: Config, steps: int, parameters: Mapping[str, Tensor], do_step
         loss, norm, expert_load, head_load = do_step(step, range(step * per_step, (step + 1) * per_step))
         course.losses.append(loss)
         course.norms.append(norm)
-        gradients = {name: parameter.grad for name, parameter in parameters.items()}
+        gradients = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
         course.gradients.append(
-            {
-                name: g.full_tensor() if isinstance(g, DTensor) else g.clone()
-                for name, g in gradients.items()
-                if g is not None
-            }
+            {name: g.full_tensor() if isinstance(g, DTensor) else g.clone() for name, g in gradients.items()}
         )
         course.expert_loads.append(expert_load)
         course.head_loads.append(head_load)
@@ -103,22 +99,21 @@ class Family:
     choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     shares: Callable[[Tensor], Tensor]
 
-    def losses_and_load(self, seen: Sequence[Seen], together: int) -> tuple[Tensor, ExpertLoad | None]:
+    def losses_and_load(self, seen: Sequence[Seen], at_once: int) -> tuple[Tensor, ExpertLoad | None]:
         """The auxiliary losses of a step and its loads; biases move.
 
-        together: sequences of one micro-batch step of all ranks, for the loss over the step.
+        at_once: sequences of one micro-batch step of all ranks, for the loss over the step.
         """
         if not self.biases:
             return torch.zeros(()), None
         layers = [self.logits(sequence) for sequence in seen]
         tokens, settings = sum(len(sequence[0]) for sequence in layers), self.settings
         chosen = [[self.choose(*pair) for pair in zip(of, self.biases.values(), strict=True)] for of in layers]
-        counts = torch.stack(
-            [torch.stack([wanted.sum(0) for wanted, _ in of]) for of in chosen]
-        )  # [sequences, layers, E]
+        # [sequences, layers, E]
+        counts = torch.stack([torch.stack([wanted.sum(0) for wanted, _ in of]) for of in chosen])
         balance, z = (torch.zeros((), dtype=torch.float64) for _ in range(2))
         for number, sequence in enumerate(layers):
-            seen_so_far = counts[: (number // together + 1) * together].sum(0)
+            seen_so_far = counts[: (number // at_once + 1) * at_once].sum(0)
             of_loss = seen_so_far if settings.balance_over == "step" else counts[number]
             for layer, of_layer in zip(sequence, of_loss, strict=True):
                 part = len(layer) / tokens
@@ -128,7 +123,7 @@ class Family:
         balance, z = settings.balance_loss * balance, settings.z_loss * z
         for bias, of_layer in zip(self.biases.values(), counts.sum(0), strict=True):
             bias += settings.bias_rate * (of_layer.double().mean() - of_layer).sign()
-        dropped = torch.tensor([[int((wanted & ~kept).sum()) for wanted, kept in of] for of in chosen]).sum(0)
+        dropped = torch.tensor([[int((wanted & ~computed).sum()) for wanted, computed in of] for of in chosen]).sum(0)
         biases = torch.stack(list(self.biases.values())).float()
         return balance + z, ExpertLoad(
             counts=counts.sum(0), dropped=dropped, balance_loss=balance.item(), z_loss=z.item(), bias=biases
@@ -170,8 +165,8 @@ def _choices(config: Config) -> int:
     return mixture.count if mixture.kind == "experts" else model.heads - model.kv_heads * mixture.shared
 
 
-def train_reference(config: Config, start: dict[str, Tensor], together: int = 1) -> Trajectory:
-    """In one process, by formula, with torch's own gradient clipping and AdamW; see `Family` for `together`."""
+def train_reference(config: Config, start: dict[str, Tensor], at_once: int = 1) -> Trajectory:
+    """In one process, by formula, with torch's own gradient clipping and AdamW; see `Family` for `at_once`."""
     optim, data = config.optimizer, sequences(config)
     parameters = {name: value.clone().requires_grad_() for name, value in start.items()}
     of_experts, of_heads = families(config, list(parameters))
@@ -192,8 +187,8 @@ def train_reference(config: Config, start: dict[str, Tensor], together: int = 1)
         known = parameters | of_experts.biases | of_heads.biases
         sums = [summed_loss(known, config, *each) for each in zip(batch, seen, strict=True)]
         loss = torch.stack(sums).sum() / count
-        of_expert_losses, expert_load = of_experts.losses_and_load(seen, together)
-        of_head_losses, head_load = of_heads.losses_and_load(seen, together)
+        of_expert_losses, expert_load = of_experts.losses_and_load(seen, at_once)
+        of_head_losses, head_load = of_heads.losses_and_load(seen, at_once)
         optimizer.zero_grad()
         (loss + of_expert_losses + of_head_losses).backward()
         norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), optim.max_gradient_norm)

@@ -43,11 +43,12 @@ def attend(mechanism: Mechanism, inputs: Sequence[Tensor], rows: Rows) -> Truth:
     raise NotImplementedError(f"register {type(mechanism).__name__}'s kind")
 
 
-def expect(mechanism: Mechanism, inputs: Sequence[Tensor], dout: Tensor, rows: Rows) -> list[Tensor]:
-    """Return out, lse if there is a softmax, and the gradient of each input."""
-    leaves = [x.double().requires_grad_() for x in inputs]
+def expect(mechanism: Mechanism, inputs: Sequence[Tensor], rows: Rows) -> list[Tensor]:
+    """Return out, lse if there is a softmax, and the gradients of q, k, v and routing; inputs end with that of out."""
+    *leaves, dout = (x.detach().double() for x in inputs)
+    leaves = [x.requires_grad_() for x in leaves]
     found = attend(mechanism, leaves, rows)
-    loss = (found.out * dout.double()).sum() + (0.0 if found.penalty is None else found.penalty)
+    loss = (found.out * dout).sum() + (0.0 if found.penalty is None else found.penalty)
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
     return [found.out.detach(), *([] if found.lse is None else [found.lse.detach()]), *gradients]
 

@@ -17,28 +17,25 @@ from farspan.kernels.cuda import flash as cuda_flash
 from farspan.kernels.cuda import operators as cuda_operators
 from farspan.kernels.cuda.operators import Cudnn, Library, TorchFlash
 from farspan.kernels.masks.attention_mask import AttentionMask
-from farspan.kernels.masks.neighborhood import Dimension, Neighborhood
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
-from farspan.kernels.merge import empty_partial, merge_
 from farspan.kernels.planning.plan import Plan
-from tests.support import fake_flash_attn, oracle
+from tests.support import attention_cases, fake_flash_attn, oracle
+from tests.support.attention_cases import Tensors, expect, run, run_parts
 
 ROWS = {
     "one": Rows.packed([150]),
     "ragged": Rows.packed([1, 40, 3, 99], padding=5),
-    "shuffled": Rows.packed([50, 30], padding=3).take(torch.randperm(83, generator=torch.Generator().manual_seed(0))),
+    "shuffled": attention_cases.ROWS["shuffled"],
 }
 ATTENTION_MASKS = [
     AttentionMask(),
     AttentionMask(causal=False),
     AttentionMask(window=30, sinks=2),
     AttentionMask(window=(3, 40, 3, 9), sinks=2),
-    AttentionMask(
-        causal=False,
-        neighborhood=Neighborhood(dimensions=(Dimension(length=5, window=3), Dimension(length=8, window=4, stride=2))),
-    ),
+    attention_cases.GRID,
 ]
+TOLERANCE = oracle.RELATIVE_TOLERANCE[torch.bfloat16]
 
 
 def check_operands(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
@@ -130,22 +127,6 @@ def operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     return fake
 
 
-def draw(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def run(plan: Plan, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
-    backend = BACKENDS.get("cuda")
-    out, lse = backend.forward(q, k, v, plan)
-    return [out, lse, *backend.backward(dout, q, k, v, out.to(q.dtype), lse, plan)]
-
-
-def expect(mask: Tensor, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
-    leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    out, lse = oracle.attention(leaves[0], leaves[1], leaves[2], mask)
-    return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout.double())]
-
-
 @pytest.mark.parametrize(
     ("heads", "head_dim", "value_dim"),
     [((4, 4), 16, 16), ((4, 2), 16, 16), ((4, 2), 20, 12), ((4, 1), 192, 128), ((4, 4), 20, 12)],
@@ -159,12 +140,8 @@ def test_equals_the_formula(
 
 def check_formula(attention_mask: AttentionMask, heads: tuple[int, int], head_dim: int, value_dim: int) -> None:
     for rows in ROWS.values():
-        shapes = ((heads[0], head_dim), (heads[1], head_dim), (heads[1], value_dim), (heads[0], value_dim))
-        q, k, v, dout = (draw(len(rows), *s, dtype=torch.bfloat16, seed=i) for i, s in enumerate(shapes))
-        plan = Plan.build(rows, rows, attention_mask, heads=heads[0], shortest_run=8)
-        expected = expect(oracle.visible_mask(rows, rows, attention_mask, heads[0]), q, k, v, dout)
-        for name, got, right in zip(("out", "lse", "dq", "dk", "dv"), run(plan, q, k, v, dout), expected, strict=True):
-            assert oracle.relative_error(got, right) <= oracle.RELATIVE_TOLERANCE[torch.bfloat16], name
+        tensors = Tensors.random(len(rows), len(rows), heads, (head_dim, value_dim), torch.bfloat16)
+        attention_cases.check(tensors, rows, rows, attention_mask, "cuda")
 
 
 def test_each_operator_takes_the_regions_that_it_supports(operators: FakeAten, request: pytest.FixtureRequest) -> None:
@@ -172,24 +149,22 @@ def test_each_operator_takes_the_regions_that_it_supports(operators: FakeAten, r
     chosen = request.node.callspec.params["operators"]
     for tokens, width, expected in ((150, 16, chosen), (40, 16, "flash"), (150, 192, "flash")):
         rows = Rows.packed([tokens])
-        q, k, v, dout = (draw(tokens, 2, width, dtype=torch.float16, seed=i) for i in range(4))
+        tensors = Tensors.random(tokens, tokens, (2, 2), (width, width), torch.float16)
         operators.called.clear()
-        run(Plan.build(rows, rows, AttentionMask(), heads=2), q, k, v, dout)
+        run(tensors, Plan.build(rows, rows, AttentionMask(), heads=2), "cuda")
         assert operators.called == [expected]
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(90, 90), (90, 70), (70, 90)])
 def test_causal_regions_that_are_no_squares(operators: FakeAten, queries: int, keys: int) -> None:
     """Aligned at the top left: query i sees keys 0 to i, and no query sees keys past the last query."""
-    q, dout = (draw(1, 4, queries, 16, dtype=torch.bfloat16, seed=i) for i in (0, 3))
-    k, v = (draw(1, 2, keys, 16, dtype=torch.bfloat16, seed=i) for i in (1, 2))
+    tensors = Tensors.random(queries, keys, dtype=torch.bfloat16)
+    # [T, H, D] -> [1, H, T, D] and back
+    q, k, v, dout = (x.transpose(0, 1).unsqueeze(0) for x in tensors)
     out, lse = cuda_flash.flash(q, k, v, causal=True, mask=None)
     got = [out, lse, *cuda_flash.flash_backward(dout, q, k, v, out, lse, causal=True, mask=None)]
     mask = torch.ones(queries, keys, dtype=torch.bool).tril().expand(4, -1, -1)
-    tokens_first = [x.squeeze(0).transpose(0, 1) for x in (q, k, v, dout)]
-    expected = expect(mask, tokens_first[0], tokens_first[1], tokens_first[2], tokens_first[3])
-    for result, right in zip(got, expected, strict=True):
-        assert oracle.relative_error(result.squeeze(0).transpose(0, 1), right) <= 2e-2
+    oracle.assert_close([x.squeeze(0).transpose(0, 1) for x in got], expect(tensors, mask), TOLERANCE)
 
 
 def test_parts_over_disjoint_keys_merge_and_their_gradients_add_up(operators: FakeAten) -> None:
@@ -198,33 +173,13 @@ def test_parts_over_disjoint_keys_merge_and_their_gradients_add_up(operators: Fa
 
 
 def check_parts_over_disjoint_keys(scale: float) -> None:
-    rows = Rows.packed([200])
-    q, k, v, dout = (draw(200, n, 16, dtype=torch.bfloat16, seed=i) for i, n in enumerate((4, 2, 2, 4)))
-    q, backend = q * scale, BACKENDS.get("cuda")
-    parts = [slice(0, 70), slice(70, 200)]
-    plans = [Plan.build(rows, rows.slice(part), AttentionMask(), heads=4) for part in parts]
-    out, lse = empty_partial(200, 4, 16, like=q)
-    for part, plan in zip(parts, plans, strict=True):
-        merge_(out, lse, *backend.forward(q, k[part], v[part], plan))
-    found = [
-        backend.backward(dout, q, k[part], v[part], out.to(q.dtype), lse, plan)
-        for part, plan in zip(parts, plans, strict=True)
-    ]
-    got = [out, lse, found[0][0] + found[1][0], *(torch.cat((found[0][i], found[1][i])) for i in (1, 2))]
-    assert all(x.dtype == torch.float32 for part in found for x in part)
-    expected = expect(oracle.visible_mask(rows, rows, AttentionMask(), 4), q, k, v, dout)
-    for name, result, right in zip(("out", "lse", "dq", "dk", "dv"), got, expected, strict=True):
-        assert oracle.relative_error(result, right) <= 2e-2, name
-
-
-@pytest.mark.parametrize(("queries", "keys"), [(0, 5), (5, 0), (0, 0)])
-def test_no_rows_at_all(queries: int, keys: int) -> None:
-    plan = Plan.build(Rows.packed([queries]), Rows.packed([keys]), AttentionMask(), heads=2)
-    q, k, v, dout = (draw(n, 2, 16, dtype=torch.bfloat16, seed=0) for n in (queries, keys, keys, queries))
-    out, lse, *found = run(plan, q, k, v, dout)
-    assert out.shape == (queries, 2, 16)
-    assert lse.isneginf().all()
-    assert [x.shape for x in found] == [x.shape for x in (q, k, v)]
+    rows, tensors = Rows.packed([200]), Tensors.random(200, 200, dtype=torch.bfloat16)
+    tensors = tensors._replace(q=tensors.q * scale)
+    parts = list(torch.arange(200).split([70, 130]))
+    plans = [Plan.build(rows, rows.take(part), AttentionMask(), heads=4) for part in parts]
+    got, mask = run_parts(tensors, parts, plans, "cuda"), oracle.visible_mask(rows, rows, AttentionMask(), 4)
+    assert all(x.dtype == torch.float32 for x in got)
+    oracle.assert_close(got, expect(tensors, mask), TOLERANCE)
 
 
 def test_unsupported_requests_are_refused() -> None:

@@ -13,23 +13,14 @@ from farspan.kernels.cuda.flash import choose, installed
 from farspan.kernels.cuda.operators import Cudnn, Library, TorchFlash
 from farspan.kernels.cuda.packages import FlashAttn2, FlashAttn3, FlashAttn4, Package
 from farspan.kernels.masks.attention_mask import AttentionMask
-from tests.kernels.cuda.test_flash import (
-    ATTENTION_MASKS,
-    check_formula,
-    check_parts_over_disjoint_keys,
-    draw,
-    expect,
-)
+from tests.kernels.cuda.test_flash import ATTENTION_MASKS, check_formula, check_parts_over_disjoint_keys
 from tests.support import fake_flash_attn, oracle
+from tests.support.attention_cases import Tensors, expect
 from tests.support.fake_flash_attn import CALLED
+from tests.support.mechanisms import normal
 
 CPU = torch.device("cpu")
-VERSIONS = {
-    "fa2": FlashAttn2,
-    "fa3_b1": FlashAttn3,
-    "fa3_head": FlashAttn3,
-    "fa4_b36": FlashAttn4,
-}
+VERSIONS = {"fa2": FlashAttn2, "fa3_b1": FlashAttn3, "fa3_head": FlashAttn3, "fa4_b36": FlashAttn4}
 
 
 def prepare(monkeypatch: pytest.MonkeyPatch, *versions: str, generation: int = 9, cudnn: int = 0) -> None:
@@ -66,19 +57,17 @@ def test_operators_themselves(version: str, causal: bool) -> None:
     """Forward and backward of one square: the shapes and dtypes of the base class, tensors not contiguous."""
     library = VERSIONS[version].find()
     assert isinstance(library, VERSIONS[version])
-    q, k, v, dout = (draw(2, 40, 3, 16, dtype=torch.float16, seed=i).transpose(1, 2) for i in range(4))
+    # [N, T, H, D] -> [N, H, T, D]
+    q, k, v, dout = (x.transpose(1, 2) for x in normal(*[(2, 40, 3, 16)] * 4, dtype=torch.float16))
     out, lse = library.forward(q, k, v, causal=causal, scale=0.25)
     found = library.backward(dout, q, k, v, out, lse.contiguous(), causal=causal, scale=0.25)
     assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (2, 3, 40), torch.float32)
     assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in (q, k, v)]
     mask = torch.ones(40, 40, dtype=torch.bool).tril() if causal else torch.ones(40, 40, dtype=torch.bool)
     for number in range(2):
-        one = (x[number].transpose(0, 1) for x in (q, k, v, dout))
-        expected = expect(mask.expand(3, -1, -1), *one)
-        got = [x[number].transpose(0, 1) for x in (out, lse.unsqueeze(-1), *found)]
-        got[1] = got[1].squeeze(-1)
-        for result, right in zip(got, expected, strict=True):
-            assert oracle.relative_error(result, right) <= 4e-3
+        tensors = Tensors(*(x[number].transpose(0, 1) for x in (q, k, v, dout)))
+        got = [x[number].transpose(0, 1) for x in (out, lse, *found)]
+        oracle.assert_close(got, expect(tensors, mask.expand(3, -1, -1)), 4e-3)
 
 
 @pytest.mark.parametrize("package", [FlashAttn2, FlashAttn3, FlashAttn4])

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from farspan.kernels.layers import cross_entropy
 from farspan.kernels.layers.cross_entropy import chunk_tokens, linear_cross_entropy
+from tests.support.mechanisms import normal
 
 TOKENS, VOCABULARY, WIDTH = 37, 53, 11
 MIB = 2**20
@@ -28,29 +29,24 @@ def inputs(
     dtype: torch.dtype = torch.float64, tokens: int = TOKENS, vocabulary: int = VOCABULARY
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """hidden, weight, labels and the gradient that arrives for each token, of either sign."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(tokens, WIDTH, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
-    weight = torch.randn(vocabulary, WIDTH, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
-    labels = torch.randint(vocabulary, (tokens,), generator=generator)
-    upstream = torch.randn(tokens, dtype=torch.float64, generator=generator)
-    return hidden, weight, labels, upstream
+    hidden, weight, upstream = normal((tokens, WIDTH), (vocabulary, WIDTH), (tokens,))
+    labels = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(0))
+    return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), labels, upstream
 
 
 def reference(hidden: Tensor, weight: Tensor, labels: Tensor, ignored: int = -100) -> Tensor:
     return functional.cross_entropy(hidden @ weight.T, labels, reduction="none", ignore_index=ignored)
 
 
+def with_gradients(losses: Tensor, leaves: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
+    return [losses, *torch.autograd.grad(losses, leaves, upstream)]
+
+
 def assert_same(hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor, chunk_bytes: int) -> None:
     """Losses and both gradients equal torch's to 1e-12."""
-    ours = linear_cross_entropy(hidden, weight, labels, chunk_bytes=chunk_bytes)
-    theirs = reference(hidden, weight, labels)
+    results = (linear_cross_entropy(hidden, weight, labels, chunk_bytes=chunk_bytes), reference(hidden, weight, labels))
+    ours, theirs = (with_gradients(losses, (hidden, weight), upstream) for losses in results)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-    for got, true in zip(
-        torch.autograd.grad(ours, (hidden, weight), upstream),
-        torch.autograd.grad(theirs, (hidden, weight), upstream),
-        strict=True,
-    ):
-        torch.testing.assert_close(got, true, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16, TOKENS, 10 * TOKENS], ids="chunk{}".format)
@@ -92,7 +88,7 @@ def test_no_labels_at_all(tokens: int) -> None:
 
 def test_non_contiguous_hidden() -> None:
     _, weight, labels, upstream = inputs()
-    wide = torch.randn(WIDTH, 2 * TOKENS, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    (wide,) = normal((WIDTH, 2 * TOKENS), seed=5)
     hidden = wide.requires_grad_().T[::2]
     assert not hidden.is_contiguous()
     assert_same(hidden, weight, labels, upstream, bytes_for(5))
@@ -159,15 +155,12 @@ def errors_16_bit(loss: Loss, dtype: torch.dtype) -> list[float]:
     """Largest errors of the losses and relative errors of both gradients, against float64 on the same 16-bit inputs."""
     hidden, weight, labels, upstream = inputs(dtype, tokens=200, vocabulary=300)
     wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
-    ours, exact = loss(hidden, weight, labels), reference(wide[0], wide[1], labels)
-    assert ours.dtype == torch.float32
-    gradients = torch.autograd.grad(ours, (hidden, weight), upstream.float())
+    losses, *gradients = with_gradients(loss(hidden, weight, labels), (hidden, weight), upstream.float())
+    exact, *true = with_gradients(reference(wide[0], wide[1], labels), wide, upstream)
+    assert losses.dtype == torch.float32
     assert [g.dtype for g in gradients] == [dtype, dtype]
-    true = torch.autograd.grad(exact, wide, upstream)
-    return [
-        (ours - exact).abs().max().item(),
-        *(((g.double() - t).norm() / t.norm()).item() for g, t in zip(gradients, true, strict=True)),
-    ]
+    errors = [((g.double() - t).norm() / t.norm()).item() for g, t in zip(gradients, true, strict=True)]
+    return [(losses - exact).abs().max().item(), *errors]
 
 
 def chunked(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -215,16 +208,12 @@ def test_widening_products_are_called_rightly(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_equals_cpu_in_bfloat16() -> None:
     hidden, weight, labels, upstream = inputs(torch.bfloat16, tokens=200, vocabulary=304)
-    expected = chunked(hidden, weight, labels)
+    expected, *true = with_gradients(chunked(hidden, weight, labels), (hidden, weight), upstream.float())
     on_gpu = [t.detach().cuda().requires_grad_() for t in (hidden, weight)]
-    losses = chunked(on_gpu[0], on_gpu[1], labels.cuda())
+    losses, *ours = with_gradients(chunked(on_gpu[0], on_gpu[1], labels.cuda()), on_gpu, upstream.float().cuda())
     torch.testing.assert_close(losses.cpu(), expected, rtol=1e-5, atol=1e-5)
-    for ours, true in zip(
-        torch.autograd.grad(losses, on_gpu, upstream.float().cuda()),
-        torch.autograd.grad(expected, (hidden, weight), upstream.float()),
-        strict=True,
-    ):
-        assert (ours.cpu().double() - true.double()).norm() <= 2**-8 * true.double().norm()
+    for got, want in zip(ours, true, strict=True):
+        assert (got.cpu().double() - want.double()).norm() <= 2**-8 * want.double().norm()
 
 
 @pytest.mark.parametrize(("label", "ignored"), [(VOCABULARY, -100), (-1, -100), (-100, -1)])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.layers.norm import rms_norm
+from tests.support.mechanisms import normal
 
 EPS = 1e-5
 Norm = Callable[[Tensor, Tensor], Tensor]
@@ -23,27 +24,19 @@ def llama_rounding(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def inputs(dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x = (3 * torch.randn(33, 5, 70, dtype=torch.float64, generator=generator)).to(dtype)
-    weight = (1 + 0.3 * torch.randn(70, dtype=torch.float64, generator=generator)).to(weight_dtype or dtype)
-    upstream = torch.randn(33, 5, 70, dtype=torch.float64, generator=generator).to(dtype)
-    return x.requires_grad_(), weight.requires_grad_(), upstream
+    x, weight, upstream = normal((33, 5, 70), (70,), (33, 5, 70))
+    x, weight = (3 * x).to(dtype), (1 + 0.3 * weight).to(weight_dtype or dtype)
+    return x.requires_grad_(), weight.requires_grad_(), upstream.to(dtype)
 
 
-def relative_errors(norm: Norm, dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> list[float]:
+def relative_errors(norm: Norm, dtype: torch.dtype) -> list[float]:
     """Errors of the value and of both gradients against the float64 formula, in the 2-norm."""
-    x, weight, upstream = inputs(dtype, weight_dtype)
+    x, weight, upstream = inputs(dtype)
     wide = [t.detach().double().requires_grad_() for t in (x, weight)]
     out, exact = norm(x, weight), formula(wide[0], wide[1])
-    pairs = [
-        (out, exact),
-        *zip(
-            torch.autograd.grad(out, (x, weight), upstream.to(out.dtype)),
-            torch.autograd.grad(exact, wide, upstream.double()),
-            strict=True,
-        ),
-    ]
-    return [((ours.double() - true).norm() / true.norm()).item() for ours, true in pairs]
+    ours = out, *torch.autograd.grad(out, (x, weight), upstream.to(out.dtype))
+    true = exact, *torch.autograd.grad(exact, wide, upstream.double())
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(ours, true, strict=True)]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from farspan.kernels.layers.rope import (
     inverse_frequencies,
     rotation_table,
 )
+from tests.support.mechanisms import normal
 
 LLAMA_31 = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=8192)
 LLAMA_32 = Llama3Scaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=8192)
@@ -144,12 +145,9 @@ def test_tables_are_exact_to_ten_million(head_dim: int) -> None:
 
 def test_tables_carry_the_attention_factor() -> None:
     position, frequencies = torch.arange(5, dtype=torch.int32), inverse_frequencies(8, 10_000.0)
-    for plain, scaled in zip(
-        rotation_table(position, frequencies, dtype=torch.float64),
-        rotation_table(position, frequencies, 1.25, torch.float64),
-        strict=True,
-    ):
-        torch.testing.assert_close(scaled, plain * 1.25, rtol=1e-15, atol=0)
+    plain = rotation_table(position, frequencies, dtype=torch.float64)
+    scaled = rotation_table(position, frequencies, 1.25, torch.float64)
+    torch.testing.assert_close(scaled, tuple(x * 1.25 for x in plain), rtol=1e-15, atol=0)
 
 
 def test_order_of_tokens_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,8 +156,8 @@ def test_order_of_tokens_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     in_order = rotation_table(torch.arange(100, dtype=torch.int32), frequencies, dtype=torch.float64)
     monkeypatch.setattr(rope, "_TABLE_CHUNK_TOKENS", 7)
     shuffled = rotation_table(position, frequencies, dtype=torch.float64)
-    for expected, got in zip(in_order, shuffled, strict=True):
-        torch.testing.assert_close(got, expected[position.long()], rtol=1e-15, atol=1e-15)
+    expected = tuple(table[position.long()] for table in in_order)
+    torch.testing.assert_close(shuffled, expected, rtol=1e-15, atol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -167,7 +165,7 @@ def test_order_of_tokens_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rotation_equals_complex_multiplication(head_dim: int, rotated: int, dtype: torch.dtype) -> None:
     """Half-split pairing: features i and i + R/2 are one complex number; those from R on keep their bits."""
     tokens, heads = 5, 3
-    x = torch.randn(tokens, heads, head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    (x,) = normal((tokens, heads, head_dim), dtype=dtype)
     position = torch.tensor([7, 0, 100_000, 3, 3], dtype=torch.int32)
     table = rotation_table(position, inverse_frequencies(rotated, 10_000.0, YARN_16), 1.25, torch.float64)
     out = apply_rope(x, *table)
@@ -183,9 +181,7 @@ def test_rotation_equals_complex_multiplication(head_dim: int, rotated: int, dty
 
 @pytest.mark.parametrize("scaling", [None, LLAMA_31, QWEN_3], ids=str)
 def test_scores_depend_on_the_distance_only(scaling: RopeScaling | None) -> None:
-    generator = torch.Generator().manual_seed(2)
-    q = torch.randn(1, 1, 64, dtype=torch.float64, generator=generator).expand(4, -1, -1)
-    k = torch.randn(1, 1, 64, dtype=torch.float64, generator=generator).expand(4, -1, -1)
+    q, k = (x.expand(4, -1, -1) for x in normal((1, 1, 64), (1, 1, 64)))
     shift, distance = torch.tensor([0, 5, 123_456, 9_000_000], dtype=torch.int32), 777
     frequencies, factor = inverse_frequencies(64, 1e6, scaling), attention_factor_of(scaling)
     for dtype, bound in ((torch.float64, 1e-7), (torch.float32, 2e-5)):
@@ -208,8 +204,7 @@ def test_result_is_rounded_once_to_the_input_dtype(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("head_dim", "rotated"), [(6, 6), (10, 4)])
 def test_gradient_is_right_and_saves_only_the_tables(head_dim: int, rotated: int) -> None:
-    generator = torch.Generator().manual_seed(4)
-    x = torch.randn(4, 2, head_dim, dtype=torch.float64, generator=generator).requires_grad_()
+    x = normal((4, 2, head_dim))[0].requires_grad_()
     position = torch.tensor([9, 2, 2, 40], dtype=torch.int32)
     cos, sin = rotation_table(position, inverse_frequencies(rotated, 10_000.0), 1.1, torch.float64)
     assert torch.autograd.gradcheck(apply_rope, (x, cos, sin))

@@ -14,18 +14,20 @@ from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanisms.nats import NAtS
 from farspan.kernels.planner import Heads, HeadShare
 from farspan.kernels.planning.plan import Plan
-from farspan.kernels.sequence_attention import SequencePlanner, plan_sequence_attention
+from farspan.kernels.sequence_attention import SequencePlanner
 from tests.support import lifetimes as truth
-from tests.support.oracle import relative_error
+from tests.support.attention_cases import Tensors
+from tests.support.mechanisms import attend, normal
+from tests.support.oracle import assert_close, relative_error
 
 PACKED = Rows.packed([1, 2, 3, 40, 33, 4], padding=6)
 SHUFFLED = PACKED.take(torch.randperm(len(PACKED), generator=torch.Generator().manual_seed(0)))
 HEADS = Heads(query=4, kv=2)
 
 
-def random_logits(rows: Rows, *, seed: int = 0) -> Tensor:
+def random_logits(rows: Rows) -> Tensor:
     """Logits of three KV heads: many global tokens, few of them, and many ties."""
-    logits = torch.randn(len(rows), 3, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    (logits,) = normal((len(rows), 3, 3))
     logits[:, 1, 0] -= 1.5
     logits[:, 2] = logits[:, 2].round()
     return logits
@@ -67,34 +69,30 @@ def test_pairs_of_a_router_that_knows_nothing() -> None:
     assert 0.3 < NAtS(window=4).unmasked_pairs(rows) / (3000 * 3001 / 2) < 0.37
 
 
-def draw(rows: Rows, heads: Heads, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """q, k, v and the gradient of out."""
-    generator = torch.Generator().manual_seed(1)
-    shapes = ((heads.query, 16), (heads.kv, 16), (heads.kv, 8), (heads.query, 8))
-    return [torch.randn(len(rows), *shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+def draw(rows: Rows, heads: Heads, dtype: torch.dtype = torch.float64) -> Tensors:
+    return Tensors.random(len(rows), len(rows), (heads.query, heads.kv), (16, 8), dtype)
 
 
-def learning(mechanism: NAtS, tensors: list[Tensor], logits: Tensor, rows: Rows, parts: list[tuple[Tensor, Tensor]]):
-    """Return what is learned of the types by these (queries, keys), each a part of the rows."""
+def learning(
+    mechanism: NAtS, tensors: Tensors, logits: Tensor, rows: Rows, parts: list[tuple[Tensor, Tensor]]
+) -> tuple[TypeGradient, Tensor]:
+    """Return what is learned of the types by these (queries, keys), each a part of the rows, and its sums."""
     q, k, v, dout = tensors
     plan = Plan.build(rows, rows, mechanism.attention_mask(), heads=q.shape[1])
     planner = SequencePlanner.of(rows, HeadShare.all(Heads(query=q.shape[1], kv=k.shape[1])), backend="reference")
     lifetimes = Lifetimes.of(chosen_types(logits), rows, mechanism.window)
     out = attention_forward(q, k, v, plan.with_lifetimes(lifetimes.last), backend="reference")[0]
     lse = attention_forward(q, k, v, plan, backend="reference")[1]
-    learned = TypeGradient(LifetimeRouting(mechanism, planner), lifetimes, logits, lse)
-    for mine, keys in parts:
-        of_mine = LifetimeRouting(mechanism, replace(planner, tokens=mine))
-        of_part = TypeGradient(of_mine, lifetimes, logits[mine], lse[mine])
-        between = Plan.build(rows.take(mine), rows.take(keys), mechanism.attention_mask(), heads=q.shape[1])
-        of_part.add(dout[mine], q[mine], k[keys], v[keys], out[mine], plan=between, tokens=keys)
-        learned.sums = sums_of(of_part) if learned.sums is None else learned.sums + sums_of(of_part)
-    return learned
-
-
-def sums_of(learned: TypeGradient) -> Tensor:
-    assert learned.sums is not None
-    return learned.sums
+    learned, sums = TypeGradient(LifetimeRouting(mechanism, planner), lifetimes, logits, lse), []
+    for queries, keys in parts:
+        of_queries = LifetimeRouting(mechanism, replace(planner, tokens=queries))
+        of_part = TypeGradient(of_queries, lifetimes, logits[queries], lse[queries])
+        between = Plan.build(rows.take(queries), rows.take(keys), mechanism.attention_mask(), heads=q.shape[1])
+        of_part.add(dout[queries], q[queries], k[keys], v[keys], out[queries], plan=between, tokens=keys)
+        assert of_part.sums is not None
+        sums.append(of_part.sums)
+    learned.sums = torch.stack(sums).sum(dim=0)
+    return learned, learned.sums
 
 
 @pytest.mark.parametrize("rows", [PACKED, SHUFFLED], ids=["packed", "shuffled"])
@@ -108,8 +106,8 @@ def test_the_gradient_of_types_is_that_of_the_relaxed_mask(
     monkeypatch.setattr(type_gradient, "SCORES_AT_ONCE", 1)
     logits, mechanism, tensors = random_logits(rows), NAtS(window=window, penalty=0.0), draw(rows, heads)
     everything = [(torch.arange(len(rows)), torch.arange(len(rows)))]
-    learned = learning(mechanism, tensors, logits, rows, everything)
-    got = type_gradient.type_gradient(sums_of(learned), learned.lifetimes, rows)
+    learned, sums = learning(mechanism, tensors, logits, rows, everything)
+    got = type_gradient.type_gradient(sums, learned.lifetimes, rows)
 
     t = truth.one_hot_types(logits, rows, 1.0).requires_grad_()
     q, k, v, dout = tensors
@@ -127,13 +125,12 @@ def test_what_is_learnt_from_parts_adds_up() -> None:
     """As chunks of keys meet the queries of each rank: striped, in stretches, and with rows of padding."""
     logits, mechanism, tensors = random_logits(PACKED), NAtS(window=3), draw(PACKED, Heads(query=6, kv=3))
     count = len(PACKED)
-    whole = learning(mechanism, tensors, logits, PACKED, [(torch.arange(count), torch.arange(count))])
-    mine = [torch.arange(0, count, 2), torch.arange(1, count, 2)]
+    full, full_sums = learning(mechanism, tensors, logits, PACKED, [(torch.arange(count), torch.arange(count))])
+    queries = [torch.arange(0, count, 2), torch.arange(1, count, 2)]
     keys = [torch.arange(0, 30), torch.arange(30, 41), torch.arange(41, count)]
-    parts = learning(mechanism, tensors, logits, PACKED, [(a, b) for a in mine for b in keys])
-    assert relative_error(sums_of(parts), sums_of(whole)) < 1e-12
-    assert relative_error(parts.gradients()[0], whole.gradients()[0]) < 1e-12
-    assert whole.gradients()[0].abs().max() > 0.1
+    parts, sums = learning(mechanism, tensors, logits, PACKED, [(a, b) for a in queries for b in keys])
+    assert_close((sums, parts.gradients()[0]), (full_sums, full.gradients()[0]))
+    assert full.gradients()[0].abs().max() > 0.1
 
 
 def test_query_heads_of_a_kv_head_can_be_held_apart() -> None:
@@ -143,9 +140,9 @@ def test_query_heads_of_a_kv_head_can_be_held_apart() -> None:
     logits = random_logits(PACKED)[:, :1]
 
     def gradient(head_range: range) -> Tensor:
-        attention = plan_sequence_attention(mechanism, PACKED, heads, head_range, backend="reference")
-        mine = slice(head_range.start, head_range.stop)
-        return attention.backward(dout[:, mine], attention.forward(q[:, mine], k, v, logits)[1])[3]
+        local = slice(head_range.start, head_range.stop)
+        inputs = q[:, local], k, v, logits, dout[:, local]
+        return attend(mechanism, PACKED, heads, inputs, head_range=head_range)[-1]
 
     for size in (1, 2):
         apart = sum(gradient(range(first, first + size)) for first in range(0, 8, size))
@@ -170,8 +167,7 @@ def test_the_ends_of_documents_learn_nothing_and_hidden_scores_do_not_overflow()
     logits = torch.zeros(len(rows), 2, 3)
     logits[..., SLIDING] = 1.0
     q[..., 0], k[10, :, 0] = 100.0, 40.0
-    attention = plan_sequence_attention(mechanism, rows, HEADS, range(4), backend="cpu")
-    gradient = attention.backward(dout, attention.forward(q, k, v, logits)[1])[3]
+    gradient = attend(mechanism, rows, HEADS, (q, k, v, logits, dout), backend="cpu")[-1]
     assert gradient.isfinite().all()
     assert gradient[10].abs().max() > 1e-3
     assert not gradient[~truth.free(rows)].any()

@@ -4,42 +4,39 @@ import pytest
 import torch
 from torch import Tensor
 
-from farspan.kernels.kinds.routed import LocalShard, Routed
+from farspan.kernels.kinds.routed import Routed
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.mechanisms import moba
-from farspan.kernels.planner import Heads, HeadShare, identity
+from farspan.kernels.planner import Heads, HeadShare
 from farspan.kernels.planning.gathered_batches import count_pairs
 from farspan.kernels.planning.plan import Plan
-from tests.support.attention_cases import examples
+from tests.support.mechanisms import examples, normal
 from tests.support.sequence_shards import lists, select, select_on_ranks
 
 EXAMPLES = examples(Routed)
 ROWS = Rows.packed([130, 1, 75, 40], padding=9)
 
 
-def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(len(ROWS), heads, 16, generator=generator, dtype=torch.float64) for heads in (4, 2))
-    return q.to(dtype), k.to(dtype)
+def inputs(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return normal((len(ROWS), 4, 16), (len(ROWS), 2, 16), dtype=dtype)
 
 
-def by_row(selection: BlockSelection, rows: Tensor) -> dict[tuple[int, int], list[int]]:
-    """The blocks of each (query head, row of the sequence), of a selection for some rows."""
-    of_block, group = lists(selection), 4 // selection.heads
+def by_row(selection: BlockSelection, rows: Tensor, heads: range = range(4)) -> dict[tuple[int, int], list[int]]:
+    """The blocks of each (query head, row of the sequence), of a selection for some heads and rows."""
+    of_block, group = lists(selection), len(heads) // selection.heads
     return {
-        (head, row): of_block[head // group, block]
-        for head in range(4)
+        (head, row): of_block[number // group, block]
+        for number, head in enumerate(heads)
         for row, block in zip(rows.tolist(), selection.query_block.tolist(), strict=True)
         if block >= 0
     }
 
 
-@pytest.mark.parametrize("mechanism", EXAMPLES)
+@pytest.mark.parametrize("mechanism", EXAMPLES, ids=str)
 @pytest.mark.parametrize("shards", ["striped", "contiguous", "shuffled"])
 def test_the_selection_does_not_depend_on_the_shards(mechanism: Routed, shards: str) -> None:
-    q, k = inputs()
-    count = len(ROWS)
+    (q, k), count = inputs(), len(ROWS)
     parts = {
         "striped": [torch.arange(i, count, 3) for i in range(3)],
         "contiguous": [torch.arange(0, 140), torch.arange(140, 246), torch.arange(246, count)],  # the last is padding
@@ -54,28 +51,19 @@ def test_the_selection_does_not_depend_on_the_shards(mechanism: Routed, shards: 
     assert got == expected
 
 
-@pytest.mark.parametrize("mechanism", EXAMPLES)
+@pytest.mark.parametrize("mechanism", EXAMPLES, ids=str)
 def test_sharded_heads_select_the_same(mechanism: Routed) -> None:
     q, k = inputs()
     expected = by_row(select(mechanism, q, k, ROWS), torch.arange(len(ROWS)))
     for heads in (range(0, 2), range(3, 4)):
+        share = HeadShare(all_heads=Heads(query=4, kv=2), head_range=heads)
         kv = slice(heads.start // 2, heads.start // 2 + 1)
-        local_shard = LocalShard(
-            mechanism=mechanism,
-            rows=ROWS,
-            global_rows=ROWS,
-            share=HeadShare(all_heads=Heads(query=4, kv=2), head_range=heads),
-            all_reduce_sum=identity,
-        )
-        selection = mechanism.select(q[:, heads.start : heads.stop], k[:, kv], local_shard)
-        found, group = lists(selection), len(heads) // selection.heads
-        for head in heads:
-            for row, block in enumerate(selection.query_block.tolist()):
-                if block >= 0:
-                    assert found[(head - heads.start) // group, block] == expected[head, row]
+        selection = select(mechanism, q[:, heads.start : heads.stop], k[:, kv], ROWS, share=share)
+        found = by_row(selection, torch.arange(len(ROWS)), heads)
+        assert found == {(head, row): blocks for (head, row), blocks in expected.items() if head in heads}
 
 
-@pytest.mark.parametrize("mechanism", EXAMPLES)
+@pytest.mark.parametrize("mechanism", EXAMPLES, ids=str)
 def test_selected_blocks_hold_visible_keys(mechanism: Routed) -> None:
     """Blocks of other documents, later ones and empty ones are never on a list."""
     q, k = inputs()
@@ -87,7 +75,7 @@ def test_selected_blocks_hold_visible_keys(mechanism: Routed) -> None:
         assert chosen == sorted(set(chosen))
 
 
-@pytest.mark.parametrize("mechanism", EXAMPLES)
+@pytest.mark.parametrize("mechanism", EXAMPLES, ids=str)
 def test_pairs_are_counted(mechanism: Routed) -> None:
     q, k = inputs()
     plan = Plan.build(ROWS, ROWS, mechanism.attention_mask(), heads=4, selection=select(mechanism, q, k, ROWS))
@@ -95,7 +83,7 @@ def test_pairs_are_counted(mechanism: Routed) -> None:
     assert 0 < mechanism.unmasked_pairs(ROWS) <= int(mechanism.attention_mask().mask(ROWS, ROWS).sum())
 
 
-@pytest.mark.parametrize("mechanism", EXAMPLES)
+@pytest.mark.parametrize("mechanism", EXAMPLES, ids=str)
 def test_memory_is_bounded_by_parts(mechanism: Routed, monkeypatch: pytest.MonkeyPatch) -> None:
     """The selection is the same where scores are computed a few queries at a time."""
     q, k = inputs(torch.float32)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from farspan.kernels.moe.expert_router import ExpertRouter
+from tests.support.mechanisms import normal
 
 ROUTERS = {
     "Mixtral": ExpertRouter(experts=8, per_token=2),
@@ -39,10 +40,8 @@ def by_hand(router: ExpertRouter, logits: list[float], bias: list[float]) -> tup
 
 @pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
 def test_experts_and_weights(router: ExpertRouter) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(200, router.experts, generator=generator, dtype=torch.float64)
-    bias = 0.2 * torch.randn(router.experts, generator=generator)
-    scores = router.scores(logits)
+    logits, bias = normal((200, router.experts), (router.experts,))
+    scores, bias = router.scores(logits), 0.2 * bias.float()
     chosen = router.choose(scores, bias)
     weights = router.weights(scores, chosen)
     for t in range(len(logits)):

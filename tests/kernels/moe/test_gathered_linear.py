@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.moe.gathered_linear import Choices, combine_chosen, project_chosen
+from tests.support.mechanisms import normal
 
 TOKENS, WIDTH, INNER = 13, 6, 5
 CHOSEN = {
@@ -14,12 +15,10 @@ CHOSEN = {
 }  # fmt: skip
 
 
-def leaves(choices: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def leaves(choices: int, dtype: torch.dtype) -> list[Tensor]:
     """x, weight, y and weight of the way back, a view as of a part of a wider matrix."""
-    generator = torch.Generator().manual_seed(0)
     shapes = ((TOKENS, WIDTH), (5, INNER, WIDTH), (TOKENS, choices, INNER), (WIDTH, 5 * INNER))
-    x, weight, y, out = (torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes)
-    return x.requires_grad_(), weight.requires_grad_(), y.requires_grad_(), out.requires_grad_()
+    return [leaf.requires_grad_() for leaf in normal(*shapes, dtype=dtype)]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.bfloat16, 2e-2)], ids=str)
@@ -39,13 +38,10 @@ def test_equals_every_matrix_on_every_token(case: str, dtype: torch.dtype, toler
     pick = torch.nn.functional.one_hot(chosen, 5).double()
     wanted = torch.einsum("tke,eow,tw->tko", pick, weight, x)
     wanted_combined = torch.einsum("tke,wei,tki->tw", pick, out.unflatten(1, (5, INNER)), y)
-    for a, b in ((projected, wanted), (combined, wanted_combined)):
-        assert (a.double() - b).abs().max().item() <= tolerance * b.abs().max().item()
-    generator = torch.Generator().manual_seed(1)
-    dout = [torch.randn(a.shape, generator=generator, dtype=torch.float64).to(dtype) for a in (projected, combined)]
-    got = torch.autograd.grad([projected, combined], inputs, dout)
-    expected = torch.autograd.grad([wanted, wanted_combined], exact, [d.double() for d in dout])
-    for a, b in zip(got, expected, strict=True):
+    dout = normal(projected.shape, combined.shape, seed=1, dtype=dtype)
+    got = projected, combined, *torch.autograd.grad([projected, combined], inputs, dout)
+    gradients = torch.autograd.grad([wanted, wanted_combined], exact, [d.double() for d in dout])
+    for a, b in zip(got, (wanted, wanted_combined, *gradients), strict=True):
         assert (a.double() - b).abs().max().item() <= tolerance * b.abs().max().item()
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from farspan.kernels.moe.head_router import AttentionExperts, MixtureOfHeads
+from tests.support.mechanisms import normal
 
 HEADS = {
     "paper, one KV head": MixtureOfHeads(kv_heads=1, group=8, shared=2, per_token=3),
@@ -41,10 +42,8 @@ def by_hand(router: MixtureOfHeads, logits: list[float], bias: list[float]) -> d
 
 @pytest.mark.parametrize("router", HEADS.values(), ids=HEADS)
 def test_mixture_of_heads_by_hand(router: MixtureOfHeads) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(40, router.logits, generator=generator, dtype=torch.float64)
-    logits[5] = 0.0
-    bias = 0.1 * torch.randn(router.choices, generator=generator, dtype=torch.float64)
+    logits, bias = normal((40, router.logits), (router.choices,))
+    logits[5], bias = 0.0, 0.1 * bias
     found = router.choose(logits, bias)
     slots = router.kv_heads * (router.shared + router.per_token)
     assert found.indices.shape == found.gates.shape == (40, slots)
@@ -65,10 +64,8 @@ def test_mixture_of_heads_by_hand(router: MixtureOfHeads) -> None:
 @pytest.mark.parametrize("normalized", [True, False])
 def test_experts_by_hand(normalized: bool) -> None:
     router = AttentionExperts(count=6, per_token=2, normalized=normalized)
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(30, 6, generator=generator, dtype=torch.float64)
-    logits[3] = 1.0
-    bias = 0.2 * torch.randn(6, generator=generator, dtype=torch.float64)
+    logits, bias = normal((30, 6), (6,))
+    logits[3], bias = 1.0, 0.2 * bias
     found = router.choose(logits, bias)
     for token in range(30):
         p = softmax(logits[token].tolist())

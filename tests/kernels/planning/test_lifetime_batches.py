@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from farspan.kernels.attention import attention_backward, attention_forward
 from farspan.kernels.lifetimes.lifetimes import Lifetimes
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
@@ -12,8 +11,9 @@ from farspan.kernels.planning import lifetime_batches as module
 from farspan.kernels.planning.lifetime_batches import lifetime_batches
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.planning.regions import Kind
+from tests.support.attention_cases import Tensors, run
 from tests.support.batches import covered
-from tests.support.oracle import relative_error
+from tests.support.oracle import assert_close
 
 KV_HEADS, GROUP = 2, 3
 ROWS = Rows.packed([70, 1, 2, 50, 3, 90], padding=5)
@@ -43,11 +43,9 @@ PARTS = {
 
 
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TILE", 16)
-    monkeypatch.setattr(module, "KEY_MULTIPLE", 4)
-    monkeypatch.setattr(module, "ENTRIES_AT_ONCE", 100)
-    monkeypatch.setattr(module, "BATCH_PAIRS", 4000)
-    monkeypatch.setattr(module, "BATCH_ROWS", 40)
+    sizes = {"TILE": 16, "KEY_MULTIPLE": 4, "ENTRIES_AT_ONCE": 100, "BATCH_PAIRS": 4000, "BATCH_ROWS": 40}
+    for name, size in sizes.items():
+        monkeypatch.setattr(module, name, size)
 
 
 @pytest.mark.parametrize("part", list(PARTS))
@@ -66,21 +64,10 @@ def test_every_visible_pair_is_in_one_batch(part: str, small: bool, monkeypatch:
 @pytest.mark.parametrize("part", list(PARTS))
 def test_many_small_tiles_equal_one_mask(part: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     small_tiles(monkeypatch)
-    plan, generator = plan_of(*PARTS[part]), torch.Generator().manual_seed(3)
-
-    def draw(rows: Rows, *shape: int) -> Tensor:
-        return torch.randn(len(rows), *shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    q, dout = draw(plan.queries, 6, 16), draw(plan.queries, 6, 8)
-    k, v = draw(plan.keys, 2, 16), draw(plan.keys, 2, 8)
-    results = []
-    for backend in ("cpu", "reference"):
-        out, lse = attention_forward(q, k, v, plan, backend=backend)
-        gradients = attention_backward(dout, q, k, v, out.to(dtype), lse, plan, backend=backend)
-        results.append([out, lse, *gradients])
+    plan = plan_of(*PARTS[part])
+    tensors = Tensors.random(len(plan.queries), len(plan.keys), (KV_HEADS * GROUP, KV_HEADS), (16, 8), dtype)
     tolerance = 1e-12 if dtype == torch.float64 else 2e-2
-    for got, expected in zip(*results, strict=True):
-        assert relative_error(got, expected) < tolerance
+    assert_close(run(tensors, plan, "cpu"), run(tensors, plan, "reference"), tolerance)
 
 
 def test_work_follows_the_visible_pairs() -> None:

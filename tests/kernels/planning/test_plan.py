@@ -8,11 +8,11 @@ import torch
 
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.neighborhood import Dimension, Neighborhood
-from farspan.kernels.masks.rows import PADDING, Rows
+from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.planning.regions import Kind
-from tests.support.oracle import unmasked_pairs
+from tests.support.oracle import visible_mask
 
 
 def covered(plan: Plan) -> torch.Tensor:
@@ -30,11 +30,11 @@ def covered(plan: Plan) -> torch.Tensor:
     return count
 
 
-def true_mask(plan: Plan) -> torch.Tensor:
-    mask = torch.zeros(len(plan.queries), len(plan.keys), dtype=torch.int32)
-    for row, seen in zip(mask, unmasked_pairs(plan.queries, plan.keys, plan.attention_mask), strict=True):
-        row[seen] = 1
-    return mask
+def check(plan: Plan) -> None:
+    """Each visible pair is in one region, and no other pair is; they are counted."""
+    mask = visible_mask(plan.queries, plan.keys, plan.attention_mask, 1)[0]
+    assert torch.equal(covered(plan), mask.int())
+    assert plan.unmasked_pairs == int(mask.sum())
 
 
 def random_rows(rng: random.Random, rows: Rows) -> Rows:
@@ -64,35 +64,26 @@ def test_regions_hold_every_visible_pair_once(seed: int) -> None:
         sinks = 0 if window is None else rng.choice([0, 0, 1, 9, 64])
         attention_mask = AttentionMask(causal=rng.random() < 0.7, window=window, sinks=sinks)
         queries, keys = random_rows(rng, rows), random_rows(rng, rows)
-        plan = Plan.build(queries, keys, attention_mask, shortest_run=rng.choice([2, 8, 32]), heads=1)
-        expected = true_mask(plan)
-        assert torch.equal(covered(plan), expected)
-        assert plan.unmasked_pairs == int(expected.sum())
+        check(Plan.build(queries, keys, attention_mask, shortest_run=rng.choice([2, 8, 32]), heads=1))
 
 
 GRIDS = [
-    Neighborhood(dimensions=(Dimension(length=50, window=7),)),
-    Neighborhood(dimensions=(Dimension(length=40, window=6, stride=3, dilation=2, causal=True),)),
-    Neighborhood(dimensions=(Dimension(length=4, window=2, causal=True), Dimension(length=9, window=4, stride=4))),
-    Neighborhood(
-        dimensions=(
-            Dimension(length=3, window=2),
-            Dimension(length=7, window=3, dilation=2),
-            Dimension(length=5, window=5),
-        )
-    ),
+    (Dimension(length=50, window=7),),
+    (Dimension(length=40, window=6, stride=3, dilation=2, causal=True),),
+    (Dimension(length=4, window=2, causal=True), Dimension(length=9, window=4, stride=4)),
+    (Dimension(length=3, window=2), Dimension(length=7, window=3, dilation=2), Dimension(length=5, window=5)),
 ]
 
 
-@pytest.mark.parametrize("neighborhood", GRIDS, ids=lambda grid: str(len(grid.dimensions)))
-def test_regions_hold_every_neighbor_once(neighborhood: Neighborhood, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dimensions", GRIDS, ids=len)
+def test_regions_hold_every_neighbor_once(dimensions: tuple[Dimension, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    neighborhood = Neighborhood(dimensions=dimensions)
     monkeypatch.setattr("farspan.kernels.planning.regions.IRREGULAR_TILE", 8)
     rng = random.Random(0)
     for causal in (False, True):
         rows = Rows.packed([neighborhood.tokens, 2 * neighborhood.tokens + 3, 5], padding=4)
         queries, keys = random_rows(rng, rows), random_rows(rng, rows)
-        plan = Plan.build(queries, keys, AttentionMask(causal=causal, neighborhood=neighborhood), heads=1)
-        assert torch.equal(covered(plan), true_mask(plan))
+        check(Plan.build(queries, keys, AttentionMask(causal=causal, neighborhood=neighborhood), heads=1))
 
 
 def test_far_tiles_of_a_grid_are_not_visited() -> None:
@@ -114,16 +105,13 @@ def test_each_head_has_its_own_window() -> None:
 
 def test_a_causal_document_is_one_region_and_a_zigzag_step_needs_no_mask() -> None:
     rows = Rows.packed([4096])
-    assert [region.kind for region in Plan.build(rows, rows, AttentionMask(), heads=1).parts[0].regions] == [
-        Kind.CAUSAL
-    ]
+    (region,) = Plan.build(rows, rows, AttentionMask(), heads=1).parts[0].regions
+    assert region.kind is Kind.CAUSAL
     chunks = torch.arange(4096).chunk(8)
     local, remote = rows.take(torch.cat((chunks[1], chunks[6]))), rows.take(torch.cat((chunks[0], chunks[7])))
     for keys in (local, remote):
-        assert {region.kind for region in Plan.build(local, keys, AttentionMask(), heads=1).parts[0].regions} <= {
-            Kind.FULL,
-            Kind.CAUSAL,
-        }
+        plan = Plan.build(local, keys, AttentionMask(), heads=1)
+        assert {region.kind for region in plan.parts[0].regions} <= {Kind.FULL, Kind.CAUSAL}
 
 
 def test_a_million_tokens_are_planned_by_their_runs() -> None:
@@ -138,14 +126,8 @@ def test_masks_stay_small_where_runs_do_not_match() -> None:
     """A run of step 1 against a run of step 2 is cut into tiles: no mask grows with the square of the rows."""
     rows = Rows.packed([4096])
     plan = Plan.build(rows, rows.take(torch.arange(0, 4096, 2)), AttentionMask(), heads=1)
-    assert (
-        max(
-            (r.query_stop - r.query_start) * (r.key_stop - r.key_start)
-            for r in plan.parts[0].regions
-            if r.kind is Kind.MASKED
-        )
-        <= 128 * 128
-    )
+    masked = [region for region in plan.parts[0].regions if region.kind is Kind.MASKED]
+    assert max((r.query_stop - r.query_start) * (r.key_stop - r.key_start) for r in masked) <= 128 * 128
     assert any(region.kind is Kind.FULL for region in plan.parts[0].regions)
 
 
@@ -173,8 +155,7 @@ def test_candidates_are_found_in_small_chunks_too(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("farspan.kernels.planning.bounds.MAX_CANDIDATES", 7)
     rows = Rows.packed([60, 3, 50, 9, 80]).take(torch.randperm(202, generator=torch.Generator().manual_seed(0)))
     for keys in (rows, Rows.packed([60, 3, 50, 9, 80])):
-        plan = Plan.build(rows, keys, AttentionMask(), shortest_run=8, heads=1)
-        assert torch.equal(covered(plan), true_mask(plan))
+        check(Plan.build(rows, keys, AttentionMask(), shortest_run=8, heads=1))
 
 
 def test_padding_in_a_tile_does_not_widen_its_reach() -> None:
@@ -185,14 +166,9 @@ def test_padding_in_a_tile_does_not_widen_its_reach() -> None:
 
 @pytest.mark.parametrize("before", [0, 50])
 def test_padding_sees_nothing_even_if_its_positions_grow(before: int) -> None:
-    document = Rows.packed([before])
-    padding = torch.arange(60, dtype=torch.int32)
-    rows = Rows(
-        position=torch.cat((document.position, padding)),
-        document=torch.cat((document.document, torch.full_like(padding, PADDING))),
-    )
-    plan = Plan.build(rows, rows, AttentionMask(), shortest_run=8, heads=1)
-    assert torch.equal(covered(plan), true_mask(plan))
+    rows = Rows.packed([before], padding=60)
+    rows = Rows(position=torch.cat((rows.position[:before], torch.arange(60).int())), document=rows.document)
+    check(Plan.build(rows, rows, AttentionMask(), shortest_run=8, heads=1))
 
 
 @pytest.mark.parametrize(("window", "message"), [(0, "must be at least 1"), (2**31, "must be at most 2147483647")])
@@ -204,10 +180,8 @@ def test_a_window_has_bounds(window: int, message: str) -> None:
 def test_the_widest_window_hides_nothing() -> None:
     rows = Rows.packed([20])
     for shortest_run in (4, 32):
-        assert (
-            Plan.build(rows, rows, AttentionMask(window=2**31 - 1), shortest_run=shortest_run, heads=1).unmasked_pairs
-            == 210
-        )
+        plan = Plan.build(rows, rows, AttentionMask(window=2**31 - 1), shortest_run=shortest_run, heads=1)
+        assert plan.unmasked_pairs == 210
 
 
 def test_lifetimes_go_with_later_queries_of_a_document_only() -> None:

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -42,32 +41,26 @@ ATTENTION_MASKS = [
 ]
 
 
-@dataclass(frozen=True)
-class Visits:
-    """Decoded: whether a group's tile visits another, `[groups, tiles, other tiles]`."""
+def decode(lists: BlockMask, others: int) -> tuple[Tensor, Tensor]:
+    """Whether a group's tile visits another in full, and in part: both `[groups, tiles, other tiles]`.
 
-    full: Tensor
-    partial: Tensor
-
-
-def decode(lists: BlockMask, others: int) -> Visits:
-    """Follow the lists run by run; a tile that is visited twice fails."""
+    The lists are followed run by run; a tile that is visited twice fails.
+    """
     groups, tiles = int(lists.group.max()) + 1, lists.num_tiles
     found = torch.zeros(2 * groups * tiles, others, dtype=torch.int32)
     offsets, runs = lists.offsets.tolist(), lists.runs.tolist()
     assert len(offsets) == len(found) + 1
     assert len(runs) == offsets[-1] + 1
     for number in range(len(found)):
-        visits = 0
         for run in runs[offsets[number] : offsets[number + 1]]:
             first, count = run >> COUNT_BITS, run & MAX_COUNT
             assert count > 0
             assert first + count <= others
             found[number, first : first + count] += 1
-            visits += count
-        assert visits == lists.counts[number]
+    assert torch.equal(found.sum(dim=1), lists.counts.long().flatten())
     assert not (found > 1).any()
-    return Visits(*found.bool().view(groups, tiles, 2, others).unbind(2))
+    full, partial = found.bool().view(groups, tiles, 2, others).unbind(2)
+    return full, partial
 
 
 def rows_of_tiles(tiling: Tiling) -> Tensor:
@@ -88,22 +81,21 @@ def mask_by_tile(plan: Plan, tiled: TiledPlan) -> Tensor:
 def check(plan: Plan, query_tile: int, key_tile: int) -> TiledPlan:
     """Full visits have no masked pair, partial ones hold the rest, and both directions agree."""
     tiled = tile_plan(plan, query_tile, key_tile, "queries")
-    visits, mask = decode(tiled.lists, len(tiled.keys)), mask_by_tile(plan, tiled)
+    (all_full, all_partial), mask = decode(tiled.lists, len(tiled.keys)), mask_by_tile(plan, tiled)
     has_some = mask.any(dim=4).any(dim=2)
     # Queries without any key are padding, or as good as padding.
     padding = ~mask.any(dim=4).any(dim=3, keepdim=True).unsqueeze(4)
     has_all = (mask | padding).all(dim=4).all(dim=2) & has_some
     group = tiled.lists.group.long()
-    full, partial = visits.full[group], visits.partial[group]
+    full, partial = all_full[group], all_partial[group]
     assert not (full & partial).any()
     assert not (has_some & ~full & ~partial).any()
     assert not (full & ~has_all).any()
     transposed = tile_plan(plan, query_tile, key_tile, "keys")
-    back = decode(transposed.lists, len(tiled.queries))
     assert torch.equal(transposed.lists.group, tiled.lists.group)
-    assert torch.equal(back.full.transpose(1, 2), visits.full)
-    assert torch.equal(back.partial.transpose(1, 2), visits.partial)
-    work = (visits.full.long() + visits.partial.long()).sum(dim=(0, 2))
+    for back, visits in zip(decode(transposed.lists, len(tiled.queries)), (all_full, all_partial), strict=True):
+        assert torch.equal(back.transpose(1, 2), visits)
+    work = (all_full.long() + all_partial.long()).sum(dim=(0, 2))
     assert (work[tiled.lists.order.long()].diff() <= 0).all()
     return tiled
 
@@ -125,11 +117,12 @@ def test_the_example_of_the_docstring() -> None:
     assert lists.order.tolist() == [2, 1, 0]
 
 
-def random_selection(rows: Rows, tile: int, block: int, heads: int, density: float = 0.4) -> BlockSelection:
+def random_selection(rows: Rows, tile: int, block: int, heads: int, copies: int = 1) -> BlockSelection:
     blocks = BlockPartition.blocks(rows, block)
     query_block = BlockPartition.blocks(rows, tile).of(rows)
     num_query_blocks = int(query_block.max()) + 1 if len(rows) else 0
-    mask = torch.rand(heads, num_query_blocks, blocks.count, generator=torch.Generator().manual_seed(1)) < density
+    mask = torch.rand(heads, num_query_blocks, blocks.count, generator=torch.Generator().manual_seed(1)) < 0.4
+    mask = mask.repeat(copies, 1, 1)
     return BlockSelection.from_parts(query_block, blocks, [mask], heads=len(mask))
 
 
@@ -150,18 +143,10 @@ def test_heads_with_equal_masks_share_lists() -> None:
     rows = ROWS["one"]
     plan = Plan.build(rows, rows, AttentionMask(window=(5, 9, 5, 9)), heads=4)
     assert check(plan, 16, 8).lists.group.tolist() == [0, 1, 0, 1]
-    selection = random_selection(rows, 16, 8, heads=1)
-    mask = table(selection).repeat(4, 1, 1)
-    twice = BlockSelection.from_parts(selection.query_block, selection.blocks, [mask], heads=len(mask))
-    plan = Plan.build(rows, rows, AttentionMask(), heads=4, selection=twice)
-    assert check(plan, 16, 8).lists.group.tolist() == [0, 0, 0, 0]
-
-
-def table(selection: BlockSelection) -> Tensor:
-    """The selection's lists as bool `[heads, query blocks, key blocks]`."""
-    found = torch.zeros(selection.heads * selection.num_query_blocks, selection.blocks.count, dtype=torch.bool)
-    found[selection.lists, selection.key_blocks.long()] = True
-    return found.view(selection.heads, selection.num_query_blocks, -1)
+    # Heads 0 and 2, and 1 and 3, select the same blocks.
+    selection = random_selection(rows, 16, 8, heads=2, copies=2)
+    plan = Plan.build(rows, rows, AttentionMask(), heads=4, selection=selection)
+    assert check(plan, 16, 8).lists.group.tolist() == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -210,7 +195,6 @@ import torch
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
-from farspan.kernels.ragged import offsets_of
 from farspan.kernels.triton_kernels.block_mask import tile_plan
 from farspan.kernels.masks.attention_mask import AttentionMask
 
@@ -228,10 +212,7 @@ counts, chosen = torch.cat(counts), torch.cat(chosen)
 # The last tile selects other blocks in each head, so that no two heads share lists.
 counts = [torch.cat((counts[:-1], counts[-1:] - head)) for head in range(heads)]
 chosen = [chosen[: len(chosen) - head] for head in range(heads)]
-selection = BlockSelection(
-    heads=heads, query_block=rank.repeat_interleave(128), blocks=blocks,
-    offsets=offsets_of(torch.cat(counts)), key_blocks=torch.cat(chosen),
-)
+selection = BlockSelection.from_ragged(rank.repeat_interleave(128), blocks, counts, chosen, heads=heads)
 plan = Plan.build(rows, rows, AttentionMask(), heads=heads, selection=selection)
 del counts, chosen, mask
 

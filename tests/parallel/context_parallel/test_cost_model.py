@@ -142,6 +142,12 @@ def test_layers_weigh_by_their_flops() -> None:
     assert every.balance == pytest.approx(60 / 50)
 
 
+def test_layers_of_a_sequence_of_padding_cost_nothing() -> None:
+    busy, idle = cost(1, balance=1.5), cost(1, flops=0, balance=0)
+    assert total_cost([(idle, 2)]).balance == 1.0
+    assert total_cost([(idle, 2), (busy, 1)]).balance == pytest.approx(busy.balance)
+
+
 @pytest.mark.parametrize(
     ("mechanism", "degree", "layout", "best"),
     [

@@ -54,12 +54,9 @@ def attend(strategy: str, mechanism: Mechanism, fault: str, folder: Path) -> Non
 def test_every_rank_raises_when_one_is_gone(
     strategy: str, mechanism: Mechanism, kinds: str, fault: str, tmp_path: Path
 ) -> None:
-    pool, start = RankPool(4), time.monotonic()
-    try:
-        with pytest.raises(RankError, match="the process died"):
-            pool.run(attend, strategy, mechanism, fault, tmp_path)
-    finally:
-        pool.stop()
+    start = time.monotonic()
+    with RankPool(4) as pool, pytest.raises(RankError, match="the process died"):
+        pool.run(attend, strategy, mechanism, fault, tmp_path)
     assert time.monotonic() - start < 30
     errors = {int(file.name): file.read_text() for file in tmp_path.iterdir()}
     if fault == "shape":
@@ -84,13 +81,10 @@ def wait_for_one_that_hangs() -> str:
 
 
 def test_a_rank_that_hangs_is_given_up_after_the_timeout() -> None:
-    pool = RankPool(3)
-    try:
-        start = time.monotonic()
+    start = time.monotonic()
+    with RankPool(3) as pool:
         found = pool.run(wait_for_one_that_hangs)
         assert time.monotonic() - start < 30
-    finally:
-        pool.stop()
     assert found[1] == "slept"
     # The wait for the transfer raises, not the all-reduce after it.
     assert found[2].startswith("rank 2 gave up waiting for 'ring_kv'"), found

@@ -14,21 +14,13 @@ from farspan.kernels.mechanisms.window import Window
 from farspan.parallel.comm import Channel, Unconnected
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes
 from farspan.parallel.layout import Shards
-from tests.support.oracle import relative_error
-from tests.support.simulation import attend_in_one_process, simulate, simulate_attention
+from tests.support.mechanisms import attend, inputs_of
+from tests.support.oracle import assert_close
+from tests.support.simulation import simulate, simulate_attention
 
 HEADS = Heads(query=4, kv=2)
 ROWS = Rows.packed([391, 7, 250, 1, 112])
 """761 tokens: 12 for each of 64 ranks, the last one with padding."""
-
-
-def operands(mechanism: Mechanism) -> list[Tensor]:
-    generator, tokens = torch.Generator().manual_seed(0), len(ROWS)
-    widths = [(HEADS.query, 8), (HEADS.kv, 8), (HEADS.kv, 4)]
-    if mechanism.routing_width:
-        widths.append((HEADS.kv, mechanism.routing_width))
-    widths.append((HEADS.query, 4))
-    return [torch.randn(tokens, *width, generator=generator, dtype=torch.float64) for width in widths]
 
 
 @pytest.mark.parametrize(
@@ -47,13 +39,12 @@ def operands(mechanism: Mechanism) -> list[Tensor]:
     ids=str,
 )
 def test_many_ranks_equal_one(strategy: str, mechanism: Mechanism, layout: str, degree: int, inner_size: int) -> None:
-    inputs = operands(mechanism)
+    inputs = inputs_of(mechanism, len(ROWS), HEADS, (8, 4))
     shards = Shards.build(ROWS, layout=layout, degree=degree)
     routing = mechanism.route(ROWS, HEADS, *inputs[:2], *inputs[3:-1])
     with torch.no_grad():
         found = simulate_attention(strategy, mechanism, shards, HEADS, inputs, inner_size=inner_size)
-        expected = attend_in_one_process(mechanism, ROWS, HEADS, inputs)
-    assert max(map(relative_error, found.tensors, expected)) < 1e-10
+        assert_close(found.tensors, attend(mechanism, ROWS, HEADS, inputs), 1e-10)
     assert found.sent == [plan.volume(Sizes.of(torch.float64, 8, 4), lambda: routing) for plan in found.plans]
 
 
@@ -65,7 +56,7 @@ def test_padding_rows_come_out_as_zeros(strategy: str, layout: str) -> None:
     shards = Shards.build(Rows.packed([13]), layout=layout, degree=4)
     inner_size = 1 if STRATEGIES.get(strategy).unsupported_reason(mechanism, HEADS, 4, 1) is None else 2
 
-    def attend(channel: Channel) -> list[Tensor]:
+    def on_rank(channel: Channel) -> list[Tensor]:
         planned = STRATEGIES.get(strategy)(channel).prepare(mechanism, shards, HEADS, backend="cpu")
         q, k, v, dout = (torch.ones(shards.tokens_local, n, 8) for n in (4, 2, 2, 4))
         out, saved = planned.forward(q, k, v)
@@ -73,7 +64,7 @@ def test_padding_rows_come_out_as_zeros(strategy: str, layout: str) -> None:
 
     padding = shards.index < 0
     assert padding.any()
-    for found in zip(*simulate(4, attend, inner_size=inner_size), strict=True):
+    for found in zip(*simulate(4, on_rank, inner_size=inner_size), strict=True):
         assert (torch.stack(found)[padding] == 0).all()
 
 

@@ -3,8 +3,6 @@
 Found by an independent fuzzer; thousands of its random cases agreed with one process.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -17,11 +15,11 @@ from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.spans import Spans
 from farspan.parallel.comm import Unconnected
-from farspan.parallel.context_parallel.cost_model import total_cost
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes
 from farspan.parallel.layout import Shards
-from tests.parallel.context_parallel.test_cost_model import FAST, job, predict
-from tests.support.simulation import attend_in_one_process, simulate_attention
+from tests.support.mechanisms import attend, inputs_of
+from tests.support.oracle import assert_close
+from tests.support.simulation import simulate_attention
 
 
 @pytest.mark.parametrize("degree", [3, 5, 6])
@@ -30,10 +28,7 @@ def test_bytes_where_the_degree_divides_nothing(name: str, degree: int) -> None:
     """Each rank sends 2 (P-1)/P of what is all-reduced, rounded down once, however many all-reduces there are."""
     rows, heads, mechanism = Rows.packed([200]), Heads(query=8, kv=2), MECHANISMS.get(name).examples()[0]
     shards = Shards.build(rows, layout="zigzag", degree=degree)
-    widths = [(8, 4), (2, 4), (2, 4), *([(2, mechanism.routing_width)] if mechanism.routing_width else []), (8, 4)]
-    generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(len(rows), *width, generator=generator, dtype=torch.float64) for width in widths]
-    found = simulate_attention("ring", mechanism, shards, heads, inputs)
+    found = simulate_attention("ring", mechanism, shards, heads, inputs_of(mechanism, 200, heads, (4, 4)))
     assert found.sent == [plan.volume(Sizes.of(torch.float64, 4, 4)) for plan in found.plans]
 
 
@@ -45,11 +40,9 @@ def test_ids_of_documents_may_be_anything(strategy: str) -> None:
     document = torch.where(base.document < 0, base.document, ids[base.document.clamp(min=0).long()])
     rows = Rows(position=base.position, document=document)
     shards = Shards.build(rows, layout="zigzag", degree=2)
-    generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(len(rows), 4, 8, generator=generator, dtype=torch.float64) for _ in range(4)]
+    inputs = inputs_of(mechanism, len(rows), heads)
     found = simulate_attention(strategy, mechanism, shards, heads, inputs).tensors
-    for x, expected in zip(found, attend_in_one_process(mechanism, base, heads, inputs), strict=True):
-        assert (x - expected)[:32].abs().max().item() <= 1e-12
+    assert_close(found, attend(mechanism, base, heads, inputs))
 
 
 @pytest.mark.parametrize(
@@ -76,10 +69,3 @@ def test_what_is_no_grid_is_refused(strategy: str, inner: int) -> None:
     unsupported_reason = STRATEGIES.get(strategy).unsupported_reason(Dense(), Heads(query=8, kv=8), 4, inner)
     assert unsupported_reason is not None
     assert "needs a grid of ranks" in unsupported_reason
-
-
-def test_layers_of_a_sequence_of_padding_cost_nothing() -> None:
-    cost = predict("ring", job(Dense(), 4), FAST)
-    idle = replace(cost, flops=0, balance=0)
-    assert total_cost([(idle, 2)]).balance == 1.0
-    assert total_cost([(idle, 2), (cost, 1)]).balance == pytest.approx(cost.balance)

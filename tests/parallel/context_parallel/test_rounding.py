@@ -12,7 +12,7 @@ import torch
 from farspan.kernels.mechanism import MECHANISMS
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.parallel.context_parallel.strategy import STRATEGIES
-from tests.support.matrix import HEADS, Case, differing_bytes, inner_size_for, put_together, reference, run_cases
+from tests.support.matrix import HEADS, Case, differing_bytes, inner_size_for, reference, run_cases, unshard
 from tests.support.oracle import rms_error
 from tests.support.rank_pool import RankPool
 
@@ -24,7 +24,7 @@ ONE_KV_HEAD = HEADS[2]
 def errors(ranks: Callable[[int], RankPool], case: Case, degree: int) -> tuple[float, int]:
     """Return the error of dk and dv together, and the bytes that all ranks sent backward."""
     results = ranks(degree).run(run_cases, [case])
-    found = put_together(case, degree, [parts[0][0] for parts in results])
+    found = unshard(case, [parts[0][0] for parts in results])
     expected = reference(case.mechanism, case.documents, case.heads, case.dtype)
     sent = sum(parts[0][1][1].counted.sent.total() for parts in results)
     found, truth = (torch.cat([x.flatten() for x in tensors[3:]]) for tensors in (found, expected))

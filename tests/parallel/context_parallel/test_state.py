@@ -9,25 +9,25 @@ from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.parallel.comm import Unconnected
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes, Volume
 from farspan.parallel.layout import LAYOUTS, Shards
-from tests.support.oracle import relative_error
-from tests.support.simulation import attend_in_one_process, simulate_attention
+from tests.support.mechanisms import attend, inputs_of
+from tests.support.oracle import assert_close
+from tests.support.simulation import simulate_attention
 
 HEADS = Heads(query=4, kv=2)
 
 
-def error(rows: Rows, layout: str, degree: int) -> float:
-    """Return the largest error of out, dq, dk and dv of simulated ranks, against one process."""
-    generator, shards = torch.Generator().manual_seed(0), Shards.build(rows, layout=layout, degree=degree)
-    inputs = [torch.randn(len(rows), n, 2, generator=generator, dtype=torch.float64) for n in (4, 2, 2, 4)]
+def check(rows: Rows, layout: str, degree: int) -> None:
+    """Compare simulated ranks with one process."""
+    shards, inputs = Shards.build(rows, layout=layout, degree=degree), inputs_of(Lightning(), len(rows), HEADS, (2, 2))
     found = simulate_attention("state", Lightning(), shards, HEADS, inputs).tensors
-    return max(map(relative_error, found, attend_in_one_process(Lightning(), rows, HEADS, inputs, backend="cpu")))
+    assert_close(found, attend(Lightning(), rows, HEADS, inputs, backend="cpu"), 1e-10)
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 @pytest.mark.parametrize("degree", [1, 2])
 def test_later_tokens_have_no_influence_however_far_they_are(degree: int, layout: str) -> None:
     """The fastest rate is 1/4: exp(s n) of 8192 tokens is beyond float64."""
-    assert error(Rows.packed([8192]), layout, degree) <= 1e-10
+    check(Rows.packed([8192]), layout, degree)
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
@@ -35,14 +35,14 @@ def test_later_tokens_have_no_influence_however_far_they_are(degree: int, layout
 def test_segments_of_one_token_or_none(degree: int, layout: str) -> None:
     """Short sequences leave them to the last ranks: the state of a token has no influence on the token."""
     for tokens in range(1, 8):
-        assert error(Rows.packed([tokens]), layout, degree) <= 1e-10, f"{tokens} tokens"
+        check(Rows.packed([tokens]), layout, degree)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 def test_rows_in_any_order(layout: str) -> None:
     rows = Rows.packed([50, 1, 30], padding=5)
     shuffled = rows.take(torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)))
-    assert error(shuffled, layout, 3) <= 1e-10
+    check(shuffled, layout, 3)
 
 
 @pytest.mark.parametrize(

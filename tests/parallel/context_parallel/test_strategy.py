@@ -23,6 +23,7 @@ from farspan.parallel.context_parallel import moving_kv
 from farspan.parallel.context_parallel.strategies import ship
 from farspan.parallel.context_parallel.strategy import STRATEGIES, DistributedAttention, Sizes, Volume
 from farspan.parallel.layout import Shards
+from tests.support.matrix import inner_size_for
 from tests.support.rank_pool import RankError, RankPool, world_channel
 from tests.support.recording_channel import RecordingChannel
 
@@ -102,24 +103,19 @@ KINDS = {
 
 def planned(strategy: str, degree_of_shards: int, heads: Heads, channel: Channel | None = None) -> DistributedAttention:
     mechanism = {"state": Lightning(), "ship": MoBA(block=8, top_k=2)}.get(strategy, Dense())
-    channel = channel or world_channel(2 if needs_grid(strategy) else 1)
+    channel = channel or world_channel(inner_size_for(strategy, degree_of_shards, turn=0))
     shards = Shards.build(Rows.packed([24]), layout="contiguous", degree=degree_of_shards)
     return STRATEGIES.get(strategy)(channel).prepare(mechanism, shards, heads, backend="cpu")
 
 
-def needs_grid(strategy: str) -> bool:
-    unsupported_reason, heads = STRATEGIES.get(strategy).unsupported_reason, Heads(query=8, kv=8)
-    return unsupported_reason(Dense(), heads, 4, 1) is not None and unsupported_reason(Dense(), heads, 4, 2) is None
-
-
 def kinds_of_bytes(strategy: str) -> tuple[set[str], set[str]]:
     channel = world_channel()
+    q, k = torch.ones(12, 4, 8), torch.ones(12, 2, 8)
     attend = planned(strategy, 2, Heads(query=4, kv=2), channel)
-    traffic = channel.traffic
-    _, saved = attend.forward(torch.ones(12, 4, 8), torch.ones(12, 2, 8), torch.ones(12, 2, 8))
-    forward = set(traffic.take().sent)
-    attend.backward(torch.ones(12, 4, 8), saved)
-    return forward, set(traffic.take().sent)
+    _, saved = attend.forward(q, k, k)
+    forward = set(channel.traffic.take().sent)
+    attend.backward(q, saved)
+    return forward, set(channel.traffic.take().sent)
 
 
 @pytest.mark.parametrize("strategy", list(KINDS))
@@ -198,10 +194,11 @@ def events(
     heads = Heads(query=4, kv=2)
     planning = STRATEGIES.get(strategy)(channel)  # pyright: ignore[reportArgumentType]
     attend = planning.prepare(mechanism, shards, heads, backend="cpu")
-    _, saved = attend.forward(torch.ones(8, 4, 8), torch.ones(8, 2, 8), torch.ones(8, 2, 8))
+    q, k = torch.ones(8, 4, 8), torch.ones(8, 2, 8)
+    _, saved = attend.forward(q, k, k)
     forward = channel.events.copy()
     channel.events.clear()
-    attend.backward(torch.ones(8, 4, 8), saved)
+    attend.backward(q, saved)
     return forward, channel.events
 
 
@@ -260,15 +257,12 @@ def die_soon() -> None:
 
 
 def test_a_rank_that_dies_between_calls_is_reported_and_the_next_world_is_fresh() -> None:
-    pool = RankPool(2)
-    try:
+    with RankPool(2) as pool:
         pool.run(die_soon)
         time.sleep(0.5)
         with pytest.raises(RankError, match="died"):
             pool.run(dist.get_rank)
         assert pool.run(dist.get_rank) == [0, 1]
-    finally:
-        pool.stop()
 
 
 def two_transfers_at_once() -> list[float]:

@@ -35,7 +35,7 @@ def test_capacity_by_hand(drop, degree: int, layout: str) -> None:
     generator = torch.Generator().manual_seed(0)
     chosen = torch.rand(TOKENS, EXPERTS, generator=generator).argsort(dim=1)[:, :2]
     weights = torch.rand(TOKENS, 2, generator=generator).mul(4).round()  # many are equal: earlier tokens win
-    kept, sent = on_ranks(
+    selected, sent = on_ranks(
         layout, degree, [chosen, weights], lambda s, c, w: s.within_capacity(c, w, EXPERTS, factor=0.8, drop=drop)
     )
     capacity = 12  # 0.8 x 37 x 2 / 5 = 11.84
@@ -46,8 +46,8 @@ def test_capacity_by_hand(drop, degree: int, layout: str) -> None:
             line.sort(key=lambda choice: -weights[choice].item())
         for choice in line[:capacity]:
             expected[choice] = True
-    assert torch.equal(kept, expected)
-    assert not kept.all()
+    assert torch.equal(selected, expected)
+    assert not selected.all()
     rows = -(-TOKENS // degree) if layout != "zigzag" else 2 * -(-TOKENS // (2 * degree))
     if layout != "balanced":
         assert sent == [(degree - 1) * rows * (8 + 16 + (8 if drop == "weight" else 0))] * degree

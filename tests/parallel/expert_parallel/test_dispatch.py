@@ -1,4 +1,4 @@
-"""Expert parallelism: whichever rank holds the experts, each token gets the weighted sum of their outputs."""
+"""Expert parallelism: whichever rank has the experts, each token gets the weighted sum of their outputs; its memory."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed._tools.mem_tracker import MemTracker
 
+from farspan.kernels.moe import grouped_loop
 from farspan.kernels.moe.grouped_gemm import grouped_swiglu
 from farspan.parallel.expert_parallel.dispatch import send_to_experts
+from tests.support.mechanisms import normal
 from tests.support.rank_pool import RankPool, world_channel
 from tests.support.recording_channel import RecordingChannel
 
@@ -39,10 +42,9 @@ def inputs(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Tensor
     generator = torch.Generator().manual_seed(0)
     tokens = sum(case.tokens)
     shapes = ((tokens, WIDTH), (tokens, PER_TOKEN), *[(EXPERTS, INNER, WIDTH)] * 2, (EXPERTS, WIDTH, INNER))
-    leaves = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    *leaves, dout = normal(*shapes, (tokens, WIDTH), dtype=dtype)
     order = torch.rand(tokens, len(case.experts), generator=generator).argsort(dim=1)[:, :PER_TOKEN]
     real = torch.cat([torch.arange(n) < n - pad for n, pad in zip(case.tokens, case.padding, strict=True)])
-    dout = torch.randn(tokens, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
     return leaves, torch.tensor(case.experts)[order], real, dout
 
 
@@ -57,8 +59,8 @@ def on_rank(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, int
     # The contents of padding must not be read.
     local[0].data[~real[start:stop]] = torch.nan
     local += [m[channel.rank * experts : (channel.rank + 1) * experts].clone().requires_grad_() for m in matrices]
-    kept = real[start:stop, None].expand(-1, PER_TOKEN)
-    in_flight = send_to_experts(local[0], chosen[start:stop], local[1], kept, channel, EXPERTS)
+    selected = real[start:stop, None].expand(-1, PER_TOKEN)
+    in_flight = send_to_experts(local[0], chosen[start:stop], local[1], selected, channel, EXPERTS)
     gate, up, down = local[2:]
     out = in_flight.combine(lambda rows, counts: grouped_swiglu(rows, gate, up, down, counts))
     gradients = torch.autograd.grad(out, local, dout[start:stop])
@@ -112,8 +114,8 @@ class Noted(torch.autograd.Function):
 
 def test_computation_between_send_and_combine_overlaps_in_both_passes() -> None:
     channel, x = RecordingChannel(0, 1), torch.ones(4, 2, requires_grad=True)
-    chosen, kept = torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1, dtype=torch.bool)
-    in_flight = send_to_experts(x, chosen, torch.ones(4, 1), kept, channel, 1)  # pyright: ignore[reportArgumentType]
+    chosen, selected = torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1, dtype=torch.bool)
+    in_flight = send_to_experts(x, chosen, torch.ones(4, 1), selected, channel, 1)  # pyright: ignore[reportArgumentType]
     overlapped: Tensor = Noted.apply(x, channel.events, "overlapped")  # pyright: ignore[reportAssignmentType]
     out = in_flight.combine(lambda rows, _: Noted.apply(rows, channel.events, "experts"))  # pyright: ignore
     assert channel.events == [
@@ -125,3 +127,49 @@ def test_computation_between_send_and_combine_overlaps_in_both_passes() -> None:
         "send expert_out_gradient", "wait expert_out_gradient", "experts backward",
         "send expert_rows_gradient", "overlapped backward", "wait expert_rows_gradient",
     ]  # fmt: skip
+
+
+TOKENS = 2048
+
+
+def peak_bytes(tokens: int, hot: bool) -> int:
+    """On a rank: the peak bytes of tensors in a forward and a backward pass, above its weights' gradients.
+
+    Each token goes to one expert: to the last, or to each in turn. tokens: of all ranks together.
+    """
+    channel, width, inner = world_channel(), 16, 64
+    experts, tokens_local = EXPERTS // channel.size, tokens // channel.size
+    x = torch.randn(tokens_local, width, requires_grad=True)
+    weights = torch.rand(tokens_local, 1, requires_grad=True)
+    shapes = ((experts, inner, width), (experts, inner, width), (experts, width, inner))
+    matrices = gate, up, down = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    chosen = torch.full((tokens_local, 1), EXPERTS - 1) if hot else torch.arange(tokens_local)[:, None] % EXPERTS
+    selected, dout = torch.ones(tokens_local, 1, dtype=torch.bool), torch.randn(tokens_local, width)
+    chunk_rows, tracker = grouped_loop.CHUNK_ROWS, MemTracker()
+    grouped_loop.CHUNK_ROWS = 64
+    try:
+        with tracker:
+            in_flight = send_to_experts(x, chosen, weights, selected, channel, EXPERTS)
+            out = in_flight.combine(lambda rows, counts: grouped_swiglu(rows, gate, up, down, counts))
+            gradients = torch.autograd.grad(out, (x, weights, *matrices), dout)
+    finally:
+        grouped_loop.CHUNK_ROWS = chunk_rows
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    return peak - sum(gradient.nbytes for gradient in gradients[2:])
+
+
+def test_a_hot_expert_takes_no_more_than_even_ones(ranks: Callable[[int], RankPool]) -> None:
+    pool = ranks(1)
+    (hot,), (even,) = pool.run(peak_bytes, TOKENS, True), pool.run(peak_bytes, TOKENS, False)
+    assert hot <= 1.01 * even
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+def test_bytes_grow_with_tokens_of_a_hot_expert(ranks: Callable[[int], RankPool], degree: int) -> None:
+    """On its rank, at most linearly."""
+    pool = ranks(degree)
+    once, twice, four = (pool.run(peak_bytes, factor * TOKENS, True) for factor in (1, 2, 4))
+    for less, more in ((once, twice), (twice, four)):
+        assert more[-1] <= 2.01 * less[-1]
+    # The last rank receives all rows: at most `degree` times those of even loads.
+    assert four[-1] <= degree * 1.01 * pool.run(peak_bytes, 4 * TOKENS, False)[-1]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from farspan.kernels.mechanism import MECHANISMS
 from farspan.parallel.context_parallel.strategy import STRATEGIES
-from tests.support.matrix import HEADS, Case, inner_size_for, label, put_together, reference, run_cases
+from tests.support.matrix import HEADS, Case, inner_size_for, label, reference, run_cases, unshard
 from tests.support.oracle import rms_error
 from tests.support.rank_pool import RankPool
 
@@ -31,7 +31,7 @@ def test_loses_no_more_than_one_process_does(ranks: Callable[[int], RankPool], s
     expected = reference(example, case.documents, case.heads, torch.bfloat16)
 
     def errors(of: Case, degree: int) -> list[float]:
-        found: list[Tensor] = put_together(of, degree, [parts[0][0] for parts in ranks(degree).run(run_cases, [of])])
+        found: list[Tensor] = unshard(of, [parts[0][0] for parts in ranks(degree).run(run_cases, [of])])
         return [rms_error(a, b) for a, b in zip(found, expected, strict=True)]
 
     for got, allowed in zip(errors(case, 8), errors(single, 1), strict=True):

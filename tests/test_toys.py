@@ -1,12 +1,15 @@
-"""A kind of mechanism in one file, tests/support/toy_kind.py, takes part in the contract, the matrix, the planner and
-the benchmark with no other edit.
+"""A mechanism and a kind, each in one file of tests/support, take part in the contract, the matrix, the planner and the
+benchmark with no other edit.
 
 Each in a process of its own: in this one there is no toy.
 """
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,47 +19,77 @@ from farspan.kernels.mechanism import MECHANISMS
 from farspan.parallel.context_parallel.strategy import STRATEGIES
 from tests.support import oracle
 from tests.support.matrix import DEGREES
-from tests.test_toy_mechanism import MATRIX, python
 
-TOY = "tests.support.toy_kind"
-SEQUENCE = "tests/kernels/test_sequence_attention.py"
-EXAMPLES = ("WindowAndBlocks(window=5, block=16, sparsity=0)", "WindowAndBlocks(window=9, block=16, sparsity=4)")
+ROOT = Path(__file__).resolve().parents[1]
+CONTRACT, MATRIX = "tests/kernels/test_sequence_attention.py", "tests/parallel/matrix"
 
 
-def pytest_with_toy(*arguments: str) -> str:
-    return python("-m", "pytest", "-p", TOY, "-p", "no:cacheprovider", "-q", *arguments)
+class Toy(NamedTuple):
+    """benchmark: the name of its case."""
+
+    module: str
+    examples: tuple[str, ...]
+    benchmark: str
 
 
-def command_with_toy(module: str, *arguments: str) -> str:
-    code = f"import sys, {TOY}; from {module} import main; sys.exit(main(sys.argv[1:]))"
+GATED = ("WindowAndBlocks(window=5, block=16, sparsity=0)", "WindowAndBlocks(window=9, block=16, sparsity=4)")
+TOYS = {
+    "toy": Toy("tests.support.toy_mechanism", ("Toy(reach=5)",), "toy_5"),
+    "gated": Toy("tests.support.toy_kind", GATED, "gated_5x16"),
+}
+
+
+def python(*arguments: str) -> str:
+    """Run Python in the repository's root and return what it printed."""
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def pytest_with(toy: str, *arguments: str) -> str:
+    return python("-m", "pytest", "-p", TOYS[toy].module, "-p", "no:cacheprovider", "-q", *arguments)
+
+
+def command_with(toy: str, module: str, *arguments: str) -> str:
+    code = f"import sys, {TOYS[toy].module}; from {module} import main; sys.exit(main(sys.argv[1:]))"
     return python("-c", code, *arguments)
 
 
 def test_there_is_no_toy_without_its_file() -> None:
-    assert "gated" not in MECHANISMS.load()
+    assert not TOYS.keys() & MECHANISMS.load().keys()
 
 
-def test_contract_and_matrix_find_it() -> None:
-    found = pytest_with_toy("--collect-only", SEQUENCE, MATRIX, "-k", "gated or WindowAndBlocks").splitlines()
+@pytest.mark.parametrize("toy", TOYS)
+def test_contract_and_matrix_find_it(toy: str) -> None:
+    examples = TOYS[toy].examples
+    name = examples[0].partition("(")[0]
+    found = pytest_with(toy, "--collect-only", CONTRACT, MATRIX, "-k", f"{toy} or {name}").splitlines()
     able = [name for name, x in BACKENDS.load().items() if x.unavailable_reason(torch.device("cpu")) is None]
-    for example in EXAMPLES:
+    for example in examples:
         for backend in able:
             for dtype in oracle.RELATIVE_TOLERANCE:
-                assert f"{SEQUENCE}::test_mechanism_equals_the_formula[{example}-{backend}-{dtype}]" in found
+                assert f"{CONTRACT}::test_mechanism_equals_the_formula[{example}-{backend}-{dtype}]" in found
     for strategy in STRATEGIES:
         for degree in DEGREES:
-            case = f"test_equals_one_process[{strategy}-{degree}-gated]"
+            case = f"test_equals_one_process[{strategy}-{degree}-{toy}]"
             assert sum(line.startswith(MATRIX) and line.endswith(f"::{case}") for line in found) == 1, case
 
 
+def test_a_mechanism_passes() -> None:
+    """The ranks of the matrix are processes that know of the toy only by the instances that they are handed."""
+    contract = f"{CONTRACT}::test_mechanism_equals_the_formula[Toy(reach=5)-cpu-torch.float64]"
+    matrix = f"{MATRIX}/test_1_and_2_ranks.py::test_equals_one_process[ring-2-toy]"
+    assert "2 passed" in pytest_with("toy", contract, matrix)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_it_computes_its_definition(backend: str) -> None:
+def test_a_kind_computes_its_definition(backend: str) -> None:
     """Out and the gradients of q, k, v and routing, in all dtypes; and a part of the heads does what it does in all."""
     chosen = f"(WindowAndBlocks and {backend}) and (formula or some_heads or leaks)"
-    assert "10 passed" in pytest_with_toy(SEQUENCE, "-k", chosen)
+    assert "10 passed" in pytest_with("gated", CONTRACT, "-k", chosen)
 
 
-def test_it_equals_one_process_under_strategies() -> None:
+def test_a_kind_equals_one_process_under_strategies() -> None:
     """Out, the gradients of q, k, v and routing, and the bytes by formula; `ship` and `state` refuse it."""
     low, high = f"{MATRIX}/test_1_and_2_ranks.py", f"{MATRIX}/test_4_ranks.py"
     pairs = ["ring-1", "ring-2", "gather-2", "single-1", "ship-2", "state-2"]
@@ -64,16 +97,16 @@ def test_it_equals_one_process_under_strategies() -> None:
     cases += [f"{high}::test_equals_one_process[{pair}-gated]" for pair in ("fetch-4", "ulysses-4", "hybrid-4")]
     of_accesses = f"{MATRIX}/test_unsupported.py::test_accesses_decide_what_a_strategy_takes"
     cases += [f"{of_accesses}[{name}]" for name in ("ring", "ship", "state")]
-    assert f"{len(cases)} passed" in pytest_with_toy(*cases)
+    assert f"{len(cases)} passed" in pytest_with("gated", *cases)
 
 
 def test_the_planner_takes_it(tmp_path: Path) -> None:
     """The cost model picks a strategy that serves it; bytes and memory count both branches and the router."""
 
     def dry_run(mechanism: str, strategy: str) -> str:
-        options = ["data.sequence_tokens=16384", "parallel.context=4", f"parallel.strategy={strategy}"]
+        options = ["--ranks=4", "data.sequence_tokens=16384", "parallel.context=4", f"parallel.strategy={strategy}"]
         options += [f"attention.mechanism={mechanism}", "attention.backend=cpu", f"data.folder={tmp_path / 'none'}"]
-        return command_with_toy("farspan.launch.cli", "train", "configs/demo.toml", "--dry-run", "--ranks=4", *options)
+        return command_with("gated", "farspan.launch.cli", "train", "configs/demo.toml", "--dry-run", *options)
 
     def number(pattern: str, text: str) -> float:
         found = re.search(pattern, text)
@@ -81,7 +114,7 @@ def test_the_planner_takes_it(tmp_path: Path) -> None:
         return float(found[1].replace(",", ""))
 
     chosen = dry_run("gated", "auto")
-    assert EXAMPLES[0] in chosen
+    assert TOYS["gated"].examples[0] in chosen
     offered = set(re.findall(r"(\w+): [\d,.]+ ms", chosen))
     assert "ring" in offered
     assert not offered & {"ship", "state", "single"}
@@ -93,11 +126,12 @@ def test_the_planner_takes_it(tmp_path: Path) -> None:
     assert number(activations, gated) > number(activations, dense)
 
 
-def test_the_benchmark_has_its_row(tmp_path: Path) -> None:
+@pytest.mark.parametrize("toy", TOYS)
+def test_the_benchmark_has_its_row(toy: str, tmp_path: Path) -> None:
     shape = ["--heads", "2:1", "--head-dim", "8", "--tokens", "128"]
-    named = ["--mechanisms", "gated", "--varlen", "gated_5x16"]
-    command_with_toy("farspan.tools.bench_attention", *named, *shape, "--out", str(tmp_path / "bench"))
+    named = ["--mechanisms", toy, "--varlen", TOYS[toy].benchmark]
+    command_with(toy, "farspan.tools.bench_attention", *named, *shape, "--out", str(tmp_path / "bench"))
     records = json.loads((tmp_path / "bench.json").read_text())
     measured = {record["mechanism"]: record for record in records if record["direction"] == "fwd_bwd"}
-    assert set(measured) == {"dense", "gated_5x16", "gated_5x16_varlen"}
+    assert set(measured) == {"dense", TOYS[toy].benchmark, f"{TOYS[toy].benchmark}_varlen"}
     assert all(record["correct"] and record["ms"] > 0 for record in measured.values())

@@ -16,8 +16,14 @@ from farspan.parallel.expert_parallel.capacity import ExpertCapacity
 from farspan.parallel.layout import Shards
 from farspan.parallel.mesh import Mesh
 from farspan.trainer.config import Config
-from farspan.trainer.data.packing import IGNORED, PackedSequence, PackedSequences, sequence_hash, sequence_seed
-from farspan.trainer.data.shuffle import ShuffledSequences
+from farspan.trainer.data.packing import (
+    IGNORED,
+    PackedSequence,
+    PackedSequences,
+    ShuffledSequences,
+    sequence_hash,
+    sequence_seed,
+)
 from farspan.trainer.data.source import TokenSource
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.flops import attention_flops

@@ -21,8 +21,7 @@ from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.checkpoint.steps import finished
 from farspan.trainer.config import Config, flat
 from farspan.trainer.config_history import record_config
-from farspan.trainer.data.integrity import check_integrity
-from farspan.trainer.data.source import SPLITS
+from farspan.trainer.data.source import SPLITS, check_integrity
 from farspan.trainer.estimate.summary import describe, format_layers
 from farspan.trainer.evaluate import Validation
 from farspan.trainer.metrics import Metrics

@@ -23,8 +23,7 @@ from farspan.trainer import train as module
 from farspan.trainer.checkpoint import checkpointer, shards
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
-from farspan.trainer.data.packing import IGNORED, PackedSequences
-from farspan.trainer.data.shuffle import ShuffledSequences
+from farspan.trainer.data.packing import IGNORED, PackedSequences, ShuffledSequences
 from farspan.trainer.data.source import META_FILE, TOKENS_FILE
 from farspan.trainer.resilience.lock import lock_folder
 from farspan.trainer.resilience.signals import StopSignal

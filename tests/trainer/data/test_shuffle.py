@@ -4,8 +4,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from farspan.trainer.data.packing import PackedSequences
-from farspan.trainer.data.shuffle import ShuffledSequences, shuffled_place
+from farspan.trainer.data.packing import PackedSequences, ShuffledSequences, shuffled_place
 from farspan.trainer.data.source import TokenSource
 
 

@@ -64,7 +64,7 @@ def test_token_dtype(vocabulary_size, name):
 
 @pytest.mark.parametrize("chunk_tokens", [5, 1 << 22])
 def test_unigram_bits_per_byte(folder, monkeypatch, chunk_tokens):
-    monkeypatch.setattr(module, "COUNT_CHUNK_TOKENS", chunk_tokens)
+    monkeypatch.setattr(module, "CHUNK_TOKENS", chunk_tokens)
     stream = [token for data in DOCUMENTS for token in [*data, 256]]
     bits = sum(-math.log2(count / len(stream)) * count for count in Counter(stream).values())
     assert unigram_bits_per_byte(TokenSource(folder)) == pytest.approx(bits / 39, rel=1e-12)

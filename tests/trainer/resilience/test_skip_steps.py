@@ -19,8 +19,7 @@ from farspan.errors import ConfigError, TrainingError
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer import train
 from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
-from farspan.trainer.data.packing import PackedSequences
-from farspan.trainer.data.shuffle import ShuffledSequences
+from farspan.trainer.data.packing import PackedSequences, ShuffledSequences
 from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.replay import read_batch, write_batch
 from farspan.trainer.resilience.skip_steps import SkipConfig, not_finite, reason_to_skip, remember

@@ -18,7 +18,7 @@ import torch
 from farspan.parallel.mesh import ParallelConfig
 from farspan.parallel.ranks import Ranks
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
-from farspan.trainer.data.shuffle import ShuffledSequences
+from farspan.trainer.data.packing import ShuffledSequences
 from farspan.trainer.evaluate import Validation
 from farspan.trainer.resilience import watchdog as module
 from farspan.trainer.resilience.signals import EXIT_HUNG, StopSignal

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -102,7 +103,9 @@ class BatchBuilder:
         rows = Rows(position=torch.from_numpy(sequence.position), document=torch.from_numpy(sequence.document))
         channel = self.channel
         rank = channel.rank
-        shards = Shards.build(rows, layout=self.layout, degree=channel.size, work=self.work)
+        shards = Shards.build(
+            rows, layout=self.layout, degree=channel.size, work=partial(work_of_layers, self.mechanisms)
+        )
         tokens = shards.shard(torch.from_numpy(sequence.tokens), rank)
         labels = shards.shard(torch.from_numpy(sequence.labels), rank, fill=IGNORED)
         planned = {layer: layer.plan(shards, self.model) for layer in dict.fromkeys(self.layers)}
@@ -135,10 +138,6 @@ class BatchBuilder:
     def mechanisms(self) -> tuple[Mechanism, ...]:
         return tuple(layer.mechanism for layer in self.layers)
 
-    def work(self, rows: Rows) -> Tensor:
-        """Return the work of each token in all layers, float64 `[tokens]`."""
-        return work_of_layers(self.mechanisms, rows)
-
 
 class DataLoader:
     """The training sequences in their order, and this rank's micro-batches of each step."""
@@ -147,17 +146,12 @@ class DataLoader:
         seed = config.run.seed
         packed = PackedSequences(source, sequence_tokens=config.data.sequence_tokens, seed=seed)
         self._sequences = ShuffledSequences(packed, seed=seed)
-        self._per_step, self._mesh, self._batches = config.train.sequences_per_step, mesh, batches
-
-    @property
-    def channel(self) -> Channel:
-        """Of the ranks that share a sequence."""
-        return self._batches.channel
+        self._per_step, self._mesh, self.batches = config.train.sequences_per_step, mesh, batches
 
     def micro_batches(self, first: int) -> list[MicroBatch]:
         """Return those of this data-parallel group in the step that begins with sequence `first`."""
         group = range(first + self._mesh.data_rank, first + self._per_step, self._mesh.degrees.data)
-        return [self._batches.build(self._sequences.sequence(index), index) for index in group]
+        return [self.batches.build(self._sequences.sequence(index), index) for index in group]
 
     def sequences(self, first: int) -> dict[int, PackedSequence]:
         """Return the sequences of all groups in the step that begins with sequence `first`, by index."""

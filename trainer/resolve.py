@@ -1,5 +1,6 @@
 """From a configuration to a resolved one: checked against ranks, devices and data, derived values filled in."""
 
+import logging
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,17 +13,20 @@ from farspan.kernels.masks.rows import Rows
 from farspan.parallel.context_parallel.cost_model import MACHINES, Cost, Job, Machine, compare
 from farspan.parallel.context_parallel.strategy import Sizes
 from farspan.parallel.layout import Shards
-from farspan.parallel.mesh import Degrees, ParallelConfig
-from farspan.parallel.ranks import Ranks
+from farspan.parallel.mesh import Degrees, Mesh, ParallelConfig
+from farspan.parallel.ranks import Ranks, fake_process_group
 from farspan.trainer.batch import work_of_layers
-from farspan.trainer.build import backends_of_layers
+from farspan.trainer.build import backends_of_layers, parameters_held
 from farspan.trainer.config import AUTO, Config
 from farspan.trainer.data.source import META_FILE, SPLITS, TokenSource
+from farspan.trainer.estimate.summary import describe
 from farspan.trainer.renamed import RENAMED_SPLITS
 from farspan.trainer.validate import validate
 
 VOCABULARY_MULTIPLE = 64
 """Matrix products are fastest with a vocabulary that is a multiple of this."""
+
+log = logging.getLogger("farspan")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -53,6 +57,31 @@ def resolve(config: Config, ranks: Ranks) -> Resolved:
         validation_source=validation_source,
         reasons=tuple(reasons),
     )
+
+
+def dry_run(config: Config, num_ranks: int) -> None:
+    """Print the summary of a run of `config` on `num_ranks` ranks; raises ConfigError as the run would."""
+    dry_run_plan(config, num_ranks)
+    has_data = Path(config.data.folder).exists()
+    log.info("%-12snothing was started%s", "dry run", "" if has_data else f"; {config.data.folder} is not there yet")
+
+
+def dry_run_plan(config: Config, num_ranks: int) -> None:
+    """As `dry_run`, for a run that is about to start elsewhere.
+
+    The steps of `resolve`, but without GPUs, and without data if that is absent: device and vocabulary then are those
+    of the configuration.
+    """
+    degrees = Degrees.resolve(config.parallel, num_ranks)
+    validate(config, degrees)
+    device = torch.device("cuda" if config.train.device == "cuda" or torch.cuda.is_available() else "cpu")
+    vocabulary_size = open_data(config)[0].vocabulary_size if Path(config.data.folder).exists() else None
+    config, reasons = choose_strategy(config, degrees, device.type)
+    config = fill_in(config, degrees, device, vocabulary_size)
+    log.info("%s", "\n".join((describe(config, degrees), *reasons)))
+    with fake_process_group(num_ranks):
+        local = parameters_held(config, Mesh.build(config.parallel, "cpu"))
+    log.info("%-12s%s parameters on rank 0 of %d", "sharded", f"{local:,}", num_ranks)
 
 
 def choose_device(config: Config, local_rank: int) -> torch.device:

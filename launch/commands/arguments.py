@@ -50,7 +50,7 @@ def print_dry_run(options: argparse.Namespace, num_ranks: int, *, flag: str) -> 
     """Print the values derived from a configuration for `num_ranks`, the value of `flag`."""
     check_count(num_ranks, flag)
     from farspan.trainer.config import Config
-    from farspan.trainer.estimate.dry_run import dry_run
+    from farspan.trainer.resolve import dry_run
     from farspan.trainer.toml_config import load_config
 
     dry_run(load_config(Config, options.config, options.overrides), num_ranks)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from farspan.errors import CheckpointError, ConfigError, DataError, TrainingError
 from farspan.parallel.mesh import ParallelConfig
 from farspan.parallel.ranks import Ranks
-from farspan.trainer import config_history, evaluate, metrics
+from farspan.trainer import evaluate, metrics
 from farspan.trainer import train as module
 from farspan.trainer.checkpoint import checkpointer, shards
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
@@ -355,7 +355,7 @@ def test_a_full_disk_is_one_sentence(
 
     owner, name, replaced = {
         "a record": (metrics.MetricsWriter, "_write", third_fails),
-        "the configuration": (config_history, "to_toml", disk_full),
+        "the configuration": (metrics, "to_toml", disk_full),
         "the metrics": (metrics, "MetricsWriter", disk_full),
     }[where]
     monkeypatch.setattr(owner, name, replaced)

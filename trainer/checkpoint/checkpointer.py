@@ -136,7 +136,7 @@ class Checkpointer:
 
     def _load(self, folder: Path) -> Manifest:
         """Fill model and optimizer; raises DamagedError, on all ranks, where a file is not as it was written."""
-        manifest = on_first_rank(lambda: self._read_manifest(folder))
+        manifest = on_first_rank(lambda: self._read_own_manifest(folder))
         with verified(folder, manifest.files):
             self.read(folder)
         return manifest
@@ -160,14 +160,11 @@ class Checkpointer:
             self._copies.state_dict_cache = BlockingAsyncStager().stage(tensors)
         return self._copies.stage(tensors)
 
-    def _read_manifest(self, folder: Path) -> Manifest:
+    def _read_own_manifest(self, folder: Path) -> Manifest:
+        """Read a manifest; raises CheckpointError where the checkpoint is of another run."""
         manifest = Manifest.read(folder)
         check_sizes(folder, manifest.files)
-        self._check_identity(folder, manifest.identity)
-        return manifest
-
-    def _check_identity(self, folder: Path, saved: Mapping[str, Any]) -> None:
-        saved = current_names(saved)
+        saved = current_names(manifest.identity)
         differences = {
             name: f"{name} ({saved.get(name)!r}, now {self._identity.get(name)!r})"
             for name in sorted({*saved, *self._identity})
@@ -179,6 +176,7 @@ class Checkpointer:
                 f"checkpoint {folder} was trained with another {', another '.join(differences.values())}: go back to "
                 f"that, or {START_AGAIN}, or accept it with checkpoint.accept_changed=[{names}]."
             )
+        return manifest
 
     def _make_room(self, step: int, num_bytes: int) -> Path:
         partial = make_room(self._folder, step)

@@ -119,19 +119,17 @@ class PackedSequences:
 
         The latter is int64 [documents + 1], with the end of the last.
         """
-        order = self._order(epoch)
+        num_documents = self.source.num_documents
+        if self._shuffle:
+            # numpy keeps raw bit streams the same across versions, unlike Generator.permutation: a run resumed with a
+            # newer numpy must see the same documents.
+            bits = np.random.PCG64(np.random.SeedSequence(self._seed, spawn_key=(epoch,)))
+            order = np.argsort(np.asarray(bits.random_raw(num_documents)), kind="stable")
+        else:
+            order = np.arange(num_documents, dtype=np.int64)
         borders = np.zeros(len(order) + 1, dtype=np.int64)
         np.cumsum(np.diff(self.source.offsets)[order], out=borders[1:])
         return order, borders
-
-    def _order(self, epoch: int) -> np.ndarray:
-        num_documents = self.source.num_documents
-        if not self._shuffle:
-            return np.arange(num_documents, dtype=np.int64)
-        # numpy keeps raw bit streams the same across versions, unlike Generator.permutation: a run resumed with a newer
-        # numpy must see the same documents.
-        bits = np.random.PCG64(np.random.SeedSequence(self._seed, spawn_key=(epoch,)))
-        return np.argsort(np.asarray(bits.random_raw(num_documents)), kind="stable")
 
 
 class ShuffledSequences:

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from types import ModuleType
 from typing import final
 
 import numpy as np
@@ -48,7 +47,13 @@ class FileTokenizer(Tokenizer):
         if not Path(path).is_file():
             problem = "is a folder; pass the tokenizer.json inside it" if Path(path).is_dir() else "does not exist"
             raise DataError(f"The tokenizer file {path} {problem} (or pass --tokenizer {BYTES}).")
-        tokenizers = _import_tokenizers(path)
+        try:
+            import tokenizers  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise DataError(
+                f"Reading the tokenizer file {path} needs the package tokenizers; "
+                f"`pip install -e '.[data]'`, or pass --tokenizer {BYTES}."
+            ) from error
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(path)
         except Exception as error:  # the Rust side raises bare Exception
@@ -80,17 +85,6 @@ def load_tokenizer(name: str, *, end_token: str | None = None) -> Tokenizer:
     if end_token is not None:
         raise DataError(f"The tokenizer {BYTES!r} has its own end-of-document id; drop --end-token {end_token!r}.")
     return ByteTokenizer()
-
-
-def _import_tokenizers(path: str) -> ModuleType:
-    try:
-        import tokenizers  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise DataError(
-            f"Reading the tokenizer file {path} needs the package tokenizers; "
-            f"`pip install -e '.[data]'`, or pass --tokenizer {BYTES}."
-        ) from error
-    return tokenizers
 
 
 def _end_id(path: str, vocabulary: dict[str, int], end_token: str | None) -> int:

@@ -1,7 +1,7 @@
 """The summary of a run that is printed at every start and by a dry run: sizes, FLOPs, traffic and memory."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
 
@@ -80,7 +80,7 @@ def _head_mixture(config: Config) -> dict[str, str]:
 
 def _attention(config: Config, degrees: Degrees) -> dict[str, str]:
     model, sent = config.model, attention_bytes(config, degrees) + convolution_bytes(config, degrees)
-    labels = {"attention": _short_layers(config.mechanisms())}
+    labels = {"attention": format_layers(config.mechanisms(), short=True)}
     if model.key_convolution:
         labels["convolution"] = f"over {model.key_convolution} keys"
     if any(map(model.is_gated, config.mechanisms())):
@@ -93,23 +93,16 @@ def _attention(config: Config, degrees: Degrees) -> dict[str, str]:
     }
 
 
-def format_layers(mechanisms: Sequence[Mechanism]) -> str:
-    """Return the mechanisms of the layers; runs of equal layers are counted."""
-    return _counted(mechanisms, str, lambda run: str(run[0]))
+def format_layers(mechanisms: Sequence[Mechanism], *, short: bool = False) -> str:
+    """Return the mechanisms of the layers; runs of equal layers are counted.
 
-
-def _short_layers(mechanisms: Sequence[Mechanism]) -> str:
-    """Return the same, with only the names of mechanisms that differ by layer."""
-    return _counted(mechanisms, type, lambda run: str(run[0]) if len(set(run)) == 1 else type(run[0]).__name__)
-
-
-def _counted(
-    mechanisms: Sequence[Mechanism], key: Callable[[Mechanism], object], name: Callable[[list[Mechanism]], str]
-) -> str:
-    runs = [list(run) for _, run in groupby(mechanisms, key)]
+    short: of mechanisms that differ by layer only the names.
+    """
+    runs = [list(run) for _, run in groupby(mechanisms, type if short else str)]
+    names = [type(run[0]).__name__ if short and len(set(run)) > 1 else str(run[0]) for run in runs]
     if len(runs) == 1:
-        return name(runs[0])
-    return ", ".join(f"{len(run)} x {name(run)}" if len(run) > 1 else name(run) for run in runs)
+        return names[0]
+    return ", ".join(f"{len(run)} x {name}" if len(run) > 1 else name for run, name in zip(runs, names, strict=True))
 
 
 def _backends(config: Config) -> str:

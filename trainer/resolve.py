@@ -102,22 +102,6 @@ def choose_device(config: Config, local_rank: int) -> torch.device:
 def open_data(config: Config) -> tuple[TokenSource, TokenSource]:
     """Return the training and the validation documents; raises DataError when they cannot be read or used."""
     folder = Path(config.data.folder)
-    _check_prepared(folder)
-    sources = TokenSource(folder / SPLITS[0]), TokenSource(folder / SPLITS[1])
-    for split, source in zip(SPLITS, sources, strict=True):
-        if source.num_tokens == source.num_documents:
-            raise DataError(
-                f"{folder / split} has documents of one token only, which have nothing to predict; prepare others."
-            )
-    if sources[0].vocabulary_size != sources[1].vocabulary_size:
-        raise DataError(
-            f"{folder} has train/ of {sources[0].vocabulary_size} tokens and validation/ of "
-            f"{sources[1].vocabulary_size}: prepare both together."
-        )
-    return sources
-
-
-def _check_prepared(folder: Path) -> None:
     if (folder / META_FILE).is_file():
         raise DataError(f"data.folder={str(folder)!r} is one split of the data: set data.folder={folder.parent}.")
     for old, new in RENAMED_SPLITS.items():
@@ -130,6 +114,18 @@ def _check_prepared(folder: Path) -> None:
     if missing is not None:
         state = f"has no {missing}" if folder.exists() else "does not exist"
         raise DataError(f"data.folder={str(folder)!r} {state}: make it with `farspan data prepare`, or name another.")
+    sources = TokenSource(folder / SPLITS[0]), TokenSource(folder / SPLITS[1])
+    for split, source in zip(SPLITS, sources, strict=True):
+        if source.num_tokens == source.num_documents:
+            raise DataError(
+                f"{folder / split} has documents of one token only, which have nothing to predict; prepare others."
+            )
+    if sources[0].vocabulary_size != sources[1].vocabulary_size:
+        raise DataError(
+            f"{folder} has train/ of {sources[0].vocabulary_size} tokens and validation/ of "
+            f"{sources[1].vocabulary_size}: prepare both together."
+        )
+    return sources
 
 
 def fill_in(config: Config, degrees: Degrees, device: torch.device, vocabulary_size: int | None) -> Config:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints, overload
 
-from farspan.errors import ConfigError
+from farspan.errors import ConfigError, shortened
 from farspan.registry import nearest_name_hint
 from farspan.trainer.renamed import refuse_old_key, refuse_old_value
 
@@ -40,7 +40,6 @@ BOUNDS = (
     ("maximum", "at most", operator.le),
 )
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
-SHOWN_CHARACTERS = 60
 
 
 @overload
@@ -244,8 +243,7 @@ def describe_type(kind: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    text = toml_value(value)
-    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…"
+    return shortened(toml_value(value))
 
 
 def _refuse_key(key: str, shown: str, name: str, parts: Mapping[str, Any]) -> NoReturn:

@@ -29,10 +29,10 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from farspan.errors import CheckpointError
 from farspan.parallel.mesh import group_along
-from farspan.trainer.checkpoint.manifest import START_AGAIN, DamagedError, Manifest, damaged
+from farspan.trainer.checkpoint.manifest import START_AGAIN, Manifest, damaged
 from farspan.trainer.checkpoint.shards import read_shards, write_shards
 from farspan.trainer.checkpoint.steps import finished, make_room, prune, publish, step_name
-from farspan.trainer.checkpoint.verify import check_sizes, verified
+from farspan.trainer.checkpoint.verify import check_sizes, newest, verified
 from farspan.trainer.config import CheckpointConfig
 from farspan.trainer.renamed import current_names
 from farspan.trainer.resilience.agreement import all_gather_objects, on_first_rank, raise_on_all_ranks
@@ -119,20 +119,11 @@ class Checkpointer:
         optimizer. Raises CheckpointError when all are damaged, or one is of another run.
         """
         found = on_first_rank(lambda: finished(self._folder))
-        for folder in reversed(found):
-            try:
-                manifest = self._load(folder)
-            except DamagedError as error:
-                log.info("skipped     %s", error)
-                continue
-            state.load_state_dict(dict(manifest.train_state))
-            return folder
-        if found:
-            raise CheckpointError(
-                f"none of the {len(found)} checkpoints in {self._folder} can be used, see the lines before: restore "
-                f"one of them, or {START_AGAIN}."
-            )
-        return None
+        if not found:
+            return None
+        folder, manifest = newest(found, self._load, f", or {START_AGAIN}")
+        state.load_state_dict(dict(manifest.train_state))
+        return folder
 
     def _load(self, folder: Path) -> Manifest:
         """Fill model and optimizer; raises DamagedError, on all ranks, where a file is not as it was written."""

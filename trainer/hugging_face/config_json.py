@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from farspan.errors import ConfigError
+from farspan.errors import ConfigError, shortened
 from farspan.trainer.hugging_face.architectures import ARCHITECTURES, MIXTRAL, QWEN3, Architecture
 from farspan.trainer.model.config import ModelConfig, RopeConfig
 from farspan.trainer.toml_config import from_tree
@@ -76,7 +76,8 @@ def _model(fields: Fields, architecture: Architecture) -> dict[str, Any]:
     """Return the tree of a ModelConfig; raises KeyError for a missing field."""
     for name, supported in REQUIRED.items():
         if fields.get(name, supported) != supported:
-            raise ConfigError(f"{name}={_shown(fields[name])}, but farspan computes {_shown(supported)} only.")
+            value = shortened(json.dumps(fields[name]))
+            raise ConfigError(f"{name}={value}, but farspan computes {json.dumps(supported)} only.")
     # Mixtral has no use_sliding_window: its window is on wherever it is set.
     if fields.get("sliding_window") is not None and fields.get("use_sliding_window", architecture is MIXTRAL):
         raise ConfigError(
@@ -165,11 +166,6 @@ def _check_yarn(rope: Fields, factor: float) -> None:
         raise ConfigError(f"YaRN's attention_factor={given}, but farspan computes 0.1 ln(factor) + 1 = {ours} only.")
     if not rope.get("truncate", True):
         raise ConfigError("YaRN's truncate=false, but farspan computes the rounded ramp of the released code only.")
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:60] + "..."
 
 
 def config_fields(

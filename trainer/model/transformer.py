@@ -27,6 +27,8 @@ from farspan.trainer.model.experts import ExpertFeedForward, RoutingStatistics
 from farspan.trainer.model.head_mixture import HeadMixture
 
 Layer = TypeVar("Layer", bound=nn.Module)
+BlockOutput = tuple[Tensor, RoutingStatistics | None, RoutingStatistics | None]
+"""Residual stream `[T, C]`; statistics of experts and of heads, if the block has a router for them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,12 +59,6 @@ class Output(NamedTuple):
     losses: Tensor
     experts: tuple[RoutingStatistics, ...]
     heads: tuple[RoutingStatistics, ...]
-
-
-class _BlockOutput(NamedTuple):
-    x: Tensor
-    experts: RoutingStatistics | None
-    heads: RoutingStatistics | None
 
 
 class FeedForward(nn.Module):
@@ -99,24 +95,24 @@ class Block(nn.Module):
             self.feed_forward = FeedForward(config.width, config.feed_forward)
         self.recompute = recompute
 
-    def forward(self, x: Tensor, inputs: AttentionInputs, experts: ExpertPlaces | None) -> _BlockOutput:
+    def forward(self, x: Tensor, inputs: AttentionInputs, experts: ExpertPlaces | None) -> BlockOutput:
         # The outputs of the recomputation are discarded, so that loads are counted, and losses added, once.
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._layer, x, inputs, experts, use_reentrant=False, preserve_rng_state=False)
         return self._layer(x, inputs, experts)
 
-    def _layer(self, x: Tensor, inputs: AttentionInputs, experts: ExpertPlaces | None) -> _BlockOutput:
+    def _layer(self, x: Tensor, inputs: AttentionInputs, experts: ExpertPlaces | None) -> BlockOutput:
         normed = self.attention_norm(x)
         if self.feed_forward_norm is None:
             # Start the exchange with experts, compute attention meanwhile, then wait for the experts.
             wait = self._start_feed_forward(normed, experts)
             attention_out, of_heads = self.attention(normed, inputs)
             feed_forward_out, of_experts = wait()
-            return _BlockOutput(x + attention_out + feed_forward_out, of_experts, of_heads)
+            return x + attention_out + feed_forward_out, of_experts, of_heads
         attention_out, of_heads = self.attention(normed, inputs)
         x = x + attention_out
         feed_forward_out, of_experts = self._start_feed_forward(self.feed_forward_norm(x), experts)()
-        return _BlockOutput(x + feed_forward_out, of_experts, of_heads)
+        return x + feed_forward_out, of_experts, of_heads
 
     def _start_feed_forward(
         self, normed: Tensor, experts: ExpertPlaces | None
@@ -150,10 +146,10 @@ class Transformer(nn.Module):
         real = context.rows.document >= 0
         experts, heads = [], []
         for block, attention in zip(self.blocks, context.attention, strict=True):
-            out = block(x, AttentionInputs(real, cos, sin, attention, context.key_convolution), context.experts)
-            x = out.x
-            experts += [out.experts] if out.experts is not None else []
-            heads += [out.heads] if out.heads is not None else []
+            inputs = AttentionInputs(real, cos, sin, attention, context.key_convolution)
+            x, of_experts, of_heads = block(x, inputs, context.experts)
+            experts += [of_experts] if of_experts is not None else []
+            heads += [of_heads] if of_heads is not None else []
         losses = linear_cross_entropy(self.norm(x), self.head.weight, labels)
         return Output(losses, tuple(experts), tuple(heads))
 

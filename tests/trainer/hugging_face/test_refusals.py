@@ -14,8 +14,7 @@ from farspan.kernels.mechanism import Mechanism
 from farspan.trainer.config import AttentionConfig, Config
 from farspan.trainer.hugging_face.architectures import LLAMA, MIXTRAL, QWEN3_MOE, architecture_of
 from farspan.trainer.hugging_face.config_json import config_fields, pattern_of, read_config
-from farspan.trainer.hugging_face.export_model import export_model
-from farspan.trainer.hugging_face.import_model import import_model
+from farspan.trainer.hugging_face.convert import export_model, import_model
 from farspan.trainer.model.config import ExpertsConfig, HeadMixtureConfig, ModelConfig
 from farspan.trainer.toml_config import load_config
 from farspan.trainer.weights.io import StoredWeights

@@ -1,4 +1,4 @@
-"""Export of a trained model to a folder that `AutoModelForCausalLM.from_pretrained` of transformers loads."""
+"""Between Hugging Face and weights of farspan: import of a model for a run to start from, export of a trained one."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -12,21 +12,67 @@ from farspan.parallel.ranks import Ranks, connected
 from farspan.trainer.config import Config
 from farspan.trainer.data.source import META_FILE, SPLITS, TokenSource
 from farspan.trainer.hugging_face.architectures import Architecture, architecture_of
-from farspan.trainer.hugging_face.config_json import CONFIG_FILE, config_fields
-from farspan.trainer.hugging_face.import_model import ROUTER_BIAS
-from farspan.trainer.hugging_face.tensor_files import write_tensors
-from farspan.trainer.weights.io import StoredWeights, new_folder
-from farspan.trainer.weights.locate import find_trained_model
+from farspan.trainer.hugging_face.config_json import CONFIG_FILE, config_fields, read_config
+from farspan.trainer.hugging_face.tensor_files import TensorFiles, write_tensors
+from farspan.trainer.weights.io import StoredWeights, new_folder, save_weights
+from farspan.trainer.weights.locate import DECODER_FILE, Decoder, find_trained_model
 
 FILE_BYTES = 5_000_000_000
+DERIVED = "rotary_emb.inv_freq"
+"""Tensors of older versions of transformers that follow from the configuration."""
+ROUTER_BIAS = "feed_forward.bias"
+"""Suffix of the only buffers of a decoder, which these architectures lack."""
+
+
+def import_model(folder: Path, out: Path) -> Decoder:
+    """Write the model in `folder` as weights with a `model.toml`, in the dtype that it is stored in.
+
+    Raises ConfigError for a model that farspan does not compute, CheckpointError for incomplete files.
+    """
+    architecture, model = read_config(folder)
+    decoder, files = Decoder(model=model), TensorFiles(folder)
+    tensors, used = {}, set()
+    for name, shape in decoder.shapes().items():
+        if name.endswith(ROUTER_BIAS):
+            tensors[name] = torch.zeros(shape)
+            continue
+        # Tied embeddings are one table, stored once.
+        stored_name = "embedding.weight" if model.tied_embeddings and name == "head.weight" else name
+        tensors[name], sources = _parameter(stored_name, shape, architecture, files)
+        used |= set(sources)
+    for name in files.names:
+        if not (name in used or name.endswith(DERIVED) or (model.tied_embeddings and name == "lm_head.weight")):
+            raise CheckpointError(
+                f"{folder} has {name}, which is not in {architecture.name} as its config.json describes it: farspan "
+                "would compute another model; import a model without it."
+            )
+    with connected(Ranks(), torch.device("cpu")):
+        save_weights(tensors, out, {DECODER_FILE: decoder.text()})
+    return decoder
+
+
+def _parameter(
+    name: str, shape: torch.Size, architecture: Architecture, files: TensorFiles
+) -> tuple[Tensor, list[str]]:
+    """Return a parameter and the tensors that it was made of, in the layout of these files."""
+    sources, fused = architecture.tensors_of(name, shape[0]), architecture.fused_tensor_of(name)
+    if fused is not None and sources[0] not in files and fused.tensor in files:
+        if fused.half is None:
+            return files.tensor(fused.tensor, shape), [fused.tensor]
+        both = files.tensor(fused.tensor, torch.Size((shape[0], 2 * shape[1], shape[2])))
+        return both.chunk(2, dim=1)[fused.half], [fused.tensor]  # [E, 2 * F, C] -> [E, F, C]
+    if len(shape) == 3:
+        # E x [out, in] -> [E, out, in]
+        return torch.stack([files.tensor(source, shape[1:]) for source in sources]), sources
+    return files.tensor(sources[0], shape), sources
 
 
 def export_model(
     source: Path, out: Path, *, dtype: torch.dtype | None = None, file_bytes: int = FILE_BYTES
 ) -> Architecture:
-    """Write the model in `source` (see `find_trained_model`) in `dtype`, or as stored; return its architecture.
+    """Write the model in `source` (see `find_trained_model`) for `AutoModelForCausalLM.from_pretrained` to load.
 
-    Raises ConfigError for a model without an architecture of Hugging Face.
+    dtype: that it is written in; by default as stored. Raises ConfigError for a model that none of the architectures is.
     """
     trained = find_trained_model(source)
     model, rope = trained.decoder.model, trained.decoder.model.rope

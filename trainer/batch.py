@@ -109,9 +109,13 @@ class BatchBuilder:
         tokens = shards.shard(torch.from_numpy(sequence.tokens), rank)
         labels = shards.shard(torch.from_numpy(sequence.labels), rank, fill=IGNORED)
         planned = {layer: layer.plan(shards, self.model) for layer in dict.fromkeys(self.layers)}
-        convolution = None
+        convolution = experts = None
         if self.model.key_convolution:
             convolution = KeyConvolution.plan(channel, shards, self.model.key_convolution, self.device)
+        if self.expert_channel is not None:
+            # Padding of the sequence itself is no token either.
+            places = shards.index[rank].masked_fill(shards.rows_of(rank).document < 0, -1).to(self.device)
+            experts = ExpertPlaces(ExpertCapacity(channel, places), self.expert_channel)
         return MicroBatch(
             tokens=tokens.to(self.device),
             labels=labels.to(self.device),
@@ -119,20 +123,12 @@ class BatchBuilder:
                 rows=shards.rows_of(rank).to(self.device),
                 attention=tuple(planned[layer] for layer in self.layers),
                 key_convolution=convolution,
-                experts=self._places(shards),
+                experts=experts,
             ),
             attention_flops=attention_flops(self.model, self.mechanisms, rows) if rank == 0 else 0,
             fingerprint=sequence_hash(index, sequence) if rank == 0 else 0,
             seed=sequence_seed(self.seed, index),
         )
-
-    def _places(self, shards: Shards) -> ExpertPlaces | None:
-        if self.expert_channel is None:
-            return None
-        rank = self.channel.rank
-        # Padding of the sequence itself is no token either.
-        index = shards.index[rank].masked_fill(shards.rows_of(rank).document < 0, -1)
-        return ExpertPlaces(ExpertCapacity(self.channel, index.to(self.device)), self.expert_channel)
 
     @property
     def mechanisms(self) -> tuple[Mechanism, ...]:

@@ -68,7 +68,8 @@ class Checkpointer:
         self._config = config
         self._group = group_along("checkpoint", {"ranks": dist.get_world_size()}, "ranks", backend="gloo")
         self._copies = BlockingAsyncStager(cache_staged_state_dict=True)
-        self._writer = _WriterThread()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
 
     def save(self, state: TrainState) -> Path:
         """Write a checkpoint of `state.step`, delete old ones, and return its folder.
@@ -90,27 +91,44 @@ class Checkpointer:
         num_bytes = _num_bytes(tensors)
         partial = on_first_rank(lambda: self._writable(state.step, lambda: self._make_room(state.step, num_bytes)))
         copies = self._copy(tensors)
-        self._writer.start(lambda: self._write(copies, partial, manifest))
+
+        def write() -> None:
+            try:
+                self._write(copies, partial, manifest)
+            except BaseException as error:
+                self._error = error
+
+        # A daemon, so that the process can exit while this thread waits for ranks that have died.
+        self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+        self._thread.start()
 
     @property
     def has_failed(self) -> bool:
         """Whether the save in progress has failed, as far as this rank knows; others may learn it later."""
-        return self._writer.error is not None
+        return self._error is not None
 
     def finish_saving(self) -> None:
         """Wait for the save in progress, if any; raises CheckpointError, on all ranks, when it failed."""
-        raise_on_all_ranks(self._writer.join)
+        raise_on_all_ranks(self._join)
 
     def finish_saving_or_log(self) -> None:
         """Wait for the save in progress, if any, and only log its failure: the run ends for another reason."""
         try:
-            self._writer.join()
+            self._join()
         except Exception as error:
             log.error("not saved   %s", error)
 
     def wait_briefly(self) -> None:
         """Wait a moment for the save in progress: this rank is about to exit, and others may have exited."""
-        self._writer.join_for(LAST_MOMENT_S)
+        if self._thread is not None:
+            self._thread.join(LAST_MOMENT_S)
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+        self._thread, error, self._error = None, self._error, None
+        if error is not None:
+            raise error
 
     def load_latest(self, state: TrainState) -> Path | None:
         """Load the newest complete checkpoint into model, optimizer and `state`; return its folder, None without any.
@@ -217,40 +235,6 @@ class Checkpointer:
             f"checkpoint {self._folder / step_name(step)} cannot be written ({cause}): make room, or choose another "
             "run.folder."
         )
-
-
-class _WriterThread:
-    """Runs one task at a time in a thread; `join` raises the task's error."""
-
-    def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self.error: BaseException | None = None
-
-    def start(self, task: Callable[[], None]) -> None:
-        """Start a task; the task before has to be joined."""
-
-        def run() -> None:
-            try:
-                task()
-            except BaseException as error:
-                self.error = error
-
-        assert self._thread is None
-        # A daemon, so that the process can exit while this thread waits for ranks that have died.
-        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
-        self._thread.start()
-
-    def join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-        self._thread, error, self.error = None, self.error, None
-        if error is not None:
-            raise error
-
-    def join_for(self, seconds: float) -> None:
-        """Wait at most `seconds`, and raise nothing."""
-        if self._thread is not None:
-            self._thread.join(seconds)
 
 
 def _to_save(model: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Both rotate feature i of a head with feature i + D/2, so that no matrix has to b
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import NamedTuple
 
 from farspan.errors import ConfigError
@@ -131,14 +132,20 @@ def architecture_of(model: ModelConfig, mechanisms: Sequence[Mechanism]) -> Arch
     architecture = {(False, False): LLAMA, (False, True): QWEN3, (True, False): MIXTRAL, (True, True): QWEN3_MOE}[
         has_experts, model.qk_norm
     ]
-    required = {
-        "parallel_blocks": (model.parallel_blocks, False),
-        "key_convolution": (model.key_convolution, 0),
-        "head_mixture.kind": (model.head_mixture.kind, "none"),
-        "rope.rotated": (model.rope.rotated % model.head_dim, 0),
-        **(_experts(model, architecture) if has_experts else {}),
-    }
-    for name, (value, supported) in required.items():
+    required: dict[str, object] = {"parallel_blocks": False, "key_convolution": 0, "head_mixture.kind": "none"}
+    if model.rope.rotated != model.head_dim:
+        required["rope.rotated"] = 0
+    if has_experts:
+        required |= {"experts.shared": 0, "experts.choice": "tokens", "experts.capacity": 0.0, "experts.bias_rate": 0.0}
+        required |= {"experts.score": "softmax", "experts.scale": 1.0}
+        if model.experts.groups_per_token != model.experts.groups:
+            required["experts.groups"] = 1
+    if architecture is MIXTRAL:
+        required["experts.normalized"] = True
+        if not all(model.expert_layers):
+            required["experts.layers"] = "experts"
+    for name, supported in required.items():
+        value = attrgetter(name)(model)
         if value != supported:
             raise ConfigError(
                 f"model.{name}={value!r} does not exist in {architecture.name}, the Hugging Face architecture nearest "
@@ -150,21 +157,3 @@ def architecture_of(model: ModelConfig, mechanisms: Sequence[Mechanism]) -> Arch
             "one with model.qk_norm=true, can be exported."
         )
     return architecture
-
-
-def _experts(model: ModelConfig, architecture: Architecture) -> dict[str, tuple[object, object]]:
-    """Return settings of experts, each with the only value that these architectures support."""
-    experts = model.experts
-    required: dict[str, tuple[object, object]] = {
-        "experts.shared": (experts.shared, 0),
-        "experts.choice": (experts.choice, "tokens"),
-        "experts.capacity": (experts.capacity, 0.0),
-        "experts.score": (experts.score, "softmax"),
-        "experts.scale": (experts.scale, 1.0),
-        "experts.groups": (1 if experts.groups_per_token == experts.groups else experts.groups, 1),
-        "experts.bias_rate": (experts.bias_rate, 0.0),
-    }
-    if architecture is MIXTRAL:
-        required["experts.normalized"] = (experts.normalized, True)
-        required["experts.layers"] = (experts.layers, "experts") if not all(model.expert_layers) else ("", "")
-    return required

@@ -72,7 +72,7 @@ def export_model(
 ) -> Architecture:
     """Write the model in `source` (see `find_trained_model`) for `AutoModelForCausalLM.from_pretrained` to load.
 
-    dtype: that it is written in; by default as stored. Raises ConfigError for a model that none of the architectures is.
+    dtype: of what is written; as stored by default. Raises ConfigError where no architecture computes the model.
     """
     trained = find_trained_model(source)
     model, rope = trained.decoder.model, trained.decoder.model.rope

@@ -70,8 +70,8 @@ def check_same(values: Mapping[str, object]) -> None:
             if first.get(name) != other.get(name):
                 ours, theirs = shortened(repr(first.get(name))), shortened(repr(other.get(name)))
                 raise ConfigError(
-                    f"{name} differs between ranks, {ours} on rank 0 and {theirs} on rank {rank}: start all with the same "
-                    "command, on equal machines that have the same files."
+                    f"{name} differs between ranks, {ours} on rank 0 and {theirs} on rank {rank}: start all with the "
+                    "same command, on equal machines that have the same files."
                 )
 
 

@@ -29,8 +29,6 @@ log = logging.getLogger("farspan")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """The loss of a model on some sequences."""
-
     loss: float
     """Mean nats per labeled token."""
     tokens: int

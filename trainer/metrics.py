@@ -65,7 +65,6 @@ class Metrics:
         self._traffic.take()
 
     def peak_memory_bytes(self) -> int:
-        """Return that of this rank."""
         return peak_memory_bytes(self._device)
 
     def log_step(self, result: StepResult, state: TrainState, *, learning_rate: float, memory: int) -> None:

@@ -287,7 +287,6 @@ def _key(name: str) -> str:
 
 
 def toml_value(value: Any) -> str:
-    """Write one value as TOML."""
     if value is None:
         return '"none"'
     if isinstance(value, bool):

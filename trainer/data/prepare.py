@@ -21,8 +21,6 @@ RENAMED = {"--held-out": "--validation-fraction", "--hold-out-ends": "--validati
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareReport:
-    """The result of `prepare`."""
-
     out: Path
     train: SplitMeta
     validation: SplitMeta
@@ -80,7 +78,6 @@ def prepare(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `farspan data prepare`."""
     parser.add_argument("paths", nargs="+", metavar="PATH", help="text, JSONL or parquet file, or folder of them")
     parser.add_argument("--tokenizer", required=True, metavar="bytes|FILE", help="bytes, or a tokenizers JSON file")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")

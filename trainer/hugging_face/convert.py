@@ -14,8 +14,14 @@ from farspan.trainer.data.source import META_FILE, SPLITS, TokenSource
 from farspan.trainer.hugging_face.architectures import Architecture, architecture_of
 from farspan.trainer.hugging_face.config_json import CONFIG_FILE, config_fields, read_config
 from farspan.trainer.hugging_face.tensor_files import TensorFiles, write_tensors
-from farspan.trainer.weights.io import StoredWeights, new_folder, save_weights
-from farspan.trainer.weights.locate import DECODER_FILE, Decoder, find_trained_model
+from farspan.trainer.weights.io import (
+    DECODER_FILE,
+    Decoder,
+    StoredWeights,
+    find_trained_model,
+    new_folder,
+    save_weights,
+)
 
 FILE_BYTES = 5_000_000_000
 DERIVED = "rotary_emb.inv_freq"

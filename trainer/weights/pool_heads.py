@@ -12,8 +12,7 @@ from torch import Tensor
 
 from farspan.errors import ConfigError
 from farspan.parallel.ranks import Ranks, connected
-from farspan.trainer.weights.io import StoredWeights, save_weights
-from farspan.trainer.weights.locate import DECODER_FILE, Decoder, find_trained_model
+from farspan.trainer.weights.io import DECODER_FILE, Decoder, StoredWeights, find_trained_model, save_weights
 
 
 def pool_heads(source: Path, kv_heads: int, out: Path) -> Decoder:

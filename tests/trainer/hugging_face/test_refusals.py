@@ -17,8 +17,7 @@ from farspan.trainer.hugging_face.config_json import config_fields, pattern_of, 
 from farspan.trainer.hugging_face.convert import export_model, import_model
 from farspan.trainer.model.config import ExpertsConfig, HeadMixtureConfig, ModelConfig
 from farspan.trainer.toml_config import load_config
-from farspan.trainer.weights.io import StoredWeights
-from farspan.trainer.weights.locate import Decoder, find_trained_model
+from farspan.trainer.weights.io import Decoder, StoredWeights, find_trained_model
 from tests.support import hugging_face_models as ours
 
 safetensors = pytest.importorskip("safetensors.torch")

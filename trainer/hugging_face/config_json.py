@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,13 @@ def read_config(folder: Path) -> tuple[Architecture, ModelConfig]:
         raise ConfigError(f"{path} does not exist: name the folder of a Hugging Face model.") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({error}): download or save the model again.") from None
-    architecture = _architecture(fields, path)
+    names = (fields.get("architectures") if isinstance(fields, dict) else None) or ["none"]
+    if names[0] not in ARCHITECTURES:
+        raise ConfigError(
+            f"{path} has the architecture {names[0]}, which farspan does not import: take a model of one of "
+            f"{', '.join(ARCHITECTURES)}."
+        )
+    architecture = ARCHITECTURES[names[0]]
     try:
         return architecture, from_tree(ModelConfig, _model(fields, architecture), "model")
     except KeyError as error:
@@ -52,24 +59,9 @@ def pattern_of(has_experts: Sequence[bool]) -> str:
     """Return `model.experts.layers` for these layers, as the shortest pattern that repeats."""
     total = len(has_experts)
     length = next(n for n in range(1, total + 1) if all(has_experts[i] == has_experts[i % n] for i in range(total)))
-    runs: list[list[Any]] = []
-    for is_mixture in has_experts[:length]:
-        name = "experts" if is_mixture else "dense"
-        if runs and runs[-1][0] == name:
-            runs[-1][1] += 1
-        else:
-            runs.append([name, 1])
+    names = ("experts" if is_mixture else "dense" for is_mixture in has_experts[:length])
+    runs = [(name, len(list(run))) for name, run in groupby(names)]
     return ", ".join(name if times == 1 else f"{name}*{times}" for name, times in runs)
-
-
-def _architecture(fields: Any, path: Path) -> Architecture:
-    names = (fields.get("architectures") if isinstance(fields, dict) else None) or ["none"]
-    if names[0] not in ARCHITECTURES:
-        raise ConfigError(
-            f"{path} has the architecture {names[0]}, which farspan does not import: take a model of one of "
-            f"{', '.join(ARCHITECTURES)}."
-        )
-    return ARCHITECTURES[names[0]]
 
 
 def _model(fields: Fields, architecture: Architecture) -> dict[str, Any]:

@@ -64,14 +64,6 @@ class Router(nn.Linear):
         return routing_logits(x, self.weight).unflatten(-1, (self.kv_heads, -1))
 
 
-class ConvolutionWeight(nn.Module):
-    """The taps of the convolution on keys, `[Hk * D, taps]`: many rows, so that FSDP shards them evenly."""
-
-    def __init__(self, keys_width: int, taps: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(keys_width, taps))
-
-
 class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245).
 
@@ -91,7 +83,9 @@ class Attention(nn.Module):
         self.query_norm = RmsNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else nn.Identity()
         self.key_norm = RmsNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else nn.Identity()
         self.router = Router(config, mechanism) if mechanism.routing_width else None
-        self.key_convolution = ConvolutionWeight(kv_width, config.key_convolution) if config.key_convolution else None
+        # Its weight are the taps, `[Hk * D, taps]`: many rows, so that FSDP shards them evenly.
+        taps = config.key_convolution
+        self.key_convolution = nn.Linear(taps, kv_width, bias=False) if taps else None
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> tuple[Tensor, RoutingStatistics | None]:
         """`[T, C] -> [T, C]`, and the statistics of a choice of heads."""

@@ -4,7 +4,7 @@ Both rotate feature i of a head with feature i + D/2, so that no matrix has to b
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -33,21 +33,6 @@ OF_A_BLOCK = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExpertNames:
-    """Names of a mixture of experts in `config.json` and in the tensors."""
-
-    count: str
-    """Field of `config.json`; newer versions of transformers call it num_local_experts everywhere."""
-    size: str
-    """Field of `config.json`."""
-    module: str
-    """The mixture in a block."""
-    gate: str
-    up: str
-    down: str
-
-
 class FusedTensor(NamedTuple):
     """A tensor of all experts; half 0 or 1: the first or second half of its rows `[E, 2 * rows, in]`, None: all."""
 
@@ -57,27 +42,26 @@ class FusedTensor(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """name, model_type: in `config.json`. base: of RoPE where the file has none. experts: None without any."""
+    """name, model_type: in `config.json`. base: of RoPE where the file has none."""
 
     name: str
     model_type: str
     qk_norm: bool
     base: float
-    experts: ExpertNames | None = None
+    expert_count: str = ""
+    """Field of `config.json`; newer versions of transformers call it num_local_experts everywhere."""
+    expert_size: str = ""
+    """Field of `config.json`."""
+    expert_tensors: dict[str, str] = field(default_factory=dict)
+    """Of the parameters of a mixture in a block; {} stands for the number of the expert. Empty without experts."""
 
     def tensors_of(self, parameter: str, experts: int) -> list[str]:
         """Return the tensors of a parameter: one or, to be stacked, one for each expert."""
         if parameter in OUTSIDE_OF_BLOCKS:
             return [OUTSIDE_OF_BLOCKS[parameter]]
         _, layer, part = parameter.split(".", 2)
-        block = f"model.layers.{layer}."
-        if part in OF_A_BLOCK:
-            return [block + OF_A_BLOCK[part]]
-        assert self.experts is not None, f"{self.name} has no tensor for {parameter}"
-        if part == "feed_forward.router.weight":
-            return [f"{block}{self.experts.module}.gate.weight"]
-        matrix = getattr(self.experts, part.split(".")[-2])
-        return [f"{block}{self.experts.module}.experts.{expert}.{matrix}.weight" for expert in range(experts)]
+        tensor = f"model.layers.{layer}.{(OF_A_BLOCK | self.expert_tensors)[part]}"
+        return [tensor.format(expert) for expert in range(experts)] if "{}" in tensor else [tensor]
 
     @staticmethod
     def fused_tensor_of(parameter: str) -> FusedTensor | None:
@@ -99,23 +83,28 @@ MIXTRAL = Architecture(
     model_type="mixtral",
     qk_norm=False,
     base=1e6,
-    experts=ExpertNames(
-        count="num_local_experts", size="intermediate_size", module="block_sparse_moe", gate="w1", up="w3", down="w2"
-    ),
+    expert_count="num_local_experts",
+    expert_size="intermediate_size",
+    expert_tensors={
+        "feed_forward.router.weight": "block_sparse_moe.gate.weight",
+        "feed_forward.experts.gate.weight": "block_sparse_moe.experts.{}.w1.weight",
+        "feed_forward.experts.up.weight": "block_sparse_moe.experts.{}.w3.weight",
+        "feed_forward.experts.down.weight": "block_sparse_moe.experts.{}.w2.weight",
+    },
 )
 QWEN3_MOE = Architecture(
     name="Qwen3MoeForCausalLM",
     model_type="qwen3_moe",
     qk_norm=True,
     base=1e4,
-    experts=ExpertNames(
-        count="num_experts",
-        size="moe_intermediate_size",
-        module="mlp",
-        gate="gate_proj",
-        up="up_proj",
-        down="down_proj",
-    ),
+    expert_count="num_experts",
+    expert_size="moe_intermediate_size",
+    expert_tensors={
+        "feed_forward.router.weight": "mlp.gate.weight",
+        "feed_forward.experts.gate.weight": "mlp.experts.{}.gate_proj.weight",
+        "feed_forward.experts.up.weight": "mlp.experts.{}.up_proj.weight",
+        "feed_forward.experts.down.weight": "mlp.experts.{}.down_proj.weight",
+    },
 )
 ARCHITECTURES = {architecture.name: architecture for architecture in (LLAMA, QWEN3, MIXTRAL, QWEN3_MOE)}
 

@@ -94,10 +94,9 @@ def _model(fields: Fields, architecture: Architecture) -> dict[str, Any]:
 
 
 def _experts(fields: Fields, architecture: Architecture) -> dict[str, Any]:
-    names = architecture.experts
-    if names is None:
+    if not architecture.expert_tensors:
         return {}
-    count = fields["num_local_experts"] if "num_local_experts" in fields else fields[names.count]
+    count = fields["num_local_experts"] if "num_local_experts" in fields else fields[architecture.expert_count]
     layers, per_token = range(fields["num_hidden_layers"]), fields["num_experts_per_tok"]
     without, step = fields.get("mlp_only_layers") or (), fields.get("decoder_sparse_step", 1)
     has_experts = [layer not in without and (layer + 1) % step == 0 for layer in layers]
@@ -107,7 +106,7 @@ def _experts(fields: Fields, architecture: Architecture) -> dict[str, Any]:
     return {
         "count": count,
         "per_token": per_token,
-        "feed_forward": fields[names.size],
+        "feed_forward": fields[architecture.expert_size],
         "layers": pattern_of(has_experts),
         "normalized": True if architecture is MIXTRAL else fields["norm_topk_prob"],
         "balance_loss": balance_loss_of(coefficient, per_token, sum(has_experts)),
@@ -188,13 +187,12 @@ def config_fields(
         "bos_token_id": None,
         "eos_token_id": end_id,
     }
-    names = architecture.experts
-    if names is None:
+    if not architecture.expert_tensors:
         return fields
     layers, experts = model.expert_layers, model.experts
     fields |= {
-        names.count: experts.count,
-        names.size: experts.feed_forward,
+        architecture.expert_count: experts.count,
+        architecture.expert_size: experts.feed_forward,
         "num_experts_per_tok": experts.per_token,
         # The inverse of `balance_loss_of`.
         "router_aux_loss_coef": float(f"{experts.balance_loss * sum(layers) / experts.per_token:.6g}"),

@@ -10,7 +10,7 @@ import pytest
 from farspan.errors import DataError
 from farspan.trainer.data import source as module
 from farspan.trainer.data.source import SplitWriter, TokenSource, token_dtype, unigram_bits_per_byte
-from farspan.trainer.data.tokenizer import ByteTokenizer
+from farspan.trainer.data.tokenizer import load_tokenizer
 
 DOCUMENTS = [b"abracadabra", b"", b"xyz" * 9, b"a"]
 
@@ -18,7 +18,7 @@ DOCUMENTS = [b"abracadabra", b"", b"xyz" * 9, b"a"]
 @pytest.fixture
 def folder(tmp_path):
     """Return a split of DOCUMENTS."""
-    with SplitWriter(tmp_path / "train", tokenizer=ByteTokenizer()) as writer:
+    with SplitWriter(tmp_path / "train", tokenizer=load_tokenizer("bytes")) as writer:
         for data in DOCUMENTS:
             writer.add(np.frombuffer(data, dtype=np.uint8), num_bytes=len(data))
         writer.finish()

@@ -17,14 +17,7 @@ from farspan.parallel.expert_parallel.capacity import ExpertCapacity
 from farspan.parallel.layout import Shards
 from farspan.parallel.mesh import Mesh
 from farspan.trainer.config import Config
-from farspan.trainer.data.packing import (
-    IGNORED,
-    PackedSequence,
-    PackedSequences,
-    ShuffledSequences,
-    sequence_hash,
-    sequence_seed,
-)
+from farspan.trainer.data.packing import IGNORED, PackedSequence, ShuffledSequences, sequence_hash, sequence_seed
 from farspan.trainer.data.source import TokenSource
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.flops import attention_flops
@@ -139,9 +132,8 @@ class DataLoader:
     """The training sequences in their order, and this rank's micro-batches of each step."""
 
     def __init__(self, config: Config, source: TokenSource, mesh: Mesh, batches: BatchBuilder) -> None:
-        seed = config.run.seed
-        packed = PackedSequences(source, sequence_tokens=config.data.sequence_tokens, seed=seed)
-        self._sequences = ShuffledSequences(packed, seed=seed)
+        length, seed = config.data.sequence_tokens, config.run.seed
+        self._sequences = ShuffledSequences(source, sequence_tokens=length, seed=seed)
         self._per_step, self._mesh, self.batches = config.train.sequences_per_step, mesh, batches
 
     def micro_batches(self, first: int) -> list[MicroBatch]:

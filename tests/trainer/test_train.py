@@ -108,8 +108,7 @@ def test_an_undisturbed_run(config: Config, log: pytest.LogCaptureFixture) -> No
     assert first["loss"] == pytest.approx(5.58, abs=0.2)
     assert last["loss"] < first["loss"] - 0.3
     # Two sequences of 101 tokens a step, each once; the last token of a document has no label.
-    packed = PackedSequences(open_data(config)[0], sequence_tokens=101, seed=config.run.seed)
-    data = ShuffledSequences(packed, seed=config.run.seed)
+    data = ShuffledSequences(open_data(config)[0], sequence_tokens=101, seed=config.run.seed)
     labeled = [int((data.sequence(index).labels != IGNORED).sum()) for index in range(2 * STEPS)]
     seen = [record["tokens"] for record in records(config.run.folder) if "loss" in record]
     assert seen == [sum(labeled[: 2 * step]) for step in range(1, STEPS + 1)]

@@ -56,7 +56,7 @@ class PackedSequences:
             raise ConfigError(f"sequence_tokens={sequence_tokens} is too small; give at least 1.")
         if seed < 0:
             raise ConfigError(f"seed={seed} is negative; give 0 or more.")
-        self.source, self.sequence_tokens = source, sequence_tokens
+        self._source, self.sequence_tokens = source, sequence_tokens
         self._seed, self._shuffle, self._repeat = seed, shuffle, repeat
         self._epoch = lru_cache(maxsize=1)(self._compute_epoch)
 
@@ -64,24 +64,24 @@ class PackedSequences:
         """Number of sequences, the padded last one included; raises TypeError for a repeating source."""
         if self._repeat:
             raise TypeError("a repeating source has no length")
-        return -(-self.source.num_tokens // self.sequence_tokens)
+        return -(-self._source.num_tokens // self.sequence_tokens)
 
     def sequence(self, index: int) -> PackedSequence:
         """Return sequence `index` of the stream; raises IndexError below 0 or past the end."""
         if index < 0 or (not self._repeat and index >= len(self)):
             raise IndexError(f"sequence {index} is outside of the stream")
         length = self.sequence_tokens
-        tokens = np.full(length, self.source.end_id, dtype=np.int64)
+        tokens = np.full(length, self._source.end_id, dtype=np.int64)
         labels = np.full(length, IGNORED, dtype=np.int64)
         position = np.zeros(length, dtype=np.int32)
         document = np.full(length, PADDING, dtype=np.int32)
         filled = num_fragments = 0
         # One span for each epoch that the sequence touches.
         while filled < length:
-            epoch, start = divmod(index * length + filled, self.source.num_tokens)
+            epoch, start = divmod(index * length + filled, self._source.num_tokens)
             if epoch > 0 and not self._repeat:
                 break
-            span = self._span(epoch, start, min(start + length - filled, self.source.num_tokens))
+            span = self._span(epoch, start, min(start + length - filled, self._source.num_tokens))
             rows = slice(filled, filled + len(span.tokens))
             tokens[rows], labels[rows], position[rows] = span.tokens, span.labels, span.position
             document[rows] = span.document + num_fragments
@@ -100,16 +100,16 @@ class PackedSequences:
         lengths = np.minimum(borders[1:], stop) - starts
         documents = order[first:last]
         # Index in the file minus index in the stream: constant within a fragment.
-        shifts = self.source.offsets[documents] - borders[:-1]
-        ends = self.source.offsets[documents + 1] - 1  # file index of each fragment's end token
+        shifts = self._source.offsets[documents] - borders[:-1]
+        ends = self._source.offsets[documents + 1] - 1  # file index of each fragment's end token
 
         stream = np.arange(start, stop, dtype=np.int64)  # [tokens]
         in_file = stream + np.repeat(shifts, lengths)
         at_end = in_file == np.repeat(ends, lengths)
         following = np.where(at_end, in_file, in_file + 1)  # the last token of the file has no next one to read
         return PackedSequence(
-            tokens=self.source.tokens[in_file],
-            labels=np.where(at_end, IGNORED, self.source.tokens[following].astype(np.int64)),
+            tokens=self._source.tokens[in_file],
+            labels=np.where(at_end, IGNORED, self._source.tokens[following].astype(np.int64)),
             position=stream - np.repeat(starts, lengths),
             document=np.repeat(np.arange(last - first), lengths),
         )
@@ -119,7 +119,7 @@ class PackedSequences:
 
         The latter is int64 [documents + 1], with the end of the last.
         """
-        num_documents = self.source.num_documents
+        num_documents = self._source.num_documents
         if self._shuffle:
             # numpy keeps raw bit streams the same across versions, unlike Generator.permutation: a run resumed with a
             # newer numpy must see the same documents.
@@ -128,31 +128,28 @@ class PackedSequences:
         else:
             order = np.arange(num_documents, dtype=np.int64)
         borders = np.zeros(len(order) + 1, dtype=np.int64)
-        np.cumsum(np.diff(self.source.offsets)[order], out=borders[1:])
+        np.cumsum(np.diff(self._source.offsets)[order], out=borders[1:])
         return order, borders
 
 
-class ShuffledSequences:
-    """The endless stream of a repeating `PackedSequences`, with a different order of sequences in each epoch.
+class ShuffledSequences(PackedSequences):
+    """The endless stream, with a different order of sequences in each epoch.
 
     Packing puts documents end to end, so that a long document fills many sequences in a row: read in that order, batch
     after batch would come from it. The order follows from the index: no state to store or resume. A sequence that
     straddles two epochs belongs to the one in which it starts.
     """
 
-    def __init__(self, packed: PackedSequences, *, seed: int) -> None:
-        self._packed, self._seed = packed, seed
-
     def sequence(self, index: int) -> PackedSequence:
         """Return sequence `index` of the shuffled stream; raises IndexError below 0."""
         if index < 0:
             raise IndexError(f"sequence {index} is outside of the stream")
-        length, epoch_tokens = self._packed.sequence_tokens, self._packed.source.num_tokens
+        length, epoch_tokens = self.sequence_tokens, self._source.num_tokens
         epoch = index * length // epoch_tokens
         # Sequences [first, first + count) start in this epoch: ceil of where the epoch starts, in sequences.
         first = -(-epoch * epoch_tokens // length)
         count = -(-(epoch + 1) * epoch_tokens // length) - first
-        return self._packed.sequence(first + shuffled_place(index - first, count, f"{self._seed}/{epoch}"))
+        return super().sequence(first + shuffled_place(index - first, count, f"{self._seed}/{epoch}"))
 
 
 def shuffled_place(index: int, count: int, key: str) -> int:

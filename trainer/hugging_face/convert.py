@@ -14,14 +14,7 @@ from farspan.trainer.data.source import META_FILE, SPLITS, TokenSource
 from farspan.trainer.hugging_face.architectures import Architecture, architecture_of
 from farspan.trainer.hugging_face.config_json import CONFIG_FILE, config_fields, read_config
 from farspan.trainer.hugging_face.tensor_files import TensorFiles, write_tensors
-from farspan.trainer.weights.io import (
-    DECODER_FILE,
-    Decoder,
-    StoredWeights,
-    find_trained_model,
-    new_folder,
-    save_weights,
-)
+from farspan.trainer.weights.io import Decoder, StoredWeights, find_trained_model, new_folder, save_weights
 
 FILE_BYTES = 5_000_000_000
 DERIVED = "rotary_emb.inv_freq"
@@ -53,7 +46,7 @@ def import_model(folder: Path, out: Path) -> Decoder:
                 "would compute another model; import a model without it."
             )
     with connected(Ranks(), torch.device("cpu")):
-        save_weights(tensors, out, {DECODER_FILE: decoder.text()})
+        save_weights(tensors, out, decoder)
     return decoder
 
 

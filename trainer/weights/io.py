@@ -161,8 +161,8 @@ class StoredWeights:
         return tensors
 
 
-def save_weights(tensors: Mapping[str, Tensor], folder: Path, texts: Mapping[str, str] | None = None) -> None:
-    """Write full tensors, and text files beside them, from a single rank.
+def save_weights(tensors: Mapping[str, Tensor], folder: Path, decoder: Decoder | None = None) -> None:
+    """Write full tensors, and what they belong to beside them, from a single rank.
 
     Raises CheckpointError where `folder` exists or cannot be written.
     """
@@ -171,8 +171,8 @@ def save_weights(tensors: Mapping[str, Tensor], folder: Path, texts: Mapping[str
             write_shards({"model": tensors}, partial)
         except CheckpointError as error:
             raise CheckpointError(_not_written(folder, str(error))) from None
-        for name, text in (texts or {}).items():
-            (partial / name).write_text(text)
+        if decoder is not None:
+            (partial / DECODER_FILE).write_text(decoder.text())
 
 
 @contextmanager

@@ -150,7 +150,7 @@ def train_with_one_that_stops(folder: Path, rank: int, port: int, phase: str) ->
     if rank == 1:
         owner, name = {
             "step": (ShuffledSequences, "sequence"),
-            "evaluation": (Validation, "measure"),
+            "evaluation": (Validation, "run"),
             "save": (Checkpointer, "start_saving"),
         }[phase]
         function, calls = getattr(owner, name), []

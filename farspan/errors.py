@@ -1,5 +1,12 @@
 """Errors that a user can fix: each message is one sentence that says what to change."""
 
+SHOWN_CHARACTERS = 60
+
+
+def shortened(text: str) -> str:
+    """Return a value as a message shows it."""
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…"
+
 
 class FarspanError(Exception):
     """Base of every error that the command line prints as one sentence, without a traceback."""

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,8 +17,7 @@ from farspan.parallel.expert_parallel.capacity import ExpertCapacity
 from farspan.parallel.layout import Shards
 from farspan.parallel.mesh import Mesh
 from farspan.trainer.config import Config
-from farspan.trainer.data.packing import IGNORED, PackedSequence, PackedSequences, sequence_hash, sequence_seed
-from farspan.trainer.data.shuffle import ShuffledSequences
+from farspan.trainer.data.packing import IGNORED, PackedSequence, ShuffledSequences, sequence_hash, sequence_seed
 from farspan.trainer.data.source import TokenSource
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.flops import attention_flops
@@ -96,13 +96,19 @@ class BatchBuilder:
         rows = Rows(position=torch.from_numpy(sequence.position), document=torch.from_numpy(sequence.document))
         channel = self.channel
         rank = channel.rank
-        shards = Shards.build(rows, layout=self.layout, degree=channel.size, work=self.work)
+        shards = Shards.build(
+            rows, layout=self.layout, degree=channel.size, work=partial(work_of_layers, self.mechanisms)
+        )
         tokens = shards.shard(torch.from_numpy(sequence.tokens), rank)
         labels = shards.shard(torch.from_numpy(sequence.labels), rank, fill=IGNORED)
         planned = {layer: layer.plan(shards, self.model) for layer in dict.fromkeys(self.layers)}
-        convolution = None
+        convolution = experts = None
         if self.model.key_convolution:
             convolution = KeyConvolution.plan(channel, shards, self.model.key_convolution, self.device)
+        if self.expert_channel is not None:
+            # Padding of the sequence itself is no token either.
+            places = shards.index[rank].masked_fill(shards.rows_of(rank).document < 0, -1).to(self.device)
+            experts = ExpertPlaces(ExpertCapacity(channel, places), self.expert_channel)
         return MicroBatch(
             tokens=tokens.to(self.device),
             labels=labels.to(self.device),
@@ -110,48 +116,30 @@ class BatchBuilder:
                 rows=shards.rows_of(rank).to(self.device),
                 attention=tuple(planned[layer] for layer in self.layers),
                 key_convolution=convolution,
-                experts=self._places(shards),
+                experts=experts,
             ),
             attention_flops=attention_flops(self.model, self.mechanisms, rows) if rank == 0 else 0,
             fingerprint=sequence_hash(index, sequence) if rank == 0 else 0,
             seed=sequence_seed(self.seed, index),
         )
 
-    def _places(self, shards: Shards) -> ExpertPlaces | None:
-        if self.expert_channel is None:
-            return None
-        rank = self.channel.rank
-        # Padding of the sequence itself is no token either.
-        index = shards.index[rank].masked_fill(shards.rows_of(rank).document < 0, -1)
-        return ExpertPlaces(ExpertCapacity(self.channel, index.to(self.device)), self.expert_channel)
-
     @property
     def mechanisms(self) -> tuple[Mechanism, ...]:
         return tuple(layer.mechanism for layer in self.layers)
-
-    def work(self, rows: Rows) -> Tensor:
-        """Return the work of each token in all layers, float64 `[tokens]`."""
-        return work_of_layers(self.mechanisms, rows)
 
 
 class DataLoader:
     """The training sequences in their order, and this rank's micro-batches of each step."""
 
     def __init__(self, config: Config, source: TokenSource, mesh: Mesh, batches: BatchBuilder) -> None:
-        seed = config.run.seed
-        packed = PackedSequences(source, sequence_tokens=config.data.sequence_tokens, seed=seed)
-        self._sequences = ShuffledSequences(packed, seed=seed)
-        self._per_step, self._mesh, self._batches = config.train.sequences_per_step, mesh, batches
-
-    @property
-    def channel(self) -> Channel:
-        """Of the ranks that share a sequence."""
-        return self._batches.channel
+        length, seed = config.data.sequence_tokens, config.run.seed
+        self._sequences = ShuffledSequences(source, sequence_tokens=length, seed=seed)
+        self._per_step, self._mesh, self.batches = config.train.sequences_per_step, mesh, batches
 
     def micro_batches(self, first: int) -> list[MicroBatch]:
         """Return those of this data-parallel group in the step that begins with sequence `first`."""
         group = range(first + self._mesh.data_rank, first + self._per_step, self._mesh.degrees.data)
-        return [self._batches.build(self._sequences.sequence(index), index) for index in group]
+        return [self.batches.build(self._sequences.sequence(index), index) for index in group]
 
     def sequences(self, first: int) -> dict[int, PackedSequence]:
         """Return the sequences of all groups in the step that begins with sequence `first`, by index."""

@@ -48,31 +48,26 @@ class AttentionConfig:
         Raises ConfigError for an unknown name or option, or one that the mechanism does not support.
         """
         pattern = parse_pattern(self.mechanism, "attention.mechanism")
-        options, where = self._options(list(dict.fromkeys(pattern)))
-        built = {name: self._build(name, options[name], where[name]) for name in options}
-        return tuple(built[pattern[layer % len(pattern)]].in_layer(layer, layers) for layer in range(layers))
-
-    def _options(self, names: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
-        """Return the options of each mechanism, and the keys of their tables."""
-        if len(names) == 1:
-            return {names[0]: self.options}, {names[0]: "attention.options"}
+        names = list(dict.fromkeys(pattern))
         for name in self.options:
-            if name not in names:
+            if len(names) > 1 and name not in names:
                 raise ConfigError(
                     f"attention.options.{name} is for none of attention.mechanism={self.mechanism!r}: "
                     f"give each a table of its own, attention.options.{names[0]} and so on."
                 )
-        return {name: self.options.get(name, {}) for name in names}, {n: f"attention.options.{n}" for n in names}
-
-    def _build(self, name: str, options: dict[str, Any], where: str) -> Mechanism:
-        try:
-            mechanism = from_tree(MECHANISMS.get(name), options, where)
-            _ = mechanism.static_mask  # masks check options too
-        except ValueError as error:
-            raise ConfigError(
-                f"{where}={toml_value(options)} does not suit attention.mechanism={self.mechanism!r}: {error}."
-            ) from error
-        return mechanism
+        built = {}
+        for name in names:
+            options, where = self.options, "attention.options"
+            if len(names) > 1:
+                options, where = self.options.get(name, {}), f"attention.options.{name}"
+            try:
+                built[name] = from_tree(MECHANISMS.get(name), options, where)
+                _ = built[name].static_mask  # masks check options too
+            except ValueError as error:
+                raise ConfigError(
+                    f"{where}={toml_value(options)} does not suit attention.mechanism={self.mechanism!r}: {error}."
+                ) from error
+        return tuple(built[pattern[layer % len(pattern)]].in_layer(layer, layers) for layer in range(layers))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import count, takewhile
 
 import numpy as np
 import torch
@@ -28,8 +29,6 @@ log = logging.getLogger("farspan")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """The loss of a model on some sequences."""
-
     loss: float
     """Mean nats per labeled token."""
     tokens: int
@@ -66,8 +65,9 @@ def evaluate(
 
     is_stopping: called before each batch; None if it is true on some rank. Raises DataError when no token has a label.
     """
-    edges = _bin_edges(sequence_tokens)
-    totals = torch.zeros(2, len(edges), dtype=torch.float64)
+    # First positions of the bins: 0, 64, 128, 256, ...
+    firsts = [0, *takewhile(lambda first: first < sequence_tokens, (FIRST_BIN_TOKENS << n for n in count()))]
+    totals = torch.zeros(2, len(firsts), dtype=torch.float64)
     training = model.training
     model.eval()
     try:
@@ -76,7 +76,8 @@ def evaluate(
                 return None
             losses = model(batch.tokens, batch.labels, batch.context).losses.double()
             # A token at position p has p + 1 tokens to predict the next one from.
-            bins = torch.bucketize(batch.context.rows.position, edges.to(losses.device), right=True) - 1
+            boundaries = torch.tensor(firsts, dtype=torch.int32, device=losses.device)
+            bins = torch.bucketize(batch.context.rows.position, boundaries, right=True) - 1
             labeled = (batch.labels != IGNORED).double()
             sums = torch.zeros(totals.shape, dtype=torch.float64, device=losses.device)
             totals += sums.index_add_(1, bins, torch.stack((losses, labeled))).cpu()
@@ -86,7 +87,6 @@ def evaluate(
     loss_sums, counts = totals.tolist()
     if not sum(counts):
         raise DataError("no token of the held-out sequences has a label: raise evaluate.sequences, or prepare others.")
-    firsts = edges.tolist()
     lasts = [*(first - 1 for first in firsts[1:]), sequence_tokens - 1]
     by_position = {
         f"{first}-{last}": loss_sum / count
@@ -94,15 +94,6 @@ def evaluate(
         if count
     }
     return Evaluation(loss=sum(loss_sums) / sum(counts), tokens=int(sum(counts)), by_position=by_position)
-
-
-def _bin_edges(sequence_tokens: int) -> torch.Tensor:
-    """First positions of the bins: 0, 64, 128, 256, ... below `sequence_tokens`, int32."""
-    edges, edge = [0], FIRST_BIN_TOKENS
-    while edge < sequence_tokens:
-        edges.append(edge)
-        edge *= 2
-    return torch.tensor(edges, dtype=torch.int32)
 
 
 class Validation:
@@ -136,8 +127,18 @@ class Validation:
 
     def run(self, model: nn.Module, step: int, metrics: Metrics) -> bool:
         """Evaluate, record and log; return whether a stop signal prevented that."""
+
+        def is_stopping() -> bool:
+            # Each sequence has the phase's whole time.
+            self._watchdog.restart()
+            return self._stop.requested
+
+        sequences = share(
+            self._data, self._config.sequences, data_rank=self._mesh.data_rank, groups=self._mesh.degrees.data
+        )
+        batches, length = map(self._batches.build, sequences), self._data.sequence_tokens
         with self._watchdog.phase("evaluation", step):
-            evaluation = self.measure(model)
+            evaluation = evaluate(model, batches, sequence_tokens=length, is_stopping=is_stopping)
         if evaluation is None:
             return True
         bits_per_byte = evaluation.bits_per_byte(self._bytes_per_token)
@@ -161,21 +162,3 @@ class Validation:
         by_position = "  ".join(f"{where}: {loss:.3f}" for where, loss in evaluation.by_position.items())
         log.info("            loss by position  %s", by_position)
         return False
-
-    def measure(self, model: nn.Module) -> Evaluation | None:
-        """Return the loss on the run's sequences, None if a stop signal came first."""
-
-        def is_stopping() -> bool:
-            # Each sequence has the phase's whole time.
-            self._watchdog.restart()
-            return self._stop.requested
-
-        sequences = share(
-            self._data, self._config.sequences, data_rank=self._mesh.data_rank, groups=self._mesh.degrees.data
-        )
-        return evaluate(
-            model,
-            map(self._batches.build, sequences),
-            sequence_tokens=self._data.sequence_tokens,
-            is_stopping=is_stopping,
-        )

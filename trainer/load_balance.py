@@ -11,9 +11,8 @@ from torch import Tensor
 
 from farspan.parallel.comm import Channel
 from farspan.trainer.model.config import ExpertsConfig, HeadMixtureConfig
-from farspan.trainer.model.experts import ExpertFeedForward
+from farspan.trainer.model.experts import ExpertFeedForward, RoutingStatistics
 from farspan.trainer.model.head_mixture import HeadMixture
-from farspan.trainer.model.statistics import RoutingStatistics
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""Metrics of a run: a progress line per step, JSONL records, TensorBoard events; the first rank writes them."""
+"""Records of a run, which the first rank writes: its configurations; a line, JSONL and TensorBoard for each step."""
 
 import json
 import logging
@@ -10,23 +10,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
-from farspan.errors import TrainingError
+from farspan.errors import ConfigError, TrainingError
 from farspan.parallel.fsdp import sharding_bytes
 from farspan.parallel.mesh import Mesh
 from farspan.trainer.batch import BatchBuilder
-from farspan.trainer.config import Config
+from farspan.trainer.config import Config, flat
 from farspan.trainer.model.flops import training_flops
 from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.resilience.agreement import on_first_rank
 from farspan.trainer.state import TrainState, records
 from farspan.trainer.step import StepResult
+from farspan.trainer.toml_config import load_config, to_toml
 
 # Dense peak of the tensor cores in bfloat16, FLOP/s, from the vendors' data sheets; by a part of the device's name.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -55,10 +55,7 @@ class Metrics:
         with writing_to(self._folder):
             self._writer = MetricsWriter(self._folder, resumed_step=step)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
 
@@ -68,7 +65,6 @@ class Metrics:
         self._traffic.take()
 
     def peak_memory_bytes(self) -> int:
-        """Return that of this rank."""
         return peak_memory_bytes(self._device)
 
     def log_step(self, result: StepResult, state: TrainState, *, learning_rate: float, memory: int) -> None:
@@ -138,6 +134,38 @@ def writing_to(folder: Path) -> Iterator[None]:
             f"run.folder={str(folder)!r} cannot be written ({error.strerror or error}): make room, and the same "
             "command goes on from the last checkpoint."
         ) from None
+
+
+def record_config(folder: Path, config: Config, step: int) -> None:
+    """Write `config.toml` of a run that goes on at `step`; keep one with other settings as `config_until_step_N.toml`.
+
+    Logs the changes. Raises TrainingError where the folder cannot be written.
+    """
+    path = folder / "config.toml"
+    with writing_to(folder):
+        if step > 0 and path.exists():
+            changes = _changes(path, config)
+            if not changes:
+                return
+            until = folder / f"config_until_step_{step}.toml"
+            # If it exists, the configuration that replaced it reached no later checkpoint: its steps are undone.
+            if not until.exists():
+                path.rename(until)
+            log.info("changed     %s; see %s", ", ".join(changes), until)
+        path.write_text(to_toml(config))
+
+
+def _changes(path: Path, config: Config) -> list[str]:
+    try:
+        before = flat(load_config(Config, path))
+    except ConfigError as error:
+        return [f"{path.name}, which this version cannot read: {str(error).rstrip('.')}"]
+    after = flat(config)
+    return [
+        f"{name} {before.get(name, 'unset')} -> {after.get(name, 'unset')}"
+        for name in {**before, **after}
+        if before.get(name) != after.get(name)
+    ]
 
 
 class MetricsWriter:

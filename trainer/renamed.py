@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from farspan.errors import ConfigError
+
 KEYS = {
     "skip.most": "skip.max_consecutive_skips",
     "skip.sigma": "skip.spike_sigma",
@@ -17,20 +19,19 @@ RENAMED_SPLITS = {"held_out": "validation"}
 """Folders of prepared data."""
 
 
-def renamed_key(key: str) -> str | None:
-    """Return the sentence that refuses an old key, None for all others."""
-    return f"{key} was renamed to {KEYS[key]}." if key in KEYS else None
+def refuse_old_key(key: str) -> None:
+    """Raise ConfigError for an old key."""
+    if key in KEYS:
+        raise ConfigError(f"{key} was renamed to {KEYS[key]}.")
 
 
-def renamed_value(key: str, value: Any) -> str | None:
-    """Return the sentence that refuses an old value of a key, None for all others."""
+def refuse_old_value(key: str, value: Any) -> None:
+    """Raise ConfigError for an old value of a key."""
     if key in VALUES and isinstance(value, str):
         # A pattern such as 'neighborhood*3, dense'; most values are a single name.
-        names = [part.partition("*")[0].strip() for part in value.split(",")]
-        for old in names:
-            if old in VALUES[key]:
-                return f"{key}={value!r}: {old!r} was renamed to {VALUES[key][old]!r}."
-    return None
+        for name in (part.partition("*")[0].strip() for part in value.split(",")):
+            if name in VALUES[key]:
+                raise ConfigError(f"{key}={value!r}: {name!r} was renamed to {VALUES[key][name]!r}.")
 
 
 def current_names(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """From a configuration to a resolved one: checked against ranks, devices and data, derived values filled in."""
 
+import logging
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,17 +13,20 @@ from farspan.kernels.masks.rows import Rows
 from farspan.parallel.context_parallel.cost_model import MACHINES, Cost, Job, Machine, compare
 from farspan.parallel.context_parallel.strategy import Sizes
 from farspan.parallel.layout import Shards
-from farspan.parallel.mesh import Degrees, ParallelConfig
-from farspan.parallel.ranks import Ranks
+from farspan.parallel.mesh import Degrees, Mesh, ParallelConfig
+from farspan.parallel.ranks import Ranks, fake_process_group
 from farspan.trainer.batch import work_of_layers
-from farspan.trainer.build import backends_of_layers
+from farspan.trainer.build import backends_of_layers, parameters_held
 from farspan.trainer.config import AUTO, Config
 from farspan.trainer.data.source import META_FILE, SPLITS, TokenSource
+from farspan.trainer.estimate.summary import describe
 from farspan.trainer.renamed import RENAMED_SPLITS
 from farspan.trainer.validate import validate
 
 VOCABULARY_MULTIPLE = 64
 """Matrix products are fastest with a vocabulary that is a multiple of this."""
+
+log = logging.getLogger("farspan")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -55,6 +59,31 @@ def resolve(config: Config, ranks: Ranks) -> Resolved:
     )
 
 
+def dry_run(config: Config, num_ranks: int) -> None:
+    """Print the summary of a run of `config` on `num_ranks` ranks; raises ConfigError as the run would."""
+    dry_run_plan(config, num_ranks)
+    has_data = Path(config.data.folder).exists()
+    log.info("%-12snothing was started%s", "dry run", "" if has_data else f"; {config.data.folder} is not there yet")
+
+
+def dry_run_plan(config: Config, num_ranks: int) -> None:
+    """As `dry_run`, for a run that is about to start elsewhere.
+
+    The steps of `resolve`, but without GPUs, and without data if that is absent: device and vocabulary then are those
+    of the configuration.
+    """
+    degrees = Degrees.resolve(config.parallel, num_ranks)
+    validate(config, degrees)
+    device = torch.device("cuda" if config.train.device == "cuda" or torch.cuda.is_available() else "cpu")
+    vocabulary_size = open_data(config)[0].vocabulary_size if Path(config.data.folder).exists() else None
+    config, reasons = choose_strategy(config, degrees, device.type)
+    config = fill_in(config, degrees, device, vocabulary_size)
+    log.info("%s", "\n".join((describe(config, degrees), *reasons)))
+    with fake_process_group(num_ranks):
+        local = parameters_held(config, Mesh.build(config.parallel, "cpu"))
+    log.info("%-12s%s parameters on rank 0 of %d", "sharded", f"{local:,}", num_ranks)
+
+
 def choose_device(config: Config, local_rank: int) -> torch.device:
     """Return the device of one rank of this machine; raises ConfigError when it has to be a GPU that is not there."""
     asked, num_gpus = config.train.device, torch.cuda.device_count()
@@ -73,22 +102,6 @@ def choose_device(config: Config, local_rank: int) -> torch.device:
 def open_data(config: Config) -> tuple[TokenSource, TokenSource]:
     """Return the training and the validation documents; raises DataError when they cannot be read or used."""
     folder = Path(config.data.folder)
-    _check_prepared(folder)
-    sources = TokenSource(folder / SPLITS[0]), TokenSource(folder / SPLITS[1])
-    for split, source in zip(SPLITS, sources, strict=True):
-        if source.num_tokens == source.num_documents:
-            raise DataError(
-                f"{folder / split} has documents of one token only, which have nothing to predict; prepare others."
-            )
-    if sources[0].vocabulary_size != sources[1].vocabulary_size:
-        raise DataError(
-            f"{folder} has train/ of {sources[0].vocabulary_size} tokens and validation/ of "
-            f"{sources[1].vocabulary_size}: prepare both together."
-        )
-    return sources
-
-
-def _check_prepared(folder: Path) -> None:
     if (folder / META_FILE).is_file():
         raise DataError(f"data.folder={str(folder)!r} is one split of the data: set data.folder={folder.parent}.")
     for old, new in RENAMED_SPLITS.items():
@@ -101,6 +114,18 @@ def _check_prepared(folder: Path) -> None:
     if missing is not None:
         state = f"has no {missing}" if folder.exists() else "does not exist"
         raise DataError(f"data.folder={str(folder)!r} {state}: make it with `farspan data prepare`, or name another.")
+    sources = TokenSource(folder / SPLITS[0]), TokenSource(folder / SPLITS[1])
+    for split, source in zip(SPLITS, sources, strict=True):
+        if source.num_tokens == source.num_documents:
+            raise DataError(
+                f"{folder / split} has documents of one token only, which have nothing to predict; prepare others."
+            )
+    if sources[0].vocabulary_size != sources[1].vocabulary_size:
+        raise DataError(
+            f"{folder} has train/ of {sources[0].vocabulary_size} tokens and validation/ of "
+            f"{sources[1].vocabulary_size}: prepare both together."
+        )
+    return sources
 
 
 def fill_in(config: Config, degrees: Degrees, device: torch.device, vocabulary_size: int | None) -> Config:

@@ -17,9 +17,9 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints, overload
 
-from farspan.errors import ConfigError
+from farspan.errors import ConfigError, shortened
 from farspan.registry import nearest_name_hint
-from farspan.trainer.renamed import renamed_key, renamed_value
+from farspan.trainer.renamed import refuse_old_key, refuse_old_value
 
 T = TypeVar("T")
 Tree = dict[str, Any]
@@ -40,7 +40,6 @@ BOUNDS = (
     ("maximum", "at most", operator.le),
 )
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
-SHOWN_CHARACTERS = 60
 
 
 @overload
@@ -148,7 +147,7 @@ def _override(cls: Any, tree: Tree, text: str) -> None:
 
 def _section_type(kind: Any) -> Any:
     """Return the dataclass or dict type among the alternatives of `kind`, or None where no key can follow."""
-    for member in _alternatives(kind):
+    for member in get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,):
         if is_dataclass(member) or get_origin(member) is dict or member is dict or member is Any:
             return member
     return None
@@ -163,10 +162,6 @@ def _literal(kind: Any, text: str) -> Any:
     if len(parsed) != 1 or (not _fits(kind, parsed["value"]) and _fits(kind, text)):
         return text
     return parsed["value"]
-
-
-def _alternatives(kind: Any) -> tuple[Any, ...]:
-    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
 def _fits(kind: Any, value: Any) -> bool:
@@ -191,7 +186,7 @@ def _fits(kind: Any, value: Any) -> bool:
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
     """Return `value` as `kind`, or refuse it by name."""
-    _refuse_renamed(renamed_value(where, value))
+    refuse_old_value(where, value)
     if not _fits(kind, value):
         if _section_type(kind) is not None and kind is not Any:
             _refuse_section(where, value)
@@ -206,21 +201,18 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if kind is float or kind is Path:
         return kind(value)
     if origin is tuple:
-        return _tuple(get_args(kind), value, where)
+        kinds = get_args(kind)
+        kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
+        if len(kinds) != len(value):
+            raise ConfigError(f"{where}={_show(value)} must be a list of exactly {len(kinds)} values.")
+        return tuple(_convert(kinds[index], part, f"{where}[{index}]") for index, part in enumerate(value))
     if is_dataclass(kind):
         return from_tree(cast(type, kind), value, where)
     if origin is dict:
         for name in value:
-            _refuse_renamed(renamed_key(_join(where, name)))
+            refuse_old_key(_join(where, name))
         return {name: _convert(get_args(kind)[1], part, _join(where, name)) for name, part in value.items()}
     return value
-
-
-def _tuple(kinds: tuple[Any, ...], value: Sequence[Any], where: str) -> tuple[Any, ...]:
-    kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
-    if len(kinds) != len(value):
-        raise ConfigError(f"{where}={_show(value)} must be a list of exactly {len(kinds)} values.")
-    return tuple(_convert(kinds[index], part, f"{where}[{index}]") for index, part in enumerate(value))
 
 
 def _check_bounds(rules: Mapping[str, Any], value: Any, where: str) -> None:
@@ -251,20 +243,14 @@ def describe_type(kind: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    text = toml_value(value)
-    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…"
+    return shortened(toml_value(value))
 
 
 def _refuse_key(key: str, shown: str, name: str, parts: Mapping[str, Any]) -> NoReturn:
     """Refuse a key that does not exist; `shown` is the setting as the user wrote it."""
-    _refuse_renamed(renamed_key(key))
+    refuse_old_key(key)
     hint = nearest_name_hint(name, list(parts))
     raise ConfigError(f"{shown} is not a known key; choose one of {', '.join(parts)}.{hint}")
-
-
-def _refuse_renamed(hint: str | None) -> None:
-    if hint is not None:
-        raise ConfigError(hint)
 
 
 def _refuse_section(where: str, value: Any) -> NoReturn:
@@ -301,7 +287,6 @@ def _key(name: str) -> str:
 
 
 def toml_value(value: Any) -> str:
-    """Write one value as TOML."""
     if value is None:
         return '"none"'
     if isinstance(value, bool):

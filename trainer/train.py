@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,10 @@ from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.checkpoint.steps import finished
 from farspan.trainer.config import Config, flat
-from farspan.trainer.config_history import record_config
-from farspan.trainer.data.integrity import check_integrity
-from farspan.trainer.data.source import SPLITS
+from farspan.trainer.data.source import SPLITS, check_integrity
 from farspan.trainer.estimate.summary import describe, format_layers
 from farspan.trainer.evaluate import Validation
-from farspan.trainer.metrics import Metrics
+from farspan.trainer.metrics import Metrics, record_config
 from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.optim import build_optimizer, learning_rate, set_learning_rate
 from farspan.trainer.replay import give_up, replay
@@ -71,7 +69,7 @@ def train(config: Config, ranks: Ranks, stop: StopSignal) -> bool:
                 replay(model, batches, config.run.replay, mesh)
             return False
 
-        metrics = stack.enter_context(Metrics(config, model, mesh, batches, state.step))
+        metrics = stack.enter_context(closing(Metrics(config, model, mesh, batches, state.step)))
         stopping, steps = any_rank(stop.requested), config.train.steps
         is_evaluation_missing = validation.is_missing(state.step, metrics)
         has_work = state.step < steps or is_evaluation_missing
@@ -201,7 +199,7 @@ def update(
         model,
         optimizer,
         data.micro_batches(state.sequences),
-        context=data.channel,
+        context=data.batches.channel,
         max_gradient_norm=config.optimizer.max_gradient_norm,
         reason_to_skip=partial(reason_to_skip, config.skip, state),
     )

@@ -1,22 +1,19 @@
 """Rules between fields: each a small function that raises ConfigError and names the fix."""
 
 from farspan.errors import ConfigError
-from farspan.parallel.context_parallel.cost_model import strategy_for
 from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.parallel.layout import LAYOUTS
 from farspan.parallel.mesh import Degrees
 from farspan.registry import nearest_name_hint
+from farspan.trainer.build import strategies_of_layers
 from farspan.trainer.config import AUTO, Config
 
 
 def validate(config: Config, degrees: Degrees) -> None:
     """Check all rules between fields; nothing has been started yet."""
-    heads_share_kv_heads(config)
-    head_dim_is_even(config)
-    rotated_part_fits_heads(config)
+    heads_fit(config)
     rope_scaling_is_complete(config)
-    warmup_ends(config)
-    decay_follows_warmup(config)
+    schedule_fits(config)
     batch_divides(config, degrees)
     layout_exists(config)
     experts_fit(config, degrees)
@@ -26,26 +23,19 @@ def validate(config: Config, degrees: Degrees) -> None:
     strategy_takes_mechanism(config, degrees)
 
 
-def heads_share_kv_heads(config: Config) -> None:
-    model = config.model
+def heads_fit(config: Config) -> None:
+    model, rotated = config.model, config.model.rope.rotated
     if model.heads % model.kv_heads:
         raise ConfigError(
             f"model.kv_heads={model.kv_heads} must divide model.heads={model.heads}: "
             f"{', '.join(str(n) for n in range(1, model.heads + 1) if model.heads % n == 0)} do."
         )
-
-
-def head_dim_is_even(config: Config) -> None:
-    if config.model.head_dim % 2:
-        raise ConfigError(f"model.head_dim={config.model.head_dim} must be even: rotary embedding turns pairs.")
-
-
-def rotated_part_fits_heads(config: Config) -> None:
-    rotated, head_dim = config.model.rope.rotated, config.model.head_dim
-    if rotated % 2 or rotated > head_dim:
+    if model.head_dim % 2:
+        raise ConfigError(f"model.head_dim={model.head_dim} must be even: rotary embedding turns pairs.")
+    if rotated % 2 or rotated > model.head_dim:
         raise ConfigError(
-            f"model.rope.rotated={rotated} must be even and at most model.head_dim={head_dim}: rotary embedding turns "
-            "pairs of a head's numbers. 0 turns all."
+            f"model.rope.rotated={rotated} must be even and at most model.head_dim={model.head_dim}: rotary embedding "
+            "turns pairs of a head's numbers. 0 turns all."
         )
 
 
@@ -67,29 +57,22 @@ def rope_scaling_is_complete(config: Config) -> None:
         raise ConfigError(f"model.rope.beta_slow={rope.beta_slow} must be below model.rope.beta_fast={rope.beta_fast}.")
 
 
-def warmup_ends(config: Config) -> None:
-    if config.optimizer.warmup_steps > config.train.steps:
-        raise ConfigError(
-            f"optimizer.warmup_steps={config.optimizer.warmup_steps} exceeds train.steps={config.train.steps}: "
-            f"the peak learning rate would never be reached; {_shorter_warmup(config)}."
-        )
-
-
-def decay_follows_warmup(config: Config) -> None:
+def schedule_fits(config: Config) -> None:
     optimizer, steps = config.optimizer, config.train.steps
-    decay_steps = optimizer.decay_steps(steps)
-    if optimizer.schedule == "wsd" and optimizer.warmup_steps + decay_steps > steps:
+    warmup, decay_steps = optimizer.warmup_steps, optimizer.decay_steps(steps)
+    most = steps - decay_steps if optimizer.schedule == "wsd" else steps
+    shorter = f"set optimizer.warmup_steps={most}{' or less' if most else ''}"
+    if warmup > steps:
         raise ConfigError(
-            f"optimizer.warmup_steps={optimizer.warmup_steps} and a decay over the last {decay_steps} steps "
-            f"(optimizer.decay_fraction={optimizer.decay_fraction}) overlap in train.steps={steps}: "
-            f"{_shorter_warmup(config)}, or lower optimizer.decay_fraction."
+            f"optimizer.warmup_steps={warmup} exceeds train.steps={steps}: the peak learning rate would never be "
+            f"reached; {shorter}."
         )
-
-
-def _shorter_warmup(config: Config) -> str:
-    optimizer, steps = config.optimizer, config.train.steps
-    most = steps - optimizer.decay_steps(steps) if optimizer.schedule == "wsd" else steps
-    return f"set optimizer.warmup_steps={most}{' or less' if most else ''}"
+    if warmup > most:
+        raise ConfigError(
+            f"optimizer.warmup_steps={warmup} and a decay over the last {decay_steps} steps "
+            f"(optimizer.decay_fraction={optimizer.decay_fraction}) overlap in train.steps={steps}: {shorter}, or "
+            "lower optimizer.decay_fraction."
+        )
 
 
 def batch_divides(config: Config, degrees: Degrees) -> None:
@@ -204,11 +187,9 @@ def strategy_takes_mechanism(config: Config, degrees: Degrees) -> None:
     parallel = config.parallel
     if parallel.strategy == AUTO:
         return
-    for mechanism in dict.fromkeys(config.mechanisms()):
-        heads = config.model.heads_of(mechanism)
-        name = strategy_for(parallel.strategy, mechanism, heads, degrees.context, parallel.context_inner)
+    for mechanism, name in dict.fromkeys(zip(config.mechanisms(), strategies_of_layers(config, degrees), strict=True)):
         unsupported_reason = STRATEGIES.get(name).unsupported_reason(
-            mechanism, heads, degrees.context, parallel.context_inner
+            mechanism, config.model.heads_of(mechanism), degrees.context, parallel.context_inner
         )
         if unsupported_reason is not None:
             raise ConfigError(

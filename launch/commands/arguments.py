@@ -73,6 +73,6 @@ def config_of(options: argparse.Namespace) -> Config:
 def print_dry_run(options: argparse.Namespace, num_ranks: int, *, flag: str) -> None:
     """Print the values derived from a configuration for `num_ranks`, the value of `flag`."""
     check_count(num_ranks, flag)
-    from farspan.trainer.estimate.dry_run import dry_run
+    from farspan.trainer.resolve import dry_run
 
     dry_run(config_of(options), num_ranks)

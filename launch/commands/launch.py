@@ -88,8 +88,7 @@ def run_slurm(options: argparse.Namespace) -> None:
     from farspan.launch.slurm.job import SlurmJob
     from farspan.launch.slurm.site import load_site
     from farspan.launch.slurm.submit import check_ready, next_submission, submit
-    from farspan.trainer.estimate.dry_run import dry_run, dry_run_plan
-    from farspan.trainer.resolve import open_data
+    from farspan.trainer.resolve import dry_run, dry_run_plan, open_data
     from farspan.trainer.toml_config import to_toml
 
     check_count(options.chain, "--chain")

@@ -58,7 +58,7 @@ def _pool_heads(options: argparse.Namespace) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from farspan.trainer.hugging_face.import_model import import_model
+    from farspan.trainer.hugging_face.convert import import_model
 
     decoder = import_model(options.source, options.out)
     _log_written("imported", options.out)
@@ -68,7 +68,7 @@ def _import(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     import torch
 
-    from farspan.trainer.hugging_face.export_model import export_model
+    from farspan.trainer.hugging_face.convert import export_model
 
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     architecture = export_model(options.source, options.out, dtype=dtype)

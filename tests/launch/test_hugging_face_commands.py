@@ -10,7 +10,7 @@ import torch
 from farspan.launch import cli
 from farspan.trainer import metrics as module
 from farspan.trainer.toml_config import load_config
-from farspan.trainer.weights.locate import Decoder
+from farspan.trainer.weights.io import Decoder
 from tests.support import hugging_face_models, tiny
 
 safetensors = pytest.importorskip("safetensors.torch")

@@ -56,7 +56,7 @@ class Moments:
         # The first half reaches the file before the process dies.
         self._write(stream, view[:middle])
         stream.flush()
-        self.pass_by("write", stream._file.name)
+        self.pass_by("write", stream.name)
         self._write(stream, view[middle:])
         return view.nbytes
 

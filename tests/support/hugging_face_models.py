@@ -20,8 +20,7 @@ from farspan.trainer.model.init import initialize
 from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.state import TrainState
 from farspan.trainer.toml_config import to_toml
-from farspan.trainer.weights.io import load_weights
-from farspan.trainer.weights.locate import Decoder
+from farspan.trainer.weights.io import Decoder, load_weights
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(0, 96, (300,), generator=torch.Generator().manual_seed(5))

@@ -16,7 +16,7 @@ from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import AttentionConfig, Config, flat
-from farspan.trainer.renamed import current_names, renamed_key
+from farspan.trainer.renamed import current_names, refuse_old_key
 from farspan.trainer.toml_config import from_tree, load_config, to_toml
 from tests.support import tiny
 
@@ -129,7 +129,9 @@ def test_old_names_are_refused_with_the_new_ones(tmp_path: Path, setting: str, m
 
 
 def test_settings_of_an_old_checkpoint_have_the_names_of_today() -> None:
-    assert renamed_key("parallel.rounded_gradients") == (
+    with pytest.raises(ConfigError) as refused:
+        refuse_old_key("parallel.rounded_gradients")
+    assert str(refused.value) == (
         'parallel.rounded_gradients was renamed to parallel.grad_comm_dtype ("compute" for true, "accumulation" for '
         "false)."
     )

@@ -8,7 +8,7 @@ import pytest
 
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import Config
-from farspan.trainer.config_history import record_config
+from farspan.trainer.metrics import record_config
 from farspan.trainer.toml_config import load_config
 from tests.support import tiny
 

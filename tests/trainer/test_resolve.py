@@ -10,7 +10,7 @@ from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.parallel.mesh import Degrees, ParallelConfig
 from farspan.parallel.ranks import Ranks
 from farspan.trainer.config import AttentionConfig, Config
-from farspan.trainer.data.tokenizer import ByteTokenizer
+from farspan.trainer.data.tokenizer import load_tokenizer
 from farspan.trainer.resolve import choose_device, choose_strategy, machine_of, resolve, strategy_costs
 from farspan.trainer.toml_config import load_config, to_toml
 from farspan.trainer.validate import validate
@@ -30,7 +30,7 @@ def test_everything_derived_is_written_out(config: Config) -> None:
     )
     resolved = resolve(open_ended, Ranks(world_size=6)).config
     # 256 bytes and the end token, rounded up to a multiple of 64.
-    assert ByteTokenizer().vocabulary_size == 257
+    assert load_tokenizer("bytes").vocabulary_size == 257
     assert resolved.model.vocabulary_size == 320
     assert resolved.parallel.dp_shard == 3
     if not torch.cuda.is_available():

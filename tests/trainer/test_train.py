@@ -18,13 +18,12 @@ import torch.distributed as dist
 from farspan.errors import CheckpointError, ConfigError, DataError, TrainingError
 from farspan.parallel.mesh import ParallelConfig
 from farspan.parallel.ranks import Ranks
-from farspan.trainer import config_history, evaluate, metrics
+from farspan.trainer import evaluate, metrics
 from farspan.trainer import train as module
 from farspan.trainer.checkpoint import checkpointer, shards
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
-from farspan.trainer.data.packing import IGNORED, PackedSequences
-from farspan.trainer.data.shuffle import ShuffledSequences
+from farspan.trainer.data.packing import IGNORED, PackedSequences, ShuffledSequences
 from farspan.trainer.data.source import META_FILE, TOKENS_FILE
 from farspan.trainer.resilience.lock import lock_folder
 from farspan.trainer.resilience.signals import StopSignal
@@ -109,8 +108,7 @@ def test_an_undisturbed_run(config: Config, log: pytest.LogCaptureFixture) -> No
     assert first["loss"] == pytest.approx(5.58, abs=0.2)
     assert last["loss"] < first["loss"] - 0.3
     # Two sequences of 101 tokens a step, each once; the last token of a document has no label.
-    packed = PackedSequences(open_data(config)[0], sequence_tokens=101, seed=config.run.seed)
-    data = ShuffledSequences(packed, seed=config.run.seed)
+    data = ShuffledSequences(open_data(config)[0], sequence_tokens=101, seed=config.run.seed)
     labeled = [int((data.sequence(index).labels != IGNORED).sum()) for index in range(2 * STEPS)]
     seen = [record["tokens"] for record in records(config.run.folder) if "loss" in record]
     assert seen == [sum(labeled[: 2 * step]) for step in range(1, STEPS + 1)]
@@ -356,7 +354,7 @@ def test_a_full_disk_is_one_sentence(
 
     owner, name, replaced = {
         "a record": (metrics.MetricsWriter, "_write", third_fails),
-        "the configuration": (config_history, "to_toml", disk_full),
+        "the configuration": (metrics, "to_toml", disk_full),
         "the metrics": (metrics, "MetricsWriter", disk_full),
     }[where]
     monkeypatch.setattr(owner, name, replaced)

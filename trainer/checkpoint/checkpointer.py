@@ -29,10 +29,10 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from farspan.errors import CheckpointError
 from farspan.parallel.mesh import group_along
-from farspan.trainer.checkpoint.manifest import START_AGAIN, DamagedError, Manifest, damaged
+from farspan.trainer.checkpoint.manifest import START_AGAIN, Manifest, damaged
 from farspan.trainer.checkpoint.shards import read_shards, write_shards
 from farspan.trainer.checkpoint.steps import finished, make_room, prune, publish, step_name
-from farspan.trainer.checkpoint.verify import check_sizes, verified
+from farspan.trainer.checkpoint.verify import check_sizes, newest, verified
 from farspan.trainer.config import CheckpointConfig
 from farspan.trainer.renamed import current_names
 from farspan.trainer.resilience.agreement import all_gather_objects, on_first_rank, raise_on_all_ranks
@@ -68,7 +68,8 @@ class Checkpointer:
         self._config = config
         self._group = group_along("checkpoint", {"ranks": dist.get_world_size()}, "ranks", backend="gloo")
         self._copies = BlockingAsyncStager(cache_staged_state_dict=True)
-        self._writer = _WriterThread()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
 
     def save(self, state: TrainState) -> Path:
         """Write a checkpoint of `state.step`, delete old ones, and return its folder.
@@ -90,27 +91,44 @@ class Checkpointer:
         num_bytes = _num_bytes(tensors)
         partial = on_first_rank(lambda: self._writable(state.step, lambda: self._make_room(state.step, num_bytes)))
         copies = self._copy(tensors)
-        self._writer.start(lambda: self._write(copies, partial, manifest))
+
+        def write() -> None:
+            try:
+                self._write(copies, partial, manifest)
+            except BaseException as error:
+                self._error = error
+
+        # A daemon, so that the process can exit while this thread waits for ranks that have died.
+        self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+        self._thread.start()
 
     @property
     def has_failed(self) -> bool:
         """Whether the save in progress has failed, as far as this rank knows; others may learn it later."""
-        return self._writer.error is not None
+        return self._error is not None
 
     def finish_saving(self) -> None:
         """Wait for the save in progress, if any; raises CheckpointError, on all ranks, when it failed."""
-        raise_on_all_ranks(self._writer.join)
+        raise_on_all_ranks(self._join)
 
     def finish_saving_or_log(self) -> None:
         """Wait for the save in progress, if any, and only log its failure: the run ends for another reason."""
         try:
-            self._writer.join()
+            self._join()
         except Exception as error:
             log.error("not saved   %s", error)
 
     def wait_briefly(self) -> None:
         """Wait a moment for the save in progress: this rank is about to exit, and others may have exited."""
-        self._writer.join_for(LAST_MOMENT_S)
+        if self._thread is not None:
+            self._thread.join(LAST_MOMENT_S)
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+        self._thread, error, self._error = None, self._error, None
+        if error is not None:
+            raise error
 
     def load_latest(self, state: TrainState) -> Path | None:
         """Load the newest complete checkpoint into model, optimizer and `state`; return its folder, None without any.
@@ -119,24 +137,15 @@ class Checkpointer:
         optimizer. Raises CheckpointError when all are damaged, or one is of another run.
         """
         found = on_first_rank(lambda: finished(self._folder))
-        for folder in reversed(found):
-            try:
-                manifest = self._load(folder)
-            except DamagedError as error:
-                log.info("skipped     %s", error)
-                continue
-            state.load_state_dict(dict(manifest.train_state))
-            return folder
-        if found:
-            raise CheckpointError(
-                f"none of the {len(found)} checkpoints in {self._folder} can be used, see the lines before: restore "
-                f"one of them, or {START_AGAIN}."
-            )
-        return None
+        if not found:
+            return None
+        folder, manifest = newest(found, self._load, f", or {START_AGAIN}")
+        state.load_state_dict(dict(manifest.train_state))
+        return folder
 
     def _load(self, folder: Path) -> Manifest:
         """Fill model and optimizer; raises DamagedError, on all ranks, where a file is not as it was written."""
-        manifest = on_first_rank(lambda: self._read_manifest(folder))
+        manifest = on_first_rank(lambda: self._read_own_manifest(folder))
         with verified(folder, manifest.files):
             self.read(folder)
         return manifest
@@ -160,14 +169,11 @@ class Checkpointer:
             self._copies.state_dict_cache = BlockingAsyncStager().stage(tensors)
         return self._copies.stage(tensors)
 
-    def _read_manifest(self, folder: Path) -> Manifest:
+    def _read_own_manifest(self, folder: Path) -> Manifest:
+        """Read a manifest; raises CheckpointError where the checkpoint is of another run."""
         manifest = Manifest.read(folder)
         check_sizes(folder, manifest.files)
-        self._check_identity(folder, manifest.identity)
-        return manifest
-
-    def _check_identity(self, folder: Path, saved: Mapping[str, Any]) -> None:
-        saved = current_names(saved)
+        saved = current_names(manifest.identity)
         differences = {
             name: f"{name} ({saved.get(name)!r}, now {self._identity.get(name)!r})"
             for name in sorted({*saved, *self._identity})
@@ -179,6 +185,7 @@ class Checkpointer:
                 f"checkpoint {folder} was trained with another {', another '.join(differences.values())}: go back to "
                 f"that, or {START_AGAIN}, or accept it with checkpoint.accept_changed=[{names}]."
             )
+        return manifest
 
     def _make_room(self, step: int, num_bytes: int) -> Path:
         partial = make_room(self._folder, step)
@@ -228,40 +235,6 @@ class Checkpointer:
             f"checkpoint {self._folder / step_name(step)} cannot be written ({cause}): make room, or choose another "
             "run.folder."
         )
-
-
-class _WriterThread:
-    """Runs one task at a time in a thread; `join` raises the task's error."""
-
-    def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self.error: BaseException | None = None
-
-    def start(self, task: Callable[[], None]) -> None:
-        """Start a task; the task before has to be joined."""
-
-        def run() -> None:
-            try:
-                task()
-            except BaseException as error:
-                self.error = error
-
-        assert self._thread is None
-        # A daemon, so that the process can exit while this thread waits for ranks that have died.
-        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
-        self._thread.start()
-
-    def join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-        self._thread, error, self.error = None, self.error, None
-        if error is not None:
-            raise error
-
-    def join_for(self, seconds: float) -> None:
-        """Wait at most `seconds`, and raise nothing."""
-        if self._thread is not None:
-            self._thread.join(seconds)
 
 
 def _to_save(model: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
@@ -89,8 +89,7 @@ class _HashedFiles(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
-        with open(path, mode) as file:
-            stream = _HashedStream(cast(IO[bytes], file))
+        with _HashedStream(path, mode) as stream:
             yield stream
         # Sync in here, so that DCP raises a failure on all ranks.
         sync(Path(path).parent)
@@ -101,32 +100,23 @@ class _HashedFiles(FileSystem):
         self.written[Path(new_path).name] = self.written.pop(Path(path).name)
 
 
-class _HashedStream(io.IOBase):
+class _HashedStream(io.BufferedWriter):
     """A file that is written from start to end, and hashed."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._digest, self._bytes = file, hashlib.sha256(), 0
+    def __init__(self, path: str | os.PathLike, mode: str) -> None:
+        super().__init__(io.FileIO(path, mode))
+        self._digest, self._bytes = hashlib.sha256(), 0
 
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        self._digest.update(view)
-        self._bytes += view.nbytes
-        return self._file.write(view)
-
-    def tell(self) -> int:
-        return self._bytes
-
-    def flush(self) -> None:
-        if not self._file.closed:
-            self._file.flush()
+    def write(self, buffer: Any, /) -> int:
+        self._digest.update(buffer)
+        written = super().write(buffer)
+        self._bytes += written
+        return written
 
     def fileno(self) -> int:
         # DCP asks for it to fsync, and does not flush first.
-        self._file.flush()
-        return self._file.fileno()
+        self.flush()
+        return super().fileno()
 
     def record(self) -> FileRecord:
         return FileRecord(bytes=self._bytes, sha256=self._digest.hexdigest())

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,21 +29,27 @@ def check_complete(folder: Path) -> Manifest:
 
 
 def newest_complete(folder: Path) -> Path:
-    """Return the newest complete checkpoint in `folder`; log a line for each newer, damaged one.
-
-    Raises CheckpointError if there is none.
-    """
+    """Return the newest complete checkpoint in `folder`; raises CheckpointError if there is none."""
     found = finished(folder)
     if not found:
         raise CheckpointError(f"{folder} holds no finished checkpoint: name the folder of a run that has saved one.")
+    return newest(found, check_complete)[0]
+
+
+def newest(found: Sequence[Path], load: Callable[[Path], Manifest], otherwise: str = "") -> tuple[Path, Manifest]:
+    """Return the newest of some checkpoints that `load` takes, and its manifest; log a line for each damaged one.
+
+    Raises CheckpointError if all are damaged; otherwise: what to do but to restore one.
+    """
     for path in reversed(found):
         try:
-            check_complete(path)
+            return path, load(path)
         except DamagedError as error:
             log.info("skipped     %s", error)
-        else:
-            return path
-    raise CheckpointError(f"none of the {len(found)} checkpoints in {folder} is complete: restore one of them.")
+    raise CheckpointError(
+        f"none of the {len(found)} checkpoints in {found[0].parent} can be used, see the lines before: restore one of "
+        f"them{otherwise}."
+    )
 
 
 @contextmanager

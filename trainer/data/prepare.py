@@ -21,8 +21,6 @@ RENAMED = {"--held-out": "--validation-fraction", "--hold-out-ends": "--validati
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareReport:
-    """The result of `prepare`."""
-
     out: Path
     train: SplitMeta
     validation: SplitMeta
@@ -80,7 +78,6 @@ def prepare(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `farspan data prepare`."""
     parser.add_argument("paths", nargs="+", metavar="PATH", help="text, JSONL or parquet file, or folder of them")
     parser.add_argument("--tokenizer", required=True, metavar="bytes|FILE", help="bytes, or a tokenizers JSON file")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
@@ -161,8 +158,10 @@ def _write_splits(
                 start = _end_start(document.text, validation_fraction)
                 parts = [(train, document.text[:start]), (validation, document.text[start:])]
             else:
-                # By content, so that the split does not depend on the order or the company of documents.
-                point = _unit_hash(document.text.encode())
+                # By content, hashed to a point in [0, 1]: the split does not depend on the order or the company of
+                # documents, and is the same on every machine.
+                digest = hashlib.blake2b(document.text.encode(), digest_size=HASH_BYTES).digest()
+                point = int.from_bytes(digest) / 2 ** (8 * HASH_BYTES)
                 lowest, highest = min(lowest, point), max(highest, point)
                 parts = [(validation if point < validation_fraction else train, document.text)]
             for split, text in parts:
@@ -180,11 +179,6 @@ def _write_splits(
         if train.num_documents == 0 or validation.num_documents == 0:
             raise DataError(_empty_split(train.num_documents, validation.num_documents, lowest, highest))
         return train.finish(), validation.finish()
-
-
-def _unit_hash(data: bytes) -> float:
-    """Hash a document to a point in [0, 1]: the same on every machine, and for duplicates."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=HASH_BYTES).digest()) / 2 ** (8 * HASH_BYTES)
 
 
 def _end_start(text: str, fraction: float) -> int:

@@ -2,10 +2,12 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from farspan.errors import DataError
 from farspan.registry import nearest_name_hint
@@ -13,6 +15,7 @@ from farspan.registry import nearest_name_hint
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 PARQUET_SUFFIX = ".parquet"
 PARQUET_BATCH_ROWS = 64
+SKIP_FLAG = "--skip-unreadable"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,14 +26,12 @@ class Document:
     origin: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Unreadable:
-    """An empty or undecodable document: skipped inside a folder when asked, else refused with `message`."""
-
-    message: str
+class _UnreadableError(Exception):
+    """An empty document, or no file at all: skipped inside a folder when asked, else refused with this message."""
 
 
-_Item = Document | _Unreadable
+Unread = tuple[str, Callable[[], str]]
+"""The origin of a document and what returns its text; raises UnicodeError or _UnreadableError."""
 
 
 class DocumentReader:
@@ -71,7 +72,8 @@ class DocumentReader:
         for path in self._files(folder):
             num_files += 1
             # Opening a pipe found in a folder would wait for ever.
-            items = _read_file(path, self._text_key) if path.is_file() else iter([_not_a_file(path)])
+            not_a_file = partial(_refuse, f"{path} is a broken link or no regular file; remove it or --exclude it.")
+            items = _read_file(path, self._text_key) if path.is_file() else iter([(str(path), not_a_file)])
             yield from self._checked(items, skip=self._skip_unreadable)
         if num_files == 0:
             wanted = f"file ending in {' or '.join(self._suffixes)}" if self._suffixes else "file"
@@ -97,20 +99,26 @@ class DocumentReader:
             elif not entry.is_dir() and (self._suffixes is None or entry.name.endswith(self._suffixes)):
                 yield path
 
-    def _checked(self, items: Iterator[_Item], *, skip: bool) -> Iterator[Document]:
-        for item in items:
-            if isinstance(item, Document):
-                yield item
-            elif skip:
-                self.num_skipped += 1
+    def _checked(self, items: Iterator[Unread], *, skip: bool) -> Iterator[Document]:
+        for origin, read in items:
+            try:
+                text = read()
+            except UnicodeError as error:
+                problem = f"{origin} is not UTF-8 text ({error}); convert it, or pass its folder with {SKIP_FLAG}."
+            except _UnreadableError as error:
+                problem = str(error)
             else:
-                raise DataError(item.message)
+                yield Document(text=text, origin=origin)
+                continue
+            if not skip:
+                raise DataError(problem)
+            self.num_skipped += 1
 
 
-def _read_file(path: Path, text_key: str) -> Iterator[_Item]:
+def _read_file(path: Path, text_key: str) -> Iterator[Unread]:
     """Yield the documents of one file; raises DataError where the file is corrupt."""
     suffix = path.suffix.lower()
-    num_items = 0
+    is_empty = True
     try:
         if suffix in JSONL_SUFFIXES:
             items = _read_jsonl(path, text_key)
@@ -119,76 +127,60 @@ def _read_file(path: Path, text_key: str) -> Iterator[_Item]:
         else:
             items = _read_text(path)
         for item in items:
-            num_items += 1
+            is_empty = False
             yield item
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}; fix or exclude it.") from error
-    if num_items == 0:
-        yield _Unreadable(message=_empty(str(path)))
+    if is_empty:
+        yield str(path), partial(_refuse, _empty(str(path)))
 
 
-def _not_a_file(path: Path) -> _Unreadable:
-    return _Unreadable(message=f"{path} is a broken link or no regular file; remove it or --exclude it.")
+def _refuse(message: str) -> str:
+    raise _UnreadableError(message)
 
 
 def _empty(origin: str) -> str:
-    return f"{origin} is empty; remove it, or pass its folder with --skip-unreadable."
+    return f"{origin} is empty; remove it, or pass its folder with {SKIP_FLAG}."
 
 
-def _undecodable(origin: str, error: UnicodeError) -> str:
-    return f"{origin} is not UTF-8 text ({error}); convert it, or pass its folder with --skip-unreadable."
-
-
-def _read_text(path: Path) -> Iterator[_Item]:
+def _read_text(path: Path) -> Iterator[Unread]:
     data = path.read_bytes()  # not read_text, which converts newlines: byte counts have to be exact
-    if not data:
-        return
-    try:
-        yield Document(text=data.decode("utf-8"), origin=str(path))
-    except UnicodeDecodeError as error:
-        yield _Unreadable(message=_undecodable(str(path), error))
+    if data:
+        yield str(path), data.decode
 
 
-def _read_jsonl(path: Path, text_key: str) -> Iterator[_Item]:
+def _read_jsonl(path: Path, text_key: str) -> Iterator[Unread]:
     with path.open("rb") as file:
         for number, data in enumerate(file, start=1):
-            if data.isspace():
-                continue
-            origin = f"{path}, line {number}"
-            try:
-                line = data.decode("utf-8")
-            except UnicodeDecodeError as error:
-                yield _Unreadable(message=_undecodable(origin, error))
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{origin} is not JSON ({error}); fix the line (a cut file?).") from error
-            yield _record_item(record, text_key, origin)
+            if not data.isspace():
+                origin = f"{path}, line {number}"
+                yield origin, partial(_line_text, data, text_key, origin)
 
 
-def _record_item(record: object, text_key: str, origin: str) -> _Item:
+def _line_text(data: bytes, text_key: str, origin: str) -> str:
+    line = data.decode()
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{origin} is not JSON ({error}); fix the line (a cut file?).") from error
     if not isinstance(record, dict):
         raise DataError(f"{origin} is not a JSON object; each line must be an object with the key {text_key!r}.")
     if text_key not in record:
         hint = nearest_name_hint(text_key, [str(key) for key in record])
         raise DataError(f"{origin} has no key {text_key!r}; name the right one with --text-key.{hint}")
-    return _value_item(record[text_key], text_key, origin)
+    return _value_text(record[text_key], text_key, origin)
 
 
-def _value_item(value: object, text_key: str, origin: str) -> _Item:
+def _value_text(value: object, text_key: str, origin: str) -> str:
     if value is None or value == "":
-        return _Unreadable(message=_empty(f"{origin}: {text_key!r}"))
+        raise _UnreadableError(_empty(f"{origin}: {text_key!r}"))
     if not isinstance(value, str):
         raise DataError(f"{origin}: {text_key!r} is not a string; name the right one with --text-key.")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
-        return _Unreadable(message=_undecodable(origin, error))
-    return Document(text=value, origin=origin)
+    value.encode()  # raises UnicodeEncodeError: JSON can spell half a surrogate pair
+    return value
 
 
-def _read_parquet(path: Path, column: str) -> Iterator[_Item]:
+def _read_parquet(path: Path, column: str) -> Iterator[Unread]:
     if path.stat().st_size == 0:
         return
     try:
@@ -197,6 +189,10 @@ def _read_parquet(path: Path, column: str) -> Iterator[_Item]:
     except ImportError as error:
         raise DataError(f"Reading {path} needs the package pyarrow; `pip install -e '.[data]'`.") from error
     row = 0
+
+    def text(scalar: Any, origin: str) -> str:
+        return _value_text(scalar.as_py(), column, origin)
+
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
@@ -206,14 +202,7 @@ def _read_parquet(path: Path, column: str) -> Iterator[_Item]:
             for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=[column]):
                 for scalar in batch.column(0):
                     row += 1
-                    yield _scalar_item(scalar, column, f"{path}, row {row}")
+                    origin = f"{path}, row {row}"
+                    yield origin, partial(text, scalar, origin)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is a truncated or corrupt parquet file ({error}); fetch it again.") from error
-
-
-def _scalar_item(scalar: object, column: str, origin: str) -> _Item:
-    try:
-        value = scalar.as_py()  # pyright: ignore[reportAttributeAccessIssue]  (pyarrow is optional)
-    except UnicodeDecodeError as error:
-        return _Unreadable(message=_undecodable(origin, error))
-    return _value_item(value, column, origin)

@@ -7,8 +7,10 @@ meta.json     SplitMeta, written last, so that it is newer than the other two
 
 import hashlib
 import json
+import logging
 import os
 from array import array
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -25,8 +27,10 @@ OFFSETS_FILE = "offsets.npy"
 META_FILE = "meta.json"
 SPLITS = ("train", "validation")
 WRITE_BUFFER_BYTES = 1 << 20
-COUNT_CHUNK_TOKENS = 1 << 22
+CHUNK_TOKENS = 1 << 22
 ADVICE = "prepare the folder again with `farspan data prepare`"
+
+log = logging.getLogger("farspan")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,11 +134,42 @@ class TokenSource:
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
 
+def check_integrity(folder: Path) -> None:
+    """Raise DataError where the tokens or document offsets of a split have changed since it was prepared.
+
+    Unchanged if the files are not newer than the metadata, which is written last. Where they are, as after copying,
+    every byte is hashed: about a second for each gigabyte.
+    """
+    meta = folder / META_FILE
+    written = meta.stat().st_mtime_ns
+    if all((folder / name).stat().st_mtime_ns <= written for name in (TOKENS_FILE, OFFSETS_FILE)):
+        return
+    source = TokenSource(folder)
+    log.info("%-12s%s, whose files are newer than its %s", "hashing", folder, META_FILE)
+    now = _fingerprint(source)
+    if now != source.fingerprint:
+        raise DataError(
+            f"{folder} was changed since it was prepared (fingerprint {source.fingerprint[:12]}..., now {now[:12]}"
+            "...): restore it, or prepare it again."
+        )
+    # So that the next start need not hash again; in a read-only folder it does.
+    with suppress(OSError):
+        os.utime(meta)
+
+
+def _fingerprint(source: TokenSource) -> str:
+    total = hashlib.sha256()
+    for part in (source.tokens, source.offsets):
+        for start in range(0, len(part), CHUNK_TOKENS):
+            total.update(part[start : start + CHUNK_TOKENS].tobytes())
+    return total.hexdigest()
+
+
 def unigram_bits_per_byte(source: TokenSource) -> float:
     """Return the entropy of the split's own token frequencies (end tokens included), in bits per original byte."""
     counts = np.zeros(source.vocabulary_size, dtype=np.int64)
-    for start in range(0, source.num_tokens, COUNT_CHUNK_TOKENS):
-        chunk = source.tokens[start : start + COUNT_CHUNK_TOKENS]
+    for start in range(0, source.num_tokens, CHUNK_TOKENS):
+        chunk = source.tokens[start : start + CHUNK_TOKENS]
         counts += np.bincount(chunk, minlength=source.vocabulary_size)
     nonzero = counts[counts > 0]
     bits = nonzero @ (np.log2(source.num_tokens) - np.log2(nonzero))

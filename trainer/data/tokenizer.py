@@ -1,9 +1,8 @@
 """Text to token ids: the built-in byte tokenizer and Hugging Face `tokenizers` files."""
 
-from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import final
 
 import numpy as np
 
@@ -13,76 +12,38 @@ BYTES = "bytes"
 USUAL_END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|end▁of▁sentence|>")
 
 
-class Tokenizer(ABC):
-    """Turns text into token ids.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokenizer:
+    """Turns text into token ids."""
 
-    name: the argument of `load_tokenizer`. vocabulary_size: one more than the largest id. end_id: closes a document;
-    `encode` never returns it.
-    """
-
-    def __init__(self, *, name: str, vocabulary_size: int, end_id: int) -> None:
-        self.name, self.vocabulary_size, self.end_id = name, vocabulary_size, end_id
-
-    @abstractmethod
-    def encode(self, text: str) -> np.ndarray:
-        """Return the ids of `text`, uint32 [tokens], without any end or start token."""
-
-
-@final
-class ByteTokenizer(Tokenizer):
-    """UTF-8 bytes as ids 0..255 and id 256 for the end of a document."""
-
-    def __init__(self) -> None:
-        super().__init__(name=BYTES, vocabulary_size=257, end_id=256)
-
-    def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint32)
-
-
-@final
-class FileTokenizer(Tokenizer):
-    """A Hugging Face `tokenizers` JSON file."""
-
-    def __init__(self, path: str, *, end_token: str | None = None) -> None:
-        """Read `path`; raises DataError when it cannot be read or has no end-of-document token."""
-        if not Path(path).is_file():
-            problem = "is a folder; pass the tokenizer.json inside it" if Path(path).is_dir() else "does not exist"
-            raise DataError(f"The tokenizer file {path} {problem} (or pass --tokenizer {BYTES}).")
-        tokenizers = _import_tokenizers(path)
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(path)
-        except Exception as error:  # the Rust side raises bare Exception
-            raise DataError(
-                f"{path} is not a tokenizers JSON file ({error}); pass a complete tokenizer.json."
-            ) from error
-        # A file may set truncation and padding for its model, which would silently cut documents.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        # A document that spells out a special token must not end there.
-        self._tokenizer.encode_special_tokens = True
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        # Ids may have holes, so the number of entries is not enough.
-        vocabulary_size = max(vocabulary.values(), default=-1) + 1
-        super().__init__(name=path, vocabulary_size=vocabulary_size, end_id=_end_id(path, vocabulary, end_token))
-
-    def encode(self, text: str) -> np.ndarray:
-        try:
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        except Exception as error:  # the Rust side raises bare Exception, such as for a missing unknown token
-            raise DataError(f"The tokenizer {self.name} cannot encode a document ({error}); use another.") from error
-        return np.array(encoding.ids, dtype=np.uint32)
+    name: str
+    """The argument of `load_tokenizer`."""
+    vocabulary_size: int
+    """One more than the largest id."""
+    end_id: int
+    """Closes a document; `encode` never returns it."""
+    encode: Callable[[str], np.ndarray]
+    """Returns the ids of a text, uint32 [tokens], without any end or start token."""
 
 
 def load_tokenizer(name: str, *, end_token: str | None = None) -> Tokenizer:
     """Return the tokenizer `name`: "bytes" or the path of a tokenizers JSON file; raises DataError."""
     if name != BYTES:
-        return FileTokenizer(name, end_token=end_token)
+        return _load_file(name, end_token)
     if end_token is not None:
         raise DataError(f"The tokenizer {BYTES!r} has its own end-of-document id; drop --end-token {end_token!r}.")
-    return ByteTokenizer()
+    return Tokenizer(name=BYTES, vocabulary_size=257, end_id=256, encode=_encode_bytes)
 
 
-def _import_tokenizers(path: str) -> ModuleType:
+def _encode_bytes(text: str) -> np.ndarray:
+    """UTF-8 bytes as ids 0..255; id 256 is left for the end of a document."""
+    return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint32)
+
+
+def _load_file(path: str, end_token: str | None) -> Tokenizer:
+    if not Path(path).is_file():
+        problem = "is a folder; pass the tokenizer.json inside it" if Path(path).is_dir() else "does not exist"
+        raise DataError(f"The tokenizer file {path} {problem} (or pass --tokenizer {BYTES}).")
     try:
         import tokenizers  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -90,7 +51,27 @@ def _import_tokenizers(path: str) -> ModuleType:
             f"Reading the tokenizer file {path} needs the package tokenizers; "
             f"`pip install -e '.[data]'`, or pass --tokenizer {BYTES}."
         ) from error
-    return tokenizers
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(path)
+    except Exception as error:  # the Rust side raises bare Exception
+        raise DataError(f"{path} is not a tokenizers JSON file ({error}); pass a complete tokenizer.json.") from error
+    # A file may set truncation and padding for its model, which would silently cut documents.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    # A document that spells out a special token must not end there.
+    tokenizer.encode_special_tokens = True
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+
+    def encode(text: str) -> np.ndarray:
+        try:
+            encoding = tokenizer.encode(text, add_special_tokens=False)
+        except Exception as error:  # the Rust side raises bare Exception, such as for a missing unknown token
+            raise DataError(f"The tokenizer {path} cannot encode a document ({error}); use another.") from error
+        return np.array(encoding.ids, dtype=np.uint32)
+
+    # Ids may have holes, so the number of entries is not enough.
+    size = max(vocabulary.values(), default=-1) + 1
+    return Tokenizer(name=path, vocabulary_size=size, end_id=_end_id(path, vocabulary, end_token), encode=encode)
 
 
 def _end_id(path: str, vocabulary: dict[str, int], end_token: str | None) -> int:

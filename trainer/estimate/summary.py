@@ -1,7 +1,7 @@
 """The summary of a run that is printed at every start and by a dry run: sizes, FLOPs, traffic and memory."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
 
@@ -38,8 +38,9 @@ def _sizes(config: Config, degrees: Degrees) -> dict[str, str]:
     one_document = Rows.packed([tokens])
     flops = training_flops(model, mechanisms, tokens, attention_flops(model, mechanisms, one_document)) / tokens
     parameters, active = total_parameters(model, mechanisms), matrix_parameters(model, mechanisms)
-    some_idle = any(model.expert_layers) or any(map(model.mixes_heads, mechanisms))
-    return {
+    mixing = [mechanism for mechanism in mechanisms if model.mixes_heads(mechanism)]
+    some_idle = any(model.expert_layers) or mixing
+    labels = {
         "ranks": f"{degrees.data * degrees.context} = dp_replicate {degrees.dp_replicate} x dp_shard "
         f"{degrees.dp_shard} x context {degrees.context}",
         "step": f"{sequences * tokens:,} tokens = {sequences} sequences x {tokens:,}",
@@ -47,40 +48,31 @@ def _sizes(config: Config, degrees: Degrees) -> dict[str, str]:
         "model": f"{parameters:,} parameters{f', {active:,} active per token' if some_idle else ''}",
         "layers": f"{model.layers} of width {model.width}, {model.heads} query heads, {model.kv_heads} KV heads, "
         f"head_dim {model.head_dim}, vocabulary {model.vocabulary_size:,}",
-        **_experts(config, degrees),
-        **_head_mixture(config),
-        "compute": f"{flops / 1e9:.3g} GFLOP per token in one document of {tokens:,}, {config.train.compute_dtype} on "
-        f"{config.train.device}",
     }
-
-
-def _experts(config: Config, degrees: Degrees) -> dict[str, str]:
-    experts, layers = config.model.experts, sum(config.model.expert_layers)
-    if not layers:
-        return {}
-    shared = f", shared expert of {experts.shared}" if experts.shared else ""
-    return {
-        "experts": f"{experts.per_token} of {experts.count} per token, feed_forward {experts.feed_forward}{shared}, in "
-        f"{layers} layers, expert-parallel degree {degrees.expert}"
-    }
-
-
-def _head_mixture(config: Config) -> dict[str, str]:
-    model, mixture = config.model, config.model.head_mixture
-    mixing = [mechanism for mechanism in config.mechanisms() if model.mixes_heads(mechanism)]
-    if not mixing:
-        return {}
-    active, projected = model.heads_of(mixing[0]), model.projected_heads_of(mixing[0])
-    experts = f"{mixture.per_token} of {mixture.count} experts, " if mixture.kind == "experts" else ""
-    return {
-        "heads": f"{experts}{active.query} of {projected.query} query heads per token, {projected.kv} KV heads, in "
-        f"{len(mixing)} layers"
-    }
+    if any(model.expert_layers):
+        experts = model.experts
+        shared = f", shared expert of {experts.shared}" if experts.shared else ""
+        labels["experts"] = (
+            f"{experts.per_token} of {experts.count} per token, feed_forward {experts.feed_forward}{shared}, in "
+            f"{sum(model.expert_layers)} layers, expert-parallel degree {degrees.expert}"
+        )
+    if mixing:
+        mixture, heads, projected = model.head_mixture, model.heads_of(mixing[0]), model.projected_heads_of(mixing[0])
+        of_experts = f"{mixture.per_token} of {mixture.count} experts, " if mixture.kind == "experts" else ""
+        labels["heads"] = (
+            f"{of_experts}{heads.query} of {projected.query} query heads per token, {projected.kv} KV heads, in "
+            f"{len(mixing)} layers"
+        )
+    labels["compute"] = (
+        f"{flops / 1e9:.3g} GFLOP per token in one document of {tokens:,}, {config.train.compute_dtype} on "
+        f"{config.train.device}"
+    )
+    return labels
 
 
 def _attention(config: Config, degrees: Degrees) -> dict[str, str]:
     model, sent = config.model, attention_bytes(config, degrees) + convolution_bytes(config, degrees)
-    labels = {"attention": _short_layers(config.mechanisms())}
+    labels = {"attention": format_layers(config.mechanisms(), short=True)}
     if model.key_convolution:
         labels["convolution"] = f"over {model.key_convolution} keys"
     if any(map(model.is_gated, config.mechanisms())):
@@ -93,23 +85,16 @@ def _attention(config: Config, degrees: Degrees) -> dict[str, str]:
     }
 
 
-def format_layers(mechanisms: Sequence[Mechanism]) -> str:
-    """Return the mechanisms of the layers; runs of equal layers are counted."""
-    return _counted(mechanisms, str, lambda run: str(run[0]))
+def format_layers(mechanisms: Sequence[Mechanism], *, short: bool = False) -> str:
+    """Return the mechanisms of the layers; runs of equal layers are counted.
 
-
-def _short_layers(mechanisms: Sequence[Mechanism]) -> str:
-    """Return the same, with only the names of mechanisms that differ by layer."""
-    return _counted(mechanisms, type, lambda run: str(run[0]) if len(set(run)) == 1 else type(run[0]).__name__)
-
-
-def _counted(
-    mechanisms: Sequence[Mechanism], key: Callable[[Mechanism], object], name: Callable[[list[Mechanism]], str]
-) -> str:
-    runs = [list(run) for _, run in groupby(mechanisms, key)]
+    short: of mechanisms that differ by layer only the names.
+    """
+    runs = [list(run) for _, run in groupby(mechanisms, type if short else str)]
+    names = [type(run[0]).__name__ if short and len(set(run)) > 1 else str(run[0]) for run in runs]
     if len(runs) == 1:
-        return name(runs[0])
-    return ", ".join(f"{len(run)} x {name(run)}" if len(run) > 1 else name(run) for run in runs)
+        return names[0]
+    return ", ".join(f"{len(run)} x {name}" if len(run) > 1 else name for run, name in zip(runs, names, strict=True))
 
 
 def _backends(config: Config) -> str:

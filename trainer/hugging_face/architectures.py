@@ -4,7 +4,8 @@ Both rotate feature i of a head with feature i + D/2, so that no matrix has to b
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import NamedTuple
 
 from farspan.errors import ConfigError
@@ -32,21 +33,6 @@ OF_A_BLOCK = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExpertNames:
-    """Names of a mixture of experts in `config.json` and in the tensors."""
-
-    count: str
-    """Field of `config.json`; newer versions of transformers call it num_local_experts everywhere."""
-    size: str
-    """Field of `config.json`."""
-    module: str
-    """The mixture in a block."""
-    gate: str
-    up: str
-    down: str
-
-
 class FusedTensor(NamedTuple):
     """A tensor of all experts; half 0 or 1: the first or second half of its rows `[E, 2 * rows, in]`, None: all."""
 
@@ -56,27 +42,26 @@ class FusedTensor(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """name, model_type: in `config.json`. base: of RoPE where the file has none. experts: None without any."""
+    """name, model_type: in `config.json`. base: of RoPE where the file has none."""
 
     name: str
     model_type: str
     qk_norm: bool
     base: float
-    experts: ExpertNames | None = None
+    expert_count: str = ""
+    """Field of `config.json`; newer versions of transformers call it num_local_experts everywhere."""
+    expert_size: str = ""
+    """Field of `config.json`."""
+    expert_tensors: dict[str, str] = field(default_factory=dict)
+    """Of the parameters of a mixture in a block; {} stands for the number of the expert. Empty without experts."""
 
     def tensors_of(self, parameter: str, experts: int) -> list[str]:
         """Return the tensors of a parameter: one or, to be stacked, one for each expert."""
         if parameter in OUTSIDE_OF_BLOCKS:
             return [OUTSIDE_OF_BLOCKS[parameter]]
         _, layer, part = parameter.split(".", 2)
-        block = f"model.layers.{layer}."
-        if part in OF_A_BLOCK:
-            return [block + OF_A_BLOCK[part]]
-        assert self.experts is not None, f"{self.name} has no tensor for {parameter}"
-        if part == "feed_forward.router.weight":
-            return [f"{block}{self.experts.module}.gate.weight"]
-        matrix = getattr(self.experts, part.split(".")[-2])
-        return [f"{block}{self.experts.module}.experts.{expert}.{matrix}.weight" for expert in range(experts)]
+        tensor = f"model.layers.{layer}.{(OF_A_BLOCK | self.expert_tensors)[part]}"
+        return [tensor.format(expert) for expert in range(experts)] if "{}" in tensor else [tensor]
 
     @staticmethod
     def fused_tensor_of(parameter: str) -> FusedTensor | None:
@@ -98,23 +83,28 @@ MIXTRAL = Architecture(
     model_type="mixtral",
     qk_norm=False,
     base=1e6,
-    experts=ExpertNames(
-        count="num_local_experts", size="intermediate_size", module="block_sparse_moe", gate="w1", up="w3", down="w2"
-    ),
+    expert_count="num_local_experts",
+    expert_size="intermediate_size",
+    expert_tensors={
+        "feed_forward.router.weight": "block_sparse_moe.gate.weight",
+        "feed_forward.experts.gate.weight": "block_sparse_moe.experts.{}.w1.weight",
+        "feed_forward.experts.up.weight": "block_sparse_moe.experts.{}.w3.weight",
+        "feed_forward.experts.down.weight": "block_sparse_moe.experts.{}.w2.weight",
+    },
 )
 QWEN3_MOE = Architecture(
     name="Qwen3MoeForCausalLM",
     model_type="qwen3_moe",
     qk_norm=True,
     base=1e4,
-    experts=ExpertNames(
-        count="num_experts",
-        size="moe_intermediate_size",
-        module="mlp",
-        gate="gate_proj",
-        up="up_proj",
-        down="down_proj",
-    ),
+    expert_count="num_experts",
+    expert_size="moe_intermediate_size",
+    expert_tensors={
+        "feed_forward.router.weight": "mlp.gate.weight",
+        "feed_forward.experts.gate.weight": "mlp.experts.{}.gate_proj.weight",
+        "feed_forward.experts.up.weight": "mlp.experts.{}.up_proj.weight",
+        "feed_forward.experts.down.weight": "mlp.experts.{}.down_proj.weight",
+    },
 )
 ARCHITECTURES = {architecture.name: architecture for architecture in (LLAMA, QWEN3, MIXTRAL, QWEN3_MOE)}
 
@@ -131,14 +121,20 @@ def architecture_of(model: ModelConfig, mechanisms: Sequence[Mechanism]) -> Arch
     architecture = {(False, False): LLAMA, (False, True): QWEN3, (True, False): MIXTRAL, (True, True): QWEN3_MOE}[
         has_experts, model.qk_norm
     ]
-    required = {
-        "parallel_blocks": (model.parallel_blocks, False),
-        "key_convolution": (model.key_convolution, 0),
-        "head_mixture.kind": (model.head_mixture.kind, "none"),
-        "rope.rotated": (model.rope.rotated % model.head_dim, 0),
-        **(_experts(model, architecture) if has_experts else {}),
-    }
-    for name, (value, supported) in required.items():
+    required: dict[str, object] = {"parallel_blocks": False, "key_convolution": 0, "head_mixture.kind": "none"}
+    if model.rope.rotated != model.head_dim:
+        required["rope.rotated"] = 0
+    if has_experts:
+        required |= {"experts.shared": 0, "experts.choice": "tokens", "experts.capacity": 0.0, "experts.bias_rate": 0.0}
+        required |= {"experts.score": "softmax", "experts.scale": 1.0}
+        if model.experts.groups_per_token != model.experts.groups:
+            required["experts.groups"] = 1
+    if architecture is MIXTRAL:
+        required["experts.normalized"] = True
+        if not all(model.expert_layers):
+            required["experts.layers"] = "experts"
+    for name, supported in required.items():
+        value = attrgetter(name)(model)
         if value != supported:
             raise ConfigError(
                 f"model.{name}={value!r} does not exist in {architecture.name}, the Hugging Face architecture nearest "
@@ -150,21 +146,3 @@ def architecture_of(model: ModelConfig, mechanisms: Sequence[Mechanism]) -> Arch
             "one with model.qk_norm=true, can be exported."
         )
     return architecture
-
-
-def _experts(model: ModelConfig, architecture: Architecture) -> dict[str, tuple[object, object]]:
-    """Return settings of experts, each with the only value that these architectures support."""
-    experts = model.experts
-    required: dict[str, tuple[object, object]] = {
-        "experts.shared": (experts.shared, 0),
-        "experts.choice": (experts.choice, "tokens"),
-        "experts.capacity": (experts.capacity, 0.0),
-        "experts.score": (experts.score, "softmax"),
-        "experts.scale": (experts.scale, 1.0),
-        "experts.groups": (1 if experts.groups_per_token == experts.groups else experts.groups, 1),
-        "experts.bias_rate": (experts.bias_rate, 0.0),
-    }
-    if architecture is MIXTRAL:
-        required["experts.normalized"] = (experts.normalized, True)
-        required["experts.layers"] = (experts.layers, "experts") if not all(model.expert_layers) else ("", "")
-    return required

@@ -31,14 +31,19 @@ class TensorFiles:
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
-    def tensor(self, name: str) -> Tensor:
-        """Return one tensor; raises CheckpointError where it is missing or quantized."""
+    def tensor(self, name: str, shape: torch.Size) -> Tensor:
+        """Return one tensor; raises CheckpointError where it is missing, quantized or of another shape."""
         if name not in self._files:
             raise CheckpointError(f"{self._folder} has no tensor {name}: download or save the model again.")
         tensor = self._files[name].get_tensor(name)
         if tensor.dtype not in FLOATS:
             raise CheckpointError(
                 f"{self._folder} has {name} in {tensor.dtype}, which is quantized: take weights in bfloat16 or float32."
+            )
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{self._folder} has {name} of shape {list(tensor.shape)}, not {list(shape)} as in its config.json: "
+                "download or save the model again."
             )
         return tensor
 

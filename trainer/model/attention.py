@@ -1,6 +1,6 @@
-"""The attention layer: projections, norms and RoPE around the attention that a mechanism and a strategy have planned.
+"""Attention layers: projections, norms and RoPE around the attention that a mechanism and a strategy have planned.
 
-Legend: T local tokens of one micro-batch, C width, Hq query heads, Hk KV heads, D head dim.
+Legend: T local tokens of one micro-batch, C width, H heads, Hq query heads, Hk KV heads, D head dim.
 
 Where q goes next: `trainer/build.py` chooses mechanism, strategy and backend of each layer; `trainer/batch.py` plans
 them for a sequence, as `inputs.attention`. Calling that runs the strategy, `parallel/context_parallel/strategy.py`,
@@ -10,6 +10,7 @@ which moves keys, heads or queries between ranks and runs the backend's kernels,
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from farspan.kernels.layers.norm import rms_norm
@@ -19,6 +20,7 @@ from farspan.kernels.routing.router_logits import routing_logits
 from farspan.parallel.context_parallel.key_convolution import KeyConvolution
 from farspan.parallel.context_parallel.strategy import DistributedAttention
 from farspan.trainer.model.config import ModelConfig
+from farspan.trainer.model.experts import RoutingStatistics
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,14 +64,6 @@ class Router(nn.Linear):
         return routing_logits(x, self.weight).unflatten(-1, (self.kv_heads, -1))
 
 
-class ConvolutionWeight(nn.Module):
-    """The taps of the convolution on keys, `[Hk * D, taps]`: many rows, so that FSDP shards them evenly."""
-
-    def __init__(self, keys_width: int, taps: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(keys_width, taps))
-
-
 class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245).
 
@@ -89,12 +83,14 @@ class Attention(nn.Module):
         self.query_norm = RmsNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else nn.Identity()
         self.key_norm = RmsNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else nn.Identity()
         self.router = Router(config, mechanism) if mechanism.routing_width else None
-        self.key_convolution = ConvolutionWeight(kv_width, config.key_convolution) if config.key_convolution else None
+        # Its weight are the taps, `[Hk * D, taps]`: many rows, so that FSDP shards them evenly.
+        taps = config.key_convolution
+        self.key_convolution = nn.Linear(taps, kv_width, bias=False) if taps else None
 
-    def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
-        """`[T, C] -> [T, C]`"""
+    def forward(self, x: Tensor, inputs: AttentionInputs) -> tuple[Tensor, RoutingStatistics | None]:
+        """`[T, C] -> [T, C]`, and the statistics of a choice of heads."""
         q = self.query(x).unflatten(-1, (-1, self.head_dim))  # [T, Hq * D] -> [T, Hq, D]
-        return self.out(self.head_outputs(q, x, inputs).flatten(1))  # [T, Hq, D] -> [T, Hq * D] -> [T, C]
+        return self.out(self.head_outputs(q, x, inputs).flatten(1)), None  # [T, Hq, D] -> [T, Hq * D] -> [T, C]
 
     def head_outputs(self, q: Tensor, x: Tensor, inputs: AttentionInputs) -> Tensor:
         """Return the output of each query head `[T, Hq, D]`, for q `[T, Hq, D]` as projected and x `[T, C]`."""
@@ -110,3 +106,28 @@ class Attention(nn.Module):
         routing = () if self.router is None else (self.router(x),)  # [T, Hk, routing_width]
         # The seam between model and parallelism, see above: keys of all ranks for the queries of this one.
         return inputs.attention(q, k, v, *routing)
+
+
+class GatedRecurrence(nn.Module):
+    """out(sigmoid(gate(x)) * norm(o)), o of the recurrence of SiLU(query(x)), SiLU(key(x)), SiLU(value(x)).
+
+    MiniMax-01, arXiv 2501.08313, section 2.2, and its published code. Only the decay encodes order: there is no RoPE.
+    Sums of k v^T are not divided by sqrt(D) or by the number of terms: the norm, over all heads together, bounds them.
+    Each head has its own keys and values.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim, inner = config.head_dim, config.heads * config.head_dim
+        self.query = nn.Linear(config.width, inner, bias=False)
+        self.key = nn.Linear(config.width, inner, bias=False)
+        self.value = nn.Linear(config.width, inner, bias=False)
+        self.gate = nn.Linear(config.width, inner, bias=False)
+        self.norm = RmsNorm(inner, config.norm_epsilon)
+        self.out = nn.Linear(inner, config.width, bias=False)
+
+    def forward(self, x: Tensor, inputs: AttentionInputs) -> tuple[Tensor, None]:
+        # [T, H * D] -> [T, H, D]
+        q, k, v = (F.silu(layer(x)).unflatten(-1, (-1, self.head_dim)) for layer in (self.query, self.key, self.value))
+        o = inputs.attention(q, k, v).flatten(1)  # [T, H, D] -> [T, H * D]
+        return self.out(self.gate(x).sigmoid() * self.norm(o)), None  # [T, C]

@@ -104,16 +104,6 @@ class ExpertsConfig:
             groups_per_token=self.groups_per_token,
         )
 
-    def in_layers(self, layers: int) -> tuple[bool, ...]:
-        """Return whether each layer has experts; raises ConfigError for a pattern of other names."""
-        if not self.count:
-            return (False,) * layers
-        pattern = parse_pattern(self.layers, "model.experts.layers")
-        for name in pattern:
-            if name not in ("experts", "dense"):
-                raise ConfigError(f"model.experts.layers={self.layers!r} has {name!r}: layers are experts or dense.")
-        return tuple(pattern[layer % len(pattern)] == "experts" for layer in range(layers))
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadMixtureConfig:
@@ -184,8 +174,16 @@ class ModelConfig:
 
     @property
     def expert_layers(self) -> tuple[bool, ...]:
-        """Whether each layer has experts."""
-        return self.experts.in_layers(self.layers)
+        """Whether each layer has experts; raises ConfigError for a pattern of other names."""
+        if not self.experts.count:
+            return (False,) * self.layers
+        pattern = parse_pattern(self.experts.layers, "model.experts.layers")
+        for name in pattern:
+            if name not in ("experts", "dense"):
+                raise ConfigError(
+                    f"model.experts.layers={self.experts.layers!r} has {name!r}: layers are experts or dense."
+                )
+        return tuple(pattern[layer % len(pattern)] == "experts" for layer in range(self.layers))
 
     def is_gated(self, mechanism: Mechanism) -> bool:
         return self.recurrent_layer == "gated" and mechanism.accesses == {Access.STATE}

@@ -4,6 +4,7 @@ Legend: T local tokens, C width, E experts, K experts of a token, F inner size o
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,35 @@ from farspan.parallel.comm import Channel
 from farspan.parallel.expert_parallel.capacity import ExpertCapacity
 from farspan.parallel.expert_parallel.dispatch import send_to_experts
 from farspan.trainer.model.config import ModelConfig
-from farspan.trainer.model.statistics import RoutingStatistics
+
+
+class RoutingStatistics(NamedTuple):
+    """Sums over this rank's tokens, padding left out, in one layer; tokens choose among E experts, or heads."""
+
+    counts: Tensor
+    """Tokens that chose each, int64 `[E]`."""
+    dropped: Tensor
+    """Choices that were dropped over capacity, int64 scalar."""
+    shares: Tensor
+    """Scores normalized to add up to 1 for each token, `[E]`; differentiable."""
+    squares: Tensor
+    """Squared log-sum-exp of the logits, scalar; differentiable."""
+
+    @classmethod
+    def of(
+        cls, chosen: Tensor, *, wanted: Tensor, dispatched: Tensor, shares: Tensor, logits: Tensor, real: Tensor
+    ) -> Self:
+        """Sum over tokens: chosen int64 `[T, K]`, wanted and dispatched bool `[T, K]`, shares and logits `[T, E]`.
+
+        wanted: choices of tokens that are not padding. dispatched: those of them within capacity. real: bool `[T]`.
+        """
+        counts = torch.zeros(shares.shape[1], dtype=torch.int64, device=shares.device)
+        return cls(
+            counts=counts.scatter_add_(0, chosen.flatten(), wanted.flatten().long()),
+            dropped=(wanted & ~dispatched).sum(),
+            shares=shares.masked_fill(~real[:, None], 0.0).sum(0),
+            squares=logits.logsumexp(-1).square().masked_fill(~real, 0.0).sum(),
+        )
 
 
 class ExpertMatrices(nn.Module):
@@ -68,12 +97,14 @@ class ExpertFeedForward(nn.Module):
         logits = routing_logits(x, self.router.weight)  # [T, E]
         scores = self.choice.scores(logits)
         chosen, wanted = self._choose(scores, sequence)  # [T, K]
-        weights, kept = self.choice.weights(scores, chosen), wanted
+        weights, dispatched = self.choice.weights(scores, chosen), wanted
         if self.config.capacity:
-            kept = sequence.within_capacity(chosen, weights, self.count, self.config.capacity, self.config.drop)
-        under_way = send_to_experts(x, chosen, weights, kept, channel, self.count)
+            dispatched = sequence.within_capacity(chosen, weights, self.count, self.config.capacity, self.config.drop)
+        under_way = send_to_experts(x, chosen, weights, dispatched, channel, self.count)
         shares = self.choice.shares(scores)
-        statistics = RoutingStatistics.of(chosen, wanted=wanted, kept=kept, shares=shares, logits=logits, real=real)
+        statistics = RoutingStatistics.of(
+            chosen, wanted=wanted, dispatched=dispatched, shares=shares, logits=logits, real=real
+        )
 
         def finish() -> tuple[Tensor, RoutingStatistics]:
             shared = None if self.shared is None else self.shared(x)

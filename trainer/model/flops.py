@@ -66,17 +66,13 @@ def training_flops(config: ModelConfig, mechanisms: Sequence[Mechanism], tokens:
 def total_parameters(config: ModelConfig, mechanisms: Sequence[Mechanism]) -> int:
     """All parameters, tied ones once."""
     in_blocks = (1 if config.parallel_blocks else 2) * config.layers * config.width
-    norms = in_blocks + config.width + sum(_norm_parameters(config, mechanism) for mechanism in mechanisms)
+    # Inside attention: one over all heads of a gated recurrence, or those of queries and keys.
+    of_heads = 2 * config.head_dim if config.qk_norm else 0
+    in_attention = sum(config.heads * config.head_dim if config.is_gated(m) else of_heads for m in mechanisms)
+    norms = in_blocks + in_attention + config.width
     embedding = 0 if config.tied_embeddings else config.width * config.vocabulary_size
     inactive = feed_forward_parameters(config, config.experts.count)
     inactive -= feed_forward_parameters(config, config.experts.per_token)
     inactive_heads = sum(config.projected_heads_of(m).query - config.heads_of(m).query for m in mechanisms)
     inactive += 2 * config.width * config.head_dim * inactive_heads  # columns of query, rows of out
     return matrix_parameters(config, mechanisms) + inactive + embedding + norms
-
-
-def _norm_parameters(config: ModelConfig, mechanism: Mechanism) -> int:
-    """Parameters of the norms inside a layer's attention."""
-    if config.is_gated(mechanism):
-        return config.heads * config.head_dim
-    return 2 * config.head_dim if config.qk_norm else 0

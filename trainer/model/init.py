@@ -29,9 +29,8 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
         buffer.zero_()
     for name, parameter in model.named_parameters():
         local, first = _local_part(parameter)
-        constant = _constant(name, parameter)
-        if constant is not None:
-            local.fill_(constant)
+        if parameter.dim() == 1 or name.endswith("key_convolution.weight"):
+            local.fill_(1.0 if parameter.dim() == 1 else 0.0)
             continue
         std = _std(name, parameter, config)
         # The matrices of experts are drawn as one matrix: [E, out, in] -> [E * out, in].
@@ -40,13 +39,6 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
             first_row = (first[0] + number) * parameter.shape[1] + first[1] if local.dim() == 3 else first[0]
             for start, rows in _normal_rows(f"{seed}/{name}", stacked, first_row, matrix.shape[0]):
                 matrix[start : start + len(rows)] = (rows * std).to(matrix)
-
-
-def _constant(name: str, parameter: Tensor) -> float | None:
-    """Return the value of a parameter that is not drawn from a distribution."""
-    if parameter.dim() == 1:
-        return 1.0
-    return 0.0 if name.endswith("key_convolution.weight") else None
 
 
 def _std(name: str, parameter: Tensor, config: ModelConfig) -> float:

@@ -21,14 +21,14 @@ from farspan.parallel.comm import Channel
 from farspan.parallel.context_parallel.key_convolution import KeyConvolution
 from farspan.parallel.context_parallel.strategy import DistributedAttention
 from farspan.parallel.expert_parallel.capacity import ExpertCapacity
-from farspan.trainer.model.attention import Attention, AttentionInputs, RmsNorm
+from farspan.trainer.model.attention import Attention, AttentionInputs, GatedRecurrence, RmsNorm
 from farspan.trainer.model.config import ModelConfig
-from farspan.trainer.model.experts import ExpertFeedForward
-from farspan.trainer.model.gated_recurrence import GatedRecurrence
+from farspan.trainer.model.experts import ExpertFeedForward, RoutingStatistics
 from farspan.trainer.model.head_mixture import HeadMixture
-from farspan.trainer.model.statistics import RoutingStatistics
 
 Layer = TypeVar("Layer", bound=nn.Module)
+BlockOutput = tuple[Tensor, RoutingStatistics | None, RoutingStatistics | None]
+"""Residual stream `[T, C]`; statistics of experts and of heads, if the block has a router for them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,12 +61,6 @@ class Output(NamedTuple):
     heads: tuple[RoutingStatistics, ...]
 
 
-class _BlockOutput(NamedTuple):
-    x: Tensor
-    experts: RoutingStatistics | None
-    heads: RoutingStatistics | None
-
-
 class FeedForward(nn.Module):
     """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
 
@@ -89,34 +83,36 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, mechanism: Mechanism, *, has_experts: bool, recompute: bool) -> None:
         super().__init__()
         self.attention_norm = RmsNorm(config.width, config.norm_epsilon)
-        self.attention = _attention(config, mechanism)
+        if config.is_gated(mechanism):
+            self.attention = GatedRecurrence(config)
+        else:
+            self.attention = (HeadMixture if config.mixes_heads(mechanism) else Attention)(config, mechanism)
         self.feed_forward_norm = None if config.parallel_blocks else RmsNorm(config.width, config.norm_epsilon)
-        self.feed_forward = _experts(config) if has_experts else FeedForward(config.width, config.feed_forward)
+        if has_experts:
+            shared = FeedForward(config.width, config.experts.shared) if config.experts.shared else None
+            self.feed_forward = ExpertFeedForward(config, shared)
+        else:
+            self.feed_forward = FeedForward(config.width, config.feed_forward)
         self.recompute = recompute
 
-    def forward(self, x: Tensor, inputs: AttentionInputs, experts: ExpertPlaces | None) -> _BlockOutput:
+    def forward(self, x: Tensor, inputs: AttentionInputs, experts: ExpertPlaces | None) -> BlockOutput:
         # The outputs of the recomputation are discarded, so that loads are counted, and losses added, once.
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._layer, x, inputs, experts, use_reentrant=False, preserve_rng_state=False)
         return self._layer(x, inputs, experts)
 
-    def _layer(self, x: Tensor, inputs: AttentionInputs, experts: ExpertPlaces | None) -> _BlockOutput:
+    def _layer(self, x: Tensor, inputs: AttentionInputs, experts: ExpertPlaces | None) -> BlockOutput:
         normed = self.attention_norm(x)
         if self.feed_forward_norm is None:
             # Start the exchange with experts, compute attention meanwhile, then wait for the experts.
             wait = self._start_feed_forward(normed, experts)
-            attention_out, of_heads = self._attention_out(normed, inputs)
+            attention_out, of_heads = self.attention(normed, inputs)
             feed_forward_out, of_experts = wait()
-            return _BlockOutput(x + attention_out + feed_forward_out, of_experts, of_heads)
-        attention_out, of_heads = self._attention_out(normed, inputs)
+            return x + attention_out + feed_forward_out, of_experts, of_heads
+        attention_out, of_heads = self.attention(normed, inputs)
         x = x + attention_out
         feed_forward_out, of_experts = self._start_feed_forward(self.feed_forward_norm(x), experts)()
-        return _BlockOutput(x + feed_forward_out, of_experts, of_heads)
-
-    def _attention_out(self, normed: Tensor, inputs: AttentionInputs) -> tuple[Tensor, RoutingStatistics | None]:
-        if isinstance(self.attention, HeadMixture):
-            return self.attention.mix(normed, inputs)
-        return self.attention(normed, inputs), None
+        return x + feed_forward_out, of_experts, of_heads
 
     def _start_feed_forward(
         self, normed: Tensor, experts: ExpertPlaces | None
@@ -125,17 +121,6 @@ class Block(nn.Module):
             return lambda: (self.feed_forward(normed), None)
         assert experts is not None, "this model's sequences come with the places of its experts"
         return self.feed_forward.begin(normed, experts.sequence, experts.channel)
-
-
-def _attention(config: ModelConfig, mechanism: Mechanism) -> Attention | GatedRecurrence:
-    if config.is_gated(mechanism):
-        return GatedRecurrence(config)
-    return (HeadMixture if config.mixes_heads(mechanism) else Attention)(config, mechanism)
-
-
-def _experts(config: ModelConfig) -> ExpertFeedForward:
-    shared = FeedForward(config.width, config.experts.shared) if config.experts.shared else None
-    return ExpertFeedForward(config, shared)
 
 
 class Transformer(nn.Module):
@@ -161,10 +146,10 @@ class Transformer(nn.Module):
         real = context.rows.document >= 0
         experts, heads = [], []
         for block, attention in zip(self.blocks, context.attention, strict=True):
-            out = block(x, AttentionInputs(real, cos, sin, attention, context.key_convolution), context.experts)
-            x = out.x
-            experts += [out.experts] if out.experts is not None else []
-            heads += [out.heads] if out.heads is not None else []
+            inputs = AttentionInputs(real, cos, sin, attention, context.key_convolution)
+            x, of_experts, of_heads = block(x, inputs, context.experts)
+            experts += [of_experts] if of_experts is not None else []
+            heads += [of_heads] if of_heads is not None else []
         losses = linear_cross_entropy(self.norm(x), self.head.weight, labels)
         return Output(losses, tuple(experts), tuple(heads))
 

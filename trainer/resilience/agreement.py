@@ -9,10 +9,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from farspan.errors import ConfigError, FarspanError
+from farspan.errors import ConfigError, FarspanError, shortened
 
 T = TypeVar("T")
-SHOWN_CHARACTERS = 60
 
 
 def raise_on_all_ranks(work: Callable[[], T]) -> T:
@@ -69,9 +68,10 @@ def check_same(values: Mapping[str, object]) -> None:
     for rank, other in enumerate(by_rank):
         for name in {**first, **other}:
             if first.get(name) != other.get(name):
+                ours, theirs = shortened(repr(first.get(name))), shortened(repr(other.get(name)))
                 raise ConfigError(
-                    f"{name} differs between ranks, {_short(first.get(name))} on rank 0 and {_short(other.get(name))} "
-                    f"on rank {rank}: start all with the same command, on equal machines that have the same files."
+                    f"{name} differs between ranks, {ours} on rank 0 and {theirs} on rank {rank}: start all with the "
+                    "same command, on equal machines that have the same files."
                 )
 
 
@@ -80,8 +80,3 @@ def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value, group=group)
     return gathered
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."

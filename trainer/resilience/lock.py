@@ -11,9 +11,9 @@ import re
 import socket
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Self
+from typing import IO
 
 from farspan.errors import ConfigError
 
@@ -29,101 +29,75 @@ RECORD = re.compile(r"process \d+ on (?P<host>[^,]+)(, job (?P<job>.+))?")
 log = logging.getLogger("farspan")
 
 
-class FolderLock:
-    """The lock on a folder, until it is closed."""
-
-    def __init__(self, file: IO[str]) -> None:
-        self._file = file
-        self._over = threading.Event()
-        self._beats = threading.Thread(target=self._beat, name="lock", daemon=True)
-        self._beats.start()
-
-    def close(self) -> None:
-        if not self._over.is_set():
-            self._over.set()
-            self._beats.join()
-            self._file.truncate(0)
-            self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        self.close()
-
-    def _beat(self) -> None:
-        while not self._over.wait(BEAT_S):
-            try:
-                os.utime(self._file.fileno())
-            except OSError as error:
-                # A file server may be away for a while: the next touch may work.
-                log.debug("lock not touched: %s", error)
-
-
-def lock_folder(folder: Path, job: str | None = None) -> FolderLock:
+def lock_folder(folder: Path, job: str | None = None) -> ExitStack:
     """Make `folder` and lock it until the result is closed; raises ConfigError when another run has it.
 
     job: the scheduler's name of this run; waits for the same job's previous start to end.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK_FILE).open("a+")
-    except OSError as error:
-        raise _not_writable(folder, error) from None
-    host = socket.gethostname()
+    with ExitStack() as lock:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = lock.enter_context((folder / LOCK_FILE).open("a+"))
+            _wait_for_lock(file, folder, job)
+            os.ftruncate(file.fileno(), 0)
+            record = f"process {os.getpid()} on {socket.gethostname()}" + (f", job {job}\n" if job else "\n")
+            os.write(file.fileno(), record.encode())
+        except OSError as error:
+            raise ConfigError(
+                f"run.folder={str(folder)!r} cannot be written ({error.strerror or error}): make room, or choose "
+                "another."
+            ) from None
+        lock.callback(file.truncate, 0)
+        over = threading.Event()
+        beats = threading.Thread(target=_beat, args=(file, over), name="lock", daemon=True)
+        beats.start()
+        lock.callback(beats.join)
+        lock.callback(over.set)
+        return lock.pop_all()
+
+
+def _wait_for_lock(file: IO[str], folder: Path, job: str | None) -> None:
     give_up_at = time.monotonic() + PATIENCE_S
-    while (owner := _lock_or_owner(file, folder, host)) is not None:
-        if job is None or _job_of(owner) != job or time.monotonic() > give_up_at:
-            file.close()
+    while (owner := _lock_or_owner(file, folder)) is not None:
+        if job is None or _recorded("job", owner) != job or time.monotonic() > give_up_at:
             raise ConfigError(
                 f"run.folder={str(folder)!r} is in use by {owner}: stop that run first, or choose another folder."
             )
         time.sleep(BEAT_S / 10)
-    try:
-        os.ftruncate(file.fileno(), 0)
-        os.write(file.fileno(), (f"process {os.getpid()} on {host}" + (f", job {job}\n" if job else "\n")).encode())
-    except OSError as error:
-        file.close()
-        raise _not_writable(folder, error) from None
-    return FolderLock(file)
 
 
-def _not_writable(folder: Path, error: OSError) -> ConfigError:
-    return ConfigError(
-        f"run.folder={str(folder)!r} cannot be written ({error.strerror or error}): make room, or choose another."
-    )
+def _beat(file: IO[str], over: threading.Event) -> None:
+    while not over.wait(BEAT_S):
+        try:
+            os.utime(file.fileno())
+        except OSError as error:
+            # A file server may be away for a while: the next touch may work.
+            log.debug("lock not touched: %s", error)
 
 
-def _lock_or_owner(file: IO[str], folder: Path, host: str) -> str | None:
+def _lock_or_owner(file: IO[str], folder: Path) -> str | None:
     """Lock the file and return None, or return the process that has it."""
-    has_locks = True
+    has_locks = is_locked = True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return _recorded(file) or "another process"
+        is_locked = False
     except OSError as error:
         has_locks = False
         log.warning("not locked  %s: its file system has no locks (%s)", folder, error.strerror)
-    recorded = _recorded(file)
-    # On the same host the lock itself shows whether that process is running.
-    if not recorded or (has_locks and _host_of(recorded) == host):
-        return None
-    return recorded if _is_touched(Path(file.name)) else None
-
-
-def _host_of(recorded: str) -> str | None:
-    match = RECORD.fullmatch(recorded)
-    return match["host"] if match else None
-
-
-def _job_of(recorded: str) -> str | None:
-    match = RECORD.fullmatch(recorded)
-    return match["job"] if match else None
-
-
-def _recorded(file: IO[str]) -> str:
     file.seek(0)
-    return file.read().strip()
+    owner = file.read().strip()
+    if not is_locked:
+        return owner or "another process"
+    # On the same host the lock itself shows whether that process is running.
+    if not owner or (has_locks and _recorded("host", owner) == socket.gethostname()):
+        return None
+    return owner if _is_touched(Path(file.name)) else None
+
+
+def _recorded(part: str, owner: str) -> str | None:
+    match = RECORD.fullmatch(owner)
+    return match[part] if match else None
 
 
 def _is_touched(path: Path) -> bool:

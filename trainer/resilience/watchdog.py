@@ -93,15 +93,11 @@ class Watchdog:
                 faulthandler.dump_traceback(STANDARD_ERROR)
             # Not through sys.stderr, whose lock the thread that hangs may hold.
             os.write(STANDARD_ERROR, f"farspan: {what}; stacks are in {where.parent}/.\n".encode())
-            _write_flight_record(where.with_suffix(".nccl.json"))
+            # NCCL's record of its last collectives, where there is NCCL.
+            if dist.is_available() and dist.is_nccl_available():
+                dump = import_module("torch._C._distributed_c10d")._dump_nccl_trace_json
+                with suppress(OSError):
+                    where.with_suffix(".nccl.json").write_bytes(dump())
             time.sleep(GRACE_S)
         finally:
             os._exit(EXIT_HUNG)
-
-
-def _write_flight_record(path: Path) -> None:
-    """Write NCCL's record of its last collectives, where there is NCCL."""
-    if dist.is_available() and dist.is_nccl_available():
-        dump = import_module("torch._C._distributed_c10d")._dump_nccl_trace_json
-        with suppress(OSError):
-            path.write_bytes(dump())

@@ -1,11 +1,12 @@
-"""Weights without a run, for a run to start from: a folder of torch DCP shards.
+"""Trained models: a run, a checkpoint of it, or weights without a run; what a run starts from.
 
-A checkpoint of a run is such a folder, too; its optimizer state is not read.
+Weights are a folder of torch DCP shards. A checkpoint of a run is such a folder, too; its optimizer state is not read.
 """
 
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,13 +14,69 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from farspan.errors import CheckpointError
+from farspan.kernels.mechanism import Mechanism
 from farspan.trainer.checkpoint.manifest import MANIFEST, DamagedError, Manifest
 from farspan.trainer.checkpoint.shards import INDEX, read_index, read_shards, write_shards
-from farspan.trainer.checkpoint.verify import verified
+from farspan.trainer.checkpoint.verify import check_complete, newest_complete, verified
+from farspan.trainer.config import AttentionConfig, Config
+from farspan.trainer.model.config import ModelConfig
+from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.resilience.agreement import on_first_rank, raise_on_all_ranks
+from farspan.trainer.toml_config import load_config, to_toml
 
 PREFIX = "model."
 """Prefix of parameter names in a folder, which may contain optimizer state, too."""
+DECODER_FILE = "model.toml"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decoder:
+    """The model that weights belong to; `model.toml` beside them, as sections of the configuration of a run."""
+
+    model: ModelConfig
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+
+    def mechanisms(self) -> tuple[Mechanism, ...]:
+        return self.attention.build_mechanisms(self.model.layers)
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Return the shape of each parameter and buffer; a tied table has both of its names."""
+        with torch.device("meta"):
+            return {name: part.shape for name, part in Transformer(self.model, self.mechanisms()).state_dict().items()}
+
+    def text(self) -> str:
+        """Return the sections as TOML, without defaults."""
+        return to_toml(self, brief=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainedModel:
+    """A decoder and the folder of its weights; run: the configuration of the run that trained it, if any."""
+
+    decoder: Decoder
+    weights: Path
+    run: Config | None
+
+
+def find_trained_model(folder: Path) -> TrainedModel:
+    """Return the model in `folder`: a run, one step in its checkpoints/, or weights with a `model.toml`.
+
+    Raises CheckpointError where it is none of them, or has no complete checkpoint.
+    """
+    if (folder / DECODER_FILE).is_file():
+        return TrainedModel(decoder=load_config(Decoder, folder / DECODER_FILE), weights=folder, run=None)
+    is_step = folder.absolute().parent.name == "checkpoints"
+    run = folder.absolute().parent.parent if is_step else folder
+    if not (run / "config.toml").is_file():
+        raise CheckpointError(
+            f"{folder} is not a trained model: name the folder of a run, one step in its checkpoints/, or weights with "
+            f"a {DECODER_FILE}, as `farspan import` writes."
+        )
+    config = load_config(Config, run / "config.toml")
+    if is_step:
+        check_complete(folder)
+    weights = folder if is_step else newest_complete(run / "checkpoints")
+    return TrainedModel(decoder=Decoder(model=config.model, attention=config.attention), weights=weights, run=config)
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
@@ -104,8 +161,8 @@ class StoredWeights:
         return tensors
 
 
-def save_weights(tensors: Mapping[str, Tensor], folder: Path, texts: Mapping[str, str] | None = None) -> None:
-    """Write full tensors, and text files beside them, from a single rank.
+def save_weights(tensors: Mapping[str, Tensor], folder: Path, decoder: Decoder | None = None) -> None:
+    """Write full tensors, and what they belong to beside them, from a single rank.
 
     Raises CheckpointError where `folder` exists or cannot be written.
     """
@@ -114,8 +171,8 @@ def save_weights(tensors: Mapping[str, Tensor], folder: Path, texts: Mapping[str
             write_shards({"model": tensors}, partial)
         except CheckpointError as error:
             raise CheckpointError(_not_written(folder, str(error))) from None
-        for name, text in (texts or {}).items():
-            (partial / name).write_text(text)
+        if decoder is not None:
+            (partial / DECODER_FILE).write_text(decoder.text())
 
 
 @contextmanager

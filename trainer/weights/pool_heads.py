@@ -12,8 +12,7 @@ from torch import Tensor
 
 from farspan.errors import ConfigError
 from farspan.parallel.ranks import Ranks, connected
-from farspan.trainer.weights.io import StoredWeights, save_weights
-from farspan.trainer.weights.locate import DECODER_FILE, Decoder, find_trained_model
+from farspan.trainer.weights.io import Decoder, StoredWeights, find_trained_model, save_weights
 
 
 def pool_heads(source: Path, kv_heads: int, out: Path) -> Decoder:
@@ -33,7 +32,7 @@ def pool_heads(source: Path, kv_heads: int, out: Path) -> Decoder:
             # Shapes differ for keys, values and convolutions on keys; not in gated recurrences, which share no heads.
             if shape != old_shapes[name]:
                 tensors[name] = pool_rows(tensors[name], before.model.kv_heads // kv_heads, before.model.head_dim)
-        save_weights(tensors, out, {DECODER_FILE: after.text()})
+        save_weights(tensors, out, after)
     return after
 
 

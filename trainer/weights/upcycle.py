@@ -22,8 +22,7 @@ from farspan.trainer.model.init import initialize
 from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.toml_config import load_config
 from farspan.trainer.validate import experts_fit, head_mixture_fits, mechanism_takes_model
-from farspan.trainer.weights.io import StoredWeights, save_weights
-from farspan.trainer.weights.locate import Decoder
+from farspan.trainer.weights.io import Decoder, StoredWeights, save_weights
 
 Tensors = Mapping[str, Tensor]
 

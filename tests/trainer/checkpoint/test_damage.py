@@ -173,6 +173,6 @@ def test_one_process_takes_the_newest_complete(newest: Path, caplog: pytest.LogC
     (record,) = caplog.records
     assert f"checkpoint {newest} is damaged (__1_0.distcp " in record.getMessage()
     shutil.rmtree(newest.with_name("step_00000001"))
-    with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints in .* is complete"):
+    with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints in .* can be used"):
         newest_complete(newest.parent)
     assert files(newest.parent) == ["step_00000002"]

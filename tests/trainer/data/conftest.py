@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from farspan.trainer.data.source import SplitWriter, TokenSource
-from farspan.trainer.data.tokenizer import ByteTokenizer
+from farspan.trainer.data.tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def make_source(tmp_path: Path) -> Callable[[Sequence[int]], TokenSource]:
     def make(lengths: Sequence[int]) -> TokenSource:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         first = 0
-        with SplitWriter(folder, tokenizer=ByteTokenizer()) as writer:
+        with SplitWriter(folder, tokenizer=load_tokenizer("bytes")) as writer:
             for length in lengths:
                 writer.add(np.arange(first, first + length), num_bytes=max(length, 1))
                 first += length

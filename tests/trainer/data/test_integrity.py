@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 
 from farspan.errors import DataError
-from farspan.trainer.data import integrity
-from farspan.trainer.data.integrity import check_integrity
-from farspan.trainer.data.source import META_FILE, OFFSETS_FILE, TOKENS_FILE
+from farspan.trainer.data.source import META_FILE, OFFSETS_FILE, TOKENS_FILE, check_integrity
 from tests.support import tiny
 
 
@@ -26,7 +24,7 @@ def later(path: Path) -> None:
 
 
 def test_fresh_data_is_not_hashed(split: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(integrity, "_fingerprint", lambda source: pytest.fail("hashed"))
+    monkeypatch.setattr("farspan.trainer.data.source._fingerprint", lambda source: pytest.fail("hashed"))
     check_integrity(split)
 
 
@@ -39,7 +37,7 @@ def test_a_copy_is_hashed_once(
     os.utime(split / name)
     check_integrity(split)
     assert [record.getMessage().split(",")[0] for record in caplog.records] == [f"hashing     {split}"]
-    monkeypatch.setattr(integrity, "_fingerprint", lambda source: pytest.fail("hashed"))
+    monkeypatch.setattr("farspan.trainer.data.source._fingerprint", lambda source: pytest.fail("hashed"))
     check_integrity(split)
 
 

@@ -13,9 +13,9 @@ from farspan.errors import DataError
 from farspan.trainer.data import prepare as module
 from farspan.trainer.data.prepare import add_arguments, prepare, run
 from farspan.trainer.data.source import TokenSource
-from farspan.trainer.data.tokenizer import ByteTokenizer, load_tokenizer
+from farspan.trainer.data.tokenizer import load_tokenizer
 
-BYTES = ByteTokenizer()
+BYTES = load_tokenizer("bytes")
 TO_BYTES = ["--tokenizer", "bytes", "--out"]
 TEXTS = [f"document {i} says é" + "!" * (i % 5) for i in range(40)]
 

@@ -4,8 +4,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from farspan.trainer.data.packing import PackedSequences
-from farspan.trainer.data.shuffle import ShuffledSequences, shuffled_place
+from farspan.trainer.data.packing import PackedSequences, ShuffledSequences, shuffled_place
 from farspan.trainer.data.source import TokenSource
 
 
@@ -38,10 +37,10 @@ def test_the_order_is_pinned() -> None:
 @pytest.mark.parametrize("length", [1, 7, 40, 101, 250])
 def test_each_epoch_has_the_sequences_that_start_in_it(source: TokenSource, length: int) -> None:
     packed = PackedSequences(source, sequence_tokens=length, seed=3)
-    shuffled = ShuffledSequences(packed, seed=3)
+    shuffled = ShuffledSequences(source, sequence_tokens=length, seed=3)
     epochs = 4
 
-    def content(sequences: PackedSequences | ShuffledSequences, index: int) -> tuple[bytes, ...]:
+    def content(sequences: PackedSequences, index: int) -> tuple[bytes, ...]:
         sequence = sequences.sequence(index)
         return tuple(getattr(sequence, name).tobytes() for name in ("tokens", "labels", "position", "document"))
 

@@ -10,7 +10,7 @@ import pytest
 from farspan.errors import DataError
 from farspan.trainer.data import source as module
 from farspan.trainer.data.source import SplitWriter, TokenSource, token_dtype, unigram_bits_per_byte
-from farspan.trainer.data.tokenizer import ByteTokenizer
+from farspan.trainer.data.tokenizer import load_tokenizer
 
 DOCUMENTS = [b"abracadabra", b"", b"xyz" * 9, b"a"]
 
@@ -18,7 +18,7 @@ DOCUMENTS = [b"abracadabra", b"", b"xyz" * 9, b"a"]
 @pytest.fixture
 def folder(tmp_path):
     """Return a split of DOCUMENTS."""
-    with SplitWriter(tmp_path / "train", tokenizer=ByteTokenizer()) as writer:
+    with SplitWriter(tmp_path / "train", tokenizer=load_tokenizer("bytes")) as writer:
         for data in DOCUMENTS:
             writer.add(np.frombuffer(data, dtype=np.uint8), num_bytes=len(data))
         writer.finish()
@@ -64,7 +64,7 @@ def test_token_dtype(vocabulary_size, name):
 
 @pytest.mark.parametrize("chunk_tokens", [5, 1 << 22])
 def test_unigram_bits_per_byte(folder, monkeypatch, chunk_tokens):
-    monkeypatch.setattr(module, "COUNT_CHUNK_TOKENS", chunk_tokens)
+    monkeypatch.setattr(module, "CHUNK_TOKENS", chunk_tokens)
     stream = [token for data in DOCUMENTS for token in [*data, 256]]
     bits = sum(-math.log2(count / len(stream)) * count for count in Counter(stream).values())
     assert unigram_bits_per_byte(TokenSource(folder)) == pytest.approx(bits / 39, rel=1e-12)

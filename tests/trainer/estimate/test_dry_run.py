@@ -8,7 +8,7 @@ import torch.distributed as dist
 from farspan.errors import ConfigError, DataError
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import Config
-from farspan.trainer.estimate.dry_run import dry_run
+from farspan.trainer.resolve import dry_run
 from tests.support import tiny
 
 

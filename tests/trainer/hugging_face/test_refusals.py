@@ -13,14 +13,11 @@ from farspan.errors import CheckpointError, ConfigError, FarspanError
 from farspan.kernels.mechanism import Mechanism
 from farspan.trainer.config import AttentionConfig, Config
 from farspan.trainer.hugging_face.architectures import LLAMA, MIXTRAL, QWEN3_MOE, architecture_of
-from farspan.trainer.hugging_face.export_model import export_model
-from farspan.trainer.hugging_face.import_model import import_model
-from farspan.trainer.hugging_face.read_config import pattern_of, read_config
-from farspan.trainer.hugging_face.write_config import config_fields
+from farspan.trainer.hugging_face.config_json import config_fields, pattern_of, read_config
+from farspan.trainer.hugging_face.convert import export_model, import_model
 from farspan.trainer.model.config import ExpertsConfig, HeadMixtureConfig, ModelConfig
 from farspan.trainer.toml_config import load_config
-from farspan.trainer.weights.io import StoredWeights
-from farspan.trainer.weights.locate import Decoder, find_trained_model
+from farspan.trainer.weights.io import Decoder, StoredWeights, find_trained_model
 from tests.support import hugging_face_models as ours
 
 safetensors = pytest.importorskip("safetensors.torch")

@@ -9,11 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from farspan.trainer.hugging_face.export_model import export_model
-from farspan.trainer.hugging_face.import_model import import_model
+from farspan.trainer.hugging_face.convert import export_model, import_model
 from farspan.trainer.model.config import RopeConfig
-from farspan.trainer.weights.io import StoredWeights
-from farspan.trainer.weights.locate import Decoder
+from farspan.trainer.weights.io import Decoder, StoredWeights
 from tests.support import hugging_face_models as ours
 
 transformers = pytest.importorskip("transformers")

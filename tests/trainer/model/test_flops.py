@@ -17,7 +17,6 @@ from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.mosa import MoSA
 from farspan.trainer.config import AttentionConfig, Config
-from farspan.trainer.model.attention import ConvolutionWeight
 from farspan.trainer.model.config import ExpertsConfig, HeadMixtureConfig, ModelConfig
 from farspan.trainer.model.experts import ExpertMatrices
 from farspan.trainer.model.flops import attention_flops, matrix_parameters, total_parameters, training_flops
@@ -61,7 +60,7 @@ def assert_counted(config: ModelConfig, mechanisms: Sequence[Mechanism], active_
     assert total_parameters(config, mechanisms) == sum(p.numel() for p in model.parameters())
     active = 0.0
     for name, layer in model.named_modules():
-        if isinstance(layer, (nn.Linear, ConvolutionWeight)):
+        if isinstance(layer, nn.Linear):
             chosen = active_heads if name.endswith(("attention.query", "attention.out")) else 1
             active += chosen * layer.weight.numel()
         elif isinstance(layer, ExpertMatrices):

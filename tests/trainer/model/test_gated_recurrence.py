@@ -16,9 +16,8 @@ from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.parallel.layout import Shards
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import AttentionConfig, Config
-from farspan.trainer.model.attention import AttentionInputs
+from farspan.trainer.model.attention import AttentionInputs, GatedRecurrence
 from farspan.trainer.model.config import ExpertsConfig, ModelConfig, RopeConfig
-from farspan.trainer.model.gated_recurrence import GatedRecurrence
 from farspan.trainer.train import identity
 from tests.support import tiny
 from tests.support.decoder import gated_recurrence
@@ -46,7 +45,7 @@ def test_the_layer_on_packed_documents(backend: str) -> None:
     attention = strategy.prepare(mechanism, shards, Heads(query=3, kv=3), backend=backend)
     x, dout = torch.randn(2, 33, 10, dtype=torch.float64, generator=generator)
     unused = torch.empty(0)
-    out = layer(x.requires_grad_(), AttentionInputs(unused, unused, unused, attention, None))
+    out, _ = layer(x.requires_grad_(), AttentionInputs(unused, unused, unused, attention, None))
     visible = (rows.document[:, None] == rows.document[None]) & (rows.position[:, None] >= rows.position[None])
     parameters: dict[str, Tensor] = {f"blocks.2.attention.{name}": p for name, p in layer.named_parameters()}
     truth = gated_recurrence(parameters, "blocks.2.attention.", model, x, rows.position, visible)

@@ -14,9 +14,8 @@ from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.mosa import MoSA
-from farspan.trainer.model.attention import Attention
+from farspan.trainer.model.attention import Attention, GatedRecurrence
 from farspan.trainer.model.config import ModelConfig, RopeConfig
-from farspan.trainer.model.gated_recurrence import GatedRecurrence
 from farspan.trainer.model.transformer import SequenceContext, Transformer
 from tests.kernels.layers.test_rope import scalar_frequency
 

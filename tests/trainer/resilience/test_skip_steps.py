@@ -19,8 +19,7 @@ from farspan.errors import ConfigError, TrainingError
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer import train
 from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
-from farspan.trainer.data.packing import PackedSequences
-from farspan.trainer.data.shuffle import ShuffledSequences
+from farspan.trainer.data.packing import PackedSequences, ShuffledSequences
 from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.replay import read_batch, write_batch
 from farspan.trainer.resilience.skip_steps import SkipConfig, not_finite, reason_to_skip, remember
@@ -215,10 +214,7 @@ def test_a_replayed_batch_has_the_loss_that_it_had(config: Config, ranks: Callab
     last = records(config.run.folder)[-1]
     assert message.startswith("1 steps in a row ")
     folder = config.run.folder / "failed_batch" / f"step_{last['step']:08d}"
-    data = ShuffledSequences(
-        PackedSequences(open_data(config)[0], sequence_tokens=tiny.SEQUENCE_TOKENS, seed=config.run.seed),
-        seed=config.run.seed,
-    )
+    data = ShuffledSequences(open_data(config)[0], sequence_tokens=tiny.SEQUENCE_TOKENS, seed=config.run.seed)
     batch = read_batch(folder)
     assert list(batch) == [2 * last["step"] - 2, 2 * last["step"] - 1]
     for index, sequence in batch.items():

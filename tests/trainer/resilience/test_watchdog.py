@@ -18,7 +18,7 @@ import torch
 from farspan.parallel.mesh import ParallelConfig
 from farspan.parallel.ranks import Ranks
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
-from farspan.trainer.data.shuffle import ShuffledSequences
+from farspan.trainer.data.packing import ShuffledSequences
 from farspan.trainer.evaluate import Validation
 from farspan.trainer.resilience import watchdog as module
 from farspan.trainer.resilience.signals import EXIT_HUNG, StopSignal
@@ -150,7 +150,7 @@ def train_with_one_that_stops(folder: Path, rank: int, port: int, phase: str) ->
     if rank == 1:
         owner, name = {
             "step": (ShuffledSequences, "sequence"),
-            "evaluation": (Validation, "measure"),
+            "evaluation": (Validation, "run"),
             "save": (Checkpointer, "start_saving"),
         }[phase]
         function, calls = getattr(owner, name), []

@@ -12,8 +12,7 @@ from farspan.parallel.ranks import Ranks, connected
 from farspan.trainer.config import AttentionConfig
 from farspan.trainer.model.config import HeadMixtureConfig
 from farspan.trainer.model.transformer import Transformer
-from farspan.trainer.weights.io import StoredWeights
-from farspan.trainer.weights.locate import Decoder, find_trained_model
+from farspan.trainer.weights.io import Decoder, StoredWeights, find_trained_model
 from farspan.trainer.weights.pool_heads import pool_heads, pool_rows
 from tests.support import hugging_face_models as ours
 

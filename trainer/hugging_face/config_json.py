@@ -1,14 +1,15 @@
-"""From a `config.json` of Hugging Face to a ModelConfig; fields that farspan does not compute are refused by name."""
+"""The `config.json` of Hugging Face, from and to a ModelConfig; fields that farspan does not compute are refused."""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from farspan.errors import ConfigError
+from farspan.errors import ConfigError, shortened
 from farspan.trainer.hugging_face.architectures import ARCHITECTURES, MIXTRAL, QWEN3, Architecture
-from farspan.trainer.model.config import ModelConfig
+from farspan.trainer.model.config import ModelConfig, RopeConfig
 from farspan.trainer.toml_config import from_tree
 
 Fields = Mapping[str, Any]
@@ -28,7 +29,13 @@ def read_config(folder: Path) -> tuple[Architecture, ModelConfig]:
         raise ConfigError(f"{path} does not exist: name the folder of a Hugging Face model.") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({error}): download or save the model again.") from None
-    architecture = _architecture(fields, path)
+    names = (fields.get("architectures") if isinstance(fields, dict) else None) or ["none"]
+    if names[0] not in ARCHITECTURES:
+        raise ConfigError(
+            f"{path} has the architecture {names[0]}, which farspan does not import: take a model of one of "
+            f"{', '.join(ARCHITECTURES)}."
+        )
+    architecture = ARCHITECTURES[names[0]]
     try:
         return architecture, from_tree(ModelConfig, _model(fields, architecture), "model")
     except KeyError as error:
@@ -52,31 +59,17 @@ def pattern_of(has_experts: Sequence[bool]) -> str:
     """Return `model.experts.layers` for these layers, as the shortest pattern that repeats."""
     total = len(has_experts)
     length = next(n for n in range(1, total + 1) if all(has_experts[i] == has_experts[i % n] for i in range(total)))
-    runs: list[list[Any]] = []
-    for is_mixture in has_experts[:length]:
-        name = "experts" if is_mixture else "dense"
-        if runs and runs[-1][0] == name:
-            runs[-1][1] += 1
-        else:
-            runs.append([name, 1])
+    names = ("experts" if is_mixture else "dense" for is_mixture in has_experts[:length])
+    runs = [(name, len(list(run))) for name, run in groupby(names)]
     return ", ".join(name if times == 1 else f"{name}*{times}" for name, times in runs)
-
-
-def _architecture(fields: Any, path: Path) -> Architecture:
-    names = (fields.get("architectures") if isinstance(fields, dict) else None) or ["none"]
-    if names[0] not in ARCHITECTURES:
-        raise ConfigError(
-            f"{path} has the architecture {names[0]}, which farspan does not import: take a model of one of "
-            f"{', '.join(ARCHITECTURES)}."
-        )
-    return ARCHITECTURES[names[0]]
 
 
 def _model(fields: Fields, architecture: Architecture) -> dict[str, Any]:
     """Return the tree of a ModelConfig; raises KeyError for a missing field."""
     for name, supported in REQUIRED.items():
         if fields.get(name, supported) != supported:
-            raise ConfigError(f"{name}={_shown(fields[name])}, but farspan computes {_shown(supported)} only.")
+            value = shortened(json.dumps(fields[name]))
+            raise ConfigError(f"{name}={value}, but farspan computes {json.dumps(supported)} only.")
     # Mixtral has no use_sliding_window: its window is on wherever it is set.
     if fields.get("sliding_window") is not None and fields.get("use_sliding_window", architecture is MIXTRAL):
         raise ConfigError(
@@ -101,10 +94,9 @@ def _model(fields: Fields, architecture: Architecture) -> dict[str, Any]:
 
 
 def _experts(fields: Fields, architecture: Architecture) -> dict[str, Any]:
-    names = architecture.experts
-    if names is None:
+    if not architecture.expert_tensors:
         return {}
-    count = fields["num_local_experts"] if "num_local_experts" in fields else fields[names.count]
+    count = fields["num_local_experts"] if "num_local_experts" in fields else fields[architecture.expert_count]
     layers, per_token = range(fields["num_hidden_layers"]), fields["num_experts_per_tok"]
     without, step = fields.get("mlp_only_layers") or (), fields.get("decoder_sparse_step", 1)
     has_experts = [layer not in without and (layer + 1) % step == 0 for layer in layers]
@@ -114,7 +106,7 @@ def _experts(fields: Fields, architecture: Architecture) -> dict[str, Any]:
     return {
         "count": count,
         "per_token": per_token,
-        "feed_forward": fields[names.size],
+        "feed_forward": fields[architecture.expert_size],
         "layers": pattern_of(has_experts),
         "normalized": True if architecture is MIXTRAL else fields["norm_topk_prob"],
         "balance_loss": balance_loss_of(coefficient, per_token, sum(has_experts)),
@@ -167,6 +159,61 @@ def _check_yarn(rope: Fields, factor: float) -> None:
         raise ConfigError("YaRN's truncate=false, but farspan computes the rounded ramp of the released code only.")
 
 
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:60] + "..."
+def config_fields(
+    model: ModelConfig, architecture: Architecture, *, positions: int, dtype: str, end_id: int | None
+) -> dict[str, Any]:
+    """Return the fields of `config.json`, in the form that transformers 4 and 5 both read.
+
+    positions: context length of the training. end_id: the end-of-document token, None if unknown.
+    """
+    fields = {
+        "architectures": [architecture.name],
+        "model_type": architecture.model_type,
+        "torch_dtype": dtype,
+        "vocab_size": model.vocabulary_size,
+        "hidden_size": model.width,
+        "intermediate_size": model.feed_forward,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": model.norm_epsilon,
+        "tie_word_embeddings": model.tied_embeddings,
+        "max_position_embeddings": positions,
+        "rope_theta": model.rope.base,
+        "rope_scaling": _rope_scaling(model.rope),
+        # Documents do not start with a token here; without the field, transformers takes Llama's.
+        "bos_token_id": None,
+        "eos_token_id": end_id,
+    }
+    if not architecture.expert_tensors:
+        return fields
+    layers, experts = model.expert_layers, model.experts
+    fields |= {
+        architecture.expert_count: experts.count,
+        architecture.expert_size: experts.feed_forward,
+        "num_experts_per_tok": experts.per_token,
+        # The inverse of `balance_loss_of`.
+        "router_aux_loss_coef": float(f"{experts.balance_loss * sum(layers) / experts.per_token:.6g}"),
+    }
+    if architecture.qk_norm:
+        fields |= {
+            "norm_topk_prob": experts.normalized,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [layer for layer, has_experts in enumerate(layers) if not has_experts],
+        }
+    return fields
+
+
+def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
+    if rope.scaling == "none":
+        return None
+    scaling = {
+        "rope_type": rope.scaling,
+        "factor": rope.factor,
+        "original_max_position_embeddings": rope.original_positions,
+    }
+    if rope.scaling == "llama3":
+        return scaling | {"low_freq_factor": rope.low_frequency_factor, "high_freq_factor": rope.high_frequency_factor}
+    return scaling | {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}

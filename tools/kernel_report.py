@@ -32,7 +32,6 @@ from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.recurrent_attention import recurrent_attention_backward, recurrent_attention_forward
-from farspan.kernels.triton_kernels.shapes import shapes_for
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA_ONLY = {"block_mask", "row_block_lists", "key_ranks", "packed_coordinates"}
@@ -167,8 +166,7 @@ def _attention(case: Case) -> None:
     from farspan.kernels.triton_kernels import attention_launch
 
     q, k, v = _tensors(case)
-    shapes = shapes_for(case.width, case.value_width, case.dtype)
-    problem = attention_launch.Problem(q=q, k=k, v=v, plan=plan_of(case.plan), shapes=shapes)
+    problem = attention_launch.Problem(q, k, v, plan_of(case.plan))
     out, lse = attention_launch.forward(problem)
     attention_launch.backward(problem, out.to(case.dtype), out.to(case.dtype), lse)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farspan.kernels.linear_attention.state import Segment, SequencePosition, State
+from farspan.kernels.linear_attention.state import RecurrenceInputs, Segment, SequencePosition, State
 from farspan.kernels.merge import accumulation_dtype
 
 CHUNK = 64
@@ -24,14 +24,13 @@ BLOCK = 2048
 """Rows that are processed at the same time."""
 
 
-def chunked_recurrence(
-    x: Tensor, a: Tensor, b: Tensor, segment: Segment, decay: Tensor, state: State, *, reverse: bool
-) -> tuple[Tensor, State]:
+def chunked_recurrence(inputs: RecurrenceInputs, *, reverse: bool) -> tuple[Tensor, State]:
     """See `farspan.kernels.linear_attention.recurrence.ChunkedRecurrentBackend`."""
+    x, a, b, segment, decay = inputs.q, inputs.k, inputs.v, inputs.segment, inputs.decay
     heads, dtype = len(decay), accumulation_dtype(x.dtype)
     out = torch.empty(x.shape[0], x.shape[1], b.shape[2], dtype=x.dtype if x.shape[1] == heads else dtype)
     out[segment.tokens :] = 0
-    values, last = list(state.value), state.last
+    values, last = list(inputs.state.value), inputs.state.last
     for rows, chunk in _blocks(segment.tokens, reverse):
         weights = _Weights.of(segment, rows, chunk, decay.to(dtype), last, reverse)
         for head in range(heads):

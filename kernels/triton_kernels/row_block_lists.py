@@ -51,6 +51,10 @@ class GatheredRows:
     slot_offsets: Tensor
     slots: Tensor
 
+    def slots_like(self, result: Tensor) -> Tensor:
+        """Return memory for the partial results `[slots, width]` of a result `[rows, heads, width]`."""
+        return result.new_empty(len(self.index), result.shape[2])
+
 
 def gathered_rows(
     plan: Plan, keys: Tiling, kv_heads: int, query_tile: int, max_slots: int, device: torch.device

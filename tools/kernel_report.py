@@ -34,7 +34,7 @@ from farspan.kernels.planning.plan import Plan
 from farspan.kernels.recurrent_attention import recurrent_attention_backward, recurrent_attention_forward
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA_ONLY = {"block_mask", "row_block_lists", "key_ranks", "packed_coordinates"}
+DATA_ONLY = {"block_mask", "row_block_lists"}
 """Files beside the kernels that make their data, and have no part in compiling."""
 
 SHARED_BYTES = 227 << 10

@@ -11,10 +11,8 @@ Legend: T queries, S keys, Hq query heads, Hk KV heads, D head size, Dv value he
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -24,10 +22,9 @@ from farspan.kernels.merge import empty_partial
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.planning.tiles import Tiling
 from farspan.kernels.triton_kernels import attention as kernels
-from farspan.kernels.triton_kernels.arguments import KernelPlan, MaskTerms, Operand, padded
-from farspan.kernels.triton_kernels.block_mask import BlockMask, active_rows, tile_plan
-from farspan.kernels.triton_kernels.key_ranks import KeyRanks
-from farspan.kernels.triton_kernels.packed_coordinates import pack
+from farspan.kernels.triton_kernels.arguments import KernelPlan, Operand, padded
+from farspan.kernels.triton_kernels.block_mask import BlockMask, tile_plan
+from farspan.kernels.triton_kernels.mask_terms import MaskTerms, mask_terms
 from farspan.kernels.triton_kernels.row_block_lists import GatheredRows, gathered_rows, selects_by_row
 
 SLOT_BYTES = 1 << 29
@@ -110,7 +107,7 @@ class Problem:
 
     def terms(self) -> MaskTerms:
         """Return the plan's mask as columns on the device; made once for a plan."""
-        return _once(self.plan, ("terms", self.q.device), partial(_terms, self.plan, self.q.device))
+        return _once(self.plan, ("terms", self.q.device), lambda: mask_terms(self.plan, self.q.device))
 
     def tiled(self, shape: Shape, stationary: Literal["queries", "keys"]) -> KernelPlan:
         """Return the plan in tiles of so many rows; its lists are made once."""
@@ -235,32 +232,6 @@ def _combine(rows: GatheredRows, part: Tensor, part_lse: Tensor | None, total: T
         None if lse is None else lse[rows.rows], rows.slot_offsets, rows.slots, count,
         WIDTH=width, PADDED=padded(width), BLOCK=block,
     )  # fmt: skip
-
-
-def _terms(plan: Plan, device: torch.device) -> MaskTerms:
-    """Return the columns that `evaluate_mask` compares."""
-    attention_mask = plan.attention_mask
-    queries, keys = active_rows(plan)
-    ranks = KeyRanks.of(keys)
-    # [2, windows, T]
-    near = np.stack([ranks.near(queries, part.attention_mask) for part in plan.parts], axis=1)
-    window = np.zeros(plan.heads, dtype=np.int32)
-    for number, part in enumerate(plan.parts):
-        window[list(part.heads)] = number
-    columns: dict[str, Any] = {
-        "q_document": queries.document, "k_rank": ranks.rank, "window": window, "q_first": near[0], "q_last": near[1]
-    }  # fmt: skip
-    if attention_mask.sinks:
-        columns["q_first_sink"], columns["q_last_sink"] = ranks.sinks(queries, attention_mask)
-    if plan.lifetime is not None:
-        columns["q_position"], columns["lifetime"] = queries.position, plan.lifetime
-    if attention_mask.neighborhood is not None:
-        columns |= pack(attention_mask.neighborhood, queries, keys)
-    found = {
-        name: column if isinstance(column, int) else torch.as_tensor(column).to(device, torch.int32).contiguous()
-        for name, column in columns.items()
-    }
-    return MaskTerms(**{name: found.get(name) for name in MaskTerms._fields})  # pyright: ignore[reportArgumentType]
 
 
 def _once(plan: Plan, key: tuple[Any, ...], make: Any) -> Any:

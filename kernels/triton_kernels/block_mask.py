@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.masks.attention_mask import AttentionMask
-from farspan.kernels.masks.rows import PADDING, Rows
 from farspan.kernels.planning.bounds import Bounds, all_unmasked, any_unmasked, candidate_pairs
 from farspan.kernels.planning.plan import HeadPlan, Plan
 from farspan.kernels.planning.tiles import Tiling
@@ -75,16 +74,6 @@ class TiledPlan:
     lists: BlockMask
 
 
-def active_rows(plan: Plan) -> tuple[Rows, Rows]:
-    """Return the rows of queries and of keys; rows that are in no block of the selection count as padding."""
-    if plan.selection is None:
-        return plan.queries, plan.keys
-    return (
-        _without(plan.queries, plan.selection.query_block < 0),
-        _without(plan.keys, plan.selection.blocks.of(plan.keys) < 0),
-    )
-
-
 def tile_plan(plan: Plan, query_tile: int, key_tile: int, stationary: Literal["queries", "keys"]) -> TiledPlan:
     """Return tiles and lists of a plan for tiles of so many rows; a selection must be of tiles of rows.
 
@@ -113,10 +102,6 @@ def _tilings(plan: Plan, query_tile: int, key_tile: int) -> tuple[Tiling, Tiling
     # Rows are sorted by block where they are not yet, so that no tile mixes rows of two lists.
     query_block, key_block = plan.selection.query_block, plan.selection.blocks.of(plan.keys)
     return Tiling.of(plan.queries, query_tile, query_block), Tiling.of(plan.keys, key_tile, key_block)
-
-
-def _without(rows: Rows, absent: Tensor) -> Rows:
-    return Rows(position=rows.position, document=rows.document.masked_fill(absent, PADDING))
 
 
 def _groups(plan: Plan) -> tuple[np.ndarray, list[tuple[HeadPlan, int]]]:

@@ -139,7 +139,7 @@ def evaluate_mask(plan, queries, keys, i_kv_head, KEYS_FIRST: tl.constexpr):
         mask &= b_position <= tl.load(p_lifetime + o_key, mask=m_key, other=-1)
     if terms.k_coordinates is not None:
         # All dimensions of the grid at once: a guard bit survives where its field of coordinate - low, or of
-        # high - coordinate, borrows nothing from it (packed_coordinates.py).
+        # high - coordinate, borrows nothing from it (mask_terms.py).
         b_key = tl.load(terms.k_coordinates + o_key, mask=m_key, other=0)
         b_above = (b_key | terms.guards) - tl.load(terms.q_low + o_query, mask=m_query, other=0)
         b_below = tl.load(terms.q_high + o_query, mask=m_query, other=0) - b_key

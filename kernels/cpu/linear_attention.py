@@ -75,24 +75,17 @@ class _Weights:
     def of(
         segment: Segment, rows: slice, chunk: int, rate: Tensor, before: SequencePosition, reverse: bool
     ) -> "_Weights":
-        # [C * L] -> [C, L]
-        position, document = (c[rows].view(-1, chunk) for c in (segment.rows.position, segment.rows.document))
+        # (position, document) of the rows, [2, T] -> [2, C, L], and of the states around all chunks, [2, C + 1].
+        of_rows = torch.stack((segment.rows.position[rows], segment.rows.document[rows])).view(2, -1, chunk)
+        start = of_rows.new_tensor([[before.position], [before.document]])
         # The state after a chunk is at its last row in the order of the recurrence.
         end = 0 if reverse else -1
-        # [2, C + 1]: (position, document) of the states around all chunks, by row.
-        points = torch.stack(
-            [
-                torch.cat((ends, start) if reverse else (start, ends))
-                for ends, start in (
-                    (position[:, end], position.new_tensor([before.position])),
-                    (document[:, end], document.new_tensor([before.document])),
-                )
-            ]
-        )
+        ends = of_rows[:, :, end]
+        points = torch.cat((ends, start) if reverse else (start, ends), dim=1)
         of_before, of_after = points[:, :-1], points[:, 1:]
         if reverse:
             of_before, of_after = of_after, of_before
-        of_rows, inside = torch.stack((position, document)), _inside(rate, position, document)
+        inside = _inside(rate, of_rows)
         end_position, end_document = points[:, end].tolist()
         return _Weights(
             inside=inside.triu_() if reverse else inside.tril_(),
@@ -120,10 +113,8 @@ def _block(x: Tensor, a: Tensor, b: Tensor, weights: _Weights, head: int, state:
     return out.flatten(0, 1), state.clone()
 
 
-def _inside(rate: Tensor, position: Tensor, document: Tensor) -> Tensor:
-    """Return the weights of rows for rows of their chunk, `[heads, C or 1, L, L]`."""
-    # [2, C, L]
-    rows = torch.stack((position, document))
+def _inside(rate: Tensor, rows: Tensor) -> Tensor:
+    """Return the weights of rows `[2, C, L]` for rows of their chunk, `[heads, C or 1, L, L]`."""
     steps = rows - rows[:, :, :1]
     # Without gaps and ends of documents the weights of all chunks are those of the first.
     if torch.equal(steps, steps[:, :1].expand_as(steps)):

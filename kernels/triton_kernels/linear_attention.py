@@ -82,7 +82,8 @@ def _of_columns(inputs: RecurrenceInputs, reverse: bool) -> tuple[Tensor, State]
         return out, state
     tiling = tiling_of(a, b)
     slices = triton.cdiv(b.shape[2], tiling.columns)
-    span_rows = _span_rows(segment.tokens, tiling.chunk, x.shape[1] * slices)
+    spans = max(PROGRAMS // (x.shape[1] * slices), 1)
+    span_rows = tiling.chunk * max(triton.cdiv(triton.cdiv(segment.tokens, tiling.chunk), spans), CHUNKS_PER_SPAN)
     points = _points(segment, span_rows, state.last, reverse)
     # [points, 2] -> documents [points], positions [points]
     documents, positions = torch.tensor(points, dtype=torch.int32).t().contiguous().to(x.device)
@@ -112,12 +113,6 @@ def _of_columns(inputs: RecurrenceInputs, reverse: bool) -> tuple[Tensor, State]
             of_x, of_a, of_b, result, states, *shared_arguments, member, SHARED=shared, ADD=member > 0, **constants
         )
     return out, State(states[:, -1].clone(), points[-1])
-
-
-def _span_rows(tokens: int, chunk: int, programs_per_span: int) -> int:
-    """Return the rows of a span: a multiple of the chunk."""
-    spans = max(PROGRAMS // programs_per_span, 1)
-    return chunk * max(triton.cdiv(triton.cdiv(tokens, chunk), spans), CHUNKS_PER_SPAN)
 
 
 def _points(segment: Segment, span_rows: int, before: SequencePosition, reverse: bool) -> list[SequencePosition]:

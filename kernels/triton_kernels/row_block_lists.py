@@ -74,12 +74,16 @@ def gathered_rows(
     blocks = _Blocks.of(keys, on_host.blocks.count)
     if not (blocks.stop > blocks.first).any():
         return
-    for rows in _split_rows(on_host, plan.heads // on_host.heads, max_slots):
+    share = plan.heads // on_host.heads
+    # Offsets [heads * query blocks + 1] -> blocks selected by all heads, by query block -> by row (-1 selects none).
+    of_query_block = on_host.offsets.diff().view(on_host.heads, -1).sum(dim=0) * share
+    of_row = torch.cat((of_query_block, of_query_block.new_zeros(1)))[on_host.query_block]
+    for rows in (slice(*chunk) for chunk in chunks_by_budget(of_row.numpy(), max_slots)):
         query_block = selection.query_block[rows]
         flat, block, partial = [], [], []
         for part in plan.parts:
             heads = torch.tensor(part.heads, device=device)
-            nth, head, selected = _selected_blocks(selection, query_block, heads, plan.heads // selection.heads)
+            nth, head, selected = _selected_blocks(selection, query_block, heads, share)
             queries = plan.queries.slice(rows).to(device)
             some, full = _classify(plan, part, queries.position[nth], queries.document[nth], blocks, selected)
             flat.append(((nth + rows.start) * plan.heads + head)[some])
@@ -114,14 +118,6 @@ class _Blocks:
         nth = np.zeros(len(self.first), dtype=np.int64)
         nth[present] = np.arange(len(present))
         return found.take(nth)
-
-
-def _split_rows(selection: BlockSelection, share: int, max_slots: int) -> Iterator[slice]:
-    """Yield consecutive rows that select about `max_slots` blocks together, at least one row at a time."""
-    # Offsets [heads * query blocks + 1] -> blocks selected by all heads, by query block -> by row (-1 selects none).
-    of_query_block = selection.offsets.diff().view(selection.heads, -1).sum(dim=0) * share
-    of_row = torch.cat((of_query_block, of_query_block.new_zeros(1)))[selection.query_block]
-    yield from (slice(*chunk) for chunk in chunks_by_budget(of_row.numpy(), max_slots))
 
 
 def _selected_blocks(

@@ -165,10 +165,9 @@ def compile_case(case: Case) -> list[Usage]:
 def _attention(case: Case) -> None:
     from farspan.kernels.triton_kernels import attention_launch
 
-    q, k, v = _tensors(case)
-    problem = attention_launch.Problem(q, k, v, plan_of(case.plan))
-    out, lse = attention_launch.forward(problem)
-    attention_launch.backward(problem, out.to(case.dtype), out.to(case.dtype), lse)
+    (q, k, v), plan = _tensors(case), plan_of(case.plan)
+    out, lse = attention_launch.forward(q, k, v, plan)
+    attention_launch.backward(out.to(case.dtype), q, k, v, out.to(case.dtype), lse, plan)
 
 
 def _tensors(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

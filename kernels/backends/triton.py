@@ -41,7 +41,7 @@ class TritonBackend(Backend, ChunkedRecurrentBackend):
 
         self.check("triton", q, v, selects_keys=False)
         with torch.cuda.device_of(q):
-            return attention_launch.forward(attention_launch.Problem(q, k, v, plan))
+            return attention_launch.forward(q, k, v, plan)
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan
@@ -50,7 +50,7 @@ class TritonBackend(Backend, ChunkedRecurrentBackend):
 
         self.check("triton", q, v, selects_keys=False)
         with torch.cuda.device_of(q):
-            return attention_launch.backward(attention_launch.Problem(q, k, v, plan), dout, out, lse)
+            return attention_launch.backward(dout, q, k, v, out, lse, plan)
 
     def chunked_recurrence(self, inputs: RecurrenceInputs, *, reverse: bool) -> tuple[Tensor, State]:
         from farspan.kernels.triton_kernels import linear_attention

@@ -84,91 +84,41 @@ def shapes_for(width: int, value_width: int, dtype: torch.dtype) -> Shapes:
     return next(shapes for limits, shapes in table.items() if width <= limits[0] and value_width <= limits[1])
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Problem:
-    """Attention of some tensors by a plan; q `[T, Hq, D]`, k `[S, Hk, D]`, v `[S, Hk, Dv]`."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    plan: Plan
-
-    @property
-    def shapes(self) -> Shapes:
-        return shapes_for(self.q.shape[2], self.v.shape[2], self.q.dtype)
-
-    @property
-    def operands(self) -> tuple[Operand, Operand, Operand]:
-        return Operand.of(self.q), Operand.of(self.k), Operand.of(self.v)
-
-    @property
-    def scale(self) -> float:
-        return self.q.shape[2] ** -0.5
-
-    def terms(self) -> MaskTerms:
-        """Return the plan's mask as columns on the device; made once for a plan."""
-        return _once(self.plan, ("terms", self.q.device), lambda: mask_terms(self.plan, self.q.device))
-
-    def tiled(self, shape: Shape, stationary: Literal["queries", "keys"]) -> KernelPlan:
-        """Return the plan in tiles of so many rows; its lists are made once."""
-        device = self.q.device
-
-        def make() -> tuple[BlockMask, Tensor | None, Tensor | None]:
-            found = tile_plan(self.plan, shape.queries, shape.keys, stationary)
-            return found.lists.to(device), index_of(found.queries, device), index_of(found.keys, device)
-
-        return self.listed(*_once(self.plan, ("tiles", shape.queries, shape.keys, stationary, device), make))
-
-    def listed(
-        self, lists: BlockMask, q_index: Tensor | None, k_index: Tensor | None, *, gathered: bool = False
-    ) -> KernelPlan:
-        """Return the plan by these lists of tiles."""
-        heads, kv_heads, is_gathered = (tl.constexpr(x) for x in (self.q.shape[1], self.k.shape[1], gathered))
-        return KernelPlan(
-            q_index, k_index, self.terms(), lists, len(self.q), len(self.k), lists.num_tiles, heads, kv_heads,
-            is_gathered,
-        )  # fmt: skip
-
-
-def index_of(tiling: Tiling, device: torch.device) -> Tensor | None:
-    """Return the rows of the tiles, int32 `[tiles * size]`; None where rows are in order."""
-    return None if tiling.index is None else torch.from_numpy(tiling.index).to(device)
-
-
-def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Return out `[T, Hq, Dv]` and lse `[T, Hq]`, float32."""
-    q, v, shape = problem.q, problem.v, problem.shapes.forward
+def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Return out `[T, Hq, Dv]` and lse `[T, Hq]`, float32, of q `[T, Hq, D]`, k `[S, Hk, D]`, v `[S, Hk, Dv]`."""
+    shape, scale = shapes_for(q.shape[2], v.shape[2], q.dtype).forward, q.shape[2] ** -0.5
     out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
-    for rows, plan in _schedule(problem, shape, "queries"):
+    given = [Operand.of(x) for x in (q, k, v)]
+    for rows, tiled in _schedule(q, k, v, plan, shape, "queries"):
         # [slots, Dv], [slots]
         part, part_lse = (out, lse) if rows is None else (rows.slots_like(out), lse.new_empty(len(rows.index)))
-        programs = plan.num_tiles * (q.shape[1] if rows is None else 1)
-        arguments = *problem.operands, part, part_lse, plan, problem.scale * LOG2E
-        _launch(kernels.forward_kernel, programs, *arguments, **_options(shape))
+        programs = tiled.num_tiles * (q.shape[1] if rows is None else 1)
+        _launch(kernels.forward_kernel, programs, *given, part, part_lse, tiled, scale * LOG2E, **_options(shape))
         if rows is not None:
             _combine(rows, part, part_lse, out, lse)
     return out, lse
 
 
-def backward(problem: Problem, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq `[T, Hq, D]`, dk `[S, Hk, D]`, dv `[S, Hk, Dv]`, float32; out and lse may be over more keys."""
-    q, k, v, shapes = problem.q, problem.k, problem.v, problem.shapes
+    shapes, scale = shapes_for(q.shape[2], v.shape[2], q.dtype), q.shape[2] ** -0.5
     dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format) for x in (q, k, v))
-    base, delta = _delta(problem, dout, out, lse)
+    base, delta = _delta(plan, dout, out, lse)
     # Both operands of a product have one dtype.
-    given = *problem.operands, Operand.of(dout.to(q.dtype)), base, delta
-    scales = problem.scale * LOG2E, problem.scale
-    for _, plan in _schedule(problem, shapes.dkv, "keys"):
+    given = *(Operand.of(x) for x in (q, k, v, dout.to(q.dtype))), base, delta
+    for _, tiled in _schedule(q, k, v, plan, shapes.dkv, "keys"):
         for for_k, for_v in ((True, False), (False, True)) if shapes.dkv_in_turn else ((True, True),):
             _launch(
-                kernels.dkv_kernel, plan.num_tiles * k.shape[1], *given, dk, dv, plan, *scales,
+                kernels.dkv_kernel, tiled.num_tiles * k.shape[1], *given, dk, dv, tiled, scale * LOG2E, scale,
                 **_options(shapes.dkv), FOR_K=for_k, FOR_V=for_v,
             )  # fmt: skip
-    for rows, plan in _schedule(problem, shapes.dq, "queries"):
+    for rows, tiled in _schedule(q, k, v, plan, shapes.dq, "queries"):
         # [slots, D]
         part = dq if rows is None else rows.slots_like(dq)
-        programs = plan.num_tiles * (q.shape[1] if rows is None else 1)
-        _launch(kernels.dq_kernel, programs, *given, part, plan, *scales, **_options(shapes.dq))
+        programs = tiled.num_tiles * (q.shape[1] if rows is None else 1)
+        _launch(kernels.dq_kernel, programs, *given, part, tiled, scale * LOG2E, scale, **_options(shapes.dq))
         if rows is not None:
             _combine(rows, part, None, dq, None)
     return dq, dk, dv
@@ -191,36 +141,56 @@ def _launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None
         kernel[(programs,)](*arguments, **options)
 
 
-def _delta(problem: Problem, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+def _delta(plan: Plan, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Return base and delta, float32 `[Hq, T]`; see `delta_kernel`."""
     queries, heads, _ = dout.shape
     base, delta = (torch.empty(heads, queries, dtype=torch.float32, device=dout.device) for _ in range(2))
     _launch(
         kernels.delta_kernel, triton.cdiv(queries, DELTA_ROWS) * heads, Operand.of(dout), Operand.of(out),
-        lse.contiguous(), delta, base, problem.terms().q_document, queries, HEADS=heads, BLOCK=DELTA_ROWS,
+        lse.contiguous(), delta, base, _terms(plan, dout.device).q_document, queries, HEADS=heads, BLOCK=DELTA_ROWS,
     )  # fmt: skip
     return base, delta
 
 
 def _schedule(
-    problem: Problem, shape: Shape, stationary: Literal["queries", "keys"]
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, shape: Shape, stationary: Literal["queries", "keys"]
 ) -> Iterator[tuple[GatheredRows | None, KernelPlan]]:
     """Yield the plan by lists of its stationary tiles: at once, or some gathered rows at a time, with these rows.
 
-    Gathered ones are made anew in each pass: every layer has such a plan, which would keep 8 bytes for each selected
-    block.
+    The lists of a plan are made once. Gathered ones are made anew in each pass: every layer has such a plan, which
+    would keep 8 bytes for each selected block.
     """
-    plan, device, selection = problem.plan, problem.q.device, problem.plan.selection
+    device, selection, terms = q.device, plan.selection, _terms(plan, q.device)
+
+    def kernel_plan(lists: BlockMask, q_index: Tensor | None, k_index: Tensor | None, gathered: bool) -> KernelPlan:
+        constants = (tl.constexpr(value) for value in (q.shape[1], k.shape[1], gathered))
+        return KernelPlan(q_index, k_index, terms, lists, len(q), len(k), len(lists.order), *constants)
+
     if selection is None or not selects_by_row(plan):
-        yield None, problem.tiled(shape, stationary)
+
+        def make() -> tuple[BlockMask, Tensor | None, Tensor | None]:
+            found = tile_plan(plan, shape.queries, shape.keys, stationary)
+            return found.lists.to(device), _index_of(found.queries, device), _index_of(found.keys, device)
+
+        made = _once(plan, ("tiles", shape.queries, shape.keys, stationary, device), make)
+        yield None, kernel_plan(*made, gathered=False)
         return
     keys = _once(plan, ("blocks", shape.keys), lambda: Tiling.of(plan.keys, shape.keys, selection.blocks.of(plan.keys)))
-    k_index = index_of(keys, device)
-    max_slots = SLOT_BYTES // (4 * max(problem.q.shape[2], problem.v.shape[2]))
-    for rows in gathered_rows(plan, keys, problem.k.shape[1], shape.queries, max_slots, device):
+    k_index = _index_of(keys, device)
+    max_slots = SLOT_BYTES // (4 * max(q.shape[2], v.shape[2]))
+    for rows in gathered_rows(plan, keys, k.shape[1], shape.queries, max_slots, device):
         if len(rows.index):
             lists = rows.of_queries if stationary == "queries" else rows.of_keys
-            yield rows, problem.listed(lists, rows.index, k_index, gathered=True)
+            yield rows, kernel_plan(lists, rows.index, k_index, gathered=True)
+
+
+def _index_of(tiling: Tiling, device: torch.device) -> Tensor | None:
+    """Return the rows of the tiles, int32 `[tiles * size]`; None where rows are in order."""
+    return None if tiling.index is None else torch.from_numpy(tiling.index).to(device)
+
+
+def _terms(plan: Plan, device: torch.device) -> MaskTerms:
+    return _once(plan, ("terms", device), lambda: mask_terms(plan, device))
 
 
 def _combine(rows: GatheredRows, part: Tensor, part_lse: Tensor | None, total: Tensor, lse: Tensor | None) -> None:

@@ -33,29 +33,18 @@ class Tile(NamedTuple):
     stages: int
 
 
-Tiles = dict[Any, Tile]
-"""The tile of each kernel."""
 # Found by compiling for an H100 (docs/kernels_sm90.md): large tiles whose registers do not spill. No timings yet.
-HALF: Tiles = {
-    kernels.product_kernel: Tile(128, 128, 64, 8, 3),
-    kernels.swiglu_kernel: Tile(128, 128, 64, 8, 3),
-    kernels.swiglu_backward_kernel: Tile(128, 64, 64, 8, 3),
-    kernels.weight_kernel: Tile(64, 128, 128, 8, 3),
+TILES: dict[Any, tuple[Tile, Tile, Tile]] = {
+    kernels.product_kernel: (Tile(128, 128, 64, 8, 3), Tile(64, 64, 32, 8, 2), Tile(64, 64, 16, 8, 2)),
+    kernels.swiglu_kernel: (Tile(128, 128, 64, 8, 3), Tile(64, 64, 32, 8, 2), Tile(64, 64, 16, 8, 2)),
+    kernels.swiglu_backward_kernel: (Tile(128, 64, 64, 8, 3), Tile(64, 64, 32, 8, 2), Tile(64, 32, 16, 8, 2)),
+    kernels.weight_kernel: (Tile(64, 128, 128, 8, 3), Tile(32, 64, 64, 8, 2), Tile(16, 64, 64, 8, 2)),
 }
-# Where rows do not start at multiples of 16 elements, every element is a load of its own, which takes registers.
-ODD_HALF: Tiles = {
-    kernels.product_kernel: Tile(64, 64, 32, 8, 2),
-    kernels.swiglu_kernel: Tile(64, 64, 32, 8, 2),
-    kernels.swiglu_backward_kernel: Tile(64, 64, 32, 8, 2),
-    kernels.weight_kernel: Tile(32, 64, 64, 8, 2),
-}
-# Exact float32 products run on ordinary cores, from registers: for checks, not for speed.
-FLOAT32: Tiles = {
-    kernels.product_kernel: Tile(64, 64, 16, 8, 2),
-    kernels.swiglu_kernel: Tile(64, 64, 16, 8, 2),
-    kernels.swiglu_backward_kernel: Tile(64, 32, 16, 8, 2),
-    kernels.weight_kernel: Tile(16, 64, 64, 8, 2),
-}
+"""The tile of each kernel for 16 bits, for 16 bits at odd places, and for float32.
+
+Where rows do not start at multiples of 16 elements, every element is a load of its own, which takes registers. Exact
+float32 products run on ordinary cores, from registers: for checks, not for speed.
+"""
 EVEN = 16
 """Triton compiles for pointers, strides and sizes that are multiples of it, and for others."""
 
@@ -172,24 +161,25 @@ def weight_gradient(dweight: Tensor, expert_rows: ExpertRows, dout: Tensor, x: T
     """Set dweight `[E, out, in]`, of any strides, to dout_e^T x_e of rows `[N, out]` and `[N, in]`."""
     width, depth = dweight.shape[1:]
     operands = Matrices.of(dweight.mT), Rows.of(dout), Rows.of(x)
-    tile = tiles_for(operands, width, depth)[kernels.weight_kernel]
+    tile = tile_for(kernels.weight_kernel, operands, width, depth)
     programs = len(dweight) * triton.cdiv(width, tile.columns) * triton.cdiv(depth, tile.depth)
     _launch(kernels.weight_kernel, programs, tile, *operands, expert_rows.experts(), width, depth)
 
 
-def tiles_for(operands: Iterable[Rows | Matrices | None], width: int, depth: int) -> Tiles:
-    """Return the tiles for operands of one dtype, by how they can be loaded."""
+def tile_for(kernel: Any, operands: Iterable[Rows | Matrices | None], width: int, depth: int) -> Tile:
+    """Return the tile of a kernel for operands of one dtype, by how they can be loaded."""
+    even_half, odd_half, full = TILES[kernel]
     present = [part for part in operands if part is not None]
     if present[0].pointer.dtype == torch.float32:
-        return FLOAT32
+        return full
     even = all(part.pointer.data_ptr() % EVEN == 0 for part in present)
     numbers = {width, depth, *(stride for part in present for stride in part[1:])} - {1}
-    return HALF if even and not any(number % EVEN for number in numbers) else ODD_HALF
+    return even_half if even and not any(number % EVEN for number in numbers) else odd_half
 
 
 def _by_rows(kernel: Any, expert_rows: ExpertRows, width: int, depth: int, *operands: Rows | Matrices | None) -> None:
     """Launch a kernel for each tile of rows and block of columns of its result `[N, width]`, its first operand."""
-    tile = tiles_for(operands, width, depth)[kernel]
+    tile = tile_for(kernel, operands, width, depth)
     tiles = expert_rows.tiles(tile.rows)
     _launch(kernel, len(tiles) * triton.cdiv(width, tile.columns), tile, *operands, tiles, len(tiles), width, depth)
 

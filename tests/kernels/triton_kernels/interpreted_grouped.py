@@ -35,8 +35,7 @@ NAN = float("nan")
 def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     interpreter_bfloat16.patch()
     monkeypatch.setattr(choice, "on_gpu", lambda x: True)
-    for name in ("HALF", "ODD_HALF", "FLOAT32"):
-        monkeypatch.setattr(grouped, name, SMALL)
+    monkeypatch.setattr(grouped, "TILES", {kernel: (tile, tile, tile) for kernel, tile in SMALL.items()})
 
 
 def check_all(run: Callable[..., Tensor], formula: Callable[..., Tensor], inputs: list[Tensor], counts: Any) -> None:

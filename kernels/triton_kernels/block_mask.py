@@ -57,16 +57,11 @@ class BlockMask(NamedTuple):
     order: Tensor
     group: Tensor
 
-    @property
-    def num_tiles(self) -> int:
-        return len(self.order)
-
     def to(self, device: torch.device) -> "BlockMask":
         return BlockMask(*(column.to(device) for column in self))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class TiledPlan:
+class TiledPlan(NamedTuple):
     """Tiles of query rows and of key rows, and the lists of those on the stationary side: queries or keys."""
 
     queries: Tiling
@@ -93,7 +88,7 @@ def tile_plan(plan: Plan, query_tile: int, key_tile: int, stationary: Literal["q
         if stationary == "keys":
             pairs = (_Pairs(x.columns, x.rows, x.partial, x.width) for x in pairs)
         found.append(_encode(pairs, len(rows), len(columns)))
-    return TiledPlan(queries=queries, keys=keys, lists=_join(found, group, len(rows)))
+    return TiledPlan(queries, keys, _join(found, group, len(rows)))
 
 
 def _tilings(plan: Plan, query_tile: int, key_tile: int) -> tuple[Tiling, Tiling]:

@@ -14,13 +14,12 @@ a window of 3 in both directions has low (1, 4) and high (3, 6), and the key at 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from farspan.kernels.masks.attention_mask import MAX_WINDOW, AttentionMask
 from farspan.kernels.masks.neighborhood import Neighborhood
-from farspan.kernels.masks.rows import PADDING, Rows
+from farspan.kernels.masks.rows import PADDING, Rows, ordinal
 from farspan.kernels.planning.plan import Plan
 
 BITS = 31
@@ -60,8 +59,8 @@ def mask_terms(plan: Plan, device: torch.device) -> MaskTerms:
         keys = _without(keys, plan.selection.blocks.of(keys) < 0)
     ranks = KeyRanks.of(keys)
     # [2, windows, T]
-    near = np.stack([ranks.near(queries, part.attention_mask) for part in plan.parts], axis=1)
-    window = np.zeros(plan.heads, dtype=np.int32)
+    near = torch.stack([ranks.near(queries, part.attention_mask) for part in plan.parts], dim=1)
+    window = torch.zeros(plan.heads, dtype=torch.int32)
     for number, part in enumerate(plan.parts):
         window[list(part.heads)] = number
     columns: dict[str, Any] = {
@@ -74,7 +73,7 @@ def mask_terms(plan: Plan, device: torch.device) -> MaskTerms:
     if attention_mask.neighborhood is not None:
         columns |= pack(attention_mask.neighborhood, queries, keys)
     found = {
-        name: column if isinstance(column, int) else torch.as_tensor(column).to(device, torch.int32).contiguous()
+        name: column if isinstance(column, int) else column.to(device, torch.int32).contiguous()
         for name, column in columns.items()
     }
     return MaskTerms(**{name: found.get(name) for name in MaskTerms._fields})  # pyright: ignore[reportArgumentType]
@@ -86,49 +85,42 @@ def _without(rows: Rows, absent: Tensor) -> Rows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeyRanks:
-    """Keys by document and position: `rank` int32 `[keys]`, -1 for padding; `ordered` int64, ascending."""
+    """Keys by document and position: `rank` int32 `[keys]`, -1 for padding; `ordered`, their ordinals, ascending."""
 
-    rank: np.ndarray
-    ordered: np.ndarray
+    rank: Tensor
+    ordered: Tensor
 
     @staticmethod
     def of(keys: Rows) -> "KeyRanks":
         """Rank the keys that are not padding."""
-        document = keys.document.numpy()
-        code = _code(document, keys.position.numpy())
-        tokens = np.flatnonzero(document >= 0)
-        order = tokens[np.argsort(code[tokens], kind="stable")]
-        rank = np.full(len(keys), -1, dtype=np.int32)
-        rank[order] = np.arange(len(order))
-        return KeyRanks(rank, code[order])
+        # Ordinals of padding are negative, and come first.
+        ordered, order = keys.ordinal().sort(stable=True)
+        padding = int((keys.document < 0).sum())
+        rank = torch.empty(len(keys), dtype=torch.int32)
+        rank[order] = (torch.arange(len(keys), dtype=torch.int32) - padding).clamp(min=-1)
+        return KeyRanks(rank, ordered[padding:])
 
-    def near(self, queries: Rows, attention_mask: AttentionMask) -> np.ndarray:
+    def near(self, queries: Rows, attention_mask: AttentionMask) -> Tensor:
         """Return the first and last rank of each query's window, without sinks, int32 `[2, queries]`; -1 last if none.
 
         `attention_mask` has one window at most.
         """
         assert not isinstance(attention_mask.window, tuple)
         reach = MAX_WINDOW if attention_mask.window is None else attention_mask.window - 1
-        position = queries.position.numpy().astype(np.int64)
-        low, high = np.maximum(position - reach, 0), np.minimum(position + reach, MAX_WINDOW)
+        position = queries.position.long()
+        low, high = (position - reach).clamp(min=0), (position + reach).clamp(max=MAX_WINDOW)
         return self._between(queries, low, high, attention_mask.causal)
 
-    def sinks(self, queries: Rows, attention_mask: AttentionMask) -> np.ndarray:
+    def sinks(self, queries: Rows, attention_mask: AttentionMask) -> Tensor:
         """Return the same of the first `attention_mask.sinks` positions."""
-        low = np.zeros(len(queries), dtype=np.int64)
+        low = torch.zeros(len(queries), dtype=torch.int64)
         return self._between(queries, low, low + attention_mask.sinks - 1, attention_mask.causal)
 
-    def _between(self, queries: Rows, low: np.ndarray, high: np.ndarray, causal: bool) -> np.ndarray:
-        document = queries.document.numpy()
-        high = np.minimum(high, queries.position.numpy()) if causal else high
-        first = np.searchsorted(self.ordered, _code(document, low), side="left")
-        last = np.searchsorted(self.ordered, _code(document, high), side="right") - 1
-        return np.stack((first, np.where(document < 0, -1, last))).astype(np.int32)
-
-
-def _code(document: np.ndarray, position: np.ndarray) -> np.ndarray:
-    # One number that sorts as (document, position).
-    return document.astype(np.int64) << 32 | position
+    def _between(self, queries: Rows, low: Tensor, high: Tensor, causal: bool) -> Tensor:
+        high = torch.minimum(high, queries.position.long()) if causal else high
+        first = torch.searchsorted(self.ordered, ordinal(queries.document, low))
+        last = torch.searchsorted(self.ordered, ordinal(queries.document, high), right=True) - 1
+        return torch.stack((first, last.masked_fill(queries.document < 0, -1))).int()
 
 
 def pack(neighborhood: Neighborhood, queries: Rows, keys: Rows) -> dict[str, Tensor | int]:

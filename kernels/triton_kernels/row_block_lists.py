@@ -80,16 +80,14 @@ def gathered_rows(
     of_row = torch.cat((of_query_block, of_query_block.new_zeros(1)))[on_host.query_block]
     for rows in (slice(*chunk) for chunk in chunks_by_budget(of_row.numpy(), max_slots)):
         query_block = selection.query_block[rows]
-        flat, block, partial = [], [], []
+        found = []
         for part in plan.parts:
             heads = torch.tensor(part.heads, device=device)
             nth, head, selected = _selected_blocks(selection, query_block, heads, share)
             queries = plan.queries.slice(rows).to(device)
             some, full = _classify(plan, part, queries.position[nth], queries.document[nth], blocks, selected)
-            flat.append(((nth + rows.start) * plan.heads + head)[some])
-            block.append(selected[some])
-            partial.append(~full[some])
-        yield _gather(plan, rows, torch.cat(flat), torch.cat(block), torch.cat(partial), blocks, kv_heads, query_tile)
+            found.append((((nth + rows.start) * plan.heads + head)[some], selected[some], ~full[some]))
+        yield _gather(plan, rows, found, blocks, kv_heads, query_tile)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -155,21 +153,18 @@ def _classify(
 
 
 def _gather(
-    plan: Plan,
-    rows: slice,
-    flat: Tensor,
-    block: Tensor,
-    partial: Tensor,
-    blocks: _Blocks,
-    kv_heads: int,
-    query_tile: int,
+    plan: Plan, rows: slice, found: list[tuple[Tensor, Tensor, Tensor]], blocks: _Blocks, kv_heads: int, query_tile: int
 ) -> GatheredRows:
-    """Sort selected blocks by KV head, block and whether it is full, and cut the rows of each into tiles."""
+    """Sort selected blocks by KV head, block and whether it is full, and cut the rows of each into tiles.
+
+    found, by part: (row * heads + head, block, whether it is partial) of each selected block.
+    """
+    flat, block, partial = (torch.cat(column) for column in zip(*found, strict=True))
     count, device = len(blocks.first), flat.device
     kv_head = flat % plan.heads // (plan.heads // kv_heads)
-    order = ((kv_head * count + block) * 2 + partial).argsort(stable=True)
     # A run: the rows of one KV head that select one block, fully or partly.
-    run, sizes = ((kv_head * count + block) * 2 + partial)[order].unique_consecutive(return_counts=True)
+    runs, order = ((kv_head * count + block) * 2 + partial).sort(stable=True)
+    run, sizes = runs.unique_consecutive(return_counts=True)
     tiles = (sizes + query_tile - 1) // query_tile
     first_tile = tiles.cumsum(0) - tiles
     # Rows keep their order; each run starts at a tile of its own.

@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from farspan.kernels.linear_attention.state import RecurrenceInputs, SequencePosition, State
+from farspan.kernels.linear_attention.state import RecurrenceInputs, State
 
 
 class RecurrentBackend(ABC):
@@ -62,13 +62,9 @@ class ChunkedRecurrentBackend(RecurrentBackend):
         dq, _ = self.chunked_recurrence(replace(inputs, q=dout, k=v, v=k, state=before), reverse=False)
         dk, _ = self.chunked_recurrence(replace(inputs, q=v, k=dout, v=q, state=after_transposed), reverse=True)
         dv, at_first = self.chunked_recurrence(replace(inputs, q=k, k=q, v=dout, state=after), reverse=True)
-        return dq, dk, dv, _state_gradient(state.last, at_first, inputs.decay)
-
-
-def _state_gradient(last: SequencePosition, at_first: State, decay: Tensor) -> Tensor:
-    """Return the gradient of a state at `last` from the gradient `[Hq, D, Dv]` at the first row of the segment."""
-    if last.document != at_first.last.document:
-        return torch.zeros_like(at_first.value)
-    distance = at_first.last.position - last.position
-    # [Hq] -> [Hq, 1, 1]
-    return at_first.value * torch.exp(-distance * decay.double()).to(at_first.value)[:, None, None]
+        if state.last.document != at_first.last.document:
+            return dq, dk, dv, torch.zeros_like(at_first.value)
+        # From the first row of the segment back to the state before it. [Hq] -> [Hq, 1, 1]
+        distance = at_first.last.position - state.last.position
+        weight = torch.exp(-distance * inputs.decay.double()).to(at_first.value)[:, None, None]
+        return dq, dk, dv, at_first.value * weight

@@ -9,18 +9,7 @@ one instruction, exp is two. `plan` is a `KernelPlan`; q, k, v and dout are each
 import triton
 import triton.language as tl
 
-from farspan.kernels.triton_kernels.tile import (
-    LN2,
-    LOG2E,
-    evaluate_mask,
-    first_tile,
-    load_keys,
-    load_queries,
-    next_tile,
-    query_rows,
-    store_rows,
-    tile_rows,
-)
+from farspan.kernels.triton_kernels import tile
 
 
 @triton.jit
@@ -39,7 +28,7 @@ def _query_program(plan, BLOCK: tl.constexpr):
         i_kv_head = i_program // share // plan.num_tiles
         i_head = i_kv_head * share + i_program % share
         i_list = tl.load(plan.lists.group + i_head) * plan.num_tiles + i_tile
-    return query_rows(plan, i_tile, i_head, BLOCK), i_tile, i_kv_head, i_list
+    return tile.query_rows(plan, i_tile, i_head, BLOCK), i_tile, i_kv_head, i_list
 
 
 @triton.jit
@@ -60,22 +49,22 @@ def forward_kernel(q, k, v, out, lse, plan, scale, BLOCK_Q: tl.constexpr, BLOCK_
     o_row, o_head, m_row = queries
     # Queries, sums and maxima stay in registers for all key tiles.
     # [BLOCK_Q, padded D]
-    b_q = load_queries(q, queries)
+    b_q = tile.load_queries(q, queries)
     b_out = tl.zeros([BLOCK_Q, v.padded], tl.float32)
     b_sum = tl.zeros([BLOCK_Q], tl.float32)
     # The greatest scaled score so far, base 2.
     b_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     # Full tiles first, in a loop of their own without the mask; then partial ones.
     for partial in tl.static_range(2):
-        count, o_run, i_keys, remaining = first_tile(plan.lists, 2 * i_list + partial)
+        count, o_run, i_keys, remaining = tile.first_tile(plan.lists, 2 * i_list + partial)
         for _ in range(0, count):
             # [BLOCK_K, padded D]
-            b_k = load_keys(k, plan, i_keys, i_kv_head, BLOCK_K, partial)
+            b_k = tile.load_keys(k, plan, i_keys, i_kv_head, BLOCK_K, partial)
             # [BLOCK_Q, BLOCK_K]; "ieee": no TF32 for float32, which is for checks.
             b_scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
             if partial:
-                keys = tile_rows(plan.k_index, i_keys, plan.num_keys, BLOCK_K)
-                b_scores = tl.where(evaluate_mask(plan, queries, keys, i_kv_head, False), b_scores, float("-inf"))
+                keys = tile.tile_rows(plan.k_index, i_keys, plan.num_keys, BLOCK_K)
+                b_scores = tl.where(tile.evaluate_mask(plan, queries, keys, i_kv_head, False), b_scores, float("-inf"))
             b_new_max = tl.maximum(b_max, tl.max(b_scores, 1) * scale)
             # For a row without any key yet: exp2(-inf - 0) is 0, where -inf - -inf would be NaN.
             b_base = tl.where(b_new_max == float("-inf"), 0.0, b_new_max) if partial else b_new_max
@@ -84,17 +73,17 @@ def forward_kernel(q, k, v, out, lse, plan, scale, BLOCK_Q: tl.constexpr, BLOCK_
             b_rescale = tl.math.exp2(b_max - b_base)
             b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
             # [BLOCK_K, padded Dv]
-            b_v = load_keys(v, plan, i_keys, i_kv_head, BLOCK_K, partial)
+            b_v = tile.load_keys(v, plan, i_keys, i_kv_head, BLOCK_K, partial)
             b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_rescale[:, None], input_precision="ieee")
             b_max = b_new_max
-            o_run, i_keys, remaining = next_tile(plan.lists, o_run, i_keys, remaining)
+            o_run, i_keys, remaining = tile.next_tile(plan.lists, o_run, i_keys, remaining)
     # Full tiles do not check whether a query is padding.
     m_token = tl.load(plan.terms.q_document + o_row, mask=m_row, other=-1) >= 0
     m_attends = m_token & (b_sum > 0)
     b_out = tl.where(m_attends[:, None], b_out / tl.where(m_attends, b_sum, 1.0)[:, None], 0.0)
-    b_lse = tl.where(m_attends, (b_max + tl.math.log2(tl.where(m_attends, b_sum, 1.0))) * LN2, float("-inf"))
+    b_lse = tl.where(m_attends, (b_max + tl.math.log2(tl.where(m_attends, b_sum, 1.0))) * tile.LN2, float("-inf"))
     o_result = _result_offsets(plan, i_tile, o_row, o_head, BLOCK_Q)
-    store_rows(out, b_out, o_result, m_row, v, False)
+    tile.store_rows(out, b_out, o_result, m_row, v, False)
     tl.store(lse + o_result, b_lse, mask=m_row)
 
 
@@ -111,15 +100,15 @@ def delta_kernel(
     m_row = o_row < num_queries
     queries = o_row, tl.zeros_like(o_row) + i_head, m_row
     # [BLOCK, padded Dv]
-    b_product = load_queries(dout, queries).to(tl.float32)
-    b_product *= load_queries(out, queries).to(tl.float32)
+    b_product = tile.load_queries(dout, queries).to(tl.float32)
+    b_product *= tile.load_queries(out, queries).to(tl.float32)
     b_lse = tl.load(lse + o_row.to(tl.int64) * HEADS + i_head, mask=m_row, other=0.0).to(tl.float32)
     m_token = tl.load(q_document + o_row, mask=m_row, other=-1) >= 0
     m_attends = m_token & (b_lse > float("-inf"))
     # Heads first: the backward kernels read rows of one head.
     o_result = i_head.to(tl.int64) * num_queries + o_row
     tl.store(delta + o_result, tl.sum(b_product, 1), mask=m_row)
-    tl.store(base + o_result, tl.where(m_attends, b_lse * LOG2E, float("inf")), mask=m_row)
+    tl.store(base + o_result, tl.where(m_attends, b_lse * tile.LOG2E, float("inf")), mask=m_row)
 
 
 @triton.jit
@@ -131,31 +120,31 @@ def dq_kernel(q, k, v, dout, base, delta, dq, plan, scale, dscale, BLOCK_Q: tl.c
     queries, i_tile, i_kv_head, i_list = _query_program(plan, BLOCK_Q)
     o_row, o_head, m_row = queries
     # [BLOCK_Q, padded D], [BLOCK_Q, padded Dv]
-    b_q, b_dout = load_queries(q, queries), load_queries(dout, queries)
+    b_q, b_dout = tile.load_queries(q, queries), tile.load_queries(dout, queries)
     o_statistic = o_head.to(tl.int64) * plan.num_queries + o_row
     b_base = tl.load(base + o_statistic, mask=m_row, other=float("inf"))
     b_delta = tl.load(delta + o_statistic, mask=m_row, other=0.0)
     b_dq = tl.zeros([BLOCK_Q, q.padded], tl.float32)
     for partial in tl.static_range(2):
-        count, o_run, i_keys, remaining = first_tile(plan.lists, 2 * i_list + partial)
+        count, o_run, i_keys, remaining = tile.first_tile(plan.lists, 2 * i_list + partial)
         for _ in range(0, count):
             # [BLOCK_K, padded D]
-            b_k = load_keys(k, plan, i_keys, i_kv_head, BLOCK_K, partial)
+            b_k = tile.load_keys(k, plan, i_keys, i_kv_head, BLOCK_K, partial)
             b_scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
             # [BLOCK_Q, BLOCK_K]; the final lse is known, so nothing is rescaled.
             b_p = tl.math.exp2(b_scores * scale - b_base[:, None])
             if partial:
-                keys = tile_rows(plan.k_index, i_keys, plan.num_keys, BLOCK_K)
-                b_p = tl.where(evaluate_mask(plan, queries, keys, i_kv_head, False), b_p, 0.0)
+                keys = tile.tile_rows(plan.k_index, i_keys, plan.num_keys, BLOCK_K)
+                b_p = tl.where(tile.evaluate_mask(plan, queries, keys, i_kv_head, False), b_p, 0.0)
             # [BLOCK_K, padded Dv]
-            b_v = load_keys(v, plan, i_keys, i_kv_head, BLOCK_K, partial)
+            b_v = tile.load_keys(v, plan, i_keys, i_kv_head, BLOCK_K, partial)
             b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision="ieee")
             b_ds = b_p * (b_dp - b_delta[:, None])
             b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
-            o_run, i_keys, remaining = next_tile(plan.lists, o_run, i_keys, remaining)
+            o_run, i_keys, remaining = tile.next_tile(plan.lists, o_run, i_keys, remaining)
     o_result = _result_offsets(plan, i_tile, o_row, o_head, BLOCK_Q)
     # Scaled once at the end, not at every tile.
-    store_rows(dq, b_dq * dscale, o_result, m_row, q, False)
+    tile.store_rows(dq, b_dq * dscale, o_result, m_row, q, False)
 
 
 @triton.jit
@@ -167,12 +156,12 @@ def dkv_kernel(
     i_program = tl.program_id(0)
     i_tile = tl.load(plan.lists.order + i_program % plan.num_tiles)
     i_kv_head = i_program // plan.num_tiles
-    keys = tile_rows(plan.k_index, i_tile, plan.num_keys, BLOCK_K)
+    keys = tile.tile_rows(plan.k_index, i_tile, plan.num_keys, BLOCK_K)
     # Keys, values and both sums stay in registers; queries of all heads that share the keys pass by, so that no two
     # programs add to the same row.
     # [BLOCK_K, padded D], [BLOCK_K, padded Dv]
-    b_k = load_keys(k, plan, i_tile, i_kv_head, BLOCK_K, True)
-    b_v = load_keys(v, plan, i_tile, i_kv_head, BLOCK_K, True)
+    b_k = tile.load_keys(k, plan, i_tile, i_kv_head, BLOCK_K, True)
+    b_v = tile.load_keys(v, plan, i_tile, i_kv_head, BLOCK_K, True)
     b_dk = tl.zeros([BLOCK_K, k.padded], tl.float32)
     b_dv = tl.zeros([BLOCK_K, v.padded], tl.float32)
     # Gathered queries of all heads of the group are on one list.
@@ -181,12 +170,12 @@ def dkv_kernel(
         i_head = i_kv_head * share + i_member
         i_list = tl.load(plan.lists.group + i_head) * plan.num_tiles + i_tile
         for partial in tl.static_range(2):
-            count, o_run, i_queries, remaining = first_tile(plan.lists, 2 * i_list + partial)
+            count, o_run, i_queries, remaining = tile.first_tile(plan.lists, 2 * i_list + partial)
             for _ in range(0, count):
-                queries = query_rows(plan, i_queries, i_head, BLOCK_Q)
+                queries = tile.query_rows(plan, i_queries, i_head, BLOCK_Q)
                 o_row, o_head, m_row = queries
                 # [BLOCK_Q, padded D]
-                b_q = load_queries(q, queries)
+                b_q = tile.load_queries(q, queries)
                 o_statistic = o_head.to(tl.int64) * plan.num_queries + o_row
                 b_base = tl.load(base + o_statistic, mask=m_row, other=float("inf"))
                 # [BLOCK_K, BLOCK_Q]: transposed, so that scores are the left operand of both sums without another
@@ -194,9 +183,9 @@ def dkv_kernel(
                 b_scores = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
                 b_p = tl.math.exp2(b_scores * scale - b_base[None, :])
                 if partial:
-                    b_p = tl.where(evaluate_mask(plan, queries, keys, i_kv_head, True), b_p, 0.0)
+                    b_p = tl.where(tile.evaluate_mask(plan, queries, keys, i_kv_head, True), b_p, 0.0)
                 # [BLOCK_Q, padded Dv]
-                b_dout = load_queries(dout, queries)
+                b_dout = tile.load_queries(dout, queries)
                 if FOR_V:
                     b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")
                 if FOR_K:
@@ -204,13 +193,13 @@ def dkv_kernel(
                     b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
                     b_ds = b_p * (b_dp - b_delta[None, :])
                     b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
-                o_run, i_queries, remaining = next_tile(plan.lists, o_run, i_queries, remaining)
+                o_run, i_queries, remaining = tile.next_tile(plan.lists, o_run, i_queries, remaining)
     o_key, m_key = keys
     o_result = o_key.to(tl.int64) * plan.kv_heads + i_kv_head
     if FOR_K:
-        store_rows(dk, b_dk * dscale, o_result, m_key, k, plan.gathered)
+        tile.store_rows(dk, b_dk * dscale, o_result, m_key, k, plan.gathered)
     if FOR_V:
-        store_rows(dv, b_dv, o_result, m_key, v, plan.gathered)
+        tile.store_rows(dv, b_dv, o_result, m_key, v, plan.gathered)
 
 
 @triton.jit

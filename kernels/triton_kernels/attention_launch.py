@@ -22,10 +22,10 @@ from farspan.kernels.merge import empty_partial
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.planning.tiles import Tiling
 from farspan.kernels.triton_kernels import attention as kernels
-from farspan.kernels.triton_kernels.arguments import KernelPlan, Operand, padded
 from farspan.kernels.triton_kernels.block_mask import BlockMask, tile_plan
 from farspan.kernels.triton_kernels.mask_terms import MaskTerms, mask_terms
 from farspan.kernels.triton_kernels.row_block_lists import GatheredRows, gathered_rows, selects_by_row
+from farspan.kernels.triton_kernels.tile import KernelPlan, Operand, padded
 
 SLOT_BYTES = 1 << 29
 """Partial results that exist at the same time, where single rows select blocks."""

@@ -74,7 +74,10 @@ def tile_plan(plan: Plan, query_tile: int, key_tile: int, stationary: Literal["q
 
     stationary: the side whose tiles own a list, of tiles of the other side. Raises ValueError for too many tiles.
     """
-    queries, keys = _tilings(plan, query_tile, key_tile)
+    # Rows are sorted by block where they are not yet, so that no tile mixes rows of two lists.
+    query_block = None if plan.selection is None else plan.selection.query_block
+    key_block = None if plan.selection is None else plan.selection.blocks.of(plan.keys)
+    queries, keys = Tiling.of(plan.queries, query_tile, query_block), Tiling.of(plan.keys, key_tile, key_block)
     if max(len(queries), len(keys)) > MAX_TILES:
         raise ValueError(
             f"{len(plan.queries)} queries and {len(plan.keys)} keys make more than {MAX_TILES} tiles of "
@@ -89,14 +92,6 @@ def tile_plan(plan: Plan, query_tile: int, key_tile: int, stationary: Literal["q
             pairs = (_Pairs(x.columns, x.rows, x.partial, x.width) for x in pairs)
         found.append(_encode(pairs, len(rows), len(columns)))
     return TiledPlan(queries, keys, _join(found, group, len(rows)))
-
-
-def _tilings(plan: Plan, query_tile: int, key_tile: int) -> tuple[Tiling, Tiling]:
-    if plan.selection is None:
-        return Tiling.of(plan.queries, query_tile), Tiling.of(plan.keys, key_tile)
-    # Rows are sorted by block where they are not yet, so that no tile mixes rows of two lists.
-    query_block, key_block = plan.selection.query_block, plan.selection.blocks.of(plan.keys)
-    return Tiling.of(plan.queries, query_tile, query_block), Tiling.of(plan.keys, key_tile, key_block)
 
 
 def _groups(plan: Plan) -> tuple[np.ndarray, list[tuple[HeadPlan, int]]]:

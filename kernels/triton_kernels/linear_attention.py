@@ -23,7 +23,7 @@ from torch import Tensor
 
 from farspan.kernels.linear_attention.state import RecurrenceInputs, Segment, SequencePosition, State
 from farspan.kernels.merge import accumulation_dtype
-from farspan.kernels.triton_kernels.arguments import Operand, padded
+from farspan.kernels.triton_kernels.tile import Operand, padded
 
 LOG2E = 1.4426950408889634
 PROGRAMS = 528

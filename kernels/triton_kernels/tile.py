@@ -1,18 +1,64 @@
 # pyright: reportMissingImports=false
-"""Device functions of the attention kernels: walk a list of the block mask, load rows, evaluate the mask.
+"""Arguments of kernels as tuples, and device functions: walk a list of the block mask, load rows, evaluate the mask.
+
+In such a tuple None is an absent term, and a `constexpr` is compiled in.
 
 Names in kernels: `i_` program and loop indices, `o_` offsets, `m_` masks, `p_` pointers, `b_` blocks of values.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from farspan.kernels.triton_kernels import block_mask
+from farspan.kernels.triton_kernels.mask_terms import MaskTerms
 
 COUNT_BITS = tl.constexpr(block_mask.COUNT_BITS)
 MAX_COUNT = tl.constexpr(block_mask.MAX_COUNT)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+class KernelPlan(NamedTuple):
+    """A plan as kernels take it: the mask, and the lists of the stationary tiles, of which there are num_tiles.
+
+    q_index, k_index: int32 `[tiles * size]`, the rows in query and key tiles, None if in order. constexpr: heads,
+    kv_heads, and gathered, whether a tile of queries is rows of any heads.
+    """
+
+    q_index: Tensor | None
+    k_index: Tensor | None
+    terms: MaskTerms
+    lists: block_mask.BlockMask
+    num_queries: int
+    num_keys: int
+    num_tiles: int
+    heads: Any
+    kv_heads: Any
+    gathered: Any
+
+
+class Operand(NamedTuple):
+    """A tensor `[rows, heads, width]` whose width has stride 1; constexpr: its width, and that of its tiles."""
+
+    pointer: Tensor
+    row_stride: int
+    head_stride: int
+    width: Any
+    padded: Any
+
+    @staticmethod
+    def of(x: Tensor) -> "Operand":
+        """Return `x`, or a copy of it if its width has another stride."""
+        x = x if x.stride(2) == 1 else x.contiguous()
+        return Operand(x, x.stride(0), x.stride(1), tl.constexpr(x.shape[2]), tl.constexpr(padded(x.shape[2])))
+
+
+def padded(width: int) -> int:
+    """Return the width of a tile: a power of two that tensor cores take, at least 16."""
+    return max(triton.next_power_of_2(width), 16)
 
 
 @triton.jit

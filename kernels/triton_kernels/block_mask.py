@@ -75,9 +75,9 @@ def tile_plan(plan: Plan, query_tile: int, key_tile: int, stationary: Literal["q
     stationary: the side whose tiles own a list, of tiles of the other side. Raises ValueError for too many tiles.
     """
     # Rows are sorted by block where they are not yet, so that no tile mixes rows of two lists.
-    query_block = None if plan.selection is None else plan.selection.query_block
-    key_block = None if plan.selection is None else plan.selection.blocks.of(plan.keys)
-    queries, keys = Tiling.of(plan.queries, query_tile, query_block), Tiling.of(plan.keys, key_tile, key_block)
+    selection = plan.selection
+    queries = Tiling.of(plan.queries, query_tile, None if selection is None else selection.query_block)
+    keys = Tiling.of(plan.keys, key_tile, None if selection is None else selection.blocks.of(plan.keys))
     if max(len(queries), len(keys)) > MAX_TILES:
         raise ValueError(
             f"{len(plan.queries)} queries and {len(plan.keys)} keys make more than {MAX_TILES} tiles of "

@@ -48,6 +48,10 @@ class Backend(ABC):
     """Order in which `auto` tries the backends: the lowest rank that runs on the device is taken."""
     deterministic: bool = True
     """Whether the same inputs give the same bits every time."""
+    dtypes: tuple[torch.dtype, ...] = ()
+    """The dtypes that it takes; empty: all of float64 to float16."""
+    widest: float = float("inf")
+    """Largest head size that it takes."""
 
     @abstractmethod
     def unavailable_reason(self, device: torch.device) -> str | None:
@@ -55,7 +59,22 @@ class Backend(ABC):
 
     def unsupported_reason(self, request: KernelRequest) -> str | None:
         """Return why this backend can't compute `request` on any device, or None if it can."""
+        if self.dtypes and request.dtype not in self.dtypes:
+            *names, last, refused = (str(dtype).removeprefix("torch.") for dtype in (*self.dtypes, request.dtype))
+            return f"it takes {', '.join(names)} and {last}, not {refused}"
+        if (width := max(request.head_dim, request.value_dim)) > self.widest:
+            return f"it takes head sizes up to {self.widest}, not {width}"
         return None
+
+    def check(self, name: str, q: Tensor, v: Tensor, *, selects_keys: bool) -> None:
+        """Raise ConfigError where this backend, of that name, can't compute q `[T, Hq, D]` and v `[S, Hk, Dv]`."""
+        request = KernelRequest(
+            dtype=q.dtype, head_dim=q.shape[2], value_dim=v.shape[2], selects_keys=selects_keys, is_recurrent=False
+        )
+        if reason := self.unsupported_reason(request):
+            raise ConfigError(
+                f"attention.backend={name!r} cannot compute this: {reason}; use attention.backend='auto'."
+            )
 
     def calls(self) -> str:
         """Return the names of the libraries that it calls on this machine; nothing if all kernels are our own."""

@@ -30,11 +30,10 @@ from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.recurrent_attention import recurrent_attention_backward, recurrent_attention_forward
-from farspan.kernels.triton_kernels.shapes import shapes_for
 from farspan.tools.bench.case import dtype_name
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA_ONLY = {"block_mask", "row_block_lists", "key_ranks", "packed_coordinates"}
+DATA_ONLY = {"block_mask", "row_block_lists"}
 """Files beside the kernels that make their data, and have no part in compiling."""
 
 PROCESSES = 2
@@ -164,11 +163,9 @@ def compile_case(case: Case) -> list[Usage]:
 def _attention(case: Case) -> None:
     from farspan.kernels.triton_kernels import attention_launch
 
-    q, k, v = _tensors(case)
-    shapes = shapes_for(case.width, case.value_width, case.dtype)
-    problem = attention_launch.Problem(q=q, k=k, v=v, plan=plan_of(case.plan), shapes=shapes)
-    out, lse = attention_launch.forward(problem)
-    attention_launch.backward(problem, out.to(case.dtype), out.to(case.dtype), lse)
+    (q, k, v), plan = _tensors(case), plan_of(case.plan)
+    out, lse = attention_launch.forward(q, k, v, plan)
+    attention_launch.backward(out.to(case.dtype), q, k, v, out.to(case.dtype), lse, plan)
 
 
 def _tensors(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

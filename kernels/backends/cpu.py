@@ -13,6 +13,7 @@ from farspan.kernels.backend import BACKENDS, Backend
 from farspan.kernels.cpu.flash import flash, flash_backward
 from farspan.kernels.cpu.linear_attention import chunked_recurrence
 from farspan.kernels.linear_attention.recurrence import ChunkedRecurrentBackend
+from farspan.kernels.linear_attention.state import RecurrenceInputs, State
 from farspan.kernels.merge import GatheredSums
 from farspan.kernels.planning.gathered_batches import Batch, selection_batches, selects_by_tile
 from farspan.kernels.planning.lifetime_batches import lifetime_batches
@@ -46,7 +47,8 @@ class CpuBackend(Backend, ChunkedRecurrentBackend):
             return _selected_backward(dout, q, k, v, out, lse, plan)
         return _REGIONS.backward(dout, q, k, v, out, lse, plan)
 
-    chunked_recurrence = staticmethod(chunked_recurrence)
+    def chunked_recurrence(self, inputs: RecurrenceInputs, *, reverse: bool) -> tuple[Tensor, State]:
+        return chunked_recurrence(inputs, reverse=reverse)
 
 
 def _selected_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:

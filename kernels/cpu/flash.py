@@ -29,7 +29,9 @@ def flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None)
     nothing have out 0 and lse -inf. N, T and S must be positive.
     """
     if mask is not None:
-        return _masked(q, k, v, mask)
+        out, lse = _call(q, k, v, causal=False, mask=mask)
+        blind = ~mask.any(dim=-1)  # [T] or [N, 1, T]
+        return out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, float("-inf"))
     if not causal:
         out, lse = _call(_by_group(q, k.shape[1]), k, v, causal=False, mask=None)
         # [N, Hk, group x T, ..] -> [N, Hq, T, ..]
@@ -93,12 +95,6 @@ def _by_group(x: Tensor, kv_heads: int) -> Tensor:
     if x.shape[2] >= SLICE or x.shape[1] == kv_heads:
         return x
     return x.unflatten(1, (kv_heads, -1)).flatten(2, 3)
-
-
-def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    out, lse = _call(q, k, v, causal=False, mask=mask)
-    blind = ~mask.any(dim=-1)  # [T] or [N, 1, T]
-    return out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, float("-inf"))
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farspan.kernels.linear_attention.state import Segment, SequencePosition, State
+from farspan.kernels.linear_attention.state import RecurrenceInputs, Segment, SequencePosition, State
 from farspan.kernels.merge import accumulation_dtype
 
 CHUNK = 64
@@ -24,14 +24,13 @@ BLOCK = 2048
 """Rows that are processed at the same time."""
 
 
-def chunked_recurrence(
-    x: Tensor, a: Tensor, b: Tensor, segment: Segment, decay: Tensor, state: State, *, reverse: bool
-) -> tuple[Tensor, State]:
+def chunked_recurrence(inputs: RecurrenceInputs, *, reverse: bool) -> tuple[Tensor, State]:
     """See `farspan.kernels.linear_attention.recurrence.ChunkedRecurrentBackend`."""
+    x, a, b, segment, decay = inputs.q, inputs.k, inputs.v, inputs.segment, inputs.decay
     heads, dtype = len(decay), accumulation_dtype(x.dtype)
     out = torch.empty(x.shape[0], x.shape[1], b.shape[2], dtype=x.dtype if x.shape[1] == heads else dtype)
     out[segment.tokens :] = 0
-    values, last = list(state.value), state.last
+    values, last = list(inputs.state.value), inputs.state.last
     for rows, chunk in _blocks(segment.tokens, reverse):
         weights = _Weights.of(segment, rows, chunk, decay.to(dtype), last, reverse)
         for head in range(heads):
@@ -76,24 +75,17 @@ class _Weights:
     def of(
         segment: Segment, rows: slice, chunk: int, rate: Tensor, before: SequencePosition, reverse: bool
     ) -> "_Weights":
-        # [C * L] -> [C, L]
-        position, document = (c[rows].view(-1, chunk) for c in (segment.rows.position, segment.rows.document))
+        # (position, document) of the rows, [2, T] -> [2, C, L], and of the states around all chunks, [2, C + 1].
+        of_rows = torch.stack((segment.rows.position[rows], segment.rows.document[rows])).view(2, -1, chunk)
+        start = of_rows.new_tensor([[before.position], [before.document]])
         # The state after a chunk is at its last row in the order of the recurrence.
         end = 0 if reverse else -1
-        # [2, C + 1]: (position, document) of the states around all chunks, by row.
-        points = torch.stack(
-            [
-                torch.cat((ends, start) if reverse else (start, ends))
-                for ends, start in (
-                    (position[:, end], position.new_tensor([before.position])),
-                    (document[:, end], document.new_tensor([before.document])),
-                )
-            ]
-        )
+        ends = of_rows[:, :, end]
+        points = torch.cat((ends, start) if reverse else (start, ends), dim=1)
         of_before, of_after = points[:, :-1], points[:, 1:]
         if reverse:
             of_before, of_after = of_after, of_before
-        of_rows, inside = torch.stack((position, document)), _inside(rate, position, document)
+        inside = _inside(rate, of_rows)
         end_position, end_document = points[:, end].tolist()
         return _Weights(
             inside=inside.triu_() if reverse else inside.tril_(),
@@ -121,10 +113,8 @@ def _block(x: Tensor, a: Tensor, b: Tensor, weights: _Weights, head: int, state:
     return out.flatten(0, 1), state.clone()
 
 
-def _inside(rate: Tensor, position: Tensor, document: Tensor) -> Tensor:
-    """Return the weights of rows for rows of their chunk, `[heads, C or 1, L, L]`."""
-    # [2, C, L]
-    rows = torch.stack((position, document))
+def _inside(rate: Tensor, rows: Tensor) -> Tensor:
+    """Return the weights of rows `[2, C, L]` for rows of their chunk, `[heads, C or 1, L, L]`."""
     steps = rows - rows[:, :, :1]
     # Without gaps and ends of documents the weights of all chunks are those of the first.
     if torch.equal(steps, steps[:, :1].expand_as(steps)):

@@ -47,9 +47,11 @@ def choose(libraries: list[Library], queries: int, keys: int, width: int) -> Lib
 
 def flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `farspan.kernels.planning.region_attention.FlashForward`; bfloat16 or float16, head sizes up to WIDEST."""
-    if mask is not None:
-        return _masked(q, k, v, mask)
     group, scale, width = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5, _width(q, v)
+    if mask is not None:
+        scores = _scores(q, k, mask)
+        lse = scores.logsumexp(dim=-1)
+        return _probability(scores, lse) @ v.float().repeat_interleave(group, dim=1), lse
     libraries = installed(q.device)
     # [N, Hq, T, D] -> [N, Hq, T, W]; [N, Hk, S, D or Dv] -> [N, Hq, S, W]
     query, key, value = (_fit(x, heads, width) for x, heads in ((q, 1), (k, group), (v, group)))
@@ -128,12 +130,6 @@ def _probability(scores: Tensor, lse: Tensor) -> Tensor:
     """Return exp(score - lse) `[N, Hq, T, S]`."""
     # 0 for a row that attends to nothing, where -inf - -inf would give NaN.
     return (scores - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1)).exp()
-
-
-def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    scores = _scores(q, k, mask)
-    lse = scores.logsumexp(dim=-1)
-    return _probability(scores, lse) @ v.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1), lse
 
 
 def _masked_backward(

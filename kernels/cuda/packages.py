@@ -55,14 +55,15 @@ def call(function: Callable[..., Any], **arguments: Any) -> Any:
 class Package(Library):
     """A library of a package: the layout of its base class outside, the package's own layout inside.
 
-    mark: a parameter of the forward function that only the versions which this class can call have. options: arguments
-    of the forward function besides tensors, scale and causal.
+    mark: a parameter of the forward function that only the versions which this class can call have. options,
+    backward_options: arguments of the two functions besides tensors, scale and causal.
     """
 
     module: ClassVar[str]
     functions: ClassVar[tuple[str, str]]
     mark: ClassVar[str]
     options: ClassVar[dict[str, Any]] = {}
+    backward_options: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
         self._forward, self._backward = forward, backward
@@ -81,13 +82,19 @@ class Package(Library):
         # [N, T, H, D] -> [N, H, T, D]
         return out.transpose(1, 2), lse
 
-    def _backward_in_place(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, **options: Any
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
     ) -> Gradients:
-        """Call a backward function that writes its results into tensors it is given."""
         dout, q, k, v, out = _swap(dout, q, k, v, out)
-        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-        call(self._backward, dout=dout, q=q, k=k, v=v, out=out, softmax_lse=lse, dq=dq, dk=dk, dv=dv, **options)
+        arguments: dict[str, Any] = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "softmax_scale": scale}
+        names = parameters(self._backward)
+        arguments |= {"is_causal" if "is_causal" in names else "causal": causal, **self.backward_options}
+        if "softmax_lse" in names:
+            # Versions 2 and 3 write their results into tensors that they are given.
+            dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+            call(self._backward, softmax_lse=lse, dq=dq, dk=dk, dv=dv, **arguments)
+        else:
+            dq, dk, dv, *_ = call(self._backward, lse=lse, **arguments)
         dq, dk, dv = _swap(dq, dk, dv)
         return dq, dk, dv
 
@@ -102,13 +109,7 @@ class FlashAttn2(Package):
     functions = ("_flash_attn_forward", "_flash_attn_backward")
     mark = "window_size_left"
     options: ClassVar[dict[str, Any]] = {"return_softmax": False, **PLAIN}
-
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
-    ) -> Gradients:
-        return self._backward_in_place(
-            dout, q, k, v, out, lse, softmax_scale=scale, causal=causal, deterministic=False, **PLAIN
-        )
+    backward_options: ClassVar[dict[str, Any]] = {"deterministic": False, **PLAIN}
 
 
 @final
@@ -120,12 +121,6 @@ class FlashAttn3(Package):
     module = "flash_attn_interface"
     functions = ("_flash_attn_forward", "_flash_attn_backward")
     mark = "attention_chunk"
-
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
-    ) -> Gradients:
-        name = "is_causal" if "is_causal" in parameters(self._backward) else "causal"
-        return self._backward_in_place(dout, q, k, v, out, lse, softmax_scale=scale, **{name: causal})
 
 
 @final
@@ -141,16 +136,6 @@ class FlashAttn4(Package):
     functions = ("_flash_attn_fwd", "_flash_attn_bwd")
     mark = "return_lse"
     options: ClassVar[dict[str, Any]] = {"return_lse": True}
-
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
-    ) -> Gradients:
-        dout, q, k, v, out = _swap(dout, q, k, v, out)
-        dq, dk, dv, *_ = call(
-            self._backward, q=q, k=k, v=v, out=out, dout=dout, lse=lse, softmax_scale=scale, causal=causal
-        )
-        dq, dk, dv = _swap(dq, dk, dv)
-        return dq, dk, dv
 
 
 def _swap(*tensors: Tensor) -> list[Tensor]:

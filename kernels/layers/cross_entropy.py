@@ -105,7 +105,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = _logit_dtype(hidden.dtype)
         losses = hidden.new_zeros(hidden.shape[0], dtype=dtype)
         lse = hidden.new_empty(rows.shape[0], dtype=dtype)
-        buffer = _logits_buffer(weight, len(rows), tokens_per_chunk, dtype)
+        buffer = weight.new_empty(min(len(rows), tokens_per_chunk), len(weight), dtype=dtype)
         for chunk in _chunks(len(rows), tokens_per_chunk):
             tokens, label = rows[chunk], target[chunk, None]  # [n], [n, 1]
             logits = buffer[: len(tokens)]
@@ -128,7 +128,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = hidden.new_zeros(hidden.shape) if wants_hidden else None
         grad_weight = weight.new_zeros(weight.shape, dtype=lse.dtype) if wants_weight else None
-        buffer = _logits_buffer(weight, len(rows), ctx.tokens_per_chunk, lse.dtype)
+        buffer = weight.new_empty(min(len(rows), ctx.tokens_per_chunk), len(weight), dtype=lse.dtype)
         for chunk in _chunks(len(rows), ctx.tokens_per_chunk):
             tokens, label = rows[chunk], target[chunk, None]  # [n], [n, 1]
             part, upstream = hidden[tokens], grad_losses[tokens, None]  # [n, C], [n, 1]
@@ -149,17 +149,8 @@ def _chunks(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def _logits_buffer(weight: Tensor, count: int, tokens_per_chunk: int, dtype: torch.dtype) -> Tensor:
-    return weight.new_empty(min(count, tokens_per_chunk), weight.shape[0], dtype=dtype)
-
-
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    ignored: int = -100,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, ignored: int = -100, chunk_bytes: int = DEFAULT_CHUNK_BYTES
 ) -> Tensor:
     """-log softmax(weight · hidden_t)[label_t] of every token t: float32 [T], float64 for float64 inputs.
 

@@ -75,8 +75,8 @@ def convolve(k: Tensor, halo: Tensor, weight: Tensor, taps: Taps) -> Tensor:
     All of one dtype, as is the result; sums are float32 (float64 for float64). Not differentiable by autograd: see
     `convolve_backward`. Raises ValueError where shapes do not fit the taps.
     """
-    _check_shapes(k, halo, weight, taps)
-    source, out, weight = _padded(k, halo), torch.empty_like(k), _widened(weight)
+    source, weight = _prepared(k, halo, weight, taps)
+    out = torch.empty_like(k)
     for rows in _chunks(len(k), k[0:1].numel()):
         sums = _sums(source, weight, taps, rows)
         out[rows] = functional.silu(sums, inplace=True).add_(k[rows])
@@ -91,10 +91,9 @@ def convolve_backward(
 
     Each key has at most one reader at each lag, so no sum depends on the order of concurrent additions.
     """
-    _check_shapes(k, halo, weight, taps)
-    source, weight = _padded(k, halo), _widened(weight)
-    wide = weight.dtype
-    dsums = torch.zeros(len(k) + 1, *k.shape[1:], dtype=wide, device=k.device)  # last: keys without a reader
+    source, weight = _prepared(k, halo, weight, taps)
+    # Last: keys without a reader.
+    dsums = torch.zeros(len(k) + 1, *k.shape[1:], dtype=weight.dtype, device=k.device)
     dweight = torch.zeros_like(weight)
     for rows in _chunks(len(k), k[0:1].numel()):
         part = dsums[rows]
@@ -105,8 +104,8 @@ def convolve_backward(
         dweight[0] += (part * k[rows]).sum(dim=0)
         for lag, sources in enumerate(taps.sources[:, rows], start=1):
             dweight[lag] += (part * source.index_select(0, sources)).sum(dim=0)
-    dsource = torch.empty(len(k) + len(halo), *k.shape[1:], dtype=wide, device=k.device)
-    torch.addcmul(dout.to(wide), dsums[:-1], weight[0], out=dsource[: len(k)])
+    dsource = torch.empty(len(k) + len(halo), *k.shape[1:], dtype=weight.dtype, device=k.device)
+    torch.addcmul(dout.to(weight.dtype), dsums[:-1], weight[0], out=dsource[: len(k)])
     dsource[len(k) :] = 0
     for rows in _chunks(len(dsource), k[0:1].numel()):
         for readers, of_lag in zip(taps.readers[:, rows], weight[1:], strict=True):
@@ -119,15 +118,6 @@ def _chunks(rows: int, row_elements: int) -> Iterator[slice]:
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def _padded(k: Tensor, halo: Tensor) -> Tensor:
-    """Keys, halo and a row of zeros for taps that read nothing: [T + N + 1, Hk, D]."""
-    return torch.cat((k, halo, k.new_zeros(1, *k.shape[1:])))
-
-
-def _widened(weight: Tensor) -> Tensor:
-    return weight.to(accumulation_dtype(weight.dtype)).contiguous()
-
-
 def _sums(source: Tensor, weight: Tensor, taps: Taps, rows: slice) -> Tensor:
     """The convolution of `rows` without SiLU and residual, in the dtype of the widened weight."""
     sums = source[rows] * weight[0]
@@ -136,7 +126,11 @@ def _sums(source: Tensor, weight: Tensor, taps: Taps, rows: slice) -> Tensor:
     return sums
 
 
-def _check_shapes(k: Tensor, halo: Tensor, weight: Tensor, taps: Taps) -> None:
+def _prepared(k: Tensor, halo: Tensor, weight: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
+    """Keys, halo and a row of zeros for taps that read nothing, `[T + N + 1, Hk, D]`, and the weight to sum with.
+
+    Raises ValueError where shapes do not fit the taps.
+    """
     taps_and_rows, num_keys = taps.sources.shape, taps.readers.shape[1]
     if (weight.shape[0] - 1, len(k)) != taps_and_rows or len(k) + len(halo) != num_keys:
         raise ValueError(
@@ -148,3 +142,5 @@ def _check_shapes(k: Tensor, halo: Tensor, weight: Tensor, taps: Taps) -> None:
             f"keys, halo and weight must have the same heads and features; got {list(k.shape)}, {list(halo.shape)} and "
             f"{list(weight.shape)}"
         )
+    source = torch.cat((k, halo, k.new_zeros(1, *k.shape[1:])))
+    return source, weight.to(accumulation_dtype(weight.dtype)).contiguous()

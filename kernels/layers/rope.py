@@ -114,10 +114,7 @@ def inverse_frequencies(rotated: int, base: float, scaling: RopeScaling | None =
 
 
 def rotation_table(
-    position: Tensor,
-    inverse_frequencies: Tensor,
-    attention_factor: float = 1.0,
-    dtype: torch.dtype = torch.float32,
+    position: Tensor, inverse_frequencies: Tensor, attention_factor: float = 1.0, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """cos and sin [T, R/2] of position · frequency, times `attention_factor`, on the device of `position`.
 

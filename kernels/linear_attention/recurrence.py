@@ -12,11 +12,12 @@ but q, k, v and the state before the segment.
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from farspan.kernels.linear_attention.state import RecurrenceInputs, Segment, SequencePosition, State
+from farspan.kernels.linear_attention.state import RecurrenceInputs, State
 
 
 class RecurrentBackend(ABC):
@@ -36,21 +37,18 @@ class RecurrentBackend(ABC):
 class ChunkedRecurrentBackend(RecurrentBackend):
     """A recurrent backend by one function, the chunked recurrence."""
 
-    @staticmethod
     @abstractmethod
-    def chunked_recurrence(
-        x: Tensor, a: Tensor, b: Tensor, segment: Segment, decay: Tensor, state: State, *, reverse: bool
-    ) -> tuple[Tensor, State]:
-        """Return (out `[T, H, B]`, the state after the last row) of x `[T, H, A]`, a and b `[T, H', A or B]`.
+    def chunked_recurrence(self, inputs: RecurrenceInputs, *, reverse: bool) -> tuple[Tensor, State]:
+        """Return (out `[T, H, B]`, the state after the last row).
 
-        The larger of H and H' is Hq. Where H is the smaller, out is summed over the query heads that share one of H.
+        inputs: x `[T, H, A]` as q, a `[T, H', A]` as k, b `[T, H', B]` as v. The larger of H and H' is Hq. Where H is
+        the smaller, out is summed over the query heads that share one of H.
         state: the sum of w a_j b_j^T over the rows before, `[Hq, A, B]`, of its document at its last position; in
         reverse, over the rows after.
         """
 
     def scan(self, inputs: RecurrenceInputs) -> tuple[Tensor, State]:
-        x = inputs
-        return self.chunked_recurrence(x.q, x.k, x.v, x.segment, x.decay, x.state, reverse=False)
+        return self.chunked_recurrence(inputs, reverse=False)
 
     def scan_backward(
         self, dout: Tensor, dstate: Tensor, inputs: RecurrenceInputs
@@ -61,16 +59,12 @@ class ChunkedRecurrentBackend(RecurrentBackend):
         # [Hq, D, Dv] -> [Hq, Dv, D]: dq and dk read and write states of (v, k), not of (k, v).
         before = State(state.value.mT.contiguous(), state.last)
         after, after_transposed = State(dstate, segment.last), State(dstate.mT.contiguous(), segment.last)
-        dq, _ = self.chunked_recurrence(dout, v, k, segment, inputs.decay, before, reverse=False)
-        dk, _ = self.chunked_recurrence(v, dout, q, segment, inputs.decay, after_transposed, reverse=True)
-        dv, at_first = self.chunked_recurrence(k, q, dout, segment, inputs.decay, after, reverse=True)
-        return dq, dk, dv, _state_gradient(state.last, at_first, inputs.decay)
-
-
-def _state_gradient(last: SequencePosition, at_first: State, decay: Tensor) -> Tensor:
-    """Return the gradient of a state at `last` from the gradient `[Hq, D, Dv]` at the first row of the segment."""
-    if last.document != at_first.last.document:
-        return torch.zeros_like(at_first.value)
-    distance = at_first.last.position - last.position
-    # [Hq] -> [Hq, 1, 1]
-    return at_first.value * torch.exp(-distance * decay.double()).to(at_first.value)[:, None, None]
+        dq, _ = self.chunked_recurrence(replace(inputs, q=dout, k=v, v=k, state=before), reverse=False)
+        dk, _ = self.chunked_recurrence(replace(inputs, q=v, k=dout, v=q, state=after_transposed), reverse=True)
+        dv, at_first = self.chunked_recurrence(replace(inputs, q=k, k=q, v=dout, state=after), reverse=True)
+        if state.last.document != at_first.last.document:
+            return dq, dk, dv, torch.zeros_like(at_first.value)
+        # From the first row of the segment back to the state before it. [Hq] -> [Hq, 1, 1]
+        distance = at_first.last.position - state.last.position
+        weight = torch.exp(-distance * inputs.decay.double()).to(at_first.value)[:, None, None]
+        return dq, dk, dv, at_first.value * weight

@@ -6,6 +6,7 @@ for heads, far narrower than their input, would be most of a layer's memory.
 Legend: T tokens, K choices of each, E matrices; choice t * K + k is the k-th of token t.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,9 +37,12 @@ class Choices:
         return choice // self.per_token
 
 
+_Of = Callable[[Tensor, Tensor, Choices], Tensor]
+
+
 def project_chosen(x: Tensor, weight: Tensor, choices: Choices) -> Tensor:
     """Return W_e x_t for each choice e of each token, `[T, K, out]`; x `[T, in]`, weight `[E, out, in]`."""
-    return _Project.apply(x, weight, choices)  # pyright: ignore[reportReturnType]
+    return _Product.apply(x, weight, choices, _each, _summed)  # pyright: ignore[reportReturnType]
 
 
 def combine_chosen(y: Tensor, weight: Tensor, choices: Choices) -> Tensor:
@@ -46,36 +50,27 @@ def combine_chosen(y: Tensor, weight: Tensor, choices: Choices) -> Tensor:
 
     Summed in the accumulation dtype, matrix by matrix, so that a token's sum does not depend on other tokens.
     """
-    return _Combine.apply(y, weight, choices)  # pyright: ignore[reportReturnType]
+    return _Product.apply(y, weight, choices, _summed, _each)  # pyright: ignore[reportReturnType]
 
 
-class _Project(torch.autograd.Function):
+class _Product(torch.autograd.Function):
+    """`_each` or `_summed`; the gradient of one is the other, by the transposed matrices."""
+
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, choices: Choices) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, choices: Choices, product: _Of, adjoint: _Of) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.choices = choices
-        return _each(x, weight.transpose(1, 2), choices)
+        ctx.choices, ctx.adjoint = choices, adjoint
+        return product(x, weight.mT, choices)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
-        return _summed(dout, weight, ctx.choices), _weight_gradient(dout, x, weight, ctx.choices), None
-
-
-class _Combine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y: Tensor, weight: Tensor, choices: Choices) -> Tensor:
-        ctx.save_for_backward(y, weight)
-        ctx.choices = choices
-        return _summed(y, weight.transpose(1, 2), choices)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        y, weight = ctx.saved_tensors
-        dweight = _weight_gradient(y, dout, weight.transpose(1, 2), ctx.choices).transpose(1, 2)
-        return _each(dout, weight, ctx.choices), dweight, None
+        if ctx.adjoint is _summed:
+            dweight = _weight_gradient(dout, x, weight, ctx.choices)
+        else:
+            dweight = _weight_gradient(x, dout, weight.mT, ctx.choices).mT
+        return ctx.adjoint(dout, weight, ctx.choices), dweight, None, None, None
 
 
 def _each(x: Tensor, weight: Tensor, choices: Choices) -> Tensor:

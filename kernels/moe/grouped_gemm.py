@@ -20,9 +20,18 @@ def grouped_swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: Se
     are computed again in the backward pass. Raises ValueError when the counts are not those of the rows and experts, or
     shapes or dtypes do not fit.
     """
-    width, inner = x.shape[-1], gate.shape[-2]
-    shapes = {"gate": (gate, (inner, width)), "up": (up, (inner, width)), "down": (down, (width, inner))}
-    _check(x, counts, shapes)
+    # A kernel would read past the end of a tensor that is too small.
+    experts, inner, width = len(gate), gate.shape[-2], x.shape[-1]
+    if len(counts) != experts or sum(counts) != len(x):
+        raise ValueError(f"{len(counts)} experts with {sum(counts)} rows in all, but {experts} and {len(x)} are given")
+    if min(counts, default=0) < 0:
+        raise ValueError(f"an expert has 0 rows or more; got counts {list(counts)}")
+    fitting = {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}
+    for weight, (name, shape) in zip((gate, up, down), fitting.items(), strict=True):
+        if weight.shape != (experts, *shape):
+            raise ValueError(f"{name} {list(weight.shape)} does not fit rows {list(x.shape)}: {[experts, *shape]} does")
+        if weight.dtype != x.dtype:
+            raise ValueError(f"{name} is {weight.dtype}, and its rows are {x.dtype}")
     return _GroupedSwiglu.apply(x, gate, up, down, tuple(counts))  # pyright: ignore[reportReturnType]
 
 
@@ -54,18 +63,3 @@ def _products_of(x: Tensor) -> ModuleType:
 def on_gpu(x: Tensor) -> bool:
     """Whether kernels are launched for x; tests let an interpreter run them."""
     return x.is_cuda
-
-
-def _check(x: Tensor, counts: Sequence[int], shapes: dict[str, tuple[Tensor, tuple[int, int]]]) -> None:
-    """Raise ValueError unless the counts fit rows `[N, C]` and each weight is `[E, *shape]`, by its name."""
-    # A kernel would read past the end of a tensor that is too small.
-    experts = len(next(iter(shapes.values()))[0])
-    if len(counts) != experts or sum(counts) != len(x):
-        raise ValueError(f"{len(counts)} experts with {sum(counts)} rows in all, but {experts} and {len(x)} are given")
-    if min(counts, default=0) < 0:
-        raise ValueError(f"an expert has 0 rows or more; got counts {list(counts)}")
-    for name, (weight, shape) in shapes.items():
-        if weight.shape != (experts, *shape):
-            raise ValueError(f"{name} {list(weight.shape)} does not fit rows {list(x.shape)}: {[experts, *shape]} does")
-        if weight.dtype != x.dtype:
-            raise ValueError(f"{name} is {weight.dtype}, and its rows are {x.dtype}")

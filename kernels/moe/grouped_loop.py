@@ -49,17 +49,19 @@ def swiglu_backward(
     def work(expert: int) -> None:
         first = ends[expert] - counts[expert]
         for part in _chunks(first, ends[expert]):
-            x_rows, dout_rows, dx_rows, add = x[part], dout[part], dx[part], part.start > first
+            x_rows, dout_rows, dx_rows = x[part], dout[part], dx[part]
+            # The first chunk sets gradients of weights, whatever their memory holds; later ones add to them.
+            beta = int(part.start > first)
             # [rows, F]
             gated, raised = x_rows @ gate[expert].t(), x_rows @ up[expert].t()
             silu = F.silu(gated)
             dinner = dout_rows @ down[expert]
-            _sum(ddown[expert], dout_rows.t(), silu * raised, add)
+            ddown[expert].addmm_(dout_rows.t(), silu * raised, beta=beta)
             # In place, as each of these is as large as the rows' inner values.
             draised = silu.mul_(dinner)
             dgated = aten.silu_backward(dinner.mul_(raised), gated)
-            _sum(dgate[expert], dgated.t(), x_rows, add)
-            _sum(dup[expert], draised.t(), x_rows, add)
+            dgate[expert].addmm_(dgated.t(), x_rows, beta=beta)
+            dup[expert].addmm_(draised.t(), x_rows, beta=beta)
             torch.mm(dgated, gate[expert], out=dx_rows)
             dx_rows.addmm_(draised, up[expert])
 
@@ -82,11 +84,6 @@ def _chunks(start: int, end: int) -> Iterator[slice]:
     """Yield the rows from start to end, at most CHUNK_ROWS at a time."""
     for first in range(start, end, CHUNK_ROWS):
         yield slice(first, min(first + CHUNK_ROWS, end))
-
-
-def _sum(total: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
-    """Set `total` to a b, or add a b to it."""
-    torch.addmm(total, a, b, beta=int(add), out=total)
 
 
 def for_each_expert(counts: Sequence[int], device: torch.device, work: Callable[[int], None]) -> None:

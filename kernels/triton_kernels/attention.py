@@ -1,286 +1,205 @@
 # pyright: reportMissingImports=false
 """Flash attention kernels (arXiv 2205.14135, 2307.08691) over the lists of a block mask.
 
-A tile of queries is consecutive rows of one head, or GATHERED: rows of any heads of one KV head, named by row * HEADS +
+A tile of queries is consecutive rows of one head, or gathered: rows of any heads of one KV head, named by row * heads +
 head, whose results go to slots, one for each row of each tile. Scores are scaled inside the exponent, base 2: exp2 is
-one instruction, exp is two.
+one instruction, exp is two. `plan` is a `KernelPlan`; q, k, v and dout are each an `Operand`.
 """
 
 import triton
 import triton.language as tl
 
-from farspan.kernels.triton_kernels.tile import (
-    LN2,
-    LOG2E,
-    evaluate_mask,
-    first_tile,
-    load_keys,
-    load_queries,
-    next_tile,
-    query_rows,
-    result_offsets,
-    tile_rows,
-)
+from farspan.kernels.triton_kernels import tile
 
 
 @triton.jit
-def _query_program(lists, num_tiles, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GATHERED: tl.constexpr):
-    """Return (tile, query head, KV head, list) of this program of a query-stationary kernel."""
+def _query_program(plan, BLOCK: tl.constexpr):
+    """Return (queries, tile, KV head, list) of this program of a query-stationary kernel."""
     i_program = tl.program_id(0)
-    if GATHERED:
-        i_tile = tl.load(lists.order + i_program)
+    if plan.gathered:
+        i_tile = tl.load(plan.lists.order + i_program)
         i_head = 0
-        i_kv_head = tl.load(lists.group + i_tile)
+        i_kv_head = tl.load(plan.lists.group + i_tile)
         i_list = i_tile
     else:
         # Heads that share keys run side by side, so that L2 serves all but the first of them.
-        share: tl.constexpr = HEADS // KV_HEADS
-        i_tile = tl.load(lists.order + i_program // share % num_tiles)
-        i_kv_head = i_program // share // num_tiles
+        share: tl.constexpr = plan.heads // plan.kv_heads
+        i_tile = tl.load(plan.lists.order + i_program // share % plan.num_tiles)
+        i_kv_head = i_program // share // plan.num_tiles
         i_head = i_kv_head * share + i_program % share
-        i_list = tl.load(lists.group + i_head) * num_tiles + i_tile
-    return i_tile, i_head, i_kv_head, i_list
+        i_list = tl.load(plan.lists.group + i_head) * plan.num_tiles + i_tile
+    return tile.query_rows(plan, i_tile, i_head, BLOCK), i_tile, i_kv_head, i_list
 
 
 @triton.jit
-def _forward_list(
-    b_out, b_sum, b_max, b_q, k, v, k_index, terms, lists, i_list, o_row, o_head, m_row, i_kv_head, num_queries,
-    num_keys, scale, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    PADDED_VALUE: tl.constexpr, BLOCK_K: tl.constexpr, PARTIAL: tl.constexpr,
-):  # fmt: skip
-    """Attend to all key tiles of half a list; b_max: the greatest scaled score so far, base 2, -inf before any."""
-    count, o_run, i_tile, remaining = first_tile(lists, 2 * i_list + PARTIAL)
-    for _ in range(0, count):
-        # [BLOCK_K, PADDED_DIM]
-        b_k = load_keys(k, k_index, i_tile, i_kv_head, num_keys, BLOCK_K, HEAD_DIM, PADDED_DIM, PARTIAL)
-        # [BLOCK_Q, BLOCK_K]; "ieee": no TF32 for float32, which is for checks.
-        b_scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-        if PARTIAL:
-            o_key, m_key = tile_rows(k_index, i_tile, num_keys, BLOCK_K)
-            mask = evaluate_mask(
-                terms, o_row[:, None], o_head[:, None], m_row[:, None], o_key[None, :], m_key[None, :], i_kv_head,
-                num_queries, num_keys,
-            )  # fmt: skip
-            b_scores = tl.where(mask, b_scores, float("-inf"))
-        b_new_max = tl.maximum(b_max, tl.max(b_scores, 1) * scale)
-        # For a row without any key yet: exp2(-inf - 0) is 0, where -inf - -inf would be NaN.
-        b_base = tl.where(b_new_max == float("-inf"), 0.0, b_new_max) if PARTIAL else b_new_max
-        b_p = tl.math.exp2(b_scores * scale - b_base[:, None])
-        # What was summed under the old maximum is rescaled before this tile is added.
-        b_rescale = tl.math.exp2(b_max - b_base)
-        b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
-        # [BLOCK_K, PADDED_VALUE]
-        b_v = load_keys(v, k_index, i_tile, i_kv_head, num_keys, BLOCK_K, VALUE_DIM, PADDED_VALUE, PARTIAL)
-        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_rescale[:, None], input_precision="ieee")
-        b_max = b_new_max
-        o_run, i_tile, remaining = next_tile(lists, o_run, i_tile, remaining)
-    return b_out, b_sum, b_max
+def _result_offsets(plan, i_tile, o_row, o_head, BLOCK: tl.constexpr):
+    """Return where results of a tile of queries go, int64 `[BLOCK]`: to (row, head), or to slots of the tile itself."""
+    # int64: rows x heads x width exceeds 2^31 from a few million tokens on.
+    if plan.gathered:
+        o_result = i_tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    else:
+        o_result = o_row.to(tl.int64) * plan.heads + o_head
+    return o_result
 
 
 @triton.jit
-def forward_kernel(
-    q, k, v, out, lse, q_index, k_index, terms, lists, num_queries, num_keys, num_tiles, scale,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    GATHERED: tl.constexpr,
-):  # fmt: skip
-    """Write out and lse, float32: `[T, HEADS, VALUE_DIM]` and `[T, HEADS]`, or by slot. scale: times log2(e)."""
-    i_tile, i_head, i_kv_head, i_list = _query_program(lists, num_tiles, HEADS, KV_HEADS, GATHERED)
-    o_row, o_head, m_row = query_rows(q_index, i_tile, i_head, num_queries, BLOCK_Q, HEADS, GATHERED)
+def forward_kernel(q, k, v, out, lse, plan, scale, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Write out and lse, float32: `[T, Hq, Dv]` and `[T, Hq]`, or by slot. scale: times log2(e)."""
+    queries, i_tile, i_kv_head, i_list = _query_program(plan, BLOCK_Q)
+    o_row, o_head, m_row = queries
     # Queries, sums and maxima stay in registers for all key tiles.
-    # [BLOCK_Q, PADDED_DIM]
-    b_q = load_queries(q, o_row, o_head, m_row, HEAD_DIM, PADDED_DIM)
-    b_out = tl.zeros([BLOCK_Q, PADDED_VALUE], tl.float32)
+    # [BLOCK_Q, padded D]
+    b_q = tile.load_queries(q, queries)
+    b_out = tl.zeros([BLOCK_Q, v.padded], tl.float32)
     b_sum = tl.zeros([BLOCK_Q], tl.float32)
+    # The greatest scaled score so far, base 2.
     b_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     # Full tiles first, in a loop of their own without the mask; then partial ones.
     for partial in tl.static_range(2):
-        b_out, b_sum, b_max = _forward_list(
-            b_out, b_sum, b_max, b_q, k, v, k_index, terms, lists, i_list, o_row, o_head, m_row, i_kv_head,
-            num_queries, num_keys, scale, HEAD_DIM, VALUE_DIM, PADDED_DIM, PADDED_VALUE, BLOCK_K, partial,
-        )  # fmt: skip
+        count, o_run, i_keys, remaining = tile.first_tile(plan.lists, 2 * i_list + partial)
+        for _ in range(0, count):
+            # [BLOCK_K, padded D]
+            b_k = tile.load_keys(k, plan, i_keys, i_kv_head, BLOCK_K, partial)
+            # [BLOCK_Q, BLOCK_K]; "ieee": no TF32 for float32, which is for checks.
+            b_scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+            if partial:
+                keys = tile.tile_rows(plan.k_index, i_keys, plan.num_keys, BLOCK_K)
+                b_scores = tl.where(tile.evaluate_mask(plan, queries, keys, i_kv_head, False), b_scores, float("-inf"))
+            b_new_max = tl.maximum(b_max, tl.max(b_scores, 1) * scale)
+            # For a row without any key yet: exp2(-inf - 0) is 0, where -inf - -inf would be NaN.
+            b_base = tl.where(b_new_max == float("-inf"), 0.0, b_new_max) if partial else b_new_max
+            b_p = tl.math.exp2(b_scores * scale - b_base[:, None])
+            # What was summed under the old maximum is rescaled before this tile is added.
+            b_rescale = tl.math.exp2(b_max - b_base)
+            b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
+            # [BLOCK_K, padded Dv]
+            b_v = tile.load_keys(v, plan, i_keys, i_kv_head, BLOCK_K, partial)
+            b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_rescale[:, None], input_precision="ieee")
+            b_max = b_new_max
+            o_run, i_keys, remaining = tile.next_tile(plan.lists, o_run, i_keys, remaining)
     # Full tiles do not check whether a query is padding.
-    m_token = tl.load(terms.q_document + o_row, mask=m_row, other=-1) >= 0
+    m_token = tl.load(plan.terms.q_document + o_row, mask=m_row, other=-1) >= 0
     m_attends = m_token & (b_sum > 0)
     b_out = tl.where(m_attends[:, None], b_out / tl.where(m_attends, b_sum, 1.0)[:, None], 0.0)
-    b_lse = tl.where(m_attends, (b_max + tl.math.log2(tl.where(m_attends, b_sum, 1.0))) * LN2, float("-inf"))
-    o_result = result_offsets(i_tile, o_row, o_head, BLOCK_Q, HEADS, GATHERED)
-    o_column = tl.arange(0, PADDED_VALUE)
-    mask = m_row[:, None] & (o_column < VALUE_DIM)[None, :]
-    tl.store(out + o_result[:, None] * VALUE_DIM + o_column[None, :], b_out, mask=mask)
+    b_lse = tl.where(m_attends, (b_max + tl.math.log2(tl.where(m_attends, b_sum, 1.0))) * tile.LN2, float("-inf"))
+    o_result = _result_offsets(plan, i_tile, o_row, o_head, BLOCK_Q)
+    tile.store_rows(out, b_out, o_result, m_row, v, False)
     tl.store(lse + o_result, b_lse, mask=m_row)
 
 
 @triton.jit
 def delta_kernel(
-    dout, out, lse, delta, base, q_document, num_queries,
-    HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr, BLOCK: tl.constexpr,
+    dout, out, lse, delta, base, q_document, num_queries, HEADS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Write delta = rowsum(dout * out) and base = lse * log2(e), float32 `[HEADS, T]`.
+    """Write delta = rowsum(dout * out) and base = lse * log2(e), float32 `[Hq, T]`.
 
     Rows that attend to nothing have base inf instead of -inf: exp2(score - inf) is the 0 that their gradients need.
     """
     i_head = tl.program_id(0) % HEADS
     o_row = tl.program_id(0) // HEADS * BLOCK + tl.arange(0, BLOCK)
-    o_head = tl.zeros_like(o_row) + i_head
     m_row = o_row < num_queries
-    # [BLOCK, PADDED_VALUE]
-    b_product = load_queries(dout, o_row, o_head, m_row, VALUE_DIM, PADDED_VALUE).to(tl.float32)
-    b_product *= load_queries(out, o_row, o_head, m_row, VALUE_DIM, PADDED_VALUE).to(tl.float32)
+    queries = o_row, tl.zeros_like(o_row) + i_head, m_row
+    # [BLOCK, padded Dv]
+    b_product = tile.load_queries(dout, queries).to(tl.float32)
+    b_product *= tile.load_queries(out, queries).to(tl.float32)
     b_lse = tl.load(lse + o_row.to(tl.int64) * HEADS + i_head, mask=m_row, other=0.0).to(tl.float32)
     m_token = tl.load(q_document + o_row, mask=m_row, other=-1) >= 0
     m_attends = m_token & (b_lse > float("-inf"))
     # Heads first: the backward kernels read rows of one head.
     o_result = i_head.to(tl.int64) * num_queries + o_row
     tl.store(delta + o_result, tl.sum(b_product, 1), mask=m_row)
-    tl.store(base + o_result, tl.where(m_attends, b_lse * LOG2E, float("inf")), mask=m_row)
+    tl.store(base + o_result, tl.where(m_attends, b_lse * tile.LOG2E, float("inf")), mask=m_row)
 
 
 @triton.jit
-def _dq_list(
-    b_dq, b_q, b_dout, b_base, b_delta, k, v, k_index, terms, lists, i_list, o_row, o_head, m_row, i_kv_head,
-    num_queries, num_keys, scale, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    PADDED_VALUE: tl.constexpr, BLOCK_K: tl.constexpr, PARTIAL: tl.constexpr,
-):  # fmt: skip
-    """Add dS K over all key tiles of half a list; dS = P * (dO V^T - delta) (arXiv 2205.14135, appendix B.2)."""
-    count, o_run, i_tile, remaining = first_tile(lists, 2 * i_list + PARTIAL)
-    for _ in range(0, count):
-        # [BLOCK_K, PADDED_DIM]
-        b_k = load_keys(k, k_index, i_tile, i_kv_head, num_keys, BLOCK_K, HEAD_DIM, PADDED_DIM, PARTIAL)
-        b_scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-        # [BLOCK_Q, BLOCK_K]; the final lse is known, so nothing is rescaled.
-        b_p = tl.math.exp2(b_scores * scale - b_base[:, None])
-        if PARTIAL:
-            o_key, m_key = tile_rows(k_index, i_tile, num_keys, BLOCK_K)
-            mask = evaluate_mask(
-                terms, o_row[:, None], o_head[:, None], m_row[:, None], o_key[None, :], m_key[None, :], i_kv_head,
-                num_queries, num_keys,
-            )  # fmt: skip
-            b_p = tl.where(mask, b_p, 0.0)
-        # [BLOCK_K, PADDED_VALUE]
-        b_v = load_keys(v, k_index, i_tile, i_kv_head, num_keys, BLOCK_K, VALUE_DIM, PADDED_VALUE, PARTIAL)
-        b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision="ieee")
-        b_ds = b_p * (b_dp - b_delta[:, None])
-        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
-        o_run, i_tile, remaining = next_tile(lists, o_run, i_tile, remaining)
-    return b_dq
+def dq_kernel(q, k, v, dout, base, delta, dq, plan, scale, dscale, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Write dq, float32: `[T, Hq, D]`, or by slot. dscale: the scale without log2(e).
 
-
-@triton.jit
-def dq_kernel(
-    q, k, v, dout, base, delta, dq, q_index, k_index, terms, lists, num_queries, num_keys, num_tiles, scale, dscale,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    GATHERED: tl.constexpr,
-):  # fmt: skip
-    """Write dq, float32: `[T, HEADS, HEAD_DIM]`, or by slot. dscale: the scale without log2(e)."""
-    i_tile, i_head, i_kv_head, i_list = _query_program(lists, num_tiles, HEADS, KV_HEADS, GATHERED)
-    o_row, o_head, m_row = query_rows(q_index, i_tile, i_head, num_queries, BLOCK_Q, HEADS, GATHERED)
-    # [BLOCK_Q, PADDED_DIM], [BLOCK_Q, PADDED_VALUE]
-    b_q = load_queries(q, o_row, o_head, m_row, HEAD_DIM, PADDED_DIM)
-    b_dout = load_queries(dout, o_row, o_head, m_row, VALUE_DIM, PADDED_VALUE)
-    o_statistic = o_head.to(tl.int64) * num_queries + o_row
+    The sum of dS K over the list, dS = P * (dO V^T - delta) (arXiv 2205.14135, appendix B.2).
+    """
+    queries, i_tile, i_kv_head, i_list = _query_program(plan, BLOCK_Q)
+    o_row, o_head, m_row = queries
+    # [BLOCK_Q, padded D], [BLOCK_Q, padded Dv]
+    b_q, b_dout = tile.load_queries(q, queries), tile.load_queries(dout, queries)
+    o_statistic = o_head.to(tl.int64) * plan.num_queries + o_row
     b_base = tl.load(base + o_statistic, mask=m_row, other=float("inf"))
     b_delta = tl.load(delta + o_statistic, mask=m_row, other=0.0)
-    b_dq = tl.zeros([BLOCK_Q, PADDED_DIM], tl.float32)
+    b_dq = tl.zeros([BLOCK_Q, q.padded], tl.float32)
     for partial in tl.static_range(2):
-        b_dq = _dq_list(
-            b_dq, b_q, b_dout, b_base, b_delta, k, v, k_index, terms, lists, i_list, o_row, o_head, m_row, i_kv_head,
-            num_queries, num_keys, scale, HEAD_DIM, VALUE_DIM, PADDED_DIM, PADDED_VALUE, BLOCK_K,
-            partial,
-        )  # fmt: skip
-    o_result = result_offsets(i_tile, o_row, o_head, BLOCK_Q, HEADS, GATHERED)
-    o_column = tl.arange(0, PADDED_DIM)
-    mask = m_row[:, None] & (o_column < HEAD_DIM)[None, :]
+        count, o_run, i_keys, remaining = tile.first_tile(plan.lists, 2 * i_list + partial)
+        for _ in range(0, count):
+            # [BLOCK_K, padded D]
+            b_k = tile.load_keys(k, plan, i_keys, i_kv_head, BLOCK_K, partial)
+            b_scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+            # [BLOCK_Q, BLOCK_K]; the final lse is known, so nothing is rescaled.
+            b_p = tl.math.exp2(b_scores * scale - b_base[:, None])
+            if partial:
+                keys = tile.tile_rows(plan.k_index, i_keys, plan.num_keys, BLOCK_K)
+                b_p = tl.where(tile.evaluate_mask(plan, queries, keys, i_kv_head, False), b_p, 0.0)
+            # [BLOCK_K, padded Dv]
+            b_v = tile.load_keys(v, plan, i_keys, i_kv_head, BLOCK_K, partial)
+            b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision="ieee")
+            b_ds = b_p * (b_dp - b_delta[:, None])
+            b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+            o_run, i_keys, remaining = tile.next_tile(plan.lists, o_run, i_keys, remaining)
+    o_result = _result_offsets(plan, i_tile, o_row, o_head, BLOCK_Q)
     # Scaled once at the end, not at every tile.
-    tl.store(dq + o_result[:, None] * HEAD_DIM + o_column[None, :], b_dq * dscale, mask=mask)
-
-
-@triton.jit
-def _dkv_list(
-    b_dk, b_dv, b_k, b_v, q, dout, base, delta, q_index, terms, lists, i_list, o_key, m_key, i_head, i_kv_head,
-    num_queries, num_keys, scale, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr, BLOCK_Q: tl.constexpr, GATHERED: tl.constexpr,
-    FOR_K: tl.constexpr, FOR_V: tl.constexpr, PARTIAL: tl.constexpr,
-):  # fmt: skip
-    """Add dS^T Q and P^T dO over all query tiles of half a list of the key tile."""
-    count, o_run, i_tile, remaining = first_tile(lists, 2 * i_list + PARTIAL)
-    for _ in range(0, count):
-        o_row, o_head, m_row = query_rows(q_index, i_tile, i_head, num_queries, BLOCK_Q, HEADS, GATHERED)
-        # [BLOCK_Q, PADDED_DIM]
-        b_q = load_queries(q, o_row, o_head, m_row, HEAD_DIM, PADDED_DIM)
-        o_statistic = o_head.to(tl.int64) * num_queries + o_row
-        b_base = tl.load(base + o_statistic, mask=m_row, other=float("inf"))
-        # [BLOCK_K, BLOCK_Q]: transposed, so that scores are the left operand of both sums without another layout.
-        b_scores = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
-        b_p = tl.math.exp2(b_scores * scale - b_base[None, :])
-        if PARTIAL:
-            mask = evaluate_mask(
-                terms, o_row[None, :], o_head[None, :], m_row[None, :], o_key[:, None], m_key[:, None], i_kv_head,
-                num_queries, num_keys,
-            )  # fmt: skip
-            b_p = tl.where(mask, b_p, 0.0)
-        # [BLOCK_Q, PADDED_VALUE]
-        b_dout = load_queries(dout, o_row, o_head, m_row, VALUE_DIM, PADDED_VALUE)
-        if FOR_V:
-            b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")
-        if FOR_K:
-            b_delta = tl.load(delta + o_statistic, mask=m_row, other=0.0)
-            b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
-            b_ds = b_p * (b_dp - b_delta[None, :])
-            b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
-        o_run, i_tile, remaining = next_tile(lists, o_run, i_tile, remaining)
-    return b_dk, b_dv
+    tile.store_rows(dq, b_dq * dscale, o_result, m_row, q, False)
 
 
 @triton.jit
 def dkv_kernel(
-    q, k, v, dout, base, delta, dk, dv, q_index, k_index, terms, lists, num_queries, num_keys, num_tiles, scale, dscale,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr, PADDED_VALUE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    GATHERED: tl.constexpr, FOR_K: tl.constexpr, FOR_V: tl.constexpr,
+    q, k, v, dout, base, delta, dk, dv, plan, scale, dscale,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, FOR_K: tl.constexpr, FOR_V: tl.constexpr,
 ):  # fmt: skip
-    """Write dk `[S, KV_HEADS, HEAD_DIM]`, dv `[S, KV_HEADS, VALUE_DIM]` or both, float32; gathered queries add."""
+    """Write dk `[S, Hk, D]`, dv `[S, Hk, Dv]` or both, float32: the sums of dS^T Q and P^T dO; gathered queries add."""
     i_program = tl.program_id(0)
-    i_tile = tl.load(lists.order + i_program % num_tiles)
-    i_kv_head = i_program // num_tiles
-    o_key, m_key = tile_rows(k_index, i_tile, num_keys, BLOCK_K)
+    i_tile = tl.load(plan.lists.order + i_program % plan.num_tiles)
+    i_kv_head = i_program // plan.num_tiles
+    keys = tile.tile_rows(plan.k_index, i_tile, plan.num_keys, BLOCK_K)
     # Keys, values and both sums stay in registers; queries of all heads that share the keys pass by, so that no two
     # programs add to the same row.
-    # [BLOCK_K, PADDED_DIM], [BLOCK_K, PADDED_VALUE]
-    b_k = load_keys(k, k_index, i_tile, i_kv_head, num_keys, BLOCK_K, HEAD_DIM, PADDED_DIM, True)
-    b_v = load_keys(v, k_index, i_tile, i_kv_head, num_keys, BLOCK_K, VALUE_DIM, PADDED_VALUE, True)
-    b_dk = tl.zeros([BLOCK_K, PADDED_DIM], tl.float32)
-    b_dv = tl.zeros([BLOCK_K, PADDED_VALUE], tl.float32)
+    # [BLOCK_K, padded D], [BLOCK_K, padded Dv]
+    b_k = tile.load_keys(k, plan, i_tile, i_kv_head, BLOCK_K, True)
+    b_v = tile.load_keys(v, plan, i_tile, i_kv_head, BLOCK_K, True)
+    b_dk = tl.zeros([BLOCK_K, k.padded], tl.float32)
+    b_dv = tl.zeros([BLOCK_K, v.padded], tl.float32)
     # Gathered queries of all heads of the group are on one list.
-    share: tl.constexpr = 1 if GATHERED else HEADS // KV_HEADS
+    share: tl.constexpr = 1 if plan.gathered else plan.heads // plan.kv_heads
     for i_member in range(0, share):
         i_head = i_kv_head * share + i_member
-        i_list = tl.load(lists.group + i_head) * num_tiles + i_tile
+        i_list = tl.load(plan.lists.group + i_head) * plan.num_tiles + i_tile
         for partial in tl.static_range(2):
-            b_dk, b_dv = _dkv_list(
-                b_dk, b_dv, b_k, b_v, q, dout, base, delta, q_index, terms, lists, i_list, o_key, m_key, i_head,
-                i_kv_head, num_queries, num_keys, scale, HEADS, HEAD_DIM, VALUE_DIM, PADDED_DIM, PADDED_VALUE, BLOCK_Q,
-                GATHERED, FOR_K, FOR_V, partial,
-            )  # fmt: skip
-    o_result = o_key.to(tl.int64) * KV_HEADS + i_kv_head
+            count, o_run, i_queries, remaining = tile.first_tile(plan.lists, 2 * i_list + partial)
+            for _ in range(0, count):
+                queries = tile.query_rows(plan, i_queries, i_head, BLOCK_Q)
+                o_row, o_head, m_row = queries
+                # [BLOCK_Q, padded D]
+                b_q = tile.load_queries(q, queries)
+                o_statistic = o_head.to(tl.int64) * plan.num_queries + o_row
+                b_base = tl.load(base + o_statistic, mask=m_row, other=float("inf"))
+                # [BLOCK_K, BLOCK_Q]: transposed, so that scores are the left operand of both sums without another
+                # layout.
+                b_scores = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
+                b_p = tl.math.exp2(b_scores * scale - b_base[None, :])
+                if partial:
+                    b_p = tl.where(tile.evaluate_mask(plan, queries, keys, i_kv_head, True), b_p, 0.0)
+                # [BLOCK_Q, padded Dv]
+                b_dout = tile.load_queries(dout, queries)
+                if FOR_V:
+                    b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")
+                if FOR_K:
+                    b_delta = tl.load(delta + o_statistic, mask=m_row, other=0.0)
+                    b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
+                    b_ds = b_p * (b_dp - b_delta[None, :])
+                    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+                o_run, i_queries, remaining = tile.next_tile(plan.lists, o_run, i_queries, remaining)
+    o_key, m_key = keys
+    o_result = o_key.to(tl.int64) * plan.kv_heads + i_kv_head
     if FOR_K:
-        _store_keys(dk, b_dk * dscale, o_result, m_key, HEAD_DIM, PADDED_DIM, GATHERED)
+        tile.store_rows(dk, b_dk * dscale, o_result, m_key, k, plan.gathered)
     if FOR_V:
-        _store_keys(dv, b_dv, o_result, m_key, VALUE_DIM, PADDED_VALUE, GATHERED)
-
-
-@triton.jit
-def _store_keys(result, b_rows, o_result, m_row, WIDTH: tl.constexpr, PADDED: tl.constexpr, ADD: tl.constexpr):
-    """Write, or add, rows `[BLOCK, PADDED]` to float32 rows of WIDTH; no other program writes to these."""
-    o_column = tl.arange(0, PADDED)
-    pointers = result + o_result[:, None] * WIDTH + o_column[None, :]
-    mask = m_row[:, None] & (o_column < WIDTH)[None, :]
-    if ADD:
-        # Loading the old sums would take as many registers as b_rows has, and spill them; the atomic adds in L2.
-        tl.atomic_add(pointers, b_rows, mask=mask, sem="relaxed")
-    else:
-        tl.store(pointers, b_rows, mask=mask)
+        tile.store_rows(dv, b_dv, o_result, m_key, v, plan.gathered)
 
 
 @triton.jit

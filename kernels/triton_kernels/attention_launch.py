@@ -11,24 +11,21 @@ Legend: T queries, S keys, Hq query heads, Hk KV heads, D head size, Dv value he
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from farspan.kernels.merge import empty_partial
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.planning.tiles import Tiling
 from farspan.kernels.triton_kernels import attention as kernels
-from farspan.kernels.triton_kernels.arguments import MaskTerms, Operand
-from farspan.kernels.triton_kernels.block_mask import BlockMask, active_rows, tile_plan
-from farspan.kernels.triton_kernels.key_ranks import KeyRanks
-from farspan.kernels.triton_kernels.packed_coordinates import pack
+from farspan.kernels.triton_kernels.block_mask import BlockMask, tile_plan
+from farspan.kernels.triton_kernels.mask_terms import MaskTerms, mask_terms
 from farspan.kernels.triton_kernels.row_block_lists import GatheredRows, gathered_rows, selects_by_row
-from farspan.kernels.triton_kernels.shapes import Shape, Shapes
+from farspan.kernels.triton_kernels.tile import KernelPlan, Operand, padded
 
 SLOT_BYTES = 1 << 29
 """Partial results that exist at the same time, where single rows select blocks."""
@@ -40,137 +37,102 @@ COMBINED_VALUES = 4096
 """32 for each thread of a program: at 64 rows of 256, registers spill."""
 
 
-class Tiles(NamedTuple):
-    """Lists of the stationary tiles, how many these are, and the rows in query and key tiles, None if in order."""
+class Shape(NamedTuple):
+    """Rows of a tile of queries and of keys, warps, and stages of the software pipeline."""
 
-    lists: BlockMask
-    q_index: Tensor | None
-    k_index: Tensor | None
-    num_tiles: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Problem:
-    """Attention of some tensors by a plan; q `[T, Hq, D]`, k `[S, Hk, D]`, v `[S, Hk, Dv]`."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    plan: Plan
-    shapes: Shapes
-
-    def constants(self, shape: Shape) -> dict[str, Any]:
-        """Return the compile-time arguments of the attention kernels, and their warps and stages."""
-        width, value_width = self.q.shape[2], self.v.shape[2]
-        return {
-            "HEADS": self.q.shape[1],
-            "KV_HEADS": self.k.shape[1],
-            "HEAD_DIM": width,
-            "VALUE_DIM": value_width,
-            "PADDED_DIM": padded(width),
-            "PADDED_VALUE": padded(value_width),
-            "BLOCK_Q": shape.queries,
-            "BLOCK_K": shape.keys,
-            "num_warps": shape.warps,
-            "num_stages": shape.stages,
-            "maxnreg": MAX_REGISTERS,
-        }
-
-    def shared(self, tiles: Tiles) -> tuple[Any, ...]:
-        """Return the arguments that all attention kernels take after their operands and results."""
-        return (
-            tiles.q_index, tiles.k_index, self.terms(), tiles.lists,
-            len(self.q), len(self.k), tiles.num_tiles, self.scale * LOG2E,
-        )  # fmt: skip
-
-    @property
-    def operands(self) -> tuple[Operand, Operand, Operand]:
-        return Operand.of(self.q), Operand.of(self.k), Operand.of(self.v)
-
-    @property
-    def scale(self) -> float:
-        return self.q.shape[2] ** -0.5
-
-    def terms(self) -> MaskTerms:
-        """Return the plan's mask as columns on the device; made once for a plan."""
-        return _once(self.plan, ("terms", self.q.device), partial(_terms, self.plan, self.q.device))
-
-    def tiles(self, shape: Shape, stationary: Literal["queries", "keys"]) -> Tiles:
-        """Return tiles of so many rows and their lists; made once for a plan."""
-        device = self.q.device
-
-        def make() -> Tiles:
-            found = tile_plan(self.plan, shape.queries, shape.keys, stationary)
-            q_index, k_index = index_of(found.queries, device), index_of(found.keys, device)
-            return Tiles(found.lists.to(device), q_index, k_index, found.lists.num_tiles)
-
-        return _once(self.plan, ("tiles", shape.queries, shape.keys, stationary, device), make)
+    queries: int
+    keys: int
+    warps: int
+    stages: int
 
 
-def padded(width: int) -> int:
-    """Return the width of a tile: a power of two that tensor cores take, at least 16."""
-    return max(triton.next_power_of_2(width), 16)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shapes:
+    """The shape of each kernel; dkv is key-stationary, so its queries are the side that changes at every step."""
+
+    forward: Shape
+    dq: Shape
+    dkv: Shape
+    dkv_in_turn: bool = False
+    """dk first, then dv, each with scores of its own: registers do not hold both sums of heads this wide."""
 
 
-def index_of(tiling: Tiling, device: torch.device) -> Tensor | None:
-    """Return the rows of the tiles, int32 `[tiles * size]`; None where rows are in order."""
-    return None if tiling.index is None else torch.from_numpy(tiling.index).to(device)
+# Found by compiling for an H100 (docs/kernels_sm90.md): large tiles whose registers do not spill for any kind of plan,
+# in bfloat16 and in float16. The stationary side has 64 rows for each of two groups of 4 warps: with fewer, both
+# groups compute the same scores. With three stages two loads are in flight during a step; with two, none is
+# (docs/log.md). Keyed by the largest (head size, value head size). No timings yet.
+_HALF = {
+    (64, 64): Shapes(forward=Shape(128, 64, 8, 3), dq=Shape(128, 64, 8, 3), dkv=Shape(64, 128, 8, 3)),
+    (128, 128): Shapes(forward=Shape(128, 64, 8, 3), dq=Shape(128, 64, 8, 3), dkv=Shape(32, 128, 8, 3)),
+    (256, 128): Shapes(
+        forward=Shape(128, 64, 8, 3), dq=Shape(128, 32, 8, 3), dkv=Shape(32, 128, 8, 3), dkv_in_turn=True
+    ),
+    (256, 256): Shapes(
+        forward=Shape(128, 32, 8, 3), dq=Shape(128, 32, 8, 3), dkv=Shape(16, 128, 8, 3), dkv_in_turn=True
+    ),
+}
+# Exact float32 products run on ordinary cores, from registers: for checks, not for speed.
+_FLOAT32 = {
+    (64, 64): Shapes(forward=Shape(32, 16, 4, 1), dq=Shape(16, 32, 4, 1), dkv=Shape(16, 16, 4, 1)),
+    (256, 256): Shapes(forward=Shape(16, 16, 8, 2), dq=Shape(16, 16, 8, 2), dkv=Shape(16, 16, 8, 2), dkv_in_turn=True),
+}
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Return out `[T, Hq, Dv]` and lse `[T, Hq]`, float32."""
-    q, v = problem.q, problem.v
+def shapes_for(width: int, value_width: int, dtype: torch.dtype) -> Shapes:
+    """Return the shapes for head sizes of queries and keys, and of values."""
+    table = _FLOAT32 if dtype == torch.float32 else _HALF
+    return next(shapes for limits, shapes in table.items() if width <= limits[0] and value_width <= limits[1])
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Return out `[T, Hq, Dv]` and lse `[T, Hq]`, float32, of q `[T, Hq, D]`, k `[S, Hk, D]`, v `[S, Hk, Dv]`."""
+    shape, scale = shapes_for(q.shape[2], v.shape[2], q.dtype).forward, q.shape[2] ** -0.5
     out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
-    if selects_by_row(problem.plan):
-        _gathered_forward(problem, out, lse)
-        return out, lse
-    _forward(problem, out, lse, problem.tiles(problem.shapes.forward, "queries"), gathered=False)
+    given = [Operand.of(x) for x in (q, k, v)]
+    for rows, tiled in _schedule(q, k, v, plan, shape, "queries"):
+        # [slots, Dv], [slots]
+        part, part_lse = (out, lse) if rows is None else (rows.slots_like(out), lse.new_empty(len(rows.index)))
+        programs = tiled.num_tiles * (q.shape[1] if rows is None else 1)
+        _launch(kernels.forward_kernel, programs, *given, part, part_lse, tiled, scale * LOG2E, **_options(shape))
+        if rows is not None:
+            _combine(rows, part, part_lse, out, lse)
     return out, lse
 
 
-def backward(problem: Problem, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq `[T, Hq, D]`, dk `[S, Hk, D]`, dv `[S, Hk, Dv]`, float32; out and lse may be over more keys."""
-    q, k, v = problem.q, problem.k, problem.v
+    shapes, scale = shapes_for(q.shape[2], v.shape[2], q.dtype), q.shape[2] ** -0.5
     dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format) for x in (q, k, v))
-    base, delta = _delta(problem, dout, out, lse)
+    base, delta = _delta(plan, dout, out, lse)
     # Both operands of a product have one dtype.
-    statistics = Operand.of(dout.to(q.dtype)), base, delta
-    if selects_by_row(problem.plan):
-        _gathered_backward(problem, statistics, dq, dk, dv)
-        return dq, dk, dv
-    _dkv(problem, statistics, dk, dv, problem.tiles(problem.shapes.dkv, "keys"), gathered=False)
-    _dq(problem, statistics, dq, problem.tiles(problem.shapes.dq, "queries"), gathered=False)
+    given = *(Operand.of(x) for x in (q, k, v, dout.to(q.dtype))), base, delta
+    for _, tiled in _schedule(q, k, v, plan, shapes.dkv, "keys"):
+        for for_k, for_v in ((True, False), (False, True)) if shapes.dkv_in_turn else ((True, True),):
+            _launch(
+                kernels.dkv_kernel, tiled.num_tiles * k.shape[1], *given, dk, dv, tiled, scale * LOG2E, scale,
+                **_options(shapes.dkv), FOR_K=for_k, FOR_V=for_v,
+            )  # fmt: skip
+    for rows, tiled in _schedule(q, k, v, plan, shapes.dq, "queries"):
+        # [slots, D]
+        part = dq if rows is None else rows.slots_like(dq)
+        programs = tiled.num_tiles * (q.shape[1] if rows is None else 1)
+        _launch(kernels.dq_kernel, programs, *given, part, tiled, scale * LOG2E, scale, **_options(shapes.dq))
+        if rows is not None:
+            _combine(rows, part, None, dq, None)
     return dq, dk, dv
 
 
-Statistics = tuple[Operand, Tensor, Tensor]
-"""dout `[T, Hq, Dv]`, and base and delta `[Hq, T]` of `delta_kernel`."""
-
-
-def _forward(problem: Problem, out: Tensor, lse: Tensor, tiles: Tiles, *, gathered: bool) -> None:
-    programs = tiles.num_tiles * (1 if gathered else problem.q.shape[1])
-    _launch(
-        kernels.forward_kernel, programs, *problem.operands, out, lse, *problem.shared(tiles),
-        **problem.constants(problem.shapes.forward), GATHERED=gathered,
-    )  # fmt: skip
-
-
-def _dq(problem: Problem, statistics: Statistics, dq: Tensor, tiles: Tiles, *, gathered: bool) -> None:
-    programs = tiles.num_tiles * (1 if gathered else problem.q.shape[1])
-    _launch(
-        kernels.dq_kernel, programs, *problem.operands, *statistics, dq, *problem.shared(tiles), problem.scale,
-        **problem.constants(problem.shapes.dq), GATHERED=gathered,
-    )  # fmt: skip
-
-
-def _dkv(problem: Problem, statistics: Statistics, dk: Tensor, dv: Tensor, tiles: Tiles, *, gathered: bool) -> None:
-    shapes = problem.shapes
-    for for_k, for_v in ((True, False), (False, True)) if shapes.dkv_in_turn else ((True, True),):
-        _launch(
-            kernels.dkv_kernel, tiles.num_tiles * problem.k.shape[1], *problem.operands, *statistics, dk, dv,
-            *problem.shared(tiles), problem.scale,
-            **problem.constants(shapes.dkv), GATHERED=gathered, FOR_K=for_k, FOR_V=for_v,
-        )  # fmt: skip
+def _options(shape: Shape) -> dict[str, int]:
+    """Return the tiles of the attention kernels, their warps and stages."""
+    return {
+        "BLOCK_Q": shape.queries,
+        "BLOCK_K": shape.keys,
+        "num_warps": shape.warps,
+        "num_stages": shape.stages,
+        "maxnreg": MAX_REGISTERS,
+    }
 
 
 def _launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
@@ -179,54 +141,56 @@ def _launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None
         kernel[(programs,)](*arguments, **options)
 
 
-def _delta(problem: Problem, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+def _delta(plan: Plan, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Return base and delta, float32 `[Hq, T]`; see `delta_kernel`."""
-    queries, heads, width = dout.shape
+    queries, heads, _ = dout.shape
     base, delta = (torch.empty(heads, queries, dtype=torch.float32, device=dout.device) for _ in range(2))
     _launch(
         kernels.delta_kernel, triton.cdiv(queries, DELTA_ROWS) * heads, Operand.of(dout), Operand.of(out),
-        lse.contiguous(), delta, base, problem.terms().q_document, queries,
-        HEADS=heads, VALUE_DIM=width, PADDED_VALUE=padded(width), BLOCK=DELTA_ROWS,
+        lse.contiguous(), delta, base, _terms(plan, dout.device).q_document, queries, HEADS=heads, BLOCK=DELTA_ROWS,
     )  # fmt: skip
     return base, delta
 
 
-def _gathered_forward(problem: Problem, out: Tensor, lse: Tensor) -> None:
-    for rows, of_queries, _ in _gathered_tiles(problem, problem.shapes.forward):
-        # [slots, Dv], [slots]
-        part, part_lse = out.new_empty(len(rows.index), out.shape[2]), lse.new_empty(len(rows.index))
-        _forward(problem, part, part_lse, of_queries, gathered=True)
-        _combine(rows, part, part_lse, out, lse)
+def _schedule(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, shape: Shape, stationary: Literal["queries", "keys"]
+) -> Iterator[tuple[GatheredRows | None, KernelPlan]]:
+    """Yield the plan by lists of its stationary tiles: at once, or some gathered rows at a time, with these rows.
 
-
-def _gathered_backward(problem: Problem, statistics: Statistics, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-    for _, _, of_keys in _gathered_tiles(problem, problem.shapes.dkv):
-        _dkv(problem, statistics, dk, dv, of_keys, gathered=True)
-    for rows, of_queries, _ in _gathered_tiles(problem, problem.shapes.dq):
-        # [slots, D]
-        part = dq.new_empty(len(rows.index), dq.shape[2])
-        _dq(problem, statistics, part, of_queries, gathered=True)
-        _combine(rows, part, None, dq, None)
-
-
-def _gathered_tiles(problem: Problem, shape: Shape) -> Iterator[tuple[GatheredRows, Tiles, Tiles]]:
-    """Yield the gathered rows of a plan, some rows at a time, each with its tiles of queries and of keys.
-
-    They are made anew in each pass: every layer has such a plan, which would keep 8 bytes for each selected block.
+    The lists of a plan are made once. Gathered ones are made anew in each pass: every layer has such a plan, which
+    would keep 8 bytes for each selected block.
     """
-    plan, device = problem.plan, problem.q.device
-    selection = plan.selection
-    assert selection is not None
+    device, selection, terms = q.device, plan.selection, _terms(plan, q.device)
+
+    def kernel_plan(lists: BlockMask, q_index: Tensor | None, k_index: Tensor | None, gathered: bool) -> KernelPlan:
+        constants = (tl.constexpr(value) for value in (q.shape[1], k.shape[1], gathered))
+        return KernelPlan(q_index, k_index, terms, lists, len(q), len(k), len(lists.order), *constants)
+
+    if selection is None or not selects_by_row(plan):
+
+        def make() -> tuple[BlockMask, Tensor | None, Tensor | None]:
+            found = tile_plan(plan, shape.queries, shape.keys, stationary)
+            return found.lists.to(device), _index_of(found.queries, device), _index_of(found.keys, device)
+
+        made = _once(plan, ("tiles", shape.queries, shape.keys, stationary, device), make)
+        yield None, kernel_plan(*made, gathered=False)
+        return
     keys = _once(plan, ("blocks", shape.keys), lambda: Tiling.of(plan.keys, shape.keys, selection.blocks.of(plan.keys)))
-    k_index = index_of(keys, device)
-    max_slots = SLOT_BYTES // (4 * max(problem.q.shape[2], problem.v.shape[2]))
-    for rows in gathered_rows(plan, keys, problem.k.shape[1], shape.queries, max_slots, device):
+    k_index = _index_of(keys, device)
+    max_slots = SLOT_BYTES // (4 * max(q.shape[2], v.shape[2]))
+    for rows in gathered_rows(plan, keys, k.shape[1], shape.queries, max_slots, device):
         if len(rows.index):
-            of_queries, of_keys = (
-                Tiles(lists.to(device), rows.index, k_index, lists.num_tiles)
-                for lists in (rows.of_queries, rows.of_keys)
-            )
-            yield rows, of_queries, of_keys
+            lists = rows.of_queries if stationary == "queries" else rows.of_keys
+            yield rows, kernel_plan(lists, rows.index, k_index, gathered=True)
+
+
+def _index_of(tiling: Tiling, device: torch.device) -> Tensor | None:
+    """Return the rows of the tiles, int32 `[tiles * size]`; None where rows are in order."""
+    return None if tiling.index is None else torch.from_numpy(tiling.index).to(device)
+
+
+def _terms(plan: Plan, device: torch.device) -> MaskTerms:
+    return _once(plan, ("terms", device), lambda: mask_terms(plan, device))
 
 
 def _combine(rows: GatheredRows, part: Tensor, part_lse: Tensor | None, total: Tensor, lse: Tensor | None) -> None:
@@ -238,32 +202,6 @@ def _combine(rows: GatheredRows, part: Tensor, part_lse: Tensor | None, total: T
         None if lse is None else lse[rows.rows], rows.slot_offsets, rows.slots, count,
         WIDTH=width, PADDED=padded(width), BLOCK=block,
     )  # fmt: skip
-
-
-def _terms(plan: Plan, device: torch.device) -> MaskTerms:
-    """Return the columns that `evaluate_mask` compares."""
-    attention_mask = plan.attention_mask
-    queries, keys = active_rows(plan)
-    ranks = KeyRanks.of(keys)
-    # [2, windows, T]
-    near = np.stack([ranks.near(queries, part.attention_mask) for part in plan.parts], axis=1)
-    window = np.zeros(plan.heads, dtype=np.int32)
-    for number, part in enumerate(plan.parts):
-        window[list(part.heads)] = number
-    columns: dict[str, Any] = {
-        "q_document": queries.document, "k_rank": ranks.rank, "window": window, "q_first": near[0], "q_last": near[1]
-    }  # fmt: skip
-    if attention_mask.sinks:
-        columns["q_first_sink"], columns["q_last_sink"] = ranks.sinks(queries, attention_mask)
-    if plan.lifetime is not None:
-        columns["q_position"], columns["lifetime"] = queries.position, plan.lifetime
-    if attention_mask.neighborhood is not None:
-        columns |= pack(attention_mask.neighborhood, queries, keys)
-    found = {
-        name: column if isinstance(column, int) else torch.as_tensor(column).to(device, torch.int32).contiguous()
-        for name, column in columns.items()
-    }
-    return MaskTerms(**{name: found.get(name) for name in MaskTerms._fields})  # pyright: ignore[reportArgumentType]
 
 
 def _once(plan: Plan, key: tuple[Any, ...], make: Any) -> Any:

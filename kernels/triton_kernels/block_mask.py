@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.masks.attention_mask import AttentionMask
-from farspan.kernels.masks.rows import PADDING, Rows
 from farspan.kernels.planning.bounds import Bounds, all_unmasked, any_unmasked, candidate_pairs
 from farspan.kernels.planning.plan import HeadPlan, Plan
 from farspan.kernels.planning.tiles import Tiling
@@ -58,16 +57,11 @@ class BlockMask(NamedTuple):
     order: Tensor
     group: Tensor
 
-    @property
-    def num_tiles(self) -> int:
-        return len(self.order)
-
     def to(self, device: torch.device) -> "BlockMask":
         return BlockMask(*(column.to(device) for column in self))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class TiledPlan:
+class TiledPlan(NamedTuple):
     """Tiles of query rows and of key rows, and the lists of those on the stationary side: queries or keys."""
 
     queries: Tiling
@@ -75,22 +69,15 @@ class TiledPlan:
     lists: BlockMask
 
 
-def active_rows(plan: Plan) -> tuple[Rows, Rows]:
-    """Return the rows of queries and of keys; rows that are in no block of the selection count as padding."""
-    if plan.selection is None:
-        return plan.queries, plan.keys
-    return (
-        _without(plan.queries, plan.selection.query_block < 0),
-        _without(plan.keys, plan.selection.blocks.of(plan.keys) < 0),
-    )
-
-
 def tile_plan(plan: Plan, query_tile: int, key_tile: int, stationary: Literal["queries", "keys"]) -> TiledPlan:
     """Return tiles and lists of a plan for tiles of so many rows; a selection must be of tiles of rows.
 
     stationary: the side whose tiles own a list, of tiles of the other side. Raises ValueError for too many tiles.
     """
-    queries, keys = _tilings(plan, query_tile, key_tile)
+    # Rows are sorted by block where they are not yet, so that no tile mixes rows of two lists.
+    selection = plan.selection
+    queries = Tiling.of(plan.queries, query_tile, None if selection is None else selection.query_block)
+    keys = Tiling.of(plan.keys, key_tile, None if selection is None else selection.blocks.of(plan.keys))
     if max(len(queries), len(keys)) > MAX_TILES:
         raise ValueError(
             f"{len(plan.queries)} queries and {len(plan.keys)} keys make more than {MAX_TILES} tiles of "
@@ -104,19 +91,7 @@ def tile_plan(plan: Plan, query_tile: int, key_tile: int, stationary: Literal["q
         if stationary == "keys":
             pairs = (_Pairs(x.columns, x.rows, x.partial, x.width) for x in pairs)
         found.append(_encode(pairs, len(rows), len(columns)))
-    return TiledPlan(queries=queries, keys=keys, lists=_join(found, group, len(rows)))
-
-
-def _tilings(plan: Plan, query_tile: int, key_tile: int) -> tuple[Tiling, Tiling]:
-    if plan.selection is None:
-        return Tiling.of(plan.queries, query_tile), Tiling.of(plan.keys, key_tile)
-    # Rows are sorted by block where they are not yet, so that no tile mixes rows of two lists.
-    query_block, key_block = plan.selection.query_block, plan.selection.blocks.of(plan.keys)
-    return Tiling.of(plan.queries, query_tile, query_block), Tiling.of(plan.keys, key_tile, key_block)
-
-
-def _without(rows: Rows, absent: Tensor) -> Rows:
-    return Rows(position=rows.position, document=rows.document.masked_fill(absent, PADDING))
+    return TiledPlan(queries, keys, _join(found, group, len(rows)))
 
 
 def _groups(plan: Plan) -> tuple[np.ndarray, list[tuple[HeadPlan, int]]]:

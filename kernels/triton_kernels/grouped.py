@@ -44,48 +44,30 @@ def _matrix_at(matrices, i_expert, o_depth, o_column):
 
 
 @triton.jit
-def _multiply(b_acc, x, matrices, i_expert, o_row, m_row, o_column, width, depth, DEPTH: tl.constexpr):
-    """Return b_acc plus the product of rows of x and columns of the expert's matrix, `[ROWS, COLUMNS]`."""
+def _multiply(b_acc, b_more, x, matrices, more, tile, width, depth, DEPTH: tl.constexpr):
+    """Return b_acc plus the product of rows of x and the expert's matrix, `[ROWS, COLUMNS]`; b_more, of `more`."""
+    i_expert, o_row, m_row, o_column = tile
     o_depth = tl.arange(0, DEPTH)
     p_x, p_matrix = _rows_at(x, o_row, o_depth), _matrix_at(matrices, i_expert, o_depth, o_column)
-    for start in range(0, depth, DEPTH):
-        m_depth = o_depth < depth - start
-        # [ROWS, DEPTH], [DEPTH, COLUMNS]
-        b_x = tl.load(p_x, mask=m_row[:, None] & m_depth[None, :], other=0.0)
-        b_matrix = tl.load(p_matrix, mask=m_depth[:, None] & (o_column < width)[None, :], other=0.0)
-        b_acc = tl.dot(b_x, b_matrix, b_acc, input_precision="ieee")
-        p_x += DEPTH
-        p_matrix += DEPTH * matrices.depth_stride
-    return b_acc
-
-
-@triton.jit
-def _gate_and_up(
-    x, gate, up, i_expert, o_row, m_row, o_column, width, depth, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):  # fmt: skip
-    """Return the products of rows of x with the expert's gate and up, float32 `[ROWS, COLUMNS]`."""
-    # One loop for both, so that rows of x are loaded once.
-    b_gate = tl.zeros([ROWS, COLUMNS], tl.float32)
-    b_up = tl.zeros([ROWS, COLUMNS], tl.float32)
-    o_depth = tl.arange(0, DEPTH)
-    p_x = _rows_at(x, o_row, o_depth)
-    p_gate, p_up = _matrix_at(gate, i_expert, o_depth, o_column), _matrix_at(up, i_expert, o_depth, o_column)
+    p_more = p_matrix if more is None else _matrix_at(more, i_expert, o_depth, o_column)
+    # One loop for both matrices, so that rows of x are loaded once.
     for start in range(0, depth, DEPTH):
         m_depth = o_depth < depth - start
         # [ROWS, DEPTH]; matrices [DEPTH, COLUMNS]
         b_x = tl.load(p_x, mask=m_row[:, None] & m_depth[None, :], other=0.0)
         mask = m_depth[:, None] & (o_column < width)[None, :]
-        b_gate = tl.dot(b_x, tl.load(p_gate, mask=mask, other=0.0), b_gate, input_precision="ieee")
-        b_up = tl.dot(b_x, tl.load(p_up, mask=mask, other=0.0), b_up, input_precision="ieee")
+        b_acc = tl.dot(b_x, tl.load(p_matrix, mask=mask, other=0.0), b_acc, input_precision="ieee")
+        if more is not None:
+            b_more = tl.dot(b_x, tl.load(p_more, mask=mask, other=0.0), b_more, input_precision="ieee")
+            p_more += DEPTH * more.depth_stride
         p_x += DEPTH
-        p_gate += DEPTH * gate.depth_stride
-        p_up += DEPTH * up.depth_stride
-    return b_gate, b_up
+        p_matrix += DEPTH * matrices.depth_stride
+    return b_acc, b_more
 
 
 @triton.jit
-def _store(out, b_values, o_row, m_row, o_column, width):
+def _store(out, b_values, tile, width):
+    _, o_row, m_row, o_column = tile
     tl.store(_rows_at(out, o_row, o_column), b_values, mask=m_row[:, None] & (o_column < width)[None, :])
 
 
@@ -95,12 +77,12 @@ def product_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Write x matrix, or x matrix + y other: rows `[N, width]` of x, y `[N, depth]`."""
-    i_expert, o_row, m_row, o_column = _tile(tiles, num_tiles, width, ROWS, COLUMNS)
+    tile = _tile(tiles, num_tiles, width, ROWS, COLUMNS)
     b_acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    b_acc = _multiply(b_acc, x, matrices, i_expert, o_row, m_row, o_column, width, depth, DEPTH)
+    b_acc, _ = _multiply(b_acc, b_acc, x, matrices, None, tile, width, depth, DEPTH)
     if y is not None:
-        b_acc = _multiply(b_acc, y, others, i_expert, o_row, m_row, o_column, width, depth, DEPTH)
-    _store(out, b_acc, o_row, m_row, o_column, width)
+        b_acc, _ = _multiply(b_acc, b_acc, y, others, None, tile, width, depth, DEPTH)
+    _store(out, b_acc, tile, width)
 
 
 @triton.jit
@@ -109,9 +91,10 @@ def swiglu_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Write silu(x gate) * (x up): rows `[N, width]` of x `[N, depth]`."""
-    i_expert, o_row, m_row, o_column = _tile(tiles, num_tiles, width, ROWS, COLUMNS)
-    b_gate, b_up = _gate_and_up(x, gate, up, i_expert, o_row, m_row, o_column, width, depth, ROWS, COLUMNS, DEPTH)
-    _store(inner, b_gate * tl.sigmoid(b_gate) * b_up, o_row, m_row, o_column, width)
+    tile = _tile(tiles, num_tiles, width, ROWS, COLUMNS)
+    b_zeros = tl.zeros([ROWS, COLUMNS], tl.float32)
+    b_gate, b_up = _multiply(b_zeros, b_zeros, x, gate, up, tile, width, depth, DEPTH)
+    _store(inner, b_gate * tl.sigmoid(b_gate) * b_up, tile, width)
 
 
 @triton.jit
@@ -123,16 +106,16 @@ def swiglu_backward_kernel(
 
     dout, like x, `[N, depth]`.
     """
-    i_expert, o_row, m_row, o_column = _tile(tiles, num_tiles, width, ROWS, COLUMNS)
-    b_gate, b_up = _gate_and_up(x, gate, up, i_expert, o_row, m_row, o_column, width, depth, ROWS, COLUMNS, DEPTH)
-    b_dinner = tl.zeros([ROWS, COLUMNS], tl.float32)
-    b_dinner = _multiply(b_dinner, dout, down, i_expert, o_row, m_row, o_column, width, depth, DEPTH)
+    tile = _tile(tiles, num_tiles, width, ROWS, COLUMNS)
+    b_zeros = tl.zeros([ROWS, COLUMNS], tl.float32)
+    b_gate, b_up = _multiply(b_zeros, b_zeros, x, gate, up, tile, width, depth, DEPTH)
+    b_dinner, _ = _multiply(b_zeros, b_zeros, dout, down, None, tile, width, depth, DEPTH)
     b_sigmoid = tl.sigmoid(b_gate)
     b_silu = b_gate * b_sigmoid
-    _store(inner, b_silu * b_up, o_row, m_row, o_column, width)
-    _store(dup, b_dinner * b_silu, o_row, m_row, o_column, width)
+    _store(inner, b_silu * b_up, tile, width)
+    _store(dup, b_dinner * b_silu, tile, width)
     # The derivative of silu is sigmoid (1 + gate (1 - sigmoid)).
-    _store(dgate, b_dinner * b_up * b_sigmoid * (1 + b_gate * (1 - b_sigmoid)), o_row, m_row, o_column, width)
+    _store(dgate, b_dinner * b_up * b_sigmoid * (1 + b_gate * (1 - b_sigmoid)), tile, width)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ have the same bits each time.
 Legend: N rows, C width, F inner size, E experts.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -33,37 +33,18 @@ class Tile(NamedTuple):
     stages: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tiles:
-    """The tile of each kernel."""
-
-    product: Tile
-    swiglu: Tile
-    swiglu_backward: Tile
-    weight: Tile
-
-
 # Found by compiling for an H100 (docs/kernels_sm90.md): large tiles whose registers do not spill. No timings yet.
-HALF = Tiles(
-    product=Tile(128, 128, 64, 8, 3),
-    swiglu=Tile(128, 128, 64, 8, 3),
-    swiglu_backward=Tile(128, 64, 64, 8, 3),
-    weight=Tile(64, 128, 128, 8, 3),
-)
-# Where rows do not start at multiples of 16 elements, every element is a load of its own, which takes registers.
-ODD_HALF = Tiles(
-    product=Tile(64, 64, 32, 8, 2),
-    swiglu=Tile(64, 64, 32, 8, 2),
-    swiglu_backward=Tile(64, 64, 32, 8, 2),
-    weight=Tile(32, 64, 64, 8, 2),
-)
-# Exact float32 products run on ordinary cores, from registers: for checks, not for speed.
-FLOAT32 = Tiles(
-    product=Tile(64, 64, 16, 8, 2),
-    swiglu=Tile(64, 64, 16, 8, 2),
-    swiglu_backward=Tile(64, 32, 16, 8, 2),
-    weight=Tile(16, 64, 64, 8, 2),
-)
+TILES: dict[Any, tuple[Tile, Tile, Tile]] = {
+    kernels.product_kernel: (Tile(128, 128, 64, 8, 3), Tile(64, 64, 32, 8, 2), Tile(64, 64, 16, 8, 2)),
+    kernels.swiglu_kernel: (Tile(128, 128, 64, 8, 3), Tile(64, 64, 32, 8, 2), Tile(64, 64, 16, 8, 2)),
+    kernels.swiglu_backward_kernel: (Tile(128, 64, 64, 8, 3), Tile(64, 64, 32, 8, 2), Tile(64, 32, 16, 8, 2)),
+    kernels.weight_kernel: (Tile(64, 128, 128, 8, 3), Tile(32, 64, 64, 8, 2), Tile(16, 64, 64, 8, 2)),
+}
+"""The tile of each kernel for 16 bits, for 16 bits at odd places, and for float32.
+
+Where rows do not start at multiples of 16 elements, every element is a load of its own, which takes registers. Exact
+float32 products run on ordinary cores, from registers: for checks, not for speed.
+"""
 EVEN = 16
 """Triton compiles for pointers, strides and sizes that are multiples of it, and for others."""
 
@@ -90,14 +71,8 @@ class Matrices(NamedTuple):
     depth_stride: int
 
     @staticmethod
-    def transposed(weight: Tensor) -> "Matrices":
-        """Return the matrices of x weight^T, weight `[E, columns, depth]`."""
-        return Matrices(weight, *weight.stride())
-
-    @staticmethod
-    def of(weight: Tensor) -> "Matrices":
-        """Return the matrices of dout weight, weight `[E, depth, columns]`."""
-        return Matrices(weight, weight.stride(0), weight.stride(2), weight.stride(1))
+    def of(matrices: Tensor) -> "Matrices":
+        return Matrices(matrices, matrices.stride(0), matrices.stride(2), matrices.stride(1))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -142,10 +117,10 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: Sequence[i
     # [N, C], [N, F]
     out, inner, expert_rows = x.new_empty(x.shape), x.new_empty(len(x), gate.shape[1]), ExpertRows(counts, x.device)
     _by_rows(
-        kernels.swiglu_kernel, lambda tiles: tiles.swiglu, expert_rows, inner.shape[1], x.shape[1],
-        Rows.of(inner), Rows.of(x), Matrices.transposed(gate), Matrices.transposed(up),
+        kernels.swiglu_kernel, expert_rows, inner.shape[1], x.shape[1],
+        Rows.of(inner), Rows.of(x), Matrices.of(gate.mT), Matrices.of(up.mT),
     )  # fmt: skip
-    product(out, expert_rows, (inner, Matrices.transposed(down)))
+    product(out, expert_rows, (inner, down.mT))
     return out
 
 
@@ -158,62 +133,55 @@ def swiglu_backward(
     inner, dgated, draised = (x.new_empty(len(x), gate.shape[1]) for _ in range(3))
     expert_rows = ExpertRows(counts, x.device)
     _by_rows(
-        kernels.swiglu_backward_kernel, lambda tiles: tiles.swiglu_backward, expert_rows, inner.shape[1], x.shape[1],
-        Rows.of(inner), Rows.of(dgated), Rows.of(draised), Rows.of(x), Rows.of(dout),
-        Matrices.transposed(gate), Matrices.transposed(up), Matrices.of(down),
+        kernels.swiglu_backward_kernel, expert_rows, inner.shape[1], x.shape[1],
+        *(Rows.of(rows) for rows in (inner, dgated, draised, x, dout)),
+        *(Matrices.of(matrices) for matrices in (gate.mT, up.mT, down)),
     )  # fmt: skip
     weight_gradient(ddown, expert_rows, dout, inner)
-    product(dx, expert_rows, (dgated, Matrices.of(gate)), (draised, Matrices.of(up)))
+    product(dx, expert_rows, (dgated, gate), (draised, up))
     weight_gradient(dgate, expert_rows, dgated, x)
     weight_gradient(dup, expert_rows, draised, x)
     return dx, dgate, dup, ddown
 
 
 def product(
-    out: Tensor, expert_rows: ExpertRows, first: tuple[Tensor, Matrices], second: tuple[Tensor, Matrices] | None = None
+    out: Tensor, expert_rows: ExpertRows, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor] | None = None
 ) -> None:
-    """Set rows of `out` `[N, column]` to the product of rows `[N, depth]` and matrices, or to the sum of two."""
+    """Set rows of `out` `[N, columns]` to the product of rows `[N, depth]` and matrices `[E, depth, columns]`.
+
+    Or to the sum of two such products.
+    """
     x, matrices = first
-    y, others = second or (None, None)
-    _by_rows(
-        kernels.product_kernel, lambda tiles: tiles.product, expert_rows, out.shape[1], x.shape[1],
-        Rows.of(out), Rows.of(x), matrices, None if y is None else Rows.of(y), others,
-    )  # fmt: skip
+    more = (None, None) if second is None else (Rows.of(second[0]), Matrices.of(second[1]))
+    operands = Rows.of(out), Rows.of(x), Matrices.of(matrices), *more
+    _by_rows(kernels.product_kernel, expert_rows, out.shape[1], x.shape[1], *operands)
 
 
 def weight_gradient(dweight: Tensor, expert_rows: ExpertRows, dout: Tensor, x: Tensor) -> None:
     """Set dweight `[E, out, in]`, of any strides, to dout_e^T x_e of rows `[N, out]` and `[N, in]`."""
     width, depth = dweight.shape[1:]
-    operands = Matrices.transposed(dweight), Rows.of(dout), Rows.of(x)
-    tile = tiles_for(operands, width, depth).weight
+    operands = Matrices.of(dweight.mT), Rows.of(dout), Rows.of(x)
+    tile = tile_for(kernels.weight_kernel, operands, width, depth)
     programs = len(dweight) * triton.cdiv(width, tile.columns) * triton.cdiv(depth, tile.depth)
     _launch(kernels.weight_kernel, programs, tile, *operands, expert_rows.experts(), width, depth)
 
 
-def tiles_for(operands: Iterable[Rows | Matrices | None], width: int, depth: int) -> Tiles:
-    """Return the tiles for operands of one dtype, by how they can be loaded."""
+def tile_for(kernel: Any, operands: Iterable[Rows | Matrices | None], width: int, depth: int) -> Tile:
+    """Return the tile of a kernel for operands of one dtype, by how they can be loaded."""
+    even_half, odd_half, full = TILES[kernel]
     present = [part for part in operands if part is not None]
     if present[0].pointer.dtype == torch.float32:
-        return FLOAT32
+        return full
     even = all(part.pointer.data_ptr() % EVEN == 0 for part in present)
     numbers = {width, depth, *(stride for part in present for stride in part[1:])} - {1}
-    return HALF if even and not any(number % EVEN for number in numbers) else ODD_HALF
+    return even_half if even and not any(number % EVEN for number in numbers) else odd_half
 
 
-def _by_rows(
-    kernel: Any,
-    tile_of: Callable[[Tiles], Tile],
-    expert_rows: ExpertRows,
-    width: int,
-    depth: int,
-    result: Rows,
-    *operands: Rows | Matrices | None,
-) -> None:
-    """Launch a kernel for each tile of rows and block of columns of its result `[N, width]`."""
-    tile = tile_of(tiles_for((result, *operands), width, depth))
+def _by_rows(kernel: Any, expert_rows: ExpertRows, width: int, depth: int, *operands: Rows | Matrices | None) -> None:
+    """Launch a kernel for each tile of rows and block of columns of its result `[N, width]`, its first operand."""
+    tile = tile_for(kernel, operands, width, depth)
     tiles = expert_rows.tiles(tile.rows)
-    programs = len(tiles) * triton.cdiv(width, tile.columns)
-    _launch(kernel, programs, tile, result, *operands, tiles, len(tiles), width, depth)
+    _launch(kernel, len(tiles) * triton.cdiv(width, tile.columns), tile, *operands, tiles, len(tiles), width, depth)
 
 
 def _launch(kernel: Any, programs: int, tile: Tile, *arguments: Any) -> None:

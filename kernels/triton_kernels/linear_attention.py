@@ -13,6 +13,7 @@ arXiv 2401.04658, section 3.2).
     phase 3  outputs of span p from state p, chunk by chunk
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -20,8 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from farspan.kernels.linear_attention.state import Segment, SequencePosition, State
+from farspan.kernels.linear_attention.state import RecurrenceInputs, Segment, SequencePosition, State
 from farspan.kernels.merge import accumulation_dtype
+from farspan.kernels.triton_kernels.tile import Operand, padded
 
 LOG2E = 1.4426950408889634
 PROGRAMS = 528
@@ -53,21 +55,16 @@ in full, which is for checks.
 def tiling_of(a: Tensor, b: Tensor) -> Tiling:
     """Return the tiling for rows `[T, heads, A]` and `[T, heads, B]`."""
     tiling = TILINGS[a.dtype][next(width for width in TILINGS[a.dtype] if a.shape[2] <= width)]
-    return tiling._replace(columns=min(tiling.columns, max(triton.next_power_of_2(b.shape[2]), 16)))
+    return tiling._replace(columns=min(tiling.columns, padded(b.shape[2])))
 
 
-def chunked_recurrence(
-    x: Tensor, a: Tensor, b: Tensor, segment: Segment, decay: Tensor, state: State, *, reverse: bool
-) -> tuple[Tensor, State]:
+def chunked_recurrence(inputs: RecurrenceInputs, *, reverse: bool) -> tuple[Tensor, State]:
     """See `farspan.kernels.linear_attention.recurrence.ChunkedRecurrentBackend`; float32, bfloat16 or float16."""
     # Outputs are sums over the columns of a, and each column has a row of the state of its own.
-    columns = max(TILINGS[a.dtype])
+    columns, last = max(TILINGS[inputs.k.dtype]), inputs.state.last
     # [T, heads, A] -> parts [T, heads, columns]; state [Hq, A, B] -> [Hq, columns, B]
-    cut = zip(x.split(columns, 2), a.split(columns, 2), state.value.split(columns, 1), strict=True)
-    parts = [
-        _chunked_recurrence(of_x, of_a, b, segment, decay, State(value, state.last), reverse=reverse)
-        for of_x, of_a, value in cut
-    ]
+    cut = zip(inputs.q.split(columns, 2), inputs.k.split(columns, 2), inputs.state.value.split(columns, 1), strict=True)
+    parts = [_of_columns(replace(inputs, q=x, k=a, state=State(value, last)), reverse) for x, a, value in cut]
     out, after = parts[0]
     for more, of_part in parts[1:]:
         out += more
@@ -75,34 +72,30 @@ def chunked_recurrence(
     return out, after
 
 
-def _chunked_recurrence(
-    x: Tensor, a: Tensor, b: Tensor, segment: Segment, decay: Tensor, state: State, *, reverse: bool
-) -> tuple[Tensor, State]:
+def _of_columns(inputs: RecurrenceInputs, reverse: bool) -> tuple[Tensor, State]:
     """See `chunked_recurrence`; a has no more columns than a tiling takes."""
+    x, a, b, segment, decay, state = inputs.q, inputs.k, inputs.v, inputs.segment, inputs.decay, inputs.state
     heads, shared, dtype = len(decay), len(decay) // x.shape[1], accumulation_dtype(x.dtype)
     out = torch.empty(x.shape[0], x.shape[1], b.shape[2], dtype=dtype if shared > 1 else x.dtype, device=x.device)
     out[segment.tokens :] = 0
     if not segment.tokens:
         return out, state
     tiling = tiling_of(a, b)
-    x, a, b = (t if t.stride(2) == 1 else t.contiguous() for t in (x, a, b))
     slices = triton.cdiv(b.shape[2], tiling.columns)
-    span_rows = _span_rows(segment.tokens, tiling.chunk, x.shape[1] * slices)
+    spans = max(PROGRAMS // (x.shape[1] * slices), 1)
+    span_rows = tiling.chunk * max(triton.cdiv(triton.cdiv(segment.tokens, tiling.chunk), spans), CHUNKS_PER_SPAN)
     points = _points(segment, span_rows, state.last, reverse)
-    # [points, 2] -> [2, points]: documents, positions.
-    count, on_device = len(points) - 1, torch.tensor(points, dtype=torch.int32).t().contiguous().to(x.device)
-    rate = (decay.double() * LOG2E).float().to(x.device)
-    states = state.value.new_empty(heads, count + 1, a.shape[2], b.shape[2])
+    # [points, 2] -> documents [points], positions [points]
+    documents, positions = torch.tensor(points, dtype=torch.int32).t().contiguous().to(x.device)
+    states = state.value.new_empty(heads, len(points), a.shape[2], b.shape[2])
     states[:, 0] = state.value
-    positions = (segment.rows.position.to(x.device), segment.rows.document.to(x.device), on_device[1], on_device[0])
+    shared_arguments = (
+        (segment.rows.position.to(x.device), segment.rows.document.to(x.device)), (positions, documents),
+        (decay.double() * LOG2E).float().to(x.device), len(points), segment.tokens, span_rows,
+    )  # fmt: skip
     constants = {
-        "tokens": segment.tokens,
-        "span_rows": span_rows,
         "HEADS": heads,
         "A_HEADS": a.shape[1],
-        "A_WIDTH": a.shape[2],
-        "B_WIDTH": b.shape[2],
-        "PADDED_A": max(triton.next_power_of_2(a.shape[2]), 16),
         "COLUMNS": tiling.columns,
         "CHUNK": tiling.chunk,
         "REVERSE": reverse,
@@ -110,23 +103,16 @@ def _chunked_recurrence(
         "num_warps": tiling.warps,
         "num_stages": tiling.stages,
     }
-    strides = (*a.stride()[:2], *b.stride()[:2])
-    span_updates[(count, heads, slices)](a, b, states, *positions, rate, *strides, count + 1, **constants)
+    of_x, of_a, of_b, result = (Operand.of(t) for t in (x, a, b, out))
+    span_updates[(len(points) - 1, heads, slices)](of_a, of_b, states, *shared_arguments, **constants)
     # [heads, points, points] @ [heads, points, A * B] -> [heads, points, A, B]
     states = (_between(points, decay).to(states) @ states.flatten(2)).view_as(states)
     # Query heads that share a head of x add to the same rows of out, so they run one after another.
     for member in range(shared):
-        span_outputs[(count, heads // shared, slices)](
-            x, a, b, out, states, *positions, rate, *x.stride()[:2], *strides, *out.stride()[:2], count + 1, member,
-            X_HEADS=x.shape[1], SHARED=shared, ADD=member > 0, **constants,
-        )  # fmt: skip
+        span_outputs[(len(points) - 1, heads // shared, slices)](
+            of_x, of_a, of_b, result, states, *shared_arguments, member, SHARED=shared, ADD=member > 0, **constants
+        )
     return out, State(states[:, -1].clone(), points[-1])
-
-
-def _span_rows(tokens: int, chunk: int, programs_per_span: int) -> int:
-    """Return the rows of a span: a multiple of the chunk."""
-    spans = max(PROGRAMS // programs_per_span, 1)
-    return chunk * max(triton.cdiv(triton.cdiv(tokens, chunk), spans), CHUNKS_PER_SPAN)
 
 
 def _points(segment: Segment, span_rows: int, before: SequencePosition, reverse: bool) -> list[SequencePosition]:
@@ -148,16 +134,13 @@ def _between(points: list[SequencePosition], decay: Tensor) -> Tensor:
 
 
 @triton.jit
-def _load(
-    pointer, o_row, i_head, row_stride, head_stride, m_row, first, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
-    """Load rows `[CHUNK, COLUMNS]` of a head, 0 for those that do not exist."""
-    o_column = first + tl.arange(0, COLUMNS)
+def _load(x, o_row, i_head, m_row, o_column):
+    """Load rows `[CHUNK, columns]` of a head, 0 for those that do not exist."""
     # int64: rows x heads x width exceeds 2^31 from a few million tokens on.
-    p_row = pointer + o_row.to(tl.int64)[:, None] * row_stride + i_head.to(tl.int64) * head_stride + o_column[None, :]
-    b_rows = tl.load(p_row, mask=m_row[:, None] & (o_column < WIDTH)[None, :], other=0.0)
+    p_row = x.pointer + o_row.to(tl.int64)[:, None] * x.row_stride + i_head.to(tl.int64) * x.head_stride
+    b_rows = tl.load(p_row + o_column[None, :], mask=m_row[:, None] & (o_column < x.width)[None, :], other=0.0)
     # float16 is widened: its sums without a softmax may overflow, which those of bfloat16 do not.
-    return b_rows if pointer.dtype.element_ty == tl.bfloat16 else b_rows.to(tl.float32)
+    return b_rows if x.pointer.dtype.element_ty == tl.bfloat16 else b_rows.to(tl.float32)
 
 
 @triton.jit
@@ -167,73 +150,72 @@ def _decay(rate, distance, mask):
 
 
 @triton.jit
-def _chunk_rows(position, document, o_step, end, tokens, REVERSE: tl.constexpr):
+def _chunk_rows(rows, o_step, end, tokens, REVERSE: tl.constexpr):
     """Return (rows, which of them exist, their positions, their documents) of steps of the recurrence."""
     m_row = o_step < end
     o_row = tokens - 1 - o_step if REVERSE else o_step
-    b_position = tl.load(position + o_row, mask=m_row, other=0)
-    return o_row, m_row, b_position, tl.load(document + o_row, mask=m_row, other=-2)
+    b_position = tl.load(rows[0] + o_row, mask=m_row, other=0)
+    return o_row, m_row, b_position, tl.load(rows[1] + o_row, mask=m_row, other=-2)
 
 
 @triton.jit
 def span_updates(
-    a, b, states, position, document, point_position, point_document, rates, a_row, a_head, b_row, b_head, points,
-    tokens, span_rows, HEADS: tl.constexpr, A_HEADS: tl.constexpr, A_WIDTH: tl.constexpr, B_WIDTH: tl.constexpr,
-    PADDED_A: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    a, b, states, rows, points, rates, num_points, tokens, span_rows, HEADS: tl.constexpr, A_HEADS: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write what the rows of a span add to the state at its last row, into `states` `[heads, points, A, B]`."""
-    i_span, i_head, first = tl.program_id(0), tl.program_id(1), tl.program_id(2) * COLUMNS
+    """Write what the rows of a span add to the state at its last row, into `states` `[heads, points, A, B]`.
+
+    rows, points: (position, document) of the rows, int32 `[T]`, and of the points, int32 `[points]`.
+    """
+    i_span, i_head = tl.program_id(0), tl.program_id(1)
     i_shared_head = i_head * A_HEADS // HEADS
+    o_a, o_b = tl.arange(0, a.padded), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     rate = tl.load(rates + i_head)
-    last_position, last_document = tl.load(point_position + i_span + 1), tl.load(point_document + i_span + 1)
+    last_position, last_document = tl.load(points[0] + i_span + 1), tl.load(points[1] + i_span + 1)
     start = i_span * span_rows
     end = tl.minimum(start + span_rows, tokens)
     # The sum stays in registers; rows need no state, so no chunk waits for another.
-    b_update = tl.zeros((PADDED_A, COLUMNS), tl.float32)
+    b_update = tl.zeros((a.padded, COLUMNS), tl.float32)
     for i_chunk in range(start, end, CHUNK):
         o_step = i_chunk + tl.arange(0, CHUNK)
-        o_row, m_row, b_position, b_document = _chunk_rows(position, document, o_step, end, tokens, REVERSE)
-        # [CHUNK, PADDED_A], [CHUNK, COLUMNS]
-        b_a = _load(a, o_row, i_shared_head, a_row, a_head, m_row, 0, A_WIDTH, PADDED_A)
-        b_b = _load(b, o_row, i_shared_head, b_row, b_head, m_row, first, B_WIDTH, COLUMNS)
+        o_row, m_row, b_position, b_document = _chunk_rows(rows, o_step, end, tokens, REVERSE)
+        # [CHUNK, padded A], [CHUNK, COLUMNS]
+        b_a = _load(a, o_row, i_shared_head, m_row, o_a)
+        b_b = _load(b, o_row, i_shared_head, m_row, o_b)
         b_write = _decay(rate, last_position - b_position, b_document == last_document)
         b_weighted = (b_b.to(tl.float32) * b_write[:, None]).to(b_b.dtype)
         b_update = tl.dot(tl.trans(b_a), b_weighted, b_update, input_precision=PRECISION)
-    o_a, o_b = tl.arange(0, PADDED_A), first + tl.arange(0, COLUMNS)
-    p_state = states + (i_head.to(tl.int64) * points + i_span + 1) * A_WIDTH * B_WIDTH
-    mask = (o_a < A_WIDTH)[:, None] & (o_b < B_WIDTH)[None, :]
-    tl.store(p_state + o_a[:, None] * B_WIDTH + o_b[None, :], b_update, mask=mask)
+    p_state = states + (i_head.to(tl.int64) * num_points + i_span + 1) * a.width * b.width
+    mask = (o_a < a.width)[:, None] & (o_b < b.width)[None, :]
+    tl.store(p_state + o_a[:, None] * b.width + o_b[None, :], b_update, mask=mask)
 
 
 @triton.jit
 def span_outputs(
-    x, a, b, out, states, position, document, point_position, point_document, rates, x_row, x_head, a_row, a_head,
-    b_row, b_head, out_row, out_head, points, member, tokens, span_rows, HEADS: tl.constexpr,
-    X_HEADS: tl.constexpr, A_HEADS: tl.constexpr, A_WIDTH: tl.constexpr, B_WIDTH: tl.constexpr,
-    PADDED_A: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, SHARED: tl.constexpr, ADD: tl.constexpr,
+    x, a, b, out, states, rows, points, rates, num_points, tokens, span_rows, member, HEADS: tl.constexpr,
+    A_HEADS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, SHARED: tl.constexpr, ADD: tl.constexpr,
     REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write, or add to, out of a span for the query head `member` of those that share a head of x."""
-    i_span, i_x_head, first = tl.program_id(0), tl.program_id(1), tl.program_id(2) * COLUMNS
+    i_span, i_x_head = tl.program_id(0), tl.program_id(1)
     i_head = i_x_head * SHARED + member
     i_shared_head = i_head * A_HEADS // HEADS
+    o_a, o_b = tl.arange(0, a.padded), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     rate = tl.load(rates + i_head)
-    last_position, last_document = tl.load(point_position + i_span), tl.load(point_document + i_span)
-    o_a, o_b = tl.arange(0, PADDED_A), first + tl.arange(0, COLUMNS)
-    p_state = states + (i_head.to(tl.int64) * points + i_span) * A_WIDTH * B_WIDTH
-    m_state = (o_a < A_WIDTH)[:, None] & (o_b < B_WIDTH)[None, :]
-    # [PADDED_A, COLUMNS], in registers for all chunks of the span.
-    b_state = tl.load(p_state + o_a[:, None] * B_WIDTH + o_b[None, :], mask=m_state, other=0.0)
+    last_position, last_document = tl.load(points[0] + i_span), tl.load(points[1] + i_span)
+    p_state = states + (i_head.to(tl.int64) * num_points + i_span) * a.width * b.width
+    m_state = (o_a < a.width)[:, None] & (o_b < b.width)[None, :]
+    # [padded A, COLUMNS], in registers for all chunks of the span.
+    b_state = tl.load(p_state + o_a[:, None] * b.width + o_b[None, :], mask=m_state, other=0.0)
     start = i_span * span_rows
     end = tl.minimum(start + span_rows, tokens)
     for i_chunk in range(start, end, CHUNK):
         o_step = i_chunk + tl.arange(0, CHUNK)
-        o_row, m_row, b_position, b_document = _chunk_rows(position, document, o_step, end, tokens, REVERSE)
-        # [CHUNK, PADDED_A], [CHUNK, PADDED_A], [CHUNK, COLUMNS]
-        b_x = _load(x, o_row, i_x_head, x_row, x_head, m_row, 0, A_WIDTH, PADDED_A)
-        b_a = _load(a, o_row, i_shared_head, a_row, a_head, m_row, 0, A_WIDTH, PADDED_A)
-        b_b = _load(b, o_row, i_shared_head, b_row, b_head, m_row, first, B_WIDTH, COLUMNS)
+        o_row, m_row, b_position, b_document = _chunk_rows(rows, o_step, end, tokens, REVERSE)
+        # [CHUNK, padded A], [CHUNK, padded A], [CHUNK, COLUMNS]
+        b_x = _load(x, o_row, i_x_head, m_row, o_a)
+        b_a = _load(a, o_row, i_shared_head, m_row, o_a)
+        b_b = _load(b, o_row, i_shared_head, m_row, o_b)
         # From the rows before the chunk, by the state.
         b_out = tl.dot(b_x, b_state.to(b_x.dtype), input_precision=PRECISION)
         b_out *= _decay(rate, b_position - last_position, b_document == last_document)[:, None]
@@ -242,15 +224,15 @@ def span_outputs(
         b_scores = tl.dot(b_x, tl.trans(b_a), input_precision=PRECISION)
         b_scores *= _decay(rate, b_position[:, None] - b_position[None, :], mask)
         b_out = tl.dot(b_scores.to(b_b.dtype), b_b, b_out, input_precision=PRECISION)
-        p_out = out + o_row.to(tl.int64)[:, None] * out_row + i_x_head.to(tl.int64) * out_head + o_b[None, :]
-        m_out = m_row[:, None] & (o_b < B_WIDTH)[None, :]
+        p_out = out.pointer + o_row.to(tl.int64)[:, None] * out.row_stride + i_x_head.to(tl.int64) * out.head_stride
+        m_out = m_row[:, None] & (o_b < b.width)[None, :]
         if ADD:
-            b_out += tl.load(p_out, mask=m_out, other=0.0)
-        tl.store(p_out, b_out, mask=m_out)
+            b_out += tl.load(p_out + o_b[None, :], mask=m_out, other=0.0)
+        tl.store(p_out + o_b[None, :], b_out, mask=m_out)
         # The state moves to the last row of the chunk: decayed by the distance, then with the chunk's own sum.
         o_last = tl.minimum(i_chunk + CHUNK, end) - 1
         o_last = tokens - 1 - o_last if REVERSE else o_last
-        next_position, next_document = tl.load(position + o_last), tl.load(document + o_last)
+        next_position, next_document = tl.load(rows[0] + o_last), tl.load(rows[1] + o_last)
         b_state *= _decay(rate, next_position - last_position, next_document == last_document)
         b_write = _decay(rate, next_position - b_position, b_document == next_document)
         b_weighted = (b_b.to(tl.float32) * b_write[:, None]).to(b_b.dtype)

@@ -51,6 +51,10 @@ class GatheredRows:
     slot_offsets: Tensor
     slots: Tensor
 
+    def slots_like(self, result: Tensor) -> Tensor:
+        """Return memory for the partial results `[slots, width]` of a result `[rows, heads, width]`."""
+        return result.new_empty(len(self.index), result.shape[2])
+
 
 def gathered_rows(
     plan: Plan, keys: Tiling, kv_heads: int, query_tile: int, max_slots: int, device: torch.device
@@ -70,18 +74,20 @@ def gathered_rows(
     blocks = _Blocks.of(keys, on_host.blocks.count)
     if not (blocks.stop > blocks.first).any():
         return
-    for rows in _split_rows(on_host, plan.heads // on_host.heads, max_slots):
+    share = plan.heads // on_host.heads
+    # Offsets [heads * query blocks + 1] -> blocks selected by all heads, by query block -> by row (-1 selects none).
+    of_query_block = on_host.offsets.diff().view(on_host.heads, -1).sum(dim=0) * share
+    of_row = torch.cat((of_query_block, of_query_block.new_zeros(1)))[on_host.query_block]
+    for rows in (slice(*chunk) for chunk in chunks_by_budget(of_row.numpy(), max_slots)):
         query_block = selection.query_block[rows]
-        flat, block, partial = [], [], []
+        found = []
         for part in plan.parts:
             heads = torch.tensor(part.heads, device=device)
-            nth, head, selected = _selected_blocks(selection, query_block, heads, plan.heads // selection.heads)
+            nth, head, selected = _selected_blocks(selection, query_block, heads, share)
             queries = plan.queries.slice(rows).to(device)
             some, full = _classify(plan, part, queries.position[nth], queries.document[nth], blocks, selected)
-            flat.append(((nth + rows.start) * plan.heads + head)[some])
-            block.append(selected[some])
-            partial.append(~full[some])
-        yield _gather(plan, rows, torch.cat(flat), torch.cat(block), torch.cat(partial), blocks, kv_heads, query_tile)
+            found.append((((nth + rows.start) * plan.heads + head)[some], selected[some], ~full[some]))
+        yield _gather(plan, rows, found, blocks, kv_heads, query_tile)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,14 +116,6 @@ class _Blocks:
         nth = np.zeros(len(self.first), dtype=np.int64)
         nth[present] = np.arange(len(present))
         return found.take(nth)
-
-
-def _split_rows(selection: BlockSelection, share: int, max_slots: int) -> Iterator[slice]:
-    """Yield consecutive rows that select about `max_slots` blocks together, at least one row at a time."""
-    # Offsets [heads * query blocks + 1] -> blocks selected by all heads, by query block -> by row (-1 selects none).
-    of_query_block = selection.offsets.diff().view(selection.heads, -1).sum(dim=0) * share
-    of_row = torch.cat((of_query_block, of_query_block.new_zeros(1)))[selection.query_block]
-    yield from (slice(*chunk) for chunk in chunks_by_budget(of_row.numpy(), max_slots))
 
 
 def _selected_blocks(
@@ -155,21 +153,18 @@ def _classify(
 
 
 def _gather(
-    plan: Plan,
-    rows: slice,
-    flat: Tensor,
-    block: Tensor,
-    partial: Tensor,
-    blocks: _Blocks,
-    kv_heads: int,
-    query_tile: int,
+    plan: Plan, rows: slice, found: list[tuple[Tensor, Tensor, Tensor]], blocks: _Blocks, kv_heads: int, query_tile: int
 ) -> GatheredRows:
-    """Sort selected blocks by KV head, block and whether it is full, and cut the rows of each into tiles."""
+    """Sort selected blocks by KV head, block and whether it is full, and cut the rows of each into tiles.
+
+    found, by part: (row * heads + head, block, whether it is partial) of each selected block.
+    """
+    flat, block, partial = (torch.cat(column) for column in zip(*found, strict=True))
     count, device = len(blocks.first), flat.device
     kv_head = flat % plan.heads // (plan.heads // kv_heads)
-    order = ((kv_head * count + block) * 2 + partial).argsort(stable=True)
     # A run: the rows of one KV head that select one block, fully or partly.
-    run, sizes = ((kv_head * count + block) * 2 + partial)[order].unique_consecutive(return_counts=True)
+    runs, order = ((kv_head * count + block) * 2 + partial).sort(stable=True)
+    run, sizes = runs.unique_consecutive(return_counts=True)
     tiles = (sizes + query_tile - 1) // query_tile
     first_tile = tiles.cumsum(0) - tiles
     # Rows keep their order; each run starts at a tile of its own.

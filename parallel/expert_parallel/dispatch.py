@@ -134,28 +134,29 @@ class _Expand(torch.autograd.Function):
         return ctx.dispatch.combine(drows, None).to(drows.dtype), None
 
 
+@dataclass(slots=True, eq=False)
 class _RowExchange:
     """An all-to-all of rows, one transfer in flight at a time; gradients travel in the opposite direction."""
 
-    def __init__(self, channel: Channel, sent: list[int], received: list[int], kind: str) -> None:
-        self.channel = channel
-        self._sent, self._received, self._kind = sent, received, kind
-        self._transfer: Transfer | None = None
+    channel: Channel
+    sent: list[int]
+    received: list[int]
+    kind: str
+    in_flight: Transfer | None = None
 
     def start(self, rows: Tensor) -> None:
-        self._start(rows, self._sent, self._received, self._kind)
+        self.in_flight = self.channel.start_all_to_all(rows, sent=self.sent, received=self.received, kind=self.kind)
 
     def start_backward(self, gradients: Tensor) -> None:
-        self._start(gradients, self._received, self._sent, f"{self._kind}_gradient")
+        self.in_flight = self.channel.start_all_to_all(
+            gradients, sent=self.received, received=self.sent, kind=f"{self.kind}_gradient"
+        )
 
     def finish(self) -> Tensor:
         """Wait for the transfer in flight and return its rows."""
-        assert self._transfer is not None
-        arrived, self._transfer = self._transfer.wait(), None
+        assert self.in_flight is not None
+        arrived, self.in_flight = self.in_flight.wait(), None
         return arrived
-
-    def _start(self, rows: Tensor, sent: list[int], received: list[int], kind: str) -> None:
-        self._transfer = self.channel.start_all_to_all(rows, sent=sent, received=received, kind=kind)
 
 
 # Autograd sees a transfer as two functions, so that it runs other nodes between them in both passes. The empty tensor

@@ -20,8 +20,7 @@ from farspan.kernels.mechanism import Access, Heads, Mechanism
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.triton_kernels import attention_launch
-from farspan.kernels.triton_kernels.attention_launch import gathered_rows
-from farspan.kernels.triton_kernels.shapes import Shape, Shapes, shapes_for
+from farspan.kernels.triton_kernels.attention_launch import Shape, Shapes, gathered_rows, shapes_for
 from tests.support import attention_cases as contract
 from tests.support import interpreter_bfloat16, oracle, truth
 from tests.support.attention_cases import Tensors
@@ -52,7 +51,7 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     def small(width: int, value_width: int, dtype: torch.dtype) -> Shapes:
         return replace(SHAPES, dkv_in_turn=shapes_for(width, value_width, dtype).dkv_in_turn)
 
-    monkeypatch.setattr("farspan.kernels.backends.triton.shapes_for", small)
+    monkeypatch.setattr(attention_launch, "shapes_for", small)
 
 
 def run(tensors: Tensors, plan: Plan) -> list[Tensor]:

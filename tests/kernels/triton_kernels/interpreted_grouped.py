@@ -10,7 +10,7 @@ import torch
 from farspan.kernels.moe import grouped_gemm as choice
 from farspan.kernels.moe.grouped_gemm import grouped_swiglu
 from farspan.kernels.triton_kernels import grouped_launch as grouped
-from farspan.kernels.triton_kernels.grouped_launch import ExpertRows, Matrices, Tile, Tiles
+from farspan.kernels.triton_kernels.grouped_launch import ExpertRows, Tile, kernels
 from tests.kernels.moe import test_grouped_gemm as swiglu
 from tests.support import interpreter_bfloat16
 from tests.support.oracle import RELATIVE_TOLERANCE, relative_error
@@ -18,12 +18,12 @@ from tests.support.oracle import RELATIVE_TOLERANCE, relative_error
 # Triton's interpreter takes the only element of an array for a loop's bound, which NumPy 2.4 will refuse.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 
-SMALL = Tiles(
-    product=Tile(16, 32, 16, 4, 1),
-    swiglu=Tile(32, 16, 32, 4, 1),
-    swiglu_backward=Tile(16, 32, 32, 4, 1),
-    weight=Tile(16, 32, 16, 4, 1),
-)
+SMALL = {
+    kernels.product_kernel: Tile(16, 32, 16, 4, 1),
+    kernels.swiglu_kernel: Tile(32, 16, 32, 4, 1),
+    kernels.swiglu_backward_kernel: Tile(16, 32, 32, 4, 1),
+    kernels.weight_kernel: Tile(16, 32, 16, 4, 1),
+}
 NAN = float("nan")
 
 
@@ -31,8 +31,7 @@ NAN = float("nan")
 def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     interpreter_bfloat16.patch()
     monkeypatch.setattr(choice, "on_gpu", lambda x: True)
-    for name in ("HALF", "ODD_HALF", "FLOAT32"):
-        monkeypatch.setattr(grouped, name, SMALL)
+    monkeypatch.setattr(grouped, "TILES", {kernel: (tile, tile, tile) for kernel, tile in SMALL.items()})
 
 
 COUNTS = {
@@ -89,7 +88,7 @@ def test_rows_after_the_last_are_neither_read_nor_written() -> None:
     given[9:31, :40], dout[9:31, :37] = x, expected
     into, back = torch.full((40, 64), 7.0), torch.full((5, 48, 48), 7.0)
     expert_rows = ExpertRows(counts, x.device)
-    grouped.product(into[9:31, :37], expert_rows, (given[9:31, :40], Matrices.transposed(weight)))
+    grouped.product(into[9:31, :37], expert_rows, (given[9:31, :40], weight.mT))
     assert relative_error(into[9:31, :37], expected) <= RELATIVE_TOLERANCE[torch.float32]
     grouped.weight_gradient(back[:, :37, :40], expert_rows, dout[9:31, :37], given[9:31, :40])
     wanted = torch.stack([a.t() @ b for a, b in zip(expected.split(counts), x.split(counts), strict=True)])

@@ -46,7 +46,7 @@ def decode(lists: BlockMask, others: int) -> tuple[Tensor, Tensor]:
 
     The lists are followed run by run; a tile that is visited twice fails.
     """
-    groups, tiles = int(lists.group.max()) + 1, lists.num_tiles
+    groups, tiles = int(lists.group.max()) + 1, len(lists.order)
     found = torch.zeros(2 * groups * tiles, others, dtype=torch.int32)
     offsets, runs = lists.offsets.tolist(), lists.runs.tolist()
     assert len(offsets) == len(found) + 1

@@ -1,6 +1,6 @@
 """Pools of real gloo ranks for tests: one thread each, fresh memory full of NaN."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -12,7 +12,7 @@ from farspan.parallel.ranks import Ranks
 from farspan.tools import rank_pool
 from farspan.tools.rank_pool import RankError, grid_groups
 
-__all__ = ["COLLECTIVE_TIMEOUT_S", "PRELOAD", "RankError", "RankPool", "world_channel"]
+__all__ = ["COLLECTIVE_TIMEOUT_S", "PRELOAD", "Pools", "RankError", "RankPool", "world_channel"]
 COLLECTIVE_TIMEOUT_S = 60
 CALL_TIMEOUT_S = 120
 PRELOAD = "tests.support.preload"
@@ -49,3 +49,7 @@ def world_channel(width: int = 1) -> Channel:
         return Channel(group, traffic)
     inner, outer = (Channel(axis, traffic) for axis in grid_groups(width))
     return Channel(group, traffic, inner=inner, outer=outer)
+
+
+Pools = Callable[[int], RankPool]
+"""The fixture `ranks`: the session's pool of a given number of ranks."""

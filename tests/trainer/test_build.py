@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from farspan.trainer.build import build_batches, build_model, build_on_meta
 from farspan.trainer.config import Config
 from farspan.trainer.model.flops import total_parameters
 from tests.support import tiny
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import Pools
 
 Held = dict[str, tuple[int, str, str]]
 
@@ -39,9 +38,7 @@ def config(tmp_path: Path) -> Config:
 
 @pytest.mark.parametrize("on_meta", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_ranks_share_the_parameters(
-    config: Config, ranks: Callable[[int], RankPool], on_meta: bool, tied: bool
-) -> None:
+def test_ranks_share_the_parameters(config: Config, ranks: Pools, on_meta: bool, tied: bool) -> None:
     config = tiny.with_model(config, tied_embeddings=tied)
     sides = ranks(2).run(built, config, on_meta)
     total = sum(size for held, _, _ in sides for size, _, _ in held.values())
@@ -56,9 +53,7 @@ def test_ranks_share_the_parameters(
 @pytest.mark.parametrize(
     ("compute", "master"), [("float64", "float64"), ("float32", "float32"), ("bfloat16", "float32")]
 )
-def test_master_parameters_are_never_rounded(
-    config: Config, ranks: Callable[[int], RankPool], compute, master: str
-) -> None:
+def test_master_parameters_are_never_rounded(config: Config, ranks: Pools, compute, master: str) -> None:
     config = replace(config, train=replace(config.train, compute_dtype=compute))
     for held, _, _ in ranks(2).run(built, config, False):
         assert {dtype for _, dtype, _ in held.values()} == {f"torch.{master}"}
@@ -72,7 +67,7 @@ def builder(config: Config) -> tuple[object, ...]:
     return type(layer.strategy).__name__, channel.size, channel.rank, str(layer.mechanism), made.layout, layer.backend
 
 
-def test_batches_follow_the_configuration(config: Config, ranks: Callable[[int], RankPool]) -> None:
+def test_batches_follow_the_configuration(config: Config, ranks: Pools) -> None:
     ulysses = replace(
         config,
         parallel=ParallelConfig(context=2, strategy="ulysses", layout="striped"),

@@ -1,6 +1,5 @@
 """A run that moves from any number of ranks and any mesh to any other goes on as one that stays where it is."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
 from farspan.trainer.resilience.skip_steps import SkipConfig
 from tests.support import tiny
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import Pools
 from tests.support.runs import records, train_all
 
 TOLERANCE = 1e-9
@@ -36,7 +35,7 @@ MODELS = {"dense, tied": {"tied_embeddings": True}, "experts with biases": {"exp
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("model", "places"), [("dense, tied", DENSE), ("experts with biases", EXPERTS)])
 def test_a_run_that_moves_is_the_run_that_stays(
-    tmp_path: Path, ranks: Callable[[int], RankPool], model: str, places: list[tuple[int, ParallelConfig]]
+    tmp_path: Path, ranks: Pools, model: str, places: list[tuple[int, ParallelConfig]]
 ) -> None:
     def config(folder: str, steps: int, parallel: ParallelConfig) -> Config:
         base = tiny.config(tmp_path / "tokens", tmp_path / folder, parallel, steps=len(places))

@@ -3,7 +3,6 @@
 The truth is a decoder written a second time from its formulas, see `decoder.py`.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import Config
 from tests.support import tiny
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import Pools
 from tests.support.steps import STEPS, Trajectory, assert_same, initial_parameters, train_reference, train_sharded
 
 
@@ -26,7 +25,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 @pytest.fixture(scope="module")
-def reference(base: Config, ranks: Callable[[int], RankPool]) -> Trajectory:
+def reference(base: Config, ranks: Pools) -> Trajectory:
     return train_reference(base, ranks(1).run(initial_parameters, base)[0])
 
 
@@ -34,7 +33,7 @@ def reference(base: Config, ranks: Callable[[int], RankPool]) -> Trajectory:
 @pytest.mark.parametrize("data", [1, 2])
 @pytest.mark.parametrize("context", [1, 2, 4])
 def test_ten_steps_do_not_depend_on_the_ranks(
-    base: Config, reference: Trajectory, ranks: Callable[[int], RankPool], context: int, data: int, strategy: str
+    base: Config, reference: Trajectory, ranks: Pools, context: int, data: int, strategy: str
 ) -> None:
     config = replace(base, parallel=ParallelConfig(context=context, dp_shard=data, strategy=strategy))
     trajectories = ranks(context * data).run(train_sharded, config)
@@ -45,7 +44,7 @@ def test_ten_steps_do_not_depend_on_the_ranks(
 
 @pytest.mark.parametrize("strategy", ["gather", "fetch", "double_ring", "hybrid", "hybrid_outer"])
 def test_ten_steps_do_not_depend_on_the_strategy(
-    base: Config, reference: Trajectory, ranks: Callable[[int], RankPool], strategy: str
+    base: Config, reference: Trajectory, ranks: Pools, strategy: str
 ) -> None:
     inner = 2 if STRATEGIES.get(strategy).unsupported_reason(Dense(), base.model.heads_of(Dense()), 4, 1) else 1
     parallel = ParallelConfig(context=4, context_inner=inner, strategy=strategy, layout="balanced")
@@ -64,7 +63,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))
-def test_variants_of_the_run(base: Config, ranks: Callable[[int], RankPool], variant: str) -> None:
+def test_variants_of_the_run(base: Config, ranks: Pools, variant: str) -> None:
     parallel, training, model = VARIANTS[variant]
     config = replace(tiny.with_model(base, **model), parallel=parallel, train=replace(base.train, **training))
     single = replace(config, parallel=ParallelConfig(strategy="single"))
@@ -73,7 +72,7 @@ def test_variants_of_the_run(base: Config, ranks: Callable[[int], RankPool], var
 
 
 def test_bfloat16_compute_follows_float64_with_float32_masters(
-    base: Config, reference: Trajectory, ranks: Callable[[int], RankPool]
+    base: Config, reference: Trajectory, ranks: Pools
 ) -> None:
     """Eight bits of mantissa: losses within 1 %, while parameters and gradients stay float32."""
     config = replace(base, parallel=ParallelConfig(context=2), train=replace(base.train, compute_dtype="bfloat16"))

@@ -2,7 +2,6 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from farspan.trainer.evaluate import Evaluation, evaluate, share
 from farspan.trainer.model.transformer import Output, SequenceContext
 from farspan.trainer.resolve import open_data
 from tests.support import tiny
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import Pools
 
 SEQUENCE_TOKENS = 150
 SEQUENCES = 3
@@ -97,9 +96,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
     ids=["one rank", "one sequence on two ranks", "a sequence on each rank"],
 )
 @pytest.mark.parametrize("sequences", [SEQUENCES, 1000], ids=["some", "all"])
-def test_equals_a_plain_loop(
-    base: Config, ranks: Callable[[int], RankPool], parallel: ParallelConfig, sequences: int
-) -> None:
+def test_equals_a_plain_loop(base: Config, ranks: Pools, parallel: ParallelConfig, sequences: int) -> None:
     config = replace(base, parallel=parallel, evaluate=replace(base.evaluate, sequences=sequences))
     loss, tokens, by_position = by_loop(config)
     assert list(by_position) == ["0-63", "64-127", "128-149"], "the data does not fill the bins"
@@ -111,9 +108,7 @@ def test_equals_a_plain_loop(
 
 
 @pytest.mark.parametrize("stop_on_rank", [0, 1])
-def test_a_stop_asked_of_one_rank_ends_it_on_all(
-    base: Config, ranks: Callable[[int], RankPool], stop_on_rank: int
-) -> None:
+def test_a_stop_asked_of_one_rank_ends_it_on_all(base: Config, ranks: Pools, stop_on_rank: int) -> None:
     config = replace(base, parallel=ParallelConfig(context=2))
     assert ranks(2).run(evaluate_on_rank, config, stop_on_rank) == [(None, 1, True, 21)] * 2
 
@@ -127,7 +122,7 @@ def evaluate_nothing(config: Config) -> str:
     return str(refused.value)
 
 
-def test_nothing_to_predict_is_refused_by_all_ranks(base: Config, ranks: Callable[[int], RankPool]) -> None:
+def test_nothing_to_predict_is_refused_by_all_ranks(base: Config, ranks: Pools) -> None:
     messages = ranks(2).run(evaluate_nothing, replace(base, parallel=ParallelConfig(context=2)))
     assert messages[0] == messages[1]
     assert "no token of the held-out sequences has a label" in messages[0]

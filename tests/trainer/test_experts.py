@@ -21,7 +21,7 @@ from farspan.trainer.model.attention import AttentionInputs
 from farspan.trainer.model.config import ExpertsConfig
 from farspan.trainer.model.transformer import Block
 from tests.support import tiny
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import Pools
 from tests.support.steps import Trajectory, assert_same, initial_parameters, train_reference, train_sharded
 
 EXPERTS = {
@@ -53,7 +53,7 @@ Truth = Callable[[str, int], Trajectory]
 
 
 @pytest.fixture(scope="module")
-def truth(base: Config, ranks: Callable[[int], RankPool]) -> Truth:
+def truth(base: Config, ranks: Pools) -> Truth:
     known: dict[tuple[str, int], Trajectory] = {}
 
     def compute(experts: str, together: int) -> Trajectory:
@@ -77,7 +77,7 @@ MESHES = [
     ("mesh", "experts"), [(mesh, list(EXPERTS)[number % len(EXPERTS)]) for number, mesh in enumerate(MESHES)]
 )
 def test_ten_steps_do_not_depend_on_the_ranks(
-    base: Config, truth: Truth, ranks: Callable[[int], RankPool], mesh: tuple[int, int, int, str], experts: str
+    base: Config, truth: Truth, ranks: Pools, mesh: tuple[int, int, int, str], experts: str
 ) -> None:
     context, data, expert, strategy = mesh
     parallel = ParallelConfig(context=context, dp_shard=data, expert=expert, strategy=strategy)
@@ -97,9 +97,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize(("variant", "experts"), list(zip(VARIANTS, [*EXPERTS, *EXPERTS][1:], strict=False)))
-def test_variants_of_the_run(
-    base: Config, truth: Truth, ranks: Callable[[int], RankPool], variant: str, experts: str
-) -> None:
+def test_variants_of_the_run(base: Config, truth: Truth, ranks: Pools, variant: str, experts: str) -> None:
     parallel, recompute = VARIANTS[variant]
     config = replace(base, parallel=parallel, train=replace(base.train, recompute=recompute))
     data = parallel.dp_replicate * max(parallel.dp_shard, 1)

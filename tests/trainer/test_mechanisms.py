@@ -1,6 +1,5 @@
 """Every mechanism trains: losses and gradients of two steps do not depend on the ranks or the strategy."""
 
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from farspan.parallel.mesh import Degrees, ParallelConfig
 from farspan.trainer.config import AttentionConfig, Config
 from farspan.trainer.validate import validate
 from tests.support import tiny
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import Pools
 from tests.support.steps import Trajectory, assert_same, train_sharded
 
 STEPS = 2
@@ -58,7 +57,7 @@ def train_all(configs: list[Config]) -> list[Trajectory]:
 
 
 @pytest.mark.parametrize("name", list(MECHANISMS))
-def test_two_steps_do_not_depend_on_the_ranks(base: Config, ranks: Callable[[int], RankPool], name: str) -> None:
+def test_two_steps_do_not_depend_on_the_ranks(base: Config, ranks: Pools, name: str) -> None:
     config = example(base, name)
     (single,) = ranks(1).run(train_all, [config])[0]
     assert len(set(single.losses)) == STEPS
@@ -86,7 +85,7 @@ SHIPPED = ParallelConfig(context=2, strategy="ship")
 
 
 @pytest.mark.parametrize("pattern", list(MIXTURES))
-def test_steps_of_patterns_of_layers(base: Config, ranks: Callable[[int], RankPool], pattern: str) -> None:
+def test_steps_of_patterns_of_layers(base: Config, ranks: Pools, pattern: str) -> None:
     """Ten steps on two ranks, two steps on four. Layers with a recurrence run under `state` if keys travel."""
     config = tiny.with_model(base, layers=8 if "," in pattern else 2)
     config = replace(config, attention=AttentionConfig(mechanism=pattern, options=MIXTURES[pattern], backend="cpu"))
@@ -100,9 +99,7 @@ def test_steps_of_patterns_of_layers(base: Config, ranks: Callable[[int], RankPo
 
 
 @pytest.mark.parametrize("name", ["dense", "moba", "mosa"])
-def test_two_steps_of_a_model_that_convolves_its_keys(
-    base: Config, ranks: Callable[[int], RankPool], name: str
-) -> None:
+def test_two_steps_of_a_model_that_convolves_its_keys(base: Config, ranks: Pools, name: str) -> None:
     """The weights start at 0; the second step is the first that they change. Recomputed blocks fetch keys again."""
     config = tiny.with_model(example(base, name), key_convolution=5)
     (single,) = ranks(1).run(train_all, [config])[0]
@@ -113,7 +110,7 @@ def test_two_steps_of_a_model_that_convolves_its_keys(
             assert_same(trajectory, single)
 
 
-def test_routers_and_convolutions_in_bfloat16(base: Config, ranks: Callable[[int], RankPool]) -> None:
+def test_routers_and_convolutions_in_bfloat16(base: Config, ranks: Pools) -> None:
     """Losses within 1 %; parameters and their gradients stay float32."""
     config = tiny.with_model(example(base, "mosa"), key_convolution=3)
     rounded = replace(config, parallel=SHARDED[0], train=replace(config.train, compute_dtype="bfloat16"))
@@ -123,7 +120,7 @@ def test_routers_and_convolutions_in_bfloat16(base: Config, ranks: Callable[[int
     assert {gradient.dtype for gradient in trajectory.gradients[-1].values()} == {torch.float32}
 
 
-def test_a_router_is_one_matrix_for_each_layer(base: Config, ranks: Callable[[int], RankPool]) -> None:
+def test_a_router_is_one_matrix_for_each_layer(base: Config, ranks: Pools) -> None:
     routers = {
         name: gradient.shape
         for name, gradient in ranks(1).run(train_all, [example(base, "mosa")])[0][0].gradients[0].items()

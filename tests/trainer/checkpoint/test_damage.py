@@ -20,10 +20,9 @@ from farspan.trainer.checkpoint.shards import read_index
 from farspan.trainer.checkpoint.verify import check_complete, newest_complete
 from farspan.trainer.config import Config
 from tests.support.checkpoint_ranks import Bits, files, load_error, same_bits, walk_back
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import Pools
 from tests.trainer.checkpoint.conftest import Written
 
-Pool = Callable[[int], RankPool]
 FILES = [".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json"]
 POSITIONS = 12
 """Bytes of each file that are flipped, one at a time, from the first to the last."""
@@ -79,18 +78,18 @@ def assert_walked_back(
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_flipped_byte_is_found(config: Config, newest: Path, written: Written, ranks: Pool, name: str) -> None:
+def test_a_flipped_byte_is_found(config: Config, newest: Path, written: Written, ranks: Pools, name: str) -> None:
     harms = [(name, "flipped", position) for position in positions((newest / name).stat().st_size)]
     assert_walked_back(ranks(2).run(walks_back, config, harms), written, newest, harms)
 
 
-def test_files_that_are_cut_or_lost_are_found(config: Config, newest: Path, written: Written, ranks: Pool) -> None:
+def test_files_that_are_cut_or_lost_are_found(config: Config, newest: Path, written: Written, ranks: Pools) -> None:
     cuts = [(name, "cut", length) for name in FILES for length in (0, (newest / name).stat().st_size - 1)]
     harms = [*cuts, *((name, kind, 0) for name in FILES for kind in ("missing", "longer", "a folder"))]
     assert_walked_back(ranks(2).run(walks_back, config, harms), written, newest, harms)
 
 
-def test_all_damaged_is_no_fresh_start(config: Config, newest: Path, ranks: Pool) -> None:
+def test_all_damaged_is_no_fresh_start(config: Config, newest: Path, ranks: Pools) -> None:
     for folder in (newest, newest.with_name("step_00000001")):
         flip(folder / "__0_0.distcp", 5000)
     first, second = ranks(2).run(load_error, config)
@@ -143,7 +142,9 @@ def records(paths: list[Path]) -> dict[str, FileRecord]:
 
 
 @pytest.mark.parametrize("where", ["index", "value", "tensor"])
-def test_code_in_a_checkpoint_is_not_run(config: Config, newest: Path, ranks: Pool, tmp_path: Path, where: str) -> None:
+def test_code_in_a_checkpoint_is_not_run(
+    config: Config, newest: Path, ranks: Pools, tmp_path: Path, where: str
+) -> None:
     target = tmp_path / "made by the payload"
     with_payload(newest, where, target)
     check_complete(newest)

@@ -15,10 +15,9 @@ from farspan.errors import CheckpointError
 from farspan.trainer.checkpoint import checkpointer, shards
 from farspan.trainer.config import Config
 from tests.support.checkpoint_ranks import RankState, files, load, same_bits, state_of
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import Pools
 from tests.trainer.checkpoint.conftest import small
 
-Pool = Callable[[int], RankPool]
 SIZE_KB = 2300
 """Room for two checkpoints, not for three."""
 
@@ -87,7 +86,7 @@ def blindly(config: Config, after_two: Callable[[Path], None]) -> tuple[str, lis
     ids=["no room", "full while writing", "read-only"],
 )
 def test_earlier_checkpoints_stay(
-    config: Config, ranks: Pool, try_to_save: Callable, after_two: Callable, reason: str
+    config: Config, ranks: Pools, try_to_save: Callable, after_two: Callable, reason: str
 ) -> None:
     results = ranks(2).run(try_to_save, config, after_two)
     for message, left, _ in results:
@@ -138,7 +137,7 @@ def fail_in_background(config: Config, name: str, failure: Callable) -> tuple[st
     ],
 )
 def test_all_ranks_learn_of_a_writer_that_fails(
-    tmp_path: Path, ranks: Pool, name: str, failure: Callable, cause: str
+    tmp_path: Path, ranks: Pools, name: str, failure: Callable, cause: str
 ) -> None:
     config = small(tmp_path)
     results = ranks(2).run(fail_in_background, config, name, failure)

@@ -1,6 +1,5 @@
 """The memory estimate against tensors that exist, and against numbers worked out by hand."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from farspan.trainer.resolve import open_data
 from farspan.trainer.toml_config import load_config
 from farspan.trainer.validate import validate
 from tests.support import tiny
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import Pools
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
@@ -108,7 +107,7 @@ def state_bytes(config: Config) -> int:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-def test_states_are_those_of_the_ranks(config: Config, ranks: Callable[[int], RankPool], dtype) -> None:
+def test_states_are_those_of_the_ranks(config: Config, ranks: Pools, dtype) -> None:
     config = replace(config, parallel=ParallelConfig(context=2), train=replace(config.train, compute_dtype=dtype))
     states = ranks(2).run(state_bytes, config)
     assert sum(states) / 2 == estimate_memory(config, Degrees.resolve(config.parallel, 2)).states

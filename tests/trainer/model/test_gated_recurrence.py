@@ -22,7 +22,7 @@ from farspan.trainer.model.gated_recurrence import GatedRecurrence
 from farspan.trainer.train import identity
 from tests.support import tiny
 from tests.support.decoder import gated_recurrence
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import Pools
 from tests.support.steps import (
     STEPS,
     Trajectory,
@@ -76,7 +76,7 @@ Truth = Callable[[str], Trajectory]
 
 
 @pytest.fixture(scope="module")
-def truth(base: Config, ranks: Callable[[int], RankPool]) -> Truth:
+def truth(base: Config, ranks: Pools) -> Truth:
     known: dict[str, Trajectory] = {}
 
     def compute(pattern: str) -> Trajectory:
@@ -102,7 +102,7 @@ def truth(base: Config, ranks: Callable[[int], RankPool]) -> Truth:
     ],
 )
 def test_ten_steps_do_not_depend_on_the_ranks(
-    base: Config, truth: Truth, ranks: Callable[[int], RankPool], pattern: str, strategy: str, context: int, layout: str
+    base: Config, truth: Truth, ranks: Pools, pattern: str, strategy: str, context: int, layout: str
 ) -> None:
     """With `ring`, recurrences run with `state`. On 4 ranks, blocks are recomputed."""
     parallel = ParallelConfig(context=context, strategy=strategy, layout=layout)
@@ -116,7 +116,7 @@ def test_ten_steps_do_not_depend_on_the_ranks(
 EXPERTS = ExpertsConfig(count=8, per_token=2, feed_forward=16, balance_loss=0.02)
 
 
-def test_ten_steps_with_experts(base: Config, ranks: Callable[[int], RankPool]) -> None:
+def test_ten_steps_with_experts(base: Config, ranks: Pools) -> None:
     """All of MiniMax-01: context and expert parallelism over the same 4 ranks, or context 2 x dp_shard 2."""
     config = tiny.with_model(with_mechanism(base, HYBRID), experts=EXPERTS)
     start = ranks(1).run(initial_parameters, config)[0]
@@ -125,7 +125,7 @@ def test_ten_steps_with_experts(base: Config, ranks: Callable[[int], RankPool]) 
         assert_same(course, train_reference(config, start, max(parallel.dp_shard, 1)))
 
 
-def test_bfloat16_follows_float64(base: Config, truth: Truth, ranks: Callable[[int], RankPool]) -> None:
+def test_bfloat16_follows_float64(base: Config, truth: Truth, ranks: Pools) -> None:
     """Losses within 1 %; parameters and their gradients stay float32."""
     config = with_mechanism(replace(base, parallel=ParallelConfig(context=2)), HYBRID)
     rounded = replace(config, train=replace(config.train, compute_dtype="bfloat16"))

@@ -3,7 +3,6 @@
 The truth computes every head for every token, with weight 0 where it was not chosen.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import AttentionConfig, Config
 from farspan.trainer.model.config import ExpertsConfig, HeadMixtureConfig
 from tests.support import tiny
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import Pools
 from tests.support.steps import (
     Trajectory,
     assert_same,
@@ -64,7 +63,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 @pytest.mark.parametrize("mixture", MIXTURES)
-def test_ten_steps_do_not_depend_on_the_ranks(base: Config, ranks: Callable[[int], RankPool], mixture: str) -> None:
+def test_ten_steps_do_not_depend_on_the_ranks(base: Config, ranks: Pools, mixture: str) -> None:
     """Each mixture on one rank and under one strategy, in turns; with recomputation on four ranks."""
     config = tiny.with_model(base, **MIXTURES[mixture])
     start = ranks(1).run(initial_parameters, config)[0]
@@ -93,9 +92,7 @@ def train_all(configs: list[Config]) -> list[Trajectory]:
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_any_mechanism_attends_with_chosen_heads(
-    base: Config, ranks: Callable[[int], RankPool], mechanism: str
-) -> None:
+def test_any_mechanism_attends_with_chosen_heads(base: Config, ranks: Pools, mechanism: str) -> None:
     attention = AttentionConfig(mechanism=mechanism, options=MECHANISMS[mechanism], backend="cpu")
     configs = [
         replace(tiny.with_model(base, **MIXTURES[mixture]), attention=attention)
@@ -109,7 +106,7 @@ def test_any_mechanism_attends_with_chosen_heads(
             assert_same(found, expected)
 
 
-def test_head_mixtures_beside_gated_recurrences(base: Config, ranks: Callable[[int], RankPool]) -> None:
+def test_head_mixtures_beside_gated_recurrences(base: Config, ranks: Pools) -> None:
     """Layers of both kinds, with and without key convolution."""
     config = tiny.with_model(base, **MIXTURES["experts of attention"], recurrent_layer="gated", key_convolution=3)
     config = replace(config, attention=AttentionConfig(mechanism="lightning, dense", backend="cpu"))

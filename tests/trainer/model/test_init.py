@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from farspan.trainer.model import init
 from farspan.trainer.model.init import initialize
 from farspan.trainer.model.transformer import Transformer
 from tests.support import tiny
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import Pools
 
 CONFIG = tiny.config(Path("nowhere"), Path("nowhere"), ParallelConfig())
 
@@ -29,7 +28,7 @@ def full_parameters(config: Config, block_rows: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("block_rows", [1024, 5])
-def test_parameters_do_not_depend_on_the_sharding(ranks: Callable[[int], RankPool], block_rows: int) -> None:
+def test_parameters_do_not_depend_on_the_sharding(ranks: Pools, block_rows: int) -> None:
     """Shards that cut random streams, and streams that cut shards; a width that 4 ranks cannot split evenly."""
     config = tiny.with_model(CONFIG, feed_forward=50)
     parallel = [ParallelConfig(), ParallelConfig(context=2, dp_replicate=2)]

@@ -3,7 +3,6 @@
 import logging
 import math
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -28,7 +27,7 @@ from farspan.trainer.resolve import open_data
 from farspan.trainer.state import TrainState
 from farspan.trainer.step import StepResult
 from tests.support import tiny
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import Pools
 from tests.support.runs import Parts, records, run
 
 EXPERTS = replace(tiny.EXPERTS, groups=2)
@@ -115,9 +114,7 @@ def three_steps(config: Config, spoil_on: int | None) -> tuple[dict[str, str], d
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_step_that_one_rank_spoils_is_as_if_it_were_left_out(
-    tmp_path: Path, ranks: Callable[[int], RankPool]
-) -> None:
+def test_a_step_that_one_rank_spoils_is_as_if_it_were_left_out(tmp_path: Path, ranks: Pools) -> None:
     parallel, data = ParallelConfig(context=2, dp_shard=2, expert=4), tiny.make_data(tmp_path)
     spoilt, left_out = (
         tiny.with_model(tiny.config(data, tmp_path / name, parallel, steps=3), experts=EXPERTS)
@@ -179,7 +176,7 @@ def config(tmp_path: Path) -> Config:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_too_many_in_a_row_end_the_run_and_leave_the_batch(config: Config, ranks: Callable[[int], RankPool]) -> None:
+def test_too_many_in_a_row_end_the_run_and_leave_the_batch(config: Config, ranks: Pools) -> None:
     folder = config.run.folder / "failed_batch" / "step_00000003"
     poisoned = replace(config, skip=SkipConfig(max_consecutive_skips=2))
     message, other = ranks(2).run(given_up, poisoned, True)
@@ -207,7 +204,7 @@ def test_too_many_in_a_row_end_the_run_and_leave_the_batch(config: Config, ranks
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_replayed_batch_has_the_loss_that_it_had(config: Config, ranks: Callable[[int], RankPool]) -> None:
+def test_a_replayed_batch_has_the_loss_that_it_had(config: Config, ranks: Pools) -> None:
     # The first step that is above the mean of the two before.
     message = ranks(2).run(
         given_up, replace(config, skip=SkipConfig(max_consecutive_skips=0, spike_sigma=1e-9, window=2)), False
@@ -246,9 +243,7 @@ def refused(config: Config, folder: Path) -> str:
     return str(stopped.value)
 
 
-def test_a_batch_that_the_ranks_cannot_share_is_refused(
-    config: Config, tmp_path: Path, ranks: Callable[[int], RankPool]
-) -> None:
+def test_a_batch_that_the_ranks_cannot_share_is_refused(config: Config, tmp_path: Path, ranks: Pools) -> None:
     sequence = PackedSequences(open_data(config)[0], sequence_tokens=101, seed=0).sequence(0)
     write_batch(tmp_path / "batch", {7: sequence})
     answers = ranks(2).run(refused, replace(config, parallel=ParallelConfig(dp_shard=2)), tmp_path / "batch")

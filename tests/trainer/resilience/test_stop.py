@@ -1,7 +1,6 @@
 """A signal to one rank only, in any phase, stops all ranks at the same place; what was done is saved."""
 
 import signal
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
 from farspan.trainer.resilience.signals import StopSignal
 from tests.support import tiny
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import Pools
 from tests.support.runs import run, steps
 
 WARNED_RANK = 1
@@ -69,7 +68,7 @@ def train_with_signal(config: Config, phase: str | None) -> tuple[bool, int]:
 )
 def test_a_signal_to_one_rank_stops_all(
     tmp_path: Path,
-    ranks: Callable[[int], RankPool],
+    ranks: Pools,
     phase: str,
     done: list[int] | None,
     evaluations: list[int] | None,

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +28,7 @@ from farspan.trainer.train import train
 from farspan.trainer.weights.io import load_weights
 from farspan.trainer.weights.upcycle import upcycle, upcycled
 from tests.support import tiny
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import Pools
 
 EXPERTS = ExpertsConfig(count=4, per_token=2, feed_forward=48)
 ALL_EXPERTS = HeadMixtureConfig(kind="experts", count=3, per_token=3)
@@ -195,7 +194,7 @@ def load_message(config: Config, weights: Path) -> str:
     return "loaded"
 
 
-def test_all_ranks_report_that_one_finds_no_weights(dense: list[Config], ranks: Callable[[int], RankPool]) -> None:
+def test_all_ranks_report_that_one_finds_no_weights(dense: list[Config], ranks: Pools) -> None:
     weights = newest_complete(Path(dense[0].run.folder) / "checkpoints")
     messages = ranks(2).run(load_message, dense[0], weights)
     assert messages[0] == messages[1]

@@ -14,8 +14,8 @@ from farspan.trainer.checkpoint.shards import write_shards
 from farspan.trainer.config import Config
 from farspan.trainer.state import TrainState
 from tests.support import tiny
-from tests.support.checkpoint_ranks import Bits, RankState, files, load, load_error, same_bits, save, state_of
-from tests.support.rank_pool import Pools
+from tests.support.checkpoint_ranks import Bits, RankState, files, load, same_bits, save, state_of
+from tests.support.rank_pool import Pools, error_of
 from tests.trainer.checkpoint.conftest import small
 
 
@@ -58,12 +58,6 @@ def test_a_thread_that_writes_leaves_gpus_alone(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: pytest.fail("uses a GPU"))
     assert sorted(write_shards({"model": {"x": torch.ones(3)}}, tmp_path)) == [".metadata", "__0_0.distcp"]
-
-
-def test_nothing_saved_is_a_fresh_start(config: Config, ranks: Pools) -> None:
-    for folder, state, _, _ in ranks(2).run(load, config):
-        assert folder is None
-        assert state == TrainState()
 
 
 def test_the_newest_are_kept(config: Config, ranks: Pools) -> None:
@@ -121,40 +115,32 @@ def other_runs(config: Config) -> list[tuple[Config, str, str]]:
 
 def test_another_run_is_refused(config: Config, newest: Path, ranks: Pools) -> None:
     for other, fingerprint, reason in other_runs(config):
-        message, same = ranks(2).run(load_error, other, fingerprint)
+        message, same = ranks(2).run(error_of, CheckpointError, load, other, fingerprint)
         assert message == same
         assert message.startswith(f"checkpoint {newest} was trained with {reason}")
 
 
 def test_changes_are_listed_and_can_be_accepted(config: Config, newest: Path, ranks: Pools) -> None:
     other = replace(config, run=replace(config.run, seed=12), data=replace(config.data, sequence_tokens=103))
-    message = ranks(2).run(load_error, other)[0]
+    message = ranks(2).run(error_of, CheckpointError, load, other)[0]
     assert "data.sequence_tokens (101, now 103), another run.seed (11, now 12)" in message
     assert 'checkpoint.accept_changed=["data.sequence_tokens", "run.seed"]' in message
     accepted = ("run.seed", "data.sequence_tokens")
     willing = replace(other, checkpoint=replace(config.checkpoint, accept_changed=accepted))
     assert ranks(2).run(load, willing)[0][0] == "step_00000002"
     less = replace(willing, checkpoint=replace(willing.checkpoint, accept_changed=accepted[1:]))
-    assert "with another run.seed (11, now 12): " in ranks(2).run(load_error, less)[0]
+    assert "with another run.seed (11, now 12): " in ranks(2).run(error_of, CheckpointError, load, less)[0]
 
 
 def test_another_format_is_refused(config: Config, newest: Path, ranks: Pools) -> None:
     (newest / "manifest.json").write_text(json.dumps({"format": 1, "identity": {}, "train_state": {}, "files": {}}))
-    assert "has format 1 but this farspan reads 2" in ranks(2).run(load_error, config)[0]
-
-
-def refused_save(config: Config, step: int = 3) -> str:
-    rank = RankState(config)
-    with pytest.raises(CheckpointError) as refused:
-        rank.checkpoints.save(state_of(step))
-    dist.barrier()
-    return str(refused.value)
+    assert "has format 1 but this farspan reads 2" in ranks(2).run(error_of, CheckpointError, load, config)[0]
 
 
 def test_all_ranks_report_a_folder_that_cannot_be_written(config: Config, ranks: Pools) -> None:
     config.run.folder.mkdir()
     (config.run.folder / "checkpoints").write_text("a file in the way")
-    messages = ranks(2).run(refused_save, config)
+    messages = ranks(2).run(error_of, CheckpointError, save, config, [3])
     assert messages[0] == messages[1]
     assert "step_00000003 cannot be written (Not a directory)" in messages[0]
 
@@ -162,7 +148,7 @@ def test_all_ranks_report_a_folder_that_cannot_be_written(config: Config, ranks:
 def save_without_room(config: Config) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpointer.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 100_000}))
-        return refused_save(config)
+        return error_of(CheckpointError, save, config, [3])
 
 
 def test_a_checkpoint_that_does_not_fit_is_not_begun(config: Config, newest: Path, ranks: Pools) -> None:

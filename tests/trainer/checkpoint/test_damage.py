@@ -19,8 +19,8 @@ from farspan.trainer.checkpoint.manifest import FileRecord, Manifest
 from farspan.trainer.checkpoint.shards import read_index
 from farspan.trainer.checkpoint.verify import check_complete, newest_complete
 from farspan.trainer.config import Config
-from tests.support.checkpoint_ranks import Bits, files, load_error, same_bits, walk_back
-from tests.support.rank_pool import Pools
+from tests.support.checkpoint_ranks import Bits, files, flip, load, same_bits, walk_back
+from tests.support.rank_pool import Pools, error_of
 from tests.trainer.checkpoint.conftest import Written
 
 FILES = [".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json"]
@@ -30,12 +30,6 @@ POSITIONS = 12
 
 def positions(num_bytes: int) -> Iterator[int]:
     return (round(i * (num_bytes - 1) / (POSITIONS - 1)) for i in range(POSITIONS))
-
-
-def flip(path: Path, position: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1
-    path.write_bytes(content)
 
 
 def walks_back(config: Config, harms: list[tuple[str, str, int]]) -> list[tuple[str | None, Bits, list[str]]]:
@@ -92,7 +86,7 @@ def test_files_that_are_cut_or_lost_are_found(config: Config, newest: Path, writ
 def test_all_damaged_is_no_fresh_start(config: Config, newest: Path, ranks: Pools) -> None:
     for folder in (newest, newest.with_name("step_00000001")):
         flip(folder / "__0_0.distcp", 5000)
-    first, second = ranks(2).run(load_error, config)
+    first, second = ranks(2).run(error_of, CheckpointError, load, config)
     assert first == second
     assert f"none of the 2 checkpoints in {newest.parent} can be used" in first
 
@@ -130,8 +124,8 @@ def with_payload(folder: Path, where: str, target: Path) -> None:
             metadata.storage_data |= {index: info for index in metadata.storage_data if index.fqn == NAME}
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     manifest = Manifest.read(folder)
-    kept = [path for path in folder.iterdir() if path.name != "manifest.json"]
-    Manifest(identity=manifest.identity, train_state=manifest.train_state, files=records(kept)).write(folder)
+    others = [path for path in folder.iterdir() if path.name != "manifest.json"]
+    Manifest(identity=manifest.identity, train_state=manifest.train_state, files=records(others)).write(folder)
 
 
 def records(paths: list[Path]) -> dict[str, FileRecord]:
@@ -166,12 +160,11 @@ def test_an_index_cannot_lead_elsewhere(newest: Path, tmp_path: Path) -> None:
         read_index(newest)
 
 
-def test_one_process_takes_the_newest_complete(newest: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "farspan")
+def test_one_process_takes_the_newest_complete(newest: Path, log: pytest.LogCaptureFixture) -> None:
     assert newest_complete(newest.parent) == newest
     flip(newest / "__1_0.distcp", 3000)
     assert newest_complete(newest.parent).name == "step_00000001"
-    (record,) = caplog.records
+    (record,) = log.records
     assert f"checkpoint {newest} is damaged (__1_0.distcp " in record.getMessage()
     shutil.rmtree(newest.with_name("step_00000001"))
     with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints in .* is complete"):

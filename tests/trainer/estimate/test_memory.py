@@ -28,9 +28,8 @@ CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Config:
-    config = tiny.config(tiny.make_data(tmp_path), tmp_path, ParallelConfig())
-    return replace(config, train=replace(config.train, compute_dtype="float32"))
+def config(base: Config) -> Config:
+    return replace(base, train=replace(base.train, compute_dtype="float32"))
 
 
 def saved_bytes(config: Config) -> int:
@@ -81,9 +80,8 @@ def test_activations_are_what_autograd_saves(
     config = replace(
         config,
         train=replace(config.train, recompute=recompute),
+        # Under another strategy than `single` a recurrence keeps a state as well, small for longer sequences only.
         attention=replace(config.attention, mechanism=mechanism),
-        # Under another strategy a recurrence keeps a state as well, which is small for longer sequences only.
-        parallel=ParallelConfig(strategy="single"),
     )
     few, many = tiny.with_model(config, layers=1), tiny.with_model(config, layers=4)
     degrees = Degrees.resolve(config.parallel, 1)

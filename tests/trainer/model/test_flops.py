@@ -48,9 +48,7 @@ CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 
 def small(**changes: Any) -> ModelConfig:
-    config = ModelConfig(
-        layers=3, width=24, heads=8, kv_heads=2, head_dim=4, feed_forward=14, vocabulary_size=23
-    )  # fmt: skip
+    config = ModelConfig(layers=3, width=24, heads=8, kv_heads=2, head_dim=4, feed_forward=14, vocabulary_size=23)
     return replace(config, **changes)
 
 

@@ -24,7 +24,7 @@ folder, job, host, beat_s, has_locks = sys.argv[1:]
 lock.BEAT_S = float(beat_s)
 socket.gethostname = lambda: host
 if has_locks == "False":
-    lock.fcntl.flock = lambda file, how: None
+    lock.fcntl.flock = lambda file, operation: None
 lock_of_folder = lock.lock_folder(Path(folder), job or None)
 print("locked", flush=True)
 sys.stdin.read()
@@ -74,7 +74,7 @@ def test_a_job_waits_for_its_previous_start_to_end(tmp_path: Path, monkeypatch: 
 
 
 def test_without_locks_between_nodes_the_owner_is_seen_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock.fcntl, "flock", lambda file, how: None)
+    monkeypatch.setattr(lock.fcntl, "flock", lambda file, operation: None)
     monkeypatch.setattr(lock, "WATCH_S", 20)
     with owner(tmp_path, host="other", beat_s=0.05, has_locks=False):
         for job in (None, "18"):
@@ -89,7 +89,7 @@ def test_without_locks_between_nodes_the_owner_is_seen_to_run(tmp_path: Path, mo
 def test_without_any_locks_the_owner_is_watched_on_this_host_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(file: object, how: int) -> None:
+    def refuse(file: object, operation: int) -> None:
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(lock, "WATCH_S", 20)

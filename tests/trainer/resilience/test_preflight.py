@@ -52,7 +52,7 @@ def check(folder: Path, what: str | None, bad: tuple[int, ...]) -> tuple[str | N
 
 
 @pytest.mark.parametrize(
-    ("what", "why"),
+    ("what", "reason"),
     [
         ("device", "there is no GPU"),
         ("folder", "run.folder='FOLDER' cannot be written (Read-only file system)"),
@@ -63,12 +63,12 @@ def check(folder: Path, what: str | None, bad: tuple[int, ...]) -> tuple[str | N
 )
 @pytest.mark.parametrize("bad", [(2,), (0, 2)])
 def test_a_node_that_cannot_take_part_ends_the_run_on_all_ranks(
-    ranks, tmp_path: Path, what: str, why: str, bad: tuple[int, ...]
+    ranks, tmp_path: Path, what: str, reason: str, bad: tuple[int, ...]
 ) -> None:
-    why = why.replace("FOLDER", str(tmp_path))
-    unfit = "; ".join(f"n{rank}: {why}" for rank in bad)
+    reason = reason.replace("FOLDER", str(tmp_path))
+    unfit = "; ".join(f"n{rank}: {reason}" for rank in bad)
     assert ranks(4).run(check, tmp_path, what, bad) == [(f"{unfit}: start on other nodes.", [])] * 4
-    assert (tmp_path / "unfit").read_text() == "".join(f"n{rank} {why}\n" for rank in bad)
+    assert (tmp_path / "unfit").read_text() == "".join(f"n{rank} {reason}\n" for rank in bad)
     assert [path.name for path in tmp_path.iterdir()] == ["unfit"]
 
 

@@ -1,6 +1,5 @@
 """Steps that are no updates: what one rank spoils changes nothing on any, and its batch can be computed again."""
 
-import logging
 import math
 import re
 from dataclasses import replace
@@ -16,7 +15,7 @@ import torch.distributed as dist
 
 from farspan.errors import ConfigError, TrainingError
 from farspan.parallel.mesh import ParallelConfig
-from farspan.trainer import train
+from farspan.trainer import replay, train
 from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
 from farspan.trainer.data.packing import PackedSequences
 from farspan.trainer.data.shuffle import ShuffledSequences
@@ -27,7 +26,7 @@ from farspan.trainer.resolve import open_data
 from farspan.trainer.state import TrainState
 from farspan.trainer.step import StepResult
 from tests.support import tiny
-from tests.support.rank_pool import Pools
+from tests.support.rank_pool import Pools, error_of
 from tests.support.runs import Parts, records, run
 
 EXPERTS = replace(tiny.EXPERTS, groups=2)
@@ -114,10 +113,10 @@ def three_steps(config: Config, spoil_on: int | None) -> tuple[dict[str, str], d
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_step_that_one_rank_spoils_is_as_if_it_were_left_out(tmp_path: Path, ranks: Pools) -> None:
-    parallel, data = ParallelConfig(context=2, dp_shard=2, expert=4), tiny.make_data(tmp_path)
+def test_a_step_that_one_rank_spoils_is_as_if_it_were_left_out(tiny_data: Path, tmp_path: Path, ranks: Pools) -> None:
+    parallel = ParallelConfig(context=2, dp_shard=2, expert=4)
     spoilt, left_out = (
-        tiny.with_model(tiny.config(data, tmp_path / name, parallel, steps=3), experts=EXPERTS)
+        tiny.with_model(tiny.config(tiny_data, tmp_path / name, parallel, steps=3), experts=EXPERTS)
         for name in ("spoilt", "left_out")
     )
     ended = ranks(4).run(three_steps, spoilt, 2)
@@ -146,30 +145,22 @@ def given_up(config: Config, is_poisoned: bool) -> str:
 
 def replayed(config: Config, folder: Path) -> list[str]:
     """On a rank: the log lines about a batch."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    log = logging.getLogger("farspan")
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
     loaded: dict[str, str] = {}
-    try:
+    with mock.patch.object(replay.log, "info") as info:
         parts = run(
             replace(config, run=replace(config.run, replay=folder)),
             after_load=lambda parts: loaded.update(parts.bits()),
         )
-    finally:
-        log.removeHandler(handler)
     assert parts.bits() == loaded
+    lines = [call.args[0] % call.args[1:] for call in info.mock_calls]
     return lines[next(number for number, line in enumerate(lines) if line.startswith("resumed")) :]
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Config:
+def config(tiny_data: Path, tmp_path: Path) -> Config:
     parallel = ParallelConfig(context=2, expert=2)
-    base = tiny.config(tiny.make_data(tmp_path), tmp_path / "run", parallel, steps=9)
     return replace(
-        tiny.with_model(base, experts=EXPERTS),
+        tiny.with_model(tiny.config(tiny_data, tmp_path / "run", parallel, steps=9), experts=EXPERTS),
         checkpoint=CheckpointConfig(every_steps=9),
         evaluate=EvaluateConfig(every_steps=0),
     )
@@ -237,15 +228,10 @@ def test_a_folder_without_a_batch_is_refused(tmp_path: Path) -> None:
         read_batch(tmp_path)
 
 
-def refused(config: Config, folder: Path) -> str:
-    with pytest.raises(ConfigError) as stopped:
-        run(replace(config, run=replace(config.run, replay=folder)))
-    return str(stopped.value)
-
-
 def test_a_batch_that_the_ranks_cannot_share_is_refused(config: Config, tmp_path: Path, ranks: Pools) -> None:
     sequence = PackedSequences(open_data(config)[0], sequence_tokens=101, seed=0).sequence(0)
     write_batch(tmp_path / "batch", {7: sequence})
-    answers = ranks(2).run(refused, replace(config, parallel=ParallelConfig(dp_shard=2)), tmp_path / "batch")
+    parted = replace(config, parallel=ParallelConfig(dp_shard=2), run=replace(config.run, replay=tmp_path / "batch"))
+    answers = ranks(2).run(error_of, ConfigError, run, parted)
     assert answers[0] == answers[1]
     assert "has 1 sequences, which 2 data-parallel groups cannot share" in answers[0]

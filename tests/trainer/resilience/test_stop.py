@@ -67,6 +67,7 @@ def train_with_signal(config: Config, phase: str | None) -> tuple[bool, int]:
     ],
 )
 def test_a_signal_to_one_rank_stops_all(
+    tiny_data: Path,
     tmp_path: Path,
     ranks: Pools,
     phase: str,
@@ -74,11 +75,9 @@ def test_a_signal_to_one_rank_stops_all(
     evaluations: list[int] | None,
     saved: list[int],
 ) -> None:
-    config = tiny.config(tiny.make_data(tmp_path), tmp_path / "run", ParallelConfig(context=2), steps=4)
+    config = tiny.config(tiny_data, tmp_path / "run", ParallelConfig(context=2), steps=4)
     config = replace(
-        config,
-        checkpoint=CheckpointConfig(every_steps=3, keep=9),
-        evaluate=EvaluateConfig(every_steps=2, sequences=2),
+        config, checkpoint=CheckpointConfig(every_steps=3, keep=9), evaluate=EvaluateConfig(every_steps=2, sequences=2)
     )
     answers = ranks(2).run(train_with_signal, config, phase)
     assert [asks_requeue for asks_requeue, _ in answers] == [True, True]

@@ -4,6 +4,7 @@ The reference computes every expert on every token.
 """
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,22 +23,17 @@ from farspan.trainer.model.transformer import Block
 from tests.support import tiny
 from tests.trainer.conftest import TrainAndCompare
 
+eight = partial(ExpertsConfig, count=8, feed_forward=16)
 EXPERTS = {
-    "softmax": ExpertsConfig(count=8, per_token=2, feed_forward=16, balance_loss=0.02, z_loss=0.01),
-    "sigmoid, biased, shared, dense first": ExpertsConfig(
-        count=8, per_token=3, feed_forward=16, shared=24, layers="dense, experts", score="sigmoid", scale=1.5,
-        bias_rate=0.02, balance_loss=0.05, balance_over="step",
+    "softmax": eight(per_token=2, balance_loss=0.02, z_loss=0.01),
+    "sigmoid, biased, shared, dense first": eight(
+        per_token=3, shared=24, layers="dense, experts", score="sigmoid", scale=1.5, bias_rate=0.02, balance_loss=0.05,
+        balance_over="step",
     ),
-    "not normalized": ExpertsConfig(count=8, per_token=1, feed_forward=16, normalized=False, z_loss=0.1),
-    "the heaviest within a capacity": ExpertsConfig(
-        count=8, per_token=2, feed_forward=16, capacity=0.9, balance_loss=0.02, scale=0.5
-    ),
-    "the first within a capacity": ExpertsConfig(
-        count=8, per_token=3, feed_forward=16, capacity=1.1, drop="position", score="sigmoid", bias_rate=0.01
-    ),
-    "experts choose": ExpertsConfig(
-        count=8, per_token=2, feed_forward=16, choice="experts", normalized=False, z_loss=0.01, shared=8
-    ),
+    "not normalized": eight(per_token=1, normalized=False, z_loss=0.1),
+    "the heaviest within a capacity": eight(per_token=2, capacity=0.9, balance_loss=0.02, scale=0.5),
+    "the first within a capacity": eight(per_token=3, capacity=1.1, drop="position", score="sigmoid", bias_rate=0.01),
+    "experts choose": eight(per_token=2, choice="experts", normalized=False, z_loss=0.01, shared=8),
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ The truth computes every head for every token, with weight 0 where it was not ch
 """
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -17,20 +18,17 @@ from tests.trainer.conftest import TrainAndCompare
 
 EXPERTS = ExpertsConfig(count=4, per_token=2, feed_forward=16, shared=8, score="sigmoid", bias_rate=0.01)
 # Heads of the tiny model are 4 on 2 KV heads; of experts, so many each.
+experts = partial(HeadMixtureConfig, kind="experts")
 MIXTURES = {
-    "experts of attention": {
-        "head_mixture": HeadMixtureConfig(kind="experts", count=5, per_token=2, balance_loss=0.02, z_loss=0.01),
-    },
+    "experts of attention": {"head_mixture": experts(count=5, per_token=2, balance_loss=0.02, z_loss=0.01)},
     "not normalized, single heads, biases": {
-        "head_mixture": HeadMixtureConfig(kind="experts", count=4, per_token=2, normalized=False, bias_rate=0.02),
-        "heads": 1, "kv_heads": 1,
+        "head_mixture": experts(count=4, per_token=2, normalized=False, bias_rate=0.02), "heads": 1, "kv_heads": 1,
     },
     "all experts, in parallel with experts of SwiGLU": {
-        "head_mixture": HeadMixtureConfig(kind="experts", count=3, per_token=3), "experts": EXPERTS,
-        "parallel_blocks": True,
+        "head_mixture": experts(count=3, per_token=3), "experts": EXPERTS, "parallel_blocks": True,
     },
     "with keys of their own, in parallel with SwiGLU": {
-        "head_mixture": HeadMixtureConfig(kind="experts", count=2, per_token=2, own_keys=True, normalized=False),
+        "head_mixture": experts(count=2, per_token=2, own_keys=True, normalized=False),
         "parallel_blocks": True, "key_convolution": 3,
     },
     "heads": {

@@ -11,6 +11,7 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -39,6 +40,7 @@ from tests.support.checkpoint_ranks import flip
 from tests.support.runs import records, steps
 
 STEPS = 4
+disk_full = mock.Mock(side_effect=OSError(28, "No space left on device"))
 STEP_FIELDS = {"step", "loss", "grad_norm", "tokens_per_s", "mfu", "peak_memory_bytes", "comm_bytes"}
 EVALUATION_FIELDS = {"step", "eval_loss", "eval_tokens", "bits_per_byte", "unigram_bits_per_byte", "loss_by_position"}
 
@@ -170,15 +172,9 @@ def test_a_stop_is_noticed_at_the_end_of_the_step(config: Config) -> None:
 def test_a_stop_during_the_last_evaluation_leaves_it_for_the_resume(
     config: Config, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluating: list[int] = []
-    function = evaluate.evaluate
-
-    def note(*arguments: Any, **named: Any) -> Any:
-        evaluating.append(1)
-        return function(*arguments, **named)
-
-    monkeypatch.setattr(evaluate, "evaluate", note)
-    run(config, AskedWhen(lambda: len(evaluating) >= 2))
+    evaluation = mock.Mock(wraps=evaluate.evaluate)
+    monkeypatch.setattr(evaluate, "evaluate", evaluation)
+    run(config, AskedWhen(lambda: evaluation.call_count == 2))
     assert done(config) == ([1, 2, 3, 4], [2], [3, 4])
     assert "stopped     at step 4" in log.text
     log.clear()
@@ -319,10 +315,6 @@ def test_a_save_under_way_is_finished_when_the_run_ends_of_something_else(
     with pytest.raises(TrainingError, match="has a label"):
         run(config)
     assert done(config)[2] == [1]
-
-
-def disk_full(*arguments: object, **named: object) -> int:
-    raise OSError(28, "No space left on device")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from farspan.errors import CheckpointError
 from farspan.trainer.checkpoint import checkpointer
 from farspan.trainer.checkpoint.shards import write_shards
 from farspan.trainer.config import Config
+from farspan.trainer.model.config import RopeConfig
 from farspan.trainer.state import TrainState
 from tests.support import tiny
 from tests.support.checkpoint_ranks import Bits, RankState, files, load, same_bits, save, state_of
@@ -108,6 +109,7 @@ def other_runs(config: Config) -> list[tuple[Config, str, str]]:
         (longer, "data", "another data.sequence_tokens (101, now 103)"),
         # All of the shapes are the same, the function is not.
         (tiny.with_model(config, heads=2, kv_heads=1, head_dim=16), "data", "another model.head_dim (8, now 16)"),
+        (tiny.with_model(config, rope=RopeConfig(rotated=4)), "data", "another model.rope.rotated (0, now 4)"),
         # Fewer layers are all there in the checkpoint.
         (tiny.with_model(config, layers=1), "data", "another model.layers (2, now 1)"),
     ]

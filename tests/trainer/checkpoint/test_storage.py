@@ -1,12 +1,12 @@
 """Real file systems that are full or read-only: all ranks report it, and earlier checkpoints stay."""
 
-import errno
 import os
 import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -98,25 +98,13 @@ def test_earlier_checkpoints_stay(
         assert same_bits(saved, loaded)
 
 
-def disk_full(stream: object, data: object) -> int:
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def killed(stream: object, data: object) -> int:
-    raise SystemExit
-
-
-def gone(folder: Path) -> None:
-    raise OSError(errno.ESTALE, "Stale file handle")
-
-
-def fail_in_background(config: Config, name: str, failure: Callable) -> tuple[str, list[str]]:
+def fail_in_background(config: Config, name: str, failure: BaseException) -> tuple[str, list[str]]:
     """Let one rank's writer fail; return the error and the files left; then save again."""
     rank = RankState(config)
     rank.checkpoints.save(state_of(1))
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
-            patch.setattr(f"{shards.__name__}.{name}", failure)
+            patch.setattr(f"{shards.__name__}.{name}", mock.Mock(side_effect=failure))
         rank.checkpoints.start_saving(state_of(3))
         while not rank.checkpoints.has_failed:
             time.sleep(0.01)
@@ -131,13 +119,13 @@ def fail_in_background(config: Config, name: str, failure: Callable) -> tuple[st
 @pytest.mark.parametrize(
     ("name", "failure", "cause"),
     [
-        ("_HashedStream.write", disk_full, "[Errno 28] No space left on device"),
-        ("_HashedStream.write", killed, "SystemExit()"),
-        ("sync", gone, "[Errno 116] Stale file handle"),
+        ("_HashedStream.write", OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        ("_HashedStream.write", SystemExit(), "SystemExit()"),
+        ("sync", OSError(116, "Stale file handle"), "[Errno 116] Stale file handle"),
     ],
 )
 def test_all_ranks_learn_of_a_writer_that_fails(
-    tmp_path: Path, ranks: Pools, name: str, failure: Callable, cause: str
+    tmp_path: Path, ranks: Pools, name: str, failure: BaseException, cause: str
 ) -> None:
     config = small(tmp_path)
     results = ranks(2).run(fail_in_background, config, name, failure)

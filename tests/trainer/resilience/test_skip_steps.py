@@ -2,6 +2,7 @@
 
 import math
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -94,17 +95,11 @@ def three_steps(config: Config, spoil_on: int | None) -> tuple[dict[str, str], d
     def second_differs(model: Transformer, *arguments: Any, **named: Any) -> StepResult:
         is_second = next(calls) == 2
         if is_second and spoil_on is None:
-            return StepResult(
-                loss=math.nan, gradient_norm=math.nan, labeled_tokens=0, attention_flops=0, fingerprint=0,
-                experts=None, heads=None, skipped="left out",
-            )  # fmt: skip
-        if is_second and spoil_on == dist.get_rank():
-            handle = model.blocks[0].register_forward_hook(spoil)
-            try:
-                return step(model, *arguments, **named)
-            finally:
-                handle.remove()
-        return step(model, *arguments, **named)
+            counts = {"labeled_tokens": 0, "attention_flops": 0, "fingerprint": 0, "experts": None, "heads": None}
+            return StepResult(loss=math.nan, gradient_norm=math.nan, skipped="left out", **counts)
+        spoils = is_second and spoil_on == dist.get_rank()
+        with model.blocks[0].register_forward_hook(spoil) if spoils else nullcontext():
+            return step(model, *arguments, **named)
 
     with mock.patch.object(train, "train_step", second_differs):
         parts = run(config)
@@ -119,10 +114,8 @@ def test_a_step_that_one_rank_spoils_is_as_if_it_were_left_out(tiny_data: Path, 
         tiny.with_model(tiny.config(tiny_data, tmp_path / name, parallel, steps=3), experts=EXPERTS)
         for name in ("spoilt", "left_out")
     )
-    ended = ranks(4).run(three_steps, spoilt, 2)
-    for (bits, counts), (other_bits, other_counts) in zip(
-        ended, ranks(4).run(three_steps, left_out, None), strict=True
-    ):
+    pairs = zip(ranks(4).run(three_steps, spoilt, 2), ranks(4).run(three_steps, left_out, None), strict=True)
+    for (bits, counts), (other_bits, other_counts) in pairs:
         assert any("bias" in name for name in bits)
         assert [name for name, value in bits.items() if value != other_bits[name]] == []
         assert counts == other_counts == {"step": 3, "sequences": 6, "skipped": 1}
@@ -175,9 +168,7 @@ def test_too_many_in_a_row_end_the_run_and_leave_the_batch(config: Config, ranks
     for part in ("3 steps in a row", "the loss is nan", f"run.replay={folder},", "optimizer.learning_rate"):
         assert part in message
     on_record = records(config.run.folder)
-    assert [(record["step"], record["loss"], record["skipped"]) for record in on_record] == [
-        (1, None, 1), (2, None, 2), (3, None, 3),
-    ]  # fmt: skip
+    assert [(each["step"], each["loss"], each["skipped"]) for each in on_record] == [(n, None, n) for n in (1, 2, 3)]
     assert {record["skipped_since"] for record in on_record} == {"the loss is nan"}
     assert [path.name for path in (config.run.folder / "checkpoints").iterdir()] == ["step_00000003"]
 
@@ -197,9 +188,8 @@ def test_too_many_in_a_row_end_the_run_and_leave_the_batch(config: Config, ranks
 @pytest.mark.filterwarnings("ignore")
 def test_a_replayed_batch_has_the_loss_that_it_had(config: Config, ranks: Pools) -> None:
     # The first step that is above the mean of the two before.
-    message = ranks(2).run(
-        given_up, replace(config, skip=SkipConfig(max_consecutive_skips=0, spike_sigma=1e-9, window=2)), False
-    )[0]
+    impatient = replace(config, skip=SkipConfig(max_consecutive_skips=0, spike_sigma=1e-9, window=2))
+    message = ranks(2).run(given_up, impatient, False)[0]
     last = records(config.run.folder)[-1]
     assert message.startswith("1 steps in a row ")
     folder = config.run.folder / "failed_batch" / f"step_{last['step']:08d}"

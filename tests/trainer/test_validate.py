@@ -86,7 +86,7 @@ CASES = [
      "train.sequences_per_step=4"),
     ("parallel.layout=zigzak", "parallel.layout='zigzak'; balanced, contiguous, striped, zigzag; 'zigzag'?",
      "parallel.layout=striped"),
-    ("parallel.strategy=rings", "parallel.strategy='rings'; 'ring'?", "parallel.strategy=ring"),
+    ("parallel.strategy=rings", "strategy 'rings'; 'ring'?", "parallel.strategy=ring"),
     ("attention.options.casual=true", "attention.options.casual=true; 'causal'?", "attention.options.causal=true"),
     ("parallel.strategy=single", "parallel.strategy='single'; set parallel.context=1 instead of 2",
      "parallel.strategy=single; parallel.context=1; train.sequences_per_step=4"),

@@ -115,28 +115,26 @@ def test_estimate_of_a_large_run() -> None:
     """Llama 3.1 8B on 8 GPUs, the parts worked out by hand in GiB."""
     config = load_config(Config, CONFIGS / "llama3_8b_128k.toml")
     memory = estimate_memory(config, Degrees.resolve(config.parallel, 8))
-    gib = 2**30
     tokens, head, block = 131072 // 8, 128256 * 4096, 218_112_000
-    assert memory.states / gib == pytest.approx(8_030_261_248 * 16 / 8 / gib)
-    assert memory.gathered / gib == pytest.approx((3 * head + 3 * block) * 2 / gib + block * 4 / gib, rel=1e-3)
+    assert memory.states / GIB == pytest.approx(8_030_261_248 * 16 / 8 / GIB)
+    assert memory.gathered / GIB == pytest.approx((3 * head + 3 * block) * 2 / GIB + block * 4 / GIB, rel=1e-3)
     per_token = 32 * 4096 * 2 + (4 * 4096 + 2 * 4096 + 2 * 1024 + 4 * 14336) * 2 + 32 * 4 + 2 * 4096 * 2
-    assert memory.activations / gib == pytest.approx(tokens * per_token / gib)
+    assert memory.activations / GIB == pytest.approx(tokens * per_token / GIB)
     # A chunk of logits within 128 MiB, the gradient of the hidden states, the head's gradient in float32.
-    assert memory.working / gib == pytest.approx((tokens * 4096 * 2 + head * 4) / gib + 0.125, rel=0.01)
+    assert memory.working / GIB == pytest.approx((tokens * 4096 * 2 + head * 4) / GIB + 0.125, rel=0.01)
 
 
 def test_estimate_of_a_hybrid_with_experts() -> None:
     """MiniMax-style on 8 GPUs, the parts worked out by hand in GiB."""
     config = load_config(Config, CONFIGS / "minimax_style.toml")
     memory = estimate_memory(config, Degrees.resolve(config.parallel, 8))
-    gib = 2**30
     tokens, width = 262144 // 8, 2048
-    assert memory.states / gib == pytest.approx(20_778_248_192 * 16 / 8 / gib)
+    assert memory.states / GIB == pytest.approx(20_778_248_192 * 16 / 8 / GIB)
     # The residual stream before both norms, these and the norm of out; q, k, v twice, out, gate and their product; two
     # rows to experts and two back; three numbers for each expert in float32.
     block = (2 + 2 + 1 + 6 + 3 + 2 * 2) * width * 2 + 3 * 32 * 4
-    assert memory.activations / gib == pytest.approx(tokens * (32 * width * 2 + block + 2 * width * 2) / gib)
-    assert memory.working / gib == pytest.approx((tokens * width * 2 + 200064 * width * 4) / gib + 0.125, rel=0.01)
+    assert memory.activations / GIB == pytest.approx(tokens * (32 * width * 2 + block + 2 * width * 2) / GIB)
+    assert memory.working / GIB == pytest.approx((tokens * width * 2 + 200064 * width * 4) / GIB + 0.125, rel=0.01)
     # Without the loss and SwiGLU, backward of a gated layer: out and q; q, k and v, 16 heads of each, in float32.
     thin = ExpertsConfig(count=32, per_token=2, feed_forward=64)
     small = tiny.with_model(config, vocabulary_size=64, feed_forward=64, experts=thin)

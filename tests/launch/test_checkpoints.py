@@ -2,23 +2,21 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from farspan.launch import cli
-from farspan.parallel.mesh import Mesh, ParallelConfig
+from farspan.parallel.mesh import ParallelConfig
 from farspan.parallel.ranks import Ranks, connected
-from farspan.trainer.build import build_model
 from farspan.trainer.checkpoint import verify
-from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.checkpoint.manifest import Manifest
 from farspan.trainer.config import CheckpointConfig
-from farspan.trainer.optim import build_optimizer
 from farspan.trainer.resilience.lock import lock_folder
-from farspan.trainer.state import TrainState
 from tests.support import tiny
+from tests.support.checkpoint_ranks import files, flip, save
 
 
 @pytest.fixture(scope="module")
@@ -26,28 +24,13 @@ def saved_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
     config = tiny.config(folder / "none", folder / "run", ParallelConfig())
     with connected(Ranks(), torch.device("cpu")):
-        model = build_model(config, Mesh.build(config.parallel, "cpu"), torch.device("cpu"))
-        optimizer = build_optimizer(model, config.optimizer)
-        saving = CheckpointConfig(keep=3)
-        checkpoints = Checkpointer(folder / "run" / "checkpoints", model, optimizer, identity={}, config=saving)
-        for step in (10, 20, 30):
-            checkpoints.save(TrainState(step=step, tokens=1000 * step))
+        save(replace(config, checkpoint=CheckpointConfig(keep=3)), [10, 20, 30])
     return folder / "run"
 
 
 @pytest.fixture
 def run(saved_run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved_run, tmp_path / "run"))
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def steps(run: Path) -> list[str]:
-    return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
 def farspan(*arguments: object) -> int:
@@ -61,9 +44,9 @@ def test_ls_prints_a_line_for_each(run: Path, capsys: pytest.CaptureFixture[str]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["step", "saved", "MB", "files", "tokens"]
     when = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
-    assert re.fullmatch(rf" *10  {when}  1\.\d  +2  10,000", lines[1])
+    assert re.fullmatch(rf" *10  {when}  1\.\d  +2 +1,000", lines[1])
     assert re.fullmatch(rf" *30  {when} +is damaged \(__0_0.distcp is missing\): restore.*", lines[2])
-    assert re.fullmatch(rf" *20  {when}  1\.\d  +2  20,000  +refused", lines[3])
+    assert re.fullmatch(rf" *20  {when}  1\.\d  +2 +2,000  +refused", lines[3])
 
 
 def test_a_checkpoint_that_the_run_deletes_meanwhile_is_not_damaged(
@@ -86,7 +69,7 @@ def test_verify_reads_every_byte(run: Path, capsys: pytest.CaptureFixture[str]) 
     complete = r"^complete    .*step_000000[123]0, [\d,]+ bytes in 2 files$"
     assert len(re.findall(complete, capsys.readouterr().out, re.MULTILINE)) == 3
     step = run / "checkpoints" / "step_00000020"
-    flip(step / "__0_0.distcp")
+    flip(step / "__0_0.distcp", 5000)
     assert farspan("verify", run) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["complete", "damaged", "complete"]
@@ -98,28 +81,28 @@ def test_verify_reads_every_byte(run: Path, capsys: pytest.CaptureFixture[str]) 
 def test_prune_keeps_the_newest_and_the_permanent(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(run / "checkpoints" / "step_00000030", run / "checkpoints" / "refused_step_00000040")
     assert farspan("prune", run, "--keep", 1, "--permanent-every", 20) == 0
-    assert steps(run) == ["step_00000020", "step_00000030"]
+    assert files(run / "checkpoints") == ["step_00000020", "step_00000030"]
     deleted = [line.rpartition("/")[2] for line in capsys.readouterr().out.splitlines()]
     assert deleted == ["step_00000010", "refused_step_00000040"]
     assert farspan("prune", run, "--keep", 1) == 0
     assert farspan("prune", run, "--keep", 1) == 0
-    assert steps(run) == ["step_00000030"]
+    assert files(run / "checkpoints") == ["step_00000030"]
     assert capsys.readouterr().out.splitlines()[-1].startswith("deleted     nothing")
 
 
 def test_prune_deletes_nothing_if_the_run_or_its_newest_checkpoint_is_at_risk(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = steps(run)
+    before = files(run / "checkpoints")
     with lock_folder(run):
         assert farspan("prune", run, "--keep", 1) == 2
     assert "is in use by" in capsys.readouterr().err
-    flip(run / "checkpoints" / "step_00000030" / "__0_0.distcp")
+    flip(run / "checkpoints" / "step_00000030" / "__0_0.distcp", 5000)
     assert farspan("prune", run, "--keep", 1) == 2
     assert "step_00000030 is damaged" in capsys.readouterr().err
     assert farspan("prune", run, "--keep", 0) == 2
     assert farspan("prune", run, "--keep", 1, "--permanent-every", -1) == 2
-    assert steps(run) == before
+    assert files(run / "checkpoints") == before
 
 
 def test_a_folder_without_checkpoints_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,9 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -21,6 +23,7 @@ from farspan.trainer.toml_config import load_config, to_toml
 from tests.support import tiny
 from tests.support.programs import install
 
+Capture = pytest.CaptureFixture[str]
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
@@ -34,10 +37,7 @@ def config_file(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(job: LocalJob) -> int:
-        raise AssertionError(f"{job} was started")
-
-    monkeypatch.setattr(LocalJob, "run", start)
+    monkeypatch.setattr(LocalJob, "run", mock.Mock(side_effect=AssertionError("a job was started")))
 
 
 LOCAL, SLURM = "launch local CONFIG --gpus-per-node", "launch slurm CONFIG --nodes 1 --gpus-per-node 2"
@@ -80,7 +80,7 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("command", "parts"), REFUSALS, ids=[command for command, _ in REFUSALS])
 def test_a_refusal_is_one_sentence_and_status_2(
-    command: str, parts: list[str], config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, parts: list[str], config_file: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     places = {"CONFIG": str(config_file), "OUT": str(tmp_path / "out")}
     assert cli.main([places.get(word, word) for word in command.split()]) == cli.EXIT_USER_ERROR
@@ -94,7 +94,7 @@ def test_a_refusal_is_one_sentence_and_status_2(
 
 
 @pytest.mark.parametrize("command", ["train", "launch local x.toml", "train x.toml --nodes 3", "data prepare"])
-def test_wrong_usage_is_status_2(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_is_status_2(command: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.main(command.split())
     assert exit_.value.code == 2
@@ -111,9 +111,7 @@ def test_wrong_usage_is_status_2(command: str, capsys: pytest.CaptureFixture[str
         ("data", ["prepare"]),
     ],
 )
-def test_commands_are_listed_if_none_is_given(
-    command: str, commands: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_commands_are_listed_if_none_is_given(command: str, commands: list[str], capsys: Capture) -> None:
     assert cli.main(command.split()) == cli.EXIT_USER_ERROR
     out, err = capsys.readouterr()
     assert out == ""
@@ -121,7 +119,7 @@ def test_commands_are_listed_if_none_is_given(
 
 
 @pytest.mark.parametrize("words", ["--train.steps=4", "--train.steps 4", "--dry-runs --train.steps=4"])
-def test_an_override_with_dashes_is_understood_in_the_refusal(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_override_with_dashes_is_understood_in_the_refusal(words: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit):
         cli.main(["train", "x.toml", *words.split()])
     assert capsys.readouterr().err.endswith(" without dashes: train.steps=VALUE\n")
@@ -136,32 +134,21 @@ def test_an_override_with_dashes_is_understood_in_the_refusal(words: str, capsys
         "train --dry-run --ranks 2 CONFIG model.layers=3 run.seed=5",
     ],
 )
-def test_overrides_stand_anywhere_and_the_last_wins(
-    words: str, config_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_overrides_stand_anywhere_and_the_last_wins(words: str, config_file: Path, capsys: Capture) -> None:
     assert cli.main([str(config_file) if word == "CONFIG" else word for word in words.split()]) == 0
     assert "3 of width 32" in capsys.readouterr().out
 
 
+# Numbers of parameters and of active ones are in test_flops.py.
 PRESETS = {
-    ("llama3_8b_128k", 8): ("dp_shard 1 x context 8", "8,030,261,248 parameters", "sharded     1,003,782,656"),
-    ("llama3_8b_128k", 64): ("dp_shard 8 x context 8", "8,030,261,248 parameters", "sharded     125,472,832"),
-    ("qwen3_8b_128k", 8): ("dp_shard 1 x context 8", "8,190,735,360 parameters", "sharded     1,023,841,920"),
-    ("qwen3_8b_128k", 64): ("dp_shard 8 x context 8", "8,190,735,360 parameters", "sharded     127,980,"),
-    ("qwen3_30b_a3b_128k", 64): (
-        "dp_shard 8 x context 8", "30,532,122,624 parameters", "sharded     477,064,416",
-        "3,041,656,832 active per token",
-        "experts     8 of 128 per token, feed_forward 768, in 48 layers, expert-parallel degree 8",
-    ),
-    ("mixtral_8x7b_64k", 32): (
-        "dp_shard 8 x context 4", "46,702,792,704 parameters", "sharded     1,459,560,576",
-        "12,748,587,008 active per token",
-        "experts     2 of 8 per token, feed_forward 14336, in 32 layers, expert-parallel degree 8",
-    ),
+    ("llama3_8b_128k", 8): ("dp_shard 1 x context 8", "sharded     1,003,782,656"),
+    ("llama3_8b_128k", 64): ("dp_shard 8 x context 8", "sharded     125,472,832"),
+    ("qwen3_8b_128k", 8): ("dp_shard 1 x context 8", "sharded     1,023,841,920"),
+    ("qwen3_8b_128k", 64): ("dp_shard 8 x context 8", "sharded     127,980,"),
+    ("qwen3_30b_a3b_128k", 64): ("dp_shard 8 x context 8", "sharded     477,064,416", "expert-parallel degree 8"),
+    ("mixtral_8x7b_64k", 32): ("dp_shard 8 x context 4", "sharded     1,459,560,576", "expert-parallel degree 8"),
     ("minimax_style", 8): (
-        "dp_shard 1 x context 8", "20,778,248,192 parameters", "sharded     2,597,281,024",
-        "2,248,933,376 active per token",
-        "experts     2 of 32 per token, feed_forward 3072, in 32 layers, expert-parallel degree 8",
+        "dp_shard 1 x context 8", "sharded     2,597,281,024", "expert-parallel degree 8",
         "attention   7 x Lightning, Dense(causal=True), 7 x Lightning, ", "recurrences in gated layers",
         "strategy    state and ring, zigzag",
     ),
@@ -170,35 +157,27 @@ PRESETS = {
 
 @pytest.mark.parametrize(("preset", "num_ranks"), list(PRESETS))
 def test_a_dry_run_of_a_preset_needs_neither_gpus_nor_data(
-    preset: str, num_ranks: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    preset: str, num_ranks: int, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", str(CONFIGS / f"{preset}.toml"), "--dry-run", "--ranks", str(num_ranks)]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     lines = dict(line.split(maxsplit=1) for line in out.splitlines())
-    experts = ["experts"] if "experts" in "".join(PRESETS[preset, num_ranks]) else []
-    recurrences = ["recurrences"] if preset == "minimax_style" else []
-    assert list(lines) == [
-        "ranks", "step", "micro-batch", "model", "layers", *experts, "compute", "attention", *recurrences, "backend",
-        "strategy", "traffic", "memory", "sharded", "dry",
-    ]  # fmt: skip
     assert lines["ranks"].startswith(f"{num_ranks} = ")
     tokens = {"mixtral_8x7b_64k": 65_536, "minimax_style": 262_144}.get(preset, 131_072)
     local = 32_768 if preset == "minimax_style" else 16_384
     assert lines["step"] == f"4,194,304 tokens = {2**22 // tokens} sequences x {tokens:,}"
     assert lines["micro-batch"].startswith(f"{local:,} tokens per rank, ")
     assert all(part in out for part in PRESETS[preset, num_ranks])
-    assert "GFLOP per token" in lines["compute"]
     if preset != "minimax_style":
         assert lines["attention"] == "Dense(causal=True)"
         assert lines["strategy"].startswith("ring, zigzag")
-    assert " GiB per rank (estimate)" in lines["memory"]
     assert not dist.is_initialized()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_launch_prints_the_command(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_launch_prints_the_command(config_file: Path, capsys: Capture) -> None:
     words = ["launch", "local", str(config_file), "--gpus-per-node", "2", "--dry-run", "run.folder=with space"]
     assert cli.main(words) == 0
     out = capsys.readouterr().out
@@ -210,26 +189,17 @@ def test_a_dry_launch_prints_the_command(config_file: Path, capsys: pytest.Captu
 
 
 def test_a_dry_launch_on_slurm_prints_only_the_script_on_standard_output(
-    tmp_path: Path, config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, config_file: Path, job: SlurmJob, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = tmp_path / "site.toml"
     site.write_text('[sbatch]\naccount = "my_project"\n')
     monkeypatch.setenv("FARSPAN_SITE", str(site))
     monkeypatch.chdir(tmp_path)
-    words = f"launch slurm {config_file} run.folder=runs/x --nodes 2 --gpus-per-node 1 --dry-run".split()
+    words = f"launch slurm {config_file} run.folder=run --nodes 2 --gpus-per-node 1 --dry-run".split()
     assert cli.main(words) == 0
     out, err = capsys.readouterr()
-    job = SlurmJob(
-        run=tmp_path / "runs/x",
-        submitted=tmp_path / "runs/x/submitted/001",
-        workdir=tmp_path,
-        python=Path(sys.executable),
-        nodes=2,
-        ranks_per_node=1,
-        gpus=False,
-        site=Site(sbatch={"account": "my_project"}),
-    )
-    assert out == job.script()
+    expected = replace(job, ranks_per_node=1, site=Site(sbatch={"account": "my_project"}))
+    assert out == expected.script()
     assert err.startswith("ranks       2 = ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.toml", "site.toml"]
     # Submitted from a machine without GPUs, a run with device=auto has to get GPUs.
@@ -246,7 +216,7 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("sbatch")
 def test_a_launch_on_slurm_submits_the_checked_configuration(
-    tmp_path: Path, config_file: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, config_file: Path, capsys: Capture
 ) -> None:
     words = f"launch slurm {config_file} run.seed=3 --nodes 1 --gpus-per-node 2 --chain 2".split()
     assert cli.main(words) == cli.EXIT_USER_ERROR
@@ -263,9 +233,7 @@ def test_a_launch_on_slurm_submits_the_checked_configuration(
 
 
 @pytest.mark.usefixtures("sbatch")
-def test_a_launch_of_several_runs_is_a_job_array(
-    tmp_path: Path, config_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_launch_of_several_runs_is_a_job_array(tmp_path: Path, config_file: Path, capsys: Capture) -> None:
     tiny.make_data(tmp_path)
     each = ["--each", "run.seed=3, 4", "--each", "optimizer.learning_rate=1e-3,2e-3"]
     assert cli.main(["launch", "slurm", str(config_file), "--nodes", "1", "--gpus-per-node", "2", *each]) == 0
@@ -289,9 +257,7 @@ def test_a_launch_starts_as_many_ranks_as_asked(
     assert started == [LocalJob(config=config_file, overrides=("run.seed=3",), num_ranks=2)]
 
 
-def test_only_the_first_rank_prints_errors(
-    config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_only_the_first_rank_prints_errors(config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     variables = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

@@ -1,48 +1,41 @@
+import os
+from collections.abc import Iterator
+from unittest import mock
+
 import pytest
 
 from farspan.errors import ConfigError
 from farspan.launch.env import environment_with_threads, read_ranks
 from farspan.parallel.ranks import Ranks
 
-TORCHRUN = {
-    "RANK": "3",
-    "WORLD_SIZE": "8",
-    "LOCAL_RANK": "1",
-    "MASTER_ADDR": "node1",
-    "MASTER_PORT": "29500",
-}
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 
 
 @pytest.fixture(autouse=True)
-def _bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*TORCHRUN, "OMP_NUM_THREADS", "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID"):
-        monkeypatch.delenv(name, raising=False)
-
-
-def set_all(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+def _empty_environment() -> Iterator[None]:
+    with mock.patch.dict(os.environ, clear=True):
+        yield
 
 
 def test_without_torchrun_there_is_one_rank() -> None:
     assert read_ranks() == Ranks(rank=0, world_size=1, local_rank=0)
 
 
-def test_ranks_are_those_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    set_all(monkeypatch, TORCHRUN)
+def test_ranks_are_those_of_torchrun() -> None:
+    os.environ.update(TORCHRUN)
     assert read_ranks() == Ranks(rank=3, world_size=8, local_rank=1)
 
 
-def test_ranks_know_their_slurm_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "17")
+def test_ranks_know_their_slurm_job() -> None:
+    os.environ["SLURM_JOB_ID"] = "17"
     assert read_ranks().job == "17"
-    set_all(monkeypatch, TORCHRUN | {"SLURM_ARRAY_JOB_ID": "16", "SLURM_ARRAY_TASK_ID": "3"})
+    os.environ.update(TORCHRUN | {"SLURM_ARRAY_JOB_ID": "16", "SLURM_ARRAY_TASK_ID": "3"})
     assert read_ranks().job == "16_3"
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
-def test_a_missing_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    set_all(monkeypatch, {key: value for key, value in TORCHRUN.items() if key != name})
+def test_a_missing_variable_is_named(name: str) -> None:
+    os.environ.update({key: value for key, value in TORCHRUN.items() if key != name})
     with pytest.raises(ConfigError, match=rf"^RANK is set but {name} is not.*torchrun"):
         read_ranks()
 
@@ -56,16 +49,16 @@ def test_a_missing_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str)
         ({"LOCAL_RANK": "-1"}, "RANK=3, LOCAL_RANK=-1 do not fit WORLD_SIZE=8"),
     ],
 )
-def test_an_invalid_value_is_refused(monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], message: str) -> None:
-    set_all(monkeypatch, TORCHRUN | changes)
+def test_an_invalid_value_is_refused(changes: dict[str, str], message: str) -> None:
+    os.environ.update(TORCHRUN | changes)
     with pytest.raises(ConfigError) as refused:
         read_ranks()
     assert str(refused.value).startswith(message)
 
 
-def test_ranks_get_their_threads_and_the_rest_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FARSPAN_TEST_MARKER", "kept")
+def test_ranks_get_their_threads_and_the_rest_of_the_environment() -> None:
+    os.environ["FARSPAN_TEST_MARKER"] = "1"
     environment = environment_with_threads(3)
-    assert (environment["OMP_NUM_THREADS"], environment["FARSPAN_TEST_MARKER"]) == ("3", "kept")
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert (environment["OMP_NUM_THREADS"], environment["FARSPAN_TEST_MARKER"]) == ("3", "1")
+    os.environ["OMP_NUM_THREADS"] = "7"
     assert environment_with_threads(3)["OMP_NUM_THREADS"] == "7"

@@ -36,11 +36,8 @@ def test_out_and_in_and_on(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     data = tiny.make_data(tmp_path)
     decoder = Decoder(model=replace(hugging_face_models.MODEL, vocabulary_size=264, tied_embeddings=True, qk_norm=True))
     model = hugging_face_models.random_model(decoder)
-    run, out, weights = (
-        hugging_face_models.save_run(model, decoder, tmp_path / "run"),
-        tmp_path / "out",
-        tmp_path / "weights",
-    )
+    run = hugging_face_models.save_run(model, decoder, tmp_path / "run")
+    out, weights = tmp_path / "out", tmp_path / "weights"
 
     def output_of(*words: object) -> str:
         assert cli.main([str(word) for word in words]) == 0
@@ -55,12 +52,10 @@ def test_out_and_in_and_on(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     assert text.startswith(f"imported    {weights}: ")
     assert f"run.start_from={weights}\n" in text
     assert text.endswith(described + "\n")
-    assert load_config(Decoder, weights / "model.toml").model == hugging_face_models.replaced_positions(
-        decoder.model, 512
-    )
-    assert f"model.kv_heads=1; see {tmp_path}/mqa/model.toml" in output_of(
-        "pool-heads", weights, "--kv-heads", 1, "--out", tmp_path / "mqa"
-    )
+    imported = load_config(Decoder, weights / "model.toml").model
+    assert imported == hugging_face_models.replaced_positions(decoder.model, 512)
+    text = output_of("pool-heads", weights, "--kv-heads", 1, "--out", tmp_path / "mqa")
+    assert f"model.kv_heads=1; see {tmp_path}/mqa/model.toml" in text
 
     # The printed sections, pasted into a configuration.
     (tmp_path / "second.toml").write_text(described + REST.format(folder=tmp_path, data=data))
@@ -70,6 +65,5 @@ def test_out_and_in_and_on(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     fields = json.loads((tmp_path / "on" / "config.json").read_text())
     assert (fields["eos_token_id"], fields["max_position_embeddings"], fields["torch_dtype"]) == (256, 101, "float32")
     trained = safetensors.load_file(tmp_path / "on" / "model.safetensors")
-    assert trained.keys() == written.keys()
-    for name, tensor in written.items():
-        assert torch.allclose(trained[name], tensor.float(), rtol=0, atol=1e-7), name
+    expected = {name: tensor.float() for name, tensor in written.items()}
+    torch.testing.assert_close(trained, expected, rtol=0, atol=1e-7)

@@ -12,7 +12,7 @@ from tests.support.processes import wait_for
 
 
 @pytest.mark.parametrize(
-    ("status", "passed_on", "how"),
+    ("status", "passed_on", "report"),
     [
         (1, 1, "failed with exit status 1"),
         (-11, 139, "was killed by SIGSEGV"),
@@ -24,12 +24,12 @@ from tests.support.processes import wait_for
     ],
 )
 def test_a_failure_is_one_sentence(
-    capsys: pytest.CaptureFixture[str], status: int, passed_on: int, how: str | None
+    capsys: pytest.CaptureFixture[str], status: int, passed_on: int, report: str | None
 ) -> None:
     assert _report(3, status) == passed_on
     out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 0 if how is None else 1)
-    assert how is None or err.startswith(f"farspan: rank 3 {how}")
+    assert (out, err.count("\n")) == ("", 0 if report is None else 1)
+    assert report is None or err.startswith(f"farspan: rank 3 {report}")
 
 
 RANK = """

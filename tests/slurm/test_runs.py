@@ -23,6 +23,7 @@ from tests.support.processes import ranks_of, send, wait_for
 
 STEPS = 40
 Losses = list[tuple[float, float]]
+Undisturbed = Callable[[], Losses]
 FARSPAN = [sys.executable, "-m", "farspan.launch.cli"]
 
 
@@ -36,16 +37,14 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parallel = ParallelConfig(context=2, dp_shard=2)
     config = tiny.config(tiny.make_data(folder), folder / "run", parallel, steps=STEPS)
     config = replace(
-        config,
-        evaluate=EvaluateConfig(every_steps=0, sequences=2),
-        checkpoint=CheckpointConfig(every_steps=5),
+        config, evaluate=EvaluateConfig(every_steps=0, sequences=2), checkpoint=CheckpointConfig(every_steps=5)
     )
     (folder / "run.toml").write_text(to_toml(config))
     return folder / "run.toml"
 
 
 @pytest.fixture(scope="session")
-def undisturbed(config_file: Path) -> Iterator[Callable[[], Losses]]:
+def undisturbed(config_file: Path) -> Iterator[Undisturbed]:
     """Return the losses of four ranks on this machine, which train while tests wait for SLURM."""
     run = config_file.parent / "undisturbed"
     command = [*FARSPAN, "launch", "local", str(config_file), "--gpus-per-node", "4", f"run.folder={run}"]
@@ -104,9 +103,7 @@ def pause(run: Path, job: str, restart: int) -> dict[int, int]:
     return ranks
 
 
-def test_a_disturbed_run_ends_as_if_undisturbed(
-    cluster: Cluster, config_file: Path, undisturbed: Callable[[], Losses]
-) -> None:
+def test_a_disturbed_run_ends_as_if_undisturbed(cluster: Cluster, config_file: Path, undisturbed: Undisturbed) -> None:
     """One job, so that each fault costs one start: a time limit, a preemption, a killed rank, a lost node."""
     run = config_file.parent / "disturbed"
     (job,) = launch(cluster, config_file, run)
@@ -141,18 +138,13 @@ def test_a_disturbed_run_ends_as_if_undisturbed(
     assert lost not in nodes(run, job, 4)
     assert losses(run) == undisturbed()
     failures = [(failure.reason, failure.nodes) for failure in read_failures(run)]
-    assert failures == [
-        (f"a rank on {killed_on} was killed by SIGKILL", (killed_on,)),
-        ("lost by SLURM", (lost,)),
-    ]
+    assert failures == [(f"a rank on {killed_on} was killed by SIGKILL", (killed_on,)), ("lost by SLURM", (lost,))]
     cluster.power_off(lost)
     cluster.power_on(lost)
 
 
 @pytest.mark.faults
-def test_a_run_whose_nodes_lose_power_ends_as_if_undisturbed(
-    cluster: Cluster, config_file: Path, undisturbed: Callable[[], Losses]
-) -> None:
+def test_a_run_whose_nodes_lose_power(cluster: Cluster, config_file: Path, undisturbed: Undisturbed) -> None:
     run = config_file.parent / "powerless"
     (job,) = launch(cluster, config_file, run)
     # First, one rank alone gets a warning.
@@ -172,9 +164,7 @@ def test_a_run_whose_nodes_lose_power_ends_as_if_undisturbed(
 
 
 @pytest.mark.faults
-def test_runs_of_an_array_are_requeued_and_resumed_one_by_one(
-    cluster: Cluster, config_file: Path, undisturbed: Callable[[], Losses]
-) -> None:
+def test_runs_of_an_array_are_resumed_one_by_one(cluster: Cluster, config_file: Path, undisturbed: Undisturbed) -> None:
     runs = config_file.parent / "array"
     shape = ["--nodes", "1", "--gpus-per-node", "1", "--task-per-rank", "--each", "run.seed=11,12"]
     changes = ["parallel.context=1", "parallel.dp_shard=1", f"run.folder={runs}"]
@@ -205,9 +195,7 @@ def test_runs_of_an_array_are_requeued_and_resumed_one_by_one(
 
 
 @pytest.mark.faults
-def test_a_chain_continues_where_the_first_job_hung_and_was_canceled(
-    cluster: Cluster, config_file: Path, undisturbed: Callable[[], Losses]
-) -> None:
+def test_a_chain_continues_after_a_canceled_job(cluster: Cluster, config_file: Path, undisturbed: Undisturbed) -> None:
     run = config_file.parent / "chain"
     first, second = launch(cluster, config_file, run, "--task-per-rank", "--chain", "2", "watchdog.step_s=8")
     ranks = pause(run, first, 0)

@@ -6,12 +6,10 @@ from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from farspan.errors import CheckpointError
 from farspan.parallel.mesh import Mesh
 from farspan.trainer.build import build_model
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
@@ -89,17 +87,16 @@ def walk_back(config: Config) -> tuple[str | None, Bits, list[str]]:
     return folder, bits, [line for line in lines if line.startswith("skipped")]
 
 
-def load_error(config: Config, fingerprint: str = "data") -> str:
-    """On a rank: return the error of a load."""
-    with pytest.raises(CheckpointError) as refused:
-        RankState(config, fingerprint).checkpoints.load_latest(TrainState())
-    dist.barrier()
-    return str(refused.value)
-
-
 def same_bits(one: Bits, other: Bits) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def flip(path: Path, position: int) -> None:
+    """Change one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)

@@ -1,9 +1,10 @@
 """Pools of real gloo ranks for tests: one thread each, fresh memory full of NaN."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -12,7 +13,7 @@ from farspan.parallel.ranks import Ranks
 from farspan.tools import rank_pool
 from farspan.tools.rank_pool import RankError, grid_groups
 
-__all__ = ["COLLECTIVE_TIMEOUT_S", "PRELOAD", "RankError", "RankPool", "world_channel"]
+__all__ = ["COLLECTIVE_TIMEOUT_S", "PRELOAD", "Pools", "RankError", "RankPool", "error_of", "world_channel"]
 COLLECTIVE_TIMEOUT_S = 60
 CALL_TIMEOUT_S = 120
 PRELOAD = "tests.support.preload"
@@ -49,3 +50,15 @@ def world_channel(width: int = 1) -> Channel:
         return Channel(group, traffic)
     inner, outer = (Channel(axis, traffic) for axis in grid_groups(width))
     return Channel(group, traffic, inner=inner, outer=outer)
+
+
+Pools = Callable[[int], RankPool]
+"""The fixture `ranks`: the session's pool of a given number of ranks."""
+
+
+def error_of(kind: type[Exception], function: Callable[..., object], *arguments: object) -> str:
+    """On a rank: return the error that ends a call on all ranks."""
+    with pytest.raises(kind) as refused:
+        function(*arguments)
+    dist.barrier()
+    return str(refused.value)

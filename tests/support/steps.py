@@ -214,3 +214,8 @@ def assert_same(found: Trajectory, truth: Trajectory) -> None:
         assert torch.allclose(a.bias, b.bias, rtol=0, atol=1e-7)
         largest = max(largest, abs(a.balance_loss - b.balance_loss), abs(a.z_loss - b.z_loss))
     assert largest <= TOLERANCE
+
+
+def two_steps(configs: list[Config]) -> list[Trajectory]:
+    """On each rank: two steps of every run."""
+    return [train_sharded(config, 2) for config in configs]

@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from farspan.trainer.build import build_batches
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import IGNORED, PackedSequence, sequence_hash, sequence_seed
 from tests.support import tiny
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import Pools
 
 SEQUENCE = PackedSequence(
     tokens=np.arange(100, 111),
@@ -37,7 +36,7 @@ def build(config: Config) -> tuple[list[list[int]], int, int]:
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_ranks_share_the_full_sequence(ranks: Callable[[int], RankPool], layout: str) -> None:
+def test_ranks_share_the_full_sequence(ranks: Pools, layout: str) -> None:
     config = tiny.config(Path("none"), Path("none"), ParallelConfig(context=2, layout=layout))
     found = ranks(2).run(build, config)
     found_rows = sorted(row for columns, _, _ in found for row in zip(*columns, strict=True) if row[3] >= 0)
@@ -57,13 +56,13 @@ def stream_of(config: Config) -> tuple[int, int]:
     return batch.fingerprint, batch.seed
 
 
-def test_ranks_of_a_sequence_count_it_once_and_draw_by_its_place(ranks: Callable[[int], RankPool]) -> None:
+def test_ranks_of_a_sequence_count_it_once_and_draw_by_its_place(ranks: Pools) -> None:
     config = tiny.config(Path("none"), Path("none"), ParallelConfig(context=2))
     seed = sequence_seed(config.run.seed, 5)
     assert ranks(2).run(stream_of, config) == [(sequence_hash(5, SEQUENCE), seed), (0, seed)]
 
 
-def test_rank_order_is_the_layouts(ranks: Callable[[int], RankPool]) -> None:
+def test_rank_order_is_the_layouts(ranks: Pools) -> None:
     config = tiny.config(Path("none"), Path("none"), ParallelConfig(context=2, layout="zigzag"))
     config = replace(config, data=replace(config.data, sequence_tokens=11))
     found = ranks(2).run(build, config)

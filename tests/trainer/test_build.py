@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,24 +11,24 @@ from farspan.trainer.build import build_batches, build_model, build_on_meta
 from farspan.trainer.config import Config
 from farspan.trainer.model.flops import total_parameters
 from tests.support import tiny
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import Pools
 
-Held = dict[str, tuple[int, str, str]]
+Shards = dict[str, tuple[int, str, str]]
 
 
-def built(config: Config, on_meta: bool) -> tuple[Held, bool, bool]:
+def built(config: Config, on_meta: bool) -> tuple[Shards, bool, bool]:
     """On each rank: size, dtype and device of its shards; whether tied parameters are one; whether all are finite."""
     mesh = Mesh.build(config.parallel, "cpu")
     model = build_on_meta(config, mesh) if on_meta else build_model(config, mesh, torch.device("cpu"))
-    held: Held = {}
+    shards: Shards = {}
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
         local = parameter.to_local()
-        held[name] = (local.numel(), str(local.dtype), local.device.type)
+        shards[name] = (local.numel(), str(local.dtype), local.device.type)
     tied = model.head.weight is model.embedding.weight
     # Memory that nobody has initialized is NaN in tests.
     finite = on_meta or all(p.to_local().isfinite().all() for p in model.parameters() if isinstance(p, DTensor))
-    return held, tied, bool(finite)
+    return shards, tied, bool(finite)
 
 
 @pytest.fixture
@@ -39,16 +38,14 @@ def config(tmp_path: Path) -> Config:
 
 @pytest.mark.parametrize("on_meta", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_ranks_share_the_parameters(
-    config: Config, ranks: Callable[[int], RankPool], on_meta: bool, tied: bool
-) -> None:
+def test_ranks_share_the_parameters(config: Config, ranks: Pools, on_meta: bool, tied: bool) -> None:
     config = tiny.with_model(config, tied_embeddings=tied)
     sides = ranks(2).run(built, config, on_meta)
-    total = sum(size for held, _, _ in sides for size, _, _ in held.values())
+    total = sum(size for shards, _, _ in sides for size, _, _ in shards.values())
     assert total == total_parameters(config.model, config.mechanisms())
-    for held, is_tied, finite in sides:
-        assert sum(size for size, _, _ in held.values()) < 0.6 * total
-        assert {device for _, _, device in held.values()} == {"meta" if on_meta else "cpu"}
+    for shards, is_tied, finite in sides:
+        assert sum(size for size, _, _ in shards.values()) < 0.6 * total
+        assert {device for _, _, device in shards.values()} == {"meta" if on_meta else "cpu"}
         assert is_tied == tied
         assert finite
 
@@ -56,12 +53,10 @@ def test_ranks_share_the_parameters(
 @pytest.mark.parametrize(
     ("compute", "master"), [("float64", "float64"), ("float32", "float32"), ("bfloat16", "float32")]
 )
-def test_master_parameters_are_never_rounded(
-    config: Config, ranks: Callable[[int], RankPool], compute, master: str
-) -> None:
+def test_master_parameters_are_never_rounded(config: Config, ranks: Pools, compute, master: str) -> None:
     config = replace(config, train=replace(config.train, compute_dtype=compute))
-    for held, _, _ in ranks(2).run(built, config, False):
-        assert {dtype for _, dtype, _ in held.values()} == {f"torch.{master}"}
+    for shards, _, _ in ranks(2).run(built, config, False):
+        assert {dtype for _, dtype, _ in shards.values()} == {f"torch.{master}"}
 
 
 def builder(config: Config) -> tuple[object, ...]:
@@ -72,7 +67,7 @@ def builder(config: Config) -> tuple[object, ...]:
     return type(layer.strategy).__name__, channel.size, channel.rank, str(layer.mechanism), made.layout, layer.backend
 
 
-def test_batches_follow_the_configuration(config: Config, ranks: Callable[[int], RankPool]) -> None:
+def test_batches_follow_the_configuration(config: Config, ranks: Pools) -> None:
     ulysses = replace(
         config,
         parallel=ParallelConfig(context=2, strategy="ulysses", layout="striped"),

@@ -1,6 +1,5 @@
 """The configurations in a run's folder over several resumes."""
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +10,6 @@ from farspan.trainer.config import Config
 from farspan.trainer.metrics import record_config
 from farspan.trainer.toml_config import load_config
 from tests.support import tiny
-
-
-@pytest.fixture(autouse=True)
-def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    caplog.set_level(logging.INFO, logger="farspan")
-    return caplog
 
 
 @pytest.fixture

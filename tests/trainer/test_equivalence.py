@@ -3,9 +3,7 @@
 The truth is a decoder written a second time from its formulas, see `decoder.py`.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,41 +13,29 @@ from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import Config
 from tests.support import tiny
-from tests.support.rank_pool import RankPool
-from tests.support.steps import STEPS, Trajectory, assert_same, initial_parameters, train_reference, train_sharded
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    folder: Path = tmp_path_factory.mktemp("equivalence")
-    return tiny.config(tiny.make_data(folder), folder / "run", ParallelConfig(strategy="single"))
-
-
-@pytest.fixture(scope="module")
-def reference(base: Config, ranks: Callable[[int], RankPool]) -> Trajectory:
-    return train_reference(base, ranks(1).run(initial_parameters, base)[0])
+from tests.support.rank_pool import Pools
+from tests.support.steps import STEPS, train_sharded
+from tests.trainer.conftest import TrainAndCompare, Truth
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ulysses"])
 @pytest.mark.parametrize("data", [1, 2])
 @pytest.mark.parametrize("context", [1, 2, 4])
 def test_ten_steps_do_not_depend_on_the_ranks(
-    base: Config, reference: Trajectory, ranks: Callable[[int], RankPool], context: int, data: int, strategy: str
+    base: Config, train_and_compare: TrainAndCompare, context: int, data: int, strategy: str
 ) -> None:
-    config = replace(base, parallel=ParallelConfig(context=context, dp_shard=data, strategy=strategy))
-    trajectories = ranks(context * data).run(train_sharded, config)
+    parallel = ParallelConfig(context=context, dp_shard=data, strategy=strategy)
+    trajectories = train_and_compare(replace(base, parallel=parallel))
     assert len(set(trajectories[0].losses)) == STEPS
-    for trajectory in trajectories:
-        assert_same(trajectory, reference)
 
 
 @pytest.mark.parametrize("strategy", ["gather", "fetch", "double_ring", "hybrid", "hybrid_outer"])
 def test_ten_steps_do_not_depend_on_the_strategy(
-    base: Config, reference: Trajectory, ranks: Callable[[int], RankPool], strategy: str
+    base: Config, train_and_compare: TrainAndCompare, strategy: str
 ) -> None:
     inner = 2 if STRATEGIES.get(strategy).unsupported_reason(Dense(), base.model.heads_of(Dense()), 4, 1) else 1
     parallel = ParallelConfig(context=4, context_inner=inner, strategy=strategy, layout="balanced")
-    assert_same(ranks(4).run(train_sharded, replace(base, parallel=parallel))[2], reference)
+    train_and_compare(replace(base, parallel=parallel))
 
 
 FOUR = ParallelConfig(context=4)
@@ -64,20 +50,15 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))
-def test_variants_of_the_run(base: Config, ranks: Callable[[int], RankPool], variant: str) -> None:
+def test_variants_of_the_run(base: Config, train_and_compare: TrainAndCompare, variant: str) -> None:
     parallel, training, model = VARIANTS[variant]
-    config = replace(tiny.with_model(base, **model), parallel=parallel, train=replace(base.train, **training))
-    single = replace(config, parallel=ParallelConfig(strategy="single"))
-    truth = train_reference(single, ranks(1).run(initial_parameters, single)[0])
-    assert_same(ranks(4).run(train_sharded, config)[3], truth)
+    train_and_compare(replace(tiny.with_model(base, **model), parallel=parallel, train=replace(base.train, **training)))
 
 
-def test_bfloat16_compute_follows_float64_with_float32_masters(
-    base: Config, reference: Trajectory, ranks: Callable[[int], RankPool]
-) -> None:
+def test_bfloat16_compute_follows_float64_with_float32_masters(base: Config, truth: Truth, ranks: Pools) -> None:
     """Eight bits of mantissa: losses within 1 %, while parameters and gradients stay float32."""
     config = replace(base, parallel=ParallelConfig(context=2), train=replace(base.train, compute_dtype="bfloat16"))
     trajectory = ranks(2).run(train_sharded, config)[0]
-    assert trajectory.losses == pytest.approx(reference.losses, rel=1e-2)
-    assert trajectory.losses != reference.losses
+    assert trajectory.losses == pytest.approx(truth(config).losses, rel=1e-2)
+    assert trajectory.losses != truth(config).losses
     assert {gradient.dtype for gradient in trajectory.gradients[-1].values()} == {torch.float32}

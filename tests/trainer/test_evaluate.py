@@ -2,9 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +18,7 @@ from farspan.trainer.data.packing import IGNORED, PackedSequences
 from farspan.trainer.evaluate import Evaluation, evaluate, share
 from farspan.trainer.model.transformer import Output, SequenceContext
 from farspan.trainer.resolve import open_data
-from tests.support import tiny
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import Pools, error_of
 
 SEQUENCE_TOKENS = 150
 SEQUENCES = 3
@@ -85,10 +82,8 @@ def by_loop(config: Config) -> tuple[float, int, dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    folder: Path = tmp_path_factory.mktemp("evaluate")
-    config = tiny.config(tiny.make_data(folder), folder, ParallelConfig())
-    return replace(config, evaluate=replace(config.evaluate, sequences=SEQUENCES))
+def base(base: Config) -> Config:
+    return replace(base, evaluate=replace(base.evaluate, sequences=SEQUENCES))
 
 
 @pytest.mark.parametrize(
@@ -97,9 +92,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
     ids=["one rank", "one sequence on two ranks", "a sequence on each rank"],
 )
 @pytest.mark.parametrize("sequences", [SEQUENCES, 1000], ids=["some", "all"])
-def test_equals_a_plain_loop(
-    base: Config, ranks: Callable[[int], RankPool], parallel: ParallelConfig, sequences: int
-) -> None:
+def test_equals_a_plain_loop(base: Config, ranks: Pools, parallel: ParallelConfig, sequences: int) -> None:
     config = replace(base, parallel=parallel, evaluate=replace(base.evaluate, sequences=sequences))
     loss, tokens, by_position = by_loop(config)
     assert list(by_position) == ["0-63", "64-127", "128-149"], "the data does not fill the bins"
@@ -111,24 +104,21 @@ def test_equals_a_plain_loop(
 
 
 @pytest.mark.parametrize("stop_on_rank", [0, 1])
-def test_a_stop_asked_of_one_rank_ends_it_on_all(
-    base: Config, ranks: Callable[[int], RankPool], stop_on_rank: int
-) -> None:
+def test_a_stop_asked_of_one_rank_ends_it_on_all(base: Config, ranks: Pools, stop_on_rank: int) -> None:
     config = replace(base, parallel=ParallelConfig(context=2))
     assert ranks(2).run(evaluate_on_rank, config, stop_on_rank) == [(None, 1, True, 21)] * 2
 
 
-def evaluate_nothing(config: Config) -> str:
+def evaluate_nothing(config: Config) -> None:
     builder = build_batches(config, Mesh.build(config.parallel, "cpu"), torch.device("cpu"), Traffic())
     sequence = validation(config).sequence(0)
     sequence.labels[:] = IGNORED
-    with pytest.raises(DataError) as refused:
-        evaluate(KnownLoss(), iter([builder.build(sequence)]), sequence_tokens=SEQUENCE_TOKENS)
-    return str(refused.value)
+    evaluate(KnownLoss(), iter([builder.build(sequence)]), sequence_tokens=SEQUENCE_TOKENS)
 
 
-def test_nothing_to_predict_is_refused_by_all_ranks(base: Config, ranks: Callable[[int], RankPool]) -> None:
-    messages = ranks(2).run(evaluate_nothing, replace(base, parallel=ParallelConfig(context=2)))
+def test_nothing_to_predict_is_refused_by_all_ranks(base: Config, ranks: Pools) -> None:
+    config = replace(base, parallel=ParallelConfig(context=2))
+    messages = ranks(2).run(error_of, DataError, evaluate_nothing, config)
     assert messages[0] == messages[1]
     assert "no token of the held-out sequences has a label" in messages[0]
 

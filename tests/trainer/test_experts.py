@@ -3,9 +3,8 @@
 The reference computes every expert on every token.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,53 +15,26 @@ from torch import Tensor
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import Config
+from farspan.trainer.load_balance import ExpertLoad
 from farspan.trainer.model import experts as module
 from farspan.trainer.model.attention import AttentionInputs
 from farspan.trainer.model.config import ExpertsConfig
 from farspan.trainer.model.transformer import Block
 from tests.support import tiny
-from tests.support.rank_pool import RankPool
-from tests.support.steps import Trajectory, assert_same, initial_parameters, train_reference, train_sharded
+from tests.trainer.conftest import TrainAndCompare
 
+eight = partial(ExpertsConfig, count=8, feed_forward=16)
 EXPERTS = {
-    "softmax": ExpertsConfig(count=8, per_token=2, feed_forward=16, balance_loss=0.02, z_loss=0.01),
-    "sigmoid, biased, shared, dense first": ExpertsConfig(
-        count=8, per_token=3, feed_forward=16, shared=24, layers="dense, experts", score="sigmoid", scale=1.5,
-        bias_rate=0.02, balance_loss=0.05, balance_over="step",
+    "softmax": eight(per_token=2, balance_loss=0.02, z_loss=0.01),
+    "sigmoid, biased, shared, dense first": eight(
+        per_token=3, shared=24, layers="dense, experts", score="sigmoid", scale=1.5, bias_rate=0.02, balance_loss=0.05,
+        balance_over="step",
     ),
-    "not normalized": ExpertsConfig(count=8, per_token=1, feed_forward=16, normalized=False, z_loss=0.1),
-    "the heaviest within a capacity": ExpertsConfig(
-        count=8, per_token=2, feed_forward=16, capacity=0.9, balance_loss=0.02, scale=0.5
-    ),
-    "the first within a capacity": ExpertsConfig(
-        count=8, per_token=3, feed_forward=16, capacity=1.1, drop="position", score="sigmoid", bias_rate=0.01
-    ),
-    "experts choose": ExpertsConfig(
-        count=8, per_token=2, feed_forward=16, choice="experts", normalized=False, z_loss=0.01, shared=8
-    ),
+    "not normalized": eight(per_token=1, normalized=False, z_loss=0.1),
+    "the heaviest within a capacity": eight(per_token=2, capacity=0.9, balance_loss=0.02, scale=0.5),
+    "the first within a capacity": eight(per_token=3, capacity=1.1, drop="position", score="sigmoid", bias_rate=0.01),
+    "experts choose": eight(per_token=2, choice="experts", normalized=False, z_loss=0.01, shared=8),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    folder: Path = tmp_path_factory.mktemp("experts")
-    return tiny.config(tiny.make_data(folder), folder / "run", ParallelConfig(strategy="single"))
-
-
-Truth = Callable[[str, int], Trajectory]
-
-
-@pytest.fixture(scope="module")
-def truth(base: Config, ranks: Callable[[int], RankPool]) -> Truth:
-    known: dict[tuple[str, int], Trajectory] = {}
-
-    def compute(experts: str, together: int) -> Trajectory:
-        if (experts, together) not in known:
-            config = tiny.with_model(base, experts=EXPERTS[experts])
-            known[experts, together] = train_reference(config, ranks(1).run(initial_parameters, config)[0], together)
-        return known[experts, together]
-
-    return compute
 
 
 # (context, dp_shard, expert, strategy): every degree of each axis, folded and not. Kinds of experts take turns, as ten
@@ -77,14 +49,11 @@ MESHES = [
     ("mesh", "experts"), [(mesh, list(EXPERTS)[number % len(EXPERTS)]) for number, mesh in enumerate(MESHES)]
 )
 def test_ten_steps_do_not_depend_on_the_ranks(
-    base: Config, truth: Truth, ranks: Callable[[int], RankPool], mesh: tuple[int, int, int, str], experts: str
+    base: Config, train_and_compare: TrainAndCompare, mesh: tuple[int, int, int, str], experts: str
 ) -> None:
     context, data, expert, strategy = mesh
     parallel = ParallelConfig(context=context, dp_shard=data, expert=expert, strategy=strategy)
-    config = tiny.with_model(replace(base, parallel=parallel), experts=EXPERTS[experts])
-    courses = ranks(context * data).run(train_sharded, config)
-    for course in (courses[0], courses[-1]):
-        assert_same(course, truth(experts, data))
+    train_and_compare(tiny.with_model(replace(base, parallel=parallel), experts=EXPERTS[experts]))
 
 
 # By name: ranks, and whether blocks are recomputed; one rank accumulates gradients.
@@ -97,14 +66,10 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize(("variant", "experts"), list(zip(VARIANTS, [*EXPERTS, *EXPERTS][1:], strict=False)))
-def test_variants_of_the_run(
-    base: Config, truth: Truth, ranks: Callable[[int], RankPool], variant: str, experts: str
-) -> None:
+def test_variants_of_the_run(base: Config, train_and_compare: TrainAndCompare, variant: str, experts: str) -> None:
     parallel, recompute = VARIANTS[variant]
     config = replace(base, parallel=parallel, train=replace(base.train, recompute=recompute))
-    data = parallel.dp_replicate * max(parallel.dp_shard, 1)
-    courses = ranks(data * parallel.context).run(train_sharded, tiny.with_model(config, experts=EXPERTS[experts]))
-    assert_same(courses[-1], truth(experts, data))
+    train_and_compare(tiny.with_model(config, experts=EXPERTS[experts]))
 
 
 @pytest.mark.parametrize("parallel_blocks", [True, False])
@@ -130,3 +95,26 @@ def test_rows_travel_to_experts_during_attention_where_it_is_parallel(
     block(torch.zeros(3, config.width), inputs, places)
     first = ["rows leave", "attention"] if parallel_blocks else ["attention", "rows leave"]
     assert events == [*first, "rows are awaited"]
+
+
+def test_the_summary_of_loads_by_hand() -> None:
+    counts = torch.tensor([[4, 4, 4, 4], [16, 0, 0, 0], [8, 8, 0, 0]])
+    bias = torch.tensor([[0.0, 0.0, 0.0, 0.0], [-0.5, 0.25, 0.25, 0.0], [0.1, 0.1, 0.1, 0.1]])
+    found = ExpertLoad(
+        counts=counts, dropped=torch.tensor([0, 4, 2]), balance_loss=0.5, z_loss=0.25, bias=bias
+    ).summary("expert")
+    assert found == {
+        "expert_balance_loss": 0.5,
+        "expert_z_loss": 0.25,
+        "expert_dropped": {"0": 0.0, "1": 0.25, "2": 0.125},
+        "expert_load": {"0": 1.0, "1": 4.0, "2": 2.0},
+        "expert_entropy": {"0": pytest.approx(1.0), "1": pytest.approx(0.0), "2": pytest.approx(0.5)},
+        "expert_bias": {"0": 0.0, "1": 0.75, "2": 0.0},
+    }
+
+
+def test_a_step_without_tokens_has_no_load() -> None:
+    idle = torch.zeros(1, 4)
+    found = ExpertLoad(counts=idle, dropped=idle[:, 0], balance_loss=0.0, z_loss=0.0, bias=idle).summary("expert")
+    assert found["expert_load"] == {"0": 0.0}
+    assert found["expert_entropy"] == {"0": 0.0}

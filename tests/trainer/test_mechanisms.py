@@ -1,8 +1,6 @@
 """Every mechanism trains: losses and gradients of two steps do not depend on the ranks or the strategy."""
 
-from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +11,9 @@ from farspan.parallel.mesh import Degrees, ParallelConfig
 from farspan.trainer.config import AttentionConfig, Config
 from farspan.trainer.validate import validate
 from tests.support import tiny
-from tests.support.rank_pool import RankPool
-from tests.support.steps import Trajectory, assert_same, train_sharded
+from tests.support.rank_pool import Pools
+from tests.support.steps import Trajectory, assert_same, train_sharded, two_steps
 
-STEPS = 2
-SINGLE = ParallelConfig(strategy="single")
 SHARDED = [
     ParallelConfig(context=2, strategy="ring", layout="zigzag"),
     ParallelConfig(context=2, strategy="ring", layout="striped"),
@@ -27,11 +23,9 @@ SHARDED = [
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
+def base(base: Config) -> Config:
     """Eight query heads, which the mechanisms' examples are for."""
-    folder: Path = tmp_path_factory.mktemp("mechanisms")
-    config = tiny.config(tiny.make_data(folder), folder / "run", SINGLE)
-    return tiny.with_model(config, heads=8, head_dim=4)
+    return tiny.with_model(base, heads=8, head_dim=4)
 
 
 def using(base: Config, mechanism: Mechanism, name: str) -> Config:
@@ -52,30 +46,27 @@ def example(base: Config, name: str) -> Config:
     return next(config for one in MECHANISMS.get(name).examples() if is_valid(config := using(base, one, name)))
 
 
-def train_all(configs: list[Config]) -> list[Trajectory]:
-    """On each rank: two steps of every run."""
-    return [train_sharded(config, STEPS) for config in configs]
+def compare_on_two_ranks(ranks: Pools, config: Config, sharded: list[Config]) -> Trajectory:
+    """Return two steps of a run in one process, which those on two ranks equal."""
+    (single,) = ranks(1).run(two_steps, [config])[0]
+    for of_rank in ranks(2).run(two_steps, sharded):
+        for trajectory in of_rank:
+            assert_same(trajectory, single)
+    return single
 
 
 @pytest.mark.parametrize("name", list(MECHANISMS))
-def test_two_steps_do_not_depend_on_the_ranks(base: Config, ranks: Callable[[int], RankPool], name: str) -> None:
+def test_two_steps_do_not_depend_on_the_ranks(base: Config, ranks: Pools, name: str) -> None:
     config = example(base, name)
-    (single,) = ranks(1).run(train_all, [config])[0]
-    assert len(set(single.losses)) == STEPS
-    for gradients in single.gradients:
-        assert all(gradient.abs().max() > 0 for gradient in gradients.values())
     sharded = [run for parallel in SHARDED if is_valid(run := replace(config, parallel=parallel))]
     assert sharded
-    for of_rank in ranks(2).run(train_all, sharded):
-        for trajectory in of_rank:
-            assert_same(trajectory, single)
+    single = compare_on_two_ranks(ranks, config, sharded)
+    assert len(set(single.losses)) == 2
+    for gradients in single.gradients:
+        assert all(gradient.abs().max() > 0 for gradient in gradients.values())
 
 
-MIXTURES = {
-    "moba": {"block": 8, "top_k": 3},
-    "mosa": {"sparsity": 4},
-    "lightning*7, dense": {},
-}
+MIXTURES = {"moba": {"block": 8, "top_k": 3}, "mosa": {"sparsity": 4}, "lightning*7, dense": {}}
 """What `attention.mechanism` may say, with options."""
 ALSO_SHARDED = [
     ParallelConfig(context=4, strategy="fetch", layout="balanced"),
@@ -86,7 +77,7 @@ SHIPPED = ParallelConfig(context=2, strategy="ship")
 
 
 @pytest.mark.parametrize("pattern", list(MIXTURES))
-def test_steps_of_patterns_of_layers(base: Config, ranks: Callable[[int], RankPool], pattern: str) -> None:
+def test_steps_of_patterns_of_layers(base: Config, ranks: Pools, pattern: str) -> None:
     """Ten steps on two ranks, two steps on four. Layers with a recurrence run under `state` if keys travel."""
     config = tiny.with_model(base, layers=8 if "," in pattern else 2)
     config = replace(config, attention=AttentionConfig(mechanism=pattern, options=MIXTURES[pattern], backend="cpu"))
@@ -100,33 +91,19 @@ def test_steps_of_patterns_of_layers(base: Config, ranks: Callable[[int], RankPo
 
 
 @pytest.mark.parametrize("name", ["dense", "moba", "mosa"])
-def test_two_steps_of_a_model_that_convolves_its_keys(
-    base: Config, ranks: Callable[[int], RankPool], name: str
-) -> None:
+def test_two_steps_of_a_model_that_convolves_its_keys(base: Config, ranks: Pools, name: str) -> None:
     """The weights start at 0; the second step is the first that they change. Recomputed blocks fetch keys again."""
     config = tiny.with_model(example(base, name), key_convolution=5)
-    (single,) = ranks(1).run(train_all, [config])[0]
     sharded = [replace(config, parallel=parallel) for parallel in SHARDED]
     sharded.append(replace(sharded[0], train=replace(config.train, recompute="block")))
-    for of_rank in ranks(2).run(train_all, sharded):
-        for trajectory in of_rank:
-            assert_same(trajectory, single)
+    compare_on_two_ranks(ranks, config, sharded)
 
 
-def test_routers_and_convolutions_in_bfloat16(base: Config, ranks: Callable[[int], RankPool]) -> None:
+def test_routers_and_convolutions_in_bfloat16(base: Config, ranks: Pools) -> None:
     """Losses within 1 %; parameters and their gradients stay float32."""
     config = tiny.with_model(example(base, "mosa"), key_convolution=3)
     rounded = replace(config, parallel=SHARDED[0], train=replace(config.train, compute_dtype="bfloat16"))
-    (single,) = ranks(1).run(train_all, [config])[0]
-    (trajectory,) = ranks(2).run(train_all, [rounded])[0]
+    (single,) = ranks(1).run(two_steps, [config])[0]
+    (trajectory,) = ranks(2).run(two_steps, [rounded])[0]
     assert trajectory.losses == pytest.approx(single.losses, rel=1e-2)
     assert {gradient.dtype for gradient in trajectory.gradients[-1].values()} == {torch.float32}
-
-
-def test_a_router_is_one_matrix_for_each_layer(base: Config, ranks: Callable[[int], RankPool]) -> None:
-    routers = {
-        name: gradient.shape
-        for name, gradient in ranks(1).run(train_all, [example(base, "mosa")])[0][0].gradients[0].items()
-        if "router" in name
-    }
-    assert routers == {f"blocks.{layer}.attention.router.weight": torch.Size([2, 32]) for layer in range(2)}

@@ -68,9 +68,8 @@ def test_tensorboard_shows_the_resumed_steps_once(tmp_path: Path) -> None:
     write(tmp_path, range(1, 6), resumed_step=0, value=100.0)
     write(tmp_path, range(4, 7), resumed_step=3, value=200.0)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
-        (1, 101.0), (2, 102.0), (3, 103.0), (4, 204.0), (5, 205.0), (6, 206.0),
-    ]  # fmt: skip
+    losses = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert losses == [(1, 101.0), (2, 102.0), (3, 103.0), (4, 204.0), (5, 205.0), (6, 206.0)]
     assert [event.value for event in events.Scalars("sent/ring")] == [1, 2, 3, 4, 5, 6]
 
 

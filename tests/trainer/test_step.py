@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from farspan.trainer.batch import MicroBatch
 from farspan.trainer.data.packing import IGNORED
 from farspan.trainer.model.transformer import Output, SequenceContext
 from farspan.trainer.step import StepResult, train_step
-from tests.support.rank_pool import RankPool, world_channel
+from tests.support.rank_pool import Pools, error_of, world_channel
 
 # Per rank, per micro-batch: tokens and labels. Uneven on purpose: 3, 1 and 1, 0 labeled tokens.
 TOKENS = [[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], [[7.0, 8.0, 9.0], [10.0, 11.0, 12.0]]]
@@ -38,9 +37,8 @@ class Linear(nn.Module):
 
 @dataclass
 class Outcome:
-    result: StepResult | None
-    message: str
-    gradient: float
+    result: StepResult
+    gradient: float | None
     weight: float
     steps_of_optimizer: int
     seeds: list[int]
@@ -61,21 +59,14 @@ def run(weight: float, labels: list, max_norm: float) -> Outcome:
         )
         for i, (t, y) in enumerate(zip(TOKENS[rank], labels[rank], strict=True))
     ]
-    outcome = Outcome(None, "", float("nan"), weight, 0, model.seeds)
-    try:
-        outcome.result = train_step(model, optimizer, batches, context=world_channel(), max_gradient_norm=max_norm)
-    except TrainingError as error:
-        outcome.message = str(error)
-    if model.weight.grad is not None:
-        outcome.gradient = model.weight.grad.item()
-    outcome.weight, outcome.steps_of_optimizer = model.weight.item(), len(optimizer.state)
-    return outcome
+    result = train_step(model, optimizer, batches, context=world_channel(), max_gradient_norm=max_norm)
+    gradient = None if model.weight.grad is None else model.weight.grad.item()
+    return Outcome(result, gradient, model.weight.item(), len(optimizer.state), model.seeds)
 
 
-def test_the_loss_is_the_mean_over_all_labelled_tokens(ranks: Callable[[int], RankPool]) -> None:
+def test_the_loss_is_the_mean_over_all_labelled_tokens(ranks: Pools) -> None:
     outcomes = ranks(2).run(run, 2.0, LABELS, 1e9)
     for outcome in outcomes:
-        assert outcome.result is not None
         # 5 labeled tokens on both ranks: 1 + 2 + 3 + 4 and 8, times 2.
         assert outcome.result.loss == pytest.approx(2 * (1 + 2 + 3 + 4 + 8) / 5)
         assert outcome.result.labeled_tokens == 5
@@ -88,14 +79,14 @@ def test_the_loss_is_the_mean_over_all_labelled_tokens(ranks: Callable[[int], Ra
     assert outcomes[0].weight == pytest.approx(2.0 - 0.5 * 10 / 5)
 
 
-def test_the_gradient_is_clipped_and_its_norm_reported(ranks: Callable[[int], RankPool]) -> None:
+def test_the_gradient_is_clipped_and_its_norm_reported(ranks: Pools) -> None:
     outcome = ranks(2).run(run, 2.0, LABELS, 0.5)[0]
     assert outcome.result.gradient_norm == pytest.approx(2.0)
     assert outcome.gradient == pytest.approx(0.5, rel=1e-5)
 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_is_no_update_on_any_rank(ranks: Callable[[int], RankPool], weight: float) -> None:
+def test_a_loss_that_is_not_finite_is_no_update_on_any_rank(ranks: Pools, weight: float) -> None:
     # No label on rank 1: by itself it would see nothing wrong.
     labels = [LABELS[0], [[IGNORED] * 3] * 2]
     outcomes = ranks(2).run(run, weight, labels, 1.0)
@@ -103,6 +94,6 @@ def test_a_loss_that_is_not_finite_is_no_update_on_any_rank(ranks: Callable[[int
     assert [outcome.steps_of_optimizer for outcome in outcomes] == [0, 0]
 
 
-def test_a_batch_without_labels_is_refused_by_all_ranks(ranks: Callable[[int], RankPool]) -> None:
-    outcomes = ranks(2).run(run, 2.0, [[[IGNORED] * 3] * 2] * 2, 1.0)
-    assert [outcome.message.partition(":")[0] for outcome in outcomes] == ["no token of this batch has a label"] * 2
+def test_a_batch_without_labels_is_refused_by_all_ranks(ranks: Pools) -> None:
+    messages = ranks(2).run(error_of, TrainingError, run, 2.0, [[[IGNORED] * 3] * 2] * 2, 1.0)
+    assert [message.partition(":")[0] for message in messages] == ["no token of this batch has a label"] * 2

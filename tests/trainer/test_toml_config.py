@@ -61,19 +61,19 @@ class Config:
 
 
 @pytest.fixture
-def write(tmp_path: Path):
-    def put(text: str) -> Path:
+def load(tmp_path):
+    def read(text: str, *overrides: str) -> Config:
         path = tmp_path / "config.toml"
         path.write_text(text, encoding="utf-8")
-        return path
+        return load_config(Config, path, overrides)
 
-    return put
+    return read
 
 
 BASE = '[run]\nname = "demo"\n'
 
 
-def test_defaults_and_every_type_load(write):
+def test_defaults_and_every_type_load(load):
     text = """
 seed = 7
 [run]
@@ -94,7 +94,7 @@ phases = [{tokens = 5}, {tokens = 6, weight = 2}]
 [moe]
 experts = 8
 """
-    config = load_config(Config, write(text))
+    config = load(text)
     assert config == Config(
         run=Run(name="demo", folder=Path("out/here")),
         seed=7,
@@ -115,7 +115,7 @@ experts = 8
     )
     assert type(config.train.lr) is float
     assert type(config.train.betas[0]) is float
-    assert load_config(Config, write(BASE)) == Config(run=Run(name="demo"))
+    assert load(BASE) == Config(run=Run(name="demo"))
 
 
 @pytest.mark.parametrize(
@@ -153,15 +153,15 @@ experts = 8
         (" seed = 5 ", lambda c: c.seed, 5),
     ],
 )
-def test_override_is_typed_by_its_field(write, override, read, expected):
-    value = read(load_config(Config, write(BASE), [override]))
+def test_override_is_typed_by_its_field(load, override, read, expected):
+    value = read(load(BASE, override))
     assert value == expected
     assert type(value) is type(expected)
 
 
-def test_overrides_win_over_the_file_and_over_earlier_ones(write):
-    path = write(BASE + '[train]\nsteps = "wrong"\n')
-    assert load_config(Config, path, ["train.steps=3", "train.steps=4"]).train.steps == 4
+def test_overrides_win_over_the_file_and_over_earlier_ones(load):
+    text = BASE + '[train]\nsteps = "wrong"\n'
+    assert load(text, "train.steps=3", "train.steps=4").train.steps == 4
 
 
 def assert_ends_with(refused: pytest.ExceptionInfo[ConfigError], message: str) -> None:
@@ -214,10 +214,10 @@ KEYS = "choose one of run, seed, attention, train, moe."
         (f'seed = "{"x" * 500}"', f'seed="{"x" * 59}… must be an integer.'),
     ],
 )
-def test_refuses_a_bad_value_by_name(write, text, message):
+def test_refuses_a_bad_value_by_name(load, text, message):
     before, brace, after = text.partition("[")
     with pytest.raises(ConfigError) as refused:
-        load_config(Config, write(before + "\n" + BASE + brace + after if brace else text + "\n" + BASE))
+        load(before + "\n" + BASE + brace + after if brace else text + "\n" + BASE)
     assert_ends_with(refused, message)
 
 
@@ -244,21 +244,21 @@ def test_refuses_a_bad_value_by_name(write, text, message):
         ("moe.router=choise", "moe.router=\"choise\" must be one of 'topk', 'choice' or none."),
     ],
 )
-def test_refuses_a_bad_override_by_name(write, override, message):
+def test_refuses_a_bad_override_by_name(load, override, message):
     with pytest.raises(ConfigError) as refused:
-        load_config(Config, write(BASE), [override])
+        load(BASE, override)
     assert_ends_with(refused, message)
 
 
-def test_override_below_a_scalar_of_the_file_is_refused(write):
+def test_override_below_a_scalar_of_the_file_is_refused(load):
     with pytest.raises(ConfigError, match=r"^train=3 must be a section; write \[train\]"):
-        load_config(Config, write("train = 3\n" + BASE), ["train.steps=5"])
+        load("train = 3\n" + BASE, "train.steps=5")
 
 
 @pytest.mark.parametrize("text", ["", "[run]", "seed = 3"])
-def test_missing_key_is_named_also_when_its_section_is_missing(write, text):
+def test_missing_key_is_named_also_when_its_section_is_missing(load, text):
     with pytest.raises(ConfigError, match=r"^run\.name is missing; .* add run\.name=VALUE with a string\.$"):
-        load_config(Config, write(text))
+        load(text)
 
 
 def test_missing_section_without_required_keys_takes_its_defaults():
@@ -311,12 +311,12 @@ AWKWARD = 'a "quoted" \\ back\tslash\nline \x01 \x7f é 漢 # = []'
         Config(run=Run(name="x"), seed=-(2**62)),
     ],
 )
-def test_dump_loads_again_to_an_equal_object(write, config):
+def test_dump_loads_again_to_an_equal_object(load, config):
     text = to_toml(config)
-    assert load_config(Config, write(text)) == config
-    assert to_toml(load_config(Config, write(text))) == text
+    assert load(text) == config
+    assert to_toml(load(text)) == text
     brief = to_toml(config, brief=True)
-    assert load_config(Config, write(brief)) == config
+    assert load(brief) == config
     assert len(brief) < len(text)
 
 

@@ -31,25 +31,16 @@ echo "$name $*" >>"$folder/calls"
 """
 END = 'end() {{ echo "node$1 host$1 $2" >{logs}/ended/$1; }}\n'
 REQUEUE = ["scontrol requeue 17"]
+State = tuple[str, str, str] | None
 Start = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Start:
+def start(job: SlurmJob, tmp_path: Path) -> Start:
     """Return a function that runs the batch script of job 17, whose tasks do `step`."""
     install(tmp_path, srun=FAKE, scontrol=FAKE, sbatch=FAKE, sinfo=FAKE)
     (tmp_path / "job.output").write_text(job_output("RUNNING", "None", "None"))
-    run = tmp_path / "run"
-    job = SlurmJob(
-        run=run,
-        submitted=run / "submitted/001",
-        workdir=tmp_path,
-        python=Path(sys.executable),
-        nodes=2,
-        ranks_per_node=2,
-        gpus=False,
-        site=Site(sbatch={"exclude": "bad[1-2]"}),
-    )
+    job = replace(job, site=Site(sbatch={"exclude": "bad[1-2]"}))
 
     def start(step: str, restarts: int = 0, **changes: object) -> subprocess.CompletedProcess[str]:
         changed = replace(job, **changes)  # pyright: ignore[reportArgumentType]
@@ -91,30 +82,26 @@ def calls(folder: Path, *names: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("step", "status", "requeued", "reason"),
+    ("step", "status", "reason"),
     [
-        ("end 7 0; end 8 0", 0, False, None),
-        ("end 7 75; end 8 75", 75, True, None),
-        ("end 7 75; end 8 0", 75, True, None),
-        ("end 7 2; end 8 2; exit 2", 2, False, None),
-        ("end 7 76; end 8 76; exit 76", 76, True, "ranks hung"),
-        ("end 7 1; end 8 139; exit 143", 1, True, "a rank on node8 was killed by SIGSEGV"),
+        ("end 7 0; end 8 0", 0, None),
+        ("end 7 75; end 8 75", 75, None),
+        ("end 7 75; end 8 0", 75, None),
+        ("end 7 2; end 8 2; exit 2", 2, None),
+        ("end 7 76; end 8 76; exit 76", 76, "ranks hung"),
+        ("end 7 1; end 8 139; exit 143", 1, "a rank on node8 was killed by SIGSEGV"),
         # The other has lost its peer: neither its message nor its death by SLURM speaks against its node.
-        ("end 7 137; end 8 2; exit 143", 1, True, "a rank on node7 was killed by SIGKILL"),
-        ("end 7 134; end 8 143; exit 143", 1, True, "ranks failed with exit status 143"),
-        ("exit 9", 1, True, "ranks failed with exit status 9"),
-        (
-            'end 7 77; end 8 77; echo "host8 no device" >"$folder/run/unfit"; exit 77',
-            77,
-            True,
-            "node8 is bad (no device)",
-        ),
+        ("end 7 137; end 8 2; exit 143", 1, "a rank on node7 was killed by SIGKILL"),
+        ("end 7 134; end 8 143; exit 143", 1, "ranks failed with exit status 143"),
+        ("exit 9", 1, "ranks failed with exit status 9"),
+        ("end 7 77; end 8 77; echo host8 no device >$folder/run/unfit; exit 77", 77, "node8 is bad (no device)"),
     ],
 )
 def test_the_exits_of_ranks_decide_whether_the_job_is_requeued(
-    start: Start, tmp_path: Path, step: str, status: int, requeued: bool, reason: str | None
+    start: Start, tmp_path: Path, step: str, status: int, reason: str | None
 ) -> None:
-    done = start(step)
+    """Unless it has ended well, or with a message to the user."""
+    done, requeued = start(step), status not in (0, 2)
     assert (done.returncode, done.stderr) == (status, "")
     nodes = [node for node in ("node7", "node8") if reason is not None and node in reason]
     failures = [(failure.job, failure.reason, list(failure.nodes)) for failure in read_failures(tmp_path / "run")]
@@ -136,16 +123,15 @@ def test_records_that_a_full_disk_cut_short_do_not_stop_a_job(start: Start, tmp_
 
 
 @pytest.mark.parametrize(
-    ("restarts", "starts", "requeued", "message"),
+    ("restarts", "message"),
     [
-        (19, True, True, "queued again, restart 20 of at most 20."),
-        (20, True, False, "not queued again, as restart 20 was the last one allowed;"),
-        (21, False, False, "the job was queued again 20 times, the most allowed;"),
+        (19, "queued again, restart 20 of at most 20."),
+        (20, "not queued again, as restart 20 was the last one allowed;"),
+        (21, "the job was queued again 20 times, the most allowed;"),
     ],
 )
-def test_restarts_are_limited(
-    start: Start, tmp_path: Path, restarts: int, starts: bool, requeued: bool, message: str
-) -> None:
+def test_restarts_are_limited(start: Start, tmp_path: Path, restarts: int, message: str) -> None:
+    starts, requeued = restarts <= 20, restarts < 20
     done = start("end 7 75; end 8 75", restarts)
     assert (done.returncode, done.stderr) == (75, "")
     srun = f"srun --kill-on-bad-exit=1 bash {tmp_path}/run/submitted/001/job.sh task"
@@ -214,36 +200,28 @@ def test_few_nodes_are_excluded_and_not_for_ever(start: Start, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("sigterm", "state", "statuses", "status", "requeued", "reason"),
+    ("sigterm", "state", "statuses", "status", "reason"),
     [
         # Canceled, or requeued by SLURM itself; or SLURM does not answer.
-        (True, ("COMPLETING", "None", "None"), (0, 0), 0, False, None),
-        (True, None, (0, 0), 0, False, None),
-        (True, ("COMPLETING", "TimeLimit", "None"), (0, 75), 75, True, None),
-        (
-            True,
-            ("COMPLETING", "TimeLimit", "None"),
-            (0, 143),
-            1,
-            True,
-            "the time limit came before the ranks had saved",
-        ),
+        (True, ("COMPLETING", "None", "None"), (0, 0), 0, None),
+        (True, None, (0, 0), 0, None),
+        (True, ("COMPLETING", "TimeLimit", "None"), (0, 75), 75, None),
+        (True, ("COMPLETING", "TimeLimit", "None"), (0, 143), 1, "the time limit came before the ranks had saved"),
         # Preempted: SLURM sends SIGTERM to the ranks alone.
-        (False, ("RUNNING", "None", "2026-11-28T08:42:55"), (0, 0), 75, True, None),
-        (True, ("RUNNING", "None", "2026-11-28T08:42:55"), (137, 143), 75, True, None),
+        (False, ("RUNNING", "None", "2026-11-28T08:42:55"), (0, 0), 75, None),
+        (True, ("RUNNING", "None", "2026-11-28T08:42:55"), (137, 143), 75, None),
         # That preemption was before the job's last start.
-        (False, ("RUNNING", "None", "2026-11-28T08:42:50"), (0, 0), 0, False, None),
-        (False, None, (0, 0), 0, False, None),
+        (False, ("RUNNING", "None", "2026-11-28T08:42:50"), (0, 0), 0, None),
+        (False, None, (0, 0), 0, None),
     ],
 )
 def test_a_job_that_slurm_ends_is_requeued_unless_canceled(
     start: Start,
     tmp_path: Path,
     sigterm: bool,
-    state: tuple[str, str, str] | None,
+    state: State,
     statuses: tuple[int, int],
     status: int,
-    requeued: bool,
     reason: str | None,
 ) -> None:
     (tmp_path / "job.output").unlink()
@@ -251,7 +229,7 @@ def test_a_job_that_slurm_ends_is_requeued_unless_canceled(
         (tmp_path / "job.output").write_text(job_output(*state))
     done = start(f"{'kill -TERM $PPID; ' if sigterm else ''}end 7 {statuses[0]}; end 8 {statuses[1]}")
     assert (done.returncode, done.stderr) == (status, "")
-    assert calls(tmp_path, "scontrol") == (REQUEUE if requeued else [])
+    assert calls(tmp_path, "scontrol") == (REQUEUE if status else [])
     failures = [(failure.reason, failure.nodes) for failure in read_failures(tmp_path / "run")]
     assert failures == ([(reason, ())] if reason else [])
 

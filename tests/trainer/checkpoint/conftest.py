@@ -1,7 +1,6 @@
 """A run of two ranks that has saved steps 1 and 2."""
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import CheckpointConfig, Config
 from tests.support import tiny
 from tests.support.checkpoint_ranks import Bits, save
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import Pools
 
 
 def small(folder: Path, **checkpoint: object) -> Config:
@@ -37,7 +36,7 @@ def config(tmp_path: Path) -> Config:
 
 
 @pytest.fixture(scope="session")
-def written(tmp_path_factory: pytest.TempPathFactory, ranks: Callable[[int], RankPool]) -> Written:
+def written(tmp_path_factory: pytest.TempPathFactory, ranks: Pools) -> Written:
     """Written once; tests use copies."""
     config = small(tmp_path_factory.mktemp("checkpoint"))
     return Written(bits=ranks(2).run(save, config, [1, 2]), run=config.run.folder)

@@ -1,7 +1,6 @@
 """Checkpoints of a sharded model on two real ranks: the same bits back, the right ones kept, other runs refused."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,16 +12,15 @@ from farspan.errors import CheckpointError
 from farspan.trainer.checkpoint import checkpointer
 from farspan.trainer.checkpoint.shards import write_shards
 from farspan.trainer.config import Config
+from farspan.trainer.model.config import RopeConfig
 from farspan.trainer.state import TrainState
 from tests.support import tiny
-from tests.support.checkpoint_ranks import Bits, RankState, files, load, load_error, same_bits, save, state_of
-from tests.support.rank_pool import RankPool
+from tests.support.checkpoint_ranks import Bits, RankState, files, load, same_bits, save, state_of
+from tests.support.rank_pool import Pools, error_of
 from tests.trainer.checkpoint.conftest import small
 
-Ranks = Callable[[int], RankPool]
 
-
-def test_the_same_bits_come_back(config: Config, ranks: Ranks) -> None:
+def test_the_same_bits_come_back(config: Config, ranks: Pools) -> None:
     saved = ranks(2).run(save, config, [5, 6])
     loaded = ranks(2).run(load, config)
     for (_, before), (folder, state, after, _) in zip(saved, loaded, strict=True):
@@ -48,7 +46,7 @@ def save_while_training(config: Config) -> Bits:
     return before
 
 
-def test_changes_during_a_save_are_not_saved(config: Config, ranks: Ranks) -> None:
+def test_changes_during_a_save_are_not_saved(config: Config, ranks: Pools) -> None:
     saved = ranks(2).run(save_while_training, config)
     for before, (folder, state, after, _) in zip(saved, ranks(2).run(load, config), strict=True):
         assert (folder, state.step) == ("step_00000001", 1)
@@ -63,25 +61,19 @@ def test_a_thread_that_writes_leaves_gpus_alone(tmp_path: Path, monkeypatch: pyt
     assert sorted(write_shards({"model": {"x": torch.ones(3)}}, tmp_path)) == [".metadata", "__0_0.distcp"]
 
 
-def test_nothing_saved_is_a_fresh_start(config: Config, ranks: Ranks) -> None:
-    for folder, state, _, _ in ranks(2).run(load, config):
-        assert folder is None
-        assert state == TrainState()
-
-
-def test_the_newest_are_kept(config: Config, ranks: Ranks) -> None:
+def test_the_newest_are_kept(config: Config, ranks: Pools) -> None:
     ranks(2).run(save, config, [9, 99_999_999, 100_000_000])
     assert files(config.run.folder / "checkpoints") == ["step_100000000", "step_99999999"]
     assert ranks(2).run(load, config)[0][0] == "step_100000000"
 
 
-def test_some_are_kept_for_good(tmp_path: Path, ranks: Ranks) -> None:
+def test_some_are_kept_for_good(tmp_path: Path, ranks: Pools) -> None:
     config = small(tmp_path, keep=1, permanent_every=20)
     ranks(2).run(save, config, [10, 20, 30, 40, 50, 60])
     assert files(config.run.folder / "checkpoints") == [f"step_000000{step}" for step in (20, 40, 60)]
 
 
-def test_an_unfinished_save_is_ignored_and_cleared_away(config: Config, newest: Path, ranks: Ranks) -> None:
+def test_an_unfinished_save_is_ignored_and_cleared_away(config: Config, newest: Path, ranks: Pools) -> None:
     newest.rename(newest.with_name(".step_00000002.partial"))
     assert ranks(2).run(load, config)[0][0] == "step_00000001"
     ranks(2).run(save, config, [3])
@@ -90,7 +82,7 @@ def test_an_unfinished_save_is_ignored_and_cleared_away(config: Config, newest: 
 
 @pytest.mark.parametrize("step", [1, 2])
 def test_a_resumed_run_renames_the_damaged_checkpoints_it_trains_past(
-    config: Config, newest: Path, ranks: Ranks, step: int
+    config: Config, newest: Path, ranks: Pools, step: int
 ) -> None:
     """A damaged checkpoint must not take the place of a good one in `keep`, nor be loaded later."""
     (newest / "manifest.json").write_text("damaged")
@@ -103,7 +95,7 @@ def test_a_resumed_run_renames_the_damaged_checkpoints_it_trains_past(
     assert files(newest.parent) == [*refused, f"step_{step:08}"]
 
 
-def test_settings_of_the_optimizer_are_the_configurations(config: Config, newest: Path, ranks: Ranks) -> None:
+def test_settings_of_the_optimizer_are_the_configurations(config: Config, newest: Path, ranks: Pools) -> None:
     changed = replace(config, optimizer=replace(config.optimizer, weight_decay=0.4))
     assert ranks(2).run(load, config)[0][3] == [0.1, 0.0]
     assert ranks(2).run(load, changed)[0][3] == [0.4, 0.0]
@@ -117,47 +109,40 @@ def other_runs(config: Config) -> list[tuple[Config, str, str]]:
         (longer, "data", "another data.sequence_tokens (101, now 103)"),
         # All of the shapes are the same, the function is not.
         (tiny.with_model(config, heads=2, kv_heads=1, head_dim=16), "data", "another model.head_dim (8, now 16)"),
+        (tiny.with_model(config, rope=RopeConfig(rotated=4)), "data", "another model.rope.rotated (0, now 4)"),
         # Fewer layers are all there in the checkpoint.
         (tiny.with_model(config, layers=1), "data", "another model.layers (2, now 1)"),
     ]
 
 
-def test_another_run_is_refused(config: Config, newest: Path, ranks: Ranks) -> None:
+def test_another_run_is_refused(config: Config, newest: Path, ranks: Pools) -> None:
     for other, fingerprint, reason in other_runs(config):
-        message, same = ranks(2).run(load_error, other, fingerprint)
+        message, same = ranks(2).run(error_of, CheckpointError, load, other, fingerprint)
         assert message == same
         assert message.startswith(f"checkpoint {newest} was trained with {reason}")
 
 
-def test_changes_are_listed_and_can_be_accepted(config: Config, newest: Path, ranks: Ranks) -> None:
+def test_changes_are_listed_and_can_be_accepted(config: Config, newest: Path, ranks: Pools) -> None:
     other = replace(config, run=replace(config.run, seed=12), data=replace(config.data, sequence_tokens=103))
-    message = ranks(2).run(load_error, other)[0]
+    message = ranks(2).run(error_of, CheckpointError, load, other)[0]
     assert "data.sequence_tokens (101, now 103), another run.seed (11, now 12)" in message
     assert 'checkpoint.accept_changed=["data.sequence_tokens", "run.seed"]' in message
     accepted = ("run.seed", "data.sequence_tokens")
     willing = replace(other, checkpoint=replace(config.checkpoint, accept_changed=accepted))
     assert ranks(2).run(load, willing)[0][0] == "step_00000002"
     less = replace(willing, checkpoint=replace(willing.checkpoint, accept_changed=accepted[1:]))
-    assert "with another run.seed (11, now 12): " in ranks(2).run(load_error, less)[0]
+    assert "with another run.seed (11, now 12): " in ranks(2).run(error_of, CheckpointError, load, less)[0]
 
 
-def test_another_format_is_refused(config: Config, newest: Path, ranks: Ranks) -> None:
+def test_another_format_is_refused(config: Config, newest: Path, ranks: Pools) -> None:
     (newest / "manifest.json").write_text(json.dumps({"format": 1, "identity": {}, "train_state": {}, "files": {}}))
-    assert "has format 1 but this farspan reads 2" in ranks(2).run(load_error, config)[0]
+    assert "has format 1 but this farspan reads 2" in ranks(2).run(error_of, CheckpointError, load, config)[0]
 
 
-def refused_save(config: Config, step: int = 3) -> str:
-    rank = RankState(config)
-    with pytest.raises(CheckpointError) as refused:
-        rank.checkpoints.save(state_of(step))
-    dist.barrier()
-    return str(refused.value)
-
-
-def test_all_ranks_report_a_folder_that_cannot_be_written(config: Config, ranks: Ranks) -> None:
+def test_all_ranks_report_a_folder_that_cannot_be_written(config: Config, ranks: Pools) -> None:
     config.run.folder.mkdir()
     (config.run.folder / "checkpoints").write_text("a file in the way")
-    messages = ranks(2).run(refused_save, config)
+    messages = ranks(2).run(error_of, CheckpointError, save, config, [3])
     assert messages[0] == messages[1]
     assert "step_00000003 cannot be written (Not a directory)" in messages[0]
 
@@ -165,10 +150,10 @@ def test_all_ranks_report_a_folder_that_cannot_be_written(config: Config, ranks:
 def save_without_room(config: Config) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpointer.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 100_000}))
-        return refused_save(config)
+        return error_of(CheckpointError, save, config, [3])
 
 
-def test_a_checkpoint_that_does_not_fit_is_not_begun(config: Config, newest: Path, ranks: Ranks) -> None:
+def test_a_checkpoint_that_does_not_fit_is_not_begun(config: Config, newest: Path, ranks: Pools) -> None:
     messages = ranks(2).run(save_without_room, config)
     assert messages[0] == messages[1]
     assert "step_00000003 takes 0.000 GB and 0.000 GB are free" in messages[0]

@@ -19,11 +19,10 @@ from farspan.trainer.checkpoint.manifest import FileRecord, Manifest
 from farspan.trainer.checkpoint.shards import read_index
 from farspan.trainer.checkpoint.verify import check_complete, newest_complete
 from farspan.trainer.config import Config
-from tests.support.checkpoint_ranks import Bits, files, load_error, same_bits, walk_back
-from tests.support.rank_pool import RankPool
+from tests.support.checkpoint_ranks import Bits, files, flip, load, same_bits, walk_back
+from tests.support.rank_pool import Pools, error_of
 from tests.trainer.checkpoint.conftest import Written
 
-Pool = Callable[[int], RankPool]
 FILES = [".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json"]
 POSITIONS = 12
 """Bytes of each file that are flipped, one at a time, from the first to the last."""
@@ -31,12 +30,6 @@ POSITIONS = 12
 
 def positions(num_bytes: int) -> Iterator[int]:
     return (round(i * (num_bytes - 1) / (POSITIONS - 1)) for i in range(POSITIONS))
-
-
-def flip(path: Path, position: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1
-    path.write_bytes(content)
 
 
 def walks_back(config: Config, harms: list[tuple[str, str, int]]) -> list[tuple[str | None, Bits, list[str]]]:
@@ -79,21 +72,21 @@ def assert_walked_back(
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_flipped_byte_is_found(config: Config, newest: Path, written: Written, ranks: Pool, name: str) -> None:
+def test_a_flipped_byte_is_found(config: Config, newest: Path, written: Written, ranks: Pools, name: str) -> None:
     harms = [(name, "flipped", position) for position in positions((newest / name).stat().st_size)]
     assert_walked_back(ranks(2).run(walks_back, config, harms), written, newest, harms)
 
 
-def test_files_that_are_cut_or_lost_are_found(config: Config, newest: Path, written: Written, ranks: Pool) -> None:
+def test_files_that_are_cut_or_lost_are_found(config: Config, newest: Path, written: Written, ranks: Pools) -> None:
     cuts = [(name, "cut", length) for name in FILES for length in (0, (newest / name).stat().st_size - 1)]
     harms = [*cuts, *((name, kind, 0) for name in FILES for kind in ("missing", "longer", "a folder"))]
     assert_walked_back(ranks(2).run(walks_back, config, harms), written, newest, harms)
 
 
-def test_all_damaged_is_no_fresh_start(config: Config, newest: Path, ranks: Pool) -> None:
+def test_all_damaged_is_no_fresh_start(config: Config, newest: Path, ranks: Pools) -> None:
     for folder in (newest, newest.with_name("step_00000001")):
         flip(folder / "__0_0.distcp", 5000)
-    first, second = ranks(2).run(load_error, config)
+    first, second = ranks(2).run(error_of, CheckpointError, load, config)
     assert first == second
     assert f"none of the 2 checkpoints in {newest.parent} can be used" in first
 
@@ -131,8 +124,8 @@ def with_payload(folder: Path, where: str, target: Path) -> None:
             metadata.storage_data |= {index: info for index in metadata.storage_data if index.fqn == NAME}
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     manifest = Manifest.read(folder)
-    kept = [path for path in folder.iterdir() if path.name != "manifest.json"]
-    Manifest(identity=manifest.identity, train_state=manifest.train_state, files=records(kept)).write(folder)
+    others = [path for path in folder.iterdir() if path.name != "manifest.json"]
+    Manifest(identity=manifest.identity, train_state=manifest.train_state, files=records(others)).write(folder)
 
 
 def records(paths: list[Path]) -> dict[str, FileRecord]:
@@ -143,7 +136,9 @@ def records(paths: list[Path]) -> dict[str, FileRecord]:
 
 
 @pytest.mark.parametrize("where", ["index", "value", "tensor"])
-def test_code_in_a_checkpoint_is_not_run(config: Config, newest: Path, ranks: Pool, tmp_path: Path, where: str) -> None:
+def test_code_in_a_checkpoint_is_not_run(
+    config: Config, newest: Path, ranks: Pools, tmp_path: Path, where: str
+) -> None:
     target = tmp_path / "made by the payload"
     with_payload(newest, where, target)
     check_complete(newest)
@@ -165,12 +160,11 @@ def test_an_index_cannot_lead_elsewhere(newest: Path, tmp_path: Path) -> None:
         read_index(newest)
 
 
-def test_one_process_takes_the_newest_complete(newest: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "farspan")
+def test_one_process_takes_the_newest_complete(newest: Path, log: pytest.LogCaptureFixture) -> None:
     assert newest_complete(newest.parent) == newest
     flip(newest / "__1_0.distcp", 3000)
     assert newest_complete(newest.parent).name == "step_00000001"
-    (record,) = caplog.records
+    (record,) = log.records
     assert f"checkpoint {newest} is damaged (__1_0.distcp " in record.getMessage()
     shutil.rmtree(newest.with_name("step_00000001"))
     with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints in .* can be used"):

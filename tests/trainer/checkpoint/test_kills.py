@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import cycle, islice
 from pathlib import Path
+from pprint import pprint
 
 import pytest
 
@@ -70,14 +71,9 @@ def kill(config: Config, number: int | None) -> Counter[str]:
     return where
 
 
-def show(where: Counter[str]) -> None:
-    for moment, times in sorted(where.items()):
-        print(f"{times:5}  {moment}")
-
-
 def test_a_rank_killed_while_saving_loses_nothing(tmp_path: Path) -> None:
     where = kill(small(tmp_path), None)
-    show(where)
+    pprint(where)
     assert set(where.values()) == {1}
     for moment in ("0: write __0_0.distcp", "1: write __0_0.distcp", "0: open manifest.json", "0: fsync manifest.json"):
         assert where[f"rank {moment}"] == 1
@@ -89,4 +85,4 @@ def test_a_rank_killed_while_saving_loses_nothing(tmp_path: Path) -> None:
 def test_200_ranks_killed_while_saving_lose_nothing(tmp_path: Path) -> None:
     where = kill(small(tmp_path), IN_ALL)
     assert where.total() == IN_ALL
-    show(where)
+    pprint(where)

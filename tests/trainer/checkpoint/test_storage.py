@@ -1,12 +1,12 @@
 """Real file systems that are full or read-only: all ranks report it, and earlier checkpoints stay."""
 
-import errno
 import os
 import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -15,10 +15,9 @@ from farspan.errors import CheckpointError
 from farspan.trainer.checkpoint import checkpointer, shards
 from farspan.trainer.config import Config
 from tests.support.checkpoint_ranks import RankState, files, load, same_bits, state_of
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import Pools
 from tests.trainer.checkpoint.conftest import small
 
-Pool = Callable[[int], RankPool]
 SIZE_KB = 2300
 """Room for two checkpoints, not for three."""
 
@@ -87,7 +86,7 @@ def blindly(config: Config, after_two: Callable[[Path], None]) -> tuple[str, lis
     ids=["no room", "full while writing", "read-only"],
 )
 def test_earlier_checkpoints_stay(
-    config: Config, ranks: Pool, try_to_save: Callable, after_two: Callable, reason: str
+    config: Config, ranks: Pools, try_to_save: Callable, after_two: Callable, reason: str
 ) -> None:
     results = ranks(2).run(try_to_save, config, after_two)
     for message, left, _ in results:
@@ -99,25 +98,13 @@ def test_earlier_checkpoints_stay(
         assert same_bits(saved, loaded)
 
 
-def disk_full(stream: object, data: object) -> int:
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def killed(stream: object, data: object) -> int:
-    raise SystemExit
-
-
-def gone(folder: Path) -> None:
-    raise OSError(errno.ESTALE, "Stale file handle")
-
-
-def fail_in_background(config: Config, name: str, failure: Callable) -> tuple[str, list[str]]:
+def fail_in_background(config: Config, name: str, failure: BaseException) -> tuple[str, list[str]]:
     """Let one rank's writer fail; return the error and the files left; then save again."""
     rank = RankState(config)
     rank.checkpoints.save(state_of(1))
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
-            patch.setattr(f"{shards.__name__}.{name}", failure)
+            patch.setattr(f"{shards.__name__}.{name}", mock.Mock(side_effect=failure))
         rank.checkpoints.start_saving(state_of(3))
         while not rank.checkpoints.has_failed:
             time.sleep(0.01)
@@ -132,13 +119,13 @@ def fail_in_background(config: Config, name: str, failure: Callable) -> tuple[st
 @pytest.mark.parametrize(
     ("name", "failure", "cause"),
     [
-        ("_HashedStream.write", disk_full, "[Errno 28] No space left on device"),
-        ("_HashedStream.write", killed, "SystemExit()"),
-        ("sync", gone, "[Errno 116] Stale file handle"),
+        ("_HashedStream.write", OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        ("_HashedStream.write", SystemExit(), "SystemExit()"),
+        ("sync", OSError(116, "Stale file handle"), "[Errno 116] Stale file handle"),
     ],
 )
 def test_all_ranks_learn_of_a_writer_that_fails(
-    tmp_path: Path, ranks: Pool, name: str, failure: Callable, cause: str
+    tmp_path: Path, ranks: Pools, name: str, failure: BaseException, cause: str
 ) -> None:
     config = small(tmp_path)
     results = ranks(2).run(fail_in_background, config, name, failure)

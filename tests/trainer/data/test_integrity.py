@@ -1,6 +1,7 @@
 """Data that was changed in place is refused, data that was only copied is not."""
 
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -9,12 +10,12 @@ import pytest
 
 from farspan.errors import DataError
 from farspan.trainer.data.source import META_FILE, OFFSETS_FILE, TOKENS_FILE, check_integrity
-from tests.support import tiny
+from tests.support.checkpoint_ranks import flip
 
 
 @pytest.fixture
-def split(tmp_path: Path) -> Path:
-    folder = tiny.make_data(tmp_path) / "train"
+def split(tiny_data: Path, tmp_path: Path) -> Path:
+    folder = Path(shutil.copytree(tiny_data / "train", tmp_path / "train"))
     os.utime(folder / META_FILE)
     return folder
 
@@ -30,21 +31,18 @@ def test_fresh_data_is_not_hashed(split: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("name", [TOKENS_FILE, OFFSETS_FILE])
 def test_a_copy_is_hashed_once(
-    split: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+    split: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture, name: str
 ) -> None:
-    caplog.set_level("INFO", "farspan")
     os.utime(split / META_FILE, (1, 1))
     os.utime(split / name)
     check_integrity(split)
-    assert [record.getMessage().split(",")[0] for record in caplog.records] == [f"hashing     {split}"]
+    assert [record.getMessage().split(",")[0] for record in log.records] == [f"hashing     {split}"]
     monkeypatch.setattr("farspan.trainer.data.source._fingerprint", lambda source: pytest.fail("hashed"))
     check_integrity(split)
 
 
 def test_one_other_token_is_refused(split: Path) -> None:
-    tokens = np.memmap(split / TOKENS_FILE, dtype=np.uint16, mode="r+")
-    tokens[0] ^= 1
-    tokens.flush()
+    flip(split / TOKENS_FILE, 0)
     later(split / TOKENS_FILE)
     with pytest.raises(DataError, match=r"train was changed .*fingerprint \w{12}\.\.\., now \w{12}"):
         check_integrity(split)

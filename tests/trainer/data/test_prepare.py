@@ -115,9 +115,7 @@ def test_large_vocabulary_is_written_as_uint32(corpus, tmp_path):
     raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     raw.save(str(tmp_path / "big.json"))
-    prepare(
-        [corpus], tokenizer=load_tokenizer(str(tmp_path / "big.json")), out=tmp_path / "out", validation_fraction=0.3
-    )
+    prepared(corpus, tmp_path / "out", tokenizer=load_tokenizer(str(tmp_path / "big.json")))
     source = TokenSource(tmp_path / "out" / "train")
     assert source.tokens.dtype == np.uint32
     assert source.document(0)[[0, 1, -1]].tolist() == [69_999, 1, 70_000]

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from unittest import mock
 
 import pytest
 
@@ -118,14 +119,10 @@ def test_broken_links_and_pipes_do_not_hang(tmp_path):
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
 def test_failing_reads_are_named_even_when_skipping(tmp_path, monkeypatch, error):
     (tmp_path / "x.txt").write_text("x")
-
-    def fail(path):
-        raise error
-
-    monkeypatch.setattr("pathlib.Path.read_bytes", fail)
+    monkeypatch.setattr("pathlib.Path.read_bytes", mock.Mock(side_effect=error))
     with pytest.raises(DataError, match=rf"x\.txt cannot be read: {error.strerror}"):
         texts(tmp_path, skip_unreadable=True)
-    monkeypatch.setattr("os.scandir", fail)
+    monkeypatch.setattr("os.scandir", mock.Mock(side_effect=error))
     with pytest.raises(DataError, match=rf"cannot be listed: {error.strerror}"):
         texts(tmp_path, skip_unreadable=True)
 

@@ -1,4 +1,3 @@
-import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,42 +17,30 @@ def config(tmp_path: Path) -> Config:
     return replace(config, train=replace(config.train, sequences_per_step=64))
 
 
-@pytest.fixture
-def output(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    caplog.set_level(logging.INFO, logger="farspan")
-    return caplog
-
-
-@pytest.mark.parametrize("num_ranks", [2, 8, 128])
+@pytest.mark.parametrize(("num_ranks", "replicas"), [(2, 1), (8, 1), (8, 2), (128, 1)])
 def test_any_number_of_ranks_one_after_the_other(
-    config: Config, output: pytest.LogCaptureFixture, num_ranks: int, tmp_path: Path
+    config: Config, log: pytest.LogCaptureFixture, num_ranks: int, replicas: int, tmp_path: Path
 ) -> None:
-    dry_run(config, num_ranks)
-    assert f"ranks       {num_ranks} = dp_replicate 1 x dp_shard {num_ranks // 2} x context 2" in output.text
+    dry_run(replace(config, parallel=ParallelConfig(context=2, dp_replicate=replicas)), num_ranks)
+    shards = num_ranks // replicas
+    degrees = f"dp_replicate {replicas} x dp_shard {shards // 2} x context 2"
+    assert f"ranks       {num_ranks} = {degrees}" in log.text
     # 2 x 264 x 32 + 2 layers of 7,760 + 32 in all; over 128 ranks the chunks of rows are no longer even.
     if num_ranks < 128:
-        assert f"sharded     {32_448 // num_ranks:,} parameters on rank 0 of {num_ranks}" in output.text
-    assert f"nothing was started; {tmp_path / 'tokens'} is not there yet" in output.text
+        assert f"sharded     {32_448 // shards:,} parameters on rank 0 of {num_ranks}" in log.text
+    assert f"nothing was started; {tmp_path / 'tokens'} is not there yet" in log.text
     assert not dist.is_initialized()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_replicas_and_float64(config: Config, output: pytest.LogCaptureFixture) -> None:
-    dry_run(replace(config, parallel=ParallelConfig(context=2, dp_replicate=2)), 8)
-    assert "ranks       8 = dp_replicate 2 x dp_shard 2 x context 2" in output.text
-    assert f"sharded     {32_448 // 4:,} parameters on rank 0 of 8" in output.text
-
-
-def test_data_that_is_there_gives_the_vocabulary(
-    config: Config, output: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
+def test_data_that_is_there_gives_the_vocabulary(config: Config, log: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     unknown = tiny.with_model(config, vocabulary_size=0)
     with pytest.raises(ConfigError, match=r"model\.vocabulary_size=0 .*data\.folder"):
         dry_run(unknown, 2)
     tiny.make_data(tmp_path)
     dry_run(unknown, 2)
-    assert "vocabulary 320" in output.text
-    assert "is not there yet" not in output.text
+    assert "vocabulary 320" in log.text
+    assert "is not there yet" not in log.text
 
 
 def test_a_split_given_for_the_data_is_refused(config: Config, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The memory estimate against tensors that exist, and against numbers worked out by hand."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,15 +22,14 @@ from farspan.trainer.resolve import open_data
 from farspan.trainer.toml_config import load_config
 from farspan.trainer.validate import validate
 from tests.support import tiny
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import Pools
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Config:
-    config = tiny.config(tiny.make_data(tmp_path), tmp_path, ParallelConfig())
-    return replace(config, train=replace(config.train, compute_dtype="float32"))
+def config(base: Config) -> Config:
+    return replace(base, train=replace(base.train, compute_dtype="float32"))
 
 
 def saved_bytes(config: Config) -> int:
@@ -82,9 +80,8 @@ def test_activations_are_what_autograd_saves(
     config = replace(
         config,
         train=replace(config.train, recompute=recompute),
+        # Under another strategy than `single` a recurrence keeps a state as well, small for longer sequences only.
         attention=replace(config.attention, mechanism=mechanism),
-        # Under another strategy a recurrence keeps a state as well, which is small for longer sequences only.
-        parallel=ParallelConfig(strategy="single"),
     )
     few, many = tiny.with_model(config, layers=1), tiny.with_model(config, layers=4)
     degrees = Degrees.resolve(config.parallel, 1)
@@ -108,7 +105,7 @@ def state_bytes(config: Config) -> int:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-def test_states_are_those_of_the_ranks(config: Config, ranks: Callable[[int], RankPool], dtype) -> None:
+def test_states_are_those_of_the_ranks(config: Config, ranks: Pools, dtype) -> None:
     config = replace(config, parallel=ParallelConfig(context=2), train=replace(config.train, compute_dtype=dtype))
     states = ranks(2).run(state_bytes, config)
     assert sum(states) / 2 == estimate_memory(config, Degrees.resolve(config.parallel, 2)).states
@@ -118,28 +115,26 @@ def test_estimate_of_a_large_run() -> None:
     """Llama 3.1 8B on 8 GPUs, the parts worked out by hand in GiB."""
     config = load_config(Config, CONFIGS / "llama3_8b_128k.toml")
     memory = estimate_memory(config, Degrees.resolve(config.parallel, 8))
-    gib = 2**30
     tokens, head, block = 131072 // 8, 128256 * 4096, 218_112_000
-    assert memory.states / gib == pytest.approx(8_030_261_248 * 16 / 8 / gib)
-    assert memory.gathered / gib == pytest.approx((3 * head + 3 * block) * 2 / gib + block * 4 / gib, rel=1e-3)
+    assert memory.states / GIB == pytest.approx(8_030_261_248 * 16 / 8 / GIB)
+    assert memory.gathered / GIB == pytest.approx((3 * head + 3 * block) * 2 / GIB + block * 4 / GIB, rel=1e-3)
     per_token = 32 * 4096 * 2 + (4 * 4096 + 2 * 4096 + 2 * 1024 + 4 * 14336) * 2 + 32 * 4 + 2 * 4096 * 2
-    assert memory.activations / gib == pytest.approx(tokens * per_token / gib)
+    assert memory.activations / GIB == pytest.approx(tokens * per_token / GIB)
     # A chunk of logits within 128 MiB, the gradient of the hidden states, the head's gradient in float32.
-    assert memory.working / gib == pytest.approx((tokens * 4096 * 2 + head * 4) / gib + 0.125, rel=0.01)
+    assert memory.working / GIB == pytest.approx((tokens * 4096 * 2 + head * 4) / GIB + 0.125, rel=0.01)
 
 
 def test_estimate_of_a_hybrid_with_experts() -> None:
     """MiniMax-style on 8 GPUs, the parts worked out by hand in GiB."""
     config = load_config(Config, CONFIGS / "minimax_style.toml")
     memory = estimate_memory(config, Degrees.resolve(config.parallel, 8))
-    gib = 2**30
     tokens, width = 262144 // 8, 2048
-    assert memory.states / gib == pytest.approx(20_778_248_192 * 16 / 8 / gib)
+    assert memory.states / GIB == pytest.approx(20_778_248_192 * 16 / 8 / GIB)
     # The residual stream before both norms, these and the norm of out; q, k, v twice, out, gate and their product; two
     # rows to experts and two back; three numbers for each expert in float32.
     block = (2 + 2 + 1 + 6 + 3 + 2 * 2) * width * 2 + 3 * 32 * 4
-    assert memory.activations / gib == pytest.approx(tokens * (32 * width * 2 + block + 2 * width * 2) / gib)
-    assert memory.working / gib == pytest.approx((tokens * width * 2 + 200064 * width * 4) / gib + 0.125, rel=0.01)
+    assert memory.activations / GIB == pytest.approx(tokens * (32 * width * 2 + block + 2 * width * 2) / GIB)
+    assert memory.working / GIB == pytest.approx((tokens * width * 2 + 200064 * width * 4) / GIB + 0.125, rel=0.01)
     # Without the loss and SwiGLU, backward of a gated layer: out and q; q, k and v, 16 heads of each, in float32.
     thin = ExpertsConfig(count=32, per_token=2, feed_forward=64)
     small = tiny.with_model(config, vocabulary_size=64, feed_forward=64, experts=thin)

@@ -124,5 +124,4 @@ def test_layers_are_counted() -> None:
 
 
 if __name__ == "__main__":
-    GOLDEN.parent.mkdir(exist_ok=True)
     GOLDEN.write_text(golden())

@@ -3,19 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from farspan.kernels.kinds.masked import Masked
-from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.mosa import MoSA
+from farspan.kernels.mechanisms.nats import NAtS
 from farspan.trainer.config import AttentionConfig, Config
 from farspan.trainer.model.config import ExpertsConfig, HeadMixtureConfig, ModelConfig
 from farspan.trainer.model.experts import ExpertMatrices
@@ -24,22 +23,9 @@ from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.toml_config import load_config
 
 
-class Three(Masked):
-    """A router of three numbers for each token and KV head."""
+class Detached(NAtS):  # pyright: ignore[reportGeneralTypeIssues]
+    """The gradient of its router, of three numbers for each token and KV head, stops at its input."""
 
-    @property
-    def routing_width(self) -> int:
-        return 3
-
-    @classmethod
-    def examples(cls) -> Sequence[Self]:
-        return (cls(),)
-
-    def attention_mask(self) -> AttentionMask:
-        return AttentionMask()
-
-
-class ThreeDetached(Three):
     routing_reads_detached = True
 
 
@@ -47,9 +33,7 @@ CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 
 def small(**changes: Any) -> ModelConfig:
-    config = ModelConfig(
-        layers=3, width=24, heads=8, kv_heads=2, head_dim=4, feed_forward=14, vocabulary_size=23
-    )  # fmt: skip
+    config = ModelConfig(layers=3, width=24, heads=8, kv_heads=2, head_dim=4, feed_forward=14, vocabulary_size=23)
     return replace(config, **changes)
 
 
@@ -71,7 +55,7 @@ def assert_counted(config: ModelConfig, mechanisms: Sequence[Mechanism], active_
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
-    ("mechanism", "key_convolution"), [(Dense(), 0), (MoSA(), 3), (Three(), 5)], ids=["Dense", "MoSA", "Three"]
+    ("mechanism", "key_convolution"), [(Dense(), 0), (MoSA(), 3), (NAtS(), 5)], ids=["Dense", "MoSA", "NAtS"]
 )
 def test_parameters_of_dense_models(mechanism: Mechanism, key_convolution: int, qk_norm: bool, tied: bool) -> None:
     config = small(key_convolution=key_convolution, qk_norm=qk_norm, tied_embeddings=tied)
@@ -164,7 +148,7 @@ def test_flops_of_a_sequence_written_out() -> None:
     assert training_flops(convolving, [Dense()] * 2, tokens, attention) == 3 * (forward + 2 * (2 * 3 * 2 * 5))
     # A router of 3 numbers per KV head; one product less where its gradient stops at its input.
     router = 2 * (2 * 3 * 4 * 3)
-    assert training_flops(config, [Three()] * 2, tokens, attention) == 3 * (forward + router)
-    assert training_flops(config, [ThreeDetached()] * 2, tokens, attention) == 3 * forward + 2 * router
-    mixed = training_flops(config, [ThreeDetached(), Three()], tokens, attention)
+    assert training_flops(config, [NAtS()] * 2, tokens, attention) == 3 * (forward + router)
+    assert training_flops(config, [Detached()] * 2, tokens, attention) == 3 * forward + 2 * router
+    mixed = training_flops(config, [Detached(), NAtS()], tokens, attention)
     assert mixed == 3 * forward + 2 * router / 2 + 3 * router / 2

@@ -1,8 +1,6 @@
 """MiniMax-01's layer against its formulas, and in training on any number of ranks."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,18 +16,11 @@ from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import AttentionConfig, Config
 from farspan.trainer.model.attention import AttentionInputs, GatedRecurrence
 from farspan.trainer.model.config import ExpertsConfig, ModelConfig, RopeConfig
-from farspan.trainer.train import identity
 from tests.support import tiny
 from tests.support.decoder import gated_recurrence
-from tests.support.rank_pool import RankPool
-from tests.support.steps import (
-    STEPS,
-    Trajectory,
-    assert_same,
-    initial_parameters,
-    train_reference,
-    train_sharded,
-)
+from tests.support.rank_pool import Pools
+from tests.support.steps import STEPS, train_sharded
+from tests.trainer.conftest import TrainAndCompare, Truth
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -59,11 +50,9 @@ def test_the_layer_on_packed_documents(backend: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
+def base(base: Config) -> Config:
     """Layers that are not gated have two KV heads and rotate half of each head."""
-    folder: Path = tmp_path_factory.mktemp("gated")
-    config = tiny.config(tiny.make_data(folder), folder / "run", ParallelConfig(strategy="single"))
-    return tiny.with_model(config, layers=3, recurrent_layer="gated", rope=RopeConfig(rotated=4))
+    return tiny.with_model(base, layers=3, recurrent_layer="gated", rope=RopeConfig(rotated=4))
 
 
 def with_mechanism(config: Config, pattern: str) -> Config:
@@ -71,20 +60,6 @@ def with_mechanism(config: Config, pattern: str) -> Config:
 
 
 HYBRID = "lightning*2, dense"
-Truth = Callable[[str], Trajectory]
-
-
-@pytest.fixture(scope="module")
-def truth(base: Config, ranks: Callable[[int], RankPool]) -> Truth:
-    known: dict[str, Trajectory] = {}
-
-    def compute(pattern: str) -> Trajectory:
-        if pattern not in known:
-            config = with_mechanism(base, pattern)
-            known[pattern] = train_reference(config, ranks(1).run(initial_parameters, config)[0])
-        return known[pattern]
-
-    return compute
 
 
 @pytest.mark.parametrize(
@@ -101,39 +76,28 @@ def truth(base: Config, ranks: Callable[[int], RankPool]) -> Truth:
     ],
 )
 def test_ten_steps_do_not_depend_on_the_ranks(
-    base: Config, truth: Truth, ranks: Callable[[int], RankPool], pattern: str, strategy: str, context: int, layout: str
+    base: Config, train_and_compare: TrainAndCompare, pattern: str, strategy: str, context: int, layout: str
 ) -> None:
     """With `ring`, recurrences run with `state`. On 4 ranks, blocks are recomputed."""
     parallel = ParallelConfig(context=context, strategy=strategy, layout=layout)
     train = replace(base.train, recompute="block" if context == 4 else "none")
-    config = with_mechanism(replace(base, parallel=parallel, train=train), pattern)
-    course = ranks(context).run(train_sharded, config)[-1]
-    assert any(name.endswith("attention.gate.weight") for name in course.gradients[0])
-    assert_same(course, truth(pattern))
+    trajectories = train_and_compare(with_mechanism(replace(base, parallel=parallel, train=train), pattern))
+    assert any(name.endswith("attention.gate.weight") for name in trajectories[0].gradients[0])
 
 
-EXPERTS = ExpertsConfig(count=8, per_token=2, feed_forward=16, balance_loss=0.02)
-
-
-def test_ten_steps_with_experts(base: Config, ranks: Callable[[int], RankPool]) -> None:
+@pytest.mark.parametrize(("context", "data"), [(4, 1), (2, 2)])
+def test_ten_steps_with_experts(base: Config, train_and_compare: TrainAndCompare, context: int, data: int) -> None:
     """All of MiniMax-01: context and expert parallelism over the same 4 ranks, or context 2 x dp_shard 2."""
-    config = tiny.with_model(with_mechanism(base, HYBRID), experts=EXPERTS)
-    start = ranks(1).run(initial_parameters, config)[0]
-    for parallel in (ParallelConfig(context=4, expert=4), ParallelConfig(context=2, dp_shard=2, expert=4)):
-        course = ranks(4).run(train_sharded, replace(config, parallel=parallel))[1]
-        assert_same(course, train_reference(config, start, max(parallel.dp_shard, 1)))
+    experts = ExpertsConfig(count=8, per_token=2, feed_forward=16, balance_loss=0.02)
+    parallel = ParallelConfig(context=context, dp_shard=data, expert=4)
+    train_and_compare(tiny.with_model(with_mechanism(replace(base, parallel=parallel), HYBRID), experts=experts))
 
 
-def test_bfloat16_follows_float64(base: Config, truth: Truth, ranks: Callable[[int], RankPool]) -> None:
+def test_bfloat16_follows_float64(base: Config, truth: Truth, ranks: Pools) -> None:
     """Losses within 1 %; parameters and their gradients stay float32."""
     config = with_mechanism(replace(base, parallel=ParallelConfig(context=2)), HYBRID)
     rounded = replace(config, train=replace(config.train, compute_dtype="bfloat16"))
     course = ranks(2).run(train_sharded, rounded)[0]
-    assert course.losses == pytest.approx(truth(HYBRID).losses, rel=1e-2)
+    assert course.losses == pytest.approx(truth(config).losses, rel=1e-2)
     assert len(set(course.losses)) == STEPS
     assert {gradient.dtype for gradient in course.gradients[-1].values()} == {torch.float32}
-
-
-def test_a_resumed_run_has_the_same_layers(base: Config) -> None:
-    settings = identity(base, "data")
-    assert (settings["model.recurrent_layer"], settings["model.rope.rotated"]) == ("gated", 4)

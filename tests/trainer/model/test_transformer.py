@@ -14,6 +14,7 @@ from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.mosa import MoSA
+from farspan.kernels.mechanisms.nats import NAtS
 from farspan.trainer.model.attention import Attention, GatedRecurrence
 from farspan.trainer.model.config import ModelConfig, RopeConfig
 from farspan.trainer.model.transformer import SequenceContext, Transformer
@@ -22,14 +23,10 @@ from tests.kernels.layers.test_rope import scalar_frequency
 CONFIG = ModelConfig(layers=1, width=12, heads=4, kv_heads=2, head_dim=6, feed_forward=8, vocabulary_size=16)
 
 
-class Detached(MoSA):  # pyright: ignore[reportGeneralTypeIssues]
+class Detached(NAtS):  # pyright: ignore[reportGeneralTypeIssues]
     """A router of three numbers whose gradient stops at its input."""
 
     routing_reads_detached = True
-
-    @property
-    def routing_width(self) -> int:
-        return 3
 
 
 class Recorder:

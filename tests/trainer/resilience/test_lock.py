@@ -1,6 +1,5 @@
 """One run per folder, by real processes; a file system without locks between nodes is one whose flock always grants."""
 
-import errno
 import os
 import signal
 import socket
@@ -9,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -24,7 +24,7 @@ folder, job, host, beat_s, has_locks = sys.argv[1:]
 lock.BEAT_S = float(beat_s)
 socket.gethostname = lambda: host
 if has_locks == "False":
-    lock.fcntl.flock = lambda file, how: None
+    lock.fcntl.flock = lambda file, operation: None
 lock_of_folder = lock.lock_folder(Path(folder), job or None)
 print("locked", flush=True)
 sys.stdin.read()
@@ -74,7 +74,7 @@ def test_a_job_waits_for_its_previous_start_to_end(tmp_path: Path, monkeypatch: 
 
 
 def test_without_locks_between_nodes_the_owner_is_seen_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock.fcntl, "flock", lambda file, how: None)
+    monkeypatch.setattr(lock.fcntl, "flock", lambda file, operation: None)
     monkeypatch.setattr(lock, "WATCH_S", 20)
     with owner(tmp_path, host="other", beat_s=0.05, has_locks=False):
         for job in (None, "18"):
@@ -89,12 +89,9 @@ def test_without_locks_between_nodes_the_owner_is_seen_to_run(tmp_path: Path, mo
 def test_without_any_locks_the_owner_is_watched_on_this_host_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(file: object, how: int) -> None:
-        raise OSError(95, "Operation not supported")
-
     monkeypatch.setattr(lock, "WATCH_S", 20)
     with owner(tmp_path, beat_s=0.05):
-        monkeypatch.setattr(lock.fcntl, "flock", refuse)
+        monkeypatch.setattr(lock.fcntl, "flock", mock.Mock(side_effect=OSError(95, "Operation not supported")))
         with pytest.raises(ConfigError, match="is in use by process "):
             lock_folder(tmp_path)
     assert "its file system has no locks (Operation not supported)" in caplog.text
@@ -115,9 +112,6 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(descriptor: int, data: bytes) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(lock.os, "write", full)
+    monkeypatch.setattr(lock.os, "write", mock.Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(ConfigError, match=r"cannot be written \(No space left on device\): make room, or choose"):
         lock_folder(tmp_path)

@@ -18,28 +18,21 @@ def check(folder: Path, what: str | None, bad: tuple[int, ...]) -> tuple[str | N
     """On a rank: return the error and the lines to log, where `what` is wrong with the nodes of `bad` ranks."""
     rank = dist.get_rank()
     fault = what if rank in bad else None
-
-    def choose_device() -> torch.device:
-        if fault == "device":
-            raise ConfigError("there is no GPU")
-        return torch.device("cpu")
-
-    def write(path: Path, written: bytes) -> int:
-        raise OSError(30, "Read-only file system")
+    no_device = ConfigError("there is no GPU") if fault == "device" else None
+    choose_device = mock.Mock(side_effect=no_device, return_value=torch.device("cpu"))
 
     def sum_up(tensor: torch.Tensor) -> None:
         all_reduce(tensor)
         tensor[-1] += 1
 
-    def compute(device: torch.device) -> float:
-        raise RuntimeError("uncorrectable ECC error\nmore")
-
     all_reduce = dist.all_reduce
     faults = {
-        "folder": mock.patch.object(Path, "write_bytes", write),
+        "folder": mock.patch.object(Path, "write_bytes", side_effect=OSError(30, "Read-only file system")),
         "bytes": mock.patch.object(Path, "read_bytes", return_value=b"other"),
         "sum": mock.patch.object(dist, "all_reduce", sum_up),
-        "compute": mock.patch.object(preflight, "_product_seconds", compute),
+        "compute": mock.patch.object(
+            preflight, "_product_seconds", side_effect=RuntimeError("uncorrectable ECC error\nmore")
+        ),
     }
     try:
         with (
@@ -52,7 +45,7 @@ def check(folder: Path, what: str | None, bad: tuple[int, ...]) -> tuple[str | N
 
 
 @pytest.mark.parametrize(
-    ("what", "why"),
+    ("what", "reason"),
     [
         ("device", "there is no GPU"),
         ("folder", "run.folder='FOLDER' cannot be written (Read-only file system)"),
@@ -63,12 +56,12 @@ def check(folder: Path, what: str | None, bad: tuple[int, ...]) -> tuple[str | N
 )
 @pytest.mark.parametrize("bad", [(2,), (0, 2)])
 def test_a_node_that_cannot_take_part_ends_the_run_on_all_ranks(
-    ranks, tmp_path: Path, what: str, why: str, bad: tuple[int, ...]
+    ranks, tmp_path: Path, what: str, reason: str, bad: tuple[int, ...]
 ) -> None:
-    why = why.replace("FOLDER", str(tmp_path))
-    unfit = "; ".join(f"n{rank}: {why}" for rank in bad)
+    reason = reason.replace("FOLDER", str(tmp_path))
+    unfit = "; ".join(f"n{rank}: {reason}" for rank in bad)
     assert ranks(4).run(check, tmp_path, what, bad) == [(f"{unfit}: start on other nodes.", [])] * 4
-    assert (tmp_path / "unfit").read_text() == "".join(f"n{rank} {why}\n" for rank in bad)
+    assert (tmp_path / "unfit").read_text() == "".join(f"n{rank} {reason}\n" for rank in bad)
     assert [path.name for path in tmp_path.iterdir()] == ["unfit"]
 
 

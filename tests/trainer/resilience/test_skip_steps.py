@@ -1,9 +1,8 @@
 """Steps that are no updates: what one rank spoils changes nothing on any, and its batch can be computed again."""
 
-import logging
 import math
 import re
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch.distributed as dist
 
 from farspan.errors import ConfigError, TrainingError
 from farspan.parallel.mesh import ParallelConfig
-from farspan.trainer import train
+from farspan.trainer import replay, train
 from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
 from farspan.trainer.data.packing import PackedSequences, ShuffledSequences
 from farspan.trainer.model.transformer import Transformer
@@ -27,7 +26,7 @@ from farspan.trainer.resolve import open_data
 from farspan.trainer.state import TrainState
 from farspan.trainer.step import StepResult
 from tests.support import tiny
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import Pools, error_of
 from tests.support.runs import Parts, records, run
 
 EXPERTS = replace(tiny.EXPERTS, groups=2)
@@ -95,17 +94,11 @@ def three_steps(config: Config, spoil_on: int | None) -> tuple[dict[str, str], d
     def second_differs(model: Transformer, *arguments: Any, **named: Any) -> StepResult:
         is_second = next(calls) == 2
         if is_second and spoil_on is None:
-            return StepResult(
-                loss=math.nan, gradient_norm=math.nan, labeled_tokens=0, attention_flops=0, fingerprint=0,
-                experts=None, heads=None, skipped="left out",
-            )  # fmt: skip
-        if is_second and spoil_on == dist.get_rank():
-            handle = model.blocks[0].register_forward_hook(spoil)
-            try:
-                return step(model, *arguments, **named)
-            finally:
-                handle.remove()
-        return step(model, *arguments, **named)
+            counts = {"labeled_tokens": 0, "attention_flops": 0, "fingerprint": 0, "experts": None, "heads": None}
+            return StepResult(loss=math.nan, gradient_norm=math.nan, skipped="left out", **counts)
+        spoils = is_second and spoil_on == dist.get_rank()
+        with model.blocks[0].register_forward_hook(spoil) if spoils else nullcontext():
+            return step(model, *arguments, **named)
 
     with mock.patch.object(train, "train_step", second_differs):
         parts = run(config)
@@ -114,18 +107,14 @@ def three_steps(config: Config, spoil_on: int | None) -> tuple[dict[str, str], d
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_step_that_one_rank_spoils_is_as_if_it_were_left_out(
-    tmp_path: Path, ranks: Callable[[int], RankPool]
-) -> None:
-    parallel, data = ParallelConfig(context=2, dp_shard=2, expert=4), tiny.make_data(tmp_path)
+def test_a_step_that_one_rank_spoils_is_as_if_it_were_left_out(tiny_data: Path, tmp_path: Path, ranks: Pools) -> None:
+    parallel = ParallelConfig(context=2, dp_shard=2, expert=4)
     spoilt, left_out = (
-        tiny.with_model(tiny.config(data, tmp_path / name, parallel, steps=3), experts=EXPERTS)
+        tiny.with_model(tiny.config(tiny_data, tmp_path / name, parallel, steps=3), experts=EXPERTS)
         for name in ("spoilt", "left_out")
     )
-    ended = ranks(4).run(three_steps, spoilt, 2)
-    for (bits, counts), (other_bits, other_counts) in zip(
-        ended, ranks(4).run(three_steps, left_out, None), strict=True
-    ):
+    pairs = zip(ranks(4).run(three_steps, spoilt, 2), ranks(4).run(three_steps, left_out, None), strict=True)
+    for (bits, counts), (other_bits, other_counts) in pairs:
         assert any("bias" in name for name in bits)
         assert [name for name, value in bits.items() if value != other_bits[name]] == []
         assert counts == other_counts == {"step": 3, "sequences": 6, "skipped": 1}
@@ -148,37 +137,29 @@ def given_up(config: Config, is_poisoned: bool) -> str:
 
 def replayed(config: Config, folder: Path) -> list[str]:
     """On a rank: the log lines about a batch."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    log = logging.getLogger("farspan")
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
     loaded: dict[str, str] = {}
-    try:
+    with mock.patch.object(replay.log, "info") as info:
         parts = run(
             replace(config, run=replace(config.run, replay=folder)),
             after_load=lambda parts: loaded.update(parts.bits()),
         )
-    finally:
-        log.removeHandler(handler)
     assert parts.bits() == loaded
+    lines = [call.args[0] % call.args[1:] for call in info.mock_calls]
     return lines[next(number for number, line in enumerate(lines) if line.startswith("resumed")) :]
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Config:
+def config(tiny_data: Path, tmp_path: Path) -> Config:
     parallel = ParallelConfig(context=2, expert=2)
-    base = tiny.config(tiny.make_data(tmp_path), tmp_path / "run", parallel, steps=9)
     return replace(
-        tiny.with_model(base, experts=EXPERTS),
+        tiny.with_model(tiny.config(tiny_data, tmp_path / "run", parallel, steps=9), experts=EXPERTS),
         checkpoint=CheckpointConfig(every_steps=9),
         evaluate=EvaluateConfig(every_steps=0),
     )
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_too_many_in_a_row_end_the_run_and_leave_the_batch(config: Config, ranks: Callable[[int], RankPool]) -> None:
+def test_too_many_in_a_row_end_the_run_and_leave_the_batch(config: Config, ranks: Pools) -> None:
     folder = config.run.folder / "failed_batch" / "step_00000003"
     poisoned = replace(config, skip=SkipConfig(max_consecutive_skips=2))
     message, other = ranks(2).run(given_up, poisoned, True)
@@ -186,9 +167,7 @@ def test_too_many_in_a_row_end_the_run_and_leave_the_batch(config: Config, ranks
     for part in ("3 steps in a row", "the loss is nan", f"run.replay={folder},", "optimizer.learning_rate"):
         assert part in message
     on_record = records(config.run.folder)
-    assert [(record["step"], record["loss"], record["skipped"]) for record in on_record] == [
-        (1, None, 1), (2, None, 2), (3, None, 3),
-    ]  # fmt: skip
+    assert [(each["step"], each["loss"], each["skipped"]) for each in on_record] == [(n, None, n) for n in (1, 2, 3)]
     assert {record["skipped_since"] for record in on_record} == {"the loss is nan"}
     assert [path.name for path in (config.run.folder / "checkpoints").iterdir()] == ["step_00000003"]
 
@@ -206,11 +185,10 @@ def test_too_many_in_a_row_end_the_run_and_leave_the_batch(config: Config, ranks
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_replayed_batch_has_the_loss_that_it_had(config: Config, ranks: Callable[[int], RankPool]) -> None:
+def test_a_replayed_batch_has_the_loss_that_it_had(config: Config, ranks: Pools) -> None:
     # The first step that is above the mean of the two before.
-    message = ranks(2).run(
-        given_up, replace(config, skip=SkipConfig(max_consecutive_skips=0, spike_sigma=1e-9, window=2)), False
-    )[0]
+    impatient = replace(config, skip=SkipConfig(max_consecutive_skips=0, spike_sigma=1e-9, window=2))
+    message = ranks(2).run(given_up, impatient, False)[0]
     last = records(config.run.folder)[-1]
     assert message.startswith("1 steps in a row ")
     folder = config.run.folder / "failed_batch" / f"step_{last['step']:08d}"
@@ -236,17 +214,10 @@ def test_a_folder_without_a_batch_is_refused(tmp_path: Path) -> None:
         read_batch(tmp_path)
 
 
-def refused(config: Config, folder: Path) -> str:
-    with pytest.raises(ConfigError) as stopped:
-        run(replace(config, run=replace(config.run, replay=folder)))
-    return str(stopped.value)
-
-
-def test_a_batch_that_the_ranks_cannot_share_is_refused(
-    config: Config, tmp_path: Path, ranks: Callable[[int], RankPool]
-) -> None:
+def test_a_batch_that_the_ranks_cannot_share_is_refused(config: Config, tmp_path: Path, ranks: Pools) -> None:
     sequence = PackedSequences(open_data(config)[0], sequence_tokens=101, seed=0).sequence(0)
     write_batch(tmp_path / "batch", {7: sequence})
-    answers = ranks(2).run(refused, replace(config, parallel=ParallelConfig(dp_shard=2)), tmp_path / "batch")
+    parted = replace(config, parallel=ParallelConfig(dp_shard=2), run=replace(config.run, replay=tmp_path / "batch"))
+    answers = ranks(2).run(error_of, ConfigError, run, parted)
     assert answers[0] == answers[1]
     assert "has 1 sequences, which 2 data-parallel groups cannot share" in answers[0]

@@ -1,7 +1,6 @@
 """A signal to one rank only, in any phase, stops all ranks at the same place; what was done is saved."""
 
 import signal
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -17,18 +16,20 @@ from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
 from farspan.trainer.resilience.signals import StopSignal
 from tests.support import tiny
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import Pools
 from tests.support.runs import run, steps
 
 WARNED_RANK = 1
-# By phase: what is going on when the signal comes, and at which call of it.
-PHASES: dict[str, tuple[Any, str, int]] = {
-    "connecting": (train, "device_to_connect_on", 1),
-    "building": (train, "build_model", 1),
-    "loading": (Checkpointer, "load_latest", 1),
-    "a step": (train, "train_step", 2),
-    "an evaluation": (evaluate, "evaluate", 1),
-    "a save": (Checkpointer, "start_saving", 1),
+# By phase: what is going on when the signal comes, and at which call of it; the steps that are trained, evaluated and
+# saved by then, or None if nothing is on record before it is known what was done.
+PHASES: dict[str, tuple[Any, str, int, tuple[list[int], list[int]] | None, list[int]]] = {
+    "connecting": (train, "device_to_connect_on", 1, None, []),
+    "building": (train, "build_model", 1, None, []),
+    "loading": (Checkpointer, "load_latest", 1, ([], []), []),
+    # The first evaluation is after step 2, the first save after step 3.
+    "a step": (train, "train_step", 2, ([1, 2], []), [2]),
+    "an evaluation": (evaluate, "evaluate", 1, ([1, 2], []), [2]),
+    "a save": (Checkpointer, "start_saving", 1, ([1, 2, 3], [2]), [3]),
 }
 
 
@@ -37,7 +38,7 @@ def train_with_signal(config: Config, phase: str | None) -> tuple[bool, int]:
     calls = []
     with ExitStack() as stack:
         if phase is not None and dist.get_rank() == WARNED_RANK:
-            owner, name, number = PHASES[phase]
+            owner, name, number, *_ = PHASES[phase]
             function = getattr(owner, name)
 
             def signaled(*arguments: Any, **named: Any) -> Any:
@@ -54,44 +55,21 @@ def train_with_signal(config: Config, phase: str | None) -> tuple[bool, int]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("phase", "done", "evaluations", "saved"),
-    [
-        ("connecting", None, None, []),
-        ("building", None, None, []),
-        ("loading", [], [], []),
-        ("a step", [1, 2], [], [2]),
-        # The first evaluation is after step 2.
-        ("an evaluation", [1, 2], [], [2]),
-        # The first save is after step 3.
-        ("a save", [1, 2, 3], [2], [3]),
-    ],
-)
-def test_a_signal_to_one_rank_stops_all(
-    tmp_path: Path,
-    ranks: Callable[[int], RankPool],
-    phase: str,
-    done: list[int] | None,
-    evaluations: list[int] | None,
-    saved: list[int],
-) -> None:
-    config = tiny.config(tiny.make_data(tmp_path), tmp_path / "run", ParallelConfig(context=2), steps=4)
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal_to_one_rank_stops_all(tiny_data: Path, tmp_path: Path, ranks: Pools, phase: str) -> None:
+    *_, done, saved = PHASES[phase]
+    config = tiny.config(tiny_data, tmp_path / "run", ParallelConfig(context=2), steps=4)
     config = replace(
-        config,
-        checkpoint=CheckpointConfig(every_steps=3, keep=9),
-        evaluate=EvaluateConfig(every_steps=2, sequences=2),
+        config, checkpoint=CheckpointConfig(every_steps=3, keep=9), evaluate=EvaluateConfig(every_steps=2, sequences=2)
     )
     answers = ranks(2).run(train_with_signal, config, phase)
     assert [asks_requeue for asks_requeue, _ in answers] == [True, True]
     assert answers[WARNED_RANK][1] > 0
     # It is locked, and so made, between the first two looks at the flag.
     assert (tmp_path / "run").exists() == (phase != "connecting")
-    checkpoints = tmp_path / "run" / "checkpoints"
-    assert [int(path.name[5:]) for path in sorted(checkpoints.glob("step_*"))] == saved
-    if done is None:
-        # Nothing is on record before it is known what was done.
-        assert not (tmp_path / "run" / "metrics.jsonl").exists()
-    else:
-        assert (steps(tmp_path / "run", "loss"), steps(tmp_path / "run", "eval_loss")) == (done, evaluations)
+    folder = tmp_path / "run"
+    assert [int(path.name[5:]) for path in sorted((folder / "checkpoints").glob("step_*"))] == saved
+    assert (folder / "metrics.jsonl").exists() == (done is not None)
+    assert done is None or (steps(folder, "loss"), steps(folder, "eval_loss")) == done
     assert ranks(2).run(train_with_signal, config, None) == [(False, 0)] * 2
-    assert (steps(tmp_path / "run", "loss"), steps(tmp_path / "run", "eval_loss")) == ([1, 2, 3, 4], [2, 4])
+    assert (steps(folder, "loss"), steps(folder, "eval_loss")) == ([1, 2, 3, 4], [2, 4])

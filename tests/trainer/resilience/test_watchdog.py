@@ -68,27 +68,27 @@ def hold_the_lock(seconds: float) -> None:
     ctypes.PyDLL(None).sleep(int(seconds))
 
 
-HANGS = {hang.__name__: hang for hang in (sleep_in_c, busy, hold_the_lock)}
+HANGS = {function.__name__: function for function in (sleep_in_c, busy, hold_the_lock)}
 
 
-def hang_in_a_step(folder: Path, how: str) -> None:
+def hang_in_a_step(folder: Path, hang: str) -> None:
     watchdog = Watchdog(WatchdogConfig(step_s=0.3), folder / "stacks", rank=3)
     with watchdog.phase("step", 11):
         pass
     with watchdog.phase("step", 12):
-        HANGS[how](WAIT_S)
+        HANGS[hang](WAIT_S)
 
 
-@pytest.mark.parametrize("how", ["sleep_in_c", "busy"])
-def test_a_phase_that_does_not_end_leaves_its_stacks(tmp_path: Path, how: str) -> None:
-    assert exit_status(start(hang_in_a_step, tmp_path, how)) == EXIT_HUNG
+@pytest.mark.parametrize("hang", ["sleep_in_c", "busy"])
+def test_a_phase_that_does_not_end_leaves_its_stacks(tmp_path: Path, hang: str) -> None:
+    assert exit_status(start(hang_in_a_step, tmp_path, hang)) == EXIT_HUNG
     written = tmp_path / "stacks" / "step_00000012" / f"rank_3_{socket.gethostname()}.txt"
     text = written.read_text()
     assert re.match(r"rank 3 hangs: step at step 12 did not end within watchdog\.step_s=0\.3; process \d+, ", text)
     # The main thread's, and that of the watchdog itself.
-    assert f"in {how}\n" in text
+    assert f"in {hang}\n" in text
     assert "in _expire\n" in text
-    errors = (tmp_path / f"errors_{how}").read_text()
+    errors = (tmp_path / f"errors_{hang}").read_text()
     what = "farspan: rank 3 hangs: step at step 12 did not end within watchdog.step_s=0.3; "
     assert errors == f"{what}stacks are in {written.parent}/.\n"
 
@@ -143,9 +143,7 @@ def train_with_one_that_stops(folder: Path, rank: int, port: int, phase: str) ->
     torch.set_num_threads(1)
     config = tiny.config(folder / "tokens", folder / "run", ParallelConfig(context=2), steps=2)
     config = replace(
-        config,
-        watchdog=WatchdogConfig(**{f"{phase}_s": 2.0}),
-        optimizer=replace(config.optimizer, warmup_steps=0),
+        config, watchdog=WatchdogConfig(**{f"{phase}_s": 2.0}), optimizer=replace(config.optimizer, warmup_steps=0)
     )
     if rank == 1:
         owner, name = {
@@ -171,8 +169,8 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-@pytest.mark.parametrize(("phase", "step"), [("step", 2), ("evaluation", 2), ("save", 2)])
-def test_ranks_that_wait_for_one_that_is_stopped_end(tmp_path: Path, phase: str, step: int) -> None:
+@pytest.mark.parametrize("phase", ["step", "evaluation", "save"])
+def test_ranks_that_wait_for_one_that_is_stopped_end(tmp_path: Path, phase: str) -> None:
     tiny.make_data(tmp_path)
     port = free_port()
     processes = [start(train_with_one_that_stops, tmp_path, rank, port, phase) for rank in range(2)]
@@ -185,6 +183,6 @@ def test_ranks_that_wait_for_one_that_is_stopped_end(tmp_path: Path, phase: str,
         processes[1].join(WAIT_S)
     assert processes[1].exitcode == -signal.SIGKILL
     stacks = tmp_path / "run" / "stacks"
-    assert [path.name for path in stacks.iterdir()] == [f"{phase}_{step:08d}"]
-    (written,) = (stacks / f"{phase}_{step:08d}").iterdir()
+    assert [path.name for path in stacks.iterdir()] == [f"{phase}_00000002"]
+    (written,) = (stacks / f"{phase}_00000002").iterdir()
     assert "in train\n" in written.read_text()

@@ -1,8 +1,6 @@
 """From dense runs to models with experts: copies compute the same as the dense model, and runs start from them."""
 
-import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +14,6 @@ from farspan.errors import CheckpointError, ConfigError
 from farspan.parallel.comm import Traffic
 from farspan.parallel.mesh import Mesh, ParallelConfig
 from farspan.parallel.ranks import Ranks, connected
-from farspan.trainer import metrics as module
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.checkpoint.verify import newest_complete
 from farspan.trainer.config import Config
@@ -29,7 +26,8 @@ from farspan.trainer.train import train
 from farspan.trainer.weights.io import load_weights
 from farspan.trainer.weights.upcycle import upcycle, upcycled
 from tests.support import tiny
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import Pools, error_of
+from tests.support.runs import records
 
 EXPERTS = ExpertsConfig(count=4, per_token=2, feed_forward=48)
 ALL_EXPERTS = HeadMixtureConfig(kind="experts", count=3, per_token=3)
@@ -44,16 +42,13 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> list[Config]:
+def dense(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Config]:
     """Two trained runs with parallel blocks, as in BAM."""
     folder, runs = tmp_path_factory.mktemp("upcycle"), []
-    data = tiny.make_data(folder)
     for seed in (11, 12):
-        config = tiny.config(data, folder / f"run{seed}", ParallelConfig(), steps=4)
+        config = tiny.config(tiny_data, folder / f"run{seed}", ParallelConfig(), steps=4)
         config = tiny.with_model(replace(config, run=replace(config.run, seed=seed)), parallel_blocks=True)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "peak_flops", lambda device, dtype: 1e10)
-            train(config, Ranks(), StopSignal())
+        train(config, Ranks(), StopSignal())
         runs.append(config)
     return runs
 
@@ -114,23 +109,19 @@ def test_a_run_starts_from_the_weights_and_resumes_without_them(dense: list[Conf
     config = tiny.with_model(dense[0], **MIXTURES["with keys of their own"])
     upcycle(config, runs, weights)
     started = replace(config, run=replace(config.run, folder=tmp_path / "run", start_from=weights))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "peak_flops", lambda device, dtype: 1e10)
-        train(started, Ranks(), StopSignal())
-        first = _losses(tmp_path / "run")
-        train(replace(config, run=replace(config.run, folder=tmp_path / "random")), Ranks(), StopSignal())
-        assert first[0] < _losses(tmp_path / "random")[0] - 0.1
-        # A resumed run neither needs nor reads the weights.
-        shutil.rmtree(weights)
-        longer = replace(started, train=replace(started.train, steps=5))
-        train(longer, Ranks(), StopSignal())
-    assert _losses(tmp_path / "run")[:4] == first
-    assert len(_losses(tmp_path / "run")) == 5
+    train(started, Ranks(), StopSignal())
+    first = losses_of_steps(tmp_path / "run")
+    train(replace(config, run=replace(config.run, folder=tmp_path / "random")), Ranks(), StopSignal())
+    assert first[0] < losses_of_steps(tmp_path / "random")[0] - 0.1
+    # A resumed run neither needs nor reads the weights.
+    shutil.rmtree(weights)
+    train(replace(started, train=replace(started.train, steps=5)), Ranks(), StopSignal())
+    assert losses_of_steps(tmp_path / "run")[:4] == first
+    assert len(losses_of_steps(tmp_path / "run")) == 5
 
 
-def _losses(folder: Path) -> list[float]:
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [record["loss"] for record in records if "loss" in record]
+def losses_of_steps(folder: Path) -> list[float]:
+    return [record["loss"] for record in records(folder) if "loss" in record]
 
 
 def test_models_that_do_not_fit_are_refused(dense: list[Config], tmp_path: Path) -> None:
@@ -143,9 +134,8 @@ def test_models_that_do_not_fit_are_refused(dense: list[Config], tmp_path: Path)
         return str(error.value)
 
     assert "has model.layers=2, not 3" in refused(layers=3, experts=EXPERTS)
-    assert "model.experts.feed_forward=40 must be the model.feed_forward=48 of" in refused(
-        experts=replace(EXPERTS, feed_forward=40)
-    )
+    wide = replace(EXPERTS, feed_forward=40)
+    assert "model.experts.feed_forward=40 must be the model.feed_forward=48 of" in refused(experts=wide)
     assert "model.experts.shared=24 must be 0 or the" in refused(experts=replace(EXPERTS, shared=24))
     assert "has no experts: set model.experts or model.head_mixture" in refused()
     assert "per_token=5 must be" in refused(experts=replace(EXPERTS, per_token=5))
@@ -184,19 +174,14 @@ def test_layers_of_another_kind_are_refused(
         upcycle(mixture, [tmp_path / "run"], tmp_path / "weights")
 
 
-def load_message(config: Config, weights: Path) -> str:
-    """On each rank: load weights that rank 1 cannot see; return the error."""
-    mesh = Mesh.build(config.parallel, "cpu")
-    model = build_model(config, mesh, torch.device("cpu"))
-    try:
-        load_weights(model, weights if dist.get_rank() == 0 else weights / "elsewhere")
-    except CheckpointError as error:
-        return str(error)
-    return "loaded"
+def load_on_first_rank(config: Config, weights: Path) -> None:
+    """On each rank: load weights that rank 1 cannot see."""
+    model = build_model(config, Mesh.build(config.parallel, "cpu"), torch.device("cpu"))
+    load_weights(model, weights if dist.get_rank() == 0 else weights / "elsewhere")
 
 
-def test_all_ranks_report_that_one_finds_no_weights(dense: list[Config], ranks: Callable[[int], RankPool]) -> None:
+def test_all_ranks_report_that_one_finds_no_weights(dense: list[Config], ranks: Pools) -> None:
     weights = newest_complete(Path(dense[0].run.folder) / "checkpoints")
-    messages = ranks(2).run(load_message, dense[0], weights)
+    messages = ranks(2).run(error_of, CheckpointError, load_on_first_rank, dense[0], weights)
     assert messages[0] == messages[1]
     assert messages[0].startswith(f"rank 1: {weights / 'elsewhere'} holds no weights")

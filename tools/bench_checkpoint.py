@@ -77,7 +77,7 @@ class CheckpointBench:
         optimizer = build_optimizer(self.model, config.optimizer)
         self.folder = folder / "checkpoints"
         keep = CheckpointConfig(keep=1)
-        self.checkpoints = Checkpointer(self.folder, self.model, optimizer, identity={}, config=keep)
+        self.checkpoints = Checkpointer(self.folder, self.model, optimizer, identity={}, defaults={}, config=keep)
         self.step_number = 0
         self._matrix = torch.randn(MATRIX[device.type], MATRIX[device.type], device=device)
         self._products = 1

@@ -138,8 +138,8 @@ class Config:
         return self.attention.build_mechanisms(self.model.layers)
 
 
-def flat(config: Config) -> dict[str, Any]:
-    """Return every setting by its dotted name, such as `model.rope.base`."""
+def flat(section: Any, prefix: str = "") -> dict[str, Any]:
+    """Return every setting of a section, or of a configuration, by its dotted name, such as `model.rope.base`."""
 
     def leaves(tree: dict[str, Any], where: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -150,4 +150,4 @@ def flat(config: Config) -> dict[str, Any]:
                 found[f"{where}{name}"] = str(value) if isinstance(value, Path) else value
         return found
 
-    return leaves(asdict(config), "")
+    return leaves(asdict(section), prefix)

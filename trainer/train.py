@@ -7,7 +7,6 @@ from contextlib import ExitStack, closing, contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,10 +17,11 @@ from farspan.parallel.ranks import Ranks, connected
 from farspan.trainer.batch import DataLoader
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
+from farspan.trainer.checkpoint.identity import identity_defaults, resume_identity
 from farspan.trainer.checkpoint.steps import finished
 from farspan.trainer.config import Config, flat
 from farspan.trainer.data.source import SPLITS, check_integrity
-from farspan.trainer.estimate.summary import describe, format_layers
+from farspan.trainer.estimate.summary import describe
 from farspan.trainer.evaluate import Validation
 from farspan.trainer.metrics import Metrics, record_config
 from farspan.trainer.model.transformer import Transformer
@@ -150,21 +150,10 @@ def build_checkpointer(resolved: Resolved, model: Transformer, optimizer: torch.
         Path(config.run.folder) / "checkpoints",
         model,
         optimizer,
-        identity=identity(config, resolved.train_source.fingerprint),
+        identity=resume_identity(config, resolved.train_source.fingerprint),
+        defaults=identity_defaults(config),
         config=config.checkpoint,
     )
-
-
-def identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
-    """Return the settings that a resumed run has to share with the run before, by dotted name."""
-    return {
-        "run.seed": config.run.seed,
-        "data.folder": data_fingerprint,
-        "data.sequence_tokens": config.data.sequence_tokens,
-        # In full, so that a default that has changed counts too.
-        "attention.mechanism": format_layers(config.mechanisms()),
-        **{name: value for name, value in flat(config).items() if name.startswith("model.")},
-    }
 
 
 @contextmanager

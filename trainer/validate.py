@@ -6,6 +6,7 @@ from farspan.parallel.layout import LAYOUTS
 from farspan.parallel.mesh import Degrees
 from farspan.registry import nearest_name_hint
 from farspan.trainer.build import strategies_of_layers
+from farspan.trainer.checkpoint.identity import resume_identity
 from farspan.trainer.config import AUTO, Config
 
 
@@ -19,8 +20,20 @@ def validate(config: Config, degrees: Degrees) -> None:
     experts_fit(config, degrees)
     head_mixture_fits(config)
     gates_have_a_recurrence(config)
+    accepted_changes_exist(config)
     mechanism_takes_model(config)
     strategy_takes_mechanism(config, degrees)
+
+
+def accepted_changes_exist(config: Config) -> None:
+    names = resume_identity(config, "")
+    for name in config.checkpoint.accept_changed:
+        if name not in names:
+            raise ConfigError(
+                f"checkpoint.accept_changed={name!r} is not a setting that a run must share with its checkpoint, as "
+                f"data.folder, attention.mechanism (with its options) and model.layers are."
+                f"{nearest_name_hint(name, list(names))}"
+            )
 
 
 def heads_fit(config: Config) -> None:

@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor
 from farspan.parallel.mesh import Mesh
 from farspan.trainer.build import build_model
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
+from farspan.trainer.checkpoint.identity import identity_defaults, resume_identity
 from farspan.trainer.config import Config
 from farspan.trainer.optim import build_optimizer
 from farspan.trainer.state import TrainState
-from farspan.trainer.train import identity
 
 Bits = dict[str, torch.Tensor]
 
@@ -29,7 +29,12 @@ class RankState:
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.folder = config.run.folder / "checkpoints"
         self.checkpoints = Checkpointer(
-            self.folder, self.model, self.optimizer, identity=identity(config, fingerprint), config=config.checkpoint
+            self.folder,
+            self.model,
+            self.optimizer,
+            identity=resume_identity(config, fingerprint),
+            defaults=identity_defaults(config),
+            config=config.checkpoint,
         )
 
     def update(self, number: int) -> None:

@@ -60,9 +60,9 @@ def save_run(model: Transformer, decoder: Decoder, folder: Path) -> Path:
     (folder / "config.toml").write_text(to_toml(run_config(decoder, folder)))
     with connected(Ranks(), CPU):
         optimizer = torch.optim.AdamW(model.parameters())
-        Checkpointer(folder / "checkpoints", model, optimizer, identity={}, config=CheckpointConfig(keep=1)).save(
-            TrainState(step=1)
-        )
+        Checkpointer(
+            folder / "checkpoints", model, optimizer, identity={}, defaults={}, config=CheckpointConfig(keep=1)
+        ).save(TrainState(step=1))
     return folder
 
 

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from farspan.errors import CheckpointError
 from farspan.parallel.mesh import group_along
 from farspan.trainer.checkpoint.manifest import START_AGAIN, Manifest, damaged
-from farspan.trainer.checkpoint.shards import read_shards, write_shards
+from farspan.trainer.checkpoint.shards import MisfitError, read_shards, write_shards
 from farspan.trainer.checkpoint.steps import finished, make_room, prune, publish, step_name
 from farspan.trainer.checkpoint.verify import check_sizes, newest, verified
 from farspan.trainer.config import CheckpointConfig
@@ -50,6 +50,7 @@ class Checkpointer:
     """Saves and loads one model and its optimizer in `folder`; every rank makes the same calls.
 
     identity: settings by dotted name, as JSON values, that a run must share with the checkpoint it resumes from.
+    defaults: the values, by the same names, that a checkpoint from before such a setting existed was trained with.
     """
 
     def __init__(
@@ -59,12 +60,13 @@ class Checkpointer:
         optimizer: torch.optim.Optimizer,
         *,
         identity: Mapping[str, Any],
+        defaults: Mapping[str, Any],
         config: CheckpointConfig,
     ) -> None:
         self._folder = folder
         self._model, self._optimizer = model, optimizer
-        # As JSON reads it back: tuples become lists.
-        self._identity: dict[str, Any] = json.loads(json.dumps(dict(identity)))
+        # As JSON reads them back: tuples become lists.
+        self._identity, self._defaults = json.loads(json.dumps((dict(identity), dict(defaults))))
         self._config = config
         self._group = group_along("checkpoint", {"ranks": dist.get_world_size()}, "ranks", backend="gloo")
         self._copies = BlockingAsyncStager(cache_staged_state_dict=True)
@@ -153,11 +155,17 @@ class Checkpointer:
     def read(self, folder: Path) -> None:
         """Fill model and optimizer from the files of a checkpoint, without comparing hashes.
 
-        Raises DamagedError, on all ranks, where one cannot read its part; model and optimizer may be half filled then.
+        Raises, on all ranks, CheckpointError where model or optimizer have other tensors, and DamagedError where one
+        cannot read its part; model and optimizer may be half filled then.
         """
         model, optimizer = get_state_dict(self._model, self._optimizer)
         try:
             read_shards(_to_save(model, optimizer), folder)
+        except MisfitError as error:
+            raise CheckpointError(
+                f"checkpoint {folder} does not fit this model and optimizer ({error}): go back to the configuration "
+                f"that it was trained with, or {START_AGAIN}."
+            ) from None
         except CheckpointError as error:
             raise damaged(folder, str(error)) from None
         set_state_dict(self._model, self._optimizer, model_state_dict=model, optim_state_dict=optimizer)
@@ -173,17 +181,17 @@ class Checkpointer:
         """Read a manifest; raises CheckpointError where the checkpoint is of another run."""
         manifest = Manifest.read(folder)
         check_sizes(folder, manifest.files)
-        saved = current_names(manifest.identity)
+        saved = {**self._defaults, **current_names(manifest.identity)}
         differences = {
             name: f"{name} ({saved.get(name)!r}, now {self._identity.get(name)!r})"
             for name in sorted({*saved, *self._identity})
             if saved.get(name) != self._identity.get(name) and name not in self._config.accept_changed
         }
         if differences:
-            names = ", ".join(f'"{name}"' for name in differences)
+            names = ",".join(f'"{name}"' for name in differences)
             raise CheckpointError(
                 f"checkpoint {folder} was trained with another {', another '.join(differences.values())}: go back to "
-                f"that, or {START_AGAIN}, or accept it with checkpoint.accept_changed=[{names}]."
+                f"that, or {START_AGAIN}, or accept it with 'checkpoint.accept_changed=[{names}]'."
             )
         return manifest
 

@@ -43,6 +43,10 @@ Tensors = Mapping[str, Any]
 """Tensors by name, in nested mappings."""
 
 
+class MisfitError(CheckpointError):
+    """Stored tensors have other names or shapes than those to be filled."""
+
+
 def write_shards(tensors: Tensors, folder: Path, group: dist.ProcessGroup | None = None) -> dict[str, FileRecord]:
     """Write this rank's shards of `tensors` durably; return size and hash of each file by its name.
 
@@ -67,9 +71,11 @@ def write_shards(tensors: Tensors, folder: Path, group: dist.ProcessGroup | None
 def read_shards(tensors: Tensors, folder: Path) -> None:
     """Fill `tensors`, sharded or not, from the tensors of these names in `folder`; every rank makes the same call.
 
-    Raises CheckpointError, on all ranks, when one tensor cannot be read or has another shape.
+    Raises MisfitError, on all ranks, when one of them is missing or has another shape, and CheckpointError when one
+    cannot be read.
     """
     reader = raise_on_all_ranks(lambda: _SafeReader(folder))
+    raise_on_all_ranks(lambda: _check_fits(tensors, reader.read_metadata()))
     try:
         load(dict(tensors), storage_reader=reader)
     except CheckpointException as error:
@@ -79,6 +85,18 @@ def read_shards(tensors: Tensors, folder: Path) -> None:
 def read_index(folder: Path) -> dict[str, TensorStorageMetadata]:
     """Return shape and dtype of each stored tensor; raises CheckpointError where the index cannot be read."""
     return cast(dict[str, TensorStorageMetadata], _SafeReader(folder).read_metadata().state_dict_metadata)
+
+
+def _check_fits(tensors: Tensors, index: Metadata, prefix: str = "") -> None:
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Mapping):
+            _check_fits(tensor, index, f"{prefix}{name}.")
+            continue
+        stored = index.state_dict_metadata.get(f"{prefix}{name}")
+        if stored is None:
+            raise MisfitError(f"it has no {prefix}{name}")
+        if isinstance(stored, TensorStorageMetadata) and stored.size != tensor.shape:
+            raise MisfitError(f"{prefix}{name} is {list(stored.size)} there and {list(tensor.shape)} here")
 
 
 class _HashedFiles(FileSystem):

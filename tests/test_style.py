@@ -110,9 +110,8 @@ def test_planted_violations_are_found():
     long = "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES
     assert long_functions("kernels/plan.py", long) == [f"kernels/plan.py: f has {MAX_FUNCTION_LINES + 1} lines"]
     assert long_functions("kernels/plan.py", long.removesuffix("    x = 1\n")) == []
-    assert private_words("README.md", f"a\n{PRIVATE_WORDS[0].title()}") == [
-        f"README.md:2 says {PRIVATE_WORDS[0].title()}"
-    ]
+    word = PRIVATE_WORDS[0].title()
+    assert private_words("README.md", f"a\n{word}") == [f"README.md:2 says {word}"]
     assert comment_share(["x = 1  # why\n# why\ny = 2\nz = '#'\n"]) == 0.5
 
 

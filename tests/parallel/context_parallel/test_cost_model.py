@@ -168,11 +168,9 @@ def test_layers_add_up() -> None:
     """Seven layers of a recurrence beside one that moves keys: each under the strategy that serves it."""
     layers = [(job(Lightning(layer=1, layers=8), 8), 7), (job(Dense(), 8), 1)]
     costs, _ = compare(layers, FAST)
-    expected = predict("state", layers[0][0], FAST).seconds * 7 + predict("ring", layers[1][0], FAST).seconds
-    assert costs["ring"].seconds == pytest.approx(expected)
-    assert costs["ring"].volume.forward == (
-        7 * predict("state", layers[0][0], FAST).volume.forward + predict("ring", layers[1][0], FAST).volume.forward
-    )
+    state, ring = predict("state", layers[0][0], FAST), predict("ring", layers[1][0], FAST)
+    assert costs["ring"].seconds == pytest.approx(7 * state.seconds + ring.seconds)
+    assert costs["ring"].volume.forward == 7 * state.volume.forward + ring.volume.forward
 
 
 def test_recurrences_have_a_strategy_of_their_own_where_keys_travel() -> None:

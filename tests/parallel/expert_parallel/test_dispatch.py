@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -145,15 +146,11 @@ def peak_bytes(tokens: int, hot: bool) -> int:
     matrices = gate, up, down = [torch.randn(shape, requires_grad=True) for shape in shapes]
     chosen = torch.full((tokens_local, 1), EXPERTS - 1) if hot else torch.arange(tokens_local)[:, None] % EXPERTS
     selected, dout = torch.ones(tokens_local, 1, dtype=torch.bool), torch.randn(tokens_local, width)
-    chunk_rows, tracker = grouped_loop.CHUNK_ROWS, MemTracker()
-    grouped_loop.CHUNK_ROWS = 64
-    try:
-        with tracker:
-            in_flight = send_to_experts(x, chosen, weights, selected, channel, EXPERTS)
-            out = in_flight.combine(lambda rows, counts: grouped_swiglu(rows, gate, up, down, counts))
-            gradients = torch.autograd.grad(out, (x, weights, *matrices), dout)
-    finally:
-        grouped_loop.CHUNK_ROWS = chunk_rows
+    tracker = MemTracker()
+    with mock.patch.object(grouped_loop, "CHUNK_ROWS", 64), tracker:
+        in_flight = send_to_experts(x, chosen, weights, selected, channel, EXPERTS)
+        out = in_flight.combine(lambda rows, counts: grouped_swiglu(rows, gate, up, down, counts))
+        gradients = torch.autograd.grad(out, (x, weights, *matrices), dout)
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     return peak - sum(gradient.nbytes for gradient in gradients[2:])
 

@@ -86,6 +86,8 @@ CASES = [
      "train.sequences_per_step=4"),
     ("parallel.layout=zigzak", "parallel.layout='zigzak'; balanced, contiguous, striped, zigzag; 'zigzag'?",
      "parallel.layout=striped"),
+    ('checkpoint.accept_changed=["model.wdth"]', "checkpoint.accept_changed='model.wdth'; 'model.width'?",
+     'checkpoint.accept_changed=["model.width", "data.folder"]'),
     ("parallel.strategy=rings", "strategy 'rings'; 'ring'?", "parallel.strategy=ring"),
     ("attention.options.casual=true", "attention.options.casual=true; 'causal'?", "attention.options.causal=true"),
     ("parallel.strategy=single", "parallel.strategy='single'; set parallel.context=1 instead of 2",

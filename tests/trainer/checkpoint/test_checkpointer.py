@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from farspan.errors import CheckpointError
 from farspan.trainer.checkpoint import checkpointer
+from farspan.trainer.checkpoint.manifest import Manifest
 from farspan.trainer.checkpoint.shards import write_shards
 from farspan.trainer.config import Config
 from farspan.trainer.model.config import RopeConfig
@@ -126,12 +127,33 @@ def test_changes_are_listed_and_can_be_accepted(config: Config, newest: Path, ra
     other = replace(config, run=replace(config.run, seed=12), data=replace(config.data, sequence_tokens=103))
     message = ranks(2).run(error_of, CheckpointError, load, other)[0]
     assert "data.sequence_tokens (101, now 103), another run.seed (11, now 12)" in message
-    assert 'checkpoint.accept_changed=["data.sequence_tokens", "run.seed"]' in message
+    # In quotes, to be pasted into a shell.
+    assert '\'checkpoint.accept_changed=["data.sequence_tokens","run.seed"]\'' in message
     accepted = ("run.seed", "data.sequence_tokens")
     willing = replace(other, checkpoint=replace(config.checkpoint, accept_changed=accepted))
     assert ranks(2).run(load, willing)[0][0] == "step_00000002"
     less = replace(willing, checkpoint=replace(willing.checkpoint, accept_changed=accepted[1:]))
     assert "with another run.seed (11, now 12): " in ranks(2).run(error_of, CheckpointError, load, less)[0]
+
+
+def test_an_accepted_change_of_shapes_is_no_damage(config: Config, newest: Path, ranks: Pools) -> None:
+    wider = tiny.with_model(config, width=48)
+    wider = replace(wider, checkpoint=replace(config.checkpoint, accept_changed=("model.width",)))
+    (message, same) = ranks(2).run(error_of, CheckpointError, load, wider)
+    assert message == same
+    assert "step_00000002 does not fit this model and optimizer (model." in message
+    assert "restore" not in message
+
+
+def test_settings_that_are_newer_than_a_checkpoint_have_their_defaults(
+    config: Config, newest: Path, ranks: Pools
+) -> None:
+    manifest = Manifest.read(newest)
+    before = {name: value for name, value in manifest.identity.items() if name != "model.rope.rotated"}
+    replace(manifest, identity=before).write(newest)
+    assert ranks(2).run(load, config)[0][0] == "step_00000002"
+    other = tiny.with_model(config, rope=RopeConfig(rotated=4))
+    assert "another model.rope.rotated (0, now 4)" in ranks(2).run(error_of, CheckpointError, load, other)[0]
 
 
 def test_another_format_is_refused(config: Config, newest: Path, ranks: Pools) -> None:

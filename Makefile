@@ -31,7 +31,7 @@ export CHECK_PYTHON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-all faults check gpu
+.PHONY: help train test test-all faults check docs gpu
 
 help:
 	@echo "make train   train a small model on this machine, two processes, on Python's own sources"
@@ -39,6 +39,7 @@ help:
 	@echo "make test-all   run all tests, and compile the Triton kernels even where they have not changed"
 	@echo "make faults  run the tests that kill and stop runs for minutes, on a SLURM cluster of virtual nodes too"
 	@echo "make check   format, lint, types and the layout's rules"
+	@echo "make docs    write what is generated in the documentation: docs/configuration.md, the README's table"
 	@echo "make gpu     on a machine with a GPU: check attention and experts, then measure them; $(PYTHON) needs torch, triton, numpy"
 
 train: $(TRAIN_READY) $(CORPUS)/train/meta.json
@@ -59,6 +60,9 @@ check: $(DEV_READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright
 	$(RUN) -m pytest --quiet tests/test_layout.py
+
+docs: $(DEV_READY)
+	$(RUN) -m farspan.tools.generated_docs
 
 # Nothing is installed: a GPU's machine has the torch that fits its driver. Wrong checks do not keep it from measuring.
 gpu:

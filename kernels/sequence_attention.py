@@ -88,10 +88,10 @@ class _MaskedAttention(SequenceAttention):
         plan, routed = saved.extras
         gradients = attention_backward(dout, q, k, v, out, lse, plan=plan, backend=self.backend)
         # All keys are at hand, so that the routing need not observe them before.
-        of_routing = routed.start(q, *routing)
-        of_routing.observe(q, k, v, self.plan)
-        of_routing.add(dout, q, k, v, out, plan=self.plan, tokens=self.tokens)
-        return *gradients, *of_routing.gradients()
+        routing_gradient = routed.start(q, *routing)
+        routing_gradient.observe(q, k, v, self.plan)
+        routing_gradient.add(dout, q, k, v, out, plan=self.plan, tokens=self.tokens)
+        return *gradients, *routing_gradient.gradients()
 
     def lse(self, saved: Saved) -> Tensor:
         return saved.tensors[4]

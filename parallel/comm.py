@@ -114,7 +114,7 @@ class Channel:
         previous one.
 
         Every rank has to call, with sources that match the targets of the others. Transfers of one tag arrive in the
-        order they were started; different tags are independent.
+        order they were started. gloo keeps tags apart; NCCL ignores them and sends all transfers of a group in order.
         """
         assert self.size > 1, "a ring of one rank has no neighbor"
         assert buffer.is_contiguous(), "a transfer reads contiguous memory"
@@ -124,7 +124,7 @@ class Channel:
         return self._shift(buffer, tag, to, source, kind)
 
     def all_reduce(self, x: Tensor, *, kind: str) -> Tensor:
-        """Return the sum of `x` over all ranks."""
+        """Return the sum of `x` over all ranks; a contiguous `x` is overwritten with it."""
         if self.size == 1:
             return x
         self.traffic.add_reduced(kind, x.nbytes, self.size)

@@ -1,4 +1,4 @@
-"""House rules that a program can check: rooms, sizes, comments and words. Rules of imports are in test_layout.py."""
+"""House rules that a program can check: packages, sizes, comments and words. Rules of imports are in test_layout.py."""
 
 import ast
 import re
@@ -43,28 +43,28 @@ def comment_share(texts: list[str]) -> float:
     return sum(bool(re.search(r"(^|\s)# ", line)) for line in lines) / len(lines)
 
 
-def room(folder: str, path: str) -> str:
-    """Return the room of a file: the folder inside `folder` that it lies in, or the file itself."""
+def package(folder: str, path: str) -> str:
+    """Return the package of a file: the folder inside `folder` that it lies in, or the file itself."""
     return Path(path).relative_to(folder).parts[0].removesuffix(".py")
 
 
-def room_imports(folder: str, files: dict[str, str]) -> dict[str, set[str]]:
-    """Return the rooms that each room of a folder imports."""
-    arrows: dict[str, set[str]] = {room(folder, path): set() for path in files}
+def package_imports(folder: str, files: dict[str, str]) -> dict[str, set[str]]:
+    """Return the packages that each package of a folder imports."""
+    arrows: dict[str, set[str]] = {package(folder, path): set() for path in files}
     for path, source in files.items():
         for _, name in imported_modules(parsed(source)):
             parts = name.split(".")
-            if parts[:2] == ["farspan", folder] and parts[2] in arrows and parts[2] != room(folder, path):
-                arrows[room(folder, path)].add(parts[2])
+            if parts[:2] == ["farspan", folder] and parts[2] in arrows and parts[2] != package(folder, path):
+                arrows[package(folder, path)].add(parts[2])
     return arrows
 
 
 def circle(arrows: dict[str, set[str]]) -> list[str]:
-    """Return rooms that import each other in a circle, if there are any."""
+    """Return packages that import each other in a circle, if there are any."""
     rest = dict(arrows)
     while rest:
         imported = set().union(*rest.values())
-        # A room that imports none of the rest, or that none of them imports, is in no circle.
+        # A package that imports none of the rest, or that none of them imports, is in no circle.
         free = [name for name, targets in rest.items() if name not in imported or not targets & rest.keys()]
         if not free:
             break
@@ -92,13 +92,13 @@ def test_prose_has_no_private_words(path):
 
 
 @pytest.mark.parametrize(("folder", "most"), MAX_LOOSE_FILES.items())
-def test_files_lie_in_rooms(folder, most):
+def test_files_lie_in_packages(folder, most):
     assert len(list((ROOT / folder).glob("*.py"))) <= most
 
 
 @pytest.mark.parametrize("folder", MAX_LOOSE_FILES)
-def test_rooms_import_no_circle(folder):
-    assert circle(room_imports(folder, of_folder(folder))) == []
+def test_packages_import_no_circle(folder):
+    assert circle(package_imports(folder, of_folder(folder))) == []
 
 
 @pytest.mark.parametrize(("folder", "least"), MIN_COMMENT_SHARE.items())
@@ -122,6 +122,6 @@ def test_a_planted_circle_is_found():
         "kernels/masks/mask.py": "from farspan.kernels.masks.rows import Rows",
         "kernels/merge.py": "from farspan.kernels.masks import mask",
     }
-    assert circle(room_imports("kernels", files)) == ["masks", "merge"]
+    assert circle(package_imports("kernels", files)) == ["masks", "merge"]
     del files["kernels/merge.py"]
-    assert circle(room_imports("kernels", files)) == []
+    assert circle(package_imports("kernels", files)) == []

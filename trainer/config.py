@@ -103,7 +103,7 @@ class CheckpointConfig:
     """How often to save; the end of the run and a stop signal save too."""
     keep: int = bounded(2, minimum=1)
     """How many of the newest checkpoints to keep."""
-    permanent_every: int = bounded(0, minimum=0)
+    permanent_every_steps: int = bounded(0, minimum=0)
     """Never delete checkpoints whose step is a multiple of this; 0 for none."""
     background: bool = True
     """Save while the run goes on, from a copy in CPU memory."""

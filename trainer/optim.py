@@ -68,10 +68,12 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     if step < config.warmup_steps:
         return peak * (step + 1) / config.warmup_steps
     after, total = step - config.warmup_steps, max(steps - config.warmup_steps, 1)
-    if config.schedule == "cosine":
-        return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * after / total))
-    left, decay_steps = steps - step, config.decay_steps(steps)
-    return peak if left >= decay_steps else final + (peak - final) * left / decay_steps
+    match config.schedule:
+        case "cosine":
+            return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * after / total))
+        case "wsd":
+            left, decay_steps = steps - step, config.decay_steps(steps)
+            return peak if left >= decay_steps else final + (peak - final) * left / decay_steps
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

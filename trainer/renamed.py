@@ -6,6 +6,7 @@ from typing import Any
 from farspan.errors import ConfigError
 
 KEYS = {
+    "checkpoint.permanent_every": "checkpoint.permanent_every_steps",
     "skip.most": "skip.max_consecutive_skips",
     "skip.sigma": "skip.spike_sigma",
     "parallel.rounded_gradients": 'parallel.grad_comm_dtype ("compute" for true, "accumulation" for false)',

@@ -14,7 +14,7 @@ from torch import Tensor
 from farspan.kernels.attention import attention_forward
 from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.lifetimes.gradient import SUMS, pair_sums, straight_through, type_gradient
-from farspan.kernels.lifetimes.lifetimes import Lifetimes, Line, chosen_types
+from farspan.kernels.lifetimes.lifetimes import DocumentOrder, Lifetimes, chosen_types
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Access
@@ -140,8 +140,8 @@ class TypeGradient(RoutingGradient):
         share = min(len(planner.share.head_range), group) / group
         gradient += share * mechanism.penalties(self.lifetimes, planner.global_rows).to(gradient.device)
         # The ends of documents are global whatever their routing: they learn nothing.
-        line, tokens = Line.of(planner.global_rows), planner.tokens.to(gradient.device)
-        gradient.masked_fill_(line.back(line.forced)[:, None, None].to(gradient.device), 0.0)
+        order, tokens = DocumentOrder.of(planner.global_rows), planner.tokens.to(gradient.device)
+        gradient.masked_fill_(order.restore(order.forced)[:, None, None].to(gradient.device), 0.0)
         # [tokens, Hk, 3] -> [T, Hk, 3]
         local = gradient.new_zeros(self.routing.shape)
         local[tokens >= 0] = gradient[tokens[tokens >= 0]]

@@ -29,7 +29,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from farspan.kernels.lifetimes.lifetimes import GLOBAL, LOCAL, Lifetimes, Line
+from farspan.kernels.lifetimes.lifetimes import GLOBAL, LOCAL, DocumentOrder, Lifetimes
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.planning.regions import Kind, Region
@@ -82,16 +82,16 @@ def pair_sums(
 
 def type_gradient(sums: Tensor, lifetimes: Lifetimes, global_rows: Rows) -> Tensor:
     """Return the gradient of the one-hot types, float64 `[tokens, Hk, 3]`, by the sums `[tokens, Hk, SUMS]` of all."""
-    line = Line.of(global_rows)
-    in_line = sums.double()[line.order.to(sums.device)].permute(2, 1, 0)
-    types = lifetimes.types[:, line.order].to(sums.device)
+    order = DocumentOrder.of(global_rows)
+    ordered = sums.double()[order.index.to(sums.device)].permute(2, 1, 0)
+    types = lifetimes.types[:, order.index].to(sums.device)
     local, is_global = types == LOCAL, types == GLOBAL
-    columns, columns_after = (_since_global(in_line[which] * local, is_global) for which in (UP_TO_NEXT, AFTER_NEXT))
-    rows = _since_global(in_line[SEEN_LOCALS] * ~is_global, is_global)
+    columns, columns_after = (_since_global(ordered[which] * local, is_global) for which in (UP_TO_NEXT, AFTER_NEXT))
+    rows = _since_global(ordered[SEEN_LOCALS] * ~is_global, is_global)
     of_locals_before = torch.where(is_global, _before(columns_after), _before(columns) - rows)
-    of_global = in_line[LATER] - of_locals_before
-    gradient = torch.stack((of_global, in_line[UP_TO_NEXT], in_line[IN_WINDOW]))
-    return line.back(gradient).permute(2, 1, 0)
+    of_global = ordered[LATER] - of_locals_before
+    gradient = torch.stack((of_global, ordered[UP_TO_NEXT], ordered[IN_WINDOW]))
+    return order.restore(gradient).permute(2, 1, 0)
 
 
 def straight_through(dtypes: Tensor, logits: Tensor, temperature: float) -> Tensor:

@@ -24,33 +24,33 @@ def chosen_types(logits: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Line:
-    """The tokens of a sequence set in line: document by document, in the order of their positions; padding first.
+class DocumentOrder:
+    """The tokens of a sequence document by document, by their positions; padding first.
 
-    order: the token at each place, int64 `[tokens]`. first, end: the places of the first and last token of the document
+    index: the token at each place, int64 `[tokens]`. first, end: the places of the first and last token of the document
     at each place, int64 `[tokens]`. forced: whether the token is global whatever its routing, bool `[tokens]`: at both
     ends of a document, and padding.
     """
 
-    order: Tensor
+    index: Tensor
     first: Tensor
     end: Tensor
     forced: Tensor
 
     @staticmethod
-    def of(global_rows: Rows) -> "Line":
-        """Set the rows of a full sequence, which come in any order, in line."""
-        order = global_rows.ordinal().argsort()
+    def of(global_rows: Rows) -> "DocumentOrder":
+        """Order the rows of a full sequence, which come in any order."""
+        index = global_rows.ordinal().argsort()
         # For each place: the first place of its document, and the one after its last.
         sizes = global_rows.document.unique(return_counts=True)[1]
         stop = sizes.cumsum(0).repeat_interleave(sizes)
-        first, place = stop - sizes.repeat_interleave(sizes), torch.arange(len(order))
-        forced = (place == first) | (place == stop - 1) | (global_rows.document[order] < 0)
-        return Line(order=order, first=first, end=stop - 1, forced=forced)
+        first, place = stop - sizes.repeat_interleave(sizes), torch.arange(len(index))
+        forced = (place == first) | (place == stop - 1) | (global_rows.document[index] < 0)
+        return DocumentOrder(index=index, first=first, end=stop - 1, forced=forced)
 
-    def back(self, x: Tensor) -> Tensor:
-        """Return x `[..., tokens]`, in line, in the order of the sequence."""
-        return torch.empty_like(x).index_copy_(-1, self.order.to(x.device), x)
+    def restore(self, x: Tensor) -> Tensor:
+        """Return x `[..., tokens]`, of tokens in this order, in the order of the sequence."""
+        return torch.empty_like(x).index_copy_(-1, self.index.to(x.device), x)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -72,17 +72,17 @@ class Lifetimes:
     @staticmethod
     def of(types: Tensor, global_rows: Rows, window: int) -> "Lifetimes":
         """Return the lifetimes of a full sequence by types, int8 `[tokens, Hk]`."""
-        line = Line.of(global_rows)
-        kind = types.cpu().t()[:, line.order].masked_fill(line.forced, GLOBAL)
-        position = global_rows.position[line.order].masked_fill(global_rows.document[line.order] < 0, -1)
+        order = DocumentOrder.of(global_rows)
+        kind = types.cpu().t()[:, order.index].masked_fill(order.forced, GLOBAL)
+        position = global_rows.position[order.index].masked_fill(global_rows.document[order.index] < 0, -1)
         # n(j) and n(n(j)) of the gradient.
-        after = _next_global(kind, line)
+        after = _next_global(kind, order)
         following, beyond = position[after], position[after.gather(1, after)]
-        end = position[line.end]
+        end = position[order.end]
         sliding = torch.minimum(position.long() + window, end).int()
         last = torch.where(kind == GLOBAL, end, torch.where(kind == LOCAL, following, sliding))
-        # From the order of the line back to that of the sequence.
-        kind, last, following, beyond = (line.back(x) for x in (kind, last, following, beyond))
+        # Back to the order of the sequence.
+        kind, last, following, beyond = (order.restore(x) for x in (kind, last, following, beyond))
         return Lifetimes(types=kind, last=last, following=following, beyond=beyond, window=window)
 
     def take(self, index: Tensor) -> "Lifetimes":
@@ -100,7 +100,7 @@ class Lifetimes:
         return int((stop - first).clamp(min=0).sum()) // len(self.last)
 
 
-def _next_global(kind: Tensor, line: Line) -> Tensor:
+def _next_global(kind: Tensor, order: DocumentOrder) -> Tensor:
     """Return the place of the next global token after each, int64 `[Hk, tokens]`; the last one's in its document."""
     tokens = kind.shape[1]
     if not tokens:
@@ -108,4 +108,4 @@ def _next_global(kind: Tensor, line: Line) -> Tensor:
     place = torch.arange(tokens)
     # A running minimum from the right, then one place to the left: at or after becomes after.
     at_or_after = torch.where(kind == GLOBAL, place, tokens).flip(1).cummin(dim=1).values.flip(1)
-    return torch.where(place == line.end, place, at_or_after.roll(-1, dims=1))
+    return torch.where(place == order.end, place, at_or_after.roll(-1, dims=1))

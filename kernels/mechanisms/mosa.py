@@ -22,7 +22,7 @@ from torch import Tensor
 
 from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.kinds.token_choice import TokenChoice
-from farspan.kernels.lifetimes.lifetimes import Line
+from farspan.kernels.lifetimes.lifetimes import DocumentOrder
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import MECHANISMS
 from farspan.kernels.mechanisms.dense import Dense
@@ -65,9 +65,9 @@ class MoSA(TokenChoice):
     @torch.no_grad()
     def choose(self, logits: Tensor, global_rows: Rows) -> Tensor:
         # Everything below is in document order, [tokens] and [tokens, Hk]; the result goes back to the rows' order.
-        line = Line.of(global_rows)
-        order, first, end = (x.to(logits.device) for x in (line.order, line.first, line.end))
-        position, scores = global_rows.position[line.order].long().to(logits.device), logits[order].float()
+        order = DocumentOrder.of(global_rows)
+        index, first, end = (x.to(logits.device) for x in (order.index, order.first, order.end))
+        position, scores = global_rows.position[order.index].long().to(logits.device), logits[index].float()
         if self.include_first:
             scores = scores.masked_fill((position == 0)[:, None], float("inf"))
         if self.causal_choice:
@@ -78,8 +78,8 @@ class MoSA(TokenChoice):
             length = end - first + 1
             count = torch.minimum((length // self.sparsity).clamp(min=2), length)
             chosen = rank_in_group(scores, first) < count[:, None]
-        chosen &= (global_rows.document[line.order] >= 0).to(logits.device)[:, None]
-        return torch.empty_like(chosen).index_copy_(0, order, chosen)
+        chosen &= (global_rows.document[order.index] >= 0).to(logits.device)[:, None]
+        return torch.empty_like(chosen).index_copy_(0, index, chosen)
 
 
 MECHANISMS.add("mosa", MoSA)

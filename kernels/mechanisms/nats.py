@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.kinds.kv_lifetime import KVLifetime
-from farspan.kernels.lifetimes.lifetimes import GLOBAL, LOCAL, Lifetimes, Line
+from farspan.kernels.lifetimes.lifetimes import GLOBAL, LOCAL, DocumentOrder, Lifetimes
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import MECHANISMS
 
@@ -45,8 +45,8 @@ class NAtS(KVLifetime):
 
     def penalties(self, lifetimes: Lifetimes, global_rows: Rows) -> Tensor:
         """Global: penalty * (length - position) / length to its type; local: penalty * (last - position) / length."""
-        line = Line.of(global_rows)
-        length = line.back(line.end - line.first + 1)
+        order = DocumentOrder.of(global_rows)
+        length = order.restore(order.end - order.first + 1)
         # [Hk, tokens]: a global key lives to the end of its document, a local one to the next global one.
         active = torch.where(lifetimes.types == GLOBAL, length, lifetimes.last) - global_rows.position
         share = self.penalty * active.double() / length

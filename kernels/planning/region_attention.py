@@ -2,7 +2,7 @@
 
 A flash function knows neither rows nor documents: a region is full, causal from its top-left corner, or has a mask.
 An anticausal region becomes a causal one by reversing its rows. Regions of one shape at equal distances, such as the
-chunks of a window or documents of one length, go into one call as a strided view (`_Row`).
+chunks of a window or documents of one length, go into one call as a strided view (`_RegionBatch`).
 """
 
 from collections.abc import Iterator
@@ -116,14 +116,14 @@ class RegionAttention:
                 row.of_keys(dv, some).add_(part_dv[some])
         return dq, dk, dv
 
-    def _row_forward(self, q: Tensor, k: Tensor, v: Tensor, row: "_Row") -> tuple[Tensor, Tensor]:
+    def _row_forward(self, q: Tensor, k: Tensor, v: Tensor, row: "_RegionBatch") -> tuple[Tensor, Tensor]:
         """Return out `[regions, T, Hq, Dv]` and lse `[regions, T, Hq]`."""
         q, k, v = (row.flip(_by_head(x)) for x in (row.of_queries(q), row.of_keys(k), row.of_keys(v)))
         out, lse = self.flash(q, k, v, causal=row.is_causal, mask=row.mask)
         return _by_head(row.flip(out)), row.flip(lse).transpose(1, 2)  # [regions, Hq, T] -> [regions, T, Hq]
 
     def _row_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, row: "_Row"
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, row: "_RegionBatch"
     ) -> Gradients:
         """Return dq `[regions, T, Hq, D]`, dk and dv `[regions, S, Hk, ..]`."""
         dout, q, out = (row.flip(_by_head(row.of_queries(x))) for x in (dout, q, out))
@@ -135,7 +135,7 @@ class RegionAttention:
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class _RegionBatch:
     """Regions of one kind and shape at equal distances, such as the chunks of a window: one call of flash.
 
     first: the first of `count` regions; queries and keys of each further one lie `query_step` and `key_step` rows on.
@@ -177,7 +177,7 @@ class _Row:
         return first.as_strided((count, *first.shape), (some.step * step * x.stride(0), *first.stride()))
 
 
-def _rows_of(plan: Plan, part: HeadPlan, device: torch.device) -> Iterator[_Row]:
+def _rows_of(plan: Plan, part: HeadPlan, device: torch.device) -> Iterator[_RegionBatch]:
     """Yield a part's regions by calls of flash, in no particular order."""
     by_shape: dict[tuple[Kind, int, int], list[Region]] = {}
     for region in part.regions:
@@ -186,19 +186,19 @@ def _rows_of(plan: Plan, part: HeadPlan, device: torch.device) -> Iterator[_Row]
     for (kind, num_queries, _), regions in by_shape.items():
         if kind is Kind.MASKED:
             # Masks differ from region to region.
-            yield from (_Row(x, mask=plan.region_mask(part.attention_mask, x).to(device)) for x in regions)
+            yield from (_RegionBatch(x, mask=plan.region_mask(part.attention_mask, x).to(device)) for x in regions)
             continue
         most = max(ROWS_AT_ONCE // num_queries, 1)
-        row = _Row(regions[0])
+        row = _RegionBatch(regions[0])
         for region in regions[1:]:
             steps = region.query_start - row.first.query_start, region.key_start - row.first.key_start
             if row.count == 1 and most > 1 and steps[0] >= num_queries and steps[1] >= 0:
-                row = _Row(row.first, 2, *steps)
+                row = _RegionBatch(row.first, 2, *steps)
             elif 1 < row.count < most and steps == (row.count * row.query_step, row.count * row.key_step):
                 row = replace(row, count=row.count + 1)
             else:
                 yield row
-                row = _Row(region)
+                row = _RegionBatch(region)
         yield row
 
 

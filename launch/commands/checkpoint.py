@@ -89,18 +89,18 @@ def _prune(options: argparse.Namespace) -> None:
     """
     from farspan.trainer.checkpoint.verify import check_complete
 
-    run, keep, permanent_every = options.run, options.keep, options.permanent_every
+    run, keep, permanent_every_steps = options.run, options.keep, options.permanent_every_steps
     if keep < 1:
         raise ConfigError(f"--keep {keep} must be at least 1: the newest checkpoint is never deleted.")
-    if permanent_every < 0:
-        raise ConfigError(f"--permanent-every {permanent_every} must be at least 0.")
+    if permanent_every_steps < 0:
+        raise ConfigError(f"--permanent-every {permanent_every_steps} must be at least 0.")
     newest = _finished(run)[-1]
     # Before the lock, as it takes a while: a job that starts while the folder is locked fails.
     check_complete(newest)
     with lock_folder(run):
         if _finished(run)[-1] != newest:
             raise CheckpointError(f"{run} saved another checkpoint in the meantime: try again.")
-        gone = prune(newest.parent, keep=keep, permanent_every=permanent_every)
+        gone = prune(newest.parent, keep=keep, permanent_every_steps=permanent_every_steps)
         for path in _refused(run):
             shutil.rmtree(path)
             gone.append(path)

@@ -129,11 +129,11 @@ class HeadParallelAttention(DistributedAttention):
         degree, elements = self.head_axis.size, sizes.element_bytes
         queries = self.heads.query * sizes.kv_width * elements
         keys = max(self.heads.kv, degree) * sizes.kv_width
-        of_routing = max(self.heads.kv, degree) * self.routing_width * sizes.accumulation_bytes
+        routing_bytes = max(self.heads.kv, degree) * self.routing_width * sizes.accumulation_bytes
         gradients = keys * (sizes.accumulation_bytes if self._sums_replicas else elements)
         forward, backward = (
-            (degree - 1) * (self.tokens_local * (queries + of_keys + of_routing) // degree)
-            for of_keys in (keys * elements, gradients)
+            (degree - 1) * (self.tokens_local * (queries + key_bytes + routing_bytes) // degree)
+            for key_bytes in (keys * elements, gradients)
         )
         exchanged = Move(forward=forward, backward=backward, channel=self.head_axis)
         return exchanged, *self.attention.moves(sizes, self._of_share(routing))

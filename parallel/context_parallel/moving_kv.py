@@ -72,7 +72,7 @@ class KVSchedule(KVExchange):
         return self
 
     @abstractmethod
-    def kv_blocks(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def kv_parts(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield keys and values of each part, of the local ones k `[tokens_local, Hk, D]` and v `[.., Hk, Dv]`.
 
         Each is used before the next is asked for; the next part is sent meanwhile.
@@ -154,34 +154,34 @@ class MovingKVAttention(DistributedAttention):
         kv_schedule = self.kv_exchange.for_selection(routed.selection)
         masked = kv_schedule.plans
         plans = [routed.narrow(plan, keys) for plan, keys in zip(masked, kv_schedule.tokens, strict=True)]
-        of_routing = routed.start(q, *routing)
+        routing_gradient = routed.start(q, *routing)
         out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
-        for number, (key, value) in enumerate(kv_schedule.kv_blocks(k, v)):
+        for number, (key, value) in enumerate(kv_schedule.kv_parts(k, v)):
             # A rank passes keys on even if its own queries see none of them.
             if plans[number].is_empty:
                 continue
             merge_(out, lse, *attention_forward(q, key, value, plans[number], backend=self.backend))
-            of_routing.observe(q, key, value, masked[number])
+            routing_gradient.observe(q, key, value, masked[number])
         out = out.to(q.dtype)
-        return out, Saved((q, k, v, out, lse, *of_routing.saved), (kv_schedule, plans, routed))
+        return out, Saved((q, k, v, out, lse, *routing_gradient.saved), (kv_schedule, plans, routed))
 
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
         q, k, v, out, lse, *of_forward = saved.tensors
         kv_schedule, plans, routed = saved.extras
-        of_routing = routed.resume(*of_forward)
+        routing_gradient = routed.resume(*of_forward)
         # The queries stay, and so does their gradient; those of keys and values go back part by part.
         dq = torch.zeros(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
         grad_return = kv_schedule.grad_return(k, v)
-        for number, (key, value) in enumerate(kv_schedule.kv_blocks(k, v)):
+        for number, (key, value) in enumerate(kv_schedule.kv_parts(k, v)):
             if plans[number].is_empty:
                 grad_return.add(None)
                 continue
             part_dq, dk, dv = attention_backward(dout, q, key, value, out, lse, plans[number], backend=self.backend)
             dq += part_dq
             masked, tokens = kv_schedule.plans[number], kv_schedule.tokens[number]
-            of_routing.add(dout, q, key, value, out, plan=masked, tokens=tokens)
+            routing_gradient.add(dout, q, key, value, out, plan=masked, tokens=tokens)
             grad_return.add((dk, dv))
-        return dq, *grad_return.finish(), *of_routing.gradients()
+        return dq, *grad_return.finish(), *routing_gradient.gradients()
 
     def lse(self, saved: Saved) -> Tensor:
         return saved.tensors[4]

@@ -123,7 +123,7 @@ class _GatedSumAttention(SequenceAttention):
         kv_heads, counts, extras = saved.extras
         outs, rest = rest[: len(self.branches)], rest[len(self.branches) :]
         summed: list[Tensor] = []
-        dgates, of_routing = torch.zeros_like(gates), []
+        dgates, routing_gradients = torch.zeros_like(gates), []
         for number, (branch, out) in enumerate(zip(self.branches, outs, strict=True)):
             weight = self._weight(gates, number, out.shape[1])
             wide = dout.to(weight.dtype)
@@ -135,8 +135,8 @@ class _GatedSumAttention(SequenceAttention):
             of_branch = Saved(tuple(tensors), extras[number])
             found = [x.to(weight.dtype) for x in branch.backward((wide * weight).to(dout.dtype), of_branch)]
             summed = [a + b for a, b in zip(summed, found[:3], strict=True)] if summed else found[:3]
-            of_routing += found[3:]
-        return *summed, torch.cat((dgates, *of_routing), dim=-1)
+            routing_gradients += found[3:]
+        return *summed, torch.cat((dgates, *routing_gradients), dim=-1)
 
     def composition(self, sizes: Sizes, routing: RoutingSource) -> Composition:
         heads = self.planner.share.local_heads

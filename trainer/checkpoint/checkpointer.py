@@ -225,7 +225,7 @@ class Checkpointer:
             final = publish(partial, step)
             log.info("saved       %s", final)
             try:
-                prune(self._folder, keep=self._config.keep, permanent_every=self._config.permanent_every)
+                prune(self._folder, keep=self._config.keep, permanent_every_steps=self._config.permanent_every_steps)
             except OSError as error:
                 # The new checkpoint is saved: the run can go on while there is room.
                 log.warning("not pruned  %s", error)

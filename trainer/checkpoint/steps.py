@@ -57,12 +57,12 @@ def publish(partial: Path, step: int) -> Path:
     return final
 
 
-def prune(folder: Path, *, keep: int, permanent_every: int = 0) -> list[Path]:
-    """Delete all finished checkpoints but the newest `keep` and every `permanent_every`-th step; return their paths.
+def prune(folder: Path, *, keep: int, permanent_every_steps: int = 0) -> list[Path]:
+    """Delete all finished checkpoints but the newest `keep` and the permanent ones; return their paths.
 
-    Raises OSError.
+    permanent_every_steps: those of its multiples stay; 0 for none. Raises OSError.
     """
-    old = [p for p in finished(folder)[:-keep] if not permanent_every or step_of(p) % permanent_every]
+    old = [p for p in finished(folder)[:-keep] if not permanent_every_steps or step_of(p) % permanent_every_steps]
     for path in old:
         # Half deleted, it must not look finished.
         dropped = path.with_name(f".{path.name}.dropped")

@@ -46,7 +46,7 @@ class Fetch(KVMovingStrategy):
 
 @final
 class _FetchKVSchedule(KVSchedule):
-    """KV blocks: the local rows, then stage by stage the required rows of other ranks.
+    """Parts of KV: the local rows, then stage by stage the required rows of other ranks.
 
     required: of all ranks' rows, by this one; requested: of this rank's, by each; bool `[P, T, Hk]`.
     """
@@ -63,7 +63,7 @@ class _FetchKVSchedule(KVSchedule):
         tokens = [planner.tokens, *(global_tokens[stage.rows] for stage in self.stages)]
         super().__init__(planner, attention_mask, tokens)
 
-    def kv_blocks(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def kv_parts(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         transfer = self._start(0, k, v)
         yield k, v
         for number, stage in enumerate(self.stages):

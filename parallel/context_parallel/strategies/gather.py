@@ -36,9 +36,9 @@ class Gather(KVMovingStrategy):
 
 @final
 class _GatherKVSchedule(KVSchedule):
-    """One KV block: the rows of all ranks set end to end."""
+    """One part: the rows of all ranks set end to end."""
 
-    def kv_blocks(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def kv_parts(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         local = KeysAndValues.pack(k, v)
         chunks = [local.like(buffer) for buffer in self.channel.all_gather(local.buffer, kind="gather_kv")]
         # P x [T, Hk, D] -> [P * T, Hk, D]

@@ -106,7 +106,7 @@ class DoubleRing(KVMovingStrategy):
 
 @final
 class _RingKVSchedule(KVSchedule):
-    """One KV block per step: the chunk that the rank has at that step."""
+    """One part per step: the chunk that the rank has at that step."""
 
     def __init__(self, planner: ShardedPlanner, attention_mask: AttentionMask, ring: RingTopology) -> None:
         self.ring, shards, rank = ring, planner.shards, planner.strategy.channel.rank
@@ -114,7 +114,7 @@ class _RingKVSchedule(KVSchedule):
             planner, attention_mask, [shards.index[ring.owner_at(rank, step)] for step in range(ring.size)]
         )
 
-    def kv_blocks(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def kv_parts(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         chunk = KeysAndValues.pack(k, v)
         next_chunk = next_round = None
         for step in range(self.ring.size):

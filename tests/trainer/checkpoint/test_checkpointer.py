@@ -69,7 +69,7 @@ def test_the_newest_are_kept(config: Config, ranks: Pools) -> None:
 
 
 def test_some_are_kept_for_good(tmp_path: Path, ranks: Pools) -> None:
-    config = small(tmp_path, keep=1, permanent_every=20)
+    config = small(tmp_path, keep=1, permanent_every_steps=20)
     ranks(2).run(save, config, [10, 20, 30, 40, 50, 60])
     assert files(config.run.folder / "checkpoints") == [f"step_000000{step}" for step in (20, 40, 60)]
 

@@ -1,9 +1,12 @@
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import pytest
+
 from farspan.kernels.mechanism import MECHANISMS
 from farspan.parallel.mesh import ParallelConfig
-from farspan.tools.config_reference import TARGET, meanings, reference
+from farspan.tools import matrix
+from farspan.tools.generated_docs import generated, meanings, reference
 from farspan.trainer.config import flat
 from tests.support import tiny
 
@@ -12,8 +15,16 @@ def rows() -> list[list[str]]:
     return [line.strip("| ").split(" | ") for line in reference().splitlines() if line.startswith("| `")]
 
 
-def test_the_file_is_up_to_date() -> None:
-    assert TARGET.read_text() == reference(), "run `python -m farspan.tools.config_reference`"
+def test_generated_files_are_up_to_date() -> None:
+    assert [path.name for path, text in generated().items() if path.read_text() != text] == [], "run `make docs`"
+
+
+def test_a_new_mechanism_comes_into_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = matrix.table() + "\n| toy | ✓ |"
+    monkeypatch.setattr(matrix, "table", lambda: table)
+    readme = next(text for path, text in generated().items() if path.name == "README.md")
+    assert f"\n\n{table}\n\nEvery pair" in readme
+    assert f"all {table.count('✓')} pairs" in readme
 
 
 def test_every_key_is_listed() -> None:

@@ -1,10 +1,12 @@
-"""Write docs/configuration.md: every key of a configuration, from the string under each field of its dataclass.
+"""Write what is generated in the documentation; `make docs` runs it, and a test says when it is out of date.
 
-Run again when a test says that the file is out of date: `python -m farspan.tools.config_reference`.
+docs/configuration.md: every key of a configuration, from the string in the source below each field of its dataclass.
+README.md: the table of mechanisms and strategies, and the number of their pairs.
 """
 
 import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -12,21 +14,31 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from farspan.kernels.mechanism import MECHANISMS
+from farspan.tools import matrix
 from farspan.tools.bench.report import markdown_table
 from farspan.trainer.config import Config
 from farspan.trainer.toml_config import BOUNDS, describe_type, toml_value
 
-TARGET = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
+ROOT = Path(__file__).resolve().parents[1]
 HEAD = """# Configuration
 
 Every key of a configuration file. Each can be changed on the command line, as `section.key=value`. Rules between keys
-are in `trainer/validate.py`. Written by `python -m farspan.tools.config_reference`: do not edit.
+are in `trainer/validate.py`. Written by `make docs`: do not edit.
 """
 OPTIONS = """## [attention.options]
 
 The options of each value of `attention.mechanism`.
 """
 COLUMNS = ("key", "type", "default", "bounds", "meaning")
+
+
+def generated() -> dict[Path, str]:
+    """Return the text of each file that is generated, or has a part that is."""
+    readme = ROOT / "README.md"
+    table = matrix.table() + "\n"
+    text = re.sub(r"^\| mechanism \|.*?\n(?=\n)", lambda _: table, readme.read_text(), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"all \d+ pairs", f"all {table.count('✓')} pairs", text)
+    return {ROOT / "docs" / "configuration.md": reference(), readme: text}
 
 
 def reference() -> str:
@@ -84,4 +96,5 @@ def _default(part: Field[Any]) -> str:
 
 
 if __name__ == "__main__":
-    TARGET.write_text(reference())
+    for path, text in generated().items():
+        path.write_text(text)

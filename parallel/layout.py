@@ -59,7 +59,7 @@ MAX_IMBALANCE = 1.01
 MIN_CHUNK_TOKENS = 128
 """Attention of shorter chunks is slow."""
 MAX_SWAPS, SWAP_IMBALANCE = 200, 1.001
-"""Swaps of chunks end after so many, or once the busiest rank has so little over the mean."""
+"""Swaps of chunks end after this many, or once the busiest rank is this close to the mean."""
 
 
 def equal_chunks(tokens: int, count: int, *, interleaved: bool = False) -> Tensor:

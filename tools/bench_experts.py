@@ -64,7 +64,7 @@ class Load:
         return sum(self.counts)
 
     def inputs(self, experts: int) -> list[Tensor]:
-        """Return normal rows and matrices of so many experts; the same at every call."""
+        """Return normal rows and matrices of a number of experts; the same at every call."""
         generator = torch.Generator(self.device).manual_seed(0)
         wide, inner = self.width, self.inner
         shapes = [(self.rows, wide), (experts, inner, wide), (experts, inner, wide), (experts, wide, inner)]
@@ -286,7 +286,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--width", type=int)
     parser.add_argument("--inner", type=int)
     parser.add_argument("--dtype", choices=command.DTYPES)
-    parser.add_argument("--budget-s", type=float, default=float("inf"), help="fewer rounds after so many seconds")
+    parser.add_argument("--budget-s", type=float, default=float("inf"), help="fewer rounds after this many seconds")
     least = {"rounds": run.FEWEST_ROUNDS, "experts": 1, "rows": 1, "width": 1, "inner": 1}
     options = command.parse(parser, arguments, DEFAULTS, **least)
     return command.print_all(lambda: bench(options, arguments))

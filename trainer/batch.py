@@ -33,12 +33,12 @@ class MicroBatch:
     """int64 `[tokens_local]`, both."""
     context: SequenceContext
     attention_flops: int
-    """Forward, of the full sequence in all layers. Like `fingerprint` it is 0 on all ranks of a context-parallel group
-    but the first, so that a sum over ranks counts it once."""
+    """FLOPs of the forward pass for the full sequence in all layers. Like `fingerprint` it is 0 on all ranks of a
+    context-parallel group but the first, so that a sum over ranks counts it once."""
     fingerprint: int = 0
-    """Of the full sequence and its index in the data."""
+    """A hash of the full sequence and its index in the data."""
     seed: int = 0
-    """Of random numbers drawn for the sequence."""
+    """Seeds the random numbers drawn for the sequence."""
 
     @property
     def valid_tokens(self) -> int:
@@ -79,13 +79,13 @@ class BatchBuilder:
     layout: str
     device: torch.device
     seed: int
-    """Of the run."""
+    """The run's."""
     expert_channel: Channel | None = None
-    """Of the ranks that share the experts, in a model with experts."""
+    """The channel of the ranks that share the experts, in a model with experts."""
 
     @property
     def channel(self) -> Channel:
-        """Of the ranks that share a sequence."""
+        """The channel of the ranks that share a sequence."""
         return self.layers[0].strategy.channel
 
     def build(self, sequence: PackedSequence, index: int = 0) -> MicroBatch:

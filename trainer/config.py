@@ -24,7 +24,7 @@ class RunConfig:
     folder: Path
     """Where everything that the run writes goes."""
     seed: int = bounded(0, minimum=0)
-    """Of the initial parameters and of the order of the data."""
+    """Seeds the initial parameters and the order of the data."""
     start_from: Path | None = None
     """Initial weights, for a run without checkpoints: a folder that `farspan import` or `farspan upcycle` wrote, or one
     step below another run's checkpoints/. Without it parameters are random."""
@@ -85,8 +85,8 @@ class TrainConfig:
     sequences_per_step: int = bounded(1, minimum=1)
     """The global batch; gradient accumulation follows from it and the mesh."""
     compute_dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
-    """Of activations and gathered parameters; master parameters, gradient sums and optimizer state are float32 (float64
-    for float64). float16 is missing since it needs loss scaling."""
+    """The dtype of activations and gathered parameters; master parameters, gradient sums and optimizer state are float32
+    (float64 for float64). float16 is missing since it needs loss scaling."""
     recompute: Literal["none", "block"] = "none"
     """Activation checkpointing: which activations the backward pass computes again."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

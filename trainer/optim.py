@@ -32,7 +32,7 @@ class OptimizerConfig:
     epsilon: float = bounded(1e-8, above=0)
     """Added to the denominator."""
     weight_decay: float = bounded(0.1, minimum=0)
-    """Of matrices, not of norms."""
+    """Applied to matrices, not to norms."""
     max_gradient_norm: float = bounded(1.0, above=0)
     """A longer gradient, of all parameters together, is scaled down to this norm."""
 

@@ -29,7 +29,7 @@ class TrainState:
     """Skipped steps in all, and since the last update."""
     recent_losses: list[float] = field(default_factory=list)
     recent_norms: list[float] = field(default_factory=list)
-    """Of the last updates, for `skip.spike_sigma`; empty without it."""
+    """Those of the last updates, for `skip.spike_sigma`; empty without it."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as values that JSON can hold."""

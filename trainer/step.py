@@ -27,7 +27,7 @@ class StepResult:
     """Before clipping."""
     labeled_tokens: int
     attention_flops: float
-    """Of the forward pass."""
+    """The forward pass only."""
     fingerprint: int
     """The sum of those of its sequences."""
     experts: ExpertLoad | None

@@ -96,7 +96,7 @@ class Routed(Masked):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SelectedBlocks(Routing):
-    """one_in: one in so many queries of the sequence has selected and stands for all; others have no query block."""
+    """one_in: one query of this many has selected and stands for all; others have no query block."""
 
     selection: BlockSelection
     one_in: int = 1

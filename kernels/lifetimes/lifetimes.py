@@ -55,12 +55,12 @@ class DocumentOrder:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Lifetimes:
-    """Of some tokens of a sequence, on the CPU.
+    """The lifetimes of some tokens of a sequence, on the CPU.
 
-    types: int8 `[Hk, tokens]`, those of forced tokens put right. last: the last position that sees the key, int32
-    `[Hk, tokens]`; -1 for padding, which none does. following: the position of the next global token after the token,
-    and beyond: of the one after that, int32 `[Hk, tokens]`; where there is none, the last token's. window: positions
-    after its own that see a sliding key.
+    types: int8 `[Hk, tokens]`; forced tokens are global. last: the last position that sees the key, int32
+    `[Hk, tokens]`; -1 for padding, which no query sees. following: the position of the next global token after the
+    token, and beyond: of the one after that, int32 `[Hk, tokens]`; where there is none, the last token's. window:
+    positions after its own that see a sliding key.
     """
 
     types: Tensor

@@ -136,7 +136,7 @@ def _options(shape: Shape) -> dict[str, int]:
 
 
 def _launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
-    """Start so many programs of a kernel, if any."""
+    """Start the programs of a kernel, if any."""
     if programs:
         kernel[(programs,)](*arguments, **options)
 

@@ -70,7 +70,7 @@ class TiledPlan(NamedTuple):
 
 
 def tile_plan(plan: Plan, query_tile: int, key_tile: int, stationary: Literal["queries", "keys"]) -> TiledPlan:
-    """Return tiles and lists of a plan for tiles of so many rows; a selection must be of tiles of rows.
+    """Return tiles and lists of a plan for tiles of a number of rows; a selection must be of tiles of rows.
 
     stationary: the side whose tiles own a list, of tiles of the other side. Raises ValueError for too many tiles.
     """

@@ -84,7 +84,7 @@ class ExpertRows:
     made: dict[int, Tensor] = field(default_factory=dict)
 
     def tiles(self, rows: int) -> Tensor:
-        """Return (expert, first row, end) of tiles of at most so many rows of an expert, int32 `[tiles, 3]`."""
+        """Return (expert, first row, end) of tiles of at most this many rows of an expert, int32 `[tiles, 3]`."""
         if rows not in self.made:
             self.made[rows] = self._send(row_tiles(self.counts, rows))
         return self.made[rows]
@@ -185,7 +185,7 @@ def _by_rows(kernel: Any, expert_rows: ExpertRows, width: int, depth: int, *oper
 
 
 def _launch(kernel: Any, programs: int, tile: Tile, *arguments: Any) -> None:
-    """Start so many programs of a kernel, if any, on the device of its result."""
+    """Start the programs of a kernel, if any, on the device of its result."""
     if programs:
         with torch.cuda.device_of(arguments[0].pointer):
             kernel[(programs,)](

@@ -84,7 +84,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """Of some layers and one sequence, forward and backward. volume, working_bytes: the maximum over ranks."""
+    """The cost of some layers for one sequence, forward and backward. volume, working_bytes: the maximum over ranks."""
 
     volume: Volume
     # Forward, of the busiest rank.

@@ -210,7 +210,7 @@ class ComposedAttention(LocalAttention):
 
 
 def all_reduce_move(all_reduced: tuple[int, int], channel: Channel) -> Move:
-    """Return what a rank sends in sums over all ranks of tensors of so many bytes, forward and backward: 2 (P-1)/P."""
+    """Return what a rank sends in sums over all ranks of tensors of these bytes, forward and backward: 2 (P-1)/P."""
     # A reduce-scatter and an all-gather, each of (P-1)/P of the bytes.
     forward, backward = (2 * (channel.size - 1) * total // channel.size for total in all_reduced)
     return Move(forward=forward, backward=backward, channel=channel)

@@ -27,7 +27,7 @@ from farspan.trainer.data.source import TokenSource
 IGNORED = -100
 PADDING = -1
 HASH_BYTES = 4
-"""float64 sums two million numbers of so many bytes exactly, in any order."""
+"""float64 sums two million numbers of this many bytes exactly, in any order."""
 FEISTEL_ROUNDS = 4
 
 

@@ -27,7 +27,7 @@ class Memory:
     """Full parameters outside the blocks and of two blocks, one in use and one prefetched, with only the local experts;
     gradients of the head and of one block, and a copy of the latter in the dtype of the reduction."""
     activations: int
-    """Of all blocks, see `block_activations`; with recompute: the inputs of all blocks, and one block's activations."""
+    """All blocks', see `block_activations`; with recompute: the inputs of all blocks, and one block's activations."""
     working: int
     """The larger of two that are not in memory together. Loss: a chunk of logits, the gradient of the hidden states
     and, for a 16-bit head, its float32 gradient. Backward of a block: gradients inside SwiGLU (three of the inner size,

@@ -53,7 +53,7 @@ class Architecture:
     expert_size: str = ""
     """Field of `config.json`."""
     expert_tensors: dict[str, str] = field(default_factory=dict)
-    """Of the parameters of a mixture in a block; {} stands for the number of the expert. Empty without experts."""
+    """Names of the parameters of a mixture in a block; {} stands for the expert's number. Empty without experts."""
 
     def tensors_of(self, parameter: str, experts: int) -> list[str]:
         """Return the tensors of a parameter: one or, to be stacked, one for each expert."""

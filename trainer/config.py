@@ -85,8 +85,8 @@ class TrainConfig:
     sequences_per_step: int = bounded(1, minimum=1)
     """The global batch; gradient accumulation follows from it and the mesh."""
     compute_dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
-    """The dtype of activations and gathered parameters; master parameters, gradient sums and optimizer state are float32
-    (float64 for float64). float16 is missing since it needs loss scaling."""
+    """The dtype of activations and gathered parameters; master parameters, gradient sums and optimizer state have
+    float32 (float64 for float64). float16 is missing since it needs loss scaling."""
     recompute: Literal["none", "block"] = "none"
     """Activation checkpointing: which activations the backward pass computes again."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -42,9 +42,9 @@ class ExpertCapacity:
         rank = rank_in_group(scores[order].view(-1, 1), global_chosen[order].flatten())  # [P * T * K, 1]
         # float64: the product must round up at the same integer on any device.
         capacity = torch.ceil(factor * (index >= 0).sum().double() * per_token / experts)
-        kept = torch.empty_like(global_chosen, dtype=torch.bool)
-        kept[order] = (rank < capacity).view(-1, per_token) & (index[order] >= 0)[:, None]  # [P * T, K]
-        return self._local(kept)
+        dispatched = torch.empty_like(global_chosen, dtype=torch.bool)
+        dispatched[order] = (rank < capacity).view(-1, per_token) & (index[order] >= 0)[:, None]  # [P * T, K]
+        return self._local(dispatched)
 
     def chosen_by_experts(self, scores: Tensor, per_token: int) -> Tensor:
         """Return which tokens each expert takes by scores `[T, E]`, bool `[T, E]`; ties go to earlier tokens.

@@ -27,15 +27,15 @@ Experts = Callable[[Tensor, Sequence[int]], Tensor]
 
 
 def send_to_experts(
-    x: Tensor, chosen: Tensor, weights: Tensor, kept: Tensor, channel: Channel, experts: int
+    x: Tensor, chosen: Tensor, weights: Tensor, dispatched: Tensor, channel: Channel, experts: int
 ) -> "InFlightTokens":
     """Start sending a row of each token to each expert that it chose; computation until `combine` overlaps.
 
-    x `[T, C]`; chosen int64 and weights `[T, K]`; kept bool `[T, K]`, False for choices that are dropped, such as those
-    of padding. experts: in all, a multiple of the ranks. Every rank of the channel has to call it. Gradients reach x,
-    weights and the parameters of the experts; their transfers overlap with the backward pass of the same computation.
+    x `[T, C]`; chosen int64 and weights `[T, K]`; dispatched bool `[T, K]`, False for choices that are dropped, as those
+    of padding are. experts: in all, a multiple of the ranks. Every rank of the channel has to call it. Gradients reach
+    x, weights and the parameters of the experts; their transfers overlap with the backward pass of the computation.
     """
-    dispatch = Dispatch.plan(chosen, kept, channel, experts)
+    dispatch = Dispatch.plan(chosen, dispatched, channel, experts)
     exchange = _RowExchange(channel, dispatch.sent, dispatch.received, "expert_rows")
     link: Tensor = _Start.apply(_Expand.apply(x, dispatch), exchange)  # pyright: ignore[reportAssignmentType]
     return InFlightTokens(link, weights, dispatch, exchange)
@@ -81,10 +81,10 @@ class Dispatch:
 
     @staticmethod
     @torch.no_grad()
-    def plan(chosen: Tensor, kept: Tensor, channel: Channel, experts: int) -> "Dispatch":
+    def plan(chosen: Tensor, dispatched: Tensor, channel: Channel, experts: int) -> "Dispatch":
         """Exchange the numbers of rows with the other ranks; the host waits for the device once."""
         # Dropped choices sort behind all experts: [T, K] -> [T * K].
-        expert, choice = chosen.masked_fill(~kept, experts).flatten().sort(stable=True)
+        expert, choice = chosen.masked_fill(~dispatched, experts).flatten().sort(stable=True)
         counts = torch.zeros(experts + 1, dtype=torch.int64, device=chosen.device)
         counts = counts.scatter_add_(0, expert, torch.ones_like(expert))
         counts_sent = counts[:experts].view(channel.size, -1)  # [E + 1] -> [P, E/P]

@@ -31,8 +31,8 @@ def send_to_experts(
 ) -> "InFlightTokens":
     """Start sending a row of each token to each expert that it chose; computation until `combine` overlaps.
 
-    x `[T, C]`; chosen int64 and weights `[T, K]`; dispatched bool `[T, K]`, False for choices that are dropped, as those
-    of padding are. experts: in all, a multiple of the ranks. Every rank of the channel has to call it. Gradients reach
+    x `[T, C]`; chosen int64 and weights `[T, K]`; dispatched bool `[T, K]`, False for choices that are dropped, such
+    as those of padding. experts: in all, a multiple of the ranks. Every rank of the channel has to call it. Gradients reach
     x, weights and the parameters of the experts; their transfers overlap with the backward pass of the computation.
     """
     dispatch = Dispatch.plan(chosen, dispatched, channel, experts)

@@ -31,9 +31,10 @@ def send_to_experts(
 ) -> "InFlightTokens":
     """Start sending a row of each token to each expert that it chose; computation until `combine` overlaps.
 
-    x `[T, C]`; chosen int64 and weights `[T, K]`; dispatched bool `[T, K]`, False for choices that are dropped, such
-    as those of padding. experts: in all, a multiple of the ranks. Every rank of the channel has to call it. Gradients reach
-    x, weights and the parameters of the experts; their transfers overlap with the backward pass of the computation.
+    x `[T, C]`; chosen int64 and weights `[T, K]`; dispatched bool `[T, K]`, False for choices that are dropped, such as
+    those of padding. experts: in all, a multiple of the ranks. Every rank of the channel has to call it. Gradients
+    reach x, weights and the parameters of the experts; their transfers overlap with the backward pass of the
+    computation.
     """
     dispatch = Dispatch.plan(chosen, dispatched, channel, experts)
     exchange = _RowExchange(channel, dispatch.sent, dispatch.received, "expert_rows")

@@ -28,7 +28,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = add_command(commands, "prune", _prune, "delete old checkpoints, and those that a resumed run refused")
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     parser.add_argument("--keep", type=int, required=True, metavar="N", help="keep the newest N")
-    parser.add_argument("--permanent-every", type=int, default=0, metavar="N", help="also keep one every N steps")
+    parser.add_argument("--permanent-every-steps", type=int, default=0, metavar="N", help="also keep one every N steps")
 
     models.add_export(commands)
 
@@ -93,7 +93,7 @@ def _prune(options: argparse.Namespace) -> None:
     if keep < 1:
         raise ConfigError(f"--keep {keep} must be at least 1: the newest checkpoint is never deleted.")
     if permanent_every_steps < 0:
-        raise ConfigError(f"--permanent-every {permanent_every_steps} must be at least 0.")
+        raise ConfigError(f"--permanent-every-steps {permanent_every_steps} must be at least 0.")
     newest = _finished(run)[-1]
     # Before the lock, as it takes a while: a job that starts while the folder is locked fails.
     check_complete(newest)

@@ -80,7 +80,7 @@ def test_verify_reads_every_byte(run: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_prune_keeps_the_newest_and_the_permanent(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(run / "checkpoints" / "step_00000030", run / "checkpoints" / "refused_step_00000040")
-    assert farspan("prune", run, "--keep", 1, "--permanent-every", 20) == 0
+    assert farspan("prune", run, "--keep", 1, "--permanent-every-steps", 20) == 0
     assert files(run / "checkpoints") == ["step_00000020", "step_00000030"]
     deleted = [line.rpartition("/")[2] for line in capsys.readouterr().out.splitlines()]
     assert deleted == ["step_00000010", "refused_step_00000040"]
@@ -101,7 +101,7 @@ def test_prune_deletes_nothing_if_the_run_or_its_newest_checkpoint_is_at_risk(
     assert farspan("prune", run, "--keep", 1) == 2
     assert "step_00000030 is damaged" in capsys.readouterr().err
     assert farspan("prune", run, "--keep", 0) == 2
-    assert farspan("prune", run, "--keep", 1, "--permanent-every", -1) == 2
+    assert farspan("prune", run, "--keep", 1, "--permanent-every-steps", -1) == 2
     assert files(run / "checkpoints") == before
 
 

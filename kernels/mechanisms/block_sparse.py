@@ -17,7 +17,7 @@ from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.mechanism import MECHANISMS
-from farspan.kernels.mechanisms import _pooled_scores as pooled
+from farspan.kernels.mechanisms import _tile_selection as by_tile
 from farspan.kernels.planner import Heads
 from farspan.kernels.ragged import expand, offsets_of
 
@@ -99,7 +99,7 @@ class BlockSparse(Routed):
     @torch.no_grad()
     def select(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> BlockSelection:
         if self.mask:
-            return pooled.selection_of_tiles(local_shard, self._given(local_shard), k.shape[1])
+            return by_tile.selection_of_tiles(local_shard, self._given(local_shard), k.shape[1])
         return self._drawn(local_shard)
 
     def _mask_table(self, blocks: int) -> Tensor:
@@ -117,9 +117,9 @@ class BlockSparse(Routed):
         if longest > len(self.mask):
             raise ValueError(self._too_few(longest))
         table, number = self._mask_table(longest), blocks.number
-        for chunk in pooled.tile_chunks(local_shard, kv_heads):
+        for chunk in by_tile.tile_chunks(local_shard, kv_heads):
             tile = local_shard.local_query_blocks[0][chunk]
-            allowed = pooled.candidate_blocks(local_shard, chunk, causal=self.causal)
+            allowed = by_tile.candidate_blocks(local_shard, chunk, causal=self.causal)
             # [tiles, 1] and [blocks] -> [tiles, blocks]: numbers inside the document on both sides
             yield (table[number[tile][:, None], number] & allowed).expand(kv_heads, -1, -1)
 

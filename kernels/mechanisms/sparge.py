@@ -22,7 +22,7 @@ from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.mechanism import MECHANISMS
-from farspan.kernels.mechanisms import _pooled_scores as pooled
+from farspan.kernels.mechanisms import _tile_selection as by_tile
 from farspan.kernels.planner import Heads
 
 
@@ -77,7 +77,7 @@ class SpargeAttention(Routed):
 
     @torch.no_grad()
     def select(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> BlockSelection:
-        return pooled.selection_of_tiles(local_shard, self._masks(q, k, local_shard), q.shape[1])
+        return by_tile.selection_of_tiles(local_shard, self._masks(q, k, local_shard), q.shape[1])
 
     def _masks(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> Iterator[Tensor]:
         group, tile = q.shape[1] // k.shape[1], local_shard.local_query_blocks[0]
@@ -88,12 +88,12 @@ class SpargeAttention(Routed):
         block_similar = _similarity(k, local_shard, local_shard.key_blocks) > self.similarity
         block_similar = block_similar.t().repeat_interleave(group, dim=0)[:, None, :]
         in_document = local_shard.key_blocks.first.diff()[local_shard.query_blocks.document[tile]]
-        for chunk in pooled.tile_chunks(local_shard, q.shape[1]):
-            visible = pooled.candidate_blocks(local_shard, chunk, causal=self.causal).to(q.device)  # [tiles, blocks]
-            scores = pooled.scaled_scores(query_means[chunk], key_means)
+        for chunk in by_tile.tile_chunks(local_shard, q.shape[1]):
+            visible = by_tile.candidate_blocks(local_shard, chunk, causal=self.causal).to(q.device)  # [tiles, blocks]
+            scores = by_tile.scaled_scores(query_means[chunk], key_means)
             count = (in_document[chunk] * self.top).long().to(q.device)
             mass = None if self.top else self.mass
-            best = pooled.best_blocks(scores, block_similar & visible, at_least=count, mass=mass)
+            best = by_tile.best_blocks(scores, block_similar & visible, at_least=count, mass=mass)
             always = ~block_similar | ~tile_similar[:, chunk, None]
             always = always | self._forced(local_shard, tile[chunk]).to(q.device)
             yield visible & (best | always)  # [Hq, tiles, blocks]

@@ -19,7 +19,7 @@ from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.mechanism import MECHANISMS
-from farspan.kernels.mechanisms import _pooled_scores as pooled
+from farspan.kernels.mechanisms import _tile_selection as by_tile
 from farspan.kernels.planner import Heads
 
 MASS_MARGIN = 1e-5
@@ -84,20 +84,20 @@ class VGGT(Routed):
 
     @torch.no_grad()
     def select(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> BlockSelection:
-        return pooled.selection_of_tiles(local_shard, self._masks(q, k, local_shard), q.shape[1])
+        return by_tile.selection_of_tiles(local_shard, self._masks(q, k, local_shard), q.shape[1])
 
     def _masks(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> Iterator[Tensor]:
         query_means, key_means = local_shard.query_means(q), local_shard.key_means(k)
         tile, blocks = local_shard.local_query_blocks[0], local_shard.key_blocks
         # Patches have even numbers.
         is_patch_block, is_patch_tile = ((x.number % 2 == 0).to(q.device) for x in (blocks, local_shard.query_blocks))
-        for chunk in pooled.tile_chunks(local_shard, q.shape[1]):
-            visible = pooled.candidate_blocks(local_shard, chunk, causal=False).to(q.device)  # [tiles, blocks]
+        for chunk in by_tile.tile_chunks(local_shard, q.shape[1]):
+            visible = by_tile.candidate_blocks(local_shard, chunk, causal=False).to(q.device)  # [tiles, blocks]
             patches = visible & is_patch_block
             # float64, as Python's own int(count * (1 - sparsity)) in the published code
             count = (patches.sum(dim=1).double() * (1 - self.sparsity)).long()
-            scores = pooled.scaled_scores(query_means[chunk], key_means)
-            best = pooled.best_blocks(scores, patches[None], at_least=count, mass=self.mass + MASS_MARGIN)
+            scores = by_tile.scaled_scores(query_means[chunk], key_means)
+            best = by_tile.best_blocks(scores, patches[None], at_least=count, mass=self.mass + MASS_MARGIN)
             yield visible & (best | ~is_patch_block | ~is_patch_tile[tile[chunk], None])  # [Hq, tiles, blocks]
 
     def all_reduce_bytes(self, global_rows: Rows, heads: Heads, head_dim: int) -> int:

@@ -28,7 +28,8 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = add_command(commands, "prune", _prune, "delete old checkpoints, and those that a resumed run refused")
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     parser.add_argument("--keep", type=int, required=True, metavar="N", help="keep the newest N")
-    parser.add_argument("--permanent-every-steps", type=int, default=0, metavar="N", help="also keep one every N steps")
+    permanent = "also keep multiples of N steps; by default those that the run keeps"
+    parser.add_argument("--permanent-every-steps", type=int, metavar="N", help=permanent)
 
     models.add_export(commands)
 
@@ -88,10 +89,14 @@ def _prune(options: argparse.Namespace) -> None:
     damaged.
     """
     from farspan.trainer.checkpoint.verify import check_complete
+    from farspan.trainer.config import Config
+    from farspan.trainer.toml_config import load_config
 
     run, keep, permanent_every_steps = options.run, options.keep, options.permanent_every_steps
     if keep < 1:
         raise ConfigError(f"--keep {keep} must be at least 1: the newest checkpoint is never deleted.")
+    if permanent_every_steps is None:
+        permanent_every_steps = load_config(Config, run / "config.toml").checkpoint.permanent_every_steps
     if permanent_every_steps < 0:
         raise ConfigError(f"--permanent-every-steps {permanent_every_steps} must be at least 0.")
     newest = _finished(run)[-1]

@@ -15,6 +15,7 @@ from farspan.trainer.checkpoint import verify
 from farspan.trainer.checkpoint.manifest import Manifest
 from farspan.trainer.config import CheckpointConfig
 from farspan.trainer.resilience.lock import lock_folder
+from farspan.trainer.toml_config import to_toml
 from tests.support import tiny
 from tests.support.checkpoint_ranks import files, flip, save
 
@@ -23,8 +24,10 @@ from tests.support.checkpoint_ranks import files, flip, save
 def saved_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
     config = tiny.config(folder / "none", folder / "run", ParallelConfig())
+    config = replace(config, checkpoint=CheckpointConfig(keep=3, permanent_every_steps=20))
     with connected(Ranks(), torch.device("cpu")):
-        save(replace(config, checkpoint=CheckpointConfig(keep=3)), [10, 20, 30])
+        save(config, [10, 20, 30])
+    (folder / "run" / "config.toml").write_text(to_toml(config))
     return folder / "run"
 
 
@@ -80,12 +83,12 @@ def test_verify_reads_every_byte(run: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_prune_keeps_the_newest_and_the_permanent(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(run / "checkpoints" / "step_00000030", run / "checkpoints" / "refused_step_00000040")
-    assert farspan("prune", run, "--keep", 1, "--permanent-every-steps", 20) == 0
+    assert farspan("prune", run, "--keep", 1) == 0
     assert files(run / "checkpoints") == ["step_00000020", "step_00000030"]
     deleted = [line.rpartition("/")[2] for line in capsys.readouterr().out.splitlines()]
     assert deleted == ["step_00000010", "refused_step_00000040"]
-    assert farspan("prune", run, "--keep", 1) == 0
-    assert farspan("prune", run, "--keep", 1) == 0
+    for _ in range(2):
+        assert farspan("prune", run, "--keep", 1, "--permanent-every-steps", 0) == 0
     assert files(run / "checkpoints") == ["step_00000030"]
     assert capsys.readouterr().out.splitlines()[-1].startswith("deleted     nothing")
 
@@ -106,7 +109,7 @@ def test_prune_deletes_nothing_if_the_run_or_its_newest_checkpoint_is_at_risk(
 
 
 def test_a_folder_without_checkpoints_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for command in (["ls"], ["verify"], ["prune", "--keep", "1"]):
+    for command in (["ls"], ["verify"], ["prune", "--keep", "1", "--permanent-every-steps", "0"]):
         assert farspan(*command, tmp_path) == 2
         assert f"{tmp_path} has no finished checkpoint" in capsys.readouterr().err
     (tmp_path / "step_00000001").mkdir()

@@ -88,7 +88,7 @@ def test_memory_is_bounded_by_parts(mechanism: Routed, monkeypatch: pytest.Monke
     """The selection is the same where scores are computed a few queries at a time."""
     q, k = inputs(torch.float32)
     expected = lists(select(mechanism, q, k, ROWS))
-    for module in ("farspan.kernels.mechanisms._pooled_scores", "farspan.kernels.mechanisms.vmoba"):
+    for module in ("farspan.kernels.mechanisms._tile_selection", "farspan.kernels.mechanisms.vmoba"):
         monkeypatch.setattr(f"{module}.SCORES_AT_ONCE", 500)
     monkeypatch.setitem(moba.SCORES_AT_ONCE, "cpu", 500)
     monkeypatch.setattr("farspan.kernels.mechanisms.block_sparse.TILES_AT_ONCE", 3)

@@ -194,6 +194,7 @@ import re
 import torch
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.masks.rows import Rows
+from farspan.kernels.ragged import offsets_of
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.triton_kernels.block_mask import tile_plan
 from farspan.kernels.masks.attention_mask import AttentionMask
@@ -210,9 +211,10 @@ for part in rank.split(512):
     counts.append(mask.sum(dim=1))
 counts, chosen = torch.cat(counts), torch.cat(chosen)
 # The last tile selects other blocks in each head, so that no two heads share lists.
-counts = [torch.cat((counts[:-1], counts[-1:] - head)) for head in range(heads)]
-chosen = [chosen[: len(chosen) - head] for head in range(heads)]
-selection = BlockSelection.from_ragged(rank.repeat_interleave(128), blocks, counts, chosen, heads=heads)
+counts = torch.stack([torch.cat((counts[:-1], counts[-1:] - head)) for head in range(heads)])  # [heads, Q]
+chosen = torch.cat([chosen[: len(chosen) - head] for head in range(heads)])
+selection = BlockSelection(heads=heads, query_block=rank.repeat_interleave(128), blocks=blocks,
+                           offsets=offsets_of(counts), key_blocks=chosen)
 plan = Plan.build(rows, rows, AttentionMask(), heads=heads, selection=selection)
 del counts, chosen, mask
 

@@ -32,42 +32,42 @@ class ParallelConfig:
     """How ranks share the work."""
 
     context: int = field(default=1, metadata={"minimum": 1})
-    """ranks that share one sequence"""
+    """Ranks that share one sequence."""
 
     dp_shard: int = field(default=0, metadata={"minimum": 0})
-    """groups of ranks that train on sequences of their own and share one copy of the parameters; 0 uses all ranks that
-    the other degrees leave"""
+    """Groups of ranks that train on sequences of their own and share one copy of the parameters; 0 uses all ranks that
+    the other degrees leave."""
 
     dp_replicate: int = field(default=1, metadata={"minimum": 1})
-    """full copies of the parameters (HSDP)"""
+    """Full copies of the parameters (HSDP)."""
 
     expert: int = field(default=1, metadata={"minimum": 1})
-    """neighboring ranks that split the experts of a layer; a divisor of dp_shard x context"""
+    """Neighboring ranks that split the experts of a layer; a divisor of dp_shard x context."""
 
     context_inner: int = field(default=1, metadata={"minimum": 1})
-    """neighboring ranks with fast links among those of `context`, such as the GPUs of a node; for strategies of two
-    levels"""
+    """Neighboring ranks with fast links among those of `context`, such as the GPUs of a node; for strategies of two
+    levels."""
 
     strategy: str = "ring"
-    """how queries meet the keys of other ranks, see parallel/context_parallel/strategies; `auto` takes the
-    fastest by the cost model and logs why"""
+    """How queries meet the keys of other ranks, see parallel/context_parallel/strategies; `auto` takes the
+    fastest by the cost model and logs why."""
 
     layout: str = "zigzag"
-    """which rank holds which tokens of a sequence: contiguous, zigzag, striped or balanced"""
+    """Which rank holds which tokens of a sequence: contiguous, zigzag, striped or balanced."""
 
     grad_comm_dtype: GradCommDtype = "accumulation"
-    """dtype in which gradients of keys and values travel between ranks: `accumulation`, float32 for bfloat16, or
-    `compute`, the dtype of the keys, in half the bytes; both are summed in float32"""
+    """Dtype in which gradients of keys and values travel between ranks: `accumulation`, float32 for bfloat16, or
+    `compute`, the dtype of the keys, in half the bytes; both are summed in float32."""
 
     inner_gbytes_per_s: float = field(default=0.0, metadata={"minimum": 0})
-    """bandwidth of a rank within its node, for `auto`; 0 takes a typical value"""
+    """Bandwidth of a rank within its node, for `auto`; 0 takes a typical value."""
 
     outer_gbytes_per_s: float = field(default=0.0, metadata={"minimum": 0})
-    """bandwidth of a rank between nodes, for `auto`; 0 takes a typical value"""
+    """Bandwidth of a rank between nodes, for `auto`; 0 takes a typical value."""
 
     timeout_s: int = field(default=1800, metadata={"minimum": 1})
-    """how long a rank waits for other ranks before it gives up; a rank that fails is noticed at once, and shorter
-    limits of [watchdog] act first"""
+    """How long a rank waits for other ranks before it gives up; a rank that fails is noticed at once, and shorter
+    limits of [watchdog] act first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,7 +22,7 @@ class OptimizerConfig:
     warmup_steps: int = bounded(100, minimum=0)
     """Updates until the peak."""
     final_fraction: float = bounded(0.1, minimum=0, maximum=1)
-    """The last rate as a part of the peak."""
+    """The rate that the schedule approaches at the end, as a part of the peak."""
     decay_fraction: float = bounded(0.2, minimum=0, maximum=1)
     """The part of all updates in which `wsd` falls."""
     beta1: float = bounded(0.9, minimum=0, maximum=0.999999)

@@ -75,7 +75,7 @@ class KVSchedule(KVExchange):
     def kv_parts(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield keys and values of each part, of the local ones k `[tokens_local, Hk, D]` and v `[.., Hk, Dv]`.
 
-        Each is used before the next is asked for; the next part is sent meanwhile.
+        Called forward and again backward. Each part is used before the next is asked for, which is sent meanwhile.
         """
 
     @abstractmethod

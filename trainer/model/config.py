@@ -117,7 +117,7 @@ class HeadMixtureConfig:
     per_token: int = bounded(1, minimum=1)
     """Experts that a token chooses or, for kind=heads, heads that it chooses for each KV head."""
     shared: int = bounded(0, minimum=0)
-    """Heads of each KV head that compute every token besides; for kind=heads."""
+    """Query heads of each KV head that are always active, besides; for kind=heads."""
     own_keys: bool = False
     """Whether each expert has its own keys and values, too (BAM, arXiv 2408.08274). Tokens then have to choose all
     experts, as other tokens read those keys."""

@@ -18,7 +18,7 @@ class SkipConfig:
     """Also skip a step whose loss or gradient norm is this many standard deviations above its mean over the last
     `window` updates; 0 never does."""
     window: int = bounded(128, minimum=2)
-    """Updates that `spike_sigma` compares with; until that many are done, no step is skipped."""
+    """Updates that `spike_sigma` compares with; until that many are done, no step is skipped as a spike."""
 
 
 def not_finite(loss: float, gradient_norm: float) -> str | None:

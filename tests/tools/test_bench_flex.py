@@ -84,6 +84,13 @@ def test_visibility_is_shown_as_it_is(mechanism: Masked, rows: Rows) -> None:
     assert torch.equal(shown(mask, 1, len(rows))[0], mechanism.attention_mask().mask(rows, rows))
 
 
+def test_blocks_that_are_full_or_empty_are_known() -> None:
+    """512 tokens are 4 by 4 blocks: 6 below the diagonal, and 4 on it, whose pairs are looked at one by one."""
+    mask = block_mask(of_positions(Dense().attention_mask(), ROWS["full blocks"], CPU), None, ROWS["full blocks"], CPU)
+    assert mask.full_kv_num_blocks is not None
+    assert (int(mask.kv_num_blocks.sum()), int(mask.full_kv_num_blocks.sum())) == (4, 6)
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("mechanism", [Dense(), Window(window=100, sinks=4), *PATTERNS[:3]], ids=str)

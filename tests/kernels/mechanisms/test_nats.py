@@ -133,6 +133,16 @@ def test_what_is_learnt_from_parts_adds_up() -> None:
     assert full.gradients()[0].abs().max() > 0.1
 
 
+def test_the_sums_do_not_depend_on_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of a single query lie at every distance from their keys, also where a key's own sums just end."""
+    rows = Rows.packed([90])
+    logits, tensors, all_rows = random_logits(rows), draw(rows, Heads(query=6, kv=3)), torch.arange(90)
+    _, expected = learning(NAtS(window=2), tensors, logits, rows, [(all_rows, all_rows)])
+    monkeypatch.setattr(type_gradient, "TILE_QUERIES", 1)
+    monkeypatch.setattr(type_gradient, "SCORES_AT_ONCE", 1)
+    assert_close([learning(NAtS(window=2), tensors, logits, rows, [(all_rows, all_rows)])[1]], [expected])
+
+
 def test_query_heads_of_a_kv_head_can_be_held_apart() -> None:
     """The gradients of routing add up; the penalty is not counted once for each owner."""
     heads, mechanism = Heads(query=8, kv=1), NAtS(window=3, penalty=0.5)

@@ -137,6 +137,15 @@ def row_selection(rows: Rows) -> BlockSelection:
     return select(MoBA(block=16, top_k=2), tensors.q, tensors.k, rows)
 
 
+@pytest.mark.parametrize("tokens", [40, 72])
+def test_a_short_last_block_ends_with_its_keys(tokens: int) -> None:
+    """Blocks as long as a tile of keys, so that a tile is read in place; the last one is short."""
+    rows, mask = Rows.packed([tokens]), AttentionMask()
+    tensors = random_tensors(rows, rows)
+    chosen = select(MoBA(block=32, top_k=2), tensors.q, tensors.k, rows)
+    check(tensors, plan_of(rows, rows, mask, chosen), contract.mask_of(rows, rows, mask, 4, chosen))
+
+
 SELECTIONS = {"none": lambda rows: None, "tiles": tile_selection, "rows": row_selection}
 
 

@@ -11,7 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from farspan.launch.slurm.history import Submission, add_submission, read_failures
+from farspan.launch.slurm.history import (
+    Submission,
+    add_failure,
+    add_submission,
+    consecutive_failures,
+    read_failures,
+)
 from farspan.launch.slurm.job import SlurmJob
 from farspan.launch.slurm.site import Site
 from tests.support.programs import install
@@ -169,6 +175,13 @@ def test_a_run_that_fails_without_progress_ends(start: Start, tmp_path: Path) ->
     later = (datetime.now(UTC) + hour).isoformat(timespec="seconds")
     add_submission(run, Submission(job="18", script="s", submitted=later))
     assert "queued again" in start(fail).stdout
+
+
+def test_a_failure_in_the_second_of_the_submission_counts(tmp_path: Path) -> None:
+    add_failure(tmp_path, "17", "rank 3 was killed", [])
+    (failure,) = read_failures(tmp_path)
+    add_submission(tmp_path, Submission(job="17", script="s", submitted=failure.when))
+    assert consecutive_failures(tmp_path) == 1
 
 
 def test_nodes_that_the_job_needs_are_not_excluded(start: Start, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from farspan.kernels.mechanism import MECHANISMS
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.parallel.context_parallel.strategy import STRATEGIES
 from tests.support.matrix import HEADS, Case, differing_bytes, inner_size_for, reference, run_cases, unshard
-from tests.support.oracle import rms_error
+from tests.support.oracle import assert_close, rms_error
 from tests.support.rank_pool import RankPool
 
 MOVES_GRADIENTS = ["ring", "gather", "fetch", "ulysses"]
@@ -70,3 +70,15 @@ def test_bytes_are_those_of_the_formula_where_sums_are_wider(ranks: Callable[[in
     ]
     assert cases
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("strategy", MOVES_GRADIENTS)
+def test_rounded_gradients_of_a_rank_that_has_padding_only(ranks: Callable[[int], RankPool], strategy: str) -> None:
+    case = Case(Dense(), strategy, "contiguous", "padded_ranks", ONE_KV_HEAD, grad_comm_dtype="compute")
+    results = ranks(8).run(run_cases, [case])
+    assert not differing_bytes(case, [of_rank[0][1] for of_rank in results])
+    found, expected = (
+        unshard(case, [of_rank[0][0] for of_rank in results]),
+        reference(Dense(), case.documents, case.heads),
+    )
+    assert_close(found, expected, 1e-10)

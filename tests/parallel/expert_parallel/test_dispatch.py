@@ -14,6 +14,7 @@ from farspan.kernels.moe import grouped_loop
 from farspan.kernels.moe.grouped_gemm import grouped_swiglu
 from farspan.parallel.expert_parallel.dispatch import send_to_experts
 from tests.support.mechanisms import normal
+from tests.support.oracle import relative_error
 from tests.support.rank_pool import RankPool, world_channel
 from tests.support.recording_channel import RecordingChannel
 
@@ -98,6 +99,16 @@ def test_equals_every_expert_on_every_token(
     for returned, sent_out in (("expert_out", "expert_rows"), ("expert_rows_gradient", "expert_out_gradient")):
         totals = [sum(sent.get(kind, 0) for _, sent, _ in results) for kind in (returned, sent_out)]
         assert totals[0] == totals[1]
+
+
+def test_gradients_of_weights_are_summed_in_float32() -> None:
+    x, dout = normal((20, 256), (20, 256), dtype=torch.bfloat16)
+    weights = torch.ones(20, 2, requires_grad=True)
+    chosen, selected = torch.tensor([[0, 1]]).expand(20, -1), torch.ones(20, 2, dtype=torch.bool)
+    in_flight = send_to_experts(x, chosen, weights, selected, RecordingChannel(0, 1), 2)  # pyright: ignore[reportArgumentType]
+    (found,) = torch.autograd.grad(in_flight.combine(lambda rows, counts: rows), weights, dout)
+    # Summed in bfloat16 they would be off by 2e-3.
+    assert relative_error(found, (dout.double() * x.double()).sum(-1, keepdim=True).expand(-1, 2)) < 1e-5
 
 
 class Noted(torch.autograd.Function):

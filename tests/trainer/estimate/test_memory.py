@@ -93,6 +93,17 @@ def test_activations_are_what_autograd_saves(
         assert estimated == 3 * block_activations(config, config.mechanisms()[0], has_experts, tokens=tokens)
 
 
+def test_with_recomputation_the_largest_block_counts_wherever_it_is(config: Config) -> None:
+    config = replace(config, train=replace(config.train, recompute="block"))
+    first, last = (
+        tiny.with_model(config, experts=ExpertsConfig(count=8, feed_forward=64, shared=192, layers=layers))
+        for layers in ("experts, dense", "dense, experts")
+    )
+    dense = estimate_memory(config, Degrees.resolve(config.parallel, 1)).activations
+    found = [estimate_memory(one, Degrees.resolve(one.parallel, 1)).activations for one in (first, last)]
+    assert found[0] == found[1] > dense
+
+
 def state_bytes(config: Config) -> int:
     model = build_model(config, Mesh.build(config.parallel, "cpu"), torch.device("cpu"))
     optimizer = build_optimizer(model, config.optimizer)

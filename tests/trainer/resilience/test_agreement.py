@@ -56,6 +56,7 @@ def compare(values: list[dict[str, object]]) -> None:
     [
         ([{"a": 1, "b": "x"}, {"a": 1, "b": "y"}], "b differs between ranks, 'x' on rank 0 and 'y' on rank 1"),
         ([{"a": 1}, {"a": 1, "b": 2}], "b differs between ranks, None on rank 0 and 2 on rank 1"),
+        ([{"a": 1, "b": 2}, {"a": 1}], "b differs between ranks, 2 on rank 0 and None on rank 1"),
     ],
 )
 def test_all_ranks_refuse_differences(ranks: Pools, values: list[dict[str, object]], expected: str) -> None:

@@ -79,6 +79,17 @@ def hang_in_a_step(folder: Path, hang: str) -> None:
         HANGS[hang](WAIT_S)
 
 
+def sleep_after_a_step(folder: Path) -> None:
+    with Watchdog(WatchdogConfig(step_s=0.3), folder / "stacks", rank=3).phase("step", 11):
+        pass
+    time.sleep(0.3 + 3 * module.GRACE_S + 0.5)
+
+
+def test_a_phase_that_has_ended_leaves_no_clock_running(tmp_path: Path) -> None:
+    assert exit_status(start(sleep_after_a_step, tmp_path)) == 0
+    assert not (tmp_path / "stacks").exists()
+
+
 @pytest.mark.parametrize("hang", ["sleep_in_c", "busy"])
 def test_a_phase_that_does_not_end_leaves_its_stacks(tmp_path: Path, hang: str) -> None:
     assert exit_status(start(hang_in_a_step, tmp_path, hang)) == EXIT_HUNG

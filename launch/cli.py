@@ -4,12 +4,15 @@ Importing torch takes seconds, so each command imports the code that it needs wh
 """
 
 import argparse
+import atexit
 import logging
+import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import TextIO
+from contextlib import contextmanager, nullcontext, suppress
+from typing import NoReturn, TextIO
 
 from farspan.errors import FarspanError
 from farspan.launch.commands import checkpoint, jobs, launch, models, train
@@ -20,6 +23,29 @@ EXIT_INTERRUPTED = 130
 DASHED_OVERRIDE = re.compile(r"--\w+\.[\w.]+(=|$)")
 
 log = logging.getLogger("farspan")
+
+
+def run_and_exit() -> NoReturn:
+    """Run the command of this process and end it; the entry point.
+
+    A rank ends without finalizing Python: a thread of gloo may still have the last reference to a tensor, and a thread
+    that asks for the GIL while Python is finalized is ended, here inside a C++ destructor, which aborts the process.
+    torch can neither join nor stop these threads.
+    """
+    if sys.argv[1:2] != ["train"]:
+        sys.exit(main())
+    status: object = 1
+    try:
+        status = main()
+    except SystemExit as request:
+        status = request.code
+    except BaseException:
+        traceback.print_exc()
+    atexit._run_exitfuncs()
+    with suppress(OSError):  # nobody reads them any more
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else 1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,4 +113,4 @@ def _log_to(stream: TextIO) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit()

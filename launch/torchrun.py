@@ -1,13 +1,22 @@
 """torchrun without its own report: ranks report errors themselves, and the first one's exit status is passed on."""
 
+from __future__ import annotations
+
 import logging
 import signal
 import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from farspan.trainer.resilience.signals import EXIT_HUNG, EXIT_UNFIT, EXIT_USER_ERROR, EXIT_WARNED, KILLED, STOP_SIGNALS
 
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
 REPORTED = (EXIT_USER_ERROR, EXIT_WARNED, EXIT_HUNG, EXIT_UNFIT)
 """Exit statuses of ranks that have already reported their error."""
+
+MOMENT_S = 3
 
 
 def main(arguments: list[str]) -> int:
@@ -22,28 +31,44 @@ def main(arguments: list[str]) -> int:
     try:
         run.run(run.parse_args(arguments))
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        return _report(rank, failure.exitcode)
+        return _report(*_first_failure(error.failures))
     return 0
+
+
+def _first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, int]:
+    """Return the rank that failed first, and its exit status.
+
+    A rank that loses its peer fails moments later with a status of its own, and may be seen first: one that a signal
+    killed, other than torchrun's SIGTERM, came before it.
+    """
+
+    def when(rank: int) -> int:
+        was_killed = _signal(failures[rank].exitcode) not in (None, signal.SIGTERM)
+        return failures[rank].timestamp - MOMENT_S * was_killed
+
+    rank = min(failures, key=when)
+    return rank, failures[rank].exitcode
+
+
+def _signal(status: int) -> int | None:
+    """Return the signal that killed a rank, also where a shell between torchrun and the rank reports it."""
+    number = -status if status < 0 else status - KILLED
+    return number if number in signal.valid_signals() else None
 
 
 def _report(rank: int, status: int) -> int:
     """Print how a rank failed, unless the rank has; return the exit status to pass on."""
     if status in REPORTED:
         return status
-    if status - KILLED in signal.valid_signals():
-        # The status of a shell between torchrun and the rank, which has the signal as 128 + number.
-        status = KILLED - status
-    how = f"failed with exit status {status}"
-    if status < 0:
-        how = f"was killed by {signal.Signals(-status).name}"
-        if -status == signal.SIGKILL:
-            how += " (the system does that when memory runs out)"
+    number = _signal(status)
+    how = f"failed with exit status {status}" if number is None else f"was killed by {signal.Signals(number).name}"
+    if number == signal.SIGKILL:
+        how += " (the system does that when memory runs out)"
     print(
         f"farspan: rank {rank} {how}; the same command resumes from the last checkpoint, if there is one.",
         file=sys.stderr,
     )
-    return status if status > 0 else KILLED - status
+    return status if number is None else KILLED + number
 
 
 if __name__ == "__main__":

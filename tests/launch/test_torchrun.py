@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from farspan.launch.torchrun import _report
+from farspan.launch.torchrun import _first_failure, _report
 from farspan.trainer.resilience.signals import EXIT_WARNED
 from tests.support.processes import wait_for
 
@@ -30,6 +31,20 @@ def test_a_failure_is_one_sentence(
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 0 if report is None else 1)
     assert report is None or err.startswith(f"farspan: rank 3 {report}")
+
+
+def test_a_rank_that_was_killed_failed_before_those_that_lost_it() -> None:
+    def failure(status: int, timestamp: int) -> ProcessFailure:
+        found = ProcessFailure(local_rank=0, pid=1, exitcode=status, error_file="")
+        found.timestamp = timestamp
+        return found
+
+    lost, killed, other = failure(1, 100), failure(137, 102), failure(1, 99)
+    assert _first_failure({2: lost, 3: killed}) == (3, 137)
+    assert _first_failure({2: lost, 3: failure(-9, 102)}) == (3, -9)
+    assert _first_failure({2: lost, 4: other}) == (4, 1)
+    # torchrun itself ends the others: by SIGTERM, and where that is not enough by SIGKILL.
+    assert _first_failure({2: lost, 4: failure(-15, 100), 5: failure(-9, 130)}) == (2, 1)
 
 
 RANK = """

@@ -17,6 +17,7 @@ REPORTED = (EXIT_USER_ERROR, EXIT_WARNED, EXIT_HUNG, EXIT_UNFIT)
 """Exit statuses of ranks that have already reported their error."""
 
 MOMENT_S = 3
+"""By how much torchrun may see the death of a rank later than those of the ranks that lost it."""
 
 
 def main(arguments: list[str]) -> int:

@@ -89,48 +89,48 @@ class RegionAttention:
         return dq, dk, dv
 
     def _part_forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, part: HeadPlan) -> tuple[Tensor, Tensor]:
-        rows = _rows_of(plan, part, q.device)
+        batches = _batches_of(plan, part, q.device)
         if _is_single_region(plan, part):
-            out, lse = self._row_forward(q, k, v, next(rows))
+            out, lse = self._forward_batch(q, k, v, next(batches))
             return out.squeeze(0), lse.squeeze(0)  # [1, T, Hq, ..] -> [T, Hq, ..]
         out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
-        for row in rows:
-            row_out, row_lse = self._row_forward(q, k, v, row)
-            merge_(row.of_queries(out), row.of_queries(lse), row_out, row_lse)
+        for batch in batches:
+            part_out, part_lse = self._forward_batch(q, k, v, batch)
+            merge_(batch.of_queries(out), batch.of_queries(lse), part_out, part_lse)
         return out, lse
 
     def _part_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan, part: HeadPlan
     ) -> Gradients:
-        rows = _rows_of(plan, part, q.device)
+        batches = _batches_of(plan, part, q.device)
         if _is_single_region(plan, part):
-            dq, dk, dv = self._row_backward(dout, q, k, v, out, lse, next(rows))
+            dq, dk, dv = self._backward_batch(dout, q, k, v, out, lse, next(batches))
             return dq.squeeze(0), dk.squeeze(0), dv.squeeze(0)  # [1, rows, ..] -> [rows, ..]
         dq, dk, dv = zeros(q, k, v)
-        for row in rows:
-            part_dq, part_dk, part_dv = self._row_backward(dout, q, k, v, out, lse, row)
-            row.of_queries(dq).add_(part_dq)
+        for batch in batches:
+            part_dq, part_dk, part_dv = self._backward_batch(dout, q, k, v, out, lse, batch)
+            batch.of_queries(dq).add_(part_dq)
             # Windows of neighboring regions overlap in keys: an in-place sum must not meet a key twice.
-            for some in row.apart():
-                row.of_keys(dk, some).add_(part_dk[some])
-                row.of_keys(dv, some).add_(part_dv[some])
+            for some in batch.apart():
+                batch.of_keys(dk, some).add_(part_dk[some])
+                batch.of_keys(dv, some).add_(part_dv[some])
         return dq, dk, dv
 
-    def _row_forward(self, q: Tensor, k: Tensor, v: Tensor, row: "_RegionBatch") -> tuple[Tensor, Tensor]:
+    def _forward_batch(self, q: Tensor, k: Tensor, v: Tensor, batch: "_RegionBatch") -> tuple[Tensor, Tensor]:
         """Return out `[regions, T, Hq, Dv]` and lse `[regions, T, Hq]`."""
-        q, k, v = (row.flip(_by_head(x)) for x in (row.of_queries(q), row.of_keys(k), row.of_keys(v)))
-        out, lse = self.flash(q, k, v, causal=row.is_causal, mask=row.mask)
-        return _by_head(row.flip(out)), row.flip(lse).transpose(1, 2)  # [regions, Hq, T] -> [regions, T, Hq]
+        q, k, v = (batch.flip(_by_head(x)) for x in (batch.of_queries(q), batch.of_keys(k), batch.of_keys(v)))
+        out, lse = self.flash(q, k, v, causal=batch.is_causal, mask=batch.mask)
+        return _by_head(batch.flip(out)), batch.flip(lse).transpose(1, 2)  # [regions, Hq, T] -> [regions, T, Hq]
 
-    def _row_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, row: "_RegionBatch"
+    def _backward_batch(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, batch: "_RegionBatch"
     ) -> Gradients:
         """Return dq `[regions, T, Hq, D]`, dk and dv `[regions, S, Hk, ..]`."""
-        dout, q, out = (row.flip(_by_head(row.of_queries(x))) for x in (dout, q, out))
-        k, v = (row.flip(_by_head(row.of_keys(x))) for x in (k, v))
-        lse = row.flip(row.of_queries(lse).transpose(1, 2))  # [regions, T, Hq] -> [regions, Hq, T]
-        gradients = self.flash_backward(dout, q, k, v, out, lse, causal=row.is_causal, mask=row.mask)
-        dq, dk, dv = (_by_head(row.flip(gradient)) for gradient in gradients)
+        dout, q, out = (batch.flip(_by_head(batch.of_queries(x))) for x in (dout, q, out))
+        k, v = (batch.flip(_by_head(batch.of_keys(x))) for x in (k, v))
+        lse = batch.flip(batch.of_queries(lse).transpose(1, 2))  # [regions, T, Hq] -> [regions, Hq, T]
+        gradients = self.flash_backward(dout, q, k, v, out, lse, causal=batch.is_causal, mask=batch.mask)
+        dq, dk, dv = (_by_head(batch.flip(gradient)) for gradient in gradients)
         return dq, dk, dv
 
 
@@ -177,7 +177,7 @@ class _RegionBatch:
         return first.as_strided((count, *first.shape), (some.step * step * x.stride(0), *first.stride()))
 
 
-def _rows_of(plan: Plan, part: HeadPlan, device: torch.device) -> Iterator[_RegionBatch]:
+def _batches_of(plan: Plan, part: HeadPlan, device: torch.device) -> Iterator[_RegionBatch]:
     """Yield a part's regions by calls of flash, in no particular order."""
     by_shape: dict[tuple[Kind, int, int], list[Region]] = {}
     for region in part.regions:
@@ -189,17 +189,17 @@ def _rows_of(plan: Plan, part: HeadPlan, device: torch.device) -> Iterator[_Regi
             yield from (_RegionBatch(x, mask=plan.region_mask(part.attention_mask, x).to(device)) for x in regions)
             continue
         most = max(ROWS_AT_ONCE // num_queries, 1)
-        row = _RegionBatch(regions[0])
+        batch = _RegionBatch(regions[0])
         for region in regions[1:]:
-            steps = region.query_start - row.first.query_start, region.key_start - row.first.key_start
-            if row.count == 1 and most > 1 and steps[0] >= num_queries and steps[1] >= 0:
-                row = _RegionBatch(row.first, 2, *steps)
-            elif 1 < row.count < most and steps == (row.count * row.query_step, row.count * row.key_step):
-                row = replace(row, count=row.count + 1)
+            steps = region.query_start - batch.first.query_start, region.key_start - batch.first.key_start
+            if batch.count == 1 and most > 1 and steps[0] >= num_queries and steps[1] >= 0:
+                batch = _RegionBatch(batch.first, 2, *steps)
+            elif 1 < batch.count < most and steps == (batch.count * batch.query_step, batch.count * batch.key_step):
+                batch = replace(batch, count=batch.count + 1)
             else:
-                yield row
-                row = _RegionBatch(region)
-        yield row
+                yield batch
+                batch = _RegionBatch(region)
+        yield batch
 
 
 def zeros(*like: Tensor) -> Gradients:

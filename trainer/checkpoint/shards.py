@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
@@ -75,7 +76,7 @@ def read_shards(tensors: Tensors, folder: Path) -> None:
     cannot be read.
     """
     reader = raise_on_all_ranks(lambda: _SafeReader(folder))
-    raise_on_all_ranks(lambda: _check_fits(tensors, reader.read_metadata()))
+    raise_on_all_ranks(lambda: _check_fits(tensors, _stored_tensors(reader)))
     try:
         load(dict(tensors), storage_reader=reader)
     except CheckpointException as error:
@@ -84,19 +85,28 @@ def read_shards(tensors: Tensors, folder: Path) -> None:
 
 def read_index(folder: Path) -> dict[str, TensorStorageMetadata]:
     """Return shape and dtype of each stored tensor; raises CheckpointError where the index cannot be read."""
-    return cast(dict[str, TensorStorageMetadata], _SafeReader(folder).read_metadata().state_dict_metadata)
+    return _stored_tensors(_SafeReader(folder))
 
 
-def _check_fits(tensors: Tensors, index: Metadata, prefix: str = "") -> None:
+def misfit(name: str, stored: TensorStorageMetadata | None, shape: torch.Size) -> str | None:
+    """Return why a stored tensor cannot fill one of this name and shape; None if it can."""
+    if stored is None:
+        return f"{name} is missing"
+    return None if stored.size == shape else f"{name} has shape {list(stored.size)}, not {list(shape)}"
+
+
+def _stored_tensors(reader: "_SafeReader") -> dict[str, TensorStorageMetadata]:
+    # The reader lets no other records pass.
+    return cast(dict[str, TensorStorageMetadata], reader.read_metadata().state_dict_metadata)
+
+
+def _check_fits(tensors: Tensors, index: Mapping[str, TensorStorageMetadata], prefix: str = "") -> None:
     for name, tensor in tensors.items():
+        full_name = f"{prefix}{name}"
         if isinstance(tensor, Mapping):
-            _check_fits(tensor, index, f"{prefix}{name}.")
-            continue
-        stored = index.state_dict_metadata.get(f"{prefix}{name}")
-        if stored is None:
-            raise MisfitError(f"it has no {prefix}{name}")
-        if isinstance(stored, TensorStorageMetadata) and stored.size != tensor.shape:
-            raise MisfitError(f"{prefix}{name} is {list(stored.size)} there and {list(tensor.shape)} here")
+            _check_fits(tensor, index, f"{full_name}.")
+        elif problem := misfit(full_name, index.get(full_name), tensor.shape):
+            raise MisfitError(problem)
 
 
 class _HashedFiles(FileSystem):

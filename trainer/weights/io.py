@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from farspan.errors import CheckpointError
 from farspan.kernels.mechanism import Mechanism
 from farspan.trainer.checkpoint.manifest import MANIFEST, DamagedError, Manifest
-from farspan.trainer.checkpoint.shards import INDEX, read_index, read_shards, write_shards
+from farspan.trainer.checkpoint.shards import INDEX, misfit, read_index, read_shards, write_shards
 from farspan.trainer.checkpoint.verify import check_complete, newest_complete, verified
 from farspan.trainer.config import AttentionConfig, Config
 from farspan.trainer.model.config import ModelConfig
@@ -140,11 +140,9 @@ class StoredWeights:
     def check(self, shapes: Mapping[str, torch.Size]) -> None:
         """Raise CheckpointError unless there is a tensor of each name and shape."""
         for name, shape in shapes.items():
-            stored = self._tensors.get(name)
-            if stored is None or stored.size != shape:
-                problem = "is missing" if stored is None else f"has shape {list(stored.size)}, not {list(shape)}"
+            if problem := misfit(name, self._tensors.get(name), shape):
                 raise CheckpointError(
-                    f"{self._folder} does not fill the model that its configuration describes ({name} {problem}): "
+                    f"{self._folder} does not fill the model that its configuration describes ({problem}): "
                     "restore its model section, or write it again."
                 )
 

@@ -17,7 +17,6 @@ from torch.autograd.function import once_differentiable
 from farspan.kernels.layers.key_convolution import Taps, convolve, convolve_backward, earlier_rows
 from farspan.kernels.masks.rows import Rows
 from farspan.parallel.comm import Channel
-from farspan.parallel.context_parallel.strategy import Volume
 from farspan.parallel.layout import Shards
 
 
@@ -91,13 +90,6 @@ class Halo:
             sent=tuple(reader[sends].bincount(minlength=degree).tolist()),
             received=tuple(owner[reads].bincount(minlength=degree).tolist()),
             is_empty=not len(token),
-        )
-
-    def volume(self, row_elements: int, element_bytes: int, accumulation_bytes: int) -> Volume:
-        """Return the bytes that this rank sends: rows forward; backward the accumulated gradients of its halo."""
-        return Volume(
-            forward=sum(self.sent) * row_elements * element_bytes,
-            backward=sum(self.received) * row_elements * accumulation_bytes,
         )
 
     def fetch(self, x: Tensor, channel: Channel, *, kind: str) -> Tensor:

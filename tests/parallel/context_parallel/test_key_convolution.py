@@ -62,7 +62,10 @@ def run_case(case: Case) -> Outcome:
     gradients = torch.autograd.grad(out, (k, weight), shards.shard(global_dout, channel.rank))
     backward = channel.traffic.take()
     wide = 8 if case.dtype == torch.float64 else 4
-    volume = planned.halo.volume(HEADS * HEAD_DIM, case.dtype.itemsize, wide)
+    # Rows go out forward; backward the accumulated gradients of the halo return.
+    rows, halo_rows = sum(planned.halo.sent), sum(planned.halo.received)
+    row = HEADS * HEAD_DIM
+    volume = Volume(forward=rows * row * case.dtype.itemsize, backward=halo_rows * row * wide)
     return [out.detach(), *gradients], forward, backward, volume
 
 

@@ -34,18 +34,19 @@ def run_and_exit() -> NoReturn:
     """
     if sys.argv[1:2] != ["train"]:
         sys.exit(main())
-    status: object = 1
+    status = 1
     try:
         status = main()
     except SystemExit as request:
-        status = request.code
+        # argparse's: 0 after --help, 2 for an error that it has printed.
+        status = int(request.code or 0)
     except BaseException:
         traceback.print_exc()
     atexit._run_exitfuncs()
     with suppress(OSError):  # nobody reads them any more
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(status if isinstance(status, int) else 1)
+    os._exit(status)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

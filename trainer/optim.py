@@ -33,8 +33,8 @@ class OptimizerConfig:
     """Added to the denominator."""
     weight_decay: float = bounded(0.1, minimum=0)
     """Applied to matrices, not to norms."""
-    max_gradient_norm: float = bounded(1.0, above=0)
-    """A longer gradient, of all parameters together, is scaled down to this norm."""
+    max_gradient_norm: float = bounded(1.0, above=0, maximum=math.inf)
+    """A longer gradient, of all parameters together, is scaled down to this norm; inf never scales."""
 
     def decay_steps(self, steps: int) -> int:
         """Return in how many of `steps` updates `wsd` falls."""

@@ -7,6 +7,7 @@ since TOML has no null.
 """
 
 import json
+import math
 import operator
 import re
 import sys
@@ -39,6 +40,7 @@ BOUNDS = (
     ("exclusive_minimum", "greater than", operator.gt),
     ("maximum", "at most", operator.le),
 )
+INT64_MAX = 2**63 - 1
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -47,7 +49,10 @@ def bounded(default: T, *, minimum: Bound = None, maximum: Bound = None, above: 
 @overload
 def bounded(*, minimum: Bound = None, maximum: Bound = None, above: Bound = None) -> Any: ...
 def bounded(default: Any = MISSING, *, minimum: Bound = None, maximum: Bound = None, above: Bound = None) -> Any:
-    """Return a dataclass field whose loaded numbers lie in these bounds; required when it has no default."""
+    """Return a dataclass field whose loaded numbers lie in these bounds; required when it has no default.
+
+    Without a maximum they are finite.
+    """
     rules = {"minimum": minimum, "exclusive_minimum": above, "maximum": maximum}
     return field(default=default, metadata={name: limit for name, limit in rules.items() if limit is not None})
 
@@ -169,7 +174,9 @@ def _fits(kind: Any, value: Any) -> bool:
     if kind is float and type(value) is int:
         return abs(value) <= sys.float_info.max
     if kind in SCALARS:
-        return type(value) in SCALARS[kind][0] or (kind is Path and isinstance(value, Path))
+        if kind is Path:  # An empty text would be the current folder.
+            return isinstance(value, str | Path) and value != ""
+        return type(value) in SCALARS[kind][0]
     if kind is NoneType:
         return value is None or value == "none"
     origin = get_origin(kind)
@@ -221,6 +228,10 @@ def _check_bounds(rules: Mapping[str, Any], value: Any, where: str) -> None:
             _check_bounds(rules, part, f"{where}[{index}]")
     if not isinstance(value, int | float) or isinstance(value, bool):
         return
+    if isinstance(value, int) and abs(value) > INT64_MAX:
+        raise ConfigError(f"{where}={_show(value)} must fit in 64 bits.")
+    if abs(value) == math.inf and "maximum" not in rules:
+        raise ConfigError(f"{where}={_show(value)} must be finite.")
     for name, words, holds in BOUNDS:
         # `not holds`, since a NaN is in no range.
         if name in rules and not holds(value, rules[name]):
@@ -249,7 +260,9 @@ def _show(value: Any) -> str:
 def _refuse_key(key: str, shown: str, name: str, parts: Mapping[str, Any]) -> NoReturn:
     """Refuse a key that does not exist; `shown` is the setting as the user wrote it."""
     refuse_old_key(key)
-    hint = nearest_name_hint(name, list(parts))
+    sections = {section: _section_type(kind) for section, (_, kind) in parts.items()}
+    below = [f"{section}.{name}" for section, cls in sections.items() if is_dataclass(cls) and name in _fields(cls)]
+    hint = f" Did you mean {below[0]!r}?" if below else nearest_name_hint(name, list(parts))
     raise ConfigError(f"{shown} is not a known key; choose one of {', '.join(parts)}.{hint}")
 
 

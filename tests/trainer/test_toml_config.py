@@ -42,7 +42,7 @@ class Phase:
 class Train:
     steps: int = bounded(100, minimum=1)
     lr: float = bounded(3e-4, above=0)
-    clip: float | None = bounded(1.0, minimum=0)
+    clip: float | None = bounded(1.0, minimum=0, maximum=float("inf"))
     betas: tuple[float, float] = bounded((0.9, 0.95), minimum=0, maximum=1)
     compile: bool = False
     accumulate: int | Literal["auto"] = "auto"
@@ -198,6 +198,8 @@ KEYS = "choose one of run, seed, attention, train, moe."
         ("[train]\nsteps = 0", "train.steps=0 must be at least 1."),
         ("[train]\nlr = 0", "train.lr=0.0 must be greater than 0."),
         ("[train]\nlr = nan", "train.lr=nan must"),
+        ("[train]\nlr = inf", "train.lr=inf must be finite."),
+        ("seed = 9223372036854775808", "seed=9223372036854775808 must fit in 64 bits."),
         ("[train]\nclip = -0.5", "train.clip=-0.5 must be at least 0."),
         ("[moe]\nexperts = 1", "moe.experts=1 must be at least 2."),
         ("[moe]", "moe.experts is missing; write it in the file, or add moe.experts=VALUE with an integer."),
@@ -240,6 +242,8 @@ def test_refuses_a_bad_value_by_name(load, text, message):
         ("train.suffixes=[py]", 'train.suffixes="[py]" must be a list'),
         ("train.steps.x=1", "train.steps.x=1 is inside train.steps, which is an integer; set train.steps itself."),
         ("attention.options.a.b=1", "attention.options.a.b=1 is inside attention.options.a, which is an integer or"),
+        ("run.folder=", 'run.folder="" must be a path.'),
+        ("steps=5", f"steps=5 is not a known key; {KEYS} Did you mean 'train.steps'?"),
         ("train=5", "train=5 must be a section; write [train]"),
         ("moe.router=choise", "moe.router=\"choise\" must be one of 'topk', 'choice' or none."),
     ],
@@ -302,7 +306,7 @@ AWKWARD = 'a "quoted" \\ back\tslash\nline \x01 \x7f é 漢 # = []'
         Config(run=Run(name="demo")),
         Config(run=Run(name="", note=AWKWARD, folder=Path("a b/#c"))),
         Config(run=Run(name=AWKWARD), train=Train(lr=1e-05, clip=None, betas=(0.0, 1.0), accumulate=3)),
-        Config(run=Run(name="x"), train=Train(lr=float("inf"), spans=(1, 2), suffixes=(AWKWARD, ""))),
+        Config(run=Run(name="x"), train=Train(clip=float("inf"), spans=(1, 2), suffixes=(AWKWARD, ""))),
         Config(run=Run(name="x"), train=Train(phases=(Phase(tokens=1), Phase(tokens=2, weight=0.1 + 0.2)))),
         Config(run=Run(name="x"), moe=Moe(experts=4)),
         Config(run=Run(name="x"), moe=Moe(experts=4, router="topk")),

@@ -25,12 +25,12 @@ from farspan.trainer import train as module
 from farspan.trainer.checkpoint import checkpointer, shards
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
-from farspan.trainer.data.packing import IGNORED, PackedSequences, ShuffledSequences
+from farspan.trainer.data.packing import IGNORED, ShuffledSequences
 from farspan.trainer.data.source import META_FILE, TOKENS_FILE
 from farspan.trainer.resilience.lock import lock_folder
 from farspan.trainer.resilience.signals import StopSignal
 from farspan.trainer.resilience.watchdog import Watchdog
-from farspan.trainer.resolve import open_data
+from farspan.trainer.resolve import open_all_data, open_data
 from farspan.trainer.state import TrainState
 from farspan.trainer.toml_config import load_config
 from farspan.trainer.train import train
@@ -103,10 +103,11 @@ def test_an_undisturbed_run(config: Config, log: pytest.LogCaptureFixture) -> No
         fields = EVALUATION_FIELDS if "eval_loss" in record else STEP_FIELDS
         assert fields <= record.keys()
         assert all(value is not None for value in record.values())
-    validation = PackedSequences(open_data(config)[1], sequence_tokens=101, seed=0, shuffle=False, repeat=False)
-    measured_on = sum(int((validation.sequence(index).labels != IGNORED).sum()) for index in range(2))
+    drawn = open_all_data(config)[1]["eval"]
+    measured_on = sum(int((drawn.data.sequence(index).labels != IGNORED).sum()) for index in drawn.indexes)
     assert {record["eval_tokens"] for record in records(config.run.folder) if "eval_loss" in record} == {measured_on}
-    assert f" over 2 sequences, {measured_on} tokens" in log.text
+    assert f"held out    eval: 2 of {len(drawn.data)} sequences of {drawn.source.folder}" in log.text
+    assert f" over {measured_on} tokens" in log.text
     first, last = (record for record in records(config.run.folder) if record["step"] in (1, 4) and "loss" in record)
     # Nothing is learned before the first update: ln 264; the text is simple.
     assert first["loss"] == pytest.approx(5.58, abs=0.2)

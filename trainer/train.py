@@ -178,6 +178,8 @@ def load(config: Config, model: Transformer, checkpoints: Checkpointer, state: T
     resumed_from = checkpoints.load_latest(state)
     if resumed_from is not None:
         log.info("resumed     at step %d from %s", state.step, resumed_from)
+        if config.run.start_from is not None:
+            log.info("ignored     run.start_from=%s: the run has checkpoints of its own", config.run.start_from)
     elif config.run.start_from is not None:
         load_weights(model, Path(config.run.start_from))
         log.info("weights     from %s", config.run.start_from)

@@ -257,7 +257,10 @@ def test_a_resume_with_other_settings_keeps_the_earlier_configuration(
     longer = replace(config, train=replace(config.train, steps=STEPS + 1))
     run(replace(longer, optimizer=replace(config.optimizer, learning_rate=1e-3)))
     earlier = config.run.folder / "config_until_step_4.toml"
-    assert f"train.steps 4 -> 5, optimizer.learning_rate 0.01 -> 0.001; see {earlier}\n" in log.text
+    # Cosine to a tenth from the third of 4, or of 5 steps on: cos(pi 1/2) = 0, both at the last step.
+    rates = "so that the learning rate of step 5 is 0.00055 instead of 0.001, after 0.01 in step 4"
+    assert f"train.steps 4 -> 5, optimizer.learning_rate 0.01 -> 0.001, {rates}; see {earlier}\n" in log.text
+    assert records(config.run.folder)[-2]["learning_rate"] == pytest.approx(0.00055)
     assert earlier.read_bytes() == before
     assert load_config(Config, path).optimizer.learning_rate == 1e-3
 
@@ -348,6 +351,46 @@ def test_data_that_was_changed_in_place_is_refused(config: Config, tmp_path: Pat
     with pytest.raises(DataError, match="was changed since it was prepared"):
         run(replace(config, data=replace(config.data, folder=folder)))
     assert done(config)[0] == [1, 2, 3, 4]
+
+
+def test_weights_to_start_from_are_said_to_be_ignored_by_a_run_with_checkpoints(
+    config: Config, tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    run(config)
+    assert "ignored" not in log.text
+    longer = replace(config, train=replace(config.train, steps=STEPS + 1))
+    run(replace(longer, run=replace(config.run, start_from=tmp_path / "none")))
+    assert f"ignored     run.start_from={tmp_path / 'none'}: the run has checkpoints of its own" in log.text
+    assert done(config)[0] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("name", ["data.folder", "run.seed"])
+def test_new_data_and_a_new_order_begin_at_their_first_sequence(
+    config: Config, tmp_path: Path, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    run(config)
+    (tmp_path / "other").mkdir()
+    other = replace(config, run=replace(config.run, seed=12))
+    if name == "data.folder":
+        other = replace(config, data=replace(config.data, folder=tiny.make_data(tmp_path / "other", words=19)))
+    other = replace(other, train=replace(config.train, steps=STEPS + 2))
+    read, sequence = [], ShuffledSequences.sequence
+
+    def note(sequences: ShuffledSequences, index: int) -> Any:
+        read.append(index)
+        return sequence(sequences, index)
+
+    monkeypatch.setattr(ShuffledSequences, "sequence", note)
+    with pytest.raises(CheckpointError, match=rf"another {re.escape(name)} .*, which begins the data anew\.$"):
+        run(other)
+    run(replace(other, checkpoint=replace(config.checkpoint, accept_changed=(name,))))
+    said = f"data        from the first sequence on, with another {name}; {2 * STEPS} sequences of the earlier order"
+    assert said in log.text
+    # The next resume goes on there, whether the change is still accepted or not.
+    log.clear()
+    run(replace(other, train=replace(other.train, steps=STEPS + 3)))
+    assert "first sequence" not in log.text
+    assert read == [0, 1, 2, 3, 4, 5]
 
 
 def test_missing_weights_are_found_before_the_model_is_built(

@@ -102,7 +102,11 @@ def report(folders: Sequence[Path], out: Path, facts: Mapping[str, str]) -> list
 
 def plots_of(runs: Sequence[Run]) -> dict[str, Plot]:
     """Return the plots, without those that no run has values for, or only 0."""
-    evaluated = {run.name: [(record["step"], record["bits_per_byte"]) for record in run.evaluations] for run in runs}
+    # Not on record where the data do not say how many bytes a token stands for, null where the loss was not finite.
+    evaluated = {
+        run.name: [(record["step"], bits) for record in run.evaluations if (bits := record.get("bits_per_byte"))]
+        for run in runs
+    }
     lines = {
         "loss": ("training loss, nats per token", {run.name: run.over_steps("loss") for run in runs}),
         "validation": ("validation bits per byte", evaluated),
@@ -126,8 +130,10 @@ def _line(run: Run) -> Mapping[str, object]:
     mechanisms, steps = config.mechanisms(), config.train.steps
     evaluated = "not yet"
     for record in run.evaluations[-1:]:
-        unigram = record["unigram_bits_per_byte"]
-        evaluated = f"{record['bits_per_byte']:.3f} at step {record['step']:,} (frequencies: {unigram:.3f})"
+        evaluated = "unknown"
+        if (bits := record.get("bits_per_byte")) is not None:
+            unigram = record["unigram_bits_per_byte"]
+            evaluated = f"{bits:.3f} at step {record['step']:,} (frequencies: {unigram:.3f})"
     loads = [statistics.fmean(run.last("expert_load", layer)) for layer in run.layers]
     return {
         "run": run.name,

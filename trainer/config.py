@@ -116,7 +116,12 @@ class EvaluateConfig:
     every_steps: int = bounded(100, minimum=0)
     """How often to measure held-out loss; 0 only at the end."""
     sequences: int = bounded(8, minimum=1)
-    """How many held-out sequences to measure it on."""
+    """How many held-out sequences of each set to measure it on, a random sample; all if there are fewer."""
+    seed: int = bounded(0, minimum=0)
+    """Draws the sample, which is the same at every evaluation."""
+    sets: dict[str, Path] = field(default_factory=dict)
+    """Further validation sets, a folder for each name: of the validation/ of prepared data, or of another split that is
+    named, such as data/books/train. Metrics of set `code` are called `code_loss` and so on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

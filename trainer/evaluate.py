@@ -1,22 +1,26 @@
-"""Held-out loss: nats per token, bits per byte, and loss by how much context a token has."""
+"""Loss on held-out data: nats per token, bits per byte, and loss by how much context a token has.
+
+What counts is every token that is predicted, as in training: not padding and not the first token of a document, but its
+end token, whose loss counts and which stands for no bytes.
+"""
 
 import logging
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import count, takewhile
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from farspan.errors import DataError
 from farspan.parallel.mesh import Mesh
 from farspan.trainer.batch import BatchBuilder, MicroBatch
 from farspan.trainer.config import Config
-from farspan.trainer.data.packing import IGNORED, PackedSequence, PackedSequences
-from farspan.trainer.data.source import TokenSource, unigram_bits_per_byte
+from farspan.trainer.data.packing import IGNORED
+from farspan.trainer.data.validation import OWN_SET, ValidationSet
 from farspan.trainer.metrics import Metrics
 from farspan.trainer.resilience.agreement import any_rank
 from farspan.trainer.resilience.signals import StopSignal
@@ -27,30 +31,32 @@ FIRST_BIN_TOKENS = 64
 log = logging.getLogger("farspan")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Evaluation:
     loss: float
     """Mean nats per labeled token."""
-    tokens: int
-    """Labeled tokens."""
+    label_counts: np.ndarray
+    """int64 `[vocabulary]`: how often each token was a label."""
     by_position: dict[str, float]
-    """The same by position in the document; keys are "first-last" in tokens; bins double in width; none is empty."""
+    """The loss by position in the document; keys are "first-last" in tokens; bins double in width; none is empty."""
 
-    def bits_per_byte(self, bytes_per_token: float) -> float:
-        return self.loss / math.log(2) / bytes_per_token
+    @property
+    def tokens(self) -> int:
+        return int(self.label_counts.sum())
 
+    def record(self, token_bytes: np.ndarray | None) -> dict[str, Any]:
+        """Return what metrics.jsonl has of it; bits per byte only with bytes.
 
-def share(validation: PackedSequences, sequences: int, *, data_rank: int, groups: int) -> Iterator[PackedSequence]:
-    """Yield one data-parallel group's part of the first `sequences`; every group gets equally many.
-
-    Groups with fewer sequences get some without labels besides.
-    """
-    wanted = min(sequences, len(validation))
-    for index in range(data_rank, -(-wanted // groups) * groups, groups):
-        sequence = validation.sequence(min(index, wanted - 1))
-        if index >= wanted:
-            sequence = replace(sequence, labels=np.full_like(sequence.labels, IGNORED))
-        yield sequence
+        token_bytes: int32 `[vocabulary]`. Unigram bits are the entropy of the labels' own frequencies.
+        """
+        num_bytes = 0 if token_bytes is None else int(self.label_counts @ token_bytes)
+        counts = self.label_counts[self.label_counts > 0]
+        unigram_bits = float(counts @ np.log2(self.tokens / counts))
+        per_byte = {
+            "bits_per_byte": self.loss * self.tokens / math.log(2) / num_bytes,
+            "unigram_bits_per_byte": unigram_bits / num_bytes,
+        } if num_bytes else {}  # fmt: skip
+        return {"loss": self.loss, "tokens": self.tokens, **per_byte, "loss_by_position": self.by_position}
 
 
 @torch.no_grad()
@@ -59,15 +65,18 @@ def evaluate(
     batches: Iterator[MicroBatch],
     *,
     sequence_tokens: int,
+    vocabulary_size: int,
     is_stopping: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Run `batches`, equally many on every rank; return the same result on every rank.
 
-    is_stopping: called before each batch; None if it is true on some rank. Raises DataError when no token has a label.
+    is_stopping: called before each batch; None if it is true on some rank. At least one token has a label.
     """
     # First positions of the bins: 0, 64, 128, 256, ...
     firsts = [0, *takewhile(lambda first: first < sequence_tokens, (FIRST_BIN_TOKENS << n for n in count()))]
     totals = torch.zeros(2, len(firsts), dtype=torch.float64)
+    # The last is for tokens without a label.
+    label_counts = torch.zeros(vocabulary_size + 1, dtype=torch.int64)
     training = model.training
     model.eval()
     try:
@@ -78,48 +87,45 @@ def evaluate(
             # A token at position p has p + 1 tokens to predict the next one from.
             boundaries = torch.tensor(firsts, dtype=torch.int32, device=losses.device)
             bins = torch.bucketize(batch.context.rows.position, boundaries, right=True) - 1
-            labeled = (batch.labels != IGNORED).double()
+            labeled = batch.labels != IGNORED
             sums = torch.zeros(totals.shape, dtype=torch.float64, device=losses.device)
-            totals += sums.index_add_(1, bins, torch.stack((losses, labeled))).cpu()
+            totals += sums.index_add_(1, bins, torch.stack((losses, labeled.double()))).cpu()
+            label_counts += torch.bincount(
+                batch.labels.where(labeled, vocabulary_size).cpu(), minlength=len(label_counts)
+            )
     finally:
         model.train(training)
     dist.all_reduce(totals)
+    dist.all_reduce(label_counts)
     loss_sums, counts = totals.tolist()
-    if not sum(counts):
-        raise DataError("no token of the held-out sequences has a label: raise evaluate.sequences, or prepare others.")
     lasts = [*(first - 1 for first in firsts[1:]), sequence_tokens - 1]
     by_position = {
         f"{first}-{last}": loss_sum / count
         for first, last, loss_sum, count in zip(firsts, lasts, loss_sums, counts, strict=True)
         if count
     }
-    return Evaluation(loss=sum(loss_sums) / sum(counts), tokens=int(sum(counts)), by_position=by_position)
+    return Evaluation(
+        loss=sum(loss_sums) / sum(counts), label_counts=label_counts[:-1].numpy(), by_position=by_position
+    )
 
 
 class Validation:
-    """The held-out data of a run and when to evaluate on it; all ranks make the same calls."""
+    """The validation sets of a run and when to evaluate on them; all ranks make the same calls."""
 
     def __init__(
         self,
         config: Config,
-        source: TokenSource,
+        sets: Mapping[str, ValidationSet],
         mesh: Mesh,
         batches: BatchBuilder,
         stop: StopSignal,
         watchdog: Watchdog,
     ) -> None:
-        self._steps, self._config = config.train.steps, config.evaluate
+        self._steps, self._every_steps, self._sets = config.train.steps, config.evaluate.every_steps, sets
         self._mesh, self._batches, self._stop, self._watchdog = mesh, batches, stop, watchdog
-        self._data = PackedSequences(
-            source, sequence_tokens=config.data.sequence_tokens, seed=config.run.seed, shuffle=False, repeat=False
-        )
-        # The end token is predicted as well, but stands for no text, and the first token is not predicted.
-        self._bytes_per_token = source.num_bytes / (source.num_tokens - source.num_documents)
-        self._unigram_bits_per_byte = unigram_bits_per_byte(source)
 
     def is_due(self, step: int) -> bool:
-        every = self._config.every_steps
-        return step >= self._steps or (every > 0 and step > 0 and step % every == 0)
+        return step >= self._steps or (self._every_steps > 0 and step > 0 and step % self._every_steps == 0)
 
     def is_missing(self, step: int, metrics: Metrics) -> bool:
         """Return whether the evaluation of `step` is due and not on record: a stop prevented it."""
@@ -127,38 +133,47 @@ class Validation:
 
     def run(self, model: nn.Module, step: int, metrics: Metrics) -> bool:
         """Evaluate, record and log; return whether a stop signal prevented that."""
+        record: dict[str, Any] = {"step": step}
+        with self._watchdog.phase("evaluation", step):
+            for name, validation_set in self._sets.items():
+                evaluation = self._evaluate(model, validation_set)
+                if evaluation is None:
+                    return True
+                found = evaluation.record(validation_set.token_bytes)
+                log_evaluation(name, found)
+                record |= named(name, found)
+        metrics.write(record)
+        return False
 
+    def _evaluate(self, model: nn.Module, validation_set: ValidationSet) -> Evaluation | None:
         def is_stopping() -> bool:
             # Each sequence has the phase's whole time.
             self._watchdog.restart()
             return self._stop.requested
 
-        sequences = share(
-            self._data, self._config.sequences, data_rank=self._mesh.data_rank, groups=self._mesh.degrees.data
+        sequences = validation_set.share(data_rank=self._mesh.data_rank, groups=self._mesh.degrees.data)
+        return evaluate(
+            model,
+            map(self._batches.build, sequences),
+            sequence_tokens=validation_set.data.sequence_tokens,
+            vocabulary_size=validation_set.source.vocabulary_size,
+            is_stopping=is_stopping,
         )
-        batches, length = map(self._batches.build, sequences), self._data.sequence_tokens
-        with self._watchdog.phase("evaluation", step):
-            evaluation = evaluate(model, batches, sequence_tokens=length, is_stopping=is_stopping)
-        if evaluation is None:
-            return True
-        bits_per_byte = evaluation.bits_per_byte(self._bytes_per_token)
-        metrics.write(
-            {
-                "step": step,
-                "eval_loss": evaluation.loss,
-                "eval_tokens": evaluation.tokens,
-                "bits_per_byte": bits_per_byte,
-                "unigram_bits_per_byte": self._unigram_bits_per_byte,
-                "loss_by_position": evaluation.by_position,
-            }
-        )
-        log.info(
-            "held out    %.3f bits per byte over %d sequences, %s tokens (unigram entropy %.3f)",
-            bits_per_byte,
-            min(self._config.sequences, len(self._data)),
-            f"{evaluation.tokens:,}",
-            self._unigram_bits_per_byte,
-        )
-        by_position = "  ".join(f"{where}: {loss:.3f}" for where, loss in evaluation.by_position.items())
-        log.info("            loss by position  %s", by_position)
-        return False
+
+
+def named(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an evaluation under the keys of metrics.jsonl: those of a set begin with its name.
+
+    Of the training data's own only `eval_loss` and `eval_tokens` do, which the records of steps have as well.
+    """
+    own = {"loss", "tokens"} if name == OWN_SET else found.keys()
+    return {f"{name}_{key}" if key in own else key: value for key, value in found.items()}
+
+
+def log_evaluation(name: str, found: Mapping[str, Any]) -> None:
+    bits = ""
+    if "bits_per_byte" in found:
+        bits = f"{found['bits_per_byte']:.3f} bits per byte (unigram entropy {found['unigram_bits_per_byte']:.3f}), "
+    log.info("%-12s%s: %sloss %.4f over %s tokens", "held out", name, bits, found["loss"], f"{found['tokens']:,}")
+    by_position = "  ".join(f"{where}: {loss:.3f}" for where, loss in found["loss_by_position"].items())
+    log.info("            loss by position  %s", by_position)

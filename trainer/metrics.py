@@ -23,6 +23,7 @@ from farspan.trainer.batch import BatchBuilder
 from farspan.trainer.config import Config, flat
 from farspan.trainer.model.flops import training_flops
 from farspan.trainer.model.transformer import Transformer
+from farspan.trainer.optim import learning_rate
 from farspan.trainer.resilience.agreement import on_first_rank
 from farspan.trainer.state import TrainState, records
 from farspan.trainer.step import StepResult
@@ -141,31 +142,44 @@ def record_config(folder: Path, config: Config, step: int) -> None:
 
     Logs the changes. Raises TrainingError where the folder cannot be written.
     """
-    path = folder / "config.toml"
+    path, until = folder / "config.toml", folder / f"config_until_step_{step}.toml"
+    # If it exists, the configuration that replaced it reached no later checkpoint: its steps are undone.
+    before = until if until.exists() else path
     with writing_to(folder):
-        if step > 0 and path.exists():
-            changes = _changes(path, config)
-            if not changes:
+        if step > 0 and before.exists():
+            changes = _changes(before, config, step)
+            if changes:
+                log.info("changed     %s; see %s", ", ".join(changes), until)
+            elif before == path:
                 return
-            until = folder / f"config_until_step_{step}.toml"
-            # If it exists, the configuration that replaced it reached no later checkpoint: its steps are undone.
-            if not until.exists():
+            if before == path:
                 path.rename(until)
-            log.info("changed     %s; see %s", ", ".join(changes), until)
         path.write_text(to_toml(config))
 
 
-def _changes(path: Path, config: Config) -> list[str]:
+def _changes(path: Path, config: Config, step: int) -> list[str]:
+    """Return what differs from an earlier configuration, and what this means for the learning rate at `step`."""
     try:
-        before = flat(load_config(Config, path))
+        earlier = load_config(Config, path)
     except ConfigError as error:
         return [f"{path.name}, which this version cannot read: {str(error).rstrip('.')}"]
-    after = flat(config)
-    return [
+    before, after = flat(earlier), flat(config)
+    changes = [
         f"{name} {before.get(name, 'unset')} -> {after.get(name, 'unset')}"
         for name in {**before, **after}
         if before.get(name) != after.get(name)
     ]
+
+    def rate(of: Config, at: int) -> float:
+        # A run that was finished had no further step: its schedule ends with the rate after the last one.
+        return learning_rate(of.optimizer, min(at, of.train.steps), of.train.steps)
+
+    if rate(earlier, step) != rate(config, step):
+        changes.append(
+            f"so that the learning rate of step {step + 1} is {rate(config, step):.4g} instead of "
+            f"{rate(earlier, step):.4g}, after {rate(earlier, step - 1):.4g} in step {step}"
+        )
+    return changes
 
 
 class MetricsWriter:

@@ -19,6 +19,7 @@ from farspan.trainer.batch import work_of_layers
 from farspan.trainer.build import backends_of_layers, parameters_held
 from farspan.trainer.config import AUTO, Config
 from farspan.trainer.data.source import META_FILE, SPLITS, TokenSource
+from farspan.trainer.data.validation import ValidationSet, describe_sets, open_validation_sets
 from farspan.trainer.estimate.summary import describe
 from farspan.trainer.renamed import RENAMED_SPLITS
 from farspan.trainer.validate import validate
@@ -37,7 +38,7 @@ class Resolved:
     degrees: Degrees
     device: torch.device
     train_source: TokenSource
-    validation_source: TokenSource
+    validation_sets: dict[str, ValidationSet]
     reasons: tuple[str, ...]
     """Lines about the choice of the strategy, if it was `auto`."""
 
@@ -47,14 +48,14 @@ def resolve(config: Config, ranks: Ranks) -> Resolved:
     degrees = Degrees.resolve(config.parallel, ranks.world_size)
     validate(config, degrees)
     device = choose_device(config, ranks.local_rank)
-    train_source, validation_source = open_data(config)
+    train_source, validation_sets = open_all_data(config)
     config, reasons = choose_strategy(config, degrees, device.type)
     return Resolved(
         config=fill_in(config, degrees, device, train_source.vocabulary_size),
         degrees=degrees,
         device=device,
         train_source=train_source,
-        validation_source=validation_source,
+        validation_sets=validation_sets,
         reasons=tuple(reasons),
     )
 
@@ -75,10 +76,13 @@ def dry_run_plan(config: Config, num_ranks: int) -> None:
     degrees = Degrees.resolve(config.parallel, num_ranks)
     validate(config, degrees)
     device = torch.device("cuda" if config.train.device == "cuda" or torch.cuda.is_available() else "cpu")
-    vocabulary_size = open_data(config)[0].vocabulary_size if Path(config.data.folder).exists() else None
+    vocabulary_size, validation_sets = None, {}
+    if Path(config.data.folder).exists():
+        train_source, validation_sets = open_all_data(config)
+        vocabulary_size = train_source.vocabulary_size
     config, reasons = choose_strategy(config, degrees, device.type)
     config = fill_in(config, degrees, device, vocabulary_size)
-    log.info("%s", "\n".join((describe(config, degrees), *reasons)))
+    log.info("%s", "\n".join((describe(config, degrees), *reasons, *describe_sets(validation_sets))))
     with fake_process_group(num_ranks):
         local = parameters_held(config, Mesh.build(config.parallel, "cpu"))
     log.info("%-12s%s parameters on rank 0 of %d", "sharded", f"{local:,}", num_ranks)
@@ -97,6 +101,19 @@ def choose_device(config: Config, local_rank: int) -> torch.device:
             "or set train.device=cpu."
         )
     return torch.device("cuda", local_rank)
+
+
+def open_all_data(config: Config) -> tuple[TokenSource, dict[str, ValidationSet]]:
+    """Return the training documents and the validation sets; raises DataError as `open_data` does."""
+    train, validation = open_data(config)
+    return train, open_validation_sets(
+        config.evaluate.sets,
+        train=train,
+        own=validation,
+        sequence_tokens=config.data.sequence_tokens,
+        sequences=config.evaluate.sequences,
+        seed=config.evaluate.seed,
+    )
 
 
 def open_data(config: Config) -> tuple[TokenSource, TokenSource]:

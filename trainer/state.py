@@ -19,7 +19,7 @@ class TrainState:
     step: int = 0
     """Steps done."""
     sequences: int = 0
-    """Sequences consumed: the global cursor into the data."""
+    """Sequences consumed of the data in their present order: the global cursor into them."""
     tokens: int = 0
     """Labeled tokens consumed."""
     stream: str = ""

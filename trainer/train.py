@@ -20,7 +20,8 @@ from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.checkpoint.identity import identity_defaults, resume_identity
 from farspan.trainer.checkpoint.steps import finished
 from farspan.trainer.config import Config, flat
-from farspan.trainer.data.source import SPLITS, check_integrity
+from farspan.trainer.data.source import check_integrity
+from farspan.trainer.data.validation import describe_sets
 from farspan.trainer.estimate.summary import describe
 from farspan.trainer.evaluate import Validation
 from farspan.trainer.metrics import Metrics, record_config
@@ -58,7 +59,7 @@ def train(config: Config, ranks: Ranks, stop: StopSignal) -> bool:
             optimizer = build_optimizer(model, config.optimizer)
             batches = build_batches(config, mesh, device, Traffic())  # each rank has its context-parallel shard
             data = DataLoader(config, resolved.train_source, mesh, batches)
-            validation = Validation(config, resolved.validation_source, mesh, batches, stop, watchdog)
+            validation = Validation(config, resolved.validation_sets, mesh, batches, stop, watchdog)
             state, checkpoints = TrainState(), build_checkpointer(resolved, model, optimizer)
             stack.enter_context(saves_settled(checkpoints, state, watchdog))
             if any_rank(stop.requested):
@@ -114,10 +115,11 @@ def start_up(config: Config, ranks: Ranks, stop: StopSignal, stack: ExitStack) -
         return None
     nodes = run_preflight(Path(config.run.folder), lambda: choose_device(config, ranks.local_rank))
     resolved = raise_on_all_ranks(lambda: resolve(config, ranks))
-    splits = {"train": resolved.train_source, "validation": resolved.validation_source}
-    check_same(flat(resolved.config) | {f"the data of {name}/": split.fingerprint for name, split in splits.items()})
-    log.info("%s", "\n".join((describe(resolved.config, resolved.degrees), *resolved.reasons, *nodes)))
-    on_first_rank(lambda: lock_and_check_files(resolved.config, ranks, stack))
+    sources = {"train": resolved.train_source, **{name: of.source for name, of in resolved.validation_sets.items()}}
+    check_same(flat(resolved.config) | {f"the data of {name}": source.fingerprint for name, source in sources.items()})
+    lines = *resolved.reasons, *describe_sets(resolved.validation_sets), *nodes
+    log.info("%s", "\n".join((describe(resolved.config, resolved.degrees), *lines)))
+    on_first_rank(lambda: lock_and_check_files(resolved, ranks, stack))
     return resolved
 
 
@@ -129,11 +131,12 @@ def device_to_connect_on(config: Config, ranks: Ranks) -> torch.device:
         return torch.device("cpu")
 
 
-def lock_and_check_files(config: Config, ranks: Ranks, stack: ExitStack) -> None:
+def lock_and_check_files(resolved: Resolved, ranks: Ranks, stack: ExitStack) -> None:
     """Raise FarspanError if another run has the folder, or an input of this run is missing or was changed."""
+    config = resolved.config
     stack.enter_context(lock_folder(Path(config.run.folder), ranks.job))
-    for split in SPLITS:
-        check_integrity(Path(config.data.folder) / split)
+    for source in (resolved.train_source, *(of.source for of in resolved.validation_sets.values())):
+        check_integrity(source.folder)
     if config.run.start_from is not None and not finished(Path(config.run.folder) / "checkpoints"):
         check_weights(Path(config.run.start_from))
 
@@ -175,6 +178,8 @@ def load(config: Config, model: Transformer, checkpoints: Checkpointer, state: T
     resumed_from = checkpoints.load_latest(state)
     if resumed_from is not None:
         log.info("resumed     at step %d from %s", state.step, resumed_from)
+        if config.run.start_from is not None:
+            log.info("ignored     run.start_from=%s: the run has checkpoints of its own", config.run.start_from)
     elif config.run.start_from is not None:
         load_weights(model, Path(config.run.start_from))
         log.info("weights     from %s", config.run.start_from)

@@ -1,5 +1,7 @@
 """Rules between fields: each a small function that raises ConfigError and names the fix."""
 
+import re
+
 from farspan.errors import ConfigError
 from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.parallel.layout import LAYOUTS
@@ -8,6 +10,10 @@ from farspan.registry import nearest_name_hint
 from farspan.trainer.build import strategies_of_layers
 from farspan.trainer.checkpoint.identity import resume_identity
 from farspan.trainer.config import AUTO, Config
+from farspan.trainer.data.validation import OWN_SET
+
+# The metrics of `code_unigram` would be called as some of `code`.
+SET_NAME = re.compile(r"[A-Za-z0-9._-]+(?<!unigram)")
 
 
 def validate(config: Config, degrees: Degrees) -> None:
@@ -21,6 +27,7 @@ def validate(config: Config, degrees: Degrees) -> None:
     head_mixture_fits(config)
     gates_have_a_recurrence(config)
     accepted_changes_exist(config)
+    validation_sets_have_names(config)
     mechanism_takes_model(config)
     strategy_takes_mechanism(config, degrees)
 
@@ -33,6 +40,15 @@ def accepted_changes_exist(config: Config) -> None:
                 f"checkpoint.accept_changed={name!r} is not a setting that a run must share with its checkpoint, as "
                 f"data.folder, attention.mechanism (with its options) and model.layers are."
                 f"{nearest_name_hint(name, list(names))}"
+            )
+
+
+def validation_sets_have_names(config: Config) -> None:
+    for name in config.evaluate.sets:
+        if not SET_NAME.fullmatch(name) or name == OWN_SET:
+            raise ConfigError(
+                f"evaluate.sets.{name} cannot name metrics: use letters, digits, dots, underscores, hyphens, and not "
+                f"{OWN_SET!r}, which is the split of the training data, nor a name that ends in 'unigram'."
             )
 
 

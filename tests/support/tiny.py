@@ -16,13 +16,13 @@ SEQUENCE_TOKENS = 101
 EXPERTS = ExpertsConfig(count=4, feed_forward=16, score="sigmoid", bias_rate=0.05, balance_loss=0.01, z_loss=0.01)
 
 
-def make_data(folder: Path) -> Path:
-    """Prepare a few dozen documents of 5 to 200 bytes; return the prepared folder."""
+def make_data(folder: Path, *, words: int = 23) -> Path:
+    """Prepare a few dozen documents of 5 to 200 bytes, made of some words; return the prepared folder."""
     text = folder / "text"
     text.mkdir()
     for number in range(60):
-        words = " ".join(f"word{(number * 7 + i * i) % 23}" for i in range(1 + number * 5 % 31))
-        (text / f"{number:02}.txt").write_text(words)
+        content = " ".join(f"word{(number * 7 + i * i) % words}" for i in range(1 + number * 5 % 31))
+        (text / f"{number:02}.txt").write_text(content)
     prepare([text], tokenizer=load_tokenizer("bytes"), out=folder / "tokens", validation_fraction=0.2)
     return folder / "tokens"
 

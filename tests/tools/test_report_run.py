@@ -98,6 +98,17 @@ def test_points_of_long_runs_are_means_of_consecutive_steps(monkeypatch: pytest.
     assert run.over_steps("expert_load", "0") == [(2, 2), (5, 5), (7, 7)]
 
 
+def test_a_run_without_bits_per_byte(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "plain", tmp_path / "plain")
+    path = tmp_path / "plain" / "metrics.jsonl"
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    kept = [{key: value for key, value in record.items() if not key.endswith("bits_per_byte")} for record in found]
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in kept))
+    assert main([str(tmp_path / "plain"), "--out", str(tmp_path / "made")]) == 0
+    assert "unknown" in cells((tmp_path / "made.md").read_text(), "plain")
+    assert not (tmp_path / "made_validation.svg").exists()
+
+
 def test_a_folder_without_a_run_is_refused(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(runs / "plain"), str(tmp_path), "--out", str(tmp_path / "made")]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/metrics.jsonl does not exist")

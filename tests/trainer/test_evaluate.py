@@ -1,28 +1,42 @@
-"""Evaluation on ranks against a plain loop over tokens in one process."""
+"""Evaluation on ranks against plain loops over tokens in one process, and against the text of the labels."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from farspan.errors import DataError
 from farspan.parallel.comm import Traffic
 from farspan.parallel.mesh import Mesh, ParallelConfig
 from farspan.trainer.build import build_batches
 from farspan.trainer.config import Config
-from farspan.trainer.data.packing import IGNORED, PackedSequences
-from farspan.trainer.evaluate import Evaluation, evaluate, share
+from farspan.trainer.data.packing import IGNORED
+from farspan.trainer.data.prepare import prepare
+from farspan.trainer.data.source import TokenSource
+from farspan.trainer.data.tokenizer import load_tokenizer
+from farspan.trainer.data.validation import ValidationSet
+from farspan.trainer.evaluate import Evaluation, Validation, evaluate
 from farspan.trainer.model.transformer import Output, SequenceContext
-from farspan.trainer.resolve import open_data
-from tests.support.rank_pool import Pools, error_of
+from farspan.trainer.resilience.signals import StopSignal
+from farspan.trainer.resolve import open_all_data
+from tests.support import tiny
+from tests.support.rank_pool import Pools
 
 SEQUENCE_TOKENS = 150
 SEQUENCES = 3
-"""Odd, so that two groups cannot share them evenly; the last is padded where the data ends."""
+"""Odd, so that two groups cannot share them evenly."""
+MESHES = {
+    "one rank": (1, ParallelConfig()),
+    "one sequence on two ranks": (2, ParallelConfig(context=2, layout="striped")),
+    "a sequence on each of two ranks": (2, ParallelConfig(dp_shard=2)),
+    "two sequences, each on two ranks": (4, ParallelConfig(dp_shard=2, context=2)),
+}
 
 
 class KnownLoss(nn.Module):
@@ -35,8 +49,8 @@ class KnownLoss(nn.Module):
         return Output(torch.where(labels == IGNORED, 0.0, losses), (), ())
 
 
-def validation(config: Config) -> PackedSequences:
-    return PackedSequences(open_data(config)[1], sequence_tokens=SEQUENCE_TOKENS, seed=0, shuffle=False, repeat=False)
+def validation(config: Config) -> ValidationSet:
+    return open_all_data(config)[1]["eval"]
 
 
 def evaluate_on_rank(config: Config, stop_on_rank: int | None) -> tuple[Evaluation | None, int, bool, int]:
@@ -47,10 +61,7 @@ def evaluate_on_rank(config: Config, stop_on_rank: int | None) -> tuple[Evaluati
 
     def batches():
         nonlocal ran
-        sequences = share(
-            validation(config), config.evaluate.sequences, data_rank=mesh.data_rank, groups=mesh.degrees.data
-        )
-        for sequence in sequences:
+        for sequence in validation(config).share(data_rank=mesh.data_rank, groups=mesh.degrees.data):
             yield builder.build(sequence)
             ran += 1
 
@@ -58,6 +69,7 @@ def evaluate_on_rank(config: Config, stop_on_rank: int | None) -> tuple[Evaluati
         model,
         batches(),
         sequence_tokens=SEQUENCE_TOKENS,
+        vocabulary_size=257,
         is_stopping=lambda: stop_on_rank == dist.get_rank() and ran == 1,
     )
     # The ranks are still in step: what comes next is not taken for a part of the evaluation.
@@ -68,9 +80,9 @@ def evaluate_on_rank(config: Config, stop_on_rank: int | None) -> tuple[Evaluati
 
 def by_loop(config: Config) -> tuple[float, int, dict[str, float]]:
     sums, counts = defaultdict(float), defaultdict(int)
-    data = validation(config)
-    for index in range(min(config.evaluate.sequences, len(data))):
-        sequence = data.sequence(index)
+    drawn = validation(config)
+    for index in drawn.indexes:
+        sequence = drawn.data.sequence(index)
         for token, label, position in zip(sequence.tokens, sequence.labels, sequence.position, strict=True):
             if label == IGNORED:
                 continue
@@ -83,20 +95,22 @@ def by_loop(config: Config) -> tuple[float, int, dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def base(base: Config) -> Config:
-    return replace(base, evaluate=replace(base.evaluate, sequences=SEQUENCES))
+    return replace(
+        base,
+        data=replace(base.data, sequence_tokens=SEQUENCE_TOKENS),
+        evaluate=replace(base.evaluate, sequences=SEQUENCES),
+    )
 
 
-@pytest.mark.parametrize(
-    "parallel",
-    [ParallelConfig(), ParallelConfig(context=2, layout="striped"), ParallelConfig(dp_shard=2)],
-    ids=["one rank", "one sequence on two ranks", "a sequence on each rank"],
-)
+@pytest.mark.parametrize(("num_ranks", "parallel"), MESHES.values(), ids=MESHES)
 @pytest.mark.parametrize("sequences", [SEQUENCES, 1000], ids=["some", "all"])
-def test_equals_a_plain_loop(base: Config, ranks: Pools, parallel: ParallelConfig, sequences: int) -> None:
+def test_equals_a_plain_loop(
+    base: Config, ranks: Pools, num_ranks: int, parallel: ParallelConfig, sequences: int
+) -> None:
     config = replace(base, parallel=parallel, evaluate=replace(base.evaluate, sequences=sequences))
     loss, tokens, by_position = by_loop(config)
     assert list(by_position) == ["0-63", "64-127", "128-149"], "the data does not fill the bins"
-    for result, _, training, _ in ranks(max(parallel.context, parallel.dp_shard)).run(evaluate_on_rank, config, None):
+    for result, _, training, _ in ranks(num_ranks).run(evaluate_on_rank, config, None):
         assert result.loss == pytest.approx(loss, rel=1e-12)
         assert result.tokens == tokens
         assert result.by_position == pytest.approx(by_position, rel=1e-12)
@@ -109,20 +123,133 @@ def test_a_stop_asked_of_one_rank_ends_it_on_all(base: Config, ranks: Pools, sto
     assert ranks(2).run(evaluate_on_rank, config, stop_on_rank) == [(None, 1, True, 21)] * 2
 
 
-def evaluate_nothing(config: Config) -> None:
-    builder = build_batches(config, Mesh.build(config.parallel, "cpu"), torch.device("cpu"), Traffic())
-    sequence = validation(config).sequence(0)
-    sequence.labels[:] = IGNORED
-    evaluate(KnownLoss(), iter([builder.build(sequence)]), sequence_tokens=SEQUENCE_TOKENS)
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Config]:
+    """Prepared data of two files whose tokens are of different length, with bytes and with a trained BPE."""
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("corpora")
+    words = [" ".join(f"long{number % 7} words{number % 5}" for number in range(first, 400)) for first in (0, 1)]
+    digits = " ".join(str(number * 7919) for number in range(500)) + " été 漢字🙂" * 20
+    for name, text in (("a", " ".join(words)), ("b", digits)):
+        (folder / f"{name}.txt").write_text(text)
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=290,
+        show_progress=False,
+        special_tokens=["</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    bpe.train_from_iterator(words, trainer)
+    bpe.save(str(folder / "bpe.json"))
+    configs = {}
+    for name, tokenizer in (("bytes", "bytes"), ("bpe", str(folder / "bpe.json"))):
+        prepare(
+            [folder / "a.txt", folder / "b.txt"], tokenizer=load_tokenizer(tokenizer), out=folder / name,
+            validation_from_ends=True, validation_fraction=0.5,
+        )  # fmt: skip
+        config = tiny.config(folder / name, Path("nowhere"), ParallelConfig())
+        sets = {"whole": folder / name / "train"}
+        config = replace(config, evaluate=replace(config.evaluate, sequences=4, sets=sets))
+        configs[name] = tiny.with_model(config, vocabulary_size=320)
+    return configs
 
 
-def test_nothing_to_predict_is_refused_by_all_ranks(base: Config, ranks: Pools) -> None:
-    config = replace(base, parallel=ParallelConfig(context=2))
-    messages = ranks(2).run(error_of, DataError, evaluate_nothing, config)
-    assert messages[0] == messages[1]
-    assert "no token of the held-out sequences has a label" in messages[0]
+def record_on_rank(config: Config) -> dict[str, Any]:
+    """On each rank: what an evaluation of every set puts on record."""
+    mesh, metrics = Mesh.build(config.parallel, "cpu"), mock.Mock()
+    builder = build_batches(config, mesh, torch.device("cpu"), Traffic())
+    _, sets = open_all_data(config)
+    evaluation = Validation(config, sets, mesh, builder, StopSignal(), mock.MagicMock())
+    assert not evaluation.run(KnownLoss(), 7, metrics)
+    return metrics.write.call_args.args[0]
 
 
-def test_bits_per_byte() -> None:
-    # ln 8 nats are 3 bits, of tokens that stand for 1.5 bytes.
-    assert Evaluation(loss=math.log(8), tokens=1, by_position={}).bits_per_byte(1.5) == pytest.approx(2.0)
+def label_bytes(folder: Path, label: int) -> int:
+    """The bytes of a label by its text in the tokenizer's file, where each character stands for a byte."""
+    if not (folder.parent / f"{folder.name}.json").exists():
+        return int(label < 256)
+    tokenizers = pytest.importorskip("tokenizers")
+    text = tokenizers.Tokenizer.from_file(str(folder.parent / f"{folder.name}.json")).id_to_token(label)
+    return 0 if text == "</s>" else len(text)
+
+
+def figures(config: Config, split: str, drawn: list[int] | None) -> dict[str, float]:
+    """What a set has on record, from the tokens on disk by loops; drawn: indexes of sequences, None for all."""
+    source, length = TokenSource(config.data.folder / split), config.data.sequence_tokens
+    loss, num_bytes, labels, position = 0.0, 0, Counter(), 0
+    stream = source.tokens.tolist()
+    for place, token in enumerate(stream):
+        position = 0 if place % length == 0 or stream[place - 1] == source.end_id else position + 1
+        if token == source.end_id or (drawn is not None and place // length not in drawn):
+            continue
+        label = stream[place + 1]
+        loss += token * 0.5 + label * 0.25 + position * 0.125
+        labels[label] += 1
+        num_bytes += label_bytes(config.data.folder, label)
+    tokens = labels.total()
+    entropy = -sum(number * math.log2(number / tokens) for number in labels.values())
+    return {
+        "loss": loss / tokens,
+        "tokens": tokens,
+        "bits_per_byte": loss / math.log(2) / num_bytes,
+        "unigram_bits_per_byte": entropy / num_bytes,
+    }
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_figures_are_those_of_the_decoded_labels(corpora: dict[str, Config], ranks: Pools, tokenizer: str) -> None:
+    config = corpora[tokenizer]
+    drawn = open_all_data(config)[1]["eval"].indexes
+    own = figures(config, "validation", list(drawn))
+    whole = figures(config, "train", list(open_all_data(config)[1]["whole"].indexes))
+    expected = {"step": 7, "eval_loss": own.pop("loss"), "eval_tokens": own.pop("tokens"), **own}
+    expected |= {f"whole_{key}": value for key, value in whole.items()}
+    for num_ranks, parallel in MESHES.values():
+        for record in ranks(num_ranks).run(record_on_rank, replace(config, parallel=parallel)):
+            numbers = {key: value for key, value in record.items() if not key.endswith("by_position")}
+            assert numbers == pytest.approx(expected, rel=1e-12)
+            assert record.keys() - numbers.keys() == {"loss_by_position", "whole_loss_by_position"}
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_bytes_of_a_whole_split_are_those_of_its_text(corpora: dict[str, Config], ranks: Pools, tokenizer: str) -> None:
+    config = replace(corpora[tokenizer], evaluate=replace(corpora[tokenizer].evaluate, sequences=1000))
+    record = ranks(1).run(record_on_rank, config)[0]
+    source = TokenSource(config.data.folder / "validation")
+    # All text but the first token of each of the two documents, in which each character is a byte.
+    firsts = sum(label_bytes(config.data.folder, int(source.document(index)[0])) for index in range(2))
+    loss_bits = record["eval_loss"] * record["eval_tokens"] / math.log(2)
+    assert record["bits_per_byte"] == pytest.approx(loss_bits / (source.num_bytes - firsts), rel=1e-12)
+
+
+def test_without_the_bytes_of_tokens_there_are_no_bits_per_byte() -> None:
+    found = evaluation_of([0, 3, 5])
+    assert found.record(None) == {"loss": 2.0, "tokens": 8, "loss_by_position": {"0-63": 2.0}}
+    # Only end tokens were predicted: no byte to divide by.
+    assert found.record(torch.tensor([1, 0, 0]).numpy()) == found.record(None)
+
+
+def test_bits_per_byte_by_hand() -> None:
+    record = evaluation_of([0, 3, 5]).record(torch.tensor([9, 1, 2]).numpy())
+    assert record["bits_per_byte"] == pytest.approx(2.0 * 8 / math.log(2) / 13)
+    assert record["unigram_bits_per_byte"] == pytest.approx((3 * math.log2(8 / 3) + 5 * math.log2(8 / 5)) / 13)
+
+
+def evaluation_of(label_counts: list[int]) -> Evaluation:
+    return Evaluation(loss=2.0, label_counts=torch.tensor(label_counts).numpy(), by_position={"0-63": 2.0})
+
+
+def test_a_stop_between_sets_records_nothing(corpora: dict[str, Config], ranks: Pools) -> None:
+    assert ranks(2).run(stop_in_second_set, replace(corpora["bytes"], parallel=ParallelConfig(dp_shard=2))) == [0, 0]
+
+
+def stop_in_second_set(config: Config) -> int:
+    """On each rank: how many records an evaluation left that was stopped after the first set."""
+    mesh, metrics, watchdog, stop = Mesh.build(config.parallel, "cpu"), mock.Mock(), mock.MagicMock(), mock.Mock()
+    # Two sequences each of the first set.
+    type(stop).requested = mock.PropertyMock(side_effect=lambda: watchdog.restart.call_count > 2)
+    builder = build_batches(config, mesh, torch.device("cpu"), Traffic())
+    assert Validation(config, open_all_data(config)[1], mesh, builder, stop, watchdog).run(KnownLoss(), 7, metrics)
+    return metrics.write.call_count

@@ -25,12 +25,12 @@ from farspan.trainer import train as module
 from farspan.trainer.checkpoint import checkpointer, shards
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
-from farspan.trainer.data.packing import IGNORED, PackedSequences, ShuffledSequences
+from farspan.trainer.data.packing import IGNORED, ShuffledSequences
 from farspan.trainer.data.source import META_FILE, TOKENS_FILE
 from farspan.trainer.resilience.lock import lock_folder
 from farspan.trainer.resilience.signals import StopSignal
 from farspan.trainer.resilience.watchdog import Watchdog
-from farspan.trainer.resolve import open_data
+from farspan.trainer.resolve import open_all_data, open_data
 from farspan.trainer.state import TrainState
 from farspan.trainer.toml_config import load_config
 from farspan.trainer.train import train
@@ -103,10 +103,11 @@ def test_an_undisturbed_run(config: Config, log: pytest.LogCaptureFixture) -> No
         fields = EVALUATION_FIELDS if "eval_loss" in record else STEP_FIELDS
         assert fields <= record.keys()
         assert all(value is not None for value in record.values())
-    validation = PackedSequences(open_data(config)[1], sequence_tokens=101, seed=0, shuffle=False, repeat=False)
-    measured_on = sum(int((validation.sequence(index).labels != IGNORED).sum()) for index in range(2))
+    drawn = open_all_data(config)[1]["eval"]
+    measured_on = sum(int((drawn.data.sequence(index).labels != IGNORED).sum()) for index in drawn.indexes)
     assert {record["eval_tokens"] for record in records(config.run.folder) if "eval_loss" in record} == {measured_on}
-    assert f" over 2 sequences, {measured_on} tokens" in log.text
+    assert f"held out    eval: 2 of {len(drawn.data)} sequences of {drawn.source.folder}" in log.text
+    assert f" over {measured_on} tokens" in log.text
     first, last = (record for record in records(config.run.folder) if record["step"] in (1, 4) and "loss" in record)
     # Nothing is learned before the first update: ln 264; the text is simple.
     assert first["loss"] == pytest.approx(5.58, abs=0.2)
@@ -256,7 +257,10 @@ def test_a_resume_with_other_settings_keeps_the_earlier_configuration(
     longer = replace(config, train=replace(config.train, steps=STEPS + 1))
     run(replace(longer, optimizer=replace(config.optimizer, learning_rate=1e-3)))
     earlier = config.run.folder / "config_until_step_4.toml"
-    assert f"train.steps 4 -> 5, optimizer.learning_rate 0.01 -> 0.001; see {earlier}\n" in log.text
+    # Cosine to a tenth from the third of 4, or of 5 steps on: cos(pi 1/2) = 0, both at the last step.
+    rates = "so that the learning rate of step 5 is 0.00055 instead of 0.001, after 0.01 in step 4"
+    assert f"train.steps 4 -> 5, optimizer.learning_rate 0.01 -> 0.001, {rates}; see {earlier}\n" in log.text
+    assert records(config.run.folder)[-2]["learning_rate"] == pytest.approx(0.00055)
     assert earlier.read_bytes() == before
     assert load_config(Config, path).optimizer.learning_rate == 1e-3
 
@@ -347,6 +351,46 @@ def test_data_that_was_changed_in_place_is_refused(config: Config, tmp_path: Pat
     with pytest.raises(DataError, match="was changed since it was prepared"):
         run(replace(config, data=replace(config.data, folder=folder)))
     assert done(config)[0] == [1, 2, 3, 4]
+
+
+def test_weights_to_start_from_are_said_to_be_ignored_by_a_run_with_checkpoints(
+    config: Config, tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    run(config)
+    assert "ignored" not in log.text
+    longer = replace(config, train=replace(config.train, steps=STEPS + 1))
+    run(replace(longer, run=replace(config.run, start_from=tmp_path / "none")))
+    assert f"ignored     run.start_from={tmp_path / 'none'}: the run has checkpoints of its own" in log.text
+    assert done(config)[0] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("name", ["data.folder", "run.seed"])
+def test_new_data_and_a_new_order_begin_at_their_first_sequence(
+    config: Config, tmp_path: Path, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    run(config)
+    (tmp_path / "other").mkdir()
+    other = replace(config, run=replace(config.run, seed=12))
+    if name == "data.folder":
+        other = replace(config, data=replace(config.data, folder=tiny.make_data(tmp_path / "other", words=19)))
+    other = replace(other, train=replace(config.train, steps=STEPS + 2))
+    read, sequence = [], ShuffledSequences.sequence
+
+    def note(sequences: ShuffledSequences, index: int) -> Any:
+        read.append(index)
+        return sequence(sequences, index)
+
+    monkeypatch.setattr(ShuffledSequences, "sequence", note)
+    with pytest.raises(CheckpointError, match=rf"another {re.escape(name)} .*, which begins the data anew\.$"):
+        run(other)
+    run(replace(other, checkpoint=replace(config.checkpoint, accept_changed=(name,))))
+    said = f"data        from the first sequence on, with another {name}; {2 * STEPS} sequences of the earlier order"
+    assert said in log.text
+    # The next resume goes on there, whether the change is still accepted or not.
+    log.clear()
+    run(replace(other, train=replace(other.train, steps=STEPS + 3)))
+    assert "first sequence" not in log.text
+    assert read == [0, 1, 2, 3, 4, 5]
 
 
 def test_missing_weights_are_found_before_the_model_is_built(

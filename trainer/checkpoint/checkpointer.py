@@ -17,7 +17,7 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from farspan.errors import CheckpointError
 from farspan.parallel.mesh import group_along
+from farspan.trainer.checkpoint.identity import begins_data_anew, is_recut
 from farspan.trainer.checkpoint.manifest import START_AGAIN, Manifest, damaged
-from farspan.trainer.checkpoint.shards import MisfitError, read_shards, write_shards
+from farspan.trainer.checkpoint.shards import MisfitError, check_same_tensors, read_shards, write_shards
 from farspan.trainer.checkpoint.steps import finished, make_room, prune, publish, step_name
 from farspan.trainer.checkpoint.verify import check_sizes, newest, verified
 from farspan.trainer.config import CheckpointConfig
@@ -136,18 +137,27 @@ class Checkpointer:
         """Load the newest complete checkpoint into model, optimizer and `state`; return its folder, None without any.
 
         Logs one line for each newer one that is damaged. Learning rate, weight decay and the like stay those of the
-        optimizer. Raises CheckpointError when all are damaged, or one is of another run.
+        optimizer; where the data or their order have changed, `state` points to the first sequence. Raises
+        CheckpointError when all are damaged, or one is of another run.
         """
         found = on_first_rank(lambda: finished(self._folder))
         if not found:
             return None
         folder, manifest = newest(found, self._load, f", or {START_AGAIN}")
         state.load_state_dict(dict(manifest.train_state))
+        if anew := begins_data_anew(self._changes(manifest)):
+            log.info(
+                "data        from the first sequence on, with another %s; %d sequences of the earlier order were read",
+                " and ".join(anew),
+                state.sequences,
+            )
+            state.sequences = 0
         return folder
 
     def _load(self, folder: Path) -> Manifest:
         """Fill model and optimizer; raises DamagedError, on all ranks, where a file is not as it was written."""
-        manifest = on_first_rank(lambda: self._read_own_manifest(folder))
+        tensors = _to_save(*get_state_dict(self._model, self._optimizer))
+        manifest = on_first_rank(lambda: self._read_own_manifest(folder, tensors))
         with verified(folder, manifest.files):
             self.read(folder)
         return manifest
@@ -159,8 +169,10 @@ class Checkpointer:
         cannot read its part; model and optimizer may be half filled then.
         """
         model, optimizer = get_state_dict(self._model, self._optimizer)
+        tensors = _to_save(model, optimizer)
         try:
-            read_shards(_to_save(model, optimizer), folder)
+            raise_on_all_ranks(lambda: check_same_tensors(tensors, folder))
+            read_shards(tensors, folder)
         except MisfitError as error:
             raise CheckpointError(
                 f"checkpoint {folder} does not fit this model and optimizer ({error}): go back to the configuration "
@@ -177,23 +189,47 @@ class Checkpointer:
             self._copies.state_dict_cache = BlockingAsyncStager().stage(tensors)
         return self._copies.stage(tensors)
 
-    def _read_own_manifest(self, folder: Path) -> Manifest:
-        """Read a manifest; raises CheckpointError where the checkpoint is of another run."""
+    def _read_own_manifest(self, folder: Path, tensors: Mapping[str, Any]) -> Manifest:
+        """Read a manifest; raises CheckpointError where the checkpoint is of another run.
+
+        tensors: of this run, to offer no change that they do not fit.
+        """
         manifest = Manifest.read(folder)
         check_sizes(folder, manifest.files)
+        changes = self._changes(manifest)
+        if is_recut(changes) or not changes.keys() <= set(self._config.accept_changed):
+            raise self._refusal(folder, changes, tensors)
+        return manifest
+
+    def _refusal(self, folder: Path, changes: Mapping[str, str], tensors: Mapping[str, Any]) -> CheckpointError:
+        """Return the error for a checkpoint of other settings, with what can be done: only what will work."""
+        was = f"checkpoint {folder} was trained with another {', another '.join(changes.values())}"
+        back = f"go back to that, or {START_AGAIN}"
+        try:
+            check_same_tensors(tensors, folder)
+        except MisfitError as error:
+            return CheckpointError(f"{was}, and does not fit this model and optimizer ({error}): {back}.")
+        except CheckpointError as error:
+            return damaged(folder, str(error))
+        if is_recut(changes):
+            return CheckpointError(
+                f"{was}, and what is left of the epoch cannot be cut anew: {back} and run.start_from={folder}, or "
+                f"begin the data anew with another run.seed and {_accepting([*changes, 'run.seed'])}."
+            )
+        if not changes.keys() <= self._identity.keys():
+            # Of another version, which had more settings.
+            return CheckpointError(f"{was}: {back}.")
+        anew = ", which begins the data anew" if begins_data_anew(changes) else ""
+        return CheckpointError(f"{was}: {back}, or accept it with {_accepting(changes)}{anew}.")
+
+    def _changes(self, manifest: Manifest) -> dict[str, str]:
+        """Return in words what this run does not share with the one of a manifest, by name."""
         saved = {**self._defaults, **current_names(manifest.identity)}
-        differences = {
+        return {
             name: f"{name} ({saved.get(name)!r}, now {self._identity.get(name)!r})"
             for name in sorted({*saved, *self._identity})
-            if saved.get(name) != self._identity.get(name) and name not in self._config.accept_changed
+            if saved.get(name) != self._identity.get(name)
         }
-        if differences:
-            names = ",".join(f'"{name}"' for name in differences)
-            raise CheckpointError(
-                f"checkpoint {folder} was trained with another {', another '.join(differences.values())}: go back to "
-                f"that, or {START_AGAIN}, or accept it with 'checkpoint.accept_changed=[{names}]'."
-            )
-        return manifest
 
     def _make_room(self, step: int, num_bytes: int) -> Path:
         partial = make_room(self._folder, step)
@@ -248,6 +284,11 @@ class Checkpointer:
 def _to_save(model: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[str, Any]:
     """Return the tree of a checkpoint; settings of the optimizer come from the configuration and are not saved."""
     return {"model": model, "optimizer": optimizer["state"]}
+
+
+def _accepting(names: Iterable[str]) -> str:
+    """Return the setting that accepts changes, in quotes, to be pasted into a shell."""
+    return "'checkpoint.accept_changed=[{}]'".format(",".join(f'"{name}"' for name in sorted(names)))
 
 
 def _num_bytes(tensors: Mapping[str, Any]) -> int:

@@ -1,5 +1,6 @@
 """The settings that a run must share with the checkpoint it resumes from."""
 
+from collections.abc import Container
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -26,3 +27,17 @@ def identity_defaults(config: Config) -> dict[str, Any]:
     required = {part.name for part in fields(model) if part.default is MISSING and part.default_factory is MISSING}
     plain = ModelConfig(**{name: getattr(model, name) for name in required})
     return {name: value for name, value in flat(plain, "model.").items() if name.removeprefix("model.") not in required}
+
+
+def begins_data_anew(changes: Container[str]) -> list[str]:
+    """Return the changed settings that give the data another order, in which the place so far tells nothing."""
+    return [name for name in ("data.folder", "run.seed") if name in changes]
+
+
+def is_recut(changes: Container[str]) -> bool:
+    """Return whether sequences have another length in the same data.
+
+    A run cannot go on then: sequences are read in a random order, so that those that are left of an epoch are pieces of
+    the earlier length from all over it.
+    """
+    return "data.sequence_tokens" in changes and not begins_data_anew(changes)

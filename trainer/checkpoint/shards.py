@@ -48,6 +48,18 @@ class MisfitError(CheckpointError):
     """Stored tensors have other names or shapes than those to be filled."""
 
 
+def check_same_tensors(tensors: Tensors, folder: Path) -> None:
+    """Raise MisfitError unless `folder` has tensors of these names and shapes, and no others.
+
+    Raises CheckpointError where its index cannot be read.
+    """
+    index = read_index(folder)
+    _check_fits(tensors, index)
+    # DCP would leave them out without a word, such as the layers of a deeper model.
+    if unused := sorted(index.keys() - _names(tensors)):
+        raise MisfitError(f"{unused[0]} has no place in it")
+
+
 def write_shards(tensors: Tensors, folder: Path, group: dist.ProcessGroup | None = None) -> dict[str, FileRecord]:
     """Write this rank's shards of `tensors` durably; return size and hash of each file by its name.
 
@@ -107,6 +119,13 @@ def _check_fits(tensors: Tensors, index: Mapping[str, TensorStorageMetadata], pr
             _check_fits(tensor, index, f"{full_name}.")
         elif problem := misfit(full_name, index.get(full_name), tensor.shape):
             raise MisfitError(problem)
+
+
+def _names(tensors: Tensors, prefix: str = "") -> set[str]:
+    found: set[str] = set()
+    for name, tensor in tensors.items():
+        found |= _names(tensor, f"{prefix}{name}.") if isinstance(tensor, Mapping) else {f"{prefix}{name}"}
+    return found
 
 
 class _HashedFiles(FileSystem):

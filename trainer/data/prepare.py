@@ -13,6 +13,7 @@ from pathlib import Path
 from farspan.errors import DataError
 from farspan.trainer.data.readers import DocumentReader
 from farspan.trainer.data.source import META_FILE, OFFSETS_FILE, SPLITS, TOKENS_FILE, SplitMeta, SplitWriter
+from farspan.trainer.data.token_bytes import TOKEN_BYTES_FILE, write_token_bytes
 from farspan.trainer.data.tokenizer import Tokenizer, load_tokenizer
 
 HASH_BYTES = 8
@@ -66,6 +67,7 @@ def prepare(
     partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")  # hidden, so no reader takes it in
     try:
         train, validation = _write_splits(reader, partial, tokenizer, validation_fraction, validation_from_ends)
+        write_token_bytes(partial, tokenizer)
         _publish(partial, target, overwrite)
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error.strerror or error}; choose another --out.") from error
@@ -138,6 +140,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise DataError(f"{target} exists already; pass another --out, or --overwrite to replace it.")
     ours = {target / split for split in SPLITS}
     ours |= {split / name for split in ours for name in (TOKENS_FILE, OFFSETS_FILE, META_FILE)}
+    ours.add(target / TOKEN_BYTES_FILE)
     stranger = next((path for path in target.rglob("*") if path not in ours), None)
     # --overwrite must never be able to delete a corpus.
     if stranger is not None or not target.is_dir():

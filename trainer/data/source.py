@@ -117,6 +117,7 @@ class TokenSource:
         """Open and check the folder; raises DataError naming the file that is missing, cut or does not fit."""
         folder = Path(folder)
         meta = _read_meta(folder)
+        self.folder = folder
         self.meta = meta
         self.vocabulary_size = meta.vocabulary_size
         self.end_id = meta.end_id
@@ -163,17 +164,6 @@ def _fingerprint(source: TokenSource) -> str:
         for start in range(0, len(part), CHUNK_TOKENS):
             total.update(part[start : start + CHUNK_TOKENS].tobytes())
     return total.hexdigest()
-
-
-def unigram_bits_per_byte(source: TokenSource) -> float:
-    """Return the entropy of the split's own token frequencies (end tokens included), in bits per original byte."""
-    counts = np.zeros(source.vocabulary_size, dtype=np.int64)
-    for start in range(0, source.num_tokens, CHUNK_TOKENS):
-        chunk = source.tokens[start : start + CHUNK_TOKENS]
-        counts += np.bincount(chunk, minlength=source.vocabulary_size)
-    nonzero = counts[counts > 0]
-    bits = nonzero @ (np.log2(source.num_tokens) - np.log2(nonzero))
-    return float(bits) / source.num_bytes
 
 
 def _read_meta(folder: Path) -> SplitMeta:

@@ -1,6 +1,7 @@
 """Checkpoints of a sharded model on two real ranks: the same bits back, the right ones kept, other runs refused."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import torch.distributed as dist
 
 from farspan.errors import CheckpointError
 from farspan.trainer.checkpoint import checkpointer
+from farspan.trainer.checkpoint.identity import resume_identity
 from farspan.trainer.checkpoint.manifest import Manifest
 from farspan.trainer.checkpoint.shards import write_shards
 from farspan.trainer.config import Config
-from farspan.trainer.model.config import RopeConfig
+from farspan.trainer.model.config import HeadMixtureConfig, RopeConfig
 from farspan.trainer.state import TrainState
 from tests.support import tiny
 from tests.support.checkpoint_ranks import Bits, RankState, files, load, same_bits, save, state_of
@@ -108,7 +110,7 @@ def other_runs(config: Config) -> list[tuple[Config, str, str]]:
         (replace(config, run=replace(config.run, seed=12)), "data", "another run.seed (11, now 12)"),
         (config, "else", "another data.folder ('data', now 'else')"),
         (longer, "data", "another data.sequence_tokens (101, now 103)"),
-        # All of the shapes are the same, the function is not.
+        # All matrices have the same shapes, the function is not the same.
         (tiny.with_model(config, heads=2, kv_heads=1, head_dim=16), "data", "another model.head_dim (8, now 16)"),
         (tiny.with_model(config, rope=RopeConfig(rotated=4)), "data", "another model.rope.rotated (0, now 4)"),
         # Fewer layers are all there in the checkpoint.
@@ -123,26 +125,121 @@ def test_another_run_is_refused(config: Config, newest: Path, ranks: Pools) -> N
         assert message.startswith(f"checkpoint {newest} was trained with {reason}")
 
 
-def test_changes_are_listed_and_can_be_accepted(config: Config, newest: Path, ranks: Pools) -> None:
-    other = replace(config, run=replace(config.run, seed=12), data=replace(config.data, sequence_tokens=103))
-    message = ranks(2).run(error_of, CheckpointError, load, other)[0]
-    assert "data.sequence_tokens (101, now 103), another run.seed (11, now 12)" in message
-    # In quotes, to be pasted into a shell.
-    assert '\'checkpoint.accept_changed=["data.sequence_tokens","run.seed"]\'' in message
-    accepted = ("run.seed", "data.sequence_tokens")
-    willing = replace(other, checkpoint=replace(config.checkpoint, accept_changed=accepted))
-    assert ranks(2).run(load, willing)[0][0] == "step_00000002"
-    less = replace(willing, checkpoint=replace(willing.checkpoint, accept_changed=accepted[1:]))
-    assert "with another run.seed (11, now 12): " in ranks(2).run(error_of, CheckpointError, load, less)[0]
+ACCEPT = "or accept it with 'checkpoint.accept_changed=["
 
 
-def test_an_accepted_change_of_shapes_is_no_damage(config: Config, newest: Path, ranks: Pools) -> None:
-    wider = tiny.with_model(config, width=48)
-    wider = replace(wider, checkpoint=replace(config.checkpoint, accept_changed=("model.width",)))
-    (message, same) = ranks(2).run(error_of, CheckpointError, load, wider)
-    assert message == same
-    assert "step_00000002 does not fit this model and optimizer (model." in message
-    assert "restore" not in message
+def accepting(config: Config, message: str) -> Config:
+    """The run that pastes what a message offers."""
+    names = re.findall(r"'checkpoint\.accept_changed=(\[.*?\])'", message)
+    return replace(config, checkpoint=replace(config.checkpoint, accept_changed=tuple(json.loads(names[0]))))
+
+
+def refusals(others: list[tuple[Config, str]]) -> list[str]:
+    """On a rank: the error that ends each run, given its data's fingerprint."""
+    return [error_of(CheckpointError, load, other, fingerprint) for other, fingerprint in others]
+
+
+def loads(others: list[tuple[Config, str]]) -> list[tuple[str | None, TrainState]]:
+    """On a rank: the checkpoint that each run goes on from, and its state."""
+    return [load(other, fingerprint)[:2] for other, fingerprint in others]
+
+
+def fitting_changes(config: Config) -> list[Config]:
+    """Runs whose tensors a checkpoint of `config` fills."""
+    return [
+        tiny.with_model(config, rope=RopeConfig(rotated=4)),
+        tiny.with_model(config, rope=RopeConfig(base=5e5)),
+        tiny.with_model(config, norm_epsilon=1e-3),
+        replace(config, attention=replace(config.attention, mechanism="window", options={"window": 8})),
+        replace(config, attention=replace(config.attention, options={"causal": False})),
+        replace(config, attention=replace(config.attention, mechanism="moba", options={"block": 8})),
+    ]
+
+
+def misfitting_changes(config: Config) -> list[Config]:
+    """Runs that have other tensors than a checkpoint of `config`."""
+    models = [
+        {"vocabulary_size": 320},
+        {"width": 48},
+        {"layers": 1},
+        {"layers": 3},
+        {"heads": 8},
+        {"kv_heads": 4},
+        # Only the norm of queries and keys differs.
+        {"heads": 2, "kv_heads": 1, "head_dim": 16},
+        {"feed_forward": 64},
+        {"qk_norm": False},
+        {"tied_embeddings": True},
+        {"parallel_blocks": True},
+        {"key_convolution": 3},
+        {"experts": tiny.EXPERTS},
+        {"head_mixture": HeadMixtureConfig(kind="heads", per_token=1)},
+    ]
+    mosa = replace(config, attention=replace(config.attention, mechanism="mosa"))
+    return [*(tiny.with_model(config, **changes) for changes in models), mosa]
+
+
+def test_what_a_message_offers_works(config: Config, newest: Path, ranks: Pools) -> None:
+    others = [
+        (replace(config, run=replace(config.run, seed=12), data=replace(config.data, sequence_tokens=103)), "data"),
+        (config, "else"),
+        (replace(config, data=replace(config.data, sequence_tokens=103)), "else"),
+        *((other, "data") for other in fitting_changes(config)),
+    ]
+    messages = ranks(2).run(refusals, others)[0]
+    assert [message for message in messages if ACCEPT not in message] == []
+    # In quotes, to be pasted into a shell, with all that differs.
+    assert "data.sequence_tokens (101, now 103), another run.seed (11, now 12)" in messages[0]
+    assert (
+        '\'checkpoint.accept_changed=["data.sequence_tokens","run.seed"]\', which begins the data anew.' in messages[0]
+    )
+    willing = [
+        (accepting(other, message), fingerprint) for (other, fingerprint), message in zip(others, messages, strict=True)
+    ]
+    found = ranks(2).run(loads, willing)[0]
+    # Other data, or another order of them, begin at their start, and the rest of the state stays.
+    assert [state.sequences for _, state in found] == [0, 0, 0] + [4] * len(fitting_changes(config))
+    assert {(folder, state.step, state.tokens) for folder, state in found} == {("step_00000002", 2, 200)}
+    partly = replace(willing[0][0], checkpoint=replace(config.checkpoint, accept_changed=("data.sequence_tokens",)))
+    assert 'accept_changed=["data.sequence_tokens","run.seed"]' in ranks(2).run(refusals, [(partly, "data")])[0][0]
+
+
+def test_no_change_of_tensors_is_offered_or_taken(config: Config, newest: Path, ranks: Pools) -> None:
+    others = [(other, "data") for other in misfitting_changes(config)]
+    messages, same = ranks(2).run(refusals, others)
+    assert messages == same
+    for message in messages:
+        assert "and does not fit this model and optimizer (" in message
+        assert "accept_changed" not in message
+    assert "(model.embedding.weight has shape [264, 32], not [320, 32])" in messages[0]
+    assert "model.blocks.1" in messages[2], "layers that are left out"
+    assert "has no place in it" in messages[2]
+    every = tuple(resume_identity(config, "data"))
+    willing = [(replace(o, checkpoint=replace(o.checkpoint, accept_changed=every)), f) for o, f in others]
+    for message in ranks(2).run(refusals, willing)[0]:
+        assert "step_00000002 does not fit this model and optimizer (" in message
+        assert not re.search("restore|accept_changed", message)
+
+
+def test_sequences_of_another_length_need_data_that_begin_anew(config: Config, newest: Path, ranks: Pools) -> None:
+    longer = replace(config, data=replace(config.data, sequence_tokens=103))
+    asking = replace(longer, checkpoint=replace(config.checkpoint, accept_changed=("data.sequence_tokens",)))
+    for message in ranks(2).run(refusals, [(longer, "data"), (asking, "data")])[0]:
+        assert (
+            "another data.sequence_tokens (101, now 103), and what is left of the epoch cannot be cut anew" in message
+        )
+        assert f"run.start_from={newest}" in message
+        with_seed = accepting(replace(longer, run=replace(config.run, seed=12)), message)
+        ((folder, state),) = ranks(2).run(loads, [(with_seed, "data")])[0]
+        assert (folder, state.sequences) == ("step_00000002", 0)
+
+
+def test_a_setting_that_this_version_lacks_is_not_offered(config: Config, newest: Path, ranks: Pools) -> None:
+    manifest = Manifest.read(newest)
+    replace(manifest, identity={**manifest.identity, "model.new": 3}).write(newest)
+    (message,) = ranks(2).run(refusals, [(config, "data")])[0]
+    assert "another model.new (3, now None)" in message
+    assert "accept_changed" not in message
 
 
 def test_settings_that_are_newer_than_a_checkpoint_have_their_defaults(

@@ -1,15 +1,12 @@
-"""The split on disk: round trip, entropy against a plain formula, and every kind of damage refused by file name."""
+"""The split on disk: round trip, and every kind of damage refused by file name."""
 
 import json
-import math
-from collections import Counter
 
 import numpy as np
 import pytest
 
 from farspan.errors import DataError
-from farspan.trainer.data import source as module
-from farspan.trainer.data.source import SplitWriter, TokenSource, token_dtype, unigram_bits_per_byte
+from farspan.trainer.data.source import SplitWriter, TokenSource, token_dtype
 from farspan.trainer.data.tokenizer import load_tokenizer
 
 DOCUMENTS = [b"abracadabra", b"", b"xyz" * 9, b"a"]
@@ -60,14 +57,6 @@ def test_token_dtype(vocabulary_size, name):
     dtype = token_dtype(vocabulary_size)
     assert dtype.name == name
     assert np.array([vocabulary_size - 1]).astype(dtype)[0] == vocabulary_size - 1
-
-
-@pytest.mark.parametrize("chunk_tokens", [5, 1 << 22])
-def test_unigram_bits_per_byte(folder, monkeypatch, chunk_tokens):
-    monkeypatch.setattr(module, "CHUNK_TOKENS", chunk_tokens)
-    stream = [token for data in DOCUMENTS for token in [*data, 256]]
-    bits = sum(-math.log2(count / len(stream)) * count for count in Counter(stream).values())
-    assert unigram_bits_per_byte(TokenSource(folder)) == pytest.approx(bits / 39, rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,8 @@ class ExpertsConfig:
     balance_loss: float = bounded(0.0, minimum=0)
     """Coefficient of the load balancing loss of Switch Transformer."""
     balance_over: Literal["sequence", "step"] = "sequence"
-    """Tokens that the load balancing loss is computed over."""
+    """Tokens that the load balancing loss is computed over. With `step` all micro-batches of a rank but the first run
+    forward once more, to count the loads of the step before the first backward pass."""
     z_loss: float = bounded(0.0, minimum=0)
     """Coefficient of the router z-loss, the squared log-sum-exp of the logits."""
 

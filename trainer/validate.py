@@ -117,7 +117,8 @@ def experts_fit(config: Config, degrees: Degrees) -> None:
     except ValueError as error:
         raise ConfigError(f"model.experts does not fit together: {error}.") from None
     if experts.choice == "experts":
-        for name, idle in (("capacity", 0.0), ("groups", 1), ("bias_rate", 0.0), ("normalized", False)):
+        idle_options = {"capacity": 0.0, "groups": 1, "group_score_top_k": 0, "bias_rate": 0.0, "normalized": False}
+        for name, idle in idle_options.items():
             if getattr(experts, name) != idle:
                 raise ConfigError(
                     f"model.experts.{name}={getattr(experts, name)} is for tokens that choose, but "

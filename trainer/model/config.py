@@ -83,6 +83,9 @@ class ExpertsConfig:
     """Number of groups that neighboring experts form."""
     groups_per_token: int = bounded(1, minimum=1)
     """Groups, the best ones, that a token chooses its experts from."""
+    group_score_top_k: int = bounded(0, minimum=0)
+    """How many of a group's best experts add up to its score: 2 as in DeepSeek-V3's code and torchtitan, 1 (the best)
+    as in DeepSeek-V2; 0 takes per_token / groups_per_token, as DeepSeek-V3's paper and Megatron do."""
     bias_rate: float = bounded(0.0, minimum=0)
     """How far each step moves an expert's bias to even out loads; only the choice uses it (arXiv 2408.15664)."""
     balance_loss: float = bounded(0.0, minimum=0)
@@ -103,6 +106,7 @@ class ExpertsConfig:
             scale=self.scale,
             groups=self.groups,
             groups_per_token=self.groups_per_token,
+            group_score_top_k=self.group_score_top_k,
         )
 
 

@@ -28,7 +28,7 @@ class ExpertLoad:
     z_loss: float
     """As they were added to the loss, coefficients included."""
     bias: Tensor
-    """`[layers, E]`, after the step."""
+    """float64 `[layers, E]`, after the step."""
 
     def summary(self, kind: str) -> dict[str, Any]:
         """Return the metrics of a step, with names that begin with `kind`; layers with routers are numbered from 0.
@@ -136,7 +136,7 @@ class ExpertBalance:
                 below_mean = (counts.sum() - counts * len(counts)).sign()
                 layer.bias.add_(below_mean.to(layer.bias.dtype), alpha=self._config.bias_rate)
         balance, z_loss = self._losses.tolist()
-        bias = torch.stack([layer.bias for layer in self._layers]).float().cpu()
+        bias = torch.stack([layer.bias for layer in self._layers]).double().cpu()
         return ExpertLoad(
             counts=self._counts.cpu(), dropped=self._dropped.cpu(), balance_loss=balance, z_loss=z_loss, bias=bias
         )

@@ -92,11 +92,20 @@ def _num_replicas(gradient: DTensor) -> int:
     return math.prod(size for size, placement in sizes if placement.is_replicate())
 
 
-def sharding_bytes(model: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, compute_dtype: torch.dtype) -> int:
-    """Return the bytes that a rank sends for one micro-batch's forward and backward pass.
+def sharding_bytes(
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    mesh: Mesh,
+    compute_dtype: torch.dtype,
+    *,
+    micro_batches: int,
+    passes_ahead: int = 0,
+) -> int:
+    """Return the bytes that a rank sends for the forward and backward passes of some micro-batches.
 
     S shards of N bytes in all: an all-gather and a reduce-scatter send (S-1)/S N each, an all-reduce over R replicas
-    2 (R-1)/R of a shard. Experts are sharded over the ranks that hold the same ones only.
+    2 (R-1)/R of a shard. Experts are sharded over the ranks that hold the same ones only. passes_ahead: forward passes
+    without gradients before the first micro-batch.
     """
     replicas, reduce_itemsize = mesh.degrees.dp_replicate, accumulation_dtype(compute_dtype).itemsize
 
@@ -107,13 +116,15 @@ def sharding_bytes(model: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, co
             shards, rows = mesh.degrees.shard // expert_ranks, p.shape[1] if _is_of_experts(p) else p.shape[0]
             # FSDP pads rows until they divide by the shards.
             padded = p.numel() // expert_ranks // rows * (-(-rows // shards) * shards)
-            total += (gathers * compute_dtype.itemsize + reduce_itemsize) * padded * (shards - 1) // shards
-            total += 2 * padded * reduce_itemsize * (replicas - 1) // (replicas * shards)
+            element_bytes = gathers * compute_dtype.itemsize + micro_batches * reduce_itemsize
+            total += element_bytes * padded * (shards - 1) // shards
+            total += micro_batches * (2 * padded * reduce_itemsize * (replicas - 1) // (replicas * shards))
         return total
 
-    # Blocks are gathered once per pass, the rest of the model once for both passes.
+    # Blocks are gathered once per pass. The rest of the model stays gathered until a backward pass.
     in_blocks = {p for block in blocks for p in block.parameters()}
-    return sent(list(in_blocks), 2) + sent([p for p in model.parameters() if p not in in_blocks], 1)
+    others = [p for p in model.parameters() if p not in in_blocks]
+    return sent(list(in_blocks), 2 * micro_batches + passes_ahead) + sent(others, micro_batches)
 
 
 def _is_of_experts(parameter: nn.Parameter) -> bool:

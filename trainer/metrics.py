@@ -21,6 +21,7 @@ from farspan.parallel.fsdp import sharding_bytes
 from farspan.parallel.mesh import Mesh
 from farspan.trainer.batch import BatchBuilder
 from farspan.trainer.config import Config, flat
+from farspan.trainer.load_balance import passes_ahead
 from farspan.trainer.model.flops import training_flops
 from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.optim import learning_rate
@@ -46,7 +47,14 @@ class Metrics:
         self._tokens_per_step = train.sequences_per_step * config.data.sequence_tokens
         self._mechanisms, self._traffic, self._device = batches.mechanisms, batches.channel.traffic, batches.device
         micro_batches = train.sequences_per_step // mesh.degrees.data
-        self._fsdp_bytes = micro_batches * sharding_bytes(model, model.blocks, mesh, dtype)
+        self._fsdp_bytes = sharding_bytes(
+            model,
+            model.blocks,
+            mesh,
+            dtype,
+            micro_batches=micro_batches,
+            passes_ahead=passes_ahead(config.model, self._mechanisms, micro_batches),
+        )
         self._peak_flops = dist.get_world_size() * peak_flops(batches.device, dtype)
         self._timer = StepTimer(train.steps - step)
         self._writer: MetricsWriter | None = None

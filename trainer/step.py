@@ -10,6 +10,7 @@ from farspan.errors import TrainingError
 from farspan.parallel.comm import Channel
 from farspan.parallel.fsdp import clip_gradients
 from farspan.trainer.batch import MicroBatch
+from farspan.trainer.data.packing import IGNORED
 from farspan.trainer.load_balance import ExpertBalance, ExpertLoad
 from farspan.trainer.model.experts import ExpertFeedForward
 from farspan.trainer.model.head_mixture import HeadMixture
@@ -52,7 +53,8 @@ def train_step(
     the same bits on all ranks. A skipped step leaves parameters, optimizer and routers as they are.
 
     The loss is divided by the labeled tokens of all ranks and all micro-batches, not averaged over averages: so it
-    and its gradient do not depend on how tokens are sharded.
+    and its gradient do not depend on how tokens are sharded. A balance loss over the step costs another forward pass of
+    all micro-batches but the first.
     """
     device = batches[0].tokens.device
     counted = ((b.valid_tokens, b.attention_flops, b.real_tokens, b.fingerprint) for b in batches)
@@ -69,6 +71,7 @@ def train_step(
     ]
 
     optimizer.zero_grad()
+    _count_ahead(model, batches[1:], balances)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for batch in batches:
         torch.manual_seed(batch.seed)
@@ -95,3 +98,20 @@ def train_step(
         heads=heads,
         skipped=skipped,
     )
+
+
+@torch.no_grad()
+def _count_ahead(model: Transformer, batches: Sequence[MicroBatch], balances: Sequence[ExpertBalance | None]) -> None:
+    """Count how the tokens of `batches` choose, as they will in their own pass: same kernels, weights and seeds.
+
+    Does nothing where no balance loss spans the step.
+    """
+    if not any(balance is not None and balance.spans_step for balance in balances):
+        return
+    for batch in batches:
+        torch.manual_seed(batch.seed)
+        # Where no token has a label, the loss head does no work.
+        _, *statistics = model(batch.tokens, torch.full_like(batch.labels, IGNORED), batch.context)
+        for balance, of_layers in zip(balances, statistics, strict=True):
+            if balance is not None:
+                balance.count_ahead(of_layers)

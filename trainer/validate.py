@@ -25,6 +25,7 @@ def validate(config: Config, degrees: Degrees) -> None:
     layout_exists(config)
     experts_fit(config, degrees)
     head_mixture_fits(config)
+    routers_learn(config)
     gates_have_a_recurrence(config)
     accepted_changes_exist(config)
     validation_sets_have_names(config)
@@ -132,7 +133,8 @@ def experts_fit(config: Config, degrees: Degrees) -> None:
     except ValueError as error:
         raise ConfigError(f"model.experts does not fit together: {error}.") from None
     if experts.choice == "experts":
-        for name, idle in (("capacity", 0.0), ("groups", 1), ("bias_rate", 0.0), ("normalized", False)):
+        idle_options = {"capacity": 0.0, "groups": 1, "group_score_top_k": 0, "bias_rate": 0.0, "normalized": False}
+        for name, idle in idle_options.items():
             if getattr(experts, name) != idle:
                 raise ConfigError(
                     f"model.experts.{name}={getattr(experts, name)} is for tokens that choose, but "
@@ -184,6 +186,31 @@ def head_mixture_fits(config: Config) -> None:
             f"attention.mechanism={config.attention.mechanism!r} treats query heads differently by their number, "
             "which heads that tokens choose do not keep: set model.head_mixture.kind='none', or choose another "
             "mechanism."
+        )
+
+
+def routers_learn(config: Config) -> None:
+    """Refuse routers whose weights are 1 whatever their logits are: the loss has no gradient for them."""
+    experts, mixture = config.model.experts, config.model.head_mixture
+    if experts.count and experts.per_token == 1 and experts.normalized:
+        raise ConfigError(
+            "model.experts.normalized=true with model.experts.per_token=1 divides each weight by itself, so that the "
+            "loss does not train the router: set normalized=false, or per_token=2 or more."
+        )
+    if experts.count == 1 and experts.score == "softmax":
+        raise ConfigError(
+            "model.experts.count=1 with score='softmax' gives every token the weight 1, so that the loss does not "
+            "train the router: set count=2 or more, or 0 for dense layers."
+        )
+    if mixture.kind == "experts" and mixture.count == 1:
+        raise ConfigError(
+            "model.head_mixture.count=1 gives every token the weight 1, so that the loss does not train the router: "
+            "set count=2 or more, or kind='none'."
+        )
+    if mixture.kind == "heads" and config.model.kv_heads * mixture.per_token == 1:
+        raise ConfigError(
+            "model.head_mixture.per_token=1 with model.kv_heads=1 chooses one head in all, whose weight is divided by "
+            "itself, so that the loss does not train the router: set per_token=2 or more, or kind='experts'."
         )
 
 

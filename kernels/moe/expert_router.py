@@ -21,8 +21,9 @@ class ExpertRouter:
 
     score: softmax over all experts, or sigmoid of each (DeepSeek-V3, arXiv 2412.19437, eq. 15). normalized: weights of
     the chosen experts are divided by their sum. scale: a factor of the weights. groups, groups_per_token: experts are
-    chosen from the best groups only; the score of a group is the sum of its best per_token / groups_per_token experts
-    (arXiv 2412.19437, section 2.1.2). Raises ValueError where these do not fit.
+    chosen from the best groups only. group_score_top_k: how many of a group's best experts add up to its score. 0 is
+    per_token / groups_per_token, at least 1 (arXiv 2412.19437, section 2.1.2); the code of that paper's model takes 2
+    whatever these are, DeepSeek-V2 (arXiv 2405.04434, section 2.2.2) 1. Raises ValueError where these do not fit.
     """
 
     experts: int
@@ -32,6 +33,7 @@ class ExpertRouter:
     scale: float = 1.0
     groups: int = 1
     groups_per_token: int = 1
+    group_score_top_k: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.per_token <= self.experts:
@@ -44,6 +46,11 @@ class ExpertRouter:
             raise ValueError(
                 f"groups_per_token={self.groups_per_token} groups of {self.experts // self.groups} experts are fewer "
                 f"than per_token={self.per_token}"
+            )
+        if not 0 <= self.group_score_top_k <= self.experts // self.groups:
+            raise ValueError(
+                f"group_score_top_k={self.group_score_top_k} must be from 0 to {self.experts // self.groups}, the "
+                "experts of a group"
             )
 
     def scores(self, logits: Tensor) -> Tensor:
@@ -65,7 +72,7 @@ class ExpertRouter:
     def _of_best_groups(self, scores: Tensor) -> Tensor:
         # [T, E] -> [T, G, E/G]
         grouped = scores.unflatten(-1, (self.groups, -1))
-        counted = min(max(self.per_token // self.groups_per_token, 1), grouped.shape[-1])
+        counted = self.group_score_top_k or max(self.per_token // self.groups_per_token, 1)
         best = top(grouped.topk(counted, dim=-1).values.sum(-1), self.groups_per_token)
         # [T, G] -> [T, G, E/G] -> [T, E]
         chosen = torch.zeros(grouped.shape[:-1], dtype=torch.bool, device=scores.device).scatter_(-1, best, True)

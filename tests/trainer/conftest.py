@@ -50,12 +50,11 @@ def truth(ranks: Pools) -> Truth:
     known: dict[str, Trajectory] = {}
 
     def compute(config: Config) -> Trajectory:
-        groups = data_groups(config.parallel)
         train = replace(config.train, compute_dtype="float64", recompute="none")
         single = replace(config, parallel=ParallelConfig(strategy="single"), train=train)
-        key = f"{groups} {single}"
+        key = str(single)
         if key not in known:
-            known[key] = train_reference(single, ranks(1).run(initial_parameters, single)[0], groups)
+            known[key] = train_reference(single, ranks(1).run(initial_parameters, single)[0])
         return known[key]
 
     return compute

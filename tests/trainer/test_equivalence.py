@@ -14,7 +14,7 @@ from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import Config
 from tests.support import tiny
 from tests.support.rank_pool import Pools
-from tests.support.steps import STEPS, train_sharded
+from tests.support.steps import train_sharded
 from tests.trainer.conftest import TrainAndCompare, Truth
 
 
@@ -26,7 +26,7 @@ def test_ten_steps_do_not_depend_on_the_ranks(
 ) -> None:
     parallel = ParallelConfig(context=context, dp_shard=data, strategy=strategy)
     trajectories = train_and_compare(replace(base, parallel=parallel))
-    assert len(set(trajectories[0].losses)) == STEPS
+    assert len(set(trajectories[0].losses)) == base.train.steps
 
 
 @pytest.mark.parametrize("strategy", ["gather", "fetch", "double_ring", "hybrid", "hybrid_outer"])

@@ -3,10 +3,12 @@
 The reference computes every expert on every token.
 """
 
+import math
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,14 +20,16 @@ from farspan.trainer.config import Config
 from farspan.trainer.load_balance import ExpertLoad
 from farspan.trainer.model import experts as module
 from farspan.trainer.model.attention import AttentionInputs
-from farspan.trainer.model.config import ExpertsConfig
-from farspan.trainer.model.transformer import Block
+from farspan.trainer.model.config import ExpertsConfig, HeadMixtureConfig
+from farspan.trainer.model.transformer import Block, Transformer
 from tests.support import tiny
+from tests.support.rank_pool import Pools
+from tests.support.steps import train_sharded
 from tests.trainer.conftest import TrainAndCompare
 
 eight = partial(ExpertsConfig, count=8, feed_forward=16)
 EXPERTS = {
-    "softmax": eight(per_token=2, balance_loss=0.02, z_loss=0.01),
+    "softmax": eight(per_token=2, balance_loss=1.0, z_loss=0.01),
     "sigmoid, biased, shared, dense first": eight(
         per_token=3, shared=24, layers="dense, experts", score="sigmoid", scale=1.5, bias_rate=0.02, balance_loss=0.05,
         balance_over="step",
@@ -72,6 +76,59 @@ def test_variants_of_the_run(base: Config, train_and_compare: TrainAndCompare, v
     train_and_compare(tiny.with_model(config, experts=EXPERTS[experts]))
 
 
+# Four sequences a step; of each family of routers, all that their balance depends on.
+OVER_STEP = {
+    "experts": eight(
+        per_token=2, score="sigmoid", capacity=0.9, bias_rate=0.02, balance_loss=1.0, balance_over="step", z_loss=0.01
+    ),
+    "head_mixture": HeadMixtureConfig(
+        kind="experts", count=3, per_token=2, bias_rate=0.01, balance_loss=1.0, balance_over="step"
+    ),
+}
+SHARED_STEPS = {
+    "accumulation 4": ParallelConfig(strategy="single"),
+    "dp 2": ParallelConfig(dp_shard=2, strategy="single"),
+    "dp 4": ParallelConfig(dp_shard=4, strategy="single"),
+    "cp 2, ep 2": ParallelConfig(context=2, expert=2),
+    "replicas 2, cp 2": ParallelConfig(dp_replicate=2, context=2),
+}
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("ranks_of_step", SHARED_STEPS)
+def test_balance_over_a_step_is_one_function_of_its_tokens(
+    base: Config, train_and_compare: TrainAndCompare, ranks_of_step: str, recompute: str
+) -> None:
+    """However ranks and micro-batches divide a step: losses, norms, gradients, loads and biases."""
+    train = replace(base.train, steps=3, sequences_per_step=4, recompute=recompute)
+    train_and_compare(tiny.with_model(replace(base, train=train, parallel=SHARED_STEPS[ranks_of_step]), **OVER_STEP))
+
+
+def forward_passes(config: Config) -> int:
+    """On a rank: those of one step."""
+    with mock.patch.object(Transformer, "forward", autospec=True, side_effect=Transformer.forward) as passes:
+        train_sharded(replace(config, train=replace(config.train, steps=1)))
+    return passes.call_count
+
+
+@pytest.mark.parametrize(
+    ("balance", "sequences", "passes"),
+    [
+        ({"balance_loss": 0.1, "balance_over": "step"}, 4, 7),
+        ({"balance_loss": 0.1, "balance_over": "step"}, 1, 1),
+        ({"balance_loss": 0.0, "balance_over": "step"}, 4, 4),
+        ({"balance_loss": 0.1, "balance_over": "sequence"}, 4, 4),
+    ],
+)
+@pytest.mark.parametrize("family", OVER_STEP)
+def test_micro_batches_are_routed_ahead_only_where_a_balance_needs_it(
+    base: Config, ranks: Pools, family: str, balance: dict[str, Any], sequences: int, passes: int
+) -> None:
+    config = replace(base, train=replace(base.train, sequences_per_step=sequences))
+    config = tiny.with_model(config, **{family: replace(OVER_STEP[family], **balance)})
+    assert ranks(1).run(forward_passes, config) == [passes]
+
+
 @pytest.mark.parametrize("parallel_blocks", [True, False])
 def test_rows_travel_to_experts_during_attention_where_it_is_parallel(
     base: Config, monkeypatch: pytest.MonkeyPatch, parallel_blocks: bool
@@ -98,19 +155,24 @@ def test_rows_travel_to_experts_during_attention_where_it_is_parallel(
 
 
 def test_the_summary_of_loads_by_hand() -> None:
-    counts = torch.tensor([[4, 4, 4, 4], [16, 0, 0, 0], [8, 8, 0, 0]])
-    bias = torch.tensor([[0.0, 0.0, 0.0, 0.0], [-0.5, 0.25, 0.25, 0.0], [0.1, 0.1, 0.1, 0.1]])
+    counts = torch.tensor([[4, 4, 4, 4], [16, 0, 0, 0], [8, 8, 0, 0], [2, 1, 0, 0]])
+    bias = torch.tensor([[0.0, 0.0, 0.0, 0.0], [-0.5, 0.25, 0.25, 0.0], [0.1, 0.1, 0.1, 0.1], [0.0, 0.0, 0.0, 0.0]])
     found = ExpertLoad(
-        counts=counts, dropped=torch.tensor([0, 4, 2]), balance_loss=0.5, z_loss=0.25, bias=bias
+        counts=counts, dropped=torch.tensor([0, 4, 2, 1]), balance_loss=0.5, z_loss=0.25, bias=bias
     ).summary("expert")
     assert found == {
         "expert_balance_loss": 0.5,
         "expert_z_loss": 0.25,
-        "expert_dropped": {"0": 0.0, "1": 0.25, "2": 0.125},
-        "expert_load": {"0": 1.0, "1": 4.0, "2": 2.0},
-        "expert_entropy": {"0": pytest.approx(1.0), "1": pytest.approx(0.0), "2": pytest.approx(0.5)},
-        "expert_bias": {"0": 0.0, "1": 0.75, "2": 0.0},
-    }
+        # In float64: no third is exact.
+        "expert_dropped": {"0": 0.0, "1": 0.25, "2": 0.125, "3": 1 / 3},
+        # Of 3 choices among 4 experts the busiest has 2, where 0.75 would be even.
+        "expert_load": {"0": 1.0, "1": 4.0, "2": 2.0, "3": pytest.approx(8 / 3, rel=1e-15)},
+        "expert_entropy": {
+            "0": pytest.approx(1.0), "1": pytest.approx(0.0), "2": pytest.approx(0.5),
+            "3": pytest.approx((math.log(3) - 2 / 3 * math.log(2)) / math.log(4), rel=1e-14),
+        },
+        "expert_bias": {"0": 0.0, "1": 0.75, "2": 0.0, "3": 0.0},
+    }  # fmt: skip
 
 
 def test_a_step_without_tokens_has_no_load() -> None:

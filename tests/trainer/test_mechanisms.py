@@ -83,11 +83,11 @@ def test_steps_of_patterns_of_layers(base: Config, ranks: Pools, pattern: str) -
     config = replace(config, attention=AttentionConfig(mechanism=pattern, options=MIXTURES[pattern], backend="cpu"))
     others = [*ALSO_SHARDED, *([SHIPPED] if pattern == "moba" else [])]
     for steps, parallel in ((10, SHARDED[0]), *((2, parallel) for parallel in others)):
-        sharded = replace(config, parallel=parallel)
-        assert is_valid(sharded)
-        single = ranks(1).run(train_sharded, config, steps)[0]
+        assert is_valid(replace(config, parallel=parallel))
+        short = replace(config, train=replace(config.train, steps=steps))
+        single = ranks(1).run(train_sharded, short)[0]
         assert len(set(single.losses)) == len(single.losses) == steps
-        assert_same(ranks(parallel.context).run(train_sharded, sharded, steps)[1], single)
+        assert_same(ranks(parallel.context).run(train_sharded, replace(short, parallel=parallel))[1], single)
 
 
 @pytest.mark.parametrize("name", ["dense", "moba", "mosa"])

@@ -1,14 +1,19 @@
 """Each rule between fields: the keys and values that its error names, and the nearest settings that it accepts."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from farspan.errors import ConfigError
 from farspan.parallel.mesh import Degrees, ParallelConfig
 from farspan.trainer.config import Config
+from farspan.trainer.model.config import ExpertsConfig, HeadMixtureConfig
 from farspan.trainer.toml_config import load_config, to_toml
-from farspan.trainer.validate import validate
+from farspan.trainer.validate import routers_learn, validate
 from tests.support import tiny
 
 EXPERTS = "model.experts.count=4; model.experts.feed_forward=16; model.experts"
@@ -48,11 +53,27 @@ CASES = [
      f"{EXPERTS}.layers=experts"),
     (f"{EXPERTS}.feed_forward=0", "model.experts.feed_forward=0", f"{EXPERTS}.feed_forward=16"),
     (f"{EXPERTS}.per_token=5", "model.experts does; per_token=5; experts=4", f"{EXPERTS}.per_token=4"),
+    (f"{EXPERTS}.per_token=1", "model.experts.normalized=true; model.experts.per_token=1; set normalized=false",
+     f"{EXPERTS}.per_token=1; model.experts.normalized=false"),
+    (f"{EXPERTS}.per_token=1; model.experts.score=sigmoid; model.experts.groups=4", "model.experts.normalized=true",
+     f"{EXPERTS}.per_token=2; model.experts.score=sigmoid; model.experts.groups=2"),
+    (f"{EXPERTS}.count=1; model.experts.per_token=1; model.experts.normalized=false",
+     "model.experts.count=1; score='softmax'; count=2 or more",
+     f"{EXPERTS}.count=1; model.experts.per_token=1; model.experts.normalized=false; model.experts.score=sigmoid"),
+    (f"{HEADS}.count=1", "model.head_mixture.count=1; count=2 or more", f"{HEADS}.count=2"),
+    ("model.head_mixture.kind=heads; model.kv_heads=1; model.head_mixture.shared=1",
+     "model.head_mixture.per_token=1; model.kv_heads=1; set per_token=2 or more",
+     "model.head_mixture.kind=heads; model.kv_heads=1; model.head_mixture.per_token=2"),
     (f"{EXPERTS}.count=6; parallel.expert=4", "parallel.expert=4; model.experts.count=6",
      f"{EXPERTS}.count=6; parallel.expert=2"),
     (f"{EXPERTS}.choice=experts; model.experts.normalized=false; model.experts.capacity=1.5",
      "model.experts.capacity=1.5; model.experts.choice='experts'; set it to 0.0",
      f"{EXPERTS}.choice=experts; model.experts.normalized=false"),
+    (f"{EXPERTS}.choice=experts; model.experts.normalized=false; model.experts.group_score_top_k=2",
+     "model.experts.group_score_top_k=2; model.experts.choice='experts'; set it to 0",
+     f"{EXPERTS}.group_score_top_k=2"),
+    (f"{EXPERTS}.groups=2; model.experts.group_score_top_k=3", "model.experts does; group_score_top_k=3; from 0 to 2",
+     f"{EXPERTS}.groups=2; model.experts.group_score_top_k=2"),
     (f"{EXPERTS}.feed_forward=15; parallel.expert=2", "model.experts.feed_forward=15; a multiple of the 2 ranks",
      f"{EXPERTS}.feed_forward=15; parallel.expert=4"),
     (f"{HEADS}.per_token=4", "model.head_mixture does; per_token=4; count=3", f"{HEADS}.per_token=3"),
@@ -113,3 +134,55 @@ def test_rule(path: Path, wrong: str, parts: str, right: str) -> None:
         check(path, wrong)
     assert [part for part in parts.split("; ") if part not in str(refused.value)] == []
     check(path, right)
+
+
+def learns(config: Config) -> bool:
+    try:
+        routers_learn(config)
+    except ConfigError:
+        return False
+    return True
+
+
+def moves(weights: Tensor, logits: Tensor) -> bool:
+    """Whether a loss of the weights has a gradient for the logits, beyond rounding."""
+    factors = torch.randn(weights.shape, dtype=torch.float64)
+    return torch.autograd.grad((factors * weights).sum(), logits)[0].abs().max().item() > 1e-9
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize(("count", "per_token"), [(1, 1), (4, 1), (4, 2), (4, 4), (8, 3)])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_all_routers_of_experts_that_do_not_learn_are_refused(
+    path: Path, score: Any, normalized: bool, count: int, per_token: int, groups: int
+) -> None:
+    experts = ExpertsConfig(count=count, per_token=per_token, score=score, normalized=normalized, scale=3.0)
+    if count % groups == 0:
+        experts = replace(experts, groups=groups, groups_per_token=min(per_token, groups))
+    router, logits = experts.build_router(), torch.randn(9, count, dtype=torch.float64, requires_grad=True)
+    scores = router.scores(logits)
+    weights = router.weights(scores, router.choose(scores, torch.zeros(count)))
+    assert learns(tiny.with_model(load_config(Config, path), experts=experts)) == moves(weights, logits)
+
+
+@pytest.mark.parametrize(
+    "mixture",
+    [
+        *({"kind": "experts", "count": n, "per_token": k, "normalized": of_one}
+          for n, k in ((1, 1), (3, 1), (3, 2), (3, 3)) for of_one in (True, False)),
+        *({"kind": "heads", "shared": shared, "per_token": k} for shared in (0, 1) for k in (1, 2)),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_all_routers_of_heads_that_do_not_learn_are_refused(path: Path, mixture: dict[str, Any], kv_heads: int) -> None:
+    heads = HeadMixtureConfig(**mixture)
+    config = tiny.with_model(load_config(Config, path), head_mixture=heads, heads=4 * kv_heads, kv_heads=kv_heads)
+    router = config.model.build_head_router()
+    assert router is not None
+    logits = torch.randn(9, router.choices, dtype=torch.float64, requires_grad=True)
+    # Those of shared heads learn anyway.
+    others = torch.randn(9, router.logits - router.choices, dtype=torch.float64)
+    found = router.choose(torch.cat((logits, others), dim=1), torch.zeros(router.choices))
+    assert learns(config) == moves(found.gates, logits)

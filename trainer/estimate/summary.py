@@ -21,6 +21,7 @@ from farspan.trainer.batch import work_of_layers
 from farspan.trainer.build import backends_of_layers, build_strategies, strategies_of_layers
 from farspan.trainer.config import Config
 from farspan.trainer.estimate.memory import GIB, estimate_memory, tokens_local
+from farspan.trainer.load_balance import passes_ahead
 from farspan.trainer.model.flops import attention_flops, matrix_parameters, total_parameters, training_flops
 
 
@@ -35,6 +36,7 @@ def describe(config: Config, degrees: Degrees) -> str:
 def _sizes(config: Config, degrees: Degrees) -> dict[str, str]:
     model, mechanisms = config.model, config.mechanisms()
     tokens, sequences = config.data.sequence_tokens, config.train.sequences_per_step
+    micro_batches = sequences // degrees.data
     one_document = Rows.packed([tokens])
     flops = training_flops(model, mechanisms, tokens, attention_flops(model, mechanisms, one_document)) / tokens
     parameters, active = total_parameters(model, mechanisms), matrix_parameters(model, mechanisms)
@@ -44,7 +46,7 @@ def _sizes(config: Config, degrees: Degrees) -> dict[str, str]:
         "ranks": f"{degrees.data * degrees.context} = dp_replicate {degrees.dp_replicate} x dp_shard "
         f"{degrees.dp_shard} x context {degrees.context}",
         "step": f"{sequences * tokens:,} tokens = {sequences} sequences x {tokens:,}",
-        "micro-batch": f"{tokens_local(config, degrees):,} tokens per rank, {sequences // degrees.data} per step",
+        "micro-batch": f"{tokens_local(config, degrees):,} tokens per rank, {micro_batches} per step",
         "model": f"{parameters:,} parameters{f', {active:,} active per token' if some_idle else ''}",
         "layers": f"{model.layers} of width {model.width}, {model.heads} query heads, {model.kv_heads} KV heads, "
         f"head_dim {model.head_dim}, vocabulary {model.vocabulary_size:,}",
@@ -62,6 +64,11 @@ def _sizes(config: Config, degrees: Degrees) -> dict[str, str]:
         labels["heads"] = (
             f"{of_experts}{heads.query} of {projected.query} query heads per token, {projected.kv} KV heads, in "
             f"{len(mixing)} layers"
+        )
+    ahead = passes_ahead(model, mechanisms, micro_batches)
+    if ahead:
+        labels["balance"] = (
+            f"over the step: {ahead} of {micro_batches} micro-batches run forward twice, the first time to count loads"
         )
     labels["compute"] = (
         f"{flops / 1e9:.3g} GFLOP per token in one document of {tokens:,}, {config.train.compute_dtype} on "

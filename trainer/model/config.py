@@ -83,12 +83,16 @@ class ExpertsConfig:
     """Number of groups that neighboring experts form."""
     groups_per_token: int = bounded(1, minimum=1)
     """Groups, the best ones, that a token chooses its experts from."""
+    group_score_top_k: int = bounded(0, minimum=0)
+    """How many of a group's best experts add up to its score: 2 as in DeepSeek-V3's code and torchtitan, 1 (the best)
+    as in DeepSeek-V2; 0 takes per_token / groups_per_token, as DeepSeek-V3's paper and Megatron do."""
     bias_rate: float = bounded(0.0, minimum=0)
     """How far each step moves an expert's bias to even out loads; only the choice uses it (arXiv 2408.15664)."""
     balance_loss: float = bounded(0.0, minimum=0)
     """Coefficient of the load balancing loss of Switch Transformer."""
     balance_over: Literal["sequence", "step"] = "sequence"
-    """Tokens that the load balancing loss is computed over."""
+    """Tokens that the load balancing loss is computed over. With `step` all micro-batches of a rank but the first run
+    forward once more, to count the loads of the step before the first backward pass."""
     z_loss: float = bounded(0.0, minimum=0)
     """Coefficient of the router z-loss, the squared log-sum-exp of the logits."""
 
@@ -102,6 +106,7 @@ class ExpertsConfig:
             scale=self.scale,
             groups=self.groups,
             groups_per_token=self.groups_per_token,
+            group_score_top_k=self.group_score_top_k,
         )
 
 

@@ -21,7 +21,7 @@ from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.init import initialize
 from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.toml_config import load_config
-from farspan.trainer.validate import experts_fit, head_mixture_fits, mechanism_takes_model
+from farspan.trainer.validate import experts_fit, head_mixture_fits, mechanism_takes_model, routers_learn
 from farspan.trainer.weights.io import Decoder, StoredWeights, save_weights
 
 Tensors = Mapping[str, Tensor]
@@ -44,6 +44,7 @@ def upcycle(config: Config, runs: Sequence[Path], out: Path) -> None:
         _check_layers(config, dense_config, run)
     experts_fit(config, Degrees(dp_replicate=1, dp_shard=1, context=1))
     head_mixture_fits(config)
+    routers_learn(config)
     mechanism_takes_model(config)
     with connected(Ranks(), torch.device("cpu")):
         mixture = Transformer(model, replace(config, model=model).mechanisms())

@@ -1,9 +1,13 @@
 """Routers against their formulas, token by token in plain Python."""
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from farspan.kernels.moe.expert_router import ExpertRouter
 from tests.support.mechanisms import normal
@@ -13,6 +17,11 @@ ROUTERS = {
     "Switch": ExpertRouter(experts=6, per_token=1, normalized=False),
     "all": ExpertRouter(experts=4, per_token=4, normalized=False, scale=2.0),
     "DeepSeek-V3": ExpertRouter(experts=16, per_token=4, score="sigmoid", scale=2.5, groups=4, groups_per_token=2),
+    "DeepSeek-V3, the best two of a group": ExpertRouter(
+        experts=16, per_token=4, score="sigmoid", groups=4, groups_per_token=3, group_score_top_k=2
+    ),
+    "best of a group": ExpertRouter(experts=16, per_token=6, groups=4, groups_per_token=3, group_score_top_k=1),
+    "all of a group": ExpertRouter(experts=12, per_token=2, groups=4, groups_per_token=2, group_score_top_k=3),
     "one of each group": ExpertRouter(experts=12, per_token=3, score="sigmoid", groups=3, groups_per_token=3),
     "softmax in groups": ExpertRouter(experts=12, per_token=2, normalized=False, groups=6, groups_per_token=2),
 }
@@ -27,7 +36,7 @@ def by_hand(router: ExpertRouter, logits: list[float], bias: list[float]) -> tup
         scores = [1 / (1 + math.exp(-x)) for x in logits]
     ranked = [score + b for score, b in zip(scores, bias, strict=True)]
     size = router.experts // router.groups
-    counted = max(router.per_token // router.groups_per_token, 1)
+    counted = router.group_score_top_k or max(router.per_token // router.groups_per_token, 1)
     value = [sum(sorted(ranked[g * size : (g + 1) * size])[-counted:]) for g in range(router.groups)]
     groups = sorted(range(router.groups), key=lambda g: (-value[g], g))[: router.groups_per_token]
     able = [e for e in range(router.experts) if e // size in groups]
@@ -48,6 +57,41 @@ def test_experts_and_weights(router: ExpertRouter) -> None:
         expected = by_hand(router, logits[t].tolist(), bias.tolist())
         assert chosen[t].tolist() == expected[0]
         assert weights[t].tolist() == pytest.approx(expected[1], rel=1e-12)
+
+
+# Experts of a token, groups, groups of a token.
+GROUPS = [(8, 8, 4), (8, 8, 2), (4, 8, 4), (3, 4, 2), (6, 8, 3)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("per_token", "groups", "groups_per_token"), GROUPS)
+def test_groups_are_those_of_deepseek(per_token: int, groups: int, groups_per_token: int) -> None:
+    """By transformers: V3's router with the best two of a group, and V2's with the best one."""
+    pytest.importorskip("transformers")
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
+    settings = {
+        "num_experts": 64, "num_local_experts": 64, "hidden_size": 64, "num_experts_per_tok": per_token,
+        "n_group": groups, "topk_group": groups_per_token, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+        "topk_method": "group_limited_greedy",
+    }  # fmt: skip
+    ours = ExpertRouter(experts=64, per_token=per_token, scale=2.5, groups=groups, groups_per_token=groups_per_token)
+    logits, bias = (x.float() for x in normal((400, 64), (64,)))
+    pairs: list[tuple[Any, ExpertRouter, Tensor]] = [
+        (DeepseekV3TopkRouter, replace(ours, score="sigmoid", group_score_top_k=2), 0.1 * bias),
+        (DeepseekV2TopkRouter, replace(ours, normalized=False, group_score_top_k=1), torch.zeros(64)),
+    ]
+    for theirs, router, of_choice in pairs:
+        reference = theirs(SimpleNamespace(**settings))
+        # The identity makes tokens logits; V2 has no bias.
+        reference.load_state_dict({"weight": torch.eye(64), "e_score_correction_bias": of_choice}, strict=False)
+        _, weights, chosen = reference(logits)
+        scores = router.scores(logits)
+        found = router.choose(scores, of_choice)
+        assert torch.equal(found.sort(dim=1).values, chosen.sort(dim=1).values)
+        expected = weights.gather(1, chosen.argsort(dim=1))
+        assert torch.allclose(router.weights(scores, found).gather(1, found.argsort(dim=1)), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
@@ -93,6 +137,8 @@ def test_shares_add_up_to_one_even_far_out(score: str) -> None:
         ({"per_token": 9}, "per_token=9 must be from 1 to experts=8"),
         ({"groups": 3}, "groups=3 must divide experts=8"),
         ({"groups": 4, "groups_per_token": 5}, "groups_per_token=5 must be from 1 to groups=4"),
+        ({"groups": 4, "group_score_top_k": 3}, "group_score_top_k=3 must be from 0 to 2, the experts of a group"),
+        ({"group_score_top_k": -1}, "group_score_top_k=-1 must be from 0 to 8"),
         ({"groups": 4, "per_token": 3}, "groups_per_token=1 groups of 2 experts are fewer than per_token=3"),
     ],
 )

@@ -73,6 +73,28 @@ def test_numbers() -> None:
     assert found["traffic"].startswith("16.0 MiB")
 
 
+STEP = {"balance_loss": 0.01, "balance_over": "step"}
+
+
+@pytest.mark.parametrize(
+    ("model", "sequences", "expected"),
+    [
+        ({"experts": replace(EXPERTS, **STEP)}, 6, "over the step: 2 of 3 micro-batches run forward twice, "),
+        ({"head_mixture": replace(HEADS, **STEP)}, 4, "over the step: 1 of 2 micro-batches run forward twice, "),
+        ({"experts": replace(EXPERTS, **STEP)}, 2, None),
+        ({"experts": replace(EXPERTS, **STEP, count=0)}, 6, None),
+        ({"experts": replace(EXPERTS, **(STEP | {"balance_loss": 0.0}))}, 6, None),
+        ({"experts": replace(EXPERTS, balance_loss=0.01), "head_mixture": HEADS}, 6, None),
+    ],
+)
+def test_another_forward_pass_for_a_balance_is_said(
+    model: dict[str, object], sequences: int, expected: str | None
+) -> None:
+    config = replace(CONFIG, train=replace(CONFIG.train, sequences_per_step=sequences))
+    found = labels(summarize(tiny.with_model(config, **model))).get("balance")
+    assert found == (expected and f"{expected}the first time to count loads")
+
+
 def test_traffic_of_token_choice() -> None:
     mosa = AttentionConfig(mechanism="mosa", options={"sparsity": 16}, backend="cpu")
     config = tiny.with_model(replace(CONFIG, attention=mosa), qk_norm=False)

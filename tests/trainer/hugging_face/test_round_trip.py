@@ -49,6 +49,8 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen3, yarn": ("Qwen3", {"rope_parameters": {**YARN, "rope_theta": 1e4}}),
     "mixtral": ("Mixtral", {"num_local_experts": 5}),
+    # Runs are refused, as the loss would not train the router; the model is what it is.
+    "mixtral, one expert of each token": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 1}),
     "qwen3 moe": ("Qwen3Moe", {**MOE, "norm_topk_prob": True}),
     "qwen3 moe, not normalized, dense layers": (
         "Qwen3Moe",

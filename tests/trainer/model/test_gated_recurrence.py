@@ -19,7 +19,7 @@ from farspan.trainer.model.config import ExpertsConfig, ModelConfig, RopeConfig
 from tests.support import tiny
 from tests.support.decoder import gated_recurrence
 from tests.support.rank_pool import Pools
-from tests.support.steps import STEPS, train_sharded
+from tests.support.steps import train_sharded
 from tests.trainer.conftest import TrainAndCompare, Truth
 
 
@@ -99,5 +99,5 @@ def test_bfloat16_follows_float64(base: Config, truth: Truth, ranks: Pools) -> N
     rounded = replace(config, train=replace(config.train, compute_dtype="bfloat16"))
     course = ranks(2).run(train_sharded, rounded)[0]
     assert course.losses == pytest.approx(truth(config).losses, rel=1e-2)
-    assert len(set(course.losses)) == STEPS
+    assert len(set(course.losses)) == base.train.steps
     assert {gradient.dtype for gradient in course.gradients[-1].values()} == {torch.float32}

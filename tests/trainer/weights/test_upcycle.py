@@ -139,6 +139,7 @@ def test_models_that_do_not_fit_are_refused(dense: list[Config], tmp_path: Path)
     assert "model.experts.shared=24 must be 0 or the" in refused(experts=replace(EXPERTS, shared=24))
     assert "has no experts: set model.experts or model.head_mixture" in refused()
     assert "per_token=5 must be" in refused(experts=replace(EXPERTS, per_token=5))
+    assert "normalized=true with model.experts.per_token=1" in refused(experts=replace(EXPERTS, per_token=1))
     out.mkdir()
     with pytest.raises(ConfigError, match="exists already"):
         upcycle(tiny.with_model(dense[0], experts=EXPERTS), [run], out)

@@ -5,8 +5,14 @@ Importing torch takes seconds, so no file of this folder imports it at its top.
 
 from __future__ import annotations
 
+import json
 import os
+import socket
+import sys
+import time
 from collections.abc import Mapping
+from contextlib import suppress
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +22,14 @@ if TYPE_CHECKING:
     from farspan.parallel.ranks import Ranks
 
 FIX = "start ranks with torchrun or 'farspan launch', or unset RANK for a single process"
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+TASK_COUNTS = (
+    "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE",
+    "FLUX_JOB_SIZE",
+)  # fmt: skip
+"""How many processes srun, Open MPI, MPICH with its relatives, MVAPICH, jsrun or flux has started. SLURM_NTASKS is no
+such number: a batch script, which is one process, has that of its allocation."""
 
 
 def read_ranks() -> Ranks:
@@ -23,6 +37,7 @@ def read_ranks() -> Ranks:
     from farspan.parallel.ranks import Ranks
 
     if "RANK" not in os.environ:
+        check_single_task()
         return Ranks(job=job_id())
     numbers: dict[str, int] = {}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
@@ -41,7 +56,69 @@ def read_ranks() -> Ranks:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
                 raise ConfigError(f"RANK is set but {name} is not, so ranks cannot meet: {FIX}.")
+        port = os.environ["MASTER_PORT"]
+        if not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise ConfigError(f"MASTER_PORT={port!r} in the environment must be a port, 1 to {2**16 - 1}: {FIX}.")
     return Ranks(rank=rank, world_size=world_size, local_rank=local_rank, job=job_id())
+
+
+def check_single_task() -> None:
+    """Raise ConfigError if this process is one of several that a cluster's launcher has started without ranks."""
+    for name in TASK_COUNTS:
+        count = os.environ.get(name, "")
+        if count.isdecimal() and int(count) > 1:
+            raise ConfigError(
+                f"{name}={count}: {count} processes were started but RANK is not set, so each would be a run of its "
+                "own: use 'farspan launch slurm', or start torchrun once on each node; for runs of their own, each in "
+                "its run.folder, set RANK=0 WORLD_SIZE=1 LOCAL_RANK=0."
+            )
+
+
+def choose_gloo_interface(ranks: Ranks) -> str | None:
+    """Set the network interface of gloo, which by itself resolves the name of this machine; return it if changed.
+
+    Where all ranks are on this machine, that is loopback; otherwise, if the name does not lead to an address that other
+    machines can reach, the interface towards MASTER_ADDR.
+    """
+    if GLOO_INTERFACE in os.environ:
+        return None
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") == str(ranks.world_size):
+        interface = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+    else:
+        interface = None if _is_reachable_by_name() else _interface_towards(os.environ["MASTER_ADDR"])
+    if interface is not None:
+        os.environ[GLOO_INTERFACE] = interface
+    return interface
+
+
+def _is_reachable_by_name() -> bool:
+    """Return whether this machine's name resolves to an address that it has and that is not loopback."""
+    with suppress(OSError):
+        for family, kind, protocol, _, address in socket.getaddrinfo(socket.gethostname(), 0, type=socket.SOCK_STREAM):
+            with suppress(OSError), socket.socket(family, kind, protocol) as probe:
+                probe.bind(address)
+                if not ip_address(str(address[0]).partition("%")[0]).is_loopback:
+                    return True
+    return False
+
+
+def _interface_towards(host: str) -> str | None:
+    """Return the interface of Linux's most specific IPv4 route to a host; None if there is no route or no such host."""
+    with suppress(OSError):
+        target = int.from_bytes(socket.inet_aton(socket.gethostbyname(host)), sys.byteorder)
+        routes = [line.split() for line in Path("/proc/net/route").read_text().splitlines()[1:]]
+        # Interface, destination, ..., mask: hexadecimal, in the byte order of the machine.
+        masks = [(int(route[7], 16), route[0]) for route in routes if target & int(route[7], 16) == int(route[1], 16)]
+        return max(masks, key=lambda found: found[0].bit_count())[1] if masks else None
+    return None
+
+
+def report_to_torchrun(message: str) -> None:
+    """Give torchrun the error of this rank, for the end of its own report."""
+    file = os.environ.get(ERROR_FILE)
+    if file:
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
 
 
 def job_id(environment: Mapping[str, str] = os.environ) -> str | None:

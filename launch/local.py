@@ -67,7 +67,9 @@ class LocalJob:
                 _kill(torchrun)
 
     def _torchrun_arguments(self) -> list[str]:
-        return ["--standalone", "--nproc-per-node", str(self.num_ranks), *self._rank_arguments()]
+        # Without an address, ranks would look for each other under the name of this machine, which need not resolve.
+        meeting = ["--standalone", "--local-addr=127.0.0.1"]
+        return [*meeting, "--nproc-per-node", str(self.num_ranks), *self._rank_arguments()]
 
     def _rank_arguments(self) -> list[str]:
         return ["-m", "farspan.launch.cli", "train", str(self.config), *self.overrides]

@@ -6,9 +6,19 @@ import logging
 import signal
 import sys
 from collections.abc import Mapping
+from socket import gaierror
 from typing import TYPE_CHECKING
 
-from farspan.trainer.resilience.signals import EXIT_HUNG, EXIT_UNFIT, EXIT_USER_ERROR, EXIT_WARNED, KILLED, STOP_SIGNALS
+from farspan.launch.env import job_id
+from farspan.trainer.resilience.signals import (
+    EXIT_FAILED,
+    EXIT_HUNG,
+    EXIT_UNFIT,
+    EXIT_USER_ERROR,
+    EXIT_WARNED,
+    KILLED,
+    STOP_SIGNALS,
+)
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -25,14 +35,24 @@ def main(arguments: list[str]) -> int:
     # SLURM signals every process. The ranks act on it, and torchrun ends when they do: its own handler, which would
     # raise and kill them, must never run. Blocked before torch starts threads, each of which could still take a signal.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    from torch.distributed import run
+    from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         run.run(run.parse_args(arguments))
     except ChildFailedError as error:
         return _report(*_first_failure(error.failures))
+    except (RendezvousError, DistError, gaierror) as error:
+        reason = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0].rstrip(".")
+        print(
+            f"farspan: the ranks cannot meet ({reason}): name a port that is free, at an address that all nodes reach, "
+            "and start torchrun on all of them.",
+            file=sys.stderr,
+        )
+        # A scheduler may find the other nodes in time if it starts the run again.
+        return EXIT_USER_ERROR if job_id() is None else EXIT_FAILED
     return 0
 
 

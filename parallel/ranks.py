@@ -10,6 +10,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from farspan.errors import FarspanError
+
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 """Parameters of glibc's mallopt."""
@@ -27,6 +29,10 @@ class Ranks:
     job: str | None = None
 
 
+class NotConnectedError(FarspanError):
+    """This rank has not found the others; unlike other errors of a run, each rank raises its own."""
+
+
 @contextmanager
 def connected(
     ranks: Ranks,
@@ -37,7 +43,7 @@ def connected(
     """Join the default process group inside the block: gloo for CPU tensors, NCCL for CUDA tensors.
 
     timeout: how long a rank waits for others before it raises. store: the rendezvous; without one, several ranks meet
-    at MASTER_ADDR:MASTER_PORT, as torchrun sets them.
+    at MASTER_ADDR:MASTER_PORT, as torchrun sets them. Raises NotConnectedError if they do not meet.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
@@ -47,13 +53,20 @@ def connected(
     # A single rank needs no rendezvous; with None, torch reads the address of the others from the environment.
     if store is None and ranks.world_size == 1:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group(
-        backend,
-        store=store,
-        rank=ranks.rank if store else -1,
-        world_size=ranks.world_size if store else -1,
-        timeout=timeout,
-    )
+    try:
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=ranks.rank if store else -1,
+            world_size=ranks.world_size if store else -1,
+            timeout=timeout,
+        )
+    except RuntimeError as error:  # DistError of torch's store is one, as are gloo's own errors
+        raise NotConnectedError(
+            f"rank {ranks.rank} cannot meet the others ({str(error).splitlines()[0].rstrip('.')}): start "
+            f"WORLD_SIZE={ranks.world_size} ranks within parallel.timeout_s={timeout.total_seconds():g}, with a "
+            "MASTER_ADDR that all reach and a MASTER_PORT that is free there."
+        ) from error
     try:
         yield
     finally:

@@ -6,8 +6,15 @@ import sys
 
 from farspan.errors import ConfigError, FarspanError
 from farspan.launch.commands.arguments import Subparsers, add_command, add_config_arguments, config_of, print_dry_run
-from farspan.launch.env import read_ranks
-from farspan.trainer.resilience.signals import EXIT_UNFIT, EXIT_USER_ERROR, EXIT_WARNED, StopSignal, announce
+from farspan.launch.env import choose_gloo_interface, read_ranks, report_to_torchrun
+from farspan.trainer.resilience.signals import (
+    EXIT_FAILED,
+    EXIT_UNFIT,
+    EXIT_USER_ERROR,
+    EXIT_WARNED,
+    StopSignal,
+    announce,
+)
 
 log = logging.getLogger("farspan")
 
@@ -32,14 +39,21 @@ def run(options: argparse.Namespace) -> int:
     first = announce if ranks.world_size == 1 else lambda number: None
     with StopSignal(first=first) as stop:
         # The handlers come before these imports, which take seconds: a signal in the meantime is not lost.
+        from farspan.parallel.ranks import NotConnectedError
         from farspan.trainer.resilience.preflight import BadNodeError
         from farspan.trainer.train import train
 
+        choose_gloo_interface(ranks)
         try:
             wants_requeue = train(config_of(options), ranks, stop)
         except FarspanError as error:
+            is_connected = not isinstance(error, NotConnectedError)
             # `train` raises the same error on all ranks.
-            if ranks.rank == 0:
+            if ranks.rank == 0 or not is_connected:
                 print(f"farspan: {error}", file=sys.stderr)
-            return EXIT_UNFIT if isinstance(error, BadNodeError) else EXIT_USER_ERROR
+            report_to_torchrun(f"farspan: {error}")
+            if isinstance(error, BadNodeError):
+                return EXIT_UNFIT
+            # A scheduler may find the ranks in time, or on other nodes, if it starts the run again.
+            return EXIT_USER_ERROR if is_connected or ranks.job is None else EXIT_FAILED
     return EXIT_WARNED if wants_requeue else 0

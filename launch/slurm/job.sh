@@ -26,10 +26,19 @@ requeue() {
         --script="$submitted/job.sh" "${requeue_limits[@]}"
 }
 
+address_of() { # NODE
+    local found
+    found=$(sed -n "s/^$1 //p" "$logs/addresses")
+    echo "${found:-$1}"
+}
+
 case ${1:-job} in
 job)
     mkdir -p "$logs/ended"
     scontrol show hostnames "$SLURM_JOB_NODELIST" >"$logs/nodes"
+    # The addresses that SLURM itself uses: names of nodes need not resolve.
+    scontrol show --oneliner node "$SLURM_JOB_NODELIST" |
+        sed -n 's/^NodeName=\([^ ]*\) .*NodeAddr=\([^ ]*\).*/\1 \2/p' >"$logs/addresses" || :
     export OMP_NUM_THREADS=$threads_per_rank PYTHONUNBUFFERED=1
     # The job runs the code of its submission. Without PYTHONSAFEPATH, Python would prefer code in the current folder.
     export PYTHONPATH=$submitted/code PYTHONSAFEPATH=1
@@ -38,9 +47,10 @@ job)
     # srun does not take this over from sbatch.
     export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
     # Ranks meet on the first node. The port is below those that Linux gives out by itself (32768 and up), and differs
-    # between jobs that share the node.
-    read -r MASTER_ADDR <"$logs/nodes"
-    export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
+    # between jobs that share the node, and between starts: another program may have it.
+    read -r first <"$logs/nodes"
+    MASTER_ADDR=$(address_of "$first")
+    export MASTER_ADDR MASTER_PORT=$((20000 + (SLURM_JOB_ID + 997 * restarts) % 12000))
     # SLURM sends SIGTERM to every process when it ends the job. The ranks save; this shell must outlive them, and bash
     # runs a trap only after the command in the foreground, srun, has ended.
     got_sigterm=
@@ -59,12 +69,17 @@ task)
     trap : TERM
     status=0
     if "$task_per_rank"; then
-        export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
+        export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS
+        export LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$ranks_per_node
         bash "$submitted/job.sh" rank || status=$?
     else
-        # The id of the rendezvous differs between starts, so that late ranks of the last one cannot join.
+        # The id of the rendezvous differs between starts, so that late ranks of the last one cannot join. Without an
+        # address and is_host, torchrun would resolve the name of the node.
+        address=$(address_of "$SLURMD_NODENAME") is_host=0
+        [ "$address" != "$MASTER_ADDR" ] || is_host=1
         "$python" -m farspan.launch.torchrun --nnodes="$num_nodes" --nproc-per-node="$ranks_per_node" \
             --rdzv-backend=c10d --rdzv-id="$job-$restarts" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" \
+            --rdzv-conf="is_host=$is_host" --local-addr="$address" \
             --no-python bash "$submitted/job.sh" rank || status=$?
     fi
     echo "$SLURMD_NODENAME $HOSTNAME $status" >"$logs/ended/$SLURM_PROCID"

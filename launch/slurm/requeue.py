@@ -15,9 +15,16 @@ from pathlib import Path
 
 from farspan.launch.slurm import history
 from farspan.launch.slurm.client import SlurmError, run_slurm
-from farspan.trainer.resilience.signals import EXIT_HUNG, EXIT_UNFIT, EXIT_USER_ERROR, EXIT_WARNED, KILLED, UNFIT_FILE
+from farspan.trainer.resilience.signals import (
+    EXIT_FAILED,
+    EXIT_HUNG,
+    EXIT_UNFIT,
+    EXIT_USER_ERROR,
+    EXIT_WARNED,
+    KILLED,
+    UNFIT_FILE,
+)
 
-EXIT_FAILED = 1
 HARDWARE_SIGNALS = {signal.SIGKILL, signal.SIGBUS, signal.SIGSEGV, signal.SIGILL, signal.SIGFPE}
 """Deaths for which the node is to blame. SIGABRT is none, as a lost peer may end a rank by it. SLURM's own SIGKILL does
 not count either: it also ends the shell that would record it."""

@@ -65,7 +65,7 @@ SlurmdTimeout=10
 KillWait=30
 MinJobAge=86400
 EnforcePartLimits=ALL
-NodeName=n[1-$1] CPUs=$2 RealMemory=4000 State=UNKNOWN
+NodeName=n[1-$1] NodeAddr=10.77.0.[11-$((10 + $1))] CPUs=$2 RealMemory=4000 State=UNKNOWN
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
@@ -77,8 +77,7 @@ head_node() { # NODES CPUS_PER_NODE
     hostname head
     {
         echo "127.0.0.1 localhost"
-        echo "10.77.0.1 head"
-        for number in $(seq "$1"); do echo "10.77.0.$((10 + number)) n$number"; done
+        echo "10.77.0.1 head" # names of other nodes do not resolve
     } >"$folder/hosts"
     mount --bind "$folder/hosts" /etc/hosts
     ip link set lo up

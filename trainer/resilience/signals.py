@@ -15,6 +15,8 @@ from typing import Any, Self
 
 WARNING_SIGNAL = signal.SIGUSR1
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, WARNING_SIGNAL)
+EXIT_FAILED = 1
+"""Exit status of a failure that another start may not have."""
 EXIT_USER_ERROR = 2
 """Exit status of a run that ended with one sentence about what the user can fix."""
 EXIT_WARNED = 75

@@ -3,6 +3,8 @@
 Legend: T query rows, S key rows, Hq query heads, Hk KV heads (Hq % Hk == 0), D head dim, Dv value head dim.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -18,14 +20,15 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, backend: s
     q `[T, Hq, D]`, k `[S, Hk, D]`, v `[S, Hk, Dv]` of one dtype, float64 to float16. `out` comes in that dtype or in
     the accumulation dtype; `lse` is the natural log-sum-exp of the scaled scores in the accumulation dtype (float64
     for float64, else float32). A row that sees no key has out 0 and lse -inf. Not differentiable by autograd: see
-    `attention_backward`. Padding rows must be finite and far below 1e30. Raises ValueError on bad shapes or dtypes, and
-    for a plan of other rows or heads.
+    `attention_backward`. Padding rows may hold anything, and numbers that are not finite stay in their document (see
+    `farspan.kernels.isolation`). Raises ValueError on bad shapes or dtypes, and for a plan of other rows or heads.
     """
     _check_shapes(q, k, v, plan)
     # Backends never meet a plan without visible pairs, nor tensors without rows.
     if plan.is_empty:
         return empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
-    return BACKENDS.get(backend).forward(q, k, v, plan)
+    attend = partial(BACKENDS.get(backend).forward, plan=plan)
+    return attend(q, k, v) if plan.isolation is None else plan.isolation.forward(attend, q, k, v)
 
 
 @torch.no_grad()
@@ -45,7 +48,8 @@ def attention_backward(
         raise ValueError(f"{shapes} do not fit q {list(q.shape)} and v {list(v.shape)}")
     if plan.is_empty:
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
-    return BACKENDS.get(backend).backward(dout, q, k, v, out, lse, plan)
+    attend, given = partial(BACKENDS.get(backend).backward, plan=plan), (dout, q, k, v, out, lse)
+    return attend(*given) if plan.isolation is None else plan.isolation.backward(attend, *given)
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, name: str) -> None:

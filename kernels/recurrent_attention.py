@@ -3,12 +3,15 @@
 Legend: T rows, Hq query heads, Hk key/value heads (Hq % Hk == 0), D head size, Dv value head size.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from farspan.errors import ConfigError
 from farspan.kernels.attention import check_qkv
 from farspan.kernels.backend import BACKENDS
+from farspan.kernels.isolation import Places, bad_rows, poison_, surely_none, zeroed
 from farspan.kernels.linear_attention.recurrence import RecurrentBackend
 from farspan.kernels.linear_attention.state import RecurrenceInputs, Segment, State, empty_state
 from farspan.kernels.masks.rows import PADDING
@@ -28,7 +31,19 @@ def recurrent_attention_forward(
     differentiable by autograd: see `recurrent_attention_backward`. Raises ValueError on bad shapes or rates,
     ConfigError for a backend without recurrences.
     """
-    return _recurrent_backend(backend).scan(_checked(q, k, v, segment, decay, state))
+    inputs, scan = _checked(q, k, v, segment, decay, state), _recurrent_backend(backend).scan
+    isolation = segment.isolation_after(inputs.state.last)
+    if isolation is None:
+        return scan(inputs)
+    here = isolation.to(q.device)
+    bad_queries, bad_keys = bad_rows(here.queries.document[:-1], q), _with_state(here.keys, (k, v), inputs.state.value)
+    if surely_none(bad_queries) and surely_none(bad_keys):
+        return scan(inputs)
+    out, after = scan(_without(inputs, bad_queries, bad_keys))
+    reached = here.queries_after(bad_keys)
+    poison_(reached[:-1] | (bad_queries & (here.queries.document[:-1] > 0)), out)
+    poison_(reached[-1:], after.value[None])
+    return out, after
 
 
 @torch.no_grad()
@@ -56,7 +71,35 @@ def recurrent_attention_backward(
     dstate = torch.zeros_like(value) if dstate is None else dstate
     if dstate.shape != value.shape:
         raise ValueError(f"dstate {list(dstate.shape)} does not fit a state of {list(value.shape)}")
-    return _recurrent_backend(backend).scan_backward(dout, dstate, inputs)
+    scan_backward, isolation = _recurrent_backend(backend).scan_backward, segment.isolation_after(inputs.state.last)
+    if isolation is None:
+        return scan_backward(dout, dstate, inputs)
+    here = isolation.to(q.device)
+    bad_queries, bad_keys = _with_state(here.queries, (dout, q), dstate), _with_state(here.keys, (k, v), value)
+    if surely_none(bad_queries) and surely_none(bad_keys):
+        return scan_backward(dout, dstate, inputs)
+    (dout,), (dstate,) = zeroed(bad_queries[:-1], dout), zeroed(bad_queries[-1:], dstate[None])
+    dstate = dstate[0]
+    dq, dk, dv, dbefore = scan_backward(dout, dstate, _without(inputs, bad_queries[:-1], bad_keys))
+    # A bad row has bad gradients of its own, too.
+    of_queries = (here.queries_after(bad_keys) | (bad_queries & (here.queries.document > 0)))[:-1]
+    of_keys = here.keys_before(bad_queries) | (bad_keys & (here.keys.document > 0))
+    poison_(of_queries, dq)
+    poison_(of_keys[:-1], dk, dv)
+    poison_(of_keys[-1:], dbefore[None])
+    return dq, dk, dv, dbefore
+
+
+def _with_state(places: Places, tensors: tuple[Tensor, ...], state: Tensor) -> Tensor:
+    """Return which rows of tensors `[T, heads, width]` are bad, and last whether a state is, bool `[T + 1]`."""
+    return torch.cat((bad_rows(places.document[:-1], *tensors), ~state.isfinite().all()[None]))
+
+
+def _without(inputs: RecurrenceInputs, bad_queries: Tensor, bad_keys: Tensor) -> RecurrenceInputs:
+    """Return the inputs with zeros for bad rows, bool `[T]`, and `[T + 1]` with the state last."""
+    (q,), (k, v) = zeroed(bad_queries, inputs.q), zeroed(bad_keys[:-1], inputs.k, inputs.v)
+    value = zeroed(bad_keys[-1:], inputs.state.value[None])[0][0]
+    return replace(inputs, q=q, k=k, v=v, state=State(value, inputs.state.last))
 
 
 def _recurrent_backend(name: str) -> RecurrentBackend:

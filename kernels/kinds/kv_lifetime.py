@@ -145,7 +145,10 @@ class TypeGradient(RoutingGradient):
         # [tokens, Hk, 3] -> [T, Hk, 3]
         local = gradient.new_zeros(self.routing.shape)
         local[tokens >= 0] = gradient[tokens[tokens >= 0]]
-        return (straight_through(local, self.routing, mechanism.temperature),)
+        learned = straight_through(local, self.routing, mechanism.temperature)
+        # 0 x NaN: the logits of padding may be anything.
+        padding = (planner.local_rows.document < 0).to(gradient.device)
+        return (learned.masked_fill_(padding[:, None, None], 0.0),)
 
     def _sums(self) -> Tensor:
         """The sums over pairs, `[tokens, Hk, SUMS]`; made in the backward pass only."""

@@ -78,7 +78,7 @@ class Routed(Masked):
     def sample_routing(self, global_rows: Rows, heads: Heads, *, max_queries: int | None = None) -> "SelectedBlocks":
         generator, tokens = torch.Generator().manual_seed(0), len(global_rows)
         # Few queries select among all blocks: long sequences would take as long as the attention itself.
-        one_in = -(-tokens // max_queries) if max_queries else 1
+        one_in = max(-(-tokens // max_queries), 1) if max_queries else 1
         index = torch.arange(0, tokens, one_in)
         q, k = (torch.randn(len(index), n, SAMPLE_HEAD_DIM, generator=generator) for n in (heads.query, heads.kv))
         selection = self.select(q, k, self._unsharded(global_rows.take(index), global_rows, heads))

@@ -84,7 +84,7 @@ class TokenChoice(Mechanism):
         # The rows that one KV head selects stand for those of every head.
         of_selected = super().saved_bytes(heads, sizes, global_rows) + heads.kv * sizes.accumulation_bytes
         out = heads.query * sizes.value_dim * sizes.element_bytes
-        return out + of_selected * len(self._sample_rows(global_rows)) // len(global_rows)
+        return out + of_selected * len(self._sample_rows(global_rows)) // max(len(global_rows), 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,18 +133,26 @@ class ChosenTokens:
 
     def collect(self, x: Tensor, kv_heads: int) -> Tensor:
         """Return `[rows, G, width]` of x `[tokens, Hk x G, width]`; padding is 0."""
-        token, head = self.token.to(x.device), self.head.to(x.device)
+        # Padding is not read: x may have no rows at all.
+        real, token, head = self._real(x.device)
+        collected = x.new_zeros(len(self.token), x.shape[1] // kv_heads, x.shape[2])
         # [tokens, Hk x G, width] -> [tokens, Hk, G, width] -> [rows, G, width]
-        collected = x.unflatten(1, (kv_heads, -1))[token.clamp(min=0), head]
-        return collected.masked_fill_((token < 0).view(-1, 1, 1), 0)
+        collected[real] = x.unflatten(1, (kv_heads, -1))[token, head]
+        return collected
 
     def scatter(self, x: Tensor, shape: Sequence[int], *, fill: float = 0.0) -> Tensor:
         """Return `[tokens, Hk x G, width]`, `shape` its first two, of x `[rows, G, width]`; the rest is `fill`."""
         # Each pair of a token and a head occurs at most once, so that nothing is summed.
-        real = (self.token >= 0).to(x.device)
+        real, token, head = self._real(x.device)
         full = x.new_full((shape[0], shape[1] // x.shape[1], *x.shape[1:]), fill)  # [tokens, Hk, G, width]
-        full[self.token.to(x.device)[real], self.head.to(x.device)[real]] = x[real]
+        full[token, head] = x[real]
         return full.flatten(1, 2)  # [tokens, Hk, G, width] -> [tokens, Hk x G, width]
+
+    def _real(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the rows that are not padding, and the token and head of each, int64 `[n]`."""
+        # Found on the host, so that nothing waits for the device.
+        real = (self.token >= 0).nonzero().squeeze(1)
+        return real.to(device), self.token[real].to(device), self.head[real].to(device)
 
 
 @final

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from farspan.kernels.isolation import Isolation
 from farspan.kernels.masks.rows import PADDING, Rows
 from farspan.kernels.merge import accumulation_dtype
 
@@ -25,15 +26,25 @@ class Segment:
     """Rows in the order of the sequence: documents one after another, each by rising position, padding at the end.
 
     Positions may have gaps. tokens: rows before the padding. first, last: the positions of the first and last of them.
+    isolation: of the rows, each side with a last row for a state: the keys have the state before, of the first
+    document, the queries the state after; None if it needs none.
     """
 
     rows: Rows
     tokens: int
     first: SequencePosition
     last: SequencePosition
+    isolation: Isolation | None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def isolation_after(self, before: SequencePosition) -> Isolation | None:
+        """Return the isolation where the state before the segment is at `before`."""
+        if before.document in (PADDING, self.first.document):
+            return self.isolation
+        last = self.last if self.tokens else before
+        return Isolation.of(_and_one(self.rows, last), _and_one(self.rows, before), causal=True)
 
     @staticmethod
     def of(rows: Rows) -> "Segment":
@@ -45,10 +56,21 @@ class Segment:
             raise ValueError("the rows of a segment must be documents one after another, then padding: sort them")
         if bool(((position.diff() <= 0) & ~starts[1:]).any()):
             raise ValueError("the rows of a document in a segment must be in the order of their positions: sort them")
-        if not tokens:
-            return Segment(rows=rows, tokens=0, first=NO_POSITION, last=NO_POSITION)
-        first, last = (SequencePosition(int(document[i]), int(position[i])) for i in (0, -1))
-        return Segment(rows=rows, tokens=tokens, first=first, last=last)
+        first = last = NO_POSITION
+        if tokens:
+            first, last = (SequencePosition(int(document[i]), int(position[i])) for i in (0, -1))
+        # The state before is earlier than every row.
+        before = SequencePosition(first.document, -1)
+        isolation = Isolation.of(_and_one(rows, last), _and_one(rows, before), causal=True)
+        return Segment(rows=rows, tokens=tokens, first=first, last=last, isolation=isolation)
+
+
+def _and_one(rows: Rows, place: SequencePosition) -> Rows:
+    """Return the rows and one more."""
+    return Rows(
+        position=torch.cat((rows.position, rows.position.new_tensor([place.position]))),
+        document=torch.cat((rows.document, rows.document.new_tensor([place.document]))),
+    )
 
 
 def order(rows: Rows) -> Tensor:

@@ -102,8 +102,7 @@ def count_keys_per_query(attention_mask: AttentionMask, global_rows: Rows) -> Te
         return _keys_per_cell(attention_mask.neighborhood)[cell].masked_fill_(~real, 0)
     position = global_rows.position.double()
     # Rows come in any order: a document's last position is its row count - 1.
-    document = global_rows.document.clamp(min=0).long()
-    last = torch.bincount(document, weights=real.double())[document] - 1
+    last = global_rows.document_length().double() - 1
     # Visible keys are positions low..high, and the sinks outside of them.
     high = position if attention_mask.causal else last
     count = high + 1

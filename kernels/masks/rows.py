@@ -17,7 +17,7 @@ class Rows:
     """The token that each row of a tensor `[rows, ...]` holds; the order of rows is free.
 
     position: int32 `[rows]`, position inside the row's document, from 0.
-    document: int32 `[rows]`, the document's id; -1 is padding.
+    document: int32 `[rows]`, the document's id: any number from 0, in any order; rows of negative ones are padding.
     Raises ValueError for other dtypes or shapes.
     """
 
@@ -40,6 +40,12 @@ class Rows:
     def ordinal(self) -> Tensor:
         """int64 `[rows]` that sort by document, then by position; negative for padding."""
         return ordinal(self.document, self.position)
+
+    def document_length(self) -> Tensor:
+        """The number of rows of each row's document, int64 `[rows]`; of padding it means nothing."""
+        # Ids may be any numbers, so that nothing is counted by id.
+        _, document, counts = self.document.unique(return_inverse=True, return_counts=True)
+        return counts[document]
 
     def take(self, index: Tensor) -> "Rows":
         """The rows at `index` (int64 `[n]`); an index of -1 gives a padding row."""

@@ -91,9 +91,8 @@ class BlockSparse(Routed):
             has_own = given.diagonal()[tile]
             others, own = given.sum(dim=1)[tile] - has_own.long(), has_own * own
         else:
-            document = global_rows.document.clamp(min=0).long()
-            tiles = (torch.bincount(document, weights=real.double()).long() + self.block - 1) // self.block
-            others = self._num_drawn(tile if self.causal else tiles[document] - 1)
+            tiles = (global_rows.document_length() + self.block - 1) // self.block
+            others = self._num_drawn(tile if self.causal else tiles - 1)
         return (others * self.block + own).masked_fill(~real, 0).double()
 
     @torch.no_grad()

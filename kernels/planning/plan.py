@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from farspan.kernels.isolation import Isolation
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockSelection
@@ -38,6 +39,7 @@ class Plan:
     """The pairs visible under `attention_mask` and, where there is one, in the key blocks of `selection`.
 
     lifetime: int32 `[Hk, keys]` or None, the last query position that sees each key of each KV head; -1: none does.
+    isolation: None if it needs none.
     Raises ValueError for lifetimes with any mask but the plain causal one, or with a selection.
     """
 
@@ -47,6 +49,7 @@ class Plan:
     heads: int
     parts: tuple[HeadPlan, ...]
     selection: BlockSelection | None
+    isolation: Isolation | None
     lifetime: Tensor | None = None
     cache: dict[Hashable, Any] = field(default_factory=dict, init=False)
     """What backends compute from the plan, under keys of their own: shared by forward, backward and all layers."""
@@ -77,7 +80,15 @@ class Plan:
             HeadPlan(tuple(group), uniform, cut_regions(queries, keys, uniform, shortest_run))
             for uniform, group in attention_mask.by_heads(heads).items()
         )
-        plan = Plan(queries=queries, keys=keys, attention_mask=attention_mask, heads=heads, parts=parts, selection=None)
+        plan = Plan(
+            queries=queries,
+            keys=keys,
+            attention_mask=attention_mask,
+            heads=heads,
+            parts=parts,
+            selection=None,
+            isolation=Isolation.of(queries, keys, causal=attention_mask.causal),
+        )
         return plan if selection is None else plan.with_selection(selection)
 
     def with_selection(self, selection: BlockSelection) -> "Plan":

@@ -79,7 +79,8 @@ def forward_kernel(q, k, v, out, lse, plan, scale, BLOCK_Q: tl.constexpr, BLOCK_
             o_run, i_keys, remaining = tile.next_tile(plan.lists, o_run, i_keys, remaining)
     # Full tiles do not check whether a query is padding.
     m_token = tl.load(plan.terms.q_document + o_row, mask=m_row, other=-1) >= 0
-    m_attends = m_token & (b_sum > 0)
+    # A sum of NaN, which compares as no number, must come out.
+    m_attends = m_token & (b_sum != 0)
     b_out = tl.where(m_attends[:, None], b_out / tl.where(m_attends, b_sum, 1.0)[:, None], 0.0)
     b_lse = tl.where(m_attends, (b_max + tl.math.log2(tl.where(m_attends, b_sum, 1.0))) * tile.LN2, float("-inf"))
     o_result = _result_offsets(plan, i_tile, o_row, o_head, BLOCK_Q)
@@ -104,7 +105,7 @@ def delta_kernel(
     b_product *= tile.load_queries(out, queries).to(tl.float32)
     b_lse = tl.load(lse + o_row.to(tl.int64) * HEADS + i_head, mask=m_row, other=0.0).to(tl.float32)
     m_token = tl.load(q_document + o_row, mask=m_row, other=-1) >= 0
-    m_attends = m_token & (b_lse > float("-inf"))
+    m_attends = m_token & (b_lse != float("-inf"))
     # Heads first: the backward kernels read rows of one head.
     o_result = i_head.to(tl.int64) * num_queries + o_row
     tl.store(delta + o_result, tl.sum(b_product, 1), mask=m_row)
@@ -238,7 +239,7 @@ def combine_kernel(
             b_acc = b_acc * b_rescale[:, None] + b_part * b_weight[:, None]
             b_max = b_new_max
     if part_lse is not None:
-        m_attends = b_sum > 0
+        m_attends = b_sum != 0
         b_divisor = tl.where(m_attends, b_sum, 1.0)
         b_acc = b_acc / b_divisor[:, None]
         tl.store(lse + o_row, tl.where(m_attends, b_max + tl.log(b_divisor), float("-inf")), mask=m_row)

@@ -1,5 +1,6 @@
 """Every mechanism over a full sequence, on every backend and in every dtype, against the oracle in float64."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.backend import BACKENDS
+from farspan.kernels.kinds.token_choice import TokenChoice
 from farspan.kernels.linear_attention.recurrence import RecurrentBackend
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Access, Mechanism
@@ -78,6 +80,32 @@ def test_nothing_leaks_from_hidden_tokens(mechanism: Mechanism, backend: str) ->
         for gradient in drouting:
             assert not gradient[document != document[t]].any()
             assert (gradient[t + 1 :].abs() <= 1e-14).all()
+
+
+@pytest.mark.parametrize("backend", ABLE)
+@pytest.mark.parametrize("mechanism", EXAMPLES, ids=str)
+def test_what_is_not_finite_stays_in_its_document_and_padding_reaches_nothing(
+    mechanism: Mechanism, backend: str
+) -> None:
+    """In q, k, v or the gradient of out of one token, where tiles hold rows of several documents."""
+    heads, base = Heads(query=8, kv=2), Rows.packed([20, 1, 23, 11], padding=5)
+    for rows in (base, base.take(torch.randperm(len(base), generator=torch.Generator().manual_seed(0)))):
+        inputs = inputs_of(mechanism, len(rows), heads)
+        expected = attend(mechanism, rows, heads, inputs, backend=backend)
+        padding, document = rows.document < 0, rows.document == 2
+        token = document & (rows.position == 7)
+        for nth in (0, 1, 2, len(inputs) - 1):
+            spoiled = [x.clone() for x in inputs]
+            for x, number in zip(spoiled, (math.nan, math.inf, 1e38, -math.inf, math.nan), strict=False):
+                x[padding] = number
+            spoiled[nth][token] = math.nan
+            found = attend(mechanism, rows, heads, spoiled, backend=backend)
+            for a, b in zip(found, expected, strict=True):
+                oracle.assert_close([a[~document]], [b[~document]])
+                assert not a[padding].masked_fill(a[padding].isneginf(), 0.0).any()
+            # A head that does not choose the token has nothing to show.
+            if not isinstance(mechanism, TokenChoice):
+                assert any(x[token].isnan().any() for x in found)
 
 
 SCANNING = [name for name in ABLE if isinstance(BACKENDS.get(name), RecurrentBackend)]

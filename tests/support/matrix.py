@@ -34,6 +34,13 @@ DOCUMENTS = {
     # Under the contiguous layout of 8 ranks the last three hold nothing but padding.
     "padded_ranks": Rows.packed([150, 37, 3], padding=130),
 }
+TINY = {
+    "nothing": Rows.packed([]),
+    "no_documents": Rows.packed([0, 0]),
+    "a_token": Rows.packed([1]),
+    "empty_and_tiny": Rows.packed([0, 1, 0, 1, 0, 3]),
+}
+"""Ranks without tokens, and documents of 0 and 1; the matrix has larger ones."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class Case:
 
     @property
     def rows(self) -> Rows:
-        return DOCUMENTS[self.documents]
+        return {**DOCUMENTS, **TINY}[self.documents]
 
     def inputs(self) -> list[Tensor]:
         """q, k, v, routing and the gradient of out of the full sequence; the same on every rank."""

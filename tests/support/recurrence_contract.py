@@ -125,6 +125,24 @@ class RecurrenceContract:
         same = relative_error(case.run(self.backend)[0], without.run(self.backend)[0]) == 0
         assert same == (last.document != 0)
 
+    def test_states_that_are_not_finite_stay_in_their_document(self) -> None:
+        """The state before enters the first document, the gradient of the state after the last one."""
+        case = Case.random(later_rows([20, 70, 23], 50, padding=2), (4, 2), last=SequencePosition(0, 3))
+        document = case.segment.rows.document
+        out, after, *_, dbefore = case.run(self.backend)
+        bad = replace(case, state=State(torch.full_like(case.state.value, torch.nan), case.state.last))
+        found = bad.run(self.backend)
+        assert torch.equal(found[0][document != 0], out[document != 0])
+        assert torch.equal(found[1], after)
+        assert found[0][document == 0].isnan().all()
+        _, _, dq, dk, dv, _ = case.run(self.backend)
+        bad = replace(case, dstate=torch.full_like(case.dstate, torch.nan))
+        found = bad.run(self.backend)[2:]
+        for got, expected in zip(found[:3], (dq, dk, dv), strict=True):
+            assert torch.equal(got[document != 2], expected[document != 2])
+        assert found[1][document == 2].isnan().all()
+        assert torch.equal(found[3], dbefore)
+
     @pytest.mark.parametrize("dims", [(16, 16), (40, 24), (64, 64), (96, 128)])
     def test_head_sizes(self, dims: tuple[int, int]) -> None:
         check(Case.random(ROWS["ragged"], (4, 2), dims), self.backend)

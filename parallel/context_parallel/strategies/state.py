@@ -189,7 +189,12 @@ class _StatePassingAttention(DistributedAttention):
         return influence.unflatten(1, (self.channel.size, -1))[:, self.channel.rank]  # [Hq, P, M, P * M]
 
     def _weighted_sum(self, states: Tensor, weight: Tensor) -> Tensor:
-        return torch.einsum("hms,shdv->mhdv", weight.to(states), states)  # [P * M, Hq, D, Dv] -> [M, Hq, D, Dv]
+        # 0 x NaN: a state that is not finite must reach those of its document only.
+        bad = ~states.isfinite().all(dim=-1).all(dim=-1)  # [P * M, Hq]
+        reached = ((weight > 0).to(bad.device) & bad.t()[:, None]).any(dim=-1).t()  # [Hq, M, P * M] -> [M, Hq]
+        states = states.masked_fill(bad[:, :, None, None], 0.0)
+        total = torch.einsum("hms,shdv->mhdv", weight.to(states), states)  # [P * M, Hq, D, Dv] -> [M, Hq, D, Dv]
+        return total.masked_fill(reached[:, :, None, None], torch.nan)
 
     def _first_document(self, rows: slice, segment: Segment, like: Tensor) -> tuple[slice, Tensor]:
         """Return the rows of the document that a segment begins with, and the decay of the entering state there.

@@ -12,13 +12,11 @@ from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import MECHANISMS, Heads, Mechanism
 from farspan.kernels.mechanisms.block_sparse import BlockSparse
 from farspan.kernels.mechanisms.dense import Dense
-from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.spans import Spans
 from farspan.parallel.comm import Unconnected
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes
 from farspan.parallel.layout import Shards
-from tests.support.mechanisms import attend, inputs_of
-from tests.support.oracle import assert_close
+from tests.support.mechanisms import inputs_of
 from tests.support.simulation import simulate_attention
 
 
@@ -30,19 +28,6 @@ def test_bytes_where_the_degree_divides_nothing(name: str, degree: int) -> None:
     shards = Shards.build(rows, layout="zigzag", degree=degree)
     found = simulate_attention("ring", mechanism, shards, heads, inputs_of(mechanism, 200, heads, (4, 4)))
     assert found.sent == [plan.volume(Sizes.of(torch.float64, 4, 4)) for plan in found.plans]
-
-
-@pytest.mark.parametrize("strategy", ["ship", "ring", "fetch"])
-def test_ids_of_documents_may_be_anything(strategy: str) -> None:
-    """Up to the largest of int32: no arithmetic on them overflows."""
-    base, heads, mechanism = Rows.packed([20, 5, 7], padding=3), Heads(query=4, kv=4), MoBA(block=4, top_k=3)
-    ids = torch.tensor([3, 1 << 28, (1 << 31) - 2], dtype=torch.int32)
-    document = torch.where(base.document < 0, base.document, ids[base.document.clamp(min=0).long()])
-    rows = Rows(position=base.position, document=document)
-    shards = Shards.build(rows, layout="zigzag", degree=2)
-    inputs = inputs_of(mechanism, len(rows), heads)
-    found = simulate_attention(strategy, mechanism, shards, heads, inputs).tensors
-    assert_close(found, attend(mechanism, base, heads, inputs))
 
 
 @pytest.mark.parametrize(

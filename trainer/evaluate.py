@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from farspan.errors import DataError
 from farspan.parallel.mesh import Mesh
 from farspan.trainer.batch import BatchBuilder, MicroBatch
 from farspan.trainer.config import Config
@@ -30,7 +29,7 @@ log = logging.getLogger("farspan")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
     loss: float
-    """Mean nats per labeled token."""
+    """Mean nats per labeled token, NaN without any."""
     tokens: int
     """Labeled tokens."""
     by_position: dict[str, float]
@@ -63,7 +62,7 @@ def evaluate(
 ) -> Evaluation | None:
     """Run `batches`, equally many on every rank; return the same result on every rank.
 
-    is_stopping: called before each batch; None if it is true on some rank. Raises DataError when no token has a label.
+    is_stopping: called before each batch; None if it is true on some rank.
     """
     # First positions of the bins: 0, 64, 128, 256, ...
     firsts = [0, *takewhile(lambda first: first < sequence_tokens, (FIRST_BIN_TOKENS << n for n in count()))]
@@ -85,15 +84,17 @@ def evaluate(
         model.train(training)
     dist.all_reduce(totals)
     loss_sums, counts = totals.tolist()
-    if not sum(counts):
-        raise DataError("no token of the held-out sequences has a label: raise evaluate.sequences, or prepare others.")
+    tokens = int(sum(counts))
+    if not tokens:
+        log.warning("%-12sno token of the held-out sequences has a label: raise evaluate.sequences", "held out")
     lasts = [*(first - 1 for first in firsts[1:]), sequence_tokens - 1]
     by_position = {
         f"{first}-{last}": loss_sum / count
         for first, last, loss_sum, count in zip(firsts, lasts, loss_sums, counts, strict=True)
         if count
     }
-    return Evaluation(loss=sum(loss_sums) / sum(counts), tokens=int(sum(counts)), by_position=by_position)
+    loss = sum(loss_sums) / tokens if tokens else math.nan
+    return Evaluation(loss=loss, tokens=tokens, by_position=by_position)
 
 
 class Validation:

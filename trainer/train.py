@@ -21,7 +21,7 @@ from farspan.trainer.checkpoint.identity import identity_defaults, resume_identi
 from farspan.trainer.checkpoint.steps import finished
 from farspan.trainer.config import Config, flat
 from farspan.trainer.data.source import SPLITS, check_integrity
-from farspan.trainer.estimate.summary import describe
+from farspan.trainer.estimate.summary import describe, describe_data
 from farspan.trainer.evaluate import Validation
 from farspan.trainer.metrics import Metrics, record_config
 from farspan.trainer.model.transformer import Transformer
@@ -116,7 +116,8 @@ def start_up(config: Config, ranks: Ranks, stop: StopSignal, stack: ExitStack) -
     resolved = raise_on_all_ranks(lambda: resolve(config, ranks))
     splits = {"train": resolved.train_source, "validation": resolved.validation_source}
     check_same(flat(resolved.config) | {f"the data of {name}/": split.fingerprint for name, split in splits.items()})
-    log.info("%s", "\n".join((describe(resolved.config, resolved.degrees), *resolved.reasons, *nodes)))
+    described = describe(resolved.config, resolved.degrees), describe_data(resolved.config, resolved.train_source)
+    log.info("%s", "\n".join((*described, *resolved.reasons, *nodes)))
     on_first_rank(lambda: lock_and_check_files(resolved.config, ranks, stack))
     return resolved
 
@@ -195,7 +196,11 @@ def update(
     state.advance(
         sequences=config.train.sequences_per_step, tokens=result.labeled_tokens, fingerprint=result.fingerprint
     )
-    remember(config.skip, state, result.loss, result.gradient_norm, result.skipped)
+    if result.labeled_tokens:
+        remember(config.skip, state, result.loss, result.gradient_norm, result.skipped)
+    else:
+        # Not counted in a row: nothing is wrong with the run.
+        state.skipped += 1
     return result
 
 

@@ -46,7 +46,7 @@ class PrepareReport:
 
     def summary(self) -> str:
         kinds = sorted(self.files.items(), key=lambda kind: -kind[1])
-        lines = [f"{'input':<12}{sum(self.files.values()):,} files: {', '.join(f'{n:,} {kind}' for kind, n in kinds)}"]
+        lines = [f"{'files':<12}{', '.join(f'{number:,} {kind}' for kind, number in kinds)}"]
         if self.num_skipped:
             lines.append(f"{'skipped':<12}{self.num_skipped:,} unreadable documents, the first: {self.first_skipped}")
         if self.num_without_tokens:
@@ -56,10 +56,10 @@ class PrepareReport:
                 f"{name:<12}{meta.num_documents:,} documents, {meta.num_tokens:,} tokens, "
                 f"{meta.num_bytes / meta.num_tokens:.2f} bytes per token"
             )
-            shares = (f"{share:.0%} of at least {int(n):,}" for n, share in (meta.long_documents or {}).items())
+            shares = (f"{int(length):,}: {share:.0%}" for length, share in (meta.long_documents or {}).items())
             lines.append(
-                f"{'':<12}median {meta.median_tokens:,} and longest {meta.longest_tokens:,} tokens a document; of the "
-                f"tokens, {', '.join(shares)}"
+                f"{'':<12}median {meta.median_tokens:,}, longest {meta.longest_tokens:,} tokens; share of tokens in "
+                f"documents of at least {', '.join(shares)}"
             )
         return "\n".join([*lines, f"{'written':<12}{self.out} in {self.duration_s:.1f} s"])
 

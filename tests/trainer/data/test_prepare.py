@@ -231,11 +231,11 @@ def test_command_line(corpus, tmp_path, capsys):
     assert train.startswith(f"train       {num_train} documents, ")
     assert validation.startswith(f"validation  {40 - num_train} documents, ")
     assert "0.95 bytes per token" in train
-    assert read == "input       41 files: 41 .txt"
+    assert read == "files       41 .txt"
     assert skipped.startswith("skipped     1 unreadable documents, the first: ")
     assert "empty.txt is empty" in skipped
     meta = json.loads((tmp_path / "out" / "train" / "meta.json").read_text())
-    assert f"median {meta['median_tokens']} and longest {meta['longest_tokens']} tokens a document" in train_lengths
+    assert f"median {meta['median_tokens']}, longest {meta['longest_tokens']} tokens; " in train_lengths
     assert str(tmp_path / "out") in written
 
 

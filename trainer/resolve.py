@@ -20,7 +20,8 @@ from farspan.trainer.build import backends_of_layers, parameters_held
 from farspan.trainer.config import AUTO, Config
 from farspan.trainer.data.source import META_FILE, SPLITS, TokenSource
 from farspan.trainer.data.validation import ValidationSet, describe_sets, open_validation_sets
-from farspan.trainer.estimate.summary import describe
+from farspan.trainer.estimate.memory import check_memory
+from farspan.trainer.estimate.summary import describe, describe_data
 from farspan.trainer.renamed import RENAMED_SPLITS
 from farspan.trainer.validate import validate
 
@@ -49,9 +50,11 @@ def resolve(config: Config, ranks: Ranks) -> Resolved:
     validate(config, degrees)
     device = choose_device(config, ranks.local_rank)
     train_source, validation_sets = open_all_data(config)
+    config = fill_in(config, degrees, device, train_source.vocabulary_size)
+    check_memory(config, degrees, device, ranks.local_rank)
     config, reasons = choose_strategy(config, degrees, device.type)
     return Resolved(
-        config=fill_in(config, degrees, device, train_source.vocabulary_size),
+        config=config,
         degrees=degrees,
         device=device,
         train_source=train_source,
@@ -76,13 +79,12 @@ def dry_run_plan(config: Config, num_ranks: int) -> None:
     degrees = Degrees.resolve(config.parallel, num_ranks)
     validate(config, degrees)
     device = torch.device("cuda" if config.train.device == "cuda" or torch.cuda.is_available() else "cpu")
-    vocabulary_size, validation_sets = None, {}
-    if Path(config.data.folder).exists():
-        train_source, validation_sets = open_all_data(config)
-        vocabulary_size = train_source.vocabulary_size
+    has_data = Path(config.data.folder).exists()
+    source, validation_sets = open_all_data(config) if has_data else (None, {})
     config, reasons = choose_strategy(config, degrees, device.type)
-    config = fill_in(config, degrees, device, vocabulary_size)
-    log.info("%s", "\n".join((describe(config, degrees), *reasons, *describe_sets(validation_sets))))
+    config = fill_in(config, degrees, device, source and source.vocabulary_size)
+    data = [describe_data(config, source), *describe_sets(validation_sets)] if source else []
+    log.info("%s", "\n".join((describe(config, degrees), *data, *reasons)))
     with fake_process_group(num_ranks):
         local = parameters_held(config, Mesh.build(config.parallel, "cpu"))
     log.info("%-12s%s parameters on rank 0 of %d", "sharded", f"{local:,}", num_ranks)
@@ -117,7 +119,10 @@ def open_all_data(config: Config) -> tuple[TokenSource, dict[str, ValidationSet]
 
 
 def open_data(config: Config) -> tuple[TokenSource, TokenSource]:
-    """Return the training and the validation documents; raises DataError when they cannot be read or used."""
+    """Return the training and the validation documents.
+
+    Raises DataError when they cannot be read or used, ConfigError when they do not fill one sequence.
+    """
     folder = Path(config.data.folder)
     if (folder / META_FILE).is_file():
         raise DataError(f"data.folder={str(folder)!r} is one split of the data: set data.folder={folder.parent}.")
@@ -137,6 +142,11 @@ def open_data(config: Config) -> tuple[TokenSource, TokenSource]:
             raise DataError(
                 f"{folder / split} has documents of one token only, which have nothing to predict; prepare others."
             )
+    if sources[0].num_tokens < config.data.sequence_tokens:
+        raise ConfigError(
+            f"data.sequence_tokens={config.data.sequence_tokens} is more than the {sources[0].num_tokens} tokens of "
+            f"{folder / SPLITS[0]}: lower it, or prepare more data."
+        )
     if sources[0].vocabulary_size != sources[1].vocabulary_size:
         raise DataError(
             f"{folder} has train/ of {sources[0].vocabulary_size} tokens and validation/ of "

@@ -1,12 +1,12 @@
 """One optimizer step: the mean loss over every labeled token of the global batch, and its gradient."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from farspan.errors import TrainingError
 from farspan.parallel.comm import Channel
 from farspan.parallel.fsdp import clip_gradients
 from farspan.trainer.batch import MicroBatch
@@ -23,7 +23,7 @@ class StepResult:
     """A step over the global batch; equal on all ranks."""
 
     loss: float
-    """Mean nats per labeled token."""
+    """Mean nats per labeled token, NaN without any."""
     gradient_norm: float
     """Before clipping."""
     labeled_tokens: int
@@ -50,7 +50,8 @@ def train_step(
     """Accumulate gradients over `batches`, clip, and update unless there is a reason not to.
 
     context: of the ranks that share a sequence. reason_to_skip: called with the loss and the gradient norm, which have
-    the same bits on all ranks. A skipped step leaves parameters, optimizer and routers as they are.
+    the same bits on all ranks. A skipped step leaves parameters, optimizer and routers as they are; a step without
+    labels is one.
 
     The loss is divided by the labeled tokens of all ranks and all micro-batches, not averaged over averages: so it
     and its gradient do not depend on how tokens are sharded. A balance loss over the step costs another forward pass of
@@ -63,8 +64,6 @@ def train_step(
     of_all_ranks = torch.tensor(counts, dtype=torch.float64, device=device)
     dist.all_reduce(of_all_ranks)
     labeled_tokens, attention_flops = int(of_all_ranks[0]), float(of_all_ranks[1])
-    if labeled_tokens == 0:
-        raise TrainingError("no token of this batch has a label: every document of the data has a single token.")
     balances = [
         ExpertBalance(layers, context, int(of_all_ranks[2])) if layers else None
         for layers in (model.layers_of(ExpertFeedForward), model.layers_of(HeadMixture))
@@ -76,15 +75,16 @@ def train_step(
     for batch in batches:
         torch.manual_seed(batch.seed)
         losses, *statistics = model(batch.tokens, batch.labels, batch.context)
-        loss = losses.sum() / labeled_tokens
+        loss = losses.sum() / max(labeled_tokens, 1)
         for balance, of_layers in zip(balances, statistics, strict=True):
             loss = loss if balance is None else loss + balance.loss(of_layers)
         loss.backward()
         total += losses.detach().sum(dtype=torch.float64)
     dist.all_reduce(total)
-    loss = total.item() / labeled_tokens
+    loss = total.item() / labeled_tokens if labeled_tokens else math.nan
     norm = clip_gradients(model.parameters(), max_gradient_norm).item()
-    skipped = reason_to_skip(loss, norm)
+    # All ranks make the calls of a step whatever the labels, so that none waits for another.
+    skipped = reason_to_skip(loss, norm) if labeled_tokens else "no token of its sequences has a label"
     if skipped is None:
         optimizer.step()
     experts, heads = (None if balance is None else balance.finish(is_update=skipped is None) for balance in balances)

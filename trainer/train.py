@@ -22,7 +22,7 @@ from farspan.trainer.checkpoint.steps import finished
 from farspan.trainer.config import Config, flat
 from farspan.trainer.data.source import check_integrity
 from farspan.trainer.data.validation import describe_sets
-from farspan.trainer.estimate.summary import describe
+from farspan.trainer.estimate.summary import describe, describe_data
 from farspan.trainer.evaluate import Validation
 from farspan.trainer.metrics import Metrics, record_config
 from farspan.trainer.model.transformer import Transformer
@@ -117,8 +117,9 @@ def start_up(config: Config, ranks: Ranks, stop: StopSignal, stack: ExitStack) -
     resolved = raise_on_all_ranks(lambda: resolve(config, ranks))
     sources = {"train": resolved.train_source, **{name: of.source for name, of in resolved.validation_sets.items()}}
     check_same(flat(resolved.config) | {f"the data of {name}": source.fingerprint for name, source in sources.items()})
-    lines = *resolved.reasons, *describe_sets(resolved.validation_sets), *nodes
-    log.info("%s", "\n".join((describe(resolved.config, resolved.degrees), *lines)))
+    described = describe(resolved.config, resolved.degrees), describe_data(resolved.config, resolved.train_source)
+    lines = *described, *describe_sets(resolved.validation_sets), *resolved.reasons, *nodes
+    log.info("%s", "\n".join(lines))
     on_first_rank(lambda: lock_and_check_files(resolved, ranks, stack))
     return resolved
 
@@ -200,7 +201,11 @@ def update(
     state.advance(
         sequences=config.train.sequences_per_step, tokens=result.labeled_tokens, fingerprint=result.fingerprint
     )
-    remember(config.skip, state, result.loss, result.gradient_norm, result.skipped)
+    if result.labeled_tokens:
+        remember(config.skip, state, result.loss, result.gradient_norm, result.skipped)
+    else:
+        # Not counted in a row: nothing is wrong with the run.
+        state.skipped += 1
     return result
 
 

@@ -8,11 +8,12 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -26,7 +27,8 @@ from farspan.trainer.checkpoint import checkpointer, shards
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
 from farspan.trainer.data.packing import IGNORED, ShuffledSequences
-from farspan.trainer.data.source import META_FILE, TOKENS_FILE
+from farspan.trainer.data.source import META_FILE, TOKENS_FILE, SplitWriter
+from farspan.trainer.data.tokenizer import load_tokenizer
 from farspan.trainer.resilience.lock import lock_folder
 from farspan.trainer.resilience.signals import StopSignal
 from farspan.trainer.resilience.watchdog import Watchdog
@@ -56,6 +58,14 @@ class AskedWhen(StopSignal):
     @property
     def requested(self) -> bool:
         return self.condition()
+
+
+def write_split(folder: Path, lengths: list[int]) -> None:
+    """Write documents of these lengths without their end tokens, as older versions did for 0 too."""
+    with SplitWriter(folder, tokenizer=load_tokenizer("bytes")) as writer:
+        for length in lengths:
+            writer.add(np.arange(length), num_bytes=max(length, 1))
+        writer.finish()
 
 
 def asked_at_poll(number: int, *, is_preempted: bool = False) -> AskedWhen:
@@ -94,6 +104,26 @@ def done(config: Config) -> tuple[list[int], list[int], list[int]]:
 def without_times(config: Config) -> list[dict[str, Any]]:
     vary = {"tokens_per_s", "mfu", "peak_memory_bytes", "step_s"}
     return [{name: record[name] for name in record.keys() - vary} for record in records(config.run.folder)]
+
+
+def test_batches_without_labels_are_skipped_and_end_nothing(config: Config) -> None:
+    """Sequences that hold end tokens only."""
+    folder = config.run.folder.parent / "tokens"
+    write_split(folder / "train", [0] * 60 + [12])
+    write_split(folder / "validation", [0] * 12 + [3])
+    skip, train = replace(config.skip, max_consecutive_skips=0), replace(config.train, steps=8)
+    data = replace(config.data, folder=folder, sequence_tokens=6)
+    config = replace(config, data=data, train=train, skip=skip)
+    run(config)
+    assert done(config)[:2] == ([*range(1, 9)], [2, 4, 6, 8])
+    trained = [record for record in records(config.run.folder) if "loss" in record]
+    for before, record in pairwise([{"tokens": 0, "skipped": 0}, *trained]):
+        is_labeled = record["tokens"] > before["tokens"]
+        assert (record["loss"] is not None) == is_labeled
+        assert record["skipped"] == before["skipped"] + (not is_labeled)
+        assert record.get("skipped_since") == (None if is_labeled else "no token of its sequences has a label")
+    assert 0 < trained[-1]["skipped"] < 8
+    assert {record["eval_loss"] for record in records(config.run.folder) if "eval_loss" in record} == {None}
 
 
 def test_an_undisturbed_run(config: Config, log: pytest.LogCaptureFixture) -> None:

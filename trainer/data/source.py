@@ -28,6 +28,8 @@ META_FILE = "meta.json"
 SPLITS = ("train", "validation")
 WRITE_BUFFER_BYTES = 1 << 20
 CHUNK_TOKENS = 1 << 22
+LONG_TOKENS = (4096, 32_768, 131_072)
+"""Lengths that meta.json tells the share of."""
 ADVICE = "prepare the folder again with `farspan data prepare`"
 
 log = logging.getLogger("farspan")
@@ -46,6 +48,14 @@ class SplitMeta:
     num_tokens: int
     num_bytes: int
     fingerprint: str
+    # Absent in older folders.
+    tokenizer_sha256: str | None = None
+    """Of tokenizer.json; None for the byte tokenizer."""
+    median_tokens: int | None = None
+    longest_tokens: int | None = None
+    """Tokens of documents, with their end tokens."""
+    long_documents: dict | None = None
+    """By length, the share of tokens in documents of at least so many tokens."""
 
 
 def token_dtype(vocabulary_size: int) -> np.dtype:
@@ -63,7 +73,7 @@ class SplitWriter:
         self._tokenizer = tokenizer
         self._dtype = token_dtype(tokenizer.vocabulary_size)
         self._offsets = array("q", [0])
-        self._num_bytes = 0
+        self._num_tokens = self._num_bytes = 0
         self._hash = hashlib.sha256()
         self._file = (folder / TOKENS_FILE).open("wb", buffering=WRITE_BUFFER_BYTES)
 
@@ -77,19 +87,35 @@ class SplitWriter:
     def num_documents(self) -> int:
         return len(self._offsets) - 1
 
-    def add(self, ids: np.ndarray, *, num_bytes: int) -> None:
-        """Append one document: `ids` [tokens] of `num_bytes` of UTF-8 text, then the end token."""
-        data = np.append(ids, self._tokenizer.end_id).astype(self._dtype).tobytes()
+    @property
+    def is_open(self) -> bool:
+        """Whether the current document has tokens."""
+        return self._num_tokens > self._offsets[-1]
+
+    def append(self, ids: np.ndarray) -> None:
+        """Append `ids` [tokens] to the current document."""
+        data = ids.astype(self._dtype).tobytes()
         self._file.write(data)
         self._hash.update(data)
-        self._offsets.append(self._offsets[-1] + len(ids) + 1)
+        self._num_tokens += len(ids)
+
+    def end_document(self, num_bytes: int) -> None:
+        """Append the end token to the current document, of `num_bytes` of UTF-8 text."""
+        self.append(np.array([self._tokenizer.end_id]))
+        self._offsets.append(self._num_tokens)
         self._num_bytes += num_bytes
+
+    def add(self, ids: np.ndarray, *, num_bytes: int) -> None:
+        """Append one document."""
+        self.append(ids)
+        self.end_document(num_bytes)
 
     def finish(self) -> SplitMeta:
         """Close the token file, write offsets and meta, and return the meta."""
         _sync_and_close(self._file)
         offsets = np.array(self._offsets, dtype="<i8")
         self._hash.update(offsets.tobytes())
+        lengths = np.diff(offsets)
         meta = SplitMeta(
             format_version=FORMAT_VERSION,
             tokenizer=self._tokenizer.name,
@@ -97,16 +123,18 @@ class SplitWriter:
             end_id=self._tokenizer.end_id,
             dtype=self._dtype.name,
             num_documents=self.num_documents,
-            num_tokens=int(offsets[-1]),
+            num_tokens=self._num_tokens,
             num_bytes=self._num_bytes,
             fingerprint=self._hash.hexdigest(),
+            tokenizer_sha256=self._tokenizer.sha256,
+            median_tokens=int(np.median(lengths)),
+            longest_tokens=int(lengths.max()),
+            long_documents={str(length): share_of_tokens(lengths, length) for length in LONG_TOKENS},
         )
         with (self._folder / OFFSETS_FILE).open("wb") as file:
             np.save(file, offsets)
             _sync_and_close(file)
-        with (self._folder / META_FILE).open("wb") as file:
-            file.write((json.dumps(asdict(meta), indent=2) + "\n").encode())
-            _sync_and_close(file)
+        write_synced(self._folder / META_FILE, (json.dumps(asdict(meta), indent=2) + "\n").encode())
         return meta
 
 
@@ -128,11 +156,20 @@ class TokenSource:
         self.offsets = _map_offsets(folder / OFFSETS_FILE, meta)
         self.tokens = _map_tokens(folder / TOKENS_FILE, meta)
 
+    def document_lengths(self) -> np.ndarray:
+        """Return the tokens of each document, its end token included, int64 [num_documents]."""
+        return np.diff(self.offsets)
+
     def document(self, index: int) -> np.ndarray:
         """Return the ids of document `index` with its end token, a read-only view [tokens]; raises IndexError."""
         if not 0 <= index < self.num_documents:
             raise IndexError(f"document {index} of {self.num_documents}")
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+
+def share_of_tokens(lengths: np.ndarray, at_least: int) -> float:
+    """Return the share of tokens in documents of at least so many, for the lengths of all documents [documents]."""
+    return float(lengths[lengths >= at_least].sum() / lengths.sum())
 
 
 def check_integrity(folder: Path) -> None:
@@ -181,7 +218,8 @@ def _read_meta(folder: Path) -> SplitMeta:
         raise DataError(f"{path} is of format version {version!r} but this farspan reads {FORMAT_VERSION}; {ADVICE}.")
     values: dict[str, Any] = {field.name: record.get(field.name) for field in fields(SplitMeta)}
     for field in fields(SplitMeta):
-        if type(values[field.name]) is not field.type:
+        value = values[field.name]
+        if isinstance(value, bool) or not isinstance(value, field.type):  # pyright: ignore[reportArgumentType]
             raise DataError(f"{path} has {field.name}={values[field.name]!r}, not of the right type; {ADVICE}.")
     meta = SplitMeta(**values)
     if meta.dtype != token_dtype(meta.vocabulary_size).name or not 0 <= meta.end_id < meta.vocabulary_size:
@@ -225,6 +263,13 @@ def _map_offsets(path: Path, meta: SplitMeta) -> np.ndarray:
     if not np.all(offsets[1:] > offsets[:-1]):
         raise DataError(f"{path} does not rise from document to document; {ADVICE}.")
     return offsets
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file that is on the disk when this returns."""
+    with path.open("wb") as file:
+        file.write(content)
+        _sync_and_close(file)
 
 
 def _sync_and_close(file: IO[bytes]) -> None:

@@ -5,6 +5,7 @@ character has its own bytes only, end-of-document and other special tokens have 
 (lower case, composed accents) counts as decoded.
 """
 
+import io
 import json
 import logging
 import re
@@ -14,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from farspan.errors import DataError
-from farspan.trainer.data.source import ADVICE, TokenSource
-from farspan.trainer.data.tokenizer import BYTES, Tokenizer
+from farspan.trainer.data.source import ADVICE, TokenSource, write_synced
+from farspan.trainer.data.tokenizer import BYTES, TOKENIZER_FILE, Tokenizer
 
 TOKEN_BYTES_FILE = "token_bytes.npy"
 FALLBACK_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -25,7 +26,9 @@ log = logging.getLogger("farspan")
 
 def write_token_bytes(folder: Path, tokenizer: Tokenizer) -> None:
     """Write the table into a folder of prepared data; raises OSError."""
-    np.save(folder / TOKEN_BYTES_FILE, token_bytes(tokenizer))
+    table = io.BytesIO()
+    np.save(table, token_bytes(tokenizer))
+    write_synced(folder / TOKEN_BYTES_FILE, table.getvalue())
 
 
 def read_token_bytes(source: TokenSource) -> np.ndarray | None:
@@ -55,7 +58,7 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
         return _of_bytes(tokenizer.vocabulary_size, tokenizer.end_id)
     import tokenizers  # pyright: ignore[reportMissingImports]
 
-    file = tokenizers.Tokenizer.from_file(tokenizer.name)
+    file = tokenizers.Tokenizer.from_buffer(tokenizer.files[TOKENIZER_FILE])
     decoders = _decoders(json.loads(file.to_str())["decoder"])
     kinds = {decoder["type"] for decoder in decoders}
     if any(decoder["type"] == "CTC" or decoder.get("cleanup") for decoder in decoders):

@@ -1,20 +1,53 @@
 """Text to token ids: the built-in byte tokenizer and Hugging Face `tokenizers` files."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from farspan.errors import DataError
 
 BYTES = "bytes"
-USUAL_END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|end▁of▁sentence|>")
+# The fifth is DeepSeek's, with full-width bars.
+USUAL_END_TOKENS = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "<|end\u2581of\u2581sentence|>",
+    "[EOS]",
+)
+TOKENIZER_FOLDER = "tokenizer"
+"""Where a prepared folder keeps the tokenizer's files."""
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+"""Name the special tokens; the first that does so counts."""
+TOKENIZER_FILES = (
+    TOKENIZER_FILE,
+    *CONFIG_FILES,
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+)
+BOS_CHOICES = ("auto", "always", "never")
+
+log = logging.getLogger("farspan")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tokenizer:
-    """Turns text into token ids."""
+    """Turns text into token ids; can be sent to another process."""
 
     name: str
     """The argument of `load_tokenizer`."""
@@ -24,14 +57,29 @@ class Tokenizer:
     """Closes a document; `encode` never returns it."""
     encode: Callable[[str], np.ndarray]
     """Returns the ids of a text, uint32 [tokens], without any end or start token."""
+    start_ids: tuple[int, ...] = ()
+    """Open a document; empty or the beginning-of-sequence token."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """The tokenizer's files by name; empty for bytes."""
+
+    @property
+    def sha256(self) -> str | None:
+        """The hash of tokenizer.json, None for bytes."""
+        return hashlib.sha256(self.files[TOKENIZER_FILE]).hexdigest() if self.files else None
 
 
-def load_tokenizer(name: str, *, end_token: str | None = None) -> Tokenizer:
-    """Return the tokenizer `name`: "bytes" or the path of a tokenizers JSON file; raises DataError."""
+def load_tokenizer(name: str, *, end_token: str | None = None, bos: str = "auto") -> Tokenizer:
+    """Return the tokenizer `name`: "bytes" or the path of a tokenizers JSON file; raises DataError.
+
+    Logs the end token and the start tokens of a file. bos: whether documents begin with the beginning-of-sequence
+    token; "auto" follows the tokenizer, see `_start_ids`.
+    """
     if name != BYTES:
-        return _load_file(name, end_token)
+        return _load_file(Path(name), end_token, bos)
     if end_token is not None:
         raise DataError(f"The tokenizer {BYTES!r} has its own end-of-document id; drop --end-token {end_token!r}.")
+    if bos == "always":
+        raise DataError(f"The tokenizer {BYTES!r} has no beginning-of-sequence token; drop --bos always.")
     return Tokenizer(name=BYTES, vocabulary_size=257, end_id=256, encode=_encode_bytes)
 
 
@@ -40,49 +88,148 @@ def _encode_bytes(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint32)
 
 
-def _load_file(path: str, end_token: str | None) -> Tokenizer:
-    if not Path(path).is_file():
-        problem = "is a folder; pass the tokenizer.json inside it" if Path(path).is_dir() else "does not exist"
-        raise DataError(f"The tokenizer file {path} {problem} (or pass --tokenizer {BYTES}).")
-    try:
-        import tokenizers  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise DataError(
-            f"Reading the tokenizer file {path} needs the package tokenizers; "
-            f"`pip install -e '.[data]'`, or pass --tokenizer {BYTES}."
-        ) from error
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(path)
-    except Exception as error:  # the Rust side raises bare Exception
-        raise DataError(f"{path} is not a tokenizers JSON file ({error}); pass a complete tokenizer.json.") from error
-    # A file may set truncation and padding for its model, which would silently cut documents.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    # A document that spells out a special token must not end there.
-    tokenizer.encode_special_tokens = True
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+class FileEncoder:
+    """The `encode` of a tokenizers JSON file."""
 
-    def encode(text: str) -> np.ndarray:
+    def __init__(self, name: str, content: bytes) -> None:
+        """Raises DataError where the package is absent or the file is not of its format."""
+        self._name, self._content = name, content
         try:
-            encoding = tokenizer.encode(text, add_special_tokens=False)
+            import tokenizers  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise DataError(
+                f"Reading the tokenizer file {name} needs the package tokenizers; "
+                f"`pip install -e '.[data]'`, or pass --tokenizer {BYTES}."
+            ) from error
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the Rust side raises bare Exception
+            raise DataError(
+                f"{name} is not a tokenizers JSON file ({error}); pass a complete tokenizer.json."
+            ) from error
+        # A file may set truncation and padding for its model, which would silently cut documents.
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        # A document that spells out a special token must not end there.
+        self.tokenizer.encode_special_tokens = True
+
+    def __reduce__(self) -> tuple[type, tuple[str, bytes]]:
+        return FileEncoder, (self._name, self._content)
+
+    def __call__(self, text: str) -> np.ndarray:
+        try:
+            # A batch, though of one text: only these leave out offsets, which take a third of the time.
+            (encoding,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
         except Exception as error:  # the Rust side raises bare Exception, such as for a missing unknown token
-            raise DataError(f"The tokenizer {path} cannot encode a document ({error}); use another.") from error
+            raise DataError(f"The tokenizer {self._name} cannot encode a document ({error}); use another.") from error
         return np.array(encoding.ids, dtype=np.uint32)
 
-    # Ids may have holes, so the number of entries is not enough.
-    size = max(vocabulary.values(), default=-1) + 1
-    return Tokenizer(name=path, vocabulary_size=size, end_id=_end_id(path, vocabulary, end_token), encode=encode)
+    def template_start(self, vocabulary: Mapping[str, int]) -> tuple[int, ...]:
+        """Return the ids that the file's template puts before a text."""
+        # Any text that the model knows.
+        for text in ("a", *vocabulary):
+            with suppress(Exception):
+                encoding = self.tokenizer.encode(text)
+                # None for tokens of the template.
+                if 0 in encoding.sequence_ids:
+                    return tuple(encoding.ids[: encoding.sequence_ids.index(0)])
+        return ()
 
 
-def _end_id(path: str, vocabulary: dict[str, int], end_token: str | None) -> int:
+def _load_file(path: Path, end_token: str | None, bos: str) -> Tokenizer:
+    if not path.is_file():
+        problem = "is a folder; pass the tokenizer.json inside it" if path.is_dir() else "does not exist"
+        raise DataError(f"The tokenizer file {path} {problem} (or pass --tokenizer {BYTES}).")
+    beside = {name: path.with_name(name) for name in TOKENIZER_FILES if name != TOKENIZER_FILE}
+    try:
+        content = path.read_bytes()
+        files = {name: file.read_bytes() for name, file in beside.items() if file.is_file()}
+    except OSError as error:
+        raise DataError(f"The tokenizer file {error.filename} cannot be read: {error.strerror}.") from error
+    encode = FileEncoder(str(path), content)
+    vocabulary = encode.tokenizer.get_vocab(with_added_tokens=True)
+    settings = {name: _settings(path.with_name(name), files[name]) for name in CONFIG_FILES if name in files}
+    return Tokenizer(
+        name=str(path),
+        # Ids may have holes, so the number of entries is not enough.
+        vocabulary_size=max(vocabulary.values(), default=-1) + 1,
+        end_id=_end_id(path, vocabulary, settings, end_token),
+        encode=encode,
+        start_ids=_start_ids(path, vocabulary, settings, bos, encode.template_start(vocabulary)),
+        files={TOKENIZER_FILE: content, **files},
+    )
+
+
+def _settings(path: Path, content: bytes) -> dict[str, Any]:
+    try:
+        settings = json.loads(content)
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); restore it or move it away from the tokenizer.") from error
+    return settings if isinstance(settings, dict) else {}
+
+
+def _named(settings: Mapping[str, dict[str, Any]], kind: str) -> tuple[str, str] | None:
+    """Return the special token of a kind, such as "eos_token", and the file that names it."""
+    for name, values in settings.items():
+        token = values.get(kind)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            return token, name
+    return None
+
+
+def _end_id(
+    path: Path, vocabulary: Mapping[str, int], settings: Mapping[str, dict[str, Any]], end_token: str | None
+) -> int:
+    """Return the id of `end_token`; without one, of the eos_token of the files beside it, or of a usual name."""
+    usual, named = [token for token in USUAL_END_TOKENS if token in vocabulary], _named(settings, "eos_token")
     if end_token is not None:
         if end_token not in vocabulary:
             raise DataError(f"The tokenizer {path} has no token {end_token!r}; pass another --end-token.")
-        return vocabulary[end_token]
-    for token in USUAL_END_TOKENS:
-        if token in vocabulary:
-            return vocabulary[token]
-    raise DataError(
-        f"The tokenizer {path} has none of the usual end-of-document tokens ({', '.join(USUAL_END_TOKENS)}); "
-        "name its own with --end-token."
-    )
+        token, source = end_token, "of --end-token"
+    elif named is not None:
+        token, source = named[0], f"the eos_token of {named[1]}"
+        if token not in vocabulary:
+            raise DataError(f"The tokenizer {path} lacks {token!r}, {source}; pass --end-token.")
+    elif usual:
+        token, source = usual[0], "by its name"
+        if usual[1:]:
+            source += f", not {', '.join(map(repr, usual[1:]))}; --end-token takes another"
+    else:
+        raise DataError(
+            f"The tokenizer {path} has none of the usual end-of-document tokens ({', '.join(USUAL_END_TOKENS)}); "
+            "name its own with --end-token."
+        )
+    log.info("%-12s%r (id %d), %s", "end token", token, vocabulary[token], source)
+    return vocabulary[token]
+
+
+def _start_ids(
+    path: Path,
+    vocabulary: Mapping[str, int],
+    settings: Mapping[str, dict[str, Any]],
+    bos: str,
+    template: tuple[int, ...],
+) -> tuple[int, ...]:
+    """Return the ids that open a document.
+
+    "auto": add_bos_token of tokenizer_config.json decides, without it the template of the file. They are what the
+    template puts first, else the bos_token of the files beside it.
+    """
+    wanted = settings.get(CONFIG_FILES[0], {}).get("add_bos_token")
+    source = f"add_bos_token of {CONFIG_FILES[0]}"
+    if bos != "auto":
+        wanted, source = bos == "always", f"--bos {bos}"
+    elif not isinstance(wanted, bool):
+        wanted, source = bool(template), f"the template of {path.name}"
+    named, ids = _named(settings, "bos_token"), template if wanted else ()
+    if wanted and not template:
+        if named is None or named[0] not in vocabulary:
+            raise DataError(
+                f"The tokenizer {path} names no beginning-of-sequence token, which {source} asks for; pass --bos never."
+            )
+        ids = (vocabulary[named[0]],)
+    names = {number: token for token, number in vocabulary.items()}
+    shown = ", ".join(f"{names[number]!r} (id {number})" for number in ids)
+    log.info("%-12s%s, by %s", "start token", shown or "none", source)
+    return ids

@@ -3,8 +3,12 @@
 Counts tensors, not what torch and its allocator take besides.
 """
 
+import os
 from dataclasses import dataclass
 
+import torch
+
+from farspan.errors import ConfigError
 from farspan.kernels.layers.cross_entropy import chunk_tokens
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
@@ -73,6 +77,24 @@ def estimate_memory(config: Config, degrees: Degrees) -> Memory:
         activations=saved + 2 * inputs,
         working=max(loss, swiglu, attention),
     )
+
+
+def check_memory(config: Config, degrees: Degrees, device: torch.device, local_rank: int) -> None:
+    """Raise ConfigError where the estimate alone is more than a rank's device has.
+
+    On CPU ranks share the machine's memory: the last of them sees how many they are.
+    """
+    needed = estimate_memory(config, degrees)
+    if device.type == "cuda":
+        owner, available = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
+    else:
+        owner, available = "this machine", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (local_rank + 1)
+    if needed.total > available:
+        raise ConfigError(
+            f"data.sequence_tokens={config.data.sequence_tokens} takes {needed.total / GIB:.1f} GiB a rank ({needed}), "
+            f"and {owner} has {available / GIB:.1f} GiB for each: lower it, raise parallel.context or "
+            "parallel.dp_shard, set train.recompute=block or take a smaller model."
+        )
 
 
 def block_activations(config: Config, mechanism: Mechanism, has_experts: bool, *, tokens: int) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
 
+import numpy as np
 import torch
 
 from farspan.kernels.backend import BACKENDS
@@ -20,6 +21,7 @@ from farspan.parallel.mesh import Degrees
 from farspan.trainer.batch import work_of_layers
 from farspan.trainer.build import backends_of_layers, build_strategies, strategies_of_layers
 from farspan.trainer.config import Config
+from farspan.trainer.data.source import TokenSource, share_of_tokens
 from farspan.trainer.estimate.memory import GIB, estimate_memory, tokens_local
 from farspan.trainer.load_balance import passes_ahead
 from farspan.trainer.model.flops import attention_flops, matrix_parameters, total_parameters, training_flops
@@ -30,13 +32,36 @@ def describe(config: Config, degrees: Degrees) -> str:
     labels = _sizes(config, degrees) | _attention(config, degrees)
     memory = estimate_memory(config, degrees)
     labels["memory"] = f"{memory.total / GIB:.2f} GiB per rank (estimate) = {memory}"
+    return _table(labels)
+
+
+def describe_data(config: Config, source: TokenSource) -> str:
+    """Return what the training documents are and how often a run reads them, as `describe` does."""
+    lengths, tokens = source.document_lengths(), config.data.sequence_tokens
+    num_read = config.train.steps * config.train.sequences_per_step * tokens
+    labels = {
+        "documents": f"{source.num_documents:,}, median {int(np.median(lengths)):,}, longest {lengths.max():,} tokens; "
+        f"{share_of_tokens(lengths, tokens):.1%} of tokens in documents of at least {tokens:,}",
+        "epochs": f"{num_read / source.num_tokens:.3g} = {num_read:,} of {source.num_tokens:,} tokens, "
+        f"{source.num_tokens / tokens:,.1f} sequences",
+    }
+    if lengths.max() < tokens:
+        labels["warning"] = (
+            f"no document fills a sequence: attention reaches {lengths.max():,} tokens at most, of "
+            f"data.sequence_tokens={tokens}"
+        )
+    return _table(labels)
+
+
+def _table(labels: dict[str, str]) -> str:
     return "\n".join(f"{label:<12}{value}" for label, value in labels.items())
 
 
 def _sizes(config: Config, degrees: Degrees) -> dict[str, str]:
     model, mechanisms = config.model, config.mechanisms()
     tokens, sequences = config.data.sequence_tokens, config.train.sequences_per_step
-    micro_batches = sequences // degrees.data
+    local, micro_batches = tokens_local(config, degrees), sequences // degrees.data
+    padding = f" ({1 - tokens / (local * degrees.context):.1%} padding)" if local * degrees.context > tokens else ""
     one_document = Rows.packed([tokens])
     flops = training_flops(model, mechanisms, tokens, attention_flops(model, mechanisms, one_document)) / tokens
     parameters, active = total_parameters(model, mechanisms), matrix_parameters(model, mechanisms)
@@ -46,7 +71,7 @@ def _sizes(config: Config, degrees: Degrees) -> dict[str, str]:
         "ranks": f"{degrees.data * degrees.context} = dp_replicate {degrees.dp_replicate} x dp_shard "
         f"{degrees.dp_shard} x context {degrees.context}",
         "step": f"{sequences * tokens:,} tokens = {sequences} sequences x {tokens:,}",
-        "micro-batch": f"{tokens_local(config, degrees):,} tokens per rank, {micro_batches} per step",
+        "micro-batch": f"{local:,} tokens per rank{padding}, {micro_batches} per step",
         "model": f"{parameters:,} parameters{f', {active:,} active per token' if some_idle else ''}",
         "layers": f"{model.layers} of width {model.width}, {model.heads} query heads, {model.kv_heads} KV heads, "
         f"head_dim {model.head_dim}, vocabulary {model.vocabulary_size:,}",

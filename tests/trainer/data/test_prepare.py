@@ -86,6 +86,10 @@ def test_files_agree_with_meta(corpus, tmp_path):
         "num_tokens": sum(lengths),
         "num_bytes": sum(lengths) - len(lengths),
         "fingerprint": digest,
+        "tokenizer_sha256": None,
+        "median_tokens": int(np.median(lengths)),
+        "longest_tokens": max(lengths),
+        "long_documents": {"4096": 0.0, "32768": 0.0, "131072": 0.0},
     }
     assert sorted(path.name for path in folder.iterdir()) == ["meta.json", "offsets.npy", "tokens.bin"]
 
@@ -189,7 +193,7 @@ def test_a_single_document_is_refused_with_the_way_out(tmp_path):
 def test_nothing_readable_is_refused(tmp_path):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.txt").write_bytes(b"")
-    with pytest.raises(DataError, match=r"No input holds a readable document \(1 skipped\)"):
+    with pytest.raises(DataError, match=r"No input holds a readable document \(1 skipped, 0 without tokens\)"):
         prepare([tmp_path / "corpus"], tokenizer=BYTES, out=tmp_path / "out", skip_unreadable=True)
 
 
@@ -222,12 +226,17 @@ def test_command_line(corpus, tmp_path, capsys):
     filters = ["--suffix", ".txt", "--exclude", "secret.txt", "--skip-unreadable"]
     run(parse(corpus, *TO_BYTES, tmp_path / "out", "--validation-fraction", "0.3", *filters))
     assert sorted(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "validation")) == sorted(TEXTS)
-    train, validation, written = capsys.readouterr().out.splitlines()
+    read, skipped, train, train_lengths, validation, _, written = capsys.readouterr().out.splitlines()
     num_train = len(documents(tmp_path / "out", "train"))
     assert train.startswith(f"train       {num_train} documents, ")
     assert validation.startswith(f"validation  {40 - num_train} documents, ")
     assert "0.95 bytes per token" in train
-    assert "1 unreadable documents skipped" in written
+    assert read == "files       41 .txt"
+    assert skipped.startswith("skipped     1 unreadable documents, the first: ")
+    assert "empty.txt is empty" in skipped
+    meta = json.loads((tmp_path / "out" / "train" / "meta.json").read_text())
+    assert f"median {meta['median_tokens']}, longest {meta['longest_tokens']} tokens; " in train_lengths
+    assert str(tmp_path / "out") in written
 
 
 def test_command_line_defaults():
@@ -254,16 +263,16 @@ def test_an_interrupted_run_leaves_things_as_they_were(corpus, tmp_path, monkeyp
         prepared(corpus, out)
     before = {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))}
     calls = 0
-    add = module.SplitWriter.add
+    append = module.SplitWriter.append
 
-    def fail_late(self, ids, *, num_bytes):
+    def fail_late(self, ids):
         nonlocal calls
         calls += 1
         if calls == 30:
             raise error
-        add(self, ids, num_bytes=num_bytes)
+        append(self, ids)
 
-    monkeypatch.setattr(module.SplitWriter, "add", fail_late)
+    monkeypatch.setattr(module.SplitWriter, "append", fail_late)
     expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else DataError
     with pytest.raises(expected, match=None if earlier or expected is KeyboardInterrupt else r"out cannot be written"):
         prepared(corpus, out, overwrite=True)
@@ -284,7 +293,7 @@ def test_a_failing_rename_brings_the_earlier_result_back(corpus, tmp_path, monke
     rename = module.Path.rename
 
     def fail_for_partial(self, target):
-        if ".partial-" in self.name:
+        if self.name == "data":
             raise OSError(5, "Input/output error")
         return rename(self, target)
 

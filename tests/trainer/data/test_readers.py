@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from unittest import mock
 
@@ -12,7 +13,7 @@ from farspan.trainer.data.readers import DocumentReader
 
 
 def texts(*paths, **options):
-    return [document.text for document in DocumentReader(paths, **options)]
+    return [document.text.decode() for document in DocumentReader(paths, **options)]
 
 
 def names(root, *paths, **options):
@@ -39,9 +40,9 @@ def write_parquet(path, columns, **options):
 
 def test_text_is_kept_to_the_byte(tmp_path):
     path = tmp_path / "x.txt"
-    path.write_bytes("\ufeffa\r\nb\x00é\n".encode())
+    path.write_bytes("a\r\nb\x00\ufeffé\n".encode())
     (document,) = DocumentReader([path])
-    assert document.text.encode() == path.read_bytes()
+    assert document.text == path.read_bytes()
     assert document.origin == str(path)
 
 
@@ -66,7 +67,7 @@ def test_linked_files_are_read_and_linked_folders_are_not(tree):
 
 def test_paths_are_read_in_the_order_given_and_again(tree):
     reader = DocumentReader([tree / "sub", tree / "a.txt"])
-    assert [d.text for d in reader] == [d.text for d in reader] == ["sub/c.py", "sub/deep/d.md", "a.txt"]
+    assert [d.text for d in reader] == [d.text for d in reader] == [b"sub/c.py", b"sub/deep/d.md", b"a.txt"]
 
 
 def test_missing_paths_and_empty_folders_are_refused(tree, tmp_path):
@@ -93,16 +94,20 @@ def test_missing_paths_and_empty_folders_are_refused(tree, tmp_path):
         ("x.parquet", b"", r"x\.parquet is empty"),
     ],
 )
-def test_unreadable_is_refused_or_skipped_inside_folders_only(tmp_path, name, data, message):
+def test_unreadable_is_refused_or_skipped(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
     (tmp_path / "y.txt").write_text("good")
-    for paths, skip in (([tmp_path / name], False), ([tmp_path], False), ([tmp_path / name], True)):
+    for paths in ([tmp_path / name], [tmp_path]):
         with pytest.raises(DataError, match=message):
-            texts(*paths, skip_unreadable=skip)
-    reader = DocumentReader([tmp_path], skip_unreadable=True)
-    for _ in range(2):  # the count is of one pass
-        assert [d.text for d in reader][-1] == "good"
-        assert reader.num_skipped == 1
+            texts(*paths)
+    # A file that is named is skipped as one in a folder.
+    for paths in ([tmp_path / name, tmp_path / "y.txt"], [tmp_path]):
+        reader = DocumentReader(paths, skip_unreadable=True)
+        for _ in range(2):  # the count is of one pass
+            assert [d.text for d in reader][-1] == b"good"
+            assert reader.num_skipped == 1
+            assert reader.first_skipped is not None
+            assert re.search(message, reader.first_skipped)
 
 
 def test_broken_links_and_pipes_do_not_hang(tmp_path):
@@ -112,14 +117,14 @@ def test_broken_links_and_pipes_do_not_hang(tmp_path):
         texts(tmp_path)
     os.mkfifo(tmp_path / "b.txt")
     reader = DocumentReader([tmp_path], skip_unreadable=True)
-    assert [d.text for d in reader] == ["good"]
+    assert [d.text for d in reader] == [b"good"]
     assert reader.num_skipped == 2
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
 def test_failing_reads_are_named_even_when_skipping(tmp_path, monkeypatch, error):
     (tmp_path / "x.txt").write_text("x")
-    monkeypatch.setattr("pathlib.Path.read_bytes", mock.Mock(side_effect=error))
+    monkeypatch.setattr("pathlib.Path.open", mock.Mock(side_effect=error))
     with pytest.raises(DataError, match=rf"x\.txt cannot be read: {error.strerror}"):
         texts(tmp_path, skip_unreadable=True)
     monkeypatch.setattr("os.scandir", mock.Mock(side_effect=error))
@@ -142,7 +147,7 @@ def test_jsonl_documents_and_origins(tmp_path):
         ('{"text": "cut', r"x\.jsonl, line 2 is not JSON"),
         ("[" * 100_000, r"x\.jsonl, line 2 is not JSON"),
         ('["text"]', r"x\.jsonl, line 2 is not a JSON object"),
-        ('{"txt": "a"}', r"x\.jsonl, line 2 has no key 'text'; .*--text-key\. Did you mean 'txt'"),
+        ('{"txt": "a"}', r"x\.jsonl, line 2 has no key 'text', only 'txt'; .*--text-key\. Did you mean 'txt'"),
         ('{"text": 5}', r"x\.jsonl, line 2: 'text' is not a string"),
     ],
 )
@@ -162,7 +167,7 @@ def test_parquet_rows_over_many_batches(tmp_path):
 
 def test_corrupt_parquet_is_refused(tmp_path):
     path = write_parquet(tmp_path / "x.parquet", {"text": ["a" * 50, "b"], "n": [1, 2]}, compression="none")
-    with pytest.raises(DataError, match=r"x\.parquet has no column 'texts'; .*Did you mean 'text'"):
+    with pytest.raises(DataError, match=r"x\.parquet has no column 'texts', only 'text', 'n'; .*Did you mean 'text'"):
         texts(path, text_key="texts")
     with pytest.raises(DataError, match=r"x\.parquet, row 1: 'n' is not a string"):
         texts(path, text_key="n")
@@ -175,7 +180,7 @@ def test_corrupt_parquet_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"x\.parquet, row 2: 'text' is empty"):
         texts(path)
     reader = DocumentReader([tmp_path], skip_unreadable=True)
-    assert [d.text for d in reader] == ["a"]
+    assert [d.text for d in reader] == [b"a"]
     assert reader.num_skipped == 2
 
 

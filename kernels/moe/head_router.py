@@ -80,7 +80,8 @@ class MixtureOfHeads:
         chosen head i   2 softmax(W_h x)_2  K p_i / (sum of p over the chosen)
 
     and without shared heads K p_i / (sum of p over the chosen): gates are 1 on average. Logits are those of the
-    candidates, group by group, then W_s x, then W_h x. Raises ValueError where these do not fit.
+    candidates, group by group, then W_s x, then W_h x. Where S is 1, W_s has no effect and no gradient; where K is 1,
+    neither have the logits of candidates beyond the choice. Raises ValueError where these do not fit.
     """
 
     kv_heads: int

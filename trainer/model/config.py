@@ -76,7 +76,7 @@ class ExpertsConfig:
     score: Literal["softmax", "sigmoid"] = "softmax"
     """Score of an expert for a token: softmax over all experts, or sigmoid."""
     normalized: bool = True
-    """Whether the weights of the chosen experts add up to 1, before `scale`."""
+    """Whether the weights of the chosen experts add up to 1, before `scale`; false where each token chooses one."""
     scale: float = bounded(1.0, above=0)
     """Factor of the weights."""
     groups: int = bounded(1, minimum=1)

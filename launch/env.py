@@ -15,6 +15,7 @@ from farspan.errors import ConfigError
 if TYPE_CHECKING:
     from farspan.parallel.ranks import Ranks
 
+LAUNCHER = "FARSPAN_LAUNCHER"
 FIX = "start ranks with torchrun or 'farspan launch', or unset RANK for a single process"
 
 
@@ -52,8 +53,19 @@ def job_id(environment: Mapping[str, str] = os.environ) -> str | None:
 
 
 def environment_with_threads(num_threads: int) -> Mapping[str, str]:
-    """Return the environment for torchrun's ranks; OMP_NUM_THREADS stays as the user set it."""
-    return {"OMP_NUM_THREADS": str(num_threads), **os.environ}
+    """Return the environment for torchrun and its ranks; OMP_NUM_THREADS stays as the user set it."""
+    return {"OMP_NUM_THREADS": str(num_threads), **os.environ, LAUNCHER: str(os.getpid())}
+
+
+def launcher() -> int | None:
+    """Return the process of `farspan launch local` that started this torchrun; None if another program did."""
+    number = os.environ.pop(LAUNCHER, None)
+    return None if number is None else int(number)
+
+
+def is_rank() -> bool:
+    """Return whether a launcher started this process as one of its ranks."""
+    return "RANK" in os.environ
 
 
 def site_file() -> Path | None:

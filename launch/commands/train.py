@@ -3,10 +3,12 @@
 import argparse
 import logging
 import sys
+from contextlib import ExitStack
 
 from farspan.errors import ConfigError, FarspanError
 from farspan.launch.commands.arguments import Subparsers, add_command, add_config_arguments, config_of, print_dry_run
-from farspan.launch.env import read_ranks
+from farspan.launch.env import is_rank, read_ranks
+from farspan.launch.parent import must_not_outlive_parent, stop_when_orphaned
 from farspan.trainer.resilience.signals import EXIT_UNFIT, EXIT_USER_ERROR, EXIT_WARNED, StopSignal, announce
 
 log = logging.getLogger("farspan")
@@ -30,7 +32,12 @@ def run(options: argparse.Namespace) -> int:
     log.setLevel(logging.INFO if ranks.rank == 0 else logging.WARNING)
     # Under 'launch local' the launcher announces the stop, once for all ranks.
     first = announce if ranks.world_size == 1 else lambda number: None
-    with StopSignal(first=first) as stop:
+    stop = StopSignal(first=first)
+    with ExitStack() as stack:
+        if must_not_outlive_parent(is_rank=is_rank()):
+            # Its thread starts while signals are blocked, and leaves them to the main thread.
+            stack.enter_context(stop_when_orphaned(stop))
+        stack.enter_context(stop)
         # The handlers come before these imports, which take seconds: a signal in the meantime is not lost.
         from farspan.trainer.resilience.preflight import BadNodeError
         from farspan.trainer.train import train

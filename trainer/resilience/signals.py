@@ -80,6 +80,11 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
+    def request(self) -> None:
+        """Ask for a stop as SIGTERM does, unless one was asked for: it never is the request to end at once."""
+        if not self.requested:
+            self._catch(signal.SIGTERM, None)
+
     def _catch(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         self._preemption_warning |= number == WARNING_SIGNAL

@@ -57,10 +57,16 @@ def environment_with_threads(num_threads: int) -> Mapping[str, str]:
     return {"OMP_NUM_THREADS": str(num_threads), **os.environ, LAUNCHER: str(os.getpid())}
 
 
-def launcher() -> int | None:
-    """Return the process of `farspan launch local` that started this torchrun; None if another program did."""
-    number = os.environ.pop(LAUNCHER, None)
-    return None if number is None else int(number)
+def take_launcher() -> int | None:
+    """Return the process of `farspan launch local` that started this one, dead or alive, and name this one to children.
+
+    None if another program started it.
+    """
+    number = os.environ.get(LAUNCHER)
+    if number is None:
+        return None
+    os.environ[LAUNCHER] = str(os.getpid())
+    return int(number)
 
 
 def is_rank() -> bool:

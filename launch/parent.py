@@ -37,15 +37,19 @@ def when_orphaned(action: Callable[[], object], parent: int | None = None) -> It
 
 
 @contextmanager
-def stop_when_orphaned(stop: StopSignal) -> Iterator[None]:
-    """Ask for a stop if the parent dies inside the block."""
+def stop_when_orphaned(
+    stop: StopSignal, parent: int | None = None, *, has_begun: Callable[[], bool] = lambda: True
+) -> Iterator[None]:
+    """Ask for a stop if the parent dies inside the block, or end the process at once where nothing has begun yet."""
 
     def ask() -> None:
-        if not stop.requested:
-            log.info("%-12s%s", "stopping", "since the process that started this one has died")
+        log.info("%-12s%s", "stopping", "since the process that started this one has died")
+        if has_begun():
             stop.request()
+        else:
+            os._exit(1)
 
-    with when_orphaned(ask):
+    with when_orphaned(ask, parent):
         yield
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from farspan.launch.env import launcher
+from farspan.launch.env import take_launcher
 from farspan.launch.parent import when_orphaned
 from farspan.trainer.resilience.signals import EXIT_HUNG, EXIT_UNFIT, EXIT_USER_ERROR, EXIT_WARNED, KILLED, STOP_SIGNALS
 
@@ -35,10 +35,10 @@ def main(arguments: list[str]) -> int:
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     # Without SIGHUP, which ranks then still ignore under nohup.
     arguments = ["--signals-to-handle=SIGTERM,SIGINT,SIGQUIT", *arguments]
-    parent = launcher()
+    launcher = take_launcher()
     try:
         # The launcher forwards stop requests. Without it torchrun is of no use; its ranks notice, save and end.
-        with nullcontext() if parent is None else when_orphaned(lambda: os._exit(1), parent):
+        with nullcontext() if launcher is None else when_orphaned(lambda: os._exit(1), launcher):
             run.run(run.parse_args(arguments))
     except ChildFailedError as error:
         return _report(*_first_failure(error.failures))

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 from farspan.errors import ConfigError, FarspanError
 from farspan.launch.commands.arguments import Subparsers, add_command, add_config_arguments, config_of, print_dry_run
-from farspan.launch.env import is_rank, read_ranks
+from farspan.launch.env import is_rank, read_ranks, take_launcher
 from farspan.launch.parent import must_not_outlive_parent, stop_when_orphaned
 from farspan.trainer.resilience.signals import EXIT_UNFIT, EXIT_USER_ERROR, EXIT_WARNED, StopSignal, announce
 
@@ -34,9 +34,10 @@ def run(options: argparse.Namespace) -> int:
     first = announce if ranks.world_size == 1 else lambda number: None
     stop = StopSignal(first=first)
     with ExitStack() as stack:
-        if must_not_outlive_parent(is_rank=is_rank()):
+        launcher = take_launcher()
+        if launcher is not None or must_not_outlive_parent(is_rank=is_rank()):
             # Its thread starts while signals are blocked, and leaves them to the main thread.
-            stack.enter_context(stop_when_orphaned(stop))
+            stack.enter_context(stop_when_orphaned(stop, launcher, has_begun=_is_connected))
         stack.enter_context(stop)
         # The handlers come before these imports, which take seconds: a signal in the meantime is not lost.
         from farspan.trainer.resilience.preflight import BadNodeError
@@ -50,3 +51,10 @@ def run(options: argparse.Namespace) -> int:
                 print(f"farspan: {error}", file=sys.stderr)
             return EXIT_UNFIT if isinstance(error, BadNodeError) else EXIT_USER_ERROR
     return EXIT_WARNED if wants_requeue else 0
+
+
+def _is_connected() -> bool:
+    """Return whether ranks have met. Before, they wait for each other, for ever if the launcher's store has died."""
+    from torch.distributed import is_initialized
+
+    return is_initialized()

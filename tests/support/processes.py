@@ -38,6 +38,12 @@ def ranks_of(run: Path, job: str) -> dict[int, int]:
     return found
 
 
+def alive(pid: int) -> bool:
+    """Return whether a process runs; a zombie, whose parent has not waited for it yet, does not."""
+    state = re.search(r"^State:\t(\w)", _read(pid, "status"), re.MULTILINE)
+    return state is not None and state[1] != "Z"
+
+
 def send(number: signal.Signals, pids: Iterable[int]) -> None:
     for pid in pids:
         with suppress(ProcessLookupError):

@@ -87,6 +87,20 @@ def test_ranks_of_a_launcher_that_is_killed_save_and_end(tmp_path: Path, victim:
             assert "farspan: torchrun was killed by SIGKILL" in (tmp_path / "errors").read_text()
 
 
+def test_a_hangup_reaches_nothing_that_nohup_starts(tmp_path: Path) -> None:
+    with started(tmp_path, ["nohup", sys.executable, "-c", LAUNCH]) as process:
+        (first, torchrun), (second, _) = pids(tmp_path, 0), pids(tmp_path, 1)
+        for pid in (process.pid, torchrun, first, second):
+            os.kill(pid, signal.SIGHUP)
+        # Ranks act on the other stop signals.
+        os.kill(first, signal.SIGUSR1)
+        wait_for((tmp_path / "saved0").exists, "the end of the first rank")
+        assert [alive(pid) for pid in (process.pid, torchrun, second)] == [True] * 3
+        process.terminate()
+        assert process.wait() == 0
+        assert (tmp_path / "saved1").exists()
+
+
 @pytest.mark.parametrize("state", ["connected", "connecting"])
 def test_ranks_of_a_plain_torchrun_that_is_killed_end_too(tmp_path: Path, state: str) -> None:
     with started(tmp_path, TORCHRUN, state=state) as process:

@@ -13,6 +13,16 @@ from farspan.launch.env import job_id
 DEADLINE_S = 240
 
 
+def act_on_signals() -> None:
+    """Give programs that tests start the default actions of signals, also where this process was told to ignore them.
+
+    nohup ignores SIGHUP, and a script SIGINT in what it starts in the background: programs inherit that, no handler.
+    """
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+
+
 def wait_for(condition: Callable[[], object], event: str) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while not condition():

@@ -17,7 +17,7 @@ from typing import NoReturn, TextIO
 
 from farspan.errors import FarspanError
 from farspan.launch.commands import checkpoint, jobs, launch, models, train
-from farspan.launch.commands.arguments import Subparsers, add_command, add_subparsers
+from farspan.launch.commands.arguments import Parser, Subparsers, add_command, add_subparsers
 from farspan.trainer.resilience.signals import EXIT_USER_ERROR, STOP_SIGNALS
 
 EXIT_INTERRUPTED = 130
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse arguments; overrides may stand before, between and after flags, which argparse alone does not allow."""
-    parser = argparse.ArgumentParser(prog="farspan", description="Train language models on long context.")
+    parser = Parser(prog="farspan", description="Train language models on long context.")
     subparsers = add_subparsers(parser, "COMMAND")
     # In the order of `farspan --help`.
     for command in (train, launch, jobs):

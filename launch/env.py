@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farspan.errors import ConfigError
+from farspan.paths import expanded_setting
 
 if TYPE_CHECKING:
     from farspan.parallel.ranks import Ranks
@@ -77,7 +78,7 @@ def is_rank() -> bool:
 def site_file() -> Path | None:
     """Return the file of the cluster's settings that FARSPAN_SITE names."""
     named = os.environ.get("FARSPAN_SITE")
-    return Path(named) if named else None
+    return Path(expanded_setting("FARSPAN_SITE", named)) if named else None
 
 
 def environment_outside_jobs() -> Mapping[str, str]:

@@ -78,9 +78,13 @@ def prepare(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="text, JSONL or parquet file, or folder of them")
-    parser.add_argument("--tokenizer", required=True, metavar="bytes|FILE", help="bytes, or a tokenizers JSON file")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    parser.add_argument(
+        "paths", type=Path, nargs="+", metavar="PATH", help="text, JSONL or parquet file, or folder of them"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, metavar="bytes|FILE", help="bytes, or a tokenizers JSON file"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     parser.add_argument("--suffix", nargs="+", action="extend", metavar=".py", help="take only these inside folders")
     parser.add_argument(
         "--exclude", nargs="+", action="extend", default=[], metavar="NAME", help="file and folder names or globs"
@@ -118,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
     """Run `farspan data prepare` and print a summary; raises DataError."""
     report = prepare(
         args.paths,
-        tokenizer=load_tokenizer(args.tokenizer, end_token=args.end_token),
+        tokenizer=load_tokenizer(str(args.tokenizer), end_token=args.end_token),
         out=args.out,
         suffixes=args.suffix,
         exclude=args.exclude,

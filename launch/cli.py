@@ -8,16 +8,17 @@ import atexit
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from typing import NoReturn, TextIO
 
 from farspan.errors import FarspanError
 from farspan.launch.commands import checkpoint, jobs, launch, models, train
-from farspan.launch.commands.arguments import Subparsers, add_command, add_subparsers
-from farspan.trainer.resilience.signals import EXIT_USER_ERROR, stop_signals_blocked
+from farspan.launch.commands.arguments import Parser, Subparsers, add_command, add_subparsers
+from farspan.trainer.resilience.signals import EXIT_USER_ERROR, STOP_SIGNALS
 
 EXIT_INTERRUPTED = 130
 DASHED_OVERRIDE = re.compile(r"--\w+\.[\w.]+(=|$)")
@@ -33,7 +34,13 @@ def run_and_exit() -> NoReturn:
     torch can neither join nor stop these threads.
     """
     if sys.argv[1:2] != ["train"]:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:  # not ignored, as by nohup
+                signal.signal(number, signal.default_int_handler)
         sys.exit(main())
+    # A rank that cannot act on a signal yet leaves it pending, and one that has ended keeps its status. Blocked before
+    # numpy and torch start threads: threads inherit the block, and one without it would take the signal.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     status = 1
     try:
         status = main()
@@ -51,17 +58,10 @@ def run_and_exit() -> NoReturn:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status: 0, 2 for an error that the user can fix, others of `signals`."""
-    words = sys.argv[1:] if arguments is None else arguments
-    # A rank that cannot act on a signal yet leaves it pending. Blocked before numpy and torch start threads: threads
-    # inherit the block, and one without it would take the signal.
-    with stop_signals_blocked() if words[:1] == ["train"] else nullcontext():
-        return _run(parse(words))
-
-
-def _run(options: argparse.Namespace) -> int:
-    # `launch slurm --dry-run` prints a script: nothing else may go to standard output.
-    prints_script = options.command is launch.run_slurm and options.dry_run
     try:
+        options = parse(arguments)
+        # `launch slurm --dry-run` prints a script: nothing else may go to standard output.
+        prints_script = options.command is launch.run_slurm and options.dry_run
         with _log_to(sys.stderr if prints_script else sys.stdout):
             return options.command(options) or 0
     except FarspanError as error:
@@ -73,7 +73,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse arguments; overrides may stand before, between and after flags, which argparse alone does not allow."""
-    parser = argparse.ArgumentParser(prog="farspan", description="Train language models on long context.")
+    parser = Parser(prog="farspan", description="Train language models on long context.")
     subparsers = add_subparsers(parser, "COMMAND")
     # In the order of `farspan --help`.
     for command in (train, launch, jobs):
@@ -94,7 +94,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _add_data(subparsers: Subparsers) -> None:
     """Add `farspan data prepare`, whose arguments are beside the code."""
-    # Imports numpy, which must not start threads before `farspan train` has blocked signals: see main.
+    # Imports numpy, which must not start threads before `farspan train` has blocked signals: see run_and_exit.
     from farspan.trainer.data import prepare
 
     commands = add_subparsers(subparsers.add_parser("data", help="make training data"), "COMMAND")

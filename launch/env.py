@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farspan.errors import ConfigError
+from farspan.paths import expanded_setting
 
 if TYPE_CHECKING:
     from farspan.parallel.ranks import Ranks
 
+LAUNCHER = "FARSPAN_LAUNCHER"
 FIX = "start ranks with torchrun or 'farspan launch', or unset RANK for a single process"
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -129,14 +131,31 @@ def job_id(environment: Mapping[str, str] = os.environ) -> str | None:
 
 
 def environment_with_threads(num_threads: int) -> Mapping[str, str]:
-    """Return the environment for torchrun's ranks; OMP_NUM_THREADS stays as the user set it."""
-    return {"OMP_NUM_THREADS": str(num_threads), **os.environ}
+    """Return the environment for torchrun and its ranks; OMP_NUM_THREADS stays as the user set it."""
+    return {"OMP_NUM_THREADS": str(num_threads), **os.environ, LAUNCHER: str(os.getpid())}
+
+
+def take_launcher() -> int | None:
+    """Return the process of `farspan launch local` that started this one, dead or alive, and name this one to children.
+
+    None if another program started it.
+    """
+    number = os.environ.get(LAUNCHER)
+    if number is None:
+        return None
+    os.environ[LAUNCHER] = str(os.getpid())
+    return int(number)
+
+
+def is_rank() -> bool:
+    """Return whether a launcher started this process as one of its ranks."""
+    return "RANK" in os.environ
 
 
 def site_file() -> Path | None:
     """Return the file of the cluster's settings that FARSPAN_SITE names."""
     named = os.environ.get("FARSPAN_SITE")
-    return Path(named) if named else None
+    return Path(expanded_setting("FARSPAN_SITE", named)) if named else None
 
 
 def environment_outside_jobs() -> Mapping[str, str]:

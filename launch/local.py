@@ -7,11 +7,12 @@ import shlex
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from farspan.launch.env import environment_with_threads
+from farspan.launch.parent import must_not_outlive_parent, stop_when_orphaned
 from farspan.trainer.resilience.signals import KILLED, WARNING_SIGNAL, StopSignal, announce, stop_signals_blocked
 
 INTERRUPTED = KILLED + signal.SIGINT
@@ -35,8 +36,9 @@ class LocalJob:
     def run(self) -> int:
         """Start the ranks, wait for them and return 0 if all succeeded, else the exit status of the first that failed.
 
-        The first SIGINT, SIGTERM or SIGUSR1 asks the ranks to save and exit. A second one, or one before any rank has
-        started, kills them: status 130.
+        The first SIGINT, SIGTERM or SIGUSR1, or the death of the shell that waits for this process, asks the ranks to
+        save and exit. A second one, or one before any rank has started, kills them: status 130. If this process or
+        torchrun is killed, the ranks notice and save too.
         """
         torchrun: subprocess.Popen[bytes] | None = None
 
@@ -51,18 +53,32 @@ class LocalJob:
                     # To the ranks and not to torchrun, which would kill them after 30 s, saved or not.
                     os.kill(rank, number if number == WARNING_SIGNAL else signal.SIGINT)
 
-        with StopSignal(first=forward, again=lambda number: _kill(torchrun)):
+        # Asked before the handlers are installed, as it depends on what was ignored.
+        is_waited_for = must_not_outlive_parent(is_rank=False)
+        with StopSignal(first=forward, again=lambda number: _kill(torchrun)) as stop:
             try:
                 # Ranks inherit the block: a signal stays pending until the rank has installed its handler.
                 with stop_signals_blocked():
+                    if stop.requested:
+                        return INTERRUPTED
                     torchrun = subprocess.Popen(
                         [sys.executable, "-m", "farspan.launch.torchrun", *self._torchrun_arguments()],
                         env=environment_with_threads(self.threads_per_rank()),
                         stdin=subprocess.DEVNULL,
                         start_new_session=True,
                     )
-                status = torchrun.wait()
-                return INTERRUPTED if status == -signal.SIGKILL else status
+                with stop_when_orphaned(stop) if is_waited_for else nullcontext():
+                    status = torchrun.wait()
+                if status >= 0:
+                    return status
+                if stop.requested:
+                    return INTERRUPTED
+                print(
+                    f"farspan: torchrun was killed by {signal.Signals(-status).name}; its ranks save and end, then the "
+                    "same command resumes.",
+                    file=sys.stderr,
+                )
+                return KILLED - status
             finally:
                 _kill(torchrun)
 

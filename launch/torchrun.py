@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from socket import gaierror
 from typing import TYPE_CHECKING
 
-from farspan.launch.env import job_id
+from farspan.launch.env import job_id, take_launcher
+from farspan.launch.parent import when_orphaned
 from farspan.trainer.resilience.signals import (
     EXIT_FAILED,
     EXIT_HUNG,
@@ -40,8 +43,13 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.elastic.rendezvous import RendezvousError
 
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    # Without SIGHUP, which ranks then still ignore under nohup.
+    arguments = ["--signals-to-handle=SIGTERM,SIGINT,SIGQUIT", *arguments]
+    launcher = take_launcher()
     try:
-        run.run(run.parse_args(arguments))
+        # The launcher forwards stop requests. Without it torchrun is of no use; its ranks notice, save and end.
+        with nullcontext() if launcher is None else when_orphaned(lambda: os._exit(1), launcher):
+            run.run(run.parse_args(arguments))
     except ChildFailedError as error:
         return _report(*_first_failure(error.failures))
     except (RendezvousError, DistError, gaierror) as error:

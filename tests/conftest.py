@@ -5,7 +5,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from tests.support.processes import act_on_signals
 from tests.support.rank_pool import RankPool
+
+act_on_signals()
 
 
 @pytest.fixture(scope="session")

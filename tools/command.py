@@ -10,6 +10,7 @@ import torch
 
 from farspan.errors import ConfigError, FarspanError
 from farspan.kernels.mechanism import Heads
+from farspan.launch.commands.arguments import Parser
 from farspan.tools.bench.case import Shape
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -28,7 +29,7 @@ def print_all(find: Callable[[], Iterable[object]]) -> int:
 
 
 def parser_of(doc: str | None) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def benchmark_parser(doc: str | None) -> argparse.ArgumentParser:

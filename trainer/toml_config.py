@@ -19,6 +19,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints, overload
 
 from farspan.errors import ConfigError, shortened
+from farspan.paths import expanded_setting
 from farspan.registry import nearest_name_hint
 from farspan.trainer.renamed import refuse_old_key, refuse_old_value
 
@@ -205,8 +206,10 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return _convert(next(member for member in members if _fits(member, value)), value, where)
     if kind is NoneType:
         return None
-    if kind is float or kind is Path:
-        return kind(value)
+    if kind is Path:
+        return Path(expanded_setting(where, str(value)))
+    if kind is float:
+        return float(value)
     if origin is tuple:
         kinds = get_args(kind)
         kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds

@@ -6,15 +6,32 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from farspan.errors import ConfigError
+from farspan.paths import expanded
 from farspan.trainer.resilience.signals import EXIT_USER_ERROR
 
 if TYPE_CHECKING:
     from farspan.trainer.config import Config
 
 Subparsers = argparse._SubParsersAction
+
+
+class Parser(argparse.ArgumentParser):
+    """Arguments of `type=Path` may have `~` and `$NAME` in them, those of subcommands too."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register("type", Path, lambda text: Path(expanded_argument(text)))
+
+
+def expanded_argument(text: str) -> str:
+    """Return an argument that may be a path or another text, expanded; its `type` for argparse."""
+    try:
+        return expanded(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
 
 
 def add_subparsers(parser: argparse.ArgumentParser, metavar: str) -> Subparsers:

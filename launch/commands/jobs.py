@@ -54,7 +54,7 @@ def status(folder: Path) -> str:
 
 def progress(run: Path) -> str:
     """Return the last recorded step, with its loss and speed."""
-    # It imports numpy, which takes a while and must not start threads when `farspan train` begins: see cli.main.
+    # It imports numpy, which takes a while and must not start threads when `farspan train` begins: see run_and_exit.
     from farspan.trainer.state import records
 
     path = run / "metrics.jsonl"

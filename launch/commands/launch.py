@@ -17,6 +17,7 @@ from farspan.launch.commands.arguments import (
     add_subparsers,
     check_count,
     config_of,
+    expanded_argument,
     print_dry_run,
 )
 from farspan.launch.env import site_file
@@ -45,7 +46,9 @@ def add_parser(subparsers: Subparsers) -> None:
     slurm.add_argument("--time", metavar="LIMIT", help="such as 90 (minutes), 4:00:00 or 2-00:00:00")
     slurm.add_argument("--partition", metavar="NAME")
     slurm.add_argument("--constraint", metavar="WORD", help="features that nodes must have")
-    slurm.add_argument("--container", metavar="IMAGE", help="started as [container] of the site's file says")
+    slurm.add_argument(
+        "--container", type=expanded_argument, metavar="IMAGE", help="started as [container] of the site's file says"
+    )
     add_site(slurm)
     slurm.add_argument(
         "--task-per-rank", action="store_true", help="SLURM starts each rank; default: torchrun on each node"

@@ -3,10 +3,12 @@
 import argparse
 import logging
 import sys
+from contextlib import ExitStack
 
 from farspan.errors import ConfigError, FarspanError
 from farspan.launch.commands.arguments import Subparsers, add_command, add_config_arguments, config_of, print_dry_run
-from farspan.launch.env import choose_gloo_interface, read_ranks, report_to_torchrun
+from farspan.launch.env import choose_gloo_interface, is_rank, read_ranks, report_to_torchrun, take_launcher
+from farspan.launch.parent import must_not_outlive_parent, stop_when_orphaned
 from farspan.trainer.resilience.signals import (
     EXIT_FAILED,
     EXIT_UNFIT,
@@ -37,7 +39,13 @@ def run(options: argparse.Namespace) -> int:
     log.setLevel(logging.INFO if ranks.rank == 0 else logging.WARNING)
     # Under 'launch local' the launcher announces the stop, once for all ranks.
     first = announce if ranks.world_size == 1 else lambda number: None
-    with StopSignal(first=first) as stop:
+    stop = StopSignal(first=first)
+    with ExitStack() as stack:
+        launcher = take_launcher()
+        if launcher is not None or must_not_outlive_parent(is_rank=is_rank()):
+            # Its thread starts while signals are blocked, and leaves them to the main thread.
+            stack.enter_context(stop_when_orphaned(stop, launcher, has_begun=_is_connected))
+        stack.enter_context(stop)
         # The handlers come before these imports, which take seconds: a signal in the meantime is not lost.
         from farspan.parallel.ranks import NotConnectedError
         from farspan.trainer.resilience.preflight import BadNodeError
@@ -57,3 +65,10 @@ def run(options: argparse.Namespace) -> int:
             # A scheduler may find the ranks in time, or on other nodes, if it starts the run again.
             return EXIT_USER_ERROR if is_connected or ranks.job is None else EXIT_FAILED
     return EXIT_WARNED if wants_requeue else 0
+
+
+def _is_connected() -> bool:
+    """Return whether ranks have met. Before, they wait for each other, for ever if the launcher's store has died."""
+    from torch.distributed import is_initialized
+
+    return is_initialized()

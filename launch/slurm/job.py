@@ -1,5 +1,6 @@
 """A run as a SLURM job: its resources and its batch script, job.sh behind a header."""
 
+import math
 import re
 import shlex
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ class SlurmJob:
             if _seconds(self.time) < least_s:
                 raise ConfigError(
                     f"--time {self.time} leaves no time to train before the warning: ask for at least "
-                    f"{least_s // 60 + 1} minutes, or lower warning_s={self.site.warning_s} in the site's file."
+                    f"{math.ceil(least_s / 60)} minutes, or lower warning_s={self.site.warning_s} in the site's file."
                 )
         for flag, word in (("--partition", self.partition), ("--constraint", self.constraint)):
             if word is not None and (not word or re.search(r"[\s\"']", word)):

@@ -1,11 +1,13 @@
 """The settings of one cluster, from a TOML file of its own: account, modules, network, containers."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from farspan.errors import ConfigError
 from farspan.launch.slurm.history import ExclusionPolicy
+from farspan.paths import expanded_setting
 from farspan.trainer.toml_config import bounded, load_config
 
 # Options of sbatch that `farspan launch slurm` sets itself.
@@ -60,11 +62,30 @@ class Site:
         return ExclusionPolicy(hours=self.exclude_hours, max_nodes=self.max_excluded, always=always)
 
 
+def _expanded(site: Site, path: Path) -> Site:
+    """Replace `~` and `$NAME` in texts that the job gets as they are. Lines of `setup` are left to the shell there."""
+
+    def expand(name: str, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(expand(name, word) for word in value)
+        return expanded_setting(f"{name} in {path}", value) if isinstance(value, str) else value
+
+    def table(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: expand(f"{name}.{key}", value) for key, value in values.items()}
+
+    return replace(
+        site,
+        sbatch=table("sbatch", site.sbatch),
+        environment=table("environment", site.environment),
+        container=Container(**table("container", asdict(site.container))),
+    )
+
+
 def load_site(path: Path | None) -> Site:
     """Read a site's file, or return the defaults without one; raises ConfigError for invalid values."""
     if path is None:
         return Site()
-    site = load_config(Site, path)
+    site = _expanded(load_config(Site, path), path)
     for table, values in (("sbatch", site.sbatch), ("environment", site.environment)):
         for name, value in values.items():
             if value is False or not isinstance(value, str | int | float) or "\n" in str(value):

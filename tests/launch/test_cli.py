@@ -284,9 +284,10 @@ from farspan.launch import cli
 def train(config, ranks, stop):
     print(stop.preemption_warning)
 sys.modules["farspan.trainer.train"] = types.SimpleNamespace(train=train)
-sys.exit(cli.main(["train", "configs/demo.toml"]))
+cli.run_and_exit()
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=CONFIGS.parent)
+    command = [sys.executable, "-c", program, "train", "configs/demo.toml"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=CONFIGS.parent)
     assert (done.stdout.split()[-1:], done.stderr.count("Error")) == (["True"], 0), done.stdout + done.stderr
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -88,3 +89,28 @@ def test_a_rank_ends_before_python_is_finalized(body: str, status: int, errors: 
     assert (done.returncode, done.stdout) == (status, f"{'last words' if 'words' in body else ''}exit functions")
     assert errors in done.stderr
     assert "finalized" not in done.stderr
+
+
+SIGNALED = """
+import argparse, os
+from farspan.launch import cli
+from farspan.trainer.resilience.signals import StopSignal
+
+def command(options):
+    with StopSignal():
+        pass
+    os.kill(os.getpid(), {number})
+    return 75
+
+cli.parse = lambda arguments: argparse.Namespace(command=command)
+cli.run_and_exit()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(("command", "status"), [("train", 75), ("launch", 130)])
+def test_a_signal_outside_training_leaves_a_status(command: str, status: int, number: signal.Signals) -> None:
+    """A rank that has ended keeps its status; another command ends as it does by Ctrl-C."""
+    program = [sys.executable, "-c", SIGNALED.format(number=int(number)), command]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (status, "")

@@ -18,7 +18,7 @@ from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import EvaluateConfig
 from farspan.trainer.toml_config import to_toml
 from tests.support import tiny
-from tests.support.processes import wait_for
+from tests.support.processes import alive, wait_for
 from tests.support.runs import records
 
 # The program of a rank in these tests; it writes its files into `folder`.
@@ -52,9 +52,8 @@ def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def assert_dead(folder: Path, *names: str) -> None:
     for name in names:
-        status = Path(f"/proc/{(folder / name).read_text()}/status")
-        # A zombie is dead: its parent has not waited for it yet.
-        wait_for(lambda file=status: not file.exists() or "State:\tZ" in file.read_text(), f"the death of {name}")
+        pid = int((folder / name).read_text())
+        wait_for(lambda pid=pid: not alive(pid), f"the death of {name}")
 
 
 def when(condition: Callable[[], object], action: Callable[[], object]) -> threading.Thread:

@@ -13,6 +13,16 @@ from farspan.launch.env import job_id
 DEADLINE_S = 240
 
 
+def act_on_signals() -> None:
+    """Give programs that tests start the default actions of signals, also where this process was told to ignore them.
+
+    nohup ignores SIGHUP, and a script SIGINT in what it starts in the background: programs inherit that, no handler.
+    """
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+
+
 def wait_for(condition: Callable[[], object], event: str) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while not condition():
@@ -36,6 +46,12 @@ def ranks_of(run: Path, job: str) -> dict[int, int]:
             if job_id(values) == job:
                 found[int(values["RANK"])] = pid
     return found
+
+
+def alive(pid: int) -> bool:
+    """Return whether a process runs; a zombie, whose parent has not waited for it yet, does not."""
+    state = re.search(r"^State:\t(\w)", _read(pid, "status"), re.MULTILINE)
+    return state is not None and state[1] != "Z"
 
 
 def send(number: signal.Signals, pids: Iterable[int]) -> None:

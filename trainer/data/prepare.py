@@ -4,14 +4,11 @@ import argparse
 import hashlib
 import logging
 import math
-import os
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
@@ -23,7 +20,6 @@ from farspan.trainer.data.source import SPLITS, SplitMeta, SplitWriter, write_sy
 from farspan.trainer.data.token_bytes import write_token_bytes
 from farspan.trainer.data.tokenizer import BOS_CHOICES, TOKENIZER_FOLDER, Tokenizer, load_tokenizer
 from farspan.trainer.data.workers import Piece, tokenize
-from farspan.trainer.resilience.signals import KILLED, StopSignal
 
 HASH_BYTES = 8
 LARGE_PIECE_BYTES = 1 << 24
@@ -116,9 +112,13 @@ def prepare(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="text, JSONL, JSON or parquet file, or folder of them")
-    parser.add_argument("--tokenizer", required=True, metavar="bytes|FILE", help="bytes, or a tokenizers JSON file")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    parser.add_argument(
+        "paths", type=Path, nargs="+", metavar="PATH", help="text, JSONL, JSON or parquet file, or folder of them"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, metavar="bytes|FILE", help="bytes, or a tokenizers JSON file"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     parser.add_argument("--suffix", nargs="+", action="extend", metavar=".py", help="take only these inside folders")
     parser.add_argument(
         "--exclude", nargs="+", action="extend", default=[], metavar="NAME", help="file and folder names or globs"
@@ -161,28 +161,20 @@ class _RenamedFlag(argparse.Action):
 
 def run(args: argparse.Namespace) -> None:
     """Run `farspan data prepare` and print a summary; raises DataError."""
-    # Not the default of SIGTERM and SIGHUP, which would leave the folder that is being written.
-    with StopSignal(first=_stop):
-        report = prepare(
-            args.paths,
-            tokenizer=load_tokenizer(args.tokenizer, end_token=args.end_token, bos=args.bos),
-            out=args.out,
-            suffixes=args.suffix,
-            exclude=args.exclude,
-            validation_fraction=args.validation_fraction,
-            validation_from_ends=args.validation_from_ends,
-            text_key=args.text_key,
-            skip_unreadable=args.skip_unreadable,
-            overwrite=args.overwrite,
-            workers=args.workers,
-        )
+    report = prepare(
+        args.paths,
+        tokenizer=load_tokenizer(str(args.tokenizer), end_token=args.end_token, bos=args.bos),
+        out=args.out,
+        suffixes=args.suffix,
+        exclude=args.exclude,
+        validation_fraction=args.validation_fraction,
+        validation_from_ends=args.validation_from_ends,
+        text_key=args.text_key,
+        skip_unreadable=args.skip_unreadable,
+        overwrite=args.overwrite,
+        workers=args.workers,
+    )
     print(report.summary())
-
-
-def _stop(number: int) -> NoReturn:
-    with suppress(OSError):  # the terminal may be gone
-        os.write(2, f"\nfarspan: stopped by {signal.Signals(number).name}; nothing is written.\n".encode())
-    raise SystemExit(KILLED + number)
 
 
 def _write_splits(

@@ -60,6 +60,7 @@ class StopSignal:
         self._requested_at: float | None = None
         self._preemption_warning = False
         self._before: dict[signal.Signals, Any] = {}
+        self._mask: set[int] = set()
 
     @property
     def requested(self) -> bool:
@@ -75,12 +76,19 @@ class StopSignal:
         for number in STOP_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._catch)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        # Before the handlers: where signals were blocked, no other handler gets one.
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def request(self) -> None:
+        """Ask for a stop as SIGTERM does, unless one was asked for: it never is the request to end at once."""
+        if not self.requested:
+            self._catch(signal.SIGTERM, None)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

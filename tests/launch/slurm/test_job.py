@@ -96,7 +96,7 @@ REFUSALS: list[tuple[dict[str, object], str]] = [
     ({"time": "soon"}, "--time soon is not a time limit"),
     ({"time": "1:2:3:4"}, "--time 1:2:3:4 is not a time limit"),
     ({"time": ""}, "--time  is not a time limit"),
-    ({"time": "6"}, "at least 8 minutes, or lower warning_s=300"),
+    ({"time": "6"}, "at least 7 minutes, or lower warning_s=300"),
     ({"time": "6:59"}, "--time 6:59 leaves no time"),
     ({"partition": "a b"}, "--partition 'a b' must be one word."),
     ({"constraint": ""}, "--constraint '' must be one word."),

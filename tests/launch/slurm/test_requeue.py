@@ -208,7 +208,8 @@ def test_few_nodes_are_excluded_and_not_for_ever(start: Start, tmp_path: Path) -
     assert calls(tmp_path, "scontrol")[1:] == ["scontrol update JobId=17 ExcNodeList=bad[1-2],second,third"]
     start("end 7 139; end 8 1; exit 1", site=Site(max_excluded=2))
     assert calls(tmp_path, "scontrol")[1:] == ["scontrol update JobId=17 ExcNodeList=node7,second"]
-    start("end 7 75; end 8 75", site=Site(exclude_hours=0))
+    # For no time at all, which leaves out a failure of this very second.
+    start("end 7 139; end 8 1; exit 1", site=Site(exclude_hours=0))
     assert calls(tmp_path, "scontrol") == REQUEUE
 
 
@@ -223,6 +224,7 @@ def test_few_nodes_are_excluded_and_not_for_ever(start: Start, tmp_path: Path) -
         # Preempted: SLURM sends SIGTERM to the ranks alone.
         (False, ("RUNNING", "None", "2026-11-28T08:42:55"), (0, 0), 75, None),
         (True, ("RUNNING", "None", "2026-11-28T08:42:55"), (137, 143), 75, None),
+        (False, ("RUNNING", "None", "2026-11-28T08:42:51"), (0, 0), 75, None),
         # That preemption was before the job's last start.
         (False, ("RUNNING", "None", "2026-11-28T08:42:50"), (0, 0), 0, None),
         (False, None, (0, 0), 0, None),

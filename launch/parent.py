@@ -1,0 +1,69 @@
+"""A launcher that is killed cannot end its ranks, so each process looks whether the one that started it is still there.
+
+Linux's parent-death signal also comes when a thread of the parent ends, and is lost where the parent was dead before;
+other systems have none.
+"""
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from farspan.trainer.resilience.signals import StopSignal
+
+POLL_S = 0.5
+
+log = logging.getLogger("farspan")
+
+
+@contextmanager
+def when_orphaned(action: Callable[[], object], parent: int | None = None) -> Iterator[None]:
+    """Call `action` in a thread if `parent`, by default the present one, stops being the parent inside the block."""
+    expected, over = os.getppid() if parent is None else parent, threading.Event()
+
+    def watch() -> None:
+        while os.getppid() == expected:
+            if over.wait(POLL_S):
+                return
+        action()
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+@contextmanager
+def stop_when_orphaned(
+    stop: StopSignal, parent: int | None = None, *, has_begun: Callable[[], bool] = lambda: True
+) -> Iterator[None]:
+    """Ask for a stop if the parent dies inside the block, or end the process at once where nothing has begun yet."""
+
+    def ask() -> None:
+        log.info("%-12s%s", "stopping", "since the process that started this one has died")
+        if has_begun():
+            stop.request()
+        else:
+            os._exit(1)
+
+    with when_orphaned(ask, parent):
+        yield
+
+
+def must_not_outlive_parent(*, is_rank: bool) -> bool:
+    """Return whether the parent's death means that it was killed: it would have waited for this process otherwise.
+
+    So it is for ranks of torchrun, which gives each a session of its own, and for what a script or program has started
+    in its own process group. `nohup`, and `&` in a script, ask for a process that lives on: they ignore signals.
+    """
+    parent = os.getppid()
+    try:
+        if is_rank and os.getsid(parent) != os.getsid(0):
+            return True
+        ignored = [signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGHUP, signal.SIGINT)]
+        return os.getpgid(parent) == os.getpgrp() and not any(ignored)
+    except ProcessLookupError:  # it has just died
+        return False

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -87,3 +88,29 @@ def records(folder: Path) -> list[dict[str, Any]]:
 def steps(folder: Path, kind: str) -> list[int]:
     """The steps of the records that have a key `kind`."""
     return [record["step"] for record in records(folder) if kind in record]
+
+
+class AskedWhen(StopSignal):
+    """A stop request that comes when a condition holds."""
+
+    def __init__(self, condition: Callable[[], bool], *, is_preempted: bool = False) -> None:
+        super().__init__()
+        self.condition, self._preemption_warning = condition, is_preempted
+
+    @property
+    def requested(self) -> bool:
+        return self.condition()
+
+
+def asked_at_poll(number: int, *, is_preempted: bool = False) -> AskedWhen:
+    """The first polls are after connecting, building and loading."""
+    polls = count(1)
+    return AskedWhen(lambda: next(polls) >= number, is_preempted=is_preempted)
+
+
+def run_alone(config: Config, stop: StopSignal | None = None) -> bool:
+    """A run in this process, as without torchrun; return what `train` returns."""
+    torch.manual_seed(0)
+    asks_requeue = module.train(config, Ranks(), stop or StopSignal())
+    assert not dist.is_initialized()
+    return asks_requeue

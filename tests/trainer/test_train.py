@@ -6,7 +6,6 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
@@ -15,12 +14,10 @@ from unittest import mock
 
 import numpy as np
 import pytest
-import torch
 import torch.distributed as dist
 
 from farspan.errors import CheckpointError, ConfigError, DataError, TrainingError
 from farspan.parallel.mesh import ParallelConfig
-from farspan.parallel.ranks import Ranks
 from farspan.trainer import evaluate, metrics
 from farspan.trainer import train as module
 from farspan.trainer.checkpoint import checkpointer, shards
@@ -30,15 +27,14 @@ from farspan.trainer.data.packing import IGNORED, ShuffledSequences
 from farspan.trainer.data.source import META_FILE, TOKENS_FILE, SplitWriter
 from farspan.trainer.data.tokenizer import load_tokenizer
 from farspan.trainer.resilience.lock import lock_folder
-from farspan.trainer.resilience.signals import StopSignal
 from farspan.trainer.resilience.watchdog import Watchdog
 from farspan.trainer.resolve import open_all_data, open_data
 from farspan.trainer.state import TrainState
 from farspan.trainer.toml_config import load_config
-from farspan.trainer.train import train
 from tests.support import tiny
 from tests.support.checkpoint_ranks import flip
-from tests.support.runs import records, steps
+from tests.support.runs import AskedWhen, asked_at_poll, records, steps
+from tests.support.runs import run_alone as run
 
 STEPS = 4
 disk_full = mock.Mock(side_effect=OSError(28, "No space left on device"))
@@ -48,30 +44,12 @@ EVALUATION_FIELDS = {"step", "eval_loss", "eval_tokens", "bits_per_byte", "unigr
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-class AskedWhen(StopSignal):
-    """A stop request that comes when a condition holds."""
-
-    def __init__(self, condition: Callable[[], bool], *, is_preempted: bool = False) -> None:
-        super().__init__()
-        self.condition, self._preemption_warning = condition, is_preempted
-
-    @property
-    def requested(self) -> bool:
-        return self.condition()
-
-
 def write_split(folder: Path, lengths: list[int]) -> None:
     """Write documents of these lengths without their end tokens, as older versions did for 0 too."""
     with SplitWriter(folder, tokenizer=load_tokenizer("bytes")) as writer:
         for length in lengths:
             writer.add(np.arange(length), num_bytes=max(length, 1))
         writer.finish()
-
-
-def asked_at_poll(number: int, *, is_preempted: bool = False) -> AskedWhen:
-    """The first polls are after connecting, building and loading."""
-    polls = count(1)
-    return AskedWhen(lambda: next(polls) >= number, is_preempted=is_preempted)
 
 
 def asked_after_step(step: int, config: Config, *, is_preempted: bool = False) -> AskedWhen:
@@ -85,13 +63,6 @@ def config(tiny_data: Path, tmp_path: Path) -> Config:
     return replace(
         config, checkpoint=CheckpointConfig(every_steps=3, keep=9), evaluate=EvaluateConfig(every_steps=2, sequences=2)
     )
-
-
-def run(config: Config, stop: StopSignal | None = None) -> bool:
-    torch.manual_seed(0)
-    asks_requeue = train(config, Ranks(), stop or StopSignal())
-    assert not dist.is_initialized()
-    return asks_requeue
 
 
 def done(config: Config) -> tuple[list[int], list[int], list[int]]:
@@ -123,7 +94,6 @@ def test_batches_without_labels_are_skipped_and_end_nothing(config: Config) -> N
         assert record["skipped"] == before["skipped"] + (not is_labeled)
         assert record.get("skipped_since") == (None if is_labeled else "no token of its sequences has a label")
     assert 0 < trained[-1]["skipped"] < 8
-    assert {record["eval_loss"] for record in records(config.run.folder) if "eval_loss" in record} == {None}
 
 
 def test_an_undisturbed_run(config: Config, log: pytest.LogCaptureFixture) -> None:
@@ -249,52 +219,6 @@ def test_refusals_leave_no_trace(config: Config, tmp_path: Path) -> None:
     assert not dist.is_initialized()
 
 
-def test_a_checkpoint_of_another_run_is_refused_before_anything_is_written(config: Config) -> None:
-    run(config)
-    files = [config.run.folder / name for name in ("metrics.jsonl", "config.toml")]
-    before = [path.read_bytes() for path in files]
-    with pytest.raises(CheckpointError, match=r"run\.seed \(11, now 12\)"):
-        run(replace(config, run=replace(config.run, seed=12)))
-    other = replace(config, attention=replace(config.attention, options={"causal": False}))
-    for last in (STEPS, STEPS + 1):
-        with pytest.raises(CheckpointError, match=r"mechanism \('Dense\(causal=True\)', now 'Dense\(causal=F"):
-            run(replace(other, train=replace(other.train, steps=last)))
-    assert [path.read_bytes() for path in files] == before
-    # A value written out and the same as a default are equal.
-    run(replace(config, attention=replace(config.attention, options={"causal": True})))
-
-
-def test_a_launch_that_trains_nothing_leaves_the_configuration(config: Config) -> None:
-    run(config)
-    path = config.run.folder / "config.toml"
-    before = path.read_bytes()
-    slower = replace(config, optimizer=replace(config.optimizer, learning_rate=1e-3))
-    run(slower)
-    longer = replace(slower, train=replace(slower.train, steps=STEPS + 1))
-    for number in (1, 2, 3):
-        run(longer, asked_at_poll(number))
-    assert path.read_bytes() == before
-    assert not list(config.run.folder.glob("config_*"))
-
-
-def test_a_resume_with_other_settings_keeps_the_earlier_configuration(
-    config: Config, log: pytest.LogCaptureFixture
-) -> None:
-    run(config)
-    assert "changed" not in log.text
-    path = config.run.folder / "config.toml"
-    before = path.read_bytes()
-    longer = replace(config, train=replace(config.train, steps=STEPS + 1))
-    run(replace(longer, optimizer=replace(config.optimizer, learning_rate=1e-3)))
-    earlier = config.run.folder / "config_until_step_4.toml"
-    # Cosine to a tenth from the third of 4, or of 5 steps on: cos(pi 1/2) = 0, both at the last step.
-    rates = "so that the learning rate of step 5 is 0.00055 instead of 0.001, after 0.01 in step 4"
-    assert f"train.steps 4 -> 5, optimizer.learning_rate 0.01 -> 0.001, {rates}; see {earlier}\n" in log.text
-    assert records(config.run.folder)[-2]["learning_rate"] == pytest.approx(0.00055)
-    assert earlier.read_bytes() == before
-    assert load_config(Config, path).optimizer.learning_rate == 1e-3
-
-
 def test_two_runs_cannot_share_a_folder(config: Config) -> None:
     with lock_folder(config.run.folder), pytest.raises(ConfigError, match="is in use by process"):
         run(config)
@@ -381,46 +305,6 @@ def test_data_that_was_changed_in_place_is_refused(config: Config, tmp_path: Pat
     with pytest.raises(DataError, match="was changed since it was prepared"):
         run(replace(config, data=replace(config.data, folder=folder)))
     assert done(config)[0] == [1, 2, 3, 4]
-
-
-def test_weights_to_start_from_are_said_to_be_ignored_by_a_run_with_checkpoints(
-    config: Config, tmp_path: Path, log: pytest.LogCaptureFixture
-) -> None:
-    run(config)
-    assert "ignored" not in log.text
-    longer = replace(config, train=replace(config.train, steps=STEPS + 1))
-    run(replace(longer, run=replace(config.run, start_from=tmp_path / "none")))
-    assert f"ignored     run.start_from={tmp_path / 'none'}: the run has checkpoints of its own" in log.text
-    assert done(config)[0] == [1, 2, 3, 4, 5]
-
-
-@pytest.mark.parametrize("name", ["data.folder", "run.seed"])
-def test_new_data_and_a_new_order_begin_at_their_first_sequence(
-    config: Config, tmp_path: Path, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    run(config)
-    (tmp_path / "other").mkdir()
-    other = replace(config, run=replace(config.run, seed=12))
-    if name == "data.folder":
-        other = replace(config, data=replace(config.data, folder=tiny.make_data(tmp_path / "other", words=19)))
-    other = replace(other, train=replace(config.train, steps=STEPS + 2))
-    read, sequence = [], ShuffledSequences.sequence
-
-    def note(sequences: ShuffledSequences, index: int) -> Any:
-        read.append(index)
-        return sequence(sequences, index)
-
-    monkeypatch.setattr(ShuffledSequences, "sequence", note)
-    with pytest.raises(CheckpointError, match=rf"another {re.escape(name)} .*, which begins the data anew\.$"):
-        run(other)
-    run(replace(other, checkpoint=replace(config.checkpoint, accept_changed=(name,))))
-    said = f"data        from the first sequence on, with another {name}; {2 * STEPS} sequences of the earlier order"
-    assert said in log.text
-    # The next resume goes on there, whether the change is still accepted or not.
-    log.clear()
-    run(replace(other, train=replace(other.train, steps=STEPS + 3)))
-    assert "first sequence" not in log.text
-    assert read == [0, 1, 2, 3, 4, 5]
 
 
 def test_missing_weights_are_found_before_the_model_is_built(

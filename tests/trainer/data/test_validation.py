@@ -138,6 +138,7 @@ def test_tokenizers_of_equal_size_are_told_apart(tmp_path: Path) -> None:
         tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>")).save(str(path))
         folders.append(prepared(tmp_path / str(number), str(path)))
     config = tiny.config(folders[0], tmp_path / "run", ParallelConfig())
+    config = replace(config, data=replace(config.data, sequence_tokens=2))
     with pytest.raises(DataError, match="prepare both with the same one"):
         resolve(with_sets(config, other=folders[1]), Ranks())
     # Without a table there is nothing to compare, and no bits per byte; this is said.

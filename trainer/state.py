@@ -1,12 +1,11 @@
 """Where a run stands: the state that a checkpoint keeps beside its tensors, and the records that its steps left."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-from farspan.trainer.data.packing import stream_hash
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,3 +62,11 @@ def records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
         except (ValueError, KeyError, TypeError):
             return
         yield record, len(line)
+
+
+def stream_hash(stream: str, total: int) -> str:
+    """Return the hash of a stream after a step; `total` is the sum of the hashes of the step's sequences.
+
+    A sum, so that it does not depend on how sequences are sharded over ranks.
+    """
+    return hashlib.sha256(f"{stream}/{total}".encode()).hexdigest()[:16]

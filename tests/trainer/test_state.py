@@ -2,8 +2,7 @@ import json
 
 import pytest
 
-from farspan.trainer.data.packing import stream_hash
-from farspan.trainer.state import TrainState
+from farspan.trainer.state import TrainState, stream_hash
 
 
 def test_a_state_comes_back_complete() -> None:
@@ -25,3 +24,8 @@ def test_a_cut_state_is_refused_and_changes_nothing() -> None:
     with pytest.raises(KeyError, match="tokens"):
         state.load_state_dict({"step": 3, "sequences": 12})
     assert state == TrainState(step=7)
+
+
+def test_the_hash_of_a_stream_depends_on_the_order_of_steps() -> None:
+    assert stream_hash(stream_hash("", 1), 2) != stream_hash(stream_hash("", 2), 1)
+    assert len({stream_hash("", 1), stream_hash("", 2), stream_hash("a", 1)}) == 3

@@ -181,14 +181,6 @@ def sequence_hash(index: int, sequence: PackedSequence) -> int:
     return int.from_bytes(digest.digest()[:HASH_BYTES])
 
 
-def stream_hash(stream: str, total: int) -> str:
-    """Return the hash of a stream after a step; `total` is the sum of the hashes of the step's sequences.
-
-    A sum, so that it does not depend on how sequences are sharded over ranks.
-    """
-    return hashlib.sha256(f"{stream}/{total}".encode()).hexdigest()[:16]
-
-
 def sequence_seed(seed: int, index: int) -> int:
     """Return the seed of the random numbers for sequence `index` in a run of `seed`, on whatever rank."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:7])

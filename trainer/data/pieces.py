@@ -8,6 +8,7 @@ text farther away, such as the parity of pairs, shows as a difference between co
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,58 +21,67 @@ SEARCHED_BYTES = 2000
 """How far to look for a cut behind a place."""
 # Spaces begin, spaces end, words begin or end.
 BORDER = re.compile(r"(?<=\S)(?=\s)|(?<=\s)(?=\S)|\b")
-TRIES = 40
+LEAD_BYTES = 32
+"""Context before a piece, where it needs one."""
+TRIES = 20
 """Borders to check behind a place; most tokenizers need one or two."""
 
 
-def pieces(text: bytes, start: int, stop: int, encode: Encode) -> Iterator[tuple[bytes, bool]]:
-    """Yield UTF-8 `text[start:stop]` in pieces, with whether each is the last one.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """A part of a text, with some context before it where a tokenizer treats the start of a text in its own way."""
 
-    Of PIECE_BYTES or somewhat more; longer, up to all of it, where no cut is found. A piece may leave out the space
-    before it, where the tokenizer itself puts one there.
-    """
+    text: bytes
+    """UTF-8."""
+    context_tokens: int
+    """How many of its first tokens are those of the context."""
+    is_last: bool
+
+
+def pieces(text: bytes, start: int, stop: int, encode: Encode) -> Iterator[Piece]:
+    """Yield UTF-8 `text[start:stop]` in pieces of PIECE_BYTES or somewhat more; longer ones where no cut is found."""
+    context_tokens = 0
     while start < stop:
-        end, following = _cut(text, start, stop, encode)
-        yield text[start:end], following == stop
-        start = following
+        end, following, following_tokens = _cut(text, start, stop, encode)
+        yield Piece(text=text[start:end], context_tokens=context_tokens, is_last=end == stop)
+        start, context_tokens = following, following_tokens
 
 
-def _cut(text: bytes, start: int, stop: int, encode: Encode) -> tuple[int, int]:
-    """Return where the piece from `start` ends, and where the next one starts."""
+def _cut(text: bytes, start: int, stop: int, encode: Encode) -> tuple[int, int, int]:
+    """Return where the piece from `start` ends, where the next one starts, and how many tokens of context it has."""
     size = PIECE_BYTES
     while stop - start > 2 * size:
-        for end, following in _candidates(text, start + size):
-            if _joins(text, end, following, encode):
-                return end, following
+        for cut in _candidates(text, start + size):
+            for following in (cut, character_start(text, cut - LEAD_BYTES)):
+                context_tokens = _context_tokens(text, cut, following, encode)
+                if context_tokens is not None:
+                    return cut, following, context_tokens
         # Few tries in a text without a cut, which has to be tokenized as a whole.
         size *= 2
-    return stop, stop
+    return stop, stop, 0
 
 
-def _candidates(text: bytes, place: int) -> Iterator[tuple[int, int]]:
-    """Yield places for a cut behind `place`, see `_cut`."""
+def _candidates(text: bytes, place: int) -> Iterator[int]:
+    """Yield places for a cut behind `place`."""
     place = character_start(text, place)
     searched = text[place : character_start(text, place + SEARCHED_BYTES)].decode()
     for _, border in zip(range(TRIES), BORDER.finditer(searched), strict=False):
-        stop = place + len(searched[: border.start()].encode())
-        yield stop, stop
-        if text[stop : stop + 1] == b" ":
-            yield stop, stop + 1
+        yield place + len(searched[: border.start()].encode())
 
 
-def _joins(text: bytes, stop: int, following: int, encode: Encode) -> bool:
-    """Return whether [.., stop) and [following, ..) have the tokens of both together, in contexts around the cut."""
-    end = character_start(text, following + CONTEXT_BYTES)
-    right = encode(text[following:end].decode())
-    return all(
-        np.array_equal(encode(text[begin:end].decode()), np.append(encode(text[begin:stop].decode()), right))
-        for begin in _beginnings(text, stop)
-    )
+def _context_tokens(text: bytes, cut: int, following: int, encode: Encode) -> int | None:
+    """Return the tokens of [following, cut), which are no tokens of the piece behind `cut`; None where it is no cut."""
+    end = character_start(text, cut + CONTEXT_BYTES)
+    count = len(encode(text[following:cut].decode())) if following < cut else 0
+    right = encode(text[following:end].decode())[count:]
+    contexts = ((text[begin:end].decode(), text[begin:cut].decode()) for begin in _beginnings(text, cut))
+    joins = all(np.array_equal(encode(whole), np.append(encode(left), right)) for whole, left in contexts)
+    return count if joins else None
 
 
-def _beginnings(text: bytes, stop: int) -> set[int]:
+def _beginnings(text: bytes, cut: int) -> set[int]:
     """Return where contexts of a cut begin: at two neighboring characters and, if there are any, at two spaces."""
-    first = character_start(text, max(stop - CONTEXT_BYTES, 0))
+    first = character_start(text, max(cut - CONTEXT_BYTES, 0))
     second = character_start(text, max(first - 1, 0))
     found = {first, second}
     for _ in range(2):

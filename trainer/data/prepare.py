@@ -19,7 +19,7 @@ from farspan.trainer.data.readers import SKIP_FLAG, DocumentReader
 from farspan.trainer.data.source import SPLITS, SplitMeta, SplitWriter, write_synced
 from farspan.trainer.data.token_bytes import write_token_bytes
 from farspan.trainer.data.tokenizer import BOS_CHOICES, TOKENIZER_FOLDER, Tokenizer, load_tokenizer
-from farspan.trainer.data.workers import Piece, tokenize
+from farspan.trainer.data.workers import Part, tokenize
 
 HASH_BYTES = 8
 LARGE_PIECE_BYTES = 1 << 24
@@ -195,18 +195,18 @@ def _write_splits(
         SplitWriter(folder / SPLITS[0], tokenizer=tokenizer) as train,
         SplitWriter(folder / SPLITS[1], tokenizer=tokenizer) as validation,
     ):
-        pieces = _pieces(reader, tokenizer, validation_fraction, from_ends)
+        parts = _parts(reader, tokenizer, validation_fraction, from_ends)
         # Closed at the end of the block, and with it the workers.
-        with closing(tokenize(pieces, tokenizer, workers)) as tokenized:
-            for piece, ids in tokenized:
-                writer = (train, validation)[piece.split]
+        with closing(tokenize(parts, tokenizer, workers)) as tokenized:
+            for part, ids in tokenized:
+                writer = (train, validation)[part.split]
                 if len(ids):
                     writer.append(ids if writer.is_open else np.append(start, ids))
-                if piece.document_bytes is None:
+                if part.document_bytes is None:
                     continue
                 if writer.is_open:
-                    writer.end_document(piece.document_bytes)
-                    lowest, highest = min(lowest, piece.point), max(highest, piece.point)
+                    writer.end_document(part.document_bytes)
+                    lowest, highest = min(lowest, part.point), max(highest, part.point)
                 else:
                     num_without_tokens += 1
         if train.num_documents + validation.num_documents == 0:
@@ -221,9 +221,7 @@ def _write_splits(
         return train.finish(), validation.finish(), num_without_tokens
 
 
-def _pieces(
-    reader: DocumentReader, tokenizer: Tokenizer, validation_fraction: float, from_ends: bool
-) -> Iterator[Piece]:
+def _parts(reader: DocumentReader, tokenizer: Tokenizer, validation_fraction: float, from_ends: bool) -> Iterator[Part]:
     """Yield the documents in pieces, each with its split."""
     for document in reader:
         point, size = split_point(document.text), len(document.text)
@@ -232,21 +230,21 @@ def _pieces(
         else:
             border = 0 if point < validation_fraction else size
         for split, (start, stop) in enumerate(((0, border), (border, size))):
-            for text, is_last in pieces(document.text, start, stop, tokenizer.encode):
-                if len(text) > LARGE_PIECE_BYTES:
+            for piece in pieces(document.text, start, stop, tokenizer.encode):
+                if len(piece.text) > LARGE_PIECE_BYTES:
                     log.warning(
                         "%-12s%s has no place to cut it for this tokenizer: %d MB at once, up to 150 bytes of memory "
                         "a byte",
                         "large piece",
                         document.origin,
-                        len(text) / 1e6,
+                        len(piece.text) / 1e6,
                     )
-                yield Piece(
-                    text=text,
+                yield Part(
+                    piece=piece,
                     origin=document.origin,
                     split=split,
                     point=point,
-                    document_bytes=stop - start if is_last else None,
+                    document_bytes=stop - start if piece.is_last else None,
                 )
 
 

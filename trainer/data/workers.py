@@ -13,7 +13,7 @@ from typing import Self
 import numpy as np
 
 from farspan.errors import DataError
-from farspan.trainer.data.pieces import PIECE_BYTES
+from farspan.trainer.data.pieces import PIECE_BYTES, Piece
 from farspan.trainer.data.tokenizer import Tokenizer
 from farspan.trainer.resilience.signals import stop_signals_blocked
 
@@ -22,11 +22,10 @@ Results = list[np.ndarray | str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
-    """A text to tokenize: a document or a part of one."""
+class Part:
+    """A piece of a document to tokenize, and where it belongs."""
 
-    text: bytes
-    """UTF-8."""
+    piece: Piece
     origin: str
     """Of the document."""
     split: int
@@ -34,24 +33,24 @@ class Piece:
     point: float
     """The document's, see `prepare.split_point`."""
     document_bytes: int | None
-    """The size of the document in this split if this is its last piece, else None."""
+    """The size of the document in this split at its last piece, else None."""
 
 
 def tokenize(
-    pieces: Iterable[Piece], tokenizer: Tokenizer, workers: int
-) -> Generator[tuple[Piece, np.ndarray], None, None]:
-    """Yield each piece with its ids, uint32 [tokens], in order; raises DataError naming a document or a dead worker.
+    parts: Iterable[Part], tokenizer: Tokenizer, workers: int
+) -> Generator[tuple[Part, np.ndarray], None, None]:
+    """Yield each part with its ids, uint32 [tokens], in order; raises DataError naming a document or a dead worker.
 
     workers: processes to start; 1 tokenizes in this one.
     """
     if workers == 1:
-        for batch in _batches(pieces):
-            yield from _checked(batch, _encode(tokenizer, [piece.text for piece in batch]))
+        for batch in _batches(parts):
+            yield from _checked(batch, _encode(tokenizer, [part.piece.text for part in batch]))
         return
     with ExitStack() as stack:
-        busy: deque[tuple[_Worker, list[Piece]]] = deque()
-        for batch in _batches(pieces):
-            done: Iterator[tuple[Piece, np.ndarray]] = iter(())
+        busy: deque[tuple[_Worker, list[Part]]] = deque()
+        for batch in _batches(parts):
+            done: Iterator[tuple[Part, np.ndarray]] = iter(())
             if len(busy) < workers:
                 worker = stack.enter_context(_Worker(tokenizer, f"{len(busy) + 1} of {workers}"))
             else:
@@ -65,12 +64,12 @@ def tokenize(
             yield from _checked(batch, worker.receive(batch[0].origin))
 
 
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Group pieces so that a batch takes much longer than to send it."""
+def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    """Group parts so that a batch takes much longer than to send it."""
     batch, num_bytes = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        num_bytes += len(piece.text)
+    for part in parts:
+        batch.append(part)
+        num_bytes += len(part.piece.text)
         if num_bytes >= PIECE_BYTES:
             yield batch
             batch, num_bytes = [], 0
@@ -88,11 +87,11 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[bytes]) -> Results:
     return results
 
 
-def _checked(batch: Sequence[Piece], results: Results) -> Iterator[tuple[Piece, np.ndarray]]:
-    for piece, ids in zip(batch, results, strict=True):
+def _checked(batch: Sequence[Part], results: Results) -> Iterator[tuple[Part, np.ndarray]]:
+    for part, ids in zip(batch, results, strict=True):
         if isinstance(ids, str):
-            raise DataError(f"{piece.origin}: {ids}")
-        yield piece, ids
+            raise DataError(f"{part.origin}: {ids}")
+        yield part, ids[part.piece.context_tokens :]
 
 
 class _Worker:
@@ -119,9 +118,9 @@ class _Worker:
         self._process.join()
         self._connection.close()
 
-    def send(self, batch: Sequence[Piece]) -> None:
+    def send(self, batch: Sequence[Part]) -> None:
         try:
-            self._connection.send([piece.text for piece in batch])
+            self._connection.send([part.piece.text for part in batch])
         except OSError:
             raise self._death(batch[0].origin) from None
 

@@ -13,7 +13,6 @@ from farspan.trainer.data.packing import (
     PackedSequences,
     sequence_hash,
     sequence_seed,
-    stream_hash,
 )
 
 END = 256
@@ -171,11 +170,6 @@ def test_a_hash_depends_on_everything_that_a_step_learns_from() -> None:
     assert len({sequence_hash(5, SEQUENCE), *others}) == 5
     assert sequence_hash(5, replace(SEQUENCE)) == sequence_hash(5, SEQUENCE)
     assert all(0 <= number < 2**32 for number in others)
-
-
-def test_the_hash_of_a_stream_depends_on_the_order_of_steps() -> None:
-    assert stream_hash(stream_hash("", 1), 2) != stream_hash(stream_hash("", 2), 1)
-    assert len({stream_hash("", 1), stream_hash("", 2), stream_hash("a", 1)}) == 3
 
 
 def test_seeds_differ_between_runs_and_sequences() -> None:

@@ -1,9 +1,14 @@
 """Readers: order, exact text, and every refusal by message and file name."""
 
+import bz2
+import gzip
+import io
 import json
+import lzma
 import os
 import re
 import sys
+import tarfile
 from unittest import mock
 
 import pytest
@@ -200,3 +205,171 @@ def test_missing_pyarrow_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DataError, match=r"x\.parquet needs the package pyarrow; `pip install -e '\.\[data\]'`"):
         texts(tmp_path)
+
+
+def compressed(path, data):
+    """Write a file, compressed as its suffix says; return its path."""
+    if path.suffix.lower() == ".gz":
+        path.write_bytes(gzip.compress(data))
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        with pyarrow.output_stream(str(path), compression="zstd") as file:
+            file.write(data)
+    return path
+
+
+LINES = b'{"text": "a"}\r\n\r\n{"text": "b \xc3\xa9"}\n'
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.json.zst", "X.JSONL.GZ", "x.ndjson.zst", "x.Jsonl.Zst"])
+def test_compressed_lines(tmp_path, name):
+    path = compressed(tmp_path / name, LINES)
+    (tmp_path / "README.txt").write_text("read me")
+    reader = DocumentReader([tmp_path], skip_unreadable=True)
+    assert sorted(d.text.decode() for d in reader) == ["a", "b é", "read me"]
+    assert reader.files == {name[1:].lower(): 1, ".txt": 1}
+    assert names(tmp_path, path) == [f"{name}, line 1", f"{name}, line 3"]
+    # Chosen by what is inside, or by the whole name.
+    for suffix in (name[1:], name[1:].rpartition(".")[0], name.rpartition(".")[2]):
+        assert texts(tmp_path, suffixes=[suffix]) == ["a", "b é"]
+
+
+@pytest.mark.parametrize("name", ["x.txt.gz", "x.TXT.ZST", "x.gz"])
+def test_compressed_text(tmp_path, name):
+    assert texts(compressed(tmp_path / name, "\ufeffa\r\né".encode())) == ["a\r\né"]
+
+
+def test_several_compressed_parts_in_a_row_are_one_file(tmp_path):
+    for suffix in (".gz", ".zst"):
+        parts = [compressed(tmp_path / f"{part}.jsonl{suffix}", LINES).read_bytes() for part in "ab"]
+        whole = tmp_path / f"whole.jsonl{suffix}"
+        whole.write_bytes(b"".join(parts))
+        assert texts(whole) == ["a", "b é"] * 2
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("damage", [lambda data: data[:-5], lambda data: data[:15], lambda data: b"{}" + data[2:]])
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_damaged_compressed_file_is_refused(tmp_path, suffix, damage, skip):
+    path = compressed(tmp_path / f"x.jsonl{suffix}", LINES * 99)
+    path.write_bytes(damage(path.read_bytes()))
+    for inputs in (tmp_path, path):
+        with pytest.raises(DataError, match=rf"x\.jsonl\{suffix} is a truncated or corrupt \{suffix} file"):
+            texts(inputs, skip_unreadable=skip)
+
+
+def test_compressed_data_under_another_name_is_read(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(gzip.compress(LINES))
+    assert texts(path) == ["a", "b é"]
+    path.write_bytes(gzip.compress(b""))
+    with pytest.raises(DataError, match=r"x\.jsonl is empty"):
+        texts(path)
+
+
+def tar_of(data):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        info = tarfile.TarInfo("x.txt")
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "kind"),
+    [
+        ("x.txt.bz2", bz2.compress(b"text"), "bzip2"),
+        ("x.jsonl.xz", lzma.compress(b"text"), "xz"),
+        ("x.zip", b"PK\x03\x04rest", "zip"),
+        ("x.txt", b"\x04\x22\x4d\x18rest", "lz4"),
+        ("x.tar.gz", gzip.compress(tar_of(b"text")), "tar"),
+        ("x.tgz", gzip.compress(tar_of(b"text")), "tar"),
+        ("x.tar", tar_of(b"text"), "tar"),
+        ("x.jsonl.gz.gz", gzip.compress(gzip.compress(b"text")), "gzip"),
+        ("x.arrow", b"ARROW1\0\0", "Arrow"),
+        ("x.data", b"PAR1rest", "parquet"),
+        ("x.parquet.gz", gzip.compress(b"PAR1rest"), "parquet"),
+    ],
+)
+@pytest.mark.parametrize("skip", [False, True])
+def test_what_is_packed_otherwise_is_refused_and_never_skipped(tmp_path, name, data, kind, skip):
+    (tmp_path / name).write_bytes(data)
+    (tmp_path / "README.txt").write_text("read me")
+    with pytest.raises(DataError, match=rf"{name} holds {kind} data, not text; .*--exclude it"):
+        texts(tmp_path, skip_unreadable=skip)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("x.json", LINES, ["a", "b é"]),
+        ("x.JSON", b'\n{"text": "a"}', ["a"]),
+        ("x.json", b'[{"text": "a"}, {"text": "b"}]', ["a", "b"]),
+        ("x.json", json.dumps([{"text": "a"}, {"text": "b"}], indent=2).encode(), ["a", "b"]),
+        ("x.json", json.dumps({"id": 1, "text": "a\nb"}, indent=2).encode(), ["a\nb"]),
+        ("x.json", b"\xef\xbb\xbf" + json.dumps([{"text": "a"}], indent=2).encode(), ["a"]),
+        ("x.jsonl", b"\xef\xbb\xbf" + LINES, ["a", "b é"]),
+        # Two files with a mark in a row.
+        ("x.jsonl", (b"\xef\xbb\xbf" + LINES) * 2, ["a", "b é"] * 2),
+        ("x.txt", "\ufeffa\ufeffb".encode(), ["a\ufeffb"]),
+    ],
+)
+def test_json_in_all_its_forms_and_byte_order_marks(tmp_path, name, data, expected):
+    (tmp_path / name).write_bytes(data)
+    assert texts(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'{"text": "a"', r"x\.json is neither JSON lines nor one JSON value"),
+        (b"once upon a time", r"x\.json is neither JSON lines nor one JSON value"),
+        (b'["a", "b"]', r"x\.json, element 1 is not a JSON object"),
+        (b"5", r"x\.json is not a JSON object"),
+        (b'[{"text": "a"}, {"body": 1, "id": 2}]', r"element 2 has no key 'text', only 'body', 'id'; .*--text-key"),
+        (b"\xef\xbb\xbf", r"x\.json is empty"),
+        (b"[]", r"x\.json is empty"),
+        (b'[{"text": "\xff"}\n]', r"x\.json is not UTF-8"),
+    ],
+)
+def test_json_that_holds_no_documents_is_refused(tmp_path, data, message):
+    (tmp_path / "x.json").write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        texts(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.json", "x.txt.gz"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
+def test_utf16_is_refused_or_skipped(tmp_path, name, encoding):
+    data = '{"text": "once upon a time"}\n'.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    with pytest.raises(DataError, match=rf"{name} is UTF-16 text or no text at all; convert it to UTF-8"):
+        texts(tmp_path)
+    (tmp_path / "y.txt").write_text("good")
+    assert texts(tmp_path, skip_unreadable=True) == ["good"]
+
+
+def test_the_keys_and_columns_that_there_are_are_listed(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({f"k{i}": "" for i in range(30)}))
+    with pytest.raises(DataError, match=r"no key 'text', only 'k0', 'k1', .*'k19' and 10 more; name"):
+        texts(path)
+    path.write_text("{}")
+    with pytest.raises(DataError, match=r"no key 'text', only none; name"):
+        texts(path)
+
+
+def test_a_linked_folder_that_is_left_out_is_named(tree, caplog):
+    caplog.set_level("INFO", logger="farspan")
+    (tree / "sub" / "loop").symlink_to(tree)
+    texts(tree / "sub")
+    assert "loop, a linked folder: name it as an input to read it" in caplog.text
+    assert texts(tree / "sub" / "loop") == texts(tree)
+
+
+def test_missing_pyarrow_is_named_for_zstd(tmp_path, monkeypatch):
+    (tmp_path / "x.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"x\.jsonl\.zst needs the package pyarrow; `pip install -e '\.\[data\]'`"):
+        texts(tmp_path, skip_unreadable=True)

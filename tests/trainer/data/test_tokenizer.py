@@ -1,6 +1,8 @@
 """Tokenizers against plain Python, and every refusal by its message."""
 
+import hashlib
 import json
+import pickle
 import sys
 from pathlib import Path
 
@@ -110,6 +112,86 @@ def test_end_token_by_name(bpe_file):
     assert load_tokenizer(path, end_token="[STOP]").end_id == 1
     with pytest.raises(DataError, match=r"tokenizer\.json has no token '\[HALT\]'; pass another --end-token"):
         load_tokenizer(path, end_token="[HALT]")
+
+
+def beside(path: str, name: str, **settings) -> None:
+    Path(path).with_name(name).write_text(json.dumps(settings), encoding="utf-8")
+
+
+DEEPSEEK_END = "<\uff5cend\u2581of\u2581sentence\uff5c>"
+
+
+@pytest.mark.parametrize("end", [DEEPSEEK_END, "<|end\u2581of\u2581sentence|>"])
+def test_deepseek_names_are_usual(bpe_file, end):
+    assert load_tokenizer(bpe_file("<pad>", end)).end_id == 1
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("as_object", [False, True])
+def test_the_end_token_is_the_one_that_the_files_beside_it_name(bpe_file, caplog, name, as_object):
+    caplog.set_level("INFO", logger="farspan")
+    path = bpe_file("<|endoftext|>", "</s>", "<|im_end|>")
+    beside(path, name, eos_token={"content": "<|im_end|>", "lstrip": False} if as_object else "<|im_end|>")
+    assert load_tokenizer(path).end_id == 2
+    assert f"end token   '<|im_end|>' (id 2), the eos_token of {name}" in caplog.text
+    # What is asked for counts more.
+    assert load_tokenizer(path, end_token="</s>").end_id == 1
+    beside(path, name, eos_token=None)
+    assert load_tokenizer(path).end_id == 0
+    assert "end token   '<|endoftext|>' (id 0), by its name, not '</s>'; --end-token takes another" in caplog.text
+
+
+def test_files_beside_a_tokenizer_that_do_not_fit_are_refused(bpe_file):
+    path = bpe_file("</s>")
+    beside(path, "tokenizer_config.json", eos_token="<|im_end|>")
+    with pytest.raises(DataError, match=r"lacks '<\|im_end\|>', the eos_token of tokenizer_config"):
+        load_tokenizer(path)
+    Path(path).with_name("tokenizer_config.json").write_text("{")
+    with pytest.raises(DataError, match=r"tokenizer_config\.json is not JSON"):
+        load_tokenizer(path)
+
+
+def template(path: str, single: str) -> None:
+    raw = tokenizers.Tokenizer.from_file(path)
+    names = [word for word in single.split() if word != "$A"]
+    special = [(name, raw.token_to_id(name)) for name in names]
+    raw.post_processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=special)
+    raw.save(path)
+
+
+@pytest.mark.parametrize(
+    ("single", "settings", "expected"),
+    [
+        ("<s> $A", {}, {"auto": (1,), "always": (1,), "never": ()}),
+        ("<s> <x> $A </s>", {}, {"auto": (1, 2), "always": (1, 2), "never": ()}),
+        ("$A </s>", {"bos_token": "<s>"}, {"auto": (), "always": (1,), "never": ()}),
+        ("$A", {"bos_token": {"content": "<s>"}, "add_bos_token": True}, {"auto": (1,), "always": (1,), "never": ()}),
+        ("<s> $A", {"bos_token": "<s>", "add_bos_token": False}, {"auto": (), "always": (1,), "never": ()}),
+    ],
+)
+def test_documents_begin_as_the_tokenizer_says(bpe_file, caplog, single, settings, expected):
+    caplog.set_level("INFO", logger="farspan")
+    path = bpe_file("</s>", "<s>", "<x>")
+    template(path, single)
+    beside(path, "tokenizer_config.json", **settings)
+    assert {bos: load_tokenizer(path, bos=bos).start_ids for bos in expected} == expected
+    assert "start token none, by --bos never" in caplog.text
+    assert "start token '<s>' (id 1)" in caplog.text
+
+
+def test_a_start_token_that_nothing_names_is_refused(bpe_file):
+    with pytest.raises(DataError, match=r"no beginning-of-sequence token, .*; pass --bos never"):
+        load_tokenizer(bpe_file("</s>"), bos="always")
+    with pytest.raises(DataError, match=r"drop --bos always"):
+        load_tokenizer("bytes", bos="always")
+
+
+def test_a_tokenizer_encodes_alike_in_another_process(bpe_file):
+    tokenizer = load_tokenizer(bpe_file("</s>", truncate=True))
+    text = "the </s> cat" * 9
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert again.encode(text).tolist() == tokenizer.encode(text).tolist()
+    assert again.sha256 == tokenizer.sha256 == hashlib.sha256(Path(tokenizer.name).read_bytes()).hexdigest()
 
 
 def test_file_without_end_token_is_refused(bpe_file):

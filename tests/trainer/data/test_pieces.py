@@ -1,0 +1,190 @@
+"""Pieces of a text have the tokens of the whole, under tokenizers of every kind, or there is one piece."""
+
+import random
+from functools import cache
+
+import numpy as np
+import pytest
+
+from farspan.trainer.data import pieces as module
+from farspan.trainer.data.pieces import pieces
+from farspan.trainer.data.tokenizer import load_tokenizer
+
+tokenizers = pytest.importorskip("tokenizers")
+models, normalizers, pre, trainers = (
+    tokenizers.models,
+    tokenizers.normalizers,
+    tokenizers.pre_tokenizers,
+    tokenizers.trainers,
+)
+Regex = tokenizers.Regex
+
+CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+WORDS = [
+    *["the", "cat", "sat", "on", "a", "mat,", "naïve", "café", "Ünder", "漢字かな交じり文。"],
+    *["1234567", "x_y=f(a[i])", "...", "--", "don't", "🙂🙂", "HELLO"],
+]
+GAPS = [" "] * 12 + ["  ", "\n", "\n\n", "\r\n", "\t", "    ", "\u3000"]
+
+
+def some_text(size: int, gaps: list[str] = GAPS) -> str:
+    draw = random.Random(size)
+    return "".join(draw.choice(WORDS) + draw.choice(gaps) for _ in range(size // 5))[:size]
+
+
+def byte_level(pre_tokenizer, **options):
+    tokenizer = tokenizers.Tokenizer(models.BPE(**options))
+    tokenizer.pre_tokenizer = pre_tokenizer
+    return tokenizer, trainers.BpeTrainer(
+        vocab_size=400, show_progress=False, initial_alphabet=pre.ByteLevel.alphabet()
+    )
+
+
+def gpt2():
+    return byte_level(pre.ByteLevel(add_prefix_space=False))
+
+
+def prefix_space():
+    return byte_level(pre.ByteLevel(add_prefix_space=True))
+
+
+def llama3():
+    split = pre.Split(Regex(CL100K), behavior="isolated")
+    return byte_level(pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)]))
+
+
+def nfc():
+    tokenizer, trainer = gpt2()
+    tokenizer.normalizer = normalizers.NFC()
+    return tokenizer, trainer
+
+
+def across_spaces():
+    """Pairs of words are tokens."""
+    split = pre.Split(Regex(r"\S+ \S+|\s+|\S+"), behavior="isolated")
+    return byte_level(pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)]))
+
+
+def fixed_length():
+    split = pre.Split(Regex(r"(?:.|\n){1,7}"), behavior="isolated")
+    return byte_level(pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)]))
+
+
+def superwords():
+    """Tokens of several words, and nothing that splits a text."""
+    return tokenizers.Tokenizer(models.BPE()), trainers.BpeTrainer(vocab_size=500, show_progress=False)
+
+
+def llama2():
+    """SentencePiece without pre-tokenizer: the normalizer puts a space before the text."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    # Trained word by word, as SentencePiece does: else tokens would lie across spaces.
+    tokenizer.pre_tokenizer = pre.Metaspace(prepend_scheme="never")
+    return tokenizer, trainers.BpeTrainer(vocab_size=300, show_progress=False, special_tokens=["<unk>"])
+
+
+def metaspace(scheme):
+    tokenizer = tokenizers.Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Strip()])
+    tokenizer.pre_tokenizer = pre.Metaspace(prepend_scheme=scheme)
+    return tokenizer, trainers.UnigramTrainer(
+        vocab_size=200, show_progress=False, special_tokens=["<unk>"], unk_token="<unk>"
+    )
+
+
+def word_piece():
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre.BertPreTokenizer()
+    return tokenizer, trainers.WordPieceTrainer(vocab_size=300, show_progress=False, special_tokens=["[UNK]"])
+
+
+KINDS = {
+    "gpt2": gpt2,
+    "prefix space": prefix_space,
+    "llama3": llama3,
+    "nfc": nfc,
+    "llama2": llama2,
+    "metaspace always": lambda: metaspace("always"),
+    "metaspace first": lambda: metaspace("first"),
+    "word piece": word_piece,
+    "across spaces": across_spaces,
+    "fixed length": fixed_length,
+    "superwords": superwords,
+}
+UNCUT = ("across spaces", "fixed length", "superwords")
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """Return a function that trains the tokenizer of a kind and returns its file."""
+
+    @cache
+    def train(kind, *added):
+        tokenizer, trainer = KINDS[kind]()
+        tokenizer.train_from_iterator(some_text(3000).split("\n"), trainer)
+        if kind == "llama2":
+            tokenizer.pre_tokenizer = None
+        tokenizer.add_tokens([*map(tokenizers.AddedToken, added)])
+        tokenizer.add_special_tokens(["</s>"])
+        path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+        tokenizer.save(str(path))
+        return load_tokenizer(str(path)).encode
+
+    return train
+
+
+def whole_and_pieces(encode, text, size, monkeypatch):
+    monkeypatch.setattr(module, "PIECE_BYTES", size)
+    data = text.encode()
+    found = list(pieces(data, 0, len(data), encode))
+    assert [piece.is_last for piece in found] == [False] * (len(found) - 1) + [True]
+    return encode(text), [encode(piece.text.decode())[piece.context_tokens :] for piece in found]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_are_those_of_the_whole(load, monkeypatch, kind):
+    encode = load(kind)
+    for size, length in ((50, 2000), (1000, 9000)):
+        whole, found = whole_and_pieces(encode, some_text(length), size, monkeypatch)
+        np.testing.assert_array_equal(np.concatenate(found), whole)
+        assert len(found) >= (1 if kind in UNCUT else length / size / 3)
+
+
+@pytest.mark.parametrize("kind", ["llama3", "llama2", "metaspace first"])
+@pytest.mark.parametrize(
+    ("text", "fewest"),
+    [
+        ("a" * 3000, 1),
+        ("ab " * 999, 5),
+        (" " * 2000 + "x" + "\n" * 1500, 1),
+        ("漢字かな。" * 300, 5),
+        ("x\n\ny\n\n" * 300, 3),
+        ("1234567890" * 200, 1),
+    ],
+    ids=["one letter", "period", "spaces", "no spaces", "blank lines", "digits"],
+)
+def test_monotonous_texts_too(load, monkeypatch, kind, text, fewest):
+    whole, found = whole_and_pieces(load(kind), text, 300, monkeypatch)
+    np.testing.assert_array_equal(np.concatenate(found), whole)
+    assert len(found) >= fewest
+
+
+def test_added_tokens_are_not_cut(load, monkeypatch):
+    encode = load("gpt2", "the cat", "    ")
+    whole, found = whole_and_pieces(encode, "the cat  sat    on the cat " * 100, 100, monkeypatch)
+    np.testing.assert_array_equal(np.concatenate(found), whole)
+    assert len(found) > 10
+
+
+def test_a_part_of_a_text(monkeypatch):
+    monkeypatch.setattr(module, "PIECE_BYTES", 10)
+    text = some_text(500).encode()
+    found = list(pieces(text, 7, 300, load_tokenizer("bytes").encode))
+    assert b"".join(piece.text for piece in found) == text[7:300]
+    assert len(found) > 5
+    assert list(pieces(text, 9, 9, load_tokenizer("bytes").encode)) == []

@@ -118,5 +118,9 @@ class Mechanism(ABC):
         """Return why it cannot attend with these heads to documents of up to `longest` tokens; None if it can."""
         return None
 
+    def is_dense_up_to(self, longest: int) -> bool:
+        """Return whether its options hide no key of documents of up to `longest` tokens, unlike what its name says."""
+        return False
+
 
 MECHANISMS: Registry[type[Mechanism]] = Registry("attention mechanism", "farspan.kernels.mechanisms")

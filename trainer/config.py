@@ -48,12 +48,20 @@ class AttentionConfig:
         Raises ConfigError for an unknown name or option, or one that the mechanism does not support.
         """
         pattern = parse_pattern(self.mechanism, "attention.mechanism")
-        names = list(dict.fromkeys(pattern))
+        names, count = list(dict.fromkeys(pattern)), len(pattern)
+        for period in range(1, count):
+            if pattern == pattern[:period] * (count // period):
+                raise ConfigError(
+                    f"attention.mechanism={self.mechanism!r} repeats itself, as every pattern does over the layers "
+                    "anyway: options go by name, so that layers of one name cannot differ; write "
+                    f"{', '.join(pattern[:period])!r}."
+                )
         for name in self.options:
             if len(names) > 1 and name not in names:
                 raise ConfigError(
                     f"attention.options.{name} is for none of attention.mechanism={self.mechanism!r}: "
-                    f"give each a table of its own, attention.options.{names[0]} and so on."
+                    f"give each a table of its own, attention.options.{names[0]} and so on, or drop what a "
+                    "configuration has by attention.options={}."
                 )
         built = {}
         for name in names:
@@ -63,6 +71,9 @@ class AttentionConfig:
             try:
                 built[name] = from_tree(MECHANISMS.get(name), options, where)
                 _ = built[name].static_mask  # masks check options too
+            except ConfigError as error:
+                # They may be left from another mechanism, in a file that the command line changes.
+                raise ConfigError(f"{error} To drop all options of a file, add attention.options={{}}.") from error
             except ValueError as error:
                 raise ConfigError(
                     f"{where}={toml_value(options)} does not suit attention.mechanism={self.mechanism!r}: {error}."

@@ -51,6 +51,10 @@ class KVLifetime(Masked):
     def key_routing(self, planner: AttentionPlanner) -> KeyRouting:
         return LifetimeRouting(self, planner)
 
+    def is_dense_up_to(self, longest: int) -> bool:
+        # The router may make any key local, which the next global one ends.
+        return False
+
     def unmasked_pairs(self, rows: Rows) -> int:
         """The pairs of a router that has learned nothing."""
         routing = torch.randn(len(rows), 1, self.routing_width, generator=torch.Generator().manual_seed(0))

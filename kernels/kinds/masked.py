@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 
+import torch
 from torch import Tensor
 
 from farspan.kernels.masks.attention_mask import AttentionMask, count_keys_per_query
@@ -45,6 +46,15 @@ class Masked(Mechanism):
         # The mean over heads, where these have windows of their own.
         heads = len(attention_mask.window) if isinstance(attention_mask.window, tuple) else 1
         return Plan.build(rows, rows, attention_mask, heads=heads).unmasked_pairs
+
+    def is_dense_up_to(self, longest: int) -> bool:
+        rows, attention_mask = Rows.packed([longest]), self.attention_mask()
+        dense, grid = AttentionMask(causal=attention_mask.causal), attention_mask.neighborhood
+        if grid is not None:
+            return longest <= grid.tokens and all(
+                one.window == one.length and not one.causal for one in grid.dimensions
+            )
+        return torch.equal(count_keys_per_query(attention_mask, rows), count_keys_per_query(dense, rows))
 
     def unsupported_reason(self, heads: Heads, longest: int) -> str | None:
         # Windows of heads have to be as many as the heads.

@@ -58,6 +58,14 @@ class Routed(Masked):
         """Return the bytes of the tensors that `select` sums over all owners of rows; none for a pattern."""
         return 0
 
+    def selects_all_of(self, blocks: int) -> bool:
+        """Return whether every query of a document of so many key blocks selects all that it sees, whatever its q."""
+        return blocks <= 1
+
+    def is_dense_up_to(self, longest: int) -> bool:
+        blocks = self.key_blocks(Rows.packed([longest])).count
+        return self.selects_all_of(blocks) and super().is_dense_up_to(longest)
+
     def key_routing(self, planner: AttentionPlanner) -> KeyRouting:
         return LocalShard(
             mechanism=self,

@@ -95,6 +95,14 @@ class BlockSparse(Routed):
             others = self._num_drawn(tile if self.causal else tiles - 1)
         return (others * self.block + own).masked_fill(~real, 0).double()
 
+    def selects_all_of(self, blocks: int) -> bool:
+        if not self.mask:
+            # The tile that sees most blocks draws the smallest share of them, once rounded.
+            others = torch.tensor(blocks - 1)
+            return bool(self._num_drawn(others) >= others)
+        visible = torch.ones(blocks, blocks, dtype=torch.bool)
+        return bool((self._mask_table(blocks)[:blocks] | ~(visible.tril() if self.causal else visible)).all())
+
     @torch.no_grad()
     def select(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> BlockSelection:
         if self.mask:

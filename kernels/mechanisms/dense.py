@@ -21,6 +21,9 @@ class Dense(Masked):
     def examples(cls) -> Sequence[Self]:
         return cls(causal=True), cls(causal=False)
 
+    def is_dense_up_to(self, longest: int) -> bool:
+        return False  # its name says so
+
     def attention_mask(self) -> AttentionMask:
         return AttentionMask(causal=self.causal)
 

@@ -52,6 +52,9 @@ class MoBA(Routed):
     def key_blocks(self, global_rows: Rows) -> BlockPartition:
         return BlockPartition.blocks(global_rows, self.block)
 
+    def selects_all_of(self, blocks: int) -> bool:
+        return blocks <= self.top_k
+
     @torch.no_grad()
     def select(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> BlockSelection:
         blocks, own_block = local_shard.key_blocks, local_shard.key_block_of_row

@@ -75,6 +75,9 @@ class SpargeAttention(Routed):
     def query_blocks(self, global_rows: Rows) -> BlockPartition:
         return BlockPartition.blocks(global_rows, self.tile)
 
+    def selects_all_of(self, blocks: int) -> bool:
+        return blocks <= 1 or (self.top or self.mass) >= 1
+
     @torch.no_grad()
     def select(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> BlockSelection:
         return by_tile.selection_of_tiles(local_shard, self._masks(q, k, local_shard), q.shape[1])

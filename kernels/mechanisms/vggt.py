@@ -82,6 +82,9 @@ class VGGT(Routed):
         special = frame * self.special + offset
         return torch.where(offset < self.special, 2 * (special // size) + 1, 2 * (patch // size))
 
+    def selects_all_of(self, blocks: int) -> bool:
+        return blocks <= 1 or self.sparsity == 0 or self.mass + MASS_MARGIN >= 1
+
     @torch.no_grad()
     def select(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> BlockSelection:
         return by_tile.selection_of_tiles(local_shard, self._masks(q, k, local_shard), q.shape[1])

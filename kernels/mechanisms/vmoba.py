@@ -85,6 +85,9 @@ class VMoBA(Routed):
             rest, stride = rest // size, stride * -(-size // length)
         return number + (rest // self.brick[0] * stride if self.brick[0] else 0)
 
+    def selects_all_of(self, blocks: int) -> bool:
+        return blocks <= (self.top_k if self.rule == "top_k" else 1)
+
     @torch.no_grad()
     def select(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> BlockSelection:
         ranking = _Ranking(self, q, local_shard.key_means(k), local_shard)

@@ -18,7 +18,7 @@ from farspan.kernels.planner import Heads
 from farspan.kernels.sequence_attention import SequenceScan, plan_sequence_attention
 from tests.support import oracle
 from tests.support.attention_cases import ABLE, ROWS
-from tests.support.mechanisms import attend, examples, inputs_of
+from tests.support.mechanisms import SCORES, attend, examples, inputs_of, with_scores
 from tests.support.truth import expect, visible
 
 EXAMPLES = examples()
@@ -36,6 +36,19 @@ def test_mechanism_equals_the_formula(mechanism: Mechanism, backend: str, dtype:
             inputs = inputs_of(mechanism, len(rows), heads, dtype=dtype)
             got, expected = attend(mechanism, rows, heads, inputs, backend=backend), expect(mechanism, inputs, rows)
             oracle.assert_close(got, expected, oracle.RELATIVE_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("scores", SCORES)
+@pytest.mark.parametrize("mechanism", EXAMPLES, ids=str)
+def test_scores_of_any_size_equal_the_formula(mechanism: Mechanism, scores: str) -> None:
+    """Forward and backward on every backend: nothing overflows or vanishes."""
+    rows, heads = ROWS["ragged"], Heads(query=8, kv=2)
+    for dtype in oracle.RELATIVE_TOLERANCE if scores == "huge" else (torch.float32,):
+        inputs = with_scores(scores, inputs_of(mechanism, len(rows), heads, dtype=dtype))
+        expected = expect(mechanism, inputs, rows)
+        for backend in ABLE:
+            got = attend(mechanism, rows, heads, inputs, backend=backend)
+            oracle.assert_close(got, expected, oracle.tolerance(dtype, SCORES[scores]))
 
 
 @pytest.mark.parametrize("backend", ABLE)

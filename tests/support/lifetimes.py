@@ -95,10 +95,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, t: Tensor, rows: Rows, window: in
     causal = oracle.visible_mask(rows, rows, AttentionMask(causal=True), q.shape[1])
     scores = torch.einsum("thd,shd->hts", q, k.repeat_interleave(group, dim=1)) / math.sqrt(q.shape[2])
     lse, causal_lse = (scores.detach().masked_fill(~m, -math.inf).logsumexp(dim=-1) for m in (see, causal))
-    factor = torch.where(causal.any(dim=-1), torch.exp(lse - causal_lse), 0.0)
-    weight = torch.where(causal, see + (mask - mask.detach()) * factor[:, :, None], 0.0)
-    top = torch.where(causal.any(dim=-1), lse, 0.0)[:, :, None]
-    exponential = torch.where(causal, torch.exp(torch.where(causal, scores, 0.0) - top), 0.0) * weight
+    top, causal_top = (torch.where(causal.any(dim=-1), x, 0.0)[:, :, None] for x in (lse, causal_lse))
+    # Hidden scores may tower over visible ones: exp(score - lse) x factor is exp(score - lse of all causal scores).
+    learned = torch.exp(torch.where(causal, scores.detach(), -math.inf) - causal_top) * (mask - mask.detach())
+    exponential = torch.where(see, torch.exp(torch.where(see, scores, 0.0) - top), 0.0) + learned
     total = exponential.sum(dim=-1, keepdim=True)
     out = exponential @ v.repeat_interleave(group, dim=1).transpose(0, 1) / torch.where(total > 0, total, 1.0)
     return out.transpose(0, 1), lse.t()

@@ -60,3 +60,25 @@ def attend(
     assert out.dtype == inputs[0].dtype
     lse = planned.lse(saved)
     return [out, *([] if lse is None else [lse]), *planned.backward(dout, saved)]
+
+
+SCORES = {"large": 10.0, "huge": 100.0, "negative": 100.0, "equal": 1.0, "one_key": 32.0}
+"""Ways to change the scores of inputs, and how much their rounding grows with."""
+
+
+def with_scores(kind: str, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return inputs as of `inputs_of` whose scores are of a kind of SCORES.
+
+    negative: every log-sum-exp is some thousands below 0. equal: all scores of a query are 0. one_key: one key in the
+    middle is a thousand times as large.
+    """
+    q, k, *rest = (x.clone() for x in inputs)
+    if kind in ("large", "huge"):
+        q, k = q * SCORES[kind], k * SCORES[kind]
+    elif kind == "negative":
+        q, k = q.abs() * 30, -30 * (k.abs() + 0.5)
+    elif kind == "equal":
+        q.zero_()
+    else:
+        k[len(k) // 2] *= 1000
+    return [q, k, *rest]

@@ -1,6 +1,7 @@
 import functools
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from farspan.errors import ConfigError
 from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.moba import MoBA
+from farspan.kernels.mechanisms.window import Window
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import AttentionConfig, Config, flat
 from farspan.trainer.renamed import current_names, refuse_old_key
@@ -68,12 +70,32 @@ def test_patterns_of_layers() -> None:
         ("dense, moba", {"block": 8}, "attention.options.block is for none of attention.mechanism='dense, moba'"),
         ("dense, moba", {"moba": {"blok": 8}}, "attention.options.moba.blok"),
         ("dense, moba", {"moba": {"block": 0}}, "attention.options.moba={block = 0} does not suit"),
+        ("dense, moba", {"block": 8}, "attention.options={}"),
+        ("dense", {"block": 8}, "attention.options.block=8 is not a known key; choose one of causal."),
+        ("dense", {"block": 8}, "attention.options={}"),
+        ("neighborhood", {"window": 8, "grid": [9]}, "attention.options={}"),
+        ("vmoba, vmoba, vmoba", {}, "attention.mechanism='vmoba, vmoba, vmoba' repeats itself"),
+        ("dense*3", {}, "write 'dense'"),
+        ("lightning*2, dense, lightning*2, dense", {}, "write 'lightning, lightning, dense'"),
     ],
 )
 def test_patterns_that_make_no_sense_are_refused(mechanism: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError) as refused:
         AttentionConfig(mechanism=mechanism, options=options).build_mechanisms(4)
     assert message in str(refused.value)
+
+
+def test_options_of_a_file_are_dropped_on_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    config = tiny.config(Path("tokens"), Path("run"), ParallelConfig())
+    moba = replace(config, attention=AttentionConfig(mechanism="moba", options={"block": 8}))
+    path.write_text(to_toml(moba, brief=True))
+    with pytest.raises(ConfigError, match=r"attention\.options={}"):
+        load_config(Config, path, ["attention.mechanism=dense"]).mechanisms()
+    found = load_config(
+        Config, path, ["attention.mechanism=window", "attention.options={}", "attention.options.sinks=3"]
+    )
+    assert found.mechanisms()[0] == Window(sinks=3)
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,10 @@ def _attention(config: Config, degrees: Degrees) -> dict[str, str]:
         labels["convolution"] = f"over {model.key_convolution} keys"
     if any(map(model.is_gated, config.mechanisms())):
         labels["recurrences"] = "in gated layers"
+    tokens = config.data.sequence_tokens
+    dense = [str(mechanism) for mechanism in dict.fromkeys(config.mechanisms()) if mechanism.is_dense_up_to(tokens)]
+    if dense:
+        labels["note"] = f"{', '.join(dense)} hides no key of {tokens:,} tokens: this is dense attention"
     strategies = dict.fromkeys(strategies_of_layers(config, degrees))
     return labels | {
         "backend": _backends(config),

@@ -18,13 +18,14 @@ from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.mechanism import Access, Heads, Mechanism
 from farspan.kernels.mechanisms.moba import MoBA
+from farspan.kernels.mechanisms.nats import NAtS
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.triton_kernels import attention_launch
 from farspan.kernels.triton_kernels.attention_launch import Shape, Shapes, gathered_rows, shapes_for
 from tests.support import attention_cases as contract
 from tests.support import interpreter_bfloat16, oracle, truth
 from tests.support.attention_cases import Tensors
-from tests.support.mechanisms import attend, examples, inputs_of
+from tests.support.mechanisms import SCORES, attend, examples, inputs_of, with_scores
 from tests.support.sequence_shards import select
 
 # Of several sizes, so that no kernel gets by with the tiles of another. The interpreter takes some 10 ms for a step of
@@ -137,16 +138,78 @@ def row_selection(rows: Rows) -> BlockSelection:
     return select(MoBA(block=16, top_k=2), tensors.q, tensors.k, rows)
 
 
-@pytest.mark.parametrize("tokens", [40, 72])
-def test_a_short_last_block_ends_with_its_keys(tokens: int) -> None:
-    """Blocks as long as a tile of keys, so that a tile is read in place; the last one is short."""
+SELECTIONS = {"none": lambda rows: None, "tiles": tile_selection, "rows": row_selection}
+
+
+@pytest.mark.parametrize(("block", "tokens"), [(16, 9), (24, 40), (32, 31), (32, 40), (32, 72), (64, 33), (64, 70)])
+def test_blocks_of_rows_around_tiles_of_keys(block: int, tokens: int) -> None:
+    """Shorter than a tile of keys, as long, and longer; a sequence of part of a block; a short last block in place."""
     rows, mask = Rows.packed([tokens]), AttentionMask()
     tensors = random_tensors(rows, rows)
-    chosen = select(MoBA(block=32, top_k=2), tensors.q, tensors.k, rows)
+    chosen = select(MoBA(block=block, top_k=2), tensors.q, tensors.k, rows)
     check(tensors, plan_of(rows, rows, mask, chosen), contract.mask_of(rows, rows, mask, 4, chosen))
 
 
-SELECTIONS = {"none": lambda rows: None, "tiles": tile_selection, "rows": row_selection}
+@pytest.mark.parametrize("window", [31, 32, 33])
+def test_edges_of_windows_and_lifetimes_around_tiles(window: int) -> None:
+    """A window, its sinks and the lives of keys end just before, at and just after the end of a tile."""
+    rows = Rows.packed([window + 33])
+    mask = AttentionMask(window=window, sinks=max(window - 32, 0))
+    check(random_tensors(rows, rows), plan_of(rows, rows, mask), oracle.visible_mask(rows, rows, mask, 4))
+    heads, mechanism = Heads(query=2, kv=1), NAtS(window=window)
+    inputs = inputs_of(mechanism, len(rows), heads, dtype=torch.float32)
+    got = attend(mechanism, rows, heads, inputs, backend="triton")
+    oracle.assert_close(got, truth.expect(mechanism, inputs, rows), TOLERANCE)
+
+
+@pytest.mark.parametrize("heads", [(6, 2), (5, 1), (3, 3)])
+def test_groups_of_heads(heads: tuple[int, int]) -> None:
+    """By tiles and by rows, with heads of no power of two."""
+    rows, mask = Rows.packed([3, 34], padding=2), AttentionMask()
+    tensors = random_tensors(rows, rows, heads)
+    for chosen in (None, select(MoBA(block=16, top_k=2), tensors.q, tensors.k, rows)):
+        plan = Plan.build(rows, rows, mask, heads=heads[0], selection=chosen)
+        check(tensors, plan, contract.mask_of(rows, rows, mask, heads[0], chosen))
+
+
+# Hidden scores overflow before the mask drops them.
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
+@pytest.mark.parametrize("scores", SCORES)
+@pytest.mark.parametrize("selection", ["none", "rows"])
+def test_scores_of_any_size(selection: str, scores: str) -> None:
+    """Slots are merged by log-sum-exp where rows select."""
+    rows = Rows.packed([3, 34], padding=2)
+    chosen = SELECTIONS[selection](rows)
+    q, k, v, dout = random_tensors(rows, rows)
+    tensors = Tensors(*with_scores(scores, (q, k, v, dout)))
+    got = run(tensors, plan_of(rows, rows, AttentionMask(), chosen))
+    expected = contract.expect(tensors, contract.mask_of(rows, rows, AttentionMask(), 4, chosen))
+    oracle.assert_close(got, expected, oracle.tolerance(torch.float32, SCORES[scores]))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("selection", ["none", "rows"])
+def test_what_is_not_finite_stays_in_its_document(selection: str) -> None:
+    """Padding, too, reaches nothing; and in its own document a NaN is not taken for a row that attends to nothing."""
+    rows = Rows.packed([9, 12], padding=5)
+    tensors, chosen = random_tensors(rows, rows), SELECTIONS[selection](rows)
+    expected, document = run(tensors, plan_of(rows, rows, AttentionMask(), chosen)), rows.document
+    for nth in range(4):
+        spoiled = Tensors(*(x.clone() for x in tensors))
+        for x in spoiled:
+            x[document < 0] = float("inf")
+        spoiled[nth][3] = float("nan")
+        found = run(spoiled, plan_of(rows, rows, AttentionMask(), chosen))
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a[document != 0], b[document != 0])
+        assert all(x[3].isnan().all() for x in found[2:])
+    # The same in a plan of one document, where the kernels alone see to it.
+    one = Rows.packed([9])
+    spoiled = random_tensors(one, one)
+    spoiled.v[3] = float("nan")
+    out, _, dq, *_ = run(spoiled, plan_of(one, one, AttentionMask(), SELECTIONS[selection](one)))
+    assert out[3].isnan().all()
+    assert dq[3].isnan().all()
 
 
 @pytest.mark.parametrize("selection", ["none", "rows"])

@@ -9,6 +9,12 @@ from torch import Tensor
 
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import MECHANISMS, Heads, Mechanism
+from farspan.kernels.mechanisms.lightning import Lightning
+from farspan.kernels.mechanisms.moba import MoBA
+from farspan.kernels.mechanisms.mosa import MoSA
+from farspan.kernels.mechanisms.nats import NAtS
+from farspan.kernels.mechanisms.sparge import SpargeAttention
+from farspan.kernels.mechanisms.window import Window
 from farspan.parallel.context_parallel.cost_model import MACHINES, Job, predict
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes
 from farspan.parallel.layout import LAYOUTS, Shards
@@ -23,8 +29,8 @@ from tests.support.matrix import (
     run_cases,
     unshard,
 )
-from tests.support.mechanisms import attend, inputs_of
-from tests.support.oracle import assert_close
+from tests.support.mechanisms import SCORES, attend, inputs_of, with_scores
+from tests.support.oracle import assert_close, tolerance
 from tests.support.rank_pool import RankPool
 from tests.support.simulation import simulate_attention
 
@@ -103,3 +109,20 @@ def test_what_is_not_finite_stays_in_its_document_and_padding_reaches_nothing(st
             assert_close([a[~bad]], [b[~bad]])
             assert not a[padding].masked_fill(a[padding].isneginf(), 0.0).any()
         assert not torch.cat([x[bad].flatten() for x in found]).isfinite().all()
+
+
+OF_EACH_KIND = (Window, MoBA, SpargeAttention, MoSA, NAtS, Lightning)
+"""Of routed ones by row and by tile."""
+
+
+@pytest.mark.parametrize(("scores", "dtype"), [("huge", torch.float32), ("negative", torch.bfloat16)])
+@pytest.mark.parametrize("strategy", EVERY)
+def test_merges_of_scores_of_any_size(strategy: str, scores: str, dtype: torch.dtype) -> None:
+    """Partial results that outweigh each other by exp(1e4), and log-sum-exps far below 0, forward and backward."""
+    rows = Rows.packed([61, 1, 30], padding=5)
+    for mechanism, layout, inner_size in served(strategy):
+        if isinstance(mechanism, OF_EACH_KIND):
+            inputs = with_scores(scores, inputs_of(mechanism, len(rows), HEADS, dtype=dtype))
+            expected = attend(mechanism, rows, HEADS, [x.double() for x in inputs])
+            found = on_ranks(strategy, mechanism, layout, inner_size, rows, inputs)
+            assert_close(found, expected, tolerance(dtype, SCORES[scores]))

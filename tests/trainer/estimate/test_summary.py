@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from farspan.kernels.backend import BACKENDS
+from farspan.kernels.kinds.masked import Masked
+from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.parallel.mesh import Degrees, ParallelConfig
@@ -124,6 +126,49 @@ def test_traffic_of_a_convolution_on_keys() -> None:
     long = replace(config, data=replace(config.data, sequence_tokens=1 << 16))
     sent = attention_bytes(long, degrees) + 2 * (1 << 15) * 16 * (4 + 4)
     assert labels(describe(long, degrees))["traffic"].startswith(f"{sent / 2**20:.1f} MiB")
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "options", "longest"),
+    [
+        ("window", {"window": 40}, 40),
+        ("window", {"window": 30, "sinks": 10}, 40),
+        ("spans", {"alpha": [64.0, 128.0], "beta": [0.0, 0.0], "length": 64, "sinks": 0}, 64),
+        ("neighborhood", {"grid": [8, 5], "window": [8, 5]}, 40),
+        ("moba", {"block": 64}, 3 * 64),
+        ("moba", {"block": 64, "top_k": 1}, 64),
+        ("vmoba", {"brick": [32]}, 32),
+        ("vmoba", {"brick": [32], "rule": "top_k", "top_k": 4}, 128),
+        ("block_sparse", {"block": 16}, 16),
+        ("block_sparse", {"block": 16, "density": 0.7}, 16),
+        ("block_sparse", {"block": 16, "mask": ["1", "11", "101"]}, 32),
+        ("block_sparse", {"block": 16, "mask": ["1", "11", "101"], "causal": False}, 16),
+        ("sparge", {"block": 32}, 32),
+        ("vggt", {"block": 32}, 32),
+        ("mosa", {}, 0),
+        ("nats", {"window": 64}, 0),
+        ("lightning", {}, 0),
+        ("dense", {}, 0),
+    ],
+)
+def test_attention_that_hides_nothing_is_noted(mechanism: str, options: dict[str, object], longest: int) -> None:
+    (built,) = AttentionConfig(mechanism=mechanism, options=options).build_mechanisms(1)
+    lengths = [n for n in (1, 16, 32, 40, 64, 128, 192) if n <= longest]
+    assert all(built.is_dense_up_to(n) for n in lengths)
+    assert not built.is_dense_up_to(longest + 1)
+    # What the choice of blocks comes to for normal queries and keys.
+    for length in lengths:
+        rows = Rows.packed([length])
+        assert isinstance(built, Masked)
+        assert built.unmasked_pairs(rows) == Dense(causal=built.attention_mask().causal).unmasked_pairs(rows)
+
+
+def test_the_note_is_in_the_summary() -> None:
+    attention = AttentionConfig(mechanism="moba, window, dense", options={"moba": {"block": 2048, "top_k": 2}})
+    config = replace(CONFIG, attention=attention)
+    found = labels(summarize(config, ranks=2))
+    assert found["note"] == "MoBA(block=2048, top_k=2) hides no key of 4,096 tokens: this is dense attention"
+    assert "note" not in labels(summarize(CONFIG))
 
 
 def test_layers_that_need_different_backends_have_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from farspan.trainer.config import Config, flat
 from farspan.trainer.data.source import SPLITS, check_integrity
 from farspan.trainer.estimate.summary import describe
 from farspan.trainer.evaluate import Validation
-from farspan.trainer.metrics import Metrics, record_config
+from farspan.trainer.metrics import Metrics, record_config, writing_to
 from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.optim import build_optimizer, learning_rate, set_learning_rate
 from farspan.trainer.replay import give_up, replay
@@ -37,6 +37,7 @@ from farspan.trainer.resolve import Resolved, choose_device, resolve
 from farspan.trainer.state import TrainState
 from farspan.trainer.step import StepResult, train_step
 from farspan.trainer.weights.io import check_weights, load_weights
+from farspan.trainer.weights.source_files import check_tokenizer, keep_in_run
 
 log = logging.getLogger("farspan")
 
@@ -74,7 +75,7 @@ def train(config: Config, ranks: Ranks, stop: StopSignal) -> bool:
         is_evaluation_missing = validation.is_missing(state.step, metrics)
         has_work = state.step < steps or is_evaluation_missing
         if has_work and not stopping:
-            on_first_rank(lambda: record_config(Path(config.run.folder), config, state.step))
+            on_first_rank(lambda: record_start(config, state.step))
         if is_evaluation_missing and not stopping:
             stopping = validation.run(model, state.step, metrics)
         while state.step < steps and not stopping:
@@ -134,8 +135,20 @@ def lock_and_check_files(config: Config, ranks: Ranks, stack: ExitStack) -> None
     stack.enter_context(lock_folder(Path(config.run.folder), ranks.job))
     for split in SPLITS:
         check_integrity(Path(config.data.folder) / split)
-    if config.run.start_from is not None and not finished(Path(config.run.folder) / "checkpoints"):
-        check_weights(Path(config.run.start_from))
+    weights = finished(Path(config.run.folder) / "checkpoints")[-1:]
+    if not weights and config.run.start_from is not None:
+        check_weights(config.run.start_from)
+        weights = [config.run.start_from]
+    for folder in weights:
+        check_tokenizer(folder, config.data.folder)
+
+
+def record_start(config: Config, step: int) -> None:
+    """Write the configuration and, at the first start, what belongs to the weights; raises TrainingError."""
+    if step == 0:
+        with writing_to(config.run.folder):
+            keep_in_run(config.run.start_from, config.data.folder, config.run.folder)
+    record_config(config.run.folder, config, step)
 
 
 def stopped_during_start_up(stop: StopSignal) -> bool:

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from farspan.errors import CheckpointError, ConfigError, FarspanError
-from farspan.kernels.mechanism import Mechanism
 from farspan.trainer.config import AttentionConfig, Config
 from farspan.trainer.hugging_face.architectures import LLAMA, MIXTRAL, QWEN3_MOE, architecture_of
 from farspan.trainer.hugging_face.config_json import config_fields, pattern_of, read_config
@@ -56,10 +55,10 @@ def refused(folder: Path) -> str:
     return str(error.value)
 
 
-LLAMA_FIELDS = config_fields(ours.MODEL, LLAMA, positions=512, dtype="float32", end_id=None)
-MOE_FIELDS = config_fields(
-    replace(ours.MODEL, experts=EXPERTS, qk_norm=True), QWEN3_MOE, positions=512, dtype="float32", end_id=None
-)
+POSITIONS = {"max_position_embeddings": 512}
+LLAMA_FIELDS = config_fields(Decoder(model=ours.MODEL), LLAMA) | POSITIONS
+MOE = Decoder(model=replace(ours.MODEL, experts=EXPERTS, qk_norm=True))
+MOE_FIELDS = config_fields(MOE, QWEN3_MOE) | POSITIONS
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 UNKNOWN_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"architectures": ["GemmaForCausalLM"]}, "architecture GemmaForCausalLM"),
@@ -95,15 +94,15 @@ def test_a_config_that_is_unreadable_or_lacks_a_field_is_refused(tmp_path: Path)
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ConfigError, match=message):
             read_config(tmp_path)
-    for fields, name in ((LLAMA_FIELDS, "rms_norm_eps"), (MOE_FIELDS, "norm_topk_prob")):
-        (tmp_path / "config.json").write_text(json.dumps({key: fields[key] for key in fields if key != name}))
-        with pytest.raises(ConfigError, match=f"has no {name}, which {fields['architectures'][0]} needs"):
-            read_config(tmp_path)
+    scaling = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 40}
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_FIELDS | {"rope_scaling": scaling}))
+    with pytest.raises(ConfigError, match="has no low_freq_factor, which LlamaForCausalLM needs"):
+        read_config(tmp_path)
 
 
 def read(tmp_path: Path, fields: dict[str, Any]) -> ModelConfig:
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    return read_config(tmp_path)[1]
+    return read_config(tmp_path)[1].model
 
 
 def test_absent_fields_have_the_defaults_of_transformers(tmp_path: Path) -> None:
@@ -150,8 +149,8 @@ def test_layers_with_experts_are_a_short_pattern(tmp_path: Path) -> None:
     assert read(tmp_path, fields | {"decoder_sparse_step": 3}).experts.layers == "dense*2, experts"
     assert read(tmp_path, fields | {"mlp_only_layers": [0, 5]}).expert_layers == (False, True, True, True, True, False)
     assert read(tmp_path, fields | {"mlp_only_layers": [*range(6)]}).experts == ExpertsConfig()
-    assert pattern_of([False, True, True, False, False]) == "dense, experts*2, dense"
-    assert pattern_of([False, True, True, False, True]) == "dense, experts*2"
+    assert pattern_of(["dense", "experts", "experts", "dense", "dense"]) == "dense, experts*2, dense"
+    assert pattern_of(["dense", "experts", "experts", "dense", "experts"]) == "dense, experts*2"
     # Even loads: transformers counts choices of a token and takes the mean over layers, ours takes the sum.
     fields |= {"router_aux_loss_coef": 0.3, "mlp_only_layers": [0, 5]}
     assert read(tmp_path, fields).experts.balance_loss == pytest.approx(0.3 * 2 / 4)
@@ -261,11 +260,22 @@ def test_choosing_from_all_groups_is_choosing_without_groups() -> None:
     assert architecture_of(model, Decoder(model=model).mechanisms()) is MIXTRAL
 
 
-@pytest.mark.parametrize("mechanism", ["window", "moba", "dense, window", "lightning"])
-def test_other_mechanisms_are_not_exported(mechanism: str) -> None:
-    mechanisms: tuple[Mechanism, ...] = AttentionConfig(mechanism=mechanism).build_mechanisms(2)
-    with pytest.raises(ConfigError, match=r"attention\.mechanism has \w+\("):
+@pytest.mark.parametrize(
+    ("mechanism", "options", "named"),
+    [
+        ("moba", {}, "MoBA("),
+        ("lightning", {}, "Lightning("),
+        ("dense", {"causal": False}, "Dense(causal=False)"),
+        ("window", {"window": 40, "sinks": 4}, "Window(window=40, sinks=4"),
+        ("dense, window", {}, "dense and window=1024 in its layers, which MistralForCausalLM"),
+    ],
+)
+def test_other_mechanisms_are_not_exported(mechanism: str, options: dict[str, Any], named: str) -> None:
+    mechanisms = AttentionConfig(mechanism=mechanism, options=options).build_mechanisms(2)
+    with pytest.raises(ConfigError) as error:
         architecture_of(ours.MODEL, mechanisms)
+    assert f"attention.mechanism has {named}" in str(error.value)
+    assert "`--as dense`" in str(error.value)
 
 
 def test_routers_with_biases_are_not_exported(tmp_path: Path) -> None:
@@ -292,6 +302,8 @@ def test_a_model_is_found_by_its_run_by_its_step_and_by_its_file(exported: Path,
 def test_weights_that_are_damaged_or_of_another_model_are_refused(exported: Path, tmp_path: Path) -> None:
     weights = tmp_path / "weights"
     import_model(exported / "theirs", weights)
+    # As older versions wrote them.
+    (weights / "manifest.json").unlink()
     described = (weights / "model.toml").read_text()
     (weights / "model.toml").write_text(described.replace("width = 32", "width = 16"))
     with pytest.raises(CheckpointError, match=r"embedding\.weight has shape \[96, 32\], not"):

@@ -71,7 +71,9 @@ def test_a_checkpoint_has_the_configuration_that_it_was_trained_with(resumed: Pa
         model = Transformer(find_trained_model(steps[0]).decoder.model, AttentionConfig().build_mechanisms(2))
         load_weights(model.double(), steps[0])
     written = safetensors.load_file(tmp_path / "out" / "model.safetensors")
-    assert torch.equal(written["model.layers.1.self_attn.k_proj.weight"], model.blocks[1].attention.key.weight)
+    assert torch.equal(
+        written["model.layers.1.self_attn.k_proj.weight"], model.get_parameter("blocks.1.attention.key.weight")
+    )
     assert pool_heads(steps[0], 1, tmp_path / "pooled").attention.mechanism == "moba"
     # The run went back behind a damaged checkpoint, and kept a configuration as that of other steps.
     moved = shutil.copytree(resumed, tmp_path / "moved")

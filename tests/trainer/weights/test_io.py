@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from farspan.errors import CheckpointError, ConfigError, FarspanError
-from farspan.parallel.mesh import ParallelConfig
+from farspan.parallel.mesh import Mesh, ParallelConfig
 from farspan.parallel.ranks import Ranks, connected
+from farspan.trainer.build import build_model
 from farspan.trainer.config import AttentionConfig, Config
 from farspan.trainer.hugging_face.convert import export_model, import_model
 from farspan.trainer.model.transformer import Transformer
@@ -23,12 +24,14 @@ from farspan.trainer.weights.pool_heads import pool_heads
 from farspan.trainer.weights.source_files import keep_in_run
 from tests.support import hugging_face_models as ours
 from tests.support import tiny
+from tests.support.rank_pool import Pools, error_of
 
 safetensors = pytest.importorskip("safetensors.torch")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 MOBA = AttentionConfig(mechanism="moba", options={"block": 16, "top_k": 2}, backend="cpu")
 DECODER = Decoder(model=replace(ours.MODEL, layers=1))
+TIED = Decoder(model=replace(DECODER.model, tied_embeddings=True))
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +74,8 @@ def test_a_checkpoint_has_the_configuration_that_it_was_trained_with(resumed: Pa
         model = Transformer(find_trained_model(steps[0]).decoder.model, AttentionConfig().build_mechanisms(2))
         load_weights(model.double(), steps[0])
     written = safetensors.load_file(tmp_path / "out" / "model.safetensors")
-    assert torch.equal(
-        written["model.layers.1.self_attn.k_proj.weight"], model.get_parameter("blocks.1.attention.key.weight")
-    )
+    key = model.get_parameter("blocks.1.attention.key.weight")
+    assert torch.equal(written["model.layers.1.self_attn.k_proj.weight"], key)
     assert pool_heads(steps[0], 1, tmp_path / "pooled").attention.mechanism == "moba"
     # The run went back behind a damaged checkpoint, and kept a configuration as that of other steps.
     moved = shutil.copytree(resumed, tmp_path / "moved")
@@ -173,17 +175,26 @@ def test_numbers_that_the_model_cannot_hold_are_refused(tmp_path: Path) -> None:
         load_weights(model.double(), tmp_path / "weights")
 
 
-def test_two_tables_do_not_fill_a_tied_model(tmp_path: Path) -> None:
-    tied = replace(DECODER, model=replace(DECODER.model, tied_embeddings=True))
+def load_tied(two: Path, one: Path) -> str:
+    """On each rank, with its shards: return the error for two tables, after loading one."""
+    config = replace(tiny.config(two, two, ParallelConfig(dp_shard=2)), model=TIED.model)
+    model = build_model(config, Mesh.build(config.parallel, "cpu"), ours.CPU)
+    load_weights(model, one)
+    return error_of(CheckpointError, load_weights, model, two)
+
+
+def test_two_tables_do_not_fill_a_tied_model(ranks: Pools, tmp_path: Path) -> None:
     tensors = ours.random_model(DECODER).state_dict()
     with connected(Ranks(), ours.CPU):
         save_weights(tensors, tmp_path / "two", DECODER)
         with pytest.raises(
             CheckpointError, match=r"differs from its embedding\.weight: set model\.tied_embeddings=false"
         ):
-            load_weights(ours.random_model(tied), tmp_path / "two")
-        model = ours.random_model(tied)
+            load_weights(ours.random_model(TIED), tmp_path / "two")
+        model = ours.random_model(TIED)
         save_weights(tensors | {"head.weight": tensors["embedding.weight"]}, tmp_path / "one", DECODER)
         load_weights(model, tmp_path / "one")
+    for message in ranks(2).run(load_tied, tmp_path / "two", tmp_path / "one"):
+        assert "differs from its embedding.weight" in message
     assert model.head.weight is model.embedding.weight
     assert torch.equal(model.head.weight, tensors["embedding.weight"])

@@ -36,7 +36,7 @@ from farspan.trainer.resilience.watchdog import Watchdog
 from farspan.trainer.resolve import Resolved, choose_device, resolve
 from farspan.trainer.state import TrainState
 from farspan.trainer.step import StepResult, train_step
-from farspan.trainer.weights.io import check_weights, load_weights
+from farspan.trainer.weights.io import check_weights, load_weights, other_settings
 from farspan.trainer.weights.source_files import check_tokenizer, keep_in_run
 
 log = logging.getLogger("farspan")
@@ -188,9 +188,11 @@ def load(config: Config, model: Transformer, checkpoints: Checkpointer, state: T
     resumed_from = checkpoints.load_latest(state)
     if resumed_from is not None:
         log.info("resumed     at step %d from %s", state.step, resumed_from)
-    elif config.run.start_from is not None:
-        load_weights(model, Path(config.run.start_from))
-        log.info("weights     from %s", config.run.start_from)
+    elif (weights := config.run.start_from) is not None:
+        load_weights(model, weights)
+        log.info("weights     from %s", weights)
+        if differing := on_first_rank(lambda: other_settings(config, weights)):
+            log.info("differing   from the weights' own settings: %s", ", ".join(differing))
 
 
 def update(

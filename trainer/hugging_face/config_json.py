@@ -33,12 +33,13 @@ def read_config(folder: Path) -> tuple[Architecture, Decoder]:
     """Raises ConfigError for a model that farspan does not compute."""
     path = folder / CONFIG_FILE
     try:
-        fields = json.loads(path.read_text())
+        content = path.read_bytes()
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: name the folder of a Hugging Face model.") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error}): download or save the model again.") from None
-    names = (fields.get("architectures") if isinstance(fields, dict) else None) or ["none"]
+    fields = read_json(path, content)
+    names = fields.get("architectures") or ["none"]
     if names[0] not in ARCHITECTURES:
         raise ConfigError(
             f"{path} has the architecture {names[0]}, which farspan does not import: take a model of one of "
@@ -55,6 +56,17 @@ def read_config(folder: Path) -> tuple[Architecture, Decoder]:
         raise ConfigError(f"{path} has a field of the wrong type ({error}): save the model again.") from None
     except ConfigError as error:
         raise ConfigError(f"{path} describes a model that farspan does not train: {error}") from None
+
+
+def read_json(path: Path, content: bytes) -> dict[str, Any]:
+    """Return the object in a file with this content; raises ConfigError where it is none."""
+    try:
+        fields = json.loads(content)
+    except ValueError as error:
+        raise ConfigError(f"{path} cannot be read ({error}): download or save the model again.") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path} holds no JSON object: download or save the model again.")
+    return fields
 
 
 def balance_loss_of(coefficient: float, per_token: int, layers: int) -> float:

@@ -21,7 +21,7 @@ from farspan.trainer.hugging_face.architectures import (
     Architecture,
     architecture_of,
 )
-from farspan.trainer.hugging_face.config_json import config_fields, read_config, with_changes
+from farspan.trainer.hugging_face.config_json import config_fields, read_config, read_json, with_changes
 from farspan.trainer.hugging_face.tensor_files import TensorFiles, converted, from_bytes, to_bytes, write_tensors
 from farspan.trainer.toml_config import from_tree
 from farspan.trainer.weights.io import (
@@ -117,6 +117,7 @@ def import_model(folder: Path, out: Path, *, dtype: torch.dtype | None = None) -
                 "would compute another model; import a model without it."
             )
     beside = files_of_model(folder)
+    read_json(folder / GENERATION_FILE, beside.get(GENERATION_FILE, b"{}"))
     beside |= {DTYPES_FILE: json.dumps(files.dtypes, indent=1).encode(), DECODER_FILE: decoder.text().encode()}
     if derived:
         beside[DERIVED_FILE] = to_bytes(derived)
@@ -260,11 +261,11 @@ def _beside(
     fields = _config_fields(trained, architecture, origin, end_id, dtypes)
     beside = {CONFIG_FILE: (json.dumps(fields, indent=2) + "\n").encode()}
     if GENERATION_FILE in files:
+        beside[GENERATION_FILE] = files[GENERATION_FILE]
         generation = json.loads(files[GENERATION_FILE])
         end = _with_end(generation.get("eos_token_id"), end_id)
-        is_same = "eos_token_id" not in generation or generation["eos_token_id"] == end
-        changed = json.dumps(generation | {"eos_token_id": end}, indent=2) + "\n"
-        beside[GENERATION_FILE] = files[GENERATION_FILE] if is_same else changed.encode()
+        if generation.get("eos_token_id", end) != end:
+            beside[GENERATION_FILE] = (json.dumps(generation | {"eos_token_id": end}, indent=2) + "\n").encode()
     tokenizer = tokenizer_files(files) or (files_of_data(trained.run.data.folder) if trained.run else {})
     names = ", ".join(sorted(tokenizer)) or "none is known: copy its files there yourself"
     log.info("%-12s%s", "tokenizer", names)

@@ -25,7 +25,7 @@ from farspan.trainer.checkpoint.manifest import MANIFEST, DamagedError, Manifest
 from farspan.trainer.checkpoint.shards import INDEX, MisfitError, misfit, read_index, read_shards, write_shards
 from farspan.trainer.checkpoint.steps import step_of
 from farspan.trainer.checkpoint.verify import check_complete, newest_complete, verified
-from farspan.trainer.config import AttentionConfig, Config
+from farspan.trainer.config import AttentionConfig, Config, flat
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.renamed import current_names
@@ -129,6 +129,24 @@ def _difference(config: Config, recorded: Mapping[str, Any]) -> str | None:
         if settings[name] != saved[name]:
             return f"{name}={settings[name]!r}, not {saved[name]!r}"
     return None
+
+
+def other_settings(config: Config, weights: Path) -> list[str]:
+    """Return the settings of model and attention that differ from those in the weights' `model.toml`, if there is one.
+
+    Weights of any mechanism and RoPE fill a model of the same shapes.
+    """
+    if not (weights / DECODER_FILE).is_file():
+        return []
+    theirs = flat(load_config(Decoder, weights / DECODER_FILE))
+    ours = flat(Decoder(model=config.model, attention=config.attention))
+    if config.model.rope.scaling == theirs["model.rope.scaling"] == "none":
+        del ours["model.rope.original_positions"]
+    return [
+        f"{name} ({theirs.get(name, 'unset')}, now {value})"
+        for name, value in ours.items()
+        if name != "attention.backend" and theirs.get(name) != value
+    ]
 
 
 def load_weights(model: Transformer, folder: Path) -> None:

@@ -129,7 +129,10 @@ def check_tokenizer(weights: Path, data: Path) -> None:
 
 
 def _contents(folder: Path, paths: Iterable[Path]) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(paths) if path.is_file()}
+    try:
+        return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(paths) if path.is_file()}
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read ({error.strerror}): change its permissions.") from None
 
 
 def _meta(data: Path) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def test_unsupported_fields_of_an_architecture_are_refused(
 def test_a_config_that_is_unreadable_or_lacks_a_field_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json does not exist"):
         read_config(tmp_path)
-    for text, message in (("{", "cannot be read"), ("[1]", "architecture none")):
+    for text, message in (("{", "cannot be read"), ("[1]", "holds no JSON object"), ("{}", "architecture none")):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ConfigError, match=message):
             read_config(tmp_path)

@@ -83,6 +83,11 @@ def test_a_missing_output_head_names_the_way_out(theirs: Path, tensors: dict[str
     assert message in refused(theirs)
 
 
+def test_an_unreadable_generation_config_is_refused(theirs: Path) -> None:
+    (theirs / "generation_config.json").write_text("{")
+    assert "generation_config.json cannot be read" in refused(theirs)
+
+
 def test_one_file_comes_before_an_index_as_in_transformers(theirs: Path, tensors: dict[str, torch.Tensor]) -> None:
     safetensors.save_file(tensors, theirs / "model.safetensors")
     (theirs / "model.safetensors.index.json").write_text("{}")

@@ -19,7 +19,7 @@ from farspan.trainer.hugging_face.convert import export_model, import_model
 from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.resilience.signals import StopSignal
 from farspan.trainer.train import train
-from farspan.trainer.weights.io import Decoder, find_trained_model, load_weights, save_weights
+from farspan.trainer.weights.io import Decoder, find_trained_model, load_weights, other_settings, save_weights
 from farspan.trainer.weights.pool_heads import pool_heads
 from farspan.trainer.weights.source_files import keep_in_run
 from tests.support import hugging_face_models as ours
@@ -161,6 +161,24 @@ def test_unreadable_weights_without_a_manifest_are_called_damaged(tmp_path: Path
         (weights / ".metadata").write_bytes(b"cut")
         with pytest.raises(CheckpointError, match=r"weights is damaged \(\.metadata is unreadable: .*write it again"):
             load_weights(model, weights)
+
+
+def test_settings_that_differ_from_those_of_the_weights_are_listed(tmp_path: Path) -> None:
+    """They fill the model whatever its attention, norms and RoPE are."""
+    window = AttentionConfig(mechanism="window", options={"window": 37})
+    config = replace(ours.run_config(DECODER, tmp_path), attention=replace(window, backend="cpu"))
+    with connected(Ranks(), ours.CPU):
+        save_weights(ours.random_model(DECODER).state_dict(), tmp_path / "weights", replace(DECODER, attention=window))
+        save_weights(ours.random_model(DECODER).state_dict(), tmp_path / "bare")
+    model = config.model
+    assert other_settings(config, tmp_path / "weights") == []
+    unscaled = replace(config, model=replace(model, rope=replace(model.rope, original_positions=7)))
+    assert other_settings(unscaled, tmp_path / "weights") == []
+    changed = replace(config, model=replace(model, norm_epsilon=1e-4), attention=AttentionConfig())
+    assert other_settings(changed, tmp_path / "weights") == [
+        "model.norm_epsilon (1e-06, now 0.0001)", "attention.mechanism (window, now dense)",
+    ]  # fmt: skip
+    assert other_settings(changed, tmp_path / "bare") == []
 
 
 def test_numbers_that_the_model_cannot_hold_are_refused(tmp_path: Path) -> None:

@@ -45,7 +45,9 @@ def test_out_and_in_and_on(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
         return capsys.readouterr().out
 
     text = output_of("export", run, "--out", out, "--dtype", "bfloat16")
-    assert "max_position_embeddings=512, trained on sequences of 512\ntokenizer   none is known" in text
+    assert "max_position_embeddings=512, trained on sequences of 512\n" in text
+    assert "eos_token_id=null, as data.folder=" in text
+    assert "tokenizer   none is known" in text
     assert text.endswith(f"exported    {out}, a Qwen3ForCausalLM\n")
     (out / "tokenizer.json").write_text("{}")
     written = safetensors.load_file(out / "model.safetensors")
@@ -67,7 +69,8 @@ def test_out_and_in_and_on(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     monkeypatch.setattr(module, "peak_flops", lambda device, dtype: 1e10)
     output_of("train", tmp_path / "second.toml", "optimizer.learning_rate=1e-9", "optimizer.warmup_steps=0")
     text = output_of("export", tmp_path / "second", "--out", tmp_path / "on")
-    assert "512, as in the imported model, trained on sequences of 101\ntokenizer   tokenizer.json\n" in text
+    assert "512, as in the imported model, trained on sequences of 101\nend         eos_token_id=256\n" in text
+    assert "tokenizer   tokenizer.json\n" in text
     assert (tmp_path / "on" / "tokenizer.json").read_text() == "{}"
     fields = json.loads((tmp_path / "on" / "config.json").read_text())
     assert (fields["eos_token_id"], fields["max_position_embeddings"], fields["torch_dtype"]) == (256, 512, "float32")

@@ -22,7 +22,14 @@ from farspan.trainer.hugging_face.architectures import (
     architecture_of,
 )
 from farspan.trainer.hugging_face.config_json import config_fields, read_config, read_json, with_changes
-from farspan.trainer.hugging_face.tensor_files import TensorFiles, converted, from_bytes, to_bytes, write_tensors
+from farspan.trainer.hugging_face.tensor_files import (
+    TensorFiles,
+    converted,
+    from_bytes,
+    name_of,
+    to_bytes,
+    write_tensors,
+)
 from farspan.trainer.toml_config import from_tree
 from farspan.trainer.weights.io import (
     EMBEDDING,
@@ -215,7 +222,7 @@ def export_model(
                 read[name] = converted(whole, name, dtype, source)
         return read
 
-    beside = _beside(trained, architecture, origin, files, {name: str(dtypes[name])[6:] for name in dtypes})
+    beside = _beside(trained, architecture, origin, files, {name: name_of(dtypes[name]) for name in dtypes})
     with connected(Ranks(), torch.device("cpu")), new_folder(out) as partial:
         _check_biases(stored, shapes, source)
         write_tensors(sizes, read, partial, file_bytes=file_bytes)
@@ -279,7 +286,7 @@ def _config_fields(
     end_id: int | None,
     dtypes: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Return the fields of `config.json`, and log its number of positions."""
+    """Return the fields of `config.json`; log its number of positions and the tokens that end a document."""
     decoder, positions = trained.decoder, _positions(trained, origin)
     fields = config_fields(decoder, architecture)
     if origin is None:
@@ -289,8 +296,9 @@ def _config_fields(
         before = config_fields(origin.decoder, origin.architecture)
         # Some forms of RoPE depend on the number of positions.
         fields = with_changes(origin.fields, before, fields, rope_changed=positions != origin.positions)
-        if trained.run is not None and not decoder.model.tied_embeddings:
-            fields["tie_word_embeddings"] = False
+        if trained.run is not None and fields.get("tie_word_embeddings"):
+            # The file had two tables all the same.
+            fields["tie_word_embeddings"] = decoder.model.tied_embeddings
     if origin is None or positions != origin.positions:
         fields["max_position_embeddings"] = positions
     if end_id is not None:
@@ -301,6 +309,8 @@ def _config_fields(
     sequences = f", trained on sequences of {trained.run.data.sequence_tokens:,}" if trained.run else ""
     kept = ", as in the imported model" if origin and positions == origin.positions else ""
     log.info("%-12smax_position_embeddings=%d%s%s", "context", positions, kept, sequences)
+    missing = f", as data.folder={trained.run.data.folder} is not there" if trained.run and end_id is None else ""
+    log.info("%-12seos_token_id=%s%s", "end", json.dumps(fields.get("eos_token_id")), missing)
     return fields
 
 

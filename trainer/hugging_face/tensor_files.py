@@ -59,7 +59,7 @@ class TensorFiles:
     def raw(self, name: str) -> Tensor:
         """Return a tensor that is there, as it is stored."""
         tensor = self._files[name].get_tensor(name)
-        self.dtypes[name] = str(tensor.dtype).removeprefix("torch.")
+        self.dtypes[name] = name_of(tensor.dtype)
         return tensor
 
     def _of_single_file(self) -> dict[str, Any]:
@@ -94,6 +94,11 @@ class TensorFiles:
             raise CheckpointError(f"{path} is damaged ({error}): download or save it again.") from None
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """Return the name of a dtype in `config.json`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def converted(tensor: Tensor, name: str, dtype: torch.dtype | None, folder: Path) -> Tensor:
     """Return a tensor of the model in `folder` in another dtype, None for its own.
 
@@ -106,10 +111,10 @@ def converted(tensor: Tensor, name: str, dtype: torch.dtype | None, folder: Path
     result = tensor.to(dtype)
     is_lost = tensor.any() and not result.any()
     if is_lost or not result.isfinite().all():
-        word = str(dtype).removeprefix("torch.")
+        largest, turned_into = f"{tensor.abs().max().item():.3g}", "0" if is_lost else "infinity"
         raise ConfigError(
-            f"{folder} has numbers up to {tensor.abs().max().item():.3g} in {name}, which --dtype {word} turns into "
-            f"{'0' if is_lost else 'infinity'}: choose another --dtype, or leave it out."
+            f"{folder} has numbers up to {largest} in {name}, which --dtype {name_of(dtype)} turns into {turned_into}: "
+            "choose another --dtype, or leave it out."
         )
     return result
 

@@ -28,7 +28,7 @@ from farspan.tools.command import parser_of, print_all, sizes
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.checkpoint.verify import newest_complete
 from farspan.trainer.config import Config
-from farspan.trainer.data.packing import PackedSequences
+from farspan.trainer.data.validation import OWN_SET
 from farspan.trainer.resolve import resolve
 from farspan.trainer.toml_config import load_config
 from farspan.trainer.weights.io import load_weights
@@ -45,9 +45,7 @@ def chosen_by_layers(folder: Path) -> tuple[Config, Rows, list[Routing]]:
     mesh = Mesh.build(config.parallel, device.type)
     model = build_model(config, mesh, device)
     load_weights(model, newest_complete(folder / "checkpoints"))
-    data = PackedSequences(
-        resolved.validation_source, sequence_tokens=config.data.sequence_tokens, seed=0, shuffle=False, repeat=False
-    )
+    data = resolved.validation_sets[OWN_SET].data
     batch = build_batches(config, mesh, device, Traffic()).build(data.sequence(0))
     inputs_of_layers: list[tuple[Tensor, ...]] = []
 

@@ -24,7 +24,7 @@ from farspan.trainer.data.source import check_integrity
 from farspan.trainer.data.validation import describe_sets
 from farspan.trainer.estimate.summary import describe, describe_data
 from farspan.trainer.evaluate import Validation
-from farspan.trainer.metrics import Metrics, record_config
+from farspan.trainer.metrics import Metrics, record_config, writing_to
 from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.optim import build_optimizer, learning_rate, set_learning_rate
 from farspan.trainer.replay import give_up, replay
@@ -37,7 +37,8 @@ from farspan.trainer.resilience.watchdog import Watchdog
 from farspan.trainer.resolve import Resolved, choose_device, resolve
 from farspan.trainer.state import TrainState
 from farspan.trainer.step import StepResult, train_step
-from farspan.trainer.weights.io import check_weights, load_weights
+from farspan.trainer.weights.io import check_weights, load_weights, other_settings
+from farspan.trainer.weights.source_files import check_tokenizer, keep_in_run
 
 log = logging.getLogger("farspan")
 
@@ -75,7 +76,7 @@ def train(config: Config, ranks: Ranks, stop: StopSignal) -> bool:
         is_evaluation_missing = validation.is_missing(state.step, metrics)
         has_work = state.step < steps or is_evaluation_missing
         if has_work and not stopping:
-            on_first_rank(lambda: record_config(Path(config.run.folder), config, state.step))
+            on_first_rank(lambda: record_start(config, state.step))
         if is_evaluation_missing and not stopping:
             stopping = validation.run(model, state.step, metrics)
         while state.step < steps and not stopping:
@@ -138,8 +139,20 @@ def lock_and_check_files(resolved: Resolved, ranks: Ranks, stack: ExitStack) -> 
     stack.enter_context(lock_folder(Path(config.run.folder), ranks.job))
     for source in (resolved.train_source, *(of.source for of in resolved.validation_sets.values())):
         check_integrity(source.folder)
-    if config.run.start_from is not None and not finished(Path(config.run.folder) / "checkpoints"):
-        check_weights(Path(config.run.start_from))
+    weights = finished(config.run.folder / "checkpoints")[-1:]
+    if not weights and config.run.start_from is not None:
+        check_weights(config.run.start_from)
+        weights = [config.run.start_from]
+    for folder in weights:
+        check_tokenizer(folder, config.data.folder)
+
+
+def record_start(config: Config, step: int) -> None:
+    """Write the configuration and, at the first start, what belongs to the weights; raises TrainingError."""
+    if step == 0:
+        with writing_to(config.run.folder):
+            keep_in_run(config.run.start_from, config.data.folder, config.run.folder)
+    record_config(config.run.folder, config, step)
 
 
 def stopped_during_start_up(stop: StopSignal) -> bool:
@@ -181,9 +194,11 @@ def load(config: Config, model: Transformer, checkpoints: Checkpointer, state: T
         log.info("resumed     at step %d from %s", state.step, resumed_from)
         if config.run.start_from is not None:
             log.info("ignored     run.start_from=%s: the run has checkpoints of its own", config.run.start_from)
-    elif config.run.start_from is not None:
-        load_weights(model, Path(config.run.start_from))
-        log.info("weights     from %s", config.run.start_from)
+    elif (weights := config.run.start_from) is not None:
+        load_weights(model, weights)
+        log.info("weights     from %s", weights)
+        if differing := on_first_rank(lambda: other_settings(config, weights)):
+            log.info("differing   from the weights' own settings: %s", ", ".join(differing))
 
 
 def update(

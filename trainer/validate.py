@@ -172,6 +172,11 @@ def head_mixture_fits(config: Config) -> None:
         )
     if mixture.kind == "none":
         return
+    if model.qkv_bias:
+        raise ConfigError(
+            f"model.qkv_bias=true is not computed for heads that tokens choose: set it to false, or "
+            f"model.head_mixture.kind='none' in place of {mixture.kind!r}."
+        )
     mixing = [mechanism for mechanism in dict.fromkeys(config.mechanisms()) if model.mixes_heads(mechanism)]
     if not mixing:
         raise ConfigError(

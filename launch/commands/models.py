@@ -3,6 +3,7 @@
 import argparse
 import logging
 from pathlib import Path
+from typing import Any
 
 from farspan.launch.commands.arguments import Subparsers, add_command, add_overrides, config_of
 
@@ -26,6 +27,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = add_command(subparsers, "import", _import, "read a Hugging Face model, to start a run from")
     parser.add_argument("source", type=Path, metavar="FOLDER", help="config.json and safetensors")
     _add_out(parser)
+    _add_dtype(parser)
 
     add_export(subparsers)
 
@@ -34,12 +36,24 @@ def add_export(subparsers: Subparsers) -> None:
     """Add `export`, which is also a command of `farspan checkpoint`."""
     parser = add_command(subparsers, "export", _export, "write a trained model for Hugging Face's transformers")
     parser.add_argument("source", type=Path, metavar="MODEL", help="a run, one of its checkpoints, or weights")
-    _add_out(parser, "gets config.json and safetensors")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the tensors; default: as saved")
+    _add_out(parser, "gets config.json, safetensors and the tokenizer")
+    _add_dtype(parser)
+    parser.add_argument(
+        "--as",
+        dest="mechanism",
+        choices=("dense",),
+        help="attention of the exported model, with the weights as they are; default: as trained",
+    )
 
 
 def _add_out(parser: argparse.ArgumentParser, text: str = "for run.start_from") -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help=text)
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="of the tensors; default: as they are stored"
+    )
 
 
 def _upcycle(options: argparse.Namespace) -> None:
@@ -60,19 +74,23 @@ def _pool_heads(options: argparse.Namespace) -> None:
 def _import(options: argparse.Namespace) -> None:
     from farspan.trainer.hugging_face.convert import import_model
 
-    decoder = import_model(options.source, options.out)
+    decoder = import_model(options.source, options.out, dtype=_dtype_of(options))
     _log_written("imported", options.out)
-    log.info("%-12sthis [model], also in %s:\n\n%s", "requires", options.out / "model.toml", decoder.text())
+    log.info("%-12sthese settings, also in %s:\n\n%s", "requires", options.out / "model.toml", decoder.text())
 
 
 def _export(options: argparse.Namespace) -> None:
-    import torch
-
     from farspan.trainer.hugging_face.convert import export_model
 
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    architecture = export_model(options.source, options.out, dtype=dtype)
-    log.info("%-12s%s, a %s; copy its tokenizer's files there yourself", "exported", options.out, architecture.name)
+    as_dense = options.mechanism == "dense"
+    architecture = export_model(options.source, options.out, dtype=_dtype_of(options), as_dense=as_dense)
+    log.info("%-12s%s, a %s", "exported", options.out, architecture.name)
+
+
+def _dtype_of(options: argparse.Namespace) -> Any:
+    import torch
+
+    return None if options.dtype is None else getattr(torch, options.dtype)
 
 
 def _log_written(action: str, weights: Path) -> None:

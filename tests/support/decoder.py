@@ -33,7 +33,10 @@ def attention(
     p: dict[str, Tensor], name: str, model: ModelConfig, x: Tensor, position: Tensor, visible: Tensor, seen: Seen
 ) -> Tensor:
     q, k, v = (
-        (x @ p[f"{name}{part}.weight"].T).unflatten(-1, (-1, model.head_dim)) for part in ("query", "key", "value")
+        (x @ p[f"{name}{part}.weight"].T + (p[f"{name}{part}.bias"] if model.qkv_bias else 0)).unflatten(
+            -1, (-1, model.head_dim)
+        )
+        for part in ("query", "key", "value")
     )
     if model.key_convolution:
         k = convolved(k, p[name + "key_convolution.weight"], position)

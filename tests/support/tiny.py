@@ -1,12 +1,16 @@
 """A run so small that a test can afford it: real files through the real data preparation, a model of a few thousand
 parameters."""
 
+import hashlib
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import AttentionConfig, Config, DataConfig, RunConfig, TrainConfig
 from farspan.trainer.data.prepare import prepare
+from farspan.trainer.data.source import META_FILE, SPLITS
 from farspan.trainer.data.tokenizer import load_tokenizer
 from farspan.trainer.model.config import ExpertsConfig, ModelConfig
 from farspan.trainer.optim import OptimizerConfig
@@ -25,6 +29,19 @@ def make_data(folder: Path, *, words: int = 23) -> Path:
         (text / f"{number:02}.txt").write_text(content)
     prepare([text], tokenizer=load_tokenizer("bytes"), out=folder / "tokens", validation_fraction=0.2)
     return folder / "tokens"
+
+
+def with_tokenizer(data: Path, out: Path, content: bytes) -> Path:
+    """Copy prepared data, as if this tokenizer.json had been used for it."""
+    shutil.copytree(data, out, dirs_exist_ok=True)
+    (out / "tokenizer").mkdir(exist_ok=True)
+    (out / "tokenizer" / "tokenizer.json").write_bytes(content)
+    (out / "tokenizer" / "tokenizer_config.json").write_bytes(b"{}")
+    for split in SPLITS:
+        meta = json.loads((out / split / META_FILE).read_text())
+        meta |= {"tokenizer": "tokenizer.json", "tokenizer_sha256": hashlib.sha256(content).hexdigest()}
+        (out / split / META_FILE).write_text(json.dumps(meta))
+    return out
 
 
 def config(data: Path, folder: Path, parallel: ParallelConfig, *, steps: int = 10) -> Config:

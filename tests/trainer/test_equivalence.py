@@ -45,6 +45,7 @@ VARIANTS = {
     "striped": (ParallelConfig(context=4, layout="striped"), {}, {}),
     "recompute": (FOUR, {"recompute": "block"}, {}),
     "key convolution": (FOUR, {}, {"key_convolution": 3}),
+    "biases": (FOUR, {}, {"qkv_bias": True}),
     "tied, no qk norm, MQA": (FOUR, {}, {"tied_embeddings": True, "qk_norm": False, "kv_heads": 1}),
 }
 

@@ -76,6 +76,8 @@ CASES = [
      f"{EXPERTS}.groups=2; model.experts.group_score_top_k=2"),
     (f"{EXPERTS}.feed_forward=15; parallel.expert=2", "model.experts.feed_forward=15; a multiple of the 2 ranks",
      f"{EXPERTS}.feed_forward=15; parallel.expert=4"),
+    (f"{HEADS}.per_token=3; model.qkv_bias=true", "model.qkv_bias=true; model.head_mixture.kind='none'; 'experts'",
+     f"{HEADS}.per_token=3"),
     (f"{HEADS}.per_token=4", "model.head_mixture does; per_token=4; count=3", f"{HEADS}.per_token=3"),
     (f"{HEADS}.own_keys=true; model.head_mixture.per_token=2", "model.head_mixture.own_keys=true; per_token=3",
      f"{HEADS}.own_keys=true; model.head_mixture.per_token=3"),

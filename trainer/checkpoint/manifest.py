@@ -42,6 +42,17 @@ class Manifest:
     def total_bytes(self) -> int:
         return sum(record.bytes for record in self.files.values())
 
+    @classmethod
+    def of_files(cls, folder: Path, hashed: Mapping[str, FileRecord]) -> Self:
+        """Return the manifest of files that no run has written; hashed: those whose records are known."""
+        files = dict(hashed)
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name = str(path.relative_to(folder))
+            if name not in files:
+                content = path.read_bytes()
+                files[name] = FileRecord(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+        return cls(identity={}, train_state=TrainState().state_dict(), files=files)
+
     def write(self, folder: Path) -> None:
         """Write to `folder`, durably."""
         with (folder / MANIFEST).open("w") as file:

@@ -3,14 +3,14 @@
 Both rotate feature i of a head with feature i + D/2, so that no matrix has to be permuted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from farspan.errors import ConfigError
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.mechanism import Mechanism
-from farspan.kernels.mechanisms.dense import Dense
 from farspan.trainer.model.config import ModelConfig
 
 OUTSIDE_OF_BLOCKS = {
@@ -21,8 +21,11 @@ OUTSIDE_OF_BLOCKS = {
 OF_A_BLOCK = {
     "attention_norm.weight": "input_layernorm.weight",
     "attention.query.weight": "self_attn.q_proj.weight",
+    "attention.query.bias": "self_attn.q_proj.bias",
     "attention.key.weight": "self_attn.k_proj.weight",
+    "attention.key.bias": "self_attn.k_proj.bias",
     "attention.value.weight": "self_attn.v_proj.weight",
+    "attention.value.bias": "self_attn.v_proj.bias",
     "attention.out.weight": "self_attn.o_proj.weight",
     "attention.query_norm.weight": "self_attn.q_norm.weight",
     "attention.key_norm.weight": "self_attn.k_norm.weight",
@@ -42,12 +45,17 @@ class FusedTensor(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """name, model_type: in `config.json`. base: of RoPE where the file has none."""
+    """name, model_type: in `config.json`. defaults: of transformers, for fields that the file lacks."""
 
     name: str
     model_type: str
-    qk_norm: bool
-    base: float
+    defaults: Mapping[str, Any]
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    windows: Literal["none", "all layers", "some layers"] = "none"
+    """Which layers may have a sliding window."""
+    base: float = 1e4
+    """Of RoPE where the file has none."""
     expert_count: str = ""
     """Field of `config.json`; newer versions of transformers call it num_local_experts everywhere."""
     expert_size: str = ""
@@ -76,12 +84,44 @@ class Architecture:
         }.get(part)
 
 
-LLAMA = Architecture(name="LlamaForCausalLM", model_type="llama", qk_norm=False, base=1e4)
-QWEN3 = Architecture(name="Qwen3ForCausalLM", model_type="qwen3", qk_norm=True, base=1e4)
+_LLAMA = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False, "max_position_embeddings": 2048,
+}  # fmt: skip
+_MISTRAL = _LLAMA | {
+    "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096,
+}  # fmt: skip
+_MIXTRAL = _MISTRAL | {
+    "rms_norm_eps": 1e-5, "sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2,
+    "router_aux_loss_coef": 0.001,
+}  # fmt: skip
+_QWEN = _LLAMA | {
+    "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768,
+    "sliding_window": 4096, "use_sliding_window": False,
+}  # fmt: skip
+_QWEN2 = _QWEN | {"max_window_layers": 28, "layer_types": None}
+_QWEN3_MOE = _QWEN | {
+    "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24, "num_key_value_heads": 4,
+    "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": False,
+    "router_aux_loss_coef": 0.001, "decoder_sparse_step": 1, "mlp_only_layers": None,
+}  # fmt: skip
+
+LLAMA = Architecture(name="LlamaForCausalLM", model_type="llama", defaults=_LLAMA)
+MISTRAL = Architecture(name="MistralForCausalLM", model_type="mistral", defaults=_MISTRAL, windows="all layers")
+QWEN2 = Architecture(name="Qwen2ForCausalLM", model_type="qwen2", defaults=_QWEN2, qkv_bias=True, windows="some layers")
+QWEN3 = Architecture(
+    name="Qwen3ForCausalLM",
+    model_type="qwen3",
+    defaults=_QWEN2 | {"head_dim": 128},
+    qk_norm=True,
+    windows="some layers",
+)
 MIXTRAL = Architecture(
     name="MixtralForCausalLM",
     model_type="mixtral",
-    qk_norm=False,
+    defaults=_MIXTRAL,
+    windows="all layers",
     base=1e6,
     expert_count="num_local_experts",
     expert_size="intermediate_size",
@@ -95,8 +135,9 @@ MIXTRAL = Architecture(
 QWEN3_MOE = Architecture(
     name="Qwen3MoeForCausalLM",
     model_type="qwen3_moe",
+    defaults=_QWEN3_MOE,
     qk_norm=True,
-    base=1e4,
+    windows="all layers",
     expert_count="num_experts",
     expert_size="moe_intermediate_size",
     expert_tensors={
@@ -106,25 +147,54 @@ QWEN3_MOE = Architecture(
         "feed_forward.experts.down.weight": "mlp.experts.{}.down_proj.weight",
     },
 )
-ARCHITECTURES = {architecture.name: architecture for architecture in (LLAMA, QWEN3, MIXTRAL, QWEN3_MOE)}
+ARCHITECTURES = {architecture.name: architecture for architecture in (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE)}
 
 
-def architecture_of(model: ModelConfig, mechanisms: Sequence[Mechanism]) -> Architecture:
-    """Raises ConfigError, which names the setting, where no architecture computes this model."""
+def windows_of(mechanisms: Sequence[Mechanism]) -> list[int | None]:
+    """Return the sliding window of each layer, None for dense attention; raises ConfigError for other mechanisms."""
+    windows = []
     for mechanism in mechanisms:
-        if mechanism != Dense():
+        mask = mechanism.static_mask
+        if mask is None or isinstance(mask.window, tuple) or mask != AttentionMask(window=mask.window):
             raise ConfigError(
-                f"attention.mechanism has {mechanism}, which none of {', '.join(ARCHITECTURES)} computes: train with "
-                "attention.mechanism=dense before an export."
+                f"attention.mechanism has {mechanism}, which none of {', '.join(ARCHITECTURES)} computes: export it "
+                "with `--as dense`, if its weights are to be used with dense attention."
             )
-    has_experts = any(model.expert_layers)
-    architecture = {(False, False): LLAMA, (False, True): QWEN3, (True, False): MIXTRAL, (True, True): QWEN3_MOE}[
-        has_experts, model.qk_norm
-    ]
+        windows.append(mask.window)
+    return windows
+
+
+def architecture_of(
+    model: ModelConfig, mechanisms: Sequence[Mechanism], preferred: Architecture | None = None
+) -> Architecture:
+    """Return `preferred` if it computes this model, or else the simplest that does.
+
+    Raises ConfigError, which names the setting, where none does.
+    """
+    windows = windows_of(mechanisms)
+    if preferred is not None and _problem(preferred, model, windows) is None:
+        return preferred
+    if any(model.expert_layers):
+        nearest = QWEN3_MOE if model.qk_norm else MIXTRAL
+    elif model.qk_norm or model.qkv_bias:
+        nearest = QWEN3 if model.qk_norm else QWEN2
+    else:
+        nearest = MISTRAL if any(windows) else LLAMA
+    problem = _problem(nearest, model, windows)
+    if problem is not None:
+        raise ConfigError(problem)
+    return nearest
+
+
+def _problem(architecture: Architecture, model: ModelConfig, windows: Sequence[int | None]) -> str | None:
+    """Return why an architecture does not compute this model; None if it does."""
     required: dict[str, object] = {"parallel_blocks": False, "key_convolution": 0, "head_mixture.kind": "none"}
+    required |= {"qk_norm": architecture.qk_norm, "qkv_bias": architecture.qkv_bias}
     if model.rope.rotated != model.head_dim:
         required["rope.rotated"] = 0
-    if has_experts:
+    if not architecture.expert_tensors:
+        required["experts.count"] = 0
+    elif any(model.expert_layers):
         required |= {"experts.shared": 0, "experts.choice": "tokens", "experts.capacity": 0.0, "experts.bias_rate": 0.0}
         required |= {"experts.score": "softmax", "experts.scale": 1.0}
         if model.experts.groups_per_token != model.experts.groups:
@@ -136,13 +206,20 @@ def architecture_of(model: ModelConfig, mechanisms: Sequence[Mechanism]) -> Arch
     for name, supported in required.items():
         value = attrgetter(name)(model)
         if value != supported:
-            raise ConfigError(
+            return (
                 f"model.{name}={value!r} does not exist in {architecture.name}, the Hugging Face architecture nearest "
                 f"to this model: only a model that was trained with {supported!r} can be exported."
             )
     if architecture is LLAMA and model.width % model.heads:
-        raise ConfigError(
+        return (
             f"model.heads={model.heads} must divide model.width={model.width} in {LLAMA.name}: only such a model, or "
             "one with model.qk_norm=true, can be exported."
         )
-    return architecture
+    supported = {"none": 0, "all layers": 1, "some layers": 2}[architecture.windows]
+    if any(windows) and (len(set(windows)) > supported or len(set(windows) - {None}) > 1):
+        kinds = dict.fromkeys("dense" if window is None else f"window={window}" for window in windows)
+        return (
+            f"attention.mechanism has {' and '.join(kinds)} in its layers, which {architecture.name} does not compute: "
+            "export it with `--as dense`, if its weights are to be used with dense attention."
+        )
+    return None

@@ -1,4 +1,4 @@
-"""The `config.json` of Hugging Face, from and to a ModelConfig; fields that farspan does not compute are refused."""
+"""The `config.json` of Hugging Face, from and to a decoder; values that farspan does not compute are refused."""
 
 import json
 import math
@@ -8,28 +8,38 @@ from pathlib import Path
 from typing import Any
 
 from farspan.errors import ConfigError, shortened
-from farspan.trainer.hugging_face.architectures import ARCHITECTURES, MIXTRAL, QWEN3, Architecture
-from farspan.trainer.model.config import ModelConfig, RopeConfig
+from farspan.trainer.hugging_face.architectures import ARCHITECTURES, MIXTRAL, QWEN2, Architecture, windows_of
+from farspan.trainer.model.config import RopeConfig
 from farspan.trainer.toml_config import from_tree
+from farspan.trainer.weights.io import Decoder
+from farspan.trainer.weights.source_files import CONFIG_FILE
 
 Fields = Mapping[str, Any]
-CONFIG_FILE = "config.json"
-QWEN3_HEAD_DIM = 128
-"""The default of transformers for a `config.json` of Qwen3 without head_dim."""
-REQUIRED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
-"""Fields with the only value that farspan computes."""
+SLIDING, FULL = "sliding_attention", "full_attention"
+COMPUTED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "attention_dropout": (0.0, None),
+    "router_jitter_noise": (0.0, None),
+    "per_layer_config": (None, {}),
+    "quantization_config": (None,),
+}
+"""Fields with the only values that farspan computes, which are the defaults."""
+ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
 
 
-def read_config(folder: Path) -> tuple[Architecture, ModelConfig]:
+def read_config(folder: Path) -> tuple[Architecture, Decoder]:
     """Raises ConfigError for a model that farspan does not compute."""
     path = folder / CONFIG_FILE
     try:
-        fields = json.loads(path.read_text())
+        content = path.read_bytes()
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: name the folder of a Hugging Face model.") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error}): download or save the model again.") from None
-    names = (fields.get("architectures") if isinstance(fields, dict) else None) or ["none"]
+    fields = read_json(path, content)
+    names = fields.get("architectures") or ["none"]
     if names[0] not in ARCHITECTURES:
         raise ConfigError(
             f"{path} has the architecture {names[0]}, which farspan does not import: take a model of one of "
@@ -37,13 +47,26 @@ def read_config(folder: Path) -> tuple[Architecture, ModelConfig]:
         )
     architecture = ARCHITECTURES[names[0]]
     try:
-        return architecture, from_tree(ModelConfig, _model(fields, architecture), "model")
+        decoder = from_tree(Decoder, _tree(fields, architecture))
+        decoder.mechanisms()
+        return architecture, decoder
     except KeyError as error:
         raise ConfigError(f"{path} has no {error.args[0]}, which {architecture.name} needs: add it.") from None
-    except TypeError as error:
+    except (TypeError, AttributeError, ArithmeticError) as error:
         raise ConfigError(f"{path} has a field of the wrong type ({error}): save the model again.") from None
     except ConfigError as error:
         raise ConfigError(f"{path} describes a model that farspan does not train: {error}") from None
+
+
+def read_json(path: Path, content: bytes) -> dict[str, Any]:
+    """Return the object in a file with this content; raises ConfigError where it is none."""
+    try:
+        fields = json.loads(content)
+    except ValueError as error:
+        raise ConfigError(f"{path} cannot be read ({error}): download or save the model again.") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path} holds no JSON object: download or save the model again.")
+    return fields
 
 
 def balance_loss_of(coefficient: float, per_token: int, layers: int) -> float:
@@ -55,61 +78,93 @@ def balance_loss_of(coefficient: float, per_token: int, layers: int) -> float:
     return float(f"{coefficient * per_token / layers:.6g}")
 
 
-def pattern_of(has_experts: Sequence[bool]) -> str:
-    """Return `model.experts.layers` for these layers, as the shortest pattern that repeats."""
-    total = len(has_experts)
-    length = next(n for n in range(1, total + 1) if all(has_experts[i] == has_experts[i % n] for i in range(total)))
-    names = ("experts" if is_mixture else "dense" for is_mixture in has_experts[:length])
-    runs = [(name, len(list(run))) for name, run in groupby(names)]
+def pattern_of(layers: Sequence[str]) -> str:
+    """Return the shortest pattern that repeats for layers of these names, as `parse_pattern` reads it."""
+    total = len(layers)
+    length = next(n for n in range(1, total + 1) if all(layers[i] == layers[i % n] for i in range(total)))
+    runs = [(name, len(list(run))) for name, run in groupby(layers[:length])]
     return ", ".join(name if times == 1 else f"{name}*{times}" for name, times in runs)
 
 
-def _model(fields: Fields, architecture: Architecture) -> dict[str, Any]:
-    """Return the tree of a ModelConfig; raises KeyError for a missing field."""
-    for name, supported in REQUIRED.items():
-        if fields.get(name, supported) != supported:
+def _tree(fields: Fields, architecture: Architecture) -> dict[str, Any]:
+    """Return the tree of a Decoder; raises KeyError for a missing field."""
+    for name, computed in COMPUTED.items():
+        # The biases of Qwen2 do not depend on the field.
+        if fields.get(name, computed[0]) not in computed and not (architecture is QWEN2 and name == "attention_bias"):
             value = shortened(json.dumps(fields[name]))
-            raise ConfigError(f"{name}={value}, but farspan computes {json.dumps(supported)} only.")
-    # Mixtral has no use_sliding_window: its window is on wherever it is set.
-    if fields.get("sliding_window") is not None and fields.get("use_sliding_window", architecture is MIXTRAL):
-        raise ConfigError(
-            f"sliding_window={fields['sliding_window']}; set it to null there and give runs attention.mechanism=window."
-        )
+            raise ConfigError(f"{name}={value}, but farspan computes {json.dumps(computed[0])} only.")
+    attention, experts = _attention(fields, architecture), _experts(fields, architecture)
+    fields = {**architecture.defaults, **fields}
     heads, width = fields["num_attention_heads"], fields["hidden_size"]
-    head_dim = fields.get("head_dim") or (QWEN3_HEAD_DIM if architecture is QWEN3 else width // heads)
-    return {
+    model = {
         "layers": fields["num_hidden_layers"],
         "width": width,
         "heads": heads,
-        "kv_heads": fields.get("num_key_value_heads") or heads,
-        "head_dim": head_dim,
+        "kv_heads": fields["num_key_value_heads"] or heads,
+        "head_dim": fields["head_dim"] or architecture.defaults["head_dim"] or width // heads,
         "feed_forward": fields["intermediate_size"],
         "vocabulary_size": fields["vocab_size"],
         "norm_epsilon": fields["rms_norm_eps"],
         "qk_norm": architecture.qk_norm,
-        "tied_embeddings": fields.get("tie_word_embeddings", False),
+        "qkv_bias": architecture.qkv_bias,
+        "tied_embeddings": fields["tie_word_embeddings"] or False,
         "rope": _rope(fields, architecture.base),
-        "experts": _experts(fields, architecture),
+        "experts": experts,
     }
+    return {"model": model, "attention": attention}
 
 
-def _experts(fields: Fields, architecture: Architecture) -> dict[str, Any]:
+def _attention(given: Fields, architecture: Architecture) -> dict[str, Any]:
+    """Return the tree of an AttentionConfig."""
+    fields = {**architecture.defaults, **given}
+    window, layers = fields.get("sliding_window"), fields["num_hidden_layers"]
+    if architecture.windows == "none":
+        if window is not None and given.get("use_sliding_window"):
+            raise ConfigError(
+                f"sliding_window={window}; set it to null there and give runs attention.mechanism=window."
+            )
+        window = None
+    # The others have no such switch: their window is on wherever it is set.
+    if "use_sliding_window" in architecture.defaults and not fields["use_sliding_window"]:
+        window = None
+    first = fields.get("max_window_layers", 0) if architecture.windows == "some layers" else 0
+    types = [SLIDING if window is not None and layer >= first else FULL for layer in range(layers)]
+    asked = given.get("layer_types")
+    if asked is not None and asked != types:
+        is_computed = architecture.windows == "some layers" and len(asked) == layers and {*asked} <= {SLIDING, FULL}
+        if not is_computed or (window is None and SLIDING in asked):
+            raise ConfigError(
+                f"layer_types={shortened(json.dumps(asked))} is not what {architecture.name} computes in {layers} "
+                f"layers with sliding_window={json.dumps(window)}: correct one of them."
+            )
+        types = asked
+    if SLIDING not in types:
+        return {}
+    if FULL not in types:
+        return {"mechanism": "window", "options": {"window": window}}
+    pattern = pattern_of(["window" if kind == SLIDING else "dense" for kind in types])
+    return {"mechanism": pattern, "options": {"window": {"window": window}}}
+
+
+def _experts(given: Fields, architecture: Architecture) -> dict[str, Any]:
     if not architecture.expert_tensors:
         return {}
-    count = fields["num_local_experts"] if "num_local_experts" in fields else fields[architecture.expert_count]
+    fields = {**architecture.defaults, **given}
+    count = given["num_local_experts"] if "num_local_experts" in given else fields[architecture.expert_count]
     layers, per_token = range(fields["num_hidden_layers"]), fields["num_experts_per_tok"]
     without, step = fields.get("mlp_only_layers") or (), fields.get("decoder_sparse_step", 1)
-    has_experts = [layer not in without and (layer + 1) % step == 0 for layer in layers]
+    if not step:
+        raise ConfigError(f"decoder_sparse_step={step} must be at least 1.")
+    has_experts = [count != 0 and layer not in without and (layer + 1) % step == 0 for layer in layers]
     if not any(has_experts):
         return {}
-    coefficient = fields.get("router_aux_loss_coef", 0.0)
     return {
         "count": count,
         "per_token": per_token,
         "feed_forward": fields[architecture.expert_size],
-        "layers": pattern_of(has_experts),
+        "layers": pattern_of(["experts" if is_mixture else "dense" for is_mixture in has_experts]),
         "normalized": True if architecture is MIXTRAL else fields["norm_topk_prob"],
-        "balance_loss": balance_loss_of(coefficient, per_token, sum(has_experts)),
+        "balance_loss": balance_loss_of(fields["router_aux_loss_coef"], per_token, sum(has_experts)),
         "balance_over": "step",
     }
 
@@ -120,8 +175,11 @@ def _rope(fields: Fields, base: float) -> dict[str, Any]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3", "yarn"):
         raise ConfigError(f"rope_type={kind}, but farspan computes default, llama3 and yarn only.")
-    partial = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
-    if partial != 1.0:
+    for name, value in rope.items():
+        if isinstance(value, dict):
+            raise ConfigError(f"RoPE has parameters for {name}, but farspan computes the same in all layers only.")
+    partial = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor"))
+    if partial not in (None, 1.0):
         raise ConfigError(f"partial_rotary_factor={partial}, but {', '.join(ARCHITECTURES)} rotate all of a head.")
     positions = fields["max_position_embeddings"]
     tree = {"base": rope.get("rope_theta", fields.get("rope_theta", base)), "original_positions": positions}
@@ -159,17 +217,12 @@ def _check_yarn(rope: Fields, factor: float) -> None:
         raise ConfigError("YaRN's truncate=false, but farspan computes the rounded ramp of the released code only.")
 
 
-def config_fields(
-    model: ModelConfig, architecture: Architecture, *, positions: int, dtype: str, end_id: int | None
-) -> dict[str, Any]:
-    """Return the fields of `config.json`, in the form that transformers 4 and 5 both read.
-
-    positions: context length of the training. end_id: the end-of-document token, None if unknown.
-    """
+def config_fields(decoder: Decoder, architecture: Architecture) -> dict[str, Any]:
+    """Return the fields of `config.json` that follow from a decoder, as both transformers 4 and 5 read them."""
+    model = decoder.model
     fields = {
         "architectures": [architecture.name],
         "model_type": architecture.model_type,
-        "torch_dtype": dtype,
         "vocab_size": model.vocabulary_size,
         "hidden_size": model.width,
         "intermediate_size": model.feed_forward,
@@ -180,12 +233,9 @@ def config_fields(
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_epsilon,
         "tie_word_embeddings": model.tied_embeddings,
-        "max_position_embeddings": positions,
         "rope_theta": model.rope.base,
         "rope_scaling": _rope_scaling(model.rope),
-        # Documents do not start with a token here; without the field, transformers takes Llama's.
-        "bos_token_id": None,
-        "eos_token_id": end_id,
+        **_window_fields(windows_of(decoder.mechanisms()), architecture),
     }
     if not architecture.expert_tensors:
         return fields
@@ -203,6 +253,37 @@ def config_fields(
             "decoder_sparse_step": 1,
             "mlp_only_layers": [layer for layer, has_experts in enumerate(layers) if not has_experts],
         }
+    return fields
+
+
+def with_changes(given: Fields, before: Fields, now: Fields, *, rope_changed: bool) -> dict[str, Any]:
+    """Return the `config.json` of the model that weights came from, with what training has changed.
+
+    before, now: what `config_fields` gives for the decoder that was imported and the one to be exported.
+    rope_changed: whether to write the fields of RoPE, even if they are equal.
+    """
+    changed = {name for name in {*before, *now} if before.get(name) != now.get(name)}
+    if "architectures" in changed:
+        changed = {*before, *now}  # other defaults for fields that are absent
+    if rope_changed or changed & {*ROPE_FIELDS}:
+        changed |= {*ROPE_FIELDS}
+    kept = {name: value for name, value in given.items() if name not in changed or name in now}
+    return kept | {name: now[name] for name in now if name in changed}
+
+
+def _window_fields(windows: Sequence[int | None], architecture: Architecture) -> dict[str, Any]:
+    window = next(filter(None, windows), None)
+    if architecture.windows == "none":
+        return {}
+    if "use_sliding_window" not in architecture.defaults:
+        return {"sliding_window": window}
+    if window is None:
+        return {"use_sliding_window": False}
+    fields = {"use_sliding_window": True, "sliding_window": window}
+    if architecture.windows == "some layers":
+        # Older versions of transformers know no layer_types: windows from a layer on.
+        fields["max_window_layers"] = windows.index(window)
+        fields["layer_types"] = [FULL if each is None else SLIDING for each in windows]
     return fields
 
 

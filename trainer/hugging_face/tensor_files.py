@@ -17,12 +17,18 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class TensorFiles:
-    """Tensors of a folder by name, memory-mapped."""
+    """Tensors of a folder by name, memory-mapped.
 
-    def __init__(self, folder: Path) -> None:
-        """List the tensors; raises CheckpointError where a file is missing or damaged."""
-        self._folder, self._safetensors = folder, _import_safetensors()
-        self._files = self._indexed() if (folder / INDEX).is_file() else self._of_single_file()
+    dtypes: as stored, of each that was read, as in `config.json`.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """List the tensors; raises CheckpointError where a file is missing or damaged. dtype: of what is returned."""
+        self._folder, self._dtype, self._safetensors = folder, dtype, _import_safetensors()
+        self.dtypes: dict[str, str] = {}
+        # As transformers: one file comes before an index that another version may have left.
+        has_index = (folder / INDEX).is_file() and not (folder / ONE_FILE).is_file()
+        self._files = self._indexed() if has_index else self._of_single_file()
 
     @property
     def names(self) -> list[str]:
@@ -32,10 +38,13 @@ class TensorFiles:
         return name in self._files
 
     def tensor(self, name: str, shape: torch.Size) -> Tensor:
-        """Return one tensor; raises CheckpointError where it is missing, quantized or of another shape."""
+        """Return one tensor; raises CheckpointError where it is missing, quantized or of another shape.
+
+        Raises ConfigError where its numbers do not fit the dtype.
+        """
         if name not in self._files:
             raise CheckpointError(f"{self._folder} has no tensor {name}: download or save the model again.")
-        tensor = self._files[name].get_tensor(name)
+        tensor = self.raw(name)
         if tensor.dtype not in FLOATS:
             raise CheckpointError(
                 f"{self._folder} has {name} in {tensor.dtype}, which is quantized: take weights in bfloat16 or float32."
@@ -45,6 +54,12 @@ class TensorFiles:
                 f"{self._folder} has {name} of shape {list(tensor.shape)}, not {list(shape)} as in its config.json: "
                 "download or save the model again."
             )
+        return converted(tensor, name, self._dtype, self._folder)
+
+    def raw(self, name: str) -> Tensor:
+        """Return a tensor that is there, as it is stored."""
+        tensor = self._files[name].get_tensor(name)
+        self.dtypes[name] = name_of(tensor.dtype)
         return tensor
 
     def _of_single_file(self) -> dict[str, Any]:
@@ -77,6 +92,40 @@ class TensorFiles:
             return self._safetensors.safe_open(path, framework="pt")
         except self._safetensors.SafetensorError as error:
             raise CheckpointError(f"{path} is damaged ({error}): download or save it again.") from None
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return the name of a dtype in `config.json`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def converted(tensor: Tensor, name: str, dtype: torch.dtype | None, folder: Path) -> Tensor:
+    """Return a tensor of the model in `folder` in another dtype, None for its own.
+
+    Raises CheckpointError for numbers that are not finite, ConfigError where they are too large or small for the dtype.
+    """
+    if not tensor.isfinite().all():
+        raise CheckpointError(f"{folder} has numbers in {name} that are not finite: take other weights.")
+    if dtype is None or dtype == tensor.dtype:
+        return tensor
+    result = tensor.to(dtype)
+    is_lost = tensor.any() and not result.any()
+    if is_lost or not result.isfinite().all():
+        largest, turned_into = f"{tensor.abs().max().item():.3g}", "0" if is_lost else "infinity"
+        raise ConfigError(
+            f"{folder} has numbers up to {largest} in {name}, which --dtype {name_of(dtype)} turns into {turned_into}: "
+            "choose another --dtype, or leave it out."
+        )
+    return result
+
+
+def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return tensors in the format of safetensors."""
+    return _import_safetensors().torch.save(dict(tensors))
+
+
+def from_bytes(content: bytes) -> dict[str, Tensor]:
+    return _import_safetensors().torch.load(content)
 
 
 def write_tensors(

@@ -76,9 +76,9 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim, heads = config.head_dim, config.projected_heads_of(mechanism)
         query_width, kv_width = heads.query * config.head_dim, heads.kv * config.head_dim
-        self.query = nn.Linear(config.width, query_width, bias=False)
-        self.key = nn.Linear(config.width, kv_width, bias=False)
-        self.value = nn.Linear(config.width, kv_width, bias=False)
+        self.query = nn.Linear(config.width, query_width, bias=config.qkv_bias)
+        self.key = nn.Linear(config.width, kv_width, bias=config.qkv_bias)
+        self.value = nn.Linear(config.width, kv_width, bias=config.qkv_bias)
         self.out = nn.Linear(query_width, config.width, bias=False)
         self.query_norm = RmsNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else nn.Identity()
         self.key_norm = RmsNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else nn.Identity()

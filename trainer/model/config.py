@@ -160,6 +160,8 @@ class ModelConfig:
     """Epsilon of every RMSNorm."""
     qk_norm: bool = False
     """Whether to normalize the queries and keys of each head."""
+    qkv_bias: bool = False
+    """Whether the projections of queries, keys and values add a bias, as in Qwen2."""
     tied_embeddings: bool = False
     """Whether input embedding and output head share one table."""
     key_convolution: Literal[0, 3, 5] = 0
@@ -168,8 +170,8 @@ class ModelConfig:
     """Whether attention and feed-forward of a block read the same norm and are added together, instead of in turn."""
     recurrent_layer: Literal["plain", "gated"] = "plain"
     """Layer around a recurrence: `plain` is that of all other mechanisms; `gated` is MiniMax-01's (arXiv 2501.08313,
-    section 2.2): SiLU of queries, keys and values, one KV head per query head, no RoPE, qk_norm or key_convolution,
-    then a norm over all heads and an output gate."""
+    section 2.2): SiLU of queries, keys and values, one KV head per query head, no RoPE, qk_norm, qkv_bias or
+    key_convolution, then a norm over all heads and an output gate."""
     rope: RopeConfig = field(default_factory=RopeConfig)
     """Rotary position embedding."""
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)

@@ -70,9 +70,11 @@ def total_parameters(config: ModelConfig, mechanisms: Sequence[Mechanism]) -> in
     of_heads = 2 * config.head_dim if config.qk_norm else 0
     in_attention = sum(config.heads * config.head_dim if config.is_gated(m) else of_heads for m in mechanisms)
     norms = in_blocks + in_attention + config.width
+    biased = [config.projected_heads_of(m) for m in mechanisms if config.qkv_bias and not config.is_gated(m)]
+    biases = sum(heads.query + 2 * heads.kv for heads in biased) * config.head_dim
     embedding = 0 if config.tied_embeddings else config.width * config.vocabulary_size
     inactive = feed_forward_parameters(config, config.experts.count)
     inactive -= feed_forward_parameters(config, config.experts.per_token)
     inactive_heads = sum(config.projected_heads_of(m).query - config.heads_of(m).query for m in mechanisms)
     inactive += 2 * config.width * config.head_dim * inactive_heads  # columns of query, rows of out
-    return matrix_parameters(config, mechanisms) + inactive + embedding + norms
+    return matrix_parameters(config, mechanisms) + inactive + embedding + norms + biases

@@ -5,6 +5,7 @@ head, and a tied embedding      normal, std 0.02: predictions start near uniform
 query, key, value, router       normal, std 1 / sqrt(fan in); up and gates too
 out, down                       normal, std 1 / sqrt(fan in) / sqrt(2 layers): the residual stream keeps its scale
 norms                           1
+biases                          0
 key_convolution                 0: keys start as they are projected
 """
 
@@ -30,7 +31,7 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
     for name, parameter in model.named_parameters():
         local, first = _local_part(parameter)
         if parameter.dim() == 1 or name.endswith("key_convolution.weight"):
-            local.fill_(1.0 if parameter.dim() == 1 else 0.0)
+            local.fill_(1.0 if name.endswith("norm.weight") else 0.0)
             continue
         std = _std(name, parameter, config)
         # The matrices of experts are drawn as one matrix: [E, out, in] -> [E * out, in].

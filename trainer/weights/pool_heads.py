@@ -13,6 +13,7 @@ from torch import Tensor
 from farspan.errors import ConfigError
 from farspan.parallel.ranks import Ranks, connected
 from farspan.trainer.weights.io import Decoder, StoredWeights, find_trained_model, save_weights
+from farspan.trainer.weights.source_files import files_beside
 
 
 def pool_heads(source: Path, kv_heads: int, out: Path) -> Decoder:
@@ -32,7 +33,7 @@ def pool_heads(source: Path, kv_heads: int, out: Path) -> Decoder:
             # Shapes differ for keys, values and convolutions on keys; not in gated recurrences, which share no heads.
             if shape != old_shapes[name]:
                 tensors[name] = pool_rows(tensors[name], before.model.kv_heads // kv_heads, before.model.head_dim)
-        save_weights(tensors, out, after)
+        save_weights(tensors, out, after, files_beside(trained.weights))
     return after
 
 

@@ -15,14 +15,13 @@ from torch import Tensor
 from farspan.errors import ConfigError
 from farspan.parallel.mesh import Degrees
 from farspan.parallel.ranks import Ranks, connected
-from farspan.trainer.checkpoint.verify import newest_complete
 from farspan.trainer.config import Config
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.init import initialize
 from farspan.trainer.model.transformer import Transformer
-from farspan.trainer.toml_config import load_config
 from farspan.trainer.validate import experts_fit, head_mixture_fits, mechanism_takes_model, routers_learn
-from farspan.trainer.weights.io import Decoder, StoredWeights, save_weights
+from farspan.trainer.weights.io import Decoder, StoredWeights, TrainedModel, find_trained_model, save_weights
+from farspan.trainer.weights.source_files import files_beside
 
 Tensors = Mapping[str, Tensor]
 
@@ -34,14 +33,14 @@ def upcycle(config: Config, runs: Sequence[Path], out: Path) -> None:
     """
     if out.exists():
         raise ConfigError(f"{out} exists already: name another folder, or delete it.")
-    dense = [load_config(Config, run / "config.toml") for run in runs]
-    vocabulary = config.model.vocabulary_size or dense[0].model.vocabulary_size
+    dense = [find_trained_model(run) for run in runs]
+    vocabulary = config.model.vocabulary_size or dense[0].decoder.model.vocabulary_size
     model = replace(config.model, vocabulary_size=vocabulary)
     if not any(model.expert_layers) and model.head_mixture.kind == "none":
         raise ConfigError("this model has no experts: set model.experts or model.head_mixture.")
-    for run, dense_config in zip(runs, dense, strict=True):
-        _check_fit(model, dense_config.model, run)
-        _check_layers(config, dense_config, run)
+    for run, trained in zip(runs, dense, strict=True):
+        _check_fit(model, trained.decoder.model, run)
+        _check_layers(config, trained.decoder, run)
     experts_fit(config, Degrees(dp_replicate=1, dp_shard=1, context=1))
     head_mixture_fits(config)
     routers_learn(config)
@@ -51,8 +50,8 @@ def upcycle(config: Config, runs: Sequence[Path], out: Path) -> None:
         if config.train.torch_dtype == torch.float64:
             mixture = mixture.double()
         initialize(mixture, model, config.run.seed)
-        sources = [_read_newest(*each) for each in zip(runs, dense, strict=True)]
-        save_weights(upcycled(sources, mixture.state_dict()), out)
+        sources = [_read(trained) for trained in dense]
+        save_weights(upcycled(sources, mixture.state_dict()), out, files=files_beside(dense[0].weights))
 
 
 def upcycled(dense: Sequence[Tensors], initial: Tensors) -> dict[str, Tensor]:
@@ -79,9 +78,8 @@ def _mean_or_copies(sources: Sequence[Tensor], shape: torch.Size) -> Tensor:
     return torch.cat(copies, dim=0 if shape[0] > first.shape[0] else 1)
 
 
-def _read_newest(run: Path, config: Config) -> Tensors:
-    shapes = Decoder(model=config.model, attention=config.attention).shapes()
-    stored = StoredWeights(newest_complete(run / "checkpoints"))
+def _read(trained: TrainedModel) -> Tensors:
+    shapes, stored = trained.decoder.shapes(), StoredWeights(trained.weights)
     stored.check(shapes)
     return stored.read(shapes)
 
@@ -110,7 +108,7 @@ def _check_fit(model: ModelConfig, dense: ModelConfig, run: Path) -> None:
         )
 
 
-def _check_layers(config: Config, dense: Config, run: Path) -> None:
+def _check_layers(config: Config, dense: Decoder, run: Path) -> None:
     """Refuse layers of another kind, whose matrices have the same names: `_mean_or_copies` would mix them up."""
     for new, old in zip(config.mechanisms(), dense.mechanisms(), strict=True):
         other_router = new.routing_width and old.routing_width and type(new) is not type(old)

@@ -241,7 +241,12 @@ def test_command_line(corpus, tmp_path, capsys):
 
 def test_command_line_defaults():
     args = parse("a", "b", "--tokenizer", "t.json", "--out", "o")
-    assert (args.paths, args.text_key, args.suffix, args.exclude) == ([Path("a"), Path("b")], "text", None, [])
+    assert ([str(path) for path in args.paths], args.text_key, args.suffix, args.exclude) == (
+        ["a", "b"],
+        "text",
+        None,
+        [],
+    )
     assert (args.validation_fraction, args.validation_from_ends) == (0.05, False)
     assert (args.skip_unreadable, args.overwrite, args.end_token) == (False, False, None)
 

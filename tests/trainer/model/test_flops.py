@@ -58,7 +58,7 @@ def assert_counted(config: ModelConfig, mechanisms: Sequence[Mechanism], active_
     ("mechanism", "key_convolution"), [(Dense(), 0), (MoSA(), 3), (NAtS(), 5)], ids=["Dense", "MoSA", "NAtS"]
 )
 def test_parameters_of_dense_models(mechanism: Mechanism, key_convolution: int, qk_norm: bool, tied: bool) -> None:
-    config = small(key_convolution=key_convolution, qk_norm=qk_norm, tied_embeddings=tied)
+    config = small(key_convolution=key_convolution, qk_norm=qk_norm, qkv_bias=tied, tied_embeddings=tied)
     assert_counted(config, [mechanism, Dense(), mechanism])
 
 
@@ -71,7 +71,8 @@ def test_parameters_of_experts() -> None:
 @pytest.mark.parametrize("mixture", [HeadMixtureConfig(), HeadMixtureConfig(kind="heads", per_token=4)])
 def test_parameters_of_gated_recurrences(mechanisms: list[Mechanism], mixture: HeadMixtureConfig) -> None:
     """With head mixtures in the other layers, whose tokens choose all heads; gated layers have none."""
-    config = small(qk_norm=True, key_convolution=3, recurrent_layer="gated", head_mixture=mixture)
+    bias = mixture.kind == "none"
+    config = small(qk_norm=True, qkv_bias=bias, key_convolution=3, recurrent_layer="gated", head_mixture=mixture)
     assert_counted(config, mechanisms)
 
 

@@ -40,7 +40,14 @@ def test_parameters_do_not_depend_on_the_sharding(ranks: Pools, block_rows: int)
 
 def test_distributions_and_seeds() -> None:
     config = tiny.with_model(
-        CONFIG, width=256, feed_forward=512, head_dim=32, layers=3, key_convolution=3, recurrent_layer="gated"
+        CONFIG,
+        width=256,
+        feed_forward=512,
+        head_dim=32,
+        layers=3,
+        key_convolution=3,
+        qkv_bias=True,
+        recurrent_layer="gated",
     ).model
     model = Transformer(config, [MoSA(), MoSA(), Lightning(layer=2, layers=3)])
     initialize(model, config, seed=1)
@@ -50,16 +57,18 @@ def test_distributions_and_seeds() -> None:
         "embedding": 1.0, "head": 0.02, "out": (4 * 32) ** -0.5 / 6**0.5, "down": 512**-0.5 / 6**0.5,
     }  # fmt: skip
     for name, value in first.items():
-        if std := stds.get(name.split(".")[-2]):
+        if (std := stds.get(name.split(".")[-2])) and not name.endswith("bias"):
             # A router has only 512 numbers, so that mean and deviation vary more.
             slack = max(0.05, 3.5 * value.numel() ** -0.5)
             assert value.std().item() == pytest.approx(std, rel=slack), name
             assert abs(value.mean().item()) < std * slack, name
-        if "key_convolution" in name:
+        if "key_convolution" in name or name.endswith("bias"):
             assert torch.equal(value, torch.zeros_like(value)), name
         if "norm" in name:
             assert torch.equal(value, torch.ones_like(value)), name
     assert {"blocks.2.attention.gate.weight", "blocks.2.attention.norm.weight"} <= first.keys()
+    biases = {f"blocks.{layer}.attention.{part}.bias" for layer in (0, 1) for part in ("query", "key", "value")}
+    assert biases == {name for name in first if name.endswith("bias")}
     assert not torch.equal(first["blocks.0.feed_forward.gate.weight"], first["blocks.1.feed_forward.gate.weight"])
     initialize(model, config, seed=2)
     assert not torch.equal(first["head.weight"], model.head.weight)

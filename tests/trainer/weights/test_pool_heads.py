@@ -26,7 +26,7 @@ def with_equal_heads(decoder: Decoder, kv_heads: int) -> Transformer:
     model = ours.random_model(decoder)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if any(f".{part}.weight" in name for part in ("key", "value", "key_convolution")):
+            if name.split(".")[-2] in ("key", "value", "key_convolution"):
                 groups = parameter.unflatten(0, (kv_heads, -1, decoder.model.head_dim))
                 groups.copy_(groups[:, :1].clone().expand_as(groups))
     return model
@@ -38,9 +38,10 @@ def with_equal_heads(decoder: Decoder, kv_heads: int) -> Transformer:
     [
         {},
         {"qk_norm": True, "key_convolution": 3},
+        {"qkv_bias": True},
         {"head_mixture": HeadMixtureConfig(kind="experts", count=2, per_token=2, own_keys=True)},
     ],
-    ids=["plain", "norms and convolution", "experts with keys of their own"],
+    ids=["plain", "norms and convolution", "biases", "experts with keys of their own"],
 )
 def test_equal_heads_compute_the_same(changes: dict[str, Any], kv_heads: int, tmp_path: Path) -> None:
     decoder = Decoder(model=replace(MHA, **changes))

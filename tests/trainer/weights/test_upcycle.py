@@ -19,13 +19,14 @@ from farspan.trainer.checkpoint.verify import newest_complete
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import PackedSequences
 from farspan.trainer.model.config import ExpertsConfig, HeadMixtureConfig
+from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.resilience.signals import StopSignal
 from farspan.trainer.resolve import open_data
-from farspan.trainer.toml_config import to_toml
 from farspan.trainer.train import train
-from farspan.trainer.weights.io import load_weights
+from farspan.trainer.weights.io import Decoder, load_weights
 from farspan.trainer.weights.upcycle import upcycle, upcycled
 from tests.support import tiny
+from tests.support.hugging_face_models import save_run
 from tests.support.rank_pool import Pools, error_of
 from tests.support.runs import records
 
@@ -167,9 +168,8 @@ def test_layers_of_another_kind_are_refused(
     """Their matrices have the same names."""
     config = tiny.config(tmp_path / "data", tmp_path / "run", ParallelConfig())
     config = tiny.with_model(config, recurrent_layer=recurrent_layer)
-    dense = replace(config, attention=replace(config.attention, mechanism=old))
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.toml").write_text(to_toml(dense))
+    dense = Decoder(model=config.model, attention=replace(config.attention, mechanism=old))
+    save_run(Transformer(dense.model, dense.mechanisms()), dense, tmp_path / "run")
     mixture = tiny.with_model(replace(config, attention=replace(config.attention, mechanism=new)), experts=EXPERTS)
     with pytest.raises(ConfigError, match=f"has attention.mechanism='{old}', whose layers have other matrices"):
         upcycle(mixture, [tmp_path / "run"], tmp_path / "weights")

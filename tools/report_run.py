@@ -16,8 +16,8 @@ from farspan.errors import ConfigError
 from farspan.tools.bench.report import Plot, machine_facts, markdown_table, write_report
 from farspan.tools.command import parser_of, print_all
 from farspan.trainer.config import Config
-from farspan.trainer.metrics import EVALUATION_KEY
 from farspan.trainer.model.flops import matrix_parameters, total_parameters
+from farspan.trainer.monitoring.writers import EVALUATION_KEY
 from farspan.trainer.state import records
 from farspan.trainer.toml_config import load_config
 

@@ -27,10 +27,11 @@ from farspan.tools.bench.baselines.context_parallel import context_baselines
 from farspan.tools.bench.case import BASELINE, Case, Shape, find_cases, known
 from farspan.tools.bench.check import Check, Checker, Run, Verdict, first_line
 from farspan.tools.bench.on_rank import ContextContender, ContextRow, StrategyContender, worker_pool
-from farspan.tools.bench.report import Plot, Record, default_out, machine_facts, markdown_table, mib, processor, version
+from farspan.tools.bench.report import Plot, Record, default_out, machine_facts, markdown_table, mib, processor
 from farspan.tools.bench.run import FEWEST_ROUNDS, Bench, Columns, Limits, Pass, Result, Times, results_table
 from farspan.tools.command import human
 from farspan.tools.rank_pool import RankError, RankPool
+from farspan.versions import version
 
 DEFAULTS = {
     "mechanisms": "dense,window_1024,moba_512x8,mosa_16,lightning", "tokens": "8K,16K", "heads": "8:2", "head_dim": 64,

@@ -1,13 +1,11 @@
 """Reports as files: records as JSON, the machine beside them, tables as Markdown, and plots as SVG by matplotlib."""
 
 import datetime
-import importlib.metadata
 import importlib.util
 import json
 import platform
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ import torch
 
 from farspan.kernels.backend import BACKENDS
 from farspan.tools.command import human
+from farspan.versions import commit, version
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -160,23 +159,3 @@ def cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.*\S)", info.read_text(), re.MULTILINE) if info.exists() else None
     return found[1] if found else platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """Return the commit of this checkout, marked where files differ from it; 'unknown' outside git."""
-    try:
-        head = _git("rev-parse", "HEAD")
-        return f"{head} with changes" if _git("status", "--porcelain", "--untracked-files=no") else head
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

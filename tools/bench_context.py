@@ -298,7 +298,7 @@ def plot(title: str, results: Sequence[Result[ContextRow]]) -> Plot:
         if (row.case.name, result.size) == (case, size) and result.times is not None:
             name = "one rank, threads" if row.contender.name == SINGLE else f"{row.strategy}, {row.layout}"
             lines.setdefault(name, []).append((row.degree * row.threads, result.records[0]["tokens_per_s"]))
-    return Plot(title=f"{title}: {case}, {human(size)} tokens", series=lines, x="ranks", y="tokens/s", log=True)
+    return Plot(title=f"{title}: {case}, {human(size)} tokens", series=lines, x="ranks", y="tokens/s", log="xy")
 
 
 def main(arguments: Sequence[str]) -> int:

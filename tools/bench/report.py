@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -30,13 +30,13 @@ COLORS = 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plot:
-    """series: points by the name of their line. x, y: labels. log: logarithmic scales, x in powers of two."""
+    """series: points by the name of their line. x, y: labels. log: the logarithmic axes, x in powers of two."""
 
     title: str
     series: Mapping[str, Sequence[tuple[float, float]]]
     x: str
     y: str
-    log: bool = False
+    log: Literal["", "x", "xy"] = ""
 
 
 def write_report(
@@ -114,7 +114,7 @@ def _draw(plot: Plot, path: Path) -> None:
         axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, linewidth=1.3, linestyle=style, label=name)
     if plot.log:
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+        axes.set_yscale("log" if plot.log == "xy" else "linear")
         ticks = sorted({x for points in lines.values() for x, _ in points})
         axes.set_xticks(ticks, [human(int(x)) for x in ticks], minor=False)
     axes.set(title=plot.title, xlabel=plot.x, ylabel=plot.y)

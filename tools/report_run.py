@@ -18,7 +18,7 @@ from farspan.tools.bench.report import Plot, machine_facts, markdown_table, writ
 from farspan.tools.command import parser_of, print_all
 from farspan.trainer.config import Config, flat
 from farspan.trainer.model.flops import matrix_parameters, total_parameters
-from farspan.trainer.monitoring.writers import EVALUATION_KEY
+from farspan.trainer.monitoring.tags import EVALUATION_KEY
 from farspan.trainer.state import records
 from farspan.trainer.toml_config import load_config, toml_value
 

@@ -1,4 +1,4 @@
-"""Records of a run, which the first rank writes: its configurations; a line, JSONL and TensorBoard for each step."""
+"""Records of a run, which the first rank writes: its configurations; a line and all metrics of each step."""
 
 import logging
 import math
@@ -19,6 +19,8 @@ from farspan.trainer.batch import BatchBuilder
 from farspan.trainer.config import Config, flat
 from farspan.trainer.model.flops import training_flops
 from farspan.trainer.model.transformer import Transformer
+from farspan.trainer.monitoring.profiler import Profiler
+from farspan.trainer.monitoring.wandb_run import WandbRun
 from farspan.trainer.monitoring.writers import MetricsWriter
 from farspan.trainer.resilience.agreement import on_first_rank
 from farspan.trainer.state import TrainState
@@ -44,21 +46,31 @@ class Metrics:
         self._fsdp_bytes = micro_batches * sharding_bytes(model, model.blocks, mesh, dtype)
         self._peak_flops = dist.get_world_size() * peak_flops(batches.device, dtype)
         self._timer = StepTimer(train.steps - step)
+        self._profiler = Profiler(config.profile, self._folder, batches.device, rank=dist.get_rank(), resumed_step=step)
         self._writer: MetricsWriter | None = None
-        on_first_rank(lambda: self._open(step))
+        self._wandb: WandbRun | None = None
+        on_first_rank(lambda: self._open(config, step))
 
-    def _open(self, step: int) -> None:
+    def _open(self, config: Config, step: int) -> None:
         with writing_to(self._folder):
             self._writer = MetricsWriter(self._folder, resumed_step=step)
+            if config.metrics.wandb_project is not None:
+                self._wandb = WandbRun(config.metrics.wandb_project, self._folder, flat(config), resumed_step=step)
 
     def close(self) -> None:
+        self._profiler.close()
         if self._writer is not None:
             self._writer.close()
+        if self._wandb is not None:
+            self._wandb.close()
 
-    def start_step(self) -> None:
-        """Begin to count time and traffic, which leaves out those since the step before."""
+    @contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Count time and traffic of the block, which leaves out those since the step before; profile it if asked to."""
         self._timer.restart()
         self._traffic.take()
+        with self._profiler.step(step):
+            yield
 
     def peak_memory_bytes(self) -> int:
         return peak_memory_bytes(self._device)
@@ -91,15 +103,17 @@ class Metrics:
             **({} if result.experts is None else result.experts.summary("expert")),
             **({} if result.heads is None else result.heads.summary("head")),
         }
-        self._writer.write(record)
+        self.write(record)
         log.info("%s", progress_line(record, self._steps, seconds_left))
         if result.skipped is not None:
             log.info("skipped     step %d, no update: %s", state.step, result.skipped)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write a record of something else than a step."""
+        """Write a record, which has a `step`."""
         if self._writer is not None:
             self._writer.write(record)
+        if self._wandb is not None:
+            self._wandb.log(record)
 
     def has_evaluation(self, step: int) -> bool:
         """Return on all ranks whether an evaluation of `step` is on record."""

@@ -1,11 +1,21 @@
 import math
+import re
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
 import torch
 
+from farspan.parallel.mesh import ParallelConfig
+from farspan.parallel.ranks import Ranks
 from farspan.trainer import metrics
 from farspan.trainer.metrics import StepTimer, peak_flops, peak_memory_bytes, progress_line
+from farspan.trainer.model.config import HeadMixtureConfig
+from farspan.trainer.monitoring.tags import scalars
+from farspan.trainer.resilience.signals import StopSignal
+from farspan.trainer.train import train
+from tests.support import tiny
+from tests.support.runs import records
 
 
 def test_the_timer_leaves_out_what_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,3 +58,23 @@ def test_progress_line() -> None:
         "1:02:05 left"
     )
     assert "mfu    n/a" in progress_line(record | {"mfu": None}, 120, 0.0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_each_number_is_documented_with_its_tag(tiny_data: Path, tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "metrics.md").read_text()
+    documented: dict[str, str] = {}
+    for line in page.splitlines():
+        if line.startswith("| `"):
+            keys, tags, _ = (re.findall(r"`([^`]+)`", cell) for cell in line.strip("|").split("|", 2))
+            documented |= dict(zip_longest(keys, tags, fillvalue=""))
+    config = tiny.config(tiny_data, tmp_path / "run", ParallelConfig(), steps=3)
+    heads = HeadMixtureConfig(kind="experts", count=3, per_token=2)
+    train(tiny.with_model(config, experts=tiny.EXPERTS, head_mixture=heads), Ranks(), StopSignal())
+    written = [record for record in records(tmp_path / "run") if record["step"] == 3]
+    keys = {key for record in written for key in record}
+    assert {key for key in keys - documented.keys() if key.replace("head_", "expert_") not in keys} == set()
+    assert documented.keys() - keys == {"skipped_since"}
+    for record in written:
+        tags = {re.sub(r"/[^/]+$", "/*", tag) if tag.count("/") > 1 else tag for tag, _ in scalars(record)}
+        assert {tag for tag in tags if not tag.startswith("experts/head_")} <= set(documented.values())

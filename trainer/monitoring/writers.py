@@ -1,9 +1,8 @@
-"""Where records of a run go: lines of `metrics.jsonl`, TensorBoard and, if asked for, Weights & Biases."""
+"""Where records of a run go: lines of `metrics.jsonl`, and TensorBoard."""
 
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
@@ -11,12 +10,9 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from farspan.trainer.monitoring.tags import EVALUATION_KEY, scalars
 from farspan.trainer.state import records
 
-EVALUATION_KEY = "eval_loss"
-SPEED_KEYS = ("tokens_per_s", "step_s", "mfu", "peak_memory_bytes")
-TAG_PREFIXES = {"comm_": "comm/", "expert_": "experts/", "head_": "experts/head_"}
-"""Groups of tags by how a key of a step begins; other keys are in `train/`."""
 FIRST_TAGS = {"train/loss": "Loss/train", "eval/loss": "Loss/eval"}
 """TensorBoard sorts tags by name, capitals first: the losses are there a second time, to be the first that one sees."""
 # Charts with several lines, by group; the tag of a line is a regular expression.
@@ -29,26 +25,6 @@ CHARTS = {
     },
     "experts": {"busiest expert over the mean, by layer": ["experts/load/.*"]},
 }
-
-
-def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield the numbers of a record and of its tables, each with a tag that begins with its group: `train/loss`."""
-    is_evaluation = EVALUATION_KEY in record
-    for key, value in record.items():
-        if key == "step":
-            continue
-        tag = f"eval/{key.removeprefix('eval_')}" if is_evaluation else _tag_of_step(key)
-        parts = {f"{tag}/{name}": part for name, part in value.items()} if isinstance(value, dict) else {tag: value}
-        for name, part in parts.items():
-            if isinstance(part, int | float):
-                yield name, part
-
-
-def _tag_of_step(key: str) -> str:
-    for prefix, group in TAG_PREFIXES.items():
-        if key.startswith(prefix):
-            return group + key.removeprefix(prefix)
-    return f"{'speed' if key in SPEED_KEYS else 'train'}/{key}"
 
 
 class MetricsWriter:

@@ -9,7 +9,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout  # pyright: ignore[reportAttributeAccessIssue]
 
-from farspan.trainer.monitoring.writers import MetricsWriter, scalars
+from farspan.trainer.monitoring.tags import scalars
+from farspan.trainer.monitoring.writers import MetricsWriter
 from tests.support.runs import records
 
 

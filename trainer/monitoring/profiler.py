@@ -47,7 +47,6 @@ class Profiler:
         left = {step for step in config.steps if step > resumed_step}
         self._steps = left if rank in config.ranks else set()
         self._running = ExitStack()
-        self._first: int | None = None
         self._profile: profile | None = None
         if config.steps:
             steps, ranks = (", ".join(map(str, numbers)) for numbers in (sorted(left), config.ranks))

@@ -19,6 +19,7 @@ from farspan.errors import FarspanError
 from farspan.launch.commands import checkpoint, jobs, launch, models, train
 from farspan.launch.commands.arguments import Parser, Subparsers, add_command, add_subparsers
 from farspan.trainer.resilience.signals import EXIT_USER_ERROR, STOP_SIGNALS
+from farspan.versions import summary
 
 EXIT_INTERRUPTED = 130
 DASHED_OVERRIDE = re.compile(r"--\w+\.[\w.]+(=|$)")
@@ -74,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse arguments; overrides may stand before, between and after flags, which argparse alone does not allow."""
     parser = Parser(prog="farspan", description="Train language models on long context.")
+    parser.add_argument("--version", action=_PrintVersions, nargs=0, help="print versions and the commit, and exit")
     subparsers = add_subparsers(parser, "COMMAND")
     # In the order of `farspan --help`.
     for command in (train, launch, jobs):
@@ -90,6 +92,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
+
+
+class _PrintVersions(argparse.Action):
+    """As argparse's own action, but finds the versions only where they are asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(summary())
+        parser.exit()
 
 
 def _add_data(subparsers: Subparsers) -> None:

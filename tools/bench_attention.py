@@ -211,7 +211,7 @@ def bench(options: argparse.Namespace, arguments: Sequence[str]) -> list[Path]:
         title=title,
         notes=NOTES.format(rounds=options.rounds),
         tables=[*tables, *([memory_table(memory, options.memory)] if options.memory else [])],
-        plot=Plot(title=title, series=lines, x="tokens", y="milliseconds", log=True),
+        plot=Plot(title=title, series=lines, x="tokens", y="milliseconds", log="xy"),
     )
 
 

@@ -27,10 +27,11 @@ from farspan.tools.bench.baselines.context_parallel import context_baselines
 from farspan.tools.bench.case import BASELINE, Case, Shape, find_cases, known
 from farspan.tools.bench.check import Check, Checker, Run, Verdict, first_line
 from farspan.tools.bench.on_rank import ContextContender, ContextRow, StrategyContender, worker_pool
-from farspan.tools.bench.report import Plot, Record, default_out, machine_facts, markdown_table, mib, processor, version
+from farspan.tools.bench.report import Plot, Record, default_out, machine_facts, markdown_table, mib, processor
 from farspan.tools.bench.run import FEWEST_ROUNDS, Bench, Columns, Limits, Pass, Result, Times, results_table
 from farspan.tools.command import human
 from farspan.tools.rank_pool import RankError, RankPool
+from farspan.versions import version
 
 DEFAULTS = {
     "mechanisms": "dense,window_1024,moba_512x8,mosa_16,lightning", "tokens": "8K,16K", "heads": "8:2", "head_dim": 64,
@@ -297,7 +298,7 @@ def plot(title: str, results: Sequence[Result[ContextRow]]) -> Plot:
         if (row.case.name, result.size) == (case, size) and result.times is not None:
             name = "one rank, threads" if row.contender.name == SINGLE else f"{row.strategy}, {row.layout}"
             lines.setdefault(name, []).append((row.degree * row.threads, result.records[0]["tokens_per_s"]))
-    return Plot(title=f"{title}: {case}, {human(size)} tokens", series=lines, x="ranks", y="tokens/s", log=True)
+    return Plot(title=f"{title}: {case}, {human(size)} tokens", series=lines, x="ranks", y="tokens/s", log="xy")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -11,15 +11,24 @@ from pathlib import Path
 from farspan.kernels.mechanism import MECHANISMS, Heads, Mechanism
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Strategy
 from farspan.parallel.mesh import Degrees
+from farspan.tools.bench.report import markdown_table
 from farspan.tools.command import parser_of, print_all
 from farspan.trainer.config import Config
-from farspan.trainer.resolve import strategy_costs
+from farspan.trainer.estimate.summary import format_layers
+from farspan.trainer.resolve import machine_of, strategy_costs
 from farspan.trainer.toml_config import load_config
+from farspan.units import BYTES, FLOPS, SECONDS, readable
 
 COLUMNS = (
-    "strategy", "ms", "compute ms", "overlapped ms", "exposed ms", "MiB sent forward", "MiB sent backward",
-    "working MiB", "TFLOP forward", "balance",
+    "strategy", "time", "compute", "transfers overlapped", "transfers exposed", "sent forward", "sent backward",
+    "working memory", "FLOPs forward", "busiest over mean",
 )  # fmt: skip
+DEVICES = {"cpu": "two CPU cores", "cuda": "a GPU like H100"}
+HEAD = """Attention of one sequence of {tokens:,} tokens in one document, forward and backward, in all {layers} layers
+({mechanisms}; {dtype}), over {degree} ranks in {layout} layout. Each number is of the rank where it is largest.
+Estimated, not measured, for {device}: {flops}/s of attention, links of {inner:g} GB/s among {node} ranks of a node
+and {outer:g} GB/s between nodes (parallel.inner_gbytes_per_s and parallel.outer_gbytes_per_s set other speeds).
+"""
 GRIDS = ((4, 2), (4, 1), (1, 1))
 """Degree and inner axis with which a pair is tried, in this order: strategies of two levels need the first."""
 
@@ -42,20 +51,34 @@ def supported(mechanism: Mechanism, strategy: type[Strategy]) -> bool:
 def cost_table(path: Path, overrides: Sequence[str], ranks: int) -> str:
     """Return what each strategy would cost the attention of a configuration, best first; and why others refuse.
 
-    A Markdown table, a strategy per line, of one sequence in all layers.
+    A text that says what was estimated, and a Markdown table, a strategy per line.
     """
     config = load_config(Config, path, overrides)
-    parallel = config.parallel
+    parallel, device = config.parallel, "cpu" if config.train.device == "cpu" else "cuda"
     axes = parallel.context * parallel.dp_replicate * (parallel.dp_shard or 1)
-    degrees = Degrees.resolve(parallel, ranks or axes)
-    found, refusals = strategy_costs(config, degrees, "cpu" if config.train.device == "cpu" else "cuda")
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---" + "|--:" * (len(COLUMNS) - 1) + "|"]
+    degrees, machine = Degrees.resolve(parallel, ranks or axes), machine_of(parallel, device)
+    found, refusals = strategy_costs(config, degrees, device)
+    head = HEAD.format(
+        tokens=config.data.sequence_tokens,
+        layers=config.model.layers,
+        mechanisms=format_layers(config.mechanisms(), short=True),
+        dtype=config.train.compute_dtype,
+        degree=degrees.context,
+        layout=parallel.layout,
+        device=DEVICES[device],
+        flops=readable(machine.flops_per_s, FLOPS),
+        inner=machine.inner_bytes_per_s / 1e9,
+        node=machine.node_ranks,
+        outer=machine.outer_bytes_per_s / 1e9,
+    )
+    lines = []
     for name, cost in found.items():
-        times = (1e3 * seconds for seconds in (cost.seconds, cost.compute_s, cost.overlapped_s, cost.exposed_s))
-        sizes = (size / 2**20 for size in (cost.volume.forward, cost.volume.backward, cost.working_bytes))
-        numbers = [*(f"{time:,.3g}" for time in times), *(f"{size:,.1f}" for size in sizes)]
-        lines.append(f"| {name} | {' | '.join(numbers)} | {cost.flops / 1e12:,.3g} | {cost.balance:.3f} |")
-    return "\n".join([*lines, *(f"- {name}: {reason}" for name, reason in refusals.items())])
+        times = (cost.seconds, cost.compute_s, cost.overlapped_s, cost.exposed_s)
+        sizes = (cost.volume.forward, cost.volume.backward, cost.working_bytes)
+        numbers = [*(readable(time, SECONDS) for time in times), *(readable(size, BYTES) for size in sizes)]
+        lines.append([name, *numbers, readable(cost.flops, FLOPS), f"{cost.balance:.3f}"])
+    refused = "".join(f"- {name}: {reason}\n" for name, reason in refusals.items())
+    return f"{head}\n{markdown_table(COLUMNS, lines)}{refused}".rstrip()
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -1,6 +1,7 @@
 """Write a report of one or several runs, with plots, from their folders: `... RUN_FOLDER [RUN_FOLDER ...] --out NAME`.
 
-Loss over steps, validation bits per byte, and for mixtures of experts how even loads are. A run may be in progress.
+What differs between their configurations; loss over steps, tokens and time; validation loss, also by position in the
+document; for mixtures of experts how even loads are. A run may be in progress.
 """
 
 import statistics
@@ -15,12 +16,14 @@ import torch
 from farspan.errors import ConfigError
 from farspan.tools.bench.report import Plot, machine_facts, markdown_table, write_report
 from farspan.tools.command import parser_of, print_all
-from farspan.trainer.config import Config
-from farspan.trainer.metrics import EVALUATION_KEY
+from farspan.trainer.config import Config, flat
 from farspan.trainer.model.flops import matrix_parameters, total_parameters
+from farspan.trainer.monitoring.tags import EVALUATION_KEY
 from farspan.trainer.state import records
-from farspan.trainer.toml_config import load_config
+from farspan.trainer.toml_config import load_config, toml_value
 
+AXES = {"step": "step", "tokens": "labeled tokens", "minutes": "minutes of steps"}
+"""What runs are compared over, as records name it, and the label of the axis."""
 MAX_POINTS = 300
 """Of a line in a plot: in longer runs each point is the mean of consecutive steps."""
 LAST_STEPS = 50
@@ -31,22 +34,25 @@ EXPERT_PLOTS = {
     "expert_dropped": "share of the choices that was dropped",
     "expert_bias": "range of the biases",
 }
-NOTES = """Validation bits per byte: of the last evaluation, beside those that the frequencies of tokens alone reach on
-its data. Parameters per token: matrices that multiply a token, routers and the output included, and only the experts
-that it chooses. Busiest expert: its tokens over the mean of all, averaged over the last {last} steps, in the layer
-where that is highest. tokens/s: median of the steps, padding included; minutes: of all steps, without evaluations.
-Lines of more than {most} steps are drawn as means of equally many consecutive steps.
+NOTES = """Validation loss: nats per token, of the last evaluation. Bits per byte: the same, beside those that the
+frequencies of tokens alone reach on its data. Parameters per token: matrices that multiply a token, routers and the
+output included, and only the experts that it chooses. Busiest expert: its tokens over the mean of all, averaged over
+the last {last} steps, in the layer where that is highest. tokens/s: median of the steps, padding included; minutes: of
+all steps, without evaluations and saves. Lines of more than {most} steps are drawn as means of equally many consecutive
+steps.
 """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """The configuration of a run, and its records of updates and of evaluations, by step."""
+    """The configuration of a run, and its records of updates and of evaluations, each with a number for every axis."""
 
     name: str
     config: Config
     updates: Sequence[Mapping[str, Any]]
     evaluations: Sequence[Mapping[str, Any]]
+    earlier: Sequence[Path] = ()
+    """Files with the configurations that it had before, each until the step in its name."""
 
     @staticmethod
     def read(folder: Path, name: str) -> "Run":
@@ -54,26 +60,40 @@ class Run:
         path = folder / "metrics.jsonl"
         if not path.is_file():
             raise ConfigError(f"{path} does not exist: name the folder of a run, its run.folder.")
-        found = [record for record, _ in records(path)]
-        updates = [record for record in found if record.get("loss") is not None]
+        updates, evaluations = [], []
+        tokens, seconds = 0, 0.0
+        for record, _ in records(path):
+            tokens, seconds = record.get("tokens", tokens), seconds + record.get("step_s", 0.0)
+            placed = record | {"tokens": tokens, "minutes": seconds / 60}
+            if record.get("loss") is not None:
+                updates.append(placed)
+            elif record.get(EVALUATION_KEY) is not None:
+                evaluations.append(placed)
         if not updates:
             raise ConfigError(f"{path} has no step yet: wait for the first, or name another run.")
-        evaluations = [record for record in found if EVALUATION_KEY in record]
-        config = load_config(Config, folder / "config.toml")
-        return Run(name=name, config=config, updates=updates, evaluations=evaluations)
+        config, earlier = load_config(Config, folder / "config.toml"), sorted(folder.glob("config_until_step_*.toml"))
+        return Run(name=name, config=config, updates=updates, evaluations=evaluations, earlier=earlier)
 
     @property
     def layers(self) -> list[str]:
         """Layers with experts, as metrics number them."""
         return list(self.updates[-1].get("expert_load", ()))
 
-    def over_steps(self, key: str, layer: str | None = None) -> list[tuple[float, float]]:
-        """Return (step, value) of the updates, `layer`'s where there is one for each, as points of a plot."""
+    def line(self, key: str, layer: str | None = None, *, over: str = "step") -> list[tuple[float, float]]:
+        """Return (axis, value) of the updates, `layer`'s where there is one for each, as points of a plot."""
         values = [record[key] if layer is None else record[key][layer] for record in self.updates]
-        steps = [record["step"] for record in self.updates]
+        places = [record[over] for record in self.updates]
         size = -(-len(values) // MAX_POINTS)
         groups = [slice(first, first + size) for first in range(0, len(values), size)]
-        return [(statistics.fmean(steps[group]), statistics.fmean(values[group])) for group in groups]
+        return [(statistics.fmean(places[group]), statistics.fmean(values[group])) for group in groups]
+
+    def evaluated(self, key: str, *, over: str = "step") -> list[tuple[float, float]]:
+        """Return (axis, value) of the evaluations that have it."""
+        return [(record[over], record[key]) for record in self.evaluations if record.get(key) is not None]
+
+    def loss_by_position(self) -> Mapping[str, float]:
+        """Return the last evaluation's loss of the positions "first-last" in a document."""
+        return self.evaluations[-1].get("loss_by_position", {}) if self.evaluations else {}
 
     def last(self, key: str, layer: str) -> list[float]:
         return [record[key][layer] for record in self.updates[-LAST_STEPS:]]
@@ -86,39 +106,74 @@ def report(folders: Sequence[Path], out: Path, facts: Mapping[str, str]) -> list
         names = [str(folder) for folder in folders]
     runs = [Run.read(folder, name) for folder, name in zip(folders, names, strict=True)]
     tables = [_table([_line(run) for run in runs])]
+    if len(runs) > 1:
+        tables.append(f"## What differs between the configurations\n\n{differences(runs)}")
+    if positions := _by_position(runs):
+        tables.append(f"## Validation loss by position in the document, last evaluation\n\n{positions}")
     for run in runs:
         if run.layers:
             table = _table([_expert_line(run, layer) for layer in run.layers])
             tables.append(f"## Experts of {run.name}, last {LAST_STEPS} steps\n\n{table}")
+    changed = {run.name: ", ".join(map(str, run.earlier)) for run in runs if run.earlier}
     return write_report(
         out,
         title=" and ".join(run.name for run in runs),
         machine=facts,
         notes=NOTES.format(last=LAST_STEPS, most=MAX_POINTS),
         tables=tables,
+        sections={"Earlier configurations of runs that went on with another": changed},
         plots={f"_{key}": plot for key, plot in plots_of(runs).items()},
     )
 
 
+def differences(runs: Sequence[Run]) -> str:
+    """Return the settings that are not equal in all runs as a table, but for run.folder."""
+    settings = [flat(run.config) for run in runs]
+    names = dict.fromkeys(name for found in settings for name in found if name != "run.folder")
+    rows = [
+        [name, *(toml_value(found[name]) if name in found else "" for found in settings)]
+        for name in names
+        if any(found.get(name) != settings[0].get(name) for found in settings)
+    ]
+    return markdown_table(["setting", *(run.name for run in runs)], rows) if rows else "Nothing but the folder.\n"
+
+
 def plots_of(runs: Sequence[Run]) -> dict[str, Plot]:
     """Return the plots, without those that no run has values for, or only 0."""
-    # Not on record where the data do not say how many bytes a token stands for, null where the loss was not finite.
-    evaluated = {
-        run.name: [(record["step"], bits) for record in run.evaluations if (bits := record.get("bits_per_byte"))]
+    plots = {}
+    for axis, label in AXES.items():
+        suffix = "" if axis == "step" else f"_by_{axis}"
+        lines = {
+            "loss": ("training loss, nats per token", {run.name: run.line("loss", over=axis) for run in runs}),
+            "validation_loss": (
+                "validation loss, nats per token",
+                {run.name: run.evaluated(EVALUATION_KEY, over=axis) for run in runs},
+            ),
+            "validation": (
+                "validation bits per byte",
+                {run.name: run.evaluated("bits_per_byte", over=axis) for run in runs},
+            ),
+        }
+        plots |= {f"{key}{suffix}": Plot(title=y, series=found, x=label, y=y) for key, (y, found) in lines.items()}
+    # A position's bin is drawn at its end: the most context that a token in it has.
+    by_position = {
+        run.name: [(int(where.partition("-")[2]) + 1, loss) for where, loss in run.loss_by_position().items()]
         for run in runs
     }
-    lines = {
-        "loss": ("training loss, nats per token", {run.name: run.over_steps("loss") for run in runs}),
-        "validation": ("validation bits per byte", evaluated),
-    }
+    title = "validation loss by position, last evaluation, nats per token"
+    plots["positions"] = Plot(title=title, series=by_position, x="position in the document, up to", y=title, log="x")
     for key, title in EXPERT_PLOTS.items():
-        by_layer = {f"{run.name}, layer {layer}": run.over_steps(key, layer) for run in runs for layer in run.layers}
-        lines[key] = (title, by_layer)
-    return {
-        key: Plot(title=title, series=series, x="step", y=title)
-        for key, (title, series) in lines.items()
-        if any(y for points in series.values() for _, y in points)
-    }
+        by_layer = {f"{run.name}, layer {layer}": run.line(key, layer) for run in runs for layer in run.layers}
+        plots[key] = Plot(title=title, series=by_layer, x=AXES["step"], y=title)
+    return {key: plot for key, plot in plots.items() if any(y for points in plot.series.values() for _, y in points)}
+
+
+def _by_position(runs: Sequence[Run]) -> str:
+    """Return a table of loss by position, a column for each run; empty without an evaluation."""
+    found = [run.loss_by_position() for run in runs]
+    where = sorted({name for losses in found for name in losses}, key=lambda name: [int(n) for n in name.split("-")])
+    rows = [[name, *(f"{losses[name]:.4f}" if name in losses else "" for losses in found)] for name in where]
+    return markdown_table(["positions", *(run.name for run in runs)], rows) if rows else ""
 
 
 def _table(lines: Sequence[Mapping[str, object]]) -> str:
@@ -128,12 +183,11 @@ def _table(lines: Sequence[Mapping[str, object]]) -> str:
 def _line(run: Run) -> Mapping[str, object]:
     config, last = run.config, run.updates[-1]
     mechanisms, steps = config.mechanisms(), config.train.steps
-    evaluated = "not yet"
+    loss, bits = "not yet", ""
     for record in run.evaluations[-1:]:
-        evaluated = "unknown"
-        if (bits := record.get("bits_per_byte")) is not None:
-            unigram = record["unigram_bits_per_byte"]
-            evaluated = f"{bits:.3f} at step {record['step']:,} (frequencies: {unigram:.3f})"
+        loss = f"{record[EVALUATION_KEY]:.4f} at step {record['step']:,}"
+        if record.get("bits_per_byte") is not None:
+            bits = f"{record['bits_per_byte']:.3f} (frequencies: {record['unigram_bits_per_byte']:.3f})"
     loads = [statistics.fmean(run.last("expert_load", layer)) for layer in run.layers]
     return {
         "run": run.name,
@@ -141,10 +195,11 @@ def _line(run: Run) -> Mapping[str, object]:
         "tokens": last["tokens"],
         "parameters": total_parameters(config.model, mechanisms),
         "parameters per token": matrix_parameters(config.model, mechanisms),
-        "validation bits per byte": evaluated,
+        "validation loss": loss,
+        "bits per byte": bits,
         "busiest expert": f"{max(loads):.2f}" if loads else "",
         "tokens/s": f"{statistics.median(record['tokens_per_s'] for record in run.updates):,.0f}",
-        "minutes": f"{sum(record['step_s'] for record in run.updates) / 60:.1f}",
+        "minutes": f"{last['minutes']:.1f}",
     }
 
 

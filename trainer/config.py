@@ -10,6 +10,8 @@ from farspan.errors import ConfigError
 from farspan.kernels.mechanism import MECHANISMS, Mechanism
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.model.config import ModelConfig
+from farspan.trainer.monitoring.profiler import ProfileConfig
+from farspan.trainer.monitoring.wandb_run import MetricsConfig
 from farspan.trainer.optim import OptimizerConfig
 from farspan.trainer.resilience.skip_steps import SkipConfig
 from farspan.trainer.resilience.watchdog import WatchdogConfig
@@ -146,6 +148,8 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     skip: SkipConfig = field(default_factory=SkipConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 

@@ -1,20 +1,16 @@
-"""Records of a run, which the first rank writes: its configurations; a line, JSONL and TensorBoard for each step."""
+"""Records of a run, which the first rank writes: its configurations; a line and all metrics of each step."""
 
-import json
 import logging
 import math
-import os
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from itertools import takewhile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.tensorboard import SummaryWriter
 
 from farspan.errors import ConfigError, TrainingError
 from farspan.parallel.fsdp import sharding_bytes
@@ -24,15 +20,17 @@ from farspan.trainer.config import Config, flat
 from farspan.trainer.load_balance import passes_ahead
 from farspan.trainer.model.flops import training_flops
 from farspan.trainer.model.transformer import Transformer
+from farspan.trainer.monitoring.profiler import Profiler
+from farspan.trainer.monitoring.wandb_run import WandbRun
+from farspan.trainer.monitoring.writers import MetricsWriter
 from farspan.trainer.optim import learning_rate
 from farspan.trainer.resilience.agreement import on_first_rank
-from farspan.trainer.state import TrainState, records
+from farspan.trainer.state import TrainState
 from farspan.trainer.step import StepResult
 from farspan.trainer.toml_config import load_config, to_toml
 
 # Dense peak of the tensor cores in bfloat16, FLOP/s, from the vendors' data sheets; by a part of the device's name.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
-EVALUATION_KEY = "eval_loss"
 
 log = logging.getLogger("farspan")
 
@@ -57,21 +55,31 @@ class Metrics:
         )
         self._peak_flops = dist.get_world_size() * peak_flops(batches.device, dtype)
         self._timer = StepTimer(train.steps - step)
+        self._profiler = Profiler(config.profile, self._folder, batches.device, rank=dist.get_rank(), resumed_step=step)
         self._writer: MetricsWriter | None = None
-        on_first_rank(lambda: self._open(step))
+        self._wandb: WandbRun | None = None
+        on_first_rank(lambda: self._open(config, step))
 
-    def _open(self, step: int) -> None:
+    def _open(self, config: Config, step: int) -> None:
         with writing_to(self._folder):
             self._writer = MetricsWriter(self._folder, resumed_step=step)
+            if config.metrics.wandb_project is not None:
+                self._wandb = WandbRun(config.metrics.wandb_project, self._folder, flat(config), resumed_step=step)
 
     def close(self) -> None:
+        self._profiler.close()
         if self._writer is not None:
             self._writer.close()
+        if self._wandb is not None:
+            self._wandb.close()
 
-    def start_step(self) -> None:
-        """Begin to count time and traffic, which leaves out those since the step before."""
+    @contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Count time and traffic of the block, which leaves out those since the step before; profile it if asked to."""
         self._timer.restart()
         self._traffic.take()
+        with self._profiler.step(step):
+            yield
 
     def peak_memory_bytes(self) -> int:
         return peak_memory_bytes(self._device)
@@ -104,15 +112,17 @@ class Metrics:
             **({} if result.experts is None else result.experts.summary("expert")),
             **({} if result.heads is None else result.heads.summary("head")),
         }
-        self._writer.write(record)
+        self.write(record)
         log.info("%s", progress_line(record, self._steps, seconds_left))
         if result.skipped is not None:
             log.info("skipped     step %d, no update: %s", state.step, result.skipped)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write a record of something else than a step."""
+        """Write a record, which has a `step`."""
         if self._writer is not None:
             self._writer.write(record)
+        if self._wandb is not None:
+            self._wandb.log(record)
 
     def has_evaluation(self, step: int) -> bool:
         """Return on all ranks whether an evaluation of `step` is on record."""
@@ -188,76 +198,6 @@ def _changes(path: Path, config: Config, step: int) -> list[str]:
             f"{rate(earlier, step):.4g}, after {rate(earlier, step - 1):.4g} in step {step}"
         )
     return changes
-
-
-class MetricsWriter:
-    """Appends records of the steps after `resumed_step` to `metrics.jsonl` and `tensorboard/`.
-
-    First drops records of later steps, which the resumed run will write again, and a line that a crash cut short.
-    """
-
-    def __init__(self, folder: Path, *, resumed_step: int) -> None:
-        path = folder / "metrics.jsonl"
-        self.error: OSError | None = None
-        self._evaluated = _drop_records_after(path, resumed_step)
-        self._file = path.open("a", buffering=1)
-        # Tells TensorBoard to forget later steps of an earlier attempt; without one it forgets nothing.
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
-
-    def has_evaluation(self, step: int) -> bool:
-        return step in self._evaluated
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Write one record, which has a `step`; numbers and tables of numbers go to TensorBoard too.
-
-        Numbers that are not finite become null. An error is kept in `error`: only one rank writes, and the others
-        have to learn of it before it gives up.
-        """
-        try:
-            self._write({name: _finite(value) for name, value in record.items()})
-        except OSError as error:
-            self.error = error
-
-    def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        if EVALUATION_KEY in record:
-            self._evaluated.add(record["step"])
-        for name, value in record.items():
-            if isinstance(value, dict):
-                for key, part in value.items():
-                    if part is None:
-                        continue
-                    self._board.add_scalar(f"{name}/{key}", part, record["step"])
-            elif name != "step" and isinstance(value, int | float):
-                self._board.add_scalar(name, value, record["step"])
-
-    def close(self) -> None:
-        for file in (self._file, self._board):
-            # The disk may be full for their buffers too.
-            with suppress(OSError):
-                file.close()
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _drop_records_after(path: Path, step: int) -> set[int]:
-    """Cut the file before the first record that is later or unreadable; return the steps evaluated before it."""
-    evaluated: set[int] = set()
-    if not path.exists():
-        return evaluated
-    intact_bytes = 0
-    # Records are in the order of steps.
-    for record, size in takewhile(lambda found: found[0]["step"] <= step, records(path)):
-        if EVALUATION_KEY in record:
-            evaluated.add(record["step"])
-        intact_bytes += size
-    os.truncate(path, intact_bytes)
-    return evaluated
 
 
 class StepTimer:

@@ -158,9 +158,11 @@ def open_data(config: Config) -> tuple[TokenSource, TokenSource]:
 def fill_in(config: Config, degrees: Degrees, device: torch.device, vocabulary_size: int | None) -> Config:
     """Fill in all derived values; `vocabulary_size` is the data's, None if unknown.
 
-    Raises ConfigError when the data has more tokens than the model, or the backend cannot run on `device`.
+    Raises ConfigError when the data has more tokens than the model, or a setting cannot work on `device`.
     """
     model = config.model
+    if config.profile.memory and device.type == "cpu":
+        raise ConfigError("profile.memory=true records CUDA memory, but the run is on CPUs: set profile.memory=false.")
     if model.vocabulary_size == 0:
         if vocabulary_size is None:
             raise ConfigError("model.vocabulary_size=0 takes the data's: prepare data.folder first, or give a number.")

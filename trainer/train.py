@@ -80,8 +80,7 @@ def train(config: Config, ranks: Ranks, stop: StopSignal) -> bool:
         if is_evaluation_missing and not stopping:
             stopping = validation.run(model, state.step, metrics)
         while state.step < steps and not stopping:
-            with watchdog.phase("step", state.step + 1):
-                metrics.start_step()
+            with watchdog.phase("step", state.step + 1), metrics.step(state.step + 1):
                 rate = learning_rate(config.optimizer, state.step, steps)
                 set_learning_rate(optimizer, rate)
                 result = update(config, model, optimizer, data, state)

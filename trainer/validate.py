@@ -1,6 +1,7 @@
 """Rules between fields: each a small function that raises ConfigError and names the fix."""
 
 import re
+from importlib.util import find_spec
 
 from farspan.errors import ConfigError
 from farspan.parallel.context_parallel.strategy import STRATEGIES
@@ -29,6 +30,8 @@ def validate(config: Config, degrees: Degrees) -> None:
     gates_have_a_recurrence(config)
     accepted_changes_exist(config)
     validation_sets_have_names(config)
+    wandb_is_installed(config)
+    profile_fits(config, degrees)
     mechanism_takes_model(config)
     strategy_takes_mechanism(config, degrees)
 
@@ -51,6 +54,30 @@ def validation_sets_have_names(config: Config) -> None:
                 f"evaluate.sets.{name} cannot name metrics: use letters, digits, dots, underscores, hyphens, and not "
                 f"{OWN_SET!r}, which is the split of the training data, nor a name that ends in 'unigram'."
             )
+
+
+def wandb_is_installed(config: Config) -> None:
+    if config.metrics.wandb_project is not None and find_spec("wandb") is None:
+        raise ConfigError(
+            f"metrics.wandb_project={config.metrics.wandb_project!r} needs a package that is not installed: run "
+            "`pip install 'farspan[wandb]'`, or set metrics.wandb_project=none."
+        )
+
+
+def profile_fits(config: Config, degrees: Degrees) -> None:
+    profile, ranks = config.profile, degrees.data * degrees.context
+    for step in profile.steps:
+        if step > config.train.steps:
+            raise ConfigError(
+                f"profile.steps has {step}, but the run ends at train.steps={config.train.steps}: choose earlier steps."
+            )
+    for rank in profile.ranks:
+        if rank >= ranks:
+            raise ConfigError(f"profile.ranks has {rank}, but the run has the ranks 0 to {ranks - 1}: choose of these.")
+    if profile.steps and not profile.ranks:
+        raise ConfigError("profile.ranks=[] profiles nothing: name ranks, such as [0], or set profile.steps=[].")
+    if profile.memory and not profile.steps:
+        raise ConfigError("profile.memory=true is for the steps of profile.steps, but profile.steps=[]: choose some.")
 
 
 def heads_fit(config: Config) -> None:

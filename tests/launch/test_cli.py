@@ -9,8 +9,11 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 
+import farspan
+from farspan import versions
 from farspan.errors import DataError
 from farspan.launch import cli
 from farspan.launch.local import LocalJob
@@ -311,3 +314,30 @@ def test_help_does_not_wait_for_torch() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--gpus-per-node" in done.stdout
+
+
+def test_the_version_has_what_a_bug_report_needs(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def printed() -> dict[str, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["--version"])
+        assert ended.value.code == 0
+        lines = capsys.readouterr().out.splitlines()
+        return {name: value.strip() for name, _, value in (line.partition(" ") for line in lines)}
+
+    monkeypatch.setattr(versions, "ROOT", tmp_path)
+    (tmp_path / ".git").mkdir()
+    calls = {"rev-parse": "abc123", "status": " M x.py"}
+    monkeypatch.setattr(versions, "_git", lambda name, *_: calls[name])
+    found = printed()
+    assert list(found) == ["farspan", "python", "torch", "triton"]
+    assert found["farspan"] == f"{farspan.__version__}, commit abc123 with changes"
+    assert found["python"] == sys.version.split()[0]
+    assert found["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+    assert found["triton"] == "not installed" or found["triton"][0].isdigit()
+    calls["status"] = ""
+    assert printed()["farspan"] == f"{farspan.__version__}, commit abc123"
+    # Installed, below somebody else's repository: not that one's commit.
+    (tmp_path / ".git").rmdir()
+    assert printed()["farspan"] == farspan.__version__

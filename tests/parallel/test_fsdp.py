@@ -1,4 +1,3 @@
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import distribute_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from farspan.parallel.comm import Traffic
 from farspan.parallel.fsdp import clip_gradients, sharding_bytes
@@ -22,25 +20,8 @@ from farspan.trainer.model.config import ExpertsConfig
 from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.resolve import open_data
 from tests.support import tiny
+from tests.support.collectives import SentBytes
 from tests.support.rank_pool import RankPool
-
-
-class CollectiveBytes(TorchDispatchMode):
-    """Bytes that this rank puts into each kind of collective, by the number of ranks; below FSDP."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.put_in: Counter[tuple[str, int]] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            name = func.overloadpacket.__name__
-            argument = {"_allgather_base_": 1, "_reduce_scatter_base_": 1, "allreduce_": 0}.get(name)
-            if argument is not None:
-                tensors = args[argument] if isinstance(args[argument], list) else [args[argument]]
-                group = dist.ProcessGroup.unbox(args[1 if name == "allreduce_" else 2])
-                self.put_in[name, group.size()] += sum(tensor.nbytes for tensor in tensors)
-        return func(*args, **(kwargs or {}))
 
 
 def model_and_batch(config: Config) -> tuple[Transformer, MicroBatch, Mesh]:
@@ -53,19 +34,19 @@ def model_and_batch(config: Config) -> tuple[Transformer, MicroBatch, Mesh]:
 
 def count_sharding(config: Config) -> tuple[int, int, dict[tuple[str, int], int]]:
     model, batch, mesh = model_and_batch(config)
-    with CollectiveBytes() as counter:
+    with SentBytes() as counter:
         with torch.no_grad():
             model(batch.tokens, batch.labels, batch.context)
         for _ in range(2):
             model(batch.tokens, batch.labels, batch.context).losses.sum().backward()
-    times = {
-        "_allgather_base_": lambda ranks: ranks - 1,
-        "_reduce_scatter_base_": lambda ranks: (ranks - 1) / ranks,
-        "allreduce_": lambda ranks: 2 * (ranks - 1) / ranks if mesh.degrees.dp_replicate > 1 else 0,
+    of_sharding = {
+        "_allgather_base_",
+        "_reduce_scatter_base_",
+        *(["allreduce_"] if mesh.degrees.dp_replicate > 1 else []),
     }
-    sent = round(sum(size * times[name](ranks) for (name, ranks), size in counter.put_in.items()))
+    sent = round(sum(size for (name, _), size in counter.sent.items() if name in of_sharding))
     stated = sharding_bytes(model, model.blocks, mesh, torch.float32, micro_batches=2, passes_ahead=1)
-    return stated, sent, dict(counter.put_in)
+    return stated, sent, dict(counter.sent)
 
 
 @pytest.mark.parametrize(
@@ -94,8 +75,8 @@ def test_bytes_of_sharding_are_as_stated(
         train=replace(config.train, compute_dtype="float32"),
         attention=replace(config.attention, mechanism="mosa"),
     )
-    for stated, counted, put_in in ranks(parallel.context * parallel.dp_replicate).run(count_sharding, config):
-        assert stated == counted, put_in
+    for stated, counted, sent in ranks(parallel.context * parallel.dp_replicate).run(count_sharding, config):
+        assert stated == counted, sent
 
 
 def dtypes_under_bfloat16(config: Config) -> tuple[set[torch.dtype], set[torch.dtype], float]:

@@ -1,6 +1,7 @@
 """Plots: lines, names and scales in the SVG, and none without matplotlib."""
 
 from pathlib import Path
+from typing import Literal
 from xml.etree import ElementTree
 
 import pytest
@@ -11,9 +12,9 @@ from farspan.tools.bench.report import Plot, draw
 pytest.importorskip("matplotlib")
 
 
-@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("log", ["", "x", "xy"])
 @pytest.mark.parametrize("points", [[], [(512, 1.5)], [(512, 2.0), (1024, 3.0), (2048, 6.0)]], ids=len)
-def test_every_line_is_named(points: list[tuple[float, float]], log: bool, tmp_path: Path) -> None:
+def test_every_line_is_named(points: list[tuple[float, float]], log: Literal["", "x", "xy"], tmp_path: Path) -> None:
     drawn = Plot(title="x < y", series={"a & b": points, "no points": []}, x="step", y="loss", log=log)
     assert draw({"new.svg": drawn}, tmp_path) == [tmp_path / "new.svg"]
     texts = {element.text for element in ElementTree.parse(tmp_path / "new.svg").iter() if element.text}

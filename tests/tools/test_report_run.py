@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,6 +16,7 @@ from farspan.trainer.config import EvaluateConfig
 from farspan.trainer.model.config import ExpertsConfig
 from farspan.trainer.model.flops import matrix_parameters, total_parameters
 from farspan.trainer.resilience.signals import StopSignal
+from farspan.trainer.toml_config import toml_value
 from farspan.trainer.train import train
 from tests.support import tiny
 
@@ -47,7 +48,9 @@ def test_two_runs_side_by_side(runs: Path, tmp_path: Path, capsys: pytest.Captur
     out = tmp_path / "made" / "both"
     assert main([str(runs / "plain"), str(runs / "mixed"), "--out", str(out)]) == 0
     written = [Path(line) for line in capsys.readouterr().out.splitlines()]
-    plots = ["loss", "validation", "expert_load", "expert_entropy", "expert_dropped", "expert_bias"]
+    compared = ["loss", "validation_loss", "validation"]
+    plots = [*compared, *(f"{key}_by_{axis}" for axis in ("tokens", "minutes") for key in compared)]
+    plots += ["positions", "expert_load", "expert_entropy", "expert_dropped", "expert_bias"]
     assert [path.name for path in written] == ["both.md", *(f"both_{what}.svg" for what in plots)]
     text = out.with_suffix(".md").read_text()
     for path in written[1:]:
@@ -60,12 +63,14 @@ def test_two_runs_side_by_side(runs: Path, tmp_path: Path, capsys: pytest.Captur
         assert row[1:3] == ["3", f"{run.updates[-1]['tokens']:,}"]
         assert row[3] == f"{total_parameters(config.model, config.mechanisms()):,}"
         assert row[4] == f"{matrix_parameters(config.model, config.mechanisms()):,}"
-        assert row[5].startswith(f"{evaluation['bits_per_byte']:.3f} at step 3 ")
+        assert row[5] == f"{evaluation['eval_loss']:.4f} at step 3"
+        assert row[6].startswith(f"{evaluation['bits_per_byte']:.3f} (frequencies: ")
+        assert row[9] == f"{sum(record['step_s'] for record in run.updates) / 60:.1f}"
     mixed = Run.read(runs / "mixed", "mixed")
     assert mixed.layers == ["0"], "layers without experts are not numbered"
     loads = [record["expert_load"]["0"] for record in mixed.updates]
-    assert cells(text, "plain")[6] == ""
-    assert cells(text, "mixed")[6] == f"{sum(loads) / 3:.2f}"
+    assert cells(text, "plain")[7] == ""
+    assert cells(text, "mixed")[7] == f"{sum(loads) / 3:.2f}"
     assert cells(text, "0")[:3] == ["0", f"{sum(loads) / 3:.2f}", f"{max(loads):.2f}"]
     assert "mixed, layer 0" in (out.parent / "both_expert_load.svg").read_text()
     assert "plain" not in (out.parent / "both_expert_load.svg").read_text()
@@ -79,8 +84,10 @@ def test_a_run_in_progress_is_reported_into_its_own_folder(runs: Path, tmp_path:
     assert main([str(folder)]) == 0
     row = cells((folder / "report.md").read_text(), "running")
     assert row[1] == "2 of 3"
-    assert row[5:7] == ["not yet", ""]
-    assert sorted(path.name for path in folder.glob("report*")) == ["report.md", "report_loss.svg"]
+    assert row[5:8] == ["not yet", "", ""]
+    assert sorted(path.name for path in folder.glob("report*")) == [
+        "report.md", "report_loss.svg", "report_loss_by_minutes.svg", "report_loss_by_tokens.svg"
+    ]  # fmt: skip
 
 
 def test_runs_of_one_name_are_named_by_their_folders(runs: Path, tmp_path: Path) -> None:
@@ -90,12 +97,70 @@ def test_runs_of_one_name_are_named_by_their_folders(runs: Path, tmp_path: Path)
     assert cells(text, str(again))[1:6] == cells(text, str(runs / "plain"))[1:6]
 
 
+def test_only_what_differs_between_configurations_is_listed(runs: Path) -> None:
+    plain, mixed = (Run.read(runs / name, name) for name in ("plain", "mixed"))
+    lines = [line.strip("| ").split(" | ") for line in report_run.differences([plain, mixed]).splitlines()]
+    assert lines[0] == ["setting", "plain", "mixed"]
+    keys = [part.name for part in fields(ExpertsConfig)]
+    rows = {key: [toml_value(getattr(experts, key)) for experts in (ExpertsConfig(), EXPERTS)] for key in keys}
+    different = {key: row for key, row in rows.items() if row[0] != row[1]}
+    assert {line[0]: line[1:] for line in lines[2:]} == {f"model.experts.{key}": row for key, row in different.items()}
+    assert len(different) >= 5
+    again = replace(plain, name="again", config=tiny.with_model(plain.config))
+    assert report_run.differences([plain, again]) == "Nothing but the folder.\n"
+
+
+def test_loss_by_position_is_side_by_side(runs: Path, tmp_path: Path) -> None:
+    longer = shutil.copytree(runs / "mixed", tmp_path / "longer")
+    lines = (longer / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1]) | {"loss_by_position": {"0-63": 2.5, "64-127": 2.25, "128-255": 2.0}}
+    (longer / "metrics.jsonl").write_text("\n".join([*lines[:-1], json.dumps(last)]) + "\n")
+    assert main([str(runs / "plain"), str(longer), "--out", str(tmp_path / "both")]) == 0
+    text = (tmp_path / "both.md").read_text()
+    plain = Run.read(runs / "plain", "plain").evaluations[-1]["loss_by_position"]
+    assert list(plain) == ["0-63", "64-100"]
+    assert cells(text, "0-63") == ["0-63", f"{plain['0-63']:.4f}", "2.5000"]
+    assert cells(text, "64-100") == ["64-100", f"{plain['64-100']:.4f}", ""]
+    assert cells(text, "128-255") == ["128-255", "", "2.0000"]
+    svg = (tmp_path / "both_positions.svg").read_text()
+    assert all(f">{tick}<" in svg for tick in (64, 101, 128, 256))
+
+
+def test_runs_are_placed_on_each_axis(tmp_path: Path, runs: Path) -> None:
+    """A step that was skipped has no loss, but its tokens and its time count."""
+    folder = shutil.copytree(runs / "plain", tmp_path / "placed")
+    written = [
+        {"step": 1, "loss": 5.0, "tokens": 100, "step_s": 30.0, "tokens_per_s": 3.0},
+        {"step": 2, "loss": None, "tokens": 210, "step_s": 60.0, "tokens_per_s": 2.0},
+        {"step": 2, "eval_loss": 4.5, "eval_tokens": 50, "bits_per_byte": 1.5, "unigram_bits_per_byte": 4.0},
+        {"step": 3, "loss": 4.0, "tokens": 300, "step_s": 30.0, "tokens_per_s": 3.0},
+        {"step": 3, "eval_loss": 4.25, "eval_tokens": 50},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in written))
+    run = Run.read(folder, "placed")
+    assert run.line("loss") == [(1, 5.0), (3, 4.0)]
+    assert run.line("loss", over="tokens") == [(100, 5.0), (300, 4.0)]
+    assert run.line("loss", over="minutes") == [(0.5, 5.0), (2.0, 4.0)]
+    assert run.evaluated("eval_loss", over="tokens") == [(210, 4.5), (300, 4.25)]
+    assert run.evaluated("eval_loss", over="minutes") == [(1.5, 4.5), (2.0, 4.25)]
+    assert run.evaluated("bits_per_byte") == [(2, 1.5)]
+    assert main([str(folder)]) == 0
+    assert cells((folder / "report.md").read_text(), "placed")[5:7] == ["4.2500 at step 3", ""]
+
+
+def test_an_earlier_configuration_of_a_run_is_named(runs: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(runs / "plain", tmp_path / "went_on")
+    shutil.copy(folder / "config.toml", folder / "config_until_step_00000002.toml")
+    assert main([str(folder)]) == 0
+    assert f"- went_on: {folder}/config_until_step_00000002.toml" in (folder / "report.md").read_text()
+
+
 def test_points_of_long_runs_are_means_of_consecutive_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report_run, "MAX_POINTS", 3)
     updates = [{"step": step, "loss": 10.0 * step, "expert_load": {"0": step}} for step in range(1, 8)]
     run = Run(name="long", config=None, updates=updates, evaluations=[])  # pyright: ignore[reportArgumentType]
-    assert run.over_steps("loss") == [(2, 20), (5, 50), (7, 70)]
-    assert run.over_steps("expert_load", "0") == [(2, 2), (5, 5), (7, 7)]
+    assert run.line("loss") == [(2, 20), (5, 50), (7, 70)]
+    assert run.line("expert_load", "0") == [(2, 2), (5, 5), (7, 7)]
 
 
 def test_a_run_without_bits_per_byte(runs: Path, tmp_path: Path) -> None:

@@ -1,76 +1,21 @@
 import math
+import re
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
 import torch
 
+from farspan.parallel.mesh import ParallelConfig
+from farspan.parallel.ranks import Ranks
 from farspan.trainer import metrics
-from farspan.trainer.metrics import MetricsWriter, StepTimer, peak_flops, peak_memory_bytes, progress_line
+from farspan.trainer.metrics import StepTimer, peak_flops, peak_memory_bytes, progress_line
+from farspan.trainer.model.config import HeadMixtureConfig
+from farspan.trainer.monitoring.tags import scalars
+from farspan.trainer.resilience.signals import StopSignal
+from farspan.trainer.train import train
+from tests.support import tiny
 from tests.support.runs import records
-
-
-def write(folder: Path, steps: range, *, resumed_step: int, value: float) -> None:
-    writer = MetricsWriter(folder, resumed_step=resumed_step)
-    for step in steps:
-        writer.write({"step": step, "loss": value + step, "sent": {"ring": step}, "mfu": None})
-        if step % 2 == 0:
-            writer.write({"step": step, "eval_loss": value})
-    writer.close()
-
-
-def test_a_resumed_run_writes_each_step_once(tmp_path: Path) -> None:
-    write(tmp_path, range(1, 6), resumed_step=0, value=100.0)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "lo')
-    write(tmp_path, range(4, 8), resumed_step=3, value=200.0)
-    losses = [(record["step"], record["loss"]) for record in records(tmp_path) if "loss" in record]
-    assert losses == [(1, 101.0), (2, 102.0), (3, 103.0), (4, 204.0), (5, 205.0), (6, 206.0), (7, 207.0)]
-    assert [record["eval_loss"] for record in records(tmp_path) if "eval_loss" in record] == [100.0, 200.0, 200.0]
-
-
-@pytest.mark.parametrize(
-    "tail",
-    ['{"step": 2', '{"step": 2}', "null\n", '{"loss": 1}\n', "\x00\x00\x00\n"],
-    ids=["half a line", "no line end", "no record", "no step", "zeros of a lost page"],
-)
-def test_a_torn_last_line_is_dropped(tmp_path: Path, tail: str) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.5}\n' + tail)
-    MetricsWriter(tmp_path, resumed_step=9).close()
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.5}\n'
-
-
-def test_a_fresh_start_drops_everything(tmp_path: Path) -> None:
-    write(tmp_path, range(1, 4), resumed_step=0, value=1.0)
-    write(tmp_path, range(1, 2), resumed_step=0, value=2.0)
-    assert [record["loss"] for record in records(tmp_path)] == [3.0]
-
-
-def test_it_knows_which_steps_were_evaluated(tmp_path: Path) -> None:
-    write(tmp_path, range(1, 6), resumed_step=0, value=1.0)
-    writer = MetricsWriter(tmp_path, resumed_step=3)
-    assert [writer.has_evaluation(step) for step in range(1, 6)] == [False, True, False, False, False]
-    writer.write({"step": 5, "eval_loss": 1.0})
-    assert writer.has_evaluation(5)
-    writer.close()
-
-
-def test_a_number_that_json_does_not_have_is_null(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, resumed_step=0)
-    writer.write({"step": 1, "loss": math.nan, "load": {"0": math.inf, "1": 2.0}, "why": "the loss is nan"})
-    writer.close()
-    assert records(tmp_path) == [{"step": 1, "loss": None, "load": {"0": None, "1": 2.0}, "why": "the loss is nan"}]
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_tensorboard_shows_the_resumed_steps_once(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    write(tmp_path, range(1, 6), resumed_step=0, value=100.0)
-    write(tmp_path, range(4, 7), resumed_step=3, value=200.0)
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    losses = [(event.step, event.value) for event in events.Scalars("loss")]
-    assert losses == [(1, 101.0), (2, 102.0), (3, 103.0), (4, 204.0), (5, 205.0), (6, 206.0)]
-    assert [event.value for event in events.Scalars("sent/ring")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_timer_leaves_out_what_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,3 +58,23 @@ def test_progress_line() -> None:
         "1:02:05 left"
     )
     assert "mfu    n/a" in progress_line(record | {"mfu": None}, 120, 0.0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_each_number_is_documented_with_its_tag(tiny_data: Path, tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "metrics.md").read_text()
+    documented: dict[str, str] = {}
+    for line in page.splitlines():
+        if line.startswith("| `"):
+            keys, tags, _ = (re.findall(r"`([^`]+)`", cell) for cell in line.strip("|").split("|", 2))
+            documented |= dict(zip_longest(keys, tags, fillvalue=""))
+    config = tiny.config(tiny_data, tmp_path / "run", ParallelConfig(), steps=3)
+    heads = HeadMixtureConfig(kind="experts", count=3, per_token=2)
+    train(tiny.with_model(config, experts=tiny.EXPERTS, head_mixture=heads), Ranks(), StopSignal())
+    written = [record for record in records(tmp_path / "run") if record["step"] == 3]
+    keys = {key for record in written for key in record}
+    assert {key for key in keys - documented.keys() if key.replace("head_", "expert_") not in keys} == set()
+    assert documented.keys() - keys == {"skipped_since"}
+    for record in written:
+        tags = {re.sub(r"/[^/]+$", "/*", tag) if tag.count("/") > 1 else tag for tag, _ in scalars(record)}
+        assert {tag for tag in tags if not tag.startswith("experts/head_")} <= set(documented.values())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from farspan.errors import ConfigError
 from farspan.parallel.mesh import Degrees, ParallelConfig
+from farspan.trainer import validate as module
 from farspan.trainer.config import Config
 from farspan.trainer.model.config import ExpertsConfig, HeadMixtureConfig
 from farspan.trainer.toml_config import load_config, to_toml
@@ -111,6 +112,11 @@ CASES = [
      "parallel.layout=striped"),
     ('checkpoint.accept_changed=["model.wdth"]', "checkpoint.accept_changed='model.wdth'; 'model.width'?",
      'checkpoint.accept_changed=["model.width", "data.folder"]'),
+    ("profile.steps=[3, 11]", "profile.steps; 11; train.steps=10", "profile.steps=[3, 10]"),
+    ("profile.steps=[3]; profile.ranks=[0, 4]", "profile.ranks; has 4; 0 to 3",
+     "profile.steps=[3]; profile.ranks=[0, 3]"),
+    ("profile.steps=[3]; profile.ranks=[]", "profile.ranks=[]; profile.steps=[]", "profile.steps=[3]"),
+    ("profile.memory=true", "profile.memory=true; profile.steps=[]", "profile.memory=true; profile.steps=[3]"),
     ("parallel.strategy=rings", "strategy 'rings'; 'ring'?", "parallel.strategy=ring"),
     ("attention.options.casual=true", "attention.options.casual=true; 'causal'?", "attention.options.causal=true"),
     ("parallel.strategy=single", "parallel.strategy='single'; set parallel.context=1 instead of 2",
@@ -188,3 +194,15 @@ def test_all_routers_of_heads_that_do_not_learn_are_refused(path: Path, mixture:
     others = torch.randn(9, router.logits - router.choices, dtype=torch.float64)
     found = router.choose(torch.cat((logits, others), dim=1), torch.zeros(router.choices))
     assert learns(config) == moves(found.gates, logits)
+
+
+def test_a_missing_wandb_is_refused_with_the_command_that_installs_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(path, "metrics.wandb_project=none")
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    check(path, "metrics.wandb_project=none")
+    with pytest.raises(ConfigError) as refused:
+        check(path, "metrics.wandb_project=long")
+    parts = ["metrics.wandb_project='long'", "pip install 'farspan[wandb]'", "metrics.wandb_project=none"]
+    assert [part for part in parts if part not in str(refused.value)] == []

@@ -1,23 +1,22 @@
 """Reports as files: records as JSON, the machine beside them, tables as Markdown, and plots as SVG by matplotlib."""
 
 import datetime
-import importlib.metadata
 import importlib.util
 import json
 import platform
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from farspan.kernels.backend import BACKENDS
 from farspan.tools.command import human
+from farspan.versions import commit, version
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,13 +30,13 @@ COLORS = 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plot:
-    """series: points by the name of their line. x, y: labels. log: logarithmic scales, x in powers of two."""
+    """series: points by the name of their line. x, y: labels. log: the logarithmic axes, x in powers of two."""
 
     title: str
     series: Mapping[str, Sequence[tuple[float, float]]]
     x: str
     y: str
-    log: bool = False
+    log: Literal["", "x", "xy"] = ""
 
 
 def write_report(
@@ -115,7 +114,7 @@ def _draw(plot: Plot, path: Path) -> None:
         axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, linewidth=1.3, linestyle=style, label=name)
     if plot.log:
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+        axes.set_yscale("log" if plot.log == "xy" else "linear")
         ticks = sorted({x for points in lines.values() for x, _ in points})
         axes.set_xticks(ticks, [human(int(x)) for x in ticks], minor=False)
     axes.set(title=plot.title, xlabel=plot.x, ylabel=plot.y)
@@ -160,23 +159,3 @@ def cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.*\S)", info.read_text(), re.MULTILINE) if info.exists() else None
     return found[1] if found else platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """Return the commit of this checkout, marked where files differ from it; 'unknown' outside git."""
-    try:
-        head = _git("rev-parse", "HEAD")
-        return f"{head} with changes" if _git("status", "--porcelain", "--untracked-files=no") else head
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

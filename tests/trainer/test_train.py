@@ -356,46 +356,6 @@ def test_data_that_was_changed_in_place_is_refused(config: Config, tmp_path: Pat
     assert done(config)[0] == [1, 2, 3, 4]
 
 
-def test_weights_to_start_from_are_said_to_be_ignored_by_a_run_with_checkpoints(
-    config: Config, tmp_path: Path, log: pytest.LogCaptureFixture
-) -> None:
-    run(config)
-    assert "ignored" not in log.text
-    longer = replace(config, train=replace(config.train, steps=STEPS + 1))
-    run(replace(longer, run=replace(config.run, start_from=tmp_path / "none")))
-    assert f"ignored     run.start_from={tmp_path / 'none'}: the run has checkpoints of its own" in log.text
-    assert done(config)[0] == [1, 2, 3, 4, 5]
-
-
-@pytest.mark.parametrize("name", ["data.folder", "run.seed"])
-def test_new_data_and_a_new_order_begin_at_their_first_sequence(
-    config: Config, tmp_path: Path, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    run(config)
-    (tmp_path / "other").mkdir()
-    other = replace(config, run=replace(config.run, seed=12))
-    if name == "data.folder":
-        other = replace(config, data=replace(config.data, folder=tiny.make_data(tmp_path / "other", words=19)))
-    other = replace(other, train=replace(config.train, steps=STEPS + 2))
-    read, sequence = [], ShuffledSequences.sequence
-
-    def note(sequences: ShuffledSequences, index: int) -> Any:
-        read.append(index)
-        return sequence(sequences, index)
-
-    monkeypatch.setattr(ShuffledSequences, "sequence", note)
-    with pytest.raises(CheckpointError, match=rf"another {re.escape(name)} .*, which begins the data anew\.$"):
-        run(other)
-    run(replace(other, checkpoint=replace(config.checkpoint, accept_changed=(name,))))
-    said = f"data        from the first sequence on, with another {name}; {2 * STEPS} sequences of the earlier order"
-    assert said in log.text
-    # The next resume goes on there, whether the change is still accepted or not.
-    log.clear()
-    run(replace(other, train=replace(other.train, steps=STEPS + 3)))
-    assert "first sequence" not in log.text
-    assert read == [0, 1, 2, 3, 4, 5]
-
-
 def test_missing_weights_are_found_before_the_model_is_built(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from farspan.parallel.mesh import Mesh
 from farspan.trainer.batch import BatchBuilder, MicroBatch
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import IGNORED
+from farspan.trainer.data.token_bytes import count_bytes
 from farspan.trainer.data.validation import OWN_SET, ValidationSet
 from farspan.trainer.metrics import Metrics
 from farspan.trainer.resilience.agreement import any_rank
@@ -37,6 +38,8 @@ class Evaluation:
     """Mean nats per labeled token."""
     label_counts: np.ndarray
     """int64 `[vocabulary]`: how often each token was a label."""
+    before_counts: np.ndarray
+    """How often each token was followed by a label."""
     by_position: dict[str, float]
     """The loss by position in the document; keys are "first-last" in tokens; bins double in width; none is empty."""
 
@@ -49,7 +52,7 @@ class Evaluation:
 
         token_bytes: int32 `[vocabulary]`. Unigram bits are the entropy of the labels' own frequencies.
         """
-        num_bytes = 0 if token_bytes is None else int(self.label_counts @ token_bytes)
+        num_bytes = 0 if token_bytes is None else count_bytes(token_bytes, self.label_counts, self.before_counts)
         counts = self.label_counts[self.label_counts > 0]
         unigram_bits = float(counts @ np.log2(self.tokens / counts))
         per_byte = {
@@ -75,8 +78,8 @@ def evaluate(
     # First positions of the bins: 0, 64, 128, 256, ...
     firsts = [0, *takewhile(lambda first: first < sequence_tokens, (FIRST_BIN_TOKENS << n for n in count()))]
     totals = torch.zeros(2, len(firsts), dtype=torch.float64)
-    # The last is for tokens without a label.
-    label_counts = torch.zeros(vocabulary_size + 1, dtype=torch.int64)
+    # Of labels and of the tokens before them; the last is for tokens without a label.
+    token_counts = torch.zeros(2, vocabulary_size + 1, dtype=torch.int64)
     training = model.training
     model.eval()
     try:
@@ -90,13 +93,12 @@ def evaluate(
             labeled = batch.labels != IGNORED
             sums = torch.zeros(totals.shape, dtype=torch.float64, device=losses.device)
             totals += sums.index_add_(1, bins, torch.stack((losses, labeled.double()))).cpu()
-            label_counts += torch.bincount(
-                batch.labels.where(labeled, vocabulary_size).cpu(), minlength=len(label_counts)
-            )
+            pairs = torch.stack((batch.labels, batch.tokens)).where(labeled, vocabulary_size)
+            token_counts += torch.stack([torch.bincount(of, minlength=vocabulary_size + 1) for of in pairs.cpu()])
     finally:
         model.train(training)
     dist.all_reduce(totals)
-    dist.all_reduce(label_counts)
+    dist.all_reduce(token_counts)
     loss_sums, counts = totals.tolist()
     lasts = [*(first - 1 for first in firsts[1:]), sequence_tokens - 1]
     by_position = {
@@ -104,8 +106,12 @@ def evaluate(
         for first, last, loss_sum, count in zip(firsts, lasts, loss_sums, counts, strict=True)
         if count
     }
+    label_counts, before_counts = token_counts[:, :-1].numpy()
     return Evaluation(
-        loss=sum(loss_sums) / sum(counts), label_counts=label_counts[:-1].numpy(), by_position=by_position
+        loss=sum(loss_sums) / sum(counts),
+        label_counts=label_counts,
+        before_counts=before_counts,
+        by_position=by_position,
     )
 
 

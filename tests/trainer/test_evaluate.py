@@ -238,7 +238,8 @@ def test_bits_per_byte_by_hand() -> None:
 
 
 def evaluation_of(label_counts: list[int]) -> Evaluation:
-    return Evaluation(loss=2.0, label_counts=torch.tensor(label_counts).numpy(), by_position={"0-63": 2.0})
+    counts = torch.tensor(label_counts).numpy()
+    return Evaluation(loss=2.0, label_counts=counts, before_counts=counts, by_position={"0-63": 2.0})
 
 
 def test_a_stop_between_sets_records_nothing(corpora: dict[str, Config], ranks: Pools) -> None:

@@ -302,8 +302,11 @@ def test_data_that_was_changed_in_place_is_refused(config: Config, tmp_path: Pat
     folder = Path(shutil.copytree(config.data.folder, tmp_path / "changed"))
     flip(folder / "train" / TOKENS_FILE, 0)
     os.utime(folder / "train" / META_FILE, (1, 1))
-    with pytest.raises(DataError, match="was changed since it was prepared"):
-        run(replace(config, data=replace(config.data, folder=folder)))
+    as_data = replace(config, data=replace(config.data, folder=folder))
+    as_set = replace(config, evaluate=replace(config.evaluate, sets={"more": folder / "train"}))
+    for changed in (as_data, as_set):
+        with pytest.raises(DataError, match="was changed since it was prepared"):
+            run(changed)
     assert done(config)[0] == [1, 2, 3, 4]
 
 

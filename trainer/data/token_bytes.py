@@ -1,8 +1,9 @@
 """How many bytes of text each token stands for: what turns a loss in nats per token into bits per byte.
 
 A token stands for what it adds to the decoded text inside a document: a leading space counts, a token that is part of a
-character has its own bytes only, end-of-document and other special tokens have 0. Text that the tokenizer normalizes
-(lower case, composed accents) counts as decoded.
+character has its own bytes only. Special tokens, which text never contains, have none: 0, or minus the bytes that the
+decoder strips where a text begins, for the one that may open a document (SentencePiece puts a space before each text).
+Text that the tokenizer normalizes (lower case, composed accents) counts as decoded.
 """
 
 import io
@@ -32,7 +33,7 @@ def write_token_bytes(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def read_token_bytes(source: TokenSource) -> np.ndarray | None:
-    """Return the bytes of each token of a split, int32 [vocabulary].
+    """Return the table of a split's tokens, int32 [vocabulary].
 
     None for other tokenizers than bytes in data that was prepared before there was such a table. Raises DataError for a
     file that is damaged.
@@ -44,13 +45,13 @@ def read_token_bytes(source: TokenSource) -> np.ndarray | None:
         table = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path} cannot be read ({error}); {ADVICE}.") from None
-    if not isinstance(table, np.ndarray) or table.dtype != np.int32 or table.shape != (size,) or np.any(table < 0):
-        raise DataError(f"{path} is not int32 [{size}] of numbers of bytes; {ADVICE}.")
+    if not isinstance(table, np.ndarray) or table.dtype != np.int32 or table.shape != (size,):
+        raise DataError(f"{path} is not int32 [{size}]; {ADVICE}.")
     return table
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
-    """Return the bytes of each token, int32 [vocabulary]; ids without a token have 0.
+    """Return the table, int32 [vocabulary]; ids without a token have 0.
 
     Logs a line where the text of a token depends on its neighbors, so that the numbers are approximate.
     """
@@ -59,26 +60,39 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
     import tokenizers  # pyright: ignore[reportMissingImports]
 
     file = tokenizers.Tokenizer.from_buffer(tokenizer.files[TOKENIZER_FILE])
-    decoders = _decoders(json.loads(file.to_str())["decoder"])
+    content = json.loads(file.to_str())
+    model, decoders = content["model"], _decoders(content["decoder"])
     kinds = {decoder["type"] for decoder in decoders}
     if any(decoder["type"] == "CTC" or decoder.get("cleanup") for decoder in decoders):
         log.info("%-12sapproximate: the tokenizer's decoder joins tokens depending on their neighbors", "token bytes")
     tokens = {index: token for token, index in file.get_vocab(with_added_tokens=False).items()}
+    fallback, stripped = {}, 0
+    if "ByteFallback" in kinds:
+        fallback = {index: 1 for index, token in tokens.items() if FALLBACK_BYTE.fullmatch(token)}
     if "ByteLevel" in kinds:
         alphabet = set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
         # A character for each byte; the decoder takes tokens with any other character as they are.
         sizes = {i: len(token) if alphabet.issuperset(token) else _utf8(token) for i, token in tokens.items()}
     else:
-        sizes = _measured(file, tokens)
-    if "ByteFallback" in kinds:
-        sizes |= {index: 1 for index, token in tokens.items() if FALLBACK_BYTE.fullmatch(token)}
-    # Special tokens are never made from text, see `load_tokenizer`.
-    added = file.get_added_tokens_decoder().items()
-    sizes |= {index: 0 if token.special else _utf8(token.content) for index, token in added}
+        # A byte alone is no text that could be measured.
+        sizes, stripped = _measured(file, [index for index in tokens if index not in fallback])
+    sizes |= fallback | {tokenizer.end_id: -stripped}
+    unknown = model.get("unk_id", file.token_to_id(model.get("unk_token") or ""))
+    for index, token in file.get_added_tokens_decoder().items():
+        # Special tokens are never made from text, see `load_tokenizer`, but the unknown one is.
+        of_special = 0 if index == unknown else -stripped
+        sizes[index] = of_special if token.special else _utf8(token.content)
     table = np.zeros(tokenizer.vocabulary_size, dtype=np.int32)
     table[list(sizes)] = list(sizes.values())
-    table[tokenizer.end_id] = 0
     return table
+
+
+def count_bytes(table: np.ndarray, labels: np.ndarray, before: np.ndarray) -> int:
+    """Return the bytes of text of some labels, all int [vocabulary].
+
+    labels: how often each token is one. before: how often each token is followed by one.
+    """
+    return int(labels @ table.clip(min=0) + before @ table.clip(max=0))
 
 
 def _of_bytes(vocabulary_size: int, end_id: int) -> np.ndarray:
@@ -96,12 +110,19 @@ def _decoders(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [part for inner in decoder["decoders"] for part in _decoders(inner)]
 
 
-def _measured(file: Any, tokens: dict[int, str]) -> dict[int, int]:
-    """Return what each token adds between two others: decoders may strip or add spaces at the ends of a text."""
+def _measured(file: Any, tokens: list[int]) -> tuple[dict[int, int], int]:
+    """Return what each token adds between two others, and how much less the first of a text may add.
+
+    Decoders may strip or add spaces at the ends of a text.
+    """
     between = next(([index] for index in tokens if file.decode([index]).isalnum()), [])
-    texts = file.decode_batch([[*between, index, *between] for index in tokens])
-    without = _utf8(file.decode(between * 2))
-    return {index: max(_utf8(text) - without, 0) for index, text in zip(tokens, texts, strict=True)}
+    inside = file.decode_batch([[*between, index, *between] for index in tokens])
+    first = file.decode_batch([[index, *between] for index in tokens])
+    one, two = _utf8(file.decode(between)), _utf8(file.decode(between * 2))
+    sizes = {index: max(_utf8(text) - two, 0) for index, text in zip(tokens, inside, strict=True)}
+    # Between two others, `between` itself may begin with a space.
+    at_start = {index: _utf8(text) - (two - one) for index, text in zip(tokens, first, strict=True)}
+    return sizes, max((sizes[index] - at_start[index] for index in tokens), default=0)
 
 
 def _utf8(text: str) -> int:

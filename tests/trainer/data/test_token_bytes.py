@@ -12,7 +12,7 @@ import pytest
 from farspan.errors import DataError
 from farspan.trainer.data.prepare import prepare
 from farspan.trainer.data.source import TokenSource
-from farspan.trainer.data.token_bytes import TOKEN_BYTES_FILE, read_token_bytes, token_bytes
+from farspan.trainer.data.token_bytes import TOKEN_BYTES_FILE, count_bytes, read_token_bytes, token_bytes
 from farspan.trainer.data.tokenizer import load_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -21,7 +21,7 @@ decoders, models, normalizers, pre = (
 )  # fmt: skip
 
 TEXTS = ["the cat sat on the mat, and  the dog", "the été 漢字🙂 naïve", "a", " the\n\tcat <tool>x"]
-SPECIAL = ["</s>", "<unk>"]
+SPECIAL = ["</s>", "<unk>", "<s>"]
 LLAMA = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
 
 
@@ -63,10 +63,10 @@ def metaspace() -> Any:
 
 
 def word_piece(*, cleanup: bool = False) -> Any:
-    words = ["[UNK]", "</s>", "the", "cat", "##s", "##at", "on", "mat", ",", "m", "s", "a"]
+    words = ["[UNK]", "</s>", "<s>", "the", "cat", "##s", "##at", "on", "mat", ",", "m", "s", "a"]
     tokenizer = tokenizers.Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre.BertPreTokenizer(), decoders.WordPiece(cleanup=cleanup)
-    tokenizer.add_special_tokens(["[UNK]", "</s>"])
+    tokenizer.add_special_tokens(["[UNK]", "</s>", "<s>"])
     return tokenizer
 
 
@@ -82,7 +82,7 @@ def word_suffix() -> Any:
 
 
 def no_decoder() -> Any:
-    words = {"</s>": 0, "the": 1, "cat": 2, "été": 3, "<unk>": 4}
+    words = {"</s>": 0, "the": 1, "cat": 2, "été": 3, "<unk>": 4, "<s>": 5}
     tokenizer = tokenizers.Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre.Whitespace()
     tokenizer.add_special_tokens(SPECIAL)
@@ -107,13 +107,21 @@ def test_tokens_add_up_to_the_decoded_text(tmp_path: Path, make: Callable[[], An
     file, tokenizer = tokenizers.Tokenizer.from_file(path), load_tokenizer(path)
     table = token_bytes(tokenizer)
     assert (table.dtype, table.shape) == (np.int32, (tokenizer.vocabulary_size,))
-    assert [table[index] for token, index in file.get_vocab().items() if token in (*SPECIAL, "[UNK]")] == [0, 0]
     for text in TEXTS:
         ids = tokenizer.encode(text).tolist()
         # From the second token on, as in an evaluation; the first may lose a space.
-        assert table[ids[1:]].sum() == decoded_bytes(file, ids) - decoded_bytes(file, ids[:1]), text
+        assert bytes_of_labels(table, ids) == decoded_bytes(file, ids) - decoded_bytes(file, ids[:1]), text
+        # With a token that opens the document the first of the text is a label; the end token ends it.
+        # (A text of unknown tokens only has no space to lose.)
+        opened = [file.token_to_id("<s>"), *ids, tokenizer.end_id]
+        assert max(bytes_of_labels(table, opened), 0) == decoded_bytes(file, ids), text
         if make is byte_level:
-            assert table[ids].sum() == len(text.encode()), text
+            assert decoded_bytes(file, ids) == len(text.encode()), text
+
+
+def bytes_of_labels(table: np.ndarray, ids: list[int]) -> int:
+    labels, before = (np.bincount(part, minlength=len(table)) for part in (ids[1:], ids[:-1]))
+    return count_bytes(table, labels, before)
 
 
 def test_values_by_hand(tmp_path: Path) -> None:
@@ -122,11 +130,11 @@ def test_values_by_hand(tmp_path: Path) -> None:
         return [int(table[tokenizer.token_to_id(token)]) for token in tokens]
 
     # Ġ is a space, Ã the first of the two bytes of é.
-    assert table_of(byte_level(), "Ġthe", "Ã", "<tool>", "é+", "  ") == [4, 1, 6, 3, 2]
-    assert table_of(byte_fallback(), "▁the", "<0xE6>", "<0x0A>", "é", "▁▁") == [4, 1, 1, 2, 2]
-    assert table_of(metaspace(), "▁") == [1]
-    assert table_of(word_piece(), "cat", "##s", ",") == [4, 1, 2]
-    assert table_of(no_decoder(), "the", "été") == [4, 6]
+    assert table_of(byte_level(), "Ġthe", "Ã", "<tool>", "é+", "  ", *SPECIAL) == [4, 1, 6, 3, 2, 0, 0, 0]
+    assert table_of(byte_fallback(), "▁the", "<0xE6>", "<0x0A>", "é", "▁▁", *SPECIAL) == [4, 1, 1, 2, 2, -1, 0, -1]
+    assert table_of(metaspace(), "▁", *SPECIAL) == [1, -1, 0, -1]
+    assert table_of(word_piece(), "cat", "##s", ",", "[UNK]", "<s>") == [4, 1, 2, 0, -1]
+    assert table_of(no_decoder(), "the", "été", *SPECIAL) == [4, 6, -1, 0, -1]
     suffixed = word_suffix()
     ends = [token for token in suffixed.get_vocab() if token.endswith("</w>")]
     assert table_of(suffixed, *ends) == [len(token.removesuffix("</w>").encode()) + 1 for token in ends]
@@ -161,7 +169,7 @@ def test_prepared_data_have_them(prepared: Path, tmp_path: Path) -> None:
         assert found.tolist() == expected.tolist()
     # The split's bytes are those of all its tokens.
     source = TokenSource(prepared / "train")
-    assert expected[source.tokens].sum() == source.num_bytes
+    assert expected[source.tokens].sum() == source.num_bytes == bytes_of_labels(expected, [0, *source.tokens])
 
 
 def test_data_of_earlier_versions_have_none_but_those_of_bytes(prepared: Path) -> None:

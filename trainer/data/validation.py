@@ -11,6 +11,8 @@ from farspan.errors import DataError
 from farspan.trainer.data.packing import IGNORED, PackedSequence, PackedSequences, shuffled_place
 from farspan.trainer.data.source import META_FILE, SPLITS, TokenSource
 from farspan.trainer.data.token_bytes import TOKEN_BYTES_FILE, read_token_bytes
+from farspan.trainer.data.tokenizer import TOKENIZER_FILE
+from farspan.trainer.data.tokenizer_files import files_beside_split, has_ids_of
 
 OWN_SET = "eval"
 """The name of the set that the training data have."""
@@ -94,11 +96,11 @@ def describe_sets(sets: Mapping[str, ValidationSet]) -> list[str]:
 
 
 def _check_same_tokenizer(source: TokenSource, train: TokenSource, where: str) -> None:
-    ours, theirs = read_token_bytes(source), read_token_bytes(train)
-    # Data of earlier versions have no table to compare.
-    is_same = ours is None or theirs is None or np.array_equal(ours, theirs)
-    if is_same and (source.vocabulary_size, source.end_id) == (train.vocabulary_size, train.end_id):
-        return
+    if (source.vocabulary_size, source.end_id) == (train.vocabulary_size, train.end_id):
+        tokenizer = files_beside_split(train).get(TOKENIZER_FILE)
+        # Older data do not say what they were prepared with.
+        if tokenizer is None or has_ids_of(source, tokenizer):
+            return
     used, wanted = (
         f"{of.meta.tokenizer!r} ({of.vocabulary_size:,} tokens, end token {of.end_id})" for of in (source, train)
     )

@@ -9,32 +9,26 @@ The folder lies in imported weights, and is copied into the folder of each run t
 other run has the tokenizer of its data only.
 """
 
-import hashlib
-import json
 import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from farspan.errors import ConfigError, DataError
+from farspan.errors import ConfigError
 from farspan.trainer.checkpoint.manifest import Manifest
 from farspan.trainer.checkpoint.verify import check_complete
-from farspan.trainer.data.source import META_FILE, SPLITS
-from farspan.trainer.data.tokenizer import BYTES
+from farspan.trainer.data.source import META_FILE, SPLITS, TokenSource
+from farspan.trainer.data.tokenizer import BYTES, TOKENIZER_FILE
+from farspan.trainer.data.tokenizer_files import contents, files_beside_split, has_ids_of
 
 FOLDER = "hugging_face"
-CONFIG_FILE, GENERATION_FILE, TOKENIZER_FILE = "config.json", "generation_config.json", "tokenizer.json"
+CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 DTYPES_FILE, DERIVED_FILE, DECODER_FILE = "tensors.json", "derived.safetensors", "model.toml"
 OURS = {DTYPES_FILE, DERIVED_FILE, DECODER_FILE}
 TOKENIZER_PATTERNS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
     "chat_template*", "additional_chat_templates/*",
 )  # fmt: skip
-DATA_TOKENIZER = "tokenizer"
-"""Folder in prepared data."""
-IDLE = {"version", "truncation", "padding", "decoder"}
-"""Parts of a tokenizer.json that leave the ids of a text as they are."""
 
 log = logging.getLogger("farspan")
 
@@ -45,7 +39,7 @@ Files = Mapping[str, bytes]
 def files_of_model(folder: Path) -> dict[str, bytes]:
     """Return the files of a Hugging Face model but its tensors."""
     patterns = (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_PATTERNS)
-    return _contents(folder, {path for pattern in patterns for path in folder.glob(pattern)})
+    return contents(folder, {path for pattern in patterns for path in folder.glob(pattern)})
 
 
 def tokenizer_files(files: Files) -> dict[str, bytes]:
@@ -91,15 +85,9 @@ def keep_in_run(start_from: Path | None, data: Path, run: Path) -> None:
 
 
 def files_of_data(data: Path) -> dict[str, bytes]:
-    """Return the tokenizer's files in prepared data, none in older data; raises DataError where it has changed."""
-    files = _contents(data / DATA_TOKENIZER, (data / DATA_TOKENIZER).rglob("*"))
-    expected = _meta(data).get("tokenizer_sha256")
-    if TOKENIZER_FILE in files and expected not in (None, _sha256(files[TOKENIZER_FILE])):
-        raise DataError(
-            f"{data / DATA_TOKENIZER / TOKENIZER_FILE} was changed since the data was prepared: restore it, or prepare "
-            "the data again."
-        )
-    return files
+    """Return the tokenizer's files in prepared data, none where they or the data are absent; raises DataError."""
+    split = data / SPLITS[0]
+    return files_beside_split(TokenSource(split)) if (split / META_FILE).is_file() else {}
 
 
 def check_tokenizer(weights: Path, data: Path) -> None:
@@ -110,61 +98,15 @@ def check_tokenizer(weights: Path, data: Path) -> None:
     kept = files_beside(weights).get(TOKENIZER_FILE)
     if kept is None:
         return
-    meta, prepared = _meta(data), files_of_data(data).get(TOKENIZER_FILE)
-    if meta.get("tokenizer") == BYTES:
+    split = TokenSource(data / SPLITS[0])
+    if split.meta.tokenizer == BYTES:
         log.warning(
             "warning     data.folder=%s has bytes as tokens, the weights in %s were trained with their %s",
             data, weights, TOKENIZER_FILE,
         )  # fmt: skip
-        return
-    expected = meta.get("tokenizer_sha256") or (prepared and _sha256(prepared))
-    if expected is None or expected == _sha256(kept):
-        return
-    if prepared is None or _encoding(kept) != _encoding(prepared):
+    elif not has_ids_of(split, kept):
         raise ConfigError(
             f"data.folder={str(data)!r} was prepared with another {TOKENIZER_FILE} than the weights in {weights} were "
             f"trained with: prepare it with theirs, in {FOLDER}/, or import the model again from a folder with the "
             f"data's {TOKENIZER_FILE}."
         )
-
-
-def _contents(folder: Path, paths: Iterable[Path]) -> dict[str, bytes]:
-    try:
-        return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(paths) if path.is_file()}
-    except OSError as error:
-        raise DataError(f"{error.filename} cannot be read ({error.strerror}): change its permissions.") from None
-
-
-def _meta(data: Path) -> dict[str, Any]:
-    """Return the metadata of prepared data as it is, {} where it cannot be read; `TokenSource` checks it."""
-    try:
-        meta = json.loads((data / SPLITS[0] / META_FILE).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return meta if isinstance(meta, dict) else {}
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _encoding(content: bytes) -> Any:
-    """Return what a tokenizer.json says about the ids of a text, in one form for all versions of the library.
-
-    `prepare` turns truncation and padding off, and the decoder turns ids into text. Other bytes are returned as given.
-    """
-    try:
-        fields = json.loads(content)
-        merges = fields["model"].get("merges")
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return content
-    if merges:
-        fields["model"]["merges"] = [" ".join(pair) if isinstance(pair, list) else pair for pair in merges]
-    return _without_defaults({name: fields[name] for name in fields if name not in IDLE})
-
-
-def _without_defaults(value: Any) -> Any:
-    """Older versions of the library leave such fields out."""
-    if isinstance(value, dict):
-        return {name: _without_defaults(part) for name, part in value.items() if part is not None and part is not False}
-    return [_without_defaults(part) for part in value] if isinstance(value, list) else value

@@ -141,11 +141,12 @@ def test_tokenizers_of_equal_size_are_told_apart(tmp_path: Path) -> None:
     config = replace(config, data=replace(config.data, sequence_tokens=2))
     with pytest.raises(DataError, match="prepare both with the same one"):
         resolve(with_sets(config, other=folders[1]), Ranks())
-    # Without a table there is nothing to compare, and no bits per byte; this is said.
-    (folders[1] / TOKEN_BYTES_FILE).unlink()
-    found = resolve(with_sets(config, other=folders[1]), Ranks()).validation_sets["other"]
+    # The same tokenizer; without a table there are no bits per byte, and this is said.
+    same = prepared(tmp_path / "2", str(tmp_path / "0.json"))
+    (same / TOKEN_BYTES_FILE).unlink()
+    found = resolve(with_sets(config, other=same), Ranks()).validation_sets["other"]
     assert found.token_bytes is None
-    assert f"no bits per byte without {folders[1] / TOKEN_BYTES_FILE}" in found.describe()
+    assert f"no bits per byte without {same / TOKEN_BYTES_FILE}" in found.describe()
     assert "farspan data prepare" in found.describe()
 
 

@@ -197,12 +197,14 @@ def test_runs_of_an_array_are_resumed_one_by_one(cluster: Cluster, config_file: 
 @pytest.mark.faults
 def test_a_chain_continues_after_a_canceled_job(cluster: Cluster, config_file: Path, undisturbed: Undisturbed) -> None:
     run = config_file.parent / "chain"
-    first, second = launch(cluster, config_file, run, "--task-per-rank", "--chain", "2", "watchdog.step_s=8")
+    # The stop may come in a step or in a save, whose other ranks then wait for the stopped one.
+    limits = ["watchdog.step_s=10", "watchdog.save_s=10"]
+    first, second = launch(cluster, config_file, run, "--task-per-rank", "--chain", "2", *limits)
     ranks = pause(run, first, 0)
     send(signal.SIGCONT, [ranks[rank] for rank in (0, 1, 2)])
     pause(run, first, 1)
-    cluster.run(["scancel", first])
     assert cluster.state(second) == "PENDING"
+    cluster.run(["scancel", first])
     cluster.await_state(first, "CANCELLED")
     await_success(cluster, run, second)
     assert losses(run) == undisturbed()

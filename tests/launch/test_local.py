@@ -192,3 +192,29 @@ def test_ranks_are_found_while_threads_of_torchrun_end() -> None:
         os.kill(child, signal.SIGKILL)
         process.kill()
     assert found == [[child]] * 200
+
+
+SWALLOWS = """
+import os, signal, sys, types
+from farspan.launch import cli
+from farspan.launch.commands import launch
+
+def resolve(config, ranks):
+    try:
+        os.kill(os.getpid(), {number})
+        for _ in range(1000): pass
+    except BaseException:
+        pass
+
+launch.LocalJob.run, launch.config_of = lambda job: 0, lambda options: None
+for name in ("parallel.ranks", "trainer.resolve"):
+    sys.modules[f"farspan.{{name}}"] = types.SimpleNamespace(Ranks=dict, resolve=resolve)
+cli.run_and_exit()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_request_while_torch_is_imported_is_not_lost(number: signal.Signals) -> None:
+    program = [sys.executable, "-c", SWALLOWS.format(number=int(number))]
+    command = ["launch", "local", "unused.toml", "--gpus-per-node", "2"]
+    assert subprocess.run([*program, *command]).returncode == 130

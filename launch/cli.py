@@ -18,7 +18,7 @@ from typing import NoReturn, TextIO
 from farspan.errors import FarspanError
 from farspan.launch.commands import checkpoint, jobs, launch, models, train
 from farspan.launch.commands.arguments import Parser, Subparsers, add_command, add_subparsers
-from farspan.trainer.resilience.signals import EXIT_USER_ERROR, STOP_SIGNALS
+from farspan.trainer.resilience.signals import EXIT_USER_ERROR, STOP_SIGNALS, StopSignal
 from farspan.versions import summary
 
 EXIT_INTERRUPTED = 130
@@ -35,10 +35,13 @@ def run_and_exit() -> NoReturn:
     torch can neither join nor stop these threads.
     """
     if sys.argv[1:2] != ["train"]:
+        # Not by an exception, which the import of numpy may swallow.
+        with StopSignal(first=lambda number: os._exit(EXIT_INTERRUPTED)):
+            options = parse(None)
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) == signal.SIG_DFL:  # not ignored, as by nohup
                 signal.signal(number, signal.default_int_handler)
-        sys.exit(main())
+        sys.exit(_run(options))
     # A rank that cannot act on a signal yet leaves it pending, and one that has ended keeps its status. Blocked before
     # numpy and torch start threads: threads inherit the block, and one without it would take the signal.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -59,10 +62,13 @@ def run_and_exit() -> NoReturn:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status: 0, 2 for an error that the user can fix, others of `signals`."""
+    return _run(parse(arguments))
+
+
+def _run(options: argparse.Namespace) -> int:
+    # `launch slurm --dry-run` prints a script: nothing else may go to standard output.
+    prints_script = options.command is launch.run_slurm and options.dry_run
     try:
-        options = parse(arguments)
-        # `launch slurm --dry-run` prints a script: nothing else may go to standard output.
-        prints_script = options.command is launch.run_slurm and options.dry_run
         with _log_to(sys.stderr if prints_script else sys.stdout):
             return options.command(options) or 0
     except FarspanError as error:

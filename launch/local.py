@@ -95,10 +95,11 @@ def _children(process: subprocess.Popen[bytes] | None) -> list[int]:
     """Return the child processes of `process` that still run."""
     if process is None or process.poll() is not None:
         return []
-    with suppress(FileNotFoundError):
-        tasks = Path(f"/proc/{process.pid}/task")
-        return [int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()]
-    return []
+    found = []
+    for children in Path(f"/proc/{process.pid}/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # the thread has just ended
+            found += map(int, children.read_text().split())
+    return found
 
 
 def _kill(torchrun: subprocess.Popen[bytes] | None) -> None:

@@ -65,5 +65,5 @@ def must_not_outlive_parent(*, is_rank: bool) -> bool:
             return True
         ignored = [signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGHUP, signal.SIGINT)]
         return os.getpgid(parent) == os.getpgrp() and not any(ignored)
-    except ProcessLookupError:  # it has just died
+    except OSError:  # it has just died, or the system does not tell of other sessions
         return False

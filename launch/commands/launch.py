@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +22,8 @@ from farspan.launch.commands.arguments import (
     print_dry_run,
 )
 from farspan.launch.env import site_file
-from farspan.launch.local import LocalJob
+from farspan.launch.local import INTERRUPTED, LocalJob
+from farspan.trainer.resilience.signals import StopSignal
 
 if TYPE_CHECKING:
     from farspan.trainer.config import Config
@@ -78,11 +80,13 @@ def run_local(options: argparse.Namespace) -> int:
         log.info("%-12s%s", "by torchrun", job.command_line())
         return 0
     check_count(num_ranks, "--gpus-per-node")
-    from farspan.parallel.ranks import Ranks
-    from farspan.trainer.resolve import resolve
+    # Not by an exception, which the imports of torch may swallow.
+    with StopSignal(first=lambda number: os._exit(INTERRUPTED)):
+        from farspan.parallel.ranks import Ranks
+        from farspan.trainer.resolve import resolve
 
-    # Checked before the ranks start, so that an error is reported once. The last rank needs the most GPUs.
-    resolve(config_of(options), Ranks(world_size=num_ranks, local_rank=num_ranks - 1))
+        # Checked before the ranks start, so that an error is reported once. The last rank needs the most GPUs.
+        resolve(config_of(options), Ranks(world_size=num_ranks, local_rank=num_ranks - 1))
     return job.run()
 
 

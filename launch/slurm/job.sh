@@ -82,7 +82,8 @@ task)
             --rdzv-conf="is_host=$is_host" --local-addr="$address" \
             --no-python bash "$submitted/job.sh" rank || status=$?
     fi
-    echo "$SLURMD_NODENAME $HOSTNAME $status" >"$logs/ended/$SLURM_PROCID"
+    # Not HOSTNAME, which srun hands down from the first node.
+    echo "$SLURMD_NODENAME $(uname -n) $status" >"$logs/ended/$SLURM_PROCID"
     # Ranks that saved after a warning: srun would take that for a failure and kill the tasks of other nodes.
     [ "$status" != "$exit_warned" ] || status=0
     exit "$status"

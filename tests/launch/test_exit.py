@@ -96,21 +96,36 @@ import argparse, os
 from farspan.launch import cli
 from farspan.trainer.resilience.signals import StopSignal
 
+def get_signal():
+    os.kill(os.getpid(), {number})
+    for _ in range(1000): pass
+
+def parse(arguments):
+    try:
+        {in_parse} and get_signal()
+    except BaseException:  # as imports do
+        pass
+    return argparse.Namespace(command=command)
+
 def command(options):
     with StopSignal():
         pass
-    os.kill(os.getpid(), {number})
+    {in_parse} or get_signal()
     return 75
 
-cli.parse = lambda arguments: argparse.Namespace(command=command)
+cli.parse = parse
 cli.run_and_exit()
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize(("command", "status"), [("train", 75), ("launch", 130)])
-def test_a_signal_outside_training_leaves_a_status(command: str, status: int, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("command", "in_parse", "status"), [("train", False, 75), ("launch", False, 130), ("launch", True, 130)]
+)
+def test_a_signal_outside_training_leaves_a_status(
+    command: str, in_parse: bool, status: int, number: signal.Signals
+) -> None:
     """A rank that has ended keeps its status; another command ends as it does by Ctrl-C."""
-    program = [sys.executable, "-c", SIGNALED.format(number=int(number)), command]
+    program = [sys.executable, "-c", SIGNALED.format(number=int(number), in_parse=in_parse), command]
     done = subprocess.run(program, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (status, "")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from farspan.launch import cli
+from farspan.launch import cli, local
 from farspan.launch.local import LocalJob
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import EvaluateConfig
@@ -170,3 +170,51 @@ def test_a_run_is_stopped_and_resumed(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert f"finished    at step {last + 2}" in out
     assert [record["step"] for record in records(folder) if "loss" in record] == list(range(1, last + 3))
     assert [record["step"] for record in records(folder) if "eval_loss" in record] == [last + 2]
+
+
+CHURN = """
+import subprocess, sys, threading
+child = subprocess.Popen(["sleep", "60"])
+print(child.pid, flush=True)
+while True:
+    threads = [threading.Thread(target=int) for _ in range(20)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+"""
+
+
+def test_ranks_are_found_while_threads_of_torchrun_end() -> None:
+    """Otherwise a stop request would take a run for one that has no ranks yet, and kill it unsaved."""
+    with subprocess.Popen([sys.executable, "-c", CHURN], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        found = [local._children(process) for _ in range(200)]
+        os.kill(child, signal.SIGKILL)
+        process.kill()
+    assert found == [[child]] * 200
+
+
+SWALLOWS = """
+import os, signal, sys, types
+from farspan.launch import cli
+from farspan.launch.commands import launch
+
+def resolve(config, ranks):
+    try:
+        os.kill(os.getpid(), {number})
+        for _ in range(1000): pass
+    except BaseException:
+        pass
+
+launch.LocalJob.run, launch.config_of = lambda job: 0, lambda options: None
+for name in ("parallel.ranks", "trainer.resolve"):
+    sys.modules[f"farspan.{{name}}"] = types.SimpleNamespace(Ranks=dict, resolve=resolve)
+cli.run_and_exit()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_request_while_torch_is_imported_is_not_lost(number: signal.Signals) -> None:
+    program = [sys.executable, "-c", SWALLOWS.format(number=int(number))]
+    command = ["launch", "local", "unused.toml", "--gpus-per-node", "2"]
+    assert subprocess.run([*program, *command]).returncode == 130

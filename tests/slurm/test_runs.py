@@ -136,6 +136,9 @@ def test_a_disturbed_run_ends_as_if_undisturbed(cluster: Cluster, config_file: P
     cluster.run([*update, "ExcNodeList="])
     await_success(cluster, run, job)
     assert lost not in nodes(run, job, 4)
+    # Virtual nodes are called like their hosts.
+    ended = [path.read_text().split() for path in logs(run, job, 4).glob("ended/*")]
+    assert sorted(ended) == [[node, node, "0"] for node in sorted(nodes(run, job, 4))]
     assert losses(run) == undisturbed()
     failures = [(failure.reason, failure.nodes) for failure in read_failures(run)]
     assert failures == [(f"a rank on {killed_on} was killed by SIGKILL", (killed_on,)), ("lost by SLURM", (lost,))]
@@ -197,17 +200,19 @@ def test_runs_of_an_array_are_resumed_one_by_one(cluster: Cluster, config_file: 
 @pytest.mark.faults
 def test_a_chain_continues_after_a_canceled_job(cluster: Cluster, config_file: Path, undisturbed: Undisturbed) -> None:
     run = config_file.parent / "chain"
-    first, second = launch(cluster, config_file, run, "--task-per-rank", "--chain", "2", "watchdog.step_s=8")
+    # The stop may come in a step or in a save, whose other ranks then wait for the stopped one.
+    limits = ["watchdog.step_s=10", "watchdog.save_s=10"]
+    first, second = launch(cluster, config_file, run, "--task-per-rank", "--chain", "2", *limits)
     ranks = pause(run, first, 0)
     send(signal.SIGCONT, [ranks[rank] for rank in (0, 1, 2)])
     pause(run, first, 1)
-    cluster.run(["scancel", first])
     assert cluster.state(second) == "PENDING"
+    cluster.run(["scancel", first])
     cluster.await_state(first, "CANCELLED")
     await_success(cluster, run, second)
     assert losses(run) == undisturbed()
     assert [failure.reason for failure in read_failures(run)] == ["ranks hung"]
-    assert len(list((run / "stacks").glob("*/rank_*"))) >= 3
+    assert list((run / "stacks").glob("*/rank_*"))
     log = (run / "logs" / f"{second}.log").read_text()
     assert re.search(rf"0: resumed     at step \d+ from .*\n(.*\n)*0: finished    at step {STEPS}\n", log)
     rank_logs = logs(run, second, 0)

@@ -11,13 +11,14 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from typing import NoReturn, TextIO
 
-from farspan.errors import FarspanError
+from farspan.errors import FarspanError, file_errors_reported
 from farspan.launch.commands import checkpoint, jobs, launch, models, train
 from farspan.launch.commands.arguments import Subparsers, add_command, add_subparsers
-from farspan.trainer.resilience.signals import EXIT_USER_ERROR, stop_signals_blocked
+from farspan.launch.output import guard_standard_streams, print_error, status_with_output
+from farspan.trainer.resilience.signals import EXIT_FAILED, EXIT_USER_ERROR, stop_signals_blocked
 
 EXIT_INTERRUPTED = 130
 DASHED_OVERRIDE = re.compile(r"--\w+\.[\w.]+(=|$)")
@@ -32,9 +33,8 @@ def run_and_exit() -> NoReturn:
     that asks for the GIL while Python is finalized is ended, here inside a C++ destructor, which aborts the process.
     torch can neither join nor stop these threads.
     """
-    if sys.argv[1:2] != ["train"]:
-        sys.exit(main())
-    status = 1
+    guard_standard_streams()
+    status, is_rank = EXIT_FAILED, sys.argv[1:2] == ["train"]
     try:
         status = main()
     except SystemExit as request:
@@ -42,10 +42,11 @@ def run_and_exit() -> NoReturn:
         status = int(request.code or 0)
     except BaseException:
         traceback.print_exc()
+    if not is_rank:
+        sys.exit(status_with_output(status))
     atexit._run_exitfuncs()
-    with suppress(OSError):  # nobody reads them any more
-        sys.stdout.flush()
-        sys.stderr.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(status)
 
 
@@ -62,10 +63,10 @@ def _run(options: argparse.Namespace) -> int:
     # `launch slurm --dry-run` prints a script: nothing else may go to standard output.
     prints_script = options.command is launch.run_slurm and options.dry_run
     try:
-        with _log_to(sys.stderr if prints_script else sys.stdout):
+        with _log_to(sys.stderr if prints_script else sys.stdout), file_errors_reported():
             return options.command(options) or 0
     except FarspanError as error:
-        print(f"farspan: {error}", file=sys.stderr)
+        print_error(error)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -95,7 +96,8 @@ def _logs(options: argparse.Namespace) -> int:
     path = log_file(options.run, options.rank)
     if shutil.which("tail") is None:
         raise SlurmError(f"tail was not found: read {path}.")
-    return subprocess.call(["tail", "-n", str(LOG_LINES), *(["-F"] if options.follow else []), str(path)])
+    status = subprocess.call(["tail", "-n", str(LOG_LINES), *(["-F"] if options.follow else []), str(path)])
+    return 0 if status == -signal.SIGPIPE else status
 
 
 def log_file(run: Path, rank: int | None) -> Path:

@@ -2,11 +2,11 @@
 
 import argparse
 import logging
-import sys
 
 from farspan.errors import ConfigError, FarspanError
 from farspan.launch.commands.arguments import Subparsers, add_command, add_config_arguments, config_of, print_dry_run
 from farspan.launch.env import choose_gloo_interface, read_ranks, report_to_torchrun
+from farspan.launch.output import print_error
 from farspan.trainer.resilience.signals import (
     EXIT_FAILED,
     EXIT_UNFIT,
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
             is_connected = not isinstance(error, NotConnectedError)
             # `train` raises the same error on all ranks.
             if ranks.rank == 0 or not is_connected:
-                print(f"farspan: {error}", file=sys.stderr)
+                print_error(error)
             report_to_torchrun(f"farspan: {error}")
             if isinstance(error, BadNodeError):
                 return EXIT_UNFIT

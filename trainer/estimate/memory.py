@@ -13,8 +13,7 @@ from farspan.kernels.planner import Sizes
 from farspan.parallel.mesh import Degrees
 from farspan.trainer.config import Config
 from farspan.trainer.model.flops import total_parameters
-
-GIB = 2**30
+from farspan.units import BYTES, readable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +43,7 @@ class Memory:
             "activations": self.activations,
             "working": self.working,
         }
-        return " + ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+        return " + ".join(f"{name} {readable(size, BYTES)}" for name, size in parts.items())
 
 
 def estimate_memory(config: Config, degrees: Degrees) -> Memory:

@@ -69,7 +69,6 @@ REFUSALS = [
     ("launch slurm CONFIG --nodes 0 --gpus-per-node 2", ["--nodes 0 must be at least 1."]),
     (f"{SLURM} --chain 0", ["--chain 0 must be at least 1."]),
     (f"{SLURM} --time x", ["--time x"]),
-    (f"{SLURM} --each run.seed=1,2 --at-most 0", ["--at-most 0 must be at least 1."]),
     (f"{SLURM} --at-most 2", ["--at-most 2", "--each"]),
     ("launch slurm CONFIG --nodes 3 --gpus-per-node 1 --dry-run", ["train.sequences_per_step=2", "multiple of the 3"]),
     (f"{SLURM} --site nowhere.toml", ["nowhere.toml does not exist"]),

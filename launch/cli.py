@@ -12,13 +12,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import NoReturn, TextIO
 
-from farspan.errors import FarspanError
+from farspan.errors import FarspanError, file_errors_reported
 from farspan.launch.commands import checkpoint, jobs, launch, models, train
 from farspan.launch.commands.arguments import Parser, Subparsers, add_command, add_subparsers
-from farspan.trainer.resilience.signals import EXIT_USER_ERROR, STOP_SIGNALS, StopSignal
+from farspan.launch.output import guard_standard_streams, print_error, status_with_output
+from farspan.trainer.resilience.signals import EXIT_FAILED, EXIT_USER_ERROR, STOP_SIGNALS, StopSignal
 from farspan.versions import summary
 
 EXIT_INTERRUPTED = 130
@@ -34,30 +35,36 @@ def run_and_exit() -> NoReturn:
     that asks for the GIL while Python is finalized is ended, here inside a C++ destructor, which aborts the process.
     torch can neither join nor stop these threads.
     """
-    if sys.argv[1:2] != ["train"]:
-        # Not by an exception, which the import of numpy may swallow.
-        with StopSignal(first=lambda number: os._exit(EXIT_INTERRUPTED)):
-            options = parse(None)
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) == signal.SIG_DFL:  # not ignored, as by nohup
-                signal.signal(number, signal.default_int_handler)
-        sys.exit(_run(options))
-    # A rank that cannot act on a signal yet leaves it pending, and one that has ended keeps its status. Blocked before
-    # numpy and torch start threads: threads inherit the block, and one without it would take the signal.
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    status = 1
+    guard_standard_streams()
+    status, is_rank = EXIT_FAILED, sys.argv[1:2] == ["train"]
+    if is_rank:
+        # A rank that cannot act on a signal yet leaves it pending, and one that has ended keeps its status. Blocked
+        # before numpy and torch start threads: threads inherit the block, and one without it would take the signal.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        status = main()
+        status = _run(parse(None) if is_rank else _parse_interruptibly())
     except SystemExit as request:
         # argparse's: 0 after --help, 2 for an error that it has printed.
         status = int(request.code or 0)
     except BaseException:
         traceback.print_exc()
+    if not is_rank:
+        sys.exit(status_with_output(status))
     atexit._run_exitfuncs()
-    with suppress(OSError):  # nobody reads them any more
-        sys.stdout.flush()
-        sys.stderr.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(status)
+
+
+def _parse_interruptibly() -> argparse.Namespace:
+    """Parse this process's arguments; a stop signal during that, or later in the command, ends it with a status."""
+    # Not by an exception, which the import of numpy may swallow.
+    with StopSignal(first=lambda number: os._exit(EXIT_INTERRUPTED)):
+        options = parse(None)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # not ignored, as by nohup
+            signal.signal(number, signal.default_int_handler)
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,10 +76,10 @@ def _run(options: argparse.Namespace) -> int:
     # `launch slurm --dry-run` prints a script: nothing else may go to standard output.
     prints_script = options.command is launch.run_slurm and options.dry_run
     try:
-        with _log_to(sys.stderr if prints_script else sys.stdout):
+        with _log_to(sys.stderr if prints_script else sys.stdout), file_errors_reported():
             return options.command(options) or 0
     except FarspanError as error:
-        print(f"farspan: {error}", file=sys.stderr)
+        print_error(error)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

@@ -28,7 +28,7 @@ class LocalJob:
 
     def command_line(self) -> str:
         """Return the command that starts the ranks, for a shell."""
-        return f"OMP_NUM_THREADS={self.threads_per_rank()} {shlex.join(['torchrun', *self._torchrun_arguments()])}"
+        return f"OMP_NUM_THREADS={self.threads_per_rank()} {shlex.join(self._torchrun())}"
 
     def threads_per_rank(self) -> int:
         return max(len(os.sched_getaffinity(0)) // self.num_ranks, 1)
@@ -62,7 +62,7 @@ class LocalJob:
                     if stop.requested:
                         return INTERRUPTED
                     torchrun = subprocess.Popen(
-                        [sys.executable, "-m", "farspan.launch.torchrun", *self._torchrun_arguments()],
+                        self._torchrun(),
                         env=environment_with_threads(self.threads_per_rank()),
                         stdin=subprocess.DEVNULL,
                         start_new_session=True,
@@ -82,10 +82,10 @@ class LocalJob:
             finally:
                 _kill(torchrun)
 
-    def _torchrun_arguments(self) -> list[str]:
+    def _torchrun(self) -> list[str]:
         # Without an address, ranks would look for each other under the name of this machine, which need not resolve.
-        meeting = ["--standalone", "--local-addr=127.0.0.1"]
-        return [*meeting, "--nproc-per-node", str(self.num_ranks), *self._rank_arguments()]
+        program = [sys.executable, "-m", "farspan.launch.torchrun", "--standalone", "--local-addr=127.0.0.1"]
+        return [*program, "--nproc-per-node", str(self.num_ranks), *self._rank_arguments()]
 
     def _rank_arguments(self) -> list[str]:
         return ["-m", "farspan.launch.cli", "train", str(self.config), *self.overrides]

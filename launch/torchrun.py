@@ -12,6 +12,7 @@ from socket import gaierror
 from typing import TYPE_CHECKING
 
 from farspan.launch.env import job_id, take_launcher
+from farspan.launch.output import print_error
 from farspan.launch.parent import when_orphaned
 from farspan.trainer.resilience.signals import (
     EXIT_FAILED,
@@ -54,10 +55,9 @@ def main(arguments: list[str]) -> int:
         return _report(*_first_failure(error.failures))
     except (RendezvousError, DistError, gaierror) as error:
         reason = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0].rstrip(".")
-        print(
-            f"farspan: the ranks cannot meet ({reason}): name a port that is free, at an address that all nodes reach, "
-            "and start torchrun on all of them.",
-            file=sys.stderr,
+        print_error(
+            f"the ranks cannot meet ({reason}): name a port that is free, at an address that all nodes reach, and "
+            "start torchrun on all of them."
         )
         # A scheduler may find the other nodes in time if it starts the run again.
         return EXIT_USER_ERROR if job_id() is None else EXIT_FAILED
@@ -93,10 +93,7 @@ def _report(rank: int, status: int) -> int:
     how = f"failed with exit status {status}" if number is None else f"was killed by {signal.Signals(number).name}"
     if number == signal.SIGKILL:
         how += " (the system does that when memory runs out)"
-    print(
-        f"farspan: rank {rank} {how}; the same command resumes from the last checkpoint, if there is one.",
-        file=sys.stderr,
-    )
+    print_error(f"rank {rank} {how}; the same command resumes from the last checkpoint, if there is one.")
     return status if number is None else KILLED + number
 
 

@@ -17,6 +17,7 @@ import torch
 from farspan.kernels.backend import BACKENDS
 from farspan.kernels.mechanism import MECHANISMS
 from farspan.parallel.context_parallel.strategy import STRATEGIES
+from farspan.units import BYTES
 from tests.support import oracle
 from tests.support.matrix import DEGREES
 
@@ -32,6 +33,7 @@ class Toy(NamedTuple):
     benchmark: str
 
 
+UNITS = {unit: scale for scale, unit in BYTES}
 GATED = ("WindowAndBlocks(window=5, block=16, sparsity=0)", "WindowAndBlocks(window=9, block=16, sparsity=4)")
 TOYS = {
     "toy": Toy("tests.support.toy_mechanism", ("Toy(reach=5)",), "toy_5"),
@@ -108,10 +110,10 @@ def test_the_planner_takes_it(tmp_path: Path) -> None:
         options += [f"attention.mechanism={mechanism}", "attention.backend=cpu", f"data.folder={tmp_path / 'none'}"]
         return command_with("gated", "farspan.launch.cli", "train", "configs/demo.toml", "--dry-run", *options)
 
-    def number(pattern: str, text: str) -> float:
-        found = re.search(pattern, text)
+    def num_bytes(pattern: str, text: str) -> float:
+        found = re.search(rf"{pattern} *([\d.,]+) (\w+)", text)
         assert found, text
-        return float(found[1].replace(",", ""))
+        return float(found[1].replace(",", "")) * UNITS[found[2]]
 
     chosen = dry_run("gated", "auto")
     assert TOYS["gated"].examples[0] in chosen
@@ -119,11 +121,11 @@ def test_the_planner_takes_it(tmp_path: Path) -> None:
     assert "ring" in offered
     assert not offered & {"ship", "state", "single"}
     gated, dense = (dry_run(mechanism, "ring") for mechanism in ("gated", "dense"))
-    sent, activations = r"traffic +([\d.,]+) MiB sent", r"activations ([\d.]+)"
+    sent = {name: num_bytes("traffic", text) for name, text in (("gated", gated), ("dense", dense))}
     # Each branch has a ring of its own, and MoBA's means of 1,024 blocks are summed over all ranks.
-    means = 2 * 3 / 4 * 1024 * 2 * 32 * 8 / 2**20  # KV heads, D, bytes; in two layers
-    assert number(sent, gated) == pytest.approx(2 * number(sent, dense) + 2 * means, abs=0.2)
-    assert number(activations, gated) > number(activations, dense)
+    means = 2 * 3 / 4 * 1024 * 2 * 32 * 8  # KV heads, D, bytes; in two layers
+    assert sent["gated"] == pytest.approx(2 * sent["dense"] + 2 * means, rel=0.01)
+    assert num_bytes("activations", gated) > num_bytes("activations", dense)
 
 
 @pytest.mark.parametrize("toy", TOYS)

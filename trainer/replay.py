@@ -1,6 +1,7 @@
 """The batch of the step at which a run gave up: written to a folder, and computed again from there."""
 
 import logging
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,9 +36,10 @@ def give_up(config: Config, data: DataLoader, checkpoints: Checkpointer, state: 
     folder = Path(config.run.folder) / "failed_batch" / f"step_{state.step:08d}"
     on_first_rank(lambda: write_batch(folder, data.sequences(state.sequences - config.train.sequences_per_step)))
     checkpoints.save(state)
+    setting = shlex.quote(f"run.replay={folder}")
     raise TrainingError(
         f"{state.skipped_in_a_row} steps in a row had to be skipped, the last, {state.step}, because {reason}: compute "
-        f"its batch again with run.replay={folder}, lower optimizer.learning_rate, or look at the data; the same "
+        f"its batch again with {setting}, lower optimizer.learning_rate, or look at the data; the same "
         "command goes on with the next batch."
     )
 

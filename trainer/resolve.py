@@ -1,6 +1,7 @@
 """From a configuration to a resolved one: checked against ranks, devices and data, derived values filled in."""
 
 import logging
+import shlex
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
@@ -125,12 +126,13 @@ def open_data(config: Config) -> tuple[TokenSource, TokenSource]:
     """
     folder = Path(config.data.folder)
     if (folder / META_FILE).is_file():
-        raise DataError(f"data.folder={str(folder)!r} is one split of the data: set data.folder={folder.parent}.")
+        setting = shlex.quote(f"data.folder={folder.parent}")
+        raise DataError(f"data.folder={str(folder)!r} is one split of the data: set {setting}.")
     for old, new in RENAMED_SPLITS.items():
         if (folder / old / META_FILE).is_file() and not (folder / new).exists():
             raise DataError(
                 f"data.folder={str(folder)!r} has {old}/, which was renamed to {new}/: run "
-                f"`mv {folder / old} {folder / new}`."
+                f"`{shlex.join(['mv', str(folder / old), str(folder / new)])}`."
             )
     missing = next((f"{split}/{META_FILE}" for split in SPLITS if not (folder / split / META_FILE).is_file()), None)
     if missing is not None:

@@ -1,6 +1,7 @@
 """The recipe of a run, from top to bottom: configuration, mesh, model, data, resume, loop."""
 
 import logging
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -256,4 +257,5 @@ def log_end(config: Config, step: int, *, is_finished: bool, has_work: bool) -> 
     tensorboard = Path(sys.executable).parent / "tensorboard"
     if tensorboard.is_relative_to(Path.cwd()):
         tensorboard = tensorboard.relative_to(Path.cwd())
-    log.info("view        %s --logdir %s/tensorboard", tensorboard if tensorboard.exists() else "tensorboard", folder)
+    program = str(tensorboard if tensorboard.exists() else "tensorboard")
+    log.info("view        %s", shlex.join([program, "--logdir", f"{folder}/tensorboard"]))

@@ -11,6 +11,7 @@ from farspan.launch.commands import models
 from farspan.launch.commands.arguments import Subparsers, add_command, add_subparsers
 from farspan.trainer.checkpoint.steps import PREFIX, REFUSED, finished, prune, step_of
 from farspan.trainer.resilience.lock import lock_folder
+from farspan.units import BYTES, readable
 
 EXIT_DAMAGED = 1
 
@@ -36,7 +37,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def _ls(options: argparse.Namespace) -> None:
     """Print a line for each checkpoint of a run; raises CheckpointError if there are none."""
-    rows = [("step", "saved", "MB", "files", "tokens", "")]
+    rows = [("step", "saved", "size", "files", "tokens", "")]
     rows += [_row(path) for path in [*_finished(options.run), *_refused(options.run)]]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -56,7 +57,7 @@ def _row(path: Path) -> tuple[str, ...]:
     except CheckpointError as error:
         return step, saved, "", "", "", str(error).removeprefix(f"checkpoint {path} ")
     note = "refused" if path.name.startswith(REFUSED) else ""
-    sizes = f"{manifest.total_bytes / 1e6:,.1f}", str(len(manifest.files)), f"{manifest.train_state['tokens']:,}"
+    sizes = readable(manifest.total_bytes, BYTES), str(len(manifest.files)), f"{manifest.train_state['tokens']:,}"
     return step, saved, *sizes, note
 
 

@@ -2,7 +2,9 @@
 
 import argparse
 import logging
+import shlex
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -29,6 +31,10 @@ def add_parser(subparsers: Subparsers) -> None:
     add_site(again)
     logs.add_argument("--rank", type=int, metavar="N", help="only this rank; default: all, in one log")
     logs.add_argument("--follow", action="store_true", help="keep printing new lines until Ctrl-C")
+
+
+def status_command(run: Path) -> str:
+    return f"`farspan jobs status {shlex.quote(str(run))}`"
 
 
 def _status(options: argparse.Namespace) -> None:
@@ -87,7 +93,7 @@ def _resume(options: argparse.Namespace) -> None:
 
     # The job's own folder is not this one, so the path of the run has to be absolute.
     job = resume(Path.cwd() / options.run, load_site(options.site or site_file()).exclusion)
-    log.info("%-12s%s; see `farspan jobs status %s`", "submitted", job, options.run)
+    log.info("%-12s%s; see %s", "submitted", job, status_command(options.run))
 
 
 def _logs(options: argparse.Namespace) -> int:
@@ -95,7 +101,8 @@ def _logs(options: argparse.Namespace) -> int:
     path = log_file(options.run, options.rank)
     if shutil.which("tail") is None:
         raise SlurmError(f"tail was not found: read {path}.")
-    return subprocess.call(["tail", "-n", str(LOG_LINES), *(["-F"] if options.follow else []), str(path)])
+    status = subprocess.call(["tail", "-n", str(LOG_LINES), *(["-F"] if options.follow else []), str(path)])
+    return 0 if status == -signal.SIGPIPE else status
 
 
 def log_file(run: Path, rank: int | None) -> Path:
@@ -105,7 +112,7 @@ def log_file(run: Path, rank: int | None) -> Path:
         if merged.exists():
             break
     else:
-        raise SlurmError(f"no job of {run} has started yet: see `farspan jobs status {run}`.")
+        raise SlurmError(f"no job of {run} has started yet: see {status_command(run)}.")
     if rank is None:
         return merged
     restarts = sorted(merged.with_suffix("").glob(f"*/rank_{rank}.log"), key=lambda path: int(path.parent.name))

@@ -21,7 +21,8 @@ from farspan.launch.commands.arguments import (
     expanded_argument,
     print_dry_run,
 )
-from farspan.launch.env import site_file
+from farspan.launch.commands.jobs import status_command
+from farspan.launch.env import check_single_task, site_file
 from farspan.launch.local import INTERRUPTED, LocalJob
 from farspan.trainer.resilience.signals import StopSignal
 
@@ -70,6 +71,7 @@ def add_parser(subparsers: Subparsers) -> None:
         help="submit a job array: the first run has value A, the second B, in run.folder/000, 001 and so on; if given "
         "several times, the values change together",
     )
+    slurm.add_argument("--at-most", type=int, metavar="N", help="how many runs of --each run at a time; default: all")
 
 
 def run_local(options: argparse.Namespace) -> int:
@@ -80,6 +82,7 @@ def run_local(options: argparse.Namespace) -> int:
         log.info("%-12s%s", "by torchrun", job.command_line())
         return 0
     check_count(num_ranks, "--gpus-per-node")
+    check_single_task()
     # Not by an exception, which the imports of torch may swallow.
     with StopSignal(first=lambda number: os._exit(INTERRUPTED)):
         from farspan.parallel.ranks import Ranks
@@ -115,6 +118,7 @@ def run_slurm(options: argparse.Namespace) -> None:
         container=options.container,
         task_per_rank=options.task_per_rank,
         elements=len(configs) if options.each else 0,
+        at_most=options.at_most,
         site=load_site(options.site or site_file()),
     )
     job.check()
@@ -122,14 +126,16 @@ def run_slurm(options: argparse.Namespace) -> None:
     if options.dry_run:
         for config in configs:
             dry_run(config, num_ranks)
+        log.info("%s", job.describe(options.chain))
         print(job.script(), end="")
         return
     check_ready(run)
     for config in configs:
         open_data(config)
         dry_run_plan(config, num_ranks)
+    log.info("%s", job.describe(options.chain))
     ids = submit(job, [to_toml(config) for config in configs], options.chain)
-    log.info("%-12s%s; see `farspan jobs status %s`", "submitted", " then ".join(ids), run_folder)
+    log.info("%-12s%s; see %s", "submitted", " then ".join(ids), status_command(run_folder))
 
 
 def _slurm_configs(options: argparse.Namespace) -> "tuple[Path, list[Config]]":

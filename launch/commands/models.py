@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -94,4 +95,5 @@ def _dtype_of(options: argparse.Namespace) -> Any:
 
 
 def _log_written(action: str, weights: Path) -> None:
-    log.info("%-12s%s: start a run from it with run.start_from=%s", action, weights, weights)
+    setting = shlex.quote(f"run.start_from={weights}")
+    log.info("%-12s%s: start a run from it with %s", action, weights, setting)

@@ -2,12 +2,12 @@
 
 import argparse
 import logging
-import sys
 from contextlib import ExitStack
 
 from farspan.errors import ConfigError, FarspanError
 from farspan.launch.commands.arguments import Subparsers, add_command, add_config_arguments, config_of, print_dry_run
 from farspan.launch.env import choose_gloo_interface, is_rank, read_ranks, report_to_torchrun, take_launcher
+from farspan.launch.output import print_error
 from farspan.launch.parent import must_not_outlive_parent, stop_when_orphaned
 from farspan.trainer.resilience.signals import (
     EXIT_FAILED,
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
             is_connected = not isinstance(error, NotConnectedError)
             # `train` raises the same error on all ranks.
             if ranks.rank == 0 or not is_connected:
-                print(f"farspan: {error}", file=sys.stderr)
+                print_error(error)
             report_to_torchrun(f"farspan: {error}")
             if isinstance(error, BadNodeError):
                 return EXIT_UNFIT

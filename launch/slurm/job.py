@@ -35,6 +35,7 @@ class SlurmJob:
     runs. workdir: the base of relative paths in the configuration. python: the interpreter. gpus: whether each rank
     gets a GPU. time: as sbatch takes it. container: an image. task_per_rank: SLURM starts the ranks, not torchrun.
     elements: the size of a job array, whose elements are runs in numbered folders of `run`; 0 for a single run.
+    at_most: how many of them run at a time, None for all.
     """
 
     run: Path
@@ -50,13 +51,17 @@ class SlurmJob:
     container: str | None = None
     task_per_rank: bool = False
     elements: int = 0
+    at_most: int | None = None
     site: Site = field(default_factory=Site)
 
     def check(self) -> None:
         """Raise ConfigError for a job that SLURM would refuse, or accept and never start."""
-        for flag, number in (("--nodes", self.nodes), ("--gpus-per-node", self.ranks_per_node)):
-            if number < 1:
+        counts = {"--nodes": self.nodes, "--gpus-per-node": self.ranks_per_node, "--at-most": self.at_most}
+        for flag, number in counts.items():
+            if number is not None and number < 1:
                 raise ConfigError(f"{flag} {number} must be at least 1.")
+        if self.at_most is not None and not self.elements:
+            raise ConfigError(f"--at-most {self.at_most} limits the runs of --each: give both, or neither.")
         if self.time is not None:
             least_s = self.site.warning_s + 2 * SIGNAL_EARLY_S
             if _seconds(self.time) < least_s:
@@ -81,6 +86,23 @@ class SlurmJob:
         """The job's name, unique to the run's folder: SLURM runs singletons of one name one at a time."""
         return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', self.run.name)}-{crc32(str(self.run).encode()):08x}"
 
+    def describe(self, chain: int) -> str:
+        """Return what is submitted `chain` times, and which resources nobody has chosen, as a table."""
+        nodes = f"{self.nodes} {'node' if self.nodes == 1 else 'nodes'}"
+        lines = [f"jobs        {chain}, on {nodes}"]
+        if self.elements:
+            limit = "all at once if there is room; --at-most N limits that"
+            limit = limit if self.at_most is None else f"at most {self.at_most} at a time"
+            lines = [f"jobs        {chain * self.elements}, each on {nodes}: an array of {self.elements} runs, {limit}"]
+        if chain > 1:
+            lines[0] += f"; the script is submitted {chain} times, and each job goes on where the one before it ended"
+        unsaid = [] if self.site.cpus_per_rank > 1 else ["1 core per rank: set cpus_per_rank"]
+        if not self.site.sbatch.keys() & {"mem", "mem-per-cpu", "mem-per-gpu"}:
+            unsaid.append("the cluster's default memory: set mem in [sbatch]")
+        if unsaid:
+            lines.append(f"resources   {'; '.join(unsaid)}; in the site's file, see configs/site/example.toml")
+        return "\n".join(lines)
+
     def runs(self) -> list[Path]:
         """Return the folders of the runs: one, or one for each element of an array."""
         return [self.run / element_name(number) for number in range(self.elements)] or [self.run]
@@ -100,6 +122,7 @@ class SlurmJob:
     def _options(self) -> list[str]:
         site = self.site
         tasks = self.ranks_per_node if self.task_per_rank else 1
+        throttle = "" if self.at_most is None else f"%{self.at_most}"
         requested = {"time": self.time, "partition": self.partition, "constraint": self.constraint}
         return [
             f"job-name={self.name}",
@@ -111,7 +134,7 @@ class SlurmJob:
             *(option if value is True else f"{option}={_quoted(value)}" for option, value in site.sbatch.items()),
             f"chdir={_quoted(self.workdir)}",
             f"output={_quoted(self.run / ('%3a/logs/%A_%a.log' if self.elements else 'logs/%j.log'))}",
-            *([f"array=0-{self.elements - 1}"] if self.elements else []),
+            *([f"array=0-{self.elements - 1}{throttle}"] if self.elements else []),
             "open-mode=append",
             f"signal={WARNING_SIGNAL.name.removeprefix('SIG')}@{site.warning_s}",
             "requeue" if site.requeues else "no-requeue",

@@ -6,6 +6,7 @@ after: reads how the ranks ended, records what failed and where, and queues the 
 
 import argparse
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -183,7 +184,7 @@ class JobStart:
             return []
 
     def resume_hint(self) -> str:
-        return f"continue with `farspan jobs resume {self.run}`"
+        return f"continue with `farspan jobs resume {shlex.quote(str(self.run))}`"
 
 
 def read_exits(folder: Path) -> Iterator[TaskExit]:

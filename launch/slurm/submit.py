@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -67,7 +68,8 @@ def resume(run: Path, exclusion: history.ExclusionPolicy) -> str:
     past = history.read_submissions(run)
     for job, row in queue([submission.job for submission in past]).items():
         if row.state not in END_STATES:
-            raise SlurmError(f"job {job} of {run} is {row.state}: cancel it first, with `farspan jobs cancel {run}`.")
+            cancel = f"`farspan jobs cancel {shlex.quote(str(run))}`"
+            raise SlurmError(f"job {job} of {run} is {row.state}: cancel it first, with {cancel}.")
     script = Path(past[-1].script)
     if not script.exists():
         raise SlurmError(f"{script} is gone: submit the run with `farspan launch slurm`.")

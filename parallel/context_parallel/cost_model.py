@@ -20,6 +20,7 @@ from farspan.kernels.planner import Heads, RoutingSource, Sizes
 from farspan.parallel.comm import Channel, GradCommDtype, Unconnected
 from farspan.parallel.context_parallel.strategy import STRATEGIES, DistributedAttention, Move, Volume
 from farspan.parallel.layout import Shards
+from farspan.units import BYTES, readable
 
 BACKWARD_FLOPS = 2.5
 """Backward over forward: five products of a pair instead of two."""
@@ -98,10 +99,10 @@ class Cost:
     seconds: float
 
     def __str__(self) -> str:
-        moved = (self.volume.forward + self.volume.backward) / 2**20
+        moved = readable(self.volume.forward + self.volume.backward, BYTES)
         seconds = (self.seconds, self.compute_s, self.overlapped_s, self.exposed_s)
         total, compute, overlapped, exposed = (f"{1e3 * s:,.{0 if s > 0.1 else 2}f}" for s in seconds)
-        transfers = f"transfers {overlapped} overlapped, {exposed} exposed, {moved:,.1f} MiB"
+        transfers = f"transfers {overlapped} overlapped, {exposed} exposed, {moved}"
         return f"{total} ms (compute {compute}; {transfers})"
 
 

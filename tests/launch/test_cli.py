@@ -2,6 +2,8 @@
 
 import logging
 import os
+import shlex
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -70,6 +72,7 @@ REFUSALS = [
     ("launch slurm CONFIG --nodes 0 --gpus-per-node 2", ["--nodes 0 must be at least 1."]),
     (f"{SLURM} --chain 0", ["--chain 0 must be at least 1."]),
     (f"{SLURM} --time x", ["--time x"]),
+    (f"{SLURM} --at-most 2", ["--at-most 2", "--each"]),
     ("launch slurm CONFIG --nodes 3 --gpus-per-node 1 --dry-run", ["train.sequences_per_step=2", "multiple of the 3"]),
     (f"{SLURM} --site nowhere.toml", ["nowhere.toml does not exist"]),
     (f"{SLURM} --each run.seed", ["--each run.seed ", "section.key=A,B"]),
@@ -185,10 +188,11 @@ def test_a_dry_launch_prints_the_command(config_file: Path, capsys: Capture) -> 
     assert cli.main(words) == 0
     out = capsys.readouterr().out
     assert "ranks       2 = " in out
-    assert out.splitlines()[-1].startswith("by torchrun OMP_NUM_THREADS=")
-    assert out.endswith(
-        f"torchrun --standalone --nproc-per-node 2 -m farspan.launch.cli train {config_file} 'run.folder=with space'\n"
-    )
+    label, _, command = out.splitlines()[-1].partition("OMP_NUM_THREADS=")
+    assert label == "by torchrun "
+    started = LocalJob(config=config_file, overrides=("run.folder=with space",), num_ranks=2)._torchrun()
+    assert shlex.split(command)[1:] == started
+    assert started[-3:] == ["train", str(config_file), "run.folder=with space"]
 
 
 def test_a_dry_launch_on_slurm_prints_only_the_script_on_standard_output(
@@ -228,6 +232,8 @@ def test_a_launch_on_slurm_submits_the_checked_configuration(
     tiny.make_data(tmp_path)
     assert cli.main(words) == 0
     out = capsys.readouterr().out
+    assert "\njobs        2, on 1 node; the script is submitted 2 times" in out
+    assert "\nresources   1 core per rank: set cpus_per_rank; the cluster's default memory: set mem in [sbatch]" in out
     assert f"submitted   5 then 5; see `farspan jobs status {tmp_path}/run`\n" in out
     assert "nothing was started" not in out
     submitted = tmp_path / "run/submitted/001"
@@ -238,7 +244,7 @@ def test_a_launch_on_slurm_submits_the_checked_configuration(
 @pytest.mark.usefixtures("sbatch")
 def test_a_launch_of_several_runs_is_a_job_array(tmp_path: Path, config_file: Path, capsys: Capture) -> None:
     tiny.make_data(tmp_path)
-    each = ["--each", "run.seed=3, 4", "--each", "optimizer.learning_rate=1e-3,2e-3"]
+    each = ["--each", "run.seed=3, 4", "--each", "optimizer.learning_rate=1e-3,2e-3", "--at-most", "1"]
     assert cli.main(["launch", "slurm", str(config_file), "--nodes", "1", "--gpus-per-node", "2", *each]) == 0
     out = capsys.readouterr().out
     assert "001         run.seed=4  optimizer.learning_rate=2e-3\n" in out
@@ -247,7 +253,8 @@ def test_a_launch_of_several_runs_is_a_job_array(tmp_path: Path, config_file: Pa
         config = load_config(Config, submitted / f"config_00{number}.toml")
         assert (config.run.seed, config.optimizer.learning_rate) == (seed, rate)
         assert config.run.folder == tmp_path / f"run/00{number}"
-    assert "#SBATCH --array=0-1\n" in (submitted / "job.sh").read_text()
+    assert "jobs        2, each on 1 node: an array of 2 runs, at most 1 at a time\n" in out
+    assert "#SBATCH --array=0-1%1\n" in (submitted / "job.sh").read_text()
 
 
 def test_a_launch_starts_as_many_ranks_as_asked(
@@ -268,6 +275,42 @@ def test_only_the_first_rank_prints_errors(config_file: Path, monkeypatch: pytes
         monkeypatch.setenv("RANK", rank)
         assert cli.main(["train", str(config_file), "model.x=1"]) == cli.EXIT_USER_ERROR
         assert ("model.x=1" in capsys.readouterr().err) == prints
+
+
+@pytest.mark.parametrize(("rank", "job", "status"), [("0", None, 2), ("1", None, 2), ("0", "17", 1)])
+def test_ranks_that_do_not_meet_are_one_sentence(
+    rank: str, job: str | None, status: int, config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Each prints its own, as rank 0 may not be there. A scheduler may start them again."""
+    with socket.socket() as other:
+        other.bind(("", 0))
+        if rank == "0":
+            other.listen()  # the port is in use
+        port = str(other.getsockname()[1])
+        variables = {
+            "RANK": rank,
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        if job is not None:
+            monkeypatch.setenv("SLURM_JOB_ID", job)
+        assert cli.main(["train", str(config_file), "parallel.timeout_s=1"]) == status
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"farspan: rank {rank} cannot meet the others (")
+    assert ("address already in use" in error) == (rank == "0")
+    for part in (f"port: {port}" if rank == "0" else port, "WORLD_SIZE=2", "parallel.timeout_s=1", "MASTER_PORT"):
+        assert part in error
+
+
+def test_several_launchers_are_refused(config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    for words in (["train"], ["launch", "local", "--gpus-per-node", "2"]):
+        assert cli.main([*words, str(config_file)]) == cli.EXIT_USER_ERROR
+        assert capsys.readouterr().err.startswith("farspan: SLURM_STEP_NUM_TASKS=4: 4 processes were started but RANK")
 
 
 def test_stop_signals_are_blocked_before_torch_is_imported() -> None:

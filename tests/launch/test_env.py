@@ -1,11 +1,22 @@
 import os
+import socket
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from farspan.errors import ConfigError
-from farspan.launch.env import environment_with_threads, read_ranks
+from farspan.launch.env import (
+    TASK_COUNTS,
+    check_single_task,
+    choose_gloo_interface,
+    environment_with_threads,
+    read_ranks,
+    report_to_torchrun,
+)
 from farspan.parallel.ranks import Ranks
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
@@ -62,3 +73,84 @@ def test_ranks_get_their_threads_and_the_rest_of_the_environment() -> None:
     assert (environment["OMP_NUM_THREADS"], environment["FARSPAN_TEST_MARKER"]) == ("3", "1")
     os.environ["OMP_NUM_THREADS"] = "7"
     assert environment_with_threads(3)["OMP_NUM_THREADS"] == "7"
+
+
+@pytest.mark.parametrize("name", TASK_COUNTS)
+def test_several_tasks_without_ranks_are_refused(name: str) -> None:
+    """Each would be a run of its own, in one folder."""
+    os.environ[name] = "4"
+    for check in (read_ranks, check_single_task):
+        with pytest.raises(ConfigError, match=rf"^{name}=4: .*'farspan launch slurm'.*RANK=0 WORLD_SIZE=1"):
+            check()
+    os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
+    assert read_ranks() == Ranks()
+
+
+@pytest.mark.parametrize(("name", "count"), [("SLURM_NTASKS", "4"), ("SLURM_STEP_NUM_TASKS", "1"), ("PMI_SIZE", "")])
+def test_one_task_is_one_rank(name: str, count: str) -> None:
+    """A batch script, which is one process, has SLURM_NTASKS of its allocation."""
+    os.environ.update({name: count, "SLURM_PROCID": "0"})
+    assert read_ranks() == Ranks()
+
+
+@pytest.mark.parametrize("port", ["", "http", "0", "65536", "-1"])
+def test_a_port_that_is_none_is_refused(port: str) -> None:
+    os.environ.update(TORCHRUN | {"MASTER_PORT": port})
+    with pytest.raises(ConfigError, match=rf"^MASTER_PORT='{port}' "):
+        read_ranks()
+
+
+ROUTES = """Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT
+eth0\t00000000\t0100000A\t0003\t0\t0\t0\t00000000\t0\t0\t0
+eth1\t00004D0A\t00000000\t0001\t0\t0\t0\t0000FFFF\t0\t0\t0
+eth2\t01004D0A\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0
+"""
+
+
+@pytest.mark.skipif(sys.byteorder != "little", reason="the table is in the byte order of the machine")
+@pytest.mark.parametrize(
+    ("address", "named", "interface"),
+    [
+        ("10.77.9.9", None, "eth1"),
+        ("10.77.0.9", None, "eth1"),
+        ("192.168.0.1", None, "eth0"),
+        ("no-such-host.invalid", None, None),
+        ("10.77.9.9", "127.0.1.1", "eth1"),
+        ("10.77.9.9", "own", None),
+    ],
+)
+def test_gloo_does_not_need_the_name_of_the_machine(
+    address: str, named: str | None, interface: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks on several nodes, whose name leads nowhere, to loopback, or to an address that the machine has."""
+
+    def look_up(host: str, *arguments: object, **options: object):
+        if named is None:
+            raise socket.gaierror(-2, "Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1" if named == "own" else named, 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(Path, "read_text", lambda path: ROUTES)
+    if named == "own":
+        monkeypatch.setattr("farspan.launch.env.ip_address", lambda text: mock.Mock(is_loopback=False))
+    os.environ.update(TORCHRUN | {"MASTER_ADDR": address, "LOCAL_WORLD_SIZE": "2"})
+    assert choose_gloo_interface(read_ranks()) == interface
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == interface
+
+
+def test_ranks_of_one_machine_meet_on_loopback() -> None:
+    os.environ.update(TORCHRUN | {"LOCAL_WORLD_SIZE": "8"})
+    loopback = choose_gloo_interface(read_ranks())
+    assert loopback in ("lo", "lo0")
+    os.environ["GLOO_SOCKET_IFNAME"] = "ib0"
+    assert choose_gloo_interface(read_ranks()) is None
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
+
+
+def test_torchrun_reads_the_error_of_a_rank(tmp_path: Path) -> None:
+    report_to_torchrun("nobody asks for it")
+    os.environ["TORCHELASTIC_ERROR_FILE"] = str(tmp_path / "error.json")
+    report_to_torchrun("farspan: train.steps=0 is wrong")
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
+    last_words = str(ChildFailedError("farspan", {3: failure})).splitlines()[-2]
+    assert last_words == "  traceback : farspan: train.steps=0 is wrong"

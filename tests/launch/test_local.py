@@ -21,6 +21,8 @@ from tests.support import tiny
 from tests.support.processes import alive, wait_for
 from tests.support.runs import records
 
+# As root: where the name of the machine does not resolve.
+NAMELESS = ["unshare", "-u", "sh", "-c", 'hostname no-such-host; exec "$@"', "_"] if os.geteuid() == 0 else []
 # The program of a rank in these tests; it writes its files into `folder`.
 HEADER = """
 import os, signal, sys, time
@@ -142,12 +144,12 @@ def test_a_request_before_any_rank_has_started_ends_the_launch(launch, tmp_path:
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_is_stopped_and_resumed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Two real ranks; Ctrl-C in the middle of training; the run continues."""
+    """Two real ranks on a machine whose name does not resolve; Ctrl-C in the middle of training; the run continues."""
     folder, metrics = tmp_path / "run", tmp_path / "run/metrics.jsonl"
     config = tiny.config(tiny.make_data(tmp_path), folder, ParallelConfig(context=2), steps=100_000)
     config = replace(config, evaluate=EvaluateConfig(every_steps=0, sequences=2))
     (tmp_path / "run.toml").write_text(to_toml(config))
-    command = [sys.executable, "-m", "farspan.launch.cli", "launch", "local", str(tmp_path / "run.toml")]
+    command = [*NAMELESS, sys.executable, "-m", "farspan.launch.cli", "launch", "local", str(tmp_path / "run.toml")]
     command += ["--gpus-per-node", "2"]
 
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

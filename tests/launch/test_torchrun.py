@@ -1,5 +1,6 @@
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,21 @@ def test_a_rank_that_was_killed_failed_before_those_that_lost_it() -> None:
     assert _first_failure({2: lost, 4: other}) == (4, 1)
     # torchrun itself ends the others: by SIGTERM, and where that is not enough by SIGKILL.
     assert _first_failure({2: lost, 4: failure(-15, 100), 5: failure(-9, 130)}) == (2, 1)
+
+
+@pytest.mark.parametrize(("job", "status"), [(None, 2), ("17", 1)])
+def test_a_port_in_use_is_one_sentence(job: str | None, status: int) -> None:
+    """A scheduler may start the run again, with another port."""
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        program = ["-m", "farspan.launch.torchrun", "--nproc-per-node=1", "--master-port", port, "unused.py"]
+        environment = {**os.environ, **({"SLURM_JOB_ID": job} if job else {})}
+        done = subprocess.run([sys.executable, *program], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (status, 1)
+    assert done.stderr.startswith("farspan: the ranks cannot meet (")
+    assert f"port: {port}" in done.stderr
 
 
 RANK = """

@@ -38,6 +38,7 @@ from farspan.trainer.config import CheckpointConfig
 from farspan.trainer.renamed import current_names
 from farspan.trainer.resilience.agreement import all_gather_objects, on_first_rank, raise_on_all_ranks
 from farspan.trainer.state import TrainState
+from farspan.units import BYTES, readable
 
 SPARE_BYTES = 1 << 20
 """Disk space for the index and the manifest."""
@@ -237,8 +238,9 @@ class Checkpointer:
         if num_bytes + SPARE_BYTES > free:
             partial.rmdir()
             raise CheckpointError(
-                f"checkpoint {self._folder / step_name(step)} takes {num_bytes / 1e9:,.3f} GB and {free / 1e9:,.3f} GB "
-                "are free: make room, and the same command goes on from the last checkpoint; or keep fewer with "
+                f"checkpoint {self._folder / step_name(step)} takes {readable(num_bytes, BYTES)}, should leave "
+                f"{readable(SPARE_BYTES, BYTES)}, and {readable(free, BYTES)} are free: make room, and the same "
+                "command goes on from the last checkpoint; or keep fewer with "
                 f"checkpoint.keep={self._config.keep}."
             )
         return partial

@@ -17,8 +17,7 @@ from farspan.kernels.planner import Sizes
 from farspan.parallel.mesh import Degrees
 from farspan.trainer.config import Config
 from farspan.trainer.model.flops import total_parameters
-
-GIB = 2**30
+from farspan.units import BYTES, readable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +47,7 @@ class Memory:
             "activations": self.activations,
             "working": self.working,
         }
-        return " + ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+        return " + ".join(f"{name} {readable(size, BYTES)}" for name, size in parts.items())
 
 
 def estimate_memory(config: Config, degrees: Degrees) -> Memory:
@@ -91,8 +90,8 @@ def check_memory(config: Config, degrees: Degrees, device: torch.device, local_r
         owner, available = "this machine", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (local_rank + 1)
     if needed.total > available:
         raise ConfigError(
-            f"data.sequence_tokens={config.data.sequence_tokens} takes {needed.total / GIB:.1f} GiB a rank ({needed}), "
-            f"and {owner} has {available / GIB:.1f} GiB for each: lower it, raise parallel.context or "
+            f"data.sequence_tokens={config.data.sequence_tokens} takes {readable(needed.total, BYTES)} a rank ({needed}), "
+            f"and {owner} has {readable(available, BYTES)} for each: lower it, raise parallel.context or "
             "parallel.dp_shard, set train.recompute=block or take a smaller model."
         )
 

@@ -22,16 +22,17 @@ from farspan.trainer.batch import work_of_layers
 from farspan.trainer.build import backends_of_layers, build_strategies, strategies_of_layers
 from farspan.trainer.config import Config
 from farspan.trainer.data.source import TokenSource, share_of_tokens
-from farspan.trainer.estimate.memory import GIB, estimate_memory, tokens_local
+from farspan.trainer.estimate.memory import estimate_memory, tokens_local
 from farspan.trainer.load_balance import passes_ahead
 from farspan.trainer.model.flops import attention_flops, matrix_parameters, total_parameters, training_flops
+from farspan.units import BYTES, FLOPS, readable
 
 
 def describe(config: Config, degrees: Degrees) -> str:
     """Return everything that follows from a resolved configuration, as a table of labels and values."""
     labels = _sizes(config, degrees) | _attention(config, degrees)
     memory = estimate_memory(config, degrees)
-    labels["memory"] = f"{memory.total / GIB:.2f} GiB per rank (estimate) = {memory}"
+    labels["memory"] = f"{readable(memory.total, BYTES)} per rank (estimate) = {memory}"
     return _table(labels)
 
 
@@ -96,8 +97,8 @@ def _sizes(config: Config, degrees: Degrees) -> dict[str, str]:
             f"over the step: {ahead} of {micro_batches} micro-batches run forward twice, the first time to count loads"
         )
     labels["compute"] = (
-        f"{flops / 1e9:.3g} GFLOP per token in one document of {tokens:,}, {config.train.compute_dtype} on "
-        f"{config.train.device}"
+        f"{readable(flops, [(1e3, 'kFLOP'), (1e6, 'MFLOP'), *FLOPS])} per token in one document of {tokens:,}, "
+        f"{config.train.compute_dtype} on {config.train.device}"
     )
     return labels
 
@@ -117,7 +118,7 @@ def _attention(config: Config, degrees: Degrees) -> dict[str, str]:
     return labels | {
         "backend": _backends(config),
         "strategy": f"{' and '.join(strategies)}, {config.parallel.layout} layout",
-        "traffic": f"{sent / 2**20:,.1f} MiB sent per rank and sequence",
+        "traffic": f"{readable(sent, BYTES)} sent per rank and sequence",
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from farspan.errors import ConfigError, FarspanError, shortened
+from farspan.errors import ConfigError, FarspanError, file_errors_reported, shortened
 
 T = TypeVar("T")
 
@@ -19,7 +19,8 @@ def raise_on_all_ranks(work: Callable[[], T]) -> T:
     result: T | None = None
     own_error: FarspanError | None = None
     try:
-        result = work()
+        with file_errors_reported():
+            result = work()
     except FarspanError as error:
         own_error = error
     errors = all_gather_objects(own_error)
@@ -39,7 +40,8 @@ def on_first_rank(work: Callable[[], T], group: dist.ProcessGroup | None = None)
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            outcome[0] = work()
+            with file_errors_reported():
+                outcome[0] = work()
         except FarspanError as error:
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0, group=group)

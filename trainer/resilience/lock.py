@@ -24,6 +24,8 @@ WATCH_S = 5.0
 PATIENCE_S = 60.0
 """How long a restarted job waits for the last process of its previous start to end."""
 
+HOW_TO_WRITE = "make room, change its permissions, or choose another run.folder"
+
 RECORD = re.compile(r"process \d+ on (?P<host>[^,]+)(, job (?P<job>.+))?")
 
 log = logging.getLogger("farspan")
@@ -44,8 +46,7 @@ def lock_folder(folder: Path, job: str | None = None) -> ExitStack:
             os.write(file.fileno(), record.encode())
         except OSError as error:
             raise ConfigError(
-                f"run.folder={str(folder)!r} cannot be written ({error.strerror or error}): make room, or choose "
-                "another."
+                f"run.folder={str(folder)!r} cannot be written ({error.strerror or error}): {HOW_TO_WRITE}."
             ) from None
         lock.callback(file.truncate, 0)
         over = threading.Event()

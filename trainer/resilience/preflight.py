@@ -1,5 +1,6 @@
 """A check of every rank's node before a run starts: bad nodes end it at once, odd ones are logged."""
 
+import errno
 import os
 import re
 import shutil
@@ -15,9 +16,11 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 
-from farspan.errors import ConfigError, FarspanError
+from farspan.errors import USER_ERRNOS, ConfigError, FarspanError
 from farspan.trainer.resilience.agreement import all_gather_objects
+from farspan.trainer.resilience.lock import HOW_TO_WRITE
 from farspan.trainer.resilience.signals import UNFIT_FILE
+from farspan.units import BYTES, readable
 
 CLOCK_S, SLOWER, LESS_MEMORY = 2.0, 1.5, 0.8
 """A node is odd if its clock is this far off the median, a matrix product takes this many times the median, or less
@@ -46,6 +49,8 @@ class NodeCheck:
     """Free bytes."""
     no_device: str | None
     """Why the rank lacks the device that the run asks for."""
+    unwritable: str | None
+    """How the run's folder cannot be written, if the user can change that."""
     fault: str | None
     """What does not work."""
 
@@ -55,7 +60,8 @@ def run_preflight(folder: Path, choose_device: Callable[[], torch.device]) -> li
 
     choose_device: returns this rank's device; raises ConfigError where there is none. All ranks have to call. Raises
     BadNodeError on all where some node cannot take part, and leaves a line for each such host in the folder's file
-    `unfit`. Where no rank has its device the nodes are not at fault, and the caller refuses the run.
+    `unfit`. What no rank can do is no fault of nodes: where none has its device, the caller refuses the run; where none
+    can write the folder, all raise ConfigError.
     """
     # All at one time, so that clocks can be compared.
     dist.all_reduce(torch.zeros(1))
@@ -67,7 +73,9 @@ def run_preflight(folder: Path, choose_device: Callable[[], torch.device]) -> li
     checks = all_gather_objects(_check(folder, device, clock, no_device))
     if all(check.no_device for check in checks):
         return []
-    _raise_if_bad(folder, {check.host: check.no_device or check.fault for check in checks})
+    if all(check.unwritable for check in checks):
+        raise ConfigError(f"{checks[0].unwritable}: {HOW_TO_WRITE}.")
+    _raise_if_bad(folder, {check.host: check.no_device or check.fault or check.unwritable for check in checks})
     sums = all_gather_objects((socket.gethostname(), _fault_of_sum(device)))
     _raise_if_bad(folder, dict(sorted(sums, key=lambda each: each[1] is not None)))
     return list(report(checks))
@@ -80,8 +88,8 @@ def report(checks: list[NodeCheck]) -> Iterable[str]:
     clock = median(check.clock for check in checks)
     yield (
         f"nodes       {len({check.host for check in checks})} with {len(checks)} ranks; each has "
-        f"{memory / 2**30:.1f} GiB of memory free, a product takes {product * 1e3:.2f} ms (medians); "
-        f"{min(check.disk for check in checks) / 2**30:,.0f} GiB of disk free"
+        f"{readable(memory, BYTES)} of memory free, a product takes {product * 1e3:.2f} ms (medians); "
+        f"{readable(min(check.disk for check in checks), BYTES)} of disk free"
     )
     for rank, check in enumerate(checks):
         odd = []
@@ -90,24 +98,37 @@ def report(checks: list[NodeCheck]) -> Iterable[str]:
         if check.product_s > SLOWER * product:
             odd.append(f"a product takes {check.product_s * 1e3:.2f} ms")
         if check.memory < LESS_MEMORY * memory:
-            odd.append(f"only {check.memory / 2**30:.1f} GiB of memory is free")
+            odd.append(f"only {readable(check.memory, BYTES)} of memory is free")
         if odd:
             yield f"check node  {check.host}, rank {rank}: {', '.join(odd)}"
 
 
 def _check(folder: Path, device: torch.device, clock: float, no_device: str | None) -> NodeCheck:
-    memory, product_s, fault = 0, 0.0, _fault_of_folder(folder)
+    memory, product_s, disk, unwritable, fault = 0, 0.0, 0, None, None
     try:
         memory, product_s = _free_memory(device), _product_seconds(device)
     except RuntimeError as error:
         fault = f"{device} cannot compute ({str(error).splitlines()[0]})"
+    # Where there are checkpoints, possibly behind a link; otherwise where they will be.
+    place = folder / "checkpoints"
+    try:
+        place = _nearest_existing(place)
+        disk = shutil.disk_usage(place).free
+        fault = _fault_of_storage(place) or fault
+    except OSError as error:
+        reason = f"run.folder={str(folder)!r} cannot be written at {place} ({error.strerror or error})"
+        if error.errno in USER_ERRNOS:
+            unwritable = reason
+        else:
+            fault = reason
     return NodeCheck(
         host=socket.gethostname(),
         clock=clock,
         memory=memory,
         product_s=product_s,
-        disk=shutil.disk_usage(_nearest_existing(folder)).free,
+        disk=disk,
         no_device=no_device,
+        unwritable=unwritable,
         fault=fault,
     )
 
@@ -125,8 +146,14 @@ def _raise_if_bad(folder: Path, faults: Mapping[str, str | None]) -> None:
 
 
 def _nearest_existing(folder: Path) -> Path:
-    """Return the folder or, while it does not exist, the nearest one above: a refused run leaves no folder behind."""
-    return next(path for path in (folder, *folder.parents) if path.is_dir())
+    """Return the folder or, while it does not exist, the nearest one above: a refused run leaves no folder behind.
+
+    Raises OSError if that is no folder.
+    """
+    nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not os.path.isdir(nearest):
+        raise NotADirectoryError(errno.ENOTDIR, f"{nearest} is no folder")
+    return nearest
 
 
 def _fault_of_sum(device: torch.device) -> str | None:
@@ -138,18 +165,16 @@ def _fault_of_sum(device: torch.device) -> str | None:
     return f"a sum over all ranks is {wrong[0]:g}, not {expected:g}" if wrong else None
 
 
-def _fault_of_folder(folder: Path) -> str | None:
+def _fault_of_storage(folder: Path) -> str | None:
+    """Write and read a file in the folder; raises OSError."""
     # A name of its own, since other runs may check the same folder now.
-    path, written = _nearest_existing(folder) / f".probe_{uuid4().hex}", os.urandom(PROBE_BYTES)
+    path, written = folder / f".probe_{uuid4().hex}", os.urandom(PROBE_BYTES)
     try:
-        try:
-            path.write_bytes(written)
-            read = path.read_bytes()
-        finally:
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        return f"run.folder={str(folder)!r} cannot be written ({error.strerror or error})"
-    return None if read == written else f"run.folder={str(folder)!r} gives back other bytes than were written"
+        path.write_bytes(written)
+        read = path.read_bytes()
+    finally:
+        path.unlink(missing_ok=True)
+    return None if read == written else f"{folder} gives back other bytes than were written"
 
 
 def _free_memory(device: torch.device) -> int:

@@ -84,6 +84,22 @@ def test_slurm_knows_that_a_job_must_not_be_requeued() -> None:
     assert "#SBATCH --no-requeue\n" in replace(JOB, site=Site(requeues=0)).script()
 
 
+def test_what_is_submitted_is_said() -> None:
+    assert JOB.describe(1).splitlines()[0] == "jobs        1, on 2 nodes"
+    assert JOB.describe(3).startswith("jobs        3, on 2 nodes; the script is submitted 3 times")
+    array = replace(JOB, elements=50, nodes=1, site=replace(SITE, sbatch={"mem": "0"}))
+    (line,) = array.describe(2).splitlines()
+    assert line.startswith(
+        "jobs        100, each on 1 node: an array of 50 runs, all at once if there is room; --at-most"
+    )
+    assert "#SBATCH --array=0-49%4\n" in replace(array, at_most=4).script()
+    assert "at most 4 at a time" in replace(array, at_most=4).describe(1)
+    for site in (Site(), SITE, Site(cpus_per_rank=2)):
+        resources = replace(JOB, site=site).describe(1).splitlines()[1]
+        assert "default memory" in resources
+        assert ("1 core per rank" in resources) == (site.cpus_per_rank == 1)
+
+
 def test_jobs_of_one_run_share_a_name_that_others_do_not_have() -> None:
     assert JOB.name == replace(JOB, nodes=9, submitted=JOB.run / "submitted/002").name
     assert JOB.name != replace(JOB, run=Path("/scratch/other/long")).name
@@ -93,6 +109,8 @@ def test_jobs_of_one_run_share_a_name_that_others_do_not_have() -> None:
 REFUSALS: list[tuple[dict[str, object], str]] = [
     ({"nodes": 0}, "--nodes 0 must be at least 1."),
     ({"ranks_per_node": -1}, "--gpus-per-node -1 must be at least 1."),
+    ({"elements": 3, "at_most": 0}, "--at-most 0 must be at least 1."),
+    ({"at_most": 2}, "--at-most 2 limits the runs of --each"),
     ({"time": "soon"}, "--time soon is not a time limit"),
     ({"time": "1:2:3:4"}, "--time 1:2:3:4 is not a time limit"),
     ({"time": ""}, "--time  is not a time limit"),

@@ -29,6 +29,7 @@ folder=$(dirname "$0")
 name=$(basename "$0")
 [ "$1 $2" != "show hostnames" ] || { echo node7; echo node8; exit; }
 [ "$1 $2" != "show job" ] || { cat "$folder/job.output"; exit; }
+[ "$1 $2 $3" != "show --oneliner node" ] || { cat "$folder/nodes.output" 2>/dev/null; exit; }
 echo "$name $*" >>"$folder/calls"
 [ "$name" != srun ] || . "$folder/step"
 [ "$1" != requeue ] || kill -TERM $PPID $(ps -o ppid= $PPID)
@@ -70,6 +71,24 @@ def start(job: SlurmJob, tmp_path: Path) -> Start:
         )
 
     return start
+
+
+def test_ranks_meet_at_addresses_not_at_names(start: Start, tmp_path: Path) -> None:
+    """Names of nodes need not resolve. A name it is where SLURM does not answer."""
+    step = 'echo "$MASTER_ADDR $MASTER_PORT" >$folder/meeting'
+    start(step)
+    assert (tmp_path / "meeting").read_text() == "node7 20017\n"
+    lines = [
+        f"NodeName={name} Arch=x86_64 CPUTot=2 NodeAddr={address} NodeHostName={name} Version=22.05\n"
+        for name, address in (("node7", "10.0.0.7"), ("node8", "10.0.0.8"))
+    ]
+    (tmp_path / "nodes.output").write_text("".join(lines))
+    # Another program may have the port: the next start tries another.
+    for restart, port in ((0, 20017), (1, 21014), (2, 22011)):
+        start(step, restart)
+        assert (tmp_path / "meeting").read_text() == f"10.0.0.7 {port}\n"
+    addresses = tmp_path / "run/logs/17/2/addresses"
+    assert addresses.read_text() == "node7 10.0.0.7\nnode8 10.0.0.8\n"
 
 
 def job_output(state: str, reason: str, preempted: str) -> str:

@@ -79,7 +79,7 @@ def blindly(config: Config, after_two: Callable[[Path], None]) -> tuple[str, lis
 @pytest.mark.parametrize(
     ("try_to_save", "after_two", "reason"),
     [
-        (save_until_refused, nothing, r"step_00000003 takes 0.00\d GB and 0.00\d GB are free"),
+        (save_until_refused, nothing, r"step_00000003 takes [\d.]+ KiB, should leave 1 MiB, and [\d.]+ KiB are free"),
         (blindly, fill, r"step_00000003 cannot be written \(.*No space left on device.*\): make room"),
         (save_until_refused, make_read_only, r"step_00000003 cannot be written \(Read-only file system\): make room"),
     ],

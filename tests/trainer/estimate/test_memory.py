@@ -14,7 +14,7 @@ from farspan.parallel.ranks import Ranks, connected
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import PackedSequences
-from farspan.trainer.estimate.memory import GIB, block_activations, estimate_memory
+from farspan.trainer.estimate.memory import block_activations, estimate_memory
 from farspan.trainer.model.config import ExpertsConfig
 from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.optim import build_optimizer
@@ -25,6 +25,7 @@ from tests.support import tiny
 from tests.support.rank_pool import Pools
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+GIB = 2**30
 
 
 @pytest.fixture

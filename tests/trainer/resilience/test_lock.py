@@ -113,5 +113,5 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock.os, "write", mock.Mock(side_effect=OSError(28, "No space left on device")))
-    with pytest.raises(ConfigError, match=r"cannot be written \(No space left on device\): make room, or choose"):
+    with pytest.raises(ConfigError, match=r"cannot be written \(No space left on device\): make room, change"):
         lock_folder(tmp_path)

@@ -28,6 +28,7 @@ def check(folder: Path, what: str | None, bad: tuple[int, ...]) -> tuple[str | N
     all_reduce = dist.all_reduce
     faults = {
         "folder": mock.patch.object(Path, "write_bytes", side_effect=OSError(30, "Read-only file system")),
+        "storage": mock.patch.object(Path, "write_bytes", side_effect=OSError(5, "Input/output error")),
         "bytes": mock.patch.object(Path, "read_bytes", return_value=b"other"),
         "sum": mock.patch.object(dist, "all_reduce", sum_up),
         "compute": mock.patch.object(
@@ -40,7 +41,7 @@ def check(folder: Path, what: str | None, bad: tuple[int, ...]) -> tuple[str | N
             faults.get(str(fault), mock.MagicMock()),
         ):
             return None, run_preflight(folder, choose_device)
-    except BadNodeError as error:
+    except (BadNodeError, ConfigError) as error:
         return str(error), []
 
 
@@ -48,8 +49,8 @@ def check(folder: Path, what: str | None, bad: tuple[int, ...]) -> tuple[str | N
     ("what", "reason"),
     [
         ("device", "there is no GPU"),
-        ("folder", "run.folder='FOLDER' cannot be written (Read-only file system)"),
-        ("bytes", "run.folder='FOLDER' gives back other bytes than were written"),
+        ("folder", "run.folder='FOLDER' cannot be written at FOLDER (Read-only file system)"),
+        ("bytes", "FOLDER gives back other bytes than were written"),
         ("compute", "cpu cannot compute (uncorrectable ECC error)"),
         ("sum", "a sum over all ranks is 11, not 10"),
     ],
@@ -80,11 +81,36 @@ def test_that_all_ranks_lack_the_device_is_no_fault_of_nodes(ranks, tmp_path: Pa
     assert ranks(4).run(check, tmp_path, "device", (0, 1, 2, 3)) == [(None, [])] * 4
 
 
+def test_a_folder_that_no_rank_can_write_is_no_fault_of_nodes(ranks, tmp_path: Path) -> None:
+    """Where storage has failed, it may be."""
+    folder = tmp_path / "run"
+    for what, reason in (("folder", "Read-only file system"), ("storage", "Input/output error")):
+        (error, _), *others = ranks(2).run(check, folder, what, (0, 1))
+        assert [found for found, _ in others] == [error]
+        where = f"run.folder='{folder}' cannot be written at {tmp_path} ({reason}): "
+        assert error.startswith(where if what == "folder" else f"n0: {where}".removesuffix(": "))
+        assert error.endswith("choose another run.folder." if what == "folder" else "start on other nodes.")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_in_the_way_of_the_folder_is_named(ranks, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").symlink_to(tmp_path / "gone")
+    (tmp_path / "file").touch()
+    for folder, place in ((tmp_path / "run", tmp_path / "run/checkpoints"), (tmp_path / "file/x", tmp_path / "file")):
+        (error, _), _ = ranks(2).run(check, folder, None, ())
+        assert error is not None
+        assert error.startswith(f"run.folder='{folder}' cannot be written at")
+        assert f"({place} is no folder): " in error
+
+
 def test_what_is_odd_is_a_line_for_each_rank() -> None:
-    usual = NodeCheck(host="n1", clock=1e9, memory=2**34, product_s=0.01, disk=2**40, no_device=None, fault=None)
+    usual = NodeCheck(
+        host="n1", clock=1e9, memory=2**34, product_s=0.01, disk=2**40, no_device=None, unwritable=None, fault=None
+    )
     few = [usual, replace(usual, host="n2")]
     (line,) = report([*few, *few])
-    for number in ("2 with 4 ranks", "16.0 GiB of memory", "10.00 ms", "1,024 GiB of disk"):
+    for number in ("2 with 4 ranks", "16 GiB of memory", "10.00 ms", "1 TiB of disk"):
         assert number in line
     odd = [
         replace(usual, host="n3", clock=1e9 - 3),
@@ -93,7 +119,7 @@ def test_what_is_odd_is_a_line_for_each_rank() -> None:
     ]
     assert list(report([*few, *few, *odd]))[1:] == [
         "check node  n3, rank 4: its clock is -3.0 s off",
-        "check node  n4, rank 5: a product takes 15.10 ms, only 8.0 GiB of memory is free",
+        "check node  n4, rank 5: a product takes 15.10 ms, only 8 GiB of memory is free",
     ]
 
 
@@ -104,11 +130,11 @@ def test_runs_beside_each_other_do_not_take_each_others_probe(tmp_path: Path, mo
         size = write(path, written)
         if not others:
             others.append(1)
-            others.append(preflight._fault_of_folder(tmp_path / "other"))
+            others.append(preflight._fault_of_storage(tmp_path))
         return size
 
     monkeypatch.setattr(Path, "write_bytes", meanwhile)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    assert preflight._fault_of_folder(tmp_path / "one") is None
+    assert preflight._fault_of_storage(tmp_path) is None
     assert others == [1, None]
     assert list(tmp_path.iterdir()) == []

@@ -87,13 +87,16 @@ class Run:
         groups = [slice(first, first + size) for first in range(0, len(values), size)]
         return [(statistics.fmean(places[group]), statistics.fmean(values[group])) for group in groups]
 
+    @property
+    def sets(self) -> dict[str, str]:
+        """How keys of each validation set begin, by the name of its line: those of the data's own have no prefix."""
+        keys = self.evaluations[-1] if self.evaluations else {}
+        named = [key.removesuffix("_loss_by_position") for key in keys if key.endswith("_loss_by_position")]
+        return {self.name: ""} | {f"{self.name}, {name}": f"{name}_" for name in named}
+
     def evaluated(self, key: str, *, over: str = "step") -> list[tuple[float, float]]:
         """Return (axis, value) of the evaluations that have it."""
         return [(record[over], record[key]) for record in self.evaluations if record.get(key) is not None]
-
-    def loss_by_position(self) -> Mapping[str, float]:
-        """Return the last evaluation's loss of the positions "first-last" in a document."""
-        return self.evaluations[-1].get("loss_by_position", {}) if self.evaluations else {}
 
     def last(self, key: str, layer: str) -> list[float]:
         return [record[key][layer] for record in self.updates[-LAST_STEPS:]]
@@ -140,25 +143,23 @@ def differences(runs: Sequence[Run]) -> str:
 
 def plots_of(runs: Sequence[Run]) -> dict[str, Plot]:
     """Return the plots, without those that no run has values for, or only 0."""
-    plots = {}
+    plots, sets = {}, [(name, run, prefix) for run in runs for name, prefix in run.sets.items()]
     for axis, label in AXES.items():
         suffix = "" if axis == "step" else f"_by_{axis}"
+        losses = {
+            name: run.evaluated(f"{prefix}loss" if prefix else EVALUATION_KEY, over=axis) for name, run, prefix in sets
+        }
+        bits = {name: run.evaluated(f"{prefix}bits_per_byte", over=axis) for name, run, prefix in sets}
         lines = {
             "loss": ("training loss, nats per token", {run.name: run.line("loss", over=axis) for run in runs}),
-            "validation_loss": (
-                "validation loss, nats per token",
-                {run.name: run.evaluated(EVALUATION_KEY, over=axis) for run in runs},
-            ),
-            "validation": (
-                "validation bits per byte",
-                {run.name: run.evaluated("bits_per_byte", over=axis) for run in runs},
-            ),
+            "validation_loss": ("validation loss, nats per token", losses),
+            "validation": ("validation bits per byte", bits),
         }
         plots |= {f"{key}{suffix}": Plot(title=y, series=found, x=label, y=y) for key, (y, found) in lines.items()}
     # A position's bin is drawn at its end: the most context that a token in it has.
     by_position = {
-        run.name: [(int(where.partition("-")[2]) + 1, loss) for where, loss in run.loss_by_position().items()]
-        for run in runs
+        name: [(int(where.partition("-")[2]) + 1, loss) for where, loss in found.items()]
+        for name, found in losses_by_position(runs).items()
     }
     title = "validation loss by position, last evaluation, nats per token"
     plots["positions"] = Plot(title=title, series=by_position, x="position in the document, up to", y=title, log="x")
@@ -168,12 +169,25 @@ def plots_of(runs: Sequence[Run]) -> dict[str, Plot]:
     return {key: plot for key, plot in plots.items() if any(y for points in plot.series.values() for _, y in points)}
 
 
+def losses_by_position(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
+    """Return the last evaluations' losses of the positions "first-last" in a document, by run and validation set."""
+    return {
+        name: run.evaluations[-1].get(f"{prefix}loss_by_position", {})
+        for run in runs
+        if run.evaluations
+        for name, prefix in run.sets.items()
+    }
+
+
 def _by_position(runs: Sequence[Run]) -> str:
-    """Return a table of loss by position, a column for each run; empty without an evaluation."""
-    found = [run.loss_by_position() for run in runs]
-    where = sorted({name for losses in found for name in losses}, key=lambda name: [int(n) for n in name.split("-")])
-    rows = [[name, *(f"{losses[name]:.4f}" if name in losses else "" for losses in found)] for name in where]
-    return markdown_table(["positions", *(run.name for run in runs)], rows) if rows else ""
+    """Return a table of loss by position, a column for each run and set; empty without an evaluation."""
+    found = losses_by_position(runs)
+    where = {name: int(name.partition("-")[2]) for losses in found.values() for name in losses}
+    rows = [
+        [name, *(f"{losses[name]:.4f}" if name in losses else "" for losses in found.values())]
+        for name in sorted(where, key=lambda name: where[name])
+    ]
+    return markdown_table(["positions", *found], rows) if rows else ""
 
 
 def _table(lines: Sequence[Mapping[str, object]]) -> str:
@@ -186,6 +200,7 @@ def _line(run: Run) -> Mapping[str, object]:
     loss, bits = "not yet", ""
     for record in run.evaluations[-1:]:
         loss = f"{record[EVALUATION_KEY]:.4f} at step {record['step']:,}"
+        bits = "unknown"
         if record.get("bits_per_byte") is not None:
             bits = f"{record['bits_per_byte']:.3f} (frequencies: {record['unigram_bits_per_byte']:.3f})"
     loads = [statistics.fmean(run.last("expert_load", layer)) for layer in run.layers]

@@ -11,6 +11,7 @@ import pytest
 from farspan.parallel.mesh import ParallelConfig
 from farspan.parallel.ranks import Ranks
 from farspan.tools import report_run
+from farspan.tools.bench import report as bench_report
 from farspan.tools.report_run import Run, main
 from farspan.trainer.config import EvaluateConfig
 from farspan.trainer.model.config import ExpertsConfig
@@ -36,6 +37,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for config in (plain, mixed):
         train(replace(config, evaluate=EvaluateConfig(sequences=2)), Ranks(), StopSignal())
     return folder
+
+
+@pytest.fixture
+def _without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of the time of a report."""
+    monkeypatch.setattr(bench_report, "draw", lambda plots, folder: [])
 
 
 def cells(text: str, first: str) -> list[str]:
@@ -90,6 +97,7 @@ def test_a_run_in_progress_is_reported_into_its_own_folder(runs: Path, tmp_path:
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("_without_plots")
 def test_runs_of_one_name_are_named_by_their_folders(runs: Path, tmp_path: Path) -> None:
     again = shutil.copytree(runs / "plain", tmp_path / "plain")
     assert main([str(runs / "plain"), str(again), "--out", str(tmp_path / "both")]) == 0
@@ -126,6 +134,7 @@ def test_loss_by_position_is_side_by_side(runs: Path, tmp_path: Path) -> None:
     assert all(f">{tick}<" in svg for tick in (64, 101, 128, 256))
 
 
+@pytest.mark.usefixtures("_without_plots")
 def test_runs_are_placed_on_each_axis(tmp_path: Path, runs: Path) -> None:
     """A step that was skipped has no loss, but its tokens and its time count."""
     folder = shutil.copytree(runs / "plain", tmp_path / "placed")
@@ -145,9 +154,26 @@ def test_runs_are_placed_on_each_axis(tmp_path: Path, runs: Path) -> None:
     assert run.evaluated("eval_loss", over="minutes") == [(1.5, 4.5), (2.0, 4.25)]
     assert run.evaluated("bits_per_byte") == [(2, 1.5)]
     assert main([str(folder)]) == 0
-    assert cells((folder / "report.md").read_text(), "placed")[5:7] == ["4.2500 at step 3", ""]
+    assert cells((folder / "report.md").read_text(), "placed")[5:7] == ["4.2500 at step 3", "unknown"]
 
 
+@pytest.mark.usefixtures("_without_plots")
+def test_each_validation_set_has_a_line_of_its_own(runs: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(runs / "plain", tmp_path / "sets")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    of_code = {"code_loss": 1.5, "code_bits_per_byte": 0.5, "code_loss_by_position": {"0-63": 1.75, "64-100": 1.25}}
+    (folder / "metrics.jsonl").write_text("\n".join([*lines[:-1], json.dumps(json.loads(lines[-1]) | of_code)]) + "\n")
+    run = Run.read(folder, "sets")
+    plots = report_run.plots_of([run])
+    own = run.evaluations[-1]
+    assert plots["validation_loss"].series == {"sets": [(3, own["eval_loss"])], "sets, code": [(3, 1.5)]}
+    assert plots["validation"].series == {"sets": [(3, own["bits_per_byte"])], "sets, code": [(3, 0.5)]}
+    assert plots["positions"].series["sets, code"] == [(64, 1.75), (101, 1.25)]
+    assert main([str(folder)]) == 0
+    assert cells((folder / "report.md").read_text(), "0-63")[1:] == [f"{own['loss_by_position']['0-63']:.4f}", "1.7500"]
+
+
+@pytest.mark.usefixtures("_without_plots")
 def test_an_earlier_configuration_of_a_run_is_named(runs: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(runs / "plain", tmp_path / "went_on")
     shutil.copy(folder / "config.toml", folder / "config_until_step_00000002.toml")

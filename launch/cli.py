@@ -8,6 +8,7 @@ import atexit
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import NoReturn, TextIO
 from farspan.errors import FarspanError
 from farspan.launch.commands import checkpoint, jobs, launch, models, train
 from farspan.launch.commands.arguments import Subparsers, add_command, add_subparsers
-from farspan.trainer.resilience.signals import EXIT_USER_ERROR, stop_signals_blocked
+from farspan.trainer.resilience.signals import EXIT_USER_ERROR, KILLED, StopSignal, stop_signals_blocked
 
 EXIT_INTERRUPTED = 130
 DASHED_OVERRIDE = re.compile(r"--\w+\.[\w.]+(=|$)")
@@ -97,8 +98,20 @@ def _add_data(subparsers: Subparsers) -> None:
     # Imports numpy, which must not start threads before `farspan train` has blocked signals: see main.
     from farspan.trainer.data import prepare
 
+    def run(options: argparse.Namespace) -> None:
+        # Their default would leave the folder that is being written.
+        with StopSignal(first=_leave):
+            prepare.run(options)
+
     commands = add_subparsers(subparsers.add_parser("data", help="make training data"), "COMMAND")
-    prepare.add_arguments(add_command(commands, "prepare", prepare.run, "turn text into memory-mapped tokens"))
+    prepare.add_arguments(add_command(commands, "prepare", run, "turn text into memory-mapped tokens"))
+
+
+def _leave(number: int) -> NoReturn:
+    """End with the status of a process that the signal killed, after all that has to be done before."""
+    with suppress(OSError):  # the terminal may be gone
+        os.write(2, f"\nfarspan: stopped by {signal.Signals(number).name}; nothing is written.\n".encode())
+    raise SystemExit(KILLED + number)
 
 
 @contextmanager

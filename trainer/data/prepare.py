@@ -4,14 +4,11 @@ import argparse
 import hashlib
 import logging
 import math
-import os
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
@@ -22,10 +19,10 @@ from farspan.trainer.data.readers import SKIP_FLAG, DocumentReader
 from farspan.trainer.data.source import SPLITS, SplitMeta, SplitWriter, write_synced
 from farspan.trainer.data.tokenizer import BOS_CHOICES, TOKENIZER_FOLDER, Tokenizer, load_tokenizer
 from farspan.trainer.data.workers import Part, tokenize
-from farspan.trainer.resilience.signals import KILLED, StopSignal
 
 HASH_BYTES = 8
 LARGE_PIECE_BYTES = 1 << 24
+LARGE_PIECE = "%-12s%s: the tokenizer allows no cut in %d MB, which take up to 150 bytes of memory a byte"
 
 log = logging.getLogger("farspan")
 RENAMED = {"--held-out": "--validation-fraction", "--hold-out-ends": "--validation-from-ends"}
@@ -159,28 +156,20 @@ class _RenamedFlag(argparse.Action):
 
 def run(args: argparse.Namespace) -> None:
     """Run `farspan data prepare` and print a summary; raises DataError."""
-    # Not the default of SIGTERM and SIGHUP, which would leave the folder that is being written.
-    with StopSignal(first=_stop):
-        report = prepare(
-            args.paths,
-            tokenizer=load_tokenizer(args.tokenizer, end_token=args.end_token, bos=args.bos),
-            out=args.out,
-            suffixes=args.suffix,
-            exclude=args.exclude,
-            validation_fraction=args.validation_fraction,
-            validation_from_ends=args.validation_from_ends,
-            text_key=args.text_key,
-            skip_unreadable=args.skip_unreadable,
-            overwrite=args.overwrite,
-            workers=args.workers,
-        )
+    report = prepare(
+        args.paths,
+        tokenizer=load_tokenizer(args.tokenizer, end_token=args.end_token, bos=args.bos),
+        out=args.out,
+        suffixes=args.suffix,
+        exclude=args.exclude,
+        validation_fraction=args.validation_fraction,
+        validation_from_ends=args.validation_from_ends,
+        text_key=args.text_key,
+        skip_unreadable=args.skip_unreadable,
+        overwrite=args.overwrite,
+        workers=args.workers,
+    )
     print(report.summary())
-
-
-def _stop(number: int) -> NoReturn:
-    with suppress(OSError):  # the terminal may be gone
-        os.write(2, f"\nfarspan: stopped by {signal.Signals(number).name}; nothing is written.\n".encode())
-    raise SystemExit(KILLED + number)
 
 
 def _write_splits(
@@ -236,22 +225,19 @@ def _parts(reader: DocumentReader, tokenizer: Tokenizer, validation_fraction: fl
         else:
             border = 0 if point < validation_fraction else size
         for split, (start, stop) in enumerate(((0, border), (border, size))):
-            for piece in pieces(document.text, start, stop, tokenizer.encode):
-                if len(piece.text) > LARGE_PIECE_BYTES:
-                    log.warning(
-                        "%-12s%s has no place to cut it for this tokenizer: %d MB at once, up to 150 bytes of memory "
-                        "a byte",
-                        "large piece",
-                        document.origin,
-                        len(piece.text) / 1e6,
+            try:
+                for piece in pieces(document.text, start, stop, tokenizer.encode):
+                    if len(piece.text) > LARGE_PIECE_BYTES:
+                        log.warning(LARGE_PIECE, "large piece", document.origin, len(piece.text) / 1e6)
+                    yield Part(
+                        piece=piece,
+                        origin=document.origin,
+                        split=split,
+                        point=point,
+                        document_bytes=stop - start if piece.is_last else None,
                     )
-                yield Part(
-                    piece=piece,
-                    origin=document.origin,
-                    split=split,
-                    point=point,
-                    document_bytes=stop - start if piece.is_last else None,
-                )
+            except DataError as error:
+                raise DataError(f"{document.origin}: {error}") from error
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:

@@ -12,14 +12,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn, TextIO
 
 from farspan.errors import FarspanError, file_errors_reported
 from farspan.launch.commands import checkpoint, jobs, launch, models, train
 from farspan.launch.commands.arguments import Parser, Subparsers, add_command, add_subparsers
 from farspan.launch.output import guard_standard_streams, print_error, status_with_output
-from farspan.trainer.resilience.signals import EXIT_FAILED, EXIT_USER_ERROR, STOP_SIGNALS, StopSignal
+from farspan.trainer.resilience.signals import EXIT_FAILED, EXIT_USER_ERROR, KILLED, STOP_SIGNALS, StopSignal
 from farspan.versions import summary
 
 EXIT_INTERRUPTED = 130
@@ -63,8 +63,15 @@ def _parse_interruptibly() -> argparse.Namespace:
         options = parse(None)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # not ignored, as by nohup
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, _leave)
     return options
+
+
+def _leave(number: int, frame: object) -> NoReturn:
+    """End with the status of a process that the signal killed, after all that has to be done before."""
+    with suppress(OSError):  # the terminal may be gone
+        os.write(2, f"\nfarspan: stopped by {signal.Signals(number).name}.\n".encode())
+    raise SystemExit(KILLED + number)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

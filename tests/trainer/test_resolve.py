@@ -10,6 +10,7 @@ from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.parallel.mesh import Degrees, ParallelConfig
 from farspan.parallel.ranks import Ranks
 from farspan.trainer.config import AttentionConfig, Config
+from farspan.trainer.data.source import TokenSource
 from farspan.trainer.data.tokenizer import load_tokenizer
 from farspan.trainer.resolve import choose_device, choose_strategy, machine_of, resolve, strategy_costs
 from farspan.trainer.toml_config import load_config, to_toml
@@ -159,3 +160,20 @@ def test_a_run_that_no_strategy_takes_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(STRATEGIES, "load", lambda: only)
     with pytest.raises(ConfigError, match=r"parallel\.strategy='auto' finds none: .*set parallel\.context=1"):
         chosen(config_of(ParallelConfig(strategy="auto", context=2)), 2)
+
+
+def test_data_of_fewer_tokens_than_a_sequence_are_refused(config: Config) -> None:
+    tokens = TokenSource(Path(config.data.folder) / "train").num_tokens
+    for length, fits in ((tokens, True), (tokens + 1, False)):
+        changed = replace(config, data=replace(config.data, sequence_tokens=length))
+        if fits:
+            resolve(changed, Ranks(world_size=2))
+            continue
+        with pytest.raises(ConfigError, match=rf"data\.sequence_tokens={length} is more than the {tokens} tokens"):
+            resolve(changed, Ranks(world_size=2))
+
+
+def test_a_run_beyond_the_memory_of_the_machine_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 1 << 20}.__getitem__)
+    with pytest.raises(ConfigError, match=r"this machine has 0\.0 GiB for each"):
+        resolve(config, Ranks(world_size=2))

@@ -23,6 +23,7 @@ from farspan.trainer.data.workers import Part, tokenize
 
 HASH_BYTES = 8
 LARGE_PIECE_BYTES = 1 << 24
+LARGE_PIECE = "%-12s%s: the tokenizer allows no cut in %d MB, which take up to 150 bytes of memory a byte"
 
 log = logging.getLogger("farspan")
 RENAMED = {"--held-out": "--validation-fraction", "--hold-out-ends": "--validation-from-ends"}
@@ -230,22 +231,19 @@ def _parts(reader: DocumentReader, tokenizer: Tokenizer, validation_fraction: fl
         else:
             border = 0 if point < validation_fraction else size
         for split, (start, stop) in enumerate(((0, border), (border, size))):
-            for piece in pieces(document.text, start, stop, tokenizer.encode):
-                if len(piece.text) > LARGE_PIECE_BYTES:
-                    log.warning(
-                        "%-12s%s has no place to cut it for this tokenizer: %d MB at once, up to 150 bytes of memory "
-                        "a byte",
-                        "large piece",
-                        document.origin,
-                        len(piece.text) / 1e6,
+            try:
+                for piece in pieces(document.text, start, stop, tokenizer.encode):
+                    if len(piece.text) > LARGE_PIECE_BYTES:
+                        log.warning(LARGE_PIECE, "large piece", document.origin, len(piece.text) / 1e6)
+                    yield Part(
+                        piece=piece,
+                        origin=document.origin,
+                        split=split,
+                        point=point,
+                        document_bytes=stop - start if piece.is_last else None,
                     )
-                yield Part(
-                    piece=piece,
-                    origin=document.origin,
-                    split=split,
-                    point=point,
-                    document_bytes=stop - start if piece.is_last else None,
-                )
+            except DataError as error:
+                raise DataError(f"{document.origin}: {error}") from error
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:

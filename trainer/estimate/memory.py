@@ -90,8 +90,8 @@ def check_memory(config: Config, degrees: Degrees, device: torch.device, local_r
         owner, available = "this machine", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (local_rank + 1)
     if needed.total > available:
         raise ConfigError(
-            f"data.sequence_tokens={config.data.sequence_tokens} takes {readable(needed.total, BYTES)} a rank ({needed}), "
-            f"and {owner} has {readable(available, BYTES)} for each: lower it, raise parallel.context or "
+            f"data.sequence_tokens={config.data.sequence_tokens} takes {readable(needed.total, BYTES)} a rank "
+            f"({needed}), and {owner} has {readable(available, BYTES)} for each: lower it, raise parallel.context or "
             "parallel.dp_shard, set train.recompute=block or take a smaller model."
         )
 

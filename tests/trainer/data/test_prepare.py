@@ -331,3 +331,25 @@ def test_a_result_inside_the_corpus_is_not_read_back(corpus):
     first = prepared(corpus, corpus / "out")
     again = prepared(corpus, corpus / "out", overwrite=True)
     assert again.train == first.train
+
+
+def test_lengths_are_in_the_meta(tmp_path):
+    lines = tmp_path / "x.jsonl"
+    lines.write_text("".join(json.dumps({"text": "x" * n}) + "\n" for n in (9, 99, 4095, 40_000)))
+    report = prepared(lines, tmp_path / "out", validation_from_ends=True, fraction=1e-9)
+    lengths = [9, 99, 4095, 40_000]  # without the last character, with the end token
+    share = {n: sum(length for length in lengths if length >= n) / sum(lengths) for n in (4096, 32768, 131072)}
+    assert (report.train.median_tokens, report.train.longest_tokens) == ((99 + 4095) // 2, 40_000)
+    assert report.train.long_documents == {str(n): part for n, part in share.items()}
+
+
+def test_a_book_of_wide_characters_is_split_between_characters(tmp_path):
+    for text, train in (("漢", 1), ("漢字", 1), ("漢字漢字漢字漢字漢字", 9)):
+        (tmp_path / "book.txt").write_text(text, encoding="utf-8")
+        out = tmp_path / f"out{len(text)}"
+        if len(text) == 1:
+            with pytest.raises(DataError, match="single character"):
+                prepared(tmp_path / "book.txt", out, 0.1, validation_from_ends=True)
+            continue
+        prepared(tmp_path / "book.txt", out, 0.1, validation_from_ends=True)
+        assert (documents(out, "train"), documents(out, "validation")) == ([text[:train]], [text[train:]])

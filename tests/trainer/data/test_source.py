@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from farspan.errors import DataError
-from farspan.trainer.data.source import SplitWriter, TokenSource, token_dtype
+from farspan.trainer.data.source import SplitWriter, TokenSource, share_of_tokens, token_dtype
 from farspan.trainer.data.tokenizer import load_tokenizer
 
 DOCUMENTS = [b"abracadabra", b"", b"xyz" * 9, b"a"]
@@ -149,3 +149,12 @@ def test_meta_of_another_split_is_refused(folder, changes, name):
     change_meta(folder, **changes)
     with pytest.raises(DataError, match=name):
         TokenSource(folder)
+
+
+def test_a_folder_of_before_statistics_opens(folder):
+    new = ("tokenizer_sha256", "median_tokens", "longest_tokens", "long_documents")
+    change_meta(folder, **dict.fromkeys(new, "drop"))
+    source = TokenSource(folder)
+    assert [getattr(source.meta, name) for name in new] == [None] * 4
+    assert source.document_lengths().tolist() == [12, 1, 28, 2]
+    assert [share_of_tokens(source.document_lengths(), n) for n in (1, 12, 13, 29)] == [1, 40 / 43, 28 / 43, 0]

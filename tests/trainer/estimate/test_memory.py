@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from farspan.errors import ConfigError
 from farspan.parallel.comm import Traffic
 from farspan.parallel.mesh import Degrees, Mesh, ParallelConfig
 from farspan.parallel.ranks import Ranks, connected
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import PackedSequences
-from farspan.trainer.estimate.memory import block_activations, estimate_memory
+from farspan.trainer.estimate.memory import block_activations, check_memory, estimate_memory
 from farspan.trainer.model.config import ExpertsConfig
 from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.optim import build_optimizer
@@ -164,3 +165,13 @@ def test_presets_fit_their_gpus(preset: str, ranks: int, gib: int) -> None:
     degrees = Degrees.resolve(config.parallel, ranks)
     validate(config, degrees)
     assert estimate_memory(config, degrees).total / GIB == pytest.approx(gib, abs=1)
+
+
+def test_a_run_that_cannot_fit_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    degrees, cpu = Degrees.resolve(config.parallel, 1), torch.device("cpu")
+    needed = estimate_memory(config, degrees).total
+    monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": needed}.__getitem__)
+    check_memory(config, degrees, cpu, local_rank=0)
+    # The second rank of the machine leaves half of it to the first.
+    with pytest.raises(ConfigError, match=r"data\.sequence_tokens=101 takes .* GiB a rank .*parallel\.context"):
+        check_memory(config, degrees, cpu, local_rank=1)

@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,8 +15,16 @@ from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.parallel.mesh import Degrees, ParallelConfig
 from farspan.trainer.config import AttentionConfig, Config, DataConfig, RunConfig, TrainConfig
+from farspan.trainer.data.source import SplitWriter, TokenSource
+from farspan.trainer.data.tokenizer import load_tokenizer
 from farspan.trainer.estimate import summary
-from farspan.trainer.estimate.summary import attention_bytes, convolution_bytes, describe, format_layers
+from farspan.trainer.estimate.summary import (
+    attention_bytes,
+    convolution_bytes,
+    describe,
+    describe_data,
+    format_layers,
+)
 from farspan.trainer.model.config import ExpertsConfig, HeadMixtureConfig, ModelConfig
 from farspan.trainer.resolve import fill_in
 from tests.support import tiny
@@ -190,6 +199,33 @@ def test_layers_are_counted() -> None:
     )
     assert format_layers(CONFIG.mechanisms()) == "Dense(causal=True)"
     assert re.match("2 x Lightning, 2 x Dense", labels(summarize(HYBRID))["attention"])
+
+
+def source_of(folder: Path, lengths: list[int]) -> TokenSource:
+    """Documents of these lengths, with their end tokens."""
+    with SplitWriter(folder, tokenizer=load_tokenizer("bytes")) as writer:
+        for length in lengths:
+            writer.add(np.zeros(length - 1), num_bytes=length)
+        writer.finish()
+    return TokenSource(folder)
+
+
+def test_the_documents_of_a_run(tmp_path: Path) -> None:
+    # 100 steps of 6 sequences of 4,096 tokens.
+    source = source_of(tmp_path / "long", [100, 200, 300, 4096, 5304])
+    assert labels(describe_data(CONFIG, source)) == {
+        "documents": "5, median 300, longest 5,304 tokens; 94.0% of tokens in documents of at least 4,096",
+        "epochs": "246 = 2,457,600 of 10,000 tokens, 2.4 sequences",
+    }
+    short = labels(describe_data(CONFIG, source_of(tmp_path / "short", [4095, 4095])))
+    assert short["documents"].endswith("0.0% of tokens in documents of at least 4,096")
+    assert "attention reaches 4,095 tokens at most, of data.sequence_tokens=4096" in short["warning"]
+
+
+def test_padding_of_the_layout_is_told() -> None:
+    assert labels(summarize(CONFIG))["micro-batch"] == "2,048 tokens per rank, 3 per step"
+    odd = replace(CONFIG, data=replace(CONFIG.data, sequence_tokens=101))
+    assert labels(summarize(odd))["micro-batch"] == "51 tokens per rank (1.0% padding), 3 per step"
 
 
 if __name__ == "__main__":

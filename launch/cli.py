@@ -12,14 +12,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import NoReturn, TextIO
 
 from farspan.errors import FarspanError, file_errors_reported
 from farspan.launch.commands import checkpoint, jobs, launch, models, train
 from farspan.launch.commands.arguments import Parser, Subparsers, add_command, add_subparsers
 from farspan.launch.output import guard_standard_streams, print_error, status_with_output
-from farspan.trainer.resilience.signals import EXIT_FAILED, EXIT_USER_ERROR, KILLED, STOP_SIGNALS, StopSignal
+from farspan.trainer.resilience.signals import EXIT_FAILED, EXIT_USER_ERROR, STOP_SIGNALS, StopSignal
 from farspan.versions import summary
 
 EXIT_INTERRUPTED = 130
@@ -42,7 +42,7 @@ def run_and_exit() -> NoReturn:
         # before numpy and torch start threads: threads inherit the block, and one without it would take the signal.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        status = _run(parse(None) if is_rank else _parse_interruptibly())
+        status = main() if is_rank else _run(_parse_interruptibly())
     except SystemExit as request:
         # argparse's: 0 after --help, 2 for an error that it has printed.
         status = int(request.code or 0)
@@ -57,21 +57,14 @@ def run_and_exit() -> NoReturn:
 
 
 def _parse_interruptibly() -> argparse.Namespace:
-    """Parse this process's arguments; a stop signal during that, or later in the command, ends it with a status."""
+    """Parse this process's arguments; SIGTERM and SIGHUP, during that or later, end it as Ctrl-C does."""
     # Not by an exception, which the import of numpy may swallow.
     with StopSignal(first=lambda number: os._exit(EXIT_INTERRUPTED)):
         options = parse(None)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # not ignored, as by nohup
-            signal.signal(number, _leave)
+            signal.signal(number, signal.default_int_handler)
     return options
-
-
-def _leave(number: int, frame: object) -> NoReturn:
-    """End with the status of a process that the signal killed, after all that has to be done before."""
-    with suppress(OSError):  # the terminal may be gone
-        os.write(2, f"\nfarspan: stopped by {signal.Signals(number).name}.\n".encode())
-    raise SystemExit(KILLED + number)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

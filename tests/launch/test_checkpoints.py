@@ -47,9 +47,9 @@ def test_ls_prints_a_line_for_each(run: Path, capsys: pytest.CaptureFixture[str]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["step", "saved", "size", "files", "tokens"]
     when = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
-    assert re.fullmatch(rf" *10  {when}  1\.\d+ MiB  +2 +1,000", lines[1])
+    assert re.fullmatch(rf" *10  {when}  \d+ KiB  +2 +1,000", lines[1])
     assert re.fullmatch(rf" *30  {when} +is damaged \(__0_0.distcp is missing\): restore.*", lines[2])
-    assert re.fullmatch(rf" *20  {when}  1\.\d+ MiB  +2 +2,000  +refused", lines[3])
+    assert re.fullmatch(rf" *20  {when}  \d+ KiB  +2 +2,000  +refused", lines[3])
 
 
 def test_a_checkpoint_that_the_run_deletes_meanwhile_is_not_damaged(

@@ -173,5 +173,5 @@ def test_a_run_that_cannot_fit_is_refused(config: Config, monkeypatch: pytest.Mo
     monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": needed}.__getitem__)
     check_memory(config, degrees, cpu, local_rank=0)
     # The second rank of the machine leaves half of it to the first.
-    with pytest.raises(ConfigError, match=r"data\.sequence_tokens=101 takes .* GiB a rank .*parallel\.context"):
+    with pytest.raises(ConfigError, match=r"data\.sequence_tokens=101 takes .* a rank .*parallel\.context"):
         check_memory(config, degrees, cpu, local_rank=1)

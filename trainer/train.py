@@ -121,7 +121,7 @@ def start_up(config: Config, ranks: Ranks, stop: StopSignal, stack: ExitStack) -
     described = describe(resolved.config, resolved.degrees), describe_data(resolved.config, resolved.train_source)
     lines = *described, *describe_sets(resolved.validation_sets), *resolved.reasons, *nodes
     log.info("%s", "\n".join(lines))
-    on_first_rank(lambda: lock_and_check_files(resolved, ranks, stack))
+    on_first_rank(lambda: check_files_and_lock(resolved, ranks, stack))
     return resolved
 
 
@@ -133,10 +133,9 @@ def device_to_connect_on(config: Config, ranks: Ranks) -> torch.device:
         return torch.device("cpu")
 
 
-def lock_and_check_files(resolved: Resolved, ranks: Ranks, stack: ExitStack) -> None:
+def check_files_and_lock(resolved: Resolved, ranks: Ranks, stack: ExitStack) -> None:
     """Raise FarspanError if another run has the folder, or an input of this run is missing or was changed."""
     config = resolved.config
-    stack.enter_context(lock_folder(Path(config.run.folder), ranks.job))
     for source in (resolved.train_source, *(of.source for of in resolved.validation_sets.values())):
         check_integrity(source.folder)
     weights = finished(config.run.folder / "checkpoints")[-1:]
@@ -145,6 +144,8 @@ def lock_and_check_files(resolved: Resolved, ranks: Ranks, stack: ExitStack) -> 
         weights = [config.run.start_from]
     for folder in weights:
         check_tokenizer(folder, config.data.folder)
+    # Last, as it makes the folder.
+    stack.enter_context(lock_folder(config.run.folder, ranks.job))
 
 
 def record_start(config: Config, step: int) -> None:

@@ -316,3 +316,4 @@ def test_missing_weights_are_found_before_the_model_is_built(
     monkeypatch.setattr(module, "build_model", lambda *arguments: pytest.fail("built"))
     with pytest.raises(CheckpointError, match="holds no weights"):
         run(replace(config, run=replace(config.run, start_from=tmp_path / "none")))
+    assert not config.run.folder.exists()

@@ -117,7 +117,8 @@ def _check(folder: Path, device: torch.device, clock: float, no_device: str | No
         fault = _fault_of_storage(place) or fault
     except OSError as error:
         reason = f"run.folder={str(folder)!r} cannot be written at {place} ({error.strerror or error})"
-        if error.errno in USER_ERRNOS:
+        # No file at all can be made in some folders of the system, such as /proc.
+        if error.errno in USER_ERRNOS | {errno.ENOENT}:
             unwritable = reason
         else:
             fault = reason

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.mechanism import Heads, Mechanism
-from farspan.parallel.comm import Channel, Traffic, Transfer
+from farspan.parallel.comm import Channel, GradCommDtype, Traffic, Transfer
 from farspan.parallel.context_parallel.strategy import STRATEGIES, DistributedAttention, Volume
 from farspan.parallel.layout import Shards
 
@@ -131,12 +131,20 @@ class SimulatedAttention:
 
 
 def simulate_attention(
-    strategy: str, mechanism: Mechanism, shards: Shards, heads: Heads, inputs: Sequence[Tensor], *, inner_size: int = 1
+    strategy: str,
+    mechanism: Mechanism,
+    shards: Shards,
+    heads: Heads,
+    inputs: Sequence[Tensor],
+    *,
+    inner_size: int = 1,
+    grad_comm_dtype: GradCommDtype = "accumulation",
 ) -> SimulatedAttention:
     """Run attention forward and backward on simulated ranks; inputs: q, k, v, routing and dout of the full sequence."""
 
     def attend(channel: Channel) -> tuple[list[Tensor], Volume, DistributedAttention]:
-        planned = STRATEGIES.get(strategy)(channel).prepare(mechanism, shards, heads, backend="cpu")
+        planning = STRATEGIES.get(strategy)(channel, grad_comm_dtype=grad_comm_dtype)
+        planned = planning.prepare(mechanism, shards, heads, backend="cpu")
         *local, dout = (shards.shard(x, channel.rank) for x in inputs)
         out, saved = planned.forward(*local)
         forward = channel.traffic.take().sent.total()

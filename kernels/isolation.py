@@ -14,7 +14,7 @@ rows are copied each time, which is linear in their number.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -43,6 +43,7 @@ class Isolation:
     keys: Places
     count: int
     causal: bool
+    _elsewhere: dict[torch.device, "Isolation"] = field(default_factory=dict, init=False)
 
     @staticmethod
     def of(queries: Rows, keys: Rows, *, causal: bool) -> "Isolation | None":
@@ -112,11 +113,13 @@ class Isolation:
         return first[to.document] <= to.position * sign
 
     def to(self, device: torch.device) -> "Isolation":
-        """Return the same with its columns on `device`."""
+        """Return the same with its columns on `device`, where they are copied once for all layers."""
         if device.type == "cpu":
             return self
-        queries, keys = (Places(*(x.to(device) for x in places)) for places in (self.queries, self.keys))
-        return replace(self, queries=queries, keys=keys)
+        if device not in self._elsewhere:
+            queries, keys = (Places(*(x.to(device) for x in places)) for places in (self.queries, self.keys))
+            self._elsewhere[device] = Isolation(queries=queries, keys=keys, count=self.count, causal=self.causal)
+        return self._elsewhere[device]
 
 
 def bad_rows(document: Tensor, *tensors: Tensor) -> Tensor:

@@ -71,13 +71,13 @@ def train(config: Config, ranks: Ranks, stop: StopSignal) -> bool:
             with watchdog.phase("step", state.step):
                 replay(model, batches, config.run.replay, mesh)
             return False
-
-        metrics = stack.enter_context(closing(Metrics(config, model, mesh, batches, state.step)))
-        stopping, steps = any_rank(stop.requested), config.train.steps
-        is_evaluation_missing = validation.is_missing(state.step, metrics)
-        has_work = state.step < steps or is_evaluation_missing
-        if has_work and not stopping:
-            on_first_rank(lambda: record_start(config, state.step))
+        with watchdog.phase("start", state.step):
+            metrics = stack.enter_context(closing(Metrics(config, model, mesh, batches, state.step)))
+            stopping, steps = any_rank(stop.requested), config.train.steps
+            is_evaluation_missing = validation.is_missing(state.step, metrics)
+            has_work = state.step < steps or is_evaluation_missing
+            if has_work and not stopping:
+                on_first_rank(lambda: record_start(config, state.step))
         if is_evaluation_missing and not stopping:
             stopping = validation.run(model, state.step, metrics)
         while state.step < steps and not stopping:
@@ -95,14 +95,14 @@ def train(config: Config, ranks: Ranks, stop: StopSignal) -> bool:
                 in_background = config.checkpoint.background and state.step < steps and not stopping
                 with watchdog.phase("save", state.step):
                     checkpoints.start_saving(state) if in_background else checkpoints.save(state)
-                stopping = any_rank(stop.requested)
+                    stopping = any_rank(stop.requested)
 
         with watchdog.phase("save", state.step):
             checkpoints.finish_saving()
-        metrics.check()
-        is_finished = state.step >= steps and not validation.is_missing(state.step, metrics)
-        log_end(config, state.step, is_finished=is_finished, has_work=has_work)
-        return not is_finished and any_rank(stop.preemption_warning)
+            metrics.check()
+            is_finished = state.step >= steps and not validation.is_missing(state.step, metrics)
+            log_end(config, state.step, is_finished=is_finished, has_work=has_work)
+            return not is_finished and any_rank(stop.preemption_warning)
 
 
 def start_up(config: Config, ranks: Ranks, stop: StopSignal, stack: ExitStack) -> Resolved | None:

@@ -200,7 +200,7 @@ def test_runs_of_an_array_are_resumed_one_by_one(cluster: Cluster, config_file: 
 @pytest.mark.faults
 def test_a_chain_continues_after_a_canceled_job(cluster: Cluster, config_file: Path, undisturbed: Undisturbed) -> None:
     run = config_file.parent / "chain"
-    # The stop may come in a step or in a save, whose other ranks then wait for the stopped one.
+    # The stop may come in a step or in a save, in which the other ranks then wait.
     limits = ["watchdog.step_s=10", "watchdog.save_s=10"]
     first, second = launch(cluster, config_file, run, "--task-per-rank", "--chain", "2", *limits)
     ranks = pause(run, first, 0)

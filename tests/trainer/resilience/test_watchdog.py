@@ -6,18 +6,23 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from farspan.parallel.mesh import ParallelConfig
 from farspan.parallel.ranks import Ranks
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
+from farspan.trainer.config import CheckpointConfig, EvaluateConfig
 from farspan.trainer.data.packing import ShuffledSequences
 from farspan.trainer.evaluate import Validation
 from farspan.trainer.resilience import watchdog as module
@@ -197,3 +202,38 @@ def test_ranks_that_wait_for_one_that_is_stopped_end(tmp_path: Path, phase: str)
     assert [path.name for path in stacks.iterdir()] == [f"{phase}_00000002"]
     (written,) = (stacks / f"{phase}_00000002").iterdir()
     assert "in train\n" in written.read_text()
+
+
+def test_every_wait_for_other_ranks_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also between two phases: ranks that wait there for one that hangs would wait for parallel.timeout_s."""
+    inside, outside = [], []
+
+    @contextmanager
+    def phase(watchdog: Watchdog, name: str, step: int) -> Iterator[None]:
+        inside.append(name)
+        yield
+        inside.pop()
+
+    def recorded(name: str, function: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **options: object) -> object:
+            # A save in the background is waited for in the next one, or at the end.
+            if not inside and threading.current_thread() is threading.main_thread():
+                outside.append("".join(traceback.format_stack(limit=4)[:-1]))
+            return function(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(Watchdog, "phase", phase)
+    monkeypatch.setattr(Watchdog, "restart", lambda watchdog: None)
+    for name in ("all_reduce", "broadcast", "broadcast_object_list", "all_gather", "all_gather_object", "barrier"):
+        monkeypatch.setattr(dist, name, recorded(name, getattr(dist, name)))
+    config = tiny.config(tiny.make_data(tmp_path), tmp_path / "run", ParallelConfig(), steps=2)
+    config = replace(
+        config,
+        checkpoint=CheckpointConfig(every_steps=1),
+        evaluate=EvaluateConfig(every_steps=1, sequences=2),
+        optimizer=replace(config.optimizer, warmup_steps=1),
+    )
+    for steps in (2, 2, 3):  # a first start, one with nothing to do, one that resumes
+        train(replace(config, train=replace(config.train, steps=steps)), Ranks(), StopSignal())
+    assert outside == []

@@ -31,8 +31,8 @@ def test_every_key_is_listed() -> None:
     keys = [row[0].strip("`") for row in rows()]
     expected = [name.rpartition(".")[2] for name in flat(tiny.config(Path("data"), Path("run"), ParallelConfig()))]
     options = [part.name for name in MECHANISMS for part in fields(MECHANISMS.get(name))]  # pyright: ignore[reportArgumentType]
-    # A table of options has no keys of its own when it is empty.
-    assert sorted(keys) == sorted([*expected, "options", *options])
+    # Tables have no keys of their own when they are empty.
+    assert sorted(keys) == sorted([*expected, "options", "sets", *options])
 
 
 def test_every_key_has_a_meaning() -> None:

@@ -175,5 +175,5 @@ def test_data_of_fewer_tokens_than_a_sequence_are_refused(config: Config) -> Non
 
 def test_a_run_beyond_the_memory_of_the_machine_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 1 << 20}.__getitem__)
-    with pytest.raises(ConfigError, match=r"this machine has 0\.0 GiB for each"):
+    with pytest.raises(ConfigError, match=r"this machine has 1 MiB for each"):
         resolve(config, Ranks(world_size=2))

@@ -19,10 +19,9 @@ from farspan.errors import FarspanError, file_errors_reported
 from farspan.launch.commands import checkpoint, jobs, launch, models, train
 from farspan.launch.commands.arguments import Parser, Subparsers, add_command, add_subparsers
 from farspan.launch.output import guard_standard_streams, print_error, status_with_output
-from farspan.trainer.resilience.signals import EXIT_FAILED, EXIT_USER_ERROR, STOP_SIGNALS, StopSignal
+from farspan.trainer.resilience.signals import EXIT_FAILED, EXIT_USER_ERROR, INTERRUPTED, STOP_SIGNALS, stopped_at_once
 from farspan.versions import summary
 
-EXIT_INTERRUPTED = 130
 DASHED_OVERRIDE = re.compile(r"--\w+\.[\w.]+(=|$)")
 
 log = logging.getLogger("farspan")
@@ -58,8 +57,7 @@ def run_and_exit() -> NoReturn:
 
 def _parse_interruptibly() -> argparse.Namespace:
     """Parse this process's arguments; SIGTERM and SIGHUP, during that or later, end it as Ctrl-C does."""
-    # Not by an exception, which the import of numpy may swallow.
-    with StopSignal(first=lambda number: os._exit(EXIT_INTERRUPTED)):
+    with stopped_at_once():
         options = parse(None)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # not ignored, as by nohup
@@ -82,7 +80,7 @@ def _run(options: argparse.Namespace) -> int:
         print_error(error)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        return INTERRUPTED
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -12,10 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from farspan.launch.env import environment_with_threads
+from farspan.launch.output import print_error
 from farspan.launch.parent import must_not_outlive_parent, stop_when_orphaned
-from farspan.trainer.resilience.signals import KILLED, WARNING_SIGNAL, StopSignal, announce, stop_signals_blocked
-
-INTERRUPTED = KILLED + signal.SIGINT
+from farspan.trainer.resilience.signals import (
+    INTERRUPTED,
+    KILLED,
+    WARNING_SIGNAL,
+    StopSignal,
+    announce,
+    stop_signals_blocked,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,10 +79,9 @@ class LocalJob:
                     return status
                 if stop.requested:
                     return INTERRUPTED
-                print(
-                    f"farspan: torchrun was killed by {signal.Signals(-status).name}; its ranks save and end, then the "
-                    "same command resumes.",
-                    file=sys.stderr,
+                print_error(
+                    f"torchrun was killed by {signal.Signals(-status).name}; its ranks save and end, then the same "
+                    "command resumes."
                 )
                 return KILLED - status
             finally:

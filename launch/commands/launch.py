@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,8 +22,8 @@ from farspan.launch.commands.arguments import (
 )
 from farspan.launch.commands.jobs import status_command
 from farspan.launch.env import check_single_task, site_file
-from farspan.launch.local import INTERRUPTED, LocalJob
-from farspan.trainer.resilience.signals import StopSignal
+from farspan.launch.local import LocalJob
+from farspan.trainer.resilience.signals import stopped_at_once
 
 if TYPE_CHECKING:
     from farspan.trainer.config import Config
@@ -83,8 +82,7 @@ def run_local(options: argparse.Namespace) -> int:
         return 0
     check_count(num_ranks, "--gpus-per-node")
     check_single_task()
-    # Not by an exception, which the imports of torch may swallow.
-    with StopSignal(first=lambda number: os._exit(INTERRUPTED)):
+    with stopped_at_once():
         from farspan.parallel.ranks import Ranks
         from farspan.trainer.resolve import resolve
 

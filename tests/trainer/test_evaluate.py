@@ -26,6 +26,7 @@ from farspan.trainer.model.transformer import Output, SequenceContext
 from farspan.trainer.resilience.signals import StopSignal
 from farspan.trainer.resolve import open_all_data
 from tests.support import tiny
+from tests.support.bpe import byte_level_bpe
 from tests.support.rank_pool import Pools
 
 SEQUENCE_TOKENS = 150
@@ -126,23 +127,12 @@ def test_a_stop_asked_of_one_rank_ends_it_on_all(base: Config, ranks: Pools, sto
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Config]:
     """Prepared data of two files whose tokens are of different length, with bytes and with a trained BPE."""
-    tokenizers = pytest.importorskip("tokenizers")
     folder = tmp_path_factory.mktemp("corpora")
     words = [" ".join(f"long{number % 7} words{number % 5}" for number in range(first, 400)) for first in (0, 1)]
     digits = " ".join(str(number * 7919) for number in range(500)) + " été 漢字🙂" * 20
     for name, text in (("a", " ".join(words)), ("b", digits)):
         (folder / f"{name}.txt").write_text(text)
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=290,
-        show_progress=False,
-        special_tokens=["</s>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    )
-    bpe.train_from_iterator(words, trainer)
-    bpe.save(str(folder / "bpe.json"))
+    byte_level_bpe(words, vocabulary_size=290, special=["</s>"]).save(str(folder / "bpe.json"))
     configs = {}
     for name, tokenizer in (("bytes", "bytes"), ("bpe", str(folder / "bpe.json"))):
         prepare(

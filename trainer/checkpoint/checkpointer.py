@@ -170,10 +170,8 @@ class Checkpointer:
         cannot read its part; model and optimizer may be half filled then.
         """
         model, optimizer = get_state_dict(self._model, self._optimizer)
-        tensors = _to_save(model, optimizer)
         try:
-            raise_on_all_ranks(lambda: check_same_tensors(tensors, folder))
-            read_shards(tensors, folder)
+            read_shards(_to_save(model, optimizer), folder, has_others=False)
         except MisfitError as error:
             raise CheckpointError(
                 f"checkpoint {folder} does not fit this model and optimizer ({error}): go back to the configuration "

@@ -53,7 +53,10 @@ def check_same_tensors(tensors: Tensors, folder: Path) -> None:
 
     Raises CheckpointError where its index cannot be read.
     """
-    index = read_index(folder)
+    _check_same(tensors, read_index(folder))
+
+
+def _check_same(tensors: Tensors, index: Mapping[str, TensorStorageMetadata]) -> None:
     _check_fits(tensors, index)
     # DCP would leave them out without a word, such as the layers of a deeper model.
     if unused := sorted(index.keys() - _names(tensors)):
@@ -81,14 +84,14 @@ def write_shards(tensors: Tensors, folder: Path, group: dist.ProcessGroup | None
     return files.written
 
 
-def read_shards(tensors: Tensors, folder: Path) -> None:
+def read_shards(tensors: Tensors, folder: Path, *, has_others: bool = True) -> None:
     """Fill `tensors`, sharded or not, from the tensors of these names in `folder`; every rank makes the same call.
 
-    Raises MisfitError, on all ranks, when one of them is missing or has another shape, and CheckpointError when one
-    cannot be read.
+    has_others: whether `folder` may have tensors of other names. Raises MisfitError, on all ranks, when it has some but
+    may not, or when a tensor is missing or has another shape, and CheckpointError when one cannot be read.
     """
-    reader = raise_on_all_ranks(lambda: _SafeReader(folder))
-    raise_on_all_ranks(lambda: _check_fits(tensors, _stored_tensors(reader)))
+    reader, check = raise_on_all_ranks(lambda: _SafeReader(folder)), _check_fits if has_others else _check_same
+    raise_on_all_ranks(lambda: check(tensors, _stored_tensors(reader)))
     try:
         load(dict(tensors), storage_reader=reader)
     except CheckpointException as error:

@@ -15,6 +15,7 @@ import numpy as np
 from farspan.errors import DataError
 from farspan.trainer.data.pieces import PIECE_BYTES, Piece
 from farspan.trainer.data.tokenizer import Tokenizer
+from farspan.trainer.resilience.signals import stop_signals_blocked
 
 Results = list[np.ndarray | str]
 """The ids of each text, uint32 [tokens], or why it has none."""
@@ -105,11 +106,8 @@ class _Worker:
         # Its start unblocks signals, so it has to be before the block.
         resource_tracker.ensure_running()
         # Ctrl-C reaches all processes of a terminal; this one ends its workers, which inherit the block.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-        try:
+        with stop_signals_blocked():
             self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
     def __enter__(self) -> Self:

@@ -29,6 +29,8 @@ UNFIT_FILE = "unfit"
 """The file in the run's folder that lists bad nodes: a line for each host, with the reason."""
 KILLED = 128
 """A process that signal n killed counts as exit status 128 + n, as in shells."""
+INTERRUPTED = KILLED + signal.SIGINT
+"""Exit status of a command that a signal has stopped."""
 SAME_REQUEST_S = 3.0
 """A terminal and torchrun may both deliver one Ctrl-C: signals this close together are one request."""
 
@@ -46,6 +48,11 @@ def end_at_once(number: int) -> None:
     """Die of the signal, as if nothing had caught it."""
     signal.signal(number, signal.SIG_DFL)
     signal.raise_signal(signal.Signals(number))
+
+
+def stopped_at_once() -> "StopSignal":
+    """Return a StopSignal that ends the process, for blocks that import: these may swallow the exception of Ctrl-C."""
+    return StopSignal(first=lambda number: os._exit(INTERRUPTED))
 
 
 class StopSignal:

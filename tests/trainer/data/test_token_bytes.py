@@ -14,6 +14,7 @@ from farspan.trainer.data.prepare import prepare
 from farspan.trainer.data.source import TokenSource
 from farspan.trainer.data.token_bytes import TOKEN_BYTES_FILE, count_bytes, read_token_bytes, token_bytes
 from farspan.trainer.data.tokenizer import load_tokenizer
+from tests.support.bpe import byte_level_bpe
 
 tokenizers = pytest.importorskip("tokenizers")
 decoders, models, normalizers, pre = (
@@ -26,13 +27,7 @@ LLAMA = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
 
 
 def byte_level() -> Any:
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=290, show_progress=False, special_tokens=SPECIAL, initial_alphabet=alphabet
-    )
-    tokenizer.train_from_iterator(TEXTS[:1], trainer)
+    tokenizer = byte_level_bpe(TEXTS[:1], vocabulary_size=290, special=SPECIAL)
     # The second contains a character that the decoder would take for a byte, the third one that it knows as no byte.
     tokenizer.add_tokens(["<tool>", "é+", "  "])
     return tokenizer

@@ -11,6 +11,7 @@ import pytest
 
 from farspan.errors import DataError
 from farspan.trainer.data.tokenizer import load_tokenizer
+from tests.support.bpe import byte_level_bpe
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -22,16 +23,7 @@ def bpe_file(tmp_path):
     """Return a function that trains a byte-level BPE with the given special tokens and returns its file."""
 
     def train(*special: str, truncate: bool = False) -> str:
-        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = tokenizers.decoders.ByteLevel()
-        trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=300,
-            show_progress=False,
-            special_tokens=list(special),
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        )
-        tokenizer.train_from_iterator(CORPUS, trainer)
+        tokenizer = byte_level_bpe(CORPUS, vocabulary_size=300, special=special)
         if truncate:
             tokenizer.enable_truncation(max_length=3)
             tokenizer.enable_padding(length=50)

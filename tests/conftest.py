@@ -1,6 +1,8 @@
-"""Fixtures for all tests: worlds of gloo ranks, one thread, poisoned fresh memory."""
+"""Fixtures for all tests: worlds of gloo ranks, one thread, poisoned fresh memory, the environment left as it was."""
 
+import os
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -29,3 +31,10 @@ def _one_thread_poisoned_memory() -> None:
     torch.set_num_threads(1)
     # In deterministic mode torch fills fresh memory with NaN, which shows any read of unwritten memory.
     torch.use_deterministic_algorithms(True)
+
+
+@pytest.fixture(autouse=True)
+def _environment_as_before() -> Iterator[None]:
+    # Commands that run in this process set variables for the ranks that they become, which the next test must not have.
+    with mock.patch.dict(os.environ):
+        yield

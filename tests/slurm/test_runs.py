@@ -96,7 +96,11 @@ def pause(run: Path, job: str, restart: int) -> dict[int, int]:
     """Wait until a start of the job has done a step, pause its ranks and return their processes."""
     log = logs(run, job, restart) / "rank_0.log"
     step = re.compile(rf"^step +\d+/{STEPS}  ", re.MULTILINE)
-    wait_for(lambda: log.exists() and step.search(log.read_text()), f"a step of start {restart}")
+    try:
+        wait_for(lambda: log.exists() and step.search(log.read_text()), f"a step of start {restart}")
+    except AssertionError:
+        print((run / "logs" / f"{job}.log").read_text())
+        raise
     ranks = ranks_of(run, job)
     assert sorted(ranks) == [0, 1, 2, 3]
     send(signal.SIGSTOP, ranks.values())

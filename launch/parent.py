@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from farspan.trainer.resilience.signals import StopSignal
 
@@ -20,11 +21,11 @@ log = logging.getLogger("farspan")
 
 @contextmanager
 def when_orphaned(action: Callable[[], object], parent: int | None = None) -> Iterator[None]:
-    """Call `action` in a thread if `parent`, by default the present one, stops being the parent inside the block."""
+    """Call `action` in a thread if `parent`, by default the present one, stops being an ancestor inside the block."""
     expected, over = os.getppid() if parent is None else parent, threading.Event()
 
     def watch() -> None:
-        while os.getppid() == expected:
+        while _is_ancestor(expected):
             if over.wait(POLL_S):
                 return
         action()
@@ -36,11 +37,26 @@ def when_orphaned(action: Callable[[], object], parent: int | None = None) -> It
         over.set()
 
 
+def _is_ancestor(pid: int) -> bool:
+    """Return whether a living process is the parent of this one or, on Linux, the parent of its parent and so on.
+
+    Under SLURM a shell is between torchrun and each rank, and outlives torchrun.
+    """
+    ancestor = os.getppid()
+    while ancestor not in (pid, 0, 1):
+        try:
+            # After the name in parentheses, which may hold anything: state, parent.
+            ancestor = int(Path(f"/proc/{ancestor}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:  # it has just died, or the system has no such files
+            return False
+    return ancestor == pid
+
+
 @contextmanager
 def stop_when_orphaned(
     stop: StopSignal, parent: int | None = None, *, has_begun: Callable[[], bool] = lambda: True
 ) -> Iterator[None]:
-    """Ask for a stop if the parent dies inside the block, or end the process at once where nothing has begun yet."""
+    """Ask for a stop if `parent` dies inside the block, or end the process at once where nothing has begun yet."""
 
     def ask() -> None:
         log.info("%-12s%s", "stopping", "since the process that started this one has died")

@@ -77,6 +77,8 @@ task)
         # address and is_host, torchrun would resolve the name of the node.
         address=$(address_of "$SLURMD_NODENAME") is_host=0
         [ "$address" != "$MASTER_ADDR" ] || is_host=1
+        # As under `farspan launch local`, ranks save and end if torchrun is killed.
+        export FARSPAN_LAUNCHER=$$
         "$python" -m farspan.launch.torchrun --nnodes="$num_nodes" --nproc-per-node="$ranks_per_node" \
             --rdzv-backend=c10d --rdzv-id="$job-$restarts" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" \
             --rdzv-conf="is_host=$is_host" --local-addr="$address" \

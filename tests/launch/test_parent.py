@@ -5,13 +5,15 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.support.processes import alive, wait_for
+from farspan.launch.parent import POLL_S
+from tests.support.processes import alive, parent_of, wait_for
 
 RANK = """
 import os, sys, time
@@ -38,12 +40,14 @@ command.config_of, command._is_connected = lambda options: None, lambda: is_conn
 cli.run_and_exit()
 """
 LAUNCH = """
-import sys
+import shlex, sys
 from pathlib import Path
 from farspan.launch.local import LocalJob
-LocalJob._rank_arguments = lambda job: sys.argv[1:]
+LocalJob._rank_arguments = lambda job: {arguments}
 sys.exit(LocalJob(config=Path("unused"), overrides=(), num_ranks=2).run())
 """
+IN_SHELLS = LAUNCH.format(arguments="['--no-python', 'sh', '-c', shlex.join([sys.executable, *sys.argv[1:]]) + '; :']")
+LAUNCH = LAUNCH.format(arguments="sys.argv[1:]")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
@@ -99,6 +103,18 @@ def test_a_hangup_reaches_nothing_that_nohup_starts(tmp_path: Path) -> None:
         process.terminate()
         assert process.wait() == 0
         assert (tmp_path / "saved1").exists()
+
+
+def test_a_shell_between_torchrun_and_a_rank_hides_no_death(tmp_path: Path) -> None:
+    """As under SLURM, where shells write down what ranks print."""
+    with started(tmp_path, [sys.executable, "-c", IN_SHELLS]):
+        (first, shell), (second, _) = pids(tmp_path, 0), pids(tmp_path, 1)
+        torchrun = parent_of(shell)
+        time.sleep(2 * POLL_S)
+        assert not list(tmp_path.glob("saved*"))
+        os.kill(torchrun, signal.SIGKILL)
+        wait_for(lambda: not any(map(alive, (first, second))), "the end of the ranks")
+        assert [(tmp_path / f"saved{rank}").exists() for rank in range(2)] == [True, True]
 
 
 @pytest.mark.parametrize("state", ["connected", "connecting"])

@@ -19,7 +19,7 @@ from farspan.trainer.state import records
 from farspan.trainer.toml_config import to_toml
 from tests.slurm.conftest import Cluster
 from tests.support import tiny
-from tests.support.processes import ranks_of, send, wait_for
+from tests.support.processes import parent_of, ranks_of, send, wait_for
 
 STEPS = 40
 Losses = list[tuple[float, float]]
@@ -102,7 +102,8 @@ def pause(run: Path, job: str, restart: int) -> dict[int, int]:
         print((run / "logs" / f"{job}.log").read_text())
         raise
     ranks = ranks_of(run, job)
-    assert sorted(ranks) == [0, 1, 2, 3]
+    assert [str(len(ranks))] == re.findall(r"^ranks +(\d+) ", log.read_text(), re.MULTILINE)
+    assert sorted(ranks) == list(range(len(ranks)))
     send(signal.SIGSTOP, ranks.values())
     return ranks
 
@@ -168,6 +169,22 @@ def test_a_run_whose_nodes_lose_power(cluster: Cluster, config_file: Path, undis
         cluster.power_on(lost)
     await_success(cluster, run, job)
     assert losses(run) == undisturbed()
+
+
+@pytest.mark.faults
+def test_ranks_of_a_torchrun_that_is_killed_save_and_the_job_goes_on(cluster: Cluster, config_file: Path) -> None:
+    run = config_file.parent / "without torchrun"
+    shape = ["--nodes", "1", "--gpus-per-node", "2", "parallel.dp_shard=1", f"run.folder={run}"]
+    cluster.run([*FARSPAN, "launch", "slurm", str(config_file), *shape])
+    (job,) = jobs(run)
+    ranks = pause(run, job, 0)
+    # Between torchrun and each rank is a shell.
+    (torchrun,) = {parent_of(parent_of(rank)) for rank in ranks.values()}
+    send(signal.SIGKILL, [torchrun])
+    send(signal.SIGCONT, ranks.values())
+    await_success(cluster, run, job)
+    log = (run / "logs" / f"{job}.log").read_text()
+    assert re.search(r"0: stopped     at step (\d+)(.*\n)+0: resumed     at step \1 (.*\n)+0: finished ", log)
 
 
 @pytest.mark.faults

@@ -48,6 +48,10 @@ def ranks_of(run: Path, job: str) -> dict[int, int]:
     return found
 
 
+def parent_of(pid: int) -> int:
+    return int(re.findall(r"^PPid:\t(\d+)", _read(pid, "status"), re.MULTILINE)[0])
+
+
 def alive(pid: int) -> bool:
     """Return whether a process runs; a zombie, whose parent has not waited for it yet, does not."""
     state = re.search(r"^State:\t(\w)", _read(pid, "status"), re.MULTILINE)

@@ -1,6 +1,7 @@
 """Learning rates and AdamW's updates against values worked out by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,6 +27,9 @@ def test_wsd_is_stable_then_falls_linearly() -> None:
     config = OptimizerConfig(learning_rate=1.0, warmup_steps=2, final_fraction=0.2, decay_fraction=0.4, schedule="wsd")
     # The last 4 of 10 updates fall from 1 toward 0.2 in steps of 0.2.
     assert rates(config, 10) == pytest.approx([0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4])
+    # 0.29 of 100 is 28.999... in binary.
+    found = rates(replace(config, decay_fraction=0.29), 100)
+    assert found[70:74] == pytest.approx([1.0, 1.0, 0.2 + 0.8 * 28 / 29, 0.2 + 0.8 * 27 / 29])
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from farspan.trainer.resilience.skip_steps import SkipConfig, remember
 from farspan.trainer.state import TrainState, stream_hash
 
 
@@ -10,6 +11,17 @@ def test_a_state_comes_back_complete() -> None:
     loaded = TrainState()
     loaded.load_state_dict(json.loads(json.dumps(saved.state_dict())))
     assert loaded == saved
+
+
+def test_what_a_save_in_the_background_writes_does_not_follow_the_run() -> None:
+    state, config = TrainState(step=3, recent_losses=[1.0], recent_norms=[2.0]), SkipConfig(spike_sigma=3.0)
+    saved = state.state_dict()
+    written = json.dumps(saved)
+    state.advance(sequences=2, tokens=100, fingerprint=5)
+    remember(config, state, 0.5, 1.5, None)
+    remember(config, state, 9.0, 9.0, "a spike")
+    assert json.dumps(saved) == written
+    assert (state.recent_losses, state.recent_norms, state.skipped) == ([1.0, 0.5], [2.0, 1.5], 1)
 
 
 def test_a_step_advances_all_of_it() -> None:

@@ -30,6 +30,7 @@ class Attention:
 class Moe:
     experts: int = bounded(minimum=2)
     router: Literal["topk", "choice"] | None = None
+    taps: Literal[0, 1, 3] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +204,10 @@ KEYS = "choose one of run, seed, attention, train, moe."
         ("[train]\nclip = -0.5", "train.clip=-0.5 must be at least 0."),
         ("[moe]\nexperts = 1", "moe.experts=1 must be at least 2."),
         ("[moe]", "moe.experts is missing; write it in the file, or add moe.experts=VALUE with an integer."),
+        ("[moe]\ntaps = false", "moe.taps=false must be one of 0, 1, 3."),
+        ("[moe]\ntaps = true", "moe.taps=true must be one of 0, 1, 3."),
+        ("[moe]\ntaps = 3.0", "moe.taps=3.0 must be one of 0, 1, 3."),
+        ("[moe]\ntaps = 2", "moe.taps=2 must be one of 0, 1, 3."),
         ("moe = 3", "moe=3 must be a section; write [moe] with its keys below it."),
         ("train = 3", "train=3 must be a section; write [train]"),
         ("[[train]]\nsteps = 3", "train=[{steps = 3}] must be a section;"),

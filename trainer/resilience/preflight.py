@@ -6,7 +6,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,9 +75,8 @@ def run_preflight(folder: Path, choose_device: Callable[[], torch.device]) -> li
         return []
     if all(check.unwritable for check in checks):
         raise ConfigError(f"{checks[0].unwritable}: {HOW_TO_WRITE}.")
-    _raise_if_bad(folder, {check.host: check.no_device or check.fault or check.unwritable for check in checks})
-    sums = all_gather_objects((socket.gethostname(), _fault_of_sum(device)))
-    _raise_if_bad(folder, dict(sorted(sums, key=lambda each: each[1] is not None)))
+    _raise_if_bad(folder, [(check.host, check.no_device or check.fault or check.unwritable) for check in checks])
+    _raise_if_bad(folder, all_gather_objects((socket.gethostname(), _fault_of_sum(device))))
     return list(report(checks))
 
 
@@ -134,9 +133,13 @@ def _check(folder: Path, device: torch.device, clock: float, no_device: str | No
     )
 
 
-def _raise_if_bad(folder: Path, faults: Mapping[str, str | None]) -> None:
-    """Raise BadNodeError, with a note in the folder, if some host has a fault; faults are equal on all ranks."""
-    bad = {host: fault for host, fault in faults.items() if fault is not None}
+def _raise_if_bad(folder: Path, faults: Iterable[tuple[str, str | None]]) -> None:
+    """Raise BadNodeError, with a note in the folder, if some rank has a fault.
+
+    faults: of each rank, with its host; equal on all ranks.
+    """
+    # One rank is enough: others of its host, with other devices, may be well.
+    bad = {host: fault for host, fault in faults if fault is not None}
     if not bad:
         return
     # Each host with working storage writes the same note: that of rank 0 may be unable to.

@@ -38,10 +38,11 @@ def save_while_training(config: Config) -> Bits:
     """Save in the background, and change parameters, optimizer and TrainState meanwhile; return the bits before."""
     rank = RankState(config)
     rank.update(1)
-    before, state = rank.bits(), state_of(1)
+    before, state = rank.bits(), replace(state_of(1), recent_losses=[1.0])
     rank.checkpoints.start_saving(state)
     rank.update(2)
     state.step = 5
+    state.recent_losses.append(5.0)
     # Collectives of the run itself meet those of the save.
     for _ in range(20):
         dist.all_reduce(torch.ones(1000))
@@ -52,7 +53,7 @@ def save_while_training(config: Config) -> Bits:
 def test_changes_during_a_save_are_not_saved(config: Config, ranks: Pools) -> None:
     saved = ranks(2).run(save_while_training, config)
     for before, (folder, state, after, _) in zip(saved, ranks(2).run(load, config), strict=True):
-        assert (folder, state.step) == ("step_00000001", 1)
+        assert (folder, state) == ("step_00000001", replace(state_of(1), recent_losses=[1.0]))
         assert same_bits(before, after)
 
 
@@ -87,10 +88,11 @@ def test_an_unfinished_save_is_ignored_and_cleared_away(config: Config, newest: 
 def test_a_resumed_run_renames_the_damaged_checkpoints_it_trains_past(
     config: Config, newest: Path, ranks: Pools, step: int
 ) -> None:
-    """A damaged checkpoint must not take the place of a good one in `keep`, nor be loaded later."""
-    (newest / "manifest.json").write_text("damaged")
+    """A damaged checkpoint must not take the place of a good one in `keep`, nor be loaded later. So may the next be."""
     config = replace(config, checkpoint=replace(config.checkpoint, keep=1))
-    saved = ranks(2).run(save, config, [step])
+    for damaged in (newest, newest.with_name(f"step_{step:08}")):
+        (damaged / "manifest.json").write_text("damaged")
+        saved = ranks(2).run(save, config, [step])
     folder, _, after, _ = ranks(2).run(load, config)[0]
     assert folder == f"step_{step:08}"
     assert same_bits(saved[0][0], after)

@@ -15,6 +15,7 @@ from farspan.errors import CheckpointError
 from farspan.trainer.checkpoint import checkpointer, shards
 from farspan.trainer.config import Config
 from tests.support.checkpoint_ranks import RankState, files, load, same_bits, state_of
+from tests.support.durability import syncs_and_renames
 from tests.support.rank_pool import Pools
 from tests.trainer.checkpoint.conftest import small
 
@@ -134,3 +135,23 @@ def test_all_ranks_learn_of_a_writer_that_fails(
         assert f"step_00000003 cannot be written ({cause})" in message
         assert left == ["step_00000001"]
     assert files(config.run.folder / "checkpoints") == ["step_00000001", "step_00000004"]
+
+
+def saved_durably(config: Config) -> list[tuple[str, str]]:
+    """On a rank: what a save in the background syncs and renames."""
+    rank = RankState(config)
+    with syncs_and_renames() as events:
+        rank.checkpoints.start_saving(state_of(1))
+        rank.checkpoints.finish_saving()
+    return events
+
+
+def test_a_checkpoint_has_its_name_when_it_is_on_the_disk_and_keeps_it(tmp_path: Path, ranks: Pools) -> None:
+    first, second = ranks(2).run(saved_durably, small(tmp_path))
+    partial, synced = ".step_00000001.partial", [name for kind, name in [*first, *second] if kind == "sync"]
+    assert first[-4:] == [
+        ("sync", "manifest.json"), ("sync", partial), ("rename", "step_00000001"), ("sync", "checkpoints")
+    ]  # fmt: skip
+    assert {"__0_0.distcp", "__1_0.distcp", ".metadata.tmp"} <= set(synced)
+    # A folder has a file when it is synced after the file was made.
+    assert second[-2:] == [("sync", "__1_0.distcp"), ("sync", partial)]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from farspan.errors import DataError
+from farspan.trainer.data import source
 from farspan.trainer.data.source import META_FILE, OFFSETS_FILE, TOKENS_FILE, check_integrity
 from tests.support.checkpoint_ranks import flip
 
@@ -29,10 +30,13 @@ def test_fresh_data_is_not_hashed(split: Path, monkeypatch: pytest.MonkeyPatch) 
     check_integrity(split)
 
 
+@pytest.mark.parametrize("chunk_tokens", [source.CHUNK_TOKENS, 7, 1], ids=["whole", "chunks", "tokens"])
 @pytest.mark.parametrize("name", [TOKENS_FILE, OFFSETS_FILE])
 def test_a_copy_is_hashed_once(
-    split: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture, name: str
+    split: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture, name: str, chunk_tokens: int
 ) -> None:
+    """The hash of a split of many chunks is that of its writer, which has none."""
+    monkeypatch.setattr(source, "CHUNK_TOKENS", chunk_tokens)
     os.utime(split / META_FILE, (1, 1))
     os.utime(split / name)
     check_integrity(split)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
@@ -13,6 +14,8 @@ from farspan.trainer.data import prepare as prepare_module
 from farspan.trainer.data.prepare import prepare
 from farspan.trainer.data.source import TokenSource
 from farspan.trainer.data.tokenizer import load_tokenizer
+from tests.support.bpe import byte_level_bpe
+from tests.support.durability import syncs_and_renames
 from tests.support.processes import wait_for
 
 BYTES = load_tokenizer("bytes")
@@ -26,6 +29,20 @@ def text(tmp_path):
 
 def prepared(path, out, **options):
     return prepare([path], tokenizer=BYTES, out=out, validation_from_ends=True, **options)
+
+
+def test_the_folder_has_its_name_when_its_files_are_on_the_disk(tmp_path, text):
+    byte_level_bpe([text.read_text()], vocabulary_size=300, special=["</s>"]).save(str(tmp_path / "bpe.json"))
+    with syncs_and_renames() as events:
+        prepare(
+            [text],
+            tokenizer=load_tokenizer(str(tmp_path / "bpe.json")),
+            out=tmp_path / "out",
+            validation_from_ends=True,
+        )
+    files = Counter(path.name for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert files >= Counter({"tokens.bin": 2, "meta.json": 2, "token_bytes.npy": 1, "tokenizer.json": 1})
+    assert files <= Counter(name for kind, name in events[: events.index(("rename", "out"))] if kind == "sync")
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 
 from farspan.errors import DataError
+from farspan.trainer.data import readers
 from farspan.trainer.data.readers import DocumentReader
 
 
@@ -114,6 +115,18 @@ def test_unreadable_is_refused_or_skipped(tmp_path, name, data, message):
             assert reader.num_skipped == 1
             assert reader.first_skipped is not None
             assert re.search(message, reader.first_skipped)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 7])
+def test_characters_lie_across_the_chunks_of_a_large_text(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(readers, "CHUNK_BYTES", chunk)
+    whole = "aé€𝄞" * 3
+    (tmp_path / "x.txt").write_text(whole, encoding="utf-8")
+    assert texts(tmp_path) == [whole]
+    for missing in (1, 2, 3):
+        (tmp_path / "x.txt").write_bytes(whole.encode()[:-missing])
+        with pytest.raises(DataError, match=r"x\.txt is not UTF-8"):
+            texts(tmp_path)
 
 
 def test_broken_links_and_pipes_do_not_hang(tmp_path):

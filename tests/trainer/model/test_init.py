@@ -12,6 +12,7 @@ from farspan.parallel.mesh import Mesh, ParallelConfig
 from farspan.trainer.build import build_model
 from farspan.trainer.config import Config
 from farspan.trainer.model import init
+from farspan.trainer.model.config import ExpertsConfig, HeadMixtureConfig
 from farspan.trainer.model.init import initialize
 from farspan.trainer.model.transformer import Transformer
 from tests.support import tiny
@@ -74,6 +75,25 @@ def test_distributions_and_seeds() -> None:
     assert not torch.equal(first["head.weight"], model.head.weight)
     initialize(model, config, seed=1)
     assert torch.equal(first["head.weight"], model.head.weight)
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_an_expert_starts_as_if_it_were_alone(count: int) -> None:
+    """Weights of the chosen ones add up to 1, so that the fan-in is that of one."""
+    experts = ExpertsConfig(count=count, feed_forward=128, shared=64)
+    mixture = HeadMixtureConfig(kind="experts", count=count, per_token=2)
+    config = tiny.with_model(CONFIG, width=256, head_dim=32, layers=3, experts=experts, head_mixture=mixture).model
+    model = Transformer(config, [Dense()] * 3)
+    initialize(model, config, seed=1)
+    stds = {
+        **{f"feed_forward.{name}": 256**-0.5 for name in ("experts.gate", "experts.up", "shared.gate", "router")},
+        **{f"attention.{name}": 256**-0.5 for name in ("query", "key", "value", "head_router")},
+        "feed_forward.experts.down": 128**-0.5 / 6**0.5, "feed_forward.shared.down": 64**-0.5 / 6**0.5,
+        "attention.out": (4 * 32) ** -0.5 / 6**0.5,
+    }  # fmt: skip
+    for name, std in stds.items():
+        value = model.blocks[1].get_parameter(f"{name}.weight")
+        assert value.std().item() == pytest.approx(std, rel=max(0.05, 3.5 * value.numel() ** -0.5)), name
 
 
 def test_a_tied_embedding_starts_as_a_head() -> None:

@@ -68,10 +68,14 @@ def test_a_router_reads_the_input_of_the_layer(mechanism: Mechanism) -> None:
     torch.testing.assert_close(dweight, x.sum(0).expand_as(weight))
 
 
-def test_a_part_of_each_head_rotates() -> None:
+# By compute dtype, the relative error of a result that is rounded once.
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2**-7.99)], ids=str
+)
+def test_a_part_of_each_head_rotates(dtype: torch.dtype, tolerance: float) -> None:
     """The first 4 numbers of 6, i with i + 2, at YaRN's frequencies for heads of 4; the others are as projected."""
     rope = RopeConfig(base=100.0, rotated=4, scaling="yarn", factor=4.0, original_positions=64, beta_fast=8.0)
-    model, recorder = Transformer(replace(CONFIG, rope=rope), [Dense()]).double(), Recorder()
+    model, recorder = Transformer(replace(CONFIG, rope=rope), [Dense()]).to(dtype), Recorder()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
     projected: list[Tensor] = []
@@ -90,10 +94,11 @@ def test_a_part_of_each_head_rotates() -> None:
     )
     assert turn[-1, 1].angle().abs() > 0.1
     for raw, x_rotated in zip(projected, recorder.inputs, strict=False):
-        x = raw.unflatten(-1, (-1, 6))
+        x = raw.double().unflatten(-1, (-1, 6))
         rotated = torch.complex(x[..., :2], x[..., 2:4]) * turn[:, None]
         expected = torch.cat((rotated.real, rotated.imag, x[..., 4:]), dim=-1)
-        torch.testing.assert_close(x_rotated, expected, rtol=1e-12, atol=1e-12)
+        assert x_rotated.dtype == dtype
+        torch.testing.assert_close(x_rotated.double(), expected, rtol=tolerance, atol=min(tolerance, 1e-5))
 
 
 @pytest.mark.parametrize("recurrent_layer", ["plain", "gated"])

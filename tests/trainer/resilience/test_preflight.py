@@ -1,4 +1,4 @@
-"""The check of nodes on real ranks, each of which takes itself to be on a node of its own."""
+"""The check of nodes on real ranks, one or more of which take themselves to be on a node of their own."""
 
 import socket
 from dataclasses import replace
@@ -14,8 +14,10 @@ from farspan.trainer.resilience import preflight
 from farspan.trainer.resilience.preflight import BadNodeError, NodeCheck, report, run_preflight
 
 
-def check(folder: Path, what: str | None, bad: tuple[int, ...]) -> tuple[str | None, list[str]]:
-    """On a rank: return the error and the lines to log, where `what` is wrong with the nodes of `bad` ranks."""
+def check(
+    folder: Path, what: str | None, bad: tuple[int, ...], ranks_per_node: int = 1
+) -> tuple[str | None, list[str]]:
+    """On a rank: return the error and the lines to log, where `what` is wrong for `bad` ranks."""
     rank = dist.get_rank()
     fault = what if rank in bad else None
     no_device = ConfigError("there is no GPU") if fault == "device" else None
@@ -37,7 +39,7 @@ def check(folder: Path, what: str | None, bad: tuple[int, ...]) -> tuple[str | N
     }
     try:
         with (
-            mock.patch.object(socket, "gethostname", return_value=f"n{rank}"),
+            mock.patch.object(socket, "gethostname", return_value=f"n{rank // ranks_per_node}"),
             faults.get(str(fault), mock.MagicMock()),
         ):
             return None, run_preflight(folder, choose_device)
@@ -55,14 +57,17 @@ def check(folder: Path, what: str | None, bad: tuple[int, ...]) -> tuple[str | N
         ("sum", "a sum over all ranks is 11, not 10"),
     ],
 )
-@pytest.mark.parametrize("bad", [(2,), (0, 2)])
+@pytest.mark.parametrize(
+    ("bad", "ranks_per_node", "nodes"), [((2,), 1, [2]), ((0, 2), 1, [0, 2]), ((0,), 2, [0]), ((3,), 2, [1])]
+)
 def test_a_node_that_cannot_take_part_ends_the_run_on_all_ranks(
-    ranks, tmp_path: Path, what: str, reason: str, bad: tuple[int, ...]
+    ranks, tmp_path: Path, what: str, reason: str, bad: tuple[int, ...], ranks_per_node: int, nodes: list[int]
 ) -> None:
+    """A device may fail beside others of its node that are well, with a lower rank or a higher one."""
     reason = reason.replace("FOLDER", str(tmp_path))
-    unfit = "; ".join(f"n{rank}: {reason}" for rank in bad)
-    assert ranks(4).run(check, tmp_path, what, bad) == [(f"{unfit}: start on other nodes.", [])] * 4
-    assert (tmp_path / "unfit").read_text() == "".join(f"n{rank} {reason}\n" for rank in bad)
+    unfit = "; ".join(f"n{node}: {reason}" for node in nodes)
+    assert ranks(4).run(check, tmp_path, what, bad, ranks_per_node) == [(f"{unfit}: start on other nodes.", [])] * 4
+    assert (tmp_path / "unfit").read_text() == "".join(f"n{node} {reason}\n" for node in nodes)
     assert [path.name for path in tmp_path.iterdir()] == ["unfit"]
 
 

@@ -180,6 +180,16 @@ def test_too_many_in_a_row_end_the_run_and_leave_the_batch(config: Config, ranks
     ]
     assert re.fullmatch(r" +not finite: gradients \S+, \S+, \S+, \S+ and \d+ more", lines[4])
     assert len(lines) == 5
+    # Each of two data-parallel groups has a sequence, and only that of the second has the poison.
+    batch, half = read_batch(folder), config.run.folder / "failed_batch" / "half"
+    batch[4] = replace(batch[4], tokens=np.where(batch[4].tokens == POISON, 0, batch[4].tokens))
+    write_batch(half, batch)
+    for lines in ranks(2).run(replayed, replace(config, parallel=ParallelConfig(dp_shard=2)), half):
+        assert lines[1:4] == [
+            f"replayed    {half}: loss nan, gradient norm nan",
+            "            not finite: losses of sequences 5",
+            "            not finite: parameters embedding.weight",
+        ]
     # From the checkpoint, which has the poison, it goes on with the next batch, to be stopped at once.
     assert ranks(2).run(given_up, poisoned, False)[0].startswith("4 steps in a row ")
 

@@ -97,10 +97,15 @@ def test_a_phase_that_has_ended_leaves_no_clock_running(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("hang", ["sleep_in_c", "busy"])
 def test_a_phase_that_does_not_end_leaves_its_stacks(tmp_path: Path, hang: str) -> None:
-    assert exit_status(start(hang_in_a_step, tmp_path, hang)) == EXIT_HUNG
     written = tmp_path / "stacks" / "step_00000012" / f"rank_3_{socket.gethostname()}.txt"
+    written.parent.mkdir(parents=True)
+    # A run that starts again may hang at the same step.
+    written.write_text("an earlier hang\n")
+    assert exit_status(start(hang_in_a_step, tmp_path, hang)) == EXIT_HUNG
     text = written.read_text()
-    assert re.match(r"rank 3 hangs: step at step 12 did not end within watchdog\.step_s=0\.3; process \d+, ", text)
+    assert re.match(
+        r"an earlier hang\nrank 3 hangs: step at step 12 did not end within watchdog\.step_s=0\.3; process \d+, ", text
+    )
     # The main thread's, and that of the watchdog itself.
     assert f"in {hang}\n" in text
     assert "in _expire\n" in text

@@ -38,6 +38,8 @@ COUNTS = {
     "ragged": [3, 33, 0, 16, 1],
     "one has all": [0, 0, 35, 0, 0],
     "one row": [0, 0, 0, 0, 1],
+    # 13 tiles of rows, which run side by side in groups of 8.
+    "a group of tiles and a part": [3, 120, 0, 50, 1],
     "none": [0, 0, 0, 0, 0],
 }
 

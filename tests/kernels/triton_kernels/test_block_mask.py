@@ -156,6 +156,17 @@ def test_heads_with_equal_masks_share_lists() -> None:
     selection = random_selection(rows, 16, 8, heads=2, copies=2)
     plan = Plan.build(rows, rows, AttentionMask(), heads=4, selection=selection)
     assert check(plan, 16, 8).lists.group.tolist() == [0, 1, 0, 1]
+    # The same blocks one after another, but of other tiles: 0 | 1 2 and 0 1 | 2.
+    blocks, tiles = BlockPartition.blocks(rows, 8), BlockPartition.blocks(rows, 16).of(rows)
+    selection = BlockSelection(
+        heads=2,
+        query_block=tiles,
+        blocks=blocks,
+        offsets=torch.tensor([0, *[1] * 12, 3, 5, *[6] * 12]),
+        key_blocks=torch.tensor([0, 1, 2, 0, 1, 2], dtype=torch.int32),
+    )
+    plan = Plan.build(rows, rows, AttentionMask(), heads=2, selection=selection)
+    assert check(plan, 16, 8).lists.group.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("rows", ROWS)

@@ -52,7 +52,7 @@ def bounded(*, minimum: Bound = None, maximum: Bound = None, above: Bound = None
 def bounded(default: Any = MISSING, *, minimum: Bound = None, maximum: Bound = None, above: Bound = None) -> Any:
     """Return a dataclass field whose loaded numbers lie in these bounds; required when it has no default.
 
-    Without a maximum they are finite.
+    Without a maximum they are finite, and no number is NaN.
     """
     rules = {"minimum": minimum, "exclusive_minimum": above, "maximum": maximum}
     return field(default=default, metadata={name: limit for name, limit in rules.items() if limit is not None})
@@ -233,7 +233,7 @@ def _check_bounds(rules: Mapping[str, Any], value: Any, where: str) -> None:
         return
     if isinstance(value, int) and abs(value) > INT64_MAX:
         raise ConfigError(f"{where}={_show(value)} must fit in 64 bits.")
-    if abs(value) == math.inf and "maximum" not in rules:
+    if "maximum" not in rules and not math.isfinite(value):
         raise ConfigError(f"{where}={_show(value)} must be finite.")
     for name, words, holds in BOUNDS:
         # `not holds`, since a NaN is in no range.

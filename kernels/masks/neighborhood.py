@@ -28,9 +28,11 @@ class Dimension:
 
     def __post_init__(self) -> None:
         if self.length < 1 or self.window < 1 or self.dilation < 1:
-            raise ValueError(f"length={self.length}, window={self.window}, dilation={self.dilation} must be at least 1")
+            raise ValueError(
+                f"grid length={self.length}, window={self.window} and dilation={self.dilation} must be at least 1"
+            )
         if self.window * self.dilation > self.length:
-            raise ValueError(f"window={self.window} x dilation={self.dilation} must fit into length={self.length}")
+            raise ValueError(f"window={self.window} x dilation={self.dilation} must fit into grid length={self.length}")
         if not 1 <= self.stride <= self.window:
             raise ValueError(f"stride={self.stride} must be from 1 to window={self.window}")
 

@@ -47,6 +47,8 @@ class VGGT(Routed):
     def __post_init__(self) -> None:
         if self.tile < 1 or self.block < 1:
             raise ValueError(f"tile={self.tile} and block={self.block} must be at least 1")
+        if self.frame < 0:
+            raise ValueError(f"frame={self.frame} must be at least 0, which is no frames")
         if not (0 <= self.mass <= 1 and 0 <= self.sparsity <= 1):
             raise ValueError(f"mass={self.mass} and sparsity={self.sparsity} must be from 0 to 1")
         if not 0 <= self.special <= max(self.frame - 1, 0):

@@ -194,7 +194,7 @@ class _Builder:
         rows = self.queries.sizes()[of_problem]
         for same_shape in group_equal(rows * (keys.max() + 1) + keys):
             num_rows, num_keys = int(rows[same_shape[0]]), int(keys[same_shape[0]])
-            for chunk in np.array_split(same_shape, -(-len(same_shape) * num_keys // BATCH_ROWS)):
+            for chunk in _chunks(same_shape, num_keys, BATCH_ROWS):
                 key_block = entries.key_block[ranges(first[chunk], stop[chunk])]
                 kv_head = np.repeat(self._kv_head(self.head_group[of_problem[chunk]]), num_keys)
                 key_rows = self.key_blocks.members(key_block) * self.kv_heads + kv_head
@@ -224,7 +224,7 @@ class _Builder:
         keys = self.key_blocks.sizes()[key_block[first]]
         for same_shape in group_equal((nth[first] * (rows.max() + 1) + rows) * (keys.max() + 1) + keys):
             num_rows, num_keys = int(rows[same_shape[0]]), int(keys[same_shape[0]])
-            for chunk in np.array_split(same_shape, -(-len(same_shape) * num_rows * num_keys // BATCH_PAIRS)):
+            for chunk in _chunks(same_shape, num_rows * num_keys, BATCH_PAIRS):
                 row = self.query_blocks.members(query_block[ranges(first[chunk], stop[chunk])])
                 key = self.key_blocks.members(key_block[first[chunk]])
                 yield from self._partial_batches(
@@ -258,6 +258,11 @@ class _Builder:
         """The KV head of these head groups, int32."""
         kv_head = self.head_groups.member[self.head_groups.start] // (self.plan.heads // self.kv_heads)
         return kv_head.astype(np.int32)[head_group]
+
+
+def _chunks(problems: np.ndarray, size: int, budget: int) -> list[np.ndarray]:
+    """Split problems of one size into chunks of about `budget` together, of one problem at least."""
+    return np.array_split(problems, min(-(-len(problems) * size // budget), len(problems)))
 
 
 def _split_over_threads(queries: np.ndarray, keys: np.ndarray) -> Batch:

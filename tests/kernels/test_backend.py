@@ -3,10 +3,11 @@ import torch
 
 from farspan.errors import ConfigError
 from farspan.kernels.backend import BACKENDS, KernelRequest, choose_backend
-from farspan.kernels.mechanism import Mechanism
+from farspan.kernels.mechanism import Access, Mechanism
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.window import Window
+from tests.support.mechanisms import examples
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BF16 = KernelRequest.of(Dense(), torch.bfloat16, 128, 128)
@@ -22,6 +23,13 @@ def test_auto_takes_a_backend_that_supports_the_request() -> None:
     assert choose_backend("auto", CUDA, KernelRequest.of(Dense(), torch.float32, 128, 128)) == rest
     assert choose_backend("auto", CUDA, KernelRequest.of(MoBA(), torch.bfloat16, 128, 128)) == rest
     assert choose_backend("auto", CUDA, KernelRequest.of(Dense(), torch.float64, 128, 128)) == "reference"
+
+
+@pytest.mark.parametrize("mechanism", examples(), ids=str)
+def test_auto_takes_no_backend_that_a_plan_of_the_mechanism_would_stop(mechanism: Mechanism) -> None:
+    """Not at the first step but before: keys that expire count as selected, and a recurrence is no softmax."""
+    fused = choose_backend("auto", CUDA, KernelRequest.of(mechanism, torch.bfloat16, 64, 64)) == "cuda"
+    assert fused == (mechanism.accesses == {Access.MASK})
 
 
 def test_a_backend_asked_for_by_name_is_taken_or_refused() -> None:

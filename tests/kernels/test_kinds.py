@@ -1,14 +1,22 @@
 """What every kind of mechanism owes to the strategies: it asks its planner for what it claims, and for nothing else."""
 
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from farspan.errors import ConfigError
+from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import Access, Mechanism
+from farspan.kernels.mechanism import MECHANISMS, Access, Mechanism
 from farspan.kernels.planner import Heads, KeyRouting, Saved, SequenceAttention, Sizes
 from farspan.kernels.sequence_attention import SequencePlanner, plan_sequence_attention
+from farspan.trainer.toml_config import from_tree
 from tests.support.mechanisms import examples, inputs_of
 
 EXAMPLES = examples()
@@ -62,3 +70,39 @@ def test_what_a_kind_saves_is_what_it_says(mechanism: Mechanism) -> None:
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (out, *saved.tensors)}
     stated = mechanism.saved_bytes(HEADS, Sizes.of(torch.float32, 64, 64), rows) * len(rows)
     assert 0.6 * stated <= sum(storages.values()) <= 1.1 * stated
+
+
+MAY_BE_NEGATIVE = {"block_sparse.seed", "spans.alpha", "spans.beta", "sparge.similarity"}
+MAY_BE_ZERO = {"lightning.layer", "spans.sinks", "vggt.frame", "vggt.special", "vmoba.brick", "window.sinks"}
+
+
+def bad_options() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield a mechanism, an option, and the options of an example with a number there that makes no sense."""
+    for name in MECHANISMS:
+        for example in MECHANISMS.get(name).examples():
+            options = {key: list(x) if isinstance(x, tuple) else x for key, x in asdict(example).items()}  # pyright: ignore
+            for key, value in options.items():
+                numbers = value if isinstance(value, list) else [value]
+                if not numbers or type(numbers[0]) not in (int, float):
+                    continue
+                bad = [math.nan, math.inf] if type(numbers[0]) is float else []
+                if f"{name}.{key}" not in MAY_BE_NEGATIVE:
+                    bad += [-1] if type(numbers[0]) is float or f"{name}.{key}" in MAY_BE_ZERO else [-1, 0]
+                for number in bad:
+                    yield name, key, {**options, key: [number, *value[1:]] if isinstance(value, list) else number}
+
+
+def build(name: str, options: dict[str, Any]) -> None:
+    """Make a mechanism as a configuration does, and its mask: grids and spans check what goes into theirs."""
+    mechanism = from_tree(MECHANISMS.get(name), options)
+    if isinstance(mechanism, Masked):
+        mechanism.attention_mask()
+
+
+def test_an_option_that_makes_no_sense_is_refused_by_its_name() -> None:
+    refused = set()
+    for name, key, options in bad_options():
+        with pytest.raises((ValueError, ConfigError), match=rf"\b{key}\b"):
+            build(name, options)
+        refused.add(f"{name}.{key}")
+    assert {"moba.top_k", "mosa.sparsity", "nats.penalty", "neighborhood.dilation", "vmoba.share"} <= refused

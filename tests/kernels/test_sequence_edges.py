@@ -1,6 +1,10 @@
 """Lengths, blocks, windows, lifetimes and chunks around the tiles of the CPU backend, against the reference backend."""
 
+from importlib import import_module
+from typing import Any
+
 import pytest
+import torch
 
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
@@ -15,7 +19,7 @@ from farspan.kernels.mechanisms.vggt import VGGT
 from farspan.kernels.mechanisms.vmoba import VMoBA
 from farspan.kernels.mechanisms.window import Window
 from farspan.kernels.planner import Heads
-from tests.support.mechanisms import attend, inputs_of
+from tests.support.mechanisms import attend, examples, inputs_of
 from tests.support.oracle import assert_close
 
 LENGTHS = [[15, 16, 17], [31, 32, 33], [63, 65], [64, 128], [129], [127, 1], [255], [257]]
@@ -50,3 +54,33 @@ def test_lengths_around_tiles(mechanism: Mechanism) -> None:
         inputs = inputs_of(mechanism, len(rows), heads, dims)
         got, expected = (attend(mechanism, rows, heads, inputs, backend=name) for name in ("cpu", "reference"))
         assert_close(got, expected)
+
+
+BOUNDS: dict[str, dict[str, Any]] = {
+    "masks.selection": {"SUMMED_AT_ONCE": 1000},
+    "planning.bounds": {"MAX_CANDIDATES": 7},
+    "planning.regions": {"IRREGULAR_TILE": 16},
+    "planning.region_attention": {"ROWS_AT_ONCE": 128},
+    "planning.gathered_batches": {"ENTRIES_AT_ONCE": 50, "BATCH_ROWS": 100, "BATCH_PAIRS": 1000},
+    "planning.lifetime_batches": {"ENTRIES_AT_ONCE": 1000, "BATCH_ROWS": 100, "BATCH_PAIRS": 10_000},
+    "lifetimes.gradient": {"TILE_QUERIES": 64, "SCORES_AT_ONCE": 1},
+    "mechanisms._tile_selection": {"SCORES_AT_ONCE": 500},
+    "mechanisms.block_sparse": {"TILES_AT_ONCE": 3},
+    "mechanisms.moba": {"SCORES_AT_ONCE": {"cpu": 500}},
+    "mechanisms.vmoba": {"SCORES_AT_ONCE": 500},
+    "cpu.linear_attention": {"BLOCK": 64},
+}
+"""What exists at the same time, which tests of small tensors never fill."""
+
+
+@pytest.mark.parametrize("mechanism", [*examples(), Window(window=65)], ids=str)
+def test_results_do_not_depend_on_what_is_done_at_once(mechanism: Mechanism, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, heads = Rows.packed([130, 1, 190], padding=3), Heads(query=8, kv=2)
+    for rows in (packed, packed.take(torch.randperm(len(packed), generator=torch.Generator().manual_seed(0)))):
+        inputs = inputs_of(mechanism, len(rows), heads)
+        expected = attend(mechanism, rows, heads, inputs, backend="cpu")
+        with monkeypatch.context() as patched:
+            for name, bounds in BOUNDS.items():
+                for bound, size in bounds.items():
+                    patched.setattr(import_module(f"farspan.kernels.{name}"), bound, size)
+            assert_close(attend(mechanism, rows, heads, inputs, backend="cpu"), expected)

@@ -198,7 +198,7 @@ KEYS = "choose one of run, seed, attention, train, moe."
         ("[train]\nphases = [{tokens = 1, weigth = 1}]", "Did you mean 'weight'?"),
         ("[train]\nsteps = 0", "train.steps=0 must be at least 1."),
         ("[train]\nlr = 0", "train.lr=0.0 must be greater than 0."),
-        ("[train]\nlr = nan", "train.lr=nan must"),
+        ("[train]\nlr = nan", "train.lr=nan must be finite."),
         ("[train]\nlr = inf", "train.lr=inf must be finite."),
         ("seed = 9223372036854775808", "seed=9223372036854775808 must fit in 64 bits."),
         ("[train]\nclip = -0.5", "train.clip=-0.5 must be at least 0."),

@@ -4,8 +4,10 @@ import torch
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
+from farspan.kernels.planning import gathered_batches
 from farspan.kernels.planning.gathered_batches import selection_batches
 from farspan.kernels.planning.plan import Plan
+from farspan.kernels.planning.regions import Kind
 from tests.support import oracle
 from tests.support.batches import covered
 
@@ -75,3 +77,21 @@ def test_batches_hold_every_selected_pair_once(
             plan = Plan.build(queries, keys, attention_mask, heads=4, selection=selection)
             expected = oracle.visible_mask(queries, keys, attention_mask, 4) & oracle.selected_mask(selection, keys, 4)
             assert torch.equal(covered(selection_batches(plan, 2), plan, 2), expected.int())
+
+
+@pytest.mark.parametrize(("block_rows", "kind"), [(1, Kind.MASKED), (16, Kind.FULL)])
+def test_a_batch_of_several_problems_is_bounded(block_rows: int, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the rows that it gathers, or the pairs of its mask; one problem more where they do not come out even."""
+    monkeypatch.setattr(gathered_batches, "BATCH_ROWS", 200)
+    monkeypatch.setattr(gathered_batches, "BATCH_PAIRS", 500)
+    rows = Rows.packed([320])
+    blocks, query_blocks = BlockPartition.blocks(rows, 8), BlockPartition.blocks(rows, block_rows)
+    selected = torch.rand(2, query_blocks.count, blocks.count, generator=torch.Generator().manual_seed(0)) < 0.4
+    selection = BlockSelection.from_parts(query_blocks.of(rows), blocks, [selected], heads=2)
+    plan = Plan.build(rows, rows, AttentionMask(), heads=4, selection=selection)
+    several = [batch for batch in selection_batches(plan, 2) if len(batch.queries) > 1]
+    assert kind in {batch.kind for batch in several}
+    for batch in several:
+        problems, num_keys = batch.keys.shape
+        size, bound = (num_keys, 200) if batch.kind is Kind.FULL else (batch.queries.shape[1] * num_keys, 500)
+        assert batch.kind is Kind.CAUSAL or problems * size < bound + size

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from farspan.kernels.kinds.token_choice import ChosenTokens, TokenRouting
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanisms.mosa import MoSA
+from farspan.kernels.planner import Heads, Sizes
+from farspan.kernels.sequence_attention import plan_sequence_attention
 from tests.support.lifetimes import documents
 
 LENGTHS = [1, 40, 2, 7, 90, 64]
@@ -51,3 +54,17 @@ def test_a_causal_choice_takes_about_as_many() -> None:
 def test_a_sparsity_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="sparsity=0 must be at least 1"):
         MoSA(sparsity=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_what_is_collected_counts_as_work(dtype: torch.dtype) -> None:
+    """q, k, v and out of the tokens that heads choose, for the estimate of memory: 10 of 40 in each of 2 KV heads."""
+    rows, heads, mosa = Rows.packed([40]), Heads(query=6, kv=2), MoSA(sparsity=4)
+    planned = plan_sequence_attention(mosa, rows, heads, range(6), backend="cpu")
+    routing = mosa.sample_routing(rows, heads)
+    assert isinstance(routing, TokenRouting)
+    chosen = ChosenTokens.of(routing.chosen, rows)
+    found = planned.composition(Sizes.of(dtype, 16, 8), lambda: routing)
+    collected = [torch.empty(len(rows), n, width, dtype=dtype) for n, width in ((6, 16), (2, 16), (2, 8), (6, 8))]
+    assert len(chosen.token) == 2 * 10
+    assert found.working_bytes == sum(chosen.collect(x, kv_heads=2).nbytes for x in collected)

@@ -51,7 +51,7 @@ def test_grids_of_one_document_do_not_see_each_other() -> None:
     ("options", "message"),
     [
         ({"grid": [8], "window": [3, 3]}, r"window=\[3, 3\] must have one value per dimension of grid=\[8\]"),
-        ({"grid": [8], "window": [9]}, "window=9 x dilation=1 must fit into length=8"),
+        ({"grid": [8], "window": [9]}, "window=9 x dilation=1 must fit into grid length=8"),
         ({"grid": [8], "window": [3], "stride": [4]}, "stride=4 must be from 1 to window=3"),
         ({"grid": [], "window": []}, "at least one dimension"),
     ],

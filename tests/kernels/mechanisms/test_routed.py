@@ -7,10 +7,11 @@ from torch import Tensor
 from farspan.kernels.kinds.routed import Routed
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockSelection
-from farspan.kernels.mechanisms import moba
+from farspan.kernels.mechanisms.block_sparse import BlockSparse
 from farspan.kernels.planner import Heads, HeadShare
 from farspan.kernels.planning.gathered_batches import count_pairs
 from farspan.kernels.planning.plan import Plan
+from farspan.kernels.routing.ranking import affinity
 from tests.support.mechanisms import examples, normal
 from tests.support.sequence_shards import lists, select, select_on_ranks
 
@@ -85,11 +86,21 @@ def test_pairs_are_counted(mechanism: Routed) -> None:
 
 @pytest.mark.parametrize("mechanism", EXAMPLES, ids=str)
 def test_memory_is_bounded_by_parts(mechanism: Routed, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The selection is the same where scores are computed a few queries at a time."""
+    """The selection is the same where scores are computed a few queries at a time, and then only so many exist."""
     q, k = inputs(torch.float32)
-    expected = lists(select(mechanism, q, k, ROWS))
-    for module in ("farspan.kernels.mechanisms._tile_selection", "farspan.kernels.mechanisms.vmoba"):
-        monkeypatch.setattr(f"{module}.SCORES_AT_ONCE", 500)
-    monkeypatch.setitem(moba.SCORES_AT_ONCE, "cpu", 500)
+    expected, most, found = lists(select(mechanism, q, k, ROWS)), 100, []
+
+    def noted(q: Tensor, summary: Tensor) -> Tensor:
+        scores = affinity(q, summary)
+        found.append(scores.numel())
+        return scores
+
+    for name in ("_tile_selection", "moba", "vmoba"):
+        module = f"farspan.kernels.mechanisms.{name}"
+        monkeypatch.setattr(f"{module}.SCORES_AT_ONCE", {"cpu": most} if name == "moba" else most)
+        monkeypatch.setattr(f"{module}.affinity", noted)
     monkeypatch.setattr("farspan.kernels.mechanisms.block_sparse.TILES_AT_ONCE", 3)
     assert lists(select(mechanism, q, k, ROWS)) == expected
+    # Those of one query or tile at least.
+    assert max(found, default=0) <= max(most, q.shape[1] * mechanism.key_blocks(ROWS).count)
+    assert isinstance(mechanism, BlockSparse) or len(found) > 1

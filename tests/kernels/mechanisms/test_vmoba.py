@@ -10,7 +10,7 @@ from torch import Tensor
 
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanisms.vmoba import VMoBA
-from tests.support.sequence_shards import check_by_document, select
+from tests.support.sequence_shards import check_by_document, lists, select
 
 LENGTHS = [96, 5, 130]
 
@@ -83,6 +83,16 @@ def test_equal_scores_are_shared_out(scope: Literal["query", "head"]) -> None:
     rows, zeros = Rows.packed([90]), torch.zeros(90, 1, 8)
     chosen = select(VMoBA(brick=(10,), share=1 / 3, scope=scope), zeros, zeros, rows)
     assert set(chosen.offsets.diff().tolist()) == {3 if scope == "query" else 9}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_of_equal_scores_a_query_takes_the_earlier_block(rule: Literal["threshold", "top_k"]) -> None:
+    """After its own, whatever the device; the joint ranking of a head takes all of them."""
+    rows, zeros = Rows.packed([90]), torch.zeros(90, 1, 8)
+    chosen = lists(select(VMoBA(brick=(10,), rule=rule, share=1 / 3, top_k=3), zeros, zeros, rows))
+    for query in range(90):
+        own = query // 10
+        assert chosen[0, query] == sorted([own, *[block for block in range(9) if block != own][:2]])
 
 
 def test_bricks_must_fit_the_frame() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import GridExecutor  # pyright: ignore[reportMissingImports]
 
 from farspan.errors import ConfigError
 from farspan.kernels.attention import attention_forward
@@ -25,6 +26,7 @@ from farspan.kernels.triton_kernels.attention_launch import Shape, Shapes, gathe
 from tests.support import attention_cases as contract
 from tests.support import interpreter_bfloat16, oracle, truth
 from tests.support.attention_cases import Tensors
+from tests.support.far_rows import far_rows
 from tests.support.mechanisms import SCORES, attend, examples, inputs_of, with_scores
 from tests.support.sequence_shards import select
 
@@ -36,6 +38,7 @@ SHUFFLED = Rows.packed([40, 21], padding=3).take(torch.randperm(64, generator=to
 TOLERANCE = oracle.RELATIVE_TOLERANCE[torch.float32]
 # Recurrent mechanisms have no softmax, and so are not of these kernels.
 EXAMPLES = [x for x in examples() if not isinstance(x, Recurrent)]
+SAME = Shape(32, 32, 4, 1)
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
 # Triton's interpreter takes the only element of an array for a loop's bound, which NumPy 2.4 will refuse.
@@ -305,6 +308,23 @@ def test_masked_keys_do_not_leak(selection: str) -> None:
         assert not torch.equal(changed[mask[:, key]], out[mask[:, key]])
 
 
+@pytest.mark.parametrize("order", ["in order", "gathered"])
+@pytest.mark.parametrize("selection", ["none", "rows"])
+def test_rows_beyond_two_billion_elements(selection: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A place in a tensor is more than int32 holds, from some 100,000 tokens on where q, k and v share rows."""
+    # The interpreter copies each storage onto itself.
+    monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *_: None)
+    rows = Rows.packed([70])
+    if order == "gathered":
+        rows = rows.take(torch.randperm(70, generator=torch.Generator().manual_seed(0)))
+    tensors = Tensors.random(70, 70, (2, 1), dtype=torch.float16)
+    chosen = select(MoBA(block=16, top_k=2), tensors.q, tensors.k, rows) if selection == "rows" else None
+    plan = Plan.build(rows, rows, AttentionMask(), heads=2, selection=chosen)
+    expected = run(tensors, plan)
+    for got, near in zip(run(Tensors(*(far_rows(x) for x in tensors)), plan), expected, strict=True):
+        assert torch.equal(got, near)
+
+
 def test_lists_are_made_once_for_a_plan() -> None:
     rows = Rows.packed([40])
     tensors = random_tensors(rows, rows)
@@ -315,6 +335,15 @@ def test_lists_are_made_once_for_a_plan() -> None:
     assert {key: id(value) for key, value in plan.cache.items()} == made
     assert len(made) == 4  # terms, and lists for three kernels
     assert not plan.with_lifetimes(torch.zeros(2, 40, dtype=torch.int32)).cache
+
+
+def test_kernels_of_one_shape_have_lists_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As all kernels of wide float32 heads: lists of queries and of keys differ where their tiles do not."""
+    monkeypatch.setattr(attention_launch, "shapes_for", lambda *_: Shapes(forward=SAME, dq=SAME, dkv=SAME))
+    rows = Rows.packed([70])
+    plan = Plan.build(rows, rows, AttentionMask(), heads=2)
+    check(random_tensors(rows, rows, (2, 1)), plan, oracle.visible_mask(rows, rows, AttentionMask(), 2))
+    assert len(plan.cache) == 3  # terms, and lists for each side
 
 
 def test_unsupported_requests_are_refused() -> None:

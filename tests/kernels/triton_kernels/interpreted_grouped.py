@@ -6,6 +6,7 @@ another size along each direction.
 
 import pytest
 import torch
+from triton.runtime.interpreter import GridExecutor  # pyright: ignore[reportMissingImports]
 
 from farspan.kernels.moe import grouped_gemm as choice
 from farspan.kernels.moe.grouped_gemm import grouped_swiglu
@@ -13,6 +14,7 @@ from farspan.kernels.triton_kernels import grouped_launch as grouped
 from farspan.kernels.triton_kernels.grouped_launch import ExpertRows, Tile, kernels
 from tests.kernels.moe import test_grouped_gemm as swiglu
 from tests.support import interpreter_bfloat16
+from tests.support.far_rows import far_rows
 from tests.support.oracle import RELATIVE_TOLERANCE, relative_error
 
 # Triton's interpreter takes the only element of an array for a loop's bound, which NumPy 2.4 will refuse.
@@ -38,6 +40,8 @@ COUNTS = {
     "ragged": [3, 33, 0, 16, 1],
     "one has all": [0, 0, 35, 0, 0],
     "one row": [0, 0, 0, 0, 1],
+    # 13 tiles of rows, which run side by side in groups of 8.
+    "a group of tiles and a part": [3, 120, 0, 50, 1],
     "none": [0, 0, 0, 0, 0],
 }
 
@@ -69,6 +73,18 @@ def test_rows_and_weights_of_any_layout_give_the_same_bits() -> None:
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
         # Laid out like its weight, so that adding it to another, as over micro-batches, copies nothing.
         assert all(gradient.stride() == w.stride() for gradient, w in zip(got[2:], matrices, strict=True))
+
+
+def test_rows_beyond_two_billion_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The interpreter copies each storage onto itself.
+    monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *_: None)
+    counts = [3, 66, 0, 0, 1]
+    x, *weights = swiglu.inputs(70, torch.float16, (16, 16))
+    dout, found = torch.randn(70, 16, dtype=torch.float16), []
+    for rows, gradient in ((x, dout), (far_rows(x.detach()).requires_grad_(), far_rows(dout))):
+        out = grouped_swiglu(rows, *weights, counts=counts)
+        found.append([out, *torch.autograd.grad(out, (rows, *weights), gradient)])
+    assert all(torch.equal(near, far) for near, far in zip(*found, strict=True))
 
 
 def test_nothing_is_written_beyond_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:

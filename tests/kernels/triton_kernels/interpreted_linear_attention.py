@@ -5,14 +5,18 @@ float32 and float16 are large, as the interpreter's time follows their number; t
 all are as wide as the product's.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
+from triton.runtime.interpreter import GridExecutor  # pyright: ignore[reportMissingImports]
 
 from farspan.kernels.linear_attention.state import NO_POSITION, Segment, SequencePosition, State
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.recurrent_attention import recurrent_attention_forward
 from farspan.kernels.triton_kernels import linear_attention
 from tests.support import interpreter_bfloat16
+from tests.support.far_rows import far_rows
 from tests.support.oracle import assert_close, relative_error, rms_error
 from tests.support.recurrence_contract import NAMES, Case, later_rows
 
@@ -74,6 +78,15 @@ def check_tiny_documents() -> None:
 def check_padding_only_and_a_single_token() -> None:
     check(Rows.packed([], padding=5), (2, 1), (16, 16), last=SequencePosition(0, 3))
     check(later_rows([1], 50), (2, 1), (16, 16))
+
+
+def check_rows_beyond_two_billion_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The interpreter copies each storage onto itself.
+    monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *_: None)
+    case = Case.random(Rows.packed([70]), (1, 1), (16, 16), torch.float16, torch.full((1,), 0.1))
+    far = replace(case, **{name: far_rows(getattr(case, name)) for name in ("q", "k", "v", "dout")})
+    for name, got, near in zip(NAMES, far.run("triton"), case.run("triton"), strict=True):
+        assert torch.equal(got, near), name
 
 
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128), (256, 256)], ids=str)

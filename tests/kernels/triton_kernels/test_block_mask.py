@@ -14,7 +14,9 @@ from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.planning.tiles import Tiling
+from farspan.kernels.triton_kernels import block_mask
 from farspan.kernels.triton_kernels.block_mask import COUNT_BITS, MAX_COUNT, BlockMask, TiledPlan, tile_plan
+from farspan.kernels.triton_kernels.row_block_lists import gathered_rows
 
 GENERATOR = torch.Generator().manual_seed(0)
 ROWS = {
@@ -139,6 +141,13 @@ def test_lists_follow_a_selection(rows: str, tile: int, block: int) -> None:
         assert tiled.queries.index is not None
 
 
+def test_lists_do_not_depend_on_how_many_pairs_are_tested_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_mask, "PAIRS_AT_ONCE", block_mask.COARSE**2)
+    rows = ROWS["long"]
+    for selection in (None, random_selection(rows, 20, 12, heads=4)):
+        check(Plan.build(rows, rows, AttentionMask(window=(50, 9, 50, 50)), heads=4, selection=selection), 16, 8)
+
+
 def test_heads_with_equal_masks_share_lists() -> None:
     rows = ROWS["one"]
     plan = Plan.build(rows, rows, AttentionMask(window=(5, 9, 5, 9)), heads=4)
@@ -147,6 +156,17 @@ def test_heads_with_equal_masks_share_lists() -> None:
     selection = random_selection(rows, 16, 8, heads=2, copies=2)
     plan = Plan.build(rows, rows, AttentionMask(), heads=4, selection=selection)
     assert check(plan, 16, 8).lists.group.tolist() == [0, 1, 0, 1]
+    # The same blocks one after another, but of other tiles: 0 | 1 2 and 0 1 | 2.
+    blocks, tiles = BlockPartition.blocks(rows, 8), BlockPartition.blocks(rows, 16).of(rows)
+    selection = BlockSelection(
+        heads=2,
+        query_block=tiles,
+        blocks=blocks,
+        offsets=torch.tensor([0, *[1] * 12, 3, 5, *[6] * 12]),
+        key_blocks=torch.tensor([0, 1, 2, 0, 1, 2], dtype=torch.int32),
+    )
+    plan = Plan.build(rows, rows, AttentionMask(), heads=2, selection=selection)
+    assert check(plan, 16, 8).lists.group.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -173,6 +193,25 @@ def test_no_run_is_longer_than_its_bits() -> None:
     counts = lists.runs[:-1] & MAX_COUNT
     assert counts.max() <= MAX_COUNT
     assert lists.counts.view(-1, 2)[:, 0].tolist() == [5000] * 20
+
+
+@pytest.mark.parametrize(("query_tile", "key_tile"), [(1, 500), (500, 1)])
+def test_no_run_of_gathered_rows_is_longer_than_its_bits(query_tile: int, key_tile: int) -> None:
+    """A block that more tiles select than a run can name, and a block of as many tiles."""
+    tokens = MAX_COUNT + 6
+    rows = Rows.packed([tokens])
+    blocks = BlockPartition.blocks(rows, tokens)
+    selection = BlockSelection.from_lists(torch.arange(tokens), blocks, torch.zeros(1, tokens, 1, dtype=torch.int64))
+    plan = Plan.build(rows, rows, AttentionMask(), heads=1, selection=selection)
+    keys = Tiling.of(rows, key_tile, blocks.of(rows))
+    (found,) = gathered_rows(plan, keys, 1, query_tile, tokens, torch.device("cpu"))
+    num_queries = len(found.index) // query_tile
+    for lists, tiles, others in ((found.of_queries, num_queries, len(keys)), (found.of_keys, len(keys), num_queries)):
+        full, partial = decode(lists, others)
+        assert full.shape == (1, tiles, others)
+        # Rows that see the block in full and those that do not are in tiles of their own.
+        assert (full | partial).all()
+        assert not (full & partial).any()
 
 
 def test_many_small_documents_are_not_compared_with_each_other() -> None:

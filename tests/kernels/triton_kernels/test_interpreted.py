@@ -16,7 +16,7 @@ def test_attention_equals_the_formula() -> None:
 
 
 def test_recurrences_equal_the_formula() -> None:
-    assert "20 passed" in interpret("interpreted_linear_attention", "-o", "python_functions=check_*")
+    assert "21 passed" in interpret("interpreted_linear_attention", "-o", "python_functions=check_*")
 
 
 def test_products_of_experts_equal_the_formula() -> None:

@@ -257,8 +257,8 @@ def working_bytes(strategy: str, heads: Heads, grad_comm_dtype: GradCommDtype) -
 
 @pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "single"])
 def test_memory_is_what_a_pass_takes_on_the_busiest_rank(ranks: Callable[[int], RankPool], strategy: str) -> None:
-    """Within a factor of 2.5; one that is left out, be it ranks, heads or a dimension, would be four or more."""
+    """Within a factor of three; one that is left out, be it ranks, heads or a dimension, is four or more."""
     for kv_heads, grad_comm_dtype in ((8, "accumulation"), (4, "compute")):
         found = ranks(4).run(working_bytes, strategy, Heads(query=8, kv=kv_heads), grad_comm_dtype)
         measured, stated = map(max, zip(*found, strict=True))
-        assert 1 / 2.5 < measured / stated < 2.5, (kv_heads, measured / stated)
+        assert 1 / 3 < measured / stated < 3, (kv_heads, measured / stated)

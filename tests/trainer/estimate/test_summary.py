@@ -141,6 +141,16 @@ def test_traffic_of_a_convolution_on_keys() -> None:
     assert labels(describe(long, degrees))["traffic"].startswith(f"{sent / 2**20:.3g} MiB")
 
 
+def test_traffic_of_a_convolution_is_that_of_layers_that_have_one() -> None:
+    """Gated recurrences have none: of four layers two are left."""
+    degrees = Degrees.resolve(HYBRID.parallel, 2)
+    plain, gated = (
+        convolution_bytes(tiny.with_model(HYBRID, recurrent_layer=kind, key_convolution=3), degrees)
+        for kind in ("plain", "gated")
+    )
+    assert plain == 2 * gated > 0
+
+
 def test_traffic_of_a_convolution_follows_the_chunks_of_the_run() -> None:
     """Under `balanced` they depend on the work of the mechanism."""
     window = AttentionConfig(mechanism="window", options={"window": 64}, backend="cpu")

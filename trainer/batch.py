@@ -15,7 +15,7 @@ from farspan.parallel.context_parallel.key_convolution import KeyConvolution
 from farspan.parallel.context_parallel.strategy import DistributedAttention, Strategy
 from farspan.parallel.expert_parallel.capacity import ExpertCapacity
 from farspan.parallel.layout import Shards
-from farspan.parallel.mesh import Mesh
+from farspan.parallel.mesh import Degrees, Mesh
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import IGNORED, PackedSequence, ShuffledSequences, sequence_hash, sequence_seed
 from farspan.trainer.data.source import TokenSource
@@ -67,6 +67,16 @@ def work_of_layers(mechanisms: Sequence[Mechanism], rows: Rows) -> Tensor:
     """Return the work of each token in layers with these mechanisms, float64 `[tokens]`."""
     counts = Counter(mechanisms)
     return torch.stack([mechanism.keys_per_query(rows) * layers for mechanism, layers in counts.items()]).sum(dim=0)
+
+
+def shards_of_one_document(config: Config, degrees: Degrees) -> Shards:
+    """Return a sequence of one document as a run shards it, for estimates."""
+    return Shards.build(
+        Rows.packed([config.data.sequence_tokens]),
+        layout=config.parallel.layout,
+        degree=degrees.context,
+        work=partial(work_of_layers, config.mechanisms()),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,19 +4,16 @@ import logging
 import shlex
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from farspan.errors import ConfigError, DataError
-from farspan.kernels.masks.rows import Rows
 from farspan.parallel.context_parallel.cost_model import MACHINES, Cost, Job, Machine, compare
 from farspan.parallel.context_parallel.strategy import Sizes
-from farspan.parallel.layout import Shards
 from farspan.parallel.mesh import Degrees, Mesh, ParallelConfig
 from farspan.parallel.ranks import Ranks, fake_process_group
-from farspan.trainer.batch import work_of_layers
+from farspan.trainer.batch import shards_of_one_document
 from farspan.trainer.build import backends_of_layers, parameters_held
 from farspan.trainer.config import AUTO, Config
 from farspan.trainer.data.source import META_FILE, SPLITS, TokenSource
@@ -204,12 +201,7 @@ def choose_strategy(config: Config, degrees: Degrees, device_type: str) -> tuple
 def strategy_costs(config: Config, degrees: Degrees, device_type: str) -> tuple[dict[str, Cost], dict[str, str]]:
     """Return each strategy's cost for one document per sequence, the best first; and why others are unsupported."""
     parallel, head_dim, mechanisms = config.parallel, config.model.head_dim, config.mechanisms()
-    shards = Shards.build(
-        Rows.packed([config.data.sequence_tokens]),
-        layout=parallel.layout,
-        degree=degrees.context,
-        work=partial(work_of_layers, mechanisms),
-    )
+    shards = shards_of_one_document(config, degrees)
     jobs = {
         mechanism: Job(
             mechanism=mechanism,

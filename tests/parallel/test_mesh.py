@@ -1,10 +1,13 @@
+import itertools
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from farspan.errors import ConfigError
+from farspan.parallel.comm import Traffic
 from farspan.parallel.mesh import Degrees, Mesh, ParallelConfig
 from tests.support.rank_pool import COLLECTIVE_TIMEOUT_S, RankPool
 
@@ -100,3 +103,56 @@ def test_ranks_of_an_inner_axis_and_those_that_hold_all_experts_are_neighbors(
 ) -> None:
     near, far = [[0, 1], [0, 1], [2, 3], [2, 3]], [[0, 2], [1, 3], [0, 2], [1, 3]]
     assert ranks(4).run(lines) == [[*axes] for axes in zip(near, far, near, far, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("replicas", "data", "outer", "inner", "expert"),
+    [(2, 3, 2, 4, 2), (2, 3, 2, 4, 12), (1, 2, 3, 4, 3), (2, 2, 4, 3, 8), (3, 2, 2, 2, 4)],
+)
+def test_groups_of_all_axes_at_once(replicas: int, data: int, outer: int, inner: int, expert: int) -> None:
+    """Whoever shares all coordinates but one with a rank is in its group: axes of different lengths, on every rank."""
+    shape = {"replicate": replicas, "data": data, "outer": outer, "inner": inner}
+    places = [*itertools.product(*map(range, shape.values()))]
+    shard_size = data * outer * inner
+    config = ParallelConfig(dp_replicate=replicas, context=outer * inner, context_inner=inner, expert=expert)
+    for rank, place in enumerate(places):
+        dist.init_process_group("fake", rank=rank, world_size=len(places), store=FakeStore())
+        try:
+            mesh = Mesh.build(config, "cpu")
+            channel = mesh.context_channel(Traffic())
+            assert channel.inner is not None
+            assert channel.outer is not None
+            found = {
+                "context": channel.group,
+                "inner": channel.inner.group,
+                "outer": channel.outer.group,
+                "shard": mesh.fsdp.get_group("shard"),
+                "expert": mesh.expert,
+                "same experts": mesh.experts.get_group("shard"),
+            }
+            if replicas > 1:
+                found["replicas"] = mesh.fsdp.get_group("replicate")
+                found["replicas of experts"] = mesh.experts.get_group("replicate")
+            found = {name: dist.get_process_group_ranks(group) for name, group in found.items()}
+            assert mesh.data_rank == place[0] * data + place[1]
+            assert channel.rank == channel.outer.rank * inner + channel.inner.rank == place[2] * inner + place[3]
+        finally:
+            dist.destroy_process_group()
+
+        def others(*free: int, place: tuple[int, ...] = place) -> list[int]:
+            """The ranks that differ from this one along some axes only."""
+            same = [axis for axis in range(4) if axis not in free]
+            return [r for r, other in enumerate(places) if all(other[axis] == place[axis] for axis in same)]
+
+        start, nth = rank - rank % shard_size, rank % shard_size
+        expected = {
+            "context": others(2, 3),
+            "inner": others(3),
+            "outer": others(2),
+            "shard": others(1, 2, 3),
+            "expert": [start + nth - nth % expert + n for n in range(expert)],
+            "same experts": [start + n for n in range(nth % expert, shard_size, expert)],
+        }
+        if replicas > 1:
+            expected |= {"replicas": others(0), "replicas of experts": others(0)}
+        assert found == expected

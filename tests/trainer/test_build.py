@@ -64,16 +64,18 @@ def builder(config: Config) -> tuple[object, ...]:
     layer, *others = made.layers
     assert all(other == layer for other in others)
     channel = layer.strategy.channel
-    return type(layer.strategy).__name__, channel.size, channel.rank, str(layer.mechanism), made.layout, layer.backend
+    of_strategy = type(layer.strategy).__name__, layer.strategy.grad_comm_dtype, channel.size, channel.rank
+    return *of_strategy, str(layer.mechanism), made.layout, layer.backend
 
 
 def test_batches_follow_the_configuration(config: Config, ranks: Pools) -> None:
     ulysses = replace(
         config,
-        parallel=ParallelConfig(context=2, strategy="ulysses", layout="striped"),
+        parallel=ParallelConfig(context=2, strategy="ulysses", layout="striped", grad_comm_dtype="compute"),
         attention=replace(config.attention, options={"causal": False}, backend="reference"),
     )
     expected = "Dense(causal=False)", "striped", "reference"
-    assert ranks(2).run(builder, ulysses) == [("Ulysses", 2, rank, *expected) for rank in range(2)]
+    assert ranks(2).run(builder, ulysses) == [("Ulysses", "compute", 2, rank, *expected) for rank in range(2)]
     apart = replace(config, parallel=ParallelConfig(dp_shard=2))
-    assert ranks(2).run(builder, apart) == [("Ring", 1, 0, "Dense(causal=True)", "zigzag", "cpu")] * 2
+    expected = "Ring", "accumulation", 1, 0, "Dense(causal=True)", "zigzag", "cpu"
+    assert ranks(2).run(builder, apart) == [expected] * 2

@@ -12,6 +12,7 @@ from farspan.parallel.ranks import Ranks
 from farspan.trainer.config import AttentionConfig, Config
 from farspan.trainer.data.source import TokenSource
 from farspan.trainer.data.tokenizer import load_tokenizer
+from farspan.trainer.estimate.summary import attention_bytes
 from farspan.trainer.resolve import choose_device, choose_strategy, machine_of, resolve, strategy_costs
 from farspan.trainer.toml_config import load_config, to_toml
 from farspan.trainer.validate import validate
@@ -147,6 +148,24 @@ def test_the_choice_is_the_first_of_its_reasons_and_takes_the_run() -> None:
 
 def test_a_strategy_that_is_named_is_kept() -> None:
     assert chosen(config_of(ParallelConfig(strategy="ulysses", context=2)), 2) == ("ulysses", [])
+
+
+@pytest.mark.parametrize("strategy", ["ring", "double_ring", "gather", "ulysses", "hybrid"])
+def test_auto_and_the_summary_count_the_same_bytes(strategy: str) -> None:
+    """Of strategies under which all ranks send as much, whatever dtype gradients travel in."""
+    volumes = []
+    for grad_comm_dtype in ("accumulation", "compute"):
+        parallel = ParallelConfig(context=8, context_inner=4, strategy=strategy, grad_comm_dtype=grad_comm_dtype)
+        run = tiny.with_model(config_of(parallel), heads=8)
+        run, degrees = replace(run, train=replace(run.train, compute_dtype="bfloat16")), Degrees.resolve(parallel, 8)
+        volumes.append(strategy_costs(run, degrees, "cpu")[0][strategy].volume)
+        assert attention_bytes(run, degrees) == volumes[-1].forward + volumes[-1].backward
+    wide, rounded = volumes
+    assert wide.forward == rounded.forward
+    assert wide.backward > rounded.backward
+    if strategy == "ring":
+        # Seven hops of keys and values; of gradients eight of a sum, twice as wide, or seven of its parts.
+        assert wide.backward * (7 + 7) == rounded.backward * (7 + 2 * 8)
 
 
 def test_links_come_from_the_configuration() -> None:

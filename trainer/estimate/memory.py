@@ -15,6 +15,7 @@ from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.planner import Sizes
 from farspan.parallel.mesh import Degrees
+from farspan.trainer.batch import shards_of_one_document
 from farspan.trainer.config import Config
 from farspan.trainer.model.flops import total_parameters
 from farspan.units import BYTES, readable
@@ -58,7 +59,8 @@ def estimate_memory(config: Config, degrees: Degrees) -> Memory:
     experts = 3 * model.width * model.experts.count * model.experts.feed_forward if any(model.expert_layers) else 0
     # The largest kind of block: one with experts, if there is any.
     block = (parameters - outside - sum(model.expert_layers) * experts) // model.layers + experts // degrees.expert
-    tokens, heads = tokens_local(config, degrees), [model.heads_of(mechanism) for mechanism in config.mechanisms()]
+    tokens = shards_of_one_document(config, degrees).tokens_local
+    heads = [model.heads_of(mechanism) for mechanism in config.mechanisms()]
     query, kv = (max(numbers) * model.head_dim for numbers in zip(*((h.query, h.kv) for h in heads), strict=True))
     layers = zip(config.mechanisms(), model.expert_layers, strict=True)
     by_block = [block_activations(config, *layer, tokens=tokens) for layer in layers]
@@ -129,8 +131,3 @@ def block_activations(config: Config, mechanism: Mechanism, has_experts: bool, *
         sizes, rows = Sizes.of(compute, model.head_dim, model.head_dim), Rows.packed([config.data.sequence_tokens])
         attention = mechanism.saved_bytes(heads, sizes, rows)
     return tokens * (elements * compute.itemsize + attention)
-
-
-def tokens_local(config: Config, degrees: Degrees) -> int:
-    """Return the local tokens of a sequence, padding included."""
-    return -(-config.data.sequence_tokens // degrees.context)

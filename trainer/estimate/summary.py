@@ -16,13 +16,12 @@ from farspan.kernels.planner import Sizes
 from farspan.parallel.comm import Unconnected
 from farspan.parallel.context_parallel.cost_model import SAMPLED
 from farspan.parallel.context_parallel.key_convolution import mean_rows_sent
-from farspan.parallel.layout import Shards
 from farspan.parallel.mesh import Degrees
-from farspan.trainer.batch import work_of_layers
+from farspan.trainer.batch import shards_of_one_document
 from farspan.trainer.build import backends_of_layers, build_strategies, strategies_of_layers
 from farspan.trainer.config import Config
 from farspan.trainer.data.source import TokenSource, share_of_tokens
-from farspan.trainer.estimate.memory import estimate_memory, tokens_local
+from farspan.trainer.estimate.memory import estimate_memory
 from farspan.trainer.load_balance import passes_ahead
 from farspan.trainer.model.flops import attention_flops, matrix_parameters, total_parameters, training_flops
 from farspan.units import BYTES, FLOPS, readable
@@ -61,7 +60,7 @@ def _table(labels: dict[str, str]) -> str:
 def _sizes(config: Config, degrees: Degrees) -> dict[str, str]:
     model, mechanisms = config.model, config.mechanisms()
     tokens, sequences = config.data.sequence_tokens, config.train.sequences_per_step
-    local, micro_batches = tokens_local(config, degrees), sequences // degrees.data
+    local, micro_batches = shards_of_one_document(config, degrees).tokens_local, sequences // degrees.data
     padding = f" ({1 - tokens / (local * degrees.context):.1%} padding)" if local * degrees.context > tokens else ""
     one_document = Rows.packed([tokens])
     flops = training_flops(model, mechanisms, tokens, attention_flops(model, mechanisms, one_document)) / tokens
@@ -150,10 +149,7 @@ def _backend(name: str) -> str:
 
 def attention_bytes(config: Config, degrees: Degrees) -> int:
     """Return the bytes that rank 0 sends for the attention of all layers, for a sequence of one document."""
-    parallel, mechanisms, rows = config.parallel, config.mechanisms(), Rows.packed([config.data.sequence_tokens])
-    shards = Shards.build(
-        rows, layout=parallel.layout, degree=degrees.context, work=partial(work_of_layers, mechanisms)
-    )
+    parallel, mechanisms, shards = config.parallel, config.mechanisms(), shards_of_one_document(config, degrees)
     channel = Unconnected(0, degrees.context, inner_size=parallel.context_inner)
     sizes = Sizes.of(config.train.torch_dtype, config.model.head_dim, config.model.head_dim)
     names = strategies_of_layers(config, degrees)
@@ -162,7 +158,7 @@ def attention_bytes(config: Config, degrees: Degrees) -> int:
     for (mechanism, name), count in layers.items():
         strategy = strategies[name]
         heads = config.model.heads_of(mechanism)
-        routing = partial(mechanism.sample_routing, rows, heads, max_queries=SAMPLED)
+        routing = partial(mechanism.sample_routing, shards.rows, heads, max_queries=SAMPLED)
         volume = strategy.prepare(mechanism, shards, heads, backend="reference").volume(sizes, routing)
         sent += count * (volume.forward + volume.backward)
     return sent
@@ -173,8 +169,6 @@ def convolution_bytes(config: Config, degrees: Degrees) -> int:
     model, compute = config.model, config.train.torch_dtype
     if not model.key_convolution:
         return 0
-    rows = Rows.packed([config.data.sequence_tokens])
-    shards = Shards.build(rows, layout=config.parallel.layout, degree=degrees.context)
     heads = sum(model.projected_heads_of(m).kv for m in config.mechanisms() if not model.is_gated(m))
-    sent = mean_rows_sent(shards, model.key_convolution - 1) * heads * model.head_dim
+    sent = mean_rows_sent(shards_of_one_document(config, degrees), model.key_convolution - 1) * heads * model.head_dim
     return sent * (compute.itemsize + accumulation_dtype(compute).itemsize)

@@ -1,7 +1,12 @@
 """The cost model on cases that are known by hand, and `auto`, which follows it."""
 
+from collections.abc import Callable
+from unittest import mock
+
 import pytest
 import torch
+from torch import Tensor
+from torch.distributed._tools.mem_tracker import MemTracker
 
 from farspan.errors import ConfigError
 from farspan.kernels.masks.rows import Rows
@@ -12,7 +17,7 @@ from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.window import Window
 from farspan.kernels.planner import no_routing
 from farspan.parallel.comm import GradCommDtype, Unconnected
-from farspan.parallel.context_parallel import cost_model
+from farspan.parallel.context_parallel import cost_model, moving_kv
 from farspan.parallel.context_parallel.cost_model import (
     BACKWARD_FLOPS,
     SAMPLED,
@@ -24,8 +29,12 @@ from farspan.parallel.context_parallel.cost_model import (
     strategy_for,
     total_cost,
 )
+from farspan.parallel.context_parallel.strategies import ship
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes, Volume
 from farspan.parallel.layout import Shards
+from tests.support.matrix import inner_size_for
+from tests.support.mechanisms import inputs_of
+from tests.support.rank_pool import RankPool, world_channel
 
 FAST = Machine(flops_per_s=1e14, inner_bytes_per_s=2e11, outer_bytes_per_s=2e10, node_ranks=8)
 
@@ -79,6 +88,27 @@ def test_time_is_the_longer_of_compute_and_overlapped_transfers_plus_exposed_one
     double = predict("double_ring", job(Dense(), 16, inner_size=8), FAST)
     assert double.volume == far.volume
     assert double.overlapped_s < far.overlapped_s / 3
+
+
+@pytest.mark.parametrize(
+    ("strategy", "transfer_s", "seconds"),
+    [
+        # Attention takes 1 s forward and 2.5 s backward; a ring with rounded gradients sends twice as much backward.
+        ("ring", 0.5, 1 + 2.5),
+        ("ring", 1.1, 1.1 + 2.5),
+        ("ring", 1.3, 1.3 + 2.6),
+        # Nothing to overlap with.
+        ("gather", 1.1, (1 + 1.1) + (2.5 + 2.2)),
+    ],
+)
+def test_transfers_of_a_pass_overlap_with_that_pass_only(strategy: str, transfer_s: float, seconds: float) -> None:
+    layer = job(Dense(), 8, grad_comm_dtype="compute")
+    any_speed = predict(strategy, layer, FAST)
+    forward = any_speed.volume.forward
+    assert any_speed.volume.backward == 2 * forward
+    speeds = {"flops_per_s": any_speed.flops, "inner_bytes_per_s": forward / transfer_s}
+    found = predict(strategy, layer, Machine(**speeds, outer_bytes_per_s=1.0, node_ranks=8))
+    assert found.seconds == pytest.approx(seconds)
 
 
 CHUNK = 4096 * 8 * (128 + 128) * 2
@@ -193,3 +223,42 @@ def test_the_choice_of_a_long_sequence_is_drawn_for_some_queries() -> None:
         planned = STRATEGIES.get(strategy)(Unconnected(3, 4)).prepare(mechanism, shards, heads, backend="cpu")
         expected = planned.volume(sizes, routing).forward
         assert planned.volume(sizes, lambda: sample).forward == pytest.approx(expected, rel=bound)
+
+
+def free_forward(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+    """A kernel that takes no memory beside its results."""
+    return q.new_zeros(*q.shape[:2], v.shape[2]), torch.zeros(q.shape[:2])
+
+
+def free_backward(dout: Tensor, *inputs: Tensor, **_: object) -> tuple[Tensor, ...]:
+    return tuple(torch.zeros(x.shape) for x in inputs[:3])
+
+
+def working_bytes(strategy: str, heads: Heads, grad_comm_dtype: GradCommDtype) -> tuple[int, int]:
+    """On a rank: the peak bytes of tensors beside inputs and results in either pass, and those of the formula."""
+    mechanism = {"state": Lightning(), "ship": MoBA(block=64, top_k=3)}.get(strategy, Dense())
+    channel, rows = world_channel(inner_size_for(strategy, 4, turn=0)), Rows.packed([8192])
+    shards = Shards.build(rows, layout="zigzag", degree=channel.size)
+    planning = STRATEGIES.get(strategy)(channel, grad_comm_dtype=grad_comm_dtype)
+    planned = planning.prepare(mechanism, shards, heads, backend="cpu")
+    *inputs, dout = (shards.shard(x, channel.rank) for x in inputs_of(mechanism, 8192, heads, dtype=torch.bfloat16))
+    kernels = {"attention_forward": free_forward, "attention_backward": free_backward}
+    forward, backward = MemTracker(), MemTracker()
+    with torch.no_grad(), mock.patch.multiple(moving_kv, **kernels), mock.patch.multiple(ship, **kernels):
+        with forward:
+            out, saved = planned.forward(*inputs)
+        with backward:
+            gradients = planned.backward(dout, saved)
+    peaks = [x.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] for x in (forward, backward)]
+    beside = max(peaks[0] - out.nbytes, peaks[1] - sum(gradient.nbytes for gradient in gradients))
+    routing = mechanism.sample_routing(rows, heads)
+    return beside, planned.working_bytes(Sizes.of(torch.bfloat16, 16, 8), lambda: routing)
+
+
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "single"])
+def test_memory_is_what_a_pass_takes_on_the_busiest_rank(ranks: Callable[[int], RankPool], strategy: str) -> None:
+    """Within a factor of three; one that is left out, be it ranks, heads or a dimension, is four or more."""
+    for kv_heads, grad_comm_dtype in ((8, "accumulation"), (4, "compute")):
+        found = ranks(4).run(working_bytes, strategy, Heads(query=8, kv=kv_heads), grad_comm_dtype)
+        measured, stated = map(max, zip(*found, strict=True))
+        assert 1 / 3 < measured / stated < 3, (kv_heads, measured / stated)

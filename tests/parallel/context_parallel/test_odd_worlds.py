@@ -3,6 +3,8 @@
 Found by an independent fuzzer; thousands of its random cases agreed with one process.
 """
 
+import itertools
+
 import pytest
 import torch
 
@@ -15,7 +17,8 @@ from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.spans import Spans
 from farspan.parallel.comm import Unconnected
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes
-from farspan.parallel.layout import Shards
+from farspan.parallel.layout import LAYOUTS, Shards
+from tests.support.matrix import inner_size_for
 from tests.support.mechanisms import inputs_of
 from tests.support.simulation import simulate_attention
 
@@ -46,6 +49,21 @@ def test_what_does_not_fit_is_refused_before_it_runs(
     shards = Shards.build(Rows.packed([32]), layout="contiguous", degree=4)
     with pytest.raises(ConfigError, match=message):
         STRATEGIES.get(strategy)(Unconnected(0, 4, inner_size=2)).prepare(mechanism, shards, heads, backend="cpu")
+
+
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "state"])
+def test_the_longest_document_that_fits_runs_and_one_token_more_is_refused(strategy: str) -> None:
+    mechanism, heads = BlockSparse(block=8, mask=("1", "11")), Heads(query=8, kv=4)
+    degree = 1 if strategy == "single" else 4
+    inner_size = inner_size_for(strategy, degree, turn=0)
+    planning = STRATEGIES.get(strategy)(Unconnected(0, degree, inner_size=inner_size))
+    for layout, lengths in itertools.product(LAYOUTS, ([16], [3, 16, 5], [17], [3, 17, 16])):
+        shards = Shards.build(Rows.packed(lengths, padding=20), layout=layout, degree=degree)
+        if max(lengths) == 16:
+            planning.prepare(mechanism, shards, heads, backend="cpu")
+            continue
+        with pytest.raises(ConfigError, match="mask has 2 tiles, but a document has 3"):
+            planning.prepare(mechanism, shards, heads, backend="cpu")
 
 
 @pytest.mark.parametrize("strategy", ["hybrid", "hybrid_outer", "double_ring"])

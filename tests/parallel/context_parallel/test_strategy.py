@@ -26,6 +26,7 @@ from farspan.parallel.layout import Shards
 from tests.support.matrix import inner_size_for
 from tests.support.rank_pool import RankError, RankPool, world_channel
 from tests.support.recording_channel import RecordingChannel
+from tests.support.simulation import simulate
 
 
 @pytest.mark.parametrize(
@@ -280,6 +281,29 @@ def two_transfers_at_once() -> list[float]:
 def test_shifts_go_round_the_ring_and_are_counted(ranks: Callable[[int], RankPool]) -> None:
     found = ranks(4).run(two_transfers_at_once)
     assert found == [[(rank - 1) % 4 * 100.0, (rank - 1) % 4 * 10.0, 12, 20] for rank in range(4)]
+
+
+ROWS = [[2, 0, 5], [1, 4, 0], [3, 6, 7]]
+"""By the rank that sends and the one that receives."""
+
+
+def one_of_each_transfer(channel: Channel) -> Traffic:
+    sent, received = ROWS[channel.rank], [row[channel.rank] for row in ROWS]
+    channel.start_all_to_all(torch.zeros(sum(sent), 3), sent=sent, received=received, kind="rows").wait()
+    channel.all_to_all(torch.zeros(3, 2), kind="row")
+    channel.all_gather(torch.zeros(5), kind="gather")
+    channel.all_reduce(torch.zeros(6), kind="reduce")
+    channel.shift(torch.zeros(7), kind="shift", tag=1).wait()
+    return channel.traffic
+
+
+def test_bytes_are_counted_where_they_leave_and_where_they_arrive() -> None:
+    """Rows of 12 bytes; what stays on its rank does not count."""
+    leave, arrive = (5, 1, 9), (4, 6, 5)
+    for rank, traffic in enumerate(simulate(3, one_of_each_transfer)):
+        even = {"row": 16, "gather": 40, "reduce": 32, "shift": 28}
+        assert traffic.sent == {"rows": 12 * leave[rank], **even}
+        assert traffic.received == {"rows": 12 * arrive[rank], **even}
 
 
 def sums_of_bfloat16_parts(strategy: str) -> dict[str, bool]:

@@ -1,11 +1,14 @@
 """Choices over a full sequence: independent of the layout, checked by hand, with the bytes of the formula."""
 
+import itertools
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from farspan.kernels.masks.rows import Rows
-from farspan.parallel.comm import Channel
+from farspan.parallel.comm import Channel, Unconnected
 from farspan.parallel.expert_parallel.capacity import ExpertCapacity
 from farspan.parallel.layout import LAYOUTS, Shards
 from tests.support.simulation import simulate
@@ -61,3 +64,14 @@ def test_experts_take_their_best_tokens(degree: int, layout: str) -> None:
     for expert in range(EXPERTS):
         best = sorted(range(TOKENS), key=lambda token: (-scores[token, expert].item(), token))[:15]  # 37 x 2 / 5 = 14.8
         assert taken[:, expert].nonzero().flatten().tolist() == sorted(best)
+
+
+def test_a_capacity_is_rounded_up_as_in_float64() -> None:
+    """Products that are integers, or next to one in float32: 1.1 x 50 x 2 / 10 is 11.000000000000002."""
+    for tokens, hundredths, experts in itertools.product((1, 3, 50, 100, 299), range(5, 200, 5), (4, 7, 10)):
+        factor, index = hundredths / 100, torch.cat((torch.arange(tokens), torch.tensor([-1, -1])))
+        sequence, chosen = ExpertCapacity(Unconnected(0, 1), index), torch.tensor([[0, 1]]).expand(tokens + 2, -1)
+        found = sequence.within_capacity(chosen, torch.ones(tokens + 2, 2), experts, factor, "weight").sum(dim=0)
+        assert found.tolist() == [min(math.ceil(factor * tokens * 2 / experts), tokens)] * 2, (tokens, factor, experts)
+        taken = sequence.chosen_by_experts(torch.ones(tokens + 2, experts), 2).sum(dim=0)
+        assert taken.tolist() == [min(math.ceil(tokens * 2 / experts), tokens)] * experts

@@ -111,6 +111,24 @@ def test_gradients_of_weights_are_summed_in_float32() -> None:
     assert relative_error(found, (dout.double() * x.double()).sum(-1, keepdim=True).expand(-1, 2)) < 1e-5
 
 
+def test_sums_over_the_experts_of_a_token_are_rounded_once() -> None:
+    """Forward over their outputs, backward over the gradients of their rows: eight in bfloat16, with dropped ones."""
+    (x,), per_token = normal((50, 64), dtype=torch.bfloat16), EXPERTS
+    scale, weights = normal((EXPERTS, 1), (50, per_token))
+    chosen = torch.rand(50, per_token, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
+    dispatched, x, scale = chosen != chosen[:, :1].roll(1, dims=0), x.requires_grad_(), scale.bfloat16()
+    in_flight = send_to_experts(x, chosen, weights.float(), dispatched, RecordingChannel(0, 1), EXPERTS)  # pyright: ignore[reportArgumentType]
+    out = in_flight.combine(lambda rows, counts: rows * scale.repeat_interleave(torch.tensor(counts), dim=0))
+    (dout,) = normal((50, 64), dtype=torch.bfloat16)
+    (dx,) = torch.autograd.grad(out, x, dout)
+    # Each row is rounded as it travels; its sum with others is not before the end.
+    factors, kept = weights.float().double(), dispatched.double()
+    rows = (x.detach()[:, None] * scale[chosen]).double()  # [T, K, C]
+    drows = ((factors[:, :, None] * dout[:, None].double()).bfloat16() * scale[chosen]).double()
+    for found, exact in ((out, (factors * kept)[:, :, None] * rows), (dx, kept[:, :, None] * drows)):
+        assert (found == exact.sum(dim=1).bfloat16()).double().mean() > 0.99
+
+
 class Noted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, events: list[str], name: str) -> Tensor:

@@ -91,7 +91,8 @@ def test_activations_are_what_autograd_saves(
     estimated = estimate_memory(many, degrees).activations - estimate_memory(few, degrees).activations
     assert saved == pytest.approx(estimated, rel=0.02)
     if recompute == "none":
-        tokens, has_experts = config.data.sequence_tokens, experts.count > 0
+        # Zigzag has two chunks of 51 for 101 tokens.
+        tokens, has_experts = 102, experts.count > 0
         assert estimated == 3 * block_activations(config, config.mechanisms()[0], has_experts, tokens=tokens)
 
 

@@ -13,6 +13,8 @@ from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.lightning import Lightning
+from farspan.parallel.context_parallel.key_convolution import mean_rows_sent
+from farspan.parallel.layout import LAYOUTS, Shards
 from farspan.parallel.mesh import Degrees, ParallelConfig
 from farspan.trainer.config import AttentionConfig, Config, DataConfig, RunConfig, TrainConfig
 from farspan.trainer.data.source import SplitWriter, TokenSource
@@ -139,6 +141,31 @@ def test_traffic_of_a_convolution_on_keys() -> None:
     assert labels(describe(long, degrees))["traffic"].startswith(f"{sent / 2**20:.3g} MiB")
 
 
+def test_traffic_of_a_convolution_is_that_of_layers_that_have_one() -> None:
+    """Gated recurrences have none: of four layers two are left."""
+    degrees = Degrees.resolve(HYBRID.parallel, 2)
+    plain, gated = (
+        convolution_bytes(tiny.with_model(HYBRID, recurrent_layer=kind, key_convolution=3), degrees)
+        for kind in ("plain", "gated")
+    )
+    assert plain == 2 * gated > 0
+
+
+def test_traffic_of_a_convolution_follows_the_chunks_of_the_run() -> None:
+    """Under `balanced` they depend on the work of the mechanism."""
+    window = AttentionConfig(mechanism="window", options={"window": 64}, backend="cpu")
+    parallel, degrees = ParallelConfig(context=3, layout="balanced"), Degrees(dp_replicate=1, dp_shard=1, context=3)
+    config = tiny.with_model(replace(CONFIG, attention=window, parallel=parallel), key_convolution=3)
+    sent = {
+        mechanism: mean_rows_sent(
+            Shards.build(Rows.packed([4096]), layout="balanced", degree=3, work=mechanism.keys_per_query), 2
+        )
+        for mechanism in (Dense(), *config.mechanisms())
+    }
+    assert len(set(sent.values())) == 2
+    assert convolution_bytes(config, degrees) == 4 * sent[config.mechanisms()[0]] * 2 * 32 * (4 + 4)
+
+
 @pytest.mark.parametrize(
     ("mechanism", "options", "longest"),
     [
@@ -225,7 +252,12 @@ def test_the_documents_of_a_run(tmp_path: Path) -> None:
 def test_padding_of_the_layout_is_told() -> None:
     assert labels(summarize(CONFIG))["micro-batch"] == "2,048 tokens per rank, 3 per step"
     odd = replace(CONFIG, data=replace(CONFIG.data, sequence_tokens=101))
-    assert labels(summarize(odd))["micro-batch"] == "51 tokens per rank (1.0% padding), 3 per step"
+    # Two chunks a rank of 26 each, where one of 51 would do.
+    told = {"contiguous": "51", "striped": "51", "zigzag": "52", "balanced": "52"}
+    assert told.keys() == LAYOUTS.keys()
+    for layout, local in told.items():
+        found = labels(summarize(replace(odd, parallel=replace(odd.parallel, layout=layout))))["micro-batch"]
+        assert found == f"{local} tokens per rank ({1 - 101 / (2 * int(local)):.1%} padding), 3 per step"
 
 
 if __name__ == "__main__":

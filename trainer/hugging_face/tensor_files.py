@@ -82,7 +82,17 @@ class TensorFiles:
                 raise CheckpointError(
                     f"{self._folder / name} lacks {tensor}, which is there by {INDEX}: download it again."
                 )
-        return {tensor: files[name] for tensor, name in file_of.items()}
+        # As transformers, take what lies in the files, whether the index lists it or not.
+        found: dict[str, str] = {}
+        for name, contained in tensors.items():
+            for tensor in contained:
+                first = found.setdefault(tensor, name)
+                if first != name and not are_equal(*(files[each].get_tensor(tensor) for each in (first, name))):
+                    raise CheckpointError(
+                        f"{self._folder / name} and {first} have different numbers in {tensor}: download the model "
+                        "again into an empty folder."
+                    )
+        return {tensor: files[name] for tensor, name in found.items()}
 
     def _opened(self, name: str) -> Any:
         path = self._folder / name
@@ -92,6 +102,10 @@ class TensorFiles:
             return self._safetensors.safe_open(path, framework="pt")
         except self._safetensors.SafetensorError as error:
             raise CheckpointError(f"{path} is damaged ({error}): download or save it again.") from None
+
+
+def are_equal(first: Tensor, second: Tensor) -> bool:
+    return first.dtype == second.dtype and torch.equal(first, second)
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -142,6 +142,8 @@ def _tree(fields: Fields, architecture: Architecture) -> dict[str, Any]:
     attention, experts = _attention(fields, architecture), _experts(fields, architecture)
     fields = {**architecture.defaults, **fields}
     heads, width = fields["num_attention_heads"], fields["hidden_size"]
+    if heads < 1:
+        raise ConfigError(f"num_attention_heads={heads} must be at least 1.")
     model = {
         "layers": fields["num_hidden_layers"],
         "width": width,

@@ -313,8 +313,9 @@ def _config_fields(
     if end_id is not None:
         fields["eos_token_id"] = _with_end(fields.get("eos_token_id"), end_id)
     if origin is None or any(origin.dtypes.get(name) != dtype for name, dtype in dtypes.items()):
-        key = "dtype" if "dtype" in fields else "torch_dtype"
-        fields[key] = next(dtypes[name] for name in OUTSIDE_OF_BLOCKS.values() if name in dtypes)
+        written = next(dtypes[name] for name in OUTSIDE_OF_BLOCKS.values() if name in dtypes)
+        # Versions 5 of transformers write the first, earlier ones read the second.
+        fields |= dict.fromkeys([key for key in ("dtype", "torch_dtype") if key in fields] or ["torch_dtype"], written)
     sequences = f", trained on sequences of {trained.run.data.sequence_tokens:,}" if trained.run else ""
     kept = ", as in the imported model" if origin and positions == origin.positions else ""
     log.info("%-12smax_position_embeddings=%d%s%s", "context", positions, kept, sequences)

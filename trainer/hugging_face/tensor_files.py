@@ -57,10 +57,18 @@ class TensorFiles:
         return converted(tensor, name, self._dtype, self._folder)
 
     def raw(self, name: str) -> Tensor:
-        """Return a tensor that is there, as it is stored."""
-        tensor = self._files[name].get_tensor(name)
+        """Return a tensor that is there, as it is stored; raises CheckpointError for a dtype that torch lacks."""
+        tensor = self._read(self._files[name], name)
         self.dtypes[name] = name_of(tensor.dtype)
         return tensor
+
+    def _read(self, file: Any, name: str) -> Tensor:
+        try:
+            return file.get_tensor(name)
+        except self._safetensors.SafetensorError as error:
+            raise CheckpointError(
+                f"{self._folder} has {name}, which torch cannot read ({error}): take weights in bfloat16 or float32."
+            ) from None
 
     def _of_single_file(self) -> dict[str, Any]:
         if not (self._folder / ONE_FILE).is_file():
@@ -87,7 +95,7 @@ class TensorFiles:
         for name, contained in tensors.items():
             for tensor in contained:
                 first = found.setdefault(tensor, name)
-                if first != name and not are_equal(*(files[each].get_tensor(tensor) for each in (first, name))):
+                if first != name and not are_equal(*(self._read(files[each], tensor) for each in (first, name))):
                     raise CheckpointError(
                         f"{self._folder / name} and {first} have different numbers in {tensor}: download the model "
                         "again into an empty folder."

@@ -68,7 +68,7 @@ UNKNOWN_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
     ({"layer_types": ["sliding_attention"] * 2}, 'layer_types=["sliding_attention", "sliding_attention"]'),
     ({"per_layer_config": {"0": {"head_dim": 8}}}, 'per_layer_config={"0": '),
-    ({"num_attention_heads": 0, "head_dim": None}, "has a field of the wrong type"),
+    ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads=0 must be at least 1"),
     ({"rope_scaling": ["yarn"]}, "has a field of the wrong type"),
     ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be at least 1"),
     ({"num_hidden_layers": 2.0}, "num_hidden_layers=2.0 must be an integer"),

@@ -12,6 +12,7 @@ from farspan.trainer.build import strategies_of_layers
 from farspan.trainer.checkpoint.identity import resume_identity
 from farspan.trainer.config import AUTO, Config
 from farspan.trainer.data.validation import OWN_SET
+from farspan.trainer.model.config import ModelConfig, RopeConfig
 
 # The metrics of `code_unigram` would be called as some of `code`.
 SET_NAME = re.compile(r"[A-Za-z0-9._-]+(?<!unigram)")
@@ -19,8 +20,8 @@ SET_NAME = re.compile(r"[A-Za-z0-9._-]+(?<!unigram)")
 
 def validate(config: Config, degrees: Degrees) -> None:
     """Check all rules between fields; nothing has been started yet."""
-    heads_fit(config)
-    rope_scaling_is_complete(config)
+    heads_fit(config.model)
+    rope_scaling_is_complete(config.model.rope)
     schedule_fits(config)
     batch_divides(config, degrees)
     layout_exists(config)
@@ -80,8 +81,8 @@ def profile_fits(config: Config, degrees: Degrees) -> None:
         raise ConfigError("profile.memory=true is for the steps of profile.steps, but profile.steps=[]: choose some.")
 
 
-def heads_fit(config: Config) -> None:
-    model, rotated = config.model, config.model.rope.rotated
+def heads_fit(model: ModelConfig) -> None:
+    rotated = model.rope.rotated
     if model.heads % model.kv_heads:
         raise ConfigError(
             f"model.kv_heads={model.kv_heads} must divide model.heads={model.heads}: "
@@ -96,8 +97,7 @@ def heads_fit(config: Config) -> None:
         )
 
 
-def rope_scaling_is_complete(config: Config) -> None:
-    rope = config.model.rope
+def rope_scaling_is_complete(rope: RopeConfig) -> None:
     if rope.scaling == "none" and rope.factor != 1.0:
         raise ConfigError(f"model.rope.factor={rope.factor} needs model.rope.scaling: set it to llama3 or yarn.")
     if rope.scaling != "none" and rope.factor == 1.0:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -11,6 +12,7 @@ from farspan.errors import ConfigError, shortened
 from farspan.trainer.hugging_face.architectures import ARCHITECTURES, MIXTRAL, QWEN2, Architecture, windows_of
 from farspan.trainer.model.config import RopeConfig
 from farspan.trainer.toml_config import from_tree
+from farspan.trainer.validate import heads_fit, rope_scaling_is_complete
 from farspan.trainer.weights.io import Decoder
 from farspan.trainer.weights.source_files import CONFIG_FILE
 
@@ -22,16 +24,40 @@ COMPUTED: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False, None),
     "attention_dropout": (0.0, None),
     "router_jitter_noise": (0.0, None),
+    "is_causal": (True,),
     "per_layer_config": (None, {}),
+    "text_config": (None,),
     "quantization_config": (None,),
 }
 """Fields with the only values that farspan computes, which are the defaults."""
+TYPES = {bool: ("true or false", (bool,)), int: ("an integer", (int,)), float: ("a number", (int, float))}
+NULLABLE = {"num_key_value_heads", "head_dim", "sliding_window", "tie_word_embeddings"}
+"""Fields that older versions of transformers wrote as null, whatever their default is."""
+THEIR_NAMES = {
+    "vocabulary_size": "vocab_size", "width": "hidden_size", "feed_forward": "intermediate_size",
+    "layers": "num_hidden_layers", "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
+    "norm_epsilon": "rms_norm_eps", "tied_embeddings": "tie_word_embeddings", "rope.base": "rope_theta",
+    "rope.original_positions": "(original_)max_position_embeddings", "rope.low_frequency_factor": "low_freq_factor",
+    "rope.high_frequency_factor": "high_freq_factor", "experts.feed_forward": "moe_intermediate_size",
+    "experts.balance_loss": "router_aux_loss_coef",
+}  # fmt: skip
+"""Fields in place of settings of `[model]` in messages; of others, the last part is the field."""
+ADAPTER_FILE = "adapter_config.json"
+ROPE_NUMBERS = {
+    "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "beta_fast",
+    "beta_slow", "attention_factor", "mscale", "mscale_all_dim",
+}  # fmt: skip
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
 
 
 def read_config(folder: Path) -> tuple[Architecture, Decoder]:
     """Raises ConfigError for a model that farspan does not compute."""
     path = folder / CONFIG_FILE
+    if (folder / ADAPTER_FILE).is_file():
+        raise ConfigError(
+            f"{folder} has an adapter, {ADAPTER_FILE}, which farspan does not add to the weights: merge it into them "
+            "with peft's merge_and_unload, and save the model without it."
+        )
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -39,30 +65,47 @@ def read_config(folder: Path) -> tuple[Architecture, Decoder]:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error}): download or save the model again.") from None
     fields = read_json(path, content)
-    names = fields.get("architectures") or ["none"]
-    if names[0] not in ARCHITECTURES:
-        raise ConfigError(
-            f"{path} has the architecture {names[0]}, which farspan does not import: take a model of one of "
-            f"{', '.join(ARCHITECTURES)}."
-        )
-    architecture = ARCHITECTURES[names[0]]
     try:
+        architecture = architecture_in(fields)
         decoder = from_tree(Decoder, _tree(fields, architecture))
         decoder.mechanisms()
+        heads_fit(decoder.model)
+        rope_scaling_is_complete(decoder.model.rope)
         return architecture, decoder
-    except KeyError as error:
-        raise ConfigError(f"{path} has no {error.args[0]}, which {architecture.name} needs: add it.") from None
     except (TypeError, AttributeError, ArithmeticError) as error:
         raise ConfigError(f"{path} has a field of the wrong type ({error}): save the model again.") from None
     except ConfigError as error:
-        raise ConfigError(f"{path} describes a model that farspan does not train: {error}") from None
+        problem = re.sub(r"\bmodel\.([a-z_.]*[a-z])", _their_name, str(error))
+        raise ConfigError(f"{path} describes a model that farspan does not train: {problem}") from None
+
+
+def _their_name(setting: re.Match[str]) -> str:
+    return THEIR_NAMES.get(setting[1], setting[1].rpartition(".")[2])
+
+
+def architecture_in(fields: Fields) -> Architecture:
+    """Return the architecture that `config.json` names; raises ConfigError where farspan does not compute it.
+
+    transformers follows `model_type` alone, so that `architectures` may be absent, but must not be another.
+    """
+    names, model_type = fields.get("architectures") or [], fields.get("model_type")
+    for architecture in ARCHITECTURES.values():
+        is_named = isinstance(names, list) and names[:1] == [architecture.name]
+        if model_type == architecture.model_type and (is_named or not names):
+            return architecture
+        if model_type is None and is_named:
+            return architecture
+    raise ConfigError(
+        f"architectures={shortened(json.dumps(names))} and model_type={shortened(json.dumps(model_type))}, but farspan "
+        f"computes {', '.join(ARCHITECTURES)} only, each with its own model_type: take one of these models."
+    )
 
 
 def read_json(path: Path, content: bytes) -> dict[str, Any]:
     """Return the object in a file with this content; raises ConfigError where it is none."""
     try:
         fields = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read ({error}): download or save the model again.") from None
     if not isinstance(fields, dict):
         raise ConfigError(f"{path} holds no JSON object: download or save the model again.")
@@ -87,15 +130,20 @@ def pattern_of(layers: Sequence[str]) -> str:
 
 
 def _tree(fields: Fields, architecture: Architecture) -> dict[str, Any]:
-    """Return the tree of a Decoder; raises KeyError for a missing field."""
+    """Return the tree of a Decoder."""
+    _check_types(fields, architecture.defaults)
     for name, computed in COMPUTED.items():
         # The biases of Qwen2 do not depend on the field.
         if fields.get(name, computed[0]) not in computed and not (architecture is QWEN2 and name == "attention_bias"):
             value = shortened(json.dumps(fields[name]))
-            raise ConfigError(f"{name}={value}, but farspan computes {json.dumps(computed[0])} only.")
+            raise ConfigError(
+                f"{name}={value}, but farspan computes {json.dumps(computed[0])} only: take a model with that."
+            )
     attention, experts = _attention(fields, architecture), _experts(fields, architecture)
     fields = {**architecture.defaults, **fields}
     heads, width = fields["num_attention_heads"], fields["hidden_size"]
+    if heads < 1:
+        raise ConfigError(f"num_attention_heads={heads} must be at least 1.")
     model = {
         "layers": fields["num_hidden_layers"],
         "width": width,
@@ -114,6 +162,13 @@ def _tree(fields: Fields, architecture: Architecture) -> dict[str, Any]:
     return {"model": model, "attention": attention}
 
 
+def _check_types(fields: Fields, defaults: Fields) -> None:
+    for name, default in defaults.items():
+        value, (description, kinds) = fields.get(name, default), TYPES.get(type(default), ("", ()))
+        if kinds and type(value) not in kinds and not (value is None and name in NULLABLE):
+            raise ConfigError(f"{name}={shortened(json.dumps(value))} must be {description}.")
+
+
 def _attention(given: Fields, architecture: Architecture) -> dict[str, Any]:
     """Return the tree of an AttentionConfig."""
     fields = {**architecture.defaults, **given}
@@ -127,6 +182,8 @@ def _attention(given: Fields, architecture: Architecture) -> dict[str, Any]:
     # The others have no such switch: their window is on wherever it is set.
     if "use_sliding_window" in architecture.defaults and not fields["use_sliding_window"]:
         window = None
+    if window is not None and window < 1:
+        raise ConfigError(f"sliding_window={window} must be at least 1, or null where all tokens are attended to.")
     first = fields.get("max_window_layers", 0) if architecture.windows == "some layers" else 0
     types = [SLIDING if window is not None and layer >= first else FULL for layer in range(layers)]
     asked = given.get("layer_types")
@@ -150,7 +207,11 @@ def _experts(given: Fields, architecture: Architecture) -> dict[str, Any]:
     if not architecture.expert_tensors:
         return {}
     fields = {**architecture.defaults, **given}
-    count = given["num_local_experts"] if "num_local_experts" in given else fields[architecture.expert_count]
+    # transformers takes either name for every architecture.
+    given_counts = {name: given[name] for name in ("num_local_experts", "num_experts") if name in given}
+    if len({*given_counts.values()}) > 1:
+        raise ConfigError(f"num_local_experts and num_experts differ ({given_counts}): remove one of them.")
+    count = next(iter(given_counts.values()), fields[architecture.expert_count])
     layers, per_token = range(fields["num_hidden_layers"]), fields["num_experts_per_tok"]
     without, step = fields.get("mlp_only_layers") or (), fields.get("decoder_sparse_step", 1)
     if not step:
@@ -158,6 +219,8 @@ def _experts(given: Fields, architecture: Architecture) -> dict[str, Any]:
     has_experts = [count != 0 and layer not in without and (layer + 1) % step == 0 for layer in layers]
     if not any(has_experts):
         return {}
+    if not 1 <= per_token <= count:
+        raise ConfigError(f"num_experts_per_tok={per_token} must be from 1 to {count}, the number of experts.")
     return {
         "count": count,
         "per_token": per_token,
@@ -174,13 +237,25 @@ def _rope(fields: Fields, base: float) -> dict[str, Any]:
     rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3", "yarn"):
-        raise ConfigError(f"rope_type={kind}, but farspan computes default, llama3 and yarn only.")
+        raise ConfigError(
+            f"rope_type={kind}, but farspan computes default, llama3 and yarn only: take a model with one of these."
+        )
     for name, value in rope.items():
         if isinstance(value, dict):
-            raise ConfigError(f"RoPE has parameters for {name}, but farspan computes the same in all layers only.")
+            raise ConfigError(
+                f"RoPE has parameters for {name}, but farspan computes the same in all layers only: take a model with "
+                "one set of them."
+            )
+    for name, value in {**fields, **rope}.items():
+        is_number = type(value) in (int, float) or (value is None and name not in ROPE_FIELDS)
+        if name in ROPE_NUMBERS and not is_number:
+            raise ConfigError(f"{name}={shortened(json.dumps(value))} of RoPE must be a number.")
     partial = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor"))
     if partial not in (None, 1.0):
-        raise ConfigError(f"partial_rotary_factor={partial}, but {', '.join(ARCHITECTURES)} rotate all of a head.")
+        raise ConfigError(
+            f"partial_rotary_factor={partial}, but farspan rotates all of a head in {', '.join(ARCHITECTURES)}: take a "
+            "model without it."
+        )
     positions = fields["max_position_embeddings"]
     tree = {"base": rope.get("rope_theta", fields.get("rope_theta", base)), "original_positions": positions}
     if kind == "default":
@@ -194,6 +269,9 @@ def _rope(fields: Fields, base: float) -> dict[str, Any]:
         return tree
     tree |= {"scaling": kind, "factor": factor}
     if kind == "llama3":
+        for name in ("low_freq_factor", "high_freq_factor"):
+            if name not in rope:
+                raise ConfigError(f"rope_type=llama3 has no {name}: add it.")
         return tree | {
             "low_frequency_factor": rope["low_freq_factor"],
             "high_frequency_factor": rope["high_freq_factor"],
@@ -207,14 +285,21 @@ def _check_yarn(rope: Fields, factor: float) -> None:
     def attention_factor(scale: float) -> float:
         return 0.1 * scale * math.log(factor) + 1.0
 
-    given = rope.get("attention_factor")
+    given, origin = rope.get("attention_factor"), ""
     if given is None and rope.get("mscale") and rope.get("mscale_all_dim"):
         given = attention_factor(rope["mscale"]) / attention_factor(rope["mscale_all_dim"])
+        origin = f"mscale={rope['mscale']} with mscale_all_dim={rope['mscale_all_dim']}, "
     ours = attention_factor(1.0)
     if given is not None and not math.isclose(given, ours, rel_tol=1e-6):
-        raise ConfigError(f"YaRN's attention_factor={given}, but farspan computes 0.1 ln(factor) + 1 = {ours} only.")
+        raise ConfigError(
+            f"YaRN's {origin}attention_factor={given}, but farspan computes 0.1 ln(factor) + 1 = {ours} only: take a "
+            "model with that."
+        )
     if not rope.get("truncate", True):
-        raise ConfigError("YaRN's truncate=false, but farspan computes the rounded ramp of the released code only.")
+        raise ConfigError(
+            "YaRN's truncate=false, but farspan computes the rounded ramp of the released code only: take a model with "
+            "truncate=true."
+        )
 
 
 def config_fields(decoder: Decoder, architecture: Architecture) -> dict[str, Any]:

@@ -16,14 +16,20 @@ from farspan.parallel.ranks import Ranks, connected
 from farspan.trainer.config import AttentionConfig, Config
 from farspan.trainer.data.source import META_FILE, SPLITS, TokenSource
 from farspan.trainer.hugging_face.architectures import (
-    ARCHITECTURES,
     OUTSIDE_OF_BLOCKS,
     Architecture,
     architecture_of,
 )
-from farspan.trainer.hugging_face.config_json import config_fields, read_config, read_json, with_changes
+from farspan.trainer.hugging_face.config_json import (
+    architecture_in,
+    config_fields,
+    read_config,
+    read_json,
+    with_changes,
+)
 from farspan.trainer.hugging_face.tensor_files import (
     TensorFiles,
+    are_equal,
     converted,
     from_bytes,
     name_of,
@@ -37,6 +43,7 @@ from farspan.trainer.weights.io import (
     Decoder,
     StoredWeights,
     TrainedModel,
+    check_absent,
     find_trained_model,
     new_folder,
     save_weights,
@@ -89,7 +96,7 @@ class Origin:
 
     @property
     def architecture(self) -> Architecture:
-        return ARCHITECTURES[self.fields["architectures"][0]]
+        return architecture_in(self.fields)
 
     @property
     def positions(self) -> int:
@@ -103,6 +110,7 @@ def import_model(folder: Path, out: Path, *, dtype: torch.dtype | None = None) -
     Raises ConfigError for a model that farspan does not compute, or numbers that `dtype` cannot hold, CheckpointError
     for incomplete files.
     """
+    check_absent(out)
     architecture, decoder = read_config(folder)
     files = TensorFiles(folder, dtype)
     decoder = _as_tied_as_the_file(decoder, files, folder)
@@ -146,8 +154,7 @@ def _as_tied_as_the_file(decoder: Decoder, files: TensorFiles, folder: Path) -> 
     if table not in files or head not in files:
         return decoder
     shape = torch.Size((model.vocabulary_size, model.width))
-    tables = files.tensor(table, shape), files.tensor(head, shape)
-    if tables[0].dtype == tables[1].dtype and torch.equal(*tables):
+    if are_equal(files.tensor(table, shape), files.tensor(head, shape)):
         return decoder
     log.info(
         "%-12s%s differs from %s: imported with model.tied_embeddings=false, as transformers loads it, although "
@@ -193,8 +200,10 @@ def export_model(
     Raises ConfigError where no architecture computes the model, or `dtype` cannot hold its numbers.
     """
     trained = find_trained_model(source)
+    dense = replace(trained.decoder, attention=AttentionConfig())
+    _check_has_weights_of(dense, trained.decoder)
     if as_dense:
-        trained = replace(trained, decoder=replace(trained.decoder, attention=AttentionConfig()))
+        trained = replace(trained, decoder=dense)
     decoder, files = trained.decoder, files_beside(trained.weights)
     origin = Origin.of(files)
     architecture = architecture_of(decoder.model, decoder.mechanisms(), origin.architecture if origin else None)
@@ -304,8 +313,9 @@ def _config_fields(
     if end_id is not None:
         fields["eos_token_id"] = _with_end(fields.get("eos_token_id"), end_id)
     if origin is None or any(origin.dtypes.get(name) != dtype for name, dtype in dtypes.items()):
-        key = "dtype" if "dtype" in fields else "torch_dtype"
-        fields[key] = next(dtypes[name] for name in OUTSIDE_OF_BLOCKS.values() if name in dtypes)
+        written = next(dtypes[name] for name in OUTSIDE_OF_BLOCKS.values() if name in dtypes)
+        # Versions 5 of transformers write the first, earlier ones read the second.
+        fields |= dict.fromkeys([key for key in ("dtype", "torch_dtype") if key in fields] or ["torch_dtype"], written)
     sequences = f", trained on sequences of {trained.run.data.sequence_tokens:,}" if trained.run else ""
     kept = ", as in the imported model" if origin and positions == origin.positions else ""
     log.info("%-12smax_position_embeddings=%d%s%s", "context", positions, kept, sequences)
@@ -325,6 +335,18 @@ def _positions(trained: TrainedModel, origin: Origin | None) -> int:
     if is_scaled or not known:
         known.append(round(rope.original_positions * rope.factor))
     return max(known)
+
+
+def _check_has_weights_of(dense: Decoder, decoder: Decoder) -> None:
+    """Refuse routers and gated recurrences: no architecture has weights for them, with any attention."""
+    theirs = dense.shapes()
+    for name, shape in decoder.shapes().items():
+        if theirs.get(name) != shape:
+            raise ConfigError(
+                f"attention.mechanism={decoder.attention.mechanism!r} gives the model {name} of shape {list(shape)}, "
+                "which dense attention does not have, so that no architecture of Hugging Face computes it: export a "
+                "model whose mechanism adds no weights, such as moba."
+            )
 
 
 def _check_biases(stored: StoredWeights, shapes: Mapping[str, torch.Size], source: Path) -> None:

@@ -57,10 +57,18 @@ class TensorFiles:
         return converted(tensor, name, self._dtype, self._folder)
 
     def raw(self, name: str) -> Tensor:
-        """Return a tensor that is there, as it is stored."""
-        tensor = self._files[name].get_tensor(name)
+        """Return a tensor that is there, as it is stored; raises CheckpointError for a dtype that torch lacks."""
+        tensor = self._read(self._files[name], name)
         self.dtypes[name] = name_of(tensor.dtype)
         return tensor
+
+    def _read(self, file: Any, name: str) -> Tensor:
+        try:
+            return file.get_tensor(name)
+        except self._safetensors.SafetensorError as error:
+            raise CheckpointError(
+                f"{self._folder} has {name}, which torch cannot read ({error}): take weights in bfloat16 or float32."
+            ) from None
 
     def _of_single_file(self) -> dict[str, Any]:
         if not (self._folder / ONE_FILE).is_file():
@@ -82,7 +90,17 @@ class TensorFiles:
                 raise CheckpointError(
                     f"{self._folder / name} lacks {tensor}, which is there by {INDEX}: download it again."
                 )
-        return {tensor: files[name] for tensor, name in file_of.items()}
+        # As transformers, take what lies in the files, whether the index lists it or not.
+        found: dict[str, str] = {}
+        for name, contained in tensors.items():
+            for tensor in contained:
+                first = found.setdefault(tensor, name)
+                if first != name and not are_equal(*(self._read(files[each], tensor) for each in (first, name))):
+                    raise CheckpointError(
+                        f"{self._folder / name} and {first} have different numbers in {tensor}: download the model "
+                        "again into an empty folder."
+                    )
+        return {tensor: files[name] for tensor, name in found.items()}
 
     def _opened(self, name: str) -> Any:
         path = self._folder / name
@@ -92,6 +110,10 @@ class TensorFiles:
             return self._safetensors.safe_open(path, framework="pt")
         except self._safetensors.SafetensorError as error:
             raise CheckpointError(f"{path} is damaged ({error}): download or save it again.") from None
+
+
+def are_equal(first: Tensor, second: Tensor) -> bool:
+    return first.dtype == second.dtype and torch.equal(first, second)
 
 
 def name_of(dtype: torch.dtype) -> str:

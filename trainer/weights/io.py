@@ -268,14 +268,19 @@ def save_weights(
         Manifest.of_files(partial, written).write(partial)
 
 
+def check_absent(folder: Path) -> None:
+    """Raise CheckpointError where `folder` exists; for commands that read for long before they write."""
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists already: name another folder, or delete it.")
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield a hidden folder to write into; it becomes `folder` at the end of the block.
 
     Raises CheckpointError where `folder` exists or cannot be written, and leaves nothing then.
     """
-    if folder.exists():
-        raise CheckpointError(f"{folder} exists already: name another folder, or delete it.")
+    check_absent(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)

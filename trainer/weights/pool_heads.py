@@ -12,7 +12,7 @@ from torch import Tensor
 
 from farspan.errors import ConfigError
 from farspan.parallel.ranks import Ranks, connected
-from farspan.trainer.weights.io import Decoder, StoredWeights, find_trained_model, save_weights
+from farspan.trainer.weights.io import Decoder, StoredWeights, check_absent, find_trained_model, save_weights
 from farspan.trainer.weights.source_files import files_beside
 
 
@@ -21,6 +21,7 @@ def pool_heads(source: Path, kv_heads: int, out: Path) -> Decoder:
 
     Raises ConfigError where heads cannot be pooled.
     """
+    check_absent(out)
     trained = find_trained_model(source)
     before = trained.decoder
     _check(before, kv_heads)

@@ -26,8 +26,8 @@ CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 DTYPES_FILE, DERIVED_FILE, DECODER_FILE = "tensors.json", "derived.safetensors", "model.toml"
 OURS = {DTYPES_FILE, DERIVED_FILE, DECODER_FILE}
 TOKENIZER_PATTERNS = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
-    "chat_template*", "additional_chat_templates/*",
+    "tokenizer*", "tokenization_*.py", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "*.model", "*.tiktoken", "tekken.json", "chat_template*", "additional_chat_templates/*",
 )  # fmt: skip
 
 log = logging.getLogger("farspan")

@@ -20,7 +20,14 @@ from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.init import initialize
 from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.validate import experts_fit, head_mixture_fits, mechanism_takes_model, routers_learn
-from farspan.trainer.weights.io import Decoder, StoredWeights, TrainedModel, find_trained_model, save_weights
+from farspan.trainer.weights.io import (
+    Decoder,
+    StoredWeights,
+    TrainedModel,
+    check_absent,
+    find_trained_model,
+    save_weights,
+)
 from farspan.trainer.weights.source_files import files_beside
 
 Tensors = Mapping[str, Tensor]
@@ -31,8 +38,7 @@ def upcycle(config: Config, runs: Sequence[Path], out: Path) -> None:
 
     Raises ConfigError where the models do not fit each other, CheckpointError where a run has no checkpoint.
     """
-    if out.exists():
-        raise ConfigError(f"{out} exists already: name another folder, or delete it.")
+    check_absent(out)
     dense = [find_trained_model(run) for run in runs]
     vocabulary = config.model.vocabulary_size or dense[0].decoder.model.vocabulary_size
     model = replace(config.model, vocabulary_size=vocabulary)

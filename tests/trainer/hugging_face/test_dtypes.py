@@ -58,17 +58,31 @@ def test_numbers_that_a_dtype_cannot_hold_are_refused(
 
 def test_an_import_may_round(theirs: Path, tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
     safetensors.save_file(tensors, theirs / "model.safetensors")
+    fields = json.loads((theirs / "config.json").read_text())
+    (theirs / "config.json").write_text(json.dumps(fields | {"dtype": "float32"}))
     import_model(theirs, tmp_path / "weights", dtype=torch.float16)
     export_model(tmp_path / "weights", tmp_path / "out")
     written = safetensors.load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in written.values()} == {torch.float16}
     assert torch.equal(written[NORM], tensors[NORM].half())
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float16"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["dtype"], config["torch_dtype"]) == ("float16", "float16")
 
 
 def test_eight_bit_floats_are_refused(theirs: Path, tensors: dict[str, torch.Tensor]) -> None:
     safetensors.save_file(tensors | {NORM: tensors[NORM].to(torch.float8_e4m3fn)}, theirs / "model.safetensors")
     with pytest.raises(CheckpointError, match=rf"has {NORM} in torch\.float8_e4m3fn, which is quantized"):
+        import_model(theirs, theirs.parent / "weights")
+
+
+def test_a_dtype_that_torch_lacks_is_refused(theirs: Path, tensors: dict[str, torch.Tensor]) -> None:
+    content = safetensors.save({name: tensor for name, tensor in tensors.items() if name != NORM})
+    length = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    header[NORM] = {"dtype": "F6_E2M3", "shape": [32], "data_offsets": [len(data), len(data) + 24]}
+    encoded = json.dumps(header).encode()
+    (theirs / "model.safetensors").write_bytes(len(encoded).to_bytes(8, "little") + encoded + data + bytes(24))
+    with pytest.raises(CheckpointError, match=rf"has {NORM}, which torch cannot read \(.*F6_E2M3\)"):
         import_model(theirs, theirs.parent / "weights")
 
 

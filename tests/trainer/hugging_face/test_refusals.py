@@ -11,12 +11,11 @@ import torch
 
 from farspan.errors import CheckpointError, ConfigError, FarspanError
 from farspan.trainer.config import AttentionConfig
-from farspan.trainer.hugging_face.architectures import (
-    MIXTRAL,
-    architecture_of,
-)
+from farspan.trainer.hugging_face import convert
+from farspan.trainer.hugging_face.architectures import MIXTRAL, architecture_of
 from farspan.trainer.hugging_face.convert import export_model, import_model
 from farspan.trainer.model.config import HeadMixtureConfig
+from farspan.trainer.weights import pool_heads
 from farspan.trainer.weights.io import Decoder, StoredWeights, find_trained_model
 from tests.support import hugging_face_models as ours
 
@@ -74,6 +73,46 @@ def test_tensors_of_another_model_are_refused(theirs: Path, tensors: dict[str, t
     import_model(theirs, theirs.parent / "weights")
     with pytest.raises(CheckpointError, match="weights exists already"):
         import_model(theirs, theirs.parent / "weights")
+
+
+def test_files_that_differ_are_refused_and_extra_tensors_are_read(theirs: Path) -> None:
+    """As transformers does, tensors are read from all files that the index names, whether it lists them or not."""
+    first, last = sorted(theirs.glob("*.safetensors"))[:2]
+    name = next(iter(safetensors.load_file(first)))
+    kept = safetensors.load_file(last)
+    value = safetensors.load_file(first)[name]
+    safetensors.save_file(kept | {name: value + 1}, last)
+    assert f"{last} and {first.name} have different numbers in {name}" in refused(theirs)
+    bias = "model.layers.0.self_attn.q_proj.bias"
+    safetensors.save_file(kept | {bias: torch.zeros(64)}, last)
+    assert f"has {bias}, which is not in LlamaForCausalLM" in refused(theirs)
+    derived = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    safetensors.save_file(kept | {name: value, derived: torch.ones(8)}, last)
+    index = json.loads((theirs / "model.safetensors.index.json").read_text())
+    del index["weight_map"]["model.norm.weight"]
+    (theirs / "model.safetensors.index.json").write_text(json.dumps(index))
+    import_model(theirs, theirs.parent / "weights")
+    export_model(theirs.parent / "weights", theirs.parent / "out")
+    assert derived in safetensors.load_file(theirs.parent / "out" / "model.safetensors")
+
+
+def test_an_adapter_beside_the_weights_is_refused(theirs: Path) -> None:
+    (theirs / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert "has an adapter, adapter_config.json, which farspan does not add" in refused(theirs)
+    (theirs / "config.json").unlink()
+    assert "has an adapter, adapter_config.json" in refused(theirs)
+
+
+def test_an_existing_output_is_refused_before_tensors_are_read(
+    theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(convert, "TensorFiles", None)
+    with pytest.raises(CheckpointError, match="out exists already"):
+        import_model(theirs, tmp_path / "out")
+    monkeypatch.setattr(pool_heads, "StoredWeights", None)
+    with pytest.raises(CheckpointError, match="out exists already"):
+        pool_heads.pool_heads(tmp_path / "nowhere", 1, tmp_path / "out")
 
 
 def test_a_missing_output_head_names_the_way_out(theirs: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -37,6 +37,8 @@ BESIDE = {
     "special_tokens_map.json": b'{"eos_token": "</s>"}',
     "tokenizer.model": bytes(range(256)),
     "chat_template.jinja": b"{{ messages }}",
+    "tekken.json": b"{}",
+    "tokenization_other.py": b"pass",
     "additional_chat_templates/tools.jinja": b"{{ tools }}",
 }
 FIELDS = {
@@ -116,7 +118,14 @@ def test_every_architecture_comes_back(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [OLD_LLAMA3, OLD_YARN, IDLE, {"rope_parameters": REMOVED}, {"dtype": REMOVED, "torch_dtype": "float32"}]
+    "changes",
+    [
+        OLD_LLAMA3,
+        OLD_YARN,
+        IDLE,
+        {"rope_parameters": REMOVED},
+        {"architectures": REMOVED, "dtype": REMOVED, "torch_dtype": "float32"},
+    ],
 )
 def test_fields_keep_their_form(changes: dict[str, Any], tmp_path: Path) -> None:
     fields, tensors = source_of("llama, MHA, tied, head_dim absent", tmp_path / "saved")

@@ -90,12 +90,19 @@ def test_a_checkpoint_has_the_configuration_that_it_was_trained_with(resumed: Pa
         find_trained_model(moved)
 
 
-@pytest.mark.parametrize("mechanism", ["mosa", "nats"])
-def test_weights_of_a_router_are_not_exported_as_dense(mechanism: str, tmp_path: Path) -> None:
-    decoder = replace(DECODER, attention=AttentionConfig(mechanism=mechanism))
+@pytest.mark.parametrize("mechanism", ["mosa", "nats", "lightning"])
+def test_weights_that_dense_attention_lacks_are_not_exported(mechanism: str, tmp_path: Path) -> None:
+    """Those of a router or a gated recurrence; `--as dense`, which would not help, is not proposed."""
+    model = replace(DECODER.model, recurrent_layer="gated" if mechanism == "lightning" else "plain")
+    decoder = replace(DECODER, model=model, attention=AttentionConfig(mechanism=mechanism))
     run = ours.save_run(ours.random_model(decoder), decoder, tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"blocks\.0\.attention\.router\.weight, which is not in LlamaForCausalLM"):
-        export_model(run, tmp_path / "out", as_dense=True)
+    name = "router" if mechanism != "lightning" else "key"
+    for as_dense in (False, True):
+        message = message_of(lambda folder, dense=as_dense: export_model(run, folder, as_dense=dense), tmp_path / "out")
+        assert (
+            f"attention.mechanism='{mechanism}' gives the model blocks.0.attention.{name}.weight of shape [" in message
+        )
+        assert "--as dense" not in message
     assert not (tmp_path / "out").exists()
 
 

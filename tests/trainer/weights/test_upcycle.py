@@ -142,7 +142,7 @@ def test_models_that_do_not_fit_are_refused(dense: list[Config], tmp_path: Path)
     assert "per_token=5 must be" in refused(experts=replace(EXPERTS, per_token=5))
     assert "normalized=true with model.experts.per_token=1" in refused(experts=replace(EXPERTS, per_token=1))
     out.mkdir()
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(CheckpointError, match="exists already"):
         upcycle(tiny.with_model(dense[0], experts=EXPERTS), [run], out)
 
 

@@ -145,6 +145,8 @@ def test_an_exported_run_has_our_logits_and_comes_back_bit_by_bit(name: str, tmp
     assert expected.std() > 0.1
     assert (their_logits(loaded) - expected).abs().max() <= 1e-5
     assert loaded.config.max_position_embeddings == 512
+    # No document starts with a token, and the data that would name the one at its end is not there.
+    assert (loaded.config.bos_token_id, loaded.config.eos_token_id) == (None, None)
     back = import_model(tmp_path / "out", tmp_path / "back")
     assert back.model == decoder.model
     first = read(StoredWeights(run / "checkpoints" / "step_00000001"), decoder.shapes())

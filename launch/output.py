@@ -49,7 +49,8 @@ def guard_standard_streams() -> None:
             guarded = io.TextIOWrapper(
                 file if is_unbuffered else io.BufferedWriter(file),
                 encoding=stream.encoding,
-                errors=stream.errors,
+                # Names of files need not be text that the encoding has.
+                errors="backslashreplace" if stream.errors == "strict" else stream.errors,
                 line_buffering=stream.line_buffering,
                 write_through=is_unbuffered,
             )

@@ -10,7 +10,8 @@ from farspan.launch.env import environment_outside_jobs
 ENDED = "ENDED"
 """The state of a job that SLURM no longer remembers."""
 END_STATES = {
-    "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT", "BOOT_FAIL", ENDED,
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT",
+    ENDED,
 }  # fmt: skip
 
 

@@ -4,17 +4,20 @@ A job reads and writes them before its environment is set up: only Python's own 
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TypeVar
 
 from farspan.launch.slurm.client import SlurmError, run_slurm
 from farspan.trainer.checkpoint.steps import finished
 
 JOBS_FILE = "jobs.jsonl"
 FAILURES_FILE = "failures.jsonl"
+
+T = TypeVar("T")
 
 
 def now() -> str:
@@ -56,13 +59,13 @@ def add_submission(run: Path, submission: Submission) -> None:
 
 def read_submissions(run: Path) -> list[Submission]:
     """Return the jobs of a run, oldest first; raises SlurmError if there are none."""
-    path = run / JOBS_FILE
-    if not path.is_file():
+    found = list(_records(run / JOBS_FILE, Submission))
+    if not found:
         runs = array_runs(run)
         if runs:
             raise SlurmError(f"{run} holds {len(runs)} runs: name one of them, such as {runs[0]}.")
-        raise SlurmError(f"{run} has no {JOBS_FILE}: name the folder of a run that was submitted to SLURM.")
-    return [Submission(**json.loads(line)) for line in path.read_text().splitlines()]
+        raise SlurmError(f"{run} has no job in {JOBS_FILE}: name the folder of a run that was submitted to SLURM.")
+    return found
 
 
 def array_runs(folder: Path) -> list[Path]:
@@ -76,19 +79,22 @@ def add_failure(run: Path, job: str, reason: str, nodes: Sequence[str]) -> None:
 
 
 def _append(path: Path, record: Submission | Failure) -> None:
+    is_cut = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
     with path.open("a") as file:
-        file.write(json.dumps(asdict(record)) + "\n")
+        file.write("\n" * is_cut + json.dumps(asdict(record)) + "\n")
+
+
+def _records(path: Path, make: Callable[..., T]) -> Iterator[T]:
+    """Yield what `make` returns for the values of each line of a file, which need not exist."""
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        # A full disk or a dying node may have cut a line short, which must not keep a job from starting.
+        with suppress(ValueError, TypeError):
+            yield make(**json.loads(line))
 
 
 def read_failures(run: Path) -> list[Failure]:
     """Return the failures of a run, oldest first."""
-    path, found = run / FAILURES_FILE, []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        # A full disk or a dying node may have cut a line short, which must not keep a job from starting.
-        with suppress(ValueError, TypeError, KeyError):
-            values = json.loads(line)
-            found.append(Failure(**values | {"nodes": tuple(values["nodes"])}))
-    return found
+    return [replace(found, nodes=tuple(found.nodes)) for found in _records(run / FAILURES_FILE, Failure)]
 
 
 def newest_checkpoint(run: Path) -> str | None:
@@ -100,7 +106,7 @@ def consecutive_failures(run: Path) -> int:
     """Return how many failures have happened since the newest checkpoint was saved and the run was last submitted."""
     newest, count = newest_checkpoint(run), 0
     # A time before all others for a run that was submitted by hand only.
-    since = read_submissions(run)[-1].submitted if (run / JOBS_FILE).is_file() else ""
+    since = max((submission.submitted for submission in _records(run / JOBS_FILE, Submission)), default="")
     for failure in reversed(read_failures(run)):
         if failure.checkpoint != newest or failure.when < since:
             break
@@ -112,8 +118,9 @@ def failed_nodes(runs: Sequence[Path], hours: float) -> list[str]:
     """Return the nodes to blame for failures of the last hours, the most recent first."""
     oldest = (datetime.now(UTC) - timedelta(hours=hours)).isoformat(timespec="seconds")
     recent = [failure for run in runs for failure in read_failures(run) if failure.when > oldest]
-    recent.sort(key=lambda failure: failure.when, reverse=True)
-    return list(dict.fromkeys(node for failure in recent for node in failure.nodes))
+    # Of those in one second, the last one of a run's file is the most recent.
+    recent.sort(key=lambda failure: failure.when)
+    return list(dict.fromkeys(node for failure in reversed(recent) for node in failure.nodes))
 
 
 def nodes_to_exclude(

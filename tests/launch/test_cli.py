@@ -79,7 +79,7 @@ REFUSALS = [
     (f"{SLURM} --each run.folder=a,b", ["--each run.folder="]),
     (f"{SLURM} --each run.seed=1,2 --each train.steps=1,2,3", ["--each", " 2, 3."]),
     (f"{SLURM} --each run.seed=1,x", ["run.seed="]),
-    ("jobs status nowhere", ["nowhere has no jobs.jsonl"]),
+    ("jobs status nowhere", ["nowhere has no job in jobs.jsonl"]),
     ("data prepare nowhere --tokenizer bytes --out OUT", ["nowhere"]),
 ]
 
@@ -243,9 +243,14 @@ def test_a_launch_on_slurm_submits_the_checked_configuration(
 
 @pytest.mark.usefixtures("sbatch")
 def test_a_launch_of_several_runs_is_a_job_array(tmp_path: Path, config_file: Path, capsys: Capture) -> None:
-    tiny.make_data(tmp_path)
+    data = tiny.make_data(tmp_path)
     each = ["--each", "run.seed=3, 4", "--each", "optimizer.learning_rate=1e-3,2e-3", "--at-most", "1"]
-    assert cli.main(["launch", "slurm", str(config_file), "--nodes", "1", "--gpus-per-node", "2", *each]) == 0
+    launch = ["launch", "slurm", str(config_file), "--nodes", "1", "--gpus-per-node", "2"]
+    # The last run is checked as the first one is.
+    assert cli.main([*launch, "--each", f"data.folder={data},{tmp_path}/nowhere"]) == cli.EXIT_USER_ERROR
+    assert f"data.folder='{tmp_path}/nowhere' does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert cli.main([*launch, *each]) == 0
     out = capsys.readouterr().out
     assert "001         run.seed=4  optimizer.learning_rate=2e-3\n" in out
     submitted = tmp_path / "run/submitted/001"

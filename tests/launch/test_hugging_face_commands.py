@@ -63,6 +63,10 @@ def test_out_and_in_and_on(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     assert imported == hugging_face_models.replaced_positions(decoder.model, 512)
     text = output_of("pool-heads", weights, "--kv-heads", 1, "--out", tmp_path / "mqa")
     assert f"model.kv_heads=1; see {tmp_path}/mqa/model.toml" in text
+    # Its files go along.
+    assert "tokenizer   tokenizer.json\n" in output_of("export", tmp_path / "mqa", "--out", tmp_path / "mqa_out")
+    fields = json.loads((tmp_path / "mqa_out" / "config.json").read_text())
+    assert (fields["num_key_value_heads"], fields["num_attention_heads"]) == (1, 4)
 
     # The printed sections, pasted into a configuration.
     (tmp_path / "second.toml").write_text(described + REST.format(folder=tmp_path, data=data))

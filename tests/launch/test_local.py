@@ -174,6 +174,18 @@ def test_a_run_is_stopped_and_resumed(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert [record["step"] for record in records(folder) if "eval_loss" in record] == [last + 2]
 
 
+@pytest.mark.parametrize(("num_ranks", "threads"), [(1, 7), (2, 3), (7, 1), (8, 1)])
+def test_ranks_share_the_cores_that_the_launcher_may_use(
+    monkeypatch: pytest.MonkeyPatch, num_ranks: int, threads: int
+) -> None:
+    """Not those of the machine: a scheduler or taskset may have given it fewer."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(3, 10)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    job = LocalJob(config=Path("c"), overrides=(), num_ranks=num_ranks)
+    assert job.threads_per_rank() == threads
+    assert job.command_line().startswith(f"OMP_NUM_THREADS={threads} ")
+
+
 CHURN = """
 import subprocess, sys, threading
 child = subprocess.Popen(["sleep", "60"])

@@ -44,6 +44,30 @@ for command in sys.argv[2:]:
 """
 
 
+ODD = r"""
+from farspan.launch.output import guard_standard_streams, print_error
+guard_standard_streams()
+print("run/caf\xe9 \u6f22 \udcff")
+print_error("run/caf\xe9 \u6f22 \udcff")
+"""
+
+
+@pytest.mark.parametrize(
+    ("encoding", "name"),
+    [
+        ("ascii", b"run/caf\\xe9 \\u6f22 \\udcff"),
+        ("latin-1", b"run/caf\xe9 \\u6f22 \\udcff"),
+        ("utf-8", "run/café 漢 ".encode() + b"\\udcff"),
+    ],
+    ids=["ascii", "latin-1", "utf-8"],
+)
+def test_names_that_the_encoding_lacks_are_escaped(encoding: str, name: bytes) -> None:
+    """Bytes of a path that are no text, too."""
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", ODD], env=environment, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, name + b"\n", b"farspan: " + name + b"\n")
+
+
 def without_reader() -> int:
     reader, writer = os.pipe()
     os.close(reader)

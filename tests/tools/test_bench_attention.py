@@ -24,6 +24,7 @@ from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.window import Window
 from farspan.kernels.planning.plan import Plan
 from farspan.parallel.ranks import Ranks, connected
+from farspan.tools.bench import run as bench_run
 from farspan.tools.bench.case import Case, Shape, document_lengths, find_cases, unmasked_share
 from farspan.tools.bench.check import SPARSE_SHARE, Verdict, checks, excess
 from farspan.tools.bench.contenders import Contender, Ours
@@ -241,6 +242,46 @@ def test_a_check_of_one_document_is_not_compared_with_packed_documents() -> None
     with connected(Ranks(), SHAPE.device):
         checked = bench.check_all(AttentionRow(contender, dense) for contender in (Ours("cpu"), *baselines_on(CPU)))
     assert [verdict.correct for _, verdict in checked.values()] == [True, True]
+
+
+def test_a_row_is_started_and_measured_where_its_work_takes_less_than_the_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """48 s of 256 tokens, four times the 12 s of 128 tokens, which were 3 s of 64 tokens."""
+
+    def start(self: AttentionBench, row: AttentionRow, size: int) -> Pass:
+        return lambda: (1e3 * (size / 64) ** 2, 2e3 * (size / 64) ** 2)
+
+    monkeypatch.setattr(AttentionBench, "start", start)
+    monkeypatch.setattr(AttentionBench, "work", lambda self, row, size: size**2)
+    monkeypatch.setattr(AttentionBench, "needs", lambda self, row, size: {"fwd": size})
+    monkeypatch.setattr(AttentionBench, "records", lambda self, result: [])
+    bench, row = AttentionBench(SHAPE), AttentionRow(Ours("cpu"), find_cases(["dense"], [])[0])
+    checked = {row.name: (row, Verdict(True, ""))}
+    bench.measure(checked, [256, 64, 128], Limits(rounds=3, row_s=20.0))
+    bench.measure(checked, [64], Limits(rounds=3, row_s=2.0))
+    # How long the first size takes is not known before; memory would take another such pass.
+    assert [(found.size, found.ms("bwd"), found.ms("fwd_bwd"), found.needs) for found in bench.results] == [
+        (64, 2e3, 3e3, {"fwd": 64}), (128, 8e3, 12e3, {"fwd": 128}), (64, 2e3, 3e3, None),
+    ]  # fmt: skip
+    reason = "a forward and backward pass would take 48 s, over the limit of 20 s"
+    assert bench.left_out == {"dense by cpu, 256 tokens": reason}
+
+
+@pytest.mark.parametrize(
+    ("forward", "kept", "backward", "both"), [(80, 60, 90, 150), (80, 5, 40, 80)], ids=["backward", "forward"]
+)
+def test_the_peak_of_a_pass_counts_what_forward_left(
+    monkeypatch: pytest.MonkeyPatch, forward: int, kept: int, backward: int, both: int
+) -> None:
+    before = 1000
+    starts, peaks = iter((before, before + kept)), iter((before + forward, before + kept + backward))
+    monkeypatch.setattr(bench_run, "reset_peak", lambda device: next(starts))
+    monkeypatch.setattr(bench_run, "peak", lambda device: next(peaks))
+    x = torch.ones(3, requires_grad=True)
+    found = bench_run.peaks_of_pass(lambda x: 2 * x, [x], torch.ones(3))
+    assert found in (None, {"fwd": forward, "bwd": backward, "fwd_bwd": both})
+    assert found is not None or not bench_run.STATUS.exists()
 
 
 def test_a_row_that_dies_in_a_round_is_left_out_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,11 @@ def test_costs_of_a_configuration(capsys: pytest.CaptureFixture[str]) -> None:
     flops = 32 * 32 * 4 * 128 * 8192 * 8193 / 2 / 4
     assert number_of(rows["gather"]["FLOPs forward"], FLOPS) == pytest.approx(flops, rel=5e-3)
     assert number_of(rows["gather"]["compute"], SECONDS) == pytest.approx(3.5 * flops / 4e14, rel=5e-3)
+    # The four ranks are in two nodes: a ring moves chunks while it computes, gather moves all before that and after.
+    for name, transfers, others in (("ring", "overlapped", "exposed"), ("gather", "exposed", "overlapped")):
+        sent = sum(number_of(rows[name][f"sent {direction}"], BYTES) for direction in ("forward", "backward"))
+        assert number_of(rows[name][f"transfers {transfers}"], SECONDS) == pytest.approx(sent / 12.5e9, rel=1e-2)
+        assert rows[name][f"transfers {others}"] == "0"
 
 
 def number_of(text: str, units: list[tuple[float, str]]) -> float:

@@ -158,6 +158,32 @@ def test_runs_are_placed_on_each_axis(tmp_path: Path, runs: Path) -> None:
 
 
 @pytest.mark.usefixtures("_without_plots")
+def test_tables_describe_the_last_steps_of_each_layer(
+    tmp_path: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers that differ between steps, layers and columns; the first step is before the last two."""
+    monkeypatch.setattr(report_run, "LAST_STEPS", 2)
+    folder = shutil.copytree(runs / "mixed", tmp_path / "told")
+    written = [
+        {
+            "step": step, "loss": 5.0 - step, "tokens": 100 * step, "step_s": 6.0, "tokens_per_s": speed,
+            "expert_load": {"0": load, "3": 2 * load}, "expert_entropy": {"0": 0.9 - load / 10, "3": 0.5},
+            "expert_dropped": {"0": load / 100, "3": 0.25}, "expert_bias": {"0": load / 4, "3": 7.0},
+        }
+        for step, speed, load in ((1, 3000.0, 9.0), (2, 1000.0, 1.5), (3, 1100.0, 2.5))
+    ]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in written))
+    assert main([str(folder)]) == 0
+    text = (folder / "report.md").read_text()
+    assert "## Experts of told, last 2 steps" in text
+    assert cells(text, "layer") == ["layer", "load, mean", "load, worst", "entropy", "dropped", "range of biases"]
+    assert cells(text, "0") == ["0", "2.00", "2.50", "0.700", "2.0%", "0.50"]
+    assert cells(text, "3") == ["3", "4.00", "5.00", "0.500", "25.0%", "7.00"]
+    # The layer with the highest mean; the median speed; the time of all steps.
+    assert cells(text, "told")[7:10] == ["4.00", "1,100", "0.3"]
+
+
+@pytest.mark.usefixtures("_without_plots")
 def test_each_validation_set_has_a_line_of_its_own(runs: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(runs / "plain", tmp_path / "sets")
     lines = (folder / "metrics.jsonl").read_text().splitlines()

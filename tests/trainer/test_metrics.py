@@ -38,8 +38,12 @@ def test_peak_memory_is_that_of_the_process() -> None:
     assert 0.95 * high_water_bytes < peak_memory_bytes(torch.device("cpu")) < 100 * high_water_bytes
 
 
-def test_a_cpu_is_measured_in_flops_per_second() -> None:
+def test_a_cpu_is_measured_in_flops_per_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the fastest of three products: two operations, a multiplication and an addition, for each of 1024^3 pairs."""
     assert 1e8 < peak_flops(torch.device("cpu"), torch.float32) < 1e14
+    clock = iter((0.0, 3.0, 10.0, 10.5, 20.0, 22.0))
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    assert peak_flops(torch.device("cpu"), torch.bfloat16) == 2 * 1024**3 / 0.5
 
 
 def test_a_gpu_is_looked_up_and_an_unknown_one_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:

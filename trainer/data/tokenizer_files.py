@@ -44,7 +44,12 @@ def has_ids_of(split: TokenSource, tokenizer: bytes) -> bool:
     prepared = files_beside_split(split).get(TOKENIZER_FILE)
     if prepared is None:
         return split.meta.tokenizer_sha256 in (None, _sha256(tokenizer))
-    return prepared == tokenizer or _encoding(prepared) == _encoding(tokenizer)
+    return have_same_ids(prepared, tokenizer)
+
+
+def have_same_ids(first: bytes, second: bytes) -> bool:
+    """Return whether two files tokenizer.json give texts the same ids."""
+    return first == second or _encoding(first) == _encoding(second)
 
 
 def _sha256(content: bytes) -> str:

@@ -16,6 +16,8 @@ from farspan.errors import ConfigError
 from farspan.parallel.mesh import Degrees
 from farspan.parallel.ranks import Ranks, connected
 from farspan.trainer.config import Config
+from farspan.trainer.data.tokenizer import TOKENIZER_FILE
+from farspan.trainer.data.tokenizer_files import have_same_ids
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.init import initialize
 from farspan.trainer.model.transformer import Transformer
@@ -28,7 +30,7 @@ from farspan.trainer.weights.io import (
     find_trained_model,
     save_weights,
 )
-from farspan.trainer.weights.source_files import files_beside
+from farspan.trainer.weights.source_files import Files, files_beside
 
 Tensors = Mapping[str, Tensor]
 
@@ -47,6 +49,8 @@ def upcycle(config: Config, runs: Sequence[Path], out: Path) -> None:
     for run, trained in zip(runs, dense, strict=True):
         _check_fit(model, trained.decoder.model, run)
         _check_layers(config, trained.decoder, run)
+    files = [files_beside(trained.weights) for trained in dense]
+    _check_tokenizers(dict(zip(runs, files, strict=True)))
     experts_fit(config, Degrees(dp_replicate=1, dp_shard=1, context=1))
     head_mixture_fits(config)
     routers_learn(config)
@@ -57,7 +61,7 @@ def upcycle(config: Config, runs: Sequence[Path], out: Path) -> None:
             mixture = mixture.double()
         initialize(mixture, model, config.run.seed)
         sources = [_read(trained) for trained in dense]
-        save_weights(upcycled(sources, mixture.state_dict()), out, files=files_beside(dense[0].weights))
+        save_weights(upcycled(sources, mixture.state_dict()), out, files=files[0])
 
 
 def upcycled(dense: Sequence[Tensors], initial: Tensors) -> dict[str, Tensor]:
@@ -112,6 +116,16 @@ def _check_fit(model: ModelConfig, dense: ModelConfig, run: Path) -> None:
             f"model.experts.shared={experts.shared} must be 0 or the model.feed_forward={dense.feed_forward} of {run}: "
             "the shared expert is a mean of feed-forwards."
         )
+
+
+def _check_tokenizers(files: Mapping[Path, Files]) -> None:
+    """Refuse models with other token ids. files: of each run; those without a tokenizer cannot be compared."""
+    kept = [(run, beside[TOKENIZER_FILE]) for run, beside in files.items() if TOKENIZER_FILE in beside]
+    for run, tokenizer in kept[1:]:
+        if not have_same_ids(kept[0][1], tokenizer):
+            raise ConfigError(
+                f"{run} was trained with another {TOKENIZER_FILE} than {kept[0][0]}: upcycle runs with one tokenizer."
+            )
 
 
 def _check_layers(config: Config, dense: Decoder, run: Path) -> None:

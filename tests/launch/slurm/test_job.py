@@ -88,10 +88,11 @@ def test_what_is_submitted_is_said() -> None:
     assert JOB.describe(1).splitlines()[0] == "jobs        1, on 2 nodes"
     assert JOB.describe(3).startswith("jobs        3, on 2 nodes; the script is submitted 3 times")
     array = replace(JOB, elements=50, nodes=1, site=replace(SITE, sbatch={"mem": "0"}))
-    (line,) = array.describe(2).splitlines()
-    assert line.startswith(
-        "jobs        100, each on 1 node: an array of 50 runs, all at once if there is room; --at-most"
-    )
+    for option in ("mem", "mem-per-cpu", "mem-per-gpu"):
+        (line,) = replace(array, site=replace(SITE, sbatch={option: "0"})).describe(2).splitlines()
+        assert line.startswith(
+            "jobs        100, each on 1 node: an array of 50 runs, all at once if there is room; --at-most"
+        )
     assert "#SBATCH --array=0-49%4\n" in replace(array, at_most=4).script()
     assert "at most 4 at a time" in replace(array, at_most=4).describe(1)
     for site in (Site(), SITE, Site(cpus_per_rank=2)):

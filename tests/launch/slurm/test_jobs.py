@@ -8,7 +8,7 @@ import pytest
 from farspan.launch import cli
 from farspan.launch.commands.jobs import log_file
 from farspan.launch.slurm.client import SlurmError
-from farspan.launch.slurm.history import add_failure
+from farspan.launch.slurm.history import Submission, add_failure, add_submission
 from tests.support.programs import install
 
 SQUEUE = """[ $6 = -o ] || { echo '9                   |2                   |'; exit; }
@@ -55,6 +55,19 @@ def test_status_is_a_line_for_each_job_and_the_progress(run: Path, capsys: pytes
     assert failed.startswith("failed at 2")
     assert failed.endswith(", job 9, checkpoint step_00000004: a rank on n3 was killed by SIGKILL (n3)")
     assert step.startswith("step 7  loss 2.5000  12,346 tok/s  ")
+
+
+def test_a_record_that_a_full_disk_cut_short_is_passed_over(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run / "jobs.jsonl"
+    whole = path.read_text()
+    for tail in ('{"job": "11', '{"job": "11"}\n', "\0\0\n", "\xff"):
+        path.write_bytes((whole + tail).encode("latin-1"))
+        add_submission(run, Submission(job="12", script="s"))
+        assert cli.main(["jobs", "status", str(run)]) == 0
+        assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["job", "8", "9", "10", "12", "no"]
+    path.write_text('{"job": "1')
+    assert cli.main(["jobs", "status", str(run)]) == cli.EXIT_USER_ERROR
+    assert "has no job in jobs.jsonl: name the folder of a run" in capsys.readouterr().err
 
 
 def test_runs_of_an_array_are_listed_and_canceled_together(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

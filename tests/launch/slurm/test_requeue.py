@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from farspan.launch.slurm.history import (
+    ExclusionPolicy,
     Submission,
     add_failure,
     add_submission,
@@ -19,6 +20,7 @@ from farspan.launch.slurm.history import (
     read_failures,
 )
 from farspan.launch.slurm.job import SlurmJob
+from farspan.launch.slurm.requeue import EndCause, JobStart
 from farspan.launch.slurm.site import Site
 from tests.support.programs import install
 
@@ -137,12 +139,39 @@ def test_the_exits_of_ranks_decide_whether_the_job_is_requeued(
     assert not (tmp_path / "run/unfit").exists()
 
 
+ENDS = [
+    (137, 1, True), (77, 77, True), (2, 2, False), (75, 75, True), (76, 76, True), (143, 1, True), (0, 0, False),
+]  # fmt: skip
+"""Exit statuses of tasks, the strongest first, with the job's exit status and whether it is queued again."""
+
+
+@pytest.mark.parametrize("strong", range(len(ENDS)), ids=[str(status) for status, _, _ in ENDS])
+def test_of_two_ends_the_stronger_decides(tmp_path: Path, job: SlurmJob, strong: int) -> None:
+    """Whichever node it is on: some ranks may have saved after a warning, say, and others have hung."""
+    exclusion = ExclusionPolicy(hours=1, max_nodes=1)
+    start = JobStart(
+        run=tmp_path, job="17", restarts=0, script=tmp_path, requeues=1, max_failures=1, exclusion=exclusion
+    )
+    status, of_job, requeue = ENDS[strong]
+    (start.logs(0) / "ended").mkdir(parents=True)
+    for weak, _, _ in ENDS[strong:]:
+        for first, second in ((status, weak), (weak, status)):
+            (start.logs(0) / "ended" / "0").write_text(f"n0 h0 {first}")
+            (start.logs(0) / "ended" / "1").write_text(f"n1 h1 {second}")
+            for of_srun in (0, weak):
+                found = start.outcome(of_srun, EndCause.RANKS_ENDED)
+                assert (found.status, found.requeue) == (of_job, requeue), (first, second, of_srun)
+                assert (found.failure is None) == (status in (2, 75, 0)), (first, second, of_srun)
+
+
 def test_records_that_a_full_disk_cut_short_do_not_stop_a_job(start: Start, tmp_path: Path) -> None:
     cut = '{"when": "2026-11-28T08:42:51+00:00", "job": "1'
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/failures.jsonl").write_text(cut + "\n")
+    for name, text in (("failures", f"{cut}\n{cut}"), ("jobs", cut)):
+        (tmp_path / f"run/{name}.jsonl").write_text(text)
     done = start("end 7 1; : >$folder/run/logs/17/0/ended/8; exit 1")
     assert (done.returncode, done.stderr) == (1, "")
+    # What comes after half a line begins another.
     assert [failure.reason for failure in read_failures(tmp_path / "run")] == ["ranks failed with exit status 1"]
     assert calls(tmp_path, "scontrol") == REQUEUE
 

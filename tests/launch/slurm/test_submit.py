@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from farspan.launch.slurm.client import SlurmError
-from farspan.launch.slurm.history import ExclusionPolicy, add_failure, array_runs, read_submissions
+from farspan.launch.slurm.history import (
+    ExclusionPolicy,
+    Submission,
+    add_failure,
+    add_submission,
+    array_runs,
+    read_submissions,
+)
 from farspan.launch.slurm.job import SlurmJob
 from farspan.launch.slurm.site import Site
 from farspan.launch.slurm.submit import check_ready, next_submission, resume, submit
@@ -87,12 +94,13 @@ def test_the_job_runs_the_code_of_its_submission(slurm: Path, job: SlurmJob, tmp
 def test_a_run_is_resumed_by_its_last_script_without_nodes_that_failed(slurm: Path, job: SlurmJob) -> None:
     submit(job, [""], 2)
     script = job.submitted / "job.sh"
-    for state in ("RUNNING", "PENDING", "COMPLETING"):
+    for state in ("RUNNING", "PENDING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "STOPPED"):
         (slurm / "queue").write_text(f"41|FAILED|1:02|20:00|n1||None\n42|{state}|1:02|20:00|n1||None\n")
         with pytest.raises(SlurmError, match=rf"^job 42 of .*/run is {state}: .*`farspan jobs cancel "):
             resume(job.run, EXCLUSION)
     (slurm / "queue").write_text("42|FAILED|1:02|20:00|n1||None\n")
-    for node in ("n1", "n2"):
+    # In the same second, perhaps: the last one counts.
+    for node in ("n2", "n1"):
         add_failure(job.run, "42", "a rank was killed", [node])
     assert resume(job.run, EXCLUSION) == "43"
     last = read_submissions(job.run)[-1]
@@ -105,6 +113,22 @@ def test_a_run_is_resumed_by_its_last_script_without_nodes_that_failed(slurm: Pa
     (job.run / "submitted/002/job.sh").unlink()
     with pytest.raises(SlurmError, match=r"002/job.sh is gone: .*`farspan launch slurm`"):
         resume(job.run, EXCLUSION)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
+        "TIMEOUT",
+    ],
+)  # fmt: skip
+def test_a_job_may_have_ended_in_any_way(slurm: Path, job: SlurmJob, state: str) -> None:
+    """All states of SLURM in which a job is over."""
+    (job.submitted).mkdir(parents=True)
+    (job.submitted / "job.sh").touch()
+    add_submission(job.run, Submission(job="40", script=str(job.submitted / "job.sh")))
+    (slurm / "queue").write_text(f"40|{state}|1:02|20:00|n1||None\n")
+    assert resume(job.run, EXCLUSION) == "41"
 
 
 def test_the_runs_of_an_array_have_their_own_configurations_and_records(slurm: Path, job: SlurmJob) -> None:
@@ -121,13 +145,25 @@ def test_the_runs_of_an_array_have_their_own_configurations_and_records(slurm: P
     # Under the array's name it would wait for the other runs.
     call = f"--parsable --array=1 --job-name=001-of-run {job.submitted / 'job.sh'}"
     assert (slurm / "calls").read_text().splitlines()[2:] == [call]
+    # Another array in this folder keeps clear of the nodes where any run of the first has failed.
+    for number, node in (("000", "n3"), ("001", "n4")):
+        add_failure(job.run / number, f"41_{number[-1]}", "a rank was killed", [node])
+    again = replace(array, submitted=next_submission(job.run))
+    submit(again, ["first", "second"], 1)
+    call = f"--parsable --exclude=n4,n3 {again.submitted / 'job.sh'}"
+    assert (slurm / "calls").read_text().splitlines()[3:] == [call]
+    # A single run of it keeps clear of its own.
+    (slurm / "queue").write_text("")
+    resume(job.run / "000", ExclusionPolicy(hours=1, max_nodes=9))
+    assert (slurm / "calls").read_text().splitlines()[4].startswith("--parsable --array=0 ")
+    assert "--exclude=n3 " in (slurm / "calls").read_text().splitlines()[4]
 
 
 def test_refusals_are_one_sentence(slurm: Path, job: SlurmJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (slurm / "refuse").touch()
     with pytest.raises(SlurmError, match=r"^sbatch refused: sbatch: error: invalid partition$"):
         submit(job, [""], 1)
-    with pytest.raises(SlurmError, match=r"has no jobs.jsonl: "):
+    with pytest.raises(SlurmError, match=r"has no job in jobs.jsonl: "):
         read_submissions(job.run)
     (tmp_path / "file").touch()
     with pytest.raises(SlurmError, match=rf"^run.folder='{tmp_path}/file/run' .* {tmp_path}/file: "):

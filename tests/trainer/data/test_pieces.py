@@ -68,8 +68,8 @@ def across_spaces():
     return byte_level(pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)]))
 
 
-def fixed_length():
-    split = pre.Split(Regex(r"(?:.|\n){1,7}"), behavior="isolated")
+def fixed_length(length=7):
+    split = pre.Split(Regex(rf"(?:.|\n){{1,{length}}}"), behavior="isolated")
     return byte_level(pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)]))
 
 
@@ -114,9 +114,10 @@ KINDS = {
     "word piece": word_piece,
     "across spaces": across_spaces,
     "fixed length": fixed_length,
+    "eights": lambda: fixed_length(8),
     "superwords": superwords,
 }
-UNCUT = ("across spaces", "fixed length", "superwords")
+UNCUT = ("across spaces", "fixed length", "eights", "superwords")
 
 
 @pytest.fixture(scope="module")
@@ -143,16 +144,26 @@ def whole_and_pieces(encode, text, size, monkeypatch):
     data = text.encode()
     found = list(pieces(data, 0, len(data), encode))
     assert [piece.is_last for piece in found] == [False] * (len(found) - 1) + [True]
-    return encode(text), [encode(piece.text.decode())[piece.context_tokens :] for piece in found]
+    sizes = [len(piece.text) for piece in found]
+    return encode(text), sizes, [encode(piece.text.decode())[piece.context_tokens :] for piece in found]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_are_those_of_the_whole(load, monkeypatch, kind):
     encode = load(kind)
     for size, length in ((50, 2000), (1000, 9000)):
-        whole, found = whole_and_pieces(encode, some_text(length), size, monkeypatch)
+        whole, sizes, found = whole_and_pieces(encode, some_text(length), size, monkeypatch)
         np.testing.assert_array_equal(np.concatenate(found), whole)
         assert len(found) >= (1 if kind in UNCUT else length / size / 3)
+        # The next border, and context before it, are at most some words away; the last piece may be twice as large.
+        assert kind in UNCUT or max(sizes) <= 2 * size + 100
+
+
+@pytest.mark.parametrize(("kind", "text"), [("across spaces", "a bc " * 400), ("eights", "1234567 " * 400)])
+def test_contexts_of_all_phases_have_to_agree(load, monkeypatch, kind, text):
+    """The first border, inside a pair of words or eight characters, looks right from others that are like it."""
+    whole, _, found = whole_and_pieces(load(kind), text, 301, monkeypatch)
+    np.testing.assert_array_equal(np.concatenate(found), whole)
 
 
 @pytest.mark.parametrize("kind", ["llama3", "llama2", "metaspace first"])
@@ -169,14 +180,14 @@ def test_tokens_are_those_of_the_whole(load, monkeypatch, kind):
     ids=["one letter", "period", "spaces", "no spaces", "blank lines", "digits"],
 )
 def test_monotonous_texts_too(load, monkeypatch, kind, text, fewest):
-    whole, found = whole_and_pieces(load(kind), text, 300, monkeypatch)
+    whole, _, found = whole_and_pieces(load(kind), text, 300, monkeypatch)
     np.testing.assert_array_equal(np.concatenate(found), whole)
     assert len(found) >= fewest
 
 
 def test_added_tokens_are_not_cut(load, monkeypatch):
     encode = load("gpt2", "the cat", "    ")
-    whole, found = whole_and_pieces(encode, "the cat  sat    on the cat " * 100, 100, monkeypatch)
+    whole, _, found = whole_and_pieces(encode, "the cat  sat    on the cat " * 100, 100, monkeypatch)
     np.testing.assert_array_equal(np.concatenate(found), whole)
     assert len(found) > 10
 

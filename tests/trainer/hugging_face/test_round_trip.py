@@ -1,5 +1,6 @@
 """Import and export against transformers: the same logits in float32, the same bits back."""
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from farspan.trainer.model.config import RopeConfig
 from farspan.trainer.weights.io import Decoder, StoredWeights
 from tests.support import hugging_face_models as ours
 
+safetensors = pytest.importorskip("safetensors.torch")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -140,11 +142,18 @@ def test_an_exported_run_has_our_logits_and_comes_back_bit_by_bit(name: str, tmp
     )
     assert type(loaded).__name__ == name
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
-    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
+    files = [safetensors.load_file(file) for file in (tmp_path / "out").glob("model-*-of-*.safetensors")]
+    sizes = [sum(tensor.nbytes for tensor in tensors.values()) for tensors in files]
+    assert len(files) > 1
+    assert all(size <= 20_000 or len(tensors) == 1 for size, tensors in zip(sizes, files, strict=True))
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(sizes)
     expected = ours.logits(decoder, run / "checkpoints" / "step_00000001")
     assert expected.std() > 0.1
     assert (their_logits(loaded) - expected).abs().max() <= 1e-5
     assert loaded.config.max_position_embeddings == 512
+    # No document starts with a token, and the data that would name the one at its end is not there.
+    assert (loaded.config.bos_token_id, loaded.config.eos_token_id) == (None, None)
     back = import_model(tmp_path / "out", tmp_path / "back")
     assert back.model == decoder.model
     first = read(StoredWeights(run / "checkpoints" / "step_00000001"), decoder.shapes())

@@ -200,6 +200,25 @@ def test_numbers_that_the_model_cannot_hold_are_refused(tmp_path: Path) -> None:
         load_weights(model.double(), tmp_path / "weights")
 
 
+def load_spoiled(weights: Path) -> str:
+    """On each rank, with its shard: return the error for numbers that are on one rank only."""
+    config = replace(tiny.config(weights, weights, ParallelConfig(dp_shard=2)), model=DECODER.model)
+    config = replace(config, train=replace(config.train, compute_dtype="float32"))
+    model = build_model(config, Mesh.build(config.parallel, "cpu"), ours.CPU)
+    return error_of(CheckpointError, load_weights, model, weights)
+
+
+@pytest.mark.parametrize("row", [0, -1])
+def test_numbers_on_one_rank_are_refused_on_all(ranks: Pools, tmp_path: Path, row: int) -> None:
+    tensors = ours.random_model(DECODER).state_dict()
+    tensors["head.weight"][row, 3] = float("nan")
+    with connected(Ranks(), ours.CPU):
+        save_weights(tensors, tmp_path / "weights", DECODER)
+    message = f"rank {-row}: {tmp_path}/weights has numbers in head.weight that are not finite"
+    for found in ranks(2).run(load_spoiled, tmp_path / "weights"):
+        assert found.startswith(message)
+
+
 def load_tied(two: Path, one: Path) -> str:
     """On each rank, with its shards: return the error for two tables, after loading one."""
     config = replace(tiny.config(two, two, ParallelConfig(dp_shard=2)), model=TIED.model)

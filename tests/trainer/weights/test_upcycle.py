@@ -24,6 +24,7 @@ from farspan.trainer.resilience.signals import StopSignal
 from farspan.trainer.resolve import open_data
 from farspan.trainer.train import train
 from farspan.trainer.weights.io import Decoder, load_weights
+from farspan.trainer.weights.source_files import files_beside, write_files
 from farspan.trainer.weights.upcycle import upcycle, upcycled
 from tests.support import tiny
 from tests.support.hugging_face_models import save_run
@@ -144,6 +145,21 @@ def test_models_that_do_not_fit_are_refused(dense: list[Config], tmp_path: Path)
     out.mkdir()
     with pytest.raises(CheckpointError, match="exists already"):
         upcycle(tiny.with_model(dense[0], experts=EXPERTS), [run], out)
+
+
+def test_the_tokenizer_goes_along_and_has_to_be_one(dense: list[Config], tmp_path: Path) -> None:
+    runs = [Path(shutil.copytree(config.run.folder, tmp_path / config.run.folder.name)) for config in dense]
+    config = tiny.with_model(dense[0], experts=EXPERTS)
+    first, other = b'{"model": {"vocab": {"a": 0}}}', b'{"model": {"vocab": {"a": 1}}}'
+    write_files({"tokenizer.json": first}, runs[0])
+    for number, second in enumerate((None, b'{"padding": {}, "model": {"vocab": {"a": 0}}}')):
+        write_files({} if second is None else {"tokenizer.json": second}, runs[1])
+        upcycle(config, runs, tmp_path / str(number))
+        assert files_beside(tmp_path / str(number)) == {"tokenizer.json": first}
+    write_files({"tokenizer.json": other}, runs[1])
+    with pytest.raises(ConfigError, match=rf"{runs[1]} was trained with another tokenizer\.json than {runs[0]}: "):
+        upcycle(config, runs, tmp_path / "weights")
+    assert not (tmp_path / "weights").exists()
 
 
 def test_missing_weights_and_those_of_another_model_are_refused(dense: list[Config], tmp_path: Path) -> None:

@@ -158,13 +158,15 @@ def _experts(given: Fields, architecture: Architecture) -> dict[str, Any]:
     has_experts = [count != 0 and layer not in without and (layer + 1) % step == 0 for layer in layers]
     if not any(has_experts):
         return {}
+    balance_loss = balance_loss_of(fields["router_aux_loss_coef"], per_token, sum(has_experts))
     return {
         "count": count,
         "per_token": per_token,
         "feed_forward": fields[architecture.expert_size],
         "layers": pattern_of(["experts" if is_mixture else "dense" for is_mixture in has_experts]),
         "normalized": True if architecture is MIXTRAL else fields["norm_topk_prob"],
-        "balance_loss": balance_loss_of(fields["router_aux_loss_coef"], per_token, sum(has_experts)),
+        # Constant, and refused, where every token takes all experts.
+        "balance_loss": balance_loss if per_token < count else 0.0,
         "balance_over": "step",
     }
 

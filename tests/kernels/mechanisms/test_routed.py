@@ -11,6 +11,7 @@ from farspan.kernels.mechanisms import moba
 from farspan.kernels.planner import Heads, HeadShare
 from farspan.kernels.planning.gathered_batches import count_pairs
 from farspan.kernels.planning.plan import Plan
+from farspan.kernels.routing.ranking import affinity
 from tests.support.mechanisms import examples, normal
 from tests.support.sequence_shards import lists, select, select_on_ranks
 
@@ -93,3 +94,25 @@ def test_memory_is_bounded_by_parts(mechanism: Routed, monkeypatch: pytest.Monke
     monkeypatch.setitem(moba.SCORES_AT_ONCE, "cpu", 500)
     monkeypatch.setattr("farspan.kernels.mechanisms.block_sparse.TILES_AT_ONCE", 3)
     assert lists(select(mechanism, q, k, ROWS)) == expected
+
+
+@pytest.mark.parametrize("mechanism", EXAMPLES, ids=str)
+def test_blocks_of_other_documents_are_not_scored(mechanism: Routed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 300 documents of a token; pairs of all blocks would be 90,000 a head."""
+    rows, scored = Rows.packed([1] * 300), []
+
+    def counted(q: Tensor, summary: Tensor) -> Tensor:
+        scored.append(len(q) * len(summary))
+        return affinity(q, summary)
+
+    for module in ("moba", "vmoba", "_tile_selection"):
+        monkeypatch.setattr(f"farspan.kernels.mechanisms.{module}.affinity", counted)
+    for module in ("vmoba", "_tile_selection"):
+        monkeypatch.setattr(f"farspan.kernels.mechanisms.{module}.SCORES_AT_ONCE", 4 * 300 * 10)
+    monkeypatch.setitem(moba.SCORES_AT_ONCE, "cpu", 4 * 300 * 10)
+    q, k = normal((300, 4, 16), (300, 2, 16))
+    found = lists(select(mechanism, q, k, rows))
+    # A mask may be empty for a tile; all else selects its only block.
+    assert all(blocks in ([], mechanism.key_blocks(rows).of(rows)[row : row + 1].tolist()) for (_, row), blocks in
+               found.items())  # fmt: skip
+    assert max(scored, default=0) <= 100

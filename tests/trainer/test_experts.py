@@ -212,7 +212,7 @@ def step_of_padding(config: Config) -> StepResult:
     return train_step(model, optimizer, [batches.build(nothing)] * 2, context=batches.channel, max_gradient_norm=1.0)
 
 
-VARIANTS = {
+ROUTED: dict[str, dict[str, Any]] = {
     "experts": {"experts": EXPERTS["the heaviest within a capacity"], "key_convolution": 3},
     "experts choose": {"experts": EXPERTS["experts choose"], "parallel_blocks": True},
     "heads": {"head_mixture": HeadMixtureConfig(kind="heads", per_token=2), "qk_norm": False},
@@ -220,10 +220,10 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ROUTED)
 def test_padding_reaches_no_gradient(base: Config, ranks: Pools, variant: str) -> None:
     """Its token's embedding may hold anything."""
-    config = replace(tiny.with_model(base, **VARIANTS[variant]), parallel=ParallelConfig(context=2))
+    config = replace(tiny.with_model(base, **ROUTED[variant]), parallel=ParallelConfig(context=2))
     for expected, found in ranks(2).run(gradients_with_padding, config, [1.0, math.nan]):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in found)

@@ -81,7 +81,7 @@ class ExpertBalance:
         """layers: all of one kind. context: of the ranks that share a sequence. tokens: of the step, no padding."""
         self._config: ExpertsConfig | HeadMixtureConfig = layers[0].config
         self._layers, self._count = layers, layers[0].count
-        self._context, self._tokens = context, tokens
+        self._context, self._tokens = context, max(tokens, 1)
         self.spans_step = spans_step(self._config)
         device = layers[0].bias.device
         self._counts = torch.zeros(len(layers), self._count, dtype=torch.int64, device=device)

@@ -28,6 +28,7 @@ def validate(config: Config, degrees: Degrees) -> None:
     experts_fit(config, degrees)
     head_mixture_fits(config)
     routers_learn(config)
+    loads_can_differ(config)
     gates_have_a_recurrence(config)
     accepted_changes_exist(config)
     validation_sets_have_names(config)
@@ -160,7 +161,10 @@ def experts_fit(config: Config, degrees: Degrees) -> None:
     except ValueError as error:
         raise ConfigError(f"model.experts does not fit together: {error}.") from None
     if experts.choice == "experts":
-        idle_options = {"capacity": 0.0, "groups": 1, "group_score_top_k": 0, "bias_rate": 0.0, "normalized": False}
+        idle_options = {
+            "capacity": 0.0, "groups": 1, "group_score_top_k": 0, "bias_rate": 0.0, "balance_loss": 0.0,
+            "normalized": False,
+        }  # fmt: skip
         for name, idle in idle_options.items():
             if getattr(experts, name) != idle:
                 raise ConfigError(
@@ -244,6 +248,22 @@ def routers_learn(config: Config) -> None:
             "model.head_mixture.per_token=1 with model.kv_heads=1 chooses one head in all, whose weight is divided by "
             "itself, so that the loss does not train the router: set per_token=2 or more, or kind='experts'."
         )
+
+
+def loads_can_differ(config: Config) -> None:
+    """Refuse what evens out loads that are equal anyway: the balance loss would be constant, the biases never move."""
+    model, experts, mixture = config.model, config.model.experts, config.model.head_mixture
+    candidates = mixture.count if mixture.kind == "experts" else model.heads // model.kv_heads - mixture.shared
+    for name, settings, takes_all in (
+        ("experts", experts, experts.per_token == experts.count and experts.choice == "tokens"),
+        ("head_mixture", mixture, mixture.kind != "none" and mixture.per_token == candidates),
+    ):
+        for key in ("balance_loss", "bias_rate"):
+            if takes_all and getattr(settings, key):
+                raise ConfigError(
+                    f"model.{name}.{key}={getattr(settings, key)} evens out loads, but with model.{name}.per_token="
+                    f"{settings.per_token} every token takes all of them: set it to 0, or lower per_token."
+                )
 
 
 def layout_exists(config: Config) -> None:

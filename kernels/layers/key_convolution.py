@@ -27,11 +27,12 @@ class Taps:
 
     sources: int64 `[W - 1, rows]`, the index that a row reads at lags 1, 2, ... in the concatenated rows and halo;
     `rows + halo` where it reads nothing. readers: the inverse map, int64 `[W - 1, rows + halo]`: the row that reads an
-    index, `rows` where none does.
+    index, `rows` where none does. padding: bool `[rows, 1, 1]`; such keys count as 0, whatever they hold.
     """
 
     sources: Tensor
     readers: Tensor
+    padding: Tensor
 
     @staticmethod
     def build(rows: Rows, halo: Rows, width: int) -> "Taps":
@@ -44,10 +45,11 @@ class Taps:
         # The last column, read by rows without a source, is dropped.
         readers = torch.full((width - 1, len(among) + 1), len(rows))
         readers.scatter_(1, sources, torch.arange(len(rows)).expand(width - 1, -1))
-        return Taps(sources=sources, readers=readers[:, :-1].contiguous())
+        padding = (rows.document < 0).view(-1, 1, 1)
+        return Taps(sources=sources, readers=readers[:, :-1].contiguous(), padding=padding)
 
     def to(self, device: torch.device | str) -> "Taps":
-        return Taps(sources=self.sources.to(device), readers=self.readers.to(device))
+        return Taps(sources=self.sources.to(device), readers=self.readers.to(device), padding=self.padding.to(device))
 
 
 def earlier_rows(rows: Rows, among: Rows, reach: int) -> Tensor:
@@ -72,14 +74,14 @@ def earlier_rows(rows: Rows, among: Rows, reach: int) -> Tensor:
 def convolve(k: Tensor, halo: Tensor, weight: Tensor, taps: Taps) -> Tensor:
     """The convolved keys `[T, Hk, D]` of k `[T, Hk, D]` with halo `[N, Hk, D]` and weight `[W, Hk, D]`.
 
-    All of one dtype, as is the result; sums are float32 (float64 for float64). Not differentiable by autograd: see
-    `convolve_backward`. Raises ValueError where shapes do not fit the taps.
+    All of one dtype, as is the result; sums are float32 (float64 for float64). Padding gives 0. Not differentiable by
+    autograd: see `convolve_backward`. Raises ValueError where shapes do not fit the taps.
     """
     source, weight = _prepared(k, halo, weight, taps)
     out = torch.empty_like(k)
     for rows in _chunks(len(k), k[0:1].numel()):
         sums = _sums(source, weight, taps, rows)
-        out[rows] = functional.silu(sums, inplace=True).add_(k[rows])
+        out[rows] = functional.silu(sums, inplace=True).add_(source[rows])
     return out
 
 
@@ -92,6 +94,7 @@ def convolve_backward(
     Each key has at most one reader at each lag, so no sum depends on the order of concurrent additions.
     """
     source, weight = _prepared(k, halo, weight, taps)
+    dout = dout.masked_fill(taps.padding, 0.0)
     # Last: keys without a reader.
     dsums = torch.zeros(len(k) + 1, *k.shape[1:], dtype=weight.dtype, device=k.device)
     dweight = torch.zeros_like(weight)
@@ -101,7 +104,7 @@ def convolve_backward(
         gate = sums.sigmoid()
         torch.mul(dout[rows], gate.addcmul_(sums.mul_(1 - gate), gate), out=part)  # silu' = s + x s (1 - s)
         # [rows, Hk, D] -> [Hk, D] for each lag
-        dweight[0] += (part * k[rows]).sum(dim=0)
+        dweight[0] += (part * source[rows]).sum(dim=0)
         for lag, sources in enumerate(taps.sources[:, rows], start=1):
             dweight[lag] += (part * source.index_select(0, sources)).sum(dim=0)
     dsource = torch.empty(len(k) + len(halo), *k.shape[1:], dtype=weight.dtype, device=k.device)
@@ -143,4 +146,6 @@ def _prepared(k: Tensor, halo: Tensor, weight: Tensor, taps: Taps) -> tuple[Tens
             f"{list(weight.shape)}"
         )
     source = torch.cat((k, halo, k.new_zeros(1, *k.shape[1:])))
+    # 0 x NaN: padding would reach the gradient of the weight.
+    source[: len(k)].masked_fill_(taps.padding, 0.0)
     return source, weight.to(accumulation_dtype(weight.dtype)).contiguous()

@@ -117,16 +117,19 @@ class BlockSelection:
 
     @staticmethod
     def from_parts(
-        query_block: Tensor, blocks: BlockPartition, masks: Iterable[Tensor], *, heads: int
+        query_block: Tensor, blocks: BlockPartition, masks: Iterable[tuple[slice, Tensor]], *, heads: int
     ) -> "BlockSelection":
-        """Select where masks are True: bool `[heads, some query blocks, blocks]` each, consecutive query blocks.
+        """Select where masks are True: bool `[heads, some query blocks, some blocks]` each, consecutive query blocks.
 
-        Masks come a few query blocks at a time, so the mask of the full sequence never exists.
+        Masks come a few query blocks at a time, each with the slice of the blocks that it is of, so the mask of the
+        full sequence never exists.
         """
         counts, selected = [torch.zeros(heads, 0, dtype=torch.int64)], [torch.zeros(0, 2, dtype=torch.int32)]
-        for mask in masks:
+        for some, mask in masks:
             counts.append(mask.sum(dim=2).cpu())
-            selected.append(mask.nonzero().int().cpu()[:, [0, 2]])  # [entries, (head, key block)]
+            found = mask.nonzero().int().cpu()[:, [0, 2]]  # [entries, (head, key block)]
+            found[:, 1] += some.start
+            selected.append(found)
         entries = torch.cat(selected)
         # Sorted by (part, head, query block) so far; lists are sorted by (head, query block).
         key_blocks = entries[entries[:, 0].argsort(stable=True), 1]

@@ -15,10 +15,11 @@ ONE = 1 << 40
 """Softmax weights are integers, this much for the highest: sums of integers do not depend on their order."""
 
 
-def candidate_blocks(local_shard: LocalShard, local_tiles: Tensor, *, causal: bool) -> Tensor:
-    """Blocks that some local tiles may select, bool `[tiles, blocks]`: in their document and not all in the future."""
+def candidate_blocks(local_shard: LocalShard, local_tiles: Tensor, blocks: slice, *, causal: bool) -> Tensor:
+    """Return which of `blocks` local tiles may select, bool `[tiles, blocks]`: in their document, begun by then."""
     tile, (first_key, last_key) = local_shard.local_query_blocks[0][local_tiles], local_shard.key_block_extent
-    allowed = local_shard.query_blocks.document[tile, None] == local_shard.key_blocks.document
+    first_key, last_key = first_key[blocks], last_key[blocks]
+    allowed = local_shard.query_blocks.document[tile, None] == local_shard.key_blocks.document[blocks]
     allowed &= last_key >= 0
     return allowed & (first_key <= local_shard.query_block_extent[1][tile, None]) if causal else allowed
 
@@ -28,11 +29,15 @@ def scaled_scores(queries: Tensor, keys: Tensor) -> Tensor:
     return affinity(queries, keys) * queries.shape[-1] ** -0.5
 
 
-def tile_chunks(local_shard: LocalShard, heads: int) -> Iterator[Tensor]:
-    """Yield the indices of the local tiles, as many at a time as SCORES_AT_ONCE allows."""
-    if len(local_shard.local_query_blocks[0]):
-        count = max(SCORES_AT_ONCE // (heads * local_shard.key_blocks.count), 1)
-        yield from torch.arange(len(local_shard.local_query_blocks[0])).split(count)
+def tile_chunks(local_shard: LocalShard, heads: int) -> Iterator[tuple[Tensor, slice]]:
+    """Yield the indices of some local tiles, as many as SCORES_AT_ONCE allows, and the blocks of their documents."""
+    tiles, first = local_shard.local_query_blocks[0], local_shard.key_blocks.first
+    if len(tiles):
+        # Blocks of other documents are not scored: of thousands of short documents they would be nearly all.
+        document = local_shard.query_blocks.document[tiles]
+        for chunk in torch.arange(len(tiles)).split(max(SCORES_AT_ONCE // (heads * local_shard.key_blocks.count), 1)):
+            of_chunk = document[chunk]
+            yield chunk, slice(int(first[of_chunk.min()]), int(first[of_chunk.max() + 1]))
 
 
 def best_blocks(scores: Tensor, allowed: Tensor, *, at_least: Tensor, mass: float | None) -> Tensor:
@@ -57,7 +62,7 @@ def best_blocks(scores: Tensor, allowed: Tensor, *, at_least: Tensor, mass: floa
     return selected & allowed
 
 
-def selection_of_tiles(local_shard: LocalShard, masks: Iterator[Tensor], heads: int) -> BlockSelection:
-    """The selection of the local tiles by masks `[heads, some tiles, blocks]`, in the order of the tiles."""
+def selection_of_tiles(local_shard: LocalShard, masks: Iterator[tuple[slice, Tensor]], heads: int) -> BlockSelection:
+    """The selection of the local tiles by masks `[heads, some tiles, some blocks]`, in the order of the tiles."""
     query_block = local_shard.local_query_blocks[1]
     return BlockSelection.from_parts(query_block, local_shard.key_blocks, masks, heads=heads)

@@ -118,17 +118,17 @@ class BlockSparse(Routed):
         """Blocks drawn besides a tile's own, of `others` other visible ones, int64."""
         return ((others + 1) * self.density).round().long().clamp(min=1) - 1
 
-    def _given(self, local_shard: LocalShard) -> Iterator[Tensor]:
+    def _given(self, local_shard: LocalShard) -> Iterator[tuple[slice, Tensor]]:
         blocks, kv_heads = local_shard.key_blocks, len(local_shard.share.kv_heads)
         longest = int(blocks.first.diff().max()) if len(blocks.documents) else 0
         if longest > len(self.mask):
             raise ValueError(self._too_few(longest))
         table, number = self._mask_table(longest), blocks.number
-        for chunk in by_tile.tile_chunks(local_shard, kv_heads):
+        for chunk, some in by_tile.tile_chunks(local_shard, kv_heads):
             tile = local_shard.local_query_blocks[0][chunk]
-            allowed = by_tile.candidate_blocks(local_shard, chunk, causal=self.causal)
+            allowed = by_tile.candidate_blocks(local_shard, chunk, some, causal=self.causal)
             # [tiles, 1] and [blocks] -> [tiles, blocks]: numbers inside the document on both sides
-            yield (table[number[tile][:, None], number] & allowed).expand(kv_heads, -1, -1)
+            yield some, (table[number[tile][:, None], number[some]] & allowed).expand(kv_heads, -1, -1)
 
     def _drawn(self, local_shard: LocalShard) -> BlockSelection:
         """Draw lists instead of a mask of all blocks, a few tiles at a time: memory follows the blocks drawn."""

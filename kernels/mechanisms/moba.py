@@ -87,8 +87,9 @@ class MoBA(Routed):
 
     def keys_per_query(self, global_rows: Rows) -> Tensor:
         """Independent of the scores: earlier blocks are full, and a query selects min(top_k - 1, earlier) of them."""
-        earlier = (global_rows.position // self.block).clamp(max=self.top_k - 1)
-        count = global_rows.position % self.block + 1 + earlier * self.block
+        position = global_rows.position.long()
+        earlier = (position // self.block).clamp(max=self.top_k - 1)
+        count = position % self.block + 1 + earlier * self.block
         return count.masked_fill(global_rows.document < 0, 0).double()
 
     def unmasked_pairs(self, rows: Rows) -> int:

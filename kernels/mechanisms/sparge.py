@@ -82,7 +82,7 @@ class SpargeAttention(Routed):
     def select(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> BlockSelection:
         return by_tile.selection_of_tiles(local_shard, self._masks(q, k, local_shard), q.shape[1])
 
-    def _masks(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> Iterator[Tensor]:
+    def _masks(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> Iterator[tuple[slice, Tensor]]:
         group, tile = q.shape[1] // k.shape[1], local_shard.local_query_blocks[0]
         query_means, key_means = local_shard.query_means(q), local_shard.key_means(k)
         k = k - _document_means(key_means, local_shard)[local_shard.key_block_of_row].to(k.dtype)
@@ -91,24 +91,25 @@ class SpargeAttention(Routed):
         block_similar = _similarity(k, local_shard, local_shard.key_blocks) > self.similarity
         block_similar = block_similar.t().repeat_interleave(group, dim=0)[:, None, :]
         in_document = local_shard.key_blocks.first.diff()[local_shard.query_blocks.document[tile]]
-        for chunk in by_tile.tile_chunks(local_shard, q.shape[1]):
-            visible = by_tile.candidate_blocks(local_shard, chunk, causal=self.causal).to(q.device)  # [tiles, blocks]
-            scores = by_tile.scaled_scores(query_means[chunk], key_means)
+        for chunk, some in by_tile.tile_chunks(local_shard, q.shape[1]):
+            # [tiles, blocks], of some blocks, as all below
+            visible = by_tile.candidate_blocks(local_shard, chunk, some, causal=self.causal).to(q.device)
+            scores, similar = by_tile.scaled_scores(query_means[chunk], key_means[some]), block_similar[..., some]
             count = (in_document[chunk] * self.top).long().to(q.device)
             mass = None if self.top else self.mass
-            best = by_tile.best_blocks(scores, block_similar & visible, at_least=count, mass=mass)
-            always = ~block_similar | ~tile_similar[:, chunk, None]
-            always = always | self._forced(local_shard, tile[chunk]).to(q.device)
-            yield visible & (best | always)  # [Hq, tiles, blocks]
+            best = by_tile.best_blocks(scores, similar & visible, at_least=count, mass=mass)
+            always = ~similar | ~tile_similar[:, chunk, None]
+            always = always | self._forced(local_shard, tile[chunk], some).to(q.device)
+            yield some, visible & (best | always)  # [Hq, tiles, blocks]
 
-    def _forced(self, local_shard: LocalShard, tile: Tensor) -> Tensor:
-        """Blocks that these tiles select whatever their scores, bool `[tiles, blocks]`."""
+    def _forced(self, local_shard: LocalShard, tile: Tensor, blocks: slice) -> Tensor:
+        """Which of `blocks` these tiles select whatever their scores, bool `[tiles, blocks]`."""
         (first_query, last_query), (first_key, last_key) = local_shard.query_block_extent, local_shard.key_block_extent
-        forced = torch.zeros(len(tile), local_shard.key_blocks.count, dtype=torch.bool)
+        forced = torch.zeros(len(tile), blocks.stop - blocks.start, dtype=torch.bool)
         if self.sink:
-            forced[:, local_shard.key_blocks.first[:-1]] = True
+            forced |= local_shard.key_blocks.number[blocks] == 0
         if self.diagonal:
-            forced |= (last_key >= first_query[tile, None]) & (first_key <= last_query[tile, None])
+            forced |= (last_key[blocks] >= first_query[tile, None]) & (first_key[blocks] <= last_query[tile, None])
         return forced
 
     def all_reduce_bytes(self, global_rows: Rows, heads: Heads, head_dim: int) -> int:

@@ -91,19 +91,21 @@ class VGGT(Routed):
     def select(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> BlockSelection:
         return by_tile.selection_of_tiles(local_shard, self._masks(q, k, local_shard), q.shape[1])
 
-    def _masks(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> Iterator[Tensor]:
+    def _masks(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> Iterator[tuple[slice, Tensor]]:
         query_means, key_means = local_shard.query_means(q), local_shard.key_means(k)
         tile, blocks = local_shard.local_query_blocks[0], local_shard.key_blocks
         # Patches have even numbers.
         is_patch_block, is_patch_tile = ((x.number % 2 == 0).to(q.device) for x in (blocks, local_shard.query_blocks))
-        for chunk in by_tile.tile_chunks(local_shard, q.shape[1]):
-            visible = by_tile.candidate_blocks(local_shard, chunk, causal=False).to(q.device)  # [tiles, blocks]
-            patches = visible & is_patch_block
+        for chunk, some in by_tile.tile_chunks(local_shard, q.shape[1]):
+            # [tiles, blocks], of some blocks, as all below
+            visible = by_tile.candidate_blocks(local_shard, chunk, some, causal=False).to(q.device)
+            patches = visible & is_patch_block[some]
             # float64, as Python's own int(count * (1 - sparsity)) in the published code
             count = (patches.sum(dim=1).double() * (1 - self.sparsity)).long()
-            scores = by_tile.scaled_scores(query_means[chunk], key_means)
+            scores = by_tile.scaled_scores(query_means[chunk], key_means[some])
             best = by_tile.best_blocks(scores, patches[None], at_least=count, mass=self.mass + MASS_MARGIN)
-            yield visible & (best | ~is_patch_block | ~is_patch_tile[tile[chunk], None])  # [Hq, tiles, blocks]
+            # [Hq, tiles, blocks]
+            yield some, visible & (best | ~is_patch_block[some] | ~is_patch_tile[tile[chunk], None])
 
     def all_reduce_bytes(self, global_rows: Rows, heads: Heads, head_dim: int) -> int:
         counts = self.query_blocks(global_rows).count * heads.query + self.key_blocks(global_rows).count * heads.kv

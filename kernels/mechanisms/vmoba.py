@@ -106,12 +106,13 @@ class VMoBA(Routed):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Part:
-    """Some queries.
+    """Some queries, and the blocks `some` of their documents, which alone are scored.
 
     scores: float32 `[Hq, queries, blocks]`. in_document, own: the blocks of each query's document, and its own block,
     bool `[queries, blocks]`. group: number of the document, int64 `[queries]`, -1 for padding.
     """
 
+    some: slice
     scores: Tensor
     in_document: Tensor
     own: Tensor
@@ -120,7 +121,7 @@ class _Part:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Ranking:
-    """Masks of the selected blocks, bool `[Hq, some queries, blocks]`, in the order of the queries."""
+    """Masks of the selected blocks, bool `[Hq, some queries, some blocks]`, in the order of the queries."""
 
     options: VMoBA
     q: Tensor
@@ -131,16 +132,19 @@ class _Ranking:
         blocks, device = self.local_shard.key_blocks, self.q.device
         if not blocks.count:
             return
-        document = self.local_shard.key_blocks.document.to(device)
-        filled = (blocks.sizes > 0).to(device)
+        document, filled = blocks.document, blocks.sizes > 0
         for rows in torch.arange(len(self.q)).split(max(SCORES_AT_ONCE // (self.q.shape[1] * blocks.count), 1)):
-            own_block = self.local_shard.key_block_of_row[rows].to(device)
-            scores = affinity(self.q[rows.to(device)], self.means)
-            own = torch.arange(blocks.count, device=device) == own_block[:, None]
+            own_block = self.local_shard.key_block_of_row[rows]
             group = document[own_block].masked_fill(own_block < 0, -1)
-            yield _Part(scores, (document == group[:, None]) & filled, own, group)
+            # Of thousands of short documents nearly all blocks would be others': at the least one block, for padding.
+            first = int(blocks.first[group[group >= 0].min()]) if (group >= 0).any() else 0
+            some = slice(first, max(int(blocks.first[group.max() + 1]), first + 1))
+            scores = affinity(self.q[rows.to(device)], self.means[some])
+            own = torch.arange(some.start, some.stop) == own_block[:, None]
+            in_document = (document[some] == group[:, None]) & filled[some]
+            yield _Part(some, scores, in_document.to(device), own.to(device), group.to(device))
 
-    def per_query(self) -> Iterator[Tensor]:
+    def per_query(self) -> Iterator[tuple[slice, Tensor]]:
         """Each query of each head ranks its blocks."""
         for part in self.parts():
             own_first = part.scores.masked_fill(~part.in_document, float("-inf")).masked_fill(part.own, float("inf"))
@@ -156,14 +160,15 @@ class _Ranking:
                 count = (cumulative < need).sum(dim=-1, keepdim=True).clamp(min=1) + 1
             rank = torch.arange(order.shape[-1], device=order.device)
             # From ranks back to blocks, [Hq, queries, blocks].
-            yield torch.zeros_like(part.scores, dtype=torch.bool).scatter_(-1, order, rank < count) & part.in_document
+            best = torch.zeros_like(part.scores, dtype=torch.bool).scatter_(-1, order, rank < count)
+            yield part.some, best & part.in_document
 
-    def per_head(self) -> Iterator[Tensor]:
+    def per_head(self) -> Iterator[tuple[slice, Tensor]]:
         """Each head ranks all pairs of a document's queries and blocks together."""
         threshold = self._threshold()
         for part in self.parts():
             keys = sortable_from_zero(part.scores)
-            yield ((keys >= _of_document(threshold, part)) | part.own) & part.in_document
+            yield part.some, ((keys >= _of_document(threshold, part)) | part.own) & part.in_document
 
     def _threshold(self) -> Tensor:
         """The key from which on pairs are selected, int64 `[Hq, documents]`."""

@@ -82,13 +82,14 @@ class ExpertRouter:
         """Return the weight of each chosen expert, `[T, K]`, differentiable."""
         # [T, E] -> [T, K]
         weights = scores.gather(-1, chosen)
-        return (_normalized(weights) if self.normalized else weights) * self.scale
+        return (weights / total_of(weights) if self.normalized else weights) * self.scale
 
     def shares(self, scores: Tensor) -> Tensor:
         """Return scores that add up to 1 for each token, `[T, E]`, for balance losses."""
-        return scores if self.score == "softmax" else _normalized(scores)
+        return scores if self.score == "softmax" else scores / total_of(scores)
 
 
-def _normalized(scores: Tensor) -> Tensor:
-    # Sigmoids may all be 0 in float32.
-    return scores / scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+def total_of(scores: Tensor) -> Tensor:
+    """Return the sum of the last dimension, `[..., 1]`, to divide scores by: above 0 where all of them underflow."""
+    # Sigmoids underflow, and so does the softmax of experts, or heads, that a bias has chosen.
+    return scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from farspan.kernels.moe.expert_router import total_of
 from farspan.kernels.routing.ranking import top
 
 
@@ -64,7 +65,7 @@ class AttentionExperts:
             chosen = top(shares.float() + bias.float(), self.per_token).sort(dim=1).values
         gates = shares.gather(1, chosen)
         if self.normalized:
-            gates = gates / gates.detach().sum(1, keepdim=True)
+            gates = gates / total_of(gates.detach())
         return ChosenHeads(indices=chosen, gates=gates, chosen=chosen, shares=shares)
 
 
@@ -129,7 +130,7 @@ class MixtureOfHeads:
             indices = torch.cat((always, in_group + self.shared), dim=2) + first * self.group
         # Divided by their sum, so that the gates of a token's chosen heads are 1 on average.
         gates = shares.gather(1, chosen)
-        gates = gates / gates.sum(1, keepdim=True) * chosen.shape[1]
+        gates = gates / total_of(gates) * chosen.shape[1]
         # [T, Hk * per_token] -> [T, Hk, per_token]
         gates = gates.unflatten(1, (self.kv_heads, -1))
         if self.shared:

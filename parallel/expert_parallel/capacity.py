@@ -5,6 +5,7 @@ hidden states, and compute the same choice: it does not depend on the layout. A 
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from farspan.kernels.routing.ranking import rank_in_group
 from farspan.parallel.comm import Channel
+
+LARGEST_DENOMINATOR = 10**9
+"""Of a capacity factor: nine decimals; tokens times its numerator fit into an int64."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,8 +44,9 @@ class ExpertCapacity:
             scores = torch.zeros_like(global_chosen).float()
         order = index.argsort()
         rank = rank_in_group(scores[order].view(-1, 1), global_chosen[order].flatten())  # [P * T * K, 1]
-        # float64: the product must round up at the same integer on any device.
-        capacity = torch.ceil(factor * (index >= 0).sum().double() * per_token / experts)
+        # In integers, by the decimal number that was asked for: 1.1 x 100 is a little more than 110 in float64.
+        share = Fraction(factor).limit_denominator(LARGEST_DENOMINATOR) * per_token / experts
+        capacity = -((index >= 0).sum() * -share.numerator // share.denominator)
         dispatched = torch.empty_like(global_chosen, dtype=torch.bool)
         dispatched[order] = (rank < capacity).view(-1, per_token) & (index[order] >= 0)[:, None]  # [P * T, K]
         return self._local(dispatched)

@@ -10,18 +10,25 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from farspan.kernels.mechanisms.dense import Dense
-from farspan.parallel.mesh import ParallelConfig
+from farspan.parallel.comm import Traffic
+from farspan.parallel.mesh import Mesh, ParallelConfig
+from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.config import Config
+from farspan.trainer.data.packing import IGNORED, PADDING, PackedSequence
 from farspan.trainer.load_balance import ExpertLoad
 from farspan.trainer.model import experts as module
 from farspan.trainer.model.attention import AttentionInputs
 from farspan.trainer.model.config import ExpertsConfig, HeadMixtureConfig
 from farspan.trainer.model.transformer import Block, Transformer
+from farspan.trainer.optim import build_optimizer
+from farspan.trainer.step import StepResult, train_step
 from tests.support import tiny
 from tests.support.rank_pool import Pools
 from tests.support.steps import train_sharded
@@ -180,3 +187,66 @@ def test_a_step_without_tokens_has_no_load() -> None:
     found = ExpertLoad(counts=idle, dropped=idle[:, 0], balance_loss=0.0, z_loss=0.0, bias=idle).summary("expert")
     assert found["expert_load"] == {"0": 0.0}
     assert found["expert_entropy"] == {"0": 0.0}
+
+
+@pytest.mark.parametrize("balance_over", ["sequence", "step"])
+def test_a_step_of_padding_alone_has_no_auxiliary_loss(base: Config, ranks: Pools, balance_over: str) -> None:
+    config = tiny.with_model(base, experts=replace(EXPERTS["softmax"], balance_over=balance_over))
+    (found,) = ranks(1).run(step_of_padding, config)
+    assert found.skipped == "no token of its sequences has a label"
+    assert found.gradient_norm == found.experts.balance_loss == found.experts.z_loss == 0
+    assert not found.experts.counts.any()
+
+
+def step_of_padding(config: Config) -> StepResult:
+    """On a rank."""
+    mesh, device, length = Mesh.build(config.parallel, "cpu"), torch.device("cpu"), 5
+    model, batches = build_model(config, mesh, device), build_batches(config, mesh, device, Traffic())
+    nothing = PackedSequence(
+        tokens=np.zeros(length, np.int64),
+        labels=np.full(length, IGNORED),
+        position=np.zeros(length, np.int32),
+        document=np.full(length, PADDING, np.int32),
+    )
+    optimizer = build_optimizer(model, config.optimizer)
+    return train_step(model, optimizer, [batches.build(nothing)] * 2, context=batches.channel, max_gradient_norm=1.0)
+
+
+ROUTED: dict[str, dict[str, Any]] = {
+    "experts": {"experts": EXPERTS["the heaviest within a capacity"], "key_convolution": 3},
+    "experts choose": {"experts": EXPERTS["experts choose"], "parallel_blocks": True},
+    "heads": {"head_mixture": HeadMixtureConfig(kind="heads", per_token=2), "qk_norm": False},
+    "experts of attention": {"head_mixture": HeadMixtureConfig(kind="experts", count=3, per_token=2)},
+}
+
+
+@pytest.mark.parametrize("variant", ROUTED)
+def test_padding_reaches_no_gradient(base: Config, ranks: Pools, variant: str) -> None:
+    """Its token's embedding may hold anything."""
+    config = replace(tiny.with_model(base, **ROUTED[variant]), parallel=ParallelConfig(context=2))
+    for expected, found in ranks(2).run(gradients_with_padding, config, [1.0, math.nan]):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def gradients_with_padding(config: Config, embeddings: list[float]) -> list[dict[str, Tensor]]:
+    """On a rank: of a sequence whose padding is a token of its own, for each value of that token's embedding."""
+    mesh, device, length, real = Mesh.build(config.parallel, "cpu"), torch.device("cpu"), 31, 18
+    tokens = np.arange(length) % 7 + 1
+    tokens[real:] = 0
+    sequence = PackedSequence(
+        tokens=tokens,
+        labels=np.where(np.arange(length) < real, tokens, IGNORED),
+        position=np.arange(length, dtype=np.int32),
+        document=np.where(np.arange(length) < real, 0, PADDING).astype(np.int32),
+    )
+    model, batches = build_model(config, mesh, device), build_batches(config, mesh, device, Traffic())
+    batch, gradients = batches.build(sequence), []
+    for value in embeddings:
+        # The first rows of the table are those of the first rank.
+        if dist.get_rank() == 0:
+            model.embedding.weight.to_local().detach()[0] = value  # pyright: ignore[reportAttributeAccessIssue]
+        model.zero_grad()
+        model(batch.tokens, batch.labels, batch.context).losses.sum().backward()
+        gradients.append({name: p.grad.full_tensor() for name, p in model.named_parameters()})  # pyright: ignore
+    return gradients

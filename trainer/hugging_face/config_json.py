@@ -221,13 +221,15 @@ def _experts(given: Fields, architecture: Architecture) -> dict[str, Any]:
         return {}
     if not 1 <= per_token <= count:
         raise ConfigError(f"num_experts_per_tok={per_token} must be from 1 to {count}, the number of experts.")
+    balance_loss = balance_loss_of(fields["router_aux_loss_coef"], per_token, sum(has_experts))
     return {
         "count": count,
         "per_token": per_token,
         "feed_forward": fields[architecture.expert_size],
         "layers": pattern_of(["experts" if is_mixture else "dense" for is_mixture in has_experts]),
         "normalized": True if architecture is MIXTRAL else fields["norm_topk_prob"],
-        "balance_loss": balance_loss_of(fields["router_aux_loss_coef"], per_token, sum(has_experts)),
+        # Constant, and refused, where every token takes all experts.
+        "balance_loss": balance_loss if per_token < count else 0.0,
         "balance_over": "step",
     }
 

@@ -141,9 +141,10 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor, labels: Tensor, context: SequenceContext) -> Output:
         """tokens, labels: int64 `[T]`."""
-        x = self.embedding(tokens)  # [T, C]
-        cos, sin = self._rotation(context.rows.position, x.dtype)  # [T, D/2]
         real = context.rows.document >= 0
+        # Padding is 0 in all layers, whatever its token: 0 x NaN would reach the gradients of weights.
+        x = self.embedding(tokens).masked_fill(~real[:, None], 0.0)  # [T, C]
+        cos, sin = self._rotation(context.rows.position, x.dtype)  # [T, D/2]
         experts, heads = [], []
         for block, attention in zip(self.blocks, context.attention, strict=True):
             inputs = AttentionInputs(real, cos, sin, attention, context.key_convolution)

@@ -15,7 +15,7 @@ DOCUMENTS = {"one": Rows.packed([23]), "packed": Rows.packed([1, 9, 2, 3, 7], pa
 
 
 def loop(k: Tensor, weight: Tensor, rows: Rows) -> Tensor:
-    """The formula, key by key."""
+    """The formula, key by key; padding gives 0."""
     places = {
         (document, position): place
         for place, (document, position) in enumerate(zip(rows.document.tolist(), rows.position.tolist(), strict=True))
@@ -27,7 +27,7 @@ def loop(k: Tensor, weight: Tensor, rows: Rows) -> Tensor:
         for lag in range(1, len(weight)):
             if position >= lag and (document, position - lag) in places:
                 total = total + weight[lag] * k[places[document, position - lag]]
-        convolved.append(k[place] + total / (1 + torch.exp(-total)))
+        convolved.append(k[place] + total / (1 + torch.exp(-total)) if document >= 0 else torch.zeros_like(k[place]))
     return torch.stack(convolved) if convolved else k * weight[0]
 
 
@@ -54,6 +54,20 @@ def test_equals_a_loop(
     dk, dhalo, dweight = convolve_backward(dout, k, halo, weight, taps)
     assert dhalo.shape == halo.shape
     torch.testing.assert_close((dk, dweight), wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_padding_reaches_nothing(bad: float) -> None:
+    """Neither its keys nor the gradients of its outputs, not even the gradient of the weight."""
+    rows = DOCUMENTS["packed"]
+    k, weight, dout = draw(len(rows), 3, len(rows))
+    taps, halo, padding = Taps.build(rows, NOTHING, 3), k.new_empty(0, HEADS, HEAD_DIM), rows.document < 0
+    expected = [convolve(k, halo, weight, taps), *convolve_backward(dout, k, halo, weight, taps)]
+    k[padding] = dout[padding] = bad
+    found = [convolve(k, halo, weight, taps), *convolve_backward(dout, k, halo, weight, taps)]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert not found[0][padding].any()
+    assert not found[1][padding].any()
 
 
 @pytest.mark.parametrize("width", [3, 5])

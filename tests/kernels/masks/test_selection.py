@@ -36,8 +36,11 @@ def test_lists_and_masks_are_equal() -> None:
     blocks, query_block = BlockPartition.blocks(rows, 2), torch.arange(10)
     generator = torch.Generator().manual_seed(0)
     mask = torch.rand(3, 10, 5, generator=generator) < 0.4
+    # Some of the blocks for some of the queries.
+    some = [slice(0, 5), slice(2, 4), slice(1, 5)]
+    mask[:, 3, [0, 1, 4]] = mask[:, 4:, 0] = False
     lists = torch.where(mask, torch.arange(5), -1).flip(2)
-    parts = mask.split((3, 1, 6), dim=1)
+    parts = [(blocks, part[:, :, blocks]) for blocks, part in zip(some, mask.split((3, 1, 6), dim=1), strict=True)]
     for selection in (
         BlockSelection.from_parts(query_block, blocks, parts, heads=3),
         BlockSelection.from_lists(query_block, blocks, lists),
@@ -71,7 +74,8 @@ def test_batches_hold_every_selected_pair_once(
     orders = [in_order, torch.randperm(149, generator=generator), in_order[::3], in_order[60:]]
     for query_order in orders:
         queries = rows.take(query_order)
-        selection = BlockSelection.from_parts(query_blocks.of(queries), blocks, [selected], heads=head_groups)
+        parts = [(slice(0, blocks.count), selected)]
+        selection = BlockSelection.from_parts(query_blocks.of(queries), blocks, parts, heads=head_groups)
         for key_order in orders:
             keys = rows.take(key_order)
             plan = Plan.build(queries, keys, attention_mask, heads=4, selection=selection)

@@ -52,6 +52,14 @@ def test_equal_scores_go_to_the_earlier_block() -> None:
     assert chosen[0, 17] == [0, 1, 2]
 
 
+def test_any_number_of_blocks_is_all_of_them() -> None:
+    """Positions are int32."""
+    rows = Rows.packed([70, 3], padding=2)
+    for top_k in (9, 2**31 + 1, 2**63 - 1):
+        mechanism = MoBA(block=8, top_k=top_k)
+        assert mechanism.keys_per_query(rows).tolist() == [*range(1, 71), 1, 2, 3, 0, 0]
+
+
 @pytest.mark.parametrize("options", [{"block": 0}, {"top_k": 0}])
 def test_bad_options_are_refused(options: dict[str, int]) -> None:
     with pytest.raises((ValueError, ConfigError), match="must be at least 1"):

@@ -104,3 +104,25 @@ def test_memory_is_bounded_by_parts(mechanism: Routed, monkeypatch: pytest.Monke
     # Those of one query or tile at least.
     assert max(found, default=0) <= max(most, q.shape[1] * mechanism.key_blocks(ROWS).count)
     assert isinstance(mechanism, BlockSparse) or len(found) > 1
+
+
+@pytest.mark.parametrize("mechanism", EXAMPLES, ids=str)
+def test_blocks_of_other_documents_are_not_scored(mechanism: Routed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 300 documents of a token; pairs of all blocks would be 90,000 a head."""
+    rows, scored = Rows.packed([1] * 300), []
+
+    def counted(q: Tensor, summary: Tensor) -> Tensor:
+        scored.append(len(q) * len(summary))
+        return affinity(q, summary)
+
+    most = 4 * 300 * 10
+    for name in ("_tile_selection", "moba", "vmoba"):
+        module = f"farspan.kernels.mechanisms.{name}"
+        monkeypatch.setattr(f"{module}.SCORES_AT_ONCE", {"cpu": most} if name == "moba" else most)
+        monkeypatch.setattr(f"{module}.affinity", counted)
+    q, k = normal((300, 4, 16), (300, 2, 16))
+    found = lists(select(mechanism, q, k, rows))
+    # A mask may be empty for a tile; all else selects its only block.
+    assert all(blocks in ([], mechanism.key_blocks(rows).of(rows)[row : row + 1].tolist()) for (_, row), blocks in
+               found.items())  # fmt: skip
+    assert max(scored, default=0) <= 100

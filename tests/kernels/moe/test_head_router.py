@@ -96,3 +96,25 @@ def test_no_gradient_flows_through_the_sum_of_the_chosen() -> None:
 def test_what_does_not_fit_is_refused(kind: type, fields: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kind(**fields)
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        *(router for name, router in HEADS.items() if name != "all"),
+        *(AttentionExperts(count=6, per_token=2, normalized=normalized) for normalized in (True, False)),
+    ],
+    ids=str,
+)
+def test_gates_are_finite_where_a_bias_chooses_heads_whose_softmax_underflows(
+    router: MixtureOfHeads | AttentionExperts,
+) -> None:
+    (logits,) = normal((40, router.logits), dtype=torch.float32)
+    logits[:, 0] += 1000
+    bias = torch.zeros(router.choices)
+    bias[0] = -2
+    found = router.choose(logits.requires_grad_(), bias)
+    assert not found.shares.gather(1, found.chosen).any()
+    (gradient,) = torch.autograd.grad(found.gates.square().sum(), logits)
+    assert found.gates.isfinite().all()
+    assert gradient.isfinite().all()

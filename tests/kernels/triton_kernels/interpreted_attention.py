@@ -133,7 +133,7 @@ def tile_selection(rows: Rows, tile: int = 16, block: int = 16) -> BlockSelectio
     query_block = BlockPartition.blocks(rows, tile).of(rows)
     # Two heads share a list, as the heads of one KV head may.
     mask = torch.rand(2, int(query_block.max()) + 1, blocks.count, generator=torch.Generator().manual_seed(1)) < 0.6
-    return BlockSelection.from_parts(query_block, blocks, [mask], heads=len(mask))
+    return BlockSelection.from_parts(query_block, blocks, [(slice(0, blocks.count), mask)], heads=len(mask))
 
 
 def row_selection(rows: Rows) -> BlockSelection:

@@ -125,7 +125,7 @@ def random_selection(rows: Rows, tile: int, block: int, heads: int, copies: int 
     num_query_blocks = int(query_block.max()) + 1 if len(rows) else 0
     mask = torch.rand(heads, num_query_blocks, blocks.count, generator=torch.Generator().manual_seed(1)) < 0.4
     mask = mask.repeat(copies, 1, 1)
-    return BlockSelection.from_parts(query_block, blocks, [mask], heads=len(mask))
+    return BlockSelection.from_parts(query_block, blocks, [(slice(0, blocks.count), mask)], heads=len(mask))
 
 
 @pytest.mark.parametrize(("tile", "block"), [(16, 8), (32, 16), (20, 12), (5, 3)])

@@ -56,6 +56,26 @@ def test_capacity_by_hand(drop, degree: int, layout: str) -> None:
         assert sent == [(degree - 1) * rows * (8 + 16 + (8 if drop == "weight" else 0))] * degree
 
 
+@pytest.mark.parametrize(
+    ("factor", "tokens", "per_token", "experts", "capacity"),
+    [(1.1, 100, 1, 10, 11), (1.1, 100, 4, 8, 55), (1.15, 100, 2, 4, 58), (1.25, 33, 1, 8, 6), (1e-3, 9, 1, 8, 1),
+     (2.3, 1_000_000, 1, 10, 230_000), (9.0, 5, 1, 2, 5), (1.3, 0, 1, 4, 0)],
+)  # fmt: skip
+def test_a_capacity_is_rounded_up_from_the_decimal_number(
+    factor: float, tokens: int, per_token: int, experts: int, capacity: int
+) -> None:
+    """All tokens choose the same experts; in float64, 1.1 x 100 is more than 110."""
+    chosen = torch.arange(per_token).expand(tokens, -1)
+
+    def run(channel: Channel) -> Tensor:
+        sequence = ExpertCapacity(channel, torch.arange(tokens))
+        return sequence.within_capacity(chosen, torch.ones(chosen.shape), experts, factor, "position")
+
+    (taken,) = simulate(1, run)
+    assert taken.sum(0).tolist() == [capacity] * per_token
+    assert taken[:capacity].all()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("degree", [1, 2, 3, 4])
 def test_experts_take_their_best_tokens(degree: int, layout: str) -> None:

@@ -241,3 +241,5 @@ def test_layers_with_experts_are_a_short_pattern(tmp_path: Path) -> None:
     # Even loads: transformers counts choices of a token and takes the mean over layers, ours takes the sum.
     fields |= {"router_aux_loss_coef": 0.3, "mlp_only_layers": [0, 5]}
     assert read(tmp_path, fields).experts.balance_loss == pytest.approx(0.3 * 2 / 4)
+    # Where every token takes all experts it would be constant.
+    assert read(tmp_path, fields | {"num_experts_per_tok": fields["num_experts"]}).experts.balance_loss == 0

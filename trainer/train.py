@@ -23,7 +23,7 @@ from farspan.trainer.checkpoint.steps import finished
 from farspan.trainer.config import Config, flat
 from farspan.trainer.data.source import check_integrity
 from farspan.trainer.data.validation import describe_sets
-from farspan.trainer.estimate.summary import describe, describe_data
+from farspan.trainer.estimate.summary import describe, describe_data, describe_rest
 from farspan.trainer.evaluate import Validation
 from farspan.trainer.metrics import Metrics, record_config, writing_to
 from farspan.trainer.model.transformer import Transformer
@@ -67,6 +67,8 @@ def train(config: Config, ranks: Ranks, stop: StopSignal) -> bool:
             if any_rank(stop.requested):
                 return stopped_during_start_up(stop)
             load(config, model, checkpoints, state)
+            if rest := describe_rest(config, resolved.train_source, state):
+                log.info("%s", rest)
         if config.run.replay is not None:
             with watchdog.phase("step", state.step):
                 replay(model, batches, config.run.replay, mesh)

@@ -61,7 +61,7 @@ def describe_rest(config: Config, source: TokenSource, state: TrainState) -> str
     num_sequences = state.sequences + max(config.train.steps - state.step, 0) * config.train.sequences_per_step
     if state.sequences == state.step * config.train.sequences_per_step:
         return None
-    return _table({"epochs": f"{_epochs(config, source, num_sequences)}, as the steps so far read {state.sequences:,}"})
+    return _table({"epochs": f"{_epochs(config, source, num_sequences)}; {state.sequences:,} are read"})
 
 
 def _epochs(config: Config, source: TokenSource, num_sequences: int) -> str:

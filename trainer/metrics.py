@@ -174,6 +174,8 @@ def record_config(folder: Path, config: Config, step: int) -> None:
                 return
             if before == path:
                 path.rename(until)
+        elif step > 0:
+            log.info("written     %s, which was missing: what has changed since step %d is not known", path, step)
         path.write_text(to_toml(config))
 
 

@@ -124,3 +124,11 @@ def test_epochs_count_what_other_batches_have_read(config: Config, log: pytest.L
     read = 2 * (STEPS + 1)
     assert f" = {(read + 2 * 6) * config.data.sequence_tokens:,} of " in log.text
     assert f"sequences; {read} are read" in log.text
+
+
+def test_a_missing_configuration_is_said(config: Config, log: pytest.LogCaptureFixture) -> None:
+    run(config)
+    (config.run.folder / "config.toml").unlink()
+    run(replace(config, train=replace(config.train, steps=STEPS + 1)))
+    assert f"config.toml, which was missing: what has changed since step {STEPS} is not known" in log.text
+    assert load_config(Config, config.run.folder / "config.toml").train.steps == STEPS + 1

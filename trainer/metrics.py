@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import resource
 import time
 from collections.abc import Iterator
@@ -149,8 +150,9 @@ def writing_to(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        at = "" if error.filename is None else f" at {os.fsdecode(error.filename)}"
         raise TrainingError(
-            f"run.folder={str(folder)!r} cannot be written ({error.strerror or error}): make room, and the same "
+            f"run.folder={str(folder)!r} cannot be written{at} ({error.strerror or error}): make room, and the same "
             "command goes on from the last checkpoint."
         ) from None
 
@@ -172,6 +174,8 @@ def record_config(folder: Path, config: Config, step: int) -> None:
                 return
             if before == path:
                 path.rename(until)
+        elif step > 0:
+            log.info("written     %s, which was missing: what has changed since step %d is not known", path, step)
         path.write_text(to_toml(config))
 
 

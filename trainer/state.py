@@ -48,8 +48,8 @@ class TrainState:
         self.stream = stream_hash(self.stream, fingerprint)
 
 
-def records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yield each record of a run's metrics.jsonl and the bytes of its line, up to one that is unreadable or cut short.
+def records(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Yield each record of a run's metrics.jsonl and its line; leaves out lines that are unreadable or cut short.
 
     Needs no torch, so that `farspan jobs` is quick.
     """
@@ -57,11 +57,11 @@ def records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
         try:
             record = json.loads(line)
             # A line without its end was cut short, even where it reads well.
-            if not isinstance(record["step"], int) or not line.endswith(b"\n"):
-                return
+            is_whole = isinstance(record["step"], int) and line.endswith(b"\n")
         except (ValueError, KeyError, TypeError):
-            return
-        yield record, len(line)
+            continue
+        if is_whole:
+            yield record, line
 
 
 def stream_hash(stream: str, total: int) -> str:

@@ -165,9 +165,11 @@ def _literal(kind: Any, text: str) -> Any:
         parsed = tomllib.loads(f"value = {text}")
     except ValueError:
         return text
-    if len(parsed) != 1 or (not _fits(kind, parsed["value"]) and _fits(kind, text)):
+    value = parsed["value"]
+    # In quotes it is a text as it stands.
+    if len(parsed) != 1 or (not isinstance(value, str) and not _fits(kind, value) and _fits(kind, text)):
         return text
-    return parsed["value"]
+    return value
 
 
 def _fits(kind: Any, value: Any) -> bool:

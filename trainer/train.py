@@ -23,7 +23,7 @@ from farspan.trainer.checkpoint.steps import finished
 from farspan.trainer.config import Config, flat
 from farspan.trainer.data.source import check_integrity
 from farspan.trainer.data.validation import describe_sets
-from farspan.trainer.estimate.summary import describe, describe_data
+from farspan.trainer.estimate.summary import describe, describe_data, describe_rest
 from farspan.trainer.evaluate import Validation
 from farspan.trainer.metrics import Metrics, record_config, writing_to
 from farspan.trainer.model.transformer import Transformer
@@ -77,7 +77,7 @@ def train(config: Config, ranks: Ranks, stop: StopSignal) -> bool:
             is_evaluation_missing = validation.is_missing(state.step, metrics)
             has_work = state.step < steps or is_evaluation_missing
             if has_work and not stopping:
-                on_first_rank(lambda: record_start(config, state.step))
+                on_first_rank(lambda: record_start(resolved, state))
         if is_evaluation_missing and not stopping:
             stopping = validation.run(model, state.step, metrics)
         while state.step < steps and not stopping:
@@ -148,12 +148,15 @@ def check_files_and_lock(resolved: Resolved, ranks: Ranks, stack: ExitStack) -> 
     stack.enter_context(lock_folder(config.run.folder, ranks.job))
 
 
-def record_start(config: Config, step: int) -> None:
+def record_start(resolved: Resolved, state: TrainState) -> None:
     """Write the configuration and, at the first start, what belongs to the weights; raises TrainingError."""
-    if step == 0:
+    config = resolved.config
+    if state.step == 0:
         with writing_to(config.run.folder):
             keep_in_run(config.run.start_from, config.data.folder, config.run.folder)
-    record_config(config.run.folder, config, step)
+    record_config(config.run.folder, config, state.step)
+    if rest := describe_rest(config, resolved.train_source, state):
+        log.info("%s", rest)
 
 
 def stopped_during_start_up(stop: StopSignal) -> bool:

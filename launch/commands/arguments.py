@@ -28,6 +28,9 @@ class Parser(argparse.ArgumentParser):
 
 def expanded_argument(text: str) -> str:
     """Return an argument that may be a path or another text, expanded; its `type` for argparse."""
+    # Path("") is the current folder, and what a shell makes of a quoted variable that is not set.
+    if not text:
+        raise argparse.ArgumentTypeError("'' is empty: was a variable not set?")
     try:
         return expanded(text)
     except ValueError as error:

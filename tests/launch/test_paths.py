@@ -82,10 +82,11 @@ def test_every_command(command: str, name: str, capsys: pytest.CaptureFixture[st
         return str(found[0] if isinstance(found, list) else found)
 
     assert [value("~/a"), value("$SCRATCH/a"), value("a")] == ["/home/me/a", "/scratch/me/a", "a"]
-    with pytest.raises(SystemExit) as refused:
-        value("$UNSET/a")
-    assert refused.value.code == 2
-    assert "'$UNSET/a' has $UNSET, which is not set here" in capsys.readouterr().err
+    for path, problem in (("$UNSET/a", "'$UNSET/a' has $UNSET, which is not set here"), ("", "'' is empty: ")):
+        with pytest.raises(SystemExit) as refused:
+            value(path)
+        assert refused.value.code == 2
+        assert problem in capsys.readouterr().err
 
 
 def test_tools() -> None:

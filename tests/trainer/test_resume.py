@@ -106,8 +106,29 @@ def test_new_data_and_a_new_order_begin_at_their_first_sequence(
     run(replace(other, checkpoint=replace(config.checkpoint, accept_changed=(name,))))
     said = f"data        from the first sequence on, with another {name}; {2 * STEPS} sequences of the earlier order"
     assert said in log.text
+    # Two steps of two sequences are left.
+    assert f" = {4 * other.data.sequence_tokens:,} of " in log.text
+    assert log.text.count("; 0 are read") == 1
     # The next resume goes on there, whether the change is still accepted or not.
     log.clear()
     run(replace(other, train=replace(other.train, steps=STEPS + 3)))
     assert "first sequence" not in log.text
     assert read == [0, 1, 2, 3, 4, 5]
+
+
+def test_epochs_count_what_other_batches_have_read(config: Config, log: pytest.LogCaptureFixture) -> None:
+    run(config)
+    run(replace(config, train=replace(config.train, steps=STEPS + 1)))
+    assert "are read" not in log.text
+    run(replace(config, train=replace(config.train, steps=STEPS + 3, sequences_per_step=6)))
+    read = 2 * (STEPS + 1)
+    assert f" = {(read + 2 * 6) * config.data.sequence_tokens:,} of " in log.text
+    assert f"sequences; {read} are read" in log.text
+
+
+def test_a_missing_configuration_is_said(config: Config, log: pytest.LogCaptureFixture) -> None:
+    run(config)
+    (config.run.folder / "config.toml").unlink()
+    run(replace(config, train=replace(config.train, steps=STEPS + 1)))
+    assert f"config.toml, which was missing: what has changed since step {STEPS} is not known" in log.text
+    assert load_config(Config, config.run.folder / "config.toml").train.steps == STEPS + 1

@@ -248,6 +248,7 @@ def test_refuses_a_bad_value_by_name(load, text, message):
         ("train.steps.x=1", "train.steps.x=1 is inside train.steps, which is an integer; set train.steps itself."),
         ("attention.options.a.b=1", "attention.options.a.b=1 is inside attention.options.a, which is an integer or"),
         ("run.folder=", 'run.folder="" must be a path.'),
+        ('run.folder=""', 'run.folder="" must be a path.'),
         ("steps=5", f"steps=5 is not a known key; {KEYS} Did you mean 'train.steps'?"),
         ("train=5", "train=5 must be a section; write [train]"),
         ("moe.router=choise", "moe.router=\"choise\" must be one of 'topk', 'choice' or none."),

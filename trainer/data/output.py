@@ -30,8 +30,8 @@ def output_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
     Removes what a killed process left of the same folder. Raises DataError while another process is preparing it, or
     where `target` exists (with `overwrite`: and is no earlier result); OSError.
     """
-    # Hidden, so that no reader takes it in.
-    partial = target.with_name(f".{target.name}.partial")
+    # Hidden, so that no reader takes it in. Not with_name: the root folder has none.
+    partial = target.parent / f".{target.name}.partial"
     partial.parent.mkdir(parents=True, exist_ok=True)
     with _locked(partial):
         try:

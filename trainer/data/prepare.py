@@ -232,7 +232,7 @@ def _parts(reader: DocumentReader, tokenizer: Tokenizer, validation_fraction: fl
             border = 0 if point < validation_fraction else size
         for split, (start, stop) in enumerate(((0, border), (border, size))):
             try:
-                for piece in pieces(document.text, start, stop, tokenizer.encode):
+                for piece in pieces(document.text, start, stop, tokenizer.encode, tokenizer.words):
                     if len(piece.text) > LARGE_PIECE_BYTES:
                         log.warning(LARGE_PIECE, "large piece", document.origin, len(piece.text) / 1e6)
                     yield Part(

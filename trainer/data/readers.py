@@ -240,14 +240,18 @@ def _record_text(record: object, text_key: str, origin: str) -> bytes:
 
 def _choices(missing: str, names: list[str]) -> str:
     """Return the end of the sentence that `missing` is not there."""
-    shown = ", ".join(map(repr, names[:SHOWN_KEYS])) or "none"
+    if not names:
+        return ", nor any other; fix it, or --exclude the file."
+    shown = ", ".join(map(repr, names[:SHOWN_KEYS]))
     more = f" and {len(names) - SHOWN_KEYS} more" if len(names) > SHOWN_KEYS else ""
     return f", only {shown}{more}; name the right one with --text-key.{nearest_name_hint(missing, names)}"
 
 
 def _value_text(value: object, text_key: str, origin: str) -> bytes:
-    if value is None or value == "":
+    if value is None or value in ("", b""):
         raise UnreadableError(_empty(f"{origin}: {text_key!r}"))
+    if isinstance(value, bytes):  # parquet of writers that do not mark text as such
+        return _checked_text(value)
     if not isinstance(value, str):
         raise DataError(f"{origin}: {text_key!r} is not a string; name the right one with --text-key.")
     return value.encode()  # raises UnicodeEncodeError: JSON can spell half a surrogate pair

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,9 @@ class Tokenizer:
     """Closes a document; `encode` never returns it."""
     encode: Callable[[str], np.ndarray]
     """Returns the ids of a text, uint32 [tokens], without any end or start token."""
+    words: Callable[[str], Sequence[int | None]] | None = None
+    """Returns the word that each token of a text is from, counted from 0, where the model chooses the tokens of a word
+    together; None where it joins neighbors."""
     start_ids: tuple[int, ...] = ()
     """Open a document; empty or the beginning-of-sequence token."""
     files: Mapping[str, bytes] = field(default_factory=dict)
@@ -101,39 +104,55 @@ class FileEncoder:
                 f"Reading the tokenizer file {name} needs the package tokenizers; "
                 f"`pip install -e '.[data]'`, or pass --tokenizer {BYTES}."
             ) from error
-        try:
+        with _failures_reported(f"{name} is not a tokenizers JSON file", "pass a complete tokenizer.json"):
             self.tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # the Rust side raises bare Exception
-            raise DataError(
-                f"{name} is not a tokenizers JSON file ({error}); pass a complete tokenizer.json."
-            ) from error
         # A file may set truncation and padding for its model, which would silently cut documents.
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         # A document that spells out a special token must not end there.
         self.tokenizer.encode_special_tokens = True
+        self.dropout = getattr(self.tokenizer.model, "dropout", None)
+        if self.dropout:
+            self.tokenizer.model.dropout = None
 
     def __reduce__(self) -> tuple[type, tuple[str, bytes]]:
         return FileEncoder, (self._name, self._content)
 
     def __call__(self, text: str) -> np.ndarray:
-        try:
+        with self._encoding():
             # A batch, though of one text: only these leave out offsets, which take a third of the time.
             (encoding,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
-        except Exception as error:  # the Rust side raises bare Exception, such as for a missing unknown token
-            raise DataError(f"The tokenizer {self._name} cannot encode a document ({error}); use another.") from error
         return np.array(encoding.ids, dtype=np.uint32)
+
+    def words(self, text: str) -> Sequence[int | None]:
+        """See `Tokenizer.words`."""
+        with self._encoding():
+            return self.tokenizer.encode(text, add_special_tokens=False).word_ids
 
     def template_start(self, vocabulary: Mapping[str, int]) -> tuple[int, ...]:
         """Return the ids that the file's template puts before a text."""
         # Any text that the model knows.
         for text in ("a", *vocabulary):
-            with suppress(Exception):
+            with suppress(DataError), self._encoding():
                 encoding = self.tokenizer.encode(text)
                 # None for tokens of the template.
                 if 0 in encoding.sequence_ids:
                     return tuple(encoding.ids[: encoding.sequence_ids.index(0)])
         return ()
+
+    def _encoding(self) -> AbstractContextManager[None]:
+        return _failures_reported(f"The tokenizer {self._name} cannot encode a document", "use another")
+
+
+@contextmanager
+def _failures_reported(problem: str, fix: str) -> Iterator[None]:
+    """Raise DataError where the Rust side fails: by a bare Exception, or by a panic, which is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise DataError(f"{problem} ({error}); {fix}.") from error
+        raise
 
 
 def _load_file(path: Path, end_token: str | None, bos: str) -> Tokenizer:
@@ -147,6 +166,8 @@ def _load_file(path: Path, end_token: str | None, bos: str) -> Tokenizer:
     except OSError as error:
         raise DataError(f"The tokenizer file {error.filename} cannot be read: {error.strerror}.") from error
     encode = FileEncoder(str(path), content)
+    if encode.dropout:
+        log.info("%-12sof %g, set to 0: a text always has the same tokens", "dropout", encode.dropout)
     vocabulary = encode.tokenizer.get_vocab(with_added_tokens=True)
     settings = {name: _settings(path.with_name(name), files[name]) for name in CONFIG_FILES if name in files}
     return Tokenizer(
@@ -155,6 +176,7 @@ def _load_file(path: Path, end_token: str | None, bos: str) -> Tokenizer:
         vocabulary_size=max(vocabulary.values(), default=-1) + 1,
         end_id=_end_id(path, vocabulary, settings, end_token),
         encode=encode,
+        words=None if type(encode.tokenizer.model).__name__ == "BPE" else encode.words,
         start_ids=_start_ids(path, vocabulary, settings, bos, encode.template_start(vocabulary)),
         files={TOKENIZER_FILE: content, **files},
     )

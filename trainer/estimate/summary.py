@@ -24,6 +24,7 @@ from farspan.trainer.data.source import TokenSource, share_of_tokens
 from farspan.trainer.estimate.memory import estimate_memory
 from farspan.trainer.load_balance import passes_ahead
 from farspan.trainer.model.flops import attention_flops, matrix_parameters, total_parameters, training_flops
+from farspan.trainer.state import TrainState
 from farspan.units import BYTES, FLOPS, readable
 
 
@@ -38,12 +39,10 @@ def describe(config: Config, degrees: Degrees) -> str:
 def describe_data(config: Config, source: TokenSource) -> str:
     """Return what the training documents are and how often a run reads them, as `describe` does."""
     lengths, tokens = source.document_lengths(), config.data.sequence_tokens
-    num_read = config.train.steps * config.train.sequences_per_step * tokens
     labels = {
         "documents": f"{source.num_documents:,}, median {int(np.median(lengths)):,}, longest {lengths.max():,} tokens; "
         f"{share_of_tokens(lengths, tokens):.1%} of tokens in documents of at least {tokens:,}",
-        "epochs": f"{num_read / source.num_tokens:.3g} = {num_read:,} of {source.num_tokens:,} tokens, "
-        f"{source.num_tokens / tokens:,.1f} sequences",
+        "epochs": _epochs(config, source, config.train.steps * config.train.sequences_per_step),
     }
     if lengths.max() < tokens:
         labels["warning"] = (
@@ -51,6 +50,26 @@ def describe_data(config: Config, source: TokenSource) -> str:
             f"data.sequence_tokens={tokens}"
         )
     return _table(labels)
+
+
+def describe_rest(config: Config, source: TokenSource, state: TrainState) -> str | None:
+    """Return how often a resumed run reads its data; None where `describe_data` says so.
+
+    It differs after other batches, or where the data began anew.
+    """
+    num_sequences = state.sequences + max(config.train.steps - state.step, 0) * config.train.sequences_per_step
+    if state.sequences == state.step * config.train.sequences_per_step:
+        return None
+    return _table({"epochs": f"{_epochs(config, source, num_sequences)}; {state.sequences:,} are read"})
+
+
+def _epochs(config: Config, source: TokenSource, num_sequences: int) -> str:
+    tokens = config.data.sequence_tokens
+    num_read = num_sequences * tokens
+    return (
+        f"{num_read / source.num_tokens:.3g} = {num_read:,} of {source.num_tokens:,} tokens, "
+        f"{source.num_tokens / tokens:,.1f} sequences"
+    )
 
 
 def _table(labels: dict[str, str]) -> str:

@@ -1,6 +1,7 @@
 """Where records of a run go: lines of `metrics.jsonl`, and TensorBoard."""
 
 import json
+import logging
 import math
 import os
 from contextlib import suppress
@@ -25,6 +26,8 @@ CHARTS = {
     },
     "experts": {"busiest expert over the mean, by layer": ["experts/load/.*"]},
 }
+
+log = logging.getLogger("farspan")
 
 
 class MetricsWriter:
@@ -82,15 +85,22 @@ def _finite(value: Any) -> Any:
 
 
 def _drop_records_after(path: Path, step: int) -> set[int]:
-    """Cut the file before the first record that is later or unreadable; return the steps evaluated before it."""
+    """Drop from the first later record on, and what is unreadable before; return the steps evaluated before it."""
     evaluated: set[int] = set()
     if not path.exists():
         return evaluated
-    intact_bytes = 0
+    kept = []
     # Records are in the order of steps.
-    for record, size in takewhile(lambda found: found[0]["step"] <= step, records(path)):
+    for record, line in takewhile(lambda found: found[0]["step"] <= step, records(path)):
         if EVALUATION_KEY in record:
             evaluated.add(record["step"])
-        intact_bytes += size
-    os.truncate(path, intact_bytes)
+        kept.append(line)
+    content = b"".join(kept)
+    if path.read_bytes().startswith(content):
+        os.truncate(path, len(content))
+    else:
+        log.warning("dropped     unreadable lines of %s; all records before and after them are kept", path)
+        # By a rename, so that a crash leaves the old file or the new one.
+        path.with_suffix(".partial").write_bytes(content)
+        path.with_suffix(".partial").replace(path)
     return evaluated

@@ -91,7 +91,7 @@ def test_a_batch_of_several_problems_is_bounded(block_rows: int, kind: Kind, mon
     rows = Rows.packed([320])
     blocks, query_blocks = BlockPartition.blocks(rows, 8), BlockPartition.blocks(rows, block_rows)
     selected = torch.rand(2, query_blocks.count, blocks.count, generator=torch.Generator().manual_seed(0)) < 0.4
-    selection = BlockSelection.from_parts(query_blocks.of(rows), blocks, [selected], heads=2)
+    selection = BlockSelection.from_parts(query_blocks.of(rows), blocks, [(slice(0, blocks.count), selected)], heads=2)
     plan = Plan.build(rows, rows, AttentionMask(), heads=4, selection=selection)
     several = [batch for batch in selection_batches(plan, 2) if len(batch.queries) > 1]
     assert kind in {batch.kind for batch in several}

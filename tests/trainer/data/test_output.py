@@ -130,3 +130,8 @@ def test_a_folder_that_appears_meanwhile_is_kept(tmp_path, text, monkeypatch):
         prepared(text, tmp_path / "out")
     assert (tmp_path / "out" / "mine").exists()
     assert hidden(tmp_path) == []
+
+
+def test_the_root_folder_is_refused(text):
+    with pytest.raises(DataError, match=r"^/ (exists already|cannot be written)"):
+        prepared(text, "/")

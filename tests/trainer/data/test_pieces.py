@@ -30,6 +30,19 @@ WORDS = [
 GAPS = [" "] * 12 + ["  ", "\n", "\n\n", "\r\n", "\t", "    ", "\u3000"]
 
 
+UNITS = ["ab-", "ไทยคำ", "a\u0301", "x.", "=", "0", "\U0001f642\u200d", "ßs", "漢字。"]
+
+
+def some_runs(size: int, seed: int) -> str:
+    """Words longer than the context of a cut, which repeat themselves."""
+    draw = random.Random(seed)
+    runs = []
+    while sum(map(len, runs)) < size:
+        runs.append(draw.choice(UNITS) * draw.choice([1, 2, 3, 7, 40, 300, 700]))
+        runs.append(draw.choice(["", "", " ", "\n", " " * 1500]))
+    return "".join(runs)[:size]
+
+
 def some_text(size: int, gaps: list[str] = GAPS) -> str:
     draw = random.Random(size)
     return "".join(draw.choice(WORDS) + draw.choice(gaps) for _ in range(size // 5))[:size]
@@ -96,6 +109,25 @@ def metaspace(scheme):
     )
 
 
+def strip():
+    tokenizer, trainer = gpt2()
+    tokenizer.normalizer = normalizers.Strip()
+    return tokenizer, trainer
+
+
+def unsplit_unigram():
+    """Spaces are letters like others."""
+    tokenizer, trainer = metaspace("first")
+    tokenizer.normalizer = normalizers.NFKC()
+    return tokenizer, trainer
+
+
+def whole_words():
+    tokenizer, trainer = word_piece()
+    tokenizer.normalizer, tokenizer.pre_tokenizer = None, pre.WhitespaceSplit()
+    return tokenizer, trainer
+
+
 def word_piece():
     tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
@@ -112,12 +144,15 @@ KINDS = {
     "metaspace always": lambda: metaspace("always"),
     "metaspace first": lambda: metaspace("first"),
     "word piece": word_piece,
+    "strip": strip,
+    "unsplit unigram": unsplit_unigram,
+    "whole words": whole_words,
     "across spaces": across_spaces,
     "fixed length": fixed_length,
     "eights": lambda: fixed_length(8),
     "superwords": superwords,
 }
-UNCUT = ("across spaces", "fixed length", "eights", "superwords")
+UNCUT = ("across spaces", "fixed length", "eights", "superwords", "unsplit unigram")
 
 
 @pytest.fixture(scope="module")
@@ -127,22 +162,25 @@ def load(tmp_path_factory):
     @cache
     def train(kind, *added):
         tokenizer, trainer = KINDS[kind]()
-        tokenizer.train_from_iterator(some_text(3000).split("\n"), trainer)
+        texts = [*some_text(3000).split("\n"), *(unit * 4 for unit in UNITS for _ in range(20))]
+        tokenizer.train_from_iterator(texts, trainer)
         if kind == "llama2":
             tokenizer.pre_tokenizer = None
+        if kind == "unsplit unigram":
+            tokenizer.pre_tokenizer = pre.Metaspace(prepend_scheme="first", split=False)
         tokenizer.add_tokens([*map(tokenizers.AddedToken, added)])
         tokenizer.add_special_tokens(["</s>"])
         path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
         tokenizer.save(str(path))
-        return load_tokenizer(str(path)).encode
+        return load_tokenizer(str(path))
 
     return train
 
 
-def whole_and_pieces(encode, text, size, monkeypatch):
+def whole_and_pieces(tokenizer, text, size, monkeypatch):
     monkeypatch.setattr(module, "PIECE_BYTES", size)
-    data = text.encode()
-    found = list(pieces(data, 0, len(data), encode))
+    data, encode = text.encode(), tokenizer.encode
+    found = list(pieces(data, 0, len(data), encode, tokenizer.words))
     assert [piece.is_last for piece in found] == [False] * (len(found) - 1) + [True]
     sizes = [len(piece.text) for piece in found]
     return encode(text), sizes, [encode(piece.text.decode())[piece.context_tokens :] for piece in found]
@@ -150,9 +188,9 @@ def whole_and_pieces(encode, text, size, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_are_those_of_the_whole(load, monkeypatch, kind):
-    encode = load(kind)
+    tokenizer = load(kind)
     for size, length in ((50, 2000), (1000, 9000)):
-        whole, sizes, found = whole_and_pieces(encode, some_text(length), size, monkeypatch)
+        whole, sizes, found = whole_and_pieces(tokenizer, some_text(length), size, monkeypatch)
         np.testing.assert_array_equal(np.concatenate(found), whole)
         assert len(found) >= (1 if kind in UNCUT else length / size / 3)
         # The next border, and context before it, are at most some words away; the last piece may be twice as large.
@@ -173,21 +211,33 @@ def test_contexts_of_all_phases_have_to_agree(load, monkeypatch, kind, text):
         ("a" * 3000, 1),
         ("ab " * 999, 5),
         (" " * 2000 + "x" + "\n" * 1500, 1),
-        ("漢字かな。" * 300, 5),
+        ("".join(random.Random(5).choices("漢字かな。", k=1500)), 5),
         ("x\n\ny\n\n" * 300, 3),
         ("1234567890" * 200, 1),
     ],
     ids=["one letter", "period", "spaces", "no spaces", "blank lines", "digits"],
 )
 def test_monotonous_texts_too(load, monkeypatch, kind, text, fewest):
-    whole, _, found = whole_and_pieces(load(kind), text, 300, monkeypatch)
+    tokenizer = load(kind)
+    whole, _, found = whole_and_pieces(tokenizer, text, 300, monkeypatch)
     np.testing.assert_array_equal(np.concatenate(found), whole)
-    assert len(found) >= fewest
+    is_one_word = tokenizer.words is not None and " " not in text
+    assert len(found) >= (1 if is_one_word else fewest)
+
+
+@pytest.mark.parametrize(
+    "kind", ["gpt2", "llama2", "nfc", "metaspace always", "strip", "unsplit unigram", "whole words", "word piece"]
+)
+def test_words_longer_than_the_context_of_a_cut(load, monkeypatch, kind):
+    for seed in range(9):
+        text = some_runs(12_000, seed)
+        whole, _, found = whole_and_pieces(load(kind), text, (60, 900, 3000)[seed % 3], monkeypatch)
+        np.testing.assert_array_equal(np.concatenate(found), whole, err_msg=f"seed {seed}")
 
 
 def test_added_tokens_are_not_cut(load, monkeypatch):
-    encode = load("gpt2", "the cat", "    ")
-    whole, _, found = whole_and_pieces(encode, "the cat  sat    on the cat " * 100, 100, monkeypatch)
+    tokenizer = load("gpt2", "the cat", "    ")
+    whole, _, found = whole_and_pieces(tokenizer, "the cat  sat    on the cat " * 100, 100, monkeypatch)
     np.testing.assert_array_equal(np.concatenate(found), whole)
     assert len(found) > 10
 

@@ -184,6 +184,14 @@ def test_parquet_rows_over_many_batches(tmp_path):
     assert names(tmp_path, path)[149] == "x.parquet, row 150"
 
 
+def test_parquet_without_a_mark_of_text_is_read_as_utf8(tmp_path):
+    rows = ["é".encode(), b"", b"\xff", None, b"two"]
+    write_parquet(tmp_path / "x.parquet", {"text": rows})
+    with pytest.raises(DataError, match=r"x\.parquet, row 2: 'text' is empty"):
+        texts(tmp_path)
+    assert texts(tmp_path, skip_unreadable=True) == ["é", "two"]
+
+
 def test_corrupt_parquet_is_refused(tmp_path):
     path = write_parquet(tmp_path / "x.parquet", {"text": ["a" * 50, "b"], "n": [1, 2]}, compression="none")
     with pytest.raises(DataError, match=r"x\.parquet has no column 'texts', only 'text', 'n'; .*Did you mean 'text'"):
@@ -374,7 +382,7 @@ def test_the_keys_and_columns_that_there_are_are_listed(tmp_path):
     with pytest.raises(DataError, match=r"no key 'text', only 'k0', 'k1', .*'k19' and 10 more; name"):
         texts(path)
     path.write_text("{}")
-    with pytest.raises(DataError, match=r"no key 'text', only none; name"):
+    with pytest.raises(DataError, match=r"no key 'text', nor any other; fix it"):
         texts(path)
 
 

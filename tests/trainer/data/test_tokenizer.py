@@ -98,6 +98,31 @@ def test_vocabulary_with_holes_counts_the_largest_id(tmp_path):
         tokenizer.encode("zebra")
 
 
+def test_a_panic_of_the_library_is_refused(tmp_path):
+    file = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eos>": 0, "x": 1}, unk_token="x"))
+    # Nothing is left of the token.
+    strip, replace = tokenizers.normalizers.Strip(), tokenizers.normalizers.Replace(" ", "\u2581")
+    file.normalizer = tokenizers.normalizers.Sequence([strip, replace])
+    file.add_tokens([tokenizers.AddedToken("    ", normalized=True)])
+    file.save(str(tmp_path / "panics.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "panics.json"))
+    for call in (tokenizer.encode, tokenizer.words):
+        with pytest.raises(DataError, match=r"panics\.json cannot encode a document \(AddedVocabulary bad split\)"):
+            call("a  b")
+
+
+def test_merges_are_not_dropped_by_chance(bpe_file, caplog):
+    path = bpe_file("</s>")
+    wanted = load_tokenizer(path).encode("the cat sat")
+    raw = tokenizers.Tokenizer.from_file(path)
+    raw.model.dropout = 0.9
+    raw.save(path)
+    with caplog.at_level("INFO", "farspan"):
+        tokenizer = load_tokenizer(path)
+    assert "of 0.9, set to 0" in caplog.text
+    assert all(np.array_equal(tokenizer.encode("the cat sat"), wanted) for _ in range(20))
+
+
 def test_end_token_by_name(bpe_file):
     path = bpe_file("</s>", "[STOP]")
     assert load_tokenizer(path).end_id == 0

@@ -44,6 +44,24 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path, tail: str) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.5}\n'
 
 
+def test_an_unreadable_line_between_records_is_all_that_is_dropped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [f'{{"step": {step}, "loss": 1.5, "eval_loss": 1.0}}\n' for step in (1, 2, 3, 4)]
+    (tmp_path / "metrics.jsonl").write_text(lines[0] + "\x00\x00\n" + "".join(lines[1:]) + "{")
+    writer = MetricsWriter(tmp_path, resumed_step=3)
+    writer.write({"step": 4, "loss": 2.5})
+    writer.close()
+    assert [(record["step"], record["loss"]) for record in records(tmp_path)] == [
+        (1, 1.5),
+        (2, 1.5),
+        (3, 1.5),
+        (4, 2.5),
+    ]
+    assert writer.has_evaluation(3)
+    assert f"dropped     unreadable lines of {tmp_path / 'metrics.jsonl'}" in caplog.text
+
+
 def test_a_fresh_start_drops_everything(tmp_path: Path) -> None:
     write(tmp_path, range(1, 4), resumed_step=0, value=1.0)
     write(tmp_path, range(1, 2), resumed_step=0, value=2.0)

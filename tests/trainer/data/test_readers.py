@@ -185,8 +185,7 @@ def test_parquet_rows_over_many_batches(tmp_path):
 
 
 def test_parquet_without_a_mark_of_text_is_read_as_utf8(tmp_path):
-    rows = ["é".encode(), b"", b"\xff", None, b"two"]
-    write_parquet(tmp_path / "x.parquet", {"text": rows})
+    write_parquet(tmp_path / "x.parquet", {"text": ["é".encode(), b"", b"\xff", None, b"two"]})
     with pytest.raises(DataError, match=r"x\.parquet, row 2: 'text' is empty"):
         texts(tmp_path)
     assert texts(tmp_path, skip_unreadable=True) == ["é", "two"]

@@ -106,6 +106,7 @@ def test_a_panic_of_the_library_is_refused(tmp_path):
     file.add_tokens([tokenizers.AddedToken("    ", normalized=True)])
     file.save(str(tmp_path / "panics.json"))
     tokenizer = load_tokenizer(str(tmp_path / "panics.json"))
+    assert tokenizer.words is not None
     for call in (tokenizer.encode, tokenizer.words):
         with pytest.raises(DataError, match=r"panics\.json cannot encode a document \(AddedVocabulary bad split\)"):
             call("a  b")

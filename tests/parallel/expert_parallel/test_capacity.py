@@ -86,12 +86,13 @@ def test_experts_take_their_best_tokens(degree: int, layout: str) -> None:
         assert taken[:, expert].nonzero().flatten().tolist() == sorted(best)
 
 
-def test_a_capacity_is_rounded_up_as_in_float64() -> None:
-    """Products that are integers, or next to one in float32: 1.1 x 50 x 2 / 10 is 11.000000000000002."""
+def test_capacities_of_both_kinds_are_rounded_up() -> None:
+    """Products that are integers, or next to one: 1.1 x 50 x 2 / 10 is 11.000000000000002 in float64."""
     for tokens, hundredths, experts in itertools.product((1, 3, 50, 100, 299), range(5, 200, 5), (4, 7, 10)):
-        factor, index = hundredths / 100, torch.cat((torch.arange(tokens), torch.tensor([-1, -1])))
-        sequence, chosen = ExpertCapacity(Unconnected(0, 1), index), torch.tensor([[0, 1]]).expand(tokens + 2, -1)
-        found = sequence.within_capacity(chosen, torch.ones(tokens + 2, 2), experts, factor, "weight").sum(dim=0)
-        assert found.tolist() == [min(math.ceil(factor * tokens * 2 / experts), tokens)] * 2, (tokens, factor, experts)
+        padded, weights = torch.cat((torch.arange(tokens), torch.tensor([-1, -1]))), torch.ones(tokens + 2, 2)
+        sequence, chosen = ExpertCapacity(Unconnected(0, 1), padded), torch.tensor([[0, 1]]).expand(tokens + 2, -1)
+        found = sequence.within_capacity(chosen, weights, experts, hundredths / 100, "weight").sum(dim=0)
+        capacity = -(-hundredths * tokens * 2 // (100 * experts))
+        assert found.tolist() == [min(capacity, tokens)] * 2, (tokens, hundredths, experts)
         taken = sequence.chosen_by_experts(torch.ones(tokens + 2, experts), 2).sum(dim=0)
         assert taken.tolist() == [min(math.ceil(tokens * 2 / experts), tokens)] * experts

@@ -10,14 +10,14 @@ import sys
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from farspan.launch.env import environment_with_threads
 from farspan.launch.output import print_error
-from farspan.launch.parent import must_not_outlive_parent, stop_when_orphaned
+from farspan.launch.parent import ask_ranks_to_stop, children_of, must_not_outlive_parent, stop_when_orphaned
 from farspan.trainer.resilience.signals import (
     INTERRUPTED,
     KILLED,
-    WARNING_SIGNAL,
     StopSignal,
     announce,
     stop_signals_blocked,
@@ -50,14 +50,10 @@ class LocalJob:
 
         def forward(number: int) -> None:
             announce(number)
-            ranks = _children(torchrun)
-            if not ranks:
-                # torchrun has not started any yet, so there is nothing to save.
+            # torchrun itself blocks signals.
+            if not _is_running(torchrun) or not ask_ranks_to_stop(torchrun.pid, number):
+                # It has not started any ranks yet, so there is nothing to save.
                 _kill(torchrun)
-            for rank in ranks:
-                with suppress(ProcessLookupError):
-                    # To the ranks and not to torchrun, which would kill them after 30 s, saved or not.
-                    os.kill(rank, number if number == WARNING_SIGNAL else signal.SIGINT)
 
         # Asked before the handlers are installed, as it depends on what was ignored.
         is_waited_for = must_not_outlive_parent(is_rank=False)
@@ -96,19 +92,14 @@ class LocalJob:
         return ["-m", "farspan.launch.cli", "train", str(self.config), *self.overrides]
 
 
-def _children(process: subprocess.Popen[bytes] | None) -> list[int]:
-    """Return the child processes of `process` that still run."""
-    if process is None or process.poll() is not None:
-        return []
-    found = []
-    for children in Path(f"/proc/{process.pid}/task").glob("*/children"):
-        with suppress(FileNotFoundError, ProcessLookupError):  # the thread has just ended
-            found += map(int, children.read_text().split())
-    return found
+def _is_running(torchrun: subprocess.Popen[bytes] | None) -> TypeGuard[subprocess.Popen[bytes]]:
+    return torchrun is not None and torchrun.poll() is None
 
 
 def _kill(torchrun: subprocess.Popen[bytes] | None) -> None:
     """Kill torchrun and its ranks, each of which leads its own session."""
-    for pid in [*_children(torchrun), *([torchrun.pid] if torchrun and torchrun.poll() is None else [])]:
+    if not _is_running(torchrun):
+        return
+    for pid in (*children_of(torchrun.pid), torchrun.pid):
         with suppress(ProcessLookupError):
             os.killpg(os.getpgid(pid), signal.SIGKILL)

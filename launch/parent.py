@@ -1,4 +1,6 @@
-"""A launcher that is killed cannot end its ranks, so each process looks whether the one that started it is still there.
+"""A launcher asks its ranks to stop, and ranks notice its death.
+
+A launcher that is killed cannot end its ranks, so each process looks whether the one that started it is still there.
 
 Linux's parent-death signal also comes when a thread of the parent ends, and is lost where the parent was dead before;
 other systems have none.
@@ -9,10 +11,10 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from farspan.trainer.resilience.signals import StopSignal
+from farspan.trainer.resilience.signals import WARNING_SIGNAL, StopSignal
 
 POLL_S = 0.5
 
@@ -67,6 +69,27 @@ def stop_when_orphaned(
 
     with when_orphaned(ask, parent):
         yield
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the child processes of a process, on Linux."""
+    found = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # the thread has just ended
+            found += map(int, children.read_text().split())
+    return found
+
+
+def ask_ranks_to_stop(torchrun: int, number: int) -> bool:
+    """Pass a stop signal on to the ranks of a torchrun and return whether it has any.
+
+    Its own handler would kill them after 30 s, saved or not.
+    """
+    ranks = children_of(torchrun)
+    for rank in ranks:
+        with suppress(ProcessLookupError):
+            os.kill(rank, number if number == WARNING_SIGNAL else signal.SIGINT)
+    return bool(ranks)
 
 
 def must_not_outlive_parent(*, is_rank: bool) -> bool:

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Mapping
 from contextlib import nullcontext
 from socket import gaierror
@@ -13,15 +14,17 @@ from typing import TYPE_CHECKING
 
 from farspan.launch.env import job_id, take_launcher
 from farspan.launch.output import print_error
-from farspan.launch.parent import when_orphaned
+from farspan.launch.parent import ask_ranks_to_stop, when_orphaned
 from farspan.trainer.resilience.signals import (
     EXIT_FAILED,
     EXIT_HUNG,
     EXIT_UNFIT,
     EXIT_USER_ERROR,
     EXIT_WARNED,
+    INTERRUPTED,
     KILLED,
     STOP_SIGNALS,
+    announce,
 )
 
 if TYPE_CHECKING:
@@ -36,9 +39,13 @@ MOMENT_S = 3
 
 def main(arguments: list[str]) -> int:
     """Start ranks as `torchrun` does with these arguments and wait for them; return an exit status."""
-    # SLURM signals every process. The ranks act on it, and torchrun ends when they do: its own handler, which would
-    # raise and kill them, must never run. Blocked before torch starts threads, each of which could still take a signal.
+    # The ranks act on signals, and torchrun ends when they do: its own handler, which would raise and kill them, must
+    # never run. Blocked before torch starts threads, each of which could still take a signal.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    launcher = take_launcher()
+    if launcher is None:
+        # SLURM and `farspan launch local` signal the ranks themselves. A terminal does not, as each has a session.
+        threading.Thread(target=_forward_signals, name="signals", daemon=True).start()
     from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
@@ -46,7 +53,6 @@ def main(arguments: list[str]) -> int:
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     # Without SIGHUP, which ranks then still ignore under nohup.
     arguments = ["--signals-to-handle=SIGTERM,SIGINT,SIGQUIT", *arguments]
-    launcher = take_launcher()
     try:
         # The launcher forwards stop requests. Without it torchrun is of no use; its ranks notice, save and end.
         with nullcontext() if launcher is None else when_orphaned(lambda: os._exit(1), launcher):
@@ -62,6 +68,20 @@ def main(arguments: list[str]) -> int:
         # A scheduler may find the other nodes in time if it starts the run again.
         return EXIT_USER_ERROR if job_id() is None else EXIT_FAILED
     return 0
+
+
+def _forward_signals() -> None:
+    """Ask the ranks to stop at each signal, or end at once where there are none yet."""
+    # Under nohup a hangup is ignored, but a blocked signal would still be taken from here.
+    numbers = set(STOP_SIGNALS) - ({signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set())
+    is_first = True
+    while True:
+        number = signal.sigwait(numbers)
+        if is_first:
+            announce(number)
+        is_first = False
+        if not ask_ranks_to_stop(os.getpid(), number):
+            os._exit(INTERRUPTED)
 
 
 def _first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, int]:

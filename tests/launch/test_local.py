@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from farspan.launch import cli, local
+from farspan.launch import cli
 from farspan.launch.local import LocalJob
+from farspan.launch.parent import children_of
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import EvaluateConfig
 from farspan.trainer.toml_config import to_toml
@@ -202,7 +203,7 @@ def test_ranks_are_found_while_threads_of_torchrun_end() -> None:
     with subprocess.Popen([sys.executable, "-c", CHURN], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         child = int(process.stdout.readline())
-        found = [local._children(process) for _ in range(200)]
+        found = [children_of(process.pid) for _ in range(200)]
         os.kill(child, signal.SIGKILL)
         process.kill()
     assert found == [[child]] * 200

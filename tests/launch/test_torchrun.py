@@ -3,13 +3,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from farspan.launch.torchrun import _first_failure, _report
-from farspan.trainer.resilience.signals import EXIT_WARNED
+from farspan.trainer.resilience.signals import EXIT_WARNED, INTERRUPTED
 from tests.support.processes import wait_for
 
 
@@ -66,7 +67,7 @@ def test_a_port_in_use_is_one_sentence(job: str | None, status: int) -> None:
 RANK = """
 import os, sys, time
 from pathlib import Path
-from farspan.trainer.resilience.signals import EXIT_WARNED, StopSignal
+from farspan.trainer.resilience.signals import EXIT_WARNED, INTERRUPTED, StopSignal
 folder = Path(sys.argv[1])
 (folder / "part").write_text(str(os.getpid()))
 (folder / "part").rename(folder / "pid")
@@ -77,21 +78,49 @@ with StopSignal(first=lambda number: None) as stop:
 """
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGUSR1, EXIT_WARNED), (signal.SIGTERM, 0)])
+@pytest.mark.parametrize("by_slurm", [True, False])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGUSR1, EXIT_WARNED), (signal.SIGTERM, 0), (signal.SIGINT, 0)])
 def test_a_signal_before_a_rank_can_act_on_it_stays_pending(
-    tmp_path: Path, number: signal.Signals, status: int
+    tmp_path: Path, number: signal.Signals, status: int, by_slurm: bool
 ) -> None:
-    """As SLURM sends it: to torchrun, started by a shell that ignores it, and to the rank."""
+    """SLURM sends it to torchrun, started by a shell that ignores it, and to the rank; a terminal to torchrun alone."""
     (tmp_path / "rank.py").write_text(RANK)
     torchrun = [sys.executable, "-m", "farspan.launch.torchrun", "--standalone", "--nproc-per-node", "1"]
     command = ["bash", "-c", "trap '' USR1; exec \"$@\"", "_", *torchrun, str(tmp_path / "rank.py"), str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    environment = os.environ | ({"FARSPAN_LAUNCHER": str(os.getpid())} if by_slurm else {})
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, text=True) as process:
         try:
             wait_for((tmp_path / "pid").exists, "the start of the rank")
             process.send_signal(number)
-            os.kill(int((tmp_path / "pid").read_text()), number)
+            if by_slurm:
+                os.kill(int((tmp_path / "pid").read_text()), number)
+            else:
+                assert process.stderr is not None
+                assert (process.stderr.readline(), process.stderr.readline()[:8]) == ("\n", "stopping")
+                time.sleep(0.1)
             (tmp_path / "sent").touch()
             error = process.communicate(timeout=60)[1]
             assert (process.returncode, error) == (status, "")
         finally:
             process.kill()
+
+
+def test_a_signal_before_there_are_ranks_ends_torchrun() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    torchrun = [sys.executable, "-m", "farspan.launch.torchrun", "--nnodes=2", "--nproc-per-node=1", "unused.py"]
+    torchrun[3:3] = ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--local-addr=127.0.0.1"]
+    with subprocess.Popen(torchrun, stderr=subprocess.DEVNULL) as process:
+        try:
+            wait_for(lambda: not connect(endpoint), "a node that waits for the other")
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == INTERRUPTED
+        finally:
+            process.kill()
+
+
+def connect(endpoint: str) -> int:
+    host, _, port = endpoint.partition(":")
+    with socket.socket() as client:
+        return client.connect_ex((host, int(port)))

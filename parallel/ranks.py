@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from farspan.errors import FarspanError
 
@@ -70,7 +71,16 @@ def connected(
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        _leave()
+
+
+def _leave() -> None:
+    """Destroy the process groups, with what torch has cached of them.
+
+    DTensor's cache takes equal meshes for one: the next groups of this process would get meshes of these.
+    """
+    dist.destroy_process_group()
+    _clear_sharding_prop_cache()
 
 
 def keep_freed_memory() -> None:
@@ -100,4 +110,4 @@ def fake_process_group(world_size: int) -> Iterator[None]:
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        _leave()

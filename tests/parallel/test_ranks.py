@@ -4,6 +4,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from farspan.parallel.mesh import device_mesh
+from farspan.parallel.ranks import Ranks, connected
 
 FAULTS = """
 import resource, torch
@@ -27,3 +33,15 @@ def test_freed_memory_is_used_again() -> None:
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, timeout=120, check=True)
     first, second = map(int, done.stdout.split())
     assert 4 * second < first
+
+
+def test_meshes_of_a_process_group_that_has_ended_are_forgotten() -> None:
+    """DTensor gives what it computes the mesh of an earlier, equal tensor; groups are called by their number."""
+    for num_groups in (2, 1):
+        with connected(Ranks(), torch.device("cpu")):
+            for _ in range(num_groups):
+                dist.new_group([0])
+            tensor = distribute_tensor(torch.ones(2), device_mesh("test", {"shard": 1}, "cpu"), [Shard(0)])
+            doubled = tensor * 2
+            assert isinstance(doubled, DTensor)
+            assert doubled.device_mesh.get_local_rank(0) == 0

@@ -20,7 +20,7 @@ SUMMED_AT_ONCE = 1 << 20
 """Elements whose float64 copies exist at the same time: 8 MiB."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class BlockPartition:
     """Blocks of the rows of one full sequence, numbered from 0 document by document.
 
@@ -57,12 +57,12 @@ class BlockPartition:
     def count(self) -> int:
         return int(self.first[-1])
 
-    @property
+    @cached_property
     def document(self) -> Tensor:
         """The index in `documents` of each block's document, int64 `[blocks]`."""
         return expand(self.first.diff())[0]
 
-    @property
+    @cached_property
     def number(self) -> Tensor:
         """The number of each block in its document, int64 `[blocks]`."""
         return expand(self.first.diff())[1]
@@ -74,6 +74,14 @@ class BlockPartition:
         document = torch.searchsorted(self.documents, rows.document.clamp(min=0)).clamp(max=len(self.documents) - 1)
         number = self.block_in_document[rows.position.clamp(max=len(self.block_in_document) - 1).long()]
         return (self.first[document] + number).masked_fill(rows.document < 0, -1)
+
+    def span(self, document: Tensor) -> slice:
+        """Return the blocks from the first to the last of these documents, indices in `documents`, -1 for padding.
+
+        Of thousands of short documents these are few. Where all is padding, it is the first block.
+        """
+        real = document[document >= 0]
+        return slice(int(self.first[real.min()]), int(self.first[real.max() + 1])) if len(real) else slice(0, 1)
 
     def extent(self, global_rows: Rows) -> tuple[Tensor, Tensor]:
         """The least and the greatest position in each block, int64 `[blocks]`; least > greatest in empty ones."""

@@ -31,13 +31,11 @@ def scaled_scores(queries: Tensor, keys: Tensor) -> Tensor:
 
 def tile_chunks(local_shard: LocalShard, heads: int) -> Iterator[tuple[Tensor, slice]]:
     """Yield the indices of some local tiles, as many as SCORES_AT_ONCE allows, and the blocks of their documents."""
-    tiles, first = local_shard.local_query_blocks[0], local_shard.key_blocks.first
+    tiles = local_shard.local_query_blocks[0]
     if len(tiles):
-        # Blocks of other documents are not scored: of thousands of short documents they would be nearly all.
         document = local_shard.query_blocks.document[tiles]
         for chunk in torch.arange(len(tiles)).split(max(SCORES_AT_ONCE // (heads * local_shard.key_blocks.count), 1)):
-            of_chunk = document[chunk]
-            yield chunk, slice(int(first[of_chunk.min()]), int(first[of_chunk.max() + 1]))
+            yield chunk, local_shard.key_blocks.span(document[chunk])
 
 
 def best_blocks(scores: Tensor, allowed: Tensor, *, at_least: Tensor, mass: float | None) -> Tensor:

@@ -136,9 +136,7 @@ class _Ranking:
         for rows in torch.arange(len(self.q)).split(max(SCORES_AT_ONCE // (self.q.shape[1] * blocks.count), 1)):
             own_block = self.local_shard.key_block_of_row[rows]
             group = document[own_block].masked_fill(own_block < 0, -1)
-            # Of thousands of short documents nearly all blocks would be others': at the least one block, for padding.
-            first = int(blocks.first[group[group >= 0].min()]) if (group >= 0).any() else 0
-            some = slice(first, max(int(blocks.first[group.max() + 1]), first + 1))
+            some = blocks.span(group)
             scores = affinity(self.q[rows.to(device)], self.means[some])
             own = torch.arange(some.start, some.stop) == own_block[:, None]
             in_document = (document[some] == group[:, None]) & filled[some]

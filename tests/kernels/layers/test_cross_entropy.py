@@ -262,4 +262,5 @@ def test_logits_are_never_held_whole() -> None:
     measured = json.loads(run.stdout)
     assert measured["full_logits_bytes"] == 512 * MIB
     assert measured["chunk_tokens"] == 64
-    assert 8 * MIB <= measured["peak_extra_bytes"] <= 24 * MIB, measured
+    # One chunk of logits at least, or the measurement saw nothing; Linux counts resident pages to some hundred KiB.
+    assert 7 * MIB <= measured["peak_extra_bytes"] <= 24 * MIB, measured

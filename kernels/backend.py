@@ -52,6 +52,8 @@ class Backend(ABC):
     """The dtypes that it takes; empty: all of float64 to float16."""
     widest: float = float("inf")
     """Largest head size that it takes."""
+    packs_selections: bool = False
+    """Whether it takes block selections as bits, made on the device of the queries, instead of lists on the CPU."""
 
     @abstractmethod
     def unavailable_reason(self, device: torch.device) -> str | None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.masks.attention_mask import AttentionMask
+from farspan.kernels.masks.packed_selection import PackedSelection
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.merge import accumulation_dtype
@@ -195,7 +196,7 @@ class RoutingGradient:
 class RoutedKeys:
     """The keys that a mask shows, narrowed by content for one pass; here to the blocks that local queries select."""
 
-    selection: BlockSelection | None = None
+    selection: BlockSelection | PackedSelection | None = None
 
     def narrow(self, plan: Plan, tokens: Tensor) -> Plan:
         """Narrow a plan of the local queries against the keys of these tokens, int64 `[keys]`, -1 for padding."""

@@ -26,6 +26,7 @@ class TritonBackend(Backend, ChunkedRecurrentBackend):
     rank = 60
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     widest = 256
+    packs_selections = True
 
     def unavailable_reason(self, device: torch.device) -> str | None:
         if importlib.util.find_spec("triton") is None:

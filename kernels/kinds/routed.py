@@ -7,7 +7,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from farspan.kernels.backend import BACKENDS
 from farspan.kernels.kinds.masked import Masked
+from farspan.kernels.masks.packed_selection import PackedSelection
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.mechanism import Access
@@ -54,6 +56,10 @@ class Routed(Masked):
         The selection is not differentiable: gradients flow through the selected blocks.
         """
 
+    def select_packed(self, q: Tensor, k: Tensor, local_shard: "LocalShard") -> PackedSelection:
+        """Select the same as `select` on the device of q; this waits for it, which mechanisms should not."""
+        return PackedSelection.pack(self.select(q, k, local_shard), q.device)
+
     def all_reduce_bytes(self, global_rows: Rows, heads: Heads, head_dim: int) -> int:
         """Return the bytes of the tensors that `select` sums over all owners of rows; none for a pattern."""
         return 0
@@ -72,6 +78,7 @@ class Routed(Masked):
             rows=planner.local_rows,
             global_rows=planner.global_rows,
             share=planner.share,
+            backend=planner.backend,
             all_reduce_sum=lambda x: planner.all_reduce_sum(x, kind="choice"),
         )
 
@@ -98,7 +105,12 @@ class Routed(Masked):
     def _unsharded(self, rows: Rows, global_rows: Rows, heads: Heads) -> "LocalShard":
         """Return these rows, with all heads, as those of a single owner."""
         return LocalShard(
-            mechanism=self, rows=rows, global_rows=global_rows, share=HeadShare.all(heads), all_reduce_sum=identity
+            mechanism=self,
+            rows=rows,
+            global_rows=global_rows,
+            share=HeadShare.all(heads),
+            backend="reference",
+            all_reduce_sum=identity,
         )
 
 
@@ -127,6 +139,7 @@ class LocalShard(KeyRouting):
     rows: Rows
     global_rows: Rows
     share: HeadShare
+    backend: str
     all_reduce_sum: AllReduceSum
 
     @cached_property
@@ -177,4 +190,6 @@ class LocalShard(KeyRouting):
         return self.mechanism.all_reduce_bytes(self.global_rows, self.share.local_heads, sizes.head_dim), 0
 
     def route(self, q: Tensor, k: Tensor, *routing: Tensor) -> RoutedKeys:
-        return RoutedKeys(selection=self.mechanism.select(q, k, self))
+        packed = BACKENDS.get(self.backend).packs_selections
+        select = self.mechanism.select_packed if packed else self.mechanism.select
+        return RoutedKeys(selection=select(q, k, self))

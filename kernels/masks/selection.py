@@ -165,6 +165,11 @@ class BlockSelection:
         """The selection of the queries at `index`, int64 `[queries]`; an index of -1 attends to nothing."""
         return replace(self, query_block=take_or(self.query_block, index, -1))
 
+    @property
+    def as_lists(self) -> "BlockSelection":
+        """Itself; a `PackedSelection` unpacks its bits for those who need lists."""
+        return self
+
     @cached_property
     def lists(self) -> Tensor:
         """The list of each entry of `key_blocks`: h * Q + b, int64."""

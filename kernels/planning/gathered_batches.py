@@ -121,7 +121,7 @@ class _Builder:
 
     def __init__(self, plan: Plan, part: HeadPlan, query_blocks: Groups, key_blocks: Groups, kv_heads: int) -> None:
         assert plan.selection is not None
-        self.plan, self.selection, self.attention_mask = plan, plan.selection, part.attention_mask
+        self.plan, self.selection, self.attention_mask = plan, plan.selection.as_lists, part.attention_mask
         self.query_blocks, self.key_blocks, self.kv_heads = query_blocks, key_blocks, kv_heads
         heads = np.array(part.heads)
         self.head_groups = replace(Groups.by(heads // (plan.heads // plan.selection.heads)), member=heads)

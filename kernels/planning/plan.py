@@ -20,6 +20,7 @@ from torch import Tensor
 
 from farspan.kernels.isolation import Isolation
 from farspan.kernels.masks.attention_mask import AttentionMask
+from farspan.kernels.masks.packed_selection import PackedSelection
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.planning.regions import Kind, Region, cut_regions
@@ -48,11 +49,13 @@ class Plan:
     attention_mask: AttentionMask
     heads: int
     parts: tuple[HeadPlan, ...]
-    selection: BlockSelection | None
+    selection: BlockSelection | PackedSelection | None
     isolation: Isolation | None
     lifetime: Tensor | None = None
+    shared: dict[Hashable, Any] = field(default_factory=dict)
+    """What backends compute from rows and mask alone, under keys of their own; narrowed plans share it."""
     cache: dict[Hashable, Any] = field(default_factory=dict, init=False)
-    """What backends compute from the plan, under keys of their own: shared by forward, backward and all layers."""
+    """What backends compute from the plan with its selection or lifetimes: shared by forward and backward."""
 
     def __post_init__(self) -> None:
         if self.lifetime is not None and (
@@ -69,7 +72,7 @@ class Plan:
         attention_mask: AttentionMask,
         *,
         heads: int,
-        selection: BlockSelection | None = None,
+        selection: BlockSelection | PackedSelection | None = None,
         shortest_run: int = 32,
     ) -> "Plan":
         """Plan attention of `heads` query heads; runs shorter than `shortest_run` rows are tiled instead.
@@ -91,7 +94,7 @@ class Plan:
         )
         return plan if selection is None else plan.with_selection(selection)
 
-    def with_selection(self, selection: BlockSelection) -> "Plan":
+    def with_selection(self, selection: BlockSelection | PackedSelection) -> "Plan":
         """The same plan, restricted to the key blocks that each query selects; its cache starts empty."""
         if self.heads % selection.heads or len(selection.query_block) != len(self.queries):
             raise ValueError(

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from farspan.kernels.masks.packed_selection import PackedSelection
 from farspan.kernels.merge import empty_partial
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.planning.tiles import Tiling
@@ -86,7 +87,7 @@ def shapes_for(width: int, value_width: int, dtype: torch.dtype) -> Shapes:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """Return out `[T, Hq, Dv]` and lse `[T, Hq]`, float32, of q `[T, Hq, D]`, k `[S, Hk, D]`, v `[S, Hk, Dv]`."""
-    shape, scale = shapes_for(q.shape[2], v.shape[2], q.dtype).forward, q.shape[2] ** -0.5
+    plan, shape, scale = _with_lists(plan), shapes_for(q.shape[2], v.shape[2], q.dtype).forward, q.shape[2] ** -0.5
     out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
     given = [Operand.of(x) for x in (q, k, v)]
     for rows, tiled in _schedule(q, k, v, plan, shape, "queries"):
@@ -103,7 +104,7 @@ def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq `[T, Hq, D]`, dk `[S, Hk, D]`, dv `[S, Hk, Dv]`, float32; out and lse may be over more keys."""
-    shapes, scale = shapes_for(q.shape[2], v.shape[2], q.dtype), q.shape[2] ** -0.5
+    plan, shapes, scale = _with_lists(plan), shapes_for(q.shape[2], v.shape[2], q.dtype), q.shape[2] ** -0.5
     dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format) for x in (q, k, v))
     base, delta = _delta(plan, dout, out, lse)
     # Both operands of a product have one dtype.
@@ -122,6 +123,14 @@ def backward(
         if rows is not None:
             _combine(rows, part, None, dq, None)
     return dq, dk, dv
+
+
+def _with_lists(plan: Plan) -> Plan:
+    """Return a plan whose selection, if any, is lists on the CPU; waits for the device."""
+    selection = plan.selection
+    if not isinstance(selection, PackedSelection):
+        return plan
+    return _once(plan, ("with lists",), lambda: plan.with_selection(selection.as_lists))
 
 
 def _options(shape: Shape) -> dict[str, int]:

@@ -121,8 +121,8 @@ def _digest(plan: Plan, head: int) -> bytes:
 
 def _selected_blocks(plan: Plan, head: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the key blocks that a head selects as CSR over its query blocks: offsets and block ids."""
-    selection = plan.selection
-    assert selection is not None
+    assert plan.selection is not None
+    selection = plan.selection.as_lists
     first = head * selection.heads // plan.heads * selection.num_query_blocks
     offsets = selection.offsets[first : first + selection.num_query_blocks + 1].numpy()
     return offsets - offsets[0], selection.key_blocks[int(offsets[0]) : int(offsets[-1])].contiguous().numpy()

@@ -64,7 +64,7 @@ def gathered_rows(
     keys: the plan's keys cut by block. Raises ValueError where some rows make more tiles than a run can name.
     """
     assert plan.selection is not None
-    on_host = plan.selection
+    on_host = plan.selection.as_lists
     selection = replace(
         on_host,
         query_block=on_host.query_block.to(device),

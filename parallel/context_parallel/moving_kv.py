@@ -17,6 +17,7 @@ from torch import Tensor
 
 from farspan.kernels.attention import attention_backward, attention_forward
 from farspan.kernels.masks.attention_mask import AttentionMask
+from farspan.kernels.masks.packed_selection import PackedSelection
 from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.mechanism import Access
 from farspan.kernels.merge import accumulation_dtype, empty_partial, merge_
@@ -44,7 +45,7 @@ class KVExchange(ABC):
         return sizes.gradient_bytes(rounded=self.strategy.rounds_gradients)
 
     @abstractmethod
-    def for_selection(self, selection: BlockSelection | None) -> "KVSchedule":
+    def for_selection(self, selection: BlockSelection | PackedSelection | None) -> "KVSchedule":
         """Return the schedule of the keys that the local queries need; every rank has to call."""
 
     @abstractmethod
@@ -67,7 +68,7 @@ class KVSchedule(KVExchange):
         self.tokens = tokens
         self.plans = [planner.plan_of(attention_mask, planner.tokens, keys) for keys in tokens]
 
-    def for_selection(self, selection: BlockSelection | None) -> "KVSchedule":
+    def for_selection(self, selection: BlockSelection | PackedSelection | None) -> "KVSchedule":
         """Return this schedule: it brings all keys, selected or not."""
         return self
 

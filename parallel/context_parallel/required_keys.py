@@ -23,9 +23,10 @@ def required_keys(plan: Plan, kv_heads: int, *, groups: int = 1) -> Tensor:
         for kv_head in {head // heads_per_kv_head for head in part.heads}:
             required[:, kv_head] |= unmasked
     if plan.selection is not None:
-        query_blocks = plan.selection.query_block.view(groups, -1)  # [queries] -> [groups, queries / groups]
+        selection = plan.selection.as_lists
+        query_blocks = selection.query_block.view(groups, -1)  # [queries] -> [groups, queries / groups]
         for group, query_block in enumerate(query_blocks):
-            required[group] &= _selected_keys(plan, replace(plan.selection, query_block=query_block), kv_heads)
+            required[group] &= _selected_keys(plan, replace(selection, query_block=query_block), kv_heads)
     return required
 
 

@@ -30,6 +30,7 @@ def select(
         rows=rows,
         global_rows=rows if global_rows is None else global_rows,
         share=share or HeadShare.all(Heads(query=q.shape[1], kv=k.shape[1])),
+        backend="reference",
         all_reduce_sum=all_reduce_sum,
     )
     return mechanism.select(q, k, local_shard)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from farspan.kernels.kinds.routed import SelectedBlocks
 from farspan.kernels.masks.attention_mask import AttentionMask
+from farspan.kernels.masks.packed_selection import PackedSelection
 from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.planner import RoutingSource, Sizes
 from farspan.parallel.comm import Transfer
@@ -186,8 +187,8 @@ class _FetchKVExchange(KVExchange):
         """Return the schedule of selections that are known on all ranks: of the local rows and of all ranks' rows."""
         return _FetchKVSchedule(self.planner, self.attention_mask, self._required(of_local), self._requested(of_all))
 
-    def for_selection(self, selection: BlockSelection | None) -> KVSchedule:
-        required = self._required(selection)
+    def for_selection(self, selection: BlockSelection | PackedSelection | None) -> KVSchedule:
+        required = self._required(None if selection is None else selection.as_lists)
         requested = self.channel.all_to_all(required, kind="fetch_requests")
         return _FetchKVSchedule(self.planner, self.attention_mask, required, requested)
 

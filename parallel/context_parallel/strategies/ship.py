@@ -75,7 +75,7 @@ class _QueryDispatchAttention(DistributedAttention):
         q, k, v = inputs
         selection = self.key_routing.route(q, k).selection
         assert selection is not None
-        dispatch = self._dispatch_plan(selection, self.channel.rank)
+        dispatch = self._dispatch_plan(selection.as_lists, self.channel.rank)
         counts, received = self._announce(dispatch)
         sent, row, head = dispatch.queries_per_rank, dispatch.row.to(q.device), dispatch.head.to(q.device)
         # Dispatched queries are rows of one head: [T, Hq, D] -> [queries, D]

@@ -1,0 +1,41 @@
+import pytest
+import torch
+
+from farspan.kernels.masks import packed_selection
+from farspan.kernels.masks.packed_selection import PackedSelection
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.masks.selection import BlockPartition, BlockSelection
+
+
+def test_bits_of_the_example() -> None:
+    blocks = BlockPartition.blocks(Rows.packed([40]), 1)
+    selection = BlockSelection.from_lists(torch.zeros(40, dtype=torch.int64), blocks, torch.tensor([[[33, 0, 1, -1]]]))
+    packed = PackedSelection.pack(selection, torch.device("cpu"))
+    assert packed.bits.tolist() == [[[0b11, 0b10]]]
+    assert packed.most == 3
+
+
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 64, 70])
+def test_packed_lists_come_back(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_selection, "QUERY_BLOCKS_AT_ONCE", 4)
+    rows = Rows.packed([count])
+    blocks, query_block = BlockPartition.blocks(rows, 1), torch.arange(count) % 9
+    mask = torch.rand(3, 9, count, generator=torch.Generator().manual_seed(count)) < 0.3
+    mask[0, 0], mask[1, 1], mask[2, 2] = True, False, torch.arange(count) == count - 1
+    selection = BlockSelection.from_lists(query_block, blocks, torch.where(mask, torch.arange(count), -1))
+    packed = PackedSelection.pack(selection, torch.device("cpu"))
+    assert packed.most == count
+    for got, want in ((packed.as_lists, selection), (packed.of_queries(torch.arange(count)).as_lists, selection)):
+        assert torch.equal(got.offsets, want.offsets)
+        assert torch.equal(got.key_blocks, want.key_blocks)
+    assert torch.equal(packed.mask(rows), mask[:, query_block])
+
+
+def test_nothing_to_select_from() -> None:
+    blocks = BlockPartition.blocks(Rows.packed([], padding=2), 4)
+    nothing = torch.full((2,), -1)
+    selection = BlockSelection.from_lists(nothing, blocks, torch.zeros(2, 0, 0))
+    packed = PackedSelection.pack(selection, torch.device("cpu"))
+    assert packed.bits.shape == (0, 2, 1)
+    assert packed.most == 0
+    assert packed.as_lists.offsets.tolist() == [0]

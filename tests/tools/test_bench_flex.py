@@ -1,6 +1,7 @@
 """FlexAttention as a baseline: its masks are those of our mechanisms."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -108,3 +109,17 @@ def test_it_computes_the_same_function(mechanism: Masked, packed: bool, monkeypa
 def test_masks_that_depend_on_content_or_head_are_refused(mechanism: Mechanism) -> None:
     with pytest.raises(ConfigError, match="torch_flex is compared where"):
         Flex().plan(mechanism, Rows.packed([64]), replace(SHAPE, dtype=torch.bfloat16))
+
+
+@pytest.mark.filterwarnings("error:flex_attention called without torch.compile")
+def test_every_mask_and_size_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them than torch compiles one function for by default."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    flex._compiled.cache_clear()
+    with connected(Ranks(), CPU), torch.no_grad():
+        for tokens in range(128, 128 + 12 * 16, 16):
+            rows = Rows.packed([tokens])
+            q, k, v, *_ = (x.detach() for x in inputs_of(Dense(), tokens, SHAPE))
+            assert Flex().plan(Dense(), rows, SHAPE)(q, k, v).shape == (tokens, HEADS.query, 16)
+    flex._compiled.cache_clear()
+    torch.compiler.reset()

@@ -43,6 +43,8 @@ def test_one_thing_changes_at_a_time_before_all_do() -> None:
         (s.dtype != torch.bfloat16) + (s.heads.kv != 2) + ((s.head_dim, s.value_dim) != (128, 128)) for s in found
     ]
     assert differences == sorted(differences)
+    # Another dtype is the first of the differences.
+    assert [s.dtype for s in found[1:3]] == [torch.float16, torch.float32]
     assert {(s.head_dim, s.value_dim) for s in found} == {(128, 128), (64, 64), (192, 128), (256, 256)}
 
 
@@ -122,7 +124,8 @@ def test_a_spent_budget_is_reported(small: None, capsys: pytest.CaptureFixture[s
     """And so is what was never checked at all, which is no success."""
     status, printed = run(capsys, "--mechanisms", "window", "--budget-s", "-1")
     assert status == gpu_checks.INCOMPLETE
-    assert "NOT CHECKED at all: Window(window=7, sinks=0, causal=True) by cpu" in printed
+    assert "NOT CHECKED at all: Window(window=7, sinks=0, causal=True) by cpu in bfloat16" in printed
+    assert "causal=True) by cpu in float32" in printed
     assert "0 are wrong, 24 were left out as the time budget was used up" in printed
 
 

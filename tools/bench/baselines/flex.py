@@ -5,6 +5,7 @@ from functools import cache, partial
 from typing import final
 
 import torch
+import torch._dynamo.config
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
@@ -16,6 +17,8 @@ from farspan.kernels.mechanisms.block_sparse import BlockSparse
 from farspan.tools.bench.case import Attention, Shape
 from farspan.tools.bench.contenders import Contender
 
+RECOMPILATIONS = 1 << 16
+"""Masks and sizes that FlexAttention may be compiled for; beyond torch's own limit of 8 it would go on uncompiled."""
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Whether a query and a key, in a head of a sequence, are a pair; all four are numbers."""
 
@@ -79,4 +82,9 @@ def _compiled() -> Callable[..., Tensor]:
 def _flex(q: Tensor, k: Tensor, v: Tensor, *, mask: BlockMask) -> Tensor:
     # [T, H, D] -> [1, H, T, D]
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    return _compiled()(query, key, value, block_mask=mask, enable_gqa=True).squeeze(0).transpose(0, 1)
+    with torch._dynamo.config.patch(
+        recompile_limit=RECOMPILATIONS,
+        accumulated_recompile_limit=RECOMPILATIONS,
+        fail_on_recompile_limit_hit=True,
+    ):
+        return _compiled()(query, key, value, block_mask=mask, enable_gqa=True).squeeze(0).transpose(0, 1)

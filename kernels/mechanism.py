@@ -16,6 +16,9 @@ from farspan.kernels.masks.rows import Rows
 from farspan.kernels.planner import AttentionPlanner, Heads, Routing, SequenceAttention, Sizes
 from farspan.registry import Registry
 
+SAMPLED = 1 << 11
+"""Queries of a long sequence whose choice is drawn, where an estimate will do."""
+
 
 class Access(Enum):
     """A way in which queries get at other tokens; strategies serve some of them, backends compute some of them."""
@@ -95,7 +98,10 @@ class Mechanism(ABC):
         return (global_rows.document >= 0).double()
 
     def useful_flops(self, rows: Rows, head_dim: int, value_dim: int) -> int:
-        """Return the FLOPs per head that the forward pass needs: scores and weighted sums of unmasked pairs."""
+        """Return the FLOPs per head that the forward pass needs: scores and weighted sums of unmasked pairs.
+
+        An estimate where queries choose by content: a run counts those of every batch.
+        """
         return 2 * (head_dim + value_dim) * self.unmasked_pairs(rows)
 
     def saved_bytes(self, heads: Heads, sizes: Sizes, global_rows: Rows) -> int:

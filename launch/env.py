@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
@@ -32,6 +32,33 @@ TASK_COUNTS = (
 )  # fmt: skip
 """How many processes srun, Open MPI, MPICH with its relatives, MVAPICH, jsrun or flux has started. SLURM_NTASKS is no
 such number: a batch script, which is one process, has that of its allocation."""
+
+NCCL_RECORD = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+"""Where NCCL's flight recorder, its last operations of each rank, goes when one fails or times out: all but the rank's
+number at the end of the file's name."""
+DEVICE_DEFAULTS = (
+    # Sizes of buffers change with every batch; without, the memory between them is lost to fragmentation.
+    (("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), "expandable_segments:True"),
+    (("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"), "2000"),
+    (("TORCH_NCCL_DUMP_ON_TIMEOUT",), "1"),
+)
+"""Variables of torch, each with its earlier name, and what ranks set them to, unless the user has set one."""
+
+
+def set_device_defaults() -> None:
+    """Set torch's variables for GPUs and NCCL; torch reads them when it is imported or later."""
+    for names, value in DEVICE_DEFAULTS:
+        _set_default(names, value)
+
+
+def record_nccl_in(folder: Path) -> None:
+    """Let NCCL's flight recorder write nccl_rank_RANK into the run's folder; torch reads it when ranks connect."""
+    _set_default(NCCL_RECORD, str(folder / "nccl_rank_"))
+
+
+def _set_default(names: Sequence[str], value: str) -> None:
+    if not any(name in os.environ for name in names):
+        os.environ[names[0]] = value
 
 
 def read_ranks() -> Ranks:

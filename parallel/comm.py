@@ -50,7 +50,7 @@ class Traffic:
 
 
 class PeerError(RuntimeError):
-    """Another rank failed or hangs, and this rank waits for it."""
+    """Another rank failed or hangs, and this rank waits for it: gloo's error. NCCL has none, see docs/guide.md."""
 
 
 @contextmanager
@@ -75,7 +75,10 @@ class Transfer:
         self._sent = sent
 
     def wait(self) -> Tensor:
-        """Return the received tensor once it is complete; raises PeerError if other ranks do not send it."""
+        """Return the received tensor, complete for what follows; raises PeerError if other ranks do not send it.
+
+        With NCCL the host goes on: what follows on the device waits.
+        """
         with _waiting_for_peers(self._kind):
             for work in self._works:
                 work.wait()
@@ -83,9 +86,10 @@ class Transfer:
 
 
 class Channel:
-    """One process group; ranks are numbered within it. Every method that waits raises PeerError if other ranks fail.
+    """One process group; ranks are numbered within it. On CPUs, methods that wait raise PeerError if other ranks fail.
 
-    inner, outer: the channels of the two axes, where the ranks form a grid.
+    inner, outer: the channels of the two axes, where the ranks form a grid. gradients: one of the same ranks, for
+    gradients that travel while keys do; the channel itself, if left out.
     """
 
     def __init__(
@@ -95,12 +99,14 @@ class Channel:
         *,
         inner: "Channel | None" = None,
         outer: "Channel | None" = None,
+        gradients: "Channel | None" = None,
     ) -> None:
         self.group = group
         self.traffic = traffic
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.inner, self.outer = inner, outer
+        self.gradients = self if gradients is None else gradients
 
     @property
     def inner_size(self) -> int:
@@ -114,7 +120,8 @@ class Channel:
         previous one.
 
         Every rank has to call, with sources that match the targets of the others. Transfers of one tag arrive in the
-        order they were started. gloo keeps tags apart; NCCL ignores them and sends all transfers of a group in order.
+        order they were started. gloo keeps tags apart; NCCL ignores them and sends all transfers of a group in order:
+        those that should not wait for each other need channels of their own.
         """
         assert self.size > 1, "a ring of one rank has no neighbor"
         assert buffer.is_contiguous(), "a transfer reads contiguous memory"
@@ -198,6 +205,7 @@ class Unconnected(Channel):
         self.rank, self.size, self.traffic = rank, size, Traffic()
         self.inner = Unconnected(rank % inner_size, inner_size) if inner_size > 1 else None
         self.outer = Unconnected(rank // inner_size, size // inner_size) if inner_size > 1 else None
+        self.gradients = self
 
     def _fail(self, *_: object, **__: object) -> NoReturn:
         raise RuntimeError("this channel is for plans: it has no peers to send to")

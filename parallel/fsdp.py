@@ -1,7 +1,8 @@
 """FSDP2: parameters, gradients and optimizer state sharded over dp_shard x context."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -15,13 +16,32 @@ from farspan.parallel.mesh import Mesh
 
 
 def shard_parameters(model: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, compute_dtype: torch.dtype) -> None:
-    """Shard each block, then the rest of the model; a block is gathered for its own forward and backward pass.
+    """Shard each block, then the rest of the model; a block is gathered while the one before it computes.
 
     Gradients are summed over all ranks in float32 (float64 for float64), not averaged: whatever a rank adds to its
     gradient counts the same on any number of ranks. Inputs are not cast: rotary tables stay float32.
     """
+    blocks = list(blocks)
     for module in (*blocks, model):
         _sum_gradients(fully_shard(module, mesh=mesh.fsdp, mp_policy=_policy(compute_dtype)))
+    _gather_ahead(model, blocks)
+
+
+def _gather_ahead(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    """Gather each block and its experts when the block before it begins, forward and backward.
+
+    By itself FSDP gathers a block forward when the host gets to it, too late where the host waits for the device inside
+    a block, and experts only once they are called.
+    """
+    # Each block first, then its experts.
+    sharded: list[list[FSDPModule]] = [[m for m in block.modules() if isinstance(m, FSDPModule)] for block in blocks]
+    assert isinstance(model, FSDPModule)
+    # The model's own parameters are used before the first block and after the last.
+    model.set_modules_to_forward_prefetch(sharded[0])
+    model.set_modules_to_backward_prefetch(sharded[-1])
+    for earlier, later in pairwise(sharded):
+        earlier[0].set_modules_to_forward_prefetch(later)
+        later[0].set_modules_to_backward_prefetch(earlier)
 
 
 def shard_experts(layers: Iterable[nn.Module], mesh: Mesh, compute_dtype: torch.dtype) -> None:

@@ -126,7 +126,8 @@ class Mesh:
     """The process groups of this rank.
 
     fsdp: parameters are sharded over its last axis and, for HSDP, replicated over its first. inner, outer: axes of the
-    context group, where it is a grid of node groups.
+    context group, where it is a grid of node groups. gradients: a second group of the ranks of `context`, for rings on
+    such a grid.
     """
 
     degrees: Degrees
@@ -135,20 +136,23 @@ class Mesh:
     fsdp: DeviceMesh
     inner: dist.ProcessGroup | None
     outer: dist.ProcessGroup | None
+    gradients: dist.ProcessGroup | None
 
     @staticmethod
     def build(config: ParallelConfig, device_type: str) -> "Mesh":
         """Build the mesh of the initialized default process group; every rank has to call it."""
         degrees = Degrees.resolve(config, dist.get_world_size())
         inner_size = config.context_inner
+        by_context = {"data": degrees.data, "context": degrees.context}
         grid = {"data": degrees.data, "outer": degrees.context // inner_size, "inner": inner_size}
         return Mesh(
             degrees=degrees,
             device_type=device_type,
-            context=group_along("context", {"data": degrees.data, "context": degrees.context}, "context"),
+            context=group_along("context", by_context, "context"),
             fsdp=device_mesh("parameters", _replicated(degrees, {"shard": degrees.shard}), device_type),
             inner=group_along("inner", grid, "inner") if inner_size > 1 else None,
             outer=group_along("outer", grid, "outer") if inner_size > 1 else None,
+            gradients=group_along("gradients", by_context, "context") if inner_size > 1 else None,
         )
 
     @cached_property
@@ -171,8 +175,9 @@ class Mesh:
         return dist.get_rank() // self.degrees.context
 
     def context_channel(self, traffic: Traffic) -> Channel:
-        inner, outer = (Channel(group, traffic) if group else None for group in (self.inner, self.outer))
-        return Channel(self.context, traffic, inner=inner, outer=outer)
+        groups = self.inner, self.outer, self.gradients
+        inner, outer, gradients = (Channel(group, traffic) if group else None for group in groups)
+        return Channel(self.context, traffic, inner=inner, outer=outer, gradients=gradients)
 
 
 def _replicated(degrees: Degrees, shape: dict[str, int]) -> dict[str, int]:

@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from farspan.errors import FarspanError
@@ -43,24 +44,25 @@ def connected(
 ) -> Iterator[None]:
     """Join the default process group inside the block: gloo for CPU tensors, NCCL for CUDA tensors.
 
-    timeout: how long a rank waits for others before it raises. store: the rendezvous; without one, several ranks meet
-    at MASTER_ADDR:MASTER_PORT, as torchrun sets them. Raises NotConnectedError if they do not meet.
+    timeout: how long a rank waits for others before it raises. store: the rendezvous, fresh; without one, several ranks
+    meet at MASTER_ADDR:MASTER_PORT, as torchrun sets them. Raises NotConnectedError if they do not meet.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
-    # A single rank needs no rendezvous; with None, torch reads the address of the others from the environment.
-    if store is None and ranks.world_size == 1:
-        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     try:
+        if store is None:
+            # A single rank needs no rendezvous.
+            alone = ranks.world_size == 1
+            store = dist.HashStore() if alone else next(rendezvous("env://", timeout=timeout))[0]  # pyright: ignore[reportPrivateImportUsage]
+        store.set_timeout(timeout)
+        # With its GPU, NCCL connects now and splits this connection for other groups, instead of at their first use.
+        # A single rank, such as a benchmark's, may never use NCCL.
+        bound = device if ranks.world_size > 1 and _all_have_gpus(store, ranks.world_size, device) else None
         dist.init_process_group(
-            backend,
-            store=store,
-            rank=ranks.rank if store else -1,
-            world_size=ranks.world_size if store else -1,
-            timeout=timeout,
+            backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout, device_id=bound
         )
     except RuntimeError as error:  # DistError of torch's store is one, as are gloo's own errors
         raise NotConnectedError(
@@ -72,6 +74,18 @@ def connected(
         yield
     finally:
         _leave()
+
+
+def _all_have_gpus(store: dist.Store, world_size: int, device: torch.device) -> bool:  # pyright: ignore[reportPrivateImportUsage]
+    """Return on every rank whether all join with a GPU.
+
+    A rank that lacks its own reports that over gloo, for which the others must not be waiting in NCCL.
+    """
+    store.add("ranks without a GPU", int(device.type != "cuda"))
+    if store.add("ranks that joined", 1) == world_size:
+        store.set("all have joined", "")
+    store.wait(["all have joined"])
+    return store.add("ranks without a GPU", 0) == 0
 
 
 def _leave() -> None:

@@ -2,12 +2,14 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from farspan.kernels.device_copies import copy_to
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
 from farspan.parallel.comm import Channel
@@ -32,6 +34,10 @@ class MicroBatch:
     labels: Tensor
     """int64 `[tokens_local]`, both."""
     context: SequenceContext
+    valid_tokens: int
+    """How many local tokens have a label."""
+    real_tokens: int
+    """How many local tokens are not padding."""
     attention_flops: int
     """FLOPs of the forward pass for the full sequence in all layers. Like `fingerprint` it is 0 on all ranks of a
     context-parallel group but the first, so that a sum over ranks counts it once."""
@@ -39,16 +45,6 @@ class MicroBatch:
     """A hash of the full sequence and its index in the data."""
     seed: int = 0
     """Seeds the random numbers drawn for the sequence."""
-
-    @property
-    def valid_tokens(self) -> int:
-        """How many local tokens have a label."""
-        return int((self.labels != IGNORED).sum())
-
-    @property
-    def real_tokens(self) -> int:
-        """How many local tokens are not padding."""
-        return int((self.context.rows.document >= 0).sum())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,33 +97,38 @@ class BatchBuilder:
     def build(self, sequence: PackedSequence, index: int = 0) -> MicroBatch:
         """Return this rank's part of `sequence`, the run's training sequence number `index`.
 
-        Padding added by the layout has no label and no document.
+        Padding added by the layout has no label and no document. Sends nothing and waits for no device, so that a
+        thread of its own can build.
         """
         rows = Rows(position=torch.from_numpy(sequence.position), document=torch.from_numpy(sequence.document))
-        channel = self.channel
+        channel, device = self.channel, self.device
         rank = channel.rank
         shards = Shards.build(
             rows, layout=self.layout, degree=channel.size, work=partial(work_of_layers, self.mechanisms)
         )
         tokens = shards.shard(torch.from_numpy(sequence.tokens), rank)
         labels = shards.shard(torch.from_numpy(sequence.labels), rank, fill=IGNORED)
+        local = shards.rows_of(rank)
+        is_real = local.document >= 0
         planned = {layer: layer.plan(shards, self.model) for layer in dict.fromkeys(self.layers)}
         convolution = experts = None
         if self.model.key_convolution:
-            convolution = KeyConvolution.plan(channel, shards, self.model.key_convolution, self.device)
+            convolution = KeyConvolution.plan(channel, shards, self.model.key_convolution, device)
         if self.expert_channel is not None:
             # Padding of the sequence itself is no token either.
-            places = shards.index[rank].masked_fill(shards.rows_of(rank).document < 0, -1).to(self.device)
+            places = copy_to(shards.index[rank].masked_fill(~is_real, -1), device)
             experts = ExpertPlaces(ExpertCapacity(channel, places), self.expert_channel)
         return MicroBatch(
-            tokens=tokens.to(self.device),
-            labels=labels.to(self.device),
+            tokens=copy_to(tokens, device),
+            labels=copy_to(labels, device),
             context=SequenceContext(
-                rows=shards.rows_of(rank).to(self.device),
+                rows=Rows(position=copy_to(local.position, device), document=copy_to(local.document, device)),
                 attention=tuple(planned[layer] for layer in self.layers),
                 key_convolution=convolution,
                 experts=experts,
             ),
+            valid_tokens=int((labels != IGNORED).sum()),
+            real_tokens=int(is_real.sum()),
             attention_flops=attention_flops(self.model, self.mechanisms, rows) if rank == 0 else 0,
             fingerprint=sequence_hash(index, sequence) if rank == 0 else 0,
             seed=sequence_seed(self.seed, index),
@@ -139,18 +140,52 @@ class BatchBuilder:
 
 
 class DataLoader:
-    """The training sequences in their order, and this rank's micro-batches of each step."""
+    """The training sequences in their order, and this rank's micro-batches of each step.
+
+    A thread plans the next step's micro-batches while this step computes:
+
+        caller    plan 1 | launch step 1 ........ | launch step 2 ........ | launch step 3, the last
+        thread             plan 2                   plan 3                   (nothing)
+    """
 
     def __init__(self, config: Config, source: TokenSource, mesh: Mesh, batches: BatchBuilder) -> None:
         length, seed = config.data.sequence_tokens, config.run.seed
         self._sequences = ShuffledSequences(source, sequence_tokens=length, seed=seed)
         self._per_step, self._mesh, self.batches = config.train.sequences_per_step, mesh, batches
+        self._thread = ThreadPoolExecutor(1, "batches", partial(_use_device, batches.device))
+        self._planned: dict[int, list[Future[MicroBatch]]] = {}
+        """Of the step that begins with a sequence, by the sequence."""
 
-    def micro_batches(self, first: int) -> list[MicroBatch]:
-        """Return those of this data-parallel group in the step that begins with sequence `first`."""
-        group = range(first + self._mesh.data_rank, first + self._per_step, self._mesh.degrees.data)
-        return [self.batches.build(self._sequences.sequence(index), index) for index in group]
+    def micro_batches(self, first: int, *, is_last: bool = False) -> list[MicroBatch]:
+        """Return those of this data-parallel group in the step that begins with sequence `first`; waits for them.
+
+        Unless the step is the last, the thread then starts on those of the next one, whose errors are raised when
+        that step asks for them.
+        """
+        if first not in self._planned:
+            self._plan(first)
+        batches = [planned.result() for planned in self._planned.pop(first)]
+        if not is_last:
+            self._plan(first + self._per_step)
+        return batches
 
     def sequences(self, first: int) -> dict[int, PackedSequence]:
         """Return the sequences of all groups in the step that begins with sequence `first`, by index."""
         return {index: self._sequences.sequence(index) for index in range(first, first + self._per_step)}
+
+    def close(self) -> None:
+        """End the thread after the micro-batch that it is at."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _plan(self, first: int) -> None:
+        group = range(first + self._mesh.data_rank, first + self._per_step, self._mesh.degrees.data)
+        self._planned[first] = [self._thread.submit(self._build, index) for index in group]
+
+    def _build(self, index: int) -> MicroBatch:
+        return self.batches.build(self._sequences.sequence(index), index)
+
+
+def _use_device(device: torch.device) -> None:
+    """Make `device` the one of this thread: a new thread has GPU 0."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)

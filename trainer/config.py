@@ -49,6 +49,11 @@ class AttentionConfig:
 
         Raises ConfigError for an unknown name or option, or one that the mechanism does not support.
         """
+        numbered = enumerate(self.build_pattern(layers))
+        return tuple(mechanism.in_layer(layer, layers) for layer, mechanism in numbered)
+
+    def build_pattern(self, layers: int) -> tuple[Mechanism, ...]:
+        """Return them without the numbers of their layers, by which no costs differ."""
         pattern = parse_pattern(self.mechanism, "attention.mechanism")
         names, count = list(dict.fromkeys(pattern)), len(pattern)
         for period in range(1, count):
@@ -80,7 +85,7 @@ class AttentionConfig:
                 raise ConfigError(
                     f"{where}={toml_value(options)} does not suit attention.mechanism={self.mechanism!r}: {error}."
                 ) from error
-        return tuple(built[pattern[layer % len(pattern)]].in_layer(layer, layers) for layer in range(layers))
+        return tuple(built[pattern[layer % count]] for layer in range(layers))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

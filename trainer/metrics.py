@@ -30,8 +30,12 @@ from farspan.trainer.state import TrainState
 from farspan.trainer.step import StepResult
 from farspan.trainer.toml_config import load_config, to_toml
 
-# Dense peak of the tensor cores in bfloat16, FLOP/s, from the vendors' data sheets; by a part of the device's name.
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
+PEAK_FLOPS = {
+    "H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
+    "GB300": 2500e12, "B300": 2250e12, "GB200": 2500e12, "B200": 2250e12,
+}  # fmt: skip
+"""Dense peak of the tensor cores in bfloat16, FLOP/s, from the vendor's data sheets; by the first name that is part of
+the device's."""
 
 log = logging.getLogger("farspan")
 
@@ -241,9 +245,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak memory of this rank: allocated on a GPU, resident in RAM on a CPU."""
+    """Return the peak memory of this rank: reserved by torch's allocator on a GPU, resident in RAM on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

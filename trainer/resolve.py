@@ -200,7 +200,8 @@ def choose_strategy(config: Config, degrees: Degrees, device_type: str) -> tuple
 
 def strategy_costs(config: Config, degrees: Degrees, device_type: str) -> tuple[dict[str, Cost], dict[str, str]]:
     """Return each strategy's cost for one document per sequence, the best first; and why others are unsupported."""
-    parallel, head_dim, mechanisms = config.parallel, config.model.head_dim, config.mechanisms()
+    parallel, head_dim = config.parallel, config.model.head_dim
+    mechanisms = config.attention.build_pattern(config.model.layers)
     shards = shards_of_one_document(config, degrees)
     jobs = {
         mechanism: Job(

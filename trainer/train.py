@@ -60,7 +60,7 @@ def train(config: Config, ranks: Ranks, stop: StopSignal) -> bool:
             model = build_model(config, mesh, device)  # each rank has its FSDP and expert-parallel shards
             optimizer = build_optimizer(model, config.optimizer)
             batches = build_batches(config, mesh, device, Traffic())  # each rank has its context-parallel shard
-            data = DataLoader(config, resolved.train_source, mesh, batches)
+            data = stack.enter_context(closing(DataLoader(config, resolved.train_source, mesh, batches)))
             validation = Validation(config, resolved.validation_sets, mesh, batches, stop, watchdog)
             state, checkpoints = TrainState(), build_checkpointer(resolved, model, optimizer)
             stack.enter_context(saves_settled(checkpoints, state, watchdog))
@@ -212,7 +212,7 @@ def update(
     result = train_step(
         model,
         optimizer,
-        data.micro_batches(state.sequences),
+        data.micro_batches(state.sequences, is_last=state.step + 1 >= config.train.steps),
         context=data.batches.channel,
         max_gradient_norm=config.optimizer.max_gradient_norm,
         reason_to_skip=partial(reason_to_skip, config.skip, state),

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from farspan.kernels.backend import BACKENDS
 from farspan.kernels.kinds.masked import Masked
+from farspan.kernels.masks.attention_mask import count_keys_per_query
 from farspan.kernels.masks.packed_selection import PackedSelection
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
-from farspan.kernels.mechanism import Access
+from farspan.kernels.mechanism import SAMPLED, Access
 from farspan.kernels.planner import (
     AllReduceSum,
     AttentionPlanner,
@@ -22,7 +23,6 @@ from farspan.kernels.planner import (
     RoutedKeys,
     Routing,
     Sizes,
-    identity,
 )
 from farspan.kernels.planning.gathered_batches import count_pairs
 from farspan.kernels.planning.plan import Plan
@@ -82,13 +82,20 @@ class Routed(Masked):
             all_reduce_sum=lambda x: planner.all_reduce_sum(x, kind="choice"),
         )
 
-    def unmasked_pairs(self, rows: Rows) -> int:
-        """The pairs of the selection for normal queries and keys."""
-        selection = self.sample_routing(rows, Heads(query=1, kv=1)).selection
-        return count_pairs(Plan.build(rows, rows, self.attention_mask(), heads=1, selection=selection), kv_heads=1)
+    def unmasked_pairs(self, rows: Rows, *, max_queries: int | None = None) -> int:
+        """The pairs of the selection for normal queries and keys; max_queries: as for `sample_routing`."""
+        attention_mask = self.attention_mask()
+        selection = self.sample_routing(rows, Heads(query=1, kv=1), max_queries=max_queries).selection
+        pairs = count_pairs(Plan.build(rows, rows, attention_mask, heads=1, selection=selection), kv_heads=1)
+        # Queries of a sample stand for others by the keys that they may select from.
+        visible = count_keys_per_query(attention_mask, rows)
+        return round(pairs * float(visible.sum() / visible[selection.query_block >= 0].sum().clamp(min=1)))
+
+    def useful_flops(self, rows: Rows, head_dim: int, value_dim: int) -> int:
+        return 2 * (head_dim + value_dim) * self.unmasked_pairs(rows, max_queries=SAMPLED)
 
     def route(self, global_rows: Rows, heads: Heads, q: Tensor, k: Tensor, *routing: Tensor) -> "SelectedBlocks":
-        return SelectedBlocks(self.select(q, k, self._unsharded(global_rows, global_rows, heads)))
+        return SelectedBlocks(self.select(q, k, self._unsharded(global_rows, global_rows, heads, one_in=1)))
 
     def sample_routing(self, global_rows: Rows, heads: Heads, *, max_queries: int | None = None) -> "SelectedBlocks":
         generator, tokens = torch.Generator().manual_seed(0), len(global_rows)
@@ -96,21 +103,22 @@ class Routed(Masked):
         one_in = max(-(-tokens // max_queries), 1) if max_queries else 1
         index = torch.arange(0, tokens, one_in)
         q, k = (torch.randn(len(index), n, SAMPLE_HEAD_DIM, generator=generator) for n in (heads.query, heads.kv))
-        selection = self.select(q, k, self._unsharded(global_rows.take(index), global_rows, heads))
+        selection = self.select(q, k, self._unsharded(global_rows.take(index), global_rows, heads, one_in))
         # The sampled queries are rows 0, 1, ... of the selection; the others have no query block.
         nth = torch.full((tokens,), -1)
         nth[index] = torch.arange(len(index))
         return SelectedBlocks(selection.of_queries(nth), one_in)
 
-    def _unsharded(self, rows: Rows, global_rows: Rows, heads: Heads) -> "LocalShard":
-        """Return these rows, with all heads, as those of a single owner."""
+    def _unsharded(self, rows: Rows, global_rows: Rows, heads: Heads, one_in: int) -> "LocalShard":
+        """Return these rows, with all heads, as those of a single owner; one_in: so many rows each stands for."""
         return LocalShard(
             mechanism=self,
             rows=rows,
             global_rows=global_rows,
             share=HeadShare.all(heads),
             backend="reference",
-            all_reduce_sum=identity,
+            # Integers are counts and weights of (query, block) pairs.
+            all_reduce_sum=lambda x: x if x.is_floating_point() else x * one_in,
         )
 
 

@@ -92,7 +92,7 @@ class MoBA(Routed):
         count = position % self.block + 1 + earlier * self.block
         return count.masked_fill(global_rows.document < 0, 0).double()
 
-    def unmasked_pairs(self, rows: Rows) -> int:
+    def unmasked_pairs(self, rows: Rows, *, max_queries: int | None = None) -> int:
         return int(self.keys_per_query(rows).sum())
 
 

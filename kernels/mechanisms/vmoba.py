@@ -8,7 +8,7 @@ ranking, pairs that tie with the last one selected are selected too.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self, final
 
 import torch
@@ -178,13 +178,13 @@ class _Ranking:
             sums = torch.zeros(len(blocks.documents), dtype=torch.int64, device=device)
             return sums.index_add_(0, document, of_blocks.to(device).long()).expand(self.q.shape[1], -1)
 
-        tokens, filled = per_document(blocks.sizes), per_document(blocks.sizes > 0)
+        tokens = per_document(blocks.sizes)
         if self.options.rule == "top_k":
             return _find_threshold(lambda: self._weighted(None, own=False), (self.options.top_k - 1) * tokens, total)
-        # Highest and lowest score: the first and the last of all (query, block) pairs of a document.
-        needs = torch.ones_like(tokens), tokens * filled
-        high, low = (_find_threshold(lambda: self._weighted(None, own=True), need, total) for need in needs)
-        span = from_sortable(low), from_sortable(high)
+        # Highest and lowest score: the first of all (query, block) pairs of a document, and that of negated scores.
+        high = _find_threshold(lambda: self._weighted(None, own=True), torch.ones_like(tokens), total)
+        low = _find_threshold(lambda: _negated(self._weighted(None, own=True)), torch.ones_like(tokens), total)
+        span = -from_sortable(low), from_sortable(high)
         all_blocks, own = torch.zeros_like(tokens), torch.zeros_like(tokens)
         for part in self.parts():
             weight = _scaled(part.scores, *(_of_document(x, part) for x in span)) * part.in_document
@@ -200,6 +200,10 @@ class _Ranking:
             if span is not None:
                 weight = _scaled(part.scores, *(_of_document(x, part) for x in span))
             yield part, weight * (part.in_document if own else part.in_document & ~part.own)
+
+
+def _negated(weighted: Iterator[tuple[_Part, Tensor]]) -> Iterator[tuple[_Part, Tensor]]:
+    return ((replace(part, scores=-part.scores), weight) for part, weight in weighted)
 
 
 def _of_document(values: Tensor, part: _Part) -> Tensor:

@@ -3,10 +3,19 @@
 import argparse
 import logging
 from contextlib import ExitStack
+from pathlib import Path
 
 from farspan.errors import ConfigError, FarspanError
 from farspan.launch.commands.arguments import Subparsers, add_command, add_config_arguments, config_of, print_dry_run
-from farspan.launch.env import choose_gloo_interface, is_rank, read_ranks, report_to_torchrun, take_launcher
+from farspan.launch.env import (
+    choose_gloo_interface,
+    is_rank,
+    read_ranks,
+    record_nccl_in,
+    report_to_torchrun,
+    set_device_defaults,
+    take_launcher,
+)
 from farspan.launch.output import print_error
 from farspan.launch.parent import must_not_outlive_parent, stop_when_orphaned
 from farspan.trainer.resilience.signals import (
@@ -35,6 +44,7 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         print_dry_run(options, 1 if options.ranks is None else options.ranks, flag="--ranks")
         return 0
+    set_device_defaults()
     ranks = read_ranks()
     log.setLevel(logging.INFO if ranks.rank == 0 else logging.WARNING)
     # Under 'launch local' the launcher announces the stop, once for all ranks.
@@ -53,7 +63,9 @@ def run(options: argparse.Namespace) -> int:
 
         choose_gloo_interface(ranks)
         try:
-            wants_requeue = train(config_of(options), ranks, stop)
+            config = config_of(options)
+            record_nccl_in(Path(config.run.folder))
+            wants_requeue = train(config, ranks, stop)
         except FarspanError as error:
             is_connected = not isinstance(error, NotConnectedError)
             # `train` raises the same error on all ranks.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from farspan.errors import ConfigError
-from farspan.kernels.mechanism import Mechanism
+from farspan.kernels.mechanism import SAMPLED, Mechanism
 from farspan.kernels.planner import Heads, RoutingSource, Sizes
 from farspan.parallel.comm import Channel, GradCommDtype, Unconnected
 from farspan.parallel.context_parallel.strategy import STRATEGIES, DistributedAttention, Move, Volume
@@ -26,8 +26,6 @@ BACKWARD_FLOPS = 2.5
 """Backward over forward: five products of a pair instead of two."""
 MAX_RANKS = 8
 """Most ranks that are planned: the first, the last and some between."""
-SAMPLED = 1 << 11
-"""Queries whose choice is drawn."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,6 +157,8 @@ def compare(layers: Sequence[tuple[Job, int]], machine: Machine) -> tuple[dict[s
     least memory.
     """
     costs, refusals = {}, {}
+    # A fallback is that of several strategies.
+    predicted = cache(lambda name, job: predict(name, job, machine))
     for name in STRATEGIES:
         names = [strategy_for(name, job.mechanism, job.heads, job.shards.degree, job.inner_size) for job, _ in layers]
         if name not in names:
@@ -166,7 +166,7 @@ def compare(layers: Sequence[tuple[Job, int]], machine: Machine) -> tuple[dict[s
             names = [name] * len(layers)
         try:
             costs[name] = total_cost(
-                [(predict(one, job, machine), count) for one, (job, count) in zip(names, layers, strict=True)]
+                [(predicted(one, job), count) for one, (job, count) in zip(names, layers, strict=True)]
             )
         except ConfigError as error:
             refusals[name] = str(error)

@@ -14,7 +14,9 @@ from farspan.launch.env import (
     choose_gloo_interface,
     environment_with_threads,
     read_ranks,
+    record_nccl_in,
     report_to_torchrun,
+    set_device_defaults,
 )
 from farspan.parallel.ranks import Ranks
 
@@ -41,6 +43,27 @@ def test_ranks_know_their_slurm_job() -> None:
     assert read_ranks().job == "17"
     os.environ.update(TORCHRUN | {"SLURM_ARRAY_JOB_ID": "16", "SLURM_ARRAY_TASK_ID": "3"})
     assert read_ranks().job == "16_3"
+
+
+def test_variables_of_torch_are_set_unless_the_user_has_set_them_by_either_name() -> None:
+    ours = {
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": "run/nccl_rank_",
+    }
+    users = {
+        "PYTORCH_CUDA_ALLOC_CONF": "",
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": "7",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "elsewhere_",
+    }
+    for before, after in (({}, ours), (users, users), (dict.fromkeys(ours, "x"), dict.fromkeys(ours, "x"))):
+        os.environ.clear()
+        os.environ.update(before)
+        set_device_defaults()
+        record_nccl_in(Path("run"))
+        assert dict(os.environ) == after
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])

@@ -79,6 +79,32 @@ def test_bytes_of_sharding_are_as_stated(
         assert stated == counted, sent
 
 
+def gathers_before_blocks(config: Config) -> list[tuple[int, int]]:
+    """Return the number of each block as it begins, forward and recomputed, and how many all-gathers had begun."""
+    model, batch, _ = model_and_batch(config)
+    found = []
+    with SentBytes() as counter:
+        for number, block in enumerate(model.blocks):
+            block.attention_norm.register_forward_pre_hook(  # pyright: ignore
+                lambda *_, number=number: found.append((number, counter.calls["_allgather_base_"]))
+            )
+        model(batch.tokens, batch.labels, batch.context).losses.sum().backward()
+    return found
+
+
+def test_a_block_and_its_experts_are_gathered_while_the_one_before_computes(
+    tmp_path: Path, ranks: Callable[[int], RankPool]
+) -> None:
+    config = tiny.config(tiny.make_data(tmp_path), tmp_path, ParallelConfig(context=2))
+    experts = ExpertsConfig(count=4, feed_forward=24, layers="experts, dense, experts")
+    config = tiny.with_model(config, layers=3, experts=experts)
+    config = replace(config, train=replace(config.train, recompute="block"))
+    for found in ranks(2).run(gathers_before_blocks, config):
+        # Forward: the model's own, block 0 and its experts, block 1; then block 2 and its experts; then nothing.
+        # Backward: blocks 2 and 1, then block 0.
+        assert found == [(0, 4), (1, 6), (2, 6), (2, 9), (1, 11), (0, 11)]
+
+
 def dtypes_under_bfloat16(config: Config) -> tuple[set[torch.dtype], set[torch.dtype], float]:
     """Return the dtypes that rotary tables and weights have in a block, and the share of gradients beyond bfloat16."""
     model, batch, _ = model_and_batch(config)

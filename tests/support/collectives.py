@@ -24,6 +24,7 @@ class SentBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.sent: Counter[tuple[str, int]] = Counter()
+        self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -40,5 +41,6 @@ class SentBytes(TorchDispatchMode):
                 sent = (2 if name == "allreduce_" else 1) * size * (ranks - 1) / ranks
             else:
                 sent = (ranks - 1) * size
+            self.calls[name] += 1
             self.sent[name, ranks] += sent  # pyright: ignore[reportArgumentType]
         return func(*args, **(kwargs or {}))

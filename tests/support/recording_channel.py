@@ -13,9 +13,13 @@ class RecordingChannel:
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self.events: list[str] = []
+        self.gradients = self
 
-    def shift(self, buffer: Tensor, *, kind: str, tag: int, to: int, source: int) -> "RecordedTransfer":
-        assert (to, source) == ((self.rank + 1) % self.size, (self.rank - 1) % self.size)
+    def shift(
+        self, buffer: Tensor, *, kind: str, tag: int, to: int | None = None, source: int | None = None
+    ) -> "RecordedTransfer":
+        neighbors = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        assert (to, source) in ((None, None), neighbors)
         return RecordedTransfer(self, buffer, kind)
 
     def start_all_to_all(

@@ -56,7 +56,7 @@ class Threaded(Channel):
     def __init__(self, world: World, ranks: Sequence[int], rank: int, traffic: Traffic, *, inner_size: int = 1) -> None:
         """ranks: the world's, in the order of the channel. rank: the index of this one among them."""
         self.world, self.ranks, self.rank, self.size, self.traffic = world, tuple(ranks), rank, len(ranks), traffic
-        self.inner = self.outer = None
+        self.inner, self.outer, self.gradients = None, None, self
         if inner_size > 1:
             outer, inner = divmod(rank, inner_size)
             group, column = self.ranks[outer * inner_size : (outer + 1) * inner_size], self.ranks[inner::inner_size]

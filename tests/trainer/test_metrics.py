@@ -47,9 +47,19 @@ def test_a_cpu_is_measured_in_flops_per_second(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_gpu_is_looked_up_and_an_unknown_one_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, flops in {"H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "Voodoo 2": math.nan}.items():
+    gpus = {
+        "A100-SXM4-80GB": 312e12, "H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200": 989e12,
+        "B200": 2250e12, "GB200": 2500e12, "B300 SXM6 AC": 2250e12, "GB300": 2500e12, "Voodoo 2": math.nan,
+    }  # fmt: skip
+    for name, flops in gpus.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: f"NVIDIA {name}")
         assert peak_flops(torch.device("cuda"), torch.bfloat16) == pytest.approx(flops, nan_ok=True)
+
+
+def test_memory_that_a_gpu_has_reserved_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies between tensors is as little there for others as the tensors."""
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 7)
+    assert peak_memory_bytes(torch.device("cuda")) == 7
 
 
 def test_progress_line() -> None:

@@ -53,6 +53,8 @@ def run(weight: float, labels: list, max_norm: float) -> Outcome:
             tokens=torch.tensor(t, dtype=torch.float64),
             labels=torch.tensor(y),
             context=SequenceContext(rows=Rows.packed([len(t)]), attention=()),
+            valid_tokens=len(y) - y.count(IGNORED),
+            real_tokens=len(t),
             attention_flops=10 * rank + i,
             fingerprint=2**32 - 10 * rank - i,
             seed=10 * rank + i,

@@ -20,10 +20,11 @@ from farspan.errors import CheckpointError, ConfigError, DataError, TrainingErro
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer import evaluate, metrics
 from farspan.trainer import train as module
+from farspan.trainer.batch import BatchBuilder, MicroBatch
 from farspan.trainer.checkpoint import checkpointer, shards
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
-from farspan.trainer.data.packing import IGNORED, ShuffledSequences
+from farspan.trainer.data.packing import IGNORED, PackedSequence, ShuffledSequences
 from farspan.trainer.data.source import META_FILE, TOKENS_FILE, SplitWriter
 from farspan.trainer.data.tokenizer import load_tokenizer
 from farspan.trainer.resilience.lock import lock_folder
@@ -120,6 +121,58 @@ def test_an_undisturbed_run(config: Config, log: pytest.LogCaptureFixture) -> No
     assert len(set(labeled)) > 2
     assert first["tokens_per_s"] * first["step_s"] == pytest.approx(202)
     assert first["comm_bytes"] == sum(first["comm_bytes_by_kind"].values()) == 0
+
+
+class Planner:
+    """Notes which sequences of the training data are planned in the thread for it; one of them may fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, fails_at: int | None = None) -> None:
+        self.planned: list[int] = []
+        build = BatchBuilder.build
+
+        def noted(batches: BatchBuilder, sequence: PackedSequence, index: int = 0) -> MicroBatch:
+            if threading.current_thread() is not threading.main_thread():
+                self.planned.append(index)
+                if index == fails_at:
+                    raise TrainingError("cannot be planned")
+            return build(batches, sequence, index)
+
+        monkeypatch.setattr(BatchBuilder, "build", noted)
+
+    def wait_for(self, sequences: int) -> None:
+        deadline = time.monotonic() + 10
+        while len(self.planned) < sequences:
+            assert time.monotonic() < deadline, self.planned
+            time.sleep(0.001)
+
+
+def test_the_next_step_is_planned_while_this_one_computes(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    planner, step, numbers = Planner(monkeypatch), module.train_step, count(1)
+
+    def waiting(*arguments: Any, **named: Any) -> Any:
+        # Two sequences a step: those of this one and of the next, but none beyond the last.
+        planner.wait_for(2 * min(next(numbers) + 1, STEPS))
+        return step(*arguments, **named)
+
+    monkeypatch.setattr(module, "train_step", waiting)
+    run(config)
+    assert planner.planned == list(range(2 * STEPS))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+def test_an_error_in_planning_ends_the_step_that_it_is_of(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    planner, step = Planner(monkeypatch, fails_at=5), module.train_step
+
+    def waiting(*arguments: Any, **named: Any) -> Any:
+        planner.wait_for(4)
+        return step(*arguments, **named)
+
+    monkeypatch.setattr(module, "train_step", waiting)
+    with pytest.raises(TrainingError, match="cannot be planned"):
+        run(config)
+    # Sequences 4 and 5 are those of step 3.
+    assert done(config)[0] == [1, 2]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
 
 
 def test_each_phase_and_each_held_out_sequence_has_its_time(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

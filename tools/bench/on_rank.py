@@ -190,7 +190,7 @@ class Worker:
         if width not in self.channels:
             inner = outer = None
             if width > 1:
-                inner, outer = (Channel(axis, self.traffic) for axis in grid_groups(width))
+                inner, outer = (DelayedChannel(axis, self.traffic) for axis in grid_groups(width))
             world = dist.group.WORLD
             assert world is not None
             self.channels[width] = DelayedChannel(world, self.traffic, inner=inner, outer=outer)
@@ -198,7 +198,9 @@ class Worker:
 
     def delay_transfers(self, delay_s: float) -> None:
         for channel in self.channels.values():
-            channel.delay_s = delay_s
+            for of_ring in (channel, channel.inner, channel.outer):
+                if isinstance(of_ring, DelayedChannel):
+                    of_ring.delay_s = delay_s
 
     def align(self) -> None:
         """Wait until all ranks have come so far, and this one's GPU is done."""

@@ -10,11 +10,10 @@ import torch
 
 from farspan.kernels.backend import BACKENDS
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import Mechanism
+from farspan.kernels.mechanism import SAMPLED, Mechanism
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.planner import Sizes
 from farspan.parallel.comm import Unconnected
-from farspan.parallel.context_parallel.cost_model import SAMPLED
 from farspan.parallel.context_parallel.key_convolution import mean_rows_sent
 from farspan.parallel.mesh import Degrees
 from farspan.trainer.batch import shards_of_one_document

@@ -44,8 +44,8 @@ from farspan.parallel.context_parallel.moving_kv import (
 )
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Move, ShardedPlanner, grid_unsupported_reason
 
-# Transfers of one tag keep their order; a chunk for the next round must not be taken for one of this round.
-INNER_TAG, OUTER_TAG, GRADIENT_TAG = 1, 2, 3
+# A single ring sends both in one process group; a gradient must not be taken for a chunk.
+CHUNK_TAG, GRADIENT_TAG = 1, 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,20 +117,23 @@ class _RingKVSchedule(KVSchedule):
     def kv_parts(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         chunk = KeysAndValues.pack(k, v)
         next_chunk = next_round = None
+        # Process groups of their own: NCCL sends all of a group in the order posted, so that an inner hop would wait
+        # for the outer one before it. Either way a chunk goes to the next rank of the group.
+        inner, outer = (self.channel, None) if self.ring.rounds == 1 else (self.channel.inner, self.channel.outer)
         for step in range(self.ring.size):
             if next_chunk is not None:
                 chunk = chunk.like(next_chunk.wait())
             starts_round = step % self.ring.inner_size == 0
             if starts_round and step + self.ring.inner_size < self.ring.size:
                 # The slow links have the time of a full round for this chunk.
-                next_round = self._send_chunk(chunk, groups=1, members=0, tag=OUTER_TAG)
+                next_round = self._send_chunk(chunk, outer)
             ends_round = (step + 1) % self.ring.inner_size == 0
-            next_chunk = next_round if ends_round else self._send_chunk(chunk, groups=0, members=1, tag=INNER_TAG)
+            next_chunk = next_round if ends_round else self._send_chunk(chunk, inner)
             yield chunk.key, chunk.value
 
-    def _send_chunk(self, chunk: KeysAndValues, *, groups: int, members: int, tag: int) -> Transfer:
-        to, source = (self.ring.shifted(self.channel.rank, sign * groups, sign * members) for sign in (1, -1))
-        return self.channel.shift(chunk.buffer, kind=f"{self.strategy.name}_kv", tag=tag, to=to, source=source)
+    def _send_chunk(self, chunk: KeysAndValues, channel: Channel | None) -> Transfer:
+        assert channel is not None, "a double ring runs on a grid of ranks"
+        return channel.shift(chunk.buffer, kind=f"{self.strategy.name}_kv", tag=CHUNK_TAG)
 
     def grad_return(self, k: Tensor, v: Tensor) -> GradReturn:
         return (_DirectGradReturn if self.strategy.rounds_gradients else _TrailingGradReturn)(self, k, v)
@@ -181,7 +184,7 @@ class _RingGradReturn(GradReturn):
         self.kind = f"{kv_schedule.strategy.name}_dkv"
 
     def _shift(self, buffer: Tensor, *, to: int, source: int) -> None:
-        self.arriving = self.channel.shift(buffer, kind=self.kind, tag=GRADIENT_TAG, to=to, source=source)
+        self.arriving = self.channel.gradients.shift(buffer, kind=self.kind, tag=GRADIENT_TAG, to=to, source=source)
 
 
 @final

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from farspan.kernels.kinds.routed import Routed
+from farspan.kernels.kinds import routed
+from farspan.kernels.kinds.routed import LocalShard, Routed
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.mechanisms.block_sparse import BlockSparse
+from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.planner import Heads, HeadShare
 from farspan.kernels.planning.gathered_batches import count_pairs
 from farspan.kernels.planning.plan import Plan
@@ -82,6 +84,27 @@ def test_pairs_are_counted(mechanism: Routed) -> None:
     plan = Plan.build(ROWS, ROWS, mechanism.attention_mask(), heads=4, selection=select(mechanism, q, k, ROWS))
     assert count_pairs(plan, kv_heads=2) == int(plan.mask().sum()) // 4
     assert 0 < mechanism.unmasked_pairs(ROWS) <= int(mechanism.attention_mask().mask(ROWS, ROWS).sum())
+
+
+@pytest.mark.parametrize("mechanism", EXAMPLES, ids=str)
+def test_flops_of_a_long_sequence_are_estimated_by_some_queries(
+    mechanism: Routed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, asked = Rows.packed([320, 1, 257, 150, 35] * 4, padding=9), []
+    exact = 2 * (8 + 4) * mechanism.unmasked_pairs(rows)
+    # A short one is counted in full.
+    assert mechanism.useful_flops(ROWS, 8, 4) == 2 * (8 + 4) * mechanism.unmasked_pairs(ROWS)
+    monkeypatch.setattr(routed, "SAMPLED", 800)
+    select = type(mechanism).select
+
+    def noted(self: Routed, q: Tensor, k: Tensor, local_shard: LocalShard) -> BlockSelection:
+        asked.append(len(q))
+        return select(self, q, k, local_shard)
+
+    monkeypatch.setattr(type(mechanism), "select", noted)
+    assert mechanism.useful_flops(rows, 8, 4) == pytest.approx(exact, rel=0.12)
+    assert all(queries <= 800 for queries in asked)
+    assert asked or isinstance(mechanism, MoBA)
 
 
 @pytest.mark.parametrize("mechanism", EXAMPLES, ids=str)

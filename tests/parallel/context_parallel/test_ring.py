@@ -1,8 +1,20 @@
-"""Rings within a ring: which rank has which chunk at each step."""
+"""Rings within a ring: which rank has which chunk at each step, and by which process group it comes."""
+
+from collections import Counter
+from unittest import mock
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from farspan.parallel.context_parallel.strategies.ring import RingTopology
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.mechanisms.dense import Dense
+from farspan.kernels.planner import Heads
+from farspan.parallel.comm import GradCommDtype, Traffic
+from farspan.parallel.context_parallel.strategies.ring import DoubleRing, RingTopology
+from farspan.parallel.layout import Shards
+from farspan.parallel.mesh import Mesh, ParallelConfig
+from tests.support.rank_pool import Pools
 
 SHAPES = [(1, 1), (4, 4), (4, 2), (4, 1), (8, 2), (8, 4), (12, 3), (512, 8)]
 
@@ -23,3 +35,36 @@ def test_a_chunk_crosses_node_groups_once_a_round() -> None:
     assert [ring.rank_with_chunk(0, step) for step in range(9)] == [0, 1, 2, 3, 4, 5, 6, 7, 0]
     assert [ring.rank_with_chunk(1, step) for step in range(9)] == [1, 0, 3, 2, 5, 4, 7, 6, 1]
     assert [ring.owner_at(0, step) for step in range(8)] == [0, 1, 6, 7, 4, 5, 2, 3]
+
+
+def messages_by_group(grad_comm_dtype: GradCommDtype) -> tuple[dict[str, int], dict[str, int]]:
+    """On a rank of two pairs: how many chunks and gradients it sends by each process group, forward and backward."""
+    mesh = Mesh.build(ParallelConfig(context=4, context_inner=2), "cpu")
+    groups = {"context": mesh.context, "inner": mesh.inner, "outer": mesh.outer, "gradients": mesh.gradients}
+    names = {id(group): name for name, group in groups.items()}
+    assert len(names) == 4
+    shards, sent = Shards.build(Rows.packed([16]), layout="contiguous", degree=4), Counter[str]()
+    strategy = DoubleRing(mesh.context_channel(Traffic()), grad_comm_dtype=grad_comm_dtype)
+    attend, start = strategy.prepare(Dense(), shards, Heads(query=2, kv=2), backend="cpu"), dist.batch_isend_irecv
+
+    def noted(operations: list[dist.P2POp]) -> list[dist.Work]:
+        sent.update([names[id(operations[0].group)]])
+        return start(operations)
+
+    with mock.patch.object(dist, "batch_isend_irecv", noted):
+        q, k, v = (torch.ones(4, 2, 8, requires_grad=True) for _ in range(3))
+        out = attend(q, k, v)
+        forward = dict(sent)
+        sent.clear()
+        out.sum().backward()
+    return forward, dict(sent)
+
+
+@pytest.mark.parametrize(("grad_comm_dtype", "gradients"), [("accumulation", 4), ("compute", 3)])
+def test_inner_outer_and_gradient_hops_have_process_groups_of_their_own(
+    ranks: Pools, grad_comm_dtype: GradCommDtype, gradients: int
+) -> None:
+    """NCCL sends all of a group in the order posted: none of the three waits for another."""
+    for forward, backward in ranks(4).run(messages_by_group, grad_comm_dtype):
+        assert forward == {"inner": 2, "outer": 1}
+        assert backward == {"inner": 2, "outer": 1, "gradients": gradients}

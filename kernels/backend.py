@@ -17,14 +17,15 @@ from farspan.registry import Registry
 class KernelRequest:
     """The properties of a layer that not every backend supports.
 
-    selects_keys: whether keys are selected by content, or expire. is_recurrent: whether it is a recurrence and not
-    softmax attention.
+    selects_keys: whether keys are selected by content, or expire. is_windowed: whether queries see a part of their
+    document by positions alone. is_recurrent: whether it is a recurrence and not softmax attention.
     """
 
     dtype: torch.dtype
     head_dim: int
     value_dim: int
     selects_keys: bool
+    is_windowed: bool
     is_recurrent: bool
 
     @staticmethod
@@ -34,6 +35,7 @@ class KernelRequest:
             head_dim=head_dim,
             value_dim=value_dim,
             selects_keys=not mechanism.accesses.isdisjoint({Access.BLOCKS, Access.LIFETIMES}),
+            is_windowed=mechanism.is_windowed,
             is_recurrent=Access.STATE in mechanism.accesses,
         )
 
@@ -46,6 +48,8 @@ class Backend(ABC):
 
     rank: int
     """Order in which `auto` tries the backends: the lowest rank that runs on the device is taken."""
+    note: str = ""
+    """What the summary of a run says about how it computes."""
     deterministic: bool = True
     """Whether the same inputs give the same bits every time."""
     dtypes: tuple[torch.dtype, ...] = ()
@@ -68,10 +72,19 @@ class Backend(ABC):
             return f"it takes head sizes up to {self.widest}, not {width}"
         return None
 
+    def slow_reason(self, request: KernelRequest) -> str | None:
+        """Return why `auto` prefers any other backend, but the reference, for a request that this one can compute."""
+        return None
+
     def check(self, name: str, q: Tensor, v: Tensor, *, selects_keys: bool) -> None:
         """Raise ConfigError where this backend, of that name, can't compute q `[T, Hq, D]` and v `[S, Hk, Dv]`."""
         request = KernelRequest(
-            dtype=q.dtype, head_dim=q.shape[2], value_dim=v.shape[2], selects_keys=selects_keys, is_recurrent=False
+            dtype=q.dtype,
+            head_dim=q.shape[2],
+            value_dim=v.shape[2],
+            selects_keys=selects_keys,
+            is_windowed=False,
+            is_recurrent=False,
         )
         if reason := self.unsupported_reason(request):
             raise ConfigError(
@@ -93,6 +106,8 @@ class Backend(ABC):
         """See `farspan.kernels.attention.attention_backward`."""
 
 
+SLOW = 30
+"""Added to the rank of a slow backend: it comes after all others but the reference."""
 BACKENDS: Registry[Backend] = Registry("attention backend", "farspan.kernels.backends")
 
 
@@ -101,15 +116,30 @@ def choose_backend(name: str, device: torch.device, request: KernelRequest) -> s
 
     Raises ConfigError when the backend asked for does not exist, is unavailable or does not support the request.
     """
-    able = {key: part.rank for key, part in BACKENDS.load().items() if _reason(part, device, request) is None}
+    able = [key for key, part in BACKENDS.load().items() if _reason(part, device, request) is None]
     if name == "auto":
-        return min(able, key=lambda key: able[key])
+        return min(able, key=lambda key: _rank(BACKENDS.get(key), request))
     reason = _reason(BACKENDS.get(name), device, request)
     if reason is not None:
         raise ConfigError(
             f"attention.backend={name!r} cannot run on {device.type}: {reason}; these can: {', '.join(able)}."
         )
     return name
+
+
+def why_not_before(name: str, device: torch.device, request: KernelRequest) -> dict[str, str]:
+    """Return the backends of this device that `auto` tries before `name`, and why it takes none of them."""
+    others = {key: part for key, part in BACKENDS.load().items() if part.unavailable_reason(device) is None}
+    reasons = {
+        key: _reason(part, device, request) or part.slow_reason(request)
+        for key, part in others.items()
+        if part.rank < BACKENDS.get(name).rank
+    }
+    return {key: reason for key, reason in reasons.items() if reason is not None}
+
+
+def _rank(backend: Backend, request: KernelRequest) -> int:
+    return backend.rank if backend.slow_reason(request) is None else backend.rank + SLOW
 
 
 def _reason(backend: Backend, device: torch.device, request: KernelRequest) -> str | None:

@@ -1,4 +1,6 @@
-"""Copies on devices of what the host plans ahead, such as index maps; the host never waits for them."""
+"""Tensors that the host plans ahead, such as index maps, and their copies on devices, for which it never waits."""
+
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -8,3 +10,17 @@ def copy_to(x: Tensor, device: torch.device) -> Tensor:
     """Return x, which lies on the CPU, on `device`; the host goes on before the copy is made."""
     # A copy from pageable memory waits for what was launched before.
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceCopies:
+    """A tensor on the CPU that each device gets a copy of, once."""
+
+    host: Tensor
+    _copies: dict[torch.device, Tensor] = field(default_factory=dict, init=False)
+
+    def on(self, device: torch.device) -> Tensor:
+        """Return the tensor on `device`."""
+        if device not in self._copies:
+            self._copies[device] = copy_to(self.host, device)
+        return self._copies[device]

@@ -59,6 +59,11 @@ class Mechanism(ABC):
         """The mask that says all about what queries see; None where there is more to it."""
         return None
 
+    @property
+    def is_windowed(self) -> bool:
+        """Whether, by positions alone, a query sees less than its document or all of it up to itself."""
+        return False
+
     # Tests, benchmarks and configurations ask: which instances there are.
 
     @classmethod

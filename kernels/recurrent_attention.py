@@ -36,7 +36,7 @@ def recurrent_attention_forward(
     if isolation is None:
         return scan(inputs)
     here = isolation.to(q.device)
-    bad_queries, bad_keys = bad_rows(here.queries.document[:-1], q), _with_state(here.keys, (k, v), inputs.state.value)
+    bad_queries, bad_keys = bad_rows(here.queries.limit[:-1], q), _with_state(here.keys, (k, v), inputs.state.value)
     if surely_none(bad_queries) and surely_none(bad_keys):
         return scan(inputs)
     out, after = scan(_without(inputs, bad_queries, bad_keys))
@@ -92,7 +92,7 @@ def recurrent_attention_backward(
 
 def _with_state(places: Places, tensors: tuple[Tensor, ...], state: Tensor) -> Tensor:
     """Return which rows of tensors `[T, heads, width]` are bad, and last whether a state is, bool `[T + 1]`."""
-    return torch.cat((bad_rows(places.document[:-1], *tensors), ~state.isfinite().all()[None]))
+    return torch.cat((bad_rows(places.limit[:-1], *tensors), ~state.isfinite().all()[None]))
 
 
 def _without(inputs: RecurrenceInputs, bad_queries: Tensor, bad_keys: Tensor) -> RecurrenceInputs:

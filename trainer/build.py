@@ -95,6 +95,10 @@ def strategies_of_layers(config: Config, degrees: Degrees) -> list[str]:
 
 def backends_of_layers(config: Config, device: torch.device) -> list[str]:
     """Return the backend of each layer; raises ConfigError where one cannot compute its mechanism on the device."""
+    return [choose_backend(config.attention.backend, device, request) for request in kernel_requests(config)]
+
+
+def kernel_requests(config: Config) -> list[KernelRequest]:
+    """Return what each layer asks of its backend."""
     head_dim, dtype = config.model.head_dim, config.train.torch_dtype
-    requests = [KernelRequest.of(mechanism, dtype, head_dim, head_dim) for mechanism in config.mechanisms()]
-    return [choose_backend(config.attention.backend, device, request) for request in requests]
+    return [KernelRequest.of(mechanism, dtype, head_dim, head_dim) for mechanism in config.mechanisms()]

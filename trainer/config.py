@@ -42,7 +42,7 @@ class AttentionConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """The mechanism's options, see [attention.options]; for a pattern of several, a table for each, by its name."""
     backend: str = "auto"
-    """The implementation, a file of kernels/backends/; `auto` takes the fastest."""
+    """The implementation, a file of kernels/backends/; `auto` takes the best for each layer; the header says why."""
 
     def build_mechanisms(self, layers: int) -> tuple[Mechanism, ...]:
         """Return the mechanism of each layer; the pattern is repeated.

@@ -1,4 +1,7 @@
-"""CUDA backend: fused attention of torch, cuDNN or flash-attn, called once for each region of a plan."""
+"""CUDA backend: fused attention of torch, cuDNN or flash-attn, one call for packed documents.
+
+Masks that show a part of a document take a call for each region of a plan.
+"""
 
 from typing import final
 
@@ -6,6 +9,7 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.backend import BACKENDS, Backend, KernelRequest
+from farspan.kernels.cuda import varlen
 from farspan.kernels.cuda.flash import WIDEST, flash, flash_backward, installed
 from farspan.kernels.cuda.operators import DTYPES
 from farspan.kernels.planning.plan import Plan
@@ -16,9 +20,10 @@ _REGIONS = RegionAttention(flash, flash_backward)
 
 @final
 class CudaBackend(Backend):
-    """Fast on long runs of rows; each region costs a launch, and keys selected by content are not supported."""
+    """One call for packed documents, and one for each region of other masks; keys are not selected by content."""
 
     rank = 50
+    note = "one call of FlashAttention for packed documents, cuDNN for long or repeated ones"
     deterministic = False
     dtypes = DTYPES
     widest = WIDEST
@@ -35,15 +40,22 @@ class CudaBackend(Backend):
         selects = "it cannot attend to keys that are selected by content" if request.selects_keys else None
         return super().unsupported_reason(request) or selects
 
+    def slow_reason(self, request: KernelRequest) -> str | None:
+        return "it takes a call for each part of a window" if request.is_windowed else None
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         self.check("cuda", q, v, selects_keys=plan.selection is not None or plan.lifetime is not None)
-        return _REGIONS.forward(q, k, v, plan)
+        calls = varlen.calls_of(plan, q, v)
+        return _REGIONS.forward(q, k, v, plan) if calls is None else varlen.forward(q, k, v, calls)
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan
     ) -> Gradients:
         self.check("cuda", q, v, selects_keys=plan.selection is not None or plan.lifetime is not None)
-        return _REGIONS.backward(dout, q, k, v, out, lse, plan)
+        calls = varlen.calls_of(plan, q, v)
+        if calls is None:
+            return _REGIONS.backward(dout, q, k, v, out, lse, plan)
+        return varlen.backward(dout, q, k, v, out, lse, calls)
 
 
 BACKENDS.add("cuda", CudaBackend())

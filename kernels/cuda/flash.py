@@ -1,8 +1,7 @@
-"""Attention of a region by the fastest library that is installed, prepared so that every library supports it.
+"""The fastest libraries that are installed for a GPU, and regions of a plan computed by them.
 
-Their limits are listed in `operators.py`. So causal regions are cut into squares; keys of grouped heads are repeated,
-and their gradients summed here, in float32; head sizes are padded with zeros; regions with a mask, which are small, are
-computed here, by the formula.
+Their limits are listed in `operators.py`. So causal regions are cut into squares; head sizes are padded with zeros;
+regions with a mask, which are small, are computed here, by the formula. Packed documents take no regions: `varlen.py`.
 
 Legend: N regions of the same size, Hq query heads, Hk KV heads, T queries, S keys, D head size, Dv value head size,
 W = the larger of D and Dv, rounded up to a multiple of 8.
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from farspan.kernels.cuda.operators import Cudnn, Gradients, Library, TorchFlash
+from farspan.kernels.cuda.operators import Cudnn, Gradients, Lengths, Library, TorchFlash
 from farspan.kernels.cuda.packages import FlashAttn2, FlashAttn3, FlashAttn4
 
 WIDEST = TorchFlash.widest
@@ -20,7 +19,7 @@ MULTIPLE = 8
 
 # TFLOP/s that their authors report on an H100, forward and backward (causal, 32K tokens, head size 128): FlashAttention
 # 3 679 and 585, cuDNN 607 and 517, FlashAttention 2 366 and 330; FlashAttention 4 comes close to 3.
-FASTEST_FIRST: dict[int, tuple[type[Library], ...]] = {
+FASTEST_FIRST: dict[int, tuple[type[Library] | type[Cudnn], ...]] = {
     9: (FlashAttn3, Cudnn, FlashAttn4, FlashAttn2, TorchFlash),
     10: (FlashAttn4, Cudnn, FlashAttn2, TorchFlash),
 }
@@ -34,33 +33,35 @@ def generation(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0]
 
 
-def installed(device: torch.device) -> list[Library]:
+def installed(device: torch.device) -> list[Library | Cudnn]:
     """Return the libraries that are installed for a GPU, the fastest first."""
     found = [library.find() for library in FASTEST_FIRST.get(generation(device), ELSEWHERE)]
     return [library for library in found if library is not None]
 
 
-def choose(libraries: list[Library], queries: int, keys: int, width: int) -> Library:
-    """Return the first of the libraries that supports a region of this size."""
-    return next(x for x in libraries if width <= x.widest and min(queries, keys) >= x.fewest)
+def choose(libraries: list[Library | Cudnn], width: int) -> tuple[Cudnn | None, Library]:
+    """Return the fastest of the libraries for packed sequences of a head size, and cuDNN if it is still faster."""
+    able = [library for library in libraries if width <= library.widest]
+    first = next(library for library in able if isinstance(library, Library))
+    return (able[0] if isinstance(able[0], Cudnn) else None), first
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `farspan.kernels.planning.region_attention.FlashForward`; bfloat16 or float16, head sizes up to WIDEST."""
-    group, scale, width = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5, _width(q, v)
+    scale, width = q.shape[-1] ** -0.5, width_of(q, v)
     if mask is not None:
         scores = _scores(q, k, mask)
         lse = scores.logsumexp(dim=-1)
+        group = q.shape[1] // k.shape[1]
         return _probability(scores, lse) @ v.float().repeat_interleave(group, dim=1), lse
-    libraries = installed(q.device)
-    # [N, Hq, T, D] -> [N, Hq, T, W]; [N, Hk, S, D or Dv] -> [N, Hq, S, W]
-    query, key, value = (_fit(x, heads, width) for x, heads in ((q, 1), (k, group), (v, group)))
+    _, library = choose(installed(q.device), width)
     parts = []
     for rows, keys, is_triangle in _squares(q.shape[2], k.shape[2], causal):
-        library = choose(libraries, rows.stop - rows.start, keys.stop, width)
-        parts.append(
-            library.forward(query[:, :, rows], key[:, :, keys], value[:, :, keys], causal=is_triangle, scale=scale)
-        )
+        query, key, value = (_packed(x, width) for x in (q[:, :, rows], k[:, :, keys], v[:, :, keys]))
+        lengths = Lengths.equal(len(q), rows.stop - rows.start, keys.stop - keys.start, q.device)
+        out, lse = library.forward(query, key, value, lengths, causal=is_triangle, scale=scale)
+        # [N x T, Hq, W] -> [N, Hq, T, W], [Hq, N x T] -> [N, Hq, T]
+        parts.append((_unpacked(out, len(q)), lse.unflatten(1, (len(q), -1)).transpose(0, 1)))
     # [N, Hq, T of a part, W] -> [N, Hq, T, W] -> [N, Hq, T, Dv]
     out, lse = parts[0] if len(parts) == 1 else (torch.cat(x, dim=2) for x in zip(*parts, strict=True))
     return out[..., : v.shape[-1]], lse
@@ -73,25 +74,22 @@ def flash_backward(
     out, dout = out.to(q.dtype), dout.to(q.dtype)
     if mask is not None:
         return _masked_backward(dout, q, k, v, out, lse, mask)
-    group, scale, width = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5, _width(q, v)
-    libraries = installed(q.device)
-    # [N, Hq, T, D or Dv] -> [N, Hq, T, W]; [N, Hk, S, D or Dv] -> [N, Hq, S, W]
-    query, dout, out = (_fit(x, 1, width) for x in (q, dout, out))
-    key, value = (_fit(x, group, width) for x in (k, v))
-    dq, dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (query, key, value))
+    scale, width = q.shape[-1] ** -0.5, width_of(q, v)
+    _, library = choose(installed(q.device), width)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
     for rows, keys, is_triangle in _squares(q.shape[2], k.shape[2], causal):
-        row_dout, row_q, row_out, row_lse = (x[:, :, rows].contiguous() for x in (dout, query, out, lse))
-        library = choose(libraries, rows.stop - rows.start, keys.stop, width)
+        of_rows = (_packed(x[:, :, rows], width) for x in (dout, q, out))
+        row_dout, row_q, row_out = of_rows
+        key, value = (_packed(x[:, :, keys], width) for x in (k, v))
+        row_lse = lse[:, :, rows].transpose(0, 1).reshape(q.shape[1], -1).contiguous()  # [N, Hq, T] -> [Hq, N x T]
+        lengths = Lengths.equal(len(q), rows.stop - rows.start, keys.stop - keys.start, q.device)
         found = library.backward(
-            row_dout, row_q, key[:, :, keys], value[:, :, keys], row_out, row_lse, causal=is_triangle, scale=scale
+            row_dout, row_q, key, value, row_out, row_lse, lengths, causal=is_triangle, scale=scale
         )
         # Libraries return 16 bits: each is rounded once, and their sum is float32.
-        dq[:, :, rows] += found[0]
-        dk[:, :, keys] += found[1]
-        dv[:, :, keys] += found[2]
-    # [N, Hq, S, W] -> [N, Hk, Hq/Hk, S, W] -> [N, Hk, S, W]
-    dk, dv = (x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv))
-    return dq[..., : q.shape[-1]], dk[..., : k.shape[-1]], dv[..., : v.shape[-1]]
+        for total, part in zip((dq[:, :, rows], dk[:, :, keys], dv[:, :, keys]), found, strict=True):
+            total += _unpacked(part, len(q))[..., : total.shape[-1]]
+    return dq, dk, dv
 
 
 def _squares(queries: int, keys: int, causal: bool) -> list[tuple[slice, slice, bool]]:
@@ -107,15 +105,25 @@ def _squares(queries: int, keys: int, causal: bool) -> list[tuple[slice, slice, 
     return [triangle] if queries == side else [triangle, (slice(side, queries), slice(0, keys), False)]
 
 
-def _width(q: Tensor, v: Tensor) -> int:
+def width_of(q: Tensor, v: Tensor) -> int:
+    """Return the head size that libraries compute with, W."""
     return -(-max(q.shape[-1], v.shape[-1]) // MULTIPLE) * MULTIPLE
 
 
-def _fit(x: Tensor, group: int, width: int) -> Tensor:
-    """Return x `[N, heads, rows, D]` as `[N, heads * group, rows, width]`: heads repeated, padded with zeros."""
+def fit(x: Tensor, width: int) -> Tensor:
+    """Return x `[..., D]` as `[..., width]`, padded with zeros."""
     x = x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return x if group == 1 else x.repeat_interleave(group, dim=1)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _packed(x: Tensor, width: int) -> Tensor:
+    # [N, heads, rows, D] -> [N, rows, heads, D] -> [N x rows, heads, W]
+    return fit(x.transpose(1, 2).flatten(0, 1), width)
+
+
+def _unpacked(x: Tensor, regions: int) -> Tensor:
+    # [N x rows, heads, W] -> [N, rows, heads, W] -> [N, heads, rows, W]
+    return x.unflatten(0, (regions, -1)).transpose(1, 2)
 
 
 def _scores(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """FlashAttention 2, 3 and 4 of the packages flash-attn, flash_attn_3 and flash-attn-4, where they are installed.
 
 Written from the sources of flash-attn 2.8.3.post2, of FlashAttention 3 (3.0.0.b1 and the head of its repository) and of
-flash-attn-4 (4.0.0b3, b13, b36): tensors are `[N, T, H, D]`, the lse is natural and float32, `[N, H, T]` (`[H, T]` for
-packed sequences), and causal is aligned bottom right. Only functions below the public ones take an external out and
-lse; their signatures change, so all arguments go by keyword. `deterministic` is left at the packages' default, the fast
-one: gradients of queries are summed by atomics, in any order (the Triton backend's are not).
+flash-attn-4 (4.0.0b3, b13, b36): tensors of packed sequences are `[T, H, D]`, the lse is natural and float32, `[H, T]`,
+and causal is aligned bottom right. Only functions below the public ones take an external out and lse; their signatures
+change, so all arguments go by keyword. `deterministic` is left at the packages' default, the fast one: gradients of
+queries are summed by atomics, in any order (the Triton backend's are not).
 """
 
 import importlib
@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self, final
 
 from torch import Tensor
 
-from farspan.kernels.cuda.operators import Gradients, Library
+from farspan.kernels.cuda.operators import Gradients, Lengths, Library
 
 PLAIN: dict[str, Any] = {
     "dropout_p": 0.0,
@@ -53,15 +53,15 @@ def call(function: Callable[..., Any], **arguments: Any) -> Any:
 
 
 class Package(Library):
-    """A library of a package: the layout of its base class outside, the package's own layout inside.
+    """A library of a package.
 
-    mark: a parameter of the forward function that only the versions which this class can call have. options,
-    backward_options: arguments of the two functions besides tensors, scale and causal.
+    marks: parameters of the forward and of the backward function that only the versions which this class can call have.
+    options, backward_options: arguments of the two functions besides tensors, lengths, scale and causal.
     """
 
     module: ClassVar[str]
     functions: ClassVar[tuple[str, str]]
-    mark: ClassVar[str]
+    marks: ClassVar[tuple[str, str]]
     options: ClassVar[dict[str, Any]] = {}
     backward_options: ClassVar[dict[str, Any]] = {}
 
@@ -71,32 +71,46 @@ class Package(Library):
     @classmethod
     def find(cls) -> Self | None:
         found = module(cls.module)
-        forward, backward = (getattr(found, name, None) for name in cls.functions)
-        if forward is None or backward is None or cls.mark not in parameters(forward):
+        functions = [getattr(found, name, None) for name in cls.functions]
+        forward, backward = functions
+        if forward is None or backward is None:
             return None
-        return cls(forward, backward)
+        able = all(mark in parameters(function) for mark, function in zip(cls.marks, (forward, backward), strict=True))
+        return cls(forward, backward) if able else None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        q, k, v = _swap(q, k, v)
-        out, lse, *_ = call(self._forward, q=q, k=k, v=v, softmax_scale=scale, causal=causal, **self.options)
-        # [N, T, H, D] -> [N, H, T, D]
-        return out.transpose(1, 2), lse
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, *, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        arguments = _lengths(self._forward, lengths) | self.options
+        out, lse, *_ = call(self._forward, q=q, k=k, v=v, softmax_scale=scale, causal=causal, **arguments)
+        return out, lse
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
-    ) -> Gradients:
-        dout, q, k, v, out = _swap(dout, q, k, v, out)
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lengths: Lengths, *,
+        causal: bool, scale: float,
+    ) -> Gradients:  # fmt: skip
         arguments: dict[str, Any] = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "softmax_scale": scale}
         names = parameters(self._backward)
         arguments |= {"is_causal" if "is_causal" in names else "causal": causal, **self.backward_options}
+        arguments |= _lengths(self._backward, lengths)
         if "softmax_lse" in names:
             # Versions 2 and 3 write their results into tensors that they are given.
             dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
             call(self._backward, softmax_lse=lse, dq=dq, dk=dk, dv=dv, **arguments)
         else:
             dq, dk, dv, *_ = call(self._backward, lse=lse, **arguments)
-        dq, dk, dv = _swap(dq, dk, dv)
         return dq, dk, dv
+
+
+def _lengths(function: Callable[..., Any], lengths: Lengths) -> dict[str, Any]:
+    """Return the lengths as arguments of a function; the first versions of 4 have no `max_seqlen_`."""
+    found = {
+        "cu_seqlens_q": lengths.queries,
+        "cu_seqlens_k": lengths.keys,
+        "max_seqlen_q": lengths.most_queries,
+        "max_seqlen_k": lengths.most_keys,
+    }
+    return {name: value for name, value in found.items() if name in parameters(function)}
 
 
 @final
@@ -106,9 +120,9 @@ class FlashAttn2(Package):
     name = "FlashAttention 2"
     widest = 256
     module = "flash_attn.flash_attn_interface"
-    functions = ("_flash_attn_forward", "_flash_attn_backward")
-    mark = "window_size_left"
-    options: ClassVar[dict[str, Any]] = {"return_softmax": False, **PLAIN}
+    functions = ("_flash_attn_varlen_forward", "_flash_attn_varlen_backward")
+    marks = ("window_size_left", "window_size_left")
+    options: ClassVar[dict[str, Any]] = PLAIN
     backward_options: ClassVar[dict[str, Any]] = {"deterministic": False, **PLAIN}
 
 
@@ -120,7 +134,7 @@ class FlashAttn3(Package):
     widest = 256
     module = "flash_attn_interface"
     functions = ("_flash_attn_forward", "_flash_attn_backward")
-    mark = "attention_chunk"
+    marks = ("attention_chunk", "cu_seqlens_q")
 
 
 @final
@@ -134,10 +148,5 @@ class FlashAttn4(Package):
     widest = 128
     module = "flash_attn.cute.interface"
     functions = ("_flash_attn_fwd", "_flash_attn_bwd")
-    mark = "return_lse"
+    marks = ("return_lse", "cu_seqlens_q")
     options: ClassVar[dict[str, Any]] = {"return_lse": True}
-
-
-def _swap(*tensors: Tensor) -> list[Tensor]:
-    # [N, H, T, D] -> [N, T, H, D], or back
-    return [x.transpose(1, 2) for x in tensors]

@@ -27,6 +27,10 @@ class Masked(Mechanism):
     def static_mask(self) -> AttentionMask | None:
         return self.attention_mask() if self.accesses == {Access.MASK} else None
 
+    @property
+    def is_windowed(self) -> bool:
+        return not self.attention_mask().is_plain
+
     @abstractmethod
     def attention_mask(self) -> AttentionMask:
         """Return which rows see which."""

@@ -50,6 +50,10 @@ class TokenChoice(Mechanism):
     def accesses(self) -> frozenset[Access]:
         return self.among().accesses
 
+    @property
+    def is_windowed(self) -> bool:
+        return self.among().is_windowed
+
     @abstractmethod
     def among(self) -> Masked:
         """Return how the selected tokens of one document see each other; their positions count these from 0."""

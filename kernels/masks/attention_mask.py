@@ -47,6 +47,11 @@ class AttentionMask:
         """Whether all heads have the same mask."""
         return not isinstance(self.window, tuple)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a query sees its full document, or all of it up to itself."""
+        return self.window is None and self.neighborhood is None
+
     def of_heads(self, heads: slice) -> "AttentionMask":
         """The mask of a slice of the query heads."""
         return replace(self, window=self.window[heads]) if isinstance(self.window, tuple) else self

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from farspan.kernels.device_copies import copy_to
+from farspan.kernels.masks.rows import Rows
 from farspan.kernels.merge import accumulation_dtype, empty_partial, merge_
 from farspan.kernels.planning.plan import HeadPlan, Plan
 from farspan.kernels.planning.regions import Kind, Region
@@ -63,7 +65,7 @@ class RegionAttention:
             return self._part_forward(q, k, v, plan, plan.parts[0])
         out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
         for part in plan.parts:
-            heads, kv_heads = _index_of_heads(part, q, k)
+            heads, kv_heads = _index_of_heads(plan, part, q, k)
             # [T, Hq, ..] -> [T, heads of the part, ..]; k and v are repeated for each of these heads
             part_out, part_lse = self._part_forward(q[:, heads], k[:, kv_heads], v[:, kv_heads], plan, part)
             out[:, heads], lse[:, heads] = part_out.to(out.dtype), part_lse
@@ -77,7 +79,7 @@ class RegionAttention:
             return self._part_backward(dout, q, k, v, out, lse, plan, plan.parts[0])
         dq, dk, dv = zeros(q, k, v)
         for part in plan.parts:
-            heads, kv_heads = _index_of_heads(part, q, k)
+            heads, kv_heads = _index_of_heads(plan, part, q, k)
             part_dout, part_q, part_out, part_lse = (x[:, heads] for x in (dout, q, out, lse))
             part_dq, part_dk, part_dv = self._part_backward(
                 part_dout, part_q, k[:, kv_heads], v[:, kv_heads], part_out, part_lse, plan, part
@@ -186,7 +188,10 @@ def _batches_of(plan: Plan, part: HeadPlan, device: torch.device) -> Iterator[_R
     for (kind, num_queries, _), regions in by_shape.items():
         if kind is Kind.MASKED:
             # Masks differ from region to region.
-            yield from (_RegionBatch(x, mask=plan.region_mask(part.attention_mask, x).to(device)) for x in regions)
+            queries, keys = _rows_on(plan, device)
+            for x in regions:
+                mask = part.attention_mask.mask(queries.slice(x.queries), keys.slice(x.keys))
+                yield _RegionBatch(x, mask=mask)
             continue
         most = max(ROWS_AT_ONCE // num_queries, 1)
         batch = _RegionBatch(regions[0])
@@ -208,10 +213,28 @@ def zeros(*like: Tensor) -> Gradients:
     return dq, dk, dv
 
 
-def _index_of_heads(part: HeadPlan, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """The part's query heads and the KV head of each."""
-    heads = torch.tensor(part.heads, device=q.device)
-    return heads, heads // (q.shape[1] // k.shape[1])
+def _rows_on(plan: Plan, device: torch.device) -> tuple[Rows, Rows]:
+    """The plan's queries and keys on a device, where they are copied once."""
+    if device.type == "cpu":
+        return plan.queries, plan.keys
+    key = "rows", device
+    if key not in plan.shared:
+        queries, keys = (
+            Rows(position=copy_to(rows.position, device), document=copy_to(rows.document, device))
+            for rows in (plan.queries, plan.keys)
+        )
+        plan.shared[key] = queries, keys
+    return plan.shared[key]
+
+
+def _index_of_heads(plan: Plan, part: HeadPlan, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """The part's query heads and the KV head of each, int64, copied to a device once."""
+    key = "heads", part.heads, k.shape[1], q.device
+    if key not in plan.shared:
+        heads = torch.tensor(part.heads)
+        index = torch.stack((heads, heads // (q.shape[1] // k.shape[1])))
+        plan.shared[key] = copy_to(index, q.device).unbind(0)
+    return plan.shared[key]
 
 
 def _is_single_region(plan: Plan, part: HeadPlan) -> bool:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from farspan.errors import ConfigError
-from farspan.kernels.backend import BACKENDS, KernelRequest, choose_backend
+from farspan.kernels.backend import BACKENDS, KernelRequest, choose_backend, why_not_before
 from farspan.kernels.mechanism import Access, Mechanism
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.moba import MoBA
@@ -25,11 +25,20 @@ def test_auto_takes_a_backend_that_supports_the_request() -> None:
     assert choose_backend("auto", CUDA, KernelRequest.of(Dense(), torch.float64, 128, 128)) == "reference"
 
 
+@pytest.mark.parametrize("has_triton", [True, False])
 @pytest.mark.parametrize("mechanism", examples(), ids=str)
-def test_auto_takes_no_backend_that_a_plan_of_the_mechanism_would_stop(mechanism: Mechanism) -> None:
-    """Not at the first step but before: keys that expire count as selected, and a recurrence is no softmax."""
-    fused = choose_backend("auto", CUDA, KernelRequest.of(mechanism, torch.bfloat16, 64, 64)) == "cuda"
-    assert fused == (mechanism.accesses == {Access.MASK})
+def test_auto_asks_what_the_work_is(mechanism: Mechanism, has_triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys that expire count as selected, a recurrence is no softmax; windows, neighborhoods and spans are tiles."""
+    reason = None if has_triton else "it is not installed"
+    monkeypatch.setattr(type(BACKENDS.get("triton")), "unavailable_reason", lambda self, device: reason)
+    request = KernelRequest.of(mechanism, torch.bfloat16, 64, 64)
+    is_windowed = type(mechanism).__name__ in {"Window", "Spans", "Neighborhood"}
+    assert request.is_windowed == is_windowed
+    by_library = mechanism.accesses == {Access.MASK} and not (is_windowed and has_triton)
+    tiles = "triton" if has_triton else "reference"
+    chosen = choose_backend("auto", CUDA, request)
+    assert chosen == ("cuda" if by_library else tiles)
+    assert list(why_not_before(chosen, CUDA, request)) == ([] if by_library else ["cuda"])
 
 
 def test_a_backend_asked_for_by_name_is_taken_or_refused() -> None:

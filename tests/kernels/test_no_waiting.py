@@ -4,14 +4,13 @@ Selections by content are not here: the host makes lists of them, for which it w
 """
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from farspan.kernels import recurrent_attention
-from farspan.kernels.backends import cuda
+from farspan.kernels.cuda import flash as cuda_flash
 from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.layers.key_convolution import Taps, convolve, convolve_backward
 from farspan.kernels.layers.norm import rms_norm
@@ -21,7 +20,6 @@ from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.moe.expert_router import ExpertRouter
 from farspan.kernels.moe.head_router import AttentionExperts, MixtureOfHeads
-from farspan.kernels.planning.region_attention import RegionAttention
 from farspan.kernels.routing.router_logits import routing_logits
 from farspan.kernels.sequence_attention import plan_sequence_attention
 from tests.support.mechanisms import examples, inputs_of
@@ -33,14 +31,6 @@ HEADS = Heads(query=8, kv=2)
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=META, requires_grad=True)
-
-
-def flash(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-def flash_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, **_: Any) -> Any:
-    return tuple(torch.empty_like(x, dtype=torch.float32) for x in (q, k, v))
 
 
 RECURRENCE = SimpleNamespace(
@@ -55,7 +45,7 @@ RECURRENCE = SimpleNamespace(
 )
 def test_attention(mechanism: Mechanism, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans, isolation, merges and what a backend does around the kernels, which are not run."""
-    monkeypatch.setattr(cuda, "_REGIONS", RegionAttention(flash, flash_backward))
+    monkeypatch.setattr(cuda_flash, "generation", lambda device: 8)
     monkeypatch.setattr(recurrent_attention, "_recurrent_backend", lambda _: RECURRENCE)
     rows = PACKED
     if order == "shuffled":

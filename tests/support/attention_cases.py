@@ -81,9 +81,9 @@ def run_parts(tensors: Tensors, parts: Sequence[Tensor], plans: Sequence[Plan], 
     dq, dk, dv = (torch.zeros_like(x, dtype=out.dtype) for x in (q, k, v))
     for part, plan in zip(parts, plans, strict=True):
         found = attention_backward(dout, q, k[part], v[part], out.to(q.dtype), lse, plan, backend=backend)
-        assert all(x.dtype == out.dtype for x in found)
+        assert all(x.dtype in (q.dtype, out.dtype) for x in found)
         dq += found[0]
-        dk[part], dv[part] = found[1:]
+        dk[part], dv[part] = (x.to(out.dtype) for x in found[1:])
     return [out, lse, dq, dk, dv]
 
 

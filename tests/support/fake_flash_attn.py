@@ -47,13 +47,16 @@ def forward(
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> Three:
-    """Return (dq, dk, dv) by the formula, without grouped heads."""
+    """Return (dq, dk, dv) by the formula."""
     p = (scores(q, k, causal, scale, (-1, -1)) - lse.unsqueeze(-1)).exp()
-    dout = dout.float()
+    dout, shared = dout.float(), (k.shape[1], q.shape[1] // k.shape[1])
+    key, value = (x.float().repeat_interleave(shared[1], dim=1) for x in (k, v))
     delta = (dout * out.float()).sum(-1).t().unsqueeze(-1)
-    ds = p * (torch.einsum("thd,shd->hts", dout, v.float()) - delta) * scale
-    dq, dk = torch.einsum("hts,shd->thd", ds, k.float()), torch.einsum("hts,thd->shd", ds, q.float())
+    ds = p * (torch.einsum("thd,shd->hts", dout, value) - delta) * scale
+    dq, dk = torch.einsum("hts,shd->thd", ds, key), torch.einsum("hts,thd->shd", ds, q.float())
     dv = torch.einsum("hts,thd->shd", p, dout)
+    # [S, H, D] -> [S, Hk, H/Hk, D] -> [S, Hk, D]
+    dk, dv = (x.unflatten(1, shared).sum(2) for x in (dk, dv))
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
@@ -63,32 +66,6 @@ def check(name: str, widest: int, *tensors: Tensor) -> None:
     assert tensors[0].dtype in (torch.bfloat16, torch.float16)
     assert all(x.stride(-1) == 1 and x.shape[-1] % 8 == 0 and x.shape[-1] <= widest for x in tensors)
     assert all(x.numel() for x in tensors)
-
-
-def padded_forward(
-    name: str, widest: int, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    """Return out `[N, T, H, D]` and lse `[N, H, T]`."""
-    check(name, widest, q, k, v)
-    assert scale is not None
-    assert q.shape[0] == k.shape[0] == v.shape[0]
-    parts = [forward(q[i], k[i], v[i], causal, scale) for i in range(len(q))]
-    outs, lses = zip(*parts, strict=True)
-    return torch.stack(outs), torch.stack(lses)
-
-
-def padded_backward(
-    name: str, widest: int, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool,
-    scale: float | None,
-) -> Three:  # fmt: skip
-    check(name, widest, dout, q, k, v, out)
-    assert scale is not None
-    assert lse.dtype == torch.float32
-    assert lse.is_contiguous()
-    assert lse.shape == (q.shape[0], q.shape[2], q.shape[1])
-    parts = [backward(dout[i], q[i], k[i], v[i], out[i], lse[i], causal, scale) for i in range(len(q))]
-    dq, dk, dv = (torch.stack(x) for x in zip(*parts, strict=True))
-    return dq, dk, dv
 
 
 def fill(targets: tuple[Tensor | None, ...], found: Three) -> None:
@@ -104,9 +81,12 @@ def sequences(
     assert cu_q is not None
     assert cu_k is not None
     assert cu_q.dtype == cu_k.dtype == torch.int32
+    assert cu_q.is_contiguous()
+    assert cu_k.is_contiguous()
     assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
     for rows, keys in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
         assert rows[1] > rows[0], "the real one gives NaN for a sequence without queries"
+        assert keys[1] > keys[0], "versions differ in what they return for a sequence without keys"
         yield slice(*rows), slice(*keys)
 
 
@@ -126,28 +106,26 @@ def packed(
     return out, torch.cat(lses, dim=1)
 
 
+def packed_backward(
+    name: str, widest: int, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_q: Tensor | None, cu_k: Tensor | None, max_q: int | None, max_k: int | None, scale: float | None, causal: bool,
+) -> Three:  # fmt: skip
+    check(name, widest, dout, q, k, v, out)
+    assert scale is not None
+    assert lse.dtype == torch.float32
+    assert lse.is_contiguous()
+    assert lse.shape == (q.shape[1], q.shape[0])
+    parts = [
+        backward(dout[rows], q[rows], k[keys], v[keys], out[rows], lse[:, rows], causal, scale)
+        for rows, keys in sequences(cu_q, cu_k, max_q, max_k)
+    ]
+    dq, dk, dv = (torch.cat(x) for x in zip(*parts, strict=True))
+    assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, v.shape), "all rows are in a sequence"
+    return dq, dk, dv
+
+
 def empty() -> Tensor:
     return torch.zeros(0)
-
-
-@torch.library.custom_op("farspan_fake_2::forward", mutates_args=())
-def fa2_forward(
-    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int,
-    window_size_right: int, softcap: float, alibi_slopes: Tensor | None, return_softmax: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    assert (dropout_p, window_size_left, window_size_right, softcap, alibi_slopes) == (0.0, -1, -1, 0.0, None)
-    return *padded_forward("fa2", 256, q, k, v, causal, softmax_scale), empty(), empty()
-
-
-@torch.library.custom_op("farspan_fake_2::backward", mutates_args=("dq", "dk", "dv"))
-def fa2_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor | None,
-    dk: Tensor | None, dv: Tensor | None, dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int,
-    window_size_right: int, softcap: float, alibi_slopes: Tensor | None, deterministic: bool,
-) -> Tensor:  # fmt: skip
-    assert (dropout_p, window_size_left, window_size_right, softcap, alibi_slopes) == (0.0, -1, -1, 0.0, None)
-    fill((dq, dk, dv), padded_backward("fa2", 256, dout, q, k, v, out, softmax_lse, causal, softmax_scale))
-    return empty()
 
 
 @torch.library.custom_op("farspan_fake_2::varlen_forward", mutates_args=())
@@ -156,8 +134,9 @@ def fa2_varlen_forward(
     dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int = -1, window_size_right: int = -1,
     softcap: float = 0.0, alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    assert (dropout_p, window_size_left, window_size_right, softcap, alibi_slopes) == (0.0, -1, -1, 0.0, None)
     lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    return *packed("fa2_varlen", 256, q, k, v, *lengths, softmax_scale, causal), empty(), empty()
+    return *packed("fa2", 256, q, k, v, *lengths, softmax_scale, causal), empty(), empty()
 
 
 @torch.library.custom_op("farspan_fake_2::varlen_backward", mutates_args=("dq", "dk", "dv"))
@@ -167,16 +146,9 @@ def fa2_varlen_backward(
     max_seqlen_k: int, dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int,
     window_size_right: int, softcap: float, alibi_slopes: Tensor | None, deterministic: bool,
 ) -> Tensor:  # fmt: skip
-    check("fa2_varlen", 256, dout, q, k, v, out)
-    assert softmax_lse.dtype == torch.float32
-    assert softmax_lse.is_contiguous()
-    assert softmax_lse.shape == (q.shape[1], q.shape[0])
-    parts = [
-        backward(dout[rows], q[rows], k[keys], v[keys], out[rows], softmax_lse[:, rows], causal, softmax_scale)
-        for rows, keys in sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    ]
-    found = [torch.cat(x) for x in zip(*parts, strict=True)]
-    fill((dq, dk, dv), (found[0], found[1], found[2]))
+    assert (dropout_p, window_size_left, window_size_right, softcap, alibi_slopes) == (0.0, -1, -1, 0.0, None)
+    given = dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    fill((dq, dk, dv), packed_backward("fa2", 256, *given, softmax_scale, causal))
     return empty()
 
 
@@ -187,7 +159,9 @@ def fa2_varlen_func(
     return packed("fa2_public", 256, q, k, v, *lengths, None, causal, window_size)[0]
 
 
-def fa2_old_forward(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_softmax):
+def fa2_old_forward(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size
+) -> Tensor:
     """flash-attn 2.6, which has one window and returns eight values."""
     raise AssertionError("this version is never called")
 
@@ -197,16 +171,19 @@ def fa3_b1_forward(
     max_seqlen_k, page_table, kv_batch_idx, leftpad_k, rotary_cos, rotary_sin, seqlens_rotary, q_descale, k_descale,
     v_descale, softmax_scale, causal, *, attention_chunk=0,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    assert (k_new, qv, out, cu_seqlens_q, page_table, q_descale) == (None,) * 6
-    return *padded_forward("fa3", 256, q, k, v, causal, softmax_scale), empty(), empty()
+    assert (k_new, qv, out, seqused_q, page_table, q_descale) == (None,) * 6
+    assert softmax_scale is not None
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    return *packed("fa3", 256, q, k, v, *lengths, softmax_scale, causal), empty(), empty()
 
 
 def fa3_b1_backward(
     dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, sequed_q, sequed_k, max_seqlen_q, max_seqlen_k, dq, dk,
     dv, softmax_scale, causal,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    assert (cu_seqlens_q, cu_seqlens_k, sequed_q, sequed_k, max_seqlen_q, max_seqlen_k) == (None,) * 6
-    fill((dq, dk, dv), padded_backward("fa3", 256, dout, q, k, v, out, softmax_lse, causal, softmax_scale))
+    assert (sequed_q, sequed_k) == (None, None)
+    given = dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    fill((dq, dk, dv), packed_backward("fa3", 256, *given, softmax_scale, causal))
     return dq, dk, dv, empty()
 
 
@@ -219,31 +196,46 @@ def fa3_varlen_func(
 
 @torch.library.custom_op("farspan_fake_3::forward", mutates_args=())
 def fa3_head_forward(
-    q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None = None, causal: bool = False,
-    attention_chunk: int = 0,
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, softmax_scale: float | None = None,
+    causal: bool = False, attention_chunk: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return *padded_forward("fa3", 256, q, k, v, causal, softmax_scale), empty(), empty()
+    assert softmax_scale is not None
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    return *packed("fa3", 256, q, k, v, *lengths, softmax_scale, causal), empty(), empty()
 
 
 @torch.library.custom_op("farspan_fake_3::backward", mutates_args=("dq", "dk", "dv"))
 def fa3_head_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor | None = None,
-    dk: Tensor | None = None, dv: Tensor | None = None, softmax_scale: float | None = None, is_causal: bool = False,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor,
+    cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None, dq: Tensor | None = None, dk: Tensor | None = None, dv: Tensor | None = None,
+    softmax_scale: float | None = None, is_causal: bool = False,
 ) -> Tensor:  # fmt: skip
-    fill((dq, dk, dv), padded_backward("fa3", 256, dout, q, k, v, out, softmax_lse, is_causal, softmax_scale))
+    given = dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    fill((dq, dk, dv), packed_backward("fa3", 256, *given, softmax_scale, is_causal))
     return empty()
 
 
-def fa4_b36_forward(q, k, v, *, softmax_scale=None, causal=False, return_lse=False) -> tuple[Tensor | None, ...]:
+def fa4_b36_forward(
+    q, k, v, *, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, softmax_scale=None,
+    causal=False, return_lse=False,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     assert return_lse or any(x.requires_grad for x in (q, k, v)), "it keeps its lse to itself"
-    return *padded_forward("fa4", 128, q, k, v, causal, softmax_scale), None, None, None
+    assert softmax_scale is not None
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    return *packed("fa4", 128, q, k, v, *lengths, softmax_scale, causal), None, None, None
 
 
-def fa4_b36_backward(q, k, v, out, dout, lse, *, softmax_scale=None, causal=False) -> tuple[Tensor, ...]:
-    return padded_backward("fa4", 128, dout, q, k, v, out, lse, causal, softmax_scale)
+def fa4_b36_backward(
+    q, k, v, out, dout, lse, *, softmax_scale=None, causal=False, cu_seqlens_q=None, cu_seqlens_k=None,
+    max_seqlen_q=None, max_seqlen_k=None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    return packed_backward("fa4", 128, dout, q, k, v, out, lse, *lengths, softmax_scale, causal)
 
 
-def fa4_early_forward(q, k, v, *, softmax_scale=None, causal=False):
+def fa4_early_forward(q, k, v, *, cu_seqlens_q=None, cu_seqlens_k=None, softmax_scale=None, causal=False):
     """That inside flash-attn 2.8.3, whose lse is None where nothing requires a gradient."""
     raise AssertionError("this version is never called")
 
@@ -258,12 +250,11 @@ def fa4_varlen_func(
     return packed("fa4_public", 128, q, k, v, *lengths, None, causal, window)[0], None
 
 
-FA2 = {"_flash_attn_forward": fa2_forward, "_flash_attn_backward": fa2_backward,
-       "_flash_attn_varlen_forward": fa2_varlen_forward, "_flash_attn_varlen_backward": fa2_varlen_backward,
+FA2 = {"_flash_attn_varlen_forward": fa2_varlen_forward, "_flash_attn_varlen_backward": fa2_varlen_backward,
        "flash_attn_varlen_func": fa2_varlen_func}  # fmt: skip
 VERSIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "fa2": ("flash_attn.flash_attn_interface", FA2),
-    "fa2_old": ("flash_attn.flash_attn_interface", FA2 | {"_flash_attn_forward": fa2_old_forward}),
+    "fa2_old": ("flash_attn.flash_attn_interface", FA2 | {"_flash_attn_varlen_forward": fa2_old_forward}),
     "fa3_b1": (
         "flash_attn_interface",
         {"_flash_attn_forward": fa3_b1_forward, "_flash_attn_backward": fa3_b1_backward,

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.backend import BACKENDS
+from farspan.kernels.cuda import varlen
 from farspan.kernels.mechanism import MECHANISMS, Heads
 from farspan.kernels.mechanisms.window import Window
 from farspan.kernels.moe import grouped_loop
+from farspan.kernels.planning.varlen import VarlenSequence
 from farspan.parallel.ranks import Ranks, connected
 from farspan.tools import bench_experts, gpu_checks
 from farspan.tools.bench.case import Shape
@@ -56,6 +58,12 @@ def test_every_example_meets_every_shape_over_one_document_and_several(small: No
     assert {bool((check.rows.document > 0).any()) for _, check in found} == {True, False}
 
 
+@pytest.fixture(autouse=True)
+def shapes_of_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks make another counter."""
+    monkeypatch.setattr(varlen, "SHAPES", varlen.SHAPES)
+
+
 def test_right_ones_pass(small: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "--mechanisms", "window", "--tokens", "64") == (
         0,
@@ -63,6 +71,9 @@ def test_right_ones_pass(small: None, capsys: pytest.CaptureFixture[str]) -> Non
         "12 checks of products of experts are correct\n"
         "0 are wrong, 0 were left out as the time budget was used up\n",
     )
+    # cuDNN is checked over one document, and packed documents are left to FlashAttention.
+    assert varlen.SHAPES.is_worth(VarlenSequence(0, 64, 0, 64, causal=True))
+    assert not varlen.SHAPES.is_worth(VarlenSequence(0, 32, 0, 32, causal=True))
 
 
 @pytest.mark.parametrize("name", ["moba", "vmoba", "sparge", "vggt", "mosa", "nats"])

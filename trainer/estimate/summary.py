@@ -8,7 +8,7 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from farspan.kernels.backend import BACKENDS
+from farspan.kernels.backend import BACKENDS, why_not_before
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import SAMPLED, Mechanism
 from farspan.kernels.merge import accumulation_dtype
@@ -17,7 +17,7 @@ from farspan.parallel.comm import Unconnected
 from farspan.parallel.context_parallel.key_convolution import mean_rows_sent
 from farspan.parallel.mesh import Degrees
 from farspan.trainer.batch import shards_of_one_document
-from farspan.trainer.build import backends_of_layers, build_strategies, strategies_of_layers
+from farspan.trainer.build import backends_of_layers, build_strategies, kernel_requests, strategies_of_layers
 from farspan.trainer.config import Config
 from farspan.trainer.data.source import TokenSource, share_of_tokens
 from farspan.trainer.estimate.memory import estimate_memory
@@ -152,17 +152,27 @@ def format_layers(mechanisms: Sequence[Mechanism], *, short: bool = False) -> st
 
 
 def _backends(config: Config) -> str:
-    backend = config.attention.backend
-    # With auto, layers that need different backends choose their own.
-    names = backends_of_layers(config, torch.device(config.train.device)) if backend == "auto" else [backend]
-    return ", ".join(map(_backend, dict.fromkeys(names)))
+    backend, device = config.attention.backend, torch.device(config.train.device)
+    if backend != "auto":
+        return _backend(backend, {})
+    # Layers that need different backends choose their own: the layers' names by the backend and why it is taken.
+    kinds: dict[str, dict[str, None]] = {}
+    names, requests = backends_of_layers(config, device), kernel_requests(config)
+    for mechanism, name, request in zip(config.mechanisms(), names, requests, strict=True):
+        kinds.setdefault(_backend(name, why_not_before(name, device, request)), {})[type(mechanism).__name__] = None
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    return "; ".join(f"{' and '.join(layers)}: {backend}" for backend, layers in kinds.items())
 
 
-def _backend(name: str) -> str:
+def _backend(name: str, others: dict[str, str]) -> str:
+    """others: the backends that were passed over, and why."""
     if name == "reference":
-        return "reference (for checks only: stores all scores, which the memory below leaves out)"
-    libraries = BACKENDS.get(name).calls()
-    return f"{name} ({libraries})" if libraries else name
+        notes = ["for checks only: stores all scores, which the memory below leaves out"]
+    else:
+        notes = [note for note in (BACKENDS.get(name).calls(), BACKENDS.get(name).note) if note]
+    notes += (f"not {other}: {reason}" for other, reason in others.items())
+    return f"{name} ({'; '.join(notes)})" if notes else name
 
 
 def attention_bytes(config: Config, degrees: Degrees) -> int:

@@ -10,7 +10,7 @@ from farspan.kernels.backend import BACKENDS
 from farspan.kernels.cuda import flash as library_flash
 from farspan.kernels.cuda import packages as flash_attn
 from farspan.kernels.cuda.flash import choose, installed
-from farspan.kernels.cuda.operators import Cudnn, Library, TorchFlash
+from farspan.kernels.cuda.operators import Cudnn, Lengths, Library, TorchFlash
 from farspan.kernels.cuda.packages import FlashAttn2, FlashAttn3, FlashAttn4, Package
 from farspan.kernels.masks.attention_mask import AttentionMask
 from tests.kernels.cuda.test_flash import ATTENTION_MASKS, check_formula, check_parts_over_disjoint_keys
@@ -54,20 +54,25 @@ def test_out_and_lse_may_be_of_more_keys(version: str) -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_operators_themselves(version: str, causal: bool) -> None:
-    """Forward and backward of one square: the shapes and dtypes of the base class, tensors not contiguous."""
+    """Forward and backward of two sequences with grouped heads, not contiguous, aligned bottom right."""
     library = VERSIONS[version].find()
     assert isinstance(library, VERSIONS[version])
-    # [N, T, H, D] -> [N, H, T, D]
-    q, k, v, dout = (x.transpose(1, 2) for x in normal(*[(2, 40, 3, 16)] * 4, dtype=torch.float16))
-    out, lse = library.forward(q, k, v, causal=causal, scale=0.25)
-    found = library.backward(dout, q, k, v, out, lse.contiguous(), causal=causal, scale=0.25)
-    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (2, 3, 40), torch.float32)
+    # [T, D, H] -> [T, H, D]
+    q, k, v, dout = (
+        x.transpose(1, 2).contiguous()[..., :16]
+        for x in normal((70, 24, 4), (90, 24, 2), (90, 24, 2), (70, 24, 4), dtype=torch.float16)
+    )
+    queries, keys = torch.tensor([[0, 30, 70], [0, 35, 90]], dtype=torch.int32)
+    lengths = Lengths(queries=queries, keys=keys, most_queries=40, most_keys=55)
+    out, lse = library.forward(q, k, v, lengths, causal=causal, scale=0.25)
+    found = library.backward(dout, q, k, v, out, lse, lengths, causal=causal, scale=0.25)
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (4, 70), torch.float32)
     assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in (q, k, v)]
-    mask = torch.ones(40, 40, dtype=torch.bool).tril() if causal else torch.ones(40, 40, dtype=torch.bool)
-    for number in range(2):
-        tensors = Tensors(*(x[number].transpose(0, 1) for x in (q, k, v, dout)))
-        got = [x[number].transpose(0, 1) for x in (out, lse, *found)]
-        oracle.assert_close(got, expect(tensors, mask.expand(3, -1, -1)), 4e-3)
+    mask = torch.zeros(70, 90, dtype=torch.bool)
+    mask[:30, :35] = torch.ones(30, 35, dtype=torch.bool).tril(5 if causal else 35)
+    mask[30:, 35:] = torch.ones(40, 55, dtype=torch.bool).tril(15 if causal else 55)
+    expected = expect(Tensors(q, k, v, dout), mask.expand(4, -1, -1))
+    oracle.assert_close([out, lse.t(), *found], expected, 4e-3)
 
 
 @pytest.mark.parametrize("package", [FlashAttn2, FlashAttn3, FlashAttn4])
@@ -117,36 +122,34 @@ ALL = ("fa2", "fa3_head", "fa4_b36")
 
 
 @pytest.mark.parametrize(
-    ("generation", "versions", "cudnn", "length", "width", "expected"),
+    ("generation", "versions", "cudnn", "width", "expected"),
     [
-        (9, ALL, 91501, 128, 128, FlashAttn3),
-        (9, ALL, 91501, 1, 256, FlashAttn3),
-        (9, ("fa2", "fa4_b36"), 91501, 128, 128, Cudnn),
-        (9, ("fa2", "fa4_b36"), 91500, 128, 128, FlashAttn4),
-        (9, ("fa2", "fa4_b36"), 91501, 63, 128, FlashAttn4),
-        (9, ("fa2", "fa4_b36"), 91501, 128, 136, FlashAttn2),
-        (9, (), 91501, 128, 128, Cudnn),
-        (9, (), 91501, 128, 136, TorchFlash),
-        (10, ALL, 91501, 128, 128, FlashAttn4),
-        (10, ("fa3_b1",), 91501, 128, 128, Cudnn),
-        (10, ALL, 91501, 128, 192, FlashAttn2),
-        (8, ALL, 91501, 128, 128, FlashAttn2),
-        (8, (), 91501, 128, 128, TorchFlash),
-        (12, ("fa3_b1", "fa4_b36"), 91501, 128, 64, TorchFlash),
+        (9, ALL, 91501, 128, (None, FlashAttn3)),
+        (9, ALL, 91501, 256, (None, FlashAttn3)),
+        (9, ("fa2", "fa4_b36"), 91501, 128, (Cudnn, FlashAttn4)),
+        (9, ("fa2", "fa4_b36"), 91500, 128, (None, FlashAttn4)),
+        (9, ("fa2", "fa4_b36"), 91501, 136, (None, FlashAttn2)),
+        (9, (), 91501, 128, (Cudnn, TorchFlash)),
+        (9, (), 91501, 136, (None, TorchFlash)),
+        (10, ALL, 91501, 128, (None, FlashAttn4)),
+        (10, ("fa3_b1",), 91501, 128, (Cudnn, TorchFlash)),
+        (10, ALL, 91501, 192, (None, FlashAttn2)),
+        (8, ALL, 91501, 128, (None, FlashAttn2)),
+        (8, (), 91501, 128, (None, TorchFlash)),
+        (12, ("fa3_b1", "fa4_b36"), 91501, 64, (None, TorchFlash)),
     ],
 )
 def test_choice(
     generation: int,
     versions: tuple[str, ...],
     cudnn: int,
-    length: int,
     width: int,
-    expected: type[Library],
+    expected: tuple[type[Cudnn] | None, type[Library]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     prepare(monkeypatch, *versions, generation=generation, cudnn=cudnn)
-    assert type(choose(installed(CPU), length, 256, width)) is expected
-    assert type(choose(installed(CPU), 256, length, width)) is expected
+    for_one, for_many = choose(installed(CPU), width)
+    assert (None if for_one is None else type(for_one), type(for_many)) == expected
 
 
 def test_libraries_that_were_found_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

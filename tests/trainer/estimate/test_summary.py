@@ -12,14 +12,12 @@ from farspan.kernels.backend import BACKENDS
 from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanisms.dense import Dense
-from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.parallel.context_parallel.key_convolution import mean_rows_sent
 from farspan.parallel.layout import LAYOUTS, Shards
 from farspan.parallel.mesh import Degrees, ParallelConfig
 from farspan.trainer.config import AttentionConfig, Config, DataConfig, RunConfig, TrainConfig
 from farspan.trainer.data.source import SplitWriter, TokenSource
 from farspan.trainer.data.tokenizer import load_tokenizer
-from farspan.trainer.estimate import summary
 from farspan.trainer.estimate.summary import (
     attention_bytes,
     convolution_bytes,
@@ -209,15 +207,23 @@ def test_the_note_is_in_the_summary() -> None:
     assert "note" not in labels(summarize(CONFIG))
 
 
-def test_layers_that_need_different_backends_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = {Lightning: "triton", Dense: "cuda"}
-    monkeypatch.setattr(
-        summary, "backends_of_layers", lambda config, device: [chosen[type(m)] for m in config.mechanisms()]
+def test_the_backend_of_each_kind_of_layer_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's, as a dry run on a machine without one says it."""
+    monkeypatch.setattr(type(BACKENDS.get("triton")), "unavailable_reason", lambda self, device: None)
+    mechanism = "moba, window, dense, dense"
+    attention = AttentionConfig(mechanism=mechanism, options={"moba": {"block": 64}}, backend="auto")
+    train = replace(CONFIG.train, device="cuda", compute_dtype="bfloat16")
+    config = tiny.with_model(replace(CONFIG, attention=attention, train=train), layers=4)
+    dense = "Dense: cuda (one call of FlashAttention for packed documents, cuDNN for long or repeated ones)"
+    assert labels(describe(config, Degrees.resolve(config.parallel, 2)))["backend"] == (
+        "MoBA: triton (not cuda: it cannot attend to keys that are selected by content); "
+        f"Window: triton (not cuda: it takes a call for each part of a window); {dense}"
     )
     monkeypatch.setattr(type(BACKENDS.get("cuda")), "calls", lambda self: "cuDNN, torch's FlashAttention")
-    config = replace(tiny.with_model(HYBRID, vocabulary_size=320), attention=replace(HYBRID.attention, backend="auto"))
-    found = labels(describe(config, Degrees.resolve(config.parallel, 2)))
-    assert found["backend"] == "triton, cuda (cuDNN, torch's FlashAttention)"
+    config = replace(config, attention=replace(attention, mechanism="dense", options={}))
+    assert labels(describe(config, Degrees.resolve(config.parallel, 2)))["backend"] == dense.removeprefix(
+        "Dense: "
+    ).replace("(", "(cuDNN, torch's FlashAttention; ")
 
 
 def test_layers_are_counted() -> None:

@@ -1,0 +1,146 @@
+"""Packed documents on a device: how many operations and copies they take, and what is left to cuDNN."""
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from farspan.kernels.attention import attention_backward, attention_forward
+from farspan.kernels.cuda import flash as cuda_flash
+from farspan.kernels.cuda import varlen
+from farspan.kernels.cuda.operators import Cudnn, TorchFlash
+from farspan.kernels.masks.attention_mask import AttentionMask
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.planning.plan import Plan
+from farspan.parallel.layout import Shards
+from tests.support import attention_cases
+
+META = torch.device("meta")
+TOKENS, HEADS = 131_072, 32
+
+
+class Operations(TorchDispatchMode):
+    """Operations that a device would run: no views, and no memory that nothing is written into.
+
+    names: of all. copies: how many of them are copies from the host.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.copies = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        is_view = any(x.alias_info is not None and not x.alias_info.is_write for x in func._schema.returns)
+        if not is_view and not func.__name__.startswith(("empty", "new_empty")):
+            self.names.append(func.__name__)
+        from_host = isinstance(args[0], Tensor) and args[0].device.type == "cpu" if args else False
+        self.copies += from_host and (kwargs or {}).get("device", args[0].device).type == "meta"
+        return func(*args, **(kwargs or {}))
+
+
+def lengths(mean: int, generator: np.random.Generator) -> list[int]:
+    """Documents, log-normal, that fill a sequence; the last one is cut."""
+    found: list[int] = []
+    while sum(found) < TOKENS:
+        found.append(min(1 + int(generator.lognormal(np.log(mean) - 0.5, 1.0)), TOKENS - sum(found)))
+    return found
+
+
+def tensors(queries: int, keys: int) -> list[Tensor]:
+    sizes = (queries, HEADS), (keys, HEADS // 4), (keys, HEADS // 4), (queries, HEADS)
+    return [torch.empty(*size, 128, dtype=torch.bfloat16, device=META) for size in sizes]
+
+
+@pytest.mark.parametrize("layout", ["whole", "contiguous", "zigzag", "striped"])
+def test_operations_do_not_grow_with_documents(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """125 documents of one rank, or of a rank's queries and another's keys, in the second layer."""
+    monkeypatch.setattr(cuda_flash, "generation", lambda device: 8)
+    rows = Rows.packed(np.diff(np.linspace(0, TOKENS, 126).astype(int)).tolist())
+    queries = keys = rows
+    if layout != "whole":
+        queries, keys = (rows.take(Shards.build(rows, layout=layout, degree=8).index[rank]) for rank in (3, 2))
+    plan = Plan.build(queries, keys, AttentionMask(), heads=HEADS)
+    q, k, v, dout = tensors(len(queries), len(keys))
+    attention_backward(dout, q, k, v, *attention_forward(q, k, v, plan, backend="cuda"), plan, backend="cuda")
+    with Operations() as forward:
+        out, lse = attention_forward(q, k, v, plan, backend="cuda")
+    with Operations() as backward:
+        attention_backward(dout, q, k, v, out, lse, plan, backend="cuda")
+    assert forward.names.count("_flash_attention_forward.default") == 1
+    assert backward.names.count("_flash_attention_backward.default") == 1
+    assert len(forward.names) <= 30, forward.names
+    assert len(backward.names) <= 60, backward.names
+
+
+@pytest.mark.parametrize(
+    "attention_mask",
+    [
+        AttentionMask(),
+        AttentionMask(window=40, sinks=2),
+        AttentionMask(window=(40, 90) * 16),
+        attention_cases.GRID,
+    ],
+    ids=str,
+)
+def test_tables_are_copied_once_for_a_sequence(attention_mask: AttentionMask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_flash, "generation", lambda device: 8)
+    rows = Rows.packed([10, 130, 1, 60], padding=3)
+    plan, (q, k, v, dout) = Plan.build(rows, rows, attention_mask, heads=HEADS), tensors(len(rows), len(rows))
+    for layer in range(2):
+        with Operations() as found:
+            out, lse = attention_forward(q, k, v, plan, backend="cuda")
+            attention_backward(dout, q, k, v, out, lse, plan, backend="cuda")
+        assert bool(found.copies) == (layer == 0)
+
+
+@pytest.fixture
+def with_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen, "installed", lambda device: [Cudnn(), TorchFlash()])
+    monkeypatch.setattr(varlen, "SHAPES", varlen.ShapeCounter())
+
+
+def cudnn_shapes(queries: Rows, keys: Rows) -> Iterator[tuple[int, int, bool]]:
+    """Queries, keys and whether it is causal of the calls of cuDNN in a plan of a new sequence."""
+    plan = Plan.build(queries, keys, AttentionMask(), heads=HEADS)
+    q, k, _, _ = tensors(len(queries), len(keys))
+    for call in varlen.calls_of(plan, q, k) or ():
+        if isinstance(call.library, Cudnn):
+            assert isinstance(call.queries, slice)
+            assert isinstance(call.keys, slice)
+            yield call.queries.stop - call.queries.start, call.keys.stop - call.keys.start, call.causal
+
+
+@pytest.mark.usefixtures("with_cudnn")
+@pytest.mark.parametrize("degree", [1, 8])
+def test_new_shapes_of_cudnn_per_sequence_of_125_documents(degree: int) -> None:
+    """At most two in any sequence, in a ring of 8 by its worst rank."""
+    generator, known = np.random.default_rng(0), set()
+    for _ in range(8):
+        rows = Rows.packed(lengths(1_000, generator))
+        shards = Shards.build(rows, layout="zigzag", degree=degree)
+        parts = [rows.take(index) for index in shards.index]
+        new = set(chain.from_iterable(cudnn_shapes(parts[-1], keys) for keys in parts)) - known
+        assert len(new) <= 2
+        known |= new
+
+
+@pytest.mark.usefixtures("with_cudnn")
+def test_long_and_repeated_shapes_are_left_to_cudnn() -> None:
+    """One document is long; chunks of a ring of 8 repeat, and are few shapes; short documents share a call."""
+    one = Rows.packed([TOKENS])
+    assert list(cudnn_shapes(one, one)) == [(TOKENS, TOKENS, True)]
+    short = Rows.packed([8_192, 100])
+    assert [len(list(cudnn_shapes(short, short))) for _ in range(9)] == [0] * 7 + [1] * 2
+    parts = [one.take(index) for index in Shards.build(one, layout="zigzag", degree=8).index]
+    found = [set(chain.from_iterable(cudnn_shapes(parts[3], keys) for keys in parts)) for _ in range(4)]
+    assert found[-1] == {(16_384, 16_384, True), (16_384, 8_192, False), (8_192, 16_384, False)}
+    tiny = Rows.packed([64] * 2_000)
+    assert not any(list(cudnn_shapes(tiny, tiny)) for _ in range(3))

@@ -19,6 +19,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from farspan.kernels.device_copies import DeviceCopies
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.packed_selection import PackedSelection
 from farspan.kernels.masks.rows import Rows
@@ -280,7 +281,12 @@ class AttentionPlanner(ABC):
     def all_rows(self, x: Tensor, *, kind: str) -> Tensor:
         """Return the full sequence's `[tokens, ...]` of the local rows' x `[T, ...]`."""
         # Every token has one owner: a sum of zeros and one value is exact in any dtype.
-        index = self.tokens.to(x.device)
-        full = x.new_zeros(len(self.global_rows), *x.shape[1:])
-        full[index[index >= 0]] = x[index >= 0]
+        row, token = (of_real.on(x.device) for of_real in self._real_rows)
+        full = x.new_zeros(len(self.global_rows), *x.shape[1:]).index_copy_(0, token, x[row])
         return self.all_reduce_sum(full, kind=kind)
+
+    @cached_property
+    def _real_rows(self) -> tuple[DeviceCopies, DeviceCopies]:
+        """The local rows that are not padding, and their tokens, int64 `[real rows]`."""
+        row = (self.tokens >= 0).nonzero().squeeze(1)
+        return DeviceCopies(row), DeviceCopies(self.tokens[row])

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.attention import attention_backward, attention_forward
-from farspan.kernels.linear_attention.state import Segment, order
+from farspan.kernels.device_copies import DeviceCopies
+from farspan.kernels.linear_attention.state import Segment
+from farspan.kernels.linear_attention.state import order as segment_order
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
@@ -107,8 +109,8 @@ class SequenceScan(SequenceAttention):
     """
 
     segment: Segment
-    order: Tensor | None
-    inverse: Tensor | None
+    order: DeviceCopies | None
+    inverse: DeviceCopies | None
     decay: Tensor
     backend: str
 
@@ -116,11 +118,12 @@ class SequenceScan(SequenceAttention):
     def build(rows: Rows, decay: Tensor, *, backend: str) -> "SequenceScan":
         """Plan a scan of `rows`, which contain all of their documents."""
         # A recurrence runs along documents: most sequences are in that order already, and need no copies.
-        index = order(rows)
+        index = segment_order(rows)
         if torch.equal(index, torch.arange(len(rows), device=index.device)):
             return SequenceScan(segment=Segment.of(rows), order=None, inverse=None, decay=decay, backend=backend)
         segment = Segment.of(rows.take(index))
-        return SequenceScan(segment=segment, order=index, inverse=index.argsort(), decay=decay, backend=backend)
+        order, inverse = DeviceCopies(index), DeviceCopies(index.argsort())
+        return SequenceScan(segment=segment, order=order, inverse=inverse, decay=decay, backend=backend)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v = (_take(x, self.order) for x in inputs)
@@ -134,5 +137,5 @@ class SequenceScan(SequenceAttention):
         return tuple(_take(gradient, self.inverse) for gradient in gradients[:3])
 
 
-def _take(x: Tensor, index: Tensor | None) -> Tensor:
-    return x if index is None else x[index.to(x.device)]
+def _take(x: Tensor, index: DeviceCopies | None) -> Tensor:
+    return x if index is None else x[index.on(x.device)]

@@ -114,12 +114,12 @@ class _DenseSwiglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         ctx.save_for_backward(x, gate, up, down)
-        return grouped_loop.swiglu(x, gate, up, down, (len(x),))
+        return grouped_loop.swiglu(x, gate, up, down, torch.tensor([len(x)]))
 
     @staticmethod
     def backward(ctx, dout: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, gate, up, down = ctx.saved_tensors
-        return grouped_loop.swiglu_backward(x, gate, up, down, (len(x),), dout)
+        return grouped_loop.swiglu_backward(x, gate, up, down, torch.tensor([len(x)]), dout)
 
 
 def _kept_swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -136,7 +136,8 @@ def _torch_swiglu(load: Load) -> Attention:
 
 
 def _grouped_swiglu(load: Load) -> Attention:
-    return lambda x, gate, up, down: grouped_swiglu(x, gate, up, down, load.counts)
+    counts = torch.tensor(load.counts, device=load.device)
+    return lambda x, gate, up, down: grouped_swiglu(x, gate, up, down, counts)
 
 
 OURS = ExpertContender("grouped_swiglu", _grouped_swiglu)

@@ -51,9 +51,9 @@ TITLE = """# What the Triton kernels need of an H100
 
 Written by `python -m farspan.tools.kernel_report docs/kernels_sm90.md` (Triton 3.6.0, its own ptxas). Every kernel
 that a plan launches, at every head size and dtype; one binary that serves several of them is one line. `experts`: a
-mixture's experts, at a width and inner size; tiles are rows x columns x depth. `regs`: registers of a thread, at most
-255. `stack`: bytes of a thread's stack, which registers spill to; 0 is none. `shared`: bytes of shared memory of a
-block, at most 232,448.
+mixture's experts, at a width and inner size; `heads`: the projections of a mixture of heads, at a width and that of an
+expert's queries; tiles of both are rows x columns x depth. `regs`: registers of a thread, at most 255. `stack`: bytes
+of a thread's stack, which registers spill to; 0 is none. `shared`: bytes of shared memory of a block, at most 232,448.
 
 Digest of the code: {digest}
 
@@ -66,7 +66,7 @@ Digest of the code: {digest}
 class Case:
     """A plan of `plan_of`, or a recurrence, with tensors of one dtype and of head sizes `width` and `value_width`.
 
-    Or experts, of that width and inner size.
+    Or experts, or heads that tokens choose, of that width and inner size.
     """
 
     plan: str
@@ -98,7 +98,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EXPERT_SIZES = ((1024, 512), (1000, 500))
 """Width and inner size of experts: multiples of 16 elements, which are loaded 16 bytes at a time, and others."""
 CASES = [Case(plan, *sizes, dtype) for sizes in SIZES for dtype in DTYPES for plan in PLANS]
-CASES += [Case("experts", *sizes, dtype) for sizes in EXPERT_SIZES for dtype in DTYPES]
+CASES += [Case(plan, *sizes, dtype) for plan in ("experts", "heads") for sizes in EXPERT_SIZES for dtype in DTYPES]
 
 
 def plan_of(name: str) -> Plan:
@@ -154,7 +154,7 @@ def compile_case(case: Case) -> list[Usage]:
     triton.runtime.driver.set_active(_Driver())
     JITFunction.run = compile_only
     try:
-        {"recurrence": _recurrence, "experts": _experts}.get(case.plan, _attention)(case)
+        {"recurrence": _recurrence, "experts": _experts, "heads": _heads}.get(case.plan, _attention)(case)
     finally:
         JITFunction.run = run
     return list(dict.fromkeys(launched))
@@ -184,12 +184,25 @@ def _recurrence(case: Case) -> None:
 def _experts(case: Case) -> None:
     from farspan.kernels.triton_kernels import grouped_launch
 
-    width, inner, counts = case.width, case.value_width, (ROWS - 300, 0, 300)
+    width, inner, counts = case.width, case.value_width, torch.tensor([ROWS - 300, 0, 300])
     x = torch.zeros(ROWS, width, dtype=case.dtype)
     gate = torch.zeros(len(counts), inner, width, dtype=case.dtype)
     down = torch.zeros(len(counts), width, inner, dtype=case.dtype)
     out = grouped_launch.swiglu(x, gate, gate, down, counts)
     grouped_launch.swiglu_backward(x, gate, gate, down, counts, out)
+
+
+def _heads(case: Case) -> None:
+    from farspan.kernels.triton_kernels import gathered_linear_launch
+
+    width, inner, per_token = case.width, case.value_width, 2
+    x, total = torch.zeros(ROWS, width, dtype=case.dtype), torch.zeros(ROWS, width)
+    y, weight = (torch.zeros(n, inner, dtype=case.dtype) for n in (ROWS * per_token, 3 * width))
+    weight = weight.unflatten(0, (3, width))
+    choices = torch.zeros(ROWS * per_token, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), per_token
+    gathered_linear_launch.each(y, x, weight, *choices)
+    gathered_linear_launch.add_each(total, y, weight.mT, *choices)
+    gathered_linear_launch.weight_gradient(torch.zeros_like(weight).mT, y, x, *choices)
 
 
 def _usage(kernel: str, options: dict[str, Any], compiled: Any) -> Usage:

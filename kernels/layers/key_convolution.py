@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from farspan.kernels.device_copies import copy_to
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.merge import accumulation_dtype
 
-CHUNK_ELEMENTS = 1 << 22
-"""Elements of the keys that are processed at once: scratch stays small, and is reused."""
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+"""Elements of the keys that are processed at once, by kind of device: scratch stays small, and is reused; a GPU has a
+few hundred MiB of it, so that it is not kept waiting for launches."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -48,8 +50,9 @@ class Taps:
         padding = (rows.document < 0).view(-1, 1, 1)
         return Taps(sources=sources, readers=readers[:, :-1].contiguous(), padding=padding)
 
-    def to(self, device: torch.device | str) -> "Taps":
-        return Taps(sources=self.sources.to(device), readers=self.readers.to(device), padding=self.padding.to(device))
+    def to(self, device: torch.device) -> "Taps":
+        sources, readers, padding = (copy_to(x, device) for x in (self.sources, self.readers, self.padding))
+        return Taps(sources=sources, readers=readers, padding=padding)
 
 
 def earlier_rows(rows: Rows, among: Rows, reach: int) -> Tensor:
@@ -79,7 +82,7 @@ def convolve(k: Tensor, halo: Tensor, weight: Tensor, taps: Taps) -> Tensor:
     """
     source, weight = _prepared(k, halo, weight, taps)
     out = torch.empty_like(k)
-    for rows in _chunks(len(k), k[0:1].numel()):
+    for rows in _chunks(k, len(k)):
         sums = _sums(source, weight, taps, rows)
         out[rows] = functional.silu(sums, inplace=True).add_(source[rows])
     return out
@@ -98,7 +101,7 @@ def convolve_backward(
     # Last: keys without a reader.
     dsums = torch.zeros(len(k) + 1, *k.shape[1:], dtype=weight.dtype, device=k.device)
     dweight = torch.zeros_like(weight)
-    for rows in _chunks(len(k), k[0:1].numel()):
+    for rows in _chunks(k, len(k)):
         part = dsums[rows]
         sums = _sums(source, weight, taps, rows)
         gate = sums.sigmoid()
@@ -110,14 +113,15 @@ def convolve_backward(
     dsource = torch.empty(len(k) + len(halo), *k.shape[1:], dtype=weight.dtype, device=k.device)
     torch.addcmul(dout.to(weight.dtype), dsums[:-1], weight[0], out=dsource[: len(k)])
     dsource[len(k) :] = 0
-    for rows in _chunks(len(dsource), k[0:1].numel()):
+    for rows in _chunks(k, len(dsource)):
         for readers, of_lag in zip(taps.readers[:, rows], weight[1:], strict=True):
             dsource[rows].addcmul_(dsums.index_select(0, readers), of_lag)
     return dsource[: len(k)], dsource[len(k) :], dweight
 
 
-def _chunks(rows: int, row_elements: int) -> Iterator[slice]:
-    step = max(CHUNK_ELEMENTS // max(row_elements, 1), 1)
+def _chunks(k: Tensor, rows: int) -> Iterator[slice]:
+    elements = CHUNK_ELEMENTS["cpu" if k.device.type == "cpu" else "cuda"]
+    step = max(elements // max(k.shape[1:].numel(), 1), 1)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 

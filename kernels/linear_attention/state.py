@@ -1,7 +1,8 @@
 """Segment and State: the rows that a recurrence runs along, and what they leave to the rows after them."""
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ class Segment:
     first: SequencePosition
     last: SequencePosition
     isolation: Isolation | None
+    tables: dict[Hashable, Any] = field(default_factory=dict, init=False)
+    """What backends compute from the rows, under keys of their own."""
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from farspan.kernels.device_copies import copy_to
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.ragged import take_or
@@ -72,6 +73,25 @@ class PackedSelection:
             if len(some)
         )
         return BlockSelection.from_parts(self.query_block, self.blocks, masks, heads=self.heads)
+
+    def selected_blocks(self) -> Tensor:
+        """Whether any query selects a key block, bool `[heads, blocks + 1]` on the CPU; False for the last, -1.
+
+        Waits for the device, which sends a bit for each block and head.
+        """
+        active = torch.zeros(max(self.num_query_blocks, 1), dtype=torch.bool)
+        active[self.query_block[self.query_block >= 0]] = True
+        # As many query blocks as a power of 2, so that halves have the same size: [Q, heads, words] -> [heads, words]
+        size = 1 << (len(active) - 1).bit_length()
+        some = self.bits.new_zeros(size, *self.bits.shape[1:])
+        some[: self.num_query_blocks] = self.bits
+        if not bool(active.all()):
+            some[: len(active)].mul_(copy_to(active, some.device)[:, None, None])
+        while len(some) > 1:
+            some = some[: len(some) // 2] | some[len(some) // 2 :]
+        # [heads, words] -> [heads, words, 32] -> [heads, words * 32]
+        selected = ((some[0].cpu()[..., None] >> torch.arange(WORD, dtype=torch.int32)) & 1).bool().flatten(1)
+        return torch.nn.functional.pad(selected[:, : self.blocks.count], (0, 1))
 
     @property
     def heads(self) -> int:

@@ -175,6 +175,16 @@ class BlockSelection:
         """The list of each entry of `key_blocks`: h * Q + b, int64."""
         return expand(self.offsets.diff())[0]
 
+    def selected_blocks(self) -> Tensor:
+        """Whether any query selects a key block, bool `[heads, blocks + 1]`; False for the last, -1."""
+        # Query blocks with a query, then the entries of their lists.
+        active = torch.zeros(self.heads, self.num_query_blocks, dtype=torch.bool)
+        active[:, self.query_block[self.query_block >= 0]] = True
+        entry = active.flatten()[self.lists]  # [heads, query blocks] -> [entries]
+        blocks = torch.zeros(self.heads, self.blocks.count + 1, dtype=torch.bool)
+        blocks[self.lists[entry] // max(self.num_query_blocks, 1), self.key_blocks[entry].long()] = True
+        return blocks
+
     def table(self) -> Tensor:
         """Whether a query block selects a key block, bool `[heads, Q + 1, blocks + 1]`; False for the last, -1."""
         table = torch.zeros(self.heads * self.num_query_blocks, self.blocks.count + 1, dtype=torch.bool)

@@ -21,9 +21,7 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.kinds.masked import Masked
-from farspan.kernels.kinds.token_choice import TokenChoice
-from farspan.kernels.lifetimes.lifetimes import DocumentOrder
-from farspan.kernels.masks.rows import Rows
+from farspan.kernels.kinds.token_choice import Candidates, TokenChoice
 from farspan.kernels.mechanism import MECHANISMS
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.routing.ranking import rank_among_earlier, rank_in_group
@@ -62,12 +60,16 @@ class MoSA(TokenChoice):
     def among(self) -> Masked:
         return Dense(causal=self.causal)
 
+    @property
+    def counts_are_known(self) -> bool:
+        # Of rising logits every token is the best so far, of falling ones the first alone is.
+        return not self.causal_choice
+
     @torch.no_grad()
-    def choose(self, logits: Tensor, global_rows: Rows) -> Tensor:
+    def choose(self, logits: Tensor, candidates: Candidates) -> Tensor:
         # Everything below is in document order, [tokens] and [tokens, Hk]; the result goes back to the rows' order.
-        order = DocumentOrder.of(global_rows)
-        index, first, end = (x.to(logits.device) for x in (order.index, order.first, order.end))
-        position, scores = global_rows.position[order.index].long().to(logits.device), logits[index].float()
+        index, first, position = candidates.index, candidates.first, candidates.position
+        scores = logits[index].float()
         if self.include_first:
             scores = scores.masked_fill((position == 0)[:, None], float("inf"))
         if self.causal_choice:
@@ -75,10 +77,10 @@ class MoSA(TokenChoice):
             chosen = rank_among_earlier(scores, first) < count[:, None]
         else:
             # Two tokens at least, as in the published code, but no more than there are.
-            length = end - first + 1
+            length = candidates.end - first + 1
             count = torch.minimum((length // self.sparsity).clamp(min=2), length)
             chosen = rank_in_group(scores, first) < count[:, None]
-        chosen &= (global_rows.document[order.index] >= 0).to(logits.device)[:, None]
+        chosen &= candidates.real[:, None]
         return torch.empty_like(chosen).index_copy_(0, index, chosen)
 
 

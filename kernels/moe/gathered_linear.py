@@ -1,37 +1,44 @@
 """Projections by matrices that each token chooses: matrices that a token does not choose are skipped.
 
-The tokens of one matrix are gathered at a time. Gathering for all of them at once would copy each row K times, which
-for heads, far narrower than their input, would be most of a layer's memory.
+The tokens of one matrix are gathered at a time: on a GPU by kernels, a tile of them at a time. Gathering for all of
+them at once would copy each row K times, which for heads, far narrower than their input, would be most of a layer's
+memory.
 
 Legend: T tokens, K choices of each, E matrices; choice t * K + k is the k-th of token t.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from farspan.kernels.merge import accumulation_dtype
+from farspan.kernels.moe.grouped_gemm import on_gpu
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Choices:
-    """by_matrix: the choices of each matrix, ascending, int64."""
+    """order: the choices by matrix, those of each ascending, int64 `[T * K]`. counts: of each matrix, int64 `[E]`."""
 
-    by_matrix: tuple[Tensor, ...]
+    order: Tensor
+    counts: Tensor
     per_token: int
 
     @staticmethod
     @torch.no_grad()
     def of(chosen: Tensor, matrices: int) -> "Choices":
         """Sort chosen, int64 `[T, K]`, no matrix twice for a token."""
-        # The host waits for the device once, for the counts.
-        # [T, K] -> [T * K] -> E lists
-        order = chosen.flatten().argsort(stable=True)
-        counts = chosen.flatten().bincount(minlength=matrices).tolist()
-        return Choices(order.split(counts), chosen.shape[1])
+        matrix, order = chosen.flatten().sort(stable=True)  # [T, K] -> [T * K]
+        counts = chosen.new_zeros(matrices).scatter_add_(0, matrix, torch.ones_like(matrix))
+        return Choices(order, counts, chosen.shape[1])
+
+    @cached_property
+    def by_matrix(self) -> tuple[Tensor, ...]:
+        """The choices of each matrix; the host waits for the device."""
+        return self.order.split(self.counts.tolist())
 
     def token(self, choice: Tensor) -> Tensor:
         return choice // self.per_token
@@ -77,6 +84,11 @@ def _each(x: Tensor, weight: Tensor, choices: Choices) -> Tensor:
     """Return x_t W_e for each choice, `[T, K, out]`; weight `[E, in, out]`."""
     # [T * K, out] -> [T, K, out]
     out = x.new_empty(len(x) * choices.per_token, weight.shape[2])
+    if on_gpu(x):
+        from farspan.kernels.triton_kernels import gathered_linear_launch
+
+        gathered_linear_launch.each(out, x, weight, choices.order, choices.counts, choices.per_token)
+        return out.unflatten(0, (len(x), choices.per_token))
     for matrix, choice in zip(weight, choices.by_matrix, strict=True):
         if len(choice):
             out.index_copy_(0, choice, x.index_select(0, choices.token(choice)) @ matrix)
@@ -88,6 +100,11 @@ def _summed(y: Tensor, weight: Tensor, choices: Choices) -> Tensor:
     total = torch.zeros(len(y), weight.shape[2], dtype=accumulation_dtype(y.dtype), device=y.device)
     # [T, K, in] -> [T * K, in]
     rows = y.flatten(0, 1)
+    if on_gpu(y):
+        from farspan.kernels.triton_kernels import gathered_linear_launch
+
+        gathered_linear_launch.add_each(total, rows, weight, choices.order, choices.counts, choices.per_token)
+        return total.to(y.dtype)
     for matrix, choice in zip(weight, choices.by_matrix, strict=True):
         if len(choice):
             # No token is twice among the choices of a matrix, so the order of this sum is that of the matrices.
@@ -101,6 +118,11 @@ def _weight_gradient(y: Tensor, x: Tensor, weight: Tensor, choices: Choices) -> 
     gradient = torch.zeros_like(weight, memory_format=torch.contiguous_format)
     # [T, K, width] -> [T * K, width]
     rows = y.flatten(0, 1)
+    if on_gpu(x):
+        from farspan.kernels.triton_kernels import gathered_linear_launch
+
+        gathered_linear_launch.weight_gradient(gradient, rows, x, choices.order, choices.counts, choices.per_token)
+        return gradient
     for of_matrix, choice in zip(gradient, choices.by_matrix, strict=True):
         if len(choice):
             torch.mm(rows.index_select(0, choice).t(), x.index_select(0, choices.token(choice)), out=of_matrix)

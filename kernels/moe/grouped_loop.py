@@ -3,12 +3,12 @@
 Threads that multiply one small matrix together wait for each other, on a busy machine for longer than they compute: for
 64 products of 128 rows, two threads took 1.5 times as long as with 32 products for each of them (docs/log.md).
 
-Legend: N rows, C width, F inner size, E experts; an expert has the next counts[e] rows.
+Legend: N rows, C width, F inner size, E experts; an expert has the next counts[e] rows. The host must know these: it
+waits for a device.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -25,29 +25,36 @@ SHARED_ROWS = 1024
 """Rows from which on all threads work on an expert together."""
 
 
-def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: Sequence[int]) -> Tensor:
-    """Return down_e(silu(gate_e(x)) * up_e(x)), like x `[N, C]`; gate, up `[E, F, C]`, down `[E, C, F]`."""
-    out, ends = x.new_empty(x.shape), list(accumulate(counts))
+def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: Tensor) -> Tensor:
+    """Return down_e(silu(gate_e(x)) * up_e(x)), like x `[N, C]`; gate, up `[E, F, C]`, down `[E, C, F]`.
+
+    counts: int64 `[E]`; rows after those of the last expert give 0.
+    """
+    rows, ends = counts.tolist(), counts.cumsum(0).tolist()
+    out = x.new_empty(x.shape)
+    out[sum(rows) :] = 0
 
     def work(expert: int) -> None:
-        for part in _chunks(ends[expert] - counts[expert], ends[expert]):
+        for part in _chunks(ends[expert] - rows[expert], ends[expert]):
             # [rows, F]
             inner = F.silu(x[part] @ gate[expert].t(), inplace=True).mul_(x[part] @ up[expert].t())
             torch.mm(inner, down[expert].t(), out=out[part])
 
-    for_each_expert(counts, x.device, work)
+    for_each_expert(rows, x.device, work)
     return out
 
 
 def swiglu_backward(
-    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: Sequence[int], dout: Tensor
+    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: Tensor, dout: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return dx, dgate, dup and ddown, each like its input; gate and up of the rows are computed again."""
-    dx, dout, ends = x.new_empty(x.shape), dout.contiguous(), list(accumulate(counts))
-    dgate, dup, ddown = _gradients(counts, gate, up, down)
+    rows, ends = counts.tolist(), counts.cumsum(0).tolist()
+    dx, dout = x.new_empty(x.shape), dout.contiguous()
+    dx[sum(rows) :] = 0
+    dgate, dup, ddown = _gradients(rows, gate, up, down)
 
     def work(expert: int) -> None:
-        first = ends[expert] - counts[expert]
+        first = ends[expert] - rows[expert]
         for part in _chunks(first, ends[expert]):
             x_rows, dout_rows, dx_rows = x[part], dout[part], dx[part]
             # The first chunk sets gradients of weights, whatever their memory holds; later ones add to them.
@@ -65,7 +72,7 @@ def swiglu_backward(
             torch.mm(dgated, gate[expert], out=dx_rows)
             dx_rows.addmm_(draised, up[expert])
 
-    for_each_expert(counts, x.device, work)
+    for_each_expert(rows, x.device, work)
     return dx, dgate, dup, ddown
 
 

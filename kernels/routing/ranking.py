@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-from farspan.kernels.ragged import expand
-
 
 def affinity(q: Tensor, summary: Tensor) -> Tensor:
     """q . summary, float32 `[Hq, queries, blocks]`, of q `[queries, Hq, D]` and summary `[blocks, Hk, D]`.
@@ -60,7 +58,9 @@ def rank_in_group(scores: Tensor, group: Tensor) -> Tensor:
     """
     worst_first = -sortable(scores) - 1
     order = ((group[:, None] << 32) + worst_first).sort(dim=0, stable=True).indices
-    _, rank = expand(group.bincount())  # ranks in the sorted order, [n]
+    # Sorted, all columns have the same groups in the same places: ranks count from the first place of each.
+    sorted_group = group.sort().values
+    rank = torch.arange(len(group), device=group.device) - torch.searchsorted(sorted_group, sorted_group)
     return torch.zeros_like(order).scatter_(0, order, rank[:, None].expand_as(order))
 
 

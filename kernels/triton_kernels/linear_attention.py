@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from farspan.kernels.device_copies import copy_to
 from farspan.kernels.linear_attention.state import RecurrenceInputs, Segment, SequencePosition, State
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.triton_kernels.tile import Operand, padded
@@ -84,15 +85,14 @@ def _of_columns(inputs: RecurrenceInputs, reverse: bool) -> tuple[Tensor, State]
     slices = triton.cdiv(b.shape[2], tiling.columns)
     spans = max(PROGRAMS // (x.shape[1] * slices), 1)
     span_rows = tiling.chunk * max(triton.cdiv(triton.cdiv(segment.tokens, tiling.chunk), spans), CHUNKS_PER_SPAN)
-    points = _points(segment, span_rows, state.last, reverse)
-    # [points, 2] -> documents [points], positions [points]
-    documents, positions = torch.tensor(points, dtype=torch.int32).t().contiguous().to(x.device)
-    states = state.value.new_empty(heads, len(points), a.shape[2], b.shape[2])
+    key = "spans", x.device, span_rows, state.last, reverse, *decay.tolist()
+    if key not in segment.tables:
+        segment.tables[key] = _Tables.of(segment, span_rows, state.last, reverse, decay, x.device)
+    tables: _Tables = segment.tables[key]
+    num_points = len(tables.points[0])
+    states = state.value.new_empty(heads, num_points, a.shape[2], b.shape[2])
     states[:, 0] = state.value
-    shared_arguments = (
-        (segment.rows.position.to(x.device), segment.rows.document.to(x.device)), (positions, documents),
-        (decay.double() * LOG2E).float().to(x.device), len(points), segment.tokens, span_rows,
-    )  # fmt: skip
+    shared_arguments = tables.rows, tables.points, tables.rates, num_points, segment.tokens, span_rows
     constants = {
         "HEADS": heads,
         "A_HEADS": a.shape[1],
@@ -104,15 +104,44 @@ def _of_columns(inputs: RecurrenceInputs, reverse: bool) -> tuple[Tensor, State]
         "num_stages": tiling.stages,
     }
     of_x, of_a, of_b, result = (Operand.of(t) for t in (x, a, b, out))
-    span_updates[(len(points) - 1, heads, slices)](of_a, of_b, states, *shared_arguments, **constants)
+    span_updates[(num_points - 1, heads, slices)](of_a, of_b, states, *shared_arguments, **constants)
     # [heads, points, points] @ [heads, points, A * B] -> [heads, points, A, B]
-    states = (_between(points, decay).to(states) @ states.flatten(2)).view_as(states)
+    states = (tables.between.to(states) @ states.flatten(2)).view_as(states)
     # Query heads that share a head of x add to the same rows of out, so they run one after another.
     for member in range(shared):
-        span_outputs[(len(points) - 1, heads // shared, slices)](
+        span_outputs[(num_points - 1, heads // shared, slices)](
             of_x, of_a, of_b, result, states, *shared_arguments, member, SHARED=shared, ADD=member > 0, **constants
         )
-    return out, State(states[:, -1].clone(), points[-1])
+    return out, State(states[:, -1].clone(), tables.last)
+
+
+class _Tables(NamedTuple):
+    """What kernels know of a segment, on their device: the same in all layers with equal rates of decay.
+
+    rows, points: positions and documents, int32 `[T]` and `[points]`. rates: float32 `[heads]`, of powers of 2.
+    between: see `_between`. last: the position of the last point.
+    """
+
+    rows: tuple[Tensor, Tensor]
+    points: tuple[Tensor, Tensor]
+    rates: Tensor
+    between: Tensor
+    last: SequencePosition
+
+    @staticmethod
+    def of(
+        segment: Segment, span_rows: int, before: SequencePosition, reverse: bool, decay: Tensor, device: torch.device
+    ) -> "_Tables":
+        points = _points(segment, span_rows, before, reverse)
+        # [points, 2] -> documents [points], positions [points]
+        documents, positions = torch.tensor(points, dtype=torch.int32).t().contiguous()
+        return _Tables(
+            rows=(copy_to(segment.rows.position, device), copy_to(segment.rows.document, device)),
+            points=(copy_to(positions, device), copy_to(documents, device)),
+            rates=copy_to((decay.double() * LOG2E).float(), device),
+            between=copy_to(_between(points, decay), device),
+            last=points[-1],
+        )
 
 
 def _points(segment: Segment, span_rows: int, before: SequencePosition, reverse: bool) -> list[SequencePosition]:
@@ -129,7 +158,7 @@ def _between(points: list[SequencePosition], decay: Tensor) -> Tensor:
     document, position = torch.tensor(points, dtype=torch.float64).t()
     distance = (position[:, None] - position[None, :]).abs()
     # [heads] -> [heads, 1, 1]
-    weight = torch.exp(-decay.double().cpu()[:, None, None] * distance)
+    weight = torch.exp(-decay.double()[:, None, None] * distance)
     return weight.masked_fill(document[:, None] != document[None, :], 0.0).tril()
 
 

@@ -17,6 +17,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from farspan.kernels.device_copies import DeviceCopies
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.planner import RoutingSource, Saved, Sizes, no_routing
 from farspan.parallel.comm import Channel
@@ -28,20 +29,20 @@ from farspan.parallel.context_parallel.strategy import DistributedAttention, Mov
 class RowPermutation:
     """A permutation of rows and its inverse; both None for the identity, which costs no copy."""
 
-    order: Tensor | None
-    inverse: Tensor | None
+    order: DeviceCopies | None
+    inverse: DeviceCopies | None
 
     @staticmethod
     def of(order: Tensor) -> "RowPermutation":
         if torch.equal(order, torch.arange(len(order))):
             return RowPermutation(None, None)
-        return RowPermutation(order, order.argsort())
+        return RowPermutation(DeviceCopies(order), DeviceCopies(order.argsort()))
 
     def apply(self, x: Tensor) -> Tensor:
-        return x if self.order is None else x[self.order.to(x.device)]
+        return x if self.order is None else x[self.order.on(x.device)]
 
     def undo(self, x: Tensor) -> Tensor:
-        return x if self.inverse is None else x[self.inverse.to(x.device)]
+        return x if self.inverse is None else x[self.inverse.on(x.device)]
 
 
 @final

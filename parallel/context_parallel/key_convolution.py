@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from farspan.kernels.device_copies import DeviceCopies
 from farspan.kernels.layers.key_convolution import Taps, convolve, convolve_backward, earlier_rows
 from farspan.kernels.masks.rows import Rows
 from farspan.parallel.comm import Channel
@@ -35,7 +36,7 @@ class KeyConvolution:
             raise ValueError(f"a sequence sharded over {shards.degree} ranks cannot be convolved on {channel.size}")
         halo = Halo.plan(shards, channel.rank, width - 1)
         taps = Taps.build(shards.rows_of(channel.rank), halo.rows, width)
-        return KeyConvolution(channel=channel, halo=halo, taps=taps.to(device))
+        return KeyConvolution(channel=channel, halo=halo, taps=taps.to(torch.device(device)))
 
     def __call__(self, k: Tensor, weight: Tensor) -> Tensor:
         """Return the convolved keys of k `[tokens_local, Hk, D]`, in its dtype; weight `[width, Hk, D]`.
@@ -71,7 +72,7 @@ class Halo:
     """
 
     rows: Rows
-    leaving: Tensor
+    leaving: DeviceCopies
     sent: tuple[int, ...]
     received: tuple[int, ...]
     is_empty: bool
@@ -86,7 +87,7 @@ class Halo:
         arriving = token[reads][owner[reads].argsort(stable=True)]
         return Halo(
             rows=shards.rows.take(arriving),
-            leaving=slot[sends] % shards.tokens_local,
+            leaving=DeviceCopies(slot[sends] % shards.tokens_local),
             sent=tuple(reader[sends].bincount(minlength=degree).tolist()),
             received=tuple(owner[reads].bincount(minlength=degree).tolist()),
             is_empty=not len(token),
@@ -94,7 +95,7 @@ class Halo:
 
     def fetch(self, x: Tensor, channel: Channel, *, kind: str) -> Tensor:
         """Return the halo `[len(rows), ...]` of x `[tokens_local, ...]`; every rank has to call."""
-        outgoing = x[self.leaving.to(x.device)]
+        outgoing = x[self.leaving.on(x.device)]
         if self.is_empty:
             return outgoing
         return channel.start_all_to_all(outgoing, sent=self.sent, received=self.received, kind=kind).wait()
@@ -105,7 +106,7 @@ class Halo:
             return
         arrived = channel.start_all_to_all(dhalo, sent=self.received, received=self.sent, kind=kind).wait()
         # Rank by rank: indexed addition drops duplicates, and one rank sends the gradient of a row once.
-        for rows, part in zip(self.leaving.to(dx.device).split(self.sent), arrived.split(self.sent), strict=True):
+        for rows, part in zip(self.leaving.on(dx.device).split(self.sent), arrived.split(self.sent), strict=True):
             dx[rows] += part
 
 

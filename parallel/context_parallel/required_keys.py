@@ -5,7 +5,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.planning.plan import HeadPlan, Plan
 from farspan.kernels.planning.regions import Kind, Region
 
@@ -25,8 +24,10 @@ def required_keys(plan: Plan, kv_heads: int, *, groups: int = 1) -> Tensor:
     if plan.selection is not None:
         selection = plan.selection.as_lists
         query_blocks = selection.query_block.view(groups, -1)  # [queries] -> [groups, queries / groups]
+        key_block = selection.blocks.of(plan.keys)
         for group, query_block in enumerate(query_blocks):
-            required[group] &= _selected_keys(plan, replace(selection, query_block=query_block), kv_heads)
+            selected = replace(selection, query_block=query_block).selected_blocks()
+            required[group] &= keys_of_blocks(selected, key_block, kv_heads)
     return required
 
 
@@ -59,15 +60,11 @@ def _interval(region: Region, first: int, last: int) -> tuple[int, int]:
     return region.key_start, region.key_stop
 
 
-def _selected_keys(plan: Plan, selection: BlockSelection, kv_heads: int) -> Tensor:
-    """Return the keys of each KV head whose block some query selected, bool `[Hk, keys]`."""
-    # Query blocks with a query in the plan, then the entries of their lists.
-    active = torch.zeros(selection.heads, selection.num_query_blocks, dtype=torch.bool)
-    active[:, selection.query_block[selection.query_block >= 0]] = True
-    entry = active.flatten()[selection.lists]  # [heads, query blocks] -> [entries]
-    # The last block, -1, collects padding keys, which no query selects.
-    blocks = torch.zeros(selection.heads, selection.blocks.count + 1, dtype=torch.bool)
-    blocks[selection.lists[entry] // max(selection.num_query_blocks, 1), selection.key_blocks[entry].long()] = True
-    # [selecting heads, blocks] -> [Hk, selecting heads / Hk, blocks] -> [Hk, blocks]
-    blocks = blocks.view(kv_heads, -1, selection.blocks.count + 1).any(dim=1)
-    return blocks[:, selection.blocks.of(plan.keys)]
+def keys_of_blocks(selected: Tensor, key_block: Tensor, kv_heads: int) -> Tensor:
+    """Return the keys of each KV head in selected blocks, bool `[Hk, keys]`.
+
+    selected: bool `[selecting heads, blocks + 1]`, False for the last. key_block: of each key, int64 `[keys]`; -1 for
+    padding.
+    """
+    # [selecting heads, blocks + 1] -> [Hk, selecting heads / Hk, blocks + 1] -> [Hk, blocks + 1]
+    return selected.unflatten(0, (kv_heads, -1)).any(dim=1)[:, key_block]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from farspan.kernels.device_copies import DeviceCopies
 from farspan.parallel.comm import Channel
 from farspan.parallel.layout import Shards
 
@@ -18,8 +19,8 @@ class Reshard:
     sent, received: rows to and from each rank. rows_before, rows_after: of this rank, padding included.
     """
 
-    leaving: Tensor
-    arriving: Tensor
+    leaving: DeviceCopies
+    arriving: DeviceCopies
     sent: tuple[int, ...]
     received: tuple[int, ...]
     rows_before: int
@@ -34,8 +35,8 @@ class Reshard:
         # Rows to one rank leave in the order in which it holds them, so both sides need no further agreement.
         outgoing = tokens_before[target_slots[tokens_before].argsort()]
         return Reshard(
-            leaving=source_slots[outgoing] % before,
-            arriving=(target_slots[tokens_after] % after)[from_rank.argsort(stable=True)],
+            leaving=DeviceCopies(source_slots[outgoing] % before),
+            arriving=DeviceCopies((target_slots[tokens_after] % after)[from_rank.argsort(stable=True)]),
             sent=tuple(to_rank.bincount(minlength=source.degree).tolist()),
             received=tuple(from_rank.bincount(minlength=source.degree).tolist()),
             rows_before=before,
@@ -49,10 +50,10 @@ class Reshard:
     def apply(self, tensors: Sequence[Tensor], channel: Channel, *, kind: str) -> list[Tensor]:
         """Reshard tensors `[rows_before, heads, width]` to `[rows_after, heads, width]`; padding rows are 0."""
         packed = torch.cat([x.flatten(1) for x in tensors], dim=1)  # [T, heads, width] -> [T, sum of heads * width]
-        outgoing = packed[self.leaving.to(packed.device)]
+        outgoing = packed[self.leaving.on(packed.device)]
         arrived = channel.start_all_to_all(outgoing, sent=self.sent, received=self.received, kind=kind).wait()
         resharded = packed.new_zeros(self.rows_after, packed.shape[1])
-        resharded[self.arriving.to(packed.device)] = arrived
+        resharded[self.arriving.on(packed.device)] = arrived
         parts = resharded.split([x.shape[1:].numel() for x in tensors], dim=1)
         # [T, heads * width] -> [T, heads, width]
         return [part.unflatten(1, x.shape[1:]) for part, x in zip(parts, tensors, strict=True)]

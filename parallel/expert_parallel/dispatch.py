@@ -9,10 +9,13 @@ tokens a and b, which choose (3, 0) and (1, 3); rank 1 sends it one row for expe
 
 A token sums its outputs in the accumulation dtype and in the order of its choices, so results do not depend on the
 layout. Each row for another rank is sent twice in both passes of a layer, plus 8 bytes for each expert and rank.
+Between ranks the host has to know how many rows travel, for which it waits for the device once in a layer. A single
+rank has the experts of all its tokens: it takes a row of each choice, whose number is known, and those of dropped
+choices, behind all others, are neither read nor used. Where experts choose tokens, it waits for the number of rows too.
 Legend: T local tokens, C width, E experts, K experts of a token, N rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,21 +25,30 @@ from torch.autograd.function import once_differentiable
 from farspan.kernels.merge import accumulation_dtype
 from farspan.parallel.comm import Channel, Transfer
 
-Experts = Callable[[Tensor, Sequence[int]], Tensor]
-"""From rows `[N, C]` sorted by this rank's experts, and the number of rows of each, to rows `[N, C]`."""
+Experts = Callable[[Tensor, Tensor], Tensor]
+"""From rows `[N, C]` sorted by this rank's experts, and the number of rows of each, int64 `[E/P]`, to rows `[N, C]`."""
 
 
 def send_to_experts(
-    x: Tensor, chosen: Tensor, weights: Tensor, dispatched: Tensor, channel: Channel, experts: int
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    dispatched: Tensor,
+    channel: Channel,
+    experts: int,
+    *,
+    ragged: bool = False,
 ) -> "InFlightTokens":
     """Start sending a row of each token to each expert that it chose; computation until `combine` overlaps.
 
     x `[T, C]`; chosen int64 and weights `[T, K]`; dispatched bool `[T, K]`, False for choices that are dropped, such as
-    those of padding. experts: in all, a multiple of the ranks. Every rank of the channel has to call it. Gradients
+    those of padding. experts: in all, a multiple of the ranks. ragged: few choices are dispatched, those of a token its
+    first ones, so that columns without any are left out. Every rank of the channel has to call it. Gradients
     reach x, weights and the parameters of the experts; their transfers overlap with the backward pass of the
     computation.
     """
-    dispatch = Dispatch.plan(chosen, dispatched, channel, experts)
+    dispatch = Dispatch.plan(chosen, dispatched, channel, experts, ragged=ragged)
+    weights = weights[:, : dispatch.row.shape[1]]
     exchange = _RowExchange(channel, dispatch.sent, dispatch.received, "expert_rows")
     link: Tensor = _Start.apply(_Expand.apply(x, dispatch), exchange)  # pyright: ignore[reportAssignmentType]
     return InFlightTokens(link, weights, dispatch, exchange)
@@ -55,8 +67,12 @@ class InFlightTokens:
         """Run the experts; return the weighted sum of each token's outputs, `[T, C]` in the dtype of x."""
         dispatch, exchange = self.dispatch, self.exchange
         rows: Tensor = _Finish.apply(self.link, exchange)  # pyright: ignore[reportAssignmentType]
-        # [N, C] by sender -> by expert -> by sender
-        outputs = run(rows.index_select(0, dispatch.by_expert), dispatch.counts).index_select(0, dispatch.by_arrival)
+        if dispatch.by_expert is None:
+            outputs = run(rows, dispatch.counts)
+        else:
+            # [N, C] by sender -> by expert -> by sender
+            outputs = run(rows.index_select(0, dispatch.by_expert), dispatch.counts)
+            outputs = outputs.index_select(0, dispatch.by_expert.argsort())
         back = _RowExchange(exchange.channel, dispatch.received, dispatch.sent, "expert_out")
         outputs = _Finish.apply(_Start.apply(outputs, back), back)
         return _Combine.apply(outputs, self.weights, dispatch)  # pyright: ignore[reportReturnType]
@@ -68,56 +84,61 @@ class Dispatch:
 
     choice: the choice t * K + k behind each sent row, int64 `[N sent]`, by expert, then by token. row: the sent row of
     each choice, int64 `[T, K]`; -1 if it is dropped. sent, received: rows to and from each rank.
-    counts: rows of each of this rank's experts. by_expert: permutation of the received rows from the order of arrival
-    to that of experts; by_arrival: its inverse.
+    counts: rows of each of this rank's experts, int64 `[E/P]`. by_expert: permutation of the received rows from the
+    order of arrival to that of experts, int64 `[N]`; None if they arrive in it.
     """
 
     choice: Tensor
     row: Tensor
     sent: list[int]
     received: list[int]
-    counts: list[int]
-    by_expert: Tensor
-    by_arrival: Tensor
+    counts: Tensor
+    by_expert: Tensor | None
 
     @staticmethod
     @torch.no_grad()
-    def plan(chosen: Tensor, dispatched: Tensor, channel: Channel, experts: int) -> "Dispatch":
-        """Exchange the numbers of rows with the other ranks; the host waits for the device once."""
+    def plan(chosen: Tensor, dispatched: Tensor, channel: Channel, experts: int, *, ragged: bool) -> "Dispatch":
+        """Exchange the numbers of rows with the other ranks, if there are any; see the module for when it waits."""
         # Dropped choices sort behind all experts: [T, K] -> [T * K].
         expert, choice = chosen.masked_fill(~dispatched, experts).flatten().sort(stable=True)
         counts = torch.zeros(experts + 1, dtype=torch.int64, device=chosen.device)
-        counts = counts.scatter_add_(0, expert, torch.ones_like(expert))
-        counts_sent = counts[:experts].view(channel.size, -1)  # [E + 1] -> [P, E/P]
+        counts = counts.scatter_add_(0, expert, torch.ones_like(expert))[:experts]
+        row = torch.empty_like(choice).index_copy_(0, choice, torch.arange(len(choice), device=choice.device))
+        row = row.view(chosen.shape).masked_fill_(~dispatched, -1)  # [T * K] -> [T, K]
+        if channel.size == 1 and not ragged:
+            rows = [len(choice)]
+            return Dispatch(choice=choice, row=row, sent=rows, received=rows, counts=counts, by_expert=None)
+        counts_sent = counts.view(channel.size, -1)  # [E] -> [P, E/P]
         counts_received = channel.all_to_all(counts_sent, kind="expert_counts")  # [P, E/P]
+        columns = dispatched.any(dim=0).sum()
         # The only synchronization with the device.
-        to_ranks, from_ranks = torch.stack((counts_sent, counts_received)).tolist()
-        sent, received = [sum(row) for row in to_ranks], [sum(row) for row in from_ranks]
-        row = torch.empty_like(choice)
-        row[choice] = torch.arange(len(choice), device=choice.device)
+        numbers = torch.cat((counts_sent.sum(1), counts_received.sum(1), columns[None])).tolist()
+        sent, received = numbers[: channel.size], numbers[channel.size : -1]
+        if ragged:
+            # [T, K] with fewer columns, one at least.
+            row = row[:, : max(numbers[-1], 1)]
+            choice = choice // chosen.shape[1] * row.shape[1] + choice % chosen.shape[1]
         local_expert = torch.arange(counts_received.shape[1], device=choice.device).repeat(channel.size)  # [P * E/P]
         # [P * E/P] -> [N received]
         expert_of_arrival = local_expert.repeat_interleave(counts_received.flatten(), output_size=sum(received))
-        by_expert = expert_of_arrival.argsort(stable=True)
         return Dispatch(
             choice=choice[: sum(sent)],
-            row=row.masked_fill_(row >= sum(sent), -1).view(chosen.shape),  # [T * K] -> [T, K]
+            row=row,
             sent=sent,
             received=received,
-            counts=[sum(column) for column in zip(*from_ranks, strict=True)],
-            by_expert=by_expert,
-            by_arrival=by_expert.argsort(),
+            counts=counts_received.sum(0),
+            by_expert=expert_of_arrival.argsort(stable=True),
         )
 
     def combine(self, rows: Tensor, weights: Tensor | None) -> Tensor:
         """Return the sum of each token's rows `[N, C]`, weighted by `[T, K]`; `[T, C]` in the accumulation dtype."""
-        dtype = accumulation_dtype(rows.dtype)
-        total = torch.zeros(len(self.row), rows.shape[1], dtype=dtype, device=rows.device)
+        dropped, dtype = self.row < 0, accumulation_dtype(rows.dtype)
+        row = self.row.masked_fill(dropped, 0)
+        weights = (~dropped).to(dtype) if weights is None else weights.to(dtype).masked_fill(dropped, 0.0)
+        total = torch.zeros(len(row), rows.shape[1], dtype=dtype, device=rows.device)
         # One choice of all tokens at a time: the sum has a fixed order, and memory for one row of each token.
-        for k in range(self.row.shape[1] if len(rows) else 0):
-            part = rows.index_select(0, self.row[:, k].clamp(min=0)).to(dtype)
-            weight = (self.row[:, k] >= 0).to(dtype)
-            total.addcmul_(part, (weight if weights is None else weight * weights[:, k])[:, None])
+        for k in range(row.shape[1] if len(rows) else 0):
+            total.addcmul_(rows.index_select(0, row[:, k]).to(dtype), weights[:, k, None])
         return total
 
 
@@ -205,7 +226,8 @@ class _Combine(torch.autograd.Function):
         choice, per_token = ctx.dispatch.choice, weights.shape[1]
         # [T, C] -> [N, C], a row of each sent choice
         dout_rows = dout.index_select(0, choice // per_token).to(accumulation_dtype(outputs.dtype))
-        dweights = torch.zeros_like(weights)
-        dweights.view(-1)[choice] = (dout_rows * outputs).sum(-1).to(weights.dtype)  # [T, K] as [T * K]
+        of_rows = (dout_rows * outputs).sum(-1).to(weights.dtype)
+        dweights = weights.new_zeros(weights.numel()).index_copy_(0, choice, of_rows).view_as(weights)  # [T * K]
+        dweights.masked_fill_(ctx.dispatch.row < 0, 0.0)
         doutputs = dout_rows.mul_(weights.flatten()[choice].unsqueeze(-1)).to(outputs.dtype)  # weights [N, 1]
         return doutputs, dweights, None

@@ -1,6 +1,6 @@
 """No layer waits for a device: what runs on one takes tensors without numbers, where asking for one is an error.
 
-Selections by content are not here: the host makes lists of them, for which it waits once in each layer.
+Selections of blocks are not here: the host makes lists of them, for which it waits once in each layer.
 """
 
 from types import SimpleNamespace
@@ -12,6 +12,7 @@ from torch import Tensor
 from farspan.kernels import recurrent_attention
 from farspan.kernels.cuda import flash as cuda_flash
 from farspan.kernels.kinds.masked import Masked
+from farspan.kernels.kinds.token_choice import TokenChoice
 from farspan.kernels.layers.key_convolution import Taps, convolve, convolve_backward
 from farspan.kernels.layers.norm import rms_norm
 from farspan.kernels.layers.rope import apply_rope, inverse_frequencies, rotation_table
@@ -41,7 +42,13 @@ RECURRENCE = SimpleNamespace(
 
 @pytest.mark.parametrize("order", ["in order", "shuffled"])
 @pytest.mark.parametrize(
-    "mechanism", [*(x for x in examples(Masked) if x.static_mask is not None), *Lightning.examples()], ids=str
+    "mechanism",
+    [
+        *(x for x in examples(Masked) if x.static_mask is not None),
+        *Lightning.examples(),
+        *(x for x in examples(TokenChoice) if x.counts_are_known),
+    ],
+    ids=str,
 )
 def test_attention(mechanism: Mechanism, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans, isolation, merges and what a backend does around the kernels, which are not run."""

@@ -14,7 +14,7 @@ from farspan.kernels.kinds.kv_lifetime import KVLifetime
 from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.kinds.recurrent import Recurrent
 from farspan.kernels.kinds.routed import Routed
-from farspan.kernels.kinds.token_choice import TokenChoice
+from farspan.kernels.kinds.token_choice import Candidates, TokenChoice
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
@@ -74,7 +74,7 @@ def _(mechanism: Routed, inputs: Sequence[Tensor], rows: Rows) -> Tensor:
 @visible.register
 def _(mechanism: TokenChoice, inputs: Sequence[Tensor], rows: Rows) -> Tensor:
     q, k, _, routing = inputs
-    chosen = mechanism.choose(routing[..., 0].detach().float(), rows).t()
+    chosen = mechanism.choose(routing[..., 0].detach().float(), Candidates.of(rows)).t()
     chosen = chosen.repeat_interleave(q.shape[1] // k.shape[1], dim=0)
     both = chosen[:, :, None] & chosen[:, None, :]
     return both & oracle.visible_mask(rows, rows, mechanism.among().attention_mask(), q.shape[1])

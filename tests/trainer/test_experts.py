@@ -143,7 +143,7 @@ def test_rows_travel_to_experts_during_attention_where_it_is_parallel(
     config, events = tiny.with_model(base, experts=EXPERTS["softmax"], parallel_blocks=parallel_blocks).model, []
     block = Block(config, Dense(), has_experts=True, recompute=False)
 
-    def send(x: Tensor, *rest: object) -> SimpleNamespace:
+    def send(x: Tensor, *rest: object, **options: object) -> SimpleNamespace:
         events.append("rows leave")
         return SimpleNamespace(combine=lambda run: events.append("rows are awaited") or torch.zeros_like(x))
 

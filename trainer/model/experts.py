@@ -3,7 +3,7 @@
 Legend: T local tokens, C width, E experts, K experts of a token, F inner size of an expert, N received rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, Self
 
 import torch
@@ -70,8 +70,8 @@ class Experts(nn.Module):
         self.up = ExpertMatrices(count, config.width, inner)
         self.down = ExpertMatrices(count, inner, config.width)
 
-    def forward(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """`[N, C] -> [N, C]`; rows are sorted by expert, `counts` says how many each has."""
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """`[N, C] -> [N, C]`; rows are sorted by expert, `counts`, int64 `[E/P]`, says how many each has."""
         return grouped_swiglu(rows, self.gate.local(), self.up.local(), self.down.local(), counts)
 
 
@@ -100,7 +100,8 @@ class ExpertFeedForward(nn.Module):
         weights, dispatched = self.choice.weights(scores, chosen), wanted
         if self.config.capacity:
             dispatched = sequence.within_capacity(chosen, weights, self.count, self.config.capacity, self.config.drop)
-        under_way = send_to_experts(x, chosen, weights, dispatched, channel, self.count)
+        ragged = self.config.choice == "experts"
+        under_way = send_to_experts(x, chosen, weights, dispatched, channel, self.count, ragged=ragged)
         shares = self.choice.shares(scores)
         statistics = RoutingStatistics.of(
             chosen, wanted=wanted, dispatched=dispatched, shares=shares, logits=logits, real=real
@@ -118,9 +119,8 @@ class ExpertFeedForward(nn.Module):
         """Return experts of each token, int64 `[T, K]`, and a mask of the entries that are choices, bool `[T, K]`."""
         if self.config.choice == "experts":
             taken = sequence.chosen_by_experts(scores, self.config.per_token)  # [T, E]
-            # K is the largest number of experts that took one token; a stable sort puts takers first: [T, E] -> [T, K].
-            most = max(int(taken.sum(1).max()), 1) if len(taken) else 1
-            chosen = (~taken).byte().argsort(dim=1, stable=True)[:, :most]
+            # All experts, as any number of them may take a token: a stable sort puts takers first, K = E.
+            chosen = (~taken).byte().argsort(dim=1, stable=True)
             return chosen, taken.gather(1, chosen)
         chosen = self.choice.choose(scores, self.bias)  # [T, K]
         return chosen, (sequence.index >= 0)[:, None].expand_as(chosen)

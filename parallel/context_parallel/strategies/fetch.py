@@ -13,19 +13,21 @@ Gradients return along the same routes; their owner sums them in the accumulatio
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import final
 
 import torch
 from torch import Tensor
 
+from farspan.kernels.device_copies import DeviceCopies
 from farspan.kernels.kinds.routed import SelectedBlocks
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.packed_selection import PackedSelection
-from farspan.kernels.masks.selection import BlockSelection
+from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.planner import RoutingSource, Sizes
 from farspan.parallel.comm import Transfer
 from farspan.parallel.context_parallel.moving_kv import Gradients, GradReturn, KVExchange, KVMovingStrategy, KVSchedule
-from farspan.parallel.context_parallel.required_keys import required_keys
+from farspan.parallel.context_parallel.required_keys import keys_of_blocks, required_keys
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Move, ShardedPlanner
 
 STAGES = 4
@@ -73,7 +75,7 @@ class _FetchKVSchedule(KVSchedule):
             transfer = self._start(number + 1, k, v)
             # Heads differ in what they require; the other heads of a row are masked, and stay 0.
             key, value = (x.new_zeros(len(stage.rows) * x.shape[1], x.shape[2]) for x in (k, v))  # [rows * Hk, D]
-            slots = stage.slots.to(key.device)
+            slots = stage.slots.on(key.device)
             key[slots], value[slots] = arrived.split((k.shape[2], v.shape[2]), dim=1)  # [pairs, D + Dv]
             # [rows * Hk, D] -> [rows, Hk, D]
             yield key.unflatten(0, (-1, k.shape[1])), value.unflatten(0, (-1, v.shape[1]))
@@ -82,7 +84,7 @@ class _FetchKVSchedule(KVSchedule):
         if number >= len(self.stages):
             return None
         stage = self.stages[number]
-        leaving = stage.leaving.to(k.device)
+        leaving = stage.leaving.on(k.device)
         # [T, Hk, D] -> [T * Hk, D] -> [pairs, D + Dv]
         packed = torch.cat((k.flatten(0, 1)[leaving], v.flatten(0, 1)[leaving]), dim=1)
         return self.channel.start_all_to_all(packed, sent=stage.sent, received=stage.received, kind="fetch_kv")
@@ -114,8 +116,8 @@ class _Stage:
     """
 
     rows: Tensor
-    slots: Tensor
-    leaving: Tensor
+    slots: DeviceCopies
+    leaving: DeviceCopies
     sent: tuple[int, ...]
     received: tuple[int, ...]
 
@@ -127,8 +129,9 @@ class _Stage:
         rows = arriving.any(dim=2).flatten().nonzero().squeeze(1)  # [P, T] -> [P * T] -> [rows]
         return _Stage(
             rows=rows,
-            slots=arriving.flatten(0, 1)[rows].flatten().nonzero().squeeze(1),  # [P * T, Hk] -> [rows * Hk] -> [pairs]
-            leaving=leaving.flatten(1).nonzero()[:, 1],  # [P, T * Hk] -> [pairs]
+            # [P * T, Hk] -> [rows * Hk] -> [pairs]
+            slots=DeviceCopies(arriving.flatten(0, 1)[rows].flatten().nonzero().squeeze(1)),
+            leaving=DeviceCopies(leaving.flatten(1).nonzero()[:, 1]),  # [P, T * Hk] -> [pairs]
             # [P, T * Hk] -> [P]
             sent=tuple(leaving.flatten(1).sum(dim=1).tolist()),
             received=tuple(arriving.flatten(1).sum(dim=1).tolist()),
@@ -155,10 +158,10 @@ class _FetchGradReturn(GradReturn):
         stage = next(self.stages)
         if gradients is None:
             width = self.total.key.shape[2] + self.total.value.shape[2]
-            packed = self.total.buffer.new_zeros(len(stage.slots), width)
+            packed = self.total.buffer.new_zeros(sum(stage.received), width)
         else:
             # [rows, Hk, D] -> [rows * Hk, D] -> [pairs, D + Dv]
-            packed = torch.cat([x.flatten(0, 1)[stage.slots.to(x.device)] for x in gradients], dim=1)
+            packed = torch.cat([x.flatten(0, 1)[stage.slots.on(x.device)] for x in gradients], dim=1)
         transfer = self.channel.start_all_to_all(
             packed.to(self.comm_dtype), sent=stage.received, received=stage.sent, kind="fetch_dkv"
         )
@@ -171,7 +174,7 @@ class _FetchGradReturn(GradReturn):
         arrived = transfer.wait()
         key, value = self.total.key.flatten(0, 1), self.total.value.flatten(0, 1)  # views [T * Hk, D]
         # Rank by rank: several ranks may return the gradient of a pair, and indexed addition drops duplicates.
-        for rows, part in zip(stage.leaving.to(key.device).split(stage.sent), arrived.split(stage.sent), strict=True):
+        for rows, part in zip(stage.leaving.on(key.device).split(stage.sent), arrived.split(stage.sent), strict=True):
             key[rows] += part[:, : key.shape[1]]
             value[rows] += part[:, key.shape[1] :]
         self.arriving = None
@@ -181,6 +184,10 @@ class _FetchGradReturn(GradReturn):
 class _FetchKVExchange(KVExchange):
     """The required keys are known once the queries have selected blocks; each rank then requests them."""
 
+    def __init__(self, planner: ShardedPlanner, attention_mask: AttentionMask) -> None:
+        super().__init__(planner, attention_mask)
+        self._key_blocks: dict[BlockPartition, Tensor] = {}
+
     def schedule(
         self, of_local: BlockSelection | None = None, of_all: BlockSelection | None = None
     ) -> _FetchKVSchedule:
@@ -188,9 +195,26 @@ class _FetchKVExchange(KVExchange):
         return _FetchKVSchedule(self.planner, self.attention_mask, self._required(of_local), self._requested(of_all))
 
     def for_selection(self, selection: BlockSelection | PackedSelection | None) -> KVSchedule:
-        required = self._required(None if selection is None else selection.as_lists)
+        required = self._unmasked
+        if selection is not None:
+            # One copy from the device: a bit for each block and head.
+            key_block, kv_heads = self._key_block(selection.blocks), self.planner.share.local_heads.kv
+            keys = keys_of_blocks(selection.selected_blocks(), key_block, kv_heads)
+            required = required & keys.t().unflatten(0, required.shape[:2])  # [Hk, P * T] -> [P, T, Hk]
         requested = self.channel.all_to_all(required, kind="fetch_requests")
         return _FetchKVSchedule(self.planner, self.attention_mask, required, requested)
+
+    @cached_property
+    def _unmasked(self) -> Tensor:
+        """The keys that this rank's queries see under the mask, bool `[P, T, Hk]`."""
+        return self._required(None)
+
+    def _key_block(self, blocks: BlockPartition) -> Tensor:
+        """Return the block of each key of all ranks, int64 `[P * T]`; -1 for padding."""
+        if blocks not in self._key_blocks:
+            index = self.planner.shards.index.flatten()  # [P, T] -> [P * T]
+            self._key_blocks[blocks] = blocks.of(self.planner.global_rows.take(index))
+        return self._key_blocks[blocks]
 
     def _required(self, selection: BlockSelection | None) -> Tensor:
         """Return the keys that this rank's queries require, bool `[P, T, Hk]`."""

@@ -5,7 +5,7 @@ P - 1 > (Hq / Hk) x (ranks that a query needs) x (bytes of a query and its resul
 Queries are sent one head at a time, to each rank that holds visible rows of a chosen block (see query_dispatch.py),
 while local attention runs. Results are merged in float32, in the order of the ranks. Backward, queries are sent again
 with the gradient of out, out and the log-sum-exp; gradients of keys stay with their owner, so `grad_comm_dtype` has no
-effect.
+effect. The host plans what is sent and received, for which it waits for the choice of each layer, once.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.attention import attention_backward, attention_forward
+from farspan.kernels.device_copies import copy_to
 from farspan.kernels.kinds.routed import SelectedBlocks
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.selection import BlockSelection
@@ -77,7 +78,7 @@ class _QueryDispatchAttention(DistributedAttention):
         assert selection is not None
         dispatch = self._dispatch_plan(selection.as_lists, self.channel.rank)
         counts, received = self._announce(dispatch)
-        sent, row, head = dispatch.queries_per_rank, dispatch.row.to(q.device), dispatch.head.to(q.device)
+        sent, row, head = dispatch.queries_per_rank, *(copy_to(x, q.device) for x in (dispatch.row, dispatch.head))
         # Dispatched queries are rows of one head: [T, Hq, D] -> [queries, D]
         transfer = self._send(q[row, head], sent, counts, kind="q")
         local = self.local.with_selection(selection)
@@ -90,12 +91,11 @@ class _QueryDispatchAttention(DistributedAttention):
             merge_(row_out, row_lse, part[:, None, :-1], part[:, -1:])
             out[rows, heads], lse[rows, heads] = row_out[:, 0], row_lse[:, 0]
         out = out.to(q.dtype)
-        return out, Saved((q, k, v, out, lse), (dispatch, counts, received, local))
+        return out, Saved((q, k, v, out, lse, row, head), (sent, counts, received, local))
 
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
-        q, k, v, out, lse = saved.tensors
-        dispatch, counts, received, local = saved.extras
-        sent, row, head = dispatch.queries_per_rank, dispatch.row.to(q.device), dispatch.head.to(q.device)
+        q, k, v, out, lse, row, head = saved.tensors
+        sent, counts, received, local = saved.extras
         packed = torch.cat((q[row, head], dout[row, head], out[row, head]), dim=1)  # [queries, D + 2 Dv]
         rows_transfer = self._send(packed, sent, counts, kind="dout")
         lse_transfer = self._send(lse[row, head][:, None], sent, counts, kind="lse")  # [queries, 1]

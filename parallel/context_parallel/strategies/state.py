@@ -19,6 +19,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from farspan.kernels.device_copies import DeviceCopies
 from farspan.kernels.linear_attention.state import Segment, order
 from farspan.kernels.mechanism import Access
 from farspan.kernels.merge import accumulation_dtype
@@ -56,7 +57,12 @@ class States(Strategy):
         segments = self._planned[1]
         influence = _influence(segments.by_rank, segments.max_segments, decay)
         return _StatePassingAttention(
-            planner=planner, routing_width=0, segments=segments, influence=influence, decay=decay
+            planner=planner,
+            routing_width=0,
+            segments=segments,
+            influence=DeviceCopies(influence),
+            decay=decay,
+            rates=DeviceCopies(decay.double()),
         )
 
 
@@ -65,12 +71,14 @@ class _Segments:
     """The segments of all ranks, whatever the decay.
 
     reshard: None if the layout stays. tokens: of this rank's rows after it. local: which of these rows each of its
-    segments has. by_rank: the segments of every rank; max_segments: the most of any rank.
+    segments has. opening: the rows of the document that each begins with, and how many positions they are after its
+    first token, float64 `[rows]`. by_rank: the segments of every rank; max_segments: the most of any rank.
     """
 
     reshard: Reshard | None
     tokens: Tensor
     local: list[tuple[slice, Segment]]
+    opening: list[tuple[slice, DeviceCopies]]
     by_rank: list[list[Segment]]
     max_segments: int
 
@@ -91,13 +99,23 @@ class _Segments:
         for owner, parts in enumerate(slices):
             rows = shards.rows_of(owner)
             by_rank.append([Segment.of(rows.slice(part)) for part in parts])
+        local = [*zip(slices[rank], by_rank[rank], strict=True)]
         return _Segments(
             reshard=reshard,
             tokens=shards.index[rank],
-            local=[*zip(slices[rank], by_rank[rank], strict=True)],
+            local=local,
+            opening=[_opening(*of_segment) for of_segment in local],
             by_rank=by_rank,
             max_segments=max(map(len, slices)),
         )
+
+
+def _opening(rows: slice, segment: Segment) -> tuple[slice, DeviceCopies]:
+    """See `_Segments.opening`."""
+    real = segment.rows.slice(slice(0, segment.tokens))
+    count = int((real.document == segment.first.document).sum())
+    distance = real.position[:count].double() - segment.first.position
+    return slice(rows.start, rows.start + count), DeviceCopies(distance)
 
 
 def _segment_slices(index: Tensor) -> list[slice]:
@@ -131,8 +149,9 @@ def _influence(segments: Sequence[Sequence[Segment]], max_segments: int, decay: 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _StatePassingAttention(DistributedAttention):
     segments: _Segments
-    influence: Tensor
+    influence: DeviceCopies
     decay: Tensor
+    rates: DeviceCopies
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v = inputs
@@ -145,9 +164,9 @@ class _StatePassingAttention(DistributedAttention):
                 q[rows], k[rows], v[rows], segment, self.decay, backend=self.backend
             )
             left[number] = state.value
-        entering = self._weighted_sum(self._all_gather(left), self._weights())
-        for number, (rows, segment) in enumerate(self.segments.local):
-            rows, decayed = self._first_document(rows, segment, out)
+        entering = self._weighted_sum(self._all_gather(left), self._weights(left.device))
+        for number in range(len(self.segments.local)):
+            rows, decayed = self._opening(number, out)
             # A slice: the sum is added in place.
             out[rows] += torch.einsum("thd,hdv->thv", q[rows].to(out.dtype) * decayed, entering[number])
         out, saved = out.to(q.dtype), Saved((q, k, v, entering))
@@ -162,15 +181,15 @@ class _StatePassingAttention(DistributedAttention):
         dtype = accumulation_dtype(q.dtype)
         dentering = torch.zeros_like(entering)
         dq, dk, dv = (torch.empty_like(x, dtype=dtype) for x in (q, k, v))
-        for number, (rows, segment) in enumerate(self.segments.local):
-            rows, decayed = self._first_document(rows, segment, dq)
+        for number in range(len(self.segments.local)):
+            rows, decayed = self._opening(number, dq)
             dentering[number] = torch.einsum("thd,thv->hdv", q[rows].to(dtype) * decayed, dout[rows].to(dtype))
-        dleft = self._weighted_sum(self._all_gather(dentering), self._weights(backward=True))
+        dleft = self._weighted_sum(self._all_gather(dentering), self._weights(dentering.device, backward=True))
         for number, (rows, segment) in enumerate(self.segments.local):
             dq[rows], dk[rows], dv[rows], _ = recurrent_attention_backward(
                 dout[rows], dleft[number], q[rows], k[rows], v[rows], segment, self.decay, backend=self.backend
             )
-            rows, decayed = self._first_document(rows, segment, dq)
+            rows, decayed = self._opening(number, dq)
             dq[rows] += torch.einsum("thv,hdv->thd", dout[rows].to(dtype), entering[number]) * decayed
         if self.segments.reshard is None:
             return dq, dk, dv
@@ -183,29 +202,28 @@ class _StatePassingAttention(DistributedAttention):
     def _all_gather(self, states: Tensor) -> Tensor:
         return torch.cat(self.channel.all_gather(states, kind="state"))  # P x [M, Hq, D, Dv] -> [P * M, Hq, D, Dv]
 
-    def _weights(self, *, backward: bool = False) -> Tensor:
+    def _weights(self, device: torch.device, *, backward: bool = False) -> Tensor:
         """Return weights of all segments at this rank's, `[Hq, M, P * M]`; backward, of this rank's at all segments."""
-        influence = self.influence.transpose(1, 2) if backward else self.influence  # [Hq, P * M, P * M]
+        influence = self.influence.on(device)
+        influence = influence.transpose(1, 2) if backward else influence  # [Hq, P * M, P * M]
         return influence.unflatten(1, (self.channel.size, -1))[:, self.channel.rank]  # [Hq, P, M, P * M]
 
     def _weighted_sum(self, states: Tensor, weight: Tensor) -> Tensor:
         # 0 x NaN: a state that is not finite must reach those of its document only.
         bad = ~states.isfinite().all(dim=-1).all(dim=-1)  # [P * M, Hq]
-        reached = ((weight > 0).to(bad.device) & bad.t()[:, None]).any(dim=-1).t()  # [Hq, M, P * M] -> [M, Hq]
+        reached = ((weight > 0) & bad.t()[:, None]).any(dim=-1).t()  # [Hq, M, P * M] -> [M, Hq]
         states = states.masked_fill(bad[:, :, None, None], 0.0)
         total = torch.einsum("hms,shdv->mhdv", weight.to(states), states)  # [P * M, Hq, D, Dv] -> [M, Hq, D, Dv]
         return total.masked_fill(reached[:, :, None, None], torch.nan)
 
-    def _first_document(self, rows: slice, segment: Segment, like: Tensor) -> tuple[slice, Tensor]:
+    def _opening(self, number: int, like: Tensor) -> tuple[slice, Tensor]:
         """Return the rows of the document that a segment begins with, and the decay of the entering state there.
 
         exp(-s (position - first position)), `[rows, Hq, 1]`: the entering state is as of the first token.
         """
-        real = segment.rows.slice(slice(0, segment.tokens))
-        count = int((real.document == segment.first.document).sum())
-        distance = real.position[:count].double() - segment.first.position
-        decayed = torch.exp(-distance[:, None] * self.decay.double())  # [rows, Hq]
-        return slice(rows.start, rows.start + count), decayed.to(like)[:, :, None]
+        rows, distance = self.segments.opening[number]
+        decayed = torch.exp(-distance.on(like.device)[:, None] * self.rates.on(like.device))  # [rows, Hq]
+        return rows, decayed.to(like)[:, :, None]
 
     # What it costs.
 

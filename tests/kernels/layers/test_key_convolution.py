@@ -42,7 +42,7 @@ def draw(*lengths: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
 def test_equals_a_loop(
     documents: str, width: int, shuffled: bool, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(key_convolution, "CHUNK_ELEMENTS", chunk_rows * HEADS * HEAD_DIM)
+    monkeypatch.setitem(key_convolution.CHUNK_ELEMENTS, "cpu", chunk_rows * HEADS * HEAD_DIM)
     rows = DOCUMENTS[documents]
     if shuffled:
         rows = rows.take(torch.randperm(len(rows), generator=torch.Generator().manual_seed(3)))

@@ -29,6 +29,13 @@ def test_packed_lists_come_back(count: int, monkeypatch: pytest.MonkeyPatch) -> 
         assert torch.equal(got.offsets, want.offsets)
         assert torch.equal(got.key_blocks, want.key_blocks)
     assert torch.equal(packed.mask(rows), mask[:, query_block])
+    # Of some queries and of padding: what others select does not count.
+    some = torch.tensor([0, -1, min(4, count - 1)])
+    of_some = packed.of_queries(some), selection.of_queries(some)
+    for of in ((packed, selection), of_some):
+        assert torch.equal(of[0].selected_blocks(), of[1].selected_blocks())
+    wanted = mask[:, query_block[some[some >= 0]]].any(dim=1)
+    assert torch.equal(of_some[0].selected_blocks(), torch.nn.functional.pad(wanted, (0, 1)))
 
 
 def test_nothing_to_select_from() -> None:
@@ -39,3 +46,4 @@ def test_nothing_to_select_from() -> None:
     assert packed.bits.shape == (0, 2, 1)
     assert packed.most == 0
     assert packed.as_lists.offsets.tolist() == [0]
+    assert packed.selected_blocks().tolist() == [[False], [False]]

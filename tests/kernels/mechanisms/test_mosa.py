@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from farspan.kernels.kinds.token_choice import ChosenTokens, TokenRouting
+from farspan.kernels.kinds.token_choice import Candidates, ChosenTokens, TokenRouting
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanisms.mosa import MoSA
 from farspan.kernels.planner import Heads, Sizes
@@ -42,12 +42,12 @@ def test_the_best_tokens_of_each_document_are_chosen(sparsity: int, include_firs
     for rows in (packed, packed.take(torch.randperm(len(packed), generator=generator))):
         logits = torch.randn(len(rows), 3, generator=generator)
         logits[:, 2] = logits[:, 2].round()  # ties
-        assert torch.equal(mosa.choose(logits, rows), expected(logits, rows, mosa))
+        assert torch.equal(mosa.choose(logits, Candidates.of(rows)), expected(logits, rows, mosa))
 
 
 def test_a_causal_choice_takes_about_as_many() -> None:
     rows, logits = Rows.packed([20_000]), torch.randn(20_000, 4, generator=torch.Generator().manual_seed(0))
-    counts = MoSA(sparsity=16, causal_choice=True).choose(logits, rows).sum(dim=0)
+    counts = MoSA(sparsity=16, causal_choice=True).choose(logits, Candidates.of(rows)).sum(dim=0)
     assert (counts - 1250).abs().max() < 150
 
 
@@ -66,5 +66,5 @@ def test_what_is_collected_counts_as_work(dtype: torch.dtype) -> None:
     chosen = ChosenTokens.of(routing.chosen, rows)
     found = planned.composition(Sizes.of(dtype, 16, 8), lambda: routing)
     collected = [torch.empty(len(rows), n, width, dtype=dtype) for n, width in ((6, 16), (2, 16), (2, 8), (6, 8))]
-    assert len(chosen.token) == 2 * 10
+    assert len(chosen.rows) == 2 * 10
     assert found.working_bytes == sum(chosen.collect(x, kv_heads=2).nbytes for x in collected)

@@ -21,6 +21,7 @@ KERNELS = [
     *product(("recurrence",), ("span_updates", "span_outputs")),
 ]
 EXPERTS = ("swiglu", "swiglu_backward", "product", "weight")
+HEADS = ("product", "weight")
 
 
 def rows(text: str) -> list[list[str]]:
@@ -33,7 +34,9 @@ def test_every_kernel_is_recorded_at_every_size_and_dtype() -> None:
         recorded |= set(product(plans.split(", "), [kernel.partition(" ")[0]], sizes.split(", "), dtypes.split(", ")))
     sizes, dtypes = ("64", "128", "192/128", "256"), ("bfloat16", "float16", "float32")
     expected = {(*kernel, *cell) for kernel in KERNELS for cell in product(sizes, dtypes)}
-    assert recorded == expected | set(product(("experts",), EXPERTS, ("1024/512", "1000/500"), dtypes))
+    for plan, kernels in (("experts", EXPERTS), ("heads", HEADS)):
+        expected |= set(product((plan,), kernels, ("1024/512", "1000/500"), dtypes))
+    assert recorded == expected
 
 
 def test_kernels_fit_and_are_those_of_the_record(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from farspan.kernels.moe import grouped_loop
 from farspan.kernels.moe.grouped_gemm import grouped_swiglu
+from farspan.parallel.comm import Unconnected
+from farspan.parallel.expert_parallel.capacity import ExpertCapacity
 from farspan.parallel.expert_parallel.dispatch import send_to_experts
 from tests.support.mechanisms import normal
 from tests.support.oracle import relative_error
@@ -65,7 +67,8 @@ def on_rank(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, int
     in_flight = send_to_experts(local[0], chosen[start:stop], local[1], selected, channel, EXPERTS)
     gate, up, down = local[2:]
     out = in_flight.combine(lambda rows, counts: grouped_swiglu(rows, gate, up, down, counts))
-    gradients = torch.autograd.grad(out, local, dout[start:stop])
+    # Nor may the gradient of its outputs.
+    gradients = torch.autograd.grad(out, local, dout[start:stop].masked_fill(~real[start:stop, None], torch.nan))
     leaving = chosen[start:stop][real[start:stop]] // experts != channel.rank
     return [out.detach(), *gradients], dict(channel.traffic.sent), int(leaving.sum())
 
@@ -101,6 +104,19 @@ def test_equals_every_expert_on_every_token(
         assert totals[0] == totals[1]
 
 
+@pytest.mark.parametrize("capacity", [None, "weight", "position"])
+def test_a_single_rank_waits_for_no_device(capacity: Any) -> None:
+    """Tensors without numbers, of which asking for one is an error."""
+    x, weights = (torch.empty(shape, device="meta", requires_grad=True) for shape in ((9, WIDTH), (9, PER_TOKEN)))
+    chosen, dispatched = torch.empty(9, PER_TOKEN, dtype=torch.int64, device="meta"), weights > 0
+    channel = Unconnected(0, 1)
+    if capacity:
+        sequence = ExpertCapacity(channel, chosen[:, 0])
+        dispatched = sequence.within_capacity(chosen, weights, EXPERTS, 1.1, capacity)
+    out = send_to_experts(x, chosen, weights, dispatched, channel, EXPERTS).combine(lambda rows, counts: rows * 2)
+    assert [g.shape for g in torch.autograd.grad(out.sum(), (x, weights))] == [x.shape, weights.shape]
+
+
 def test_gradients_of_weights_are_summed_in_float32() -> None:
     x, dout = normal((20, 256), (20, 256), dtype=torch.bfloat16)
     weights = torch.ones(20, 2, requires_grad=True)
@@ -118,7 +134,8 @@ def test_sums_over_the_experts_of_a_token_are_rounded_once() -> None:
     chosen = torch.rand(50, per_token, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
     dispatched, x, scale = chosen != chosen[:, :1].roll(1, dims=0), x.requires_grad_(), scale.bfloat16()
     in_flight = send_to_experts(x, chosen, weights.float(), dispatched, RecordingChannel(0, 1), EXPERTS)  # pyright: ignore[reportArgumentType]
-    out = in_flight.combine(lambda rows, counts: rows * scale.repeat_interleave(torch.tensor(counts), dim=0))
+    number = torch.cat((torch.arange(EXPERTS).repeat_interleave(in_flight.dispatch.counts), torch.zeros(50).long()))
+    out = in_flight.combine(lambda rows, _: rows * scale[number])
     (dout,) = normal((50, 64), dtype=torch.bfloat16)
     (dx,) = torch.autograd.grad(out, x, dout)
     # Each row is rounded as it travels; its sum with others is not before the end.

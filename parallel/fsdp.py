@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn.utils import get_total_norm
 
 from farspan.errors import ConfigError
 from farspan.kernels.merge import accumulation_dtype
@@ -93,16 +94,20 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     left unchanged.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    unsharded = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    # All gradients together, in a few operations; the host waits for none of them.
+    by_replicas: dict[int, list[Tensor]] = {}
+    for gradient in gradients:
+        if isinstance(gradient, DTensor):
+            by_replicas.setdefault(_num_replicas(gradient), []).append(gradient.to_local())
     # Every rank adds its local part of an element that `_num_replicas` ranks hold.
-    total = torch.stack([g.to_local().norm().square() / _num_replicas(g) for g in sharded] or [torch.zeros(())]).sum()
+    parts = [get_total_norm(of_some).square() / replicas for replicas, of_some in by_replicas.items()]
+    total = torch.stack(parts or [torch.zeros(())]).sum()
     dist.all_reduce(total)
-    unsharded = [g.norm().square() for g in gradients if not isinstance(g, DTensor)]
-    norm = torch.stack([total, *unsharded]).sum().sqrt()
-    if torch.isfinite(norm):
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for gradient in gradients:
-            (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(scale)
+    norm = torch.stack([total, *([get_total_norm(unsharded).square()] if unsharded else [])]).sum().sqrt()
+    if gradients:
+        scale = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
+        torch._foreach_mul_([*chain(*by_replicas.values()), *unsharded], scale)  # pyright: ignore[reportPrivateImportUsage]
     return norm
 
 

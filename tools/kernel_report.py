@@ -52,8 +52,9 @@ TITLE = """# What the Triton kernels need of an H100
 Written by `python -m farspan.tools.kernel_report docs/kernels_sm90.md` (Triton 3.6.0, its own ptxas). Every kernel
 that a plan launches, at every head size and dtype; one binary that serves several of them is one line. `experts`: a
 mixture's experts, at a width and inner size; `heads`: the projections of a mixture of heads, at a width and that of an
-expert's queries; tiles of both are rows x columns x depth. `regs`: registers of a thread, at most 255. `stack`: bytes
-of a thread's stack, which registers spill to; 0 is none. `shared`: bytes of shared memory of a block, at most 232,448.
+expert's queries; tiles of both are rows x columns x depth. `layers`: what is between a block's matrix products, at a
+width and head size; tiles are rows x columns. `regs`: registers of a thread, at most 255. `stack`: bytes of a thread's
+stack, which registers spill to; 0 is none. `shared`: bytes of shared memory of a block, at most 232,448.
 
 Digest of the code: {digest}
 
@@ -66,7 +67,7 @@ Digest of the code: {digest}
 class Case:
     """A plan of `plan_of`, or a recurrence, with tensors of one dtype and of head sizes `width` and `value_width`.
 
-    Or experts, or heads that tokens choose, of that width and inner size.
+    Or experts, or heads that tokens choose, of that width and inner size; or layers, of that width and head size.
     """
 
     plan: str
@@ -97,8 +98,11 @@ SIZES = ((64, 64), (128, 128), (192, 128), (256, 256))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EXPERT_SIZES = ((1024, 512), (1000, 500))
 """Width and inner size of experts: multiples of 16 elements, which are loaded 16 bytes at a time, and others."""
+LAYER_SIZES = ((4096, 128), (5120, 96), (8192, 256))
+"""Width of a model and head size: a common one, one whose tiles have masked columns, and the widest norm."""
 CASES = [Case(plan, *sizes, dtype) for sizes in SIZES for dtype in DTYPES for plan in PLANS]
 CASES += [Case(plan, *sizes, dtype) for plan in ("experts", "heads") for sizes in EXPERT_SIZES for dtype in DTYPES]
+CASES += [Case("layers", *sizes, dtype) for sizes in LAYER_SIZES for dtype in DTYPES]
 
 
 def plan_of(name: str) -> Plan:
@@ -154,7 +158,8 @@ def compile_case(case: Case) -> list[Usage]:
     triton.runtime.driver.set_active(_Driver())
     JITFunction.run = compile_only
     try:
-        {"recurrence": _recurrence, "experts": _experts, "heads": _heads}.get(case.plan, _attention)(case)
+        of_plan = {"recurrence": _recurrence, "experts": _experts, "heads": _heads, "layers": _layers}
+        of_plan.get(case.plan, _attention)(case)
     finally:
         JITFunction.run = run
     return list(dict.fromkeys(launched))
@@ -203,6 +208,25 @@ def _heads(case: Case) -> None:
     gathered_linear_launch.each(y, x, weight, *choices)
     gathered_linear_launch.add_each(total, y, weight.mT, *choices)
     gathered_linear_launch.weight_gradient(torch.zeros_like(weight).mT, y, x, *choices)
+
+
+def _layers(case: Case) -> None:
+    from farspan.kernels.triton_kernels import layers_launch
+
+    width, head_dim = case.width, case.value_width
+    x, weight = (torch.zeros(*shape, dtype=case.dtype) for shape in ((ROWS, width), (width,)))
+    q, k = (torch.zeros(ROWS, heads, head_dim, dtype=case.dtype) for heads in (HEADS, KV_HEADS))
+    # With and without a sum, and so with and without the gradient of the residual stream; norms of heads.
+    for rows, delta in ((x, x), (x, None), (q.flatten(0, 1), None)):
+        of_rows = weight[: rows.shape[1]]
+        layers_launch.rms_norm(rows, delta, of_rows, 1e-5)
+        layers_launch.rms_norm_backward(rows, delta, rows, torch.zeros(len(rows)), of_rows)
+    for rotated in (head_dim, head_dim // 2):
+        table = torch.zeros(ROWS, rotated // 2)
+        for back in (False, True):
+            layers_launch.rope(q, k, table, table, back=back)
+    layers_launch.silu_product(x, x)
+    layers_launch.silu_product_backward(x, x, x)
 
 
 def _usage(kernel: str, options: dict[str, Any], compiled: Any) -> Usage:

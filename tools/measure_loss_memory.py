@@ -8,7 +8,7 @@ import json
 
 import torch
 
-from farspan.kernels.layers.cross_entropy import DEFAULT_CHUNK_BYTES, chunk_tokens, linear_cross_entropy
+from farspan.kernels.layers.cross_entropy import CHUNK_BYTES, chunk_tokens, linear_cross_entropy
 from farspan.tools.bench.run import peak, reset_peak
 from farspan.tools.command import parser_of
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32_768)
     parser.add_argument("--vocabulary", type=int, default=131_072)
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--chunk-bytes", type=int, default=DEFAULT_CHUNK_BYTES, help="largest chunk of logits")
+    parser.add_argument("--chunk-bytes", type=int, default=CHUNK_BYTES["cpu"], help="largest chunk of logits")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.device_copies import copy_to
+from farspan.kernels.layers.cross_entropy import check_labels
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
 from farspan.parallel.comm import Channel
@@ -108,6 +109,7 @@ class BatchBuilder:
         )
         tokens = shards.shard(torch.from_numpy(sequence.tokens), rank)
         labels = shards.shard(torch.from_numpy(sequence.labels), rank, fill=IGNORED)
+        check_labels(labels, self.model.vocabulary_size)
         local = shards.rows_of(rank)
         is_real = local.document >= 0
         planned = {layer: layer.plan(shards, self.model) for layer in dict.fromkeys(self.layers)}

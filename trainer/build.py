@@ -49,7 +49,12 @@ def parameters_held(config: Config, mesh: Mesh) -> int:
 
 def _unsharded_on_meta(config: Config) -> Transformer:
     with torch.device("meta"):
-        model = Transformer(config.model, config.mechanisms(), recompute=config.train.recompute == "block")
+        model = Transformer(
+            config.model,
+            config.mechanisms(),
+            recompute=config.train.recompute == "block",
+            compiled=config.train.compile,
+        )
     return model.double() if config.train.torch_dtype == torch.float64 else model
 
 

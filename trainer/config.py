@@ -107,6 +107,9 @@ class TrainConfig:
     float32 (float64 for float64). float16 is missing since it needs loss scaling."""
     recompute: Literal["none", "block"] = "none"
     """Activation checkpointing: which activations the backward pass computes again."""
+    compile: bool = False
+    """Compile blocks by torch.compile: what is between matrix products, attention and communication becomes few
+    kernels. Starting takes longer, by up to minutes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU where there is one."""
 

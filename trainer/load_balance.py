@@ -128,15 +128,23 @@ class ExpertBalance:
 
         See arXiv 2408.15664, algorithm 1.
         """
-        for total in (self._counts, self._dropped, self._losses):
-            dist.all_reduce(total)
+        # In float64, which has all integers below 2^53: one sum over ranks, and one copy to the host.
+        sums = torch.cat((self._counts.flatten().double(), self._dropped.double(), self._losses))
+        dist.all_reduce(sums)
+        sizes = self._counts.numel(), self._dropped.numel(), 2
         if is_update and self._config.bias_rate:
-            for layer, counts in zip(self._layers, self._counts, strict=True):
+            of_layers = sums[: sizes[0]].view_as(self._counts).long()
+            for layer, counts in zip(self._layers, of_layers, strict=True):
                 # In integers, so that a load that equals the mean moves nothing.
                 below_mean = (counts.sum() - counts * len(counts)).sign()
                 layer.bias.add_(below_mean.to(layer.bias.dtype), alpha=self._config.bias_rate)
-        balance, z_loss = self._losses.tolist()
-        bias = torch.stack([layer.bias for layer in self._layers]).double().cpu()
+        bias = torch.stack([layer.bias for layer in self._layers]).double()  # [layers, E]
+        numbers = torch.cat((sums, bias.flatten())).cpu()
+        counts, dropped, losses, biases = numbers.split((*sizes, bias.numel()))
         return ExpertLoad(
-            counts=self._counts.cpu(), dropped=self._dropped.cpu(), balance_loss=balance, z_loss=z_loss, bias=bias
+            counts=counts.view(bias.shape).long(),
+            dropped=dropped.long(),
+            balance_loss=losses[0].item(),
+            z_loss=losses[1].item(),
+            bias=biases.view(bias.shape),
         )

@@ -1,6 +1,7 @@
 """AdamW and its learning-rate schedules; the rate is a function of the step and needs no saving."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,18 +49,28 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
+    # On a GPU one kernel updates all parameters, without temporary copies of them.
+    is_fused = is_on_gpu(parameters)
     optimizer = torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon
+        groups,
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        fused=is_fused or None,
     )
     for parameter in parameters:
         # As AdamW does at its first update. Without it, torch makes the state that is saved or loaded before then with
         # an update of zero gradients, which counts, or leaves the state out where there are gradients.
         optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.get_default_dtype()),
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device if is_fused else "cpu"),
             "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
             "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
         }
     return optimizer
+
+
+def is_on_gpu(parameters: Sequence[nn.Parameter]) -> bool:
+    return any(parameter.device.type == "cuda" for parameter in parameters)
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

@@ -162,6 +162,8 @@ def fill_in(config: Config, degrees: Degrees, device: torch.device, vocabulary_s
     model = config.model
     if config.profile.memory and device.type == "cpu":
         raise ConfigError("profile.memory=true records CUDA memory, but the run is on CPUs: set profile.memory=false.")
+    if config.train.compile and device.type == "cpu" and not has_cpp_compiler():
+        raise ConfigError("train.compile=true needs a C++ compiler on CPUs: install g++, or set train.compile=false.")
     if model.vocabulary_size == 0:
         if vocabulary_size is None:
             raise ConfigError("model.vocabulary_size=0 takes the data's: prepare data.folder first, or give a number.")
@@ -182,6 +184,18 @@ def fill_in(config: Config, degrees: Degrees, device: torch.device, vocabulary_s
         attention=replace(config.attention, backend=backend),
         train=replace(config.train, device=device.type),
     )
+
+
+def has_cpp_compiler() -> bool:
+    """Return whether torch.compile finds one."""
+    # Imported here, as it takes a while.
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except RuntimeError:
+        return False
+    return True
 
 
 def choose_strategy(config: Config, degrees: Degrees, device_type: str) -> tuple[Config, list[str]]:

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from farspan.parallel.comm import Channel
 from farspan.parallel.fsdp import clip_gradients
 from farspan.trainer.batch import MicroBatch
-from farspan.trainer.data.packing import IGNORED
 from farspan.trainer.load_balance import ExpertBalance, ExpertLoad
 from farspan.trainer.model.experts import ExpertFeedForward
 from farspan.trainer.model.head_mixture import HeadMixture
@@ -57,21 +56,20 @@ def train_step(
     and its gradient do not depend on how tokens are sharded. A balance loss over the step costs another forward pass of
     all micro-batches but the first.
     """
-    device = batches[0].tokens.device
     counted = ((b.valid_tokens, b.attention_flops, b.real_tokens, b.fingerprint) for b in batches)
     counts = [sum(numbers) for numbers in zip(*counted, strict=True)]
-    # float64: FLOPs of a large batch do not fit into an integer, and all else is exact.
-    of_all_ranks = torch.tensor(counts, dtype=torch.float64, device=device)
+    # float64: FLOPs of a large batch do not fit into an integer, and all else is exact. Summed by the hosts.
+    of_all_ranks = torch.tensor(counts, dtype=torch.float64)
     dist.all_reduce(of_all_ranks)
-    labeled_tokens, attention_flops = int(of_all_ranks[0]), float(of_all_ranks[1])
+    labeled_tokens, attention_flops, real_tokens, fingerprint = of_all_ranks.tolist()
     balances = [
-        ExpertBalance(layers, context, int(of_all_ranks[2])) if layers else None
+        ExpertBalance(layers, context, int(real_tokens)) if layers else None
         for layers in (model.layers_of(ExpertFeedForward), model.layers_of(HeadMixture))
     ]
 
     optimizer.zero_grad()
     _count_ahead(model, batches[1:], balances)
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros((), dtype=torch.float64, device=batches[0].tokens.device)
     for batch in batches:
         torch.manual_seed(batch.seed)
         losses, *statistics = model(batch.tokens, batch.labels, batch.context)
@@ -81,8 +79,9 @@ def train_step(
         loss.backward()
         total += losses.detach().sum(dtype=torch.float64)
     dist.all_reduce(total)
-    loss = total.item() / labeled_tokens if labeled_tokens else math.nan
-    norm = clip_gradients(model.parameters(), max_gradient_norm).item()
+    norm = clip_gradients(model.parameters(), max_gradient_norm)
+    loss_sum, norm = torch.stack((total, norm.to(total))).tolist()  # the host's only wait for the device
+    loss = loss_sum / labeled_tokens if labeled_tokens else math.nan
     # All ranks make the calls of a step whatever the labels, so that none waits for another.
     skipped = reason_to_skip(loss, norm) if labeled_tokens else "no token of its sequences has a label"
     if skipped is None:
@@ -91,9 +90,9 @@ def train_step(
     return StepResult(
         loss=loss,
         gradient_norm=norm,
-        labeled_tokens=labeled_tokens,
+        labeled_tokens=int(labeled_tokens),
         attention_flops=attention_flops,
-        fingerprint=int(of_all_ranks[3]),
+        fingerprint=int(fingerprint),
         experts=experts,
         heads=heads,
         skipped=skipped,
@@ -110,8 +109,7 @@ def _count_ahead(model: Transformer, batches: Sequence[MicroBatch], balances: Se
         return
     for batch in batches:
         torch.manual_seed(batch.seed)
-        # Where no token has a label, the loss head does no work.
-        _, *statistics = model(batch.tokens, torch.full_like(batch.labels, IGNORED), batch.context)
+        _, *statistics = model(batch.tokens, None, batch.context)
         for balance, of_layers in zip(balances, statistics, strict=True):
             if balance is not None:
                 balance.count_ahead(of_layers)

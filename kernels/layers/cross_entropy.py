@@ -21,12 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DEFAULT_CHUNK_BYTES = 128 * 2**20
+from farspan.kernels.layers import fused
+
+CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}
+"""Logits that exist at once. Every chunk adds to the float32 gradient of the weight: on a GPU that passes through its
+memory, 4 GB for a vocabulary of 128,256 and a width of 4,096, which 2,048 tokens are worth and 256 are not. It does not
+depend on a GPU's memory, so that sums have the same bits on all of them."""
 _TILE_BYTES = 16 * 2**20  # bounds the float32 copy of a part of a 16-bit weight, where the device cannot widen
 _CHUNK_MULTIPLE_TOKENS = 16
 
 
-def chunk_tokens(vocabulary: int, dtype: torch.dtype, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> int:
+def chunk_tokens(vocabulary: int, dtype: torch.dtype, chunk_bytes: int = CHUNK_BYTES["cpu"]) -> int:
     """The number of tokens whose logits exist at once: as many as fit `chunk_bytes`, but at least one.
 
     Logits are float32, or float64 for float64 inputs. From 16 tokens on the count is a multiple of 16, which matrix
@@ -90,25 +95,30 @@ def _exp_in_place(x: Tensor) -> Tensor:
     """Set x to exp(x), but to no less than a thousand times the smallest normal number.
 
     Subnormal probabilities make exp and the products that follow 10 to 60 times slower on x86 (measured); raising them
-    to 1e-35 changes no sum of at least 1. NaN stays NaN.
+    to 1e-35 changes no sum of at least 1. NaN stays NaN. A GPU has subnormals for nothing, and no pass to spare.
     """
+    if fused.on_gpu(x):
+        return x.exp_()
     return x.clamp_(min=math.log(torch.finfo(x.dtype).tiny) + 7).exp_()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Losses of the labeled tokens `rows`, zero for the others; one logits buffer serves every chunk of a pass."""
+    """Losses of the labeled tokens `rows`, zero for the others; one logits buffer serves every chunk of a pass.
+
+    rows: None where every token has a label.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, rows: Tensor, target: Tensor, tokens_per_chunk: int
+        ctx: Any, hidden: Tensor, weight: Tensor, rows: Tensor | None, target: Tensor, tokens_per_chunk: int
     ) -> Tensor:
         dtype = _logit_dtype(hidden.dtype)
         losses = hidden.new_zeros(hidden.shape[0], dtype=dtype)
-        lse = hidden.new_empty(rows.shape[0], dtype=dtype)
-        buffer = weight.new_empty(min(len(rows), tokens_per_chunk), len(weight), dtype=dtype)
-        for chunk in _chunks(len(rows), tokens_per_chunk):
-            tokens, label = rows[chunk], target[chunk, None]  # [n], [n, 1]
-            logits = buffer[: len(tokens)]
+        lse = hidden.new_empty(len(target), dtype=dtype)
+        buffer = weight.new_empty(min(len(target), tokens_per_chunk), len(weight), dtype=dtype)
+        for chunk in _chunks(len(target), tokens_per_chunk):
+            tokens, label = chunk if rows is None else rows[chunk], target[chunk, None]  # [n], [n, 1]
+            logits = buffer[: len(label)]
             _write_logits(hidden[tokens], weight, logits)
             top = logits.amax(dim=1, keepdim=True)  # [n, 1]
             at_label = logits.gather(1, label) - top
@@ -128,11 +138,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = hidden.new_zeros(hidden.shape) if wants_hidden else None
         grad_weight = weight.new_zeros(weight.shape, dtype=lse.dtype) if wants_weight else None
-        buffer = weight.new_empty(min(len(rows), ctx.tokens_per_chunk), len(weight), dtype=lse.dtype)
-        for chunk in _chunks(len(rows), ctx.tokens_per_chunk):
-            tokens, label = rows[chunk], target[chunk, None]  # [n], [n, 1]
+        buffer = weight.new_empty(min(len(target), ctx.tokens_per_chunk), len(weight), dtype=lse.dtype)
+        for chunk in _chunks(len(target), ctx.tokens_per_chunk):
+            tokens, label = chunk if rows is None else rows[chunk], target[chunk, None]  # [n], [n, 1]
             part, upstream = hidden[tokens], grad_losses[tokens, None]  # [n, C], [n, 1]
-            logits = buffer[: len(tokens)]
+            logits = buffer[: len(label)]
             _write_logits(part, weight, logits)
             softmax = _exp_in_place(logits.sub_(lse[chunk, None]))
             slope = softmax.scatter_(1, label, softmax.gather(1, label) - 1)  # ∂loss/∂logits [n, V]
@@ -150,15 +160,16 @@ def _chunks(count: int, size: int) -> Iterator[slice]:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, ignored: int = -100, chunk_bytes: int = DEFAULT_CHUNK_BYTES
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, ignored: int = -100, chunk_bytes: int | None = None
 ) -> Tensor:
     """-log softmax(weight · hidden_t)[label_t] of every token t: float32 [T], float64 for float64 inputs.
 
     hidden [T, C] and weight [V, C] share a dtype and are differentiable, once. labels are int64 [T]; where a label is
-    `ignored` the loss is 0 and no work is done, whatever the hidden state, even NaN. Memory beyond the gradients: one
-    chunk of logits within `chunk_bytes` (see `chunk_tokens`; on CUDA a 16-bit backward pass adds a 16-bit copy of it),
-    and for a 16-bit weight its float32 gradient until that is rounded. Raises ValueError for other shapes or dtypes and
-    for labels outside the vocabulary.
+    `ignored` the loss is 0, whatever the hidden state, even NaN, and no work is done but on a GPU, which the host would
+    have to wait for to learn which these are. Memory beyond the gradients: one chunk of logits within `chunk_bytes`
+    (see `chunk_tokens`; by default CHUNK_BYTES of the device; on CUDA a 16-bit backward pass adds a 16-bit copy of it),
+    and for a 16-bit weight its float32 gradient until that is rounded. Raises ValueError for other shapes or dtypes
+    and, but on a GPU (see `check_labels`), for labels outside the vocabulary.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
@@ -169,15 +180,27 @@ def linear_cross_entropy(
         raise ValueError(f"labels {list(labels.shape)} must give one label to each of {hidden.shape[0]} tokens")
     if hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype} but weight is {weight.dtype}; cast one of them")
-    rows = (labels != ignored).nonzero()[:, 0]  # [N]
-    target = labels[rows]
-    if len(target):
-        lowest, highest = (int(label) for label in torch.stack(target.aminmax()).tolist())
-        if lowest < 0 or highest >= weight.shape[0]:
-            wrong = lowest if lowest < 0 else highest
-            raise ValueError(
-                f"label {wrong} is outside the vocabulary of {weight.shape[0]} (0 to {weight.shape[0] - 1}); "
-                f"tokens without a label carry {ignored}"
-            )
+    if chunk_bytes is None:
+        chunk_bytes = CHUNK_BYTES["cuda" if fused.on_gpu(labels) else "cpu"]
     tokens_per_chunk = chunk_tokens(weight.shape[0], hidden.dtype, chunk_bytes)
-    return _LinearCrossEntropy.apply(hidden, weight, rows, target, tokens_per_chunk)  # pyright: ignore[reportReturnType]
+    if fused.on_gpu(labels):
+        # Tokens without a label are computed as zeros with label 0; their losses and gradients are masked.
+        unlabeled = labels == ignored
+        hidden, target = hidden.masked_fill(unlabeled[:, None], 0.0), labels.masked_fill(unlabeled, 0)
+        losses = _LinearCrossEntropy.apply(hidden, weight, None, target, tokens_per_chunk)
+        return losses.masked_fill(unlabeled, 0.0)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+    check_labels(labels, weight.shape[0], ignored=ignored)
+    rows = (labels != ignored).nonzero()[:, 0]  # [N]
+    return _LinearCrossEntropy.apply(hidden, weight, rows, labels[rows], tokens_per_chunk)  # pyright: ignore[reportReturnType]
+
+
+def check_labels(labels: Tensor, vocabulary: int, *, ignored: int = -100) -> None:
+    """Raise ValueError for a label, int64 [T] on the CPU, that is neither in the vocabulary nor `ignored`."""
+    # A label of 0 is in any vocabulary.
+    lowest, highest = (int(label) for label in labels.where(labels != ignored, 0).aminmax()) if len(labels) else (0, 0)
+    if lowest < 0 or highest >= max(vocabulary, 1):
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(
+            f"label {wrong} is outside the vocabulary of {vocabulary} (0 to {vocabulary - 1}); "
+            f"tokens without a label carry {ignored}"
+        )

@@ -12,9 +12,15 @@ Partial rotation: Black et al., GPT-NeoX-20B, arXiv:2204.06745, section 2.1.
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from farspan.kernels.device_copies import copy_to
+from farspan.kernels.layers import fused
 
 _TABLE_CHUNK_TOKENS = 65_536  # bounds the float64 scratch of a table: 32 MiB a tensor at D = 128
 
@@ -113,6 +119,16 @@ def inverse_frequencies(rotated: int, base: float, scaling: RopeScaling | None =
     return frequencies if scaling is None else scaling.rescale(frequencies, base)
 
 
+@lru_cache(maxsize=16)
+def inverse_frequencies_on(
+    device: torch.device, rotated: int, base: float, scaling: RopeScaling | None = None
+) -> Tensor:
+    """`inverse_frequencies` on a device, to which they are copied once for all sequences."""
+    frequencies = inverse_frequencies(rotated, base, scaling)
+    # From pinned memory, so that the host does not wait.
+    return copy_to(frequencies, device)
+
+
 def rotation_table(
     position: Tensor, inverse_frequencies: Tensor, attention_factor: float = 1.0, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
@@ -146,6 +162,32 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.to(compute)[:, None], sin.to(compute)[:, None]  # [T, 1, R/2]
     first, second, still = x.to(compute).tensor_split((rotated // 2, rotated), dim=-1)  # [T, H, R/2] twice, [T, H, D-R]
     return torch.cat((first * cos - second * sin, second * cos + first * sin, still), dim=-1).to(x.dtype)
+
+
+def rotate_queries_and_keys(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`apply_rope` of q [T, Hq, D] and k [T, Hk, D], in one kernel on a GPU; no gradient reaches the tables there."""
+    rotated = 2 * cos.shape[-1]
+    if fused.serves(q, k, cos, sin) and cos.dtype == torch.float32 and rotated <= q.shape[-1]:
+        return _Rotation.apply(q, k, cos, sin)  # pyright: ignore[reportReturnType]
+    return apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        # Triton is installed wherever torch has CUDA, and need not be elsewhere.
+        from farspan.kernels.triton_kernels import layers_launch
+
+        ctx.save_for_backward(cos, sin)
+        return layers_launch.rope(q, k, cos, sin, back=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        from farspan.kernels.triton_kernels import layers_launch
+
+        # The inverse of a rotation is its transpose; a factor of the tables stays as it is.
+        return *layers_launch.rope(dq, dk, *ctx.saved_tensors, back=True), None, None
 
 
 def _blend(frequencies: Tensor, factor: float, unscaled: Tensor) -> Tensor:

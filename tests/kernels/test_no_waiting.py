@@ -13,6 +13,8 @@ from farspan.kernels import recurrent_attention
 from farspan.kernels.cuda import flash as cuda_flash
 from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.kinds.token_choice import TokenChoice
+from farspan.kernels.layers import fused
+from farspan.kernels.layers.cross_entropy import linear_cross_entropy
 from farspan.kernels.layers.key_convolution import Taps, convolve, convolve_backward
 from farspan.kernels.layers.norm import rms_norm
 from farspan.kernels.layers.rope import apply_rope, inverse_frequencies, rotation_table
@@ -73,6 +75,12 @@ def test_layers() -> None:
     halo = meta(0, 2, 16)
     dout = convolve(x, halo, weight, taps)
     assert [y.shape for y in convolve_backward(dout, x, halo, weight, taps)] == [y.shape for y in (x, halo, weight)]
+
+
+def test_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "on_gpu", lambda x: x.is_meta)
+    labels = torch.empty(40, dtype=torch.int64, device=META)
+    linear_cross_entropy(meta(40, 16), meta(50, 16), labels, chunk_bytes=50 * 4 * 7).sum().backward()
 
 
 def test_routers() -> None:

@@ -8,6 +8,7 @@ import torch
 from farspan.parallel.comm import Traffic
 from farspan.parallel.layout import LAYOUTS
 from farspan.parallel.mesh import Mesh, ParallelConfig
+from farspan.tools.rank_pool import RankError
 from farspan.trainer.batch import MicroBatch
 from farspan.trainer.build import build_batches
 from farspan.trainer.config import Config
@@ -33,6 +34,13 @@ def build(config: Config) -> tuple[list[list[int]], int, int]:
     rows = batch.context.rows
     columns = [x.tolist() for x in (batch.tokens, batch.labels, rows.position, rows.document)]
     return columns, batch.valid_tokens, batch.attention_flops
+
+
+def test_labels_are_checked_on_the_host(ranks: Pools) -> None:
+    """A device could only end the process."""
+    config = tiny.config(Path("none"), Path("none"), ParallelConfig())
+    with pytest.raises(RankError, match="label 109 is outside the vocabulary of 109"):
+        ranks(1).run(build, tiny.with_model(config, vocabulary_size=109))
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))

@@ -84,6 +84,13 @@ def test_a_backend_that_does_not_run_on_the_device(config: Config, monkeypatch: 
         resolve(gpu, Ranks(world_size=2))
 
 
+def test_compiling_without_a_compiler_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = replace(config, train=replace(config.train, compile=True))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
+    with pytest.raises(ConfigError, match=r"train\.compile=true needs a C\+\+ compiler"):
+        resolve(compiled, Ranks(world_size=2))
+
+
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_data_that_is_not_there(config: Config, split: str) -> None:
     shutil.rmtree(config.data.folder / split)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from farspan.errors import ConfigError
-from farspan.kernels.layers.cross_entropy import chunk_tokens
+from farspan.kernels.layers.cross_entropy import CHUNK_BYTES, chunk_tokens
+from farspan.kernels.layers.fused import DTYPES
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.merge import accumulation_dtype
@@ -33,9 +34,9 @@ class Memory:
     activations: int
     """All blocks', see `block_activations`; with recompute: the inputs of all blocks, and one block's activations."""
     working: int
-    """The larger of two that are not in memory together. Loss: a chunk of logits, the gradient of the hidden states
-    and, for a 16-bit head, its float32 gradient. Backward of a block: gradients inside SwiGLU (three of the inner size,
-    one of the width) or of attention (out, q, k, v, accumulated)."""
+    """The larger of two that are not in memory together. Loss: a chunk of logits, on a GPU also in 16 bits, the
+    gradient of the hidden states and, for a 16-bit head, its float32 gradient. Backward of a block: gradients inside
+    SwiGLU (three of the inner size, one of the width) or of attention (out, q, k, v, accumulated)."""
 
     @property
     def total(self) -> int:
@@ -66,8 +67,10 @@ def estimate_memory(config: Config, degrees: Degrees) -> Memory:
     by_block = [block_activations(config, *layer, tokens=tokens) for layer in layers]
     inputs = tokens * model.width * item
     saved = model.layers * inputs + max(by_block) if config.train.recompute == "block" else sum(by_block)
-    logits = min(chunk_tokens(model.vocabulary_size, compute), tokens) * model.vocabulary_size * master
-    loss = logits + inputs + (head * master if item < master else 0)
+    on_cpu = config.train.device == "cpu"
+    chunk = chunk_tokens(model.vocabulary_size, compute, CHUNK_BYTES["cpu" if on_cpu else "cuda"])
+    logit = master if on_cpu or item == master else master + item
+    loss = min(chunk, tokens) * model.vocabulary_size * logit + inputs + (head * master if item < master else 0)
     inner = max(model.feed_forward, model.experts.per_token * model.experts.feed_forward if experts else 0)
     swiglu = tokens * (3 * inner + model.width) * item
     attention = tokens * (2 * query * item + (query + 2 * kv) * master)
@@ -102,7 +105,8 @@ def block_activations(config: Config, mechanism: Mechanism, has_experts: bool, *
     """Return the bytes that a block with this mechanism saves for its backward pass, for `tokens` local tokens.
 
     Per token: the residual stream before both norms, and the norms of it (on CPU also the normalized input of each);
-    rotated q and k, v, out and a float32 lse, with qk_norm also q and k before it; gate, silu(gate), up, their product.
+    rotated q and k, v, out and a float32 lse, with qk_norm also q and k before it; gate, up, the product of SwiGLU and,
+    where it is not fused, silu(gate).
     Token choice: out of all tokens; q, k, v, out, lse and routing logits of the chosen tokens.
     Key convolution: its input. Routing decisions of a routed mechanism are not counted.
     Gated recurrence: q, k, v before and after SiLU, out, its norm, the gate, the product of these two.
@@ -115,9 +119,10 @@ def block_activations(config: Config, mechanism: Mechanism, has_experts: bool, *
     normed = norms * model.width
     if gated or model.qk_norm:
         normed += query if gated else query + kv
-    feed_forward = 4 * model.feed_forward
+    inner = 3 if config.train.device != "cpu" and compute in DTYPES else 4
+    feed_forward = inner * model.feed_forward
     if has_experts:
-        feed_forward = 4 * model.experts.shared + 2 * model.experts.per_token * model.width
+        feed_forward = inner * model.experts.shared + 2 * model.experts.per_token * model.width
         feed_forward += 3 * model.experts.count * wide.itemsize // compute.itemsize
     elements = norms * model.width + normed + feed_forward
     elements += query if model.mixes_heads(mechanism) else 0

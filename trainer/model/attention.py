@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from farspan.kernels.layers.norm import rms_norm
-from farspan.kernels.layers.rope import apply_rope
+from farspan.kernels.layers.norm import residual_rms_norm, rms_norm
+from farspan.kernels.layers.rope import rotate_queries_and_keys
 from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.routing.router_logits import routing_logits
 from farspan.parallel.context_parallel.key_convolution import KeyConvolution
 from farspan.parallel.context_parallel.strategy import DistributedAttention
 from farspan.trainer.model.config import ModelConfig
+from farspan.trainer.model.eager import eager
 from farspan.trainer.model.experts import RoutingStatistics
 
 
@@ -49,6 +50,10 @@ class RmsNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.epsilon)
 
+    def of_residual(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return x, or x + delta, and its norm."""
+        return residual_rms_norm(x, delta, self.weight, self.epsilon)
+
 
 class Router(nn.Linear):
     """Routing logits of a mechanism: numbers for each token and KV head, in the accumulation dtype."""
@@ -62,6 +67,21 @@ class Router(nn.Linear):
         x = input.detach() if self.detached else input
         # [T, Hk * routing_width] -> [T, Hk, routing_width]
         return routing_logits(x, self.weight).unflatten(-1, (self.kv_heads, -1))
+
+
+@eager
+def _attend(
+    attention: DistributedAttention, q: Tensor, k: Tensor, v: Tensor, x: Tensor, router: Router | None = None
+) -> Tensor:
+    """Return the output of each query head `[T, Hq, D]`. What follows communicates and has kernels of its own."""
+    routing = () if router is None else (router(x),)  # [T, Hk, routing_width]
+    # The seam between model and parallelism, see above: keys of all ranks for the queries of this one.
+    return attention(q, k, v, *routing)
+
+
+@eager
+def _convolve(convolution: KeyConvolution, k: Tensor, taps: Tensor) -> Tensor:
+    return convolution(k, taps)
 
 
 class Attention(nn.Module):
@@ -100,12 +120,10 @@ class Attention(nn.Module):
             assert inputs.key_convolution is not None, "this model's sequences come with a planned convolution"
             # [Hk * D, taps] -> [taps, Hk, D]
             taps = self.key_convolution.weight.t().unflatten(1, (-1, self.head_dim))
-            k = inputs.key_convolution(k, taps)
-        q = apply_rope(self.query_norm(q), inputs.cos, inputs.sin)  # [T, Hq, D]
-        k = apply_rope(self.key_norm(k), inputs.cos, inputs.sin)  # [T, Hk, D]
-        routing = () if self.router is None else (self.router(x),)  # [T, Hk, routing_width]
-        # The seam between model and parallelism, see above: keys of all ranks for the queries of this one.
-        return inputs.attention(q, k, v, *routing)
+            k = _convolve(inputs.key_convolution, k, taps)
+        # [T, Hq, D], [T, Hk, D]
+        q, k = rotate_queries_and_keys(self.query_norm(q), self.key_norm(k), inputs.cos, inputs.sin)
+        return _attend(inputs.attention, q, k, v, x, self.router)
 
 
 class GatedRecurrence(nn.Module):
@@ -129,5 +147,5 @@ class GatedRecurrence(nn.Module):
     def forward(self, x: Tensor, inputs: AttentionInputs) -> tuple[Tensor, None]:
         # [T, H * D] -> [T, H, D]
         q, k, v = (F.silu(layer(x)).unflatten(-1, (-1, self.head_dim)) for layer in (self.query, self.key, self.value))
-        o = inputs.attention(q, k, v).flatten(1)  # [T, H, D] -> [T, H * D]
+        o = _attend(inputs.attention, q, k, v, x).flatten(1)  # [T, H, D] -> [T, H * D]
         return self.out(self.gate(x).sigmoid() * self.norm(o)), None  # [T, C]

@@ -16,6 +16,7 @@ from farspan.parallel.comm import Channel
 from farspan.parallel.expert_parallel.capacity import ExpertCapacity
 from farspan.parallel.expert_parallel.dispatch import send_to_experts
 from farspan.trainer.model.config import ModelConfig
+from farspan.trainer.model.eager import eager
 
 
 class RoutingStatistics(NamedTuple):
@@ -86,6 +87,7 @@ class ExpertFeedForward(nn.Module):
         self.shared = shared
         self.bias = nn.Buffer(torch.empty(self.count))
 
+    @eager
     def begin(
         self, x: Tensor, sequence: ExpertCapacity, channel: Channel
     ) -> Callable[[], tuple[Tensor, RoutingStatistics]]:

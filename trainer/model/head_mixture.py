@@ -15,6 +15,7 @@ from farspan.kernels.moe.gathered_linear import Choices, combine_chosen, project
 from farspan.kernels.routing.router_logits import routing_logits
 from farspan.trainer.model.attention import Attention, AttentionInputs
 from farspan.trainer.model.config import ModelConfig
+from farspan.trainer.model.eager import eager
 from farspan.trainer.model.experts import RoutingStatistics
 
 
@@ -34,6 +35,7 @@ class HeadMixture(Attention):
         self.head_router = nn.Linear(config.width, choice.logits, bias=False)
         self.bias = nn.Buffer(torch.empty(choice.choices))
 
+    @eager
     def forward(self, x: Tensor, inputs: AttentionInputs) -> tuple[Tensor, RoutingStatistics]:
         logits = routing_logits(x, self.head_router.weight)  # [T, logits]
         heads = self.choice.choose(logits, self.bias)

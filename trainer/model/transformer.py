@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from farspan.kernels.layers.cross_entropy import linear_cross_entropy
-from farspan.kernels.layers.rope import attention_factor_of, inverse_frequencies, rotation_table
+from farspan.kernels.layers.rope import attention_factor_of, inverse_frequencies_on, rotation_table
+from farspan.kernels.layers.swiglu import silu_product
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
 from farspan.parallel.comm import Channel
@@ -23,10 +23,13 @@ from farspan.parallel.context_parallel.strategy import DistributedAttention
 from farspan.parallel.expert_parallel.capacity import ExpertCapacity
 from farspan.trainer.model.attention import Attention, AttentionInputs, GatedRecurrence, RmsNorm
 from farspan.trainer.model.config import ModelConfig
+from farspan.trainer.model.eager import eager
 from farspan.trainer.model.experts import ExpertFeedForward, RoutingStatistics
 from farspan.trainer.model.head_mixture import HeadMixture
 
 Layer = TypeVar("Layer", bound=nn.Module)
+UnderWay = Callable[[], tuple[Tensor, RoutingStatistics]]
+"""What waits for the experts of tokens."""
 BlockOutput = tuple[Tensor, RoutingStatistics | None, RoutingStatistics | None]
 """Residual stream `[T, C]`; statistics of experts and of heads, if the block has a router for them."""
 
@@ -54,7 +57,10 @@ class SequenceContext:
 
 
 class Output(NamedTuple):
-    """losses `[T]` in nats, float32 or float64; 0 where a label is ignored. experts, heads: of layers with a router."""
+    """losses `[T]` in nats, float32 or float64; 0 where a label is ignored, empty without labels.
+
+    experts, heads: of layers with a router.
+    """
 
     losses: Tensor
     experts: tuple[RoutingStatistics, ...]
@@ -71,16 +77,20 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(silu_product(self.gate(x), self.up(x)))
 
 
 class Block(nn.Module):
     """Attention, then SwiGLU or experts; with `recompute`, activations are recomputed in the backward pass.
 
-    In a parallel block both read the same norm, and the exchange of rows with experts overlaps attention.
+    In a parallel block both read the same norm, and the exchange of rows with experts overlaps attention. `compiled`:
+    by torch.compile, but for attention, key convolution, mixtures of heads and experts, between which a block falls
+    into graphs.
     """
 
-    def __init__(self, config: ModelConfig, mechanism: Mechanism, *, has_experts: bool, recompute: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, mechanism: Mechanism, *, has_experts: bool, recompute: bool, compiled: bool = False
+    ) -> None:
         super().__init__()
         self.attention_norm = RmsNorm(config.width, config.norm_epsilon)
         if config.is_gated(mechanism):
@@ -94,44 +104,57 @@ class Block(nn.Module):
         else:
             self.feed_forward = FeedForward(config.width, config.feed_forward)
         self.recompute = recompute
+        self.compute = torch.compile(self._compute) if compiled else self._compute
 
     def forward(self, x: Tensor, inputs: AttentionInputs, experts: ExpertPlaces | None) -> BlockOutput:
         # The outputs of the recomputation are discarded, so that loads are counted, and losses added, once.
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._layer, x, inputs, experts, use_reentrant=False, preserve_rng_state=False)
-        return self._layer(x, inputs, experts)
+            return checkpoint(self.compute, x, inputs, experts, use_reentrant=False, preserve_rng_state=False)
+        return self.compute(x, inputs, experts)
 
-    def _layer(self, x: Tensor, inputs: AttentionInputs, experts: ExpertPlaces | None) -> BlockOutput:
-        normed = self.attention_norm(x)
+    def _compute(self, x: Tensor, inputs: AttentionInputs, experts: ExpertPlaces | None) -> BlockOutput:
+        x, normed = self.attention_norm.of_residual(x)
         if self.feed_forward_norm is None:
             # Start the exchange with experts, compute attention meanwhile, then wait for the experts.
-            wait = self._start_feed_forward(normed, experts)
+            under_way = self._start_experts(normed, experts)
             attention_out, of_heads = self.attention(normed, inputs)
-            feed_forward_out, of_experts = wait()
+            feed_forward_out, of_experts = self._feed_forward(normed, under_way)
             return x + attention_out + feed_forward_out, of_experts, of_heads
         attention_out, of_heads = self.attention(normed, inputs)
-        x = x + attention_out
-        feed_forward_out, of_experts = self._start_feed_forward(self.feed_forward_norm(x), experts)()
+        x, normed = self.feed_forward_norm.of_residual(x, attention_out)
+        feed_forward_out, of_experts = self._feed_forward(normed, self._start_experts(normed, experts))
         return x + feed_forward_out, of_experts, of_heads
 
-    def _start_feed_forward(
-        self, normed: Tensor, experts: ExpertPlaces | None
-    ) -> Callable[[], tuple[Tensor, RoutingStatistics | None]]:
+    def _start_experts(self, normed: Tensor, experts: ExpertPlaces | None) -> UnderWay | None:
         if not isinstance(self.feed_forward, ExpertFeedForward):
-            return lambda: (self.feed_forward(normed), None)
+            return None
         assert experts is not None, "this model's sequences come with the places of its experts"
         return self.feed_forward.begin(normed, experts.sequence, experts.channel)
+
+    def _feed_forward(self, normed: Tensor, under_way: UnderWay | None) -> tuple[Tensor, RoutingStatistics | None]:
+        return (self.feed_forward(normed), None) if under_way is None else _finish(under_way)
+
+
+@eager
+def _finish(under_way: UnderWay) -> tuple[Tensor, RoutingStatistics]:
+    return under_way()
 
 
 class Transformer(nn.Module):
     """Tokens and labels in, the loss of each token out; `mechanisms`: one for each layer."""
 
-    def __init__(self, config: ModelConfig, mechanisms: Sequence[Mechanism], *, recompute: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, mechanisms: Sequence[Mechanism], *, recompute: bool = False, compiled: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
+        if compiled:
+            # All blocks share their code, for which torch counts compilations: of each kind of block, and of training
+            # and evaluation. Beyond its limit of 8 blocks would silently run as they are.
+            torch._dynamo.config.recompile_limit = 64
         self.embedding = nn.Embedding(config.vocabulary_size, config.width)
         self.blocks = nn.ModuleList(
-            Block(config, mechanism, has_experts=has_experts, recompute=recompute)
+            Block(config, mechanism, has_experts=has_experts, recompute=recompute, compiled=compiled)
             for mechanism, has_experts in zip(mechanisms, config.expert_layers, strict=True)
         )
         self.norm = RmsNorm(config.width, config.norm_epsilon)
@@ -139,8 +162,8 @@ class Transformer(nn.Module):
         if config.tied_embeddings:
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens: Tensor, labels: Tensor, context: SequenceContext) -> Output:
-        """tokens, labels: int64 `[T]`."""
+    def forward(self, tokens: Tensor, labels: Tensor | None, context: SequenceContext) -> Output:
+        """tokens, labels: int64 `[T]`; without labels the layers run for their statistics alone."""
         real = context.rows.document >= 0
         # Padding is 0 in all layers, whatever its token: 0 x NaN would reach the gradients of weights.
         x = self.embedding(tokens).masked_fill(~real[:, None], 0.0)  # [T, C]
@@ -151,6 +174,8 @@ class Transformer(nn.Module):
             x, of_experts, of_heads = block(x, inputs, context.experts)
             experts += [of_experts] if of_experts is not None else []
             heads += [of_heads] if of_heads is not None else []
+        if labels is None:
+            return Output(x.new_empty(0), tuple(experts), tuple(heads))
         losses = linear_cross_entropy(self.norm(x), self.head.weight, labels)
         return Output(losses, tuple(experts), tuple(heads))
 
@@ -159,8 +184,8 @@ class Transformer(nn.Module):
         return [module for module in self.modules() if isinstance(module, kind)]
 
     def _rotation(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        rope = self.config.rope
-        frequencies = inverse_frequencies(rope.rotated or self.config.head_dim, rope.base, rope.build_scaling())
+        rope, rotated = self.config.rope, self.config.rope.rotated or self.config.head_dim
+        frequencies = inverse_frequencies_on(position.device, rotated, rope.base, rope.build_scaling())
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
         factor = attention_factor_of(rope.build_scaling())
-        return rotation_table(position, frequencies.to(position.device), factor, dtype)
+        return rotation_table(position, frequencies, factor, dtype)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from farspan.kernels.layers import cross_entropy
-from farspan.kernels.layers.cross_entropy import chunk_tokens, linear_cross_entropy
+from farspan.kernels.layers import cross_entropy, fused
+from farspan.kernels.layers.cross_entropy import CHUNK_BYTES, check_labels, chunk_tokens, linear_cross_entropy
 from tests.support.mechanisms import normal
 
 TOKENS, VOCABULARY, WIDTH = 37, 53, 11
@@ -84,6 +84,19 @@ def test_no_labels_at_all(tokens: int) -> None:
     grad_hidden, grad_weight = torch.autograd.grad(losses, (hidden, weight), upstream)
     assert torch.equal(grad_hidden, torch.zeros_like(hidden))
     assert torch.equal(grad_weight, torch.zeros_like(weight))
+
+
+def test_a_gpu_takes_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of them have labels only the device knows: no token may be selected, and results are the same."""
+    monkeypatch.setattr(fused, "on_gpu", lambda _: True)
+    monkeypatch.setattr(Tensor, "nonzero", lambda _: pytest.fail("the host waits"))
+    for chunk in (1, 5, TOKENS):
+        test_equals_torch_in_float64(chunk)
+    test_ignored_tokens_cost_and_give_nothing(4)
+    test_another_ignored_label()
+    for tokens in (0, 4):
+        test_no_labels_at_all(tokens)
+    assert cross_entropy._exp_in_place(torch.tensor([-200.0])).item() == 0.0
 
 
 def test_non_contiguous_hidden() -> None:
@@ -224,6 +237,12 @@ def test_label_outside_the_vocabulary_is_refused(label: int, ignored: int) -> No
         linear_cross_entropy(hidden, weight, labels, ignored=ignored)
 
 
+def test_no_label_is_none_outside_the_vocabulary() -> None:
+    check_labels(torch.tensor([-100, -100]), 3)
+    check_labels(torch.tensor([], dtype=torch.int64), 3)
+    check_labels(torch.tensor([2, 0, -100]), 3)
+
+
 def test_mismatched_inputs_are_refused() -> None:
     hidden, weight, labels, _ = inputs()
     with pytest.raises(ValueError, match=r"must be \[tokens, width\]"):
@@ -247,6 +266,7 @@ def test_chunk_size() -> None:
     assert chunk_tokens(128_256, torch.bfloat16) == 256  # 261 would fit
     assert chunk_tokens(1000, torch.float32, 12_000) == 3
     assert chunk_tokens(1000, torch.float32, 1) == 1
+    assert chunk_tokens(128_256, torch.bfloat16, CHUNK_BYTES["cuda"]) == 2080  # 2,093 would fit
 
 
 def test_logits_are_never_held_whole() -> None:

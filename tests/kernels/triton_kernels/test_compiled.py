@@ -22,6 +22,7 @@ KERNELS = [
 ]
 EXPERTS = ("swiglu", "swiglu_backward", "product", "weight")
 HEADS = ("product", "weight")
+LAYERS = ("rms_norm", "rms_norm_backward", "rope", "silu_product", "silu_product_backward")
 
 
 def rows(text: str) -> list[list[str]]:
@@ -36,7 +37,7 @@ def test_every_kernel_is_recorded_at_every_size_and_dtype() -> None:
     expected = {(*kernel, *cell) for kernel in KERNELS for cell in product(sizes, dtypes)}
     for plan, kernels in (("experts", EXPERTS), ("heads", HEADS)):
         expected |= set(product((plan,), kernels, ("1024/512", "1000/500"), dtypes))
-    assert recorded == expected
+    assert recorded == expected | set(product(("layers",), LAYERS, ("4096/128", "5120/96", "8192/256"), dtypes))
 
 
 def test_kernels_fit_and_are_those_of_the_record(tmp_path: Path) -> None:

@@ -21,3 +21,7 @@ def test_recurrences_equal_the_formula() -> None:
 
 def test_products_of_experts_equal_the_formula() -> None:
     interpret("interpreted_grouped")
+
+
+def test_layers_equal_the_formula() -> None:
+    interpret("interpreted_layers")

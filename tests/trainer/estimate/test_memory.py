@@ -132,10 +132,10 @@ def test_estimate_of_a_large_run() -> None:
     tokens, head, block = 131072 // 8, 128256 * 4096, 218_112_000
     assert memory.states / GIB == pytest.approx(8_030_261_248 * 16 / 8 / GIB)
     assert memory.gathered / GIB == pytest.approx((3 * head + 3 * block) * 2 / GIB + block * 4 / GIB, rel=1e-3)
-    per_token = 32 * 4096 * 2 + (4 * 4096 + 2 * 4096 + 2 * 1024 + 4 * 14336) * 2 + 32 * 4 + 2 * 4096 * 2
+    per_token = 32 * 4096 * 2 + (4 * 4096 + 2 * 4096 + 2 * 1024 + 3 * 14336) * 2 + 32 * 4 + 2 * 4096 * 2
     assert memory.activations / GIB == pytest.approx(tokens * per_token / GIB)
-    # A chunk of logits within 128 MiB, the gradient of the hidden states, the head's gradient in float32.
-    assert memory.working / GIB == pytest.approx((tokens * 4096 * 2 + head * 4) / GIB + 0.125, rel=0.01)
+    # A chunk of logits within 1 GiB, and in 16 bits, the gradient of the hidden states, the head's gradient in float32.
+    assert memory.working / GIB == pytest.approx((tokens * 4096 * 2 + head * 4) / GIB + 1.5, rel=0.01)
 
 
 def test_estimate_of_a_hybrid_with_experts() -> None:
@@ -148,7 +148,7 @@ def test_estimate_of_a_hybrid_with_experts() -> None:
     # rows to experts and two back; three numbers for each expert in float32.
     block = (2 + 2 + 1 + 6 + 3 + 2 * 2) * width * 2 + 3 * 32 * 4
     assert memory.activations / GIB == pytest.approx(tokens * (32 * width * 2 + block + 2 * width * 2) / GIB)
-    assert memory.working / GIB == pytest.approx((tokens * width * 2 + 200064 * width * 4) / GIB + 0.125, rel=0.01)
+    assert memory.working / GIB == pytest.approx((tokens * width * 2 + 200064 * width * 4) / GIB + 1.5, rel=0.01)
     # Without the loss and SwiGLU, backward of a gated layer: out and q; q, k and v, 16 heads of each, in float32.
     thin = ExpertsConfig(count=32, per_token=2, feed_forward=64)
     small = tiny.with_model(config, vocabulary_size=64, feed_forward=64, experts=thin)
@@ -158,8 +158,8 @@ def test_estimate_of_a_hybrid_with_experts() -> None:
 # Ranks as suggested in the files; the rest of 80 GB is for torch, NCCL and uneven loads of experts.
 @pytest.mark.parametrize(
     ("preset", "ranks", "gib"),
-    [("qwen3_30b_a3b_128k", 64, 16), ("qwen3_30b_a3b_128k", 16, 37), ("mixtral_8x7b_64k", 32, 33),
-     ("mixtral_8x7b_64k", 16, 55), ("minimax_style", 8, 50)],
+    [("qwen3_30b_a3b_128k", 64, 17), ("qwen3_30b_a3b_128k", 16, 39), ("mixtral_8x7b_64k", 32, 33),
+     ("mixtral_8x7b_64k", 16, 55), ("minimax_style", 8, 52)],
 )  # fmt: skip
 def test_presets_fit_their_gpus(preset: str, ranks: int, gib: int) -> None:
     config = load_config(Config, CONFIGS / f"{preset}.toml")

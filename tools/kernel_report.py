@@ -23,11 +23,17 @@ from typing import Any, NamedTuple
 
 import torch
 
+from farspan.kernels.kinds.routed import LocalShard
 from farspan.kernels.linear_attention.state import Segment
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.neighborhood import Dimension, Neighborhood
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
+from farspan.kernels.mechanisms.moba import MoBA
+from farspan.kernels.mechanisms.sparge import SpargeAttention
+from farspan.kernels.mechanisms.vmoba import VMoBA
+from farspan.kernels.planner import Heads, HeadShare, identity
+from farspan.kernels.planning.choice_tiles import MAX_BLOCKS
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.recurrent_attention import recurrent_attention_backward, recurrent_attention_forward
 from farspan.tools.bench.case import dtype_name
@@ -53,8 +59,9 @@ Written by `python -m farspan.tools.kernel_report docs/kernels_sm90.md` (Triton 
 that a plan launches, at every head size and dtype; one binary that serves several of them is one line. `experts`: a
 mixture's experts, at a width and inner size; `heads`: the projections of a mixture of heads, at a width and that of an
 expert's queries; tiles of both are rows x columns x depth. `layers`: what is between a block's matrix products, at a
-width and head size; tiles are rows x columns. `regs`: registers of a thread, at most 255. `stack`: bytes of a thread's
-stack, which registers spill to; 0 is none. `shared`: bytes of shared memory of a block, at most 232,448.
+width and head size; tiles are rows x columns. `choice`: choices of blocks; tiles are blocks x queries. `regs`:
+registers of a thread, at most 255. `stack`: bytes of a thread's stack, which registers spill to; 0 is none. `shared`:
+bytes of shared memory of a block, at most 232,448.
 
 Digest of the code: {digest}
 
@@ -93,7 +100,8 @@ class Usage(NamedTuple):
     binary: str
 
 
-PLANS = ("causal", "window and sinks", "neighborhood", "lifetimes", "tiles select", "rows select", "recurrence")
+ATTENTION = ("causal", "window and sinks", "neighborhood", "lifetimes", "tiles select", "rows select")
+PLANS = (*ATTENTION, "recurrence", "choice")
 SIZES = ((64, 64), (128, 128), (192, 128), (256, 256))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EXPERT_SIZES = ((1024, 512), (1000, 500))
@@ -158,7 +166,13 @@ def compile_case(case: Case) -> list[Usage]:
     triton.runtime.driver.set_active(_Driver())
     JITFunction.run = compile_only
     try:
-        of_plan = {"recurrence": _recurrence, "experts": _experts, "heads": _heads, "layers": _layers}
+        of_plan = {
+            "recurrence": _recurrence,
+            "experts": _experts,
+            "heads": _heads,
+            "layers": _layers,
+            "choice": _choice,
+        }
         of_plan.get(case.plan, _attention)(case)
     finally:
         JITFunction.run = run
@@ -229,11 +243,32 @@ def _layers(case: Case) -> None:
     layers_launch.silu_product_backward(x, x, x)
 
 
+def _choice(case: Case) -> None:
+    # The last rows of documents of all kinds of sizes choose among one block for each of their rows.
+    lengths = (64, 512, 1024, MAX_BLOCKS)
+    rows = Rows.packed(lengths)
+    local_rows = rows.take(torch.tensor(lengths).cumsum(0) - 1)
+    q, k = (torch.zeros(len(lengths), heads, case.width, dtype=case.dtype) for heads in (HEADS, KV_HEADS))
+    mechanisms = MoBA(block=1), VMoBA(brick=(1,)), VMoBA(brick=(1,), scope="head"), SpargeAttention(tile=1, block=1)
+    for mechanism in mechanisms:
+        local_shard = LocalShard(
+            mechanism=mechanism,
+            rows=local_rows,
+            global_rows=rows,
+            share=HeadShare.all(Heads(query=HEADS, kv=KV_HEADS)),
+            backend="triton",
+            all_reduce_sum=identity,
+        )
+        mechanism.select_packed(q, k, local_shard)
+
+
 def _usage(kernel: str, options: dict[str, Any], compiled: Any) -> Usage:
-    sides = ("CHUNK", "ROWS", "COLUMNS", "DEPTH", "BLOCK_Q", "BLOCK_K", "BLOCK")
+    sides = ("BLOCKS", "CHUNK", "ROWS", "COLUMNS", "DEPTH", "BLOCK_Q", "BLOCK_K", "BLOCK")
     tile = " x ".join(str(options[side]) for side in sides if side in options)
     if options.get("FOR_K") != options.get("FOR_V"):
         kernel += " (dk)" if options["FOR_K"] else " (dv)"
+    if weights := options.get("WEIGHTS"):
+        kernel += f" ({weights})"
     needs = compiled.metadata
     registers, stack = _registers_and_stack(compiled.asm["cubin"])
     return Usage(kernel, tile, needs.num_warps, needs.num_stages, registers, stack, needs.shared, compiled.hash)

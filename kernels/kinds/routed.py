@@ -1,8 +1,10 @@
 """Routed: queries attend to blocks of keys that they select, by content or by a pattern, among those of a mask."""
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ from farspan.kernels.planner import (
 from farspan.kernels.planning.gathered_batches import count_pairs
 from farspan.kernels.planning.plan import Plan
 
+Made = TypeVar("Made")
 SAMPLE_HEAD_DIM = 16
 """Of the normal queries and keys that stand for real ones: blocks win by chance, whatever the width."""
 
@@ -57,7 +60,7 @@ class Routed(Masked):
         """
 
     def select_packed(self, q: Tensor, k: Tensor, local_shard: "LocalShard") -> PackedSelection:
-        """Select the same as `select` on the device of q; this waits for it, which mechanisms should not."""
+        """Select the same as `select` on the device of q; here by waiting for it, which mechanisms should avoid."""
         return PackedSelection.pack(self.select(q, k, local_shard), q.device)
 
     def all_reduce_bytes(self, global_rows: Rows, heads: Heads, head_dim: int) -> int:
@@ -149,6 +152,7 @@ class LocalShard(KeyRouting):
     share: HeadShare
     backend: str
     all_reduce_sum: AllReduceSum
+    _made: dict[Hashable, Any] = field(default_factory=dict, init=False)
 
     @cached_property
     def key_blocks(self) -> BlockPartition:
@@ -179,6 +183,12 @@ class LocalShard(KeyRouting):
     def key_block_extent(self) -> tuple[Tensor, Tensor]:
         return self.key_blocks.extent(self.global_rows)
 
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """Return what a mechanism makes of the rows alone, made once for all layers."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
     def key_means(self, k: Tensor) -> Tensor:
         """Return the mean of the keys of each key block of the sequence, float32 `[blocks, Hk, D]`."""
         return self._means(k, self.key_blocks)
@@ -200,4 +210,5 @@ class LocalShard(KeyRouting):
     def route(self, q: Tensor, k: Tensor, *routing: Tensor) -> RoutedKeys:
         packed = BACKENDS.get(self.backend).packs_selections
         select = self.mechanism.select_packed if packed else self.mechanism.select
-        return RoutedKeys(selection=select(q, k, self))
+        with torch.cuda.device_of(q):
+            return RoutedKeys(selection=select(q, k, self))

@@ -14,10 +14,13 @@ from torch import Tensor
 
 from farspan.kernels.kinds.routed import LocalShard, Routed
 from farspan.kernels.masks.attention_mask import AttentionMask
+from farspan.kernels.masks.packed_selection import PackedSelection
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.mechanism import MECHANISMS
+from farspan.kernels.mechanisms._block_choice import BlockChoice, Queries, fits, longest
 from farspan.kernels.planner import Heads
+from farspan.kernels.planning.choice_tiles import Ranking
 from farspan.kernels.routing.ranking import affinity, top
 
 SCORES_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 24}
@@ -81,6 +84,25 @@ class MoBA(Routed):
         scores.masked_fill_((block >= own_block) | (block < first_block), float("-inf"))
         scores.masked_fill_(block == own_block, float("inf"))
         return top(scores, self.top_k)
+
+    @torch.no_grad()
+    def select_packed(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> PackedSelection:
+        if not fits(local_shard):
+            return Routed.select_packed(self, q, k, local_shard)
+        choice = local_shard.once(("choice", q.device), lambda: self._choice(local_shard, q.device))
+        return choice.choose(q, choice.key_means(k))
+
+    def _choice(self, local_shard: LocalShard, device: torch.device) -> BlockChoice:
+        most = min(self.top_k, longest(local_shard))
+        return BlockChoice(
+            local_shard=local_shard,
+            device=device,
+            queries=Queries.rows(local_shard),
+            ranking=Ranking(own_counts=True),
+            least=torch.full((len(local_shard.key_blocks.documents),), most),
+            most=most,
+            names_own=True,
+        )
 
     def all_reduce_bytes(self, global_rows: Rows, heads: Heads, head_dim: int) -> int:
         return self.key_blocks(global_rows).count * heads.kv * head_dim * torch.float64.itemsize

@@ -19,11 +19,14 @@ from torch import Tensor
 
 from farspan.kernels.kinds.routed import LocalShard, Routed
 from farspan.kernels.masks.attention_mask import AttentionMask
+from farspan.kernels.masks.packed_selection import PackedSelection
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.mechanism import MECHANISMS
 from farspan.kernels.mechanisms import _tile_selection as by_tile
+from farspan.kernels.mechanisms._block_choice import BlockChoice, Queries, fits, longest
 from farspan.kernels.planner import Heads
+from farspan.kernels.planning.choice_tiles import Ranking
 
 
 @final
@@ -111,6 +114,34 @@ class SpargeAttention(Routed):
         if self.diagonal:
             forced |= (last_key[blocks] >= first_query[tile, None]) & (first_key[blocks] <= last_query[tile, None])
         return forced
+
+    @torch.no_grad()
+    def select_packed(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> PackedSelection:
+        if not fits(local_shard):
+            return Routed.select_packed(self, q, k, local_shard)
+        choice = local_shard.once(("choice", q.device), lambda: self._choice(local_shard, q.device))
+        query_means, tile_similar = choice.query_means(q, similarity=self.similarity)
+        key_means = choice.key_means(k)
+        block_similar = choice.similar_blocks(k, key_means, self.similarity)
+        return choice.choose(
+            query_means,
+            key_means,
+            scale=q.shape[2] ** -0.5,
+            block_competes=block_similar,
+            query_competes=tile_similar,
+        )
+
+    def _choice(self, local_shard: LocalShard, device: torch.device) -> BlockChoice:
+        blocks = local_shard.key_blocks.first.diff()
+        return BlockChoice(
+            local_shard=local_shard,
+            device=device,
+            queries=Queries.tiles(local_shard),
+            ranking=Ranking(weights="none" if self.top else "softmax", share=self.mass, sink=self.sink),
+            least=(blocks * self.top).long().clamp(min=1),
+            most=longest(local_shard),
+            names_own=self.diagonal,
+        )
 
     def all_reduce_bytes(self, global_rows: Rows, heads: Heads, head_dim: int) -> int:
         """Sums of rows, and of rows scaled to length one, of tiles and blocks."""

@@ -16,11 +16,14 @@ from torch import Tensor
 
 from farspan.kernels.kinds.routed import LocalShard, Routed
 from farspan.kernels.masks.attention_mask import AttentionMask
+from farspan.kernels.masks.packed_selection import PackedSelection
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.mechanism import MECHANISMS
 from farspan.kernels.mechanisms import _tile_selection as by_tile
+from farspan.kernels.mechanisms._block_choice import BlockChoice, Queries, fits, longest
 from farspan.kernels.planner import Heads
+from farspan.kernels.planning.choice_tiles import Ranking
 
 MASS_MARGIN = 1e-5
 """Added to `mass`, as in the published code, against rounding in the cumulative sum."""
@@ -106,6 +109,30 @@ class VGGT(Routed):
             best = by_tile.best_blocks(scores, patches[None], at_least=count, mass=self.mass + MASS_MARGIN)
             # [Hq, tiles, blocks]
             yield some, visible & (best | ~is_patch_block[some] | ~is_patch_tile[tile[chunk], None])
+
+    @torch.no_grad()
+    def select_packed(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> PackedSelection:
+        if not fits(local_shard):
+            return Routed.select_packed(self, q, k, local_shard)
+        choice = local_shard.once(("choice", q.device), lambda: self._choice(local_shard, q.device))
+        query_means, _ = choice.query_means(q)
+        return choice.choose(query_means, choice.key_means(k), scale=q.shape[2] ** -0.5)
+
+    def _choice(self, local_shard: LocalShard, device: torch.device) -> BlockChoice:
+        blocks, tiles = local_shard.key_blocks, local_shard.query_blocks
+        # Patches have even numbers.
+        is_patch, is_patch_tile = blocks.number % 2 == 0, (tiles.number % 2 == 0)[local_shard.local_query_blocks[0]]
+        patches = blocks.document[is_patch & (blocks.sizes > 0)].bincount(minlength=len(blocks.documents))
+        return BlockChoice(
+            local_shard=local_shard,
+            device=device,
+            queries=Queries.tiles(local_shard),
+            ranking=Ranking(weights="softmax", share=self.mass + MASS_MARGIN),
+            least=(patches.double() * (1 - self.sparsity)).long().clamp(min=1),
+            most=longest(local_shard),
+            names_own=False,
+            competes=(is_patch, is_patch_tile),
+        )
 
     def all_reduce_bytes(self, global_rows: Rows, heads: Heads, head_dim: int) -> int:
         counts = self.query_blocks(global_rows).count * heads.query + self.key_blocks(global_rows).count * heads.kv

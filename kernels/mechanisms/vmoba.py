@@ -14,12 +14,16 @@ from typing import Literal, Self, final
 import torch
 from torch import Tensor
 
+from farspan.kernels.device_copies import copy_to
 from farspan.kernels.kinds.routed import LocalShard, Routed
 from farspan.kernels.masks.attention_mask import AttentionMask
+from farspan.kernels.masks.packed_selection import PackedSelection
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.mechanism import MECHANISMS
+from farspan.kernels.mechanisms._block_choice import BlockChoice, Queries, fits, longest
 from farspan.kernels.planner import AllReduceSum, Heads
+from farspan.kernels.planning.choice_tiles import Ranking
 from farspan.kernels.routing.ranking import affinity, from_sortable, sortable, sortable_from_zero
 
 SCORES_AT_ONCE = 1 << 22
@@ -94,6 +98,68 @@ class VMoBA(Routed):
         masks = ranking.per_query() if self.scope == "query" else ranking.per_head()
         query_block = torch.arange(len(q)).masked_fill(local_shard.key_block_of_row < 0, -1)  # every row by itself
         return BlockSelection.from_parts(query_block, local_shard.key_blocks, masks, heads=q.shape[1])
+
+    @torch.no_grad()
+    def select_packed(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> PackedSelection:
+        if self.scope == "query" and not fits(local_shard):
+            return Routed.select_packed(self, q, k, local_shard)
+        choice = local_shard.once(("choice", q.device), lambda: self._choice(local_shard, q.device))
+        key_means = choice.key_means(k)
+        if self.scope == "query":
+            return choice.choose(q, key_means)
+        return choice.selection(self._joint_choice(q, key_means, choice))
+
+    def _joint_choice(self, q: Tensor, key_means: Tensor, choice: BlockChoice) -> Tensor:
+        """Return the bits by a ranking of all pairs of a head and document, int32 `[T, Hq, words]`."""
+        from farspan.kernels.triton_kernels.joint_choice_launch import JointRanking
+
+        local_shard = choice.local_shard
+        ranking = JointRanking(
+            q=q,
+            block_means=key_means,
+            table=choice.joint_tiles,
+            rule=choice.rule,
+            documents=len(choice.least),
+            all_reduce_sum=local_shard.all_reduce_sum,
+        )
+        needs = local_shard.once(
+            ("needs", q.device), lambda: copy_to(self._joint_needs(local_shard.key_blocks), q.device)
+        )
+        need = needs[:, None].repeat(1, q.shape[1], 1)  # [searches, documents] -> [searches, Hq, documents]
+        if self.rule == "top_k":
+            return ranking.select(ranking.threshold(need, None, own=False))
+        span = ranking.threshold(need, None, own=True)
+        pairs, own = ranking.weights(span)
+        need = ((pairs.double() * self.share).ceil().long() - own).clamp(min=1)
+        return ranking.select(ranking.threshold(need[None], span, own=False))
+
+    def _joint_needs(self, blocks: BlockPartition) -> Tensor:
+        """Return how many pairs of each document the first searches look for, int64 `[searches, documents]`.
+
+        For the rule `threshold` these are the first and the last of all pairs: the highest and the lowest score.
+        """
+        documents = len(blocks.documents)
+        tokens = torch.zeros(documents, dtype=torch.int64).index_add_(0, blocks.document, blocks.sizes)
+        if self.rule == "top_k":
+            return (min(self.top_k, blocks.count + 1) - 1) * tokens[None]
+        filled = blocks.document[blocks.sizes > 0].bincount(minlength=documents)
+        return torch.stack((torch.ones_like(tokens), tokens * filled))
+
+    def _choice(self, local_shard: LocalShard, device: torch.device) -> BlockChoice:
+        by_share, joint, blocks = self.rule == "threshold", self.scope == "head", longest(local_shard)
+        # The query's own block, the fewest of the others that can have less than the share, and the one that reaches
+        # it: m of n others weigh at least m / n of all.
+        most = int(self.share * (blocks - 1)) + 3 if by_share else self.top_k
+        ranking = Ranking(weights="scaled" if by_share else "none", share=self.share, own_counts=True)
+        return BlockChoice(
+            local_shard=local_shard,
+            device=device,
+            queries=Queries.rows(local_shard),
+            ranking=None if joint else ranking,
+            least=torch.full((len(local_shard.key_blocks.documents),), 1 if by_share else min(self.top_k, blocks)),
+            most=blocks if joint else min(most, blocks),
+            names_own=True,
+        )
 
     def all_reduce_bytes(self, global_rows: Rows, heads: Heads, head_dim: int) -> int:
         blocks = self.key_blocks(global_rows)

@@ -1,6 +1,6 @@
 """No layer waits for a device: what runs on one takes tensors without numbers, where asking for one is an error.
 
-Selections of blocks are not here: the host makes lists of them, for which it waits once in each layer.
+Selections of blocks are not here: on a device Triton's kernels make them (triton_kernels/interpreted_choice.py).
 """
 
 from types import SimpleNamespace

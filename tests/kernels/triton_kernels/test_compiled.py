@@ -19,6 +19,7 @@ KERNELS = [
     *product(ATTENTION, ("forward", "delta", "dq", "dkv")),
     ("rows select", "combine"),
     *product(("recurrence",), ("span_updates", "span_outputs")),
+    *product(("choice",), ("sums", "means", "similar", "choose", "histogram", "digit", "weight", "select")),
 ]
 EXPERTS = ("swiglu", "swiglu_backward", "product", "weight")
 HEADS = ("product", "weight")

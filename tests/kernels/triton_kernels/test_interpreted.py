@@ -25,3 +25,7 @@ def test_products_of_experts_equal_the_formula() -> None:
 
 def test_layers_equal_the_formula() -> None:
     interpret("interpreted_layers")
+
+
+def test_choices_of_blocks_are_those_of_the_host() -> None:
+    interpret("interpreted_choice")

@@ -1,0 +1,367 @@
+# pyright: reportMissingImports=false, reportPossiblyUnboundVariable=false
+"""Kernels that choose blocks of keys: means of blocks, scores of queries for them, and the best of these as bits.
+
+A tile is some queries of one document, for which all blocks of that document are scored at once, in registers:
+
+    scores [blocks, queries]  ->  integers that sort alike  ->  the least integer that is still chosen  ->  bits
+
+Nothing is sorted. The least integer of a query is found bit by bit, from the highest: a bit is set if the scores from
+there on are still enough, in number or in weight. Numbers and weights are integers, so that their sums are the same in
+any order, and scores are products and sums in float64, rounded once: choices have the same bits on every device.
+
+Blocks are the first dimension, so that threads lie along queries, each with many blocks: one element of a query serves
+as many products, and a mean is read by all lanes of a warp at once.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from farspan.kernels.planning.choice_tiles import HEADER
+
+INT_MAX = tl.constexpr((1 << 31) - 1)
+INT_MIN = tl.constexpr(-(1 << 31))
+HIGHEST = tl.constexpr(0x7F800000)
+"""The integer of +inf."""
+NEVER = tl.constexpr(-1 - 0x7F800000)
+"""The integer of -inf."""
+SOFTMAX_ONE = tl.constexpr(1 << 40)
+SCALED_ONE = tl.constexpr(1 << 31)
+"""Weights are integers, this much for the highest score: of a softmax, and of scores scaled between 0 and 1."""
+TILE_HEADER = tl.constexpr(HEADER)
+
+
+class Strided(NamedTuple):
+    """A tensor `[rows, heads, width]` with any strides."""
+
+    pointer: Tensor
+    row_stride: int
+    head_stride: int
+    column_stride: int
+
+    @staticmethod
+    def of(x: Tensor) -> "Strided":
+        return Strided(x, *x.stride())
+
+
+class Members(NamedTuple):
+    """Rows of each block, one block after another: int32 `order` `[rows]`, `offsets` `[blocks + 1]`."""
+
+    order: Tensor
+    offsets: Tensor
+
+
+class Shift(NamedTuple):
+    """The mean of each block's document, to subtract: sums float64 `[documents, heads, width]`, and what they are of.
+
+    counts: float64 `[documents]`. document: of each block, int32 `[blocks]`.
+    """
+
+    sums: Tensor
+    counts: Tensor
+    document: Tensor
+
+
+class Rule(NamedTuple):
+    """Which blocks a query may choose, which of these compete, and which are chosen besides.
+
+    key_first: each block's first position, int32 `[blocks]`, INT_MAX if empty. A query may choose blocks that begin at
+    `limit`, int32 `[queries]`, or before. own_first, own_last: blocks of the query itself, int32 `[queries]`, None for
+    no such rule. competes: of blocks, int8 `[KV heads, blocks]`; of queries, int8 `[heads, queries]`; where 0, a block
+    is chosen by all, a query chooses all; None for no such rule.
+    """
+
+    key_first: Tensor
+    limit: Tensor
+    own_first: Tensor | None = None
+    own_last: Tensor | None = None
+    block_competes: Tensor | None = None
+    query_competes: Tensor | None = None
+
+
+class Scores(NamedTuple):
+    """What scores are made of; means: float64 `[kv_heads, width, blocks]`. constexpr: heads, kv_heads."""
+
+    q: Strided
+    means: Tensor
+    num_blocks: int
+    width: int
+    scale: float
+    heads: Any
+    kv_heads: Any
+
+
+@triton.jit
+def sums_kernel(
+    sums, x, members, weight, shift, num_blocks,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+    PLAIN: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Sum the rows of each block, float64 `[kinds, blocks, HEADS, WIDTH]`.
+
+    PLAIN: as they are. UNIT: scaled to length one. Both are two kinds.
+    """
+    i_block, i_head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    start, stop = tl.load(members.offsets + i_block), tl.load(members.offsets + i_block + 1)
+    o_column = tl.arange(0, PADDED)
+    m_column = o_column < WIDTH
+    p_column = x.pointer + tl.cast(i_head, tl.int64) * x.head_stride + o_column.to(tl.int64) * x.column_stride
+    if shift is not None:
+        i_document = tl.load(shift.document + i_block)
+        p_shift = shift.sums + (i_document * HEADS + i_head).to(tl.int64) * WIDTH + o_column
+        b_shift = tl.load(p_shift, mask=m_column, other=0.0) / tl.load(shift.counts + i_document)
+        b_shift = b_shift.to(tl.float32).to(x.pointer.dtype.element_ty).to(tl.float32)
+    b_plain = tl.zeros([ROWS, PADDED], tl.float64)
+    b_unit = tl.zeros([ROWS, PADDED], tl.float64)
+    for i_row in range(start, stop, ROWS):
+        o_nth = i_row + tl.arange(0, ROWS)
+        m_row = o_nth < stop
+        o_row = tl.load(members.order + o_nth, mask=m_row, other=0)
+        mask = m_row[:, None] & m_column[None, :]
+        # [ROWS, PADDED]
+        b_x = tl.load(p_column[None, :] + o_row.to(tl.int64)[:, None] * x.row_stride, mask=mask, other=0.0)
+        b_x = b_x.to(tl.float32)
+        if shift is not None:
+            # Rounded to the dtype of x, as the difference of two of its tensors is.
+            b_x = tl.where(mask, (b_x - b_shift[None, :]).to(x.pointer.dtype.element_ty).to(tl.float32), 0.0)
+        b_x = b_x.to(tl.float64)
+        if weight is not None:
+            b_x *= tl.load(weight + o_row, mask=m_row, other=0.0)[:, None]
+        if PLAIN:
+            b_plain += b_x
+        if UNIT:
+            b_norm = tl.sqrt(tl.sum(b_x * b_x, axis=1))
+            b_unit += b_x / tl.where(b_norm == 0, 1.0, b_norm)[:, None]
+    p_sum = sums + (tl.cast(i_block, tl.int64) * HEADS + i_head) * WIDTH + o_column
+    if PLAIN:
+        tl.store(p_sum, tl.sum(b_plain, axis=0), mask=m_column)
+        p_sum += tl.cast(num_blocks, tl.int64) * HEADS * WIDTH
+    if UNIT:
+        tl.store(p_sum, tl.sum(b_unit, axis=0), mask=m_column)
+
+
+@triton.jit
+def _sums_of_blocks(sums, counts, which, num_blocks, HEADS, WIDTH, PADDED: tl.constexpr, BLOCKS: tl.constexpr):
+    """Return (sums `[BLOCKS, PADDED]`, counts, indices, which of them exist) of some blocks of `which` and a head."""
+    i_part, i_head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    o_nth = i_part * BLOCKS + tl.arange(0, BLOCKS)
+    m_block = o_nth < num_blocks
+    o_block = o_nth if which is None else tl.load(which + o_nth, mask=m_block, other=0)
+    o_column = tl.arange(0, PADDED)
+    p_sum = sums + ((o_block * HEADS + i_head).to(tl.int64) * WIDTH)[:, None] + o_column[None, :]
+    b_sums = tl.load(p_sum, mask=m_block[:, None] & (o_column < WIDTH)[None, :], other=0.0)
+    # An empty block has a sum of 0.
+    return b_sums, tl.maximum(tl.load(counts + o_block, mask=m_block, other=1.0), 1.0), o_nth, m_block
+
+
+@triton.jit
+def means_kernel(
+    means, sums, counts, which, num_blocks,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Write the means of the blocks `which`, None for all: float64 `[HEADS, WIDTH, blocks]`, rounded to float32.
+
+    sums: `[all blocks, HEADS, WIDTH]`.
+    """
+    b_sums, b_count, o_nth, m_block = _sums_of_blocks(sums, counts, which, num_blocks, HEADS, WIDTH, PADDED, BLOCKS)
+    o_column = tl.arange(0, PADDED)
+    p_column = means + (tl.program_id(0) % HEADS * WIDTH + o_column).to(tl.int64) * num_blocks
+    b_means = (b_sums / b_count[:, None]).to(tl.float32).to(tl.float64)
+    mask = m_block[:, None] & (o_column < WIDTH)[None, :]
+    tl.store(p_column[None, :] + o_nth[:, None], b_means, mask=mask)
+
+
+@triton.jit
+def similar_kernel(
+    similar, sums, counts, which, num_blocks, threshold,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Write whether the mean cosine of all pairs of a block's rows exceeds the threshold, int8 `[HEADS, blocks]`.
+
+    It is the square of the sum of the rows scaled to length one. sums: of these, `[all blocks, HEADS, WIDTH]`.
+    """
+    b_sums, b_count, o_nth, m_block = _sums_of_blocks(sums, counts, which, num_blocks, HEADS, WIDTH, PADDED, BLOCKS)
+    b_cosine = (tl.sum(b_sums * b_sums, axis=1) / (b_count * b_count)).to(tl.float32)
+    p_similar = similar + (tl.program_id(0) % HEADS).to(tl.int64) * num_blocks + o_nth
+    tl.store(p_similar, (b_cosine > threshold).to(tl.int8), mask=m_block)
+
+
+@triton.jit
+def block_scores(scores, o_query, o_block, i_head, BLOCKS: tl.constexpr, ROWS: tl.constexpr):
+    """Return the scores of queries for blocks, float32 `[BLOCKS, ROWS]`; 0 and -0 are the same."""
+    q = scores.q
+    p_q = q.pointer + o_query.to(tl.int64) * q.row_stride + tl.cast(i_head, tl.int64) * q.head_stride
+    i_kv_head = i_head // (scores.heads // scores.kv_heads)
+    # No load has a mask: what is not there is read from a place that is, and nobody uses its score.
+    o_mean = tl.minimum(o_block, scores.num_blocks - 1)
+    p_mean = scores.means + tl.cast(i_kv_head, tl.int64) * scores.width * scores.num_blocks + o_mean
+    b_acc = tl.zeros([BLOCKS, ROWS], tl.float64)
+    b_q, b_mean = tl.load(p_q), tl.load(p_mean)
+    for i_column in range(1, scores.width + 1):
+        # Loaded one step ahead, since a step takes about as long as a load; at the last one, the same again.
+        step = (i_column < scores.width).to(tl.int32)
+        p_q += step * q.column_stride
+        p_mean += step * scores.num_blocks
+        b_next_q, b_next_mean = tl.load(p_q), tl.load(p_mean)
+        b_acc += b_mean[:, None] * b_q.to(tl.float32).to(tl.float64)[None, :]
+        b_q, b_mean = b_next_q, b_next_mean
+    b_scores = b_acc.to(tl.float32) * scores.scale
+    return tl.where(b_scores == 0, 0.0, b_scores)
+
+
+@triton.jit
+def sortable(b_scores):
+    """Return int32 that sort as float32 scores do; -inf is NEVER."""
+    # A float's bits, read as an integer, sort like the float once the lower 31 of negative numbers are inverted.
+    b_bits = b_scores.to(tl.int32, bitcast=True)
+    return b_bits ^ ((b_bits >> 31) & INT_MAX)
+
+
+@triton.jit
+def _rounded(b_x):
+    """Return float64 from 0 to 2^51 as int64, rounded to the nearest, ties to even."""
+    # 2^52 leaves no bits behind the point.
+    return ((b_x + 4503599627370496.0) - 4503599627370496.0).to(tl.int64)
+
+
+@triton.jit
+def _softmax_weights(b_scores, m_ranked):
+    """Return the weights of a softmax down each column, int64."""
+    b_top = tl.max(tl.where(m_ranked, b_scores, float("-inf")), axis=0)
+    b_top = tl.where(b_top == float("-inf"), 0.0, b_top)
+    b_distance = b_scores.to(tl.float64) - b_top.to(tl.float64)[None, :]
+    b_weight = tl.exp(tl.where(m_ranked, b_distance, 0.0)) * SOFTMAX_ONE
+    return tl.where(m_ranked, _rounded(b_weight), 0)
+
+
+@triton.jit
+def scaled_scores(b_scores, b_low, b_high):
+    """Return scores scaled between the lowest and the highest, int64; SCALED_ONE where all are equal."""
+    b_low = b_low.to(tl.float64)
+    b_span = b_high.to(tl.float64) - b_low
+    b_scaled = (b_scores.to(tl.float64) - b_low) / tl.where(b_span > 0, b_span, 1.0)
+    b_scaled = tl.minimum(tl.maximum(tl.where(b_span > 0, b_scaled, 1.0), 0.0), 1.0)
+    return _rounded(b_scaled * SCALED_ONE)
+
+
+@triton.jit
+def _number_within(b_key, b_weight, b_limit, ROWS: tl.constexpr):
+    """Return how many of the best, down each column, weigh `limit` or less together, int32 `[ROWS]`.
+
+    Those with a key of INT_MIN do not count, and have no weight. Equal keys have equal weights.
+    """
+    # The greatest key from which on the weight exceeds the limit: the first block beyond the limit has it.
+    b_beyond = tl.full([ROWS], INT_MIN, tl.int32)
+    b_bit = b_beyond
+    for _ in range(32):
+        b_try = b_beyond ^ b_bit
+        b_sum = tl.sum(tl.where(b_key >= b_try[None, :], b_weight, 0), axis=0)
+        b_beyond = tl.where(b_sum > b_limit, b_try, b_beyond)
+        b_bit = (b_bit >> 1) & INT_MAX
+    m_above = b_key > b_beyond[None, :]
+    b_above = tl.sum(m_above.to(tl.int32), axis=0)
+    b_left = b_limit - tl.sum(tl.where(m_above, b_weight, 0), axis=0)
+    # Some of those with this very key may still fit. Where all fit, the key is INT_MIN, and all that count are above.
+    b_one = tl.max(tl.where(b_key == b_beyond[None, :], b_weight, 0), axis=0)
+    return b_above + (b_left // tl.maximum(b_one, 1)).to(tl.int32) * (b_one > 0).to(tl.int32)
+
+
+@triton.jit
+def _best(b_key, b_number, ROWS: tl.constexpr):
+    """Return which are the best `b_number` `[ROWS]` down each column; the first wins a tie; INT_MIN is never chosen."""
+    b_least = tl.full([ROWS], INT_MIN, tl.int32)
+    b_bit = b_least
+    for _ in range(32):
+        b_try = b_least ^ b_bit
+        b_count = tl.sum((b_key >= b_try[None, :]).to(tl.int32), axis=0)
+        b_least = tl.where(b_count >= b_number, b_try, b_least)
+        b_bit = (b_bit >> 1) & INT_MAX
+    m_above = b_key > b_least[None, :]
+    b_left = b_number - tl.sum(m_above.to(tl.int32), axis=0)
+    m_tie = (b_key == b_least[None, :]) & (b_key > INT_MIN)
+    return m_above | (m_tie & (tl.cumsum(m_tie.to(tl.int32), axis=0) <= b_left[None, :]))
+
+
+@triton.jit
+def store_bits(
+    bits, m_selected, o_query, m_query, base, i_head, heads, num_words, BLOCKS: tl.constexpr, ROWS: tl.constexpr
+):
+    """Write the bits of blocks from `base`, a multiple of 32, on: int32 `[queries, heads, words]`."""
+    # Each bit occurs once, so that a sum sets it; 1 << 31 wraps around to the sign.
+    b_bit = tl.full([BLOCKS], 1, tl.int32) << (tl.arange(0, BLOCKS) % 32)
+    b_bits = tl.where(m_selected, b_bit[:, None], 0)
+    # [BLOCKS, ROWS] -> [words, 32, ROWS] -> [words, ROWS]
+    b_words = tl.sum(tl.reshape(b_bits, [BLOCKS // 32, 32, ROWS]), axis=1)
+    o_word = base // 32 + tl.arange(0, BLOCKS // 32)
+    p_word = bits + ((o_query.to(tl.int64) * heads + i_head) * num_words)[None, :] + o_word[:, None]
+    tl.store(p_word, b_words, mask=(o_word < num_words)[:, None] & m_query[None, :])
+
+
+@triton.jit
+def choose_kernel(
+    bits, scores, tiles, rule, num_queries, num_words, most,
+    WEIGHTS: tl.constexpr, SHARE: tl.constexpr, OWN_COUNTS: tl.constexpr, SINK: tl.constexpr,
+    BLOCKS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Choose the best blocks for each query of a tile and head, at most `most`, and those that are chosen besides.
+
+    tiles: see `Candidates.tiles`. WEIGHTS, SHARE, OWN_COUNTS, SINK: see `Ranking`.
+    """
+    i_tile, i_head = tl.program_id(0) // scores.heads, tl.program_id(0) % scores.heads
+    p_tile = tiles + tl.cast(i_tile, tl.int64) * (TILE_HEADER + ROWS)
+    first, stop, least = tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2)
+    o_query = tl.load(p_tile + TILE_HEADER + tl.arange(0, ROWS))
+    m_query = o_query >= 0
+    o_query = tl.where(m_query, o_query, 0)
+    base = first // 32 * 32
+    o_block = base + tl.arange(0, BLOCKS)
+    m_block = (o_block >= first) & (o_block < stop)
+    b_scores = block_scores(scores, o_query, o_block, i_head, BLOCKS, ROWS)
+
+    b_limit = tl.load(rule.limit + o_query, mask=m_query, other=-1)
+    b_first = tl.load(rule.key_first + o_block, mask=m_block, other=INT_MAX)
+    m_visible = b_first[:, None] <= b_limit[None, :]
+    b_key = sortable(b_scores)
+    m_ranked = m_visible & (b_key > NEVER)
+    if rule.block_competes is not None:
+        i_kv_head = i_head // (scores.heads // scores.kv_heads)
+        p_competes = rule.block_competes + i_kv_head * scores.num_blocks + o_block
+        m_competes = tl.load(p_competes, mask=m_block, other=0) != 0
+        m_ranked &= m_competes[:, None]
+    if rule.own_first is not None:
+        b_own_first = tl.load(rule.own_first + o_query, mask=m_query, other=0)
+        b_own_last = tl.load(rule.own_last + o_query, mask=m_query, other=-1)
+        m_own = (o_block[:, None] >= b_own_first[None, :]) & (o_block[:, None] <= b_own_last[None, :]) & m_visible
+        if OWN_COUNTS:
+            m_ranked |= m_own
+            b_key = tl.where(m_own, HIGHEST, b_key)
+    b_key = tl.where(m_ranked, b_key, INT_MIN)
+
+    b_number = tl.full([ROWS], 0, tl.int32) + least
+    if WEIGHTS == "softmax":
+        b_weight = _softmax_weights(b_scores, m_ranked)
+        b_total = tl.sum(b_weight, axis=0).to(tl.float64)
+        b_fit = tl.floor(b_total * tl.full([ROWS], SHARE, tl.float64)).to(tl.int64)
+        b_number = tl.maximum(b_number, _number_within(b_key, b_weight, b_fit, ROWS))
+    if WEIGHTS == "scaled":
+        b_low = tl.min(tl.where(m_ranked, b_scores, float("inf")), axis=0)
+        b_high = tl.max(tl.where(m_ranked, b_scores, float("-inf")), axis=0)
+        b_weight = tl.where(m_ranked, scaled_scores(b_scores, b_low[None, :], b_high[None, :]), 0)
+        b_total = tl.sum(b_weight, axis=0).to(tl.float64)
+        b_need = tl.ceil(b_total * tl.full([ROWS], SHARE, tl.float64)).to(tl.int64)
+        b_number = tl.maximum(b_number, _number_within(b_key, b_weight, b_need - 1, ROWS)) + 1
+    # Never more, whatever the scores are: others reckon with it.
+    m_selected = _best(b_key, tl.minimum(b_number, most), ROWS)
+
+    if rule.block_competes is not None:
+        m_selected |= m_visible & ~m_competes[:, None]
+    if rule.query_competes is not None:
+        p_competes = rule.query_competes + tl.cast(i_head, tl.int64) * num_queries + o_query
+        m_selected |= m_visible & (tl.load(p_competes, mask=m_query, other=1) == 0)[None, :]
+    if rule.own_first is not None and not OWN_COUNTS:
+        m_selected |= m_own
+    if SINK:
+        m_selected |= m_visible & (o_block == first)[:, None]
+    store_bits(bits, m_selected, o_query, m_query, base, i_head, scores.heads, num_words, BLOCKS, ROWS)

@@ -1,0 +1,162 @@
+"""Choices of blocks by Triton kernels, interpreted: the bits of `select_packed` are those of `select`, packed."""
+
+from threading import Lock
+
+import pytest
+import torch
+from torch import Tensor
+
+from farspan.kernels.kinds.routed import LocalShard, Routed
+from farspan.kernels.masks.packed_selection import PackedSelection
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.mechanisms.moba import MoBA
+from farspan.kernels.mechanisms.sparge import SpargeAttention
+from farspan.kernels.mechanisms.vggt import VGGT
+from farspan.kernels.mechanisms.vmoba import VMoBA
+from farspan.kernels.planner import AllReduceSum, Heads, HeadShare, identity
+from farspan.kernels.planning import choice_tiles
+from farspan.kernels.triton_kernels import joint_choice_launch
+from farspan.parallel.comm import Channel
+from tests.support import interpreter_bfloat16
+from tests.support.mechanisms import normal
+from tests.support.sequence_shards import select
+from tests.support.simulation import simulate
+
+# Triton's interpreter takes the only element of an array for a loop's bound, which NumPy 2.4 will refuse.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+HEADS = Heads(query=4, kv=2)
+WIDTH = 6
+"""No power of two."""
+ROWS = {
+    "packed": Rows.packed([1, 14, 104], padding=9),
+    "shuffled": Rows.packed([20, 41], padding=5).take(torch.randperm(66, generator=torch.Generator().manual_seed(0))),
+    "padding": Rows.packed([], padding=6),
+    "none": Rows.packed([]),
+}
+MECHANISMS = [
+    MoBA(block=3, top_k=3),
+    MoBA(block=1, top_k=100),
+    VMoBA(brick=(3,), rule="top_k", top_k=4),
+    VMoBA(frame=(4, 5), brick=(2, 3, 2), share=0.3),
+    VMoBA(brick=(3,), scope="head", rule="top_k", top_k=4),
+    VMoBA(frame=(4, 5), brick=(2, 3, 2), scope="head", share=0.3),
+    SpargeAttention(tile=8, block=3, similarity=-0.1, mass=0.6),
+    SpargeAttention(tile=16, block=6, similarity=-1.0, top=0.3, sink=True, causal=False),
+    SpargeAttention(tile=5, block=3, similarity=0.25, mass=0.3, diagonal=True),
+    VGGT(frame=11, special=2, mass=0.5, sparsity=0.7, tile=8, block=3),
+    VGGT(mass=0.2, sparsity=0.8, tile=16, block=4),
+]
+CHOOSERS = [MECHANISMS[0], MECHANISMS[3], MECHANISMS[5], MECHANISMS[6], MECHANISMS[9]]
+"""One of each mechanism and scope."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bfloat16() -> None:
+    interpreter_bfloat16.patch()
+
+
+@pytest.fixture(autouse=True)
+def _large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes as long for a program of any size."""
+    monkeypatch.setattr(joint_choice_launch, "QUERIES", 64)
+
+
+def shard(mechanism: Routed, rows: Rows, global_rows: Rows, all_reduce_sum: AllReduceSum = identity) -> LocalShard:
+    return LocalShard(
+        mechanism=mechanism, rows=rows, global_rows=global_rows, share=HeadShare.all(HEADS), backend="triton",
+        all_reduce_sum=all_reduce_sum,
+    )  # fmt: skip
+
+
+def check(mechanism: Routed, q: Tensor, k: Tensor, local_shard: LocalShard) -> None:
+    got = mechanism.select_packed(q, k, local_shard)
+    expected = PackedSelection.pack(mechanism.select(q, k, local_shard), q.device)
+    # Where all is padding, the host may have no lists at all.
+    assert torch.equal(got.bits[: len(expected.bits)], expected.bits)
+    assert not got.bits[len(expected.bits) :].any()
+    assert torch.equal(got.query_block, expected.query_block)
+    assert expected.most <= got.most <= max(local_shard.key_blocks.first.diff().tolist(), default=0)
+
+
+def inputs(rows: Rows, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+    q, k = normal((len(rows), HEADS.query, WIDTH), (len(rows), HEADS.kv, WIDTH), seed=seed, dtype=dtype)
+    return q, k
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS, ids=str)
+def test_bits_are_those_of_the_host(mechanism: Routed) -> None:
+    rows = ROWS["packed"]
+    q, k = inputs(rows, torch.bfloat16)
+    check(mechanism, q, k, shard(mechanism, rows, rows))
+
+
+def test_what_was_planned_serves_the_next_layer() -> None:
+    rows, mechanism = ROWS["shuffled"], MECHANISMS[0]
+    local_shard = shard(mechanism, rows, rows)
+    for seed in range(2):
+        check(mechanism, *inputs(rows, torch.bfloat16, seed), local_shard)
+
+
+@pytest.mark.parametrize("rows", ["shuffled", "padding", "none"])
+@pytest.mark.parametrize("mechanism", CHOOSERS, ids=str)
+def test_rows_in_any_order_ties_and_no_rows(mechanism: Routed, rows: str) -> None:
+    """Few different scores, 0 and -0 among them."""
+    q, k = inputs(ROWS[rows], torch.float32)
+    q = q.sign() * (q.abs() > 1)
+    k = k.sign() * (ROWS[rows].position % 36 < 18)[:, None, None]
+    check(mechanism, -q, k, shard(mechanism, ROWS[rows], ROWS[rows]))
+
+
+@pytest.mark.parametrize(
+    "mechanism",
+    [
+        VMoBA(brick=(3,), share=0.25),
+        VMoBA(brick=(3,), share=0.25, scope="head"),
+        SpargeAttention(tile=8, block=3, similarity=-1.0, mass=0.5, causal=False),
+    ],
+    ids=str,
+)
+def test_sums_that_reach_a_share_exactly(mechanism: Routed) -> None:
+    """8 blocks with scores of 0 and -0, which are equal: 2 are a quarter of the weight, and 4 are half of it."""
+    rows = Rows.packed([24])
+    q, k = inputs(rows, torch.float32)
+    check(mechanism, q * 1e-30, k * 1e-30, shard(mechanism, rows, rows))
+
+
+@pytest.mark.parametrize("mechanism", CHOOSERS, ids=str)
+def test_rows_of_one_rank_of_several(mechanism: Routed) -> None:
+    """Ranks take turns, as the interpreter serves one thread; they meet in sums only. The last one has padding only."""
+    rows = Rows.packed([3, 57], padding=4)
+    q, k = inputs(rows, torch.bfloat16)
+    parts = [torch.arange(0, 30), torch.arange(30, 61).flip(0), torch.arange(61, 64)]
+    turn, expected, sent = Lock(), PackedSelection.pack(select(mechanism, q, k, rows), q.device), [0] * len(parts)
+
+    def on_rank(channel: Channel) -> PackedSelection:
+        def total(x: Tensor) -> Tensor:
+            sent[channel.rank] += x.nbytes
+            turn.release()
+            try:
+                return channel.all_reduce(x, kind="choice")
+            finally:
+                turn.acquire()
+
+        part = parts[channel.rank]
+        with turn:
+            return mechanism.select_packed(q[part], k[part], shard(mechanism, rows.take(part), rows, total))
+
+    for part, got in zip(parts, simulate(len(parts), on_rank), strict=True):
+        real = got.query_block >= 0
+        # [rows, heads, words]
+        assert torch.equal(got.bits[got.query_block[real]], expected.bits[expected.query_block[part][real]])
+    assert set(sent) == {mechanism.all_reduce_bytes(rows, HEADS, q.shape[2])}
+
+
+def test_torch_selects_in_a_document_with_too_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice_tiles, "MAX_BLOCKS", 32)
+    rows = Rows.packed([40, 20], padding=1)
+    q, k = inputs(rows, torch.float32)
+    for mechanism in (MoBA(block=1), VMoBA(brick=(1,)), SpargeAttention(tile=1, block=1)):
+        local_shard = shard(mechanism, rows, rows)
+        check(mechanism, q, k, local_shard)
+        # No kernel has a table of them.
+        assert not local_shard._made

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from farspan.kernels.backend import BACKENDS
 from farspan.kernels.kinds.routed import LocalShard
 from farspan.kernels.linear_attention.state import Segment
 from farspan.kernels.masks.attention_mask import AttentionMask
@@ -39,7 +40,7 @@ from farspan.kernels.recurrent_attention import recurrent_attention_backward, re
 from farspan.tools.bench.case import dtype_name
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA_ONLY = {"block_mask", "row_block_lists"}
+DATA_ONLY = {"block_mask", "row_tables"}
 """Files beside the kernels that make their data, and have no part in compiling."""
 
 PROCESSES = 2
@@ -180,11 +181,9 @@ def compile_case(case: Case) -> list[Usage]:
 
 
 def _attention(case: Case) -> None:
-    from farspan.kernels.triton_kernels import attention_launch
-
-    (q, k, v), plan = _tensors(case), plan_of(case.plan)
-    out, lse = attention_launch.forward(q, k, v, plan)
-    attention_launch.backward(out.to(case.dtype), q, k, v, out.to(case.dtype), lse, plan)
+    (q, k, v), plan, backend = _tensors(case), plan_of(case.plan), BACKENDS.get("triton")
+    out, lse = backend.forward(q, k, v, plan)
+    backend.backward(out.to(case.dtype), q, k, v, out.to(case.dtype), lse, plan)
 
 
 def _tensors(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -4,6 +4,7 @@ Kernel files import Triton, which need not be installed: they are imported at th
 """
 
 import importlib.util
+from types import ModuleType
 from typing import final
 
 import torch
@@ -38,20 +39,16 @@ class TritonBackend(Backend, ChunkedRecurrentBackend):
         return "its kernels are for CUDA devices"
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        from farspan.kernels.triton_kernels import attention_launch
-
         self.check("triton", q, v, selects_keys=False)
         with torch.cuda.device_of(q):
-            return attention_launch.forward(q, k, v, plan)
+            return _launches(plan).forward(q, k, v, plan)
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan
     ) -> tuple[Tensor, Tensor, Tensor]:
-        from farspan.kernels.triton_kernels import attention_launch
-
         self.check("triton", q, v, selects_keys=False)
         with torch.cuda.device_of(q):
-            return attention_launch.backward(dout, q, k, v, out, lse, plan)
+            return _launches(plan).backward(dout, q, k, v, out, lse, plan)
 
     def chunked_recurrence(self, inputs: RecurrenceInputs, *, reverse: bool) -> tuple[Tensor, State]:
         from farspan.kernels.triton_kernels import linear_attention
@@ -59,6 +56,14 @@ class TritonBackend(Backend, ChunkedRecurrentBackend):
         self.check("triton", inputs.q, inputs.v, selects_keys=False)
         with torch.cuda.device_of(inputs.q):
             return linear_attention.chunked_recurrence(inputs, reverse=reverse)
+
+
+def _launches(plan: Plan) -> ModuleType:
+    """Return the module that launches the kernels of a plan: of tiles of rows, or of rows gathered by block."""
+    from farspan.kernels.triton_kernels import attention_launch, gathered_launch
+    from farspan.kernels.triton_kernels.row_tables import selects_by_row
+
+    return gathered_launch if selects_by_row(plan) else attention_launch
 
 
 BACKENDS.add("triton", TritonBackend())

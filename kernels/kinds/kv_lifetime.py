@@ -21,6 +21,7 @@ from farspan.kernels.mechanism import Access
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.planner import AttentionPlanner, Heads, KeyRouting, RoutedKeys, Routing, RoutingGradient, Sizes
 from farspan.kernels.planning.plan import Plan
+from farspan.kernels.recomputation import kept
 
 
 class KVLifetime(Masked):
@@ -87,8 +88,11 @@ class LifetimeRouting(KeyRouting):
         return numbers * torch.int8.itemsize, numbers * SUMS * sizes.accumulation_bytes
 
     def route(self, q: Tensor, k: Tensor, *routing: Tensor) -> "ActiveKeys":
-        types = self.planner.all_rows(chosen_types(*routing), kind="types")  # int8 [tokens, Hk]
-        return ActiveKeys(of=self, lifetimes=Lifetimes.of(types, self.planner.global_rows, self.mechanism.window))
+        def choose() -> Lifetimes:
+            types = self.planner.all_rows(chosen_types(*routing), kind="types")  # int8 [tokens, Hk]
+            return Lifetimes.of(types, self.planner.global_rows, self.mechanism.window)
+
+        return ActiveKeys(of=self, lifetimes=kept(choose))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

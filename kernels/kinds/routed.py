@@ -28,6 +28,7 @@ from farspan.kernels.planner import (
 )
 from farspan.kernels.planning.gathered_batches import count_pairs
 from farspan.kernels.planning.plan import Plan
+from farspan.kernels.recomputation import kept
 
 Made = TypeVar("Made")
 SAMPLE_HEAD_DIM = 16
@@ -211,4 +212,4 @@ class LocalShard(KeyRouting):
         packed = BACKENDS.get(self.backend).packs_selections
         select = self.mechanism.select_packed if packed else self.mechanism.select
         with torch.cuda.device_of(q):
-            return RoutedKeys(selection=select(q, k, self))
+            return RoutedKeys(selection=kept(lambda: select(q, k, self)))

@@ -1,9 +1,9 @@
 # pyright: reportMissingImports=false
-"""Flash attention kernels (arXiv 2205.14135, 2307.08691) over the lists of a block mask.
+"""Flash attention kernels (arXiv 2205.14135, 2307.08691) over the lists of a block mask, and the steps they consist of.
 
-A tile of queries is consecutive rows of one head, or gathered: rows of any heads of one KV head, named by row * heads +
-head, whose results go to slots, one for each row of each tile. Scores are scaled inside the exponent, base 2: exp2 is
-one instruction, exp is two. `plan` is a `KernelPlan`; q, k, v and dout are each an `Operand`.
+A tile of queries is consecutive rows of one head. Scores are scaled inside the exponent, base 2: exp2 is one
+instruction, exp is two. `plan` is a `KernelPlan`; q, k, v and dout are each an `Operand`. Steps, of one tile of queries
+and one of keys, serve the kernels of gathered rows too (gathered.py); `partial`: whether the mask has to be evaluated.
 """
 
 import triton
@@ -14,78 +14,141 @@ from farspan.kernels.triton_kernels import tile
 
 @triton.jit
 def _query_program(plan, BLOCK: tl.constexpr):
-    """Return (queries, tile, KV head, list) of this program of a query-stationary kernel."""
+    """Return (queries, KV head, list) of this program of a query-stationary kernel."""
     i_program = tl.program_id(0)
-    if plan.gathered:
-        i_tile = tl.load(plan.lists.order + i_program)
-        i_head = 0
-        i_kv_head = tl.load(plan.lists.group + i_tile)
-        i_list = i_tile
-    else:
-        # Heads that share keys run side by side, so that L2 serves all but the first of them.
-        share: tl.constexpr = plan.heads // plan.kv_heads
-        i_tile = tl.load(plan.lists.order + i_program // share % plan.num_tiles)
-        i_kv_head = i_program // share // plan.num_tiles
-        i_head = i_kv_head * share + i_program % share
-        i_list = tl.load(plan.lists.group + i_head) * plan.num_tiles + i_tile
-    return tile.query_rows(plan, i_tile, i_head, BLOCK), i_tile, i_kv_head, i_list
+    # Heads that share keys run side by side, so that L2 serves all but the first of them.
+    share: tl.constexpr = plan.heads // plan.kv_heads
+    i_tile = tl.load(plan.lists.order + i_program // share % plan.num_tiles)
+    i_kv_head = i_program // share // plan.num_tiles
+    i_head = i_kv_head * share + i_program % share
+    i_list = tl.load(plan.lists.group + i_head) * plan.num_tiles + i_tile
+    return tile.query_rows(plan, i_tile, i_head, BLOCK), i_kv_head, i_list
 
 
 @triton.jit
-def _result_offsets(plan, i_tile, o_row, o_head, BLOCK: tl.constexpr):
-    """Return where results of a tile of queries go, int64 `[BLOCK]`: to (row, head), or to slots of the tile itself."""
-    # int64: rows x heads x width exceeds 2^31 from a few million tokens on.
-    if plan.gathered:
-        o_result = i_tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    else:
-        o_result = o_row.to(tl.int64) * plan.heads + o_head
-    return o_result
+def forward_step(
+    b_q, b_out, b_sum, b_max, k, v, plan, queries, i_keys, i_kv_head, scale, partial,
+    BLOCK_K: tl.constexpr, SHORT: tl.constexpr,
+):  # fmt: skip
+    """Return out, not yet divided by the sum, the sum, and the greatest scaled score, base 2, with one tile more."""
+    # [BLOCK_K, padded D]
+    b_k = tile.load_keys(k, plan, i_keys, i_kv_head, BLOCK_K, SHORT)
+    # [BLOCK_Q, BLOCK_K]; "ieee": no TF32 for float32, which is for checks.
+    b_scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+    if partial:
+        keys = tile.tile_rows(plan.k_index, i_keys, plan.num_keys, BLOCK_K)
+        b_scores = tl.where(tile.evaluate_mask(plan, queries, keys, i_kv_head, False), b_scores, float("-inf"))
+    b_new_max = tl.maximum(b_max, tl.max(b_scores, 1) * scale)
+    # For a row without any key yet: exp2(-inf - 0) is 0, where -inf - -inf would be NaN.
+    b_base = tl.where(b_new_max == float("-inf"), 0.0, b_new_max) if SHORT else b_new_max
+    b_p = tl.math.exp2(b_scores * scale - b_base[:, None])
+    # What was summed under the old maximum is rescaled before this tile is added.
+    b_rescale = tl.math.exp2(b_max - b_base)
+    b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
+    # [BLOCK_K, padded Dv]
+    b_v = tile.load_keys(v, plan, i_keys, i_kv_head, BLOCK_K, SHORT)
+    b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_rescale[:, None], input_precision="ieee")
+    return b_out, b_sum, b_new_max
+
+
+@triton.jit
+def normalize(b_out, b_sum, b_max, m_token):
+    """Return out and its log-sum-exp, base 2; 0 and -inf for rows that attend to nothing."""
+    # A sum of NaN, which compares as no number, must come out.
+    m_attends = m_token & (b_sum != 0)
+    b_divisor = tl.where(m_attends, b_sum, 1.0)
+    b_out = tl.where(m_attends[:, None], b_out / b_divisor[:, None], 0.0)
+    return b_out, tl.where(m_attends, b_max + tl.math.log2(b_divisor), float("-inf"))
+
+
+@triton.jit
+def dq_step(
+    b_dq, b_q, b_dout, b_base, b_delta, k, v, plan, queries, i_keys, i_kv_head, scale, partial,
+    BLOCK_K: tl.constexpr, SHORT: tl.constexpr,
+):  # fmt: skip
+    """Return b_dq with dS K of one tile more, dS = P * (dO V^T - delta) (arXiv 2205.14135, appendix B.2)."""
+    # [BLOCK_K, padded D]
+    b_k = tile.load_keys(k, plan, i_keys, i_kv_head, BLOCK_K, SHORT)
+    b_scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+    # [BLOCK_Q, BLOCK_K]; the final lse is known, so nothing is rescaled.
+    b_p = tl.math.exp2(b_scores * scale - b_base[:, None])
+    if partial:
+        keys = tile.tile_rows(plan.k_index, i_keys, plan.num_keys, BLOCK_K)
+        b_p = tl.where(tile.evaluate_mask(plan, queries, keys, i_kv_head, False), b_p, 0.0)
+    # [BLOCK_K, padded Dv]
+    b_v = tile.load_keys(v, plan, i_keys, i_kv_head, BLOCK_K, SHORT)
+    b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision="ieee")
+    b_ds = b_p * (b_dp - b_delta[:, None])
+    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+
+
+@triton.jit
+def dkv_step(
+    b_dk, b_dv, b_k, b_v, q, dout, base, delta, plan, queries, keys, i_kv_head, scale, partial,
+    FOR_K: tl.constexpr, FOR_V: tl.constexpr,
+):  # fmt: skip
+    """Return b_dk with dS^T Q and b_dv with P^T dO of one tile of queries more."""
+    o_row, o_head, m_row = queries
+    # [BLOCK_Q, padded D]
+    b_q = tile.load_queries(q, queries)
+    o_statistic = o_head.to(tl.int64) * plan.num_queries + o_row
+    b_base = tl.load(base + o_statistic, mask=m_row, other=float("inf"))
+    # [BLOCK_K, BLOCK_Q]: transposed, so that scores are the left operand of both sums without another layout.
+    b_scores = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
+    b_p = tl.math.exp2(b_scores * scale - b_base[None, :])
+    if partial:
+        b_p = tl.where(tile.evaluate_mask(plan, queries, keys, i_kv_head, True), b_p, 0.0)
+    # [BLOCK_Q, padded Dv]
+    b_dout = tile.load_queries(dout, queries)
+    if FOR_V:
+        b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")
+    if FOR_K:
+        b_delta = tl.load(delta + o_statistic, mask=m_row, other=0.0)
+        b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
+        b_ds = b_p * (b_dp - b_delta[None, :])
+        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+    return b_dk, b_dv
+
+
+@triton.jit
+def store_gradients(
+    dk, b_dk, dv, b_dv, plan, keys, i_kv_head, k, v, FOR_K: tl.constexpr, FOR_V: tl.constexpr
+):  # fmt: skip
+    """Write the gradients of a tile of keys, of values, or both."""
+    o_key, m_key = keys
+    o_result = o_key.to(tl.int64) * plan.kv_heads + i_kv_head
+    if FOR_K:
+        tile.store_rows(dk, b_dk, o_result, m_key, k)
+    if FOR_V:
+        tile.store_rows(dv, b_dv, o_result, m_key, v)
 
 
 @triton.jit
 def forward_kernel(q, k, v, out, lse, plan, scale, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Write out and lse, float32: `[T, Hq, Dv]` and `[T, Hq]`, or by slot. scale: times log2(e)."""
-    queries, i_tile, i_kv_head, i_list = _query_program(plan, BLOCK_Q)
+    """Write out and lse, float32: `[T, Hq, Dv]` and `[T, Hq]`. scale: times log2(e)."""
+    queries, i_kv_head, i_list = _query_program(plan, BLOCK_Q)
     o_row, o_head, m_row = queries
     # Queries, sums and maxima stay in registers for all key tiles.
     # [BLOCK_Q, padded D]
     b_q = tile.load_queries(q, queries)
     b_out = tl.zeros([BLOCK_Q, v.padded], tl.float32)
     b_sum = tl.zeros([BLOCK_Q], tl.float32)
-    # The greatest scaled score so far, base 2.
     b_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     # Full tiles first, in a loop of their own without the mask; then partial ones.
     for partial in tl.static_range(2):
         count, o_run, i_keys, remaining = tile.first_tile(plan.lists, 2 * i_list + partial)
         for _ in range(0, count):
-            # [BLOCK_K, padded D]
-            b_k = tile.load_keys(k, plan, i_keys, i_kv_head, BLOCK_K, partial)
-            # [BLOCK_Q, BLOCK_K]; "ieee": no TF32 for float32, which is for checks.
-            b_scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-            if partial:
-                keys = tile.tile_rows(plan.k_index, i_keys, plan.num_keys, BLOCK_K)
-                b_scores = tl.where(tile.evaluate_mask(plan, queries, keys, i_kv_head, False), b_scores, float("-inf"))
-            b_new_max = tl.maximum(b_max, tl.max(b_scores, 1) * scale)
-            # For a row without any key yet: exp2(-inf - 0) is 0, where -inf - -inf would be NaN.
-            b_base = tl.where(b_new_max == float("-inf"), 0.0, b_new_max) if partial else b_new_max
-            b_p = tl.math.exp2(b_scores * scale - b_base[:, None])
-            # What was summed under the old maximum is rescaled before this tile is added.
-            b_rescale = tl.math.exp2(b_max - b_base)
-            b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
-            # [BLOCK_K, padded Dv]
-            b_v = tile.load_keys(v, plan, i_keys, i_kv_head, BLOCK_K, partial)
-            b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_rescale[:, None], input_precision="ieee")
-            b_max = b_new_max
+            b_out, b_sum, b_max = forward_step(
+                b_q, b_out, b_sum, b_max, k, v, plan, queries, i_keys, i_kv_head, scale, partial, BLOCK_K, partial
+            )
             o_run, i_keys, remaining = tile.next_tile(plan.lists, o_run, i_keys, remaining)
     # Full tiles do not check whether a query is padding.
     m_token = tl.load(plan.terms.q_document + o_row, mask=m_row, other=-1) >= 0
-    # A sum of NaN, which compares as no number, must come out.
-    m_attends = m_token & (b_sum != 0)
-    b_out = tl.where(m_attends[:, None], b_out / tl.where(m_attends, b_sum, 1.0)[:, None], 0.0)
-    b_lse = tl.where(m_attends, (b_max + tl.math.log2(tl.where(m_attends, b_sum, 1.0))) * tile.LN2, float("-inf"))
-    o_result = _result_offsets(plan, i_tile, o_row, o_head, BLOCK_Q)
-    tile.store_rows(out, b_out, o_result, m_row, v, False)
-    tl.store(lse + o_result, b_lse, mask=m_row)
+    b_out, b_lse = normalize(b_out, b_sum, b_max, m_token)
+    # int64: rows x heads x width exceeds 2^31 from a few million tokens on.
+    o_result = o_row.to(tl.int64) * plan.heads + o_head
+    tile.store_rows(out, b_out, o_result, m_row, v)
+    tl.store(lse + o_result, b_lse * tile.LN2, mask=m_row)
 
 
 @triton.jit
@@ -114,11 +177,8 @@ def delta_kernel(
 
 @triton.jit
 def dq_kernel(q, k, v, dout, base, delta, dq, plan, scale, dscale, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Write dq, float32: `[T, Hq, D]`, or by slot. dscale: the scale without log2(e).
-
-    The sum of dS K over the list, dS = P * (dO V^T - delta) (arXiv 2205.14135, appendix B.2).
-    """
-    queries, i_tile, i_kv_head, i_list = _query_program(plan, BLOCK_Q)
+    """Write dq, float32 `[T, Hq, D]`. dscale: the scale without log2(e)."""
+    queries, i_kv_head, i_list = _query_program(plan, BLOCK_Q)
     o_row, o_head, m_row = queries
     # [BLOCK_Q, padded D], [BLOCK_Q, padded Dv]
     b_q, b_dout = tile.load_queries(q, queries), tile.load_queries(dout, queries)
@@ -129,23 +189,26 @@ def dq_kernel(q, k, v, dout, base, delta, dq, plan, scale, dscale, BLOCK_Q: tl.c
     for partial in tl.static_range(2):
         count, o_run, i_keys, remaining = tile.first_tile(plan.lists, 2 * i_list + partial)
         for _ in range(0, count):
-            # [BLOCK_K, padded D]
-            b_k = tile.load_keys(k, plan, i_keys, i_kv_head, BLOCK_K, partial)
-            b_scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-            # [BLOCK_Q, BLOCK_K]; the final lse is known, so nothing is rescaled.
-            b_p = tl.math.exp2(b_scores * scale - b_base[:, None])
-            if partial:
-                keys = tile.tile_rows(plan.k_index, i_keys, plan.num_keys, BLOCK_K)
-                b_p = tl.where(tile.evaluate_mask(plan, queries, keys, i_kv_head, False), b_p, 0.0)
-            # [BLOCK_K, padded Dv]
-            b_v = tile.load_keys(v, plan, i_keys, i_kv_head, BLOCK_K, partial)
-            b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision="ieee")
-            b_ds = b_p * (b_dp - b_delta[:, None])
-            b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+            b_dq = dq_step(
+                b_dq,
+                b_q,
+                b_dout,
+                b_base,
+                b_delta,
+                k,
+                v,
+                plan,
+                queries,
+                i_keys,
+                i_kv_head,
+                scale,
+                partial,
+                BLOCK_K,
+                partial,
+            )
             o_run, i_keys, remaining = tile.next_tile(plan.lists, o_run, i_keys, remaining)
-    o_result = _result_offsets(plan, i_tile, o_row, o_head, BLOCK_Q)
     # Scaled once at the end, not at every tile.
-    tile.store_rows(dq, b_dq * dscale, o_result, m_row, q, False)
+    tile.store_rows(dq, b_dq * dscale, o_row.to(tl.int64) * plan.heads + o_head, m_row, q)
 
 
 @triton.jit
@@ -153,7 +216,7 @@ def dkv_kernel(
     q, k, v, dout, base, delta, dk, dv, plan, scale, dscale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, FOR_K: tl.constexpr, FOR_V: tl.constexpr,
 ):  # fmt: skip
-    """Write dk `[S, Hk, D]`, dv `[S, Hk, Dv]` or both, float32: the sums of dS^T Q and P^T dO; gathered queries add."""
+    """Write dk `[S, Hk, D]`, dv `[S, Hk, Dv]` or both, float32: the sums of dS^T Q and P^T dO."""
     i_program = tl.program_id(0)
     i_tile = tl.load(plan.lists.order + i_program % plan.num_tiles)
     i_kv_head = i_program // plan.num_tiles
@@ -165,8 +228,7 @@ def dkv_kernel(
     b_v = tile.load_keys(v, plan, i_tile, i_kv_head, BLOCK_K, True)
     b_dk = tl.zeros([BLOCK_K, k.padded], tl.float32)
     b_dv = tl.zeros([BLOCK_K, v.padded], tl.float32)
-    # Gathered queries of all heads of the group are on one list.
-    share: tl.constexpr = 1 if plan.gathered else plan.heads // plan.kv_heads
+    share: tl.constexpr = plan.heads // plan.kv_heads
     for i_member in range(0, share):
         i_head = i_kv_head * share + i_member
         i_list = tl.load(plan.lists.group + i_head) * plan.num_tiles + i_tile
@@ -174,73 +236,9 @@ def dkv_kernel(
             count, o_run, i_queries, remaining = tile.first_tile(plan.lists, 2 * i_list + partial)
             for _ in range(0, count):
                 queries = tile.query_rows(plan, i_queries, i_head, BLOCK_Q)
-                o_row, o_head, m_row = queries
-                # [BLOCK_Q, padded D]
-                b_q = tile.load_queries(q, queries)
-                o_statistic = o_head.to(tl.int64) * plan.num_queries + o_row
-                b_base = tl.load(base + o_statistic, mask=m_row, other=float("inf"))
-                # [BLOCK_K, BLOCK_Q]: transposed, so that scores are the left operand of both sums without another
-                # layout.
-                b_scores = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
-                b_p = tl.math.exp2(b_scores * scale - b_base[None, :])
-                if partial:
-                    b_p = tl.where(tile.evaluate_mask(plan, queries, keys, i_kv_head, True), b_p, 0.0)
-                # [BLOCK_Q, padded Dv]
-                b_dout = tile.load_queries(dout, queries)
-                if FOR_V:
-                    b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")
-                if FOR_K:
-                    b_delta = tl.load(delta + o_statistic, mask=m_row, other=0.0)
-                    b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
-                    b_ds = b_p * (b_dp - b_delta[None, :])
-                    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+                b_dk, b_dv = dkv_step(
+                    b_dk, b_dv, b_k, b_v, q, dout, base, delta, plan, queries, keys, i_kv_head, scale, partial,
+                    FOR_K, FOR_V,
+                )  # fmt: skip
                 o_run, i_queries, remaining = tile.next_tile(plan.lists, o_run, i_queries, remaining)
-    o_key, m_key = keys
-    o_result = o_key.to(tl.int64) * plan.kv_heads + i_kv_head
-    if FOR_K:
-        tile.store_rows(dk, b_dk * dscale, o_result, m_key, k, plan.gathered)
-    if FOR_V:
-        tile.store_rows(dv, b_dv, o_result, m_key, v, plan.gathered)
-
-
-@triton.jit
-def combine_kernel(
-    part, part_lse, out, lse, slot_offsets, slots, num_rows, WIDTH: tl.constexpr, PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Merge the slots of each row of each head into float32 `[rows * heads, WIDTH]`, in the order of `slots`.
-
-    With part_lse: partial results of attention, weighted by log-sum-exp, and lse `[rows * heads]` is written too.
-    Without: summands.
-    """
-    # A fixed order of slots, one program for each row: the same bits every time.
-    o_row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m_row = o_row < num_rows
-    o_column = tl.arange(0, PADDED)
-    m_column = (o_column < WIDTH)[None, :]
-    o_first = tl.load(slot_offsets + o_row, mask=m_row, other=0)
-    b_count = tl.load(slot_offsets + o_row + 1, mask=m_row, other=0) - o_first
-    b_acc = tl.zeros([BLOCK, PADDED], tl.float32)
-    b_sum = tl.zeros([BLOCK], tl.float32)
-    b_max = tl.full([BLOCK], float("-inf"), tl.float32)
-    for i_slot in range(0, tl.max(b_count, 0)):
-        m_slot = i_slot < b_count
-        o_slot = tl.load(slots + o_first + i_slot, mask=m_slot, other=0).to(tl.int64)
-        # [BLOCK, PADDED]
-        b_part = tl.load(part + o_slot[:, None] * WIDTH + o_column[None, :], mask=m_slot[:, None] & m_column, other=0.0)
-        if part_lse is None:
-            b_acc += b_part
-        else:
-            b_lse = tl.load(part_lse + o_slot, mask=m_slot, other=float("-inf"))
-            b_new_max = tl.maximum(b_max, b_lse)
-            b_base = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
-            b_rescale, b_weight = tl.exp(b_max - b_base), tl.exp(b_lse - b_base)
-            b_sum = b_sum * b_rescale + b_weight
-            b_acc = b_acc * b_rescale[:, None] + b_part * b_weight[:, None]
-            b_max = b_new_max
-    if part_lse is not None:
-        m_attends = b_sum != 0
-        b_divisor = tl.where(m_attends, b_sum, 1.0)
-        b_acc = b_acc / b_divisor[:, None]
-        tl.store(lse + o_row, tl.where(m_attends, b_max + tl.log(b_divisor), float("-inf")), mask=m_row)
-    tl.store(out + o_row[:, None] * WIDTH + o_column[None, :], b_acc, mask=m_row[:, None] & m_column)
+    store_gradients(dk, b_dk * dscale, dv, b_dv, plan, keys, i_kv_head, k, v, FOR_K, FOR_V)

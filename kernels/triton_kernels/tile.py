@@ -25,7 +25,7 @@ class KernelPlan(NamedTuple):
     """A plan as kernels take it: the mask, and the lists of the stationary tiles, of which there are num_tiles.
 
     q_index, k_index: int32 `[tiles * size]`, the rows in query and key tiles, None if in order. constexpr: heads,
-    kv_heads, and gathered, whether a tile of queries is rows of any heads.
+    kv_heads.
     """
 
     q_index: Tensor | None
@@ -37,7 +37,6 @@ class KernelPlan(NamedTuple):
     num_tiles: int
     heads: Any
     kv_heads: Any
-    gathered: Any
 
 
 class Operand(NamedTuple):
@@ -100,13 +99,7 @@ def tile_rows(index, i_tile, num_rows, BLOCK: tl.constexpr):
 def query_rows(plan, i_tile, i_head, BLOCK: tl.constexpr):
     """Return (rows, heads, which of them exist), each `[BLOCK]`, of a tile of queries."""
     o_row, m_row = tile_rows(plan.q_index, i_tile, plan.num_queries, BLOCK)
-    if plan.gathered:
-        # Gathered queries are named by row * heads + head.
-        o_head = o_row % plan.heads
-        o_row = o_row // plan.heads
-    else:
-        o_head = tl.zeros_like(o_row) + i_head
-    return o_row, o_head, m_row
+    return o_row, tl.zeros_like(o_row) + i_head, m_row
 
 
 @triton.jit
@@ -146,16 +139,19 @@ def load_keys(x, plan, i_tile, i_head, BLOCK: tl.constexpr, SHORT: tl.constexpr)
 
 
 @triton.jit
-def store_rows(result, b_rows, o_result, m_row, like, ADD: tl.constexpr):
-    """Write, or add, rows `[BLOCK, padded width]` to float32 rows as wide as `like`; nobody else writes to these."""
+def load_rows(result, o_result, m_row, like):
+    """Return rows `[BLOCK, padded width]` of a float32 result as wide as `like`; those that do not exist are 0."""
     o_column = tl.arange(0, like.padded)
     pointers = result + o_result[:, None] * like.width + o_column[None, :]
-    mask = m_row[:, None] & (o_column < like.width)[None, :]
-    if ADD:
-        # Loading the old sums would take as many registers as b_rows has, and spill them; the atomic adds in L2.
-        tl.atomic_add(pointers, b_rows, mask=mask, sem="relaxed")
-    else:
-        tl.store(pointers, b_rows, mask=mask)
+    return tl.load(pointers, mask=m_row[:, None] & (o_column < like.width)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(result, b_rows, o_result, m_row, like):
+    """Write rows `[BLOCK, padded width]` to float32 rows as wide as `like`; nobody else writes to these."""
+    o_column = tl.arange(0, like.padded)
+    pointers = result + o_result[:, None] * like.width + o_column[None, :]
+    tl.store(pointers, b_rows, mask=m_row[:, None] & (o_column < like.width)[None, :])
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from farspan.kernels.layers.rope import attention_factor_of, inverse_frequencies
 from farspan.kernels.layers.swiglu import silu_product
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
+from farspan.kernels.recomputation import choices_of_two_passes
 from farspan.parallel.comm import Channel
 from farspan.parallel.context_parallel.key_convolution import KeyConvolution
 from farspan.parallel.context_parallel.strategy import DistributedAttention
@@ -107,9 +108,13 @@ class Block(nn.Module):
         self.compute = torch.compile(self._compute) if compiled else self._compute
 
     def forward(self, x: Tensor, inputs: AttentionInputs, experts: ExpertPlaces | None) -> BlockOutput:
-        # The outputs of the recomputation are discarded, so that loads are counted, and losses added, once.
+        # The outputs of the recomputation are discarded, so that loads are counted, and losses added, once. What the
+        # first pass chose by content serves it.
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.compute, x, inputs, experts, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(
+                self.compute, x, inputs, experts,
+                use_reentrant=False, preserve_rng_state=False, context_fn=choices_of_two_passes,
+            )  # fmt: skip
         return self.compute(x, inputs, experts)
 
     def _compute(self, x: Tensor, inputs: AttentionInputs, experts: ExpertPlaces | None) -> BlockOutput:

@@ -1,8 +1,6 @@
 """The Triton backend, interpreted, against the oracle; `test_interpreted.py` runs this file in a process of its own."""
 
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -21,8 +19,8 @@ from farspan.kernels.mechanism import Access, Heads, Mechanism
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.nats import NAtS
 from farspan.kernels.planning.plan import Plan
-from farspan.kernels.triton_kernels import attention_launch
-from farspan.kernels.triton_kernels.attention_launch import Shape, Shapes, gathered_rows, shapes_for
+from farspan.kernels.triton_kernels import attention_launch, gathered_launch
+from farspan.kernels.triton_kernels.attention_launch import Shape, Shapes, shapes_for
 from tests.support import attention_cases as contract
 from tests.support import interpreter_bfloat16, oracle, truth
 from tests.support.attention_cases import Tensors
@@ -56,6 +54,7 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         return replace(SHAPES, dkv_in_turn=shapes_for(width, value_width, dtype).dkv_in_turn)
 
     monkeypatch.setattr(attention_launch, "shapes_for", small)
+    monkeypatch.setattr(gathered_launch, "shapes_for", small)
 
 
 def run(tensors: Tensors, plan: Plan) -> list[Tensor]:
@@ -180,7 +179,7 @@ def test_groups_of_heads(heads: tuple[int, int]) -> None:
 @pytest.mark.parametrize("scores", SCORES)
 @pytest.mark.parametrize("selection", ["none", "rows"])
 def test_scores_of_any_size(selection: str, scores: str) -> None:
-    """Slots are merged by log-sum-exp where rows select."""
+    """Where rows select, softmax goes on from block to block through memory."""
     rows = Rows.packed([3, 34], padding=2)
     chosen = SELECTIONS[selection](rows)
     q, k, v, dout = random_tensors(rows, rows)
@@ -247,24 +246,6 @@ def test_lifetimes(rows: Rows) -> None:
     plan = plan_of(rows, rows, AttentionMask(), None).with_lifetimes(lifetime)
     alive = (rows.position[:, None] <= lifetime[:, None, :]).repeat_interleave(2, dim=0)
     check(random_tensors(rows, rows), plan, oracle.visible_mask(rows, rows, plan.attention_mask, 4) & alive)
-
-
-def test_some_rows_are_gathered_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Partial results are bounded: here to those of about 7 rows at a time, wherever the rows of a block are."""
-    tensors = random_tensors(RAGGED, RAGGED)
-    plan = plan_of(RAGGED, RAGGED, AttentionMask(), row_selection(RAGGED))
-    at_once = run(tensors, plan)
-    monkeypatch.setattr(attention_launch, "SLOT_BYTES", 50 * 4 * 16)
-    calls: list[slice] = []
-
-    def noted(*arguments: Any) -> Iterator:
-        for gathered in gathered_rows(*arguments):
-            calls.append(gathered.rows)
-            yield gathered
-
-    monkeypatch.setattr(attention_launch, "gathered_rows", noted)
-    oracle.assert_close(run(tensors, plan), at_once, TOLERANCE)
-    assert len(calls) > 3 * 5
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)

@@ -16,7 +16,6 @@ from farspan.kernels.planning.plan import Plan
 from farspan.kernels.planning.tiles import Tiling
 from farspan.kernels.triton_kernels import block_mask
 from farspan.kernels.triton_kernels.block_mask import COUNT_BITS, MAX_COUNT, BlockMask, TiledPlan, tile_plan
-from farspan.kernels.triton_kernels.row_block_lists import gathered_rows
 
 GENERATOR = torch.Generator().manual_seed(0)
 ROWS = {
@@ -193,25 +192,6 @@ def test_no_run_is_longer_than_its_bits() -> None:
     counts = lists.runs[:-1] & MAX_COUNT
     assert counts.max() <= MAX_COUNT
     assert lists.counts.view(-1, 2)[:, 0].tolist() == [5000] * 20
-
-
-@pytest.mark.parametrize(("query_tile", "key_tile"), [(1, 500), (500, 1)])
-def test_no_run_of_gathered_rows_is_longer_than_its_bits(query_tile: int, key_tile: int) -> None:
-    """A block that more tiles select than a run can name, and a block of as many tiles."""
-    tokens = MAX_COUNT + 6
-    rows = Rows.packed([tokens])
-    blocks = BlockPartition.blocks(rows, tokens)
-    selection = BlockSelection.from_lists(torch.arange(tokens), blocks, torch.zeros(1, tokens, 1, dtype=torch.int64))
-    plan = Plan.build(rows, rows, AttentionMask(), heads=1, selection=selection)
-    keys = Tiling.of(rows, key_tile, blocks.of(rows))
-    (found,) = gathered_rows(plan, keys, 1, query_tile, tokens, torch.device("cpu"))
-    num_queries = len(found.index) // query_tile
-    for lists, tiles, others in ((found.of_queries, num_queries, len(keys)), (found.of_keys, len(keys), num_queries)):
-        full, partial = decode(lists, others)
-        assert full.shape == (1, tiles, others)
-        # Rows that see the block in full and those that do not are in tiles of their own.
-        assert (full | partial).all()
-        assert not (full & partial).any()
 
 
 def test_many_small_documents_are_not_compared_with_each_other() -> None:

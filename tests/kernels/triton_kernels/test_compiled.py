@@ -14,10 +14,10 @@ RECORD = ROOT / "docs" / "kernels_sm90.md"
 COMMAND = "PYTHONPATH=.venv/triton-3.6.0 .venv/bin/python -m farspan.tools.kernel_report docs/kernels_sm90.md"
 IDENTITY = 7
 """Columns that say what was compiled; those after them are resources, which change with each Triton."""
-ATTENTION = ("causal", "window and sinks", "neighborhood", "lifetimes", "tiles select", "rows select")
+TILED = ("causal", "window and sinks", "neighborhood", "lifetimes", "tiles select")
 KERNELS = [
-    *product(ATTENTION, ("forward", "delta", "dq", "dkv")),
-    ("rows select", "combine"),
+    *product(TILED, ("forward", "delta", "dq", "dkv")),
+    *product(("rows select",), ("histogram", "fill", "gathered_forward", "delta", "gathered_dq", "gathered_dkv")),
     *product(("recurrence",), ("span_updates", "span_outputs")),
     *product(("choice",), ("sums", "means", "similar", "choose", "histogram", "digit", "weight", "select")),
 ]

@@ -15,6 +15,10 @@ def test_attention_equals_the_formula() -> None:
     interpret("interpreted_attention")
 
 
+def test_attention_of_gathered_rows_equals_the_formula() -> None:
+    interpret("interpreted_gathered")
+
+
 def test_recurrences_equal_the_formula() -> None:
     assert "21 passed" in interpret("interpreted_linear_attention", "-o", "python_functions=check_*")
 

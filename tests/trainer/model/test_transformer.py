@@ -8,13 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from farspan.kernels.kinds import kv_lifetime
 from farspan.kernels.layers.rope import YarnScaling
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import Mechanism
+from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.lightning import Lightning
+from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.mosa import MoSA
 from farspan.kernels.mechanisms.nats import NAtS
+from farspan.parallel.comm import Unconnected
+from farspan.parallel.context_parallel.strategy import STRATEGIES
+from farspan.parallel.layout import Shards
 from farspan.trainer.model.attention import Attention, GatedRecurrence
 from farspan.trainer.model.config import ModelConfig, RopeConfig
 from farspan.trainer.model.transformer import SequenceContext, Transformer
@@ -107,3 +112,32 @@ def test_only_recurrences_are_gated_and_only_if_asked_for(recurrent_layer) -> No
     model = Transformer(config, [Lightning(), Dense(), MoSA()])
     kinds = [type(block.attention) for block in model.blocks]
     assert kinds == [GatedRecurrence if recurrent_layer == "gated" else Attention, Attention, Attention]
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "place", "name"),
+    [(MoBA(block=4, top_k=2), MoBA, "select"), (NAtS(window=3), kv_lifetime, "chosen_types")],
+    ids=["moba", "nats"],
+)
+def test_recomputed_layers_attend_to_what_their_first_pass_chose(
+    mechanism: Mechanism, place: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One choice for each layer and step, and the gradients of a model that keeps its activations."""
+    choose, choices = getattr(place, name), []
+    monkeypatch.setattr(place, name, lambda *given: choices.append(choose(*given)) or choices[-1])
+    rows, tokens = Rows.packed([20, 13]), torch.arange(33) % 16
+    shards = Shards.build(rows, layout="contiguous", degree=1)
+    single = STRATEGIES.get("single")(Unconnected(0, 1))
+    attention = single.prepare(mechanism, shards, Heads(query=4, kv=2), backend="cpu")
+    gradients = []
+    for recompute in (False, True):
+        model = Transformer(replace(CONFIG, layers=2), [mechanism, mechanism], recompute=recompute).double()
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+        choices.clear()
+        losses = model(tokens, tokens, SequenceContext(rows=rows, attention=(attention, attention))).losses
+        gradients.append(torch.autograd.grad(losses.sum(), list(model.parameters())))
+        assert len(choices) == 2
+    for kept, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(kept, recomputed)

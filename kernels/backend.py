@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from farspan.errors import ConfigError
+from farspan.kernels.lifetimes import gradient
+from farspan.kernels.lifetimes.lifetimes import DocumentOrder, Lifetimes
 from farspan.kernels.linear_attention.recurrence import RecurrentBackend
 from farspan.kernels.mechanism import Access, Mechanism
 from farspan.kernels.planning.plan import Plan
@@ -104,6 +106,25 @@ class Backend(ABC):
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `farspan.kernels.attention.attention_backward`."""
+
+    def pair_sums(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        causal_lse: Tensor,
+        *,
+        plan: Plan,
+        lifetimes: Lifetimes,
+    ) -> tuple[Tensor, Tensor]:
+        """See `farspan.kernels.lifetimes.gradient.pair_sums`."""
+        return gradient.pair_sums(dout, q, k, v, out, causal_lse, plan=plan, lifetimes=lifetimes)
+
+    def type_gradient(self, sums: Tensor, lifetimes: Lifetimes, order: DocumentOrder) -> Tensor:
+        """See `farspan.kernels.lifetimes.gradient.type_gradient`."""
+        return gradient.type_gradient(sums, lifetimes, order)
 
 
 SLOW = 30

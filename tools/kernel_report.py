@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ import torch
 
 from farspan.kernels.backend import BACKENDS
 from farspan.kernels.kinds.routed import LocalShard
+from farspan.kernels.lifetimes.lifetimes import DocumentOrder, Lifetimes
 from farspan.kernels.linear_attention.state import Segment
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.neighborhood import Dimension, Neighborhood
@@ -183,7 +184,14 @@ def compile_case(case: Case) -> list[Usage]:
 def _attention(case: Case) -> None:
     (q, k, v), plan, backend = _tensors(case), plan_of(case.plan), BACKENDS.get("triton")
     out, lse = backend.forward(q, k, v, plan)
-    backend.backward(out.to(case.dtype), q, k, v, out.to(case.dtype), lse, plan)
+    given = out.to(case.dtype), q, k, v, out.to(case.dtype), lse
+    backend.backward(*given, plan)
+    if plan.lifetime is not None:
+        order = DocumentOrder.of(plan.keys)
+        lifetimes = Lifetimes.of(torch.zeros(ROWS, KV_HEADS, dtype=torch.int8), order, window=16)
+        plan = replace(plan, lifetime=None)
+        _, sums = backend.pair_sums(*given, plan=plan, lifetimes=lifetimes)
+        backend.type_gradient(sums, lifetimes, order)
 
 
 def _tensors(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.backend import BACKENDS, Backend
+from farspan.kernels.lifetimes.lifetimes import DocumentOrder, Lifetimes
 from farspan.kernels.linear_attention.recurrence import ChunkedRecurrentBackend
 from farspan.kernels.linear_attention.state import RecurrenceInputs, State
 from farspan.kernels.planning.plan import Plan
@@ -49,6 +50,29 @@ class TritonBackend(Backend, ChunkedRecurrentBackend):
         self.check("triton", q, v, selects_keys=False)
         with torch.cuda.device_of(q):
             return _launches(plan).backward(dout, q, k, v, out, lse, plan)
+
+    def pair_sums(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        causal_lse: Tensor,
+        *,
+        plan: Plan,
+        lifetimes: Lifetimes,
+    ) -> tuple[Tensor, Tensor]:
+        from farspan.kernels.triton_kernels import attention_launch
+
+        with torch.cuda.device_of(q):
+            return attention_launch.pair_sums(dout, q, k, v, out, causal_lse, plan=plan, lifetimes=lifetimes)
+
+    def type_gradient(self, sums: Tensor, lifetimes: Lifetimes, order: DocumentOrder) -> Tensor:
+        from farspan.kernels.triton_kernels import attention_launch
+
+        with torch.cuda.device_of(sums):
+            return attention_launch.type_gradient(sums, lifetimes, order)
 
     def chunked_recurrence(self, inputs: RecurrenceInputs, *, reverse: bool) -> tuple[Tensor, State]:
         from farspan.kernels.triton_kernels import linear_attention

@@ -6,14 +6,17 @@ the eviction too, so that the forward pass also needs the log-sum-exp of all cau
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from farspan.kernels.attention import attention_forward
+from farspan.kernels.backend import BACKENDS, Backend
+from farspan.kernels.device_copies import DeviceCopies
 from farspan.kernels.kinds.masked import Masked
-from farspan.kernels.lifetimes.gradient import SUMS, pair_sums, straight_through, type_gradient
+from farspan.kernels.lifetimes.gradient import SUMS, straight_through
 from farspan.kernels.lifetimes.lifetimes import DocumentOrder, Lifetimes, chosen_types
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
@@ -21,6 +24,7 @@ from farspan.kernels.mechanism import Access
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.planner import AttentionPlanner, Heads, KeyRouting, RoutedKeys, Routing, RoutingGradient, Sizes
 from farspan.kernels.planning.plan import Plan
+from farspan.kernels.ragged import take_or
 from farspan.kernels.recomputation import kept
 
 
@@ -43,7 +47,7 @@ class KVLifetime(Masked):
         return frozenset({Access.LIFETIMES})
 
     @abstractmethod
-    def penalties(self, lifetimes: Lifetimes, global_rows: Rows) -> Tensor:
+    def penalties(self, lifetimes: Lifetimes, order: DocumentOrder) -> Tensor:
         """Return what is added to the gradient of the one-hot types to evict keys early, float64 `[tokens, Hk, 3]`."""
 
     def attention_mask(self) -> AttentionMask:
@@ -59,7 +63,7 @@ class KVLifetime(Masked):
     def unmasked_pairs(self, rows: Rows) -> int:
         """The pairs of a router that has learned nothing."""
         routing = torch.randn(len(rows), 1, self.routing_width, generator=torch.Generator().manual_seed(0))
-        return Lifetimes.of(chosen_types(routing), rows, self.window).pairs(rows)
+        return Lifetimes.of(chosen_types(routing), DocumentOrder.of(rows), self.window).pairs(rows)
 
     def route(self, global_rows: Rows, heads: Heads, q: Tensor, k: Tensor, *routing: Tensor) -> Routing:
         return TypeRouting(chosen_types(*routing))
@@ -81,6 +85,22 @@ class LifetimeRouting(KeyRouting):
     def __init__(self, mechanism: KVLifetime, planner: AttentionPlanner) -> None:
         self.mechanism, self.planner = mechanism, planner
         self.routing_width = mechanism.routing_width
+        self._parts: dict[Tensor, PartTokens] = {}
+
+    @cached_property
+    def order(self) -> DocumentOrder:
+        return DocumentOrder.of(self.planner.global_rows)
+
+    @cached_property
+    def is_padding(self) -> DeviceCopies:
+        """Which local rows are padding, bool `[T, 1, 1]`."""
+        return DeviceCopies((self.planner.local_rows.document < 0)[:, None, None])
+
+    def part(self, tokens: Tensor) -> "PartTokens":
+        """Return the tokens of some rows, int64 `[rows]`: those of a part are the same tensor in every layer."""
+        if tokens not in self._parts:
+            self._parts[tokens] = PartTokens.of(tokens, len(self.planner.global_rows))
+        return self._parts[tokens]
 
     def all_reduced(self, sizes: Sizes) -> tuple[int, int]:
         """Types forward, sums over pairs backward."""
@@ -90,9 +110,31 @@ class LifetimeRouting(KeyRouting):
     def route(self, q: Tensor, k: Tensor, *routing: Tensor) -> "ActiveKeys":
         def choose() -> Lifetimes:
             types = self.planner.all_rows(chosen_types(*routing), kind="types")  # int8 [tokens, Hk]
-            return Lifetimes.of(types, self.planner.global_rows, self.mechanism.window)
+            return Lifetimes.of(types, self.order, self.mechanism.window)
 
         return ActiveKeys(of=self, lifetimes=kept(choose))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PartTokens:
+    """The tokens of some rows, -1 for padding. are_all: all of the sequence, in its order."""
+
+    index: DeviceCopies
+    at_least_0: DeviceCopies
+    has_padding: bool
+    are_all: bool
+
+    @staticmethod
+    def of(tokens: Tensor, count: int) -> "PartTokens":
+        at_least_0 = tokens.clamp(min=0)
+        are_all = torch.equal(tokens, torch.arange(count))
+        return PartTokens(DeviceCopies(tokens), DeviceCopies(at_least_0), bool((tokens < 0).any()), are_all)
+
+    def take(self, x: Tensor) -> Tensor:
+        """Return x `[..., tokens]` of these tokens, -1 for padding."""
+        if self.are_all:
+            return x
+        return take_or(x, self.index.on(x.device), -1) if self.has_padding else x[..., self.index.on(x.device)]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,7 +145,7 @@ class ActiveKeys(RoutedKeys):
     lifetimes: Lifetimes
 
     def narrow(self, plan: Plan, tokens: Tensor) -> Plan:
-        return plan.with_lifetimes(self.lifetimes.take(tokens).last)
+        return plan.with_lifetimes(self.of.part(tokens).take(self.lifetimes.last))
 
     def start(self, q: Tensor, *routing: Tensor) -> "TypeGradient":
         # The log-sum-exp [T, Hq] of no key yet.
@@ -125,38 +167,44 @@ class TypeGradient(RoutingGradient):
     def saved(self) -> tuple[Tensor, ...]:
         return self.routing, self.causal_lse
 
+    @property
+    def backend(self) -> Backend:
+        return BACKENDS.get(self.of.planner.backend)
+
     def observe(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
         # Only the log-sum-exp is of use: there is no cheaper kernel for it.
         part = attention_forward(q, k, v, plan, backend=self.of.planner.backend)[1]
         self.causal_lse = torch.logaddexp(self.causal_lse, part)
 
     def add(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, plan: Plan, tokens: Tensor) -> None:
-        of_keys = self.lifetimes.take(tokens)
-        found = pair_sums(dout, q, k, v, out, self.causal_lse, plan=plan, lifetimes=of_keys)
-        sums = self._sums()
-        # Sums over the keys of a query belong to the query's token, those over the queries of a key to the key's.
-        for rows, part in zip((self.of.planner.tokens, tokens), found, strict=True):
-            rows = rows.to(sums.device)
-            sums.index_add_(0, rows[rows >= 0], part[rows >= 0])
+        # Backends never meet a plan without visible pairs.
+        if plan.is_empty:
+            return
+        queries, keys = self.of.part(self.of.planner.tokens), self.of.part(tokens)
+        of_keys = replace(self.lifetimes, columns=keys.take(self.lifetimes.columns))
+        found = self.backend.pair_sums(dout, q, k, v, out, self.causal_lse, plan=plan, lifetimes=of_keys)
+        # Sums over the keys of a query belong to the query's token, those over the queries of a key to the key's; those
+        # of padding are 0.
+        for rows, part in zip((queries, keys), found, strict=True):
+            self._sums().index_add_(0, rows.at_least_0.on(part.device), part)
 
     def gradients(self) -> tuple[Tensor, ...]:
         planner, mechanism = self.of.planner, self.of.mechanism
         sums = planner.all_reduce_sum(self._sums(), kind="types")
-        gradient = type_gradient(sums, self.lifetimes, planner.global_rows)
+        order = self.of.order.to(sums.device)
+        gradient = self.backend.type_gradient(sums, self.lifetimes, order)
         # A KV head whose query heads are sharded has this gradient summed over their owners, each with its share of 1.
         group = planner.share.all_heads.query // planner.share.all_heads.kv
         share = min(len(planner.share.head_range), group) / group
-        gradient += share * mechanism.penalties(self.lifetimes, planner.global_rows).to(gradient.device)
+        gradient += share * mechanism.penalties(self.lifetimes, order)
         # The ends of documents are global whatever their routing: they learn nothing.
-        order, tokens = DocumentOrder.of(planner.global_rows), planner.tokens.to(gradient.device)
-        gradient.masked_fill_(order.restore(order.forced)[:, None, None].to(gradient.device), 0.0)
-        # [tokens, Hk, 3] -> [T, Hk, 3]
-        local = gradient.new_zeros(self.routing.shape)
-        local[tokens >= 0] = gradient[tokens[tokens >= 0]]
+        gradient.masked_fill_(order.of_tokens[2][:, None, None], 0.0)
+        # [tokens, Hk, 3] -> [T, Hk, 3]; what padding gets is dropped below.
+        index = self.of.part(planner.tokens).at_least_0.on(sums.device)
+        local = gradient[index] if len(gradient) else self.routing
         learned = straight_through(local, self.routing, mechanism.temperature)
         # 0 x NaN: the logits of padding may be anything.
-        padding = (planner.local_rows.document < 0).to(gradient.device)
-        return (learned.masked_fill_(padding[:, None, None], 0.0),)
+        return (learned.masked_fill_(self.of.is_padding.on(sums.device), 0.0),)
 
     def _sums(self) -> Tensor:
         """The sums over pairs, `[tokens, Hk, SUMS]`; made in the backward pass only."""

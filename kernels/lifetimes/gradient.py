@@ -30,7 +30,6 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.lifetimes.lifetimes import GLOBAL, LOCAL, DocumentOrder, Lifetimes
-from farspan.kernels.masks.rows import Rows
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.planning.regions import Kind, Region
 
@@ -58,7 +57,7 @@ def pair_sums(
     local = (lifetimes.types == LOCAL).to(device, causal_lse.dtype)
     sliding = plan.keys.position.long() + lifetimes.window
     # The last query with a sum of its own, beside that over all later ones.
-    reach = torch.maximum(lifetimes.beyond, sliding).amax(dim=0)
+    reach = torch.maximum(lifetimes.beyond.cpu(), sliding).amax(dim=0)
     position, following, beyond = (
         x.to(device) for x in (plan.queries.position[:, None], lifetimes.following, lifetimes.beyond)
     )
@@ -80,11 +79,12 @@ def pair_sums(
     return of_queries, of_keys
 
 
-def type_gradient(sums: Tensor, lifetimes: Lifetimes, global_rows: Rows) -> Tensor:
+def type_gradient(sums: Tensor, lifetimes: Lifetimes, order: DocumentOrder) -> Tensor:
     """Return the gradient of the one-hot types, float64 `[tokens, Hk, 3]`, by the sums `[tokens, Hk, SUMS]` of all."""
-    order = DocumentOrder.of(global_rows)
-    ordered = sums.double()[order.index.to(sums.device)].permute(2, 1, 0)
-    types = lifetimes.types[:, order.index].to(sums.device)
+    order = order.to(sums.device)
+    # [tokens, Hk, SUMS] -> [SUMS, Hk, tokens]
+    ordered = sums.double()[order.index].permute(2, 1, 0)
+    types = lifetimes.types[:, order.index]
     local, is_global = types == LOCAL, types == GLOBAL
     columns, columns_after = (_since_global(ordered[which] * local, is_global) for which in (UP_TO_NEXT, AFTER_NEXT))
     rows = _since_global(ordered[SEEN_LOCALS] * ~is_global, is_global)

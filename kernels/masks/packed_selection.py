@@ -5,10 +5,8 @@ Query block 0 of head 0 selects the blocks 0, 1 and 33 of 40. Of its two words, 
     bits[0, 0]    0b11, 0b10
 """
 
-from collections.abc import Hashable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,8 +40,6 @@ class PackedSelection:
     query_block: Tensor
     blocks: BlockPartition
     most: int
-    cache: dict[Hashable, Any] = field(default_factory=dict, init=False)
-    """What backends compute from the selection, under keys of their own: shared by all parts of the keys."""
 
     @staticmethod
     def pack(selection: BlockSelection, device: torch.device) -> "PackedSelection":
@@ -56,7 +52,7 @@ class PackedSelection:
         index = (query_block * selection.heads + head) * words + block // WORD
         bits.index_add_(0, index, (1 << (block % WORD)).int())
         return PackedSelection(
-            bits=bits.view(count, selection.heads, words).to(device),
+            bits=copy_to(bits.view(count, selection.heads, words), device),
             query_block=selection.query_block,
             blocks=selection.blocks,
             most=int(selection.offsets.diff().max()) if count else 0,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from farspan.kernels.kinds.routed import LocalShard, Routed
 from farspan.kernels.masks.attention_mask import AttentionMask
+from farspan.kernels.masks.packed_selection import PackedSelection
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.mechanism import MECHANISMS
@@ -105,9 +106,13 @@ class BlockSparse(Routed):
 
     @torch.no_grad()
     def select(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> BlockSelection:
-        if self.mask:
-            return by_tile.selection_of_tiles(local_shard, self._given(local_shard), k.shape[1])
-        return self._drawn(local_shard)
+        # A pattern is the same in all layers that share the shard.
+        return local_shard.once("pattern", lambda: (self._given if self.mask else self._drawn)(local_shard))
+
+    def select_packed(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> PackedSelection:
+        return local_shard.once(
+            ("pattern", q.device), lambda: PackedSelection.pack(self.select(q, k, local_shard), q.device)
+        )
 
     def _mask_table(self, blocks: int) -> Tensor:
         """The mask as bool `[tiles, blocks]`."""
@@ -118,17 +123,21 @@ class BlockSparse(Routed):
         """Blocks drawn besides a tile's own, of `others` other visible ones, int64."""
         return ((others + 1) * self.density).round().long().clamp(min=1) - 1
 
-    def _given(self, local_shard: LocalShard) -> Iterator[tuple[slice, Tensor]]:
+    def _given(self, local_shard: LocalShard) -> BlockSelection:
         blocks, kv_heads = local_shard.key_blocks, len(local_shard.share.kv_heads)
         longest = int(blocks.first.diff().max()) if len(blocks.documents) else 0
         if longest > len(self.mask):
             raise ValueError(self._too_few(longest))
         table, number = self._mask_table(longest), blocks.number
-        for chunk, some in by_tile.tile_chunks(local_shard, kv_heads):
-            tile = local_shard.local_query_blocks[0][chunk]
-            allowed = by_tile.candidate_blocks(local_shard, chunk, some, causal=self.causal)
-            # [tiles, 1] and [blocks] -> [tiles, blocks]: numbers inside the document on both sides
-            yield some, (table[number[tile][:, None], number[some]] & allowed).expand(kv_heads, -1, -1)
+
+        def masks() -> Iterator[tuple[slice, Tensor]]:
+            for chunk, some in by_tile.tile_chunks(local_shard, kv_heads):
+                tile = local_shard.local_query_blocks[0][chunk]
+                allowed = by_tile.candidate_blocks(local_shard, chunk, some, causal=self.causal)
+                # [tiles, 1] and [blocks] -> [tiles, blocks]: numbers inside the document on both sides
+                yield some, (table[number[tile][:, None], number[some]] & allowed).expand(kv_heads, -1, -1)
+
+        return by_tile.selection_of_tiles(local_shard, masks(), kv_heads)
 
     def _drawn(self, local_shard: LocalShard) -> BlockSelection:
         """Draw lists instead of a mask of all blocks, a few tiles at a time: memory follows the blocks drawn."""

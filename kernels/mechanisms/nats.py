@@ -15,7 +15,6 @@ from torch import Tensor
 
 from farspan.kernels.kinds.kv_lifetime import KVLifetime
 from farspan.kernels.lifetimes.lifetimes import GLOBAL, LOCAL, DocumentOrder, Lifetimes
-from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import MECHANISMS
 
 
@@ -43,12 +42,11 @@ class NAtS(KVLifetime):
     def examples(cls) -> Sequence[Self]:
         return cls(window=5), cls(window=20, temperature=0.5, penalty=0.1)
 
-    def penalties(self, lifetimes: Lifetimes, global_rows: Rows) -> Tensor:
+    def penalties(self, lifetimes: Lifetimes, order: DocumentOrder) -> Tensor:
         """Global: penalty * (length - position) / length to its type; local: penalty * (last - position) / length."""
-        order = DocumentOrder.of(global_rows)
-        length = order.restore(order.end - order.first + 1)
+        position, length, _ = order.to(lifetimes.columns.device).of_tokens
         # [Hk, tokens]: a global key lives to the end of its document, a local one to the next global one.
-        active = torch.where(lifetimes.types == GLOBAL, length, lifetimes.last) - global_rows.position
+        active = torch.where(lifetimes.types == GLOBAL, length, lifetimes.last) - position
         share = self.penalty * active.double() / length
         kind = lifetimes.types
         of_types = (share * (kind == GLOBAL), share * (kind == LOCAL), torch.zeros_like(share))

@@ -28,7 +28,6 @@ class Bounds:
     A group of padding only has its least values above its greatest, so it is visible to nothing and sees nothing.
     padded: whether some row is padding. reach: least first, greatest first, least last and greatest last coordinate of
     the queries' neighborhoods; cell: least and greatest coordinate of the keys; int64 `[4 or 2, groups, dimensions]`.
-    lifetime: least and greatest lifetime of the keys, int64 `[2, groups]`; None without lifetimes.
     """
 
     position_low: Array
@@ -38,17 +37,10 @@ class Bounds:
     padded: Array
     reach: Array | None = None
     cell: Array | None = None
-    lifetime: Array | None = None
 
     @staticmethod
-    def of(
-        rows: Rows,
-        starts: np.ndarray,
-        stops: np.ndarray,
-        attention_mask: AttentionMask,
-        lifetime: np.ndarray | None = None,
-    ) -> "Bounds":
-        """Bounds of groups [start, stop) of `rows`, ascending, none of them empty; `lifetime` is per row."""
+    def of(rows: Rows, starts: np.ndarray, stops: np.ndarray, attention_mask: AttentionMask) -> "Bounds":
+        """Bounds of groups [start, stop) of `rows`, ascending, none of them empty."""
         real = (rows.document >= 0).numpy()
 
         def extremes(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -74,7 +66,6 @@ class Bounds:
             padded=~_reduce(np.logical_and, real, starts, stops),
             reach=reach,
             cell=cell,
-            lifetime=None if lifetime is None else np.stack(extremes(lifetime)),
         )
 
     def __len__(self) -> int:
@@ -116,8 +107,6 @@ def any_unmasked(queries: Bounds, keys: Bounds, attention_mask: AttentionMask) -
     if queries.reach is not None and keys.cell is not None:
         # Least first <= greatest key, and least key <= greatest last, in each dimension.
         possible &= ((queries.reach[0] <= keys.cell[1]) & (keys.cell[0] <= queries.reach[3])).all(axis=1)
-    if keys.lifetime is not None:
-        possible &= queries.position_low <= keys.lifetime[1]
     return possible
 
 
@@ -138,8 +127,6 @@ def all_unmasked(queries: Bounds, keys: Bounds, attention_mask: AttentionMask) -
         # Dilated windows have holes that intervals do not show.
         if any(dimension.dilation > 1 for dimension in attention_mask.neighborhood.dimensions):
             proven[:] = False
-    if keys.lifetime is not None:
-        proven &= queries.position_high <= keys.lifetime[0]
     return proven
 
 

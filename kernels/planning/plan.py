@@ -39,7 +39,8 @@ class HeadPlan:
 class Plan:
     """The pairs visible under `attention_mask` and, where there is one, in the key blocks of `selection`.
 
-    lifetime: int32 `[Hk, keys]` or None, the last query position that sees each key of each KV head; -1: none does.
+    lifetime: int32 `[Hk, keys]` or None, the last query position that sees each key of each KV head, on the device that
+    attends; -1: none does, as for padding.
     isolation: None if it needs none.
     Raises ValueError for lifetimes with any mask but the plain causal one, or with a selection.
     """
@@ -150,6 +151,6 @@ class Plan:
             # [head groups, queries, keys] -> [heads, queries, keys]
             visible &= self.selection.mask(self.keys).repeat_interleave(self.heads // self.selection.heads, dim=0)
         if self.lifetime is not None:
-            active = self.queries.position[:, None] <= self.lifetime[:, None, :]  # [Hk, queries, keys]
+            active = self.queries.position[:, None] <= self.lifetime.cpu()[:, None, :]  # [Hk, queries, keys]
             visible &= active.repeat_interleave(self.heads // len(self.lifetime), dim=0)
         return visible

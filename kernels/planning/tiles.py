@@ -49,16 +49,11 @@ class Tiling:
     def __len__(self) -> int:
         return -(-len(self.rows) // self.size)
 
-    def bounds(self, attention_mask: AttentionMask, lifetime: np.ndarray | None = None, tiles: int = 1) -> Bounds:
-        """Bounds of groups of `tiles` tiles; `lifetime` is per row, in the order before tiling.
-
-        A short tile counts as padded.
-        """
+    def bounds(self, attention_mask: AttentionMask, tiles: int = 1) -> Bounds:
+        """Bounds of groups of `tiles` tiles; a short tile counts as padded."""
         starts = np.arange(0, len(self.rows), self.size * tiles)
         stops = np.minimum(starts + self.size * tiles, len(self.rows))
-        if lifetime is not None and self.index is not None:
-            lifetime = np.append(lifetime, -1)[self.index]  # index -1 takes the extra element
-        bounds = Bounds.of(self.rows, starts, stops, attention_mask, lifetime)
+        bounds = Bounds.of(self.rows, starts, stops, attention_mask)
         if len(self.rows) % self.size:
             bounds.padded[-1] = True
         return bounds

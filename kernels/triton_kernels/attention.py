@@ -18,8 +18,8 @@ def _query_program(plan, BLOCK: tl.constexpr):
     i_program = tl.program_id(0)
     # Heads that share keys run side by side, so that L2 serves all but the first of them.
     share: tl.constexpr = plan.heads // plan.kv_heads
-    i_tile = tl.load(plan.lists.order + i_program // share % plan.num_tiles)
-    i_kv_head = i_program // share // plan.num_tiles
+    i_tile = tl.load(plan.lists.order + i_program // share % plan.num_launched)
+    i_kv_head = i_program // share // plan.num_launched
     i_head = i_kv_head * share + i_program % share
     i_list = tl.load(plan.lists.group + i_head) * plan.num_tiles + i_tile
     return tile.query_rows(plan, i_tile, i_head, BLOCK), i_kv_head, i_list
@@ -218,8 +218,8 @@ def dkv_kernel(
 ):  # fmt: skip
     """Write dk `[S, Hk, D]`, dv `[S, Hk, Dv]` or both, float32: the sums of dS^T Q and P^T dO."""
     i_program = tl.program_id(0)
-    i_tile = tl.load(plan.lists.order + i_program % plan.num_tiles)
-    i_kv_head = i_program // plan.num_tiles
+    i_tile = tl.load(plan.lists.order + i_program % plan.num_launched)
+    i_kv_head = i_program // plan.num_launched
     keys = tile.tile_rows(plan.k_index, i_tile, plan.num_keys, BLOCK_K)
     # Keys, values and both sums stay in registers; queries of all heads that share the keys pass by, so that no two
     # programs add to the same row.

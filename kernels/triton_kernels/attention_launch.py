@@ -7,6 +7,7 @@ of keys. No two programs add to the same row: results have the same bits each ti
 Legend: T queries, S keys, Hq query heads, Hk KV heads, D head size, Dv value head size.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -15,19 +16,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from farspan.kernels.masks.packed_selection import PackedSelection
+from farspan.kernels.lifetimes.gradient import SUMS
+from farspan.kernels.lifetimes.lifetimes import LOCAL, DocumentOrder, Lifetimes
+from farspan.kernels.masks.attention_mask import MAX_WINDOW
 from farspan.kernels.merge import empty_partial
 from farspan.kernels.planning.plan import Plan
-from farspan.kernels.planning.tiles import Tiling
 from farspan.kernels.triton_kernels import attention as kernels
-from farspan.kernels.triton_kernels.block_mask import BlockMask, tile_plan
+from farspan.kernels.triton_kernels import type_sums
 from farspan.kernels.triton_kernels.mask_terms import MaskTerms, mask_terms
 from farspan.kernels.triton_kernels.tile import KernelPlan, Operand
+from farspan.kernels.triton_kernels.tile_lists import Tiles, blocks_of, once
 
 LOG2E = 1.4426950408889634
 MAX_REGISTERS = 255
 """The most that a thread can have. Without this bound ptxas would rather spill a few than run one block less."""
 DELTA_ROWS = 64
+PLACES = 1024
+"""Tokens that a step of the type gradient takes together."""
 
 
 class Shape(NamedTuple):
@@ -85,13 +90,12 @@ def shapes_for(width: int, value_width: int, dtype: torch.dtype) -> Shapes:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """Return out `[T, Hq, Dv]` and lse `[T, Hq]`, float32, of q `[T, Hq, D]`, k `[S, Hk, D]`, v `[S, Hk, Dv]`."""
-    plan, shape, scale = _with_lists(plan), shapes_for(q.shape[2], v.shape[2], q.dtype).forward, q.shape[2] ** -0.5
+    shape, scale = shapes_for(q.shape[2], v.shape[2], q.dtype).forward, q.shape[2] ** -0.5
     out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
-    tiled = _schedule(q, k, plan, shape, "queries")
-    launch(
-        kernels.forward_kernel, tiled.num_tiles * q.shape[1], *(Operand.of(x) for x in (q, k, v)), out, lse, tiled,
-        scale * LOG2E, **options(shape),
-    )  # fmt: skip
+    given = [Operand.of(x) for x in (q, k, v)]
+    for tiled in _schedule(q, k, plan, shape, "queries"):
+        programs = tiled.num_launched * q.shape[1]
+        launch(kernels.forward_kernel, programs, *given, out, lse, tiled, scale * LOG2E, **options(shape))
     return out, lse
 
 
@@ -99,29 +103,56 @@ def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq `[T, Hq, D]`, dk `[S, Hk, D]`, dv `[S, Hk, Dv]`, float32; out and lse may be over more keys."""
-    plan, shapes, scale = _with_lists(plan), shapes_for(q.shape[2], v.shape[2], q.dtype), q.shape[2] ** -0.5
+    shapes, scale = shapes_for(q.shape[2], v.shape[2], q.dtype), q.shape[2] ** -0.5
     dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format) for x in (q, k, v))
     base, delta = statistics(dout, out, lse, _terms(plan, q.device))
     # Both operands of a product have one dtype.
     given = *(Operand.of(x) for x in (q, k, v, dout.to(q.dtype))), base, delta
-    tiled = _schedule(q, k, plan, shapes.dkv, "keys")
-    for sums in shapes.key_sums:
-        launch(
-            kernels.dkv_kernel, tiled.num_tiles * k.shape[1], *given, dk, dv, tiled, scale * LOG2E, scale,
-            **options(shapes.dkv), **sums,
-        )  # fmt: skip
-    tiled = _schedule(q, k, plan, shapes.dq, "queries")
-    programs = tiled.num_tiles * q.shape[1]
-    launch(kernels.dq_kernel, programs, *given, dq, tiled, scale * LOG2E, scale, **options(shapes.dq))
+    for tiled in _schedule(q, k, plan, shapes.dkv, "keys"):
+        for sums in shapes.key_sums:
+            launch(
+                kernels.dkv_kernel, tiled.num_launched * k.shape[1], *given, dk, dv, tiled, scale * LOG2E, scale,
+                **options(shapes.dkv), **sums,
+            )  # fmt: skip
+    for tiled in _schedule(q, k, plan, shapes.dq, "queries"):
+        programs = tiled.num_launched * q.shape[1]
+        launch(kernels.dq_kernel, programs, *given, dq, tiled, scale * LOG2E, scale, **options(shapes.dq))
     return dq, dk, dv
 
 
-def _with_lists(plan: Plan) -> Plan:
-    """Return a plan whose selection, if any, is lists on the CPU; waits for the device."""
-    selection = plan.selection
-    if not isinstance(selection, PackedSelection):
-        return plan
-    return _once(plan, ("with lists",), lambda: plan.with_selection(selection.as_lists))
+def pair_sums(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, causal_lse: Tensor, *, plan: Plan, lifetimes: Lifetimes
+) -> tuple[Tensor, Tensor]:
+    """See `farspan.kernels.lifetimes.gradient.pair_sums`; the sums are float32."""
+    shapes, scale = shapes_for(q.shape[2], v.shape[2], q.dtype), q.shape[2] ** -0.5
+    base, delta = statistics(dout, out, causal_lse, _terms(plan, q.device))
+    given = *(Operand.of(x) for x in (q, k, v, dout.to(q.dtype))), base, delta
+    of_queries, of_keys = (torch.zeros(len(x), k.shape[1], SUMS, dtype=torch.float32, device=q.device) for x in (q, k))
+    ends, window = (lifetimes.following.contiguous(), lifetimes.beyond.contiguous()), min(lifetimes.window, MAX_WINDOW)
+    for tiled in _schedule(q, k, plan, shapes.dkv, "keys"):
+        launch(
+            type_sums.key_sums_kernel, tiled.num_launched * k.shape[1], *given, of_keys, *ends, window, tiled,
+            scale * LOG2E, **options(shapes.dkv),
+        )  # fmt: skip
+    # Where only local keys live, and up to the next global token, queries find the few tiles that they sum over.
+    locals_only = plan.with_lifetimes(lifetimes.following.masked_fill(lifetimes.types != LOCAL, -1))
+    for tiled in _schedule(q, k, locals_only, shapes.dq, "queries"):
+        launch(
+            type_sums.query_sums_kernel, tiled.num_launched * k.shape[1], *given, of_queries, tiled, scale * LOG2E,
+            **options(shapes.dq),
+        )  # fmt: skip
+    return of_queries, of_keys
+
+
+def type_gradient(sums: Tensor, lifetimes: Lifetimes, order: DocumentOrder) -> Tensor:
+    """See `farspan.kernels.lifetimes.gradient.type_gradient`."""
+    tokens, kv_heads, _ = sums.shape
+    gradient = torch.empty(tokens, kv_heads, 3, dtype=torch.float64, device=sums.device)
+    launch(
+        type_sums.type_gradient_kernel, kv_heads if tokens else 0, sums.contiguous(), lifetimes.types.contiguous(),
+        order.to(sums.device).index, gradient, tokens, KV_HEADS=kv_heads, BLOCK=PLACES,
+    )  # fmt: skip
+    return gradient
 
 
 def options(shape: Shape) -> dict[str, int]:
@@ -152,31 +183,23 @@ def statistics(dout: Tensor, out: Tensor, lse: Tensor, terms: MaskTerms) -> tupl
     return base, delta
 
 
-def _schedule(q: Tensor, k: Tensor, plan: Plan, shape: Shape, stationary: Literal["queries", "keys"]) -> KernelPlan:
-    """Return the plan by lists of its stationary tiles, which are made once for a plan."""
-    device = q.device
+def _schedule(
+    q: Tensor, k: Tensor, plan: Plan, shape: Shape, stationary: Literal["queries", "keys"]
+) -> Iterator[KernelPlan]:
+    """Yield the plan by lists of its stationary tiles, of all or some of them at a time.
 
-    def make() -> tuple[BlockMask, Tensor | None, Tensor | None]:
-        found = tile_plan(plan, shape.queries, shape.keys, stationary)
-        return found.lists.to(device), _index_of(found.queries, device), _index_of(found.keys, device)
-
-    lists, q_index, k_index = _once(plan, ("tiles", shape.queries, shape.keys, stationary, device), make)
-    constants = (tl.constexpr(value) for value in (q.shape[1], k.shape[1]))
-    terms = _terms(plan, device)
-    return KernelPlan(q_index, k_index, terms, lists, len(q), len(k), len(lists.order), *constants)
-
-
-def _index_of(tiling: Tiling, device: torch.device) -> Tensor | None:
-    """Return the rows of the tiles, int32 `[tiles * size]`; None where rows are in order."""
-    return None if tiling.index is None else torch.from_numpy(tiling.index).to(device)
+    What depends on rows and mask alone is made once for a sequence. Lists by content are made anew in each pass: every
+    layer has such a plan, which would keep 4 bytes for each visit.
+    """
+    tiles, terms = Tiles.of(plan, shape.queries, shape.keys, stationary, q.device), _terms(plan, q.device)
+    for lists in tiles.block_masks(plan):
+        yield KernelPlan(
+            tiles.q_index, tiles.k_index, terms, lists, len(q), len(k), tiles.count, len(lists.order),
+            tl.constexpr(q.shape[1]), tl.constexpr(k.shape[1]),
+        )  # fmt: skip
 
 
 def _terms(plan: Plan, device: torch.device) -> MaskTerms:
-    return _once(plan, ("terms", device), lambda: mask_terms(plan, device))
-
-
-def _once(plan: Plan, key: tuple[Any, ...], make: Any) -> Any:
-    """Return what `make` returns, made once for a plan."""
-    if key not in plan.cache:
-        plan.cache[key] = make()
-    return plan.cache[key]
+    """Return the mask of a plan; all but the lifetimes are made once for a sequence."""
+    terms = once(plan.shared, ("terms", device, *blocks_of(plan)), lambda: mask_terms(plan, device))
+    return terms if plan.lifetime is None else terms._replace(lifetime=plan.lifetime.contiguous())

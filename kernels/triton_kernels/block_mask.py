@@ -17,7 +17,6 @@ Example: 12 tokens, causal, 3 query tiles of 4 rows and 4 key tiles of 3 rows; F
     order    2 1 0                                 the longest list starts first
 """
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -26,9 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from farspan.kernels.device_copies import copy_to
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.planning.bounds import Bounds, all_unmasked, any_unmasked, candidate_pairs
-from farspan.kernels.planning.plan import HeadPlan, Plan
+from farspan.kernels.planning.plan import Plan
 from farspan.kernels.planning.tiles import Tiling
 from farspan.kernels.ragged import ranges
 
@@ -45,10 +45,11 @@ PAIRS_AT_ONCE = 1 << 17
 class BlockMask(NamedTuple):
     """Lists of tiles to visit, an argument of kernels as it is; list number = group * tiles + tile.
 
-    offsets: int32 `[2 * lists + 1]`, where the runs of list l start: full ones at 2 l, partial ones at 2 l + 1.
+    offsets: int32 `[2 * lists]` or one more, where the runs of list l start: full ones at 2 l, partial ones at 2 l + 1.
     counts: int32 `[2 * lists]`, the number of tiles in them. runs: int32, first tile << COUNT_BITS | tiles; one more
-    than there are, so that a kernel may read one ahead. order: int32 `[tiles]`, those with most visits first, so that
-    no long one is left for the end. group: int32 `[heads]`, the group whose lists each query head follows.
+    than there are, so that a kernel may read one ahead. order: int32, the tiles in the order in which kernels take
+    them: those with most visits first, so that no long one is left for the end. group: int32 `[heads]`, the group whose
+    lists each query head follows.
     """
 
     offsets: Tensor
@@ -58,7 +59,7 @@ class BlockMask(NamedTuple):
     group: Tensor
 
     def to(self, device: torch.device) -> "BlockMask":
-        return BlockMask(*(column.to(device) for column in self))
+        return BlockMask(*(copy_to(column, device) for column in self))
 
 
 class TiledPlan(NamedTuple):
@@ -70,9 +71,10 @@ class TiledPlan(NamedTuple):
 
 
 def tile_plan(plan: Plan, query_tile: int, key_tile: int, stationary: Literal["queries", "keys"]) -> TiledPlan:
-    """Return tiles and lists of a plan for tiles of a number of rows; a selection must be of tiles of rows.
+    """Return tiles of a number of rows and their lists, by the mask alone; `lists_on_device` narrows them by content.
 
-    stationary: the side whose tiles own a list, of tiles of the other side. Raises ValueError for too many tiles.
+    No tile has rows of two blocks of a selection. stationary: the side whose tiles own a list, of tiles of the other
+    side; each part of the plan is a group. Raises ValueError for too many tiles.
     """
     # Rows are sorted by block where they are not yet, so that no tile mixes rows of two lists.
     selection = plan.selection
@@ -84,53 +86,15 @@ def tile_plan(plan: Plan, query_tile: int, key_tile: int, stationary: Literal["q
             f"{query_tile} x {key_tile}: split the sequence over more ranks"
         )
     rows, columns = (queries, keys) if stationary == "queries" else (keys, queries)
-    group, members = _groups(plan)
+    group = np.zeros(plan.heads, dtype=np.int32)
     found = []
-    for part, head in members:
-        pairs = _pairs(plan, part, head, queries, keys)
+    for number, part in enumerate(plan.parts):
+        group[list(part.heads)] = number
+        pairs = _pairs(part.attention_mask, queries, keys)
         if stationary == "keys":
             pairs = (_Pairs(x.columns, x.rows, x.partial, x.width) for x in pairs)
         found.append(_encode(pairs, len(rows), len(columns)))
     return TiledPlan(queries, keys, _join(found, group, len(rows)))
-
-
-def _groups(plan: Plan) -> tuple[np.ndarray, list[tuple[HeadPlan, int]]]:
-    """Return the group of each query head, and the part and first head of each group: heads with equal lists."""
-    number: dict[tuple[int, bytes, int], int] = {}
-    members: list[tuple[HeadPlan, int]] = []
-    group = np.zeros(plan.heads, dtype=np.int32)
-    for part_number, part in enumerate(plan.parts):
-        for head in part.heads:
-            key = part_number, _digest(plan, head), _kv_head(plan, head)
-            if key not in number:
-                number[key] = len(members)
-                members.append((part, head))
-            group[head] = number[key]
-    return group, members
-
-
-def _digest(plan: Plan, head: int) -> bytes:
-    """Return a digest of the key blocks that a head selects; equal for equal lists."""
-    if plan.selection is None:
-        return b""
-    offsets, blocks = _selected_blocks(plan, head)
-    digest = hashlib.blake2b(offsets.tobytes(), digest_size=16)
-    digest.update(blocks.data)
-    return digest.digest()
-
-
-def _selected_blocks(plan: Plan, head: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the key blocks that a head selects as CSR over its query blocks: offsets and block ids."""
-    assert plan.selection is not None
-    selection = plan.selection.as_lists
-    first = head * selection.heads // plan.heads * selection.num_query_blocks
-    offsets = selection.offsets[first : first + selection.num_query_blocks + 1].numpy()
-    return offsets - offsets[0], selection.key_blocks[int(offsets[0]) : int(offsets[-1])].contiguous().numpy()
-
-
-def _kv_head(plan: Plan, head: int) -> int:
-    """Return the row of `plan.lifetime` of a query head; 0 if there is none."""
-    return 0 if plan.lifetime is None else head * len(plan.lifetime) // plan.heads
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,24 +107,10 @@ class _Pairs:
     width: int
 
 
-def _pairs(plan: Plan, part: HeadPlan, head: int, queries: Tiling, keys: Tiling) -> Iterator[_Pairs]:
-    """Yield the visits of query tiles (rows) to key tiles (columns) of a head, each once."""
-    lifetime = None if plan.lifetime is None else plan.lifetime[_kv_head(plan, head)].numpy()
-    attention_mask = part.attention_mask
-
-    def bounds(tiles: int) -> tuple[Bounds, Bounds]:
-        of_queries = queries.bounds(attention_mask, tiles=tiles)
-        # A full visit may compute anything for padding among the queries: kernels store 0 for such rows.
-        unpadded = replace(of_queries, padded=np.zeros_like(of_queries.padded))
-        return unpadded, keys.bounds(attention_mask, lifetime, tiles)
-
-    fine = bounds(1)
-    if plan.selection is not None:
-        for i, j in _selected_tiles(plan, head, queries, keys):
-            yield _classify(i, j, *fine, attention_mask)
-        return
+def _pairs(attention_mask: AttentionMask, queries: Tiling, keys: Tiling) -> Iterator[_Pairs]:
+    """Yield the visits of query tiles (rows) to key tiles (columns) under a mask of one window, each once."""
     # Two levels: squares of COARSE x COARSE tiles first, so that time follows the border of the mask and not its area.
-    coarse = bounds(COARSE)
+    fine, coarse = ((query_bounds(queries, attention_mask, n), keys.bounds(attention_mask, n)) for n in (1, COARSE))
     for i, j in candidate_pairs(*coarse, attention_mask):
         full = all_unmasked(coarse[0].take(i), coarse[1].take(j), attention_mask)
         yield _Pairs(i[full], j[full], np.zeros(int(full.sum()), dtype=bool), COARSE)
@@ -174,30 +124,21 @@ def _pairs(plan: Plan, part: HeadPlan, head: int, queries: Tiling, keys: Tiling)
             yield _classify(rows[inside], columns[inside], *fine, attention_mask)
 
 
+def query_bounds(queries: Tiling, attention_mask: AttentionMask, tiles: int = 1) -> Bounds:
+    """Return the bounds of groups of query tiles, none of them padded.
+
+    A full visit may compute anything for padding among the queries: kernels store 0 for such rows.
+    """
+    bounds = queries.bounds(attention_mask, tiles)
+    return replace(bounds, padded=np.zeros_like(bounds.padded))
+
+
 def _classify(i: np.ndarray, j: np.ndarray, queries: Bounds, keys: Bounds, attention_mask: AttentionMask) -> _Pairs:
     """Drop the pairs of tiles without any unmasked pair of rows, and mark those with masked ones as partial."""
     of_queries, of_keys = queries.take(i), keys.take(j)
     some = any_unmasked(of_queries, of_keys, attention_mask)
     full = all_unmasked(of_queries, of_keys, attention_mask)
     return _Pairs(i[some].astype(np.int32), j[some].astype(np.int32), ~full[some], 1)
-
-
-def _selected_tiles(plan: Plan, head: int, queries: Tiling, keys: Tiling) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the pairs (query tile, key tile) that a head selects, some of its lists at a time."""
-    assert plan.selection is not None
-    query_first, query_stop = queries.of_number(plan.selection.num_query_blocks)
-    key_first, key_stop = keys.of_number(plan.selection.blocks.count)
-    query_tiles, key_tiles = query_stop - query_first, key_stop - key_first
-    offsets, selected = _selected_blocks(plan, head)
-    # A selected block makes as many pairs as its query block and key block have tiles.
-    step = max(PAIRS_AT_ONCE // max(int(query_tiles.max(initial=1)) * int(key_tiles.max(initial=1)), 1), 1)
-    for start in range(0, len(selected), step):
-        key_block = selected[start : start + step]
-        query_block = np.searchsorted(offsets, np.arange(start, start + len(key_block)), side="right") - 1
-        # Each selected block once for each tile of its query block, then once for each tile of its key block.
-        i = ranges(query_first[query_block], query_stop[query_block])
-        key_block = key_block.repeat(query_tiles[query_block])
-        yield i.repeat(key_tiles[key_block]), ranges(key_first[key_block], key_stop[key_block])
 
 
 def _encode(pairs: Iterator[_Pairs], rows: int, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

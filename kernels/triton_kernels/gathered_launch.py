@@ -8,7 +8,6 @@ copied once per sequence.
 Legend: T queries, S keys, Hq query heads, Hk KV heads, D head size, Dv value head size.
 """
 
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -29,6 +28,7 @@ from farspan.kernels.triton_kernels.attention_launch import LOG2E, Shape, Shapes
 from farspan.kernels.triton_kernels.mask_terms import MaskTerms
 from farspan.kernels.triton_kernels.row_tables import RowTables, static_terms
 from farspan.kernels.triton_kernels.tile import Operand
+from farspan.kernels.triton_kernels.tile_lists import once, packed
 
 LN2 = 0.6931471805599453
 LIST_ROWS = 256
@@ -117,7 +117,7 @@ def backward(
 
 
 def _gathered_plan(q: Tensor, k: Tensor, plan: Plan, shape: Shape) -> GatheredPlan:
-    selection, device = _packed(plan, q.device), q.device
+    selection, device = packed(plan, q.device), q.device
     lists = row_lists_of(selection, plan, kv_heads=k.shape[1])
     tables = _tables(plan, selection.blocks, shape.keys, lists.chunk_rows, device)
     return GatheredPlan(
@@ -126,32 +126,24 @@ def _gathered_plan(q: Tensor, k: Tensor, plan: Plan, shape: Shape) -> GatheredPl
     )  # fmt: skip
 
 
-def _packed(plan: Plan, device: torch.device) -> PackedSelection:
-    selection = plan.selection
-    if isinstance(selection, PackedSelection):
-        return selection
-    assert selection is not None
-    return _once(plan.cache, ("packed", device), lambda: PackedSelection.pack(selection, device))
-
-
 # What rows and mask alone decide: made and copied once per sequence.
 
 
 def _terms(plan: Plan, device: torch.device) -> MaskTerms:
-    on_host = _once(plan.shared, ("static terms", torch.device("cpu")), lambda: static_terms(plan))
+    on_host = once(plan.shared, ("static terms", torch.device("cpu")), lambda: static_terms(plan))
 
     def make() -> MaskTerms:
         columns = (copy_to(x, device) if isinstance(x, Tensor) else x for x in on_host)
         return MaskTerms(*columns)  # pyright: ignore[reportArgumentType]
 
-    return _once(plan.shared, ("static terms", device), make)
+    return once(plan.shared, ("static terms", device), make)
 
 
 def _tables(plan: Plan, blocks: BlockPartition, size: int, chunk_rows: int, device: torch.device) -> RowTables:
     def make() -> RowTables:
         return RowTables.of(plan, blocks, size, _terms(plan, torch.device("cpu")), chunk_rows).to(device)
 
-    return _once(plan.shared, ("row tables", blocks, size, chunk_rows, device), make)
+    return once(plan.shared, ("row tables", blocks, size, chunk_rows, device), make)
 
 
 def _query_block(plan: Plan, selection: PackedSelection, device: torch.device) -> Tensor:
@@ -160,13 +152,6 @@ def _query_block(plan: Plan, selection: PackedSelection, device: torch.device) -
     if key not in plan.shared or plan.shared[key][0] is not selection.query_block:
         plan.shared[key] = selection.query_block, copy_to(selection.query_block.int(), device)
     return plan.shared[key][1]
-
-
-def _once(cache: dict[Hashable, Any], key: Hashable, make: Callable[[], Any]) -> Any:
-    """Return what `make` returns, made once."""
-    if key not in cache:
-        cache[key] = make()
-    return cache[key]
 
 
 # What a selection decides: made once for each pass of a layer.

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from farspan.kernels.device_copies import copy_to
 from farspan.kernels.masks.attention_mask import MAX_WINDOW, AttentionMask
 from farspan.kernels.masks.neighborhood import Neighborhood
 from farspan.kernels.masks.rows import PADDING, Rows, ordinal
@@ -31,7 +32,8 @@ class MaskTerms(NamedTuple):
 
     q_document `[T]`: -1 is padding. k_rank `[S]`: keys by document and position, and for each query the first and last
     rank that it attends to, one row for each distinct window, `[windows, T]`, with the window of each head `[Hq]`, and
-    again for sinks, `[T]`. lifetime `[Hk, S]`: compared with q_position `[T]`. The others: see `pack`.
+    again for sinks, `[T]`. lifetime `[Hk, S]`: compared with q_position `[T]`; k_position is `[S]`. The others: see
+    `pack`.
     """
 
     q_document: Tensor
@@ -41,7 +43,8 @@ class MaskTerms(NamedTuple):
     q_last: Tensor
     q_first_sink: Tensor | None
     q_last_sink: Tensor | None
-    q_position: Tensor | None
+    q_position: Tensor
+    k_position: Tensor
     lifetime: Tensor | None
     q_low: Tensor | None
     q_high: Tensor | None
@@ -52,7 +55,7 @@ class MaskTerms(NamedTuple):
 
 
 def mask_terms(plan: Plan, device: torch.device) -> MaskTerms:
-    """Return the mask of a plan; rows that are in no block of its selection count as padding."""
+    """Return the mask of a plan without its lifetimes; rows that are in no block of its selection count as padding."""
     attention_mask, queries, keys = plan.attention_mask, plan.queries, plan.keys
     if plan.selection is not None:
         queries = _without(queries, plan.selection.query_block < 0)
@@ -64,16 +67,15 @@ def mask_terms(plan: Plan, device: torch.device) -> MaskTerms:
     for number, part in enumerate(plan.parts):
         window[list(part.heads)] = number
     columns: dict[str, Any] = {
-        "q_document": queries.document, "k_rank": ranks.rank, "window": window, "q_first": near[0], "q_last": near[1]
+        "q_document": queries.document, "k_rank": ranks.rank, "window": window, "q_first": near[0], "q_last": near[1],
+        "q_position": queries.position, "k_position": keys.position,
     }  # fmt: skip
     if attention_mask.sinks:
         columns["q_first_sink"], columns["q_last_sink"] = ranks.sinks(queries, attention_mask)
-    if plan.lifetime is not None:
-        columns["q_position"], columns["lifetime"] = queries.position, plan.lifetime
     if attention_mask.neighborhood is not None:
         columns |= pack(attention_mask.neighborhood, queries, keys)
     found = {
-        name: column if isinstance(column, int) else column.to(device, torch.int32).contiguous()
+        name: column if isinstance(column, int) else copy_to(column.int().contiguous(), device)
         for name, column in columns.items()
     }
     return MaskTerms(**{name: found.get(name) for name in MaskTerms._fields})  # pyright: ignore[reportArgumentType]

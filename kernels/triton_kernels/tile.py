@@ -24,8 +24,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 class KernelPlan(NamedTuple):
     """A plan as kernels take it: the mask, and the lists of the stationary tiles, of which there are num_tiles.
 
-    q_index, k_index: int32 `[tiles * size]`, the rows in query and key tiles, None if in order. constexpr: heads,
-    kv_heads.
+    num_launched: those that programs of this launch take, all or some of them. q_index, k_index: int32
+    `[tiles * size]`, the rows in query and key tiles, None if in order. constexpr: heads, kv_heads.
     """
 
     q_index: Tensor | None
@@ -35,6 +35,7 @@ class KernelPlan(NamedTuple):
     num_queries: int
     num_keys: int
     num_tiles: int
+    num_launched: int
     heads: Any
     kv_heads: Any
 

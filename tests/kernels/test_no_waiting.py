@@ -3,6 +3,7 @@
 Selections of blocks are not here: on a device Triton's kernels make them (triton_kernels/interpreted_choice.py).
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from farspan.kernels import recurrent_attention
 from farspan.kernels.cuda import flash as cuda_flash
+from farspan.kernels.kinds import kv_lifetime
 from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.kinds.token_choice import TokenChoice
 from farspan.kernels.layers import fused
@@ -18,13 +20,18 @@ from farspan.kernels.layers.cross_entropy import linear_cross_entropy
 from farspan.kernels.layers.key_convolution import Taps, convolve, convolve_backward
 from farspan.kernels.layers.norm import rms_norm
 from farspan.kernels.layers.rope import apply_rope, inverse_frequencies, rotation_table
+from farspan.kernels.lifetimes.gradient import SUMS
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.mechanisms.lightning import Lightning
+from farspan.kernels.mechanisms.nats import NAtS
 from farspan.kernels.moe.expert_router import ExpertRouter
 from farspan.kernels.moe.head_router import AttentionExperts, MixtureOfHeads
+from farspan.kernels.planner import HeadShare
+from farspan.kernels.planning.plan import Plan
 from farspan.kernels.routing.router_logits import routing_logits
-from farspan.kernels.sequence_attention import plan_sequence_attention
+from farspan.kernels.sequence_attention import SequencePlanner, plan_sequence_attention
 from tests.support.mechanisms import examples, inputs_of
 
 META = torch.device("meta")
@@ -64,6 +71,29 @@ def test_attention(mechanism: Mechanism, order: str, monkeypatch: pytest.MonkeyP
     out, saved = attention.forward(*inputs)
     assert out.shape == dout.shape
     assert [x.shape for x in attention.backward(dout, saved)] == [x.shape for x in inputs]
+
+
+def test_lifetimes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a rank with some of the tokens and with padding: types, lifetimes, a part's plan, and what types learn."""
+    given = (meta(len(PACKED), heads, width) for heads, width in ((8, 16), (2, 16), (2, 16), (2, 3)))
+    q, k, v, logits = (x.detach() for x in given)
+    tokens = torch.arange(len(PACKED)).roll(7).masked_fill(torch.arange(len(PACKED)) > 130, -1)
+    planner = replace(SequencePlanner.of(PACKED, HeadShare.all(HEADS), backend="triton"), tokens=tokens)
+    monkeypatch.setattr(kv_lifetime, "attention_forward", lambda q, k, v, plan, backend: (q, q[..., 0].float()))
+    sums = q.new_empty(len(PACKED), 2, SUMS)
+    kernels = SimpleNamespace(
+        pair_sums=lambda *_, plan, lifetimes: (sums, sums), type_gradient=lambda sums, *_: sums[..., :3].double()
+    )
+    monkeypatch.setattr(kv_lifetime.TypeGradient, "backend", kernels)
+    plan = Plan.build(PACKED.take(tokens), PACKED.take(tokens), AttentionMask(), heads=HEADS.query)
+    active = kv_lifetime.LifetimeRouting(NAtS(), planner).route(q, k, logits)
+    narrowed = active.narrow(plan, tokens)
+    assert narrowed.lifetime is not None
+    assert narrowed.lifetime.device == META
+    learned = active.start(q, logits)
+    learned.observe(q, k, v, plan)
+    learned.add(q, q, k, v, q, plan=plan, tokens=tokens)
+    assert learned.gradients()[0].shape == logits.shape
 
 
 def test_layers() -> None:

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from farspan.kernels.kinds.routed import LocalShard
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.mechanisms.block_sparse import BlockSparse
+from farspan.kernels.planner import Heads, HeadShare
+from farspan.kernels.sequence_attention import SequencePlanner
 from tests.support.sequence_shards import lists, select
 
 
@@ -53,6 +56,18 @@ def test_a_drawn_pattern_differs_between_heads_and_seeds_and_covers_all_blocks()
     # Of 2 x 199 tiles a tenth each, over fewer tiles toward the end.
     assert visits[:100].min() > 5
     assert visits[:50].float().std() < 12
+
+
+@pytest.mark.parametrize("mechanism", BlockSparse.examples(), ids=str)
+def test_a_pattern_is_planned_once_for_all_layers_of_a_sequence(mechanism: BlockSparse) -> None:
+    rows, heads = Rows.packed([100, 70], padding=3), Heads(query=4, kv=2)
+    routing = mechanism.key_routing(SequencePlanner.of(rows, HeadShare.all(heads), backend="reference"))
+    assert isinstance(routing, LocalShard)
+    (q, k), (q_of_next, k_of_next) = ((torch.randn(173, n, 16) for n in (4, 2)) for _ in range(2))
+    selection, packed = mechanism.select(q, k, routing), mechanism.select_packed(q, k, routing)
+    assert mechanism.select(q_of_next, k_of_next, routing) is selection
+    assert mechanism.select_packed(q_of_next, k_of_next, routing) is packed
+    assert torch.equal(packed.as_lists.key_blocks, selection.key_blocks)
 
 
 @pytest.mark.parametrize(

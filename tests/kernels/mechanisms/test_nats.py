@@ -9,11 +9,12 @@ from torch import Tensor
 from farspan.kernels.attention import attention_forward
 from farspan.kernels.kinds.kv_lifetime import LifetimeRouting, TypeGradient
 from farspan.kernels.lifetimes import gradient as type_gradient
-from farspan.kernels.lifetimes.lifetimes import GLOBAL, LOCAL, SLIDING, Lifetimes, chosen_types
+from farspan.kernels.lifetimes.lifetimes import GLOBAL, LOCAL, SLIDING, DocumentOrder, Lifetimes, chosen_types
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanisms.nats import NAtS
 from farspan.kernels.planner import Heads, HeadShare
 from farspan.kernels.planning.plan import Plan
+from farspan.kernels.ragged import take_or
 from farspan.kernels.sequence_attention import SequencePlanner
 from tests.support import lifetimes as truth
 from tests.support.attention_cases import Tensors
@@ -38,7 +39,7 @@ def test_lifetimes_by_hand() -> None:
     kinds = [LOCAL, SLIDING, SLIDING, LOCAL, SLIDING, LOCAL, GLOBAL, LOCAL, LOCAL, SLIDING, LOCAL]
     rows = Rows.packed([2, 9], padding=1)
     types = torch.tensor([*kinds, LOCAL], dtype=torch.int8)[:, None]
-    lifetimes = Lifetimes.of(types, rows, window=2)
+    lifetimes = Lifetimes.of(types, DocumentOrder.of(rows), window=2)
     assert lifetimes.types[0].tolist() == [0, 0, 0, 1, 2, 1, 0, 1, 1, 2, 0, 0]
     assert lifetimes.last[0].tolist() == [1, 1, 8, 4, 4, 4, 8, 8, 8, 8, 8, -1]
     assert lifetimes.following[0].tolist() == [1, 1, 4, 4, 4, 4, 8, 8, 8, 8, 8, -1]
@@ -50,7 +51,7 @@ def test_lifetimes_by_hand() -> None:
 @pytest.mark.parametrize("window", [1, 5, 2**31 - 1])
 def test_who_sees_whom(rows: Rows, window: int) -> None:
     logits, mechanism = random_logits(rows), NAtS(window=window)
-    lifetimes = Lifetimes.of(chosen_types(logits), rows, mechanism.window)
+    lifetimes = Lifetimes.of(chosen_types(logits), DocumentOrder.of(rows), mechanism.window)
     plan = Plan.build(rows, rows, mechanism.attention_mask(), heads=6).with_lifetimes(lifetimes.last)
     expected = truth.visible(logits, rows, window)
     assert lifetimes.types.tolist() == truth.types(logits, rows)
@@ -58,7 +59,7 @@ def test_who_sees_whom(rows: Rows, window: int) -> None:
     assert lifetimes.pairs(rows) == int(expected.sum()) // 3
     part = torch.tensor([5, -1, 30, 2, 17])
     some = Plan.build(rows, rows.take(part), mechanism.attention_mask(), heads=3).with_lifetimes(
-        lifetimes.take(part).last
+        take_or(lifetimes.last, part, -1)
     )
     assert torch.equal(some.mask(), expected[:, :, part] & (part >= 0))
 
@@ -80,7 +81,7 @@ def learning(
     q, k, v, dout = tensors
     plan = Plan.build(rows, rows, mechanism.attention_mask(), heads=q.shape[1])
     planner = SequencePlanner.of(rows, HeadShare.all(Heads(query=q.shape[1], kv=k.shape[1])), backend="reference")
-    lifetimes = Lifetimes.of(chosen_types(logits), rows, mechanism.window)
+    lifetimes = Lifetimes.of(chosen_types(logits), DocumentOrder.of(rows), mechanism.window)
     out = attention_forward(q, k, v, plan.with_lifetimes(lifetimes.last), backend="reference")[0]
     lse = attention_forward(q, k, v, plan, backend="reference")[1]
     learned, sums = TypeGradient(LifetimeRouting(mechanism, planner), lifetimes, logits, lse), []
@@ -107,7 +108,7 @@ def test_the_gradient_of_types_is_that_of_the_relaxed_mask(
     logits, mechanism, tensors = random_logits(rows), NAtS(window=window, penalty=0.0), draw(rows, heads)
     everything = [(torch.arange(len(rows)), torch.arange(len(rows)))]
     learned, sums = learning(mechanism, tensors, logits, rows, everything)
-    got = type_gradient.type_gradient(sums, learned.lifetimes, rows)
+    got = type_gradient.type_gradient(sums, learned.lifetimes, DocumentOrder.of(rows))
 
     t = truth.one_hot_types(logits, rows, 1.0).requires_grad_()
     q, k, v, dout = tensors
@@ -164,7 +165,8 @@ def test_penalties_by_hand() -> None:
     """A document of 8 with global tokens at 0, 3 and 7 and local ones at 1 and 5."""
     types = torch.tensor([2, 1, 2, 0, 2, 1, 2, 1], dtype=torch.int8)[:, None]
     rows, mechanism = Rows.packed([8]), NAtS(penalty=8.0)
-    found = mechanism.penalties(Lifetimes.of(types, rows, mechanism.window), rows)[:, 0]
+    order = DocumentOrder.of(rows)
+    found = mechanism.penalties(Lifetimes.of(types, order, mechanism.window), order)[:, 0]
     assert found[:, GLOBAL].tolist() == [8, 0, 0, 5, 0, 0, 0, 1]
     assert found[:, LOCAL].tolist() == [0, 2, 0, 0, 0, 2, 0, 0]
     assert not found[:, SLIDING].any()

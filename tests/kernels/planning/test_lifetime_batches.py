@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from farspan.kernels.lifetimes.lifetimes import Lifetimes
+from farspan.kernels.lifetimes.lifetimes import DocumentOrder, Lifetimes
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.planning import lifetime_batches as module
@@ -25,7 +25,7 @@ def random_lifetime(rows: Rows) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     types = torch.randint(0, 3, (len(rows), KV_HEADS), generator=generator)
     types[torch.rand(len(rows), generator=generator) < 0.9, 1] = 2
-    return Lifetimes.of(types.to(torch.int8), rows, window=6).last
+    return Lifetimes.of(types.to(torch.int8), DocumentOrder.of(rows), window=6).last
 
 
 def plan_of(queries: Tensor, keys: Tensor, rows: Rows = ROWS) -> Plan:
@@ -73,7 +73,7 @@ def test_many_small_tiles_equal_one_mask(part: str, dtype: torch.dtype, monkeypa
 def test_work_follows_the_visible_pairs() -> None:
     rows = Rows.packed([6000])
     types = torch.where(torch.rand(6000, 2, generator=torch.Generator().manual_seed(0)) < 0.05, 0, 2).to(torch.int8)
-    lifetimes = Lifetimes.of(types, rows, window=16)
+    lifetimes = Lifetimes.of(types, DocumentOrder.of(rows), window=16)
     plan = Plan.build(rows, rows, AttentionMask(), heads=4).with_lifetimes(lifetimes.last)
     visited = sum(batch.queries.numel() * batch.keys.shape[1] for batch in lifetime_batches(plan, 2)) // 4
     assert visited < 2.5 * lifetimes.pairs(rows) < 0.2 * 6000 * 6001 / 2

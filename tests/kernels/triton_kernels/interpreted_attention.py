@@ -311,11 +311,10 @@ def test_lists_are_made_once_for_a_plan() -> None:
     tensors = random_tensors(rows, rows)
     plan = plan_of(rows, rows, AttentionMask())
     run(tensors, plan)
-    made = {key: id(value) for key, value in plan.cache.items()}
+    made = {key: id(value) for key, value in plan.shared.items()}
     run(tensors, plan)
-    assert {key: id(value) for key, value in plan.cache.items()} == made
+    assert {key: id(value) for key, value in plan.shared.items()} == made
     assert len(made) == 4  # terms, and lists for three kernels
-    assert not plan.with_lifetimes(torch.zeros(2, 40, dtype=torch.int32)).cache
 
 
 def test_kernels_of_one_shape_have_lists_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,7 +323,7 @@ def test_kernels_of_one_shape_have_lists_of_their_own(monkeypatch: pytest.Monkey
     rows = Rows.packed([70])
     plan = Plan.build(rows, rows, AttentionMask(), heads=2)
     check(random_tensors(rows, rows, (2, 1)), plan, oracle.visible_mask(rows, rows, AttentionMask(), 2))
-    assert len(plan.cache) == 3  # terms, and lists for each side
+    assert len(plan.shared) == 3  # terms, and lists for each side
 
 
 def test_unsupported_requests_are_refused() -> None:

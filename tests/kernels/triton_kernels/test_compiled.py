@@ -18,6 +18,8 @@ TILED = ("causal", "window and sinks", "neighborhood", "lifetimes", "tiles selec
 KERNELS = [
     *product(TILED, ("forward", "delta", "dq", "dkv")),
     *product(("rows select",), ("histogram", "fill", "gathered_forward", "delta", "gathered_dq", "gathered_dkv")),
+    ("tiles select", "narrow"),
+    *product(("lifetimes",), ("narrow", "key_sums", "query_sums", "type_gradient")),
     *product(("recurrence",), ("span_updates", "span_outputs")),
     *product(("choice",), ("sums", "means", "similar", "choose", "histogram", "digit", "weight", "select")),
 ]

@@ -19,6 +19,14 @@ def test_attention_of_gathered_rows_equals_the_formula() -> None:
     interpret("interpreted_gathered")
 
 
+def test_block_masks_made_on_the_device_equal_those_of_the_host() -> None:
+    interpret("interpreted_tile_lists")
+
+
+def test_what_types_learn_equals_the_loop_over_tiles() -> None:
+    interpret("interpreted_type_sums")
+
+
 def test_recurrences_equal_the_formula() -> None:
     assert "21 passed" in interpret("interpreted_linear_attention", "-o", "python_functions=check_*")
 

@@ -1,0 +1,165 @@
+# pyright: reportMissingImports=false
+"""Block masks on a device: those of a mask alone are copied there once; selections and lifetimes narrow them there.
+
+Nothing waits for the device: where the runs of a narrowed list go follows from the lists of the mask, which the host
+knows. Example: lists of 2 and 3 visits by the mask, for each of 2 groups; those that remain are marked by x.
+
+    group 0, tile 0    start 0    x -          group 1, tile 0    start 5    - -
+    group 0, tile 1    start 2    x x -        group 1, tile 1    start 7    x x x
+
+Memory is that of the lists by the mask for every group, 4 bytes for each visit, and at most LIST_BYTES: the tiles of
+longer ones are taken some at a time.
+"""
+
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from farspan.kernels.device_copies import copy_to
+from farspan.kernels.masks.packed_selection import PackedSelection
+from farspan.kernels.planning.plan import Plan
+from farspan.kernels.planning.tiles import Tiling
+from farspan.kernels.ragged import chunks_by_budget
+from farspan.kernels.triton_kernels.block_mask import BlockMask, TiledPlan, query_bounds, tile_plan
+from farspan.kernels.triton_kernels.narrowing import Alive, Portion, Selected, narrow_kernel
+
+LIST_BYTES = 1 << 29
+"""Runs of narrowed lists that exist at the same time, unless a single tile has more."""
+CHUNK = 128
+"""Tiles that a program of one warp tests at once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Tiles:
+    """Tiles of a plan's rows on a device, and their lists by the mask alone.
+
+    q_index, k_index: int32 `[tiles * size]`, the rows in query and key tiles, None if in order. on_host: the same
+    there, where its block mask is planned.
+    """
+
+    q_index: Tensor | None
+    k_index: Tensor | None
+    lists: BlockMask
+    on_host: TiledPlan
+    stationary: Literal["queries", "keys"]
+
+    @staticmethod
+    def of(
+        plan: Plan, query_tile: int, key_tile: int, stationary: Literal["queries", "keys"], device: torch.device
+    ) -> "Tiles":
+        """Cut the rows into tiles, those of a selection by its blocks; made once for all layers of a sequence."""
+
+        def make() -> Tiles:
+            on_host = tile_plan(plan, query_tile, key_tile, stationary)
+            index = (None if x.index is None else copy_to(torch.from_numpy(x.index), device) for x in on_host[:2])
+            q_index, k_index = index
+            return Tiles(
+                q_index=q_index,
+                k_index=k_index,
+                lists=on_host.lists.to(device),
+                on_host=on_host,
+                stationary=stationary,
+            )
+
+        return once(plan.shared, ("tiles", query_tile, key_tile, stationary, device, *blocks_of(plan)), make)
+
+    @property
+    def count(self) -> int:
+        """Stationary tiles: each has a list in every group."""
+        return len(self.on_host.lists.order)
+
+    def block_masks(self, plan: Plan) -> Iterator[BlockMask]:
+        """Yield the block mask of a plan with these tiles, of some of the stationary tiles at a time if it is large."""
+        device = self.lists.order.device
+        if plan.selection is None and plan.lifetime is None:
+            yield self.lists
+            return
+        if plan.lifetime is None:
+            selection = packed(plan, device)
+            heads, selected, alive = selection.heads, self._selected(plan, selection), None
+        else:
+            heads, selected, alive = len(plan.lifetime), None, self._alive(plan, plan.lifetime)
+        group, portions = once(plan.shared, ("portions", self, heads), lambda: self._portions(plan, heads))
+        for portion, size in portions:
+            groups = len(portion.part)
+            offsets, counts = (group.new_empty(2 * groups * self.count) for _ in range(2))
+            # One more, so that a kernel may read one ahead.
+            runs = group.new_empty(size + 1)
+            kernel: Any = narrow_kernel
+            kernel[(groups * portion.tiles,)](
+                self.lists, portion, selected, alive, offsets, counts, runs, self.count,
+                BY_QUERIES=self.stationary == "queries", CHUNK=CHUNK, num_warps=1,
+            )  # fmt: skip
+            yield BlockMask(offsets=offsets, counts=counts, runs=runs, order=portion.order, group=group)
+
+    def _portions(self, plan: Plan, heads: int) -> tuple[Tensor, list[tuple[Portion, int]]]:
+        """Return the group of each query head, int32 `[heads]`, and the portions, each with the size of its runs.
+
+        heads: of the selection, or KV heads, by which the lists of query heads differ.
+        """
+        lists, device = self.on_host.lists, self.lists.order.device
+        source = np.arange(plan.heads) * heads // plan.heads
+        # [query heads, (part, source)] -> those of each group
+        pairs, group = np.unique(np.stack((lists.group.numpy(), source), axis=1), axis=0, return_inverse=True)
+        part, source = (torch.from_numpy(column).int() for column in pairs.T)
+        # [parts * tiles * 2] -> [parts, tiles, 2] -> [groups, tiles]
+        sizes = lists.counts.view(-1, self.count, 2).sum(dim=2)[part.long()]
+        portions = []
+        for start, stop in chunks_by_budget(4 * sizes.sum(dim=0)[lists.order.long()].numpy(), LIST_BYTES):
+            order = lists.order[start:stop]
+            ends = sizes[:, order.long()].flatten().cumsum(0)
+            starts = (ends - sizes[:, order.long()].flatten()).int()
+            order, starts, *groups = (copy_to(x, device) for x in (order, starts, part, source))
+            portions.append((Portion(order, starts, groups[0], groups[1], len(order)), int(ends[-1])))
+        return copy_to(torch.from_numpy(group.reshape(-1)).int(), device), portions
+
+    def _selected(self, plan: Plan, selection: PackedSelection) -> Selected:
+        def block_of_tiles(tiling: Tiling) -> Tensor:
+            assert tiling.number is not None
+            return copy_to(torch.from_numpy(tiling.number).int(), selection.bits.device)
+
+        query_block, key_block = once(
+            plan.shared, ("blocks", self), lambda: [block_of_tiles(x) for x in self.on_host[:2]]
+        )
+        bits = selection.bits.contiguous()
+        return Selected(bits, query_block, key_block, selection.heads, bits.shape[2])
+
+    def _alive(self, plan: Plan, lifetime: Tensor) -> Alive:
+        def positions() -> list[Tensor]:
+            bounds = query_bounds(self.on_host.queries, plan.attention_mask)
+            columns = (torch.from_numpy(x).contiguous() for x in (bounds.position_low, bounds.position_high))
+            return [copy_to(column, lifetime.device) for column in columns]
+
+        query_low, query_high = once(plan.shared, ("positions", self), positions)
+        keys = self.on_host.keys
+        if absent := len(keys) * keys.size - lifetime.shape[1]:
+            # What the last tile lacks lives for no query.
+            lifetime = torch.nn.functional.pad(lifetime, (0, absent), value=-1)
+        # [Hk, S] -> [Hk, key tiles, tile] -> [Hk, key tiles]
+        low, high = lifetime.unflatten(1, (len(keys), keys.size)).aminmax(dim=2)
+        return Alive(low, high, query_low, query_high, len(keys))
+
+
+def blocks_of(plan: Plan) -> tuple[Hashable, ...]:
+    """Return what of a selection is known before it is made, for keys of a cache."""
+    return () if plan.selection is None else (plan.selection.query_block, plan.selection.blocks)
+
+
+def packed(plan: Plan, device: torch.device) -> PackedSelection:
+    """Return a plan's selection as bits on a device, where it is unless a test gave lists."""
+    selection = plan.selection
+    if isinstance(selection, PackedSelection):
+        return selection
+    assert selection is not None
+    return once(plan.cache, ("packed", device), lambda: PackedSelection.pack(selection, device))
+
+
+def once(cache: dict[Hashable, Any], key: Hashable, make: Callable[[], Any]) -> Any:
+    """Return what `make` returns, made once for a key of a cache."""
+    if key not in cache:
+        cache[key] = make()
+    return cache[key]

@@ -31,7 +31,7 @@ export CHECK_PYTHON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-all faults check docs gpu
+.PHONY: help train test test-all faults check docs device-costs gpu
 
 help:
 	@echo "make train   train a small model on this machine, two processes, on Python's own sources"
@@ -40,6 +40,7 @@ help:
 	@echo "make faults  run the tests that kill and stop runs for minutes, on a SLURM cluster of virtual nodes too"
 	@echo "make check   format, lint, types and the layout's rules"
 	@echo "make docs    write what is generated in the documentation: docs/configuration.md, the README's table"
+	@echo "make device-costs   write docs/device_costs.md: what layers ask of the host and a GPU, counted without one"
 	@echo "make gpu     on a machine with a GPU: check attention and experts, then measure them; $(PYTHON) needs torch, triton, numpy"
 
 train: $(TRAIN_READY) $(CORPUS)/train/meta.json
@@ -63,6 +64,9 @@ check: $(DEV_READY)
 
 docs: $(DEV_READY)
 	$(RUN) -m farspan.tools.generated_docs
+
+device-costs: $(DEV_READY) $(TRITON_READY)
+	$(RUN) -m tests.support.pretend_cuda.table docs/device_costs.md
 
 # Nothing is installed: a GPU's machine has the torch that fits its driver. Wrong checks do not keep it from measuring.
 gpu:

@@ -1,0 +1,22 @@
+"""The test of training steps on some ranks; see tests/pretend_cuda, whose files take about equal time."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+
+from tests.support.pretend_cuda.cells import Cell, cells
+from tests.support.pretend_cuda.pool import PretendPools
+from tests.support.pretend_cuda.record import costs_of_step, read
+from tests.support.pretend_cuda.step import take_step
+
+
+def steps_test(ranks: int) -> Callable[..., None]:
+    @pytest.mark.parametrize("cell", [cell for cell in cells() if cell.ranks == ranks], ids=str)
+    def costs_no_more_than_recorded(pretend_ranks: PretendPools, cell: Cell) -> None:
+        stepped = pretend_ranks(ranks).run(partial(take_step, cell.all_settings, on_device=True))
+        recorded = read().get(cell.key)
+        assert recorded is not None, f"{cell} is not in docs/device_costs.md: run `make device-costs`"
+        assert costs_of_step(stepped).excess(recorded) == {}
+
+    return costs_no_more_than_recorded

@@ -7,8 +7,6 @@ them for a sequence, as `inputs.attention`. Calling that runs the strategy, `par
 which moves keys, heads or queries between ranks and runs the backend's kernels, `kernels/attention.py`, on each block.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,7 +22,6 @@ from farspan.trainer.model.eager import eager
 from farspan.trainer.model.experts import RoutingStatistics
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class AttentionInputs:
     """What an attention layer needs to know of the sequence beside its tokens.
 
@@ -32,11 +29,17 @@ class AttentionInputs:
     attention: over the full sequence, for the local queries; it communicates.
     """
 
-    real: Tensor
-    cos: Tensor
-    sin: Tensor
-    attention: DistributedAttention
-    key_convolution: KeyConvolution | None
+    # No dataclass, as FSDP walks through the fields of those at every call, here through all plans.
+    def __init__(
+        self,
+        real: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attention: DistributedAttention,
+        key_convolution: KeyConvolution | None,
+    ) -> None:
+        self.real, self.cos, self.sin = real, cos, sin
+        self.attention, self.key_convolution = attention, key_convolution
 
 
 class RmsNorm(nn.Module):

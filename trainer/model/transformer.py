@@ -43,7 +43,6 @@ class ExpertPlaces:
     channel: Channel
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class SequenceContext:
     """What the layers need to know of the sequence beside its tokens.
 
@@ -51,10 +50,16 @@ class SequenceContext:
     key_convolution: planned likewise, for a model that has it. experts: for a model that has experts.
     """
 
-    rows: Rows
-    attention: tuple[DistributedAttention, ...]
-    key_convolution: KeyConvolution | None = None
-    experts: ExpertPlaces | None = None
+    # No dataclass, as FSDP walks through the fields of those at every call, here through all plans.
+    def __init__(
+        self,
+        *,
+        rows: Rows,
+        attention: tuple[DistributedAttention, ...],
+        key_convolution: KeyConvolution | None = None,
+        experts: ExpertPlaces | None = None,
+    ) -> None:
+        self.rows, self.attention, self.key_convolution, self.experts = rows, attention, key_convolution, experts
 
 
 class Output(NamedTuple):

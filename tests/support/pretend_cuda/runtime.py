@@ -36,6 +36,9 @@ class _Queue:
     def query(self) -> bool:
         return True
 
+    def is_capturing(self) -> bool:
+        return False
+
     def synchronize(self) -> None:
         synchronize()
 
@@ -104,6 +107,7 @@ def pretend() -> None:
     )
     for name, value in replaced.items():
         setattr(torch.cuda, name, value)
+    torch.accelerator.current_stream = replaced["current_stream"]
     for name in ("tensor", "as_tensor", "asarray"):
         setattr(torch, name, _lifting(getattr(torch, name)))
     torch.backends.cudnn.version = lambda: 91600

@@ -223,8 +223,8 @@ def _compute(
     operator: Any = ONLY_CUDA.get(func, func)
     out = operator(*inner_args, **inner_kwargs)
     if func in FREE and "empty" in func.__name__ and not device.runs_kernels and isinstance(out, Tensor):
-        # What a kernel that does not run would have written.
-        out.zero_()
+        # What a kernel that does not run would have written; without values it has no memory, which would take time.
+        out = out.zero_() if device.has_values else out.to("meta")
     if target is not None and target.type != "cuda":
         return out
     # Operators in place, and collectives, return what they were given.

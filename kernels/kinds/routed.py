@@ -99,7 +99,9 @@ class Routed(Masked):
         return 2 * (head_dim + value_dim) * self.unmasked_pairs(rows, max_queries=SAMPLED)
 
     def route(self, global_rows: Rows, heads: Heads, q: Tensor, k: Tensor, *routing: Tensor) -> "SelectedBlocks":
-        return SelectedBlocks(self.select(q, k, self._unsharded(global_rows, global_rows, heads, one_in=1)))
+        # On a GPU as it is trained with: the checks there compare it with the CPU's.
+        select = self.select_packed if q.device.type == "cuda" else self.select
+        return SelectedBlocks(select(q, k, self._unsharded(global_rows, global_rows, heads, one_in=1)).as_lists)
 
     def sample_routing(self, global_rows: Rows, heads: Heads, *, max_queries: int | None = None) -> "SelectedBlocks":
         generator, tokens = torch.Generator().manual_seed(0), len(global_rows)

@@ -4,11 +4,16 @@ import math
 from functools import partial
 
 import pytest
+import torch
 from torch import Tensor
 
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.mechanism import Heads
+from farspan.kernels.mechanisms.moba import MoBA
 from tests.support.pretend_cuda.cells import Cell, cells
 from tests.support.pretend_cuda.pool import PretendPools
 from tests.support.pretend_cuda.step import Stepped, take_step
+from tests.support.pretend_cuda.tensor import CUDA, PretendDevice
 
 LOSS_TOLERANCE = 2e-4
 GRADIENT_TOLERANCE = 0.02
@@ -40,3 +45,18 @@ def test_step_equals_that_of_the_cpu(pretend_ranks: PretendPools, cell: Cell) ->
         assert of_device.gradients.keys() == of_cpu.gradients.keys()
         errors = {name: difference(of_device.gradients[name], of_cpu.gradients[name]) for name in of_cpu.gradients}
         assert {name: error for name, error in errors.items() if not error <= GRADIENT_TOLERANCE} == {}
+
+
+def routes_agree() -> list[bool]:
+    """Whether a choice on the device, as `gpu_checks` asks for it, is that on the CPU."""
+    rows, generator = Rows.packed([20, 13], padding=3), torch.Generator().manual_seed(0)
+    q, k = (torch.randn(len(rows), heads, 16, generator=generator) for heads in (4, 2))
+    mechanism = MoBA(block=3, top_k=3)
+    on_cpu = mechanism.route(rows, Heads(query=4, kv=2), q, k)
+    with PretendDevice(runs_kernels=True):
+        on_device = mechanism.route(rows, Heads(query=4, kv=2), q.to(CUDA), k.to(CUDA))
+    return [torch.equal(a, b) for a, b in zip(on_cpu.tensors(), on_device.tensors(), strict=True)]
+
+
+def test_a_choice_is_made_by_the_kernels(pretend_ranks: PretendPools) -> None:
+    assert pretend_ranks(1).run(routes_agree) == [[True, True]]

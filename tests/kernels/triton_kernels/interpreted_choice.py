@@ -123,6 +123,16 @@ def test_sums_that_reach_a_share_exactly(mechanism: Routed) -> None:
     check(mechanism, q * 1e-30, k * 1e-30, shard(mechanism, rows, rows))
 
 
+def test_a_mean_cosine_that_equals_the_threshold_does_not_exceed_it() -> None:
+    """All rows of a block are the same: no block and no tile is similar, and all that is visible is selected."""
+    rows, mechanism = Rows.packed([24]), SpargeAttention(tile=6, block=3, similarity=1.0, mass=0.3)
+    q, k = torch.zeros(24, HEADS.query, WIDTH), torch.zeros(24, HEADS.kv, WIDTH)
+    q[..., 0] = 1
+    # Blocks of both signs by turns, so that nothing is subtracted.
+    k[..., 0] = (1 - 2 * (torch.arange(24) // 3 % 2))[:, None]
+    check(mechanism, q, k, shard(mechanism, rows, rows))
+
+
 @pytest.mark.parametrize("mechanism", CHOOSERS, ids=str)
 def test_rows_of_one_rank_of_several(mechanism: Routed) -> None:
     """Ranks take turns, as the interpreter serves one thread; they meet in sums only. The last one has padding only."""

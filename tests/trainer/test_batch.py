@@ -1,5 +1,8 @@
+import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from farspan.parallel.comm import Traffic
 from farspan.parallel.layout import LAYOUTS
 from farspan.parallel.mesh import Mesh, ParallelConfig
 from farspan.tools.rank_pool import RankError
-from farspan.trainer.batch import MicroBatch
+from farspan.trainer.batch import DataLoader, MicroBatch
 from farspan.trainer.build import build_batches
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import IGNORED, PackedSequence, sequence_hash, sequence_seed
@@ -76,3 +79,24 @@ def test_rank_order_is_the_layouts(ranks: Pools) -> None:
     found = ranks(2).run(build, config)
     assert found[0][0][0] == [100, 101, 102, 109, 110, 0]
     assert found[1][0][0] == [103, 104, 105, 106, 107, 108]
+
+
+def test_the_thread_plans_on_the_device_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new thread has GPU 0, where each rank of a node would pin memory and launch."""
+    set_by: list[tuple[str, torch.device]] = []
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: set_by.append((threading.current_thread().name, device))
+    )
+    device = torch.device("cuda", 1)
+    builder: Any = SimpleNamespace(device=device, build=lambda sequence, index: len(set_by))
+    mesh: Any = SimpleNamespace(data_rank=0, degrees=SimpleNamespace(data=1))
+    source: Any = SimpleNamespace(num_tokens=10_000)
+    loader = DataLoader(tiny.config(Path("none"), Path("none"), ParallelConfig()), source, mesh, builder)
+    monkeypatch.setattr(loader._sequences, "sequence", lambda index: SEQUENCE)
+    try:
+        built: list[Any] = loader.micro_batches(0, is_last=True)
+    finally:
+        loader.close()
+    assert built
+    assert set(built) == {1}
+    assert set_by == [("batches_0", device)]

@@ -1,5 +1,6 @@
 """Choices of blocks by Triton kernels, interpreted: the bits of `select_packed` are those of `select`, packed."""
 
+from dataclasses import replace
 from threading import Lock
 
 import pytest
@@ -121,6 +122,24 @@ def test_sums_that_reach_a_share_exactly(mechanism: Routed) -> None:
     rows = Rows.packed([24])
     q, k = inputs(rows, torch.float32)
     check(mechanism, q * 1e-30, k * 1e-30, shard(mechanism, rows, rows))
+
+
+def test_a_mean_cosine_that_equals_the_threshold_does_not_exceed_it() -> None:
+    """All rows of a block are the same: no block and no tile is similar, and all that is visible is selected."""
+    rows, mechanism = Rows.packed([24]), SpargeAttention(tile=6, block=3, similarity=1.0, mass=0.3)
+    q, k = torch.zeros(24, HEADS.query, WIDTH), torch.zeros(24, HEADS.kv, WIDTH)
+    q[..., 0] = 1
+    # Blocks of both signs by turns, so that nothing is subtracted.
+    k[..., 0] = (1 - 2 * (torch.arange(24) // 3 % 2))[:, None]
+    check(mechanism, q, k, shard(mechanism, rows, rows))
+
+
+def test_no_more_blocks_are_chosen_than_others_have_room_for() -> None:
+    """Whatever the scores are: here most blocks are needed for the share."""
+    rows, mechanism = Rows.packed([41]), VMoBA(brick=(3,), share=0.9)
+    q, k = inputs(rows, torch.float32)
+    choice = replace(mechanism._choice(shard(mechanism, rows, rows), q.device), most=2)
+    assert int(choice.choose(q, choice.key_means(k)).as_lists.offsets.diff().max()) == 2
 
 
 @pytest.mark.parametrize("mechanism", CHOOSERS, ids=str)

@@ -115,6 +115,22 @@ def test_lists_of_all_blocks_fill_the_memory_they_have() -> None:
     assert members(found) == expected_members(selection, found.chunk_rows)
 
 
+def test_selections_under_one_mask_keep_their_tables_apart() -> None:
+    """Other query blocks, other KV heads; tiles of other sizes, and chunks of selections of other lengths."""
+    first, second = (random_selection(RAGGED, together=together) for together in (1, 3))
+    plan = plan_of(RAGGED, RAGGED, AttentionMask(), first)
+    for selection in (first, second, first):
+        found = row_lists_of(selection, plan, kv_heads=KV_HEADS)
+        assert members(found) == expected_members(selection, found.chunk_rows)
+    assert 2 * len(row_lists_of(first, plan, kv_heads=1).starts[1:]) == len(found.starts[1:])
+    tables = [
+        gathered_launch._tables(plan, first.blocks, size, chunk, torch.device("cpu"))
+        for size, chunk in ((16, 25), (8, 25), (8, 50))
+    ]
+    assert [len(x.visits) for x in tables] == [3, 3, 2]
+    assert len(tables[0].tiles) < len(tables[1].tiles)
+
+
 @pytest.mark.parametrize("lengths", [[], [0]])
 def test_lists_of_no_rows(lengths: list[int]) -> None:
     rows = Rows.packed(lengths)

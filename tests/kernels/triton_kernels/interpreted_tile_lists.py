@@ -1,6 +1,7 @@
 """Block masks made on a device, interpreted, against every pair of tiles compared on the host."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,6 +125,17 @@ def test_lists_follow_lifetimes(rows: str) -> None:
     lifetime[:, -6:] = -1
     lifetime.masked_fill_(keys.document < 0, -1)
     check(Plan.build(keys, keys, AttentionMask(), heads=4).with_lifetimes(lifetime.int()))
+
+
+def test_plans_under_one_mask_keep_their_lists_apart() -> None:
+    """Selections of other blocks and of other heads, and lifetimes: what they share is of the mask alone."""
+    rows = SHARDS["shuffled"]
+    plan = Plan.build(rows, rows, AttentionMask(), heads=4)
+    of_all = PackedSelection.pack(random_selection(rows, 16, 8, heads=4), CPU)
+    of_two = replace(of_all, bits=of_all.bits[:, 1::2].contiguous())
+    for selection in (of_all, of_two, PackedSelection.pack(random_selection(rows, 20, 12, heads=1), CPU)):
+        check(plan.with_selection(selection))
+    check(plan.with_lifetimes((rows.position + 9).masked_fill(rows.document < 0, -1).int().repeat(2, 1)))
 
 
 def test_no_list_waits_for_its_device(monkeypatch: pytest.MonkeyPatch) -> None:

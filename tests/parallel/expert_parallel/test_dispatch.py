@@ -14,7 +14,7 @@ from farspan.kernels.moe import grouped_loop
 from farspan.kernels.moe.grouped_gemm import grouped_swiglu
 from farspan.parallel.comm import Unconnected
 from farspan.parallel.expert_parallel.capacity import ExpertCapacity
-from farspan.parallel.expert_parallel.dispatch import send_to_experts
+from farspan.parallel.expert_parallel.dispatch import Dispatch, send_to_experts
 from tests.support.mechanisms import normal
 from tests.support.oracle import relative_error
 from tests.support.rank_pool import RankPool, world_channel
@@ -115,6 +115,14 @@ def test_a_single_rank_waits_for_no_device(capacity: Any) -> None:
         dispatched = sequence.within_capacity(chosen, weights, EXPERTS, 1.1, capacity)
     out = send_to_experts(x, chosen, weights, dispatched, channel, EXPERTS).combine(lambda rows, counts: rows * 2)
     assert [g.shape for g in torch.autograd.grad(out.sum(), (x, weights))] == [x.shape, weights.shape]
+
+
+def test_rows_of_a_single_rank_are_those_of_its_dispatched_choices() -> None:
+    """Where experts choose tokens, few of the choices that there is room for."""
+    dispatched = torch.tensor([[True, False, False, False], [True, True, False, False], [False] * 4])
+    chosen = torch.arange(4).expand(3, -1)
+    found = Dispatch.plan(chosen, dispatched, RecordingChannel(0, 1), 4, ragged=True)  # pyright: ignore[reportArgumentType]
+    assert (len(found.choice), found.row.tolist()) == (3, [[0, -1], [1, 2], [-1, -1]])
 
 
 def test_gradients_of_weights_are_summed_in_float32() -> None:

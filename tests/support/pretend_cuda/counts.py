@@ -31,6 +31,7 @@ class Kind(StrEnum):
 
 DEVICE_WORK = (Kind.OPERATION, Kind.LAUNCH, Kind.TO_HOST, Kind.PAGEABLE, Kind.PINNED)
 """What the host puts into the device's queue: each costs it some microseconds, whatever its size."""
+HOST_WAITS = (Kind.SYNC, Kind.TO_HOST, Kind.PAGEABLE)
 
 
 class Part(StrEnum):
@@ -72,6 +73,10 @@ class Counts:
     def number(self, part: Part, *kinds: Kind) -> int:
         """Return how many events are of these kinds."""
         return sum(n for event, n in self.events.items() if event.kind in kinds and event.part is part)
+
+    def waiting(self, *parts: Part) -> list[str]:
+        """Return what makes the host wait in these parts, and where."""
+        return [f"{e.kind}: {e.line}" for e in self.events if e.kind in HOST_WAITS and e.part in parts]
 
     def later_number(self, part: Part, *kinds: Kind) -> int:
         """Return how many events are of these kinds in a pass after the first one; rounded up, if they differ."""

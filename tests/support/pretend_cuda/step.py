@@ -89,6 +89,8 @@ def take_step(settings: Sequence[str], *, on_device: bool, runs_kernels: bool = 
         optimizer = build_optimizer(model, config.optimizer)
         batches = build_batches(config, mesh, device, Traffic())
         if mode:
+            # Frequencies are copied once for a process: no count depends on which step is its first.
+            model._rotation(torch.zeros(1, dtype=torch.int32, device=device), torch.bfloat16)
             mode.take_counts()
         batch = batches.build(sequence(config.model.vocabulary_size))
         planned = mode.take_counts() if mode else Counts()

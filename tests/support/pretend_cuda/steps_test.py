@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 
 from tests.support.pretend_cuda.cells import Cell, cells
+from tests.support.pretend_cuda.counts import Part
 from tests.support.pretend_cuda.pool import PretendPools
 from tests.support.pretend_cuda.record import costs_of_step, read
 from tests.support.pretend_cuda.step import take_step
@@ -18,5 +19,9 @@ def steps_test(ranks: int) -> Callable[..., None]:
         recorded = read().get(cell.key)
         assert recorded is not None, f"{cell} is not in docs/device_costs.md: run `make device-costs`"
         assert costs_of_step(stepped).excess(recorded) == {}
+        if ranks == 1:
+            # The record is of later layers: neither the plan of a sequence nor its first layer waits.
+            (of,) = stepped
+            assert of.planned.waiting(*Part) + of.counts.waiting(Part.FORWARD, Part.BACKWARD) == []
 
     return costs_no_more_than_recorded

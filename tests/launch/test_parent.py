@@ -18,7 +18,7 @@ from tests.support.processes import alive, parent_of, wait_for
 RANK = """
 import os, sys, time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from farspan.launch import cli
 from farspan.launch.commands import train as command
 
@@ -36,7 +36,8 @@ def train(config, ranks, stop):
 for name, value in (("train", train), ("resilience.preflight", OSError)):
     module = sys.modules[f"farspan.trainer.{name}"] = ModuleType(name)
     setattr(module, value.__name__ if value is train else "BadNodeError", value)
-command.config_of, command._is_connected = lambda options: None, lambda: is_connected
+config = SimpleNamespace(run=SimpleNamespace(folder=folder))
+command.config_of, command._is_connected = lambda options: config, lambda: is_connected
 cli.run_and_exit()
 """
 LAUNCH = """

@@ -85,7 +85,7 @@ def gathers_before_blocks(config: Config) -> list[tuple[int, int]]:
     found = []
     with SentBytes() as counter:
         for number, block in enumerate(model.blocks):
-            block.attention_norm.register_forward_pre_hook(  # pyright: ignore
+            block.attention.register_forward_pre_hook(  # pyright: ignore
                 lambda *_, number=number: found.append((number, counter.calls["_allgather_base_"]))
             )
         model(batch.tokens, batch.labels, batch.context).losses.sum().backward()

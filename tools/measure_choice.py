@@ -6,7 +6,7 @@ and over those of a ring. Also for normal queries and keys, whose choice the cos
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from copy import copy
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -53,10 +53,11 @@ def chosen_by_layers(folder: Path) -> tuple[Config, Rows, list[Routing]]:
         inputs_of_layers.append(inputs)
         return attend(*inputs)
 
-    attention = tuple(partial(recorded, attend) for attend in batch.context.attention)
+    context = copy(batch.context)
+    context.attention = tuple(partial(recorded, attend) for attend in context.attention)  # pyright: ignore[reportAttributeAccessIssue]
     with torch.no_grad():
-        model(batch.tokens, batch.labels, replace(batch.context, attention=attention))  # pyright: ignore[reportArgumentType]
-    rows = batch.context.rows.to("cpu")
+        model(batch.tokens, batch.labels, context)
+    rows = context.rows.to("cpu")
     layers, heads_of = zip(config.mechanisms(), inputs_of_layers, strict=True), config.model.heads_of
     return config, rows, [m.route(rows, heads_of(m), q, k, *routing) for m, (q, k, _, *routing) in layers]
 

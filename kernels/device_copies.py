@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from farspan.kernels.caching import once
+
 
 def copy_to(x: Tensor, device: torch.device) -> Tensor:
     """Return x, which lies on the CPU, on `device`; the host goes on before the copy is made."""
@@ -21,6 +23,4 @@ class DeviceCopies:
 
     def on(self, device: torch.device) -> Tensor:
         """Return the tensor on `device`."""
-        if device not in self._copies:
-            self._copies[device] = copy_to(self.host, device)
-        return self._copies[device]
+        return once(self._copies, device, lambda: copy_to(self.host, device))

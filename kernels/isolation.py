@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from farspan.kernels.caching import once
 from farspan.kernels.device_copies import copy_to
 from farspan.kernels.masks.rows import PADDING, Rows
 
@@ -125,10 +126,15 @@ class Isolation:
         """Return the same with its columns on `device`, where they are copied once for all layers."""
         if device.type == "cpu":
             return self
-        if device not in self._elsewhere:
-            queries, keys = (Places(*(copy_to(x, device) for x in places)) for places in (self.queries, self.keys))
-            self._elsewhere[device] = Isolation(queries=queries, keys=keys, count=self.count)
-        return self._elsewhere[device]
+
+        def copied(places: Places) -> Places:
+            return Places(*(copy_to(x, device) for x in places))
+
+        return once(
+            self._elsewhere,
+            device,
+            lambda: Isolation(queries=copied(self.queries), keys=copied(self.keys), count=self.count),
+        )
 
 
 def bad_rows(limit: Tensor, *tensors: Tensor) -> Tensor:

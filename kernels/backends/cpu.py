@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.backend import BACKENDS, Backend
+from farspan.kernels.caching import once
 from farspan.kernels.cpu.flash import flash, flash_backward
 from farspan.kernels.cpu.linear_attention import chunked_recurrence
 from farspan.kernels.linear_attention.recurrence import ChunkedRecurrentBackend
@@ -110,9 +111,7 @@ def _batches(plan: Plan, kv_heads: int) -> Iterable[Batch]:
     # A tile's problem lists all its keys: rows x keys per tile in sum.
     if selects_by_tile(plan, count_padding=True):
         return selection_batches(plan, kv_heads)
-    if "batches" not in plan.cache:
-        plan.cache["batches"] = list(selection_batches(plan, kv_heads))
-    return plan.cache["batches"]
+    return once(plan.cache, "batches", lambda: list(selection_batches(plan, kv_heads)))
 
 
 def _filler(batch: Batch, lse: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from farspan.kernels.caching import once
 from farspan.kernels.cuda.flash import choose, fit, installed, width_of
 from farspan.kernels.cuda.operators import Cudnn, Gradients, Lengths, Library
 from farspan.kernels.device_copies import copy_to
@@ -102,11 +103,12 @@ def calls_of(plan: Plan, q: Tensor, v: Tensor) -> list[DeviceCall] | None:
     if not plan.attention_mask.is_plain:
         return None
     width = width_of(q, v)
-    key = "varlen", q.device, q.shape[1], width, q.dtype
-    if key not in plan.shared:
+
+    def make() -> list[DeviceCall] | None:
         rows = VarlenRows.of(plan.queries, plan.keys, causal=plan.attention_mask.causal)
-        plan.shared[key] = None if rows is None else list(_calls(rows, q.shape[1], width, q))
-    return plan.shared[key]
+        return None if rows is None else list(_calls(rows, q.shape[1], width, q))
+
+    return once(plan.shared, ("varlen", q.device, q.shape[1], width, q.dtype), make)
 
 
 def _calls(rows: VarlenRows, heads: int, width: int, like: Tensor) -> Iterator[DeviceCall]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from farspan.kernels.attention import attention_forward
 from farspan.kernels.backend import BACKENDS, Backend
+from farspan.kernels.caching import once
 from farspan.kernels.device_copies import DeviceCopies
 from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.lifetimes.gradient import SUMS, straight_through
@@ -98,9 +99,7 @@ class LifetimeRouting(KeyRouting):
 
     def part(self, tokens: Tensor) -> "PartTokens":
         """Return the tokens of some rows, int64 `[rows]`: those of a part are the same tensor in every layer."""
-        if tokens not in self._parts:
-            self._parts[tokens] = PartTokens.of(tokens, len(self.planner.global_rows))
-        return self._parts[tokens]
+        return once(self._parts, tokens, lambda: PartTokens.of(tokens, len(self.planner.global_rows)))
 
     def all_reduced(self, sizes: Sizes) -> tuple[int, int]:
         """Types forward, sums over pairs backward."""

@@ -4,12 +4,13 @@ from abc import abstractmethod
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from farspan.kernels.backend import BACKENDS
+from farspan.kernels.caching import Made, once
 from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.masks.attention_mask import count_keys_per_query
 from farspan.kernels.masks.packed_selection import PackedSelection
@@ -30,7 +31,6 @@ from farspan.kernels.planning.gathered_batches import count_pairs
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.recomputation import kept
 
-Made = TypeVar("Made")
 SAMPLE_HEAD_DIM = 16
 """Of the normal queries and keys that stand for real ones: blocks win by chance, whatever the width."""
 
@@ -188,9 +188,7 @@ class LocalShard(KeyRouting):
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """Return what a mechanism makes of the rows alone, made once for all layers."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+        return once(self._made, key, make)
 
     def key_means(self, k: Tensor) -> Tensor:
         """Return the mean of the keys of each key block of the sequence, float32 `[blocks, Hk, D]`."""

@@ -23,6 +23,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from farspan.kernels.caching import once
 from farspan.kernels.device_copies import DeviceCopies, copy_to
 from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.lifetimes.lifetimes import DocumentOrder
@@ -315,6 +316,4 @@ class _TokenChoiceAttention(SequenceAttention):
 
     def _candidates_on(self, device: torch.device) -> Candidates:
         """Return the candidates on `device`, where they are copied once for all layers."""
-        if device not in self._candidates:
-            self._candidates[device] = self._candidates[torch.device("cpu")].to(device)
-        return self._candidates[device]
+        return once(self._candidates, device, lambda: self._candidates[torch.device("cpu")].to(device))

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from farspan.kernels.caching import once
 from farspan.kernels.device_copies import copy_to
 from farspan.kernels.masks.attention_mask import MAX_WINDOW
 from farspan.kernels.masks.rows import Rows, ordinal
@@ -66,10 +67,12 @@ class DocumentOrder:
         """Return the same on `device`, where it is copied once."""
         if device == self.index.device:
             return self
-        if device not in self._elsewhere:
-            columns = {f.name: copy_to(getattr(self, f.name), device) for f in fields(self) if f.init}
-            self._elsewhere[device] = DocumentOrder(**columns)
-        return self._elsewhere[device]
+        columns = [f.name for f in fields(self) if f.init]
+        return once(
+            self._elsewhere,
+            device,
+            lambda: DocumentOrder(**{name: copy_to(getattr(self, name), device) for name in columns}),
+        )
 
     def restore(self, x: Tensor) -> Tensor:
         """Return x `[..., tokens]`, of tokens in this order, in the order of the sequence."""

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from farspan.kernels.caching import once
 from farspan.kernels.device_copies import copy_to
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.merge import accumulation_dtype, empty_partial, merge_
@@ -217,24 +218,22 @@ def _rows_on(plan: Plan, device: torch.device) -> tuple[Rows, Rows]:
     """The plan's queries and keys on a device, where they are copied once."""
     if device.type == "cpu":
         return plan.queries, plan.keys
-    key = "rows", device
-    if key not in plan.shared:
-        queries, keys = (
-            Rows(position=copy_to(rows.position, device), document=copy_to(rows.document, device))
-            for rows in (plan.queries, plan.keys)
-        )
-        plan.shared[key] = queries, keys
-    return plan.shared[key]
+
+    def copied(rows: Rows) -> Rows:
+        return Rows(position=copy_to(rows.position, device), document=copy_to(rows.document, device))
+
+    return once(plan.shared, ("rows", device), lambda: (copied(plan.queries), copied(plan.keys)))
 
 
 def _index_of_heads(plan: Plan, part: HeadPlan, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """The part's query heads and the KV head of each, int64, copied to a device once."""
-    key = "heads", part.heads, k.shape[1], q.device
-    if key not in plan.shared:
+
+    def make() -> tuple[Tensor, Tensor]:
         heads = torch.tensor(part.heads)
-        index = torch.stack((heads, heads // (q.shape[1] // k.shape[1])))
-        plan.shared[key] = copy_to(index, q.device).unbind(0)
-    return plan.shared[key]
+        index = copy_to(torch.stack((heads, heads // (q.shape[1] // k.shape[1]))), q.device)
+        return index[0], index[1]
+
+    return once(plan.shared, ("heads", part.heads, k.shape[1], q.device), make)
 
 
 def _is_single_region(plan: Plan, part: HeadPlan) -> bool:

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from farspan.kernels.caching import once
 from farspan.kernels.lifetimes.gradient import SUMS
 from farspan.kernels.lifetimes.lifetimes import LOCAL, DocumentOrder, Lifetimes
 from farspan.kernels.masks.attention_mask import MAX_WINDOW
@@ -25,7 +26,7 @@ from farspan.kernels.triton_kernels import attention as kernels
 from farspan.kernels.triton_kernels import type_sums
 from farspan.kernels.triton_kernels.mask_terms import MaskTerms, mask_terms
 from farspan.kernels.triton_kernels.tile import KernelPlan, Operand
-from farspan.kernels.triton_kernels.tile_lists import Tiles, blocks_of, once
+from farspan.kernels.triton_kernels.tile_lists import Tiles, blocks_of
 
 LOG2E = 1.4426950408889634
 MAX_REGISTERS = 255
@@ -84,7 +85,12 @@ _FLOAT32 = {
 
 def shapes_for(width: int, value_width: int, dtype: torch.dtype) -> Shapes:
     """Return the shapes for head sizes of queries and keys, and of values."""
-    table = _FLOAT32 if dtype == torch.float32 else _HALF
+    return shapes_in(_HALF, width, value_width, dtype)
+
+
+def shapes_in(half: dict[tuple[int, int], Shapes], width: int, value_width: int, dtype: torch.dtype) -> Shapes:
+    """Return the same, of a table for dtypes of 16 bits."""
+    table = _FLOAT32 if dtype == torch.float32 else half
     return next(shapes for limits, shapes in table.items() if width <= limits[0] and value_width <= limits[1])
 
 

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from farspan.kernels.caching import once
 from farspan.kernels.device_copies import copy_to
 from farspan.kernels.masks.packed_selection import PackedSelection
 from farspan.kernels.masks.selection import BlockPartition
@@ -24,11 +25,11 @@ from farspan.kernels.merge import empty_partial
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.triton_kernels import gathered as kernels
 from farspan.kernels.triton_kernels import row_lists
-from farspan.kernels.triton_kernels.attention_launch import LOG2E, Shape, Shapes, launch, options, statistics
+from farspan.kernels.triton_kernels.attention_launch import LOG2E, Shape, Shapes, launch, options, shapes_in, statistics
 from farspan.kernels.triton_kernels.mask_terms import MaskTerms
 from farspan.kernels.triton_kernels.row_tables import RowTables, static_terms
 from farspan.kernels.triton_kernels.tile import Operand
-from farspan.kernels.triton_kernels.tile_lists import once, packed
+from farspan.kernels.triton_kernels.tile_lists import packed
 
 LN2 = 0.6931471805599453
 LIST_ROWS = 256
@@ -48,16 +49,11 @@ _HALF = {
     (256, 128): Shapes(forward=Shape(64, 64, 4, 3), dq=Shape(64, 32, 8, 3), dkv=Shape(32, 128, 8, 3), dkv_in_turn=True),
     (256, 256): Shapes(forward=Shape(64, 32, 8, 3), dq=Shape(64, 32, 8, 3), dkv=Shape(16, 128, 8, 3), dkv_in_turn=True),
 }
-_FLOAT32 = {
-    (64, 64): Shapes(forward=Shape(32, 16, 4, 1), dq=Shape(16, 32, 4, 1), dkv=Shape(16, 16, 4, 1)),
-    (256, 256): Shapes(forward=Shape(16, 16, 8, 2), dq=Shape(16, 16, 8, 2), dkv=Shape(16, 16, 8, 2), dkv_in_turn=True),
-}
 
 
 def shapes_for(width: int, value_width: int, dtype: torch.dtype) -> Shapes:
     """Return the shapes for head sizes of queries and keys, and of values."""
-    table = _FLOAT32 if dtype == torch.float32 else _HALF
-    return next(shapes for limits, shapes in table.items() if width <= limits[0] and value_width <= limits[1])
+    return shapes_in(_HALF, width, value_width, dtype)
 
 
 class GatheredPlan(NamedTuple):

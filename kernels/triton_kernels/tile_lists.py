@@ -11,7 +11,7 @@ Memory is that of the lists by the mask for every group, 4 bytes for each visit,
 longer ones are taken some at a time.
 """
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from farspan.kernels.caching import once
 from farspan.kernels.device_copies import copy_to
 from farspan.kernels.masks.packed_selection import PackedSelection
 from farspan.kernels.planning.plan import Plan
@@ -156,10 +157,3 @@ def packed(plan: Plan, device: torch.device) -> PackedSelection:
         return selection
     assert selection is not None
     return once(plan.cache, ("packed", device), lambda: PackedSelection.pack(selection, device))
-
-
-def once(cache: dict[Hashable, Any], key: Hashable, make: Callable[[], Any]) -> Any:
-    """Return what `make` returns, made once for a key of a cache."""
-    if key not in cache:
-        cache[key] = make()
-    return cache[key]

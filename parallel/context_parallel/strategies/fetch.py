@@ -19,6 +19,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from farspan.kernels.caching import once
 from farspan.kernels.device_copies import DeviceCopies
 from farspan.kernels.kinds.routed import SelectedBlocks
 from farspan.kernels.masks.attention_mask import AttentionMask
@@ -211,10 +212,9 @@ class _FetchKVExchange(KVExchange):
 
     def _key_block(self, blocks: BlockPartition) -> Tensor:
         """Return the block of each key of all ranks, int64 `[P * T]`; -1 for padding."""
-        if blocks not in self._key_blocks:
-            index = self.planner.shards.index.flatten()  # [P, T] -> [P * T]
-            self._key_blocks[blocks] = blocks.of(self.planner.global_rows.take(index))
-        return self._key_blocks[blocks]
+        index = self.planner.shards.index
+        # [P, T] -> [P * T]
+        return once(self._key_blocks, blocks, lambda: blocks.of(self.planner.global_rows.take(index.flatten())))
 
     def _required(self, selection: BlockSelection | None) -> Tensor:
         """Return the keys that this rank's queries require, bool `[P, T, Hk]`."""

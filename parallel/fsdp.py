@@ -29,7 +29,8 @@ def shard_parameters(model: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, 
 
 
 def _gather_ahead(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
-    """Gather each block and its experts when the block before it begins, forward and backward.
+    """Gather each block and its experts when the block before it begins, forward and backward; of the block that is
+    last, and so first backward, the experts come when they are called.
 
     By itself FSDP gathers a block forward when the host gets to it, too late where the host waits for the device inside
     a block, and experts only once they are called.
@@ -37,12 +38,18 @@ def _gather_ahead(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
     # Each block first, then its experts.
     sharded: list[list[FSDPModule]] = [[m for m in block.modules() if isinstance(m, FSDPModule)] for block in blocks]
     assert isinstance(model, FSDPModule)
-    # The model's own parameters are used before the first block and after the last.
+    # The model's own parameters are used before the first block and after the last. Backward, FSDP gathers the last
+    # block with them, once. What is named here is gathered anew for each output that has a gradient, also when the
+    # backward pass of what is named is over: a block may name those before it, not its own experts.
     model.set_modules_to_forward_prefetch(sharded[0])
-    model.set_modules_to_backward_prefetch(sharded[-1])
-    for earlier, later in pairwise(sharded):
-        earlier[0].set_modules_to_forward_prefetch(later)
-        later[0].set_modules_to_backward_prefetch(earlier)
+    for earlier, later in pairwise([[], *sharded]):
+        block, *experts = later
+        if earlier:
+            earlier[0].set_modules_to_forward_prefetch(later)
+        block.set_modules_to_backward_prefetch(earlier or [block])
+        # Left alone, experts gather what ran before them, which may be over: their own block is there already.
+        for module in experts:
+            module.set_modules_to_backward_prefetch([block])
 
 
 def shard_experts(layers: Iterable[nn.Module], mesh: Mesh, compute_dtype: torch.dtype) -> None:

@@ -17,7 +17,9 @@ COMPILER = "g++"
 
 
 def missing_reason() -> str | None:
-    """Return why the library cannot be built here, or None."""
+    """Return why the library cannot be built, or serve, here; or None."""
+    if torch.version.cuda is not None:
+        return "torch is built for CUDA, whose driver FSDP would ask: the pretend device wants the CPU build"
     return None if shutil.which(COMPILER) else f"{COMPILER} is not installed"
 
 

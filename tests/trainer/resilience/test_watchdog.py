@@ -153,7 +153,7 @@ def wait_for_a_rank_that_never_comes(folder: Path, port: int) -> None:
 
 def test_a_start_that_does_not_end_is_ended(tmp_path: Path) -> None:
     assert exit_status(start(wait_for_a_rank_that_never_comes, tmp_path, free_port())) == EXIT_HUNG
-    (written,) = (tmp_path / "run" / "stacks" / "start_00000000").iterdir()
+    (written,) = (tmp_path / "run" / "stacks" / "start_00000000").glob("*.txt")
     assert "in connected\n" in written.read_text()
 
 
@@ -204,7 +204,7 @@ def test_ranks_that_wait_for_one_that_is_stopped_end(tmp_path: Path, phase: str)
     assert processes[1].exitcode == -signal.SIGKILL
     stacks = tmp_path / "run" / "stacks"
     assert [path.name for path in stacks.iterdir()] == [f"{phase}_00000002"]
-    (written,) = (stacks / f"{phase}_00000002").iterdir()
+    (written,) = (stacks / f"{phase}_00000002").glob("*.txt")
     assert "in train\n" in written.read_text()
 
 

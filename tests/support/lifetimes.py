@@ -34,18 +34,21 @@ def types(logits: Tensor, rows: Rows) -> list[list[int]]:
 
 def visible(logits: Tensor, rows: Rows, window: int) -> Tensor:
     """Which keys each query sees, bool `[Hk, T, T]`, pair by pair."""
-    mask = torch.zeros(logits.shape[1], len(rows), len(rows), dtype=torch.bool)
-    for head, kind in enumerate(types(logits, rows)):
+    masks = []
+    for kind in types(logits, rows):
+        mask = [[False] * len(rows) for _ in range(len(rows))]
         for members in documents(rows):
             for nth, key in enumerate(members):
-                for later in range(nth, len(members)):
-                    between = [kind[row] for row in members[nth + 1 : later]]
-                    mask[head, members[later], key] = (
+                ended = False
+                for later, query in enumerate(members[nth:], nth):
+                    mask[query][key] = (
                         kind[key] == GLOBAL
-                        or (kind[key] == LOCAL and GLOBAL not in between)
+                        or (kind[key] == LOCAL and not ended)
                         or (kind[key] == SLIDING and later - nth <= window)
                     )
-    return mask
+                    ended = ended or (later > nth and kind[query] == GLOBAL)
+        masks.append(mask)
+    return torch.tensor(masks, dtype=torch.bool).view(logits.shape[1], len(rows), len(rows))
 
 
 def relaxed(t: Tensor, rows: Rows, window: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Attention written a second time, from the definitions; it shares nothing with the code under test."""
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable
 
@@ -17,28 +18,7 @@ from farspan.kernels.masks.selection import BlockSelection
 RELATIVE_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-def unmasked_pairs(queries: Rows, keys: Rows, attention_mask: AttentionMask, head: int = 0) -> list[list[int]]:
-    """The key rows that each query row may see in a query head, by plain comparison of integers."""
-    window = attention_mask.window[head] if isinstance(attention_mask.window, tuple) else attention_mask.window
-    key_list = list(zip(keys.position.tolist(), keys.document.tolist(), strict=True))
-    pairs = []
-    for position, document in zip(queries.position.tolist(), queries.document.tolist(), strict=True):
-        near = None if attention_mask.neighborhood is None else neighbors(position, attention_mask.neighborhood)
-        seen = []
-        for j, (key_position, key_document) in enumerate(key_list):
-            if document < 0 or key_document != document:
-                continue
-            if attention_mask.causal and key_position > position:
-                continue
-            if window is not None and abs(position - key_position) >= window and key_position >= attention_mask.sinks:
-                continue
-            if near is not None and key_position not in near:
-                continue
-            seen.append(j)
-        pairs.append(seen)
-    return pairs
-
-
+@functools.lru_cache(maxsize=1 << 16)
 def neighbors(position: int, neighborhood: Neighborhood) -> set[int]:
     """The positions in a query's neighborhood: a list of the coordinates of its dilation group, sliced."""
     shape = [dimension.length for dimension in neighborhood.dimensions]
@@ -62,28 +42,34 @@ def neighbors(position: int, neighborhood: Neighborhood) -> set[int]:
 
 @functools.lru_cache(maxsize=256)
 def visible_mask(queries: Rows, keys: Rows, attention_mask: AttentionMask, heads: int) -> Tensor:
-    """The same as bool `[heads, queries, keys]`, not to be changed."""
+    """The key rows that each query row may see, bool `[heads, queries, keys]`, not to be changed."""
     # Tests ask for the same rows, compared by identity, on each backend and in each dtype.
-    mask = torch.zeros(heads, len(queries), len(keys), dtype=torch.bool)
-    for head in range(heads if isinstance(attention_mask.window, tuple) else 1):
-        for row, seen in enumerate(unmasked_pairs(queries, keys, attention_mask, head)):
-            mask[head, row, seen] = True
-    return mask if isinstance(attention_mask.window, tuple) else mask[:1].expand(heads, -1, -1)
+    position, key_position = queries.position.long()[:, None], keys.position.long()
+    seen = (queries.document[:, None] == keys.document) & (queries.document >= 0)[:, None]
+    if attention_mask.causal:
+        seen &= key_position <= position
+    if (neighborhood := attention_mask.neighborhood) is not None:
+        for row, at in enumerate(queries.position.tolist()):
+            near = neighbors(at, neighborhood)
+            seen[row] &= torch.tensor([key in near for key in keys.position.tolist()]).bool()
+    if attention_mask.window is None:
+        return seen.expand(heads, -1, -1)
+    of_heads = attention_mask.window if isinstance(attention_mask.window, tuple) else (attention_mask.window,)
+    window = torch.tensor(of_heads)[:, None, None]
+    seen = seen & (((position - key_position).abs() < window) | (key_position < attention_mask.sinks))
+    return seen.expand(heads, -1, -1)
 
 
 def selected_mask(selection: BlockSelection, keys: Rows, heads: int) -> Tensor:
-    """Whether the block of each key is on the list of each head and query, list by list."""
-    queries = len(selection.query_block)
+    """Whether the block of each key is on the list of each head and query, bool `[heads, queries, keys]`."""
     offsets, chosen = selection.offsets.tolist(), selection.key_blocks.tolist()
-    blocks = selection.blocks.of(keys)
-    mask = torch.zeros(heads, queries, len(keys), dtype=torch.bool)
-    for head in range(heads):
-        for row, query_block in enumerate(selection.query_block.tolist()):
-            if query_block >= 0:
-                number = head // (heads // selection.heads) * selection.num_query_blocks + query_block
-                on_list = torch.tensor(chosen[offsets[number] : offsets[number + 1]], dtype=torch.int64)
-                mask[head, row] = torch.isin(blocks, on_list)
-    return mask
+    # One row and one column more, for queries and keys without a block.
+    on_list = torch.zeros(selection.heads, selection.num_query_blocks + 1, selection.blocks.count + 1).bool()
+    for number, (start, stop) in enumerate(itertools.pairwise(offsets)):
+        head, query_block = divmod(number, selection.num_query_blocks)
+        on_list[head, query_block, chosen[start:stop]] = True
+    mask = on_list[:, selection.query_block.long()][:, :, selection.blocks.of(keys).long()]
+    return mask.repeat_interleave(heads // selection.heads, dim=0)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -85,18 +85,23 @@ def formula(q: Tensor, k: Tensor, v: Tensor, before: Tensor, *, case: Case) -> t
     """Head by head with a mask of row pairs; the state is a last key that is no row, the state after a last query."""
     last, rows, group = case.state.last, case.segment.rows, q.shape[1] // k.shape[1]
     end = case.segment.last if case.segment.tokens else last
-    to = [*zip(rows.document.tolist(), rows.position.tolist(), strict=True), tuple(end)]
-    of = [*zip(rows.document.tolist(), rows.position.tolist(), strict=True), tuple(last)]
-    distance = torch.tensor([i[1] for i in to]).double()[:, None] - torch.tensor([j[1] for j in of])
-    mask = torch.tensor([[i[0] == j[0] >= 0 and i[1] >= j[1] for j in of] for i in to])
+    (document, to), (key_document, of) = with_token(rows, end), with_token(rows, last)
+    distance = to[:, None] - of
+    mask = (document[:, None] == key_document) & (document >= 0)[:, None] & (distance >= 0)
     outs, afters = [], []
     for head in range(q.shape[1]):
-        weight = torch.where(mask, torch.exp(-case.decay[head] * distance.clamp(min=0)), 0.0)
+        weight = torch.where(mask, torch.exp(-case.decay[head].double() * distance.clamp(min=0)), 0.0)
         keys, values = k[:, head // group], v[:, head // group]
         of_rows = (weight[:-1, :-1] * (q[:, head] @ keys.t())) @ values
         outs.append(of_rows + weight[:-1, -1:] * (q[:, head] @ before[head]))
         afters.append((keys * weight[-1, :-1, None]).t() @ values + weight[-1, -1] * before[head])
     return torch.stack(outs, dim=1), torch.stack(afters)
+
+
+def with_token(rows: Rows, token: SequencePosition) -> tuple[Tensor, Tensor]:
+    """Documents and positions, with those of one more token."""
+    document, position = torch.tensor([token.document]), torch.tensor([token.position])
+    return torch.cat((rows.document, document)), torch.cat((rows.position.long(), position))
 
 
 def check(case: Case, backend: str) -> None:

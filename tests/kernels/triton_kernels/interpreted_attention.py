@@ -22,7 +22,7 @@ from farspan.kernels.planning.plan import Plan
 from farspan.kernels.triton_kernels import attention_launch, gathered_launch
 from farspan.kernels.triton_kernels.attention_launch import Shape, Shapes, shapes_for
 from tests.support import attention_cases as contract
-from tests.support import interpreter_bfloat16, oracle, truth
+from tests.support import oracle, triton_interpreter, truth
 from tests.support.attention_cases import Tensors
 from tests.support.far_rows import far_rows
 from tests.support.mechanisms import SCORES, attend, examples, inputs_of, with_scores
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim
 
 @pytest.fixture(scope="module", autouse=True)
 def _bfloat16() -> None:
-    interpreter_bfloat16.patch()
+    triton_interpreter.patch()
 
 
 @pytest.fixture(autouse=True)
@@ -69,10 +69,16 @@ def check(tensors: Tensors, plan: Plan, mask: Tensor) -> None:
 
 @pytest.mark.parametrize("mechanism", EXAMPLES, ids=str)
 def test_mechanism_equals_the_formula(mechanism: Mechanism) -> None:
-    heads = Heads(query=8, kv=2)
+    heads = fewest_heads(mechanism, kv=2)
     inputs = inputs_of(mechanism, len(RAGGED), heads, dtype=torch.float32)
     got = attend(mechanism, RAGGED, heads, inputs, backend="triton")
     oracle.assert_close(got, truth.expect(mechanism, inputs, RAGGED), TOLERANCE)
+
+
+def fewest_heads(mechanism: Mechanism, kv: int | None = None) -> Heads:
+    """4 query heads, or 8 for windows of 8 heads; as many KV heads, if `kv` does not say how many."""
+    of = (Heads(query=n, kv=kv or n) for n in (4, 8))
+    return next(heads for heads in of if mechanism.unsupported_reason(heads, len(RAGGED)) is None)
 
 
 # One example of each mechanism without token choice: there a router weights the output outside of the kernels, which is
@@ -84,7 +90,7 @@ def test_mechanism_equals_the_formula(mechanism: Mechanism) -> None:
 )
 def test_bfloat16_is_as_good_as_plain_attention(mechanism: Mechanism) -> None:
     """At most twice the error of attention whose every step is rounded to bfloat16."""
-    rows, heads = SHUFFLED, Heads(query=8, kv=8 if Access.BLOCKS in mechanism.accesses else 1)
+    rows, heads = SHUFFLED, fewest_heads(mechanism, kv=None if Access.BLOCKS in mechanism.accesses else 1)
     inputs = inputs_of(mechanism, len(rows), heads, dtype=torch.bfloat16)
     exact = truth.expect(mechanism, inputs, rows)[:5]
     got = attend(mechanism, rows, heads, inputs, backend="triton")[:5]
@@ -215,8 +221,15 @@ def test_what_is_not_finite_stays_in_its_document(selection: str) -> None:
 
 
 @pytest.mark.parametrize("selection", ["none", "rows"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("head_sizes", [(64, 64), (128, 128), (192, 128), (256, 256), (24, 40)], ids=str)
+@pytest.mark.parametrize(
+    ("head_sizes", "dtype"),
+    [
+        *(((64, 64), dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+        *((size, torch.float32) for size in ((128, 128), (192, 128), (256, 256), (24, 40))),
+        *zip(((128, 128), (192, 128), (256, 256), (24, 40)), 2 * [torch.bfloat16, torch.float16], strict=True),
+    ],
+    ids=str,
+)
 def test_head_sizes_and_dtypes(head_sizes: tuple[int, int], dtype: torch.dtype, selection: str) -> None:
     """float32 as good as the contract wants, 16 bits at most twice as far off as plain attention in them."""
     rows = Rows.packed([3, 34], padding=2)

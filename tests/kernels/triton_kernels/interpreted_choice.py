@@ -18,7 +18,7 @@ from farspan.kernels.planner import AllReduceSum, Heads, HeadShare, identity
 from farspan.kernels.planning import choice_tiles
 from farspan.kernels.triton_kernels import joint_choice_launch
 from farspan.parallel.comm import Channel
-from tests.support import interpreter_bfloat16
+from tests.support import triton_interpreter
 from tests.support.mechanisms import normal
 from tests.support.sequence_shards import select
 from tests.support.simulation import simulate
@@ -53,7 +53,7 @@ CHOOSERS = [MECHANISMS[0], MECHANISMS[3], MECHANISMS[5], MECHANISMS[6], MECHANIS
 
 @pytest.fixture(scope="module", autouse=True)
 def _bfloat16() -> None:
-    interpreter_bfloat16.patch()
+    triton_interpreter.patch()
 
 
 @pytest.fixture(autouse=True)

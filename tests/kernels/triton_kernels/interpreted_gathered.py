@@ -21,7 +21,7 @@ from farspan.kernels.triton_kernels.attention_launch import Shape, Shapes
 from farspan.kernels.triton_kernels.gathered_launch import RowLists, chunk_rows, row_lists_of
 from farspan.kernels.triton_kernels.row_tables import selects_by_row
 from tests.support import attention_cases as contract
-from tests.support import oracle
+from tests.support import oracle, triton_interpreter
 from tests.support.attention_cases import Tensors
 
 HEADS, KV_HEADS = 4, 2
@@ -35,6 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_interpreter.patch()
     monkeypatch.setattr(gathered_launch, "shapes_for", lambda *_: SHAPES)
     # Two or three chunks; the interpreter takes some 10 ms for a tile, whatever its size.
     monkeypatch.setattr(gathered_launch, "SHORTEST_CHUNK", 25)

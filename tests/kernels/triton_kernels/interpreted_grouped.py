@@ -16,7 +16,7 @@ from farspan.kernels.triton_kernels import grouped_launch as grouped
 from farspan.kernels.triton_kernels.grouped_launch import ExpertRows, Rows, Tile, kernels
 from tests.kernels.moe import test_gathered_linear as gathered
 from tests.kernels.moe import test_grouped_gemm as swiglu
-from tests.support import interpreter_bfloat16
+from tests.support import triton_interpreter
 from tests.support.far_rows import far_rows
 from tests.support.oracle import RELATIVE_TOLERANCE, relative_error
 
@@ -34,7 +34,7 @@ NAN = float("nan")
 
 @pytest.fixture(autouse=True)
 def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    interpreter_bfloat16.patch()
+    triton_interpreter.patch()
     monkeypatch.setattr(choice, "on_gpu", lambda x: True)
     monkeypatch.setattr(grouped, "TILES", {kernel: (tile, tile, tile) for kernel, tile in SMALL.items()})
 

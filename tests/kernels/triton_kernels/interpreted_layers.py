@@ -21,7 +21,7 @@ from farspan.kernels.triton_kernels import layers_launch
 from farspan.trainer.model.attention import AttentionInputs
 from farspan.trainer.model.transformer import Block
 from tests.kernels.layers import test_norm, test_rope
-from tests.support import interpreter_bfloat16
+from tests.support import triton_interpreter
 from tests.support.mechanisms import normal
 from tests.trainer.model.test_transformer import CONFIG
 
@@ -35,7 +35,7 @@ BOUND = {torch.float32: 3e-7, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 @pytest.fixture(autouse=True)
 def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    interpreter_bfloat16.patch()
+    triton_interpreter.patch()
     monkeypatch.setattr(fused, "on_gpu", lambda x: True)
     for name, value in {"TILE_ELEMENTS": 512, "WEIGHT_PARTS": 3, "SWIGLU_ELEMENTS": 128}.items():
         monkeypatch.setattr(layers_launch, name, value)

@@ -16,6 +16,7 @@ from farspan.kernels.planning.plan import Plan
 from farspan.kernels.triton_kernels import tile_lists
 from farspan.kernels.triton_kernels.block_mask import query_bounds
 from farspan.kernels.triton_kernels.tile_lists import Tiles
+from tests.support import triton_interpreter
 from tests.support.block_masks import SHARDS, decode
 
 CPU = torch.device("cpu")
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_interpreter.patch()
     monkeypatch.setattr(tile_lists, "CHUNK", 8)
 
 

@@ -14,6 +14,7 @@ from farspan.kernels.masks.rows import Rows
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.triton_kernels import attention_launch
 from farspan.kernels.triton_kernels.attention_launch import Shape, Shapes
+from tests.support import triton_interpreter
 from tests.support.attention_cases import Tensors
 from tests.support.oracle import assert_close
 
@@ -30,6 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_interpreter.patch()
     monkeypatch.setattr(attention_launch, "shapes_for", lambda *_: SHAPES)
     monkeypatch.setattr(attention_launch, "PLACES", 16)
 

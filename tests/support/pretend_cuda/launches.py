@@ -17,9 +17,9 @@ def install() -> None:
     sys.path.insert(0, str(FOLDER))
     from triton.runtime import interpreter
 
-    from tests.support import interpreter_bfloat16
+    from tests.support import triton_interpreter
 
-    interpreter_bfloat16.patch()
+    triton_interpreter.patch()
     run = interpreter.InterpretedFunction.run
 
     def launch(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:

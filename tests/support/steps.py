@@ -21,7 +21,7 @@ from farspan.trainer.step import train_step
 from tests.support.decoder import summed_loss
 from tests.support.mixture import Seen, choices, head_choices, scores_of
 
-# Ten AdamW updates let differences of 1e-16 grow to some 1e-12; the bar leaves room for another order of sums.
+# A few AdamW updates let differences of 1e-16 grow to some 1e-12; the bar leaves room for another order of sums.
 TOLERANCE = 1e-9
 
 
@@ -46,13 +46,31 @@ def follow(config: Config, parameters: Mapping[str, Tensor], do_step: Step) -> T
         loss, norm, expert_load, head_load = do_step(step, range(step * per_step, (step + 1) * per_step))
         course.losses.append(loss)
         course.norms.append(norm)
+        # The next step makes gradients anew, so that these stay as they are.
         gradients = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
-        course.gradients.append(
-            {name: g.full_tensor() if isinstance(g, DTensor) else g.clone() for name, g in gradients.items()}
-        )
+        course.gradients.append(gradients)
         course.expert_loads.append(expert_load)
         course.head_loads.append(head_load)
-    return course
+    return replace(course, gradients=gathered(course.gradients))
+
+
+def gathered(gradients: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Return the full gradients of each step; those of a parameter are gathered once for all steps."""
+    full = {name: _full([of_step[name] for of_step in gradients]) for name in gradients[0]}
+    assert all(of_step.keys() == full.keys() for of_step in gradients)
+    return [{name: of_steps[step] for name, of_steps in full.items()} for step in range(len(gradients))]
+
+
+def _full(steps: list[Tensor]) -> Sequence[Tensor]:
+    first = steps[0]
+    if not isinstance(first, DTensor):
+        return steps
+    # Shards [..., steps] of a tensor [..., steps], which is sharded as each of them is.
+    shards = torch.stack([g.to_local() for g in steps], dim=-1)  # pyright: ignore[reportAttributeAccessIssue]
+    shape = torch.Size((*first.shape, len(steps)))
+    stride = torch.empty(shape, device="meta").stride()
+    sharded = DTensor.from_local(shards, first.device_mesh, first.placements, shape=shape, stride=stride)
+    return sharded.full_tensor().unbind(dim=-1)
 
 
 class PaddedSequences(PackedSequences):

@@ -1,4 +1,4 @@
-"""Tiny data that is prepared once, a run on it, and the truth about its first ten steps."""
+"""Tiny data that is prepared once, a run on it, and the truth about its first steps."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -40,8 +40,8 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def base(tiny_data: Path) -> Config:
-    """A run in one process that writes nothing."""
-    return tiny.config(tiny_data, Path("nowhere"), ParallelConfig(strategy="single"))
+    """A run in one process that writes nothing; its learning rate rises for three steps and falls in the last two."""
+    return tiny.config(tiny_data, Path("nowhere"), ParallelConfig(strategy="single"), steps=5)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Ten training steps: losses and all parameters' gradients are the same however tokens and parameters are sharded.
+"""Five training steps: losses and all parameters' gradients are the same however tokens and parameters are sharded.
 
 The truth is a decoder written a second time from its formulas, see `decoder.py`.
 """
@@ -18,10 +18,14 @@ from tests.support.steps import train_sharded
 from tests.trainer.conftest import TrainAndCompare, Truth
 
 
-@pytest.mark.parametrize("strategy", ["ring", "ulysses"])
-@pytest.mark.parametrize("data", [1, 2])
-@pytest.mark.parametrize("context", [1, 2, 4])
-def test_ten_steps_do_not_depend_on_the_ranks(
+@pytest.mark.parametrize(
+    ("context", "data", "strategy"),
+    [
+        (1, 1, "ring"), (1, 2, "ulysses"), (2, 1, "ulysses"), (2, 1, "ring"), (2, 2, "ring"), (4, 1, "ring"),
+        (4, 1, "ulysses"), (4, 2, "ulysses"),
+    ],
+)  # fmt: skip
+def test_steps_do_not_depend_on_the_ranks(
     base: Config, train_and_compare: TrainAndCompare, context: int, data: int, strategy: str
 ) -> None:
     parallel = ParallelConfig(context=context, dp_shard=data, strategy=strategy)
@@ -30,9 +34,7 @@ def test_ten_steps_do_not_depend_on_the_ranks(
 
 
 @pytest.mark.parametrize("strategy", ["gather", "fetch", "double_ring", "hybrid", "hybrid_outer"])
-def test_ten_steps_do_not_depend_on_the_strategy(
-    base: Config, train_and_compare: TrainAndCompare, strategy: str
-) -> None:
+def test_steps_do_not_depend_on_the_strategy(base: Config, train_and_compare: TrainAndCompare, strategy: str) -> None:
     inner = 2 if STRATEGIES.get(strategy).unsupported_reason(Dense(), base.model.heads_of(Dense()), 4, 1) else 1
     parallel = ParallelConfig(context=4, context_inner=inner, strategy=strategy, layout="balanced")
     train_and_compare(replace(base, parallel=parallel))

@@ -75,7 +75,7 @@ HYBRID = "lightning*2, dense"
         (HYBRID, "ulysses", 4, "balanced"),
     ],
 )
-def test_ten_steps_do_not_depend_on_the_ranks(
+def test_steps_do_not_depend_on_the_ranks(
     base: Config, train_and_compare: TrainAndCompare, pattern: str, strategy: str, context: int, layout: str
 ) -> None:
     """With `ring`, recurrences run with `state`. On 4 ranks, blocks are recomputed."""
@@ -86,7 +86,7 @@ def test_ten_steps_do_not_depend_on_the_ranks(
 
 
 @pytest.mark.parametrize(("context", "data"), [(4, 1), (2, 2)])
-def test_ten_steps_with_experts(base: Config, train_and_compare: TrainAndCompare, context: int, data: int) -> None:
+def test_steps_with_experts(base: Config, train_and_compare: TrainAndCompare, context: int, data: int) -> None:
     """All of MiniMax-01: context and expert parallelism over the same 4 ranks, or context 2 x dp_shard 2."""
     experts = ExpertsConfig(count=8, per_token=2, feed_forward=16, balance_loss=0.02)
     parallel = ParallelConfig(context=context, dp_shard=data, expert=4)

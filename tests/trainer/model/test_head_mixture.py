@@ -1,4 +1,4 @@
-"""Ten training steps of models whose tokens choose heads: the same on any number of ranks as in one process.
+"""Five training steps of models whose tokens choose heads: the same on any number of ranks as in one process.
 
 The truth computes every head for every token, with weight 0 where it was not chosen.
 """
@@ -49,7 +49,7 @@ SHARDED = {
 
 
 @pytest.mark.parametrize("mixture", MIXTURES)
-def test_ten_steps_do_not_depend_on_the_ranks(base: Config, train_and_compare: TrainAndCompare, mixture: str) -> None:
+def test_steps_do_not_depend_on_the_ranks(base: Config, train_and_compare: TrainAndCompare, mixture: str) -> None:
     """Each mixture on one rank and under one strategy, in turns; with recomputation on four ranks."""
     config = tiny.with_model(base, **MIXTURES[mixture])
     train_and_compare(config)

@@ -1,6 +1,15 @@
-"""farspan: train language models on long context, any attention under any context parallelism."""
+"""farspan: train language models on long context, any attention under any context parallelism.
 
+    import farspan
+
+    out = farspan.attention(q, k, v, mechanism="moba", documents=[3000, 1096])
+
+docs/api.md has the names below, each with an example.
+"""
+
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -9,3 +18,22 @@ if not (Path(__file__).parent / "kernels").is_dir():
         "farspan/kernels is not a folder: the links inside farspan/ were lost when the repository was copied; "
         "clone it with git, or copy it with 'cp -a', 'rsync -a' or 'tar'."
     )
+
+if TYPE_CHECKING:
+    from farspan.parallel.context_parallel.api import (
+        ContextParallel,
+        attention,
+        mechanism,
+        register_mechanism,
+        shard,
+        unshard,
+    )
+
+__all__ = ["ContextParallel", "attention", "mechanism", "register_mechanism", "shard", "unshard"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what a name needs once it is asked for: commands that only print start without torch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'farspan' has no attribute {name!r}")
+    return getattr(import_module("farspan.parallel.context_parallel.api"), name)

@@ -1,0 +1,130 @@
+"""The Python API against torch's own attention and against one process."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+import farspan
+from farspan.errors import ConfigError
+from tests.support.rank_pool import Pools
+
+DOCUMENTS = ((61, 40, 28), (129,))
+"""Of each sequence of a batch: an odd number of tokens, so that the last ranks have padding."""
+BLOCKS = {"block": 16, "top_k": 2}
+
+
+def inputs(*shape: int, width: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    """q with four heads, k and v with two, float64."""
+    generator = torch.Generator().manual_seed(5)
+    return tuple(
+        torch.randn(*shape, heads, width, generator=generator, dtype=torch.float64, requires_grad=True)
+        for heads in (4, 2, 2)
+    )  # pyright: ignore[reportReturnType]
+
+
+def test_a_batch_of_documents_is_attended_to_as_by_torch() -> None:
+    q, k, v = inputs(2, 129)
+    dout = torch.randn_like(q)
+    out = farspan.attention(q, k, v, documents=DOCUMENTS)
+    gradients = torch.autograd.grad(out, (q, k, v), dout)
+    mask = torch.zeros(2, 1, 129, 129, dtype=torch.bool)
+    for sequence, lengths in enumerate(DOCUMENTS):
+        mask[sequence, 0] = torch.block_diag(*(torch.ones(n, n) for n in lengths)).tril().bool()
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]  # [B, T, H, D] -> [B, H, T, D]
+    wanted = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
+    for gradient, of_torch in zip(gradients, torch.autograd.grad(wanted, (q, k, v), dout), strict=True):
+        torch.testing.assert_close(gradient, of_torch, rtol=1e-11, atol=1e-11)
+
+
+def of_rank(
+    inputs: tuple[Tensor, ...], dout: Tensor, options: dict[str, object], batched: bool
+) -> tuple[list[Tensor], Tensor, dict[str, int]]:
+    """On a rank: the output and the gradients of all tokens, its position ids, and what it sent."""
+    cp = farspan.ContextParallel(dist.group.WORLD, options["strategy"], options["layout"], node_ranks=2)  # pyright: ignore
+    dim, documents = int(batched), DOCUMENTS[0]
+    local = [cp.shard(x, documents=documents, dim=dim).requires_grad_() for x in inputs]
+    mechanism = farspan.mechanism("moba", **BLOCKS) if options["mechanism"] == "moba" else options["mechanism"]
+    out = cp.attention(*local, mechanism=mechanism, documents=documents)  # pyright: ignore
+    gradients = torch.autograd.grad(out, local, cp.shard(dout, documents=documents, dim=dim))
+    whole = [cp.unshard(x.detach(), documents=documents, dim=dim) for x in (out, *gradients)]
+    return whole, cp.position_ids(129, documents=documents), dict(cp.traffic.sent)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "layout", "mechanism", "ranks_", "batched"),
+    [
+        ("ring", "zigzag", "dense", 2, False),
+        ("ring", "striped", "moba", 2, True),
+        ("auto", "zigzag", "moba", 4, False),
+        ("double_ring", "balanced", "window", 4, False),
+        ("ulysses", "contiguous", "lightning", 2, True),
+        ("fetch", "zigzag", "lightning", 2, False),
+    ],
+)
+def test_ranks_of_a_group_attend_as_one_process(
+    ranks: Pools, strategy: str, layout: str, mechanism: str, ranks_: int, batched: bool
+) -> None:
+    q, k, v = (x.detach() for x in inputs(*([3] if batched else []), 129))
+    if mechanism == "lightning":
+        k, v = (x.repeat_interleave(2, dim=-2) for x in (k, v))
+    dout = torch.randn_like(q)
+    options = {"strategy": strategy, "layout": layout, "mechanism": mechanism}
+    alone = [x.requires_grad_() for x in (q, k, v)]
+    built = farspan.mechanism("moba", **BLOCKS) if mechanism == "moba" else mechanism
+    out = farspan.attention(*alone, mechanism=built, documents=DOCUMENTS[0])
+    wanted = [out, *torch.autograd.grad(out, alone, dout)]
+    for whole, positions, sent in ranks(ranks_).run(of_rank, tuple(x.detach() for x in alone), dout, options, batched):
+        for found, expected in zip(whole, wanted, strict=True):
+            torch.testing.assert_close(found, expected.detach(), rtol=1e-11, atol=1e-11)
+        assert positions.dtype == torch.int64
+        assert len(positions) == -(-129 // (2 * ranks_)) * 2 or layout in ("contiguous", "striped", "balanced")
+        assert sum(sent.values()) > 0
+
+
+def short_form(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    local = farspan.shard(tokens, group=dist.group.WORLD)  # pyright: ignore
+    return local, farspan.unshard(local, group=dist.group.WORLD)  # pyright: ignore
+
+
+def test_tokens_are_sharded_and_come_back(ranks: Pools) -> None:
+    tokens = torch.arange(8)
+    found = ranks(2).run(short_form, tokens)
+    assert [local.tolist() for local, _ in found] == [[0, 1, 6, 7], [2, 3, 4, 5]]
+    assert all(whole.equal(tokens) for _, whole in found)
+
+
+def uneven() -> str:
+    with pytest.raises(ValueError, match="cannot share 9 tokens evenly") as raised:
+        farspan.shard(torch.arange(9), group=dist.group.WORLD)  # pyright: ignore
+    return str(raised.value)
+
+
+def test_bad_inputs_are_refused(ranks: Pools) -> None:
+    q, k, v = inputs(8)
+    with pytest.raises(ValueError, match="of the same tokens; got"):
+        farspan.attention(q, k[:7], v)
+    with pytest.raises(ValueError, match="documents of 7 tokens leave 7 rows"):
+        farspan.attention(q, k, v, documents=[3, 4])
+    with pytest.raises(ValueError, match="at least one token"):
+        farspan.attention(q, k, v, documents=[8, 0])
+    with pytest.raises(ValueError, match="equal sums for each of 1 sequences"):
+        farspan.attention(q, k, v, documents=[[8], [8]])
+    with pytest.raises(ConfigError, match="Did you mean 'moba'"):
+        farspan.attention(q, k, v, mechanism="mobba")
+    with pytest.raises(ConfigError, match=r"does not take \{'blocks': 4\}"):
+        farspan.mechanism("moba", blocks=4)
+    with pytest.raises(ValueError, match="passes no gradient"):
+        farspan.ContextParallel().unshard(q)
+    assert all("documents=[9]" in sentence for sentence in ranks(2).run(uneven))
+
+
+def test_names_are_imported_when_they_are_asked_for() -> None:
+    check = "import sys, farspan; assert 'torch' not in sys.modules; farspan.attention; farspan.nothing"
+    failed = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert failed.stderr.strip().endswith("module 'farspan' has no attribute 'nothing'")

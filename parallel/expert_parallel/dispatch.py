@@ -138,7 +138,9 @@ class Dispatch:
         total = torch.zeros(len(row), rows.shape[1], dtype=dtype, device=rows.device)
         # One choice of all tokens at a time: the sum has a fixed order, and memory for one row of each token.
         for k in range(row.shape[1] if len(rows) else 0):
-            total.addcmul_(rows.index_select(0, row[:, k]).to(dtype), weights[:, k, None])
+            # A dropped choice reads another token's row, which may be NaN: a weight of 0 would not hide it.
+            of_choice = rows.index_select(0, row[:, k]).masked_fill_(dropped[:, k, None], 0.0)
+            total.addcmul_(of_choice, weights[:, k, None])
         return total
 
 

@@ -41,6 +41,7 @@ from farspan.kernels.planner import (
     Sizes,
     no_routing,
 )
+from farspan.kernels.recomputation import kept
 
 
 class TokenChoice(Mechanism):
@@ -256,8 +257,7 @@ class _TokenChoiceAttention(SequenceAttention):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v, routing = inputs
-        logits = self.planner.all_rows(routing[..., 0].float(), kind="choice")  # [tokens, Hk]
-        among, chosen_tokens = self._among(self.mechanism.choose(logits, self._candidates_on(logits.device)))
+        among, chosen_tokens = kept(lambda: self._choose(routing))
         part, saved = among.forward(*(chosen_tokens.collect(x, k.shape[1]) for x in (q, k, v)))
         gates = chosen_tokens.collect(routing, k.shape[1])  # [rows, 1, 1]
         # The product is in the accumulation dtype, which routing comes in.
@@ -291,6 +291,10 @@ class _TokenChoiceAttention(SequenceAttention):
             all_reduced=(len(global_rows) * heads.kv * torch.float32.itemsize, 0),
             working_bytes=len(chosen_tokens.rows) * row,
         )
+
+    def _choose(self, routing: Tensor) -> tuple[SequenceAttention, ChosenTokens]:
+        logits = self.planner.all_rows(routing[..., 0].float(), kind="choice")  # [tokens, Hk]
+        return self._among(self.mechanism.choose(logits, self._candidates_on(logits.device)))
 
     def _among(self, chosen: Tensor) -> tuple[SequenceAttention, ChosenTokens]:
         """Return attention among the tokens `chosen`, bool `[tokens, Hk]`, and the local selected rows."""

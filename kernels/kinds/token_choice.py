@@ -1,21 +1,24 @@
 """Token choice: each KV head selects tokens of the sequence by their routing; only these attend, to each other.
 
-All owners of rows learn all routing, one number per token and KV head, and so select the same. The selected tokens are
-a sequence of their own, whose rows stay where their tokens lie:
+All owners of rows learn all routing, one number per token and KV head, and so select the same. Where the length of a
+document decides how many of its tokens each head selects, the selected ones are a sequence that is known but for the
+tokens in it, with one token of each head in a row:
 
-    tokens             0  1  2  3  4  5        head 0 selects 1, 4, 5; head 1 selects 0, 4
+    tokens             0  1  2  3  4  5        head 0 selects 1, 4, 5; head 1 selects 0, 4, 5
+    row 0  1  2        1  4  5 of head 0, 0  4  5 of head 1: one document, positions 0 1 2
+
+Its attention is planned once for a sequence, and the host waits for no device. Of sharded tokens, any number of the
+selected ones may be on a rank: each rank has an equal share of the rows instead, which gets its tokens from their
+owners and returns what it finds. A rank sends P-1 times its share of rows, whoever owns their tokens.
+
+Otherwise heads select different numbers, and the rows are planned in each forward pass, by one copy of the choice for
+which the host waits. Each row has one KV head, with its G query heads, and stays where its token is:
+
     selected rows      1  4  5 | 0  4          two documents of one KV head each, positions 0 1 2 | 0 1
-
-Among the selected rows there is one KV head: tensors are `[rows, G, width]`, with the G query heads of the KV head
-that selected the row.
-
-Where all tokens are local and the numbers of selected ones are known, so are all rows but for the tokens in them:
-attention is planned once for a sequence, and the host waits for no device. Sharded tokens are selected by any number on
-each rank, so that their rows are planned in each forward pass, by one copy of the choice.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import final
@@ -41,7 +44,9 @@ from farspan.kernels.planner import (
     Sizes,
     no_routing,
 )
+from farspan.kernels.ragged import take_or
 from farspan.kernels.recomputation import kept
+from farspan.kernels.routing.ranking import best_in_groups
 
 
 class TokenChoice(Mechanism):
@@ -72,6 +77,13 @@ class TokenChoice(Mechanism):
         """Whether the length of a document decides how many of its tokens each KV head selects, and nothing else."""
 
     @abstractmethod
+    def scores(self, logits: Tensor, candidates: "Candidates") -> Tensor:
+        """Return what each KV head ranks the candidates by, float32 `[tokens, Hk]` in their order.
+
+        The best of each document are selected, and earlier ones of equals, if their number is known.
+        """
+
+    @abstractmethod
     def choose(self, logits: Tensor, candidates: "Candidates") -> Tensor:
         """Return whether each KV head selects each token, bool `[tokens, Hk]`, by float32 logits `[tokens, Hk]`.
 
@@ -79,7 +91,7 @@ class TokenChoice(Mechanism):
         """
 
     def plan(self, planner: AttentionPlanner) -> SequenceAttention:
-        return _TokenChoiceAttention(self, planner, _KnownRows.of(self, planner))
+        return _TokenChoiceAttention(self, planner, _KnownRows.of(self, planner) if self.counts_are_known else None)
 
     def route(self, global_rows: Rows, heads: Heads, q: Tensor, k: Tensor, *routing: Tensor) -> "TokenRouting":
         return TokenRouting(self.choose(routing[0][..., 0].float(), Candidates.of(global_rows)))
@@ -141,26 +153,16 @@ class Candidates:
         columns = (self.index, self.first, self.end, self.position, self.real)
         return Candidates(*(copy_to(x, device) for x in columns))
 
-    def selected(self, chosen: Tensor, nth: Tensor) -> Tensor:
-        """Return the tokens of a choice head by head, in this order, int64 `[rows]`.
-
-        chosen: bool `[tokens, Hk]`. nth: 1, 2, ... up to the number of chosen ones, int64 `[rows]`.
-        """
-        # How many are chosen up to each place: [tokens, Hk] -> [Hk, tokens] -> [Hk * tokens]
-        count = chosen[self.index].t().flatten().cumsum(0)
-        return self.index[torch.searchsorted(count, nth) % max(len(self.index), 1)]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ChosenTokens:
     """The rows that KV heads select of a sequence, head by head, each document's in the order of their positions.
 
-    rows: every head's part of every document is a document of its own, whose positions count from 0. real: which of
-    them are not padding, int64 `[n]`, None if all are. token, head: where each of these comes from, int64 `[n]`.
+    rows: every head's part of every document is a document of its own, whose positions count from 0. token, head:
+    where each row comes from, int64 `[rows]`.
     """
 
     rows: Rows
-    real: Tensor | None
     token: Tensor
     head: Tensor
 
@@ -176,69 +178,105 @@ class ChosenTokens:
         # Where the row's document begins: the first row of its number.
         first = torch.searchsorted(number, number)
         rows = Rows(position=(torch.arange(len(number)) - first).int(), document=number.int())
-        return ChosenTokens(rows=rows, real=None, token=token, head=head)
+        return ChosenTokens(rows=rows, token=token, head=head)
 
-    def local(self, index: Tensor, row_of_token: Tensor, device: torch.device) -> "ChosenTokens":
-        """Return the rows at `index`, -1 for padding, with local rows for tokens: `row_of_token`, int64 `[tokens]`.
 
-        Index maps of the result are on `device`.
-        """
-        real = (index >= 0).nonzero().squeeze(1)
-        token, head = row_of_token[self.token[index[real]]], self.head[index[real]]
-        return ChosenTokens(
-            rows=self.rows.take(index),
-            real=None if len(real) == len(index) else copy_to(real, device),
-            token=copy_to(token, device),
-            head=copy_to(head, device),
-        )
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Selected:
+    """Attention among selected rows, and the local tokens behind them.
+
+    place: of each KV head of each row, token * Hk + head among the local ones, int64 `[rows, KV heads of a row]`; -1
+    where there is none. is_full: whether there is always one. share: plans the rows where each owner has a share of
+    them, `place` being of the rows of all owners end to end; None where they lie with their tokens.
+    """
+
+    among: SequenceAttention
+    place: Tensor
+    is_full: bool
+    share: AttentionPlanner | None = None
 
     def collect(self, x: Tensor, kv_heads: int) -> Tensor:
-        """Return `[rows, G, width]` of x `[tokens, Hk x G, width]`; padding is 0."""
-        # [tokens, Hk x G, width] -> [tokens, Hk, G, width] -> [n, G, width]
-        collected = x.unflatten(1, (kv_heads, -1))[self.token, self.head]
-        if self.real is None:
-            return collected
-        return x.new_zeros(len(self.rows), *collected.shape[1:]).index_copy_(0, self.real, collected)
+        """Return `[rows, KV heads of a row x G, width]` of x `[T, Hk x G, width]`; 0 where there is no token."""
+        # [T, Hk x G, width] -> [T x Hk, G, width] -> [rows x KV heads of a row, G, width]
+        by_head, place = x.unflatten(1, (kv_heads, -1)).flatten(0, 1), self.place.flatten()
+        if self.is_full:
+            found = by_head.index_select(0, place)
+        else:
+            found = by_head.index_select(0, place.clamp(min=0)).masked_fill_((place < 0)[:, None, None], 0.0)
+        return found.unflatten(0, self.place.shape).flatten(1, 2)
 
-    def scatter(self, x: Tensor, shape: Sequence[int], *, fill: float = 0.0) -> Tensor:
-        """Return `[tokens, Hk x G, width]`, `shape` its first two, of x `[rows, G, width]`; the rest is `fill`."""
-        # Each pair of a token and a head occurs at most once, so that nothing is summed.
-        full = x.new_full((shape[0], shape[1] // x.shape[1], *x.shape[1:]), fill)  # [tokens, Hk, G, width]
-        full[self.token, self.head] = x if self.real is None else x[self.real]
-        return full.flatten(1, 2)  # [tokens, Hk, G, width] -> [tokens, Hk x G, width]
+    def scatter(self, x: Tensor, shape: Sequence[int], kv_heads: int, *, fill: float = 0.0) -> Tensor:
+        """Return `[T, Hk x G, width]`, `shape` its first two, of x as collected; the rest is `fill`."""
+        # Each pair of a token and a head occurs at most once, so that nothing is summed. One more takes all others.
+        pairs, group = shape[0] * kv_heads, shape[1] // kv_heads
+        full = x.new_full((pairs + 1, group, x.shape[2]), fill)
+        place = self.place if self.is_full else self.place % (pairs + 1)
+        # [rows, KV heads of a row x G, width] -> [rows x KV heads of a row, G, width]
+        full.index_copy_(0, place.flatten(), x.unflatten(1, (-1, group)).flatten(0, 1))
+        return full[:pairs].unflatten(0, (shape[0], -1)).flatten(1, 2)  # [T x Hk, ..] -> [T, Hk x G, width]
+
+    def send(self, *tensors: Tensor) -> Sequence[Tensor]:
+        """Return this owner's rows of tensors as collected."""
+        share = self.share
+        return tensors if share is None else _side_by_side(tensors, lambda x: share.reduce_scatter(x, kind="selected"))
+
+    def receive(self, *tensors: Tensor) -> Sequence[Tensor]:
+        """Return the rows of all owners."""
+        share = self.share
+        return tensors if share is None else _side_by_side(tensors, lambda x: share.all_gather(x, kind="selected"))
+
+
+def _side_by_side(tensors: Sequence[Tensor], move: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Move tensors `[rows, heads, width]` in one message."""
+    # [rows, heads, width] -> [rows, heads x width], side by side, and back
+    moved = move(torch.cat([x.flatten(1) for x in tensors], dim=1))
+    parts = moved.split([x.shape[1:].numel() for x in tensors], dim=1)
+    return [part.unflatten(1, x.shape[1:]) for part, x in zip(parts, tensors, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _KnownRows:
     """The rows that every choice has, and attention among them.
 
-    real: as in `ChosenTokens`. head: of each row that is not padding, nth: 1, 2, ..., int64 `[n]`.
+    planner: of the rows. ranks: of those taken among all candidates, the best of each document first, int64 `[n]`.
+    first_place: token * Hk of each candidate among the local ones, less than -Hk if it is none of them, int64
+    `[tokens]`. sent: the taken one in each row of all owners, -1 for padding, int64 `[rows]`; None if in order.
     """
 
+    planner: AttentionPlanner
     among: SequenceAttention
-    rows: Rows
-    real: DeviceCopies | None
-    head: DeviceCopies
-    nth: DeviceCopies
+    ranks: DeviceCopies
+    first_place: DeviceCopies
+    sent: DeviceCopies | None
 
     @staticmethod
-    def of(mechanism: TokenChoice, planner: AttentionPlanner) -> "_KnownRows | None":
-        """Return what is known before tokens are chosen; None where rows depend on the choice."""
-        if not mechanism.counts_are_known or bool((planner.row_of_token < 0).any()):
-            return None
-        # All choices have the rows of this one, of one head, from other tokens.
-        chosen = mechanism.choose(torch.zeros(len(planner.global_rows), 1), Candidates.of(planner.global_rows))
-        of_any = ChosenTokens.of(chosen.expand(-1, planner.share.local_heads.kv), planner.global_rows)
-        of_group = _planner_of(of_any, planner)
-        local = of_any.local(of_group.tokens, planner.row_of_token, chosen.device)
-        assert torch.equal(local.head, of_any.head), "rows that are all local keep their order"
+    def of(mechanism: TokenChoice, planner: AttentionPlanner) -> "_KnownRows":
+        candidates, global_rows = Candidates.of(planner.global_rows), planner.global_rows
+        # Of equal scores the first are chosen: their places are the ranks of any choice.
+        chosen = mechanism.choose(torch.zeros(len(global_rows), 1), candidates)
+        of_rows = planner.of_rows(ChosenTokens.of(chosen, global_rows).rows)
+        row = planner.row_of_token[candidates.index]
+        kv_heads, sent = planner.share.local_heads.kv, of_rows.tokens_of_all
+        is_alone = torch.equal(sent, of_rows.tokens) and torch.equal(sent, torch.arange(len(of_rows.global_rows)))
         return _KnownRows(
-            among=mechanism.among().plan(of_group),
-            rows=local.rows,
-            real=None if local.real is None else DeviceCopies(local.real),
-            head=DeviceCopies(local.head),
-            nth=DeviceCopies(torch.arange(1, len(local.head) + 1)),
+            planner=of_rows,
+            among=mechanism.among().plan(of_rows),
+            ranks=DeviceCopies(chosen[candidates.index, 0].nonzero().squeeze(1)),
+            first_place=DeviceCopies(torch.where(row < 0, -1 - kv_heads, row * kv_heads)),
+            sent=None if is_alone else DeviceCopies(sent),
         )
+
+    def select(self, scores: Tensor, first: Tensor) -> _Selected:
+        """Return the selected rows by scores of candidates, float32 `[tokens, Hk]`, and the first of each document."""
+        device, kv_heads = scores.device, scores.shape[1]
+        # [Hk, n] -> [n, Hk]
+        taken = best_in_groups(scores.t(), first, self.ranks.on(device)).t()
+        place = self.first_place.on(device)[taken] + torch.arange(kv_heads, device=device)
+        if self.sent is None:
+            return _Selected(among=self.among, place=place, is_full=True)
+        # Padding, -1, finds what is put behind all others: [n, Hk] -> [rows, Hk]
+        place = torch.nn.functional.pad(place.clamp(min=-1), (0, 0, 0, 1), value=-1)[self.sent.on(device)]
+        return _Selected(among=self.among, place=place, is_full=False, share=self.planner)
 
 
 def _planner_of(selected: ChosenTokens, planner: AttentionPlanner) -> AttentionPlanner:
@@ -257,61 +295,78 @@ class _TokenChoiceAttention(SequenceAttention):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v, routing = inputs
-        among, chosen_tokens = kept(lambda: self._choose(routing))
-        part, saved = among.forward(*(chosen_tokens.collect(x, k.shape[1]) for x in (q, k, v)))
-        gates = chosen_tokens.collect(routing, k.shape[1])  # [rows, 1, 1]
+        selected, kv_heads = kept(lambda: self._select(routing)), k.shape[1]
+        collected = selected.send(*(selected.collect(x, kv_heads) for x in (q, k, v)))
+        part, saved = selected.among.forward(*collected)
+        (part,) = selected.receive(part)
+        gates = selected.collect(routing, kv_heads)  # [rows, KV heads of a row, 1]
         # The product is in the accumulation dtype, which routing comes in.
-        out = chosen_tokens.scatter((part * gates.sigmoid()).to(part.dtype), q.shape[:2])
-        return out, Saved((part, gates, *saved.tensors), (chosen_tokens, among, q.shape[:2], k.shape[:2], saved.extras))
+        gated = (_by_group(part, gates) * gates.sigmoid().unsqueeze(-1)).to(part.dtype).flatten(1, 2)
+        out = selected.scatter(gated, q.shape[:2], kv_heads)
+        return out, Saved((part, gates, *saved.tensors), (selected, q.shape[:2], k.shape[:2], saved.extras))
 
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
         part, gates, *tensors = saved.tensors
-        chosen_tokens, among, of_queries, of_keys, extras = saved.extras
-        dout, weight = chosen_tokens.collect(dout, of_keys[1]).to(gates.dtype), gates.sigmoid()
+        selected, of_queries, of_keys, extras = saved.extras
+        kv_heads, weight = of_keys[1], gates.sigmoid()
+        dout = _by_group(selected.collect(dout, kv_heads), gates).to(gates.dtype)
         # out = w part with w = sigmoid(gate), so that dgate = (dout . part) w (1 - w).
-        dgates = (dout * part).sum(dim=(1, 2), keepdim=True) * weight * (1 - weight)
-        dq, dk, dv = among.backward((dout * weight).to(part.dtype), Saved(tuple(tensors), extras))
-        return chosen_tokens.scatter(dq, of_queries), *(chosen_tokens.scatter(x, of_keys) for x in (dk, dv, dgates))
+        dgates = (dout * _by_group(part, gates)).sum(dim=(2, 3)).unsqueeze(-1) * weight * (1 - weight)
+        dpart = (dout * weight.unsqueeze(-1)).to(part.dtype).flatten(1, 2)
+        (dpart,) = selected.send(dpart)
+        gradients = selected.among.backward(dpart, Saved(tuple(tensors), extras))
+        if selected.share is not None:
+            # Each has a single owner and is no part of a sum: it is rounded before it is sent.
+            gradients = selected.receive(*(x.to(part.dtype) for x in gradients))
+        dq, dk, dv = gradients
+        of_keys_and_routing = (selected.scatter(x, of_keys, kv_heads) for x in (dk, dv, dgates))
+        return selected.scatter(dq, of_queries, kv_heads), *of_keys_and_routing
 
     def lse(self, saved: Saved) -> Tensor | None:
         """-inf at tokens that are not selected."""
-        chosen_tokens, among, of_queries, _, extras = saved.extras
-        lse = among.lse(Saved(saved.tensors[2:], extras))
-        return chosen_tokens.scatter(lse.unsqueeze(-1), of_queries, fill=float("-inf")).squeeze(-1)
+        selected, of_queries, of_keys, extras = saved.extras
+        lse = selected.among.lse(Saved(saved.tensors[2:], extras))
+        (lse,) = selected.receive(lse.unsqueeze(-1))
+        return selected.scatter(lse, of_queries, of_keys[1], fill=float("-inf")).squeeze(-1)
 
     def composition(self, sizes: Sizes, routing: RoutingSource) -> Composition:
-        found = routing()
-        assert isinstance(found, TokenRouting), "what is sent depends on the tokens that heads select"
-        among, chosen_tokens = self._among(found.chosen)
-        heads, global_rows = self.planner.share.local_heads, self.planner.global_rows
-        # q, k, v and out of the selected rows, each with one KV head and its group.
-        row = (heads.query // heads.kv + 1) * sizes.kv_width * sizes.element_bytes
+        heads, known = self.planner.share.local_heads, self.known_rows
+        # q, k, v and out of a selected token and KV head, with its group.
+        of_head = (heads.query // heads.kv + 1) * sizes.kv_width * sizes.element_bytes
+        all_reduced = len(self.planner.global_rows) * heads.kv * torch.float32.itemsize, 0
+        if known is None:
+            found = routing()
+            assert isinstance(found, TokenRouting), "what is sent depends on the tokens that heads select"
+            selected = self._planned(found.chosen)
+            return Composition(
+                branches=((selected.among, no_routing),),
+                all_reduced=all_reduced,
+                working_bytes=len(selected.place) * of_head,
+            )
+        # Of one owner: q, k and v go there and out returns; back, the gradient of out does and those of all three.
+        rows, share = len(known.planner.tokens_of_all), len(known.planner.tokens) * heads.kv * of_head
         return Composition(
-            branches=((among, no_routing),),
-            all_reduced=(len(global_rows) * heads.kv * torch.float32.itemsize, 0),
-            working_bytes=len(chosen_tokens.rows) * row,
+            branches=((known.among, no_routing),),
+            all_reduced=all_reduced,
+            exchanged=(share, share),
+            working_bytes=rows * heads.kv * of_head,
         )
 
-    def _choose(self, routing: Tensor) -> tuple[SequenceAttention, ChosenTokens]:
+    def _select(self, routing: Tensor) -> _Selected:
         logits = self.planner.all_rows(routing[..., 0].float(), kind="choice")  # [tokens, Hk]
-        return self._among(self.mechanism.choose(logits, self._candidates_on(logits.device)))
+        candidates = self._candidates_on(logits.device)
+        if self.known_rows is None:
+            return self._planned(self.mechanism.choose(logits, candidates))
+        return self.known_rows.select(self.mechanism.scores(logits, candidates), candidates.first)
 
-    def _among(self, chosen: Tensor) -> tuple[SequenceAttention, ChosenTokens]:
-        """Return attention among the tokens `chosen`, bool `[tokens, Hk]`, and the local selected rows."""
-        known, device = self.known_rows, chosen.device
-        if known is None:
-            # The host waits for the choice.
-            selected = ChosenTokens.of(chosen.cpu(), self.planner.global_rows)
-            of_group = _planner_of(selected, self.planner)
-            local = selected.local(of_group.tokens, self.planner.row_of_token, device)
-            return self.mechanism.among().plan(of_group), local
-        token = self._candidates_on(device).selected(chosen, known.nth.on(device))
-        row, real = self._row_of_token.on(device)[token], known.real and known.real.on(device)
-        return known.among, ChosenTokens(rows=known.rows, real=real, token=row, head=known.head.on(device))
-
-    @cached_property
-    def _row_of_token(self) -> DeviceCopies:
-        return DeviceCopies(self.planner.row_of_token)
+    def _planned(self, chosen: Tensor) -> _Selected:
+        """Plan attention among the tokens `chosen`, bool `[tokens, Hk]`, for which the host waits."""
+        selected = ChosenTokens.of(chosen.cpu(), self.planner.global_rows)
+        of_group, device = _planner_of(selected, self.planner), chosen.device
+        place = self.planner.row_of_token[selected.token] * chosen.shape[1] + selected.head
+        place = copy_to(take_or(place, of_group.tokens, -1)[:, None], device)
+        is_full = bool((of_group.tokens >= 0).all())
+        return _Selected(among=self.mechanism.among().plan(of_group), place=place, is_full=is_full)
 
     @cached_property
     def _candidates(self) -> dict[torch.device, Candidates]:
@@ -321,3 +376,8 @@ class _TokenChoiceAttention(SequenceAttention):
     def _candidates_on(self, device: torch.device) -> Candidates:
         """Return the candidates on `device`, where they are copied once for all layers."""
         return once(self._candidates, device, lambda: self._candidates[torch.device("cpu")].to(device))
+
+
+def _by_group(x: Tensor, gates: Tensor) -> Tensor:
+    """Return `[rows, KV heads, G, width]` of x `[rows, KV heads x G, width]`; gates `[rows, KV heads, 1]`."""
+    return x.unflatten(1, (gates.shape[1], -1))

@@ -185,48 +185,64 @@ class ChosenTokens:
 class _Selected:
     """Attention among selected rows, and the local tokens behind them.
 
-    place: of each KV head of each row, token * Hk + head among the local ones, int64 `[rows, KV heads of a row]`; -1
-    where there is none. is_full: whether there is always one. share: plans the rows where each owner has a share of
-    them, `place` being of the rows of all owners end to end; None where they lie with their tokens.
+    source: of each KV head of each row, token * Hk + head among the local ones, int64 `[rows x heads]`; any where
+    there is none, which is `absent`, bool `[rows x heads]`, None if there is always one. target: the same, but T * Hk
+    where there is none. heads: KV heads of a row. share: plans the rows where each owner has a share of them, the
+    above being of the rows of all owners end to end; None where rows lie with their tokens.
     """
 
     among: SequenceAttention
-    place: Tensor
-    is_full: bool
-    share: AttentionPlanner | None = None
+    source: Tensor
+    absent: Tensor | None
+    target: Tensor
+    heads: int
+    share: AttentionPlanner | None
 
-    def collect(self, x: Tensor, kv_heads: int) -> Tensor:
-        """Return `[rows, KV heads of a row x G, width]` of x `[T, Hk x G, width]`; 0 where there is no token."""
-        # [T, Hk x G, width] -> [T x Hk, G, width] -> [rows x KV heads of a row, G, width]
-        by_head, place = x.unflatten(1, (kv_heads, -1)).flatten(0, 1), self.place.flatten()
-        if self.is_full:
-            found = by_head.index_select(0, place)
-        else:
-            found = by_head.index_select(0, place.clamp(min=0)).masked_fill_((place < 0)[:, None, None], 0.0)
-        return found.unflatten(0, self.place.shape).flatten(1, 2)
+    @staticmethod
+    def of(
+        among: SequenceAttention, place: Tensor, pairs: int, *, is_full: bool, share: AttentionPlanner | None = None
+    ) -> "_Selected":
+        """Return these rows; place: as `source`, `[rows, heads]`, -1 where there is none. pairs: T * Hk."""
+        heads, place = place.shape[1], place.flatten()
+        if is_full:
+            return _Selected(among=among, source=place, absent=None, target=place, heads=heads, share=share)
+        absent = place < 0
+        source, target = place.clamp(min=0), place.masked_fill(absent, pairs)
+        return _Selected(among=among, source=source, absent=absent, target=target, heads=heads, share=share)
 
-    def scatter(self, x: Tensor, shape: Sequence[int], kv_heads: int, *, fill: float = 0.0) -> Tensor:
-        """Return `[T, Hk x G, width]`, `shape` its first two, of x as collected; the rest is `fill`."""
-        # Each pair of a token and a head occurs at most once, so that nothing is summed. One more takes all others.
-        pairs, group = shape[0] * kv_heads, shape[1] // kv_heads
-        full = x.new_full((pairs + 1, group, x.shape[2]), fill)
-        place = self.place if self.is_full else self.place % (pairs + 1)
-        # [rows, KV heads of a row x G, width] -> [rows x KV heads of a row, G, width]
-        full.index_copy_(0, place.flatten(), x.unflatten(1, (-1, group)).flatten(0, 1))
-        return full[:pairs].unflatten(0, (shape[0], -1)).flatten(1, 2)  # [T x Hk, ..] -> [T, Hk x G, width]
+    def collect(self, kv_heads: int, *tensors: Tensor) -> list[Tensor]:
+        """Return this owner's rows `[rows, heads x G, width]` of x `[T, Hk x G, width]`; 0 where there is no token.
 
-    def send(self, *tensors: Tensor) -> Sequence[Tensor]:
-        """Return this owner's rows of tensors as collected."""
+        Tensors of one dtype, which go to other owners in one message.
+        """
+        found = []
+        for x in tensors:
+            # [T, Hk x G, width] -> [T x Hk, G, width] -> [rows x heads, G, width] -> [rows, heads x G, width]
+            of_heads = x.unflatten(1, (kv_heads, -1)).flatten(0, 1).index_select(0, self.source)
+            if self.absent is not None:
+                of_heads.masked_fill_(self.absent[:, None, None], 0.0)
+            found.append(of_heads.unflatten(0, (-1, self.heads)).flatten(1, 2))
         share = self.share
-        return tensors if share is None else _side_by_side(tensors, lambda x: share.reduce_scatter(x, kind="selected"))
+        return found if share is None else _in_one(found, lambda x: share.reduce_scatter(x, kind="selected"))
 
-    def receive(self, *tensors: Tensor) -> Sequence[Tensor]:
-        """Return the rows of all owners."""
-        share = self.share
-        return tensors if share is None else _side_by_side(tensors, lambda x: share.all_gather(x, kind="selected"))
+    def scatter(self, kv_heads: int, *given: tuple[Tensor, Sequence[int]], fill: float = 0.0) -> list[Tensor]:
+        """Return `[T, Hk x G, width]` of each x as collected and the first two of this shape; the rest is `fill`."""
+        share, tensors = self.share, [x for x, _ in given]
+        if share is not None:
+            tensors = _in_one(tensors, lambda x: share.all_gather(x, kind="selected"))
+        scattered = []
+        for x, (_, shape) in zip(tensors, given, strict=True):
+            # Each pair of a token and a head occurs at most once, so that nothing is summed. One more takes all others.
+            pairs, group = shape[0] * kv_heads, shape[1] // kv_heads
+            full = x.new_full((pairs + 1, group, x.shape[2]), fill)
+            # [rows, heads x G, width] -> [rows x heads, G, width]
+            full.index_copy_(0, self.target, x.unflatten(1, (-1, group)).flatten(0, 1))
+            # [T x Hk, G, width] -> [T, Hk x G, width]
+            scattered.append(full[:pairs].unflatten(0, (shape[0], -1)).flatten(1, 2))
+        return scattered
 
 
-def _side_by_side(tensors: Sequence[Tensor], move: Callable[[Tensor], Tensor]) -> list[Tensor]:
+def _in_one(tensors: Sequence[Tensor], move: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """Move tensors `[rows, heads, width]` in one message."""
     # [rows, heads, width] -> [rows, heads x width], side by side, and back
     moved = move(torch.cat([x.flatten(1) for x in tensors], dim=1))
@@ -238,11 +254,13 @@ def _side_by_side(tensors: Sequence[Tensor], move: Callable[[Tensor], Tensor]) -
 class _KnownRows:
     """The rows that every choice has, and attention among them.
 
-    planner: of the rows. ranks: of those taken among all candidates, the best of each document first, int64 `[n]`.
-    first_place: token * Hk of each candidate among the local ones, less than -Hk if it is none of them, int64
-    `[tokens]`. sent: the taken one in each row of all owners, -1 for padding, int64 `[rows]`; None if in order.
+    tokens: local ones. planner: of the rows. ranks: of those taken among all candidates, the best of each document
+    first, int64 `[n]`. first_place: token * Hk of each candidate among the local ones, less than -Hk if it is none of
+    them, int64 `[tokens]`. sent: the taken one in each row of all owners, -1 for padding, int64 `[rows]`; None if all
+    are local, in order.
     """
 
+    tokens: int
     planner: AttentionPlanner
     among: SequenceAttention
     ranks: DeviceCopies
@@ -259,6 +277,7 @@ class _KnownRows:
         kv_heads, sent = planner.share.local_heads.kv, of_rows.tokens_of_all
         is_alone = torch.equal(sent, of_rows.tokens) and torch.equal(sent, torch.arange(len(of_rows.global_rows)))
         return _KnownRows(
+            tokens=len(planner.tokens),
             planner=of_rows,
             among=mechanism.among().plan(of_rows),
             ranks=DeviceCopies(chosen[candidates.index, 0].nonzero().squeeze(1)),
@@ -269,14 +288,14 @@ class _KnownRows:
     def select(self, scores: Tensor, first: Tensor) -> _Selected:
         """Return the selected rows by scores of candidates, float32 `[tokens, Hk]`, and the first of each document."""
         device, kv_heads = scores.device, scores.shape[1]
-        # [Hk, n] -> [n, Hk]
-        taken = best_in_groups(scores.t(), first, self.ranks.on(device)).t()
-        place = self.first_place.on(device)[taken] + torch.arange(kv_heads, device=device)
+        taken = best_in_groups(scores.t(), first, self.ranks.on(device))  # [Hk, n]
+        place = (self.first_place.on(device)[taken] + torch.arange(kv_heads, device=device)[:, None]).t().contiguous()
+        pairs = self.tokens * kv_heads
         if self.sent is None:
-            return _Selected(among=self.among, place=place, is_full=True)
+            return _Selected.of(self.among, place, pairs, is_full=True)
         # Padding, -1, finds what is put behind all others: [n, Hk] -> [rows, Hk]
         place = torch.nn.functional.pad(place.clamp(min=-1), (0, 0, 0, 1), value=-1)[self.sent.on(device)]
-        return _Selected(among=self.among, place=place, is_full=False, share=self.planner)
+        return _Selected.of(self.among, place, pairs, is_full=False, share=self.planner)
 
 
 def _planner_of(selected: ChosenTokens, planner: AttentionPlanner) -> AttentionPlanner:
@@ -296,38 +315,34 @@ class _TokenChoiceAttention(SequenceAttention):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v, routing = inputs
         selected, kv_heads = kept(lambda: self._select(routing)), k.shape[1]
-        collected = selected.send(*(selected.collect(x, kv_heads) for x in (q, k, v)))
-        part, saved = selected.among.forward(*collected)
-        (part,) = selected.receive(part)
-        gates = selected.collect(routing, kv_heads)  # [rows, KV heads of a row, 1]
+        part, saved = selected.among.forward(*selected.collect(kv_heads, q, k, v))
+        (gates,) = selected.collect(kv_heads, routing)  # [rows, KV heads of a row, 1]
         # The product is in the accumulation dtype, which routing comes in.
         gated = (_by_group(part, gates) * gates.sigmoid().unsqueeze(-1)).to(part.dtype).flatten(1, 2)
-        out = selected.scatter(gated, q.shape[:2], kv_heads)
+        (out,) = selected.scatter(kv_heads, (gated, q.shape))
         return out, Saved((part, gates, *saved.tensors), (selected, q.shape[:2], k.shape[:2], saved.extras))
 
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
         part, gates, *tensors = saved.tensors
         selected, of_queries, of_keys, extras = saved.extras
         kv_heads, weight = of_keys[1], gates.sigmoid()
-        dout = _by_group(selected.collect(dout, kv_heads), gates).to(gates.dtype)
+        (dout,) = selected.collect(kv_heads, dout)
+        dout = _by_group(dout, gates).to(gates.dtype)
         # out = w part with w = sigmoid(gate), so that dgate = (dout . part) w (1 - w).
         dgates = (dout * _by_group(part, gates)).sum(dim=(2, 3)).unsqueeze(-1) * weight * (1 - weight)
         dpart = (dout * weight.unsqueeze(-1)).to(part.dtype).flatten(1, 2)
-        (dpart,) = selected.send(dpart)
         gradients = selected.among.backward(dpart, Saved(tuple(tensors), extras))
         if selected.share is not None:
-            # Each has a single owner and is no part of a sum: it is rounded before it is sent.
-            gradients = selected.receive(*(x.to(part.dtype) for x in gradients))
-        dq, dk, dv = gradients
-        of_keys_and_routing = (selected.scatter(x, of_keys, kv_heads) for x in (dk, dv, dgates))
-        return selected.scatter(dq, of_queries, kv_heads), *of_keys_and_routing
+            # Each is whole, no part of a sum: it is rounded before it is sent.
+            gradients = [x.to(part.dtype) for x in gradients]
+        of_inputs = selected.scatter(kv_heads, *zip(gradients, (of_queries, of_keys, of_keys), strict=True))
+        return *of_inputs, *selected.scatter(kv_heads, (dgates, of_keys))
 
     def lse(self, saved: Saved) -> Tensor | None:
         """-inf at tokens that are not selected."""
         selected, of_queries, of_keys, extras = saved.extras
         lse = selected.among.lse(Saved(saved.tensors[2:], extras))
-        (lse,) = selected.receive(lse.unsqueeze(-1))
-        return selected.scatter(lse, of_queries, of_keys[1], fill=float("-inf")).squeeze(-1)
+        return selected.scatter(of_keys[1], (lse.unsqueeze(-1), of_queries), fill=float("-inf"))[0].squeeze(-1)
 
     def composition(self, sizes: Sizes, routing: RoutingSource) -> Composition:
         heads, known = self.planner.share.local_heads, self.known_rows
@@ -341,10 +356,12 @@ class _TokenChoiceAttention(SequenceAttention):
             return Composition(
                 branches=((selected.among, no_routing),),
                 all_reduced=all_reduced,
-                working_bytes=len(selected.place) * of_head,
+                working_bytes=len(selected.source) * of_head,
             )
-        # Of one owner: q, k and v go there and out returns; back, the gradient of out does and those of all three.
-        rows, share = len(known.planner.tokens_of_all), len(known.planner.tokens) * heads.kv * of_head
+        # Of one owner: q, k, v and routing go there and out returns; back, the gradient of out goes and theirs return.
+        # What is collected and, where it is sent, what is received.
+        rows = len(known.planner.tokens_of_all) * (1 if known.sent is None else 2)
+        share = len(known.planner.tokens) * heads.kv * (of_head + sizes.accumulation_bytes)
         return Composition(
             branches=((known.among, no_routing),),
             all_reduced=all_reduced,
@@ -365,8 +382,8 @@ class _TokenChoiceAttention(SequenceAttention):
         of_group, device = _planner_of(selected, self.planner), chosen.device
         place = self.planner.row_of_token[selected.token] * chosen.shape[1] + selected.head
         place = copy_to(take_or(place, of_group.tokens, -1)[:, None], device)
-        is_full = bool((of_group.tokens >= 0).all())
-        return _Selected(among=self.mechanism.among().plan(of_group), place=place, is_full=is_full)
+        pairs, is_full = len(self.planner.tokens) * chosen.shape[1], bool((of_group.tokens >= 0).all())
+        return _Selected.of(self.mechanism.among().plan(of_group), place, pairs, is_full=is_full)
 
     @cached_property
     def _candidates(self) -> dict[torch.device, Candidates]:

@@ -63,7 +63,20 @@ class SequencePlanner(AttentionPlanner):
         return x
 
     def of_tokens(self, rows: Rows, token: Tensor) -> Self:
+        return self.of_rows(rows)
+
+    def of_rows(self, rows: Rows) -> Self:
         return replace(self, global_rows=rows, tokens=torch.arange(len(rows)))
+
+    @property
+    def tokens_of_all(self) -> Tensor:
+        return self.tokens
+
+    def reduce_scatter(self, x: Tensor, *, kind: str) -> Tensor:
+        return x
+
+    def all_gather(self, x: Tensor, *, kind: str) -> Tensor:
+        return x
 
 
 @final

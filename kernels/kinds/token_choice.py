@@ -1,21 +1,24 @@
 """Token choice: each KV head selects tokens of the sequence by their routing; only these attend, to each other.
 
-All owners of rows learn all routing, one number per token and KV head, and so select the same. The selected tokens are
-a sequence of their own, whose rows stay where their tokens lie:
+All owners of rows learn all routing, one number per token and KV head, and so select the same. Where the length of a
+document decides how many of its tokens each head selects, the selected ones are a sequence that is known but for the
+tokens in it, with one token of each head in a row:
 
-    tokens             0  1  2  3  4  5        head 0 selects 1, 4, 5; head 1 selects 0, 4
+    tokens             0  1  2  3  4  5        head 0 selects 1, 4, 5; head 1 selects 0, 4, 5
+    row 0  1  2        1  4  5 of head 0, 0  4  5 of head 1: one document, positions 0 1 2
+
+Its attention is planned once for a sequence, and the host waits for no device. Of sharded tokens, any number of the
+selected ones may be on a rank: each rank has an equal share of the rows instead, which gets its tokens from their
+owners and returns what it finds. A rank sends P-1 times its share of rows, whoever owns their tokens.
+
+Otherwise heads select different numbers, and the rows are planned in each forward pass, by one copy of the choice for
+which the host waits. Each row has one KV head, with its G query heads, and stays where its token is:
+
     selected rows      1  4  5 | 0  4          two documents of one KV head each, positions 0 1 2 | 0 1
-
-Among the selected rows there is one KV head: tensors are `[rows, G, width]`, with the G query heads of the KV head
-that selected the row.
-
-Where all tokens are local and the numbers of selected ones are known, so are all rows but for the tokens in them:
-attention is planned once for a sequence, and the host waits for no device. Sharded tokens are selected by any number on
-each rank, so that their rows are planned in each forward pass, by one copy of the choice.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import final
@@ -41,6 +44,9 @@ from farspan.kernels.planner import (
     Sizes,
     no_routing,
 )
+from farspan.kernels.ragged import take_or
+from farspan.kernels.recomputation import kept
+from farspan.kernels.routing.ranking import best_in_groups
 
 
 class TokenChoice(Mechanism):
@@ -71,6 +77,13 @@ class TokenChoice(Mechanism):
         """Whether the length of a document decides how many of its tokens each KV head selects, and nothing else."""
 
     @abstractmethod
+    def scores(self, logits: Tensor, candidates: "Candidates") -> Tensor:
+        """Return what each KV head ranks the candidates by, float32 `[tokens, Hk]` in their order.
+
+        The best of each document are selected, and earlier ones of equals, if their number is known.
+        """
+
+    @abstractmethod
     def choose(self, logits: Tensor, candidates: "Candidates") -> Tensor:
         """Return whether each KV head selects each token, bool `[tokens, Hk]`, by float32 logits `[tokens, Hk]`.
 
@@ -78,7 +91,7 @@ class TokenChoice(Mechanism):
         """
 
     def plan(self, planner: AttentionPlanner) -> SequenceAttention:
-        return _TokenChoiceAttention(self, planner, _KnownRows.of(self, planner))
+        return _TokenChoiceAttention(self, planner, _KnownRows.of(self, planner) if self.counts_are_known else None)
 
     def route(self, global_rows: Rows, heads: Heads, q: Tensor, k: Tensor, *routing: Tensor) -> "TokenRouting":
         return TokenRouting(self.choose(routing[0][..., 0].float(), Candidates.of(global_rows)))
@@ -140,26 +153,16 @@ class Candidates:
         columns = (self.index, self.first, self.end, self.position, self.real)
         return Candidates(*(copy_to(x, device) for x in columns))
 
-    def selected(self, chosen: Tensor, nth: Tensor) -> Tensor:
-        """Return the tokens of a choice head by head, in this order, int64 `[rows]`.
-
-        chosen: bool `[tokens, Hk]`. nth: 1, 2, ... up to the number of chosen ones, int64 `[rows]`.
-        """
-        # How many are chosen up to each place: [tokens, Hk] -> [Hk, tokens] -> [Hk * tokens]
-        count = chosen[self.index].t().flatten().cumsum(0)
-        return self.index[torch.searchsorted(count, nth) % max(len(self.index), 1)]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ChosenTokens:
     """The rows that KV heads select of a sequence, head by head, each document's in the order of their positions.
 
-    rows: every head's part of every document is a document of its own, whose positions count from 0. real: which of
-    them are not padding, int64 `[n]`, None if all are. token, head: where each of these comes from, int64 `[n]`.
+    rows: every head's part of every document is a document of its own, whose positions count from 0. token, head:
+    where each row comes from, int64 `[rows]`.
     """
 
     rows: Rows
-    real: Tensor | None
     token: Tensor
     head: Tensor
 
@@ -175,69 +178,124 @@ class ChosenTokens:
         # Where the row's document begins: the first row of its number.
         first = torch.searchsorted(number, number)
         rows = Rows(position=(torch.arange(len(number)) - first).int(), document=number.int())
-        return ChosenTokens(rows=rows, real=None, token=token, head=head)
+        return ChosenTokens(rows=rows, token=token, head=head)
 
-    def local(self, index: Tensor, row_of_token: Tensor, device: torch.device) -> "ChosenTokens":
-        """Return the rows at `index`, -1 for padding, with local rows for tokens: `row_of_token`, int64 `[tokens]`.
 
-        Index maps of the result are on `device`.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Selected:
+    """Attention among selected rows, and the local tokens behind them.
+
+    source: of each KV head of each row, token * Hk + head among the local ones, int64 `[rows x heads]`; any where
+    there is none, which is `absent`, bool `[rows x heads]`, None if there is always one. target: the same, but T * Hk
+    where there is none. heads: KV heads of a row. share: plans the rows where each owner has a share of them, the
+    above being of the rows of all owners end to end; None where rows lie with their tokens.
+    """
+
+    among: SequenceAttention
+    source: Tensor
+    absent: Tensor | None
+    target: Tensor
+    heads: int
+    share: AttentionPlanner | None
+
+    @staticmethod
+    def of(
+        among: SequenceAttention, place: Tensor, pairs: int, *, is_full: bool, share: AttentionPlanner | None = None
+    ) -> "_Selected":
+        """Return these rows; place: as `source`, `[rows, heads]`, -1 where there is none. pairs: T * Hk."""
+        heads, place = place.shape[1], place.flatten()
+        if is_full:
+            return _Selected(among=among, source=place, absent=None, target=place, heads=heads, share=share)
+        absent = place < 0
+        source, target = place.clamp(min=0), place.masked_fill(absent, pairs)
+        return _Selected(among=among, source=source, absent=absent, target=target, heads=heads, share=share)
+
+    def collect(self, kv_heads: int, *tensors: Tensor) -> list[Tensor]:
+        """Return this owner's rows `[rows, heads x G, width]` of x `[T, Hk x G, width]`; 0 where there is no token.
+
+        Tensors of one dtype, which go to other owners in one message.
         """
-        real = (index >= 0).nonzero().squeeze(1)
-        token, head = row_of_token[self.token[index[real]]], self.head[index[real]]
-        return ChosenTokens(
-            rows=self.rows.take(index),
-            real=None if len(real) == len(index) else copy_to(real, device),
-            token=copy_to(token, device),
-            head=copy_to(head, device),
-        )
+        found = []
+        for x in tensors:
+            # [T, Hk x G, width] -> [T x Hk, G, width] -> [rows x heads, G, width] -> [rows, heads x G, width]
+            of_heads = x.unflatten(1, (kv_heads, -1)).flatten(0, 1).index_select(0, self.source)
+            if self.absent is not None:
+                of_heads.masked_fill_(self.absent[:, None, None], 0.0)
+            found.append(of_heads.unflatten(0, (-1, self.heads)).flatten(1, 2))
+        share = self.share
+        return found if share is None else _in_one(found, lambda x: share.reduce_scatter(x, kind="selected"))
 
-    def collect(self, x: Tensor, kv_heads: int) -> Tensor:
-        """Return `[rows, G, width]` of x `[tokens, Hk x G, width]`; padding is 0."""
-        # [tokens, Hk x G, width] -> [tokens, Hk, G, width] -> [n, G, width]
-        collected = x.unflatten(1, (kv_heads, -1))[self.token, self.head]
-        if self.real is None:
-            return collected
-        return x.new_zeros(len(self.rows), *collected.shape[1:]).index_copy_(0, self.real, collected)
+    def scatter(self, kv_heads: int, *given: tuple[Tensor, Sequence[int]], fill: float = 0.0) -> list[Tensor]:
+        """Return `[T, Hk x G, width]` of each x as collected and the first two of this shape; the rest is `fill`."""
+        share, tensors = self.share, [x for x, _ in given]
+        if share is not None:
+            tensors = _in_one(tensors, lambda x: share.all_gather(x, kind="selected"))
+        scattered = []
+        for x, (_, shape) in zip(tensors, given, strict=True):
+            # Each pair of a token and a head occurs at most once, so that nothing is summed. One more takes all others.
+            pairs, group = shape[0] * kv_heads, shape[1] // kv_heads
+            full = x.new_full((pairs + 1, group, x.shape[2]), fill)
+            # [rows, heads x G, width] -> [rows x heads, G, width]
+            full.index_copy_(0, self.target, x.unflatten(1, (-1, group)).flatten(0, 1))
+            # [T x Hk, G, width] -> [T, Hk x G, width]
+            scattered.append(full[:pairs].unflatten(0, (shape[0], -1)).flatten(1, 2))
+        return scattered
 
-    def scatter(self, x: Tensor, shape: Sequence[int], *, fill: float = 0.0) -> Tensor:
-        """Return `[tokens, Hk x G, width]`, `shape` its first two, of x `[rows, G, width]`; the rest is `fill`."""
-        # Each pair of a token and a head occurs at most once, so that nothing is summed.
-        full = x.new_full((shape[0], shape[1] // x.shape[1], *x.shape[1:]), fill)  # [tokens, Hk, G, width]
-        full[self.token, self.head] = x if self.real is None else x[self.real]
-        return full.flatten(1, 2)  # [tokens, Hk, G, width] -> [tokens, Hk x G, width]
+
+def _in_one(tensors: Sequence[Tensor], move: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Move tensors `[rows, heads, width]` in one message."""
+    # [rows, heads, width] -> [rows, heads x width], side by side, and back
+    moved = move(torch.cat([x.flatten(1) for x in tensors], dim=1))
+    parts = moved.split([x.shape[1:].numel() for x in tensors], dim=1)
+    return [part.unflatten(1, x.shape[1:]) for part, x in zip(parts, tensors, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _KnownRows:
     """The rows that every choice has, and attention among them.
 
-    real: as in `ChosenTokens`. head: of each row that is not padding, nth: 1, 2, ..., int64 `[n]`.
+    tokens: local ones. planner: of the rows. ranks: of those taken among all candidates, the best of each document
+    first, int64 `[n]`. first_place: token * Hk of each candidate among the local ones, less than -Hk if it is none of
+    them, int64 `[tokens]`. sent: the taken one in each row of all owners, -1 for padding, int64 `[rows]`; None if all
+    are local, in order.
     """
 
+    tokens: int
+    planner: AttentionPlanner
     among: SequenceAttention
-    rows: Rows
-    real: DeviceCopies | None
-    head: DeviceCopies
-    nth: DeviceCopies
+    ranks: DeviceCopies
+    first_place: DeviceCopies
+    sent: DeviceCopies | None
 
     @staticmethod
-    def of(mechanism: TokenChoice, planner: AttentionPlanner) -> "_KnownRows | None":
-        """Return what is known before tokens are chosen; None where rows depend on the choice."""
-        if not mechanism.counts_are_known or bool((planner.row_of_token < 0).any()):
-            return None
-        # All choices have the rows of this one, of one head, from other tokens.
-        chosen = mechanism.choose(torch.zeros(len(planner.global_rows), 1), Candidates.of(planner.global_rows))
-        of_any = ChosenTokens.of(chosen.expand(-1, planner.share.local_heads.kv), planner.global_rows)
-        of_group = _planner_of(of_any, planner)
-        local = of_any.local(of_group.tokens, planner.row_of_token, chosen.device)
-        assert torch.equal(local.head, of_any.head), "rows that are all local keep their order"
+    def of(mechanism: TokenChoice, planner: AttentionPlanner) -> "_KnownRows":
+        candidates, global_rows = Candidates.of(planner.global_rows), planner.global_rows
+        # Of equal scores the first are chosen: their places are the ranks of any choice.
+        chosen = mechanism.choose(torch.zeros(len(global_rows), 1), candidates)
+        of_rows = planner.of_rows(ChosenTokens.of(chosen, global_rows).rows)
+        row = planner.row_of_token[candidates.index]
+        kv_heads, sent = planner.share.local_heads.kv, of_rows.tokens_of_all
+        is_alone = torch.equal(sent, of_rows.tokens) and torch.equal(sent, torch.arange(len(of_rows.global_rows)))
         return _KnownRows(
-            among=mechanism.among().plan(of_group),
-            rows=local.rows,
-            real=None if local.real is None else DeviceCopies(local.real),
-            head=DeviceCopies(local.head),
-            nth=DeviceCopies(torch.arange(1, len(local.head) + 1)),
+            tokens=len(planner.tokens),
+            planner=of_rows,
+            among=mechanism.among().plan(of_rows),
+            ranks=DeviceCopies(chosen[candidates.index, 0].nonzero().squeeze(1)),
+            first_place=DeviceCopies(torch.where(row < 0, -1 - kv_heads, row * kv_heads)),
+            sent=None if is_alone else DeviceCopies(sent),
         )
+
+    def select(self, scores: Tensor, first: Tensor) -> _Selected:
+        """Return the selected rows by scores of candidates, float32 `[tokens, Hk]`, and the first of each document."""
+        device, kv_heads = scores.device, scores.shape[1]
+        taken = best_in_groups(scores.t(), first, self.ranks.on(device))  # [Hk, n]
+        place = (self.first_place.on(device)[taken] + torch.arange(kv_heads, device=device)[:, None]).t().contiguous()
+        pairs = self.tokens * kv_heads
+        if self.sent is None:
+            return _Selected.of(self.among, place, pairs, is_full=True)
+        # Padding, -1, finds what is put behind all others: [n, Hk] -> [rows, Hk]
+        place = torch.nn.functional.pad(place.clamp(min=-1), (0, 0, 0, 1), value=-1)[self.sent.on(device)]
+        return _Selected.of(self.among, place, pairs, is_full=False, share=self.planner)
 
 
 def _planner_of(selected: ChosenTokens, planner: AttentionPlanner) -> AttentionPlanner:
@@ -256,58 +314,76 @@ class _TokenChoiceAttention(SequenceAttention):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v, routing = inputs
-        logits = self.planner.all_rows(routing[..., 0].float(), kind="choice")  # [tokens, Hk]
-        among, chosen_tokens = self._among(self.mechanism.choose(logits, self._candidates_on(logits.device)))
-        part, saved = among.forward(*(chosen_tokens.collect(x, k.shape[1]) for x in (q, k, v)))
-        gates = chosen_tokens.collect(routing, k.shape[1])  # [rows, 1, 1]
+        selected, kv_heads = kept(lambda: self._select(routing)), k.shape[1]
+        part, saved = selected.among.forward(*selected.collect(kv_heads, q, k, v))
+        (gates,) = selected.collect(kv_heads, routing)  # [rows, KV heads of a row, 1]
         # The product is in the accumulation dtype, which routing comes in.
-        out = chosen_tokens.scatter((part * gates.sigmoid()).to(part.dtype), q.shape[:2])
-        return out, Saved((part, gates, *saved.tensors), (chosen_tokens, among, q.shape[:2], k.shape[:2], saved.extras))
+        gated = (_by_group(part, gates) * gates.sigmoid().unsqueeze(-1)).to(part.dtype).flatten(1, 2)
+        (out,) = selected.scatter(kv_heads, (gated, q.shape))
+        return out, Saved((part, gates, *saved.tensors), (selected, q.shape[:2], k.shape[:2], saved.extras))
 
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
         part, gates, *tensors = saved.tensors
-        chosen_tokens, among, of_queries, of_keys, extras = saved.extras
-        dout, weight = chosen_tokens.collect(dout, of_keys[1]).to(gates.dtype), gates.sigmoid()
+        selected, of_queries, of_keys, extras = saved.extras
+        kv_heads, weight = of_keys[1], gates.sigmoid()
+        (dout,) = selected.collect(kv_heads, dout)
+        dout = _by_group(dout, gates).to(gates.dtype)
         # out = w part with w = sigmoid(gate), so that dgate = (dout . part) w (1 - w).
-        dgates = (dout * part).sum(dim=(1, 2), keepdim=True) * weight * (1 - weight)
-        dq, dk, dv = among.backward((dout * weight).to(part.dtype), Saved(tuple(tensors), extras))
-        return chosen_tokens.scatter(dq, of_queries), *(chosen_tokens.scatter(x, of_keys) for x in (dk, dv, dgates))
+        dgates = (dout * _by_group(part, gates)).sum(dim=(2, 3)).unsqueeze(-1) * weight * (1 - weight)
+        dpart = (dout * weight.unsqueeze(-1)).to(part.dtype).flatten(1, 2)
+        gradients = selected.among.backward(dpart, Saved(tuple(tensors), extras))
+        if selected.share is not None:
+            # Each is whole, no part of a sum: it is rounded before it is sent.
+            gradients = [x.to(part.dtype) for x in gradients]
+        of_inputs = selected.scatter(kv_heads, *zip(gradients, (of_queries, of_keys, of_keys), strict=True))
+        return *of_inputs, *selected.scatter(kv_heads, (dgates, of_keys))
 
     def lse(self, saved: Saved) -> Tensor | None:
         """-inf at tokens that are not selected."""
-        chosen_tokens, among, of_queries, _, extras = saved.extras
-        lse = among.lse(Saved(saved.tensors[2:], extras))
-        return chosen_tokens.scatter(lse.unsqueeze(-1), of_queries, fill=float("-inf")).squeeze(-1)
+        selected, of_queries, of_keys, extras = saved.extras
+        lse = selected.among.lse(Saved(saved.tensors[2:], extras))
+        return selected.scatter(of_keys[1], (lse.unsqueeze(-1), of_queries), fill=float("-inf"))[0].squeeze(-1)
 
     def composition(self, sizes: Sizes, routing: RoutingSource) -> Composition:
-        found = routing()
-        assert isinstance(found, TokenRouting), "what is sent depends on the tokens that heads select"
-        among, chosen_tokens = self._among(found.chosen)
-        heads, global_rows = self.planner.share.local_heads, self.planner.global_rows
-        # q, k, v and out of the selected rows, each with one KV head and its group.
-        row = (heads.query // heads.kv + 1) * sizes.kv_width * sizes.element_bytes
+        heads, known = self.planner.share.local_heads, self.known_rows
+        # q, k, v and out of a selected token and KV head, with its group.
+        of_head = (heads.query // heads.kv + 1) * sizes.kv_width * sizes.element_bytes
+        all_reduced = len(self.planner.global_rows) * heads.kv * torch.float32.itemsize, 0
+        if known is None:
+            found = routing()
+            assert isinstance(found, TokenRouting), "what is sent depends on the tokens that heads select"
+            selected = self._planned(found.chosen)
+            return Composition(
+                branches=((selected.among, no_routing),),
+                all_reduced=all_reduced,
+                working_bytes=len(selected.source) * of_head,
+            )
+        # Of one owner: q, k, v and routing go there and out returns; back, the gradient of out goes and theirs return.
+        # What is collected and, where it is sent, what is received.
+        rows = len(known.planner.tokens_of_all) * (1 if known.sent is None else 2)
+        share = len(known.planner.tokens) * heads.kv * (of_head + sizes.accumulation_bytes)
         return Composition(
-            branches=((among, no_routing),),
-            all_reduced=(len(global_rows) * heads.kv * torch.float32.itemsize, 0),
-            working_bytes=len(chosen_tokens.rows) * row,
+            branches=((known.among, no_routing),),
+            all_reduced=all_reduced,
+            exchanged=(share, share),
+            working_bytes=rows * heads.kv * of_head,
         )
 
-    def _among(self, chosen: Tensor) -> tuple[SequenceAttention, ChosenTokens]:
-        """Return attention among the tokens `chosen`, bool `[tokens, Hk]`, and the local selected rows."""
-        known, device = self.known_rows, chosen.device
-        if known is None:
-            # The host waits for the choice.
-            selected = ChosenTokens.of(chosen.cpu(), self.planner.global_rows)
-            of_group = _planner_of(selected, self.planner)
-            local = selected.local(of_group.tokens, self.planner.row_of_token, device)
-            return self.mechanism.among().plan(of_group), local
-        token = self._candidates_on(device).selected(chosen, known.nth.on(device))
-        row, real = self._row_of_token.on(device)[token], known.real and known.real.on(device)
-        return known.among, ChosenTokens(rows=known.rows, real=real, token=row, head=known.head.on(device))
+    def _select(self, routing: Tensor) -> _Selected:
+        logits = self.planner.all_rows(routing[..., 0].float(), kind="choice")  # [tokens, Hk]
+        candidates = self._candidates_on(logits.device)
+        if self.known_rows is None:
+            return self._planned(self.mechanism.choose(logits, candidates))
+        return self.known_rows.select(self.mechanism.scores(logits, candidates), candidates.first)
 
-    @cached_property
-    def _row_of_token(self) -> DeviceCopies:
-        return DeviceCopies(self.planner.row_of_token)
+    def _planned(self, chosen: Tensor) -> _Selected:
+        """Plan attention among the tokens `chosen`, bool `[tokens, Hk]`, for which the host waits."""
+        selected = ChosenTokens.of(chosen.cpu(), self.planner.global_rows)
+        of_group, device = _planner_of(selected, self.planner), chosen.device
+        place = self.planner.row_of_token[selected.token] * chosen.shape[1] + selected.head
+        place = copy_to(take_or(place, of_group.tokens, -1)[:, None], device)
+        pairs, is_full = len(self.planner.tokens) * chosen.shape[1], bool((of_group.tokens >= 0).all())
+        return _Selected.of(self.mechanism.among().plan(of_group), place, pairs, is_full=is_full)
 
     @cached_property
     def _candidates(self) -> dict[torch.device, Candidates]:
@@ -317,3 +393,8 @@ class _TokenChoiceAttention(SequenceAttention):
     def _candidates_on(self, device: torch.device) -> Candidates:
         """Return the candidates on `device`, where they are copied once for all layers."""
         return once(self._candidates, device, lambda: self._candidates[torch.device("cpu")].to(device))
+
+
+def _by_group(x: Tensor, gates: Tensor) -> Tensor:
+    """Return `[rows, KV heads, G, width]` of x `[rows, KV heads x G, width]`; gates `[rows, KV heads, 1]`."""
+    return x.unflatten(1, (gates.shape[1], -1))

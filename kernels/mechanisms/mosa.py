@@ -65,13 +65,14 @@ class MoSA(TokenChoice):
         # Of rising logits every token is the best so far, of falling ones the first alone is.
         return not self.causal_choice
 
-    @torch.no_grad()
+    def scores(self, logits: Tensor, candidates: Candidates) -> Tensor:
+        scores = logits[candidates.index]
+        return scores.masked_fill((candidates.position == 0)[:, None], float("inf")) if self.include_first else scores
+
     def choose(self, logits: Tensor, candidates: Candidates) -> Tensor:
         # Everything below is in document order, [tokens] and [tokens, Hk]; the result goes back to the rows' order.
         index, first, position = candidates.index, candidates.first, candidates.position
-        scores = logits[index].float()
-        if self.include_first:
-            scores = scores.masked_fill((position == 0)[:, None], float("inf"))
+        scores = self.scores(logits, candidates)
         if self.causal_choice:
             count = ((position + 1) // self.sparsity).clamp(min=1)
             chosen = rank_among_earlier(scores, first) < count[:, None]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.moe.expert_router import total_of
+from farspan.kernels.recomputation import kept
 from farspan.kernels.routing.ranking import top
 
 
@@ -61,12 +62,14 @@ class AttentionExperts:
     def choose(self, logits: Tensor, bias: Tensor) -> ChosenHeads:
         """Choose experts by logits `[T, count]`; bias `[count]` counts in the choice only."""
         shares = logits.softmax(-1)
-        with torch.no_grad():
-            chosen = top(shares.float() + bias.float(), self.per_token).sort(dim=1).values
+        chosen = kept(lambda: self._best(shares.detach(), bias))
         gates = shares.gather(1, chosen)
         if self.normalized:
             gates = gates / total_of(gates.detach())
         return ChosenHeads(indices=chosen, gates=gates, chosen=chosen, shares=shares)
+
+    def _best(self, shares: Tensor, bias: Tensor) -> Tensor:
+        return top(shares.float() + bias.float(), self.per_token).sort(dim=1).values
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,16 +121,7 @@ class MixtureOfHeads:
         Slots are those of each KV head in turn, the shared ones first.
         """
         shares = logits[:, : self.choices].softmax(-1)
-        with torch.no_grad():
-            # [T, Hk * candidates] -> [T, Hk, candidates of a KV head]
-            scores = (shares.float() + bias.float()).unflatten(1, (self.kv_heads, -1))
-            in_group = top(scores, self.per_token).sort(dim=2).values  # [T, Hk, per_token]
-            first = torch.arange(self.kv_heads, device=logits.device).view(-1, 1)
-            # [T, Hk, per_token] -> [T, Hk * per_token], numbered over all candidates
-            chosen = (in_group + first * (self.group - self.shared)).flatten(1)
-            always = torch.arange(self.shared, device=logits.device).expand(*in_group.shape[:2], -1)
-            # [T, Hk, shared + per_token]
-            indices = torch.cat((always, in_group + self.shared), dim=2) + first * self.group
+        chosen, indices = kept(lambda: self._best(shares.detach(), bias))
         # Divided by their sum, so that the gates of a token's chosen heads are 1 on average.
         gates = shares.gather(1, chosen)
         gates = gates / total_of(gates) * chosen.shape[1]
@@ -138,4 +132,16 @@ class MixtureOfHeads:
             of_shared = (of_shared * of_shared.shape[1]).unflatten(1, (self.kv_heads, -1))
             # [T, Hk, shared + per_token]
             gates = torch.cat((of_shared * between[:, :1, None], gates * between[:, 1:, None]), dim=2)
-        return ChosenHeads(indices=indices.flatten(1), gates=gates.flatten(1), chosen=chosen, shares=shares)
+        return ChosenHeads(indices=indices, gates=gates.flatten(1), chosen=chosen, shares=shares)
+
+    def _best(self, shares: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the chosen candidates `[T, Hk * per_token]` and the heads in all slots of a token `[T, slots]`."""
+        # [T, Hk * candidates] -> [T, Hk, candidates of a KV head]
+        scores = (shares.float() + bias.float()).unflatten(1, (self.kv_heads, -1))
+        in_group = top(scores, self.per_token).sort(dim=2).values  # [T, Hk, per_token]
+        first = torch.arange(self.kv_heads, device=shares.device).view(-1, 1)
+        always = torch.arange(self.shared, device=shares.device).expand(*in_group.shape[:2], -1)
+        # [T, Hk, shared + per_token]
+        indices = torch.cat((always, in_group + self.shared), dim=2) + first * self.group
+        # [T, Hk, per_token] -> [T, Hk * per_token], numbered over all candidates
+        return (in_group + first * (self.group - self.shared)).flatten(1), indices.flatten(1)

@@ -64,6 +64,16 @@ def rank_in_group(scores: Tensor, group: Tensor) -> Tensor:
     return torch.zeros_like(order).scatter_(0, order, rank[:, None].expand_as(order))
 
 
+def best_in_groups(scores: Tensor, group: Tensor, ranks: Tensor) -> Tensor:
+    """Indices of the best of each group, ascending, the earlier of equals; int64 `[lists, chosen]`.
+
+    scores: float32 `[lists, n]`, each list ranked by itself. group: int64 `[n]`, from 0, ascending. ranks: of those to
+    take among all, the best of each group first, int64 `[chosen]`.
+    """
+    order = ((group << 32) + ~sortable(scores)).sort(dim=1, stable=True).indices
+    return order[:, ranks].sort(dim=1).values
+
+
 def rank_among_earlier(scores: Tensor, group: Tensor) -> Tensor:
     """How many earlier ones of the same group score at least as high; int64 `[n, lists]`.
 

@@ -168,7 +168,13 @@ class RowLists:
 
 
 _LATEST: WeakKeyDictionary[PackedSelection, tuple[int, RowLists]] = WeakKeyDictionary()
-"""Of one selection at a time: lists may take many times the memory of bits, which wait for the backward pass."""
+"""Of one selection at a time: a pass that recomputes orders its rows again, by the bits that wait for it.
+
+Bits are 4 bytes x Hq x ceil(blocks / 32) of each token and layer, lists 4 bytes x Hq x `most`: at 131,072 tokens and 32
+heads 1 KiB each for 8 blocks of 512, 4 KiB for 32 of 128. Kept for 32 layers, lists would take 4.3 or 17 GB besides.
+To order again takes 4 operations, which read the bits twice and write the lists: 0.4 or 1.6 GB, 0.1 or 0.5 ms at 3.35
+TB/s, beside 9 TFLOP of attention, 22 ms at 400 TFLOP/s.
+"""
 
 
 def row_lists_of(selection: PackedSelection, plan: Plan, *, kv_heads: int) -> RowLists:

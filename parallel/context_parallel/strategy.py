@@ -189,7 +189,7 @@ class ComposedAttention(LocalAttention):
     """Attention that a kind makes of others, which are planned under the same strategy and may send."""
 
     def moves(self, sizes: Sizes, routing: RoutingSource = no_routing) -> tuple[Move, ...]:
-        """What the branches send, one after another, and the kind's own sums over all ranks."""
+        """What the branches send, one after another, and the kind's own exchanges and sums over all ranks."""
         found = self.attention.composition(sizes, routing)
         # Branches run one after another, so that their moves add up.
         of_branches = [
@@ -197,7 +197,9 @@ class ComposedAttention(LocalAttention):
             for attention, of_branch in found.branches
             for move in self._distributed(attention).moves(sizes, of_branch)
         ]
-        return *of_branches, all_reduce_move(found.all_reduced, self.channel)
+        forward, backward = ((self.channel.size - 1) * each for each in found.exchanged)
+        exchanged = Move(forward=forward, backward=backward, channel=self.channel)
+        return *of_branches, exchanged, all_reduce_move(found.all_reduced, self.channel)
 
     def working_bytes(self, sizes: Sizes, routing: RoutingSource = no_routing) -> int:
         """The most of any branch, on top of the kind's own."""
@@ -320,6 +322,27 @@ class ShardedPlanner(AttentionPlanner):
         shards = shard_with_tokens(rows, token, self.shards)
         tokens = shards.index[self.strategy.channel.rank]
         return replace(self, global_rows=rows, tokens=tokens, shards=shards)
+
+    def of_rows(self, rows: Rows) -> Self:
+        shards = Shards.build(rows, layout="balanced", degree=self.shards.degree)
+        if not len(rows):
+            # A row of padding, as transfers are not empty.
+            shards = Shards(rows=rows, index=torch.full((self.shards.degree, 1), -1))
+        return replace(self, global_rows=rows, tokens=shards.index[self.strategy.channel.rank], shards=shards)
+
+    @property
+    def tokens_of_all(self) -> Tensor:
+        return self.shards.index.flatten()  # [P, T] -> [P x T]
+
+    def reduce_scatter(self, x: Tensor, *, kind: str) -> Tensor:
+        channel = self.strategy.channel
+        # Every row has one owner's value and zeros: summed here, the sum is exact in any dtype. [P x T, ...] ->
+        # [P, T, ...] -> [T, ...]
+        received = channel.all_to_all(x.unflatten(0, (channel.size, -1)), kind=f"{self.strategy.name}_{kind}")
+        return received.sum(0)
+
+    def all_gather(self, x: Tensor, *, kind: str) -> Tensor:
+        return torch.cat(self.strategy.channel.all_gather(x, kind=f"{self.strategy.name}_{kind}"))
 
     def distributed(self, attention: SequenceAttention, routing_width: int) -> DistributedAttention:
         """Return attention that this planner has planned with its costs: that of a strategy has them already."""

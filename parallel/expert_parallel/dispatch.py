@@ -12,6 +12,7 @@ layout. Each row for another rank is sent twice in both passes of a layer, plus 
 Between ranks the host has to know how many rows travel, for which it waits for the device once in a layer. A single
 rank has the experts of all its tokens: it takes a row of each choice, whose number is known, and those of dropped
 choices, behind all others, are neither read nor used. Where experts choose tokens, it waits for the number of rows too.
+What a layer plans serves the pass that recomputes it: 16 bytes for each choice, 8 more for each row between ranks.
 Legend: T local tokens, C width, E experts, K experts of a token, N rows.
 """
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from farspan.kernels.merge import accumulation_dtype
+from farspan.kernels.recomputation import kept
 from farspan.parallel.comm import Channel, Transfer
 
 Experts = Callable[[Tensor, Tensor], Tensor]
@@ -47,7 +49,7 @@ def send_to_experts(
     reach x, weights and the parameters of the experts; their transfers overlap with the backward pass of the
     computation.
     """
-    dispatch = Dispatch.plan(chosen, dispatched, channel, experts, ragged=ragged)
+    dispatch = kept(lambda: Dispatch.plan(chosen, dispatched, channel, experts, ragged=ragged))
     weights = weights[:, : dispatch.row.shape[1]]
     exchange = _RowExchange(channel, dispatch.sent, dispatch.received, "expert_rows")
     link: Tensor = _Start.apply(_Expand.apply(x, dispatch), exchange)  # pyright: ignore[reportAssignmentType]
@@ -138,7 +140,9 @@ class Dispatch:
         total = torch.zeros(len(row), rows.shape[1], dtype=dtype, device=rows.device)
         # One choice of all tokens at a time: the sum has a fixed order, and memory for one row of each token.
         for k in range(row.shape[1] if len(rows) else 0):
-            total.addcmul_(rows.index_select(0, row[:, k]).to(dtype), weights[:, k, None])
+            # A dropped choice reads another token's row, which may be NaN: a weight of 0 would not hide it.
+            of_choice = rows.index_select(0, row[:, k]).masked_fill_(dropped[:, k, None], 0.0)
+            total.addcmul_(of_choice, weights[:, k, None])
         return total
 
 

@@ -17,6 +17,17 @@ def test_every_cell_is_recorded() -> None:
     assert {name for name, *rest in recorded if not rest} <= long_cases().keys()
 
 
+def test_experts_wait_once_a_layer_at_most() -> None:
+    """Recomputation included: a step copies its loss and the loads of experts to the host, two layers a size each."""
+    waits = {
+        names: costs.else_waits + costs.else_copies
+        for names, costs in read(RECORD).items()
+        if costs is not None and names[0].startswith("experts")
+    }
+    assert len(waits) == 8
+    assert {names: count for names, count in waits.items() if count > 2 + 2} == {}
+
+
 def test_cells_are_valid() -> None:
     for cell in cells():
         config = config_of(*cell.all_settings)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from farspan.kernels.moe.grouped_gemm import grouped_swiglu
+from farspan.kernels.recomputation import kept
 from farspan.kernels.routing.router_logits import routing_logits
 from farspan.parallel.comm import Channel
 from farspan.parallel.expert_parallel.capacity import ExpertCapacity
@@ -98,10 +99,11 @@ class ExpertFeedForward(nn.Module):
         real = sequence.index >= 0
         logits = routing_logits(x, self.router.weight)  # [T, E]
         scores = self.choice.scores(logits)
-        chosen, wanted = self._choose(scores, sequence)  # [T, K]
+        chosen, wanted = kept(lambda: self._choose(scores, sequence))  # [T, K]
         weights, dispatched = self.choice.weights(scores, chosen), wanted
-        if self.config.capacity:
-            dispatched = sequence.within_capacity(chosen, weights, self.count, self.config.capacity, self.config.drop)
+        if factor := self.config.capacity:
+            drop = self.config.drop
+            dispatched = kept(lambda: sequence.within_capacity(chosen, weights, self.count, factor, drop))
         ragged = self.config.choice == "experts"
         under_way = send_to_experts(x, chosen, weights, dispatched, channel, self.count, ragged=ragged)
         shares = self.choice.shares(scores)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.moe.gathered_linear import Choices, combine_chosen, project_chosen
+from farspan.kernels.recomputation import kept
 from farspan.kernels.routing.router_logits import routing_logits
 from farspan.trainer.model.attention import Attention, AttentionInputs
 from farspan.trainer.model.config import ModelConfig
@@ -45,7 +46,7 @@ class HeadMixture(Attention):
             q = self.query(x).unflatten(1, (self.experts, -1))  # [T, E * heads * D] -> [T, E, heads * D]
             out = self.out(self._gated_outputs(q, gates, x, inputs).flatten(1))  # [T, E * heads * D] -> [T, C]
         else:
-            choices = Choices.of(heads.indices, self.experts)
+            choices = kept(lambda: Choices.of(heads.indices, self.experts))
             # [E * heads * D, C] -> [E, heads * D, C]; q [T, N, heads * D]
             q = project_chosen(x, self.query.weight.unflatten(0, (self.experts, -1)), choices)
             weight = self.out.weight.unflatten(1, (self.experts, -1)).transpose(0, 1)  # [C, E, ..] -> [E, C, heads * D]

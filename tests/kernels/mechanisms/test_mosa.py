@@ -8,6 +8,7 @@ from farspan.kernels.kinds.token_choice import Candidates, ChosenTokens, TokenRo
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanisms.mosa import MoSA
 from farspan.kernels.planner import Heads, Sizes
+from farspan.kernels.routing.ranking import best_in_groups
 from farspan.kernels.sequence_attention import plan_sequence_attention
 from tests.support.lifetimes import documents
 
@@ -42,7 +43,14 @@ def test_the_best_tokens_of_each_document_are_chosen(sparsity: int, include_firs
     for rows in (packed, packed.take(torch.randperm(len(packed), generator=generator))):
         logits = torch.randn(len(rows), 3, generator=generator)
         logits[:, 2] = logits[:, 2].round()  # ties
-        assert torch.equal(mosa.choose(logits, Candidates.of(rows)), expected(logits, rows, mosa))
+        candidates, wanted = Candidates.of(rows), expected(logits, rows, mosa)
+        assert torch.equal(mosa.choose(logits, candidates), wanted)
+        if mosa.counts_are_known:
+            ranks = mosa.choose(torch.zeros(len(rows), 1), candidates)[candidates.index, 0].nonzero().squeeze(1)
+            best = best_in_groups(mosa.scores(logits, candidates).t(), candidates.first, ranks)
+            assert [candidates.index[places].tolist() for places in best] == [
+                [token for token in candidates.index.tolist() if wanted[token, head]] for head in range(3)
+            ]
 
 
 def test_a_causal_choice_takes_about_as_many() -> None:
@@ -63,8 +71,7 @@ def test_what_is_collected_counts_as_work(dtype: torch.dtype) -> None:
     planned = plan_sequence_attention(mosa, rows, heads, range(6), backend="cpu")
     routing = mosa.sample_routing(rows, heads)
     assert isinstance(routing, TokenRouting)
-    chosen = ChosenTokens.of(routing.chosen, rows)
     found = planned.composition(Sizes.of(dtype, 16, 8), lambda: routing)
-    collected = [torch.empty(len(rows), n, width, dtype=dtype) for n, width in ((6, 16), (2, 16), (2, 8), (6, 8))]
-    assert len(chosen.rows) == 2 * 10
-    assert found.working_bytes == sum(chosen.collect(x, kv_heads=2).nbytes for x in collected)
+    collected = [torch.empty(10, n, width, dtype=dtype) for n, width in ((6, 16), (2, 16), (2, 8), (6, 8))]
+    assert len(ChosenTokens.of(routing.chosen, rows).rows) == 2 * 10
+    assert found.working_bytes == sum(x.nbytes for x in collected)

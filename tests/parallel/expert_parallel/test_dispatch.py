@@ -154,6 +154,20 @@ def test_sums_over_the_experts_of_a_token_are_rounded_once() -> None:
         assert (found == exact.sum(dim=1).bfloat16()).double().mean() > 0.99
 
 
+def test_what_is_not_finite_reaches_no_token_whose_choices_are_dropped() -> None:
+    """Nor does a gradient that is not finite: both lie in row 0, that of token 1."""
+    x, weights = torch.ones(3, 2, requires_grad=True), torch.ones(3, 2, requires_grad=True)
+    dispatched = torch.tensor([[False, False], [True, True], [False, True]])
+    channel: Any = RecordingChannel(0, 1)
+    in_flight = send_to_experts(x, torch.tensor([[0, 1]] * 3), weights, dispatched, channel, 2)
+    poison = torch.ones(6, 1).index_fill(0, torch.tensor([0]), torch.nan)
+    out = in_flight.combine(lambda rows, counts: rows * poison)
+    dx, dweights = torch.autograd.grad(out.sum(), (x, weights))
+    for found in (out, dx):
+        assert found.isnan().any(1).tolist() == [False, True, False]
+    assert dweights.isnan().tolist() == [[False, False], [True, False], [False, False]]
+
+
 class Noted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, events: list[str], name: str) -> Tensor:

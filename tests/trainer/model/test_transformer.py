@@ -1,6 +1,7 @@
 """The inputs of attention, against their formulas; attention itself only records them."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,21 +9,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from farspan.kernels.kinds import kv_lifetime
 from farspan.kernels.layers.rope import YarnScaling
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.mechanism import Heads, Mechanism
+from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.lightning import Lightning
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.mosa import MoSA
 from farspan.kernels.mechanisms.nats import NAtS
+from farspan.kernels.routing.router_logits import routing_logits
 from farspan.parallel.comm import Unconnected
 from farspan.parallel.context_parallel.strategy import STRATEGIES
+from farspan.parallel.expert_parallel.capacity import ExpertCapacity
 from farspan.parallel.layout import Shards
+from farspan.trainer.model import attention, experts, head_mixture
 from farspan.trainer.model.attention import Attention, GatedRecurrence
-from farspan.trainer.model.config import ModelConfig, RopeConfig
-from farspan.trainer.model.transformer import SequenceContext, Transformer
+from farspan.trainer.model.config import ExpertsConfig, HeadMixtureConfig, ModelConfig, RopeConfig
+from farspan.trainer.model.transformer import ExpertPlaces, SequenceContext, Transformer
 from tests.kernels.layers.test_rope import scalar_frequency
 
 CONFIG = ModelConfig(layers=1, width=12, heads=4, kv_heads=2, head_dim=6, feed_forward=8, vocabulary_size=16)
@@ -114,30 +117,51 @@ def test_only_recurrences_are_gated_and_only_if_asked_for(recurrent_layer) -> No
     assert kinds == [GatedRecurrence if recurrent_layer == "gated" else Attention, Attention, Attention]
 
 
-@pytest.mark.parametrize(
-    ("mechanism", "place", "name"),
-    [(MoBA(block=4, top_k=2), MoBA, "select"), (NAtS(window=3), kv_lifetime, "chosen_types")],
-    ids=["moba", "nats"],
-)
-def test_recomputed_layers_attend_to_what_their_first_pass_chose(
-    mechanism: Mechanism, place: Any, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One choice for each layer and step, and the gradients of a model that keeps its activations."""
-    choose, choices = getattr(place, name), []
-    monkeypatch.setattr(place, name, lambda *given: choices.append(choose(*given)) or choices[-1])
+EXPERTS = partial(ExpertsConfig, count=4, feed_forward=8)
+CHOOSING: dict[str, tuple[Mechanism, dict[str, Any]]] = {
+    "moba": (MoBA(block=4, top_k=2), {}),
+    "nats": (NAtS(window=3), {}),
+    "mosa": (MoSA(sparsity=4), {}),
+    "mosa, causal choice": (MoSA(sparsity=4, causal_choice=True), {}),
+    "experts": (Dense(), {"experts": EXPERTS()}),
+    "experts, capacity": (Dense(), {"experts": EXPERTS(capacity=0.8)}),
+    "experts, expert choice": (Dense(), {"experts": EXPERTS(choice="experts", normalized=False)}),
+    "attention experts": (Dense(), {"head_mixture": HeadMixtureConfig(kind="experts", count=4, per_token=2)}),
+    "mixture of heads": (Dense(), {"head_mixture": HeadMixtureConfig(kind="heads", shared=0, per_token=1)}),
+}
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_what_a_layer_chooses_serves_its_recomputation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores are all equal but for noise in the pass that recomputes, by which it would choose all else."""
+    mechanism, changed = CHOOSING[name]
+    config, repeats, generator = replace(CONFIG, layers=2, **changed), False, torch.Generator().manual_seed(0)
+
+    def disturb(x: Tensor) -> Tensor:
+        return x + 1e-6 * torch.randn(x.shape, generator=generator, dtype=x.dtype) if repeats else x
+
+    for place in (attention, experts, head_mixture):
+        monkeypatch.setattr(place, "routing_logits", lambda *given: disturb(routing_logits(*given)))
+    rotate = attention.rotate_queries_and_keys
+    monkeypatch.setattr(attention, "rotate_queries_and_keys", lambda *given: [disturb(x) for x in rotate(*given)])
+
     rows, tokens = Rows.packed([20, 13]), torch.arange(33) % 16
-    shards = Shards.build(rows, layout="contiguous", degree=1)
     single = STRATEGIES.get("single")(Unconnected(0, 1))
-    attention = single.prepare(mechanism, shards, Heads(query=4, kv=2), backend="cpu")
+    heads = config.heads_of(mechanism)
+    planned = single.prepare(mechanism, Shards.build(rows, layout="contiguous", degree=1), heads, backend="cpu")
+    places = ExpertPlaces(sequence=ExpertCapacity(Unconnected(0, 1), torch.arange(33)), channel=Unconnected(0, 1))
     gradients = []
     for recompute in (False, True):
-        model = Transformer(replace(CONFIG, layers=2), [mechanism, mechanism], recompute=recompute).double()
-        generator = torch.Generator().manual_seed(0)
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
-        choices.clear()
-        losses = model(tokens, tokens, SequenceContext(rows=rows, attention=(attention, attention))).losses
-        gradients.append(torch.autograd.grad(losses.sum(), list(model.parameters())))
-        assert len(choices) == 2
-    for kept, recomputed in zip(*gradients, strict=True):
-        assert torch.equal(kept, recomputed)
+        model, repeats = Transformer(config, [mechanism] * 2, recompute=recompute).double(), False
+        for parameter_name, parameter in model.named_parameters():
+            chooses = "router" in parameter_name or ("query" in parameter_name and isinstance(mechanism, MoBA))
+            parameter.data.normal_(0.0, 0.0 if chooses else 0.3, generator=torch.Generator().manual_seed(1))
+        for buffer in model.buffers():
+            buffer.zero_()
+        context = SequenceContext(rows=rows, attention=(planned, planned), experts=places)
+        losses = model(tokens, tokens, context).losses
+        repeats = True
+        given = torch.autograd.grad(losses.sum(), list(model.parameters()), allow_unused=True, materialize_grads=True)
+        gradients.append(given)
+    for (parameter_name, _), first, again in zip(model.named_parameters(), *gradients, strict=True):
+        assert (first - again).norm() <= 1e-4 * (1 + first.norm()), parameter_name

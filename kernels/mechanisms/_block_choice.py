@@ -19,7 +19,8 @@ from farspan.kernels.planning.choice_tiles import Candidates, ChoiceTiles, Ranki
 from farspan.kernels.ragged import offsets_of
 
 if TYPE_CHECKING:
-    from farspan.kernels.triton_kernels.block_choice import Members, Rule
+    from farspan.kernels.triton_kernels.block_choice import Rule
+    from farspan.kernels.triton_kernels.block_means import Members
 
 MAX_INT = (1 << 31) - 1
 
@@ -81,7 +82,7 @@ class BlockChoice:
         return self._members(self.local_shard.query_blocks)
 
     def _members(self, partition: BlockPartition) -> "Members":
-        from farspan.kernels.triton_kernels.block_choice import Members
+        from farspan.kernels.triton_kernels.block_means import Members
 
         block = partition.of(self.local_shard.rows)
         padding, order = int((block < 0).sum()), block.argsort(stable=True)  # padding comes first
@@ -185,7 +186,7 @@ class BlockChoice:
         The mean key of the document is subtracted from its keys first.
         """
         from farspan.kernels.triton_kernels import block_choice_launch as launch
-        from farspan.kernels.triton_kernels.block_choice import Shift
+        from farspan.kernels.triton_kernels.block_means import Shift
 
         members, counts, document = self._documents
         # [Hk, D, blocks] -> [blocks, Hk, D]; a document's blocks are its rows here.
@@ -197,7 +198,7 @@ class BlockChoice:
     @cached_property
     def _documents(self) -> tuple["Members", Tensor, Tensor]:
         """The blocks of each document, its rows, float64 `[documents]`, and the document of each block, int32."""
-        from farspan.kernels.triton_kernels.block_choice import Members
+        from farspan.kernels.triton_kernels.block_means import Members
 
         blocks = self.local_shard.key_blocks
         order, offsets, document = (
@@ -232,11 +233,6 @@ class BlockChoice:
         return PackedSelection(
             bits=bits, query_block=self.queries.query_block, blocks=self.local_shard.key_blocks, most=self.most
         )
-
-
-def fits(local_shard: LocalShard) -> bool:
-    """Return whether the kernels take documents of so many blocks; of more, torch selects, and the host waits."""
-    return Candidates.fit(local_shard.key_blocks.first)
 
 
 def longest(local_shard: LocalShard) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from farspan.kernels.device_copies import copy_to
 from farspan.kernels.kinds.routed import LocalShard
-from farspan.kernels.masks.packed_selection import PackedSelection
+from farspan.kernels.masks.packed_selection import PackedSelection, numbers_pay
 from farspan.kernels.masks.selection import BlockPartition
 from farspan.kernels.planning.choice_tiles import Candidates, ChoiceTiles, Ranking, choice_tiles
 from farspan.kernels.ragged import offsets_of
@@ -226,12 +226,22 @@ class BlockChoice:
         assert self.ranking is not None
         if block_competes is not None:
             rule = rule._replace(block_competes=block_competes, query_competes=query_competes)
-        return self.selection(launch.choose(q, key_means, self.tiles, rule, self.ranking, most=self.most, scale=scale))
+        # Tiles are few, and their kernels read bits.
+        by_row = len(self.queries.document) == len(self.queries.query_block)
+        numbered = by_row and numbers_pay(self.local_shard.key_blocks.count, self.most)
+        chosen = launch.choose(
+            q, key_means, self.tiles, rule, self.ranking, most=self.most, numbered=numbered, scale=scale
+        )
+        return self.selection(chosen, numbered=numbered)
 
-    def selection(self, bits: Tensor) -> PackedSelection:
-        """Return the selection with these bits, int32 `[Q, Hq, words]`."""
+    def selection(self, chosen: Tensor, *, numbered: bool = False) -> PackedSelection:
+        """Return the selection of these bits, int32 `[Q, Hq, words]`, or numbers, `[Q, Hq, most]`."""
         return PackedSelection(
-            bits=bits, query_block=self.queries.query_block, blocks=self.local_shard.key_blocks, most=self.most
+            stored=chosen,
+            query_block=self.queries.query_block,
+            blocks=self.local_shard.key_blocks,
+            most=self.most,
+            numbered=numbered,
         )
 
 

@@ -217,6 +217,19 @@ def store_bits(
 
 
 @triton.jit
+def store_numbers(numbers, m_selected, b_place, o_query, m_query, o_block, i_head, heads, width):
+    """Write the numbers of chosen blocks from place `b_place` `[ROWS]` on, `[queries, heads, width]`.
+
+    Return the next places.
+    """
+    b_selected = m_selected.to(tl.int32)
+    o_place = b_place[None, :] + tl.cumsum(b_selected, axis=0) - 1
+    p_number = numbers + ((o_query.to(tl.int64) * heads + i_head) * width)[None, :] + o_place
+    tl.store(p_number, o_block[:, None] + tl.zeros_like(o_place), mask=m_selected & m_query[None, :])
+    return b_place + tl.sum(b_selected, axis=0)
+
+
+@triton.jit
 def load_tile(tiles, i_tile, ROWS: tl.constexpr):
     """Return (first block, end of the blocks, least number to choose, queries `[ROWS]`, which exist) of a tile."""
     p_tile = tiles + tl.cast(i_tile, tl.int64) * (TILE_HEADER + ROWS)
@@ -279,13 +292,14 @@ def besides(
 
 @triton.jit
 def choose_kernel(
-    bits, scores, tiles, rule, num_queries, num_words, most,
+    chosen, scores, tiles, rule, num_queries, width, most,
     WEIGHTS: tl.constexpr, SHARE: tl.constexpr, OWN_COUNTS: tl.constexpr, SINK: tl.constexpr,
-    BLOCKS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr, ROWS: tl.constexpr, NUMBERED: tl.constexpr,
 ):  # fmt: skip
     """Choose the best blocks for each query of a tile and head, at most `most`, and those that are chosen besides.
 
-    tiles: see `Candidates.tiles`. WEIGHTS, SHARE, OWN_COUNTS, SINK: see `Ranking`.
+    chosen: `[queries, heads, width]`, bits, or numbers. tiles: see `Candidates.tiles`. WEIGHTS, SHARE, OWN_COUNTS,
+    SINK: see `Ranking`.
     """
     i_tile, i_head = tl.program_id(0) // scores.heads, tl.program_id(0) % scores.heads
     first, stop, least, o_query, m_query = load_tile(tiles, i_tile, ROWS)
@@ -315,4 +329,8 @@ def choose_kernel(
         scores, rule, num_queries, o_query, m_query, o_block, m_block, m_visible, m_own, first, i_head,
         OWN_COUNTS, SINK,
     )  # fmt: skip
-    store_bits(bits, m_selected, o_query, m_query, base, i_head, scores.heads, num_words, BLOCKS, ROWS)
+    if NUMBERED:
+        b_place = tl.zeros([ROWS], tl.int32)
+        store_numbers(chosen, m_selected, b_place, o_query, m_query, o_block, i_head, scores.heads, width)
+    else:
+        store_bits(chosen, m_selected, o_query, m_query, base, i_head, scores.heads, width, BLOCKS, ROWS)

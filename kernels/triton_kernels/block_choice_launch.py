@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from farspan.kernels.masks.packed_selection import num_words
+from farspan.kernels.masks.packed_selection import num_words, number_dtype
 from farspan.kernels.planning import choice_tiles
 from farspan.kernels.planning.choice_tiles import ChoiceTiles, Ranking
 from farspan.kernels.triton_kernels import block_choice as kernels
@@ -105,25 +105,27 @@ def choose(
     ranking: Ranking,
     *,
     most: int,
+    numbered: bool,
     scale: float = 1.0,
 ) -> Tensor:
-    """Return the bits of the blocks that each query chooses, int32 `[Q, Hq, words]`.
+    """Return the blocks that each query chooses, as bits or numbers; see `PackedSelection.stored`.
 
     q: `[Q, Hq, D]`. block_means: float64 `[Hk, D, blocks]`. most: the greatest number that the ranking chooses.
     """
-    (queries, heads, width), (kv_heads, _, blocks) = q.shape, block_means.shape
-    words = num_words(blocks)
-    bits = torch.zeros(queries, heads, words, dtype=torch.int32, device=q.device)
-    scores = Scores(Strided.of(q), block_means, blocks, width, scale, tl.constexpr(heads), tl.constexpr(kv_heads))
+    (queries, heads, head_dim), (kv_heads, _, blocks) = q.shape, block_means.shape
+    width, dtype = (most, number_dtype(blocks)) if numbered else (num_words(blocks), torch.int32)
+    chosen = torch.full((queries, heads, width), -1 if numbered else 0, dtype=dtype, device=q.device)
+    scores = Scores(Strided.of(q), block_means, blocks, head_dim, scale, tl.constexpr(heads), tl.constexpr(kv_heads))
     constants = {
-        "WEIGHTS": ranking.weights, "SHARE": ranking.share, "OWN_COUNTS": ranking.own_counts, "SINK": ranking.sink
+        "WEIGHTS": ranking.weights, "SHARE": ranking.share, "OWN_COUNTS": ranking.own_counts, "SINK": ranking.sink,
+        "NUMBERED": numbered,
     }  # fmt: skip
     for some in tiles:
         given, programs = (scores, some.table, rule), len(some.table) * heads
         shape = shape_for(some.blocks, ranking)
         constants |= {"BLOCKS": shape.blocks, "ROWS": some.queries, "num_warps": shape.warps}
         if not some.in_chunks:
-            launch(kernels.choose_kernel, programs, bits, *given, queries, words, most, **constants)
+            launch(kernels.choose_kernel, programs, chosen, *given, queries, width, most, **constants)
             continue
         # The best of each chunk.
         num_best = min(most, shape.blocks) * (some.blocks // shape.blocks) if ranking.weights == "none" else 0
@@ -131,7 +133,7 @@ def choose(
         programs = min(programs, PROGRAMS, max(SCRATCH_BYTES // (4 * size), 1))
         keys = torch.empty(programs * size, dtype=torch.int32, device=q.device)
         launch(
-            chunked_choice.choose_chunked_kernel, programs, bits, keys, *given, len(some.table), queries, words, most,
+            chunked_choice.choose_chunked_kernel, programs, chosen, keys, *given, len(some.table), queries, width, most,
             some.blocks, num_best, **constants,
         )  # fmt: skip
-    return bits
+    return chosen

@@ -1,4 +1,4 @@
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportPossiblyUnboundVariable=false
 """Kernels that sum the rows of each block, and make its mean or its self-similarity of the sums."""
 
 from typing import NamedTuple

@@ -28,6 +28,7 @@ from farspan.kernels.triton_kernels.block_choice import (
     share_of,
     sortable,
     store_bits,
+    store_numbers,
     weights_of,
 )
 
@@ -165,12 +166,12 @@ def _score(
 
 @triton.jit
 def _write(
-    bits, p_keys, scores, rule, tile, i_head, b_least, b_left, num_queries, num_words,
-    OWN_COUNTS: tl.constexpr, SINK: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
+    chosen, p_keys, scores, rule, tile, i_head, b_least, b_left, num_queries, width,
+    OWN_COUNTS: tl.constexpr, SINK: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, NUMBERED: tl.constexpr,
 ):  # fmt: skip
-    """Write the bits of the blocks above `b_least`, of the first `b_left` ties with it, and of those chosen besides."""
+    """Write the blocks above `b_least`, of the first `b_left` ties with it, and of those chosen besides."""
     first, stop, o_query, m_query = tile
-    base = first // 32 * 32
+    base, b_place = first // 32 * 32, tl.zeros([ROWS], tl.int32)
     for i_block in range(base, stop, BLOCKS):
         o_block = i_block + tl.arange(0, BLOCKS)
         m_block = (o_block >= first) & (o_block < stop)
@@ -186,14 +187,17 @@ def _write(
             scores, rule, num_queries, o_query, m_query, o_block, m_block, m_visible, m_own, first, i_head,
             OWN_COUNTS, SINK,
         )  # fmt: skip
-        store_bits(bits, m_selected, o_query, m_query, i_block, i_head, scores.heads, num_words, BLOCKS, ROWS)
+        if NUMBERED:
+            b_place = store_numbers(chosen, m_selected, b_place, o_query, m_query, o_block, i_head, scores.heads, width)
+        else:
+            store_bits(chosen, m_selected, o_query, m_query, i_block, i_head, scores.heads, width, BLOCKS, ROWS)
 
 
 @triton.jit(do_not_specialize=("num_tiles",))
 def choose_chunked_kernel(
-    bits, keys, scores, tiles, rule, num_tiles, num_queries, num_words, most, size, num_best,
+    chosen, keys, scores, tiles, rule, num_tiles, num_queries, width, most, size, num_best,
     WEIGHTS: tl.constexpr, SHARE: tl.constexpr, OWN_COUNTS: tl.constexpr, SINK: tl.constexpr,
-    BLOCKS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr, ROWS: tl.constexpr, NUMBERED: tl.constexpr,
 ):  # fmt: skip
     """Choose as `choose_kernel` does, for tiles of at most `size` blocks from a multiple of 32 on.
 
@@ -231,6 +235,6 @@ def choose_chunked_kernel(
             b_number = tl.minimum(b_number, most)
             b_least, b_left = _nth_best(p_keys, b_count, b_number, weighing, OWN_COUNTS, BLOCKS, ROWS)
         _write(
-            bits, p_keys, scores, rule, tile, i_head, b_least, b_left, num_queries, num_words,
-            OWN_COUNTS, SINK, BLOCKS, ROWS,
+            chosen, p_keys, scores, rule, tile, i_head, b_least, b_left, num_queries, width,
+            OWN_COUNTS, SINK, BLOCKS, ROWS, NUMBERED,
         )  # fmt: skip

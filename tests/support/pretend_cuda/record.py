@@ -26,8 +26,8 @@ first one of a sequence: what a sequence needs once is not in it.
 LONG_INTRODUCTION = """\
 ## One layer of attention over 131,072 tokens
 
-bfloat16, one rank, 32:8 heads of 128; one document, but 125 for `dense_packed` and 16 for neighborhoods. The last rows
-are of documents of 8,192 blocks, of as many tokens as their names say.
+bfloat16, one rank, 32:8 heads of 128; one document, but 125 for `dense_packed` and 16 for neighborhoods. The last four
+are of documents of 8,192 and of 4,224 blocks, of as many tokens as their names say.
 """
 STEPS_INTRODUCTION = """
 ## A training step of every mechanism and strategy

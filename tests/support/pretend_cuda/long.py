@@ -56,11 +56,12 @@ class Layers:
     waits: str | None
 
 
+MANY_TILES = 67_584
 MANY_BLOCKS: dict[str, tuple[Mechanism, int]] = {
     "moba_128x32 of 1M": (MoBA(block=128, top_k=32), 8 * TOKENS),
     "vmoba_16": (VMoBA(brick=(16,)), TOKENS),
-    "sparge_top_10 of 264K": (SpargeAttention(similarity=-0.1, top=0.1), 33 * TOKENS // 16),
-    "vggt_10 of 264K": (VGGT(mass=0.0, sparsity=0.9), 33 * TOKENS // 16),
+    "sparge_16": (SpargeAttention(similarity=-0.1, top=0.1, block=16), MANY_TILES),
+    "vggt_16": (VGGT(mass=0.0, sparsity=0.9, block=16), MANY_TILES),
 }
 """Documents of 8,192 blocks, or of 4,224, where the host plans tiles; and the number of tokens of each."""
 BY_ROW, BY_TILE = (60, 120), (40, 60)

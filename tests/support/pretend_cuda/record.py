@@ -27,7 +27,7 @@ LONG_INTRODUCTION = """\
 ## One layer of attention over 131,072 tokens
 
 bfloat16, one rank, 32:8 heads of 128; one document, but 125 for `dense_packed` and 16 for neighborhoods. The last four
-are of documents of 8,192 and of 4,224 blocks, of as many tokens as their names say.
+are documents of 8,192 blocks, the first of them of 1,048,576 tokens, and of 4,224 blocks in 67,584 tokens.
 """
 STEPS_INTRODUCTION = """
 ## A training step of every mechanism and strategy

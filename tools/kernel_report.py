@@ -252,7 +252,7 @@ def _layers(case: Case) -> None:
 
 def _choice(case: Case) -> None:
     # The last rows of documents of all kinds of sizes choose among one block for each of their rows.
-    lengths = (64, 512, 1024, MAX_BLOCKS)
+    lengths = (64, 512, 1024, MAX_BLOCKS, 2 * MAX_BLOCKS)
     rows = Rows.packed(lengths)
     local_rows = rows.take(torch.tensor(lengths).cumsum(0) - 1)
     q, k = (torch.zeros(len(lengths), heads, case.width, dtype=case.dtype) for heads in (HEADS, KV_HEADS))

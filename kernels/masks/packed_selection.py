@@ -3,6 +3,11 @@
 Query block 0 of head 0 selects the blocks 0, 1 and 33 of 40. Of its two words, block b is bit b % 32 of word b // 32.
 
     bits[0, 0]    0b11, 0b10
+
+Where few of many blocks are selected, their numbers take less memory until the backward pass: 32 of 8,192 blocks are
+64 bytes, not 1,024, for each row and head. They are kept instead, and bits are made of them for a moment.
+
+    numbers[0, 0]    0, 1, 33, -1        of at most 4 blocks
 """
 
 from dataclasses import dataclass, replace
@@ -18,6 +23,8 @@ from farspan.kernels.ragged import take_or
 
 WORD = 32
 """Bits of a word."""
+NUMBERS_SAVE = 4
+"""How many times as many bytes bits must have for numbers to be kept: it takes some operations to turn them back."""
 QUERY_BLOCKS_AT_ONCE = 1 << 12
 """Query blocks whose bits are spread out at the same time."""
 
@@ -27,19 +34,31 @@ def num_words(blocks: int) -> int:
     return max(-(-blocks // WORD), 1)
 
 
+def number_dtype(blocks: int) -> torch.dtype:
+    """Return the dtype of the numbers of `blocks` blocks."""
+    return torch.int16 if blocks - 1 <= torch.iinfo(torch.int16).max else torch.int32
+
+
+def numbers_pay(blocks: int, most: int) -> bool:
+    """Return whether the numbers of `most` blocks take much less memory than the bits of all `blocks`."""
+    return NUMBERS_SAVE * most * number_dtype(blocks).itemsize <= num_words(blocks) * torch.int32.itemsize
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedSelection:
     """Key blocks selected by each (query block, head group), one bit each; unpacked, it is a `BlockSelection`.
 
-    bits: int32 `[Q, heads, words]`, where the queries are; bits of no block are 0. query_block: of each query row,
-    int64 `[queries]`, on the CPU; -1 for rows that attend to nothing. blocks: the partition of keys. most: no list has
-    more blocks than this, which the host knows.
+    stored: where the queries are, bits, int32 `[Q, heads, words]`, those of no block 0; or, if `numbered`, numbers of
+    blocks, int16 or int32 `[Q, heads, most]`, -1 for none. query_block: of each query row, int64 `[queries]`, on the
+    CPU; -1 for rows that attend to nothing. blocks: the partition of keys. most: no list has more blocks than this,
+    which the host knows.
     """
 
-    bits: Tensor
+    stored: Tensor
     query_block: Tensor
     blocks: BlockPartition
     most: int
+    numbered: bool = False
 
     @staticmethod
     def pack(selection: BlockSelection, device: torch.device) -> "PackedSelection":
@@ -52,11 +71,21 @@ class PackedSelection:
         index = (query_block * selection.heads + head) * words + block // WORD
         bits.index_add_(0, index, (1 << (block % WORD)).int())
         return PackedSelection(
-            bits=copy_to(bits.view(count, selection.heads, words), device),
+            stored=copy_to(bits.view(count, selection.heads, words), device),
             query_block=selection.query_block,
             blocks=selection.blocks,
             most=int(selection.offsets.diff().max()) if count else 0,
         )
+
+    @property
+    def bits(self) -> Tensor:
+        """int32 `[Q, heads, words]`; made anew of numbers each time, without waiting."""
+        if not self.numbered:
+            return self.stored
+        bits = self.stored.new_zeros(*self.stored.shape[:2], num_words(self.blocks.count), dtype=torch.int32)
+        # Each bit occurs once, so that a sum sets it; -1 adds nothing.
+        bit = (self.stored >= 0).int().bitwise_left_shift_(self.stored & (WORD - 1))
+        return bits.scatter_add_(2, (self.stored // WORD).clamp_(min=0).long(), bit)
 
     @cached_property
     def as_lists(self) -> BlockSelection:
@@ -78,9 +107,9 @@ class PackedSelection:
         active = torch.zeros(max(self.num_query_blocks, 1), dtype=torch.bool)
         active[self.query_block[self.query_block >= 0]] = True
         # As many query blocks as a power of 2, so that halves have the same size: [Q, heads, words] -> [heads, words]
-        size = 1 << (len(active) - 1).bit_length()
-        some = self.bits.new_zeros(size, *self.bits.shape[1:])
-        some[: self.num_query_blocks] = self.bits
+        size, bits = 1 << (len(active) - 1).bit_length(), self.bits
+        some = bits.new_zeros(size, *bits.shape[1:])
+        some[: self.num_query_blocks] = bits
         if not bool(active.all()):
             some[: len(active)].mul_(copy_to(active, some.device)[:, None, None])
         while len(some) > 1:
@@ -91,11 +120,11 @@ class PackedSelection:
 
     @property
     def heads(self) -> int:
-        return self.bits.shape[1]
+        return self.stored.shape[1]
 
     @property
     def num_query_blocks(self) -> int:
-        return self.bits.shape[0]
+        return self.stored.shape[0]
 
     def of_queries(self, index: Tensor) -> "PackedSelection":
         """The selection of the queries at `index`, int64 `[queries]`; an index of -1 attends to nothing."""

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from farspan.kernels.device_copies import copy_to
 from farspan.kernels.kinds.routed import LocalShard
-from farspan.kernels.masks.packed_selection import PackedSelection
+from farspan.kernels.masks.packed_selection import PackedSelection, numbers_pay
 from farspan.kernels.masks.selection import BlockPartition
 from farspan.kernels.planning.choice_tiles import Candidates, ChoiceTiles, Ranking, choice_tiles
 from farspan.kernels.ragged import offsets_of
 
 if TYPE_CHECKING:
-    from farspan.kernels.triton_kernels.block_choice import Members, Rule
+    from farspan.kernels.triton_kernels.block_choice import Rule
+    from farspan.kernels.triton_kernels.block_means import Members
 
 MAX_INT = (1 << 31) - 1
 
@@ -81,7 +82,7 @@ class BlockChoice:
         return self._members(self.local_shard.query_blocks)
 
     def _members(self, partition: BlockPartition) -> "Members":
-        from farspan.kernels.triton_kernels.block_choice import Members
+        from farspan.kernels.triton_kernels.block_means import Members
 
         block = partition.of(self.local_shard.rows)
         padding, order = int((block < 0).sum()), block.argsort(stable=True)  # padding comes first
@@ -185,7 +186,7 @@ class BlockChoice:
         The mean key of the document is subtracted from its keys first.
         """
         from farspan.kernels.triton_kernels import block_choice_launch as launch
-        from farspan.kernels.triton_kernels.block_choice import Shift
+        from farspan.kernels.triton_kernels.block_means import Shift
 
         members, counts, document = self._documents
         # [Hk, D, blocks] -> [blocks, Hk, D]; a document's blocks are its rows here.
@@ -197,7 +198,7 @@ class BlockChoice:
     @cached_property
     def _documents(self) -> tuple["Members", Tensor, Tensor]:
         """The blocks of each document, its rows, float64 `[documents]`, and the document of each block, int32."""
-        from farspan.kernels.triton_kernels.block_choice import Members
+        from farspan.kernels.triton_kernels.block_means import Members
 
         blocks = self.local_shard.key_blocks
         order, offsets, document = (
@@ -225,18 +226,23 @@ class BlockChoice:
         assert self.ranking is not None
         if block_competes is not None:
             rule = rule._replace(block_competes=block_competes, query_competes=query_competes)
-        return self.selection(launch.choose(q, key_means, self.tiles, rule, self.ranking, most=self.most, scale=scale))
-
-    def selection(self, bits: Tensor) -> PackedSelection:
-        """Return the selection with these bits, int32 `[Q, Hq, words]`."""
-        return PackedSelection(
-            bits=bits, query_block=self.queries.query_block, blocks=self.local_shard.key_blocks, most=self.most
+        # Tiles are few, and their kernels read bits.
+        by_row = len(self.queries.document) == len(self.queries.query_block)
+        numbered = by_row and numbers_pay(self.local_shard.key_blocks.count, self.most)
+        chosen = launch.choose(
+            q, key_means, self.tiles, rule, self.ranking, most=self.most, numbered=numbered, scale=scale
         )
+        return self.selection(chosen, numbered=numbered)
 
-
-def fits(local_shard: LocalShard) -> bool:
-    """Return whether the kernels take documents of so many blocks; of more, torch selects, and the host waits."""
-    return Candidates.fit(local_shard.key_blocks.first)
+    def selection(self, chosen: Tensor, *, numbered: bool = False) -> PackedSelection:
+        """Return the selection of these bits, int32 `[Q, Hq, words]`, or numbers, `[Q, Hq, most]`."""
+        return PackedSelection(
+            stored=chosen,
+            query_block=self.queries.query_block,
+            blocks=self.local_shard.key_blocks,
+            most=self.most,
+            numbered=numbered,
+        )
 
 
 def longest(local_shard: LocalShard) -> int:

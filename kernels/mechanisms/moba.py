@@ -18,7 +18,7 @@ from farspan.kernels.masks.packed_selection import PackedSelection
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.mechanism import MECHANISMS
-from farspan.kernels.mechanisms._block_choice import BlockChoice, Queries, fits, longest
+from farspan.kernels.mechanisms._block_choice import BlockChoice, Queries, longest
 from farspan.kernels.planner import Heads
 from farspan.kernels.planning.choice_tiles import Ranking
 from farspan.kernels.routing.ranking import affinity, top
@@ -87,8 +87,6 @@ class MoBA(Routed):
 
     @torch.no_grad()
     def select_packed(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> PackedSelection:
-        if not fits(local_shard):
-            return Routed.select_packed(self, q, k, local_shard)
         choice = local_shard.once(("choice", q.device), lambda: self._choice(local_shard, q.device))
         return choice.choose(q, choice.key_means(k))
 

@@ -24,7 +24,7 @@ from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.mechanism import MECHANISMS
 from farspan.kernels.mechanisms import _tile_selection as by_tile
-from farspan.kernels.mechanisms._block_choice import BlockChoice, Queries, fits, longest
+from farspan.kernels.mechanisms._block_choice import BlockChoice, Queries, longest
 from farspan.kernels.planner import Heads
 from farspan.kernels.planning.choice_tiles import Ranking
 
@@ -117,8 +117,6 @@ class SpargeAttention(Routed):
 
     @torch.no_grad()
     def select_packed(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> PackedSelection:
-        if not fits(local_shard):
-            return Routed.select_packed(self, q, k, local_shard)
         choice = local_shard.once(("choice", q.device), lambda: self._choice(local_shard, q.device))
         query_means, tile_similar = choice.query_means(q, similarity=self.similarity)
         key_means = choice.key_means(k)

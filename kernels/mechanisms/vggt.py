@@ -21,7 +21,7 @@ from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.mechanism import MECHANISMS
 from farspan.kernels.mechanisms import _tile_selection as by_tile
-from farspan.kernels.mechanisms._block_choice import BlockChoice, Queries, fits, longest
+from farspan.kernels.mechanisms._block_choice import BlockChoice, Queries, longest
 from farspan.kernels.planner import Heads
 from farspan.kernels.planning.choice_tiles import Ranking
 
@@ -112,8 +112,6 @@ class VGGT(Routed):
 
     @torch.no_grad()
     def select_packed(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> PackedSelection:
-        if not fits(local_shard):
-            return Routed.select_packed(self, q, k, local_shard)
         choice = local_shard.once(("choice", q.device), lambda: self._choice(local_shard, q.device))
         query_means, _ = choice.query_means(q)
         return choice.choose(query_means, choice.key_means(k), scale=q.shape[2] ** -0.5)

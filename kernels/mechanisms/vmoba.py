@@ -21,7 +21,7 @@ from farspan.kernels.masks.packed_selection import PackedSelection
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.mechanism import MECHANISMS
-from farspan.kernels.mechanisms._block_choice import BlockChoice, Queries, fits, longest
+from farspan.kernels.mechanisms._block_choice import BlockChoice, Queries, longest
 from farspan.kernels.planner import AllReduceSum, Heads
 from farspan.kernels.planning.choice_tiles import Ranking
 from farspan.kernels.routing.ranking import affinity, from_sortable, sortable, sortable_from_zero
@@ -101,8 +101,6 @@ class VMoBA(Routed):
 
     @torch.no_grad()
     def select_packed(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> PackedSelection:
-        if self.scope == "query" and not fits(local_shard):
-            return Routed.select_packed(self, q, k, local_shard)
         choice = local_shard.once(("choice", q.device), lambda: self._choice(local_shard, q.device))
         key_means = choice.key_means(k)
         if self.scope == "query":

@@ -6,6 +6,8 @@ rounded up to a power of two. Two documents of 40 and of 100 blocks, causal, 4 q
     32    queries that see up to 32 blocks of the first document     (words of bits begin at blocks 0, 32, ...)
     64    its others; those of the second that see up to 56 of its blocks, which begin at bit 8 of word 1
     128   the rest
+
+Queries of more blocks than MAX_BLOCKS are all in tiles of one size, the largest that any needs.
 """
 
 from collections.abc import Callable
@@ -19,7 +21,8 @@ from farspan.kernels.masks.packed_selection import WORD
 from farspan.kernels.ragged import expand
 
 MAX_BLOCKS = 1 << 12
-"""The largest size: a query's scores for all blocks of its document, from a multiple of 32 on, are in registers."""
+"""The largest size at which a query's scores for all blocks of its document, from a multiple of 32 on, fit into
+registers; where there are more, they are made in chunks."""
 HEADER = 4
 """Numbers of a tile in front of its queries."""
 
@@ -53,16 +56,14 @@ class Candidates:
     stop: Tensor
     least: Tensor
 
-    @staticmethod
-    def fit(first: Tensor) -> bool:
-        """Return whether no document has too many blocks; first: each one's first block, then their number."""
-        return len(first) < 2 or int((first[1:] - first[:-1] // WORD * WORD).max()) <= MAX_BLOCKS
-
     def sizes(self) -> Tensor:
-        """Return the blocks of each query from a multiple of 32 on, rounded up to a power of two; 0 for none."""
+        """Return the blocks of each query from a multiple of 32 on, rounded up to a power of two; 0 for none.
+
+        Of those beyond MAX_BLOCKS, it is the largest of any.
+        """
         span = (self.stop - self.first // WORD * WORD).clamp(min=WORD)
-        size = 1 << (span - 1).double().log2().floor().long() + 1
-        return size.masked_fill(self.document < 0, 0)
+        size = (1 << (span - 1).double().log2().floor().long() + 1).masked_fill(self.document < 0, 0)
+        return torch.where(size > MAX_BLOCKS, size.max(), size) if len(size) else size
 
     def tiles(self, index: Tensor, queries: int) -> Tensor:
         """Return the queries at `index`, int64, in tiles of one document each, int32 `[tiles, HEADER + queries]`.
@@ -90,6 +91,10 @@ class ChoiceTiles:
     blocks: int
     queries: int
     table: Tensor
+
+    @property
+    def in_chunks(self) -> bool:
+        return self.blocks > MAX_BLOCKS
 
 
 def choice_tiles(candidates: Candidates, queries_of: Callable[[int], int]) -> tuple[ChoiceTiles, ...]:

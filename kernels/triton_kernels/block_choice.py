@@ -1,7 +1,8 @@
 # pyright: reportMissingImports=false, reportPossiblyUnboundVariable=false
-"""Kernels that choose blocks of keys: means of blocks, scores of queries for them, and the best of these as bits.
+"""The kernel that chooses blocks of keys: scores of queries for the means of blocks, and the best of these as bits.
 
-A tile is some queries of one document, for which all blocks of that document are scored at once, in registers:
+A tile is some queries of one document, for which all blocks of that document are scored at once, in registers, or in
+parts where there are too many (chunked_choice.py):
 
     scores [blocks, queries]  ->  integers that sort alike  ->  the least integer that is still chosen  ->  bits
 
@@ -46,24 +47,6 @@ class Strided(NamedTuple):
         return Strided(x, *x.stride())
 
 
-class Members(NamedTuple):
-    """Rows of each block, one block after another: int32 `order` `[rows]`, `offsets` `[blocks + 1]`."""
-
-    order: Tensor
-    offsets: Tensor
-
-
-class Shift(NamedTuple):
-    """The mean of each block's document, to subtract: sums float64 `[documents, heads, width]`, and what they are of.
-
-    counts: float64 `[documents]`. document: of each block, int32 `[blocks]`.
-    """
-
-    sums: Tensor
-    counts: Tensor
-    document: Tensor
-
-
 class Rule(NamedTuple):
     """Which blocks a query may choose, which of these compete, and which are chosen besides.
 
@@ -91,101 +74,6 @@ class Scores(NamedTuple):
     scale: float
     heads: Any
     kv_heads: Any
-
-
-@triton.jit
-def sums_kernel(
-    sums, x, members, weight, shift, num_blocks,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
-    PLAIN: tl.constexpr, UNIT: tl.constexpr,
-):  # fmt: skip
-    """Sum the rows of each block, float64 `[kinds, blocks, HEADS, WIDTH]`.
-
-    PLAIN: as they are. UNIT: scaled to length one. Both are two kinds.
-    """
-    i_block, i_head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
-    start, stop = tl.load(members.offsets + i_block), tl.load(members.offsets + i_block + 1)
-    o_column = tl.arange(0, PADDED)
-    m_column = o_column < WIDTH
-    p_column = x.pointer + tl.cast(i_head, tl.int64) * x.head_stride + o_column.to(tl.int64) * x.column_stride
-    if shift is not None:
-        i_document = tl.load(shift.document + i_block)
-        p_shift = shift.sums + (i_document * HEADS + i_head).to(tl.int64) * WIDTH + o_column
-        b_shift = tl.load(p_shift, mask=m_column, other=0.0) / tl.load(shift.counts + i_document)
-        b_shift = b_shift.to(tl.float32).to(x.pointer.dtype.element_ty).to(tl.float32)
-    b_plain = tl.zeros([ROWS, PADDED], tl.float64)
-    b_unit = tl.zeros([ROWS, PADDED], tl.float64)
-    for i_row in range(start, stop, ROWS):
-        o_nth = i_row + tl.arange(0, ROWS)
-        m_row = o_nth < stop
-        o_row = tl.load(members.order + o_nth, mask=m_row, other=0)
-        mask = m_row[:, None] & m_column[None, :]
-        # [ROWS, PADDED]
-        b_x = tl.load(p_column[None, :] + o_row.to(tl.int64)[:, None] * x.row_stride, mask=mask, other=0.0)
-        b_x = b_x.to(tl.float32)
-        if shift is not None:
-            # Rounded to the dtype of x, as the difference of two of its tensors is.
-            b_x = tl.where(mask, (b_x - b_shift[None, :]).to(x.pointer.dtype.element_ty).to(tl.float32), 0.0)
-        b_x = b_x.to(tl.float64)
-        if weight is not None:
-            b_x *= tl.load(weight + o_row, mask=m_row, other=0.0)[:, None]
-        if PLAIN:
-            b_plain += b_x
-        if UNIT:
-            b_norm = tl.sqrt(tl.sum(b_x * b_x, axis=1))
-            b_unit += b_x / tl.where(b_norm == 0, 1.0, b_norm)[:, None]
-    p_sum = sums + (tl.cast(i_block, tl.int64) * HEADS + i_head) * WIDTH + o_column
-    if PLAIN:
-        tl.store(p_sum, tl.sum(b_plain, axis=0), mask=m_column)
-        p_sum += tl.cast(num_blocks, tl.int64) * HEADS * WIDTH
-    if UNIT:
-        tl.store(p_sum, tl.sum(b_unit, axis=0), mask=m_column)
-
-
-@triton.jit
-def _sums_of_blocks(sums, counts, which, num_blocks, HEADS, WIDTH, PADDED: tl.constexpr, BLOCKS: tl.constexpr):
-    """Return (sums `[BLOCKS, PADDED]`, counts, indices, which of them exist) of some blocks of `which` and a head."""
-    i_part, i_head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
-    o_nth = i_part * BLOCKS + tl.arange(0, BLOCKS)
-    m_block = o_nth < num_blocks
-    o_block = o_nth if which is None else tl.load(which + o_nth, mask=m_block, other=0)
-    o_column = tl.arange(0, PADDED)
-    p_sum = sums + ((o_block * HEADS + i_head).to(tl.int64) * WIDTH)[:, None] + o_column[None, :]
-    b_sums = tl.load(p_sum, mask=m_block[:, None] & (o_column < WIDTH)[None, :], other=0.0)
-    # An empty block has a sum of 0.
-    return b_sums, tl.maximum(tl.load(counts + o_block, mask=m_block, other=1.0), 1.0), o_nth, m_block
-
-
-@triton.jit
-def means_kernel(
-    means, sums, counts, which, num_blocks,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """Write the means of the blocks `which`, None for all: float64 `[HEADS, WIDTH, blocks]`, rounded to float32.
-
-    sums: `[all blocks, HEADS, WIDTH]`.
-    """
-    b_sums, b_count, o_nth, m_block = _sums_of_blocks(sums, counts, which, num_blocks, HEADS, WIDTH, PADDED, BLOCKS)
-    o_column = tl.arange(0, PADDED)
-    p_column = means + (tl.program_id(0) % HEADS * WIDTH + o_column).to(tl.int64) * num_blocks
-    b_means = (b_sums / b_count[:, None]).to(tl.float32).to(tl.float64)
-    mask = m_block[:, None] & (o_column < WIDTH)[None, :]
-    tl.store(p_column[None, :] + o_nth[:, None], b_means, mask=mask)
-
-
-@triton.jit
-def similar_kernel(
-    similar, sums, counts, which, num_blocks, threshold,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """Write whether the mean cosine of all pairs of a block's rows exceeds the threshold, int8 `[HEADS, blocks]`.
-
-    It is the square of the sum of the rows scaled to length one. sums: of these, `[all blocks, HEADS, WIDTH]`.
-    """
-    b_sums, b_count, o_nth, m_block = _sums_of_blocks(sums, counts, which, num_blocks, HEADS, WIDTH, PADDED, BLOCKS)
-    b_cosine = (tl.sum(b_sums * b_sums, axis=1) / (b_count * b_count)).to(tl.float32)
-    p_similar = similar + (tl.program_id(0) % HEADS).to(tl.int64) * num_blocks + o_nth
-    tl.store(p_similar, (b_cosine > threshold).to(tl.int8), mask=m_block)
 
 
 @triton.jit
@@ -220,6 +108,12 @@ def sortable(b_scores):
 
 
 @triton.jit
+def score_of(b_key):
+    """Return the float32 scores of int32 made by `sortable`."""
+    return (b_key ^ ((b_key >> 31) & INT_MAX)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _rounded(b_x):
     """Return float64 from 0 to 2^51 as int64, rounded to the nearest, ties to even."""
     # 2^52 leaves no bits behind the point.
@@ -227,13 +121,12 @@ def _rounded(b_x):
 
 
 @triton.jit
-def _softmax_weights(b_scores, m_ranked):
-    """Return the weights of a softmax down each column, int64."""
-    b_top = tl.max(tl.where(m_ranked, b_scores, float("-inf")), axis=0)
-    b_top = tl.where(b_top == float("-inf"), 0.0, b_top)
+def _softmax_weights(b_scores, b_high, m_ranked):
+    """Return the weights of a softmax down each column, int64; b_high: its highest score."""
+    b_top = tl.where(b_high == float("-inf"), 0.0, b_high)
     b_distance = b_scores.to(tl.float64) - b_top.to(tl.float64)[None, :]
     b_weight = tl.exp(tl.where(m_ranked, b_distance, 0.0)) * SOFTMAX_ONE
-    return tl.where(m_ranked, _rounded(b_weight), 0)
+    return _rounded(b_weight)
 
 
 @triton.jit
@@ -244,6 +137,30 @@ def scaled_scores(b_scores, b_low, b_high):
     b_scaled = (b_scores.to(tl.float64) - b_low) / tl.where(b_span > 0, b_span, 1.0)
     b_scaled = tl.minimum(tl.maximum(tl.where(b_span > 0, b_scaled, 1.0), 0.0), 1.0)
     return _rounded(b_scaled * SCALED_ONE)
+
+
+@triton.jit
+def extremes(b_scores, m_ranked):
+    """Return the lowest and the highest of the ranked scores down each column."""
+    b_low = tl.min(tl.where(m_ranked, b_scores, float("inf")), axis=0)
+    return b_low, tl.max(tl.where(m_ranked, b_scores, float("-inf")), axis=0)
+
+
+@triton.jit
+def weights_of(b_scores, b_low, b_high, m_ranked, WEIGHTS: tl.constexpr):
+    """Return the weights of scores, int64; 0 where they are not ranked."""
+    if WEIGHTS == "softmax":
+        b_weight = _softmax_weights(b_scores, b_high, m_ranked)
+    else:
+        b_weight = scaled_scores(b_scores, b_low[None, :], b_high[None, :])
+    return tl.where(m_ranked, b_weight, 0)
+
+
+@triton.jit
+def share_of(b_total, WEIGHTS: tl.constexpr, SHARE: tl.constexpr, ROWS: tl.constexpr):
+    """Return what the blocks that are chosen by weight may weigh together, int64: all that fit, or do not reach it."""
+    b_share = b_total.to(tl.float64) * tl.full([ROWS], SHARE, tl.float64)
+    return tl.floor(b_share).to(tl.int64) if WEIGHTS == "softmax" else tl.ceil(b_share).to(tl.int64) - 1
 
 
 @triton.jit
@@ -269,7 +186,7 @@ def _number_within(b_key, b_weight, b_limit, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _best(b_key, b_number, ROWS: tl.constexpr):
+def best(b_key, b_number, ROWS: tl.constexpr):
     """Return which are the best `b_number` `[ROWS]` down each column; the first wins a tie; INT_MIN is never chosen."""
     b_least = tl.full([ROWS], INT_MIN, tl.int32)
     b_bit = b_least
@@ -300,68 +217,120 @@ def store_bits(
 
 
 @triton.jit
+def store_numbers(numbers, m_selected, b_place, o_query, m_query, o_block, i_head, heads, width):
+    """Write the numbers of chosen blocks from place `b_place` `[ROWS]` on, `[queries, heads, width]`.
+
+    Return the next places.
+    """
+    b_selected = m_selected.to(tl.int32)
+    o_place = b_place[None, :] + tl.cumsum(b_selected, axis=0) - 1
+    p_number = numbers + ((o_query.to(tl.int64) * heads + i_head) * width)[None, :] + o_place
+    tl.store(p_number, o_block[:, None] + tl.zeros_like(o_place), mask=m_selected & m_query[None, :])
+    return b_place + tl.sum(b_selected, axis=0)
+
+
+@triton.jit
+def load_tile(tiles, i_tile, ROWS: tl.constexpr):
+    """Return (first block, end of the blocks, least number to choose, queries `[ROWS]`, which exist) of a tile."""
+    p_tile = tiles + tl.cast(i_tile, tl.int64) * (TILE_HEADER + ROWS)
+    o_query = tl.load(p_tile + TILE_HEADER + tl.arange(0, ROWS))
+    m_query = o_query >= 0
+    return tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2), tl.where(m_query, o_query, 0), m_query
+
+
+@triton.jit
+def permitted(rule, o_query, m_query, o_block, m_block):
+    """Return which blocks queries may choose, and which are their own, each `[BLOCKS, ROWS]`."""
+    b_limit = tl.load(rule.limit + o_query, mask=m_query, other=-1)
+    b_first = tl.load(rule.key_first + o_block, mask=m_block, other=INT_MAX)
+    m_visible = b_first[:, None] <= b_limit[None, :]
+    m_own = m_visible & False
+    if rule.own_first is not None:
+        b_own_first = tl.load(rule.own_first + o_query, mask=m_query, other=0)
+        b_own_last = tl.load(rule.own_last + o_query, mask=m_query, other=-1)
+        m_own = (o_block[:, None] >= b_own_first[None, :]) & (o_block[:, None] <= b_own_last[None, :]) & m_visible
+    return m_visible, m_own
+
+
+@triton.jit
+def _competing(scores, rule, o_block, m_block, i_head):
+    """Return which blocks compete, `[BLOCKS]`."""
+    i_kv_head = i_head // (scores.heads // scores.kv_heads)
+    p_competes = rule.block_competes + i_kv_head * scores.num_blocks + o_block
+    return tl.load(p_competes, mask=m_block, other=0) != 0
+
+
+@triton.jit
+def ranked(b_scores, scores, rule, o_block, m_block, m_visible, m_own, i_head, OWN_COUNTS: tl.constexpr):
+    """Return which blocks are ranked, `[BLOCKS, ROWS]`."""
+    m_ranked = m_visible & (sortable(b_scores) > NEVER)
+    if rule.block_competes is not None:
+        m_ranked &= _competing(scores, rule, o_block, m_block, i_head)[:, None]
+    if OWN_COUNTS:
+        m_ranked |= m_own
+    return m_ranked
+
+
+@triton.jit
+def besides(
+    scores, rule, num_queries, o_query, m_query, o_block, m_block, m_visible, m_own, first, i_head,
+    OWN_COUNTS: tl.constexpr, SINK: tl.constexpr,
+):  # fmt: skip
+    """Return which blocks are chosen whatever their rank, `[BLOCKS, ROWS]`."""
+    m_chosen = m_visible & False
+    if rule.block_competes is not None:
+        m_chosen |= m_visible & ~_competing(scores, rule, o_block, m_block, i_head)[:, None]
+    if rule.query_competes is not None:
+        p_competes = rule.query_competes + tl.cast(i_head, tl.int64) * num_queries + o_query
+        m_chosen |= m_visible & (tl.load(p_competes, mask=m_query, other=1) == 0)[None, :]
+    if not OWN_COUNTS:
+        m_chosen |= m_own
+    if SINK:
+        m_chosen |= m_visible & (o_block == first)[:, None]
+    return m_chosen
+
+
+@triton.jit
 def choose_kernel(
-    bits, scores, tiles, rule, num_queries, num_words, most,
+    chosen, scores, tiles, rule, num_queries, width, most,
     WEIGHTS: tl.constexpr, SHARE: tl.constexpr, OWN_COUNTS: tl.constexpr, SINK: tl.constexpr,
-    BLOCKS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr, ROWS: tl.constexpr, NUMBERED: tl.constexpr,
 ):  # fmt: skip
     """Choose the best blocks for each query of a tile and head, at most `most`, and those that are chosen besides.
 
-    tiles: see `Candidates.tiles`. WEIGHTS, SHARE, OWN_COUNTS, SINK: see `Ranking`.
+    chosen: `[queries, heads, width]`, bits, or numbers. tiles: see `Candidates.tiles`. WEIGHTS, SHARE, OWN_COUNTS,
+    SINK: see `Ranking`.
     """
     i_tile, i_head = tl.program_id(0) // scores.heads, tl.program_id(0) % scores.heads
-    p_tile = tiles + tl.cast(i_tile, tl.int64) * (TILE_HEADER + ROWS)
-    first, stop, least = tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2)
-    o_query = tl.load(p_tile + TILE_HEADER + tl.arange(0, ROWS))
-    m_query = o_query >= 0
-    o_query = tl.where(m_query, o_query, 0)
+    first, stop, least, o_query, m_query = load_tile(tiles, i_tile, ROWS)
     base = first // 32 * 32
     o_block = base + tl.arange(0, BLOCKS)
     m_block = (o_block >= first) & (o_block < stop)
     b_scores = block_scores(scores, o_query, o_block, i_head, BLOCKS, ROWS)
 
-    b_limit = tl.load(rule.limit + o_query, mask=m_query, other=-1)
-    b_first = tl.load(rule.key_first + o_block, mask=m_block, other=INT_MAX)
-    m_visible = b_first[:, None] <= b_limit[None, :]
+    m_visible, m_own = permitted(rule, o_query, m_query, o_block, m_block)
+    m_ranked = ranked(b_scores, scores, rule, o_block, m_block, m_visible, m_own, i_head, OWN_COUNTS)
     b_key = sortable(b_scores)
-    m_ranked = m_visible & (b_key > NEVER)
-    if rule.block_competes is not None:
-        i_kv_head = i_head // (scores.heads // scores.kv_heads)
-        p_competes = rule.block_competes + i_kv_head * scores.num_blocks + o_block
-        m_competes = tl.load(p_competes, mask=m_block, other=0) != 0
-        m_ranked &= m_competes[:, None]
-    if rule.own_first is not None:
-        b_own_first = tl.load(rule.own_first + o_query, mask=m_query, other=0)
-        b_own_last = tl.load(rule.own_last + o_query, mask=m_query, other=-1)
-        m_own = (o_block[:, None] >= b_own_first[None, :]) & (o_block[:, None] <= b_own_last[None, :]) & m_visible
-        if OWN_COUNTS:
-            m_ranked |= m_own
-            b_key = tl.where(m_own, HIGHEST, b_key)
+    if OWN_COUNTS:
+        b_key = tl.where(m_own, HIGHEST, b_key)
     b_key = tl.where(m_ranked, b_key, INT_MIN)
 
     b_number = tl.full([ROWS], 0, tl.int32) + least
-    if WEIGHTS == "softmax":
-        b_weight = _softmax_weights(b_scores, m_ranked)
-        b_total = tl.sum(b_weight, axis=0).to(tl.float64)
-        b_fit = tl.floor(b_total * tl.full([ROWS], SHARE, tl.float64)).to(tl.int64)
-        b_number = tl.maximum(b_number, _number_within(b_key, b_weight, b_fit, ROWS))
-    if WEIGHTS == "scaled":
-        b_low = tl.min(tl.where(m_ranked, b_scores, float("inf")), axis=0)
-        b_high = tl.max(tl.where(m_ranked, b_scores, float("-inf")), axis=0)
-        b_weight = tl.where(m_ranked, scaled_scores(b_scores, b_low[None, :], b_high[None, :]), 0)
-        b_total = tl.sum(b_weight, axis=0).to(tl.float64)
-        b_need = tl.ceil(b_total * tl.full([ROWS], SHARE, tl.float64)).to(tl.int64)
-        b_number = tl.maximum(b_number, _number_within(b_key, b_weight, b_need - 1, ROWS)) + 1
+    if WEIGHTS != "none":
+        b_low, b_high = extremes(b_scores, m_ranked)
+        b_weight = weights_of(b_scores, b_low, b_high, m_ranked, WEIGHTS)
+        b_limit = share_of(tl.sum(b_weight, axis=0), WEIGHTS, SHARE, ROWS)
+        b_number = tl.maximum(b_number, _number_within(b_key, b_weight, b_limit, ROWS))
+        if WEIGHTS == "scaled":
+            b_number += 1
     # Never more, whatever the scores are: others reckon with it.
-    m_selected = _best(b_key, tl.minimum(b_number, most), ROWS)
-
-    if rule.block_competes is not None:
-        m_selected |= m_visible & ~m_competes[:, None]
-    if rule.query_competes is not None:
-        p_competes = rule.query_competes + tl.cast(i_head, tl.int64) * num_queries + o_query
-        m_selected |= m_visible & (tl.load(p_competes, mask=m_query, other=1) == 0)[None, :]
-    if rule.own_first is not None and not OWN_COUNTS:
-        m_selected |= m_own
-    if SINK:
-        m_selected |= m_visible & (o_block == first)[:, None]
-    store_bits(bits, m_selected, o_query, m_query, base, i_head, scores.heads, num_words, BLOCKS, ROWS)
+    m_selected = best(b_key, tl.minimum(b_number, most), ROWS)
+    m_selected |= besides(
+        scores, rule, num_queries, o_query, m_query, o_block, m_block, m_visible, m_own, first, i_head,
+        OWN_COUNTS, SINK,
+    )  # fmt: skip
+    if NUMBERED:
+        b_place = tl.zeros([ROWS], tl.int32)
+        store_numbers(chosen, m_selected, b_place, o_query, m_query, o_block, i_head, scores.heads, width)
+    else:
+        store_bits(chosen, m_selected, o_query, m_query, base, i_head, scores.heads, width, BLOCKS, ROWS)

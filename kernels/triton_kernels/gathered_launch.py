@@ -182,7 +182,7 @@ def row_lists_of(selection: PackedSelection, plan: Plan, *, kv_heads: int) -> Ro
     made_for, lists = _LATEST.get(selection, (0, None))
     if lists is None or made_for != kv_heads:
         _LATEST.clear()
-        lists = _row_lists(selection, _query_block(plan, selection, selection.bits.device), plan.heads, kv_heads)
+        lists = _row_lists(selection, _query_block(plan, selection, selection.stored.device), plan.heads, kv_heads)
         _LATEST[selection] = kv_heads, lists
     return lists
 
@@ -193,7 +193,8 @@ def _row_lists(selection: PackedSelection, query_block: Tensor, heads: int, kv_h
         raise ValueError(f"{rows} rows of {heads} heads are too many to number: split the sequence over more ranks")
     most = min(selection.most, blocks)
     chunk = chunk_rows(rows, heads, kv_heads, blocks, most)
-    chunks, words = triton.cdiv(rows, chunk), selection.bits.shape[2]
+    bits = selection.bits
+    chunks, words = triton.cdiv(rows, chunk), bits.shape[2]
     members = torch.empty(max(rows * heads * most, 1), dtype=torch.int32, device=query_block.device)
     # One in front, which stays 0: the sums are where lists start.
     counts = torch.zeros(1 + kv_heads * blocks * chunks, dtype=torch.int32, device=query_block.device)
@@ -201,7 +202,7 @@ def _row_lists(selection: PackedSelection, query_block: Tensor, heads: int, kv_h
     constants = {
         "HEADS": heads, "SHARE": heads // kv_heads, "LISTS": selection.heads, "BLOCK": ORDERED_AT_ONCE
     }  # fmt: skip
-    programs, bits = words * chunks * kv_heads, selection.bits
+    programs = words * chunks * kv_heads
     launch(row_lists.histogram_kernel, programs, bits, query_block, counts[1:], *sizes, **constants)
     starts = counts.cumsum(0)
     launch(row_lists.fill_kernel, programs, bits, query_block, starts, members, *sizes, **constants)

@@ -14,6 +14,7 @@ from farspan.kernels.triton_kernels.block_choice import (
     TILE_HEADER,
     block_scores,
     scaled_scores,
+    score_of,
     sortable,
     store_bits,
 )
@@ -51,8 +52,7 @@ def _pairs(scores, rule, tile, i_block, BLOCKS: tl.constexpr, ROWS: tl.constexpr
 @triton.jit
 def _score_of(b_key):
     """Return the float32 score of an int64 key."""
-    b_bits = (b_key - ZERO).to(tl.int32)
-    return (b_bits ^ ((b_bits >> 31) & INT_MAX)).to(tl.float32, bitcast=True)
+    return score_of((b_key - ZERO).to(tl.int32))
 
 
 @triton.jit

@@ -8,7 +8,7 @@ knows. Example: lists of 2 and 3 visits by the mask, for each of 2 groups; those
     group 0, tile 1    start 2    x x -        group 1, tile 1    start 7    x x x
 
 Memory is that of the lists by the mask for every group, 4 bytes for each visit, and at most LIST_BYTES: the tiles of
-longer ones are taken some at a time.
+longer ones are taken some at a time, a MOST_PORTIONS-th of them at least.
 """
 
 from collections.abc import Hashable, Iterator
@@ -30,6 +30,8 @@ from farspan.kernels.triton_kernels.narrowing import Alive, Portion, Selected, n
 
 LIST_BYTES = 1 << 29
 """Runs of narrowed lists that exist at the same time, unless a single tile has more."""
+MOST_PORTIONS = 8
+"""Portions of all lists, about, as long as their places fit into 32 bits: each takes two launches."""
 CHUNK = 128
 """Tiles that a program of one warp tests at once."""
 
@@ -109,8 +111,9 @@ class Tiles:
         part, source = (torch.from_numpy(column).int() for column in pairs.T)
         # [parts * tiles * 2] -> [parts, tiles, 2] -> [groups, tiles]
         sizes = lists.counts.view(-1, self.count, 2).sum(dim=2)[part.long()]
-        portions = []
-        for start, stop in chunks_by_budget(4 * sizes.sum(dim=0)[lists.order.long()].numpy(), LIST_BYTES):
+        portions, costs = [], 4 * sizes.sum(dim=0)[lists.order.long()].numpy()
+        budget = max(LIST_BYTES, min(int(costs.sum()) // MOST_PORTIONS, 4 * torch.iinfo(torch.int32).max))
+        for start, stop in chunks_by_budget(costs, budget):
             order = lists.order[start:stop]
             ends = sizes[:, order.long()].flatten().cumsum(0)
             starts = (ends - sizes[:, order.long()].flatten()).int()
@@ -121,7 +124,7 @@ class Tiles:
     def _selected(self, plan: Plan, selection: PackedSelection) -> Selected:
         def block_of_tiles(tiling: Tiling) -> Tensor:
             assert tiling.number is not None
-            return copy_to(torch.from_numpy(tiling.number).int(), selection.bits.device)
+            return copy_to(torch.from_numpy(tiling.number).int(), selection.stored.device)
 
         query_block, key_block = once(
             plan.shared, ("blocks", self), lambda: [block_of_tiles(x) for x in self.on_host[:2]]

@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from farspan.kernels.masks import packed_selection
-from farspan.kernels.masks.packed_selection import PackedSelection
+from farspan.kernels.masks.packed_selection import PackedSelection, number_dtype, numbers_pay
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 
@@ -13,6 +15,28 @@ def test_bits_of_the_example() -> None:
     packed = PackedSelection.pack(selection, torch.device("cpu"))
     assert packed.bits.tolist() == [[[0b11, 0b10]]]
     assert packed.most == 3
+
+
+def test_numbers_stand_for_the_same_bits() -> None:
+    """The last bit of a word, which is the sign of an integer, and lists that are shorter than others."""
+    blocks, query_block = BlockPartition.blocks(Rows.packed([70]), 1), torch.arange(70) % 2
+    numbers = torch.tensor(
+        [[[0, 31, 63, 69], [-1] * 4, [5, -1, -1, -1]], [[64, 69, -1, -1], [31, 32, -1, -1], [-1] * 4]]
+    )
+    selection = BlockSelection.from_lists(query_block, blocks, numbers.transpose(0, 1))
+    wanted = PackedSelection.pack(selection, torch.device("cpu"))
+    for dtype in (torch.int16, torch.int32):
+        found = replace(wanted, stored=numbers.to(dtype), numbered=True)
+        assert torch.equal(found.bits, wanted.bits)
+        assert (found.heads, found.num_query_blocks) == (3, 2)
+        assert torch.equal(found.as_lists.key_blocks, selection.key_blocks)
+        assert torch.equal(found.selected_blocks(), selection.selected_blocks())
+
+
+def test_numbers_are_kept_where_they_take_a_quarter_of_the_bits() -> None:
+    """2 bytes each; 4 beyond 32,768 blocks, whose numbers int16 cannot hold."""
+    assert [numbers_pay(blocks, 32) for blocks in (2016, 2017, 1 << 15)] == [False, True, True]
+    assert [number_dtype(blocks) for blocks in (1 << 15, (1 << 15) + 1)] == [torch.int16, torch.int32]
 
 
 @pytest.mark.parametrize("count", [1, 31, 32, 33, 64, 70])

@@ -1,7 +1,9 @@
 """Tiles of queries that choose blocks together."""
 
+import pytest
 import torch
 
+from farspan.kernels.planning import choice_tiles as planning
 from farspan.kernels.planning.choice_tiles import HEADER, Candidates, choice_tiles
 
 # Documents of 40 and of 100 blocks, each query sees the blocks up to its own; two rows of padding between them.
@@ -40,7 +42,12 @@ def test_no_queries_make_no_tiles() -> None:
     assert choice_tiles(Candidates(document=none, first=none, stop=none, least=none), lambda _: 4) == ()
 
 
-def test_a_document_of_too_many_blocks_does_not_fit() -> None:
-    """From a multiple of 32 on: the second document's 4,096 blocks begin at block 10 of word 0."""
-    found = [Candidates.fit(torch.tensor(first)) for first in ([0], [0, 4096, 4106], [0, 4097], [0, 10, 4106])]
-    assert found == [True, True, False, False]
+def test_queries_of_more_blocks_than_registers_hold_share_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first document's 40 blocks are 64, the second's 100 begin at block 8 of word 1, and are 128."""
+    monkeypatch.setattr(planning, "MAX_BLOCKS", 32)
+    large, small = choice_tiles(CANDIDATES, lambda _: 256)
+    assert (large.blocks, large.in_chunks, small.blocks, small.in_chunks) == (128, True, 32, False)
+    # Blocks 32 to 39 of the first document, 24 to 99 of the second.
+    assert [sorted(x for x in tile[HEADER:] if x >= 0) for tile in large.table.tolist()] == [
+        list(range(32, 40)), list(range(66, 142))
+    ]  # fmt: skip

@@ -16,7 +16,8 @@ from farspan.kernels.mechanisms.vggt import VGGT
 from farspan.kernels.mechanisms.vmoba import VMoBA
 from farspan.kernels.planner import AllReduceSum, Heads, HeadShare, identity
 from farspan.kernels.planning import choice_tiles
-from farspan.kernels.triton_kernels import joint_choice_launch
+from farspan.kernels.triton_kernels import block_choice_launch, joint_choice_launch
+from farspan.kernels.triton_kernels.block_choice_launch import Shape
 from farspan.parallel.comm import Channel
 from tests.support import triton_interpreter
 from tests.support.mechanisms import normal
@@ -62,9 +63,11 @@ def _large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joint_choice_launch, "QUERIES", 64)
 
 
-def shard(mechanism: Routed, rows: Rows, global_rows: Rows, all_reduce_sum: AllReduceSum = identity) -> LocalShard:
+def shard(
+    mechanism: Routed, rows: Rows, global_rows: Rows, all_reduce_sum: AllReduceSum = identity, heads: Heads = HEADS
+) -> LocalShard:
     return LocalShard(
-        mechanism=mechanism, rows=rows, global_rows=global_rows, share=HeadShare.all(HEADS), backend="triton",
+        mechanism=mechanism, rows=rows, global_rows=global_rows, share=HeadShare.all(heads), backend="triton",
         all_reduce_sum=all_reduce_sum,
     )  # fmt: skip
 
@@ -170,12 +173,35 @@ def test_rows_of_one_rank_of_several(mechanism: Routed) -> None:
     assert set(sent) == {mechanism.all_reduce_bytes(rows, HEADS, q.shape[2])}
 
 
-def test_torch_selects_in_a_document_with_too_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 64 blocks; documents of up to 32 are still chosen among at once."""
     monkeypatch.setattr(choice_tiles, "MAX_BLOCKS", 32)
-    rows = Rows.packed([40, 20], padding=1)
-    q, k = inputs(rows, torch.float32)
-    for mechanism in (MoBA(block=1), VMoBA(brick=(1,)), SpargeAttention(tile=1, block=1)):
-        local_shard = shard(mechanism, rows, rows)
-        check(mechanism, q, k, local_shard)
-        # No kernel has a table of them.
-        assert not local_shard._made
+    monkeypatch.setattr(block_choice_launch, "PROGRAMS", 1)
+    # As many queries as possible: the interpreter takes as long for a tile of any size.
+    monkeypatch.setattr(block_choice_launch, "shape_for", lambda blocks, _: Shape(min(blocks, 64), 128, 1))
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "ties"),
+    [
+        (MoBA(block=1, top_k=2), True),
+        (VMoBA(brick=(1,), share=0.3), False),
+        (SpargeAttention(tile=8, block=1, similarity=-1.0, top=0.6, sink=True, causal=False), True),
+        (VGGT(frame=11, special=2, mass=0.5, sparsity=0.7, tile=16, block=1), True),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("_small_chunks")
+def test_chunks_of_blocks_choose_as_all_at_once(mechanism: Routed, ties: bool) -> None:
+    """Three chunks, the last of them short; two tiles, one after another, besides those of a short document."""
+    rows, heads = Rows.packed([9, 150], padding=3), Heads(query=2, kv=1)
+    some = torch.arange(0, len(rows), 3)
+    q, k = normal((len(some), 2, 3), (len(some), 1, 3), seed=0, dtype=torch.float32)
+    if ties:
+        q, k = q.sign() * (q.abs() > 1), k.sign()
+    local_shard = shard(mechanism, rows.take(some), rows, heads=heads)
+    check(mechanism, q, k, local_shard)
+    assert [some.in_chunks for some in local_shard._made["choice", q.device].tiles] == [True, False]
+    # The numbers of 2 blocks take little beside the bits of 159.
+    assert mechanism.select_packed(q, k, local_shard).numbered == isinstance(mechanism, MoBA)

@@ -56,7 +56,7 @@ def random_selection(
     query_block[5] = -1
     most = int(selects.sum(dim=2).max()) if count else 0
     return PackedSelection(
-        bits=torch.from_numpy(bits.view(np.int32)), query_block=query_block, blocks=blocks, most=most
+        stored=torch.from_numpy(bits.view(np.int32)), query_block=query_block, blocks=blocks, most=most
     )
 
 
@@ -136,7 +136,7 @@ def test_selections_under_one_mask_keep_their_tables_apart() -> None:
 def test_lists_of_no_rows(lengths: list[int]) -> None:
     rows = Rows.packed(lengths)
     selection = PackedSelection(
-        bits=torch.zeros(0, HEADS, 1, dtype=torch.int32),
+        stored=torch.zeros(0, HEADS, 1, dtype=torch.int32),
         query_block=torch.zeros(0, dtype=torch.int64),
         blocks=BlockPartition.blocks(rows, 16),
         most=0,
@@ -217,7 +217,7 @@ def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks, query_block, counts = BlockPartition.blocks(rows, 256), torch.arange(len(rows)), []
     for _ in range(2):
         bits = torch.empty(len(rows), HEADS, 1, dtype=torch.int32, device=device)
-        plan = masked.with_selection(PackedSelection(bits=bits, query_block=query_block, blocks=blocks, most=3))
+        plan = masked.with_selection(PackedSelection(stored=bits, query_block=query_block, blocks=blocks, most=3))
         with Operations() as forward:
             out, lse = gathered_launch.forward(q, k, v, plan)
         with Operations() as backward:

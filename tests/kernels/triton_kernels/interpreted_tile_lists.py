@@ -134,7 +134,7 @@ def test_plans_under_one_mask_keep_their_lists_apart() -> None:
     rows = SHARDS["shuffled"]
     plan = Plan.build(rows, rows, AttentionMask(), heads=4)
     of_all = PackedSelection.pack(random_selection(rows, 16, 8, heads=4), CPU)
-    of_two = replace(of_all, bits=of_all.bits[:, 1::2].contiguous())
+    of_two = replace(of_all, stored=of_all.bits[:, 1::2].contiguous())
     for selection in (of_all, of_two, PackedSelection.pack(random_selection(rows, 20, 12, heads=1), CPU)):
         check(plan.with_selection(selection))
     check(plan.with_lifetimes((rows.position + 9).masked_fill(rows.document < 0, -1).int().repeat(2, 1)))

@@ -21,7 +21,9 @@ KERNELS = [
     ("tiles select", "narrow"),
     *product(("lifetimes",), ("narrow", "key_sums", "query_sums", "type_gradient")),
     *product(("recurrence",), ("span_updates", "span_outputs")),
-    *product(("choice",), ("sums", "means", "similar", "choose", "histogram", "digit", "weight", "select")),
+    *product(
+        ("choice",), ("sums", "means", "similar", "choose", "choose_chunked", "histogram", "digit", "weight", "select")
+    ),
 ]
 EXPERTS = ("swiglu", "swiglu_backward", "product", "weight")
 HEADS = ("product", "weight")

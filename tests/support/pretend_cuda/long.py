@@ -1,4 +1,4 @@
-"""One layer of attention over 131,072 tokens, 32:8 heads of 128, in bfloat16, on a device without memory.
+"""One layer of attention over 131,072 tokens or more, 32:8 heads of 128, in bfloat16, on a device without memory.
 
     python -m tests.support.pretend_cuda.long moba_512x8 dense_packed
 
@@ -19,6 +19,8 @@ from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.neighborhood import Neighborhood
 from farspan.kernels.mechanisms.spans import Spans
+from farspan.kernels.mechanisms.sparge import SpargeAttention
+from farspan.kernels.mechanisms.vggt import VGGT
 from farspan.kernels.mechanisms.vmoba import VMoBA
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.sequence_attention import plan_sequence_attention
@@ -54,6 +56,14 @@ class Layers:
     waits: str | None
 
 
+MANY_TILES = 67_584
+MANY_BLOCKS: dict[str, tuple[Mechanism, int]] = {
+    "moba_128x32 of 1M": (MoBA(block=128, top_k=32), 8 * TOKENS),
+    "vmoba_16": (VMoBA(brick=(16,)), TOKENS),
+    "sparge_16": (SpargeAttention(similarity=-0.1, top=0.1, block=16), MANY_TILES),
+    "vggt_16": (VGGT(mass=0.0, sparsity=0.9, block=16), MANY_TILES),
+}
+"""Documents of 8,192 blocks, or of 4,224, where the host plans tiles; and the number of tokens of each."""
 BY_ROW, BY_TILE = (60, 120), (40, 60)
 """Most operations forward and backward: where single rows select blocks, and elsewhere."""
 
@@ -63,7 +73,9 @@ def target_of(case: LongCase) -> tuple[int, int]:
 
 
 def long_cases() -> dict[str, LongCase]:
-    """Return what `farspan.tools.bench_attention` measures, and dense attention to many packed documents."""
+    """Return what `farspan.tools.bench_attention` measures, dense attention to many packed documents, and choices among
+    more blocks than registers hold.
+    """
     cases = {"dense_packed": LongCase(mechanism=Dense(), rows=packed_documents())}
     for case in find_cases([], []):
         mechanism, documents = case.mechanism, [TOKENS]
@@ -78,6 +90,8 @@ def long_cases() -> dict[str, LongCase]:
             documents = [size] * (TOKENS // size)
         assert mechanism.unsupported_reason(HEADS, max(documents)) is None, case.name
         cases[case.name] = LongCase(mechanism=mechanism, rows=Rows.packed(documents))
+    for name, (mechanism, tokens) in MANY_BLOCKS.items():
+        cases[name] = LongCase(mechanism=mechanism, rows=Rows.packed([tokens]))
     return cases
 
 
@@ -111,12 +125,12 @@ def run_layers(case: LongCase, backend: str = "auto") -> Layers:
         watch([planned], device)
         widths = {HEADS.query: 1, HEADS.kv: 2}
         inputs = [
-            torch.empty(TOKENS, heads, HEAD_DIM, dtype=DTYPE, device=CUDA)
+            torch.empty(len(case.rows), heads, HEAD_DIM, dtype=DTYPE, device=CUDA)
             for heads, number in widths.items()
             for _ in range(number)
         ]
         if width := case.mechanism.routing_width:
-            inputs.append(torch.empty(TOKENS, HEADS.kv, width, dtype=accumulation_dtype(DTYPE), device=CUDA))
+            inputs.append(torch.empty(len(case.rows), HEADS.kv, width, dtype=accumulation_dtype(DTYPE), device=CUDA))
         device.take_counts()
         for _ in range(2):
             try:

@@ -26,7 +26,8 @@ first one of a sequence: what a sequence needs once is not in it.
 LONG_INTRODUCTION = """\
 ## One layer of attention over 131,072 tokens
 
-bfloat16, one rank, 32:8 heads of 128; one document, but 125 for `dense_packed` and 16 for neighborhoods.
+bfloat16, one rank, 32:8 heads of 128; one document, but 125 for `dense_packed` and 16 for neighborhoods. The last four
+are documents of 8,192 blocks, the first of them of 1,048,576 tokens, and of 4,224 blocks in 67,584 tokens.
 """
 STEPS_INTRODUCTION = """
 ## A training step of every mechanism and strategy

@@ -10,6 +10,9 @@ from farspan.kernels.caching import once
 
 def copy_to(x: Tensor, device: torch.device) -> Tensor:
     """Return x, which lies on the CPU, on `device`; the host goes on before the copy is made."""
+    if not x.numel():
+        # Nothing can be pinned.
+        return torch.empty_like(x, device=device)
     # A copy from pageable memory waits for what was launched before.
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 

@@ -12,7 +12,7 @@ from farspan.kernels.mechanisms.block_sparse import BlockSparse
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.vggt import VGGT
 from farspan.parallel.comm import Unconnected
-from farspan.parallel.context_parallel.query_dispatch import BlockOwners, DispatchPlan
+from farspan.parallel.context_parallel.query_dispatch import BlockOwners
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes
 from farspan.parallel.layout import LAYOUTS, Shards
 from tests.support.oracle import selected_mask, visible_mask
@@ -74,11 +74,12 @@ def test_a_query_goes_to_ranks_with_visible_chosen_keys_only(mechanism: Routed, 
     index = shards.index.flatten()
     owner = torch.full((len(rows),), -1)
     owner[index[index >= 0]] = torch.arange(degree).repeat_interleave(shards.tokens_local)[index >= 0]
-    owners = BlockOwners.of(mechanism.attention_mask(), mechanism.key_blocks(rows), shards)
+    owners = BlockOwners.of(mechanism.attention_mask(), mechanism.key_blocks(rows), shards, heads.query)
     dispatched = 0
     for rank, other in itertools.product(range(degree), range(degree)):
         selection = chosen.of_queries(shards.index[rank])
-        plan = DispatchPlan.of(selection, owners, shards, rank, heads.query)
+        choices = owners.choices(rank, *selection.choices(heads.query))
+        plan = choices.plan(choices.per_rank.tolist())
         row, head = (x.split(plan.queries_per_rank)[other] for x in (plan.row, plan.head))
         sent = torch.zeros(heads.query, len(rows), dtype=torch.bool)
         sent[head, shards.index[rank][row]] = True

@@ -108,6 +108,10 @@ class Plan:
             )
         return replace(self, selection=selection)
 
+    def emptied(self) -> "Plan":
+        """The plan of the same rows, none of which see each other."""
+        return replace(self, parts=tuple(replace(part, regions=()) for part in self.parts))
+
     def draw(self, index: Tensor, selection: BlockSelection) -> "Plan":
         """The plan of the queries at `index` of this plan, in any order, and of the key blocks that each selects.
 

@@ -126,11 +126,11 @@ class BlockOwners:
     def choices(self, rank: int, pair: Tensor, block: Tensor) -> Choices:
         """Sort the choices of a rank, row * heads + head and block, int64 `[choices]`; see `Backend.choices`."""
         first, owner, position = (x.on(pair.device) for x in (self.first_position, self.owner, self.position))
-        # [choices, owners]: whether another rank has a key of the chosen block that the query sees.
-        sees = first.masked_fill(owner == rank, NEVER)[block] <= position[rank][pair // self.heads][:, None]
+        # [choices, owners]: whether another rank has no key of the chosen block that the query sees.
+        hidden = first.masked_fill(owner == rank, NEVER)[block] > position[rank][pair // self.heads][:, None]
         rows = self.tokens * self.heads
         number = (owner[block] * rows + pair[:, None]) * self.blocks + block[:, None]
-        number = number.masked_fill_(~sees, len(position) * rows * self.blocks).flatten().sort().values
+        number = number.masked_fill_(hidden, len(position) * rows * self.blocks).flatten().sort().values
         is_first = torch.nn.functional.pad(number // self.blocks, (1, 0), value=-1).diff() != 0
         starts = torch.arange(len(position) + 1, device=number.device) * (rows * self.blocks)
         starts = torch.searchsorted(number, starts)

@@ -107,6 +107,15 @@ class Backend(ABC):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `farspan.kernels.attention.attention_backward`."""
 
+    def choices(self, plan: Plan, kv_heads: int) -> tuple[Tensor, Tensor]:
+        """Return each choice of a plan with a selection: row * heads + head, and the block, int64 `[choices]`.
+
+        On the device of the selection, where the host does not know their number: as many as there may be, of which
+        those with the number of blocks for a block are none.
+        """
+        assert plan.selection is not None
+        return plan.selection.as_lists.choices(plan.heads)
+
     def pair_sums(
         self,
         dout: Tensor,

@@ -9,14 +9,19 @@ from farspan.kernels.caching import once
 
 
 def copy_to(x: Tensor, device: torch.device) -> Tensor:
-    """Return x, which lies on the CPU, on `device`; the host goes on before the copy is made."""
+    """Return x on `device`, copied from the CPU if it lies there; the host goes on before the copy is made."""
+    if x.device == device:
+        return x
+    if not x.numel():
+        # Nothing can be pinned.
+        return torch.empty_like(x, device=device)
     # A copy from pageable memory waits for what was launched before.
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeviceCopies:
-    """A tensor on the CPU that each device gets a copy of, once."""
+    """A tensor, mostly on the CPU, that each device gets a copy of, once."""
 
     host: Tensor
     _copies: dict[torch.device, Tensor] = field(default_factory=dict, init=False)

@@ -122,9 +122,14 @@ class Isolation:
         extreme[:1].fill_(never)
         return extreme
 
+    def of_queries(self, index: Tensor) -> "Isolation":
+        """Return the same of the queries at `index`, int64 `[queries]`, on its device."""
+        here = self.to(index.device)
+        return Isolation(queries=Places(*(x[index] for x in here.queries)), keys=here.keys, count=here.count)
+
     def to(self, device: torch.device) -> "Isolation":
         """Return the same with its columns on `device`, where they are copied once for all layers."""
-        if device.type == "cpu":
+        if device == self.keys.document.device:
             return self
 
         def copied(places: Places) -> Places:

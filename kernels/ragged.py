@@ -28,9 +28,12 @@ def take_or(x: Tensor, index: Tensor, fill: int) -> Tensor:
     return torch.cat((x, x.new_full((*x.shape[:-1], 1), fill)), dim=-1)[..., index]
 
 
-def expand(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The list of each entry and its index in that list, int64 `[entries]`, of the lists' int64 lengths `[lists]`."""
-    number = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+def expand(counts: Tensor, total: int | None = None) -> tuple[Tensor, Tensor]:
+    """The list of each entry and its index in that list, int64 `[entries]`, of the lists' int64 lengths `[lists]`.
+
+    total: the number of entries, so that the host need not wait for lengths on a device.
+    """
+    number = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=total)
     first = counts.cumsum(0) - counts
     return number, torch.arange(len(number), device=counts.device) - first[number]
 

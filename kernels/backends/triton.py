@@ -51,6 +51,11 @@ class TritonBackend(Backend, ChunkedRecurrentBackend):
         with torch.cuda.device_of(q):
             return _launches(plan).backward(dout, q, k, v, out, lse, plan)
 
+    def choices(self, plan: Plan, kv_heads: int) -> tuple[Tensor, Tensor]:
+        from farspan.kernels.triton_kernels import gathered_launch
+
+        return gathered_launch.choices(plan, kv_heads)
+
     def pair_sums(
         self,
         dout: Tensor,

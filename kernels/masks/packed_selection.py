@@ -100,10 +100,7 @@ class PackedSelection:
         return BlockSelection.from_parts(self.query_block, self.blocks, masks, heads=self.heads)
 
     def selected_blocks(self) -> Tensor:
-        """Whether any query selects a key block, bool `[heads, blocks + 1]` on the CPU; False for the last, -1.
-
-        Waits for the device, which sends a bit for each block and head.
-        """
+        """Whether any query selects a key block, bool `[heads, blocks + 1]` on the device; False for the last, -1."""
         active = torch.zeros(max(self.num_query_blocks, 1), dtype=torch.bool)
         active[self.query_block[self.query_block >= 0]] = True
         # As many query blocks as a power of 2, so that halves have the same size: [Q, heads, words] -> [heads, words]
@@ -115,7 +112,8 @@ class PackedSelection:
         while len(some) > 1:
             some = some[: len(some) // 2] | some[len(some) // 2 :]
         # [heads, words] -> [heads, words, 32] -> [heads, words * 32]
-        selected = ((some[0].cpu()[..., None] >> torch.arange(WORD, dtype=torch.int32)) & 1).bool().flatten(1)
+        nth = torch.arange(WORD, dtype=torch.int32, device=some.device)
+        selected = ((some[0, ..., None] >> nth) & 1).bool().flatten(1)
         return torch.nn.functional.pad(selected[:, : self.blocks.count], (0, 1))
 
     @property

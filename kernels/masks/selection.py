@@ -173,7 +173,28 @@ class BlockSelection:
     @cached_property
     def lists(self) -> Tensor:
         """The list of each entry of `key_blocks`: h * Q + b, int64."""
-        return expand(self.offsets.diff())[0]
+        return expand(self.offsets.diff(), len(self.key_blocks))[0]
+
+    def choices(self, heads: int) -> tuple[Tensor, Tensor]:
+        """Return each choice of each row of `heads` query heads: row * heads + head, and the block, int64 `[choices]`.
+
+        A list is that of a query block and a head group; both stand for several rows and heads.
+        """
+        num_query_blocks = max(self.num_query_blocks, 1)
+        # Query block 0 collects the rows that choose nothing.
+        query_block = self.query_block.clamp(min=-1) + 1  # [rows]
+        order = query_block.argsort(stable=True)
+        num_rows = query_block.bincount(minlength=self.num_query_blocks + 1)
+        first_row = num_rows.cumsum(0) - num_rows
+        of_choice = self.lists % num_query_blocks + 1
+        # Expand each choice to all rows of its query block: [entries] -> [rows' choices]
+        choice, nth = expand(num_rows[of_choice])
+        row, group = order[first_row[of_choice[choice]] + nth], (self.lists // num_query_blocks)[choice]
+        # Then to all query heads of its head group.
+        shared = heads // self.heads
+        pair = (row * heads + group * shared)[:, None] + torch.arange(shared)  # [rows' choices, shared]
+        # [rows' choices, shared] -> [choices]
+        return pair.flatten(), self.key_blocks.long()[choice].repeat_interleave(shared)
 
     def selected_blocks(self) -> Tensor:
         """Whether any query selects a key block, bool `[heads, blocks + 1]`; False for the last, -1."""

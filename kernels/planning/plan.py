@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from farspan.kernels.caching import once
+from farspan.kernels.device_copies import copy_to
 from farspan.kernels.isolation import Isolation
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.packed_selection import PackedSelection
@@ -53,6 +55,8 @@ class Plan:
     selection: BlockSelection | PackedSelection | None
     isolation: Isolation | None
     lifetime: Tensor | None = None
+    drawn_from: "tuple[Plan, Tensor] | None" = None
+    """Where content decides which queries there are: a plan, and the index of each among its queries; see `draw`."""
     shared: dict[Hashable, Any] = field(default_factory=dict)
     """What backends compute from rows and mask alone, under keys of their own; narrowed plans share it."""
     cache: dict[Hashable, Any] = field(default_factory=dict, init=False)
@@ -103,6 +107,34 @@ class Plan:
                 f"plan for {self.heads} heads and {len(self.queries)} queries"
             )
         return replace(self, selection=selection)
+
+    def emptied(self) -> "Plan":
+        """The plan of the same rows, none of which see each other."""
+        return replace(self, parts=tuple(replace(part, regions=()) for part in self.parts))
+
+    def draw(self, index: Tensor, selection: BlockSelection) -> "Plan":
+        """The plan of the queries at `index` of this plan, in any order, and of the key blocks that each selects.
+
+        index: int64 `[queries]` on the device that attends, as are the lists of the selection, in which each query is
+        a query block: the host knows only how many there are.
+        """
+        device = index.device
+        position, document = once(
+            self.shared,
+            ("columns of queries", device),
+            lambda: (copy_to(self.queries.position, device), copy_to(self.queries.document, device)),
+        )
+        # Which pairs are visible, the host does not know.
+        regions = (Region(Kind.MASKED, 0, len(index), 0, len(self.keys)),) if len(index) else ()
+        return replace(
+            self,
+            queries=Rows(position=position[index], document=document[index]),
+            parts=tuple(replace(part, regions=regions) for part in self.parts),
+            selection=selection,
+            isolation=None if self.isolation is None else self.isolation.of_queries(index),
+            drawn_from=(self, index),
+            shared={},
+        )
 
     def with_lifetimes(self, lifetime: Tensor) -> "Plan":
         """The same plan, restricted to keys that are still active at the query's position; its cache starts empty."""

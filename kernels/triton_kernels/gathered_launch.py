@@ -20,13 +20,13 @@ from torch import Tensor
 from farspan.kernels.caching import once
 from farspan.kernels.device_copies import copy_to
 from farspan.kernels.masks.packed_selection import PackedSelection
-from farspan.kernels.masks.selection import BlockPartition
+from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.merge import empty_partial
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.triton_kernels import gathered as kernels
 from farspan.kernels.triton_kernels import row_lists
 from farspan.kernels.triton_kernels.attention_launch import LOG2E, Shape, Shapes, launch, options, shapes_in, statistics
-from farspan.kernels.triton_kernels.mask_terms import MaskTerms
+from farspan.kernels.triton_kernels.mask_terms import MaskTerms, of_queries
 from farspan.kernels.triton_kernels.row_tables import RowTables, static_terms
 from farspan.kernels.triton_kernels.tile import Operand
 from farspan.kernels.triton_kernels.tile_lists import packed
@@ -113,19 +113,39 @@ def backward(
 
 
 def _gathered_plan(q: Tensor, k: Tensor, plan: Plan, shape: Shape) -> GatheredPlan:
-    selection, device = packed(plan, q.device), q.device
+    device, drawn = q.device, plan.drawn_from
+    selection = packed(plan, device) if drawn is None else plan.selection
+    assert selection is not None
     lists = row_lists_of(selection, plan, kv_heads=k.shape[1])
-    tables = _tables(plan, selection.blocks, shape.keys, lists.chunk_rows, device)
+    # Which of the source's queries a chunk has, the host does not know: it visits all blocks that any of them may see.
+    source, chunk = (plan, lists.chunk_rows) if drawn is None else (drawn[0], len(drawn[0].queries))
+    tables = _tables(source, selection.blocks, shape.keys, chunk, device)
+    visits = tables.visits if drawn is None else tables.visits.repeat(lists.num_chunks, 1)
     return GatheredPlan(
-        _terms(plan, device), tables.k_index, tables.blocks, tables.visits, tables.tiles, lists.members, lists.starts,
+        _terms(plan, device), tables.k_index, tables.blocks, visits, tables.tiles, lists.members, lists.starts,
         len(q), len(k), lists.num_chunks, tl.constexpr(q.shape[1]), tl.constexpr(k.shape[1]),
     )  # fmt: skip
+
+
+def choices(plan: Plan, kv_heads: int) -> tuple[Tensor, Tensor]:
+    """See `farspan.kernels.backend.Backend.choices`; the lists are those of the attention that follows."""
+    assert isinstance(plan.selection, PackedSelection)
+    lists = row_lists_of(plan.selection, plan, kv_heads=kv_heads)
+    # [blocks * Hk * chunks + 1] -> [blocks + 1]
+    starts = lists.starts[:: kv_heads * lists.num_chunks].contiguous()
+    place = torch.arange(len(lists.members), device=starts.device)
+    # Members behind the last list are undefined.
+    block = torch.searchsorted(starts, place, right=True) - 1
+    return lists.members.long().masked_fill_(block == len(starts) - 1, 0), block
 
 
 # What rows and mask alone decide: made and copied once per sequence.
 
 
 def _terms(plan: Plan, device: torch.device) -> MaskTerms:
+    if plan.drawn_from is not None:
+        source, index = plan.drawn_from
+        return once(plan.cache, "terms", lambda: of_queries(_terms(source, device), index))
     on_host = once(plan.shared, ("static terms", torch.device("cpu")), lambda: static_terms(plan))
 
     def make() -> MaskTerms:
@@ -143,11 +163,9 @@ def _tables(plan: Plan, blocks: BlockPartition, size: int, chunk_rows: int, devi
 
 
 def _query_block(plan: Plan, selection: PackedSelection, device: torch.device) -> Tensor:
-    """Return the query block of each row, int32 `[T]`; layers have the same, queries sent to other ranks do not."""
-    key = "query block", device
-    if key not in plan.shared or plan.shared[key][0] is not selection.query_block:
-        plan.shared[key] = selection.query_block, copy_to(selection.query_block.int(), device)
-    return plan.shared[key][1]
+    """Return the query block of each row, int32 `[T]`, which layers share."""
+    query_block = selection.query_block
+    return once(plan.shared, ("query block", query_block, device), lambda: copy_to(query_block.int(), device))
 
 
 # What a selection decides: made once for each pass of a layer.
@@ -167,7 +185,7 @@ class RowLists:
     num_chunks: int
 
 
-_LATEST: WeakKeyDictionary[PackedSelection, tuple[int, RowLists]] = WeakKeyDictionary()
+_LATEST: WeakKeyDictionary[BlockSelection | PackedSelection, tuple[int, RowLists]] = WeakKeyDictionary()
 """Of one selection at a time: a pass that recomputes orders its rows again, by the bits that wait for it.
 
 Bits are 4 bytes x Hq x ceil(blocks / 32) of each token and layer, lists 4 bytes x Hq x `most`: at 131,072 tokens and 32
@@ -177,14 +195,38 @@ TB/s, beside 9 TFLOP of attention, 22 ms at 400 TFLOP/s.
 """
 
 
-def row_lists_of(selection: PackedSelection, plan: Plan, *, kv_heads: int) -> RowLists:
-    """Return the lists of the plan's queries: the same for all parts of the keys, and for both passes in a row."""
+def row_lists_of(selection: BlockSelection | PackedSelection, plan: Plan, *, kv_heads: int) -> RowLists:
+    """Return the lists of the plan's queries: the same for all parts of the keys, and for both passes in a row.
+
+    A `BlockSelection` is that of drawn queries of one head, whose lists are on the device.
+    """
     made_for, lists = _LATEST.get(selection, (0, None))
     if lists is None or made_for != kv_heads:
         _LATEST.clear()
-        lists = _row_lists(selection, _query_block(plan, selection, selection.stored.device), plan.heads, kv_heads)
+        if isinstance(selection, BlockSelection):
+            lists = _sorted_row_lists(selection)
+        else:
+            lists = _row_lists(selection, _query_block(plan, selection, selection.stored.device), plan.heads, kv_heads)
         _LATEST[selection] = kv_heads, lists
     return lists
+
+
+def _sorted_row_lists(selection: BlockSelection) -> RowLists:
+    """Return the lists of single rows of one head; entries are few, where bits would have a place for every block."""
+    rows, blocks, entries = selection.num_query_blocks, selection.blocks.count, len(selection.key_blocks)
+    chunk = chunk_rows(rows, 1, 1, blocks, triton.cdiv(entries, rows))
+    # One number per entry that sorts by block, then by row.
+    number = (selection.key_blocks.long() * rows + selection.lists).sort().values
+    first = torch.arange(0, rows, chunk, device=number.device)
+    block = torch.arange(0, blocks * rows, rows, device=number.device)
+    # [blocks, chunks] -> [blocks * chunks + 1]
+    bounds = torch.nn.functional.pad((block[:, None] + first).flatten(), (0, 1), value=blocks * rows)
+    return RowLists(
+        members=(number % rows).int(),
+        starts=torch.searchsorted(number, bounds),
+        chunk_rows=chunk,
+        num_chunks=len(first),
+    )
 
 
 def _row_lists(selection: PackedSelection, query_block: Tensor, heads: int, kv_heads: int) -> RowLists:

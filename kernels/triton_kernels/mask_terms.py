@@ -54,6 +54,17 @@ class MaskTerms(NamedTuple):
     k_class: Tensor | None
 
 
+OF_QUERIES = (
+    "q_document", "q_first", "q_last", "q_first_sink", "q_last_sink", "q_position", "q_low", "q_high", "q_class"
+)  # fmt: skip
+
+
+def of_queries(terms: MaskTerms, index: Tensor) -> MaskTerms:
+    """Return the terms of the queries at `index`, int64 `[queries]`, on its device."""
+    columns = {name: getattr(terms, name) for name in OF_QUERIES}
+    return terms._replace(**{name: x[..., index] for name, x in columns.items() if x is not None})
+
+
 def mask_terms(plan: Plan, device: torch.device) -> MaskTerms:
     """Return the mask of a plan without its lifetimes; rows that are in no block of its selection count as padding."""
     attention_mask, queries, keys = plan.attention_mask, plan.queries, plan.keys

@@ -31,7 +31,9 @@ LACKS_ROWS = -1
 
 def selects_by_row(plan: Plan) -> bool:
     """Whether single rows select blocks, or query blocks too small to make a tile of."""
-    return plan.selection is not None and not selects_by_tile(plan, count_padding=False)
+    if plan.selection is None:
+        return False
+    return plan.drawn_from is not None or not selects_by_tile(plan, count_padding=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -9,12 +9,16 @@ one before it is computed. Example: 8 ranks; of 7 distances, stage 1 has 1 and 2
     rank 5      5        4 3        2 1        0 7        6
 
 Gradients return along the same routes; their owner sums them in the accumulation dtype, in the order of the ranks.
+
+A choice by content narrows what is sent, and not what attention is planned for: memory is that of the keys that the
+mask alone shows, and the host waits for nothing but how many keys each pair of ranks exchanges, once for each choice.
 """
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
 from typing import final
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -42,7 +46,7 @@ class Fetch(KVMovingStrategy):
     name = "fetch"
 
     def kv_schedule(self, planner: ShardedPlanner, attention_mask: AttentionMask) -> KVSchedule:
-        return _FetchKVExchange(planner, attention_mask).schedule()
+        return _FetchKVExchange(planner, attention_mask).schedule
 
     def kv_exchange_of_blocks(self, planner: ShardedPlanner, attention_mask: AttentionMask) -> KVExchange:
         return _FetchKVExchange(planner, attention_mask)
@@ -62,10 +66,28 @@ class _FetchKVSchedule(KVSchedule):
         rank, degree = planner.strategy.channel.rank, len(required)
         # The distances from owner to reader, in stages.
         distances = torch.arange(1, degree).tensor_split(min(STAGES, degree - 1) or 1)
-        self.stages = [_Stage.of(required, requested, rank, part) for part in distances if len(part)]
+        self.routes = [_Route.of(required, rank, part) for part in distances if len(part)]
+        counts = (x.sum(dim=(1, 2)).tolist() for x in (required, requested))
+        self.stages = self._stages(required, requested, *counts)
         global_tokens = planner.shards.index.flatten()  # [P, T] -> [P * T]
-        tokens = [planner.tokens, *(global_tokens[stage.rows] for stage in self.stages)]
+        tokens = [planner.tokens, *(global_tokens[route.rows.host] for route in self.routes)]
         super().__init__(planner, attention_mask, tokens)
+
+    def narrow(
+        self, required: Tensor, requested: Tensor, *, received: Sequence[int], sent: Sequence[int]
+    ) -> "_FetchKVSchedule":
+        """Return the schedule of fewer keys: `required` and `requested` on the device, and how many of each rank."""
+        narrowed = copy(self)
+        narrowed.stages = self._stages(required, requested, received, sent)
+        local, *others = self.plans
+        arrives = [any(stage.received) for stage in narrowed.stages]
+        narrowed.plans = [local, *(x if any_key else x.emptied() for x, any_key in zip(others, arrives, strict=True))]
+        return narrowed
+
+    def _stages(
+        self, required: Tensor, requested: Tensor, received: Sequence[int], sent: Sequence[int]
+    ) -> list["_Stage"]:
+        return [route.stage(required, requested, received, sent) for route in self.routes]
 
     def kv_parts(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         transfer = self._start(0, k, v)
@@ -75,7 +97,7 @@ class _FetchKVSchedule(KVSchedule):
             arrived = transfer.wait()
             transfer = self._start(number + 1, k, v)
             # Heads differ in what they require; the other heads of a row are masked, and stay 0.
-            key, value = (x.new_zeros(len(stage.rows) * x.shape[1], x.shape[2]) for x in (k, v))  # [rows * Hk, D]
+            key, value = (x.new_zeros(stage.num_rows * x.shape[1], x.shape[2]) for x in (k, v))  # [rows * Hk, D]
             slots = stage.slots.on(key.device)
             key[slots], value[slots] = arrived.split((k.shape[2], v.shape[2]), dim=1)  # [pairs, D + Dv]
             # [rows * Hk, D] -> [rows, Hk, D]
@@ -97,14 +119,17 @@ class _FetchKVSchedule(KVSchedule):
 
     def moves(self, sizes: Sizes, routing: RoutingSource) -> tuple[Move, ...]:
         """Requested keys and values in both passes; backward also gradients of required ones. By row and KV head."""
+        return (self.move(sizes, self.required, self.requested),)
+
+    def move(self, sizes: Sizes, required: Tensor, requested: Tensor) -> Move:
         rank, width = self.channel.rank, sizes.kv_width
-        sent = int(self.requested.sum() - self.requested[rank].sum()) * width * sizes.element_bytes
-        returned = int(self.required.sum() - self.required[rank].sum()) * width * self.gradient_bytes(sizes)
-        return (Move(forward=sent, backward=sent + returned, channel=self.channel, overlapped=True),)
+        sent = int(requested.sum() - requested[rank].sum()) * width * sizes.element_bytes
+        returned = int(required.sum() - required[rank].sum()) * width * self.gradient_bytes(sizes)
+        return Move(forward=sent, backward=sent + returned, channel=self.channel, overlapped=True)
 
     def working_bytes(self, sizes: Sizes, routing: RoutingSource) -> int:
         """The keys of two stages, in use and arriving, and their gradients, computed and packed."""
-        largest = max((len(stage.rows) for stage in self.stages), default=0) * self.planner.share.local_heads.kv
+        largest = max((stage.num_rows for stage in self.stages), default=0) * self.planner.share.local_heads.kv
         return largest * sizes.kv_width * 2 * (sizes.element_bytes + sizes.accumulation_bytes)
 
 
@@ -112,30 +137,47 @@ class _FetchKVSchedule(KVSchedule):
 class _Stage:
     """The transfers at a few distances between ranks, as pairs of a row and a KV head, by row, then by head.
 
-    rows: the rows that arrive, of the global rows, int64. slots: row x Hk + head of the pairs that arrive, rows counted
-    within `rows`. leaving: the same of local pairs, those to rank 0 first. sent, received: pairs to and from each rank.
+    num_rows: rows of the part of KV. slots: row x Hk + head of the pairs that arrive in it. leaving: the same of local
+    pairs, those to rank 0 first. sent, received: pairs to and from each rank.
     """
 
-    rows: Tensor
+    num_rows: int
     slots: DeviceCopies
     leaving: DeviceCopies
     sent: tuple[int, ...]
     received: tuple[int, ...]
 
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Route:
+    """Who takes part in a stage, whatever is selected.
+
+    owners, readers: the ranks that this one receives from and sends to, int64. rows: those that the mask shows, of all
+    ranks' rows set end to end, int64.
+    """
+
+    owners: DeviceCopies
+    readers: DeviceCopies
+    rows: DeviceCopies
+
     @staticmethod
-    def of(required: Tensor, requested: Tensor, rank: int, distances: Tensor) -> "_Stage":
-        ranks = torch.arange(len(required))
-        arriving = required & torch.isin((rank - ranks).remainder(len(ranks)), distances)[:, None, None]  # [P, T, Hk]
-        leaving = requested & torch.isin((ranks - rank).remainder(len(ranks)), distances)[:, None, None]
-        rows = arriving.any(dim=2).flatten().nonzero().squeeze(1)  # [P, T] -> [P * T] -> [rows]
+    def of(required: Tensor, rank: int, distances: Tensor) -> "_Route":
+        owners, readers = ((rank + sign * distances).remainder(len(required)).sort().values for sign in (-1, 1))
+        owner, row = required[owners].any(dim=2).nonzero().t()  # [owners, T, Hk] -> [owners, T] -> [rows]
+        rows = owners[owner] * required.shape[1] + row
+        return _Route(owners=DeviceCopies(owners), readers=DeviceCopies(readers), rows=DeviceCopies(rows))
+
+    def stage(self, required: Tensor, requested: Tensor, received: Sequence[int], sent: Sequence[int]) -> _Stage:
+        """Return a stage of required and requested keys on one device; received, sent: how many of each rank."""
+        device, owners, readers = required.device, self.owners.host.tolist(), self.readers.host.tolist()
+        arriving = required.flatten(0, 1)[self.rows.on(device)].flatten()  # [P * T, Hk] -> [rows * Hk]
+        leaving = requested[self.readers.on(device)].flatten(1)  # [readers, T * Hk]
         return _Stage(
-            rows=rows,
-            # [P * T, Hk] -> [rows * Hk] -> [pairs]
-            slots=DeviceCopies(arriving.flatten(0, 1)[rows].flatten().nonzero().squeeze(1)),
-            leaving=DeviceCopies(leaving.flatten(1).nonzero()[:, 1]),  # [P, T * Hk] -> [pairs]
-            # [P, T * Hk] -> [P]
-            sent=tuple(leaving.flatten(1).sum(dim=1).tolist()),
-            received=tuple(arriving.flatten(1).sum(dim=1).tolist()),
+            num_rows=len(self.rows.host),
+            slots=DeviceCopies(arriving.nonzero_static(size=sum(received[n] for n in owners))[:, 0]),
+            leaving=DeviceCopies(leaving.nonzero_static(size=sum(sent[n] for n in readers))[:, 1]),
+            sent=tuple(number if n in readers else 0 for n, number in enumerate(sent)),
+            received=tuple(number if n in owners else 0 for n, number in enumerate(received)),
         )
 
 
@@ -183,47 +225,47 @@ class _FetchGradReturn(GradReturn):
 
 @final
 class _FetchKVExchange(KVExchange):
-    """The required keys are known once the queries have selected blocks; each rank then requests them."""
+    """The required keys are known once the queries have selected blocks; each rank then requests them.
+
+    schedule: of the keys that the mask shows. _narrowed: by selection, which is that of the first pass where
+    activations are recomputed, and of all layers where a pattern does not depend on content.
+    """
 
     def __init__(self, planner: ShardedPlanner, attention_mask: AttentionMask) -> None:
         super().__init__(planner, attention_mask)
-        self._key_blocks: dict[BlockPartition, Tensor] = {}
-
-    def schedule(
-        self, of_local: BlockSelection | None = None, of_all: BlockSelection | None = None
-    ) -> _FetchKVSchedule:
-        """Return the schedule of selections that are known on all ranks: of the local rows and of all ranks' rows."""
-        return _FetchKVSchedule(self.planner, self.attention_mask, self._required(of_local), self._requested(of_all))
+        self.schedule = _FetchKVSchedule(planner, attention_mask, self._required(), self._requested())
+        self._unmasked = DeviceCopies(self.schedule.required)
+        self._key_blocks: dict[BlockPartition, DeviceCopies] = {}
+        self._narrowed: WeakKeyDictionary[BlockSelection | PackedSelection, KVSchedule] = WeakKeyDictionary()
 
     def for_selection(self, selection: BlockSelection | PackedSelection | None) -> KVSchedule:
-        required = self._unmasked
-        if selection is not None:
-            # One copy from the device: a bit for each block and head.
-            key_block, kv_heads = self._key_block(selection.blocks), self.planner.share.local_heads.kv
-            keys = keys_of_blocks(selection.selected_blocks(), key_block, kv_heads)
-            required = required & keys.t().unflatten(0, required.shape[:2])  # [Hk, P * T] -> [P, T, Hk]
+        if selection is None:
+            return self.schedule
+        return once(self._narrowed, selection, lambda: self._narrow(selection))
+
+    def _narrow(self, selection: BlockSelection | PackedSelection) -> KVSchedule:
+        selected = selection.selected_blocks()
+        key_block, unmasked = (x.on(selected.device) for x in (self._key_block(selection.blocks), self._unmasked))
+        keys = keys_of_blocks(selected, key_block, self.planner.share.local_heads.kv)
+        required = unmasked & keys.t().unflatten(0, unmasked.shape[:2])  # [Hk, P * T] -> [P, T, Hk]
         requested = self.channel.all_to_all(required, kind="fetch_requests")
-        return _FetchKVSchedule(self.planner, self.attention_mask, required, requested)
+        # The only time that the host waits: [2, P, T, Hk] -> [2, P]
+        received, sent = torch.stack((required, requested)).sum(dim=(2, 3)).cpu().tolist()
+        return self.schedule.narrow(required, requested, received=received, sent=sent)
 
-    @cached_property
-    def _unmasked(self) -> Tensor:
-        """The keys that this rank's queries see under the mask, bool `[P, T, Hk]`."""
-        return self._required(None)
-
-    def _key_block(self, blocks: BlockPartition) -> Tensor:
+    def _key_block(self, blocks: BlockPartition) -> DeviceCopies:
         """Return the block of each key of all ranks, int64 `[P * T]`; -1 for padding."""
-        index = self.planner.shards.index
-        # [P, T] -> [P * T]
-        return once(self._key_blocks, blocks, lambda: blocks.of(self.planner.global_rows.take(index.flatten())))
+        index = self.planner.shards.index.flatten()  # [P, T] -> [P * T]
+        return once(self._key_blocks, blocks, lambda: DeviceCopies(blocks.of(self.planner.global_rows.take(index))))
 
-    def _required(self, selection: BlockSelection | None) -> Tensor:
+    def _required(self, selection: BlockSelection | None = None) -> Tensor:
         """Return the keys that this rank's queries require, bool `[P, T, Hk]`."""
         tokens, index = self.planner.tokens, self.planner.shards.index
         plan = self.planner.plan_of(self.attention_mask, tokens, index.flatten(), selection)  # keys [P * T]
         keys = required_keys(plan, self.planner.share.local_heads.kv)[0]
         return keys.t().unflatten(0, index.shape)  # [Hk, P * T] -> [P, T, Hk]
 
-    def _requested(self, selection: BlockSelection | None) -> Tensor:
+    def _requested(self, selection: BlockSelection | None = None) -> Tensor:
         """Return this rank's keys that each rank requires, bool `[P, T, Hk]`; selection: of the rows set end to end."""
         tokens, index = self.planner.tokens, self.planner.shards.index
         plan = self.planner.plan_of(self.attention_mask, index.flatten(), tokens, selection)  # queries [P * T]
@@ -233,20 +275,21 @@ class _FetchKVExchange(KVExchange):
     # What it costs.
 
     def moves(self, sizes: Sizes, routing: RoutingSource) -> tuple[Move, ...]:
-        """The requested keys and, for every row and KV head of other ranks, a byte: whether it is required."""
+        """The requested keys and, for every row and KV head of other ranks, a byte: whether it is required.
+
+        The keys that all ranks select; without a full selection, all that they may select.
+        """
         requests = Move(forward=(self.channel.size - 1) * self.kv_rows, backward=0, channel=self.channel)
-        return *self._typical_schedule(routing).moves(sizes, routing), requests
-
-    def working_bytes(self, sizes: Sizes, routing: RoutingSource) -> int:
-        return self._typical_schedule(routing).working_bytes(sizes, routing)
-
-    def _typical_schedule(self, routing: RoutingSource) -> _FetchKVSchedule:
-        """Return the schedule of the keys that all ranks select; without a full selection, of all they may select."""
         found = routing()
         if not isinstance(found, SelectedBlocks) or found.one_in > 1:
-            return self.schedule()
-        rows = self.planner.tokens, self.planner.shards.index.flatten()
-        return self.schedule(*(found.selection.of_queries(tokens) for tokens in rows))
+            return *self.schedule.moves(sizes, routing), requests
+        of_local, of_all = (
+            found.selection.of_queries(tokens) for tokens in (self.planner.tokens, self.planner.shards.index.flatten())
+        )
+        return self.schedule.move(sizes, self._required(of_local), self._requested(of_all)), requests
+
+    def working_bytes(self, sizes: Sizes, routing: RoutingSource) -> int:
+        return self.schedule.working_bytes(sizes, routing)
 
 
 STRATEGIES.add(Fetch.name, Fetch)

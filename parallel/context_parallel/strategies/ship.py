@@ -5,27 +5,31 @@ P - 1 > (Hq / Hk) x (ranks that a query needs) x (bytes of a query and its resul
 Queries are sent one head at a time, to each rank that holds visible rows of a chosen block (see query_dispatch.py),
 while local attention runs. Results are merged in float32, in the order of the ranks. Backward, queries are sent again
 with the gradient of out, out and the log-sum-exp; gradients of keys stay with their owner, so `grad_comm_dtype` has no
-effect. The host plans what is sent and received, for which it waits for the choice of each layer, once.
+effect. The host waits for how many queries each pair of ranks exchanges, once for each choice.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import final
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from farspan.kernels.attention import attention_backward, attention_forward
-from farspan.kernels.device_copies import copy_to
+from farspan.kernels.backend import BACKENDS
+from farspan.kernels.caching import once
+from farspan.kernels.device_copies import DeviceCopies
 from farspan.kernels.kinds.routed import SelectedBlocks
 from farspan.kernels.masks.attention_mask import AttentionMask
+from farspan.kernels.masks.packed_selection import PackedSelection
 from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.mechanism import Access
 from farspan.kernels.merge import accumulation_dtype, merge_
 from farspan.kernels.planner import KeyRouting, Routing, RoutingSource, Saved, Sizes, no_routing
 from farspan.kernels.planning.plan import Plan
 from farspan.parallel.comm import Transfer
-from farspan.parallel.context_parallel.query_dispatch import BlockOwners, DispatchPlan, ReceivedQueries
+from farspan.parallel.context_parallel.query_dispatch import BlockOwners, DispatchPlan, LocalKeys
 from farspan.parallel.context_parallel.strategy import (
     STRATEGIES,
     DistributedAttention,
@@ -57,45 +61,64 @@ class Ship(Strategy):
         return _QueryDispatchAttention(
             planner=planner,
             routing_width=key_routing.routing_width,
-            attention_mask=attention_mask,
             key_routing=key_routing,
-            owners=BlockOwners.of(attention_mask, key_routing.key_blocks, planner.shards),
+            owners=BlockOwners.of(
+                attention_mask, key_routing.key_blocks, planner.shards, planner.share.local_heads.query
+            ),
+            local_keys=LocalKeys.of(planner, attention_mask, key_routing.key_blocks),
+            token=DeviceCopies(planner.tokens),
             local=planner.plan_of(attention_mask, planner.tokens, planner.tokens),
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Exchange:
+    """What follows from a choice: the queries dispatched and received, as a plan and their number from each rank."""
+
+    dispatch: DispatchPlan
+    received: Plan
+    counts: Sequence[int]
 
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _QueryDispatchAttention(DistributedAttention):
-    attention_mask: AttentionMask
+    """exchanges: by selection, which is that of the first pass where activations are recomputed, and of all layers
+    where a pattern does not depend on content.
+    """
+
     key_routing: KeyRouting
     owners: BlockOwners
+    local_keys: LocalKeys
+    token: DeviceCopies
     local: Plan
+    exchanges: WeakKeyDictionary[BlockSelection | PackedSelection, _Exchange] = field(
+        default_factory=WeakKeyDictionary, init=False
+    )
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v = inputs
         selection = self.key_routing.route(q, k).selection
         assert selection is not None
-        dispatch = self._dispatch_plan(selection.as_lists, self.channel.rank)
-        counts, received = self._announce(dispatch)
-        sent, row, head = dispatch.queries_per_rank, *(copy_to(x, q.device) for x in (dispatch.row, dispatch.head))
-        # Dispatched queries are rows of one head: [T, Hq, D] -> [queries, D]
-        transfer = self._send(q[row, head], sent, counts, kind="q")
         local = self.local.with_selection(selection)
+        exchange = once(self.exchanges, selection, lambda: self._announce(local))
+        sent, row, head = exchange.dispatch.queries_per_rank, exchange.dispatch.row, exchange.dispatch.head
+        # Dispatched queries are rows of one head: [T, Hq, D] -> [queries, D]
+        transfer = self._send(q[row, head], sent, exchange.counts, kind="q")
         out, lse = (x.to(accumulation_dtype(q.dtype)) for x in attention_forward(q, k, v, local, backend=self.backend))
-        partial = self._attend_received(transfer.wait(), k, v, received)
-        arrived = self._send(partial, counts, sent, kind="out").wait()
-        # Rank by rank: one rank returns a row and head at most once, so indexed assignment has no duplicates.
-        for rows, heads, part in zip(*(x.split(sent) for x in (row, head, arrived)), strict=True):
+        partial = self._attend_received(transfer.wait(), k, v, exchange.received)
+        arrived = self._send(partial, exchange.counts, sent, kind="out").wait()
+        for rows, heads, part in _rank_by_rank(sent, row, head, arrived):
             row_out, row_lse = out[rows, heads][:, None], lse[rows, heads][:, None]  # [queries, 1, Dv], [queries, 1]
             merge_(row_out, row_lse, part[:, None, :-1], part[:, -1:])
             out[rows, heads], lse[rows, heads] = row_out[:, 0], row_lse[:, 0]
         out = out.to(q.dtype)
-        return out, Saved((q, k, v, out, lse, row, head), (sent, counts, received, local))
+        return out, Saved((q, k, v, out, lse, row, head), (exchange, local))
 
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
         q, k, v, out, lse, row, head = saved.tensors
-        sent, counts, received, local = saved.extras
+        exchange, local = saved.extras
+        sent, counts = exchange.dispatch.queries_per_rank, exchange.counts
         packed = torch.cat((q[row, head], dout[row, head], out[row, head]), dim=1)  # [queries, D + 2 Dv]
         rows_transfer = self._send(packed, sent, counts, kind="dout")
         lse_transfer = self._send(lse[row, head][:, None], sent, counts, kind="lse")  # [queries, 1]
@@ -104,43 +127,41 @@ class _QueryDispatchAttention(DistributedAttention):
         widths = q.shape[2], v.shape[2], v.shape[2]
         # [queries, D + 2 Dv] -> [queries, 1, D], [queries, 1, Dv], [queries, 1, Dv]
         their_q, their_dout, their_out = (x[:, None].contiguous() for x in rows_transfer.wait().split(widths, dim=1))
-        their_k, their_v = received.as_one_head(k), received.as_one_head(v)
+        their_k, their_v = self.local_keys.as_one_head(k), self.local_keys.as_one_head(v)
+        their_lse = lse_transfer.wait()
         their_dq, part_dk, part_dv = attention_backward(
-            their_dout, their_q, their_k, their_v, their_out, lse_transfer.wait(), received.plan, backend=self.backend
+            their_dout, their_q, their_k, their_v, their_out, their_lse, exchange.received, backend=self.backend
         )
-        dk = dk + received.as_kv_heads(part_dk)
-        dv = dv + received.as_kv_heads(part_dv)
+        dk = dk + self.local_keys.as_kv_heads(part_dk)
+        dv = dv + self.local_keys.as_kv_heads(part_dv)
         arrived = self._send(their_dq[:, 0].to(dq.dtype), counts, sent, kind="dq").wait()  # [queries, D]
-        for rows, heads, part in zip(*(x.split(sent) for x in (row, head, arrived)), strict=True):
+        for rows, heads, part in _rank_by_rank(sent, row, head, arrived):
             dq[rows, heads] += part
         return dq, dk, dv
 
     def lse(self, saved: Saved) -> Tensor:
         return saved.tensors[4]
 
-    def _dispatch_plan(self, selection: BlockSelection, rank: int) -> DispatchPlan:
-        return DispatchPlan.of(selection, self.owners, self.planner.shards, rank, self.heads.query)
-
-    def _announce(self, dispatch: DispatchPlan) -> tuple[list[int], ReceivedQueries]:
-        """Exchange what is dispatched; return the number of queries from each rank, and the plan of their attention."""
-        sizes = torch.tensor((dispatch.queries_per_rank, dispatch.blocks_per_rank)).t().contiguous()  # [P, 2]
-        queries, blocks = self.channel.all_to_all(sizes, kind="ship_choice").t().tolist()
-        token = self.planner.tokens[dispatch.row]
+    def _announce(self, local: Plan) -> _Exchange:
+        """Exchange what is dispatched by the choice of the local queries; the only time that the host waits for it."""
+        choices = self.owners.choices(self.channel.rank, *BACKENDS.get(self.backend).choices(local, self.heads.kv))
+        their_sizes = self.channel.all_to_all(choices.per_rank, kind="ship_choice")
+        sizes, their_sizes = torch.stack((choices.per_rank, their_sizes)).cpu().tolist()  # [2, P, 2]
+        dispatch, (queries, blocks) = choices.plan(sizes), zip(*their_sizes, strict=True)
+        token = self.token.on(dispatch.row.device)[dispatch.row]
         described = torch.stack((token, dispatch.head, dispatch.num_blocks), dim=1).int()  # [queries, 3]
         described = self._send(described, dispatch.queries_per_rank, queries, kind="choice").wait()
         block = self._send(dispatch.block.int(), dispatch.blocks_per_rank, blocks, kind="choice").wait()
-        received = ReceivedQueries.of(
-            self.planner, self.attention_mask, self.key_routing.key_blocks, described.long(), block.long()
-        )
-        return queries, received
+        received = self.local_keys.received(described.long(), block.long())
+        return _Exchange(dispatch=dispatch, received=received, counts=queries)
 
     def _send(self, x: Tensor, sent: Sequence[int], received: Sequence[int], *, kind: str) -> Transfer:
         return self.channel.start_all_to_all(x, sent=sent, received=received, kind=f"ship_{kind}")
 
-    def _attend_received(self, q: Tensor, k: Tensor, v: Tensor, received: ReceivedQueries) -> Tensor:
+    def _attend_received(self, q: Tensor, k: Tensor, v: Tensor, received: Plan) -> Tensor:
         """Return out and log-sum-exp of received queries, `[queries, Dv + 1]` in the accumulation dtype."""
-        keys, values = received.as_one_head(k), received.as_one_head(v)
-        out, lse = attention_forward(q[:, None], keys, values, received.plan, backend=self.backend)
+        keys, values = self.local_keys.as_one_head(k), self.local_keys.as_one_head(v)
+        out, lse = attention_forward(q[:, None], keys, values, received, backend=self.backend)
         return torch.cat((out[:, 0].to(lse.dtype), lse), dim=1)
 
     # What it costs.
@@ -173,11 +194,22 @@ class _QueryDispatchAttention(DistributedAttention):
     def _counts(self, routing: Routing) -> tuple[int, int, int]:
         """Return the queries sent and received, and the selected blocks sent, by the routing of the full sequence."""
         assert isinstance(routing, SelectedBlocks), "the traffic of ship depends on the selection"
-        rank, one_in, selection = self.channel.rank, routing.one_in, routing.selection
-        index = self.planner.shards.index
-        plans = [self._dispatch_plan(selection.of_queries(tokens), sender) for sender, tokens in enumerate(index)]
-        received = sum(plan.queries_per_rank[rank] for plan in plans)
-        return sum(plans[rank].queries_per_rank) * one_in, received * one_in, sum(plans[rank].blocks_per_rank) * one_in
+        rank, heads = self.channel.rank, self.heads.query
+        # [sender, receiver, (queries, blocks)]
+        counts = torch.stack(
+            [
+                self.owners.choices(sender, *routing.selection.of_queries(tokens).choices(heads)).per_rank
+                for sender, tokens in enumerate(self.planner.shards.index)
+            ]
+        )
+        sent, blocks = (counts[rank].sum(dim=0) * routing.one_in).tolist()
+        return sent, int(counts[:, rank, 0].sum()) * routing.one_in, blocks
+
+
+def _rank_by_rank(sent: Sequence[int], *of_queries: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the parts of each rank that has any: it returns a row and head at most once, so there are no duplicates."""
+    parts = zip(*(x.split(sent) for x in of_queries), strict=True)
+    return (part for part, queries in zip(parts, sent, strict=True) if queries)
 
 
 STRATEGIES.add(Ship.name, Ship)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.packed_selection import PackedSelection, num_words
 from farspan.kernels.masks.rows import Rows
-from farspan.kernels.masks.selection import BlockPartition
+from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.triton_kernels import gathered_launch
 from farspan.kernels.triton_kernels.attention_launch import Shape, Shapes
@@ -104,6 +104,37 @@ def test_lists_are_those_of_the_bits(
     plan = plan_of(RAGGED, RAGGED, AttentionMask(), selection)
     found = row_lists_of(selection, plan, kv_heads=KV_HEADS)
     assert members(found) == expected_members(selection, chunk)
+    # The same as pairs, among as many as there may be.
+    pair, number = gathered_launch.choices(plan, KV_HEADS)
+    pair, number = pair[number < selection.blocks.count], number[number < selection.blocks.count]
+    expected_pair, expected_number = selection.as_lists.choices(HEADS)
+    order = (expected_number * len(RAGGED) * HEADS + expected_pair).argsort()
+    assert sorted(zip(number.tolist(), pair.tolist(), strict=True)) == list(
+        zip(expected_number[order].tolist(), expected_pair[order].tolist(), strict=True)
+    )
+
+
+def test_drawn_queries_attend_as_those_they_were_drawn_from() -> None:
+    """Queries in any order, some twice, each of one head with a list of blocks of its own, as `ship` receives them."""
+    generator, attention_mask = torch.Generator().manual_seed(3), AttentionMask(window=30, sinks=2)
+    index = torch.randint(len(RAGGED), (90,), generator=generator)
+    index, blocks = index[RAGGED.document[index] >= 0], BlockPartition.blocks(RAGGED, 4)
+    selects = torch.rand(len(index), blocks.count, generator=generator) < 0.4
+    selection = BlockSelection(
+        heads=1,
+        query_block=torch.arange(len(index)),
+        blocks=blocks,
+        offsets=torch.nn.functional.pad(selects.sum(dim=1).cumsum(0), (1, 0)),
+        key_blocks=selects.nonzero()[:, 1].int(),
+    )
+    plan = Plan.build(RAGGED, RAGGED, attention_mask, heads=1).draw(index, selection)
+    bits = PackedSelection.pack(selection, index.device)
+    found = row_lists_of(selection, plan, kv_heads=1)
+    assert members(found) == members(gathered_launch._row_lists(bits, bits.query_block.int(), 1, 1))
+    tensors = Tensors.random(len(index), len(RAGGED), (1, 1), dtype=torch.float32)
+    mask = contract.mask_of(RAGGED.take(index), RAGGED, attention_mask, 1, selection)
+    got = contract.run_parts(tensors, [torch.arange(len(RAGGED))], [plan], "triton")
+    oracle.assert_close(got, contract.expect(tensors, mask), oracle.RELATIVE_TOLERANCE[torch.float32])
 
 
 def test_lists_of_all_blocks_fill_the_memory_they_have() -> None:

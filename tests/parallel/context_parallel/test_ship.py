@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.nn.functional import pad
 
 from farspan.kernels.kinds.routed import Routed
 from farspan.kernels.masks.rows import Rows
@@ -12,7 +13,7 @@ from farspan.kernels.mechanisms.block_sparse import BlockSparse
 from farspan.kernels.mechanisms.moba import MoBA
 from farspan.kernels.mechanisms.vggt import VGGT
 from farspan.parallel.comm import Unconnected
-from farspan.parallel.context_parallel.query_dispatch import BlockOwners, DispatchPlan
+from farspan.parallel.context_parallel.query_dispatch import BlockOwners
 from farspan.parallel.context_parallel.strategy import STRATEGIES, Sizes
 from farspan.parallel.layout import LAYOUTS, Shards
 from tests.support.oracle import selected_mask, visible_mask
@@ -74,16 +75,27 @@ def test_a_query_goes_to_ranks_with_visible_chosen_keys_only(mechanism: Routed, 
     index = shards.index.flatten()
     owner = torch.full((len(rows),), -1)
     owner[index[index >= 0]] = torch.arange(degree).repeat_interleave(shards.tokens_local)[index >= 0]
-    owners = BlockOwners.of(mechanism.attention_mask(), mechanism.key_blocks(rows), shards)
-    dispatched = 0
+    blocks, dispatched = mechanism.key_blocks(rows), 0
+    block_of_row = blocks.of(rows)
+    owners = BlockOwners.of(mechanism.attention_mask(), blocks, shards, heads.query)
     for rank, other in itertools.product(range(degree), range(degree)):
         selection = chosen.of_queries(shards.index[rank])
-        plan = DispatchPlan.of(selection, owners, shards, rank, heads.query)
+        # A device sorts as many choices as there may be: those of no block are none.
+        pair, block = (
+            pad(x, (3, 5), value=v) for x, v in zip(selection.choices(heads.query), (7, blocks.count), strict=True)
+        )
+        choices = owners.choices(rank, pair, block)
+        plan = choices.plan(choices.per_rank.tolist())
+        first = sum(plan.queries_per_rank[:other])
         row, head = (x.split(plan.queries_per_rank)[other] for x in (plan.row, plan.head))
         sent = torch.zeros(heads.query, len(rows), dtype=torch.bool)
         sent[head, shards.index[rank][row]] = True
         assert len(row) == sent.sum(), "a row of a head goes to a rank once"
         wanted = sees[:, :, owner == other].any(dim=2) & (owner == rank)
         assert torch.equal(sent, wanted & (rank != other))
+        lists = plan.block.split(plan.blocks_per_rank)[other].split(plan.num_blocks[first : first + len(row)].tolist())
+        for of_row, of_head, numbers in zip(row, head, lists, strict=True):
+            keys = sees[of_head, shards.index[rank][of_row]] & (owner == other)
+            assert torch.equal(numbers, block_of_row[keys].unique())
         dispatched += len(row)
     assert dispatched > 0

@@ -33,11 +33,12 @@ from tests.support.pretend_cuda.tensor import PretendDevice, PretendTensor
 from tests.support.pretend_cuda.watch import watch
 
 DOCUMENTS, PADDED = (113, 70), 9
+LAYERS = 2
 BASE = (
     f"run.folder={tempfile.gettempdir()}/none",
     "data.folder=none",
     f"data.sequence_tokens={sum(DOCUMENTS) + PADDED}",
-    "model={layers=2, width=64, heads=4, kv_heads=2, head_dim=16, feed_forward=128, vocabulary_size=256}",
+    f"model={{layers={LAYERS}, width=64, heads=4, kv_heads=2, head_dim=16, feed_forward=128, vocabulary_size=256}}",
     "train.steps=1",
     "train.compute_dtype=bfloat16",
     "optimizer.warmup_steps=0",

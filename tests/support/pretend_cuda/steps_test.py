@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 
 from tests.support.pretend_cuda.cells import Cell, cells
-from tests.support.pretend_cuda.counts import Part
+from tests.support.pretend_cuda.counts import HOST_WAITS, Part
 from tests.support.pretend_cuda.pool import PretendPools
 from tests.support.pretend_cuda.record import costs_of_step, read
-from tests.support.pretend_cuda.step import take_step
+from tests.support.pretend_cuda.step import LAYERS, take_step
 
 
 def steps_test(ranks: int) -> Callable[..., None]:
@@ -23,5 +23,10 @@ def steps_test(ranks: int) -> Callable[..., None]:
             # The record is of later layers: neither the plan of a sequence nor its first layer waits.
             (of,) = stepped
             assert of.planned.waiting(*Part) + of.counts.waiting(Part.FORWARD, Part.BACKWARD) == []
+        if cell.strategy in ("fetch", "ship") and cell.name != "mosa":
+            # A layer's choice tells the host how much is sent, once: recomputation and backward use what was planned.
+            for of in stepped:
+                assert of.counts.number(Part.FORWARD, *HOST_WAITS) <= LAYERS
+                assert of.counts.waiting(Part.BACKWARD) == []
 
     return costs_no_more_than_recorded

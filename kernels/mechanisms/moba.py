@@ -23,8 +23,8 @@ from farspan.kernels.planner import Heads
 from farspan.kernels.planning.choice_tiles import Ranking
 from farspan.kernels.routing.ranking import affinity, top
 
-SCORES_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 24}
-"""Scores that exist at the same time, by kind of device: few enough for a cache, or enough to fill a GPU."""
+SCORES_AT_ONCE = 1 << 19
+"""Scores that exist at the same time: few enough for a cache."""
 
 
 @final
@@ -65,7 +65,7 @@ class MoBA(Routed):
         # The first block of each row's document.
         first_block = blocks.first[blocks.document[own_block.clamp(min=0)]] if blocks.count else own_block
         selected = torch.full((q.shape[1], len(own_block), min(self.top_k, blocks.count)), -1, dtype=torch.int32)
-        at_once = max(SCORES_AT_ONCE[q.device.type] // (q.shape[1] * max(blocks.count, 1)), 1)
+        at_once = max(SCORES_AT_ONCE // (q.shape[1] * max(blocks.count, 1)), 1)
         for start in range(0, len(own_block), at_once):
             part = slice(start, start + at_once)
             # Only blocks that some of these queries may select are scored.

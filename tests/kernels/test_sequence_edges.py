@@ -66,7 +66,7 @@ BOUNDS: dict[str, dict[str, Any]] = {
     "lifetimes.gradient": {"TILE_QUERIES": 64, "SCORES_AT_ONCE": 1},
     "mechanisms._tile_selection": {"SCORES_AT_ONCE": 500},
     "mechanisms.block_sparse": {"TILES_AT_ONCE": 3},
-    "mechanisms.moba": {"SCORES_AT_ONCE": {"cpu": 500}},
+    "mechanisms.moba": {"SCORES_AT_ONCE": 500},
     "mechanisms.vmoba": {"SCORES_AT_ONCE": 500},
     "cpu.linear_attention": {"BLOCK": 64},
 }

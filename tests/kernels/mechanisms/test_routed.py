@@ -120,7 +120,7 @@ def test_memory_is_bounded_by_parts(mechanism: Routed, monkeypatch: pytest.Monke
 
     for name in ("_tile_selection", "moba", "vmoba"):
         module = f"farspan.kernels.mechanisms.{name}"
-        monkeypatch.setattr(f"{module}.SCORES_AT_ONCE", {"cpu": most} if name == "moba" else most)
+        monkeypatch.setattr(f"{module}.SCORES_AT_ONCE", most)
         monkeypatch.setattr(f"{module}.affinity", noted)
     monkeypatch.setattr("farspan.kernels.mechanisms.block_sparse.TILES_AT_ONCE", 3)
     assert lists(select(mechanism, q, k, ROWS)) == expected
@@ -141,7 +141,7 @@ def test_blocks_of_other_documents_are_not_scored(mechanism: Routed, monkeypatch
     most = 4 * 300 * 10
     for name in ("_tile_selection", "moba", "vmoba"):
         module = f"farspan.kernels.mechanisms.{name}"
-        monkeypatch.setattr(f"{module}.SCORES_AT_ONCE", {"cpu": most} if name == "moba" else most)
+        monkeypatch.setattr(f"{module}.SCORES_AT_ONCE", most)
         monkeypatch.setattr(f"{module}.affinity", counted)
     q, k = normal((300, 4, 16), (300, 2, 16))
     found = lists(select(mechanism, q, k, rows))

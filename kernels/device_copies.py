@@ -10,8 +10,14 @@ from farspan.kernels.caching import once
 
 def copy_to(x: Tensor, device: torch.device) -> Tensor:
     """Return x, which lies on the CPU, on `device`; the host goes on before the copy is made."""
+    if device.type != "cuda":
+        return x.to(device)
     # A copy from pageable memory waits for what was launched before.
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    copy = x.pin_memory().to(device, non_blocking=True)
+    # A thread that plans ahead copies on a stream of its own, whose next copies must not get this memory before what
+    # computes, on the default stream, is done with it.
+    copy.record_stream(torch.cuda.default_stream(device))
+    return copy
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,7 +16,7 @@ each rank, so that their rows are planned in each forward pass, by one copy of t
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import final
 
@@ -34,6 +34,7 @@ from farspan.kernels.planner import (
     Composition,
     Heads,
     HeadShare,
+    InputSpec,
     Routing,
     RoutingSource,
     Saved,
@@ -253,6 +254,16 @@ class _TokenChoiceAttention(SequenceAttention):
     mechanism: TokenChoice
     planner: AttentionPlanner
     known_rows: _KnownRows | None
+
+    def prepare(self, spec: InputSpec) -> None:
+        self.planner.prepare_all_rows(spec.device)
+        self._candidates_on(spec.device)
+        known = self.known_rows
+        if known is not None:
+            for table in (known.real, known.head, known.nth, self._row_of_token):
+                if table is not None:
+                    table.on(spec.device)
+            known.among.prepare(replace(spec, kv_heads=1))
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v, routing = inputs

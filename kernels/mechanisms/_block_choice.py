@@ -4,6 +4,7 @@ What rows and blocks decide is planned once per sequence on the host and sent to
 as many at any length, and waits for nothing. Triton need not be installed: it is imported at the first choice.
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.device_copies import copy_to
-from farspan.kernels.kinds.routed import LocalShard
-from farspan.kernels.masks.packed_selection import PackedSelection
+from farspan.kernels.kinds.routed import LocalShard, Routed
+from farspan.kernels.masks.packed_selection import PackedSelection, num_words
 from farspan.kernels.masks.selection import BlockPartition
 from farspan.kernels.planning.choice_tiles import Candidates, ChoiceTiles, Ranking, choice_tiles
 from farspan.kernels.ragged import offsets_of
@@ -36,6 +37,7 @@ class Queries:
     document: Tensor
     first: Tensor
     last: Tensor
+    are_tiles: bool
 
     @staticmethod
     def rows(local_shard: LocalShard) -> "Queries":
@@ -43,14 +45,16 @@ class Queries:
         block, position = local_shard.key_block_of_row, local_shard.rows.position.long()
         # One more block, that of padding, is of no document.
         document = torch.cat((local_shard.key_blocks.document, block.new_full((1,), -1)))[block]
-        return Queries(torch.arange(len(block)).masked_fill(block < 0, -1), document, position, position)
+        query_block = torch.arange(len(block)).masked_fill(block < 0, -1)
+        return Queries(query_block, document, position, position, are_tiles=False)
 
     @staticmethod
     def tiles(local_shard: LocalShard) -> "Queries":
         """The query blocks with local rows."""
         tile, query_block = local_shard.local_query_blocks
         first, last = local_shard.query_block_extent
-        return Queries(query_block, local_shard.query_blocks.document[tile], first[tile], last[tile])
+        document = local_shard.query_blocks.document[tile]
+        return Queries(query_block, document, first[tile], last[tile], are_tiles=True)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,8 +63,8 @@ class BlockChoice:
 
     ranking: of each query's blocks; None for a joint ranking. least: the least number of blocks that each query of a
     document chooses, int64 `[documents]`. most: no query has more. names_own: whether the rule names a query's own
-    blocks. competes: if the rows alone decide it, which key blocks, bool `[blocks]`, and which queries, bool `[Q]`,
-    take part in the ranking, for all heads.
+    blocks. compares: whether tiles and blocks take part in the ranking by the likeness of their rows. competes: if the
+    rows alone decide it, which key blocks, bool `[blocks]`, and which queries, bool `[Q]`, take part, for all heads.
     """
 
     local_shard: LocalShard
@@ -70,7 +74,25 @@ class BlockChoice:
     least: Tensor
     most: int
     names_own: bool
+    compares: bool = False
     competes: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the kernels take documents of so many blocks; of more, torch selects, and the host waits."""
+        return self.ranking is None or Candidates.fit(self.local_shard.key_blocks.first)
+
+    def prepare(self) -> PackedSelection:
+        """Make all that choices need; return one of them with bits of the meta device."""
+        made: list[object] = [self.key_members, self.key_counts, self.rule]
+        made.append(self.joint_tiles if self.ranking is None else self.tiles)
+        if self.queries.are_tiles:
+            made += self.query_members, self.query_counts, self.local_tiles
+        if self.compares:
+            made.append(self._documents)
+        heads, queries = self.local_shard.share.local_heads.query, len(self.queries.document)
+        words = num_words(self.local_shard.key_blocks.count)
+        return self.selection(torch.empty(queries, heads, words, dtype=torch.int32, device="meta"))
 
     @cached_property
     def key_members(self) -> "Members":
@@ -234,9 +256,28 @@ class BlockChoice:
         )
 
 
-def fits(local_shard: LocalShard) -> bool:
-    """Return whether the kernels take documents of so many blocks; of more, torch selects, and the host waits."""
-    return Candidates.fit(local_shard.key_blocks.first)
+class BlockChooser(Routed):
+    """A mechanism whose queries choose blocks by kernels, on their device."""
+
+    @abstractmethod
+    def choice(self, local_shard: LocalShard, device: torch.device) -> BlockChoice:
+        """Return what the choices of a sequence have in common."""
+
+    @abstractmethod
+    def choose(self, q: Tensor, k: Tensor, choice: BlockChoice) -> PackedSelection:
+        """Make the choice of a layer."""
+
+    @torch.no_grad()
+    def select_packed(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> PackedSelection:
+        choice = self._choice_on(q.device, local_shard)
+        return self.choose(q, k, choice) if choice.fits else super().select_packed(q, k, local_shard)
+
+    def prepare(self, local_shard: LocalShard, device: torch.device) -> PackedSelection | None:
+        choice = self._choice_on(device, local_shard)
+        return choice.prepare() if choice.fits else None
+
+    def _choice_on(self, device: torch.device, local_shard: LocalShard) -> BlockChoice:
+        return local_shard.once(("choice", device), lambda: self.choice(local_shard, device))
 
 
 def longest(local_shard: LocalShard) -> int:

@@ -67,6 +67,12 @@ class _FetchKVSchedule(KVSchedule):
         tokens = [planner.tokens, *(global_tokens[stage.rows] for stage in self.stages)]
         super().__init__(planner, attention_mask, tokens)
 
+    def prepare(self, device: torch.device, selection: BlockSelection | PackedSelection | None) -> KVSchedule:
+        for stage in self.stages:
+            stage.slots.on(device)
+            stage.leaving.on(device)
+        return self
+
     def kv_parts(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         transfer = self._start(0, k, v)
         yield k, v
@@ -194,6 +200,10 @@ class _FetchKVExchange(KVExchange):
     ) -> _FetchKVSchedule:
         """Return the schedule of selections that are known on all ranks: of the local rows and of all ranks' rows."""
         return _FetchKVSchedule(self.planner, self.attention_mask, self._required(of_local), self._requested(of_all))
+
+    def prepare(self, device: torch.device, selection: BlockSelection | PackedSelection | None) -> None:
+        if selection is not None:
+            _ = self._unmasked, self._key_block(selection.blocks)
 
     def for_selection(self, selection: BlockSelection | PackedSelection | None) -> KVSchedule:
         required = self._unmasked

@@ -15,14 +15,14 @@ from typing import final
 import torch
 from torch import Tensor
 
-from farspan.kernels.attention import attention_backward, attention_forward
+from farspan.kernels.attention import attention_backward, attention_forward, prepare_attention
 from farspan.kernels.device_copies import copy_to
 from farspan.kernels.kinds.routed import SelectedBlocks
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.mechanism import Access
 from farspan.kernels.merge import accumulation_dtype, merge_
-from farspan.kernels.planner import KeyRouting, Routing, RoutingSource, Saved, Sizes, no_routing
+from farspan.kernels.planner import InputSpec, KeyRouting, Routing, RoutingSource, Saved, Sizes, no_routing
 from farspan.kernels.planning.plan import Plan
 from farspan.parallel.comm import Transfer
 from farspan.parallel.context_parallel.query_dispatch import BlockOwners, DispatchPlan, ReceivedQueries
@@ -71,6 +71,10 @@ class _QueryDispatchAttention(DistributedAttention):
     key_routing: KeyRouting
     owners: BlockOwners
     local: Plan
+
+    def prepare(self, spec: InputSpec) -> None:
+        routed = self.key_routing.prepare(spec)
+        prepare_attention(self.local, self.planner.tokens, routed, spec, backend=self.backend)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v = inputs

@@ -25,7 +25,7 @@ def prepare_attention(
         return
     if masked.isolation is not None:
         masked.isolation.to(spec.device)
-    for plan in routed.plans_of(masked, tokens):
+    for plan in routed.prepare(masked, tokens, spec.device):
         BACKENDS.get(backend).prepare(plan, spec)
 
 

@@ -225,8 +225,8 @@ class RoutedKeys:
         """Narrow a plan of the local queries against the keys of these tokens, int64 `[keys]`, -1 for padding."""
         return plan if self.selection is None else plan.with_selection(self.selection)
 
-    def plans_of(self, plan: Plan, tokens: Tensor) -> tuple[Plan, ...]:
-        """Return the plans that passes attend by to the keys of these tokens."""
+    def prepare(self, plan: Plan, tokens: Tensor, device: torch.device) -> tuple[Plan, ...]:
+        """Make what passes need to attend to the keys of these tokens, ahead of them; return the plans they go by."""
         return (self.narrow(plan, tokens),)
 
     def start(self, q: Tensor, *routing: Tensor) -> RoutingGradient:

@@ -168,7 +168,8 @@ class ActiveKeys(RoutedKeys):
     def narrow(self, plan: Plan, tokens: Tensor) -> Plan:
         return plan.with_lifetimes(self.of.part(tokens).take(self.lifetimes.last))
 
-    def plans_of(self, plan: Plan, tokens: Tensor) -> tuple[Plan, ...]:
+    def prepare(self, plan: Plan, tokens: Tensor, device: torch.device) -> tuple[Plan, ...]:
+        self.of.part(tokens).prepare(device)
         # The gradient is of all causal pairs.
         return plan, self.narrow(plan, tokens)
 

@@ -7,9 +7,9 @@ Legend: T queries, S keys, Hq query heads, Hk KV heads, D head size, Dv value he
 multiple of 8.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 import torch
@@ -29,17 +29,22 @@ pass, forward twice and backward (by the TFLOP/s in `flash.py`): 0.7 s in 32 lay
 takes a second, once. That is one document of 23,000 tokens, or 8 of 8,192."""
 MOST_REPEATS = 256
 """Most sequences over which pairs of a shape add up."""
+MOST_COUNTED, MOST_PLANNED = 1 << 14, 1 << 9
+"""Shapes that are counted, the latest ones, and those that cuDNN makes a plan for, which it keeps to the end: neither
+grows for ever where long documents have new lengths in every sequence."""
 
 
 class ShapeCounter:
     """How many pairs of each shape this process has met: what is met for long enough is worth a plan of cuDNN.
 
-    worth: that many pairs.
+    worth: that many pairs. Threads may count at the same time.
     """
 
     def __init__(self, worth: int = CUDNN_PAIRS) -> None:
         self.worth = worth
-        self._pairs: Counter[tuple[object, ...]] = Counter()
+        self._pairs: dict[tuple[object, ...], int] = {}
+        self._planned: set[tuple[object, ...]] = set()
+        self._counting = Lock()
 
     def is_worth(self, sequence: VarlenSequence, *kind: object) -> bool:
         """Count a sequence of a plan; return whether its shape, of this kind of tensors, has come to `worth`."""
@@ -47,8 +52,17 @@ class ShapeCounter:
         if sequence.pairs < self.worth // MOST_REPEATS or min(sequence.queries, sequence.keys) < Cudnn.fewest:
             return False
         shape = sequence.queries, sequence.keys, sequence.causal, *kind
-        self._pairs[shape] += sequence.pairs
-        return self._pairs[shape] >= self.worth
+        with self._counting:
+            if shape in self._planned:
+                return True
+            # Put last: the first one is that which has not been met for longest.
+            pairs = self._pairs[shape] = self._pairs.pop(shape, 0) + sequence.pairs
+            if len(self._pairs) > MOST_COUNTED:
+                del self._pairs[next(iter(self._pairs))]
+            if pairs < self.worth or len(self._planned) >= MOST_PLANNED:
+                return False
+            self._planned.add(shape)
+            return True
 
 
 SHAPES = ShapeCounter()

@@ -156,9 +156,11 @@ def _tables(plan: Plan, blocks: BlockPartition, size: int, chunk_rows: int, devi
 def _query_block(plan: Plan, selection: PackedSelection, device: torch.device) -> Tensor:
     """Return the query block of each row, int32 `[T]`; layers have the same, queries sent to other ranks do not."""
     key = "query block", device
-    if key not in plan.shared or plan.shared[key][0] is not selection.query_block:
-        plan.shared[key] = selection.query_block, copy_to(selection.query_block.int(), device)
-    return plan.shared[key][1]
+    made_for, query_block = plan.shared.get(key, (None, None))
+    if query_block is None or made_for is not selection.query_block:
+        query_block = copy_to(selection.query_block.int(), device)
+        plan.shared[key] = selection.query_block, query_block
+    return query_block
 
 
 # What a selection decides: made once for each pass of a layer.

@@ -82,7 +82,7 @@ def prepare(plan: Plan, spec: InputSpec) -> None:
     selection, shapes = packed(plan, spec.device), shapes_for(spec.head_dim, spec.value_dim, spec.dtype)
     _terms(plan, spec.device)
     _query_block(plan, selection, spec.device)
-    chunk = _chunk_rows(selection, plan, spec.kv_heads)
+    chunk = _chunk_rows(selection, plan.heads, spec.kv_heads)
     for shape in (shapes.forward, shapes.dkv, shapes.dq):
         _tables(plan, selection.blocks, shape.keys, chunk, spec.device)
 
@@ -189,17 +189,16 @@ def row_lists_of(selection: PackedSelection, plan: Plan, *, kv_heads: int) -> Ro
     made_for, lists = _LATEST.get(selection, (0, None))
     if lists is None or made_for != kv_heads:
         _LATEST.clear()
-        lists = _row_lists(selection, plan, kv_heads)
+        lists = _row_lists(selection, _query_block(plan, selection, selection.bits.device), plan.heads, kv_heads)
         _LATEST[selection] = kv_heads, lists
     return lists
 
 
-def _row_lists(selection: PackedSelection, plan: Plan, kv_heads: int) -> RowLists:
-    query_block, heads = _query_block(plan, selection, selection.bits.device), plan.heads
+def _row_lists(selection: PackedSelection, query_block: Tensor, heads: int, kv_heads: int) -> RowLists:
     rows, blocks = len(query_block), selection.blocks.count
     if rows * heads > torch.iinfo(torch.int32).max:
         raise ValueError(f"{rows} rows of {heads} heads are too many to number: split the sequence over more ranks")
-    most, chunk = min(selection.most, blocks), _chunk_rows(selection, plan, kv_heads)
+    most, chunk = min(selection.most, blocks), _chunk_rows(selection, heads, kv_heads)
     chunks, words = triton.cdiv(rows, chunk), selection.bits.shape[2]
     members = torch.empty(max(rows * heads * most, 1), dtype=torch.int32, device=query_block.device)
     # One in front, which stays 0: the sums are where lists start.
@@ -215,9 +214,9 @@ def _row_lists(selection: PackedSelection, plan: Plan, kv_heads: int) -> RowList
     return RowLists(members=members, starts=starts, chunk_rows=chunk, num_chunks=chunks)
 
 
-def _chunk_rows(selection: PackedSelection, plan: Plan, kv_heads: int) -> int:
+def _chunk_rows(selection: PackedSelection, heads: int, kv_heads: int) -> int:
     blocks = selection.blocks.count
-    return chunk_rows(len(plan.queries), plan.heads, kv_heads, blocks, min(selection.most, blocks))
+    return chunk_rows(len(selection.query_block), heads, kv_heads, blocks, min(selection.most, blocks))
 
 
 def chunk_rows(rows: int, heads: int, kv_heads: int, blocks: int, most: int) -> int:

@@ -10,7 +10,23 @@ from torch import Tensor
 
 from farspan.kernels.backend import BACKENDS
 from farspan.kernels.merge import empty_partial
+from farspan.kernels.planner import InputSpec, RoutedKeys
 from farspan.kernels.planning.plan import Plan
+
+
+def prepare_attention(
+    masked: Plan, tokens: Tensor, routed: RoutedKeys | None, spec: InputSpec, *, backend: str
+) -> None:
+    """Make what passes need of a mask's plan and the keys of these tokens, int64 `[keys]`, ahead of them.
+
+    routed: see `farspan.kernels.planner.KeyRouting.prepare`.
+    """
+    if routed is None or masked.is_empty:
+        return
+    if masked.isolation is not None:
+        masked.isolation.to(spec.device)
+    for plan in routed.prepare(masked, tokens, spec.device):
+        BACKENDS.get(backend).prepare(plan, spec)
 
 
 @torch.no_grad()

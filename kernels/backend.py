@@ -11,6 +11,7 @@ from farspan.kernels.lifetimes import gradient
 from farspan.kernels.lifetimes.lifetimes import DocumentOrder, Lifetimes
 from farspan.kernels.linear_attention.recurrence import RecurrentBackend
 from farspan.kernels.mechanism import Access, Mechanism
+from farspan.kernels.planner import InputSpec
 from farspan.kernels.planning.plan import Plan
 from farspan.registry import Registry
 
@@ -96,6 +97,10 @@ class Backend(ABC):
     def calls(self) -> str:
         """Return the names of the libraries that it calls on this machine; nothing if all kernels are our own."""
         return ""
+
+    def prepare(self, plan: Plan, spec: InputSpec) -> None:
+        """Make what both passes need of a plan but for what depends on content, ahead of them; here nothing."""
+        return
 
     @abstractmethod
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ Made = TypeVar("Made")
 
 
 def once(cache: MutableMapping[Any, Any], key: Hashable, make: Callable[[], Made]) -> Made:
-    """Return what `make` returned when the key was first asked for."""
+    """Return what `make` returned when the key was first asked for; threads that ask at once may all make it."""
     if key not in cache:
         cache[key] = make()
     return cache[key]

@@ -98,6 +98,21 @@ class Sizes:
         return self.element_bytes if rounded else self.accumulation_bytes
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InputSpec:
+    """What q `[T, Hq, D]`, k `[S, Hk, D]` and v `[S, Hk, Dv]` of all layers are, before any exists."""
+
+    device: torch.device
+    dtype: torch.dtype
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+
+    @staticmethod
+    def of(q: Tensor, v: Tensor) -> "InputSpec":
+        return InputSpec(device=q.device, dtype=q.dtype, kv_heads=v.shape[1], head_dim=q.shape[2], value_dim=v.shape[2])
+
+
 # Routing of a full sequence: for the costs of a plan, which one process can compute for all ranks.
 
 
@@ -161,6 +176,13 @@ class SequenceAttention(ABC):
     def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
         """Return the gradient of each input, in its dtype or wider."""
 
+    def prepare(self, spec: InputSpec) -> None:
+        """Make what every layer needs of the sequence, ahead of the first, which makes what is left out.
+
+        Sends nothing, waits for no device and only copies to it, so that a thread of its own can prepare.
+        """
+        return
+
     def lse(self, saved: Saved) -> Tensor | None:
         """Return the log-sum-exp `[T, Hq]`, None where there is no single softmax; tests compare it with the truth."""
         return None
@@ -205,6 +227,10 @@ class RoutedKeys:
         """Narrow a plan of the local queries against the keys of these tokens, int64 `[keys]`, -1 for padding."""
         return plan if self.selection is None else plan.with_selection(self.selection)
 
+    def prepare(self, plan: Plan, tokens: Tensor, device: torch.device) -> tuple[Plan, ...]:
+        """Make what passes need to attend to the keys of these tokens, ahead of them; return the plans they go by."""
+        return (self.narrow(plan, tokens),)
+
     def start(self, q: Tensor, *routing: Tensor) -> RoutingGradient:
         return RoutingGradient()
 
@@ -230,6 +256,13 @@ class KeyRouting:
     def all_reduced(self, sizes: Sizes) -> tuple[int, int]:
         """Return the bytes of the tensors that `route` and the gradient sum over all owners of rows."""
         return 0, 0
+
+    def prepare(self, spec: InputSpec) -> RoutedKeys | None:
+        """Make what routing needs, see `SequenceAttention.prepare`; return the keys that it will leave.
+
+        What depends on content is on the meta device there. None if more than that is unknown.
+        """
+        return RoutedKeys()
 
     def route(self, q: Tensor, k: Tensor, *routing: Tensor) -> RoutedKeys:
         """Route by the local q, k and routing; every owner has to call."""
@@ -303,6 +336,11 @@ class AttentionPlanner(ABC):
         row, token = (of_real.on(x.device) for of_real in self._real_rows)
         full = x.new_zeros(len(self.global_rows), *x.shape[1:]).index_copy_(0, token, x[row])
         return self.all_reduce_sum(full, kind=kind)
+
+    def prepare_all_rows(self, device: torch.device) -> None:
+        """Make what `all_rows` needs on `device`."""
+        for of_real in self._real_rows:
+            of_real.on(device)
 
     @cached_property
     def _real_rows(self) -> tuple[DeviceCopies, DeviceCopies]:

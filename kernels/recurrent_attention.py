@@ -13,9 +13,21 @@ from farspan.kernels.attention import check_qkv
 from farspan.kernels.backend import BACKENDS
 from farspan.kernels.isolation import Places, bad_rows, poison_, surely_none, zeroed
 from farspan.kernels.linear_attention.recurrence import RecurrentBackend
-from farspan.kernels.linear_attention.state import RecurrenceInputs, Segment, State, empty_state
+from farspan.kernels.linear_attention.state import NO_POSITION, RecurrenceInputs, Segment, State, empty_state
 from farspan.kernels.masks.rows import PADDING
 from farspan.kernels.merge import accumulation_dtype
+from farspan.kernels.planner import InputSpec
+
+
+def prepare_recurrence(segment: Segment, decay: Tensor, spec: InputSpec, *, backend: str) -> None:
+    """Make what passes over a segment without a state before it need, ahead of them.
+
+    See `farspan.kernels.planner.SequenceAttention.prepare`.
+    """
+    if segment.isolation is not None:
+        segment.isolation.to(spec.device)
+    if segment.tokens:
+        _recurrent_backend(backend).prepare_scan(segment, decay, NO_POSITION, spec)
 
 
 @torch.no_grad()

@@ -10,16 +10,28 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
-from farspan.kernels.attention import attention_backward, attention_forward
+from farspan.kernels.attention import attention_backward, attention_forward, prepare_attention
 from farspan.kernels.device_copies import DeviceCopies
 from farspan.kernels.linear_attention.state import Segment
 from farspan.kernels.linear_attention.state import order as segment_order
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
-from farspan.kernels.planner import AttentionPlanner, Heads, HeadShare, KeyRouting, Saved, SequenceAttention
+from farspan.kernels.planner import (
+    AttentionPlanner,
+    Heads,
+    HeadShare,
+    InputSpec,
+    KeyRouting,
+    Saved,
+    SequenceAttention,
+)
 from farspan.kernels.planning.plan import Plan
-from farspan.kernels.recurrent_attention import recurrent_attention_backward, recurrent_attention_forward
+from farspan.kernels.recurrent_attention import (
+    prepare_recurrence,
+    recurrent_attention_backward,
+    recurrent_attention_forward,
+)
 
 
 def plan_sequence_attention(
@@ -62,6 +74,9 @@ class SequencePlanner(AttentionPlanner):
     def all_rows(self, x: Tensor, *, kind: str) -> Tensor:
         return x
 
+    def prepare_all_rows(self, device: torch.device) -> None:
+        """All rows are at hand."""
+
     def of_tokens(self, rows: Rows, token: Tensor) -> Self:
         return self.of_rows(rows)
 
@@ -88,6 +103,9 @@ class _MaskedAttention(SequenceAttention):
     tokens: Tensor
     key_routing: KeyRouting
     backend: str
+
+    def prepare(self, spec: InputSpec) -> None:
+        prepare_attention(self.plan, self.tokens, self.key_routing.prepare(spec), spec, backend=self.backend)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v, *routing = inputs
@@ -137,6 +155,12 @@ class SequenceScan(SequenceAttention):
         segment = Segment.of(rows.take(index))
         order, inverse = DeviceCopies(index), DeviceCopies(index.argsort())
         return SequenceScan(segment=segment, order=order, inverse=inverse, decay=decay, backend=backend)
+
+    def prepare(self, spec: InputSpec) -> None:
+        for index in (self.order, self.inverse):
+            if index is not None:
+                index.on(spec.device)
+        prepare_recurrence(self.segment, self.decay, spec, backend=self.backend)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v = (_take(x, self.order) for x in inputs)

@@ -1,18 +1,21 @@
 """From packed sequences to this rank's micro-batches: its tokens, labels and rows, and the planned attention."""
 
-from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import logging
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from farspan.errors import FarspanError, TrainingError
 from farspan.kernels.device_copies import copy_to
 from farspan.kernels.layers.cross_entropy import check_labels
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
+from farspan.kernels.planner import InputSpec
 from farspan.parallel.comm import Channel
 from farspan.parallel.context_parallel.key_convolution import KeyConvolution
 from farspan.parallel.context_parallel.strategy import DistributedAttention, Strategy
@@ -25,6 +28,9 @@ from farspan.trainer.data.source import TokenSource
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.model.flops import attention_flops
 from farspan.trainer.model.transformer import ExpertPlaces, SequenceContext
+from farspan.trainer.resilience.agreement import raise_on_all_ranks
+
+log = logging.getLogger("farspan")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -85,6 +91,8 @@ class BatchBuilder:
     """All with one channel."""
     layout: str
     device: torch.device
+    dtype: torch.dtype
+    """That the model computes in."""
     seed: int
     """The run's."""
     expert_channel: Channel | None = None
@@ -98,8 +106,8 @@ class BatchBuilder:
     def build(self, sequence: PackedSequence, index: int = 0) -> MicroBatch:
         """Return this rank's part of `sequence`, the run's training sequence number `index`.
 
-        Padding added by the layout has no label and no document. Sends nothing and waits for no device, so that a
-        thread of its own can build.
+        Padding added by the layout has no label and no document. What layers find on the device of their plans is
+        copied here. Sends nothing and waits for no device, so that a thread of its own can build.
         """
         rows = Rows(position=torch.from_numpy(sequence.position), document=torch.from_numpy(sequence.document))
         channel, device = self.channel, self.device
@@ -113,6 +121,8 @@ class BatchBuilder:
         local = shards.rows_of(rank)
         is_real = local.document >= 0
         planned = {layer: layer.plan(shards, self.model) for layer in dict.fromkeys(self.layers)}
+        for layer, attention in planned.items():
+            attention.prepare(self._inputs_of(layer.mechanism))
         convolution = experts = None
         if self.model.key_convolution:
             convolution = KeyConvolution.plan(channel, shards, self.model.key_convolution, device)
@@ -136,37 +146,125 @@ class BatchBuilder:
             seed=sequence_seed(self.seed, index),
         )
 
+    def _inputs_of(self, mechanism: Mechanism) -> InputSpec:
+        return InputSpec(
+            device=self.device,
+            dtype=self.dtype,
+            kv_heads=self.model.heads_of(mechanism).kv,
+            head_dim=self.model.head_dim,
+            value_dim=self.model.head_dim,
+        )
+
     @property
     def mechanisms(self) -> tuple[Mechanism, ...]:
         return tuple(layer.mechanism for layer in self.layers)
 
 
+class BatchThread:
+    """A thread that builds micro-batches while others are computed, on a stream of its own.
+
+        caller    build 1 | launch 1 ........ | launch 2 ........ | launch 3, the last
+        thread              build 2             build 3             (nothing)
+        device                compute 1           compute 2           compute 3
+        its copies        1             2                   3
+
+    What uses a batch waits on the device for its copies, the host for none. An error in the thread is raised by all
+    ranks, once they ask for the batch.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._thread = ThreadPoolExecutor(1, "batches", partial(_use_device, device))
+
+    def start(self, name: str, build: Callable[[], MicroBatch]) -> "Future[_Built]":
+        """Have a batch built after those started before; name: of its sequence, for errors."""
+        return self._thread.submit(self._build, name, build)
+
+    def take(self, started: Sequence["Future[_Built]"]) -> list[MicroBatch]:
+        """Return batches once they are built; every rank has to call. All raise the FarspanError of any."""
+        built = raise_on_all_ranks(lambda: [one.result() for one in started])
+        for one in built:
+            if one.copied is not None:
+                torch.cuda.current_stream(self._device).wait_event(one.copied)
+        return [one.batch for one in built]
+
+    def in_turn(self, builds: Iterable[tuple[str, Callable[[], MicroBatch]]]) -> Generator[MicroBatch]:
+        """Yield batches, equally many on every rank, each built while the one before is computed; see `start`.
+
+        Closed early, it leaves none behind that is being built.
+        """
+        started: deque[Future[_Built]] = deque()
+        try:
+            for build in builds:
+                started.append(self.start(*build))
+                if len(started) > 1:
+                    yield from self.take([started.popleft()])
+            while started:
+                yield from self.take([started.popleft()])
+        finally:
+            wait([one for one in started if not one.cancel()])
+
+    def close(self) -> None:
+        """End the thread after the micro-batch that it is at."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _build(self, name: str, build: Callable[[], MicroBatch]) -> "_Built":
+        try:
+            batch = build()
+        except FarspanError:
+            raise
+        except Exception as error:
+            log.exception("%s cannot be planned", name)
+            # Its first line: libraries may say more.
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise TrainingError(f"{name} cannot be planned ({reason}): see the traceback in the log.") from error
+        if self._device.type != "cuda":
+            return _Built(batch, None)
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(self._device))
+        return _Built(batch, copied)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Built:
+    """copied: when the device has all of the batch."""
+
+    batch: MicroBatch
+    copied: torch.cuda.Event | None
+
+
+def _use_device(device: torch.device) -> None:
+    """Make `device` the one of this thread, which has GPU 0 as it starts, and give it a stream of its own."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.set_stream(torch.cuda.Stream(device))
+
+
 class DataLoader:
     """The training sequences in their order, and this rank's micro-batches of each step.
 
-    A thread plans the next step's micro-batches while this step computes:
-
-        caller    plan 1 | launch step 1 ........ | launch step 2 ........ | launch step 3, the last
-        thread             plan 2                   plan 3                   (nothing)
+    The thread plans the next step's micro-batches while this step computes.
     """
 
-    def __init__(self, config: Config, source: TokenSource, mesh: Mesh, batches: BatchBuilder) -> None:
+    def __init__(
+        self, config: Config, source: TokenSource, mesh: Mesh, batches: BatchBuilder, thread: BatchThread
+    ) -> None:
         length, seed = config.data.sequence_tokens, config.run.seed
         self._sequences = ShuffledSequences(source, sequence_tokens=length, seed=seed)
         self._per_step, self._mesh, self.batches = config.train.sequences_per_step, mesh, batches
-        self._thread = ThreadPoolExecutor(1, "batches", partial(_use_device, batches.device))
-        self._planned: dict[int, list[Future[MicroBatch]]] = {}
+        self._thread = thread
+        self._planned: dict[int, list[Future[_Built]]] = {}
         """Of the step that begins with a sequence, by the sequence."""
 
     def micro_batches(self, first: int, *, is_last: bool = False) -> list[MicroBatch]:
         """Return those of this data-parallel group in the step that begins with sequence `first`; waits for them.
 
         Unless the step is the last, the thread then starts on those of the next one, whose errors are raised when
-        that step asks for them.
+        that step asks for them. Every rank has to call.
         """
         if first not in self._planned:
             self._plan(first)
-        batches = [planned.result() for planned in self._planned.pop(first)]
+        batches = self._thread.take(self._planned.pop(first))
         if not is_last:
             self._plan(first + self._per_step)
         return batches
@@ -175,19 +273,11 @@ class DataLoader:
         """Return the sequences of all groups in the step that begins with sequence `first`, by index."""
         return {index: self._sequences.sequence(index) for index in range(first, first + self._per_step)}
 
-    def close(self) -> None:
-        """End the thread after the micro-batch that it is at."""
-        self._thread.shutdown(cancel_futures=True)
-
     def _plan(self, first: int) -> None:
         group = range(first + self._mesh.data_rank, first + self._per_step, self._mesh.degrees.data)
-        self._planned[first] = [self._thread.submit(self._build, index) for index in group]
+        self._planned[first] = [
+            self._thread.start(f"training sequence {index}", partial(self._build, index)) for index in group
+        ]
 
     def _build(self, index: int) -> MicroBatch:
         return self.batches.build(self._sequences.sequence(index), index)
-
-
-def _use_device(device: torch.device) -> None:
-    """Make `device` the one of this thread: a new thread has GPU 0."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)

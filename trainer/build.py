@@ -80,6 +80,7 @@ def build_batches(config: Config, mesh: Mesh, device: torch.device, traffic: Tra
         ),
         layout=parallel.layout,
         device=device,
+        dtype=config.train.torch_dtype,
         seed=config.run.seed,
         expert_channel=Channel(mesh.expert, traffic) if any(config.model.expert_layers) else None,
     )

@@ -7,7 +7,9 @@ end token, whose loss counts and which stands for no bytes.
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, takewhile
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from farspan.parallel.mesh import Mesh
-from farspan.trainer.batch import BatchBuilder, MicroBatch
+from farspan.trainer.batch import BatchBuilder, BatchThread, MicroBatch
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import IGNORED
 from farspan.trainer.data.token_bytes import count_bytes
@@ -124,11 +126,13 @@ class Validation:
         sets: Mapping[str, ValidationSet],
         mesh: Mesh,
         batches: BatchBuilder,
+        thread: BatchThread,
         stop: StopSignal,
         watchdog: Watchdog,
     ) -> None:
         self._steps, self._every_steps, self._sets = config.train.steps, config.evaluate.every_steps, sets
-        self._mesh, self._batches, self._stop, self._watchdog = mesh, batches, stop, watchdog
+        self._mesh, self._batches, self._thread = mesh, batches, thread
+        self._stop, self._watchdog = stop, watchdog
 
     def is_due(self, step: int) -> bool:
         return step >= self._steps or (self._every_steps > 0 and step > 0 and step % self._every_steps == 0)
@@ -142,7 +146,7 @@ class Validation:
         record: dict[str, Any] = {"step": step}
         with self._watchdog.phase("evaluation", step):
             for name, validation_set in self._sets.items():
-                evaluation = self._evaluate(model, validation_set)
+                evaluation = self._evaluate(model, name, validation_set)
                 if evaluation is None:
                     return True
                 found = evaluation.record(validation_set.token_bytes)
@@ -151,20 +155,25 @@ class Validation:
         metrics.write(record)
         return False
 
-    def _evaluate(self, model: nn.Module, validation_set: ValidationSet) -> Evaluation | None:
+    def _evaluate(self, model: nn.Module, name: str, validation_set: ValidationSet) -> Evaluation | None:
         def is_stopping() -> bool:
             # Each sequence has the phase's whole time.
             self._watchdog.restart()
             return self._stop.requested
 
-        sequences = validation_set.share(data_rank=self._mesh.data_rank, groups=self._mesh.degrees.data)
-        return evaluate(
-            model,
-            map(self._batches.build, sequences),
-            sequence_tokens=validation_set.data.sequence_tokens,
-            vocabulary_size=validation_set.source.vocabulary_size,
-            is_stopping=is_stopping,
-        )
+        def build(place: int) -> MicroBatch:
+            return self._batches.build(validation_set.sequence(place))
+
+        places = validation_set.share(data_rank=self._mesh.data_rank, groups=self._mesh.degrees.data)
+        builds = ((f"sequence {place} of the held-out set {name!r}", partial(build, place)) for place in places)
+        with closing(self._thread.in_turn(builds)) as batches:
+            return evaluate(
+                model,
+                batches,
+                sequence_tokens=validation_set.data.sequence_tokens,
+                vocabulary_size=validation_set.source.vocabulary_size,
+                is_stopping=is_stopping,
+            )
 
 
 def named(name: str, found: Mapping[str, Any]) -> dict[str, Any]:

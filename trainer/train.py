@@ -15,7 +15,7 @@ from farspan.errors import ConfigError, FarspanError
 from farspan.parallel.comm import Traffic
 from farspan.parallel.mesh import Mesh
 from farspan.parallel.ranks import Ranks, connected
-from farspan.trainer.batch import DataLoader
+from farspan.trainer.batch import BatchThread, DataLoader
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.checkpoint.identity import identity_defaults, resume_identity
@@ -60,8 +60,9 @@ def train(config: Config, ranks: Ranks, stop: StopSignal) -> bool:
             model = build_model(config, mesh, device)  # each rank has its FSDP and expert-parallel shards
             optimizer = build_optimizer(model, config.optimizer)
             batches = build_batches(config, mesh, device, Traffic())  # each rank has its context-parallel shard
-            data = stack.enter_context(closing(DataLoader(config, resolved.train_source, mesh, batches)))
-            validation = Validation(config, resolved.validation_sets, mesh, batches, stop, watchdog)
+            thread = stack.enter_context(closing(BatchThread(device)))
+            data = DataLoader(config, resolved.train_source, mesh, batches, thread)
+            validation = Validation(config, resolved.validation_sets, mesh, batches, thread, stop, watchdog)
             state, checkpoints = TrainState(), build_checkpointer(resolved, model, optimizer)
             stack.enter_context(saves_settled(checkpoints, state, watchdog))
             if any_rank(stop.requested):

@@ -12,6 +12,7 @@ from farspan.kernels.backend import BACKENDS, Backend, KernelRequest
 from farspan.kernels.cuda import varlen
 from farspan.kernels.cuda.flash import WIDEST, flash, flash_backward, installed
 from farspan.kernels.cuda.operators import DTYPES
+from farspan.kernels.planner import InputSpec
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.planning.region_attention import Gradients, RegionAttention
 
@@ -43,16 +44,20 @@ class CudaBackend(Backend):
     def slow_reason(self, request: KernelRequest) -> str | None:
         return "it takes a call for each part of a window" if request.is_windowed else None
 
+    def prepare(self, plan: Plan, spec: InputSpec) -> None:
+        if varlen.calls_of(plan, spec) is None:
+            _REGIONS.prepare(plan, spec.kv_heads, spec.device)
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         self.check("cuda", q, v, selects_keys=plan.selection is not None or plan.lifetime is not None)
-        calls = varlen.calls_of(plan, q, v)
+        calls = varlen.calls_of(plan, InputSpec.of(q, v))
         return _REGIONS.forward(q, k, v, plan) if calls is None else varlen.forward(q, k, v, calls)
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan
     ) -> Gradients:
         self.check("cuda", q, v, selects_keys=plan.selection is not None or plan.lifetime is not None)
-        calls = varlen.calls_of(plan, q, v)
+        calls = varlen.calls_of(plan, InputSpec.of(q, v))
         if calls is None:
             return _REGIONS.backward(dout, q, k, v, out, lse, plan)
         return varlen.backward(dout, q, k, v, out, lse, calls)

@@ -13,7 +13,8 @@ from torch import Tensor
 from farspan.kernels.backend import BACKENDS, Backend
 from farspan.kernels.lifetimes.lifetimes import DocumentOrder, Lifetimes
 from farspan.kernels.linear_attention.recurrence import ChunkedRecurrentBackend
-from farspan.kernels.linear_attention.state import RecurrenceInputs, State
+from farspan.kernels.linear_attention.state import RecurrenceInputs, Segment, SequencePosition, State
+from farspan.kernels.planner import InputSpec
 from farspan.kernels.planning.plan import Plan
 
 
@@ -38,6 +39,9 @@ class TritonBackend(Backend, ChunkedRecurrentBackend):
         if device.type == "cuda" or (device.type == "cpu" and triton.knobs.runtime.interpret):
             return None
         return "its kernels are for CUDA devices"
+
+    def prepare(self, plan: Plan, spec: InputSpec) -> None:
+        _launches(plan).prepare(plan, spec)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         self.check("triton", q, v, selects_keys=False)
@@ -78,6 +82,11 @@ class TritonBackend(Backend, ChunkedRecurrentBackend):
 
         with torch.cuda.device_of(sums):
             return attention_launch.type_gradient(sums, lifetimes, order)
+
+    def prepare_scan(self, segment: Segment, decay: Tensor, before: SequencePosition, spec: InputSpec) -> None:
+        from farspan.kernels.triton_kernels import linear_attention
+
+        linear_attention.prepare(segment, decay, before, spec)
 
     def chunked_recurrence(self, inputs: RecurrenceInputs, *, reverse: bool) -> tuple[Tensor, State]:
         from farspan.kernels.triton_kernels import linear_attention

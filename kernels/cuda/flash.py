@@ -48,7 +48,7 @@ def choose(libraries: list[Library | Cudnn], width: int) -> tuple[Cudnn | None, 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `farspan.kernels.planning.region_attention.FlashForward`; bfloat16 or float16, head sizes up to WIDEST."""
-    scale, width = q.shape[-1] ** -0.5, width_of(q, v)
+    scale, width = q.shape[-1] ** -0.5, width_of(q.shape[-1], v.shape[-1])
     if mask is not None:
         scores = _scores(q, k, mask)
         lse = scores.logsumexp(dim=-1)
@@ -74,7 +74,7 @@ def flash_backward(
     out, dout = out.to(q.dtype), dout.to(q.dtype)
     if mask is not None:
         return _masked_backward(dout, q, k, v, out, lse, mask)
-    scale, width = q.shape[-1] ** -0.5, width_of(q, v)
+    scale, width = q.shape[-1] ** -0.5, width_of(q.shape[-1], v.shape[-1])
     _, library = choose(installed(q.device), width)
     dq, dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
     for rows, keys, is_triangle in _squares(q.shape[2], k.shape[2], causal):
@@ -105,9 +105,9 @@ def _squares(queries: int, keys: int, causal: bool) -> list[tuple[slice, slice, 
     return [triangle] if queries == side else [triangle, (slice(side, queries), slice(0, keys), False)]
 
 
-def width_of(q: Tensor, v: Tensor) -> int:
+def width_of(head_dim: int, value_dim: int) -> int:
     """Return the head size that libraries compute with, W."""
-    return -(-max(q.shape[-1], v.shape[-1]) // MULTIPLE) * MULTIPLE
+    return -(-max(head_dim, value_dim) // MULTIPLE) * MULTIPLE
 
 
 def fit(x: Tensor, width: int) -> Tensor:

@@ -7,9 +7,9 @@ Legend: T queries, S keys, Hq query heads, Hk KV heads, D head size, Dv value he
 multiple of 8.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from farspan.kernels.caching import once
 from farspan.kernels.cuda.flash import choose, fit, installed, width_of
 from farspan.kernels.cuda.operators import Cudnn, Gradients, Lengths, Library
 from farspan.kernels.device_copies import copy_to
+from farspan.kernels.planner import InputSpec
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.planning.varlen import VarlenCall, VarlenRows, VarlenSequence
 
@@ -28,17 +29,22 @@ pass, forward twice and backward (by the TFLOP/s in `flash.py`): 0.7 s in 32 lay
 takes a second, once. That is one document of 23,000 tokens, or 8 of 8,192."""
 MOST_REPEATS = 256
 """Most sequences over which pairs of a shape add up."""
+MOST_COUNTED, MOST_PLANNED = 1 << 14, 1 << 9
+"""Shapes that are counted, the latest ones, and those that cuDNN makes a plan for, which it keeps to the end: neither
+grows for ever where long documents have new lengths in every sequence."""
 
 
 class ShapeCounter:
     """How many pairs of each shape this process has met: what is met for long enough is worth a plan of cuDNN.
 
-    worth: that many pairs.
+    worth: that many pairs. Threads may count at the same time.
     """
 
     def __init__(self, worth: int = CUDNN_PAIRS) -> None:
         self.worth = worth
-        self._pairs: Counter[tuple[object, ...]] = Counter()
+        self._pairs: dict[tuple[object, ...], int] = {}
+        self._planned: set[tuple[object, ...]] = set()
+        self._counting = Lock()
 
     def is_worth(self, sequence: VarlenSequence, *kind: object) -> bool:
         """Count a sequence of a plan; return whether its shape, of this kind of tensors, has come to `worth`."""
@@ -46,8 +52,17 @@ class ShapeCounter:
         if sequence.pairs < self.worth // MOST_REPEATS or min(sequence.queries, sequence.keys) < Cudnn.fewest:
             return False
         shape = sequence.queries, sequence.keys, sequence.causal, *kind
-        self._pairs[shape] += sequence.pairs
-        return self._pairs[shape] >= self.worth
+        with self._counting:
+            if shape in self._planned:
+                return True
+            # Put last: the first one is that which has not been met for longest.
+            pairs = self._pairs[shape] = self._pairs.pop(shape, 0) + sequence.pairs
+            if len(self._pairs) > MOST_COUNTED:
+                del self._pairs[next(iter(self._pairs))]
+            if pairs < self.worth or len(self._planned) >= MOST_PLANNED:
+                return False
+            self._planned.add(shape)
+            return True
 
 
 SHAPES = ShapeCounter()
@@ -98,31 +113,31 @@ class DeviceCall:
         return self.library.backward(dout, q, k, v, out, lse, self.lengths, causal=self.causal, scale=scale)
 
 
-def calls_of(plan: Plan, q: Tensor, v: Tensor) -> list[DeviceCall] | None:
+def calls_of(plan: Plan, spec: InputSpec) -> list[DeviceCall] | None:
     """Return the calls of a plan; None if its mask shows a part of a document, or rows are in too odd an order."""
     if not plan.attention_mask.is_plain:
         return None
-    width = width_of(q, v)
 
     def make() -> list[DeviceCall] | None:
         rows = VarlenRows.of(plan.queries, plan.keys, causal=plan.attention_mask.causal)
-        return None if rows is None else list(_calls(rows, q.shape[1], width, q))
+        return None if rows is None else list(_calls(rows, plan.heads, spec))
 
-    return once(plan.shared, ("varlen", q.device, q.shape[1], width, q.dtype), make)
+    return once(plan.shared, ("varlen", spec), make)
 
 
-def _calls(rows: VarlenRows, heads: int, width: int, like: Tensor) -> Iterator[DeviceCall]:
+def _calls(rows: VarlenRows, heads: int, spec: InputSpec) -> Iterator[DeviceCall]:
     if not rows.sequences:
         return
-    cudnn, library = choose(installed(like.device), width)
+    width = width_of(spec.head_dim, spec.value_dim)
+    cudnn, library = choose(installed(spec.device), width)
     shared: dict[tuple[int, bool], list[VarlenSequence]] = {}
     for number, sequence in zip(rows.number, rows.sequences, strict=True):
-        if cudnn is not None and SHAPES.is_worth(sequence, heads, width, like.dtype):
-            yield DeviceCall.of(rows.call([sequence]), cudnn, like.device)
+        if cudnn is not None and SHAPES.is_worth(sequence, heads, width, spec.dtype):
+            yield DeviceCall.of(rows.call([sequence]), cudnn, spec.device)
         else:
             shared.setdefault((number, sequence.causal), []).append(sequence)
     for sequences in shared.values():
-        yield DeviceCall.of(rows.call(sequences), library, like.device)
+        yield DeviceCall.of(rows.call(sequences), library, spec.device)
 
 
 def _take(x: Tensor, rows: slice | Tensor) -> Tensor:
@@ -163,7 +178,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, calls: list[DeviceCall]) -> tuple[T
 def _forward(q: Tensor, k: Tensor, v: Tensor, call: DeviceCall) -> tuple[Tensor, Tensor]:
     """Return out `[T, Hq, Dv]`, in the dtype of q, and lse `[T, Hq]` of the call's rows."""
     of_rows = *call.of_queries(q), *call.of_keys(k, v)
-    query, key, value = (fit(x, width_of(q, v)) for x in of_rows)
+    query, key, value = (fit(x, width_of(q.shape[2], v.shape[2])) for x in of_rows)
     out, lse = call.forward(query, key, value, scale=q.shape[2] ** -0.5)
     return out[..., : v.shape[2]].to(q.dtype), lse.t()  # [Hq, T] -> [T, Hq]
 
@@ -190,7 +205,8 @@ def backward(
 def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: DeviceCall) -> Gradients:
     """Return dq `[T, Hq, D]`, dk `[S, Hk, D]` and dv `[S, Hk, Dv]` of the call's rows."""
     *of_queries, row_lse = call.of_queries(dout, q, out, lse)
-    row_dout, query, row_out, key, value = (fit(x, width_of(q, v)) for x in (*of_queries, *call.of_keys(k, v)))
+    width = width_of(q.shape[2], v.shape[2])
+    row_dout, query, row_out, key, value = (fit(x, width) for x in (*of_queries, *call.of_keys(k, v)))
     # lse [T, Hq] -> [Hq, T]
     given = row_dout, query, key, value, row_out, row_lse.t().contiguous()
     dq, dk, dv = call.backward(*given, scale=q.shape[2] ** -0.5)

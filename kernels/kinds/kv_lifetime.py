@@ -23,7 +23,16 @@ from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Access
 from farspan.kernels.merge import accumulation_dtype
-from farspan.kernels.planner import AttentionPlanner, Heads, KeyRouting, RoutedKeys, Routing, RoutingGradient, Sizes
+from farspan.kernels.planner import (
+    AttentionPlanner,
+    Heads,
+    InputSpec,
+    KeyRouting,
+    RoutedKeys,
+    Routing,
+    RoutingGradient,
+    Sizes,
+)
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.ragged import take_or
 from farspan.kernels.recomputation import kept
@@ -106,6 +115,14 @@ class LifetimeRouting(KeyRouting):
         numbers = len(self.planner.global_rows) * self.planner.share.local_heads.kv
         return numbers * torch.int8.itemsize, numbers * SUMS * sizes.accumulation_bytes
 
+    def prepare(self, spec: InputSpec) -> "ActiveKeys":
+        self.planner.prepare_all_rows(spec.device)
+        self.order.to(spec.device)
+        self.is_padding.on(spec.device)
+        self.part(self.planner.tokens).prepare(spec.device)
+        unknown = torch.empty(4, spec.kv_heads, len(self.planner.global_rows), dtype=torch.int32, device="meta")
+        return ActiveKeys(of=self, lifetimes=Lifetimes(columns=unknown, window=self.mechanism.window))
+
     def route(self, q: Tensor, k: Tensor, *routing: Tensor) -> "ActiveKeys":
         def choose() -> Lifetimes:
             types = self.planner.all_rows(chosen_types(*routing), kind="types")  # int8 [tokens, Hk]
@@ -129,6 +146,11 @@ class PartTokens:
         are_all = torch.equal(tokens, torch.arange(count))
         return PartTokens(DeviceCopies(tokens), DeviceCopies(at_least_0), bool((tokens < 0).any()), are_all)
 
+    def prepare(self, device: torch.device) -> None:
+        """Copy them to `device`."""
+        self.index.on(device)
+        self.at_least_0.on(device)
+
     def take(self, x: Tensor) -> Tensor:
         """Return x `[..., tokens]` of these tokens, -1 for padding."""
         if self.are_all:
@@ -145,6 +167,11 @@ class ActiveKeys(RoutedKeys):
 
     def narrow(self, plan: Plan, tokens: Tensor) -> Plan:
         return plan.with_lifetimes(self.of.part(tokens).take(self.lifetimes.last))
+
+    def prepare(self, plan: Plan, tokens: Tensor, device: torch.device) -> tuple[Plan, ...]:
+        self.of.part(tokens).prepare(device)
+        # The gradient is of all causal pairs.
+        return plan, self.narrow(plan, tokens)
 
     def start(self, q: Tensor, *routing: Tensor) -> "TypeGradient":
         # The log-sum-exp [T, Hq] of no key yet.

@@ -22,6 +22,7 @@ from farspan.kernels.planner import (
     AttentionPlanner,
     Heads,
     HeadShare,
+    InputSpec,
     KeyRouting,
     RoutedKeys,
     Routing,
@@ -63,6 +64,13 @@ class Routed(Masked):
     def select_packed(self, q: Tensor, k: Tensor, local_shard: "LocalShard") -> PackedSelection:
         """Select the same as `select` on the device of q; here by waiting for it, which mechanisms should avoid."""
         return PackedSelection.pack(self.select(q, k, local_shard), q.device)
+
+    def prepare(self, local_shard: "LocalShard", device: torch.device) -> PackedSelection | None:
+        """Make what `select_packed` needs on `device`, ahead of it; return what it will, with bits of the meta device.
+
+        Here None: a selection that waits is known when it is made.
+        """
+        return None
 
     def all_reduce_bytes(self, global_rows: Rows, heads: Heads, head_dim: int) -> int:
         """Return the bytes of the tensors that `select` sums over all owners of rows; none for a pattern."""
@@ -207,6 +215,12 @@ class LocalShard(KeyRouting):
     def all_reduced(self, sizes: Sizes) -> tuple[int, int]:
         # Nothing is summed backward: the selection has no gradient.
         return self.mechanism.all_reduce_bytes(self.global_rows, self.share.local_heads, sizes.head_dim), 0
+
+    def prepare(self, spec: InputSpec) -> RoutedKeys | None:
+        if not BACKENDS.get(self.backend).packs_selections:
+            return None
+        selection = self.mechanism.prepare(self, spec.device)
+        return None if selection is None else RoutedKeys(selection=selection)
 
     def route(self, q: Tensor, k: Tensor, *routing: Tensor) -> RoutedKeys:
         packed = BACKENDS.get(self.backend).packs_selections

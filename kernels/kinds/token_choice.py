@@ -37,6 +37,7 @@ from farspan.kernels.planner import (
     Composition,
     Heads,
     HeadShare,
+    InputSpec,
     Routing,
     RoutingSource,
     Saved,
@@ -311,6 +312,16 @@ class _TokenChoiceAttention(SequenceAttention):
     mechanism: TokenChoice
     planner: AttentionPlanner
     known_rows: _KnownRows | None
+
+    def prepare(self, spec: InputSpec) -> None:
+        self.planner.prepare_all_rows(spec.device)
+        self._candidates_on(spec.device)
+        known = self.known_rows
+        if known is not None:
+            for table in (known.ranks, known.first_place, known.sent):
+                if table is not None:
+                    table.on(spec.device)
+            known.among.prepare(spec)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v, routing = inputs

@@ -68,11 +68,15 @@ class DocumentOrder:
         if device == self.index.device:
             return self
         columns = [f.name for f in fields(self) if f.init]
-        return once(
-            self._elsewhere,
-            device,
-            lambda: DocumentOrder(**{name: copy_to(getattr(self, name), device) for name in columns}),
-        )
+
+        def make() -> DocumentOrder:
+            there = DocumentOrder(**{name: copy_to(getattr(self, name), device) for name in columns})
+            # Copied too, where the device would find them by operations.
+            vars(there)["of_tokens"] = tuple(copy_to(x, device) for x in self.of_tokens)
+            vars(there)["from_end"] = _FromEnd(*(copy_to(x, device) for x in self.from_end))
+            return there
+
+        return once(self._elsewhere, device, make)
 
     def restore(self, x: Tensor) -> Tensor:
         """Return x `[..., tokens]`, of tokens in this order, in the order of the sequence."""

@@ -17,11 +17,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from farspan.kernels.linear_attention.state import RecurrenceInputs, State
+from farspan.kernels.linear_attention.state import RecurrenceInputs, Segment, SequencePosition, State
+from farspan.kernels.planner import InputSpec
 
 
 class RecurrentBackend(ABC):
     """What a backend computes besides softmax attention if it can run recurrent mechanisms."""
+
+    def prepare_scan(self, segment: Segment, decay: Tensor, before: SequencePosition, spec: InputSpec) -> None:
+        """Make what both passes need of a segment after a state at `before`, ahead of them; here nothing."""
+        return
 
     @abstractmethod
     def scan(self, inputs: RecurrenceInputs) -> tuple[Tensor, State]:

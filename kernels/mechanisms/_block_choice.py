@@ -4,6 +4,7 @@ What rows and blocks decide is planned once per sequence on the host and sent to
 as many at any length, and waits for nothing. Triton need not be installed: it is imported at the first choice.
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.device_copies import copy_to
-from farspan.kernels.kinds.routed import LocalShard
-from farspan.kernels.masks.packed_selection import PackedSelection, numbers_pay
+from farspan.kernels.kinds.routed import LocalShard, Routed
+from farspan.kernels.masks.packed_selection import PackedSelection, num_words, numbers_pay
 from farspan.kernels.masks.selection import BlockPartition
 from farspan.kernels.planning.choice_tiles import Candidates, ChoiceTiles, Ranking, choice_tiles
 from farspan.kernels.ragged import offsets_of
@@ -37,6 +38,7 @@ class Queries:
     document: Tensor
     first: Tensor
     last: Tensor
+    are_tiles: bool
 
     @staticmethod
     def rows(local_shard: LocalShard) -> "Queries":
@@ -44,14 +46,16 @@ class Queries:
         block, position = local_shard.key_block_of_row, local_shard.rows.position.long()
         # One more block, that of padding, is of no document.
         document = torch.cat((local_shard.key_blocks.document, block.new_full((1,), -1)))[block]
-        return Queries(torch.arange(len(block)).masked_fill(block < 0, -1), document, position, position)
+        query_block = torch.arange(len(block)).masked_fill(block < 0, -1)
+        return Queries(query_block, document, position, position, are_tiles=False)
 
     @staticmethod
     def tiles(local_shard: LocalShard) -> "Queries":
         """The query blocks with local rows."""
         tile, query_block = local_shard.local_query_blocks
         first, last = local_shard.query_block_extent
-        return Queries(query_block, local_shard.query_blocks.document[tile], first[tile], last[tile])
+        document = local_shard.query_blocks.document[tile]
+        return Queries(query_block, document, first[tile], last[tile], are_tiles=True)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,8 +64,8 @@ class BlockChoice:
 
     ranking: of each query's blocks; None for a joint ranking. least: the least number of blocks that each query of a
     document chooses, int64 `[documents]`. most: no query has more. names_own: whether the rule names a query's own
-    blocks. competes: if the rows alone decide it, which key blocks, bool `[blocks]`, and which queries, bool `[Q]`,
-    take part in the ranking, for all heads.
+    blocks. compares: whether tiles and blocks take part in the ranking by the likeness of their rows. competes: if the
+    rows alone decide it, which key blocks, bool `[blocks]`, and which queries, bool `[Q]`, take part, for all heads.
     """
 
     local_shard: LocalShard
@@ -71,7 +75,26 @@ class BlockChoice:
     least: Tensor
     most: int
     names_own: bool
+    compares: bool = False
     competes: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def numbered(self) -> bool:
+        """Whether a selection is kept as numbers of blocks, not as bits; tiles are few, and their kernels read bits."""
+        by_row = self.ranking is not None and not self.queries.are_tiles
+        return by_row and numbers_pay(self.local_shard.key_blocks.count, self.most)
+
+    def prepare(self) -> PackedSelection:
+        """Make all that choices need; return one of them with bits of the meta device."""
+        made: list[object] = [self.key_members, self.key_counts, self.rule]
+        made.append(self.joint_tiles if self.ranking is None else self.tiles)
+        if self.queries.are_tiles:
+            made += self.query_members, self.query_counts, self.local_tiles
+        if self.compares:
+            made.append(self._documents)
+        heads, queries = self.local_shard.share.local_heads.query, len(self.queries.document)
+        width = self.most if self.numbered else num_words(self.local_shard.key_blocks.count)
+        return self.selection(torch.empty(queries, heads, width, dtype=torch.int32, device="meta"))
 
     @cached_property
     def key_members(self) -> "Members":
@@ -226,23 +249,43 @@ class BlockChoice:
         assert self.ranking is not None
         if block_competes is not None:
             rule = rule._replace(block_competes=block_competes, query_competes=query_competes)
-        # Tiles are few, and their kernels read bits.
-        by_row = len(self.queries.document) == len(self.queries.query_block)
-        numbered = by_row and numbers_pay(self.local_shard.key_blocks.count, self.most)
-        chosen = launch.choose(
-            q, key_means, self.tiles, rule, self.ranking, most=self.most, numbered=numbered, scale=scale
+        return self.selection(
+            launch.choose(
+                q, key_means, self.tiles, rule, self.ranking, most=self.most, numbered=self.numbered, scale=scale
+            )
         )
-        return self.selection(chosen, numbered=numbered)
 
-    def selection(self, chosen: Tensor, *, numbered: bool = False) -> PackedSelection:
+    def selection(self, chosen: Tensor) -> PackedSelection:
         """Return the selection of these bits, int32 `[Q, Hq, words]`, or numbers, `[Q, Hq, most]`."""
         return PackedSelection(
             stored=chosen,
             query_block=self.queries.query_block,
             blocks=self.local_shard.key_blocks,
             most=self.most,
-            numbered=numbered,
+            numbered=self.numbered,
         )
+
+
+class BlockChooser(Routed):
+    """A mechanism whose queries choose blocks by kernels, on their device."""
+
+    @abstractmethod
+    def choice(self, local_shard: LocalShard, device: torch.device) -> BlockChoice:
+        """Return what the choices of a sequence have in common."""
+
+    @abstractmethod
+    def choose(self, q: Tensor, k: Tensor, choice: BlockChoice) -> PackedSelection:
+        """Make the choice of a layer."""
+
+    @torch.no_grad()
+    def select_packed(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> PackedSelection:
+        return self.choose(q, k, self._choice_on(q.device, local_shard))
+
+    def prepare(self, local_shard: LocalShard, device: torch.device) -> PackedSelection | None:
+        return self._choice_on(device, local_shard).prepare()
+
+    def _choice_on(self, device: torch.device, local_shard: LocalShard) -> BlockChoice:
+        return local_shard.once(("choice", device), lambda: self.choice(local_shard, device))
 
 
 def longest(local_shard: LocalShard) -> int:

@@ -106,13 +106,17 @@ class BlockSparse(Routed):
 
     @torch.no_grad()
     def select(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> BlockSelection:
-        # A pattern is the same in all layers that share the shard.
-        return local_shard.once("pattern", lambda: (self._given if self.mask else self._drawn)(local_shard))
+        return self._pattern(local_shard)
 
     def select_packed(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> PackedSelection:
-        return local_shard.once(
-            ("pattern", q.device), lambda: PackedSelection.pack(self.select(q, k, local_shard), q.device)
-        )
+        return self.prepare(local_shard, q.device)
+
+    def prepare(self, local_shard: LocalShard, device: torch.device) -> PackedSelection:
+        return local_shard.once(("pattern", device), lambda: PackedSelection.pack(self._pattern(local_shard), device))
+
+    def _pattern(self, local_shard: LocalShard) -> BlockSelection:
+        # The same in all layers that share the shard.
+        return local_shard.once("pattern", lambda: (self._given if self.mask else self._drawn)(local_shard))
 
     def _mask_table(self, blocks: int) -> Tensor:
         """The mask as bool `[tiles, blocks]`."""

@@ -12,13 +12,13 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
-from farspan.kernels.kinds.routed import LocalShard, Routed
+from farspan.kernels.kinds.routed import LocalShard
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.packed_selection import PackedSelection
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.mechanism import MECHANISMS
-from farspan.kernels.mechanisms._block_choice import BlockChoice, Queries, longest
+from farspan.kernels.mechanisms._block_choice import BlockChoice, BlockChooser, Queries, longest
 from farspan.kernels.planner import Heads
 from farspan.kernels.planning.choice_tiles import Ranking
 from farspan.kernels.routing.ranking import affinity, top
@@ -29,7 +29,7 @@ SCORES_AT_ONCE = 1 << 19
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MoBA(Routed):
+class MoBA(BlockChooser):
     """Top-k blocks for each query of each head; the defaults are those of the paper's scaling runs at 8K."""
 
     block: int = 512
@@ -85,12 +85,10 @@ class MoBA(Routed):
         scores.masked_fill_(block == own_block, float("inf"))
         return top(scores, self.top_k)
 
-    @torch.no_grad()
-    def select_packed(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> PackedSelection:
-        choice = local_shard.once(("choice", q.device), lambda: self._choice(local_shard, q.device))
+    def choose(self, q: Tensor, k: Tensor, choice: BlockChoice) -> PackedSelection:
         return choice.choose(q, choice.key_means(k))
 
-    def _choice(self, local_shard: LocalShard, device: torch.device) -> BlockChoice:
+    def choice(self, local_shard: LocalShard, device: torch.device) -> BlockChoice:
         most = min(self.top_k, longest(local_shard))
         return BlockChoice(
             local_shard=local_shard,

@@ -17,21 +17,21 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
-from farspan.kernels.kinds.routed import LocalShard, Routed
+from farspan.kernels.kinds.routed import LocalShard
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.packed_selection import PackedSelection
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.mechanism import MECHANISMS
 from farspan.kernels.mechanisms import _tile_selection as by_tile
-from farspan.kernels.mechanisms._block_choice import BlockChoice, Queries, longest
+from farspan.kernels.mechanisms._block_choice import BlockChoice, BlockChooser, Queries, longest
 from farspan.kernels.planner import Heads
 from farspan.kernels.planning.choice_tiles import Ranking
 
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SpargeAttention(Routed):
+class SpargeAttention(BlockChooser):
     """Tiles of queries select blocks of keys by their means; defaults are those of the published code."""
 
     tile: int = 128
@@ -115,9 +115,7 @@ class SpargeAttention(Routed):
             forced |= (last_key[blocks] >= first_query[tile, None]) & (first_key[blocks] <= last_query[tile, None])
         return forced
 
-    @torch.no_grad()
-    def select_packed(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> PackedSelection:
-        choice = local_shard.once(("choice", q.device), lambda: self._choice(local_shard, q.device))
+    def choose(self, q: Tensor, k: Tensor, choice: BlockChoice) -> PackedSelection:
         query_means, tile_similar = choice.query_means(q, similarity=self.similarity)
         key_means = choice.key_means(k)
         block_similar = choice.similar_blocks(k, key_means, self.similarity)
@@ -129,7 +127,7 @@ class SpargeAttention(Routed):
             query_competes=tile_similar,
         )
 
-    def _choice(self, local_shard: LocalShard, device: torch.device) -> BlockChoice:
+    def choice(self, local_shard: LocalShard, device: torch.device) -> BlockChoice:
         blocks = local_shard.key_blocks.first.diff()
         return BlockChoice(
             local_shard=local_shard,
@@ -139,6 +137,7 @@ class SpargeAttention(Routed):
             least=(blocks * self.top).long().clamp(min=1),
             most=longest(local_shard),
             names_own=self.diagonal,
+            compares=True,
         )
 
     def all_reduce_bytes(self, global_rows: Rows, heads: Heads, head_dim: int) -> int:

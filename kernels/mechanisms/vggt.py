@@ -14,14 +14,14 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
-from farspan.kernels.kinds.routed import LocalShard, Routed
+from farspan.kernels.kinds.routed import LocalShard
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.packed_selection import PackedSelection
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.mechanism import MECHANISMS
 from farspan.kernels.mechanisms import _tile_selection as by_tile
-from farspan.kernels.mechanisms._block_choice import BlockChoice, Queries, longest
+from farspan.kernels.mechanisms._block_choice import BlockChoice, BlockChooser, Queries, longest
 from farspan.kernels.planner import Heads
 from farspan.kernels.planning.choice_tiles import Ranking
 
@@ -31,7 +31,7 @@ MASS_MARGIN = 1e-5
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VGGT(Routed):
+class VGGT(BlockChooser):
     """Tiles of patches select blocks of patches; defaults are those of the published example."""
 
     frame: int = 0
@@ -110,13 +110,11 @@ class VGGT(Routed):
             # [Hq, tiles, blocks]
             yield some, visible & (best | ~is_patch_block[some] | ~is_patch_tile[tile[chunk], None])
 
-    @torch.no_grad()
-    def select_packed(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> PackedSelection:
-        choice = local_shard.once(("choice", q.device), lambda: self._choice(local_shard, q.device))
+    def choose(self, q: Tensor, k: Tensor, choice: BlockChoice) -> PackedSelection:
         query_means, _ = choice.query_means(q)
         return choice.choose(query_means, choice.key_means(k), scale=q.shape[2] ** -0.5)
 
-    def _choice(self, local_shard: LocalShard, device: torch.device) -> BlockChoice:
+    def choice(self, local_shard: LocalShard, device: torch.device) -> BlockChoice:
         blocks, tiles = local_shard.key_blocks, local_shard.query_blocks
         # Patches have even numbers.
         is_patch, is_patch_tile = blocks.number % 2 == 0, (tiles.number % 2 == 0)[local_shard.local_query_blocks[0]]

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.device_copies import copy_to
-from farspan.kernels.kinds.routed import LocalShard, Routed
+from farspan.kernels.kinds.routed import LocalShard
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.packed_selection import PackedSelection
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.mechanism import MECHANISMS
-from farspan.kernels.mechanisms._block_choice import BlockChoice, Queries, longest
+from farspan.kernels.mechanisms._block_choice import BlockChoice, BlockChooser, Queries, longest
 from farspan.kernels.planner import AllReduceSum, Heads
 from farspan.kernels.planning.choice_tiles import Ranking
 from farspan.kernels.routing.ranking import affinity, from_sortable, sortable, sortable_from_zero
@@ -36,7 +36,7 @@ KEY_BITS = 32
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VMoBA(Routed):
+class VMoBA(BlockChooser):
     """Blocks are bricks of time and space, selected by top-k or by a share of the scores."""
 
     frame: tuple[int, ...] = ()
@@ -99,9 +99,7 @@ class VMoBA(Routed):
         query_block = torch.arange(len(q)).masked_fill(local_shard.key_block_of_row < 0, -1)  # every row by itself
         return BlockSelection.from_parts(query_block, local_shard.key_blocks, masks, heads=q.shape[1])
 
-    @torch.no_grad()
-    def select_packed(self, q: Tensor, k: Tensor, local_shard: LocalShard) -> PackedSelection:
-        choice = local_shard.once(("choice", q.device), lambda: self._choice(local_shard, q.device))
+    def choose(self, q: Tensor, k: Tensor, choice: BlockChoice) -> PackedSelection:
         key_means = choice.key_means(k)
         if self.scope == "query":
             return choice.choose(q, key_means)
@@ -120,16 +118,22 @@ class VMoBA(Routed):
             documents=len(choice.least),
             all_reduce_sum=local_shard.all_reduce_sum,
         )
-        needs = local_shard.once(
-            ("needs", q.device), lambda: copy_to(self._joint_needs(local_shard.key_blocks), q.device)
-        )
-        need = needs[:, None].repeat(1, q.shape[1], 1)  # [searches, documents] -> [searches, Hq, documents]
+        # [searches, documents] -> [searches, Hq, documents]
+        need = self._needs_on(q.device, local_shard)[:, None].repeat(1, q.shape[1], 1)
         if self.rule == "top_k":
             return ranking.select(ranking.threshold(need, None, own=False))
         span = ranking.threshold(need, None, own=True)
         pairs, own = ranking.weights(span)
         need = ((pairs.double() * self.share).ceil().long() - own).clamp(min=1)
         return ranking.select(ranking.threshold(need[None], span, own=False))
+
+    def prepare(self, local_shard: LocalShard, device: torch.device) -> PackedSelection | None:
+        if self.scope == "head":
+            self._needs_on(device, local_shard)
+        return BlockChooser.prepare(self, local_shard, device)
+
+    def _needs_on(self, device: torch.device, local_shard: LocalShard) -> Tensor:
+        return local_shard.once(("needs", device), lambda: copy_to(self._joint_needs(local_shard.key_blocks), device))
 
     def _joint_needs(self, blocks: BlockPartition) -> Tensor:
         """Return how many pairs of each document the first searches look for, int64 `[searches, documents]`.
@@ -143,7 +147,7 @@ class VMoBA(Routed):
         filled = blocks.document[blocks.sizes > 0].bincount(minlength=documents)
         return torch.stack((torch.ones_like(tokens), tokens * filled))
 
-    def _choice(self, local_shard: LocalShard, device: torch.device) -> BlockChoice:
+    def choice(self, local_shard: LocalShard, device: torch.device) -> BlockChoice:
         by_share, joint, blocks = self.rule == "threshold", self.scope == "head", longest(local_shard)
         # The query's own block, the fewest of the others that can have less than the share, and the one that reaches
         # it: m of n others weigh at least m / n of all.

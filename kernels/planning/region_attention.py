@@ -60,13 +60,21 @@ class RegionAttention:
     flash: FlashForward
     flash_backward: FlashBackward
 
+    def prepare(self, plan: Plan, kv_heads: int, device: torch.device) -> None:
+        """Make what both passes of a plan find on the device."""
+        for part in plan.parts:
+            if len(plan.parts) > 1:
+                _index_of_heads(plan, part, kv_heads, device)
+            if any(region.kind is Kind.MASKED for region in part.regions):
+                _rows_on(plan, device)
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """Return (out, lse)."""
         if len(plan.parts) == 1:
             return self._part_forward(q, k, v, plan, plan.parts[0])
         out, lse = empty_partial(q.shape[0], q.shape[1], v.shape[2], like=q)
         for part in plan.parts:
-            heads, kv_heads = _index_of_heads(plan, part, q, k)
+            heads, kv_heads = _index_of_heads(plan, part, k.shape[1], q.device)
             # [T, Hq, ..] -> [T, heads of the part, ..]; k and v are repeated for each of these heads
             part_out, part_lse = self._part_forward(q[:, heads], k[:, kv_heads], v[:, kv_heads], plan, part)
             out[:, heads], lse[:, heads] = part_out.to(out.dtype), part_lse
@@ -80,7 +88,7 @@ class RegionAttention:
             return self._part_backward(dout, q, k, v, out, lse, plan, plan.parts[0])
         dq, dk, dv = zeros(q, k, v)
         for part in plan.parts:
-            heads, kv_heads = _index_of_heads(plan, part, q, k)
+            heads, kv_heads = _index_of_heads(plan, part, k.shape[1], q.device)
             part_dout, part_q, part_out, part_lse = (x[:, heads] for x in (dout, q, out, lse))
             part_dq, part_dk, part_dv = self._part_backward(
                 part_dout, part_q, k[:, kv_heads], v[:, kv_heads], part_out, part_lse, plan, part
@@ -225,15 +233,15 @@ def _rows_on(plan: Plan, device: torch.device) -> tuple[Rows, Rows]:
     return once(plan.shared, ("rows", device), lambda: (copied(plan.queries), copied(plan.keys)))
 
 
-def _index_of_heads(plan: Plan, part: HeadPlan, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+def _index_of_heads(plan: Plan, part: HeadPlan, num_kv_heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The part's query heads and the KV head of each, int64, copied to a device once."""
 
     def make() -> tuple[Tensor, Tensor]:
         heads = torch.tensor(part.heads)
-        index = copy_to(torch.stack((heads, heads // (q.shape[1] // k.shape[1]))), q.device)
+        index = copy_to(torch.stack((heads, heads // (plan.heads // num_kv_heads))), device)
         return index[0], index[1]
 
-    return once(plan.shared, ("heads", part.heads, k.shape[1], q.device), make)
+    return once(plan.shared, ("heads", part.heads, num_kv_heads, device), make)
 
 
 def _is_single_region(plan: Plan, part: HeadPlan) -> bool:

@@ -21,6 +21,7 @@ from farspan.kernels.lifetimes.gradient import SUMS
 from farspan.kernels.lifetimes.lifetimes import LOCAL, DocumentOrder, Lifetimes
 from farspan.kernels.masks.attention_mask import MAX_WINDOW
 from farspan.kernels.merge import empty_partial
+from farspan.kernels.planner import InputSpec
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.triton_kernels import attention as kernels
 from farspan.kernels.triton_kernels import type_sums
@@ -92,6 +93,15 @@ def shapes_in(half: dict[tuple[int, int], Shapes], width: int, value_width: int,
     """Return the same, of a table for dtypes of 16 bits."""
     table = _FLOAT32 if dtype == torch.float32 else half
     return next(shapes for limits, shapes in table.items() if width <= limits[0] and value_width <= limits[1])
+
+
+def prepare(plan: Plan, spec: InputSpec) -> None:
+    """Make what both passes of a plan find on the device, whatever its selection or lifetimes."""
+    shapes = shapes_for(spec.head_dim, spec.value_dim, spec.dtype)
+    _terms(plan, spec.device)
+    for shape in (shapes.forward, shapes.dq):
+        Tiles.of(plan, shape.queries, shape.keys, "queries", spec.device).prepare(plan)
+    Tiles.of(plan, shapes.dkv.queries, shapes.dkv.keys, "keys", spec.device).prepare(plan)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from farspan.kernels.device_copies import copy_to
 from farspan.kernels.masks.packed_selection import PackedSelection
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.merge import empty_partial
+from farspan.kernels.planner import InputSpec
 from farspan.kernels.planning.plan import Plan
 from farspan.kernels.triton_kernels import gathered as kernels
 from farspan.kernels.triton_kernels import row_lists
@@ -74,6 +75,16 @@ class GatheredPlan(NamedTuple):
     num_chunks: int
     heads: Any
     kv_heads: Any
+
+
+def prepare(plan: Plan, spec: InputSpec) -> None:
+    """Make what both passes of a plan find on the device, whatever its selection."""
+    selection, shapes = packed(plan, spec.device), shapes_for(spec.head_dim, spec.value_dim, spec.dtype)
+    _terms(plan, spec.device)
+    _query_block(plan, selection, spec.device)
+    chunk = _chunk_rows(selection, plan.heads, spec.kv_heads)
+    for shape in (shapes.forward, shapes.dkv, shapes.dq):
+        _tables(plan, selection.blocks, shape.keys, chunk, spec.device)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -233,8 +244,7 @@ def _row_lists(selection: PackedSelection, query_block: Tensor, heads: int, kv_h
     rows, blocks = len(query_block), selection.blocks.count
     if rows * heads > torch.iinfo(torch.int32).max:
         raise ValueError(f"{rows} rows of {heads} heads are too many to number: split the sequence over more ranks")
-    most = min(selection.most, blocks)
-    chunk = chunk_rows(rows, heads, kv_heads, blocks, most)
+    most, chunk = min(selection.most, blocks), _chunk_rows(selection, heads, kv_heads)
     bits = selection.bits
     chunks, words = triton.cdiv(rows, chunk), bits.shape[2]
     members = torch.empty(max(rows * heads * most, 1), dtype=torch.int32, device=query_block.device)
@@ -249,6 +259,11 @@ def _row_lists(selection: PackedSelection, query_block: Tensor, heads: int, kv_h
     starts = counts.cumsum(0)
     launch(row_lists.fill_kernel, programs, bits, query_block, starts, members, *sizes, **constants)
     return RowLists(members=members, starts=starts, chunk_rows=chunk, num_chunks=chunks)
+
+
+def _chunk_rows(selection: PackedSelection, heads: int, kv_heads: int) -> int:
+    blocks = selection.blocks.count
+    return chunk_rows(len(selection.query_block), heads, kv_heads, blocks, min(selection.most, blocks))
 
 
 def chunk_rows(rows: int, heads: int, kv_heads: int, blocks: int, most: int) -> int:

@@ -21,9 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from farspan.kernels.caching import once
 from farspan.kernels.device_copies import copy_to
 from farspan.kernels.linear_attention.state import RecurrenceInputs, Segment, SequencePosition, State
 from farspan.kernels.merge import accumulation_dtype
+from farspan.kernels.planner import InputSpec
 from farspan.kernels.triton_kernels.tile import Operand, padded
 
 LOG2E = 1.4426950408889634
@@ -53,10 +55,27 @@ in full, which is for checks.
 """
 
 
-def tiling_of(a: Tensor, b: Tensor) -> Tiling:
-    """Return the tiling for rows `[T, heads, A]` and `[T, heads, B]`."""
-    tiling = TILINGS[a.dtype][next(width for width in TILINGS[a.dtype] if a.shape[2] <= width)]
-    return tiling._replace(columns=min(tiling.columns, padded(b.shape[2])))
+def tiling_of(dtype: torch.dtype, a_width: int, b_width: int) -> Tiling:
+    """Return the tiling for rows `[T, heads, a_width]` and `[T, heads, b_width]`."""
+    tiling = TILINGS[dtype][next(width for width in TILINGS[dtype] if a_width <= width)]
+    return tiling._replace(columns=min(tiling.columns, padded(b_width)))
+
+
+def prepare(segment: Segment, decay: Tensor, before: SequencePosition, spec: InputSpec) -> None:
+    """Make the tables of a forward and a backward pass after a state at `before`."""
+    width, value_width, columns = spec.head_dim, spec.value_dim, max(TILINGS[spec.dtype])
+    # The heads of x, the widths of a and b, and the direction: of out, dq, dk, dv.
+    passes = (
+        (len(decay), width, value_width, False),
+        (len(decay), value_width, width, False),
+        (spec.kv_heads, value_width, width, True),
+        (spec.kv_heads, width, value_width, True),
+    )
+    for x_heads, a_width, b_width, reverse in passes:
+        for of_part in {min(a_width, columns), a_width % columns or columns}:
+            tiling = tiling_of(spec.dtype, of_part, b_width)
+            span_rows = _span_rows(segment, tiling, x_heads, b_width)
+            _tables(segment, span_rows, segment.last if reverse else before, reverse, decay, spec.device)
 
 
 def chunked_recurrence(inputs: RecurrenceInputs, *, reverse: bool) -> tuple[Tensor, State]:
@@ -81,14 +100,10 @@ def _of_columns(inputs: RecurrenceInputs, reverse: bool) -> tuple[Tensor, State]
     out[segment.tokens :] = 0
     if not segment.tokens:
         return out, state
-    tiling = tiling_of(a, b)
+    tiling = tiling_of(x.dtype, a.shape[2], b.shape[2])
     slices = triton.cdiv(b.shape[2], tiling.columns)
-    spans = max(PROGRAMS // (x.shape[1] * slices), 1)
-    span_rows = tiling.chunk * max(triton.cdiv(triton.cdiv(segment.tokens, tiling.chunk), spans), CHUNKS_PER_SPAN)
-    key = "spans", x.device, span_rows, state.last, reverse, *decay.tolist()
-    if key not in segment.tables:
-        segment.tables[key] = _Tables.of(segment, span_rows, state.last, reverse, decay, x.device)
-    tables: _Tables = segment.tables[key]
+    span_rows = _span_rows(segment, tiling, x.shape[1], b.shape[2])
+    tables = _tables(segment, span_rows, state.last, reverse, decay, x.device)
     num_points = len(tables.points[0])
     states = state.value.new_empty(heads, num_points, a.shape[2], b.shape[2])
     states[:, 0] = state.value
@@ -113,6 +128,18 @@ def _of_columns(inputs: RecurrenceInputs, reverse: bool) -> tuple[Tensor, State]
             of_x, of_a, of_b, result, states, *shared_arguments, member, SHARED=shared, ADD=member > 0, **constants
         )
     return out, State(states[:, -1].clone(), tables.last)
+
+
+def _span_rows(segment: Segment, tiling: Tiling, x_heads: int, b_width: int) -> int:
+    spans = max(PROGRAMS // (x_heads * triton.cdiv(b_width, tiling.columns)), 1)
+    return tiling.chunk * max(triton.cdiv(triton.cdiv(segment.tokens, tiling.chunk), spans), CHUNKS_PER_SPAN)
+
+
+def _tables(
+    segment: Segment, span_rows: int, before: SequencePosition, reverse: bool, decay: Tensor, device: torch.device
+) -> "_Tables":
+    key = "spans", device, span_rows, before, reverse, *decay.tolist()
+    return once(segment.tables, key, lambda: _Tables.of(segment, span_rows, before, reverse, decay, device))
 
 
 class _Tables(NamedTuple):

@@ -75,6 +75,15 @@ class Tiles:
         """Stationary tiles: each has a list in every group."""
         return len(self.on_host.lists.order)
 
+    def prepare(self, plan: Plan) -> None:
+        """Make what `block_masks` needs of a plan but for its selection or lifetimes."""
+        if plan.selection is not None:
+            self._portions(plan, plan.selection.heads)
+            self._blocks(plan)
+        if plan.lifetime is not None:
+            self._portions(plan, len(plan.lifetime))
+            self._positions(plan)
+
     def block_masks(self, plan: Plan) -> Iterator[BlockMask]:
         """Yield the block mask of a plan with these tiles, of some of the stationary tiles at a time if it is large."""
         device = self.lists.order.device
@@ -86,7 +95,7 @@ class Tiles:
             heads, selected, alive = selection.heads, self._selected(plan, selection), None
         else:
             heads, selected, alive = len(plan.lifetime), None, self._alive(plan, plan.lifetime)
-        group, portions = once(plan.shared, ("portions", self, heads), lambda: self._portions(plan, heads))
+        group, portions = self._portions(plan, heads)
         for portion, size in portions:
             groups = len(portion.part)
             offsets, counts = (group.new_empty(2 * groups * self.count) for _ in range(2))
@@ -104,6 +113,9 @@ class Tiles:
 
         heads: of the selection, or KV heads, by which the lists of query heads differ.
         """
+        return once(plan.shared, ("portions", self, heads), lambda: self._cut(plan, heads))
+
+    def _cut(self, plan: Plan, heads: int) -> tuple[Tensor, list[tuple[Portion, int]]]:
         lists, device = self.on_host.lists, self.lists.order.device
         source = np.arange(plan.heads) * heads // plan.heads
         # [query heads, (part, source)] -> those of each group
@@ -122,30 +134,37 @@ class Tiles:
         return copy_to(torch.from_numpy(group.reshape(-1)).int(), device), portions
 
     def _selected(self, plan: Plan, selection: PackedSelection) -> Selected:
+        bits = selection.bits.contiguous()
+        return Selected(bits, *self._blocks(plan), selection.heads, bits.shape[2])
+
+    def _blocks(self, plan: Plan) -> tuple[Tensor, Tensor]:
+        """The query block of each query tile and the key block of each key tile, int32, -1 for none."""
+
         def block_of_tiles(tiling: Tiling) -> Tensor:
             assert tiling.number is not None
-            return copy_to(torch.from_numpy(tiling.number).int(), selection.stored.device)
+            return copy_to(torch.from_numpy(tiling.number).int(), self.lists.order.device)
 
-        query_block, key_block = once(
-            plan.shared, ("blocks", self), lambda: [block_of_tiles(x) for x in self.on_host[:2]]
-        )
-        bits = selection.bits.contiguous()
-        return Selected(bits, query_block, key_block, selection.heads, bits.shape[2])
+        of = self.on_host
+        return once(plan.shared, ("blocks", self), lambda: (block_of_tiles(of.queries), block_of_tiles(of.keys)))
 
     def _alive(self, plan: Plan, lifetime: Tensor) -> Alive:
-        def positions() -> list[Tensor]:
-            bounds = query_bounds(self.on_host.queries, plan.attention_mask)
-            columns = (torch.from_numpy(x).contiguous() for x in (bounds.position_low, bounds.position_high))
-            return [copy_to(column, lifetime.device) for column in columns]
-
-        query_low, query_high = once(plan.shared, ("positions", self), positions)
         keys = self.on_host.keys
         if absent := len(keys) * keys.size - lifetime.shape[1]:
             # What the last tile lacks lives for no query.
             lifetime = torch.nn.functional.pad(lifetime, (0, absent), value=-1)
         # [Hk, S] -> [Hk, key tiles, tile] -> [Hk, key tiles]
         low, high = lifetime.unflatten(1, (len(keys), keys.size)).aminmax(dim=2)
-        return Alive(low, high, query_low, query_high, len(keys))
+        return Alive(low, high, *self._positions(plan), len(keys))
+
+    def _positions(self, plan: Plan) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest position of the queries of each tile, int64."""
+
+        def positions() -> tuple[Tensor, Tensor]:
+            bounds = query_bounds(self.on_host.queries, plan.attention_mask)
+            low, high = (torch.from_numpy(x).contiguous() for x in (bounds.position_low, bounds.position_high))
+            return copy_to(low, self.lists.order.device), copy_to(high, self.lists.order.device)
+
+        return once(plan.shared, ("positions", self), positions)
 
 
 def blocks_of(plan: Plan) -> tuple[Hashable, ...]:

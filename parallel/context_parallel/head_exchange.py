@@ -11,7 +11,7 @@ it (4 ranks: x to ranks 0 and 1), and its owner sums the gradients of these repl
 Legend: P ranks, T local tokens, D stands for any head dim.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from farspan.kernels.device_copies import DeviceCopies
 from farspan.kernels.merge import accumulation_dtype
-from farspan.kernels.planner import RoutingSource, Saved, Sizes, no_routing
+from farspan.kernels.planner import InputSpec, RoutingSource, Saved, Sizes, no_routing
 from farspan.parallel.comm import Channel
 from farspan.parallel.context_parallel.strategy import DistributedAttention, Move, Queries
 
@@ -37,6 +37,12 @@ class RowPermutation:
         if torch.equal(order, torch.arange(len(order))):
             return RowPermutation(None, None)
         return RowPermutation(DeviceCopies(order), DeviceCopies(order.argsort()))
+
+    def prepare(self, device: torch.device) -> None:
+        """Copy both to `device`."""
+        for index in (self.order, self.inverse):
+            if index is not None:
+                index.on(device)
 
     def apply(self, x: Tensor) -> Tensor:
         return x if self.order is None else x[self.order.on(x.device)]
@@ -57,6 +63,10 @@ class HeadParallelAttention(DistributedAttention):
     head_axis: Channel
     permutation: RowPermutation
     attention: DistributedAttention
+
+    def prepare(self, spec: InputSpec) -> None:
+        self.permutation.prepare(spec.device)
+        self.attention.prepare(replace(spec, kv_heads=self.attention.heads.kv))
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         by_rank = [_heads_by_rank(x, self.head_axis.size) for x in inputs]  # [T, H, D] -> [T, P, H/P, D]

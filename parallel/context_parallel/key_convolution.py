@@ -35,6 +35,7 @@ class KeyConvolution:
         if shards.degree != channel.size:
             raise ValueError(f"a sequence sharded over {shards.degree} ranks cannot be convolved on {channel.size}")
         halo = Halo.plan(shards, channel.rank, width - 1)
+        halo.leaving.on(torch.device(device))
         taps = Taps.build(shards.rows_of(channel.rank), halo.rows, width)
         return KeyConvolution(channel=channel, halo=halo, taps=taps.to(torch.device(device)))
 

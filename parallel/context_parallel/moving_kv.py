@@ -15,13 +15,13 @@ from typing import final
 import torch
 from torch import Tensor
 
-from farspan.kernels.attention import attention_backward, attention_forward
+from farspan.kernels.attention import attention_backward, attention_forward, prepare_attention
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.packed_selection import PackedSelection
 from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.mechanism import Access
 from farspan.kernels.merge import accumulation_dtype, empty_partial, merge_
-from farspan.kernels.planner import KeyRouting, RoutingSource, Saved, Sizes, no_routing
+from farspan.kernels.planner import InputSpec, KeyRouting, RoutingSource, Saved, Sizes, no_routing
 from farspan.parallel.context_parallel.strategy import (
     DistributedAttention,
     Move,
@@ -49,6 +49,13 @@ class KVExchange(ABC):
         """Return the schedule of the keys that the local queries need; every rank has to call."""
 
     @abstractmethod
+    def prepare(self, device: torch.device, selection: BlockSelection | PackedSelection | None) -> "KVSchedule | None":
+        """Make what is known on `device` before queries select; return the schedule, if it is.
+
+        selection: one such as they will make, of blocks that mean nothing; None without selections.
+        """
+
+    @abstractmethod
     def moves(self, sizes: Sizes, routing: RoutingSource) -> tuple[Move, ...]:
         """Return what this rank sends; routing: of the full sequence."""
 
@@ -70,6 +77,10 @@ class KVSchedule(KVExchange):
 
     def for_selection(self, selection: BlockSelection | PackedSelection | None) -> "KVSchedule":
         """Return this schedule: it brings all keys, selected or not."""
+        return self
+
+    def prepare(self, device: torch.device, selection: BlockSelection | PackedSelection | None) -> "KVSchedule":
+        """Make what `kv_parts` and `grad_return` find on `device`; here nothing."""
         return self
 
     @abstractmethod
@@ -147,6 +158,13 @@ class MovingKVAttention(DistributedAttention):
 
     kv_exchange: KVExchange
     key_routing: KeyRouting
+
+    def prepare(self, spec: InputSpec) -> None:
+        routed = self.key_routing.prepare(spec)
+        schedule = self.kv_exchange.prepare(spec.device, None if routed is None else routed.selection)
+        if schedule is not None:
+            for plan, keys in zip(schedule.plans, schedule.tokens, strict=True):
+                prepare_attention(plan, keys, routed, spec, backend=self.backend)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v, *routing = inputs

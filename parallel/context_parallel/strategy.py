@@ -24,6 +24,7 @@ from farspan.kernels.planner import (
     AttentionPlanner,
     Heads,
     HeadShare,
+    InputSpec,
     KeyRouting,
     RoutingSource,
     Saved,
@@ -166,6 +167,9 @@ class LocalAttention(DistributedAttention):
     """Attention to rows of this rank alone, which sends nothing."""
 
     attention: SequenceAttention
+
+    def prepare(self, spec: InputSpec) -> None:
+        self.attention.prepare(spec)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         return self.attention.forward(*inputs)

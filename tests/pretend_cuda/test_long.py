@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.support.pretend_cuda.counts import Kind, Part
 from tests.support.pretend_cuda.long import Layers, long_cases, long_layers, target_of
 from tests.support.pretend_cuda.pool import PretendPools
 from tests.support.pretend_cuda.record import costs_of_layer, read
@@ -26,6 +27,13 @@ def test_layers_cost_no_more_than_recorded(layers: dict[str, Layers]) -> None:
         name: costs.excess(limit) for name, costs in found.items() if costs and (limit := limits[name]) is not None
     }
     assert not any(excess.values()), {name: of for name, of in excess.items() if of}
+
+
+def test_a_sequence_is_planned_ahead_of_its_first_layer(layers: dict[str, Layers]) -> None:
+    """By copies alone: the first layer asks the device for no more than the second."""
+    for name, of in layers.items():
+        assert of.planned.number(Part.REST, *Kind) == of.planned.number(Part.REST, Kind.PINNED) > 0, name
+        assert +of.first.events == +of.second.events, name
 
 
 def test_layers_reach_their_target(layers: dict[str, Layers]) -> None:

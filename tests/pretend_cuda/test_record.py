@@ -50,8 +50,8 @@ def counts(layers: int) -> Counts:
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     path, cell = tmp_path / "costs.md", cells()[0]
     stepped = Stepped(loss=0.0, gradients={}, backend="cuda", planned=Counts(), counts=counts(layers=3))
-    layers = Layers(backend="triton", first=Counts(), second=counts(layers=1), waits=None)
-    waiting = Layers(backend="triton", first=Counts(), second=Counts(), waits="waits for it")
+    layers = Layers(backend="triton", planned=Counts(), first=Counts(), second=counts(layers=1), waits=None)
+    waiting = Layers(backend="triton", planned=Counts(), first=Counts(), second=Counts(), waits="waits for it")
     write(path, {"dense": layers, "moba": waiting}, {cell: [stepped]})
     of_layer = Costs(waits=2, to_host=0, pageable=2, forward=0, backward=2, forward_ms=0.5, backward_ms=0.5)
     of_step = Costs(

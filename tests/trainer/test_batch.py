@@ -1,5 +1,8 @@
 import threading
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,12 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
+from farspan.errors import TrainingError
 from farspan.parallel.comm import Traffic
 from farspan.parallel.layout import LAYOUTS
 from farspan.parallel.mesh import Mesh, ParallelConfig
 from farspan.tools.rank_pool import RankError
-from farspan.trainer.batch import DataLoader, MicroBatch
+from farspan.trainer import batch as module
+from farspan.trainer.batch import BatchThread, MicroBatch
 from farspan.trainer.build import build_batches
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import IGNORED, PackedSequence, sequence_hash, sequence_seed
@@ -82,21 +88,76 @@ def test_rank_order_is_the_layouts(ranks: Pools) -> None:
 
 
 def test_the_thread_plans_on_the_device_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new thread has GPU 0, where each rank of a node would pin memory and launch."""
-    set_by: list[tuple[str, torch.device]] = []
-    monkeypatch.setattr(
-        torch.cuda, "set_device", lambda device: set_by.append((threading.current_thread().name, device))
-    )
+    """A new thread has GPU 0, where each rank of a node would pin memory and launch, and the stream that computes."""
+    found: list[tuple[str, str, object]] = []
     device = torch.device("cuda", 1)
-    builder: Any = SimpleNamespace(device=device, build=lambda sequence, index: len(set_by))
-    mesh: Any = SimpleNamespace(data_rank=0, degrees=SimpleNamespace(data=1))
-    source: Any = SimpleNamespace(num_tokens=10_000)
-    loader = DataLoader(tiny.config(Path("none"), Path("none"), ParallelConfig()), source, mesh, builder)
-    monkeypatch.setattr(loader._sequences, "sequence", lambda index: SEQUENCE)
-    try:
-        built: list[Any] = loader.micro_batches(0, is_last=True)
-    finally:
-        loader.close()
-    assert built
-    assert set(built) == {1}
-    assert set_by == [("batches_0", device)]
+
+    def note(name: str) -> Callable[[object], None]:
+        return lambda of: found.append((threading.current_thread().name, name, of))
+
+    stream = SimpleNamespace(wait_event=note("waits"))
+    event = SimpleNamespace(record=note("records"))
+    replaced = {"set_device": note("device"), "set_stream": note("stream"), "Stream": lambda device: ("of", device)}
+    replaced |= {"Event": lambda: event, "current_stream": lambda device: stream}
+    for name, value in replaced.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(module, "raise_on_all_ranks", lambda work: work())
+    batch: Any = object()
+    with closing(BatchThread(device)) as thread:
+        assert thread.take([thread.start("a sequence", lambda: batch)]) == [batch]
+    assert found == [
+        ("batches_0", "device", device),
+        ("batches_0", "stream", ("of", device)),
+        ("batches_0", "records", stream),
+        ("MainThread", "waits", event),
+    ]
+
+
+def build_in_turn(fails_on_rank: int | None, closed_after: int | None) -> tuple[list[int], list[int], str, int]:
+    """On each rank: the batches that came, those built, the error, how many threads are left."""
+    built: list[int] = []
+
+    def build(number: int) -> Any:
+        if number == 2 and dist.get_rank() == fails_on_rank:
+            raise ValueError("label 300 is outside\nthe vocabulary")
+        built.append(number)
+        return number
+
+    came: list[Any] = []
+    error = ""
+    with closing(BatchThread(torch.device("cpu"))) as thread:
+        builds = ((f"sequence {number}", partial(build, number)) for number in range(4))
+        try:
+            with closing(thread.in_turn(builds)) as batches:
+                for batch in batches:
+                    came.append(batch)
+                    if len(came) == closed_after:
+                        break
+            in_order = len(built)
+        except TrainingError as raised:
+            error, in_order = str(raised), len(built)
+        # Nothing is built behind what was closed, and the thread is ready for the next ones.
+        assert thread.take([thread.start("another", lambda: build(9))]) == [9]
+        assert built[in_order:] == [9]
+    number = torch.tensor(1)
+    dist.all_reduce(number)
+    alive = [one for one in threading.enumerate() if one.name.startswith("batches")]
+    return came, built[:-1], error, len(alive) + int(number)
+
+
+def test_batches_are_built_one_ahead(ranks: Pools) -> None:
+    assert ranks(2).run(build_in_turn, None, None) == [([0, 1, 2, 3], [0, 1, 2, 3], "", 2)] * 2
+
+
+def test_what_is_left_early_builds_no_more(ranks: Pools) -> None:
+    for came, built, error, left in ranks(2).run(build_in_turn, None, 1):
+        assert (came, error, left) == ([0], "", 2)
+        # The next one may have been begun, and is then finished.
+        assert built in ([0], [0, 1])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_on_one_rank_is_a_sentence_on_all(ranks: Pools, rank: int) -> None:
+    reason = "sequence 2 cannot be planned (ValueError: label 300 is outside): see the traceback in the log."
+    for came, _, error, left in ranks(2).run(build_in_turn, rank, None):
+        assert (came, error, left) == ([0, 1], f"rank {rank}: {reason}", 2)

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from farspan.parallel.comm import Traffic
 from farspan.parallel.mesh import Mesh, ParallelConfig
+from farspan.trainer.batch import BatchThread
 from farspan.trainer.build import build_batches
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import IGNORED
@@ -62,8 +64,8 @@ def evaluate_on_rank(config: Config, stop_on_rank: int | None) -> tuple[Evaluati
 
     def batches():
         nonlocal ran
-        for sequence in validation(config).share(data_rank=mesh.data_rank, groups=mesh.degrees.data):
-            yield builder.build(sequence)
+        for place in validation(config).share(data_rank=mesh.data_rank, groups=mesh.degrees.data):
+            yield builder.build(validation(config).sequence(place))
             ran += 1
 
     result = evaluate(
@@ -151,8 +153,9 @@ def record_on_rank(config: Config) -> dict[str, Any]:
     mesh, metrics = Mesh.build(config.parallel, "cpu"), mock.Mock()
     builder = build_batches(config, mesh, torch.device("cpu"), Traffic())
     _, sets = open_all_data(config)
-    evaluation = Validation(config, sets, mesh, builder, StopSignal(), mock.MagicMock())
-    assert not evaluation.run(KnownLoss(), 7, metrics)
+    with closing(BatchThread(torch.device("cpu"))) as thread:
+        evaluation = Validation(config, sets, mesh, builder, thread, StopSignal(), mock.MagicMock())
+        assert not evaluation.run(KnownLoss(), 7, metrics)
     return metrics.write.call_args.args[0]
 
 
@@ -242,5 +245,7 @@ def stop_in_second_set(config: Config) -> int:
     # Two sequences each of the first set.
     type(stop).requested = mock.PropertyMock(side_effect=lambda: watchdog.restart.call_count > 2)
     builder = build_batches(config, mesh, torch.device("cpu"), Traffic())
-    assert Validation(config, open_all_data(config)[1], mesh, builder, stop, watchdog).run(KnownLoss(), 7, metrics)
+    with closing(BatchThread(torch.device("cpu"))) as thread:
+        evaluation = Validation(config, open_all_data(config)[1], mesh, builder, thread, stop, watchdog)
+        assert evaluation.run(KnownLoss(), 7, metrics)
     return metrics.write.call_count

@@ -123,25 +123,32 @@ def test_an_undisturbed_run(config: Config, log: pytest.LogCaptureFixture) -> No
     assert first["comm_bytes"] == sum(first["comm_bytes_by_kind"].values()) == 0
 
 
+HELD_OUT = -1
+
+
 class Planner:
-    """Notes which sequences of the training data are planned in the thread for it; one of them may fail."""
+    """Notes which sequences of the training data are planned in the thread for it, HELD_OUT of others; one may fail."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, fails_at: int | None = None) -> None:
         self.planned: list[int] = []
         build = BatchBuilder.build
 
-        def noted(batches: BatchBuilder, sequence: PackedSequence, index: int = 0) -> MicroBatch:
-            if threading.current_thread() is not threading.main_thread():
-                self.planned.append(index)
-                if index == fails_at:
-                    raise TrainingError("cannot be planned")
-            return build(batches, sequence, index)
+        def noted(batches: BatchBuilder, sequence: PackedSequence, index: int = HELD_OUT) -> MicroBatch:
+            assert threading.current_thread() is not threading.main_thread()
+            self.planned.append(index)
+            if index == fails_at:
+                raise ValueError("the plan fails")
+            return build(batches, sequence, max(index, 0))
 
         monkeypatch.setattr(BatchBuilder, "build", noted)
 
+    @property
+    def trained(self) -> list[int]:
+        return [index for index in self.planned if index != HELD_OUT]
+
     def wait_for(self, sequences: int) -> None:
         deadline = time.monotonic() + 10
-        while len(self.planned) < sequences:
+        while len(self.trained) < sequences:
             assert time.monotonic() < deadline, self.planned
             time.sleep(0.001)
 
@@ -156,21 +163,26 @@ def test_the_next_step_is_planned_while_this_one_computes(config: Config, monkey
 
     monkeypatch.setattr(module, "train_step", waiting)
     run(config)
-    assert planner.planned == list(range(2 * STEPS))
+    assert planner.trained == list(range(2 * STEPS))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
 
 
-def test_an_error_in_planning_ends_the_step_that_it_is_of(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    planner, step = Planner(monkeypatch, fails_at=5), module.train_step
+@pytest.mark.parametrize(
+    ("fails_at", "what"), [(5, "training sequence 5"), (HELD_OUT, "sequence 0 of the held-out set 'eval'")]
+)
+def test_an_error_in_planning_ends_the_step_that_it_is_of(
+    config: Config, monkeypatch: pytest.MonkeyPatch, fails_at: int, what: str
+) -> None:
+    planner, step = Planner(monkeypatch, fails_at=fails_at), module.train_step
 
     def waiting(*arguments: Any, **named: Any) -> Any:
         planner.wait_for(4)
         return step(*arguments, **named)
 
     monkeypatch.setattr(module, "train_step", waiting)
-    with pytest.raises(TrainingError, match="cannot be planned"):
+    with pytest.raises(TrainingError, match=rf"{what} cannot be planned \(ValueError: the plan fails\): see"):
         run(config)
-    # Sequences 4 and 5 are those of step 3.
+    # Sequences 4 and 5 are those of step 3; after step 2 there is an evaluation.
     assert done(config)[0] == [1, 2]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
 

@@ -1,6 +1,6 @@
 """The validation sets of a run: the held-out split of its training data, and further folders by name."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -42,16 +42,19 @@ class ValidationSet:
             )
         return cls(source=source, data=data, indexes=indexes, token_bytes=read_token_bytes(source))
 
-    def share(self, *, data_rank: int, groups: int) -> Iterator[PackedSequence]:
-        """Yield one data-parallel group's part of the sample; every group gets equally many.
+    def share(self, *, data_rank: int, groups: int) -> range:
+        """Return the places in the sample of one data-parallel group's part; every group gets equally many.
 
-        Groups with fewer sequences get some without labels besides.
+        Groups with fewer sequences get places beyond the last besides.
         """
-        for place in range(data_rank, -(-len(self.indexes) // groups) * groups, groups):
-            sequence = self.data.sequence(self.indexes[min(place, len(self.indexes) - 1)])
-            if place >= len(self.indexes):
-                sequence = replace(sequence, labels=np.full_like(sequence.labels, IGNORED))
-            yield sequence
+        return range(data_rank, -(-len(self.indexes) // groups) * groups, groups)
+
+    def sequence(self, place: int) -> PackedSequence:
+        """Return the sequence at a place in the sample; beyond the last, that one without labels."""
+        sequence = self.data.sequence(self.indexes[min(place, len(self.indexes) - 1)])
+        if place < len(self.indexes):
+            return sequence
+        return replace(sequence, labels=np.full_like(sequence.labels, IGNORED))
 
     def describe(self) -> str:
         """Return what is evaluated."""

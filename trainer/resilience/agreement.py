@@ -23,10 +23,9 @@ def raise_on_all_ranks(work: Callable[[], T]) -> T:
             result = work()
     except FarspanError as error:
         own_error = error
-    errors = all_gather_objects(own_error)
-    failed = [(rank, error) for rank, error in enumerate(errors) if error is not None]
-    if failed:
-        rank, error = failed[0]
+    if any_rank(own_error is not None):
+        errors = all_gather_objects(own_error)
+        rank, error = next((rank, error) for rank, error in enumerate(errors) if error is not None)
         where = "" if len({str(e) for e in errors}) == 1 else f"rank {rank}: "
         raise type(error)(f"{where}{error}") from own_error
     return result  # pyright: ignore[reportReturnType]

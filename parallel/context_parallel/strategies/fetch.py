@@ -89,6 +89,12 @@ class _FetchKVSchedule(KVSchedule):
     ) -> list["_Stage"]:
         return [route.stage(required, requested, received, sent) for route in self.routes]
 
+    def prepare(self, device: torch.device, selection: BlockSelection | PackedSelection | None) -> KVSchedule:
+        for stage in self.stages:
+            stage.slots.on(device)
+            stage.leaving.on(device)
+        return self
+
     def kv_parts(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         transfer = self._start(0, k, v)
         yield k, v
@@ -237,6 +243,15 @@ class _FetchKVExchange(KVExchange):
         self._unmasked = DeviceCopies(self.schedule.required)
         self._key_blocks: dict[BlockPartition, DeviceCopies] = {}
         self._narrowed: WeakKeyDictionary[BlockSelection | PackedSelection, KVSchedule] = WeakKeyDictionary()
+
+    def prepare(self, device: torch.device, selection: BlockSelection | PackedSelection | None) -> KVSchedule:
+        if selection is None:
+            return self.schedule.prepare(device, None)
+        tables = [self._unmasked, self._key_block(selection.blocks)]
+        for table in (*tables, *(table for route in self.schedule.routes for table in (route.rows, route.readers))):
+            table.on(device)
+        # What is selected has the same plans.
+        return self.schedule
 
     def for_selection(self, selection: BlockSelection | PackedSelection | None) -> KVSchedule:
         if selection is None:

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from farspan.kernels.attention import attention_backward, attention_forward
+from farspan.kernels.attention import attention_backward, attention_forward, prepare_attention
 from farspan.kernels.backend import BACKENDS
 from farspan.kernels.caching import once
 from farspan.kernels.device_copies import DeviceCopies
@@ -26,7 +26,7 @@ from farspan.kernels.masks.packed_selection import PackedSelection
 from farspan.kernels.masks.selection import BlockSelection
 from farspan.kernels.mechanism import Access
 from farspan.kernels.merge import accumulation_dtype, merge_
-from farspan.kernels.planner import KeyRouting, Routing, RoutingSource, Saved, Sizes, no_routing
+from farspan.kernels.planner import InputSpec, KeyRouting, Routing, RoutingSource, Saved, Sizes, no_routing
 from farspan.kernels.planning.plan import Plan
 from farspan.parallel.comm import Transfer
 from farspan.parallel.context_parallel.query_dispatch import BlockOwners, DispatchPlan, LocalKeys
@@ -95,6 +95,13 @@ class _QueryDispatchAttention(DistributedAttention):
     exchanges: WeakKeyDictionary[BlockSelection | PackedSelection, _Exchange] = field(
         default_factory=WeakKeyDictionary, init=False
     )
+
+    def prepare(self, spec: InputSpec) -> None:
+        routed = self.key_routing.prepare(spec)
+        prepare_attention(self.local, self.planner.tokens, routed, spec, backend=self.backend)
+        owners = self.owners
+        for table in (self.token, self.local_keys.block, owners.owner, owners.first_position, owners.position):
+            table.on(spec.device)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v = inputs

@@ -23,8 +23,12 @@ from farspan.kernels.device_copies import DeviceCopies
 from farspan.kernels.linear_attention.state import Segment, order
 from farspan.kernels.mechanism import Access
 from farspan.kernels.merge import accumulation_dtype
-from farspan.kernels.planner import RoutingSource, Saved, Sizes, no_routing
-from farspan.kernels.recurrent_attention import recurrent_attention_backward, recurrent_attention_forward
+from farspan.kernels.planner import InputSpec, RoutingSource, Saved, Sizes, no_routing
+from farspan.kernels.recurrent_attention import (
+    prepare_recurrence,
+    recurrent_attention_backward,
+    recurrent_attention_forward,
+)
 from farspan.parallel.context_parallel.reshard import Reshard
 from farspan.parallel.context_parallel.strategy import (
     STRATEGIES,
@@ -52,9 +56,10 @@ class States(Strategy):
 
     def scan(self, planner: ShardedPlanner, decay: Tensor) -> DistributedAttention:
         shards, rank = planner.shards, self.channel.rank
-        if self._planned is None or self._planned[0] is not shards:
-            self._planned = shards, _Segments.plan(shards, rank)
-        segments = self._planned[1]
+        planned = self._planned
+        if planned is None or planned[0] is not shards:
+            self._planned = planned = shards, _Segments.plan(shards, rank)
+        segments = planned[1]
         influence = _influence(segments.by_rank, segments.max_segments, decay)
         return _StatePassingAttention(
             planner=planner,
@@ -152,6 +157,14 @@ class _StatePassingAttention(DistributedAttention):
     influence: DeviceCopies
     decay: Tensor
     rates: DeviceCopies
+
+    def prepare(self, spec: InputSpec) -> None:
+        reshard = self.segments.reshard
+        tables = [self.influence, self.rates, *(distance for _, distance in self.segments.opening)]
+        for table in tables if reshard is None else (*tables, reshard.leaving, reshard.arriving):
+            table.on(spec.device)
+        for _, segment in self.segments.local:
+            prepare_recurrence(segment, self.decay, spec, backend=self.backend)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v = inputs

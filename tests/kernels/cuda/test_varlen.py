@@ -1,6 +1,8 @@
 """Packed documents on a device: how many operations and copies they take, and what is left to cuDNN."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import Any
 
@@ -16,7 +18,9 @@ from farspan.kernels.cuda import varlen
 from farspan.kernels.cuda.operators import Cudnn, TorchFlash
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
+from farspan.kernels.planner import InputSpec
 from farspan.kernels.planning.plan import Plan
+from farspan.kernels.planning.varlen import VarlenSequence
 from farspan.parallel.layout import Shards
 from tests.support import attention_cases
 
@@ -111,7 +115,7 @@ def cudnn_shapes(queries: Rows, keys: Rows) -> Iterator[tuple[int, int, bool]]:
     """Queries, keys and whether it is causal of the calls of cuDNN in a plan of a new sequence."""
     plan = Plan.build(queries, keys, AttentionMask(), heads=HEADS)
     q, k, _, _ = tensors(len(queries), len(keys))
-    for call in varlen.calls_of(plan, q, k) or ():
+    for call in varlen.calls_of(plan, InputSpec.of(q, k)) or ():
         if isinstance(call.library, Cudnn):
             assert isinstance(call.queries, slice)
             assert isinstance(call.keys, slice)
@@ -130,6 +134,61 @@ def test_new_shapes_of_cudnn_per_sequence_of_125_documents(degree: int) -> None:
         new = set(chain.from_iterable(cudnn_shapes(parts[-1], keys) for keys in parts)) - known
         assert len(new) <= 2
         known |= new
+
+
+DRAWN: dict[str, Callable[[np.random.Generator], Any]] = {
+    "short": lambda draw: 1 + draw.lognormal(np.log(250), 1.0, 2_000),
+    "heavy tails": lambda draw: 1 + draw.lognormal(np.log(1_000) - 2, 2.0, 2_000),
+    "heavier tails": lambda draw: 1 + 200 * draw.pareto(1.2, 2_000),
+    "exponential": lambda draw: 1 + draw.exponential(1_000, 2_000),
+    "equal": lambda _: np.full(200, 1_049),
+    "one long": lambda draw: np.append(draw.integers(30_000, 100_000), 1 + draw.exponential(700, 2_000)),
+}
+
+
+@pytest.mark.usefixtures("with_cudnn")
+@pytest.mark.parametrize("drawn", DRAWN)
+def test_new_shapes_of_cudnn_whatever_lengths_documents_have(drawn: str) -> None:
+    generator, known = np.random.default_rng(0), set()
+    for _ in range(4):
+        ends = np.minimum(DRAWN[drawn](generator).astype(int).cumsum(), TOKENS)
+        rows = Rows.packed(np.diff(ends, prepend=0)[np.diff(ends, prepend=0) > 0].tolist())
+        assert len(rows) == TOKENS
+        new = set(cudnn_shapes(rows, rows)) - known
+        assert len(new) <= 2
+        known |= new
+
+
+def sequence_of(tokens: int) -> VarlenSequence:
+    return VarlenSequence(0, tokens, 0, tokens, causal=True)
+
+
+class Kind:
+    """Of tensors; lets other threads go on wherever it is looked up."""
+
+    def __hash__(self) -> int:
+        time.sleep(1e-6)
+        return 1
+
+
+def test_shapes_are_counted_by_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that plans ahead and the main thread: no sequence is lost."""
+    sequence, kind, threads, turns = sequence_of(1_000), Kind(), 4, 100
+    counter = varlen.ShapeCounter(worth=(threads * turns - 1) * sequence.pairs)
+    monkeypatch.setattr(varlen, "MOST_REPEATS", threads * turns)
+    with ThreadPoolExecutor(threads) as pool:
+        counted = [pool.submit(counter.is_worth, sequence, kind) for _ in range(threads * turns)]
+        assert [one.result() for one in counted].count(True) == 2
+
+
+def test_counted_and_planned_shapes_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen, "MOST_COUNTED", 3)
+    monkeypatch.setattr(varlen, "MOST_PLANNED", 2)
+    counter = varlen.ShapeCounter(worth=2 * sequence_of(1_000).pairs)
+    # 1,000 tokens are forgotten while three others are met, and count from 0.
+    met = [1_000, 901, 902, 903, 1_000, 903, 903, 1_000, 902, 902, 902, 903, 1_000]
+    worth = [tokens for tokens in met if counter.is_worth(sequence_of(tokens))]
+    assert worth == [903, 1_000, 903, 1_000]
 
 
 @pytest.mark.usefixtures("with_cudnn")

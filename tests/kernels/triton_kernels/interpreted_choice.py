@@ -141,7 +141,7 @@ def test_no_more_blocks_are_chosen_than_others_have_room_for() -> None:
     """Whatever the scores are: here most blocks are needed for the share."""
     rows, mechanism = Rows.packed([41]), VMoBA(brick=(3,), share=0.9)
     q, k = inputs(rows, torch.float32)
-    choice = replace(mechanism._choice(shard(mechanism, rows, rows), q.device), most=2)
+    choice = replace(mechanism.choice(shard(mechanism, rows, rows), q.device), most=2)
     assert int(choice.choose(q, choice.key_means(k)).as_lists.offsets.diff().max()) == 2
 
 

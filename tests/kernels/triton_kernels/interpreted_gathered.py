@@ -3,6 +3,8 @@
 interpreted_attention.py compares the mechanisms that select by rows, head sizes and dtypes with the formula.
 """
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
@@ -217,6 +219,25 @@ def test_attention_equals_the_formula(name: str, monkeypatch: pytest.MonkeyPatch
     got = contract.run_parts(tensors, parts, plans, "triton")
     oracle.assert_close(got, contract.expect(tensors, mask), oracle.RELATIVE_TOLERANCE[torch.float32])
     assert len(made) == 1
+
+
+def test_threads_get_the_lists_of_their_own_selections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those kept of one selection may be dropped for another thread's at any time."""
+
+    def slow(selection: PackedSelection, *_: object) -> object:
+        time.sleep(1e-6)
+        return selection.bits
+
+    monkeypatch.setattr(gathered_launch, "_row_lists", slow)
+    selections = [random_selection(RAGGED) for _ in range(4)]
+    plan = plan_of(RAGGED, RAGGED, AttentionMask(), selections[0])
+
+    def check(selection: PackedSelection) -> None:
+        for _ in range(200):
+            assert row_lists_of(selection, plan, kv_heads=KV_HEADS) is selection.bits
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(check, selections))
 
 
 def test_lists_of_one_selection_at_a_time_are_kept() -> None:

@@ -4,12 +4,19 @@ import numpy as np
 import pytest
 import torch
 
+from farspan.kernels.kinds.masked import Masked
+from farspan.kernels.kinds.routed import Routed
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.packed_selection import PackedSelection
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition
+from farspan.kernels.mechanisms.block_sparse import BlockSparse
 from farspan.kernels.mechanisms.moba import MoBA
+from farspan.kernels.mechanisms.nats import NAtS
+from farspan.kernels.mechanisms.sparge import SpargeAttention
+from farspan.kernels.mechanisms.vmoba import VMoBA
 from farspan.kernels.planning.plan import Plan
+from farspan.kernels.triton_kernels.block_mask import tile_plan
 from farspan.kernels.triton_kernels.row_tables import LACKS_ROWS, RowTables, static_terms
 from farspan.parallel.layout import Shards
 from tests.support.mechanisms import normal
@@ -99,12 +106,23 @@ def test_a_block_that_ends_after_later_ones_is_visited_by_late_queries() -> None
     assert tables.visits[-2:].tolist() == [[0, 3], [0, 3]]
 
 
-@pytest.mark.parametrize("lengths", [[4096], [1000, 96, 2500, 500]])
-def test_a_rank_of_a_ring_walks_its_share_of_the_choices(lengths: list[int]) -> None:
-    """Ring 8 under zigzag: the lists that the kernels of queries and of keys walk, over all parts of the keys."""
+@pytest.mark.parametrize(
+    ("mechanism", "layout", "lengths"),
+    [
+        (MoBA(block=16, top_k=4), "zigzag", [4096]),
+        (MoBA(block=16, top_k=4), "zigzag", [1000, 96, 2500, 500]),
+        (MoBA(block=16, top_k=4), "balanced", [1000, 96, 2500, 500]),
+        (VMoBA(brick=(16,), rule="top_k", top_k=4), "zigzag", [4096]),
+        (VMoBA(brick=(16,), rule="top_k", top_k=4), "balanced", [1000, 96, 2500, 500]),
+    ],
+    ids=str,
+)
+def test_a_rank_of_a_ring_walks_its_share_of_the_choices(mechanism: Routed, layout: str, lengths: list[int]) -> None:
+    """Ring 8: the lists that the kernels of queries and of keys walk, over all parts of the keys."""
     degree, heads, rows = 8, 2, Rows.packed(lengths)
-    shards, (q, k) = Shards.build(rows, layout="zigzag", degree=degree), normal(*(2 * [(len(rows), heads, 16)]))
-    selection = select(MoBA(block=16, top_k=4), q, k, rows)
+    shards = Shards.build(rows, layout=layout, degree=degree, work=mechanism.keys_per_query)
+    q, k = normal(*(2 * [(len(rows), heads, 16)]))
+    selection = select(mechanism, q, k, rows)
     choices = int(selection.offsets[-1])
     for rank in range(degree):
         mine = shards.index[rank]
@@ -115,10 +133,45 @@ def test_a_rank_of_a_ring_walks_its_share_of_the_choices(lengths: list[int]) -> 
         by_queries = by_keys = 0
         for part in shards.index:
             tables = tables_of(
-                Plan.build(rows.take(mine), rows.take(part), AttentionMask(), heads=heads), packed.blocks
+                Plan.build(rows.take(mine), rows.take(part), mechanism.attention_mask(), heads=heads), packed.blocks
             )
             for chunk, (begin, end) in enumerate(tables.visits.tolist()):
                 by_queries += int(of_chunk[chunk, tables.blocks[begin:end, 0].numpy()].sum())
             by_keys += int(of_chunk[:, tables.blocks[:, 0].numpy()].sum())
         # Every choice, and but for blocks that lie in two parts none twice.
         assert int(selects.sum()) <= by_queries <= by_keys <= 1.2 * choices / degree
+
+
+def visits(plan: Plan) -> np.ndarray:
+    """Return the pairs of tiles that lists of queries and of keys have by the mask: what a device narrows and walks."""
+    found = tile_plan(plan, 128, 64, "queries"), tile_plan(plan, 32, 128, "keys")
+    return np.array([int(of.lists.counts.sum()) for of in found])
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "layout"),
+    [
+        (BlockSparse(block=128), "zigzag"), (BlockSparse(block=128), "balanced"),
+        (SpargeAttention(top=0.1), "zigzag"), (SpargeAttention(top=0.1), "balanced"),
+        (NAtS(), "zigzag"), (NAtS(), "balanced"), (NAtS(), "striped"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_rank_of_a_ring_narrows_its_share_of_the_tiles(mechanism: Masked, layout: str) -> None:
+    """Ring 8: all lists that are cut by content, over all parts of the keys."""
+    degree, rows = 8, Rows.packed([8192])
+    shards = Shards.build(rows, layout=layout, degree=degree, work=mechanism.keys_per_query)
+
+    def plan_of(queries: torch.Tensor, keys: torch.Tensor) -> Plan:
+        of = rows.take(queries)
+        plan = Plan.build(of, rows.take(keys), mechanism.attention_mask(), heads=2)
+        if not isinstance(mechanism, Routed):
+            return plan
+        query_block, blocks = mechanism.query_blocks(rows).of(of), mechanism.key_blocks(rows)
+        bits = torch.empty(mechanism.query_blocks(rows).count, 2, 4, dtype=torch.int32)
+        return plan.with_selection(PackedSelection(stored=bits, query_block=query_block, blocks=blocks, most=4))
+
+    every = torch.arange(len(rows))
+    of_all = visits(plan_of(every, every))
+    for mine in shards.index:
+        assert (sum(visits(plan_of(mine, part)) for part in shards.index) <= 1.2 * of_all / degree).all()

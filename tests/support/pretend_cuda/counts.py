@@ -78,6 +78,12 @@ class Counts:
         """Return what makes the host wait in these parts, and where."""
         return [f"{e.kind}: {e.line}" for e in self.events if e.kind in HOST_WAITS and e.part in parts]
 
+    def first_number(self, part: Part, *kinds: Kind) -> int:
+        """Return how many events are of these kinds in the first pass."""
+        return sum(
+            n for event, n in self.events.items() if event.kind in kinds and event.part is part and not event.again
+        )
+
     def later_number(self, part: Part, *kinds: Kind) -> int:
         """Return how many events are of these kinds in a pass after the first one; rounded up, if they differ."""
         number = sum(

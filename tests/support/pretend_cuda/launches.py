@@ -40,6 +40,7 @@ def install() -> None:
 def _value(argument: Any, kernel: str) -> Any:
     """Return an argument, such as a named tuple of tensors, with the tensors that pretend ones hold."""
     if isinstance(argument, PretendTensor):
+        argument.work.check()
         return argument.value
     if isinstance(argument, Tensor):
         raise RuntimeError(f"{kernel} is given a tensor {tuple(argument.shape)} of the CPU")

@@ -23,6 +23,7 @@ from farspan.kernels.mechanisms.sparge import SpargeAttention
 from farspan.kernels.mechanisms.vggt import VGGT
 from farspan.kernels.mechanisms.vmoba import VMoBA
 from farspan.kernels.merge import accumulation_dtype
+from farspan.kernels.planner import InputSpec
 from farspan.kernels.sequence_attention import plan_sequence_attention
 from farspan.tools.bench.case import find_cases
 from tests.support.pretend_cuda.counts import DEVICE_WORK, Counts, Kind, Part
@@ -45,12 +46,13 @@ class LongCase:
 
 @dataclass(frozen=True, kw_only=True)
 class Layers:
-    """What two equal layers of a sequence count; waits: why and where the host would have waited, if it did.
+    """What a sequence and two equal layers of it count; waits: why and where the host would have waited, if it did.
 
-    What is made once for a sequence is in the first one.
+    What is made once for a sequence is planned, ahead of the first layer.
     """
 
     backend: str
+    planned: Counts
     first: Counts
     second: Counts
     waits: str | None
@@ -120,8 +122,11 @@ def run_layers(case: LongCase, backend: str = "auto") -> Layers:
     """Run forward and backward passes of two layers that share a plan."""
     device, counted, waits = PretendDevice(has_values=False), [], None
     backend = backend_of(case, backend)
+    spec = InputSpec(device=CUDA, dtype=DTYPE, kv_heads=HEADS.kv, head_dim=HEAD_DIM, value_dim=HEAD_DIM)
     with device:
         planned = plan_sequence_attention(case.mechanism, case.rows, HEADS, range(HEADS.query), backend=backend)
+        planned.prepare(spec)
+        of_plan = device.take_counts()
         watch([planned], device)
         widths = {HEADS.query: 1, HEADS.kv: 2}
         inputs = [
@@ -139,7 +144,7 @@ def run_layers(case: LongCase, backend: str = "auto") -> Layers:
             except NoValues as error:
                 waits = str(error)
             counted.append(device.take_counts())
-    return Layers(backend=backend, first=counted[0], second=counted[1], waits=waits)
+    return Layers(backend=backend, planned=of_plan, first=counted[0], second=counted[1], waits=waits)
 
 
 def summary(layers: Layers) -> str:

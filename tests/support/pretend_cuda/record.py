@@ -21,7 +21,8 @@ where a count exceeds this record; `make device-costs` writes it. *Waits* are sy
 device has done all that it was given. Copies to the host, and from pageable memory, make it wait too. *Forward* and
 *backward* are operations: kernels, copies and fills, whatever their size. Times are those of Python and NumPy between
 operations, in milliseconds of one core; launching the operations comes on top. Each number is of a layer after the
-first one of a sequence: what a sequence needs once is not in it.
+first one of a sequence, which asks for no more: what a sequence needs once, its plans and their tables, a thread makes
+and copies ahead, on a stream of its own, and computes nothing on the device. Tests hold that, too.
 """
 LONG_INTRODUCTION = """\
 ## One layer of attention over 131,072 tokens

@@ -13,37 +13,11 @@ from torch.utils import _foreach_utils
 
 from tests.support.pretend_cuda import launches, library
 from tests.support.pretend_cuda.counts import Kind
-from tests.support.pretend_cuda.tensor import CUDA, PretendDevice, PretendTensor
+from tests.support.pretend_cuda.streams import Event, Stream
+from tests.support.pretend_cuda.tensor import PretendDevice, PretendTensor
 
 MEMORY_BYTES = 141 << 30
 _run = threading.Thread.run
-
-
-class _Queue:
-    """A stream or an event: all work is done at once, in the order of the calls."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.device, self.device_index, self.device_type, self.stream_id = CUDA, 0, 1, 0
-
-    def _order(self, *_: Any) -> None:
-        """Orders work on the device; the host goes on."""
-
-    record = wait = wait_event = wait_stream = _order
-
-    def record_event(self, event: Any = None) -> "_Queue":
-        return event or _Queue()
-
-    def query(self) -> bool:
-        return True
-
-    def is_capturing(self) -> bool:
-        return False
-
-    def synchronize(self) -> None:
-        synchronize()
-
-    def elapsed_time(self, _: "_Queue") -> float:
-        return 0.0
 
 
 def synchronize(*_: Any) -> None:
@@ -76,7 +50,6 @@ def pretend() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     launches.install()
     library.load()
-    stream = _Queue()
     properties = SimpleNamespace(
         name="NVIDIA H200", major=9, minor=0, total_memory=MEMORY_BYTES, multi_processor_count=132, warp_size=32
     )
@@ -97,10 +70,11 @@ def pretend() -> None:
         "device": _inside,
         "device_of": _inside,
         "stream": _inside,
-        "Stream": _Queue,
-        "Event": _Queue,
-        "current_stream": lambda _=None: stream,
-        "default_stream": lambda _=None: stream,
+        "Stream": Stream,
+        "Event": Event,
+        "current_stream": Stream.current,
+        "default_stream": lambda _=None: Stream.default,
+        "set_stream": Stream.set_current,
     }
     replaced |= dict.fromkeys(
         ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"), lambda _=None: 0

@@ -9,7 +9,7 @@ prints what each source line asks of the device. Settings are those of `farspan 
 import argparse
 import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from farspan.parallel.comm import Traffic
 from farspan.parallel.mesh import Mesh
+from farspan.trainer.batch import BatchThread
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import IGNORED, PADDING, PackedSequence
@@ -93,7 +94,10 @@ def take_step(settings: Sequence[str], *, on_device: bool, runs_kernels: bool = 
             # Frequencies are copied once for a process: no count depends on which step is its first.
             model._rotation(torch.zeros(1, dtype=torch.int32, device=device), torch.bfloat16)
             mode.take_counts()
-        batch = batches.build(sequence(config.model.vocabulary_size))
+        # As in a run: planned in a thread, which copies on a stream of its own.
+        with closing(BatchThread(device)) as thread:
+            build = partial(batches.build, sequence(config.model.vocabulary_size))
+            (batch,) = thread.take([thread.start("the sequence", build)])
         planned = mode.take_counts() if mode else Counts()
         if mode:
             watch(batch.context.attention, mode)

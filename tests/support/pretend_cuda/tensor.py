@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.pretend_cuda.counts import Counts, Kind, source_line
 from tests.support.pretend_cuda.operators import FREE, ONLY_CUDA, waits
+from tests.support.pretend_cuda.streams import CUDA, Stream, Work
 
 aten = torch.ops.aten
 
-CUDA = torch.device("cuda", 0)
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 COPIES = {aten.copy_.default, aten._to_copy.default, aten._foreach_copy_.default}
 
@@ -65,9 +65,10 @@ class PretendDevice(TorchDispatchMode):
 
 
 class PretendTensor(Tensor):
-    """See the module. value: of the CPU, or on the meta device."""
+    """See the module. value: of the CPU, or on the meta device. work: what made it, the base of a view."""
 
     value: Tensor
+    work: Work
 
     @staticmethod
     def __new__(cls, value: Tensor) -> "PretendTensor":
@@ -76,6 +77,7 @@ class PretendTensor(Tensor):
             layout=value.layout, device=CUDA, requires_grad=False,
         )  # fmt: skip
         made.value = value.detach()
+        made.work = Stream.current().work()
         return made
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
@@ -89,6 +91,9 @@ class PretendTensor(Tensor):
 
     def __repr__(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         return f"PretendTensor({self.value})"
+
+    def record_stream(self, s: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.work.users.add(s)
 
     def tolist(self) -> Any:
         return self.detach().cpu().tolist()
@@ -136,6 +141,8 @@ def _dispatch(device: PretendDevice, func: Any, args: Sequence[Any], kwargs: dic
         return func(*args, **kwargs)
     with device.counts.inside():
         _check_devices(func, args, leaves)
+        for x in ours:
+            x.work.check()
         if func is aten._to_copy.default:
             return _to_copy(device, args[0], target, kwargs)
         _count(device.counts, func, args, kwargs)
@@ -170,9 +177,12 @@ def _to_copy(device: PretendDevice, x: Tensor, target: torch.device | None, kwar
 
 def count_copy(counts: Counts, x: Tensor, *, to_host: bool, non_blocking: bool = False) -> None:
     """Count a copy of `x` between host and device; only from pinned memory does the host not wait for it."""
+    if not x.numel():
+        # Nothing is copied, nor waited for.
+        return None
     if to_host:
         return counts.add(Kind.TO_HOST, "copy", x.nbytes)
-    counts.add(Kind.PINNED if non_blocking and x.is_pinned() else Kind.PAGEABLE, "copy", x.nbytes)
+    return counts.add(Kind.PINNED if non_blocking and x.is_pinned() else Kind.PAGEABLE, "copy", x.nbytes)
 
 
 def _known(x: PretendTensor) -> Tensor:
@@ -232,6 +242,11 @@ def _compute(
 
     def wrapped(x: Any) -> Any:
         found = given.get(id(x))
-        return found if found is not None else PretendTensor(x) if isinstance(x, Tensor) else x
+        if found is not None or not isinstance(x, Tensor):
+            return x if found is None else found
+        made = PretendTensor(x)
+        if func.is_view:
+            made.work = ours[0].work
+        return made
 
     return _mapped(wrapped, out)

@@ -60,7 +60,7 @@ def test_the_sample_is_pinned(source: TokenSource) -> None:
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_groups_share_it(source: TokenSource, groups: int) -> None:
     drawn = sample(source, 7)
-    shares = [list(drawn.share(data_rank=rank, groups=groups)) for rank in range(groups)]
+    shares = [[*map(drawn.sequence, drawn.share(data_rank=rank, groups=groups))] for rank in range(groups)]
     assert {len(share) for share in shares} == {-(-7 // groups)}
     labeled = [int(s.tokens[0]) for share in shares for s in share if (s.labels != IGNORED).any()]
     assert sorted(labeled) == list(drawn.indexes)

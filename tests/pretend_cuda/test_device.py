@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from farspan.tools.rank_pool import RankError
 from tests.support.pretend_cuda.counts import Kind, Part
 from tests.support.pretend_cuda.pool import PretendPools
 from tests.support.pretend_cuda.tensor import NoValues, PretendDevice
@@ -107,6 +108,28 @@ def refused(name: str) -> str:
 @pytest.mark.parametrize("name", MIXES)
 def test_it_refuses_two_devices(pretend_ranks: PretendPools, name: str) -> None:
     assert "cuda" in pretend_ranks(1).run(refused, name)[0]
+
+
+def copy_on_another_stream(waits: bool, keeps: bool) -> Tensor:
+    """On a rank: use what another stream has copied."""
+    with PretendDevice():
+        ours, copies = torch.cuda.current_stream(), torch.cuda.Stream()
+        torch.cuda.set_stream(copies)
+        x = torch.ones(3).pin_memory().to("cuda", non_blocking=True)
+        if keeps:
+            x.record_stream(ours)
+        event = copies.record_event()
+        torch.cuda.set_stream(ours)
+        if waits:
+            ours.wait_event(event)
+        return (x[1:] + 1).cpu()
+
+
+def test_streams_wait_for_each_other(pretend_ranks: PretendPools) -> None:
+    assert pretend_ranks(1).run(copy_on_another_stream, True, True)[0].tolist() == [2.0, 2.0]
+    for waits, keeps, message in ((False, True, "has not waited"), (True, False, "no record_stream")):
+        with pytest.raises(RankError, match=message):
+            pretend_ranks(1).run(copy_on_another_stream, waits, keeps)
 
 
 def without_values() -> None:

@@ -12,11 +12,8 @@ def copy_to(x: Tensor, device: torch.device) -> Tensor:
     """Return x on `device`, copied from the CPU if it lies there; the host goes on before the copy is made."""
     if x.device == device or device.type != "cuda":
         return x.to(device)
-    if not x.numel():
-        # Nothing can be pinned.
-        return torch.empty_like(x, device=device)
-    # A copy from pageable memory waits for what was launched before.
-    copy = x.pin_memory().to(device, non_blocking=True)
+    # A copy from pageable memory waits for what was launched before. Nothing cannot be pinned.
+    copy = x.pin_memory().to(device, non_blocking=True) if x.numel() else torch.empty_like(x, device=device)
     # A thread that plans ahead copies on a stream of its own, whose next copies must not get this memory before what
     # computes, on the default stream, is done with it.
     copy.record_stream(torch.cuda.default_stream(device))

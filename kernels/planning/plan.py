@@ -118,12 +118,7 @@ class Plan:
         index: int64 `[queries]` on the device that attends, as are the lists of the selection, in which each query is
         a query block: the host knows only how many there are.
         """
-        device = index.device
-        position, document = once(
-            self.shared,
-            ("columns of queries", device),
-            lambda: (copy_to(self.queries.position, device), copy_to(self.queries.document, device)),
-        )
+        position, document = self.query_columns(index.device)
         # Which pairs are visible, the host does not know.
         regions = (Region(Kind.MASKED, 0, len(index), 0, len(self.keys)),) if len(index) else ()
         return replace(
@@ -134,6 +129,13 @@ class Plan:
             isolation=None if self.isolation is None else self.isolation.of_queries(index),
             drawn_from=(self, index),
             shared={},
+        )
+
+    def query_columns(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return position and document of the queries on `device`."""
+        columns = self.queries.position, self.queries.document
+        return once(
+            self.shared, ("query columns", device), lambda: (copy_to(columns[0], device), copy_to(columns[1], device))
         )
 
     def with_lifetimes(self, lifetime: Tensor) -> "Plan":

@@ -201,6 +201,13 @@ class LocalKeys:
             heads_per_kv_head=heads.query // heads.kv,
         )
 
+    def prepare(self, device: torch.device) -> None:
+        """Make what `received` needs on `device`."""
+        self.block.on(device)
+        self.plan.query_columns(device)
+        if self.plan.isolation is not None:
+            self.plan.isolation.to(device)
+
     def received(self, described: Tensor, block: Tensor) -> Plan:
         """Plan for the queries of a message.
 

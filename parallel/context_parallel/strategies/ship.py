@@ -99,8 +99,8 @@ class _QueryDispatchAttention(DistributedAttention):
     def prepare(self, spec: InputSpec) -> None:
         routed = self.key_routing.prepare(spec)
         prepare_attention(self.local, self.planner.tokens, routed, spec, backend=self.backend)
-        owners = self.owners
-        for table in (self.token, self.local_keys.block, owners.owner, owners.first_position, owners.position):
+        self.local_keys.prepare(spec.device)
+        for table in (self.token, self.owners.owner, self.owners.first_position, self.owners.position):
             table.on(spec.device)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.processes import DEADLINE_S
+
 # Puts off each lock that a thread of gloo takes, by DELAY_MS once `delaying` is set: so the thread still has its last
 # tensor when the main thread has left the process group.
 DELAY = """
@@ -62,7 +64,7 @@ def test_threads_of_gloo_do_not_abort_a_rank_that_has_ended(tmp_path: Path, dela
         subprocess.Popen([sys.executable, "-c", RANK, "train", str(rank)], cwd=tmp_path, env=environment)
         for rank in range(2)
     ]
-    assert [process.wait(60) for process in ranks] == [75, 75]
+    assert [process.wait(DEADLINE_S) for process in ranks] == [75, 75]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from farspan.launch.torchrun import _first_failure, _report
 from farspan.trainer.resilience.signals import EXIT_WARNED, INTERRUPTED
-from tests.support.processes import wait_for
+from tests.support.processes import DEADLINE_S, wait_for
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_a_signal_before_a_rank_can_act_on_it_stays_pending(
                 assert (process.stderr.readline(), process.stderr.readline()[:8]) == ("\n", "stopping")
                 time.sleep(0.1)
             (tmp_path / "sent").touch()
-            error = process.communicate(timeout=60)[1]
+            error = process.communicate(timeout=DEADLINE_S)[1]
             assert (process.returncode, error) == (status, "")
         finally:
             process.kill()

@@ -25,9 +25,10 @@ from tests.support.rank_pool import RankPool, world_channel
 
 # Sums of a few hundred float64 terms in another order: errors stay some ten times 1e-16 times the values.
 FLOAT64_TOLERANCE = 1e-10
-DEGREES = [1, 2, 4, 8]
-COMPLETE = 4
-"""The degree that has every layout."""
+TURNS = {1: (0,), 2: (1,), 4: (0, 2), 8: (3,)}
+"""Which layouts an example has at each degree, from a first one on that changes with example, mechanism and strategy:
+over all degrees it has every layout."""
+DEGREES = list(TURNS)
 HEADS = [Heads(query=8, kv=8), Heads(query=8, kv=2), Heads(query=8, kv=1)]
 HEAD_DIM, VALUE_DIM = 16, 8
 DOCUMENTS = {
@@ -108,20 +109,16 @@ def reference(mechanism: Mechanism, documents: str, heads: Heads, dtype: torch.d
 
 
 def cases_of(strategy: str, degree: int, mechanism_name: str) -> list[Case]:
-    """Every example, if the strategy admits it: on four ranks under every layout, on others under one of them.
-
-    Documents and heads follow from the layout, and all three change with degree, example, mechanism and strategy, so
-    that all are tried.
-    """
-    turn, place = DEGREES.index(degree), list(STRATEGIES).index(strategy)
-    first, layouts = turn + place + list(MECHANISMS).index(mechanism_name), list(LAYOUTS)
-    found = []
+    """Every example, if the strategy admits it; documents and heads follow from the layout, so that all are tried."""
+    place, names, found = list(STRATEGIES).index(strategy), list(MECHANISMS), []
     for number, mechanism in enumerate(MECHANISMS.get(mechanism_name).examples()):
-        for a in range(len(layouts)) if degree == COMPLETE else [(first + number) % len(layouts)]:
+        first = place + number + names.index(mechanism_name)
+        for a in [(first + turn) % len(LAYOUTS) for turn in TURNS[degree]]:
             b = (a + number + place) % len(DOCUMENTS)
-            heads, inner_size = HEADS[(turn - a - b) % len(HEADS)], inner_size_for(strategy, degree, turn=a)
+            heads = HEADS[(DEGREES.index(degree) - a - b) % len(HEADS)]
+            inner_size = inner_size_for(strategy, degree, turn=a)
             if STRATEGIES.get(strategy).unsupported_reason(mechanism, heads, degree, inner_size) is None:
-                found.append(Case(mechanism, strategy, layouts[a], list(DOCUMENTS)[b], heads, inner_size))
+                found.append(Case(mechanism, strategy, list(LAYOUTS)[a], list(DOCUMENTS)[b], heads, inner_size))
     return found
 
 

@@ -66,7 +66,7 @@ def test_two_steps_do_not_depend_on_the_ranks(base: Config, ranks: Pools, name: 
         assert all(gradient.abs().max() > 0 for gradient in gradients.values())
 
 
-MIXTURES = {"moba": {"block": 8, "top_k": 3}, "mosa": {"sparsity": 4}, "lightning*7, dense": {}}
+MIXTURES = {"moba": {"block": 8, "top_k": 3}, "mosa": {"sparsity": 4}, "lightning*3, dense": {}}
 """What `attention.mechanism` may say, with options."""
 ALSO_SHARDED = [
     ParallelConfig(context=4, strategy="fetch", layout="balanced"),
@@ -78,16 +78,17 @@ SHIPPED = ParallelConfig(context=2, strategy="ship")
 
 @pytest.mark.parametrize("pattern", list(MIXTURES))
 def test_steps_of_patterns_of_layers(base: Config, ranks: Pools, pattern: str) -> None:
-    """Five steps on two ranks, two steps on four. Layers with a recurrence run under `state` if keys travel."""
-    config = tiny.with_model(base, layers=8 if "," in pattern else 2)
+    """Five steps on two ranks, two steps on others. Layers with a recurrence run under `state` if keys travel."""
+    config = tiny.with_model(base, layers=4 if "," in pattern else 2)
     config = replace(config, attention=AttentionConfig(mechanism=pattern, options=MIXTURES[pattern], backend="cpu"))
     others = [*ALSO_SHARDED, *([SHIPPED] if pattern == "moba" else [])]
-    for steps, parallel in ((5, SHARDED[0]), *((2, parallel) for parallel in others)):
-        assert is_valid(replace(config, parallel=parallel))
+    for steps, sharded in ((5, SHARDED[:1]), (2, others)):
         short = replace(config, train=replace(config.train, steps=steps))
         single = ranks(1).run(train_sharded, short)[0]
         assert len(set(single.losses)) == len(single.losses) == steps
-        assert_same(ranks(parallel.context).run(train_sharded, replace(short, parallel=parallel))[1], single)
+        for parallel in sharded:
+            assert is_valid(replace(config, parallel=parallel))
+            assert_same(ranks(parallel.context).run(train_sharded, replace(short, parallel=parallel))[1], single)
 
 
 @pytest.mark.parametrize("name", ["dense", "moba", "mosa"])

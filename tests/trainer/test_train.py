@@ -34,6 +34,7 @@ from farspan.trainer.state import TrainState
 from farspan.trainer.toml_config import load_config
 from tests.support import tiny
 from tests.support.checkpoint_ranks import flip
+from tests.support.processes import DEADLINE_S
 from tests.support.runs import AskedWhen, asked_at_poll, records, steps
 from tests.support.runs import run_alone as run
 
@@ -147,7 +148,7 @@ class Planner:
         return [index for index in self.planned if index != HELD_OUT]
 
     def wait_for(self, sequences: int) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + DEADLINE_S
         while len(self.trained) < sequences:
             assert time.monotonic() < deadline, self.planned
             time.sleep(0.001)

@@ -22,6 +22,7 @@ from farspan.launch.slurm.history import (
 from farspan.launch.slurm.job import SlurmJob
 from farspan.launch.slurm.requeue import EndCause, JobStart
 from farspan.launch.slurm.site import Site
+from tests.support.processes import DEADLINE_S
 from tests.support.programs import install
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -69,7 +70,7 @@ def start(job: SlurmJob, tmp_path: Path) -> Start:
             **({"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}),
         }
         return subprocess.run(
-            ["bash", str(job.submitted / "job.sh")], env=environment, capture_output=True, text=True, timeout=60
+            ["bash", str(job.submitted / "job.sh")], env=environment, capture_output=True, text=True, timeout=DEADLINE_S
         )
 
     return start

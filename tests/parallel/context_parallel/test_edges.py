@@ -72,11 +72,11 @@ def test_ids_of_documents_may_be_anything(strategy: str) -> None:
 
 @pytest.mark.parametrize("strategy", EVERY)
 def test_ranks_and_documents_without_tokens(ranks: Callable[[int], RankPool], strategy: str) -> None:
-    """Results, counted bytes and costs where there are fewer tokens than ranks, or none at all."""
+    """Results, counted bytes and costs where there are fewer tokens than ranks, or none at all, in turns."""
     cases = [
         Case(mechanism, strategy, layout, documents, HEADS, inner_size)
-        for mechanism, layout, inner_size in served(strategy)
-        for documents in TINY
+        for number, (mechanism, layout, inner_size) in enumerate(served(strategy))
+        for documents in list(TINY)[(number + EVERY.index(strategy)) % 2 :: 2]
     ]
     results = ranks(DEGREE).run(run_cases, cases)
     for number, case in enumerate(cases):

@@ -65,13 +65,10 @@ HYBRID = "lightning*2, dense"
 @pytest.mark.parametrize(
     ("pattern", "strategy", "context", "layout"),
     [
-        ("lightning", "state", 1, "contiguous"),
         ("lightning", "state", 2, "zigzag"),
         ("lightning", "state", 4, "contiguous"),
         (HYBRID, "ring", 1, "zigzag"),
-        (HYBRID, "ring", 2, "zigzag"),
         (HYBRID, "ring", 4, "striped"),
-        (HYBRID, "ulysses", 2, "contiguous"),
         (HYBRID, "ulysses", 4, "balanced"),
     ],
 )

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from farspan.trainer.resilience.signals import StopSignal, stop_signals_blocked
+from tests.support.processes import DEADLINE_S
 
 PROGRAM = """
 import sys, time
@@ -18,7 +19,7 @@ signals.SAME_REQUEST_S = {same_request_s}
 {before}
 with signals.StopSignal() as stop:
     print("ready", flush=True)
-    give_up_at = time.monotonic() + 20
+    give_up_at = time.monotonic() + {deadline_s}
     while not stop.requested and time.monotonic() < give_up_at:
         time.sleep(0.01)
     print("asked" if stop.requested else "gave up", flush=True)
@@ -30,7 +31,7 @@ print("ended well", flush=True)
 
 @contextmanager
 def program(*, same_request_s: float = 60, before: str = "") -> Iterator[subprocess.Popen[str]]:
-    text = PROGRAM.format(same_request_s=same_request_s, before=before)
+    text = PROGRAM.format(same_request_s=same_request_s, before=before, deadline_s=DEADLINE_S)
     process = subprocess.Popen(
         [sys.executable, "-c", text], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -68,7 +69,7 @@ def test_a_second_request_ends_the_process_at_once(number: signal.Signals) -> No
         process.send_signal(signal.SIGINT)
         assert hear(process) == "asked"
         process.send_signal(number)
-        assert process.wait(timeout=20) == -number
+        assert process.wait(timeout=DEADLINE_S) == -number
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])

@@ -43,7 +43,7 @@ class PackedSelection:
 
     @staticmethod
     def pack(selection: BlockSelection, device: torch.device) -> "PackedSelection":
-        """Pack lists, which are on the CPU."""
+        """Pack lists, which are on the CPU and stay at hand there."""
         count, words = selection.num_query_blocks, num_words(selection.blocks.count)
         head, query_block = selection.lists // max(count, 1), selection.lists % max(count, 1)
         block = selection.key_blocks.long()
@@ -51,16 +51,18 @@ class PackedSelection:
         bits = torch.zeros(count * selection.heads * words, dtype=torch.int32)
         index = (query_block * selection.heads + head) * words + block // WORD
         bits.index_add_(0, index, (1 << (block % WORD)).int())
-        return PackedSelection(
+        packed = PackedSelection(
             bits=copy_to(bits.view(count, selection.heads, words), device),
             query_block=selection.query_block,
             blocks=selection.blocks,
             most=int(selection.offsets.diff().max()) if count else 0,
         )
+        vars(packed)["as_lists"] = selection
+        return packed
 
     @cached_property
     def as_lists(self) -> BlockSelection:
-        """The same as lists on the CPU; waits for the device."""
+        """The same as lists on the CPU; waits for the device, unless it was packed from them."""
         count, nth = self.blocks.count, torch.arange(WORD, dtype=torch.int32)
         # [some Q, heads, words] -> [some Q, heads, words, 32] -> [heads, some Q, blocks]
         masks = (

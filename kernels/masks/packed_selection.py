@@ -62,7 +62,7 @@ class PackedSelection:
 
     @staticmethod
     def pack(selection: BlockSelection, device: torch.device) -> "PackedSelection":
-        """Pack lists, which are on the CPU."""
+        """Pack lists, which are on the CPU and stay at hand there."""
         count, words = selection.num_query_blocks, num_words(selection.blocks.count)
         head, query_block = selection.lists // max(count, 1), selection.lists % max(count, 1)
         block = selection.key_blocks.long()
@@ -70,12 +70,14 @@ class PackedSelection:
         bits = torch.zeros(count * selection.heads * words, dtype=torch.int32)
         index = (query_block * selection.heads + head) * words + block // WORD
         bits.index_add_(0, index, (1 << (block % WORD)).int())
-        return PackedSelection(
+        packed = PackedSelection(
             stored=copy_to(bits.view(count, selection.heads, words), device),
             query_block=selection.query_block,
             blocks=selection.blocks,
             most=int(selection.offsets.diff().max()) if count else 0,
         )
+        vars(packed)["as_lists"] = selection
+        return packed
 
     @property
     def bits(self) -> Tensor:
@@ -89,7 +91,7 @@ class PackedSelection:
 
     @cached_property
     def as_lists(self) -> BlockSelection:
-        """The same as lists on the CPU; waits for the device."""
+        """The same as lists on the CPU; waits for the device, unless it was packed from them."""
         count, nth = self.blocks.count, torch.arange(WORD, dtype=torch.int32)
         # [some Q, heads, words] -> [some Q, heads, words, 32] -> [heads, some Q, blocks]
         masks = (

@@ -256,8 +256,9 @@ def _choice(case: Case) -> None:
     rows = Rows.packed(lengths)
     local_rows = rows.take(torch.tensor(lengths).cumsum(0) - 1)
     q, k = (torch.zeros(len(lengths), heads, case.width, dtype=case.dtype) for heads in (HEADS, KV_HEADS))
-    mechanisms = MoBA(block=1), VMoBA(brick=(1,)), VMoBA(brick=(1,), scope="head"), SpargeAttention(tile=1, block=1)
-    for mechanism in mechanisms:
+    # Numbers of few blocks, and the bits of many.
+    by_row = MoBA(block=1), MoBA(block=1, top_k=1024), VMoBA(brick=(1,)), VMoBA(brick=(1,), scope="head")
+    for mechanism in (*by_row, SpargeAttention(tile=1, block=1)):
         local_shard = LocalShard(
             mechanism=mechanism,
             rows=local_rows,
@@ -275,7 +276,7 @@ def _usage(kernel: str, options: dict[str, Any], compiled: Any) -> Usage:
     if options.get("FOR_K") != options.get("FOR_V"):
         kernel += " (dk)" if options["FOR_K"] else " (dv)"
     if weights := options.get("WEIGHTS"):
-        kernel += f" ({weights})"
+        kernel += f" ({weights}, numbers)" if options["NUMBERED"] else f" ({weights})"
     needs = compiled.metadata
     registers, stack = _registers_and_stack(compiled.asm["cubin"])
     return Usage(kernel, tile, needs.num_warps, needs.num_stages, registers, stack, needs.shared, compiled.hash)

@@ -121,6 +121,10 @@ class Backend(ABC):
         assert plan.selection is not None
         return plan.selection.as_lists.choices(plan.heads)
 
+    def prepare_choices(self, plan: Plan, device: torch.device) -> None:
+        """Make what `choices` of selections such as the plan's needs on `device`, ahead of them."""
+        return
+
     def pair_sums(
         self,
         dout: Tensor,

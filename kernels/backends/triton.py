@@ -60,6 +60,11 @@ class TritonBackend(Backend, ChunkedRecurrentBackend):
 
         return gathered_launch.choices(plan, kv_heads)
 
+    def prepare_choices(self, plan: Plan, device: torch.device) -> None:
+        from farspan.kernels.triton_kernels import gathered_launch
+
+        gathered_launch.prepare_lists(plan, device)
+
     def pair_sums(
         self,
         dout: Tensor,

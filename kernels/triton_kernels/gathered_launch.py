@@ -81,10 +81,15 @@ def prepare(plan: Plan, spec: InputSpec) -> None:
     """Make what both passes of a plan find on the device, whatever its selection."""
     selection, shapes = packed(plan, spec.device), shapes_for(spec.head_dim, spec.value_dim, spec.dtype)
     _terms(plan, spec.device)
-    _query_block(plan, selection, spec.device)
+    prepare_lists(plan, spec.device)
     chunk = _chunk_rows(selection, plan.heads, spec.kv_heads)
     for shape in (shapes.forward, shapes.dkv, shapes.dq):
         _tables(plan, selection.blocks, shape.keys, chunk, spec.device)
+
+
+def prepare_lists(plan: Plan, device: torch.device) -> None:
+    """Make what the lists of selections such as the plan's need on `device`."""
+    _query_block(plan, packed(plan, device), device)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,6 @@ which the host waits. Each row has one KV head, with its G query heads, and stay
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import final
@@ -48,6 +47,7 @@ from farspan.kernels.planner import (
 from farspan.kernels.ragged import take_or
 from farspan.kernels.recomputation import kept
 from farspan.kernels.routing.ranking import best_in_groups
+from farspan.kernels.routing.selected_rows import SelectedRows
 
 
 class TokenChoice(Mechanism):
@@ -183,75 +183,6 @@ class ChosenTokens:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Selected:
-    """Attention among selected rows, and the local tokens behind them.
-
-    source: of each KV head of each row, token * Hk + head among the local ones, int64 `[rows x heads]`; any where
-    there is none, which is `absent`, bool `[rows x heads]`, None if there is always one. target: the same, but T * Hk
-    where there is none. heads: KV heads of a row. share: plans the rows where each owner has a share of them, the
-    above being of the rows of all owners end to end; None where rows lie with their tokens.
-    """
-
-    among: SequenceAttention
-    source: Tensor
-    absent: Tensor | None
-    target: Tensor
-    heads: int
-    share: AttentionPlanner | None
-
-    @staticmethod
-    def of(
-        among: SequenceAttention, place: Tensor, pairs: int, *, is_full: bool, share: AttentionPlanner | None = None
-    ) -> "_Selected":
-        """Return these rows; place: as `source`, `[rows, heads]`, -1 where there is none. pairs: T * Hk."""
-        heads, place = place.shape[1], place.flatten()
-        if is_full:
-            return _Selected(among=among, source=place, absent=None, target=place, heads=heads, share=share)
-        absent = place < 0
-        source, target = place.clamp(min=0), place.masked_fill(absent, pairs)
-        return _Selected(among=among, source=source, absent=absent, target=target, heads=heads, share=share)
-
-    def collect(self, kv_heads: int, *tensors: Tensor) -> list[Tensor]:
-        """Return this owner's rows `[rows, heads x G, width]` of x `[T, Hk x G, width]`; 0 where there is no token.
-
-        Tensors of one dtype, which go to other owners in one message.
-        """
-        found = []
-        for x in tensors:
-            # [T, Hk x G, width] -> [T x Hk, G, width] -> [rows x heads, G, width] -> [rows, heads x G, width]
-            of_heads = x.unflatten(1, (kv_heads, -1)).flatten(0, 1).index_select(0, self.source)
-            if self.absent is not None:
-                of_heads.masked_fill_(self.absent[:, None, None], 0.0)
-            found.append(of_heads.unflatten(0, (-1, self.heads)).flatten(1, 2))
-        share = self.share
-        return found if share is None else _in_one(found, lambda x: share.reduce_scatter(x, kind="selected"))
-
-    def scatter(self, kv_heads: int, *given: tuple[Tensor, Sequence[int]], fill: float = 0.0) -> list[Tensor]:
-        """Return `[T, Hk x G, width]` of each x as collected and the first two of this shape; the rest is `fill`."""
-        share, tensors = self.share, [x for x, _ in given]
-        if share is not None:
-            tensors = _in_one(tensors, lambda x: share.all_gather(x, kind="selected"))
-        scattered = []
-        for x, (_, shape) in zip(tensors, given, strict=True):
-            # Each pair of a token and a head occurs at most once, so that nothing is summed. One more takes all others.
-            pairs, group = shape[0] * kv_heads, shape[1] // kv_heads
-            full = x.new_full((pairs + 1, group, x.shape[2]), fill)
-            # [rows, heads x G, width] -> [rows x heads, G, width]
-            full.index_copy_(0, self.target, x.unflatten(1, (-1, group)).flatten(0, 1))
-            # [T x Hk, G, width] -> [T, Hk x G, width]
-            scattered.append(full[:pairs].unflatten(0, (shape[0], -1)).flatten(1, 2))
-        return scattered
-
-
-def _in_one(tensors: Sequence[Tensor], move: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Move tensors `[rows, heads, width]` in one message."""
-    # [rows, heads, width] -> [rows, heads x width], side by side, and back
-    moved = move(torch.cat([x.flatten(1) for x in tensors], dim=1))
-    parts = moved.split([x.shape[1:].numel() for x in tensors], dim=1)
-    return [part.unflatten(1, x.shape[1:]) for part, x in zip(parts, tensors, strict=True)]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _KnownRows:
     """The rows that every choice has, and attention among them.
 
@@ -286,17 +217,17 @@ class _KnownRows:
             sent=None if is_alone else DeviceCopies(sent),
         )
 
-    def select(self, scores: Tensor, first: Tensor) -> _Selected:
+    def select(self, scores: Tensor, first: Tensor) -> SelectedRows:
         """Return the selected rows by scores of candidates, float32 `[tokens, Hk]`, and the first of each document."""
         device, kv_heads = scores.device, scores.shape[1]
         taken = best_in_groups(scores.t(), first, self.ranks.on(device))  # [Hk, n]
         place = (self.first_place.on(device)[taken] + torch.arange(kv_heads, device=device)[:, None]).t().contiguous()
         pairs = self.tokens * kv_heads
         if self.sent is None:
-            return _Selected.of(self.among, place, pairs, is_full=True)
+            return SelectedRows.of(self.among, place, pairs, is_full=True)
         # Padding, -1, finds what is put behind all others: [n, Hk] -> [rows, Hk]
         place = torch.nn.functional.pad(place.clamp(min=-1), (0, 0, 0, 1), value=-1)[self.sent.on(device)]
-        return _Selected.of(self.among, place, pairs, is_full=False, share=self.planner)
+        return SelectedRows.of(self.among, place, pairs, is_full=False, share=self.planner)
 
 
 def _planner_of(selected: ChosenTokens, planner: AttentionPlanner) -> AttentionPlanner:
@@ -380,21 +311,21 @@ class _TokenChoiceAttention(SequenceAttention):
             working_bytes=rows * heads.kv * of_head,
         )
 
-    def _select(self, routing: Tensor) -> _Selected:
+    def _select(self, routing: Tensor) -> SelectedRows:
         logits = self.planner.all_rows(routing[..., 0].float(), kind="choice")  # [tokens, Hk]
         candidates = self._candidates_on(logits.device)
         if self.known_rows is None:
             return self._planned(self.mechanism.choose(logits, candidates))
         return self.known_rows.select(self.mechanism.scores(logits, candidates), candidates.first)
 
-    def _planned(self, chosen: Tensor) -> _Selected:
+    def _planned(self, chosen: Tensor) -> SelectedRows:
         """Plan attention among the tokens `chosen`, bool `[tokens, Hk]`, for which the host waits."""
         selected = ChosenTokens.of(chosen.cpu(), self.planner.global_rows)
         of_group, device = _planner_of(selected, self.planner), chosen.device
         place = self.planner.row_of_token[selected.token] * chosen.shape[1] + selected.head
         place = copy_to(take_or(place, of_group.tokens, -1)[:, None], device)
         pairs, is_full = len(self.planner.tokens) * chosen.shape[1], bool((of_group.tokens >= 0).all())
-        return _Selected.of(self.mechanism.among().plan(of_group), place, pairs, is_full=is_full)
+        return SelectedRows.of(self.mechanism.among().plan(of_group), place, pairs, is_full=is_full)
 
     @cached_property
     def _candidates(self) -> dict[torch.device, Candidates]:

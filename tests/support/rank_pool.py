@@ -14,8 +14,8 @@ from farspan.tools import rank_pool
 from farspan.tools.rank_pool import RankError, grid_groups
 
 __all__ = ["COLLECTIVE_TIMEOUT_S", "PRELOAD", "Pools", "RankError", "RankPool", "error_of", "world_channel"]
-COLLECTIVE_TIMEOUT_S = 300
-CALL_TIMEOUT_S = 600
+COLLECTIVE_TIMEOUT_S = 120
+CALL_TIMEOUT_S = 300
 """Only what hangs comes near them, however slow the machine is."""
 PRELOAD = "tests.support.preload"
 

@@ -18,7 +18,7 @@ from farspan.parallel.layout import Shards
 Result = TypeVar("Result")
 Address = tuple[tuple[int, ...], int, int, int]
 """Ranks of the channel, sender, receiver, tag."""
-TIMEOUT_S, POLL_S = 300.0, 0.5
+TIMEOUT_S, POLL_S = 120.0, 0.5
 COLLECTIVE = 0
 """Tag of messages that belong to collectives."""
 

@@ -275,8 +275,8 @@ class _TokenChoiceAttention(SequenceAttention):
         dpart = (dout * weight.unsqueeze(-1)).to(part.dtype).flatten(1, 2)
         gradients = selected.among.backward(dpart, Saved(tuple(tensors), extras))
         if selected.share is not None:
-            # Each is whole, no part of a sum: it is rounded before it is sent.
-            gradients = [x.to(part.dtype) for x in gradients]
+            # They may be parts of sums over ranks, which are rounded once.
+            gradients = [x.to(gates.dtype) for x in gradients]
         of_inputs = selected.scatter(kv_heads, *zip(gradients, (of_queries, of_keys, of_keys), strict=True))
         return *of_inputs, *selected.scatter(kv_heads, (dgates, of_keys))
 
@@ -303,11 +303,15 @@ class _TokenChoiceAttention(SequenceAttention):
         # Of one owner: q, k, v and routing go there and out returns; back, the gradient of out goes and theirs return.
         # What is collected and, where it is sent, what is received.
         rows = len(known.planner.tokens_of_all) * (1 if known.sent is None else 2)
-        share = len(known.planner.tokens) * heads.kv * (of_head + sizes.accumulation_bytes)
+        share, group = len(known.planner.tokens) * heads.kv, heads.query // heads.kv
+        of_gradients = (group * sizes.head_dim + sizes.kv_width + 1) * sizes.accumulation_bytes
         return Composition(
             branches=((known.among, no_routing),),
             all_reduced=all_reduced,
-            exchanged=(share, share),
+            exchanged=(
+                share * (of_head + sizes.accumulation_bytes),
+                share * (group * sizes.value_dim * sizes.element_bytes + of_gradients),
+            ),
             working_bytes=rows * heads.kv * of_head,
         )
 

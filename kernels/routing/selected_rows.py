@@ -46,7 +46,12 @@ class SelectedRows:
         found = []
         for x in tensors:
             # [T, Hk x G, width] -> [T x Hk, G, width] -> [rows x heads, G, width] -> [rows, heads x G, width]
-            of_heads = x.unflatten(1, (kv_heads, -1)).flatten(0, 1).index_select(0, self.source)
+            pairs = x.unflatten(1, (kv_heads, -1)).flatten(0, 1)
+            # An owner without tokens has no pair that could stand for none.
+            if len(pairs):
+                of_heads = pairs.index_select(0, self.source)
+            else:
+                of_heads = pairs.new_zeros(len(self.source), *pairs.shape[1:])
             if self.absent is not None:
                 of_heads.masked_fill_(self.absent[:, None, None], 0.0)
             found.append(of_heads.unflatten(0, (-1, self.heads)).flatten(1, 2))
@@ -66,7 +71,7 @@ class SelectedRows:
             # [rows, heads x G, width] -> [rows x heads, G, width]
             full.index_copy_(0, self.target, x.unflatten(1, (-1, group)).flatten(0, 1))
             # [T x Hk, G, width] -> [T, Hk x G, width]
-            scattered.append(full[:pairs].unflatten(0, (shape[0], -1)).flatten(1, 2))
+            scattered.append(full[:pairs].unflatten(0, (shape[0], kv_heads)).flatten(1, 2))
         return scattered
 
 

@@ -110,14 +110,13 @@ def test_traffic_of_token_choice() -> None:
     mosa = AttentionConfig(mechanism="mosa", options={"sparsity": 16}, backend="cpu")
     config = tiny.with_model(replace(CONFIG, attention=mosa), qk_norm=False)
     found = labels(summarize(config, ranks=2))
-    # 4096 / 16 tokens for each of 2 KV heads, 256 on each of 2 ranks if evenly spread; a row is one head's: keys and
-    # values of 32 features in 4 bytes, 64 KiB, once forward and three times backward; 4096 x 2 numbers of routing in 4
-    # bytes, summed over both, 32 KiB; in each of 4 layers. Zigzag ranks hold the middle and both ends of documents, so
-    # that a sample is not quite even.
+    # 4096 / 16 tokens for each of 2 KV heads, 128 of each on each of 2 ranks; keys and values of 32 features in 4 bytes,
+    # 64 KiB, once forward and three times backward; 4096 x 2 numbers of routing in 4 bytes, summed over both, 32 KiB.
+    # For each of these 256, q and out of 4 heads, k, v and routing go to the rank that attends, and return: 321 KiB
+    # forward, and as much backward. All in each of 4 layers.
     sent, unit = found["traffic"].split()[:2]
     assert unit == "MiB"
-    sent = float(sent)
-    assert sent == pytest.approx(4 * (4 * 64 + 32) / 1024, rel=0.1)
+    assert float(sent) == pytest.approx(4 * (4 * 64 + 32 + 2 * 321) / 1024, abs=0.01)
     # As many parameters as without a router, and 2 x 256 in each layer.
     assert found["model"] == f"{3_181_056 - 4 * 2 * 32 + 4 * 2 * 256:,} parameters"
     # Ulysses moves half of all tokens' q, k, v, out and routing, forward and backward.

@@ -13,6 +13,11 @@ from tests.support.rank_pool import RankPool
 act_on_signals()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what waits longest, the jobs on SLURM, beside which all else is run."""
+    items.sort(key=lambda item: "slurm" not in item.path.parent.name or "launch" in item.path.parts)
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], RankPool]]:
     """Return the session's pool of a given number of ranks."""

@@ -110,7 +110,7 @@ def test_traffic_of_token_choice() -> None:
     mosa = AttentionConfig(mechanism="mosa", options={"sparsity": 16}, backend="cpu")
     config = tiny.with_model(replace(CONFIG, attention=mosa), qk_norm=False)
     found = labels(summarize(config, ranks=2))
-    # 4096 / 16 tokens for each of 2 KV heads, 128 of each on each of 2 ranks; keys and values of 32 features in 4 bytes,
+    # 4096 / 16 tokens for each of 2 KV heads, 128 of each on each of 2 ranks; keys, values of 32 features in 4 bytes,
     # 64 KiB, once forward and three times backward; 4096 x 2 numbers of routing in 4 bytes, summed over both, 32 KiB.
     # For each of these 256, q and out of 4 heads, k, v and routing go to the rank that attends, and return: 321 KiB
     # forward, and as much backward. All in each of 4 layers.

@@ -58,7 +58,7 @@ class Registry(Generic[T]):
     def _add_entry(self, entry: EntryPoint) -> None:
         try:
             part = entry.load()
-        except Exception as error:
+        except Exception as error:  # code of others may raise anything as it is imported
             raise ConfigError(
                 f"{self._kind} {entry.name!r} of an installed package, {entry.value}, cannot be imported "
                 f"({type(error).__name__}: {error}): fix or uninstall that package."

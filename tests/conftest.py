@@ -15,7 +15,7 @@ act_on_signals()
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what waits longest, the jobs on SLURM, beside which all else is run."""
-    items.sort(key=lambda item: "slurm" not in item.path.parent.name or "launch" in item.path.parts)
+    items.sort(key=lambda item: item.path.parts[-3:-1] != ("tests", "slurm"))
 
 
 @pytest.fixture(scope="session")

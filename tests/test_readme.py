@@ -80,14 +80,13 @@ def test_python_in_pages_runs(page: str, number: int, tmp_path: Path) -> None:
     shapes = re.findall(r"^(\w+) = .*# (\[[\d, ]+\])", snippet, flags=re.MULTILINE)
     checks = [f"assert list({name}.shape) == {shape}, {name}.shape" for name, shape in shapes]
     (tmp_path / "snippet.py").write_text("\n".join([snippet, *checks, "print('done')"]))
-    start = (
-        ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if "init_process_group" in snippet else []
-    )
-    command = [sys.executable, *(["-m", *start] if start else []), str(tmp_path / "snippet.py")]
+    ranks = 2 if "init_process_group" in snippet else 1
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if ranks == 2 else []
+    command = [sys.executable, *torchrun, str(tmp_path / "snippet.py")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["done"] * (2 if start else 1)
+    assert done.stdout.split() == ["done"] * ranks
 
 
 def test_the_ring_in_the_readme_is_short() -> None:

@@ -213,7 +213,7 @@ class BatchThread:
             batch = build()
         except FarspanError:
             raise
-        except Exception as error:
+        except Exception as error:  # whatever it is, ranks that wait for this one have to learn of it
             log.exception("%s cannot be planned", name)
             # Its first line: libraries may say more.
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]

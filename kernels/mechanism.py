@@ -64,6 +64,11 @@ class Mechanism(ABC):
         """Whether, by positions alone, a query sees less than its document or all of it up to itself."""
         return False
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether no query attends to a later token, as a language model needs; choices may depend on later ones."""
+        return True
+
     # Tests, benchmarks and configurations ask: which instances there are.
 
     @classmethod

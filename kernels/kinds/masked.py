@@ -31,6 +31,12 @@ class Masked(Mechanism):
     def is_windowed(self) -> bool:
         return not self.attention_mask().is_plain
 
+    @property
+    def is_causal(self) -> bool:
+        attention_mask = self.attention_mask()
+        grid = attention_mask.neighborhood
+        return attention_mask.causal or (grid is not None and all(one.causal for one in grid.dimensions))
+
     @abstractmethod
     def attention_mask(self) -> AttentionMask:
         """Return which rows see which."""

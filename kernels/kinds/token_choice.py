@@ -68,6 +68,10 @@ class TokenChoice(Mechanism):
     def is_windowed(self) -> bool:
         return self.among().is_windowed
 
+    @property
+    def is_causal(self) -> bool:
+        return self.among().is_causal
+
     @abstractmethod
     def among(self) -> Masked:
         """Return how the selected tokens of one document see each other; their positions count these from 0."""

@@ -99,7 +99,7 @@ class ContextParallel:
         v: Tensor,
         *,
         mechanism: str | Mechanism = "dense",
-        documents: Documents | None = None,
+        documents: Documents | Shards | None = None,
         routing: Tensor | None = None,
     ) -> Tensor:
         """Attend the local rows of q to the keys of the whole sequence; differentiable in all tensors.
@@ -107,7 +107,8 @@ class ContextParallel:
         q: `[tokens_local, heads, head_dim]` or `[batch, tokens_local, heads, head_dim]`, in any floating-point dtype. k
         and v: alike, of KV heads, which divide the heads; v may have another width. Scores are scaled by head_dim **
         -0.5. documents: of the sequence before it was sharded; without them it is one document, and shards have no
-        padding. routing: `[..., kv_heads, routing_width]` in float32, or float64 for float64, if the mechanism has a
+        padding. Shards instead are those of another layout, a batch's set end to end; plans are kept by their identity.
+        routing: `[..., kv_heads, routing_width]` in float32, or float64 for float64, if the mechanism has a
         router. Returns the shape of q, with the width of v.
 
         Raises ValueError for shapes that do not fit each other or the documents, ConfigError for what the strategy or
@@ -125,8 +126,8 @@ class ContextParallel:
         batch, tokens_local = (q.shape[0], q.shape[1]) if batched else (1, q.shape[0])
         attend = self._planned(
             _mechanism(mechanism),
-            self._documents(documents, batch, tokens_local),
-            tokens_local,
+            documents if isinstance(documents, Shards) else self._documents(documents, batch, tokens_local),
+            batch * tokens_local,
             Heads(query=q.shape[-2], kv=k.shape[-2]),
             (q.shape[-1], v.shape[-1]),
             q.dtype,
@@ -203,15 +204,15 @@ class ContextParallel:
     def _plan(
         self,
         mechanism: Mechanism,
-        documents: tuple[tuple[int, ...], ...],
+        documents: tuple[tuple[int, ...], ...] | Shards,
         tokens_local: int,
         heads: Heads,
         widths: tuple[int, int],
         dtype: torch.dtype,
         device: torch.device,
     ) -> DistributedAttention:
-        shards = self._sharded(documents)
-        _check_tokens(shards, tokens_local * len(documents))
+        shards = documents if isinstance(documents, Shards) else self._sharded(documents)
+        _check_tokens(shards, tokens_local)
         job = Job(
             mechanism=mechanism,
             shards=shards,

@@ -52,6 +52,13 @@ def test_a_kind_asks_for_what_it_claims(mechanism: Mechanism, monkeypatch: pytes
     assert mechanism.static_mask is None or asked == {Access.MASK}
 
 
+@pytest.mark.parametrize("mechanism", [one for one in EXAMPLES if isinstance(one, Masked)], ids=str)
+def test_causal_masks_show_no_later_token(mechanism: Masked) -> None:
+    rows = Rows.packed([160])
+    masks = [mask.mask(rows, rows) for mask in mechanism.attention_mask().by_heads(HEADS.query)]
+    assert mechanism.is_causal == (not any(mask.triu(1).any() for mask in masks))
+
+
 def attend_to(mechanism: Mechanism, rows: Rows) -> tuple[Tensor, Saved]:
     """Forward in float32, heads of 64."""
     *inputs, _ = inputs_of(mechanism, len(rows), HEADS, (64, 64), torch.float32)

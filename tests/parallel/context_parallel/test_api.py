@@ -11,6 +11,8 @@ from torch import Tensor
 
 import farspan
 from farspan.errors import ConfigError
+from farspan.kernels.masks.rows import Rows
+from farspan.parallel.layout import Shards
 from tests.support.rank_pool import Pools
 
 DOCUMENTS = ((61, 40, 28), (129,))
@@ -40,6 +42,15 @@ def test_a_batch_of_documents_is_attended_to_as_by_torch() -> None:
     torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
     for gradient, of_torch in zip(gradients, torch.autograd.grad(wanted, (q, k, v), dout), strict=True):
         torch.testing.assert_close(gradient, of_torch, rtol=1e-11, atol=1e-11)
+
+
+def test_shards_are_a_layout_of_ones_own() -> None:
+    q, k, v = inputs(129)
+    order = torch.randperm(129, generator=torch.Generator().manual_seed(6))
+    shards = Shards(rows=Rows.packed(DOCUMENTS[0]), index=order[None])
+    out = farspan.ContextParallel().attention(q[order], k[order], v[order], documents=shards)
+    wanted = farspan.attention(q, k, v, documents=DOCUMENTS[0])
+    torch.testing.assert_close(out, wanted[order], rtol=1e-12, atol=1e-12)
 
 
 def of_rank(

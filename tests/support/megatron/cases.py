@@ -40,18 +40,19 @@ class Case:
     cp: int = 1
     tp: int = 1
     ep: int = 1
+    pp: int = 1
     hybrid: bool = False
     config: str = ""
     recompute: str = ""
     truth: bool = False
 
     @property
-    def sizes(self) -> tuple[int, int, int]:
-        return self.tp, self.cp, self.ep
+    def sizes(self) -> dict[str, int]:
+        return {"tp": self.tp, "cp": self.cp, "ep": self.ep, "pp": self.pp}
 
     @property
     def name(self) -> str:
-        sizes = [f"{key}{size}" for key, size in zip(("tp", "cp", "ep"), self.sizes, strict=True) if size > 1]
+        sizes = [f"{key}{size}" for key, size in self.sizes.items() if size > 1]
         options = [option for option in ("hybrid" * self.hybrid, self.config, self.recompute) if option]
         return "-".join([self.mechanism, "thd" if self.packed else "sbhd", self.strategy, *sizes, *options])
 
@@ -80,6 +81,8 @@ CASES = [
     Case(config="scale"),
     Case(mechanism="moba", cp=2, recompute="full"),
     Case(mechanism="moba", packed=True, cp=2, recompute="selective"),
+    Case(mechanism="mixed", cp=2, pp=2),
+    Case(mechanism="moba", packed=True, cp=2, pp=2),
     Case(cp=2, ep=2, config="experts"),
 ]
 
@@ -91,6 +94,7 @@ CHECKS = [
     "mechanisms_go_by_the_number_of_their_layer",
     "packed_documents_lie_zigzag_each",
     "the_device_is_asked_once_for_lengths",
+    "a_batch_of_one_rank_stays_on_it",
     "layers_share_plans_and_a_sharded_state_has_none",
     "specs_of_blocks_are_copied",
 ]

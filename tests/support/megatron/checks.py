@@ -171,6 +171,14 @@ def the_device_is_asked_once_for_lengths() -> None:
     assert not first.equal(second)
 
 
+def a_batch_of_one_rank_stays_on_it() -> None:
+    q, k, v = inputs(6, 1)
+    alone = PackedSeqParams(qkv_format="sbhd", local_cp_size=1)
+    found = core_attention()(q, k, v, None, packed_seq_params=alone)
+    wanted = farspan.attention(q[:, 0], k[:, 0], v[:, 0])  # [s, 1, heads, d] -> [s, heads, d]
+    torch.testing.assert_close(found[:, 0], wanted.flatten(1), rtol=0, atol=0)
+
+
 def layers_share_plans_and_a_sharded_state_has_none() -> None:
     model = build(Case(cp=2))
     first, second = (layer.self_attention.core_attention for layer in model.decoder.layers)

@@ -24,7 +24,7 @@ class OnCPU(TorchFunctionMode):
 def install() -> None:
     """Replace what a function mode does not see; for the rest of this process."""
     torch.cuda.current_device = lambda: torch.device("cpu")  # pyright: ignore
-    for name in ("Stream", "Event", "stream", "current_stream"):
+    for name in ("Stream", "Event", "stream", "current_stream", "synchronize"):
         setattr(torch.cuda, name, MagicMock())
     # States of a GPU's generator are kept; there is no dropout here that would draw from it.
     torch.cuda.get_rng_state = random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from tests.support.megatron import checks, on_cpu
-from tests.support.megatron.cases import CASES, CHECKS
+from tests.support.megatron.cases import CASES, CHECKS, Case
 from tests.support.megatron.steps import train_step
 
 RANKS, TIMEOUT_S = 4, 120
@@ -36,17 +36,18 @@ def results() -> dict[tuple[str, bool], Any]:
     """On a rank: the step of each case by its name and whether it is a truth, None for a check, or how it failed."""
     found: dict[tuple[str, bool], Any] = {}
     truths = {case.alone.name: case.alone for case in CASES}
-    by_sizes = sorted([*truths.values(), *CASES], key=lambda case: case.sizes)
-    for (tp, cp, ep), cases in groupby(by_sizes, key=lambda case: case.sizes):
+    by_sizes = sorted([*truths.values(), *CASES], key=lambda case: tuple(case.sizes.values()))
+    for sizes, cases in groupby(by_sizes, key=lambda case: case.sizes):
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tp,
-            context_parallel_size=cp,
-            expert_model_parallel_size=ep,
+            tensor_model_parallel_size=sizes["tp"],
+            context_parallel_size=sizes["cp"],
+            expert_model_parallel_size=sizes["ep"],
+            pipeline_model_parallel_size=sizes["pp"],
             hybrid_context_parallel=True,
         )
         for case in cases:
             found[case.name, case.truth] = outcome(train_step, case)
-        if (tp, cp, ep) == (1, 2, 1):
+        if sizes == Case(cp=2).sizes:
             found |= {(name, False): outcome(getattr(checks, name)) for name in CHECKS}
         parallel_state.destroy_model_parallel()
     return found

@@ -1,6 +1,8 @@
 """One step of a tiny `GPTModel` in float64 on a rank: its loss and all gradients, as one process would have them."""
 
 import re
+from collections.abc import Iterator
+from functools import partial
 from inspect import signature
 from typing import Any
 from zlib import crc32
@@ -12,6 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
@@ -73,6 +76,8 @@ def build(case: Case) -> Any:
         context_parallel_size=case.cp,
         tensor_model_parallel_size=case.tp,
         expert_model_parallel_size=case.ep,
+        pipeline_model_parallel_size=case.pp,
+        pipeline_dtype=torch.float64,
         **CONFIGS[case.config],
         **RECOMPUTED.get(case.recompute, {}),
     )
@@ -94,6 +99,8 @@ def build(case: Case) -> Any:
         position_embedding_type="rope",
         share_embeddings_and_output_weights=False,
         parallel_output=False,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
     )
     model = model.double().train()
     for name, parameter in model.named_parameters():
@@ -104,8 +111,7 @@ def build(case: Case) -> Any:
 @torch.no_grad()
 def draw(name: str, parameter: Any, case: Case) -> None:
     """Draw a rank's part of a parameter by what it is called in one process."""
-    if "local_experts" in name:
-        name = expert_names(name, case)[group_of("expert_model_parallel").rank()]
+    name = names_alone(name, case)[group_of("expert_model_parallel").rank()]
     tensor = group_of("tensor_model_parallel")
     dim, parts = (parameter.partition_dim, tensor.size()) if is_split(parameter) else (0, 1)
     shape = [size * parts if at == dim else size for at, size in enumerate(parameter.shape)]
@@ -118,11 +124,16 @@ def is_split(parameter: Any) -> bool:
     return getattr(parameter, "tensor_model_parallel", False)
 
 
-def expert_names(name: str, case: Case) -> list[str]:
-    """What a rank's parameter of an expert is called in one process, for each expert-parallel rank."""
-    before, number, after = re.split(r"(?<=local_experts\.)(\d+)", name)
-    on_each = CONFIGS[case.config]["num_moe_experts"] // case.ep
-    return [f"{before}{rank * on_each + int(number)}{after}" for rank in range(case.ep)]
+def names_alone(name: str, case: Case) -> list[str]:
+    """What a rank's parameter is called in one process, for each expert-parallel rank."""
+    name = renumbered(name, "layers", group_of("pipeline_model_parallel").rank() * LAYERS // case.pp)
+    on_each = CONFIGS[case.config].get("num_moe_experts", 0) // case.ep
+    return [renumbered(name, "local_experts", rank * on_each) for rank in range(case.ep)]
+
+
+def renumbered(name: str, modules: str, first: int) -> str:
+    """Count the modules of a list from another number than 0."""
+    return re.sub(rf"(?<={modules}\.)\d+", lambda match: str(int(match[0]) + first), name)
 
 
 def sequences(case: Case) -> list[tuple[Tensor, Tensor]]:
@@ -146,7 +157,10 @@ def batches(case: Case) -> list[tuple[Tensor, Tensor, Any]]:
         return [(tokens, labels, PackedSeqParams(max_seqlen_q=TOKENS, max_seqlen_kv=TOKENS, **hybrid))]
     tokens, labels = (torch.cat(x, dim=int(case.packed)) for x in zip(*all_sequences, strict=True))
     if not case.packed:
-        return [(*of_megatron((tokens, labels), group), None)]
+        tokens, labels = of_megatron((tokens, labels), group)
+        # Stages of a pipeline work on a sequence each.
+        size = 1 if case.pp > 1 else SEQUENCES
+        return [(*one, None) for one in zip(tokens.split(size), labels.split(size), strict=True)]
     packed = packed_seq_params(DOCUMENTS, pad_to_multiple_of=2 * case.cp)
     tokens, labels = (shard(x, packed, group=group, dim=1, fill=fill) for x, fill in ((tokens, 0), (labels, IGNORED)))
     return [(tokens, labels, packed)]
@@ -161,22 +175,41 @@ def of_megatron(tensors: tuple[Tensor, Tensor], group: dist.ProcessGroup) -> tup
 
 def train_step(case: Case) -> Step:
     """Return loss, norm and gradients, named as in one process, and the first attention's calls and bytes."""
-    model, total, loss = build(case), sum(tokens.numel() for tokens, _ in sequences(case)), torch.zeros(()).double()
+    model, inputs = build(case), batches(case)
+    total = sum(tokens.numel() for tokens, _ in sequences(case))
     core, calls = model.decoder.layers[0].self_attention.core_attention, []
     core.register_forward_hook(lambda *_: calls.append(1))
-    for tokens, labels, packed in batches(case):
+
+    def forward(batch: Iterator[Any], model: Any) -> tuple[Tensor, Any]:
+        tokens, labels, packed = next(batch)
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         logits = model(tokens, positions, None, packed_seq_params=packed)  # [b, s_local, vocabulary]
-        part = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=IGNORED) / total
-        part.backward()
-        loss += part.detach()
+        return logits, partial(loss_of, labels)
+
+    def loss_of(labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=IGNORED)
+        # Schedules multiply by the ranks, and take the mean of batches.
+        return each / total * len(inputs) / case.cp, each.detach() / total
+
+    parts = get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=iter(inputs),
+        model=model,
+        num_microbatches=len(inputs),
+        seq_length=inputs[0][0].shape[1] * case.cp,
+        micro_batch_size=inputs[0][0].shape[0],
+    )
+    loss = sum(parts, torch.zeros((), dtype=torch.float64))
     dist.all_reduce(loss, group=group_of("context_parallel"))
     gradients = {}
     for name, parameter in model.named_parameters():
         gradients |= whole_gradient(name, parameter, case)
+    stages: list[Any] = [None] * case.pp
+    dist.all_gather_object(stages, (loss, gradients), group=group_of("pipeline_model_parallel"))
+    loss, gradients = stages[-1][0], {name: x for _, of_stage in stages for name, x in of_stage.items()}
     norm = torch.stack([x.square().sum() for x in gradients.values()]).sum().sqrt()
     sent = {} if case.truth else core.context_parallel.traffic.sent
-    return {"loss": loss, "norm": norm, "gradients": gradients, "calls": len(calls), "sent": dict(sent)}
+    return {"loss": loss, "norm": norm, "gradients": gradients, "calls": len(calls) // len(inputs), "sent": dict(sent)}
 
 
 def whole_gradient(name: str, parameter: Any, case: Case) -> dict[str, Tensor]:
@@ -187,11 +220,11 @@ def whole_gradient(name: str, parameter: Any, case: Case) -> dict[str, Tensor]:
         experts = group_of("expert_model_parallel")
         parts = [torch.empty_like(gradient) for _ in range(experts.size())]
         dist.all_gather(parts, gradient, group=experts)
-        return dict(zip(expert_names(name, case), parts, strict=True))
+        return dict(zip(names_alone(name, case), parts, strict=True))
     dist.all_reduce(gradient, group=group_of("context_parallel"))
     tensor = group_of("tensor_model_parallel")
     if is_split(parameter):
         parts = [torch.empty_like(gradient) for _ in range(tensor.size())]
         dist.all_gather(parts, gradient.contiguous(), group=tensor)
         gradient = torch.cat(parts, dim=parameter.partition_dim)
-    return {name: gradient}
+    return {names_alone(name, case)[0]: gradient}

@@ -114,7 +114,7 @@ class CoreAttention(nn.Module):
                 raise ConfigError(f"farspan's attention supports {key}={supported!r} only, not {value!r}: change it.")
         if attention_type != "self":
             raise ConfigError(f"farspan's attention supports attention_type='self' only, not {attention_type!r}.")
-        self.mechanism = _with_window(_of_layer(mechanism, layer_number, config.num_layers), config, layer_number)
+        self.mechanism = _with_window(_of_layer(mechanism, config, layer_number), config, layer_number)
         self.attn_mask_type = attn_mask_type
         _check_mechanism(self.mechanism, attn_mask_type, config.tensor_model_parallel_size)
         # Scores are scaled by head_dim ** -0.5 later.
@@ -149,6 +149,8 @@ class CoreAttention(nn.Module):
                 "farspan's attention takes no attention_mask and no attention_bias, as the mechanism is the mask: pass "
                 "None (--no-create-attention-mask-in-dataloader), and PackedSeqParams to keep documents apart."
             )
+        if packed_seq_params is not None and packed_seq_params.qkv_format not in ("thd", "sbhd", None):
+            raise ConfigError(f"qkv_format={packed_seq_params.qkv_format!r} is not sbhd or thd: use one of these.")
         _check_mask_type(self.mechanism, attn_mask_type or self.attn_mask_type)
         shared = self._context_of(packed_seq_params)
         query = query if self.query_scale == 1.0 else query * self.query_scale
@@ -245,17 +247,18 @@ def _zigzag_by_document(lengths: tuple[int, ...], padded: tuple[int, ...], degre
     return Shards(rows=rows, index=torch.cat(index, dim=1))  # documents x [P, T_d] -> [P, T]
 
 
-def _of_layer(mechanisms: Mechanisms, layer_number: int, num_layers: int) -> Mechanism:
+def _of_layer(mechanisms: Mechanisms, config: Any, layer_number: int) -> Mechanism:
+    layers = config.num_layers + (config.mtp_num_layers or 0)  # those of multi-token prediction are numbered last
     if isinstance(mechanisms, str | Mechanism):
         chosen = mechanisms
     elif callable(mechanisms):
         chosen = mechanisms(layer_number)
-    elif len(mechanisms) != num_layers:
-        raise ConfigError(f"mechanism has {len(mechanisms)} entries for {num_layers} layers: give one for each layer.")
+    elif len(mechanisms) != layers:
+        raise ConfigError(f"mechanism has {len(mechanisms)} entries for {layers} layers: give one for each layer.")
     else:
         chosen = mechanisms[layer_number - 1]
     chosen = api.mechanism(chosen) if isinstance(chosen, str) else chosen
-    return chosen.in_layer(layer_number - 1, num_layers)
+    return chosen.in_layer(layer_number - 1, layers)
 
 
 def _with_window(mechanism: Mechanism, config: Any, layer_number: int) -> Mechanism:

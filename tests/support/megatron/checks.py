@@ -113,6 +113,8 @@ def masks_are_those_of_the_mechanism() -> None:
     with pytest.raises(ConfigError, match="attn_mask_type='causal_bottom_right'"):
         causal(q, k, v, None, attn_mask_type=AttnMaskType.causal_bottom_right)
     mask = torch.ones(1, 1, 4, 4).triu(1).bool()
+    with pytest.raises(ConfigError, match="qkv_format='bshd'"):
+        causal(q, k, v, None, packed_seq_params=PackedSeqParams(qkv_format="bshd"))
     for given in ({"attention_mask": mask}, {"attention_mask": None, "attention_bias": mask}):
         with pytest.raises(ConfigError, match="takes no attention_mask"):
             causal(q, k, v, **given)
@@ -121,6 +123,8 @@ def masks_are_those_of_the_mechanism() -> None:
 def mechanisms_go_by_the_number_of_their_layer() -> None:
     by_name = [core_attention(["dense", "moba", "window"], layer_number=layer).mechanism for layer in (1, 2, 3)]
     assert by_name == [farspan.mechanism(name) for name in ("dense", "moba", "window")]
+    of_token_prediction = core_attention([*["dense"] * LAYERS, "moba"], layer_number=LAYERS + 1, mtp_num_layers=1)
+    assert of_token_prediction.mechanism == farspan.mechanism("moba")
     by_number = core_attention(lambda layer: farspan.mechanism("window", window=layer), layer_number=3)
     assert by_number.mechanism == farspan.mechanism("window", window=3)
     lightning = core_attention("lightning", layer_number=2).mechanism
@@ -183,8 +187,9 @@ def layers_share_plans_and_a_sharded_state_has_none() -> None:
     model = build(Case(cp=2))
     first, second = (layer.self_attention.core_attention for layer in model.decoder.layers)
     assert first.context_parallel is second.context_parallel
-    assert "decoder.layers.0.self_attention.linear_qkv.weight" in "\n".join(model.state_dict())
-    assert not [name for name in model.state_dict() if "core_attention" in name]
+    names = model.sharded_state_dict()
+    assert "decoder.layers.0.self_attention.linear_proj.weight" in names
+    assert not [name for name in (*names, *model.state_dict()) if "core_attention" in name]
 
 
 def specs_of_blocks_are_copied() -> None:

@@ -166,6 +166,8 @@ class CoreAttention(nn.Module):
         """Return the group of this batch: hybrid context parallelism takes another for each."""
         if packed is None or (packed.cp_group is None and packed.local_cp_size is None):
             return self.context_parallel
+        if packed.cp_group is None and packed.local_cp_size != 1:
+            raise ConfigError(f"local_cp_size={packed.local_cp_size} wants its group: set cp_group in PackedSeqParams.")
         return self._of_group(packed.cp_group)
 
 

@@ -70,7 +70,8 @@ CASES = [
         for cp, tp in ((1, 1), (2, 1), (4, 1), (2, 2))
     ),
     *(
-        Case(mechanism="moba", packed=packed, strategy=strategy, cp=2, tp=tp)
+        Case(mechanism=mechanism, packed=packed, strategy=strategy, cp=2, tp=tp)
+        for mechanism in ("dense", "moba")
         for strategy in ("ulysses", "gather", "fetch", "auto")
         for packed, tp in ((False, 1), (True, 2))
     ),

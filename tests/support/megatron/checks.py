@@ -181,6 +181,8 @@ def a_batch_of_one_rank_stays_on_it() -> None:
     found = core_attention()(q, k, v, None, packed_seq_params=alone)
     wanted = farspan.attention(q[:, 0], k[:, 0], v[:, 0])  # [s, 1, heads, d] -> [s, heads, d]
     torch.testing.assert_close(found[:, 0], wanted.flatten(1), rtol=0, atol=0)
+    with pytest.raises(ConfigError, match="local_cp_size=2"):
+        core_attention()(q, k, v, None, packed_seq_params=PackedSeqParams(qkv_format="sbhd", local_cp_size=2))
 
 
 def layers_share_plans_and_a_sharded_state_has_none() -> None:

@@ -53,7 +53,7 @@ def results() -> dict[tuple[str, bool], Any]:
     return found
 
 
-def serve(rank: int, folder: str) -> None:
+def serve(rank: int, folder: str, out: Path) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     store = dist.FileStore(f"{folder}/store", RANKS)  # pyright: ignore[reportPrivateImportUsage]
@@ -62,19 +62,18 @@ def serve(rank: int, folder: str) -> None:
     with on_cpu.OnCPU():
         found = results()
     if rank == 0:
-        torch.save(found, f"{folder}/results.pt")
+        torch.save(found, out)
     dist.destroy_process_group()
 
 
 def main(out: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         fork = multiprocessing.get_context("fork")
-        processes = [fork.Process(target=serve, args=(rank, folder)) for rank in range(RANKS)]
+        processes = [fork.Process(target=serve, args=(rank, folder, out)) for rank in range(RANKS)]
         for process in processes:
             process.start()
         for process in processes:
             process.join()
-        (Path(folder) / "results.pt").rename(out)
 
 
 if __name__ == "__main__":

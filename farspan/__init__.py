@@ -38,6 +38,8 @@ _ELSEWHERE = {"load": "farspan.trainer.inference.language_model"}
 
 def __getattr__(name: str) -> Any:
     """Import what a name needs once it is asked for: commands that only print start without torch."""
+    if name == "testing":
+        return import_module("farspan.testing")
     if name not in __all__:
         raise AttributeError(f"module 'farspan' has no attribute {name!r}")
     return getattr(import_module(_ELSEWHERE.get(name, "farspan.parallel.context_parallel.api")), name)

@@ -20,6 +20,7 @@ if not (Path(__file__).parent / "kernels").is_dir():
     )
 
 if TYPE_CHECKING:
+    from farspan import testing as testing
     from farspan.parallel.context_parallel.api import (
         ContextParallel,
         attention,

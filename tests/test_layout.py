@@ -45,7 +45,7 @@ def upward_imports(path: str, source: str) -> list[str]:
     """Arrows point down only; nothing but a test imports a test, and only tools and tests what tests are made of."""
     folder = "" if path in PUBLIC else path.partition("/")[0]
     above = ABOVE.get(folder, ()) + (() if folder == "tests" else ("farspan.tests", "tests"))
-    above += () if folder in ("tests", "tools") else ("farspan.testing",)
+    above += () if folder in ("", "tests", "tools") else ("farspan.testing",)
     return [
         f"{path}:{line} imports {name}"
         for line, name in imported_modules(parsed(source))

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import tiny
+from tests.support.hugging_face_models import save_demo
 from tests.support.sources import LINKED, ROOT
 from tests.test_readme import blocks
 
@@ -72,6 +73,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `venv`, which has the wheel, and `elsewhere`, where programs run."""
     folder = tmp_path_factory.mktemp("installed")
     (folder / "elsewhere").mkdir()
+    save_demo(folder / "elsewhere")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True)
     python = str(folder / "venv" / "bin" / "python")
     pip("--python", python, "install", "-q", "--no-index", "--no-deps", str(wheel))

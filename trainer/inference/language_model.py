@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from farspan.errors import ConfigError, FarspanError
+from farspan.errors import ConfigError, FarspanError, file_errors_reported
 from farspan.kernels.backend import KernelRequest, choose_backend
 from farspan.kernels.layers.cross_entropy import linear_logits
 from farspan.kernels.masks.rows import Rows
@@ -207,6 +207,7 @@ def load(
     return model
 
 
+@file_errors_reported()
 def _load(
     folder: Path, device: torch.device | str | None, dtype: torch.dtype | None, context: ContextParallel
 ) -> LanguageModel:

@@ -179,9 +179,11 @@ def test_two_ranks_find_what_one_process_does(ranks: Pools, folders: dict[str, P
             assert of_rank[number][1:] == (pytest.approx(loss, rel=1e-9), text)
 
 
-def alone_and_refused(folder: Path) -> tuple[int, list[str]]:
-    """One rank loads and computes by itself; then all meet a strategy that serves no mask, and a folder of nothing."""
+def alone_together_and_refused(folder: Path) -> tuple[int, list[int], list[str]]:
+    """One rank loads and computes by itself; all draw a text; then all meet a strategy that serves no mask, one that is
+    none, and a folder of nothing."""
     tokens = len(farspan.load(folder, device="cpu").logits([1, 2, 3])) if dist.get_rank() == 1 else 3
+    drawn = farspan.load(folder, device="cpu", group=dist.group.WORLD).generate([1], 9, temperature=2.0)
     sentences = []
     # Only one of the ranks does not find it.
     missing = folder if dist.get_rank() == 1 else folder / "nothing"
@@ -190,12 +192,13 @@ def alone_and_refused(folder: Path) -> tuple[int, list[str]]:
             farspan.load(path, device="cpu", group=dist.group.WORLD, strategy=strategy)
         sentences.append(str(raised.value))
     dist.barrier()
-    return tokens, sentences
+    return tokens, drawn.tolist(), sentences
 
 
-def test_a_rank_loads_alone_and_ranks_fail_together(ranks: Pools, folders: dict[str, Path]) -> None:
-    (alone, first), (_, second) = ranks(2).run(alone_and_refused, folders["dense"])
+def test_a_rank_loads_alone_and_ranks_draw_and_fail_together(ranks: Pools, folders: dict[str, Path]) -> None:
+    (_, text, first), (alone, same_text, second) = ranks(2).run(alone_together_and_refused, folders["dense"])
     assert alone == 3
+    assert text == same_text
     assert first == second
     assert "'ship'" in first[0]
     assert "Did you mean 'ring'" in first[1]

@@ -60,7 +60,6 @@ class LanguageModel:
         # Layouts and strategies that cannot run are refused here.
         self._batch(torch.zeros(1, dtype=torch.int64), None)
 
-    @torch.no_grad()
     def logits(self, tokens: Tensor | Sequence[int], documents: Sequence[int] | None = None) -> Tensor:
         """Return the logits of the token after each token, `[tokens, vocabulary]`, of all tokens on every rank.
 
@@ -70,16 +69,15 @@ class LanguageModel:
         """
         return linear_logits(self._hidden_states(tokens, documents), self.model.head.weight)
 
-    @torch.no_grad()
     def logits_in_chunks(
         self, tokens: Tensor | Sequence[int], documents: Sequence[int] | None = None, *, chunk: int = CHUNK
     ) -> Iterator[Tensor]:
-        """Yield the rows of `logits`, `chunk` tokens at a time: for sequences whose logits do not fit into memory.
+        """Return the rows of `logits` in turn, `chunk` tokens each: for those that do not fit into memory together.
 
-        Ranks exchange nothing between chunks, so that one may stop early.
+        The layers run first; ranks exchange nothing between chunks, so that one may stop early.
         """
-        for hidden in self._hidden_states(tokens, documents).split(chunk):  # [n, C]
-            yield linear_logits(hidden, self.model.head.weight)
+        parts = self._hidden_states(tokens, documents).split(chunk)  # of [n, C]
+        return (linear_logits(hidden, self.model.head.weight) for hidden in parts)
 
     @torch.no_grad()
     def loss(self, tokens: Tensor | Sequence[int], documents: Sequence[int] | None = None) -> float:
@@ -95,7 +93,6 @@ class LanguageModel:
             raise ValueError("loss needs a document of two tokens or more: the first one is not predicted")
         return loss_sum / count
 
-    @torch.no_grad()
     def generate(
         self,
         tokens: Tensor | Sequence[int],
@@ -132,6 +129,7 @@ class LanguageModel:
                 break
         return sequence[prompt:]
 
+    @torch.no_grad()
     def _hidden_states(self, tokens: Tensor | Sequence[int], documents: Sequence[int] | None) -> Tensor:
         """Return what the head reads of all tokens, `[tokens, C]`."""
         batch = self._batch(_checked(tokens, self.decoder.model.vocabulary_size), documents)

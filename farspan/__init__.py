@@ -20,6 +20,7 @@ if not (Path(__file__).parent / "kernels").is_dir():
     )
 
 if TYPE_CHECKING:
+    from farspan import testing as testing
     from farspan.parallel.context_parallel.api import (
         ContextParallel,
         attention,
@@ -28,12 +29,18 @@ if TYPE_CHECKING:
         shard,
         unshard,
     )
+    from farspan.trainer.inference.language_model import load
 
-__all__ = ["ContextParallel", "attention", "mechanism", "register_mechanism", "shard", "unshard"]
+__all__ = ["ContextParallel", "attention", "load", "mechanism", "register_mechanism", "shard", "unshard"]
+
+_ELSEWHERE = {"load": "farspan.trainer.inference.language_model"}
+"""Modules of names that are not in the first one."""
 
 
 def __getattr__(name: str) -> Any:
     """Import what a name needs once it is asked for: commands that only print start without torch."""
+    if name == "testing":
+        return import_module("farspan.testing")
     if name not in __all__:
         raise AttributeError(f"module 'farspan' has no attribute {name!r}")
-    return getattr(import_module("farspan.parallel.context_parallel.api"), name)
+    return getattr(import_module(_ELSEWHERE.get(name, "farspan.parallel.context_parallel.api")), name)

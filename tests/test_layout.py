@@ -18,6 +18,8 @@ ABOVE = {
     "trainer": ("farspan.launch", "farspan.tools"),
     "launch": ("farspan.tools",),
 }
+PUBLIC = ("farspan/__init__.py", "farspan/testing.py")
+"""What users import: names of all folders."""
 
 
 def broken_links(root: Path) -> list[str]:
@@ -40,9 +42,10 @@ def package_files(root: Path) -> list[str]:
 
 
 def upward_imports(path: str, source: str) -> list[str]:
-    """Arrows point down only, and nothing but a test imports a test; `import farspan` and integrations are on top."""
-    folder = "" if path.startswith(("farspan/__init__.py", "farspan/integrations/")) else path.partition("/")[0]
+    """Arrows point down only; nothing but a test imports a test, and only tools and tests what tests are made of."""
+    folder = "" if path in PUBLIC or path.startswith("farspan/integrations/") else path.partition("/")[0]
     above = ABOVE.get(folder, ()) + (() if folder == "tests" else ("farspan.tests", "tests"))
+    above += () if folder in ("", "tests", "tools") else ("farspan.testing",)
     return [
         f"{path}:{line} imports {name}"
         for line, name in imported_modules(parsed(source))
@@ -154,6 +157,8 @@ def test_planted_file_is_read(planted):
         ("trainer/train.py", "from farspan.launch.env import Ranks"),
         ("trainer/model/moe.py", "from farspan.tools.estimate import memory"),
         ("launch/cli.py", "from farspan.tools import matrix"),
+        ("trainer/train.py", "from farspan.testing import check_mechanism"),
+        ("farspan/registry.py", "from farspan.kernels.mechanism import MECHANISMS"),
         ("launch/cli.py", "from tests.conftest import world"),
         ("tools/matrix.py", "import tests.conftest"),
     ],
@@ -171,6 +176,7 @@ def test_planted_upward_import_is_found(path, source):
         ("launch/cli.py", "from farspan.trainer.train import train\nfrom farspan.parallel.mesh import Mesh"),
         ("tools/matrix.py", "from farspan.launch.cli import main\nfrom farspan.tools.estimate import memory"),
         ("tests/kernels/masks/test_rows.py", "from farspan.tools.matrix import table\nfrom tests.worlds import pool"),
+        ("farspan/testing.py", "from farspan.tools.rank_pool import RankPool"),
     ],
 )
 def test_downward_import_is_allowed(path, source):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from farspan.launch.cli import parse
+from tests.support.hugging_face_models import save_demo
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -75,7 +76,7 @@ SNIPPETS = [(page, number) for page, text in PAGES.items() for number in range(l
 
 @pytest.mark.parametrize(("page", "number"), SNIPPETS)
 def test_python_in_pages_runs(page: str, number: int, tmp_path: Path) -> None:
-    """What says `[1024, 8, 64]` after a line has that shape; a process group means two ranks.
+    """What says `[1024, 8, 64]` after a line has that shape; a process group means two ranks. There is `runs/demo`.
 
     A snippet that needs an extra begins with the command that installs it.
     """
@@ -83,16 +84,20 @@ def test_python_in_pages_runs(page: str, number: int, tmp_path: Path) -> None:
     for extra in re.findall(r"^# pip install 'farspan\[(\w+)\]'", snippet, flags=re.MULTILINE):
         if importlib.util.find_spec(extra) is None:
             pytest.skip(f"{extra} is not installed: pip install 'farspan[{extra}]'")
+    if "runs/demo" in snippet:
+        save_demo(tmp_path)
     shapes = re.findall(r"^(\w+) = .*# (\[[\d, ]+\])", snippet, flags=re.MULTILINE)
     checks = [f"assert list({name}.shape) == {shape}, {name}.shape" for name, shape in shapes]
-    (tmp_path / "snippet.py").write_text("\n".join([snippet, *checks, "print('done')"]))
+    # Ranks that a snippet starts import it.
+    done = "if __name__ == '__main__': print('done')"
+    (tmp_path / "snippet.py").write_text("\n".join([snippet, *checks, done]))
     ranks = 2 if "init_process_group" in snippet else 1
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if ranks == 2 else []
     command = [sys.executable, *torchrun, str(tmp_path / "snippet.py")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["done"] * ranks
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["done"] * ranks
 
 
 def test_the_ring_in_the_readme_is_short() -> None:

@@ -194,6 +194,17 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden, weight, rows, labels[rows], tokens_per_chunk)  # pyright: ignore[reportReturnType]
 
 
+@torch.no_grad()
+def linear_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """weight · hidden_t of every token t, not differentiable: float32 [T, V], float64 for float64 inputs.
+
+    hidden [T, C] and weight [V, C] share a dtype. Memory beyond the result: a tile of the weight at most.
+    """
+    logits = hidden.new_empty(len(hidden), len(weight), dtype=_logit_dtype(hidden.dtype))
+    _write_logits(hidden, weight, logits)
+    return logits
+
+
 def check_labels(labels: Tensor, vocabulary: int, *, ignored: int = -100) -> None:
     """Raise ValueError for a label, int64 [T] on the CPU, that is neither in the vocabulary nor `ignored`."""
     # A label of 0 is in any vocabulary.

@@ -9,7 +9,7 @@ Eight tokens on two ranks, in the layout `zigzag`:
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import chain
 from typing import Any, TypeVar, cast
 
@@ -24,7 +24,7 @@ from farspan.kernels.mechanism import MECHANISMS, Mechanism
 from farspan.kernels.planner import Heads, Sizes
 from farspan.parallel.comm import Channel, Traffic, Unconnected
 from farspan.parallel.context_parallel.cost_model import MACHINES, Job, compare, strategy_for
-from farspan.parallel.context_parallel.strategy import STRATEGIES, DistributedAttention
+from farspan.parallel.context_parallel.strategy import STRATEGIES, DistributedAttention, Strategy
 from farspan.parallel.layout import Shards
 
 Documents = Sequence[int] | Sequence[Sequence[int]]
@@ -91,6 +91,7 @@ class ContextParallel:
         # Methods are not cached themselves, as that would keep every instance alive.
         self._planned = lru_cache(PLANS)(self._plan)
         self._sharded = lru_cache(PLANS)(self._shard_rows)
+        self._strategy = cache(lambda name: STRATEGIES.get(name)(self.channel))
 
     def attention(
         self,
@@ -221,10 +222,16 @@ class ContextParallel:
             inner_size=self.channel.inner_size,
         )
         backend = choose_backend(self.backend, device, KernelRequest.of(mechanism, dtype, *widths))
-        strategy = STRATEGIES.get(self._strategy_of(job, device))(self.channel)
-        return strategy.prepare(mechanism, shards, heads, backend=backend)
+        return self.strategy_of(job, device).prepare(mechanism, shards, heads, backend=backend)
 
-    def _strategy_of(self, job: Job, device: torch.device) -> str:
+    def strategy_of(self, job: Job, device: torch.device) -> Strategy:
+        """Return the strategy that a layer takes for a sequence; one instance of each.
+
+        Raises ConfigError where `auto` finds none.
+        """
+        return self._strategy(self._name_of(job, device))
+
+    def _name_of(self, job: Job, device: torch.device) -> str:
         if self.channel.size == 1:
             return "single"
         if self.strategy != "auto":

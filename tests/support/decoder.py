@@ -77,8 +77,16 @@ def gated_recurrence(
 
 def summed_loss(parameters: dict[str, Tensor], config: Config, sequence: PackedSequence, seen: Seen) -> Tensor:
     """The sum of the losses of the labeled tokens of one full sequence."""
-    model, p = config.model, parameters
     tokens, position, document = (torch.from_numpy(x) for x in (sequence.tokens, sequence.position, sequence.document))
+    found = logits(parameters, config.model, tokens, position, document, seen)
+    return F.cross_entropy(found, torch.from_numpy(sequence.labels), ignore_index=-100, reduction="sum")
+
+
+def logits(
+    parameters: dict[str, Tensor], model: ModelConfig, tokens: Tensor, position: Tensor, document: Tensor, seen: Seen
+) -> Tensor:
+    """Of one full sequence, `[T, V]`."""
+    p = parameters
     visible = (document[:, None] == document[None]) & (position[:, None] >= position[None])
     x = p["embedding.weight"][tokens]
     for i in range(model.layers):
@@ -98,5 +106,4 @@ def summed_loss(parameters: dict[str, Tensor], config: Config, sequence: PackedS
         gate, up = (normed @ p[f"{name}feed_forward.{part}.weight"].T for part in ("gate", "up"))
         x = x + (F.silu(gate) * up) @ p[name + "feed_forward.down.weight"].T
     head = p["embedding.weight" if model.tied_embeddings else "head.weight"]
-    logits = rms(x, p["norm.weight"], model.norm_epsilon) @ head.T
-    return F.cross_entropy(logits, torch.from_numpy(sequence.labels), ignore_index=-100, reduction="sum")
+    return rms(x, p["norm.weight"], model.norm_epsilon) @ head.T

@@ -66,6 +66,13 @@ def save_run(model: Transformer, decoder: Decoder, folder: Path) -> Path:
     return folder
 
 
+def save_demo(folder: Path) -> None:
+    """Write the run `runs/demo` that pages load, below a folder: random weights, bytes as tokens."""
+    (folder / "runs").mkdir()
+    decoder = Decoder(model=replace(MODEL, vocabulary_size=320))
+    save_run(random_model(decoder), decoder, folder / "runs" / "demo")
+
+
 def logits(decoder: Decoder, weights: Path, tokens: Tensor = TOKENS) -> Tensor:
     """Return `[T, V]` in float32, of one document."""
     config = run_config(decoder, Path(tempfile.gettempdir()))

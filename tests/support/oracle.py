@@ -12,6 +12,7 @@ from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.neighborhood import Neighborhood
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockSelection
+from farspan.testing import relative_error
 
 # Largest error relative to the largest value, by dtype. float64 and float32: some hundred roundings of sums of O(1)
 # terms. bfloat16: inputs, probabilities and results are rounded to 8 bits, 2^-9 each.
@@ -99,21 +100,6 @@ def decayed_sums(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, rows: Rows) -> 
         weight = torch.where(seen, torch.exp(-rate * distance.clamp(min=0).double()), 0.0)
         outs.append((q[:, head] @ k[:, of_key].t() * weight) @ v[:, of_key])
     return torch.stack(outs, dim=1)
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest value or 1; NaN, or -inf in other places, counts as infinite.
-
-    Not below 1: a gradient whose true value is 0 is all rounding error of the O(1) terms that cancel in it.
-    """
-    got, expected = got.double(), expected.double()
-    if got.shape != expected.shape or got.isnan().any() or not torch.equal(got.isneginf(), expected.isneginf()):
-        return math.inf
-    if not got.numel():
-        return 0.0
-    finite = expected.masked_fill(expected.isneginf(), 0.0)
-    difference = (got.masked_fill(got.isneginf(), 0.0) - finite).abs().max().item()
-    return difference / max(finite.abs().max().item(), 1.0)
 
 
 def tolerance(dtype: torch.dtype, scale: float) -> float:

@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import pickle
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,6 +95,19 @@ def read_shards(tensors: Tensors, folder: Path, *, has_others: bool = True) -> N
     raise_on_all_ranks(lambda: check(tensors, _stored_tensors(reader)))
     try:
         load(dict(tensors), storage_reader=reader)
+    except CheckpointException as error:
+        raise CheckpointError(_causes(error)) from None
+
+
+def read_alone(tensors: Tensors, folder: Path) -> None:
+    """As `read_shards` with full tensors, on this rank, whatever the others do, if there are any."""
+    reader = _SafeReader(folder)
+    _check_fits(tensors, _stored_tensors(reader))
+    try:
+        with warnings.catch_warnings():
+            # That it takes this for a single process, as it should.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            load(dict(tensors), storage_reader=reader, no_dist=True)
     except CheckpointException as error:
         raise CheckpointError(_causes(error)) from None
 

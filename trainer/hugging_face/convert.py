@@ -105,12 +105,25 @@ class Origin:
 
 
 def import_model(folder: Path, out: Path, *, dtype: torch.dtype | None = None) -> Decoder:
-    """Write the model in `folder` as weights with a `model.toml`, in the dtype that it is stored in or in `dtype`.
+    """Write the model in `folder` as weights with a `model.toml`; see `read_model`."""
+    check_absent(out)
+    decoder, tensors, beside = read_model(folder, dtype=dtype)
+    with connected(Ranks(), torch.device("cpu")):
+        save_weights(tensors, out, decoder, beside)
+    return decoder
+
+
+def is_model(folder: Path) -> bool:
+    """Return whether a folder is one of Hugging Face rather than weights of farspan."""
+    return (folder / CONFIG_FILE).is_file() and not (folder / DECODER_FILE).is_file()
+
+
+def read_model(folder: Path, *, dtype: torch.dtype | None = None) -> tuple[Decoder, dict[str, Tensor], Files]:
+    """Return the model in `folder`: its decoder, its tensors, as stored or in `dtype`, and the files to keep with them.
 
     Raises ConfigError for a model that farspan does not compute, or numbers that `dtype` cannot hold, CheckpointError
     for incomplete files.
     """
-    check_absent(out)
     architecture, decoder = read_config(folder)
     files = TensorFiles(folder, dtype)
     decoder = _as_tied_as_the_file(decoder, files, folder)
@@ -136,9 +149,7 @@ def import_model(folder: Path, out: Path, *, dtype: torch.dtype | None = None) -
     beside |= {DTYPES_FILE: json.dumps(files.dtypes, indent=1).encode(), DECODER_FILE: decoder.text().encode()}
     if derived:
         beside[DERIVED_FILE] = to_bytes(derived)
-    with connected(Ranks(), torch.device("cpu")):
-        save_weights(tensors, out, decoder, beside)
-    return decoder
+    return decoder, tensors, beside
 
 
 def _as_tied_as_the_file(decoder: Decoder, files: TensorFiles, folder: Path) -> Decoder:

@@ -174,6 +174,18 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor, labels: Tensor | None, context: SequenceContext) -> Output:
         """tokens, labels: int64 `[T]`; without labels the layers run for their statistics alone."""
+        x, experts, heads = self._run_blocks(tokens, context)
+        if labels is None:
+            return Output(x.new_empty(0), experts, heads)
+        return Output(linear_cross_entropy(self.norm(x), self.head.weight, labels), experts, heads)
+
+    def hidden_states(self, tokens: Tensor, context: SequenceContext) -> Tensor:
+        """Return what the head reads of tokens `[T]`, `[T, C]`."""
+        return self.norm(self._run_blocks(tokens, context)[0])
+
+    def _run_blocks(
+        self, tokens: Tensor, context: SequenceContext
+    ) -> tuple[Tensor, tuple[RoutingStatistics, ...], tuple[RoutingStatistics, ...]]:
         real = context.rows.document >= 0
         # Padding is 0 in all layers, whatever its token: 0 x NaN would reach the gradients of weights.
         x = self.embedding(tokens).masked_fill(~real[:, None], 0.0)  # [T, C]
@@ -184,10 +196,7 @@ class Transformer(nn.Module):
             x, of_experts, of_heads = block(x, inputs, context.experts)
             experts += [of_experts] if of_experts is not None else []
             heads += [of_heads] if of_heads is not None else []
-        if labels is None:
-            return Output(x.new_empty(0), tuple(experts), tuple(heads))
-        losses = linear_cross_entropy(self.norm(x), self.head.weight, labels)
-        return Output(losses, tuple(experts), tuple(heads))
+        return x, tuple(experts), tuple(heads)
 
     def layers_of(self, kind: type[Layer]) -> list[Layer]:
         """Return the modules of this class, in the order of the blocks."""

@@ -77,7 +77,7 @@ def check_same(values: Mapping[str, object]) -> None:
 
 
 def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Return the values of all ranks; group: as for `on_first_rank`."""
-    gathered: list[Any] = [None] * dist.get_world_size()
+    """Return the values of all ranks, or of those of a group."""
+    gathered: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, value, group=group)
     return gathered

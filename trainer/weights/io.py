@@ -22,7 +22,15 @@ from farspan.errors import CheckpointError, ConfigError
 from farspan.kernels.mechanism import Mechanism
 from farspan.trainer.checkpoint.identity import identity_defaults, resume_identity
 from farspan.trainer.checkpoint.manifest import MANIFEST, DamagedError, Manifest
-from farspan.trainer.checkpoint.shards import INDEX, MisfitError, misfit, read_index, read_shards, write_shards
+from farspan.trainer.checkpoint.shards import (
+    INDEX,
+    MisfitError,
+    misfit,
+    read_alone,
+    read_index,
+    read_shards,
+    write_shards,
+)
 from farspan.trainer.checkpoint.steps import step_of
 from farspan.trainer.checkpoint.verify import check_complete, newest_complete, verified
 from farspan.trainer.config import AttentionConfig, Config, flat
@@ -210,7 +218,7 @@ def _check_values(folder: Path, tensors: Mapping[str, Tensor], *, tied: bool) ->
 
 
 class StoredWeights:
-    """Full tensors of a folder of weights, on the CPU of a single rank; `read` loads only those asked for."""
+    """Full tensors of a folder of weights, on the CPU; `read` loads only those asked for. No other rank takes part."""
 
     def __init__(self, folder: Path) -> None:
         """Read the index; raises CheckpointError for a folder without weights, or with a damaged index."""
@@ -244,10 +252,20 @@ class StoredWeights:
         """Return these tensors; raises CheckpointError where one cannot be read."""
         tensors = {name: torch.empty(self._tensors[name].size, dtype=self.dtype_of(name)) for name in names}
         try:
-            read_shards({f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}, self._folder)
+            read_alone({f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}, self._folder)
         except CheckpointError as error:
             raise CheckpointError(f"{self._folder} is damaged ({error}): write it again.") from None
         return tensors
+
+
+def read_weights(decoder: Decoder, folder: Path) -> dict[str, Tensor]:
+    """Return the full tensors of a decoder on the CPU; no other rank takes part. Raises as `load_weights` does."""
+    stored, shapes = StoredWeights(folder), decoder.shapes()
+    stored.check(shapes)
+    _check_all_used(folder, shapes)
+    tensors = stored.read(shapes)
+    _check_values(folder, tensors, tied=decoder.model.tied_embeddings)
+    return tensors
 
 
 def save_weights(

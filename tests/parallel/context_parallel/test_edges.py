@@ -25,7 +25,7 @@ from tests.support.matrix import (
     Case,
     differing_bytes,
     inner_size_for,
-    reference,
+    one_process,
     run_cases,
     unshard,
 )
@@ -81,7 +81,7 @@ def test_ranks_and_documents_without_tokens(ranks: Callable[[int], RankPool], st
     results = ranks(DEGREE).run(run_cases, cases)
     for number, case in enumerate(cases):
         found = unshard(case, [of_rank[number][0] for of_rank in results])
-        assert_close(found, reference(case.mechanism, case.documents, HEADS))
+        assert_close(found, one_process(case.mechanism, case.documents, HEADS))
         assert not differing_bytes(case, [of_rank[number][1] for of_rank in results])
         sizes = Sizes.of(torch.float64, HEAD_DIM, VALUE_DIM)
         job = Job(

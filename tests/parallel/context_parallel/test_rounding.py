@@ -22,7 +22,16 @@ from farspan.kernels.mechanisms.window import Window
 from farspan.parallel.comm import GradCommDtype
 from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.parallel.layout import Shards
-from tests.support.matrix import DOCUMENTS, HEADS, Case, differing_bytes, inner_size_for, reference, run_cases, unshard
+from tests.support.matrix import (
+    DOCUMENTS,
+    HEADS,
+    Case,
+    differing_bytes,
+    inner_size_for,
+    one_process,
+    run_cases,
+    unshard,
+)
 from tests.support.mechanisms import attend, inputs_of
 from tests.support.oracle import assert_close, rms_error
 from tests.support.rank_pool import RankPool
@@ -150,6 +159,6 @@ def test_rounded_gradients_of_a_rank_that_has_padding_only(ranks: Callable[[int]
     assert not differing_bytes(case, [of_rank[0][1] for of_rank in results])
     found, expected = (
         unshard(case, [of_rank[0][0] for of_rank in results]),
-        reference(Dense(), case.documents, case.heads),
+        one_process(Dense(), case.documents, case.heads),
     )
     assert_close(found, expected, 1e-10)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from farspan.kernels.mechanism import MECHANISMS
 from farspan.parallel.context_parallel.strategy import STRATEGIES
-from tests.support.matrix import HEADS, Case, inner_size_for, label, reference, run_cases, unshard
+from tests.support.matrix import HEADS, Case, inner_size_for, label, one_process, run_cases, unshard
 from tests.support.oracle import rms_error
 from tests.support.rank_pool import RankPool
 
@@ -28,7 +28,7 @@ def test_loses_no_more_than_one_process_does(ranks: Callable[[int], RankPool], s
     if STRATEGIES.get(strategy).unsupported_reason(example, case.heads, 4, inner_size) is not None:
         return
     single = replace(case, strategy="single", inner_size=1)
-    expected = reference(example, case.documents, case.heads, torch.bfloat16)
+    expected = one_process(example, case.documents, case.heads, torch.bfloat16)
 
     def errors(of: Case, degree: int) -> list[float]:
         found: list[Tensor] = unshard(of, [parts[0][0] for parts in ranks(degree).run(run_cases, [of])])

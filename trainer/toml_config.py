@@ -62,7 +62,7 @@ def bounded(default: Any = MISSING, *, minimum: Bound = None, maximum: Bound = N
 def load_config(cls: type[T], source: str | Path | Mapping[str, Any] | T, overrides: Sequence[str] = ()) -> T:
     """Read a file, or take its values or a `cls`; apply `section.key=value` overrides in order and check the result."""
     if isinstance(source, cls):
-        tree = _tree(source)
+        tree = tomllib.loads(to_toml(source))
     else:
         tree = deepcopy(dict(source)) if isinstance(source, Mapping) else _read(Path(cast(str | Path, source)))
     for text in overrides:

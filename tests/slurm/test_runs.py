@@ -297,6 +297,7 @@ def test_a_disturbed_job_of_submitit_ends_as_if_undisturbed(
 
 @needs_submitit
 def test_a_sweep_of_submitit_is_an_array_whose_failed_run_says_why(cluster: Cluster, config_file: Path) -> None:
+    """One run ends well, one is canceled and one fails; two run at a time."""
     runs, data = config_file.parent / "sweep", config_file.parent / "copied tokens"
     shutil.copytree(config_file.parent / "tokens", data)
     options = (
@@ -307,14 +308,17 @@ def test_a_sweep_of_submitit_is_an_array_whose_failed_run_says_why(cluster: Clus
     ids = [jobs(runs / name)[0] for name in ("000", "001", "002")]
     for number in (0, 1):
         wait_for((runs / f"00{number}" / "metrics.jsonl").exists, f"the start of {number}")
+        send(signal.SIGSTOP, ranks_of(runs, ids[number]).values())
     assert cluster.run(["squeue", "-h", "-r", "-j", ids[2], "-o", "%T %r"]).stdout == "PENDING JobArrayTaskLimit\n"
     shutil.rmtree(data)
+    cluster.run(["scancel", ids[1]])
+    send(signal.SIGCONT, ranks_of(runs, ids[0]).values())
     for job in ids:
-        cluster.await_state(job, "COMPLETED", "FAILED")
-    assert [cluster.state(job) for job in ids] == ["COMPLETED", "COMPLETED", "FAILED"]
+        cluster.await_state(job, "COMPLETED", "FAILED", "CANCELLED")
+    assert [cluster.state(job) for job in ids] == ["COMPLETED", "CANCELLED", "FAILED"]
     found = [submitit_job(runs, job) for job in ids]
-    assert [job.result().step for job in found[:2]] == [STEPS, STEPS]
-    assert found[0].result().loss != found[1].result().loss
+    assert [job.paths.result_pickle.exists() for job in found] == [True, False, True]
+    assert found[0].result().step == STEPS
     error = str(found[2].exception())
     assert f"TrainingError: data.folder='{data}' does not exist: make it with `farspan data prepare`" in error
 

@@ -69,7 +69,7 @@ def submit(
     gpus_per_node: int = 1,
     executor: Executor = "slurm",
     overrides: Overrides = (),
-    time: str | None = None,
+    time: str | int | None = None,
     partition: str | None = None,
     constraint: str | None = None,
     container: str | None = None,
@@ -112,6 +112,10 @@ def submit_sweep(
 
     They run in run.folder/000, 001 and so on. at_most: how many at a time, None for all. options: those of `submit`.
     """
+    if not sweep:
+        raise ConfigError("sweep=[] submits nothing: give one set of overrides for each run.")
+    if any(text.startswith("run.folder") for changes in sweep for text in _texts(changes)):
+        raise ConfigError("run.folder in a sweep is not possible: each run has a numbered folder in run.folder.")
     with log_to(sys.stdout):
         return submit_jobs(config, sweep, at_most, **options)
 
@@ -125,6 +129,7 @@ def submit_jobs(
     nodes: int = 1,
     gpus_per_node: int = 1,
     overrides: Overrides = (),
+    time: str | int | None = None,
     site: str | Path | None = None,
     **shape: Any,
 ) -> list[Job[RunResult]]:
@@ -132,7 +137,7 @@ def submit_jobs(
     submitit = _submitit()
     from farspan.launch.slurm.prepare import job_of, load_runs, on_gpus
 
-    _check_executor(executor, nodes=nodes, gpus_per_node=gpus_per_node, at_most=at_most, **shape)
+    _check_executor(executor, nodes=nodes, gpus_per_node=gpus_per_node, time=time, at_most=at_most, **shape)
     source = Path(config) if isinstance(config, str) else config
     folder, configs = load_runs(source, _texts(overrides), [_texts(changes) for changes in sweep])
     if executor == "slurm":
@@ -146,6 +151,7 @@ def submit_jobs(
         site=None if site is None else Path(site),
         nodes=nodes,
         ranks_per_node=gpus_per_node,
+        time=None if time is None else str(time),
         at_most=at_most if is_array else None,
         **shape,
     )

@@ -110,7 +110,7 @@ def test_what_slurm_gets_is_the_batch_script(
     run = tmp_path / "run"
     run.mkdir()
     add_failure(run, "40", "a rank was killed", ["n2"])
-    job = farspan.launch.submit(config, time="20", partition="p", task_per_rank=True)
+    job = farspan.launch.submit(config, time=20, partition="p", task_per_rank=True)
     submitted = run / "submitted/001"
     # Of two lines for one option the later counts: none of submitit's own comes after ours, or besides.
     expected = options_in(submitted / "job.sh")
@@ -160,6 +160,9 @@ def test_refusals_are_one_sentence(config: Config, slurm: Path, monkeypatch: pyt
     for options, message in cases:
         with pytest.raises(ConfigError, match=re.escape(message)):
             farspan.launch.submit(config, **options)
+    for sweep, message in (([], "sweep=[] submits nothing"), ([{"run.folder": "a"}], "run.folder in a sweep")):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            farspan.launch.submit_sweep(config, sweep)
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(ConfigError, match=re.escape("pip install 'farspan[submitit]'")):
         farspan.launch.submit(config)

@@ -5,26 +5,22 @@ Importing torch takes seconds, so each command imports the code that it needs wh
 
 import argparse
 import atexit
-import logging
 import os
 import re
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import NoReturn, TextIO
+from collections.abc import Sequence
+from typing import NoReturn
 
 from farspan.errors import FarspanError, file_errors_reported
 from farspan.launch.commands import checkpoint, jobs, launch, models, train
 from farspan.launch.commands.arguments import Parser, Subparsers, add_command, add_subparsers
-from farspan.launch.output import guard_standard_streams, print_error, status_with_output
+from farspan.launch.output import guard_standard_streams, log_to, print_error, status_with_output
 from farspan.trainer.resilience.signals import EXIT_FAILED, EXIT_USER_ERROR, INTERRUPTED, STOP_SIGNALS, stopped_at_once
 from farspan.versions import summary
 
 DASHED_OVERRIDE = re.compile(r"--\w+\.[\w.]+(=|$)")
-
-log = logging.getLogger("farspan")
 
 
 def run_and_exit() -> NoReturn:
@@ -74,7 +70,7 @@ def _run(options: argparse.Namespace) -> int:
     # `launch slurm --dry-run` prints a script: nothing else may go to standard output.
     prints_script = options.command is launch.run_slurm and options.dry_run
     try:
-        with _log_to(sys.stderr if prints_script else sys.stdout), file_errors_reported():
+        with log_to(sys.stderr if prints_script else sys.stdout), file_errors_reported():
             return options.command(options) or 0
     except FarspanError as error:
         print_error(error)
@@ -120,18 +116,6 @@ def _add_data(subparsers: Subparsers) -> None:
 
     commands = add_subparsers(subparsers.add_parser("data", help="make training data"), "COMMAND")
     prepare.add_arguments(add_command(commands, "prepare", prepare.run, "turn text into memory-mapped tokens"))
-
-
-@contextmanager
-def _log_to(stream: TextIO) -> Iterator[None]:
-    """Print log messages, without any prefix, to `stream`."""
-    handler = logging.StreamHandler(stream)
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
 
 
 if __name__ == "__main__":

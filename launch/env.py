@@ -10,8 +10,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 LAUNCHER = "FARSPAN_LAUNCHER"
 FIX = "start ranks with torchrun or 'farspan launch', or unset RANK for a single process"
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 TASK_COUNTS = (
     "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE",
@@ -157,6 +158,23 @@ def job_id(environment: Mapping[str, str] = os.environ) -> str | None:
     return environment.get("SLURM_JOB_ID")
 
 
+def restart_count() -> int:
+    """Return how often the SLURM job that this process is part of was queued again."""
+    # SLURM leaves the variable out at the first start.
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def visible_gpus() -> str | None:
+    return os.environ.get(VISIBLE_GPUS)
+
+
+def set_visible_gpus(gpus: str | None) -> None:
+    """Let this process and its children see these GPUs, None for all."""
+    os.environ.pop(VISIBLE_GPUS, None)
+    if gpus is not None:
+        os.environ[VISIBLE_GPUS] = gpus
+
+
 def environment_with_threads(num_threads: int) -> Mapping[str, str]:
     """Return the environment for torchrun and its ranks; OMP_NUM_THREADS stays as the user set it."""
     return {"OMP_NUM_THREADS": str(num_threads), **os.environ, LAUNCHER: str(os.getpid())}
@@ -188,3 +206,13 @@ def site_file() -> Path | None:
 def environment_outside_jobs() -> Mapping[str, str]:
     """Return the environment for sbatch, which inside a job would apply the settings of that job to the new one."""
     return {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not name.startswith("SLURM_")}
+
+
+@contextmanager
+def outside_jobs() -> Iterator[None]:
+    """Have `environment_outside_jobs` inside the block."""
+    of_job = {name: os.environ.pop(name) for name in os.environ.keys() - environment_outside_jobs().keys()}
+    try:
+        yield
+    finally:
+        os.environ.update(of_job)

@@ -6,14 +6,21 @@ Without a reader (`farspan … | head`) nothing is said; that a disk is full is 
 from __future__ import annotations
 
 import io
+import logging
 import os
+import re
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 from farspan.trainer.resilience.signals import EXIT_USER_ERROR
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
+
+log = logging.getLogger("farspan")
 
 
 class _File(io.FileIO):
@@ -57,9 +64,29 @@ def guard_standard_streams() -> None:
             setattr(sys, name, guarded)
 
 
+@contextmanager
+def log_to(stream: TextIO) -> Iterator[None]:
+    """Print log messages, without any prefix, to `stream`."""
+    handler, level = logging.StreamHandler(stream), log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
 def print_error(message: object) -> None:
     """Print a sentence for the user on standard error."""
     print(f"farspan: {message}", file=sys.stderr, flush=True)
+
+
+def last_error(log: Path) -> str | None:
+    """Return the last sentence for the user in a log, of a launcher, a rank or a SLURM job."""
+    # In a job's log, each line of a rank begins with its number.
+    found = re.findall(r"^(?:\d+: )?farspan: (.+)$", log.read_text(errors="replace"), re.MULTILINE)
+    return found[-1] if found else None
 
 
 def status_with_output(status: int) -> int:

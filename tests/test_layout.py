@@ -36,9 +36,14 @@ def broken_links(root: Path) -> list[str]:
     return found
 
 
+# `farspan.launch.submit` is a function, which a folder without this file cannot have.
+PACKAGE_FILES = {"launch/__init__.py"}
+
+
 def package_files(root: Path) -> list[str]:
     """A folder with an __init__.py would shadow another project's package of that name."""
-    return [str(path.relative_to(root)) for folder in FOLDERS for path in sorted((root / folder).rglob("__init__.py"))]
+    found = [str(path.relative_to(root)) for folder in FOLDERS for path in sorted((root / folder).rglob("__init__.py"))]
+    return [path for path in found if path not in PACKAGE_FILES]
 
 
 def upward_imports(path: str, source: str) -> list[str]:

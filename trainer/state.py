@@ -64,6 +64,13 @@ def records(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
             yield record, line
 
 
+def last_step(run: Path) -> dict[str, Any] | None:
+    """Return the record of the last step in a run's folder, None before the first."""
+    path = run / "metrics.jsonl"
+    steps = [record for record, _ in records(path) if "loss" in record] if path.is_file() else []
+    return steps[-1] if steps else None
+
+
 def stream_hash(stream: str, total: int) -> str:
     """Return the hash of a stream after a step; `total` is the sum of the hashes of the step's sequences.
 

@@ -13,6 +13,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import MISSING, Field, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -58,9 +59,12 @@ def bounded(default: Any = MISSING, *, minimum: Bound = None, maximum: Bound = N
     return field(default=default, metadata={name: limit for name, limit in rules.items() if limit is not None})
 
 
-def load_config(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
-    """Read `path`, apply `section.key=value` overrides in order, and return a checked `cls`."""
-    tree = _read(Path(path))
+def load_config(cls: type[T], source: str | Path | Mapping[str, Any] | T, overrides: Sequence[str] = ()) -> T:
+    """Read a file, or take its values or a `cls`; apply `section.key=value` overrides in order and check the result."""
+    if isinstance(source, cls):
+        tree = tomllib.loads(to_toml(source))
+    else:
+        tree = deepcopy(dict(source)) if isinstance(source, Mapping) else _read(Path(cast(str | Path, source)))
     for text in overrides:
         _override(cls, tree, text)
     return from_tree(cls, tree)

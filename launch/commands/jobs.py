@@ -61,16 +61,14 @@ def status(folder: Path) -> str:
 def progress(run: Path) -> str:
     """Return the last recorded step, with its loss and speed."""
     # It imports numpy, which takes a while and must not start threads when `farspan train` begins: see run_and_exit.
-    from farspan.trainer.state import records
+    from farspan.trainer.state import last_step
 
-    path = run / "metrics.jsonl"
-    steps = [record for record, _ in records(path) if "loss" in record] if path.is_file() else []
-    if not steps:
+    last = last_step(run)
+    if last is None:
         return "no step yet"
-    last = steps[-1]
     # A skipped step may have none.
     loss = "none" if last["loss"] is None else f"{last['loss']:.4f}"
-    ago = max(time.time() - path.stat().st_mtime, 0)
+    ago = max(time.time() - (run / "metrics.jsonl").stat().st_mtime, 0)
     return f"step {last['step']}  loss {loss}  {last['tokens_per_s']:,.0f} tok/s  {ago:,.0f} s ago"
 
 

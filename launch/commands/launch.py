@@ -1,18 +1,16 @@
-"""`farspan launch local|slurm`: all ranks of a run, on this machine or as a SLURM job."""
+"""`farspan launch local|slurm|submitit`: all ranks of a run, on this machine or as a SLURM job."""
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from farspan.errors import ConfigError
 from farspan.launch.commands.arguments import (
     Subparsers,
     add_command,
     add_config_arguments,
+    add_overrides,
     add_site,
     add_subparsers,
     check_count,
@@ -21,12 +19,11 @@ from farspan.launch.commands.arguments import (
     print_dry_run,
 )
 from farspan.launch.commands.jobs import status_command
-from farspan.launch.env import check_single_task, site_file
+from farspan.launch.env import check_single_task
 from farspan.launch.local import LocalJob
 from farspan.trainer.resilience.signals import stopped_at_once
 
-if TYPE_CHECKING:
-    from farspan.trainer.config import Config
+JOB_OPTIONS = ("time", "partition", "constraint", "container", "task_per_rank", "site")
 
 log = logging.getLogger("farspan")
 
@@ -41,20 +38,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
     slurm = add_command(commands, "slurm", run_slurm, "as a SLURM job")
     add_config_arguments(slurm, "print the batch script; submit nothing; derived values go to standard error")
-    slurm.add_argument("--nodes", type=int, required=True, metavar="N")
-    slurm.add_argument(
-        "--gpus-per-node", type=int, required=True, metavar="N", help="ranks; CPU processes with train.device=cpu"
-    )
-    slurm.add_argument("--time", metavar="LIMIT", help="such as 90 (minutes), 4:00:00 or 2-00:00:00")
-    slurm.add_argument("--partition", metavar="NAME")
-    slurm.add_argument("--constraint", metavar="WORD", help="features that nodes must have")
-    slurm.add_argument(
-        "--container", type=expanded_argument, metavar="IMAGE", help="started as [container] of the site's file says"
-    )
-    add_site(slurm)
-    slurm.add_argument(
-        "--task-per-rank", action="store_true", help="SLURM starts each rank; default: torchrun on each node"
-    )
+    _add_job_arguments(slurm)
     slurm.add_argument(
         "--chain",
         type=int,
@@ -62,7 +46,32 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="N",
         help="submit N jobs that continue one after another, for runs longer than the time limit",
     )
-    slurm.add_argument(
+
+    submitit = add_command(commands, "submitit", run_submitit, "as a job of submitit, whose result Python can wait for")
+    submitit.add_argument("config", type=Path, help="TOML file, such as configs/demo.toml")
+    add_overrides(submitit)
+    submitit.add_argument(
+        "--executor", choices=("slurm", "local"), default="slurm", help="local: in the background, on this machine"
+    )
+    _add_job_arguments(submitit)
+
+
+def _add_job_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nodes", type=int, required=True, metavar="N")
+    parser.add_argument(
+        "--gpus-per-node", type=int, required=True, metavar="N", help="ranks; CPU processes with train.device=cpu"
+    )
+    parser.add_argument("--time", metavar="LIMIT", help="such as 90 (minutes), 4:00:00 or 2-00:00:00")
+    parser.add_argument("--partition", metavar="NAME")
+    parser.add_argument("--constraint", metavar="WORD", help="features that nodes must have")
+    parser.add_argument(
+        "--container", type=expanded_argument, metavar="IMAGE", help="started as [container] of the site's file says"
+    )
+    add_site(parser)
+    parser.add_argument(
+        "--task-per-rank", action="store_true", help="SLURM starts each rank; default: torchrun on each node"
+    )
+    parser.add_argument(
         "--each",
         action="append",
         default=[],
@@ -70,7 +79,7 @@ def add_parser(subparsers: Subparsers) -> None:
         help="submit a job array: the first run has value A, the second B, in run.folder/000, 001 and so on; if given "
         "several times, the values change together",
     )
-    slurm.add_argument("--at-most", type=int, metavar="N", help="how many runs of --each run at a time; default: all")
+    parser.add_argument("--at-most", type=int, metavar="N", help="how many runs of --each run at a time; default: all")
 
 
 def run_local(options: argparse.Namespace) -> int:
@@ -93,67 +102,43 @@ def run_local(options: argparse.Namespace) -> int:
 
 def run_slurm(options: argparse.Namespace) -> None:
     """Submit a run, or several as a job array, or print the batch script."""
-    from farspan.launch.slurm.job import SlurmJob
-    from farspan.launch.slurm.site import load_site
-    from farspan.launch.slurm.submit import check_ready, next_submission, submit
-    from farspan.trainer.resolve import dry_run, dry_run_plan, open_data
+    from farspan.launch.slurm.prepare import check_submission, job_of, load_runs, on_gpus
+    from farspan.launch.slurm.submit import submit
+    from farspan.trainer.resolve import dry_run
     from farspan.trainer.toml_config import to_toml
 
     check_count(options.chain, "--chain")
-    run_folder, configs = _slurm_configs(options)
-    run = Path.cwd() / run_folder
-    job = SlurmJob(
-        run=run,
-        submitted=next_submission(run),
-        workdir=Path.cwd(),
-        python=Path(sys.executable),
-        nodes=options.nodes,
+    run_folder, configs = load_runs(options.config, options.overrides, _array_overrides(options.each))
+    configs = [on_gpus(config) for config in configs]
+    job = job_of(
+        run_folder,
+        configs,
+        is_array=bool(options.each),
         ranks_per_node=options.gpus_per_node,
-        gpus=any(config.train.device == "cuda" for config in configs),
-        time=options.time,
-        partition=options.partition,
-        constraint=options.constraint,
-        container=options.container,
-        task_per_rank=options.task_per_rank,
-        elements=len(configs) if options.each else 0,
-        at_most=options.at_most,
-        site=load_site(options.site or site_file()),
+        **{name: getattr(options, name) for name in ("nodes", "at_most", *JOB_OPTIONS)},
     )
-    job.check()
-    num_ranks = options.nodes * options.gpus_per_node
     if options.dry_run:
         for config in configs:
-            dry_run(config, num_ranks)
+            dry_run(config, job.nodes * job.ranks_per_node)
         log.info("%s", job.describe(options.chain))
         print(job.script(), end="")
         return
-    check_ready(run)
-    for config in configs:
-        open_data(config)
-        dry_run_plan(config, num_ranks)
-    log.info("%s", job.describe(options.chain))
+    check_submission(job, configs, options.chain)
     ids = submit(job, [to_toml(config) for config in configs], options.chain)
     log.info("%-12s%s; see %s", "submitted", " then ".join(ids), status_command(run_folder))
 
 
-def _slurm_configs(options: argparse.Namespace) -> "tuple[Path, list[Config]]":
-    """Return run.folder and the configurations of the runs: one, or one for each element of an array."""
-    from farspan.launch.slurm.job import element_name
-    from farspan.trainer.config import Config
-    from farspan.trainer.toml_config import load_config
+def run_submitit(options: argparse.Namespace) -> None:
+    """Submit a run, or several as a job array, with submitit."""
+    from farspan.launch.submitit_jobs import submit_jobs
 
-    folder = config_of(options).run.folder
-    changes = _array_overrides(options.each)
-    configs = [load_config(Config, options.config, [*options.overrides, *change]) for change in changes or [()]]
-    for number, change in enumerate(changes):
-        name = element_name(number)
-        configs[number] = replace(configs[number], run=replace(configs[number].run, folder=folder / name))
-        log.info("%-12s%s", name, "  ".join(change))
-    # This machine may have no GPUs, and on the job's nodes "auto" must not fall back to the CPU.
-    return folder, [
-        replace(config, train=replace(config.train, device="cuda")) if config.train.device == "auto" else config
-        for config in configs
-    ]
+    jobs = submit_jobs(
+        options.config,
+        _array_overrides(options.each),
+        options.at_most,
+        **{name: getattr(options, name) for name in ("executor", "overrides", "nodes", "gpus_per_node", *JOB_OPTIONS)},
+    )
+    log.info("%-12s%s", "submitted", ", ".join(job.job_id for job in jobs))
 
 
 def _array_overrides(each: Sequence[str]) -> list[tuple[str, ...]]:

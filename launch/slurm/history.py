@@ -16,6 +16,8 @@ from farspan.trainer.checkpoint.steps import finished
 
 JOBS_FILE = "jobs.jsonl"
 FAILURES_FILE = "failures.jsonl"
+END_FILE = "over"
+REQUEUED = "queued again"
 
 T = TypeVar("T")
 
@@ -95,6 +97,26 @@ def _records(path: Path, make: Callable[..., T]) -> Iterator[T]:
 def read_failures(run: Path) -> list[Failure]:
     """Return the failures of a run, oldest first."""
     return [replace(found, nodes=tuple(found.nodes)) for found in _records(run / FAILURES_FILE, Failure)]
+
+
+def logs_of_start(run: Path, job: str, restart: int) -> Path:
+    """Return the folder of a start of a job, with the logs of its ranks and how it ended."""
+    return run / "logs" / job / str(restart)
+
+
+def write_end(logs: Path, *, is_requeued: bool) -> None:
+    """Record that a start was not ended by SLURM, and whether the job will start again."""
+    (logs / END_FILE).write_text(REQUEUED if is_requeued else "")
+
+
+def is_final(logs: Path) -> bool:
+    """Return whether a start was the job's last: it ended by itself and the job was not queued again."""
+    return has_ended(logs) and (logs / END_FILE).read_text() != REQUEUED
+
+
+def has_ended(logs: Path) -> bool:
+    """Return whether a start ended by itself: what SLURM ends, it also starts again, unless a user canceled it."""
+    return (logs / END_FILE).exists()
 
 
 def newest_checkpoint(run: Path) -> str | None:

@@ -64,7 +64,7 @@ class SlurmJob:
             raise ConfigError(f"--at-most {self.at_most} limits the runs of --each: give both, or neither.")
         if self.time is not None:
             least_s = self.site.warning_s + 2 * SIGNAL_EARLY_S
-            if _seconds(self.time) < least_s:
+            if seconds(self.time) < least_s:
                 raise ConfigError(
                     f"--time {self.time} leaves no time to train before the warning: ask for at least "
                     f"{math.ceil(least_s / 60)} minutes, or lower warning_s={self.site.warning_s} in the site's file."
@@ -114,32 +114,37 @@ class SlurmJob:
     def script(self) -> str:
         """Return the batch script: #SBATCH lines, variables, and job.sh, in which the site's lines take their place."""
         body = BODY.read_text().partition("\n\n")[2]
-        options = "".join(f"#SBATCH --{option}\n" for option in self._options())
+        options = "".join(
+            f"#SBATCH --{option}\n" if value is True else f"#SBATCH --{option}={_quoted(value)}\n"
+            for option, value in self.options().items()
+        )
         variables = "".join(f"{name}={value}\n" for name, value in self._variables().items())
         site_lines = "".join(f"    {line}\n" for line in self._site_lines())
         return f"#!/bin/bash\n{options}\n{HEADER}{variables}\n{body.replace(SITE_MARK, site_lines)}"
 
-    def _options(self) -> list[str]:
+    def options(self) -> dict[str, object]:
+        """Return sbatch's long options with their values, True for one without a value."""
         site = self.site
         tasks = self.ranks_per_node if self.task_per_rank else 1
         throttle = "" if self.at_most is None else f"%{self.at_most}"
         requested = {"time": self.time, "partition": self.partition, "constraint": self.constraint}
-        return [
-            f"job-name={self.name}",
-            f"nodes={self.nodes}",
-            f"ntasks-per-node={tasks}",
-            f"cpus-per-task={site.cpus_per_rank * self.ranks_per_node // tasks}",
-            *([site.gpus.replace("{count}", str(self.ranks_per_node))] if self.gpus else []),
-            *(f"{option}={word}" for option, word in requested.items() if word is not None),
-            *(option if value is True else f"{option}={_quoted(value)}" for option, value in site.sbatch.items()),
-            f"chdir={_quoted(self.workdir)}",
-            f"output={_quoted(self.run / ('%3a/logs/%A_%a.log' if self.elements else 'logs/%j.log'))}",
-            *([f"array=0-{self.elements - 1}{throttle}"] if self.elements else []),
-            "open-mode=append",
-            f"signal={WARNING_SIGNAL.name.removeprefix('SIG')}@{site.warning_s}",
-            "requeue" if site.requeues else "no-requeue",
-            "dependency=singleton",
-        ]
+        gpus, _, count = site.gpus.replace("{count}", str(self.ranks_per_node)).partition("=")
+        return {
+            "job-name": self.name,
+            "nodes": self.nodes,
+            "ntasks-per-node": tasks,
+            "cpus-per-task": site.cpus_per_rank * self.ranks_per_node // tasks,
+            **({gpus: count or True} if self.gpus else {}),
+            **{option: word for option, word in requested.items() if word is not None},
+            **site.sbatch,
+            "chdir": self.workdir,
+            "output": self.run / ("%3a/logs/%A_%a.log" if self.elements else "logs/%j.log"),
+            **({"array": f"0-{self.elements - 1}{throttle}"} if self.elements else {}),
+            "open-mode": "append",
+            "signal": f"{WARNING_SIGNAL.name.removeprefix('SIG')}@{site.warning_s}",
+            "requeue" if site.requeues else "no-requeue": True,
+            "dependency": "singleton",
+        }
 
     def _variables(self) -> dict[str, str]:
         """Return the shell variables that job.sh uses, with their quoted values."""
@@ -180,7 +185,7 @@ class SlurmJob:
         return [word.replace("{image}", self.container) for word in words]
 
 
-def _seconds(time: str) -> int:
+def seconds(time: str) -> int:
     """Return the length of a time limit as sbatch reads it."""
     match = TIME.fullmatch(time)
     if match is None:

@@ -74,18 +74,22 @@ class JobStart:
     exclusion: history.ExclusionPolicy
 
     def logs(self, restart: int) -> Path:
-        return self.run / "logs" / self.job / str(restart)
+        return history.logs_of_start(self.run, self.job, restart)
 
     def before(self) -> int:
         """Return 0 if the job may start, else its exit status."""
         if self.restarts > self.requeues:
             report(f"the job was queued again {self.requeues} times, the most allowed; {self.resume_hint()}.")
+            history.write_end(self.logs(self.restarts), is_requeued=False)
             return EXIT_WARNED
         lost = self.lost_nodes()
         if lost:
             report(f"SLURM lost {', '.join(lost)} under the job.")
             history.add_failure(self.run, self.job, "lost by SLURM", lost)
-        return EXIT_FAILED if self.too_many_failures() else 0
+        if self.too_many_failures():
+            history.write_end(self.logs(self.restarts), is_requeued=False)
+            return EXIT_FAILED
+        return 0
 
     def after(self, srun_status: int, *, got_sigterm: bool) -> int:
         """Act on how the ranks ended and return the exit status of the job. got_sigterm: the batch script was."""
@@ -93,8 +97,7 @@ class JobStart:
         if cause is EndCause.EXTERNAL:
             return srun_status
         outcome = self.outcome(srun_status, cause)
-        # Without this file, the next start looks for nodes that SLURM lost.
-        (self.logs(self.restarts) / "over").touch()
+        history.write_end(self.logs(self.restarts), is_requeued=False)
         if outcome.failure is not None:
             report(f"{outcome.failure}.")
             history.add_failure(self.run, self.job, outcome.failure, outcome.nodes)
@@ -165,6 +168,7 @@ class JobStart:
         try:
             # SLURM takes the list of nodes only after the requeue, which sends SIGTERM; the batch script ignores that.
             run_slurm(["scontrol", "requeue", self.job])
+            history.write_end(self.logs(self.restarts), is_requeued=True)
             if nodes is not None:
                 run_slurm(["scontrol", "update", f"JobId={self.job}", f"ExcNodeList={nodes}"])
         except SlurmError as error:
@@ -173,7 +177,7 @@ class JobStart:
     def lost_nodes(self) -> list[str]:
         """Return the nodes of the job's last start that are down now, if SLURM ended that start."""
         last = self.logs(self.restarts - 1)
-        if self.restarts == 0 or not (last / "nodes").exists() or (last / "over").exists():
+        if self.restarts == 0 or not (last / "nodes").exists() or history.has_ended(last):
             return []
         nodes = ",".join((last / "nodes").read_text().split())
         sinfo = ["sinfo", "--noheader", "--Node", f"--nodes={nodes}", f"--states={DOWN_STATES}", "--format=%N"]

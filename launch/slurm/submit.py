@@ -37,27 +37,41 @@ def check_ready(run: Path) -> None:
 
 def submit(job: SlurmJob, configs: Sequence[str], chain: int) -> list[str]:
     """Write the job's files and submit it `chain` times; return the ids. configs: the TOML of each run."""
+    script = write_files(job, configs)
+    exclude = _exclude_option(job.runs(), script, job.site.exclusion)
+    ids = []
+    for _ in range(chain):
+        ids.append(_sbatch(script, *exclude))
+        record(job, script, ids[-1])
+    return ids
+
+
+def write_files(job: SlurmJob, configs: Sequence[str]) -> Path:
+    """Write what the job runs, its code and its configurations, into the run's folder; return the batch script."""
     try:
-        job.submitted.mkdir(parents=True)
+        write_configs(job, configs)
         for run in job.runs():
             # Without the folder of its log, SLURM fails the job and leaves no message.
             (run / "logs").mkdir(parents=True, exist_ok=True)
-        for path, config in zip(job.configs(), configs, strict=True):
-            path.write_text(config)
         script = job.submitted / "job.sh"
         script.write_text(job.script())
         copy_code(job.submitted / "code")
     except OSError as error:
         raise SlurmError(f"{error.filename or job.submitted} cannot be written ({error.strerror}).") from None
-    exclude = _exclude_option(job.runs(), script, job.site.exclusion)
-    ids = []
-    for _ in range(chain):
-        number = _sbatch(script, *exclude)
-        ids.append(number)
-        for element, run in enumerate(job.runs()):
-            name = f"{number}_{element}" if job.elements else number
-            history.add_submission(run, history.Submission(job=name, script=str(script)))
-    return ids
+    return script
+
+
+def write_configs(job: SlurmJob, configs: Sequence[str]) -> None:
+    job.submitted.mkdir(parents=True)
+    for path, config in zip(job.configs(), configs, strict=True):
+        path.write_text(config)
+
+
+def record(job: SlurmJob, script: Path, number: str) -> None:
+    """Add a job, by its number, to the records of its runs."""
+    for element, run in enumerate(job.runs()):
+        name = f"{number}_{element}" if job.elements else number
+        history.add_submission(run, history.Submission(job=name, script=str(script)))
 
 
 def resume(run: Path, exclusion: history.ExclusionPolicy) -> str:
@@ -82,8 +96,13 @@ def resume(run: Path, exclusion: history.ExclusionPolicy) -> str:
     return name
 
 
+def excluded_nodes(runs: Sequence[Path], script: Path, exclusion: history.ExclusionPolicy) -> str | None:
+    """Return the nodes that a new job of the runs must not have, None for those of its script; says so."""
+    return history.nodes_to_exclude(runs, script, exclusion, lambda message: log.info("%-12s%s", "nodes", message))
+
+
 def _exclude_option(runs: Sequence[Path], script: Path, exclusion: history.ExclusionPolicy) -> list[str]:
-    nodes = history.nodes_to_exclude(runs, script, exclusion, lambda message: log.info("%-12s%s", "nodes", message))
+    nodes = excluded_nodes(runs, script, exclusion)
     return [] if nodes is None else [f"--exclude={nodes}"]
 
 

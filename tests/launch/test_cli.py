@@ -112,7 +112,7 @@ def test_wrong_usage_is_status_2(command: str, capsys: Capture) -> None:
     [
         ("", ["train", "launch", "jobs", "data", "upcycle", "pool-heads", "import", "export", "checkpoint"]),
         ("checkpoint", ["ls", "verify", "prune", "export"]),
-        ("launch", ["local", "slurm"]),
+        ("launch", ["local", "slurm", "submitit"]),
         ("jobs", ["status", "cancel", "resume", "logs"]),
         ("data", ["prepare"]),
     ],

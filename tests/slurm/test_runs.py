@@ -1,18 +1,21 @@
 """Runs on two nodes with two ranks each: whatever happens to them, they end with the same losses, to the bit, as four
 ranks on one machine."""
 
+import importlib.util
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from farspan.launch.slurm.history import read_failures, read_submissions
+from farspan.launch.slurm.history import add_failure, read_failures, read_submissions
 from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer.config import CheckpointConfig, EvaluateConfig
 from farspan.trainer.state import records
@@ -242,6 +245,82 @@ def test_a_chain_continues_after_a_canceled_job(cluster: Cluster, config_file: P
     states = cluster.run([*FARSPAN, "jobs", "status", str(run)]).stdout.splitlines()
     assert [line.split()[:2] for line in states[1:3]] == [[first, "CANCELLED"], [second, "COMPLETED"]]
     assert re.fullmatch(rf"step {STEPS}  loss \d\.\d{{4}}  [\d,]+ tok/s  \d+ s ago", states[-1])
+
+
+def submit(cluster: Cluster, call: str) -> str:
+    """Submit with submitit, from a program on the head node, and return the number of the job."""
+    program = f"import farspan.launch; job = farspan.launch.{call}; print(getattr(job, 'job_id', job))"
+    return cluster.run([sys.executable, "-c", program]).stdout.split()[-1]
+
+
+def submitit_job(run: Path, job: str) -> Any:
+    return importlib.import_module("submitit").SlurmJob(run / "submitted/001/submitit", job)
+
+
+needs_submitit = pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="submitit is not installed")
+
+
+@needs_submitit
+def test_a_disturbed_job_of_submitit_ends_as_if_undisturbed(
+    cluster: Cluster, config_file: Path, undisturbed: Undisturbed
+) -> None:
+    """A time limit and a preemption, without the node where the run has failed before."""
+    run = config_file.parent / "of submitit"
+    run.mkdir()
+    add_failure(run, "0", "a rank was killed", ["n2"])
+    job = submit(
+        cluster,
+        f"submit({str(config_file)!r}, nodes=2, gpus_per_node=2, time='20', task_per_rank=True, "
+        f"overrides={{'run.folder': {str(run)!r}}})",
+    )
+    of_submitit = submitit_job(run, job)
+    update = ["scontrol", "update", f"JobId={job}"]
+
+    pause(run, job, 0)
+    cluster.run([*update, "TimeLimit=5"])
+    wait_for(lambda: cluster.state(job) == "PENDING", "requeue")
+    assert not of_submitit.paths.result_pickle.exists()
+    cluster.run([*update, "TimeLimit=20"])
+
+    pause(run, job, 1)
+    shape = ["--partition=first", "--nodes=3", "--ntasks-per-node=2"]
+    other = cluster.sbatch(*shape, "--output=/dev/null", "--wrap=sleep 1")
+    cluster.await_state(other, "COMPLETED")
+    await_success(cluster, run, job)
+    assert losses(run) == undisturbed()
+    assert [nodes(run, job, restart) for restart in range(3)] == [["n1", "n3"]] * 3
+    result = of_submitit.result()
+    assert (result.folder, result.step, result.loss) == (run, *undisturbed()[-1])
+    assert of_submitit.stdout().count("0: resumed     at step ") == 2
+    assert not logs(run, job, 3).exists()
+
+
+@needs_submitit
+def test_a_sweep_of_submitit_is_an_array_whose_failed_run_says_why(cluster: Cluster, config_file: Path) -> None:
+    """One run ends well, one is canceled and one fails; two run at a time."""
+    runs, data = config_file.parent / "sweep", config_file.parent / "copied tokens"
+    shutil.copytree(config_file.parent / "tokens", data)
+    options = (
+        f"at_most=2, task_per_rank=True, overrides=['run.folder={runs}', 'parallel.context=1', 'parallel.dp_shard=1']"
+    )
+    sweep = [{"run.seed": 11}, {"run.seed": 12}, {"data.folder": str(data)}]
+    submit(cluster, f"submit_sweep({str(config_file)!r}, {sweep}, {options})")
+    ids = [jobs(runs / name)[0] for name in ("000", "001", "002")]
+    for number in (0, 1):
+        wait_for((runs / f"00{number}" / "metrics.jsonl").exists, f"the start of {number}")
+        send(signal.SIGSTOP, ranks_of(runs, ids[number]).values())
+    assert cluster.run(["squeue", "-h", "-r", "-j", ids[2], "-o", "%T %r"]).stdout == "PENDING JobArrayTaskLimit\n"
+    shutil.rmtree(data)
+    cluster.run(["scancel", ids[1]])
+    send(signal.SIGCONT, ranks_of(runs, ids[0]).values())
+    for job in ids:
+        cluster.await_state(job, "COMPLETED", "FAILED", "CANCELLED")
+    assert [cluster.state(job) for job in ids] == ["COMPLETED", "CANCELLED", "FAILED"]
+    found = [submitit_job(runs, job) for job in ids]
+    assert [job.paths.result_pickle.exists() for job in found] == [True, False, True]
+    assert found[0].result().step == STEPS
+    error = str(found[2].exception())
+    assert f"TrainingError: data.folder='{data}' does not exist: make it with `farspan data prepare`" in error
 
 
 def test_pending_jobs_are_canceled_together(cluster: Cluster, tmp_path: Path) -> None:

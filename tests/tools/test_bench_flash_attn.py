@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from farspan.errors import ConfigError
+from farspan.kernels.cuda import packages as flash_attn
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Heads, Mechanism
 from farspan.kernels.mechanisms.dense import Dense
@@ -14,7 +15,7 @@ from farspan.kernels.mechanisms.nats import NAtS
 from farspan.kernels.mechanisms.spans import Spans
 from farspan.kernels.mechanisms.window import Window
 from farspan.parallel.ranks import Ranks, connected
-from farspan.tools.bench.baselines.flash_packages import FlashAttn, packed_lengths
+from farspan.tools.bench.baselines.flash_packages import MODULES, FlashAttn, packed_lengths
 from farspan.tools.bench.baselines.public_moba import Blocks, PublicMoBA, choose
 from farspan.tools.bench.case import Shape, gradient_of_out, inputs_of
 from farspan.tools.bench.check import Check, check_rows, compare_contender
@@ -22,6 +23,7 @@ from farspan.tools.bench.contenders import Contender
 from farspan.tools.bench_attention import baselines_on
 from tests.support import fake_flash_attn
 from tests.support.fake_flash_attn import CALLED
+from tests.support.flash_attn_signatures import PUBLIC, PUBLISHED, signatures, stand_ins
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SHAPE = Shape(heads=Heads(query=4, kv=2), head_dim=16, value_dim=16, dtype=torch.bfloat16, device=CPU)
@@ -44,6 +46,27 @@ def test_public_functions(name: str, mechanism: Mechanism, rows: Rows, monkeypat
     fake_flash_attn.install(monkeypatch, VERSIONS[name])
     check(FlashAttn(name), mechanism, rows)
     assert [f"{VERSIONS[name][:3]}_public"] == CALLED
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("version", PUBLISHED)
+def test_public_functions_as_published_take_our_arguments(
+    version: str, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = {"flash-attn": "flash_attn_2", "flash_attn_3": "flash_attn_3", "flash-attn-4": "flash_attn_4"}[
+        PUBLISHED[version][0]
+    ]
+    q, calls = torch.randn(20, 4, 16), []
+    module = stand_ins(signatures(version), {PUBLIC: q}, calls)
+    monkeypatch.setattr(flash_attn, "module", lambda found: module if found == MODULES[name] else None)
+    attend = FlashAttn(name).plan(Window(window=5, causal=causal), Rows.packed([12, 8]), SHAPE)
+    assert attend(q, q, q) is q
+    ((_, found),) = calls
+    starts = [found.pop(word).tolist() for word in ("cu_seqlens_q", "cu_seqlens_k")]
+    assert starts == [[0, 12, 20]] * 2
+    assert [found.pop(word).shape for word in ("q", "k", "v")] == [q.shape] * 3
+    window = (4, 0 if causal else 4)
+    assert found == {"max_seqlen_q": 12, "max_seqlen_k": 12, "causal": causal, "window_size": window}
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())

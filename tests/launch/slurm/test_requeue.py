@@ -17,6 +17,7 @@ from farspan.launch.slurm.history import (
     add_failure,
     add_submission,
     consecutive_failures,
+    is_final,
     read_failures,
 )
 from farspan.launch.slurm.job import SlurmJob
@@ -138,6 +139,7 @@ def test_the_exits_of_ranks_decide_whether_the_job_is_requeued(
     exclude = [f"scontrol update JobId=17 ExcNodeList=bad[1-2],{','.join(nodes)}"] if nodes else []
     assert calls(tmp_path, "scontrol") == ([*REQUEUE, *exclude] if requeued else [])
     assert not (tmp_path / "run/unfit").exists()
+    assert is_final(tmp_path / "run/logs/17/0") == (not requeued)
 
 
 ENDS = [
@@ -194,6 +196,7 @@ def test_restarts_are_limited(start: Start, tmp_path: Path, restarts: int, messa
     assert calls(tmp_path, "scontrol") == (REQUEUE if requeued else [])
     assert done.stdout.startswith(f"farspan: {message}")
     assert (f"`farspan jobs resume {tmp_path}/run`" in done.stdout) != requeued
+    assert is_final(tmp_path / f"run/logs/17/{restarts}") == (not requeued)
 
 
 def test_a_run_that_fails_without_progress_ends(start: Start, tmp_path: Path) -> None:
@@ -218,8 +221,9 @@ def test_a_run_that_fails_without_progress_ends(start: Start, tmp_path: Path) ->
     assert "3 failures in a row with no newer checkpoint (step_00000008)" in done.stdout
     assert f"{run}/failures.jsonl" in done.stdout
     # The next job of a chain does not start.
-    assert start(fail).returncode == 1
+    assert start(fail, 6).returncode == 1
     assert calls(tmp_path, "srun") == []
+    assert is_final(run / "logs/17/6")
     # A new submission starts counting again.
     later = (datetime.now(UTC) + hour).isoformat(timespec="seconds")
     add_submission(run, Submission(job="18", script="s", submitted=later))
@@ -296,6 +300,8 @@ def test_a_job_that_slurm_ends_is_requeued_unless_canceled(
     assert calls(tmp_path, "scontrol") == (REQUEUE if status else [])
     failures = [(failure.reason, failure.nodes) for failure in read_failures(tmp_path / "run")]
     assert failures == ([(reason, ())] if reason else [])
+    # What SLURM ends by itself may start again.
+    assert is_final(tmp_path / "run/logs/17/0") == (not sigterm and status == 0)
 
 
 def test_nodes_that_slurm_lost_are_recorded(start: Start, tmp_path: Path) -> None:

@@ -44,7 +44,6 @@ from farspan.kernels.planner import (
     Sizes,
     no_routing,
 )
-from farspan.kernels.ragged import expand
 from farspan.kernels.recomputation import kept
 from farspan.kernels.routing.ranking import best_in_groups
 from farspan.kernels.routing.selected_rows import RowOwners, SelectedRows
@@ -108,6 +107,11 @@ class TokenChoice(Mechanism):
 
     def unmasked_pairs(self, rows: Rows) -> int:
         return self.among().unmasked_pairs(self._sample_rows(rows))
+
+    def keys_per_query(self, global_rows: Rows) -> Tensor:
+        """All that the selected ones see, shared out by what tokens would see if all were selected."""
+        visible = self.among().keys_per_query(global_rows)
+        return visible * (self.unmasked_pairs(global_rows) / visible.sum().clamp(min=1))
 
     def saved_bytes(self, heads: Heads, sizes: Sizes, global_rows: Rows) -> int:
         """Out of all tokens; q, k, v, out, log-sum-exp and routing of the selected ones."""
@@ -182,16 +186,12 @@ class ChosenTokens:
         return ChosenTokens(rows=rows, token=token, head=head)
 
 
-GOLDEN = (5**0.5 - 1) / 2
-"""Of the multiples of the golden ratio, any many in succession have fractional parts that lie evenly in 0 to 1."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _KnownRows:
     """The rows that every choice has, and attention among them.
 
-    Each row lies with a token that an even choice would put there, so that owners have rows in proportion to their
-    tokens, about where these are in the sequence, and few rows of a choice like that move.
+    Each row lies with a token that an even choice would put there: so owners have rows in proportion to their tokens,
+    where these are in the sequence, and of a choice that is nearly even few pairs move.
 
     ranks: of those taken among all candidates, the best of each document first, int64 `[n]`.
     first_place: token * Hk of each candidate among the local ones, less than -Hk if it is none of them, int64
@@ -206,17 +206,17 @@ class _KnownRows:
     @staticmethod
     def of(mechanism: TokenChoice, planner: AttentionPlanner) -> "_KnownRows":
         candidates, global_rows = Candidates.of(planner.global_rows), planner.global_rows
-        owner = _owner_of_each(planner)[candidates.index]
-        chosen = mechanism.choose(_even_logits(owner, candidates), candidates)
-        selected = ChosenTokens.of(chosen, global_rows)
-        of_rows = planner.of_tokens(selected.rows, selected.token)
-        # Rows are in the order of candidates, and each document's best are counted from its first one.
-        taken = chosen[candidates.index, 0].nonzero().squeeze(1)
-        row, kv_heads = planner.row_of_token[candidates.index], planner.share.local_heads.kv
-        is_alone = torch.equal(of_rows.tokens_by_owner, torch.arange(len(taken))[None])
+        # Of equal scores the first are chosen: their places are the ranks of any choice.
+        chosen = mechanism.choose(torch.zeros(len(global_rows), 1), candidates)
+        ranks = chosen[candidates.index, 0].nonzero().squeeze(1)
+        owner, row = (of[candidates.index] for of in (_owner_of_token(planner), planner.row_of_token))
+        lies_with = candidates.index[_even_choice(candidates, ranks, owner)]
+        of_rows = planner.of_tokens(ChosenTokens.of(chosen, global_rows).rows, lies_with)
+        kv_heads = planner.share.local_heads.kv
+        is_alone = torch.equal(of_rows.tokens_by_owner, torch.arange(len(ranks))[None])
         return _KnownRows(
             among=mechanism.among().plan(of_rows),
-            ranks=DeviceCopies(candidates.first[taken] + selected.rows.position),
+            ranks=DeviceCopies(ranks),
             first_place=DeviceCopies(torch.where(row < 0, -1 - kv_heads, row * kv_heads)),
             owners=None if is_alone else RowOwners.of(of_rows, owner),
         )
@@ -242,23 +242,24 @@ class _KnownRows:
         return SelectedRows(among=self.among, source=source, slots=None, rows=len(place), heads=kv_heads)
 
 
-def _owner_of_each(planner: AttentionPlanner) -> Tensor:
+def _owner_of_token(planner: AttentionPlanner) -> Tensor:
     """Return the owner of each token of the planner's sequence, int64 `[tokens]`."""
     number, nth = (planner.tokens_by_owner >= 0).nonzero(as_tuple=True)
-    owner = torch.zeros(len(planner.global_rows), dtype=torch.int64)
+    owner = torch.empty(len(planner.global_rows), dtype=torch.int64)
     owner[planner.tokens_by_owner[number, nth]] = number
     return owner
 
 
-def _even_logits(owner: Tensor, candidates: "Candidates") -> Tensor:
-    """Return logits `[tokens, 1]` whose best are evenly spaced among the tokens of each owner.
+def _even_choice(candidates: "Candidates", ranks: Tensor, owner: Tensor) -> Tensor:
+    """Return as many candidates as are taken, ascending, evenly spaced among those of each owner, int64 `[n]`.
 
-    owner: of each candidate, int64 `[tokens]`.
+    ranks: as of `_KnownRows`. owner: of each candidate, int64 `[tokens]`.
     """
-    nth, logits = torch.empty_like(owner), torch.empty(len(owner), 1)
-    nth[owner.argsort(stable=True)] = expand(owner.bincount())[1]
-    logits[candidates.index, 0] = (nth.double() * GOLDEN).frac().float()
-    return logits
+    first, end, by_owner = candidates.first, candidates.end, owner.argsort(stable=True)
+    # The part of its document that is taken is added up, token by token: each time that it passes a half, one is.
+    part = first[ranks].bincount(minlength=len(first))[first] / (end - first + 1).double()
+    halves = torch.arange(len(ranks)) + 0.5
+    return by_owner[torch.searchsorted(part[by_owner].cumsum(0), halves)].sort().values
 
 
 def _planner_of(selected: ChosenTokens, planner: AttentionPlanner) -> AttentionPlanner:

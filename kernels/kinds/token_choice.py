@@ -18,8 +18,7 @@ which the host waits. Each row has one KV head, with its G query heads, and stay
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import final
 
 import torch
@@ -91,7 +90,9 @@ class TokenChoice(Mechanism):
         """
 
     def plan(self, planner: AttentionPlanner) -> SequenceAttention:
-        return _TokenChoiceAttention(self, planner, _KnownRows.of(self, planner) if self.counts_are_known else None)
+        candidates = Candidates.of(planner.global_rows)
+        known_rows = _KnownRows.of(self, planner, candidates) if self.counts_are_known else None
+        return _TokenChoiceAttention(self, planner, candidates, known_rows)
 
     def route(self, global_rows: Rows, heads: Heads, q: Tensor, k: Tensor, *routing: Tensor) -> "TokenRouting":
         return TokenRouting(self.choose(routing[0][..., 0].float(), Candidates.of(global_rows)))
@@ -204,9 +205,9 @@ class _KnownRows:
     owners: RowOwners | None
 
     @staticmethod
-    def of(mechanism: TokenChoice, planner: AttentionPlanner) -> "_KnownRows":
-        candidates, global_rows = Candidates.of(planner.global_rows), planner.global_rows
+    def of(mechanism: TokenChoice, planner: AttentionPlanner, candidates: "Candidates") -> "_KnownRows":
         # Of equal scores the first are chosen: their places are the ranks of any choice.
+        global_rows = planner.global_rows
         chosen = mechanism.choose(torch.zeros(len(global_rows), 1), candidates)
         ranks = chosen[candidates.index, 0].nonzero().squeeze(1)
         owner, row = (of[candidates.index] for of in (_owner_of_token(planner), planner.row_of_token))
@@ -274,7 +275,9 @@ def _planner_of(selected: ChosenTokens, planner: AttentionPlanner) -> AttentionP
 class _TokenChoiceAttention(SequenceAttention):
     mechanism: TokenChoice
     planner: AttentionPlanner
+    candidates: Candidates
     known_rows: _KnownRows | None
+    _candidates: dict[torch.device, Candidates] = field(default_factory=dict, init=False)
 
     def prepare(self, spec: InputSpec) -> None:
         self.planner.prepare_all_rows(spec.device)
@@ -368,14 +371,9 @@ class _TokenChoiceAttention(SequenceAttention):
             heads=1,
         )
 
-    @cached_property
-    def _candidates(self) -> dict[torch.device, Candidates]:
-        cpu = torch.device("cpu")
-        return {cpu: Candidates.of(self.planner.global_rows)}
-
     def _candidates_on(self, device: torch.device) -> Candidates:
         """Return the candidates on `device`, where they are copied once for all layers."""
-        return once(self._candidates, device, lambda: self._candidates[torch.device("cpu")].to(device))
+        return once(self._candidates, device, lambda: self.candidates.to(device))
 
 
 def _by_group(x: Tensor, gates: Tensor) -> Tensor:

@@ -152,13 +152,13 @@ class Composition:
     """The attentions that an attention is made of, and its own costs on top of theirs.
 
     branches: run one after another, each with its routing. all_reduced: bytes of the tensors that are summed over all
-    owners of rows, forward and backward. exchanged: bytes that an owner sends to, or gets from, each other one.
+    owners of rows, forward and backward. exchanged: bytes for each owner, this one included, forward and backward.
     working_bytes: held while a branch runs.
     """
 
     branches: Sequence[tuple["SequenceAttention", RoutingSource]] = ()
     all_reduced: tuple[int, int] = (0, 0)
-    exchanged: tuple[int, int] = (0, 0)
+    exchanged: tuple[Sequence[int], Sequence[int]] = ((), ())
     working_bytes: int = 0
 
 
@@ -310,22 +310,14 @@ class AttentionPlanner(ABC):
     def of_tokens(self, rows: Rows, token: Tensor) -> Self:
         """Return a planner for another sequence, each row of which lies with its token of this one, int64 `[rows]`."""
 
-    @abstractmethod
-    def of_rows(self, rows: Rows) -> Self:
-        """Return a planner for another sequence, of which every owner has an equal share."""
-
     @property
     @abstractmethod
-    def tokens_of_all(self) -> Tensor:
-        """The tokens behind the rows of all owners end to end, int64 `[P x T]`; -1 is padding."""
+    def tokens_by_owner(self) -> Tensor:
+        """The tokens behind the rows of each owner, int64 `[P, T]`; -1 is padding."""
 
     @abstractmethod
-    def reduce_scatter(self, x: Tensor, *, kind: str) -> Tensor:
-        """Return the sum over all owners of this one's rows `[T, ...]` of x, the rows of all `[P x T, ...]`."""
-
-    @abstractmethod
-    def all_gather(self, x: Tensor, *, kind: str) -> Tensor:
-        """Return the rows of all owners `[P x T, ...]`, of this one's x `[T, ...]`."""
+    def all_to_all(self, x: Tensor, *, sent: Sequence[int], received: Sequence[int], kind: str) -> Tensor:
+        """Send the first `sent[0]` rows of x to owner 0, and so on; return `received[0]` rows of owner 0, and so on."""
 
     def of_heads(self, share: HeadShare) -> Self:
         return replace(self, share=share)

@@ -3,6 +3,7 @@
 A single rank does just this; so does each rank of a strategy that shards heads instead of tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self, final
@@ -78,19 +79,13 @@ class SequencePlanner(AttentionPlanner):
         """All rows are at hand."""
 
     def of_tokens(self, rows: Rows, token: Tensor) -> Self:
-        return self.of_rows(rows)
-
-    def of_rows(self, rows: Rows) -> Self:
         return replace(self, global_rows=rows, tokens=torch.arange(len(rows)))
 
     @property
-    def tokens_of_all(self) -> Tensor:
-        return self.tokens
+    def tokens_by_owner(self) -> Tensor:
+        return self.tokens[None]  # [T] -> [1, T]
 
-    def reduce_scatter(self, x: Tensor, *, kind: str) -> Tensor:
-        return x
-
-    def all_gather(self, x: Tensor, *, kind: str) -> Tensor:
+    def all_to_all(self, x: Tensor, *, sent: Sequence[int], received: Sequence[int], kind: str) -> Tensor:
         return x
 
 

@@ -7,9 +7,9 @@ tokens in it, with one token of each head in a row:
     tokens             0  1  2  3  4  5        head 0 selects 1, 4, 5; head 1 selects 0, 4, 5
     row 0  1  2        1  4  5 of head 0, 0  4  5 of head 1: one document, positions 0 1 2
 
-Its attention is planned once for a sequence, and the host waits for no device. Of sharded tokens, any number of the
-selected ones may be on a rank: each rank has an equal share of the rows instead, which gets its tokens from their
-owners and returns what it finds. A rank sends P-1 times its share of rows, whoever owns their tokens.
+Its attention is planned once for a sequence, and one process waits for no device. Of sharded tokens, any number of the
+selected ones may be on a rank, so that rows have owners of their own, see `_KnownRows`: q, k and v of a selected token
+and head go there, and out returns. The host waits once in a layer, for how many of them each rank sends to each.
 
 Otherwise heads select different numbers, and the rows are planned in each forward pass, by one copy of the choice for
 which the host waits. Each row has one KV head, with its G query heads, and stays where its token is:
@@ -18,8 +18,7 @@ which the host waits. Each row has one KV head, with its G query heads, and stay
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import final
 
 import torch
@@ -44,10 +43,9 @@ from farspan.kernels.planner import (
     Sizes,
     no_routing,
 )
-from farspan.kernels.ragged import take_or
 from farspan.kernels.recomputation import kept
 from farspan.kernels.routing.ranking import best_in_groups
-from farspan.kernels.routing.selected_rows import SelectedRows
+from farspan.kernels.routing.selected_rows import RowOwners, SelectedRows
 
 
 class TokenChoice(Mechanism):
@@ -96,7 +94,9 @@ class TokenChoice(Mechanism):
         """
 
     def plan(self, planner: AttentionPlanner) -> SequenceAttention:
-        return _TokenChoiceAttention(self, planner, _KnownRows.of(self, planner) if self.counts_are_known else None)
+        candidates = Candidates.of(planner.global_rows)
+        known_rows = _KnownRows.of(self, planner, candidates) if self.counts_are_known else None
+        return _TokenChoiceAttention(self, planner, candidates, known_rows)
 
     def route(self, global_rows: Rows, heads: Heads, q: Tensor, k: Tensor, *routing: Tensor) -> "TokenRouting":
         return TokenRouting(self.choose(routing[0][..., 0].float(), Candidates.of(global_rows)))
@@ -112,6 +112,11 @@ class TokenChoice(Mechanism):
 
     def unmasked_pairs(self, rows: Rows) -> int:
         return self.among().unmasked_pairs(self._sample_rows(rows))
+
+    def keys_per_query(self, global_rows: Rows) -> Tensor:
+        """All that the selected ones see, shared out by what tokens would see if all were selected."""
+        visible = self.among().keys_per_query(global_rows)
+        return visible * (self.unmasked_pairs(global_rows) / visible.sum().clamp(min=1))
 
     def saved_bytes(self, heads: Heads, sizes: Sizes, global_rows: Rows) -> int:
         """Out of all tokens; q, k, v, out, log-sum-exp and routing of the selected ones."""
@@ -190,48 +195,76 @@ class ChosenTokens:
 class _KnownRows:
     """The rows that every choice has, and attention among them.
 
-    tokens: local ones. planner: of the rows. ranks: of those taken among all candidates, the best of each document
-    first, int64 `[n]`. first_place: token * Hk of each candidate among the local ones, less than -Hk if it is none of
-    them, int64 `[tokens]`. sent: the taken one in each row of all owners, -1 for padding, int64 `[rows]`; None if all
-    are local, in order.
+    Each row lies with a token that an even choice would put there: so owners have rows in proportion to their tokens,
+    where these are in the sequence, and of a choice that is nearly even few pairs move.
+
+    ranks: of those taken among all candidates, the best of each document first, int64 `[n]`.
+    first_place: token * Hk of each candidate among the local ones, less than -Hk if it is none of them, int64
+    `[tokens]`. owners: None if there is one, which has all rows in order.
     """
 
-    tokens: int
-    planner: AttentionPlanner
     among: SequenceAttention
     ranks: DeviceCopies
     first_place: DeviceCopies
-    sent: DeviceCopies | None
+    owners: RowOwners | None
 
     @staticmethod
-    def of(mechanism: TokenChoice, planner: AttentionPlanner) -> "_KnownRows":
-        candidates, global_rows = Candidates.of(planner.global_rows), planner.global_rows
+    def of(mechanism: TokenChoice, planner: AttentionPlanner, candidates: "Candidates") -> "_KnownRows":
         # Of equal scores the first are chosen: their places are the ranks of any choice.
+        global_rows = planner.global_rows
         chosen = mechanism.choose(torch.zeros(len(global_rows), 1), candidates)
-        of_rows = planner.of_rows(ChosenTokens.of(chosen, global_rows).rows)
-        row = planner.row_of_token[candidates.index]
-        kv_heads, sent = planner.share.local_heads.kv, of_rows.tokens_of_all
-        is_alone = torch.equal(sent, of_rows.tokens) and torch.equal(sent, torch.arange(len(of_rows.global_rows)))
+        ranks = chosen[candidates.index, 0].nonzero().squeeze(1)
+        owner, row = (of[candidates.index] for of in (_owner_of_token(planner), planner.row_of_token))
+        lies_with = candidates.index[_even_choice(candidates, ranks, owner)]
+        of_rows = planner.of_tokens(ChosenTokens.of(chosen, global_rows).rows, lies_with)
+        kv_heads = planner.share.local_heads.kv
+        is_alone = torch.equal(of_rows.tokens_by_owner, torch.arange(len(ranks))[None])
         return _KnownRows(
-            tokens=len(planner.tokens),
-            planner=of_rows,
             among=mechanism.among().plan(of_rows),
-            ranks=DeviceCopies(chosen[candidates.index, 0].nonzero().squeeze(1)),
+            ranks=DeviceCopies(ranks),
             first_place=DeviceCopies(torch.where(row < 0, -1 - kv_heads, row * kv_heads)),
-            sent=None if is_alone else DeviceCopies(sent),
+            owners=None if is_alone else RowOwners.of(of_rows, owner),
         )
+
+    def prepare(self, spec: InputSpec) -> None:
+        for table in (self.ranks, self.first_place):
+            table.on(spec.device)
+        if self.owners is not None:
+            self.owners.prepare(spec.device)
+        self.among.prepare(spec)
 
     def select(self, scores: Tensor, first: Tensor) -> SelectedRows:
         """Return the selected rows by scores of candidates, float32 `[tokens, Hk]`, and the first of each document."""
-        device, kv_heads = scores.device, scores.shape[1]
-        taken = best_in_groups(scores.t(), first, self.ranks.on(device))  # [Hk, n]
-        place = (self.first_place.on(device)[taken] + torch.arange(kv_heads, device=device)[:, None]).t().contiguous()
-        pairs = self.tokens * kv_heads
-        if self.sent is None:
-            return SelectedRows.of(self.among, place, pairs, is_full=True)
-        # Padding, -1, finds what is put behind all others: [n, Hk] -> [rows, Hk]
-        place = torch.nn.functional.pad(place.clamp(min=-1), (0, 0, 0, 1), value=-1)[self.sent.on(device)]
-        return SelectedRows.of(self.among, place, pairs, is_full=False, share=self.planner)
+        return self.of_taken(best_in_groups(scores.t(), first, self.ranks.on(scores.device)))
+
+    def of_taken(self, taken: Tensor) -> SelectedRows:
+        """Return the rows of the candidates that each head takes, ascending, int64 `[Hk, rows]`."""
+        device, kv_heads = taken.device, len(taken)
+        place = (self.first_place.on(device)[taken] + torch.arange(kv_heads, device=device)[:, None]).t()  # [rows, Hk]
+        if self.owners is not None:
+            return self.owners.exchange(self.among, taken.t(), place)
+        source = place.flatten()  # [rows x Hk]
+        return SelectedRows(among=self.among, source=source, slots=None, rows=len(place), heads=kv_heads)
+
+
+def _owner_of_token(planner: AttentionPlanner) -> Tensor:
+    """Return the owner of each token of the planner's sequence, int64 `[tokens]`."""
+    number, nth = (planner.tokens_by_owner >= 0).nonzero(as_tuple=True)
+    owner = torch.empty(len(planner.global_rows), dtype=torch.int64)
+    owner[planner.tokens_by_owner[number, nth]] = number
+    return owner
+
+
+def _even_choice(candidates: "Candidates", ranks: Tensor, owner: Tensor) -> Tensor:
+    """Return as many candidates as are taken, ascending, evenly spaced among those of each owner, int64 `[n]`.
+
+    ranks: as of `_KnownRows`. owner: of each candidate, int64 `[tokens]`.
+    """
+    first, end, by_owner = candidates.first, candidates.end, owner.argsort(stable=True)
+    # The part of its document that is taken is added up, token by token: each time that it passes a half, one is.
+    part = first[ranks].bincount(minlength=len(first))[first] / (end - first + 1).double()
+    halves = torch.arange(len(ranks)) + 0.5
+    return by_owner[torch.searchsorted(part[by_owner].cumsum(0), halves)].sort().values
 
 
 def _planner_of(selected: ChosenTokens, planner: AttentionPlanner) -> AttentionPlanner:
@@ -246,17 +279,15 @@ def _planner_of(selected: ChosenTokens, planner: AttentionPlanner) -> AttentionP
 class _TokenChoiceAttention(SequenceAttention):
     mechanism: TokenChoice
     planner: AttentionPlanner
+    candidates: Candidates
     known_rows: _KnownRows | None
+    _candidates: dict[torch.device, Candidates] = field(default_factory=dict, init=False)
 
     def prepare(self, spec: InputSpec) -> None:
         self.planner.prepare_all_rows(spec.device)
         self._candidates_on(spec.device)
-        known = self.known_rows
-        if known is not None:
-            for table in (known.ranks, known.first_place, known.sent):
-                if table is not None:
-                    table.on(spec.device)
-            known.among.prepare(spec)
+        if self.known_rows is not None:
+            self.known_rows.prepare(spec)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Saved]:
         q, k, v, routing = inputs
@@ -278,11 +309,11 @@ class _TokenChoiceAttention(SequenceAttention):
         dgates = (dout * _by_group(part, gates)).sum(dim=(2, 3)).unsqueeze(-1) * weight * (1 - weight)
         dpart = (dout * weight.unsqueeze(-1)).to(part.dtype).flatten(1, 2)
         gradients = selected.among.backward(dpart, Saved(tuple(tensors), extras))
-        if selected.share is not None:
-            # They may be parts of sums over ranks, which are rounded once.
+        if selected.planner is not None:
+            # They may be parts of sums over ranks, which are rounded once, and travel with those of routing.
             gradients = [x.to(gates.dtype) for x in gradients]
-        of_inputs = selected.scatter(kv_heads, *zip(gradients, (of_queries, of_keys, of_keys), strict=True))
-        return *of_inputs, *selected.scatter(kv_heads, (dgates, of_keys))
+        shapes = of_queries, of_keys, of_keys, of_keys
+        return tuple(selected.scatter(kv_heads, *zip((*gradients, dgates), shapes, strict=True)))
 
     def lse(self, saved: Saved) -> Tensor | None:
         """-inf at tokens that are not selected."""
@@ -291,33 +322,36 @@ class _TokenChoiceAttention(SequenceAttention):
         return selected.scatter(of_keys[1], (lse.unsqueeze(-1), of_queries), fill=float("-inf"))[0].squeeze(-1)
 
     def composition(self, sizes: Sizes, routing: RoutingSource) -> Composition:
-        heads, known = self.planner.share.local_heads, self.known_rows
+        heads = self.planner.share.local_heads
         # q, k, v and out of a selected token and KV head, with its group.
-        of_head = (heads.query // heads.kv + 1) * sizes.kv_width * sizes.element_bytes
-        all_reduced = len(self.planner.global_rows) * heads.kv * torch.float32.itemsize, 0
-        if known is None:
-            found = routing()
-            assert isinstance(found, TokenRouting), "what is sent depends on the tokens that heads select"
-            selected = self._planned(found.chosen)
-            return Composition(
-                branches=((selected.among, no_routing),),
-                all_reduced=all_reduced,
-                working_bytes=len(selected.source) * of_head,
-            )
-        # Of one owner: q, k, v and routing go there and out returns; back, the gradient of out goes and theirs return.
-        # What is collected and, where it is sent, what is received.
-        rows = len(known.planner.tokens_of_all) * (1 if known.sent is None else 2)
-        share, group = len(known.planner.tokens) * heads.kv, heads.query // heads.kv
-        of_gradients = (group * sizes.head_dim + sizes.kv_width + 1) * sizes.accumulation_bytes
+        group = heads.query // heads.kv
+        of_pair = (group + 1) * sizes.kv_width * sizes.element_bytes
+        selected = self._by_routing(routing())
+        sent, received = selected.sent, selected.received
+        # q, k, v and routing go and out returns; back, the gradient of out goes and theirs return.
+        out = group * sizes.value_dim * sizes.element_bytes
+        going = of_pair - out + sizes.accumulation_bytes
+        gradients = (group * sizes.head_dim + sizes.kv_width + 1) * sizes.accumulation_bytes
         return Composition(
-            branches=((known.among, no_routing),),
-            all_reduced=all_reduced,
+            branches=((selected.among, no_routing),),
+            all_reduced=(len(self.planner.global_rows) * heads.kv * torch.float32.itemsize, 0),
             exchanged=(
-                share * (of_head + sizes.accumulation_bytes),
-                share * (group * sizes.value_dim * sizes.element_bytes + of_gradients),
+                [leave * going + come * out for leave, come in zip(sent, received, strict=True)],
+                [leave * out + come * gradients for leave, come in zip(sent, received, strict=True)],
             ),
-            working_bytes=rows * heads.kv * of_head,
+            # The rows, what is packed for them and what has come.
+            working_bytes=(selected.rows * selected.heads + sum(sent) + sum(received)) * of_pair,
         )
+
+    def _by_routing(self, routing: Routing) -> SelectedRows:
+        """Return the rows that were selected in a full sequence."""
+        assert isinstance(routing, TokenRouting), "what is sent depends on the tokens that heads select"
+        if self.known_rows is None:
+            return self._planned(routing.chosen)
+        candidates = self._candidates_on(routing.chosen.device)
+        # [tokens, Hk] -> [Hk, tokens] -> [Hk, rows]
+        taken = routing.chosen[candidates.index].t().nonzero()[:, 1].view(routing.chosen.shape[1], -1)
+        return self.known_rows.of_taken(taken)
 
     def _select(self, routing: Tensor) -> SelectedRows:
         logits = self.planner.all_rows(routing[..., 0].float(), kind="choice")  # [tokens, Hk]
@@ -331,18 +365,19 @@ class _TokenChoiceAttention(SequenceAttention):
         selected = ChosenTokens.of(chosen.cpu(), self.planner.global_rows)
         of_group, device = _planner_of(selected, self.planner), chosen.device
         place = self.planner.row_of_token[selected.token] * chosen.shape[1] + selected.head
-        place = copy_to(take_or(place, of_group.tokens, -1)[:, None], device)
-        pairs, is_full = len(self.planner.tokens) * chosen.shape[1], bool((of_group.tokens >= 0).all())
-        return SelectedRows.of(self.mechanism.among().plan(of_group), place, pairs, is_full=is_full)
-
-    @cached_property
-    def _candidates(self) -> dict[torch.device, Candidates]:
-        cpu = torch.device("cpu")
-        return {cpu: Candidates.of(self.planner.global_rows)}
+        real = of_group.tokens >= 0
+        slots = None if bool(real.all()) else copy_to(real.nonzero().squeeze(1), device)
+        return SelectedRows(
+            among=self.mechanism.among().plan(of_group),
+            source=copy_to(place[of_group.tokens[real]], device),
+            slots=slots,
+            rows=len(real),
+            heads=1,
+        )
 
     def _candidates_on(self, device: torch.device) -> Candidates:
         """Return the candidates on `device`, where they are copied once for all layers."""
-        return once(self._candidates, device, lambda: self._candidates[torch.device("cpu")].to(device))
+        return once(self._candidates, device, lambda: self.candidates.to(device))
 
 
 def _by_group(x: Tensor, gates: Tensor) -> Tensor:

@@ -1,83 +1,124 @@
 """Rows that KV heads select of a sequence, collected from their tokens, and scattered back."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from farspan.kernels.device_copies import DeviceCopies
 from farspan.kernels.planner import AttentionPlanner, SequenceAttention
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class SelectedRows:
-    """Attention among selected rows, and the local tokens behind them.
+class RowOwners:
+    """Who has the tokens that heads select from, and who the rows of those that are selected; all owners know it.
 
-    source: of each KV head of each row, token * Hk + head among the local ones, int64 `[rows x heads]`; any where
-    there is none, which is `absent`, bool `[rows x heads]`, None if there is always one. target: the same, but T * Hk
-    where there is none. heads: KV heads of a row. share: plans the rows where each owner has a share of them, the
-    above being of the rows of all owners end to end; None where rows lie with their tokens.
+    planner: of the rows. of_token: the owner of each candidate's token, int64 `[tokens]`. rows: of each owner, int64
+    `[P, T]`, -1 for padding; local: this one's.
+    """
+
+    planner: AttentionPlanner
+    of_token: DeviceCopies
+    rows: DeviceCopies
+    local: DeviceCopies
+
+    @staticmethod
+    def of(planner: AttentionPlanner, of_token: Tensor) -> "RowOwners":
+        rows, local = planner.tokens_by_owner, planner.tokens
+        return RowOwners(
+            planner=planner, of_token=DeviceCopies(of_token), rows=DeviceCopies(rows), local=DeviceCopies(local)
+        )
+
+    def prepare(self, device: torch.device) -> None:
+        for table in (self.of_token, self.rows, self.local):
+            table.on(device)
+
+    def exchange(self, among: SequenceAttention, taken: Tensor, place: Tensor) -> "SelectedRows":
+        """Plan the exchange of the candidates that heads take in each row, int64 `[rows, Hk]`.
+
+        place: token * Hk + head among the local ones, negative if another owner has the token, int64 `[rows, Hk]`.
+        """
+        device, owners = taken.device, self.rows.host.shape[0]
+        # Padding, -1, finds what is put behind all others: [rows, Hk] -> [P, T, Hk] and [T, Hk]
+        place = _with_none(place)[self.rows.on(device)]
+        owner = _with_none(self.of_token.on(device)[taken])[self.local.on(device)]
+        # Whether a pair of each owner's rows leaves from here; whether one of the rows here comes from each owner.
+        leaves = place.flatten(1) >= 0  # [P, T x Hk]
+        comes = owner.flatten() == torch.arange(owners, device=device)[:, None]  # [P, T x Hk]
+        # The only time that the host waits: [2, P, T x Hk] -> [2, P]
+        sent, received = torch.stack((leaves, comes)).sum(dim=2).cpu().tolist()
+        # Both sides have the pairs of two owners in the order of rows, then of heads.
+        leaving = leaves.flatten().nonzero_static(size=sum(sent)).squeeze(1)
+        return SelectedRows(
+            among=among,
+            source=place.flatten()[leaving],
+            slots=comes.nonzero_static(size=sum(received))[:, 1],
+            rows=owner.shape[0],
+            heads=owner.shape[1],
+            sent=sent,
+            received=received,
+            planner=self.planner,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class SelectedRows:
+    """Attention among selected rows, and the pairs of a token and a KV head behind them, each of which occurs once.
+
+    source: of each pair of local tokens, token * Hk + head, int64 `[pairs]`. slots: of each pair of the rows here,
+    row * heads + head, int64 `[pairs]`, the others being padding; None if these are all, in order. rows, heads: how
+    many rows are here, and KV heads of each. sent, received: how many pairs go to and come from each owner, this one
+    included. planner: of the rows; None where these lie with their tokens.
     """
 
     among: SequenceAttention
     source: Tensor
-    absent: Tensor | None
-    target: Tensor
+    slots: Tensor | None
+    rows: int
     heads: int
-    share: AttentionPlanner | None
-
-    @staticmethod
-    def of(
-        among: SequenceAttention, place: Tensor, pairs: int, *, is_full: bool, share: AttentionPlanner | None = None
-    ) -> "SelectedRows":
-        """Return these rows; place: as `source`, `[rows, heads]`, -1 where there is none. pairs: T * Hk."""
-        heads, place = place.shape[1], place.flatten()
-        if is_full:
-            return SelectedRows(among=among, source=place, absent=None, target=place, heads=heads, share=share)
-        absent = place < 0
-        source, target = place.clamp(min=0), place.masked_fill(absent, pairs)
-        return SelectedRows(among=among, source=source, absent=absent, target=target, heads=heads, share=share)
+    sent: Sequence[int] = ()
+    received: Sequence[int] = ()
+    planner: AttentionPlanner | None = None
 
     def collect(self, kv_heads: int, *tensors: Tensor) -> list[Tensor]:
-        """Return this owner's rows `[rows, heads x G, width]` of x `[T, Hk x G, width]`; 0 where there is no token.
+        """Return the rows `[rows, heads x G, width]` of x `[T, Hk x G, width]`; padding is 0.
 
         Tensors of one dtype, which go to other owners in one message.
         """
-        found = []
-        for x in tensors:
-            # [T, Hk x G, width] -> [T x Hk, G, width] -> [rows x heads, G, width] -> [rows, heads x G, width]
-            pairs = x.unflatten(1, (kv_heads, -1)).flatten(0, 1)
-            # An owner without tokens has no pair that could stand for none.
-            if len(pairs):
-                of_heads = pairs.index_select(0, self.source)
-            else:
-                of_heads = pairs.new_zeros(len(self.source), *pairs.shape[1:])
-            if self.absent is not None:
-                of_heads.masked_fill_(self.absent[:, None, None], 0.0)
-            found.append(of_heads.unflatten(0, (-1, self.heads)).flatten(1, 2))
-        share = self.share
-        return found if share is None else _in_one(found, lambda x: share.reduce_scatter(x, kind="selected"))
+        # [T, Hk x G, width] -> [T x Hk, G, width] -> [pairs, G, width]
+        pairs = [x.unflatten(1, (kv_heads, -1)).flatten(0, 1).index_select(0, self.source) for x in tensors]
+        pairs = self._move(pairs, self.sent, self.received)
+        if self.slots is not None:
+            size = self.rows * self.heads
+            pairs = [x.new_zeros(size, *x.shape[1:]).index_copy_(0, self.slots, x) for x in pairs]
+        # [rows x heads, G, width] -> [rows, heads x G, width]
+        return [x.unflatten(0, (self.rows, self.heads)).flatten(1, 2) for x in pairs]
 
     def scatter(self, kv_heads: int, *given: tuple[Tensor, Sequence[int]], fill: float = 0.0) -> list[Tensor]:
         """Return `[T, Hk x G, width]` of each x as collected and the first two of this shape; the rest is `fill`."""
-        share, tensors = self.share, [x for x, _ in given]
-        if share is not None:
-            tensors = _in_one(tensors, lambda x: share.all_gather(x, kind="selected"))
+        # [rows, heads x G, width] -> [rows x heads, G, width] -> [pairs, G, width]
+        pairs = [x.unflatten(1, (self.heads, -1)).flatten(0, 1) for x, _ in given]
+        if self.slots is not None:
+            pairs = [x.index_select(0, self.slots) for x in pairs]
         scattered = []
-        for x, (_, shape) in zip(tensors, given, strict=True):
-            # Each pair of a token and a head occurs at most once, so that nothing is summed. One more takes all others.
-            pairs, group = shape[0] * kv_heads, shape[1] // kv_heads
-            full = x.new_full((pairs + 1, group, x.shape[2]), fill)
-            # [rows, heads x G, width] -> [rows x heads, G, width]
-            full.index_copy_(0, self.target, x.unflatten(1, (-1, group)).flatten(0, 1))
+        for x, (_, (tokens, *_)) in zip(self._move(pairs, self.received, self.sent), given, strict=True):
+            full = x.new_full((tokens * kv_heads, *x.shape[1:]), fill).index_copy_(0, self.source, x)
             # [T x Hk, G, width] -> [T, Hk x G, width]
-            scattered.append(full[:pairs].unflatten(0, (shape[0], kv_heads)).flatten(1, 2))
+            scattered.append(full.unflatten(0, (tokens, kv_heads)).flatten(1, 2))
         return scattered
 
+    def _move(self, pairs: list[Tensor], sent: Sequence[int], received: Sequence[int]) -> list[Tensor]:
+        """Exchange pairs `[sum(sent), G, width]` for those that come, `[sum(received), G, width]`, in one message."""
+        if self.planner is None:
+            return pairs
+        # [pairs, G, width] -> [pairs, G x width], side by side, and back
+        packed = torch.cat([x.flatten(1) for x in pairs], dim=1)
+        moved = self.planner.all_to_all(packed, sent=sent, received=received, kind="selected")
+        parts = moved.split([x.shape[1:].numel() for x in pairs], dim=1)
+        return [part.unflatten(1, x.shape[1:]) for part, x in zip(parts, pairs, strict=True)]
 
-def _in_one(tensors: Sequence[Tensor], move: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Move tensors `[rows, heads, width]` in one message."""
-    # [rows, heads, width] -> [rows, heads x width], side by side, and back
-    moved = move(torch.cat([x.flatten(1) for x in tensors], dim=1))
-    parts = moved.split([x.shape[1:].numel() for x in tensors], dim=1)
-    return [part.unflatten(1, x.shape[1:]) for part, x in zip(parts, tensors, strict=True)]
+
+def _with_none(x: Tensor) -> Tensor:
+    """Return x `[rows, Hk]` with one more row, of -1."""
+    return torch.nn.functional.pad(x, (0, 0, 0, 1), value=-1)

@@ -201,7 +201,9 @@ class ComposedAttention(LocalAttention):
             for attention, of_branch in found.branches
             for move in self._distributed(attention).moves(sizes, of_branch)
         ]
-        forward, backward = ((self.channel.size - 1) * each for each in found.exchanged)
+        forward, backward = (
+            sum(size for owner, size in enumerate(sizes) if owner != self.channel.rank) for sizes in found.exchanged
+        )
         exchanged = Move(forward=forward, backward=backward, channel=self.channel)
         return *of_branches, exchanged, all_reduce_move(found.all_reduced, self.channel)
 
@@ -327,26 +329,13 @@ class ShardedPlanner(AttentionPlanner):
         tokens = shards.index[self.strategy.channel.rank]
         return replace(self, global_rows=rows, tokens=tokens, shards=shards)
 
-    def of_rows(self, rows: Rows) -> Self:
-        shards = Shards.build(rows, layout="balanced", degree=self.shards.degree)
-        if not len(rows):
-            # A row of padding, as transfers are not empty.
-            shards = Shards(rows=rows, index=torch.full((self.shards.degree, 1), -1))
-        return replace(self, global_rows=rows, tokens=shards.index[self.strategy.channel.rank], shards=shards)
-
     @property
-    def tokens_of_all(self) -> Tensor:
-        return self.shards.index.flatten()  # [P, T] -> [P x T]
+    def tokens_by_owner(self) -> Tensor:
+        return self.shards.index
 
-    def reduce_scatter(self, x: Tensor, *, kind: str) -> Tensor:
-        channel = self.strategy.channel
-        # Every row has one owner's value and zeros: summed here, the sum is exact in any dtype. [P x T, ...] ->
-        # [P, T, ...] -> [T, ...]
-        received = channel.all_to_all(x.unflatten(0, (channel.size, -1)), kind=f"{self.strategy.name}_{kind}")
-        return received.sum(0)
-
-    def all_gather(self, x: Tensor, *, kind: str) -> Tensor:
-        return torch.cat(self.strategy.channel.all_gather(x, kind=f"{self.strategy.name}_{kind}"))
+    def all_to_all(self, x: Tensor, *, sent: Sequence[int], received: Sequence[int], kind: str) -> Tensor:
+        kind = f"{self.strategy.name}_{kind}"
+        return self.strategy.channel.start_all_to_all(x, sent=sent, received=received, kind=kind).wait()
 
     def distributed(self, attention: SequenceAttention, routing_width: int) -> DistributedAttention:
         """Return attention that this planner has planned with its costs: that of a strategy has them already."""

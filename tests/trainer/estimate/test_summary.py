@@ -12,6 +12,8 @@ from farspan.kernels.backend import BACKENDS
 from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanisms.dense import Dense
+from farspan.kernels.mechanisms.mosa import MoSA
+from farspan.kernels.planner import Heads
 from farspan.parallel.context_parallel.key_convolution import mean_rows_sent
 from farspan.parallel.layout import LAYOUTS, Shards
 from farspan.parallel.mesh import Degrees, ParallelConfig
@@ -112,11 +114,16 @@ def test_traffic_of_token_choice() -> None:
     found = labels(summarize(config, ranks=2))
     # 4096 / 16 tokens for each of 2 KV heads, 128 of each on each of 2 ranks; keys, values of 32 features in 4 bytes,
     # 64 KiB, once forward and three times backward; 4096 x 2 numbers of routing in 4 bytes, summed over both, 32 KiB.
-    # For each of these 256, q and out of 4 heads, k, v and routing go to the rank that attends, and return: 321 KiB
-    # forward, and as much backward. All in each of 4 layers.
-    sent, unit = found["traffic"].split()[:2]
-    assert unit == "MiB"
-    assert float(sent) == pytest.approx(4 * (4 * 64 + 32 + 2 * 321) / 1024, abs=0.01)
+    # A row lies where an even choice would put it. Where the token is on the other rank, q of 4 heads, k, v and routing
+    # go there and out returns; backward its gradient goes and theirs return. All in each of 4 layers.
+    routing = MoSA(sparsity=16).sample_routing(Rows.packed([4096]), Heads(query=8, kv=2))
+    row, token = torch.arange(256).repeat(2), routing.chosen.t().nonzero()[:, 1]
+    is_inner = [(x // 1024 == 1) | (x // 1024 == 2) for x in (16 * row + 8, token)]
+    moved = int((is_inner[0] != is_inner[1]).sum())
+    assert moved > 0
+    sent = 4 * (4 * 65536 + 32768 + moved * (2 * 4 * 32 + 2 * 32 + 1) * 4)
+    assert attention_bytes(config, Degrees.resolve(config.parallel, 2)) == sent
+    assert found["traffic"].startswith(f"{sent / 2**20:.3g} MiB")
     # As many parameters as without a router, and 2 x 256 in each layer.
     assert found["model"] == f"{3_181_056 - 4 * 2 * 32 + 4 * 2 * 256:,} parameters"
     # Ulysses moves half of all tokens' q, k, v, out and routing, forward and backward.

@@ -61,7 +61,8 @@ def upcycle(config: Config, runs: Sequence[Path], out: Path) -> None:
             mixture = mixture.double()
         initialize(mixture, model, config.run.seed)
         sources = [_read(trained) for trained in dense]
-        save_weights(upcycled(sources, mixture.state_dict()), out, files=files[0])
+        decoder = Decoder(model=model, attention=config.attention)
+        save_weights(upcycled(sources, mixture.state_dict()), out, decoder, files[0])
 
 
 def upcycled(dense: Sequence[Tensors], initial: Tensors) -> dict[str, Tensor]:

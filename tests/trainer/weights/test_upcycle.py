@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import farspan
 from farspan.errors import CheckpointError, ConfigError
 from farspan.parallel.comm import Traffic
 from farspan.parallel.mesh import Mesh, ParallelConfig
@@ -76,6 +77,9 @@ def test_copies_of_one_model_compute_the_same(dense: list[Config], tmp_path: Pat
     expected = losses(dense[0], newest_complete(run / "checkpoints"))
     assert expected.std() > 0.1
     assert torch.allclose(losses(config, tmp_path / "weights"), expected, rtol=0, atol=1e-12)
+    # They say themselves which model they are.
+    loaded, original = (farspan.load(folder, device="cpu").logits(range(50)) for folder in (tmp_path / "weights", run))
+    assert torch.allclose(loaded, original, rtol=0, atol=1e-12)
 
 
 def test_each_model_gives_every_second_expert_and_half_of_the_rest() -> None:

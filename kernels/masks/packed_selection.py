@@ -44,6 +44,13 @@ def numbers_pay(blocks: int, most: int) -> bool:
     return NUMBERS_SAVE * most * number_dtype(blocks).itemsize <= num_words(blocks) * torch.int32.itemsize
 
 
+def list_bytes(blocks: int, most: int) -> int:
+    """Return the bytes of a list of at most `most` of all `blocks`: as numbers, if they pay, or as bits."""
+    if numbers_pay(blocks, most):
+        return most * number_dtype(blocks).itemsize
+    return num_words(blocks) * torch.int32.itemsize
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedSelection:
     """Key blocks selected by each (query block, head group), one bit each; unpacked, it is a `BlockSelection`.

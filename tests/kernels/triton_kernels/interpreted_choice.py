@@ -204,4 +204,8 @@ def test_chunks_of_blocks_choose_as_all_at_once(mechanism: Routed, ties: bool) -
     check(mechanism, q, k, local_shard)
     assert [some.in_chunks for some in local_shard._made["choice", q.device].tiles] == [True, False]
     # The numbers of 2 blocks take little beside the bits of 159.
-    assert mechanism.select_packed(q, k, local_shard).numbered == isinstance(mechanism, MoBA)
+    packed = mechanism.select_packed(q, k, local_shard)
+    assert packed.numbered == isinstance(mechanism, MoBA)
+    # Of a third of the rows; these lie in all tiles.
+    if packed.num_query_blocks == len(some):
+        assert packed.stored.nbytes == mechanism.kept_bytes(heads, rows, tokens=len(some), packed=True)

@@ -119,6 +119,14 @@ class Mechanism(ABC):
         rows = (heads.query + heads.kv) * sizes.kv_width * sizes.element_bytes
         return rows + heads.query * sizes.accumulation_bytes
 
+    def kept_bytes(self, heads: Heads, global_rows: Rows, *, tokens: int, packed: bool) -> int:
+        """Return the bytes that a layer keeps of what it chose by content until its backward pass, recomputed or not.
+
+        tokens: of the sequence, as many as are local. packed: whether the backend takes selections as bits; see
+        `Backend`. Here nothing: a choice of few tokens does not count.
+        """
+        return 0
+
     def route(self, global_rows: Rows, heads: Heads, q: Tensor, k: Tensor, *routing: Tensor) -> Routing:
         """Return the selection in a full sequence that one process has, by its inputs."""
         return Routing()

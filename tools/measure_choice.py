@@ -57,7 +57,7 @@ def chosen_by_layers(folder: Path) -> tuple[Config, Rows, list[Routing]]:
     context.attention = tuple(partial(recorded, attend) for attend in context.attention)  # pyright: ignore[reportAttributeAccessIssue]
     with torch.no_grad():
         model(batch.tokens, batch.labels, context)
-    rows = context.rows.to("cpu")
+    rows = context.rows.to(torch.device("cpu"))
     layers, heads_of = zip(config.mechanisms(), inputs_of_layers, strict=True), config.model.heads_of
     return config, rows, [m.route(rows, heads_of(m), q, k, *routing) for m, (q, k, _, *routing) in layers]
 

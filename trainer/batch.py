@@ -134,7 +134,7 @@ class BatchBuilder:
             tokens=copy_to(tokens, device),
             labels=copy_to(labels, device),
             context=SequenceContext(
-                rows=Rows(position=copy_to(local.position, device), document=copy_to(local.document, device)),
+                rows=local.to(device),
                 attention=tuple(planned[layer] for layer in self.layers),
                 key_convolution=convolution,
                 experts=experts,

@@ -75,6 +75,10 @@ class KVLifetime(Masked):
         routing = torch.randn(len(rows), 1, self.routing_width, generator=torch.Generator().manual_seed(0))
         return Lifetimes.of(chosen_types(routing), DocumentOrder.of(rows), self.window).pairs(rows)
 
+    def kept_bytes(self, heads: Heads, global_rows: Rows, *, tokens: int, packed: bool) -> int:
+        """The four columns of `Lifetimes`, of all tokens."""
+        return 4 * torch.int32.itemsize * heads.kv * len(global_rows)
+
     def route(self, global_rows: Rows, heads: Heads, q: Tensor, k: Tensor, *routing: Tensor) -> Routing:
         return TypeRouting(chosen_types(*routing))
 

@@ -13,7 +13,7 @@ from farspan.kernels.backend import BACKENDS
 from farspan.kernels.caching import Made, once
 from farspan.kernels.kinds.masked import Masked
 from farspan.kernels.masks.attention_mask import count_keys_per_query
-from farspan.kernels.masks.packed_selection import PackedSelection
+from farspan.kernels.masks.packed_selection import PackedSelection, list_bytes
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
 from farspan.kernels.mechanism import SAMPLED, Access
@@ -76,6 +76,10 @@ class Routed(Masked):
         """Return the bytes of the tensors that `select` sums over all owners of rows; none for a pattern."""
         return 0
 
+    def most_selected(self, blocks: int) -> int:
+        """Return the most key blocks that a query selects, of the `blocks` of its document."""
+        return blocks
+
     def selects_all_of(self, blocks: int) -> bool:
         """Return whether every query of a document of so many key blocks selects all that it sees, whatever its q."""
         return blocks <= 1
@@ -105,6 +109,16 @@ class Routed(Masked):
 
     def useful_flops(self, rows: Rows, head_dim: int, value_dim: int) -> int:
         return 2 * (head_dim + value_dim) * self.unmasked_pairs(rows, max_queries=SAMPLED)
+
+    def kept_bytes(self, heads: Heads, global_rows: Rows, *, tokens: int, packed: bool) -> int:
+        """The lists of the query blocks of these tokens, as bits or numbers or, for a random choice, as on a CPU."""
+        blocks, query_blocks = self.key_blocks(global_rows), int((self.query_blocks(global_rows).sizes > 0).sum())
+        lists = heads.query * -(-tokens * query_blocks // max(int((global_rows.document >= 0).sum()), 1))
+        if packed:
+            return lists * list_bytes(blocks.count, self.most_selected(int(blocks.first.diff().max())))
+        sample = self.sample_routing(global_rows, Heads(query=1, kv=1), max_queries=SAMPLED).selection
+        numbers = lists * len(sample.key_blocks) // max(sample.num_query_blocks, 1)
+        return lists * torch.int64.itemsize + numbers * torch.int32.itemsize  # offsets, and the blocks
 
     def route(self, global_rows: Rows, heads: Heads, q: Tensor, k: Tensor, *routing: Tensor) -> "SelectedBlocks":
         # On a GPU as it is trained with: the checks there compare it with the CPU's.

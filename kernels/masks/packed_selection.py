@@ -10,7 +10,7 @@ Where few of many blocks are selected, their numbers take less memory until the 
     numbers[0, 0]    0, 1, 33, -1        of at most 4 blocks
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -19,7 +19,6 @@ from torch import Tensor
 from farspan.kernels.device_copies import copy_to
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
-from farspan.kernels.ragged import take_or
 
 WORD = 32
 """Bits of a word."""
@@ -42,6 +41,13 @@ def number_dtype(blocks: int) -> torch.dtype:
 def numbers_pay(blocks: int, most: int) -> bool:
     """Return whether the numbers of `most` blocks take much less memory than the bits of all `blocks`."""
     return NUMBERS_SAVE * most * number_dtype(blocks).itemsize <= num_words(blocks) * torch.int32.itemsize
+
+
+def list_bytes(blocks: int, most: int) -> int:
+    """Return the bytes of a list of at most `most` of all `blocks`: as numbers, if they pay, or as bits."""
+    if numbers_pay(blocks, most):
+        return most * number_dtype(blocks).itemsize
+    return num_words(blocks) * torch.int32.itemsize
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -125,10 +131,6 @@ class PackedSelection:
     @property
     def num_query_blocks(self) -> int:
         return self.stored.shape[0]
-
-    def of_queries(self, index: Tensor) -> "PackedSelection":
-        """The selection of the queries at `index`, int64 `[queries]`; an index of -1 attends to nothing."""
-        return replace(self, query_block=take_or(self.query_block, index, -1))
 
     def mask(self, keys: Rows) -> Tensor:
         """Whether each query selects the block of each key, bool `[heads, queries, keys]`; quadratic."""

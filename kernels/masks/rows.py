@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from farspan.kernels.device_copies import copy_to
 from farspan.kernels.ragged import expand, take_or
 
 PADDING = -1
@@ -55,8 +56,8 @@ class Rows:
         """The same columns as views of some rows."""
         return Rows(position=self.position[where], document=self.document[where])
 
-    def to(self, device: torch.device | str) -> "Rows":
-        return Rows(position=self.position.to(device), document=self.document.to(device))
+    def to(self, device: torch.device) -> "Rows":
+        return Rows(position=copy_to(self.position, device), document=copy_to(self.document, device))
 
     @staticmethod
     def packed(document_lengths: Sequence[int], padding: int = 0) -> "Rows":

@@ -16,7 +16,7 @@ from farspan.kernels.device_copies import copy_to
 from farspan.kernels.kinds.routed import LocalShard, Routed
 from farspan.kernels.masks.packed_selection import PackedSelection, num_words, numbers_pay
 from farspan.kernels.masks.selection import BlockPartition
-from farspan.kernels.planning.choice_tiles import Candidates, ChoiceTiles, Ranking, choice_tiles
+from farspan.kernels.planning.choice_tiles import BlockCandidates, ChoiceTiles, Ranking, choice_tiles
 from farspan.kernels.ragged import offsets_of
 
 if TYPE_CHECKING:
@@ -146,11 +146,11 @@ class BlockChoice:
         return copy_to(self._candidates.tiles(index, QUERIES), self.device)
 
     @cached_property
-    def _candidates(self) -> Candidates:
+    def _candidates(self) -> BlockCandidates:
         first, document = self.local_shard.key_blocks.first, self.queries.document
         # Padding, of document -1, gets numbers that mean nothing.
         stop = self._block_at(self.queries.last) + 1 if self._causal else first[document + 1]
-        return Candidates(document=document, first=first[document], stop=stop, least=self.least)
+        return BlockCandidates(document=document, first=first[document], stop=stop, least=self.least)
 
     def _block_at(self, position: Tensor) -> Tensor:
         """The key block at a position of each query's document, int64 `[Q]`; of padding it means nothing."""

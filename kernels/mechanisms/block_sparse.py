@@ -96,6 +96,10 @@ class BlockSparse(Routed):
             others = self._num_drawn(tile if self.causal else tiles - 1)
         return (others * self.block + own).masked_fill(~real, 0).double()
 
+    def kept_bytes(self, heads: Heads, global_rows: Rows, *, tokens: int, packed: bool) -> int:
+        """Layers share the pattern."""
+        return 0
+
     def selects_all_of(self, blocks: int) -> bool:
         if not self.mask:
             # The tile that sees most blocks draws the smallest share of them, once rounded.

@@ -55,6 +55,9 @@ class MoBA(BlockChooser):
     def key_blocks(self, global_rows: Rows) -> BlockPartition:
         return BlockPartition.blocks(global_rows, self.block)
 
+    def most_selected(self, blocks: int) -> int:
+        return min(self.top_k, blocks)
+
     def selects_all_of(self, blocks: int) -> bool:
         return blocks <= self.top_k
 
@@ -89,7 +92,7 @@ class MoBA(BlockChooser):
         return choice.choose(q, choice.key_means(k))
 
     def choice(self, local_shard: LocalShard, device: torch.device) -> BlockChoice:
-        most = min(self.top_k, longest(local_shard))
+        most = self.most_selected(longest(local_shard))
         return BlockChoice(
             local_shard=local_shard,
             device=device,

@@ -89,6 +89,14 @@ class VMoBA(BlockChooser):
             rest, stride = rest // size, stride * -(-size // length)
         return number + (rest // self.brick[0] * stride if self.brick[0] else 0)
 
+    def most_selected(self, blocks: int) -> int:
+        if self.scope == "head":
+            return blocks
+        # The query's own block, the fewest of the others that can have less than the share, and the one that reaches
+        # it: m of n others weigh at least m / n of all.
+        most = int(self.share * (blocks - 1)) + 3 if self.rule == "threshold" else self.top_k
+        return min(most, blocks)
+
     def selects_all_of(self, blocks: int) -> bool:
         return blocks <= (self.top_k if self.rule == "top_k" else 1)
 
@@ -149,9 +157,6 @@ class VMoBA(BlockChooser):
 
     def choice(self, local_shard: LocalShard, device: torch.device) -> BlockChoice:
         by_share, joint, blocks = self.rule == "threshold", self.scope == "head", longest(local_shard)
-        # The query's own block, the fewest of the others that can have less than the share, and the one that reaches
-        # it: m of n others weigh at least m / n of all.
-        most = int(self.share * (blocks - 1)) + 3 if by_share else self.top_k
         ranking = Ranking(weights="scaled" if by_share else "none", share=self.share, own_counts=True)
         return BlockChoice(
             local_shard=local_shard,
@@ -159,7 +164,7 @@ class VMoBA(BlockChooser):
             queries=Queries.rows(local_shard),
             ranking=None if joint else ranking,
             least=torch.full((len(local_shard.key_blocks.documents),), 1 if by_share else min(self.top_k, blocks)),
-            most=blocks if joint else min(most, blocks),
+            most=self.most_selected(blocks),
             names_own=True,
         )
 

@@ -44,7 +44,7 @@ class Ranking:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Candidates:
+class BlockCandidates:
     """The blocks that each of Q queries chooses among, on the CPU.
 
     document: int64 `[Q]`, -1 for those that choose nothing. first, stop: the first of the blocks and their end, int64
@@ -86,7 +86,10 @@ class Candidates:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ChoiceTiles:
-    """Tiles, as of `Candidates.tiles`, of queries that choose among at most `blocks` blocks after a multiple of 32."""
+    """Tiles of queries that choose among at most `blocks` blocks after a multiple of 32.
+
+    table: int32 `[tiles, HEADER + queries]`, see `BlockCandidates.tiles`.
+    """
 
     blocks: int
     queries: int
@@ -97,7 +100,7 @@ class ChoiceTiles:
         return self.blocks > MAX_BLOCKS
 
 
-def choice_tiles(candidates: Candidates, queries_of: Callable[[int], int]) -> tuple[ChoiceTiles, ...]:
+def choice_tiles(candidates: BlockCandidates, queries_of: Callable[[int], int]) -> tuple[ChoiceTiles, ...]:
     """Return the tiles of all queries by size, the largest first; queries_of: the queries of a tile, by its size."""
     sizes = candidates.sizes()
     return tuple(

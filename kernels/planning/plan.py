@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.caching import once
-from farspan.kernels.device_copies import copy_to
 from farspan.kernels.isolation import Isolation
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.packed_selection import PackedSelection
@@ -118,12 +117,12 @@ class Plan:
         index: int64 `[queries]` on the device that attends, as are the lists of the selection, in which each query is
         a query block: the host knows only how many there are.
         """
-        position, document = self.query_columns(index.device)
+        queries = self.queries_on(index.device)
         # Which pairs are visible, the host does not know.
         regions = (Region(Kind.MASKED, 0, len(index), 0, len(self.keys)),) if len(index) else ()
         return replace(
             self,
-            queries=Rows(position=position[index], document=document[index]),
+            queries=Rows(position=queries.position[index], document=queries.document[index]),
             parts=tuple(replace(part, regions=regions) for part in self.parts),
             selection=selection,
             isolation=None if self.isolation is None else self.isolation.of_queries(index),
@@ -131,12 +130,13 @@ class Plan:
             shared={},
         )
 
-    def query_columns(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return position and document of the queries on `device`."""
-        columns = self.queries.position, self.queries.document
-        return once(
-            self.shared, ("query columns", device), lambda: (copy_to(columns[0], device), copy_to(columns[1], device))
-        )
+    def queries_on(self, device: torch.device) -> Rows:
+        """Return the queries on `device`, where they are copied once."""
+        return once(self.shared, ("queries", device), lambda: self.queries.to(device))
+
+    def keys_on(self, device: torch.device) -> Rows:
+        """Return the keys on `device`, where they are copied once."""
+        return once(self.shared, ("keys", device), lambda: self.keys.to(device))
 
     def with_lifetimes(self, lifetime: Tensor) -> "Plan":
         """The same plan, restricted to keys that are still active at the query's position; its cache starts empty."""

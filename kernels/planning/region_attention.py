@@ -14,7 +14,6 @@ from torch import Tensor
 
 from farspan.kernels.caching import once
 from farspan.kernels.device_copies import copy_to
-from farspan.kernels.masks.rows import Rows
 from farspan.kernels.merge import accumulation_dtype, empty_partial, merge_
 from farspan.kernels.planning.plan import HeadPlan, Plan
 from farspan.kernels.planning.regions import Kind, Region
@@ -66,7 +65,8 @@ class RegionAttention:
             if len(plan.parts) > 1:
                 _index_of_heads(plan, part, kv_heads, device)
             if any(region.kind is Kind.MASKED for region in part.regions):
-                _rows_on(plan, device)
+                plan.queries_on(device)
+                plan.keys_on(device)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """Return (out, lse)."""
@@ -197,7 +197,7 @@ def _batches_of(plan: Plan, part: HeadPlan, device: torch.device) -> Iterator[_R
     for (kind, num_queries, _), regions in by_shape.items():
         if kind is Kind.MASKED:
             # Masks differ from region to region.
-            queries, keys = _rows_on(plan, device)
+            queries, keys = plan.queries_on(device), plan.keys_on(device)
             for x in regions:
                 mask = part.attention_mask.mask(queries.slice(x.queries), keys.slice(x.keys))
                 yield _RegionBatch(x, mask=mask)
@@ -220,17 +220,6 @@ def zeros(*like: Tensor) -> Gradients:
     """Zeros like three tensors, in their accumulation dtype."""
     dq, dk, dv = (torch.zeros(x.shape, dtype=accumulation_dtype(x.dtype), device=x.device) for x in like)
     return dq, dk, dv
-
-
-def _rows_on(plan: Plan, device: torch.device) -> tuple[Rows, Rows]:
-    """The plan's queries and keys on a device, where they are copied once."""
-    if device.type == "cpu":
-        return plan.queries, plan.keys
-
-    def copied(rows: Rows) -> Rows:
-        return Rows(position=copy_to(rows.position, device), document=copy_to(rows.document, device))
-
-    return once(plan.shared, ("rows", device), lambda: (copied(plan.queries), copied(plan.keys)))
 
 
 def _index_of_heads(plan: Plan, part: HeadPlan, num_kv_heads: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -298,7 +298,7 @@ def choose_kernel(
 ):  # fmt: skip
     """Choose the best blocks for each query of a tile and head, at most `most`, and those that are chosen besides.
 
-    chosen: `[queries, heads, width]`, bits, or numbers. tiles: see `Candidates.tiles`. WEIGHTS, SHARE, OWN_COUNTS,
+    chosen: `[queries, heads, width]`, bits, or numbers. tiles: see `BlockCandidates.tiles`. WEIGHTS, SHARE, OWN_COUNTS,
     SINK: see `Ranking`.
     """
     i_tile, i_head = tl.program_id(0) // scores.heads, tl.program_id(0) % scores.heads

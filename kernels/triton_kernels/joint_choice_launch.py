@@ -26,8 +26,8 @@ BLOCKS, QUERIES, WARPS = 64, 16, 2
 class JointRanking:
     """The pairs of all queries and blocks of a document, ranked for each head.
 
-    table: tiles of `QUERIES` queries, see `Candidates.tiles`. q: `[Q, Hq, D]`. block_means: float64 `[Hk, D, blocks]`.
-    all_reduce_sum: over the owners of the other queries.
+    table: tiles of `QUERIES` queries, see `BlockCandidates.tiles`. q: `[Q, Hq, D]`. block_means: float64
+    `[Hk, D, blocks]`. all_reduce_sum: over the owners of the other queries.
     """
 
     q: Tensor

@@ -204,7 +204,7 @@ class LocalKeys:
     def prepare(self, device: torch.device) -> None:
         """Make what `received` needs on `device`."""
         self.block.on(device)
-        self.plan.query_columns(device)
+        self.plan.queries_on(device)
         if self.plan.isolation is not None:
             self.plan.isolation.to(device)
 

@@ -4,8 +4,13 @@ import pytest
 import torch
 
 from farspan.kernels import isolation
+from farspan.kernels.attention import attention_backward, attention_forward
 from farspan.kernels.isolation import LARGEST_PADDING, Isolation, bad_rows
+from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
+from farspan.kernels.masks.selection import BlockPartition, BlockSelection
+from farspan.kernels.planning.plan import Plan
+from tests.support import attention_cases as contract
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -41,3 +46,22 @@ def test_bad_rows() -> None:
     largest, of_device = isolation._largest(x), torch.linalg.vector_norm(x, torch.inf, dim=(1, 2))
     assert torch.equal(largest.nan_to_num(7), of_device.nan_to_num(7))
     assert torch.equal(largest.isnan(), of_device.isnan())
+
+
+@pytest.mark.parametrize("backend", contract.ABLE)
+def test_queries_that_are_drawn_from_a_plan_stay_apart_from_other_documents(backend: str) -> None:
+    """As those of other ranks are, by the blocks that they chose."""
+    rows = Rows.packed([6, 5])
+    index, blocks = torch.tensor([9, 2, 5, 10]), BlockPartition.blocks(rows, 4)
+    # Each chooses its own block.
+    chosen = BlockSelection(
+        heads=1, query_block=torch.arange(4), blocks=blocks, offsets=torch.arange(5),
+        key_blocks=blocks.of(rows)[index].int(),
+    )  # fmt: skip
+    drawn = Plan.build(rows, rows, AttentionMask(), heads=1).draw(index, chosen)
+    q, k, v, dout = contract.Tensors.random(4, 11, heads=(1, 1))
+    v[7] = torch.nan
+    out, lse = attention_forward(q, k, v, drawn, backend=backend)
+    dq, _, dv = attention_backward(dout, q, k, v, out, lse, drawn, backend=backend)
+    assert [x.isfinite().flatten(1).all(1).tolist() for x in (out, dq)] == [[False, True, True, False]] * 2
+    assert dv[:6].isfinite().all()

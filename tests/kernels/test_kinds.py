@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 from farspan.errors import ConfigError
+from farspan.kernels.kinds.kv_lifetime import KVLifetime
 from farspan.kernels.kinds.masked import Masked
+from farspan.kernels.kinds.routed import Routed
+from farspan.kernels.lifetimes.lifetimes import Lifetimes
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import MECHANISMS, Access, Mechanism
+from farspan.kernels.mechanisms.block_sparse import BlockSparse
 from farspan.kernels.planner import Heads, KeyRouting, Saved, SequenceAttention, Sizes
+from farspan.kernels.recomputation import choices_of_two_passes, kept
 from farspan.kernels.sequence_attention import SequencePlanner, plan_sequence_attention
 from farspan.trainer.toml_config import from_tree
 from tests.support.mechanisms import examples, inputs_of
@@ -77,6 +82,34 @@ def test_what_a_kind_saves_is_what_it_says(mechanism: Mechanism) -> None:
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (out, *saved.tensors)}
     stated = mechanism.saved_bytes(HEADS, Sizes.of(torch.float32, 64, 64), rows) * len(rows)
     assert 0.6 * stated <= sum(storages.values()) <= 1.1 * stated
+
+
+@pytest.mark.parametrize("mechanism", examples(Routed) + examples(KVLifetime), ids=str)
+def test_what_a_layer_keeps_of_its_choice_is_what_it_says(mechanism: Routed | KVLifetime) -> None:
+    """On a CPU, as lists; what is packed for a device is compared in triton_kernels/interpreted_choice.py."""
+    rows, (first, second) = Rows.packed([320]), choices_of_two_passes()
+    planned = plan_sequence_attention(mechanism, rows, HEADS, range(8), backend="cpu")
+    layers = [inputs_of(mechanism, len(rows), HEADS, dtype=torch.float32, seed=seed)[:-1] for seed in range(4)]
+    with first:
+        for inputs in layers:
+            planned.forward(*inputs)
+    with second:
+        tensors = [x for _ in layers for x in tensors_of(kept(list))]
+    storages = {x.untyped_storage().data_ptr(): x.nbytes for x in tensors}
+    stated = len(layers) * mechanism.kept_bytes(HEADS, rows, tokens=len(rows), packed=False)
+    if isinstance(mechanism, BlockSparse):
+        # One pattern, however many layers.
+        assert stated == 0
+        assert len(storages) == len(tensors) // len(layers)
+    else:
+        # Tiles are few here, and choose by chance as many blocks as those of the estimate.
+        assert sum(storages.values()) == pytest.approx(stated, rel=0.05)
+
+
+def tensors_of(choice: Any) -> list[Tensor]:
+    if isinstance(choice, Lifetimes):
+        return [choice.columns]
+    return [choice.offsets, choice.key_blocks]
 
 
 MAY_BE_NEGATIVE = {"block_sparse.seed", "spans.alpha", "spans.beta", "sparge.similarity"}

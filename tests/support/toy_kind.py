@@ -72,6 +72,9 @@ class GatedSum(Mechanism):
         out = heads.query * sizes.value_dim * sizes.element_bytes
         return sum(branch.saved_bytes(heads, sizes, global_rows) + out for branch in self.branches())
 
+    def kept_bytes(self, heads: Heads, global_rows: Rows, *, tokens: int, packed: bool) -> int:
+        return sum(x.kept_bytes(heads, global_rows, tokens=tokens, packed=packed) for x in self.branches())
+
     def route(self, global_rows: Rows, heads: Heads, q: Tensor, k: Tensor, *routing: Tensor) -> "BranchRouting":
         zipped = zip(self.branches(), self.split(routing[0])[1], strict=True)
         return BranchRouting(tuple(branch.route(global_rows, heads, q, k, *own) for branch, own in zipped))

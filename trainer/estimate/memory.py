@@ -4,6 +4,7 @@ Counts tensors, not what torch and its allocator take besides.
 """
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,8 @@ class Memory:
     """Full parameters outside the blocks and of two blocks, one in use and one prefetched, with only the local experts;
     gradients of the head and of one block, and a copy of the latter in the dtype of the reduction."""
     activations: int
-    """All blocks', see `block_activations`; with recompute: the inputs of all blocks, and one block's activations."""
+    """All blocks', see `block_activations`; with recompute: the inputs of all blocks, and one block's activations. And
+    what all of them keep of their choices by content."""
     working: int
     """The larger of two that are not in memory together. Loss: a chunk of logits, on a GPU also in 16 bits, the
     gradient of the hidden states and, for a 16-bit head, its float32 gradient. Backward of a block: gradients inside
@@ -68,6 +70,11 @@ def estimate_memory(config: Config, degrees: Degrees) -> Memory:
     inputs = tokens * model.width * item
     saved = model.layers * inputs + max(by_block) if config.train.recompute == "block" else sum(by_block)
     on_cpu = config.train.device == "cpu"
+    one_document, choices = Rows.packed([config.data.sequence_tokens]), Counter(config.mechanisms())
+    saved += sum(
+        layers * mechanism.kept_bytes(model.heads_of(mechanism), one_document, tokens=tokens, packed=not on_cpu)
+        for mechanism, layers in choices.items()
+    )
     chunk = chunk_tokens(model.vocabulary_size, compute, CHUNK_BYTES["cpu" if on_cpu else "cuda"])
     logit = master if on_cpu or item == master else master + item
     loss = min(chunk, tokens) * model.vocabulary_size * logit + inputs + (head * master if item < master else 0)
@@ -108,7 +115,7 @@ def block_activations(config: Config, mechanism: Mechanism, has_experts: bool, *
     rotated q and k, v, out and a float32 lse, with qk_norm also q and k before it; gate, up, the product of SwiGLU and,
     where it is not fused, silu(gate).
     Token choice: out of all tokens; q, k, v, out, lse and routing logits of the chosen tokens.
-    Key convolution: its input. Routing decisions of a routed mechanism are not counted.
+    Key convolution: its input.
     Gated recurrence: q, k, v before and after SiLU, out, its norm, the gate, the product of these two.
     Experts: rows sent and received, at even loads, scores of all experts, the inside of the shared one.
     Head mixture: gated out as well.

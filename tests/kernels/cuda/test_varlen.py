@@ -191,6 +191,36 @@ def test_counted_and_planned_shapes_are_few(monkeypatch: pytest.MonkeyPatch) -> 
     assert worth == [903, 1_000, 903, 1_000]
 
 
+def spec_of(width: int, dtype: torch.dtype) -> InputSpec:
+    return InputSpec(device=META, dtype=dtype, kv_heads=8, head_dim=width, value_dim=width)
+
+
+@pytest.mark.usefixtures("with_cudnn")
+def test_shapes_are_counted_by_mask_heads_head_size_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would be a plan of its own: of one that was met once, none is made."""
+    rows = Rows.packed([1_000])
+    monkeypatch.setattr(varlen.SHAPES, "worth", 2 * 500_500)
+    kinds = [(32, spec_of(64, torch.bfloat16)), (8, spec_of(64, torch.bfloat16))]
+    kinds += [(32, spec_of(128, torch.bfloat16)), (32, spec_of(64, torch.float16))]
+    for turn in range(2):
+        for heads, spec in kinds:
+            calls = varlen.calls_of(Plan.build(rows, rows, AttentionMask(), heads=heads), spec)
+            assert calls is not None
+            assert [isinstance(call.library, Cudnn) for call in calls] == [turn == 1]
+    masks = (VarlenSequence(0, 1_000, 0, 1_000, causal=causal) for causal in (False, True))
+    assert [varlen.SHAPES.is_worth(sequence, "another kind") for sequence in masks] == [False, False]
+
+
+@pytest.mark.usefixtures("with_cudnn")
+def test_one_plan_serves_heads_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN takes those of up to 128."""
+    monkeypatch.setattr(varlen.SHAPES, "worth", 1)
+    rows = Rows.packed([1_000])
+    plan = Plan.build(rows, rows, AttentionMask(), heads=HEADS)
+    calls = [varlen.calls_of(plan, spec_of(width, torch.bfloat16)) or [] for width in (128, 256)]
+    assert [type(call.library) for of in calls for call in of] == [Cudnn, TorchFlash]
+
+
 @pytest.mark.usefixtures("with_cudnn")
 def test_long_and_repeated_shapes_are_left_to_cudnn() -> None:
     """One document is long; chunks of a ring of 8 repeat, and are few shapes; short documents share a call."""

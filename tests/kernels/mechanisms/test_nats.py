@@ -132,6 +132,10 @@ def test_what_is_learnt_from_parts_adds_up() -> None:
     parts, sums = learning(mechanism, tensors, logits, PACKED, [(a, b) for a in queries for b in keys])
     assert_close((sums, parts.gradients()[0]), (full_sums, full.gradients()[0]))
     assert full.gradients()[0].abs().max() > 0.1
+    # The logits of padding may be anything, and learn nothing.
+    logits[PACKED.document < 0] = torch.nan
+    spoiled, _ = learning(mechanism, tensors, logits, PACKED, [(torch.arange(count), torch.arange(count))])
+    assert torch.equal(spoiled.gradients()[0], full.gradients()[0])
 
 
 def test_the_sums_do_not_depend_on_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from farspan.kernels.planning import choice_tiles as planning
-from farspan.kernels.planning.choice_tiles import HEADER, Candidates, choice_tiles
+from farspan.kernels.planning.choice_tiles import HEADER, BlockCandidates, choice_tiles
 
 # Documents of 40 and of 100 blocks, each query sees the blocks up to its own; two rows of padding between them.
 DOCUMENT = torch.tensor([0] * 40 + [-1] * 2 + [1] * 100)
 FIRST = torch.where(DOCUMENT == 1, 40, 0)
 STOP = torch.cat((torch.arange(1, 41), torch.zeros(2, dtype=torch.int64), torch.arange(41, 141)))
-CANDIDATES = Candidates(document=DOCUMENT, first=FIRST, stop=STOP, least=torch.tensor([3, 5]))
+CANDIDATES = BlockCandidates(document=DOCUMENT, first=FIRST, stop=STOP, least=torch.tensor([3, 5]))
 
 
 def test_each_query_is_in_one_tile_of_its_document_and_size() -> None:
@@ -39,7 +39,7 @@ def test_tiles_of_any_size_are_as_full_as_their_documents_allow() -> None:
 
 def test_no_queries_make_no_tiles() -> None:
     none = torch.zeros(0, dtype=torch.int64)
-    assert choice_tiles(Candidates(document=none, first=none, stop=none, least=none), lambda _: 4) == ()
+    assert choice_tiles(BlockCandidates(document=none, first=none, stop=none, least=none), lambda _: 4) == ()
 
 
 def test_queries_of_more_blocks_than_registers_hold_share_a_size(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,6 +134,16 @@ def test_rows_that_attend_to_nothing(queries: int, keys: int, padding: int) -> N
     contract.check_blind(Rows.packed([queries], padding), Rows.packed([keys], padding), "triton")
 
 
+def test_padding_in_tiles_of_queries_that_see_all_of_a_tile_of_keys() -> None:
+    """Full tiles do not look for padding, and it still attends to nothing."""
+    rows = Rows.packed([40], padding=5)
+    check(
+        random_tensors(rows, rows),
+        plan_of(rows, rows, AttentionMask()),
+        oracle.visible_mask(rows, rows, AttentionMask(), 4),
+    )
+
+
 def tile_selection(rows: Rows, tile: int = 16, block: int = 16) -> BlockSelection:
     blocks = BlockPartition.blocks(rows, block)
     query_block = BlockPartition.blocks(rows, tile).of(rows)
@@ -243,6 +253,31 @@ def test_head_sizes_and_dtypes(head_sizes: tuple[int, int], dtype: torch.dtype, 
         oracle.assert_close(got, exact, TOLERANCE)
     else:
         check_rounding(got, plain_attention(tensors, mask), exact)
+
+
+@pytest.mark.parametrize("selection", ["none", "rows"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sums_over_tiles_are_float32(dtype: torch.dtype, selection: str) -> None:
+    """Small integers, whose products with equal probabilities are exact in 16 bits: only their sums need more."""
+    rows, mask = Rows.packed([64]), AttentionMask(causal=False)
+    q, k, large, small = (torch.arange(64 * n * 16).view(64, n, 16) * 37 % 211 for n in (4, 2, 2, 4))
+    q, k, small = q % 15 - 7, k % 15 - 7, small % 3 - 1
+    # One column, so that its products are those of out.
+    large[..., 1:] = 0
+    blocks = BlockPartition.blocks(rows, 32)
+    everything = BlockSelection.from_parts(
+        torch.arange(64), blocks, [(slice(0, 2), torch.ones(4, 64, 2, dtype=torch.bool))], heads=4
+    )
+    plan = Plan.build(rows, rows, mask, heads=4, selection=everything if selection == "rows" else None)
+    # Each value of the first tile of keys has its opposite in the second: what backward subtracts is 0. Either values
+    # are large and their gradients are not, or the other way round.
+    for query, key, value, dout in (
+        (q, 0 * k, large, small),
+        (0 * q, k, small[:, :2], large.repeat(1, 2, 1)),
+    ):
+        value = torch.cat((value[:32], -value[:32]))
+        tensors = Tensors(*(x.to(dtype) for x in (query, key, value, dout)))
+        check(tensors, plan, torch.ones(4, 64, 64).bool())
 
 
 @pytest.mark.parametrize("tile", [16, 20, 32])

@@ -194,14 +194,19 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.usefixtures("_small_chunks")
 def test_chunks_of_blocks_choose_as_all_at_once(mechanism: Routed, ties: bool) -> None:
-    """Three chunks, the last of them short; two tiles, one after another, besides those of a short document."""
-    rows, heads = Rows.packed([9, 150], padding=3), Heads(query=2, kv=1)
-    some = torch.arange(0, len(rows), 3)
+    """Three chunks, the last of one block; two tiles, one after another, besides those of a short document."""
+    rows, heads = Rows.packed([9, 120], padding=3), Heads(query=2, kv=1)
+    # The last block's own query is among them.
+    some = torch.arange(2, len(rows), 3)
     q, k = normal((len(some), 2, 3), (len(some), 1, 3), seed=0, dtype=torch.float32)
     if ties:
         q, k = q.sign() * (q.abs() > 1), k.sign()
     local_shard = shard(mechanism, rows.take(some), rows, heads=heads)
     check(mechanism, q, k, local_shard)
     assert [some.in_chunks for some in local_shard._made["choice", q.device].tiles] == [True, False]
-    # The numbers of 2 blocks take little beside the bits of 159.
-    assert mechanism.select_packed(q, k, local_shard).numbered == isinstance(mechanism, MoBA)
+    # The numbers of 2 blocks take little beside the bits of 129.
+    packed = mechanism.select_packed(q, k, local_shard)
+    assert packed.numbered == isinstance(mechanism, MoBA)
+    # Of a third of the rows; these lie in all tiles.
+    if packed.num_query_blocks == len(some):
+        assert packed.stored.nbytes == mechanism.kept_bytes(heads, rows, tokens=len(some), packed=True)

@@ -101,7 +101,7 @@ def random_selection(rows: Rows, tile: int, block: int, heads: int) -> BlockSele
 @pytest.mark.parametrize(("rows", "tile", "block"), [("ragged", 16, 8), ("padding first", 20, 12), ("shuffled", 7, 12)])
 def test_lists_follow_a_selection(rows: str, tile: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Aligned with tiles or not, for heads with windows of their own, two of which share a list of blocks."""
-    mask = AttentionMask(window=(30, 9, 30, 30), sinks=2) if tile == 20 else AttentionMask()
+    mask = AttentionMask(window=(2, 70, 70, 70), sinks=2) if tile == 20 else AttentionMask()
     plan = Plan.build(SHARDS[rows], SHARDS[rows], mask, heads=4)
     check(plan.with_selection(PackedSelection.pack(random_selection(SHARDS[rows], tile, block, heads=2), CPU)))
     # Some tiles at a time; and lists that the host made.

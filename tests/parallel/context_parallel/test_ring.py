@@ -1,6 +1,7 @@
 """Rings within a ring: which rank has which chunk at each step, and by which process group it comes."""
 
 from collections import Counter
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -11,7 +12,8 @@ from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanisms.dense import Dense
 from farspan.kernels.planner import Heads
 from farspan.parallel.comm import GradCommDtype, Traffic
-from farspan.parallel.context_parallel.strategies.ring import DoubleRing, RingTopology
+from farspan.parallel.context_parallel.strategies.ring import RingTopology
+from farspan.parallel.context_parallel.strategy import STRATEGIES
 from farspan.parallel.layout import Shards
 from farspan.parallel.mesh import Mesh, ParallelConfig
 from tests.support.rank_pool import Pools
@@ -37,21 +39,26 @@ def test_a_chunk_crosses_node_groups_once_a_round() -> None:
     assert [ring.owner_at(0, step) for step in range(8)] == [0, 1, 6, 7, 4, 5, 2, 3]
 
 
-def messages_by_group(grad_comm_dtype: GradCommDtype) -> tuple[dict[str, int], dict[str, int]]:
-    """On a rank of two pairs: how many chunks and gradients it sends by each process group, forward and backward."""
+def messages_by_group(strategy: str, grad_comm_dtype: GradCommDtype) -> tuple[dict[str, int], dict[str, int]]:
+    """On a rank of two pairs: how many messages it sends by each process group, forward and backward."""
     mesh = Mesh.build(ParallelConfig(context=4, context_inner=2), "cpu")
     groups = {"context": mesh.context, "inner": mesh.inner, "outer": mesh.outer, "gradients": mesh.gradients}
     names = {id(group): name for name, group in groups.items()}
     assert len(names) == 4
     shards, sent = Shards.build(Rows.packed([16]), layout="contiguous", degree=4), Counter[str]()
-    strategy = DoubleRing(mesh.context_channel(Traffic()), grad_comm_dtype=grad_comm_dtype)
-    attend, start = strategy.prepare(Dense(), shards, Heads(query=2, kv=2), backend="cpu"), dist.batch_isend_irecv
+    planned = STRATEGIES.get(strategy)(mesh.context_channel(Traffic()), grad_comm_dtype=grad_comm_dtype)
+    attend, exchange = planned.prepare(Dense(), shards, Heads(query=2, kv=2), backend="cpu"), dist.all_to_all_single
+    start = dist.batch_isend_irecv
 
     def noted(operations: list[dist.P2POp]) -> list[dist.Work]:
         sent.update([names[id(operations[0].group)]])
         return start(operations)
 
-    with mock.patch.object(dist, "batch_isend_irecv", noted):
+    def noted_exchange(*args: Any, group: dist.ProcessGroup, **options: Any) -> Any:
+        sent.update([names[id(group)]])
+        return exchange(*args, group=group, **options)
+
+    with mock.patch.multiple(dist, batch_isend_irecv=noted, all_to_all_single=noted_exchange):
         q, k, v = (torch.ones(4, 2, 8, requires_grad=True) for _ in range(3))
         out = attend(q, k, v)
         forward = dict(sent)
@@ -60,11 +67,20 @@ def messages_by_group(grad_comm_dtype: GradCommDtype) -> tuple[dict[str, int], d
     return forward, dict(sent)
 
 
-@pytest.mark.parametrize(("grad_comm_dtype", "gradients"), [("accumulation", 4), ("compute", 3)])
+# A ring of two pairs sends chunks, and gradients. Where heads are split: q, k, v and out; dout, dq, dkv; and a ring of
+# two sends a chunk, and backward a chunk and its gradient, which takes a hop more in the dtype of sums.
+@pytest.mark.parametrize(
+    ("strategy", "grad_comm_dtype", "forward", "backward"),
+    [
+        ("double_ring", "accumulation", {"inner": 2, "outer": 1}, {"inner": 2, "outer": 1, "gradients": 4}),
+        ("double_ring", "compute", {"inner": 2, "outer": 1}, {"inner": 2, "outer": 1, "gradients": 3}),
+        ("hybrid", "accumulation", {"inner": 2, "outer": 1}, {"inner": 3, "outer": 3}),
+        ("hybrid_outer", "compute", {"outer": 2, "inner": 1}, {"outer": 3, "inner": 2}),
+    ],
+)
 def test_inner_outer_and_gradient_hops_have_process_groups_of_their_own(
-    ranks: Pools, grad_comm_dtype: GradCommDtype, gradients: int
+    ranks: Pools, strategy: str, grad_comm_dtype: GradCommDtype, forward: dict[str, int], backward: dict[str, int]
 ) -> None:
     """NCCL sends all of a group in the order posted: none of the three waits for another."""
-    for forward, backward in ranks(4).run(messages_by_group, grad_comm_dtype):
-        assert forward == {"inner": 2, "outer": 1}
-        assert backward == {"inner": 2, "outer": 1, "gradients": gradients}
+    for found in ranks(4).run(messages_by_group, strategy, grad_comm_dtype):
+        assert found == (forward, backward)

@@ -1,7 +1,9 @@
 """The memory estimate against tensors that exist, and against numbers worked out by hand."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +11,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from farspan.errors import ConfigError
+from farspan.kernels import recomputation
+from farspan.kernels.kinds import routed
+from farspan.kernels.masks.rows import Rows
+from farspan.kernels.masks.selection import BlockSelection
 from farspan.parallel.comm import Traffic
 from farspan.parallel.mesh import Degrees, Mesh, ParallelConfig
 from farspan.parallel.ranks import Ranks, connected
@@ -35,7 +41,7 @@ def config(base: Config) -> Config:
 
 
 def saved_bytes(config: Config) -> int:
-    """Bytes that autograd saves in one forward pass of the model, without parameters."""
+    """Bytes that autograd saves in one forward pass of the model, and selections of keys; without parameters."""
     with connected(Ranks(), torch.device("cpu")):
         builder = build_batches(config, Mesh.build(config.parallel, "cpu"), torch.device("cpu"), Traffic())
         data = PackedSequences(open_data(config)[0], sequence_tokens=config.data.sequence_tokens, seed=0)
@@ -52,7 +58,16 @@ def saved_bytes(config: Config) -> int:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+    def kept(choose: Callable[[], BlockSelection]) -> BlockSelection:
+        selection = recomputation.kept(choose)
+        for tensor in (selection.offsets, selection.key_blocks):
+            save(tensor)
+        return selection
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
+        mock.patch.object(routed, "kept", kept),
+    ):
         losses = model(batch.tokens, batch.labels, batch.context).losses
     assert losses.requires_grad
     return sum(saved.values())
@@ -65,6 +80,7 @@ def saved_bytes(config: Config) -> int:
     [
         ("dense", 0, ExpertsConfig()),
         ("dense", 3, ExpertsConfig()),
+        ("moba", 0, ExpertsConfig()),
         ("mosa", 0, ExpertsConfig()),
         ("dense", 0, ExpertsConfig(count=8, feed_forward=64, shared=192)),
         ("lightning", 3, ExpertsConfig()),
@@ -83,7 +99,9 @@ def test_activations_are_what_autograd_saves(
         config,
         train=replace(config.train, recompute=recompute),
         # Under another strategy than `single` a recurrence keeps a state as well, small for longer sequences only.
-        attention=replace(config.attention, mechanism=mechanism),
+        attention=replace(
+            config.attention, mechanism=mechanism, options={"block": 4, "top_k": 2} if mechanism == "moba" else {}
+        ),
     )
     few, many = tiny.with_model(config, layers=1), tiny.with_model(config, layers=4)
     degrees = Degrees.resolve(config.parallel, 1)
@@ -93,7 +111,10 @@ def test_activations_are_what_autograd_saves(
     if recompute == "none":
         # Zigzag has two chunks of 51 for 101 tokens.
         tokens, has_experts = 102, experts.count > 0
-        assert estimated == 3 * block_activations(config, config.mechanisms()[0], has_experts, tokens=tokens)
+        block = block_activations(config, of := config.mechanisms()[0], has_experts, tokens=tokens)
+        one_document = Rows.packed([config.data.sequence_tokens])
+        choice = of.kept_bytes(config.model.heads_of(of), one_document, tokens=tokens, packed=False)
+        assert estimated == 3 * (block + choice)
 
 
 def test_with_recomputation_the_largest_block_counts_wherever_it_is(config: Config) -> None:

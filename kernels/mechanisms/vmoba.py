@@ -30,6 +30,8 @@ SCORES_AT_ONCE = 1 << 22
 """Scores that exist at the same time."""
 ONE = 1 << 31
 """Scaled scores are integers from 0 to this: sums of integers do not depend on their order."""
+MOST_PAIRS = torch.iinfo(torch.int64).max // ONE
+"""Pairs whose scaled scores, added up, fit into an int64."""
 DIGIT_BITS = 8
 KEY_BITS = 32
 
@@ -96,6 +98,17 @@ class VMoBA(BlockChooser):
         # it: m of n others weigh at least m / n of all.
         most = int(self.share * (blocks - 1)) + 3 if self.rule == "threshold" else self.top_k
         return min(most, blocks)
+
+    def unsupported_reason(self, heads: Heads, longest: int) -> str | None:
+        if self.scope == "query" or self.rule == "top_k":
+            return None
+        pairs = longest * self.key_blocks(Rows.packed([longest])).count
+        if pairs <= MOST_PAIRS:
+            return None
+        return (
+            f"scope='head' adds up the scores of {pairs} pairs of a query and a block in a document of {longest} "
+            f"tokens, more than the {MOST_PAIRS} that fit: take larger bricks, or scope='query'"
+        )
 
     def selects_all_of(self, blocks: int) -> bool:
         return blocks <= (self.top_k if self.rule == "top_k" else 1)

@@ -78,13 +78,19 @@ class GatheredPlan(NamedTuple):
 
 
 def prepare(plan: Plan, spec: InputSpec) -> None:
-    """Make what both passes of a plan find on the device, whatever its selection."""
-    selection, shapes = packed(plan, spec.device), shapes_for(spec.head_dim, spec.value_dim, spec.dtype)
-    _terms(plan, spec.device)
-    prepare_lists(plan, spec.device)
-    chunk = _chunk_rows(selection, plan.heads, spec.kv_heads)
+    """Make what both passes of a plan find on the device, whatever its selection and, if drawn, its queries."""
+    shapes = shapes_for(spec.head_dim, spec.value_dim, spec.dtype)
+    if plan.drawn_from is None:
+        selection = packed(plan, spec.device)
+        prepare_lists(plan, spec.device)
+        source, chunk = plan, _chunk_rows(selection, plan.heads, spec.kv_heads)
+    else:
+        selection, source = plan.selection, plan.drawn_from[0]
+        assert selection is not None
+        chunk = len(source.queries)
+    _terms(source, spec.device)
     for shape in (shapes.forward, shapes.dkv, shapes.dq):
-        _tables(plan, selection.blocks, shape.keys, chunk, spec.device)
+        _tables(source, selection.blocks, shape.keys, chunk, spec.device)
 
 
 def prepare_lists(plan: Plan, device: torch.device) -> None:

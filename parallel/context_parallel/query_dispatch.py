@@ -20,16 +20,18 @@ All of it is computed where the choice was made, on the device or on the CPU. Th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from farspan.kernels.backend import BACKENDS
 from farspan.kernels.device_copies import DeviceCopies
 from farspan.kernels.isolation import Isolation
 from farspan.kernels.masks.attention_mask import AttentionMask
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition, BlockSelection
+from farspan.kernels.planner import InputSpec
 from farspan.kernels.planning.plan import HeadPlan, Plan
 from farspan.kernels.ragged import offsets_of, take_or
 from farspan.parallel.context_parallel.strategy import ShardedPlanner
@@ -201,12 +203,16 @@ class LocalKeys:
             heads_per_kv_head=heads.query // heads.kv,
         )
 
-    def prepare(self, device: torch.device) -> None:
-        """Make what `received` needs on `device`."""
-        self.block.on(device)
-        self.plan.queries_on(device)
+    def prepare(self, spec: InputSpec, *, backend: str) -> None:
+        """Make what `received`, and attention by what it returns, need of a sequence whose inputs are `spec`."""
+        self.block.on(spec.device)
+        self.plan.queries_on(spec.device)
         if self.plan.isolation is not None:
-            self.plan.isolation.to(device)
+            self.plan.isolation.to(spec.device)
+        if self.blocks.count:
+            # What is made for no query at all serves any.
+            none = torch.zeros(0, 3, dtype=torch.int64)
+            BACKENDS.get(backend).prepare(self.received(none, none[:, 0]), replace(spec, kv_heads=1))
 
     def received(self, described: Tensor, block: Tensor) -> Plan:
         """Plan for the queries of a message.

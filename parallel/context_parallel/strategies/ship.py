@@ -101,7 +101,7 @@ class _QueryDispatchAttention(DistributedAttention):
         prepare_attention(self.local, self.planner.tokens, routed, spec, backend=self.backend)
         if routed is not None and routed.selection is not None:
             BACKENDS.get(self.backend).prepare_choices(self.local.with_selection(routed.selection), spec.device)
-        self.local_keys.prepare(spec.device)
+        self.local_keys.prepare(spec, backend=self.backend)
         for table in (self.token, self.owners.owner, self.owners.first_position, self.owners.position):
             table.on(spec.device)
 

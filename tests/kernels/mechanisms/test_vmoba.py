@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanisms.vmoba import VMoBA
+from farspan.kernels.planner import Heads
 from tests.support.sequence_shards import check_by_document, lists, select
 
 LENGTHS = [96, 5, 130]
@@ -98,3 +100,14 @@ def test_of_equal_scores_a_query_takes_the_earlier_block(rule: Literal["threshol
 def test_bricks_must_fit_the_frame() -> None:
     with pytest.raises(ValueError, match=r"brick=\[2, 2\] must have a size for time and one for each"):
         VMoBA(frame=(4, 6), brick=(2, 2))
+
+
+def test_sums_of_a_joint_ranking_have_to_fit() -> None:
+    """65536 tokens in as many blocks are 2^32 pairs of up to 2^31 each: one more than an int64 holds."""
+    options, heads = VMoBA(brick=(1,), scope="head"), Heads(query=1, kv=1)
+    reason = options.unsupported_reason(heads, 1 << 16)
+    assert reason is not None
+    assert "take larger bricks" in reason
+    assert options.unsupported_reason(heads, (1 << 16) - 1) is None
+    for other in (replace(options, brick=(2,)), replace(options, scope="query"), replace(options, rule="top_k")):
+        assert other.unsupported_reason(heads, 1 << 16) is None

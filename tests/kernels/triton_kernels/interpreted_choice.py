@@ -1,6 +1,7 @@
 """Choices of blocks by Triton kernels, interpreted: the bits of `select_packed` are those of `select`, packed."""
 
 from dataclasses import replace
+from random import Random
 from threading import Lock
 
 import pytest
@@ -79,6 +80,7 @@ def check(mechanism: Routed, q: Tensor, k: Tensor, local_shard: LocalShard) -> N
     assert torch.equal(got.bits[: len(expected.bits)], expected.bits)
     assert not got.bits[len(expected.bits) :].any()
     assert torch.equal(got.query_block, expected.query_block)
+    assert torch.equal(got.selected_blocks(), expected.as_lists.selected_blocks())
     assert expected.most <= got.most <= max(local_shard.key_blocks.first.diff().tolist(), default=0)
 
 
@@ -210,3 +212,28 @@ def test_chunks_of_blocks_choose_as_all_at_once(mechanism: Routed, ties: bool) -
     # Of a third of the rows; these lie in all tiles.
     if packed.num_query_blocks == len(some):
         assert packed.stored.nbytes == mechanism.kept_bytes(heads, rows, tokens=len(some), packed=True)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 3, 5, 7, 9, 13, 14])
+@pytest.mark.usefixtures("_small_chunks")
+def test_documents_about_as_long_as_some_chunks(seed: int) -> None:
+    """Of 64 blocks each, from a multiple of 32 on, wherever in its word the document begins."""
+    pick = Random(seed).choice
+    # As long as one or two chunks, of which what lies before the document takes a part.
+    before, chunks = pick([0, 1, 31, 32, 33]), pick([1, 1, 2])
+    blocks = max(64 * chunks - before % 32 * pick([0, 1]) + pick([-1, 0, 1]), 34)
+    top_k, share = pick([1, 2, 2, 63, 64, 65, 1 << 20]), pick([0.02, 0.3, 0.5, 0.98])
+    mechanism = (
+        MoBA(block=1, top_k=top_k),
+        VMoBA(brick=(1,), rule="top_k", top_k=top_k),
+        VMoBA(brick=(1,), share=share),
+        SpargeAttention(tile=pick([1, 8]), block=1, similarity=-1.0, mass=share, causal=pick([True, False])),
+    )[seed % 4]
+    rows = Rows.packed([tokens for tokens in (before, blocks, pick([1, 33])) if tokens])
+    some = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:24]
+    q, k = normal((24, 1, 3), (24, 1, 3), seed=seed, dtype=torch.float32)
+    if pick([True, False]):
+        q, k = q.sign() * (q.abs() > 1), k.sign()
+    local_shard = shard(mechanism, rows.take(some), rows, heads=Heads(query=1, kv=1))
+    check(mechanism, q, k, local_shard)
+    assert any(tiles.in_chunks for tiles in local_shard._made["choice", q.device].tiles)

@@ -11,6 +11,9 @@ from tests.support.pretend_cuda.counts import Kind
 from tests.support.pretend_cuda.tensor import PretendDevice, PretendTensor
 from tests.support.triton_folder import FOLDER
 
+CHOOSING = {"block_choice", "block_means", "chunked_choice", "joint_choice", "row_lists"}
+"""Modules of kernels that choose blocks, and list who chose them."""
+
 
 def install() -> None:
     """Count launches in this process, whose environment has TRITON_INTERPRET=1; it has imported no kernel yet."""
@@ -31,10 +34,16 @@ def install() -> None:
             device.counts.add(Kind.LAUNCH, name)
             values = [_value(argument, name) for argument in arguments]
             named = {key: _value(argument, name) for key, argument in options.items()}
-            if device.runs_kernels:
+            chooses = kernel.fn.__module__.rpartition(".")[2] in CHOOSING
+            if device.runs_choices if chooses else device.runs_kernels:
                 run(kernel, *values, grid=grid, warmup=warmup, **named)
 
     interpreter.InterpretedFunction.run = launch
+
+    from farspan.kernels.triton_kernels import joint_choice_launch
+
+    # The interpreter takes as long for a program of any size.
+    joint_choice_launch.QUERIES = 128
 
 
 def _value(argument: Any, kernel: str) -> Any:

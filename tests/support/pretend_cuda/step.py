@@ -84,7 +84,8 @@ def take_step(settings: Sequence[str], *, on_device: bool, runs_kernels: bool = 
     """On each rank: take a step on a pretend device, or on the CPU."""
     device = torch.device("cuda", 0) if on_device else torch.device("cpu")
     config = config_of(*settings, f"train.device={device.type}")
-    mode = PretendDevice(runs_kernels=runs_kernels) if on_device else None
+    by_choice = config.parallel.strategy in ("fetch", "ship")
+    mode = PretendDevice(runs_kernels=runs_kernels, runs_choices=by_choice) if on_device else None
     with mode or nullcontext():
         mesh = Mesh.build(config.parallel, device.type)
         model = build_model(config, mesh, device)

@@ -30,14 +30,15 @@ class PretendDevice(TorchDispatchMode):
 
     has_values: False for tensors without memory, of any size: what the host makes and copies keeps its values, and all
     that depends on anything else has only a shape. runs_kernels: whether Triton's launches compute; without, what is
-    allocated is 0.
+    allocated is 0. runs_choices: whether those that choose do, by which ranks tell what to send.
     """
 
     current: ClassVar["PretendDevice | None"] = None
 
-    def __init__(self, *, has_values: bool = True, runs_kernels: bool = False) -> None:
+    def __init__(self, *, has_values: bool = True, runs_kernels: bool = False, runs_choices: bool = False) -> None:
         super().__init__()
         self.has_values, self.runs_kernels, self.counts = has_values, runs_kernels, Counts()
+        self.runs_choices = runs_choices or runs_kernels
         self._threads = 0
 
     def __enter__(self) -> "PretendDevice":

@@ -22,7 +22,6 @@ from farspan.launch.local import LocalJob
 from farspan.launch.slurm.job import SlurmJob
 from farspan.launch.slurm.site import Site
 from farspan.parallel.mesh import ParallelConfig
-from farspan.trainer import train as training
 from farspan.trainer.config import Config
 from farspan.trainer.data import prepare
 from farspan.trainer.toml_config import load_config, to_toml
@@ -283,19 +282,6 @@ def test_only_the_first_rank_prints_errors(config_file: Path, monkeypatch: pytes
         monkeypatch.setenv("RANK", rank)
         assert cli.main(["train", str(config_file), "model.x=1"]) == cli.EXIT_USER_ERROR
         assert ("model.x=1" in capsys.readouterr().err) == prints
-
-
-def test_torch_finds_its_variables_before_ranks_meet(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of test_env.py; what the user has set stays."""
-    found: dict[str, str] = {}
-    monkeypatch.setattr(training, "train", lambda *_: bool(found.update(os.environ)))
-    ours = {"PYTORCH_CUDA_ALLOC_CONF": None, "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-    ours |= {"TORCH_NCCL_DEBUG_INFO_TEMP_FILE": None, "TORCH_FR_DUMP_TEMP_FILE": f"{config_file.parent}/run/nccl_rank_"}
-    with mock.patch.dict(os.environ):
-        for name in ours:
-            os.environ.pop(name, None)
-        assert cli.main(["train", str(config_file)]) == 0
-    assert {name: found.get(name) for name in ours} == ours
 
 
 @pytest.mark.parametrize(("rank", "job", "status"), [("0", None, 2), ("1", None, 2), ("0", "17", 1)])

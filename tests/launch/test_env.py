@@ -9,6 +9,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from farspan.errors import ConfigError
+from farspan.launch import cli
 from farspan.launch.env import (
     check_single_task,
     choose_gloo_interface,
@@ -18,7 +19,11 @@ from farspan.launch.env import (
     report_to_torchrun,
     set_device_defaults,
 )
+from farspan.parallel.mesh import ParallelConfig
 from farspan.parallel.ranks import Ranks
+from farspan.trainer import train as training
+from farspan.trainer.toml_config import to_toml
+from tests.support import tiny
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 
@@ -64,6 +69,16 @@ def test_variables_of_torch_are_set_unless_the_user_has_set_them_by_either_name(
         set_device_defaults()
         record_nccl_in(Path("run"))
         assert dict(os.environ) == after
+
+
+def test_a_rank_sets_them_before_it_meets_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, str] = {}
+    monkeypatch.setattr(training, "train", lambda *_: bool(found.update(os.environ)))
+    config = tiny.config(tmp_path / "tokens", tmp_path / "run", ParallelConfig())
+    (tmp_path / "run.toml").write_text(to_toml(config))
+    assert cli.main(["train", str(tmp_path / "run.toml")]) == 0
+    assert found["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert found["TORCH_FR_DUMP_TEMP_FILE"] == f"{tmp_path}/run/nccl_rank_"
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])

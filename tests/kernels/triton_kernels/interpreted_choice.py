@@ -67,8 +67,8 @@ def shard(
     mechanism: Routed, rows: Rows, global_rows: Rows, all_reduce_sum: AllReduceSum = identity, heads: Heads = HEADS
 ) -> LocalShard:
     return LocalShard(
-        mechanism=mechanism, rows=rows, global_rows=global_rows, share=HeadShare.all(heads), backend="triton",
-        all_reduce_sum=all_reduce_sum,
+        mechanism=mechanism, rows=rows, key_rows=rows, global_rows=global_rows, share=HeadShare.all(heads),
+        backend="triton", all_reduce_sum=all_reduce_sum,
     )  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def plan_sequence_attention(
 def plan_last_queries(
     mechanism: Mechanism, rows: Rows, queries: Tensor, heads: Heads, *, backend: str
 ) -> SequenceAttention:
-    """Plan attention of `queries`, the last tokens of documents, int64 `[T]`, to the keys of all rows, as in a KV cache.
+    """Plan attention of `queries`, the last tokens of documents, int64 `[T]`, to all keys, as those of a KV cache.
 
     Raises ConfigError for a mechanism that has to see all queries.
     """

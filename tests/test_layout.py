@@ -40,8 +40,8 @@ def package_files(root: Path) -> list[str]:
 
 
 def upward_imports(path: str, source: str) -> list[str]:
-    """Arrows point down only, and nothing but a test imports a test; `import farspan` has names of all folders."""
-    folder = "" if path == "farspan/__init__.py" else path.partition("/")[0]
+    """Arrows point down only, and nothing but a test imports a test; `import farspan` and integrations are on top."""
+    folder = "" if path.startswith(("farspan/__init__.py", "farspan/integrations/")) else path.partition("/")[0]
     above = ABOVE.get(folder, ()) + (() if folder == "tests" else ("farspan.tests", "tests"))
     return [
         f"{path}:{line} imports {name}"

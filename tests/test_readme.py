@@ -75,8 +75,14 @@ SNIPPETS = [(page, number) for page, text in PAGES.items() for number in range(l
 
 @pytest.mark.parametrize(("page", "number"), SNIPPETS)
 def test_python_in_pages_runs(page: str, number: int, tmp_path: Path) -> None:
-    """What says `[1024, 8, 64]` after a line has that shape; a process group means two ranks."""
+    """What says `[1024, 8, 64]` after a line has that shape; a process group means two ranks.
+
+    A snippet that needs an extra begins with the command that installs it.
+    """
     snippet = blocks("python", PAGES[page])[number]
+    for extra in re.findall(r"^# pip install 'farspan\[(\w+)\]'", snippet, flags=re.MULTILINE):
+        if importlib.util.find_spec(extra) is None:
+            pytest.skip(f"{extra} is not installed: pip install 'farspan[{extra}]'")
     shapes = re.findall(r"^(\w+) = .*# (\[[\d, ]+\])", snippet, flags=re.MULTILINE)
     checks = [f"assert list({name}.shape) == {shape}, {name}.shape" for name, shape in shapes]
     (tmp_path / "snippet.py").write_text("\n".join([snippet, *checks, "print('done')"]))

@@ -90,7 +90,7 @@ def test_dense_attention_for_weights_of_another_mechanism(tmp_path: Path, capsys
     assert cli.main(export) == 0
     assert "attention   moba by farspan.integrations.transformers, without which" in capsys.readouterr().out
     fields = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (fields["farspan"], fields["attn_implementation"]) == ({"mechanism": "moba"}, "farspan")
+    assert (fields["farspan"], fields["attn_implementation"]) == ({"mechanism": "moba", "options": {}}, "farspan")
     assert cli.main([*export[:-1], str(tmp_path / "dense"), "--as", "dense", "--dtype", "float16"]) == 0
     assert "farspan" not in (tmp_path / "dense" / "config.json").read_text()
     written = safetensors.load_file(tmp_path / "dense" / "model.safetensors")

@@ -12,7 +12,7 @@ FOLDERS = (*LINKED, "tests")
 
 def sources(root: Path = ROOT) -> Iterator[tuple[str, str]]:
     """Yield the path and the text of each Python file of the mandated folders and of farspan/ itself."""
-    own = sorted((root / "farspan").glob("*.py"))
+    own = sorted([*(root / "farspan").glob("*.py"), *(root / "farspan/integrations").glob("*.py")])
     for path in (*own, *(path for folder in FOLDERS for path in sorted((root / folder).rglob("*.py")))):
         yield path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from farspan.errors import ConfigError, shortened
-from farspan.trainer.config import AttentionConfig
 from farspan.trainer.hugging_face.architectures import ARCHITECTURES, MIXTRAL, PLUG_IN, QWEN2, Architecture, windows_of
 from farspan.trainer.model.config import RopeConfig
 from farspan.trainer.toml_config import from_tree
@@ -336,7 +335,8 @@ def config_fields(decoder: Decoder, architecture: Architecture) -> dict[str, Any
     }
     if windows is None:
         # Without the plug-in, transformers refuses to load a model with an implementation that it does not know.
-        fields |= {PLUG_IN: _without_defaults(decoder.attention), "attn_implementation": PLUG_IN}
+        entry = {"mechanism": decoder.attention.mechanism, "options": decoder.attention.options}
+        fields |= {PLUG_IN: entry, "attn_implementation": PLUG_IN}
     if not architecture.expert_tensors:
         return fields
     layers, experts = model.expert_layers, model.experts
@@ -369,11 +369,6 @@ def with_changes(given: Fields, before: Fields, now: Fields, *, rope_changed: bo
         changed |= {*ROPE_FIELDS}
     kept = {name: value for name, value in given.items() if name not in changed or name in now}
     return kept | {name: now[name] for name in now if name in changed}
-
-
-def _without_defaults(attention: AttentionConfig) -> dict[str, Any]:
-    entry: dict[str, Any] = {"mechanism": attention.mechanism}
-    return entry | {"options": attention.options} if attention.options else entry
 
 
 def _window_fields(windows: Sequence[int | None], architecture: Architecture) -> dict[str, Any]:

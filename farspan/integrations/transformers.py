@@ -162,13 +162,12 @@ class _ShardInputs:
         tokens = inputs["input_ids"]
         self._compare(tokens)
         batch, length = tokens.shape
-        position_ids = inputs.get("position_ids")
-        if position_ids is None:
-            position_ids = torch.arange(length, device=tokens.device)[None]
-        mask = inputs.get("attention_mask")
+        position_ids, mask = inputs.get("position_ids"), inputs.get("attention_mask")
         if mask is not None and mask.all():
             mask = None
         documents = documents_of(batch, length, mask, position_ids, inputs.get("cu_seq_lens_q")) or ((length,),) * batch
+        if position_ids is None:
+            position_ids = torch.arange(length, device=tokens.device)[None]
         local = {
             "input_ids": self._shard(tokens, documents),
             "position_ids": self._shard(position_ids.expand(batch, -1), documents),

@@ -77,6 +77,7 @@ def train(entry: dict[str, Any] | None, strategy: str | None, packed: bool = Fal
         for step in range(STEPS):
             batch = {name: torch.stack([one[name] for one in data[2 * step : 2 * step + 2]]) for name in data[0]}
             if packed:
+                model.gradient_checkpointing_enable()
                 batch["position_ids"] = positions.repeat(2, 1)
             else:
                 # The last tokens of the first sequence are padding.

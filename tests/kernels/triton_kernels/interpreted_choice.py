@@ -101,6 +101,13 @@ def test_what_was_planned_serves_the_next_layer() -> None:
         check(mechanism, *inputs(rows, torch.bfloat16, seed), local_shard)
 
 
+def test_the_last_queries_choose_among_the_keys_of_all() -> None:
+    rows, mechanism = Rows.packed([29, 12]), MoBA(block=3, top_k=3)
+    last = torch.tensor([27, 28, 40])
+    q, k = inputs(rows, torch.float32)
+    check(mechanism, q[last], k, replace(shard(mechanism, rows.take(last), rows), key_rows=rows))
+
+
 @pytest.mark.parametrize("rows", ["shuffled", "padding", "none"])
 @pytest.mark.parametrize("mechanism", CHOOSERS, ids=str)
 def test_rows_in_any_order_ties_and_no_rows(mechanism: Routed, rows: str) -> None:

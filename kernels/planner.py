@@ -286,6 +286,11 @@ class AttentionPlanner(ABC):
     def local_rows(self) -> Rows:
         return self.global_rows.take(self.tokens)
 
+    @property
+    def key_rows(self) -> Rows:
+        """The rows of the local keys: those of the queries."""
+        return self.local_rows
+
     @cached_property
     def row_of_token(self) -> Tensor:
         """The local row of each token of the sequence, int64 `[tokens]`; -1 where another owner has it."""

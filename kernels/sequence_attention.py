@@ -11,6 +11,7 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
+from farspan.errors import ConfigError
 from farspan.kernels.attention import attention_backward, attention_forward, prepare_attention
 from farspan.kernels.device_copies import DeviceCopies
 from farspan.kernels.linear_attention.state import Segment
@@ -46,7 +47,22 @@ def plan_sequence_attention(
     return mechanism.plan(SequencePlanner.of(rows, share, backend=backend))
 
 
-@final
+def plan_last_queries(
+    mechanism: Mechanism, rows: Rows, queries: Tensor, heads: Heads, *, backend: str
+) -> SequenceAttention:
+    """Plan attention of `queries`, the last tokens of documents, int64 `[T]`, to all keys, as those of a KV cache.
+
+    Raises ConfigError for a mechanism that has to see all queries.
+    """
+    if mechanism.routing_width:
+        raise ConfigError(
+            f"{mechanism} cannot attend with the last tokens alone, as its router chooses among all: compute all "
+            "tokens each time, without a KV cache."
+        )
+    share = HeadShare.all(heads)
+    return mechanism.plan(LastQueriesPlanner(global_rows=rows, tokens=queries, share=share, backend=backend))
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SequencePlanner(AttentionPlanner):
     """All rows are local, so that nothing is summed."""
@@ -63,8 +79,8 @@ class SequencePlanner(AttentionPlanner):
         # A part of the windows fits a part of the heads; all of them must fit all heads.
         attention_mask.by_heads(self.share.all_heads.query)
         local_mask, heads = attention_mask.of_heads(self.share.slice), len(self.share.head_range)
-        plan = Plan.build(self.local_rows, self.local_rows, local_mask, heads=heads)
-        return _MaskedAttention(plan, self.tokens, key_routing, self.backend)
+        plan = Plan.build(self.local_rows, self.key_rows, local_mask, heads=heads)
+        return _MaskedAttention(plan, torch.arange(len(self.key_rows)), key_routing, self.backend)
 
     def scan(self, decay: Tensor) -> SequenceAttention:
         return SequenceScan.build(self.local_rows, decay, backend=self.backend)
@@ -90,9 +106,37 @@ class SequencePlanner(AttentionPlanner):
 
 
 @final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LastQueriesPlanner(SequencePlanner):
+    """Keys are those of all rows, queries those of the last `tokens` of documents."""
+
+    @cached_property
+    def local_rows(self) -> Rows:
+        return self.global_rows.take(self.tokens)
+
+    @property
+    def key_rows(self) -> Rows:
+        return self.global_rows
+
+    def attend(self, attention_mask: AttentionMask, key_routing: KeyRouting) -> SequenceAttention:
+        if not attention_mask.causal:
+            raise ConfigError(
+                f"{attention_mask} is not causal, so that the last tokens cannot attend alone, as earlier ones would "
+                "see them: compute all tokens each time, without a KV cache."
+            )
+        return super().attend(attention_mask, key_routing)
+
+    def scan(self, decay: Tensor) -> SequenceAttention:
+        raise ConfigError(
+            "a recurrence cannot go on with the last tokens alone, as keys and values are not its state: compute all "
+            "tokens each time, without a KV cache."
+        )
+
+
+@final
 @dataclass(frozen=True, slots=True, eq=False)
 class _MaskedAttention(SequenceAttention):
-    """plan: under the mask alone. tokens: of the sequence behind each row."""
+    """plan: under the mask alone. tokens: of the sequence behind each key."""
 
     plan: Plan
     tokens: Tensor

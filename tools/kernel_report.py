@@ -262,6 +262,7 @@ def _choice(case: Case) -> None:
         local_shard = LocalShard(
             mechanism=mechanism,
             rows=local_rows,
+            key_rows=local_rows,
             global_rows=rows,
             share=HeadShare.all(Heads(query=HEADS, kv=KV_HEADS)),
             backend="triton",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from farspan.errors import ConfigError
 from farspan.kernels.backend import BACKENDS
 from farspan.kernels.caching import Made, once
 from farspan.kernels.kinds.masked import Masked
@@ -89,9 +90,15 @@ class Routed(Masked):
         return self.selects_all_of(blocks) and super().is_dense_up_to(longest)
 
     def key_routing(self, planner: AttentionPlanner) -> KeyRouting:
+        if planner.key_rows is not planner.local_rows and int(self.query_blocks(planner.global_rows).sizes.max()) > 1:
+            raise ConfigError(
+                f"{self} cannot attend with the last tokens alone, as queries of a tile select together: compute all "
+                "tokens each time, without a KV cache."
+            )
         return LocalShard(
             mechanism=self,
             rows=planner.local_rows,
+            key_rows=planner.key_rows,
             global_rows=planner.global_rows,
             share=planner.share,
             backend=planner.backend,
@@ -142,6 +149,7 @@ class Routed(Masked):
         return LocalShard(
             mechanism=self,
             rows=rows,
+            key_rows=rows,
             global_rows=global_rows,
             share=HeadShare.all(heads),
             backend="reference",
@@ -165,14 +173,15 @@ class SelectedBlocks(Routing):
 class LocalShard(KeyRouting):
     """The local rows and heads of a sequence that may be sharded over several owners.
 
-    rows: of the local tensors, in their order. global_rows: the full sequence, known to all. share: the heads of the
-    local tensors. all_reduce_sum: over the owners of the other rows of these heads.
+    rows, key_rows: of the local queries and keys, in their order. global_rows: the full sequence, known to all.
+    share: the heads of the local tensors. all_reduce_sum: over the owners of the other rows of these heads.
     """
 
     selects_blocks = True
 
     mechanism: Routed
     rows: Rows
+    key_rows: Rows
     global_rows: Rows
     share: HeadShare
     backend: str
@@ -189,7 +198,7 @@ class LocalShard(KeyRouting):
 
     @cached_property
     def key_block_of_row(self) -> Tensor:
-        """The key block of each local row, int64 `[rows]`; -1 for padding."""
+        """The key block of each local query, int64 `[rows]`; -1 for padding."""
         return self.key_blocks.of(self.rows)
 
     @cached_property
@@ -214,17 +223,17 @@ class LocalShard(KeyRouting):
 
     def key_means(self, k: Tensor) -> Tensor:
         """Return the mean of the keys of each key block of the sequence, float32 `[blocks, Hk, D]`."""
-        return self._means(k, self.key_blocks)
+        return self._means(k, self.key_blocks, self.key_rows)
 
     def query_means(self, q: Tensor) -> Tensor:
         """Return the mean of the queries of each query block with local rows, float32 `[blocks, Hq, D]`."""
         # All owners sum the means of all query blocks; each needs those of its own rows.
-        return self._means(q, self.query_blocks)[self.local_query_blocks[0].to(q.device)]
+        return self._means(q, self.query_blocks, self.rows)[self.local_query_blocks[0].to(q.device)]
 
-    def _means(self, x: Tensor, partition: BlockPartition) -> Tensor:
+    def _means(self, x: Tensor, partition: BlockPartition, rows: Rows) -> Tensor:
         # Sums are float64, so that the mean rounds to the same float32 however the rows are sharded.
         counts = partition.sizes.to(x.device).view(-1, *[1] * (x.dim() - 1))  # [blocks] -> [blocks, 1, 1]
-        return (self.all_reduce_sum(partition.sums(x, self.rows)) / counts).float()
+        return (self.all_reduce_sum(partition.sums(x, rows)) / counts).float()
 
     def all_reduced(self, sizes: Sizes) -> tuple[int, int]:
         # Nothing is summed backward: the selection has no gradient.

@@ -15,6 +15,7 @@ from torch import Tensor
 from farspan.kernels.device_copies import copy_to
 from farspan.kernels.kinds.routed import LocalShard, Routed
 from farspan.kernels.masks.packed_selection import PackedSelection, num_words, numbers_pay
+from farspan.kernels.masks.rows import Rows
 from farspan.kernels.masks.selection import BlockPartition
 from farspan.kernels.planning.choice_tiles import BlockCandidates, ChoiceTiles, Ranking, choice_tiles
 from farspan.kernels.ragged import offsets_of
@@ -98,16 +99,16 @@ class BlockChoice:
 
     @cached_property
     def key_members(self) -> "Members":
-        return self._members(self.local_shard.key_blocks)
+        return self._members(self.local_shard.key_blocks, self.local_shard.key_rows)
 
     @cached_property
     def query_members(self) -> "Members":
-        return self._members(self.local_shard.query_blocks)
+        return self._members(self.local_shard.query_blocks, self.local_shard.rows)
 
-    def _members(self, partition: BlockPartition) -> "Members":
+    def _members(self, partition: BlockPartition, rows: Rows) -> "Members":
         from farspan.kernels.triton_kernels.block_means import Members
 
-        block = partition.of(self.local_shard.rows)
+        block = partition.of(rows)
         padding, order = int((block < 0).sum()), block.argsort(stable=True)  # padding comes first
         offsets = offsets_of(block[block >= 0].bincount(minlength=partition.count))
         return Members(copy_to(order[padding:].int(), self.device), copy_to(offsets.int(), self.device))

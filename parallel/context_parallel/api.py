@@ -21,16 +21,19 @@ from farspan.errors import ConfigError
 from farspan.kernels.backend import KernelRequest, choose_backend
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import MECHANISMS, Mechanism
-from farspan.kernels.planner import Heads, Sizes
+from farspan.kernels.planner import Heads, SequenceAttention, Sizes
+from farspan.kernels.sequence_attention import plan_last_queries
 from farspan.parallel.comm import Channel, Traffic, Unconnected
 from farspan.parallel.context_parallel.cost_model import MACHINES, Job, compare, strategy_for
-from farspan.parallel.context_parallel.strategy import STRATEGIES, DistributedAttention, Strategy
+from farspan.parallel.context_parallel.strategy import STRATEGIES, DistributedAttention, Strategy, differentiable
 from farspan.parallel.layout import Shards
 
 Documents = Sequence[int] | Sequence[Sequence[int]]
 """Lengths of the documents of a sequence, in their order; of each sequence of a batch, if they differ."""
 PLANS = 16
 """Shapes and documents whose plans are kept; the plan of a million tokens holds some 100 MB."""
+PLANS_OF_LAST_TOKENS = 4
+"""Plans for a KV cache: each step has another length, so that only the layers of one step share them."""
 
 
 def mechanism(name: str, **options: Any) -> Mechanism:
@@ -90,6 +93,7 @@ class ContextParallel:
         self.layout = layout if self.channel.size > 1 else "contiguous"
         # Methods are not cached themselves, as that would keep every instance alive.
         self._planned = lru_cache(PLANS)(self._plan)
+        self._planned_last = lru_cache(PLANS_OF_LAST_TOKENS)(self._plan_last)
         self._sharded = lru_cache(PLANS)(self._shard_rows)
         self._strategy = cache(lambda name: STRATEGIES.get(name)(self.channel))
 
@@ -112,29 +116,35 @@ class ContextParallel:
         routing: `[..., kv_heads, routing_width]` in float32, or float64 for float64, if the mechanism has a
         router. Returns the shape of q, with the width of v.
 
+        Without a group, q may have fewer tokens than k and v: they are the last of each sequence, as after a KV cache.
+
         Raises ValueError for shapes that do not fit each other or the documents, ConfigError for what the strategy or
-        the backend cannot run.
+        the backend cannot run, and for mechanisms that need all queries where only the last ones are given.
         """
         batched = q.dim() == 4
         inputs = (q, k, v) if routing is None else (q, k, v, routing)
-        if any(x.dim() != q.dim() or x.shape[: q.dim() - 2] != q.shape[: q.dim() - 2] for x in inputs) or q.dim() < 3:
+        # A KV cache has the other tokens.
+        only_last = self.channel.size == 1 and routing is None and q.dim() == k.dim() >= 3
+        only_last = only_last and 0 < q.shape[-3] < k.shape[-3] and not isinstance(documents, Shards)
+        leading = (*q.shape[:-3], k.shape[-3]) if only_last else q.shape[: q.dim() - 2]
+        if q.dim() < 3 or any(x.dim() != q.dim() or x.shape[: q.dim() - 2] != leading for x in inputs[1:]):
             raise ValueError(
                 "attention takes tensors [tokens, heads, head_dim], or [batch, tokens, heads, head_dim], of the same "
                 f"tokens; got {', '.join(str(list(x.shape)) for x in inputs)}"
             )
         # Sequences of a batch are as many documents more of one sequence: [B, T, H, D] -> [B * T, H, D]
         rows = tuple(x.flatten(0, 1) for x in inputs) if batched else inputs
-        batch, tokens_local = (q.shape[0], q.shape[1]) if batched else (1, q.shape[0])
-        attend = self._planned(
+        batch, tokens_local = (q.shape[0] if batched else 1), q.shape[-3]
+        arguments = (
             _mechanism(mechanism),
-            documents if isinstance(documents, Shards) else self._documents(documents, batch, tokens_local),
+            documents if isinstance(documents, Shards) else self._documents(documents, batch, k.shape[-3]),
             batch * tokens_local,
             Heads(query=q.shape[-2], kv=k.shape[-2]),
             (q.shape[-1], v.shape[-1]),
             q.dtype,
             q.device,
         )
-        out = attend(*rows)
+        out = differentiable(self._planned_last(*arguments), *rows) if only_last else self._planned(*arguments)(*rows)
         return out.unflatten(0, (batch, tokens_local)) if batched else out
 
     def shard(
@@ -223,6 +233,25 @@ class ContextParallel:
         )
         backend = choose_backend(self.backend, device, KernelRequest.of(mechanism, dtype, *widths))
         return self.strategy_of(job, device).prepare(mechanism, shards, heads, backend=backend)
+
+    def _plan_last(
+        self,
+        mechanism: Mechanism,
+        documents: tuple[tuple[int, ...], ...],
+        queries: int,
+        heads: Heads,
+        widths: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> SequenceAttention:
+        """Plan attention of the last `queries` tokens of each sequence to all of it."""
+        sequences, keys = len(documents), sum(documents[0])
+        stops = torch.arange(1, sequences + 1) * keys
+        # [sequences, 1] and [queries] -> [sequences, queries] -> [sequences * queries]
+        last = (stops[:, None] + torch.arange(-queries, 0)).flatten()
+        backend = choose_backend(self.backend, device, KernelRequest.of(mechanism, dtype, *widths))
+        rows = Rows.packed(tuple(chain(*documents)))
+        return plan_last_queries(mechanism, rows, last, heads, backend=backend)
 
     def strategy_of(self, job: Job, device: torch.device) -> Strategy:
         """Return the strategy that a layer takes for a sequence; one instance of each.

@@ -106,7 +106,7 @@ class DistributedAttention(SequenceAttention):
         Raises ValueError on other shapes, or on tensors of different dtypes, before anything is sent.
         """
         self._check(q, k, v, routing)
-        return _AttentionFunction.apply(self, q, k, v, *routing)  # pyright: ignore[reportReturnType]
+        return differentiable(self, q, k, v, *routing)
 
     @abstractmethod
     def moves(self, sizes: Sizes, routing: RoutingSource = no_routing) -> tuple[Move, ...]:
@@ -146,9 +146,14 @@ def _named(tensors: list[tuple[tuple[int, ...], torch.dtype]]) -> str:
     return ", ".join(f"{dtype} {list(shape)}" for shape, dtype in tensors)
 
 
+def differentiable(attention: SequenceAttention, *inputs: Tensor) -> Tensor:
+    """Return the output of a planned attention, through which autograd passes to all inputs."""
+    return _AttentionFunction.apply(attention, *inputs)  # pyright: ignore[reportReturnType]
+
+
 class _AttentionFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, attend: DistributedAttention, *inputs: Tensor) -> Tensor:
+    def forward(ctx, attend: SequenceAttention, *inputs: Tensor) -> Tensor:
         out, saved = attend.forward(*inputs)
         ctx.save_for_backward(*saved.tensors)
         ctx.attend, ctx.extras, ctx.dtypes = attend, saved.extras, [x.dtype for x in inputs]

@@ -87,8 +87,11 @@ def test_dense_attention_for_weights_of_another_mechanism(tmp_path: Path, capsys
     decoder = Decoder(model=hugging_face_models.MODEL, attention=AttentionConfig(mechanism="moba"))
     run = hugging_face_models.save_run(hugging_face_models.random_model(decoder), decoder, tmp_path / "run")
     export = ["export", str(run), "--out", str(tmp_path / "out")]
-    assert cli.main(export) == 2
-    assert "export it with `--as dense`" in capsys.readouterr().err
-    assert cli.main([*export, "--as", "dense", "--dtype", "float16"]) == 0
-    written = safetensors.load_file(tmp_path / "out" / "model.safetensors")
+    assert cli.main(export) == 0
+    assert "attention   moba by farspan.integrations.transformers, without which" in capsys.readouterr().out
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (fields["farspan"], fields["attn_implementation"]) == ({"mechanism": "moba", "options": {}}, "farspan")
+    assert cli.main([*export[:-1], str(tmp_path / "dense"), "--as", "dense", "--dtype", "float16"]) == 0
+    assert "farspan" not in (tmp_path / "dense" / "config.json").read_text()
+    written = safetensors.load_file(tmp_path / "dense" / "model.safetensors")
     assert written["model.norm.weight"].dtype == torch.float16

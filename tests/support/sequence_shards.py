@@ -28,6 +28,7 @@ def select(
     local_shard = LocalShard(
         mechanism=mechanism,
         rows=rows,
+        key_rows=rows,
         global_rows=rows if global_rows is None else global_rows,
         share=share or HeadShare.all(Heads(query=q.shape[1], kv=k.shape[1])),
         backend="reference",

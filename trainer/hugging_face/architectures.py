@@ -150,16 +150,26 @@ QWEN3_MOE = Architecture(
 ARCHITECTURES = {architecture.name: architecture for architecture in (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE)}
 
 
-def windows_of(mechanisms: Sequence[Mechanism]) -> list[int | None]:
-    """Return the sliding window of each layer, None for dense attention; raises ConfigError for other mechanisms."""
+PLUG_IN = "farspan"
+"""The field of `config.json` with the mechanisms that no architecture computes, and the attention implementation that
+does: that of farspan.integrations.transformers."""
+
+
+def windows_of(
+    architecture: Architecture, model: ModelConfig, mechanisms: Sequence[Mechanism]
+) -> list[int | None] | None:
+    """Return the sliding window of each layer, None for dense attention; or None where it takes the plug-in."""
+    windows = _plain_windows(mechanisms)
+    return None if windows is None or _problem(architecture, model, windows) is not None else windows
+
+
+def _plain_windows(mechanisms: Sequence[Mechanism]) -> list[int | None] | None:
+    """Return the sliding window of each layer, None for dense attention; or None where there are other mechanisms."""
     windows = []
     for mechanism in mechanisms:
         mask = mechanism.static_mask
         if mask is None or isinstance(mask.window, tuple) or mask != AttentionMask(window=mask.window):
-            raise ConfigError(
-                f"attention.mechanism has {mechanism}, which none of {', '.join(ARCHITECTURES)} computes: export it "
-                "with `--as dense`, if its weights are to be used with dense attention."
-            )
+            return None
         windows.append(mask.window)
     return windows
 
@@ -167,23 +177,30 @@ def windows_of(mechanisms: Sequence[Mechanism]) -> list[int | None]:
 def architecture_of(
     model: ModelConfig, mechanisms: Sequence[Mechanism], preferred: Architecture | None = None
 ) -> Architecture:
-    """Return `preferred` if it computes this model, or else the simplest that does.
+    """Return `preferred` if it computes this model, or else the simplest that does, with the plug-in if need be.
 
     Raises ConfigError, which names the setting, where none does.
     """
-    windows = windows_of(mechanisms)
-    if preferred is not None and _problem(preferred, model, windows) is None:
-        return preferred
+    problem = None
+    # To the plug-in, all layers are dense.
+    for windows in (_plain_windows(mechanisms), [None] * model.layers):
+        if windows is not None:
+            if preferred is not None and _problem(preferred, model, windows) is None:
+                return preferred
+            nearest = _nearest(model, windows)
+            problem = _problem(nearest, model, windows)
+            if problem is None:
+                return nearest
+    raise ConfigError(problem)
+
+
+def _nearest(model: ModelConfig, windows: Sequence[int | None]) -> Architecture:
+    """Return the simplest architecture that may compute this model."""
     if any(model.expert_layers):
-        nearest = QWEN3_MOE if model.qk_norm else MIXTRAL
-    elif model.qk_norm or model.qkv_bias:
-        nearest = QWEN3 if model.qk_norm else QWEN2
-    else:
-        nearest = MISTRAL if any(windows) else LLAMA
-    problem = _problem(nearest, model, windows)
-    if problem is not None:
-        raise ConfigError(problem)
-    return nearest
+        return QWEN3_MOE if model.qk_norm else MIXTRAL
+    if model.qk_norm or model.qkv_bias:
+        return QWEN3 if model.qk_norm else QWEN2
+    return MISTRAL if any(windows) else LLAMA
 
 
 def _problem(architecture: Architecture, model: ModelConfig, windows: Sequence[int | None]) -> str | None:
@@ -217,9 +234,5 @@ def _problem(architecture: Architecture, model: ModelConfig, windows: Sequence[i
         )
     supported = {"none": 0, "all layers": 1, "some layers": 2}[architecture.windows]
     if any(windows) and (len(set(windows)) > supported or len(set(windows) - {None}) > 1):
-        kinds = dict.fromkeys("dense" if window is None else f"window={window}" for window in windows)
-        return (
-            f"attention.mechanism has {' and '.join(kinds)} in its layers, which {architecture.name} does not compute: "
-            "export it with `--as dense`, if its weights are to be used with dense attention."
-        )
+        return f"{architecture.name} does not compute these windows."
     return None

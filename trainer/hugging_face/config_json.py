@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from farspan.errors import ConfigError, shortened
-from farspan.trainer.hugging_face.architectures import ARCHITECTURES, MIXTRAL, QWEN2, Architecture, windows_of
+from farspan.trainer.hugging_face.architectures import ARCHITECTURES, MIXTRAL, PLUG_IN, QWEN2, Architecture, windows_of
 from farspan.trainer.model.config import RopeConfig
 from farspan.trainer.toml_config import from_tree
 from farspan.trainer.validate import heads_fit, rope_scaling_is_complete
@@ -195,6 +195,14 @@ def _attention(given: Fields, architecture: Architecture) -> dict[str, Any]:
                 f"layers with sliding_window={json.dumps(window)}: correct one of them."
             )
         types = asked
+    entry = given.get(PLUG_IN)
+    if entry is not None:
+        if SLIDING in types or not isinstance(entry, dict) or not entry.keys() <= {"mechanism", "options"}:
+            raise ConfigError(
+                f"{PLUG_IN}={shortened(json.dumps(entry))} must have a mechanism and, maybe, options, and no layer may "
+                "have a sliding window besides: remove one of both."
+            )
+        return entry
     if SLIDING not in types:
         return {}
     if FULL not in types:
@@ -307,6 +315,7 @@ def _check_yarn(rope: Fields, factor: float) -> None:
 def config_fields(decoder: Decoder, architecture: Architecture) -> dict[str, Any]:
     """Return the fields of `config.json` that follow from a decoder, as both transformers 4 and 5 read them."""
     model = decoder.model
+    windows = windows_of(architecture, model, decoder.mechanisms())
     fields = {
         "architectures": [architecture.name],
         "model_type": architecture.model_type,
@@ -322,8 +331,12 @@ def config_fields(decoder: Decoder, architecture: Architecture) -> dict[str, Any
         "tie_word_embeddings": model.tied_embeddings,
         "rope_theta": model.rope.base,
         "rope_scaling": _rope_scaling(model.rope),
-        **_window_fields(windows_of(decoder.mechanisms()), architecture),
+        **_window_fields([None] * model.layers if windows is None else windows, architecture),
     }
+    if windows is None:
+        # Without the plug-in, transformers refuses to load a model with an implementation that it does not know.
+        entry = {"mechanism": decoder.attention.mechanism, "options": decoder.attention.options}
+        fields |= {PLUG_IN: entry, "attn_implementation": PLUG_IN}
     if not architecture.expert_tensors:
         return fields
     layers, experts = model.expert_layers, model.experts

@@ -17,6 +17,7 @@ from farspan.trainer.config import AttentionConfig, Config
 from farspan.trainer.data.source import META_FILE, SPLITS, TokenSource
 from farspan.trainer.hugging_face.architectures import (
     OUTSIDE_OF_BLOCKS,
+    PLUG_IN,
     Architecture,
     architecture_of,
 )
@@ -327,6 +328,11 @@ def _config_fields(
         written = next(dtypes[name] for name in OUTSIDE_OF_BLOCKS.values() if name in dtypes)
         # Versions 5 of transformers write the first, earlier ones read the second.
         fields |= dict.fromkeys([key for key in ("dtype", "torch_dtype") if key in fields] or ["torch_dtype"], written)
+    if PLUG_IN in fields:
+        log.info(
+            "%-12s%s by farspan.integrations.transformers, without which transformers refuses to load the model",
+            "attention", fields[PLUG_IN]["mechanism"],
+        )  # fmt: skip
     sequences = f", trained on sequences of {trained.run.data.sequence_tokens:,}" if trained.run else ""
     kept = ", as in the imported model" if origin and positions == origin.positions else ""
     log.info("%-12smax_position_embeddings=%d%s%s", "context", positions, kept, sequences)

@@ -68,8 +68,8 @@ def shard(
     mechanism: Routed, rows: Rows, global_rows: Rows, all_reduce_sum: AllReduceSum = identity, heads: Heads = HEADS
 ) -> LocalShard:
     return LocalShard(
-        mechanism=mechanism, rows=rows, global_rows=global_rows, share=HeadShare.all(heads), backend="triton",
-        all_reduce_sum=all_reduce_sum,
+        mechanism=mechanism, rows=rows, key_rows=rows, global_rows=global_rows, share=HeadShare.all(heads),
+        backend="triton", all_reduce_sum=all_reduce_sum,
     )  # fmt: skip
 
 
@@ -101,6 +101,13 @@ def test_what_was_planned_serves_the_next_layer() -> None:
     local_shard = shard(mechanism, rows, rows)
     for seed in range(2):
         check(mechanism, *inputs(rows, torch.bfloat16, seed), local_shard)
+
+
+def test_the_last_queries_choose_among_the_keys_of_all() -> None:
+    rows, mechanism = Rows.packed([29, 12]), MoBA(block=3, top_k=3)
+    last = torch.tensor([27, 28, 40])
+    q, k = inputs(rows, torch.float32)
+    check(mechanism, q[last], k, replace(shard(mechanism, rows.take(last), rows), key_rows=rows))
 
 
 @pytest.mark.parametrize("rows", ["shuffled", "padding", "none"])

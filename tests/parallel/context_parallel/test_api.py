@@ -12,6 +12,7 @@ from torch import Tensor
 import farspan
 from farspan.errors import ConfigError
 from farspan.kernels.masks.rows import Rows
+from farspan.kernels.mechanism import Mechanism
 from farspan.parallel.layout import Shards
 from tests.support.rank_pool import Pools
 
@@ -97,6 +98,57 @@ def test_ranks_of_a_group_attend_as_one_process(
         assert positions.dtype == torch.int64
         assert len(positions) == -(-129 // (2 * ranks_)) * 2 or layout in ("contiguous", "striped", "balanced")
         assert sum(sent.values()) > 0
+
+
+@pytest.mark.parametrize(
+    "mechanism",
+    [
+        farspan.mechanism("dense"),
+        farspan.mechanism("window", window=20),
+        farspan.mechanism("moba", **BLOCKS),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("last", [1, 17])
+def test_the_last_tokens_attend_to_all_keys(mechanism: Mechanism, batched: bool, last: int) -> None:
+    q, k, v = inputs(*([2] if batched else []), 129)
+    documents = DOCUMENTS if batched else DOCUMENTS[0]
+    cut = q[..., -last:, :, :]
+    dout = torch.randn_like(cut)
+    whole = farspan.attention(q, k, v, mechanism=mechanism, documents=documents)[..., -last:, :, :]
+    out = farspan.attention(cut, k, v, mechanism=mechanism, documents=documents)
+    torch.testing.assert_close(out, whole, rtol=1e-12, atol=1e-12)
+    wanted = torch.autograd.grad(whole, (q, k, v), dout)
+    for gradient, expected in zip(torch.autograd.grad(out, (q, k, v), dout), wanted, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "why"),
+    [
+        ("lightning", "a recurrence cannot go on"),
+        ("mosa", "its router chooses among all"),
+        ("nats", "its router chooses among all"),
+        ("sparge", "queries of a tile select together"),
+        ("vmoba", "is not causal"),
+    ],
+)
+def test_mechanisms_that_need_all_queries_refuse_the_last(mechanism: str, why: str) -> None:
+    q, k, v = (torch.zeros(9, 4, 8) for _ in range(3))
+    with pytest.raises(ConfigError, match=f"{why}.*without a KV cache"):
+        farspan.attention(q[-1:], k, v, mechanism=mechanism)
+
+
+def test_plans_of_a_kv_cache_do_not_pile_up() -> None:
+    cp = farspan.ContextParallel()
+    q, k, v = (torch.zeros(40, 2, 8) for _ in range(3))
+    for tokens in range(20, 40):
+        for _layer in range(2):
+            cp.attention(q[:1], k[:tokens], v[:tokens])
+    assert cp._planned_last.cache_info().currsize <= 4
+    assert cp._planned_last.cache_info().hits == 20, "the second layer finds the plan of the first"
+    assert cp._planned.cache_info().currsize == 0, "plans of training stay"
 
 
 def short_form(tokens: Tensor) -> tuple[Tensor, Tensor]:

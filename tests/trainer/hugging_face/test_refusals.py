@@ -12,7 +12,7 @@ import torch
 from farspan.errors import CheckpointError, ConfigError, FarspanError
 from farspan.trainer.config import AttentionConfig
 from farspan.trainer.hugging_face import convert
-from farspan.trainer.hugging_face.architectures import MIXTRAL, architecture_of
+from farspan.trainer.hugging_face.architectures import LLAMA, MISTRAL, MIXTRAL, QWEN2, architecture_of, windows_of
 from farspan.trainer.hugging_face.convert import export_model, import_model
 from farspan.trainer.model.config import HeadMixtureConfig
 from farspan.trainer.weights import pool_heads
@@ -193,21 +193,23 @@ def test_choosing_from_all_groups_is_choosing_without_groups() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mechanism", "options", "named"),
+    ("mechanism", "options"),
     [
-        ("moba", {}, "MoBA("),
-        ("lightning", {}, "Lightning("),
-        ("dense", {"causal": False}, "Dense(causal=False)"),
-        ("window", {"window": 40, "sinks": 4}, "Window(window=40, sinks=4"),
-        ("dense, window", {}, "dense and window=1024 in its layers, which MistralForCausalLM"),
+        ("moba", {}),
+        ("dense", {"causal": False}),
+        ("window", {"window": 40, "sinks": 4}),
+        ("dense, window", {}),
     ],
 )
-def test_other_mechanisms_are_not_exported(mechanism: str, options: dict[str, Any], named: str) -> None:
+def test_other_mechanisms_take_the_plug_in(mechanism: str, options: dict[str, Any]) -> None:
     mechanisms = AttentionConfig(mechanism=mechanism, options=options).build_mechanisms(2)
-    with pytest.raises(ConfigError) as error:
-        architecture_of(ours.MODEL, mechanisms)
-    assert f"attention.mechanism has {named}" in str(error.value)
-    assert "`--as dense`" in str(error.value)
+    assert architecture_of(ours.MODEL, mechanisms) is LLAMA
+    assert architecture_of(ours.MODEL, mechanisms, MISTRAL) is MISTRAL
+    assert windows_of(LLAMA, ours.MODEL, mechanisms) is None
+    with_bias = replace(ours.MODEL, qkv_bias=True)
+    assert architecture_of(with_bias, mechanisms) is QWEN2
+    # Qwen2 has windows in some layers.
+    assert windows_of(QWEN2, with_bias, mechanisms) == ([None, 1024] if mechanism == "dense, window" else None)
 
 
 def test_routers_with_biases_are_not_exported(tmp_path: Path) -> None:

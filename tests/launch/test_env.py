@@ -16,6 +16,7 @@ from farspan.launch.env import (
     read_ranks,
     record_nccl_in,
     report_to_torchrun,
+    set_deepspeed_defaults,
     set_device_defaults,
 )
 from farspan.parallel.ranks import Ranks
@@ -64,6 +65,13 @@ def test_variables_of_torch_are_set_unless_the_user_has_set_them_by_either_name(
         set_device_defaults()
         record_nccl_in(Path("run"))
         assert dict(os.environ) == after
+
+
+def test_deepspeed_finds_its_rank_and_kind_of_device() -> None:
+    set_deepspeed_defaults(Ranks(rank=3, world_size=4, local_rank=1), "auto")
+    assert (os.environ["LOCAL_RANK"], os.environ.get("DS_ACCELERATOR")) == ("1", None)
+    set_deepspeed_defaults(Ranks(), "cpu")
+    assert (os.environ["LOCAL_RANK"], os.environ["DS_ACCELERATOR"]) == ("1", "cpu")
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])

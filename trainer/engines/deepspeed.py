@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from farspan.parallel.fsdp import clip_gradients
 from farspan.parallel.mesh import Mesh, group_along
 from farspan.trainer.build import unsharded
 from farspan.trainer.config import Config
@@ -131,7 +130,8 @@ class ZeroEngine:
     def _gradient_norm(self) -> Tensor:
         """Return the norm before clipping, when the optimizer is called."""
         if self._stage == 0:
-            return clip_gradients(self.model.parameters(), self._max_gradient_norm)
+            # The same on all ranks, which have all gradients.
+            return nn.utils.clip_grad_norm_(self.model.parameters(), self._max_gradient_norm)
         return torch.as_tensor(self._zero._global_grad_norm)
 
     def state(self) -> dict[str, Any]:

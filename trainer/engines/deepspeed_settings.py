@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,6 +63,9 @@ def import_deepspeed() -> ModuleType:
 
     # Transfers between CPUs by shared memory, which DeepSpeed would compile for minutes; gloo serves.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed 0.19 calls these by names that torch 2.13 has renamed, in every step.
+    renamed = r".*torch\.distributed\.(all_gather_into|reduce_scatter)_tensor. is deprecated"
+    warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
     return deepspeed
 
 

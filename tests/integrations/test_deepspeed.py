@@ -202,6 +202,7 @@ def differences(
             found += [name] * any(a != pytest.approx(b, rel=tolerance) for a, b in finite)
         assert course.state.keys() == expected.state.keys()
         for name, tensor in course.state.items():
+            assert tensor.dtype == expected.state[name].dtype, name
             kind = name.rpartition(".")[2]
             scale = expected.state[name].abs().max().item()
             # Moments are linear in the clipped gradient, or in its square: AdamW's updates would hide its scale.

@@ -112,8 +112,20 @@ def test_a_missing_package_is_refused_with_the_command_that_installs_it(
 def test_memory_is_that_of_the_stage(config: Config, stage: int, numbers: int) -> None:
     """Bytes of each parameter in float32 on 2 ranks: what is computed with, its gradient, master and two moments."""
     found = kept(under(config, stage), RUN)
-    assert found.by_parameter == numbers
-    assert found.fixed == (0 if stage == 0 else 4 * BUCKET)
+    assert (found.by_parameter, found.fixed, found.gathers) == (numbers, 0, stage == 3)
+    on_gpu = replace(under(config, stage), train=replace(config.train, device="cuda"))
+    assert kept(on_gpu, RUN).fixed == (0 if stage == 0 else 4 * BUCKET)
+
+
+def test_memory_of_a_gpu_leaves_out_what_is_offloaded(config: Config) -> None:
+    assert config.deepspeed.config is not None
+    offload = {"device": "cpu"}
+    config.deepspeed.config.write_text(
+        json.dumps({"zero_optimization": {"offload_param": offload, "offload_optimizer": offload}})
+    )
+    on_gpu = replace(under(config, 3), train=replace(config.train, device="cuda"))
+    assert kept(on_gpu, RUN).by_parameter == 4 / 2
+    assert kept(on_gpu, RUN).fixed == 4 * 500_000_000
 
 
 def test_a_dry_run_tells_the_engine_and_what_a_rank_has(config: Config, caplog: pytest.LogCaptureFixture) -> None:

@@ -39,18 +39,21 @@ def build_deepspeed(config: Config, mesh: Mesh, device: torch.device) -> ZeroEng
     """Return the initialized model and its optimizer under ZeRO; raises ConfigError for settings that it refuses."""
     deepspeed, stage, settings = import_deepspeed(), config.deepspeed.zero_stage, settings_of(config, mesh.degrees)
     with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in unsharded(config).named_parameters()}
+        plain = unsharded(config)
+    shapes = {name: parameter.shape for name, parameter in plain.named_parameters()}
     # At stage 3 each module is sharded as soon as it is made.
     shards = deepspeed.zero.Init(config_dict_or_path=settings) if stage == 3 else nullcontext()
     with torch.device(device), shards:
         model = unsharded(config)
-    for buffer in model.buffers():
-        buffer.zero_()
+    for name, buffer in plain.named_buffers():
+        # DeepSpeed makes all tensors in the dtype of the computation; biases of routers have float64.
+        module, _, last = name.rpartition(".")
+        model.get_submodule(module).register_buffer(last, torch.zeros_like(buffer, device=device))
     # A shard has one dimension, whatever the parameter has.
     dimensions = [(parameter, len(shapes[name])) for name, parameter in model.named_parameters()]
     optimizer = build_adamw(dimensions, config.optimizer)
     wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
-    engine = ZeroEngine(wrapped, optimizer, shapes, mesh, device, stage, config.optimizer.max_gradient_norm)
+    engine = ZeroEngine(wrapped, optimizer, mesh, device, stage, config.optimizer.max_gradient_norm)
     # Drawn in float32, also where DeepSpeed had the parameters in bfloat16 only.
     drawn = {name: engine.shard(torch.zeros(shape)) for name, shape in shapes.items()}
     for name, tensor in drawn.items():
@@ -60,23 +63,19 @@ def build_deepspeed(config: Config, mesh: Mesh, device: torch.device) -> ZeroEng
 
 
 class ZeroEngine:
-    """A model under DeepSpeed's ZeRO; masters and moments are in float32, gradients are freed by each step.
-
-    shapes: of the full parameters, by name.
-    """
+    """A model under DeepSpeed's ZeRO; masters and moments are in float32, gradients are freed by each step."""
 
     def __init__(
         self,
         wrapped: DeepSpeedEngine,
         optimizer: torch.optim.AdamW,
-        shapes: Mapping[str, torch.Size],
         mesh: Mesh,
         device: torch.device,
         stage: int,
         max_gradient_norm: float,
     ) -> None:
         self.wrapped, self.optimizer, self.model = wrapped, optimizer, cast(Transformer, wrapped.module)
-        self._shapes, self._mesh, self._device, self._stage = shapes, mesh, device, stage
+        self._mesh, self._device, self._stage = mesh, device, stage
         self._max_gradient_norm = max_gradient_norm
         self._world = dist.get_world_size()
         # Checkpoints are made of CPU memory: on a GPU the shards of full tensors would come on top of DeepSpeed's own.

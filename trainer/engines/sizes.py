@@ -35,11 +35,13 @@ def kept(config: Config, degrees: Degrees) -> Kept:
     copy = compute.itemsize / (ranks if stage == 3 else 1)
     gradient = master / (ranks if stage >= 2 else 1)
     states = 3 * master / ranks
+    fixed = 0
+    # On CPUs what is offloaded stays where it is, and memory that nothing was written to is not taken.
     if config.train.device == "cuda":
         copy *= offload_device(user, "offload_param") is None
         states *= offload_device(user, "offload_optimizer") is None
-    bucket = user.get(ZERO, {}).get("reduce_bucket_size", REDUCE_BUCKET)
-    return Kept(by_parameter=copy + gradient + states, fixed=int(bucket) * master, gathers=stage == 3)
+        fixed = int(user.get(ZERO, {}).get("reduce_bucket_size", REDUCE_BUCKET)) * master
+    return Kept(by_parameter=copy + gradient + states, fixed=fixed, gathers=stage == 3)
 
 
 def engine_label(config: Config) -> dict[str, str]:

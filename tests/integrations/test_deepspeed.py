@@ -203,8 +203,7 @@ def differences(
         assert course.state.keys() == expected.state.keys()
         for name, tensor in course.state.items():
             assert tensor.dtype == expected.state[name].dtype, name
-            kind = name.rpartition(".")[2]
-            scale = expected.state[name].abs().max().item()
+            kind, scale = name.rpartition(".")[2], expected.state[name].abs().max().item()
             # Moments are linear in the clipped gradient, or in its square: AdamW's updates would hide its scale.
             close = torch.allclose(tensor.double(), expected.state[name].double(), rtol=0, atol=state_tolerance * scale)
             found += [] if close else [kind if kind.startswith("exp") else "masters"]
@@ -386,3 +385,16 @@ def test_weights_of_another_run_fill_a_model(
     found = pools(2).run(read, in_bfloat16(zero(3)), folder)[0]
     assert wanted.keys() == found.keys()
     assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == []
+
+
+def dtypes(config: Config) -> dict[str, torch.dtype]:
+    prepare()
+    engine = build_engine(config, Mesh.build(config.parallel, "cpu"), torch.device("cpu"))
+    return {name: tensor.dtype for name, tensor in full_state(engine).items()}
+
+
+def test_checkpoints_have_the_dtypes_of_fsdp2(pools: Callable[[int], RankPool], zero: Callable[..., Config]) -> None:
+    base = tiny.with_model(in_bfloat16(zero(None)), experts=tiny.EXPERTS)
+    found = pools(2).run(dtypes, under_zero(base, 3))[0]
+    assert found == pools(2).run(dtypes, base)[0]
+    assert found["blocks.0.feed_forward.bias"] == torch.float32

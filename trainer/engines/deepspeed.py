@@ -46,7 +46,7 @@ def build_deepspeed(config: Config, mesh: Mesh, device: torch.device) -> ZeroEng
     with torch.device(device), shards:
         model = unsharded(config)
     for name, buffer in plain.named_buffers():
-        # DeepSpeed makes all tensors in the dtype of the computation; biases of routers have float64.
+        # At stage 3 all tensors are made in the dtype of the computation, which biases of routers do not have.
         module, _, last = name.rpartition(".")
         model.get_submodule(module).register_buffer(last, torch.zeros_like(buffer, device=device))
     # A shard has one dimension, whatever the parameter has.

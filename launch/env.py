@@ -57,6 +57,16 @@ def record_nccl_in(folder: Path) -> None:
     _set_default(NCCL_RECORD, str(folder / "nccl_rank_"))
 
 
+def set_deepspeed_defaults(ranks: Ranks, device: str) -> None:
+    """Set what DeepSpeed reads when it is imported: the rank of this process on its machine, and its kind of device.
+
+    device: train.device. By itself DeepSpeed searches for devices, and takes a GPU where the run is on CPUs.
+    """
+    _set_default(["LOCAL_RANK"], str(ranks.local_rank))
+    if device == "cpu":
+        _set_default(["DS_ACCELERATOR"], "cpu")
+
+
 def _set_default(names: Sequence[str], value: str) -> None:
     if not any(name in os.environ for name in names):
         os.environ[names[0]] = value

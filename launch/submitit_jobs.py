@@ -27,6 +27,7 @@ from farspan.launch.env import (
     outside_jobs,
     read_ranks,
     restart_count,
+    set_deepspeed_defaults,
     set_device_defaults,
     set_visible_gpus,
     visible_gpus,
@@ -286,6 +287,7 @@ def train_here(config: Config) -> RunResult:
 
     set_device_defaults()
     ranks = read_ranks()
+    set_deepspeed_defaults(ranks, config.train.device)
     with log_to(sys.stdout), StopSignal() as stop:
         choose_gloo_interface(ranks)
         train(config, ranks, stop)

@@ -23,6 +23,7 @@ from farspan.trainer.build import build_model
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.checkpoint.manifest import Manifest
 from farspan.trainer.config import CheckpointConfig, Config, DataConfig, RunConfig, TrainConfig
+from farspan.trainer.engines.fsdp2 import Fsdp2Engine
 from farspan.trainer.model.config import ModelConfig
 from farspan.trainer.optim import OptimizerConfig, build_optimizer
 from farspan.trainer.state import TrainState
@@ -74,10 +75,10 @@ class CheckpointBench:
             parallel=ParallelConfig(),
         )  # fmt: skip
         self.model = build_model(config, Mesh.build(config.parallel, device.type), device)
-        optimizer = build_optimizer(self.model, config.optimizer)
+        engine = Fsdp2Engine(self.model, build_optimizer(self.model, config.optimizer))
         self.folder = folder / "checkpoints"
         keep = CheckpointConfig(keep=1)
-        self.checkpoints = Checkpointer(self.folder, self.model, optimizer, identity={}, defaults={}, config=keep)
+        self.checkpoints = Checkpointer(self.folder, engine, identity={}, defaults={}, config=keep)
         self.step_number = 0
         self._matrix = torch.randn(MATRIX[device.type], MATRIX[device.type], device=device)
         self._products = 1

@@ -29,14 +29,19 @@ def build_model(config: Config, mesh: Mesh, device: torch.device) -> Transformer
 
 def build_on_meta(config: Config, mesh: Mesh) -> Transformer:
     """Return the model sharded over the mesh, without memory for its parameters."""
-    model = _unsharded_on_meta(config)
+    with torch.device("meta"):
+        model = unsharded(config)
     _shard(model, mesh, config.train.torch_dtype)
     return model
 
 
 def parameters_held(config: Config, mesh: Mesh) -> int:
     """Return how many parameters this rank has."""
-    model = _unsharded_on_meta(config)
+    with torch.device("meta"):
+        model = unsharded(config)
+    if config.train.engine == "deepspeed":
+        ranks = mesh.degrees.shard if config.deepspeed.zero_stage == 3 else 1
+        return sum(-(-parameter.numel() // ranks) for parameter in model.parameters())
     # Sharding a block takes a while: only the first block of each shape is sharded.
     by_shape: dict[tuple[object, ...], list[nn.Module]] = {}
     for block in model.blocks:
@@ -47,14 +52,11 @@ def parameters_held(config: Config, mesh: Mesh) -> int:
     return _num_local(model) + sum((len(blocks) - 1) * _num_local(block) for block, blocks in others)
 
 
-def _unsharded_on_meta(config: Config) -> Transformer:
-    with torch.device("meta"):
-        model = Transformer(
-            config.model,
-            config.mechanisms(),
-            recompute=config.train.recompute == "block",
-            compiled=config.train.compile,
-        )
+def unsharded(config: Config) -> Transformer:
+    """Return the full model on torch's default device, not yet initialized."""
+    model = Transformer(
+        config.model, config.mechanisms(), recompute=config.train.recompute == "block", compiled=config.train.compile
+    )
     return model.double() if config.train.torch_dtype == torch.float64 else model
 
 

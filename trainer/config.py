@@ -110,12 +110,25 @@ class TrainConfig:
     compile: bool = False
     """Compile blocks by torch.compile: what is between matrix products, attention and communication becomes few
     kernels. Starting takes longer, by up to minutes."""
+    engine: Literal["fsdp2", "deepspeed"] = "fsdp2"
+    """What shards parameters, gradients and optimizer state: FSDP2 of torch, or DeepSpeed's ZeRO, see [deepspeed]."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU where there is one."""
 
     @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.compute_dtype)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeepSpeedConfig:
+    """For train.engine=deepspeed."""
+
+    zero_stage: int = bounded(2, minimum=0, maximum=3)
+    """What ZeRO shards over all ranks: nothing (0), optimizer state (1), gradients too (2), parameters too (3)."""
+    config: Path | None = None
+    """A JSON file of DeepSpeed's own settings, such as zero_optimization.offload_optimizer; those that farspan sets are
+    refused."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,6 +173,7 @@ class Config:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     skip: SkipConfig = field(default_factory=SkipConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
 
     def mechanisms(self) -> tuple[Mechanism, ...]:
         """Return the mechanism of each layer; see `AttentionConfig.build_mechanisms`."""

@@ -14,13 +14,12 @@ import torch
 import torch.distributed as dist
 
 from farspan.errors import ConfigError, TrainingError
-from farspan.parallel.fsdp import sharding_bytes
 from farspan.parallel.mesh import Mesh
 from farspan.trainer.batch import BatchBuilder
 from farspan.trainer.config import Config, flat
+from farspan.trainer.engines.engine import Engine
 from farspan.trainer.load_balance import passes_ahead
 from farspan.trainer.model.flops import training_flops
-from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.monitoring.profiler import Profiler
 from farspan.trainer.monitoring.wandb_run import WandbRun
 from farspan.trainer.monitoring.writers import MetricsWriter
@@ -43,21 +42,15 @@ log = logging.getLogger("farspan")
 class Metrics:
     """Measures and records the steps of a run; all ranks make the same calls, the first one writes."""
 
-    def __init__(self, config: Config, model: Transformer, mesh: Mesh, batches: BatchBuilder, step: int) -> None:
+    def __init__(self, config: Config, engine: Engine, mesh: Mesh, batches: BatchBuilder, step: int) -> None:
         """Open the records of a run that goes on after `step`; raises TrainingError, on all ranks, if that fails."""
         train, dtype = config.train, config.train.torch_dtype
         self._folder, self._steps, self._model = Path(config.run.folder), train.steps, config.model
         self._tokens_per_step = train.sequences_per_step * config.data.sequence_tokens
         self._mechanisms, self._traffic, self._device = batches.mechanisms, batches.channel.traffic, batches.device
         micro_batches = train.sequences_per_step // mesh.degrees.data
-        self._fsdp_bytes = sharding_bytes(
-            model,
-            model.blocks,
-            mesh,
-            dtype,
-            micro_batches=micro_batches,
-            passes_ahead=passes_ahead(config.model, self._mechanisms, micro_batches),
-        )
+        ahead = passes_ahead(config.model, self._mechanisms, micro_batches)
+        self._fsdp_bytes = engine.sharding_bytes(mesh, dtype, micro_batches=micro_batches, passes_ahead=ahead)
         self._peak_flops = dist.get_world_size() * peak_flops(batches.device, dtype)
         self._timer = StepTimer(train.steps - step)
         self._profiler = Profiler(config.profile, self._folder, batches.device, rank=dist.get_rank(), resumed_step=step)
@@ -95,7 +88,8 @@ class Metrics:
         if self._writer is None:
             return
         traffic = self._traffic.take()
-        traffic.add("fsdp", sent=self._fsdp_bytes, received=self._fsdp_bytes)
+        if self._fsdp_bytes is not None:
+            traffic.add("fsdp", sent=self._fsdp_bytes, received=self._fsdp_bytes)
         flops = training_flops(self._model, self._mechanisms, self._tokens_per_step, result.attention_flops)
         mfu = flops / seconds / self._peak_flops
         record = {

@@ -1,12 +1,12 @@
 """AdamW and its learning-rate schedules; the rate is a function of the step and needs no saving."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from farspan.trainer.toml_config import bounded
 
@@ -45,19 +45,31 @@ class OptimizerConfig:
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """Return AdamW over the model's parameters, sharded as they are, with a state that can be saved at once."""
     parameters = list(model.parameters())
+    optimizer = build_adamw([(p, p.dim()) for p in parameters], config)
+    add_state(optimizer, parameters)
+    return optimizer
+
+
+def build_adamw(parameters: Iterable[tuple[nn.Parameter, int]], config: OptimizerConfig) -> torch.optim.AdamW:
+    """Return AdamW without state; parameters: each with its number of dimensions."""
+    parameters = list(parameters)
     groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for p, dimensions in parameters if dimensions > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p, dimensions in parameters if dimensions <= 1], "weight_decay": 0.0},
     ]
-    # On a GPU one kernel updates all parameters, without temporary copies of them.
-    is_fused = is_on_gpu(parameters)
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         groups,
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
-        fused=is_fused or None,
+        # On a GPU one kernel updates all parameters, without temporary copies of them.
+        fused=is_on_gpu([p for p, _ in parameters]) or None,
     )
+
+
+def add_state(optimizer: torch.optim.AdamW, parameters: Iterable[Tensor]) -> None:
+    """Give each parameter its state before the first update, so that it can be saved and loaded."""
+    is_fused = bool(optimizer.defaults["fused"])
     for parameter in parameters:
         # As AdamW does at its first update. Without it, torch makes the state that is saved or loaded before then with
         # an update of zero gradients, which counts, or leaves the state out where there are gradients.
@@ -66,7 +78,6 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
             "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
             "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
         }
-    return optimizer
 
 
 def is_on_gpu(parameters: Sequence[nn.Parameter]) -> bool:

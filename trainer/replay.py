@@ -19,6 +19,7 @@ from farspan.trainer.batch import BatchBuilder, DataLoader
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import PackedSequence
+from farspan.trainer.engines.fsdp2 import Fsdp2Engine
 from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.resilience.agreement import on_first_rank, raise_on_all_ranks
 from farspan.trainer.state import TrainState
@@ -103,11 +104,9 @@ def replay(model: Transformer, batches: BatchBuilder, folder: Path, mesh: Mesh) 
             losses[place] = model(batch.tokens, batch.labels, batch.context).losses.sum(dtype=torch.float64)
     dist.all_reduce(losses)
     result = train_step(
-        model,
-        torch.optim.SGD(model.parameters()),
+        Fsdp2Engine(model, torch.optim.SGD(model.parameters())),
         list(local.values()),
         context=batches.channel,
-        max_gradient_norm=1.0,
         reason_to_skip=lambda loss, gradient_norm: "replayed",
     )
     log.info("replayed    %s: loss %r, gradient norm %r", folder, result.loss, result.gradient_norm)

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from farspan.parallel.comm import Channel
-from farspan.parallel.fsdp import clip_gradients
 from farspan.trainer.batch import MicroBatch
+from farspan.trainer.engines.engine import Engine
 from farspan.trainer.load_balance import ExpertBalance, ExpertLoad
 from farspan.trainer.model.experts import ExpertFeedForward
 from farspan.trainer.model.head_mixture import HeadMixture
-from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.resilience.skip_steps import not_finite
 
 
@@ -38,12 +38,10 @@ class StepResult:
 
 
 def train_step(
-    model: Transformer,
-    optimizer: torch.optim.Optimizer,
+    engine: Engine,
     batches: Sequence[MicroBatch],
     *,
     context: Channel,
-    max_gradient_norm: float,
     reason_to_skip: Callable[[float, float], str | None] = not_finite,
 ) -> StepResult:
     """Accumulate gradients over `batches`, clip, and update unless there is a reason not to.
@@ -64,43 +62,60 @@ def train_step(
     labeled_tokens, attention_flops, real_tokens, fingerprint = of_all_ranks.tolist()
     balances = [
         ExpertBalance(layers, context, int(real_tokens)) if layers else None
-        for layers in (model.layers_of(ExpertFeedForward), model.layers_of(HeadMixture))
+        for layers in (engine.model.layers_of(ExpertFeedForward), engine.model.layers_of(HeadMixture))
     ]
 
-    optimizer.zero_grad()
-    _count_ahead(model, batches[1:], balances)
+    engine.zero_grad()
+    _count_ahead(engine, batches[1:], balances)
     total = torch.zeros((), dtype=torch.float64, device=batches[0].tokens.device)
     for batch in batches:
         torch.manual_seed(batch.seed)
-        losses, *statistics = model(batch.tokens, batch.labels, batch.context)
+        losses, *statistics = engine.wrapped(batch.tokens, batch.labels, batch.context)
         loss = losses.sum() / max(labeled_tokens, 1)
         for balance, of_layers in zip(balances, statistics, strict=True):
             loss = loss if balance is None else loss + balance.loss(of_layers)
-        loss.backward()
+        engine.backward(loss)
         total += losses.detach().sum(dtype=torch.float64)
     dist.all_reduce(total)
-    norm = clip_gradients(model.parameters(), max_gradient_norm)
-    loss_sum, norm = torch.stack((total, norm.to(total))).tolist()  # the host's only wait for the device
-    loss = loss_sum / labeled_tokens if labeled_tokens else math.nan
+    verdict = _Verdict(total, labeled_tokens, reason_to_skip)
     # All ranks make the calls of a step whatever the labels, so that none waits for another.
-    skipped = reason_to_skip(loss, norm) if labeled_tokens else "no token of its sequences has a label"
-    if skipped is None:
-        optimizer.step()
-    experts, heads = (None if balance is None else balance.finish(is_update=skipped is None) for balance in balances)
+    engine.step(verdict.is_update)
+    is_update = verdict.skipped is None
+    experts, heads = (None if balance is None else balance.finish(is_update=is_update) for balance in balances)
     return StepResult(
-        loss=loss,
-        gradient_norm=norm,
+        loss=verdict.loss,
+        gradient_norm=verdict.gradient_norm,
         labeled_tokens=int(labeled_tokens),
         attention_flops=attention_flops,
         fingerprint=int(fingerprint),
         experts=experts,
         heads=heads,
-        skipped=skipped,
+        skipped=verdict.skipped,
     )
 
 
+@dataclass(slots=True, eq=False)
+class _Verdict:
+    """Whether a step is an update, decided once the gradient is there; loss_sum: over all labels, on the device."""
+
+    loss_sum: Tensor
+    labeled_tokens: float
+    reason_to_skip: Callable[[float, float], str | None]
+    loss: float = math.nan
+    gradient_norm: float = math.nan
+    skipped: str | None = "no token of its sequences has a label"
+
+    def is_update(self, norm: Tensor) -> bool:
+        # The host's only wait for the device.
+        loss_sum, self.gradient_norm = torch.stack((self.loss_sum, norm.to(self.loss_sum))).tolist()
+        if self.labeled_tokens:
+            self.loss = loss_sum / self.labeled_tokens
+            self.skipped = self.reason_to_skip(self.loss, self.gradient_norm)
+        return self.skipped is None
+
+
 @torch.no_grad()
-def _count_ahead(model: Transformer, batches: Sequence[MicroBatch], balances: Sequence[ExpertBalance | None]) -> None:
+def _count_ahead(engine: Engine, batches: Sequence[MicroBatch], balances: Sequence[ExpertBalance | None]) -> None:
     """Count how the tokens of `batches` choose, as they will in their own pass: same kernels, weights and seeds.
 
     Does nothing where no balance loss spans the step.
@@ -109,7 +124,7 @@ def _count_ahead(model: Transformer, batches: Sequence[MicroBatch], balances: Se
         return
     for batch in batches:
         torch.manual_seed(batch.seed)
-        _, *statistics = model(batch.tokens, None, batch.context)
+        _, *statistics = engine.wrapped(batch.tokens, None, batch.context)
         for balance, of_layers in zip(balances, statistics, strict=True):
             if balance is not None:
                 balance.count_ahead(of_layers)

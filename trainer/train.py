@@ -16,18 +16,19 @@ from farspan.parallel.comm import Traffic
 from farspan.parallel.mesh import Mesh
 from farspan.parallel.ranks import Ranks, connected
 from farspan.trainer.batch import BatchThread, DataLoader
-from farspan.trainer.build import build_batches, build_model
+from farspan.trainer.build import build_batches
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.checkpoint.identity import identity_defaults, resume_identity
 from farspan.trainer.checkpoint.steps import finished
 from farspan.trainer.config import Config, flat
 from farspan.trainer.data.source import check_integrity
 from farspan.trainer.data.validation import describe_sets
+from farspan.trainer.engines.choice import build_engine
+from farspan.trainer.engines.engine import Engine
 from farspan.trainer.estimate.summary import describe, describe_data, describe_rest
 from farspan.trainer.evaluate import Validation
 from farspan.trainer.metrics import Metrics, record_config, writing_to
-from farspan.trainer.model.transformer import Transformer
-from farspan.trainer.optim import build_optimizer, learning_rate, set_learning_rate
+from farspan.trainer.optim import learning_rate, set_learning_rate
 from farspan.trainer.replay import give_up, replay
 from farspan.trainer.resilience.agreement import any_rank, check_same, max_over_ranks, on_first_rank, raise_on_all_ranks
 from farspan.trainer.resilience.lock import lock_folder
@@ -38,7 +39,7 @@ from farspan.trainer.resilience.watchdog import Watchdog
 from farspan.trainer.resolve import Resolved, choose_device, resolve
 from farspan.trainer.state import TrainState
 from farspan.trainer.step import StepResult, train_step
-from farspan.trainer.weights.io import check_weights, load_weights, other_settings
+from farspan.trainer.weights.io import check_weights, fill_with_weights, other_settings
 from farspan.trainer.weights.source_files import check_tokenizer, keep_in_run
 
 log = logging.getLogger("farspan")
@@ -57,41 +58,40 @@ def train(config: Config, ranks: Ranks, stop: StopSignal) -> bool:
                 return stopped_during_start_up(stop)
             config, device = resolved.config, resolved.device
             mesh = Mesh.build(config.parallel, device.type)
-            model = build_model(config, mesh, device)  # each rank has its FSDP and expert-parallel shards
-            optimizer = build_optimizer(model, config.optimizer)
+            engine = build_engine(config, mesh, device)  # each rank has its shards of model and optimizer
             batches = build_batches(config, mesh, device, Traffic())  # each rank has its context-parallel shard
             thread = stack.enter_context(closing(BatchThread(device)))
             data = DataLoader(config, resolved.train_source, mesh, batches, thread)
             validation = Validation(config, resolved.validation_sets, mesh, batches, thread, stop, watchdog)
-            state, checkpoints = TrainState(), build_checkpointer(resolved, model, optimizer)
+            state, checkpoints = TrainState(), build_checkpointer(resolved, engine)
             stack.enter_context(saves_settled(checkpoints, state, watchdog))
             if any_rank(stop.requested):
                 return stopped_during_start_up(stop)
-            load(config, model, checkpoints, state)
+            load(config, engine, checkpoints, state)
         if config.run.replay is not None:
             with watchdog.phase("step", state.step):
-                replay(model, batches, config.run.replay, mesh)
+                replay(engine.model, batches, config.run.replay, mesh)
             return False
         with watchdog.phase("start", state.step):
-            metrics = stack.enter_context(closing(Metrics(config, model, mesh, batches, state.step)))
+            metrics = stack.enter_context(closing(Metrics(config, engine, mesh, batches, state.step)))
             stopping, steps = any_rank(stop.requested), config.train.steps
             is_evaluation_missing = validation.is_missing(state.step, metrics)
             has_work = state.step < steps or is_evaluation_missing
             if has_work and not stopping:
                 on_first_rank(lambda: record_start(resolved, state))
         if is_evaluation_missing and not stopping:
-            stopping = validation.run(model, state.step, metrics)
+            stopping = validation.run(engine.wrapped, state.step, metrics)
         while state.step < steps and not stopping:
             with watchdog.phase("step", state.step + 1), metrics.step(state.step + 1):
                 rate = learning_rate(config.optimizer, state.step, steps)
-                set_learning_rate(optimizer, rate)
-                result = update(config, model, optimizer, data, state)
+                set_learning_rate(engine.optimizer, rate)
+                result = update(config, engine, data, state)
                 stopping = finish_step(metrics, result, state, rate, checkpoints, stop)
             if state.skipped_in_a_row > config.skip.max_consecutive_skips:
                 with watchdog.phase("save", state.step):
                     give_up(config, data, checkpoints, state, str(result.skipped))
             if validation.is_due(state.step) and not stopping:
-                stopping = validation.run(model, state.step, metrics)
+                stopping = validation.run(engine.wrapped, state.step, metrics)
             if state.step % config.checkpoint.every_steps == 0 or state.step >= steps or stopping:
                 in_background = config.checkpoint.background and state.step < steps and not stopping
                 with watchdog.phase("save", state.step):
@@ -166,12 +166,11 @@ def stopped_during_start_up(stop: StopSignal) -> bool:
     return any_rank(stop.preemption_warning)
 
 
-def build_checkpointer(resolved: Resolved, model: Transformer, optimizer: torch.optim.Optimizer) -> Checkpointer:
+def build_checkpointer(resolved: Resolved, engine: Engine) -> Checkpointer:
     config = resolved.config
     return Checkpointer(
         Path(config.run.folder) / "checkpoints",
-        model,
-        optimizer,
+        engine,
         identity=resume_identity(config, resolved.train_source.fingerprint),
         defaults=identity_defaults(config),
         config=config.checkpoint,
@@ -192,7 +191,7 @@ def saves_settled(checkpoints: Checkpointer, state: TrainState, watchdog: Watchd
         checkpoints.wait_briefly()
 
 
-def load(config: Config, model: Transformer, checkpoints: Checkpointer, state: TrainState) -> None:
+def load(config: Config, engine: Engine, checkpoints: Checkpointer, state: TrainState) -> None:
     """Resume from the newest checkpoint, or begin with the weights of run.start_from."""
     resumed_from = checkpoints.load_latest(state)
     if resumed_from is not None:
@@ -200,22 +199,20 @@ def load(config: Config, model: Transformer, checkpoints: Checkpointer, state: T
         if config.run.start_from is not None:
             log.info("ignored     run.start_from=%s: the run has checkpoints of its own", config.run.start_from)
     elif (weights := config.run.start_from) is not None:
-        load_weights(model, weights)
+        tensors = engine.state()["model"]
+        fill_with_weights(tensors, weights, tied=config.model.tied_embeddings)
+        engine.load_state(tensors)
         log.info("weights     from %s", weights)
         if differing := on_first_rank(lambda: other_settings(config, weights)):
             log.info("differing   from the weights' own settings: %s", ", ".join(differing))
 
 
-def update(
-    config: Config, model: Transformer, optimizer: torch.optim.Optimizer, data: DataLoader, state: TrainState
-) -> StepResult:
+def update(config: Config, engine: Engine, data: DataLoader, state: TrainState) -> StepResult:
     """Do one optimizer step on the next batch, or skip it, and advance the state."""
     result = train_step(
-        model,
-        optimizer,
+        engine,
         data.micro_batches(state.sequences, is_last=state.step + 1 >= config.train.steps),
         context=data.batches.channel,
-        max_gradient_norm=config.optimizer.max_gradient_norm,
         reason_to_skip=partial(reason_to_skip, config.skip, state),
     )
     state.advance(

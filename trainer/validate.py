@@ -12,6 +12,7 @@ from farspan.trainer.build import strategies_of_layers
 from farspan.trainer.checkpoint.identity import resume_identity
 from farspan.trainer.config import AUTO, Config
 from farspan.trainer.data.validation import OWN_SET
+from farspan.trainer.engines.deepspeed_settings import check_deepspeed
 from farspan.trainer.model.config import ModelConfig, RopeConfig
 
 # The metrics of `code_unigram` would be called as some of `code`.
@@ -36,6 +37,7 @@ def validate(config: Config, degrees: Degrees) -> None:
     profile_fits(config, degrees)
     mechanism_takes_model(config)
     strategy_takes_mechanism(config, degrees)
+    check_deepspeed(config, degrees)
 
 
 def accepted_changes_exist(config: Config) -> None:

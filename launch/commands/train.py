@@ -13,6 +13,7 @@ from farspan.launch.env import (
     read_ranks,
     record_nccl_in,
     report_to_torchrun,
+    set_deepspeed_defaults,
     set_device_defaults,
     take_launcher,
 )
@@ -65,6 +66,7 @@ def run(options: argparse.Namespace) -> int:
         try:
             config = config_of(options)
             record_nccl_in(Path(config.run.folder))
+            set_deepspeed_defaults(ranks, config.train.device)
             wants_requeue = train(config, ranks, stop)
         except FarspanError as error:
             is_connected = not isinstance(error, NotConnectedError)

@@ -17,6 +17,7 @@ from farspan.launch.env import (
     read_ranks,
     record_nccl_in,
     report_to_torchrun,
+    set_deepspeed_defaults,
     set_device_defaults,
 )
 from farspan.parallel.mesh import ParallelConfig
@@ -79,6 +80,13 @@ def test_a_rank_sets_them_before_it_meets_others(tmp_path: Path, monkeypatch: py
     assert cli.main(["train", str(tmp_path / "run.toml")]) == 0
     assert found["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     assert found["TORCH_FR_DUMP_TEMP_FILE"] == f"{tmp_path}/run/nccl_rank_"
+
+
+def test_deepspeed_finds_its_rank_and_kind_of_device() -> None:
+    set_deepspeed_defaults(Ranks(rank=3, world_size=4, local_rank=1), "auto")
+    assert (os.environ["LOCAL_RANK"], os.environ.get("DS_ACCELERATOR")) == ("1", None)
+    set_deepspeed_defaults(Ranks(), "cpu")
+    assert (os.environ["LOCAL_RANK"], os.environ["DS_ACCELERATOR"]) == ("1", "cpu")
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])

@@ -15,6 +15,7 @@ from farspan.trainer.build import build_model
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.checkpoint.identity import identity_defaults, resume_identity
 from farspan.trainer.config import Config
+from farspan.trainer.engines.fsdp2 import Fsdp2Engine
 from farspan.trainer.optim import build_optimizer
 from farspan.trainer.state import TrainState
 
@@ -30,8 +31,7 @@ class RankState:
         self.folder = config.run.folder / "checkpoints"
         self.checkpoints = Checkpointer(
             self.folder,
-            self.model,
-            self.optimizer,
+            Fsdp2Engine(self.model, self.optimizer),
             identity=resume_identity(config, fingerprint),
             defaults=identity_defaults(config),
             config=config.checkpoint,

@@ -15,6 +15,7 @@ from farspan.trainer.build import build_batches
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.config import AttentionConfig, CheckpointConfig, Config, DataConfig, RunConfig, TrainConfig
 from farspan.trainer.data.packing import PackedSequence
+from farspan.trainer.engines.fsdp2 import Fsdp2Engine
 from farspan.trainer.model.config import ExpertsConfig, ModelConfig, RopeConfig
 from farspan.trainer.model.init import initialize
 from farspan.trainer.model.transformer import Transformer
@@ -59,10 +60,10 @@ def save_run(model: Transformer, decoder: Decoder, folder: Path) -> Path:
     folder.mkdir()
     (folder / "config.toml").write_text(to_toml(run_config(decoder, folder)))
     with connected(Ranks(), CPU):
-        optimizer = torch.optim.AdamW(model.parameters())
-        Checkpointer(
-            folder / "checkpoints", model, optimizer, identity={}, defaults={}, config=CheckpointConfig(keep=1)
-        ).save(TrainState(step=1))
+        engine = Fsdp2Engine(model, torch.optim.AdamW(model.parameters()))
+        Checkpointer(folder / "checkpoints", engine, identity={}, defaults={}, config=CheckpointConfig(keep=1)).save(
+            TrainState(step=1)
+        )
     return folder
 
 

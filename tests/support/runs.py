@@ -18,6 +18,7 @@ from farspan.trainer import metrics
 from farspan.trainer import train as module
 from farspan.trainer.checkpoint.checkpointer import Checkpointer
 from farspan.trainer.config import Config
+from farspan.trainer.engines.engine import Engine
 from farspan.trainer.model.transformer import Transformer
 from farspan.trainer.resilience.signals import StopSignal
 from farspan.trainer.resolve import Resolved
@@ -28,17 +29,20 @@ from farspan.trainer.state import TrainState
 class Parts:
     """What `train` keeps to itself; asks_requeue: what it returns."""
 
-    model: Transformer = field(init=False)
-    optimizer: torch.optim.Optimizer = field(init=False)
+    engine: Engine = field(init=False)
     state: TrainState = field(init=False)
     asks_requeue: bool = False
 
+    @property
+    def model(self) -> Transformer:
+        return self.engine.model
+
     def bits(self) -> dict[str, str]:
         """The hash of every full tensor that a checkpoint has, by its name; a collective call."""
-        tensors = dict(self.model.named_buffers())
-        for name, parameter in self.model.named_parameters():
-            states = {"value": parameter, **self.optimizer.state[parameter]}
-            tensors |= {f"{name}.{key}": value for key, value in states.items()}
+        state = self.engine.state()
+        tensors = {f"{name}.value": tensor for name, tensor in state["model"].items()}
+        for name, moments in state["optimizer"].items():
+            tensors |= {f"{name}.{key}": value for key, value in moments.items()}
         return {name: digest(tensor) for name, tensor in tensors.items()}
 
 
@@ -49,12 +53,12 @@ def run(
     parts, build, load = Parts(), module.build_checkpointer, module.load
     rank, size = dist.get_rank(), dist.get_world_size()
 
-    def keep_and_build(resolved: Resolved, model: Transformer, optimizer: torch.optim.Optimizer) -> Checkpointer:
-        parts.model, parts.optimizer = model, optimizer
-        return build(resolved, model, optimizer)
+    def keep_and_build(resolved: Resolved, engine: Engine) -> Checkpointer:
+        parts.engine = engine
+        return build(resolved, engine)
 
-    def keep_and_load(config: Config, model: Transformer, checkpoints: Checkpointer, state: TrainState) -> None:
-        load(config, model, checkpoints, state)
+    def keep_and_load(config: Config, engine: Engine, checkpoints: Checkpointer, state: TrainState) -> None:
+        load(config, engine, checkpoints, state)
         parts.state = state
         after_load(parts)
 

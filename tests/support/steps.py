@@ -13,9 +13,10 @@ from farspan.parallel.mesh import Mesh
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import IGNORED, PADDING, PackedSequence, PackedSequences
+from farspan.trainer.engines.choice import build_engine
 from farspan.trainer.load_balance import ExpertLoad
 from farspan.trainer.model.config import ExpertsConfig, HeadMixtureConfig
-from farspan.trainer.optim import build_optimizer, learning_rate, set_learning_rate
+from farspan.trainer.optim import learning_rate, set_learning_rate
 from farspan.trainer.resolve import open_data
 from farspan.trainer.step import train_step
 from tests.support.decoder import summed_loss
@@ -100,22 +101,19 @@ def sequences(config: Config) -> PaddedSequences:
 def train_sharded(config: Config) -> Trajectory:
     """On each rank: the real parts of a run."""
     mesh, device = Mesh.build(config.parallel, "cpu"), torch.device("cpu")
-    model = build_model(config, mesh, device)
-    optimizer = build_optimizer(model, config.optimizer)
+    engine = build_engine(config, mesh, device)
     batches, data = build_batches(config, mesh, device, Traffic()), sequences(config)
 
     def do_step(step: int, indexes: range) -> tuple[float, float, ExpertLoad | None, ExpertLoad | None]:
-        set_learning_rate(optimizer, learning_rate(config.optimizer, step, config.train.steps))
+        set_learning_rate(engine.optimizer, learning_rate(config.optimizer, step, config.train.steps))
         done = train_step(
-            model,
-            optimizer,
+            engine,
             [batches.build(data.sequence(i)) for i in indexes[mesh.data_rank :: mesh.degrees.data]],
             context=batches.channel,
-            max_gradient_norm=config.optimizer.max_gradient_norm,
         )
         return done.loss, done.gradient_norm, done.experts, done.heads
 
-    return follow(config, dict(model.named_parameters()), do_step)
+    return follow(config, dict(engine.model.named_parameters()), do_step)
 
 
 def initial_parameters(config: Config) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from farspan.parallel.mesh import Mesh, ParallelConfig
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import IGNORED, PADDING, PackedSequence
+from farspan.trainer.engines.fsdp2 import Fsdp2Engine
 from farspan.trainer.load_balance import ExpertLoad
 from farspan.trainer.model import experts as module
 from farspan.trainer.model.attention import AttentionInputs
@@ -210,7 +211,7 @@ def step_of_padding(config: Config) -> StepResult:
         document=np.full(length, PADDING, np.int32),
     )
     optimizer = build_optimizer(model, config.optimizer)
-    return train_step(model, optimizer, [batches.build(nothing)] * 2, context=batches.channel, max_gradient_norm=1.0)
+    return train_step(Fsdp2Engine(model, optimizer), [batches.build(nothing)] * 2, context=batches.channel)
 
 
 ROUTED: dict[str, dict[str, Any]] = {

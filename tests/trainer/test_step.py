@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from farspan.kernels.masks.rows import Rows
 from farspan.trainer.batch import MicroBatch
 from farspan.trainer.data.packing import IGNORED
+from farspan.trainer.engines.fsdp2 import Fsdp2Engine
 from farspan.trainer.model.transformer import Output, SequenceContext
 from farspan.trainer.step import StepResult, train_step
 from tests.support.rank_pool import Pools, world_channel
@@ -61,7 +62,7 @@ def run(weight: float, labels: list, max_norm: float) -> Outcome:
         )
         for i, (t, y) in enumerate(zip(TOKENS[rank], labels[rank], strict=True))
     ]
-    result = train_step(model, optimizer, batches, context=world_channel(), max_gradient_norm=max_norm)
+    result = train_step(Fsdp2Engine(model, optimizer, max_norm), batches, context=world_channel())
     gradient = None if model.weight.grad is None else model.weight.grad.item()
     return Outcome(result, gradient, model.weight.item(), len(optimizer.state), model.seeds)
 

@@ -381,7 +381,7 @@ def test_data_that_was_changed_in_place_is_refused(config: Config, tmp_path: Pat
 def test_missing_weights_are_found_before_the_model_is_built(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "build_model", lambda *arguments: pytest.fail("built"))
+    monkeypatch.setattr(module, "build_engine", lambda *arguments: pytest.fail("built"))
     with pytest.raises(CheckpointError, match="holds no weights"):
         run(replace(config, run=replace(config.run, start_from=tmp_path / "none")))
     assert not config.run.folder.exists()

@@ -23,9 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from farspan.errors import CheckpointError
 from farspan.parallel.mesh import group_along
@@ -35,6 +33,7 @@ from farspan.trainer.checkpoint.shards import MisfitError, check_same_tensors, r
 from farspan.trainer.checkpoint.steps import finished, make_room, prune, publish, step_name
 from farspan.trainer.checkpoint.verify import check_sizes, newest, verified
 from farspan.trainer.config import CheckpointConfig
+from farspan.trainer.engines.engine import Engine
 from farspan.trainer.renamed import current_names
 from farspan.trainer.resilience.agreement import all_gather_objects, on_first_rank, raise_on_all_ranks
 from farspan.trainer.state import TrainState
@@ -49,7 +48,7 @@ log = logging.getLogger("farspan")
 
 
 class Checkpointer:
-    """Saves and loads one model and its optimizer in `folder`; every rank makes the same calls.
+    """Saves and loads the model and the optimizer of an engine in `folder`; every rank makes the same calls.
 
     identity: settings by dotted name, as JSON values, that a run must share with the checkpoint it resumes from.
     defaults: the values, by the same names, that a checkpoint from before such a setting existed was trained with.
@@ -58,15 +57,14 @@ class Checkpointer:
     def __init__(
         self,
         folder: Path,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        engine: Engine,
         *,
         identity: Mapping[str, Any],
         defaults: Mapping[str, Any],
         config: CheckpointConfig,
     ) -> None:
         self._folder = folder
-        self._model, self._optimizer = model, optimizer
+        self._engine = engine
         # As JSON reads them back: tuples become lists.
         self._identity, self._defaults = json.loads(json.dumps((dict(identity), dict(defaults))))
         self._config = config
@@ -90,7 +88,7 @@ class Checkpointer:
         Raises CheckpointError as `finish_saving` does for the earlier save, or when there is no room for this one.
         """
         self.finish_saving()
-        tensors = _to_save(*get_state_dict(self._model, self._optimizer))
+        tensors = self._engine.state()
         manifest = Manifest(identity=self._identity, train_state=state.state_dict(), files={})
         num_bytes = _num_bytes(tensors)
         partial = on_first_rank(lambda: self._writable(state.step, lambda: self._make_room(state.step, num_bytes)))
@@ -157,7 +155,7 @@ class Checkpointer:
 
     def _load(self, folder: Path) -> Manifest:
         """Fill model and optimizer; raises DamagedError, on all ranks, where a file is not as it was written."""
-        tensors = _to_save(*get_state_dict(self._model, self._optimizer))
+        tensors = self._engine.state()
         manifest = on_first_rank(lambda: self._read_own_manifest(folder, tensors))
         with verified(folder, manifest.files):
             self.read(folder)
@@ -169,9 +167,9 @@ class Checkpointer:
         Raises, on all ranks, CheckpointError where model or optimizer have other tensors, and DamagedError where one
         cannot read its part; model and optimizer may be half filled then.
         """
-        model, optimizer = get_state_dict(self._model, self._optimizer)
+        tensors = self._engine.state()
         try:
-            read_shards(_to_save(model, optimizer), folder, has_others=False)
+            read_shards(tensors, folder, has_others=False)
         except MisfitError as error:
             raise CheckpointError(
                 f"checkpoint {folder} does not fit this model and optimizer ({error}): go back to the configuration "
@@ -179,7 +177,7 @@ class Checkpointer:
             ) from None
         except CheckpointError as error:
             raise damaged(folder, str(error)) from None
-        set_state_dict(self._model, self._optimizer, model_state_dict=model, optim_state_dict=optimizer)
+        self._engine.load_state(**tensors)
 
     def _copy(self, tensors: dict[str, Any]) -> dict[str, Any]:
         """Copy tensors to the CPU, into the memory of the last copy: fresh memory costs more than the copy."""
@@ -279,11 +277,6 @@ class Checkpointer:
             f"checkpoint {self._folder / step_name(step)} cannot be written ({cause}): make room, or choose another "
             "run.folder."
         )
-
-
-def _to_save(model: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tree of a checkpoint; settings of the optimizer come from the configuration and are not saved."""
-    return {"model": model, "optimizer": optimizer["state"]}
 
 
 def _accepting(names: Iterable[str]) -> str:

@@ -19,6 +19,7 @@ from farspan.kernels.planner import Sizes
 from farspan.parallel.mesh import Degrees
 from farspan.trainer.batch import shards_of_one_document
 from farspan.trainer.config import Config
+from farspan.trainer.engines.sizes import kept
 from farspan.trainer.model.flops import total_parameters
 from farspan.units import BYTES, readable
 
@@ -28,10 +29,12 @@ class Memory:
     """Estimated bytes on one rank."""
 
     states: int
-    """Master parameters, gradients and the two moments of AdamW, sharded."""
+    """Master parameters, gradients and the two moments of AdamW, as the engine shards them; under ZeRO also parameters
+    in the dtype of the computation, and its buffer for gradients."""
     gathered: int
-    """Full parameters outside the blocks and of two blocks, one in use and one prefetched, with only the local experts;
-    gradients of the head and of one block, and a copy of the latter in the dtype of the reduction."""
+    """Where parameters are sharded: full ones outside the blocks and of two blocks, one in use and one prefetched, with
+    only the local experts. Gradients of the head and of one block, and a copy of the latter in the dtype of the
+    reduction."""
     activations: int
     """All blocks', see `block_activations`; with recompute: the inputs of all blocks, and one block's activations. And
     what all of them keep of their choices by content."""
@@ -78,12 +81,13 @@ def estimate_memory(config: Config, degrees: Degrees) -> Memory:
     chunk = chunk_tokens(model.vocabulary_size, compute, CHUNK_BYTES["cpu" if on_cpu else "cuda"])
     logit = master if on_cpu or item == master else master + item
     loss = min(chunk, tokens) * model.vocabulary_size * logit + inputs + (head * master if item < master else 0)
+    of_engine = kept(config, degrees)
     inner = max(model.feed_forward, model.experts.per_token * model.experts.feed_forward if experts else 0)
     swiglu = tokens * (3 * inner + model.width) * item
     attention = tokens * (2 * query * item + (query + 2 * kv) * master)
     return Memory(
-        states=4 * master * parameters // degrees.shard,
-        gathered=(outside + 2 * block + head + block) * item + block * master,
+        states=int(of_engine.by_parameter * parameters) + of_engine.fixed,
+        gathered=((outside + 2 * block) * of_engine.gathers + head + block) * item + block * master,
         # Outside the blocks: the last residual stream and its norm.
         activations=saved + 2 * inputs,
         working=max(loss, swiglu, attention),

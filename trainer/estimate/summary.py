@@ -20,6 +20,7 @@ from farspan.trainer.batch import shards_of_one_document
 from farspan.trainer.build import backends_of_layers, build_strategies, kernel_requests, strategies_of_layers
 from farspan.trainer.config import Config
 from farspan.trainer.data.source import TokenSource, share_of_tokens
+from farspan.trainer.engines.sizes import engine_label
 from farspan.trainer.estimate.memory import estimate_memory
 from farspan.trainer.load_balance import passes_ahead
 from farspan.trainer.model.flops import attention_flops, matrix_parameters, total_parameters, training_flops
@@ -29,7 +30,7 @@ from farspan.units import BYTES, FLOPS, readable
 
 def describe(config: Config, degrees: Degrees) -> str:
     """Return everything that follows from a resolved configuration, as a table of labels and values."""
-    labels = _sizes(config, degrees) | _attention(config, degrees)
+    labels = _sizes(config, degrees) | engine_label(config) | _attention(config, degrees)
     memory = estimate_memory(config, degrees)
     labels["memory"] = f"{readable(memory.total, BYTES)} per rank (estimate) = {memory}"
     return _table(labels)

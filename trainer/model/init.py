@@ -29,17 +29,23 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
     for buffer in model.buffers():
         buffer.zero_()
     for name, parameter in model.named_parameters():
-        local, first = _local_part(parameter)
-        if parameter.dim() == 1 or name.endswith("key_convolution.weight"):
-            local.fill_(1.0 if name.endswith("norm.weight") else 0.0)
-            continue
-        std = _std(name, parameter, config)
-        # The matrices of experts are drawn as one matrix: [E, out, in] -> [E * out, in].
-        stacked = torch.Size((parameter.shape[:-1].numel(), parameter.shape[-1]))
-        for number, matrix in enumerate(local if local.dim() == 3 else [local]):
-            first_row = (first[0] + number) * parameter.shape[1] + first[1] if local.dim() == 3 else first[0]
-            for start, rows in _normal_rows(f"{seed}/{name}", stacked, first_row, matrix.shape[0]):
-                matrix[start : start + len(rows)] = (rows * std).to(matrix)
+        draw(parameter, name, config, seed)
+
+
+@torch.no_grad()
+def draw(parameter: Tensor, name: str, config: ModelConfig, seed: int) -> None:
+    """Fill one parameter, or a tensor in its place, sharded over its first dimensions or not at all."""
+    local, first = _local_part(parameter)
+    if parameter.dim() == 1 or name.endswith("key_convolution.weight"):
+        local.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+        return
+    std = _std(name, parameter, config)
+    # The matrices of experts are drawn as one matrix: [E, out, in] -> [E * out, in].
+    stacked = torch.Size((parameter.shape[:-1].numel(), parameter.shape[-1]))
+    for number, matrix in enumerate(local if local.dim() == 3 else [local]):
+        first_row = (first[0] + number) * parameter.shape[1] + first[1] if local.dim() == 3 else first[0]
+        for start, rows in _normal_rows(f"{seed}/{name}", stacked, first_row, matrix.shape[0]):
+            matrix[start : start + len(rows)] = (rows * std).to(matrix)
 
 
 def _std(name: str, parameter: Tensor, config: ModelConfig) -> float:
@@ -54,7 +60,7 @@ def _std(name: str, parameter: Tensor, config: ModelConfig) -> float:
     return fan_in**-0.5 * depth
 
 
-def _local_part(parameter: nn.Parameter) -> tuple[Tensor, list[int]]:
+def _local_part(parameter: Tensor) -> tuple[Tensor, list[int]]:
     """Return the local part of a parameter and its offset in the full one, in each dimension."""
     first = [0] * parameter.dim()
     if not isinstance(parameter, DTensor):

@@ -158,30 +158,35 @@ def other_settings(config: Config, weights: Path) -> list[str]:
 
 
 def load_weights(model: Transformer, folder: Path) -> None:
-    """Fill a model, sharded or not, with the weights in `folder`; every rank makes the same call.
+    """Fill a model, sharded or not, with the weights in `folder`, as `fill_with_weights` does."""
+    tensors = cast(dict[str, Tensor], get_model_state_dict(model))
+    fill_with_weights(tensors, folder, tied=model.config.tied_embeddings)
+    set_model_state_dict(model, {**tensors})
+
+
+def fill_with_weights(tensors: dict[str, Tensor], folder: Path, *, tied: bool) -> None:
+    """Fill the tensors of a model, by name, with the weights in `folder`; every rank makes the same call.
 
     Raises CheckpointError where there are none, or those of another model, or where a file is not as it was written;
-    `model` may be half filled then.
+    tensors may be half filled then.
     """
     raise_on_all_ranks(lambda: check_weights(folder))
-    tensors = {"model": cast(dict[str, Tensor], get_model_state_dict(model))}
-    if model.config.tied_embeddings:
+    if tied:
         # One table has both names; read apart, they can be compared.
-        tensors["model"][HEAD] = torch.empty_like(tensors["model"][EMBEDDING])
+        tensors[HEAD] = torch.empty_like(tensors[EMBEDDING])
     # Weights that older versions wrote have no manifest.
     files = on_first_rank(lambda: Manifest.read(folder).files if (folder / MANIFEST).is_file() else {})
     try:
         with verified(folder, files):
-            read_shards(tensors, folder)
+            read_shards({"model": tensors}, folder)
     except MisfitError as error:
         raise CheckpointError(f"{folder} does not fill this model ({error}): change model.*.") from None
     except DamagedError:
         raise
     except CheckpointError as error:
         raise CheckpointError(f"{folder} is damaged ({error}): write it again.") from None
-    raise_on_all_ranks(lambda: _check_all_used(folder, tensors["model"]))
-    raise_on_all_ranks(lambda: _check_values(folder, tensors["model"], tied=model.config.tied_embeddings))
-    set_model_state_dict(model, {**tensors["model"]})
+    raise_on_all_ranks(lambda: _check_all_used(folder, tensors))
+    raise_on_all_ranks(lambda: _check_values(folder, tensors, tied=tied))
 
 
 def check_weights(folder: Path) -> None:

@@ -25,6 +25,7 @@ from farspan.trainer.batch import BatchThread
 from farspan.trainer.build import build_batches, build_model
 from farspan.trainer.config import Config
 from farspan.trainer.data.packing import IGNORED, PADDING, PackedSequence
+from farspan.trainer.engines.fsdp2 import Fsdp2Engine
 from farspan.trainer.optim import build_optimizer
 from farspan.trainer.step import train_step
 from farspan.trainer.toml_config import load_config
@@ -102,9 +103,8 @@ def take_step(settings: Sequence[str], *, on_device: bool, runs_kernels: bool = 
         planned = mode.take_counts() if mode else Counts()
         if mode:
             watch(batch.context.attention, mode)
-        done = train_step(
-            model, optimizer, [batch], context=batches.channel, max_gradient_norm=config.optimizer.max_gradient_norm
-        )
+        engine = Fsdp2Engine(model, optimizer, config.optimizer.max_gradient_norm)
+        done = train_step(engine, [batch], context=batches.channel)
         counts = mode.take_counts() if mode else Counts()
     assert done.skipped is None, done.skipped
     return Stepped(

@@ -19,7 +19,7 @@ from farspan.parallel.mesh import ParallelConfig
 from farspan.trainer import replay, train
 from farspan.trainer.config import CheckpointConfig, Config, EvaluateConfig
 from farspan.trainer.data.packing import PackedSequences, ShuffledSequences
-from farspan.trainer.model.transformer import Transformer
+from farspan.trainer.engines.engine import Engine
 from farspan.trainer.replay import read_batch, write_batch
 from farspan.trainer.resilience.skip_steps import SkipConfig, not_finite, reason_to_skip, remember
 from farspan.trainer.resolve import open_data
@@ -91,14 +91,14 @@ def three_steps(config: Config, spoil_on: int | None) -> tuple[dict[str, str], d
     """On a rank: the second step has a NaN in a gradient of one rank or, if that is None, is not done at all."""
     step, calls = train.train_step, count(1)
 
-    def second_differs(model: Transformer, *arguments: Any, **named: Any) -> StepResult:
+    def second_differs(engine: Engine, *arguments: Any, **named: Any) -> StepResult:
         is_second = next(calls) == 2
         if is_second and spoil_on is None:
             counts = {"labeled_tokens": 0, "attention_flops": 0, "fingerprint": 0, "experts": None, "heads": None}
             return StepResult(loss=math.nan, gradient_norm=math.nan, skipped="left out", **counts)
         spoils = is_second and spoil_on == dist.get_rank()
-        with model.blocks[0].register_forward_hook(spoil) if spoils else nullcontext():
-            return step(model, *arguments, **named)
+        with engine.model.blocks[0].register_forward_hook(spoil) if spoils else nullcontext():
+            return step(engine, *arguments, **named)
 
     with mock.patch.object(train, "train_step", second_differs):
         parts = run(config)

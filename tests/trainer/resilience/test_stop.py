@@ -24,7 +24,7 @@ WARNED_RANK = 1
 # saved by then, or None if nothing is on record before it is known what was done.
 PHASES: dict[str, tuple[Any, str, int, tuple[list[int], list[int]] | None, list[int]]] = {
     "connecting": (train, "device_to_connect_on", 1, None, []),
-    "building": (train, "build_model", 1, None, []),
+    "building": (train, "build_engine", 1, None, []),
     "loading": (Checkpointer, "load_latest", 1, ([], []), []),
     # The first evaluation is after step 2, the first save after step 3.
     "a step": (train, "train_step", 2, ([1, 2], []), [2]),

@@ -238,20 +238,20 @@ class ContextParallel:
         self,
         mechanism: Mechanism,
         documents: tuple[tuple[int, ...], ...],
-        queries: int,
+        rows: int,
         heads: Heads,
         widths: tuple[int, int],
         dtype: torch.dtype,
         device: torch.device,
     ) -> SequenceAttention:
-        """Plan attention of the last `queries` tokens of each sequence to all of it."""
+        """Plan attention of the last tokens of each sequence, `rows` together, to all of it."""
         sequences, keys = len(documents), sum(documents[0])
+        queries = rows // sequences
         stops = torch.arange(1, sequences + 1) * keys
         # [sequences, 1] and [queries] -> [sequences, queries] -> [sequences * queries]
         last = (stops[:, None] + torch.arange(-queries, 0)).flatten()
         backend = choose_backend(self.backend, device, KernelRequest.of(mechanism, dtype, *widths))
-        rows = Rows.packed(tuple(chain(*documents)))
-        return plan_last_queries(mechanism, rows, last, heads, backend=backend)
+        return plan_last_queries(mechanism, Rows.packed(tuple(chain(*documents))), last, heads, backend=backend)
 
     def strategy_of(self, job: Job, device: torch.device) -> Strategy:
         """Return the strategy that a layer takes for a sequence; one instance of each.

@@ -42,7 +42,7 @@ for name, values in {
 }.items():
     module = sys.modules[f"farspan.{name}"] = ModuleType(name)
     vars(module).update(values)
-config = SimpleNamespace(run=SimpleNamespace(folder=folder))
+config = SimpleNamespace(run=SimpleNamespace(folder=folder), train=SimpleNamespace(device="cpu"))
 command.config_of, command._is_connected = lambda options: config, lambda: is_connected
 cli.run_and_exit()
 """

@@ -49,7 +49,7 @@ def steps_test(ranks: int) -> Callable[..., None]:
             for of in stepped:
                 assert of.counts.number(Part.FORWARD, *HOST_WAITS) <= LAYERS
                 assert of.counts.waiting(Part.BACKWARD) == []
-            if recorded.to_host:
+            if recorded.to_host and cell.name != "mosa":
                 # Some ranks choose what others have: a layer attends to that besides its own keys.
                 assert any(attention_launches(of) >= 2 * LAYERS for of in stepped)
 

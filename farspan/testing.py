@@ -106,7 +106,7 @@ def check_mechanism(
     below `if __name__ == "__main__":`, as the ranks import it.
     """
     examples = mechanism.examples() if isinstance(mechanism, type) else (mechanism,)
-    checked = [label for example in examples if reference for label in _check_in_one_process(example, reference)]
+    checked = [line for example in examples if reference for line in _check_in_one_process(example, reference)]
     for number, degree in enumerate(ranks):
         turns = range(number % 2, len(LAYOUTS), 2)
         with RankPool(degree, join, preload=__name__, timeout_s=CALL_TIMEOUT_S) as pool:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import chdir
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -45,8 +46,8 @@ if TYPE_CHECKING:
     from farspan.launch.slurm.job import SlurmJob
     from farspan.trainer.config import Config
 
-Overrides = Sequence[str] | Mapping[str, object]
-"""Changes of single values: `section.key=value`, or values by `section.key`."""
+Overrides = str | Sequence[str] | Mapping[str, object]
+"""Changes of single values: `section.key=value`, one or several, or values by `section.key`."""
 Executor = Literal["slurm", "local", "debug"]
 UNLIMITED_MINUTES = 10 * 365 * 24 * 60
 
@@ -189,7 +190,7 @@ def _texts(overrides: Overrides) -> list[str]:
 
     if isinstance(overrides, Mapping):
         return [f"{key}={toml_value(value)}" for key, value in overrides.items()]
-    return list(overrides)
+    return [overrides] if isinstance(overrides, str) else list(overrides)
 
 
 def _submit_to_slurm(submitit: Any, job: SlurmJob, configs: Sequence[Config]) -> list[Job[RunResult]]:
@@ -253,7 +254,7 @@ def _submit_here(submitit: Any, job: SlurmJob, configs: Sequence[Config], *, is_
         # The last rank needs the most GPUs.
         resolve(config, Ranks(world_size=num_ranks, local_rank=num_ranks - 1))
     if is_debug:
-        calls = [partial(train_here, config) for config in configs]
+        calls = [partial(train_here, config, job.workdir) for config in configs]
         return submitit.DebugExecutor(folder).submit_array(calls)
     with file_errors_reported():
         write_configs(job, [to_toml(config) for config in configs])
@@ -281,17 +282,17 @@ def run_local_job(config: Path, run: Path, num_ranks: int, gpus: str | None) -> 
     return _result(run, status, _submitit().JobEnvironment().paths.stdout)
 
 
-def train_here(config: Config) -> RunResult:
-    """Train in this process, as one rank."""
+def train_here(config: Config, folder: Path) -> RunResult:
+    """Train in this process, as one rank. folder: the current one at submission, where relative paths begin."""
     from farspan.trainer.train import train
 
     set_device_defaults()
     ranks = read_ranks()
     set_deepspeed_defaults(ranks, config.train.device)
-    with log_to(sys.stdout), StopSignal() as stop:
+    with chdir(folder), log_to(sys.stdout), StopSignal() as stop:
         choose_gloo_interface(ranks)
         train(config, ranks, stop)
-    return _result(Path.cwd() / config.run.folder, 0, None)
+    return _result(folder / config.run.folder, 0, None)
 
 
 def _result(run: Path, status: int, log: Path | None) -> RunResult:

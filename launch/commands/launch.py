@@ -47,11 +47,14 @@ def add_parser(subparsers: Subparsers) -> None:
         help="submit N jobs that continue one after another, for runs longer than the time limit",
     )
 
-    submitit = add_command(commands, "submitit", run_submitit, "as a job of submitit, whose result Python can wait for")
+    submitit = add_command(commands, "submitit", run_submitit, "as a submitit job, on SLURM or on this machine")
     submitit.add_argument("config", type=Path, help="TOML file, such as configs/demo.toml")
     add_overrides(submitit)
     submitit.add_argument(
-        "--executor", choices=("slurm", "local"), default="slurm", help="local: in the background, on this machine"
+        "--executor",
+        choices=("slurm", "local"),
+        default="slurm",
+        help="default: slurm; local: on this machine, in the background",
     )
     _add_job_arguments(submitit)
 
@@ -138,7 +141,9 @@ def run_submitit(options: argparse.Namespace) -> None:
         options.at_most,
         **{name: getattr(options, name) for name in ("executor", "overrides", "nodes", "gpus_per_node", *JOB_OPTIONS)},
     )
-    log.info("%-12s%s", "submitted", ", ".join(job.job_id for job in jobs))
+    logs = jobs[0].paths.folder  # run.folder/submitted/NUMBER/submitit
+    where = status_command(logs.parents[2]) if options.executor == "slurm" else logs
+    log.info("%-12s%s; see %s", "submitted", ", ".join(job.job_id for job in jobs), where)
 
 
 def _array_overrides(each: Sequence[str]) -> list[tuple[str, ...]]:

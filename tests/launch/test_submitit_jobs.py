@@ -85,20 +85,29 @@ def test_ranks_on_this_machine_do_what_launch_local_does(config: Config, tmp_pat
 
 # submitit leaves the logs of a debug job open.
 @pytest.mark.filterwarnings("ignore:unclosed file .*_log:ResourceWarning")
-def test_one_rank_in_this_process(config: Config, tmp_path: Path) -> None:
-    """From the values of a file; each run of a sweep has its folder, and an error of a run is that of its job."""
+def test_one_rank_in_this_process(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the values of a file; each run of a sweep has its folder, and an error of a run is that of its job.
+
+    Paths are relative to the folder of the submission.
+    """
+    monkeypatch.chdir(tmp_path)
+    run, data = replace(config.run, folder=Path("run")), replace(config.data, folder=Path("tokens"))
+    config = replace(config, run=run, data=data)
     values = tomllib.loads(to_toml(config))
     sweep = [{"run.seed": 3}, {"run.seed": 4, "train.steps": 3}]
     first, second = farspan.launch.submit_sweep(values, sweep, executor="debug")
     assert values == tomllib.loads(to_toml(config))
     assert not (tmp_path / "run/000").exists()
+    monkeypatch.chdir("/")
     assert first.result().step == 4
     result = second.result()
     found = numbers(tmp_path / "run/001")
     assert result == farspan.launch.RunResult(folder=tmp_path / "run/001", step=3, loss=found[2][1])
     assert found[1][1] != numbers(tmp_path / "run/000")[1][1]
+    assert Path.cwd() == Path("/")
     # The run resumes with other settings than it began with.
-    again = farspan.launch.submit(config, executor="debug", overrides=[f"run.folder={tmp_path}/run/000"])
+    monkeypatch.chdir(tmp_path)
+    again = farspan.launch.submit(config, executor="debug", overrides="run.folder=run/000")
     assert re.search(r"run\.seed", str(again.exception()))
 
 
@@ -208,7 +217,7 @@ def test_the_command_line_submits_with_submitit(
     (tmp_path / "run.toml").write_text(to_toml(config))
     words = ["launch", "submitit", str(tmp_path / "run.toml"), "--nodes", "1", "--gpus-per-node", "1"]
     assert cli.main([*words, "--each", "run.seed=1,2", "--time", "30"]) == 0
-    assert "submitted   41_0, 41_1\n" in capsys.readouterr().out
+    assert f"submitted   41_0, 41_1; see `farspan jobs status {tmp_path}/run`\n" in capsys.readouterr().out
     assert "--time=30" in (slurm / "script").read_text()
 
 

@@ -28,6 +28,7 @@ from farspan.integrations.transformers_attention import (
     padding_mask,
 )
 from farspan.parallel.context_parallel.api import ContextParallel
+from farspan.parallel.context_parallel.eager import eager
 from farspan.trainer.hugging_face.architectures import PLUG_IN
 
 try:
@@ -153,6 +154,7 @@ class _ShardInputs:
     def __init__(self, cp: ContextParallel) -> None:
         self.cp, self.compared = cp, False
 
+    @eager
     def __call__(
         self, model: "PreTrainedModel", arguments: tuple[Any, ...], inputs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]]:
@@ -229,6 +231,7 @@ class _AverageLoss:
     def __init__(self, cp: ContextParallel) -> None:
         self.cp = cp
 
+    @eager
     def __call__(self, model: "PreTrainedModel", arguments: Any, output: Any) -> None:
         loss = output.get("loss") if isinstance(output, dict) else None
         if loss is not None and not loss.requires_grad:

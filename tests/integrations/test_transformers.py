@@ -77,6 +77,15 @@ def test_gradients_and_another_scale_are_theirs() -> None:
         torch.testing.assert_close(ours_, theirs, rtol=1e-10, atol=1e-12)
 
 
+def test_mixed_precision_is_theirs() -> None:
+    """Under autocast queries and keys come in float32, as rotation leaves them, and values in bfloat16."""
+    model = training.tiny_llama(None).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        difference = logits(model, "farspan") - logits(model, "sdpa")
+    # Both round scores' inputs and results to 8 bits, but not all sums between alike.
+    assert difference.abs().max() <= 2**-6
+
+
 def test_padding_is_theirs_before_and_after_tokens() -> None:
     model, mask = training.tiny_llama(None), torch.ones(2, LENGTH, dtype=torch.int64)
     mask[0, :13], mask[1, 40:] = 0, 0
@@ -231,6 +240,12 @@ def test_a_loop_on_two_ranks_is_one_process(
 ) -> None:
     losses = training.train(entry, None, packed)
     for found in ranks(2).run(training.train, entry, strategy, packed):
+        assert found == pytest.approx(losses, rel=0, abs=1e-9)
+
+
+def test_accelerate_on_two_ranks_is_one_process(ranks: Pools) -> None:
+    losses = training.train_with_accelerate(MOBA, None)
+    for found in ranks(2).run(training.train_with_accelerate, MOBA, "ring"):
         assert found == pytest.approx(losses, rel=0, abs=1e-9)
 
 

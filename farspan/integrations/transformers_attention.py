@@ -140,7 +140,7 @@ def _mechanisms(entry: str, layers: int) -> tuple[Mechanism, ...]:
     """Return the mechanism of each layer for the entry `farspan`, as JSON."""
     fields = json.loads(entry)
     if not isinstance(fields, dict) or not fields.keys() <= {"mechanism", "options"}:
-        raise ConfigError(f"config.farspan={entry} has mechanism and, maybe, options.")
+        raise ConfigError(f"config.farspan={entry} may have only the keys mechanism and options.")
     try:
         mechanisms = from_tree(AttentionConfig, fields).build_mechanisms(layers)
     except ConfigError as error:

@@ -195,7 +195,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"farspan": {"mechanism": "mosa"}}, {}, "whose router no model of transformers has"),
     ({"farspan": {"mechanism": "mobba"}}, {}, "Did you mean 'moba'"),
     ({"farspan": {"mechanism": "moba", "options": {"blok": 1}}}, {}, "Did you mean 'block'"),
-    ({"farspan": {"backend": "cpu"}}, {}, "has mechanism and, maybe, options"),
+    ({"farspan": {"backend": "cpu"}}, {}, "may have only the keys mechanism and options"),
 ]
 
 
@@ -258,7 +258,7 @@ def test_gradients_scaled_by_the_degree_are_seen(ranks: Pools) -> None:
 
 def test_ranks_refuse_what_would_go_wrong(ranks: Pools) -> None:
     for others, cached, uncached, implementation in ranks(2).run(training.refusals):
-        assert "got other input_ids than each other" in others
+        assert "got different input_ids" in others
         assert "generate outside" in cached
         assert "generate outside" in uncached
         assert "attn_implementation='sdpa'" in implementation

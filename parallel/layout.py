@@ -120,6 +120,13 @@ def causal_keys(rows: Rows) -> Tensor:
     return count_keys_per_query(AttentionMask(causal=True), rows)
 
 
+def check_layout(name: str) -> None:
+    """Raise ConfigError, with the nearest name, for a layout that does not exist."""
+    if name not in LAYOUTS:
+        hint = nearest_name_hint(name, list(LAYOUTS))
+        raise ConfigError(f"parallel.layout={name!r} does not exist; choose one of {', '.join(LAYOUTS)}.{hint}")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Shards:
     """One sequence sharded over the ranks of a context-parallel group.
@@ -137,9 +144,7 @@ class Shards:
 
         work: of each token, as `Mechanism.keys_per_query` returns it.
         """
-        if layout not in LAYOUTS:
-            hint = nearest_name_hint(layout, list(LAYOUTS))
-            raise ConfigError(f"parallel.layout={layout!r} does not exist; choose one of {', '.join(LAYOUTS)}.{hint}")
+        check_layout(layout)
         return Shards(rows=rows, index=LAYOUTS[layout](len(rows), degree, lambda: work(rows)))
 
     @property

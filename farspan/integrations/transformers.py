@@ -28,6 +28,7 @@ from farspan.integrations.transformers_attention import (
     padding_mask,
 )
 from farspan.parallel.context_parallel.api import ContextParallel
+from farspan.parallel.context_parallel.eager import eager
 from farspan.trainer.hugging_face.architectures import PLUG_IN
 
 try:
@@ -93,15 +94,15 @@ def context_parallel_trainer(
 ) -> Iterator[ContextParallel]:
     """`context_parallel` for the model of a Trainer, whose ranks of a group then load the same batches.
 
-    Evaluation computes the loss alone. Raises ConfigError for groups that are no neighbors in the world, for what needs
-    logits of all tokens, and for loaders that one rank reads for all.
+    Evaluation computes the loss alone. Raises ConfigError for groups whose ranks are not consecutive, for what needs
+    logits of all tokens, and for data that one rank reads for all.
     """
     from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 
     ranks = dist.get_process_group_ranks(group)
     size = len(ranks)
     if ranks != list(range(ranks[0], ranks[0] + size)) or ranks[0] % size:
-        raise ConfigError(f"group has ranks {ranks}: Trainer shares batches among neighbors only, such as 0 and 1.")
+        raise ConfigError(f"group has ranks {ranks}: use groups of consecutive ranks, such as 0 and 1.")
     if any(x is not None for x in (trainer.compute_metrics, trainer.label_smoother, trainer.compute_loss_func)):
         raise ConfigError(
             "Trainer has compute_metrics, compute_loss_func or label_smoothing_factor, which need logits of all "
@@ -129,7 +130,7 @@ def context_parallel_trainer(
         return of_group
 
     def refuse(*arguments: Any) -> DataLoader[Any]:
-        raise ConfigError("predict() needs logits of all tokens: leave context_parallel_trainer before.")
+        raise ConfigError("predict() needs logits of all tokens: call it outside of context_parallel_trainer.")
 
     replaced = {
         # Labels are counted on all ranks, those of a group once for each of them.
@@ -153,6 +154,7 @@ class _ShardInputs:
     def __init__(self, cp: ContextParallel) -> None:
         self.cp, self.compared = cp, False
 
+    @eager
     def __call__(
         self, model: "PreTrainedModel", arguments: tuple[Any, ...], inputs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]]:
@@ -197,9 +199,9 @@ class _ShardInputs:
                 f"attn_implementation={model.config._attn_implementation!r} sees a rank's own tokens: set {PLUG_IN!r}"
             )
         elif len(arguments) > 1 or inputs.get("input_ids") is None or given:
-            named = given[0] if given else "what has no name"
+            named = given[0] if given else "positional arguments"
             problem = (
-                f"a model under context parallelism takes input_ids and inputs by name, not {named}: generate outside"
+                f"a model under context parallelism takes input_ids and keyword inputs, not {named}: generate outside"
             )
         elif inputs.get("output_router_logits", getattr(model.config, "output_router_logits", False)):
             problem = "the balance loss would be that of a rank's own tokens: set output_router_logits=False"
@@ -217,8 +219,8 @@ class _ShardInputs:
         found = self.cp.channel.all_gather(summary, kind="inputs")
         if any(not torch.equal(one, found[0]) for one in found):
             raise ConfigError(
-                "ranks of a context-parallel group got other input_ids than each other: their loaders have to give "
-                "them the same batches, as those of context_parallel_trainer do."
+                "ranks of a context-parallel group got different input_ids: give them all the same batches, as "
+                "context_parallel_trainer does."
             )
         self.compared = True
 
@@ -229,6 +231,7 @@ class _AverageLoss:
     def __init__(self, cp: ContextParallel) -> None:
         self.cp = cp
 
+    @eager
     def __call__(self, model: "PreTrainedModel", arguments: Any, output: Any) -> None:
         loss = output.get("loss") if isinstance(output, dict) else None
         if loss is not None and not loss.requires_grad:

@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from farspan.errors import ConfigError
 from farspan.kernels.mechanism import Mechanism
 from farspan.parallel.context_parallel.api import ContextParallel, attention, mechanism
+from farspan.parallel.context_parallel.eager import eager
 from farspan.trainer.config import AttentionConfig
 from farspan.trainer.hugging_face.architectures import ARCHITECTURES, PLUG_IN
 from farspan.trainer.toml_config import from_tree
@@ -34,6 +35,7 @@ class ShardedBatch:
     documents: Documents
 
 
+@eager
 def attend(
     module: Any,
     query: Tensor,
@@ -71,6 +73,7 @@ def attend(
     return attention(q, k, v, mechanism=chosen, documents=documents), None
 
 
+@eager
 def padding_mask(
     batch_size: int,
     q_length: int,
@@ -137,7 +140,7 @@ def _mechanisms(entry: str, layers: int) -> tuple[Mechanism, ...]:
     """Return the mechanism of each layer for the entry `farspan`, as JSON."""
     fields = json.loads(entry)
     if not isinstance(fields, dict) or not fields.keys() <= {"mechanism", "options"}:
-        raise ConfigError(f"config.farspan={entry} has mechanism and, maybe, options.")
+        raise ConfigError(f"config.farspan={entry} may have only the keys mechanism and options.")
     try:
         mechanisms = from_tree(AttentionConfig, fields).build_mechanisms(layers)
     except ConfigError as error:

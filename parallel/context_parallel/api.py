@@ -8,9 +8,10 @@ Eight tokens on two ranks, in the layout `zigzag`:
     cp.unshard(out)                                     0 1 2 3 4 5 6 7 on both
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, TypeVar, cast
 
 import torch
@@ -25,11 +26,13 @@ from farspan.kernels.planner import Heads, SequenceAttention, Sizes
 from farspan.kernels.sequence_attention import plan_last_queries
 from farspan.parallel.comm import Channel, Traffic, Unconnected
 from farspan.parallel.context_parallel.cost_model import MACHINES, Job, compare, strategy_for
+from farspan.parallel.context_parallel.eager import eager
 from farspan.parallel.context_parallel.strategy import STRATEGIES, DistributedAttention, Strategy, differentiable
-from farspan.parallel.layout import Shards
+from farspan.parallel.layout import Shards, check_layout
 
 Documents = Sequence[int] | Sequence[Sequence[int]]
 """Lengths of the documents of a sequence, in their order; of each sequence of a batch, if they differ."""
+log = logging.getLogger("farspan")
 PLANS = 16
 """Shapes and documents whose plans are kept; the plan of a million tokens holds some 100 MB."""
 PLANS_OF_LAST_TOKENS = 4
@@ -83,12 +86,17 @@ class ContextParallel:
         strategy: see docs/strategies.md; `auto` takes the fastest by the cost model, for each mechanism and shape.
         layout: which rank holds which tokens: contiguous, zigzag, striped, or balanced. node_ranks: neighbors of the
         group with fast links between them, for strategies of two levels; every rank of the group has to come here then.
-        Raises ConfigError where `node_ranks` does not divide the group.
+        Raises ConfigError for names that do not exist, and where `node_ranks` does not divide the group.
         """
+        # Shapes whose choice by `auto` has been said.
+        self._logged: set[Any] = set()
         self.traffic = Traffic()
         """Bytes that this rank has sent and received, by kind."""
         self.channel = Unconnected(0, 1) if group is None else _channel(group, node_ranks, self.traffic)
         self.strategy, self.backend = strategy, backend
+        check_layout(layout)
+        if strategy != "auto":
+            STRATEGIES.get(strategy)
         # One rank has all tokens in order; other layouts would pad them.
         self.layout = layout if self.channel.size > 1 else "contiguous"
         # Methods are not cached themselves, as that would keep every instance alive.
@@ -97,6 +105,7 @@ class ContextParallel:
         self._sharded = lru_cache(PLANS)(self._shard_rows)
         self._strategy = cache(lambda name: STRATEGIES.get(name)(self.channel))
 
+    @eager
     def attention(
         self,
         q: Tensor,
@@ -121,6 +130,7 @@ class ContextParallel:
         Raises ValueError for shapes that do not fit each other or the documents, ConfigError for what the strategy or
         the backend cannot run, and for mechanisms that need all queries where only the last ones are given.
         """
+        q, k, v = _autocast(q, k, v)
         batched = q.dim() == 4
         inputs = (q, k, v) if routing is None else (q, k, v, routing)
         # A KV cache has the other tokens.
@@ -190,6 +200,7 @@ class ContextParallel:
         """Return the lengths of the documents of each sequence."""
         if documents is None:
             return ((tokens_local * self.channel.size,),) * batch
+        documents = documents.tolist() if isinstance(documents, Tensor) else documents
         if not any(isinstance(lengths, Sequence) for lengths in documents):
             return (_lengths(documents),) * batch
         nested = tuple(map(_lengths, documents))
@@ -268,9 +279,16 @@ class ContextParallel:
         costs, reasons = compare([(job, 1)], MACHINES[device.type])
         if not costs:
             raise ConfigError("strategy='auto' finds none: " + " ".join(sorted(set(reasons.values()))))
+        shape = job.mechanism, job.shards.tokens_local, job.heads, job.sizes
+        if shape not in self._logged and dist.get_rank() == 0:
+            first = "; then ".join(f"{name}: {cost}" for name, cost in islice(costs.items(), 2))
+            degree, tokens_local = job.shards.degree, job.shards.tokens_local
+            log.info("strategy='auto' takes %s, for %s over %d x %d tokens", first, job.mechanism, degree, tokens_local)
+        self._logged.add(shape)
         return next(iter(costs))
 
 
+@eager
 def attention(
     q: Tensor,
     k: Tensor,
@@ -316,6 +334,15 @@ def unshard(
 @lru_cache(PLANS)
 def _context_parallel(group: dist.ProcessGroup | None, strategy: str, layout: str) -> ContextParallel:
     return ContextParallel(group, strategy, layout)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors in the dtype of torch.autocast, if it is on: as of torch's own attention, all but float64."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def _mechanism(mechanism_or_name: str | Mechanism) -> Mechanism:

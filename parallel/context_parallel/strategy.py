@@ -7,8 +7,9 @@ A kind of mechanism plans its attention with a `ShardedPlanner`, which hands eac
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self, final
+from typing import Any, ClassVar, Self, final
 
 import torch
 from torch import Tensor
@@ -151,10 +152,17 @@ def differentiable(attention: SequenceAttention, *inputs: Tensor) -> Tensor:
     return _AttentionFunction.apply(attention, *inputs)  # pyright: ignore[reportReturnType]
 
 
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Kernels sum in the dtypes that they choose: torch.autocast would round what is between."""
+    enabled = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
+
+
 class _AttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, attend: SequenceAttention, *inputs: Tensor) -> Tensor:
-        out, saved = attend.forward(*inputs)
+        with _no_autocast(inputs[0].device.type):
+            out, saved = attend.forward(*inputs)
         ctx.save_for_backward(*saved.tensors)
         ctx.attend, ctx.extras, ctx.dtypes = attend, saved.extras, [x.dtype for x in inputs]
         return out
@@ -163,7 +171,8 @@ class _AttentionFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         # Sums in the accumulation dtype are rounded to the dtype of the inputs here, once.
-        gradients = ctx.attend.backward(dout, Saved(ctx.saved_tensors, ctx.extras))
+        with _no_autocast(dout.device.type):
+            gradients = ctx.attend.backward(dout, Saved(ctx.saved_tensors, ctx.extras))
         return None, *(gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True))
 
 

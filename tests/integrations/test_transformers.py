@@ -77,6 +77,15 @@ def test_gradients_and_another_scale_are_theirs() -> None:
         torch.testing.assert_close(ours_, theirs, rtol=1e-10, atol=1e-12)
 
 
+def test_mixed_precision_is_theirs() -> None:
+    """Under autocast queries and keys come in float32, as rotation leaves them, and values in bfloat16."""
+    model = training.tiny_llama(None).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        difference = logits(model, "farspan") - logits(model, "sdpa")
+    # Both round scores' inputs and results to 8 bits, but not all sums between alike.
+    assert difference.abs().max() <= 2**-6
+
+
 def test_padding_is_theirs_before_and_after_tokens() -> None:
     model, mask = training.tiny_llama(None), torch.ones(2, LENGTH, dtype=torch.int64)
     mask[0, :13], mask[1, 40:] = 0, 0
@@ -186,7 +195,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"farspan": {"mechanism": "mosa"}}, {}, "whose router no model of transformers has"),
     ({"farspan": {"mechanism": "mobba"}}, {}, "Did you mean 'moba'"),
     ({"farspan": {"mechanism": "moba", "options": {"blok": 1}}}, {}, "Did you mean 'block'"),
-    ({"farspan": {"backend": "cpu"}}, {}, "has mechanism and, maybe, options"),
+    ({"farspan": {"backend": "cpu"}}, {}, "may have only the keys mechanism and options"),
 ]
 
 
@@ -234,6 +243,12 @@ def test_a_loop_on_two_ranks_is_one_process(
         assert found == pytest.approx(losses, rel=0, abs=1e-9)
 
 
+def test_accelerate_on_two_ranks_is_one_process(ranks: Pools) -> None:
+    losses = training.train_with_accelerate(MOBA, None)
+    for found in ranks(2).run(training.train_with_accelerate, MOBA, "ring"):
+        assert found == pytest.approx(losses, rel=0, abs=1e-9)
+
+
 def test_gradients_scaled_by_the_degree_are_seen(ranks: Pools) -> None:
     losses = training.train(None, None)
     for found in ranks(2).run(training.train, None, "ring", False, 2.0):
@@ -243,7 +258,7 @@ def test_gradients_scaled_by_the_degree_are_seen(ranks: Pools) -> None:
 
 def test_ranks_refuse_what_would_go_wrong(ranks: Pools) -> None:
     for others, cached, uncached, implementation in ranks(2).run(training.refusals):
-        assert "got other input_ids than each other" in others
+        assert "got different input_ids" in others
         assert "generate outside" in cached
         assert "generate outside" in uncached
         assert "attn_implementation='sdpa'" in implementation

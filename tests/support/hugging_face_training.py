@@ -63,6 +63,12 @@ def mean_over_ranks(loss: Tensor) -> float:
     return float(total)
 
 
+def world() -> dict[str, str]:
+    """The environment of this rank, from which accelerate reads the world."""
+    rank, ranks = str(dist.get_rank()), str(dist.get_world_size())
+    return {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+
+
 def train(entry: dict[str, Any] | None, strategy: str | None, packed: bool = False, scale: float = 1.0) -> list[float]:
     """Train by a plain loop, with padding or with packed documents; return the losses.
 
@@ -103,10 +109,7 @@ def train_with_trainer(entry: dict[str, Any] | None, strategy: str | None, folde
             return loss
 
     losses: list[float] = []
-    rank, ranks = ("0", "1") if strategy is None else (str(dist.get_rank()), str(dist.get_world_size()))
-    # accelerate reads the world from the environment.
-    world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-    with patch.dict(os.environ, {} if strategy is None else world):
+    with patch.dict(os.environ, {} if strategy is None else world()):
         arguments = TrainingArguments(
             output_dir=folder, max_steps=STEPS, per_device_train_batch_size=2, per_device_eval_batch_size=2,
             learning_rate=0.1, lr_scheduler_type="constant", optim="sgd", max_grad_norm=1e9, use_cpu=True,
@@ -121,6 +124,35 @@ def train_with_trainer(entry: dict[str, Any] | None, strategy: str | None, folde
             evaluated = trainer.evaluate()["eval_loss"]
     norms = [record["grad_norm"] for record in trainer.state.log_history if "loss" in record]
     return losses + norms, evaluated
+
+
+def train_with_accelerate(entry: dict[str, Any] | None, strategy: str | None) -> list[float]:
+    """Train by a loop of accelerate that accumulates gradients and clips; return losses and norms of gradients."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    found: list[float] = []
+    with patch.dict(os.environ, {} if strategy is None else world()):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        model, data = tiny_llama(entry), samples()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        trained = accelerator.prepare(model)
+        group = dist.group.WORLD
+        with nullcontext() if strategy is None else plug_in.context_parallel(model, group, strategy):  # pyright: ignore
+            for step in range(STEPS):
+                batch = {name: torch.stack([one[name] for one in data[2 * step : 2 * step + 2]]) for name in data[0]}
+                with accelerator.accumulate(trained):
+                    loss = trained(**batch).loss
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        norm: Any = accelerator.clip_grad_norm_(trained.parameters(), 0.5)
+                        found.append(float(norm))
+                        optimizer.step()
+                        optimizer.zero_grad()
+                found.append(mean_over_ranks(loss))
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return found
 
 
 def refusals() -> list[str]:

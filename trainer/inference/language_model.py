@@ -241,13 +241,14 @@ def _build(decoder: Decoder, tensors: dict[str, Tensor], device: torch.device, d
 def _checked(tokens: Tensor | Sequence[int], vocabulary: int) -> Tensor:
     """Return tokens as int64 `[tokens]` on the CPU; raises ValueError for none, or for others than ids."""
     ids = torch.as_tensor(tokens).cpu()
-    if ids.dim() != 1 or not len(ids) or ids.is_floating_point():
+    if ids.dim() != 1 or not len(ids) or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"tokens are the ids of one sequence, at least one; got {ids.dtype} {list(ids.shape)}")
+    ids = ids.long()  # unsigned ones, as files of tokens have, lack most operations
     lowest, highest = (int(x) for x in ids.aminmax())
     if lowest < 0 or highest >= vocabulary:
         wrong = lowest if lowest < 0 else highest
         raise ValueError(f"token {wrong} is outside the model's vocabulary, 0 to {vocabulary - 1}")
-    return ids.long()
+    return ids
 
 
 def _rows(tokens: int, documents: Sequence[int] | None) -> Rows:

@@ -15,10 +15,10 @@ from farspan.kernels.layers.norm import residual_rms_norm, rms_norm
 from farspan.kernels.layers.rope import rotate_queries_and_keys
 from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.routing.router_logits import routing_logits
+from farspan.parallel.context_parallel.eager import eager
 from farspan.parallel.context_parallel.key_convolution import KeyConvolution
 from farspan.parallel.context_parallel.strategy import DistributedAttention
 from farspan.trainer.model.config import ModelConfig
-from farspan.trainer.model.eager import eager
 from farspan.trainer.model.experts import RoutingStatistics
 
 

@@ -14,10 +14,10 @@ from farspan.kernels.moe.grouped_gemm import grouped_swiglu
 from farspan.kernels.recomputation import kept
 from farspan.kernels.routing.router_logits import routing_logits
 from farspan.parallel.comm import Channel
+from farspan.parallel.context_parallel.eager import eager
 from farspan.parallel.expert_parallel.capacity import ExpertCapacity
 from farspan.parallel.expert_parallel.dispatch import send_to_experts
 from farspan.trainer.model.config import ModelConfig
-from farspan.trainer.model.eager import eager
 
 
 class RoutingStatistics(NamedTuple):

@@ -14,9 +14,9 @@ from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.moe.gathered_linear import Choices, combine_chosen, project_chosen
 from farspan.kernels.recomputation import kept
 from farspan.kernels.routing.router_logits import routing_logits
+from farspan.parallel.context_parallel.eager import eager
 from farspan.trainer.model.attention import Attention, AttentionInputs
 from farspan.trainer.model.config import ModelConfig
-from farspan.trainer.model.eager import eager
 from farspan.trainer.model.experts import RoutingStatistics
 
 

@@ -19,12 +19,12 @@ from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.recomputation import choices_of_two_passes
 from farspan.parallel.comm import Channel
+from farspan.parallel.context_parallel.eager import eager
 from farspan.parallel.context_parallel.key_convolution import KeyConvolution
 from farspan.parallel.context_parallel.strategy import DistributedAttention
 from farspan.parallel.expert_parallel.capacity import ExpertCapacity
 from farspan.trainer.model.attention import Attention, AttentionInputs, GatedRecurrence, RmsNorm
 from farspan.trainer.model.config import ModelConfig
-from farspan.trainer.model.eager import eager
 from farspan.trainer.model.experts import ExpertFeedForward, RoutingStatistics
 from farspan.trainer.model.head_mixture import HeadMixture
 

@@ -91,8 +91,8 @@ def find_trained_model(folder: Path) -> TrainedModel:
     run = folder.absolute().parent.parent if is_step else folder
     if not (run / "config.toml").is_file():
         raise CheckpointError(
-            f"{folder} is not a trained model: name the folder of a run, one step in its checkpoints/, or weights with "
-            f"a {DECODER_FILE}, as `farspan import` writes."
+            f"{folder} is not a trained model: name the folder of a run, one step in its checkpoints/, weights with a "
+            f"{DECODER_FILE}, as `farspan import` writes, or, for farspan.load, a Hugging Face folder with config.json."
         )
     if is_step:
         check_complete(folder)

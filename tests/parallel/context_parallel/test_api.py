@@ -1,7 +1,9 @@
 """The Python API against torch's own attention and against one process."""
 
+import re
 import subprocess
 import sys
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import farspan
 from farspan.errors import ConfigError
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
+from farspan.parallel.context_parallel import api
 from farspan.parallel.layout import Shards
 from tests.support.rank_pool import Pools
 
@@ -35,6 +38,10 @@ def test_a_batch_of_documents_is_attended_to_as_by_torch() -> None:
     q, k, v = inputs(2, 129)
     dout = torch.randn_like(q)
     out = farspan.attention(q, k, v, documents=DOCUMENTS)
+    halves = torch.tensor([[60, 69], [100, 29]])
+    assert torch.equal(
+        farspan.attention(q, k, v, documents=halves), farspan.attention(q, k, v, documents=halves.tolist())
+    )
     gradients = torch.autograd.grad(out, (q, k, v), dout)
     mask = torch.zeros(2, 1, 129, 129, dtype=torch.bool)
     for sequence, lengths in enumerate(DOCUMENTS):
@@ -53,6 +60,36 @@ def test_shards_are_a_layout_of_ones_own() -> None:
     out = farspan.ContextParallel().attention(q[order], k[order], v[order], documents=shards)
     wanted = farspan.attention(q, k, v, documents=DOCUMENTS[0])
     torch.testing.assert_close(out, wanted[order], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mechanism", ["dense", "moba", "lightning"])
+def test_autocast_rounds_inputs_alone(mechanism: str) -> None:
+    """As for torch's own attention; what is summed inside is as precise as without."""
+    q, k, v = (x.detach().float().requires_grad_() for x in inputs(129))
+    k, v = k.repeat_interleave(2, dim=-2), v.repeat_interleave(2, dim=-2)
+    rounded = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
+    wanted = farspan.attention(*rounded, mechanism=mechanism)  # pyright: ignore
+    dout = torch.randn_like(wanted)
+    of_rounded = torch.autograd.grad(wanted, rounded, dout)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = farspan.attention(q, k, v.bfloat16(), mechanism=mechanism)  # as after rotation, which is in float32
+        gradients = torch.autograd.grad(out, (q, k, v), dout)
+        assert farspan.attention(*inputs(8)).dtype == torch.float64
+    assert torch.equal(out, wanted)
+    for gradient, of_bfloat16 in zip(gradients, of_rounded, strict=True):
+        assert torch.equal(gradient, of_bfloat16.float())
+
+
+def test_attention_stays_outside_of_compiled_graphs() -> None:
+    """What `eager` does to graphs, tests/trainer/model/test_compile.py has."""
+    q, k, v = inputs(8)
+    with (
+        patch.object(torch.compiler, "is_compiling", lambda: True),
+        patch.object(torch.compiler, "disable", side_effect=lambda function: function) as disable,
+    ):
+        farspan.attention(q, k, v)
+        farspan.ContextParallel().attention(q, k, v)
+    assert disable.call_count == 3, "a call of the function is one of the method, too"
 
 
 def of_rank(
@@ -163,6 +200,24 @@ def test_tokens_are_sharded_and_come_back(ranks: Pools) -> None:
     assert all(whole.equal(tokens) for _, whole in found)
 
 
+def what_auto_says() -> list[str]:
+    """On a rank: what is logged of a choice of two shapes, of which one comes with other documents too."""
+    cp, (q, k, v), said = farspan.ContextParallel(dist.group.WORLD), inputs(8), []  # pyright: ignore
+    with patch.object(api.log, "info", lambda text, *values: said.append(text % values)):
+        for documents in ([16], [7, 9]):
+            cp.attention(q, k, v, documents=documents)
+        cp.attention(q[:4], k[:4], v[:4])
+    return said
+
+
+def test_the_choice_of_auto_is_said_once(ranks: Pools) -> None:
+    first, second = ranks(2).run(what_auto_says)
+    assert second == []
+    for sentence, tokens in zip(first, (8, 4), strict=True):
+        pattern = rf"strategy='auto' takes \w+: .* ms .*; then \w+: .*, for Dense\(.*\) over 2 x {tokens} tokens"
+        assert re.match(pattern, sentence)
+
+
 def uneven() -> str:
     with pytest.raises(ValueError, match="cannot share 9 tokens evenly") as raised:
         farspan.shard(torch.arange(9), group=dist.group.WORLD)  # pyright: ignore
@@ -183,6 +238,10 @@ def test_bad_inputs_are_refused(ranks: Pools) -> None:
         farspan.attention(q, k, v, mechanism="mobba")
     with pytest.raises(ConfigError, match=r"does not take \{'blocks': 4\}"):
         farspan.mechanism("moba", blocks=4)
+    with pytest.raises(ConfigError, match="Did you mean 'ring'"):
+        farspan.attention(q, k, v, strategy="rnig")
+    with pytest.raises(ConfigError, match="Did you mean 'zigzag'"):
+        farspan.attention(q, k, v, layout="zigzg")
     with pytest.raises(ValueError, match="passes no gradient"):
         farspan.ContextParallel().unshard(q)
     assert all("documents=[9]" in sentence for sentence in ranks(2).run(uneven))

@@ -216,6 +216,7 @@ def test_what_cannot_be_loaded_or_computed_is_refused(tmp_path: Path) -> None:
         ([[1, 2]], None, "of one sequence"),
         ([1, 96], None, "token 96 is outside the model's vocabulary, 0 to 95"),
         ([1, -1], None, "token -1"),
+        ([True, False], None, "got torch.bool"),
         ([1, 2], [1], r"add up to the 2 tokens; got \[1\]"),
         ([1, 2], [2, 0], "add up to"),
         ([1, 2], [1, 1], "two tokens or more"),

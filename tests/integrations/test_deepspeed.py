@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -24,7 +23,6 @@ from farspan.parallel.mesh import Mesh, ParallelConfig
 from farspan.parallel.ranks import Ranks
 from farspan.trainer.build import build_batches
 from farspan.trainer.config import CheckpointConfig, Config, DeepSpeedConfig, EvaluateConfig
-from farspan.trainer.engines import deepspeed as engine_module
 from farspan.trainer.engines.choice import build_engine
 from farspan.trainer.engines.engine import Engine
 from farspan.trainer.optim import learning_rate, set_learning_rate
@@ -32,6 +30,8 @@ from farspan.trainer.step import train_step
 from farspan.trainer.validate import validate
 from farspan.trainer.weights.io import fill_with_weights
 from tests.support import tiny
+from tests.support.async_io import on_nvme, replace_async_io
+from tests.support.deepspeed_bugs import planted
 from tests.support.rank_pool import RankPool
 from tests.support.runs import records, train_all
 from tests.support.steps import sequences
@@ -105,8 +105,10 @@ def modules_of_deepspeed() -> int:
     return sum(name.partition(".")[0] == "deepspeed" for name in sys.modules)
 
 
-def prepare() -> None:
+def prepare(config: Config) -> None:
     set_deepspeed_defaults(Ranks(local_rank=dist.get_rank()), "cpu")
+    if config.train.engine == "deepspeed":
+        replace_async_io()
 
 
 def spoil(module: object, inputs: object, output: tuple[torch.Tensor, ...]) -> None:
@@ -115,7 +117,7 @@ def spoil(module: object, inputs: object, output: tuple[torch.Tensor, ...]) -> N
 
 def train(config: Config, plant: str | None = None) -> Course:
     """On a rank: ten steps, of which one is refused and one has a NaN in a gradient of one rank."""
-    prepare()
+    prepare(config)
     with planted(plant):
         mesh, device = Mesh.build(config.parallel, "cpu"), torch.device("cpu")
         validate(config, mesh.degrees)
@@ -163,29 +165,6 @@ def own_parameters(engine: Engine) -> dict[str, str]:
             name: hashlib.sha256(p.detach().float().numpy().tobytes()).hexdigest()
             for name, p in engine.model.named_parameters()
         }
-
-
-def planted(bug: str | None) -> Any:
-    """The context of a bug in the engine; None: of none."""
-    settings, owner = engine_module.settings_of, engine_module.ZeroEngine
-    norm, backward = owner._gradient_norm, owner.backward
-    match bug:
-        case None:
-            return nullcontext()
-        case "told of CP":
-            told = {"sequence_parallel_size": 2, "data_parallel_size": 1}
-            return mock.patch.object(engine_module, "settings_of", lambda *of: settings(*of) | told)
-        case "scaled by the degree":
-            return mock.patch.object(owner, "backward", lambda self, loss: backward(self, loss * 2))
-        case "averaged":
-            return mock.patch.object(owner, "backward", lambda self, loss: backward(self, loss / 2))
-        case "norm of a rank":
-            part = math.sqrt(0.5)
-            return mock.patch.object(owner, "_gradient_norm", lambda self: part * norm(self))
-        case "not clipped":
-            clips = "gradient_clipping"
-            return mock.patch.object(engine_module, "settings_of", lambda *of: settings(*of) | {clips: 0.0})
-    raise AssertionError(bug)
 
 
 def differences(
@@ -279,15 +258,23 @@ def in_bfloat16(config: Config) -> Config:
     return replace(config, train=replace(config.train, compute_dtype="bfloat16"))
 
 
-def test_an_offloaded_optimizer_does_the_same(
-    pools: Callable[[int], RankPool], zero: Callable[..., Config], expected: Course
+@pytest.mark.parametrize(("stage", "part"), [(2, "offload_optimizer"), (3, "offload_param")])
+def test_what_is_offloaded_does_the_same(
+    stage: int, part: str, pools: Callable[[int], RankPool], zero: Callable[..., Config], expected: Course
 ) -> None:
-    assert differences(pools(2).run(train, zero(2, offload_optimizer={"device": "cpu"})), expected) == []
+    assert differences(pools(2).run(train, zero(stage, **{part: {"device": "cpu"}})), expected) == []
+
+
+def test_what_is_on_nvme_does_the_same(
+    pools: Callable[[int], RankPool], zero: Callable[..., Config], expected: Course, tmp_path: Path
+) -> None:
+    assert differences(pools(2).run(train, zero(3, **on_nvme(tmp_path))), expected) == []
+    assert [kind for kind in ("exp_avg-", "gradient", "param.tensor") if not list(tmp_path.rglob(f"*{kind}*"))] == []
 
 
 def whole_run(config: Config) -> dict[str, str]:
     """On a rank: a run to its last step; return the bits of its state."""
-    prepare()
+    prepare(config)
     return train_all(config)[1]
 
 
@@ -346,6 +333,19 @@ def test_a_resumed_run_goes_on_to_the_bit(
     assert len(evaluations_of(resumed)) == 2
 
 
+def test_a_run_on_nvme_goes_on_to_the_bit(
+    pools: Callable[[int], RankPool], finished: Callable[[int | None], Finished], tmp_path: Path
+) -> None:
+    in_memory = finished(3)
+    first = under_zero(in_memory.begun(tmp_path / "first"), 3, **on_nvme(tmp_path / "nvme"))
+    bits = pools(2).run(whole_run, first)
+    again = Finished(first, bits[0]).begun(tmp_path / "again")
+    assert pools(2).run(whole_run, again) == bits
+    # Norms of what is offloaded are summed in another order.
+    for pair, wanted in zip(course_of(first), course_of(in_memory.config), strict=True):
+        assert pair == pytest.approx(wanted, rel=TOLERANCE)
+
+
 @pytest.mark.parametrize(("stage", "other", "num_ranks"), [(3, 1, 1), (1, 3, 4), (2, None, 2), (None, 0, 2)])
 def test_a_run_goes_on_under_another_stage_engine_and_number_of_ranks(
     stage: int | None,
@@ -368,7 +368,7 @@ def test_a_run_goes_on_under_another_stage_engine_and_number_of_ranks(
 
 def read(config: Config, folder: Path) -> dict[str, torch.Tensor]:
     """On a rank: full parameters of a new model after it has taken over weights."""
-    prepare()
+    prepare(config)
     engine = build_engine(config, Mesh.build(config.parallel, "cpu"), torch.device("cpu"))
     tensors = engine.state()["model"]
     fill_with_weights(tensors, folder, tied=False)
@@ -388,7 +388,7 @@ def test_weights_of_another_run_fill_a_model(
 
 
 def dtypes(config: Config) -> dict[str, torch.dtype]:
-    prepare()
+    prepare(config)
     engine = build_engine(config, Mesh.build(config.parallel, "cpu"), torch.device("cpu"))
     return {name: tensor.dtype for name, tensor in full_state(engine).items()}
 

@@ -47,6 +47,7 @@ RUN = Degrees(dp_replicate=1, dp_shard=1, context=2)
         ({"train": {"compile": True}}, ["train.compile=true", "set train.compile=false"]),
         ({"train": {"compute_dtype": "float64"}}, ["compute_dtype='float64'", "set float32 or bfloat16"]),
         ({"train": {"compute_dtype": "bfloat16"}, "deepspeed": {"zero_stage": 0}}, ["zero_stage=0", "zero_stage=1"]),
+        ({"attention": {"mechanism": "nats"}}, ["a penalty on lifetimes (nats)", "set the option penalty=0"]),
         ({"run": {"replay": Path("failed")}}, ["run.replay='failed'", "set train.engine=fsdp2"]),
         ({"train": {"engine": "fsdp2"}}, ["[deepspeed]", "train.engine='fsdp2'", "remove the section"]),
     ],
@@ -77,6 +78,7 @@ def test_degrees_that_zero_does_not_have_are_refused(config: Config, degrees: De
     [
         ("[1]", ["must hold a JSON object"]),
         ("{", ["cannot be read", "name a JSON file"]),
+        (None, ["cannot be read", "No such file", "name a JSON file"]),
         ({"train_batch_size": 8}, ["'train_batch_size'", "train.sequences_per_step sets"]),
         ({"gradient_clipping": 1.0}, ["'gradient_clipping'", "optimizer.max_gradient_norm sets"]),
         ({"optimizer": {"type": "Adam"}}, ["'optimizer'", "optimizer.* sets"]),
@@ -86,18 +88,36 @@ def test_degrees_that_zero_does_not_have_are_refused(config: Config, degrees: De
         ({"zero_optimization": {"stage": 1}}, ["'zero_optimization.stage'", "deepspeed.zero_stage sets"]),
         ({"zero_optimisation": {}}, ["'zero_optimisation'", "does not pass on", "Did you mean 'zero_optimization'?"]),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, ["ratio", "do not reach"]),
-        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, ["device='nvme'", "set it to 'cpu'"]),
+        ({"zero_optimization": {"offload_optimizer": {"pipeline_read": True}}}, ["pipeline_read", "do not reach"]),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, ["device='nvme'", "set zero_stage=3"]),
         ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, ["offload_param", "set zero_stage=3 or more"]),
         ({"zero_optimization": {"bucket": 1}}, ["that DeepSpeed refuses", "bucket"]),
     ],
 )
 def test_a_json_that_clashes_is_refused(config: Config, tmp_path: Path, content: Any, parts: list[str]) -> None:
-    path = tmp_path / "zero.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    path = tmp_path / "other.json"
+    if content is not None:
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ConfigError) as refused:
         validate(replace(config, deepspeed=DeepSpeedConfig(zero_stage=2, config=path)), RUN)
     assert str(refused.value).startswith(f"deepspeed.config={str(path)!r} ")
     assert all(part in str(refused.value) for part in parts), refused.value
+
+
+def test_nvme_needs_a_path_and_libaio(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, nvme = tmp_path / "zero.json", {"device": "nvme"}
+    config = replace(config, deepspeed=DeepSpeedConfig(zero_stage=3, config=path))
+    path.write_text(json.dumps({"zero_optimization": {"offload_optimizer": nvme}}))
+    with pytest.raises(ConfigError, match=r"set zero_optimization\.offload_optimizer\.nvme_path as well\.$"):
+        validate(config, RUN)
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    path.write_text(json.dumps({"zero_optimization": {"offload_optimizer": nvme | {"nvme_path": str(tmp_path)}}}))
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
+    validate(config, RUN)
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: False)
+    with pytest.raises(ConfigError, match=r"install libaio-dev \(libaio-devel\), or offload to 'cpu'\.$"):
+        validate(config, RUN)
 
 
 def test_a_missing_package_is_refused_with_the_command_that_installs_it(

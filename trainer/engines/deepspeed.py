@@ -88,7 +88,14 @@ class ZeroEngine:
             if stage == 3
             else [parameter for part in optimizer.param_groups for parameter in part["params"]]
         )
-        add_state(optimizer, self._masters)
+        for group, master in enumerate(self._masters):
+            # One on NVMe has no elements otherwise, and its moments would have none.
+            is_on_nvme = stage == 3 and self._zero._swappable_optimizer_subgroup(group)
+            if is_on_nvme:
+                self._zero._optimizer_states_and_gradient_swap_in(group)
+            add_state(optimizer, [master])
+            if is_on_nvme:
+                self._zero._optimizer_states_and_gradient_swap_out(group)
         if stage in (1, 2):
             # Otherwise DeepSpeed finds moments only after an update.
             self._zero._lazy_init_hp_params_optimizer_state()
@@ -150,11 +157,15 @@ class ZeroEngine:
         return {name: tensors[first[parameter]] for name, parameter in names}
 
     def load_state(self, model: Mapping[str, Any], optimizer: Mapping[str, Any] | None = None) -> None:
+        import deepspeed
+
         for name, parameter in self.model.named_parameters():
-            self._fill(parameter, self._gather(model[name]))
-            if optimizer is not None:
-                for key in MOMENTS:
-                    self._fill(parameter, self._gather(optimizer[name][key]), key)
+            # Does nothing below stage 3. A parameter on NVMe has its shard in memory only while it is gathered.
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                self._fill(parameter, self._gather(model[name]))
+                if optimizer is not None:
+                    for key in MOMENTS:
+                        self._fill(parameter, self._gather(optimizer[name][key]), key)
         if optimizer is not None:
             for master in self._masters:
                 self.optimizer.state[master]["step"].copy_(next(iter(optimizer.values()))["step"])
@@ -190,8 +201,7 @@ class ZeroEngine:
 
     @torch.no_grad()
     def _fill(self, parameter: nn.Parameter, value: Tensor, moment: str | None = None) -> None:
-        """Set the master of a parameter and what is computed with, or one of its moments; value: full, on all ranks."""
-        import deepspeed
+        """Set the master of a gathered parameter and what is computed with, or a moment; value: full, on all ranks."""
         from deepspeed import utils
 
         if self._stage == 0:
@@ -208,8 +218,7 @@ class ZeroEngine:
             padded = nn.functional.pad(value.flatten(), (0, size * self._world - value.numel()))
             part = padded[size * dist.get_rank() :][:size]
             if moment is None:
-                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                    parameter.copy_(value)
+                parameter.copy_(value)
                 utils.safe_set_local_fp32_param(parameter, part)
             else:
                 utils.safe_set_local_optimizer_state(parameter, part, moment)

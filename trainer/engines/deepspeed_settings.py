@@ -47,8 +47,12 @@ OURS = {
     "deepspeed.zero_stage": (f"{ZERO}.stage",),
 }  # fmt: skip
 """Keys of DeepSpeed's JSON that farspan's own settings decide, by these."""
-UNREACHED = (f"{ZERO}.zenflow", f"{ZERO}.offload_optimizer.super_offload", f"{ZERO}.offload_optimizer.ratio")
-"""Keys under which a part of the optimizer is out of reach of farspan's learning rate and checkpoints."""
+UNREACHED = (
+    f"{ZERO}.zenflow",
+    *(f"{ZERO}.offload_optimizer.{key}" for key in ("super_offload", "ratio", "pipeline_read", "pipeline_write")),
+)
+"""Keys under which a part of the optimizer is out of reach of farspan's learning rate or checkpoints: elsewhere, or on
+its way to or from NVMe."""
 
 
 def import_deepspeed() -> ModuleType:
@@ -98,6 +102,12 @@ def check_deepspeed(config: Config, degrees: Degrees) -> None:
             "would sum gradients in bfloat16: set deepspeed.zero_stage=1, or float32",
         ),
         (
+            any(getattr(mechanism, "penalty", 0) > 0 for mechanism in config.mechanisms()),
+            "a penalty on lifetimes (nats)",
+            "averages gradients, and so divides what is no part of the loss by the number of ranks: set the option "
+            "penalty=0, or train.engine=fsdp2",
+        ),
+        (
             config.run.replay is not None,
             f"run.replay={str(config.run.replay)!r}",
             "reads gradients that ZeRO has freed: set train.engine=fsdp2, which reads the same checkpoints",
@@ -105,9 +115,18 @@ def check_deepspeed(config: Config, degrees: Degrees) -> None:
     ):
         if is_set:
             raise ConfigError(f"{setting} does not go with train.engine='deepspeed', it {reason}.")
-    zero = settings_of(config, degrees)[ZERO]
+    settings = settings_of(config, degrees)
+    zero = settings[ZERO]
     import_deepspeed()
+    from deepspeed.ops.op_builder import AsyncIOBuilder
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    offloads = [offload_device(settings, part) for part in ("offload_optimizer", "offload_param")]
+    if "nvme" in offloads and not AsyncIOBuilder().is_compatible():
+        raise ConfigError(
+            f"{_named(config.deepspeed)} offloads to 'nvme', for which DeepSpeed compiles its async_io with libaio, "
+            "which is not there: install libaio-dev (libaio-devel), or offload to 'cpu'."
+        )
 
     try:
         DeepSpeedZeroConfig(**zero)
@@ -160,16 +179,15 @@ def user_settings(config: DeepSpeedConfig) -> dict[str, Any]:
             )
     for part, least in (("offload_optimizer", 1), ("offload_param", 3)):
         device = offload_device(found, part)
+        # Below stage 3 DeepSpeed takes nvme for cpu.
+        least = 3 if device == "nvme" else least
         if device is not None and config.zero_stage < least:
             raise ConfigError(
-                f"{_named(config)} has {ZERO}.{part}, but deepspeed.zero_stage={config.zero_stage}: set zero_stage="
-                f"{least} or more, or remove it."
+                f"{_named(config)} has {ZERO}.{part}.device={device!r}, but deepspeed.zero_stage={config.zero_stage}: "
+                f"set zero_stage={least} or more, or remove it."
             )
-        if device == "nvme":
-            raise ConfigError(
-                f"{_named(config)} has {ZERO}.{part}.device='nvme', which farspan's checkpoints do not reach: "
-                "set it to 'cpu'."
-            )
+        if device == "nvme" and "nvme_path" not in found[ZERO][part]:
+            raise ConfigError(f"{_named(config)} has {ZERO}.{part}.device='nvme': set {ZERO}.{part}.nvme_path as well.")
     return found
 
 

@@ -30,7 +30,7 @@ from farspan.parallel.context_parallel.eager import eager
 from farspan.parallel.context_parallel.strategy import STRATEGIES, DistributedAttention, Strategy, differentiable
 from farspan.parallel.layout import Shards, check_layout
 
-Documents = Sequence[int] | Sequence[Sequence[int]]
+Documents = Sequence[int] | Sequence[Sequence[int]] | Tensor
 """Lengths of the documents of a sequence, in their order; of each sequence of a batch, if they differ."""
 log = logging.getLogger("farspan")
 PLANS = 16

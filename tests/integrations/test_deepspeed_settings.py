@@ -110,7 +110,7 @@ def test_nvme_needs_a_path_and_libaio(config: Config, tmp_path: Path, monkeypatc
     path.write_text(json.dumps({"zero_optimization": {"offload_optimizer": nvme}}))
     with pytest.raises(ConfigError, match=r"set zero_optimization\.offload_optimizer\.nvme_path as well\.$"):
         validate(config, RUN)
-    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from deepspeed.ops.op_builder import AsyncIOBuilder  # pyright: ignore[reportAttributeAccessIssue]
 
     path.write_text(json.dumps({"zero_optimization": {"offload_optimizer": nvme | {"nvme_path": str(tmp_path)}}}))
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)

@@ -61,7 +61,7 @@ def on_nvme(folder: Path) -> dict[str, Any]:
 
 def replace_async_io() -> None:
     """Let DeepSpeed read and write by the stand-in in this process from now on, and small tensors as well."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from deepspeed.ops.op_builder import AsyncIOBuilder  # pyright: ignore[reportAttributeAccessIssue]
     from deepspeed.runtime.swap_tensor import aio_config, optimizer_utils, partitioned_param_swapper
 
     AsyncIOBuilder.load = lambda self, verbose=True: SimpleNamespace(aio_handle=Handle)

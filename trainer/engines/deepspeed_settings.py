@@ -118,7 +118,7 @@ def check_deepspeed(config: Config, degrees: Degrees) -> None:
     settings = settings_of(config, degrees)
     zero = settings[ZERO]
     import_deepspeed()
-    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from deepspeed.ops.op_builder import AsyncIOBuilder  # pyright: ignore[reportAttributeAccessIssue]
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     offloads = [offload_device(settings, part) for part in ("offload_optimizer", "offload_param")]

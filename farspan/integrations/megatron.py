@@ -19,9 +19,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from farspan.errors import ConfigError
+from farspan.integrations.host_values import HostValues
 from farspan.kernels.masks.rows import Rows
 from farspan.kernels.mechanism import Mechanism
 from farspan.kernels.planner import Heads
@@ -183,7 +183,7 @@ def packed_seq_params(
     ends = []
     for lengths in (documents, padded):
         tensor = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
-        _HOST_LENGTHS[tensor] = tensor._version, tuple(lengths)
+        _LENGTHS.put(tensor, tuple(lengths))
         ends.append(tensor)
     return PackedSeqParams(
         qkv_format="thd",
@@ -212,17 +212,13 @@ def shard(
     return shards.shard(x.movedim(dim, 0), rank, fill=fill).movedim(0, dim)
 
 
-_HOST_LENGTHS = WeakTensorKeyDictionary()
-"""Of each cu_seqlens tensor its version and the lengths between its elements."""
+_LENGTHS: HostValues[tuple[int, ...]] = HostValues()
+"""Of each cu_seqlens tensor the lengths between its elements."""
 
 
 def _lengths(cu_seqlens: Tensor) -> tuple[int, ...]:
     """Return the lengths between cumulative ones; the first layer that asks waits for the device, the others do not."""
-    known = _HOST_LENGTHS.get(cu_seqlens)
-    if known is None or known[0] != cu_seqlens._version:
-        known = cu_seqlens._version, tuple(cu_seqlens.diff().tolist())
-        _HOST_LENGTHS[cu_seqlens] = known
-    return known[1]
+    return _LENGTHS.get(cu_seqlens, lambda: tuple(cu_seqlens.diff().tolist()))
 
 
 def _shards(packed: PackedSeqParams, degree: int) -> Shards:

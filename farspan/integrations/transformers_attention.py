@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from farspan.errors import ConfigError
+from farspan.integrations.host_values import HostValues
 from farspan.kernels.mechanism import Mechanism
 from farspan.parallel.context_parallel.api import ContextParallel, attention, mechanism
 from farspan.parallel.context_parallel.eager import eager
@@ -151,8 +151,8 @@ def _mechanisms(entry: str, layers: int) -> tuple[Mechanism, ...]:
     return mechanisms
 
 
-_FOUND: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Documents by the tensor that they were found in, as long as it lives: layers share it, and the host waits once."""
+_FOUND: HostValues[Documents | None] = HostValues()
+"""Documents by the tensor that they were found in."""
 
 
 def documents_of(
@@ -177,12 +177,7 @@ def documents_of(
         tensor, find = position_ids, _of_positions
     else:
         return None
-    # Tensors of inference mode have no version.
-    state = (batch, keys, None if tensor.is_inference() else tensor._version)
-    found = _FOUND.get(tensor)
-    if found is None or found[0] != state or tensor.is_inference():
-        found = _FOUND[tensor] = state, find(tensor, batch)
-    documents = found[1]
+    documents = _FOUND.get(tensor, lambda: find(tensor, batch), key=batch)
     if documents is not None and any(sum(lengths) != keys for lengths in documents):
         raise ConfigError(
             f"documents of {documents} tokens do not make up {batch} sequences of {keys}: cu_seq_lens_q, "

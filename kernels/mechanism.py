@@ -69,6 +69,11 @@ class Mechanism(ABC):
         """Whether no query attends to a later token, as a language model needs; choices may depend on later ones."""
         return True
 
+    @property
+    def adds_gradient(self) -> bool:
+        """Whether backward adds a gradient that is none of the loss: it keeps its size when the loss is scaled."""
+        return False
+
     # Tests, benchmarks and configurations ask: which instances there are.
 
     @classmethod

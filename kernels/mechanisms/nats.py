@@ -38,6 +38,10 @@ class NAtS(KVLifetime):
         if not self.penalty >= 0:
             raise ValueError(f"penalty={self.penalty} must be at least 0")
 
+    @property
+    def adds_gradient(self) -> bool:
+        return self.penalty > 0
+
     @classmethod
     def examples(cls) -> Sequence[Self]:
         return cls(window=5), cls(window=20, temperature=0.5, penalty=0.1)

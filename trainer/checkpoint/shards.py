@@ -93,21 +93,22 @@ def read_shards(tensors: Tensors, folder: Path, *, has_others: bool = True) -> N
     """
     reader, check = raise_on_all_ranks(lambda: _SafeReader(folder)), _check_fits if has_others else _check_same
     raise_on_all_ranks(lambda: check(tensors, _stored_tensors(reader)))
-    try:
-        load(dict(tensors), storage_reader=reader)
-    except CheckpointException as error:
-        raise CheckpointError(_causes(error)) from None
+    _fill(tensors, reader)
 
 
 def read_alone(tensors: Tensors, folder: Path) -> None:
     """As `read_shards` with full tensors, on this rank, whatever the others do, if there are any."""
     reader = _SafeReader(folder)
     _check_fits(tensors, _stored_tensors(reader))
+    with warnings.catch_warnings():
+        # That it takes this for a single process, as it should.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        _fill(tensors, reader, alone=True)
+
+
+def _fill(tensors: Tensors, reader: "_SafeReader", *, alone: bool = False) -> None:
     try:
-        with warnings.catch_warnings():
-            # That it takes this for a single process, as it should.
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            load(dict(tensors), storage_reader=reader, no_dist=True)
+        load(dict(tensors), storage_reader=reader, no_dist=alone)
     except CheckpointException as error:
         raise CheckpointError(_causes(error)) from None
 

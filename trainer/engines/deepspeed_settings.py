@@ -102,7 +102,7 @@ def check_deepspeed(config: Config, degrees: Degrees) -> None:
             "would sum gradients in bfloat16: set deepspeed.zero_stage=1, or float32",
         ),
         (
-            any(getattr(mechanism, "penalty", 0) > 0 for mechanism in config.mechanisms()),
+            any(mechanism.adds_gradient for mechanism in config.mechanisms()),
             "a penalty on lifetimes (nats)",
             "averages gradients, and so divides what is no part of the loss by the number of ranks: set the option "
             "penalty=0, or train.engine=fsdp2",
